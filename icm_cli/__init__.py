@@ -1,0 +1,1 @@
+"""icm: in-context matting for whole folders."""

@@ -1,0 +1,138 @@
+"""Model configurations: frozen dataclasses read strictly from YAML, and the presets that come with the package."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from icm_cli.errors import ConfigError, did_you_mean
+
+PartKind = Literal["backbones", "heads"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """A backbone or a head by name, with its settings (that part's own ``Config`` dataclass)."""
+
+    name: str
+    settings: Any
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What :class:`~icm_cli.model.in_context_matting.InContextMatting` is built from."""
+
+    backbone: PartConfig
+    head: PartConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """The mapping that :func:`parse_model` reads back to an equal configuration."""
+        return {
+            kind: {"name": part.name, **dataclasses.asdict(part.settings)}
+            for kind, part in (("backbone", self.backbone), ("head", self.head))
+        }
+
+
+def part_class(kind: PartKind, name: str) -> Any:
+    """The class bound to PART in ``icm_cli/model/<kind>/<name>.py``; raises ConfigError for an unknown name."""
+    package = importlib.import_module(f"icm_cli.model.{kind}")
+    known = [module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__)]
+    if name not in known:
+        raise ConfigError(f"{name!r} is not one of the {kind} of icm. {did_you_mean(name, known)}")
+    return importlib.import_module(f"icm_cli.model.{kind}.{name.replace('-', '_')}").PART
+
+
+def parse_model(mapping: object, where: str) -> ModelConfig:
+    """Read a model's configuration; ``where`` names its origin in errors. Raises ConfigError."""
+    fields = _as_mapping(mapping, where)
+    _reject_unknown(fields, {"backbone", "head"}, where)
+    return ModelConfig(
+        backbone=_parse_part("backbones", fields.get("backbone"), f"{where}: backbone"),
+        head=_parse_part("heads", fields.get("head"), f"{where}: head"),
+    )
+
+
+def load_model_config(model: str) -> ModelConfig:
+    """The configuration of a preset's name or of a YAML file's path. Raises ConfigError."""
+    presets = preset_paths()
+    if model in presets:
+        path = presets[model]
+    else:
+        path = Path(model)
+        if path.suffix not in {".yaml", ".yml"}:
+            raise ConfigError(
+                f"model {model!r} is neither a preset nor a .yaml file. {did_you_mean(model, presets)}"
+            )
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"configuration {path} cannot be read: {error.strerror}; give a preset or a file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
+    return parse_model(mapping, str(path))
+
+
+def preset_paths() -> dict[str, Path]:
+    """Name -> file of the presets: ``configs/`` inside an installed package, beside it in a source tree."""
+    here = Path(__file__).parent
+    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _parse_part(kind: PartKind, mapping: object, where: str) -> PartConfig:
+    fields = _as_mapping(mapping, where)
+    name = fields.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(f"{where} has no name; expected a key 'name' with one of the {kind} of icm")
+    part = part_class(kind, name)
+    settings = {key: value for key, value in fields.items() if key != "name"}
+    return PartConfig(name, read_strict(part.Config, settings, where))
+
+
+def read_strict(cls: type[T], mapping: object, where: str) -> T:
+    """Build a dataclass from a mapping: every key known, every value of its field's type. Raises ConfigError."""
+    fields = _as_mapping(mapping, where)
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    _reject_unknown(fields, known, where)
+    return cls(**{key: _typed(value, hints[key], f"{where}: {key}") for key, value in fields.items()})
+
+
+def _typed(value: object, hint: Any, where: str) -> Any:
+    if isinstance(hint, types.UnionType):
+        hints = typing.get_args(hint)
+        if value is None and type(None) in hints:
+            return None
+        hint = next(h for h in hints if h is not type(None))
+    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_typed(item, typing.get_args(hint)[0], where) for item in value)
+    if typing.get_origin(hint) is Literal and value in typing.get_args(hint):
+        return value
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    expected = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+    raise ConfigError(f"{where} is {value!r}; expected {expected.replace('typing.', '')}")
+
+
+def _as_mapping(value: object, where: str) -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} is {'missing' if value is None else repr(value)}; expected keys with values")
+    return value
+
+
+def _reject_unknown(fields: Mapping[str, object], known: set[str], where: str) -> None:
+    for key in fields:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), known)}")

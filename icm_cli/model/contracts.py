@@ -1,0 +1,147 @@
+"""What a backbone gives and what a head takes: the two contracts of the core model.
+
+Letters as in the paper (Guo et al., "In-Context Matting", CVPR 2024): B batch, C channels, (h, w) a feature
+grid, N = h*w tokens in row-major order, R references, K reference tokens inside the guidance.
+
+An *image* at this level is float32 sRGB in 0..1, [B,3,H,W], already on the backbone's canvas; *valid* is a
+bool mask [B,H,W] of its pixels that are not padding (padding is always right of and below the frame, by edge
+replication). Backbones normalise images themselves; heads normalise features themselves.
+
+A third backbone is one new file in ``backbones/`` (a head: in ``heads/``): the file's name is the ``name`` of
+the configuration (``_`` for ``-``), and the file binds its class to ``PART``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from icm_cli.geometry import CanvasRule
+
+
+@runtime_checkable
+class IntraSimilarity(Protocol):
+    """How alike the tokens of one target are, as an operator (paper section 3.3).
+
+    Rows of the underlying matrix are a softmax over the valid tokens: non-negative, summing to 1, zero at
+    padding.
+    """
+
+    grid: tuple[int, int]
+    """(h, w); N = h*w."""
+
+    def propagate(self, values: Tensor) -> Tensor:
+        """Spread ``values`` [B,N,c] over alike tokens: the product A @ values, [B,N,c] float32."""
+        ...
+
+
+@runtime_checkable
+class MatrixIntraSimilarity(IntraSimilarity, Protocol):
+    """An intra-similarity that also holds its matrix (Stable Diffusion's mean self-attention)."""
+
+    def matrix(self) -> Tensor:
+        """A, [B,N,N] float32; axis 1 is the query, axis 2 the key."""
+        ...
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backbone tells about a batch of images.
+
+    ``correspondence``: [B,C,h,w] float32, not normalised, compared between reference and target.
+    ``valid``: [B,h,w] bool on the correspondence grid, True where a token's cell holds at least one pixel of
+    the frame.
+    ``scales``: stride in canvas pixels -> [B,C_s,H/s,W/s], in the backbone's dtype (float32 or lower).
+    ``intra``: stride -> intra-similarity on that stride's grid. A reference pass leaves ``scales`` and
+    ``intra`` empty.
+    """
+
+    correspondence: Tensor
+    valid: Tensor
+    scales: Mapping[int, Tensor]
+    intra: Mapping[int, IntraSimilarity]
+
+
+@dataclass(frozen=True)
+class ReferenceFeatures:
+    """One reference: features (batch of one), the guidance [1,1,H,W] float32 in {0,1} and valid [1,H,W]."""
+
+    features: Features
+    guidance: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Matte:
+    """What a head gives for a batch.
+
+    ``alpha``: [B,1,H,W] float32 in 0..1 on the canvas; meaningless at padding.
+    ``confidence``: [B] float32 in 0..1, how sure the head is of what it took for foreground.
+    ``found``: [B] bool, False where the reference's thing does not seem to be in the picture.
+    """
+
+    alpha: Tensor
+    confidence: Tensor
+    found: Tensor
+
+
+class Backbone(nn.Module, ABC):
+    """Turns images on the canvas into :class:`Features`."""
+
+    Config: ClassVar[type[Any]]
+    """Frozen dataclass of this backbone's settings."""
+
+    gives_matrix: ClassVar[bool]
+    """Whether ``Features.intra`` holds :class:`MatrixIntraSimilarity` objects."""
+
+    weights_digest: str = "random"
+    """Hash of the content of the pretrained weights, part of what decides a matte."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
+        """Build with pretrained weights, on the CPU in float32.
+
+        ``weights``: a local folder or a hub id, for backbones whose weights are chosen by the user. ``offline``:
+        never reach for the network. ``seed``: of whatever noise the backbone draws.
+        Raises ConfigError when the weights cannot be had, saying what to get and where to put it.
+        """
+
+    @property
+    @abstractmethod
+    def canvas(self) -> CanvasRule:
+        """The canvas sizes this backbone takes."""
+
+    @abstractmethod
+    def reference(self, image: Tensor, valid: Tensor, index: int) -> Features:
+        """Features of reference number ``index`` (batch of one): the correspondence feature alone."""
+
+    @abstractmethod
+    def target(self, image: Tensor, valid: Tensor) -> Features:
+        """Features of a batch of targets; each image's are independent of its neighbours'."""
+
+
+class Head(nn.Module, ABC):
+    """Turns a target's features and the references into an alpha."""
+
+    Config: ClassVar[type[Any]]
+    """Frozen dataclass of this head's settings."""
+
+    needs_matrix: ClassVar[bool]
+    """Whether it reads ``MatrixIntraSimilarity.matrix()``."""
+
+    is_trained: ClassVar[bool]
+    """Whether it has weights that must come from a checkpoint."""
+
+    @abstractmethod
+    def prepare(self, references: Sequence[ReferenceFeatures]) -> Any:
+        """Condense the references into what :meth:`forward` needs; called once per run."""
+
+    @abstractmethod
+    def forward(self, target: Features, reference: Any, image: Tensor, valid: Tensor) -> Matte:
+        """Matte a batch. ``reference`` is what :meth:`prepare` gave; image and valid are the targets'."""

@@ -1,0 +1,1 @@
+"""One file a head; see ``icm_cli.model.contracts.Head``."""

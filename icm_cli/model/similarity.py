@@ -1,0 +1,81 @@
+"""Inter- and intra-similarity between tokens, in float32 whatever the backbone's dtype (paper section 3.3).
+
+S*A lives near the smallest float16 numbers, so nothing here runs in a lower precision.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from icm_cli.model.contracts import IntraSimilarity
+
+
+def tokens(feature: Tensor) -> Tensor:
+    """[B,C,h,w] -> [B,N,C] float32, row-major."""
+    return feature.flatten(2).transpose(1, 2).float()
+
+
+def token_valid(valid: Tensor, stride: int) -> Tensor:
+    """Pixels that are not padding [B,H,W] bool -> tokens whose cell holds at least one such pixel [B,h,w]."""
+    return F.max_pool2d(valid[:, None].float(), stride)[:, 0] > 0
+
+
+def inter_similarity(reference_tokens: Tensor, target_tokens: Tensor, target_valid: Tensor) -> Tensor:
+    """Where the reference's foreground lies in the target: S of the paper's equation 3, as a sum over tokens.
+
+    reference_tokens [K,C], target_tokens [B,N,C], target_valid [B,N] bool -> [B,N] float32 >= 0. Each of the K
+    reference tokens spreads a softmax over the target's valid tokens, so S sums to K over the target: it says
+    where, and cannot say "absent". The released code sums where the paper averages; its checkpoint needs the
+    sum.
+    """
+    scale = reference_tokens.shape[-1] ** -0.5
+    logits = torch.einsum("kc,bnc->bkn", reference_tokens.float(), target_tokens.float()) * scale
+    logits = logits.masked_fill(~target_valid[:, None], float("-inf"))
+    return logits.softmax(dim=-1).sum(dim=1)
+
+
+class AttentionMatrix:
+    """Intra-similarity that holds its matrix A [B,N,N] float32 (rows: softmax over valid tokens)."""
+
+    def __init__(self, attention: Tensor, grid: tuple[int, int]) -> None:
+        self.grid = grid
+        self._attention = attention
+
+    def matrix(self) -> Tensor:
+        return self._attention
+
+    def propagate(self, values: Tensor) -> Tensor:
+        return self._attention @ values.float()
+
+
+class SelfSimilarity:
+    """Softmax self-similarity of a feature by memory-efficient attention; N x N is never built.
+
+    A[q,k] = softmax over valid k of cosine(f_q, f_k) / temperature.
+    """
+
+    def __init__(self, feature: Tensor, valid: Tensor, temperature: float) -> None:
+        """feature [B,C,h,w], valid [B,h,w] bool, temperature > 0 (in cosine units)."""
+        self.grid = (feature.shape[2], feature.shape[3])
+        self._unit = F.normalize(tokens(feature), dim=-1)
+        self._mask = None if bool(valid.all()) else valid.flatten(1)[:, None, None, :]
+        self._scale = 1.0 / temperature
+
+    def propagate(self, values: Tensor) -> Tensor:
+        query = self._unit[:, None]
+        spread = F.scaled_dot_product_attention(
+            query, query, values.float()[:, None], attn_mask=self._mask, scale=self._scale
+        )
+        return spread[:, 0]
+
+
+__all__ = [
+    "AttentionMatrix",
+    "IntraSimilarity",
+    "SelfSimilarity",
+    "inter_similarity",
+    "token_valid",
+    "tokens",
+]
