@@ -70,9 +70,7 @@ def load_model_config(model: str) -> ModelConfig:
     else:
         path = Path(model)
         if path.suffix not in {".yaml", ".yml"}:
-            raise ConfigError(
-                f"model {model!r} is neither a preset nor a .yaml file. {did_you_mean(model, presets)}"
-            )
+            raise ConfigError(f"model {model!r} is neither a preset nor a .yaml file. {did_you_mean(model, presets)}")
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

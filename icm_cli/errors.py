@@ -5,8 +5,9 @@ Library code raises them and never exits; the command prints the sentence and ex
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import ClassVar, Iterable
+from typing import ClassVar
 
 
 class IcmError(Exception):
