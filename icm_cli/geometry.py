@@ -55,12 +55,12 @@ class Placement:
     content: tuple[int, int]
     canvas: tuple[int, int]
 
-    def to_canvas(self, image: ImageU8) -> Float:
-        """sRGB uint8 [H,W,3] or [H,W] at the source's size -> float32 0..1 on the canvas, padded by replication."""
-        small = resize(image, self.content).astype(np.float32) / 255.0
+    def to_canvas(self, image: ImageU8) -> ImageU8:
+        """uint8 [H,W,3] or [H,W] at the source's size -> the same on the canvas, padded by edge replication."""
+        small = resize(image, self.content)
         below = self.canvas[0] - self.content[0]
         right = self.canvas[1] - self.content[1]
-        return cv2.copyMakeBorder(small, 0, below, 0, right, cv2.BORDER_REPLICATE) if below or right else small
+        return _u8(cv2.copyMakeBorder(small, 0, below, 0, right, cv2.BORDER_REPLICATE)) if below or right else small
 
     def valid(self) -> NDArray[np.bool_]:
         """True on the canvas where the frame lies, False at padding."""

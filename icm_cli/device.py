@@ -1,0 +1,100 @@
+"""The one place that decides on device and dtype, and knows what running out of memory looks like."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from icm_cli.errors import ConfigError, did_you_mean
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CUDA_BATCH_SIZE = 8
+"""Where the automatic batch size starts on a GPU; running out of memory halves it."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the model runs and in which dtype its convolutions and projections do."""
+
+    torch: torch.device
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def auto_batch_size(self) -> int:
+        """Batches pay on a GPU; on a CPU they only cost memory."""
+        return CUDA_BATCH_SIZE if self.torch.type == "cuda" else 1
+
+    def describe(self) -> str:
+        """For example "cuda:0 (NVIDIA H200), float16"."""
+        kind = f" ({torch.cuda.get_device_name(self.torch)})" if self.torch.type == "cuda" else ""
+        return f"{self.torch}{kind}, {self.dtype_name}"
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory held so far: the GPU's on CUDA, else the process's."""
+        if self.torch.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.torch)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resolve_device(device: str = "auto", dtype: str = "auto") -> Device:
+    """Names as given on the command line -> a device that is here. Raises ConfigError."""
+    target = _best_device() if device == "auto" else _named_device(device)
+    if dtype == "auto":
+        return Device(target, torch.float16 if target.type == "cuda" else torch.float32)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not known. {did_you_mean(dtype, ['auto', *DTYPES])}")
+    return Device(target, DTYPES[dtype])
+
+
+def available_devices() -> list[str]:
+    """Every device of this machine, best first, for example ["cuda:0 (NVIDIA H200)", "cpu (2 threads)"]."""
+    gpus = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return [*gpus, *mps, f"cpu ({torch.get_num_threads()} threads)"]
+
+
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether an error of the model means that memory ran out, on any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return "out of memory" in text or "can't allocate memory" in text
+
+
+def release_memory(device: Device) -> None:
+    """Give cached GPU memory back after running out of it."""
+    if device.torch.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.torch.type == "mps":
+        torch.mps.empty_cache()
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda:0")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _named_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r} is not known; expected auto, cpu, cuda, cuda:N or mps") from None
+    present = {
+        "cpu": True,
+        "cuda": (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if device.type not in present:
+        raise ConfigError(f"device {name!r} is not supported; expected auto, cpu, cuda, cuda:N or mps")
+    if not present[device.type]:
+        raise ConfigError(f"device {name!r} is not on this machine; here are: {', '.join(available_devices())}")
+    return torch.device("cuda:0") if name == "cuda" else device

@@ -1,0 +1,123 @@
+"""Read pictures and masks of every usual kind, and write alphas that say what decided them."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, PngImagePlugin
+
+from icm_cli.errors import ImageError
+from icm_cli.files import atomic_write
+from icm_cli.geometry import ImageU8
+
+IMAGE_SUFFIXES = frozenset(
+    ".avif .bmp .gif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+)
+PNG_COMPRESSION = 1
+"""zlib level: an alpha is mostly flat, and higher levels cost far more time than they save space."""
+
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An upright picture: ``rgb`` sRGB uint8 [H,W,3], ``alpha`` uint8 [H,W] where the file has one."""
+
+    rgb: ImageU8
+    alpha: ImageU8 | None
+
+
+def read_picture(path: Path) -> Picture:
+    """Read an image file, EXIF rotation applied; greyscale, 16-bit, CMYK and palette pictures become RGB.
+
+    Raises ImageError for a file that is missing, empty, torn or no image.
+    """
+    with _opened(path) as image:
+        if _is_deep_grey(image):
+            grey = _deep_grey_u8(image)
+            return Picture(np.repeat(grey[..., None], 3, axis=-1), None)
+        if image.has_transparency_data:
+            rgba = np.asarray(image.convert("RGBA"))
+            return Picture(np.ascontiguousarray(rgba[..., :3]), np.ascontiguousarray(rgba[..., 3]))
+        return Picture(np.asarray(image.convert("RGB")), None)
+
+
+def read_matte(path: Path) -> ImageU8:
+    """Read a mask or an alpha, uint8 [H,W]: the file's own alpha where that varies, else its brightest channel.
+
+    Raises ImageError like :func:`read_picture`.
+    """
+    picture = read_picture(path)
+    if picture.alpha is not None and picture.alpha.min() != picture.alpha.max():
+        return picture.alpha
+    brightest: ImageU8 = picture.rgb.max(axis=-1)
+    return brightest
+
+
+def write_alpha(path: Path, alpha: ImageU8, stamp: Mapping[str, str]) -> None:
+    """Write an alpha, uint8 [H,W], as a single-channel PNG with ``stamp`` in its text chunks: whole or not at all.
+
+    Raises OutputError.
+    """
+    text = PngImagePlugin.PngInfo()
+    for key, value in stamp.items():
+        text.add_text(key, value)
+    with atomic_write(path) as file:
+        Image.fromarray(alpha).save(file, format="PNG", compress_level=PNG_COMPRESSION, pnginfo=text)
+
+
+def read_stamp(path: Path) -> dict[str, str] | None:
+    """The text chunks of a whole PNG (every chunk's checksum is tested), None for anything else."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            stamp = dict(image.info)
+            image.verify()
+    except _DECODE_ERRORS:
+        return None
+    return {key: value for key, value in stamp.items() if isinstance(value, str)}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The decoded, upright image; every way a file can be bad becomes one ImageError."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            yield ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise ImageError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path} is a folder; expected an image file") from None
+    except PermissionError:
+        raise ImageError(f"{path} cannot be read: permission denied") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; scale it down") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{path} {_not_an_image(path)}") from None
+    except _DECODE_ERRORS as error:
+        raise ImageError(f"{path} is damaged or cut short ({' '.join(str(error).split())}); get a whole copy") from None
+
+
+def _not_an_image(path: Path) -> str:
+    if path.stat().st_size == 0:
+        return "is empty (0 bytes); get a whole copy"
+    return "is not an image in a format that can be read; expected JPEG, PNG, TIFF, WebP or the like"
+
+
+def _is_deep_grey(image: Image.Image) -> bool:
+    return image.mode in {"I", "F"} or image.mode.startswith("I;16")
+
+
+def _deep_grey_u8(image: Image.Image) -> ImageU8:
+    """16-bit integers (0..65535) or floats (0..1) in one channel -> uint8."""
+    values: NDArray[np.float32] = np.asarray(image, dtype=np.float32)
+    scale = 255.0 if image.mode == "F" else 255.0 / 65535.0
+    eight: ImageU8 = np.clip(np.nan_to_num(values) * scale + 0.5, 0, 255).astype(np.uint8)
+    return eight

@@ -1,0 +1,121 @@
+"""A loaded model that mattes arrays: the object behind ``icm_cli.load`` and the ``icm matte`` command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from icm_cli.device import Device, resolve_device
+from icm_cli.geometry import Float, ImageU8, Placement
+from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.loading import load_model, resolve_config
+from icm_cli.references import Reference, make_guidance
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A target made ready for the model: its pixels at the source's size and on the canvas."""
+
+    rgb: ImageU8
+    canvas: ImageU8
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class CanvasMatte:
+    """What the model says of one frame: alpha float32 [H,W] 0..1 on the canvas, confidence 0..1, found."""
+
+    alpha: Float
+    confidence: float
+    found: bool
+
+
+class Matter:
+    """A model on its device. ``icm_cli.load`` makes one; ``reference`` shows it the thing, ``matte`` pulls it."""
+
+    def __init__(self, model: InContextMatting, device: Device) -> None:
+        self.device = device
+        self.model = model.place(device.torch, device.dtype)
+
+    def reference(self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]]) -> Any:
+        """Show the model the thing: pairs of a picture, sRGB uint8 [H,W,3], and its mask.
+
+        A mask is bool, uint8 0..255 or float 0..1, [h,w], of its picture's shape. Returns what :meth:`matte`
+        takes; its features are computed once, here. Raises UsageError for an unusable mask.
+        """
+        with torch.inference_mode():
+            return self.model.reference([self._reference_tensors(_as_reference(pair)) for pair in pairs])
+
+    def prepare(self, rgb: ImageU8) -> Frame:
+        """Bring a picture, sRGB uint8 [H,W,3] of any size, to the canvas. Touches no model: safe in threads."""
+        placement = self.model.backbone.canvas.place(*rgb.shape[:2])
+        return Frame(rgb, placement.to_canvas(rgb), placement)
+
+    def infer(self, frames: Sequence[Frame], reference: Any) -> list[CanvasMatte]:
+        """Run the model on frames of one canvas size."""
+        valid = self._on_device(np.stack([frame.placement.valid() for frame in frames]))
+        matte = self.model.infer(self._images([frame.canvas for frame in frames]), valid, reference)
+        alphas = matte.alpha[:, 0].float().cpu().numpy()
+        return [
+            CanvasMatte(alpha, float(confidence), bool(found))
+            for alpha, confidence, found in zip(alphas, matte.confidence, matte.found, strict=True)
+        ]
+
+    def matte(self, rgb: ImageU8, reference: Any) -> ImageU8:
+        """Alpha, uint8 [H,W], of a picture, sRGB uint8 [H,W,3], at exactly its size."""
+        frame = self.prepare(rgb)
+        return frame.placement.to_source(self.infer([frame], reference)[0].alpha, rgb)
+
+    def _reference_tensors(self, reference: Reference) -> tuple[Tensor, Tensor, Tensor]:
+        frame = self.prepare(reference.rgb)
+        guidance = frame.placement.to_canvas(reference.guidance.astype(np.uint8) * 255) > 127
+        return (
+            self._images([frame.canvas]),
+            self._on_device(guidance[None, None]).float(),
+            self._on_device(frame.placement.valid()[None]),
+        )
+
+    def _images(self, canvases: Sequence[ImageU8]) -> Tensor:
+        return self._on_device(np.stack(canvases)).permute(0, 3, 1, 2).float() / 255.0
+
+    def _on_device(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.device.torch)
+
+
+def load(
+    model: str | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    weights: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    offline: bool = False,
+) -> Matter:
+    """Load a model to matte arrays with; the arguments are the options of ``icm matte``.
+
+    >>> matter = icm_cli.load()
+    >>> cup = matter.reference([(reference_rgb, mask)])
+    >>> alpha = matter.matte(rgb, cup)
+
+    Raises ConfigError when the model, its weights or the device cannot be used.
+    """
+    path = Path(checkpoint) if checkpoint is not None else None
+    target = resolve_device(device, dtype)
+    config = resolve_config(model, path)
+    return Matter(load_model(config, checkpoint=path, weights=weights, offline=offline, seed=seed), target)
+
+
+def _as_reference(pair: Reference | tuple[ImageU8, NDArray[Any]]) -> Reference:
+    if isinstance(pair, Reference):
+        return pair
+    rgb, mask = pair
+    u8 = mask if mask.dtype == np.uint8 else np.clip(mask.astype(np.float32) * 255 + 0.5, 0, 255).astype(np.uint8)
+    return Reference(rgb, make_guidance(u8, rgb.shape[:2], "the mask", notice=lambda _: None))

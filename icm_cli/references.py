@@ -1,0 +1,86 @@
+"""Read references and their masks, and refuse those that cannot show anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icm_cli.errors import ImageError, UsageError
+from icm_cli.geometry import ImageU8, resize
+from icm_cli.images import read_matte, read_picture
+
+ASPECT_TOLERANCE = 0.01
+"""Largest relative difference between the aspect ratios of a reference and its mask."""
+FOREGROUND_THRESHOLD = 0.5
+"""A soft mask's pixels above this are foreground (published code)."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A picture, sRGB uint8 [H,W,3], and the guidance bool [H,W] that marks the thing in it."""
+
+    rgb: ImageU8
+    guidance: NDArray[np.bool_]
+
+
+def read_references(refs: Sequence[Path], masks: Sequence[Path], notice: Callable[[str], None]) -> list[Reference]:
+    """Read every reference with its mask; without masks each reference must be an RGBA cut-out.
+
+    Raises UsageError, naming the file and what is wrong with it.
+    """
+    if not refs:
+        raise UsageError("no reference was given; give --ref IMAGE and --mask MASK")
+    if masks and len(masks) != len(refs):
+        raise UsageError(
+            f"{len(refs)} references but {len(masks)} masks were given; give one --mask for each --ref, in the same order"
+        )
+    pairs = zip(refs, masks or [None] * len(refs), strict=True)
+    return [_read_reference(ref, mask, notice) for ref, mask in pairs]
+
+
+def make_guidance(mask: ImageU8, size: tuple[int, int], name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
+    """A mask uint8 [h,w] -> guidance bool of the reference's size (height, width).
+
+    ``name`` stands for the mask in messages. Raises UsageError when it has another shape, is empty or full.
+    """
+    if mask.shape != size:
+        _check_aspect(mask.shape, size, name)
+        notice(f"{name} is {_size(mask.shape)} and its reference {_size(size)}; the mask was resized")
+        mask = resize(mask, size)
+    guidance: NDArray[np.bool_] = mask > FOREGROUND_THRESHOLD * 255
+    if not guidance.any():
+        raise UsageError(f"{name} is empty: its largest value is {mask.max()} of 255, and the thing must be above half")
+    if guidance.all():
+        raise UsageError(f"{name} is full: every pixel is foreground, so nothing tells the thing from the rest")
+    return guidance
+
+
+def _read_reference(ref: Path, mask: Path | None, notice: Callable[[str], None]) -> Reference:
+    try:
+        picture = read_picture(ref)
+        if mask is not None:
+            matte, name = read_matte(mask), f"mask {mask}"
+        elif picture.alpha is not None and picture.alpha.min() != picture.alpha.max():
+            matte, name = picture.alpha, f"the alpha of reference {ref}"
+        else:
+            raise UsageError(f"reference {ref} has no mask and is no RGBA cut-out; give --mask with the thing in white")
+    except ImageError as error:
+        raise UsageError(f"reference or mask cannot be used: {error}") from error
+    return Reference(picture.rgb, make_guidance(matte, picture.rgb.shape[:2], name, notice))
+
+
+def _check_aspect(mask: tuple[int, ...], reference: tuple[int, int], name: str) -> None:
+    ratio = (mask[1] / mask[0]) / (reference[1] / reference[0])
+    if abs(ratio - 1) > ASPECT_TOLERANCE:
+        raise UsageError(
+            f"{name} is {_size(mask)} and its reference {_size(reference)}, another shape; "
+            "give a mask drawn on this very picture"
+        )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}"
