@@ -1,1 +1,30 @@
-"""icm: in-context matting for whole folders."""
+"""icm: show it one reference image with a mask, and it pulls that thing out of every image of a folder.
+
+``icm_cli.matte(...)`` is the command ``icm matte``; ``icm_cli.load(...)`` gives an object that mattes arrays.
+Guo et al., "In-Context Matting", CVPR 2024.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from icm_cli.matter import load
+    from icm_cli.matting import matte
+
+__version__ = version("icm-cli")
+__all__ = ["__version__", "load", "matte"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the API when it is first asked for, so that ``icm --help`` need not wait for torch."""
+    if name == "matte":
+        from icm_cli.matting import matte
+
+        return matte
+    if name == "load":
+        from icm_cli.matter import load
+
+        return load
+    raise AttributeError(f"module 'icm_cli' has no attribute {name!r}")

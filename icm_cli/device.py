@@ -19,7 +19,7 @@ CUDA_BATCH_SIZE = 8
 class Device:
     """Where the model runs and in which dtype its convolutions and projections do."""
 
-    torch: torch.device
+    place: torch.device
     dtype: torch.dtype
 
     @property
@@ -29,17 +29,17 @@ class Device:
     @property
     def auto_batch_size(self) -> int:
         """Batches pay on a GPU; on a CPU they only cost memory."""
-        return CUDA_BATCH_SIZE if self.torch.type == "cuda" else 1
+        return CUDA_BATCH_SIZE if self.place.type == "cuda" else 1
 
     def describe(self) -> str:
         """For example "cuda:0 (NVIDIA H200), float16"."""
-        kind = f" ({torch.cuda.get_device_name(self.torch)})" if self.torch.type == "cuda" else ""
-        return f"{self.torch}{kind}, {self.dtype_name}"
+        kind = f" ({torch.cuda.get_device_name(self.place)})" if self.place.type == "cuda" else ""
+        return f"{self.place}{kind}, {self.dtype_name}"
 
     def peak_memory_bytes(self) -> int:
         """The most memory held so far: the GPU's on CUDA, else the process's."""
-        if self.torch.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.torch)
+        if self.place.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.place)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
@@ -71,9 +71,9 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 def release_memory(device: Device) -> None:
     """Give cached GPU memory back after running out of it."""
-    if device.torch.type == "cuda":
+    if device.place.type == "cuda":
         torch.cuda.empty_cache()
-    elif device.torch.type == "mps":
+    elif device.place.type == "mps":
         torch.mps.empty_cache()
 
 

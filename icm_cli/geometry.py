@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar, cast
 
 import cv2
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 ImageU8: TypeAlias = NDArray[np.uint8]
 Float: TypeAlias = NDArray[np.float32]
+Pixels = TypeVar("Pixels", ImageU8, Float)
 
 GUIDED_RADIUS_PX = 2
 """Radius of the guided filter's window, in pixels of the canvas."""
@@ -60,7 +61,9 @@ class Placement:
         small = resize(image, self.content)
         below = self.canvas[0] - self.content[0]
         right = self.canvas[1] - self.content[1]
-        return _u8(cv2.copyMakeBorder(small, 0, below, 0, right, cv2.BORDER_REPLICATE)) if below or right else small
+        if not (below or right):
+            return small
+        return cast(ImageU8, cv2.copyMakeBorder(small, 0, below, 0, right, cv2.BORDER_REPLICATE))
 
     def valid(self) -> NDArray[np.bool_]:
         """True on the canvas where the frame lies, False at padding."""
@@ -78,15 +81,15 @@ class Placement:
         return guided_upsample(inside, image)
 
 
-def resize(image: NDArray[np.generic], size: tuple[int, int]) -> NDArray[np.generic]:
-    """Resize to (height, width): area averaging where the image shrinks, bicubic colour or bilinear alpha where it grows."""
+def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
+    """Resize to (height, width): area averaging where it shrinks, bicubic uint8 or bilinear float32 where it grows."""
     if image.shape[:2] == size:
         return image
-    shrinks = size[0] * size[1] < image.shape[0] * image.shape[1]
-    if shrinks:
-        return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-    grow = cv2.INTER_CUBIC if image.dtype == np.uint8 else cv2.INTER_LINEAR
-    return cv2.resize(image, size[::-1], interpolation=grow)
+    if size[0] * size[1] < image.shape[0] * image.shape[1]:
+        how = cv2.INTER_AREA
+    else:
+        how = cv2.INTER_CUBIC if image.dtype == np.uint8 else cv2.INTER_LINEAR
+    return cast(Pixels, cv2.resize(image, size[::-1], interpolation=how))
 
 
 def guided_upsample(alpha: Float, image: ImageU8) -> ImageU8:
@@ -99,7 +102,7 @@ def guided_upsample(alpha: Float, image: ImageU8) -> ImageU8:
     alpha float32 [h,w] 0..1, image sRGB uint8 [H,W,3] -> uint8 [H,W].
     """
     height, width = image.shape[:2]
-    guide = resize(image, alpha.shape).astype(np.float32) / 255.0
+    guide = resize(image, (alpha.shape[0], alpha.shape[1])).astype(np.float32) / 255.0
     coefficients = _local_linear_fit(guide, alpha)
     out = np.empty((height, width), np.uint8)
     rows_at_a_time = max(1, STRIP_PIXELS // width)
@@ -113,7 +116,7 @@ def guided_upsample(alpha: Float, image: ImageU8) -> ImageU8:
 
 def to_u8(alpha: Float) -> ImageU8:
     """Alpha 0..1 (anything outside is clipped) -> uint8 0..255, rounded to nearest."""
-    return np.clip(alpha * 255.0 + 0.5, 0, 255).astype(np.uint8)
+    return cast(ImageU8, np.clip(alpha * 255.0 + 0.5, 0, 255).astype(np.uint8))
 
 
 def _local_linear_fit(guide: Float, alpha: Float) -> Float:
@@ -121,7 +124,7 @@ def _local_linear_fit(guide: Float, alpha: Float) -> Float:
 
     def mean(values: Float) -> Float:
         size = 2 * GUIDED_RADIUS_PX + 1
-        return cv2.blur(values, (size, size), borderType=cv2.BORDER_REFLECT)
+        return cast(Float, cv2.blur(values, (size, size), borderType=cv2.BORDER_REFLECT))
 
     mean_guide, mean_alpha = mean(guide), mean(alpha)
     covariance = mean(guide * alpha[..., None]) - mean_guide * mean_alpha[..., None]
@@ -145,7 +148,7 @@ def _local_linear_fit(guide: Float, alpha: Float) -> Float:
         axis=-1,
     )
     b = mean_alpha - np.einsum("hwc,hwc->hw", a, mean_guide)
-    return mean(np.concatenate([a, b[..., None]], axis=-1))
+    return mean(np.concatenate([a, b[..., None]], axis=-1, dtype=np.float32))
 
 
 _UPPER = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
@@ -159,7 +162,7 @@ def _rows_upsampled(coefficients: Float, top: int, bottom: int, height: int, wid
     below = np.minimum(above + 1, rows - 1)
     weight = (y - above)[:, None, None]
     mixed = coefficients[above] * (1 - weight) + coefficients[below] * weight
-    return cv2.resize(mixed, (width, bottom - top), interpolation=cv2.INTER_LINEAR)
+    return cast(Float, cv2.resize(mixed, (width, bottom - top), interpolation=cv2.INTER_LINEAR))
 
 
 def _round_up(value: int, multiple: int) -> int:

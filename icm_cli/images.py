@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from icm_cli.errors import ImageError
 from icm_cli.files import atomic_write
 from icm_cli.geometry import ImageU8
 
 IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .gif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+    {".avif", ".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm"}
+    | {".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
 )
 PNG_COMPRESSION = 1
 """zlib level: an alpha is mostly flat, and higher levels cost far more time than they save space."""
@@ -81,7 +82,7 @@ def read_stamp(path: Path) -> dict[str, str] | None:
             image.verify()
     except _DECODE_ERRORS:
         return None
-    return {key: value for key, value in stamp.items() if isinstance(value, str)}
+    return {str(key): value for key, value in stamp.items() if isinstance(value, str)}
 
 
 @contextlib.contextmanager
@@ -99,7 +100,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ImageError(f"{path} cannot be read: permission denied") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; scale it down") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ImageError(f"{path} {_not_an_image(path)}") from None
     except _DECODE_ERRORS as error:
         raise ImageError(f"{path} is damaged or cut short ({' '.join(str(error).split())}); get a whole copy") from None

@@ -42,7 +42,7 @@ class Matter:
 
     def __init__(self, model: InContextMatting, device: Device) -> None:
         self.device = device
-        self.model = model.place(device.torch, device.dtype)
+        self.model = model.place(device.place, device.dtype)
 
     def reference(self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]]) -> Any:
         """Show the model the thing: pairs of a picture, sRGB uint8 [H,W,3], and its mask.
@@ -75,7 +75,8 @@ class Matter:
 
     def _reference_tensors(self, reference: Reference) -> tuple[Tensor, Tensor, Tensor]:
         frame = self.prepare(reference.rgb)
-        guidance = frame.placement.to_canvas(reference.guidance.astype(np.uint8) * 255) > 127
+        share = frame.placement.to_canvas(reference.guidance.astype(np.uint8) * 255)
+        guidance = share > min(127, int(share.max()) - 1)  # a thing of a few pixels must not vanish on the canvas
         return (
             self._images([frame.canvas]),
             self._on_device(guidance[None, None]).float(),
@@ -86,7 +87,7 @@ class Matter:
         return self._on_device(np.stack(canvases)).permute(0, 3, 1, 2).float() / 255.0
 
     def _on_device(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self.device.torch)
+        return torch.from_numpy(array).to(self.device.place)
 
 
 def load(

@@ -36,10 +36,9 @@ def read_references(refs: Sequence[Path], masks: Sequence[Path], notice: Callabl
         raise UsageError("no reference was given; give --ref IMAGE and --mask MASK")
     if masks and len(masks) != len(refs):
         raise UsageError(
-            f"{len(refs)} references but {len(masks)} masks were given; give one --mask for each --ref, in the same order"
+            f"{len(refs)} references but {len(masks)} masks were given; give one --mask for each --ref, in their order"
         )
-    pairs = zip(refs, masks or [None] * len(refs), strict=True)
-    return [_read_reference(ref, mask, notice) for ref, mask in pairs]
+    return [_read_reference(ref, masks[n] if masks else None, notice) for n, ref in enumerate(refs)]
 
 
 def make_guidance(mask: ImageU8, size: tuple[int, int], name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:

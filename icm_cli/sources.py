@@ -1,0 +1,152 @@
+"""Which images to matte, and where each one's alpha goes."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from icm_cli.errors import UsageError
+from icm_cli.files import TEMPORARY_PREFIX
+from icm_cli.images import IMAGE_SUFFIXES
+
+LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to matte: its file, its name below the sources' root, and its alpha's file."""
+
+    source: Path
+    name: Path
+    output: Path
+
+
+def plan_jobs(
+    src: str | Path,
+    out: Path,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    references: Sequence[Path] = (),
+    notice: Callable[[str], None],
+) -> list[Job]:
+    """List every image that ``src`` names, with its mirrored output below ``out``, sorted by name.
+
+    ``src``: a folder (searched recursively), an image, a glob, a text file with a path a line (relative to the
+    working directory), or "-" for such a list on standard input. ``include`` and ``exclude`` are globs matched
+    against the path below the sources' root and against the bare name. The output tree, the references and
+    their masks are left out. Raises UsageError before anything is written.
+    """
+    root, found = _find(src)
+    if root.resolve() == out.resolve():
+        raise UsageError(f"the source folder {root} is also the output folder; give --out another folder")
+    found = _without(found, _below(out, root), "in the output folder", notice)
+    protected = {path.resolve() for path in references}
+    found = _without(found, lambda path: path.resolve() in protected, "a reference or its mask", notice)
+    jobs = [
+        _job(path, root, out) for path in sorted(set(found)) if _is_wanted(path.relative_to(root), include, exclude)
+    ]
+    if not jobs:
+        raise UsageError(f"no images were found in {src}; {_what_was_expected(include, exclude)}")
+    _check_collisions(jobs)
+    return jobs
+
+
+def _find(src: str | Path) -> tuple[Path, list[Path]]:
+    """The root that the output tree mirrors, and the files."""
+    text, path = str(src), Path(src)
+    if text == "-":
+        return _listed(sys.stdin, "standard input")
+    if path.is_dir():
+        return path, [file for file in _walk(path) if file.suffix.lower() in IMAGE_SUFFIXES]
+    if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
+        try:
+            return _listed(path.read_text(encoding="utf-8-sig").splitlines(), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the list {path} cannot be read ({error}); expected UTF-8 text, a path a line") from error
+    if path.is_file():
+        return path.parent, [path]
+    if glob.has_magic(text):
+        return _common_root(Path(match) for match in glob.iglob(text, recursive=True) if Path(match).is_file())
+    raise UsageError(f"source {text} does not exist; expected a folder, an image, a quoted glob, a text list or -")
+
+
+def _walk(folder: Path) -> Iterable[Path]:
+    """Every file below a folder that is not hidden; links to folders are followed, each folder entered once."""
+    entered = {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        fresh = {name: os.path.realpath(Path(parent) / name) for name in folders if not name.startswith(".")}
+        folders[:] = sorted(name for name, real in fresh.items() if real not in entered)
+        entered.update(fresh.values())
+        yield from (Path(parent) / name for name in files if not name.startswith("."))
+
+
+def _listed(lines: Iterable[str], where: str) -> tuple[Path, list[Path]]:
+    paths = [Path(line.strip()) for line in lines if line.strip()]
+    if not paths:
+        raise UsageError(f"{where} lists no images; expected a path a line")
+    return _common_root(paths)
+
+
+def _common_root(paths: Iterable[Path]) -> tuple[Path, list[Path]]:
+    absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100  resolve() would rename links
+    if not absolute:
+        return Path.cwd(), []
+    return Path(os.path.commonpath([path.parent for path in absolute])), absolute
+
+
+def _below(folder: Path, root: Path) -> Callable[[Path], bool]:
+    """Whether a path lies below ``folder``, asked only where that itself lies below the sources' root."""
+    inside = folder.resolve()
+    if root.resolve() not in inside.parents:
+        return lambda _: False
+    return lambda path: inside in path.resolve().parents
+
+
+def _without(
+    paths: Sequence[Path], is_dropped: Callable[[Path], bool], why: str, notice: Callable[[str], None]
+) -> list[Path]:
+    dropped = {path for path in paths if is_dropped(path)}
+    if dropped:
+        first = min(dropped)
+        more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
+        notice(f"{first}{more} skipped: {why}")
+    return [path for path in paths if path not in dropped]
+
+
+def _is_wanted(name: Path, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    def matches(patterns: Sequence[str]) -> bool:
+        return any(fnmatch(name.as_posix(), pattern) or fnmatch(name.name, pattern) for pattern in patterns)
+
+    return (not include or matches(include)) and not matches(exclude) and not name.name.startswith(TEMPORARY_PREFIX)
+
+
+def _job(source: Path, root: Path, out: Path) -> Job:
+    name = source.relative_to(root)
+    return Job(source, name, out / name.with_suffix(".png"))
+
+
+def _check_collisions(jobs: Sequence[Job]) -> None:
+    sources = {job.source.resolve() for job in jobs}
+    taken: dict[Path, Path] = {}
+    for job in jobs:
+        first = taken.setdefault(job.output, job.source)
+        if first != job.source:
+            raise UsageError(
+                f"{first} and {job.source} would both be written to {job.output}; "
+                "rename one, or leave one out with --exclude"
+            )
+        if job.output.resolve() in sources:
+            raise UsageError(f"{job.output} would be written over a source image; give --out another folder")
+
+
+def _what_was_expected(include: Sequence[str], exclude: Sequence[str]) -> str:
+    kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+    if include or exclude:
+        return f"--include and --exclude may leave none; expected at least one of {kinds}"
+    return f"expected at least one of {kinds}"
