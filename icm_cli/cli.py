@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Annotated, Optional
 
 import typer
+from typing_extensions import Self
 
 from icm_cli.errors import IcmError
 
@@ -45,7 +46,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def icm(
-    version: Annotated[  # noqa: ARG001  the callback reads it
+    version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and the devices."),
     ] = False,
@@ -148,19 +149,19 @@ def matte(
 @contextlib.contextmanager
 def _exit_codes(verbose: bool) -> Iterator[None]:
     """Turn errors and signals into one sentence and an exit code; --verbose shows the traceback too."""
-    interrupt = Interrupt()
-    try:
-        yield
-    except IcmError as error:
-        if verbose:
-            import traceback
+    with Interrupt() as interrupt:
+        try:
+            yield
+        except IcmError as error:
+            if verbose:
+                import traceback
 
-            traceback.print_exc()
-        print(f"icm: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("icm: interrupted; run the same command again to go on", file=sys.stderr)
-        raise typer.Exit(interrupt.exit_code) from None
+                traceback.print_exc()
+            print(f"icm: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("icm: interrupted; run the same command again to go on", file=sys.stderr)
+            raise typer.Exit(interrupt.exit_code) from None
 
 
 class Interrupt:
@@ -169,8 +170,14 @@ class Interrupt:
     def __init__(self) -> None:
         self.exit_code = SIGNAL_EXIT_CODES[signal.SIGINT]
         self._is_raised = False
-        for number in SIGNAL_EXIT_CODES:
-            signal.signal(number, self._receive)
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNAL_EXIT_CODES}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self._is_raised:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ IMAGE_SUFFIXES = frozenset(
 PNG_COMPRESSION = 1
 """zlib level: an alpha is mostly flat, and higher levels cost far more time than they save space."""
 
+_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
@@ -77,10 +79,13 @@ def write_alpha(path: Path, alpha: ImageU8, stamp: Mapping[str, str]) -> None:
 def read_stamp(path: Path) -> dict[str, str] | None:
     """The text chunks of a whole PNG (every chunk's checksum is tested), None for anything else."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             stamp = dict(image.info)
             image.verify()
     except _DECODE_ERRORS:
+        return None
+    if not data.endswith(_PNG_END):  # the one chunk that verify() leaves out
         return None
     return {str(key): value for key, value in stamp.items() if isinstance(value, str)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from icm_cli.matting import Listener
 
@@ -24,7 +24,7 @@ class Terminal(Listener):
         self.verbose = verbose
         self.total = 0
         self.ended = 0
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
 
     def notice(self, text: str) -> None:
         if not self.quiet:

@@ -1,0 +1,96 @@
+"""What many tests need: a small scene, a small model, and the command run in this process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+DEMO = Path(__file__).parent / "demo"
+
+SMALL_MODEL = """
+backbone: {name: efficientnet-lite, long_side_px: 224}
+head: {name: training-free}
+"""
+
+
+@pytest.fixture
+def small_model(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL_MODEL)
+    return path
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Path:
+    """A folder with ref.png, mask.png and three pictures of the demo in imgs/, one of them in a subfolder."""
+    folder = tmp_path / "scene"
+    (folder / "imgs" / "sub").mkdir(parents=True)
+    shrink(DEMO / "ref.jpg", folder / "ref.png", 200)
+    shrink(DEMO / "mask.png", folder / "mask.png", 200)
+    shrink(DEMO / "imgs" / "brickwall.jpg", folder / "imgs" / "wall.jpg", 160)
+    shrink(DEMO / "imgs" / "launchpad.jpg", folder / "imgs" / "pad.0101.png", 200)
+    shrink(DEMO / "imgs" / "deepfield.jpg", folder / "imgs" / "sub" / "deep.png", 160)
+    return folder
+
+
+def shrink(source: Path, target: Path, long_side: int) -> None:
+    image = cv2.imread(str(source), cv2.IMREAD_UNCHANGED)
+    scale = long_side / max(image.shape[:2])
+    cv2.imwrite(str(target), cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+
+
+Icm = Callable[..., Result]
+
+
+@pytest.fixture
+def icm(scene: Path, small_model: Path) -> Icm:
+    """Runs ``icm matte`` on the scene through the command itself; keyword arguments replace or add options."""
+
+    def run(*flags: str, **options: str | Path | Sequence[str | Path] | None) -> Result:
+        from icm_cli.cli import app
+
+        given: dict[str, object] = {
+            "ref": scene / "ref.png",
+            "mask": scene / "mask.png",
+            "src": scene / "imgs",
+            "out": scene / "out",
+            "model": small_model,
+            "device": "cpu",
+            **options,
+        }
+        return CliRunner().invoke(app, ["matte", *arguments(given), *flags], catch_exceptions=False)
+
+    return run
+
+
+def arguments(options: dict[str, object]) -> list[str]:
+    line: list[str] = []
+    for name, value in options.items():
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if one is not None:
+                line += [f"--{name.replace('_', '-')}", str(one)]
+    return line
+
+
+def alphas(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder by its relative name."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def read(path: Path) -> np.ndarray:
+    return cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def copy_many(source: Path, folder: Path, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        shutil.copy(source, folder / f"{number:04d}{source.suffix}")

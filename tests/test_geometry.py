@@ -1,0 +1,87 @@
+"""Every pixel, at the source's size."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icm_cli.geometry import CanvasRule, Placement, guided_upsample, resize
+
+SIDES = st.integers(1, 6000)
+RULES = st.sampled_from([CanvasRule(768, 768, square=True), CanvasRule(896, 32, square=False)])
+
+
+@given(RULES, SIDES, SIDES)
+def test_frame_lies_whole_and_unstretched_on_the_canvas(rule: CanvasRule, height: int, width: int) -> None:
+    placement = rule.place(height, width)
+    assert max(placement.content) == rule.long_side_px
+    assert placement.content[0] <= placement.canvas[0]
+    assert placement.content[1] <= placement.canvas[1]
+    assert all(side % 32 == 0 for side in placement.canvas)
+    scale = rule.long_side_px / max(height, width)
+    assert abs(placement.content[0] - height * scale) <= 1
+    assert abs(placement.content[1] - width * scale) <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.booleans())
+def test_alpha_comes_back_at_the_sources_size(height: int, width: int, square: bool) -> None:
+    placement = CanvasRule(96, 32, square=square).place(height, width)
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    alpha = placement.to_source(np.full(placement.canvas, 0.5, np.float32), image)
+    assert alpha.shape == (height, width)
+    assert alpha.dtype == np.uint8
+    assert abs(alpha.astype(int) - 128).max() <= 1  # a constant alpha stays what it is, whatever the image
+
+
+@pytest.mark.parametrize(("height", "width"), [(50, 20000), (20000, 50), (1, 1)])
+def test_extreme_shapes_return(height: int, width: int) -> None:
+    placement = CanvasRule(896, 32, square=False).place(height, width)
+    image = np.zeros((height, width, 3), np.uint8)
+    assert placement.to_canvas(image).shape == (*placement.canvas, 3)
+    assert placement.to_source(np.ones(placement.canvas, np.float32), image).min() == 255
+
+
+def test_padding_replicates_the_edge_and_is_not_valid() -> None:
+    placement = CanvasRule(64, 64, square=True).place(64, 40)
+    image = np.random.default_rng(1).integers(0, 256, (64, 40, 3), np.uint8)
+    canvas = placement.to_canvas(image)
+    assert (canvas[:, :40] == image).all()
+    assert (canvas[:, 40:] == image[:, 39:40]).all()
+    assert placement.valid().sum() == 64 * 40
+
+
+def test_source_of_the_canvas_size_is_not_refined() -> None:
+    placement = CanvasRule(64, 32, square=False).place(64, 64)
+    rng = np.random.default_rng(2)
+    alpha = rng.random((64, 64), np.float32)
+    image = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    assert (placement.to_source(alpha, image) == np.floor(alpha * 255 + 0.5)).all()
+
+
+def test_guided_upsampling_follows_edges_that_bilinear_blurs() -> None:
+    """A disc eight times larger than its alpha: the error falls to less than half of bilinear's."""
+    truth = np.zeros((800, 800), np.uint8)
+    cv2.circle(truth, (410, 395), 230, 255, -1, cv2.LINE_AA)
+    image = np.where(truth[..., None] > 127, np.uint8([200, 120, 40]), np.uint8([30, 60, 110]))
+    image = cv2.GaussianBlur(image, (3, 3), 0.7)
+    small = resize(truth.astype(np.float32) / 255, (100, 100))
+    bilinear = cv2.resize(small, (800, 800), interpolation=cv2.INTER_LINEAR) * 255
+    error = np.abs(guided_upsample(small, image).astype(float) - truth).mean()
+    assert error < 0.5 * np.abs(bilinear - truth).mean()
+
+
+def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    image = rng.integers(0, 256, (150, 130, 3), np.uint8)
+    alpha = rng.random((30, 26), np.float32)
+    whole = guided_upsample(alpha, image)
+    monkeypatch.setattr("icm_cli.geometry.STRIP_PIXELS", 7 * 130)
+    assert (guided_upsample(alpha, image) == whole).all()
+
+
+def test_placement_of_the_published_canvas() -> None:
+    assert CanvasRule(768, 768, square=True).place(1080, 1920) == Placement((1080, 1920), (432, 768), (768, 768))

@@ -1,0 +1,144 @@
+"""Pictures and masks of every usual kind, and every way a file can be bad."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from icm_cli.errors import ImageError, OutputError
+from icm_cli.images import read_matte, read_picture, read_stamp, write_alpha
+
+RGB = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+
+
+def saved(path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def test_rgb(tmp_path: Path) -> None:
+    picture = read_picture(saved(tmp_path / "名 前 é.png", Image.fromarray(RGB)))
+    assert (picture.rgb == RGB).all()
+    assert picture.alpha is None
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    corner = np.zeros((40, 60, 3), np.uint8)
+    corner[:10, :10] = 255  # the stored top left corner
+    picture = read_picture(saved(tmp_path / "a.png", Image.fromarray(corner), exif=exif))
+    assert picture.rgb.shape == ((60, 40, 3) if orientation >= 5 else (40, 60, 3))
+    rows, columns = np.nonzero(picture.rgb[..., 0])
+    top, left = rows.min() == 0, columns.min() == 0
+    expected = {1: (1, 1), 2: (1, 0), 3: (0, 0), 4: (0, 1), 5: (1, 1), 6: (1, 0), 7: (0, 0), 8: (0, 1)}
+    assert (top, left) == expected[orientation]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_cmyk(tmp_path: Path, suffix: str) -> None:
+    flat = Image.new("RGB", (32, 32), (200, 30, 60)).convert("CMYK")
+    rgb = read_picture(saved(tmp_path / f"a.{suffix}", flat)).rgb
+    assert np.abs(rgb[16, 16].astype(int) - (200, 30, 60)).max() <= 4
+
+
+def test_greyscale_and_palette(tmp_path: Path) -> None:
+    grey = read_picture(saved(tmp_path / "g.jpg", Image.fromarray(RGB).convert("L"))).rgb
+    assert grey.shape == RGB.shape
+    assert (grey[..., 0] == grey[..., 2]).all()
+    assert read_picture(saved(tmp_path / "p.gif", Image.fromarray(RGB))).rgb.shape == RGB.shape
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bit(tmp_path: Path, channels: int, suffix: str) -> None:
+    deep = np.random.default_rng(1).integers(0, 65536, (20, 30, channels)).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / f"a.{suffix}"), deep)
+    picture = read_picture(tmp_path / f"a.{suffix}")
+    expected = deep[..., 2::-1] if channels > 1 else np.repeat(deep, 3, -1)
+    assert np.abs(picture.rgb.astype(float) - expected / 257).max() <= 1
+    assert (picture.alpha is not None) == (channels == 4)
+
+
+def test_own_alpha_is_kept_apart(tmp_path: Path) -> None:
+    rgba = np.dstack([RGB, RGB[..., 0]])
+    picture = read_picture(saved(tmp_path / "a.png", Image.fromarray(rgba)))
+    assert (picture.rgb == RGB).all()
+    assert picture.alpha is not None
+    assert (picture.alpha == rgba[..., 3]).all()
+
+
+def test_masks_of_all_kinds_are_one_mask(tmp_path: Path) -> None:
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:15, 5:20] = 255
+    black, white = np.zeros((20, 30, 3), np.uint8), np.full((20, 30), 255, np.uint8)
+    cv2.imwrite(str(tmp_path / "deep.png"), mask.astype(np.uint16) * 257)
+    files = [
+        saved(tmp_path / "grey.png", Image.fromarray(mask)),
+        saved(tmp_path / "rgb.png", Image.fromarray(np.repeat(mask[..., None], 3, -1))),
+        saved(tmp_path / "red.png", Image.fromarray(np.dstack([mask, mask * 0, mask * 0]))),
+        saved(tmp_path / "bit.png", Image.fromarray(mask).convert("1")),
+        saved(tmp_path / "alpha.png", Image.fromarray(np.dstack([black, mask]))),
+        saved(tmp_path / "opaque.png", Image.fromarray(np.dstack([mask, mask, mask, white]))),
+        tmp_path / "deep.png",
+    ]
+    for path in files:
+        assert (read_matte(path) == mask).all(), path.name
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["JPEG", "PNG", "TIFF", "WEBP"]), st.floats(0, 0.98))
+def test_a_torn_file_is_named(tmp_path_factory: pytest.TempPathFactory, kind: str, kept: float) -> None:
+    path = tmp_path_factory.mktemp("torn") / "a.img"
+    Image.fromarray(RGB).save(path, format=kind)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    with pytest.raises(ImageError, match=r"a\.img (is|cannot)"):
+        read_picture(path)
+
+
+def test_what_is_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(ImageError, match="not an image"):
+        read_picture(tmp_path / "text.png")
+    with pytest.raises(ImageError, match="does not exist"):
+        read_picture(tmp_path / "none.png")
+    with pytest.raises(ImageError, match="folder"):
+        read_picture(tmp_path)
+
+
+def test_alpha_is_one_channel_with_its_stamp(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "a.png"
+    write_alpha(path, RGB[..., 0], {"icm-digest": "abc"})
+    with Image.open(path) as image:
+        assert image.mode == "L"
+    assert (read_matte(path) == RGB[..., 0]).all()
+    assert read_stamp(path) == {"icm-digest": "abc"}
+    assert [file.name for file in path.parent.iterdir()] == ["a.png"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_damaged_alpha_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Cut anywhere, or one bit flipped anywhere: never taken for a finished alpha of the same digest."""
+    path = tmp_path_factory.mktemp("alpha") / "a.png"
+    write_alpha(path, RGB[..., 0], {"icm-digest": "abc"})
+    whole = path.read_bytes()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    if data.draw(st.booleans()):
+        path.write_bytes(whole[:at])
+    else:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << data.draw(st.integers(0, 7)))]) + whole[at + 1 :])
+    assert read_stamp(path) != {"icm-digest": "abc"}
+
+
+def test_an_output_in_an_unwritable_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_alpha(tmp_path / "file" / "a.png", RGB[..., 0], {})
