@@ -80,9 +80,11 @@ def _walk(folder: Path) -> Iterable[Path]:
     """Every file below a folder that is not hidden; links to folders are followed, each folder entered once."""
     entered = {os.path.realpath(folder)}
     for parent, folders, files in os.walk(folder, followlinks=True):
-        fresh = {name: os.path.realpath(Path(parent) / name) for name in folders if not name.startswith(".")}
-        folders[:] = sorted(name for name, real in fresh.items() if real not in entered)
-        entered.update(fresh.values())
+        for name in sorted(folders):
+            real = os.path.realpath(Path(parent) / name)
+            if name.startswith(".") or real in entered:
+                folders.remove(name)
+            entered.add(real)
         yield from (Path(parent) / name for name in files if not name.startswith("."))
 
 
