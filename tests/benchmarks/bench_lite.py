@@ -1,0 +1,109 @@
+"""What ``icm matte`` with the default model costs: a photograph, memory over many, 4K against the bare model.
+
+    python tests/benchmarks/bench_lite.py
+
+Every figure comes from a process of its own. Baselines are measured in the same run: 500 images against 50, and a
+folder of 4K JPEGs against the same pictures from decoded array to source-size alpha.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+DEMO = Path(__file__).parents[1] / "demo"
+MEGAPIXEL = (1152, 864)
+FOUR_K = (3840, 2160)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        print(f"help          {help_seconds():.2f} s (icm --help, best of 5)")
+        first, best, peak = photograph(root)
+        print(f"1 megapixel   {best:.2f} s an image (best of 6 in one run), first one {first:.2f} s, peak {peak:.0f} MB")
+        few, many = folder_peak(root, 50), folder_peak(root, 500)
+        print(f"memory        {few:.0f} MB over 50 images, {many:.0f} MB over 500: {many - few:+.0f} MB")
+        streamed, bare = four_k(root)
+        print(f"4K JPEGs      {streamed:.2f} s an image streamed, {bare:.2f} s array to alpha: {streamed / bare:.2f}x")
+
+
+def help_seconds() -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run(["icm", "--help"], stdout=subprocess.DEVNULL, check=True)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def photograph(root: Path) -> tuple[float, float, float]:
+    """First and best seconds an image of one megapixel, and the peak in MB."""
+    pictures(root / "mega", MEGAPIXEL, 7)
+    report = run_icm(root / "mega", root)
+    seconds = [image["seconds"] for image in report["images"]]
+    return seconds[0], min(seconds[1:]), report["summary"]["peak_memory_bytes"] / 1e6
+
+
+def folder_peak(root: Path, count: int) -> float:
+    """Peak memory in MB over ``count`` images of a quarter megapixel."""
+    pictures(root / f"n{count}", (576, 432), count)
+    return run_icm(root / f"n{count}", root)["summary"]["peak_memory_bytes"] / 1e6
+
+
+def four_k(root: Path) -> tuple[float, float]:
+    """Seconds an image: the folder by the command, and the model with its return to 4K on decoded arrays."""
+    pictures(root / "4k", FOUR_K, 10)
+    streamed = 1 / run_icm(root / "4k", root)["summary"]["images_per_second"]
+    code = (
+        "import sys, time, cv2, icm_cli\n"
+        "rgb = lambda path: cv2.imread(path)[..., ::-1].copy()\n"
+        "matter = icm_cli.load()\n"
+        f"thing = matter.reference([(rgb({str(DEMO / 'ref.jpg')!r}), cv2.imread({str(DEMO / 'mask.png')!r}, 0))])\n"
+        "pictures = [rgb(path) for path in sys.argv[1:]]\n"
+        "matter.matte(pictures[0], thing)\n"
+        "start = time.perf_counter()\n"
+        "for picture in pictures: matter.matte(picture, thing)\n"
+        "print((time.perf_counter() - start) / len(pictures))"
+    )
+    paths = sorted(map(str, (root / "4k").iterdir()))
+    bare = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True).stdout
+    return streamed, float(bare)
+
+
+def pictures(folder: Path, size: tuple[int, int], count: int) -> None:
+    """JPEGs of the demo's pictures, resized, so that decoding costs what photographs cost."""
+    folder.mkdir()
+    sources = sorted((DEMO / "imgs").iterdir())
+    made: dict[int, Path] = {}
+    for number in range(count):
+        kind, path = number % len(sources), folder / f"{number:04d}.jpg"
+        if kind in made:
+            shutil.copy(made[kind], path)
+            continue
+        image = cv2.resize(cv2.imread(str(sources[kind])), size, interpolation=cv2.INTER_CUBIC)
+        grain = np.random.default_rng(number).normal(0, 3, image.shape)
+        cv2.imwrite(str(path), np.clip(image + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 92])
+        made[kind] = path
+
+
+def run_icm(folder: Path, root: Path) -> dict[str, dict[str, float] | list[dict[str, float]]]:  # type: ignore[type-arg]
+    """The report of a run of the command over a folder."""
+    report = root / f"{folder.name}.json"
+    line = ["icm", "matte", "--ref", DEMO / "ref.jpg", "--mask", DEMO / "mask.png", "--src", folder]
+    line += ["--out", root / f"{folder.name}-out", "--report", report, "--quiet", "--device", "cpu"]
+    subprocess.run(list(map(os.fspath, line)), check=True)
+    return json.loads(report.read_text())
+
+
+if __name__ == "__main__":
+    main()

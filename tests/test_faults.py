@@ -1,0 +1,312 @@
+"""Bad input and bad luck: the exit code, one sentence, nothing lost, no torn file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from icm_cli.matter import Matter
+from tests.conftest import Icm, alphas, arguments, copy_many, read
+
+
+def sentence(stderr: str) -> str:
+    """The one line that says what is wrong."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("icm: ")
+    return lines[0]
+
+
+Damage = Callable[[Path], dict[str, object]]
+
+
+def wrong_shape(scene: Path) -> dict[str, object]:
+    cv2.imwrite(str(scene / "m.png"), np.pad(read(scene / "mask.png"), ((0, 0), (0, 90))))
+    return {"mask": scene / "m.png"}
+
+
+def flat_mask(value: int) -> Damage:
+    def damage(scene: Path) -> dict[str, object]:
+        cv2.imwrite(str(scene / "m.png"), np.full_like(read(scene / "mask.png"), value))
+        return {"mask": scene / "m.png"}
+
+    return damage
+
+
+def collision(scene: Path) -> dict[str, object]:
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "wall.jpeg")
+    return {}
+
+
+def file_at(name: str, content: bytes, option: str) -> Damage:
+    def damage(scene: Path) -> dict[str, object]:
+        (scene / name).write_bytes(content)
+        return {option: scene / name}
+
+    return damage
+
+
+def option(**options: object) -> Damage:
+    return lambda scene: {
+        name: [scene / one[1:] if str(one).startswith("@") else one for one in value]
+        if isinstance(value, list)
+        else scene / value[1:]
+        if isinstance(value, str) and value.startswith("@")
+        else value
+        for name, value in options.items()
+    }
+
+
+BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
+    "missing ref": (2, "none.png does not exist", option(ref="@none.png")),
+    "missing mask": (2, "none.png does not exist", option(mask="@none.png")),
+    "missing src": (2, "does not exist", option(src="@none")),
+    "torn ref": (2, "empty", file_at("torn.png", b"", "ref")),
+    "mask is text": (2, "not an image", file_at("m.png", b"hello", "mask")),
+    "counts differ": (2, "2 references but 1 masks", option(ref=["@ref.png", "@ref.png"])),
+    "no mask, no cut-out": (2, "no RGBA cut-out", option(mask=None)),
+    "empty mask": (2, "is empty", flat_mask(0)),
+    "full mask": (2, "is full", flat_mask(255)),
+    "mask of another shape": (2, "another shape", wrong_shape),
+    "output is source": (2, "also the output folder", option(out="@imgs")),
+    "collision": (2, "both be written to", collision),
+    "no images": (2, "no images were found", option(exclude="*")),
+    "report suffix": (2, "neither .csv nor .json", option(report="@r.txt")),
+    "contact sheet suffix": (2, "is no .png", option(contact_sheet="@c.jpg")),
+    "batch size": (2, "batch size is 'many'", option(batch_size="many")),
+    "batch size 0": (2, "batch size is 0", option(batch_size=0)),
+    "gt missing": (2, "ground truth folder", option(gt="@none")),
+    "gt matches nothing": (2, "no alpha named like any image", option(gt="@out/..")),
+    "unknown model": (3, "Did you mean 'lite'", option(model="light")),
+    "config missing": (3, "cannot be read", option(model="@none.yaml")),
+    "config not yaml": (3, "is not YAML", file_at("m.yaml", b"a: [", "model")),
+    "unknown key": (3, "Did you mean 'backbone'", file_at("m.yaml", b"backbon: {name: x}", "model")),
+    "unknown nested key": (
+        3,
+        "Did you mean 'long_side_px'",
+        file_at("m.yaml", b"backbone: {name: efficientnet-lite, long_side: 224}\nhead: {name: training-free}", "model"),
+    ),
+    "wrong type": (
+        3,
+        "long_side_px is 'big'; expected int",
+        file_at(
+            "m.yaml", b"backbone: {name: efficientnet-lite, long_side_px: big}\nhead: {name: training-free}", "model"
+        ),
+    ),
+    "impossible pair": (
+        3,
+        "needs",
+        file_at("m.yaml", b"backbone: {name: efficientnet-lite}\nhead: {name: detail}", "model"),
+    ),
+    "wrong checkpoint": (3, "c.safetensors", file_at("c.safetensors", b"<html>not found</html>", "checkpoint")),
+    "missing checkpoint": (3, "none.safetensors", option(checkpoint="@none.safetensors", model=None)),
+    "no trained head": (3, "--checkpoint", option(model="icm-sd21")),
+    "absent weights": (3, "none", option(model="sd21-training-free", weights="@none")),
+    "weights that do not apply": (3, "--weights", option(weights="@imgs")),
+    "absent device": (3, "is not on this machine", option(device="cuda:77")),
+    "unknown device": (3, "is not known", option(device="gpu")),
+    "unknown dtype": (3, "Did you mean 'float16'", option(dtype="flaot16")),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_a_bad_call_is_one_sentence_and_writes_nothing(icm: Icm, scene: Path, name: str) -> None:
+    code, message, damage = BAD_CALLS[name]
+    result = icm(**damage(scene))  # type: ignore[arg-type]
+    assert message in sentence(result.stderr)
+    assert result.exit_code == code
+    assert not any(path.is_file() for path in (scene / "out").rglob("*"))
+
+
+@pytest.mark.parametrize("line", [["--bogus"], ["--workers", "0"], ["--seed", "x"]])
+def test_a_bad_option_is_code_2(icm: Icm, line: list[str]) -> None:
+    assert icm(*line).exit_code == 2
+
+
+def spoil(scene: Path) -> set[str]:
+    """Three images that cannot be read."""
+    wall = (scene / "imgs" / "wall.jpg").read_bytes()
+    (scene / "imgs" / "cut.jpg").write_bytes(wall[: len(wall) // 2])
+    (scene / "imgs" / "zero.jpg").write_bytes(b"")
+    (scene / "imgs" / "text.png").write_text("not a picture")
+    return {"cut.jpg", "zero.jpg", "text.png"}
+
+
+def test_bad_images_are_named_and_the_others_finish(icm: Icm, scene: Path) -> None:
+    spoil(scene)
+    result = icm()
+    assert result.exit_code == 1
+    assert sorted(alphas(scene / "out")) == ["pad.0101.png", "sub/deep.png", "wall.png"]
+    for name, reason in {"cut.jpg": "cut short", "zero.jpg": "0 bytes", "text.png": "not an image"}.items():
+        assert any(name in line and reason in line for line in result.stderr.splitlines()), result.stderr
+
+
+def test_fail_fast_stops_at_the_first(icm: Icm, scene: Path) -> None:
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", 12)
+    (scene / "many" / "0000.jpg").write_bytes(b"")
+    result = icm("--fail-fast", src=scene / "many", report=scene / "r.csv")
+    assert result.exit_code == 1
+    report = (scene / "r.csv").read_text()
+    assert report.count("not reached") > 0
+    assert report.count("\n") == 13
+
+
+def test_a_listed_file_that_is_gone_fails_alone(icm: Icm, scene: Path) -> None:
+    (scene / "list.txt").write_text(f"{scene}/imgs/wall.jpg\n{scene}/imgs/gone.jpg\n")
+    result = icm(src=scene / "list.txt")
+    assert result.exit_code == 1
+    assert list(alphas(scene / "out")) == ["wall.png"]
+
+
+def test_an_output_folder_that_cannot_be(icm: Icm, scene: Path) -> None:
+    (scene / "file").write_text("in the way")
+    result = icm(out=scene / "file" / "out")
+    assert result.exit_code == 3
+    assert "cannot be written" in sentence(result.stderr)
+
+
+def test_a_full_disk_keeps_what_is_whole(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", 6)
+    synced = []
+    real = os.fsync
+
+    def full_after_two(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_after_two)
+    result = icm(src=scene / "many", workers=1)
+    assert result.exit_code == 3
+    assert "no space left" in result.stderr
+    made = alphas(scene / "out")
+    assert len(made) == 2
+    monkeypatch.undo()
+    assert icm(src=scene / "many").exit_code == 0
+    assert len(set(alphas(scene / "out").values())) == 1 or len(alphas(scene / "out")) == 6
+    assert {name: alphas(scene / "out")[name] for name in made} == made
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", 9)
+    sizes = []
+    real = Matter.infer
+
+    def little_memory(self: Matter, frames: list[object], reference: object) -> object:
+        sizes.append(len(frames))
+        if len(frames) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, frames, reference)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Matter, "infer", little_memory)
+    result = icm(src=scene / "many", batch_size=8)
+    assert result.exit_code == 0, result.output
+    assert sizes[:3] == [8, 4, 2]
+    assert max(sizes[2:]) == 2
+    assert len(alphas(scene / "out")) == 9
+
+
+def test_an_image_that_never_fits_fails_alone(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Matter.infer
+
+    def tight(self: Matter, frames: list[object], reference: object) -> object:
+        if frames[0].rgb.shape[0] > frames[0].rgb.shape[1]:  # type: ignore[attr-defined]
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return real(self, frames, reference)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Matter, "infer", tight)
+    result = icm()
+    assert result.exit_code == 1
+    assert "ran out of memory" in result.stderr
+    assert sorted(alphas(scene / "out")) == ["pad.0101.png", "sub/deep.png"]
+
+
+def test_an_error_of_the_model_that_is_no_lack_of_memory_is_not_hidden(
+    icm: Icm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(Matter, "infer", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        icm()
+
+
+@pytest.fixture
+def long_run(scene: Path, small_model: Path) -> tuple[list[str], Path]:
+    """A command line of 40 images, and its output folder."""
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", 40)
+    options = {
+        "ref": scene / "ref.png",
+        "mask": scene / "mask.png",
+        "src": scene / "many",
+        "out": scene / "out",
+        "model": small_model,
+        "report": scene / "r.csv",
+    }
+    return [sys.executable, "-m", "icm_cli.cli", "matte", *arguments(options)], scene / "out"
+
+
+def start_and_stop(line: list[str], out: Path, number: signal.Signals) -> subprocess.CompletedProcess[str]:
+    """Send the signal as soon as the third alpha is there."""
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(list(out.glob("*.png"))) < 3 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=100)
+    return subprocess.CompletedProcess(line, process.returncode, output, errors)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_writes_in_hand(
+    long_run: tuple[list[str], Path], scene: Path, number: signal.Signals, code: int
+) -> None:
+    line, out = long_run
+    ended = start_and_stop(line, out, number)
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "interrupted" in ended.stderr
+    files = list(out.iterdir())
+    assert 3 <= len(files) < 40
+    assert all(path.suffix == ".png" and read(path) is not None for path in files)
+    report = (scene / "r.csv").read_text()
+    assert report.count(",done,") == len(files)
+    assert report.count(",not reached,") == 40 - len(files)
+
+
+def test_a_killed_run_is_completed_byte_equal(long_run: tuple[list[str], Path]) -> None:
+    line, out = long_run
+    assert start_and_stop(line, out, signal.SIGKILL).returncode == -signal.SIGKILL
+    early = alphas(out)
+    (out / f".icm-{os.uname().nodename}-999999999-dead.tmp").write_bytes(b"left behind")
+    again = subprocess.run(line, capture_output=True, text=True, timeout=100, check=False)
+    assert again.returncode == 0, again.stderr
+    completed = alphas(out)
+    assert sorted(completed) == [f"{number:04d}.png" for number in range(40)]
+    assert {name: completed[name] for name in early if name.endswith(".png")}.items() <= completed.items()
+    shutil.rmtree(out)
+    subprocess.run(line, capture_output=True, timeout=100, check=True)
+    assert alphas(out) == completed
+
+
+def test_two_processes_share_one_output(long_run: tuple[list[str], Path]) -> None:
+    line, out = long_run
+    runs = [subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [run.wait(100) for run in runs] == [0, 0], [run.stderr.read() for run in runs if run.stderr]
+    assert sorted(alphas(out)) == [f"{number:04d}.png" for number in range(40)]
+    for run in runs:
+        assert run.stderr
+        run.stderr.close()

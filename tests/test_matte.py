@@ -1,0 +1,240 @@
+"""``icm matte`` through the command itself, on a small model: what comes out, and what is kept."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+import icm_cli
+from tests.conftest import DEMO, Icm, alphas, copy_many, read, shrink
+
+NAMES = ["pad.0101.png", "sub/deep.png", "wall.png"]
+
+
+def test_one_alpha_per_image_of_its_size(icm: Icm, scene: Path) -> None:
+    result = icm()
+    assert result.exit_code == 0, result.output
+    assert sorted(alphas(scene / "out")) == NAMES
+    for name in ("wall", "sub/deep", "pad.0101"):
+        source = read(next((scene / "imgs").glob(f"{name}.*")))
+        with Image.open(scene / "out" / f"{name}.png") as alpha:
+            assert alpha.mode == "L"
+            assert alpha.size == source.shape[1::-1]
+    assert "done" in result.stdout
+
+
+def test_the_thing_is_in_the_alpha(icm: Icm, scene: Path) -> None:
+    """On the demo's pictures, small as they are here, the alpha covers the thing and not the rest."""
+    assert icm().exit_code == 0
+    for name, truth_name in (("wall", "brickwall"), ("sub/deep", "deepfield")):
+        alpha = read(scene / "out" / f"{name}.png") > 127
+        truth = cv2.resize(read(DEMO / "alphas" / f"{truth_name}.png"), alpha.shape[::-1]) > 127
+        assert (alpha & truth).sum() / (alpha | truth).sum() > 0.6, name
+
+
+def test_a_second_run_makes_nothing_again(icm: Icm, scene: Path) -> None:
+    icm()
+    before = {path: path.stat().st_mtime_ns for path in (scene / "out").rglob("*.png")}
+    result = icm()
+    assert result.exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in (scene / "out").rglob("*.png")} == before
+    icm("--overwrite")
+    assert all(path.stat().st_mtime_ns > time for path, time in before.items())
+
+
+@pytest.mark.parametrize("change", ["source", "mask", "seed", "torn", "foreign"])
+def test_what_would_come_out_otherwise_is_made_again(icm: Icm, scene: Path, change: str) -> None:
+    icm()
+    first = alphas(scene / "out")
+    wall = scene / "out" / "wall.png"
+    made = wall.stat().st_mtime_ns
+    options: dict[str, object] = {}
+    if change == "source":
+        os.utime(scene / "imgs" / "wall.jpg", ns=(1, 1))
+    elif change == "mask":
+        mask = read(scene / "mask.png")
+        mask[:, :60] = 0
+        cv2.imwrite(str(scene / "mask.png"), mask)
+    elif change == "seed":
+        options = {"seed": 1}
+    elif change == "torn":
+        wall.write_bytes(first["wall.png"][:-20])
+    else:
+        Image.fromarray(read(wall)).save(wall)
+    assert icm(**options).exit_code == 0
+    assert wall.stat().st_mtime_ns > made
+    if change in ("torn", "foreign"):
+        assert alphas(scene / "out") == first
+
+
+def test_a_matte_does_not_depend_on_its_neighbours(icm: Icm, scene: Path) -> None:
+    icm()
+    together = alphas(scene / "out")
+    icm(src=scene / "imgs" / "wall.jpg", out=scene / "alone")
+    assert (scene / "alone" / "wall.png").read_bytes() == together["wall.png"]
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", 5)
+    icm(src=scene / "many", out=scene / "batched", batch_size=3)
+    for alpha in (scene / "batched").iterdir():
+        assert np.abs(read(alpha).astype(int) - read(scene / "out" / "wall.png")).max() <= 1
+
+
+def test_csv_report_has_a_line_for_every_image(icm: Icm, scene: Path) -> None:
+    (scene / "imgs" / "bad.jpg").write_bytes(b"")
+    assert icm(report=scene / "r.csv").exit_code == 1
+    assert icm(report=scene / "r.csv").exit_code == 1
+    lines = {Path(line["source"]).name: line for line in csv.DictReader((scene / "r.csv").open())}
+    assert {name: line["status"] for name, line in lines.items()} == {
+        "bad.jpg": "failed",
+        "wall.jpg": "skipped",
+        "deep.png": "skipped",
+        "pad.0101.png": "skipped",
+    }
+    assert "empty" in lines["bad.jpg"]["reason"]
+    share = read(scene / "out" / "wall.png").mean() / 255
+    assert float(lines["wall.jpg"]["foreground"]) == pytest.approx(share, abs=1e-4)
+    assert 0 <= float(lines["wall.jpg"]["confidence"]) <= 1
+    assert lines["wall.jpg"]["not_found"] == "False"
+
+
+def test_json_report_with_ground_truth(icm: Icm, scene: Path) -> None:
+    (scene / "gt").mkdir()
+    truth = cv2.resize(read(DEMO / "alphas" / "brickwall.png"), read(scene / "imgs" / "wall.jpg").shape[1::-1])
+    cv2.imwrite(str(scene / "gt" / "wall.png"), truth)
+    for _ in range(2):  # made, then skipped: scored either way
+        assert icm(report=scene / "r.json", gt=scene / "gt").exit_code == 0
+        report = json.loads((scene / "r.json").read_text())
+        lines = {Path(line["source"]).name: line for line in report["images"]}
+        difference = (read(scene / "out" / "wall.png").astype(float) - truth) / 255
+        assert lines["wall.jpg"]["mse"] == pytest.approx((difference**2).mean())
+        assert lines["wall.jpg"]["sad"] == pytest.approx(np.abs(difference).sum() / 1000)
+        assert lines["deep.png"]["mse"] is None
+        assert report["summary"]["mse"] == lines["wall.jpg"]["mse"]
+    assert report["settings"]["device"] == "cpu, float32"
+    assert report["summary"]["skipped"] == 3
+
+
+def test_a_ground_truth_of_another_size_fails_that_image_alone(icm: Icm, scene: Path) -> None:
+    (scene / "gt").mkdir()
+    cv2.imwrite(str(scene / "gt" / "wall.png"), np.zeros((7, 9), np.uint8))
+    result = icm(gt=scene / "gt")
+    assert result.exit_code == 1
+    assert "9x7" in result.stderr
+    assert sorted(alphas(scene / "out")) == NAMES
+
+
+def test_contact_sheet(icm: Icm, scene: Path) -> None:
+    assert icm(contact_sheet=scene / "sheet.png").exit_code == 0
+    height, width, _ = read(scene / "sheet.png").shape
+    assert width == 720
+    assert height == 3 * 258
+
+
+def test_dry_run_lists_and_writes_nothing(icm: Icm, scene: Path) -> None:
+    result = icm("--dry-run")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert f"{scene}/imgs/sub/deep.png -> {scene}/out/sub/deep.png" in lines
+    assert len(lines) == 3
+    assert not (scene / "out").exists()
+
+
+def test_quiet_prints_nothing_when_all_is_well(icm: Icm) -> None:
+    result = icm("--quiet")
+    assert result.output == ""
+
+
+def test_without_a_terminal_lines_are_plain(icm: Icm, scene: Path) -> None:
+    result = icm("--verbose")
+    assert "\x1b" not in result.output
+    assert "\r" not in result.output
+    assert f"[3/3] done {scene}/imgs/wall.jpg" in result.stderr
+    assert "efficientnet-lite + training-free on cpu, float32" in result.stderr
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 900), (500, 2)])
+def test_extreme_shapes_get_their_alpha(icm: Icm, scene: Path, size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    cv2.imwrite(str(scene / "odd.png"), image)
+    assert icm(src=scene / "odd.png").exit_code == 0
+    assert read(scene / "out" / "odd.png").shape == size
+
+
+def test_sources_of_all_kinds_get_their_alpha(icm: Icm, scene: Path) -> None:
+    source = Image.open(scene / "imgs" / "wall.jpg")
+    kinds = scene / "kinds"
+    kinds.mkdir()
+    source.convert("L").save(kinds / "grey.png")
+    source.convert("CMYK").save(kinds / "cmyk.jpg")
+    source.convert("RGBA").save(kinds / "rgba.png")
+    cv2.imwrite(str(kinds / "deep.png"), read(scene / "imgs" / "wall.jpg").astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    source.save(kinds / "größe 回転.jpg", exif=exif)
+    result = icm(src=kinds)
+    assert result.exit_code == 0, result.output
+    assert read(scene / "out" / "größe 回転.png").shape == source.size
+    assert all(
+        read(scene / "out" / f"{name}.png").shape == source.size[::-1] for name in ("grey", "cmyk", "rgba", "deep")
+    )
+    assert "alpha of its own" in result.stderr
+
+
+def test_several_references_and_cut_outs(icm: Icm, scene: Path) -> None:
+    cut = np.dstack([read(scene / "ref.png")[..., :3], read(scene / "mask.png")])
+    cv2.imwrite(str(scene / "cut.png"), cut)
+    assert icm(ref=[scene / "cut.png", scene / "cut.png"], mask=None).exit_code == 0
+    assert sorted(alphas(scene / "out")) == NAMES
+
+
+def test_the_api_is_the_command(icm: Icm, scene: Path, small_model: Path) -> None:
+    icm()
+    report = icm_cli.matte(
+        scene / "ref.png",
+        scene / "mask.png",
+        src=scene / "imgs",
+        out=scene / "api",
+        model=str(small_model),
+        device="cpu",
+    )
+    assert report.exit_code == 0
+    assert alphas(scene / "api") == alphas(scene / "out")
+
+
+def test_a_loaded_model_mattes_arrays(icm: Icm, scene: Path, small_model: Path) -> None:
+    icm()
+    matter = icm_cli.load(str(small_model), device="cpu")
+    thing = matter.reference([(rgb(scene / "ref.png"), read(scene / "mask.png"))])
+    alpha = matter.matte(rgb(scene / "imgs" / "sub" / "deep.png"), thing)
+    assert (alpha == read(scene / "out" / "sub" / "deep.png")).all()
+
+
+def rgb(path: Path) -> np.ndarray:
+    return np.ascontiguousarray(read(path)[..., 2::-1])
+
+
+def test_an_absent_thing_is_flagged(icm: Icm, scene: Path) -> None:
+    """Grass alone: no astronaut in it."""
+    (scene / "grass").mkdir()
+    shrink(DEMO / "imgs" / "lawn.jpg", scene / "grass" / "a.png", 300)
+    lawn = read(scene / "grass" / "a.png")
+    cv2.imwrite(str(scene / "grass" / "a.png"), lawn[:100, :100])
+    icm(src=scene / "grass", report=scene / "r.json")
+    line = json.loads((scene / "r.json").read_text())["images"][0]
+    assert line["not_found"] is True
+    assert not read(scene / "out" / "a.png").any()
+
+
+def test_sources_in_the_reference_folder(icm: Icm, scene: Path) -> None:
+    for name in ("ref.png", "mask.png"):
+        shutil.copy(scene / name, scene / "imgs" / name)
+    result = icm(ref=scene / "imgs" / "ref.png", mask=scene / "imgs" / "mask.png")
+    assert "skipped: a reference or its mask" in result.stderr
+    assert sorted(alphas(scene / "out")) == NAMES
