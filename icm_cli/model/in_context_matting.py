@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from icm_cli.errors import ConfigError
+from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Head, Matte, ReferenceFeatures
+
+
+@runtime_checkable
+class FixedCanvas(Protocol):
+    """A head whose weights are absolute positions on one canvas."""
+
+    canvas: CanvasRule
 
 
 class InContextMatting(nn.Module):
@@ -17,14 +26,29 @@ class InContextMatting(nn.Module):
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__()
-        if head.needs_matrix and not backbone.gives_matrix:
-            raise ConfigError(
-                f"head {type(head).__name__} needs the intra-similarity's matrix, and backbone "
-                f"{type(backbone).__name__} has none; join it with the stable-diffusion backbone or take the "
-                "training-free head"
-            )
+        _check_join(backbone, head)
         self.backbone = backbone
         self.head = head
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """Move to ``device`` for inference; convolutions and projections in ``dtype``.
+
+        The head's own LayerNorms stay float32, as do the similarities between them, which both cast for themselves.
+        """
+        self.to(device).eval()
+        self.backbone.to(dtype)
+        for module in self.head.modules():
+            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+                module.to(dtype)
+        if device.type != "mps":
+            self._convolve_channels_last()
+        return self
+
+    def _convolve_channels_last(self) -> None:
+        """Weights of convolutions with their channels innermost: no reordering beside attention, which wants tokens."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
     def reference(self, references: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Any:
         """Features of the references, once per run.
@@ -47,4 +71,19 @@ class InContextMatting(nn.Module):
     @torch.inference_mode()
     def infer(self, image: Tensor, valid: Tensor, reference: Any) -> Matte:
         """:meth:`forward` without gradients."""
-        return self(image, valid, reference)
+        matte: Matte = self(image, valid, reference)
+        return matte
+
+
+def _check_join(backbone: Backbone, head: Head) -> None:
+    if head.needs_matrix and not backbone.gives_matrix:
+        raise ConfigError(
+            f"head {type(head).__name__} needs the intra-similarity's matrix, and backbone "
+            f"{type(backbone).__name__} has none; join it with the stable-diffusion backbone or take the "
+            "training-free head"
+        )
+    if isinstance(head, FixedCanvas) and head.canvas.long_side_px != backbone.canvas.long_side_px:
+        raise ConfigError(
+            f"head canvas_px is {head.canvas.long_side_px} and the backbone's canvas has "
+            f"{backbone.canvas.long_side_px} px; expected the same, as the head's weights are positions on it"
+        )

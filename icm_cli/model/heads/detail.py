@@ -1,0 +1,229 @@
+"""The paper's head: inter-similarity, intra-similarity, fusion, detail decoder (section 3.3 and 3.4).
+
+Shapes for the published widths on a 768 px canvas; the order of scales is everywhere that of STRIDES.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icm_cli.errors import ConfigError
+from icm_cli.geometry import CanvasRule
+from icm_cli.guidance import foreground_tokens
+from icm_cli.model.contracts import Features, Head, MatrixIntraSimilarity, Matte, ReferenceFeatures
+from icm_cli.model.similarity import inter_similarity, tokens
+
+STRIDES = (32, 16)
+"""Scales of the fusion: the paper's 24 x 24 and 48 x 48 tokens of a 768 px canvas."""
+IMAGE_STREAM_CHANNELS = (48, 96, 192)
+OUTPUT_CHANNELS = 16
+VISIBLE_ALPHA = 0.05
+"""Pixels below take no part in the confidence: a large empty background says nothing about the thing."""
+FOUND_SHARE = 5e-4
+"""Share of the frame that must be foreground (alpha over 0.5) for the thing to count as found."""
+
+
+@dataclass(frozen=True)
+class DetailConfig:
+    """Settings of the detail head; the defaults are the published checkpoint's."""
+
+    canvas_px: int = 768
+    """Side of the square canvas: the intra-similarity's channels are absolute positions on it."""
+    feature_channels: int = 1280
+    """Channels of the backbone's features, at both strides and for correspondence."""
+    intra_channels: int = 256
+    """Channels that each scale's intra-similarity is condensed to."""
+    fusion_channels: int = 320
+    """Channels of the fused scales."""
+    decoder_channels: tuple[int, ...] = (256, 128, 64, 32)
+    """Channels after each of the four steps of the detail decoder, from stride 8 to the image's own size."""
+
+    def __post_init__(self) -> None:
+        if self.canvas_px < STRIDES[0] or self.canvas_px % STRIDES[0]:
+            raise ConfigError(f"head canvas_px is {self.canvas_px}; expected a multiple of {STRIDES[0]}")
+        if len(self.decoder_channels) != len(IMAGE_STREAM_CHANNELS) + 1:
+            raise ConfigError(f"head decoder_channels is {list(self.decoder_channels)}; expected four numbers")
+        for width in (self.feature_channels, self.intra_channels, self.fusion_channels, *self.decoder_channels):
+            if width < 1:
+                raise ConfigError(f"head has a width of {width} channels; expected 1 or more")
+
+
+class DetailHead(Head):
+    """Inter-similarity says where, intra-similarity spreads it, the decoder brings it to the pixels."""
+
+    Config = DetailConfig
+    needs_matrix = True
+    is_trained = True
+
+    def __init__(self, config: DetailConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.canvas = CanvasRule(config.canvas_px, multiple_px=STRIDES[0], square=True)
+        self.inter_similarity = InterSimilarity(config.feature_channels)
+        self.intra_similarity = nn.ModuleList(
+            SpreadByStructure((config.canvas_px // stride) ** 2, config.intra_channels) for stride in STRIDES
+        )
+        self.fusion = Fusion(config.feature_channels, config.intra_channels, config.fusion_channels)
+        self.detail_decoder = DetailDecoder(config.fusion_channels, config.decoder_channels)
+
+    def prepare(self, references: Sequence[ReferenceFeatures]) -> list[Tensor]:
+        """Each reference's normalised tokens inside its guidance, [K,C] float32."""
+        return [self._foreground(reference) for reference in references]
+
+    def forward(self, target: Features, reference: list[Tensor], image: Tensor, valid: Tensor) -> Matte:
+        similarity = self.inter_similarity(reference, target.correspondence, target.valid)
+        spread = [
+            layer(similarity, _matrix(target, stride))
+            for layer, stride in zip(self.intra_similarity, STRIDES, strict=True)
+        ]
+        fused = self.fusion([target.scales[stride] for stride in STRIDES], spread)
+        alpha = self.detail_decoder(fused, 2.0 * image - 1.0)
+        return Matte(alpha, *judge(alpha.detach(), valid))
+
+    def _foreground(self, reference: ReferenceFeatures) -> Tensor:
+        feature = reference.features.correspondence
+        stride = reference.guidance.shape[-1] // feature.shape[-1]
+        inside, warning = foreground_tokens(reference.guidance, reference.valid, stride)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=2)
+        return self.inter_similarity.normalised_tokens(feature)[inside.flatten(1)]
+
+
+class InterSimilarity(nn.Module):
+    """Where the references' foreground lies in the target: S, with one LayerNorm for both sides."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+
+    def normalised_tokens(self, feature: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,N,C] float32."""
+        normalised: Tensor = self.norm(tokens(feature))
+        return normalised
+
+    def forward(self, references: Sequence[Tensor], feature: Tensor, valid: Tensor) -> Tensor:
+        """References' tokens [K,C] each, feature [B,C,h,w], valid [B,h,w] bool -> S [B,1,h,w] float32.
+
+        The mean over references of each one's own sum: a single reference gives the published rule.
+        """
+        target = self.normalised_tokens(feature)
+        sums = [inter_similarity(reference, target, valid.flatten(1)) for reference in references]
+        return torch.stack(sums).mean(dim=0).view(-1, 1, *feature.shape[2:])
+
+
+class SpreadByStructure(nn.Module):
+    """S spread over one scale's intra-similarity, condensed to few channels.
+
+    Channel k at query pixel q is S[k] * A[q,k]: where q's own likeness to the tokens k that S points at lies.
+    """
+
+    def __init__(self, token_count: int, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(token_count)
+        self.conv = nn.Conv2d(token_count, channels, 3, padding=1, bias=False)
+
+    def forward(self, similarity: Tensor, matrix: Tensor) -> Tensor:
+        """S [B,1,h,w] and A [B,N,N], both float32 -> [B,channels,s,s] in the convolution's dtype; N = s * s."""
+        side = round(matrix.shape[1] ** 0.5)
+        resized = F.interpolate(similarity, (side, side), mode="bilinear", align_corners=True)
+        spread = F.relu(self.norm(resized.flatten(2) * matrix))
+        weighted = spread.view(-1, side, side, side * side).permute(0, 3, 1, 2)
+        condensed: Tensor = self.conv(weighted.to(self.conv.weight.dtype))
+        return condensed
+
+
+class Fusion(nn.Module):
+    """Joins each scale's feature with its spread similarity, then the two scales with each other."""
+
+    def __init__(self, feature_channels: int, intra_channels: int, channels: int) -> None:
+        super().__init__()
+        self.project = nn.ModuleList(ConvNormReLU(feature_channels, channels) for _ in STRIDES)
+        self.join = nn.ModuleList(ConvNormReLU(channels + intra_channels, channels) for _ in STRIDES)
+        self.merge = ConvNormReLU(2 * channels, channels)
+
+    def forward(self, features: Sequence[Tensor], spread: Sequence[Tensor]) -> Tensor:
+        """Features [B,1280,s,s] and spread similarities [B,256,s,s] for s = 24, 48 -> [B,320,48,48]."""
+        coarse, fine = (
+            join(torch.cat([project(feature), similarity], dim=1))
+            for project, join, feature, similarity in zip(self.project, self.join, features, spread, strict=True)
+        )
+        merged: Tensor = self.merge(torch.cat([fine, upsample(coarse)], dim=1))
+        return merged
+
+
+class DetailDecoder(nn.Module):
+    """The detail capture of ViTMatte (Yao et al. 2024): the image's own detail joins at every doubling."""
+
+    def __init__(self, inputs: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        stream = (3, *IMAGE_STREAM_CHANNELS)
+        self.image_stream = nn.ModuleList(
+            ConvNormReLU(before, after, stride=2) for before, after in itertools.pairwise(stream)
+        )
+        widths = (inputs, *channels)
+        self.steps = nn.ModuleList(
+            ConvNormReLU(width + detail, after)
+            for width, detail, after in zip(widths, reversed(stream), channels, strict=False)
+        )
+        self.output = nn.Sequential(
+            nn.Conv2d(channels[-1], OUTPUT_CHANNELS, 3, padding=1),
+            nn.BatchNorm2d(OUTPUT_CHANNELS),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(OUTPUT_CHANNELS, 1, 1),
+        )
+
+    def forward(self, fused: Tensor, image: Tensor) -> Tensor:
+        """fused [B,320,48,48], image [B,3,768,768] in -1..1 -> alpha [B,1,768,768] float32 in 0..1."""
+        details = [image.to(fused.dtype)]
+        for layer in self.image_stream:
+            details.append(layer(details[-1]))
+        for step in self.steps:
+            fused = step(torch.cat([details.pop(), upsample(fused)], dim=1))
+        return torch.sigmoid(self.output(fused).float())
+
+
+class ConvNormReLU(nn.Module):
+    """3 x 3 convolution without bias, BatchNorm, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)), inplace=True)
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Twice the size, bilinear, pixel centres kept."""
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+def judge(alpha: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence [B] in 0..1 and found [B] bool of an alpha [B,1,H,W]; padding ([B,H,W] not valid) counts for nothing.
+
+    Confidence is how decided the alpha is: the mean of |2a - 1| over pixels that are not plain background, 0
+    where there are none. Inter-similarity sums to K whether the thing is there or not, so an absent thing shows
+    only in an alpha that stays empty.
+    """
+    alpha = alpha[:, 0]
+    visible = (alpha > VISIBLE_ALPHA) & valid
+    decided = ((2.0 * alpha - 1.0).abs() * visible).sum((1, 2)) / visible.sum((1, 2)).clamp(min=1)
+    share = ((alpha > 0.5) & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+    return decided, share >= FOUND_SHARE
+
+
+def _matrix(target: Features, stride: int) -> Tensor:
+    intra = target.intra[stride]
+    assert isinstance(intra, MatrixIntraSimilarity)
+    return intra.matrix()
+
+
+PART = DetailHead

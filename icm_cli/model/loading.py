@@ -1,0 +1,97 @@
+"""From a configuration and a checkpoint to a model that mattes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from icm_cli.config import ModelConfig, load_model_config, part_class
+from icm_cli.errors import ConfigError
+from icm_cli.files import content_digest, digest_of
+from icm_cli.model.checkpoint import Checkpoint, load_strict, read_checkpoint, read_config
+from icm_cli.model.in_context_matting import InContextMatting
+
+DEFAULT_MODEL = "lite"
+PUBLISHED_MODEL = "icm-sd21"
+"""Preset of the published checkpoint, which holds no configuration."""
+UNTRAINED_MODEL = "sd21-training-free"
+
+
+def resolve_config(model: str | None, checkpoint: Path | None) -> ModelConfig:
+    """Which model is meant by ``--model`` (a preset or a YAML file) and ``--checkpoint``; reads no weights.
+
+    Without a model it is the checkpoint's own, the published one's preset for the published file, and "lite"
+    where there is no checkpoint either. Raises ConfigError where the two do not fit.
+    """
+    given = None if model is None else load_model_config(model)
+    if checkpoint is None:
+        config = given or load_model_config(DEFAULT_MODEL)
+        _require_checkpoint(config)
+        return config
+    inside = read_config(checkpoint)
+    if inside is not None and given is not None and inside != given:
+        raise ConfigError(
+            f"checkpoint {checkpoint} was made with another configuration than --model {model}: "
+            f"{_difference(inside, given)}; leave --model out to take the checkpoint's own"
+        )
+    config = inside or given or load_model_config(PUBLISHED_MODEL)
+    if not part_class("heads", config.head.name).is_trained:
+        raise ConfigError(
+            f"--checkpoint {checkpoint} does not apply to model {model!r}, whose head {config.head.name!r} has no "
+            "weights; leave the option out"
+        )
+    return config
+
+
+def load_model(
+    config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool, seed: int
+) -> InContextMatting:
+    """Build the model with its weights, on the CPU in float32, in eval mode. Raises ConfigError.
+
+    ``weights``: a local folder or hub id of the backbone's weights, in place of the configuration's. ``offline``:
+    never reach for the network. ``seed``: of the backbone's noise.
+    """
+    if checkpoint is None:
+        _require_checkpoint(config)
+    head = part_class("heads", config.head.name)(config.head.settings)
+    loaded = None if checkpoint is None else read_checkpoint(checkpoint)
+    if loaded is not None:
+        load_strict(head, _part(loaded, "head"), f"checkpoint {checkpoint}")
+    backbone = part_class("backbones", config.backbone.name).load(
+        config.backbone.settings, weights, offline=offline, seed=seed
+    )
+    if loaded is not None and (tensors := _part(loaded, "backbone")):
+        load_strict(backbone, tensors, f"checkpoint {checkpoint}")
+    return InContextMatting(backbone, head).eval()
+
+
+def model_digest(config: ModelConfig, model: InContextMatting, checkpoint: Path | None) -> str:
+    """Hash of what decides a matte on the model's side: configuration, checkpoint, the backbone's weights."""
+    content = "none" if checkpoint is None else content_digest(checkpoint)
+    return digest_of(json.dumps(config.as_dict(), sort_keys=True), model.backbone.weights_digest, content)
+
+
+def _require_checkpoint(config: ModelConfig) -> None:
+    if part_class("heads", config.head.name).is_trained:
+        raise ConfigError(
+            f"head {config.head.name!r} has weights of its own and there are none to take; give them with --checkpoint "
+            f"FILE (the published .ckpt or one that icm trained). --model {UNTRAINED_MODEL} needs none"
+        )
+
+
+def _part(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """The tensors of one part, "head" or "backbone", without its name before theirs."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): tensor for key, tensor in checkpoint.tensors.items() if key.startswith(prefix)}
+
+
+def _difference(inside: ModelConfig, given: ModelConfig) -> str:
+    """The first setting in which two configurations differ, in words."""
+    ours, theirs = inside.as_dict(), given.as_dict()
+    for part, settings in ours.items():
+        for key in {**settings, **theirs[part]}:
+            if settings.get(key) != theirs[part].get(key):
+                return f"its {part} has {key} {settings.get(key)!r}, not {theirs[part].get(key)!r}"
+    raise AssertionError("equal configurations have no difference")

