@@ -9,25 +9,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from icm_cli.device import is_out_of_memory, release_memory
 from icm_cli.errors import ImageError, OutputError
-from icm_cli.geometry import ImageU8
-from icm_cli.images import read_matte, read_picture, write_alpha
+from icm_cli.ground_truth import GroundTruth
+from icm_cli.images import read_picture, write_alpha
 from icm_cli.matter import CanvasMatte, Frame, Matter
-from icm_cli.metrics import mse, sad
 from icm_cli.report import ImageResult
 from icm_cli.resume import SourceState, finished, stamp
 from icm_cli.sources import Job
-
-Item = TypeVar("Item")
-Made = TypeVar("Made")
+from icm_cli.streams import read_ahead
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class Settings:
     workers: int
     overwrite: bool = False
     fail_fast: bool = False
-    ground_truth: Callable[[Job], Path | None] = lambda _: None
+    truth: GroundTruth = field(default_factory=GroundTruth)
 
 
 class Engine:
@@ -116,7 +112,7 @@ class Engine:
         start = time.perf_counter()
         try:
             if not self.settings.overwrite and (earlier := finished(job, self.settings.digest)):
-                return self._scored(earlier, job, None)
+                return self.settings.truth.score(earlier, job)
             source = SourceState.of(job.source)
             picture = read_picture(job.source)
             if picture.alpha is not None and not self._has_seen_alpha:
@@ -195,35 +191,7 @@ class Engine:
             return _failed(job, str(error))
         seconds = item.seconds + model_seconds + time.perf_counter() - start
         done = ImageResult(str(job.source), str(job.output), "done", round(seconds, 4), **measured)
-        return self._scored(done, job, alpha)
-
-    def _scored(self, result: ImageResult, job: Job, alpha: ImageU8 | None) -> ImageResult:
-        """Add MSE and SAD where there is a ground truth; ``alpha`` is read back where it is not at hand."""
-        truth_path = self.settings.ground_truth(job)
-        if truth_path is None:
-            return result
-        try:
-            truth = read_matte(truth_path)
-            alpha = read_matte(job.output) if alpha is None else alpha
-        except ImageError as error:
-            return replace(result, status="failed", reason=f"no score, ground truth cannot be used: {error}")
-        if truth.shape != alpha.shape:
-            sizes = f"{truth.shape[1]}x{truth.shape[0]}, its image {alpha.shape[1]}x{alpha.shape[0]}"
-            return replace(result, status="failed", reason=f"no score, ground truth {truth_path} is {sizes}")
-        return replace(result, mse=mse(alpha, truth), sad=sad(alpha, truth))
-
-
-def read_ahead(
-    executor: Executor, function: Callable[[Item], Made], items: Iterable[Item], ahead: int
-) -> Iterator[Made]:
-    """Results in the items' order, with at most ``ahead`` of them made or in the making before they are asked for."""
-    pending: deque[Future[Made]] = deque()
-    for item in items:
-        pending.append(executor.submit(function, item))
-        if len(pending) >= ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+        return self.settings.truth.score(done, job, alpha)
 
 
 def _failed(job: Job, reason: str) -> ImageResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from icm_cli.engine import Engine, Settings
 from icm_cli.errors import OutputError, UsageError
 from icm_cli.files import TEMPORARY_PREFIX, digest_of, remove_stale_temporaries, write_error
 from icm_cli.geometry import GUIDED_EPSILON, GUIDED_RADIUS_PX
-from icm_cli.images import IMAGE_SUFFIXES
+from icm_cli.ground_truth import GroundTruth
 from icm_cli.matter import Matter
 from icm_cli.model.loading import load_model, model_digest, resolve_config
 from icm_cli.references import Reference, read_references
 from icm_cli.report import ImageResult, MatteReport
+from icm_cli.resume import keep_finished
 from icm_cli.sources import Job, plan_jobs
 
 Paths = str | Path | Sequence[str | Path]
@@ -76,9 +77,9 @@ def matte(
 ) -> MatteReport:
     """Pull the thing that the references show out of every image of ``src``, one alpha PNG each below ``out``.
 
-    The arguments are the options of ``icm matte`` (see its help); Alphas are
-    uint8, one channel, of exactly the source's size; one that an earlier run made with the same settings from the
-    same source is kept. An image that fails is named in the report and the others go on.
+    The arguments are the options of ``icm matte`` (see its help). Alphas are uint8,
+    one channel, of exactly the source's size; one that an earlier run made with the same settings from the same
+    source is kept. An image that fails is named in the report and the others go on.
 
     Returns the report; its ``exit_code`` is 1 if any image failed. Raises UsageError, ConfigError or OutputError.
     """
@@ -92,7 +93,7 @@ def matte(
     side = _SideOutputs.checked(report, contact_sheet)
     references = read_references(refs, masks, hear.notice)
     jobs = plan_jobs(src, target, include=include, exclude=exclude, references=[*refs, *masks], notice=hear.notice)
-    truths = _GroundTruths.checked(gt, jobs)
+    truth = GroundTruth.found(gt, jobs)
     where = resolve_device(device, dtype)
     loader = _Loader(resolve_config(model, _path(checkpoint)), _path(checkpoint), weights, offline, seed)
     if dry_run:
@@ -101,17 +102,16 @@ def matte(
     side.check_writable(target)
     _clean(jobs, hear)
 
-    matter, digest = loader.load(where, references)
-    hear.detail(f"model {loader.config.backbone.name} + {loader.config.head.name} on {where.describe()}")
-    outcome = _Outcome(jobs, hear, MatteReport(_settings(loader, where, refs, masks, digest)))
-    with outcome.reported(side, start, where):
-        prepared = matter.reference(references)
-        for sentence in getattr(prepared, "notices", ()):
-            hear.notice(sentence)
-        at_a_time = batch_size if isinstance(batch_size, int) else where.auto_batch_size
-        settings = Settings(digest, at_a_time, workers, overwrite, fail_fast, truths.path_of)
-        hear.started(len(jobs))
-        Engine(matter, prepared, settings, on_result=outcome.add, notice=hear.notice).run(jobs)
+    digest = loader.digest(references, where)
+    outcome = _Outcome(jobs, hear, MatteReport(_settings(loader, where, refs, masks, digest)), start)
+    hear.started(len(jobs))
+    remaining = jobs if overwrite else keep_finished(jobs, digest, truth, workers, outcome.add)
+    run = _ready(loader, where, references, hear) if remaining else None
+    with outcome.reported(side, where):
+        if run is not None:
+            at_a_time = batch_size if isinstance(batch_size, int) else where.auto_batch_size
+            settings = Settings(digest, at_a_time, workers, overwrite, fail_fast, truth)
+            Engine(*run, settings, on_result=outcome.add, notice=hear.notice).run(remaining)
     return outcome.report
 
 
@@ -125,20 +125,32 @@ class _Loader:
     offline: bool
     seed: int
 
-    def load(self, where: Device, references: Sequence[Reference]) -> tuple[Matter, str]:
-        """The model on its device, and the digest of all that decides an alpha beside its source."""
-        model = load_model(
-            self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline, seed=self.seed
-        )
-        digest = digest_of(
+    def digest(self, references: Sequence[Reference], where: Device) -> str:
+        """Of all that decides an alpha beside its source; reads the weights' content, loads no model."""
+        return digest_of(
             __version__,
-            model_digest(self.config, model, self.checkpoint),
+            model_digest(self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline),
             *(part for one in references for part in (one.rgb.tobytes(), one.guidance.tobytes(), str(one.rgb.shape))),
             str(self.seed),
             where.dtype_name,
             f"guided {GUIDED_RADIUS_PX} {GUIDED_EPSILON}",
         )
-        return Matter(model, where), digest
+
+    def load(self, where: Device) -> Matter:
+        model = load_model(
+            self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline, seed=self.seed
+        )
+        return Matter(model, where)
+
+
+def _ready(loader: _Loader, where: Device, references: Sequence[Reference], hear: Listener) -> tuple[Matter, Any]:
+    """The model on its device, and the references as it sees them: once per run."""
+    hear.detail(f"model {loader.config.backbone.name} + {loader.config.head.name} on {where.describe()}")
+    matter = loader.load(where)
+    prepared = matter.reference(references)
+    for sentence in getattr(prepared, "notices", ()):
+        hear.notice(sentence)
+    return matter, prepared
 
 
 @dataclass(frozen=True)
@@ -175,34 +187,6 @@ class _SideOutputs:
             write_contact_sheet(self.contact_sheet, report.results)
 
 
-@dataclass(frozen=True)
-class _GroundTruths:
-    """Where the true alphas lie, by the name of the image they belong to, its suffix left out."""
-
-    files: dict[Path, Path]
-
-    @classmethod
-    def checked(cls, folder: str | Path | None, jobs: Sequence[Job]) -> _GroundTruths:
-        if folder is None:
-            return cls({})
-        root = Path(folder)
-        if not root.is_dir():
-            raise UsageError(f"ground truth folder {root} does not exist; expected alphas named like the images")
-        found = {
-            path.relative_to(root).with_suffix(""): path
-            for path in sorted(root.rglob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        }
-        if not any(job.name.with_suffix("") in found for job in jobs):
-            raise UsageError(
-                f"ground truth folder {root} has no alpha named like any image, such as {jobs[0].name.stem}.png"
-            )
-        return cls(found)
-
-    def path_of(self, job: Job) -> Path | None:
-        return self.files.get(job.name.with_suffix(""))
-
-
 @dataclass
 class _Outcome:
     """Gathers results and, however the run ends, sees the report written."""
@@ -210,6 +194,7 @@ class _Outcome:
     jobs: Sequence[Job]
     hear: Listener
     report: MatteReport
+    start: float
     ended: set[str] = field(default_factory=set)
 
     def add(self, result: ImageResult) -> None:
@@ -218,24 +203,24 @@ class _Outcome:
         self.hear.finished_image(result)
 
     @contextlib.contextmanager
-    def reported(self, side: _SideOutputs, start: float, where: Device) -> Any:
+    def reported(self, side: _SideOutputs, where: Device) -> Iterator[None]:
         begun = time.perf_counter()
         try:
             yield
         except BaseException:
             with contextlib.suppress(OutputError):
-                self._finish(side, start, begun, where)
+                self._finish(side, begun, where)
             raise
-        self._finish(side, start, begun, where)
+        self._finish(side, begun, where)
 
-    def _finish(self, side: _SideOutputs, start: float, begun: float, where: Device) -> None:
+    def _finish(self, side: _SideOutputs, begun: float, where: Device) -> None:
         self.report.results += [
             ImageResult(str(job.source), str(job.output), "not reached")
             for job in self.jobs
             if str(job.source) not in self.ended
         ]
         now = time.perf_counter()
-        self.report.seconds, self.report.matting_seconds = now - start, now - begun
+        self.report.seconds, self.report.matting_seconds = now - self.start, now - begun
         self.report.peak_memory_bytes = where.peak_memory_bytes()
         try:
             side.write(self.report)

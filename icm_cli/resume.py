@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from icm_cli.errors import ImageError
+from icm_cli.ground_truth import GroundTruth
 from icm_cli.images import read_stamp
 from icm_cli.report import ImageResult
 from icm_cli.sources import Job
+from icm_cli.streams import read_ahead
 
 DIGEST_KEY = "icm-digest"
 SOURCE_KEY = "icm-source"
@@ -51,3 +55,25 @@ def finished(job: Job, digest: str) -> ImageResult | None:
         return None
     measured = json.loads(found.get(RESULT_KEY, "{}"))
     return ImageResult(str(job.source), str(job.output), "skipped", 0.0, **measured)
+
+
+def keep_finished(
+    jobs: Sequence[Job], digest: str, truth: GroundTruth, workers: int, on_result: Callable[[ImageResult], None]
+) -> list[Job]:
+    """Tell of every image whose alpha is there already; returns the others. Needs no model."""
+
+    def look(job: Job) -> ImageResult | Job:
+        try:
+            earlier = finished(job, digest)
+        except ImageError:
+            return job  # the engine says what is wrong with it
+        return truth.score(earlier, job) if earlier else job
+
+    remaining = []
+    with ThreadPoolExecutor(workers, "icm-look") as executor:
+        for seen in read_ahead(executor, look, jobs, ahead=2 * workers):
+            if isinstance(seen, Job):
+                remaining.append(seen)
+            else:
+                on_result(seen)
+    return remaining

@@ -52,8 +52,9 @@ def collision(scene: Path) -> dict[str, object]:
 
 def file_at(name: str, content: bytes, option: str) -> Damage:
     def damage(scene: Path) -> dict[str, object]:
+        (scene / name).parent.mkdir(exist_ok=True)
         (scene / name).write_bytes(content)
-        return {option: scene / name}
+        return {option: scene / name.split("/")[0]}
 
     return damage
 
@@ -88,7 +89,7 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "batch size": (2, "batch size is 'many'", option(batch_size="many")),
     "batch size 0": (2, "batch size is 0", option(batch_size=0)),
     "gt missing": (2, "ground truth folder", option(gt="@none")),
-    "gt matches nothing": (2, "no alpha named like any image", option(gt="@out/..")),
+    "gt matches nothing": (2, "no alpha named like any image", file_at("gt/other.png", b"", "gt")),
     "unknown model": (3, "Did you mean 'lite'", option(model="light")),
     "config missing": (3, "cannot be read", option(model="@none.yaml")),
     "config not yaml": (3, "is not YAML", file_at("m.yaml", b"a: [", "model")),

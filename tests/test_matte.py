@@ -90,7 +90,7 @@ def test_csv_report_has_a_line_for_every_image(icm: Icm, scene: Path) -> None:
     (scene / "imgs" / "bad.jpg").write_bytes(b"")
     assert icm(report=scene / "r.csv").exit_code == 1
     assert icm(report=scene / "r.csv").exit_code == 1
-    lines = {Path(line["source"]).name: line for line in csv.DictReader((scene / "r.csv").open())}
+    lines = {Path(line["source"]).name: line for line in csv.DictReader((scene / "r.csv").read_text().splitlines())}
     assert {name: line["status"] for name, line in lines.items()} == {
         "bad.jpg": "failed",
         "wall.jpg": "skipped",

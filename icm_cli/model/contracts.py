@@ -99,8 +99,10 @@ class Backbone(nn.Module, ABC):
     gives_matrix: ClassVar[bool]
     """Whether ``Features.intra`` holds :class:`MatrixIntraSimilarity` objects."""
 
-    weights_digest: str = "random"
-    """Hash of the content of the pretrained weights, part of what decides a matte."""
+    @classmethod
+    @abstractmethod
+    def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
+        """Hash of the content of the pretrained weights that :meth:`load` would read; loads none of them."""
 
     @classmethod
     @abstractmethod

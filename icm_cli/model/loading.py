@@ -67,10 +67,15 @@ def load_model(
     return InContextMatting(backbone, head).eval()
 
 
-def model_digest(config: ModelConfig, model: InContextMatting, checkpoint: Path | None) -> str:
-    """Hash of what decides a matte on the model's side: configuration, checkpoint, the backbone's weights."""
+def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool) -> str:
+    """Hash of what decides a matte on the model's side: configuration, checkpoint, the backbone's weights.
+
+    Loads no model; the arguments are those of :func:`load_model`.
+    """
+    backbone = part_class("backbones", config.backbone.name)
+    pretrained = backbone.weights_digest(config.backbone.settings, weights, offline=offline)
     content = "none" if checkpoint is None else content_digest(checkpoint)
-    return digest_of(json.dumps(config.as_dict(), sort_keys=True), model.backbone.weights_digest, content)
+    return digest_of(json.dumps(config.as_dict(), sort_keys=True), pretrained, content)
 
 
 def _require_checkpoint(config: ModelConfig) -> None:

