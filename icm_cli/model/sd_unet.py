@@ -9,6 +9,7 @@ Letters: E draws of noise (the batch here; one image at a time), H heads, N = h*
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -23,8 +24,8 @@ FEATURE_STRIDES = (32, 16)
 """Strides of the outputs of up_blocks[0] and up_blocks[1]."""
 Grid: TypeAlias = tuple[int, int]
 """(h, w)."""
-CHUNK_BYTES = 1 << 25
-"""Bound of one float32 chunk of attention probabilities [E,H,rows,N], and of one tile of a feed-forward layer."""
+CHUNK_BYTES = 1 << 24
+"""Bound of one float32 chunk of attention probabilities and of one tile of a feed-forward layer."""
 
 
 def drop_unused(unet: Any) -> None:
@@ -57,7 +58,7 @@ def _add_to_bias(block: Any, embedding: Tensor) -> None:
 class MeanAttention:
     """Running mean of one grid's self-attention maps over heads, draws and layers: A [N,N] float32.
 
-    Never holds more than a chunk of query rows of one layer's probabilities.
+    Holds no more than a chunk of one layer's probabilities at a time, in buffers that the chunks share.
     """
 
     def __init__(self, valid: Tensor) -> None:
@@ -72,10 +73,11 @@ class MeanAttention:
 
         The output attends to every token, as published; only the map leaves padding out.
         """
-        output = torch.empty_like(query)
-        for rows, probabilities in self._accumulate(query, key):
-            output[:, :, rows] = probabilities.to(value.dtype) @ value
-        return output
+        values = value.flatten(0, 1)
+        output = torch.empty_like(values)
+        for maps, rows, probabilities in self._accumulate(query, key):
+            output[maps, rows] = probabilities.to(values.dtype) @ values[maps]
+        return output.view_as(value)
 
     def add(self, query: Tensor, key: Tensor) -> None:
         """Add the map of a layer whose output nobody needs."""
@@ -86,20 +88,32 @@ class MeanAttention:
         """A [N,N] float32; rows sum to 1."""
         return self._sum / self._layers
 
-    def _accumulate(self, query: Tensor, key: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Chunks of query rows with their probabilities [E,H,rows,N] float32, each added to the mean."""
-        draws, heads, count, width = query.shape
-        chunk = max(1, CHUNK_BYTES // (4 * draws * heads * count))
-        key_columns = (key.float() * width**-0.5).transpose(-1, -2)
-        for start in range(0, count, chunk):
-            rows = slice(start, start + chunk)
-            logits = query[:, :, rows].float() @ key_columns
-            probabilities = logits.softmax(dim=-1)
-            yield rows, probabilities
-            if self._padding is not None:
-                probabilities = logits.masked_fill_(self._padding, float("-inf")).softmax(dim=-1)
-            self._sum[rows] += probabilities.mean(dim=(0, 1))
+    def _accumulate(self, query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Which of a layer's E*H maps and which query rows, with their probabilities [maps,rows,N] float32.
+
+        A chunk's probabilities last until the next chunk.
+        """
+        queries = query.flatten(0, 1).float() * query.shape[-1] ** -0.5
+        key_columns = key.flatten(0, 1).float().transpose(-1, -2)
+        count, tokens = queries.shape[:2]
+        maps_at_once = max(1, CHUNK_BYTES // (4 * tokens * tokens))
+        rows_at_once = math.ceil(tokens / math.ceil(4 * tokens * tokens / CHUNK_BYTES))
+        buffer = queries.new_empty(maps_at_once, rows_at_once, tokens)
+        for first in range(0, count, maps_at_once):
+            maps = slice(first, min(count, first + maps_at_once))
+            for top in range(0, tokens, rows_at_once):
+                rows = slice(top, min(tokens, top + rows_at_once))
+                chunk = buffer[: maps.stop - first, : rows.stop - top]
+                torch.bmm(queries[maps, rows], key_columns[maps], out=chunk)
+                seen = None if self._padding is None else chunk.masked_fill(self._padding, float("-inf")).softmax(-1)
+                torch.softmax(chunk, dim=-1, out=chunk)
+                self._add_to_sum(rows, chunk if seen is None else seen, count)
+                yield maps, rows, chunk
         self._layers += 1
+
+    def _add_to_sum(self, rows: slice, maps: Tensor, count: int) -> None:
+        for matrix in maps:
+            self._sum[rows].add_(matrix, alpha=1 / count)
 
 
 def unet_features(
