@@ -8,10 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Optional
+from typing import Annotated, Optional, Self
 
 import typer
-from typing_extensions import Self
 
 from icm_cli.errors import IcmError
 

@@ -16,21 +16,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from icm_cli.errors import OutputError
+from icm_cli.errors import ImageError, OutputError
 
 TEMPORARY_PREFIX = ".icm-"
 TEMPORARY_SUFFIX = ".tmp"
 STALE_AFTER_S = 3600.0
 """A temporary file of another machine counts as left behind by a dead process after this long without a write."""
 
-_FATAL_WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a hidden temporary file beside ``path``; on success it is synced and renamed, on failure removed.
 
-    Raises OutputError when the file system refuses (full, read-only, no permission).
+    Raises OutputError when the file system refuses (full, read-only, no permission), ImageError when only this
+    name is refused.
     """
     name = f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
     temporary = path.parent / name
@@ -49,14 +48,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise write_error(path, error) from error
 
 
-def write_error(path: Path, error: OSError) -> OutputError:
-    """The sentence for an output that the file system refuses."""
+def write_error(path: Path, error: OSError) -> ImageError | OutputError:
+    """The sentence for an output that the file system refuses; an ImageError where others could still be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             f"{path} cannot be written: no space left on the device; free some and run the same command again, "
             "it goes on where it stopped"
         )
     reason = error.strerror or str(error)
+    if error.errno in (errno.ENAMETOOLONG, errno.EISDIR, errno.EILSEQ):
+        return ImageError(f"{path} cannot be written: {reason}; its name is the matter, the other images go on")
     return OutputError(f"{path} cannot be written: {reason}; give an output location you can write to")
 
 
@@ -108,17 +109,10 @@ def content_digest(path: Path) -> str:
         if len(digest) == 64:
             return digest
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     with contextlib.suppress(OutputError), atomic_write(remembered) as out:
         out.write(digest.encode())
     return digest
-
-
-def _sha256(file: BinaryIO) -> str:
-    hasher = hashlib.sha256()
-    while block := file.read(1 << 20):
-        hasher.update(block)
-    return hasher.hexdigest()
 
 
 @functools.cache

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import pty
 import shutil
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import cv2
@@ -14,7 +19,7 @@ import pytest
 from PIL import Image
 
 import icm_cli
-from tests.conftest import DEMO, Icm, alphas, copy_many, read, shrink
+from tests.conftest import DEMO, Icm, alphas, arguments, copy_many, read, shrink
 
 NAMES = ["pad.0101.png", "sub/deep.png", "wall.png"]
 
@@ -48,6 +53,18 @@ def test_a_second_run_makes_nothing_again(icm: Icm, scene: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (scene / "out").rglob("*.png")} == before
     icm("--overwrite")
     assert all(path.stat().st_mtime_ns > time for path, time in before.items())
+
+
+def test_a_finished_run_loads_no_model(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
+    icm()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("icm_cli.matting.load_model", refuse)
+    assert icm().exit_code == 0
+    with pytest.raises(AssertionError, match="was loaded"):
+        icm("--overwrite")
 
 
 @pytest.mark.parametrize("change", ["source", "mask", "seed", "torn", "foreign"])
@@ -157,6 +174,24 @@ def test_without_a_terminal_lines_are_plain(icm: Icm, scene: Path) -> None:
     assert "\r" not in result.output
     assert f"[3/3] done {scene}/imgs/wall.jpg" in result.stderr
     assert "efficientnet-lite + training-free on cpu, float32" in result.stderr
+
+
+def test_on_a_terminal_there_is_a_progress_bar(scene: Path, small_model: Path) -> None:
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 100))
+    options = {"ref": scene / "ref.png", "mask": scene / "mask.png", "src": scene / "imgs", "out": scene / "out"}
+    line = [sys.executable, "-m", "icm_cli.cli", "matte", *arguments({**options, "model": small_model})]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=slave)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal goes away with the process
+        while part := os.read(master, 4096):
+            shown += part
+    os.close(master)
+    stdout, _ = process.communicate(timeout=60)
+    assert b"3/3" in shown
+    assert b"image/s" in shown or b"s/image" in shown
+    assert b"done" in stdout
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 900), (500, 2)])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
