@@ -53,13 +53,16 @@ class AttentionMatrix:
 class SelfSimilarity:
     """Softmax self-similarity of a feature by memory-efficient attention; N x N is never built.
 
-    A[q,k] = softmax over valid k of cosine(f_q, f_k) / temperature.
+    A[q,k] = softmax over valid k of cosine(f_q - m, f_k - m) / temperature, m the mean of the valid tokens: what all
+    tokens share says nothing about which are alike.
     """
 
     def __init__(self, feature: Tensor, valid: Tensor, temperature: float) -> None:
         """feature [B,C,h,w], valid [B,h,w] bool, temperature > 0 (in cosine units)."""
         self.grid = (feature.shape[2], feature.shape[3])
-        self._unit = F.normalize(tokens(feature), dim=-1)
+        is_valid = valid.flatten(1)[..., None]
+        mean = (tokens(feature) * is_valid).sum(dim=1, keepdim=True) / is_valid.sum(dim=1, keepdim=True)
+        self._unit = F.normalize(tokens(feature) - mean, dim=-1)
         self._mask = None if bool(valid.all()) else valid.flatten(1)[:, None, None, :]
         self._scale = 1.0 / temperature
 

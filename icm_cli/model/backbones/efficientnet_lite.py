@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from icm_cli.errors import ConfigError
 from icm_cli.files import content_digest
@@ -40,19 +39,27 @@ class EfficientNetLiteConfig:
 
     long_side_px: int = 896
     """Long side of the canvas, a multiple of 32."""
-    correspondence_block: int = 16
-    """Block whose output is compared between reference and target (0..20)."""
+    correspondence_blocks: tuple[int, ...] = (14, 18)
+    """Blocks whose outputs together are compared between reference and target (0..20), at the finest one's stride."""
+    correspondence_shrink: tuple[int, ...] = (1, 2)
+    """The image is seen whole and, for a wider context, shrunk by these factors."""
     scale_blocks: tuple[int, ...] = (6, 14)
     """Blocks whose outputs are handed over as features per scale, each with an intra-similarity."""
-    temperature: float = 0.1
+    temperature: float = 0.15
     """Of the intra-similarity, in cosine units."""
 
     def __post_init__(self) -> None:
         if self.long_side_px < 32 or self.long_side_px % 32:
             raise ConfigError(f"backbone long_side_px is {self.long_side_px}; expected a multiple of 32")
-        for block in (self.correspondence_block, *self.scale_blocks):
+        for block in (*self.correspondence_blocks, *self.scale_blocks):
             if not 0 <= block < BLOCK_COUNT:
                 raise ConfigError(f"backbone block {block} does not exist; expected 0..{BLOCK_COUNT - 1}")
+        if not self.correspondence_blocks:
+            raise ConfigError("backbone correspondence_blocks is empty; expected at least one block")
+        if not self.correspondence_shrink or any(factor < 1 or 32 % factor for factor in self.correspondence_shrink):
+            raise ConfigError(
+                f"backbone correspondence_shrink is {self.correspondence_shrink}; expected divisors of 32, at least one"
+            )
         if self.temperature <= 0:
             raise ConfigError(f"backbone temperature is {self.temperature}; expected more than 0")
 
@@ -67,7 +74,7 @@ class EfficientNetLite(Backbone):
         super().__init__()
         self.config = config
         self.stem = ConvNorm(3, STEM_CHANNELS, kernel=3, stride=2)
-        last = max(config.correspondence_block, *config.scale_blocks)
+        last = max(*config.correspondence_blocks, *config.scale_blocks)
         self.blocks = nn.ModuleList(_blocks()[: last + 1])
 
     @classmethod
@@ -86,19 +93,33 @@ class EfficientNetLite(Backbone):
         return CanvasRule(long_side_px=self.config.long_side_px, multiple_px=32, square=False)
 
     def reference(self, image: Tensor, valid: Tensor, index: int) -> Features:  # noqa: ARG002
-        outputs = self._outputs(image, (self.config.correspondence_block,))
-        return self._features(outputs, valid, scales={})
+        return self._features(image, valid, scale_blocks=())
 
     def target(self, image: Tensor, valid: Tensor) -> Features:
-        outputs = self._outputs(image, (self.config.correspondence_block, *self.config.scale_blocks))
-        scales = {image.shape[-1] // outputs[b].shape[-1]: outputs[b] for b in self.config.scale_blocks}
-        return self._features(outputs, valid, scales)
+        return self._features(image, valid, self.config.scale_blocks)
 
-    def _features(self, outputs: dict[int, Tensor], valid: Tensor, scales: dict[int, Tensor]) -> Features:
-        correspondence = outputs[self.config.correspondence_block].float()
-        stride = valid.shape[-1] // correspondence.shape[-1]
-        intra = {s: SelfSimilarity(f, token_valid(valid, s), self.config.temperature) for s, f in scales.items()}
+    def _features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
+        blocks = self.config.correspondence_blocks
+        outputs = self._outputs(image, (*blocks, *scale_blocks))
+        stride = min(image.shape[-1] // outputs[block].shape[-1] for block in blocks)
+        correspondence = self._correspondence(image, outputs, stride)
+        scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
+        alike = {s: correspondence if s == stride else feature for s, feature in scales.items()}
+        intra = {s: SelfSimilarity(f, token_valid(valid, s), self.config.temperature) for s, f in alike.items()}
         return Features(correspondence, token_valid(valid, stride), scales, intra)
+
+    def _correspondence(self, image: Tensor, outputs: dict[int, Tensor], stride: int) -> Tensor:
+        """The correspondence blocks of the whole and of the shrunk image, each token of unit length, side by side."""
+        parts = []
+        for factor in self.config.correspondence_shrink:
+            seen = image if factor == 1 else _shrink(image, factor)
+            seen_outputs = outputs if factor == 1 else self._outputs(seen, self.config.correspondence_blocks)
+            for block in self.config.correspondence_blocks:
+                unit = F.normalize(seen_outputs[block].float(), dim=1)
+                block_stride = factor * seen.shape[-1] // unit.shape[-1]
+                parts.append(_magnify(unit, block_stride // stride))
+        height, width = image.shape[-2] // stride, image.shape[-1] // stride
+        return torch.cat([part[..., :height, :width] for part in parts], dim=1)
 
     def _outputs(self, image: Tensor, wanted: tuple[int, ...]) -> dict[int, Tensor]:
         """Outputs of the wanted blocks for an image [B,3,H,W] in 0..1; stops at the last of them."""
@@ -145,6 +166,19 @@ class InvertedResidual(nn.Module):
         y = F.relu6(self.expand(x)) if self.expand is not None else x
         y = self.project(F.relu6(self.depthwise(y)))
         return x + y if self.has_residual else y
+
+
+def _shrink(image: Tensor, factor: int) -> Tensor:
+    """The image [B,3,H,W] by area averaging at 1/factor, its sides padded by replication to a multiple of 32."""
+    small = F.avg_pool2d(image, factor)
+    below, right = (-side % 32 for side in small.shape[-2:])
+    return F.pad(small, (0, right, 0, below), mode="replicate")
+
+
+def _magnify(feature: Tensor, factor: int) -> Tensor:
+    if factor == 1:
+        return feature
+    return F.interpolate(feature, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
 def _blocks() -> list[InvertedResidual]:

@@ -1,0 +1,36 @@
+"""Closed-form matting: from a trimap to an alpha (Levin, Lischinski & Weiss, TPAMI 2008), solved by pymatting."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icm_cli.files import cache_folder
+
+RELATIVE_TOLERANCE = 1e-4
+"""Where the conjugate gradient stops; a hundredth of a step of an 8-bit alpha needs no more."""
+
+
+def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Alpha [h,w] 0..1 of an sRGB image [h,w,3] 0..1 under a trimap [h,w]: 0 background, 1 foreground, else unknown.
+
+    A trimap without unknown pixels, or without both sides, determines nothing more and comes back as it is.
+    """
+    is_unknown = (trimap > 0) & (trimap < 1)
+    if not is_unknown.any() or not (trimap == 0).any() or not (trimap == 1).any():
+        return trimap
+    _let_numba_cache()
+    with contextlib.redirect_stdout(io.StringIO()):
+        from pymatting import estimate_alpha_cf
+
+        alpha: NDArray[np.float64] = estimate_alpha_cf(rgb, trimap, cg_kwargs={"rtol": RELATIVE_TOLERANCE})
+    return alpha
+
+
+def _let_numba_cache() -> None:
+    """Let pymatting's compiled code (40 s) be kept where the user can write; numba reads this at its import."""
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))

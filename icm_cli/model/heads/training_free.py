@@ -1,0 +1,193 @@
+"""The head for use without a trained decoder: evidence, trimap, closed-form matting.
+
+The reference decides. Every token of the target is compared with the reference's tokens inside and outside the
+guidance; unlike the softmax S of the paper's equation 3, which always sums to K, these similarities are not
+normalised over the target and can therefore say "absent". Intra-similarity spreads them over alike tokens
+(section 3.3), what lies near the decision becomes the trimap's unknown, and closed-form matting solves it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from icm_cli.errors import ConfigError
+from icm_cli.guidance import background_tokens, foreground_tokens
+from icm_cli.model.closed_form import solve_alpha
+from icm_cli.model.contracts import Features, Head, Matte, ReferenceFeatures
+from icm_cli.model.similarity import tokens
+
+
+@dataclass(frozen=True)
+class TrainingFreeConfig:
+    """Settings of the training-free head; similarities are cosines of centred features."""
+
+    temperature: float = 0.1
+    """Of the soft maximum over the reference's tokens, in cosine units; more than 0."""
+    background_weight: float = 0.5
+    """How much likeness to the reference's background counts against a token; 0 or more."""
+    threshold: float = 0.4
+    """Evidence that parts foreground from background, as a share of the strongest; between 0 and 1."""
+    absent_below: float = 0.3
+    """The thing is absent if its likeness to the reference, as a share of the reference's likeness to itself, stays
+    below this; 0 (never absent) to 1."""
+    unknown_share: float = 0.15
+    """Share of the pixels left unknown for closed-form matting; between 0 and 1, its time grows with it."""
+    solve_long_side_px: int = 640
+    """Long side at which closed-form matting is solved, at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "unknown_share"):
+            _require(name, getattr(self, name), 0 < getattr(self, name) < 1, "between 0 and 1")
+        _require("temperature", self.temperature, self.temperature > 0, "more than 0")
+        _require("background_weight", self.background_weight, self.background_weight >= 0, "0 or more")
+        _require("absent_below", self.absent_below, 0 <= self.absent_below <= 1, "0 to 1")
+        _require("solve_long_side_px", self.solve_long_side_px, self.solve_long_side_px >= 64, "at least 64")
+
+
+def _require(name: str, value: float, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"head {name} is {value}; expected {expected}")
+
+
+STRONGEST_SHARE = 0.02
+"""The strongest evidence of a target is that of this share of its tokens: one token alone is noise."""
+
+
+@dataclass(frozen=True)
+class PreparedReference:
+    """Tokens of all references together, not centred: inside the guidance [K,C], outside [M,C] (M may be 0)."""
+
+    foreground: Tensor
+    background: Tensor
+    notices: list[str] = field(default_factory=list)
+
+    def centre(self) -> Tensor:
+        """Mean of all tokens, [C]."""
+        return torch.cat([self.foreground, self.background]).mean(dim=0)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the reference says about one target's valid tokens, on their grid.
+
+    ``contrast`` [h,w]: likeness to the foreground, less that to the background, spread by intra-similarity.
+    ``likeness``: how well the reference's foreground is met in the target, as a share of how well it meets itself.
+    """
+
+    contrast: Tensor
+    likeness: float
+
+
+class TrainingFree(Head):
+    """Evidence by inter-similarity, trimap, closed-form matting; nothing is trained."""
+
+    Config = TrainingFreeConfig
+    needs_matrix = False
+    is_trained = False
+
+    def __init__(self, config: TrainingFreeConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def prepare(self, references: Sequence[ReferenceFeatures]) -> PreparedReference:
+        foregrounds, backgrounds, notices = [], [], []
+        for reference in references:
+            feature = reference.features.correspondence
+            stride = reference.guidance.shape[-1] // feature.shape[-1]
+            inside, notice = foreground_tokens(reference.guidance, reference.valid, stride)
+            outside = background_tokens(reference.guidance, reference.valid, stride)
+            foregrounds.append(tokens(feature)[inside.flatten(1)])
+            backgrounds.append(tokens(feature)[outside.flatten(1)])
+            notices += [notice] if notice else []
+        return PreparedReference(torch.cat(foregrounds), torch.cat(backgrounds), notices)
+
+    def forward(self, target: Features, reference: Any, image: Tensor, valid: Tensor) -> Matte:
+        """Each image of the batch by itself; see :class:`~icm_cli.model.contracts.Matte`.
+
+        ``confidence`` is the likeness of :class:`Evidence`, at most 1.
+        """
+        alpha = torch.zeros_like(image[:, :1])
+        likeness = []
+        stride = image.shape[-1] // target.correspondence.shape[-1]
+        for index, evidence in enumerate(self.evidence(target, reference, stride)):
+            likeness.append(evidence.likeness)
+            if evidence.likeness >= self.config.absent_below:
+                height, width = _content(valid[index])
+                alpha[index, 0, :height, :width] = self._matte(evidence, image[index, :, :height, :width])
+        confidence = alpha.new_tensor(likeness).clamp(0, 1)
+        return Matte(alpha, confidence, confidence >= self.config.absent_below)
+
+    def evidence(self, target: Features, reference: PreparedReference, stride: int) -> list[Evidence]:
+        """Evidence for each target of the batch; ``stride`` is that of the correspondence feature."""
+        height, width = target.valid.shape[1:]
+        contrast = target.correspondence.new_zeros(target.valid.shape)
+        all_tokens = tokens(target.correspondence)
+        likeness = []
+        for index, valid in enumerate(target.valid):
+            found, share = self._compare(all_tokens[index, valid.flatten()], reference)
+            contrast[index, valid] = found
+            likeness.append(share)
+        spread = target.intra[stride].propagate(contrast.flatten(1)[..., None]).view(-1, height, width)
+        return [
+            Evidence(grid[: _content(valid)[0], : _content(valid)[1]], share)
+            for grid, valid, share in zip(spread, target.valid, likeness, strict=True)
+        ]
+
+    def _compare(self, target: Tensor, reference: PreparedReference) -> tuple[Tensor, float]:
+        """Contrast [N] and likeness of one target's valid tokens [N,C]."""
+        centre = (target.mean(dim=0) + reference.centre()) / 2
+        unit, foreground, background = (
+            F.normalize(part - centre, dim=-1) for part in (target, reference.foreground, reference.background)
+        )
+        temperature = self.config.temperature
+        to_foreground = soft_maximum(foreground @ unit.T, temperature)
+        to_background = soft_maximum(background @ unit.T, temperature)
+        to_itself = soft_maximum(foreground @ foreground.T, temperature).mean()
+        contrast = to_foreground - self.config.background_weight * to_background
+        return contrast, float(to_foreground.max() / to_itself)
+
+    def _matte(self, evidence: Evidence, image: Tensor) -> Tensor:
+        """Alpha [H,W] of one frame without padding, sRGB [3,H,W] in 0..1."""
+        size = _within(image.shape[1:], self.config.solve_long_side_px)
+        rgb = F.interpolate(image[None], size=size, mode="area")[0].permute(1, 2, 0)
+        alpha = solve_alpha(rgb.double().numpy(), self.trimap(evidence.contrast, size).double().numpy())
+        solved = torch.from_numpy(alpha).float()[None, None]
+        return F.interpolate(solved, size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
+
+    def trimap(self, contrast: Tensor, size: tuple[int, int]) -> Tensor:
+        """Contrast [h,w] -> trimap [H,W] of 0, 0.5 and 1: unknown is the share of pixels nearest to the decision."""
+        strongest = contrast.quantile(1 - STRONGEST_SHARE)
+        smooth = F.interpolate(contrast[None, None], size=size, mode="bicubic", align_corners=False)[0, 0]
+        margin = smooth - self.config.threshold * strongest
+        trimap = (margin > 0).float()
+        doubt = margin.abs().flatten()
+        trimap.view(-1)[doubt.argsort()[: math.floor(doubt.numel() * self.config.unknown_share)]] = 0.5
+        return trimap
+
+
+def soft_maximum(cosines: Tensor, temperature: float) -> Tensor:
+    """Over axis 0 of [K,N]: temperature * log mean exp(cosine / temperature); 0, neither like nor unlike, if K = 0."""
+    if not len(cosines):
+        return cosines.new_zeros(cosines.shape[1])
+    return temperature * ((cosines / temperature).logsumexp(dim=0) - math.log(len(cosines)))
+
+
+def _content(valid: Tensor) -> tuple[int, int]:
+    """Height and width of the frame in valid [H,W]; it lies in the top left corner."""
+    return int(valid.any(dim=1).sum()), int(valid.any(dim=0).sum())
+
+
+def _within(size: Sequence[int], long_side: int) -> tuple[int, int]:
+    """(height, width) scaled down so that the longer is at most ``long_side``."""
+    scale = min(1.0, long_side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+PART = TrainingFree
