@@ -102,24 +102,29 @@ class EfficientNetLite(Backbone):
         blocks = self.config.correspondence_blocks
         outputs = self._outputs(image, (*blocks, *scale_blocks))
         stride = min(image.shape[-1] // outputs[block].shape[-1] for block in blocks)
-        correspondence = self._correspondence(image, outputs, stride)
+        correspondence = self._correspondence(image, outputs, token_valid(valid, stride))
         scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
         alike = {s: correspondence if s == stride else feature for s, feature in scales.items()}
         intra = {s: SelfSimilarity(f, token_valid(valid, s), self.config.temperature) for s, f in alike.items()}
         return Features(correspondence, token_valid(valid, stride), scales, intra)
 
-    def _correspondence(self, image: Tensor, outputs: dict[int, Tensor], stride: int) -> Tensor:
-        """The correspondence blocks of the whole and of the shrunk image, each token of unit length, side by side."""
+    def _correspondence(self, image: Tensor, outputs: dict[int, Tensor], valid: Tensor) -> Tensor:
+        """The correspondence blocks of the whole and of the shrunk image side by side, on the grid of valid [B,h,w].
+
+        Every part has the same mean energy, or the block with the largest numbers would decide alone.
+        """
+        height, width = valid.shape[1:]
+        stride = image.shape[-1] // width
         parts = []
         for factor in self.config.correspondence_shrink:
             seen = image if factor == 1 else _shrink(image, factor)
             seen_outputs = outputs if factor == 1 else self._outputs(seen, self.config.correspondence_blocks)
             for block in self.config.correspondence_blocks:
-                unit = F.normalize(seen_outputs[block].float(), dim=1)
-                block_stride = factor * seen.shape[-1] // unit.shape[-1]
-                parts.append(_magnify(unit, block_stride // stride))
-        height, width = image.shape[-2] // stride, image.shape[-1] // stride
-        return torch.cat([part[..., :height, :width] for part in parts], dim=1)
+                feature = seen_outputs[block].float()
+                block_stride = factor * seen.shape[-1] // feature.shape[-1]
+                grid = _magnify(feature, block_stride // stride)[..., :height, :width]
+                parts.append(_unit_energy(grid, valid))
+        return torch.cat(parts, dim=1)
 
     def _outputs(self, image: Tensor, wanted: tuple[int, ...]) -> dict[int, Tensor]:
         """Outputs of the wanted blocks for an image [B,3,H,W] in 0..1; stops at the last of them."""
@@ -173,6 +178,12 @@ def _shrink(image: Tensor, factor: int) -> Tensor:
     small = F.avg_pool2d(image, factor)
     below, right = (-side % 32 for side in small.shape[-2:])
     return F.pad(small, (0, right, 0, below), mode="replicate")
+
+
+def _unit_energy(feature: Tensor, valid: Tensor) -> Tensor:
+    """Scale each image's feature [B,C,h,w] so that the squared length of its valid tokens is 1 on average."""
+    energy = (feature.square().sum(dim=1) * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))
+    return feature / energy.sqrt().clamp(min=1e-12)[:, None, None, None]
 
 
 def _magnify(feature: Tensor, factor: int) -> Tensor:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,11 +34,14 @@ class TrainingFreeConfig:
     """Of the soft maximum over the reference's tokens, in cosine units; more than 0."""
     background_weight: float = 0.5
     """How much likeness to the reference's background counts against a token; 0 or more."""
-    threshold: float = 0.4
+    threshold: float = 0.36
     """Evidence that parts foreground from background, as a share of the strongest; between 0 and 1."""
     absent_below: float = 0.3
     """The thing is absent if its likeness to the reference, as a share of the reference's likeness to itself, stays
     below this; 0 (never absent) to 1."""
+    instance_share: float = 0.8
+    """A connected region is foreground only if its best evidence is at least this share of the target's best; 0 (every
+    region) to 1 (one region alone)."""
     unknown_share: float = 0.15
     """Share of the pixels left unknown for closed-form matting; between 0 and 1, its time grows with it."""
     solve_long_side_px: int = 640
@@ -47,6 +52,7 @@ class TrainingFreeConfig:
             _require(name, getattr(self, name), 0 < getattr(self, name) < 1, "between 0 and 1")
         _require("temperature", self.temperature, self.temperature > 0, "more than 0")
         _require("background_weight", self.background_weight, self.background_weight >= 0, "0 or more")
+        _require("instance_share", self.instance_share, 0 <= self.instance_share <= 1, "0 to 1")
         _require("absent_below", self.absent_below, 0 <= self.absent_below <= 1, "0 to 1")
         _require("solve_long_side_px", self.solve_long_side_px, self.solve_long_side_px >= 64, "at least 64")
 
@@ -163,13 +169,28 @@ class TrainingFree(Head):
 
     def trimap(self, contrast: Tensor, size: tuple[int, int]) -> Tensor:
         """Contrast [h,w] -> trimap [H,W] of 0, 0.5 and 1: unknown is the share of pixels nearest to the decision."""
-        strongest = contrast.quantile(1 - STRONGEST_SHARE)
+        decision = self.config.threshold * contrast.quantile(1 - STRONGEST_SHARE)
         smooth = F.interpolate(contrast[None, None], size=size, mode="bicubic", align_corners=False)[0, 0]
-        margin = smooth - self.config.threshold * strongest
-        trimap = (margin > 0).float()
+        margin = smooth - decision
         doubt = margin.abs().flatten()
-        trimap.view(-1)[doubt.argsort()[: math.floor(doubt.numel() * self.config.unknown_share)]] = 0.5
+        unknown = doubt.argsort(stable=True)[: math.floor(doubt.numel() * self.config.unknown_share)]
+        trimap = (margin > 0).float()
+        trimap.view(-1)[unknown] = 0.5
+        trimap[~strong_regions(smooth, trimap > 0, self.config.instance_share)] = 0.0
         return trimap
+
+
+def strong_regions(evidence: Tensor, inside: Tensor, share: float) -> Tensor:
+    """Of the connected regions of ``inside`` [H,W] bool, those whose best evidence is ``share`` of the best, [H,W].
+
+    Another object is often a region of its own that is like the reference by a little: it is no instance of it.
+    """
+    count, label = cv2.connectedComponents(inside.numpy().astype(np.uint8))
+    region = torch.from_numpy(label).long().flatten()
+    best = evidence.new_full((count,), -torch.inf).scatter_reduce(0, region, evidence.flatten(), "amax")
+    is_strong = best >= share * best.max()
+    is_strong[0] = False
+    return is_strong[region].view(inside.shape)
 
 
 def soft_maximum(cosines: Tensor, temperature: float) -> Tensor:

@@ -1,0 +1,243 @@
+"""The training-free head on made-up tokens, and with the EfficientNet on made-up pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from icm_cli.errors import ConfigError
+from icm_cli.model.backbones.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
+from icm_cli.model.closed_form import solve_alpha
+from icm_cli.model.contracts import Features, ReferenceFeatures
+from icm_cli.model.heads.training_free import TrainingFree, TrainingFreeConfig, soft_maximum, strong_regions
+from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity, token_valid
+
+STRIDE = 16
+BACKDROP, BALL, CUBE, MEADOW = range(4)
+COLOURS = torch.tensor([[0.2, 0.3, 0.8], [0.9, 0.2, 0.1], [0.9, 0.8, 0.1], [0.2, 0.6, 0.2]])
+
+
+def features(kinds: Tensor, valid: Tensor, seed: int = 0) -> Features:
+    """Tokens of a picture whose cells [h,w] are of the given kinds: one direction a kind, and some noise."""
+    noise = torch.randn(16, *kinds.shape, generator=torch.Generator().manual_seed(seed))
+    prototypes = torch.eye(16)[:4]
+    correspondence = (prototypes[kinds].permute(2, 0, 1) + 0.05 * noise)[None]
+    on_tokens = token_valid(valid, STRIDE)
+    intra = {STRIDE: SelfSimilarity(correspondence, on_tokens, temperature=0.15)}
+    return Features(correspondence, on_tokens, {}, intra)
+
+
+def picture(kinds: Tensor) -> Tensor:
+    pixels = COLOURS[kinds].permute(2, 0, 1)[None]
+    return pixels.repeat_interleave(STRIDE, -1).repeat_interleave(STRIDE, -2)
+
+
+def scene(*things: tuple[int, int], size: tuple[int, int] = (10, 14), ground: int = BACKDROP) -> Tensor:
+    """A grid of ground with things of 4x4 tokens: (kind, left column)."""
+    kinds = torch.full(size, ground)
+    for kind, left in things:
+        kinds[3:7, left : left + 4] = kind
+    return kinds
+
+
+def whole(kinds: Tensor) -> Tensor:
+    return torch.ones(1, kinds.shape[0] * STRIDE, kinds.shape[1] * STRIDE, dtype=torch.bool)
+
+
+def reference(kinds: Tensor, kind: int, seed: int = 1) -> ReferenceFeatures:
+    guidance = (kinds == kind).float()[None, None]
+    guidance = guidance.repeat_interleave(STRIDE, -1).repeat_interleave(STRIDE, -2)
+    return ReferenceFeatures(features(kinds, whole(kinds), seed), guidance, whole(kinds))
+
+
+def matte(head: TrainingFree, kinds: Tensor, *references: ReferenceFeatures):
+    valid = whole(kinds)
+    return head(features(kinds, valid), head.prepare(references), picture(kinds), valid)
+
+
+def share_inside(alpha: Tensor, kinds: Tensor, kind: int) -> float:
+    """Mean alpha over the cells of a kind."""
+    inside = (kinds == kind).repeat_interleave(STRIDE, -1).repeat_interleave(STRIDE, -2)
+    return float(alpha[0, 0][inside].mean())
+
+
+@pytest.fixture
+def head() -> TrainingFree:
+    return TrainingFree(TrainingFreeConfig())
+
+
+@pytest.mark.parametrize(("wanted", "other"), [(BALL, CUBE), (CUBE, BALL)])
+def test_the_reference_decides_which_of_two_things_is_foreground(head, wanted, other):
+    target = scene((BALL, 1), (CUBE, 8))
+    result = matte(head, target, reference(scene((wanted, 5)), wanted))
+    assert result.found.tolist() == [True]
+    assert share_inside(result.alpha, target, wanted) > 0.95
+    assert share_inside(result.alpha, target, other) < 0.05
+    assert share_inside(result.alpha, target, BACKDROP) < 0.05
+
+
+def test_alpha_and_confidence_have_their_shapes_and_ranges(head):
+    kinds = scene((BALL, 1))
+    valid = whole(kinds).expand(2, -1, -1)
+    one = features(kinds, whole(kinds))
+    two = Features(
+        one.correspondence.expand(2, -1, -1, -1),
+        one.valid.expand(2, -1, -1),
+        {},
+        {STRIDE: SelfSimilarity(one.correspondence.expand(2, -1, -1, -1), one.valid.expand(2, -1, -1), 0.15)},
+    )
+    image = picture(kinds).expand(2, -1, -1, -1)
+    result = head(two, head.prepare([reference(scene((BALL, 5)), BALL)]), image, valid)
+    assert result.alpha.shape == (2, 1, 160, 224)
+    assert result.alpha.dtype == torch.float32
+    assert 0 <= result.alpha.min() < 0.01
+    assert 0.99 < result.alpha.max() <= 1
+    assert result.confidence.shape == result.found.shape == (2,)
+    assert ((result.confidence > 0.5) & (result.confidence <= 1)).all()
+    assert torch.equal(result.alpha[0], result.alpha[1])
+
+
+def test_an_absent_thing_gives_an_empty_alpha_and_is_not_found(head):
+    result = matte(head, scene((CUBE, 4), ground=MEADOW), reference(scene((BALL, 5)), BALL))
+    assert result.found.tolist() == [False]
+    assert result.alpha.count_nonzero() == 0
+    assert result.confidence.item() < head.config.absent_below
+
+
+def test_padded_tokens_take_no_part(head):
+    kinds = scene((BALL, 1))
+    valid = whole(kinds)
+    valid[:, :, 160:] = False
+    valid[:, 130:] = False  # a row of tokens is padding in part: it counts
+    prepared = head.prepare([reference(scene((BALL, 5)), BALL)])
+    results = []
+    for padding in (BACKDROP, BALL):
+        padded = kinds.clone()
+        padded[:, 10:] = padding
+        padded[9:] = padding
+        results.append(head(features(padded, valid), prepared, picture(padded), valid))
+    assert torch.equal(results[0].alpha[..., :130, :160], results[1].alpha[..., :130, :160])
+    assert torch.equal(results[0].confidence, results[1].confidence)
+
+
+def test_padding_of_a_reference_takes_no_part(head):
+    kinds = scene((BALL, 1))
+    padded = reference(kinds, BALL)
+    padded.valid[:, :, 160:] = False
+    prepared = head.prepare([padded])
+    assert len(prepared.foreground) == 16
+    assert len(prepared.background) == 10 * 10 - 16
+
+
+def test_several_references_on_canvases_of_their_own_work_together(head):
+    ball = reference(scene((BALL, 5)), BALL)
+    cube = reference(scene((CUBE, 2), size=(12, 8), ground=MEADOW), CUBE, seed=3)
+    target = scene((BALL, 1), (CUBE, 8))
+    result = matte(head, target, ball, cube)
+    assert share_inside(result.alpha, target, BALL) > 0.9
+    assert share_inside(result.alpha, target, CUBE) > 0.9
+    assert share_inside(result.alpha, target, BACKDROP) < 0.1
+
+
+def test_a_reference_without_background_still_works(head):
+    target = scene((BALL, 1), (CUBE, 8))
+    result = matte(head, target, reference(torch.full((6, 6), BALL), BALL))
+    assert share_inside(result.alpha, target, BALL) > 0.9
+    assert share_inside(result.alpha, target, CUBE) < 0.1
+
+
+def test_a_guidance_smaller_than_a_token_leaves_a_notice(head):
+    small = reference(scene((BALL, 5)), BALL)
+    guidance = torch.zeros_like(small.guidance)
+    guidance[..., 52:56, 84:88] = 1
+    prepared = head.prepare([dataclasses.replace(small, guidance=guidance)])
+    assert len(prepared.foreground) == 1
+    assert "smaller than half a token" in prepared.notices[0]
+    assert head.prepare([small]).notices == []
+
+
+def test_intra_similarity_spreads_the_evidence(head):
+    kinds = scene((BALL, 1), (CUBE, 8))
+    flat = AttentionMatrix(torch.full((1, kinds.numel(), kinds.numel()), 1 / kinds.numel()), tuple(kinds.shape))
+    target = dataclasses.replace(features(kinds, whole(kinds)), intra={STRIDE: flat})
+    prepared = head.prepare([reference(scene((BALL, 5)), BALL)])
+    contrast = head.evidence(target, prepared, STRIDE)[0].contrast
+    assert contrast.std() < 1e-6  # everything alike: everywhere the mean
+
+
+@pytest.mark.parametrize("share", [0.05, 0.15])
+def test_the_unknown_share_is_bounded(share):
+    head = TrainingFree(TrainingFreeConfig(unknown_share=share))
+    contrast = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    trimap = head.trimap(contrast, (200, 300))
+    assert set(trimap.unique().tolist()) == {0.0, 0.5, 1.0}
+    assert 0 < (trimap == 0.5).float().mean() <= share
+
+
+def test_regions_without_strong_evidence_are_dropped():
+    evidence = torch.tensor([[0.9, 0.5, 0.0, 0.5, 0.6, 0.0, 0.8]])
+    kept = strong_regions(evidence, evidence > 0, share=0.8)
+    assert kept.tolist() == [[True, True, False, False, False, False, True]]
+
+
+def test_soft_maximum_lies_between_mean_and_maximum():
+    cosines = torch.tensor([[0.9], [0.1], [-0.4]])
+    assert 0.2 < soft_maximum(cosines, 0.1).item() < 0.9
+    assert soft_maximum(cosines, 100.0).item() == pytest.approx(0.2, abs=0.01)
+    assert soft_maximum(cosines[:0], 0.1).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("side", [0.0, 1.0])
+def test_a_trimap_without_both_sides_is_not_solved(side, monkeypatch):
+    monkeypatch.setattr("pymatting.estimate_alpha_cf", lambda *_, **__: pytest.fail("solved"))
+    trimap = np.full((8, 8), side)
+    trimap[2:4] = 0.5
+    assert np.array_equal(solve_alpha(np.zeros((8, 8, 3)), trimap), trimap)
+
+
+def test_closed_form_follows_the_image_and_is_silent(capfd):
+    rgb = np.zeros((24, 40, 3))
+    rgb[:, 20:] = (0.9, 0.5, 0.1)
+    trimap = np.full((24, 40), 0.5)
+    trimap[:, :6], trimap[:, -6:] = 0.0, 1.0
+    alpha = solve_alpha(rgb, trimap)
+    assert alpha[:, :18].max() < 0.05
+    assert alpha[:, 22:].min() > 0.95
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0; expected more than 0"),
+        ({"unknown_share": 1.0}, "unknown_share is 1.0; expected between 0 and 1"),
+        ({"instance_share": 1.5}, "instance_share is 1.5; expected 0 to 1"),
+        ({"solve_long_side_px": 8}, "solve_long_side_px is 8; expected at least 64"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        TrainingFreeConfig(**settings)
+
+
+def test_it_follows_the_reference_with_the_efficientnet(head):
+    """A chequered and a striped disc on gravel, one of them shown: from pixels to alpha with real weights."""
+    backbone = EfficientNetLite.load(EfficientNetLiteConfig(long_side_px=448), None, offline=True, seed=0)
+    model = InContextMatting(backbone, head).eval()
+    rows, columns = torch.meshgrid(torch.arange(320), torch.arange(448), indexing="ij")
+    gravel = 0.45 + 0.1 * torch.rand(3, 320, 448, generator=torch.Generator().manual_seed(0))
+    chequered = torch.stack([((rows // 12 + columns // 12) % 2).float(), torch.zeros(320, 448), torch.ones(320, 448)])
+    striped = torch.stack([torch.ones(320, 448), (rows // 8 % 2).float(), torch.zeros(320, 448)])
+    left, right = ((rows - 160) ** 2 + (columns - centre) ** 2 < 80**2 for centre in (110, 338))
+    image = torch.where(left, chequered, torch.where(right, striped, gravel))[None]
+    valid = torch.ones(1, 320, 448, dtype=torch.bool)
+    for inside, other in ((left, right), (right, left)):
+        prepared = model.reference([(image.flip(-1), inside.flip(-1)[None, None].float(), valid)])
+        alpha = model.infer(image, valid, prepared).alpha[0, 0]
+        assert alpha[inside].mean() > 0.8
+        assert alpha[other].mean() < 0.2
