@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from icm_cli.errors import ConfigError
 from icm_cli.files import content_digest
@@ -86,7 +87,10 @@ class EfficientNetLite(Backbone):
         backbone = cls(config)
         published = torch.load(_weights_path(weights), map_location="cpu", weights_only=True)
         backbone.load_state_dict({key: published[_published_name(key)] for key in backbone.state_dict()})
-        return backbone.eval()
+        for module in backbone.eval().modules():
+            if isinstance(module, ConvNorm):
+                module.fold()
+        return backbone
 
     @property
     def canvas(self) -> CanvasRule:
@@ -145,9 +149,14 @@ class ConvNorm(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(outputs, eps=1e-3)
+        self.norm: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(outputs, eps=1e-3)
         overlap = kernel - stride
         self.padding = (overlap // 2, overlap - overlap // 2) * 2
+
+    def fold(self) -> None:
+        """Put the statistics of BatchNorm into the convolution, where they cost nothing; for inference alone."""
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.conv, self.norm = fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         if any(self.padding):
