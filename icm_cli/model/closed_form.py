@@ -18,10 +18,14 @@ RELATIVE_TOLERANCE = 1e-4
 def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArray[np.float64]:
     """Alpha [h,w] 0..1 of an sRGB image [h,w,3] 0..1 under a trimap [h,w]: 0 background, 1 foreground, else unknown.
 
-    A trimap without unknown pixels, or without both sides, determines nothing more and comes back as it is.
+    Where one side is missing there is nothing to solve: everything unknown belongs to the side there is. Without
+    unknown pixels the trimap is the alpha.
     """
-    is_unknown = (trimap > 0) & (trimap < 1)
-    if not is_unknown.any() or not (trimap == 0).any() or not (trimap == 1).any():
+    if not (trimap == 1).any():
+        return np.zeros_like(trimap)
+    if not (trimap == 0).any():
+        return np.ones_like(trimap)
+    if not ((trimap > 0) & (trimap < 1)).any():
         return trimap
     _let_numba_cache()
     with contextlib.redirect_stdout(io.StringIO()):

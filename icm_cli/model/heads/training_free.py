@@ -34,7 +34,7 @@ class TrainingFreeConfig:
     """Of the soft maximum over the reference's tokens, in cosine units; more than 0."""
     background_weight: float = 0.5
     """How much likeness to the reference's background counts against a token; 0 or more."""
-    threshold: float = 0.36
+    threshold: float = 0.33
     """Evidence that parts foreground from background, as a share of the strongest; between 0 and 1."""
     absent_below: float = 0.28
     """The thing is absent if its likeness to the reference, as a share of the reference's likeness to itself, stays
@@ -62,8 +62,8 @@ def _require(name: str, value: float, holds: bool, expected: str) -> None:
         raise ConfigError(f"head {name} is {value}; expected {expected}")
 
 
-STRONGEST_SHARE = 0.02
-"""The strongest evidence of a target is that of this share of its tokens: one token alone is noise."""
+TOKENS_AT_A_TIME = 512
+"""Target tokens compared at a time: bounds the working memory with many references."""
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,19 @@ class TrainingFree(Head):
         ``confidence`` is the likeness of :class:`Evidence`, at most 1.
         """
         alpha = torch.zeros_like(image[:, :1])
-        likeness = []
         stride = image.shape[-1] // target.correspondence.shape[-1]
-        for index, evidence in enumerate(self.evidence(target, reference, stride)):
-            likeness.append(evidence.likeness)
-            if evidence.likeness >= self.config.absent_below:
+        evidences = self.evidence(target, reference, stride)
+        found = [self._is_found(evidence) for evidence in evidences]
+        for index, evidence in enumerate(evidences):
+            if found[index]:
                 height, width = _content(valid[index])
-                alpha[index, 0, :height, :width] = self._matte(evidence, image[index, :, :height, :width])
-        confidence = alpha.new_tensor(likeness).clamp(0, 1)
-        return Matte(alpha, confidence, confidence >= self.config.absent_below)
+                fine = _magnified(evidence.contrast, stride)[:height, :width]
+                alpha[index, 0, :height, :width] = self._matte(fine.cpu(), image[index, :, :height, :width].cpu())
+        confidence = alpha.new_tensor([evidence.likeness for evidence in evidences]).clamp(0, 1)
+        return Matte(alpha, confidence, torch.tensor(found, device=alpha.device))
+
+    def _is_found(self, evidence: Evidence) -> bool:
+        return evidence.likeness >= self.config.absent_below and bool(evidence.contrast.max() > 0)
 
     def evidence(self, target: Features, reference: PreparedReference, stride: int) -> list[Evidence]:
         """Evidence for each target of the batch; ``stride`` is that of the correspondence feature."""
@@ -153,30 +157,32 @@ class TrainingFree(Head):
             F.normalize(part - centre, dim=-1) for part in (target, reference.foreground, reference.background)
         )
         temperature = self.config.temperature
-        to_foreground = soft_maximum(foreground @ unit.T, temperature)
-        to_background = soft_maximum(background @ unit.T, temperature)
-        to_itself = soft_maximum(foreground @ foreground.T, temperature).mean()
+        to_foreground = soft_maximum(foreground, unit, temperature)
+        to_background = soft_maximum(background, unit, temperature)
+        to_itself = soft_maximum(foreground, foreground, temperature).mean()
         contrast = to_foreground - self.config.background_weight * to_background
         return contrast, float(to_foreground.max() / to_itself)
 
-    def _matte(self, evidence: Evidence, image: Tensor) -> Tensor:
-        """Alpha [H,W] of one frame without padding, sRGB [3,H,W] in 0..1."""
+    def _matte(self, contrast: Tensor, image: Tensor) -> Tensor:
+        """Alpha [H,W] of one frame without padding: contrast [H,W], sRGB [3,H,W] in 0..1, on the CPU."""
         size = _within(image.shape[1:], self.config.solve_long_side_px)
-        rgb = F.interpolate(image[None], size=size, mode="area")[0].permute(1, 2, 0)
-        alpha = solve_alpha(rgb.double().numpy(), self.trimap(evidence.contrast, size).double().numpy())
-        solved = torch.from_numpy(alpha).float()[None, None]
-        return F.interpolate(solved, size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
+        small = F.interpolate(torch.cat([image, contrast[None]])[None], size=size, mode="area")[0]
+        rgb, trimap = small[:3].permute(1, 2, 0), self.trimap(small[3])
+        alpha = torch.from_numpy(solve_alpha(rgb.double().numpy(), trimap.double().numpy())).float()
+        return F.interpolate(alpha[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
 
-    def trimap(self, contrast: Tensor, size: tuple[int, int]) -> Tensor:
-        """Contrast [h,w] -> trimap [H,W] of 0, 0.5 and 1: unknown is the share of pixels nearest to the decision."""
-        decision = self.config.threshold * contrast.quantile(1 - STRONGEST_SHARE)
-        smooth = F.interpolate(contrast[None, None], size=size, mode="bicubic", align_corners=False)[0, 0]
-        margin = smooth - decision
-        doubt = margin.abs().flatten()
+    def trimap(self, contrast: Tensor) -> Tensor:
+        """Contrast [H,W] -> trimap [H,W] of 0, 0.5 and 1: unknown are the pixels nearest to the decision.
+
+        The upper half of the evidence above the decision is never unknown: a small thing keeps a foreground.
+        """
+        strongest = contrast.max()
+        decision = self.config.threshold * strongest
+        doubt = (contrast - decision).abs().masked_fill(contrast > (decision + strongest) / 2, torch.inf).flatten()
         unknown = doubt.argsort(stable=True)[: math.floor(doubt.numel() * self.config.unknown_share)]
-        trimap = (margin > 0).float()
-        trimap.view(-1)[unknown] = 0.5
-        trimap[~strong_regions(smooth, trimap > 0, self.config.instance_share)] = 0.0
+        trimap = (contrast > decision).float()
+        trimap.view(-1)[unknown[doubt[unknown].isfinite()]] = 0.5
+        trimap[~strong_regions(contrast, trimap > 0, self.config.instance_share)] = 0.0
         return trimap
 
 
@@ -193,11 +199,21 @@ def strong_regions(evidence: Tensor, inside: Tensor, share: float) -> Tensor:
     return is_strong[region].view(inside.shape)
 
 
-def soft_maximum(cosines: Tensor, temperature: float) -> Tensor:
-    """Over axis 0 of [K,N]: temperature * log mean exp(cosine / temperature); 0, neither like nor unlike, if K = 0."""
-    if not len(cosines):
-        return cosines.new_zeros(cosines.shape[1])
-    return temperature * ((cosines / temperature).logsumexp(dim=0) - math.log(len(cosines)))
+def soft_maximum(reference: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """How alike each target token is to the reference's tokens: temperature * log mean exp(cosine / temperature).
+
+    reference [K,C] and target [N,C] of unit length -> [N]; 0, neither like nor unlike, if K = 0.
+    """
+    if not len(reference):
+        return target.new_zeros(len(target))
+    parts = torch.split(target, TOKENS_AT_A_TIME)
+    sums = [(part @ reference.T / temperature).logsumexp(dim=1) for part in parts]
+    return temperature * (torch.cat(sums) - math.log(len(reference)))
+
+
+def _magnified(grid: Tensor, factor: int) -> Tensor:
+    """Tokens [h,w] -> pixels [h*factor,w*factor], bicubic."""
+    return F.interpolate(grid[None, None], scale_factor=factor, mode="bicubic", align_corners=False)[0, 0]
 
 
 def _content(valid: Tensor) -> tuple[int, int]:
