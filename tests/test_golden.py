@@ -68,7 +68,7 @@ def test_detail_head(decoder: tuple[DetailHead, dict[str, Tensor]]) -> None:
         guidance = (pair["guidance"] > 0.5).float()
         prepared = head.prepare([ReferenceFeatures(feature, guidance, valid)])
         target = target_features(pair)
-        similarity = head.inter_similarity(prepared, target.correspondence, target.valid)
+        similarity = head.inter_similarity(prepared.tokens, target.correspondence, target.valid)
         close(similarity, pair["inter_similarity"])
         close(intra_picture(head, similarity, target), pair["intra_similarity"])
         close(head(target, prepared, (pair["image"] + 1) / 2, valid).alpha, pair["alpha"])

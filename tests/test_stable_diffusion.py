@@ -19,7 +19,7 @@ from icm_cli.model import sd_weights
 from icm_cli.model.backbones.stable_diffusion import StableDiffusion, StableDiffusionConfig
 from icm_cli.model.checkpoint import save_checkpoint
 from icm_cli.model.contracts import Features, MatrixIntraSimilarity
-from icm_cli.model.heads.detail import DetailHead, judge
+from icm_cli.model.heads.detail import DetailHead, PreparedReferences, judge
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.loading import load_model, model_digest, resolve_config
 from icm_cli.model.sd_unet import MeanAttention
@@ -96,11 +96,11 @@ def all_valid(count: int) -> Tensor:
     return torch.ones(count, SIDE, SIDE, dtype=torch.bool)
 
 
-def prepared(model: InContextMatting) -> list[Tensor]:
+def prepared(model: InContextMatting) -> PreparedReferences:
     guidance = torch.zeros(1, 1, SIDE, SIDE)
     guidance[..., 32:80, 32:80] = 1
     with torch.inference_mode():
-        reference: list[Tensor] = model.reference([(images(1, seed=9), guidance, all_valid(1))])
+        reference: PreparedReferences = model.reference([(images(1, seed=9), guidance, all_valid(1))])
     return reference
 
 
@@ -242,17 +242,17 @@ class TestWholeModel:
         assert (together - single).abs().max() <= 1 / 255
 
     def test_references_count_alike(self, model: InContextMatting) -> None:
-        (tokens,) = prepared(model)
-        once = model.infer(images(1), all_valid(1), [tokens]).alpha
-        twice = model.infer(images(1), all_valid(1), [tokens, tokens]).alpha
+        (tokens,) = prepared(model).tokens
+        once = model.infer(images(1), all_valid(1), PreparedReferences([tokens])).alpha
+        twice = model.infer(images(1), all_valid(1), PreparedReferences([tokens, tokens])).alpha
         torch.testing.assert_close(once, twice)
 
-    def test_small_guidance_warns(self, model: InContextMatting) -> None:
+    def test_small_guidance_is_noticed(self, model: InContextMatting) -> None:
         guidance = torch.zeros(1, 1, SIDE, SIDE)
         guidance[..., 40:44, 40:44] = 1
-        with pytest.warns(UserWarning, match="smaller than half a token"):
-            (tokens,) = model.reference([(images(1), guidance, all_valid(1))])
-        assert tokens.shape[0] == 1
+        reference = model.reference([(images(1), guidance, all_valid(1))])
+        assert [len(tokens) for tokens in reference.tokens] == [1]
+        assert "smaller than half a token" in reference.notices[0]
 
     def test_canvas_must_be_the_heads(self, backbone: StableDiffusion, trained: tuple[Path, ModelConfig]) -> None:
         settings = trained[1].head.settings
@@ -277,7 +277,7 @@ class TestLowPrecision:
         features = low.backbone.target(images(1), all_valid(1))
         assert matrix(features).dtype == features.correspondence.dtype == torch.float32
         assert features.scales[16].dtype == torch.bfloat16
-        (tokens,) = prepared(low)
+        (tokens,) = prepared(low).tokens
         assert tokens.dtype == torch.float32
         dtypes = {module: {p.dtype for p in module.parameters(recurse=False)} for module in low.head.modules()}
         assert all(types == {torch.float32} for m, types in dtypes.items() if isinstance(m, nn.LayerNorm))

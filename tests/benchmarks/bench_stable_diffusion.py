@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from icm_cli.model.backbones.stable_diffusion import StableDiffusion, StableDiffusionConfig
 from icm_cli.model.contracts import Features, ReferenceFeatures
-from icm_cli.model.heads.detail import STRIDES, DetailConfig, DetailHead
+from icm_cli.model.heads.detail import STRIDES, DetailConfig, DetailHead, PreparedReferences
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.sd_unet import MeanAttention, drop_unused, fold_timestep
 from icm_cli.model.sd_weights import Parts
@@ -215,7 +215,7 @@ def needed_flop() -> dict[Any, int]:
         features = backbone.mean_features(latents.expand(ENSEMBLE, -1, -1, -1), maps)
         intra = {stride: AttentionMatrix(maps[stride].mean()[None], maps[stride].grid) for stride in STRIDES}
         target = Features(features[16], masks[16][None].to("meta"), features, intra)
-        model.head(target, [reference_tokens], image, valid)
+        model.head(target, PreparedReferences([reference_tokens]), image, valid)
     return dict(counter.get_flop_counts()["Global"])
 
 

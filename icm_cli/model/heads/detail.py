@@ -6,9 +6,8 @@ Shapes for the published widths on a 768 px canvas; the order of scales is every
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +54,17 @@ class DetailConfig:
                 raise ConfigError(f"head has a width of {width} channels; expected 1 or more")
 
 
+@dataclass(frozen=True)
+class PreparedReferences:
+    """Of each reference its normalised tokens inside its guidance, [K,C] float32.
+
+    ``notices``: sentences on references whose guidance covers no whole token.
+    """
+
+    tokens: list[Tensor]
+    notices: list[str] = field(default_factory=list)
+
+
 class DetailHead(Head):
     """Inter-similarity says where, intra-similarity spreads it, the decoder brings it to the pixels."""
 
@@ -73,12 +83,18 @@ class DetailHead(Head):
         self.fusion = Fusion(config.feature_channels, config.intra_channels, config.fusion_channels)
         self.detail_decoder = DetailDecoder(config.fusion_channels, config.decoder_channels)
 
-    def prepare(self, references: Sequence[ReferenceFeatures]) -> list[Tensor]:
-        """Each reference's normalised tokens inside its guidance, [K,C] float32."""
-        return [self._foreground(reference) for reference in references]
+    def prepare(self, references: Sequence[ReferenceFeatures]) -> PreparedReferences:
+        prepared = PreparedReferences([])
+        for reference in references:
+            feature = reference.features.correspondence
+            stride = reference.guidance.shape[-1] // feature.shape[-1]
+            inside, notice = foreground_tokens(reference.guidance, reference.valid, stride)
+            prepared.tokens.append(self.inter_similarity.normalised_tokens(feature)[inside.flatten(1)])
+            prepared.notices.extend([notice] if notice else [])
+        return prepared
 
-    def forward(self, target: Features, reference: list[Tensor], image: Tensor, valid: Tensor) -> Matte:
-        similarity = self.inter_similarity(reference, target.correspondence, target.valid)
+    def forward(self, target: Features, reference: PreparedReferences, image: Tensor, valid: Tensor) -> Matte:
+        similarity = self.inter_similarity(reference.tokens, target.correspondence, target.valid)
         spread = [
             layer(similarity, _matrix(target, stride))
             for layer, stride in zip(self.intra_similarity, STRIDES, strict=True)
@@ -86,14 +102,6 @@ class DetailHead(Head):
         fused = self.fusion([target.scales[stride] for stride in STRIDES], spread)
         alpha = self.detail_decoder(fused, 2.0 * image - 1.0)
         return Matte(alpha, *judge(alpha.detach(), valid))
-
-    def _foreground(self, reference: ReferenceFeatures) -> Tensor:
-        feature = reference.features.correspondence
-        stride = reference.guidance.shape[-1] // feature.shape[-1]
-        inside, warning = foreground_tokens(reference.guidance, reference.valid, stride)
-        if warning is not None:
-            warnings.warn(warning, stacklevel=2)
-        return self.inter_similarity.normalised_tokens(feature)[inside.flatten(1)]
 
 
 class InterSimilarity(nn.Module):
