@@ -16,7 +16,7 @@ DEMO = Path(__file__).parent / "demo"
 
 SMALL_MODEL = """
 backbone: {name: efficientnet-lite, long_side_px: 224}
-head: {name: training-free}
+head: {name: training-free, solve_long_side_px: 128}
 """
 
 

@@ -29,6 +29,8 @@ def sentence(stderr: str) -> str:
     return lines[0]
 
 
+LONG = 16
+"""Images of a run that is stopped in its middle."""
 Damage = Callable[[Path], dict[str, object]]
 
 
@@ -248,8 +250,8 @@ def test_an_error_of_the_model_that_is_no_lack_of_memory_is_not_hidden(
 
 @pytest.fixture
 def long_run(scene: Path, small_model: Path) -> tuple[list[str], Path]:
-    """A command line of 40 images, and its output folder."""
-    copy_many(scene / "imgs" / "wall.jpg", scene / "many", 40)
+    """A command line of LONG images, and its output folder."""
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", LONG)
     options = {
         "ref": scene / "ref.png",
         "mask": scene / "mask.png",
@@ -281,11 +283,11 @@ def test_a_signal_finishes_the_writes_in_hand(
     assert "Traceback" not in ended.stderr
     assert "interrupted" in ended.stderr
     files = list(out.iterdir())
-    assert 3 <= len(files) < 40
+    assert 3 <= len(files) < LONG
     assert all(path.suffix == ".png" and read(path) is not None for path in files)
     report = (scene / "r.csv").read_text()
     assert report.count(",done,") == len(files)
-    assert report.count(",not reached,") == 40 - len(files)
+    assert report.count(",not reached,") == LONG - len(files)
 
 
 def test_a_killed_run_is_completed_byte_equal(long_run: tuple[list[str], Path]) -> None:
@@ -296,7 +298,7 @@ def test_a_killed_run_is_completed_byte_equal(long_run: tuple[list[str], Path]) 
     again = subprocess.run(line, capture_output=True, text=True, timeout=100, check=False)
     assert again.returncode == 0, again.stderr
     completed = alphas(out)
-    assert sorted(completed) == [f"{number:04d}.png" for number in range(40)]
+    assert sorted(completed) == [f"{number:04d}.png" for number in range(LONG)]
     assert {name: completed[name] for name in early if name.endswith(".png")}.items() <= completed.items()
     shutil.rmtree(out)
     subprocess.run(line, capture_output=True, timeout=100, check=True)
@@ -307,7 +309,7 @@ def test_two_processes_share_one_output(long_run: tuple[list[str], Path]) -> Non
     line, out = long_run
     runs = [subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
     assert [run.wait(100) for run in runs] == [0, 0], [run.stderr.read() for run in runs if run.stderr]
-    assert sorted(alphas(out)) == [f"{number:04d}.png" for number in range(40)]
+    assert sorted(alphas(out)) == [f"{number:04d}.png" for number in range(LONG)]
     for run in runs:
         assert run.stderr
         run.stderr.close()

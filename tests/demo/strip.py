@@ -1,6 +1,6 @@
 """Draw README's picture: the reference with its mask, the pictures, the alphas that icm made, and cut-outs.
 
-    python tests/demo/strip.py ALPHAS    # the folder that README's first command wrote; makes tests/demo/strip.jpg
+python tests/demo/strip.py ALPHAS    # the folder that README's first command wrote; makes tests/demo/strip.jpg
 """
 
 from __future__ import annotations
