@@ -20,6 +20,7 @@ from icm_cli.errors import ImageError, OutputError
 from icm_cli.ground_truth import GroundTruth
 from icm_cli.images import read_picture, write_alpha
 from icm_cli.matter import CanvasMatte, Frame, Matter
+from icm_cli.model.contracts import Prepared
 from icm_cli.report import ImageResult
 from icm_cli.resume import SourceState, finished, stamp
 from icm_cli.sources import Job
@@ -54,7 +55,7 @@ class Engine:
     def __init__(
         self,
         matter: Matter,
-        reference: Any,
+        reference: Prepared,
         settings: Settings,
         *,
         on_result: Callable[[ImageResult], None],

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from icm_cli.device import Device, resolve_device
 from icm_cli.geometry import Float, ImageU8, Placement
+from icm_cli.model.contracts import Prepared
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.loading import load_model, resolve_config
 from icm_cli.references import Reference, make_guidance
@@ -44,7 +45,7 @@ class Matter:
         self.device = device
         self.model = model.place(device.place, device.dtype)
 
-    def reference(self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]]) -> Any:
+    def reference(self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]]) -> Prepared:
         """Show the model the thing: pairs of a picture, sRGB uint8 [H,W,3], and its mask.
 
         A mask is bool, uint8 0..255 or float 0..1, [h,w], of its picture's shape. Returns what :meth:`matte`
@@ -58,7 +59,7 @@ class Matter:
         placement = self.model.backbone.canvas.place(*rgb.shape[:2])
         return Frame(rgb, placement.to_canvas(rgb), placement)
 
-    def infer(self, frames: Sequence[Frame], reference: Any) -> list[CanvasMatte]:
+    def infer(self, frames: Sequence[Frame], reference: Prepared) -> list[CanvasMatte]:
         """Run the model on frames of one canvas size."""
         valid = self._on_device(np.stack([frame.placement.valid() for frame in frames]))
         matte = self.model.infer(self._images([frame.canvas for frame in frames]), valid, reference)
@@ -68,7 +69,7 @@ class Matter:
             for alpha, confidence, found in zip(alphas, matte.confidence, matte.found, strict=True)
         ]
 
-    def matte(self, rgb: ImageU8, reference: Any) -> ImageU8:
+    def matte(self, rgb: ImageU8, reference: Prepared) -> ImageU8:
         """Alpha, uint8 [H,W], of a picture, sRGB uint8 [H,W,3], at exactly its size."""
         frame = self.prepare(rgb)
         return frame.placement.to_source(self.infer([frame], reference)[0].alpha, rgb)

@@ -20,6 +20,7 @@ from icm_cli.files import TEMPORARY_PREFIX, digest_of, remove_stale_temporaries,
 from icm_cli.geometry import GUIDED_EPSILON, GUIDED_RADIUS_PX
 from icm_cli.ground_truth import GroundTruth
 from icm_cli.matter import Matter
+from icm_cli.model.contracts import Prepared
 from icm_cli.model.loading import load_model, model_digest, resolve_config
 from icm_cli.references import Reference, read_references
 from icm_cli.report import ImageResult, MatteReport
@@ -143,12 +144,12 @@ class _Loader:
         return Matter(model, where)
 
 
-def _ready(loader: _Loader, where: Device, references: Sequence[Reference], hear: Listener) -> tuple[Matter, Any]:
+def _ready(loader: _Loader, where: Device, references: Sequence[Reference], hear: Listener) -> tuple[Matter, Prepared]:
     """The model on its device, and the references as it sees them: once per run."""
     hear.detail(f"model {loader.config.backbone.name} + {loader.config.head.name} on {where.describe()}")
     matter = loader.load(where)
     prepared = matter.reference(references)
-    for sentence in getattr(prepared, "notices", ()):
+    for sentence in prepared.notices:
         hear.notice(sentence)
     return matter, prepared
 

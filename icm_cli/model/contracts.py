@@ -89,6 +89,15 @@ class Matte:
     found: Tensor
 
 
+class Prepared(Protocol):
+    """References condensed by a head, for that same head's ``forward``."""
+
+    @property
+    def notices(self) -> Sequence[str]:
+        """Sentences about the references that the user should read."""
+        ...
+
+
 class Backbone(nn.Module, ABC):
     """Turns images on the canvas into :class:`Features`."""
 
@@ -140,7 +149,7 @@ class Head(nn.Module, ABC):
     """Whether it has weights that must come from a checkpoint."""
 
     @abstractmethod
-    def prepare(self, references: Sequence[ReferenceFeatures]) -> Any:
+    def prepare(self, references: Sequence[ReferenceFeatures]) -> Prepared:
         """Condense the references into what :meth:`forward` needs; called once per run."""
 
     @abstractmethod

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
-from icm_cli.model.contracts import Backbone, Head, Matte, ReferenceFeatures
+from icm_cli.model.contracts import Backbone, Head, Matte, Prepared, ReferenceFeatures
 
 
 @runtime_checkable
@@ -49,7 +49,7 @@ class InContextMatting(nn.Module):
             if isinstance(module, nn.Conv2d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
-    def reference(self, references: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Any:
+    def reference(self, references: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Prepared:
         """Features of the references, once per run.
 
         ``references``: (image [1,3,H,W] sRGB 0..1, guidance [1,1,H,W] in {0,1}, valid [1,H,W] bool), each on a
@@ -62,13 +62,13 @@ class InContextMatting(nn.Module):
             ]
         )
 
-    def forward(self, image: Tensor, valid: Tensor, reference: Any) -> Matte:
+    def forward(self, image: Tensor, valid: Tensor, reference: Prepared) -> Matte:
         """image [B,3,H,W] sRGB 0..1 and valid [B,H,W] on one canvas -> :class:`Matte` on that canvas."""
         matte: Matte = self.head(self.backbone.target(image, valid), reference, image, valid)
         return matte
 
     @torch.inference_mode()
-    def infer(self, image: Tensor, valid: Tensor, reference: Any) -> Matte:
+    def infer(self, image: Tensor, valid: Tensor, reference: Prepared) -> Matte:
         """:meth:`forward` without gradients."""
         matte: Matte = self(image, valid, reference)
         return matte
