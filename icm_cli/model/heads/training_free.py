@@ -30,11 +30,13 @@ from icm_cli.model.similarity import tokens
 class TrainingFreeConfig:
     """Settings of the training-free head; similarities are cosines of centred features."""
 
-    temperature: float = 0.1
+    temperature: float = 0.07
     """Of the soft maximum over the reference's tokens, in cosine units; more than 0."""
+    likeness_temperature: float = 0.1
+    """The same where it is judged whether the thing is there at all, which asks for more tokens to agree."""
     background_weight: float = 0.5
     """How much likeness to the reference's background counts against a token; 0 or more."""
-    threshold: float = 0.33
+    threshold: float = 0.28
     """Evidence that parts foreground from background, as a share of the strongest; between 0 and 1."""
     absent_below: float = 0.28
     """The thing is absent if its likeness to the reference, as a share of the reference's likeness to itself, stays
@@ -50,7 +52,8 @@ class TrainingFreeConfig:
     def __post_init__(self) -> None:
         for name in ("threshold", "unknown_share"):
             _require(name, getattr(self, name), 0 < getattr(self, name) < 1, "between 0 and 1")
-        _require("temperature", self.temperature, self.temperature > 0, "more than 0")
+        for name in ("temperature", "likeness_temperature"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
         _require("background_weight", self.background_weight, self.background_weight >= 0, "0 or more")
         _require("instance_share", self.instance_share, 0 <= self.instance_share <= 1, "0 to 1")
         _require("absent_below", self.absent_below, 0 <= self.absent_below <= 1, "0 to 1")
@@ -156,12 +159,15 @@ class TrainingFree(Head):
         unit, foreground, background = (
             F.normalize(part - centre, dim=-1) for part in (target, reference.foreground, reference.background)
         )
-        temperature = self.config.temperature
-        to_foreground = soft_maximum(foreground, unit, temperature)
-        to_background = soft_maximum(background, unit, temperature)
-        to_itself = soft_maximum(foreground, foreground, temperature).mean()
+        to_foreground = soft_maximum(foreground, unit, self.config.temperature)
+        to_background = soft_maximum(background, unit, self.config.temperature)
         contrast = to_foreground - self.config.background_weight * to_background
-        return contrast, float(to_foreground.max() / to_itself)
+        return contrast, self._likeness(foreground, unit)
+
+    def _likeness(self, foreground: Tensor, target: Tensor) -> float:
+        """How well [N,C] meets the reference's foreground [K,C], as a share of how well that meets itself."""
+        best = soft_maximum(foreground, target, self.config.likeness_temperature).max()
+        return float(best / soft_maximum(foreground, foreground, self.config.likeness_temperature).mean())
 
     def _matte(self, contrast: Tensor, image: Tensor) -> Tensor:
         """Alpha [H,W] of one frame without padding: contrast [H,W], sRGB [3,H,W] in 0..1, on the CPU."""
