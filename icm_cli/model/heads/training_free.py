@@ -38,7 +38,7 @@ class TrainingFreeConfig:
     """How much likeness to the reference's background counts against a token; 0 or more."""
     threshold: float = 0.28
     """Evidence that parts foreground from background, as a share of the strongest; between 0 and 1."""
-    absent_below: float = 0.28
+    absent_below: float = 0.24
     """The thing is absent if its likeness to the reference, as a share of the reference's likeness to itself, stays
     below this; 0 (never absent) to 1."""
     instance_share: float = 0.8
