@@ -122,6 +122,9 @@ class Backbone(nn.Module, ABC):
         Raises ConfigError when the weights cannot be had, saying what to get and where to put it.
         """
 
+    def optimise_for_inference(self) -> None:
+        """Rearrange the weights for speed, once, before inference; no training or saving after. Does nothing here."""
+
     @property
     @abstractmethod
     def canvas(self) -> CanvasRule:

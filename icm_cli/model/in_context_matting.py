@@ -34,7 +34,9 @@ class InContextMatting(nn.Module):
 
         The head's own LayerNorms stay float32, as do the similarities between them, which both cast for themselves.
         """
-        self.to(device).eval()
+        self.eval()
+        self.backbone.optimise_for_inference()
+        self.to(device)
         self.backbone.to(dtype)
         for module in self.head.modules():
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):

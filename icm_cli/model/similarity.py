@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icm_cli.model.contracts import IntraSimilarity
-
 
 def tokens(feature: Tensor) -> Tensor:
     """[B,C,h,w] -> [B,N,C] float32, row-major."""
@@ -60,25 +58,24 @@ class SelfSimilarity:
     def __init__(self, feature: Tensor, valid: Tensor, temperature: float) -> None:
         """feature [B,C,h,w], valid [B,h,w] bool, temperature > 0 (in cosine units)."""
         self.grid = (feature.shape[2], feature.shape[3])
-        is_valid = valid.flatten(1)[..., None]
-        mean = (tokens(feature) * is_valid).sum(dim=1, keepdim=True) / is_valid.sum(dim=1, keepdim=True)
-        self._unit = F.normalize(tokens(feature) - mean, dim=-1)
-        self._mask = None if bool(valid.all()) else valid.flatten(1)[:, None, None, :]
-        self._scale = 1.0 / temperature
+        self._feature = feature
+        self._valid = valid
+        self._temperature = temperature
 
     def propagate(self, values: Tensor) -> Tensor:
-        query = self._unit[:, None]
-        spread = F.scaled_dot_product_attention(
-            query, query, values.float()[:, None], attn_mask=self._mask, scale=self._scale
-        )
-        return spread[:, 0]
+        query = self._unit_tokens()[:, None]
+        mask = None if bool(self._valid.all()) else self._valid.flatten(1)[:, None, None, :]
+        width = query.shape[-1]
+        # The kernels that never build N x N want values as wide as the queries, and the channels innermost.
+        padded = F.pad(values.float()[:, None], (0, -values.shape[-1] % width))
+        spread = [
+            F.scaled_dot_product_attention(query, query, part, attn_mask=mask, scale=1.0 / self._temperature)
+            for part in torch.split(padded, width, dim=-1)
+        ]
+        return torch.cat(spread, dim=-1)[:, 0, :, : values.shape[-1]]
 
-
-__all__ = [
-    "AttentionMatrix",
-    "IntraSimilarity",
-    "SelfSimilarity",
-    "inter_similarity",
-    "token_valid",
-    "tokens",
-]
+    def _unit_tokens(self) -> Tensor:
+        """[B,N,C] float32 of unit length, the mean of the valid ones taken off."""
+        is_valid = self._valid.flatten(1)[..., None]
+        mean = (tokens(self._feature) * is_valid).sum(dim=1, keepdim=True) / is_valid.sum(dim=1, keepdim=True)
+        return F.normalize(tokens(self._feature) - mean, dim=-1).contiguous()

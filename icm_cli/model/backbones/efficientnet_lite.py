@@ -87,10 +87,12 @@ class EfficientNetLite(Backbone):
         backbone = cls(config)
         published = torch.load(_weights_path(weights), map_location="cpu", weights_only=True)
         backbone.load_state_dict({key: published[_published_name(key)] for key in backbone.state_dict()})
-        for module in backbone.eval().modules():
+        return backbone.eval()
+
+    def optimise_for_inference(self) -> None:
+        for module in self.modules():
             if isinstance(module, ConvNorm):
                 module.fold()
-        return backbone
 
     @property
     def canvas(self) -> CanvasRule:
