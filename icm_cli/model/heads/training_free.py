@@ -36,7 +36,7 @@ class TrainingFreeConfig:
     """The same where it is judged whether the thing is there at all, which asks for more tokens to agree."""
     background_weight: float = 0.5
     """How much likeness to the reference's background counts against a token; 0 or more."""
-    threshold: float = 0.28
+    threshold: float = 0.25
     """Evidence that parts foreground from background, as a share of the strongest; between 0 and 1."""
     absent_below: float = 0.24
     """The thing is absent if its likeness to the reference, as a share of the reference's likeness to itself, stays
