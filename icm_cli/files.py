@@ -122,11 +122,7 @@ def cache_folder() -> Path:
     Falls back to a folder of this user's under the temporary directory where none of those can be written (farm
     nodes often have no home).
     """
-    candidates = []
-    if "ICM_CACHE" in os.environ:
-        candidates.append(Path(os.environ["ICM_CACHE"]))
-    candidates.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "icm")
-    for folder in candidates:
+    for folder in _cache_candidates():
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
@@ -135,6 +131,15 @@ def cache_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"icm-{user}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+def _cache_candidates() -> Iterator[Path]:
+    if "ICM_CACHE" in os.environ:
+        yield Path(os.environ["ICM_CACHE"])
+    if os.environ.get("XDG_CACHE_HOME"):
+        yield Path(os.environ["XDG_CACHE_HOME"]) / "icm"
+    with contextlib.suppress(RuntimeError):  # a user without a home, as in many containers
+        yield Path.home() / ".cache" / "icm"
 
 
 def write_json(path: Path, value: object) -> None:

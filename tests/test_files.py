@@ -1,0 +1,71 @@
+"""Whole files or none, and a cache that can always be written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from icm_cli import files
+
+
+@pytest.fixture(autouse=True)
+def _forget_the_cache_folder() -> Iterator[None]:
+    files.cache_folder.cache_clear()
+    yield
+    files.cache_folder.cache_clear()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with contextlib.suppress(ZeroDivisionError), files.atomic_write(path) as file:
+        file.write(b"half of the new")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert [one.name for one in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_only_temporaries_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    host = os.uname().nodename
+    mine, dead = tmp_path / f".icm-{host}-{os.getpid()}-aa.tmp", tmp_path / f".icm-{host}-999999999-bb.tmp"
+    fresh, stale = tmp_path / ".icm-other-host-1-cc.tmp", tmp_path / ".icm-other-host-1-dd.tmp"
+    for path in (mine, dead, fresh, stale, tmp_path / ".other.tmp"):
+        path.touch()
+    long_ago = time.time() - 2 * files.STALE_AFTER_S
+    os.utime(stale, (long_ago, long_ago))
+    assert files.remove_stale_temporaries(tmp_path) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {mine.name, fresh.name, ".other.tmp"}
+
+
+def test_the_cache_moves_where_it_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ICM_CACHE", str(tmp_path / "file" / "no"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert files.cache_folder() == tmp_path / "xdg" / "icm"
+
+
+def test_a_user_without_a_home_has_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("ICM_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert files.cache_folder().parent == tmp_path
+
+
+def test_a_digest_follows_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ICM_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    first = files.content_digest(path)
+    assert files.content_digest(path) == first
+    path.write_bytes(b"two!")
+    assert files.content_digest(path) != first
+    assert files.digest_of("ab", "c") != files.digest_of("a", "bc")
