@@ -61,7 +61,7 @@ def matte(
     src: Annotated[
         str, typer.Option(help="Folder (recursive), image, quoted glob, text file of paths, or - for paths on stdin.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the alphas; the source tree is mirrored.")],
+    out: Annotated[str, typer.Option(help="Folder for the alphas; the source tree is mirrored.")],
     mask: Annotated[
         Optional[list[Path]], typer.Option(help="Mask of the reference, the thing in white; one for each --ref.")
     ] = None,

@@ -93,6 +93,8 @@ def read_stamp(path: Path) -> dict[str, str] | None:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The decoded, upright image; every way a file can be bad becomes one ImageError."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ImageError(f"{path} is a pipe or a device; expected an image file")  # reading could wait for ever
     try:
         with Image.open(path) as image:
             image.load()

@@ -90,11 +90,14 @@ def matte(
         raise UsageError(f"workers is {workers}; expected 1 or more")
     if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
         raise UsageError(f"batch size is {batch_size!r}; expected auto, or 1 or more")
+    if not str(out):
+        raise UsageError("the output folder is empty; give --out a folder for the alphas")
     refs, masks, target = _paths(ref), _paths(mask), Path(out)
     side = _SideOutputs.checked(report, contact_sheet)
     references = read_references(refs, masks, hear.notice)
     jobs = plan_jobs(src, target, include=include, exclude=exclude, references=[*refs, *masks], notice=hear.notice)
     truth = GroundTruth.found(gt, jobs)
+    side.check_overwrites_nothing([*refs, *masks, *truth.files.values()], jobs)
     where = resolve_device(device, dtype)
     loader = _Loader(resolve_config(model, _path(checkpoint)), _path(checkpoint), weights, offline, seed)
     if dry_run:
@@ -170,6 +173,16 @@ class _SideOutputs:
             raise UsageError(f"contact sheet {contact_sheet} is no .png; give the file such a name")
         return side
 
+    def check_overwrites_nothing(self, inputs: Sequence[Path], jobs: Sequence[Job]) -> None:
+        """Raises UsageError for a report or sheet in the place of a folder, an input or an alpha."""
+        taken = {os.path.realpath(path) for path in inputs}
+        taken.update(os.path.realpath(path) for job in jobs for path in (job.source, job.output))
+        for path in filter(None, (self.report, self.contact_sheet)):
+            if path.is_dir():
+                raise UsageError(f"{path} is a folder; give the report or contact sheet the name of a file")
+            if os.path.realpath(path) in taken:
+                raise UsageError(f"{path} is an image of this run; give the report or contact sheet another name")
+
     def check_writable(self, out: Path) -> None:
         """Raises OutputError now rather than after hours of work."""
         for folder in {out, *(path.parent for path in (self.report, self.contact_sheet) if path)}:
@@ -220,6 +233,8 @@ class _Outcome:
             for job in self.jobs
             if str(job.source) not in self.ended
         ]
+        order = {str(job.source): number for number, job in enumerate(self.jobs)}
+        self.report.results.sort(key=lambda result: order[result.source])
         now = time.perf_counter()
         self.report.seconds, self.report.matting_seconds = now - self.start, now - begun
         self.report.peak_memory_bytes = where.peak_memory_bytes()

@@ -40,7 +40,7 @@ class ImageResult:
 
 @dataclass
 class MatteReport:
-    """The whole run: settings, results in the order they came, and totals."""
+    """The whole run: settings, a result for every image in the order of their names, and totals."""
 
     settings: dict[str, Any]
     results: list[ImageResult] = field(default_factory=list)
@@ -81,7 +81,7 @@ class MatteReport:
         table.writeheader()
         table.writerows(dataclasses.asdict(result) for result in self.results)
         with atomic_write(path) as file:
-            file.write(text.getvalue().encode())
+            file.write(text.getvalue().encode(errors="surrogateescape"))  # names need not be UTF-8
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""

@@ -43,11 +43,11 @@ def plan_jobs(
     their masks are left out. Raises UsageError before anything is written.
     """
     root, found = _find(src)
-    if root.resolve() == out.resolve():
+    if _real(root) == _real(out):
         raise UsageError(f"the source folder {root} is also the output folder; give --out another folder")
     found = _without(found, _below(out, root), "in the output folder", notice)
-    protected = {path.resolve() for path in references}
-    found = _without(found, lambda path: path.resolve() in protected, "a reference or its mask", notice)
+    protected = {_real(path) for path in references}
+    found = _without(found, lambda path: _real(path) in protected, "a reference or its mask", notice)
     jobs = [
         _job(path, root, out) for path in sorted(set(found)) if _is_wanted(path.relative_to(root), include, exclude)
     ]
@@ -57,11 +57,18 @@ def plan_jobs(
     return jobs
 
 
+def _real(path: Path) -> Path:
+    """Links followed; unlike ``Path.resolve`` a link to itself is no error here, it fails when it is read."""
+    return Path(os.path.realpath(path))
+
+
 def _find(src: str | Path) -> tuple[Path, list[Path]]:
     """The root that the output tree mirrors, and the files."""
     text, path = str(src), Path(src)
+    if not text:
+        raise UsageError("the source is empty; expected a folder, an image, a quoted glob, a text list or -")
     if text == "-":
-        return _listed(sys.stdin, "standard input")
+        return _listed(sys.stdin or (), "standard input")
     if path.is_dir():
         return path, [file for file in _walk(path) if file.suffix.lower() in IMAGE_SUFFIXES]
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
@@ -92,6 +99,8 @@ def _listed(lines: Iterable[str], where: str) -> tuple[Path, list[Path]]:
     paths = [Path(line.strip()) for line in lines if line.strip()]
     if not paths:
         raise UsageError(f"{where} lists no images; expected a path a line")
+    if any("\0" in str(path) for path in paths):
+        raise UsageError(f"{where} has NUL characters; expected a path a line (find -print, not -print0)")
     return _common_root(paths)
 
 
@@ -104,10 +113,10 @@ def _common_root(paths: Iterable[Path]) -> tuple[Path, list[Path]]:
 
 def _below(folder: Path, root: Path) -> Callable[[Path], bool]:
     """Whether a path lies below ``folder``, asked only where that itself lies below the sources' root."""
-    inside = folder.resolve()
-    if root.resolve() not in inside.parents:
+    inside = _real(folder)
+    if _real(root) not in inside.parents:
         return lambda _: False
-    return lambda path: inside in path.resolve().parents
+    return lambda path: inside in _real(path).parents
 
 
 def _without(
@@ -134,7 +143,7 @@ def _job(source: Path, root: Path, out: Path) -> Job:
 
 
 def _check_collisions(jobs: Sequence[Job]) -> None:
-    sources = {job.source.resolve() for job in jobs}
+    sources = {_real(job.source) for job in jobs}
     taken: dict[Path, Path] = {}
     for job in jobs:
         first = taken.setdefault(job.output, job.source)
@@ -143,7 +152,7 @@ def _check_collisions(jobs: Sequence[Job]) -> None:
                 f"{first} and {job.source} would both be written to {job.output}; "
                 "rename one, or leave one out with --exclude"
             )
-        if job.output.resolve() in sources:
+        if _real(job.output) in sources:
             raise UsageError(f"{job.output} would be written over a source image; give --out another folder")
 
 

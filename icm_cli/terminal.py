@@ -21,7 +21,7 @@ class Terminal(Listener):
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
         self.quiet = quiet
-        self.verbose = verbose
+        self.verbose = verbose and not quiet
         self.total = 0
         self.ended = 0
         self._bar: tqdm[Any] | None = None

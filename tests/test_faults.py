@@ -88,6 +88,11 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "no images": (2, "no images were found", option(exclude="*")),
     "report suffix": (2, "neither .csv nor .json", option(report="@r.txt")),
     "contact sheet suffix": (2, "is no .png", option(contact_sheet="@c.jpg")),
+    "report over a source": (2, "is an image of this run", option(contact_sheet="@imgs/pad.0101.png")),
+    "sheet over the mask": (2, "is an image of this run", option(contact_sheet="@mask.png")),
+    "sheet over an alpha": (2, "is an image of this run", option(contact_sheet="@out/wall.png")),
+    "empty source": (2, "the source is empty", option(src="")),
+    "empty output": (2, "the output folder is empty", option(out="")),
     "batch size": (2, "batch size is 'many'", option(batch_size="many")),
     "batch size 0": (2, "batch size is 0", option(batch_size=0)),
     "gt missing": (2, "ground truth folder", option(gt="@none")),
@@ -154,6 +159,18 @@ def test_bad_images_are_named_and_the_others_finish(icm: Icm, scene: Path) -> No
     assert sorted(alphas(scene / "out")) == ["pad.0101.png", "sub/deep.png", "wall.png"]
     for name, reason in {"cut.jpg": "cut short", "zero.jpg": "0 bytes", "text.png": "not an image"}.items():
         assert any(name in line and reason in line for line in result.stderr.splitlines()), result.stderr
+
+
+def test_pipes_loops_and_odd_names_fail_or_pass_alone(icm: Icm, scene: Path) -> None:
+    os.mkfifo(scene / "imgs" / "pipe.png")
+    (scene / "imgs" / "loop.png").symlink_to(scene / "imgs" / "loop.png")
+    shutil.copy(scene / "imgs" / "wall.jpg", os.fsdecode(os.fsencode(scene / "imgs") + b"/odd\xff.jpg"))
+    result = icm("--quiet", report=scene / "r.csv")
+    assert result.exit_code == 1
+    report = (scene / "r.csv").read_bytes()
+    assert report.count(b",done,") == 4
+    assert report.count(b",failed,") == 2
+    assert b"pipe or a device" in report
 
 
 def test_fail_fast_stops_at_the_first(icm: Icm, scene: Path) -> None:
