@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +28,20 @@ def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArra
         return np.ones_like(trimap)
     if not ((trimap > 0) & (trimap < 1)).any():
         return trimap
-    _let_numba_cache()
+    estimate_alpha_cf = load_solver()
     with contextlib.redirect_stdout(io.StringIO()):
-        from pymatting import estimate_alpha_cf
-
         alpha: NDArray[np.float64] = estimate_alpha_cf(rgb, trimap, cg_kwargs={"rtol": RELATIVE_TOLERANCE})
     return alpha
 
 
-def _let_numba_cache() -> None:
-    """Let pymatting's compiled code (40 s) be kept where the user can write; numba reads this at its import."""
+def load_solver() -> Callable[..., NDArray[np.float64]]:
+    """Import pymatting: two seconds, and 40 in the first run on a machine, which compiles.
+
+    What it compiles is kept where the user can write; numba reads the place at its import.
+    """
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        from pymatting import estimate_alpha_cf
+
+    solver: Callable[..., NDArray[np.float64]] = estimate_alpha_cf
+    return solver

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from icm_cli.errors import ConfigError
 from icm_cli.guidance import background_tokens, foreground_tokens
-from icm_cli.model.closed_form import solve_alpha
+from icm_cli.model.closed_form import load_solver, solve_alpha
 from icm_cli.model.contracts import Features, Head, Matte, ReferenceFeatures
 from icm_cli.model.similarity import tokens
 
@@ -106,6 +106,7 @@ class TrainingFree(Head):
         self.config = config
 
     def prepare(self, references: Sequence[ReferenceFeatures]) -> PreparedReference:
+        load_solver()  # with the model, not with the first image
         foregrounds, backgrounds, notices = [], [], []
         for reference in references:
             feature = reference.features.correspondence
