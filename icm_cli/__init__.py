@@ -1,6 +1,7 @@
 """icm: show it one reference image with a mask, and it pulls that thing out of every image of a folder.
 
-``icm_cli.matte(...)`` is the command ``icm matte``; ``icm_cli.load(...)`` gives an object that mattes arrays.
+``icm_cli.matte(...)`` is the command ``icm matte``, ``icm_cli.evaluate(...)`` is ``icm eval``;
+``icm_cli.load(...)`` gives an object that mattes arrays.
 Guo et al., "In-Context Matting", CVPR 2024.
 """
 
@@ -10,11 +11,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from icm_cli.evaluating import evaluate
     from icm_cli.matter import load
     from icm_cli.matting import matte
 
 __version__ = version("icm-cli")
-__all__ = ["__version__", "load", "matte"]
+__all__ = ["__version__", "evaluate", "load", "matte"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +25,10 @@ def __getattr__(name: str) -> Any:
         from icm_cli.matting import matte
 
         return matte
+    if name == "evaluate":
+        from icm_cli.evaluating import evaluate
+
+        return evaluate
     if name == "load":
         from icm_cli.matter import load
 

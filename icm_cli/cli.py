@@ -1,4 +1,6 @@
-"""The ``icm`` command: its options, signals and exit codes. What the commands do stands in ``icm_cli.matting``."""
+"""The ``icm`` command: its options, signals and exit codes. What the commands do stands in
+``icm_cli.matting`` and ``icm_cli.evaluating``.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +55,30 @@ def icm(
     pass
 
 
+Model = Annotated[
+    Optional[str],
+    typer.Option(help="lite, icm-sd21, sd21-training-free, or a .yaml file.", show_default="the checkpoint's, or lite"),
+]
+Checkpoint = Annotated[
+    Optional[Path], typer.Option(help="Trained weights: the published .ckpt, or .safetensors of icm.")
+]
+Weights = Annotated[Optional[str], typer.Option(help="Stable Diffusion folder or hub id.", show_default="the model's")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+BatchSize = Annotated[str, typer.Option(help="Images at a time; auto suits the device. Halved where memory runs out.")]
+Seed = Annotated[int, typer.Option(help="Of the noise that Stable Diffusion is shown.")]
+Workers = Annotated[
+    Optional[int], typer.Option(min=1, help="Threads that read, that write, processes that score.", show_default="auto")
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Never reach for the network.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print details and a line per image.")]
+Reports = Annotated[
+    Optional[list[Path]],
+    typer.Option(help="Write a report: .csv a line an image, .json everything, .html a page to look at; repeatable."),
+]
+
+
 @app.command()
 def matte(
     ref: Annotated[
@@ -65,27 +91,14 @@ def matte(
     mask: Annotated[
         Optional[list[Path]], typer.Option(help="Mask of the reference, the thing in white; one for each --ref.")
     ] = None,
-    model: Annotated[
-        Optional[str],
-        typer.Option(
-            help="lite, icm-sd21, sd21-training-free, or a .yaml file.", show_default="the checkpoint's, or lite"
-        ),
-    ] = None,
-    checkpoint: Annotated[
-        Optional[Path], typer.Option(help="Trained weights: the published .ckpt, or .safetensors of icm.")
-    ] = None,
-    weights: Annotated[
-        Optional[str], typer.Option(help="Stable Diffusion folder or hub id.", show_default="the model's")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    batch_size: Annotated[
-        str, typer.Option(help="Images at a time; auto suits the device. Halved where memory runs out.")
-    ] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the noise that Stable Diffusion is shown.")] = 0,
-    workers: Annotated[
-        Optional[int], typer.Option(min=1, help="Threads that read, and that write.", show_default="auto")
-    ] = None,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    weights: Weights = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = "auto",
+    seed: Seed = 0,
+    workers: Workers = None,
     include: Annotated[
         Optional[list[str]], typer.Option(help="Only images whose path or name matches; repeatable.")
     ] = None,
@@ -93,16 +106,18 @@ def matte(
         Optional[list[str]], typer.Option(help="No images whose path or name matches; repeatable.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make alphas again that are there already.")] = False,
-    gt: Annotated[Optional[Path], typer.Option(help="Folder of true alphas; adds MSE and SAD per image.")] = None,
-    report: Annotated[Optional[Path], typer.Option(help="Write a line per image to this .csv or .json.")] = None,
+    gt: Annotated[
+        Optional[Path], typer.Option(help="Folder of true alphas; adds MSE, SAD, GRAD, CONN and MAD per image.")
+    ] = None,
+    report: Reports = None,
     contact_sheet: Annotated[
         Optional[Path], typer.Option(help="Write source, alpha and cut-out on grey to this .png.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List source -> output and stop.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never reach for the network.")] = False,
+    offline: Offline = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first image that fails.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print details and a line per image.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Pull the thing that the reference shows out of every image: one uint8 alpha PNG per image, same size.
 
@@ -113,9 +128,9 @@ def matte(
     """
     with _exit_codes(verbose):
         from icm_cli import matting
+        from icm_cli.runs import DEFAULT_WORKERS
         from icm_cli.terminal import Terminal, print_plan
 
-        terminal = Terminal(quiet=quiet, verbose=verbose)
         done = matting.matte(
             ref=ref,
             mask=mask or [],
@@ -126,23 +141,153 @@ def matte(
             weights=weights,
             device=device,
             dtype=dtype,
-            batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
+            batch_size=_number_or_auto(batch_size),
             seed=seed,
-            workers=workers or matting.DEFAULT_WORKERS,
+            workers=workers or DEFAULT_WORKERS,
             include=include or [],
             exclude=exclude or [],
             overwrite=overwrite,
             gt=gt,
-            report=report,
+            report=report or [],
             contact_sheet=contact_sheet,
             dry_run=dry_run,
             offline=offline,
             fail_fast=fail_fast,
-            listener=terminal,
+            listener=Terminal(quiet=quiet, verbose=verbose),
         )
         if dry_run:
             print_plan(done)
         raise typer.Exit(done.exit_code)
+
+
+@app.command("eval")
+def evaluate(
+    dataset: Annotated[
+        Optional[str],
+        typer.Option(
+            help="aim500, icm57, am2k, p3m500np, p3m500p, ppm100, rwp636, rw100, composition1k, d646, transparent460, "
+            "or folder for your own."
+        ),
+    ] = None,
+    data_root: Annotated[Optional[Path], typer.Option(help="Folder that the dataset was unpacked into.")] = None,
+    images: Annotated[Optional[str], typer.Option(help="folder: images, a folder or quoted glob.")] = None,
+    alphas: Annotated[Optional[str], typer.Option(help="folder: true alphas, named like the images.")] = None,
+    trimaps: Annotated[Optional[str], typer.Option(help="folder: trimaps, named like the images.")] = None,
+    groups: Annotated[
+        Optional[Path], typer.Option(help="JSON in the published schema that says which images show the same thing.")
+    ] = None,
+    backgrounds: Annotated[
+        Optional[Path], typer.Option(help="Images to put behind datasets that are only foregrounds.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="test or train.")] = "test",
+    video: Annotated[bool, typer.Option("--video", help="Groups are videos; adds dtSSD.")] = False,
+    pred: Annotated[
+        Optional[Path], typer.Option(help="Score these alphas, made by any tool, and load no model.")
+    ] = None,
+    references: Annotated[
+        Optional[Path], typer.Option(help="References of an earlier run: its JSON report or its references file.")
+    ] = None,
+    write_references: Annotated[Optional[Path], typer.Option(help="Write the references to this .json.")] = None,
+    rounds: Annotated[
+        Optional[int], typer.Option(help="Rounds, each with other references; gives mean and spread.", show_default="1")
+    ] = None,
+    refs_per_group: Annotated[Optional[int], typer.Option(help="References of a group.", show_default="1")] = None,
+    region: Annotated[
+        Optional[list[str]], typer.Option(help="whole or unknown; repeatable.", show_default="the dataset's")
+    ] = None,
+    size: Annotated[
+        Optional[str], typer.Option(help="original, long1024 or square768.", show_default="the dataset's")
+    ] = None,
+    lineage: Annotated[
+        Optional[str], typer.Option(help="Of GRAD and CONN: composition or aim.", show_default="the dataset's")
+    ] = None,
+    trimap_kernel: Annotated[
+        int, typer.Option(help="Side in px of the square that dilates 0 < alpha < 1 where no trimap is published.")
+    ] = 25,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    weights: Weights = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = "auto",
+    seed: Seed = 0,
+    workers: Workers = None,
+    save_alphas: Annotated[Optional[Path], typer.Option(help="Keep the alphas in this folder.")] = None,
+    report: Reports = None,
+    allow: Annotated[
+        Optional[list[str]],
+        typer.Option(help="A kind of bad data that is no failure, such as empty-alpha; repeatable."),
+    ] = None,
+    offline: Offline = False,
+    compare: Annotated[
+        Optional[tuple[Path, Path]],
+        typer.Option(help="Two JSON reports: print what changed, image by image, and stop.", metavar="A.json B.json"),
+    ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Matte a published dataset in context and score it, or score alphas that any tool made (--pred).
+
+    Run the same command again to go on after a stop.
+
+    Exit codes: 0 all scored; 1 some data were bad or images failed, the rest is scored; 2 wrong usage or input;
+    3 model, weights, device or output; 130 Ctrl-C; 143 SIGTERM.
+    """
+    with _exit_codes(verbose):
+        from icm_cli.errors import UsageError
+
+        if compare is not None:
+            from icm_cli.evaluation.comparison import compare as compared
+            from icm_cli.terminal import print_comparison
+
+            print_comparison(compared(*compare), *compare)
+            raise typer.Exit
+        if dataset is None:
+            raise UsageError(
+                "no dataset was given; give --dataset NAME (folder for your own), or --compare A.json B.json"
+            )
+        from icm_cli import evaluating
+        from icm_cli.runs import DEFAULT_WORKERS
+        from icm_cli.terminal import Terminal
+
+        done = evaluating.evaluate(
+            dataset,
+            data_root,
+            images=images,
+            alphas=alphas,
+            trimaps=trimaps,
+            groups=groups,
+            backgrounds=backgrounds,
+            split=split,
+            video=video,
+            pred=pred,
+            references=references,
+            write_references=write_references,
+            rounds=rounds,
+            refs_per_group=refs_per_group,
+            region=region or [],
+            size=size,
+            lineage=lineage,
+            trimap_kernel=trimap_kernel,
+            model=model,
+            checkpoint=checkpoint,
+            weights=weights,
+            device=device,
+            dtype=dtype,
+            batch_size=_number_or_auto(batch_size),
+            seed=seed,
+            workers=workers or DEFAULT_WORKERS,
+            save_alphas=save_alphas,
+            report=report or [],
+            allow=allow or [],
+            offline=offline,
+            listener=Terminal(quiet=quiet, verbose=verbose),
+        )
+        raise typer.Exit(done.exit_code)
+
+
+def _number_or_auto(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
 
 
 @contextlib.contextmanager

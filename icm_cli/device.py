@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import dataclass
 
 import torch
 
+from icm_cli import environment
 from icm_cli.errors import ConfigError, did_you_mean
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,8 +39,7 @@ class Device:
         """The most memory held so far: the GPU's on CUDA, else the process's."""
         if self.place.type == "cuda":
             return torch.cuda.max_memory_allocated(self.place)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return environment.peak_memory_bytes()
 
 
 def resolve_device(device: str = "auto", dtype: str = "auto") -> Device:

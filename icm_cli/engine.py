@@ -10,19 +10,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from icm_cli.device import is_out_of_memory, release_memory
 from icm_cli.errors import ImageError, OutputError
-from icm_cli.ground_truth import GroundTruth
-from icm_cli.images import read_picture, write_alpha
+from icm_cli.images import write_alpha
 from icm_cli.matter import CanvasMatte, Frame, Matter
 from icm_cli.model.contracts import Prepared
 from icm_cli.report import ImageResult
-from icm_cli.resume import SourceState, finished, stamp
+from icm_cli.resume import finished, stamp
 from icm_cli.sources import Job
 from icm_cli.streams import read_ahead
 
@@ -33,29 +32,32 @@ class Loaded:
 
     job: Job
     frame: Frame
-    source: SourceState
+    source_state: str
     seconds: float
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the engine runs; none of it changes an alpha, but for ``digest``, which says what decides it."""
+    """How the engine runs; none of it changes an alpha, but for ``digests``, which say what decides it."""
 
-    digest: str
+    digests: Sequence[str]
+    """Of all that decides an alpha beside its source, one for each example."""
     batch_size: int
     workers: int
     overwrite: bool = False
     fail_fast: bool = False
-    truth: GroundTruth = field(default_factory=GroundTruth)
 
 
 class Engine:
-    """Mattes a list of images with one reference; ``on_result`` hears of each as it ends, in the caller's thread."""
+    """Mattes images; ``on_result`` hears of each as it ends, in the caller's thread.
+
+    ``reference`` gives the prepared references of an example, by its number; jobs of one example come in a row.
+    """
 
     def __init__(
         self,
         matter: Matter,
-        reference: Prepared,
+        reference: Callable[[int], Prepared],
         settings: Settings,
         *,
         on_result: Callable[[ImageResult], None],
@@ -112,10 +114,10 @@ class Engine:
         """Runs in a reader thread."""
         start = time.perf_counter()
         try:
-            if not self.settings.overwrite and (earlier := finished(job, self.settings.digest)):
-                return self.settings.truth.score(earlier, job)
-            source = SourceState.of(job.source)
-            picture = read_picture(job.source)
+            if not self.settings.overwrite and (earlier := finished(job, self._digest(job))):
+                return earlier
+            state = job.state()
+            picture = job.read()
             if picture.alpha is not None and not self._has_seen_alpha:
                 self._has_seen_alpha = True
                 self._notice(f"{job.source} has an alpha of its own; those of sources are ignored")
@@ -124,23 +126,26 @@ class Engine:
             return _failed(job, str(error))
         except MemoryError:
             return _failed(job, f"{job.source} is too large for this machine's memory")
-        return Loaded(job, frame, source, time.perf_counter() - start)
+        return Loaded(job, frame, state, time.perf_counter() - start)
 
     def _batches(self, stream: Iterable[Loaded | ImageResult]) -> Iterator[list[Loaded]]:
-        """Group by canvas size; at most two batches' worth of images wait for others of their size."""
-        waiting: dict[tuple[int, int], list[Loaded]] = {}
+        """Group by example and canvas size; at most two batches' worth of images wait for others of their kind."""
+        waiting: dict[tuple[int, tuple[int, int]], list[Loaded]] = {}
         for item in stream:
             if isinstance(item, ImageResult):
                 self._emit(item)
                 if self._must_stop():
                     return
                 continue
-            group = waiting.setdefault(item.frame.placement.canvas, [])
+            kind = item.job.example, item.frame.placement.canvas
+            for earlier in [other for other in waiting if other[0] != item.job.example]:
+                yield waiting.pop(earlier)  # no more of that example will come
+            group = waiting.setdefault(kind, [])
             group.append(item)
             if len(group) >= self.batch_size:
-                yield waiting.pop(item.frame.placement.canvas)
+                yield waiting.pop(kind)
             elif sum(map(len, waiting.values())) >= 2 * self.batch_size:
-                yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
+                yield waiting.pop(max(waiting, key=lambda kind: len(waiting[kind])))
         yield from waiting.values()
 
     def _infer(self, batch: list[Loaded]) -> Iterator[tuple[Loaded, CanvasMatte, float]]:
@@ -165,7 +170,7 @@ class Engine:
 
     def _try_infer(self, part: list[Loaded]) -> list[CanvasMatte] | None:
         try:
-            return self.matter.infer([item.frame for item in part], self.reference)
+            return self.matter.infer([item.frame for item in part], self.reference(part[0].job.example))
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 return None
@@ -184,16 +189,18 @@ class Engine:
             "not_found": not matte.found,
         }
         try:
-            write_alpha(job.output, alpha, stamp(self.settings.digest, item.source, measured))
+            write_alpha(job.output, alpha, stamp(self._digest(job), item.source_state, measured))
         except ImageError as error:
             return _failed(job, str(error))
         except OutputError as error:
             self._fatal = error
             return _failed(job, str(error))
         seconds = item.seconds + model_seconds + time.perf_counter() - start
-        done = ImageResult(str(job.source), str(job.output), "done", round(seconds, 4), **measured)
-        return self.settings.truth.score(done, job, alpha)
+        return replace(job.planned, status="done", seconds=round(seconds, 4), **measured)
+
+    def _digest(self, job: Job) -> str:
+        return self.settings.digests[job.example]
 
 
 def _failed(job: Job, reason: str) -> ImageResult:
-    return ImageResult(str(job.source), str(job.output), "failed", reason=reason)
+    return replace(job.planned, status="failed", reason=reason)

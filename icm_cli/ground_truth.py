@@ -1,16 +1,13 @@
-"""True alphas beside the images, and how far ours are from them."""
+"""True alphas beside the images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from icm_cli.errors import ImageError, UsageError
-from icm_cli.geometry import ImageU8
-from icm_cli.images import IMAGE_SUFFIXES, read_matte
-from icm_cli.metrics import mse, sad
-from icm_cli.report import ImageResult
+from icm_cli.errors import UsageError
+from icm_cli.images import IMAGE_SUFFIXES
 from icm_cli.sources import Job
 
 
@@ -38,20 +35,6 @@ class GroundTruth:
             raise UsageError(f"ground truth folder {root} has no alpha named like any image, such as {expected}")
         return cls(files)
 
-    def score(self, result: ImageResult, job: Job, alpha: ImageU8 | None = None) -> ImageResult:
-        """Add MSE and SAD where there is a ground truth; the alpha is read back where it is not at hand.
-
-        A ground truth that cannot be used fails the image: its alpha is there, its score is not.
-        """
-        path = self.files.get(job.name.with_suffix(""))
-        if path is None:
-            return result
-        try:
-            truth = read_matte(path)
-            alpha = read_matte(job.output) if alpha is None else alpha
-        except ImageError as error:
-            return replace(result, status="failed", reason=f"no score, its ground truth cannot be used: {error}")
-        if truth.shape != alpha.shape:
-            sizes = f"{truth.shape[1]}x{truth.shape[0]}, the image {alpha.shape[1]}x{alpha.shape[0]}"
-            return replace(result, status="failed", reason=f"no score, its ground truth {path} is {sizes}")
-        return replace(result, mse=mse(alpha, truth), sad=sad(alpha, truth))
+    def of(self, job: Job) -> Path | None:
+        """The ground truth of an image, None where there is none."""
+        return self.files.get(job.name.with_suffix(""))

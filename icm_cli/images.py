@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from icm_cli.errors import ImageError
 from icm_cli.files import atomic_write
@@ -24,6 +24,9 @@ IMAGE_SUFFIXES = frozenset(
 )
 PNG_COMPRESSION = 1
 """zlib level: an alpha is mostly flat, and higher levels cost far more time than they save space."""
+
+COLOUR_TOLERANCE = 16
+"""Channels of a grey picture differ by no more, after JPEG too."""
 
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
@@ -62,6 +65,40 @@ def read_matte(path: Path) -> ImageU8:
         return picture.alpha
     brightest: ImageU8 = picture.rgb.max(axis=-1)
     return brightest
+
+
+@dataclass(frozen=True)
+class TrueAlpha:
+    """A ground truth: ``alpha`` uint8 [H,W], and what is odd about its file."""
+
+    alpha: ImageU8
+    is_deep: bool
+    """It has 16 bits or more, rounded to 8 here."""
+    has_colour: bool
+    """Its channels differ, so none of them is plainly the alpha."""
+
+
+def read_true_alpha(path: Path) -> TrueAlpha:
+    """Read a ground truth like :func:`read_matte`, and say what is odd about it. Raises ImageError."""
+    with _opened(path) as image:
+        is_deep = _is_deep_grey(image) or _is_deep_png(path)
+    picture = read_picture(path)
+    if picture.alpha is not None and picture.alpha.min() != picture.alpha.max():
+        return TrueAlpha(picture.alpha, is_deep, has_colour=False)
+    brightest: ImageU8 = picture.rgb.max(axis=-1)
+    has_colour = bool((brightest - picture.rgb.min(axis=-1)).max() > COLOUR_TOLERANCE)
+    return TrueAlpha(brightest, is_deep, has_colour)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an upright picture, from its header alone. Raises ImageError."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # these lie on their side
+    except _DECODE_ERRORS as error:
+        raise ImageError(f"{path} cannot be read ({' '.join(str(error).split())}); get a whole copy") from None
+    return (width, height) if turned else (height, width)
 
 
 def write_alpha(path: Path, alpha: ImageU8, stamp: Mapping[str, str]) -> None:
@@ -121,6 +158,13 @@ def _not_an_image(path: Path) -> str:
 
 def _is_deep_grey(image: Image.Image) -> bool:
     return image.mode in {"I", "F"} or image.mode.startswith("I;16")
+
+
+def _is_deep_png(path: Path) -> bool:
+    """Whether a PNG of any number of channels has 16 bits in each; Pillow gives 8 of RGB and does not say so."""
+    with path.open("rb") as file:
+        header = file.read(26)
+    return header.startswith(b"\x89PNG") and header[24:25] == b"\x10"
 
 
 def _deep_grey_u8(image: Image.Image) -> ImageU8:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError, UsageError
+from icm_cli.files import digest_of
 from icm_cli.geometry import ImageU8, resize
 from icm_cli.images import read_matte, read_picture
 
@@ -25,6 +26,11 @@ class Reference:
 
     rgb: ImageU8
     guidance: NDArray[np.bool_]
+
+    @property
+    def digest(self) -> str:
+        """Hash of its content."""
+        return digest_of(self.rgb.tobytes(), self.guidance.tobytes(), str(self.rgb.shape))
 
 
 def read_references(refs: Sequence[Path], masks: Sequence[Path], notice: Callable[[str], None]) -> list[Reference]:

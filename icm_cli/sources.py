@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from icm_cli.errors import UsageError
+from icm_cli.datasets.composites import Composite
+from icm_cli.errors import ImageError, UsageError
 from icm_cli.files import TEMPORARY_PREFIX
-from icm_cli.images import IMAGE_SUFFIXES
+from icm_cli.images import IMAGE_SUFFIXES, Picture, read_picture
+from icm_cli.report import ImageResult
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 
@@ -21,9 +23,22 @@ LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 class Job:
     """One image to matte: its file, its name below the sources' root, and its alpha's file."""
 
-    source: Path
+    source: Path | Composite
     name: Path
     output: Path
+    planned: ImageResult
+    """What is known of its result before it is made."""
+    example: int = 0
+    """Which of the run's references show its thing."""
+
+    def read(self) -> Picture:
+        """The picture to matte. Raises ImageError."""
+        return self.source.read() if isinstance(self.source, Composite) else read_picture(self.source)
+
+    def state(self) -> str:
+        """Size in bytes and time of last change in nanoseconds of what it is made from. Raises ImageError."""
+        files = self.source.files if isinstance(self.source, Composite) else (self.source,)
+        return " ".join(_state(path) for path in files)
 
 
 def plan_jobs(
@@ -55,6 +70,14 @@ def plan_jobs(
         raise UsageError(f"no images were found in {src}; {_what_was_expected(include, exclude)}")
     _check_collisions(jobs)
     return jobs
+
+
+def _state(path: Path) -> str:
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror}") from error
+    return f"{state.st_size} {state.st_mtime_ns}"
 
 
 def _real(path: Path) -> Path:
@@ -139,12 +162,13 @@ def _is_wanted(name: Path, include: Sequence[str], exclude: Sequence[str]) -> bo
 
 def _job(source: Path, root: Path, out: Path) -> Job:
     name = source.relative_to(root)
-    return Job(source, name, out / name.with_suffix(".png"))
+    output = out / name.with_suffix(".png")
+    return Job(source, name, output, ImageResult(str(source), str(output), "planned"))
 
 
 def _check_collisions(jobs: Sequence[Job]) -> None:
-    sources = {_real(job.source) for job in jobs}
-    taken: dict[Path, Path] = {}
+    sources = {os.path.realpath(str(job.source)) for job in jobs}
+    taken: dict[Path, Path | Composite] = {}
     for job in jobs:
         first = taken.setdefault(job.output, job.source)
         if first != job.source:
@@ -152,7 +176,7 @@ def _check_collisions(jobs: Sequence[Job]) -> None:
                 f"{first} and {job.source} would both be written to {job.output}; "
                 "rename one, or leave one out with --exclude"
             )
-        if _real(job.output) in sources:
+        if os.path.realpath(job.output) in sources:
             raise UsageError(f"{job.output} would be written over a source image; give --out another folder")
 
 

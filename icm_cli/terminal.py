@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from icm_cli.matting import Listener
+from icm_cli.evaluation.metrics import METRICS
+from icm_cli.runs import Listener
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Table
     from tqdm import tqdm
 
-    from icm_cli.report import ImageResult, MatteReport
+    from icm_cli.datasets.samples import Problem
+    from icm_cli.evaluation.comparison import Comparison
+    from icm_cli.evaluation.summary import Mean, Means
+    from icm_cli.report import ImageResult, Report
 
 MOST_REASONS = 20
-"""Failures named again in the summary; every one was printed when it happened."""
+"""Failures named again in the summary, and problems of one kind named at all; reports name every one."""
+METRIC_TITLES = {"mse": "MSE", "sad": "SAD", "grad": "GRAD", "conn": "CONN", "mad": "MAD", "dt_ssd": "dtSSD"}
 
 
 class Terminal(Listener):
@@ -25,6 +36,7 @@ class Terminal(Listener):
         self.total = 0
         self.ended = 0
         self._bar: tqdm[Any] | None = None
+        self._problems: Counter[str] = Counter()
 
     def notice(self, text: str) -> None:
         if not self.quiet:
@@ -33,6 +45,11 @@ class Terminal(Listener):
     def detail(self, text: str) -> None:
         if self.verbose:
             self._print(f"icm: {text}")
+
+    def problem(self, problem: Problem) -> None:
+        self._problems[problem.kind] += 1
+        if self._problems[problem.kind] <= MOST_REASONS or self.verbose:
+            self._print(f"icm: {problem.kind}: {problem.reason}")
 
     def started(self, total: int) -> None:
         self.total = total
@@ -50,7 +67,7 @@ class Terminal(Listener):
         elif not self.quiet and result.status != "failed":
             self._print(f"[{self.ended}/{self.total}] {result.status} {result.source}{_figures(result)}")
 
-    def finished(self, report: MatteReport) -> None:
+    def finished(self, report: Report) -> None:
         if self._bar is not None:
             self._bar.close()
         if not self.quiet:
@@ -63,16 +80,38 @@ class Terminal(Listener):
             print(text, file=sys.stderr, flush=True)
 
 
-def print_plan(report: MatteReport) -> None:
+def print_plan(report: Report) -> None:
     """List source -> output."""
     for result in report.results:
         print(f"{result.source} -> {result.output}")
 
 
+def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
+    """Every image that is in both reports, what became worse first."""
+    from rich.table import Table
+
+    console = _console()
+    for region, rows in comparison.images.items():
+        table = Table(title=f"{after} minus {before}, {region}; above 0 is worse", title_justify="left")
+        table.add_column("image")
+        for metric in METRICS:
+            table.add_column(METRIC_TITLES[metric], justify="right")
+        for row in rows:
+            name = f"{row.name} (round {row.round})" if row.round > 1 else row.name
+            table.add_row(name, *(f"{row.change(metric):+.5f}" for metric in METRICS))
+        table.add_section()
+        means = comparison.means(region)
+        table.add_row(f"mean of {len(rows)}", *(f"{b - a:+.5f}" for a, b in means.values()))
+        table.add_row("before -> after", *(f"{a:.5f} -> {b:.5f}" for a, b in means.values()))
+        console.print(table)
+    for warning in comparison.warnings:
+        print(f"icm: {warning}", file=sys.stderr)
+
+
 def _figures(result: ImageResult) -> str:
     parts = [f" {result.seconds:.2f} s" if result.status == "done" and result.seconds is not None else ""]
-    if result.mse is not None and result.sad is not None:
-        parts.append(f", MSE {result.mse:.4f}, SAD {result.sad:.2f}")
+    for region, scores in result.scores.items():
+        parts.append(f", {region}: MSE {scores.mse:.4f}, SAD {scores.sad:.2f}")
     if result.not_found:
         parts.append(", reference's thing not found")
     return "".join(parts)
@@ -83,14 +122,23 @@ def _without_prefix(result: ImageResult) -> str:
     return result.reason.removeprefix(result.source).lstrip(": ")
 
 
-def _print_summary(report: MatteReport) -> None:
+def _console() -> Console:
     from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 160
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
+
+
+def _print_summary(report: Report) -> None:
     from rich.table import Table
 
+    console = _console()
+    if report.means:
+        console.print(_scores_table(report))
+        console.print()
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _summary_rows(report):
         table.add_row(name, value)
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     console.print(table)
     for result in report.failures[:MOST_REASONS]:
         console.print(f"failed: {result.source}: {_without_prefix(result)}")
@@ -98,9 +146,67 @@ def _print_summary(report: MatteReport) -> None:
         console.print(f"... and {len(report.failures) - MOST_REASONS} more failed")
 
 
-def _summary_rows(report: MatteReport) -> list[tuple[str, str]]:
+def _scores_table(report: Report) -> Table:
+    """Our means, a row a region, and below them the published rows of the same dataset."""
+    from rich.table import Table
+
+    from icm_cli.evaluation.published import PUBLISHED
+
+    protocol = report.settings.get("protocol", {})
+    metrics = list(dict.fromkeys(name for means in report.means.values() for name in means.metrics))
+    table = Table(title=_protocol_line(protocol), title_justify="left")
+    table.add_column("")
+    for metric in metrics:
+        table.add_column(METRIC_TITLES[metric], justify="right")
+    table.add_column("MSE x1e3", justify="right")
+    table.add_column("images", justify="right")
+    for suffix, by_region in (("", report.means), (", not trained on", report.means_unseen or {})):
+        for region, means in by_region.items():
+            table.add_row(f"icm, {region}{suffix}", *_cells(means, metrics), f"{means.images}")
+    published = PUBLISHED.get(protocol.get("title", ""), ())
+    if published:
+        table.add_section()
+    for row in published:
+        values = {"mse": f"{row.mse:.4f}", **{name: _or_dash(getattr(row, name)) for name in ("sad", "grad", "conn")}}
+        cells = [values.get(metric, "-") for metric in metrics]
+        table.add_row(f"{row.method} ({row.note}; published)", *cells, f"{1e3 * row.mse:.2f}", "")
+    return table
+
+
+def _cells(means: Means, metrics: list[str]) -> list[str]:
+    cells = [_mean_text(means.metrics.get(name), name) for name in metrics]
+    return [*cells, f"{1e3 * means.metrics['mse'].mean:.2f}"]
+
+
+def _mean_text(mean: Mean | None, metric: str) -> str:
+    if mean is None:
+        return "-"
+    digits = 5 if metric in ("mse", "mad") else 3
+    spread = f" ± {mean.spread:.{digits}f}" if mean.spread is not None else ""
+    return f"{mean.mean:.{digits}f}{spread}"
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _protocol_line(protocol: Mapping[str, Any]) -> str | None:
+    if not protocol:
+        return None
+    parts = [
+        protocol["title"],
+        f"size {protocol['size']}",
+        f"GRAD and CONN of the {protocol['lineage']} lineage",
+        f"{protocol['rounds']} round(s)",
+        f"{protocol['refs_per_group']} reference(s) a group" if protocol["refs_per_group"] else "no references",
+    ]
+    return ", ".join(parts)
+
+
+def _summary_rows(report: Report) -> list[tuple[str, str]]:
+    rate = f" ({report.images_per_second:.2f} images/s)" if report.count("done") else ""
     rows = [
-        ("done", f"{report.count('done')} ({report.images_per_second:.2f} images/s)"),
+        ("done", f"{report.count('done')}{rate}"),
         ("skipped", f"{report.count('skipped')}"),
         ("failed", f"{len(report.failures)}"),
     ]
@@ -108,10 +214,14 @@ def _summary_rows(report: MatteReport) -> list[tuple[str, str]]:
         rows.append(("not reached", f"{unreached}"))
     if missing := sum(bool(result.not_found) for result in report.results):
         rows.append(("thing not found", f"{missing}"))
-    mse, sad = report.mean("mse"), report.mean("sad")
-    if mse is not None and sad is not None:
-        rows.append(("mean MSE, SAD", f"{mse:.5f}, {sad:.3f}"))
-    rows.append(("device", report.settings["device"]))
+    for kind, count in sorted(Counter(problem.kind for problem in report.problems).items()):
+        rows.append((kind, f"{count}{' (allowed)' if kind in report.allowed else ''}"))
+    if resized := sum(result.was_resized for result in report.results):
+        rows.append(("resized to score", f"{resized}"))
+    if seen := sum(bool(result.is_seen) for result in report.results):
+        rows.append(("trained on", f"{seen} of the images"))
+    if "device" in report.settings:
+        rows.append(("device", report.settings["device"]))
     rows.append(("time", f"{report.seconds:.1f} s, images {report.matting_seconds:.1f} s"))
     rows.append(("peak memory", f"{report.peak_memory_bytes / 1e6:.0f} MB"))
     return rows

@@ -26,6 +26,8 @@ FileKind = Literal["ours", "published"]
 
 CONFIG_KEY = "icm.config"
 """Key of the safetensors metadata that holds the model's configuration as JSON."""
+TRAINED_ON_KEY = "icm.trained_on"
+"""Key of the safetensors metadata with the SHA-256 of every file the model was trained on, a JSON list."""
 PUBLISHED_PREFIX = "in_context_decoder."
 PLACEHOLDER_PACKAGES = ("pytorch_lightning.", "icm.")
 """Packages whose classes an old Lightning file may name; nothing of them is run or needed."""
@@ -95,6 +97,15 @@ def read_config(path: Path) -> ModelConfig | None:
         return None
     with safetensors.safe_open(path, framework="pt") as file:
         return _parse_config(path, file.metadata())
+
+
+def read_trained_on(path: Path) -> frozenset[str] | None:
+    """SHA-256 of the image files a checkpoint was trained on, None where it does not say."""
+    if file_kind(path) == "published":
+        return None
+    with safetensors.safe_open(path, framework="pt") as file:
+        text = file.metadata().get(TRAINED_ON_KEY)
+    return None if text is None else frozenset(json.loads(text))
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -1,0 +1,212 @@
+"""Find a dataset's files on disk, as published, below whatever root the user has them in."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from icm_cli.datasets.composites import Composite
+from icm_cli.datasets.samples import Problem, Sample
+from icm_cli.errors import UsageError
+from icm_cli.files import TEMPORARY_PREFIX
+from icm_cli.images import IMAGE_SUFFIXES
+
+MOST_LISTED = 12
+"""Names listed in an error about a wrong root."""
+
+Files = dict[str, Path]
+"""Files by the key that an image, its alpha and its trimap share."""
+
+
+def same(key: str) -> str:
+    """Images, alphas and trimaps are named alike."""
+    return key
+
+
+def leading_number(key: str) -> str:
+    """``00012_input`` -> ``00012``."""
+    found = re.match(r"\d+", key)
+    return found[0] if found else key
+
+
+def without_last_number(key: str) -> str:
+    """``street_2`` -> ``street``: several alphas of one image."""
+    return re.sub(r"_\d+$", "", key)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Folders below a dataset's root. ``trimaps`` may be absent on disk, the others may not."""
+
+    images: str
+    alphas: str
+    trimaps: str | None = None
+    key: Callable[[str], str] = same
+    """From a file's path below its folder, suffix left out, to the name that image, alpha and trimap share."""
+    image_of: Callable[[str], str] = same
+    """From an alpha's key to its image's, where several alphas belong to one image."""
+    under: str = ""
+    """A folder that all of them are in."""
+    backgrounds_each: int = 0
+    """Above 0, ``images`` holds foregrounds, each to be put on that many backgrounds."""
+
+    def expected(self) -> str:
+        """How the layout looks, for error messages."""
+        under = f"{self.under}/" if self.under else ""
+        return f"{under}{self.images}/ and {under}{self.alphas}/" + (
+            f" (and perhaps {under}{self.trimaps}/)" if self.trimaps else ""
+        )
+
+
+@dataclass(frozen=True)
+class FileSets:
+    """The files of one dataset, each kind by its key."""
+
+    images: Files
+    alphas: Files
+    trimaps: Files
+
+
+def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layout, FileSets]:
+    """The first layout that lies below ``root``, and its files.
+
+    ``root`` may also be a folder above the published root, or one inside it; the case of folder names does not
+    matter. Raises UsageError that lists what was found and what was expected.
+    """
+    if not root.is_dir():
+        raise UsageError(f"data root {root} is not a folder; expected the {title} dataset there")
+    for layout in layouts:
+        for base in _bases(root):
+            found = _at(layout, base)
+            if found and (base not in root.parents or root in found[0].parents or root == found[0]):
+                images, alphas, trimaps = (_files(folder, layout.key) if folder else {} for folder in found)
+                if images and alphas:
+                    return layout, FileSets(images, alphas, trimaps)
+    expected = "; or ".join(layout.expected() for layout in layouts)
+    raise UsageError(f"data root {root} does not hold {title}: expected {expected}; found {_listing(root)}")
+
+
+def find_by_pattern(images: str, alphas: str, trimaps: str | None) -> FileSets:
+    """Files of three folders or quoted globs; raises UsageError for one that holds no image."""
+    found = [
+        _matching(text, option) if text else {}
+        for text, option in zip((images, alphas, trimaps), _OPTIONS, strict=True)
+    ]
+    return FileSets(*found)
+
+
+_OPTIONS = ("--images", "--alphas", "--trimaps")
+
+
+def pair(layout: Layout, files: FileSets, backgrounds: Sequence[Path] = ()) -> tuple[list[Sample], list[Problem]]:
+    """Samples in the order of their names, and what has no partner."""
+    problems: list[Problem] = []
+    samples: list[Sample] = []
+    used: set[str] = set()
+    for key, alpha in sorted(files.alphas.items()):
+        image_key = layout.image_of(key)
+        image = files.images.get(image_key)
+        if image is None:
+            problems.append(Problem("missing-image", key, f"{alpha} has no image; expected one named {image_key}"))
+            continue
+        used.add(image_key)
+        samples += (
+            _composites(layout, files, key, backgrounds)
+            if layout.backgrounds_each
+            else [Sample(key, image, alpha, files.trimaps.get(key))]
+        )
+    problems += [
+        Problem("missing-alpha", key, f"{image} has no alpha; expected one named {key}")
+        for key, image in sorted(files.images.items())
+        if key not in used
+    ]
+    if files.trimaps:
+        problems += [
+            Problem("missing-trimap", sample.name, f"{sample.file} has no trimap; one is made from its alpha")
+            for sample in samples
+            if sample.trimap is None
+        ]
+    return samples, problems
+
+
+def _composites(layout: Layout, files: FileSets, key: str, backgrounds: Sequence[Path]) -> Iterator[Sample]:
+    """One foreground on its share of the backgrounds: the next ``backgrounds_each`` of them for each foreground."""
+    each = layout.backgrounds_each
+    first = sorted(files.alphas).index(key) * each
+    for number in range(each):
+        background = backgrounds[(first + number) % len(backgrounds)]
+        name = f"{key}_{number}"
+        composite = Composite(files.images[layout.image_of(key)], files.alphas[key], background)
+        yield Sample(name, composite, files.alphas[key], files.trimaps.get(name) or files.trimaps.get(key))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Every image below a folder, hidden ones left out, sorted."""
+    return [path for path in sorted(folder.rglob("*")) if _is_image(path)]
+
+
+def _bases(root: Path) -> Iterator[Path]:
+    """Where a dataset's folders might begin: the root, a folder in it, or, where it lies inside, one above it."""
+    root = root.resolve()
+    yield root
+    yield from sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    yield from list(root.parents)[:3]
+
+
+def _at(layout: Layout, base: Path) -> tuple[Path, Path, Path | None] | None:
+    home = _descend(base, layout.under)
+    images, alphas = (_descend(home, folder) if home else None for folder in (layout.images, layout.alphas))
+    if home is None or images is None or alphas is None:
+        return None
+    return images, alphas, _descend(home, layout.trimaps) if layout.trimaps else None
+
+
+def _descend(base: Path, folders: str) -> Path | None:
+    """A folder below another, whatever the case of the names; None where it is not there."""
+    for name in PurePosixPath(folders).parts:
+        exact = base / name
+        alike = [path for path in base.iterdir() if path.name.lower() == name.lower()] if not exact.is_dir() else []
+        base = alike[0] if alike else exact
+        if not base.is_dir():
+            return None
+    return base
+
+
+def _files(folder: Path, key: Callable[[str], str]) -> Files:
+    return _by_key(image_files(folder), folder, key)
+
+
+def _by_key(paths: Iterable[Path], root: Path, key: Callable[[str], str] = same) -> Files:
+    return {key(path.relative_to(root).with_suffix("").as_posix()): path for path in paths}
+
+
+def _matching(text: str, option: str) -> Files:
+    if glob.has_magic(text):
+        parts = Path(text).parts
+        root = Path(*parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))])
+        paths = [Path(match) for match in sorted(glob.iglob(text, recursive=True)) if _is_image(Path(match))]
+    else:
+        root = Path(text)
+        if not root.is_dir():
+            raise UsageError(f"{option} {text} is not a folder; expected a folder of images or a quoted glob")
+        paths = image_files(root)
+    if not paths:
+        raise UsageError(f"{option} {text} holds no images; expected a folder of images or a quoted glob")
+    return _by_key(paths, root)
+
+
+def _is_image(path: Path) -> bool:
+    return (
+        path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith((".", TEMPORARY_PREFIX)) and path.is_file()
+    )
+
+
+def _listing(root: Path) -> str:
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in root.iterdir())
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return ", ".join(names[:MOST_LISTED]) + more

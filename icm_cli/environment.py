@@ -1,0 +1,38 @@
+"""What a run ran on: versions, processor, memory. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+PACKAGES = ("icm-cli", "torch", "diffusers", "numpy", "opencv-python-headless", "pillow", "pymatting")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every package that decides a number."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def hardware() -> dict[str, str | int]:
+    """System, processor and number of cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"system": platform.platform(), "processor": _processor(), "cores": cores or 1}
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

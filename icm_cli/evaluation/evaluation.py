@@ -1,0 +1,182 @@
+"""One evaluation: what is scored and how, whoever makes the alphas."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from icm_cli.datasets import Found, groups_of
+from icm_cli.datasets.composites import Composite
+from icm_cli.datasets.samples import Sample
+from icm_cli.evaluation.references import Rounds
+from icm_cli.evaluation.scoring import FlickerTask, Rule, ScoreTask
+from icm_cli.report import Album, ImageResult, Report
+from icm_cli.runs import Listener, Outcome, SideOutputs, environment_settings
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The dataset as it was found, the rule it is scored by, and where the reports go."""
+
+    name: str
+    found: Found
+    rule: Rule
+    split: str
+    fixed_references: Path | None
+    write_references: Path | None
+    side: SideOutputs
+    allowed: frozenset[str]
+    workers: int
+    hear: Listener
+    start: float
+
+    @cached_property
+    def groups(self) -> dict[str, list[Sample]]:
+        """Samples by group, those without one left out."""
+        return groups_of(self.found.samples)
+
+    @cached_property
+    def by_name(self) -> dict[str, Sample]:
+        """Every sample."""
+        return {sample.name: sample for sample in self.found.samples}
+
+    def check_overwrites_nothing(self) -> None:
+        """Raises UsageError for a report in the place of one of the dataset's files."""
+        files = [
+            path
+            for sample in self.found.samples
+            for path in (sample.file, sample.alpha, sample.trimap)
+            if path is not None
+        ]
+        self.side.check_overwrites_nothing(files)
+
+    def planned(self, sample: Sample, output: Path, number: int) -> ImageResult:
+        """What is known of a sample's result in a round before its alpha is there."""
+        return ImageResult(
+            source=str(sample.image),
+            output=str(output),
+            status="planned",
+            name=sample.name,
+            group=sample.group,
+            categories=sample.categories,
+            round=number,
+            truth=str(sample.alpha),
+        )
+
+    def outcome(
+        self,
+        planned: Sequence[ImageResult],
+        settings: Mapping[str, Any],
+        references: Rounds,
+        trained_on: frozenset[str] | None = None,
+    ) -> Outcome:
+        """What gathers, scores and reports the results; the dataset's own problems are in it already."""
+        protocol = self._protocol(references)
+        report = Report(
+            {**environment_settings(), "protocol": protocol, **settings},
+            allowed=self.allowed,
+            references=references,
+            album=self._album(references),
+        )
+
+        def task_for(result: ImageResult) -> ScoreTask:
+            sample = self.by_name[result.name]
+            return ScoreTask(
+                name=result.name,
+                alpha=Path(result.output),
+                truth=sample.alpha,
+                rule=self.rule,
+                trimap=sample.trimap,
+                image=sample.file,
+                wants_sha256=trained_on is not None,
+                allowed=self.allowed,
+            )
+
+        outcome = Outcome(
+            report,
+            planned,
+            self.hear,
+            start=self.start,
+            processes=self.workers,
+            task_for=task_for,
+            trained_on=trained_on,
+        )
+        for problem in self.found.problems:
+            outcome.add_problem(problem)
+        return outcome
+
+    def add_flicker(self, outcome: Outcome) -> None:
+        """dtSSD of every two frames that follow one another in a video and both have an alpha."""
+        videos = {group: _in_order(frames) for group, frames in self.groups.items() if frames[0].is_video_frame}
+        if not videos:
+            return
+        outcome.add_flicker(self._flicker_tasks(videos, outcome))
+
+    def _flicker_tasks(
+        self, videos: Mapping[str, Sequence[Sample]], outcome: Outcome
+    ) -> Iterator[tuple[tuple[int, str], FlickerTask]]:
+        scored = {result.key: result for result in outcome.scored()}
+        for number in sorted({key[0] for key in scored}):
+            for frames in videos.values():
+                for before, frame in pairwise(frames):
+                    pair = [scored.get((number, each.name)) for each in (frame, before)]
+                    if pair[0] and pair[1]:
+                        files = [(Path(result.output), Path(result.truth)) for result in pair if result]
+                        yield (number, frame.name), FlickerTask(files[0], files[1], self.rule.size)
+
+    def _protocol(self, references: Rounds) -> dict[str, Any]:
+        """All that numbers depend on beside the alphas; two reports that differ here cannot be compared."""
+        rule = asdict(self.rule)
+        kernel, has_detail_maps = rule.pop("trimap_kernel_px"), rule.pop("has_detail_maps")
+        made = f"0 < alpha < 1 dilated by a {kernel} px square at the scored size"
+        if not any(sample.trimap for sample in self.found.samples):
+            unknown = f"made from the alpha: {made}"
+        elif has_detail_maps:
+            unknown = "published detail maps above 0"
+        else:
+            unknown = f"published trimaps at 128; where one is missing, {made}"
+        each = max((len(names) for groups in references for names in groups.values()), default=0)
+        return {
+            "dataset": self.name,
+            "title": self.found.dataset.title,
+            "split": self.split,
+            "images": len(self.found.samples),
+            **rule,
+            "regions": list(self.rule.regions),
+            "unknown_region": unknown if "unknown" in self.rule.regions else "not scored",
+            "rounds": len(references),
+            "refs_per_group": each,
+            "mean": "over images",
+        }
+
+    def _album(self, references: Rounds) -> Album:
+        return Album(
+            references={
+                (number, group): [(self.by_name[name].image, self.by_name[name].alpha) for name in names]
+                for number, groups in enumerate(references, 1)
+                for group, names in groups.items()
+            },
+            composites={
+                sample.name: sample.image for sample in self.found.samples if isinstance(sample.image, Composite)
+            },
+        )
+
+
+def round_folder(folder: Path, number: int, rounds: int) -> Path:
+    """Where the alphas of a round are: the folder itself where there is but one."""
+    return folder / f"round-{number}" if rounds > 1 else folder
+
+
+def _in_order(frames: Sequence[Sample]) -> list[Sample]:
+    """Frames by the numbers in their names, 2 before 10."""
+    return sorted(
+        frames, key=lambda sample: [int(part) if part.isdigit() else part for part in _PARTS.split(sample.name)]
+    )
+
+
+_PARTS = re.compile(r"(\d+)")

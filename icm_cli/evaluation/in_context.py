@@ -1,0 +1,164 @@
+"""Matte a dataset in context: every group by its own references, in one stream through one model."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from icm_cli.datasets.composites import Composite
+from icm_cli.datasets.samples import Problem, Sample
+from icm_cli.engine import Engine, Settings
+from icm_cli.errors import ImageError, UsageError
+from icm_cli.evaluation.evaluation import Evaluation, round_folder
+from icm_cli.evaluation.references import Rounds, choose_references, read_rounds, targets, write_rounds
+from icm_cli.files import cache_folder, digest_of, remove_stale_temporaries
+from icm_cli.images import read_matte, read_picture
+from icm_cli.matter import Matter
+from icm_cli.model.checkpoint import read_trained_on
+from icm_cli.model.contracts import Prepared
+from icm_cli.model_choice import ModelChoice
+from icm_cli.references import Reference, make_guidance
+from icm_cli.report import Report
+from icm_cli.resume import keep_finished
+from icm_cli.sources import Job
+
+OLD_AFTER_S = 7 * 24 * 3600.0
+"""Alphas of an evaluation that was never finished are removed after this long."""
+
+
+def matte_and_score(
+    evaluation: Evaluation, choice: ModelChoice, rounds: int, refs_per_group: int, save_alphas: Path | None
+) -> Report:
+    """Matte every target of every round and score it; alphas that are there already are kept.
+
+    Without ``save_alphas`` they are in the cache until the run ends well, so that a crash loses nothing.
+    """
+    hear = evaluation.hear
+    shelf = _Shelf(evaluation)
+    references, problems = shelf.references(rounds, refs_per_group)
+    if not any(references):
+        raise UsageError(
+            f"{evaluation.found.dataset.title} here has no group of two images or more, so nothing could show the "
+            "model its thing; give --groups FILE, or --pred DIR to score alphas that are there"
+        )
+    examples = [(number, group) for number, groups in enumerate(references, 1) for group in groups]
+    digester = choice.digester()
+    digests = [digester(shelf.digests(references[number - 1][group])) for number, group in examples]
+    folder = save_alphas or _work_folder(digests, evaluation)
+    jobs = [
+        _job(evaluation, sample, round_folder(folder, number, len(references)), number, example)
+        for example, (number, group) in enumerate(examples)
+        for sample in targets(evaluation.groups[group], references[number - 1][group])
+    ]
+    evaluation.side.check_overwrites_nothing([job.output for job in jobs])
+    evaluation.side.check_writable(folder)
+    for parent in {job.output.parent for job in jobs}:
+        remove_stale_temporaries(parent)
+    if evaluation.write_references:
+        write_rounds(evaluation.write_references, references)
+
+    trained_on = read_trained_on(choice.checkpoint) if choice.checkpoint else None
+    settings = {**choice.as_settings(), "alphas": str(save_alphas) if save_alphas else None}
+    outcome = evaluation.outcome([job.planned for job in jobs], settings, references, trained_on)
+    for problem in problems:
+        outcome.add_problem(problem)
+    hear.started(len(jobs))
+    with outcome:
+        remaining = keep_finished(jobs, digests, evaluation.workers, outcome.add)
+        matter = _load(choice, evaluation) if remaining else None
+        with outcome.reported(evaluation.side, choice.where.peak_memory_bytes):
+            if matter is not None:
+
+                @functools.lru_cache(maxsize=1)
+                def prepared(example: int) -> Prepared:
+                    number, group = examples[example]
+                    return shelf.prepared(matter, references[number - 1][group])
+
+                engine = Settings(digests, choice.batch_size, evaluation.workers)
+                Engine(matter, prepared, engine, on_result=outcome.add, notice=hear.notice).run(remaining)
+            evaluation.add_flicker(outcome)
+    if save_alphas is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return outcome.report
+
+
+def _load(choice: ModelChoice, evaluation: Evaluation) -> Matter:
+    evaluation.hear.detail(choice.describe())
+    return choice.load()
+
+
+def _job(evaluation: Evaluation, sample: Sample, folder: Path, number: int, example: int) -> Job:
+    output = folder / f"{sample.name}.png"
+    return Job(sample.image, Path(sample.name), output, evaluation.planned(sample, output, number), example)
+
+
+def _work_folder(digests: Sequence[str], evaluation: Evaluation) -> Path:
+    """A folder of the cache for this very evaluation; old ones of others go."""
+    home = cache_folder() / "eval"
+    with suppress(OSError):
+        for old in home.glob("*"):
+            if time.time() - old.stat().st_mtime > OLD_AFTER_S:
+                shutil.rmtree(old, ignore_errors=True)
+    files = [str(sample.file.resolve()) for sample in evaluation.found.samples]
+    return home / digest_of(*digests, *(path.encode(errors="surrogateescape") for path in files))[:32]
+
+
+@dataclass
+class _Shelf:
+    """Reads references, holds what is known of them, and never more than a group's pictures."""
+
+    evaluation: Evaluation
+    _digests: dict[str, str] = field(default_factory=dict)
+    _reasons: dict[str, str] = field(default_factory=dict)
+
+    def references(self, rounds: int, refs_per_group: int) -> tuple[Rounds, list[Problem]]:
+        """For every round, each group's references: chosen by rule, or as the fixed file says."""
+        fixed, groups = self.evaluation.fixed_references, self.evaluation.groups
+        if fixed:
+            references, problems = read_rounds(fixed, groups)
+            for names in references:
+                for group in list(names):
+                    names[group] = [name for name in names[group] if self._is_usable(self.evaluation.by_name[name])]
+                    if not names[group]:
+                        del names[group]
+            missing = [group for group in groups if not all(group in names for names in references)]
+            problems += [
+                Problem("bad-reference", group, f"{fixed} gives group {group} no usable reference in every round")
+                for group in missing
+            ]
+        else:
+            references, problems = choose_references(
+                groups, rounds=rounds, refs_per_group=refs_per_group, is_usable=self._is_usable
+            )
+        problems += [Problem("bad-reference", name, reason) for name, reason in self._reasons.items()]
+        return references, problems
+
+    def digests(self, names: Sequence[str]) -> list[str]:
+        """Of the content of references that were found usable."""
+        return [self._digests[name] for name in names]
+
+    def prepared(self, matter: Matter, names: Sequence[str]) -> Prepared:
+        """References as the model sees them."""
+        return matter.reference([self._read(self.evaluation.by_name[name]) for name in names])
+
+    def _is_usable(self, sample: Sample) -> bool:
+        if sample.name in self._digests:
+            return True
+        try:
+            self._digests[sample.name] = self._read(sample).digest
+        except (ImageError, UsageError) as error:
+            self._reasons[sample.name] = str(error)
+            return False
+        return True
+
+    def _read(self, sample: Sample) -> Reference:
+        """A sample as a reference: its picture, and its alpha above one half as guidance."""
+        image = sample.image
+        rgb = (image.read() if isinstance(image, Composite) else read_picture(image)).rgb
+        mask = read_matte(sample.alpha)
+        return Reference(rgb, make_guidance(mask, rgb.shape[:2], f"alpha {sample.alpha}", self.evaluation.hear.notice))

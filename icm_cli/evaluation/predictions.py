@@ -1,0 +1,74 @@
+"""Score alphas that any tool made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from icm_cli import environment
+from icm_cli.datasets.layouts import image_files
+from icm_cli.datasets.samples import Problem, Sample
+from icm_cli.errors import UsageError
+from icm_cli.evaluation.evaluation import Evaluation, round_folder
+from icm_cli.evaluation.references import Rounds, read_rounds, targets
+from icm_cli.report import ImageResult, Report
+
+
+def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Report:
+    """Score every sample's alpha below ``folder``, as ``--save-alphas`` lays them out or by file name alone.
+
+    Fixed references are left out of their round; without them every image is scored. Raises UsageError where no
+    alpha belongs to any sample.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"folder of predictions {folder} does not exist; expected alphas named like the images")
+    references: Rounds = [{} for _ in range(rounds)]
+    problems: list[Problem] = []
+    if evaluation.fixed_references:
+        references, problems = read_rounds(evaluation.fixed_references, evaluation.groups)
+    planned = [
+        result
+        for number, shown in enumerate(references, 1)
+        for result in _planned(evaluation, round_folder(folder, number, len(references)), number, shown)
+    ]
+    if not any(result.output for result in planned):
+        expected = f"{round_folder(folder, 1, len(references)) / evaluation.found.samples[0].name}.png"
+        raise UsageError(f"folder of predictions {folder} has no alpha of any image; expected names such as {expected}")
+    evaluation.side.check_overwrites_nothing([result.output for result in planned if result.output])
+    evaluation.side.check_writable()
+    outcome = evaluation.outcome(planned, {"predictions": str(folder)}, references)
+    for problem in problems:
+        outcome.add_problem(problem)
+    evaluation.hear.started(len(planned))
+    with outcome, outcome.reported(evaluation.side, environment.peak_memory_bytes):
+        for result in planned:
+            if result.output:
+                outcome.add(replace(result, status="done"))
+                continue
+            reason = f"{result.source} has no alpha in {folder}; expected one named {result.name}"
+            outcome.add_problem(Problem("missing-prediction", result.name, reason))
+            outcome.add(replace(result, status="failed", reason=reason))
+        evaluation.add_flicker(outcome)
+    return outcome.report
+
+
+def _planned(
+    evaluation: Evaluation, folder: Path, number: int, references: Mapping[str, list[str]]
+) -> list[ImageResult]:
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in image_files(folder)}
+    by_stem = {path.stem: path for path in found.values()}
+    wanted = {
+        sample.name
+        for samples in evaluation.groups.values()
+        for sample in targets(samples, references.get(samples[0].group, []))
+    } | {sample.name for sample in evaluation.found.samples if not sample.group}
+
+    def alpha_of(sample: Sample) -> Path | str:
+        return found.get(sample.name) or by_stem.get(Path(sample.name).name) or by_stem.get(sample.file.stem) or ""
+
+    return [
+        replace(evaluation.planned(sample, Path(), number), output=str(alpha_of(sample)))
+        for sample in evaluation.found.samples
+        if sample.name in wanted
+    ]
