@@ -213,6 +213,9 @@ def evaluate(
     seed: Seed = 0,
     workers: Workers = None,
     save_alphas: Annotated[Optional[Path], typer.Option(help="Keep the alphas in this folder.")] = None,
+    note: Annotated[
+        Optional[str], typer.Option(help="A sentence that every report repeats, such as what the alphas are worth.")
+    ] = None,
     report: Reports = None,
     allow: Annotated[
         Optional[list[str]],
@@ -247,7 +250,6 @@ def evaluate(
                 "no dataset was given; give --dataset NAME (folder for your own), or --compare A.json B.json"
             )
         from icm_cli import evaluating
-        from icm_cli.runs import DEFAULT_WORKERS
         from icm_cli.terminal import Terminal
 
         done = evaluating.evaluate(
@@ -276,8 +278,9 @@ def evaluate(
             dtype=dtype,
             batch_size=_number_or_auto(batch_size),
             seed=seed,
-            workers=workers or DEFAULT_WORKERS,
+            workers=workers,
             save_alphas=save_alphas,
+            note=note,
             report=report or [],
             allow=allow or [],
             offline=offline,

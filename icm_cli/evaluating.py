@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from icm_cli import environment
 from icm_cli.datasets import SIZES, SPLITS, Found, find
 from icm_cli.datasets.samples import PROBLEM_KINDS, Sample
 from icm_cli.errors import UsageError, did_you_mean
@@ -18,7 +19,7 @@ from icm_cli.evaluation.evaluation import Evaluation
 from icm_cli.evaluation.metrics import LINEAGES, REGIONS
 from icm_cli.evaluation.scoring import Rule
 from icm_cli.report import Report
-from icm_cli.runs import DEFAULT_WORKERS, Listener, Paths, SideOutputs, as_path, check_workers
+from icm_cli.runs import DEFAULT_WORKERS, Listener, Paths, SideOutputs, as_path
 
 Choice = TypeVar("Choice", bound=str)
 
@@ -50,8 +51,9 @@ def evaluate(
     dtype: str = "auto",
     batch_size: int | str = "auto",
     seed: int = 0,
-    workers: int = DEFAULT_WORKERS,
+    workers: int | None = None,
     save_alphas: str | Path | None = None,
+    note: str | None = None,
     report: Paths = (),
     allow: Sequence[str] = (),
     offline: bool = False,
@@ -60,13 +62,13 @@ def evaluate(
     """Score alphas of a dataset: matted here, every group by its own references, or taken from ``pred``.
 
     The arguments are the options of ``icm eval`` (see its help); None means the dataset's own convention. Bad data is
-    named in ``problems`` and the rest is scored; the report's ``exit_code`` is 1 then, unless it was allowed. Raises
-    UsageError, ConfigError or OutputError.
+    named in ``problems`` and the rest is scored; the report's ``exit_code`` is 1 then, unless it was allowed.
+
+    Raises UsageError, ConfigError or OutputError.
     """
     hear = listener or Listener()
     start = time.perf_counter()
-    check_workers(workers)
-    _check_numbers(rounds=rounds, refs_per_group=refs_per_group, trimap_kernel=trimap_kernel)
+    _check_numbers(workers=workers, rounds=rounds, refs_per_group=refs_per_group, trimap_kernel=trimap_kernel)
     for kind in allow:
         _one_of("allow", kind, tuple(PROBLEM_KINDS))
     if references and (rounds or refs_per_group):
@@ -91,11 +93,13 @@ def evaluate(
         found=found,
         rule=rule,
         split=split,
+        where=str(data_root or images),
+        note=note,
         fixed_references=as_path(references),
         write_references=as_path(write_references),
         side=side,
         allowed=frozenset(allow),
-        workers=workers,
+        workers=workers or (DEFAULT_WORKERS if pred is None else environment.cores()),
         hear=hear,
         start=start,
     )

@@ -32,6 +32,9 @@ from icm_cli.runs import (
 )
 from icm_cli.sources import Job, plan_jobs
 
+ALLOWED = frozenset({"empty-alpha", "16-bit-alpha"})
+"""Kinds of odd ground truths that are no failure here."""
+
 
 def matte(
     ref: Paths,
@@ -97,6 +100,7 @@ def matte(
 
     digest = choice.digester()([one.digest for one in references])
     settings = {
+        "title": str(src),
         **environment_settings(),
         **choice.as_settings(),
         "references": [str(path) for path in refs],
@@ -104,7 +108,7 @@ def matte(
         "digest": digest,
     }
     outcome = Outcome(
-        Report(settings, album=Album(references={(0, ""): list(zip_longest(refs, masks))})),
+        Report(settings, allowed=ALLOWED, album=Album(references={(0, ""): list(zip_longest(refs, masks))})),
         [job.planned for job in jobs],
         hear,
         start=start,
@@ -129,7 +133,11 @@ def _with_truth(job: Job, truth: GroundTruth) -> Job:
 
 
 def _score_task(result: ImageResult) -> ScoreTask | None:
-    return ScoreTask(result.source, Path(result.output), Path(result.truth), Rule()) if result.truth else None
+    """A ground truth may be empty: the thing need not be in every picture."""
+    if not result.truth:
+        return None
+    truth, image = Path(result.truth), Path(result.source)
+    return ScoreTask(result.source, Path(result.output), truth, Rule(), image=image, allowed=ALLOWED)
 
 
 def _ready(choice: ModelChoice, references: Sequence[Reference], hear: Listener) -> tuple[Matter, Prepared]:

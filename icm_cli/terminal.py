@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from icm_cli.evaluation.metrics import METRICS
+from icm_cli.evaluation.metrics import METRICS, TITLES
 from icm_cli.runs import Listener
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 MOST_REASONS = 20
 """Failures named again in the summary, and problems of one kind named at all; reports name every one."""
-METRIC_TITLES = {"mse": "MSE", "sad": "SAD", "grad": "GRAD", "conn": "CONN", "mad": "MAD", "dt_ssd": "dtSSD"}
 
 
 class Terminal(Listener):
@@ -95,7 +94,7 @@ def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
         table = Table(title=f"{after} minus {before}, {region}; above 0 is worse", title_justify="left")
         table.add_column("image")
         for metric in METRICS:
-            table.add_column(METRIC_TITLES[metric], justify="right")
+            table.add_column(TITLES[metric], justify="right")
         for row in rows:
             name = f"{row.name} (round {row.round})" if row.round > 1 else row.name
             table.add_row(name, *(f"{row.change(metric):+.5f}" for metric in METRICS))
@@ -154,10 +153,10 @@ def _scores_table(report: Report) -> Table:
 
     protocol = report.settings.get("protocol", {})
     metrics = list(dict.fromkeys(name for means in report.means.values() for name in means.metrics))
-    table = Table(title=_protocol_line(protocol), title_justify="left")
+    table = Table(title=_protocol_line(protocol, report.settings.get("note")), title_justify="left")
     table.add_column("")
     for metric in metrics:
-        table.add_column(METRIC_TITLES[metric], justify="right")
+        table.add_column(TITLES[metric], justify="right")
     table.add_column("MSE x1e3", justify="right")
     table.add_column("images", justify="right")
     for suffix, by_region in (("", report.means), (", not trained on", report.means_unseen or {})):
@@ -190,17 +189,17 @@ def _or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _protocol_line(protocol: Mapping[str, Any]) -> str | None:
+def _protocol_line(protocol: Mapping[str, Any], note: str | None) -> str | None:
     if not protocol:
         return None
     parts = [
         protocol["title"],
         f"size {protocol['size']}",
         f"GRAD and CONN of the {protocol['lineage']} lineage",
-        f"{protocol['rounds']} round(s)",
-        f"{protocol['refs_per_group']} reference(s) a group" if protocol["refs_per_group"] else "no references",
+        "1 round" if protocol["rounds"] == 1 else f"{protocol['rounds']} rounds",
+        f"references a group: {protocol['refs_per_group']}" if protocol["refs_per_group"] else "no references",
     ]
-    return ", ".join(parts)
+    return ", ".join(parts) + (f"\n{note}" if note else "")
 
 
 def _summary_rows(report: Report) -> list[tuple[str, str]]:

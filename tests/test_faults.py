@@ -86,7 +86,7 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "output is source": (2, "also the output folder", option(out="@imgs")),
     "collision": (2, "both be written to", collision),
     "no images": (2, "no images were found", option(exclude="*")),
-    "report suffix": (2, "neither .csv nor .json", option(report="@r.txt")),
+    "report suffix": (2, "none of .csv, .json, .html", option(report="@r.txt")),
     "contact sheet suffix": (2, "is no .png", option(contact_sheet="@c.jpg")),
     "report over a source": (2, "is an image of this run", option(contact_sheet="@imgs/pad.0101.png")),
     "sheet over the mask": (2, "is an image of this run", option(contact_sheet="@mask.png")),

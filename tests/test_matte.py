@@ -61,7 +61,7 @@ def test_a_finished_run_loads_no_model(icm: Icm, monkeypatch: pytest.MonkeyPatch
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("icm_cli.matting.load_model", refuse)
+    monkeypatch.setattr("icm_cli.model_choice.load_model", refuse)
     assert icm().exit_code == 0
     with pytest.raises(AssertionError, match="was loaded"):
         icm("--overwrite")
@@ -130,10 +130,11 @@ def test_json_report_with_ground_truth(icm: Icm, scene: Path) -> None:
         report = json.loads((scene / "r.json").read_text())
         lines = {Path(line["source"]).name: line for line in report["images"]}
         difference = (read(scene / "out" / "wall.png").astype(float) - truth) / 255
-        assert lines["wall.jpg"]["mse"] == pytest.approx((difference**2).mean())
-        assert lines["wall.jpg"]["sad"] == pytest.approx(np.abs(difference).sum() / 1000)
-        assert lines["deep.png"]["mse"] is None
-        assert report["summary"]["mse"] == lines["wall.jpg"]["mse"]
+        scores = lines["wall.jpg"]["scores"]["whole"]
+        assert scores["mse"] == pytest.approx((difference**2).mean())
+        assert scores["sad"] == pytest.approx(np.abs(difference).sum() / 1000)
+        assert lines["deep.png"]["scores"] == {}
+        assert report["summary"]["means"]["whole"]["metrics"]["mse"]["mean"] == scores["mse"]
     assert report["settings"]["device"] == "cpu, float32"
     assert report["summary"]["skipped"] == 3
 

@@ -27,6 +27,9 @@ class Evaluation:
     found: Found
     rule: Rule
     split: str
+    where: str
+    """The dataset's root, or the images of one's own folders."""
+    note: str | None
     fixed_references: Path | None
     write_references: Path | None
     side: SideOutputs
@@ -78,7 +81,7 @@ class Evaluation:
         """What gathers, scores and reports the results; the dataset's own problems are in it already."""
         protocol = self._protocol(references)
         report = Report(
-            {**environment_settings(), "protocol": protocol, **settings},
+            {"title": protocol["title"], "note": self.note, **environment_settings(), "protocol": protocol, **settings},
             allowed=self.allowed,
             references=references,
             album=self._album(references),
@@ -143,7 +146,8 @@ class Evaluation:
         each = max((len(names) for groups in references for names in groups.values()), default=0)
         return {
             "dataset": self.name,
-            "title": self.found.dataset.title,
+            "title": self.where if self.name == "folder" else self.found.dataset.title,
+            "where": self.where,
             "split": self.split,
             "images": len(self.found.samples),
             **rule,

@@ -61,6 +61,8 @@ class Scores:
 
 
 METRICS: tuple[str, ...] = tuple(field.name for field in fields(Scores))
+TITLES = {"mse": "MSE", "sad": "SAD", "grad": "GRAD", "conn": "CONN", "mad": "MAD", "dt_ssd": "dtSSD"}
+"""How metrics are printed."""
 
 
 def score(
@@ -125,7 +127,7 @@ def _composition_gradient(alpha: ImageU8) -> Map:
     unit = alpha / 255.0
     across = cv2.sepFilter2D(unit, cv2.CV_64F, derivative, gauss, borderType=cv2.BORDER_REPLICATE)
     down = cv2.sepFilter2D(unit, cv2.CV_64F, gauss, derivative, borderType=cv2.BORDER_REPLICATE)
-    return cast(Map, cv2.magnitude(across, down))
+    return cast(Map, np.sqrt(across * across + down * down))  # cv2.magnitude rounds by where in memory its input lies
 
 
 def _aim_gradient(alpha: ImageU8) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from icm_cli.datasets.composites import Composite
 from icm_cli.errors import ImageError
-from icm_cli.evaluation.metrics import METRICS, Region
+from icm_cli.evaluation.metrics import METRICS, TITLES, Region
 from icm_cli.evaluation.published import PUBLISHED, comparability
 from icm_cli.evaluation.summary import Mean, Means, by
 from icm_cli.files import atomic_write
@@ -37,9 +37,9 @@ MOST_ROWS = 500
 PICTURE_PX = 420
 """Longest side of a picture on the page."""
 BINS = 24
-LOWEST_BINNED = 1e-6
+DECADES = 5
+"""A histogram's first bin holds everything this many powers of ten below the largest score, and zero."""
 MASK_TINT = (255, 64, 96)
-TITLES = {"mse": "MSE", "sad": "SAD", "grad": "GRAD", "conn": "CONN", "mad": "MAD", "dt_ssd": "dtSSD"}
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,10 @@ def _content(report: Report) -> dict[str, Any]:
     unscored = [] if scored else _evenly([each for each in report.results if each.status in ("done", "skipped")])
     figure = partial(_figure, report)
     return {
-        "title": protocol.get("title", "icm matte"),
+        "title": report.settings["title"],
         "made": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "settings": report.settings,
-        "protocol": protocol,
+        "protocol": {key: value for key, value in protocol.items() if key != "title"},
         "means": means,
         "means_unseen": report.means_unseen or {},
         "metrics": metrics,
@@ -171,7 +171,8 @@ def _category(name: str, result: ImageResult) -> str | None:
 
 def _histogram(scored: Sequence[ImageResult], region: Region, metric: str) -> Histogram:
     values = [getattr(result.scores[region], metric) for result in scored if region in result.scores]
-    logarithms = np.log10(np.maximum(values, LOWEST_BINNED))
+    largest = max(*values, 1e-6)
+    logarithms = np.log10(np.maximum(values, largest * 10.0**-DECADES))
     lowest, highest = float(np.floor(logarithms.min())), float(np.ceil(logarithms.max() + 1e-9))
     counts, _ = np.histogram(logarithms, BINS, (lowest, max(highest, lowest + 1)))
     return Histogram(TITLES[metric], counts.tolist(), 10**lowest, 10 ** max(highest, lowest + 1))

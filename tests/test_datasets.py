@@ -1,0 +1,303 @@
+"""Every dataset's layout on a tiny tree, its variations, and what is said of a tree that is not one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from icm_cli.datasets import DATASETS, find
+from icm_cli.datasets.composites import Composite
+from icm_cli.datasets.groups import Groups
+from icm_cli.errors import UsageError
+
+
+def put(root: Path, *names: str, size: tuple[int, int] = (6, 8)) -> None:
+    """Small pictures; the content does not matter for finding them."""
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grey = name.rpartition("/")[0].endswith(("mask", "matte", "alpha", "alphas"))
+        image = np.full((*size, 1 if grey else 3), 40 + number, np.uint8)
+        assert cv2.imwrite(str(path), image)
+
+
+P3M = "validation/P3M-500-NP"
+TREES: dict[str, tuple[str, list[str], dict[str, tuple[str, str, str | None]]]] = {
+    "aim500": (
+        "aim500",
+        ["original/o_004cddc9.jpg", "mask/o_004cddc9.png", "trimap/o_004cddc9.png", "usr/o_004cddc9.jpg"],
+        {"o_004cddc9": ("original/o_004cddc9.jpg", "mask/o_004cddc9.png", "trimap/o_004cddc9.png")},
+    ),
+    "icm57": (
+        "icm57",
+        ["image/dog3_02.jpg", "alpha/dog3_02.png", "image/can_05.jpg", "alpha/can_05.png"],
+        {
+            "dog3_02": ("image/dog3_02.jpg", "alpha/dog3_02.png", None),
+            "can_05": ("image/can_05.jpg", "alpha/can_05.png", None),
+        },
+    ),
+    "icm57 later zip": (
+        "icm57",
+        ["image/dog3_02.jpg", "alpha/dog3_02.png", "trimap/dog3_02.png"],
+        {"dog3_02": ("image/dog3_02.jpg", "alpha/dog3_02.png", "trimap/dog3_02.png")},
+    ),
+    "am2k": (
+        "am2k",
+        [
+            "train/original/t.jpg",
+            "train/mask/t.png",
+            "validation/original/m_1.jpg",
+            "validation/mask/m_1.png",
+            "validation/trimap/m_1.png",
+        ],
+        {"m_1": ("validation/original/m_1.jpg", "validation/mask/m_1.png", "validation/trimap/m_1.png")},
+    ),
+    "p3m500np": (
+        "p3m500np",
+        [
+            f"{P3M}/original_image/p_1.jpg",
+            f"{P3M}/mask/p_1.png",
+            f"{P3M}/trimap/p_1.png",
+            "validation/P3M-500-P/blurred_image/p_9.jpg",
+            "validation/P3M-500-P/mask/p_9.png",
+        ],
+        {"p_1": (f"{P3M}/original_image/p_1.jpg", f"{P3M}/mask/p_1.png", f"{P3M}/trimap/p_1.png")},
+    ),
+    "p3m500p": (
+        "p3m500p",
+        ["validation/P3M-500-P/blurred_image/p_9.jpg", "validation/P3M-500-P/mask/p_9.png"],
+        {"p_9": ("validation/P3M-500-P/blurred_image/p_9.jpg", "validation/P3M-500-P/mask/p_9.png", None)},
+    ),
+    "ppm100": (
+        "ppm100",
+        ["image/a.jpg", "matte/a.jpg"],
+        {"a": ("image/a.jpg", "matte/a.jpg", None)},
+    ),
+    "ppm100 copy": (
+        "ppm100",
+        ["image_train/a.jpg", "matte_train/a.jpg"],
+        {"a": ("image_train/a.jpg", "matte_train/a.jpg", None)},
+    ),
+    "ppm100 other copy": (
+        "ppm100",
+        ["train/fg/a.jpg", "train/alpha/a.jpg"],
+        {"a": ("train/fg/a.jpg", "train/alpha/a.jpg", None)},
+    ),
+    "rwp636": (
+        "rwp636",
+        [
+            "image/00001_input.jpg",
+            "alpha/00001_input.png",
+            "detailmap/00001_input_cloud_trimap.jpg",
+            "image/00002_input.jpg",
+            "alpha/00002.png",
+            "detailmap/00002_cloud_trimap.jpg",
+        ],
+        {
+            "00001": (
+                "image/00001_input.jpg",
+                "alpha/00001_input.png",
+                "detailmap/00001_input_cloud_trimap.jpg",
+            ),
+            "00002": ("image/00002_input.jpg", "alpha/00002.png", "detailmap/00002_cloud_trimap.jpg"),
+        },
+    ),
+    "rw100": (
+        "rw100",
+        ["image/street.jpg", "mask/street_0.png", "mask/street_1.png", "image/p_7.jpg", "mask/p_7_0.png"],
+        {
+            "street_0": ("image/street.jpg", "mask/street_0.png", None),
+            "street_1": ("image/street.jpg", "mask/street_1.png", None),
+            "p_7_0": ("image/p_7.jpg", "mask/p_7_0.png", None),
+        },
+    ),
+    "composition1k": (
+        "composition1k",
+        ["Test_set/merged/boy_0.png", "Test_set/alpha_copy/boy_0.png", "Test_set/trimaps/boy_0.png"],
+        {"boy_0": ("Test_set/merged/boy_0.png", "Test_set/alpha_copy/boy_0.png", "Test_set/trimaps/boy_0.png")},
+    ),
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_layout(tmp_path: Path, tree: str) -> None:
+    name, files, expected = TREES[tree]
+    put(tmp_path, *files)
+    found = find(name, tmp_path)
+    assert {
+        sample.name: tuple(
+            path and Path(path).relative_to(tmp_path).as_posix() for path in (sample.file, sample.alpha, sample.trimap)
+        )
+        for sample in found.samples
+    } == expected
+
+
+@pytest.mark.parametrize("name", ["composition1k", "d646", "transparent460"])
+def test_foregrounds_are_composited_on_backgrounds(tmp_path: Path, name: str) -> None:
+    layout = next(layout for layout in DATASETS[name].test if layout.backgrounds_each)
+    for folder in (layout.images, layout.alphas):
+        put(tmp_path / name, f"{layout.under}/{folder}/cat.png", f"{layout.under}/{folder}/dog.png")
+    if layout.trimaps:
+        put(tmp_path / name, *(f"{layout.under}/{layout.trimaps}/{stem}.png" for stem in ("cat_3", "dog")))
+    with pytest.raises(UsageError, match="--backgrounds"):
+        find(name, tmp_path / name)
+    put(tmp_path / "bg", *(f"{number:02d}.jpg" for number in range(30)))
+    found = find(name, tmp_path / name, backgrounds=tmp_path / "bg")
+    assert len(found.samples) == 40
+    assert {sample.group for sample in found.samples} == {"cat", "dog"}
+    composites = [sample.image for sample in found.samples if isinstance(sample.image, Composite)]
+    assert [composite.background.stem for composite in composites] == [f"{n % 30:02d}" for n in range(40)]
+    if layout.trimaps:
+        trimaps = {sample.name: sample.trimap for sample in found.samples}
+        assert trimaps["cat_3"]
+        assert trimaps["cat_4"] is None
+        assert trimaps["dog_19"]
+
+
+def test_a_composite_is_the_alpha_weighted_sum_and_a_small_background_is_enlarged(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "fg.png"), np.full((40, 60, 3), 200, np.uint8))
+    cv2.imwrite(str(tmp_path / "bg.png"), np.full((10, 10, 3), 100, np.uint8))
+    alpha = np.tile(np.linspace(0, 255, 60).astype(np.uint8), (40, 1))
+    cv2.imwrite(str(tmp_path / "alpha.png"), alpha)
+    made = Composite(tmp_path / "fg.png", tmp_path / "alpha.png", tmp_path / "bg.png").read().rgb
+    expected = 100 + 100.0 * alpha[..., None] / 255
+    assert made.shape == (40, 60, 3)
+    assert np.abs(made - expected).max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("where", ["above", "itself", "inside", "other case"])
+def test_the_root_may_be_a_folder_above_or_inside_the_published_one(tmp_path: Path, where: str) -> None:
+    home = tmp_path / "AM-2k"
+    put(home, "validation/original/m_1.jpg", "validation/mask/m_1.png", "train/original/t.jpg", "train/mask/t.png")
+    root = {"above": tmp_path, "itself": home, "inside": home / "validation", "other case": home}[where]
+    if where == "other case":
+        (home / "validation").rename(home / "Validation")
+        (home / "Validation" / "mask").rename(home / "Validation" / "Mask")
+    assert [sample.name for sample in find("am2k", root).samples] == ["m_1"]
+    if where != "inside":
+        assert [sample.name for sample in find("am2k", root, split="train").samples] == ["t"]
+
+
+def test_a_wrong_root_lists_what_was_found_and_what_was_expected(tmp_path: Path) -> None:
+    put(tmp_path, "photos/a.jpg", "readme.png")
+    with pytest.raises(UsageError) as error:
+        find("aim500", tmp_path)
+    for part in ("original/", "mask/", "photos/", "readme.png", str(tmp_path)):
+        assert part in str(error.value)
+
+
+def test_an_empty_root_and_one_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="found nothing"):
+        find("ppm100", tmp_path)
+    with pytest.raises(UsageError, match="not a folder"):
+        find("ppm100", tmp_path / "nowhere")
+
+
+def test_an_unknown_dataset_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'aim500'"):
+        find("aim-500", tmp_path)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_root_is_asked_for(name: str) -> None:
+    with pytest.raises(UsageError, match="--data-root"):
+        find(name)
+
+
+def test_what_has_no_partner_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "image/a.jpg", "image/b.jpg", "matte/b.jpg", "matte/c.jpg")
+    found = find("ppm100", tmp_path)
+    assert [sample.name for sample in found.samples] == ["b"]
+    assert {(problem.kind, problem.name) for problem in found.problems} == {
+        ("missing-alpha", "a"),
+        ("missing-image", "c"),
+    }
+
+
+def test_no_partner_at_all_shows_how_names_differ(tmp_path: Path) -> None:
+    put(tmp_path, "image/a.jpg", "matte/z_matte.jpg")
+    with pytest.raises(UsageError, match="images are like a and alphas like z_matte"):
+        find("ppm100", tmp_path)
+
+
+def test_one_trimap_missing_is_named(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{kind}/o_{n}.png" for kind in ("original", "mask") for n in (1, 2)), "trimap/o_1.png")
+    found = find("aim500", tmp_path)
+    assert [problem.name for problem in found.problems if problem.kind == "missing-trimap"] == ["o_2"]
+
+
+def test_shipped_groups_are_the_published_ones() -> None:
+    icm57, aim500 = Groups.shipped("icm57.json"), Groups.shipped("aim500.json")
+    assert (len(icm57.entries), len(aim500.entries)) == (232, 500)
+
+
+def test_groups_and_categories_of_the_metadata_and_names_on_one_side_only(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{kind}/{name}.png" for kind in ("image", "alpha") for name in ("dog3_02", "dog3_00", "mine")))
+    found = find("icm57", tmp_path)
+    samples = {sample.name: sample for sample in found.samples}
+    assert samples["dog3_02"].group == samples["dog3_00"].group == "dog3"
+    assert samples["dog3_02"].categories == {"class": "dog3", "type": "instance", "source": "dreambooth"}
+    assert samples["mine"].group == ""
+    kinds = [problem.kind for problem in found.problems]
+    assert kinds.count("no-group") == 1
+    assert kinds.count("absent-file") == 230
+
+
+def test_a_groups_file_in_the_published_schema(tmp_path: Path) -> None:
+    put(tmp_path, "image/a.jpg", "matte/a.jpg", "image/b.jpg", "matte/b.jpg")
+    groups = {name: {"class": "animal", "sub_class": "cat", "HalfOrFull": "full"} for name in ("a", "b")}
+    (tmp_path / "groups.json").write_text(json.dumps(groups))
+    assert {sample.group for sample in find("ppm100", tmp_path, groups=tmp_path / "groups.json").samples} == {
+        "animal-cat-full"
+    }
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"a": 3}', '{"a": {"sub_class": "x"}}', "\x00"])
+def test_a_groups_file_of_another_kind(tmp_path: Path, text: str) -> None:
+    put(tmp_path, "image/a.jpg", "matte/a.jpg")
+    (tmp_path / "groups.json").write_text(text)
+    with pytest.raises(UsageError, match=r"groups\.json.*expected"):
+        find("ppm100", tmp_path, groups=tmp_path / "groups.json")
+
+
+def test_folder_of_ones_own(tmp_path: Path) -> None:
+    put(tmp_path, "images/cat/1.jpg", "images/dog/1.jpg", "alphas/cat/1.png", "alphas/dog/1.png", "trimaps/dog/1.png")
+    by_root = find("folder", tmp_path)
+    by_options = find(
+        "folder", images=str(tmp_path / "images"), alphas=str(tmp_path / "alphas"), trimaps=str(tmp_path / "trimaps")
+    )
+    assert by_root.samples == by_options.samples
+    assert [(sample.name, sample.group) for sample in by_root.samples] == [("cat/1", "cat"), ("dog/1", "dog")]
+
+
+def test_folder_with_images_and_alphas_side_by_side(tmp_path: Path) -> None:
+    put(tmp_path, "cat/00.jpg", "cat/00.png", "dog/00.jpg", "dog/00.png")
+    found = find("folder", images=str(tmp_path / "*/*.jpg"), alphas=str(tmp_path / "*/*.png"))
+    assert [(sample.name, sample.file.suffix, sample.alpha.suffix) for sample in found.samples] == [
+        ("cat/00", ".jpg", ".png"),
+        ("dog/00", ".jpg", ".png"),
+    ]
+
+
+def test_options_that_do_not_belong_to_the_dataset(tmp_path: Path) -> None:
+    put(tmp_path, "image/a.jpg", "matte/a.jpg")
+    with pytest.raises(UsageError, match="are for --dataset folder"):
+        find("ppm100", tmp_path, images=str(tmp_path))
+    with pytest.raises(UsageError, match="leave it out"):
+        find("ppm100", tmp_path, backgrounds=tmp_path)
+    with pytest.raises(UsageError, match="no train split"):
+        find("ppm100", tmp_path, split="train")
+    with pytest.raises(UsageError, match="--images and --alphas"):
+        find("folder", images=str(tmp_path))
+
+
+def test_hidden_files_and_our_temporaries_are_no_images(tmp_path: Path) -> None:
+    put(tmp_path, "image/a.jpg", "matte/a.jpg")
+    shutil.copy(tmp_path / "image" / "a.jpg", tmp_path / "image" / "._a.jpg")
+    shutil.copy(tmp_path / "image" / "a.jpg", tmp_path / "image" / ".icm-x.jpg")
+    assert find("ppm100", tmp_path).problems == []
