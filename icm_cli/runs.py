@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -139,7 +139,7 @@ class Outcome:
         self._pool.drain()
         return [result for result in self.report.results if result.scores]
 
-    def add_flicker(self, tasks: Iterable[tuple[tuple[int, str], FlickerTask]]) -> None:
+    def add_flicker(self, tasks: Sequence[tuple[tuple[int, str], FlickerTask]]) -> None:
         """Measure the flicker of results, given by their keys."""
         at = {result.key: number for number, result in enumerate(self.report.results)}
         for key, task in tasks:

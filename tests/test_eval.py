@@ -199,33 +199,28 @@ def test_a_reference_that_cannot_serve_is_named_and_the_next_one_does(
 
 
 def test_images_the_model_was_trained_on_are_marked_and_left_out_of_a_second_mean(
-    evaluate: Evaluate, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluate: Evaluate, tmp_path: Path
 ) -> None:
-    """The hashes are read from a real checkpoint's header; the model itself stays the small one."""
-    from icm_cli.config import parse_model
-    from icm_cli.model.checkpoint import TRAINED_ON_KEY, save_checkpoint
-    from icm_cli.model.loading import load_model
+    from tiny_sd import tiny_detail_yaml, write_tiny_sd
 
-    evaluate(report=tmp_path / "r.json", write_references=tmp_path / "refs.json")
+    from icm_cli.config import load_model_config
+    from icm_cli.model.backbones.stable_diffusion import StableDiffusion
+    from icm_cli.model.checkpoint import TRAINED_ON_KEY, save_checkpoint
+    from icm_cli.model.heads.detail import DetailHead
+    from icm_cli.model.in_context_matting import InContextMatting
+
+    evaluate(report=tmp_path / "r.json")
     target = report_of(tmp_path / "r.json")["images"][0]
     digest = hashlib.sha256(Path(target["source"]).read_bytes()).hexdigest()
-    config = parse_model(
-        {
-            "backbone": {"name": "efficientnet-lite", "long_side_px": 224},
-            "head": {"name": "training-free", "solve_long_side_px": 128},
-        },
-        "test",
-    )
-    model = load_model(config, checkpoint=None, weights=None, offline=True, seed=0)
-    save_checkpoint(
-        tmp_path / "c.safetensors",
-        model,
-        config,
-        with_backbone=True,
-        metadata={TRAINED_ON_KEY: json.dumps([digest])},
-    )
+    folder = write_tiny_sd(tmp_path / "sd")
+    config = load_model_config(str(tiny_detail_yaml(tmp_path / "m.yaml", folder)))
+    backbone = StableDiffusion.load(config.backbone.settings, str(folder), offline=True, seed=0)
+    model = InContextMatting(backbone, DetailHead(config.head.settings))
+    metadata = {TRAINED_ON_KEY: json.dumps([digest])}
+    save_checkpoint(tmp_path / "c.safetensors", model, config, with_backbone=False, metadata=metadata)
     pages = [tmp_path / "r.json", tmp_path / "r.html"]
     result = evaluate(report=pages, checkpoint=tmp_path / "c.safetensors", model=None)
+    assert result.exit_code == 0, result.stderr
     assert "not trained on" in result.stdout
     report = report_of(tmp_path / "r.json")
     assert [image["name"] for image in report["images"] if image["is_seen"]] == [target["name"]]
@@ -484,9 +479,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(evaluate: Evaluate, tm
     assert "MSE" in before_scripts  # readable without them
 
 
-def test_published_rows_stand_beside_ours_with_a_note(
-    tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_rows_stand_beside_ours_with_a_note(tmp_path: Path, small_model: Path) -> None:
     from icm_cli.cli import app
 
     names = ["dog3_00", "dog3_02"]
@@ -507,7 +500,7 @@ def test_published_rows_stand_beside_ours_with_a_note(
 
 def test_csv_has_a_line_for_every_image(evaluate: Evaluate, tmp_path: Path) -> None:
     evaluate(report=tmp_path / "r.csv", region=["whole", "unknown"])
-    lines = list(csv.DictReader((tmp_path / "r.csv").open()))
+    lines = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
     assert len(lines) == 4
     for metric in ("mse", "sad", "grad", "conn", "mad"):
         assert all(float(line[f"{region}_{metric}"]) >= 0 for line in lines for region in ("whole", "unknown"))
@@ -524,7 +517,7 @@ def test_json_tells_versions_hardware_and_timing(evaluate: Evaluate, tmp_path: P
     assert all(image["seconds"] > 0 for image in report["images"])
 
 
-def test_matte_writes_the_same_page(evaluate: Evaluate, data: Path, tmp_path: Path, small_model: Path) -> None:
+def test_matte_writes_the_same_page(data: Path, tmp_path: Path, small_model: Path) -> None:
     from icm_cli.cli import app
 
     shutil.copytree(data / "images" / "a", tmp_path / "src")

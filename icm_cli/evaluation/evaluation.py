@@ -118,7 +118,7 @@ class Evaluation:
         videos = {group: _in_order(frames) for group, frames in self.groups.items() if frames[0].is_video_frame}
         if not videos:
             return
-        outcome.add_flicker(self._flicker_tasks(videos, outcome))
+        outcome.add_flicker(list(self._flicker_tasks(videos, outcome)))
 
     def _flicker_tasks(
         self, videos: Mapping[str, Sequence[Sample]], outcome: Outcome

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from icm_cli import environment
 from icm_cli.datasets.layouts import image_files
@@ -13,6 +15,8 @@ from icm_cli.errors import UsageError
 from icm_cli.evaluation.evaluation import Evaluation, round_folder
 from icm_cli.evaluation.references import Rounds, read_rounds, targets
 from icm_cli.report import ImageResult, Report
+
+Key = TypeVar("Key")
 
 
 def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Report:
@@ -57,7 +61,8 @@ def _planned(
     evaluation: Evaluation, folder: Path, number: int, references: Mapping[str, list[str]]
 ) -> list[ImageResult]:
     found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in image_files(folder)}
-    by_stem = {path.stem: path for path in found.values()}
+    by_stem = _alone({path: path.stem for path in found.values()})
+    stems = _alone({sample.name: Path(sample.name).name for sample in evaluation.found.samples})
     wanted = {
         sample.name
         for samples in evaluation.groups.values()
@@ -65,10 +70,19 @@ def _planned(
     } | {sample.name for sample in evaluation.found.samples if not sample.group}
 
     def alpha_of(sample: Sample) -> Path | str:
-        return found.get(sample.name) or by_stem.get(Path(sample.name).name) or by_stem.get(sample.file.stem) or ""
+        if sample.name in found:
+            return found[sample.name]
+        is_alone = stems.get(Path(sample.name).name) == sample.name
+        return (by_stem.get(Path(sample.name).name) or by_stem.get(sample.file.stem) or "") if is_alone else ""
 
     return [
         replace(evaluation.planned(sample, Path(), number), output=str(alpha_of(sample)))
         for sample in evaluation.found.samples
         if sample.name in wanted
     ]
+
+
+def _alone(stems: Mapping[Key, str]) -> dict[str, Key]:
+    """By stem, what no other has the stem of."""
+    counts = Counter(stems.values())
+    return {stem: key for key, stem in stems.items() if counts[stem] == 1}
