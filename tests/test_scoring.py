@@ -1,0 +1,152 @@
+"""Scoring of files: sizes, trimaps, and processes that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from icm_cli.evaluation.metrics import score
+from icm_cli.evaluation.scoring import DIED, Rule, ScoreTask, ScoringPool, scored_size, trimap_of
+
+
+def soft_square(height: int, width: int, shift: int = 0) -> np.ndarray:
+    alpha = np.zeros((height, width), np.uint8)
+    alpha[height // 4 + shift : 3 * height // 4, width // 4 : 3 * width // 4 + shift] = 255
+    return cv2.GaussianBlur(alpha, (0, 0), 3)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> ScoreTask:
+    for name, shift in (("alpha", 5), ("truth", 0)):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), soft_square(90, 150, shift))
+    return ScoreTask("x", tmp_path / "alpha.png", tmp_path / "truth.png", Rule())
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [("original", (90, 150)), ("long1024", (614, 1024)), ("square768", (768, 768))]
+)
+def test_sizes(task: ScoreTask, size: str, shape: tuple[int, int]) -> None:
+    alpha, truth = (scored_size(soft_square(90, 150, shift), (90, 150), size) for shift in (5, 0))  # type: ignore[arg-type]
+    assert alpha.shape == shape
+    scored = replace(task, rule=Rule(size=size)).run()  # type: ignore[arg-type]
+    assert scored.problems == ()
+    assert scored.scores["whole"] == score(alpha, truth)["whole"]
+
+
+def test_square768_is_the_centre() -> None:
+    image = np.zeros((100, 300), np.uint8)
+    image[:, 100:200] = 255
+    assert (scored_size(image, image.shape, "square768") == 255).all()
+
+
+def test_a_made_trimap_is_the_soft_pixels_dilated_by_the_stated_square(task: ScoreTask) -> None:
+    truth = np.zeros((40, 40), np.uint8)
+    truth[20, 20] = 77
+    trimap = trimap_of(truth, 7)
+    expected = np.zeros_like(truth)
+    expected[17:24, 17:24] = 128
+    assert (trimap == expected).all()
+    scored = replace(task, rule=Rule(regions=("unknown",), trimap_kernel_px=7)).run()
+    truth, alpha = soft_square(90, 150), soft_square(90, 150, 5)
+    assert scored.scores == {"unknown": score(alpha, truth, trimap=trimap_of(truth, 7))["unknown"]}
+
+
+def test_a_published_trimap_is_taken_and_a_detail_map_is_unknown_above_0(task: ScoreTask, tmp_path: Path) -> None:
+    trimap = np.zeros((90, 150), np.uint8)
+    trimap[10:60, 20:70] = 128
+    trimap[60:, :] = 255
+    cv2.imwrite(str(tmp_path / "t.png"), trimap)
+    both = ("whole", "unknown")
+    with_trimap = replace(task, trimap=tmp_path / "t.png", rule=Rule(regions=both))
+    alpha, truth = soft_square(90, 150, 5), soft_square(90, 150)
+    assert with_trimap.run().scores == score(alpha, truth, trimap=trimap)
+    detail = np.where(trimap > 0, 128, 0).astype(np.uint8)
+    with_detail = replace(with_trimap, rule=Rule(regions=both, has_detail_maps=True))
+    assert with_detail.run().scores == score(alpha, truth, trimap=detail)
+
+
+@pytest.mark.parametrize(
+    ("trimap", "kind"),
+    [(np.zeros((90, 100), np.uint8), "size-mismatch"), (np.zeros((90, 150), np.uint8), "no-unknown")],
+)
+def test_a_trimap_of_no_use_is_named_and_the_whole_image_scored(
+    task: ScoreTask, tmp_path: Path, trimap: np.ndarray, kind: str
+) -> None:
+    cv2.imwrite(str(tmp_path / "t.png"), trimap)
+    scored = replace(task, trimap=tmp_path / "t.png", rule=Rule(regions=("whole", "unknown"))).run()
+    assert set(scored.scores) == {"whole"}
+    assert [problem.kind for problem in scored.problems] == [kind]
+
+
+def test_a_picture_turned_by_exif_is_of_its_upright_size(task: ScoreTask, tmp_path: Path) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (90, 150)).save(tmp_path / "turned.jpg", exif=exif)  # stored 90 wide, shown 150 wide
+    assert replace(task, image=tmp_path / "turned.jpg").run().problems == ()
+
+
+@dataclass(frozen=True)
+class Dies:
+    """A task that takes its process with it."""
+
+    how: int
+
+    def run(self) -> None:
+        os.kill(os.getpid(), self.how)
+        time.sleep(60)
+
+
+def test_a_process_that_is_killed_loses_its_task_alone(task: ScoreTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the processes find Dies
+    answers: list[object] = []
+    pool = ScoringPool(2)
+    try:
+        for each in (task, Dies(signal.SIGKILL), task, task, task):
+            pool.submit(each, answers.append)
+        pool.drain()
+    finally:
+        pool.close()
+    assert answers[1] is DIED
+    assert all(answer == task.run() for answer in [answers[0], *answers[2:]])
+
+
+def test_the_processes_end_when_the_run_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, os\n"
+        "from icm_cli.evaluation.scoring import ScoringPool, ScoreTask, Rule\n"
+        "from pathlib import Path\n"
+        "pool = ScoringPool(1)\n"
+        f"task = ScoreTask('x', Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), Rule())\n"
+        "pool.submit(task, lambda _: None); pool.drain()\n"
+        "print(pool._idle.queue[-1]._popen.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout
+        worker = int(run.stdout.readline())
+        os.kill(worker, 0)
+        run.kill()
+    for _ in range(100):
+        if not is_running(worker):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"process {worker} lives on")
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
