@@ -197,8 +197,8 @@ def _in_largest_component(mask: Mask, *, with_background: bool) -> Mask:
 
     ``with_background``: all pixels outside the mask count as one more component, before the others.
     """
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=4)
-    areas = stats[:, cv2.CC_STAT_AREA]
+    _, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=4)
+    areas = np.bincount(labels.ravel())  # half the time of connectedComponentsWithStats
     if not with_background:
         areas[0] = 0
     best = np.flatnonzero(areas == areas.max())
