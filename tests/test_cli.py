@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
+from icm_cli import cli
 from icm_cli.cli import app
 from icm_cli.config import preset_paths
 
@@ -18,8 +22,9 @@ ROOT = Path(__file__).parent.parent
 def test_help_does_not_wait_for_torch() -> None:
     code = (
         "import sys; from icm_cli.cli import app\n"
-        "try: app(['matte', '--help'])\n"
-        "except SystemExit: pass\n"
+        "for command in ('matte', 'eval'):\n"
+        "    try: app([command, '--help'])\n"
+        "    except SystemExit: pass\n"
         "heavy = {'torch', 'diffusers', 'cv2', 'numpy', 'PIL', 'transformers', 'pymatting'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -33,26 +38,33 @@ def test_version_names_the_devices() -> None:
     assert re.match(r"icm \d+\.\d+\.\d+ \(torch .*\); devices: .*cpu", result.output)
 
 
-def test_every_option_of_the_command_is_a_parameter_of_the_api() -> None:
-    import inspect
-
-    from icm_cli.cli import matte as command
-    from icm_cli.matting import matte as api
-
-    only_of_the_terminal = {"quiet", "verbose"}
-    assert set(inspect.signature(command).parameters) - only_of_the_terminal == set(
-        inspect.signature(api).parameters
-    ) - {"listener"}
+COMMANDS = {"matte": ("matting", "matte"), "evaluate": ("evaluating", "evaluate")}
 
 
-def test_readme_has_every_option() -> None:
-    import inspect
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_a_command_is_a_parameter_of_the_api(name: str) -> None:
+    module, function = COMMANDS[name]
+    api = getattr(importlib.import_module(f"icm_cli.{module}"), function)
+    only_of_the_terminal = {"quiet", "verbose", "compare"}
+    options = set(inspect.signature(getattr(cli, name)).parameters) - only_of_the_terminal
+    assert options == set(inspect.signature(api).parameters) - {"listener"}
 
-    from icm_cli.cli import matte as command
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_readme_has_every_option(name: str) -> None:
     readme = (ROOT / "README.md").read_text()
-    for name in inspect.signature(command).parameters:
-        assert f"`--{name.replace('_', '-')}" in readme, name
+    for option in inspect.signature(getattr(cli, name)).parameters:
+        assert f"`--{option.replace('_', '-')}" in readme, option
+
+
+def test_help_and_readme_name_every_dataset() -> None:
+    from icm_cli.datasets import DATASETS
+
+    shown = CliRunner().invoke(app, ["eval", "--help"]).output
+    readme = (ROOT / "README.md").read_text()
+    for name in DATASETS:
+        assert name in shown
+        assert f"`{name}`" in readme
 
 
 def test_presets_are_found() -> None:

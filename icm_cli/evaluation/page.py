@@ -106,8 +106,8 @@ def _content(report: Report) -> dict[str, Any]:
     metrics = list(dict.fromkeys(name for each in means.values() for name in each.metrics))
     main: Region | None = next(iter(means), None)
     worst_first = sorted(scored, key=lambda result: -_mse(result, main)) if main else []
-    worst = worst_first[:WORST_SHOWN]
-    best = worst_first[len(worst) :][::-1][:BEST_SHOWN]
+    best = worst_first[::-1][: min(BEST_SHOWN, len(scored) // 3)]
+    worst = worst_first[: min(WORST_SHOWN, len(scored) - len(best))]
     unscored = [] if scored else _evenly([each for each in report.results if each.status in ("done", "skipped")])
     figure = partial(_figure, report)
     return {
