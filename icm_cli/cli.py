@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the ``icm`` script."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # torn files: an error of ours names them
     app()
 
 

@@ -87,7 +87,7 @@ def evaluate(
         found = replace(found, samples=[_as_frame(sample) for sample in found.samples])
     has_trimaps = dataset == "folder" and any(sample.trimap for sample in found.samples)
     rule = _rule(found, region, size, lineage, trimap_kernel, has_trimaps)
-    side = SideOutputs.checked(report)
+    side = SideOutputs.checked(report, references=write_references)
     evaluation = Evaluation(
         name=dataset,
         found=found,
@@ -96,7 +96,6 @@ def evaluate(
         where=str(data_root or images),
         note=note,
         fixed_references=as_path(references),
-        write_references=as_path(write_references),
         side=side,
         allowed=frozenset(allow),
         workers=workers or (DEFAULT_WORKERS if pred is None else environment.cores()),

@@ -29,7 +29,7 @@ COLOUR_TOLERANCE = 16
 """Channels of a grey picture differ by no more, after JPEG too."""
 
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+_DECODE_ERRORS = (OSError, SyntaxError, UserWarning, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,7 @@ def read_picture(path: Path) -> Picture:
     Raises ImageError for a file that is missing, empty, torn or no image.
     """
     with _opened(path) as image:
-        if _is_deep_grey(image):
-            grey = _deep_grey_u8(image)
-            return Picture(np.repeat(grey[..., None], 3, axis=-1), None)
-        if image.has_transparency_data:
-            rgba = np.asarray(image.convert("RGBA"))
-            return Picture(np.ascontiguousarray(rgba[..., :3]), np.ascontiguousarray(rgba[..., 3]))
-        return Picture(np.asarray(image.convert("RGB")), None)
+        return _picture(image)
 
 
 def read_matte(path: Path) -> ImageU8:
@@ -60,11 +54,7 @@ def read_matte(path: Path) -> ImageU8:
 
     Raises ImageError like :func:`read_picture`.
     """
-    picture = read_picture(path)
-    if picture.alpha is not None and picture.alpha.min() != picture.alpha.max():
-        return picture.alpha
-    brightest: ImageU8 = picture.rgb.max(axis=-1)
-    return brightest
+    return _matte(read_picture(path))
 
 
 @dataclass(frozen=True)
@@ -82,12 +72,11 @@ def read_true_alpha(path: Path) -> TrueAlpha:
     """Read a ground truth like :func:`read_matte`, and say what is odd about it. Raises ImageError."""
     with _opened(path) as image:
         is_deep = _is_deep_grey(image) or _is_deep_png(path)
-    picture = read_picture(path)
-    if picture.alpha is not None and picture.alpha.min() != picture.alpha.max():
-        return TrueAlpha(picture.alpha, is_deep, has_colour=False)
-    brightest: ImageU8 = picture.rgb.max(axis=-1)
-    has_colour = bool((brightest - picture.rgb.min(axis=-1)).max() > COLOUR_TOLERANCE)
-    return TrueAlpha(brightest, is_deep, has_colour)
+        picture = _picture(image)
+    alpha = _matte(picture)
+    spread = alpha - picture.rgb.min(axis=-1)  # of the channels, where the alpha is their brightest
+    has_colour = alpha is not picture.alpha and bool(spread.max() > COLOUR_TOLERANCE)
+    return TrueAlpha(alpha, is_deep, has_colour)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -125,6 +114,23 @@ def read_stamp(path: Path) -> dict[str, str] | None:
     if not data.endswith(_PNG_END):  # the one chunk that verify() leaves out
         return None
     return {str(key): value for key, value in stamp.items() if isinstance(value, str)}
+
+
+def _picture(image: Image.Image) -> Picture:
+    if _is_deep_grey(image):
+        grey = _deep_grey_u8(image)
+        return Picture(np.repeat(grey[..., None], 3, axis=-1), None)
+    if image.has_transparency_data:
+        rgba = np.asarray(image.convert("RGBA"))
+        return Picture(np.ascontiguousarray(rgba[..., :3]), np.ascontiguousarray(rgba[..., 3]))
+    return Picture(np.asarray(image.convert("RGB")), None)
+
+
+def _matte(picture: Picture) -> ImageU8:
+    if picture.alpha is not None and picture.alpha.min() != picture.alpha.max():
+        return picture.alpha
+    brightest: ImageU8 = picture.rgb.max(axis=-1)
+    return brightest
 
 
 @contextlib.contextmanager

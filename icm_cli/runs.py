@@ -51,28 +51,34 @@ class SideOutputs:
 
     reports: tuple[Path, ...]
     contact_sheet: Path | None = None
+    references: Path | None = None
+    """Of an evaluation, for a later one."""
 
     @classmethod
-    def checked(cls, reports: Paths, contact_sheet: str | Path | None = None) -> SideOutputs:
+    def checked(
+        cls, reports: Paths, contact_sheet: str | Path | None = None, references: str | Path | None = None
+    ) -> SideOutputs:
         """Raises UsageError for a name of no known kind."""
-        side = cls(tuple(as_paths(reports)), as_path(contact_sheet))
+        side = cls(tuple(as_paths(reports)), as_path(contact_sheet), as_path(references))
         check_report_paths(list(side.reports))
         if side.contact_sheet and side.contact_sheet.suffix.lower() != ".png":
             raise UsageError(f"contact sheet {contact_sheet} is no .png; give the file such a name")
+        if side.references and side.references.suffix.lower() != ".json":
+            raise UsageError(f"references file {references} is no .json; give the file such a name")
         return side
 
     @property
     def paths(self) -> list[Path]:
-        return [*self.reports, *filter(None, [self.contact_sheet])]
+        return [*self.reports, *filter(None, [self.contact_sheet, self.references])]
 
     def check_overwrites_nothing(self, taken: Sequence[str | Path]) -> None:
         """Raises UsageError for a report or sheet in the place of a folder, an input or an alpha."""
         real = {os.path.realpath(path) for path in taken}
         for path in self.paths:
             if path.is_dir():
-                raise UsageError(f"{path} is a folder; give the report or contact sheet the name of a file")
+                raise UsageError(f"{path} is a folder; give the file another name")
             if os.path.realpath(path) in real:
-                raise UsageError(f"{path} is an image of this run; give the report or contact sheet another name")
+                raise UsageError(f"{path} is an image of this run; give the report another name")
 
     def check_writable(self, *folders: Path) -> None:
         """Raises OutputError now rather than after hours of work."""

@@ -301,3 +301,10 @@ def test_hidden_files_and_our_temporaries_are_no_images(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "image" / "a.jpg", tmp_path / "image" / "._a.jpg")
     shutil.copy(tmp_path / "image" / "a.jpg", tmp_path / "image" / ".icm-x.jpg")
     assert find("ppm100", tmp_path).problems == []
+
+
+def test_a_root_with_two_such_datasets_is_not_guessed_at(tmp_path: Path) -> None:
+    for home in ("one", "two"):
+        put(tmp_path / home, "image/a.jpg", "matte/a.jpg")
+    with pytest.raises(UsageError, match=r"one.* and in .*two"):
+        find("ppm100", tmp_path)

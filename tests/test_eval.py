@@ -543,3 +543,56 @@ def test_matte_writes_the_same_page(data: Path, tmp_path: Path, small_model: Pat
     for image in report_of(tmp_path / "r.json")["images"]:
         alpha, truth = read(Path(image["output"])), read(data / "alphas" / "a" / Path(image["output"]).name)
         assert image["scores"]["whole"]["grad"] == score(alpha, truth)["whole"].grad
+
+
+# --- nothing is lost ---
+
+
+def test_ground_truth_is_never_written_over(evaluate: Evaluate, data: Path) -> None:
+    before = {path: path.read_bytes() for path in data.rglob("*.*")}
+    for options in (
+        {"save_alphas": data / "alphas"},
+        {"report": data / "images" / "a" / "lawn.jpg"},
+        {"write_references": data / "alphas" / "a" / "lawn.png"},
+    ):
+        result = evaluate(**options)
+        assert result.exit_code == 2
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
+
+
+def test_killed_and_run_again_ends_as_if_never_stopped(data: Path, small_model: Path, tmp_path: Path) -> None:
+    line = [
+        *(sys.executable, "-m", "icm_cli.cli", "eval"),
+        *arguments({"dataset": "folder", "data-root": data, "model": small_model, "save-alphas": tmp_path / "out"}),
+        *("--rounds", "3", "--report", str(tmp_path / "r.json")),
+    ]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
+        assert run.stderr
+        assert next(text for text in run.stderr if text.startswith("[2/"))
+        run.kill()
+    assert not (tmp_path / "r.json").exists()
+    ended = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    summary = report_of(tmp_path / "r.json")["summary"]
+    assert summary["skipped"] >= 2
+    assert summary["skipped"] + summary["done"] == summary["means"]["whole"]["images"] == 12
+    assert not list((tmp_path / "out").rglob(".icm-*"))
+
+
+def test_sigterm_scores_and_reports_what_is_done(data: Path, small_model: Path, tmp_path: Path) -> None:
+    line = [
+        *(sys.executable, "-m", "icm_cli.cli", "eval"),
+        *arguments({"dataset": "folder", "data-root": data, "model": small_model, "report": tmp_path / "r.json"}),
+        *("--rounds", "3", "--save-alphas", str(tmp_path / "out")),
+    ]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
+        assert run.stderr
+        assert next(text for text in run.stderr if text.startswith("[2/"))
+        run.terminate()
+        run.stderr.read()
+    assert run.returncode in (143, 0)  # 0 where it was done before the signal came
+    report = report_of(tmp_path / "r.json")
+    for image in report["images"]:
+        assert bool(image["scores"]) == (image["status"] == "done")
+        assert Path(image["output"]).exists() == (image["status"] == "done")

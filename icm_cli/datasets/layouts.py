@@ -78,13 +78,21 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
     """
     if not root.is_dir():
         raise UsageError(f"data root {root} is not a folder; expected the {title} dataset there")
+    root = root.resolve()
+    below = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     for layout in layouts:
-        for base in _bases(root):
-            found = _at(layout, base)
-            if found and (base not in root.parents or root in found[0].parents or root == found[0]):
-                images, alphas, trimaps = (_files(folder, layout.key) if folder else {} for folder in found)
-                if images and alphas:
-                    return layout, FileSets(images, alphas, trimaps)
+        if found := _files_at(layout, root):
+            return layout, found
+        there = {base: found for base in below if (found := _files_at(layout, base))}
+        if len(there) > 1:
+            raise UsageError(
+                f"{title} seems to be in {' and in '.join(map(str, there))}; give one of them as data root"
+            )
+        for found in there.values():
+            return layout, found
+        for base in list(root.parents)[:3]:
+            if found := _files_at(layout, base, inside=root):
+                return layout, found
     expected = "; or ".join(layout.expected() for layout in layouts)
     raise UsageError(f"data root {root} does not hold {title}: expected {expected}; found {_listing(root)}")
 
@@ -148,12 +156,13 @@ def image_files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if _is_image(path)]
 
 
-def _bases(root: Path) -> Iterator[Path]:
-    """Where a dataset's folders might begin: the root, a folder in it, or, where it lies inside, one above it."""
-    root = root.resolve()
-    yield root
-    yield from sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    yield from list(root.parents)[:3]
+def _files_at(layout: Layout, base: Path, inside: Path | None = None) -> FileSets | None:
+    """The files of a layout that begins at ``base``; ``inside``: only where its images lie in that folder."""
+    folders = _at(layout, base)
+    if folders is None or (inside and not folders[0].is_relative_to(inside)):
+        return None
+    images, alphas, trimaps = (_files(folder, layout.key) if folder else {} for folder in folders)
+    return FileSets(images, alphas, trimaps) if images and alphas else None
 
 
 def _at(layout: Layout, base: Path) -> tuple[Path, Path, Path | None] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from icm_cli.datasets import Found, groups_of
 from icm_cli.datasets.composites import Composite
 from icm_cli.datasets.samples import Sample
+from icm_cli.errors import UsageError
 from icm_cli.evaluation.references import Rounds
 from icm_cli.evaluation.scoring import FlickerTask, Rule, ScoreTask
 from icm_cli.report import Album, ImageResult, Report
@@ -31,7 +33,6 @@ class Evaluation:
     """The dataset's root, or the images of one's own folders."""
     note: str | None
     fixed_references: Path | None
-    write_references: Path | None
     side: SideOutputs
     allowed: frozenset[str]
     workers: int
@@ -48,15 +49,20 @@ class Evaluation:
         """Every sample."""
         return {sample.name: sample for sample in self.found.samples}
 
-    def check_overwrites_nothing(self) -> None:
-        """Raises UsageError for a report in the place of one of the dataset's files."""
-        files = [
-            path
+    def check_overwrites_nothing(self, alphas: Sequence[Path] = ()) -> None:
+        """Raises UsageError for an alpha in the place of one of the dataset's files, or a report in that of any."""
+        files = {
+            os.path.realpath(path)
             for sample in self.found.samples
             for path in (sample.file, sample.alpha, sample.trimap)
             if path is not None
-        ]
-        self.side.check_overwrites_nothing(files)
+        }
+        for path in alphas:
+            if os.path.realpath(path) in files:
+                raise UsageError(
+                    f"{path} would be written over a file of the dataset; give --save-alphas another folder"
+                )
+        self.side.check_overwrites_nothing([*files, *alphas])
 
     def planned(self, sample: Sample, output: Path, number: int) -> ImageResult:
         """What is known of a sample's result in a round before its alpha is there."""

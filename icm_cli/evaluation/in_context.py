@@ -55,12 +55,12 @@ def matte_and_score(
         for example, (number, group) in enumerate(examples)
         for sample in targets(evaluation.groups[group], references[number - 1][group])
     ]
-    evaluation.side.check_overwrites_nothing([job.output for job in jobs])
+    evaluation.check_overwrites_nothing([job.output for job in jobs])
     evaluation.side.check_writable(folder)
     for parent in {job.output.parent for job in jobs}:
         remove_stale_temporaries(parent)
-    if evaluation.write_references:
-        write_rounds(evaluation.write_references, references)
+    if evaluation.side.references:
+        write_rounds(evaluation.side.references, references)
 
     trained_on = read_trained_on(choice.checkpoint) if choice.checkpoint else None
     settings = {**choice.as_settings(), "alphas": str(save_alphas) if save_alphas else None}
