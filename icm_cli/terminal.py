@@ -131,9 +131,13 @@ def _console() -> Console:
 def _print_summary(report: Report) -> None:
     from rich.table import Table
 
+    from icm_cli.evaluation.published import comparability
+
     console = _console()
     if report.means:
         console.print(_scores_table(report))
+        for note in comparability(report.settings.get("protocol", {}), report.means):
+            console.print(f"- {note}")
         console.print()
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _summary_rows(report):

@@ -121,7 +121,7 @@ def _content(report: Report) -> dict[str, Any]:
         "metric_titles": TITLES,
         "main": main,
         "published": PUBLISHED.get(protocol.get("title", ""), ()),
-        "comparability": _comparability(protocol, means, main),
+        "comparability": comparability(protocol, means),
         "tables": _tables(scored),
         "histograms": [_histogram(scored, main, metric) for metric in METRICS] if main else [],
         "worst": map(figure, worst),
@@ -142,19 +142,6 @@ def _evenly(results: Sequence[ImageResult]) -> list[ImageResult]:
     if len(results) <= UNSCORED_SHOWN:
         return list(results)
     return [results[index] for index in np.linspace(0, len(results) - 1, UNSCORED_SHOWN).round().astype(int)]
-
-
-def _comparability(protocol: dict[str, Any], means: dict[Region, Means], main: Region | None) -> list[str]:
-    title = protocol.get("title", "")
-    if main is None or title not in PUBLISHED:
-        return []
-    return comparability(
-        title,
-        region=main,
-        size=protocol["size"],
-        lineage=protocol["lineage"],
-        images=means[main].images // means[main].rounds,
-    )
 
 
 def _tables(scored: Sequence[ImageResult]) -> dict[str, dict[str, dict[Region, Means]]]:

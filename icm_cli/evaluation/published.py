@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from icm_cli.evaluation.metrics import Region
+from icm_cli.evaluation.summary import Means
 
 
 @dataclass(frozen=True)
@@ -43,21 +48,31 @@ PUBLISHED: dict[str, tuple[PublishedRow, ...]] = {
 }
 """By the title of the dataset; from the papers of In-Context Matting (CVPR 2024) and SDMatte."""
 
+FULL_SIZE = {"ICM-57": 232, "AIM-500": 500}
+"""Images of these datasets."""
 PAPER_LINEAGE = "composition"
 """The lineage of GRAD and CONN that In-Context Matting prints."""
 
 
-def comparability(title: str, *, region: str, size: str, lineage: str, images: int) -> list[str]:
-    """What stands between our numbers and the published rows of a dataset, a sentence each."""
+def comparability(protocol: Mapping[str, Any], means: Mapping[Region, Means]) -> list[str]:
+    """What stands between our numbers and the published rows of the dataset, a sentence each; none without such rows.
+
+    ``protocol`` is the report's; of ``means`` the region that comes first is our row.
+    """
+    title, size, lineage = (str(protocol.get(key, "")) for key in ("title", "size", "lineage"))
+    if title not in PUBLISHED or not means:
+        return []
+    region, ours = next(iter(means.items()))
     notes = ["The papers do not publish which references they drew; ours are fixed and embedded in this report."]
     if lineage != PAPER_LINEAGE:
         notes.append(
-            f"Ours has GRAD and CONN of the {lineage} lineage, In-Context Matting prints the composition lineage: "
-            "these two columns must not be compared (--lineage composition makes them so)."
+            f"Ours has GRAD and CONN of the {lineage} lineage, In-Context Matting prints the {PAPER_LINEAGE} lineage: "
+            f"do not compare these two columns (--lineage {PAPER_LINEAGE} makes them comparable)."
         )
     if size == "square768":
         notes.append(
-            "Scored on 768 px centre crops, as the released code of In-Context Matting; MSE is least affected."
+            "Scored on 768 px centre crops as the released code of In-Context Matting; that code mattes the crop, "
+            "icm the whole picture."
         )
     else:
         notes.append(
@@ -65,8 +80,8 @@ def comparability(title: str, *, region: str, size: str, lineage: str, images: i
             "CONN grow with the area, MSE does not."
         )
     if region != "whole":
-        notes.append("Our row is over the unknown region; the published rows are over the whole image.")
-    full = {"ICM-57": 232, "AIM-500": 500}[title]
-    if images < full // 2:
-        notes.append(f"Only {images} of the {full} images were scored.")
+        notes.append("Our row is over the unknown region; the published rows are of the whole image.")
+    scored, full = ours.images // ours.rounds, FULL_SIZE[title]
+    if scored < full // 2:
+        notes.append(f"Only {scored} of the {full} images were scored.")
     return notes
