@@ -16,6 +16,7 @@ from typing import Annotated, Optional, Self
 import typer
 
 from icm_cli.errors import IcmError
+from icm_cli.printing import write_line
 
 SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -306,10 +307,10 @@ def _exit_codes(verbose: bool) -> Iterator[None]:
                 import traceback
 
                 traceback.print_exc()
-            print(f"icm: {error}", file=sys.stderr)
+            write_line(sys.stderr, f"icm: {error}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            print("icm: interrupted; run the same command again to go on", file=sys.stderr)
+            write_line(sys.stderr, "icm: interrupted; run the same command again to go on")
             raise typer.Exit(interrupt.exit_code) from None
 
 

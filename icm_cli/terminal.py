@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from icm_cli.evaluation.metrics import METRICS, TITLES
+from icm_cli.printing import write_line
 from icm_cli.runs import Listener
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from rich.console import Console
     from rich.table import Table
     from tqdm import tqdm
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from icm_cli.evaluation.summary import Mean, Means
     from icm_cli.report import ImageResult, Report
 
+PLAIN_WIDTH = 160
+"""Columns of a table where standard output is no terminal."""
 MOST_REASONS = 20
 """Failures named again in the summary, and problems of one kind named at all; reports name every one."""
 
@@ -52,7 +55,7 @@ class Terminal(Listener):
 
     def started(self, total: int) -> None:
         self.total = total
-        if sys.stderr.isatty() and not (self.quiet or self.verbose):
+        if sys.stderr and sys.stderr.isatty() and not (self.quiet or self.verbose):
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, unit="image", dynamic_ncols=True, smoothing=0.1)
@@ -74,22 +77,20 @@ class Terminal(Listener):
 
     def _print(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
+            self._bar.clear()
+        write_line(sys.stderr, text)
 
 
 def print_plan(report: Report) -> None:
     """List source -> output."""
     for result in report.results:
-        print(f"{result.source} -> {result.output}")
+        write_line(sys.stdout, f"{result.source} -> {result.output}")
 
 
 def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
     """Every image that is in both reports, what became worse first."""
     from rich.table import Table
 
-    console = _console()
     for region, rows in comparison.images.items():
         table = Table(title=f"{after} minus {before}, {region}; above 0 is worse", title_justify="left")
         table.add_column("image")
@@ -102,9 +103,9 @@ def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
         means = comparison.means(region)
         table.add_row(f"mean of {len(rows)}", *(f"{b - a:+.5f}" for a, b in means.values()))
         table.add_row("before -> after", *(f"{a:.5f} -> {b:.5f}" for a, b in means.values()))
-        console.print(table)
+        _show(table)
     for warning in comparison.warnings:
-        print(f"icm: {warning}", file=sys.stderr)
+        write_line(sys.stderr, f"icm: {warning}")
 
 
 def _figures(result: ImageResult) -> str:
@@ -121,11 +122,20 @@ def _without_prefix(result: ImageResult) -> str:
     return result.reason.removeprefix(result.source).lstrip(": ")
 
 
-def _console() -> Console:
+def _show(*parts: Table | str) -> None:
+    """Lay out for the width and the characters of standard output, and print."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 160
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
+    if sys.stdout is None:
+        return
+    is_terminal = sys.stdout.isatty()
+    paper = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding, errors="surrogateescape")
+    width = None if is_terminal else PLAIN_WIDTH
+    console = Console(file=paper, width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str) or not is_terminal)
+    paper.seek(0)
+    write_line(sys.stdout, paper.read().rstrip("\n"))
 
 
 def _print_summary(report: Report) -> None:
@@ -133,20 +143,16 @@ def _print_summary(report: Report) -> None:
 
     from icm_cli.evaluation.published import comparability
 
-    console = _console()
     if report.means:
-        console.print(_scores_table(report))
-        for note in comparability(report.settings.get("protocol", {}), report.means):
-            console.print(f"- {note}")
-        console.print()
+        notes = comparability(report.settings.get("protocol", {}), report.means)
+        _show(_scores_table(report), *(f"- {note}" for note in notes), "")
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _summary_rows(report):
         table.add_row(name, value)
-    console.print(table)
-    for result in report.failures[:MOST_REASONS]:
-        console.print(f"failed: {result.source}: {_without_prefix(result)}")
-    if len(report.failures) > MOST_REASONS:
-        console.print(f"... and {len(report.failures) - MOST_REASONS} more failed")
+    failures = [f"failed: {result.source}: {_without_prefix(result)}" for result in report.failures]
+    if len(failures) > MOST_REASONS:
+        failures[MOST_REASONS:] = [f"... and {len(failures) - MOST_REASONS} more failed"]
+    _show(table, *failures)
 
 
 def _scores_table(report: Report) -> Table:

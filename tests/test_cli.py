@@ -74,3 +74,23 @@ def test_presets_are_found() -> None:
 def test_ci_runs_the_readmes_test_command() -> None:
     command = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.endswith(".venv/bin/pytest"))
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "silenced", ["2>&-", ">&- 2>&-", ">/dev/full", "2>/dev/full", "2>&1 | head -1", "| true"], ids=lambda text: text
+)
+def test_a_log_that_cannot_be_written_costs_no_image(scene: Path, small_model: Path, silenced: str) -> None:
+    options = f"--ref ref.png --mask mask.png --src imgs --out out --model {small_model} --device cpu"
+    line = f"{sys.executable} -m icm_cli.cli matte {options} {silenced}"
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=scene, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert len(list((scene / "out").rglob("*.png"))) == 3
+
+
+def test_what_a_stream_cannot_show_is_escaped(tmp_path: Path) -> None:
+    from icm_cli.printing import write_line
+
+    for encoding, shown in (("ascii", "\\xe9 \\x1b[2J \\udcff"), ("utf-8", "é \\x1b[2J \\udcff")):
+        with (tmp_path / encoding).open("w", encoding=encoding) as stream:
+            write_line(stream, "é \x1b[2J \udcff")
+        assert (tmp_path / encoding).read_text(encoding=encoding) == f"{shown}\n"
