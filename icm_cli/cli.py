@@ -243,6 +243,8 @@ def evaluate(
         from icm_cli.errors import UsageError
 
         if compare is not None:
+            if dataset or data_root or pred or report:
+                raise UsageError("--compare only prints what changed between two reports; give it alone")
             from icm_cli.evaluation.comparison import compare as compared
             from icm_cli.terminal import print_comparison
 

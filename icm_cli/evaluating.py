@@ -40,7 +40,7 @@ def evaluate(
     write_references: str | Path | None = None,
     rounds: int | None = None,
     refs_per_group: int | None = None,
-    region: Sequence[str] = (),
+    region: str | Sequence[str] = (),
     size: str | None = None,
     lineage: str | None = None,
     trimap_kernel: int = 25,
@@ -55,7 +55,7 @@ def evaluate(
     save_alphas: str | Path | None = None,
     note: str | None = None,
     report: Paths = (),
-    allow: Sequence[str] = (),
+    allow: str | Sequence[str] = (),
     offline: bool = False,
     listener: Listener | None = None,
 ) -> Report:
@@ -69,6 +69,7 @@ def evaluate(
     hear = listener or Listener()
     start = time.perf_counter()
     _check_numbers(workers=workers, rounds=rounds, refs_per_group=refs_per_group, trimap_kernel=trimap_kernel)
+    region, allow = _names(region), _names(allow)
     for kind in allow:
         _one_of("allow", kind, tuple(PROBLEM_KINDS))
     if references and (rounds or refs_per_group):
@@ -96,6 +97,7 @@ def evaluate(
         where=str(data_root or images),
         note=note,
         fixed_references=as_path(references),
+        inputs=tuple(Path(path) for path in (groups, references) if path is not None),
         side=side,
         allowed=frozenset(allow),
         workers=workers or (DEFAULT_WORKERS if pred is None else environment.cores()),
@@ -106,7 +108,8 @@ def evaluate(
     if pred is not None:
         _refuse_with_pred(
             {"--refs-per-group": refs_per_group, "--save-alphas": save_alphas, "--model": model}
-            | {"--checkpoint": checkpoint, "--write-references": write_references}
+            | {"--checkpoint": checkpoint, "--write-references": write_references, "--weights": weights}
+            | {"--device": None if device == "auto" else device, "--dtype": None if dtype == "auto" else dtype}
         )
         from icm_cli.evaluation.predictions import score_predictions
 
@@ -145,14 +148,19 @@ def _rule(
 
 def _check_numbers(**numbers: int | None) -> None:
     for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {number}; expected 1 or more")
+        if number is not None and not (isinstance(number, int) and number >= 1):
+            raise UsageError(f"--{name.replace('_', '-')} is {number!r}; expected a whole number of 1 or more")
 
 
 def _one_of(option: str, value: str, known: Sequence[Choice]) -> Choice:
     if value not in known:
         raise UsageError(f"--{option} {value!r} is not known. {did_you_mean(value, known)}")
     return cast(Choice, value)
+
+
+def _names(value: str | Sequence[str]) -> list[str]:
+    """One or several names -> a list."""
+    return [value] if isinstance(value, str) else list(value)
 
 
 def _refuse_with_pred(options: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from icm_cli.evaluation.metrics import METRICS, REGIONS, Region, Scores
 from icm_cli.evaluation.summary import Means, summarise
 from icm_cli.files import atomic_write, write_json
 
-Status = Literal["done", "skipped", "failed", "planned", "not reached"]
+Status = Literal["done", "skipped", "unscored", "failed", "planned", "not reached"]
 REPORT_SUFFIXES = (".csv", ".json", ".html")
 
 
@@ -29,7 +29,8 @@ class ImageResult:
     source: str
     output: str
     status: Status
-    """"skipped": a whole alpha made with the same settings from the same source was already there."""
+    """"skipped": a whole alpha made with the same settings from the same source was already there; "unscored": its
+    alpha or ground truth is bad or missing."""
     name: str = ""
     """In its dataset."""
     group: str = ""
@@ -55,6 +56,11 @@ class ImageResult:
     """Whether the model was trained on this very file; None where its checkpoint does not say."""
     reason: str = ""
     """Why it failed or has no score."""
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether its alpha is there to look at."""
+        return self.status in ("done", "skipped", "unscored") and bool(self.output)
 
     @property
     def key(self) -> tuple[int, str]:
@@ -103,6 +109,11 @@ class Report:
         return sum(result.status == status for result in self.results)
 
     @property
+    def maker(self) -> str:
+        """Who made the alphas: icm, or the folder they were found in."""
+        return Path(self.settings["predictions"]).name if "predictions" in self.settings else "icm"
+
+    @property
     def failures(self) -> list[ImageResult]:
         return [result for result in self.results if result.status == "failed"]
 
@@ -112,8 +123,10 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 when every image has its alpha and no data were bad, else 1."""
-        return 1 if self.failures or any(each.kind not in self.allowed for each in self.problems) else 0
+        """0 when every image has its alpha and, but for what is allowed, no data were bad, else 1."""
+        if self.failures or any(each.kind not in self.allowed for each in self.problems):
+            return 1
+        return 1 if self.count("unscored") and not self.means else 0
 
     @property
     def means(self) -> dict[Region, Means]:
@@ -140,7 +153,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
-        statuses: tuple[Status, ...] = ("done", "skipped", "failed", "not reached")
+        statuses: tuple[Status, ...] = ("done", "skipped", "unscored", "failed", "not reached")
         return {
             "settings": self.settings,
             "references": self.references,

@@ -72,13 +72,15 @@ class SideOutputs:
         return [*self.reports, *filter(None, [self.contact_sheet, self.references])]
 
     def check_overwrites_nothing(self, taken: Sequence[str | Path]) -> None:
-        """Raises UsageError for a report or sheet in the place of a folder, an input or an alpha."""
+        """Raises UsageError for a report or sheet in the place of a folder, an input, an alpha or another of them."""
         real = {os.path.realpath(path) for path in taken}
-        for path in self.paths:
+        for number, path in enumerate(self.paths):
+            if os.path.realpath(path) in {os.path.realpath(other) for other in self.paths[:number]}:
+                raise UsageError(f"{path} is given for two outputs; give each a name of its own")
             if path.is_dir():
                 raise UsageError(f"{path} is a folder; give the file another name")
             if os.path.realpath(path) in real:
-                raise UsageError(f"{path} is an image of this run; give the report another name")
+                raise UsageError(f"{path} is an input or an alpha of this run; give the report another name")
 
     def check_writable(self, *folders: Path) -> None:
         """Raises OutputError now rather than after hours of work."""
@@ -174,7 +176,7 @@ class Outcome:
                 f"the process that scored {result.output} died, perhaps of too little memory; run the command again"
             )
             self.add_problem(Problem("unreadable", name, reason))
-            self._end(replace(result, reason=reason))
+            self._end(replace(result, status="unscored", reason=reason))
             return
         for problem in answer.problems:
             self.add_problem(problem)
@@ -182,6 +184,7 @@ class Outcome:
         self._end(
             replace(
                 result,
+                status=result.status if answer.scores else "unscored",
                 scores=answer.scores,
                 was_resized=answer.was_resized,
                 is_seen=is_seen,

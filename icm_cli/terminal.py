@@ -52,6 +52,8 @@ class Terminal(Listener):
         self._problems[problem.kind] += 1
         if self._problems[problem.kind] <= MOST_REASONS or self.verbose:
             self._print(f"icm: {problem.kind}: {problem.reason}")
+        elif self._problems[problem.kind] == MOST_REASONS + 1:
+            self._print(f"icm: {problem.kind}: more of this kind follow; --report and --verbose name every one")
 
     def started(self, total: int) -> None:
         self.total = total
@@ -171,7 +173,7 @@ def _scores_table(report: Report) -> Table:
     table.add_column("images", justify="right")
     for suffix, by_region in (("", report.means), (", not trained on", report.means_unseen or {})):
         for region, means in by_region.items():
-            table.add_row(f"icm, {region}{suffix}", *_cells(means, metrics), f"{means.images}")
+            table.add_row(f"{report.maker}, {region}{suffix}", *_cells(means, metrics), f"{means.images}")
     published = PUBLISHED.get(protocol.get("title", ""), ())
     if published:
         table.add_section()
@@ -219,6 +221,8 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
         ("skipped", f"{report.count('skipped')}"),
         ("failed", f"{len(report.failures)}"),
     ]
+    if unscored := report.count("unscored"):
+        rows.append(("unscored", f"{unscored}"))
     if unreached := report.count("not reached"):
         rows.append(("not reached", f"{unreached}"))
     if missing := sum(bool(result.not_found) for result in report.results):

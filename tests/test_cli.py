@@ -67,6 +67,14 @@ def test_help_and_readme_name_every_dataset() -> None:
         assert f"`{name}`" in readme
 
 
+def test_readme_names_every_kind_of_bad_data() -> None:
+    from icm_cli.datasets.samples import PROBLEM_KINDS
+
+    readme = (ROOT / "README.md").read_text()
+    for kind, meaning in PROBLEM_KINDS.items():
+        assert f"| `{kind}` | {meaning} |" in readme
+
+
 def test_presets_are_found() -> None:
     assert set(preset_paths()) == {"lite", "icm-sd21", "sd21-training-free"}
 

@@ -257,7 +257,19 @@ def test_a_groups_file_in_the_published_schema(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"a": 3}', '{"a": {"sub_class": "x"}}', "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": {"class": ["x"]}}',
+        '{"a": {"class": "x", "type": 3}}',
+        "",
+        "[]",
+        "{}",
+        '{"a": 3}',
+        '{"a": {"sub_class": "x"}}',
+        "\x00",
+    ],
+)
 def test_a_groups_file_of_another_kind(tmp_path: Path, text: str) -> None:
     put(tmp_path, "image/a.jpg", "matte/a.jpg")
     (tmp_path / "groups.json").write_text(text)
@@ -294,6 +306,20 @@ def test_options_that_do_not_belong_to_the_dataset(tmp_path: Path) -> None:
         find("ppm100", tmp_path, split="train")
     with pytest.raises(UsageError, match="--images and --alphas"):
         find("folder", images=str(tmp_path))
+
+
+def test_two_files_of_one_name_are_named(tmp_path: Path) -> None:
+    put(tmp_path, "image/a.jpg", "image/a.png", "matte/a.jpg")
+    found = find("ppm100", tmp_path)
+    assert [(problem.kind, problem.name) for problem in found.problems] == [("same-name", "a")]
+    assert found.samples[0].file.name == "a.jpg"
+
+
+def test_folders_that_are_there_but_empty_are_named(tmp_path: Path) -> None:
+    put(tmp_path, "image/a.jpg")
+    (tmp_path / "matte").mkdir()
+    with pytest.raises(UsageError, match="matte holds no images"):
+        find("ppm100", tmp_path)
 
 
 def test_hidden_files_and_our_temporaries_are_no_images(tmp_path: Path) -> None:

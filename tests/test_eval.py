@@ -287,6 +287,37 @@ def test_a_folder_without_any_of_the_alphas(evaluate: Evaluate, tmp_path: Path) 
     assert "a/brickwall.png" in result.stderr
 
 
+def test_allowed_bad_data_is_no_failure_but_a_run_without_any_score_is(
+    evaluate: Evaluate, data: Path, tmp_path: Path
+) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    (tmp_path / "pred" / "a" / "lawn.png").unlink()
+    assert evaluate(pred=tmp_path / "pred", allow="missing-prediction").exit_code == 0
+    for path in (tmp_path / "pred").rglob("*.png"):
+        path.write_bytes(b"torn")
+    result = evaluate(pred=tmp_path / "pred", allow=["missing-prediction", "unreadable"], report=tmp_path / "r.json")
+    assert result.exit_code == 1
+    assert report_of(tmp_path / "r.json")["summary"]["unscored"] == 6
+
+
+@pytest.mark.parametrize("kind", ["colour-alpha", "unscaled-alpha"])
+def test_predictions_that_are_no_alphas_are_named(evaluate: Evaluate, data: Path, tmp_path: Path, kind: str) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    bad_truth(kind, tmp_path / "pred" / "a" / "lawn.png")
+    result = evaluate(pred=tmp_path / "pred", report=tmp_path / "r.json")
+    assert result.exit_code == 1
+    assert report_of(tmp_path / "r.json")["summary"]["problems"] == {kind: 1}
+    assert by_name(report_of(tmp_path / "r.json"))["a/lawn"]["status"] == "unscored"
+
+
+def test_two_alphas_of_one_file_name_are_not_guessed_at(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        copy_alphas(data, tmp_path / "pred" / folder)
+    result = evaluate(pred=tmp_path / "pred")
+    assert result.exit_code == 2
+    assert "several of each name" in result.stderr
+
+
 def bad_truth(kind: str, path: Path) -> None:
     alpha = read(path)
     if kind == "size-mismatch":
@@ -295,8 +326,10 @@ def bad_truth(kind: str, path: Path) -> None:
         alpha = np.dstack([alpha, alpha // 2, alpha])
     elif kind == "16-bit-alpha":
         alpha = alpha.astype(np.uint16) * 257
-    elif kind == "16-bit-alpha in RGB":
+    elif kind == "16-bit-alpha_in_RGB":
         alpha = np.dstack([alpha.astype(np.uint16) * 257] * 3)
+    elif kind == "unscaled-alpha":
+        alpha = (alpha > 127).astype(np.uint8)
     elif kind == "empty-alpha":
         alpha = np.zeros_like(alpha)
     cv2.imwrite(str(path), alpha)
@@ -305,14 +338,23 @@ def bad_truth(kind: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["size-mismatch", "colour-alpha", "16-bit-alpha", "16-bit-alpha in RGB", "empty-alpha", "unreadable"]
+    "kind",
+    [
+        "size-mismatch",
+        "colour-alpha",
+        "unscaled-alpha",
+        "16-bit-alpha",
+        "16-bit-alpha_in_RGB",
+        "empty-alpha",
+        "unreadable",
+    ],
 )
 def test_bad_truths_are_named_counted_and_the_rest_scored(
     evaluate: Evaluate, data: Path, tmp_path: Path, kind: str
 ) -> None:
     copy_alphas(data, tmp_path / "pred")
     bad_truth(kind, data / "alphas" / "a" / "lawn.png")
-    kind = kind.split()[0]
+    kind = kind.split("_")[0]
     pages = [tmp_path / "r.json", tmp_path / "r.html", tmp_path / "r.csv"]
     result = evaluate(pred=tmp_path / "pred", report=pages)
     assert result.exit_code == 1
@@ -340,7 +382,8 @@ def test_videos_have_dt_ssd_between_frames_in_the_order_of_their_numbers(tmp_pat
     from icm_cli.evaluation.metrics import dt_ssd
 
     rng = np.random.default_rng(0)
-    frames = {f"shot/f.{number}": rng.integers(0, 256, (2, 9, 12), np.uint8) for number in (8, 9, 10, 11)}
+    numbers = [8, 9, 10, 11, 20]
+    frames = {f"shot/f.{number}": rng.integers(0, 256, (2, 9, 12), np.uint8) for number in numbers}
     for name, (alpha, truth) in frames.items():
         for kind, image in (("images", truth), ("alphas", truth), ("pred", alpha)):
             path = tmp_path / kind / f"{name}.png"
@@ -348,7 +391,7 @@ def test_videos_have_dt_ssd_between_frames_in_the_order_of_their_numbers(tmp_pat
             cv2.imwrite(str(path), image)
     report = evaluate("folder", tmp_path, pred=tmp_path / "pred", video=True)
     flicker = {result.name: result.dt_ssd for result in report.results}
-    assert flicker["shot/f.8"] is None
+    assert flicker["shot/f.8"] is flicker["shot/f.20"] is None
     for before, name in (("shot/f.8", "shot/f.9"), ("shot/f.9", "shot/f.10"), ("shot/f.10", "shot/f.11")):
         (alpha, truth), (alpha_before, truth_before) = frames[name], frames[before]
         assert flicker[name] == dt_ssd(alpha, alpha_before, truth, truth_before)
@@ -385,9 +428,9 @@ def test_every_report_states_the_protocol(evaluate: Evaluate, data: Path, tmp_pa
         ({"size": "long2048"}, "Did you mean 'long1024'"),
         ({"lineage": "dim"}, "aim"),
         ({"allow": "empty"}, "empty-alpha"),
-        ({"rounds": 0}, "expected 1 or more"),
-        ({"refs_per_group": 0}, "expected 1 or more"),
-        ({"trimap_kernel": 0}, "expected 1 or more"),
+        ({"rounds": 0}, "1 or more"),
+        ({"refs_per_group": 0}, "1 or more"),
+        ({"trimap_kernel": 0}, "1 or more"),
         ({"split": "val"}, "test"),
         ({"report": "r.txt"}, ".html"),
         ({"references": "nowhere.json"}, "nowhere.json"),
@@ -415,8 +458,6 @@ def test_compare_prints_every_image_and_warns_where_protocols_differ(
 ) -> None:
     copy_alphas(data, tmp_path / "pred")
     evaluate(pred=tmp_path / "pred", report=tmp_path / "a.json")
-    same = evaluate(compare=None, dataset=None, data_root=None)
-    assert same.exit_code == 2
     line = ["eval", "--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]
     from icm_cli.cli import app
 
@@ -596,3 +637,111 @@ def test_sigterm_scores_and_reports_what_is_done(data: Path, small_model: Path, 
     for image in report["images"]:
         assert bool(image["scores"]) == (image["status"] == "done")
         assert Path(image["output"]).exists() == (image["status"] == "done")
+
+
+def test_alphas_of_another_tool_are_never_written_over(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+    copy_alphas(data, tmp_path / "theirs")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    for folder in (tmp_path / "theirs", data / "images"):
+        result = evaluate(save_alphas=folder)
+        assert result.exit_code == 2
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_files_that_say_what_to_do_are_never_written_over(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    groups = tmp_path / "groups.json"
+    groups.write_text(json.dumps({name: {"class": "x"} for name in NAMES}))
+    references = tmp_path / "refs.json"
+    references.write_text(json.dumps({"references": [{"a": ["a/lawn"]}]}))
+    for options in (
+        {"groups": groups, "report": groups},
+        {"references": references, "report": references},
+        {"report": [tmp_path / "r.json", tmp_path / "r.json"]},
+    ):
+        result = evaluate(pred=tmp_path / "pred", **options)
+        assert result.exit_code == 2
+    assert "class" in groups.read_text()
+    assert "lawn" in references.read_text()
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"references": [{"a": ["b/lawn"]}]}',
+        '{"references": [{"a": "a/lawn"}]}',
+        '{"references": {"a": ["a/lawn"]}}',
+        '{"references": [3]}',
+        "[]",
+        "3",
+        "",
+    ],
+)
+def test_references_of_another_kind(evaluate: Evaluate, tmp_path: Path, content: str) -> None:
+    (tmp_path / "refs.json").write_text(content)
+    result = evaluate(references=tmp_path / "refs.json")
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert "refs.json" in line
+    assert "expected" in line
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"images": [3], "settings": {}}',
+        '{"images": [{"name": "a", "scores": {"whole": {"mse": "0"}}}], "settings": {}}',
+        '{"images": [{"name": "a", "scores": {"whole": {"mse": NaN, "sad": 0, "grad": 0, "conn": 0, "mad": 0}}}],'
+        ' "settings": {}}',
+        '{"images": []}',
+        "[]",
+        "",
+    ],
+)
+def test_compare_refuses_what_is_no_report(tmp_path: Path, content: str) -> None:
+    from icm_cli.cli import app
+
+    (tmp_path / "r.json").write_text(content)
+    result = CliRunner().invoke(app, ["eval", "--compare", str(tmp_path / "r.json"), str(tmp_path / "r.json")])
+    assert result.exit_code == 2
+    assert "expected a .json that icm wrote" in result.stderr
+
+
+def test_more_rounds_or_references_than_images_are_said_to_repeat(evaluate: Evaluate, tmp_path: Path) -> None:
+    result = evaluate(rounds=5, report=tmp_path / "r.json")
+    (note,) = report_of(tmp_path / "r.json")["settings"]["protocol"]["notes"]
+    assert "come again" in note
+    assert note in result.stderr
+    evaluate(refs_per_group=7, report=tmp_path / "r.json")
+    (note,) = report_of(tmp_path / "r.json")["settings"]["protocol"]["notes"]
+    assert "too few images for 7 references" in note
+
+
+def test_foregrounds_are_matted_in_context_on_their_backgrounds(tmp_path: Path, small_model: Path) -> None:
+    from icm_cli import evaluate
+
+    for folder, source in (("FG", "imgs/lawn.jpg"), ("GT", "alphas/lawn.png")):
+        (tmp_path / "Test" / folder).mkdir(parents=True)
+        shrink(DEMO / source, tmp_path / "Test" / folder / "rocket.png", 80)
+    (tmp_path / "bg").mkdir()
+    for name in ("brickwall", "cat", "deepfield"):
+        shrink(DEMO / "imgs" / f"{name}.jpg", tmp_path / "bg" / f"{name}.png", 70)
+    report = evaluate(
+        "d646",
+        tmp_path,
+        backgrounds=tmp_path / "bg",
+        model=str(small_model),
+        device="cpu",
+        report=[tmp_path / "r.html", tmp_path / "r.json"],
+    )
+    assert report.exit_code == 0
+    (reference,) = report.references[0]["rocket"]
+    behind = int(reference.removeprefix("rocket_")) % 3
+    others = {f"rocket_{n}" for n in range(20) if n % 3 != behind}  # the very same picture is no target
+    assert {result.name for result in report.results} == others
+    assert {result.group for result in report.results} == {"rocket"}
+    assert report.means["unknown"].images == len(others)
+    assert len({result.foreground for result in report.results}) > 1
+    (note,) = report.settings["protocol"]["notes"]
+    assert "3 backgrounds stand behind 20 composites" in note

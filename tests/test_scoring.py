@@ -76,7 +76,12 @@ def test_a_published_trimap_is_taken_and_a_detail_map_is_unknown_above_0(task: S
 
 @pytest.mark.parametrize(
     ("trimap", "kind"),
-    [(np.zeros((90, 100), np.uint8), "size-mismatch"), (np.zeros((90, 150), np.uint8), "no-unknown")],
+    [
+        (np.zeros((90, 100), np.uint8), "size-mismatch"),
+        (np.zeros((90, 150), np.uint8), "no-unknown"),
+        (soft_square(90, 150), "bad-trimap"),
+        (np.full((45, 75), 128, np.uint8), "size-mismatch"),
+    ],
 )
 def test_a_trimap_of_no_use_is_named_and_the_whole_image_scored(
     task: ScoreTask, tmp_path: Path, trimap: np.ndarray, kind: str
@@ -97,22 +102,37 @@ def test_a_picture_turned_by_exif_is_of_its_upright_size(task: ScoreTask, tmp_pa
 
 
 @dataclass(frozen=True)
-class Dies:
-    """A task that takes its process with it."""
+class Signalled:
+    """A task during which its process gets a signal."""
 
-    how: int
+    number: int
 
-    def run(self) -> None:
-        os.kill(os.getpid(), self.how)
-        time.sleep(60)
+    def run(self) -> str:
+        os.kill(os.getpid(), self.number)
+        return "lives"
+
+
+def test_a_stop_of_the_whole_group_of_processes_leaves_scoring_to_its_parent(
+    task: ScoreTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    answers: list[object] = []
+    pool = ScoringPool(1)
+    try:
+        for each in (Signalled(signal.SIGTERM), Signalled(signal.SIGINT), task):
+            pool.submit(each, answers.append)
+        pool.drain()
+    finally:
+        pool.close()
+    assert answers == ["lives", "lives", task.run()]
 
 
 def test_a_process_that_is_killed_loses_its_task_alone(task: ScoreTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the processes find Dies
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the processes find Signalled
     answers: list[object] = []
     pool = ScoringPool(2)
     try:
-        for each in (task, Dies(signal.SIGKILL), task, task, task):
+        for each in (task, Signalled(signal.SIGKILL), task, task, task):
             pool.submit(each, answers.append)
         pool.drain()
     finally:

@@ -57,6 +57,8 @@ class Found:
     dataset: Dataset
     samples: list[Sample]
     problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What a reader of its numbers should know."""
 
 
 WHOLE_AND_UNKNOWN: tuple[Region, ...] = ("whole", "unknown")
@@ -132,7 +134,7 @@ DATASETS: dict[str, Dataset] = {
         regions=("unknown",),
         group_of=BY_FOREGROUND,
     ),
-    "folder": Dataset("your folders", (Layout("images", "alphas", "trimaps"),), group_of=r"(.+)/[^/]+$"),
+    "folder": Dataset("a folder dataset", (Layout("images", "alphas", "trimaps"),), group_of=r"(.+)/[^/]+$"),
 }
 
 
@@ -162,7 +164,9 @@ def find(
     """
     dataset = dataset_named(name)
     layout, files = _located(name, dataset, root, split, (images, alphas, trimaps))
-    samples, problems = pair(layout, files, _backgrounds(dataset, layout, backgrounds))
+    behind = _backgrounds(dataset, layout, backgrounds)
+    notes = _background_notes(layout, files, behind)
+    samples, problems = pair(layout, files, behind)
     if not samples:
         raise UsageError(
             f"no image of {dataset.title} has an alpha; expected files of equal names, but images are like "
@@ -173,9 +177,10 @@ def find(
     elif dataset.metadata:
         known = Groups.shipped(dataset.metadata)
     else:
-        return Found(dataset, [replace(each, group=_own_group(dataset, each.name)) for each in samples], problems)
+        grouped = [replace(each, group=_own_group(dataset, each.name)) for each in samples]
+        return Found(dataset, grouped, problems, notes)
     samples, more = known.assign(samples)
-    return Found(dataset, samples, problems + more)
+    return Found(dataset, samples, problems + more, notes)
 
 
 def _located(
@@ -211,6 +216,13 @@ def _backgrounds(dataset: Dataset, layout: Layout, folder: str | Path | None) ->
     if not found:
         raise UsageError(f"backgrounds folder {folder} holds no images; expected pictures to put foregrounds on")
     return found
+
+
+def _background_notes(layout: Layout, files: FileSets, backgrounds: Sequence[Path]) -> list[str]:
+    wanted = layout.backgrounds_each * len(files.alphas)
+    if len(backgrounds) >= wanted:
+        return []
+    return [f"{len(backgrounds)} backgrounds stand behind {wanted} composites, so they come again"]
 
 
 def _own_group(dataset: Dataset, name: str) -> str:

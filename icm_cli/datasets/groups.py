@@ -47,6 +47,9 @@ class Groups:
         for name, entry in entries.items():
             if not isinstance(entry, dict) or not entry.get("class"):
                 raise UsageError(f"groups file {path}: {name!r} has no class; {EXPECTED}")
+            for field in {*GROUP_FIELDS, *CATEGORY_FIELDS}:
+                if not isinstance(entry.get(field), str | None):
+                    raise UsageError(f"groups file {path}: {field} of {name!r} is no text; {EXPECTED}")
         return cls(f"groups file {path}", entries)
 
     def assign(self, samples: Iterable[Sample]) -> tuple[list[Sample], list[Problem]]:

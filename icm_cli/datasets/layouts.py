@@ -68,6 +68,8 @@ class FileSets:
     images: Files
     alphas: Files
     trimaps: Files
+    clashes: tuple[Problem, ...] = ()
+    """Files of one kind that share a key, so that only the first is taken."""
 
 
 def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layout, FileSets]:
@@ -77,7 +79,7 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
     matter. Raises UsageError that lists what was found and what was expected.
     """
     if not root.is_dir():
-        raise UsageError(f"data root {root} is not a folder; expected the {title} dataset there")
+        raise UsageError(f"data root {root} is not a folder; expected {title} there")
     root = root.resolve()
     below = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     for layout in layouts:
@@ -93,25 +95,24 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
         for base in list(root.parents)[:3]:
             if found := _files_at(layout, base, inside=root):
                 return layout, found
+    for layout in layouts:
+        if folders := _at(layout, root):
+            raise UsageError(f"data root {root} does not hold {title}: {_empty(folders)} holds no images")
     expected = "; or ".join(layout.expected() for layout in layouts)
     raise UsageError(f"data root {root} does not hold {title}: expected {expected}; found {_listing(root)}")
 
 
 def find_by_pattern(images: str, alphas: str, trimaps: str | None) -> FileSets:
     """Files of three folders or quoted globs; raises UsageError for one that holds no image."""
-    found = [
-        _matching(text, option) if text else {}
-        for text, option in zip((images, alphas, trimaps), _OPTIONS, strict=True)
-    ]
-    return FileSets(*found)
-
-
-_OPTIONS = ("--images", "--alphas", "--trimaps")
+    clashes: list[Problem] = []
+    options = zip((images, alphas, trimaps), ("--images", "--alphas", "--trimaps"), strict=True)
+    found = [_matching(text, option, clashes) if text else {} for text, option in options]
+    return FileSets(found[0], found[1], found[2], tuple(clashes))
 
 
 def pair(layout: Layout, files: FileSets, backgrounds: Sequence[Path] = ()) -> tuple[list[Sample], list[Problem]]:
     """Samples in the order of their names, and what has no partner."""
-    problems: list[Problem] = []
+    problems = list(files.clashes)
     samples: list[Sample] = []
     used: set[str] = set()
     for key, alpha in sorted(files.alphas.items()):
@@ -161,8 +162,11 @@ def _files_at(layout: Layout, base: Path, inside: Path | None = None) -> FileSet
     folders = _at(layout, base)
     if folders is None or (inside and not folders[0].is_relative_to(inside)):
         return None
-    images, alphas, trimaps = (_files(folder, layout.key) if folder else {} for folder in folders)
-    return FileSets(images, alphas, trimaps) if images and alphas else None
+    clashes: list[Problem] = []
+    images, alphas, trimaps = (
+        _by_key(image_files(folder), folder, layout.key, clashes) if folder else {} for folder in folders
+    )
+    return FileSets(images, alphas, trimaps, tuple(clashes)) if images and alphas else None
 
 
 def _at(layout: Layout, base: Path) -> tuple[Path, Path, Path | None] | None:
@@ -171,6 +175,10 @@ def _at(layout: Layout, base: Path) -> tuple[Path, Path, Path | None] | None:
     if home is None or images is None or alphas is None:
         return None
     return images, alphas, _descend(home, layout.trimaps) if layout.trimaps else None
+
+
+def _empty(folders: Sequence[Path | None]) -> Path:
+    return next(folder for folder in folders if folder and not image_files(folder))
 
 
 def _descend(base: Path, folders: str) -> Path | None:
@@ -184,15 +192,16 @@ def _descend(base: Path, folders: str) -> Path | None:
     return base
 
 
-def _files(folder: Path, key: Callable[[str], str]) -> Files:
-    return _by_key(image_files(folder), folder, key)
+def _by_key(paths: Iterable[Path], root: Path, key: Callable[[str], str], clashes: list[Problem]) -> Files:
+    files: Files = {}
+    for path in paths:
+        name = key(path.relative_to(root).with_suffix("").as_posix())
+        if (first := files.setdefault(name, path)) != path:
+            clashes.append(Problem("same-name", name, f"{first} and {path} share a name; only the first is taken"))
+    return files
 
 
-def _by_key(paths: Iterable[Path], root: Path, key: Callable[[str], str] = same) -> Files:
-    return {key(path.relative_to(root).with_suffix("").as_posix()): path for path in paths}
-
-
-def _matching(text: str, option: str) -> Files:
+def _matching(text: str, option: str, clashes: list[Problem]) -> Files:
     if glob.has_magic(text):
         parts = Path(text).parts
         root = Path(*parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))])
@@ -204,7 +213,7 @@ def _matching(text: str, option: str) -> Files:
         paths = image_files(root)
     if not paths:
         raise UsageError(f"{option} {text} holds no images; expected a folder of images or a quoted glob")
-    return _by_key(paths, root)
+    return _by_key(paths, root, same, clashes)
 
 
 def _is_image(path: Path) -> bool:

@@ -78,15 +78,20 @@ def compare(before: str | Path, after: str | Path) -> Comparison:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-        _scores(content, "whole"), content["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        values = [value for region in REGIONS for each in _scores(content, region).values() for value in each.values()]
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            raise TypeError("a score is no number")
+        content["settings"].get("protocol")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"report {path} cannot be compared ({error}); expected a .json that icm wrote") from error
     return dict(content)
 
 
 def _scores(report: Mapping[str, Any], region: Region) -> dict[Key, dict[str, float]]:
     return {
-        (image.get("round", 0), image.get("name") or image["source"]): image["scores"][region]
+        (image.get("round", 0), image.get("name") or image["source"]): {
+            metric: image["scores"][region][metric] for metric in METRICS
+        }
         for image in report["images"]
         if region in image.get("scores", {})
     }

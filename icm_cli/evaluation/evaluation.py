@@ -17,7 +17,9 @@ from icm_cli.datasets.samples import Sample
 from icm_cli.errors import UsageError
 from icm_cli.evaluation.references import Rounds
 from icm_cli.evaluation.scoring import FlickerTask, Rule, ScoreTask
+from icm_cli.images import read_stamp
 from icm_cli.report import Album, ImageResult, Report
+from icm_cli.resume import DIGEST_KEY
 from icm_cli.runs import Listener, Outcome, SideOutputs, environment_settings
 
 
@@ -33,6 +35,8 @@ class Evaluation:
     """The dataset's root, or the images of one's own folders."""
     note: str | None
     fixed_references: Path | None
+    inputs: tuple[Path, ...]
+    """Files that say what to do, and must not be written over."""
     side: SideOutputs
     allowed: frozenset[str]
     workers: int
@@ -57,12 +61,16 @@ class Evaluation:
             for path in (sample.file, sample.alpha, sample.trimap)
             if path is not None
         }
+        folders = {str(Path(path).parent) for path in files}
         for path in alphas:
-            if os.path.realpath(path) in files:
+            if os.path.realpath(path.parent) in folders:
                 raise UsageError(
-                    f"{path} would be written over a file of the dataset; give --save-alphas another folder"
+                    f"{path} would lie among the files of the dataset; give --save-alphas a folder of its own"
                 )
-        self.side.check_overwrites_nothing([*files, *alphas])
+        for path in {path.parent: path for path in alphas if path.exists()}.values():  # one a folder tells
+            if (stamp := read_stamp(path)) is not None and DIGEST_KEY not in stamp:
+                raise UsageError(f"{path} is not of icm and would be written over; give --save-alphas another folder")
+        self.side.check_overwrites_nothing([*files, *alphas, *self.inputs])
 
     def planned(self, sample: Sample, output: Path, number: int) -> ImageResult:
         """What is known of a sample's result in a round before its alpha is there."""
@@ -82,10 +90,12 @@ class Evaluation:
         planned: Sequence[ImageResult],
         settings: Mapping[str, Any],
         references: Rounds,
+        *,
+        notes: Sequence[str] = (),
         trained_on: frozenset[str] | None = None,
     ) -> Outcome:
         """What gathers, scores and reports the results; the dataset's own problems are in it already."""
-        protocol = self._protocol(references)
+        protocol = self._protocol(references, notes)
         report = Report(
             {"title": protocol["title"], "note": self.note, **environment_settings(), "protocol": protocol, **settings},
             allowed=self.allowed,
@@ -117,28 +127,31 @@ class Evaluation:
         )
         for problem in self.found.problems:
             outcome.add_problem(problem)
+        for note in protocol["notes"]:
+            self.hear.notice(note)
         return outcome
 
     def add_flicker(self, outcome: Outcome) -> None:
         """dtSSD of every two frames that follow one another in a video and both have an alpha."""
-        videos = {group: _in_order(frames) for group, frames in self.groups.items() if frames[0].is_video_frame}
-        if not videos:
-            return
-        outcome.add_flicker(list(self._flicker_tasks(videos, outcome)))
+        videos = [frames for frames in self.groups.values() if frames[0].is_video_frame]
+        following = [pair for frames in videos for pair in consecutive_frames(frames)]
+        if videos and not following:
+            self.hear.notice("no two frames follow one another by the numbers at the end of their names; no dtSSD")
+        if following:
+            outcome.add_flicker(list(self._flicker_tasks(following, outcome)))
 
     def _flicker_tasks(
-        self, videos: Mapping[str, Sequence[Sample]], outcome: Outcome
+        self, following: Sequence[tuple[Sample, Sample]], outcome: Outcome
     ) -> Iterator[tuple[tuple[int, str], FlickerTask]]:
         scored = {result.key: result for result in outcome.scored()}
         for number in sorted({key[0] for key in scored}):
-            for frames in videos.values():
-                for before, frame in pairwise(frames):
-                    pair = [scored.get((number, each.name)) for each in (frame, before)]
-                    if pair[0] and pair[1]:
-                        files = [(Path(result.output), Path(result.truth)) for result in pair if result]
-                        yield (number, frame.name), FlickerTask(files[0], files[1], self.rule.size)
+            for before, frame in following:
+                pair = [scored.get((number, each.name)) for each in (frame, before)]
+                files = [(Path(result.output), Path(result.truth)) for result in pair if result]
+                if len(files) == 2:
+                    yield (number, frame.name), FlickerTask(files[0], files[1], self.rule.size)
 
-    def _protocol(self, references: Rounds) -> dict[str, Any]:
+    def _protocol(self, references: Rounds, notes: Sequence[str]) -> dict[str, Any]:
         """All that numbers depend on beside the alphas; two reports that differ here cannot be compared."""
         rule = asdict(self.rule)
         kernel, has_detail_maps = rule.pop("trimap_kernel_px"), rule.pop("has_detail_maps")
@@ -161,7 +174,8 @@ class Evaluation:
             "unknown_region": unknown if "unknown" in self.rule.regions else "not scored",
             "rounds": len(references),
             "refs_per_group": each,
-            "mean": "over images",
+            "mean": "over images, then over rounds; ± is the sample standard deviation of the rounds' means",
+            "notes": [*self.found.notes, *notes],
         }
 
     def _album(self, references: Rounds) -> Album:
@@ -182,11 +196,18 @@ def round_folder(folder: Path, number: int, rounds: int) -> Path:
     return folder / f"round-{number}" if rounds > 1 else folder
 
 
-def _in_order(frames: Sequence[Sample]) -> list[Sample]:
-    """Frames by the numbers in their names, 2 before 10."""
-    return sorted(
-        frames, key=lambda sample: [int(part) if part.isdigit() else part for part in _PARTS.split(sample.name)]
-    )
+def consecutive_frames(frames: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
+    """Pairs of frames that follow one another: alike in name but for the number at its end, one step apart.
 
-
-_PARTS = re.compile(r"(\d+)")
+    A shot's step is the smallest difference between its numbers, so every second frame may be missing throughout.
+    """
+    shots: dict[str, dict[int, Sample]] = {}
+    for frame in frames:
+        if found := re.fullmatch(r"(.*?)(\d+)", frame.name):
+            shots.setdefault(found[1], {})[int(found[2])] = frame
+    pairs = []
+    for shot in shots.values():
+        numbers = sorted(shot)
+        step = min((after - before for before, after in pairwise(numbers)), default=0)
+        pairs += [(shot[a], shot[b]) for a, b in pairwise(numbers) if b - a == step]
+    return pairs

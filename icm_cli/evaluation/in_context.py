@@ -15,7 +15,7 @@ from icm_cli.datasets.samples import Problem, Sample
 from icm_cli.engine import Engine, Settings
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.evaluation.evaluation import Evaluation, round_folder
-from icm_cli.evaluation.references import Rounds, choose_references, read_rounds, targets, write_rounds
+from icm_cli.evaluation.references import Rounds, choose_references, read_rounds, repeated, targets, write_rounds
 from icm_cli.files import cache_folder, digest_of, remove_stale_temporaries
 from icm_cli.images import read_matte, read_picture
 from icm_cli.matter import Matter
@@ -64,7 +64,9 @@ def matte_and_score(
 
     trained_on = read_trained_on(choice.checkpoint) if choice.checkpoint else None
     settings = {**choice.as_settings(), "alphas": str(save_alphas) if save_alphas else None}
-    outcome = evaluation.outcome([job.planned for job in jobs], settings, references, trained_on)
+    notes = repeated(evaluation.groups, len(references), refs_per_group)
+    planned = [job.planned for job in jobs]
+    outcome = evaluation.outcome(planned, settings, references, notes=notes, trained_on=trained_on)
     for problem in problems:
         outcome.add_problem(problem)
     hear.started(len(jobs))

@@ -108,7 +108,7 @@ def _content(report: Report) -> dict[str, Any]:
     worst_first = sorted(scored, key=lambda result: -_mse(result, main)) if main else []
     best = worst_first[::-1][: min(BEST_SHOWN, len(scored) // 3)]
     worst = worst_first[: min(WORST_SHOWN, len(scored) - len(best))]
-    unscored = [] if scored else _evenly([each for each in report.results if each.status in ("done", "skipped")])
+    unscored = [] if scored else _evenly([each for each in report.results if each.has_alpha])
     figure = partial(_figure, report)
     return {
         "title": report.settings["title"],
@@ -158,7 +158,7 @@ def _category(name: str, result: ImageResult) -> str | None:
 
 def _histogram(scored: Sequence[ImageResult], region: Region, metric: str) -> Histogram:
     values = [getattr(result.scores[region], metric) for result in scored if region in result.scores]
-    largest = max(*values, 1e-6)
+    largest = max(values) or 1.0
     logarithms = np.log10(np.maximum(values, largest * 10.0**-DECADES))
     lowest, highest = float(np.floor(logarithms.min())), float(np.ceil(logarithms.max() + 1e-9))
     counts, _ = np.histogram(logarithms, BINS, (lowest, max(highest, lowest + 1)))

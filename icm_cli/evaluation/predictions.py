@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from icm_cli import environment
+from icm_cli.datasets.composites import Composite
 from icm_cli.datasets.layouts import image_files
 from icm_cli.datasets.samples import Problem, Sample
 from icm_cli.errors import UsageError
@@ -38,7 +39,11 @@ def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Repo
     ]
     if not any(result.output for result in planned):
         expected = f"{round_folder(folder, 1, len(references)) / evaluation.found.samples[0].name}.png"
-        raise UsageError(f"folder of predictions {folder} has no alpha of any image; expected names such as {expected}")
+        hint = "; it has rounds, so give --references with the report of the run that made them"
+        raise UsageError(
+            f"folder of predictions {folder} has no alpha of any image, or several of each name; expected names like "
+            f"{expected}{hint if (folder / 'round-1').is_dir() else ''}"
+        )
     evaluation.side.check_overwrites_nothing([result.output for result in planned if result.output])
     evaluation.side.check_writable()
     outcome = evaluation.outcome(planned, {"predictions": str(folder)}, references)
@@ -50,9 +55,10 @@ def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Repo
             if result.output:
                 outcome.add(replace(result, status="done"))
                 continue
-            reason = f"{result.source} has no alpha in {folder}; expected one named {result.name}"
+            home = round_folder(folder, result.round, len(references))
+            reason = f"{result.source} has no alpha in {home}; expected one named {result.name}, or the only one so"
             outcome.add_problem(Problem("missing-prediction", result.name, reason))
-            outcome.add(replace(result, status="failed", reason=reason))
+            outcome.add(replace(result, status="unscored", reason=reason))
         evaluation.add_flicker(outcome)
     return outcome.report
 
@@ -72,8 +78,13 @@ def _planned(
     def alpha_of(sample: Sample) -> Path | str:
         if sample.name in found:
             return found[sample.name]
-        is_alone = stems.get(Path(sample.name).name) == sample.name
-        return (by_stem.get(Path(sample.name).name) or by_stem.get(sample.file.stem) or "") if is_alone else ""
+        names = (
+            [Path(sample.name).name]
+            if isinstance(sample.image, Composite)
+            else [Path(sample.name).name, sample.file.stem]
+        )
+        is_alone = stems.get(names[0]) == sample.name
+        return next((by_stem[name] for name in names if name in by_stem), "") if is_alone else ""
 
     return [
         replace(evaluation.planned(sample, Path(), number), output=str(alpha_of(sample)))

@@ -35,7 +35,7 @@ def choose_references(
     chosen: Rounds = [{} for _ in range(rounds)]
     problems = []
     for group, samples in groups.items():
-        if len({sample.file for sample in samples}) < 2:
+        if len({sample.image for sample in samples}) < 2:
             problems += [
                 Problem("lone-image", each.name, f"{each.name} is alone in group {group}; nothing shows it its thing")
                 for each in samples
@@ -61,24 +61,55 @@ def read_rounds(path: Path, groups: Mapping[str, Sequence[Sample]]) -> tuple[Rou
 
     Raises UsageError for a file of another kind.
     """
+    named = _named_rounds(path)
+    problems: dict[str, Problem] = {}
+    rounds: Rounds = []
+    for number, names in enumerate(named):
+        rounds.append({})
+        for group, wanted in names.items():
+            known = {sample.name for sample in groups.get(group, ())}
+            if there := [name for name in dict.fromkeys(wanted) if name in known]:
+                rounds[number][group] = there
+            for name in wanted:
+                if name not in known:
+                    reason = f"{path} names {name} as a reference of group {group}, which has no such image here"
+                    problems[name] = Problem("absent-file", name, reason)
+    if not any(rounds):
+        raise UsageError(f"references file {path} names no image of this dataset in its group; {EXPECTED}")
+    return rounds, list(problems.values())
+
+
+def _named_rounds(path: Path) -> Rounds:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-        rounds = [{str(group): list(names) for group, names in each.items()} for each in content["references"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"references file {path} cannot be used ({error}); {EXPECTED}") from error
-    problems: dict[str, Problem] = {}
-    for names in rounds:
-        for group in list(names):
-            known = {sample.name for sample in groups.get(group, ())}
-            for name in [name for name in names[group] if name not in known]:
-                reason = f"{path} names {name} as a reference of group {group}, which has no such image"
-                problems[name] = Problem("absent-file", name, reason)
-            names[group] = [name for name in names[group] if name in known]
-            if not names[group]:
-                del names[group]
-    if not any(rounds):
-        raise UsageError(f"references file {path} names no group of this dataset; {EXPECTED}")
-    return rounds, list(problems.values())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"references file {path} cannot be read ({error}); {EXPECTED}") from error
+    rounds = content.get("references") if isinstance(content, dict) else None
+    is_right = isinstance(rounds, list) and all(
+        isinstance(groups, dict)
+        and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in groups.values())
+        for groups in rounds
+    )
+    if not is_right:
+        raise UsageError(f"references file {path} is of another kind; {EXPECTED}")
+    return list(rounds or [])
+
+
+def repeated(groups: Mapping[str, Sequence[Sample]], rounds: int, refs_per_group: int) -> list[str]:
+    """Where groups are too small for what was asked, a sentence each."""
+    sizes = {group: len(samples) for group, samples in groups.items() if len(samples) > 1}
+    notes = []
+    if small := [group for group, size in sizes.items() if size < rounds]:
+        notes.append(
+            f"{len(small)} group(s), such as {small[0]}, have fewer than {rounds} images: their references and scores "
+            "come again in later rounds, and the spread is too small"
+        )
+    if small := [group for group, size in sizes.items() if size <= refs_per_group]:
+        notes.append(
+            f"{len(small)} group(s), such as {small[0]}, have too few images for {refs_per_group} references and a "
+            "target: they have as many references as leave one"
+        )
+    return notes
 
 
 def write_rounds(path: Path, rounds: Rounds) -> None:
@@ -88,5 +119,5 @@ def write_rounds(path: Path, rounds: Rounds) -> None:
 
 def targets(samples: Sequence[Sample], references: Sequence[str]) -> list[Sample]:
     """The samples of a group that are matted with these references: no reference, nor another alpha of its image."""
-    shown = {sample.file for sample in samples if sample.name in references}
-    return [sample for sample in samples if sample.file not in shown]
+    shown = {sample.image for sample in samples if sample.name in references}
+    return [sample for sample in samples if sample.image not in shown]

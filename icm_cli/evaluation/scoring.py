@@ -72,11 +72,11 @@ class ScoreTask:
         """Read the files and score; what is wrong with them comes back as problems."""
         digest = hashlib.sha256(self.image.read_bytes()).hexdigest() if self.wants_sha256 and self.image else None
         try:
-            truth = read_true_alpha(self.truth)
-            problems = list(self._oddities(truth))
+            truth, predicted = read_true_alpha(self.truth), read_true_alpha(self.alpha)
+            problems = [*self._oddities(truth), *self._unusable(self.alpha, predicted)]
             if any(each.kind != "16-bit-alpha" for each in problems):
                 return Scored(problems=tuple(problems), image_sha256=digest)
-            alpha = read_matte(self.alpha)
+            alpha = predicted.alpha
         except ImageError as error:
             return Scored(problems=(Problem("unreadable", self.name, str(error)),), image_sha256=digest)
         if not _same_shape(alpha.shape, truth.alpha.shape):
@@ -99,17 +99,22 @@ class ScoreTask:
         found = []
         if self.image is not None and (size := image_size(self.image)) != truth.alpha.shape:
             found.append(self._mismatch("ground truth", self.truth, truth.alpha.shape, size))
-        if truth.has_colour:
-            found.append(
-                Problem("colour-alpha", self.name, f"{self.truth} has colour; expected one grey channel as the alpha")
-            )
-        elif not truth.alpha.any() and "empty-alpha" not in self.allowed:
+        found += self._unusable(self.truth, truth)
+        if not truth.alpha.any() and "empty-alpha" not in self.allowed:
             found.append(
                 Problem("empty-alpha", self.name, f"{self.truth} is empty; --allow empty-alpha scores against it")
             )
         if truth.is_deep and "16-bit-alpha" not in self.allowed:
             found.append(Problem("16-bit-alpha", self.name, f"{self.truth} has 16 bits; it is scored at 8"))
         return found
+
+    def _unusable(self, path: Path, alpha: TrueAlpha) -> list[Problem]:
+        if alpha.has_colour:
+            reason = f"{path} has colour; expected one grey channel as the alpha"
+            return [Problem("colour-alpha", self.name, reason)]
+        if alpha.alpha.max() == 1:
+            return [Problem("unscaled-alpha", self.name, f"the largest value of {path} is 1; scale it to 0..255")]
+        return []
 
     def _mismatch(self, what: str, path: Path, size: tuple[int, ...], expected: tuple[int, ...]) -> Problem:
         reason = f"{what} {path} is {size[1]}x{size[0]}; expected {expected[1]}x{expected[0]}"
@@ -125,10 +130,13 @@ class ScoreTask:
             trimap = read_matte(self.trimap)
         except ImageError as error:
             return None, [Problem("unreadable", self.name, str(error))]
-        if not _same_shape(trimap.shape, source):
+        if trimap.shape != source:
             return None, [self._mismatch("trimap", self.trimap, trimap.shape, source)]
         if self.rule.has_detail_maps:
             trimap = np.where(trimap > 0, UNKNOWN, 0).astype(np.uint8)
+        elif not np.isin(trimap, (0, UNKNOWN, 255)).all():
+            reason = f"{self.trimap} has other values than 0, 128 and 255, so it is no trimap"
+            return None, [Problem("bad-trimap", self.name, reason)]
         return scored_size(trimap, source, self.rule.size, cv2.INTER_NEAREST), []
 
 

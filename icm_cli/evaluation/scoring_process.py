@@ -11,8 +11,9 @@ import cv2
 
 
 def main() -> None:
-    """Run tasks one by one, on one core; a stop from the terminal is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Run tasks one by one, on one core; a stop that reaches the whole group of processes is the parent's to handle."""
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_IGN)
     cv2.setNumThreads(1)
     answers = sys.stdout.buffer
     sys.stdout = sys.stderr
