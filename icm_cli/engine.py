@@ -106,9 +106,10 @@ class Engine:
         self._on_result(result)
 
     def _settle(self, writing: deque[Future[ImageResult]], at_most: int) -> None:
-        """Hear of finished writes; wait until ``at_most`` are in hand."""
+        """Hear of finished writes; wait until ``at_most`` are in hand. An interrupt may make one heard of twice."""
         while writing and (len(writing) > at_most or writing[0].done()):
-            self._emit(writing.popleft().result())
+            self._emit(writing[0].result())
+            writing.popleft()
 
     def _read(self, job: Job) -> Loaded | ImageResult:
         """Runs in a reader thread."""

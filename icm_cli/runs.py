@@ -127,6 +127,7 @@ class Outcome:
         self._task_for = task_for
         self._trained_on = trained_on
         self._pool = ScoringPool(processes)
+        self._ended: set[tuple[int, str]] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -197,14 +198,18 @@ class Outcome:
             self.report.results[number] = replace(self.report.results[number], dt_ssd=answer)
 
     def _end(self, result: ImageResult) -> None:
+        if result.key in self._ended:
+            return
+        self._ended.add(result.key)
         self.report.results.append(result)
         self._hear.finished_image(result)
 
     def _finish(self, side: SideOutputs, begun: float, peak_memory: Callable[[], int]) -> None:
         self._pool.drain()
         report = self.report
-        ended = {result.key for result in report.results}
-        report.results += [replace(result, status="not reached") for result in self._planned if result.key not in ended]
+        report.results += [
+            replace(result, status="not reached") for result in self._planned if result.key not in self._ended
+        ]
         order = {result.key: number for number, result in enumerate(self._planned)}
         report.results.sort(key=lambda result: order[result.key])
         now = time.perf_counter()

@@ -221,7 +221,7 @@ class ScoringPool:
     def submit(self, task: Task[Any], then: Callable[[Any], None]) -> None:
         """Queue a task; waits while too many are in hand, so that memory stays flat.
 
-        ``then`` gets the answer, or DIED.
+        ``then`` gets the answer, or DIED; an interrupt may make it get one twice.
         """
         self._running.append((self._threads.submit(self._run, task), then))
         self._settle(self._most)
@@ -239,8 +239,9 @@ class ScoringPool:
 
     def _settle(self, at_most: int) -> None:
         while self._running and (len(self._running) > at_most or self._running[0][0].done()):
-            future, then = self._running.popleft()
+            future, then = self._running[0]
             then(future.result())
+            self._running.popleft()  # last, so that an interrupt loses none
 
     def _run(self, task: Task[Any]) -> Any:
         process = self._idle.get() or _Process()
