@@ -32,6 +32,8 @@ from icm_cli.runs import (
 )
 from icm_cli.sources import Job, plan_jobs
 
+RULE = Rule()
+"""Scores are over the whole image at its own size, GRAD and CONN of the composition lineage."""
 ALLOWED = frozenset({"empty-alpha", "16-bit-alpha"})
 """Kinds of odd ground truths that are no failure here."""
 
@@ -107,6 +109,8 @@ def matte(
         "masks": [str(path) for path in masks],
         "digest": digest,
     }
+    if truth.files:
+        settings["protocol"] = {"title": str(src), **RULE.as_protocol(), "rounds": 1, "refs_per_group": len(refs)}
     outcome = Outcome(
         Report(settings, allowed=ALLOWED, album=Album(references={(0, ""): list(zip_longest(refs, masks))})),
         [job.planned for job in jobs],
@@ -137,7 +141,7 @@ def _score_task(result: ImageResult) -> ScoreTask | None:
     if not result.truth:
         return None
     truth, image = Path(result.truth), Path(result.source)
-    return ScoreTask(result.source, Path(result.output), truth, Rule(), image=image, allowed=ALLOWED)
+    return ScoreTask(result.source, Path(result.output), truth, RULE, image=image, allowed=ALLOWED)
 
 
 def _ready(choice: ModelChoice, references: Sequence[Reference], hear: Listener) -> tuple[Matter, Prepared]:

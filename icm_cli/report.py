@@ -176,7 +176,9 @@ class Report:
         columns = [each.name for each in dataclasses.fields(ImageResult) if each.name not in ("scores", "categories")]
         at = columns.index("was_resized")
         columns[at:at] = [f"{region}_{metric}" for region in REGIONS for metric in METRICS]
-        rows = [result.as_row() for result in self.results]
+        protocol = self.settings.get("protocol", {})
+        stated = {f"scored_{key}": protocol[key] for key in ("size", "lineage") if key in protocol}
+        rows = [result.as_row() | stated for result in self.results]
         columns += sorted({column for row in rows for column in row} - set(columns))
         text = io.StringIO()
         table = csv.DictWriter(text, columns)

@@ -228,6 +228,11 @@ def test_images_the_model_was_trained_on_are_marked_and_left_out_of_a_second_mea
     mean = report["summary"]["means_without_images_trained_on"]["whole"]["metrics"]["mse"]["mean"]
     assert mean == pytest.approx(np.mean(unseen))
     assert "trained on</b>" in (tmp_path / "r.html").read_text()
+    assert report["settings"]["protocol"]["notes"] == []
+    save_checkpoint(tmp_path / "c.safetensors", model, config, with_backbone=False)
+    evaluate(report=tmp_path / "r.json", checkpoint=tmp_path / "c.safetensors", model=None)
+    (note,) = report_of(tmp_path / "r.json")["settings"]["protocol"]["notes"]
+    assert "does not say which images it was trained on" in note
 
 
 # --- alphas of any tool ---
@@ -546,6 +551,7 @@ def test_csv_has_a_line_for_every_image(evaluate: Evaluate, tmp_path: Path) -> N
     for metric in ("mse", "sad", "grad", "conn", "mad"):
         assert all(float(line[f"{region}_{metric}"]) >= 0 for line in lines for region in ("whole", "unknown"))
     assert {line["group"] for line in lines} == {"a", "b"}
+    assert {(line["scored_size"], line["scored_lineage"]) for line in lines} == {("original", "composition")}
 
 
 def test_json_tells_versions_hardware_and_timing(evaluate: Evaluate, tmp_path: Path) -> None:
@@ -580,7 +586,9 @@ def test_matte_writes_the_same_page(data: Path, tmp_path: Path, small_model: Pat
     assert 'alt="source"' in text
     result = CliRunner().invoke(app, ["matte", *line, "--gt", str(data / "alphas" / "a")], catch_exceptions=False)
     assert result.exit_code == 0
-    assert "Worst images" in (tmp_path / "r.html").read_text()
+    text = (tmp_path / "r.html").read_text()
+    assert "Worst images" in text
+    assert "lineage" in text
     for image in report_of(tmp_path / "r.json")["images"]:
         alpha, truth = read(Path(image["output"])), read(data / "alphas" / "a" / Path(image["output"]).name)
         assert image["scores"]["whole"]["grad"] == score(alpha, truth)["whole"].grad

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -153,12 +153,10 @@ class Evaluation:
 
     def _protocol(self, references: Rounds, notes: Sequence[str]) -> dict[str, Any]:
         """All that numbers depend on beside the alphas; two reports that differ here cannot be compared."""
-        rule = asdict(self.rule)
-        kernel, has_detail_maps = rule.pop("trimap_kernel_px"), rule.pop("has_detail_maps")
-        made = f"0 < alpha < 1 dilated by a {kernel} px square at the scored size"
+        made = f"0 < alpha < 1 dilated by a {self.rule.trimap_kernel_px} px square at the scored size"
         if not any(sample.trimap for sample in self.found.samples):
             unknown = f"made from the alpha: {made}"
-        elif has_detail_maps:
+        elif self.rule.has_detail_maps:
             unknown = "published detail maps above 0"
         else:
             unknown = f"published trimaps at 128; where one is missing, {made}"
@@ -169,8 +167,7 @@ class Evaluation:
             "where": self.where,
             "split": self.split,
             "images": len(self.found.samples),
-            **rule,
-            "regions": list(self.rule.regions),
+            **self.rule.as_protocol(),
             "unknown_region": unknown if "unknown" in self.rule.regions else "not scored",
             "rounds": len(references),
             "refs_per_group": each,

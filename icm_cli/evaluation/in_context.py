@@ -65,6 +65,10 @@ def matte_and_score(
     trained_on = read_trained_on(choice.checkpoint) if choice.checkpoint else None
     settings = {**choice.as_settings(), "alphas": str(save_alphas) if save_alphas else None}
     notes = repeated(evaluation.groups, len(references), refs_per_group)
+    if choice.checkpoint and trained_on is None:
+        notes.append(
+            f"{choice.checkpoint} does not say which images it was trained on; some of these may be among them"
+        )
     planned = [job.planned for job in jobs]
     outcome = evaluation.outcome(planned, settings, references, notes=notes, trained_on=trained_on)
     for problem in problems:

@@ -42,6 +42,10 @@ class Rule:
     has_detail_maps: bool = False
     """Trimaps are detail maps: every pixel above 0 is unknown."""
 
+    def as_protocol(self) -> dict[str, Any]:
+        """What every report states of it."""
+        return {"regions": list(self.regions), "size": self.size, "lineage": self.lineage}
+
 
 @dataclass(frozen=True)
 class Scored:
