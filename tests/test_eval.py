@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import json
 import re
@@ -168,6 +169,28 @@ def test_without_save_alphas_a_crash_still_resumes_and_nothing_stays_after_the_e
     assert result.exit_code == 0
     assert report_of(tmp_path / "r.json")["summary"]["skipped"] == 2
     assert list((tmp_path / "cache" / "eval").iterdir()) == []
+
+
+def test_alphas_that_another_run_still_scores_stay(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from icm_cli.engine import Engine
+
+    monkeypatch.setattr("icm_cli.evaluation.in_context.cache_folder", lambda: tmp_path / "cache")
+    others, run = [], Engine.run
+
+    def while_another_runs(self: Engine, *args: Any) -> None:
+        (lock,) = (tmp_path / "cache" / "eval").glob("*.lock")
+        others.append(lock.open("w"))
+        fcntl.flock(others[0], fcntl.LOCK_SH)
+        run(self, *args)
+
+    monkeypatch.setattr(Engine, "run", while_another_runs)
+    assert evaluate().exit_code == 0
+    assert len(list((tmp_path / "cache" / "eval").rglob("*.png"))) == 4
+    others[0].close()
+    assert evaluate().exit_code == 0
+    assert not list((tmp_path / "cache" / "eval").iterdir())
 
 
 def test_a_group_of_one_is_named_and_the_others_are_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from icm_cli.engine import Engine, Settings
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.evaluation.evaluation import Evaluation, round_folder
 from icm_cli.evaluation.references import Rounds, choose_references, read_rounds, repeated, targets, write_rounds
-from icm_cli.files import cache_folder, digest_of, remove_stale_temporaries
+from icm_cli.files import cache_folder, digest_of, remove_stale_temporaries, write_error
 from icm_cli.images import read_matte, read_picture
 from icm_cli.matter import Matter
 from icm_cli.model.checkpoint import read_trained_on
@@ -25,6 +26,7 @@ from icm_cli.model_choice import ModelChoice
 from icm_cli.references import Reference, make_guidance
 from icm_cli.report import Report
 from icm_cli.resume import keep_finished
+from icm_cli.runs import Outcome
 from icm_cli.sources import Job
 
 OLD_AFTER_S = 7 * 24 * 3600.0
@@ -38,7 +40,6 @@ def matte_and_score(
 
     Without ``save_alphas`` they are in the cache until the run ends well, so that a crash loses nothing.
     """
-    hear = evaluation.hear
     shelf = _Shelf(evaluation)
     references, problems = shelf.references(rounds, refs_per_group)
     if not any(references):
@@ -49,12 +50,39 @@ def matte_and_score(
     examples = [(number, group) for number, groups in enumerate(references, 1) for group in groups]
     digester = choice.digester()
     digests = [digester(shelf.digests(references[number - 1][group])) for number, group in examples]
-    folder = save_alphas or _work_folder(digests, evaluation)
-    jobs = [
-        _job(evaluation, sample, round_folder(folder, number, len(references)), number, example)
-        for example, (number, group) in enumerate(examples)
-        for sample in targets(evaluation.groups[group], references[number - 1][group])
-    ]
+    notes = repeated(evaluation.groups, len(references), refs_per_group)
+    home = contextlib.nullcontext(save_alphas) if save_alphas else _until_done(_work_folder(digests, evaluation))
+    with home as folder:
+        jobs = [
+            _job(evaluation, sample, round_folder(folder, number, len(references)), number, example)
+            for example, (number, group) in enumerate(examples)
+            for sample in targets(evaluation.groups[group], references[number - 1][group])
+        ]
+        _make_ready(evaluation, jobs, references, folder)
+        outcome = _outcome(evaluation, choice, jobs, references, notes, save_alphas)
+        for problem in problems:
+            outcome.add_problem(problem)
+        evaluation.hear.started(len(jobs))
+        with outcome:
+            remaining = keep_finished(jobs, digests, evaluation.workers, outcome.add)
+            matter = _load(choice, evaluation) if remaining else None
+            with outcome.reported(evaluation.side, choice.where.peak_memory_bytes):
+                if matter is not None:
+
+                    @functools.lru_cache(maxsize=1)
+                    def prepared(example: int) -> Prepared:
+                        number, group = examples[example]
+                        return shelf.prepared(matter, references[number - 1][group])
+
+                    engine = Settings(digests, choice.batch_size, evaluation.workers)
+                    notice = evaluation.hear.notice
+                    Engine(matter, prepared, engine, on_result=outcome.add, notice=notice).run(remaining)
+                evaluation.add_flicker(outcome)
+    return outcome.report
+
+
+def _make_ready(evaluation: Evaluation, jobs: Sequence[Job], references: Rounds, folder: Path) -> None:
+    """Check all that is about to be written, and write the references."""
     evaluation.check_overwrites_nothing([job.output for job in jobs])
     evaluation.side.check_writable(folder)
     for parent in {job.output.parent for job in jobs}:
@@ -62,35 +90,39 @@ def matte_and_score(
     if evaluation.side.references:
         write_rounds(evaluation.side.references, references)
 
+
+def _outcome(
+    evaluation: Evaluation,
+    choice: ModelChoice,
+    jobs: Sequence[Job],
+    references: Rounds,
+    notes: list[str],
+    save_alphas: Path | None,
+) -> Outcome:
     trained_on = read_trained_on(choice.checkpoint) if choice.checkpoint else None
-    settings = {**choice.as_settings(), "alphas": str(save_alphas) if save_alphas else None}
-    notes = repeated(evaluation.groups, len(references), refs_per_group)
     if choice.checkpoint and trained_on is None:
-        notes.append(
-            f"{choice.checkpoint} does not say which images it was trained on; some of these may be among them"
-        )
+        unknown = f"{choice.checkpoint} does not say which images it was trained on; some of these may be among them"
+        notes = [*notes, unknown]
+    settings = {**choice.as_settings(), "alphas": str(save_alphas) if save_alphas else None}
     planned = [job.planned for job in jobs]
-    outcome = evaluation.outcome(planned, settings, references, notes=notes, trained_on=trained_on)
-    for problem in problems:
-        outcome.add_problem(problem)
-    hear.started(len(jobs))
-    with outcome:
-        remaining = keep_finished(jobs, digests, evaluation.workers, outcome.add)
-        matter = _load(choice, evaluation) if remaining else None
-        with outcome.reported(evaluation.side, choice.where.peak_memory_bytes):
-            if matter is not None:
+    return evaluation.outcome(planned, settings, references, notes=notes, trained_on=trained_on)
 
-                @functools.lru_cache(maxsize=1)
-                def prepared(example: int) -> Prepared:
-                    number, group = examples[example]
-                    return shelf.prepared(matter, references[number - 1][group])
 
-                engine = Settings(digests, choice.batch_size, evaluation.workers)
-                Engine(matter, prepared, engine, on_result=outcome.add, notice=hear.notice).run(remaining)
-            evaluation.add_flicker(outcome)
-    if save_alphas is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    return outcome.report
+@contextlib.contextmanager
+def _until_done(folder: Path) -> Iterator[Path]:
+    """A folder that is removed once the run ends well and no other run uses it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_suffix(".lock").open("w")
+    except OSError as error:
+        raise write_error(folder, error) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield folder
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def _load(choice: ModelChoice, evaluation: Evaluation) -> Matter:
@@ -106,10 +138,11 @@ def _job(evaluation: Evaluation, sample: Sample, folder: Path, number: int, exam
 def _work_folder(digests: Sequence[str], evaluation: Evaluation) -> Path:
     """A folder of the cache for this very evaluation; old ones of others go."""
     home = cache_folder() / "eval"
-    with suppress(OSError):
-        for old in home.glob("*"):
+    with contextlib.suppress(OSError):
+        for old in home.glob("*.lock"):
             if time.time() - old.stat().st_mtime > OLD_AFTER_S:
-                shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(old.with_suffix(""), ignore_errors=True)
+                old.unlink()
     files = [str(sample.file.resolve()) for sample in evaluation.found.samples]
     return home / digest_of(*digests, *(path.encode(errors="surrogateescape") for path in files))[:32]
 
