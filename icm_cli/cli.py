@@ -248,8 +248,9 @@ def evaluate(
             from icm_cli.evaluation.comparison import compare as compared
             from icm_cli.terminal import print_comparison
 
-            print_comparison(compared(*compare), *compare)
-            raise typer.Exit
+            comparison = compared(*compare)
+            print_comparison(comparison, *compare)
+            raise typer.Exit(0 if comparison.images else 1)
         if dataset is None:
             raise UsageError(
                 "no dataset was given; give --dataset NAME (folder for your own), or --compare A.json B.json"

@@ -130,6 +130,8 @@ def cache_folder() -> Path:
     user = os.getuid() if hasattr(os, "getuid") else "user"
     folder = Path(tempfile.gettempdir()) / f"icm-{user}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid") and folder.stat().st_uid != user:
+        return Path(tempfile.mkdtemp(prefix="icm-"))  # somebody else's, perhaps put there to be run
     return folder
 
 

@@ -86,7 +86,7 @@ class Album:
     """Sources that are not files, by the name of their result."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The whole run: settings, a result for every image in the order of their names, and totals."""
 
@@ -107,6 +107,14 @@ class Report:
 
     def count(self, status: Status) -> int:
         return sum(result.status == status for result in self.results)
+
+    def __repr__(self) -> str:
+        return f"<Report of {len(self.results)} images: {dict(Counter(each.status for each in self.results))}>"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run reached every image."""
+        return not self.count("not reached")
 
     @property
     def maker(self) -> str:
@@ -158,7 +166,8 @@ class Report:
             "settings": self.settings,
             "references": self.references,
             "summary": {
-                **{status: self.count(status) for status in statuses},
+                "complete": self.is_complete,
+                **{status.replace(" ", "_"): self.count(status) for status in statuses},
                 "seconds": self.seconds,
                 "matting_seconds": self.matting_seconds,
                 "images_per_second": self.images_per_second,

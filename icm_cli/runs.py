@@ -93,14 +93,17 @@ class SideOutputs:
             except OSError as error:
                 raise write_error(folder, error) from error
 
-    def write(self, report: Report) -> None:
-        """Write them all. Raises OutputError."""
+    def write(self, report: Report) -> list[Path]:
+        """Write them all; returns those left as they are, since a run cut short replaces none. Raises OutputError."""
+        kept = [] if report.is_complete else [path for path in self.paths if path.exists()]
         for path in self.reports:
-            report.write(path)
-        if self.contact_sheet:
+            if path not in kept:
+                report.write(path)
+        if self.contact_sheet and self.contact_sheet not in kept:
             from icm_cli.contact_sheet import write_contact_sheet
 
             write_contact_sheet(self.contact_sheet, report.results)
+        return kept
 
 
 class Outcome:
@@ -188,6 +191,7 @@ class Outcome:
                 status=result.status if answer.scores else "unscored",
                 scores=answer.scores,
                 was_resized=answer.was_resized,
+                foreground=answer.foreground if result.foreground is None else result.foreground,
                 is_seen=is_seen,
                 reason="; ".join(problem.reason for problem in answer.problems),
             )
@@ -216,7 +220,8 @@ class Outcome:
         report.seconds, report.matting_seconds = now - self._start, now - begun
         report.peak_memory_bytes = peak_memory()
         try:
-            side.write(report)
+            for path in side.write(report):
+                self._hear.notice(f"{path} is left as it was: this run was cut short")
         finally:
             self._hear.finished(report)
 

@@ -173,7 +173,8 @@ def _scores_table(report: Report) -> Table:
     table.add_column("images", justify="right")
     for suffix, by_region in (("", report.means), (", not trained on", report.means_unseen or {})):
         for region, means in by_region.items():
-            table.add_row(f"{report.maker}, {region}{suffix}", *_cells(means, metrics), f"{means.images}")
+            cut = "" if report.is_complete else f" (cut short, of {len(report.results)})"
+            table.add_row(f"{report.maker}, {region}{suffix}{cut}", *_cells(means, metrics), f"{means.images}")
     published = PUBLISHED.get(protocol.get("title", ""), ())
     if published:
         table.add_section()

@@ -280,6 +280,7 @@ def test_alphas_that_were_kept_score_the_same_as_when_they_were_made(evaluate: E
     made, scored = report_of(tmp_path / "made.json"), report_of(tmp_path / "pred.json")
     assert [each["scores"] for each in made["images"]] == [each["scores"] for each in scored["images"]]
     assert made["summary"]["means"] == scored["summary"]["means"]
+    assert [each["foreground"] for each in made["images"]] == [each["foreground"] for each in scored["images"]]
 
 
 def test_a_missing_prediction_is_named_and_the_rest_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
@@ -499,6 +500,10 @@ def test_compare_prints_every_image_and_warns_where_protocols_differ(
     assert differs.exit_code == 0
     assert "size is original in the first and long1024 in the second" in differs.stderr
     assert "only in" in differs.stderr
+    evaluate(pred=tmp_path / "pred", report=tmp_path / "c.json")
+    nothing = report_of(tmp_path / "c.json") | {"images": []}
+    (tmp_path / "c.json").write_text(json.dumps(nothing))
+    assert CliRunner().invoke(app, [*line[:-1], str(tmp_path / "c.json")]).exit_code == 1
     rows = [row for row in differs.stdout.splitlines() if re.search(r"[ab]/\w+", row)]
     assert len(rows) == 5
     assert "b/lawn" in rows[0]  # what became worse comes first
@@ -656,15 +661,20 @@ def test_sigterm_scores_and_reports_what_is_done(data: Path, small_model: Path, 
     line = [
         *(sys.executable, "-m", "icm_cli.cli", "eval"),
         *arguments({"dataset": "folder", "data-root": data, "model": small_model, "report": tmp_path / "r.json"}),
-        *("--rounds", "3", "--save-alphas", str(tmp_path / "out")),
+        *("--rounds", "3", "--save-alphas", str(tmp_path / "out"), "--report", str(tmp_path / "r.html")),
     ]
+    (tmp_path / "r.html").write_text("an earlier page")
     with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
         assert run.stderr
         assert next(text for text in run.stderr if text.startswith("[2/"))
         run.terminate()
-        run.stderr.read()
+        rest = run.stderr.read()
     assert run.returncode in (143, 0)  # 0 where it was done before the signal came
     report = report_of(tmp_path / "r.json")
+    assert report["summary"]["complete"] == (run.returncode == 0)
+    if run.returncode:
+        assert "earlier" in (tmp_path / "r.html").read_text()  # a run cut short replaces no report
+        assert "left as it was" in rest
     for image in report["images"]:
         assert bool(image["scores"]) == (image["status"] == "done")
         assert Path(image["output"]).exists() == (image["status"] == "done")

@@ -212,7 +212,9 @@ def _backgrounds(dataset: Dataset, layout: Layout, folder: str | Path | None) ->
             f"{dataset.title} here holds only foregrounds; give --backgrounds DIR (the published test set uses images "
             f"of PASCAL VOC), {layout.backgrounds_each} of them are put behind each in the order of their names"
         )
-    found = image_files(Path(folder)) if Path(folder).is_dir() else []
+    if not Path(folder).is_dir():
+        raise UsageError(f"backgrounds folder {folder} does not exist; expected pictures to put foregrounds on")
+    found = image_files(Path(folder))
     if not found:
         raise UsageError(f"backgrounds folder {folder} holds no images; expected pictures to put foregrounds on")
     return found

@@ -56,6 +56,9 @@ def compare(before: str | Path, after: str | Path) -> Comparison:
     """
     first, second = _read(Path(before)), _read(Path(after))
     warnings = _protocol_warnings(first, second)
+    for path, report in ((before, first), (after, second)):
+        if not report.get("summary", {}).get("complete", True):
+            warnings.append(f"{path} is of a run that was cut short")
     images: dict[Region, list[ImageDifference]] = {}
     only: tuple[set[Key], set[Key]] = (set(), set())
     for region in REGIONS:
@@ -76,6 +79,8 @@ def compare(before: str | Path, after: str | Path) -> Comparison:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UsageError(f"report {path} does not exist; expected a .json that icm wrote")
     try:
         content = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         values = [value for region in REGIONS for each in _scores(content, region).values() for value in each.values()]

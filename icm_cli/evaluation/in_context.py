@@ -16,7 +16,7 @@ from icm_cli.datasets.samples import Problem, Sample
 from icm_cli.engine import Engine, Settings
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.evaluation.evaluation import Evaluation, round_folder
-from icm_cli.evaluation.references import Rounds, choose_references, read_rounds, repeated, targets, write_rounds
+from icm_cli.evaluation.references import Rounds, choose_references, group_notes, read_rounds, targets, write_rounds
 from icm_cli.files import cache_folder, digest_of, remove_stale_temporaries, write_error
 from icm_cli.images import read_matte, read_picture
 from icm_cli.matter import Matter
@@ -50,7 +50,7 @@ def matte_and_score(
     examples = [(number, group) for number, groups in enumerate(references, 1) for group in groups]
     digester = choice.digester()
     digests = [digester(shelf.digests(references[number - 1][group])) for number, group in examples]
-    notes = repeated(evaluation.groups, len(references), refs_per_group)
+    notes = group_notes(evaluation.groups, len(references), refs_per_group)
     home = contextlib.nullcontext(save_alphas) if save_alphas else _until_done(_work_folder(digests, evaluation))
     with home as folder:
         jobs = [

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
+from icm_cli.datasets import ONE_GROUP
 from icm_cli.datasets.samples import Problem, Sample
 from icm_cli.errors import UsageError
 from icm_cli.files import write_json
@@ -95,10 +96,15 @@ def _named_rounds(path: Path) -> Rounds:
     return list(rounds or [])
 
 
-def repeated(groups: Mapping[str, Sequence[Sample]], rounds: int, refs_per_group: int) -> list[str]:
-    """Where groups are too small for what was asked, a sentence each."""
+def group_notes(groups: Mapping[str, Sequence[Sample]], rounds: int, refs_per_group: int) -> list[str]:
+    """What keeps groups from giving what was asked, a sentence each."""
     sizes = {group: len(samples) for group, samples in groups.items() if len(samples) > 1}
     notes = []
+    if set(groups) == {ONE_GROUP}:
+        notes.append(
+            "no groups are known, so all images are one and a reference may show another thing than its target; "
+            "--groups FILE says which belong together"
+        )
     if small := [group for group, size in sizes.items() if size < rounds]:
         notes.append(
             f"{len(small)} group(s), such as {small[0]}, have fewer than {rounds} images: their references and scores "

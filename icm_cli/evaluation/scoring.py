@@ -56,6 +56,8 @@ class Scored:
     was_resized: bool = False
     """The alpha was not of the ground truth's size and was brought to it bilinearly."""
     image_sha256: str | None = None
+    foreground: float | None = None
+    """Share of foreground: the mean of the alpha at its own size, 0..1."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class ScoreTask:
             (*problems, *more),
             was_resized=alpha.shape != truth.alpha.shape,
             image_sha256=digest,
+            foreground=round(float(alpha.mean()) / 255.0, 6),
         )
 
     def _oddities(self, truth: TrueAlpha) -> list[Problem]:
