@@ -102,7 +102,7 @@ def group_notes(groups: Mapping[str, Sequence[Sample]], rounds: int, refs_per_gr
     notes = []
     if set(groups) == {ONE_GROUP}:
         notes.append(
-            "no groups are known, so all images are one and a reference may show another thing than its target; "
+            "no groups are known, so all images are one group and a reference may show another thing than its target; "
             "--groups FILE says which belong together"
         )
     if small := [group for group, size in sizes.items() if size < rounds]:
