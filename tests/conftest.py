@@ -12,6 +12,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+EVAL_NAMES = [f"{group}/{name}" for group in ("a", "b") for name in ("brickwall", "launchpad", "lawn")]
+"""Groups a and b of the folder dataset that ``icm eval`` is tested on."""
 DEMO = Path(__file__).parent / "demo"
 
 SMALL_MODEL = """
@@ -66,6 +68,32 @@ def icm(scene: Path, small_model: Path) -> Icm:
             **options,
         }
         return CliRunner().invoke(app, ["matte", *arguments(given), *flags], catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder dataset: groups a and b of three pictures of the demo's rocket each, with their exact alphas."""
+    for name in EVAL_NAMES:
+        for kind, source, suffix in (("images", "imgs", ".jpg"), ("alphas", "alphas", ".png")):
+            target = tmp_path / "data" / kind / f"{name}{suffix}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shrink(DEMO / source / f"{Path(name).name}{suffix}", target, 160 if name < "b" else 120)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def evaluate(data: Path, small_model: Path) -> Icm:
+    """Runs ``icm eval`` on the folder dataset; keyword arguments replace or add options, None leaves one out."""
+
+    def run(*flags: str, **options: str | int | Path | Sequence[str | Path] | None) -> Result:
+        from icm_cli.cli import app
+
+        given: dict[str, object] = {"dataset": "folder", "data_root": data, **options}
+        if "pred" not in options and "compare" not in options:
+            given = {"model": small_model, "device": "cpu", **given}
+        return CliRunner().invoke(app, ["eval", *arguments(given), *flags], catch_exceptions=False)
 
     return run
 

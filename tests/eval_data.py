@@ -1,0 +1,51 @@
+"""A small dataset for the tests of ``icm eval``, and what they do with it and its reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from conftest import EVAL_NAMES as NAMES
+from conftest import Icm as Evaluate
+from conftest import read
+
+__all__ = ["NAMES", "Evaluate", "bad_truth", "by_name", "copy_alphas", "report_of"]
+
+
+def report_of(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
+
+
+def by_name(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {image["name"]: image for image in report["images"]}
+
+
+def copy_alphas(data: Path, folder: Path) -> Path:
+    """Predictions that are the ground truth, blurred."""
+    for path in (data / "alphas").rglob("*.png"):
+        target = folder / path.relative_to(data / "alphas")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(target), cv2.GaussianBlur(read(path), (0, 0), 2))
+    return folder
+
+
+def bad_truth(kind: str, path: Path) -> None:
+    alpha = read(path)
+    if kind == "size-mismatch":
+        alpha = alpha[:, :-20]
+    elif kind == "colour-alpha":
+        alpha = np.dstack([alpha, alpha // 2, alpha])
+    elif kind == "16-bit-alpha":
+        alpha = alpha.astype(np.uint16) * 257
+    elif kind == "16-bit-alpha_in_RGB":
+        alpha = np.dstack([alpha.astype(np.uint16) * 257] * 3)
+    elif kind == "unscaled-alpha":
+        alpha = (alpha > 127).astype(np.uint8)
+    elif kind == "empty-alpha":
+        alpha = np.zeros_like(alpha)
+    cv2.imwrite(str(path), alpha)
+    if kind == "unreadable":
+        path.write_bytes(path.read_bytes()[:90])

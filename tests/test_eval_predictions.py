@@ -1,0 +1,245 @@
+"""``icm eval --pred``: alphas of any tool, bad data, and what of the protocol is stated."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from conftest import read
+from eval_data import NAMES, Evaluate, bad_truth, by_name, copy_alphas, report_of
+from typer.testing import CliRunner
+
+from icm_cli.evaluation.metrics import score
+
+
+def test_predictions_are_scored_without_torch(data: Path, tmp_path: Path) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    code = (
+        "import sys; from icm_cli import evaluate\n"
+        f"report = evaluate('folder', {str(data)!r}, pred={str(tmp_path / 'pred')!r})\n"
+        "assert report.exit_code == 0 and report.means['whole'].images == 6, report\n"
+        "sys.exit('torch' in sys.modules)"
+    )  # unguarded, as in a user's script
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_alphas_that_were_kept_score_the_same_as_when_they_were_made(evaluate: Evaluate, tmp_path: Path) -> None:
+    evaluate(report=tmp_path / "made.json", save_alphas=tmp_path / "out", rounds=2)
+    result = evaluate(report=tmp_path / "pred.json", pred=tmp_path / "out", references=tmp_path / "made.json")
+    assert result.exit_code == 0
+    made, scored = report_of(tmp_path / "made.json"), report_of(tmp_path / "pred.json")
+    assert [each["scores"] for each in made["images"]] == [each["scores"] for each in scored["images"]]
+    assert made["summary"]["means"] == scored["summary"]["means"]
+    assert [each["foreground"] for each in made["images"]] == [each["foreground"] for each in scored["images"]]
+
+
+def test_a_missing_prediction_is_named_and_the_rest_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    (tmp_path / "pred" / "a" / "lawn.png").unlink()
+    result = evaluate(pred=tmp_path / "pred", report=tmp_path / "r.json")
+    assert result.exit_code == 1
+    assert "missing-prediction" in result.stderr
+    assert report_of(tmp_path / "r.json")["summary"]["means"]["whole"]["images"] == 5
+
+
+def test_predictions_of_another_size_are_brought_to_the_truths_and_counted(
+    evaluate: Evaluate, data: Path, tmp_path: Path
+) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    path = tmp_path / "pred" / "a" / "lawn.png"
+    half = cv2.resize(read(path), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    cv2.imwrite(str(path), half)
+    result = evaluate(pred=tmp_path / "pred", report=tmp_path / "r.json")
+    assert result.exit_code == 0
+    assert "resized to score" in result.stdout
+    image = by_name(report_of(tmp_path / "r.json"))["a/lawn"]
+    truth = read(data / "alphas" / "a" / "lawn.png")
+    expected = score(cv2.resize(half, truth.shape[::-1], interpolation=cv2.INTER_LINEAR), truth)["whole"]
+    assert image["was_resized"]
+    assert image["scores"]["whole"]["mse"] == expected.mse
+
+
+def test_a_folder_without_any_of_the_alphas(evaluate: Evaluate, tmp_path: Path) -> None:
+    (tmp_path / "pred").mkdir()
+    result = evaluate(pred=tmp_path / "pred")
+    assert result.exit_code == 2
+    assert "a/brickwall.png" in result.stderr
+
+
+def test_allowed_bad_data_is_no_failure_but_a_run_without_any_score_is(
+    evaluate: Evaluate, data: Path, tmp_path: Path
+) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    (tmp_path / "pred" / "a" / "lawn.png").unlink()
+    assert evaluate(pred=tmp_path / "pred", allow="missing-prediction").exit_code == 0
+    for path in (tmp_path / "pred").rglob("*.png"):
+        path.write_bytes(b"torn")
+    result = evaluate(pred=tmp_path / "pred", allow=["missing-prediction", "unreadable"], report=tmp_path / "r.json")
+    assert result.exit_code == 1
+    assert report_of(tmp_path / "r.json")["summary"]["unscored"] == 6
+
+
+@pytest.mark.parametrize("kind", ["colour-alpha", "unscaled-alpha"])
+def test_predictions_that_are_no_alphas_are_named(evaluate: Evaluate, data: Path, tmp_path: Path, kind: str) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    bad_truth(kind, tmp_path / "pred" / "a" / "lawn.png")
+    result = evaluate(pred=tmp_path / "pred", report=tmp_path / "r.json")
+    assert result.exit_code == 1
+    assert report_of(tmp_path / "r.json")["summary"]["problems"] == {kind: 1}
+    assert by_name(report_of(tmp_path / "r.json"))["a/lawn"]["status"] == "unscored"
+
+
+def test_two_alphas_of_one_file_name_are_not_guessed_at(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        copy_alphas(data, tmp_path / "pred" / folder)
+    result = evaluate(pred=tmp_path / "pred")
+    assert result.exit_code == 2
+    assert "several of each name" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "size-mismatch",
+        "colour-alpha",
+        "unscaled-alpha",
+        "16-bit-alpha",
+        "16-bit-alpha_in_RGB",
+        "empty-alpha",
+        "unreadable",
+    ],
+)
+def test_bad_truths_are_named_counted_and_the_rest_scored(
+    evaluate: Evaluate, data: Path, tmp_path: Path, kind: str
+) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    bad_truth(kind, data / "alphas" / "a" / "lawn.png")
+    kind = kind.split("_")[0]
+    pages = [tmp_path / "r.json", tmp_path / "r.html", tmp_path / "r.csv"]
+    result = evaluate(pred=tmp_path / "pred", report=pages)
+    assert result.exit_code == 1
+    assert "a/lawn.png" in result.stderr
+    report = report_of(tmp_path / "r.json")
+    assert report["summary"]["problems"] == {kind: 1}
+    assert [problem["name"] for problem in report["problems"]] == ["a/lawn"]
+    scored = {name for name, image in by_name(report).items() if image["scores"]}
+    assert scored == set(NAMES) - (set() if kind == "16-bit-alpha" else {"a/lawn"})
+    assert kind in (tmp_path / "r.html").read_text()
+    assert evaluate(pred=tmp_path / "pred", allow=kind).exit_code == 0
+
+
+def test_16_bits_are_scored_as_8(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    evaluate(pred=tmp_path / "pred", report=tmp_path / "8.json")
+    bad_truth("16-bit-alpha", data / "alphas" / "a" / "lawn.png")
+    evaluate(pred=tmp_path / "pred", report=tmp_path / "16.json")
+    eight, sixteen = (by_name(report_of(tmp_path / f"{bits}.json"))["a/lawn"]["scores"] for bits in (8, 16))
+    assert eight == sixteen
+
+
+def test_videos_have_dt_ssd_between_frames_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    from icm_cli import evaluate
+    from icm_cli.evaluation.metrics import dt_ssd
+
+    rng = np.random.default_rng(0)
+    numbers = [8, 9, 10, 11, 20]
+    frames = {f"shot/f.{number}": rng.integers(0, 256, (2, 9, 12), np.uint8) for number in numbers}
+    for name, (alpha, truth) in frames.items():
+        for kind, image in (("images", truth), ("alphas", truth), ("pred", alpha)):
+            path = tmp_path / kind / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), image)
+    report = evaluate("folder", tmp_path, pred=tmp_path / "pred", video=True)
+    flicker = {result.name: result.dt_ssd for result in report.results}
+    assert flicker["shot/f.8"] is flicker["shot/f.20"] is None
+    for before, name in (("shot/f.8", "shot/f.9"), ("shot/f.9", "shot/f.10"), ("shot/f.10", "shot/f.11")):
+        (alpha, truth), (alpha_before, truth_before) = frames[name], frames[before]
+        assert flicker[name] == dt_ssd(alpha, alpha_before, truth, truth_before)
+    assert report.means["whole"].metrics["dt_ssd"].mean == pytest.approx(
+        np.mean([value for value in flicker.values() if value is not None])
+    )
+    assert evaluate("folder", tmp_path, pred=tmp_path / "pred").results[1].dt_ssd is None
+
+
+def test_every_report_states_the_protocol(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    options = {"region": ["unknown", "whole"], "size": "long1024", "lineage": "aim", "trimap_kernel": 9}
+    pages = [tmp_path / "r.json", tmp_path / "r.html"]
+    result = evaluate(pred=tmp_path / "pred", report=pages, note="alphas are pseudo", **options)
+    protocol = report_of(tmp_path / "r.json")["settings"]["protocol"]
+    assert protocol["regions"] == ["whole", "unknown"]
+    assert (protocol["size"], protocol["lineage"]) == ("long1024", "aim")
+    assert "9 px" in protocol["unknown_region"]
+    for text in (result.stdout, (tmp_path / "r.html").read_text()):
+        assert "long1024" in text
+        assert "aim" in text
+        assert "alphas are pseudo" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "aim-500"}, "Did you mean 'aim500'"),
+        ({"dataset": None}, "--dataset"),
+        ({"region": "hole"}, "Did you mean 'whole'"),
+        ({"size": "long2048"}, "Did you mean 'long1024'"),
+        ({"lineage": "dim"}, "aim"),
+        ({"allow": "empty"}, "empty-alpha"),
+        ({"rounds": 0}, "1 or more"),
+        ({"refs_per_group": 0}, "1 or more"),
+        ({"trimap_kernel": 0}, "1 or more"),
+        ({"split": "val"}, "test"),
+        ({"report": "r.txt"}, ".html"),
+        ({"references": "nowhere.json"}, "nowhere.json"),
+        ({"references": "nowhere.json", "rounds": 2}, "leave --rounds"),
+        ({"model": "icm-sd22"}, "icm-sd21"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(evaluate: Evaluate, options: dict[str, Any], message: str) -> None:
+    result = evaluate(**options)
+    assert result.exit_code in (2, 3)
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("icm: ")
+    assert message in line
+
+
+def test_with_predictions_options_of_a_model_are_refused(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    result = evaluate(pred=tmp_path / "pred", save_alphas=tmp_path / "out")
+    assert result.exit_code == 2
+    assert "--save-alphas has nothing to do" in result.stderr
+
+
+def test_compare_prints_every_image_and_warns_where_protocols_differ(
+    evaluate: Evaluate, data: Path, tmp_path: Path
+) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    evaluate(pred=tmp_path / "pred", report=tmp_path / "a.json")
+    line = ["eval", "--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]
+    from icm_cli.cli import app
+
+    same = CliRunner().invoke(app, line)
+    assert same.exit_code == 0
+    assert same.stderr == ""
+    cv2.imwrite(str(tmp_path / "pred" / "b" / "lawn.png"), 255 - read(data / "alphas" / "b" / "lawn.png"))
+    (tmp_path / "pred" / "a" / "lawn.png").unlink()
+    evaluate(pred=tmp_path / "pred", report=tmp_path / "b.json", size="long1024")
+    differs = CliRunner().invoke(app, [*line[:-1], str(tmp_path / "b.json")])
+    assert differs.exit_code == 0
+    assert "size is original in the first and long1024 in the second" in differs.stderr
+    assert "only in" in differs.stderr
+    evaluate(pred=tmp_path / "pred", report=tmp_path / "c.json")
+    nothing = report_of(tmp_path / "c.json") | {"images": []}
+    (tmp_path / "c.json").write_text(json.dumps(nothing))
+    assert CliRunner().invoke(app, [*line[:-1], str(tmp_path / "c.json")]).exit_code == 1
+    rows = [row for row in differs.stdout.splitlines() if re.search(r"[ab]/\w+", row)]
+    assert len(rows) == 5
+    assert "b/lawn" in rows[0]  # what became worse comes first

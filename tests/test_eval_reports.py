@@ -1,0 +1,125 @@
+"""What ``icm eval`` and ``icm matte --gt`` write: the page, CSV, JSON."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+from conftest import DEMO, arguments, read, shrink
+from eval_data import Evaluate, report_of
+from typer.testing import CliRunner
+
+from icm_cli.evaluation.metrics import score
+
+
+class Page(HTMLParser):
+    """Gathers what a page refers to, and its headings."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.headings: list[str] = []
+        self._tag = ""
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in ("meta", "img", "input", "link"):
+            self.open.append(tag)
+        self._tag = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._tag in ("h1", "h2", "h3") and data.strip():
+            self.headings.append(data.strip())
+
+
+def test_the_page_is_whole_and_needs_nothing_from_outside(evaluate: Evaluate, tmp_path: Path) -> None:
+    evaluate(report=tmp_path / "r.html", region=["whole", "unknown"])
+    text = (tmp_path / "r.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert page.references
+    assert all(reference.startswith("data:image/webp;base64,") for reference in page.references)
+    assert not re.search(r"url\(|@import|https?://", text)
+    for heading in ("Summary", "Protocol", "Worst images", "By group", "Distributions", "Made with", "References"):
+        assert heading in page.headings
+    for caption in ("source", "reference with mask", "ground truth", "error"):
+        assert f'alt="{caption}' in text
+    before_scripts = text[: text.index("<script>")]
+    assert "MSE" in before_scripts  # readable without them
+
+
+def test_published_rows_stand_beside_ours_with_a_note(tmp_path: Path, small_model: Path) -> None:
+    from icm_cli.cli import app
+
+    names = ["dog3_00", "dog3_02"]
+    for name in names:
+        for kind, source in (("image", "imgs/lawn.jpg"), ("alpha", "alphas/lawn.png")):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            shrink(DEMO / source, tmp_path / kind / f"{name}.png", 120)
+    line = ["eval", *arguments({"dataset": "icm57", "data-root": tmp_path, "report": tmp_path / "r.html"})]
+    result = CliRunner().invoke(app, [*line, "--model", str(small_model)])
+    assert result.exit_code == 1  # 230 of the published images are not here
+    assert "absent-file" in result.stdout
+    assert "0.0081" in result.stdout
+    text = (tmp_path / "r.html").read_text()
+    assert "SegGPT" in text
+    assert "Only 1 of the 232 images" in text
+    assert "square768" in text
+
+
+def test_csv_has_a_line_for_every_image(evaluate: Evaluate, tmp_path: Path) -> None:
+    evaluate(report=tmp_path / "r.csv", region=["whole", "unknown"])
+    lines = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
+    assert len(lines) == 4
+    for metric in ("mse", "sad", "grad", "conn", "mad"):
+        assert all(float(line[f"{region}_{metric}"]) >= 0 for line in lines for region in ("whole", "unknown"))
+    assert {line["group"] for line in lines} == {"a", "b"}
+    assert {(line["scored_size"], line["scored_lineage"]) for line in lines} == {("original", "composition")}
+
+
+def test_json_tells_versions_hardware_and_timing(evaluate: Evaluate, tmp_path: Path) -> None:
+    evaluate(report=tmp_path / "r.json")
+    report = report_of(tmp_path / "r.json")
+    assert {"python", "torch", "numpy", "icm-cli"} <= set(report["settings"]["versions"])
+    assert report["settings"]["hardware"]["cores"] >= 1
+    assert report["settings"]["model"]["backbone"]["name"] == "efficientnet-lite"
+    assert report["summary"]["seconds"] > 0
+    assert all(image["seconds"] > 0 for image in report["images"])
+
+
+def test_matte_writes_the_same_page(data: Path, tmp_path: Path, small_model: Path) -> None:
+    from icm_cli.cli import app
+
+    shutil.copytree(data / "images" / "a", tmp_path / "src")
+    (tmp_path / "src" / "brickwall.jpg").unlink()
+    line = arguments(
+        {
+            "ref": data / "images" / "a" / "brickwall.jpg",
+            "mask": data / "alphas" / "a" / "brickwall.png",
+            "src": tmp_path / "src",
+            "out": tmp_path / "out",
+            "model": small_model,
+            "report": [tmp_path / "r.html", tmp_path / "r.json"],
+        }
+    )
+    without = CliRunner().invoke(app, ["matte", *line], catch_exceptions=False)
+    assert without.exit_code == 0
+    text = (tmp_path / "r.html").read_text()
+    assert "there was no ground truth" in text
+    assert 'alt="source"' in text
+    result = CliRunner().invoke(app, ["matte", *line, "--gt", str(data / "alphas" / "a")], catch_exceptions=False)
+    assert result.exit_code == 0
+    text = (tmp_path / "r.html").read_text()
+    assert "Worst images" in text
+    assert "lineage" in text
+    for image in report_of(tmp_path / "r.json")["images"]:
+        alpha, truth = read(Path(image["output"])), read(data / "alphas" / "a" / Path(image["output"]).name)
+        assert image["scores"]["whole"]["grad"] == score(alpha, truth)["whole"].grad
