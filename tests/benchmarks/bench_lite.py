@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 
 DEMO = Path(__file__).parents[1] / "demo"
+ICM = str(Path(sys.executable).with_name("icm"))
 MEGAPIXEL = (1152, 864)
 FOUR_K = (3840, 2160)
 SMALL_MODEL = "backbone: {name: efficientnet-lite, long_side_px: 320}\nhead: {name: training-free}\n"
@@ -63,7 +64,7 @@ def help_seconds() -> float:
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        subprocess.run(["icm", "--help"], stdout=subprocess.DEVNULL, check=True)
+        subprocess.run([ICM, "--help"], stdout=subprocess.DEVNULL, check=True)
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -123,7 +124,7 @@ def pictures(folder: Path, size: tuple[int, int], count: int) -> None:
 def run_icm(folder: Path, root: Path, *options: str) -> Any:
     """The report of a run of the command over a folder."""
     report = root / f"{folder.name}.json"
-    line = ["icm", "matte", "--ref", DEMO / "ref.jpg", "--mask", DEMO / "mask.png", "--src", folder]
+    line = [ICM, "matte", "--ref", DEMO / "ref.jpg", "--mask", DEMO / "mask.png", "--src", folder]
     line += ["--out", root / f"{folder.name}-out", "--report", report, "--quiet", "--device", "cpu", *options]
     subprocess.run(list(map(os.fspath, line)), check=True)
     return json.loads(report.read_text())
