@@ -22,7 +22,7 @@ GREY = 128
 
 def write_contact_sheet(path: Path, results: Sequence[ImageResult]) -> None:
     """Write the sheet of every image that has its alpha (at most MOST_ROWS, evenly taken). Raises OutputError."""
-    shown = _evenly([result for result in results if result.has_alpha], MOST_ROWS)
+    shown = evenly([result for result in results if result.has_alpha], MOST_ROWS)
     rows = [_row(result) for result in shown]
     sheet = np.concatenate(rows) if rows else np.full((CELL_PX, 3 * CELL_PX, 3), GREY, np.uint8)
     with atomic_write(path) as file:
@@ -53,7 +53,8 @@ def _thumbnail(image: ImageU8) -> ImageU8:
     return np.asarray(small)
 
 
-def _evenly(results: Sequence[ImageResult], most: int) -> list[ImageResult]:
+def evenly(results: Sequence[ImageResult], most: int) -> list[ImageResult]:
+    """At most ``most`` of them, evenly taken."""
     if len(results) <= most:
         return list(results)
     return [results[index] for index in np.linspace(0, len(results) - 1, most).round().astype(int)]

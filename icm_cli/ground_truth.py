@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from icm_cli.datasets.layouts import image_files
 from icm_cli.errors import UsageError
-from icm_cli.images import IMAGE_SUFFIXES
 from icm_cli.sources import Job
 
 
@@ -25,11 +25,7 @@ class GroundTruth:
         root = Path(folder)
         if not root.is_dir():
             raise UsageError(f"ground truth folder {root} does not exist; expected alphas named like the images")
-        files = {
-            path.relative_to(root).with_suffix(""): path
-            for path in sorted(root.rglob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        }
+        files = {path.relative_to(root).with_suffix(""): path for path in image_files(root)}
         if not any(job.name.with_suffix("") in files for job in jobs):
             expected = jobs[0].name.with_suffix(".png")
             raise UsageError(f"ground truth folder {root} has no alpha named like any image, such as {expected}")

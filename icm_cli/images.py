@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import struct
 import zlib
@@ -81,13 +82,16 @@ def read_true_alpha(path: Path) -> TrueAlpha:
 
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an upright picture, from its header alone. Raises ImageError."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # these lie on their side
-    except _DECODE_ERRORS as error:
-        raise ImageError(f"{path} cannot be read ({' '.join(str(error).split())}); get a whole copy") from None
+    with _named_errors(path), Image.open(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # these lie on their side
     return (width, height) if turned else (height, width)
+
+
+def content_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal. Raises ImageError."""
+    with _named_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_alpha(path: Path, alpha: ImageU8, stamp: Mapping[str, str]) -> None:
@@ -136,12 +140,17 @@ def _matte(picture: Picture) -> ImageU8:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The decoded, upright image; every way a file can be bad becomes one ImageError."""
+    with _named_errors(path), Image.open(path) as image:
+        image.load()
+        yield ImageOps.exif_transpose(image)
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ImageError(f"{path} is a pipe or a device; expected an image file")  # reading could wait for ever
     try:
-        with Image.open(path) as image:
-            image.load()
-            yield ImageOps.exif_transpose(image)
+        yield
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
     except IsADirectoryError:

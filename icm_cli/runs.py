@@ -174,13 +174,11 @@ class Outcome:
         self._finish(side, begun, peak_memory)
 
     def _scored(self, result: ImageResult, answer: Any) -> None:
-        name = result.name or result.source
         if answer is DIED:
             reason = (
                 f"the process that scored {result.output} died, perhaps of too little memory; run the command again"
             )
-            self.add_problem(Problem("unreadable", name, reason))
-            self._end(replace(result, status="unscored", reason=reason))
+            self._end(replace(result, status="failed", reason=reason))
             return
         for problem in answer.problems:
             self.add_problem(problem)

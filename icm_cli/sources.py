@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from icm_cli.datasets.composites import Composite
+from icm_cli.datasets.composites import Composite, read_source
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.files import TEMPORARY_PREFIX
-from icm_cli.images import IMAGE_SUFFIXES, Picture, read_picture
+from icm_cli.images import IMAGE_SUFFIXES, Picture
 from icm_cli.report import ImageResult
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
@@ -33,7 +33,7 @@ class Job:
 
     def read(self) -> Picture:
         """The picture to matte. Raises ImageError."""
-        return self.source.read() if isinstance(self.source, Composite) else read_picture(self.source)
+        return read_source(self.source)
 
     def state(self) -> str:
         """Size in bytes and time of last change in nanoseconds of what it is made from. Raises ImageError."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from icm_cli.evaluation.metrics import METRICS, TITLES
+from icm_cli.evaluation.summary import mean_text, number_text
 from icm_cli.printing import write_line
 from icm_cli.runs import Listener
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from icm_cli.datasets.samples import Problem
     from icm_cli.evaluation.comparison import Comparison
-    from icm_cli.evaluation.summary import Mean, Means
+    from icm_cli.evaluation.summary import Means
     from icm_cli.report import ImageResult, Report
 
 PLAIN_WIDTH = 160
@@ -179,27 +180,14 @@ def _scores_table(report: Report) -> Table:
     if published:
         table.add_section()
     for row in published:
-        values = {"mse": f"{row.mse:.4f}", **{name: _or_dash(getattr(row, name)) for name in ("sad", "grad", "conn")}}
-        cells = [values.get(metric, "-") for metric in metrics]
+        cells = [number_text(getattr(row, metric, None), metric) for metric in metrics]
         table.add_row(f"{row.method} ({row.note}; published)", *cells, f"{1e3 * row.mse:.2f}", "")
     return table
 
 
 def _cells(means: Means, metrics: list[str]) -> list[str]:
-    cells = [_mean_text(means.metrics.get(name), name) for name in metrics]
+    cells = [mean_text(means.metrics.get(name), name) for name in metrics]
     return [*cells, f"{1e3 * means.metrics['mse'].mean:.2f}"]
-
-
-def _mean_text(mean: Mean | None, metric: str) -> str:
-    if mean is None:
-        return "-"
-    digits = 5 if metric in ("mse", "mad") else 3
-    spread = f" ± {mean.spread:.{digits}f}" if mean.spread is not None else ""
-    return f"{mean.mean:.{digits}f}{spread}"
-
-
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _protocol_line(protocol: Mapping[str, Any], note: str | None) -> str | None:

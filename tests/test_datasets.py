@@ -308,6 +308,20 @@ def test_options_that_do_not_belong_to_the_dataset(tmp_path: Path) -> None:
         find("folder", images=str(tmp_path))
 
 
+def test_a_folder_that_may_not_be_entered_is_passed_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "ppm", "image/a.jpg", "matte/a.jpg")
+    (tmp_path / "lost+found").mkdir()
+    real = Path.is_dir
+
+    def is_dir(path: Path) -> bool:
+        if path.parent.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    assert [sample.name for sample in find("ppm100", tmp_path).samples] == ["a"]
+
+
 def test_two_files_of_one_name_are_named(tmp_path: Path) -> None:
     put(tmp_path, "image/a.jpg", "image/a.png", "matte/a.jpg")
     found = find("ppm100", tmp_path)

@@ -93,11 +93,9 @@ def test_a_second_run_makes_nothing_again_and_says_the_same(
 def test_without_save_alphas_a_crash_still_resumes_and_nothing_stays_after_the_end(
     evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from icm_cli import files
     from icm_cli.engine import Engine
 
     monkeypatch.setattr("icm_cli.evaluation.in_context.cache_folder", lambda: tmp_path / "cache")
-    assert files.cache_folder  # the digests' own cache stays where it is
     real, made = Engine._write, []
 
     def dies_at_the_third(self: Engine, *args: Any) -> Any:

@@ -68,7 +68,7 @@ def test_published_rows_stand_beside_ours_with_a_note(tmp_path: Path, small_mode
     result = CliRunner().invoke(app, [*line, "--model", str(small_model)])
     assert result.exit_code == 1  # 230 of the published images are not here
     assert "absent-file" in result.stdout
-    assert "0.0081" in result.stdout
+    assert "0.00810" in result.stdout
     text = (tmp_path / "r.html").read_text()
     assert "SegGPT" in text
     assert "Only 1 of the 232 images" in text

@@ -92,6 +92,20 @@ def test_a_trimap_of_no_use_is_named_and_the_whole_image_scored(
     assert [problem.kind for problem in scored.problems] == [kind]
 
 
+def test_an_alpha_of_our_own_that_is_nearly_empty_is_scored(task: ScoreTask) -> None:
+    cv2.imwrite(str(task.alpha), np.eye(90, 150, dtype=np.uint8))  # a residue of 1 of 255
+    assert task.run().scores
+    foreign = replace(task, is_foreign=True)
+    assert [problem.kind for problem in foreign.run().problems] == ["unscaled-alpha"]
+    assert replace(foreign, allowed=frozenset({"unscaled-alpha"})).run().scores == task.run().scores
+
+
+def test_an_image_that_has_gone_is_named(task: ScoreTask, tmp_path: Path) -> None:
+    (problem,) = replace(task, image=tmp_path / "gone.jpg", wants_sha256=True).run().problems
+    assert problem.kind == "unreadable"
+    assert "gone.jpg does not exist" in problem.reason
+
+
 def test_a_picture_turned_by_exif_is_of_its_upright_size(task: ScoreTask, tmp_path: Path) -> None:
     from PIL import Image
 

@@ -46,6 +46,11 @@ class Composite:
         return Picture((foreground * weight + background * (1 - weight) + 0.5).astype(np.uint8), None)
 
 
+def read_source(source: Path | Composite) -> Picture:
+    """The picture of a file or a composite. Raises ImageError."""
+    return source.read() if isinstance(source, Composite) else read_picture(source)
+
+
 def _covering(background: ImageU8, height: int, width: int) -> ImageU8:
     ratio = max(height / background.shape[0], width / background.shape[1])
     if ratio > 1:

@@ -183,12 +183,15 @@ def _empty(folders: Sequence[Path | None]) -> Path:
 
 def _descend(base: Path, folders: str) -> Path | None:
     """A folder below another, whatever the case of the names; None where it is not there."""
-    for name in PurePosixPath(folders).parts:
-        exact = base / name
-        alike = [path for path in base.iterdir() if path.name.lower() == name.lower()] if not exact.is_dir() else []
-        base = alike[0] if alike else exact
-        if not base.is_dir():
-            return None
+    try:
+        for name in PurePosixPath(folders).parts:
+            exact = base / name
+            alike = [path for path in base.iterdir() if path.name.lower() == name.lower()] if not exact.is_dir() else []
+            base = alike[0] if alike else exact
+            if not base.is_dir():
+                return None
+    except PermissionError:  # such as lost+found beside the dataset
+        return None
     return base
 
 

@@ -53,14 +53,19 @@ class Evaluation:
         """Every sample."""
         return {sample.name: sample for sample in self.found.samples}
 
-    def check_overwrites_nothing(self, alphas: Sequence[Path] = ()) -> None:
-        """Raises UsageError for an alpha in the place of one of the dataset's files, or a report in that of any."""
-        files = {
+    @cached_property
+    def _files(self) -> set[str]:
+        """Every file of the dataset, links followed."""
+        return {
             os.path.realpath(path)
             for sample in self.found.samples
             for path in (sample.file, sample.alpha, sample.trimap)
             if path is not None
         }
+
+    def check_overwrites_nothing(self, alphas: Sequence[Path] = ()) -> None:
+        """Raises UsageError for an alpha in the place of one of the dataset's files, or a report in that of any."""
+        files = self._files
         folders = {str(Path(path).parent) for path in files}
         for path in alphas:
             if os.path.realpath(path.parent) in folders:
@@ -113,6 +118,7 @@ class Evaluation:
                 trimap=sample.trimap,
                 image=sample.file,
                 wants_sha256=trained_on is not None,
+                is_foreign="predictions" in settings,
                 allowed=self.allowed,
             )
 

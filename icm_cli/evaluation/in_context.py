@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from icm_cli.datasets.composites import Composite
+from icm_cli.datasets.composites import read_source
 from icm_cli.datasets.samples import Problem, Sample
 from icm_cli.engine import Engine, Settings
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.evaluation.evaluation import Evaluation, round_folder
 from icm_cli.evaluation.references import Rounds, choose_references, group_notes, read_rounds, targets, write_rounds
 from icm_cli.files import cache_folder, digest_of, remove_stale_temporaries, write_error
-from icm_cli.images import read_matte, read_picture
+from icm_cli.images import read_matte
 from icm_cli.matter import Matter
 from icm_cli.model.checkpoint import read_trained_on
 from icm_cli.model.contracts import Prepared
@@ -197,7 +197,6 @@ class _Shelf:
 
     def _read(self, sample: Sample) -> Reference:
         """A sample as a reference: its picture, and its alpha above one half as guidance."""
-        image = sample.image
-        rgb = (image.read() if isinstance(image, Composite) else read_picture(image)).rgb
+        rgb = read_source(sample.image).rgb
         mask = read_matte(sample.alpha)
         return Reference(rgb, make_guidance(mask, rgb.shape[:2], f"alpha {sample.alpha}", self.evaluation.hear.notice))

@@ -16,14 +16,15 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from icm_cli.datasets.composites import Composite
+from icm_cli.contact_sheet import evenly
+from icm_cli.datasets.composites import Composite, read_source
 from icm_cli.errors import ImageError
 from icm_cli.evaluation.metrics import METRICS, TITLES, Region
 from icm_cli.evaluation.published import PUBLISHED, comparability
-from icm_cli.evaluation.summary import Mean, Means, by
+from icm_cli.evaluation.summary import Means, by, mean_text, number_text
 from icm_cli.files import atomic_write
 from icm_cli.geometry import ImageU8
-from icm_cli.images import read_matte, read_picture
+from icm_cli.images import read_matte
 
 if TYPE_CHECKING:
     from icm_cli.report import ImageResult, Report
@@ -83,21 +84,6 @@ def write_page(path: Path, report: Report) -> None:
         file.write(text.encode(errors="replace"))  # names need not be UTF-8
 
 
-def number_text(value: float | None, metric: str = "mse") -> str:
-    """A metric with the digits that matter; a dash where there is none."""
-    if value is None:
-        return "–"
-    return f"{value:.5f}" if metric in ("mse", "mad") else f"{value:.2f}"
-
-
-def mean_text(mean: Mean | None, metric: str) -> str:
-    """A mean with its spread over rounds."""
-    if mean is None:
-        return "–"
-    spread = f" ± {number_text(mean.spread, metric)}" if mean.spread is not None else ""
-    return number_text(mean.mean, metric) + spread
-
-
 def _content(report: Report) -> dict[str, Any]:
     """All that the template shows."""
     protocol = report.settings.get("protocol", {})
@@ -108,7 +94,7 @@ def _content(report: Report) -> dict[str, Any]:
     worst_first = sorted(scored, key=lambda result: -_mse(result, main)) if main else []
     best = worst_first[::-1][: min(BEST_SHOWN, len(scored) // 3)]
     worst = worst_first[: min(WORST_SHOWN, len(scored) - len(best))]
-    unscored = [] if scored else _evenly([each for each in report.results if each.has_alpha])
+    unscored = [] if scored else evenly([each for each in report.results if each.has_alpha], UNSCORED_SHOWN)
     figure = partial(_figure, report)
     return {
         "title": report.settings["title"],
@@ -136,12 +122,6 @@ def _content(report: Report) -> dict[str, Any]:
 def _mse(result: ImageResult, region: Region | None) -> float:
     scores = result.scores.get(region) if region else None
     return scores.mse if scores else 0.0
-
-
-def _evenly(results: Sequence[ImageResult]) -> list[ImageResult]:
-    if len(results) <= UNSCORED_SHOWN:
-        return list(results)
-    return [results[index] for index in np.linspace(0, len(results) - 1, UNSCORED_SHOWN).round().astype(int)]
 
 
 def _tables(scored: Sequence[ImageResult]) -> dict[str, dict[str, dict[Region, Means]]]:
@@ -189,7 +169,7 @@ def _figure(report: Report, result: ImageResult) -> Figure:
 
 def _picture(source: Path | Composite) -> ImageU8 | None:
     try:
-        return (source.read() if isinstance(source, Composite) else read_picture(source)).rgb
+        return read_source(source).rgb
     except ImageError:
         return None
 

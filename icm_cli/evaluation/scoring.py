@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import queue
@@ -23,7 +22,7 @@ from icm_cli.datasets.samples import Problem
 from icm_cli.errors import ImageError
 from icm_cli.evaluation.metrics import UNKNOWN, Lineage, Region, Scores, dt_ssd, score
 from icm_cli.geometry import ImageU8
-from icm_cli.images import TrueAlpha, image_size, read_matte, read_true_alpha
+from icm_cli.images import TrueAlpha, content_sha256, image_size, read_matte, read_true_alpha
 from icm_cli.references import ASPECT_TOLERANCE
 
 LONG_SIDE_PX = 1024
@@ -71,15 +70,19 @@ class ScoreTask:
     trimap: Path | None = None
     image: Path | None = None
     wants_sha256: bool = False
+    is_foreign: bool = False
+    """The alpha is of another tool, so its file may be odd; icm's own may hold nothing but a 1 of 255."""
     allowed: frozenset[str] = frozenset()
     """Kinds of problems under which the alpha is scored all the same."""
 
     def run(self) -> Scored:
         """Read the files and score; what is wrong with them comes back as problems."""
-        digest = hashlib.sha256(self.image.read_bytes()).hexdigest() if self.wants_sha256 and self.image else None
+        digest = None
         try:
+            if self.wants_sha256 and self.image:
+                digest = content_sha256(self.image)
             truth, predicted = read_true_alpha(self.truth), read_true_alpha(self.alpha)
-            problems = [*self._oddities(truth), *self._unusable(self.alpha, predicted)]
+            problems = self._oddities(truth) + (self._unusable(self.alpha, predicted) if self.is_foreign else [])
             if any(each.kind != "16-bit-alpha" for each in problems):
                 return Scored(problems=tuple(problems), image_sha256=digest)
             alpha = predicted.alpha
@@ -119,7 +122,7 @@ class ScoreTask:
         if alpha.has_colour:
             reason = f"{path} has colour; expected one grey channel as the alpha"
             return [Problem("colour-alpha", self.name, reason)]
-        if alpha.alpha.max() == 1:
+        if alpha.alpha.max() == 1 and "unscaled-alpha" not in self.allowed:
             return [Problem("unscaled-alpha", self.name, f"the largest value of {path} is 1; scale it to 0..255")]
         return []
 
@@ -251,12 +254,14 @@ class ScoringPool:
             self._running.popleft()  # last, so that an interrupt loses none
 
     def _run(self, task: Task[Any]) -> Any:
-        process = self._idle.get() or _Process()
+        process = self._idle.get()
         try:
+            process = process or _Process()
             return process.run(task)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-            process.close()
-            process = _Process()
+            if process:
+                process.close()
+            process = None  # the next task starts another
             return DIED
         finally:
             self._idle.put(process)

@@ -64,6 +64,21 @@ def by(results: Sequence[ImageResult], key: Callable[[ImageResult], str | None])
     return {value: means for value in sorted(parts) if (means := summarise(parts[value]))}
 
 
+def number_text(value: float | None, metric: str) -> str:
+    """A metric with the digits that matter; a dash where there is none."""
+    if value is None:
+        return "-"
+    return f"{value:.5f}" if metric in ("mse", "mad") else f"{value:.2f}"
+
+
+def mean_text(mean: Mean | None, metric: str) -> str:
+    """A mean with its spread over rounds."""
+    if mean is None:
+        return "-"
+    spread = f" ± {number_text(mean.spread, metric)}" if mean.spread is not None else ""
+    return number_text(mean.mean, metric) + spread
+
+
 def _mean(rounds: Sequence[Sequence[float]]) -> Mean:
     means = [math.fsum(values) / len(values) for values in rounds]
     return Mean(math.fsum(means) / len(means), statistics.stdev(means) if len(means) > 1 else None)
