@@ -60,7 +60,10 @@ def icm(
 
 Model = Annotated[
     Optional[str],
-    typer.Option(help="lite, icm-sd21, sd21-training-free, or a .yaml file.", show_default="the checkpoint's, or lite"),
+    typer.Option(
+        help="lite-training-free, lite, icm-sd21, sd21-training-free, or a .yaml file.",
+        show_default="the checkpoint's, or lite-training-free",
+    ),
 ]
 Checkpoint = Annotated[
     Optional[Path], typer.Option(help="Trained weights: the published .ckpt, or .safetensors of icm.")

@@ -18,6 +18,10 @@ from icm_cli.errors import ConfigError, did_you_mean
 
 PartKind = Literal["backbones", "heads"]
 T = TypeVar("T")
+TRAINING_KEYS = ("train", "data")
+"""Sections of a configuration file that only ``icm train`` reads."""
+MODEL_KEYS = {"backbone", "head", *TRAINING_KEYS}
+"""All sections of a configuration file."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ def part_class(kind: PartKind, name: str) -> Any:
 
 def parse_model(mapping: object, where: str) -> ModelConfig:
     """Read a model's configuration; ``where`` names its origin in errors. Raises ConfigError."""
-    fields = _as_mapping(mapping, where)
-    _reject_unknown(fields, {"backbone", "head"}, where)
+    fields = as_mapping(mapping, where)
+    reject_unknown(fields, {"backbone", "head"}, where)
     return ModelConfig(
         backbone=_parse_part("backbones", fields.get("backbone"), f"{where}: backbone"),
         head=_parse_part("heads", fields.get("head"), f"{where}: head"),
@@ -64,20 +68,27 @@ def parse_model(mapping: object, where: str) -> ModelConfig:
 
 def load_model_config(model: str) -> ModelConfig:
     """The configuration of a preset's name or of a YAML file's path. Raises ConfigError."""
+    where, mapping = read_mapping(model)
+    fields = as_mapping(mapping, where)
+    reject_unknown(fields, MODEL_KEYS, where)
+    return parse_model({key: value for key, value in fields.items() if key not in TRAINING_KEYS}, where)
+
+
+def read_mapping(config: str) -> tuple[str, object]:
+    """The content of a preset or of a YAML file, and the path it was read from. Raises ConfigError."""
     presets = preset_paths()
-    if model in presets:
-        path = presets[model]
+    if config in presets:
+        path = presets[config]
     else:
-        path = Path(model)
+        path = Path(config)
         if path.suffix not in {".yaml", ".yml"}:
-            raise ConfigError(f"model {model!r} is neither a preset nor a .yaml file. {did_you_mean(model, presets)}")
+            raise ConfigError(f"model {config!r} is neither a preset nor a .yaml file. {did_you_mean(config, presets)}")
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return str(path), yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"configuration {path} cannot be read: {error.strerror}; give a preset or a file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
-    return parse_model(mapping, str(path))
 
 
 def preset_paths() -> dict[str, Path]:
@@ -88,7 +99,7 @@ def preset_paths() -> dict[str, Path]:
 
 
 def _parse_part(kind: PartKind, mapping: object, where: str) -> PartConfig:
-    fields = _as_mapping(mapping, where)
+    fields = as_mapping(mapping, where)
     name = fields.get("name")
     if not isinstance(name, str):
         raise ConfigError(f"{where} has no name; expected a key 'name' with one of the {kind} of icm")
@@ -99,10 +110,10 @@ def _parse_part(kind: PartKind, mapping: object, where: str) -> PartConfig:
 
 def read_strict(cls: type[T], mapping: object, where: str) -> T:
     """Build a dataclass from a mapping: every key known, every value of its field's type. Raises ConfigError."""
-    fields = _as_mapping(mapping, where)
+    fields = as_mapping(mapping, where)
     hints = typing.get_type_hints(cls)
     known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    _reject_unknown(fields, known, where)
+    reject_unknown(fields, known, where)
     return cls(**{key: _typed(value, hints[key], f"{where}: {key}") for key, value in fields.items()})
 
 
@@ -112,6 +123,8 @@ def _typed(value: object, hint: Any, where: str) -> Any:
         if value is None and type(None) in hints:
             return None
         hint = next(h for h in hints if h is not type(None))
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return read_strict(hint, value, where)
     if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         return tuple(_typed(item, typing.get_args(hint)[0], where) for item in value)
     if typing.get_origin(hint) is Literal and value in typing.get_args(hint):
@@ -124,13 +137,15 @@ def _typed(value: object, hint: Any, where: str) -> Any:
     raise ConfigError(f"{where} is {value!r}; expected {expected.replace('typing.', '')}")
 
 
-def _as_mapping(value: object, where: str) -> Mapping[str, object]:
+def as_mapping(value: object, where: str) -> Mapping[str, Any]:
+    """A section of a configuration. Raises ConfigError for anything else."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} is {'missing' if value is None else repr(value)}; expected keys with values")
     return value
 
 
-def _reject_unknown(fields: Mapping[str, object], known: set[str], where: str) -> None:
+def reject_unknown(fields: Mapping[str, object], known: set[str], where: str) -> None:
+    """Raises ConfigError that suggests the nearest known key."""
     for key in fields:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), known)}")

@@ -76,7 +76,7 @@ def test_readme_names_every_kind_of_bad_data() -> None:
 
 
 def test_presets_are_found() -> None:
-    assert set(preset_paths()) == {"lite", "icm-sd21", "sd21-training-free"}
+    assert set(preset_paths()) == {"lite", "lite-training-free", "icm-sd21", "sd21-training-free"}
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from tiny_sd import write_tiny_sd
 from torch import Tensor
@@ -68,19 +67,12 @@ def test_detail_head(decoder: tuple[DetailHead, dict[str, Tensor]]) -> None:
         guidance = (pair["guidance"] > 0.5).float()
         prepared = head.prepare([ReferenceFeatures(feature, guidance, valid)])
         target = target_features(pair)
-        similarity = head.inter_similarity(prepared.tokens, target.correspondence, target.valid)
+        similarity = head.inter_similarity([prepared.tokens], target.correspondence, target.valid)
         close(similarity, pair["inter_similarity"])
-        close(intra_picture(head, similarity, target), pair["intra_similarity"])
-        close(head(target, prepared, (pair["image"] + 1) / 2, valid).alpha, pair["alpha"])
-
-
-def intra_picture(head: DetailHead, similarity: Tensor, target: Features) -> Tensor:
-    """The published code's picture of the intra-similarity: its mean channel, the mean over scales."""
-    pictures = [
-        F.interpolate(layer(similarity, target.intra[s].matrix()).mean(1, keepdim=True), (192, 192), mode="bilinear")  # type: ignore[attr-defined]
-        for layer, s in zip(head.intra_similarity, STRIDES, strict=True)
-    ]
-    return torch.stack(pictures).mean(0)
+        inter, intra = head.similarity_maps(target, [prepared])
+        close(inter, similarity)
+        close(intra, pair["intra_similarity"])
+        close(head(target, [prepared], (pair["image"] + 1) / 2, valid).alpha, pair["alpha"])
 
 
 @pytest.fixture(scope="module")

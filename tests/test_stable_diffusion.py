@@ -20,7 +20,7 @@ from icm_cli.model.backbones.stable_diffusion import StableDiffusion, StableDiff
 from icm_cli.model.checkpoint import save_checkpoint
 from icm_cli.model.contracts import Features, MatrixIntraSimilarity
 from icm_cli.model.heads.detail import DetailHead, PreparedReferences, judge
-from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.in_context_matting import TARGET_NOISE, InContextMatting, reference_noise
 from icm_cli.model.loading import load_model, model_digest, resolve_config
 from icm_cli.model.sd_unet import MeanAttention
 
@@ -84,6 +84,9 @@ def low(trained: tuple[Path, ModelConfig]) -> InContextMatting:
     return load_trained(trained[0], torch.bfloat16)
 
 
+TARGET, REFERENCE = [TARGET_NOISE], [reference_noise(0)]
+
+
 def images(count: int, seed: int = 0) -> Tensor:
     """Random pictures with structure at several scales, [count,3,SIDE,SIDE] in 0..1."""
     generator = torch.Generator().manual_seed(seed)
@@ -106,7 +109,7 @@ def prepared(model: InContextMatting) -> PreparedReferences:
 
 class TestFeatures:
     def test_shapes(self, backbone: StableDiffusion) -> None:
-        features = backbone.target(images(2), all_valid(2))
+        features = backbone.target(images(2), all_valid(2), TARGET * 2)
         assert features.correspondence.shape == (2, 32, SIDE // 16, SIDE // 16)
         assert features.valid.shape == (2, SIDE // 16, SIDE // 16)
         assert {s: tuple(f.shape) for s, f in features.scales.items()} == {32: (2, 32, 4, 4), 16: (2, 32, 8, 8)}
@@ -116,17 +119,18 @@ class TestFeatures:
             torch.testing.assert_close(intra.matrix().sum(-1), torch.ones(2, (SIDE // stride) ** 2))
 
     def test_the_reference_pass_gives_correspondence_alone(self, backbone: StableDiffusion) -> None:
-        features = backbone.reference(images(1), all_valid(1), 0)
+        features = backbone.reference(images(1), all_valid(1), REFERENCE)
         assert features.correspondence.shape == (1, 32, 8, 8)
         assert not features.scales
         assert not features.intra
 
     def test_independent_of_order_and_neighbours(self, backbone: StableDiffusion) -> None:
         pictures, valid = images(3), all_valid(3)
-        together = backbone.target(pictures, valid)
-        turned = backbone.target(pictures.flip(0), valid)
+        together = backbone.target(pictures, valid, TARGET * 3)
+        turned = backbone.target(pictures.flip(0), valid, TARGET * 3)
         assert torch.equal(together.correspondence, turned.correspondence.flip(0))
-        assert torch.equal(together.correspondence[1:2], backbone.target(pictures[1:2], valid[1:2]).correspondence)
+        alone = backbone.target(pictures[1:2], valid[1:2], TARGET)
+        assert torch.equal(together.correspondence[1:2], alone.correspondence)
         assert torch.equal(matrix(together)[2], matrix(turned)[0])
 
     def test_noise_follows_seed_role_and_draw(self, backbone: StableDiffusion, folder: Path) -> None:
@@ -148,14 +152,14 @@ class TestPadding:
     def test_padded_keys_are_masked_in_the_map(self, backbone: StableDiffusion) -> None:
         valid = all_valid(1)
         valid[:, 64:] = False
-        attention = matrix(backbone.target(images(1), valid))
+        attention = matrix(backbone.target(images(1), valid, TARGET))
         assert torch.all(attention[..., 32:] == 0)
         torch.testing.assert_close(attention.sum(-1), torch.ones(1, 64))
 
     def test_features_stay_the_published_ones(self, backbone: StableDiffusion) -> None:
         valid = all_valid(1)
         valid[:, 64:] = False
-        whole, padded = backbone.target(images(1), all_valid(1)), backbone.target(images(1), valid)
+        whole, padded = backbone.target(images(1), all_valid(1), TARGET), backbone.target(images(1), valid, TARGET)
         torch.testing.assert_close(whole.correspondence, padded.correspondence)
 
     def test_masked_map_is_the_softmax_over_valid_keys(self) -> None:
@@ -189,7 +193,7 @@ def modules_run(backbone: StableDiffusion, run: str) -> set[str]:
         if name
     ]
     arguments = (images(1), all_valid(1))
-    backbone.reference(*arguments, 0) if run == "reference" else backbone.target(*arguments)
+    backbone.reference(*arguments, REFERENCE) if run == "reference" else backbone.target(*arguments, TARGET)
     for hook in hooks:
         hook.remove()
     return called
@@ -274,7 +278,7 @@ class TestWholeModel:
 
 class TestLowPrecision:
     def test_similarities_stay_float32(self, low: InContextMatting) -> None:
-        features = low.backbone.target(images(1), all_valid(1))
+        features = low.backbone.target(images(1), all_valid(1), TARGET)
         assert matrix(features).dtype == features.correspondence.dtype == torch.float32
         assert features.scales[16].dtype == torch.bfloat16
         (tokens,) = prepared(low).tokens

@@ -61,7 +61,7 @@ def reference(kinds: Tensor, kind: int, seed: int = 1) -> ReferenceFeatures:
 
 def matte(head: TrainingFree, kinds: Tensor, *references: ReferenceFeatures):
     valid = whole(kinds)
-    return head(features(kinds, valid), head.prepare(references), picture(kinds), valid)
+    return head(features(kinds, valid), [head.prepare(references)], picture(kinds), valid)
 
 
 def share_inside(alpha: Tensor, kinds: Tensor, kind: int) -> float:
@@ -96,7 +96,7 @@ def test_alpha_and_confidence_have_their_shapes_and_ranges(head):
         {STRIDE: SelfSimilarity(one.correspondence.expand(2, -1, -1, -1), one.valid.expand(2, -1, -1), 0.15)},
     )
     image = picture(kinds).expand(2, -1, -1, -1)
-    result = head(two, head.prepare([reference(scene((BALL, 5)), BALL)]), image, valid)
+    result = head(two, [head.prepare([reference(scene((BALL, 5)), BALL)])] * 2, image, valid)
     assert result.alpha.shape == (2, 1, 160, 224)
     assert result.alpha.dtype == torch.float32
     assert 0 <= result.alpha.min() < 0.01
@@ -124,7 +124,7 @@ def test_padded_tokens_take_no_part(head):
         padded = kinds.clone()
         padded[:, 10:] = padding
         padded[9:] = padding
-        results.append(head(features(padded, valid), prepared, picture(padded), valid))
+        results.append(head(features(padded, valid), [prepared], picture(padded), valid))
     assert torch.equal(results[0].alpha[..., :130, :160], results[1].alpha[..., :130, :160])
     assert torch.equal(results[0].confidence, results[1].confidence)
 
@@ -170,7 +170,7 @@ def test_intra_similarity_spreads_the_evidence(head):
     flat = AttentionMatrix(torch.full((1, kinds.numel(), kinds.numel()), 1 / kinds.numel()), tuple(kinds.shape))
     target = dataclasses.replace(features(kinds, whole(kinds)), intra={STRIDE: flat})
     prepared = head.prepare([reference(scene((BALL, 5)), BALL)])
-    contrast = head.evidence(target, prepared, STRIDE)[0].contrast
+    contrast = head.evidence(target, [prepared], STRIDE)[0].contrast
     assert contrast.std() < 1e-6  # everything alike: everywhere the mean
 
 

@@ -66,6 +66,11 @@ class Features:
     intra: Mapping[int, IntraSimilarity]
 
 
+    def one(self, index: int) -> Features:
+        """The correspondence feature of one image, as a batch of one; its scales and intra are left out."""
+        return Features(self.correspondence[index : index + 1], self.valid[index : index + 1], {}, {})
+
+
 @dataclass(frozen=True)
 class ReferenceFeatures:
     """One reference: features (batch of one), the guidance [1,1,H,W] float32 in {0,1} and valid [1,H,W]."""
@@ -107,6 +112,9 @@ class Backbone(nn.Module, ABC):
     gives_matrix: ClassVar[bool]
     """Whether ``Features.intra`` holds :class:`MatrixIntraSimilarity` objects."""
 
+    is_trainable: ClassVar[bool]
+    """Whether training may change its weights; a frozen backbone runs without gradients."""
+
     @classmethod
     @abstractmethod
     def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
@@ -131,12 +139,15 @@ class Backbone(nn.Module, ABC):
         """The canvas sizes this backbone takes."""
 
     @abstractmethod
-    def reference(self, image: Tensor, valid: Tensor, index: int) -> Features:
-        """Features of reference number ``index`` (batch of one): the correspondence feature alone."""
+    def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
+        """Features of a batch of references: the correspondence feature alone.
+
+        ``noise`` names each image's noise, for backbones that draw any: equal names, equal noise.
+        """
 
     @abstractmethod
-    def target(self, image: Tensor, valid: Tensor) -> Features:
-        """Features of a batch of targets; each image's are independent of its neighbours'."""
+    def target(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
+        """Features of a batch of targets, each image's independent of its neighbours'; ``noise`` as above."""
 
 
 class Head(nn.Module, ABC):
@@ -156,5 +167,21 @@ class Head(nn.Module, ABC):
         """Condense the references into what :meth:`forward` needs; called once per run."""
 
     @abstractmethod
-    def forward(self, target: Features, reference: Any, image: Tensor, valid: Tensor) -> Matte:
-        """Matte a batch. ``reference`` is what :meth:`prepare` gave; image and valid are the targets'."""
+    def forward(self, target: Features, references: Sequence[Any], image: Tensor, valid: Tensor) -> Matte:
+        """Matte a batch; image and valid are the targets'.
+
+        ``references``: for each image of the batch what :meth:`prepare` gave.
+        """
+
+
+class TrainedHead(Head, ABC):
+    """A head with weights, which come from a checkpoint or are learned by ``icm train``."""
+
+    is_trained = True
+
+    @abstractmethod
+    def similarity_maps(self, target: Features, references: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Inter- and intra-similarity of a batch as pictures, [B,1,h,w] float32 each on a grid of its own, any scale.
+
+        For people to look at while a model is trained; nothing is computed from them.
+        """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, Self, runtime_checkable
 
 import torch
@@ -10,7 +11,40 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
-from icm_cli.model.contracts import Backbone, Head, Matte, Prepared, ReferenceFeatures
+from icm_cli.model.contracts import Backbone, Features, Head, Matte, Prepared, ReferenceFeatures
+
+TARGET_NOISE = "target"
+"""Name of the noise of every target that is matted: an alpha must not depend on its neighbours."""
+
+
+def reference_noise(index: int) -> str:
+    """Name of the noise of reference number ``index`` of a run."""
+    return f"reference {index}"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Targets with a reference each, what training shows the model; all on canvases of one size.
+
+    image, reference_image [B,3,H,W] sRGB 0..1; valid, reference_valid [B,H,W] bool; guidance [B,1,H,W] float32 in
+    {0,1}; target_noise, reference_noise: names of each image's noise.
+    """
+
+    image: Tensor
+    valid: Tensor
+    reference_image: Tensor
+    guidance: Tensor
+    reference_valid: Tensor
+    target_noise: Sequence[str]
+    reference_noise: Sequence[str]
+
+
+@dataclass(frozen=True)
+class PairFeatures:
+    """What the backbone says of :class:`Pairs`."""
+
+    target: Features
+    reference: Features
 
 
 @runtime_checkable
@@ -55,24 +89,50 @@ class InContextMatting(nn.Module):
         """Features of the references, once per run.
 
         ``references``: (image [1,3,H,W] sRGB 0..1, guidance [1,1,H,W] in {0,1}, valid [1,H,W] bool), each on a
-        canvas of its own. Returns what the head makes of them, for :meth:`forward`.
+        canvas of its own. Returns what the head makes of them, for :meth:`infer`.
         """
         return self.head.prepare(
             [
-                ReferenceFeatures(self.backbone.reference(image, valid, index), guidance, valid)
+                ReferenceFeatures(self.backbone.reference(image, valid, [reference_noise(index)]), guidance, valid)
                 for index, (image, guidance, valid) in enumerate(references)
             ]
         )
 
-    def forward(self, image: Tensor, valid: Tensor, reference: Prepared) -> Matte:
-        """image [B,3,H,W] sRGB 0..1 and valid [B,H,W] on one canvas -> :class:`Matte` on that canvas."""
-        matte: Matte = self.head(self.backbone.target(image, valid), reference, image, valid)
+    def forward(self, pairs: Pairs, features: PairFeatures | None = None) -> Matte:
+        """Matte targets by a reference each, with gradients; ``features`` where they are there already."""
+        features = features or self.features(pairs)
+        matte: Matte = self.head(features.target, self.prepared(pairs, features), pairs.image, pairs.valid)
         return matte
+
+    def features(self, pairs: Pairs) -> PairFeatures:
+        """What the backbone says of targets and references."""
+        return PairFeatures(
+            self.backbone.target(pairs.image, pairs.valid, pairs.target_noise),
+            self.backbone.reference(pairs.reference_image, pairs.reference_valid, pairs.reference_noise),
+        )
+
+    def prepared(self, pairs: Pairs, features: PairFeatures) -> list[Prepared]:
+        """What the head makes of each pair's reference."""
+        return [
+            self.head.prepare(
+                [
+                    ReferenceFeatures(
+                        features.reference.one(i), pairs.guidance[i : i + 1], pairs.reference_valid[i : i + 1]
+                    )
+                ]
+            )
+            for i in range(len(pairs.image))
+        ]
 
     @torch.inference_mode()
     def infer(self, image: Tensor, valid: Tensor, reference: Prepared) -> Matte:
-        """:meth:`forward` without gradients."""
-        matte: Matte = self(image, valid, reference)
+        """image [B,3,H,W] sRGB 0..1 and valid [B,H,W] on one canvas -> :class:`Matte` on that canvas.
+
+        ``reference`` is what :meth:`reference` gave: the same for every image.
+        """
+        count = len(image)
+        features = self.backbone.target(image, valid, [TARGET_NOISE] * count)
+        matte: Matte = self.head(features, [reference] * count, image, valid)
         return matte
 
 

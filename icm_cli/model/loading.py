@@ -13,17 +13,17 @@ from icm_cli.files import content_digest, digest_of
 from icm_cli.model.checkpoint import Checkpoint, load_strict, read_checkpoint, read_config
 from icm_cli.model.in_context_matting import InContextMatting
 
-DEFAULT_MODEL = "lite"
+DEFAULT_MODEL = "lite-training-free"
 PUBLISHED_MODEL = "icm-sd21"
 """Preset of the published checkpoint, which holds no configuration."""
-UNTRAINED_MODEL = "sd21-training-free"
+UNTRAINED_MODELS = "lite-training-free or sd21-training-free"
 
 
 def resolve_config(model: str | None, checkpoint: Path | None) -> ModelConfig:
     """Which model is meant by ``--model`` (a preset or a YAML file) and ``--checkpoint``; reads no weights.
 
-    Without a model it is the checkpoint's own, the published one's preset for the published file, and "lite"
-    where there is no checkpoint either. Raises ConfigError where the two do not fit.
+    Without a model it is the checkpoint's own, the published one's preset for the published file, and
+    "lite-training-free" where there is no checkpoint either. Raises ConfigError where the two do not fit.
     """
     given = None if model is None else load_model_config(model)
     if checkpoint is None:
@@ -82,7 +82,7 @@ def _require_checkpoint(config: ModelConfig) -> None:
     if part_class("heads", config.head.name).is_trained:
         raise ConfigError(
             f"head {config.head.name!r} has weights of its own and there are none to take; give them with --checkpoint "
-            f"FILE (the published .ckpt or one that icm trained). --model {UNTRAINED_MODEL} needs none"
+            f"FILE (the published .ckpt or one that icm trained). --model {UNTRAINED_MODELS} needs none"
         )
 
 

@@ -5,9 +5,27 @@ S*A lives near the smallest float16 numbers, so nothing here runs in a lower pre
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+P = ParamSpec("P")
+
+
+def in_float32(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Keep mixed precision (autocast) out of a function of float32 tensors."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return guarded
 
 
 def tokens(feature: Tensor) -> Tensor:
@@ -20,6 +38,7 @@ def token_valid(valid: Tensor, stride: int) -> Tensor:
     return F.max_pool2d(valid[:, None].float(), stride)[:, 0] > 0
 
 
+@in_float32
 def inter_similarity(reference_tokens: Tensor, target_tokens: Tensor, target_valid: Tensor) -> Tensor:
     """Where the reference's foreground lies in the target: S of the paper's equation 3, as a sum over tokens.
 
@@ -44,6 +63,7 @@ class AttentionMatrix:
     def matrix(self) -> Tensor:
         return self._attention
 
+    @in_float32
     def propagate(self, values: Tensor) -> Tensor:
         return self._attention @ values.float()
 
@@ -62,6 +82,7 @@ class SelfSimilarity:
         self._valid = valid
         self._temperature = temperature
 
+    @in_float32
     def propagate(self, values: Tensor) -> Tensor:
         query = self._unit_tokens()[:, None]
         mask = None if bool(self._valid.all()) else self._valid.flatten(1)[:, None, None, :]

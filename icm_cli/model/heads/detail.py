@@ -16,17 +16,14 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.guidance import foreground_tokens
-from icm_cli.model.contracts import Features, Head, MatrixIntraSimilarity, Matte, ReferenceFeatures
-from icm_cli.model.similarity import inter_similarity, tokens
+from icm_cli.model.contracts import Features, MatrixIntraSimilarity, Matte, ReferenceFeatures, TrainedHead
+from icm_cli.model.decoding import ConvNormReLU, alpha_output, judge, upsample
+from icm_cli.model.similarity import in_float32, inter_similarity, tokens
 
 STRIDES = (32, 16)
 """Scales of the fusion: the paper's 24 x 24 and 48 x 48 tokens of a 768 px canvas."""
 IMAGE_STREAM_CHANNELS = (48, 96, 192)
 OUTPUT_CHANNELS = 16
-VISIBLE_ALPHA = 0.05
-"""Pixels below take no part in the confidence: a large empty background says nothing about the thing."""
-FOUND_SHARE = 5e-4
-"""Share of the frame that must be foreground (alpha over 0.5) for the thing to count as found."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,11 @@ class PreparedReferences:
     notices: list[str] = field(default_factory=list)
 
 
-class DetailHead(Head):
+class DetailHead(TrainedHead):
     """Inter-similarity says where, intra-similarity spreads it, the decoder brings it to the pixels."""
 
     Config = DetailConfig
     needs_matrix = True
-    is_trained = True
 
     def __init__(self, config: DetailConfig) -> None:
         super().__init__()
@@ -93,15 +89,33 @@ class DetailHead(Head):
             prepared.notices.extend([notice] if notice else [])
         return prepared
 
-    def forward(self, target: Features, reference: PreparedReferences, image: Tensor, valid: Tensor) -> Matte:
-        similarity = self.inter_similarity(reference.tokens, target.correspondence, target.valid)
+    def forward(
+        self, target: Features, references: Sequence[PreparedReferences], image: Tensor, valid: Tensor
+    ) -> Matte:
+        _, spread = self._similarities(target, references)
+        fused = self.fusion([target.scales[stride] for stride in STRIDES], spread)
+        alpha = self.detail_decoder(fused, 2.0 * image - 1.0)
+        return Matte(alpha, *judge(alpha.detach(), valid))
+
+    def similarity_maps(self, target: Features, references: Sequence[PreparedReferences]) -> tuple[Tensor, Tensor]:
+        """S, and the mean channel of the spread similarities, the mean over scales (the published code's picture)."""
+        similarity, spread = self._similarities(target, references)
+        size = (self.config.canvas_px, self.config.canvas_px)
+        pictures = [F.interpolate(each.float().mean(1, keepdim=True), size, mode="bilinear") for each in spread]
+        return similarity, torch.stack(pictures).mean(dim=0)
+
+    def _similarities(
+        self, target: Features, references: Sequence[PreparedReferences]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """S [B,1,h,w], and spread over each scale of STRIDES [B,256,s,s]."""
+        similarity = self.inter_similarity(
+            [reference.tokens for reference in references], target.correspondence, target.valid
+        )
         spread = [
             layer(similarity, _matrix(target, stride))
             for layer, stride in zip(self.intra_similarity, STRIDES, strict=True)
         ]
-        fused = self.fusion([target.scales[stride] for stride in STRIDES], spread)
-        alpha = self.detail_decoder(fused, 2.0 * image - 1.0)
-        return Matte(alpha, *judge(alpha.detach(), valid))
+        return similarity, spread
 
 
 class InterSimilarity(nn.Module):
@@ -116,14 +130,17 @@ class InterSimilarity(nn.Module):
         normalised: Tensor = self.norm(tokens(feature))
         return normalised
 
-    def forward(self, references: Sequence[Tensor], feature: Tensor, valid: Tensor) -> Tensor:
-        """References' tokens [K,C] each, feature [B,C,h,w], valid [B,h,w] bool -> S [B,1,h,w] float32.
+    def forward(self, references: Sequence[Sequence[Tensor]], feature: Tensor, valid: Tensor) -> Tensor:
+        """For each image its references' tokens [K,C], feature [B,C,h,w], valid [B,h,w] bool -> S [B,1,h,w] float32.
 
         The mean over references of each one's own sum: a single reference gives the published rule.
         """
-        target = self.normalised_tokens(feature)
-        sums = [inter_similarity(reference, target, valid.flatten(1)) for reference in references]
-        return torch.stack(sums).mean(dim=0).view(-1, 1, *feature.shape[2:])
+        target, real = self.normalised_tokens(feature), valid.flatten(1)
+        means = []
+        for i, of_image in enumerate(references):
+            sums = [inter_similarity(tokens, target[i : i + 1], real[i : i + 1]) for tokens in of_image]
+            means.append(torch.cat(sums).mean(dim=0))
+        return torch.stack(means).view(-1, 1, *feature.shape[2:])
 
 
 class SpreadByStructure(nn.Module):
@@ -139,12 +156,17 @@ class SpreadByStructure(nn.Module):
 
     def forward(self, similarity: Tensor, matrix: Tensor) -> Tensor:
         """S [B,1,h,w] and A [B,N,N], both float32 -> [B,channels,s,s] in the convolution's dtype; N = s * s."""
+        weighted = self._weighted(similarity, matrix)
+        condensed: Tensor = self.conv(weighted.to(self.conv.weight.dtype))
+        return condensed
+
+    @in_float32
+    def _weighted(self, similarity: Tensor, matrix: Tensor) -> Tensor:
+        """ReLU(LayerNorm(S * A)), [B,N,s,s] float32, channel k the key."""
         side = round(matrix.shape[1] ** 0.5)
         resized = F.interpolate(similarity, (side, side), mode="bilinear", align_corners=True)
         spread = F.relu(self.norm(resized.flatten(2) * matrix))
-        weighted = spread.view(-1, side, side, side * side).permute(0, 3, 1, 2)
-        condensed: Tensor = self.conv(weighted.to(self.conv.weight.dtype))
-        return condensed
+        return spread.view(-1, side, side, side * side).permute(0, 3, 1, 2)
 
 
 class Fusion(nn.Module):
@@ -180,12 +202,7 @@ class DetailDecoder(nn.Module):
             ConvNormReLU(width + detail, after)
             for width, detail, after in zip(widths, reversed(stream), channels, strict=False)
         )
-        self.output = nn.Sequential(
-            nn.Conv2d(channels[-1], OUTPUT_CHANNELS, 3, padding=1),
-            nn.BatchNorm2d(OUTPUT_CHANNELS),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(OUTPUT_CHANNELS, 1, 1),
-        )
+        self.output = alpha_output(channels[-1], OUTPUT_CHANNELS)
 
     def forward(self, fused: Tensor, image: Tensor) -> Tensor:
         """fused [B,320,48,48], image [B,3,768,768] in -1..1 -> alpha [B,1,768,768] float32 in 0..1."""
@@ -195,37 +212,6 @@ class DetailDecoder(nn.Module):
         for step in self.steps:
             fused = step(torch.cat([details.pop(), upsample(fused)], dim=1))
         return torch.sigmoid(self.output(fused).float())
-
-
-class ConvNormReLU(nn.Module):
-    """3 x 3 convolution without bias, BatchNorm, ReLU."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x)), inplace=True)
-
-
-def upsample(x: Tensor) -> Tensor:
-    """Twice the size, bilinear, pixel centres kept."""
-    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
-
-
-def judge(alpha: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence [B] in 0..1 and found [B] bool of an alpha [B,1,H,W]; padding ([B,H,W] not valid) counts for nothing.
-
-    Confidence is how decided the alpha is: the mean of |2a - 1| over pixels that are not plain background, 0
-    where there are none. Inter-similarity sums to K whether the thing is there or not, so an absent thing shows
-    only in an alpha that stays empty.
-    """
-    alpha = alpha[:, 0]
-    visible = (alpha > VISIBLE_ALPHA) & valid
-    decided = ((2.0 * alpha - 1.0).abs() * visible).sum((1, 2)) / visible.sum((1, 2)).clamp(min=1)
-    share = ((alpha > 0.5) & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
-    return decided, share >= FOUND_SHARE
 
 
 def _matrix(target: Features, stride: int) -> Tensor:

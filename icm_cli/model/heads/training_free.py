@@ -118,14 +118,14 @@ class TrainingFree(Head):
             notices += [notice] if notice else []
         return PreparedReference(torch.cat(foregrounds), torch.cat(backgrounds), notices)
 
-    def forward(self, target: Features, reference: Any, image: Tensor, valid: Tensor) -> Matte:
+    def forward(self, target: Features, references: Sequence[Any], image: Tensor, valid: Tensor) -> Matte:
         """Each image of the batch by itself; see :class:`~icm_cli.model.contracts.Matte`.
 
         ``confidence`` is the likeness of :class:`Evidence`, at most 1.
         """
         alpha = torch.zeros_like(image[:, :1])
         stride = image.shape[-1] // target.correspondence.shape[-1]
-        evidences = self.evidence(target, reference, stride)
+        evidences = self.evidence(target, references, stride)
         found = [self._is_found(evidence) for evidence in evidences]
         for index, evidence in enumerate(evidences):
             if found[index]:
@@ -138,13 +138,13 @@ class TrainingFree(Head):
     def _is_found(self, evidence: Evidence) -> bool:
         return evidence.likeness >= self.config.absent_below and bool(evidence.contrast.max() > 0)
 
-    def evidence(self, target: Features, reference: PreparedReference, stride: int) -> list[Evidence]:
-        """Evidence for each target of the batch; ``stride`` is that of the correspondence feature."""
+    def evidence(self, target: Features, references: Sequence[PreparedReference], stride: int) -> list[Evidence]:
+        """Evidence for each target of the batch by its reference; ``stride`` is that of the correspondence feature."""
         height, width = target.valid.shape[1:]
         contrast = target.correspondence.new_zeros(target.valid.shape)
         all_tokens = tokens(target.correspondence)
         likeness = []
-        for index, valid in enumerate(target.valid):
+        for index, (valid, reference) in enumerate(zip(target.valid, references, strict=True)):
             found, share = self._compare(all_tokens[index, valid.flatten()], reference)
             contrast[index, valid] = found
             likeness.append(share)

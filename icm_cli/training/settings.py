@@ -1,0 +1,310 @@
+"""Settings of training: frozen dataclasses, read strictly from the same YAML file as the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from icm_cli.config import MODEL_KEYS, ModelConfig, as_mapping, parse_model, read_mapping, read_strict, reject_unknown
+from icm_cli.datasets import DATASETS, Size, Split
+from icm_cli.errors import ConfigError, did_you_mean
+from icm_cli.training.losses import LossConfig
+
+CUTOUTS = "cutouts"
+"""A source that is a folder of RGBA foregrounds."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Some images with alphas to train on; paths are as on the command line, relative to the working directory."""
+
+    dataset: str = "folder"
+    """A dataset of ``icm eval`` (``root`` is its folder), ``folder`` (``images`` and ``alphas``), or ``cutouts``: RGBA
+    foregrounds below ``root``, those of one subfolder a group."""
+    root: str | None = None
+    images: str | None = None
+    alphas: str | None = None
+    trimaps: str | None = None
+    groups: str | None = None
+    """JSON file that says which images show the same thing."""
+    split: Split | None = None
+    """Without it the train split, or the only one."""
+    group_by: Literal["group", "image"] = "group"
+    """"image": every image is a group of its own, so its pairs are two views of it."""
+    binary: bool = False
+    """The alphas are masks of 0 and 255, and stay so whatever is done to the images."""
+    exclude: tuple[str, ...] = ()
+    """Globs of names that are left out."""
+    weight: float = 1.0
+    """Share of the samples, in proportion to the other sources' weights."""
+    licence: str = ""
+    """Recorded in every checkpoint."""
+
+    def __post_init__(self) -> None:
+        known = {*DATASETS, CUTOUTS}
+        if self.dataset not in known:
+            raise ConfigError(f"data: unknown dataset {self.dataset!r}. {did_you_mean(self.dataset, known)}")
+        if not self.weight > 0:
+            raise ConfigError(f"data: weight of {self.title} is {self.weight}; expected more than 0")
+
+    @property
+    def title(self) -> str:
+        """How it is named in messages."""
+        where = self.root or self.images
+        return f"{self.dataset} ({where})" if where else self.dataset
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """What ``icm eval`` scores while the model learns; fields as its options."""
+
+    dataset: str = "folder"
+    root: str | None = None
+    images: str | None = None
+    alphas: str | None = None
+    trimaps: str | None = None
+    groups: str | None = None
+    split: Split = "test"
+    size: Size | None = None
+    rounds: int = 1
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A mixture of sources, backgrounds for foregrounds, and what to validate on."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    backgrounds: tuple[str, ...] = ()
+    """Folders of pictures to put foregrounds on."""
+    validation: ValidationConfig | None = None
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """What a training sample is made of; shares are 0..1."""
+
+    composite_share: float = 0.5
+    """Of photographs with alphas: the thing is put on another background. Foregrounds always are."""
+    same_image_share: float = 0.2
+    """The reference is another view of the target's own image, though the group has others."""
+    distractor_share: float = 0.5
+    """Other things are pasted into the target, so that only the reference tells what is wanted."""
+    distractors: int = 2
+    """At most so many."""
+    reference_distractor_share: float = 0.5
+    """Of samples with distractors: the first is pasted into the reference too."""
+    negative_share: float = 0.1
+    """The reference's thing is not in the target, whose alpha is 0."""
+    scribble_share: float = 0.0
+    """The guidance is a stroke inside the thing instead of its mask."""
+    point_share: float = 0.0
+    """The guidance is a spot inside the thing."""
+    mask_jitter: float = 0.2
+    """Guidance masks that are grown, shrunk or shifted by a little."""
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if name != "distractors" and not 0 <= value <= 1:
+                raise ConfigError(f"train: pairs: {name} is {value}; expected 0 to 1")
+        if self.scribble_share + self.point_share > 1:
+            raise ConfigError("train: pairs: scribble_share and point_share are above 1 together; expected at most 1")
+        if self.distractors < 0:
+            raise ConfigError(f"train: pairs: distractors is {self.distractors}; expected 0 or more")
+
+    @property
+    def changes_pixels(self) -> bool:
+        """Whether a sample's pictures may be anything but the files' own."""
+        return bool(self.composite_share or self.distractor_share or self.negative_share)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to reference and target, independently; all 0 leaves the pictures as they are."""
+
+    flip: float = 0.5
+    """Share that is mirrored."""
+    zoom: float = 1.6
+    """Pictures are enlarged by up to this factor over the canvas and a part of it is taken; 1 takes the whole."""
+    rotate_degrees: float = 10.0
+    """Turned by up to this much either way."""
+    stretch: float = 0.1
+    """Aspect ratio and shear are changed by up to this share."""
+    colour: float = 0.2
+    """Brightness, contrast, saturation and white balance are changed by up to this share."""
+    jpeg: float = 0.3
+    """Share that is compressed."""
+    blur: float = 0.1
+    """Share that is blurred."""
+    noise: float = 0.2
+    """Share that gets sensor noise."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jpeg", "blur", "noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"train: augment: {name} is {getattr(self, name)}; expected 0 to 1")
+        for name, most in (("rotate_degrees", 180.0), ("stretch", 0.9), ("colour", 0.9)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ConfigError(f"train: augment: {name} is {getattr(self, name)}; expected 0 to {most:g}")
+        if self.zoom < 1:
+            raise ConfigError(f"train: augment: zoom is {self.zoom}; expected 1 or more")
+
+    @property
+    def moves_pixels(self) -> bool:
+        return bool(self.flip or self.zoom > 1 or self.rotate_degrees or self.stretch)
+
+    @property
+    def changes_pixels(self) -> bool:
+        return self.moves_pixels or bool(self.colour or self.jpeg or self.blur or self.noise)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe; the defaults are the released code's (Guo et al. 2024), with the paper's batch and steps."""
+
+    steps: int = 20_000
+    batch_size: int = 8
+    """Samples a step, over all processes."""
+    micro_batch_size: int | None = None
+    """Samples that a process takes at a time; gradients are accumulated over as many as make a batch."""
+    canvas_px: int = 768
+    """Side of the square canvas that reference and target are brought to."""
+    optimiser: Literal["adam", "adamw"] = "adam"
+    rate: float = 4e-4
+    """Learning rate of the head."""
+    backbone_rate: float = 0.0
+    """Learning rate of the backbone; 0 keeps it frozen."""
+    weight_decay: float = 0.0
+    warmup_steps: int = 250
+    """The rate grows linearly from 1e-6 of itself."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; "cosine" falls to 0 at the last step."""
+    clip_norm: float | None = None
+    """Largest norm of all gradients together."""
+    ema: float | None = None
+    """Decay a step of the running mean of the weights, which is then what is validated and saved."""
+    batch_norm: Literal["batch", "fixed"] = "batch"
+    """"batch": the head's BatchNorm takes the statistics of each process's micro-batch, as published; "fixed": its
+    running ones. A backbone's are always fixed."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision."""
+    seed: int = 0
+    log_every: int = 10
+    image_every: int = 500
+    validate_every: int = 1000
+    save_every: int = 500
+    feature_cache_gb: float = 20.0
+    """Room on disk for a frozen backbone's features, where no augmentation changes pixels; 0 keeps none."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    pairs: PairConfig = field(default_factory=PairConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    trimap_kernel: int = 25
+    """Side in px of the square that dilates 0 < alpha < 1 to the unknown region where no trimap is given."""
+
+    def __post_init__(self) -> None:
+        at_least = {"steps": 1, "batch_size": 1, "canvas_px": 64, "log_every": 1, "image_every": 1, "trimap_kernel": 1}
+        at_least |= {"validate_every": 1, "save_every": 1, "warmup_steps": 0, "rate": 0, "backbone_rate": 0}
+        at_least |= {"weight_decay": 0, "feature_cache_gb": 0, "seed": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"train: {name} is {getattr(self, name)}; expected {least} or more")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ConfigError(f"train: micro_batch_size is {self.micro_batch_size}; expected 1 or more")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError(f"train: clip_norm is {self.clip_norm}; expected more than 0")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"train: ema is {self.ema}; expected between 0 and 1")
+
+    @property
+    def changes_pixels(self) -> bool:
+        """Whether any sample's pictures may be anything but the files' own."""
+        return self.augment.changes_pixels or self.pairs.changes_pixels
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of a training run that decides its result."""
+
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """The mapping that :func:`read_settings` reads back to equal settings, as JSON takes it."""
+        plain: dict[str, Any] = _plain(
+            {**self.model.as_dict(), "train": dataclasses.asdict(self.train), "data": dataclasses.asdict(self.data)}
+        )
+        return plain
+
+
+def read_settings(config: str | Path, data: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
+    """Settings of a YAML file (or a preset's name), with ``--data`` and ``--set key=value`` laid over it.
+
+    Keys of overrides are paths such as ``train.loss.dice``. Raises ConfigError.
+    """
+    where, mapping = read_mapping(str(config))
+    fields = dict(as_mapping(mapping, where))
+    if data is not None:
+        fields["data"] = read_mapping(str(data))[1]
+    for override in overrides:
+        fields = _overridden(fields, override)
+    reject_unknown(fields, MODEL_KEYS, where)
+    model = parse_model({key: fields[key] for key in ("backbone", "head") if key in fields}, where)
+    return Settings(
+        model,
+        read_strict(TrainConfig, fields.get("train") or {}, f"{where}: train"),
+        read_strict(DataConfig, fields.get("data") or {}, f"{data or where}: data" if data is None else str(data)),
+    )
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
+    """Where two mappings of settings differ, a line each: "train.rate: 0.001 -> 0.002"."""
+    lines = []
+    for key in dict.fromkeys((*before, *after)):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, f"{path}{key}.")
+        elif old != new:
+            lines.append(f"{path}{key}: {old!r} -> {new!r}")
+    return lines
+
+
+def _overridden(fields: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """A copy of nested mappings with one "a.b=value" laid over it."""
+    path, equals, text = override.partition("=")
+    if not equals or not all(path.split(".")):
+        raise ConfigError(f"--set {override} is not understood; expected key=value, as in --set train.steps=500")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: its value is not YAML ({' '.join(str(error).split())})") from error
+    if isinstance(value, str) and _is_number(value):
+        value = float(value)  # YAML takes 1e-3 for text
+    keys = path.split(".")
+    changed: dict[str, Any] = dict(fields)
+    inner = changed
+    for key in keys[:-1]:
+        below = inner.get(key) or {}
+        if not isinstance(below, Mapping):
+            raise ConfigError(f"--set {override}: {key!r} has no settings below it")
+        inner[key] = inner = dict(below)  # (assigned left to right: the entry, then the place)
+    inner[keys[-1]] = value
+    return changed
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
