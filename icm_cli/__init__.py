@@ -1,6 +1,7 @@
 """icm: show it one reference image with a mask, and it pulls that thing out of every image of a folder.
 
-``icm_cli.matte(...)`` is the command ``icm matte``, ``icm_cli.evaluate(...)`` is ``icm eval``;
+``icm_cli.matte(...)`` is the command ``icm matte``, ``icm_cli.evaluate(...)`` is ``icm eval``,
+``icm_cli.train(...)`` is ``icm train``;
 ``icm_cli.load(...)`` gives an object that mattes arrays.
 Guo et al., "In-Context Matting", CVPR 2024.
 """
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
     from icm_cli.evaluating import evaluate
     from icm_cli.matter import load
     from icm_cli.matting import matte
+    from icm_cli.training.loop import train
 
 __version__ = version("icm-cli")
-__all__ = ["__version__", "evaluate", "load", "matte"]
+__all__ = ["__version__", "evaluate", "load", "matte", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -33,4 +35,8 @@ def __getattr__(name: str) -> Any:
         from icm_cli.matter import load
 
         return load
+    if name == "train":
+        from icm_cli.training.loop import train
+
+        return train
     raise AttributeError(f"module 'icm_cli' has no attribute {name!r}")

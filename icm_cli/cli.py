@@ -298,6 +298,64 @@ def evaluate(
         raise typer.Exit(done.exit_code)
 
 
+@app.command()
+def train(
+    config: Annotated[str, typer.Option(help="Model and recipe: a .yaml file, or a preset such as lite or icm-sd21.")],
+    data: Annotated[
+        Optional[Path], typer.Option(help=".yaml file of sources, backgrounds and validation, for the config's 'data'.")
+    ] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder for checkpoints and logs.", show_default="runs/CONFIG")
+    ] = None,
+    checkpoint: Annotated[Optional[Path], typer.Option(help="Start from these weights instead of random ones.")] = None,
+    weights: Weights = None,
+    device: Device = "auto",
+    workers: Annotated[
+        Optional[int],
+        typer.Option(min=0, help="Processes that make samples; 0 makes them in this one.", show_default="auto"),
+    ] = None,
+    set_: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", help="Override a setting, as train.steps=500; repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    preview: Annotated[
+        int, typer.Option(min=0, help="Write a contact sheet of so many training samples, and train nothing.")
+    ] = 0,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a model: the paper's decoder on frozen Stable Diffusion features, or the small model whole.
+
+    Ctrl-C and SIGTERM save the step in hand; the same command with --resume goes on with the next one. On several GPUs:
+    torchrun --nproc-per-node N -m icm_cli.cli train ...
+
+    Exit codes: 0 trained; 1 training cannot go on (a loss that is no number, unreadable data); 2 wrong usage or input;
+    3 configuration, weights, device or output; 130 Ctrl-C; 143 SIGTERM.
+    """
+    with _exit_codes(verbose):
+        from icm_cli.runs import DEFAULT_WORKERS
+        from icm_cli.training import loop
+        from icm_cli.training.terminal import TrainingTerminal, print_summary
+
+        done = loop.train(
+            config,
+            data=data,
+            out=out,
+            checkpoint=checkpoint,
+            weights=weights,
+            device=device,
+            workers=DEFAULT_WORKERS if workers is None else workers,
+            overrides=set_ or [],
+            resume=resume,
+            preview=preview,
+            offline=offline,
+            listener=TrainingTerminal(quiet=quiet, verbose=verbose),
+        )
+        print_summary(done, quiet=quiet)
+
+
 def _number_or_auto(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,6 +52,38 @@ def resolve_device(device: str = "auto", dtype: str = "auto") -> Device:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not known. {did_you_mean(dtype, ['auto', *DTYPES])}")
     return Device(target, DTYPES[dtype])
+
+
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Names of accelerate's mixed precision -> dtype of a frozen backbone."""
+
+
+def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[Any, Device]:
+    """An ``accelerate.Accelerator`` for training on a device as named on the command line, and that device.
+
+    In a data-parallel run (torchrun, accelerate launch) every process has a device of its own of the kind named.
+    Raises ConfigError.
+    """
+    from datetime import timedelta
+
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import InitProcessGroupKwargs
+
+    place = resolve_device(device).place
+    if precision == "fp16" and place.type == "cpu":
+        raise ConfigError("precision fp16 needs a GPU, and this run is on the CPU; set train.precision to bf16 or no")
+    if "WORLD_SIZE" not in os.environ:
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have been another
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+    accelerator = Accelerator(
+        cpu=place.type == "cpu",
+        mixed_precision=precision,
+        gradient_accumulation_steps=accumulation,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # others wait while one validates
+    )
+    return accelerator, Device(accelerator.device, PRECISIONS[precision])
 
 
 def available_devices() -> list[str]:

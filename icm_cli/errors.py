@@ -36,6 +36,12 @@ class ImageError(IcmError):
     exit_code = 1
 
 
+class TrainingError(IcmError):
+    """Training cannot go on: the loss is no number, or too many samples cannot be read (exit code 1)."""
+
+    exit_code = 1
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A closing sentence that names the known name nearest to ``name``, or lists all of them."""
     names = sorted(known)

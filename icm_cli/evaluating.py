@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from icm_cli import environment
 from icm_cli.datasets import SIZES, SPLITS, Found, find
@@ -20,6 +20,9 @@ from icm_cli.evaluation.metrics import LINEAGES, REGIONS
 from icm_cli.evaluation.scoring import Rule
 from icm_cli.report import Report
 from icm_cli.runs import DEFAULT_WORKERS, Listener, Paths, SideOutputs, as_path
+
+if TYPE_CHECKING:
+    from icm_cli.matter import Matter
 
 Choice = TypeVar("Choice", bound=str)
 
@@ -57,11 +60,13 @@ def evaluate(
     report: Paths = (),
     allow: str | Sequence[str] = (),
     offline: bool = False,
+    matter: Matter | None = None,
     listener: Listener | None = None,
 ) -> Report:
     """Score alphas of a dataset: matted here, every group by its own references, or taken from ``pred``.
 
-    The arguments are the options of ``icm eval`` (see its help); None means the dataset's own convention. Bad data is
+    The arguments are the options of ``icm eval`` (see its help); None means the dataset's own convention. ``matter``
+    is a model that is loaded already, in the place of the options that name one. Bad data is
     named in ``problems`` and the rest is scored; the report's ``exit_code`` is 1 then, unless it was allowed.
 
     Raises UsageError, ConfigError or OutputError.
@@ -115,17 +120,21 @@ def evaluate(
 
         return score_predictions(evaluation, Path(pred), rounds or 1)
     from icm_cli.evaluation.in_context import matte_and_score
-    from icm_cli.model_choice import ModelChoice
+    from icm_cli.model_choice import LoadedModel, ModelChoice
 
-    choice = ModelChoice.checked(
-        model,
-        as_path(checkpoint),
-        weights=weights,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        seed=seed,
-        offline=offline,
+    choice = (
+        LoadedModel(matter)
+        if matter is not None
+        else ModelChoice.checked(
+            model,
+            as_path(checkpoint),
+            weights=weights,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            seed=seed,
+            offline=offline,
+        )
     )
     return matte_and_score(evaluation, choice, rounds or 1, refs_per_group or 1, as_path(save_alphas))
 

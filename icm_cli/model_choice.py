@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,3 +81,39 @@ class ModelChoice:
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is there already, such as one in training; nothing of an earlier run was made by it."""
+
+    matter: Matter
+
+    checkpoint = None
+    """What it was trained on is not known here."""
+
+    @property
+    def where(self) -> Device:
+        return self.matter.device
+
+    @property
+    def batch_size(self) -> int:
+        return self.where.auto_batch_size
+
+    def digester(self) -> Callable[[Sequence[str]], str]:
+        """As of :class:`ModelChoice`, but no two are equal."""
+        model = secrets.token_hex()
+        return lambda references: digest_of(model, *references)
+
+    def load(self) -> Matter:
+        return self.matter
+
+    def describe(self) -> str:
+        model = self.matter.model
+        return f"model {type(model.backbone).__name__} + {type(model.head).__name__} on {self.where.describe()}"
+
+    def as_settings(self) -> dict[str, Any]:
+        return {"model": self.describe(), "device": self.where.describe(), "batch_size": self.batch_size}
+
+
+AnyModel = ModelChoice | LoadedModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from icm_cli.evaluation.metrics import METRICS, TITLES
@@ -141,21 +141,26 @@ def _show(*parts: Table | str) -> None:
     write_line(sys.stdout, paper.read().rstrip("\n"))
 
 
-def _print_summary(report: Report) -> None:
+def show(rows: Sequence[tuple[str, str]], *lines: str) -> None:
+    """Print names with their values, and lines below."""
     from rich.table import Table
 
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    _show(table, *lines)
+
+
+def _print_summary(report: Report) -> None:
     from icm_cli.evaluation.published import comparability
 
     if report.means:
         notes = comparability(report.settings.get("protocol", {}), report.means)
         _show(_scores_table(report), *(f"- {note}" for note in notes), "")
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in _summary_rows(report):
-        table.add_row(name, value)
     failures = [f"failed: {result.source}: {_without_prefix(result)}" for result in report.failures]
     if len(failures) > MOST_REASONS:
         failures[MOST_REASONS:] = [f"... and {len(failures) - MOST_REASONS} more failed"]
-    _show(table, *failures)
+    show(_summary_rows(report), *failures)
 
 
 def _scores_table(report: Report) -> Table:

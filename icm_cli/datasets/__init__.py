@@ -17,6 +17,7 @@ from icm_cli.datasets.layouts import (
     image_files,
     leading_number,
     pair,
+    without_label_and_box,
     without_last_number,
 )
 from icm_cli.datasets.samples import Problem, Sample
@@ -46,6 +47,8 @@ class Dataset:
     """A file of ``icm_cli/datasets/metadata`` with the published groups."""
     group_of: str | None = None
     """Without metadata: a regular expression whose first group, found in an image's name, is the image's group."""
+    is_binary: bool = False
+    """The alphas are masks of 0 and 255."""
     has_detail_maps: bool = False
     """The trimaps are detail maps: every pixel above 0 is unknown."""
 
@@ -59,6 +62,8 @@ class Found:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What a reader of its numbers should know."""
+    are_foregrounds: bool = False
+    """The images are foregrounds that must be put on backgrounds."""
 
 
 WHOLE_AND_UNKNOWN: tuple[Region, ...] = ("whole", "unknown")
@@ -134,6 +139,12 @@ DATASETS: dict[str, Dataset] = {
         regions=("unknown",),
         group_of=BY_FOREGROUND,
     ),
+    "openimages": Dataset(
+        "Open Images",
+        (Layout("images", "masks", image_of=without_label_and_box),),
+        group_of=r"(?:.*/)?[^_/]+_([^_/]+)_[^_/]+$",
+        is_binary=True,
+    ),
     "folder": Dataset("a folder dataset", (Layout("images", "alphas", "trimaps"),), group_of=r"(.+)/[^/]+$"),
 }
 
@@ -155,15 +166,20 @@ def find(
     trimaps: str | None = None,
     groups: str | Path | None = None,
     backgrounds: str | Path | None = None,
+    composite: bool = True,
 ) -> Found:
     """Every sample of a dataset and all that is wrong with it.
 
     ``folder`` takes ``images``, ``alphas`` and perhaps ``trimaps`` (folders or globs), or a ``root`` that holds folders
     of these names; the others take ``root``. ``groups`` is a JSON file in the published schema; without it the groups
-    are the shipped metadata's, the foregrounds', for ``folder`` the subfolders, else one. Raises UsageError.
+    are the shipped metadata's, the foregrounds', for ``folder`` the subfolders, else one. Without ``composite``
+    foregrounds are given as they are, and want no ``backgrounds``. Raises UsageError.
     """
     dataset = dataset_named(name)
     layout, files = _located(name, dataset, root, split, (images, alphas, trimaps))
+    are_foregrounds = bool(layout.backgrounds_each) and not composite
+    if are_foregrounds:
+        layout = replace(layout, backgrounds_each=0)
     behind = _backgrounds(dataset, layout, backgrounds)
     notes = _background_notes(layout, files, behind)
     samples, problems = pair(layout, files, behind)
@@ -178,9 +194,9 @@ def find(
         known = Groups.shipped(dataset.metadata)
     else:
         grouped = [replace(each, group=_own_group(dataset, each.name)) for each in samples]
-        return Found(dataset, grouped, problems, notes)
+        return Found(dataset, grouped, problems, notes, are_foregrounds)
     samples, more = known.assign(samples)
-    return Found(dataset, samples, problems + more, notes)
+    return Found(dataset, samples, problems + more, notes, are_foregrounds)
 
 
 def _located(

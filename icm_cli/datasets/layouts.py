@@ -37,6 +37,11 @@ def without_last_number(key: str) -> str:
     return re.sub(r"_\d+$", "", key)
 
 
+def without_label_and_box(key: str) -> str:
+    """``00a1_m01bjv_7f3e`` -> ``00a1``: Open Images' masks are named image, label, box."""
+    return re.sub(r"_[^_/]+_[^_/]+$", "", PurePosixPath(key).name)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Folders below a dataset's root. ``trimaps`` may be absent on disk, the others may not."""

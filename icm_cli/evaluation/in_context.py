@@ -22,7 +22,7 @@ from icm_cli.images import read_matte
 from icm_cli.matter import Matter
 from icm_cli.model.checkpoint import read_trained_on
 from icm_cli.model.contracts import Prepared
-from icm_cli.model_choice import ModelChoice
+from icm_cli.model_choice import AnyModel
 from icm_cli.references import Reference, make_guidance
 from icm_cli.report import Report
 from icm_cli.resume import keep_finished
@@ -34,7 +34,7 @@ OLD_AFTER_S = 7 * 24 * 3600.0
 
 
 def matte_and_score(
-    evaluation: Evaluation, choice: ModelChoice, rounds: int, refs_per_group: int, save_alphas: Path | None
+    evaluation: Evaluation, choice: AnyModel, rounds: int, refs_per_group: int, save_alphas: Path | None
 ) -> Report:
     """Matte every target of every round and score it; alphas that are there already are kept.
 
@@ -93,7 +93,7 @@ def _make_ready(evaluation: Evaluation, jobs: Sequence[Job], references: Rounds,
 
 def _outcome(
     evaluation: Evaluation,
-    choice: ModelChoice,
+    choice: AnyModel,
     jobs: Sequence[Job],
     references: Rounds,
     notes: list[str],
@@ -125,7 +125,7 @@ def _until_done(folder: Path) -> Iterator[Path]:
             folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def _load(choice: ModelChoice, evaluation: Evaluation) -> Matter:
+def _load(choice: AnyModel, evaluation: Evaluation) -> Matter:
     evaluation.hear.detail(choice.describe())
     return choice.load()
 

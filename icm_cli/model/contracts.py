@@ -65,7 +65,6 @@ class Features:
     scales: Mapping[int, Tensor]
     intra: Mapping[int, IntraSimilarity]
 
-
     def one(self, index: int) -> Features:
         """The correspondence feature of one image, as a batch of one; its scales and intra are left out."""
         return Features(self.correspondence[index : index + 1], self.valid[index : index + 1], {}, {})

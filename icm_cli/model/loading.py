@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from icm_cli.config import ModelConfig, load_model_config, part_class
@@ -55,6 +56,26 @@ def load_model(
     """
     if checkpoint is None:
         _require_checkpoint(config)
+    return _assembled(config, checkpoint, weights, offline=offline, seed=seed).eval()
+
+
+def model_to_train(
+    config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool, seed: int
+) -> InContextMatting:
+    """The model before training: the head's weights are the checkpoint's, or random ones that ``seed`` decides.
+
+    The other arguments are those of :func:`load_model`. Raises ConfigError.
+    """
+    if not part_class("heads", config.head.name).is_trained:
+        raise ConfigError(f"head {config.head.name!r} has no weights, so there is nothing to train; take another head")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _assembled(config, checkpoint, weights, offline=offline, seed=seed)
+
+
+def _assembled(
+    config: ModelConfig, checkpoint: Path | None, weights: str | None, *, offline: bool, seed: int
+) -> InContextMatting:
     head = part_class("heads", config.head.name)(config.head.settings)
     loaded = None if checkpoint is None else read_checkpoint(checkpoint)
     if loaded is not None:
@@ -64,7 +85,7 @@ def load_model(
     )
     if loaded is not None and (tensors := _part(loaded, "backbone")):
         load_strict(backbone, tensors, f"checkpoint {checkpoint}")
-    return InContextMatting(backbone, head).eval()
+    return InContextMatting(backbone, head)
 
 
 def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool) -> str:

@@ -104,9 +104,7 @@ class DetailHead(TrainedHead):
         pictures = [F.interpolate(each.float().mean(1, keepdim=True), size, mode="bilinear") for each in spread]
         return similarity, torch.stack(pictures).mean(dim=0)
 
-    def _similarities(
-        self, target: Features, references: Sequence[PreparedReferences]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _similarities(self, target: Features, references: Sequence[PreparedReferences]) -> tuple[Tensor, list[Tensor]]:
         """S [B,1,h,w], and spread over each scale of STRIDES [B,256,s,s]."""
         similarity = self.inter_similarity(
             [reference.tokens for reference in references], target.correspondence, target.valid

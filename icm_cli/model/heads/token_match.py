@@ -126,10 +126,11 @@ class TokenMatchHead(TrainedHead):
         compared = torch.stack(
             [self._compare(of_image, reference) for of_image, reference in zip(projected, references, strict=True)]
         )
-        grid = projected.transpose(1, 2).unflatten(2, (height, width))
+        grid = projected.transpose(1, 2).reshape(len(projected), -1, height, width)
         alike = SelfSimilarity(grid, target.valid, self.config.temperature)
         spread = alike.propagate(compared[..., -1:])
-        return torch.cat([compared, spread], dim=-1).transpose(1, 2).unflatten(2, (height, width))
+        numbers = torch.cat([compared, spread], dim=-1).transpose(1, 2)
+        return numbers.reshape(len(projected), EVIDENCE_NUMBERS, height, width)
 
     def _projected(self, feature: Tensor) -> Tensor:
         """[B,C,h,w] -> tokens of unit length [B,N,width] float32."""

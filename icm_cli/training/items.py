@@ -1,0 +1,181 @@
+"""What there is to train on: every source's images with their alphas, by group, drawn by weight."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from icm_cli.datasets import dataset_named, find
+from icm_cli.datasets.layouts import image_files
+from icm_cli.datasets.samples import Problem
+from icm_cli.errors import ConfigError, UsageError
+from icm_cli.training.settings import CUTOUTS, DataConfig, PairConfig, SourceConfig
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image with its alpha."""
+
+    name: str
+    image: Path
+    alpha: Path | None
+    """None: the image's own."""
+    trimap: Path | None
+    group: str
+    """Items of a group show the same kind of thing; unique over all sources."""
+    is_foreground: bool
+    """The image's colours mean nothing outside its alpha."""
+    is_binary: bool
+    """The alpha is a mask of 0 and 255."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All items and backgrounds of a run."""
+
+    sources: tuple[tuple[Item, ...], ...]
+    weights: tuple[float, ...]
+    backgrounds: tuple[Path, ...]
+    problems: tuple[Problem, ...] = ()
+    """What is wrong with the sources; the items are what is right."""
+
+    @cached_property
+    def groups(self) -> dict[str, tuple[Item, ...]]:
+        groups: dict[str, list[Item]] = {}
+        for item in self:
+            groups.setdefault(item.group, []).append(item)
+        return {group: tuple(items) for group, items in groups.items()}
+
+    @cached_property
+    def cuttable(self) -> tuple[Item, ...]:
+        """Items that can be cut out: a mask's hard edge would be learned."""
+        return tuple(item for item in self if not item.is_binary)
+
+    @cached_property
+    def _shares(self) -> np.ndarray:
+        weights = np.asarray(self.weights)
+        return weights / weights.sum()
+
+    def __iter__(self) -> Iterator[Item]:
+        return (item for source in self.sources for item in source)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    @property
+    def images(self) -> list[Path]:
+        """Every image file that can reach a sample, each once."""
+        return list(dict.fromkeys([*(item.image for item in self), *self.backgrounds]))
+
+    def draw(self, rng: np.random.Generator) -> Item:
+        """A source by its weight, then any of its items."""
+        source = self.sources[rng.choice(len(self.sources), p=self._shares)]
+        return source[rng.integers(len(source))]
+
+    def partner(self, item: Item, rng: np.random.Generator, same_image_share: float) -> Item:
+        """Another item of its group with another image; itself at a share, or where there is none."""
+        others = [each for each in self.groups[item.group] if each.image != item.image]
+        wants_itself = rng.random() < same_image_share
+        return item if wants_itself or not others else others[rng.integers(len(others))]
+
+    def stranger(self, groups: Sequence[str], rng: np.random.Generator, *, cuttable: bool) -> Item | None:
+        """An item of none of these groups, None where hardly any is."""
+        for _ in range(20):
+            item = self.draw(rng)
+            if item.group not in groups and not (cuttable and item.is_binary):
+                return item
+        return None
+
+
+def read_pool(data: DataConfig, pairs: PairConfig) -> Pool:
+    """Find every item of the sources. Raises UsageError or ConfigError where nothing can be made of them."""
+    if not data.sources:
+        raise ConfigError(
+            "there is nothing to train on: the configuration names no data; add a section 'data' with 'sources', or "
+            "give one with --data FILE (README, Train)"
+        )
+    problems: list[Problem] = []
+    sources = [_items(number, source, problems) for number, source in enumerate(data.sources)]
+    backgrounds = tuple(path for folder in data.backgrounds for path in _pictures(Path(folder), "backgrounds"))
+    pool = Pool(tuple(sources), tuple(source.weight for source in data.sources), backgrounds, tuple(problems))
+    if not backgrounds and any(item.is_foreground for item in pool):
+        raise ConfigError("some sources are foregrounds, and there is nothing to put them on; add data: backgrounds")
+    if pairs.negative_share and len(pool.groups) < 2:
+        raise ConfigError(
+            "train: pairs: negative_share needs pictures without the reference's thing, and there is but one group; "
+            "set it to 0, or say by 'groups' or subfolders what belongs together"
+        )
+    return pool
+
+
+def _items(number: int, source: SourceConfig, problems: list[Problem]) -> tuple[Item, ...]:
+    found = _cutouts(source) if source.dataset == CUTOUTS else _of_dataset(source, problems)
+    kept = [item for item in found if not any(fnmatch(item.name, pattern) for pattern in source.exclude)]
+    if not kept:
+        raise UsageError(f"data: {source.title} has no image left to train on; expected images with alphas")
+    return tuple(_placed(item, number, source) for item in kept)
+
+
+def _placed(item: Item, number: int, source: SourceConfig) -> Item:
+    group = item.name if source.group_by == "image" else item.group
+    is_binary = source.binary or item.is_binary
+    return Item(
+        item.name, item.image, item.alpha, item.trimap, f"{number}:{group}", item.is_foreground, is_binary=is_binary
+    )
+
+
+def _cutouts(source: SourceConfig) -> list[Item]:
+    if source.root is None:
+        raise ConfigError("data: a source of cutouts has no root; give the folder of its RGBA images")
+    root = Path(source.root)
+    items = []
+    for path in _pictures(root, "cutouts"):
+        name = path.relative_to(root).with_suffix("").as_posix()
+        folder, _, _ = name.rpartition("/")
+        items.append(Item(name, path, None, None, folder or name, is_foreground=True, is_binary=False))
+    return items
+
+
+def _of_dataset(source: SourceConfig, problems: list[Problem]) -> list[Item]:
+    found = find(
+        source.dataset,
+        source.root,
+        split=source.split or ("train" if _has_train(source) else "test"),
+        images=source.images,
+        alphas=source.alphas,
+        trimaps=source.trimaps,
+        groups=source.groups,
+        composite=False,
+    )
+    problems += found.problems
+    return [
+        Item(
+            sample.name,
+            sample.file,
+            sample.alpha,
+            None if found.dataset.has_detail_maps else sample.trimap,
+            sample.name if found.are_foregrounds else sample.group or sample.name,
+            is_foreground=found.are_foregrounds,
+            is_binary=found.dataset.is_binary,
+        )
+        for sample in found.samples
+    ]
+
+
+def _has_train(source: SourceConfig) -> bool:
+    return bool(dataset_named(source.dataset).train)
+
+
+def _pictures(folder: Path, what: str) -> list[Path]:
+    if not folder.is_dir():
+        raise UsageError(f"data: {what} folder {folder} does not exist; expected a folder of images")
+    found = [path for path in image_files(folder) if os.access(path, os.R_OK)]
+    if not found:
+        raise UsageError(f"data: {what} folder {folder} holds no images that can be read")
+    return found

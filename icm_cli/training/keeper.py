@@ -1,0 +1,136 @@
+"""Keeps a run on disk and takes it up again: checkpoints that say where they come from, and the state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from icm_cli import __version__
+from icm_cli.errors import UsageError
+from icm_cli.files import atomic_write, content_digest, digest_of, remove_stale_temporaries
+from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_trained_on, save_checkpoint
+from icm_cli.runs import SideOutputs
+from icm_cli.training.items import Pool
+from icm_cli.training.learner import Learner
+from icm_cli.training.samples import Batch
+from icm_cli.training.settings import Settings
+from icm_cli.training.state import BEST_NAME, LAST_NAME, STATE_NAME, check_same_run, load_state, save_state
+
+
+class Keeper:
+    """The folder of a run. Only the main process of several writes there."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        pool: Pool,
+        *,
+        overrides: Sequence[str],
+        checkpoint: Path | None,
+        command: str,
+    ) -> None:
+        """``command``, the overrides of ``--set`` and the ``checkpoint`` that training starts from are recorded."""
+        self.folder = folder
+        self._command = command
+        self._settings = settings
+        self._checkpoint = checkpoint
+        self._overrides = list(overrides)
+        self._pool = pool
+        self._images: list[str] = []
+        self.best: dict[str, float] | None = None
+        """Step and MSE of the best model so far."""
+
+    def check(self, *, resume: bool) -> None:
+        """Raises UsageError for a folder that holds a run not to be gone on with, OutputError for one not writable."""
+        if (self.folder / STATE_NAME).exists() and not resume:
+            raise UsageError(
+                f"{self.folder} holds a run already; go on with it by --resume, or give another folder with --out"
+            )
+        SideOutputs.checked(()).check_writable(self.folder)
+        remove_stale_temporaries(self.folder)
+
+    def hash_images(self, notice: Callable[[str], None]) -> None:
+        """Content of every training image, for the checkpoints; what cannot be read is named and left out."""
+        digests = []
+        for path in self._pool.images:
+            try:
+                digests.append(content_digest(path))
+            except OSError as error:
+                notice(f"{path} cannot be read ({error.strerror})")
+        earlier = read_trained_on(self._checkpoint) if self._checkpoint else None
+        self._images = sorted({*digests, *(earlier or ())})
+
+    def resume(self, learner: Learner) -> tuple[int, int]:
+        """Take up the saved run; returns steps done and draws skipped, both 0 where there is none.
+
+        Raises UsageError for a run with other settings, ConfigError for a damaged state.
+        """
+        path = self.folder / STATE_NAME
+        if not path.exists():
+            return 0, 0
+        state = load_state(path)
+        check_same_run(path, state["settings"], self._identity(), has_decay=self._settings.train.decay != "constant")
+        learner.load_state(state)
+        self.best = state["best"]
+        return state["step"], state["skipped"]
+
+    def save(self, learner: Learner, step: int, skipped: int) -> None:
+        """Write the last model and the state after a step. Raises OutputError; what was there stays then."""
+        self._save_model(learner, LAST_NAME, step)
+        settings = json.dumps(self._identity())
+        save_state(
+            self.folder / STATE_NAME,
+            {"step": step, "skipped": skipped, "best": self.best, "settings": settings, **learner.state()},
+        )
+
+    def save_best(self, learner: Learner, step: int, mse: float) -> bool:
+        """Write the model if it is the best so far; returns whether it is."""
+        if self.best is not None and mse >= self.best["mse"]:
+            return False
+        self.best = {"step": step, "mse": mse}
+        self._save_model(learner, BEST_NAME, step)
+        return True
+
+    def save_batch(self, batch: Batch, step: int) -> Path:
+        """Write the samples of a step that went wrong, as safetensors with their names."""
+        path = self.folder / f"bad-step-{step}.safetensors"
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in batch.tensors().items()}
+        with atomic_write(path) as file:
+            file.write(save(tensors, {"names": json.dumps(batch.names), "counters": json.dumps(batch.counters)}))
+        return path
+
+    def _save_model(self, learner: Learner, name: str, step: int) -> None:
+        with learner.resting():
+            save_checkpoint(
+                self.folder / name,
+                learner.model,
+                self._settings.model,
+                with_backbone=learner.trains_backbone,
+                metadata=self._provenance(step),
+            )
+
+    def _provenance(self, step: int) -> dict[str, str]:
+        licences = {source.title: source.licence for source in self._settings.data.sources}
+        return {
+            TRAINED_ON_KEY: json.dumps(self._images),
+            "icm.version": __version__,
+            "icm.step": str(step),
+            "icm.command": self._command,
+            "icm.training": json.dumps(self._settings.as_dict()),
+            "icm.overrides": json.dumps(self._overrides),
+            "icm.licences": json.dumps(licences),
+            "icm.best": json.dumps(self.best),
+            "icm.started_from": str(self._checkpoint or ""),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """All that must be the same for a run to be gone on with."""
+        names = [f"{item.group} {item.name}" for item in self._pool]
+        started = content_digest(self._checkpoint) if self._checkpoint else None
+        found = {"items": len(names), "names": digest_of(*names)[:12], "backgrounds": len(self._pool.backgrounds)}
+        return json.loads(json.dumps({**self._settings.as_dict(), "found": found, "started_from": started}))

@@ -1,0 +1,255 @@
+"""What learns: the model on its devices, its optimiser, and the running mean of its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from icm_cli.config import part_class
+from icm_cli.device import is_out_of_memory, make_accelerator
+from icm_cli.errors import ConfigError
+from icm_cli.files import digest_of
+from icm_cli.matter import Matter
+from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.loading import model_to_train
+from icm_cli.training.ema import Ema
+from icm_cli.training.feature_cache import FeatureCache
+from icm_cli.training.samples import Batch, Share
+from icm_cli.training.schedule import rate_factor
+from icm_cli.training.settings import Settings, TrainConfig
+from icm_cli.training.state import to_cpu
+
+
+class Learner:
+    """A model in training, alone or as one of several processes whose gradients are averaged."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        checkpoint: Path | None,
+        weights: str | None,
+        device: str,
+        offline: bool,
+        notice: Callable[[str], None],
+    ) -> None:
+        """Load the model and make everything ready for the first step. Raises ConfigError."""
+        config = self.config = settings.train
+        processes, micro_batch = micro_batches(config)
+        self.micro_batch = micro_batch
+        self.accumulation = config.batch_size // (processes * micro_batch)
+        """Micro-batches of this process in a step."""
+        self.accelerator, self.device = make_accelerator(device, config.precision, self.accumulation)
+        self.model = model_to_train(
+            settings.model, checkpoint=checkpoint, weights=weights, offline=offline, seed=config.seed
+        )
+        self.trains_backbone = bool(config.backbone_rate) and self.model.backbone.is_trainable
+        if config.backbone_rate and not self.trains_backbone:
+            raise ConfigError(
+                f"train: backbone_rate is {config.backbone_rate}, but this backbone is frozen; set it to 0"
+            )
+        if not self.trains_backbone:
+            self.model.backbone.requires_grad_(False).to(self.device.dtype)
+        optimiser = _optimiser(self.model, config)
+        self.forward, self.optimiser = self.accelerator.prepare(self.model, optimiser)
+        self.tensors = self._trained_tensors()
+        self.ema = Ema(self.tensors, config.ema)
+        self.cache = self._feature_cache(settings, weights, offline=offline, notice=notice)
+        self.learn()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and speaks to the user."""
+        return bool(self.accelerator.is_main_process)
+
+    def share(self, first_step: int) -> Share:
+        """The samples of this process from a step on."""
+        accelerator, config = self.accelerator, self.config
+        return Share(
+            config.batch_size,
+            self.micro_batch,
+            accelerator.process_index,
+            accelerator.num_processes,
+            first_step,
+            config.steps,
+        )
+
+    def learn(self) -> None:
+        """Training mode: of BatchNorm only the head's learns statistics, and only where the configuration says so."""
+        self.model.train()
+        self.model.backbone.eval()
+        if self.config.batch_norm == "fixed":
+            for module in self.model.head.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[Matter]:
+        """The model as it would be used, with the mean of its weights, to matte and to save."""
+        with self.ema.swapped(), self.accelerator.autocast():
+            self.model.eval()
+            try:
+                yield Matter(self.model, self.device, is_in_training=True)
+            finally:
+                self.learn()
+
+    def alpha(self, batch: Batch) -> Tensor:
+        """What the model says of a batch, [B,1,S,S] float32, with gradients."""
+        pairs = batch.pairs(fixed_noise=self.cache is not None)
+        features = None if self.cache is None else self.cache.features(self.model, batch, pairs)
+        alpha: Tensor = self.forward(pairs, features).alpha.float()
+        # Padding is no one's fault: where the truth stands in for the prediction, no loss has a gradient.
+        return torch.where(batch.valid[:, None], alpha, batch.truth())
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Around a micro-batch: gradients are shared with other processes only at the last of a step."""
+        around: AbstractContextManager[None] = self.accelerator.accumulate(self.forward)
+        return around
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a micro-batch's summed loss.
+
+        They are averaged over micro-batches and processes, so the loss is multiplied by their number: the mean of
+        gradients equals the published sum over the batch.
+        """
+        self.accelerator.backward(loss * (self.accumulation * self.accelerator.num_processes))
+
+    def step(self) -> None:
+        """Take the optimiser's step where the gradients are complete."""
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    @property
+    def has_scaler(self) -> bool:
+        """Whether losses are scaled, as float16 needs; it takes care of gradients that overflow."""
+        return self.accelerator.scaler is not None
+
+    def set_rates(self, step: int) -> float:
+        """Set every group's learning rate for a step (from 0); returns the head's."""
+        factor = rate_factor(step, self.config)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["full_rate"] * factor
+        return self.config.rate * factor
+
+    def clip(self) -> float:
+        """Clip the gradients, where they are complete and it is wanted; returns their norm before, else 0."""
+        if not self.accelerator.sync_gradients:
+            return 0.0
+        parameters = [each for each in self.model.parameters() if each.requires_grad]
+        return float(self.accelerator.clip_grad_norm_(parameters, self.config.clip_norm or float("inf")))
+
+    def agree(self, wants: bool) -> bool:
+        """Whether any process wants it."""
+        if self.accelerator.num_processes == 1:
+            return wants
+        if wants:
+            self.accelerator.set_trigger()
+        return bool(self.accelerator.check_trigger())
+
+    def mean(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Figures averaged over processes."""
+        if self.accelerator.num_processes == 1:
+            return dict(figures)
+        values = torch.tensor(list(figures.values()), dtype=torch.float32, device=self.device.place)
+        return dict(zip(figures, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, beside its number."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": to_cpu(self.tensors),
+            "mean": to_cpu(self.ema.mean),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+        for here, there in ((self.tensors, state["model"]), (self.ema.mean, state["mean"])):
+            for name, tensor in here.items():
+                tensor.copy_(there[name])
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    @contextlib.contextmanager
+    def memory_explained(self) -> Iterator[None]:
+        """Turn running out of memory into a sentence that says what to do."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ConfigError(
+                f"out of memory on {self.device.describe()} with {self.micro_batch} samples at a time; set "
+                "train.micro_batch_size lower (gradients are accumulated, so the batch stays the same) or "
+                "train.canvas_px"
+            ) from error
+
+    def _trained_tensors(self) -> dict[str, Tensor]:
+        """Weights and statistics that training changes, by their names in the model."""
+        return {
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if self.trains_backbone or name.startswith("head.")
+        }
+
+    def _feature_cache(
+        self, settings: Settings, weights: str | None, *, offline: bool, notice: Callable[[str], None]
+    ) -> FeatureCache | None:
+        config = settings.train
+        is_frozen = self.model.backbone.gives_matrix and not self.trains_backbone
+        if not is_frozen or config.changes_pixels or not config.feature_cache_gb:
+            return None
+        if self.is_main:
+            notice(
+                "features of the frozen backbone are kept on disk, as no augmentation changes pixels; the noise is "
+                "the same for every step"
+            )
+        backbone = part_class("backbones", settings.model.backbone.name)
+        of_weights = backbone.weights_digest(settings.model.backbone.settings, weights, offline=offline)
+        share = int(config.feature_cache_gb * 1e9) // self.accelerator.num_processes
+        return FeatureCache(_backbone_digest(settings, of_weights, self.device.dtype_name), share, notice=notice)
+
+
+def micro_batches(config: TrainConfig) -> tuple[int, int]:
+    """How many processes there are, and the samples that each takes at a time. Raises ConfigError."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batch = config.micro_batch_size or max(1, config.batch_size // processes)
+    if config.batch_size % (processes * micro_batch):
+        raise ConfigError(
+            f"train: batch_size is {config.batch_size}, which {processes} process(es) with {micro_batch} samples at a "
+            "time cannot make; expected a multiple of their product"
+        )
+    return processes, micro_batch
+
+
+def _backbone_digest(settings: Settings, of_weights: str, dtype: str) -> str:
+    backbone = settings.model.as_dict()["backbone"]
+    return digest_of(json.dumps(backbone, sort_keys=True), of_weights, str(settings.train.seed), dtype)
+
+
+def _optimiser(model: InContextMatting, config: TrainConfig) -> torch.optim.Optimizer:
+    """Groups by part and by whether weights decay: those of norms, and biases, do not."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = config.rate if name.startswith("head.") else config.backbone_rate
+            groups.setdefault((rate, config.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    kind = torch.optim.Adam if config.optimiser == "adam" else torch.optim.AdamW
+    return kind(
+        [
+            {"params": parameters, "full_rate": rate, "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()
+        ],
+        lr=config.rate,
+    )

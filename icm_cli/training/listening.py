@@ -1,0 +1,54 @@
+"""Who hears of a training run, and what it leaves as its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from icm_cli.runs import Listener
+
+
+class TrainingListener(Listener):
+    """Hears what training does; the command prints it. Every method may be left as it is."""
+
+    def training_started(self, first_step: int, steps: int, samples: int) -> None:
+        """Steps ``first_step`` + 1 to ``steps`` follow, of so many samples each."""
+
+    def stepped(self, step: int) -> None:
+        """A step is done."""
+
+    def logged(self, step: int, figures: Mapping[str, float]) -> None:
+        """Figures since the last such call: loss, its terms, rate, gradient_norm, samples_per_second, waiting_share."""
+
+    def training_ended(self) -> None:
+        """No more steps follow, however it ended."""
+
+    def validated(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
+        """The metrics of ``icm eval`` after a step, named validation_mse and so on."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended."""
+
+    folder: Path
+    steps: int = 0
+    """Steps that the model has taken, those before a resume included."""
+    loss: float | None = None
+    """Mean over the last logged steps."""
+    best_step: int | None = None
+    best_mse: float | None = None
+    """On the validation set; None where there is none, or it was not reached."""
+    seconds: float = 0.0
+    """Of this run's steps."""
+    samples_per_second: float = 0.0
+    waiting_share: float = 0.0
+    """Of the time of the steps, how much was spent waiting for samples, 0..1."""
+    skipped: int = 0
+    """Unreadable draws."""
+    peak_memory_bytes: int = 0
+    checkpoint: Path | None = None
+    """The best model, or the last where nothing was validated; None where nothing was trained."""
+    preview: Path | None = None
+    """The contact sheet, where only that was wanted."""

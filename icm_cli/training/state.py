@@ -1,0 +1,61 @@
+"""What a run keeps on disk: the model to matte with, and one file to go on from.
+
+``last.safetensors`` and ``best.safetensors`` are checkpoints for ``icm matte`` (the mean of the weights, where there is
+one). ``state.pt`` alone holds all that the next step depends on, so whatever is torn between the files, it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icm_cli.errors import ConfigError, UsageError
+from icm_cli.files import atomic_write
+from icm_cli.training.settings import differences
+
+LAST_NAME = "last.safetensors"
+BEST_NAME = "best.safetensors"
+STATE_NAME = "state.pt"
+FREE_SETTINGS = frozenset(
+    {"train.log_every", "train.image_every", "train.save_every", "train.feature_cache_gb", "train.steps"}
+)
+"""Settings that a resumed run may change: none of them decides a step that is taken, but ``steps`` with a decay."""
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write whole or not at all. Raises OutputError."""
+    with atomic_write(path) as file:
+        torch.save(dict(state), file)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read what :func:`save_state` wrote. Raises ConfigError."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"training state {path} cannot be read: {error.strerror}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ConfigError(f"training state {path} is damaged ({str(error).splitlines()[0]}); train anew") from error
+    return state
+
+
+def check_same_run(path: Path, saved: str, given: Mapping[str, Any], *, has_decay: bool) -> None:
+    """Raises UsageError that shows every difference between a saved run's settings (JSON) and those given now."""
+    free = FREE_SETTINGS - ({"train.steps"} if has_decay else set())
+    changed = [line for line in differences(json.loads(saved), given) if line.partition(":")[0].rstrip() not in free]
+    if changed:
+        raise UsageError(
+            f"{path} is of a run with other settings, so it cannot be gone on with: {'; '.join(changed)}. Give the "
+            "same configuration, data and --set again, or another --out"
+        )
+
+
+def to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that go on as they are whatever the model does."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}

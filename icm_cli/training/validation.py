@@ -1,0 +1,72 @@
+"""Validation while a model learns: the code of ``icm eval``, on the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from icm_cli.datasets import find
+from icm_cli.evaluating import evaluate
+from icm_cli.report import ImageResult
+from icm_cli.runs import Listener
+from icm_cli.training.learner import Learner
+from icm_cli.training.settings import ValidationConfig
+
+
+def check_validation(config: ValidationConfig, images: Sequence[Path], notice: Callable[[str], None]) -> None:
+    """Raises UsageError where there is nothing to validate on; tells what is trained on too."""
+    found = find(
+        config.dataset,
+        config.root,
+        split=config.split,
+        images=config.images,
+        alphas=config.alphas,
+        trimaps=config.trimaps,
+        groups=config.groups,
+        composite=False,
+    )
+    trained_on = {path.resolve() for path in images}
+    shared = sum(sample.file.resolve() in trained_on for sample in found.samples)
+    if shared:
+        notice(f"{shared} of the {len(found.samples)} validation images are trained on too, so the scores flatter")
+
+
+def validate(config: ValidationConfig, learner: Learner, *, is_stopped: Callable[[], bool]) -> dict[str, float] | None:
+    """Score the mean of the weights; returns the means over the first region, None where there are none or it was cut.
+
+    Keys are "mse", "sad" and so on.
+    """
+    try:
+        with learner.resting() as matter:
+            report = evaluate(
+                config.dataset,
+                config.root,
+                images=config.images,
+                alphas=config.alphas,
+                trimaps=config.trimaps,
+                groups=config.groups,
+                split=config.split,
+                size=config.size,
+                rounds=config.rounds,
+                matter=matter,
+                listener=_Stoppable(is_stopped),
+            )
+    except _Stopped:
+        return None
+    means = next(iter(report.means.values()), None)
+    return None if means is None else {name: mean.mean for name, mean in means.metrics.items() if name != "dt_ssd"}
+
+
+class _Stopped(KeyboardInterrupt):
+    """Validation was cut short by a signal; like one, it lets the writes in hand finish."""
+
+
+class _Stoppable(Listener):
+    def __init__(self, is_stopped: Callable[[], bool]) -> None:
+        self._is_stopped = is_stopped
+        self._has_raised = False
+
+    def finished_image(self, result: ImageResult) -> None:  # noqa: ARG002
+        if self._is_stopped() and not self._has_raised:
+            self._has_raised = True
+            raise _Stopped
