@@ -337,9 +337,9 @@ def train(
     with _exit_codes(verbose):
         from icm_cli.runs import DEFAULT_WORKERS
         from icm_cli.training import loop
-        from icm_cli.training.terminal import TrainingTerminal, print_summary
+        from icm_cli.training.terminal import TrainingTerminal
 
-        done = loop.train(
+        loop.train(
             config,
             data=data,
             out=out,
@@ -353,7 +353,6 @@ def train(
             offline=offline,
             listener=TrainingTerminal(quiet=quiet, verbose=verbose),
         )
-        print_summary(done, quiet=quiet)
 
 
 def _number_or_auto(text: str) -> int | str:

@@ -118,7 +118,7 @@ def read_strict(cls: type[T], mapping: object, where: str) -> T:
 
 
 def _typed(value: object, hint: Any, where: str) -> Any:
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hints = typing.get_args(hint)
         if value is None and type(None) in hints:
             return None

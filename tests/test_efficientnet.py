@@ -49,7 +49,9 @@ def test_grids_of_a_canvas_that_shrinks_unevenly() -> None:
     backbone = EfficientNetLite.load(EfficientNetLiteConfig(long_side_px=160), None, offline=True, seed=0)
     valid = torch.ones(2, 96, 160, dtype=torch.bool)
     valid[1, 80:] = False
-    features = backbone.target(torch.rand(2, 3, 96, 160, generator=torch.Generator().manual_seed(1)), valid, ["target"] * 2)
+    features = backbone.target(
+        torch.rand(2, 3, 96, 160, generator=torch.Generator().manual_seed(1)), valid, ["target"] * 2
+    )
     assert features.correspondence.shape[2:] == (6, 10)
     assert features.valid.shape == (2, 6, 10)
     assert not features.valid[1, 5:].any()

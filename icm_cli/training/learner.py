@@ -17,6 +17,7 @@ from icm_cli.config import part_class
 from icm_cli.device import is_out_of_memory, make_accelerator
 from icm_cli.errors import ConfigError
 from icm_cli.files import digest_of
+from icm_cli.geometry import CanvasRule
 from icm_cli.matter import Matter
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.loading import model_to_train
@@ -51,6 +52,7 @@ class Learner:
         self.model = model_to_train(
             settings.model, checkpoint=checkpoint, weights=weights, offline=offline, seed=config.seed
         )
+        _check_canvas(self.model.backbone.canvas, config.canvas_px)
         self.trains_backbone = bool(config.backbone_rate) and self.model.backbone.is_trainable
         if config.backbone_rate and not self.trains_backbone:
             raise ConfigError(
@@ -231,6 +233,13 @@ def micro_batches(config: TrainConfig) -> tuple[int, int]:
             "time cannot make; expected a multiple of their product"
         )
     return processes, micro_batch
+
+
+def _check_canvas(rule: CanvasRule, canvas_px: int) -> None:
+    if rule.square and canvas_px != rule.long_side_px:
+        raise ConfigError(f"train: canvas_px is {canvas_px}, and the backbone's canvas has {rule.long_side_px} px")
+    if canvas_px % rule.multiple_px:
+        raise ConfigError(f"train: canvas_px is {canvas_px}; expected a multiple of {rule.multiple_px}")
 
 
 def _backbone_digest(settings: Settings, of_weights: str, dtype: str) -> str:

@@ -9,25 +9,6 @@ from pathlib import Path
 from icm_cli.runs import Listener
 
 
-class TrainingListener(Listener):
-    """Hears what training does; the command prints it. Every method may be left as it is."""
-
-    def training_started(self, first_step: int, steps: int, samples: int) -> None:
-        """Steps ``first_step`` + 1 to ``steps`` follow, of so many samples each."""
-
-    def stepped(self, step: int) -> None:
-        """A step is done."""
-
-    def logged(self, step: int, figures: Mapping[str, float]) -> None:
-        """Figures since the last such call: loss, its terms, rate, gradient_norm, samples_per_second, waiting_share."""
-
-    def training_ended(self) -> None:
-        """No more steps follow, however it ended."""
-
-    def validated(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
-        """The metrics of ``icm eval`` after a step, named validation_mse and so on."""
-
-
 @dataclass(frozen=True)
 class Summary:
     """How a run ended."""
@@ -52,3 +33,25 @@ class Summary:
     """The best model, or the last where nothing was validated; None where nothing was trained."""
     preview: Path | None = None
     """The contact sheet, where only that was wanted."""
+
+
+class TrainingListener(Listener):
+    """Hears what training does; the command prints it. Every method may be left as it is."""
+
+    def training_started(self, first_step: int, steps: int, samples: int) -> None:
+        """Steps ``first_step`` + 1 to ``steps`` follow, of so many samples each."""
+
+    def stepped(self, step: int) -> None:
+        """A step is done."""
+
+    def logged(self, step: int, figures: Mapping[str, float]) -> None:
+        """Figures since the last such call: loss, its terms, rate, gradient_norm, samples_per_second, waiting_share."""
+
+    def training_ended(self) -> None:
+        """No more steps follow, however it ended."""
+
+    def training_finished(self, summary: Summary) -> None:
+        """The run ended well, or after a signal."""
+
+    def validated(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
+        """The metrics of ``icm eval`` after a step, named validation_mse and so on."""

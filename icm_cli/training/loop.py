@@ -56,7 +56,9 @@ def train(
     if preview:
         sheet = folder / "preview.png"
         write_preview(sheet, [maker.sample(counter) for counter in range(preview)])
-        return Summary(folder, preview=sheet)
+        summary = Summary(folder, preview=sheet)
+        hear.training_finished(summary)
+        return summary
     options = {"config": config, "data": data, "out": folder, "checkpoint": checkpoint, "weights": weights}
     command = _command(options, overrides)
     keeper = Keeper(folder, settings, pool, overrides=overrides, checkpoint=start, command=command)
@@ -73,7 +75,7 @@ def train(
             rate = learner.set_rates(step)
             norm = 0.0
             for _ in range(learner.accumulation):
-                batch = meter.next_batch(batches)
+                batch = meter.next_batch(batches).to(learner.device.place)
                 report.skipped(batch)
                 with learner.accumulate():
                     alpha = learner.alpha(batch)

@@ -99,11 +99,11 @@ class Reporter:
                 self._validate(step, stop)
 
     def summary(self, meter: Meter) -> Summary:
-        """How the run ended."""
+        """Tell and return how the run ended."""
         learner, best = self._learner, self._keeper.best
         name = BEST_NAME if best else LAST_NAME
         path = self._keeper.folder / name
-        return Summary(
+        summary = Summary(
             folder=self._keeper.folder,
             steps=self._step,
             loss=self._loss,
@@ -116,6 +116,8 @@ class Reporter:
             peak_memory_bytes=learner.device.peak_memory_bytes(),
             checkpoint=path if path.exists() else None,
         )
+        self._hear.training_finished(summary)
+        return summary
 
     def _log(self, step: int, meter: Meter, rate: float) -> None:
         figures = self._learner.mean(meter.figures(rate))

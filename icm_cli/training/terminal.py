@@ -50,28 +50,29 @@ class TrainingTerminal(Terminal, TrainingListener):
             self._bar.close()
             self._bar = None
 
+    def training_finished(self, summary: Summary) -> None:
+        """Say how the run ended, and the command to matte with its result."""
+        if summary.preview is not None:
+            write_line(sys.stdout, f"samples are in {summary.preview}; nothing was trained")
+        if self.quiet or summary.preview is not None:
+            return
+        show(_rows(summary))
+        if summary.checkpoint is not None:
+            options = "--ref ref.png --mask mask.png --src imgs/ --out alphas/"
+            write_line(sys.stdout, f"icm matte --checkpoint {shlex.quote(str(summary.checkpoint))} {options}")
 
-def print_summary(summary: Summary, *, quiet: bool) -> None:
-    """How the run ended, and the command to matte with its result."""
-    if summary.preview is not None:
-        write_line(sys.stdout, f"samples are in {summary.preview}; nothing was trained")
-        return
-    if quiet:
-        return
-    rows = [("steps", f"{summary.steps}"), ("loss", "-" if summary.loss is None else f"{summary.loss:.4f}")]
+
+def _rows(summary: Summary) -> list[tuple[str, str]]:
+    best = "nothing was validated; the last model is the result"
     if summary.best_step is not None:
-        rows.append(("best step", f"{summary.best_step}, validation MSE {summary.best_mse:.5f}"))
-    else:
-        rows.append(("best step", "nothing was validated; the last model is the result"))
-    if summary.skipped:
-        rows.append(("unreadable", f"{summary.skipped} draws were skipped"))
-    rows.append(("time", f"{summary.seconds:.1f} s of steps, {summary.samples_per_second:.2f} samples/s"))
-    rows.append(("waiting for data", f"{summary.waiting_share:.1%} of it"))
-    rows.append(("peak memory", f"{summary.peak_memory_bytes / 1e6:.0f} MB"))
-    rows.append(("log", str(summary.folder)))
-    show(rows)
-    if summary.checkpoint is not None:
-        checkpoint = shlex.quote(str(summary.checkpoint))
-        write_line(
-            sys.stdout, f"icm matte --checkpoint {checkpoint} --ref ref.png --mask mask.png --src imgs/ --out alphas/"
-        )
+        best = f"{summary.best_step}, validation MSE {summary.best_mse:.5f}"
+    rows = [
+        ("steps", f"{summary.steps}"),
+        ("loss", "-" if summary.loss is None else f"{summary.loss:.4f}"),
+        ("best step", best),
+        ("time", f"{summary.seconds:.1f} s of steps, {summary.samples_per_second:.2f} samples/s"),
+        ("waiting for data", f"{summary.waiting_share:.1%} of it"),
+        ("peak memory", f"{summary.peak_memory_bytes / 1e6:.0f} MB"),
+        ("folder", str(summary.folder)),
+    ]
+    return rows + ([("unreadable", f"{summary.skipped} draws were skipped")] if summary.skipped else [])

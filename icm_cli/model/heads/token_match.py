@@ -104,7 +104,9 @@ class TokenMatchHead(TrainedHead):
         feature = target.correspondence.to(self.condense.weight.dtype)
         evidence = self.evidence(target, references)
         x = self.fuse(torch.cat([self.condense(feature), evidence.to(feature.dtype)], dim=1))
-        details = [*(target.scales[stride] for stride in SKIP_STRIDES), 4.0 * image - 2.0]
+        skips = zip(SKIP_STRIDES, self.config.skip_channels, strict=True)
+        details = [_checked(target.scales.get(stride), "skip_channels", wide, stride) for stride, wide in skips]
+        details.append(4.0 * image - 2.0)
         for step, detail in zip(self.steps, details, strict=True):
             x = step(torch.cat([upsample(x), detail.to(x.dtype)], dim=1))
         alpha = torch.sigmoid(self.output(x).float())
@@ -134,6 +136,7 @@ class TokenMatchHead(TrainedHead):
 
     def _projected(self, feature: Tensor) -> Tensor:
         """[B,C,h,w] -> tokens of unit length [B,N,width] float32."""
+        _checked(feature, "feature_channels", self.config.feature_channels, None)
         return F.normalize(tokens(self.project(feature.to(self.project.weight.dtype))), dim=-1)
 
     @in_float32
@@ -158,6 +161,18 @@ class TokenMatchHead(TrainedHead):
             carried,
         ]
         return torch.stack(numbers, dim=1)
+
+
+def _checked(feature: Tensor | None, setting: str, channels: int, stride: int | None) -> Tensor:
+    """A backbone's feature. Raises ConfigError where it is another one than the configuration says."""
+    if feature is not None and feature.shape[1] == channels:
+        return feature
+    where = "" if stride is None else f" at stride {stride}"
+    gives = "nothing there" if feature is None else f"{feature.shape[1]} channels"
+    raise ConfigError(
+        f"head {setting} is {channels}{where}, and the backbone gives {gives}; expected the channels of its "
+        "correspondence_blocks together, and of its scale_blocks at strides 8, 4 and 2"
+    )
 
 
 def _log_count(likeness: Tensor) -> Tensor:

@@ -1,0 +1,231 @@
+"""``icm train`` through the command itself: it learns, resumes bit-equal, mattes, and says where a model comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from conftest import Icm, alphas, read
+from tiny_sd import tiny_detail_yaml, write_tiny_sd
+from train_data import PLAIN, change, log, metadata, same_weights, train, weights, write_config
+
+from icm_cli.files import cache_folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, data: Path) -> Path:
+    return write_config(tmp_path / "train.yaml", data)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ICM_CACHE", str(tmp_path / "cache"))
+    cache_folder.cache_clear()
+    yield tmp_path / "cache"
+    cache_folder.cache_clear()
+
+
+def test_it_learns_and_its_model_mattes(tmp_path: Path, data: Path, out: Path, icm: Icm, scene: Path) -> None:
+    loss = {"gradient_penalty": 0, "unknown_l1": 0, "known_l1": 0, "laplacian": 0, "cross_entropy": 1, "dice": 1}
+    recipe = {"steps": 40, "warmup_steps": 5, "rate": 3e-3, "batch_size": 4, "loss": loss}
+    config = write_config(tmp_path / "t.yaml", data, **recipe, **PLAIN)
+    done = train(config, out)
+    assert done.exit_code == 0, done.output
+    losses = [float(row["loss"]) for row in log(out)]
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    assert f"icm matte --checkpoint {out / 'last.safetensors'}" in done.stdout
+    matted = icm(checkpoint=out / "last.safetensors", model=None)
+    assert matted.exit_code == 0, matted.output
+    assert sorted(alphas(scene / "out")) == ["pad.0101.png", "sub/deep.png", "wall.png"]
+    assert read(scene / "out" / "wall.png").shape == read(scene / "imgs" / "wall.jpg").shape[:2]
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_resumed_run_takes_the_very_next_step(config: Path, tmp_path: Path, out: Path, ema: float | None) -> None:
+    options = ["--set", f"train.ema={json.dumps(ema)}"]
+    assert train(config, out, *options, "--set", "train.steps=2").exit_code == 0
+    half = weights(out / "last.safetensors")
+    assert train(config, out, *options, "--resume").exit_code == 0
+    assert train(config, tmp_path / "whole", *options).exit_code == 0
+    assert same_weights(out / "last.safetensors", tmp_path / "whole" / "last.safetensors")
+    assert any(not np.array_equal(half[name], tensor) for name, tensor in weights(out / "last.safetensors").items())
+    assert [row["step"] for row in log(out)] == ["1", "2", "3", "4"]
+    figures = [[row["loss"] for row in log(each)] for each in (out, tmp_path / "whole")]
+    assert figures[0] == figures[1]
+
+
+def test_resume_where_nothing_is_begins(config: Path, out: Path) -> None:
+    done = train(config, out, "--resume")
+    assert done.exit_code == 0
+    assert "holds no run yet" in done.stderr
+
+
+def test_a_finished_run_resumed_trains_nothing(config: Path, out: Path) -> None:
+    train(config, out)
+    before = (out / "last.safetensors").read_bytes()
+    again = train(config, out, "--resume")
+    assert again.exit_code == 0, again.output
+    assert (out / "last.safetensors").read_bytes() == before
+    assert len(log(out)) == 4
+
+
+def test_a_run_is_not_written_over(config: Path, out: Path) -> None:
+    train(config, out)
+    again = train(config, out)
+    assert again.exit_code == 2
+    assert "holds a run already" in again.stderr
+
+
+def test_another_configuration_is_refused_with_the_difference(config: Path, out: Path) -> None:
+    train(config, out)
+    for change_, shown in (("train.rate=0.5", "train.rate: 0.001 -> 0.5"), ("head.width=8", "head.width: 16 -> 8")):
+        again = train(config, out, "--resume", "--set", change_)
+        assert again.exit_code in (2, 3)
+        assert again.exit_code == 2 or "head.width" in change_
+        if again.exit_code == 2:
+            assert shown in again.stderr
+
+
+def test_other_images_are_another_run(config: Path, out: Path, data: Path) -> None:
+    train(config, out)
+    (data / "images" / "a" / "lawn.jpg").unlink()
+    again = train(config, out, "--resume")
+    assert again.exit_code == 2
+    assert "found.items: 6 -> 5" in again.stderr
+
+
+def test_where_a_model_comes_from(config: Path, out: Path, data: Path) -> None:
+    assert train(config, out, "--set", "train.seed=7").exit_code == 0
+    told = metadata(out / "last.safetensors")
+    files = sorted({hashlib.sha256(path.read_bytes()).hexdigest() for path in (data / "images").rglob("*.jpg")})
+    assert json.loads(told["icm.trained_on"]) == files
+    assert list(json.loads(told["icm.licences"]).values()) == ["CC0"]
+    assert json.loads(told["icm.overrides"]) == ["train.seed=7"]
+    assert json.loads(told["icm.training"])["train"]["seed"] == 7
+    assert told["icm.command"].startswith("icm train --config ")
+    assert told["icm.command"].endswith("--set train.seed=7")
+    assert told["icm.step"] == "4"
+
+
+def test_eval_marks_what_a_trained_model_has_seen(config: Path, out: Path, evaluate: Icm, tmp_path: Path) -> None:
+    train(config, out)
+    scored = evaluate(model=None, checkpoint=out / "last.safetensors", report=tmp_path / "r.json")
+    assert scored.exit_code == 0, scored.output
+    images = json.loads((tmp_path / "r.json").read_text())["images"]
+    assert all(image["is_seen"] for image in images)
+
+
+def test_training_starts_from_a_checkpoint(config: Path, out: Path, tmp_path: Path) -> None:
+    train(config, out)
+    more = tmp_path / "more"
+    done = train(
+        config, more, "--set", "train.rate=0", "--set", "train.backbone_rate=0", checkpoint=out / "last.safetensors"
+    )
+    assert done.exit_code == 0, done.output
+    before, after = weights(out / "last.safetensors"), weights(more / "last.safetensors")
+    name = "head.output.0.weight"
+    assert np.allclose(before[name], after[name], atol=1e-6)
+    assert metadata(more / "last.safetensors")["icm.started_from"] == str(out / "last.safetensors")
+
+
+def test_validation_logs_and_keeps_the_best(config: Path, out: Path, data: Path) -> None:
+    change(config, validation={"images": str(data / "images"), "alphas": str(data / "alphas")})
+    done = train(config, out, "--set", "train.validate_every=2")
+    assert done.exit_code == 0, done.output
+    assert "6 of the 6 validation images are trained on too" in done.stderr
+    rows = {row["step"]: float(row["validation_mse"]) for row in log(out) if row["validation_mse"]}
+    assert sorted(rows) == ["2", "4"]
+    best = min(rows, key=lambda step: rows[step])
+    assert metadata(out / "best.safetensors")["icm.step"] == best
+    assert f"best step {best}, validation MSE {rows[best]:.5f}" in " ".join(done.stdout.split())
+    assert f"--checkpoint {out / 'best.safetensors'}" in done.stdout
+
+
+def test_pictures_and_scalars_reach_tensorboard(config: Path, out: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(config, out, "--set", "train.image_every=2")
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    assert {"run/loss", "run/rate", "run/waiting_share", "losses/cross_entropy", "losses/l1"} <= set(scalars)
+    logged = [float(row["loss"]) for row in log(out)]
+    assert [event.value for event in events.Scalars("run/loss")] == pytest.approx(logged)
+    pictures = events.Images("samples")
+    assert [event.step for event in pictures] == [2, 4]
+    picture = cv2.imdecode(np.frombuffer(pictures[0].encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
+    assert picture.shape == (2 * 256, 6 * 256, 3)
+    assert picture.std() > 10
+
+
+def test_a_preview_trains_nothing(config: Path, out: Path) -> None:
+    done = train(config, out, preview=3)
+    assert done.exit_code == 0, done.output
+    sheet = read(out / "preview.png")
+    assert sheet.shape == (3 * 240, 5 * 224, 3)
+    assert [path.name for path in out.iterdir()] == ["preview.png"]
+
+
+def test_workers_change_nothing(config: Path, out: Path, tmp_path: Path) -> None:
+    train(config, out, "--set", "train.steps=2")
+    done = train(config, tmp_path / "two", "--set", "train.steps=2", workers=2)
+    assert done.exit_code == 0, done.output
+    assert same_weights(out / "last.safetensors", tmp_path / "two" / "last.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_sd(tmp_path_factory.mktemp("sd"))
+
+
+class TestStableDiffusion:
+    @pytest.fixture
+    def sd_config(self, tmp_path: Path, data: Path, folder: Path, own_cache: Path) -> Path:  # noqa: ARG002
+        model = yaml.safe_load(tiny_detail_yaml(tmp_path / "sd.yaml", folder).read_text())
+        return write_config(
+            tmp_path / "train.yaml", data, model, canvas_px=128, backbone_rate=0, loss={}, ema=None, optimiser="adam"
+        )
+
+    def test_the_decoder_trains_on_frozen_features(self, sd_config: Path, out: Path, icm: Icm) -> None:
+        done = train(sd_config, out)
+        assert done.exit_code == 0, done.output
+        assert "kept on disk" not in done.stderr
+        assert all(name.startswith("head.") for name in weights(out / "last.safetensors"))
+        assert icm(checkpoint=out / "last.safetensors", model=None).exit_code == 0
+
+    def test_features_are_kept_where_no_pixel_changes(
+        self, sd_config: Path, out: Path, tmp_path: Path, own_cache: Path
+    ) -> None:
+        options = [f"--set=train.{name}={json.dumps(value)}" for name, value in PLAIN.items()]
+        done = train(sd_config, out, *options)
+        assert done.exit_code == 0, done.output
+        assert "kept on disk" in done.stderr
+        assert "the noise is the same for every step" in done.stderr
+        entries = list((own_cache / "features").rglob("*.safetensors"))
+        assert 2 <= len(entries) <= 12  # six images, as target and as reference
+        again = train(sd_config, tmp_path / "again", *options)
+        assert again.exit_code == 0
+        assert set((own_cache / "features").rglob("*.safetensors")) == set(entries)
+        assert same_weights(out / "last.safetensors", tmp_path / "again" / "last.safetensors")
+        shutil.rmtree(own_cache / "features")
+        bounded = train(sd_config, tmp_path / "bounded", *options, "--set", "train.feature_cache_gb=1e-9")
+        assert bounded.exit_code == 0
+        assert "the feature cache is full" in bounded.stderr
+        assert not list((own_cache / "features").rglob("*.safetensors"))
+        assert same_weights(out / "last.safetensors", tmp_path / "bounded" / "last.safetensors")
+
+    def test_a_frozen_backbone_takes_no_rate(self, sd_config: Path, out: Path) -> None:
+        done = train(sd_config, out, "--set", "train.backbone_rate=1e-4")
+        assert done.exit_code == 3
+        assert "this backbone is frozen" in done.stderr

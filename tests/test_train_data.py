@@ -1,0 +1,409 @@
+"""What training shows: sources, pairs, distractors, negatives, augmentation; each sample by seed and counter alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from train_data import MODEL
+
+from icm_cli.errors import ConfigError, ImageError, TrainingError, UsageError
+from icm_cli.training.augment import show
+from icm_cli.training.items import Item, Pool, read_pool
+from icm_cli.training.layers import cutout
+from icm_cli.training.samples import Batch, Sample, SampleMaker, Share
+from icm_cli.training.scenes import SceneMaker
+from icm_cli.training.settings import (
+    AugmentConfig,
+    DataConfig,
+    PairConfig,
+    SourceConfig,
+    TrainConfig,
+    differences,
+    read_settings,
+)
+
+SIDE = 96
+STILL = AugmentConfig(flip=0, zoom=1, rotate_degrees=0, stretch=0, colour=0, jpeg=0, blur=0, noise=0)
+ALONE = PairConfig(composite_share=0, same_image_share=0, distractor_share=0, negative_share=0, mask_jitter=0)
+RED, GREEN, BLUE = (220, 30, 30), (30, 200, 30), (30, 30, 220)
+
+
+def disc(colour: tuple[int, int, int], ground: tuple[int, int, int], size: int = 120) -> tuple[np.ndarray, np.ndarray]:
+    """A soft disc before a ground: picture uint8 [size,size,3] and exact alpha uint8."""
+    y, x = np.mgrid[:size, :size]
+    distance = np.hypot(y - size / 2, x - size / 2)
+    alpha = np.clip((size / 3 - distance) / 6 + 0.5, 0, 1)
+    picture = alpha[..., None] * np.array(colour) + (1 - alpha[..., None]) * np.array(ground)
+    return picture.round().astype(np.uint8), (alpha * 255).round().astype(np.uint8)
+
+
+def write(path: Path, image: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), image[..., ::-1] if image.ndim == 3 and image.shape[2] == 3 else image)
+    return path
+
+
+@pytest.fixture(scope="module")
+def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs of red and of green discs, two groups of three; blue backgrounds; RGBA cut-outs of yellow ones."""
+    root = tmp_path_factory.mktemp("discs")
+    for group, colour in (("red", RED), ("green", GREEN)):
+        for number in range(3):
+            picture, alpha = disc(colour, (40 * number + 60,) * 3)
+            write(root / "images" / group / f"{number}.png", picture)
+            write(root / "alphas" / group / f"{number}.png", alpha)
+    for number in range(2):
+        write(root / "backgrounds" / f"{number}.png", np.full((140, 200, 3), (20 * number + 20, 20, 200), np.uint8))
+    for number in range(2):
+        _, alpha = disc(RED, RED)
+        rgba = np.dstack([np.full((120, 120, 3), (0, 220, 220), np.uint8), alpha])
+        rgba[alpha == 0] = 0
+        write(root / "cutouts" / "yellow" / f"{number}.png", rgba)
+    return root
+
+
+def source(root: Path, **change: object) -> SourceConfig:
+    return replace(SourceConfig(images=str(root / "images"), alphas=str(root / "alphas")), **change)  # type: ignore[arg-type]
+
+
+def maker(
+    root: Path, pairs: PairConfig = ALONE, augment: AugmentConfig = STILL, *more: SourceConfig, **change: object
+) -> SampleMaker:
+    data = DataConfig((source(root), *more), (str(root / "backgrounds"),))
+    config = replace(TrainConfig(canvas_px=SIDE, pairs=pairs, augment=augment), **change)  # type: ignore[arg-type]
+    return SampleMaker(read_pool(data, pairs), config)
+
+
+def main_colour(sample: Sample) -> str:
+    """Of what the guidance shows."""
+    return ("red", "green", "blue")[int(sample.reference_rgb[sample.guidance].mean(axis=0).argmax())]
+
+
+def equal(one: Sample, other: Sample) -> bool:
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in one.__dataclass_fields__)
+
+
+@given(seed=st.integers(0, 99), counter=st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_a_sample_is_a_function_of_seed_and_counter(discs: Path, seed: int, counter: int) -> None:
+    busy = PairConfig(scribble_share=0.3, point_share=0.2, negative_share=0.2)
+    first, second = (maker(discs, busy, AugmentConfig(), seed=seed) for _ in range(2))
+    second.sample(counter + 1)  # what was made before does not matter
+    assert equal(first.sample(counter), second.sample(counter))
+    sample = first.sample(counter)
+    assert sample.rgb.shape == (SIDE, SIDE, 3)
+    assert sample.alpha.dtype == sample.rgb.dtype == sample.trimap.dtype == np.uint8
+    assert sample.guidance.any()
+    assert set(np.unique(sample.trimap)) <= {0, 128, 255}
+    assert (sample.trimap[(sample.alpha > 0) & (sample.alpha < 255)] == 128).all()
+
+
+def test_other_seeds_and_counters_give_other_samples(discs: Path) -> None:
+    samples = [maker(discs, PairConfig(), AugmentConfig(), seed=seed).sample(n) for seed in range(2) for n in range(2)]
+    assert len({sample.rgb.tobytes() for sample in samples}) == 4
+
+
+def test_still_pairs_are_the_files_themselves(discs: Path) -> None:
+    for counter in range(6):
+        sample = maker(discs).sample(counter)
+        target, shown = sample.name.split(" by ")
+        assert target.split("/")[0] == shown.split("/")[0]
+        assert target != shown
+        picture = cv2.imread(str(discs / "images" / f"{target}.png"))[..., ::-1]
+        expected = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+        assert np.array_equal(sample.rgb, expected)
+        assert sample.valid.all()
+
+
+def test_the_reference_alone_tells_what_is_wanted(discs: Path) -> None:
+    """With distractors the other disc is in the picture too, and the alpha is that of the reference's colour."""
+    pairs = replace(ALONE, distractor_share=1.0, distractors=1, reference_distractor_share=1.0)
+    seen = Counter()
+    for counter in range(30):
+        sample = maker(discs, pairs, replace(STILL, flip=0.5)).sample(counter)
+        wanted = main_colour(sample)
+        inside = sample.rgb[sample.alpha > 250].mean(axis=0)
+        assert ("red", "green", "blue")[int(inside.argmax())] == wanted
+        other = 1 if wanted == "red" else 0
+        strong = (sample.rgb[..., other] > 150) & (sample.rgb[..., 1 - other] < 90)
+        seen["target"] += bool(strong.any())
+        assert (sample.alpha[strong] < 100).all()
+        of_reference = (sample.reference_rgb[..., other] > 150) & (sample.reference_rgb[..., 1 - other] < 90)
+        seen["reference"] += bool(of_reference.any())
+        assert not sample.guidance[of_reference].any()
+    assert seen["target"] >= 25
+    assert seen["reference"] >= 20
+
+
+def test_negatives_have_no_alpha_and_lack_the_thing(discs: Path) -> None:
+    pairs = replace(ALONE, negative_share=1.0)
+    kinds = Counter()
+    for counter in range(30):
+        sample = maker(discs, pairs).sample(counter)
+        assert not sample.alpha.any()
+        assert not sample.trimap.any()
+        wanted = 0 if main_colour(sample) == "red" else 1
+        assert not ((sample.rgb[..., wanted] > 150) & (sample.rgb[..., 1 - wanted] < 90)).any()
+        kinds["backdrop" if sample.rgb[..., 2].mean() > 150 else "other"] += 1
+    assert min(kinds["backdrop"], kinds["other"]) >= 3
+
+
+def test_one_image_is_paired_with_another_view_of_itself(discs: Path) -> None:
+    pairs = replace(ALONE, composite_share=1.0)
+    alone = source(discs, group_by="image")
+    made = SampleMaker(
+        read_pool(DataConfig((alone,), (str(discs / "backgrounds"),)), pairs),
+        TrainConfig(canvas_px=SIDE, pairs=pairs, augment=STILL),
+    ).sample(0)
+    target, shown = made.name.split(" by ")
+    assert target == shown
+    assert not np.array_equal(made.rgb, made.reference_rgb)
+
+
+@given(counter=st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_composites_have_no_halo(discs: Path, counter: int) -> None:
+    """Nothing of the old background (grey 60 to 140) shines through a soft edge on the new one (blue)."""
+    sample = maker(discs, replace(ALONE, composite_share=1.0)).sample(counter)
+    soft = (sample.alpha > 30) & (sample.alpha < 225)
+    assert soft.any()
+    weight = sample.alpha[soft][:, None] / 255
+    ground = np.median(sample.rgb[sample.alpha == 0], axis=0)
+    colour = np.array(RED if sample.name.startswith("red") else GREEN)
+    expected = weight * colour + (1 - weight) * ground
+    assert np.abs(sample.rgb[soft] - expected).mean() < 12
+
+
+def test_cut_outs_have_their_own_colours(discs: Path) -> None:
+    item = next(iter(read_pool(DataConfig((source(discs),)), ALONE)))
+    layer = cutout(item, SIDE)
+    soft = (layer.alpha > 0.1) & (layer.alpha < 0.9)
+    straight = layer.colour[soft] / layer.alpha[soft][:, None]
+    assert np.abs(straight - np.array(GREEN)).mean() < 10  # "green" comes first
+
+
+def test_rgba_cut_outs_are_put_on_backgrounds(discs: Path) -> None:
+    cutouts = SourceConfig(dataset="cutouts", root=str(discs / "cutouts"))
+    pool = read_pool(DataConfig((cutouts,), (str(discs / "backgrounds"),)), ALONE)
+    assert [(item.group, item.is_foreground) for item in pool] == [("0:yellow", True)] * 2
+    sample = SampleMaker(pool, TrainConfig(canvas_px=SIDE, pairs=ALONE, augment=STILL)).sample(0)
+    inside = sample.rgb[sample.alpha == 255]
+    assert np.abs(inside - np.array((220, 220, 0))).max() <= 3
+    dark = sample.rgb.astype(int).sum(axis=-1) < 100
+    assert not dark.any()  # the black of transparent pixels would be a halo
+
+
+def test_sources_are_drawn_by_weight(discs: Path) -> None:
+    rare = replace(SourceConfig(dataset="cutouts", root=str(discs / "cutouts")), weight=0.25)
+    pool = read_pool(DataConfig((source(discs), rare), (str(discs / "backgrounds"),)), ALONE)
+    rng = np.random.default_rng(0)
+    drawn = Counter(pool.draw(rng).is_foreground for _ in range(4000))
+    assert drawn[True] / 4000 == pytest.approx(0.2, abs=0.03)
+
+
+def test_open_images_masks_stay_binary(discs: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        picture, alpha = disc(RED, (90, 90, 90))
+        write(tmp_path / "images" / f"00a{number}.jpg", picture)
+        small = cv2.resize(alpha, (77, 77), interpolation=cv2.INTER_NEAREST)
+        write(tmp_path / "masks" / f"00a{number}_m01bjv_77fe.png", (small > 127).astype(np.uint8) * 255)
+    masks = SourceConfig(dataset="openimages", root=str(tmp_path))
+    pool = read_pool(DataConfig((masks,), (str(discs / "backgrounds"),)), ALONE)
+    assert [item.group for item in pool] == ["0:m01bjv"] * 2
+    busy = replace(ALONE, composite_share=1.0, distractor_share=1.0)
+    made = SampleMaker(pool, TrainConfig(canvas_px=SIDE, pairs=busy, augment=AugmentConfig()))
+    for counter in range(8):
+        sample = made.sample(counter)
+        assert set(np.unique(sample.alpha)) == {0, 255}
+        assert sample.rgb[..., 2].mean() < 130  # never cut out with its hard edge and put on a blue background
+
+
+def test_published_trimaps_move_with_their_pictures(discs: Path, tmp_path: Path) -> None:
+    trimap = np.zeros((120, 120), np.uint8)
+    trimap[20:100, 20:100] = 128
+    trimap[50:70, 50:70] = 255
+    for group in ("red", "green"):
+        for number in range(3):
+            write(tmp_path / group / f"{number}.png", trimap)
+    data = DataConfig((source(discs, trimaps=str(tmp_path)),))
+    config = TrainConfig(canvas_px=SIDE, pairs=ALONE, augment=replace(STILL, zoom=1.5, rotate_degrees=20))
+    made = SampleMaker(read_pool(data, ALONE), config)
+    for counter in range(5):
+        sample = made.sample(counter)
+        assert set(np.unique(sample.trimap)) == {0, 128, 255}
+        inside = sample.trimap == 255
+        assert (sample.alpha[inside] == 255).all()
+        assert 0.02 < inside.mean() < 0.12
+    whole = SampleMaker(read_pool(data, ALONE), replace(config, augment=STILL)).sample(0)
+    assert (whole.trimap == 255).mean() == pytest.approx((20 / 120) ** 2, rel=0.15)
+
+
+def test_composition_datasets_give_their_foregrounds(discs: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        picture, alpha = disc(RED, RED)
+        write(tmp_path / "Train" / "FG" / f"{number}.png", picture)
+        write(tmp_path / "Train" / "GT" / f"{number}.png", alpha)
+    pool = read_pool(
+        DataConfig((SourceConfig(dataset="d646", root=str(tmp_path)),), (str(discs / "backgrounds"),)), ALONE
+    )
+    assert [(item.name, item.group, item.is_foreground) for item in pool] == [("0", "0:0", True), ("1", "0:1", True)]
+
+
+@pytest.mark.parametrize(("share", "least", "most"), [("scribble_share", 0.005, 0.2), ("point_share", 0.0005, 0.01)])
+def test_marks_lie_in_the_thing(share: str, least: float, most: float) -> None:
+    _, alpha = disc(RED, GREEN, SIDE)
+    config = replace(ALONE, **{share: 1.0})
+    shown = [show(alpha, config, np.random.default_rng(seed)) for seed in range(20)]
+    for mark in shown:
+        assert mark.any()
+        assert (alpha[mark] > 127).all()
+        assert least < mark.mean() < most
+    assert len({mark.tobytes() for mark in shown}) > 15
+
+
+def test_jittered_masks_are_near_the_mask() -> None:
+    _, alpha = disc(RED, GREEN, SIDE)
+    mask = alpha > 127
+    changed = 0
+    for seed in range(20):
+        jittered = show(alpha, replace(ALONE, mask_jitter=1.0), np.random.default_rng(seed))
+        iou = (jittered & mask).sum() / (jittered | mask).sum()
+        assert 0.8 < iou <= 1
+        changed += not np.array_equal(jittered, mask)
+    assert changed > 10
+
+
+def test_a_zoomed_view_keeps_the_thing(discs: Path) -> None:
+    scenes = SceneMaker(SIDE, replace(AugmentConfig(), zoom=4.0))
+    item = next(iter(read_pool(DataConfig((source(discs),)), ALONE)))
+    for seed in range(20):
+        scene = scenes.photograph(item, np.random.default_rng(seed))
+        assert (scene.alpha > 127).mean() > 0.1
+        assert not scene.alpha[~scene.valid].any()
+
+
+class TestUnreadable:
+    @pytest.fixture
+    def torn(self, discs: Path, tmp_path: Path) -> tuple[SampleMaker, Path]:
+        """One of six images is torn."""
+        import shutil
+
+        shutil.copytree(discs, tmp_path / "discs")
+        bad = tmp_path / "discs" / "images" / "red" / "1.png"
+        bad.write_bytes(bad.read_bytes()[:100])
+        return maker(tmp_path / "discs"), bad
+
+    def test_another_draw_stands_in_and_it_is_told(self, torn: tuple[SampleMaker, Path]) -> None:
+        samples = [torn[0].sample(counter) for counter in range(20)]
+        skipped = [reason for sample in samples for reason in sample.skipped]
+        assert 2 <= len(skipped) < 20
+        assert all(str(torn[1]) in reason and "cut short" in reason for reason in skipped)
+        assert not any("red/1" in sample.name for sample in samples)
+        assert Batch.of(samples).skipped == tuple(skipped)
+
+    def test_nothing_readable_ends_it(self, torn: tuple[SampleMaker, Path]) -> None:
+        for path in torn[1].parents[1].rglob("*.png"):
+            path.write_bytes(b"")
+        with pytest.raises(TrainingError, match="could not be made in 10 draws"):
+            maker(torn[1].parents[2]).sample(0)
+
+    def test_sizes_that_differ(self, discs: Path) -> None:
+        item = next(iter(read_pool(DataConfig((source(discs),)), ALONE)))
+        wrong = replace(item, image=next((discs / "backgrounds").iterdir()))
+        with pytest.raises(ImageError, match=r"200x140 .* 120x120; expected one size"):
+            SceneMaker(SIDE, STILL).photograph(wrong, np.random.default_rng(0))
+
+
+@given(
+    batch=st.sampled_from([4, 8, 12]),
+    micro=st.sampled_from([1, 2]),
+    processes=st.sampled_from([1, 2]),
+    first=st.integers(0, 3),
+)
+def test_processes_and_micro_batches_share_the_same_samples(batch: int, micro: int, processes: int, first: int) -> None:
+    parts = [list(Share(batch, micro, process, processes, first, 5)) for process in range(processes)]
+    assert {len(part) for part in parts} == {len(Share(batch, micro, 0, processes, first, 5))}
+    per_step = len(parts[0]) // (5 - first)
+    for step in range(first, 5):
+        at = (step - first) * per_step
+        drawn = [counter for part in parts for each in part[at : at + per_step] for counter in each]
+        assert sorted(drawn) == list(range(step * batch, (step + 1) * batch))
+
+
+class TestSettings:
+    def config(self, path: Path, **sections: object) -> Path:
+        path.write_text(json.dumps({**MODEL, **sections}))
+        return path
+
+    def test_they_survive_the_way_through_json(self, tmp_path: Path) -> None:
+        train = {"loss": {"dice": 1}, "pairs": {"distractors": 3}, "steps": 7, "clip_norm": 2}
+        data = {"sources": [{"images": "a", "alphas": "b", "exclude": ["x*"]}], "validation": {"images": "c"}}
+        settings = read_settings(self.config(tmp_path / "a.yaml", train=train, data=data))
+        again = read_settings(self.config(tmp_path / "b.yaml", **settings.as_dict()))
+        assert again == settings
+        assert settings.train.loss.dice == 1.0
+        assert settings.data.sources[0].exclude == ("x*",)
+
+    def test_overrides_reach_every_depth(self, tmp_path: Path) -> None:
+        path = self.config(tmp_path / "a.yaml")
+        lines = ["train.rate=1e-4", "train.loss.l1=2", "head.width=8", "train.ema=null", "data.backgrounds=[a, b]"]
+        settings = read_settings(path, overrides=lines)
+        assert settings.train.rate == 1e-4
+        assert settings.train.loss.l1 == 2.0
+        assert settings.model.head.settings.width == 8
+        assert settings.data.backgrounds == ("a", "b")
+        before = read_settings(path).as_dict()
+        assert "head.width: 16 -> 8" in differences(before, settings.as_dict())
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("train.stepps=3", "Did you mean 'steps'"),
+            ("train.steps=many", "steps is 'many'; expected int"),
+            ("train.steps", "expected key=value"),
+            ("train.steps=[", "is not YAML"),
+            ("train.pairs.negative_share=2", "expected 0 to 1"),
+            ("train.loss.binary_rule=both", "binary_rule is 'both'"),
+            ("train.steps.more=1", "steps is {'more': 1}"),
+            ("train.clip_norm=0", "more than 0"),
+            ("train.augment.zoom=0.5", "1 or more"),
+            ("data.sources=[{dataset: aim501}]", "Did you mean 'aim500'"),
+            ("data.sources=[{weight: 0}]", "expected more than 0"),
+        ],
+    )
+    def test_wrong_ones_are_one_sentence(self, tmp_path: Path, override: str, message: str) -> None:
+        with pytest.raises(ConfigError) as error:
+            read_settings(self.config(tmp_path / "a.yaml"), overrides=[override])
+        assert message in str(error.value)
+
+    @pytest.mark.parametrize("name", ["lite", "icm-sd21"])
+    def test_presets_are_recipes(self, name: str) -> None:
+        settings = read_settings(name)
+        assert settings.train.steps == 20_000
+
+    def test_a_pool_needs_data(self, discs: Path, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="nothing to train on"):
+            read_pool(DataConfig(), PairConfig())
+        with pytest.raises(ConfigError, match="nothing to put them on"):
+            read_pool(DataConfig((SourceConfig(dataset="cutouts", root=str(discs / "cutouts")),)), ALONE)
+        one = SourceConfig(images=str(discs / "images" / "red"), alphas=str(discs / "alphas" / "red"))
+        with pytest.raises(ConfigError, match="negative_share"):
+            read_pool(DataConfig((one,)), PairConfig())
+        with pytest.raises(UsageError, match="no image left"):
+            read_pool(DataConfig((source(discs, exclude=("*",)),)), ALONE)
+        with pytest.raises(UsageError, match="does not exist"):
+            read_pool(DataConfig((source(discs),), (str(tmp_path / "none"),)), ALONE)
+
+
+def test_pool_leaves_out_what_is_excluded(discs: Path) -> None:
+    pool: Pool = read_pool(DataConfig((source(discs, exclude=("red/*",)),)), ALONE)
+    names: list[Item] = list(pool)
+    assert [item.name for item in names] == ["green/0", "green/1", "green/2"]

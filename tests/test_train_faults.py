@@ -1,0 +1,278 @@
+"""Training under bad luck: one sentence, the last good checkpoint kept, and the run goes on where it stopped."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from conftest import read
+from safetensors.torch import safe_open
+from train_data import change, command, log, metadata, same_weights, train, weights, write_config
+
+from icm_cli.training import loop
+from icm_cli.training.learner import Learner
+from icm_cli.training.samples import SampleMaker
+
+
+@pytest.fixture
+def config(tmp_path: Path, data: Path) -> Path:
+    return write_config(tmp_path / "train.yaml", data, save_every=1)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--config", "none.yaml"], 3, "cannot be read"),
+        (["--config", "lait"], 3, "Did you mean 'lite'"),
+        (["--config", "lite-training-free", "--set", "data.sources=[{images: DATA/images, alphas: DATA/alphas}]"], 3,
+         "nothing to train"),
+        (["--config", "lite"], 3, "there is nothing to train on"),
+        (["--data", "none.yaml"], 3, "cannot be read"),
+        (["--set", "train.precision=fp16"], 3, "fp16 needs a GPU"),
+        (["--set", "train.micro_batch_size=3"], 3, "expected a multiple of their product"),
+        (["--set", "train.canvas_px=100"], 3, "multiple of 32"),
+        (["--set", "head.feature_channels=9"], 3, "feature_channels is 9, and the backbone gives 208"),
+        (["--set", "data.sources=[{images: none, alphas: none}]"], 2, "is not a folder"),
+        (["--device", "cuda:77"], 3, "is not on this machine"),
+        (["--checkpoint", "none.safetensors"], 3, "cannot be read"),
+        (["--out", "DATA/images/a/lawn.jpg/run"], 3, "cannot be written"),
+    ],
+)  # fmt: skip
+def test_a_bad_call_is_one_sentence(
+    config: Path, out: Path, data: Path, options: list[str], code: int, message: str
+) -> None:
+    done = train(config, out, *(option.replace("DATA", str(data)) for option in options))
+    said = [line for line in done.stderr.splitlines() if not line.startswith("icm: training from")]
+    assert done.exit_code == code, done.output
+    assert len(said) == 1, done.stderr
+    assert message in said[0]
+    assert not (out / "last.safetensors").exists()
+
+
+def poisoned(bad_step: int):
+    """The losses of training, one of which is no number at a step."""
+    calls = []
+    real = loop.losses
+
+    def losses(*arguments: object) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        terms = real(*arguments)  # type: ignore[arg-type]
+        if len(calls) == bad_step:
+            terms["total"] = terms["total"] * torch.tensor([1.0, float("nan")])
+        return terms
+
+    return losses
+
+
+def test_a_loss_that_is_no_number_stops_with_step_and_samples(
+    config: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "losses", poisoned(3))
+    done = train(config, out)
+    assert done.exit_code == 1
+    last = done.stderr.splitlines()[-1]
+    assert "step 3: the loss is above 10000 or no number for" in last
+    with safe_open(out / "bad-step-3.safetensors", framework="pt") as file:
+        names = json.loads(file.metadata()["names"])
+        assert file.get_tensor("rgb").shape == (2, 96, 96, 3)
+    assert names[1] in last
+    assert names[0] == names[1] or f"{names[0]} (" not in last
+    assert metadata(out / "last.safetensors")["icm.step"] == "2"
+    monkeypatch.undo()
+    assert train(config, out, "--resume").exit_code == 0
+
+
+def test_a_loss_that_is_too_large_stops(config: Path, out: Path) -> None:
+    done = train(config, out, "--set", "train.loss.unknown_l1=1e6")
+    assert done.exit_code == 1
+    assert "step 1: the loss is above 10000" in done.stderr
+
+
+def test_gradients_that_are_no_numbers_stop_before_the_step(
+    config: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Learner, "clip", lambda self: float("inf"))  # noqa: ARG005
+    done = train(config, out)
+    assert done.exit_code == 1
+    assert "step 1: the gradients are no numbers" in done.stderr
+    assert (out / "bad-step-1.safetensors").exists()
+
+
+def test_a_few_unreadable_samples_are_skipped_and_counted(config: Path, out: Path, data: Path) -> None:
+    bad = data / "images" / "a" / "lawn.jpg"
+    bad.write_bytes(b"")
+    done = train(config, out)
+    assert done.exit_code == 0, done.output
+    assert f"skipped: {bad} is empty" in done.stderr
+    assert "draws were skipped" in done.stdout
+
+
+def test_many_unreadable_samples_stop(config: Path, out: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data / "images" / "a" / "lawn.jpg").write_bytes(b"")
+    monkeypatch.setattr("icm_cli.training.guards.JUDGED_FROM", 1)
+    done = train(config, out)
+    assert done.exit_code == 1
+    assert "more than 1%" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_cannot_be_read_at_all(config: Path, out: Path, data: Path, workers: int) -> None:
+    for path in (data / "images").rglob("*.jpg"):
+        path.write_bytes(b"")
+    done = train(config, out, workers=workers)
+    assert done.exit_code == 1
+    assert "could not be made in 10 draws" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_worker_that_dies_is_a_sentence(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dying(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr(SampleMaker, "__getitem__", dying)
+    done = train(config, out)
+    assert done.exit_code == 1
+    assert "a process that makes samples died" in done.stderr
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+    written = []
+
+    def full(descriptor: int) -> None:
+        if os.fstat(descriptor).st_size > 100_000:
+            written.append(1)  # a checkpoint or a state, in turn
+        if len(written) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = train(config, out)
+    assert done.exit_code == 3
+    assert "no space left" in done.stderr.splitlines()[-1]
+    kept = metadata(out / "last.safetensors")["icm.step"]
+    assert kept == "3"
+    assert weights(out / "last.safetensors")
+    assert not list(out.glob("*.tmp"))
+    monkeypatch.undo()
+    assert train(config, out, "--resume").exit_code == 0
+    whole = out.parent / "whole"
+    train(config, whole)
+    assert same_weights(out / "last.safetensors", whole / "last.safetensors")
+
+
+def test_a_log_that_cannot_be_written_costs_no_run(config: Path, out: Path) -> None:
+    out.mkdir()
+    (out / "log.csv").mkdir()
+    done = train(config, out)
+    assert done.exit_code == 0, done.output
+    assert "training goes on without it" in done.stderr
+
+
+def test_out_of_memory_says_what_to_do(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tight(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Learner, "backward", tight)
+    done = train(config, out)
+    assert done.exit_code == 3
+    assert "with 2 samples at a time; set train.micro_batch_size lower" in done.stderr
+
+
+def test_a_torn_state_is_named(config: Path, out: Path) -> None:
+    train(config, out)
+    state = out / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    done = train(config, out, "--resume")
+    assert done.exit_code == 3
+    assert f"training state {state} is damaged" in done.stderr
+
+
+def test_a_torn_log_line_is_mended(config: Path, out: Path) -> None:
+    train(config, out, "--set", "train.steps=3")
+    with (out / "log.csv").open("a") as file:
+        file.write("4,0.1,")
+    done = train(config, out, "--resume")
+    assert done.exit_code == 0, done.output
+    assert [row["step"] for row in log(out)] == ["1", "2", "3", "4"]
+
+
+LONG = ["--set", "train.steps=200"]
+
+
+def started(config: Path, out: Path, steps: int, *flags: str, workers: int = 0) -> subprocess.Popen[str]:
+    """A run in a process of its own, as soon as it has logged so many steps."""
+    line = command(config, out, *LONG, *flags, workers=workers)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not ((out / "log.csv").exists() and len(log(out)) >= steps):
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on_bit_equal(
+    config: Path, out: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    never = ["--set", "train.save_every=1000"]
+    process = started(config, out, 2, *never, workers=1 if number == signal.SIGTERM else 0)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    assert "interrupted" in errors
+    done = int(metadata(out / "last.safetensors")["icm.step"])
+    assert 2 <= done < 200
+    steps = ["--set", f"train.steps={done + 2}"]
+    assert train(config, out, *steps, *never, "--resume").exit_code == 0
+    assert train(config, tmp_path / "whole", *steps, *never).exit_code == 0
+    assert same_weights(out / "last.safetensors", tmp_path / "whole" / "last.safetensors")
+
+
+def test_a_killed_run_goes_on_from_its_last_save(config: Path, out: Path, tmp_path: Path) -> None:
+    process = started(config, out, 4, "--set", "train.save_every=3")
+    process.kill()
+    process.communicate(timeout=100)
+    saved = int(metadata(out / "last.safetensors")["icm.step"])
+    assert saved % 3 == 0
+    steps = ["--set", f"train.steps={saved + 1}", "--set", "train.save_every=3"]
+    assert train(config, out, *steps, "--resume").exit_code == 0
+    assert train(config, tmp_path / "whole", *steps).exit_code == 0
+    assert same_weights(out / "last.safetensors", tmp_path / "whole" / "last.safetensors")
+    assert [row["step"] for row in log(out)] == [str(step + 1) for step in range(saved + 1)]
+
+
+def test_a_signal_cuts_validation_short(config: Path, out: Path, data: Path) -> None:
+    change(config, validation={"images": str(data / "images"), "alphas": str(data / "alphas"), "rounds": 50})
+    line = command(config, out, "--set", "train.validate_every=1")
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out / "state.pt").exists():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 143, errors
+    assert "validation was cut short" in errors
+    assert time.monotonic() - begun < 30
+    assert int(metadata(out / "last.safetensors")["icm.step"]) < 4
+
+
+def test_a_preview_of_torn_data_names_it(config: Path, out: Path, data: Path) -> None:
+    for path in (data / "images").rglob("*.jpg"):
+        cv2.imwrite(str(path), read(path)[:40])
+    done = train(config, out, preview=2)
+    assert done.exit_code == 1
+    assert "expected one size" in done.stderr
