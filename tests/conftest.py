@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
+
+os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time, and threads that wait for a core spin
 
 EVAL_NAMES = [f"{group}/{name}" for group in ("a", "b") for name in ("brickwall", "launchpad", "lawn")]
 """Groups a and b of the folder dataset that ``icm eval`` is tested on."""

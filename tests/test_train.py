@@ -189,6 +189,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_sd(tmp_path_factory.mktemp("sd"))
 
 
+def test_features_of_a_frozen_small_backbone_are_kept(tmp_path: Path, data: Path, out: Path, own_cache: Path) -> None:
+    config = write_config(tmp_path / "t.yaml", data, backbone_rate=0, **PLAIN)
+    assert train(config, out).exit_code == 0
+    entries = list((own_cache / "features").rglob("*.safetensors"))
+    assert entries
+    entries[0].write_bytes(entries[0].read_bytes()[:99])  # torn ones are made again
+    assert train(config, tmp_path / "again").exit_code == 0
+    assert same_weights(out / "last.safetensors", tmp_path / "again" / "last.safetensors")
+    computed = tmp_path / "computed"
+    assert train(config, computed, "--set", "train.feature_cache_gb=0").exit_code == 0
+    losses = [[float(row["loss"]) for row in log(each)] for each in (out, computed)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert losses[0] != losses[1]  # of half precision
+
+
 class TestStableDiffusion:
     @pytest.fixture
     def sd_config(self, tmp_path: Path, data: Path, folder: Path, own_cache: Path) -> Path:  # noqa: ARG002

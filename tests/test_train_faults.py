@@ -101,10 +101,11 @@ def test_a_loss_that_is_too_large_stops(config: Path, out: Path) -> None:
     assert "step 1: the loss is above 10000" in done.stderr
 
 
+@pytest.mark.parametrize("norm", [float("inf"), float("nan")])
 def test_gradients_that_are_no_numbers_stop_before_the_step(
-    config: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, out: Path, monkeypatch: pytest.MonkeyPatch, norm: float
 ) -> None:
-    monkeypatch.setattr(Learner, "clip", lambda self: float("inf"))  # noqa: ARG005
+    monkeypatch.setattr(Learner, "clip", lambda self: norm)  # noqa: ARG005
     done = train(config, out)
     assert done.exit_code == 1
     assert "step 1: the gradients are no numbers" in done.stderr

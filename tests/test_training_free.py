@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -253,3 +255,12 @@ def test_it_follows_the_reference_with_the_efficientnet(head):
         alpha = model.infer(image, valid, prepared).alpha[0, 0]
         assert alpha[inside].mean() > 0.8
         assert alpha[other].mean() < 0.2
+
+
+def test_the_solver_leaves_the_number_of_threads_as_it_is():
+    """pymatting's import sets OpenMP's, and torch's with it: farms limit them, and sums depend on them."""
+    code = (
+        "import torch; torch.set_num_threads(1); from icm_cli.model.closed_form import load_solver; load_solver();"
+        "import sys; sys.exit(torch.get_num_threads() != 1)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

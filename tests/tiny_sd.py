@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +60,7 @@ SCHEDULER = {
 }
 
 
-def write_tiny_sd(folder: Path, *, seed: int = 0) -> Path:
+def write_tiny_sd(folder: Path, *, seed: int = 0, unet: Mapping[str, Any] = UNET, vae: Mapping[str, Any] = VAE) -> Path:
     """Write unet/, vae/, text_encoder/, tokenizer/, scheduler/ and model_index.json; returns the folder.
 
     For a canvas of 128 px, features of 32 channels. Takes well under a second.
@@ -68,10 +70,14 @@ def write_tiny_sd(folder: Path, *, seed: int = 0) -> Path:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        UNet2DConditionModel(**UNET).save_pretrained(folder / "unet")
-        AutoencoderKL(**VAE).save_pretrained(folder / "vae")
+        UNet2DConditionModel(**unet).save_pretrained(folder / "unet")
+        AutoencoderKL(**vae).save_pretrained(folder / "vae")
         text = CLIPTextConfig(
-            vocab_size=4, hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+            vocab_size=4,
+            hidden_size=unet["cross_attention_dim"],
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
         )
         CLIPTextModel(text).save_pretrained(folder / "text_encoder")
     DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")

@@ -6,8 +6,10 @@ import contextlib
 import io
 import os
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from icm_cli.files import cache_folder
@@ -39,9 +41,23 @@ def load_solver() -> Callable[..., NDArray[np.float64]]:
 
     What it compiles is kept where the user can write; numba reads the place at its import.
     """
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
-    with contextlib.redirect_stdout(io.StringIO()):
-        from pymatting import estimate_alpha_cf
-
-    solver: Callable[..., NDArray[np.float64]] = estimate_alpha_cf
+    solver: Callable[..., NDArray[np.float64]] = _pymatting().estimate_alpha_cf
     return solver
+
+
+def load_foreground_estimator() -> Callable[..., NDArray[np.float64]]:
+    """As :func:`load_solver`: from an image [h,w,3] and its alpha [h,w], both 0..1, to colours [h,w,3] 0..1."""
+    estimator: Callable[..., NDArray[np.float64]] = _pymatting().estimate_foreground_ml
+    return estimator
+
+
+def _pymatting() -> ModuleType:
+    """Its import sets the number of threads of all that use OpenMP, torch too, to that of the cores; not with us."""
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
+    threads = torch.get_num_threads()
+    with contextlib.redirect_stdout(io.StringIO()):
+        import pymatting
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    module: ModuleType = pymatting
+    return module

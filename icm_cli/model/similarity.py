@@ -78,25 +78,25 @@ class SelfSimilarity:
     def __init__(self, feature: Tensor, valid: Tensor, temperature: float) -> None:
         """feature [B,C,h,w], valid [B,h,w] bool, temperature > 0 (in cosine units)."""
         self.grid = (feature.shape[2], feature.shape[3])
-        self._feature = feature
-        self._valid = valid
-        self._temperature = temperature
+        self.feature = feature
+        self.valid = valid
+        self.temperature = temperature
 
     @in_float32
     def propagate(self, values: Tensor) -> Tensor:
         query = self._unit_tokens()[:, None]
-        mask = None if bool(self._valid.all()) else self._valid.flatten(1)[:, None, None, :]
+        mask = None if bool(self.valid.all()) else self.valid.flatten(1)[:, None, None, :]
         width = query.shape[-1]
         # The kernels that never build N x N want values as wide as the queries, and the channels innermost.
         padded = F.pad(values.float()[:, None], (0, -values.shape[-1] % width))
         spread = [
-            F.scaled_dot_product_attention(query, query, part, attn_mask=mask, scale=1.0 / self._temperature)
+            F.scaled_dot_product_attention(query, query, part, attn_mask=mask, scale=1.0 / self.temperature)
             for part in torch.split(padded, width, dim=-1)
         ]
         return torch.cat(spread, dim=-1)[:, 0, :, : values.shape[-1]]
 
     def _unit_tokens(self) -> Tensor:
         """[B,N,C] float32 of unit length, the mean of the valid ones taken off."""
-        is_valid = self._valid.flatten(1)[..., None]
-        mean = (tokens(self._feature) * is_valid).sum(dim=1, keepdim=True) / is_valid.sum(dim=1, keepdim=True)
-        return F.normalize(tokens(self._feature) - mean, dim=-1).contiguous()
+        is_valid = self.valid.flatten(1)[..., None]
+        mean = (tokens(self.feature) * is_valid).sum(dim=1, keepdim=True) / is_valid.sum(dim=1, keepdim=True)
+        return F.normalize(tokens(self.feature) - mean, dim=-1).contiguous()

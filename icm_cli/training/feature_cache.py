@@ -8,25 +8,27 @@ numbers do not depend on what the cache holds.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from icm_cli.errors import ImageError, OutputError
 from icm_cli.files import atomic_write, cache_folder, digest_of
-from icm_cli.model.contracts import Features, MatrixIntraSimilarity
+from icm_cli.model.contracts import Features, IntraSimilarity, MatrixIntraSimilarity
 from icm_cli.model.in_context_matting import InContextMatting, PairFeatures, Pairs
-from icm_cli.model.similarity import AttentionMatrix
+from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity
 from icm_cli.training.samples import Batch
 
 
 class FeatureCache:
-    """Features of pairs, from the disk where they are there; ``hits`` and ``misses`` count images."""
+    """Features of pairs, from the disk where they are there."""
 
     def __init__(
         self, backbone_digest: str, limit_bytes: int, *, notice: Callable[[str], None], root: Path | None = None
@@ -39,8 +41,6 @@ class FeatureCache:
         self._foreign = sorted(others, key=lambda entry: entry[1].st_mtime, reverse=True)
         self._notice = notice
         self._is_full = False
-        self.hits = 0
-        self.misses = 0
 
     def features(self, model: InContextMatting, batch: Batch, pairs: Pairs) -> PairFeatures:
         """Of a batch whose pixels are the files' own; the backbone runs for what is not there yet."""
@@ -73,14 +73,12 @@ class FeatureCache:
         role, rgb, valid = content
         digest = digest_of(role, rgb.cpu().numpy().tobytes(), valid.cpu().numpy().tobytes(), str(tuple(rgb.shape)))
         path = self._home / f"{digest}.safetensors"
-        with contextlib.suppress(OSError, safetensors.SafetensorError):
-            packed = load_file(path)
-            self.hits += 1
-            return unpacked(packed, like.device)
-        self.misses += 1
-        packed = pack(encode())
-        self._keep(path, save(packed))
-        return unpacked(packed, like.device)
+        with contextlib.suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return unpacked(tensors, file.metadata(), like.device)
+        tensors, texts = pack(encode())
+        self._keep(path, save(tensors, texts))
+        return unpacked(tensors, texts, like.device)
 
     def _keep(self, path: Path, data: bytes) -> None:
         """Write an entry where there is room; a cache is not worth a run, so no failure ends it."""
@@ -108,64 +106,75 @@ class FeatureCache:
             self._notice(f"{reason}; features of further images are computed each time they come")
 
 
-def pack(features: Features) -> dict[str, Tensor]:
-    """Tensors of one image's features for a file, on the CPU in half precision.
+def pack(features: Features) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """One image's features for a file: tensors on the CPU in half precision, each once, and what else is to be known.
 
     Attention is scaled by the number of tokens: its mean, 1/N, is near the smallest half-precision numbers.
     """
-    tensors = {"correspondence": features.correspondence, "valid": features.valid}
-    for stride, feature in features.scales.items():
-        if feature.shape != features.correspondence.shape or not torch.equal(feature, features.correspondence):
-            tensors[f"scale.{stride}"] = feature
-        else:
-            tensors[f"same.{stride}"] = torch.zeros(0)
+    named = {"correspondence": features.correspondence, "valid": features.valid}
+    named |= {f"scale.{stride}": feature for stride, feature in features.scales.items()}
+    texts = {}
     for stride, intra in features.intra.items():
-        if isinstance(intra, MatrixIntraSimilarity):
+        texts[f"grid.{stride}"] = json.dumps(intra.grid)
+        if isinstance(intra, SelfSimilarity):
+            named |= {f"alike.{stride}": intra.feature, f"alike_valid.{stride}": intra.valid}
+            texts[f"temperature.{stride}"] = str(intra.temperature)
+        elif isinstance(intra, MatrixIntraSimilarity):
             matrix = intra.matrix()
-            tensors[f"intra.{stride}"] = matrix * matrix.shape[-1]
-            tensors[f"grid.{stride}"] = torch.tensor(intra.grid)
-    return {name: _small(tensor).cpu().contiguous() for name, tensor in tensors.items()}
+            named[f"matrix.{stride}"] = matrix * matrix.shape[-1]
+    first: dict[int, str] = {}
+    for name, tensor in named.items():
+        texts[f"is.{name}"] = first.setdefault(id(tensor), name)
+    return {name: _small(named[name]).cpu().contiguous() for name in first.values()}, texts
 
 
-def unpacked(tensors: dict[str, Tensor], device: torch.device) -> Features:
+def unpacked(tensors: Mapping[str, Tensor], texts: Mapping[str, str], device: torch.device) -> Features:
     """The other way."""
-    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-    correspondence = on_device["correspondence"].float()
-    scales = {stride: tensor.float() for stride, tensor in _by_stride(on_device, "scale")}
-    scales |= {stride: correspondence for stride, _ in _by_stride(on_device, "same")}
-    intra = {}
-    for stride, scaled in _by_stride(on_device, "intra"):
-        height, width = tensors[f"grid.{stride}"].tolist()
-        intra[stride] = AttentionMatrix(scaled.float() / scaled.shape[-1], (height, width))
-    return Features(correspondence, on_device["valid"], scales, intra)
+    on_device = {name: _large(tensor.to(device)) for name, tensor in tensors.items()}
+    named = {key.removeprefix("is."): on_device[name] for key, name in texts.items() if key.startswith("is.")}
+    intra: dict[int, IntraSimilarity] = {}
+    for stride, grid in _by_stride(texts, "grid"):
+        if f"temperature.{stride}" in texts:
+            temperature = float(texts[f"temperature.{stride}"])
+            intra[stride] = SelfSimilarity(named[f"alike.{stride}"], named[f"alike_valid.{stride}"], temperature)
+        else:
+            scaled = named[f"matrix.{stride}"]
+            height, width = json.loads(grid)
+            intra[stride] = AttentionMatrix(scaled / scaled.shape[-1], (height, width))
+    return Features(named["correspondence"], named["valid"], dict(_by_stride(named, "scale")), intra)
 
 
 def joined(singles: Sequence[Features]) -> Features:
     """Features of single images as those of a batch; all have the same strides and grids."""
-    first = singles[0]
-    intra = {
-        stride: AttentionMatrix(torch.cat([_matrix(each, stride) for each in singles]), of_first.grid)
-        for stride, of_first in first.intra.items()
-    }
     return Features(
         torch.cat([each.correspondence for each in singles]),
         torch.cat([each.valid for each in singles]),
-        {stride: torch.cat([each.scales[stride] for each in singles]) for stride in first.scales},
-        intra,
+        {stride: torch.cat([each.scales[stride] for each in singles]) for stride in singles[0].scales},
+        {stride: _joined_intra([each.intra[stride] for each in singles]) for stride in singles[0].intra},
     )
 
 
-def _matrix(features: Features, stride: int) -> Tensor:
-    intra = features.intra[stride]
-    assert isinstance(intra, MatrixIntraSimilarity)
-    return intra.matrix()
+def _joined_intra(singles: Sequence[IntraSimilarity]) -> IntraSimilarity:
+    alike = [each for each in singles if isinstance(each, SelfSimilarity)]
+    if alike:
+        features, valid = torch.cat([each.feature for each in alike]), torch.cat([each.valid for each in alike])
+        return SelfSimilarity(features, valid, alike[0].temperature)
+    matrices = [each.matrix() for each in singles if isinstance(each, MatrixIntraSimilarity)]
+    return AttentionMatrix(torch.cat(matrices), singles[0].grid)
 
 
-def _by_stride(tensors: dict[str, Tensor], kind: str) -> Iterator[tuple[int, Tensor]]:
-    for name, tensor in tensors.items():
+Value = TypeVar("Value")
+
+
+def _by_stride(named: Mapping[str, Value], kind: str) -> Iterator[tuple[int, Value]]:
+    for name, value in named.items():
         if name.startswith(f"{kind}."):
-            yield int(name.removeprefix(f"{kind}.")), tensor
+            yield int(name.removeprefix(f"{kind}.")), value
 
 
 def _small(tensor: Tensor) -> Tensor:
     return tensor.half() if tensor.is_floating_point() else tensor
+
+
+def _large(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

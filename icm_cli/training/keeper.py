@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ class Keeper:
         if not path.exists():
             return 0, 0
         state = load_state(path)
-        check_same_run(path, state["settings"], self._identity(), has_decay=self._settings.train.decay != "constant")
+        check_same_run(
+            path, state["settings"], self._identity(learner), has_decay=self._settings.train.decay != "constant"
+        )
         learner.load_state(state)
         self.best = state["best"]
         return state["step"], state["skipped"]
@@ -82,7 +85,7 @@ class Keeper:
     def save(self, learner: Learner, step: int, skipped: int) -> None:
         """Write the last model and the state after a step. Raises OutputError; what was there stays then."""
         self._save_model(learner, LAST_NAME, step)
-        settings = json.dumps(self._identity())
+        settings = json.dumps(self._identity(learner))
         save_state(
             self.folder / STATE_NAME,
             {"step": step, "skipped": skipped, "best": self.best, "settings": settings, **learner.state()},
@@ -128,9 +131,18 @@ class Keeper:
             "icm.started_from": str(self._checkpoint or ""),
         }
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, learner: Learner) -> dict[str, Any]:
         """All that must be the same for a run to be gone on with."""
+        return {**self._settings.as_dict(), "found": self._found, "weights": learner.weights_digest}
+
+    @cached_property
+    def _found(self) -> dict[str, Any]:
+        """What the settings led to on this disk."""
         names = [f"{item.group} {item.name}" for item in self._pool]
         started = content_digest(self._checkpoint) if self._checkpoint else None
-        found = {"items": len(names), "names": digest_of(*names)[:12], "backgrounds": len(self._pool.backgrounds)}
-        return json.loads(json.dumps({**self._settings.as_dict(), "found": found, "started_from": started}))
+        return {
+            "items": len(names),
+            "names": digest_of(*names),
+            "backgrounds": len(self._pool.backgrounds),
+            "started_from": started,
+        }

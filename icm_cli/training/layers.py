@@ -5,21 +5,17 @@ Sizes are (height, width); a cut-out's colours are premultiplied, so that warpin
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError
 from icm_cli.geometry import Float, ImageU8, resize
 from icm_cli.images import read_matte, read_picture
-from icm_cli.model.closed_form import load_solver
+from icm_cli.model.closed_form import load_foreground_estimator
 from icm_cli.training.items import Item
 
 CACHED_LAYERS = 16
@@ -78,7 +74,7 @@ def cutout(item: Item, long_side_px: int) -> Cutout:
     if item.is_foreground:
         colour = resize((rgb * (alpha[..., None] / np.float32(255))).astype(np.float32), size)
     else:
-        estimated = _estimator()(resize(rgb, size) / 255.0, weight.astype(np.float64))
+        estimated = load_foreground_estimator()(resize(rgb, size) / 255.0, weight.astype(np.float64))
         colour = (estimated * 255.0 * weight[..., None]).astype(np.float32)
     return Cutout(colour, weight)
 
@@ -127,12 +123,3 @@ def _read_trimap(path: Path, shape: tuple[int, ...], size: tuple[int, int]) -> I
         raise ImageError(f"trimap {path} is {trimap.shape[1]}x{trimap.shape[0]}, not its image's {shape[1]}x{shape[0]}")
     levels = np.where(trimap < 85, 0, np.where(trimap >= 170, 255, 128)).astype(np.uint8)
     return np.asarray(cv2.resize(levels, size[::-1], interpolation=cv2.INTER_NEAREST), np.uint8)
-
-
-def _estimator() -> Callable[..., NDArray[np.float64]]:
-    load_solver()
-    with contextlib.redirect_stdout(io.StringIO()):
-        from pymatting import estimate_foreground_ml
-
-    estimate: Callable[..., NDArray[np.float64]] = estimate_foreground_ml
-    return estimate

@@ -58,13 +58,16 @@ class Learner:
             raise ConfigError(
                 f"train: backbone_rate is {config.backbone_rate}, but this backbone is frozen; set it to 0"
             )
+        backbone = part_class("backbones", settings.model.backbone.name)
+        self.weights_digest: str = backbone.weights_digest(settings.model.backbone.settings, weights, offline=offline)
+        """Of the pretrained weights that the backbone began with."""
         if not self.trains_backbone:
             self.model.backbone.requires_grad_(False).to(self.device.dtype)
         optimiser = _optimiser(self.model, config)
         self.forward, self.optimiser = self.accelerator.prepare(self.model, optimiser)
         self.tensors = self._trained_tensors()
         self.ema = Ema(self.tensors, config.ema)
-        self.cache = self._feature_cache(settings, weights, offline=offline, notice=notice)
+        self.cache = self._feature_cache(settings, notice)
         self.learn()
 
     @property
@@ -205,22 +208,19 @@ class Learner:
             if self.trains_backbone or name.startswith("head.")
         }
 
-    def _feature_cache(
-        self, settings: Settings, weights: str | None, *, offline: bool, notice: Callable[[str], None]
-    ) -> FeatureCache | None:
+    def _feature_cache(self, settings: Settings, notice: Callable[[str], None]) -> FeatureCache | None:
         config = settings.train
-        is_frozen = self.model.backbone.gives_matrix and not self.trains_backbone
-        if not is_frozen or config.changes_pixels or not config.feature_cache_gb:
+        if self.trains_backbone or config.changes_pixels or not config.feature_cache_gb:
             return None
         if self.is_main:
             notice(
                 "features of the frozen backbone are kept on disk, as no augmentation changes pixels; the noise is "
                 "the same for every step"
             )
-        backbone = part_class("backbones", settings.model.backbone.name)
-        of_weights = backbone.weights_digest(settings.model.backbone.settings, weights, offline=offline)
-        share = int(config.feature_cache_gb * 1e9) // self.accelerator.num_processes
-        return FeatureCache(_backbone_digest(settings, of_weights, self.device.dtype_name), share, notice=notice)
+        decides = [json.dumps(settings.model.as_dict()["backbone"], sort_keys=True), self.weights_digest]
+        digest = digest_of(*decides, str(config.seed), self.device.dtype_name)
+        room = int(config.feature_cache_gb * 1e9) // self.accelerator.num_processes
+        return FeatureCache(digest, room, notice=notice)
 
 
 def micro_batches(config: TrainConfig) -> tuple[int, int]:
@@ -240,11 +240,6 @@ def _check_canvas(rule: CanvasRule, canvas_px: int) -> None:
         raise ConfigError(f"train: canvas_px is {canvas_px}, and the backbone's canvas has {rule.long_side_px} px")
     if canvas_px % rule.multiple_px:
         raise ConfigError(f"train: canvas_px is {canvas_px}; expected a multiple of {rule.multiple_px}")
-
-
-def _backbone_digest(settings: Settings, of_weights: str, dtype: str) -> str:
-    backbone = settings.model.as_dict()["backbone"]
-    return digest_of(json.dumps(backbone, sort_keys=True), of_weights, str(settings.train.seed), dtype)
 
 
 def _optimiser(model: InContextMatting, config: TrainConfig) -> torch.optim.Optimizer:

@@ -64,13 +64,13 @@ def train(
     keeper = Keeper(folder, settings, pool, overrides=overrides, checkpoint=start, command=command)
     keeper.check(resume=resume)
     learner = Learner(settings, checkpoint=start, weights=weights, device=device, offline=offline, notice=hear.notice)
-    report = Reporter(learner, keeper, settings, pool, hear)
-    first_step = report.take_up(resume=resume)
-    batches = load_batches(maker, learner.share(first_step), workers=workers, pin=learner.device.place.type == "cuda")
+    report = Reporter(learner, keeper, settings, pool, hear, resume=resume)
+    share, is_gpu = learner.share(report.first_step), learner.device.place.type == "cuda"
+    batches = load_batches(maker, share, workers=workers, pin=is_gpu)
     meter = Meter()
 
     with StopSignals() as stop, report, learner.memory_explained():
-        for step in range(first_step, recipe.steps):
+        for step in range(report.first_step, recipe.steps):
             torch.manual_seed(recipe.seed + step)  # of a head's own randomness, if it has any
             rate = learner.set_rates(step)
             norm = 0.0
@@ -82,7 +82,7 @@ def train(
                     terms = losses(alpha, batch.truth(), batch.trimap_levels(), recipe.loss)
                     check_losses(terms, batch, step + 1, keeper)
                     learner.backward(terms["total"].sum())
-                    norm = max(norm, learner.clip())
+                    norm += learner.clip()  # 0 until the gradients are complete
                     check_gradients(norm, batch, step + 1, keeper, has_scaler=learner.has_scaler)
                     learner.step()
                 meter.add(terms)

@@ -29,37 +29,40 @@ class Reporter:
     """Only the main process of several writes and speaks; the others keep step with it."""
 
     def __init__(
-        self, learner: Learner, keeper: Keeper, settings: Settings, pool: Pool, hear: TrainingListener
+        self,
+        learner: Learner,
+        keeper: Keeper,
+        settings: Settings,
+        pool: Pool,
+        hear: TrainingListener,
+        *,
+        resume: bool,
     ) -> None:
+        """Take up the saved run where ``resume`` is wanted and there is one. Raises UsageError or ConfigError."""
         self._learner = learner
         self._keeper = keeper
         self._recipe = settings.train
         self._validation = settings.data.validation
-        self._pool = pool
         self._hear = hear if learner.is_main else TrainingListener()
-        self._step = self._first_step = 0
-        self._skipped = 0
         self._loss: float | None = None
+        if learner.is_main:
+            self._prepare(pool)
+        self.first_step, self._skipped = keeper.resume(learner) if resume else (0, 0)
+        """Steps that are done already."""
+        if resume and not self.first_step:
+            self._hear.notice(f"{keeper.folder} holds no run yet; this one begins there")
+        self._step = self.first_step
+        self._tracker = Tracker(keeper.folder, self.first_step, self._hear.notice, is_main=learner.is_main)
+        self._hear.training_started(self.first_step, self._recipe.steps, self._recipe.batch_size)
 
-    def take_up(self, *, resume: bool) -> int:
-        """Check what is left to check, and go on with the saved run where there is one; returns the steps done."""
-        hear = self._hear
-        for problem in self._pool.problems:
-            hear.problem(problem)
-        if self._learner.is_main:
-            if self._validation is not None:
-                check_validation(self._validation, self._pool.images, hear.notice)
-            hear.detail(f"hashing {len(self._pool.images)} training images")
-            self._keeper.hash_images(hear.notice)
-        self._first_step = self._step = 0
-        if resume:
-            self._first_step, self._skipped = self._keeper.resume(self._learner)
-            self._step = self._first_step
-            if not self._first_step:
-                hear.notice(f"{self._keeper.folder} holds no run yet; this one begins there")
-        self._tracker = Tracker(self._keeper.folder, self._first_step, hear.notice, is_main=self._learner.is_main)
-        hear.training_started(self._first_step, self._recipe.steps, self._recipe.batch_size)
-        return self._first_step
+    def _prepare(self, pool: Pool) -> None:
+        """Say what is wrong with the data, and what the main process alone must know."""
+        for problem in pool.problems:
+            self._hear.problem(problem)
+        if self._validation is not None:
+            check_validation(self._validation, pool.images, self._hear.notice)
+        self._hear.detail(f"hashing {len(pool.images)} training images")
+        self._keeper.hash_images(self._hear.notice)
 
     def __enter__(self) -> Self:
         self._tracker.__enter__()

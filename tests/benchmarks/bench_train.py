@@ -1,0 +1,133 @@
+"""Time and memory of ``icm train``, by the command itself, each run in a process of its own.
+
+    python tests/benchmarks/bench_train.py [--only lite sd21 cache data]
+
+- lite: ``configs/lite.yaml`` on the demo's pictures at several batch sizes: samples a second, waiting, peak memory;
+- sd21: ``configs/icm-sd21.yaml`` at Stable Diffusion 2.1's size on random weights (no download): the same;
+- cache: the same model without augmentation, its features from the disk against computed (the baseline) in one run;
+- data: making a sample of the lite recipe in one process, against a step's time for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "benchmarks")]
+DEMO = ROOT / "tests" / "demo"
+SIDES = ("lite", "sd21", "cache", "data")
+STILL = (
+    "train.augment={flip: 0, zoom: 1, rotate_degrees: 0, stretch: 0, colour: 0, jpeg: 0, blur: 0, noise: 0}",
+    "train.pairs={composite_share: 0, same_image_share: 0, distractor_share: 0, negative_share: 0, mask_jitter: 0}",
+)
+LITE_BATCHES = {1: 12, 2: 8, 4: 6, 6: 6}
+"""Batch size -> steps."""
+SD21_BATCHES = {1: 1, 2: 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SIDES, default=SIDES)
+    wanted = parser.parse_args().only
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        if "data" in wanted:
+            data()
+        if "lite" in wanted:
+            for batch, steps in LITE_BATCHES.items():
+                show(f"lite, batch {batch}", run(home / f"lite-{batch}", "lite", batch, steps))
+        if "sd21" in wanted or "cache" in wanted:
+            weights = ["--weights", str(write_sd21(home / "sd21"))]
+        if "sd21" in wanted:
+            for batch, steps in SD21_BATCHES.items():
+                show(f"icm-sd21, batch {batch}", run(home / f"sd21-{batch}", "icm-sd21", batch, steps, *weights))
+        if "cache" in wanted:
+            cache(home, weights)
+
+
+def run(out: Path, config: str, batch: int, steps: int, *more: str, data: str | None = None) -> dict[str, float]:
+    """One training run: the figures of its summary and, but for a first step that warms up, its log."""
+    sources = data or json.dumps([{"images": str(DEMO / "imgs"), "alphas": str(DEMO / "alphas")}])
+    options = {"data.sources": sources, "data.backgrounds": json.dumps([str(DEMO / "imgs")])}
+    options |= {"train.batch_size": batch, "train.steps": steps, "train.log_every": 1, "train.pairs.negative_share": 0}
+    line = [sys.executable, "-m", "icm_cli.cli", "train", "--config", config, "--out", str(out), "--device", "cpu"]
+    line += [part for name, value in options.items() for part in ("--set", f"{name}={value}")]
+    done = subprocess.run([*line, *more], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    with (out / "log.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["loss"]]
+    rows = rows[1:] or rows
+    seconds = sum(float(row["seconds"]) for row in rows)
+    found = re.search(r"peak memory\s+(\d+) MB", done.stdout)
+    assert found
+    return {
+        "samples_per_second": batch * len(rows) / seconds,
+        "waiting": sum(float(row["waiting_share"]) * float(row["seconds"]) for row in rows) / seconds,
+        "peak_mb": float(found[1]),
+    }
+
+
+def show(name: str, figures: dict[str, float]) -> None:
+    print(
+        f"{name}: {figures['samples_per_second']:.3g} samples/s ({1 / figures['samples_per_second']:.3g} s each), "
+        f"waiting {figures['waiting']:.1%}, peak {figures['peak_mb']:.0f} MB",
+        flush=True,
+    )
+
+
+def cache(home: Path, weights: list[str]) -> None:
+    """Two pictures, so four encodings (each as target and as reference); a step of one sample needs two of them."""
+    pair = json.dumps([{"images": str(DEMO / "imgs" / "l*.jpg"), "alphas": str(DEMO / "alphas" / "l*.png")}])
+    still = [part for each in STILL for part in ("--set", each)]
+    os.environ["ICM_CACHE"] = str(home / "cache")
+    off = run(home / "off", "icm-sd21", 1, 2, *weights, *still, "--set", "train.feature_cache_gb=0", data=pair)
+    run(home / "cold", "icm-sd21", 1, 6, *weights, *still, data=pair)
+    warm = run(home / "warm", "icm-sd21", 1, 6, *weights, *still, data=pair)
+    show("icm-sd21, features computed (the baseline)", off)
+    show("icm-sd21, features from the disk", warm)
+    size = sum(path.stat().st_size for path in (home / "cache" / "features").rglob("*.safetensors"))
+    print(
+        f"speed-up {warm['samples_per_second'] / off['samples_per_second']:.1f} x; "
+        f"{size / 2 / 1e6:.1f} MB an image as target and as reference"
+    )
+
+
+def data() -> None:
+    """Samples of the lite recipe from the demo, made one after another in this process."""
+    from icm_cli.training.items import read_pool
+    from icm_cli.training.samples import SampleMaker
+    from icm_cli.training.settings import read_settings
+
+    sources = json.dumps([{"images": str(DEMO / "imgs"), "alphas": str(DEMO / "alphas")}])
+    lines = [f"data.sources={sources}", f"data.backgrounds=[{DEMO / 'imgs'}]", "train.pairs.negative_share=0"]
+    settings = read_settings("lite", overrides=lines)
+    maker = SampleMaker(read_pool(settings.data, settings.train.pairs), settings.train)
+    for counter in range(20):
+        maker.sample(counter)
+    begun = time.perf_counter()
+    for counter in range(20, 120):
+        maker.sample(counter)
+    print(f"data: {(time.perf_counter() - begun) / 100 * 1e3:.0f} ms a sample in one process", flush=True)
+
+
+def write_sd21(folder: Path) -> Path:
+    """A diffusers folder of Stable Diffusion 2.1's sizes with random weights."""
+    from bench_stable_diffusion import UNET, VAE
+    from tiny_sd import write_tiny_sd
+
+    vae = {**VAE, "latent_channels": 4, "scaling_factor": 0.18215}
+    return write_tiny_sd(folder, unet={**UNET, "in_channels": 4, "out_channels": 4}, vae=vae)
+
+
+if __name__ == "__main__":
+    main()
