@@ -240,6 +240,20 @@ class TestStableDiffusion:
         assert not list((own_cache / "features").rglob("*.safetensors"))
         assert same_weights(out / "last.safetensors", tmp_path / "bounded" / "last.safetensors")
 
+    def test_bfloat16_is_near_float32(self, sd_config: Path, out: Path, tmp_path: Path) -> None:
+        assert train(sd_config, out).exit_code == 0
+        low = tmp_path / "low"
+        done = train(sd_config, low, "--set", "train.precision=bf16")
+        assert done.exit_code == 0, done.output
+        losses = [[float(row["loss"]) for row in log(each)] for each in (out, low)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.1)
+        assert losses[0] != losses[1]
+        assert all(
+            tensor.dtype == np.float32
+            for name, tensor in weights(low / "last.safetensors").items()
+            if not name.endswith("tracked")
+        )
+
     def test_a_frozen_backbone_takes_no_rate(self, sd_config: Path, out: Path) -> None:
         done = train(sd_config, out, "--set", "train.backbone_rate=1e-4")
         assert done.exit_code == 3

@@ -147,10 +147,7 @@ def _of_dataset(source: SourceConfig, problems: list[Problem]) -> list[Item]:
         source.dataset,
         source.root,
         split=source.split or ("train" if _has_train(source) else "test"),
-        images=source.images,
-        alphas=source.alphas,
-        trimaps=source.trimaps,
-        groups=source.groups,
+        **source.patterns,
         composite=False,
     )
     problems += found.problems

@@ -20,18 +20,28 @@ CUTOUTS = "cutouts"
 
 
 @dataclass(frozen=True)
-class SourceConfig:
-    """Some images with alphas to train on; paths are as on the command line, relative to the working directory."""
+class FilesConfig:
+    """Where images with alphas are; fields as the options of ``icm eval``, paths relative to the working directory."""
 
     dataset: str = "folder"
-    """A dataset of ``icm eval`` (``root`` is its folder), ``folder`` (``images`` and ``alphas``), or ``cutouts``: RGBA
-    foregrounds below ``root``, those of one subfolder a group."""
+    """A dataset of ``icm eval`` (``root`` is its folder), or ``folder`` (``images`` and ``alphas``)."""
     root: str | None = None
     images: str | None = None
     alphas: str | None = None
     trimaps: str | None = None
     groups: str | None = None
     """JSON file that says which images show the same thing."""
+
+    @property
+    def patterns(self) -> dict[str, Any]:
+        """What is not a dataset's own affair, as ``icm_cli.datasets.find`` and ``icm_cli.evaluate`` take it."""
+        return {"images": self.images, "alphas": self.alphas, "trimaps": self.trimaps, "groups": self.groups}
+
+
+@dataclass(frozen=True)
+class SourceConfig(FilesConfig):
+    """Some images to train on; ``dataset`` may also be ``cutouts``: RGBA foregrounds, those of a subfolder a group."""
+
     split: Split | None = None
     """Without it the train split, or the only one."""
     group_by: Literal["group", "image"] = "group"
@@ -60,15 +70,9 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
-    """What ``icm eval`` scores while the model learns; fields as its options."""
+class ValidationConfig(FilesConfig):
+    """What ``icm eval`` scores while the model learns."""
 
-    dataset: str = "folder"
-    root: str | None = None
-    images: str | None = None
-    alphas: str | None = None
-    trimaps: str | None = None
-    groups: str | None = None
     split: Split = "test"
     size: Size | None = None
     rounds: int = 1

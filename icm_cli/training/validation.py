@@ -15,16 +15,7 @@ from icm_cli.training.settings import ValidationConfig
 
 def check_validation(config: ValidationConfig, images: Sequence[Path], notice: Callable[[str], None]) -> None:
     """Raises UsageError where there is nothing to validate on; tells what is trained on too."""
-    found = find(
-        config.dataset,
-        config.root,
-        split=config.split,
-        images=config.images,
-        alphas=config.alphas,
-        trimaps=config.trimaps,
-        groups=config.groups,
-        composite=False,
-    )
+    found = find(config.dataset, config.root, split=config.split, composite=False, **config.patterns)
     trained_on = {path.resolve() for path in images}
     shared = sum(sample.file.resolve() in trained_on for sample in found.samples)
     if shared:
@@ -41,10 +32,7 @@ def validate(config: ValidationConfig, learner: Learner, *, is_stopped: Callable
             report = evaluate(
                 config.dataset,
                 config.root,
-                images=config.images,
-                alphas=config.alphas,
-                trimaps=config.trimaps,
-                groups=config.groups,
+                **config.patterns,
                 split=config.split,
                 size=config.size,
                 rounds=config.rounds,

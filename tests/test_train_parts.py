@@ -1,0 +1,234 @@
+"""Parts of training by themselves: the mean of the weights, kept features, the log, signals, the token-match head."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from icm_cli.errors import ConfigError
+from icm_cli.model.contracts import Features, ReferenceFeatures
+from icm_cli.model.heads.token_match import TokenMatchConfig, TokenMatchHead
+from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity, inter_similarity
+from icm_cli.training.ema import Ema
+from icm_cli.training.feature_cache import joined, pack, unpacked
+from icm_cli.training.stopping import StopSignals
+from icm_cli.training.tracking import Tracker
+
+SIDE = 64
+
+
+@given(values=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=8), decay=st.floats(0.5, 0.99))
+def test_the_mean_of_the_weights_is_a_mean(values: list[float], decay: float) -> None:
+    weight, counter = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    ema = Ema({"weight": weight, "counter": counter}, decay)
+    expected = 0.0
+    for step, value in enumerate(values):
+        weight.fill_(value)
+        counter += 1
+        ema.update(step)
+        now = min(decay, (1 + step) / (10 + step))
+        expected = now * expected + (1 - now) * value
+    assert ema.mean["weight"].item() == pytest.approx(expected, abs=1e-4)
+    assert ema.mean["counter"].item() == len(values)
+    with ema.swapped():
+        assert weight.item() == pytest.approx(expected, abs=1e-4)
+    assert weight.item() == values[-1]
+
+
+def test_without_a_decay_the_weights_are_their_own_mean() -> None:
+    weight = torch.zeros(1)
+    ema = Ema({"weight": weight}, None)
+    weight.fill_(3)
+    ema.update(0)
+    with ema.swapped():
+        assert weight.item() == 3
+
+
+def attention(tokens: int, seed: int) -> Tensor:
+    """Rows as sharp as Stable Diffusion's, with values far below half precision's smallest normal number."""
+    logits = 4 * torch.randn(1, tokens, tokens, generator=torch.Generator().manual_seed(seed))
+    return logits.softmax(-1)
+
+
+def test_kept_features_are_the_features() -> None:
+    feature = torch.randn(1, 8, 24, 24, generator=torch.Generator().manual_seed(0))
+    valid = torch.rand(1, 24, 24) > 0.2
+    coarse = torch.randn(1, 8, 12, 12)
+    intra = {16: AttentionMatrix(attention(576, 1), (24, 24)), 32: SelfSimilarity(coarse, valid[:, ::2, ::2], 0.15)}
+    features = Features(feature, valid, {16: feature, 32: coarse}, intra)  # type: ignore[arg-type]
+    tensors, texts = pack(features)
+    assert {"correspondence", "valid", "scale.32", "alike_valid.32", "matrix.16"} == set(tensors)  # each once
+    assert all(tensor.dtype in (torch.float16, torch.bool) for tensor in tensors.values())
+    back = unpacked(tensors, texts, torch.device("cpu"))
+    torch.testing.assert_close(back.correspondence, feature, rtol=1e-3, atol=1e-4)
+    assert torch.equal(back.valid, valid)
+    assert back.scales[16] is back.correspondence
+    kept, true = back.intra[16], intra[16]
+    assert isinstance(kept, AttentionMatrix)
+    assert isinstance(true, AttentionMatrix)
+    large = true.matrix() > 1e-7
+    assert true.matrix()[large].min() < 6e-6
+    assert (true.matrix() < 6e-5).float().mean() > 0.2
+    error = ((kept.matrix() - true.matrix()).abs() / true.matrix())[large]
+    assert error.max() < 2e-3  # unscaled, the small ones would be off by more than a tenth
+    values = torch.rand(1, 144, 2)
+    torch.testing.assert_close(back.intra[32].propagate(values), intra[32].propagate(values), rtol=1e-2, atol=1e-2)
+    two = joined([back, back])
+    assert two.correspondence.shape == (2, 8, 24, 24)
+    assert two.intra[32].propagate(values.expand(2, -1, -1)).shape == (2, 144, 2)
+
+
+def test_similarities_stay_float32_under_mixed_precision() -> None:
+    reference, target = torch.randn(5, 32), torch.randn(2, 40, 32)
+    valid = torch.ones(2, 40, dtype=torch.bool)
+    plain = inter_similarity(reference, target, valid)
+    matrix = AttentionMatrix(attention(40, 0).expand(2, -1, -1), (5, 8))
+    spread = matrix.propagate(plain[..., None])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (torch.randn(4, 4) @ torch.randn(4, 4)).dtype == torch.bfloat16
+        assert torch.equal(inter_similarity(reference, target, valid), plain)
+        assert torch.equal(matrix.propagate(plain[..., None]), spread)
+
+
+class TestStopSignals:
+    def test_a_signal_waits_for_the_end(self) -> None:
+        heard: list[int] = []
+        before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+        try:
+            with StopSignals() as stop:
+                assert stop.received is None
+                signal.raise_signal(signal.SIGTERM)
+                assert stop.received == signal.SIGTERM
+                assert not heard
+                signal.raise_signal(signal.SIGTERM)  # the second takes effect at once
+                assert heard == [signal.SIGTERM]
+            assert heard == [signal.SIGTERM] * 2
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def test_in_another_thread_it_does_nothing(self) -> None:
+        def run() -> None:
+            with StopSignals() as stop:
+                results.append(stop.received)
+
+        results: list[object] = []
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert results == [None]
+
+
+def test_a_failing_log_is_told_once(tmp_path: Path) -> None:
+    told: list[str] = []
+    with Tracker(tmp_path, 0, told.append, is_main=True) as tracker:
+        tracker.row(1, {"loss": 0.5})
+        (tmp_path / "log.csv").unlink()
+        (tmp_path / "log.csv").mkdir()
+        tracker.row(2, {"loss": 0.4})
+        tracker.row(3, {"loss": 0.3})
+    assert len(told) == 1
+    assert "training goes on without it" in told[0]
+
+
+CONFIG = TokenMatchConfig(feature_channels=12, skip_channels=(6, 5, 4), width=8, decoder_channels=(8, 8, 4, 4))
+
+
+def features(seed: int, count: int = 1, valid: Tensor | None = None) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    feature = torch.randn(count, 12, 4, 4, generator=generator)
+    scales = {
+        stride: torch.randn(count, channels, SIDE // stride, SIDE // stride, generator=generator)
+        for stride, channels in ((8, 6), (4, 5), (2, 4))
+    }
+    return Features(feature, torch.ones(count, 4, 4, dtype=torch.bool) if valid is None else valid, scales, {})
+
+
+def reference(seed: int, *, everything: bool = False) -> ReferenceFeatures:
+    guidance = torch.zeros(1, 1, SIDE, SIDE)
+    guidance[..., : SIDE if everything else 32, : SIDE if everything else 32] = 1
+    return ReferenceFeatures(features(seed), guidance, torch.ones(1, SIDE, SIDE, dtype=torch.bool))
+
+
+@pytest.fixture(scope="module")
+def head() -> TokenMatchHead:
+    torch.manual_seed(0)
+    return TokenMatchHead(CONFIG).eval()
+
+
+class TestTokenMatch:
+    def test_every_target_meets_its_own_reference(self, head: TokenMatchHead) -> None:
+        image, valid = torch.rand(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
+        prepared = [head.prepare([reference(seed)]) for seed in (1, 2)]
+        target = features(9, 2)
+        together = head(target, prepared, image, valid)
+        assert together.alpha.shape == (2, 1, SIDE, SIDE)
+        assert together.alpha.dtype == torch.float32
+        turned = head(target, prepared[::-1], image, valid)
+        assert not torch.allclose(together.alpha, turned.alpha)
+        for i in range(2):
+            scales = {stride: scale[i : i + 1] for stride, scale in target.scales.items()}
+            alone = Features(target.correspondence[i : i + 1], target.valid[i : i + 1], scales, {})
+            single = head(alone, prepared[i : i + 1], image[i : i + 1], valid[i : i + 1])
+            torch.testing.assert_close(single.alpha[0], together.alpha[i], atol=1e-5, rtol=1e-4)
+
+    def test_a_reference_without_background_is_taken(self, head: TokenMatchHead) -> None:
+        prepared = head.prepare([reference(1, everything=True)])
+        assert prepared.background.shape[0] == 0
+        numbers = head.evidence(features(3), [prepared])
+        assert numbers.shape == (1, 8, 4, 4)
+        assert numbers.isfinite().all()
+
+    @given(seed=st.integers(0, 999))
+    @settings(max_examples=10, deadline=None)
+    def test_the_order_of_reference_tokens_does_not_matter(self, head: TokenMatchHead, seed: int) -> None:
+        prepared = head.prepare([reference(seed), reference(seed + 1)])
+        turned = head.prepare([reference(seed + 1), reference(seed)])
+        ours, theirs = (head.evidence(features(5), [each]) for each in (prepared, turned))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+    def test_its_own_picture_is_recognised(self, head: TokenMatchHead) -> None:
+        """A target that is the reference: tokens inside the guidance carry more of it than those outside."""
+        shown = reference(4)
+        target = Features(shown.features.correspondence, shown.features.valid, features(4).scales, {})
+        inter, intra = head.similarity_maps(target, [head.prepare([shown])])
+        inside = torch.zeros(4, 4, dtype=torch.bool)
+        inside[:2, :2] = True
+        assert inter.shape == intra.shape == (1, 1, 4, 4)
+        assert inter[0, 0][inside].min() > inter[0, 0][~inside].max()
+
+    def test_it_starts_undecided_and_every_weight_learns(self) -> None:
+        torch.manual_seed(1)
+        head = TokenMatchHead(CONFIG).train()
+        image, valid = torch.rand(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
+        alpha = head(features(9, 2), [head.prepare([reference(seed)]) for seed in (1, 2)], image, valid).alpha
+        assert 0.1 < alpha.mean() < 0.9
+        (alpha - torch.rand(2, 1, SIDE, SIDE)).square().sum().backward()
+        still = [name for name, each in head.named_parameters() if each.grad is None or not each.grad.any()]
+        assert not [name for name in still if not name.endswith("output.0.bias")]  # BatchNorm takes that one's place
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"skip_channels": (6, 5)}, "expected three numbers"),
+            ({"decoder_channels": (6, 5)}, "expected four numbers"),
+            ({"width": 0}, "expected 1 or more"),
+            ({"temperature": 0.0}, "more than 0"),
+        ],
+    )
+    def test_impossible_settings(self, change: dict[str, object], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            TokenMatchConfig(**change)  # type: ignore[arg-type]
+
+    def test_another_backbone_is_named(self, head: TokenMatchHead) -> None:
+        target = features(1)
+        lacking = Features(target.correspondence, target.valid, {8: target.scales[8]}, {})
+        image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
+        with pytest.raises(ConfigError, match="skip_channels is 5 at stride 4, and the backbone gives nothing there"):
+            head(lacking, [head.prepare([reference(1)])], image, valid)
