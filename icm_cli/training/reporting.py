@@ -79,7 +79,7 @@ class Reporter:
             if self._skipped <= MOST_SKIPS_NAMED:
                 self._hear.notice(f"skipped: {reason}")
         if batch.skipped:
-            drawn = max(batch.counters) + 1 + self._skipped
+            drawn = (max(batch.counters) + 1) // self._learner.accelerator.num_processes + self._skipped
             check_skipped(self._skipped, drawn, batch.skipped[-1])
 
     def after(self, step: int, batch: Batch, meter: Meter, rate: float, stop: StopSignals, *, is_last: bool) -> None:
