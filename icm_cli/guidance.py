@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from icm_cli.model.contracts import ReferenceFeatures
+
+
+@dataclass(frozen=True)
+class ReferenceTokens:
+    """Tokens of all references together: inside the guidance [K,C], outside [M,C] (M may be 0)."""
+
+    foreground: Tensor
+    background: Tensor
+    notices: list[str] = field(default_factory=list)
+
+
+def reference_tokens(references: Sequence[ReferenceFeatures], tokens_of: Callable[[Tensor], Tensor]) -> ReferenceTokens:
+    """Part references' tokens by their guidance; ``tokens_of`` makes them from a feature, [1,C,h,w] -> [1,N,C]."""
+    foregrounds, backgrounds, notices = [], [], []
+    for reference in references:
+        feature = reference.features.correspondence
+        stride = reference.guidance.shape[-1] // feature.shape[-1]
+        inside, notice = foreground_tokens(reference.guidance, reference.valid, stride)
+        outside = background_tokens(reference.guidance, reference.valid, stride)
+        found = tokens_of(feature)
+        foregrounds.append(found[inside.flatten(1)])
+        backgrounds.append(found[outside.flatten(1)])
+        notices += [notice] if notice else []
+    return ReferenceTokens(torch.cat(foregrounds), torch.cat(backgrounds), notices)
 
 
 def foreground_tokens(guidance: Tensor, valid: Tensor, stride: int) -> tuple[Tensor, str | None]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.guidance import background_tokens, foreground_tokens
+from icm_cli.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.contracts import Features, Matte, ReferenceFeatures, TrainedHead
 from icm_cli.model.decoding import ConvNormReLU, alpha_output, judge, upsample
 from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
@@ -53,15 +53,6 @@ class TokenMatchConfig:
             raise ConfigError(f"head temperature is {self.temperature}; expected more than 0")
 
 
-@dataclass(frozen=True)
-class PreparedTokens:
-    """Tokens of all references together, of unit length: inside the guidance [K,C], outside [M,C] (M may be 0)."""
-
-    foreground: Tensor
-    background: Tensor
-    notices: list[str] = field(default_factory=list)
-
-
 class TokenMatchHead(TrainedHead):
     """Evidence of every token by comparison, then a decoder that takes the image's detail in at every doubling."""
 
@@ -87,20 +78,11 @@ class TokenMatchHead(TrainedHead):
         )
         self.output = alpha_output(config.decoder_channels[-1], config.decoder_channels[-1])
 
-    def prepare(self, references: Sequence[ReferenceFeatures]) -> PreparedTokens:
-        foregrounds, backgrounds, notices = [], [], []
-        for reference in references:
-            feature = reference.features.correspondence
-            stride = reference.guidance.shape[-1] // feature.shape[-1]
-            inside, notice = foreground_tokens(reference.guidance, reference.valid, stride)
-            outside = background_tokens(reference.guidance, reference.valid, stride)
-            projected = self._projected(feature)
-            foregrounds.append(projected[inside.flatten(1)])
-            backgrounds.append(projected[outside.flatten(1)])
-            notices += [notice] if notice else []
-        return PreparedTokens(torch.cat(foregrounds), torch.cat(backgrounds), notices)
+    def prepare(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
+        """Their tokens are of unit length."""
+        return reference_tokens(references, self._projected)
 
-    def forward(self, target: Features, references: Sequence[PreparedTokens], image: Tensor, valid: Tensor) -> Matte:
+    def forward(self, target: Features, references: Sequence[ReferenceTokens], image: Tensor, valid: Tensor) -> Matte:
         feature = target.correspondence.to(self.condense.weight.dtype)
         evidence = self.evidence(target, references)
         x = self.fuse(torch.cat([self.condense(feature), evidence.to(feature.dtype)], dim=1))
@@ -112,12 +94,12 @@ class TokenMatchHead(TrainedHead):
         alpha = torch.sigmoid(self.output(x).float())
         return Matte(alpha, *judge(alpha.detach(), valid))
 
-    def similarity_maps(self, target: Features, references: Sequence[PreparedTokens]) -> tuple[Tensor, Tensor]:
+    def similarity_maps(self, target: Features, references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
         """The share of softmax attention that goes to the reference's foreground, and that spread over alike tokens."""
         evidence = self.evidence(target, references)
         return evidence[:, -2:-1], evidence[:, -1:]
 
-    def evidence(self, target: Features, references: Sequence[PreparedTokens]) -> Tensor:
+    def evidence(self, target: Features, references: Sequence[ReferenceTokens]) -> Tensor:
         """Eight numbers a token, [B,8,h,w] float32.
 
         Soft and hard maximum of its likeness to the foreground and to the background; likeness to the mean of either;
@@ -140,7 +122,7 @@ class TokenMatchHead(TrainedHead):
         return F.normalize(tokens(self.project(feature.to(self.project.weight.dtype))), dim=-1)
 
     @in_float32
-    def _compare(self, target: Tensor, reference: PreparedTokens) -> Tensor:
+    def _compare(self, target: Tensor, reference: ReferenceTokens) -> Tensor:
         """Tokens of one target [N,C] -> seven numbers each [N,7] (all of :meth:`evidence` but the last)."""
         sharpness = self.inverse_temperature.clamp(min=1.0, max=100.0)
         foreground = target @ reference.foreground.T

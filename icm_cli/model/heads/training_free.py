@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icm_cli.errors import ConfigError
-from icm_cli.guidance import background_tokens, foreground_tokens
+from icm_cli.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.closed_form import load_solver, solve_alpha
 from icm_cli.model.contracts import Features, Head, Matte, ReferenceFeatures
 from icm_cli.model.similarity import tokens
@@ -70,19 +70,6 @@ TOKENS_AT_A_TIME = 512
 
 
 @dataclass(frozen=True)
-class PreparedReference:
-    """Tokens of all references together, not centred: inside the guidance [K,C], outside [M,C] (M may be 0)."""
-
-    foreground: Tensor
-    background: Tensor
-    notices: list[str] = field(default_factory=list)
-
-    def centre(self) -> Tensor:
-        """Mean of all tokens, [C]."""
-        return torch.cat([self.foreground, self.background]).mean(dim=0)
-
-
-@dataclass(frozen=True)
 class Evidence:
     """What the reference says about one target's valid tokens, on their grid.
 
@@ -105,18 +92,10 @@ class TrainingFree(Head):
         super().__init__()
         self.config = config
 
-    def prepare(self, references: Sequence[ReferenceFeatures]) -> PreparedReference:
+    def prepare(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
+        """Their tokens are not centred yet: the target has a say in the centre."""
         load_solver()  # with the model, not with the first image
-        foregrounds, backgrounds, notices = [], [], []
-        for reference in references:
-            feature = reference.features.correspondence
-            stride = reference.guidance.shape[-1] // feature.shape[-1]
-            inside, notice = foreground_tokens(reference.guidance, reference.valid, stride)
-            outside = background_tokens(reference.guidance, reference.valid, stride)
-            foregrounds.append(tokens(feature)[inside.flatten(1)])
-            backgrounds.append(tokens(feature)[outside.flatten(1)])
-            notices += [notice] if notice else []
-        return PreparedReference(torch.cat(foregrounds), torch.cat(backgrounds), notices)
+        return reference_tokens(references, tokens)
 
     def forward(self, target: Features, references: Sequence[Any], image: Tensor, valid: Tensor) -> Matte:
         """Each image of the batch by itself; see :class:`~icm_cli.model.contracts.Matte`.
@@ -138,7 +117,7 @@ class TrainingFree(Head):
     def _is_found(self, evidence: Evidence) -> bool:
         return evidence.likeness >= self.config.absent_below and bool(evidence.contrast.max() > 0)
 
-    def evidence(self, target: Features, references: Sequence[PreparedReference], stride: int) -> list[Evidence]:
+    def evidence(self, target: Features, references: Sequence[ReferenceTokens], stride: int) -> list[Evidence]:
         """Evidence for each target of the batch by its reference; ``stride`` is that of the correspondence feature."""
         height, width = target.valid.shape[1:]
         contrast = target.correspondence.new_zeros(target.valid.shape)
@@ -154,9 +133,10 @@ class TrainingFree(Head):
             for grid, valid, share in zip(spread, target.valid, likeness, strict=True)
         ]
 
-    def _compare(self, target: Tensor, reference: PreparedReference) -> tuple[Tensor, float]:
+    def _compare(self, target: Tensor, reference: ReferenceTokens) -> tuple[Tensor, float]:
         """Contrast [N] and likeness of one target's valid tokens [N,C]."""
-        centre = (target.mean(dim=0) + reference.centre()) / 2
+        shown = torch.cat([reference.foreground, reference.background])
+        centre = (target.mean(dim=0) + shown.mean(dim=0)) / 2
         unit, foreground, background = (
             F.normalize(part - centre, dim=-1) for part in (target, reference.foreground, reference.background)
         )
