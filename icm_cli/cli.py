@@ -305,7 +305,7 @@ def train(
         Optional[Path], typer.Option(help=".yaml file of sources, backgrounds and validation, for the config's 'data'.")
     ] = None,
     out: Annotated[
-        Optional[Path], typer.Option(help="Folder for checkpoints and logs.", show_default="runs/CONFIG")
+        Optional[str], typer.Option(help="Folder for checkpoints and logs.", show_default="runs/CONFIG")
     ] = None,
     checkpoint: Annotated[Optional[Path], typer.Option(help="Start from these weights instead of random ones.")] = None,
     weights: Weights = None,
@@ -334,7 +334,7 @@ def train(
     Exit codes: 0 trained; 1 training cannot go on (a loss that is no number, unreadable data); 2 wrong usage or input;
     3 configuration, weights, device or output; 130 Ctrl-C; 143 SIGTERM.
     """
-    with _exit_codes(verbose):
+    with _exit_codes(verbose, go_on="run the same command with --resume to go on"):
         from icm_cli.runs import DEFAULT_WORKERS
         from icm_cli.training import loop
         from icm_cli.training.terminal import TrainingTerminal
@@ -360,7 +360,7 @@ def _number_or_auto(text: str) -> int | str:
 
 
 @contextlib.contextmanager
-def _exit_codes(verbose: bool) -> Iterator[None]:
+def _exit_codes(verbose: bool, go_on: str = "run the same command again to go on") -> Iterator[None]:
     """Turn errors and signals into one sentence and an exit code; --verbose shows the traceback too."""
     with Interrupt() as interrupt:
         try:
@@ -373,7 +373,7 @@ def _exit_codes(verbose: bool) -> Iterator[None]:
             write_line(sys.stderr, f"icm: {error}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            write_line(sys.stderr, "icm: interrupted; run the same command again to go on")
+            write_line(sys.stderr, f"icm: interrupted; {go_on}")
             raise typer.Exit(interrupt.exit_code) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 import types
 import typing
@@ -126,15 +127,24 @@ def _typed(value: object, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return read_strict(hint, value, where)
     if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
-        return tuple(_typed(item, typing.get_args(hint)[0], where) for item in value)
+        return tuple(_typed(item, typing.get_args(hint)[0], f"{where} {n}") for n, item in enumerate(value, 1))
     if typing.get_origin(hint) is Literal and value in typing.get_args(hint):
         return value
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and type(value) is hint:
+    if hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif isinstance(hint, type) and type(value) is hint:
         return value
-    expected = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
-    raise ConfigError(f"{where} is {value!r}; expected {expected.replace('typing.', '')}")
+    raise ConfigError(f"{where} is {value!r}; expected {_expected(hint)}")
+
+
+def _expected(hint: Any) -> str:
+    """What a hint asks for, in words."""
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return "a list"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
 
 
 def as_mapping(value: object, where: str) -> Mapping[str, Any]:

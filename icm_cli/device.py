@@ -58,6 +58,16 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 """Names of accelerate's mixed precision -> dtype of a frozen backbone."""
 
 
+def process_count() -> int:
+    """Of a data-parallel run (torchrun, accelerate launch), else 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process of such a run writes the files."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[Any, Device]:
     """An ``accelerate.Accelerator`` for training on a device as named on the command line, and that device.
 
@@ -73,7 +83,7 @@ def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[An
     place = resolve_device(device).place
     if precision == "fp16" and place.type == "cpu":
         raise ConfigError("precision fp16 needs a GPU, and this run is on the CPU; set train.precision to bf16 or no")
-    if "WORLD_SIZE" not in os.environ:
+    if process_count() == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have been another
         if place.type == "cuda":
             torch.cuda.set_device(place)

@@ -367,13 +367,20 @@ class TestSettings:
         ("override", "message"),
         [
             ("train.stepps=3", "Did you mean 'steps'"),
-            ("train.steps=many", "steps is 'many'; expected int"),
+            ("train.steps=many", "steps is 'many'; expected a whole number"),
             ("train.steps", "expected key=value"),
             ("train.steps=[", "is not YAML"),
             ("train.pairs.negative_share=2", "expected 0 to 1"),
             ("train.loss.binary_rule=both", "binary_rule is 'both'"),
             ("train.steps.more=1", "steps is {'more': 1}"),
             ("train.clip_norm=0", "more than 0"),
+            ("train.rate=.nan", "rate is nan; expected a number"),
+            ("train.rate=.inf", "rate is inf; expected a number"),
+            ("train.optimiser=sgd", "expected 'adam' or 'adamw'"),
+            ("train.seed=99999999999999999999", "expected less than"),
+            ("data.sources=im", "sources is 'im'; expected a list"),
+            ("data.sources=[null]", "sources 1 is missing; expected keys with values"),
+            ("data.validation={rounds: 0}", "rounds is 0; expected 1 or more"),
             ("train.augment.zoom=0.5", "1 or more"),
             ("data.sources=[{dataset: aim501}]", "Did you mean 'aim500'"),
             ("data.sources=[{weight: 0}]", "expected more than 0"),
@@ -397,6 +404,7 @@ class TestSettings:
         one = SourceConfig(images=str(discs / "images" / "red"), alphas=str(discs / "alphas" / "red"))
         with pytest.raises(ConfigError, match="negative_share"):
             read_pool(DataConfig((one,)), PairConfig())
+        assert len(read_pool(DataConfig((one,), (str(discs / "backgrounds"),)), PairConfig())) == 3
         with pytest.raises(UsageError, match="no image left"):
             read_pool(DataConfig((source(discs, exclude=("*",)),)), ALONE)
         with pytest.raises(UsageError, match="does not exist"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -19,7 +20,6 @@ from train_data import change, command, log, metadata, same_weights, train, weig
 
 from icm_cli.training import loop
 from icm_cli.training.learner import Learner
-from icm_cli.training.samples import SampleMaker
 
 
 @pytest.fixture
@@ -46,6 +46,11 @@ def out(tmp_path: Path) -> Path:
         (["--set", "train.canvas_px=100"], 3, "multiple of 32"),
         (["--set", "head.feature_channels=9"], 3, "feature_channels is 9, and the backbone gives 208"),
         (["--set", "data.sources=[{images: none, alphas: none}]"], 2, "is not a folder"),
+        (["--set", "data.sources=[{dataset: cutouts, root: none}]"], 2, "data: source 1: cutouts folder none"),
+        (["--set", "data.validation={images: none, alphas: none}"], 2, "data: validation: --images none"),
+        (["--set", "data.validation={images: DATA/images/a/l*n.jpg, alphas: DATA/alphas/a/l*n.png}"], 2,
+         "no group has two images"),
+        (["--out", ""], 2, "the output folder is empty"),
         (["--device", "cuda:77"], 3, "is not on this machine"),
         (["--checkpoint", "none.safetensors"], 3, "cannot be read"),
         (["--out", "DATA/images/a/lawn.jpg/run"], 3, "cannot be written"),
@@ -95,6 +100,14 @@ def test_a_loss_that_is_no_number_stops_with_step_and_samples(
     assert train(config, out, "--resume").exit_code == 0
 
 
+def test_a_model_that_diverges_stops(config: Path, out: Path) -> None:
+    done = train(config, out, "--set", "train.rate=1e30", "--set", "train.warmup_steps=0", "--set", "train.steps=9")
+    assert done.exit_code == 1
+    last = done.stderr.splitlines()[-1]
+    assert "alpha is no number for" in last or "loss is above 10000" in last
+    assert list(out.glob("bad-step-*.safetensors"))
+
+
 def test_a_loss_that_is_too_large_stops(config: Path, out: Path) -> None:
     done = train(config, out, "--set", "train.loss.unknown_l1=1e6")
     assert done.exit_code == 1
@@ -139,16 +152,6 @@ def test_data_that_cannot_be_read_at_all(config: Path, out: Path, data: Path, wo
     assert "Traceback" not in done.stderr
 
 
-def test_a_worker_that_dies_is_a_sentence(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def dying(*_: object) -> None:
-        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
-
-    monkeypatch.setattr(SampleMaker, "__getitem__", dying)
-    done = train(config, out)
-    assert done.exit_code == 1
-    assert "a process that makes samples died" in done.stderr
-
-
 def test_a_full_disk_keeps_the_last_good_checkpoint(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.fsync
     written = []
@@ -175,6 +178,16 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(config: Path, out: Path, mon
     assert same_weights(out / "last.safetensors", whole / "last.safetensors")
 
 
+def test_a_file_system_that_takes_no_more_is_a_sentence(config: Path, out: Path) -> None:
+    """By a limit of the process, so that the write itself fails, as on a full disk."""
+    line = shlex.join(command(config, out, "--set", "train.save_every=2"))
+    ended = subprocess.run(["bash", "-c", f"ulimit -f 6000; {line}"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 3, ended.stderr
+    assert "state.pt cannot be written" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+    assert not list(out.glob("*.tmp"))
+
+
 def test_a_log_that_cannot_be_written_costs_no_run(config: Path, out: Path) -> None:
     out.mkdir()
     (out / "log.csv").mkdir()
@@ -193,13 +206,31 @@ def test_out_of_memory_says_what_to_do(config: Path, out: Path, monkeypatch: pyt
     assert "with 2 samples at a time; set train.micro_batch_size lower" in done.stderr
 
 
-def test_a_torn_state_is_named(config: Path, out: Path) -> None:
+@pytest.mark.parametrize("size", [0, 1000])
+def test_a_torn_state_is_named(config: Path, out: Path, size: int) -> None:
     train(config, out)
     state = out / "state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
+    state.write_bytes(state.read_bytes()[:size])
     done = train(config, out, "--resume")
     assert done.exit_code == 3
     assert f"training state {state} is damaged" in done.stderr
+
+
+def test_a_model_whose_state_is_gone_is_not_written_over(config: Path, out: Path) -> None:
+    train(config, out)
+    (out / "state.pt").unlink()
+    before = (out / "last.safetensors").read_bytes()
+    for flags in ([], ["--resume"]):
+        assert train(config, out, *flags).exit_code == 2
+    assert "holds last.safetensors but no state.pt" in train(config, out, "--resume").stderr
+    assert (out / "last.safetensors").read_bytes() == before
+
+
+def test_a_log_of_garbage_is_begun_anew(config: Path, out: Path) -> None:
+    train(config, out, "--set", "train.steps=2")
+    (out / "log.csv").write_bytes(os.urandom(3000))
+    assert train(config, out, "--resume").exit_code == 0
+    assert [row["step"] for row in log(out)] == ["3", "4"]
 
 
 def test_a_torn_log_line_is_mended(config: Path, out: Path) -> None:
@@ -240,6 +271,29 @@ def test_a_signal_saves_and_the_run_goes_on_bit_equal(
     assert train(config, out, *steps, *never, "--resume").exit_code == 0
     assert train(config, tmp_path / "whole", *steps, *never).exit_code == 0
     assert same_weights(out / "last.safetensors", tmp_path / "whole" / "last.safetensors")
+
+
+def test_a_worker_that_is_killed_is_a_sentence(config: Path, out: Path) -> None:
+    process = started(config, out, 3, workers=1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (worker,) = [each for each in children if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()]
+    os.kill(int(worker), signal.SIGKILL)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1, errors
+    assert "a process that makes samples died" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert (out / "state.pt").exists()
+
+
+def test_two_runs_do_not_share_a_folder(config: Path, out: Path) -> None:
+    process = started(config, out, 2)
+    try:
+        other = train(config, out, *LONG, "--resume")
+        assert other.exit_code == 2
+        assert "another process trains into" in other.stderr
+    finally:
+        process.kill()
+        process.communicate(timeout=100)
 
 
 def test_a_killed_run_goes_on_from_its_last_save(config: Path, out: Path, tmp_path: Path) -> None:

@@ -20,6 +20,17 @@ JUDGED_FROM = 100
 """Samples before that share is judged."""
 
 
+def check_alpha(alpha: Tensor, batch: Batch, step: int, keeper: Keeper) -> None:
+    """Raises TrainingError, naming step and samples, for a prediction [B,1,S,S] that is no number; saves the batch."""
+    is_bad = ~alpha.detach().isfinite().flatten(1).all(dim=1)
+    if bool(is_bad.any()):
+        guilty = [batch.names[i] for i in torch.nonzero(is_bad).flatten().tolist()]
+        raise TrainingError(
+            f"step {step}: the model's alpha is no number for {'; '.join(guilty)}, so it has diverged. The batch is in "
+            f"{keeper.save_batch(batch, step)}, the last saved state is kept; lower train.rate or set train.clip_norm"
+        )
+
+
 def check_losses(terms: Mapping[str, Tensor], batch: Batch, step: int, keeper: Keeper) -> None:
     """Raises TrainingError, naming step and samples, for a loss that is no number or above 1e4; saves the batch."""
     total = terms["total"].detach()
@@ -29,7 +40,7 @@ def check_losses(terms: Mapping[str, Tensor], batch: Batch, step: int, keeper: K
     guilty = [f"{batch.names[i]} ({float(total[i]):g})" for i in torch.nonzero(is_bad).flatten().tolist()]
     raise TrainingError(
         f"step {step}: the loss is above {LARGEST_LOSS:g} or no number for {'; '.join(guilty)}. The batch is in "
-        f"{keeper.save_batch(batch, step)}, the last good state is kept; look at these samples, or lower train.rate"
+        f"{keeper.save_batch(batch, step)}, the last saved state is kept; look at these samples, or lower train.rate"
     )
 
 
@@ -39,7 +50,7 @@ def check_gradients(norm: float, batch: Batch, step: int, keeper: Keeper, *, has
         return
     raise TrainingError(
         f"step {step}: the gradients are no numbers, for {'; '.join(batch.names)}. The batch is in "
-        f"{keeper.save_batch(batch, step)}, the last good state is kept; lower train.rate or set train.precision to no"
+        f"{keeper.save_batch(batch, step)}, the last saved state is kept; lower train.rate or set train.precision to no"
     )
 
 

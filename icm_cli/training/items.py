@@ -106,16 +106,20 @@ def read_pool(data: DataConfig, pairs: PairConfig) -> Pool:
     pool = Pool(tuple(sources), tuple(source.weight for source in data.sources), backgrounds, tuple(problems))
     if not backgrounds and any(item.is_foreground for item in pool):
         raise ConfigError("some sources are foregrounds, and there is nothing to put them on; add data: backgrounds")
-    if pairs.negative_share and len(pool.groups) < 2:
+    if pairs.negative_share and len(pool.groups) < 2 and not backgrounds:
         raise ConfigError(
-            "train: pairs: negative_share needs pictures without the reference's thing, and there is but one group; "
-            "set it to 0, or say by 'groups' or subfolders what belongs together"
+            "there is but one group and no backgrounds, so no picture is without the reference's thing; give "
+            "data: backgrounds, say by 'groups' or subfolders what belongs together, or --set "
+            "train.pairs.negative_share=0"
         )
     return pool
 
 
 def _items(number: int, source: SourceConfig, problems: list[Problem]) -> tuple[Item, ...]:
-    found = _cutouts(source) if source.dataset == CUTOUTS else _of_dataset(source, problems)
+    try:
+        found = _cutouts(source) if source.dataset == CUTOUTS else _of_dataset(source, problems)
+    except UsageError as error:
+        raise UsageError(f"data: source {number + 1}: {error}") from error
     kept = [item for item in found if not any(fnmatch(item.name, pattern) for pattern in source.exclude)]
     if not kept:
         raise UsageError(f"data: {source.title} has no image left to train on; expected images with alphas")
@@ -171,8 +175,8 @@ def _has_train(source: SourceConfig) -> bool:
 
 def _pictures(folder: Path, what: str) -> list[Path]:
     if not folder.is_dir():
-        raise UsageError(f"data: {what} folder {folder} does not exist; expected a folder of images")
+        raise UsageError(f"{what} folder {folder} does not exist; expected a folder of images")
     found = [path for path in image_files(folder) if os.access(path, os.R_OK)]
     if not found:
-        raise UsageError(f"data: {what} folder {folder} holds no images that can be read")
+        raise UsageError(f"{what} folder {folder} holds no images that can be read")
     return found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from safetensors.torch import save
 
 from icm_cli import __version__
+from icm_cli.device import is_main_process
 from icm_cli.errors import UsageError
 from icm_cli.files import atomic_write, content_digest, digest_of, remove_stale_temporaries
 from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_trained_on, save_checkpoint
@@ -20,6 +23,8 @@ from icm_cli.training.learner import Learner
 from icm_cli.training.samples import Batch
 from icm_cli.training.settings import Settings
 from icm_cli.training.state import BEST_NAME, LAST_NAME, STATE_NAME, check_same_run, load_state, save_state
+
+LOCK_NAME = ".icm-train.lock"
 
 
 class Keeper:
@@ -48,12 +53,35 @@ class Keeper:
 
     def check(self, *, resume: bool) -> None:
         """Raises UsageError for a folder that holds a run not to be gone on with, OutputError for one not writable."""
-        if (self.folder / STATE_NAME).exists() and not resume:
+        there = [name for name in (STATE_NAME, LAST_NAME, BEST_NAME) if (self.folder / name).exists()]
+        if there and not resume:
             raise UsageError(
                 f"{self.folder} holds a run already; go on with it by --resume, or give another folder with --out"
             )
+        if there and STATE_NAME not in there:
+            raise UsageError(
+                f"{self.folder} holds {there[0]} but no {STATE_NAME}, so its run cannot be gone on with; give another "
+                f"folder with --out, perhaps with --checkpoint {self.folder / there[0]} to start from there"
+            )
         SideOutputs.checked(()).check_writable(self.folder)
         remove_stale_temporaries(self.folder)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the folder. Raises UsageError where another process holds it."""
+        if not is_main_process():
+            yield
+            return
+        with (self.folder / LOCK_NAME).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"another process trains into {self.folder} now; wait for it, or give another folder with --out"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            yield
 
     def hash_images(self, notice: Callable[[str], None]) -> None:
         """Content of every training image, for the checkpoints; what cannot be read is named and left out."""

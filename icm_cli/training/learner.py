@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from icm_cli.config import part_class
-from icm_cli.device import is_out_of_memory, make_accelerator
-from icm_cli.errors import ConfigError
+from icm_cli.device import is_out_of_memory, make_accelerator, process_count
+from icm_cli.errors import ConfigError, TrainingError
 from icm_cli.files import digest_of
 from icm_cli.geometry import CanvasRule
 from icm_cli.matter import Matter
@@ -187,11 +186,16 @@ class Learner:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     @contextlib.contextmanager
-    def memory_explained(self) -> Iterator[None]:
-        """Turn running out of memory into a sentence that says what to do."""
+    def explained(self) -> Iterator[None]:
+        """Turn running out of memory, here or in a worker, into a sentence that says what to do."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
+            if "DataLoader worker" in str(error):  # from a signal handler, so it may come anywhere
+                raise TrainingError(
+                    "a process that makes samples died, perhaps of too little memory; go on from the last saved state "
+                    "with --resume and fewer --workers"
+                ) from error
             if not is_out_of_memory(error):
                 raise
             raise ConfigError(
@@ -225,7 +229,7 @@ class Learner:
 
 def micro_batches(config: TrainConfig) -> tuple[int, int]:
     """How many processes there are, and the samples that each takes at a time. Raises ConfigError."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = process_count()
     micro_batch = config.micro_batch_size or max(1, config.batch_size // processes)
     if config.batch_size % (processes * micro_batch):
         raise ConfigError(

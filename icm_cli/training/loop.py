@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from icm_cli.errors import UsageError
 from icm_cli.runs import DEFAULT_WORKERS, check_workers
-from icm_cli.training.guards import check_gradients, check_losses
+from icm_cli.training.guards import check_alpha, check_gradients, check_losses
 from icm_cli.training.items import read_pool
 from icm_cli.training.keeper import Keeper
 from icm_cli.training.learner import Learner
@@ -18,8 +19,8 @@ from icm_cli.training.losses import losses
 from icm_cli.training.meter import Meter
 from icm_cli.training.preview import write_preview
 from icm_cli.training.reporting import Reporter
-from icm_cli.training.samples import SampleMaker, load_batches
-from icm_cli.training.settings import read_settings
+from icm_cli.training.samples import Batch, SampleMaker, load_batches
+from icm_cli.training.settings import TrainConfig, read_settings
 from icm_cli.training.stopping import StopSignals
 
 
@@ -49,6 +50,8 @@ def train(
     hear = listener or TrainingListener()
     check_workers(workers + 1)
     settings = read_settings(config, data, overrides)
+    if out is not None and not str(out):
+        raise UsageError("the output folder is empty; give --out a folder for checkpoints and logs")
     recipe, folder = settings.train, Path(out or f"runs/{Path(config).stem}")
     pool = read_pool(settings.data, recipe.pairs)
     maker = SampleMaker(pool, recipe)
@@ -63,37 +66,52 @@ def train(
     command = _command(options, overrides)
     keeper = Keeper(folder, settings, pool, overrides=overrides, checkpoint=start, command=command)
     keeper.check(resume=resume)
-    learner = Learner(settings, checkpoint=start, weights=weights, device=device, offline=offline, notice=hear.notice)
-    report = Reporter(learner, keeper, settings, pool, hear, resume=resume)
-    share, is_gpu = learner.share(report.first_step), learner.device.place.type == "cuda"
-    batches = load_batches(maker, share, workers=workers, pin=is_gpu)
-    meter = Meter()
+    with keeper.held():
+        learner = Learner(
+            settings, checkpoint=start, weights=weights, device=device, offline=offline, notice=hear.notice
+        )
+        report = Reporter(learner, keeper, settings, pool, hear, resume=resume)
+        share, is_gpu = learner.share(report.first_step), learner.device.place.type == "cuda"
+        batches = load_batches(maker, share, workers=workers, pin=is_gpu)
+        meter = Meter()
+        with StopSignals() as stop, report, learner.explained():
+            _take_steps(recipe, learner, batches, meter, report, keeper, stop)
+        return report.summary(meter)
 
-    with StopSignals() as stop, report, learner.memory_explained():
-        for step in range(report.first_step, recipe.steps):
-            torch.manual_seed(recipe.seed + step)  # of a head's own randomness, if it has any
-            rate = learner.set_rates(step)
-            norm = 0.0
-            for _ in range(learner.accumulation):
-                batch = meter.next_batch(batches).to(learner.device.place)
-                report.skipped(batch)
-                with learner.accumulate():
-                    alpha = learner.alpha(batch)
-                    terms = losses(alpha, batch.truth(), batch.trimap_levels(), recipe.loss)
-                    check_losses(terms, batch, step + 1, keeper)
-                    learner.backward(terms["total"].sum())
-                    norm += learner.clip()  # 0 until the gradients are complete
-                    check_gradients(norm, batch, step + 1, keeper, has_scaler=learner.has_scaler)
-                    learner.step()
-                meter.add(terms)
-            learner.ema.update(step)
-            meter.stepped(norm)
-            hear.stepped(step + 1)
-            is_stopped = learner.agree(stop.received is not None)
-            report.after(step + 1, batch, meter, rate, stop, is_last=is_stopped or step + 1 == recipe.steps)
-            if is_stopped:
-                break
-    return report.summary(meter)
+
+def _take_steps(
+    recipe: TrainConfig,
+    learner: Learner,
+    batches: Iterator[Batch],
+    meter: Meter,
+    report: Reporter,
+    keeper: Keeper,
+    stop: StopSignals,
+) -> None:
+    """Every step from the first that is not done yet, to the last or a signal."""
+    for step in range(report.first_step, recipe.steps):
+        torch.manual_seed(recipe.seed + step)  # of a head's own randomness, if it has any
+        rate = learner.set_rates(step)
+        norm = 0.0
+        for _ in range(learner.accumulation):
+            batch = meter.next_batch(batches).to(learner.device.place)
+            report.skipped(batch)
+            with learner.accumulate():
+                alpha = learner.alpha(batch)
+                check_alpha(alpha, batch, step + 1, keeper)
+                terms = losses(alpha, batch.truth(), batch.trimap_levels(), recipe.loss)
+                check_losses(terms, batch, step + 1, keeper)
+                learner.backward(terms["total"].sum())
+                norm += learner.clip()  # 0 until the gradients are complete
+                check_gradients(norm, batch, step + 1, keeper, has_scaler=learner.has_scaler)
+                learner.step()
+            meter.add(terms)
+        learner.ema.update(step)
+        meter.stepped(norm)
+        is_stopped = learner.agree(stop.received is not None)
+        report.after(step + 1, batch, meter, rate, stop, is_last=is_stopped or step + 1 == recipe.steps)
+        if is_stopped:
+            break
 
 
 def _command(options: Mapping[str, object], overrides: Sequence[str]) -> str:

@@ -85,6 +85,7 @@ class Reporter:
     def after(self, step: int, batch: Batch, meter: Meter, rate: float, stop: StopSignals, *, is_last: bool) -> None:
         """All that is due after a step. Raises OutputError where the run cannot be saved."""
         self._step = step
+        self._hear.stepped(step)
         recipe = self._recipe
         if step % recipe.log_every == 0 or is_last:
             self._log(step, meter, rate)

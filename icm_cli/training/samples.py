@@ -243,7 +243,7 @@ class Share(Sampler[list[int]]):
 def load_batches(maker: SampleMaker, share: Share, *, workers: int, pin: bool) -> Iterator[Batch]:
     """Batches in the order of ``share``, made ahead by ``workers`` processes (0: made here when they are wanted).
 
-    Raises TrainingError for a sample that cannot be made, or where a worker died.
+    Raises TrainingError for a sample that cannot be made.
     """
     loader = DataLoader(
         maker,
@@ -255,17 +255,10 @@ def load_batches(maker: SampleMaker, share: Share, *, workers: int, pin: bool) -
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
     )
-    try:
-        for batch in loader:
-            if isinstance(batch, str):
-                raise TrainingError(batch)
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise TrainingError(
-            "a process that makes samples died, perhaps of too little memory; go on with --resume and fewer --workers"
-        ) from error
+    for batch in loader:
+        if isinstance(batch, str):
+            raise TrainingError(batch)
+        yield batch
 
 
 def _collated(samples: list[Sample | str]) -> Batch | str:

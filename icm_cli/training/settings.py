@@ -17,6 +17,8 @@ from icm_cli.training.losses import LossConfig
 
 CUTOUTS = "cutouts"
 """A source that is a folder of RGBA foregrounds."""
+LARGEST_SEED = 1 << 62
+"""What random generators take, with room for the step to be added."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ class ValidationConfig(FilesConfig):
     split: Split = "test"
     size: Size | None = None
     rounds: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            raise ConfigError(f"data: validation: unknown dataset. {did_you_mean(self.dataset, DATASETS)}")
+        if self.rounds < 1:
+            raise ConfigError(f"data: validation: rounds is {self.rounds}; expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,8 @@ class TrainConfig:
         at_least = {"steps": 1, "batch_size": 1, "canvas_px": 64, "log_every": 1, "image_every": 1, "trimap_kernel": 1}
         at_least |= {"validate_every": 1, "save_every": 1, "warmup_steps": 0, "rate": 0, "backbone_rate": 0}
         at_least |= {"weight_decay": 0, "feature_cache_gb": 0, "seed": 0}
+        if self.seed >= LARGEST_SEED:
+            raise ConfigError(f"train: seed is {self.seed}; expected less than {LARGEST_SEED}")
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"train: {name} is {getattr(self, name)}; expected {least} or more")

@@ -6,6 +6,7 @@ one). ``state.pt`` alone holds all that the next step depends on, so whatever is
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from collections.abc import Mapping
@@ -30,8 +31,10 @@ FREE_SETTINGS = frozenset(
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write whole or not at all. Raises OutputError."""
+    content = io.BytesIO()  # torch hides what the file system says
+    torch.save(dict(state), content)
     with atomic_write(path) as file:
-        torch.save(dict(state), file)
+        file.write(content.getbuffer())
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -41,7 +44,10 @@ def load_state(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"training state {path} cannot be read: {error.strerror}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ConfigError(f"training state {path} is damaged ({str(error).splitlines()[0]}); train anew") from error
+        raise ConfigError(
+            f"training state {path} is damaged or cut short, so the run cannot be gone on with; train with another "
+            f"--out, perhaps from --checkpoint {path.parent / LAST_NAME}"
+        ) from error
     return state
 
 

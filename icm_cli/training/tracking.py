@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections.abc import Callable, Mapping
@@ -97,5 +98,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a log; the last may be torn."""
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and None not in row.values()]
+    with path.open(encoding="utf-8", errors="replace", newline="") as file, contextlib.suppress(csv.Error):
+        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit() and None not in row.values()]
+    return []

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from icm_cli.datasets import find
+from icm_cli.datasets import find, groups_of
+from icm_cli.datasets.samples import Sample
+from icm_cli.errors import ImageError, UsageError
 from icm_cli.evaluating import evaluate
+from icm_cli.images import read_matte
 from icm_cli.report import ImageResult
 from icm_cli.runs import Listener
 from icm_cli.training.learner import Learner
@@ -15,11 +19,29 @@ from icm_cli.training.settings import ValidationConfig
 
 def check_validation(config: ValidationConfig, images: Sequence[Path], notice: Callable[[str], None]) -> None:
     """Raises UsageError where there is nothing to validate on; tells what is trained on too."""
-    found = find(config.dataset, config.root, split=config.split, composite=False, **config.patterns)
+    try:
+        found = find(config.dataset, config.root, split=config.split, composite=False, **config.patterns)
+    except UsageError as error:
+        raise UsageError(f"data: validation: {error}") from error
+    if not any(_can_be_scored(samples) for samples in groups_of(found.samples).values()):
+        raise UsageError(
+            "data: validation: no group has two images of which one could be a reference (its alpha not empty); "
+            "expected subfolders with several images of the same thing each, or 'groups' that say which belong together"
+        )
     trained_on = {path.resolve() for path in images}
     shared = sum(sample.file.resolve() in trained_on for sample in found.samples)
     if shared:
         notice(f"{shared} of the {len(found.samples)} validation images are trained on too, so the scores flatter")
+
+
+def _can_be_scored(samples: Sequence[Sample]) -> bool:
+    if len({sample.image for sample in samples}) < 2:
+        return False
+    for sample in samples:
+        with contextlib.suppress(ImageError):
+            if (read_matte(sample.alpha) > 127).any():
+                return True
+    return False
 
 
 def validate(config: ValidationConfig, learner: Learner, *, is_stopped: Callable[[], bool]) -> dict[str, float] | None:
