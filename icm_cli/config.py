@@ -84,8 +84,13 @@ def read_mapping(config: str) -> tuple[str, object]:
         path = Path(config)
         if path.suffix not in {".yaml", ".yml"}:
             raise ConfigError(f"model {config!r} is neither a preset nor a .yaml file. {did_you_mean(config, presets)}")
+    return str(path), read_yaml(path)
+
+
+def read_yaml(path: Path) -> object:
+    """The content of a YAML file. Raises ConfigError."""
     try:
-        return str(path), yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"configuration {path} cannot be read: {error.strerror}; give a preset or a file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

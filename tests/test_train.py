@@ -89,12 +89,10 @@ def test_a_run_is_not_written_over(config: Path, out: Path) -> None:
 
 def test_another_configuration_is_refused_with_the_difference(config: Path, out: Path) -> None:
     train(config, out)
-    for change_, shown in (("train.rate=0.5", "train.rate: 0.001 -> 0.5"), ("head.width=8", "head.width: 16 -> 8")):
-        again = train(config, out, "--resume", "--set", change_)
-        assert again.exit_code in (2, 3)
-        assert again.exit_code == 2 or "head.width" in change_
-        if again.exit_code == 2:
-            assert shown in again.stderr
+    for override, shown in (("train.rate=0.5", "train.rate: 0.001 -> 0.5"), ("head.width=8", "head.width: 16 -> 8")):
+        again = train(config, out, "--resume", "--set", override)
+        assert again.exit_code == 2
+        assert shown in again.stderr
 
 
 def test_other_images_are_another_run(config: Path, out: Path, data: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -53,11 +53,6 @@ class Pool:
         return {group: tuple(items) for group, items in groups.items()}
 
     @cached_property
-    def cuttable(self) -> tuple[Item, ...]:
-        """Items that can be cut out: a mask's hard edge would be learned."""
-        return tuple(item for item in self if not item.is_binary)
-
-    @cached_property
     def _shares(self) -> np.ndarray:
         weights = np.asarray(self.weights)
         return weights / weights.sum()
@@ -84,11 +79,14 @@ class Pool:
         wants_itself = rng.random() < same_image_share
         return item if wants_itself or not others else others[rng.integers(len(others))]
 
-    def stranger(self, groups: Sequence[str], rng: np.random.Generator, *, cuttable: bool) -> Item | None:
-        """An item of none of these groups, None where hardly any is."""
+    def stranger(self, group: str, rng: np.random.Generator, *, cuttable: bool) -> Item | None:
+        """An item of another group, None where hardly any is.
+
+        ``cuttable``: one that can be cut out, so no mask, whose hard edge would be learned.
+        """
         for _ in range(20):
             item = self.draw(rng)
-            if item.group not in groups and not (cuttable and item.is_binary):
+            if item.group != group and not (cuttable and item.is_binary):
                 return item
         return None
 

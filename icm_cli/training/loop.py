@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from icm_cli.errors import UsageError
-from icm_cli.runs import DEFAULT_WORKERS, check_workers
+from icm_cli.runs import DEFAULT_WORKERS
 from icm_cli.training.guards import check_alpha, check_gradients, check_losses
 from icm_cli.training.items import read_pool
 from icm_cli.training.keeper import Keeper
@@ -48,7 +48,8 @@ def train(
     Raises UsageError, ConfigError, OutputError, or TrainingError where training cannot go on.
     """
     hear = listener or TrainingListener()
-    check_workers(workers + 1)
+    if workers < 0:
+        raise UsageError(f"workers is {workers}; expected 0 or more")
     settings = read_settings(config, data, overrides)
     if out is not None and not str(out):
         raise UsageError("the output folder is empty; give --out a folder for checkpoints and logs")

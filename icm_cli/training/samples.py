@@ -118,7 +118,7 @@ class SampleMaker(Dataset["Sample | str"]):
     def _without(self, shown: Item, rng: Rng) -> tuple[Scene, str]:
         """A picture of something else, with an alpha of 0, and its name."""
         backgrounds = self.pool.backgrounds
-        other = self.pool.stranger([shown.group], rng, cuttable=False)
+        other = self.pool.stranger(shown.group, rng, cuttable=False)
         if backgrounds and (other is None or rng.random() < BACKDROP_SHARE):
             path = backgrounds[rng.integers(len(backgrounds))]
             scene, name = self._scenes.backdrop(path, rng), path.name
@@ -133,7 +133,7 @@ class SampleMaker(Dataset["Sample | str"]):
         if rng.random() >= pairs.distractor_share or not pairs.distractors:
             return []
         count = int(rng.integers(1, pairs.distractors + 1))
-        drawn = (self.pool.stranger([group], rng, cuttable=True) for _ in range(count))
+        drawn = (self.pool.stranger(group, rng, cuttable=True) for _ in range(count))
         return [item for item in drawn if item is not None]
 
     def _trimap(self, alpha: ImageU8, published: ImageU8 | None) -> ImageU8:

@@ -135,14 +135,9 @@ class SceneMaker:
         return np.asarray(cv2.warpAffine(layer, shifted, size, flags=how, borderMode=border))
 
 
-def has_foreground(scene: Scene) -> bool:
-    """Whether anything of it could be shown as a reference."""
-    return bool((scene.alpha > 127).any())
-
-
 def require_foreground(scene: Scene, item: Item) -> Scene:
     """The scene; raises ImageError where nothing of it could be shown."""
-    if not has_foreground(scene):
+    if not (scene.alpha > 127).any():
         raise ImageError(f"the alpha of {item.image} has no pixel above half, so it can show nothing")
     return scene
 

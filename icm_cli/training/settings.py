@@ -10,7 +10,16 @@ from typing import Any, Literal
 
 import yaml
 
-from icm_cli.config import MODEL_KEYS, ModelConfig, as_mapping, parse_model, read_mapping, read_strict, reject_unknown
+from icm_cli.config import (
+    MODEL_KEYS,
+    ModelConfig,
+    as_mapping,
+    parse_model,
+    read_mapping,
+    read_strict,
+    read_yaml,
+    reject_unknown,
+)
 from icm_cli.datasets import DATASETS, Size, Split
 from icm_cli.errors import ConfigError, did_you_mean
 from icm_cli.training.losses import LossConfig
@@ -81,7 +90,9 @@ class ValidationConfig(FilesConfig):
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
-            raise ConfigError(f"data: validation: unknown dataset. {did_you_mean(self.dataset, DATASETS)}")
+            raise ConfigError(
+                f"data: validation: unknown dataset {self.dataset!r}. {did_you_mean(self.dataset, DATASETS)}"
+            )
         if self.rounds < 1:
             raise ConfigError(f"data: validation: rounds is {self.rounds}; expected 1 or more")
 
@@ -263,7 +274,7 @@ def read_settings(config: str | Path, data: str | Path | None = None, overrides:
     where, mapping = read_mapping(str(config))
     fields = dict(as_mapping(mapping, where))
     if data is not None:
-        fields["data"] = read_mapping(str(data))[1]
+        fields["data"] = read_yaml(Path(data))
     for override in overrides:
         fields = _overridden(fields, override)
     reject_unknown(fields, MODEL_KEYS, where)
