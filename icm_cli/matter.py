@@ -16,7 +16,7 @@ from icm_cli.device import Device, resolve_device
 from icm_cli.geometry import Float, ImageU8, Placement
 from icm_cli.model.contracts import Prepared
 from icm_cli.model.in_context_matting import InContextMatting
-from icm_cli.model.loading import load_model, resolve_config
+from icm_cli.model.loading import load_model, resolve_model
 from icm_cli.references import Reference, make_guidance
 
 
@@ -112,7 +112,7 @@ def load(
     """
     path = Path(checkpoint) if checkpoint is not None else None
     target = resolve_device(device, dtype)
-    config = resolve_config(model, path)
+    config, path = resolve_model(model, path)
     return Matter(load_model(config, checkpoint=path, weights=weights, offline=offline, seed=seed), target)
 
 

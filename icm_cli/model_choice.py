@@ -15,7 +15,7 @@ from icm_cli.errors import UsageError
 from icm_cli.files import digest_of
 from icm_cli.geometry import GUIDED_EPSILON, GUIDED_RADIUS_PX
 from icm_cli.matter import Matter
-from icm_cli.model.loading import load_model, model_digest, resolve_config
+from icm_cli.model.loading import load_model, model_digest, resolve_model
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ModelChoice:
             raise UsageError(f"batch size is {batch_size!r}; expected auto, or 1 or more")
         where = resolve_device(device, dtype)
         at_a_time = batch_size if isinstance(batch_size, int) else where.auto_batch_size
-        return cls(resolve_config(model, checkpoint), checkpoint, weights, offline, seed, where, at_a_time)
+        return cls(*resolve_model(model, checkpoint), weights, offline, seed, where, at_a_time)
 
     def digester(self) -> Callable[[Sequence[str]], str]:
         """Gives, for the digests of an example's references, the hash of all that decides an alpha beside its source.

@@ -99,6 +99,14 @@ def read_config(path: Path) -> ModelConfig | None:
         return _parse_config(path, file.metadata())
 
 
+def holds_backbone(path: Path) -> bool:
+    """Whether a checkpoint holds its backbone's weights too; reads no tensor."""
+    if file_kind(path) == "published":
+        return False
+    with safetensors.safe_open(path, framework="pt") as file:
+        return any(key.startswith("backbone.") for key in file.keys())  # noqa: SIM118 (not a mapping)
+
+
 def read_trained_on(path: Path) -> frozenset[str] | None:
     """SHA-256 of the image files a checkpoint was trained on, None where it does not say."""
     if file_kind(path) == "published":

@@ -103,7 +103,10 @@ class Prepared(Protocol):
 
 
 class Backbone(nn.Module, ABC):
-    """Turns images on the canvas into :class:`Features`."""
+    """Turns images on the canvas into :class:`Features`.
+
+    One whose weights a checkpoint may hold is built from its configuration alone, ``PART(settings)``.
+    """
 
     Config: ClassVar[type[Any]]
     """Frozen dataclass of this backbone's settings."""

@@ -76,10 +76,10 @@ class InContextMatting(nn.Module):
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
                 module.to(dtype)
         if device.type != "mps":
-            self._convolve_channels_last()
+            self.convolve_channels_last()
         return self
 
-    def _convolve_channels_last(self) -> None:
+    def convolve_channels_last(self) -> None:
         """Weights of convolutions with their channels innermost: no reordering beside attention, which wants tokens."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

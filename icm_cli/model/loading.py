@@ -11,26 +11,31 @@ from torch import Tensor
 from icm_cli.config import ModelConfig, load_model_config, part_class
 from icm_cli.errors import ConfigError
 from icm_cli.files import content_digest, digest_of
-from icm_cli.model.checkpoint import Checkpoint, load_strict, read_checkpoint, read_config
+from icm_cli.model.checkpoint import Checkpoint, holds_backbone, load_strict, read_checkpoint, read_config
 from icm_cli.model.in_context_matting import InContextMatting
 
-DEFAULT_MODEL = "lite-training-free"
+DEFAULT_MODEL = "lite"
+PACKED_WEIGHTS = Path(__file__).parent.parent / "weights"
+"""Checkpoints that come with the package, each named after its preset."""
 PUBLISHED_MODEL = "icm-sd21"
 """Preset of the published checkpoint, which holds no configuration."""
 UNTRAINED_MODELS = "lite-training-free or sd21-training-free"
 
 
-def resolve_config(model: str | None, checkpoint: Path | None) -> ModelConfig:
-    """Which model is meant by ``--model`` (a preset or a YAML file) and ``--checkpoint``; reads no weights.
+def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConfig, Path | None]:
+    """Which model is meant by ``--model`` (a preset or a YAML file) and ``--checkpoint``, and where its weights are.
 
-    Without a model it is the checkpoint's own, the published one's preset for the published file, and
-    "lite-training-free" where there is no checkpoint either. Raises ConfigError where the two do not fit.
+    Without a model it is the checkpoint's own, the published one's preset for the published file, and "lite" where
+    there is no checkpoint either. A preset whose weights come with the package takes those. Reads no weights. Raises
+    ConfigError where the two do not fit.
     """
-    given = None if model is None else load_model_config(model)
     if checkpoint is None:
-        config = given or load_model_config(DEFAULT_MODEL)
-        _require_checkpoint(config)
-        return config
+        name = model or DEFAULT_MODEL
+        config, packed = load_model_config(name), packed_weights(name)
+        if packed is None:
+            _require_checkpoint(config)
+        return config, packed
+    given = None if model is None else load_model_config(model)
     inside = read_config(checkpoint)
     if inside is not None and given is not None and inside != given:
         raise ConfigError(
@@ -43,7 +48,13 @@ def resolve_config(model: str | None, checkpoint: Path | None) -> ModelConfig:
             f"--checkpoint {checkpoint} does not apply to model {model!r}, whose head {config.head.name!r} has no "
             "weights; leave the option out"
         )
-    return config
+    return config, checkpoint
+
+
+def packed_weights(preset: str) -> Path | None:
+    """The checkpoint that comes with the package for a preset, if one does."""
+    path = PACKED_WEIGHTS / f"{preset}.safetensors"
+    return path if path.is_file() else None
 
 
 def load_model(
@@ -80,11 +91,13 @@ def _assembled(
     loaded = None if checkpoint is None else read_checkpoint(checkpoint)
     if loaded is not None:
         load_strict(head, _part(loaded, "head"), f"checkpoint {checkpoint}")
-    backbone = part_class("backbones", config.backbone.name).load(
-        config.backbone.settings, weights, offline=offline, seed=seed
-    )
-    if loaded is not None and (tensors := _part(loaded, "backbone")):
-        load_strict(backbone, tensors, f"checkpoint {checkpoint}")
+    kind, settings = part_class("backbones", config.backbone.name), config.backbone.settings
+    tensors = None if loaded is None else _part(loaded, "backbone")
+    if not tensors:
+        return InContextMatting(kind.load(settings, weights, offline=offline, seed=seed), head)
+    _reject_weights(weights, checkpoint)
+    backbone = kind(settings).eval()
+    load_strict(backbone, tensors, f"checkpoint {checkpoint}")
     return InContextMatting(backbone, head)
 
 
@@ -93,9 +106,13 @@ def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str |
 
     Loads no model; the arguments are those of :func:`load_model`.
     """
-    backbone = part_class("backbones", config.backbone.name)
-    pretrained = backbone.weights_digest(config.backbone.settings, weights, offline=offline)
     content = "none" if checkpoint is None else content_digest(checkpoint)
+    if checkpoint is not None and holds_backbone(checkpoint):
+        _reject_weights(weights, checkpoint)
+        pretrained = "inside"
+    else:
+        backbone = part_class("backbones", config.backbone.name)
+        pretrained = backbone.weights_digest(config.backbone.settings, weights, offline=offline)
     return digest_of(json.dumps(config.as_dict(), sort_keys=True), pretrained, content)
 
 
@@ -104,6 +121,14 @@ def _require_checkpoint(config: ModelConfig) -> None:
         raise ConfigError(
             f"head {config.head.name!r} has weights of its own and there are none to take; give them with --checkpoint "
             f"FILE (the published .ckpt or one that icm trained). --model {UNTRAINED_MODELS} needs none"
+        )
+
+
+def _reject_weights(weights: str | None, checkpoint: Path | None) -> None:
+    if weights is not None:
+        raise ConfigError(
+            f"--weights {weights!r} does not apply: checkpoint {checkpoint} holds its backbone's weights; leave the "
+            "option out"
         )
 
 

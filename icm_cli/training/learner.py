@@ -62,6 +62,8 @@ class Learner:
         """Of the pretrained weights that the backbone began with."""
         if not self.trains_backbone:
             self.model.backbone.requires_grad_(False).to(self.device.dtype)
+        if self.device.place.type != "mps":
+            self.model.convolve_channels_last()
         optimiser = _optimiser(self.model, config)
         self.forward, self.optimiser = self.accelerator.prepare(self.model, optimiser)
         self.tensors = self._trained_tensors()

