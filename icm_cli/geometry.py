@@ -30,22 +30,30 @@ STRIP_PIXELS = 1 << 20
 class CanvasRule:
     """Which canvas sizes a backbone takes: the frame's long side is scaled to ``long_side_px``.
 
-    A square canvas is ``long_side_px`` on both sides; otherwise each side is rounded up to ``multiple_px``.
+    A square canvas is ``long_side_px`` on both sides; otherwise each side is rounded up to ``multiple_px``. A frame
+    that would grow to more than ``enlarge`` times its size gets a smaller canvas, but not below half of that: there is
+    nothing more in it to see.
     """
 
     long_side_px: int
     multiple_px: int
     square: bool
+    enlarge: float = math.inf
 
     def place(self, height: int, width: int) -> Placement:
         """Where a frame of height x width pixels goes."""
-        scale = self.long_side_px / max(height, width)
+        scale = self._long_side(max(height, width)) / max(height, width)
         content = max(1, round(height * scale)), max(1, round(width * scale))
         if self.square:
             canvas = self.long_side_px, self.long_side_px
         else:
             canvas = _round_up(content[0], self.multiple_px), _round_up(content[1], self.multiple_px)
         return Placement((height, width), content, canvas)
+
+    def _long_side(self, source: int) -> int:
+        if self.enlarge * source >= self.long_side_px:
+            return self.long_side_px
+        return max(_round_up(math.ceil(self.enlarge * source), self.multiple_px), self.long_side_px // 2)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,16 @@ def test_a_failing_log_is_told_once(tmp_path: Path) -> None:
     assert "training goes on without it" in told[0]
 
 
-CONFIG = TokenMatchConfig(feature_channels=12, skip_channels=(6, 5, 4), width=8, decoder_channels=(8, 8, 4, 4))
+CONFIG = TokenMatchConfig(
+    feature_channels=12,
+    skip_channels=(6, 5, 4),
+    comparisons=2,
+    width=8,
+    context_width=8,
+    context_layers=1,
+    fused_channels=8,
+    decoder_channels=(8, 8, 4, 4),
+)
 
 
 def features(seed: int, count: int = 1, valid: Tensor | None = None) -> Features:
@@ -182,7 +191,7 @@ class TestTokenMatch:
         prepared = head.prepare([reference(1, everything=True)])
         assert prepared.background.shape[0] == 0
         numbers = head.evidence(features(3), [prepared])
-        assert numbers.shape == (1, 8, 4, 4)
+        assert numbers.shape == (1, 16, 4, 4)
         assert numbers.isfinite().all()
 
     @given(seed=st.integers(0, 999))
@@ -216,8 +225,10 @@ class TestTokenMatch:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"skip_channels": (6, 5)}, "expected three numbers"),
-            ({"decoder_channels": (6, 5)}, "expected four numbers"),
+            ({"skip_channels": ()}, "at least one number"),
+            ({"decoder_channels": (6, 5)}, "more numbers than skip_channels' 3"),
+            ({"context_width": 6}, "multiple of 4"),
+            ({"context_layers": -1}, "0 or more"),
             ({"width": 0}, "expected 1 or more"),
             ({"temperature": 0.0}, "more than 0"),
         ],

@@ -26,7 +26,16 @@ MODEL = {
         "correspondence_shrink": [1],
         "scale_blocks": [0, 3, 6],
     },
-    "head": {"name": "token-match", "feature_channels": 208, "width": 16, "decoder_channels": [8, 8, 8, 8]},
+    "head": {
+        "name": "token-match",
+        "feature_channels": 208,
+        "comparisons": 2,
+        "width": 8,
+        "context_width": 16,
+        "context_layers": 1,
+        "fused_channels": 16,
+        "decoder_channels": [8, 8, 8, 8],
+    },
 }
 """Half of the small backbone, and a narrow head."""
 RECIPE = {

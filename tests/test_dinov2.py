@@ -1,0 +1,110 @@
+"""The dinov2-lite backbone: its weights from the package, its tokens, its scales, what padding may do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from icm_cli.errors import ConfigError
+from icm_cli.model.backbones.dinov2_lite import (
+    DinoV2Lite,
+    DinoV2LiteConfig,
+    _transformer_weights,
+    _weights_path,
+)
+from icm_cli.model.vit import VisionTransformer
+
+CONFIG = DinoV2LiteConfig(long_side_px=192, layers=(2, 3))
+
+
+@pytest.fixture(scope="module")
+def backbone() -> DinoV2Lite:
+    return DinoV2Lite.load(CONFIG, None, offline=True, seed=0)
+
+
+def test_the_transformer_equals_the_package_s_own_graph() -> None:
+    """Outputs of two blocks, against onnxruntime on the file the weights come from."""
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = _weights_path(None)
+    model = onnx.load(str(path))
+    wanted = {f"/backbone/encoder/layer.{layer}/Add_1" for layer in (0, 2)}
+    names = [node.output[0] for node in model.graph.node if node.name in wanted]
+    del model.graph.output[:]
+    for name in names:
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    image = np.random.default_rng(0).normal(size=(1, 3, 224, 224)).astype(np.float32)
+    theirs = onnxruntime.InferenceSession(model.SerializeToString()).run(names, {"input_image": image})
+    transformer = VisionTransformer(384, 6, depth=3)
+    transformer.load_state_dict(_transformer_weights(path, 3))
+    with torch.inference_mode():
+        ours = transformer(torch.from_numpy(image), (1, 3))
+    for expected, found in zip(theirs, ours, strict=True):
+        np.testing.assert_allclose(found.flatten(2).transpose(1, 2).numpy(), expected[:, 1:], atol=1e-4)
+
+
+def test_grids_and_channels(backbone: DinoV2Lite) -> None:
+    image, valid = torch.rand(2, 3, 128, 192), torch.ones(2, 128, 192, dtype=torch.bool)
+    with torch.inference_mode():
+        target = backbone.target(image, valid, ["", ""])
+        reference = backbone.reference(image, valid, ["", ""])
+    assert target.correspondence.shape == (2, 768, 4, 6)
+    assert {stride: scale.shape[1:] for stride, scale in target.scales.items()} == {
+        16: (48, 8, 12),
+        8: (24, 16, 24),
+        4: (16, 32, 48),
+    }
+    assert not reference.scales
+    torch.testing.assert_close(reference.correspondence, target.correspondence)
+
+
+def test_an_image_does_not_know_its_neighbours(backbone: DinoV2Lite) -> None:
+    image, valid = torch.rand(2, 3, 96, 96), torch.ones(2, 96, 96, dtype=torch.bool)
+    with torch.inference_mode():
+        together = backbone.target(image, valid, ["", ""])
+        alone = backbone.target(image[1:], valid[1:], [""])
+    torch.testing.assert_close(together.correspondence[1:], alone.correspondence, atol=1e-4, rtol=1e-4)
+    for stride, scale in alone.scales.items():
+        torch.testing.assert_close(together.scales[stride][1:], scale, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"long_side_px": 100}, "multiple of 32"),
+        ({"layers": ()}, "numbers from 1 to 12"),
+        ({"layers": (13,)}, "numbers from 1 to 12"),
+        ({"scale_blocks": ()}, "at least one block"),
+        ({"temperature": 0.0}, "more than 0"),
+    ],
+)
+def test_impossible_settings(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DinoV2LiteConfig(**settings)  # type: ignore[arg-type]
+
+
+class TestWeights:
+    def test_none_can_be_chosen(self) -> None:
+        with pytest.raises(ConfigError, match="leave the option out"):
+            DinoV2Lite.load(CONFIG, "somewhere", offline=True, seed=0)
+
+    def test_a_missing_package_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def missing(name: str) -> None:
+            raise importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(importlib.metadata, "distribution", missing)
+        with pytest.raises(ConfigError, match=r"pip install 'icm-cli\[train\]'"):
+            DinoV2Lite.load(CONFIG, None, offline=True, seed=0)
+
+    def test_without_onnx(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "onnx", None)
+        with pytest.raises(ConfigError, match="needs onnx"):
+            DinoV2Lite.load(CONFIG, None, offline=True, seed=0)
+
+    def test_their_content_is_hashed(self) -> None:
+        digests = {DinoV2Lite.weights_digest(CONFIG, None, offline=True) for _ in range(2)}
+        assert [len(digest) for digest in digests] == [64]
