@@ -29,7 +29,7 @@ from icm_cli.model.checkpoint import (
     save_checkpoint,
 )
 from icm_cli.model.heads.detail import DetailConfig, DetailHead
-from icm_cli.model.loading import resolve_config
+from icm_cli.model.loading import resolve_model
 
 GOLDEN = Path(__file__).parent / "golden" / "decoder.npz"
 DETAIL = DetailConfig(
@@ -251,16 +251,16 @@ def test_broken_configuration_inside(tmp_path: Path) -> None:
 
 class TestWhichModel:
     def test_checkpoint_brings_its_own(self, saved: tuple[Path, HeadOnly]) -> None:
-        assert resolve_config(None, saved[0]) == CONFIG
+        assert resolve_model(None, saved[0])[0] == CONFIG
 
     def test_published_is_the_papers(self, tmp_path: Path, published_state: dict[str, Tensor]) -> None:
         torch.save({"state_dict": published_state}, tmp_path / "icm.ckpt")
-        assert resolve_config(None, tmp_path / "icm.ckpt") == load_model_config("icm-sd21")
+        assert resolve_model(None, tmp_path / "icm.ckpt")[0] == load_model_config("icm-sd21")
 
     def test_another_model_than_the_checkpoints(self, saved: tuple[Path, HeadOnly]) -> None:
         with pytest.raises(ConfigError, match="canvas_px 192, not 768"):
-            resolve_config("icm-sd21", saved[0])
+            resolve_model("icm-sd21", saved[0])
 
     def test_trained_head_needs_a_checkpoint(self) -> None:
         with pytest.raises(ConfigError, match=r"--checkpoint FILE.*sd21-training-free"):
-            resolve_config("icm-sd21", None)
+            resolve_model("icm-sd21", None)

@@ -21,7 +21,7 @@ from icm_cli.model.checkpoint import save_checkpoint
 from icm_cli.model.contracts import Features, MatrixIntraSimilarity
 from icm_cli.model.heads.detail import DetailHead, PreparedReferences, judge
 from icm_cli.model.in_context_matting import TARGET_NOISE, InContextMatting, reference_noise
-from icm_cli.model.loading import load_model, model_digest, resolve_config
+from icm_cli.model.loading import load_model, model_digest, resolve_model
 from icm_cli.model.sd_unet import MeanAttention
 
 SIDE = TINY_CANVAS_PX
@@ -70,7 +70,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 def load_trained(checkpoint: Path, dtype: torch.dtype = torch.float32) -> InContextMatting:
-    config = resolve_config(None, checkpoint)
+    config = resolve_model(None, checkpoint)[0]
     return load_model(config, checkpoint=checkpoint, weights=None, offline=True, seed=0).place(CPU, dtype)
 
 

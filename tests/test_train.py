@@ -89,7 +89,7 @@ def test_a_run_is_not_written_over(config: Path, out: Path) -> None:
 
 def test_another_configuration_is_refused_with_the_difference(config: Path, out: Path) -> None:
     train(config, out)
-    for override, shown in (("train.rate=0.5", "train.rate: 0.001 -> 0.5"), ("head.width=8", "head.width: 16 -> 8")):
+    for override, shown in (("train.rate=0.5", "train.rate: 0.001 -> 0.5"), ("head.width=16", "head.width: 8 -> 16")):
         again = train(config, out, "--resume", "--set", override)
         assert again.exit_code == 2
         assert shown in again.stderr

@@ -354,14 +354,14 @@ class TestSettings:
 
     def test_overrides_reach_every_depth(self, tmp_path: Path) -> None:
         path = self.config(tmp_path / "a.yaml")
-        lines = ["train.rate=1e-4", "train.loss.l1=2", "head.width=8", "train.ema=null", "data.backgrounds=[a, b]"]
+        lines = ["train.rate=1e-4", "train.loss.l1=2", "head.width=16", "train.ema=null", "data.backgrounds=[a, b]"]
         settings = read_settings(path, overrides=lines)
         assert settings.train.rate == 1e-4
         assert settings.train.loss.l1 == 2.0
         assert settings.model.head.settings.width == 8
         assert settings.data.backgrounds == ("a", "b")
         before = read_settings(path).as_dict()
-        assert "head.width: 16 -> 8" in differences(before, settings.as_dict())
+        assert "head.width: 8 -> 16" in differences(before, settings.as_dict())
 
     @pytest.mark.parametrize(
         ("override", "message"),

@@ -55,7 +55,9 @@ def learned(discs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 def test_it_learns_which_thing_is_meant(learned: tuple[Path, Path, str]) -> None:
-    overlaps = [float(line.split("IoU of tokens ")[1].split(",")[0]) for line in learned[2].splitlines() if "IoU" in line]
+    overlaps = [
+        float(line.split("IoU of tokens ")[1].split(",")[0]) for line in learned[2].splitlines() if "IoU" in line
+    ]
     assert len(overlaps) == 2
     assert overlaps[1] > max(0.5, overlaps[0])
 
@@ -66,7 +68,7 @@ def test_only_the_comparing_part_learns(learned: tuple[Path, Path, str]) -> None
     after = load_file(learned[1])
     assert after.keys() == before.keys()
     changed = {key.split(".")[1] for key in after if not after[key].equal(before[key])}
-    assert changed == {"project", "condense", "weigh", "context", "fuse", "inverse_temperature", "background_null"}
+    assert changed == {"project", "condense", "weigh", "context", "fuse", "log_sharpness", "background_null"}
 
 
 def test_the_file_says_what_it_saw_and_training_goes_on_from_it(

@@ -103,16 +103,16 @@ class Prepared(Protocol):
 
 
 class Backbone(nn.Module, ABC):
-    """Turns images on the canvas into :class:`Features`.
-
-    One whose weights a checkpoint may hold is built from its configuration alone, ``PART(settings)``.
-    """
+    """Turns images on the canvas into :class:`Features`."""
 
     Config: ClassVar[type[Any]]
     """Frozen dataclass of this backbone's settings."""
 
     gives_matrix: ClassVar[bool]
     """Whether ``Features.intra`` holds :class:`MatrixIntraSimilarity` objects."""
+
+    is_self_contained: ClassVar[bool]
+    """Whether ``PART(settings)`` builds it without any file: a checkpoint that holds its weights is then enough."""
 
     is_trainable: ClassVar[bool]
     """Whether training may change its weights; a frozen backbone runs without gradients."""

@@ -14,7 +14,7 @@ from icm_cli.files import content_digest, digest_of
 from icm_cli.model.checkpoint import Checkpoint, holds_backbone, load_strict, read_checkpoint, read_config
 from icm_cli.model.in_context_matting import InContextMatting
 
-DEFAULT_MODEL = "lite"
+DEFAULT_MODEL = "lite-training-free"
 PACKED_WEIGHTS = Path(__file__).parent.parent / "weights"
 """Checkpoints that come with the package, each named after its preset."""
 PUBLISHED_MODEL = "icm-sd21"
@@ -25,9 +25,9 @@ UNTRAINED_MODELS = "lite-training-free or sd21-training-free"
 def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConfig, Path | None]:
     """Which model is meant by ``--model`` (a preset or a YAML file) and ``--checkpoint``, and where its weights are.
 
-    Without a model it is the checkpoint's own, the published one's preset for the published file, and "lite" where
-    there is no checkpoint either. A preset whose weights come with the package takes those. Reads no weights. Raises
-    ConfigError where the two do not fit.
+    Without a model it is the checkpoint's own, the published one's preset for the published file, and
+    "lite-training-free" where there is no checkpoint either. A preset whose weights come with the package takes those.
+    Reads no weights. Raises ConfigError where the two do not fit.
     """
     if checkpoint is None:
         name = model or DEFAULT_MODEL
@@ -93,11 +93,13 @@ def _assembled(
         load_strict(head, _part(loaded, "head"), f"checkpoint {checkpoint}")
     kind, settings = part_class("backbones", config.backbone.name), config.backbone.settings
     tensors = None if loaded is None else _part(loaded, "backbone")
-    if not tensors:
-        return InContextMatting(kind.load(settings, weights, offline=offline, seed=seed), head)
-    _reject_weights(weights, checkpoint)
-    backbone = kind(settings).eval()
-    load_strict(backbone, tensors, f"checkpoint {checkpoint}")
+    if tensors and kind.is_self_contained:
+        _reject_weights(weights, checkpoint)
+        backbone = kind(settings).eval()
+    else:
+        backbone = kind.load(settings, weights, offline=offline, seed=seed)
+    if tensors:
+        load_strict(backbone, tensors, f"checkpoint {checkpoint}")
     return InContextMatting(backbone, head)
 
 
@@ -107,11 +109,11 @@ def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str |
     Loads no model; the arguments are those of :func:`load_model`.
     """
     content = "none" if checkpoint is None else content_digest(checkpoint)
-    if checkpoint is not None and holds_backbone(checkpoint):
+    backbone = part_class("backbones", config.backbone.name)
+    if checkpoint is not None and backbone.is_self_contained and holds_backbone(checkpoint):
         _reject_weights(weights, checkpoint)
         pretrained = "inside"
     else:
-        backbone = part_class("backbones", config.backbone.name)
         pretrained = backbone.weights_digest(config.backbone.settings, weights, offline=offline)
     return digest_of(json.dumps(config.as_dict(), sort_keys=True), pretrained, content)
 

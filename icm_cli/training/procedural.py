@@ -94,7 +94,7 @@ def _hairy(look: Look, size: int, rng: Rng) -> Rgba:
     _fill(canvas, mask, body, look.base * 0.6)
     down = np.array([rng.normal(0.0, 0.3), 1.0]) if look.kind == "hair" else rng.normal(0.0, 0.4, 2)
     near = rng.permutation(look.count)
-    for number in near:
+    for _ in near:
         root = centre + (body[rng.integers(len(body))] - centre) * np.sqrt(rng.uniform(0.2, 1.0))
         outward = (root - centre) / radius
         strand = _strand(root, outward + rng.normal(0.0, 0.25, 2), down, radius * look.length, look.curl, rng)
@@ -167,7 +167,9 @@ def _moving(look: Look, size: int, rng: Rng) -> Rgba:
     ends = [tuple(np.round(length // 2 + sign * half).astype(int).tolist()) for sign in (-1, 1)]
     cv2.line(kernel, ends[0], ends[1], 1.0)
     kernel /= kernel.sum()
-    colour, alpha = (cv2.filter2D(part, -1, kernel, borderType=cv2.BORDER_CONSTANT) for part in (still.colour, still.alpha))
+    colour, alpha = (
+        cv2.filter2D(part, -1, kernel, borderType=cv2.BORDER_CONSTANT) for part in (still.colour, still.alpha)
+    )
     return Rgba(np.asarray(colour, np.float32), np.asarray(alpha, np.float32))
 
 

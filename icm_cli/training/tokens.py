@@ -29,7 +29,7 @@ from icm_cli.files import content_digest
 from icm_cli.guidance import ReferenceTokens, background_tokens, foreground_tokens
 from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_trained_on, save_checkpoint
 from icm_cli.model.contracts import Features
-from icm_cli.model.heads.token_match import TokenMatchHead
+from icm_cli.model.heads.token_match import CARRIED, EVIDENCE_NUMBERS, TokenMatchHead
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.loading import model_to_train
 from icm_cli.training.items import Item, Pool, read_pool
@@ -140,7 +140,9 @@ class Mosaics:
         )
         wanted = torch.stack(
             [
-                _laid_out([torch.full_like(view.alpha, float(i == place)) for i, view in enumerate(tiles)], rows, columns)
+                _laid_out(
+                    [torch.full_like(view.alpha, float(i == place)) for i, view in enumerate(tiles)], rows, columns
+                )
                 for _, tiles, place in samples
             ]
         )
@@ -201,6 +203,14 @@ def _loss(logit: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     return (entropy * valid).sum() / valid.sum() + (dice * there).sum() / there.sum().clamp(min=1)
 
 
+def _evidence_loss(evidence: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """Cross-entropy of what every comparison carries over by itself: that is what makes like things alike."""
+    carried = evidence[:, CARRIED::EVIDENCE_NUMBERS]
+    alpha = (0.5 + 0.5 * carried).clamp(1e-4, 1 - 1e-4)
+    entropy = F.binary_cross_entropy(alpha, truth[:, None].expand_as(alpha), reduction="none").mean(dim=1)
+    return (entropy * valid).sum() / valid.sum()
+
+
 def learn(model: InContextMatting, mosaics: Mosaics, *, steps: int, batch_size: int, rate: float) -> None:
     """Train all of the head that comes before its decoder, in place; ends with the running mean of its weights."""
     head = model.head
@@ -217,10 +227,11 @@ def learn(model: InContextMatting, mosaics: Mosaics, *, steps: int, batch_size: 
     began, losses, overlaps = time.monotonic(), [], []
     for step in range(1, steps + 1):
         target, shown, truth = mosaics.batch(batch_size)
-        logit = readout(head.fused(target, _references(head, shown)))[:, 0]
-        loss = _loss(logit, truth, target.valid)
+        evidence = head.evidence(target, _references(head, shown))
+        logit = readout(head.fused(target, evidence))[:, 0]
+        loss = _loss(logit, truth, target.valid) + _evidence_loss(evidence, truth, target.valid)
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimiser.step()
         schedule.step()

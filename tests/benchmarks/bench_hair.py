@@ -36,7 +36,10 @@ def guided(mask: np.ndarray, image: np.ndarray, radius: int, epsilon: float) -> 
 
     mean_image, mean_mask = mean(image), mean(mask)
     covariance = mean(image * mask[..., None]) - mean_image * mean_mask[..., None]
-    pairs = [[mean(image[..., i] * image[..., j]) - mean_image[..., i] * mean_image[..., j] for j in range(3)] for i in range(3)]
+    pairs = [
+        [mean(image[..., i] * image[..., j]) - mean_image[..., i] * mean_image[..., j] for j in range(3)]
+        for i in range(3)
+    ]
     variance = np.stack([np.stack(row, axis=-1) for row in pairs], axis=-2) + epsilon * np.eye(3)
     a = np.linalg.solve(variance, covariance[..., None])[..., 0]
     b = mean_mask - (a * mean_image).sum(axis=-1)
@@ -93,8 +96,10 @@ def main() -> None:
             sheet = [pictures[0], pictures[1], *(np.dstack([each] * 3) for each in (truth, alpha, best))]
             cv2.imwrite(str(arguments.keep / f"{seed}.png"), cv2.cvtColor(np.hstack(sheet), cv2.COLOR_RGB2BGR))
         print(f"thing {seed}: icm {ours[-1]:.2f}, guided filter {theirs[-1]:.2f}, ratio {ours[-1] / theirs[-1]:.2f}")
-    print(f"mean gradient error: icm {np.mean(ours):.2f}, guided filter over the best mask {np.mean(theirs):.2f}, "
-          f"ratio {np.mean(ours) / np.mean(theirs):.2f}")
+    print(
+        f"mean gradient error: icm {np.mean(ours):.2f}, guided filter over the best mask {np.mean(theirs):.2f}, "
+        f"ratio {np.mean(ours) / np.mean(theirs):.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ from icm_cli.images import read_matte, read_picture
 PARTS = ("plain", "distractor", "absent")
 
 
-def matted(matter: icm_cli.matter.Matter, root: Path, out: Path | None) -> dict[str, list[tuple[str, float, float, float]]]:
+def matted(
+    matter: icm_cli.matter.Matter, root: Path, out: Path | None
+) -> dict[str, list[tuple[str, float, float, float]]]:
     """Part -> rows of group, IoU, MSE, mean alpha."""
     rows: dict[str, list[tuple[str, float, float, float]]] = collections.defaultdict(list)
     for part in PARTS:
@@ -40,14 +42,18 @@ def matted(matter: icm_cli.matter.Matter, root: Path, out: Path | None) -> dict[
                 found = alpha / 255.0
                 union = ((found > 0.5) | (truth > 0.5)).sum()
                 overlap = ((found > 0.5) & (truth > 0.5)).sum() / max(1, union)
-                rows[part].append((group.name, float(overlap), float(((found - truth) ** 2).mean()), float(found.mean())))
+                rows[part].append(
+                    (group.name, float(overlap), float(((found - truth) ** 2).mean()), float(found.mean()))
+                )
     return rows
 
 
 def summary(rows: list[tuple[str, float, float, float]], part: str) -> str:
     numbers = np.array([row[1:] for row in rows])
     if part == "absent":
-        return f"n={len(rows)} mean alpha {numbers[:, 2].mean():.4f}, at most 0.01 in {(numbers[:, 2] <= 0.01).mean():.0%}"
+        return (
+            f"n={len(rows)} mean alpha {numbers[:, 2].mean():.4f}, at most 0.01 in {(numbers[:, 2] <= 0.01).mean():.0%}"
+        )
     groups = collections.defaultdict(list)
     for group, overlap, *_ in rows:
         groups[group].append(overlap)

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from icm_cli.errors import ConfigError
 from icm_cli.files import content_digest
@@ -73,6 +73,7 @@ class DinoV2Lite(Backbone):
 
     Config = DinoV2LiteConfig
     gives_matrix = False
+    is_self_contained = True
     is_trainable = False
 
     def __init__(self, config: DinoV2LiteConfig) -> None:
@@ -82,6 +83,8 @@ class DinoV2Lite(Backbone):
         self.convolutions = EfficientNetLite(config.convolutions)
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("deviation", torch.tensor(DEVIATION)[:, None, None], persistent=False)
+        self.mean: Tensor
+        self.deviation: Tensor
 
     @classmethod
     def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
@@ -91,7 +94,9 @@ class DinoV2Lite(Backbone):
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
         backbone = cls(config)
-        backbone.transformer.load_state_dict(_transformer_weights(_weights_path(weights), len(backbone.transformer.blocks)))
+        backbone.transformer.load_state_dict(
+            _transformer_weights(_weights_path(weights), len(backbone.transformer.blocks))
+        )
         backbone.convolutions = EfficientNetLite.load(config.convolutions, weights, offline=offline, seed=seed)
         return backbone.eval()
 

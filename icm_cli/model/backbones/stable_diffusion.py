@@ -58,6 +58,7 @@ class StableDiffusion(Backbone):
 
     Config = StableDiffusionConfig
     gives_matrix = True
+    is_self_contained = False
     is_trainable = False
 
     def __init__(self, config: StableDiffusionConfig, parts: Parts, seed: int) -> None:

@@ -8,6 +8,7 @@ paper's inter- and intra-similarity (section 3.3), but without its fixed grid: a
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
 
 EVIDENCE_NUMBERS = 8
 """That every comparison gives a token."""
+CARRIED = 6
+"""Which of them is the guidance carried over."""
 IMAGE_CHANNELS = 3
 CONTEXT_HEADS = 4
 CLEAR = 0.03
@@ -49,7 +52,7 @@ class TokenMatchConfig:
     """Channels that enter the decoder."""
     decoder_channels: tuple[int, ...] = (96, 64, 32, 16, 12)
     """Channels after each step of the decoder, a doubling each; steps after those with skips take the image in."""
-    temperature: float = 0.1
+    temperature: float = 0.05
     """Of the comparisons before training, in cosine units; it is learned."""
 
     def __post_init__(self) -> None:
@@ -82,7 +85,7 @@ class TokenMatchHead(TrainedHead):
         super().__init__()
         self.config = config
         self.project = nn.Conv2d(config.feature_channels, config.comparisons * config.width, 1, bias=False)
-        self.inverse_temperature = nn.Parameter(torch.full((config.comparisons, 1, 1), 1.0 / config.temperature))
+        self.log_sharpness = nn.Parameter(torch.full((config.comparisons, 1, 1), -math.log(config.temperature)))
         self.background_null = nn.Parameter(torch.zeros(config.comparisons, 1, 1))
         evidence = 2 * EVIDENCE_NUMBERS * config.comparisons  # of the token and of the picture's best token
         self.condense = nn.Conv2d(config.feature_channels, config.context_width, 1)
@@ -103,7 +106,7 @@ class TokenMatchHead(TrainedHead):
         """The weights that decide :meth:`fused`: all but the decoder's."""
         modules = (self.project, self.condense, self.weigh, self.context, self.fuse)
         return [
-            self.inverse_temperature,
+            self.log_sharpness,
             self.background_null,
             *(parameter for module in modules for parameter in module.parameters()),
         ]
@@ -113,7 +116,7 @@ class TokenMatchHead(TrainedHead):
         return reference_tokens(references, self.projected)
 
     def forward(self, target: Features, references: Sequence[ReferenceTokens], image: Tensor, valid: Tensor) -> Matte:
-        x = self.fused(target, references)
+        x = self.fused(target, self.evidence(target, references))
         for step, detail in zip(self.steps, self._details(target, image), strict=True):
             x = step(torch.cat([upsample(x), detail.to(x.dtype)], dim=1))
         alpha = torch.sigmoid(self.output(x).float())
@@ -123,8 +126,10 @@ class TokenMatchHead(TrainedHead):
 
     def similarity_maps(self, target: Features, references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
         """The share of softmax attention that goes to the reference's foreground, and that spread over alike tokens."""
-        evidence = self.evidence(target, references).unflatten(1, (-1, EVIDENCE_NUMBERS)).mean(dim=1)
-        return evidence[:, -2:-1], evidence[:, -1:]
+        evidence = self.evidence(target, references)
+        grid = evidence.shape[2:]
+        evidence = evidence.reshape(len(evidence), self.config.comparisons, EVIDENCE_NUMBERS, *grid).mean(dim=1)
+        return evidence[:, CARRIED : CARRIED + 1], evidence[:, -1:]
 
     def evidence(self, target: Features, references: Sequence[ReferenceTokens]) -> Tensor:
         """Eight numbers a token and comparison, [B,8*comparisons,h,w] float32.
@@ -137,15 +142,14 @@ class TokenMatchHead(TrainedHead):
         compared = torch.stack(
             [self._compare(of_image, reference) for of_image, reference in zip(projected, references, strict=True)]
         )
-        grid = projected.transpose(1, 2).unflatten(2, (height, width))
+        grid = projected.transpose(1, 2).reshape(len(projected), -1, height, width)
         alike = SelfSimilarity(grid, target.valid, self.config.temperature)
         spread = alike.propagate(compared[..., -1].transpose(1, 2))
         numbers = torch.cat([compared, spread.transpose(1, 2)[..., None]], dim=-1)  # [B,comparisons,N,8]
-        return numbers.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width))
+        return numbers.transpose(2, 3).reshape(len(numbers), -1, height, width)
 
-    def fused(self, target: Features, references: Sequence[ReferenceTokens]) -> Tensor:
-        """What the decoder starts from, [B,fused_channels,h,w]."""
-        evidence = self.evidence(target, references)
+    def fused(self, target: Features, evidence: Tensor) -> Tensor:
+        """What the decoder starts from, [B,fused_channels,h,w]; ``evidence`` as :meth:`evidence` gives it."""
         hidden = evidence.masked_fill(~target.valid[:, None], float("-inf"))
         best = hidden.amax(dim=(2, 3), keepdim=True).expand_as(evidence)
         dtype = self.condense.weight.dtype
@@ -177,19 +181,21 @@ class TokenMatchHead(TrainedHead):
         """[B,C,h,w] -> tokens [B,N,comparisons*width] float32, of unit length in every comparison."""
         _checked(feature, "feature_channels", self.config.feature_channels, None)
         found = tokens(self.project(feature.to(self.project.weight.dtype)))
-        return F.normalize(found.unflatten(2, (self.config.comparisons, -1)), dim=-1).flatten(2)
+        each = found.reshape(*found.shape[:2], self.config.comparisons, self.config.width)
+        return F.normalize(each, dim=-1).flatten(2)
 
     @in_float32
     def _compare(self, target: Tensor, reference: ReferenceTokens) -> Tensor:
         """Tokens of one target -> [comparisons,N,7] (all of :meth:`evidence` but the last number)."""
-        sharpness = self.inverse_temperature.clamp(min=1.0, max=100.0)
+        sharpness = self.log_sharpness.exp().clamp(max=100.0)
         inside, outside, each = (
-            found.unflatten(1, (self.config.comparisons, -1)).transpose(0, 1)
+            found.reshape(len(found), self.config.comparisons, self.config.width).transpose(0, 1)
             for found in (reference.foreground, reference.background, target)
         )
         foreground = each @ inside.transpose(1, 2)
         # The null is a background token that is alike to all by a learned amount: there may be no other.
-        null = self.background_null.expand(-1, each.shape[1], 1)
+        # It counts for as many as there are foreground tokens, or a finer grid would outvote it.
+        null = (self.background_null + _log_count(foreground) / sharpness).expand(-1, each.shape[1], 1)
         background = torch.cat([each @ outside.transpose(1, 2), null], dim=2)
         soft_foreground, soft_background = (
             (sharpness * likeness).logsumexp(dim=2, keepdim=True) / sharpness for likeness in (foreground, background)
