@@ -358,7 +358,7 @@ class TestSettings:
         settings = read_settings(path, overrides=lines)
         assert settings.train.rate == 1e-4
         assert settings.train.loss.l1 == 2.0
-        assert settings.model.head.settings.width == 8
+        assert settings.model.head.settings.width == 16
         assert settings.data.backgrounds == ("a", "b")
         before = read_settings(path).as_dict()
         assert "head.width: 8 -> 16" in differences(before, settings.as_dict())
