@@ -93,8 +93,7 @@ def _hairy(look: Look, size: int, rng: Rng) -> Rgba:
     centre = body.mean(axis=0)
     _fill(canvas, mask, body, look.base * 0.6)
     down = np.array([rng.normal(0.0, 0.3), 1.0]) if look.kind == "hair" else rng.normal(0.0, 0.4, 2)
-    near = rng.permutation(look.count)
-    for _ in near:
+    for _ in range(look.count):
         root = centre + (body[rng.integers(len(body))] - centre) * np.sqrt(rng.uniform(0.2, 1.0))
         outward = (root - centre) / radius
         strand = _strand(root, outward + rng.normal(0.0, 0.25, 2), down, radius * look.length, look.curl, rng)

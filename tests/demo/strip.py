@@ -1,7 +1,6 @@
-"""Draw README's pictures: the reference with its mask, the pictures, the alphas that icm made, and cut-outs.
+"""Draw README's picture: the reference with its mask, the pictures, the alphas that icm made, and cut-outs.
 
-python tests/demo/strip.py ALPHAS           # the folder that README's first command wrote; makes tests/demo/strip.jpg
-python tests/demo/strip.py ALPHAS BEFORE    # below the pictures another model's alphas, then these: before-after.jpg
+python tests/demo/strip.py ALPHAS    # the folder that README's first command wrote; makes tests/demo/strip.jpg
 """
 
 from __future__ import annotations
@@ -16,14 +15,6 @@ DEMO = Path(__file__).parent
 HEIGHT_PX = 190
 GAP_PX = 6
 GREY = 128
-
-
-def before_after(alphas: Path, before: Path) -> None:
-    columns = []
-    for picture in sorted((DEMO / "imgs").iterdir()):
-        rows = [load(folder / f"{picture.stem}.png") for folder in (before, alphas)]
-        columns.append(column([load(picture), *rows]))
-    Image.fromarray(np.hstack(columns)).save(DEMO / "before-after.jpg", quality=88, optimize=True)
 
 
 def main(alphas: Path) -> None:
@@ -53,5 +44,4 @@ def column(cells: list[Image.Image]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    folders = [Path(argument) for argument in sys.argv[1:]]
-    before_after(*folders) if len(folders) == 2 else main(*folders)
+    main(Path(sys.argv[1]))

@@ -8,7 +8,6 @@ train only: a packed checkpoint holds them.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icm_cli.errors import ConfigError
-from icm_cli.files import content_digest
+from icm_cli.files import content_digest, digest_of
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.backbones.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
 from icm_cli.model.contracts import Backbone, Features
@@ -46,7 +45,7 @@ class DinoV2LiteConfig:
 
     long_side_px: int = 1024
     """Long side of the canvas, a multiple of 32."""
-    layers: tuple[int, ...] = (4, 6, 8)
+    layers: tuple[int, ...] = (5, 7, 9)
     """Transformer blocks (1..12) whose outputs together are compared between reference and target."""
     scale_blocks: tuple[int, ...] = (6, 3, 0)
     """Blocks of EfficientNet-Lite2 whose outputs are handed over as features per scale."""
@@ -89,7 +88,7 @@ class DinoV2Lite(Backbone):
     @classmethod
     def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
         convolutions = EfficientNetLite.weights_digest(config.convolutions, weights, offline=offline)
-        return hashlib.sha256((content_digest(_weights_path(weights)) + convolutions).encode()).hexdigest()
+        return digest_of(content_digest(_weights_path(weights)), convolutions)
 
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
