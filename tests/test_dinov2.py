@@ -13,6 +13,7 @@ from icm_cli.errors import ConfigError
 from icm_cli.model.backbones.dinov2_lite import (
     DinoV2Lite,
     DinoV2LiteConfig,
+    _on_grid,
     _transformer_weights,
     _weights_path,
 )
@@ -52,7 +53,7 @@ def test_grids_and_channels(backbone: DinoV2Lite) -> None:
     with torch.inference_mode():
         target = backbone.target(image, valid, ["", ""])
         reference = backbone.reference(image, valid, ["", ""])
-    assert target.correspondence.shape == (2, 768, 4, 6)
+    assert target.correspondence.shape == (2, 2 * 384 + 120 + 208 + 352, 4, 6)
     assert {stride: scale.shape[1:] for stride, scale in target.scales.items()} == {
         16: (48, 8, 12),
         8: (24, 16, 24),
@@ -60,6 +61,17 @@ def test_grids_and_channels(backbone: DinoV2Lite) -> None:
     }
     assert not reference.scales
     torch.testing.assert_close(reference.correspondence, target.correspondence)
+
+
+@pytest.mark.parametrize(("cells", "grid"), [(6, 12), (7, 13), (12, 12), (1, 1)])
+def test_coarse_cells_lie_over_the_tokens_they_cover(cells: int, grid: int) -> None:
+    """A ramp stays a ramp, in the tokens' own measure: half a cell on is half a step on."""
+    ramp = torch.arange(cells, dtype=torch.float32).expand(1, 1, cells, cells)
+    found = _on_grid(ramp, (grid, grid))
+    assert found.shape == (1, 1, grid, grid)
+    factor = 2 if cells < grid else 1
+    expected = ((torch.arange(grid) + 0.5) / factor - 0.5).clamp(0, cells - 1)
+    torch.testing.assert_close(found[0, 0, 0], expected)
 
 
 def test_an_image_does_not_know_its_neighbours(backbone: DinoV2Lite) -> None:
@@ -78,7 +90,8 @@ def test_an_image_does_not_know_its_neighbours(backbone: DinoV2Lite) -> None:
         ({"long_side_px": 100}, "multiple of 32"),
         ({"layers": ()}, "numbers from 1 to 12"),
         ({"layers": (13,)}, "numbers from 1 to 12"),
-        ({"scale_blocks": ()}, "at least one block"),
+        ({"scale_blocks": ()}, "scale_blocks is"),
+        ({"kind_blocks": (21,)}, "numbers from 0 to 20"),
         ({"temperature": 0.0}, "more than 0"),
     ],
 )

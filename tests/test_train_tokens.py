@@ -62,13 +62,27 @@ def test_it_learns_which_thing_is_meant(learned: tuple[Path, Path, str]) -> None
     assert overlaps[1] > max(0.5, overlaps[0])
 
 
+def test_tokens_are_kept_in_a_file(discs: Path, learned: tuple[Path, Path, str], tmp_path: Path) -> None:
+    """The second run reads it, and learns the same from it."""
+    keep, data = tmp_path / "views.pt", learned[1].parent / "data.yaml"
+    options = {"steps": 2, "batch_size": 2, "canvas_px": 96, "workers": 0, "keep": keep}
+    written = []
+    for number in range(2):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            main(tmp_path / f"{number}.safetensors", data, str(learned[0]), **options)
+        written.append(load_file(tmp_path / f"{number}.safetensors"))
+        assert (" views, " in printed.getvalue()) == (number == 0)
+    assert keep.is_file()
+    assert all(tensor.equal(written[1][key]) for key, tensor in written[0].items())
+
+
 def test_only_the_comparing_part_learns(learned: tuple[Path, Path, str]) -> None:
     model = model_to_train(parse_model(MODEL, "test"), checkpoint=None, weights=None, offline=True, seed=0)
     before = {f"head.{key}": tensor for key, tensor in model.head.state_dict().items()}
     after = load_file(learned[1])
     assert after.keys() == before.keys()
     changed = {key.split(".")[1] for key in after if not after[key].equal(before[key])}
-    assert changed == {"project", "condense", "weigh", "context", "fuse", "log_sharpness", "background_null"}
+    assert changed == {"project", "condense", "weigh", "context", "fuse", "present", "log_sharpness", "background_null"}
 
 
 def test_the_file_says_what_it_saw_and_training_goes_on_from_it(

