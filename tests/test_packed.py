@@ -64,7 +64,9 @@ def test_kernels_are_half_and_statistics_whole(files: tuple[Path, Path]) -> None
 @given(
     arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 6)), elements=st.floats(-1e3, 1e3, width=32)),
 )
-def test_matrices_of_a_backbone_are_eight_bits_wide(tmp_path_factory: pytest.TempPathFactory, matrix: np.ndarray) -> None:
+def test_matrices_of_a_backbone_are_eight_bits_wide(
+    tmp_path_factory: pytest.TempPathFactory, matrix: np.ndarray
+) -> None:
     """Read back within half a step of their row, which is its largest number by 127."""
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
     module = nn.ModuleDict({"backbone": nn.Linear(matrix.shape[1], matrix.shape[0])})

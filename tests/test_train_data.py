@@ -17,7 +17,8 @@ from train_data import MODEL
 from icm_cli.errors import ConfigError, ImageError, TrainingError, UsageError
 from icm_cli.training.augment import show
 from icm_cli.training.items import Item, Pool, read_pool
-from icm_cli.training.layers import cutout
+from icm_cli.training import layers
+from icm_cli.training.layers import cutout, kept
 from icm_cli.training.samples import Batch, Sample, SampleMaker, Share
 from icm_cli.training.scenes import SceneMaker
 from icm_cli.training.settings import (
@@ -414,3 +415,23 @@ def test_pool_leaves_out_what_is_excluded(discs: Path) -> None:
     pool: Pool = read_pool(DataConfig((source(discs, exclude=("red/*",)),)), ALONE)
     names: list[Item] = list(pool)
     assert [item.name for item in names] == ["green/0", "green/1", "green/2"]
+
+
+@given(st.lists(st.integers(0, 9), max_size=40), st.integers(0, 5))
+def test_layers_are_kept_while_they_have_room(numbers: list[int], room: int) -> None:
+    """Never another's result; the latest ``room`` (one at least) are not made again."""
+    made: list[int] = []
+
+    @kept
+    def layer(number: int) -> np.ndarray:
+        made.append(number)
+        return np.full(10, number, np.uint8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "KEPT_BYTES", 10 * room)
+        latest: list[int] = []
+        for number in numbers:
+            before = len(made)
+            assert (layer(number) == number).all()
+            assert len(made) == before + (number not in latest)
+            latest = [*(each for each in latest if each != number), number][-max(1, room) :]

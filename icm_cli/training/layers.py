@@ -6,8 +6,11 @@ Sizes are (height, width); a cut-out's colours are premultiplied, so that warpin
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import cv2
 import numpy as np
@@ -18,10 +21,44 @@ from icm_cli.images import read_matte, read_picture
 from icm_cli.model.closed_form import load_foreground_estimator
 from icm_cli.training.items import Item
 
-CACHED_LAYERS = 16
-"""Decoded items that a process keeps at hand."""
+KEPT_BYTES = 500_000_000
+"""Of decoded items of a kind that a process keeps at hand."""
 VISIBLE_U8 = 8
 """Alpha above which a cut-out's bounding box counts a pixel."""
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def kept(function: Callable[P, T]) -> Callable[P, T]:
+    """Keep the latest results of a function of hashable arguments, as many as have room in ``KEPT_BYTES``.
+
+    (Layers are a hundred times larger for some canvases than for others, so counting them would not do.)
+    """
+    results: OrderedDict[Hashable, T] = OrderedDict()
+    total = 0
+
+    @functools.wraps(function)
+    def remembering(*args: P.args, **kwargs: P.kwargs) -> T:
+        nonlocal total
+        key = (args, tuple(sorted(kwargs.items())))
+        if key in results:
+            results.move_to_end(key)
+            return results[key]
+        result = results[key] = function(*args, **kwargs)
+        total += _bytes(result)
+        while total > KEPT_BYTES and len(results) > 1:
+            _, oldest = results.popitem(last=False)
+            total -= _bytes(oldest)
+        return result
+
+    return remembering
+
+
+def _bytes(layer: object) -> int:
+    arrays = [layer] if isinstance(layer, np.ndarray) else vars(layer).values()
+    return sum(each.nbytes for each in arrays if isinstance(each, np.ndarray))
 
 
 @dataclass(frozen=True)
@@ -41,7 +78,7 @@ class Cutout:
     alpha: Float
 
 
-@functools.lru_cache(CACHED_LAYERS)
+@kept
 def shrunk_photograph(item: Item, long_side_px: int) -> Photograph:
     """Read an item, shrunk to ``long_side_px`` where it is larger; kept at hand. Raises ImageError."""
     return photograph(item, long_side_px)
@@ -55,7 +92,7 @@ def photograph(item: Item, long_side_px: int | None = None) -> Photograph:
     return Photograph(resize(rgb, size), _resized_alpha(alpha, size, is_binary=item.is_binary), trimap)
 
 
-@functools.lru_cache(CACHED_LAYERS)
+@kept
 def cutout(item: Item, long_side_px: int) -> Cutout:
     """Cut an item's thing out, its bounding box shrunk to ``long_side_px`` where it is larger. Raises ImageError.
 
@@ -79,7 +116,7 @@ def cutout(item: Item, long_side_px: int) -> Cutout:
     return Cutout(colour, weight)
 
 
-@functools.lru_cache(CACHED_LAYERS)
+@kept
 def background(path: Path, long_side_px: int) -> ImageU8:
     """Read a picture, uint8 [h,w,3], shrunk to ``long_side_px`` where it is larger. Raises ImageError."""
     rgb = read_picture(path).rgb

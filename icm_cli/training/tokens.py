@@ -37,7 +37,7 @@ from icm_cli.training.samples import SampleMaker, start_worker
 from icm_cli.training.settings import read_settings
 
 LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
-LAYOUT_SHARES = (0.2, 0.4, 0.3, 0.1)
+LAYOUT_SHARES = (0.3, 0.4, 0.25, 0.05)
 NEGATIVE_SHARE = 0.2
 SAME_IMAGE_SHARE = 0.1
 EMA = 0.998
