@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from train_data import MODEL
 
 from icm_cli.errors import ConfigError, ImageError, TrainingError, UsageError
+from icm_cli.training import layers
 from icm_cli.training.augment import show
 from icm_cli.training.items import Item, Pool, read_pool
-from icm_cli.training import layers
 from icm_cli.training.layers import cutout, kept
 from icm_cli.training.samples import Batch, Sample, SampleMaker, Share
 from icm_cli.training.scenes import SceneMaker
@@ -392,7 +392,7 @@ class TestSettings:
             read_settings(self.config(tmp_path / "a.yaml"), overrides=[override])
         assert message in str(error.value)
 
-    @pytest.mark.parametrize(("name", "steps"), [("lite", 900), ("icm-sd21", 20_000)])
+    @pytest.mark.parametrize(("name", "steps"), [("lite", 620), ("icm-sd21", 20_000)])
     def test_presets_are_recipes(self, name: str, steps: int) -> None:
         assert read_settings(name).train.steps == steps
 

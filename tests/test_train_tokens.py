@@ -62,7 +62,7 @@ def test_it_learns_which_thing_is_meant(learned: tuple[Path, Path, str]) -> None
     assert overlaps[1] > max(0.5, overlaps[0])
 
 
-def test_tokens_are_kept_in_a_file(discs: Path, learned: tuple[Path, Path, str], tmp_path: Path) -> None:
+def test_tokens_are_kept_in_a_file(learned: tuple[Path, Path, str], tmp_path: Path) -> None:
     """The second run reads it, and learns the same from it."""
     keep, data = tmp_path / "views.pt", learned[1].parent / "data.yaml"
     options = {"steps": 2, "batch_size": 2, "canvas_px": 96, "workers": 0, "keep": keep}

@@ -105,7 +105,7 @@ def read_views(
 
 
 def kept_views(path: Path | None, read: Callable[[], dict[Item, list[View]]]) -> dict[Item, list[View]]:
-    """What ``path`` holds, else what ``read`` gives, which is then kept there. (No digest: it is the user's to delete.)"""
+    """What ``path`` holds, else what ``read`` gives, which is then kept there (no digest: the user deletes it)."""
     if path is not None and path.exists():
         kept: dict[Item, list[View]] = torch.load(path, weights_only=False)
         return kept
@@ -303,6 +303,7 @@ def main(
         keep, lambda: read_views(model, SampleMaker(pool, settings.train), list(pool), views, seed, workers)
     )
     if checkpoint is None:
+        assert isinstance(model.head, TokenMatchHead)
         tokens = [view.feature.flatten(1).float().mean(dim=1) for views_of in kept.values() for view in views_of]
         model.head.centre(torch.stack(tokens).mean(dim=0))
     model.head.requires_grad_(True)

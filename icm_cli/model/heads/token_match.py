@@ -114,7 +114,7 @@ class TokenMatchHead(TrainedHead):
 
     @torch.no_grad()
     def centre(self, mean: Tensor) -> None:
-        """Begin where comparisons see how tokens differ from ``mean`` [feature_channels]: what all share tells nothing."""
+        """Begin where comparisons see how tokens differ from ``mean`` [feature_channels]."""
         assert self.project.bias is not None
         self.project.bias.copy_(-self.project.weight[:, :, 0, 0] @ mean)
 
