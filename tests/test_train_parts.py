@@ -138,9 +138,8 @@ def test_a_failing_log_is_told_once(tmp_path: Path) -> None:
 
 
 CONFIG = TokenMatchConfig(
-    feature_channels=12,
+    feature_channels=(5, 7),
     skip_channels=(6, 5, 4),
-    comparisons=2,
     width=8,
     context_width=8,
     context_layers=1,
@@ -190,8 +189,9 @@ class TestTokenMatch:
     def test_a_reference_without_background_is_taken(self, head: TokenMatchHead) -> None:
         prepared = head.prepare([reference(1, everything=True)])
         assert prepared.background.shape[0] == 0
-        numbers = head.evidence(features(3), [prepared])
-        assert numbers.shape == (1, 16, 4, 4)
+        target = features(3)
+        numbers = head.evidence(head.projected(target.correspondence), target.valid, [prepared])
+        assert numbers.shape == (1, 24, 4, 4)
         assert numbers.isfinite().all()
 
     @given(seed=st.integers(0, 999))
@@ -199,7 +199,9 @@ class TestTokenMatch:
     def test_the_order_of_reference_tokens_does_not_matter(self, head: TokenMatchHead, seed: int) -> None:
         prepared = head.prepare([reference(seed), reference(seed + 1)])
         turned = head.prepare([reference(seed + 1), reference(seed)])
-        ours, theirs = (head.evidence(features(5), [each]) for each in (prepared, turned))
+        target = features(5)
+        projected = head.projected(target.correspondence)
+        ours, theirs = (head.evidence(projected, target.valid, [each]) for each in (prepared, turned))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
     def test_its_own_picture_is_recognised(self, head: TokenMatchHead) -> None:

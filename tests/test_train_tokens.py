@@ -82,7 +82,8 @@ def test_only_the_comparing_part_learns(learned: tuple[Path, Path, str]) -> None
     after = load_file(learned[1])
     assert after.keys() == before.keys()
     changed = {key.split(".")[1] for key in after if not after[key].equal(before[key])}
-    assert changed == {"project", "condense", "weigh", "context", "fuse", "present", "log_sharpness", "background_null"}
+    numbers = ("log_sharpness", "background_null")
+    assert changed == {"project", "condense", "weigh", "context", "fuse", "coarse", "present", *numbers}
 
 
 def test_the_file_says_what_it_saw_and_training_goes_on_from_it(

@@ -28,8 +28,7 @@ MODEL = {
     },
     "head": {
         "name": "token-match",
-        "feature_channels": 208,
-        "comparisons": 2,
+        "feature_channels": [88, 120],
         "width": 8,
         "context_width": 16,
         "context_layers": 1,

@@ -164,6 +164,10 @@ class Head(nn.Module, ABC):
     is_trained: ClassVar[bool]
     """Whether it has weights that must come from a checkpoint."""
 
+    def comparing(self) -> list[nn.Parameter]:
+        """The weights that say which thing is meant, where they can be told from the rest. None here."""
+        return []
+
     @abstractmethod
     def prepare(self, references: Sequence[ReferenceFeatures]) -> Prepared:
         """Condense the references into what :meth:`forward` needs; called once per run."""

@@ -63,6 +63,12 @@ class Pool:
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
+    def chances(self) -> list[float]:
+        """How likely :meth:`draw` is to give each item, in their order."""
+        return [
+            float(share) / len(source) for source, share in zip(self.sources, self._shares, strict=True) for _ in source
+        ]
+
     @property
     def images(self) -> list[Path]:
         """Every image file that can reach a sample, each once."""

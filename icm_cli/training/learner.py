@@ -62,6 +62,10 @@ class Learner:
         """Of the pretrained weights that the backbone began with."""
         if not self.trains_backbone:
             self.model.backbone.requires_grad_(False).to(self.device.dtype)
+            self.model.backbone.optimise_for_inference()
+        if not config.comparing_share:
+            for parameter in self.model.head.comparing():
+                parameter.requires_grad_(False)
         if self.device.place.type != "mps":
             self.model.convolve_channels_last()
         optimiser = _optimiser(self.model, config)
@@ -251,9 +255,12 @@ def _check_canvas(rule: CanvasRule, canvas_px: int) -> None:
 def _optimiser(model: InContextMatting, config: TrainConfig) -> torch.optim.Optimizer:
     """Groups by part and by whether weights decay: those of norms, and biases, do not."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    comparing = {id(parameter) for parameter in model.head.comparing()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = config.rate if name.startswith("head.") else config.backbone_rate
+            if id(parameter) in comparing:
+                rate *= config.comparing_share
             groups.setdefault((rate, config.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
     kind = torch.optim.Adam if config.optimiser == "adam" else torch.optim.AdamW
     return kind(

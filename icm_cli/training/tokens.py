@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +45,12 @@ PRESENCE_WEIGHT = 0.3
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 1e-2
 CLIP_NORM = 5.0
+LIKENESS_RATE = 0.1
+"""Share of the rate for the projections in which tokens are compared: those begin well."""
+BEGIN_VIEWS = 400
+"""Pictures whose tokens give the principal components that the projections begin with."""
+MOST_VIEWS = 3
+"""Times the average number of views, for a picture that is drawn often."""
 AT_A_TIME = 8
 """Pictures that the backbone sees together."""
 
@@ -62,30 +68,39 @@ class View:
 
 
 class Views(Dataset[tuple[int, "np.ndarray | None", "np.ndarray | None", "np.ndarray | None"]]):
-    """Picture number ``index`` of a run: an item's scene, with other things in it at times; None if unreadable."""
+    """Picture number ``index``: an item's scene, with other things in it at times; None if unreadable."""
 
-    def __init__(self, maker: SampleMaker, items: Sequence[Item], views: int, seed: int) -> None:
-        self.maker, self.items, self.views, self.seed = maker, items, views, seed
+    def __init__(self, maker: SampleMaker, shown: Sequence[Item], seed: int) -> None:
+        self.maker, self.shown, self.seed = maker, shown, seed
 
     def __len__(self) -> int:
-        return self.views * len(self.items)
+        return len(self.shown)
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | None, np.ndarray | None, np.ndarray | None]:
         rng = np.random.default_rng((self.seed, index))
         try:
-            scene = self.maker.view(self.items[index // self.views], rng)
+            scene = self.maker.view(self.shown[index], rng)
         except ImageError:
             return index, None, None, None
         return index, scene.rgb, scene.alpha, scene.valid
 
 
+def to_show(pool: Pool, views: int) -> list[Item]:
+    """Every item, again and again: ``views`` times on average, more often the more often it is drawn."""
+    shown = []
+    for item, chance in zip(pool, pool.chances(), strict=True):
+        wanted = round(chance * len(pool) * views)
+        shown += [item] * min(max(wanted, 1), MOST_VIEWS * views)
+    return shown
+
+
 def read_views(
-    model: InContextMatting, maker: SampleMaker, items: Sequence[Item], views: int, seed: int, workers: int
-) -> dict[Item, list[View]]:
-    """Show the backbone every item ``views`` times."""
-    kept: dict[Item, list[View]] = {item: [] for item in items}
+    model: InContextMatting, maker: SampleMaker, shown: Sequence[Item], seed: int, workers: int
+) -> list[View | None]:
+    """Show the backbone an item after the other; None where one cannot be read."""
+    kept: list[View | None] = [None] * len(shown)
     loader = DataLoader(
-        Views(maker, items, views, seed),
+        Views(maker, shown, seed),
         batch_size=AT_A_TIME,
         collate_fn=list,
         num_workers=workers,
@@ -98,21 +113,28 @@ def read_views(
         if not readable:
             continue
         for (index, *_), view in zip(readable, _seen(model, readable), strict=True):
-            kept[items[index // views]].append(view)
+            kept[index] = view
         if count % 50 == 0:
-            print(f"{count * AT_A_TIME}/{views * len(items)} views, {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{count * AT_A_TIME}/{len(shown)} views, {time.monotonic() - began:.0f} s", flush=True)
     return kept
 
 
-def kept_views(path: Path | None, read: Callable[[], dict[Item, list[View]]]) -> dict[Item, list[View]]:
-    """What ``path`` holds, else what ``read`` gives, which is then kept there (no digest: the user deletes it)."""
+def kept_views(path: Path | None, shown: Sequence[Item], read: Callable[[], list[View | None]]) -> list[View | None]:
+    """What ``path`` holds for ``shown``, else what ``read`` gives, which is then kept there.
+
+    Raises ConfigError where it was made for other items. (No digest of the rest: the file is the user's to delete.)
+    """
+    names = [f"{item.group} {item.name}" for item in shown]
     if path is not None and path.exists():
-        kept: dict[Item, list[View]] = torch.load(path, weights_only=False)
-        return kept
+        stored = torch.load(path, weights_only=True, mmap=True)
+        if stored["names"] != names:
+            raise ConfigError(f"{path} holds the tokens of other pictures; delete it, or give another --keep")
+        return [View(*view) if view else None for view in stored["views"]]
     views = read()
     if path is not None:
+        tensors = [tuple(getattr(view, each.name) for each in fields(View)) if view else None for view in views]
         with atomic_write(path) as file:
-            torch.save(views, file)
+            torch.save({"names": names, "views": tensors}, file)
     return views
 
 
@@ -199,6 +221,12 @@ def _laid_out(tiles: Sequence[Tensor], rows: int, columns: int) -> Tensor:
     return torch.cat(lines, dim=-2)
 
 
+def _some_tokens(views: Sequence[View], seed: int) -> Tensor:
+    """Tokens [N,C] float32 of pictures drawn with ``seed``."""
+    drawn = np.random.default_rng(seed).permutation(len(views))[:BEGIN_VIEWS]
+    return torch.cat([views[index].feature.flatten(1).T.float() for index in drawn])
+
+
 def _references(head: TokenMatchHead, shown: Sequence[View]) -> list[ReferenceTokens]:
     tokens = head.projected(torch.stack([view.feature for view in shown]).float())
     return [
@@ -230,19 +258,32 @@ def learn(model: InContextMatting, mosaics: Mosaics, *, steps: int, batch_size: 
     if not isinstance(head, TokenMatchHead):
         raise ConfigError("learning on tokens is for the token-match head")
     head.train()
-    readout = nn.Conv2d(head.config.fused_channels, 1, 1)
-    parameters = [*head.comparing(), *readout.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=WEIGHT_DECAY)
+    parameters = head.comparing()
+    likeness = {id(parameter) for parameter in head.project.parameters()}
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": [each for each in parameters if id(each) not in likeness]},
+            {"params": list(head.project.parameters())},
+        ],
+        lr=rate,
+        weight_decay=WEIGHT_DECAY,
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=rate, total_steps=steps, pct_start=min(0.3, WARMUP_STEPS / steps), cycle_momentum=False
+        optimiser,
+        max_lr=[rate, rate * LIKENESS_RATE],
+        total_steps=steps,
+        pct_start=min(0.3, WARMUP_STEPS / steps),
+        cycle_momentum=False,
     )
     mean = [parameter.detach().clone() for parameter in parameters]
     began, losses, overlaps, presences = time.monotonic(), [], [], []
     for step in range(1, steps + 1):
         target, shown, truth = mosaics.batch(batch_size)
-        evidence = head.evidence(target, _references(head, shown))
+        references, projected = _references(head, shown), head.projected(target.correspondence)
+        evidence = head.evidence(projected, target.valid, references)
         fused = head.fused(target, evidence)
-        logit, presence = readout(fused)[:, 0], head.presence(fused, target.valid)
+        logit = head.coarse(fused)[:, 0]
+        presence = head.presence(fused, projected, evidence, target.valid, references)
         is_there = (truth.amax(dim=(1, 2)) > 0.5).float()
         loss = (
             _loss(logit, truth, target.valid)
@@ -283,7 +324,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 3000,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     rate: Annotated[float, typer.Option(min=0)] = 1e-3,
-    views: Annotated[int, typer.Option(min=1, help="Of every picture.")] = 2,
+    views: Annotated[int, typer.Option(min=1, help="Of a picture, on average.")] = 2,
     canvas_px: Annotated[int, typer.Option(min=64, help="A multiple of 32.")] = 512,
     keep: Annotated[
         Path | None, typer.Option(help="A file for the tokens: written, or read instead of making them anew.")
@@ -299,25 +340,28 @@ def main(
     model.backbone.optimise_for_inference()
     model.convolve_channels_last()
     pool = read_pool(settings.data, settings.train.pairs)
-    kept = kept_views(
-        keep, lambda: read_views(model, SampleMaker(pool, settings.train), list(pool), views, seed, workers)
-    )
+    shown = to_show(pool, views)
+    maker = SampleMaker(pool, settings.train)
+    seen = kept_views(keep, shown, lambda: read_views(model, maker, shown, seed, workers))
+    kept: dict[Item, list[View]] = {item: [] for item in pool}
+    for item, view in zip(shown, seen, strict=True):
+        if view is not None:
+            kept[item].append(view)
     if checkpoint is None:
         assert isinstance(model.head, TokenMatchHead)
-        tokens = [view.feature.flatten(1).float().mean(dim=1) for views_of in kept.values() for view in views_of]
-        model.head.centre(torch.stack(tokens).mean(dim=0))
+        model.head.begin(_some_tokens([view for views_of in kept.values() for view in views_of], seed))
     model.head.requires_grad_(True)
     torch.manual_seed(seed)
     learn(model, Mosaics(pool, kept, seed), steps=steps, batch_size=batch_size, rate=rate)
     earlier = read_trained_on(checkpoint) if checkpoint else None
-    seen = sorted({*(earlier or ()), *map(content_digest, pool.images)})
+    trained_on = sorted({*(earlier or ()), *map(content_digest, pool.images)})
     save_checkpoint(
         out,
         model,
         settings.model,
         with_backbone=False,
         metadata={
-            TRAINED_ON_KEY: json.dumps(seen),
+            TRAINED_ON_KEY: json.dumps(trained_on),
             "icm.training": json.dumps(settings.as_dict()),
             "icm.started_from": str(checkpoint or ""),
         },

@@ -46,7 +46,7 @@ class DinoV2LiteConfig:
 
     long_side_px: int = 1024
     """Long side of the canvas, a multiple of 32."""
-    layers: tuple[int, ...] = (5, 7, 9)
+    layers: tuple[int, ...] = (7, 9, 12)
     """Transformer blocks (1..12) whose outputs together are compared between reference and target."""
     kind_blocks: tuple[int, ...] = (14, 19, 20)
     """Blocks of EfficientNet-Lite2 (0..20) whose outputs are compared too."""

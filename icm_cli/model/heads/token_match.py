@@ -24,8 +24,15 @@ from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
 
 EVIDENCE_NUMBERS = 8
 """That every comparison gives a token."""
+PRESENCE_NUMBERS = 5
+"""That every comparison says of the whole picture."""
+PRESENCE_WIDTH = 24
 CARRIED = 6
 """Which of them is the guidance carried over."""
+STRONGEST = (0, 1, CARRIED)
+"""Which of them, at the picture's strongest token, tell whether the thing is there."""
+LEAST_ALPHA = 1e-3
+"""Weight of every token in the mean of the thing: where nothing is found the whole picture is compared."""
 IMAGE_CHANNELS = 3
 CONTEXT_HEADS = 4
 CLEAR = 0.03
@@ -36,15 +43,13 @@ CLEAR = 0.03
 class TokenMatchConfig:
     """Settings of the token-match head; the channels of the backbone's features must be the backbone's own."""
 
-    feature_channels: int = 1832
-    """Channels of the correspondence feature."""
+    feature_channels: tuple[int, ...] = (384, 384, 384, 120, 208, 352)
+    """Channels of each layer in the correspondence feature."""
     skip_channels: tuple[int, ...] = (48, 24, 16)
     """Channels of the backbone's features per scale, each twice as fine as the one before; the first is twice as fine
     as the tokens."""
-    comparisons: int = 6
-    """Learned projections in which tokens are compared."""
     width: int = 64
-    """Channels of each."""
+    """Channels in which each layer's tokens are compared."""
     context_width: int = 192
     """Channels of the tokens that attend to one another."""
     context_layers: int = 2
@@ -56,14 +61,15 @@ class TokenMatchConfig:
     """Of the comparisons before training, in cosine units; it is learned."""
 
     def __post_init__(self) -> None:
-        if not self.skip_channels:
-            raise ConfigError("head skip_channels is empty; expected at least one number")
+        for name in ("feature_channels", "skip_channels"):
+            if not getattr(self, name):
+                raise ConfigError(f"head {name} is empty; expected at least one number")
         if len(self.decoder_channels) <= len(self.skip_channels):
             raise ConfigError(
                 f"head decoder_channels is {list(self.decoder_channels)}; expected more numbers than skip_channels' "
                 f"{len(self.skip_channels)}"
             )
-        widths = (self.feature_channels, self.comparisons, self.width, self.context_width, self.fused_channels)
+        widths = (*self.feature_channels, self.width, self.context_width, self.fused_channels)
         for width in (*widths, *self.skip_channels, *self.decoder_channels):
             if width < 1:
                 raise ConfigError(f"head has a width of {width} channels; expected 1 or more")
@@ -73,6 +79,11 @@ class TokenMatchConfig:
             raise ConfigError(f"head context_layers is {self.context_layers}; expected 0 or more")
         if self.temperature <= 0:
             raise ConfigError(f"head temperature is {self.temperature}; expected more than 0")
+
+    @property
+    def comparisons(self) -> int:
+        """One of each layer, and one of all of them together."""
+        return len(self.feature_channels) + 1
 
 
 class TokenMatchHead(TrainedHead):
@@ -84,15 +95,18 @@ class TokenMatchHead(TrainedHead):
     def __init__(self, config: TokenMatchConfig) -> None:
         super().__init__()
         self.config = config
-        self.project = nn.Conv2d(config.feature_channels, config.comparisons * config.width, 1)
+        self.project = nn.ModuleList(nn.Linear(channels, config.width) for channels in config.feature_channels)
         self.log_sharpness = nn.Parameter(torch.full((config.comparisons, 1, 1), -math.log(config.temperature)))
         self.background_null = nn.Parameter(torch.zeros(config.comparisons, 1, 1))
         evidence = 2 * EVIDENCE_NUMBERS * config.comparisons  # of the token and of the picture's best token
-        self.condense = nn.Conv2d(config.feature_channels, config.context_width, 1)
+        self.condense = nn.Conv2d(sum(config.feature_channels), config.context_width, 1)
         self.weigh = nn.Conv2d(evidence, config.context_width, 1)
         self.context = nn.ModuleList(Context(config.context_width) for _ in range(config.context_layers))
         self.fuse = ConvNormReLU(config.context_width + evidence, config.fused_channels)
-        self.present = nn.Linear(config.fused_channels, 1)
+        self.coarse = nn.Conv2d(config.fused_channels, 1, 1)
+        self.present = nn.Sequential(
+            nn.Linear(PRESENCE_NUMBERS * config.comparisons, PRESENCE_WIDTH), nn.ReLU(), nn.Linear(PRESENCE_WIDTH, 1)
+        )
         images = len(config.decoder_channels) - len(config.skip_channels)
         details = (*config.skip_channels, *[IMAGE_CHANNELS] * images)
         self.steps = nn.ModuleList(
@@ -104,8 +118,8 @@ class TokenMatchHead(TrainedHead):
         self.output = alpha_output(config.decoder_channels[-1], config.decoder_channels[-1])
 
     def comparing(self) -> list[nn.Parameter]:
-        """The weights that decide :meth:`fused`: all but the decoder's."""
-        modules = (self.project, self.condense, self.weigh, self.context, self.fuse, self.present)
+        """The weights that say which thing is meant: all but the decoder's."""
+        modules = (self.project, self.condense, self.weigh, self.context, self.fuse, self.coarse, self.present)
         return [
             self.log_sharpness,
             self.background_null,
@@ -113,18 +127,29 @@ class TokenMatchHead(TrainedHead):
         ]
 
     @torch.no_grad()
-    def centre(self, mean: Tensor) -> None:
-        """Begin where comparisons see how tokens differ from ``mean`` [feature_channels]."""
-        assert self.project.bias is not None
-        self.project.bias.copy_(-self.project.weight[:, :, 0, 0] @ mean)
+    def begin(self, seen: Tensor) -> None:
+        """Compare in the principal components of tokens [N,C] that the backbone gave: what tokens differ in most, with
+        what all of them share taken off, is a measure of likeness before anything is learned."""
+        for project, layer in zip(
+            self.project, torch.split(seen, list(self.config.feature_channels), dim=1), strict=True
+        ):
+            assert isinstance(project, nn.Linear)
+            mean = layer.mean(dim=0)
+            _, vectors = torch.linalg.eigh((layer - mean).T @ (layer - mean) / len(layer))  # the largest come last
+            kept = vectors[:, -project.out_features :].T
+            project.weight[: len(kept)] = kept
+            project.weight[len(kept) :] = 0.0
+            project.bias.copy_(-project.weight @ mean)
 
     def prepare(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
         """Their tokens are of unit length in every comparison."""
         return reference_tokens(references, self.projected)
 
     def forward(self, target: Features, references: Sequence[ReferenceTokens], image: Tensor, valid: Tensor) -> Matte:
-        x = self.fused(target, self.evidence(target, references))
-        presence = torch.sigmoid(self.presence(x, target.valid).float())
+        projected = self.projected(target.correspondence)
+        evidence = self.evidence(projected, target.valid, references)
+        x = self.fused(target, evidence)
+        presence = torch.sigmoid(self.presence(x, projected, evidence, target.valid, references))
         for step, detail in zip(self.steps, self._details(target, image), strict=True):
             x = step(torch.cat([upsample(x), detail.to(x.dtype)], dim=1))
         alpha = torch.sigmoid(self.output(x).float()) * presence[:, None, None, None]
@@ -134,25 +159,25 @@ class TokenMatchHead(TrainedHead):
 
     def similarity_maps(self, target: Features, references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
         """The share of softmax attention that goes to the reference's foreground, and that spread over alike tokens."""
-        evidence = self.evidence(target, references)
+        evidence = self.evidence(self.projected(target.correspondence), target.valid, references)
         grid = evidence.shape[2:]
         evidence = evidence.reshape(len(evidence), self.config.comparisons, EVIDENCE_NUMBERS, *grid).mean(dim=1)
         return evidence[:, CARRIED : CARRIED + 1], evidence[:, -1:]
 
-    def evidence(self, target: Features, references: Sequence[ReferenceTokens]) -> Tensor:
-        """Eight numbers a token and comparison, [B,8*comparisons,h,w] float32.
+    def evidence(self, projected: Tensor, valid: Tensor, references: Sequence[ReferenceTokens]) -> Tensor:
+        """Eight numbers a token and comparison, [B,8*comparisons,h,w] float32; ``projected`` as :meth:`projected`
+        gives it, ``valid`` [B,h,w].
 
         Soft and hard maximum of its likeness to the foreground and to the background; likeness to the mean of either;
         the guidance carried over by softmax attention, in -1..1; and that spread by intra-similarity.
         """
-        height, width = target.valid.shape[1:]
-        projected = self.projected(target.correspondence)
+        height, width = valid.shape[1:]
         compared = torch.stack(
             [self._compare(of_image, reference) for of_image, reference in zip(projected, references, strict=True)]
         )
         grid = projected.transpose(1, 2).reshape(len(projected), -1, height, width)
-        alike = SelfSimilarity(grid, target.valid, self.config.temperature)
-        spread = alike.propagate(compared[..., -1].transpose(1, 2))
+        alike = SelfSimilarity(grid, valid, self.config.temperature)
+        spread = alike.propagate(compared[..., CARRIED].transpose(1, 2))
         numbers = torch.cat([compared, spread.transpose(1, 2)[..., None]], dim=-1)  # [B,comparisons,N,8]
         return numbers.transpose(2, 3).reshape(len(numbers), -1, height, width)
 
@@ -168,12 +193,43 @@ class TokenMatchHead(TrainedHead):
         fused: Tensor = self.fuse(torch.cat([x, evidence], dim=1))
         return fused
 
-    def presence(self, fused: Tensor, valid: Tensor) -> Tensor:
-        """Whether the reference's thing is in the picture at all, as a logit [B]: one answer for all of its pixels, by
-        the strongest of its tokens. ``fused`` as :meth:`fused` gives it, ``valid`` [B,h,w]."""
-        strongest = fused.masked_fill(~valid[:, None], 0.0).amax(dim=(2, 3))
-        logit: Tensor = self.present(strongest)[:, 0]
+    @in_float32
+    def presence(
+        self,
+        fused: Tensor,
+        projected: Tensor,
+        evidence: Tensor,
+        valid: Tensor,
+        references: Sequence[ReferenceTokens],
+    ) -> Tensor:
+        """Whether the reference's thing is in the picture at all, as a logit [B]: one answer for all of its pixels.
+
+        What the coarse alpha takes for the thing is compared as a whole with the reference's foreground and background,
+        beside the picture's strongest evidence. No weight here sees a feature: likeness counts, not the kind of thing.
+        """
+        alpha = (torch.sigmoid(self.coarse(fused).float()) + LEAST_ALPHA) * valid[:, None]
+        whole = self._unit_mean(alpha.flatten(1)[..., None], projected)  # [B,comparisons - 1,width]
+        pooled = []
+        for reference in references:
+            sides = [
+                each if len(each) else torch.zeros_like(projected[0, :1])
+                for each in (reference.foreground, reference.background)
+            ]
+            pooled.append(
+                torch.stack([self._unit_mean(each.new_ones(1, len(each), 1), each[None])[0] for each in sides])
+            )
+        alike = (torch.stack(pooled) * whole[:, None]).sum(dim=-1)  # [B,2,comparisons - 1]
+        alike = torch.cat([alike, alike.mean(dim=-1, keepdim=True)], dim=-1)
+        hidden = evidence.masked_fill(~valid[:, None], float("-inf"))
+        strongest = hidden.flatten(2).amax(dim=2).reshape(len(hidden), -1, EVIDENCE_NUMBERS)[..., STRONGEST]
+        numbers = torch.cat([alike.flatten(1), strongest.flatten(1)], dim=1)
+        logit: Tensor = self.present(numbers)[:, 0]
         return logit
+
+    def _unit_mean(self, weights: Tensor, of: Tensor) -> Tensor:
+        """The mean [B,comparisons - 1,width] of tokens [B,N,C] weighted by [B,N,1], of unit length."""
+        mean = (weights * of).sum(dim=1) / weights.sum(dim=1)
+        return F.normalize(mean.reshape(len(mean), -1, self.config.width), dim=-1)
 
     def _details(self, target: Features, image: Tensor) -> list[Tensor]:
         """What joins each step of the decoder: the backbone's scales from coarse to fine, then the image."""
@@ -193,25 +249,26 @@ class TokenMatchHead(TrainedHead):
         return details
 
     def projected(self, feature: Tensor) -> Tensor:
-        """[B,C,h,w] -> tokens [B,N,comparisons*width] float32, of unit length in every comparison."""
-        _checked(feature, "feature_channels", self.config.feature_channels, None)
-        found = tokens(self.project(feature.to(self.project.weight.dtype)))
-        each = found.reshape(*found.shape[:2], self.config.comparisons, self.config.width)
-        return F.normalize(each, dim=-1).flatten(2)
+        """[B,C,h,w] -> tokens [B,N,layers*width] float32, of unit length in every layer."""
+        _checked(feature, "feature_channels", sum(self.config.feature_channels), None)
+        layers = torch.split(tokens(feature), list(self.config.feature_channels), dim=-1)
+        return torch.cat(
+            [F.normalize(project(layer), dim=-1) for project, layer in zip(self.project, layers, strict=True)], dim=-1
+        )
 
     @in_float32
     def _compare(self, target: Tensor, reference: ReferenceTokens) -> Tensor:
         """Tokens of one target -> [comparisons,N,7] (all of :meth:`evidence` but the last number)."""
         sharpness = self.log_sharpness.exp().clamp(max=100.0)
         inside, outside, each = (
-            found.reshape(len(found), self.config.comparisons, self.config.width).transpose(0, 1)
+            found.reshape(len(found), len(self.config.feature_channels), self.config.width).transpose(0, 1)
             for found in (reference.foreground, reference.background, target)
         )
-        foreground = each @ inside.transpose(1, 2)
+        foreground = _with_joint(each @ inside.transpose(1, 2))
         # The null is a background token that is alike to all by a learned amount: there may be no other.
         # It counts for as many as there are foreground tokens, or a finer grid would outvote it.
-        null = (self.background_null + _log_count(foreground) / sharpness).expand(-1, each.shape[1], 1)
-        background = torch.cat([each @ outside.transpose(1, 2), null], dim=2)
+        null = (self.background_null + _log_count(foreground) / sharpness).expand(-1, len(target), 1)
+        background = torch.cat([_with_joint(each @ outside.transpose(1, 2)), null], dim=2)
         soft_foreground, soft_background = (
             (sharpness * likeness).logsumexp(dim=2, keepdim=True) / sharpness for likeness in (foreground, background)
         )
@@ -259,6 +316,11 @@ def _checked(feature: Tensor | None, setting: str, channels: int, stride: int | 
         f"head {setting} is {channels}{where}, and the backbone gives {gives}; expected the channels of its "
         "correspondence layers together, and of its scale_blocks at half the tokens' size and below"
     )
+
+
+def _with_joint(likeness: Tensor) -> Tensor:
+    """Likeness [layers,N,K] -> [layers + 1,N,K]: the last is that of all layers together."""
+    return torch.cat([likeness, likeness.mean(dim=0, keepdim=True)])
 
 
 def _log_count(likeness: Tensor) -> Tensor:
