@@ -69,10 +69,10 @@ class AttentionMatrix:
 
 
 class SelfSimilarity:
-    """Softmax self-similarity of a feature by memory-efficient attention; N x N is never built.
+    """Softmax self-similarity of a feature by memory-efficient attention; N x N is not built to matte.
 
     A[q,k] = softmax over valid k of cosine(f_q - m, f_k - m) / temperature, m the mean of the valid tokens: what all
-    tokens share says nothing about which are alike.
+    tokens share says nothing about which are alike. Gradients go through what is spread, not through A.
     """
 
     def __init__(self, feature: Tensor, valid: Tensor, temperature: float) -> None:
@@ -84,6 +84,8 @@ class SelfSimilarity:
 
     @in_float32
     def propagate(self, values: Tensor) -> Tensor:
+        if values.requires_grad:
+            return self._matrix() @ values.float()
         query = self._unit_tokens()[:, None]
         mask = None if bool(self.valid.all()) else self.valid.flatten(1)[:, None, None, :]
         width = query.shape[-1]
@@ -94,6 +96,13 @@ class SelfSimilarity:
             for part in torch.split(padded, width, dim=-1)
         ]
         return torch.cat(spread, dim=-1)[:, 0, :, : values.shape[-1]]
+
+    @torch.no_grad()
+    def _matrix(self) -> Tensor:
+        """A [B,N,N], for training: its canvases are small, and the gradients of the kernels above take far longer."""
+        unit = self._unit_tokens()
+        logits = unit @ unit.transpose(1, 2) / self.temperature
+        return logits.masked_fill(~self.valid.flatten(1)[:, None], float("-inf")).softmax(dim=-1)
 
     def _unit_tokens(self) -> Tensor:
         """[B,N,C] float32 of unit length, the mean of the valid ones taken off."""

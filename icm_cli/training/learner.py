@@ -93,13 +93,13 @@ class Learner:
         )
 
     def learn(self) -> None:
-        """Training mode: of BatchNorm only the head's learns statistics, and only where the configuration says so."""
+        """Training mode: of BatchNorm only the head's learns statistics, where its weights learn and the configuration
+        says so."""
         self.model.train()
         self.model.backbone.eval()
-        if self.config.batch_norm == "fixed":
-            for module in self.model.head.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
+        for module in self.model.head.modules():
+            if isinstance(module, nn.BatchNorm2d) and (self.config.batch_norm == "fixed" or is_frozen(module)):
+                module.eval()
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[Matter]:
@@ -231,6 +231,11 @@ class Learner:
         digest = digest_of(*decides, str(config.seed), self.device.dtype_name)
         room = int(config.feature_cache_gb * 1e9) // self.accelerator.num_processes
         return FeatureCache(digest, room, notice=notice)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether none of its weights learns."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def micro_batches(config: TrainConfig) -> tuple[int, int]:

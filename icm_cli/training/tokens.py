@@ -45,8 +45,6 @@ PRESENCE_WEIGHT = 0.3
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 1e-2
 CLIP_NORM = 5.0
-LIKENESS_RATE = 0.1
-"""Share of the rate for the projections in which tokens are compared: those begin well."""
 BEGIN_VIEWS = 400
 """Pictures whose tokens give the principal components that the projections begin with."""
 MOST_VIEWS = 3
@@ -259,18 +257,10 @@ def learn(model: InContextMatting, mosaics: Mosaics, *, steps: int, batch_size: 
         raise ConfigError("learning on tokens is for the token-match head")
     head.train()
     parameters = head.comparing()
-    likeness = {id(parameter) for parameter in head.project.parameters()}
-    optimiser = torch.optim.AdamW(
-        [
-            {"params": [each for each in parameters if id(each) not in likeness]},
-            {"params": list(head.project.parameters())},
-        ],
-        lr=rate,
-        weight_decay=WEIGHT_DECAY,
-    )
+    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser,
-        max_lr=[rate, rate * LIKENESS_RATE],
+        max_lr=rate,
         total_steps=steps,
         pct_start=min(0.3, WARMUP_STEPS / steps),
         cycle_momentum=False,

@@ -26,7 +26,7 @@ EVIDENCE_NUMBERS = 8
 """That every comparison gives a token."""
 PRESENCE_NUMBERS = 5
 """That every comparison says of the whole picture."""
-PRESENCE_WIDTH = 24
+PRESENCE_WIDTH = 64
 CARRIED = 6
 """Which of them is the guidance carried over."""
 STRONGEST = (0, 1, CARRIED)
@@ -55,7 +55,7 @@ class TokenMatchConfig:
     context_layers: int = 2
     fused_channels: int = 128
     """Channels that enter the decoder."""
-    decoder_channels: tuple[int, ...] = (96, 64, 32, 16, 12)
+    decoder_channels: tuple[int, ...] = (96, 64, 32, 24, 16)
     """Channels after each step of the decoder, a doubling each; steps after those with skips take the image in."""
     temperature: float = 0.05
     """Of the comparisons before training, in cosine units; it is learned."""
@@ -105,7 +105,9 @@ class TokenMatchHead(TrainedHead):
         self.fuse = ConvNormReLU(config.context_width + evidence, config.fused_channels)
         self.coarse = nn.Conv2d(config.fused_channels, 1, 1)
         self.present = nn.Sequential(
-            nn.Linear(PRESENCE_NUMBERS * config.comparisons, PRESENCE_WIDTH), nn.ReLU(), nn.Linear(PRESENCE_WIDTH, 1)
+            nn.Linear(PRESENCE_NUMBERS * config.comparisons + config.fused_channels, PRESENCE_WIDTH),
+            nn.ReLU(),
+            nn.Linear(PRESENCE_WIDTH, 1),
         )
         images = len(config.decoder_channels) - len(config.skip_channels)
         details = (*config.skip_channels, *[IMAGE_CHANNELS] * images)
@@ -205,7 +207,7 @@ class TokenMatchHead(TrainedHead):
         """Whether the reference's thing is in the picture at all, as a logit [B]: one answer for all of its pixels.
 
         What the coarse alpha takes for the thing is compared as a whole with the reference's foreground and background,
-        beside the picture's strongest evidence. No weight here sees a feature: likeness counts, not the kind of thing.
+        beside the picture's strongest evidence and its strongest tokens.
         """
         alpha = (torch.sigmoid(self.coarse(fused).float()) + LEAST_ALPHA) * valid[:, None]
         whole = self._unit_mean(alpha.flatten(1)[..., None], projected)  # [B,comparisons - 1,width]
@@ -222,7 +224,8 @@ class TokenMatchHead(TrainedHead):
         alike = torch.cat([alike, alike.mean(dim=-1, keepdim=True)], dim=-1)
         hidden = evidence.masked_fill(~valid[:, None], float("-inf"))
         strongest = hidden.flatten(2).amax(dim=2).reshape(len(hidden), -1, EVIDENCE_NUMBERS)[..., STRONGEST]
-        numbers = torch.cat([alike.flatten(1), strongest.flatten(1)], dim=1)
+        best = fused.float().masked_fill(~valid[:, None], 0.0).amax(dim=(2, 3))
+        numbers = torch.cat([alike.flatten(1), strongest.flatten(1), best], dim=1)
         logit: Tensor = self.present(numbers)[:, 0]
         return logit
 
