@@ -37,6 +37,9 @@ def test_the_operator_is_its_matrix() -> None:
         values = torch.randn(2, 30, columns, generator=torch.Generator().manual_seed(columns))
         spread = SelfSimilarity(feature, valid, TEMPERATURE).propagate(values)
         torch.testing.assert_close(spread, matrix(feature, valid) @ values, atol=1e-5, rtol=1e-5)
+        learning = SelfSimilarity(feature, valid, TEMPERATURE).propagate(values.requires_grad_())
+        torch.testing.assert_close(learning, spread, atol=1e-5, rtol=1e-5)
+        assert learning.requires_grad
 
 
 def test_padding_takes_no_part() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -193,6 +194,20 @@ class TestTokenMatch:
         numbers = head.evidence(head.projected(target.correspondence), target.valid, [prepared])
         assert numbers.shape == (1, 24, 4, 4)
         assert numbers.isfinite().all()
+        image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
+        assert head(target, [prepared], image, valid).alpha.isfinite().all()
+
+    def test_it_begins_with_principal_components(self) -> None:
+        """Of what tokens differ in: the mean says nothing, one varying direction is the whole of a layer's likeness."""
+        head = TokenMatchHead(CONFIG)
+        generator = torch.Generator().manual_seed(3)
+        direction = F.normalize(torch.randn(5, generator=generator), dim=0)
+        along = torch.randn(200, 1, generator=generator)
+        first = 7.0 + along * direction + 1e-3 * torch.randn(200, 5, generator=generator)
+        head.begin(torch.cat([first, torch.randn(200, 7, generator=generator)], dim=1))
+        found = head.project[0](first)
+        torch.testing.assert_close(found.mean(dim=0), torch.zeros(8), atol=1e-4, rtol=0)
+        torch.testing.assert_close(found.norm(dim=1), (along - along.mean()).abs()[:, 0], atol=2e-2, rtol=0)
 
     @given(seed=st.integers(0, 999))
     @settings(max_examples=10, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import io
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -18,7 +20,8 @@ from train_data import MODEL, train, write_config
 from icm_cli.config import parse_model
 from icm_cli.errors import ConfigError
 from icm_cli.model.loading import model_to_train
-from icm_cli.training.tokens import main
+from icm_cli.training.items import Item, Pool
+from icm_cli.training.tokens import MOST_VIEWS, main, to_show
 
 COLOURS = {"red": (20, 20, 220), "green": (20, 200, 20), "white": (240, 240, 240)}
 
@@ -76,6 +79,33 @@ def test_tokens_are_kept_in_a_file(learned: tuple[Path, Path, str], tmp_path: Pa
     assert all(tensor.equal(written[1][key]) for key, tensor in written[0].items())
 
 
+def test_tokens_of_other_pictures_are_refused(learned: tuple[Path, Path, str], tmp_path: Path) -> None:
+    keep = tmp_path / "views.pt"
+    torch.save({"names": ["0:red images/red/0"], "views": [None]}, keep)
+    with pytest.raises(ConfigError, match="holds the tokens of other pictures"):
+        main(
+            tmp_path / "out.safetensors",
+            learned[1].parent / "data.yaml",
+            str(learned[0]),
+            canvas_px=96,
+            workers=0,
+            keep=keep,
+        )
+
+
+def test_every_picture_is_shown_and_the_oftener_drawn_ones_oftener() -> None:
+    def source(name: str, count: int) -> tuple[Item, ...]:
+        return tuple(
+            Item(f"{name}{i}", Path(f"{name}{i}.png"), None, None, name, is_foreground=False, is_binary=False)
+            for i in range(count)
+        )
+
+    few, many = source("few", 2), source("many", 30)
+    shown = collections.Counter(to_show(Pool((few, many), (3.0, 1.0), ()), 2))
+    assert {shown[item] for item in few} == {MOST_VIEWS * 2}
+    assert {shown[item] for item in many} == {1}
+
+
 def test_only_the_comparing_part_learns(learned: tuple[Path, Path, str]) -> None:
     model = model_to_train(parse_model(MODEL, "test"), checkpoint=None, weights=None, offline=True, seed=0)
     before = {f"head.{key}": tensor for key, tensor in model.head.state_dict().items()}
@@ -95,6 +125,15 @@ def test_the_file_says_what_it_saw_and_training_goes_on_from_it(
     result = train(config, tmp_path / "run", checkpoint=checkpoint)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "run" / "last.safetensors").is_file()
+
+
+def test_what_was_learned_on_tokens_can_be_left_as_it_is(learned: tuple[Path, Path, str], tmp_path: Path) -> None:
+    config, checkpoint, _ = learned
+    result = train(config, tmp_path / "run", "--set", "train.comparing_share=0", checkpoint=checkpoint)
+    assert result.exit_code == 0, result.output
+    before, after = load_file(checkpoint), load_file(tmp_path / "run" / "last.safetensors")
+    changed = {key.split(".")[1] for key in before if not after[key].equal(before[key])}
+    assert changed == {"steps", "output"}
 
 
 def test_another_head_is_refused(discs: Path, learned: tuple[Path, Path, str], tmp_path: Path) -> None:
