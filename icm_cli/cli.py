@@ -61,8 +61,8 @@ def icm(
 Model = Annotated[
     Optional[str],
     typer.Option(
-        help="lite-training-free, lite, icm-sd21, sd21-training-free, or a .yaml file.",
-        show_default="the checkpoint's, or lite-training-free",
+        help="lite, lite-training-free, icm-sd21, sd21-training-free, or a .yaml file.",
+        show_default="the checkpoint's, or lite",
     ),
 ]
 Checkpoint = Annotated[

