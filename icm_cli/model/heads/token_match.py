@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.contracts import Features, Matte, ReferenceFeatures, TrainedHead
-from icm_cli.model.decoding import ConvNormReLU, alpha_output, judge, upsample
+from icm_cli.model.decoding import ConvNormReLU, along_edges, alpha_output, judge, upsample
 from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
 
 EVIDENCE_NUMBERS = 8
@@ -157,7 +157,10 @@ class TokenMatchHead(TrainedHead):
         presence = torch.sigmoid(logit if self.training else DECIDED * logit)
         for step, detail in zip(self.steps, self._details(target, image), strict=True):
             x = step(torch.cat([upsample(x), detail.to(x.dtype)], dim=1))
-        alpha = torch.sigmoid(self.output(x).float()) * presence[:, None, None, None]
+        alpha = torch.sigmoid(self.output(x).float())
+        if not self.training:
+            alpha = along_edges(alpha, image.float())
+        alpha = alpha * presence[:, None, None, None]
         if not self.training:
             alpha = (alpha * (1.0 + 2.0 * CLEAR) - CLEAR).clamp(0.0, 1.0)
         return Matte(alpha, *judge(alpha.detach(), valid))
