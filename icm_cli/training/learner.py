@@ -196,8 +196,9 @@ class Learner:
         """Turn running out of memory, here or in a worker, into a sentence that says what to do."""
         try:
             yield
-        except (RuntimeError, MemoryError) as error:
-            if "DataLoader worker" in str(error):  # from a signal handler, so it may come anywhere
+        except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
+            # From a signal handler, so it may come anywhere; or a tensor was on its way.
+            if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
                 raise TrainingError(
                     "a process that makes samples died, perhaps of too little memory; go on from the last saved state "
                     "with --resume and fewer --workers"
