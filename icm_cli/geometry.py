@@ -39,6 +39,8 @@ class CanvasRule:
     multiple_px: int
     square: bool
     enlarge: float = math.inf
+    least_px: int = 1
+    """Neither side of the canvas is shorter: the layers of a backbone may need so much to see anything at all."""
 
     def place(self, height: int, width: int) -> Placement:
         """Where a frame of height x width pixels goes."""
@@ -47,7 +49,8 @@ class CanvasRule:
         if self.square:
             canvas = self.long_side_px, self.long_side_px
         else:
-            canvas = _round_up(content[0], self.multiple_px), _round_up(content[1], self.multiple_px)
+            height_px, width_px = (max(_round_up(side, self.multiple_px), self.least_px) for side in content)
+            canvas = height_px, width_px
         return Placement((height, width), content, canvas)
 
     def _long_side(self, source: int) -> int:

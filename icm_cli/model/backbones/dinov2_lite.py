@@ -33,6 +33,8 @@ DEPTH = 12
 """Blocks that the pretrained weights have."""
 TOKEN_PX = 32
 """Side of a token's cell on the canvas."""
+LEAST_PX = 2 * TOKEN_PX
+"""Side of the smallest canvas: the convolutions halve it six times."""
 LARGEST_ENLARGEMENT = 2.0
 """Of a small picture on its way to the canvas."""
 MEAN = (0.485, 0.456, 0.406)
@@ -108,7 +110,9 @@ class DinoV2Lite(Backbone):
 
     @property
     def canvas(self) -> CanvasRule:
-        return CanvasRule(self.config.long_side_px, TOKEN_PX, square=False, enlarge=LARGEST_ENLARGEMENT)
+        return CanvasRule(
+            self.config.long_side_px, TOKEN_PX, square=False, enlarge=LARGEST_ENLARGEMENT, least_px=LEAST_PX
+        )
 
     def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
         return self._features(image, valid, ())
