@@ -45,6 +45,8 @@ def out(tmp_path: Path) -> Path:
         (["--set", "train.micro_batch_size=3"], 3, "expected a multiple of their product"),
         (["--set", "train.canvas_px=100"], 3, "multiple of 32"),
         (["--set", "head.feature_channels=[9]"], 3, "feature_channels is 9, and the backbone gives 208"),
+        (["--set", "train.comparing_share=0"], 3, "which thing is meant would stay random"),
+        (["--set", "train.comparing_share=-1"], 3, "comparing_share is -1"),
         (["--set", "data.sources=[{images: none, alphas: none}]"], 2, "is not a folder"),
         (["--set", "data.sources=[{dataset: cutouts, root: none}]"], 2, "data: source 1: cutouts folder none"),
         (["--set", "data.validation={images: none, alphas: none}"], 2, "data: validation: --images none"),

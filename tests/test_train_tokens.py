@@ -77,11 +77,15 @@ def test_tokens_are_kept_in_a_file(learned: tuple[Path, Path, str], tmp_path: Pa
         assert (" views, " in printed.getvalue()) == (number == 0)
     assert keep.is_file()
     assert all(tensor.equal(written[1][key]) for key, tensor in written[0].items())
+    with pytest.raises(ConfigError, match="or with other settings"):
+        main(
+            tmp_path / "2.safetensors", data, str(learned[0]), overrides=["train.pairs.composite_share=0.9"], **options
+        )
 
 
 def test_tokens_of_other_pictures_are_refused(learned: tuple[Path, Path, str], tmp_path: Path) -> None:
     keep = tmp_path / "views.pt"
-    torch.save({"names": ["0:red images/red/0"], "views": [None]}, keep)
+    torch.save({"digest": "of others", "views": [None]}, keep)
     with pytest.raises(ConfigError, match="holds the tokens of other pictures"):
         main(
             tmp_path / "out.safetensors",

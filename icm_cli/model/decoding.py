@@ -9,6 +9,7 @@ from torch import Tensor, nn
 VISIBLE_ALPHA = 0.05
 """Pixels below take no part in the confidence: a large empty background says nothing about the thing."""
 GUIDED_STRIDE = 4
+"""Pixels of the canvas for one of the guided filter's fit."""
 GUIDED_SHARE = 0.03
 """Radius of the guided filter's window, as a share of the canvas' long side."""
 GUIDED_EPSILON = 1e-4
@@ -48,7 +49,8 @@ def along_edges(alpha: Tensor, image: Tensor) -> Tensor:
     """An alpha whose edges are soft, brought to the image's edges by the guided filter with a wide window.
 
     alpha [B,1,H,W] and image [B,3,H,W] in 0..1, float32 -> [B,1,H,W] in 0..1. The fit is made at a quarter of the size
-    (He & Sun, "Fast Guided Filter", 2015; the colour guide of He, Sun & Tang, TPAMI 2013, equations 14-19).
+    (He & Sun, "Fast Guided Filter", 2015; the colour guide of He, Sun & Tang, TPAMI 2013, equations 14-19). It is
+    part of a head: on the model's device, for a batch; geometry.guided_upsample brings any alpha to its source's size.
     """
     guide, soft = F.avg_pool2d(image, GUIDED_STRIDE), F.avg_pool2d(alpha, GUIDED_STRIDE)
     radius = max(1, round(GUIDED_SHARE * max(guide.shape[-2:])))

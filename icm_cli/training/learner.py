@@ -63,6 +63,7 @@ class Learner:
         if not self.trains_backbone:
             self.model.backbone.requires_grad_(False).to(self.device.dtype)
             self.model.backbone.optimise_for_inference()
+        _check_comparing(self.model, config, checkpoint)
         if not config.comparing_share:
             for parameter in self.model.head.comparing():
                 parameter.requires_grad_(False)
@@ -256,6 +257,18 @@ def _check_canvas(rule: CanvasRule, canvas_px: int) -> None:
         raise ConfigError(f"train: canvas_px is {canvas_px}, and the backbone's canvas has {rule.long_side_px} px")
     if canvas_px % rule.multiple_px:
         raise ConfigError(f"train: canvas_px is {canvas_px}; expected a multiple of {rule.multiple_px}")
+
+
+def _check_comparing(model: InContextMatting, config: TrainConfig, checkpoint: Path | None) -> None:
+    if config.comparing_share != 1.0 and not model.head.comparing():
+        raise ConfigError(
+            f"train: comparing_share is {config.comparing_share}, and this head has no part that compares; leave it out"
+        )
+    if not config.comparing_share and checkpoint is None:
+        raise ConfigError(
+            "train: comparing_share is 0 and there is no --checkpoint, so which thing is meant would stay random; give "
+            "the one that icm_cli.training.tokens wrote, or leave comparing_share out"
+        )
 
 
 def _optimiser(model: InContextMatting, config: TrainConfig) -> torch.optim.Optimizer:

@@ -233,8 +233,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least = {"steps": 1, "batch_size": 1, "canvas_px": 64, "log_every": 1, "image_every": 1, "trimap_kernel": 1}
         at_least |= {"validate_every": 1, "save_every": 1, "warmup_steps": 0, "rate": 0, "backbone_rate": 0}
-        at_least |= {"comparing_share": 0}
-        at_least |= {"weight_decay": 0, "feature_cache_gb": 0, "seed": 0}
+        at_least |= {"comparing_share": 0, "weight_decay": 0, "feature_cache_gb": 0, "seed": 0}
         if self.seed >= LARGEST_SEED:
             raise ConfigError(f"train: seed is {self.seed}; expected less than {LARGEST_SEED}")
         for name, least in at_least.items():

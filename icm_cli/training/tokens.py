@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from icm_cli.errors import ConfigError, ImageError
-from icm_cli.files import atomic_write, content_digest
+from icm_cli.files import atomic_write, content_digest, digest_of
 from icm_cli.guidance import ReferenceTokens, background_tokens, foreground_tokens
 from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_trained_on, save_checkpoint
 from icm_cli.model.contracts import Features
@@ -34,7 +34,7 @@ from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.loading import model_to_train
 from icm_cli.training.items import Item, Pool, read_pool
 from icm_cli.training.samples import SampleMaker, start_worker
-from icm_cli.training.settings import read_settings
+from icm_cli.training.settings import Settings, read_settings
 
 LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
 LAYOUT_SHARES = (0.3, 0.4, 0.25, 0.05)
@@ -117,22 +117,30 @@ def read_views(
     return kept
 
 
-def kept_views(path: Path | None, shown: Sequence[Item], read: Callable[[], list[View | None]]) -> list[View | None]:
-    """What ``path`` holds for ``shown``, else what ``read`` gives, which is then kept there.
+def views_digest(settings: Settings, shown: Sequence[Item], seed: int) -> str:
+    """Hash of what decides the tokens: the backbone, the recipe of the scenes, which items, and their seed."""
+    backbone, train = settings.model.as_dict()["backbone"], settings.as_dict()["train"]
+    recipe = [backbone, *(train[name] for name in ("canvas_px", "pairs", "augment")), seed]
+    return digest_of(json.dumps(recipe, sort_keys=True), *(f"{item.group} {item.name}" for item in shown))
 
-    Raises ConfigError where it was made for other items. (No digest of the rest: the file is the user's to delete.)
+
+def kept_views(path: Path | None, digest: str, read: Callable[[], list[View | None]]) -> list[View | None]:
+    """What ``path`` holds, else what ``read`` gives, which is then kept there under :func:`views_digest`.
+
+    Raises ConfigError where it was made for other pictures or with other settings.
     """
-    names = [f"{item.group} {item.name}" for item in shown]
     if path is not None and path.exists():
         stored = torch.load(path, weights_only=True, mmap=True)
-        if stored["names"] != names:
-            raise ConfigError(f"{path} holds the tokens of other pictures; delete it, or give another --keep")
+        if stored["digest"] != digest:
+            raise ConfigError(
+                f"{path} holds the tokens of other pictures, or with other settings; delete it, or give another --keep"
+            )
         return [View(*view) if view else None for view in stored["views"]]
     views = read()
     if path is not None:
         tensors = [tuple(getattr(view, each.name) for each in fields(View)) if view else None for view in views]
         with atomic_write(path) as file:
-            torch.save({"names": names, "views": tensors}, file)
+            torch.save({"digest": digest, "views": tensors}, file)
     return views
 
 
@@ -250,20 +258,13 @@ def _evidence_loss(evidence: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     return (entropy * valid).sum() / valid.sum()
 
 
-def learn(model: InContextMatting, mosaics: Mosaics, *, steps: int, batch_size: int, rate: float) -> None:
+def learn(head: TokenMatchHead, mosaics: Mosaics, *, steps: int, batch_size: int, rate: float) -> None:
     """Train all of the head that comes before its decoder, in place; ends with the running mean of its weights."""
-    head = model.head
-    if not isinstance(head, TokenMatchHead):
-        raise ConfigError("learning on tokens is for the token-match head")
     head.train()
     parameters = head.comparing()
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser,
-        max_lr=rate,
-        total_steps=steps,
-        pct_start=min(0.3, WARMUP_STEPS / steps),
-        cycle_momentum=False,
+        optimiser, max_lr=rate, total_steps=steps, pct_start=min(0.3, WARMUP_STEPS / steps), cycle_momentum=False
     )
     mean = [parameter.detach().clone() for parameter in parameters]
     began, losses, overlaps, presences = time.monotonic(), [], [], []
@@ -326,23 +327,25 @@ def main(
     """Train the comparing part of a token-match head on tokens alone."""
     settings = read_settings(config, data, [*(overrides or ()), f"train.canvas_px={canvas_px}"])
     model = model_to_train(settings.model, checkpoint=checkpoint, weights=None, offline=True, seed=seed)
+    head = model.head
+    if not isinstance(head, TokenMatchHead):
+        raise ConfigError(f"--config {config} has another head; learning on tokens is for the token-match head")
     model.eval().requires_grad_(False)
     model.backbone.optimise_for_inference()
     model.convolve_channels_last()
     pool = read_pool(settings.data, settings.train.pairs)
     shown = to_show(pool, views)
     maker = SampleMaker(pool, settings.train)
-    seen = kept_views(keep, shown, lambda: read_views(model, maker, shown, seed, workers))
+    seen = kept_views(keep, views_digest(settings, shown, seed), lambda: read_views(model, maker, shown, seed, workers))
     kept: dict[Item, list[View]] = {item: [] for item in pool}
     for item, view in zip(shown, seen, strict=True):
         if view is not None:
             kept[item].append(view)
     if checkpoint is None:
-        assert isinstance(model.head, TokenMatchHead)
-        model.head.begin(_some_tokens([view for views_of in kept.values() for view in views_of], seed))
-    model.head.requires_grad_(True)
+        head.begin(_some_tokens([view for view in seen if view is not None], seed))
+    head.requires_grad_(True)
     torch.manual_seed(seed)
-    learn(model, Mosaics(pool, kept, seed), steps=steps, batch_size=batch_size, rate=rate)
+    learn(head, Mosaics(pool, kept, seed), steps=steps, batch_size=batch_size, rate=rate)
     earlier = read_trained_on(checkpoint) if checkpoint else None
     trained_on = sorted({*(earlier or ()), *map(content_digest, pool.images)})
     save_checkpoint(

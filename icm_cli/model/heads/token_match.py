@@ -24,13 +24,13 @@ from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
 
 EVIDENCE_NUMBERS = 8
 """That every comparison gives a token."""
-PRESENCE_NUMBERS = 5
-"""That every comparison says of the whole picture."""
-PRESENCE_WIDTH = 64
 CARRIED = 6
 """Which of them is the guidance carried over."""
 STRONGEST = (0, 1, CARRIED)
 """Which of them, at the picture's strongest token, tell whether the thing is there."""
+PRESENCE_NUMBERS = 2 + len(STRONGEST)
+"""That every comparison says of the whole picture: those, and likeness to the foreground's and background's means."""
+PRESENCE_WIDTH = 64
 LEAST_ALPHA = 1e-3
 """Weight of every token in the mean of the thing: where nothing is found the whole picture is compared."""
 IMAGE_CHANNELS = 3
@@ -216,17 +216,9 @@ class TokenMatchHead(TrainedHead):
         beside the picture's strongest evidence and its strongest tokens.
         """
         alpha = (torch.sigmoid(self.coarse(fused).float()) + LEAST_ALPHA) * valid[:, None]
-        whole = self._unit_mean(alpha.flatten(1)[..., None], projected)  # [B,comparisons - 1,width]
-        pooled = []
-        for reference in references:
-            sides = [
-                each if len(each) else torch.zeros_like(projected[0, :1])
-                for each in (reference.foreground, reference.background)
-            ]
-            pooled.append(
-                torch.stack([self._unit_mean(each.new_ones(1, len(each), 1), each[None])[0] for each in sides])
-            )
-        alike = (torch.stack(pooled) * whole[:, None]).sum(dim=-1)  # [B,2,comparisons - 1]
+        whole = self._unit((alpha.flatten(1)[..., None] * projected).sum(dim=1))
+        sides = [torch.stack([each.foreground.sum(dim=0), each.background.sum(dim=0)]) for each in references]
+        alike = (self._unit(torch.stack(sides)) * whole[:, None]).sum(dim=-1)  # [B,2,layers]
         alike = torch.cat([alike, alike.mean(dim=-1, keepdim=True)], dim=-1)
         hidden = evidence.masked_fill(~valid[:, None], float("-inf"))
         strongest = hidden.flatten(2).amax(dim=2).reshape(len(hidden), -1, EVIDENCE_NUMBERS)[..., STRONGEST]
@@ -235,10 +227,9 @@ class TokenMatchHead(TrainedHead):
         logit: Tensor = self.present(numbers)[:, 0]
         return logit
 
-    def _unit_mean(self, weights: Tensor, of: Tensor) -> Tensor:
-        """The mean [B,comparisons - 1,width] of tokens [B,N,C] weighted by [B,N,1], of unit length."""
-        mean = (weights * of).sum(dim=1) / weights.sum(dim=1)
-        return F.normalize(mean.reshape(len(mean), -1, self.config.width), dim=-1)
+    def _unit(self, summed: Tensor) -> Tensor:
+        """The direction of a sum of tokens [...,C] in every layer, [...,layers,width]; 0 where there were none."""
+        return F.normalize(summed.reshape(*summed.shape[:-1], -1, self.config.width), dim=-1)
 
     def _details(self, target: Features, image: Tensor) -> list[Tensor]:
         """What joins each step of the decoder: the backbone's scales from coarse to fine, then the image."""
