@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from icm_cli.errors import ImageError
 from icm_cli.files import atomic_write
@@ -28,6 +28,18 @@ PNG_COMPRESSION = 1
 
 COLOUR_TOLERANCE = 16
 """Channels of a grey picture differ by no more, after JPEG too."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientations but the upright one (1), and what undoes each."""
+_ON_THEIR_SIDE = frozenset(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _DECODE_ERRORS = (OSError, SyntaxError, UserWarning, ValueError, EOFError, IndexError, struct.error, zlib.error)
@@ -84,8 +96,8 @@ def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an upright picture, from its header alone. Raises ImageError."""
     with _named_errors(path), Image.open(path) as image:
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # these lie on their side
-    return (width, height) if turned else (height, width)
+        turn = _turn(image)
+    return (width, height) if turn in _ON_THEIR_SIDE else (height, width)
 
 
 def content_sha256(path: Path) -> str:
@@ -142,7 +154,17 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     """The decoded, upright image; every way a file can be bad becomes one ImageError."""
     with _named_errors(path), Image.open(path) as image:
         image.load()
-        yield ImageOps.exif_transpose(image)
+        turn = _turn(image)
+        yield image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What brings a picture upright by its EXIF orientation; EXIF that cannot be read turns nothing."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001  EXIF is written by anything, and can never fail a picture
+        return None
+    return _TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 @contextlib.contextmanager

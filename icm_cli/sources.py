@@ -16,6 +16,9 @@ from icm_cli.files import TEMPORARY_PREFIX
 from icm_cli.images import IMAGE_SUFFIXES, Picture
 from icm_cli.report import ImageResult
 
+SERVICE_FOLDERS = frozenset({"@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "__MACOSX"})
+"""Folders that storage servers and archivers make for themselves: thumbnails, bins, snapshots, resource forks."""
+
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 
 
@@ -57,7 +60,7 @@ def plan_jobs(
     against the path below the sources' root and against the bare name. The output tree, the references and
     their masks are left out. Raises UsageError before anything is written.
     """
-    root, found = _find(src)
+    root, found = _find(src, notice)
     if _real(root) == _real(out):
         raise UsageError(f"the source folder {root} is also the output folder; give --out another folder")
     found = _without(found, _below(out, root), "in the output folder", notice)
@@ -85,7 +88,7 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _find(src: str | Path) -> tuple[Path, list[Path]]:
+def _find(src: str | Path, notice: Callable[[str], None]) -> tuple[Path, list[Path]]:
     """The root that the output tree mirrors, and the files."""
     text, path = str(src), Path(src)
     if not text:
@@ -93,7 +96,7 @@ def _find(src: str | Path) -> tuple[Path, list[Path]]:
     if text == "-":
         return _listed(sys.stdin or (), "standard input")
     if path.is_dir():
-        return path, [file for file in _walk(path) if file.suffix.lower() in IMAGE_SUFFIXES]
+        return path, [file for file in _walk(path, notice) if file.suffix.lower() in IMAGE_SUFFIXES]
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
         try:
             return _listed(path.read_text(encoding="utf-8-sig").splitlines(), str(path))
@@ -106,7 +109,7 @@ def _find(src: str | Path) -> tuple[Path, list[Path]]:
     raise UsageError(f"source {text} does not exist; expected a folder, an image, a quoted glob, a text list or -")
 
 
-def _walk(folder: Path) -> Iterable[Path]:
+def _walk(folder: Path, notice: Callable[[str], None]) -> Iterable[Path]:
     """Every file below a folder that is not hidden; links to folders are followed, each folder entered once."""
     entered = {os.path.realpath(folder)}
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -114,6 +117,9 @@ def _walk(folder: Path) -> Iterable[Path]:
             real = os.path.realpath(Path(parent) / name)
             if name.startswith(".") or real in entered:
                 folders.remove(name)
+            elif name in SERVICE_FOLDERS:
+                folders.remove(name)
+                notice(f"{Path(parent) / name} skipped: a folder of a storage server or archiver, not of pictures")
             entered.add(real)
         yield from (Path(parent) / name for name in files if not name.startswith("."))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import cv2
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from icm_cli.errors import ImageError, OutputError
-from icm_cli.images import read_matte, read_picture, read_stamp, write_alpha
+from icm_cli.images import image_size, read_matte, read_picture, read_stamp, write_alpha
 
 RGB = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 
@@ -40,6 +41,42 @@ def test_exif_rotation(tmp_path: Path, orientation: int) -> None:
     top, left = rows.min() == 0, columns.min() == 0
     expected = {1: (1, 1), 2: (1, 0), 3: (0, 0), 4: (0, 1), 5: (1, 1), 6: (1, 0), 7: (0, 0), 8: (0, 1)}
     assert (top, left) == expected[orientation]
+
+
+def exif_block(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF with one directory of (tag, type, count, four bytes of value), whatever they are."""
+    body = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + body + b"\0\0\0\0"
+
+
+LYING = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow says that it finds the EXIF odd
+@pytest.mark.parametrize(
+    "entry",
+    [
+        (0x011A, 3, 1, struct.pack("<f", 72.5)),  # a resolution in the wrong type
+        (0x011A, 10, 1, b"\xff\xff\xff\xff"),  # a rational that lies outside of the block
+        (0x8769, 2, 4, b"abc\0"),  # text where the offset of a directory belongs
+        (0x8769, 5, 1, b"\x08\0\0\0"),
+        (0x9286, 99, 1, b"\0\0\0\0"),  # no such type
+    ],
+)
+def test_odd_exif_decides_nothing_but_the_turn(tmp_path: Path, entry: tuple[int, int, int, bytes]) -> None:
+    path = saved(tmp_path / "a.jpg", Image.fromarray(RGB), exif=exif_block(LYING, entry))
+    assert read_picture(path).rgb.shape == (60, 40, 3)
+    assert image_size(path) == (60, 40)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow says that it finds the EXIF odd
+@given(block=st.binary(max_size=200))
+@settings(deadline=None, max_examples=50)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_no_exif_can_fail_a_picture(tmp_path_factory: pytest.TempPathFactory, suffix: str, block: bytes) -> None:
+    path = tmp_path_factory.mktemp("exif") / f"a.{suffix}"
+    saved(path, Image.fromarray(RGB), exif=b"Exif\0\0II*\0\x08\0\0\0" + block)
+    assert read_picture(path).rgb.shape in {(40, 60, 3), (60, 40, 3)}
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
