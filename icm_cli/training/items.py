@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,14 @@ class Item:
     """The image's colours mean nothing outside its alpha."""
     is_binary: bool
     """The alpha is a mask of 0 and 255."""
+    classes: frozenset[str] = frozenset()
+    """What it shows; pictures that share one are never taken for one another's absence."""
+    soften_px: float = 0.0
+    """Standard deviation of the blur that its hard mask gets."""
+
+    def is_alien_to(self, other: Item) -> bool:
+        """Whether this picture does not show what the other one does, as far as groups and classes tell."""
+        return self.group != other.group and not (self.classes & other.classes)
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,17 @@ class Pool:
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
+    @cached_property
+    def _groups_of_sources(self) -> tuple[tuple[tuple[Item, ...], ...], ...]:
+        """The groups of each source (a group lies in one source)."""
+        return tuple(tuple(self.groups[group] for group in dict.fromkeys(map(_group, each))) for each in self.sources)
+
     def chances(self) -> list[float]:
         """How likely :meth:`draw` is to give each item, in their order."""
         return [
-            float(share) / len(source) for source, share in zip(self.sources, self._shares, strict=True) for _ in source
+            float(share) / len(groups) / len(self.groups[item.group])
+            for source, groups, share in zip(self.sources, self._groups_of_sources, self._shares, strict=True)
+            for item in source
         ]
 
     @property
@@ -75,9 +91,10 @@ class Pool:
         return list(dict.fromkeys([*(item.image for item in self), *self.backgrounds]))
 
     def draw(self, rng: np.random.Generator) -> Item:
-        """A source by its weight, then any of its items."""
-        source = self.sources[rng.choice(len(self.sources), p=self._shares)]
-        return source[rng.integers(len(source))]
+        """A source by its weight, then any of its groups, then any item of that: small groups count as much as large."""
+        groups = self._groups_of_sources[rng.choice(len(self.sources), p=self._shares)]
+        group = groups[rng.integers(len(groups))]
+        return group[rng.integers(len(group))]
 
     def partner(self, item: Item, rng: np.random.Generator, same_image_share: float) -> Item:
         """Another item of its group with another image; itself at a share, or where there is none."""
@@ -85,14 +102,14 @@ class Pool:
         wants_itself = rng.random() < same_image_share
         return item if wants_itself or not others else others[rng.integers(len(others))]
 
-    def stranger(self, group: str, rng: np.random.Generator, *, cuttable: bool) -> Item | None:
-        """An item of another group, None where hardly any is.
+    def stranger(self, shown: Item, rng: np.random.Generator, *, cuttable: bool) -> Item | None:
+        """An item that shows another thing, None where hardly any does.
 
         ``cuttable``: one that can be cut out, so no mask, whose hard edge would be learned.
         """
         for _ in range(20):
             item = self.draw(rng)
-            if item.group != group and not (cuttable and item.is_binary):
+            if item.is_alien_to(shown) and not (cuttable and item.is_binary):
                 return item
         return None
 
@@ -127,15 +144,50 @@ def _items(number: int, source: SourceConfig, problems: list[Problem]) -> tuple[
     kept = [item for item in found if not any(fnmatch(item.name, pattern) for pattern in source.exclude)]
     if not kept:
         raise UsageError(f"data: {source.title} has no image left to train on; expected images with alphas")
-    return tuple(_placed(item, number, source) for item in kept)
+    classes = _read_classes(source.classes)
+    if source.classes and (lone := next((each for each in kept if _classes_of(each, classes) is None), None)):
+        raise ConfigError(
+            f"data: classes {source.classes} has no entry for {lone.image.parent}; expected every folder of the source"
+        )
+    return tuple(_placed(item, number, source, classes) for item in kept)
 
 
-def _placed(item: Item, number: int, source: SourceConfig) -> Item:
+def _placed(item: Item, number: int, source: SourceConfig, classes: Mapping[str, Sequence[str]]) -> Item:
     group = item.name if source.group_by == "image" else item.group
     is_binary = source.binary or item.is_binary
-    return Item(
-        item.name, item.image, item.alpha, item.trimap, f"{number}:{group}", item.is_foreground, is_binary=is_binary
+    return replace(
+        item,
+        group=f"{number}:{group}",
+        is_binary=is_binary,
+        classes=frozenset(_classes_of(item, classes) or ()),
+        soften_px=source.soften_px,
     )
+
+
+def _group(item: Item) -> str:
+    return item.group
+
+
+def _classes_of(item: Item, classes: Mapping[str, Sequence[str]]) -> Sequence[str] | None:
+    """The entry of the item's folder, which the file may name by its last parts alone; None where there is none."""
+    parts = item.image.parent.parts
+    return next((classes[key] for n in range(len(parts)) if (key := "/".join(parts[n:])) in classes), None)
+
+
+def _read_classes(path: str | None) -> dict[str, list[str]]:
+    """The classes of each folder, from :attr:`SourceConfig.classes`. Raises ConfigError."""
+    if path is None:
+        return {}
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = {folder: [each] if isinstance(each, str) else list(each) for folder, each in stored.items()}
+        if not all(isinstance(name, str) for each in found.values() for name in each):
+            raise ValueError("a class is no text")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"data: classes {path} cannot be read ({error}); expected JSON that gives each folder a class or a list"
+        ) from error
+    return found
 
 
 def _cutouts(source: SourceConfig) -> list[Item]:

@@ -146,6 +146,8 @@ def _read(item: Item) -> tuple[ImageU8, ImageU8]:
         alpha = resize(alpha, (picture.rgb.shape[0], picture.rgb.shape[1]))  # Open Images' masks have their own sizes
     if item.is_binary:
         alpha = np.where(alpha > 127, 255, 0).astype(np.uint8)
+    if item.soften_px:
+        alpha = np.asarray(cv2.GaussianBlur(alpha, (0, 0), item.soften_px), np.uint8)
     return picture.rgb, alpha
 
 

@@ -83,7 +83,7 @@ class SampleMaker(Dataset["Sample | str"]):
 
     def view(self, item: Item, rng: Rng) -> Scene:
         """An item's scene as a target or a reference shows it, other things in it at times. Raises ImageError."""
-        scene = self._scenes.distracted(self._scene(item, rng), self._distractors(item.group, rng), rng)
+        scene = self._scenes.distracted(self._scene(item, rng), self._distractors(item, rng), rng)
         return self._scenes.finished(scene, rng)
 
     def _draw(self, counter: int, rng: Rng) -> Sample:
@@ -91,7 +91,7 @@ class SampleMaker(Dataset["Sample | str"]):
         item = pool.draw(rng)
         shown = pool.partner(item, rng, pairs.same_image_share)
         is_negative = rng.random() < pairs.negative_share
-        others = self._distractors(item.group, rng)
+        others = self._distractors(item, rng)
         if is_negative:
             target, name = self._without(shown, rng)
         else:
@@ -126,7 +126,7 @@ class SampleMaker(Dataset["Sample | str"]):
     def _without(self, shown: Item, rng: Rng) -> tuple[Scene, str]:
         """A picture of something else, with an alpha of 0, and its name."""
         backgrounds = self.pool.backgrounds
-        other = self.pool.stranger(shown.group, rng, cuttable=False)
+        other = self.pool.stranger(shown, rng, cuttable=False)
         if backgrounds and (other is None or rng.random() < BACKDROP_SHARE):
             path = backgrounds[rng.integers(len(backgrounds))]
             scene, name = self._scenes.backdrop(path, rng), path.name
@@ -136,12 +136,12 @@ class SampleMaker(Dataset["Sample | str"]):
             scene, name = self._scene(other, rng), other.name
         return replace(scene, alpha=np.zeros_like(scene.alpha), trimap=None), f"{name} (absent)"
 
-    def _distractors(self, group: str, rng: Rng) -> list[Item]:
+    def _distractors(self, shown: Item, rng: Rng) -> list[Item]:
         pairs = self.config.pairs
         if rng.random() >= pairs.distractor_share or not pairs.distractors:
             return []
         count = int(rng.integers(1, pairs.distractors + 1))
-        drawn = (self.pool.stranger(group, rng, cuttable=True) for _ in range(count))
+        drawn = (self.pool.stranger(shown, rng, cuttable=True) for _ in range(count))
         return [item for item in drawn if item is not None]
 
     def _trimap(self, alpha: ImageU8, published: ImageU8 | None) -> ImageU8:

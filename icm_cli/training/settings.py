@@ -61,6 +61,11 @@ class SourceConfig(FilesConfig):
     """The alphas are masks of 0 and 255, and stay so whatever is done to the images."""
     exclude: tuple[str, ...] = ()
     """Globs of names that are left out."""
+    classes: str | None = None
+    """JSON file that says what each group shows: the folder of its pictures (its last parts will do) to one class or a
+    list of them. A picture that is to show something else has no class of the reference's group, across all sources."""
+    soften_px: float = 0.0
+    """Standard deviation of the blur that hard masks get, in px of the file; half-way values become part of an edge."""
     weight: float = 1.0
     """Share of the samples, in proportion to the other sources' weights."""
     licence: str = ""
@@ -70,6 +75,10 @@ class SourceConfig(FilesConfig):
         known = {*DATASETS, CUTOUTS}
         if self.dataset not in known:
             raise ConfigError(f"data: unknown dataset {self.dataset!r}. {did_you_mean(self.dataset, known)}")
+        if self.soften_px < 0 or (self.soften_px and self.binary):
+            raise ConfigError(
+                f"data: soften_px of {self.title} is {self.soften_px}; expected 0 or more, and 0 for binary masks"
+            )
         if not self.weight > 0:
             raise ConfigError(f"data: weight of {self.title} is {self.weight}; expected more than 0")
 

@@ -48,7 +48,7 @@ CLIP_NORM = 5.0
 BEGIN_VIEWS = 400
 """Pictures whose tokens give the principal components that the projections begin with."""
 MOST_VIEWS = 3
-"""Times the average number of views, for a picture that is drawn often."""
+"""Of one picture."""
 AT_A_TIME = 8
 """Pictures that the backbone sees together."""
 
@@ -83,12 +83,13 @@ class Views(Dataset[tuple[int, "np.ndarray | None", "np.ndarray | None", "np.nda
         return index, scene.rgb, scene.alpha, scene.valid
 
 
-def to_show(pool: Pool, views: int) -> list[Item]:
-    """Every item, again and again: ``views`` times on average, more often the more often it is drawn."""
+def to_show(pool: Pool, views: int, seed: int) -> list[Item]:
+    """Of every group about ``views`` items, drawn with ``seed``; each at most ``MOST_VIEWS`` times where they are few."""
+    rng = np.random.default_rng((seed, 2))
     shown = []
-    for item, chance in zip(pool, pool.chances(), strict=True):
-        wanted = round(chance * len(pool) * views)
-        shown += [item] * min(max(wanted, 1), MOST_VIEWS * views)
+    for items in pool.groups.values():
+        count = min(views, MOST_VIEWS * len(items))
+        shown += [items[index] for index in np.resize(rng.permutation(len(items)), count)]
     return shown
 
 
@@ -197,7 +198,7 @@ class Mosaics:
             shown, target = self._view(partner), self._view(item)
             if shown is not None and target is not None and shown is not target and shown.alpha.max() > 0.5:
                 break
-        others = [self._stranger(item.group) for _ in range(tiles)]
+        others = [self._stranger(item) for _ in range(tiles)]
         if self.rng.random() < NEGATIVE_SHARE:
             return shown, others, -1
         place = int(self.rng.integers(tiles))
@@ -210,10 +211,10 @@ class Mosaics:
             if self.views.get(item):
                 return item
 
-    def _stranger(self, group: str) -> View:
+    def _stranger(self, shown: Item) -> View:
         while True:
             item = self._drawn()
-            if item.group != group:
+            if item.is_alien_to(shown):
                 return self.views[item][self.rng.integers(len(self.views[item]))]
 
     def _view(self, item: Item) -> View | None:
@@ -315,13 +316,14 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 3000,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     rate: Annotated[float, typer.Option(min=0)] = 1e-3,
-    views: Annotated[int, typer.Option(min=1, help="Of a picture, on average.")] = 2,
+    views: Annotated[int, typer.Option(min=1, help="Of a group.")] = 12,
     canvas_px: Annotated[int, typer.Option(min=64, help="A multiple of 32.")] = 512,
     keep: Annotated[
         Path | None, typer.Option(help="A file for the tokens: written, or read instead of making them anew.")
     ] = None,
     workers: Annotated[int, typer.Option(min=0)] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    bf16: Annotated[bool, typer.Option(help="The transformer in bfloat16.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="As of icm train.")] = None,
 ) -> None:
     """Train the comparing part of a token-match head on tokens alone."""
@@ -333,8 +335,10 @@ def main(
     model.eval().requires_grad_(False)
     model.backbone.optimise_for_inference()
     model.convolve_channels_last()
+    if bf16:
+        model.backbone.transformer.to(torch.bfloat16)
     pool = read_pool(settings.data, settings.train.pairs)
-    shown = to_show(pool, views)
+    shown = to_show(pool, views, seed)
     maker = SampleMaker(pool, settings.train)
     seen = kept_views(keep, views_digest(settings, shown, seed), lambda: read_views(model, maker, shown, seed, workers))
     kept: dict[Item, list[View]] = {item: [] for item in pool}
