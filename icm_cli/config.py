@@ -17,17 +17,19 @@ import yaml
 
 from icm_cli.errors import ConfigError, did_you_mean
 
-PartKind = Literal["backbones", "heads"]
+PartKind = Literal["backbones", "heads", "edges"]
 T = TypeVar("T")
 TRAINING_KEYS = ("train", "data")
 """Sections of a configuration file that only ``icm train`` reads."""
-MODEL_KEYS = {"backbone", "head", *TRAINING_KEYS}
+PART_KEYS = ("backbone", "head", "edges")
+"""Sections of a configuration file that make the model."""
+MODEL_KEYS = {*PART_KEYS, *TRAINING_KEYS}
 """All sections of a configuration file."""
 
 
 @dataclass(frozen=True)
 class PartConfig:
-    """A backbone or a head by name, with its settings (that part's own ``Config`` dataclass)."""
+    """A backbone, a head or what refines edges, by name, with its settings (that part's own ``Config`` dataclass)."""
 
     name: str
     settings: Any
@@ -39,12 +41,15 @@ class ModelConfig:
 
     backbone: PartConfig
     head: PartConfig
+    edges: PartConfig | None = None
+    """What brings the head's alpha to the source's edges; without it a guided filter does."""
 
     def as_dict(self) -> dict[str, Any]:
         """The mapping that :func:`parse_model` reads back to an equal configuration."""
         return {
             kind: {"name": part.name, **dataclasses.asdict(part.settings)}
-            for kind, part in (("backbone", self.backbone), ("head", self.head))
+            for kind, part in (("backbone", self.backbone), ("head", self.head), ("edges", self.edges))
+            if part is not None
         }
 
 
@@ -60,10 +65,12 @@ def part_class(kind: PartKind, name: str) -> Any:
 def parse_model(mapping: object, where: str) -> ModelConfig:
     """Read a model's configuration; ``where`` names its origin in errors. Raises ConfigError."""
     fields = as_mapping(mapping, where)
-    reject_unknown(fields, {"backbone", "head"}, where)
+    reject_unknown(fields, set(PART_KEYS), where)
+    edges = fields.get("edges")
     return ModelConfig(
         backbone=_parse_part("backbones", fields.get("backbone"), f"{where}: backbone"),
         head=_parse_part("heads", fields.get("head"), f"{where}: head"),
+        edges=None if edges is None else _parse_part("edges", edges, f"{where}: edges"),
     )
 
 

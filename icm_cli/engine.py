@@ -183,7 +183,7 @@ class Engine:
         job = item.job
         if not np.isfinite(matte.alpha).all():
             return _failed(job, f"{job.source}: the model gave no finite alpha; run again with --dtype float32")
-        alpha = item.frame.placement.to_source(matte.alpha, item.frame.rgb)
+        alpha = matte.at_source(item.frame)
         measured: dict[str, Any] = {
             "foreground": round(float(alpha.mean()) / 255.0, 6),
             "confidence": round(matte.confidence, 4),

@@ -82,9 +82,13 @@ class Placement:
         mask[: self.content[0], : self.content[1]] = True
         return mask
 
+    def inside(self, alpha: Float) -> Float:
+        """An alpha on the canvas without its padding."""
+        return np.ascontiguousarray(alpha[: self.content[0], : self.content[1]])
+
     def to_source(self, alpha: Float, image: ImageU8) -> ImageU8:
         """Alpha float32 0..1 on the canvas -> uint8 at the source's size, its edges refined by the source image."""
-        inside = np.ascontiguousarray(alpha[: self.content[0], : self.content[1]])
+        inside = self.inside(alpha)
         if self.content == self.source:
             return to_u8(inside)
         if self.source[0] * self.source[1] <= inside.size:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from icm_cli.device import Device, resolve_device
-from icm_cli.geometry import Float, ImageU8, Placement
+from icm_cli.geometry import Float, ImageU8, Placement, to_u8
 from icm_cli.model.contracts import Prepared
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.loading import load_model, resolve_model
@@ -31,11 +31,19 @@ class Frame:
 
 @dataclass(frozen=True)
 class CanvasMatte:
-    """What the model says of one frame: alpha float32 [H,W] 0..1 on the canvas, confidence 0..1, found."""
+    """What the model says of one frame: alpha float32 [H,W] 0..1 on the canvas, confidence 0..1, found.
+
+    Where the model refines edges the alpha is at the source's size already, ``is_refined``.
+    """
 
     alpha: Float
     confidence: float
     found: bool
+    is_refined: bool = False
+
+    def at_source(self, frame: Frame) -> ImageU8:
+        """The alpha uint8 [H,W] at the size of the frame's source. Touches no model: safe in threads."""
+        return to_u8(self.alpha) if self.is_refined else frame.placement.to_source(self.alpha, frame.rgb)
 
 
 class Matter:
@@ -65,15 +73,18 @@ class Matter:
         valid = self._on_device(np.stack([frame.placement.valid() for frame in frames]))
         matte = self.model.infer(self._images([frame.canvas for frame in frames]), valid, reference)
         alphas = matte.alpha[:, 0].float().cpu().numpy()
-        return [
-            CanvasMatte(alpha, float(confidence), bool(found))
-            for alpha, confidence, found in zip(alphas, matte.confidence, matte.found, strict=True)
-        ]
+        edges = self.model.edges
+        mattes = []
+        for frame, alpha, confidence, found in zip(frames, alphas, matte.confidence, matte.found, strict=True):
+            if edges is not None:
+                alpha = edges.refined(frame.rgb, frame.placement.inside(alpha))
+            mattes.append(CanvasMatte(alpha, float(confidence), bool(found), edges is not None))
+        return mattes
 
     def matte(self, rgb: ImageU8, reference: Prepared) -> ImageU8:
         """Alpha, uint8 [H,W], of a picture, sRGB uint8 [H,W,3], at exactly its size."""
         frame = self.prepare(rgb)
-        return frame.placement.to_source(self.infer([frame], reference)[0].alpha, rgb)
+        return self.infer([frame], reference)[0].at_source(frame)
 
     def _reference_tensors(self, reference: Reference) -> tuple[Tensor, Tensor, Tensor]:
         frame = self.prepare(reference.rgb)

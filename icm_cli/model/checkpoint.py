@@ -71,14 +71,14 @@ def save_checkpoint(
 ) -> None:
     """Write a model whole or not at all, as safetensors with its configuration inside.
 
-    Without the backbone the file holds the head alone, and the backbone's weights come from where its
+    Without the backbone the file holds the rest alone, and the backbone's weights come from where its
     configuration says. ``small`` is for files that are to be given away: kernels become float16, and the backbone's
     matrices 8-bit integers with a scale for every row; vectors (biases, BatchNorm statistics) stay float32.
     """
     tensors = {
         key: tensor.detach().cpu().contiguous()
         for key, tensor in model.state_dict().items()
-        if with_backbone or key.startswith("head.")
+        if with_backbone or not key.startswith("backbone.")
     }
     if small:
         tensors = {name: each for key, tensor in tensors.items() for name, each in _small(key, tensor).items()}

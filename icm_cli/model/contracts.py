@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 
-from icm_cli.geometry import CanvasRule
+from icm_cli.geometry import CanvasRule, Float, ImageU8
 
 
 @runtime_checkable
@@ -164,10 +164,6 @@ class Head(nn.Module, ABC):
     is_trained: ClassVar[bool]
     """Whether it has weights that must come from a checkpoint."""
 
-    def comparing(self) -> list[nn.Parameter]:
-        """The weights that say which thing is meant, where they can be told from the rest. None here."""
-        return []
-
     @abstractmethod
     def prepare(self, references: Sequence[ReferenceFeatures]) -> Prepared:
         """Condense the references into what :meth:`forward` needs; called once per run."""
@@ -191,3 +187,14 @@ class TrainedHead(Head, ABC):
 
         For people to look at while a model is trained; nothing is computed from them.
         """
+
+
+class Edges(nn.Module, ABC):
+    """Brings a head's alpha to the edges of its source, at the source's size. It knows no reference and no class."""
+
+    Config: ClassVar[type[Any]]
+    """Frozen dataclass of its settings."""
+
+    @abstractmethod
+    def refined(self, rgb: ImageU8, coarse: Float) -> Float:
+        """A coarse alpha [h,w] 0..1 of any size and its picture, sRGB uint8 [H,W,3] -> the alpha float32 [H,W] 0..1."""

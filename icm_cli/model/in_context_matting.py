@@ -1,4 +1,4 @@
-"""The core model of matte, eval and train: a backbone joined with a head."""
+"""The core model of matte, eval and train: a backbone joined with a head, and perhaps with what refines edges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
-from icm_cli.model.contracts import Backbone, Features, Head, Matte, Prepared, ReferenceFeatures
+from icm_cli.model.contracts import Backbone, Edges, Features, Head, Matte, Prepared, ReferenceFeatures
 
 TARGET_NOISE = "target"
 """Name of the noise of every target that is matted: an alpha must not depend on its neighbours."""
@@ -57,11 +57,12 @@ class FixedCanvas(Protocol):
 class InContextMatting(nn.Module):
     """One reference with its guidance shows the thing; every target gives up its alpha (paper section 3)."""
 
-    def __init__(self, backbone: Backbone, head: Head) -> None:
+    def __init__(self, backbone: Backbone, head: Head, edges: Edges | None = None) -> None:
         super().__init__()
         _check_join(backbone, head)
         self.backbone = backbone
         self.head = head
+        self.edges = edges
 
     def place(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Move to ``device`` for inference; convolutions and projections in ``dtype``.
@@ -72,7 +73,7 @@ class InContextMatting(nn.Module):
         self.backbone.optimise_for_inference()
         self.to(device)
         self.backbone.to(dtype)
-        for module in self.head.modules():
+        for module in (*self.head.modules(), *(self.edges.modules() if self.edges is not None else ())):
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
                 module.to(dtype)
         if device.type != "mps":

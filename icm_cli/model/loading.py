@@ -100,7 +100,12 @@ def _assembled(
         backbone = kind.load(settings, weights, offline=offline, seed=seed)
     if tensors:
         load_strict(backbone, tensors, f"checkpoint {checkpoint}")
-    return InContextMatting(backbone, head)
+    edges = None
+    if config.edges is not None:
+        edges = part_class("edges", config.edges.name)(config.edges.settings)
+        if loaded is not None:
+            load_strict(edges, _part(loaded, "edges"), f"checkpoint {checkpoint}")
+    return InContextMatting(backbone, head, edges)
 
 
 def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool) -> str:
@@ -135,7 +140,7 @@ def _reject_weights(weights: str | None, checkpoint: Path | None) -> None:
 
 
 def _part(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    """The tensors of one part, "head" or "backbone", without its name before theirs."""
+    """The tensors of one part, "head", "backbone" or "edges", without its name before theirs."""
     prefix = f"{name}."
     return {key.removeprefix(prefix): tensor for key, tensor in checkpoint.tensors.items() if key.startswith(prefix)}
 
@@ -143,8 +148,10 @@ def _part(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
 def _difference(inside: ModelConfig, given: ModelConfig) -> str:
     """The first setting in which two configurations differ, in words."""
     ours, theirs = inside.as_dict(), given.as_dict()
-    for part, settings in ours.items():
-        for key in {**settings, **theirs[part]}:
-            if settings.get(key) != theirs[part].get(key):
-                return f"its {part} has {key} {settings.get(key)!r}, not {theirs[part].get(key)!r}"
+    for part in {**ours, **theirs}:
+        settings = ours.get(part, {})
+        for key in {**settings, **theirs.get(part, {})}:
+            other = theirs.get(part, {}).get(key)
+            if settings.get(key) != other:
+                return f"its {part} has {key} {settings.get(key)!r}, not {other!r}"
     raise AssertionError("equal configurations have no difference")

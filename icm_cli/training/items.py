@@ -91,7 +91,7 @@ class Pool:
         return list(dict.fromkeys([*(item.image for item in self), *self.backgrounds]))
 
     def draw(self, rng: np.random.Generator) -> Item:
-        """A source by its weight, then any of its groups, then any item of that: small groups count as much as large."""
+        """A source by its weight, any of its groups, any item of that: small groups count as much as large ones."""
         groups = self._groups_of_sources[rng.choice(len(self.sources), p=self._shares)]
         group = groups[rng.integers(len(groups))]
         return group[rng.integers(len(group))]

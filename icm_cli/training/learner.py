@@ -63,10 +63,8 @@ class Learner:
         if not self.trains_backbone:
             self.model.backbone.requires_grad_(False).to(self.device.dtype)
             self.model.backbone.optimise_for_inference()
-        _check_comparing(self.model, config, checkpoint)
-        if not config.comparing_share:
-            for parameter in self.model.head.comparing():
-                parameter.requires_grad_(False)
+        if self.model.edges is not None:
+            self.model.edges.requires_grad_(False)  # refining edges is learned by itself
         if self.device.place.type != "mps":
             self.model.convolve_channels_last()
         optimiser = _optimiser(self.model, config)
@@ -259,27 +257,12 @@ def _check_canvas(rule: CanvasRule, canvas_px: int) -> None:
         raise ConfigError(f"train: canvas_px is {canvas_px}; expected a multiple of {rule.multiple_px}")
 
 
-def _check_comparing(model: InContextMatting, config: TrainConfig, checkpoint: Path | None) -> None:
-    if config.comparing_share != 1.0 and not model.head.comparing():
-        raise ConfigError(
-            f"train: comparing_share is {config.comparing_share}, and this head has no part that compares; leave it out"
-        )
-    if not config.comparing_share and checkpoint is None:
-        raise ConfigError(
-            "train: comparing_share is 0 and there is no --checkpoint, so which thing is meant would stay random; give "
-            "the one that icm_cli.training.tokens wrote, or leave comparing_share out"
-        )
-
-
 def _optimiser(model: InContextMatting, config: TrainConfig) -> torch.optim.Optimizer:
     """Groups by part and by whether weights decay: those of norms, and biases, do not."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    comparing = {id(parameter) for parameter in model.head.comparing()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = config.rate if name.startswith("head.") else config.backbone_rate
-            if id(parameter) in comparing:
-                rate *= config.comparing_share
             groups.setdefault((rate, config.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
     kind = torch.optim.Adam if config.optimiser == "adam" else torch.optim.AdamW
     return kind(

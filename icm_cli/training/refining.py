@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from icm_cli.errors import ImageError
 from icm_cli.geometry import Float, ImageU8
-from icm_cli.model.refiner import Refiner, RefinerConfig
+from icm_cli.model.edges.refine import Refine, RefineConfig
 from icm_cli.training.items import Item, Pool, read_pool
 from icm_cli.training.losses import laplacian
 from icm_cli.training.samples import start_worker
@@ -52,9 +52,9 @@ class EdgeSample:
     """rgb uint8 [CROPS,S,S,3]; coarse, truth, weight float16 [CROPS,S,S]."""
 
     rgb: ImageU8
-    coarse: Float
-    truth: Float
-    weight: Float
+    coarse: NDArray[np.float16]
+    truth: NDArray[np.float16]
+    weight: NDArray[np.float16]
 
 
 class EdgeMaker(Dataset[EdgeSample]):
@@ -63,9 +63,7 @@ class EdgeMaker(Dataset[EdgeSample]):
     def __init__(self, pool: Pool, augment: AugmentConfig, seed: int, *, held_out: bool = False) -> None:
         self.pool, self.seed, self.held_out = pool, seed, held_out
         self._scenes = SceneMaker(SCENE_PX, augment)
-        self._kept = {
-            item for number, item in enumerate(pool) if (number % HELD_OUT == 0) == held_out
-        }
+        self._kept = {item for number, item in enumerate(pool) if (number % HELD_OUT == 0) == held_out}
 
     def __len__(self) -> int:
         return 1 << 40
@@ -105,9 +103,8 @@ class EdgeMaker(Dataset[EdgeSample]):
             band = ((truth > 0.1) & (truth < 0.9)).astype(np.uint8)
             weight[cv2.dilate(band, np.ones((3, 3), np.uint8)) > 0] *= BAND_WEIGHT
         boxes = [_box(truth, coarse, rng) for _ in range(CROPS)]
-        crop = lambda layer: np.ascontiguousarray(np.stack([layer[box] for box in boxes]))  # noqa: E731
-        half = [crop(layer).astype(np.float16) for layer in (coarse, truth, weight)]
-        return EdgeSample(crop(scene.rgb), half[0], half[1], half[2])
+        half = [np.stack([layer[box] for box in boxes]).astype(np.float16) for layer in (coarse, truth, weight)]
+        return EdgeSample(np.stack([scene.rgb[box] for box in boxes]), half[0], half[1], half[2])
 
 
 def _box(truth: Float, coarse: Float, rng: np.random.Generator) -> tuple[slice, slice]:
@@ -161,7 +158,7 @@ def _loader(maker: EdgeMaker, first: int, scenes: int, workers: int) -> DataLoad
 
 
 @torch.no_grad()
-def measure(refiner: Refiner, batches: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[str, float]:
+def measure(refiner: Refine, batches: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[str, float]:
     """Weighted MSE and gradient error of coarse and of refined alphas, times 1000."""
     refiner.eval()
     sums = np.zeros(5)
@@ -173,7 +170,7 @@ def measure(refiner: Refiner, batches: list[tuple[Tensor, Tensor, Tensor, Tensor
             error = (alpha - truth.float()) * weight.float()
             sums[2 * at] += float(error.square().sum())
             sums[2 * at + 1] += float(error.diff(dim=2).abs().sum() + error.diff(dim=3).abs().sum())
-        sums[4] += float(weight.sum())
+        sums[4] += float(weight.float().sum())
     refiner.train()
     names = ("coarse_mse", "coarse_gradient", "mse", "gradient")
     return {name: 1000.0 * value / sums[4] for name, value in zip(names, sums[:4], strict=True)}
@@ -193,7 +190,7 @@ def main(
     settings = read_settings("lite", data)
     pool = read_pool(settings.data, PairConfig())
     torch.manual_seed(seed)
-    refiner = Refiner(RefinerConfig()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    refiner = Refine(RefineConfig()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if start is not None:
         refiner.load_state_dict(load_file(start))
     optimiser = torch.optim.AdamW(refiner.parameters(), lr=rate, weight_decay=1e-2)

@@ -12,6 +12,7 @@ import yaml
 
 from icm_cli.config import (
     MODEL_KEYS,
+    PART_KEYS,
     ModelConfig,
     as_mapping,
     parse_model,
@@ -210,8 +211,6 @@ class TrainConfig:
     """Learning rate of the head."""
     backbone_rate: float = 0.0
     """Learning rate of the backbone; 0 keeps it frozen."""
-    comparing_share: float = 1.0
-    """Share of ``rate`` for the part of a token-match head that says which thing is meant; 0 keeps that frozen."""
     weight_decay: float = 0.0
     warmup_steps: int = 250
     """The rate grows linearly from 1e-6 of itself."""
@@ -242,7 +241,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least = {"steps": 1, "batch_size": 1, "canvas_px": 64, "log_every": 1, "image_every": 1, "trimap_kernel": 1}
         at_least |= {"validate_every": 1, "save_every": 1, "warmup_steps": 0, "rate": 0, "backbone_rate": 0}
-        at_least |= {"comparing_share": 0, "weight_decay": 0, "feature_cache_gb": 0, "seed": 0}
+        at_least |= {"weight_decay": 0, "feature_cache_gb": 0, "seed": 0}
         if self.seed >= LARGEST_SEED:
             raise ConfigError(f"train: seed is {self.seed}; expected less than {LARGEST_SEED}")
         for name, least in at_least.items():
@@ -289,7 +288,7 @@ def read_settings(config: str | Path, data: str | Path | None = None, overrides:
     for override in overrides:
         fields = _overridden(fields, override)
     reject_unknown(fields, MODEL_KEYS, where)
-    model = parse_model({key: fields[key] for key in ("backbone", "head") if key in fields}, where)
+    model = parse_model({key: fields[key] for key in PART_KEYS if key in fields}, where)
     return Settings(
         model,
         read_strict(TrainConfig, fields.get("train") or {}, f"{where}: train"),

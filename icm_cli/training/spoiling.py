@@ -47,7 +47,9 @@ def by_outline(alpha: Float, rng: Rng) -> Float:
         holes = _blob(alpha.shape, rng, largest=0.15)
         coarse = coarse * (1 - holes) if rng.random() < 0.6 else np.maximum(coarse, holes * rng.uniform(0.2, 0.8))
     if rng.random() < 0.85:
-        coarse = cv2.GaussianBlur(coarse, (0, 0), float(np.exp(rng.uniform(np.log(0.5), np.log(5.0)))))
+        coarse = np.asarray(
+            cv2.GaussianBlur(coarse, (0, 0), float(np.exp(rng.uniform(np.log(0.5), np.log(5.0))))), np.float32
+        )
     return np.clip(coarse, 0.0, 1.0).astype(np.float32)
 
 

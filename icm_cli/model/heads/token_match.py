@@ -1,13 +1,13 @@
 """The small trained head: it compares tokens and knows no class, so the reference alone says what is wanted.
 
 Every token of the target meets the reference's tokens inside and outside the guidance. What comes of it, with the
-target's own features, is seen together by a few layers of attention and goes through an up-sampling decoder. After the
-paper's inter- and intra-similarity (section 3.3), but without its fixed grid: any canvas will do.
+target's own features, is seen together by a few layers of attention and becomes a coarse alpha, one number a token.
+After the paper's inter- and intra-similarity (section 3.3), but without its fixed grid: any canvas will do. Edges are
+the affair of ``icm_cli.model.edges``.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.contracts import Features, Matte, ReferenceFeatures, TrainedHead
-from icm_cli.model.decoding import ConvNormReLU, along_edges, alpha_output, judge, upsample
+from icm_cli.model.decoding import ConvNormReLU, judge
 from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
 
 EVIDENCE_NUMBERS = 8
@@ -33,12 +33,7 @@ PRESENCE_NUMBERS = 2 + len(STRONGEST)
 PRESENCE_WIDTH = 64
 LEAST_ALPHA = 1e-3
 """Weight of every token in the mean of the thing: where nothing is found the whole picture is compared."""
-IMAGE_CHANNELS = 3
 CONTEXT_HEADS = 4
-DECIDED = 4.0
-"""At inference presence counts so many times its logit: a thing is there or it is not."""
-CLEAR = 0.03
-"""At inference alpha is stretched by so much at either end, so that plain background is 0 and plain foreground 1."""
 
 
 @dataclass(frozen=True)
@@ -47,32 +42,22 @@ class TokenMatchConfig:
 
     feature_channels: tuple[int, ...] = (384, 384, 384, 120, 208, 352)
     """Channels of each layer in the correspondence feature."""
-    skip_channels: tuple[int, ...] = (48, 24, 16)
-    """Channels of the backbone's features per scale, each twice as fine as the one before; the first is twice as fine
-    as the tokens."""
     width: int = 64
     """Channels in which each layer's tokens are compared."""
     context_width: int = 192
     """Channels of the tokens that attend to one another."""
     context_layers: int = 2
     fused_channels: int = 128
-    """Channels that enter the decoder."""
-    decoder_channels: tuple[int, ...] = (96, 64, 32, 24, 16)
-    """Channels after each step of the decoder, a doubling each; steps after those with skips take the image in."""
+    """Channels of the tokens that the coarse alpha is read from."""
     temperature: float = 0.05
     """Of the comparisons before training, in cosine units; it is learned."""
+    presence_sharpness: float = 4.0
+    """At inference the presence counts so many times its logit: a thing is there or it is not."""
 
     def __post_init__(self) -> None:
-        for name in ("feature_channels", "skip_channels"):
-            if not getattr(self, name):
-                raise ConfigError(f"head {name} is empty; expected at least one number")
-        if len(self.decoder_channels) <= len(self.skip_channels):
-            raise ConfigError(
-                f"head decoder_channels is {list(self.decoder_channels)}; expected more numbers than skip_channels' "
-                f"{len(self.skip_channels)}"
-            )
-        widths = (*self.feature_channels, self.width, self.context_width, self.fused_channels)
-        for width in (*widths, *self.skip_channels, *self.decoder_channels):
+        if not self.feature_channels:
+            raise ConfigError("head feature_channels is empty; expected at least one number")
+        for width in (*self.feature_channels, self.width, self.context_width, self.fused_channels):
             if width < 1:
                 raise ConfigError(f"head has a width of {width} channels; expected 1 or more")
         if self.context_width % CONTEXT_HEADS:
@@ -81,6 +66,8 @@ class TokenMatchConfig:
             raise ConfigError(f"head context_layers is {self.context_layers}; expected 0 or more")
         if self.temperature <= 0:
             raise ConfigError(f"head temperature is {self.temperature}; expected more than 0")
+        if self.presence_sharpness <= 0:
+            raise ConfigError(f"head presence_sharpness is {self.presence_sharpness}; expected more than 0")
 
     @property
     def comparisons(self) -> int:
@@ -89,7 +76,7 @@ class TokenMatchConfig:
 
 
 class TokenMatchHead(TrainedHead):
-    """Evidence of every token by comparison, then a decoder that takes the image's detail in at every doubling."""
+    """Evidence of every token by comparison, and what the tokens together make of it."""
 
     Config = TokenMatchConfig
     needs_matrix = False
@@ -111,24 +98,6 @@ class TokenMatchHead(TrainedHead):
             nn.ReLU(),
             nn.Linear(PRESENCE_WIDTH, 1),
         )
-        images = len(config.decoder_channels) - len(config.skip_channels)
-        details = (*config.skip_channels, *[IMAGE_CHANNELS] * images)
-        self.steps = nn.ModuleList(
-            ConvNormReLU(before + detail, after)
-            for (before, after), detail in zip(
-                itertools.pairwise((config.fused_channels, *config.decoder_channels)), details, strict=True
-            )
-        )
-        self.output = alpha_output(config.decoder_channels[-1], config.decoder_channels[-1])
-
-    def comparing(self) -> list[nn.Parameter]:
-        """The weights that say which thing is meant: all but the decoder's."""
-        modules = (self.project, self.condense, self.weigh, self.context, self.fuse, self.coarse, self.present)
-        return [
-            self.log_sharpness,
-            self.background_null,
-            *(parameter for module in modules for parameter in module.parameters()),
-        ]
 
     @torch.no_grad()
     def begin(self, seen: Tensor) -> None:
@@ -152,17 +121,11 @@ class TokenMatchHead(TrainedHead):
     def forward(self, target: Features, references: Sequence[ReferenceTokens], image: Tensor, valid: Tensor) -> Matte:
         projected = self.projected(target.correspondence)
         evidence = self.evidence(projected, target.valid, references)
-        x = self.fused(target, evidence)
-        logit = self.presence(x, projected, evidence, target.valid, references)
-        presence = torch.sigmoid(logit if self.training else DECIDED * logit)
-        for step, detail in zip(self.steps, self._details(target, image), strict=True):
-            x = step(torch.cat([upsample(x), detail.to(x.dtype)], dim=1))
-        alpha = torch.sigmoid(self.output(x).float())
-        if not self.training:
-            alpha = along_edges(alpha, image.float())
-        alpha = alpha * presence[:, None, None, None]
-        if not self.training:
-            alpha = (alpha * (1.0 + 2.0 * CLEAR) - CLEAR).clamp(0.0, 1.0)
+        fused = self.fused(target, evidence)
+        logit = self.presence(fused, projected, evidence, target.valid, references)
+        presence = torch.sigmoid(logit if self.training else self.config.presence_sharpness * logit)
+        coarse = F.interpolate(self.coarse(fused).float(), size=image.shape[-2:], mode="bilinear", align_corners=False)
+        alpha = torch.sigmoid(coarse) * presence[:, None, None, None]
         return Matte(alpha, *judge(alpha.detach(), valid))
 
     def similarity_maps(self, target: Features, references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
@@ -190,7 +153,7 @@ class TokenMatchHead(TrainedHead):
         return numbers.transpose(2, 3).reshape(len(numbers), -1, height, width)
 
     def fused(self, target: Features, evidence: Tensor) -> Tensor:
-        """What the decoder starts from, [B,fused_channels,h,w]; ``evidence`` as :meth:`evidence` gives it."""
+        """What the coarse alpha is read from, [B,fused_channels,h,w]; ``evidence`` as :meth:`evidence` gives it."""
         hidden = evidence.masked_fill(~target.valid[:, None], float("-inf"))
         best = hidden.amax(dim=(2, 3), keepdim=True).expand_as(evidence)
         dtype = self.condense.weight.dtype
@@ -231,26 +194,13 @@ class TokenMatchHead(TrainedHead):
         """The direction of a sum of tokens [...,C] in every layer, [...,layers,width]; 0 where there were none."""
         return F.normalize(summed.reshape(*summed.shape[:-1], -1, self.config.width), dim=-1)
 
-    def _details(self, target: Features, image: Tensor) -> list[Tensor]:
-        """What joins each step of the decoder: the backbone's scales from coarse to fine, then the image."""
-        stride = image.shape[-1] // target.valid.shape[-1]
-        if 2 ** len(self.steps) != stride:
-            raise ConfigError(
-                f"head decoder_channels has {len(self.steps)} steps, and the backbone's tokens are {stride} px; "
-                "expected as many steps as doublings"
-            )
-        details = []
-        for level, channels in enumerate(self.config.skip_channels, start=1):
-            fine = stride >> level
-            details.append(_checked(target.scales.get(fine), "skip_channels", channels, fine))
-        for level in range(len(details) + 1, len(self.steps) + 1):
-            fine = stride >> level
-            details.append(4.0 * (image if fine == 1 else F.avg_pool2d(image, fine)) - 2.0)
-        return details
-
     def projected(self, feature: Tensor) -> Tensor:
         """[B,C,h,w] -> tokens [B,N,layers*width] float32, of unit length in every layer."""
-        _checked(feature, "feature_channels", sum(self.config.feature_channels), None)
+        if feature.shape[1] != sum(self.config.feature_channels):
+            raise ConfigError(
+                f"head feature_channels is {sum(self.config.feature_channels)} together, and the backbone gives "
+                f"{feature.shape[1]} channels; expected the channels of its correspondence layers"
+            )
         layers = torch.split(tokens(feature), list(self.config.feature_channels), dim=-1)
         return torch.cat(
             [F.normalize(project(layer), dim=-1) for project, layer in zip(self.project, layers, strict=True)], dim=-1
@@ -304,18 +254,6 @@ class Context(nn.Module):
         x = x + self.project(attended.transpose(1, 2).flatten(2))
         x = x + self.perceptron(self.norm2(x))
         return x.transpose(1, 2).unflatten(2, feature.shape[-2:]).to(feature.dtype)
-
-
-def _checked(feature: Tensor | None, setting: str, channels: int, stride: int | None) -> Tensor:
-    """A backbone's feature. Raises ConfigError where it is another one than the configuration says."""
-    if feature is not None and feature.shape[1] == channels:
-        return feature
-    where = "" if stride is None else f" at stride {stride}"
-    gives = "nothing there" if feature is None else f"{feature.shape[1]} channels"
-    raise ConfigError(
-        f"head {setting} is {channels}{where}, and the backbone gives {gives}; expected the channels of its "
-        "correspondence layers together, and of its scale_blocks at half the tokens' size and below"
-    )
 
 
 def _with_joint(likeness: Tensor) -> Tensor:

@@ -1,0 +1,166 @@
+"""The refining network: a picture and a coarse alpha in, the alpha with its edges out. It knows no class.
+
+The same weights look twice, as CascadePSP does (Cheng et al., CVPR 2020): once at the whole picture, brought to
+``RefineConfig.whole_px``, where a coarse alpha of a few hundred tokens becomes an outline; then, where the source is
+larger, at tiles of the source's own pixels, where that outline becomes an edge.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icm_cli.errors import ConfigError
+from icm_cli.geometry import Float, ImageU8, resize
+from icm_cli.model.contracts import Edges
+
+ALPHA_EPS = 1e-3
+"""A coarse alpha is kept this far from 0 and 1 before its logit is taken."""
+UNSHUFFLE = 2
+"""Side of the square of pixels that becomes channels at the first layer."""
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """Settings of the refining network."""
+
+    widths: tuple[int, ...] = (32, 48, 64, 96, 128)
+    """Channels of each scale, from half the picture's size on, each half as fine as the one before."""
+    whole_px: int = 512
+    """Long side, in px, at which the whole picture is refined."""
+    tile_px: int = 512
+    """Side, in px, of the tiles of a larger source."""
+    overlap_px: int = 64
+    """By how much tiles overlap; they are blended there."""
+    undecided: float = 0.01
+    """Tiles whose alpha is everywhere nearer to 0 or everywhere nearer to 1 than this are left as they are."""
+
+    def __post_init__(self) -> None:
+        if len(self.widths) < 2 or min(self.widths) < 1:
+            raise ConfigError(f"edges widths is {list(self.widths)}; expected two or more numbers of 1 or more")
+        multiple = self.multiple
+        for name in ("whole_px", "tile_px"):
+            if (value := getattr(self, name)) < multiple or value % multiple:
+                raise ConfigError(f"edges {name} is {value}; expected a multiple of {multiple}")
+        if not 0 <= self.overlap_px <= self.tile_px // 2:
+            raise ConfigError(f"edges overlap_px is {self.overlap_px}; expected 0 to half of tile_px")
+        if not 0 <= self.undecided < 0.5:
+            raise ConfigError(f"edges undecided is {self.undecided}; expected 0 to below 0.5")
+
+    @property
+    def multiple(self) -> int:
+        """What the network's pictures are padded to a multiple of, in px."""
+        return UNSHUFFLE * 2 ** (len(self.widths) - 1)
+
+
+class Refine(Edges):
+    """A U-Net on pixel-unshuffled input that corrects the logit of a coarse alpha."""
+
+    Config = RefineConfig
+
+    def __init__(self, config: RefineConfig) -> None:
+        super().__init__()
+        self.config = config
+        inputs = (3 + 1) * UNSHUFFLE**2
+        widths = config.widths
+        self.stem = _convolutions(inputs, widths[0])
+        self.down = nn.ModuleList(
+            nn.Sequential(_convolution(before, after, stride=2), _convolutions(after, after))
+            for before, after in itertools.pairwise(widths)
+        )
+        self.up = nn.ModuleList(_convolutions(coarse + fine, fine) for fine, coarse in itertools.pairwise(widths))
+        self.output = nn.Conv2d(widths[0], UNSHUFFLE**2, 3, padding=1)
+        nn.init.zeros_(self.output.weight)  # before training the coarse alpha passes as it is
+        assert self.output.bias is not None
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, image: Tensor, coarse: Tensor) -> Tensor:
+        """image [B,3,H,W] sRGB and coarse alpha [B,1,H,W], both 0..1, H and W multiples of ``config.multiple`` ->
+        the logit of the alpha [B,1,H,W] float32."""
+        logit = torch.logit(coarse.float(), eps=ALPHA_EPS)
+        dtype = self.output.weight.dtype
+        x = torch.cat([4.0 * image.float() - 2.0, logit / 2.0], dim=1).to(dtype)
+        x = self.stem(F.pixel_unshuffle(x, UNSHUFFLE))
+        scales = [x]
+        for step in self.down:
+            scales.append(step(scales[-1]))
+        x = scales.pop()
+        for step, fine in zip(reversed(self.up), reversed(scales), strict=True):
+            x = step(torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), fine], dim=1))
+        return logit + F.pixel_shuffle(self.output(x), UNSHUFFLE).float()
+
+    @torch.inference_mode()
+    def refined(self, rgb: ImageU8, coarse: Float) -> Float:
+        """A coarse alpha [h,w] 0..1 of any size and its picture, sRGB uint8 [H,W,3] -> the alpha float32 [H,W] 0..1."""
+        config = self.config
+        height, width = rgb.shape[:2]
+        scale = config.whole_px / max(height, width)
+        if scale < 1.0:
+            size = max(1, round(height * scale)), max(1, round(width * scale))
+            alpha = self._run(resize(rgb, size), resize(coarse, size))
+        else:
+            alpha = self._run(rgb, resize(coarse, (height, width)))
+        if alpha.shape == (height, width):
+            return alpha
+        return self._tiled(rgb, resize(alpha, (height, width)))
+
+    def _tiled(self, rgb: ImageU8, alpha: Float) -> Float:
+        """The alpha [H,W] refined at its own size, where it is undecided; tiles that overlap are blended."""
+        config = self.config
+        rows, columns = (_tiles(length, config.tile_px, config.overlap_px) for length in alpha.shape)
+        out, weight = np.zeros_like(alpha), np.zeros_like(alpha)
+        for row, column in itertools.product(rows, columns):
+            box = slice(row, row + config.tile_px), slice(column, column + config.tile_px)
+            coarse = alpha[box]
+            far = np.minimum(coarse, 1.0 - coarse).max() > config.undecided
+            mixed = coarse.min() < 0.5 < coarse.max()
+            tile = self._run(rgb[box], coarse) if far or mixed else coarse
+            share = _hat(coarse.shape[0], config.overlap_px)[:, None] * _hat(coarse.shape[1], config.overlap_px)
+            out[box] += tile * share
+            weight[box] += share
+        return out / weight
+
+    def _run(self, rgb: ImageU8, coarse: Float) -> Float:
+        """Refine one picture [H,W,3] with its coarse alpha [H,W], padded to what the network takes."""
+        height, width = coarse.shape
+        below, right = (-length % self.config.multiple for length in (height, width))
+        place = self.output.weight.device
+        pad = ((0, below), (0, right))
+        image = torch.from_numpy(np.pad(rgb, (*pad, (0, 0)), mode="edge")).to(place).permute(2, 0, 1)[None]
+        alpha = torch.from_numpy(np.pad(coarse.astype(np.float32), pad, mode="edge")).to(place)[None, None]
+        logit = self(image.float() / 255.0, alpha)
+        found: Float = torch.sigmoid(logit)[0, 0, :height, :width].cpu().numpy()
+        return found
+
+
+def _tiles(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles of ``tile`` px begin along ``length`` px, the last one at the end; each overlaps the one before."""
+    if length <= tile:
+        return [0]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    return [round(number * (length - tile) / (count - 1)) for number in range(count)]
+
+
+def _hat(length: int, overlap: int) -> Float:
+    """Weights of a tile along one side: rising over the overlap, 1 in the middle, falling again."""
+    at = np.arange(length, dtype=np.float32) + 1.0
+    return np.minimum(1.0, np.minimum(at, at[::-1]) / max(1, overlap))
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    )
+
+
+def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(_convolution(inputs, outputs), _convolution(outputs, outputs))
+
+
+PART = Refine
