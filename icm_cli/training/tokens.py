@@ -329,7 +329,7 @@ def _told(figures: Sequence[tuple[float, ...]]) -> str:
 def _judged(
     head: TokenMatchHead, target: Features, shown: Sequence[View], truth: Tensor
 ) -> tuple[Tensor, float, float]:
-    """The loss of a batch, the mean overlap of those that show the thing with the truth, how often presence is right."""
+    """The loss of a batch, the mean overlap with the truth where the thing is, and how often presence is right."""
     references, projected = _references(head, shown), head.projected(target.correspondence)
     evidence = head.evidence(projected, target.valid, references)
     fused = head.fused(target, evidence)
