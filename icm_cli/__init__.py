@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from icm_cli.evaluating import evaluate
     from icm_cli.matter import load
     from icm_cli.matting import matte
-    from icm_cli.training.loop import train
+    from icm_cli.training.train import train
 
 __version__ = version("icm-cli")
 __all__ = ["__version__", "evaluate", "load", "matte", "train"]
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "train":
-        from icm_cli.training.loop import train
+        from icm_cli.training.train import train
 
         return train
     raise AttributeError(f"module 'icm_cli' has no attribute {name!r}")

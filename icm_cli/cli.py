@@ -322,6 +322,10 @@ def train(
     preview: Annotated[
         int, typer.Option(min=0, help="Write a contact sheet of so many training samples, and train nothing.")
     ] = 0,
+    pack: Annotated[
+        Optional[Path],
+        typer.Option(help="Also write the result with its backbone into one small .safetensors file, to give away."),
+    ] = None,
     offline: Offline = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -331,15 +335,15 @@ def train(
     Ctrl-C and SIGTERM save the step in hand; the same command with --resume goes on with the next one. On several GPUs:
     torchrun --nproc-per-node N -m icm_cli.cli train ...
 
-    Exit codes: 0 trained; 1 training cannot go on (a loss that is no number, unreadable data); 2 wrong usage or input;
+    Exit codes: 0 trained; 1 training cannot go on (a NaN or infinite loss, unreadable data); 2 wrong usage or input;
     3 configuration, weights, device or output; 130 Ctrl-C; 143 SIGTERM.
     """
     with _exit_codes(verbose, go_on="run the same command with --resume to go on"):
         from icm_cli.runs import DEFAULT_WORKERS
-        from icm_cli.training import loop
         from icm_cli.training.terminal import TrainingTerminal
+        from icm_cli.training.train import train as run
 
-        loop.train(
+        run(
             config,
             data=data,
             out=out,
@@ -350,6 +354,7 @@ def train(
             overrides=set_ or [],
             resume=resume,
             preview=preview,
+            pack=pack,
             offline=offline,
             listener=TrainingTerminal(quiet=quiet, verbose=verbose),
         )

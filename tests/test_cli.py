@@ -41,7 +41,7 @@ def test_version_names_the_devices() -> None:
 COMMANDS = {
     "matte": ("matting", "matte"),
     "evaluate": ("evaluating", "evaluate"),
-    "train": ("training.loop", "train"),
+    "train": ("training.train", "train"),
 }
 ONLY_OF_THE_API = {"listener", "matter"}
 API_NAMES = {"set_": "overrides"}

@@ -18,8 +18,8 @@ from conftest import read
 from safetensors.torch import safe_open
 from train_data import change, command, log, metadata, same_weights, train, weights, write_config
 
-from icm_cli.training import loop
 from icm_cli.training.learner import Learner
+from icm_cli.training.stages import matte
 
 
 @pytest.fixture
@@ -44,9 +44,11 @@ def out(tmp_path: Path) -> Path:
         (["--set", "train.precision=fp16"], 3, "fp16 needs a GPU"),
         (["--set", "train.micro_batch_size=3"], 3, "expected a multiple of their product"),
         (["--set", "train.canvas_px=100"], 3, "multiple of 32"),
-        (["--set", "head.feature_channels=[9]"], 3, "feature_channels is 9, and the backbone gives 208"),
-        (["--set", "train.comparing_share=0"], 3, "which thing is meant would stay random"),
-        (["--set", "train.comparing_share=-1"], 3, "comparing_share is -1"),
+        (["--set", "head.feature_channels=[9]"], 3, "feature_channels is 9 together, and the backbone gives 208"),
+        (["--set", "train.minutes=0"], 3, "minutes is 0"),
+        (["--set", "train.stage=refine", "--set", "train.refine.crop_px=100"], 3, "crop_px is 100; expected at most"),
+        (["--set", "train.stage=match", "--set", "train.match.layout_shares=[1]"], 3, "expected 4 numbers"),
+        (["--set", "train.stage=refine", "--set", "train.backbone_rate=0.1"], 3, "the backbone is frozen here"),
         (["--set", "data.sources=[{images: none, alphas: none}]"], 2, "is not a folder"),
         (["--set", "data.sources=[{dataset: cutouts, root: none}]"], 2, "data: source 1: cutouts folder none"),
         (["--set", "data.validation={images: none, alphas: none}"], 2, "data: validation: --images none"),
@@ -70,9 +72,9 @@ def test_a_bad_call_is_one_sentence(
 
 
 def poisoned(bad_step: int):
-    """The losses of training, one of which is no number at a step."""
+    """The losses of training, one of which is NaN at a step."""
     calls = []
-    real = loop.losses
+    real = matte.losses
 
     def losses(*arguments: object) -> dict[str, torch.Tensor]:
         calls.append(1)
@@ -84,14 +86,12 @@ def poisoned(bad_step: int):
     return losses
 
 
-def test_a_loss_that_is_no_number_stops_with_step_and_samples(
-    config: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "losses", poisoned(3))
+def test_a_nan_loss_stops_with_step_and_samples(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matte, "losses", poisoned(3))
     done = train(config, out)
     assert done.exit_code == 1
     last = done.stderr.splitlines()[-1]
-    assert "step 3: the loss is above 10000 or no number for" in last
+    assert "step 3: the loss is NaN or above 10000 for" in last
     with safe_open(out / "bad-step-3.safetensors", framework="pt") as file:
         names = json.loads(file.metadata()["names"])
         assert file.get_tensor("rgb").shape == (2, 96, 96, 3)
@@ -106,24 +106,24 @@ def test_a_model_that_diverges_stops(config: Path, out: Path) -> None:
     done = train(config, out, "--set", "train.rate=1e30", "--set", "train.warmup_steps=0", "--set", "train.steps=9")
     assert done.exit_code == 1
     last = done.stderr.splitlines()[-1]
-    assert "alpha is no number for" in last or "loss is above 10000" in last
+    assert "answer is NaN or infinite for" in last or "loss is NaN or above 10000" in last
     assert list(out.glob("bad-step-*.safetensors"))
 
 
 def test_a_loss_that_is_too_large_stops(config: Path, out: Path) -> None:
     done = train(config, out, "--set", "train.loss.unknown_l1=1e6")
     assert done.exit_code == 1
-    assert "step 1: the loss is above 10000" in done.stderr
+    assert "step 1: the loss is NaN or above 10000" in done.stderr
 
 
 @pytest.mark.parametrize("norm", [float("inf"), float("nan")])
-def test_gradients_that_are_no_numbers_stop_before_the_step(
+def test_gradients_that_are_not_finite_stop_before_the_step(
     config: Path, out: Path, monkeypatch: pytest.MonkeyPatch, norm: float
 ) -> None:
     monkeypatch.setattr(Learner, "clip", lambda self: norm)  # noqa: ARG005
     done = train(config, out)
     assert done.exit_code == 1
-    assert "step 1: the gradients are no numbers" in done.stderr
+    assert "step 1: the gradients are NaN or infinite" in done.stderr
     assert (out / "bad-step-1.safetensors").exists()
 
 

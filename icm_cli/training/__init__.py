@@ -1,1 +1,1 @@
-"""How the model learns: ``icm_cli.train``, the body of ``icm train``, is :func:`icm_cli.training.loop.train`."""
+"""How the model learns: ``icm_cli.train``, the body of ``icm train``, is :func:`icm_cli.training.train.train`."""

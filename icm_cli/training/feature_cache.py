@@ -24,7 +24,7 @@ from icm_cli.files import atomic_write, cache_folder, digest_of
 from icm_cli.model.contracts import Features, IntraSimilarity, MatrixIntraSimilarity
 from icm_cli.model.in_context_matting import InContextMatting, PairFeatures, Pairs
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity
-from icm_cli.training.samples import Batch
+from icm_cli.training.samples import PairBatch
 
 
 class FeatureCache:
@@ -42,7 +42,7 @@ class FeatureCache:
         self._notice = notice
         self._is_full = False
 
-    def features(self, model: InContextMatting, batch: Batch, pairs: Pairs) -> PairFeatures:
+    def features(self, model: InContextMatting, batch: PairBatch, pairs: Pairs) -> PairFeatures:
         """Of a batch whose pixels are the files' own; the backbone runs for what is not there yet."""
         backbone = model.backbone
         targets = [

@@ -1,16 +1,16 @@
-"""What ends a run that goes wrong, in a sentence: a loss that is no number, gradients that are none, bad data."""
+"""What ends a run that goes wrong, in a sentence: a NaN or infinite loss, such gradients, bad data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from icm_cli.errors import TrainingError
-from icm_cli.training.keeper import Keeper
-from icm_cli.training.samples import Batch
+from icm_cli.training.batches import Batch
+from icm_cli.training.run_folder import RunFolder
 
 LARGEST_LOSS = 1e4
 """A sample's loss above this ends the run (released code)."""
@@ -20,37 +20,42 @@ JUDGED_FROM = 100
 """Samples before that share is judged."""
 
 
-def check_alpha(alpha: Tensor, batch: Batch, step: int, keeper: Keeper) -> None:
-    """Raises TrainingError, naming step and samples, for a prediction [B,1,S,S] that is no number; saves the batch."""
-    is_bad = ~alpha.detach().isfinite().flatten(1).all(dim=1)
+def check_answer(answer: Sequence[Tensor], batch: Batch, step: int, run: RunFolder) -> None:
+    """Raises TrainingError, naming step and samples, for an answer [B,...] that is NaN or infinite; saves the batch."""
+    is_bad = torch.stack([~each.detach().isfinite().flatten(1).all(dim=1) for each in map(_rows, answer)]).any(dim=0)
     if bool(is_bad.any()):
         guilty = [batch.names[i] for i in torch.nonzero(is_bad).flatten().tolist()]
         raise TrainingError(
-            f"step {step}: the model's alpha is no number for {'; '.join(guilty)}, so it has diverged. The batch is in "
-            f"{keeper.save_batch(batch, step)}, the last saved state is kept; lower train.rate or set train.clip_norm"
+            f"step {step}: the model's answer is NaN or infinite for {'; '.join(guilty)}, so it diverged. The batch is "
+            f"in {run.save_batch(batch, step)}, the last saved state is kept; lower train.rate or set "
+            "train.clip_norm"
         )
 
 
-def check_losses(terms: Mapping[str, Tensor], batch: Batch, step: int, keeper: Keeper) -> None:
-    """Raises TrainingError, naming step and samples, for a loss that is no number or above 1e4; saves the batch."""
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor[:, None] if tensor.ndim == 1 else tensor
+
+
+def check_losses(terms: Mapping[str, Tensor], batch: Batch, step: int, run: RunFolder) -> None:
+    """Raises TrainingError, naming step and samples, for a loss that is NaN or above 1e4; saves the batch."""
     total = terms["total"].detach()
-    is_bad = ~(total <= LARGEST_LOSS)  # not a number is not at most anything
+    is_bad = ~(total <= LARGEST_LOSS)  # NaN is not at most anything
     if not bool(is_bad.any()):
         return
     guilty = [f"{batch.names[i]} ({float(total[i]):g})" for i in torch.nonzero(is_bad).flatten().tolist()]
     raise TrainingError(
-        f"step {step}: the loss is above {LARGEST_LOSS:g} or no number for {'; '.join(guilty)}. The batch is in "
-        f"{keeper.save_batch(batch, step)}, the last saved state is kept; look at these samples, or lower train.rate"
+        f"step {step}: the loss is NaN or above {LARGEST_LOSS:g} for {'; '.join(guilty)}. The batch is in "
+        f"{run.save_batch(batch, step)}, the last saved state is kept; look at these samples, or lower train.rate"
     )
 
 
-def check_gradients(norm: float, batch: Batch, step: int, keeper: Keeper, *, has_scaler: bool) -> None:
-    """Raises TrainingError for gradients that are no numbers; a scaler (fp16) skips such steps by itself."""
+def check_gradients(norm: float, batch: Batch, step: int, run: RunFolder, *, has_scaler: bool) -> None:
+    """Raises TrainingError for NaN or infinite gradients; a scaler (fp16) skips such steps by itself."""
     if math.isfinite(norm) or has_scaler:
         return
     raise TrainingError(
-        f"step {step}: the gradients are no numbers, for {'; '.join(batch.names)}. The batch is in "
-        f"{keeper.save_batch(batch, step)}, the last saved state is kept; lower train.rate or set train.precision to no"
+        f"step {step}: the gradients are NaN or infinite, for {'; '.join(batch.names)}. The batch is in "
+        f"{run.save_batch(batch, step)}, the last saved state is kept; lower train.rate or set train.precision to no"
     )
 
 

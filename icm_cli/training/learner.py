@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,15 @@ from torch import Tensor, nn
 from icm_cli.config import part_class
 from icm_cli.device import is_out_of_memory, make_accelerator, process_count
 from icm_cli.errors import ConfigError, TrainingError
-from icm_cli.files import digest_of
 from icm_cli.geometry import CanvasRule
 from icm_cli.matter import Matter
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.loading import model_to_train
+from icm_cli.training.batches import StepSampler
 from icm_cli.training.ema import Ema
-from icm_cli.training.feature_cache import FeatureCache
-from icm_cli.training.samples import Batch, Share
 from icm_cli.training.schedule import rate_factor
 from icm_cli.training.settings import Settings, TrainConfig
+from icm_cli.training.stages.contract import AnyStage
 from icm_cli.training.state import to_cpu
 
 
@@ -34,15 +32,19 @@ class Learner:
     def __init__(
         self,
         settings: Settings,
+        stage: AnyStage,
         *,
         checkpoint: Path | None,
         weights: str | None,
         device: str,
         offline: bool,
-        notice: Callable[[str], None],
+        workers: int,
     ) -> None:
         """Load the model and make everything ready for the first step. Raises ConfigError."""
         config = self.config = settings.train
+        self.workers = workers
+        """Processes that make samples."""
+        self.is_from_checkpoint = checkpoint is not None
         processes, micro_batch = micro_batches(config)
         self.micro_batch = micro_batch
         self.accumulation = config.batch_size // (processes * micro_batch)
@@ -52,10 +54,12 @@ class Learner:
             settings.model, checkpoint=checkpoint, weights=weights, offline=offline, seed=config.seed
         )
         _check_canvas(self.model.backbone.canvas, config.canvas_px)
-        self.trains_backbone = bool(config.backbone_rate) and self.model.backbone.is_trainable
+        module = stage.module(self.model)
+        may_learn = "backbone" in stage.learns and self.model.backbone.is_trainable
+        self.trains_backbone = bool(config.backbone_rate) and may_learn
         if config.backbone_rate and not self.trains_backbone:
             raise ConfigError(
-                f"train: backbone_rate is {config.backbone_rate}, but this backbone is frozen; set it to 0"
+                f"train: backbone_rate is {config.backbone_rate}, but the backbone is frozen here; set it to 0"
             )
         backbone = part_class("backbones", settings.model.backbone.name)
         self.weights_digest: str = backbone.weights_digest(settings.model.backbone.settings, weights, offline=offline)
@@ -63,15 +67,16 @@ class Learner:
         if not self.trains_backbone:
             self.model.backbone.requires_grad_(False).to(self.device.dtype)
             self.model.backbone.optimise_for_inference()
-        if self.model.edges is not None:
-            self.model.edges.requires_grad_(False)  # refining edges is learned by itself
+        for name in ("head", "edges"):
+            if (part := getattr(self.model, name)) is not None and name not in stage.learns:
+                part.requires_grad_(False)
+        self._learned = {name for name in stage.learns if name != "backbone" or self.trains_backbone}
         if self.device.place.type != "mps":
             self.model.convolve_channels_last()
         optimiser = _optimiser(self.model, config)
-        self.forward, self.optimiser = self.accelerator.prepare(self.model, optimiser)
+        self.forward, self.optimiser = self.accelerator.prepare(module, optimiser)
         self.tensors = self._trained_tensors()
         self.ema = Ema(self.tensors, config.ema)
-        self.cache = self._feature_cache(settings, notice)
         self.learn()
 
     @property
@@ -79,29 +84,29 @@ class Learner:
         """Whether this process writes the files and speaks to the user."""
         return bool(self.accelerator.is_main_process)
 
-    def share(self, first_step: int) -> Share:
+    def sampler(self, first_step: int) -> StepSampler:
         """The samples of this process from a step on."""
         accelerator, config = self.accelerator, self.config
-        return Share(
+        return StepSampler(
             config.batch_size,
             self.micro_batch,
             accelerator.process_index,
             accelerator.num_processes,
             first_step,
-            config.steps,
+            None if config.minutes else config.steps,
         )
 
     def learn(self) -> None:
-        """Training mode: of BatchNorm only the head's learns statistics, where its weights learn and the configuration
-        says so."""
+        """Training mode: of BatchNorm none of the backbone's learns statistics, and of the others those whose weights
+        learn, where the configuration says so."""
         self.model.train()
         self.model.backbone.eval()
-        for module in self.model.head.modules():
+        for module in self.model.modules():
             if isinstance(module, nn.BatchNorm2d) and (self.config.batch_norm == "fixed" or is_frozen(module)):
                 module.eval()
 
     @contextlib.contextmanager
-    def resting(self) -> Iterator[Matter]:
+    def inference_mode(self) -> Iterator[Matter]:
         """The model as it would be used, with the mean of its weights, to matte and to save."""
         with self.ema.swapped(), self.accelerator.autocast():
             self.model.eval()
@@ -109,14 +114,6 @@ class Learner:
                 yield Matter(self.model, self.device, is_in_training=True)
             finally:
                 self.learn()
-
-    def alpha(self, batch: Batch) -> Tensor:
-        """What the model says of a batch, [B,1,S,S] float32, with gradients."""
-        pairs = batch.pairs(fixed_noise=self.cache is not None)
-        features = None if self.cache is None else self.cache.features(self.model, batch, pairs)
-        alpha: Tensor = self.forward(pairs, features).alpha.float()
-        # Padding is no one's fault: where the truth stands in for the prediction, no loss has a gradient.
-        return torch.where(batch.valid[:, None], alpha, batch.truth())
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Around a micro-batch: gradients are shared with other processes only at the last of a step."""
@@ -141,9 +138,10 @@ class Learner:
         """Whether losses are scaled, as float16 needs; it takes care of gradients that overflow."""
         return self.accelerator.scaler is not None
 
-    def set_rates(self, step: int) -> float:
-        """Set every group's learning rate for a step (from 0); returns the head's."""
-        factor = rate_factor(step, self.config)
+    def set_rates(self, step: int, elapsed: float | None) -> float:
+        """Set every group's learning rate for a step (from 0), of a run ``elapsed`` (0..1) of whose minutes have
+        passed; returns the rate of what is not backbone."""
+        factor = rate_factor(step, self.config, elapsed)
         for group in self.optimiser.param_groups:
             group["lr"] = group["full_rate"] * factor
         return self.config.rate * factor
@@ -155,7 +153,7 @@ class Learner:
         parameters = [each for each in self.model.parameters() if each.requires_grad]
         return float(self.accelerator.clip_grad_norm_(parameters, self.config.clip_norm or float("inf")))
 
-    def agree(self, wants: bool) -> bool:
+    def any_process(self, wants: bool) -> bool:
         """Whether any process wants it."""
         if self.accelerator.num_processes == 1:
             return wants
@@ -191,7 +189,7 @@ class Learner:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
+    def explain_errors(self) -> Iterator[None]:
         """Turn running out of memory, here or in a worker, into a sentence that says what to do."""
         try:
             yield
@@ -212,25 +210,7 @@ class Learner:
 
     def _trained_tensors(self) -> dict[str, Tensor]:
         """Weights and statistics that training changes, by their names in the model."""
-        return {
-            name: tensor
-            for name, tensor in self.model.state_dict().items()
-            if self.trains_backbone or name.startswith("head.")
-        }
-
-    def _feature_cache(self, settings: Settings, notice: Callable[[str], None]) -> FeatureCache | None:
-        config = settings.train
-        if self.trains_backbone or config.changes_pixels or not config.feature_cache_gb:
-            return None
-        if self.is_main:
-            notice(
-                "features of the frozen backbone are kept on disk, as no augmentation changes pixels; the noise is "
-                "the same for every step"
-            )
-        decides = [json.dumps(settings.model.as_dict()["backbone"], sort_keys=True), self.weights_digest]
-        digest = digest_of(*decides, str(config.seed), self.device.dtype_name)
-        room = int(config.feature_cache_gb * 1e9) // self.accelerator.num_processes
-        return FeatureCache(digest, room, notice=notice)
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name.split(".")[0] in self._learned}
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -262,7 +242,7 @@ def _optimiser(model: InContextMatting, config: TrainConfig) -> torch.optim.Opti
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = config.rate if name.startswith("head.") else config.backbone_rate
+            rate = config.backbone_rate if name.startswith("backbone.") else config.rate
             groups.setdefault((rate, config.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
     kind = torch.optim.Adam if config.optimiser == "adam" else torch.optim.AdamW
     return kind(

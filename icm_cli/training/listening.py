@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,8 @@ class Summary:
     peak_memory_bytes: int = 0
     checkpoint: Path | None = None
     """The best model, or the last where nothing was validated; None where nothing was trained."""
+    pack: Path | None = None
+    """The same with its backbone in one small file, where that was wanted."""
     preview: Path | None = None
     """The contact sheet, where only that was wanted."""
 
@@ -38,14 +41,22 @@ class Summary:
 class TrainingListener(Listener):
     """Hears what training does; the command prints it. Every method may be left as it is."""
 
-    def training_started(self, first_step: int, steps: int, samples: int) -> None:
-        """Steps ``first_step`` + 1 to ``steps`` follow, of so many samples each."""
+    def training_started(self, first_step: int, steps: int | None, samples: int) -> None:
+        """Steps ``first_step`` + 1 to ``steps`` follow, of so many samples each; None: until the time is over."""
 
     def stepped(self, step: int) -> None:
         """A step is done."""
 
     def logged(self, step: int, figures: Mapping[str, float]) -> None:
         """Figures since the last such call: loss, its terms, rate, gradient_norm, samples_per_second, waiting_share."""
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Around all steps."""
+        try:
+            yield
+        finally:
+            self.training_ended()
 
     def training_ended(self) -> None:
         """No more steps follow, however it ended."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 import torch
@@ -10,15 +12,16 @@ from torch import Tensor
 from icm_cli.geometry import ImageU8, to_u8
 from icm_cli.model.contracts import TrainedHead
 from icm_cli.model.in_context_matting import InContextMatting
-from icm_cli.training.preview import masked
-from icm_cli.training.samples import Batch
+from icm_cli.training.samples import PairBatch
 
 MOST_ROWS = 4
 CELL_PX = 256
+UNSEEN = 0.35
+"""Brightness of a reference outside its guidance."""
 
 
 @torch.no_grad()
-def panel(model: InContextMatting, batch: Batch, *, fixed_noise: bool) -> ImageU8:
+def panel(model: InContextMatting, batch: PairBatch, *, fixed_noise: bool) -> ImageU8:
     """A row a sample, uint8 [H,W,3]: source, masked reference, alpha, prediction, inter- and intra-similarity.
 
     The model must be in evaluation mode and its head trained.
@@ -36,17 +39,34 @@ def panel(model: InContextMatting, batch: Batch, *, fixed_noise: bool) -> ImageU
         cells = (
             few.rgb[i].cpu().numpy(),
             masked(few.reference_rgb[i].cpu().numpy(), few.guidance[i].cpu().numpy()),
-            _grey(few.alpha[i].cpu().numpy()),
-            _grey(to_u8(predicted[i, 0].float().cpu().numpy())),
+            grey(few.alpha[i].cpu().numpy()),
+            grey(to_u8(predicted[i, 0].float().cpu().numpy())),
             _heat(inter[i, 0]),
             _heat(intra[i, 0]),
         )
-        resized = [cv2.resize(each, (CELL_PX, CELL_PX), interpolation=cv2.INTER_AREA) for each in cells]
-        rows.append(np.concatenate(resized, axis=1))
-    return np.concatenate(rows)
+        rows.append(cells)
+    return table(rows)
 
 
-def _grey(values: ImageU8) -> ImageU8:
+def table(rows: Sequence[Sequence[ImageU8]]) -> ImageU8:
+    """Pictures uint8 [h,w,3] side by side, each brought to one size."""
+    return np.concatenate(
+        [
+            np.concatenate(
+                [cv2.resize(cell, (CELL_PX, CELL_PX), interpolation=cv2.INTER_AREA) for cell in cells], axis=1
+            )
+            for cells in rows
+        ]
+    )
+
+
+def masked(rgb: ImageU8, guidance: np.ndarray) -> ImageU8:
+    """A reference, uint8 [H,W,3], darkened outside its guidance, bool [H,W]."""
+    return np.where(guidance[..., None], rgb, (rgb * UNSEEN).astype(np.uint8)).astype(np.uint8)
+
+
+def grey(values: ImageU8) -> ImageU8:
+    """A layer uint8 [h,w] as a picture uint8 [h,w,3]."""
     return np.repeat(values[..., None], 3, axis=-1)
 
 

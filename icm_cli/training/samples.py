@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Self
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from icm_cli.errors import ImageError, TrainingError
 from icm_cli.geometry import ImageU8
 from icm_cli.model.in_context_matting import TARGET_NOISE, Pairs, reference_noise
 from icm_cli.training.augment import Rng, show
+from icm_cli.training.batches import Batch
 from icm_cli.training.items import Item, Pool
 from icm_cli.training.losses import quantised
 from icm_cli.training.scenes import Scene, SceneMaker, require_foreground
@@ -44,9 +45,6 @@ class Sample:
     reference_valid: Bools
     skipped: tuple[str, ...] = ()
     """Why draws before this one could not be read."""
-
-
-WORKER_NICENESS = 15
 
 
 class SampleMaker(Dataset["Sample | str"]):
@@ -154,12 +152,9 @@ class SampleMaker(Dataset["Sample | str"]):
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Samples side by side: images uint8 [B,S,S,3], alpha and trimap uint8 [B,S,S], guidance and valid bool [B,S,S]."""
+class PairBatch(Batch):
+    """Pairs: images uint8 [B,S,S,3], alpha and trimap uint8 [B,S,S], guidance and valid bool [B,S,S]."""
 
-    names: tuple[str, ...]
-    counters: tuple[int, ...]
-    skipped: tuple[str, ...]
     rgb: Tensor
     alpha: Tensor
     trimap: Tensor
@@ -170,6 +165,7 @@ class Batch:
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> Self:
+        """Join samples."""
         arrays = {name: torch.from_numpy(np.stack([getattr(sample, name) for sample in samples])) for name in TENSORS}
         return cls(
             tuple(sample.name for sample in samples),
@@ -177,25 +173,6 @@ class Batch:
             tuple(reason for sample in samples for reason in sample.skipped),
             **arrays,
         )
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in TENSORS}
-
-    def first(self, count: int) -> Self:
-        """Its first samples."""
-        fewer = replace(self, names=self.names[:count], counters=self.counters[:count])
-        return fewer._mapped(lambda tensor: tensor[:count])
-
-    def pin_memory(self) -> Self:
-        """For a faster way to a GPU; DataLoader calls it."""
-        return self._mapped(Tensor.pin_memory)
-
-    def to(self, device: torch.device) -> Self:
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
-        return replace(self, **changed)
 
     def pairs(self, *, fixed_noise: bool) -> Pairs:
         """As the model takes them. Noise is a function of the sample, or with ``fixed_noise`` the one of inference."""
@@ -221,72 +198,13 @@ class Batch:
         return quantised(self.trimap[:, None])
 
 
-TENSORS = tuple(each.name for each in fields(Batch) if each.name not in ("names", "counters", "skipped"))
+TENSORS = tuple(each.name for each in fields(PairBatch) if each.name not in ("names", "counters", "skipped"))
 
 
-@dataclass(frozen=True)
-class Share(Sampler[list[int]]):
-    """Which samples this process takes, micro-batch by micro-batch, from a step on to the end.
-
-    Step s is made of samples s * batch_size and following, whatever the number of processes and micro-batches.
-    """
-
-    batch_size: int
-    micro_batch_size: int
-    process: int
-    processes: int
-    first_step: int
-    steps: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        together = self.micro_batch_size * self.processes
-        first = self.first_step * self.batch_size + self.process * self.micro_batch_size
-        for start in range(first, self.steps * self.batch_size, together):
-            yield list(range(start, start + self.micro_batch_size))
-
-    def __len__(self) -> int:
-        return (self.steps - self.first_step) * self.batch_size // (self.micro_batch_size * self.processes)
-
-
-def load_batches(maker: SampleMaker, share: Share, *, workers: int, pin: bool) -> Iterator[Batch]:
-    """Batches in the order of ``share``, made ahead by ``workers`` processes (0: made here when they are wanted).
-
-    Raises TrainingError for a sample that cannot be made.
-    """
-    loader = DataLoader(
-        maker,
-        batch_sampler=share,
-        collate_fn=_collated,
-        num_workers=workers,
-        worker_init_fn=start_worker if workers else None,
-        multiprocessing_context="spawn" if workers else None,  # a fork would copy the model's threads half-way
-        pin_memory=pin,
-        prefetch_factor=4 if workers else None,
-    )
-    for batch in loader:
-        if isinstance(batch, str):
-            raise TrainingError(batch)
-        yield batch
-
-
-def _collated(samples: list[Sample | str]) -> Batch | str:
+def collated(samples: list[Sample | str]) -> PairBatch | str:
+    """Join samples, or say why one of them could not be made."""
     failures = [sample for sample in samples if isinstance(sample, str)]
-    return failures[0] if failures else Batch.of([sample for sample in samples if isinstance(sample, Sample)])
-
-
-def start_worker(_: int) -> None:
-    """Workers are as many as there are cores for them, so each takes one; signals are the main process's to answer.
-
-    On a CPU the model's threads want the same cores, and one that waits holds up the others: the worker gives way.
-    """
-    import os
-    import signal
-
-    if hasattr(os, "nice"):
-        os.nice(WORKER_NICENESS)
-    cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return failures[0] if failures else PairBatch.of([sample for sample in samples if isinstance(sample, Sample)])
 
 
 def _image(rgb: Tensor) -> Tensor:

@@ -27,6 +27,11 @@ from icm_cli.training.losses import LossConfig
 
 CUTOUTS = "cutouts"
 """A source that is a folder of RGBA foregrounds."""
+LAYOUTS = 4
+"""Mosaics that the stage "match" knows."""
+LEAST_CROP_PX = 64
+REFINE_TERMS = ("l1", "cross_entropy", "gradient", "laplacian")
+"""Losses of the stage "refine", by the names of their weights."""
 LARGEST_SEED = 1 << 62
 """What random generators take, with room for the step to be added."""
 
@@ -196,9 +201,80 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class MatchConfig:
+    """What the stage "match" shows: mosaics of pictures, of which at most one has the reference's thing."""
+
+    views: int = 12
+    """Pictures of a group whose tokens are read, drawn anew for every run."""
+    most_views: int = 3
+    """Of one picture, where a group has few."""
+    negative_share: float = 0.2
+    """The reference's thing is in none of the pictures."""
+    same_image_share: float = 0.1
+    """The reference is another view of the target's own picture, though its group has others."""
+    layout_shares: tuple[float, ...] = (0.3, 0.4, 0.25, 0.05)
+    """Of mosaics of one picture, two side by side, two one above the other, and four."""
+    presence: float = 0.3
+    """Weight of the cross-entropy of whether the thing is there."""
+
+    def __post_init__(self) -> None:
+        for name in ("views", "most_views"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 1 or more")
+        for name in ("negative_share", "same_image_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 0 to 1")
+        if len(self.layout_shares) != LAYOUTS or min(self.layout_shares) < 0 or not sum(self.layout_shares):
+            raise ConfigError(
+                f"train: match: layout_shares is {list(self.layout_shares)}; expected {LAYOUTS} numbers, none below 0 "
+                "and not all 0"
+            )
+        if self.presence < 0:
+            raise ConfigError(f"train: match: presence is {self.presence}; expected 0 or more")
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """What the stage "refine" shows: crops of scenes on the canvas, with coarse alphas made from the true ones."""
+
+    crop_px: int = 224
+    """Side of a crop, in px of the canvas."""
+    crops: int = 2
+    """Crops of a scene."""
+    token_share: float = 0.6
+    """Share of the coarse alphas that are as a grid of tokens tells them; the others are outlines nearly right."""
+    photograph_share: float = 0.5
+    """Of pictures with soft alphas: they are shown as they are, not as composites."""
+    band_weight: float = 0.3
+    """Weight of pixels at the edge of an alpha that is not exact: any but a composite's."""
+    l1: float = 1.0
+    cross_entropy: float = 0.3
+    gradient: float = 2.0
+    """Weight of the L1 between differences of neighbouring pixels."""
+    laplacian: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.crop_px < LEAST_CROP_PX:
+            raise ConfigError(f"train: refine: crop_px is {self.crop_px}; expected {LEAST_CROP_PX} or more")
+        if self.crops < 1:
+            raise ConfigError(f"train: refine: crops is {self.crops}; expected 1 or more")
+        for name in ("token_share", "photograph_share", "band_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"train: refine: {name} is {getattr(self, name)}; expected 0 to 1")
+        weights = [getattr(self, name) for name in REFINE_TERMS]
+        if min(weights) < 0 or not any(weights):
+            raise ConfigError(f"train: refine: the losses' weights are {weights}; expected 0 or more, and not all 0")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The recipe; the defaults are the released code's (Guo et al. 2024), with the paper's batch and steps."""
 
+    stage: Literal["matte", "match", "refine"] = "matte"
+    """What learns: "matte", the head, and the backbone where it may, on pairs of pictures; "match", a token-match head
+    on the tokens of pictures, hundreds of times cheaper a sample; "refine", the edges, which need no pairs."""
+    minutes: float | None = None
+    """The run ends, and a cosine with it, when so many minutes of steps have passed, instead of after ``steps``."""
     steps: int = 20_000
     batch_size: int = 8
     """Samples a step, over all processes."""
@@ -235,6 +311,8 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     pairs: PairConfig = field(default_factory=PairConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    match: MatchConfig = field(default_factory=MatchConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
     trimap_kernel: int = 25
     """Side in px of the square that dilates 0 < alpha < 1 to the unknown region where no trimap is given."""
 
@@ -247,6 +325,12 @@ class TrainConfig:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"train: {name} is {getattr(self, name)}; expected {least} or more")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ConfigError(f"train: minutes is {self.minutes}; expected more than 0")
+        if self.stage == "refine" and self.refine.crop_px > self.canvas_px:
+            raise ConfigError(
+                f"train: refine: crop_px is {self.refine.crop_px}; expected at most canvas_px, {self.canvas_px}"
+            )
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ConfigError(f"train: micro_batch_size is {self.micro_batch_size}; expected 1 or more")
         if self.clip_norm is not None and self.clip_norm <= 0:

@@ -45,7 +45,7 @@ def load_state(path: Path) -> dict[str, Any]:
         raise ConfigError(f"training state {path} cannot be read: {error.strerror}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"training state {path} is damaged or cut short, so the run cannot be gone on with; train with another "
+            f"training state {path} is damaged or cut short, so the run cannot be resumed; train with another "
             f"--out, perhaps from --checkpoint {path.parent / LAST_NAME}"
         ) from error
     return state
@@ -57,7 +57,7 @@ def check_same_run(path: Path, saved: str, given: Mapping[str, Any], *, has_deca
     changed = [line for line in differences(json.loads(saved), given) if line.partition(":")[0].rstrip() not in free]
     if changed:
         raise UsageError(
-            f"{path} is of a run with other settings, so it cannot be gone on with: {'; '.join(changed)}. Give the "
+            f"{path} is of a run with other settings, so it cannot be resumed: {'; '.join(changed)}. Give the "
             "same configuration, data and --set again, or another --out"
         )
 

@@ -16,9 +16,10 @@ from icm_cli.training.listening import Summary, TrainingListener
 class TrainingTerminal(Terminal, TrainingListener):
     """A bar with loss, rate and samples a second; plain lines where stderr is no terminal."""
 
-    def training_started(self, first_step: int, steps: int, samples: int) -> None:
-        self.total = steps
-        self.notice(f"training from step {first_step + 1} to {steps}, {samples} samples each")
+    def training_started(self, first_step: int, steps: int | None, samples: int) -> None:
+        self._last = "" if steps is None else f"/{steps}"
+        end = "the end of its minutes" if steps is None else steps
+        self.notice(f"training from step {first_step + 1} to {end}, {samples} samples each")
         if sys.stderr and sys.stderr.isatty() and not (self.quiet or self.verbose):
             from tqdm import tqdm
 
@@ -38,7 +39,7 @@ class TrainingTerminal(Terminal, TrainingListener):
         if self._bar is not None:
             self._bar.set_postfix(shown)
         elif not self.quiet:
-            self._print(f"[{step}/{self.total}] " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+            self._print(f"[{step}{self._last}] " + ", ".join(f"{name} {value}" for name, value in shown.items()))
 
     def validated(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
         scores = {name.removeprefix("validation_"): value for name, value in figures.items()}
@@ -57,6 +58,8 @@ class TrainingTerminal(Terminal, TrainingListener):
         if self.quiet or summary.preview is not None:
             return
         show(_rows(summary))
+        if summary.pack is not None:
+            write_line(sys.stdout, f"packed with its backbone: {summary.pack}")
         if summary.checkpoint is not None:
             options = "--ref ref.png --mask mask.png --src imgs/ --out alphas/"
             write_line(sys.stdout, f"icm matte --checkpoint {shlex.quote(str(summary.checkpoint))} {options}")

@@ -50,7 +50,7 @@ def validate(config: ValidationConfig, learner: Learner, *, is_stopped: Callable
     Keys are "mse", "sad" and so on.
     """
     try:
-        with learner.resting() as matter:
+        with learner.inference_mode() as matter:
             report = evaluate(
                 config.dataset,
                 config.root,

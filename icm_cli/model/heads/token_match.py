@@ -100,7 +100,7 @@ class TokenMatchHead(TrainedHead):
         )
 
     @torch.no_grad()
-    def begin(self, seen: Tensor) -> None:
+    def init_from_pca(self, seen: Tensor) -> None:
         """Compare in the principal components of tokens [N,C] that the backbone gave: what tokens differ in most, with
         what all of them share taken off, is a measure of likeness before anything is learned."""
         for project, layer in zip(

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,25 @@ from icm_cli.errors import UsageError
 from icm_cli.files import atomic_write, content_digest, digest_of, remove_stale_temporaries
 from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_trained_on, save_checkpoint
 from icm_cli.runs import SideOutputs
+from icm_cli.training.batches import Batch
 from icm_cli.training.items import Pool
 from icm_cli.training.learner import Learner
-from icm_cli.training.samples import Batch
 from icm_cli.training.settings import Settings
 from icm_cli.training.state import BEST_NAME, LAST_NAME, STATE_NAME, check_same_run, load_state, save_state
 
 LOCK_NAME = ".icm-train.lock"
 
 
-class Keeper:
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: steps done, unreadable draws, and seconds that the steps took."""
+
+    step: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+
+class RunFolder:
     """The folder of a run. Only the main process of several writes there."""
 
     def __init__(
@@ -52,7 +62,7 @@ class Keeper:
         """Step and MSE of the best model so far."""
 
     def check(self, *, resume: bool) -> None:
-        """Raises UsageError for a folder that holds a run not to be gone on with, OutputError for one not writable."""
+        """Raises UsageError for a folder that holds a run that cannot be resumed, OutputError for one not writable."""
         there = [name for name in (STATE_NAME, LAST_NAME, BEST_NAME) if (self.folder / name).exists()]
         if there and not resume:
             raise UsageError(
@@ -60,14 +70,14 @@ class Keeper:
             )
         if there and STATE_NAME not in there:
             raise UsageError(
-                f"{self.folder} holds {there[0]} but no {STATE_NAME}, so its run cannot be gone on with; give another "
+                f"{self.folder} holds {there[0]} but no {STATE_NAME}, so its run cannot be resumed; give another "
                 f"folder with --out, perhaps with --checkpoint {self.folder / there[0]} to start from there"
             )
         SideOutputs.checked(()).check_writable(self.folder)
         remove_stale_temporaries(self.folder)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keep other runs out of the folder. Raises UsageError where another process holds it."""
         if not is_main_process():
             yield
@@ -94,29 +104,29 @@ class Keeper:
         earlier = read_trained_on(self._checkpoint) if self._checkpoint else None
         self._images = sorted({*digests, *(earlier or ())})
 
-    def resume(self, learner: Learner) -> tuple[int, int]:
-        """Take up the saved run; returns steps done and draws skipped, both 0 where there is none.
+    def resume(self, learner: Learner) -> Progress:
+        """Take up the saved run; returns how far it is, nothing done where there is none.
 
         Raises UsageError for a run with other settings, ConfigError for a damaged state.
         """
         path = self.folder / STATE_NAME
         if not path.exists():
-            return 0, 0
+            return Progress()
         state = load_state(path)
         check_same_run(
             path, state["settings"], self._identity(learner), has_decay=self._settings.train.decay != "constant"
         )
         learner.load_state(state)
         self.best = state["best"]
-        return state["step"], state["skipped"]
+        return Progress(state["step"], state["skipped"], state["seconds"])
 
-    def save(self, learner: Learner, step: int, skipped: int) -> None:
+    def save(self, learner: Learner, done: Progress) -> None:
         """Write the last model and the state after a step. Raises OutputError; what was there stays then."""
-        self._save_model(learner, LAST_NAME, step)
+        self._save_model(learner, LAST_NAME, done.step)
         settings = json.dumps(self._identity(learner))
         save_state(
             self.folder / STATE_NAME,
-            {"step": step, "skipped": skipped, "best": self.best, "settings": settings, **learner.state()},
+            {**asdict(done), "best": self.best, "settings": settings, **learner.state()},
         )
 
     def save_best(self, learner: Learner, step: int, mse: float) -> bool:
@@ -136,7 +146,7 @@ class Keeper:
         return path
 
     def _save_model(self, learner: Learner, name: str, step: int) -> None:
-        with learner.resting():
+        with learner.inference_mode():
             save_checkpoint(
                 self.folder / name,
                 learner.model,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from icm_cli.training.samples import Batch
+from icm_cli.training.batches import Batch
 
 
-class Meter:
+class StepStats:
     """Adds up losses and times; ``waiting`` is time in which the model had no samples."""
 
     def __init__(self) -> None:
@@ -44,12 +45,22 @@ class Meter:
         self._steps += 1
         self._sums["gradient_norm"] += gradient_norm
 
-    def pause(self, seconds: float) -> None:
-        """So much of the time was no step's."""
-        self._paused += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is no step's."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - before
+
+    @property
+    def seconds(self) -> float:
+        """What the steps have taken so far; validation, saving and logging are left out."""
+        return self.total_seconds + time.perf_counter() - self._since - self._paused
 
     def figures(self, rate: float) -> dict[str, float]:
-        """Means since the last call, and begin anew; names as in ``tracking.COLUMNS``."""
+        """Means since the last call, and begin anew; names as in the log."""
         seconds = max(1e-9, time.perf_counter() - self._since - self._paused)
         self.total_samples += self._samples
         self.total_waiting += self._waiting

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,29 +15,29 @@ from numpy.typing import NDArray
 from icm_cli.errors import ImageError, OutputError
 from icm_cli.evaluation.metrics import METRICS
 from icm_cli.files import atomic_write
-from icm_cli.training.losses import TERMS
 
 LOG_NAME = "log.csv"
 TENSORBOARD_FOLDER = "tensorboard"
-COLUMNS = (
-    "step",
-    "loss",
-    *TERMS,
-    "rate",
-    "gradient_norm",
-    "samples_per_second",
-    "waiting_share",
-    "seconds",
-    *(f"validation_{metric}" for metric in METRICS),
-)
+RUN_COLUMNS = ("rate", "gradient_norm", "samples_per_second", "waiting_share", "seconds")
 
 
-class Tracker:
+class RunLog:
     """Writes the logs of one run; the first failure to write is told, and ends them."""
 
-    def __init__(self, folder: Path, first_step: int, notice: Callable[[str], None], *, is_main: bool) -> None:
-        """Rows and scalars after ``first_step``, left by a run that was stopped later than it last saved, go."""
+    def __init__(
+        self,
+        folder: Path,
+        terms: Sequence[str],
+        first_step: int,
+        notice: Callable[[str], None],
+        *,
+        is_main: bool,
+    ) -> None:
+        """``terms`` names the losses. Rows and scalars after ``first_step`` go: a run that was stopped later than it
+        last saved left them."""
         self._path = folder / LOG_NAME
+        self._terms = terms
+        self._columns = ("step", "loss", *terms, *RUN_COLUMNS, *(f"validation_{metric}" for metric in METRICS))
         self._notice = notice
         self._is_on = is_main
         self._writer: Any = None
@@ -52,7 +52,7 @@ class Tracker:
             self._guarded(self._writer.close)
 
     def row(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log figures, named as in COLUMNS, at a step."""
+        """Log figures, named as the columns, at a step."""
         self._guarded(lambda: self._append(step, figures))
 
     def picture(self, step: int, image: NDArray[np.uint8]) -> None:
@@ -64,14 +64,14 @@ class Tracker:
 
         kept = [row for row in _rows(self._path) if int(row["step"]) <= first_step]
         with atomic_write(self._path) as file:
-            file.write(_table(kept, header=True).encode())
+            file.write(self._table(kept, header=True).encode())
         self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
 
     def _append(self, step: int, figures: Mapping[str, float]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(_table([{"step": step, **figures}], header=False))
+            file.write(self._table([{"step": step, **figures}], header=False))
         for name, value in figures.items():
-            section = "losses" if name in TERMS else "validation" if name.startswith("validation_") else "run"
+            section = "losses" if name in self._terms else "validation" if name.startswith("validation_") else "run"
             self._writer.add_scalar(f"{section}/{name.removeprefix('validation_')}", value, step)
         self._writer.flush()
 
@@ -84,14 +84,13 @@ class Tracker:
             self._is_on = False
             self._notice(f"the log {self._path} cannot be written ({error}); training goes on without it")
 
-
-def _table(rows: list[dict[str, Any]], *, header: bool) -> str:
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    if header:
-        table.writeheader()
-    table.writerows(rows)
-    return text.getvalue()
+    def _table(self, rows: list[dict[str, Any]], *, header: bool) -> str:
+        text = io.StringIO()
+        table = csv.DictWriter(text, self._columns, lineterminator="\n", extrasaction="ignore")
+        if header:
+            table.writeheader()
+        table.writerows(rows)
+        return text.getvalue()
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

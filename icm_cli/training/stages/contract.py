@@ -1,0 +1,67 @@
+"""What a stage of training is: the contract between the training loop and what is learned."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias
+
+from torch import Tensor, nn
+
+from icm_cli.geometry import ImageU8
+from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.training.batches import AnyBatch, StepSampler
+from icm_cli.training.items import Pool
+from icm_cli.training.settings import Settings
+
+if TYPE_CHECKING:
+    from icm_cli.training.learner import Learner
+    from icm_cli.training.listening import TrainingListener
+
+Answer: TypeAlias = tuple[Tensor, ...]
+"""What the model says of a batch, [B,...] each, with gradients."""
+
+
+class Stage(ABC, Generic[AnyBatch]):
+    """One kind of training. The loop takes its batches, asks the model, and learns from the losses."""
+
+    learns: ClassVar[tuple[str, ...]]
+    """Parts of the model whose weights may learn: "backbone", "head", "edges"."""
+    terms: ClassVar[tuple[str, ...]]
+    """Names of the losses, as they are logged."""
+
+    def __init__(self, settings: Settings, pool: Pool) -> None:
+        self.settings = settings
+        self.pool = pool
+
+    @abstractmethod
+    def module(self, model: InContextMatting) -> nn.Module:
+        """The module that runs with gradients. Raises ConfigError where the model lacks it."""
+
+    def prepare(self, learner: Learner, folder: Path, listener: TrainingListener) -> None:
+        """Make ready what the first batch needs, once the model is on its device. Does nothing here."""
+        del learner, folder, listener
+
+    @abstractmethod
+    def batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[AnyBatch]:
+        """Batches in the order of the sampler. Raises TrainingError for one that cannot be made."""
+
+    @abstractmethod
+    def answer(self, forward: nn.Module, batch: AnyBatch) -> Answer:
+        """Run :meth:`module`, as the accelerator wraps it, on a batch."""
+
+    @abstractmethod
+    def losses(self, answer: Answer, batch: AnyBatch) -> dict[str, Tensor]:
+        """Every loss, weighted, [B] each, and their sum under "total"."""
+
+    @abstractmethod
+    def panel(self, learner: Learner, batch: AnyBatch) -> ImageU8:
+        """A picture of a batch and what the model says of it, uint8 [H,W,3]; the model is in evaluation mode."""
+
+    @abstractmethod
+    def preview(self, counter: int) -> tuple[str, list[ImageU8]]:
+        """A caption and pictures, uint8 [h,w,3], of sample number ``counter``. Raises TrainingError or ImageError."""
+
+
+AnyStage: TypeAlias = Stage[Any]

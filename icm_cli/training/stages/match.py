@@ -1,0 +1,379 @@
+"""The stage "match": a token-match head learns which thing is meant, on the tokens of pictures alone.
+
+The backbone is frozen, so every picture is seen by it once and its tokens are kept in the run's folder. A sample is
+then a mosaic of one to four pictures' tokens, of which at most one shows the reference's thing: hundreds of times
+cheaper than a sample of pictures, and it asks nothing but which thing is meant.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from icm_cli.errors import ConfigError, ImageError, TrainingError
+from icm_cli.files import atomic_write, digest_of
+from icm_cli.geometry import ImageU8, to_u8
+from icm_cli.guidance import ReferenceTokens, background_tokens, foreground_tokens
+from icm_cli.model.contracts import Features
+from icm_cli.model.heads.token_match import CARRIED, EVIDENCE_NUMBERS, TokenMatchHead
+from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.training.batches import Batch, StepSampler, start_worker
+from icm_cli.training.items import Item, Pool
+from icm_cli.training.panels import MOST_ROWS, grey, table
+from icm_cli.training.samples import SampleMaker
+from icm_cli.training.settings import Settings
+from icm_cli.training.stages.contract import Answer, Stage
+
+if TYPE_CHECKING:
+    from icm_cli.training.learner import Learner
+    from icm_cli.training.listening import TrainingListener
+
+LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
+"""Rows and columns of the mosaics."""
+KEPT_NAME = "tokens.pt"
+"""File of the tokens in a run's folder."""
+BEGIN_VIEWS = 400
+"""Pictures whose tokens give the principal components that the head's projections begin with."""
+AT_A_TIME = 8
+"""Pictures that the backbone sees together."""
+TOLD_EVERY_S = 60.0
+ATTEMPTS = 1000
+"""Draws for one place of a mosaic before training stops."""
+LEAST_ALPHA = 1e-4
+"""How far an alpha is kept from 0 and 1 before its logarithm is taken."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Tokens of a picture: feature float16 [C,h,w]; alpha float32 [h,w], each cell's mean; which tokens lie inside and
+    outside the guidance, and which hold the frame, bool [h,w]."""
+
+    feature: Tensor
+    alpha: Tensor
+    inside: Tensor
+    outside: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class MosaicBatch(Batch):
+    """Mosaics beside a reference each.
+
+    feature float16 [B,C,H,W], alpha float32 and valid bool [B,H,W] of the mosaics; reference_feature float16 [B,C,h,w],
+    inside and outside bool [B,h,w] of the references.
+    """
+
+    feature: Tensor
+    alpha: Tensor
+    valid: Tensor
+    reference_feature: Tensor
+    inside: Tensor
+    outside: Tensor
+
+
+class TokenMatcher(nn.Module):
+    """A token-match head that is asked for its answers on tokens, before any picture is there."""
+
+    def __init__(self, head: TokenMatchHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, batch: MosaicBatch) -> Answer:
+        """Logit of the coarse alpha [B,H,W], what each comparison carries over [B,comparisons,H,W] in -1..1, and the
+        logit of whether the thing is there [B]."""
+        head = self.head
+        target = Features(batch.feature.float(), batch.valid, {}, {})
+        shown = head.projected(batch.reference_feature.float())
+        references = [
+            ReferenceTokens(each[inside.flatten()], each[outside.flatten()])
+            for each, inside, outside in zip(shown, batch.inside, batch.outside, strict=True)
+        ]
+        projected = head.projected(target.correspondence)
+        evidence = head.evidence(projected, target.valid, references)
+        fused = head.fused(target, evidence)
+        presence = head.presence(fused, projected, evidence, target.valid, references)
+        return head.coarse(fused)[:, 0].float(), evidence[:, CARRIED::EVIDENCE_NUMBERS], presence
+
+
+class MatchStage(Stage[MosaicBatch]):
+    """Mosaics of tokens in, which of them are the thing out."""
+
+    learns = ("head",)
+    terms = ("cross_entropy", "dice", "comparisons", "presence")
+
+    def __init__(self, settings: Settings, pool: Pool) -> None:
+        super().__init__(settings, pool)
+        self.maker = SampleMaker(pool, settings.train)
+        self.shown = to_show(pool, settings.train.match.views, settings.train.match.most_views, settings.train.seed)
+        self.views: dict[Item, list[View]] = {}
+
+    def module(self, model: InContextMatting) -> nn.Module:
+        if not isinstance(model.head, TokenMatchHead):
+            raise ConfigError("train: stage is match, which is for the token-match head; take another stage or head")
+        return TokenMatcher(model.head)
+
+    def prepare(self, learner: Learner, folder: Path, listener: TrainingListener) -> None:
+        path = folder / KEPT_NAME
+        digest = views_digest(self.settings, self.shown, learner.weights_digest)
+        views = kept_views(path, digest)
+        if views is None:
+            listener.notice(f"reading the tokens of {len(self.shown)} pictures into {path}")
+            views = self._read(learner, listener)
+            if learner.is_main:
+                keep_views(path, digest, views)
+        self.views = {item: [] for item in self.shown}
+        for item, view in zip(self.shown, views, strict=True):
+            if view is not None:
+                self.views[item].append(view)
+        if not learner.is_from_checkpoint:
+            assert isinstance(learner.model.head, TokenMatchHead)
+            found = [view for view in views if view is not None]
+            learner.model.head.init_from_pca(_some_tokens(found, self.settings.train.seed).to(learner.device.place))
+
+    def batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[MosaicBatch]:
+        """Batches are drawn here, for the tokens are here; ``workers`` read pictures, before."""
+        del workers
+        for counters in sampler:
+            batch = self.batch(counters)
+            yield batch.pin_memory() if pin else batch
+
+    def answer(self, forward: nn.Module, batch: MosaicBatch) -> Answer:
+        found: Answer = forward(batch)
+        return found
+
+    def losses(self, answer: Answer, batch: MosaicBatch) -> dict[str, Tensor]:
+        logit, carried, presence = answer
+        truth, valid = batch.alpha, batch.valid
+        size = valid.sum(dim=(1, 2))
+        entropy = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
+        each = (0.5 + 0.5 * carried).clamp(LEAST_ALPHA, 1.0 - LEAST_ALPHA)
+        compared = F.binary_cross_entropy(each, truth[:, None].expand_as(each), reduction="none").mean(dim=1)
+        there = truth.sum(dim=(1, 2)) > 1.0
+        alpha = torch.sigmoid(logit) * valid
+        common, sizes = (alpha * truth).sum(dim=(1, 2)), alpha.sum(dim=(1, 2)) + truth.sum(dim=(1, 2))
+        is_there = (truth.amax(dim=(1, 2)) > 0.5).float()
+        terms = {
+            "cross_entropy": (entropy * valid).sum(dim=(1, 2)) / size,
+            "dice": (1.0 - (2.0 * common + 1.0) / (sizes + 1.0)) * there,
+            "comparisons": (compared * valid).sum(dim=(1, 2)) / size,
+            "presence": self.settings.train.match.presence
+            * F.binary_cross_entropy_with_logits(presence, is_there, reduction="none"),
+        }
+        return {**terms, "total": torch.stack(list(terms.values())).sum(dim=0)}
+
+    @torch.no_grad()
+    def panel(self, learner: Learner, batch: MosaicBatch) -> ImageU8:
+        """For each mosaic its true alpha, the coarse alpha, and what all comparisons together carry over."""
+        few = batch.first(MOST_ROWS)
+        logit, carried, _ = self.answer(self.module(learner.model), few)
+        layers = (few.alpha, torch.sigmoid(logit), 0.5 + 0.5 * carried[:, -1])
+        return table([[grey(to_u8(layer[i].cpu().numpy())) for layer in layers] for i in range(len(few.names))])
+
+    def preview(self, counter: int) -> tuple[str, list[ImageU8]]:
+        """A picture whose tokens are read, and its alpha."""
+        item = self.shown[counter % len(self.shown)]
+        scene = self.maker.view(item, np.random.default_rng((self.settings.train.seed, counter)))
+        return f"{item.group} {item.name}", [scene.rgb, grey(scene.alpha)]
+
+    def batch(self, counters: Sequence[int]) -> MosaicBatch:
+        """Samples number ``counters``: the same for every run of a seed. All of them have one layout.
+
+        Raises TrainingError where the pictures do not suffice for a mosaic.
+        """
+        rng = np.random.default_rng((self.settings.train.seed, 1, counters[0]))
+        shares = np.asarray(self.settings.train.match.layout_shares)
+        rows, columns = LAYOUTS[rng.choice(len(LAYOUTS), p=shares / shares.sum())]
+        samples = [self._sample(rows * columns, rng) for _ in counters]
+        feature, alpha, valid = (
+            torch.stack([_laid_out([getattr(view, name) for view in each.tiles], rows, columns) for each in samples])
+            for name in ("feature", "alpha", "valid")
+        )
+        wanted = torch.stack(
+            [
+                _laid_out(
+                    [torch.full_like(view.alpha, float(i == each.place)) for i, view in enumerate(each.tiles)],
+                    rows,
+                    columns,
+                )
+                for each in samples
+            ]
+        )
+        reference_feature, inside, outside = (
+            torch.stack([getattr(each.reference, name) for each in samples])
+            for name in ("feature", "inside", "outside")
+        )
+        names = tuple(each.name for each in samples)
+        return MosaicBatch(
+            names, tuple(counters), (), feature, alpha * wanted, valid, reference_feature, inside, outside
+        )
+
+    def _sample(self, tiles: int, rng: np.random.Generator) -> _Mosaic:
+        config = self.settings.train.match
+        for _ in range(ATTEMPTS):
+            item = self._drawn(rng)
+            partner = self.pool.partner(item, rng, config.same_image_share)
+            reference, target = self._view(partner, rng), self._view(item, rng)
+            if reference is None or target is None or reference is target or reference.alpha.max() <= 0.5:
+                continue
+            others = [self._stranger(item, rng) for _ in range(tiles)]
+            place = -1 if rng.random() < config.negative_share else int(rng.integers(tiles))
+            if place >= 0:
+                others[place] = target
+            return _Mosaic(f"{item.name} by {partner.name}", reference, others, place)
+        raise TrainingError("no group has two views that can be read; raise train.match.views, or give more pictures")
+
+    def _drawn(self, rng: np.random.Generator) -> Item:
+        for _ in range(ATTEMPTS):
+            item = self.pool.draw(rng)
+            if self.views.get(item):
+                return item
+        raise TrainingError("hardly any picture could be read; mend the data, or leave files out with 'exclude'")
+
+    def _stranger(self, shown: Item, rng: np.random.Generator) -> View:
+        for _ in range(ATTEMPTS):
+            item = self._drawn(rng)
+            if item.is_alien_to(shown):
+                return self.views[item][rng.integers(len(self.views[item]))]
+        raise TrainingError(f"there is no picture without the thing of {shown.image}; give more groups")
+
+    def _view(self, item: Item, rng: np.random.Generator) -> View | None:
+        views = self.views.get(item)
+        return views[rng.integers(len(views))] if views else None
+
+    def _read(self, learner: Learner, listener: TrainingListener) -> list[View | None]:
+        """Show the backbone a picture after the other; None where one cannot be read."""
+        views: list[View | None] = [None] * len(self.shown)
+        loader = DataLoader(
+            _Scenes(self.maker, self.shown, self.settings.train.seed),
+            batch_size=AT_A_TIME,
+            collate_fn=list,
+            num_workers=learner.workers,
+            worker_init_fn=start_worker if learner.workers else None,
+            multiprocessing_context="spawn" if learner.workers else None,
+        )
+        told = time.monotonic()
+        for batch in loader:
+            found = [each for each in batch if isinstance(each, _Scene)]
+            for each in batch:
+                if isinstance(each, str):
+                    listener.notice(f"skipped: {each}")
+            if found:
+                for each, view in zip(found, _seen(learner, found), strict=True):
+                    views[each.index] = view
+            if time.monotonic() - told > TOLD_EVERY_S:
+                told = time.monotonic()
+                listener.notice(f"{sum(view is not None for view in views)} of {len(views)} pictures are read")
+        return views
+
+
+@dataclass(frozen=True)
+class _Mosaic:
+    name: str
+    reference: View
+    tiles: Sequence[View]
+    place: int
+    """Which tile shows the reference's thing; -1: none."""
+
+
+@dataclass(frozen=True)
+class _Scene:
+    index: int
+    rgb: ImageU8
+    alpha: ImageU8
+    valid: np.ndarray
+
+
+class _Scenes(Dataset["_Scene | str"]):
+    """Picture number ``index``: an item's scene, with other things in it at times; a str says why it has none."""
+
+    def __init__(self, maker: SampleMaker, shown: Sequence[Item], seed: int) -> None:
+        self.maker, self.shown, self.seed = maker, shown, seed
+
+    def __len__(self) -> int:
+        return len(self.shown)
+
+    def __getitem__(self, index: int) -> _Scene | str:
+        try:
+            scene = self.maker.view(self.shown[index], np.random.default_rng((self.seed, index)))
+        except ImageError as error:
+            return str(error)
+        return _Scene(index, scene.rgb, scene.alpha, scene.valid)
+
+
+def to_show(pool: Pool, views: int, most_views: int, seed: int) -> list[Item]:
+    """Of every group about ``views`` items, drawn with ``seed``; each at most ``most_views`` times."""
+    rng = np.random.default_rng((seed, 2))
+    shown: list[Item] = []
+    for items in pool.groups.values():
+        count = min(views, most_views * len(items))
+        shown += [items[index] for index in np.resize(rng.permutation(len(items)), count)]
+    return shown
+
+
+def views_digest(settings: Settings, shown: Sequence[Item], weights_digest: str) -> str:
+    """Hash of what decides the tokens: the backbone, the recipe of the scenes, which items, and the seed."""
+    backbone, train = settings.model.as_dict()["backbone"], settings.as_dict()["train"]
+    recipe = [backbone, weights_digest, *(train[name] for name in ("canvas_px", "pairs", "augment", "seed"))]
+    return digest_of(json.dumps(recipe, sort_keys=True), *(f"{item.group} {item.name}" for item in shown))
+
+
+def keep_views(path: Path, digest: str, views: Sequence[View | None]) -> None:
+    """Write views, whole or not at all. Raises OutputError."""
+    tensors = [tuple(getattr(view, each.name) for each in fields(View)) if view else None for view in views]
+    with atomic_write(path) as file:
+        torch.save({"digest": digest, "views": tensors}, file)
+
+
+def kept_views(path: Path, digest: str) -> list[View | None] | None:
+    """Read what :func:`keep_views` wrote, None where nothing is there or it was made of other pictures or settings."""
+    try:
+        stored: dict[str, Any] = torch.load(path, weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError):
+        return None
+    return [View(*view) if view else None for view in stored["views"]] if stored["digest"] == digest else None
+
+
+@torch.no_grad()
+def _seen(learner: Learner, scenes: Sequence[_Scene]) -> Iterator[View]:
+    place = learner.device.place
+    image = torch.from_numpy(np.stack([each.rgb for each in scenes])).to(place).permute(0, 3, 1, 2).float() / 255.0
+    alpha = torch.from_numpy(np.stack([each.alpha for each in scenes])).to(place)[:, None].float() / 255.0
+    valid = torch.from_numpy(np.stack([each.valid for each in scenes])).to(place)
+    features = learner.model.backbone.reference(image, valid, [""] * len(scenes))
+    stride = image.shape[-1] // features.correspondence.shape[-1]
+    share = F.avg_pool2d(alpha, stride)[:, 0]
+    guidance = (alpha > 0.5).float()
+    for i in range(len(scenes)):
+        one = slice(i, i + 1)
+        yield View(
+            features.correspondence[i].half().cpu(),
+            share[i].cpu(),
+            foreground_tokens(guidance[one], valid[one], stride)[0][0].cpu(),
+            background_tokens(guidance[one], valid[one], stride)[0].cpu(),
+            features.valid[i].cpu(),
+        )
+
+
+def _laid_out(tiles: Sequence[Tensor], rows: int, columns: int) -> Tensor:
+    """Tiles [...,h,w], row by row, side by side."""
+    lines = [torch.cat(list(tiles[row * columns : (row + 1) * columns]), dim=-1) for row in range(rows)]
+    return torch.cat(lines, dim=-2)
+
+
+def _some_tokens(views: Sequence[View], seed: int) -> Tensor:
+    """Tokens [N,C] float32 of pictures drawn with ``seed``."""
+    drawn = np.random.default_rng(seed).permutation(len(views))[:BEGIN_VIEWS]
+    return torch.cat([views[index].feature.flatten(1).T.float() for index in drawn])
+
+
+STAGE = MatchStage

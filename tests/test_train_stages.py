@@ -1,0 +1,257 @@
+"""The stages "match" and "refine": what they are shown, that they learn, that a run goes on."""
+
+from __future__ import annotations
+
+import collections
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from train_data import MODEL, log, metadata, same_weights, train, write_config
+
+from icm_cli.config import parse_model
+from icm_cli.model.edges.refine import Refine
+from icm_cli.model.loading import model_to_train
+from icm_cli.training.items import Item, Pool
+from icm_cli.training.settings import TrainConfig
+from icm_cli.training.spoiling import by_outline, by_tokens
+from icm_cli.training.stages import match
+from icm_cli.training.stages.match import to_show
+from icm_cli.training.stages.refine import EdgeMaker, EdgeSample
+
+COLOURS = {"red": (20, 20, 220), "green": (20, 200, 20), "white": (240, 240, 240)}
+MATCH = {
+    "stage": "match",
+    "steps": 60,
+    "batch_size": 6,
+    "rate": 5e-3,
+    "backbone_rate": 0,
+    "log_every": 30,
+    "clip_norm": 30.0,
+    "match": {"views": 6},
+}
+REFINE = {
+    "stage": "refine",
+    "steps": 120,
+    "batch_size": 4,
+    "rate": 1e-2,
+    "backbone_rate": 0,
+    "log_every": 40,
+    "refine": {"crop_px": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three groups of two photographs, a disc of one colour each."""
+    root = tmp_path_factory.mktemp("discs")
+    for group, colour in COLOURS.items():
+        for number in range(2):
+            picture = np.full((96, 96, 3), 90 + 30 * number, np.uint8)
+            alpha = np.zeros((96, 96), np.uint8)
+            for image, value in ((picture, colour), (alpha, 255)):
+                cv2.circle(image, (40 + 10 * number, 50), 30, value, -1)
+            for kind, image in (("images", picture), ("alphas", alpha)):
+                path = root / kind / group / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(path), image)
+    return root
+
+
+def changed_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {key.split(".")[0] for key in after if not after[key].equal(before[key])}
+
+
+def untrained() -> dict[str, torch.Tensor]:
+    """The weights that a run of seed 0 begins with."""
+    model = model_to_train(parse_model(MODEL, "test"), checkpoint=None, weights=None, offline=True, seed=0)
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def matched(discs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The configuration and the folder of a run of the stage "match"."""
+    folder = tmp_path_factory.mktemp("matched")
+    config = write_config(folder / "small.yaml", discs, **MATCH)
+    done = train(config, folder / "run")
+    assert done.exit_code == 0, done.output
+    return config, folder / "run"
+
+
+class TestMatch:
+    def test_it_learns_which_thing_is_meant_and_leaves_the_edges(self, matched: tuple[Path, Path]) -> None:
+        first, last = log(matched[1])
+        assert float(last["loss"]) < 0.8 * float(first["loss"])
+        assert float(last["presence"]) > 0
+        assert changed_parts(untrained(), load_file(matched[1] / "last.safetensors")) == {"head"}
+
+    def test_a_run_goes_on_bit_equal_and_reads_no_picture_twice(
+        self, matched: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config, whole = matched
+        assert train(config, tmp_path / "run", "--set", "train.steps=25").exit_code == 0
+        monkeypatch.setattr(match, "_seen", None)
+        done = train(config, tmp_path / "run", "--resume")
+        assert done.exit_code == 0, done.output
+        assert same_weights(tmp_path / "run" / "last.safetensors", whole / "last.safetensors")
+
+    def test_tokens_of_other_settings_are_read_anew(self, matched: tuple[Path, Path], tmp_path: Path) -> None:
+        config, _ = matched
+        out = tmp_path / "run"
+        assert train(config, out, "--set", "train.steps=1").exit_code == 0
+        before = torch.load(out / match.KEPT_NAME, weights_only=True)["digest"]
+        for path in out.glob("*.safetensors"):
+            path.unlink()
+        (out / "state.pt").unlink()
+        done = train(config, out, "--set", "train.steps=1", "--set", "train.pairs.composite_share=0.9")
+        assert "reading the tokens of" in done.stderr
+        assert torch.load(out / match.KEPT_NAME, weights_only=True)["digest"] != before
+
+    def test_it_begins_from_a_checkpoint_and_the_file_says_what_it_saw(
+        self, matched: tuple[Path, Path], discs: Path, tmp_path: Path
+    ) -> None:
+        checkpoint = matched[1] / "last.safetensors"
+        assert len(json.loads(metadata(checkpoint)["icm.trained_on"])) == 6
+        config = write_config(tmp_path / "refine.yaml", discs, **{**REFINE, "steps": 2})
+        done = train(config, tmp_path / "run", checkpoint=checkpoint)
+        assert done.exit_code == 0, done.output
+        after = load_file(tmp_path / "run" / "last.safetensors")
+        assert changed_parts(load_file(checkpoint), after) == {"edges"}
+
+    def test_another_head_is_refused(self, discs: Path, tmp_path: Path) -> None:
+        detail = {"name": "detail", "canvas_px": 96, "feature_channels": 8}
+        config = write_config(tmp_path / "a.yaml", discs, model={**MODEL, "head": detail}, **MATCH)
+        done = train(config, tmp_path / "run")
+        assert done.exit_code == 3
+        assert len(done.stderr.splitlines()) == 1
+
+    def test_one_thing_alone_cannot_make_mosaics(self, discs: Path, tmp_path: Path) -> None:
+        config = write_config(tmp_path / "a.yaml", discs, **MATCH)
+        content = yaml.safe_load(config.read_text())
+        content["data"]["sources"][0] |= {
+            "images": str(discs / "images" / "red" / "*.png"),
+            "alphas": str(discs / "alphas" / "red" / "*.png"),
+        }
+        config.write_text(json.dumps(content))
+        done = train(config, tmp_path / "run")
+        assert done.exit_code == 1
+        assert "there is no picture without the thing of" in done.stderr.splitlines()[-1]
+
+    def test_every_group_is_shown_as_often_and_no_picture_too_often(self) -> None:
+        def source(name: str, count: int) -> tuple[Item, ...]:
+            return tuple(
+                Item(f"{name}{i}", Path(f"{name}{i}.png"), None, None, name, is_foreground=False, is_binary=False)
+                for i in range(count)
+            )
+
+        few, many = source("few", 2), source("many", 30)
+        shown = collections.Counter(to_show(Pool((few, many), (3.0, 1.0), ()), 9, 3, seed=0))
+        assert {shown[item] for item in few} == {3}
+        assert sum(shown[item] for item in many) == 9
+        assert max(shown[item] for item in many) == 1
+
+
+class TestRefine:
+    def test_it_learns_and_changes_the_edges_alone(self, discs: Path, tmp_path: Path) -> None:
+        config = write_config(tmp_path / "a.yaml", discs, **REFINE)
+        done = train(config, tmp_path / "run", "--set", "train.image_every=50")
+        assert done.exit_code == 0, done.output
+        first, _, last = log(tmp_path / "run")
+        assert float(last["l1"]) < 0.9 * float(first["l1"])
+        assert changed_parts(untrained(), load_file(tmp_path / "run" / "last.safetensors")) == {"edges"}
+
+    def test_the_minutes_end_a_run_and_are_counted_over_a_resume(self, discs: Path, tmp_path: Path) -> None:
+        config = write_config(tmp_path / "a.yaml", discs, **{**REFINE, "decay": "cosine", "minutes": 0.03})
+        done = train(config, tmp_path / "run")
+        assert done.exit_code == 0, done.output
+        steps = int(metadata(tmp_path / "run" / "last.safetensors")["icm.step"])
+        assert steps > 1
+        assert train(config, tmp_path / "run", "--resume").exit_code == 0
+        assert int(metadata(tmp_path / "run" / "last.safetensors")["icm.step"]) == steps
+
+    def test_a_preview_shows_coarse_and_true_alphas(self, discs: Path, tmp_path: Path) -> None:
+        config = write_config(tmp_path / "a.yaml", discs, **REFINE)
+        assert train(config, tmp_path / "run", preview=3).exit_code == 0
+        sheet = cv2.imread(str(tmp_path / "run" / "preview.png"))
+        coarse, truth = sheet[:220, 224:444], sheet[:220, 448:668]
+        assert truth.min() == 0
+        assert truth.max() == 255
+        assert (coarse != truth).any()
+
+    def test_a_model_without_edges_is_refused(self, discs: Path, tmp_path: Path) -> None:
+        config = write_config(
+            tmp_path / "a.yaml", discs, model={key: MODEL[key] for key in ("backbone", "head")}, **REFINE
+        )
+        done = train(config, tmp_path / "run")
+        assert done.exit_code == 3
+        assert "the model has no edges to learn" in done.stderr
+
+    def test_a_result_is_packed_with_its_backbone(self, discs: Path, tmp_path: Path) -> None:
+        config = write_config(tmp_path / "a.yaml", discs, **{**REFINE, "steps": 1})
+        done = train(config, tmp_path / "run", pack=tmp_path / "packed.safetensors")
+        assert done.exit_code == 0, done.output
+        parts = {key.split(".")[0] for key in load_file(tmp_path / "packed.safetensors")}
+        assert parts == {"backbone", "head", "edges"}
+
+    def test_a_sample_is_its_number_s_alone(self, discs: Path) -> None:
+        items = tuple(
+            Item(path.stem, path, discs / "alphas" / path.parent.name / path.name, None, path.parent.name, False, False)
+            for path in sorted((discs / "images").rglob("*.png"))
+        )
+        config = TrainConfig(canvas_px=96, **{"refine": TrainConfig().refine.__class__(crop_px=64)})
+        one, other = (EdgeMaker(Pool((items,), (1.0,), ()), config)[7] for _ in range(2))
+        assert isinstance(one, EdgeSample)
+        assert isinstance(other, EdgeSample)
+        assert (one.coarse == other.coarse).all()
+        assert (one.rgb == other.rgb).all()
+        assert one.rgb.shape == (2, 64, 64, 3)
+
+
+@given(seed=st.integers(0, 2**31), height=st.integers(24, 90), width=st.integers(24, 90))
+@settings(max_examples=60, deadline=None)
+def test_a_spoiled_alpha_is_an_alpha(seed: int, height: int, width: int) -> None:
+    truth = np.zeros((height, width), np.float32)
+    truth[height // 4 : height // 2, width // 4 : width // 2] = 1.0
+    for spoil in (by_tokens, by_outline):
+        coarse = spoil(truth, np.random.default_rng(seed))
+        assert coarse.shape == truth.shape
+        assert coarse.dtype == np.float32
+        assert coarse.min() >= 0
+        assert coarse.max() <= 1
+
+
+class TestRefineNetwork:
+    def test_untrained_it_passes_the_coarse_alpha(self) -> None:
+        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8)).eval()
+        coarse = np.random.default_rng(0).random((50, 70), np.float32) * 0.9 + 0.05
+        rgb = np.random.default_rng(1).integers(0, 256, (50, 70, 3), np.uint8)
+        alpha = edges.refined(rgb, coarse)
+        shrunk = edges.refined(rgb[:40, :60], coarse[:40, :60])
+        assert alpha.shape == (50, 70)
+        np.testing.assert_allclose(shrunk, coarse[:40, :60], atol=1e-5)
+
+    @given(height=st.integers(1, 300), width=st.integers(1, 300))
+    @settings(max_examples=30, deadline=None)
+    def test_any_size_comes_back_at_its_size(self, height: int, width: int) -> None:
+        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8)).eval()
+        level = np.full((7, 5), 0.25, np.float32)
+        alpha = edges.refined(np.zeros((height, width, 3), np.uint8), level)
+        assert alpha.shape == (height, width)
+        np.testing.assert_allclose(alpha, 0.25, atol=1e-5)
+
+    def test_tiles_leave_no_seams(self) -> None:
+        """A network that moves every alpha by a constant moves that of a tiled picture so everywhere."""
+        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=16)).eval()
+        assert edges.output.bias is not None
+        with torch.no_grad():
+            edges.output.bias.fill_(0.7)
+        alpha = edges.refined(np.zeros((200, 170, 3), np.uint8), np.full((20, 17), 0.5, np.float32))
+        assert alpha.std() < 1e-6
+        np.testing.assert_allclose(alpha, 1 / (1 + np.exp(-1.4)), atol=1e-5)  # once whole, once in tiles
