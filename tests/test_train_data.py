@@ -17,9 +17,10 @@ from train_data import MODEL
 from icm_cli.errors import ConfigError, ImageError, TrainingError, UsageError
 from icm_cli.training import layers
 from icm_cli.training.augment import show
+from icm_cli.training.batches import StepSampler
 from icm_cli.training.items import Item, Pool, read_pool
 from icm_cli.training.layers import cutout, kept
-from icm_cli.training.samples import Batch, Sample, SampleMaker, Share
+from icm_cli.training.samples import PairBatch, Sample, SampleMaker
 from icm_cli.training.scenes import SceneMaker
 from icm_cli.training.settings import (
     AugmentConfig,
@@ -308,7 +309,7 @@ class TestUnreadable:
         assert 2 <= len(skipped) < 20
         assert all(str(torn[1]) in reason and "cut short" in reason for reason in skipped)
         assert not any("red/1" in sample.name for sample in samples)
-        assert Batch.of(samples).skipped == tuple(skipped)
+        assert PairBatch.of(samples).skipped == tuple(skipped)
 
     def test_nothing_readable_ends_it(self, torn: tuple[SampleMaker, Path]) -> None:
         for path in torn[1].parents[1].rglob("*.png"):
@@ -330,13 +331,76 @@ class TestUnreadable:
     first=st.integers(0, 3),
 )
 def test_processes_and_micro_batches_share_the_same_samples(batch: int, micro: int, processes: int, first: int) -> None:
-    parts = [list(Share(batch, micro, process, processes, first, 5)) for process in range(processes)]
-    assert {len(part) for part in parts} == {len(Share(batch, micro, 0, processes, first, 5))}
+    parts = [list(StepSampler(batch, micro, process, processes, first, 5)) for process in range(processes)]
+    assert {len(part) for part in parts} == {(5 - first) * batch // (micro * processes)}
     per_step = len(parts[0]) // (5 - first)
     for step in range(first, 5):
         at = (step - first) * per_step
         drawn = [counter for part in parts for each in part[at : at + per_step] for counter in each]
         assert sorted(drawn) == list(range(step * batch, (step + 1) * batch))
+
+
+def pictures(root: Path, **groups: int) -> Path:
+    """A folder of images and one of alphas, so many small pictures in each group."""
+    for group, count in groups.items():
+        for number in range(count):
+            for kind in ("images", "alphas"):
+                path = root / kind / group / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(path), np.full((24, 24), 255 * (number % 2), np.uint8))
+    return root
+
+
+class TestGroups:
+    def pool(self, root: Path, **source: object) -> Pool:
+        sources = (SourceConfig(images=str(root / "images"), alphas=str(root / "alphas"), **source),)  # type: ignore[arg-type]
+        return read_pool(DataConfig(sources), PairConfig(negative_share=0))
+
+    def test_small_groups_are_drawn_as_often_as_large_ones(self, tmp_path: Path) -> None:
+        pool = self.pool(pictures(tmp_path, small=1, large=9))
+        rng = np.random.default_rng(0)
+        small = np.mean([pool.draw(rng).group == "0:small" for _ in range(2000)])
+        assert 0.45 < small < 0.55
+        chances = dict(zip([item.name for item in pool], pool.chances(), strict=True))
+        assert chances["small/0"] == pytest.approx(0.5)
+        assert chances["large/3"] == pytest.approx(0.5 / 9)
+
+    def test_what_shares_a_class_is_no_stranger(self, tmp_path: Path) -> None:
+        classes = tmp_path / "classes.json"
+        classes.write_text(json.dumps({"cat1": "cat", "images/cat2": ["cat", "chair"], "chair": "chair", "sun": "sun"}))
+        pool = self.pool(pictures(tmp_path, cat1=1, cat2=1, chair=1, sun=1), classes=str(classes))
+        items = {item.group.partition(":")[2]: item for item in pool}
+        rng = np.random.default_rng(0)
+
+        def strangers(group: str) -> set[str]:
+            drawn = (pool.stranger(items[group], rng, cuttable=False) for _ in range(200))
+            return {item.group.partition(":")[2] for item in drawn if item is not None}
+
+        assert strangers("cat1") == {"chair", "sun"}
+        assert strangers("cat2") == {"sun"}
+        assert strangers("sun") == {"cat1", "cat2", "chair"}
+
+    @pytest.mark.parametrize(
+        ("content", "message"), [("{", "cannot be read"), ('{"a": [1]}', "no text"), ('{"a": "x"}', "no entry for")]
+    )
+    def test_bad_classes_are_named(self, tmp_path: Path, content: str, message: str) -> None:
+        classes = tmp_path / "classes.json"
+        classes.write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            self.pool(pictures(tmp_path, a=1, b=1), classes=str(classes))
+
+    def test_hard_masks_are_softened(self, tmp_path: Path) -> None:
+        root = pictures(tmp_path, a=2)
+        mask = np.zeros((24, 24), np.uint8)
+        mask[:, 12:] = 255
+        cv2.imwrite(str(root / "alphas" / "a" / "1.png"), mask)
+        plain, soft = (self.pool(root, soften_px=px).sources[0][1] for px in (0.0, 0.8))
+        assert set(np.unique(layers.photograph(plain).alpha)) == {0, 255}
+        alpha = layers.photograph(soft).alpha
+        assert 0 < alpha[12, 11] < 128 < alpha[12, 12] < 255
+        assert alpha[12, 0] == 0
+        with pytest.raises(ConfigError, match="0 for binary masks"):
+            SourceConfig(soften_px=1.0, binary=True)
 
 
 class TestSettings:

@@ -19,8 +19,8 @@ from train_data import MODEL, log, metadata, same_weights, train, write_config
 from icm_cli.config import parse_model
 from icm_cli.model.edges.refine import Refine
 from icm_cli.model.loading import model_to_train
-from icm_cli.training.items import Item, Pool
-from icm_cli.training.settings import TrainConfig
+from icm_cli.training.items import Item, Pool, read_pool
+from icm_cli.training.settings import TrainConfig, read_settings
 from icm_cli.training.spoiling import by_outline, by_tokens
 from icm_cli.training.stages import match
 from icm_cli.training.stages.match import to_show
@@ -199,6 +199,23 @@ class TestRefine:
         assert done.exit_code == 0, done.output
         parts = {key.split(".")[0] for key in load_file(tmp_path / "packed.safetensors")}
         assert parts == {"backbone", "head", "edges"}
+
+    def test_what_a_first_stage_made_is_mended(self, discs: Path, tmp_path: Path) -> None:
+        """It is moved with its picture: an alpha that is the truth stays the truth."""
+        config = write_config(tmp_path / "a.yaml", discs, **{**REFINE, "refine": {"crop_px": 64, "made_share": 1.0}})
+        content = yaml.safe_load(config.read_text())
+        content["data"]["sources"][0]["coarse"] = str(discs / "alphas")
+        config.write_text(json.dumps(content))
+        recipe = read_settings(config)
+        maker = EdgeMaker(read_pool(recipe.data, recipe.train.pairs), recipe.train)
+        photographs = [sample for counter in range(20) if isinstance(sample := maker[counter], EdgeSample)]
+        same = [bool((sample.coarse == sample.truth).all()) for sample in photographs]
+        assert 0.2 < np.mean(same) < 0.9  # the others are composites
+        content["data"]["sources"][0]["coarse"] = str(tmp_path / "none")
+        config.write_text(json.dumps(content))
+        done = train(config, tmp_path / "run")
+        assert done.exit_code == 2
+        assert "coarse folder" in done.stderr
 
     def test_a_sample_is_its_number_s_alone(self, discs: Path) -> None:
         items = tuple(

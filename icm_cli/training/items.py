@@ -38,6 +38,8 @@ class Item:
     """What it shows; pictures that share one are never taken for one another's absence."""
     soften_px: float = 0.0
     """Standard deviation of the blur that its hard mask gets."""
+    coarse: Path | None = None
+    """The alpha that a first stage made of it."""
 
     def is_alien_to(self, other: Item) -> bool:
         """Whether this picture does not show what the other one does, as far as groups and classes tell."""
@@ -141,6 +143,8 @@ def _items(number: int, source: SourceConfig, problems: list[Problem]) -> tuple[
         found = _cutouts(source) if source.dataset == CUTOUTS else _of_dataset(source, problems)
     except UsageError as error:
         raise UsageError(f"data: source {number + 1}: {error}") from error
+    if source.coarse is not None and not Path(source.coarse).is_dir():
+        raise UsageError(f"data: coarse folder {source.coarse} of {source.title} does not exist; expected alphas")
     kept = [item for item in found if not any(fnmatch(item.name, pattern) for pattern in source.exclude)]
     if not kept:
         raise UsageError(f"data: {source.title} has no image left to train on; expected images with alphas")
@@ -161,11 +165,17 @@ def _placed(item: Item, number: int, source: SourceConfig, classes: Mapping[str,
         is_binary=is_binary,
         classes=frozenset(_classes_of(item, classes) or ()),
         soften_px=source.soften_px,
+        coarse=_coarse(item, source),
     )
 
 
 def _group(item: Item) -> str:
     return item.group
+
+
+def _coarse(item: Item, source: SourceConfig) -> Path | None:
+    path = None if source.coarse is None else Path(source.coarse) / f"{item.name}.png"
+    return path if path is not None and path.is_file() else None
 
 
 def _classes_of(item: Item, classes: Mapping[str, Sequence[str]]) -> Sequence[str] | None:

@@ -63,11 +63,13 @@ def _bytes(layer: object) -> int:
 
 @dataclass(frozen=True)
 class Photograph:
-    """rgb uint8 [h,w,3], alpha uint8 [h,w], trimap uint8 [h,w] in 0, 128, 255 where a file gives one."""
+    """rgb uint8 [h,w,3], alpha uint8 [h,w]; where a file gives one, trimap uint8 [h,w] in 0, 128, 255 and the coarse
+    alpha of a first stage, uint8 [h,w]."""
 
     rgb: ImageU8
     alpha: ImageU8
     trimap: ImageU8 | None
+    coarse: ImageU8 | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def photograph(item: Item, long_side_px: int | None = None) -> Photograph:
     rgb, alpha = _read(item)
     size = within(alpha.shape, long_side_px or max(alpha.shape))
     trimap = None if item.trimap is None else _read_trimap(item.trimap, alpha.shape, size)
-    return Photograph(resize(rgb, size), _resized_alpha(alpha, size, is_binary=item.is_binary), trimap)
+    coarse = None if item.coarse is None else resize(read_matte(item.coarse), size)
+    return Photograph(resize(rgb, size), _resized_alpha(alpha, size, is_binary=item.is_binary), trimap, coarse)
 
 
 @kept

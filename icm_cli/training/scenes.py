@@ -29,12 +29,14 @@ LARGEST_DISTRACTOR = 0.6
 
 @dataclass(frozen=True)
 class Scene:
-    """rgb uint8 [S,S,3], alpha uint8 [S,S], valid bool [S,S], and trimap uint8 [S,S] where a file gave one."""
+    """rgb uint8 [S,S,3], alpha uint8 [S,S], valid bool [S,S], and where a file gave one, trimap uint8 [S,S] and the
+    coarse alpha of a first stage, uint8 [S,S]."""
 
     rgb: ImageU8
     alpha: ImageU8
     valid: NDArray[np.bool_]
     trimap: ImageU8 | None = None
+    coarse: ImageU8 | None = None
 
 
 class SceneMaker:
@@ -61,7 +63,8 @@ class SceneMaker:
         rgb = self._warped(layer.rgb, affine, cv2.BORDER_REPLICATE)
         inside = self._warped(np.full(layer.alpha.shape, 255, np.uint8), affine) > 127
         trimap = None if layer.trimap is None else self._warped(layer.trimap, affine, how=cv2.INTER_NEAREST)
-        return Scene(rgb, alpha, inside, trimap)
+        coarse = None if layer.coarse is None else self._warped(layer.coarse, affine)
+        return Scene(rgb, alpha, inside, trimap, coarse)
 
     def backdrop(self, path: Path, rng: Rng) -> Scene:
         """A square part of a picture, with nothing in it. Raises ImageError."""
@@ -80,7 +83,7 @@ class SceneMaker:
     def composite(self, item: Item, behind: Scene, rng: Rng) -> Scene:
         """An item's thing before a scene, whose own alpha counts for nothing. Raises ImageError."""
         colour, weight = self._placed(cutout(item, self.canvas_px), LARGEST_THING, rng)
-        return replace(behind, rgb=_over(colour, weight, behind.rgb), alpha=_u8(weight * 255), trimap=None)
+        return replace(behind, rgb=_over(colour, weight, behind.rgb), alpha=_u8(weight * 255), trimap=None, coarse=None)
 
     def distracted(self, scene: Scene, items: Sequence[Item], rng: Rng) -> Scene:
         """Paste other things over a scene; each hides at most some of what is wanted. Raises ImageError."""
@@ -112,7 +115,8 @@ class SceneMaker:
             size = placement.content[::-1]
             trimap = np.zeros_like(alpha)
             trimap[valid] = cv2.resize(layer.trimap, size, interpolation=cv2.INTER_NEAREST).ravel()
-        return Scene(placement.to_canvas(layer.rgb), alpha, valid, trimap)
+        coarse = None if layer.coarse is None else placement.to_canvas(layer.coarse)
+        return Scene(placement.to_canvas(layer.rgb), alpha, valid, trimap, coarse)
 
     def _placed(self, layer: Cutout, largest: float, rng: Rng) -> tuple[Float, Float]:
         """Colour [S,S,3], premultiplied 0..255, and alpha [S,S] of a cut-out somewhere on the canvas."""
@@ -148,7 +152,7 @@ def _covered(scene: Scene, colour: Float, weight: Float) -> Scene:
     if trimap is not None:
         soft_edge = (weight > 0) & (weight < 1) & (trimap > 0)
         trimap = np.where(weight >= 1, 0, np.where(soft_edge, 128, trimap)).astype(np.uint8)
-    return replace(scene, rgb=_over(colour, weight, scene.rgb), alpha=alpha, trimap=trimap)
+    return replace(scene, rgb=_over(colour, weight, scene.rgb), alpha=alpha, trimap=trimap, coarse=None)
 
 
 def _over(colour: Float, weight: Float, behind: ImageU8) -> ImageU8:

@@ -70,6 +70,9 @@ class SourceConfig(FilesConfig):
     classes: str | None = None
     """JSON file that says what each group shows: the folder of its pictures (its last parts will do) to one class or a
     list of them. A picture that is to show something else has no class of the reference's group, across all sources."""
+    coarse: str | None = None
+    """Folder of the alphas that a first stage made of these images, as ``icm eval --save-alphas`` writes them: the
+    stage "refine" learns to mend them, beside those it makes from the true ones."""
     soften_px: float = 0.0
     """Standard deviation of the blur that hard masks get, in px of the file; half-way values become part of an edge."""
     weight: float = 1.0
@@ -243,6 +246,8 @@ class RefineConfig:
     """Crops of a scene."""
     token_share: float = 0.6
     """Share of the coarse alphas that are as a grid of tokens tells them; the others are outlines nearly right."""
+    made_share: float = 0.7
+    """Of photographs for which a first stage made an alpha (``coarse`` of a source): that is the coarse one."""
     photograph_share: float = 0.5
     """Of pictures with soft alphas: they are shown as they are, not as composites."""
     band_weight: float = 0.3
@@ -258,7 +263,7 @@ class RefineConfig:
             raise ConfigError(f"train: refine: crop_px is {self.crop_px}; expected {LEAST_CROP_PX} or more")
         if self.crops < 1:
             raise ConfigError(f"train: refine: crops is {self.crops}; expected 1 or more")
-        for name in ("token_share", "photograph_share", "band_weight"):
+        for name in ("token_share", "made_share", "photograph_share", "band_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train: refine: {name} is {getattr(self, name)}; expected 0 to 1")
         weights = [getattr(self, name) for name in REFINE_TERMS]

@@ -115,8 +115,11 @@ class EdgeMaker(Dataset["EdgeSample | str"]):
     ) -> EdgeSample:
         config = self.config.refine
         truth = scene.alpha.astype(np.float32) / 255.0
-        spoil = by_tokens if rng.random() < config.token_share else by_outline
-        coarse = spoil(truth, rng)
+        if scene.coarse is not None and rng.random() < config.made_share:
+            coarse = scene.coarse.astype(np.float32) / 255.0
+        else:
+            spoil = by_tokens if rng.random() < config.token_share else by_outline
+            coarse = spoil(truth, rng)
         weight = scene.valid.astype(np.float32)
         if not is_exact:
             band = ((truth > BAND[0]) & (truth < BAND[1])).astype(np.uint8)
