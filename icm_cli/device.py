@@ -18,14 +18,17 @@ CUDA_BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Device:
-    """Where the model runs and in which dtype its convolutions and projections do."""
+    """Where the model runs, in which dtype its convolutions and projections do, and in which its transformers do."""
 
     place: torch.device
     dtype: torch.dtype
+    transformer_dtype: torch.dtype
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        """For example "float16", or "float32, transformers bfloat16"."""
+        name = _name(self.dtype)
+        return name if self.transformer_dtype == self.dtype else f"{name}, transformers {_name(self.transformer_dtype)}"
 
     @property
     def auto_batch_size(self) -> int:
@@ -48,10 +51,22 @@ def resolve_device(device: str = "auto", dtype: str = "auto") -> Device:
     """Names as given on the command line -> a device that is here. Raises ConfigError."""
     target = _best_device() if device == "auto" else _named_device(device)
     if dtype == "auto":
-        return Device(target, torch.float16 if target.type == "cuda" else torch.float32)
+        if target.type == "cuda":
+            return Device(target, torch.float16, torch.float16)
+        return Device(target, torch.float32, _fast_transformer_dtype(target))
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not known. {did_you_mean(dtype, ['auto', *DTYPES])}")
-    return Device(target, DTYPES[dtype])
+    return Device(target, DTYPES[dtype], DTYPES[dtype])
+
+
+def _fast_transformer_dtype(place: torch.device) -> torch.dtype:
+    """bfloat16 on CPUs with instructions for its matrix products, which are more than twice as fast then."""
+    has_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if place.type == "cpu" and has_instructions() else torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,7 +108,10 @@ def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[An
         gradient_accumulation_steps=accumulation,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # others wait while one validates
     )
-    return accelerator, Device(accelerator.device, PRECISIONS[precision])
+    place, dtype = accelerator.device, PRECISIONS[precision]
+    if place.type == "cpu" and dtype == torch.bfloat16:  # convolutions are many times slower in it there
+        return accelerator, Device(place, torch.float32, dtype)
+    return accelerator, Device(place, dtype, dtype)
 
 
 def available_devices() -> list[str]:

@@ -52,7 +52,7 @@ class Matter:
     def __init__(self, model: InContextMatting, device: Device, *, is_in_training: bool = False) -> None:
         """``is_in_training``: the model is on its device and goes on learning, so its weights are left as they are."""
         self.device = device
-        self.model = model if is_in_training else model.place(device.place, device.dtype)
+        self.model = model if is_in_training else model.place(device.place, device.dtype, device.transformer_dtype)
 
     def reference(self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]]) -> Prepared:
         """Show the model the thing: pairs of a picture, sRGB uint8 [H,W,3], and its mask.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from icm_cli import __version__
-from icm_cli.config import ModelConfig
+from icm_cli.config import ModelConfig, part_class
 from icm_cli.device import Device, resolve_device
 from icm_cli.errors import UsageError
 from icm_cli.files import digest_of
@@ -48,7 +48,10 @@ class ModelChoice:
             raise UsageError(f"batch size is {batch_size!r}; expected auto, or 1 or more")
         where = resolve_device(device, dtype)
         at_a_time = batch_size if isinstance(batch_size, int) else where.auto_batch_size
-        return cls(*resolve_model(model, checkpoint), weights, offline, seed, where, at_a_time)
+        config, path = resolve_model(model, checkpoint)
+        if not part_class("backbones", config.backbone.name).has_transformer:
+            where = replace(where, transformer_dtype=where.dtype)
+        return cls(config, path, weights, offline, seed, where, at_a_time)
 
     def digester(self) -> Callable[[Sequence[str]], str]:
         """Gives, for the digests of an example's references, the hash of all that decides an alpha beside its source.

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from icm_cli.geometry import CanvasRule, Float, ImageU8
@@ -117,6 +118,9 @@ class Backbone(nn.Module, ABC):
     is_trainable: ClassVar[bool]
     """Whether training may change its weights; a frozen backbone runs without gradients."""
 
+    has_transformer: ClassVar[bool] = False
+    """Whether a transformer in it may have a dtype of its own, see :meth:`cast`."""
+
     @classmethod
     @abstractmethod
     def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
@@ -134,6 +138,12 @@ class Backbone(nn.Module, ABC):
 
     def optimise_for_inference(self) -> None:
         """Rearrange the weights for speed, once, before inference; no training or saving after. Does nothing here."""
+
+    def cast(self, dtype: torch.dtype, transformer_dtype: torch.dtype) -> None:
+        """Bring the weights to ``dtype``, for inference; those of a transformer, where there is one apart, to
+        ``transformer_dtype``."""
+        del transformer_dtype
+        self.to(dtype)
 
     @property
     @abstractmethod

@@ -64,15 +64,16 @@ class InContextMatting(nn.Module):
         self.head = head
         self.edges = edges
 
-    def place(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """Move to ``device`` for inference; convolutions and projections in ``dtype``.
+    def place(self, device: torch.device, dtype: torch.dtype, transformer_dtype: torch.dtype | None = None) -> Self:
+        """Move to ``device`` for inference; convolutions and projections in ``dtype``, a backbone's transformer in
+        ``transformer_dtype`` (the same without it).
 
         The head's own LayerNorms stay float32, as do the similarities between them, which both cast for themselves.
         """
         self.eval()
         self.backbone.optimise_for_inference()
         self.to(device)
-        self.backbone.to(dtype)
+        self.backbone.cast(dtype, transformer_dtype or dtype)
         for module in (*self.head.modules(), *(self.edges.modules() if self.edges is not None else ())):
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
                 module.to(dtype)

@@ -65,7 +65,8 @@ class Learner:
         self.weights_digest: str = backbone.weights_digest(settings.model.backbone.settings, weights, offline=offline)
         """Of the pretrained weights that the backbone began with."""
         if not self.trains_backbone:
-            self.model.backbone.requires_grad_(False).to(self.device.dtype)
+            self.model.backbone.requires_grad_(False)
+            self.model.backbone.cast(self.device.dtype, self.device.transformer_dtype)
             self.model.backbone.optimise_for_inference()
         for name in ("head", "edges"):
             if (part := getattr(self.model, name)) is not None and name not in stage.learns:

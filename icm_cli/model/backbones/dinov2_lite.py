@@ -79,6 +79,7 @@ class DinoV2Lite(Backbone):
     gives_matrix = False
     is_self_contained = True
     is_trainable = False
+    has_transformer = True
 
     def __init__(self, config: DinoV2LiteConfig) -> None:
         super().__init__()
@@ -106,6 +107,10 @@ class DinoV2Lite(Backbone):
 
     def optimise_for_inference(self) -> None:
         self.convolutions.optimise_for_inference()
+
+    def cast(self, dtype: torch.dtype, transformer_dtype: torch.dtype) -> None:
+        self.to(dtype)
+        self.transformer.to(transformer_dtype)
 
     @property
     def canvas(self) -> CanvasRule:
