@@ -58,28 +58,50 @@ def test_every_option_of_a_command_is_a_parameter_of_the_api(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_readme_has_every_option(name: str) -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_docs_have_every_option(name: str) -> None:
+    text = (ROOT / "docs" / f"{name}.md").read_text()
     for option in inspect.signature(getattr(cli, name)).parameters:
-        assert f"`--{option.rstrip('_').replace('_', '-')}" in readme, option
+        assert f"`--{option.rstrip('_').replace('_', '-')}" in text, option
 
 
-def test_help_and_readme_name_every_dataset() -> None:
+def test_help_and_docs_name_every_dataset() -> None:
     from icm_cli.datasets import DATASETS
 
     shown = CliRunner().invoke(app, ["eval", "--help"]).output
-    readme = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "evaluate.md").read_text()
     for name in DATASETS:
         assert name in shown
-        assert f"`{name}`" in readme
+        assert f"`{name}`" in text
 
 
-def test_readme_names_every_kind_of_bad_data() -> None:
+def test_the_docs_name_every_kind_of_bad_data() -> None:
     from icm_cli.datasets.samples import PROBLEM_KINDS
 
-    readme = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "evaluate.md").read_text()
     for kind, meaning in PROBLEM_KINDS.items():
-        assert f"| `{kind}` | {meaning} |" in readme
+        assert f"| `{kind}` | {meaning} |" in text
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+
+
+def test_readme_is_short() -> None:
+    assert (ROOT / "README.md").stat().st_size <= 12_000
+
+
+def test_every_file_of_the_map_is_there() -> None:
+    rows = [line for line in (ROOT / "docs" / "architecture.md").read_text().splitlines() if line.startswith("| `")]
+    assert len(rows) > 25
+    for row in rows:
+        first, *others = re.findall(r"`([\w./-]+)`", row.split("|")[1])
+        assert (ROOT / first).exists(), first
+        for name in others:
+            assert ((ROOT / first).parent / name).exists(), name
 
 
 def test_presets_are_found() -> None:

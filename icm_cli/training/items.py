@@ -121,7 +121,7 @@ def read_pool(data: DataConfig, pairs: PairConfig) -> Pool:
     if not data.sources:
         raise ConfigError(
             "there is nothing to train on: the configuration names no data; add a section 'data' with 'sources', or "
-            "give one with --data FILE (README, Train)"
+            "give one with --data FILE (docs/train.md)"
         )
     problems: list[Problem] = []
     sources = [_items(number, source, problems) for number, source in enumerate(data.sources)]
