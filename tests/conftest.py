@@ -17,7 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time, and threads that
 
 EVAL_NAMES = [f"{group}/{name}" for group in ("a", "b") for name in ("brickwall", "launchpad", "lawn")]
 """Groups a and b of the folder dataset that ``icm eval`` is tested on."""
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parent / "composites"
 
 SMALL_MODEL = """
 backbone: {name: efficientnet-lite, long_side_px: 224}

@@ -28,7 +28,7 @@ from plain_metrics import plain_metrics
 
 from icm_cli.evaluation.metrics import LINEAGES, score
 
-DEMO = Path(__file__).parents[1] / "demo"
+DEMO = Path(__file__).parents[1] / "composites"
 SMALL_MODEL = (
     "backbone: {name: efficientnet-lite, long_side_px: 224}\nhead: {name: training-free, solve_long_side_px: 128}\n"
 )

@@ -22,7 +22,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-DEMO = Path(__file__).parents[1] / "demo"
+DEMO = Path(__file__).parents[1] / "composites"
 ICM = str(Path(sys.executable).with_name("icm"))
 MEGAPIXEL = (1152, 864)
 FOUR_K = (3840, 2160)

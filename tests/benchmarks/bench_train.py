@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "benchmarks")]
-DEMO = ROOT / "tests" / "demo"
+DEMO = ROOT / "tests" / "composites"
 SIDES = ("lite", "sd21", "cache", "data")
 STILL = (
     "train.augment={flip: 0, zoom: 1, rotate_degrees: 0, stretch: 0, colour: 0, jpeg: 0, blur: 0, noise: 0}",

@@ -1,6 +1,6 @@
 """Make the demo set of this folder from photographs that scikit-image ships (see SOURCES.md).
 
-    python tests/demo/make.py            # needs scikit-image 0.26 and the package's own requirements
+    python tests/composites/make.py            # needs scikit-image 0.26 and the package's own requirements
 
 The astronaut is cut out once (hand-made outline, closed-form matting, foreground estimation) and set into other
 photographs. The alpha written out is the very one the composite was made with, so it is exact by construction.
