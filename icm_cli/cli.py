@@ -97,6 +97,10 @@ def matte(
     mask: Annotated[
         Optional[list[Path]], typer.Option(help="Mask of the reference, the thing in white; one for each --ref.")
     ] = None,
+    mask_label: Annotated[
+        Optional[str],
+        typer.Option(help="Which label of the mask is the thing, where it has several: a number, or a colour #rrggbb."),
+    ] = None,
     model: Model = None,
     checkpoint: Checkpoint = None,
     weights: Weights = None,
@@ -140,6 +144,7 @@ def matte(
         done = matting.matte(
             ref=ref,
             mask=mask or [],
+            mask_label=mask_label,
             src=src,
             out=out,
             model=model,

@@ -39,11 +39,11 @@ def reference_tokens(references: Sequence[ReferenceFeatures], tokens_of: Callabl
 def foreground_tokens(guidance: Tensor, valid: Tensor, stride: int) -> tuple[Tensor, str | None]:
     """Which tokens lie in the guidance (published code's rule: a token counts if its whole cell is foreground).
 
-    guidance [1,1,H,W] float32 in {0,1}, valid [1,H,W] bool -> [1,h,w] bool and, where no cell is foreground as a
-    whole, a sentence that says what was taken instead: cells that are foreground by more than half, else the
-    single cell that holds most of it. At least one token is always True (guidance must not be empty).
+    guidance [1,1,H,W] float32 (0 outside, 0.5 neither, 1 inside), valid [1,H,W] bool -> [1,h,w] bool and, where no
+    cell is foreground as a whole, a sentence that says what was taken instead: cells that are foreground by more than
+    half, else the single cell that holds most of it. At least one token is always True (guidance must not be empty).
     """
-    inside = (guidance * valid[:, None]).float()
+    inside = ((guidance > 0.75) & valid[:, None]).float()
     whole = -F.max_pool2d(-inside, stride)[:, 0] > 0.5
     if whole.any():
         return whole, None
@@ -64,6 +64,6 @@ def foreground_tokens(guidance: Tensor, valid: Tensor, stride: int) -> tuple[Ten
 
 def background_tokens(guidance: Tensor, valid: Tensor, stride: int) -> Tensor:
     """Which tokens lie wholly outside the guidance and hold a pixel of the frame, [1,h,w] bool; may be none."""
-    touched = F.max_pool2d((guidance * valid[:, None]).float(), stride)[:, 0] > 0.5
+    touched = F.max_pool2d((guidance * valid[:, None]).float(), stride)[:, 0] > 0.25
     real = F.max_pool2d(valid[:, None].float(), stride)[:, 0] > 0
     return real & ~touched

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +69,31 @@ def read_matte(path: Path) -> ImageU8:
     Raises ImageError like :func:`read_picture`.
     """
     return _matte(read_picture(path))
+
+
+@dataclass(frozen=True)
+class StoredPixels:
+    """A file's own numbers, upright: values [H,W] or [H,W,3] in 0..scale, palette indices where ``is_palette``, and
+    alpha [H,W] where there is one."""
+
+    values: NDArray[Any]
+    alpha: NDArray[Any] | None
+    scale: float
+    is_palette: bool
+
+
+def read_stored(path: Path) -> StoredPixels:
+    """Read an image file's numbers as they are stored, EXIF rotation applied. Raises ImageError."""
+    with _opened(path) as image:
+        if image.mode == "P" and "transparency" not in image.info:
+            return StoredPixels(np.asarray(image), None, 255.0, is_palette=True)
+        if _is_deep_grey(image):
+            values = np.nan_to_num(np.asarray(image))
+            return StoredPixels(values, None, 1.0 if image.mode == "F" else 65535.0, is_palette=False)
+        if image.mode in {"1", "L"}:
+            return StoredPixels(np.asarray(image.convert("L")), None, 255.0, is_palette=False)
+        picture = _picture(image)
+        return StoredPixels(picture.rgb, picture.alpha, 255.0, is_palette=False)
 
 
 @dataclass(frozen=True)

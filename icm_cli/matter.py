@@ -90,9 +90,13 @@ class Matter:
         frame = self.prepare(reference.rgb)
         share = frame.placement.to_canvas(reference.guidance.astype(np.uint8) * 255)
         guidance = share > min(127, int(share.max()) - 1)  # a thing of a few pixels must not vanish on the canvas
+        levels = guidance.astype(np.float32)
+        if reference.unknown is not None:
+            unknown = frame.placement.to_canvas(reference.unknown.astype(np.uint8) * 255) > 0
+            levels[unknown & ~guidance] = 0.5
         return (
             self._images([frame.canvas]),
-            self._on_device(guidance[None, None]).float(),
+            self._on_device(levels[None, None]),
             self._on_device(frame.placement.valid()[None]),
         )
 

@@ -42,6 +42,7 @@ def matte(
     ref: Paths,
     mask: Paths = (),
     *,
+    mask_label: str | None = None,
     src: str | Path,
     out: str | Path,
     model: str | None = None,
@@ -79,7 +80,7 @@ def matte(
         raise UsageError("the output folder is empty; give --out a folder for the alphas")
     refs, masks, target = as_paths(ref), as_paths(mask), Path(out)
     side = SideOutputs.checked(report, contact_sheet)
-    references = read_references(refs, masks, hear.notice)
+    references = read_references(refs, masks, hear.notice, mask_label)
     jobs = plan_jobs(src, target, include=include, exclude=exclude, references=[*refs, *masks], notice=hear.notice)
     truth = GroundTruth.found(gt, jobs)
     jobs = [_with_truth(job, truth) for job in jobs]

@@ -73,7 +73,9 @@ class Features:
 
 @dataclass(frozen=True)
 class ReferenceFeatures:
-    """One reference: features (batch of one), the guidance [1,1,H,W] float32 in {0,1} and valid [1,H,W]."""
+    """One reference: features (batch of one), the guidance [1,1,H,W] float32 and valid [1,H,W].
+
+    Guidance is 1 inside the thing, 0 outside, 0.5 where it is neither."""
 
     features: Features
     guidance: Tensor

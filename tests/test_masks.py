@@ -1,0 +1,144 @@
+"""Masks as people have them: what is beyond doubt is taken, what is not is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from icm_cli.errors import UsageError
+from icm_cli.masks import Mask, read_mask
+from icm_cli.references import read_references
+
+THING = np.zeros((60, 80), np.bool_)
+THING[10:40, 20:50] = True
+OTHER = np.zeros_like(THING)
+OTHER[45:58, 60:75] = True
+BORDER = cv2.dilate(THING.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool) & ~THING
+
+
+def layers(dtype: type = np.uint8, background: int = 0, **values: int) -> np.ndarray:
+    picture = np.full(THING.shape, background, dtype)
+    for name, value in values.items():
+        picture[{"thing": THING, "other": OTHER, "border": BORDER}[name]] = value
+    return picture
+
+
+def saved(folder: Path, picture: np.ndarray, *, palette: bool = False) -> Path:
+    path = folder / "mask.png"
+    image = Image.fromarray(picture)
+    if palette:
+        image = Image.frombytes("P", picture.shape[::-1], picture.tobytes())
+        image.putpalette([(37 * n + c * 91) % 256 for n in range(256) for c in range(3)])
+    image.save(path)
+    return path
+
+
+def read(path: Path, label: str | None = None) -> tuple[Mask, list[str]]:
+    notices: list[str] = []
+    return read_mask(path, label, notices.append), notices
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        layers(thing=255),
+        layers(np.uint16, thing=65535),
+        np.dstack([layers(thing=255)] * 3),
+        np.dstack([np.full((60, 80, 3), 90, np.uint8), layers(thing=255)]),
+        layers(thing=140, background=110),
+    ],
+    ids=["grey", "16 bit", "rgb", "rgba", "no black"],
+)
+def test_a_plain_mask_is_taken_without_a_word(tmp_path: Path, picture: np.ndarray) -> None:
+    mask, notices = read(saved(tmp_path, picture))
+    assert (mask.inside == THING).all()
+    assert not mask.unknown.any()
+    assert not notices
+
+
+@pytest.mark.parametrize("value", [1, 75, 128, 254])
+def test_one_label_on_black_is_the_thing(tmp_path: Path, value: int) -> None:
+    mask, notices = read(saved(tmp_path, layers(thing=value)))
+    assert (mask.inside == THING).all()
+    assert bool(notices) == (value < 243)
+
+
+def test_a_16_bit_file_of_0_and_255_is_read_in_its_own_scale(tmp_path: Path) -> None:
+    mask, notices = read(saved(tmp_path, layers(np.uint16, thing=255)))
+    assert (mask.inside == THING).all()
+    assert "one label, 255 of 65535" in notices[0]
+
+
+def test_a_palette_holds_indices_and_255_is_void(tmp_path: Path) -> None:
+    mask, _ = read(saved(tmp_path, layers(border=255, thing=8), palette=True))
+    assert (mask.inside == THING).all()
+    assert (mask.unknown == BORDER).all()
+    with pytest.raises(UsageError, match=r"several labels, 8 \(.*\), 15 \(.*as in --mask-label 8"):
+        read(saved(tmp_path, layers(thing=8, other=15), palette=True))
+    mask, _ = read(saved(tmp_path, layers(thing=8, other=15), palette=True), "15")
+    assert (mask.inside == OTHER).all()
+
+
+def test_labels_are_listed_until_one_is_chosen(tmp_path: Path) -> None:
+    path = saved(tmp_path, layers(thing=75, other=150))
+    with pytest.raises(UsageError, match=r"several labels, 75 \(18.8% of the picture\), 150 .*--mask-label 75"):
+        read(path)
+    assert (read(path, "150")[0].inside == OTHER).all()
+    with pytest.raises(UsageError, match=r"no pixel of the label 7; it has 0 \(.*\), 75 .*150"):
+        read(path, "7")
+    with pytest.raises(UsageError, match="has no colours"):
+        read(path, "#ff0000")
+    with pytest.raises(UsageError, match="neither a number nor a colour"):
+        read(path, "cat")
+
+
+def test_colours_are_labels(tmp_path: Path) -> None:
+    colours = np.zeros((*THING.shape, 3), np.uint8)
+    colours[THING] = (250, 50, 83)
+    assert (read(saved(tmp_path, colours))[0].inside == THING).all()
+    colours[OTHER] = (51, 221, 255)
+    path = saved(tmp_path, colours)
+    with pytest.raises(UsageError, match=r"several labels, #fa3253 .*, #33ddff .*--mask-label '#fa3253'"):
+        read(path)
+    assert (read(path, "#33ddff")[0].inside == OTHER).all()
+    for label, message in (("51", "give #rrggbb"), ("#33ddf", "is no colour"), ("#000001", "no pixel of the label")):
+        with pytest.raises(UsageError, match=message):
+            read(path, label)
+
+
+def test_a_trimap_s_unknown_is_neither(tmp_path: Path) -> None:
+    mask, notices = read(saved(tmp_path, layers(border=128, thing=255)))
+    assert (mask.inside == THING).all()
+    assert (mask.unknown == BORDER).all()
+    assert "is a trimap" in notices[0]
+    rgb = np.random.default_rng(0).integers(0, 256, (*THING.shape, 3), np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "ref.png")
+    (reference,) = read_references([tmp_path / "ref.png"], [tmp_path / "mask.png"], lambda _: None)
+    assert reference.unknown is not None
+    assert (reference.unknown == BORDER).all()
+    plain = saved(tmp_path, layers(thing=255))
+    (other,) = read_references([tmp_path / "ref.png"], [plain], lambda _: None)
+    assert reference.digest != other.digest
+
+
+@given(sigma=st.floats(0.3, 6.0))
+@settings(max_examples=40, deadline=None)
+def test_soft_masks_are_cut_at_half(tmp_path_factory: pytest.TempPathFactory, sigma: float) -> None:
+    """Antialiased and blurred edges are no labels, whatever their width."""
+    soft = cv2.GaussianBlur(layers(thing=255).astype(np.float32), (0, 0), sigma)
+    picture = np.round(soft).astype(np.uint8)
+    mask, notices = read(saved(tmp_path_factory.mktemp("soft"), picture))
+    assert (mask.inside == (picture > 127)).mean() > 0.99
+    assert not notices
+
+
+def test_a_label_without_a_mask_is_refused(tmp_path: Path) -> None:
+    cutout = np.dstack([np.full((60, 80, 3), 90, np.uint8), layers(thing=255)])
+    with pytest.raises(UsageError, match="there is no --mask"):
+        read_references([saved(tmp_path, cutout)], [], lambda _: None, "75")
