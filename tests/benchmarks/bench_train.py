@@ -29,7 +29,7 @@ STILL = (
     "train.augment={flip: 0, zoom: 1, rotate_degrees: 0, stretch: 0, colour: 0, jpeg: 0, blur: 0, noise: 0}",
     "train.pairs={composite_share: 0, same_image_share: 0, distractor_share: 0, negative_share: 0, mask_jitter: 0}",
 )
-LITE_BATCHES = {1: 12, 2: 8, 4: 6, 6: 6}
+LITE_BATCHES = {1: 12, 3: 8}
 """Batch size -> steps."""
 SD21_BATCHES = {1: 1, 2: 1}
 
@@ -44,7 +44,9 @@ def main() -> None:
             data()
         if "lite" in wanted:
             for batch, steps in LITE_BATCHES.items():
-                show(f"lite, batch {batch}", run(home / f"lite-{batch}", "lite", batch, steps))
+                recipe = "configs/train/lite-refine.yaml"
+                out = home / f"lite-{batch}"
+                show(f"lite, refine, batch {batch}", run(out, recipe, batch, steps, "--set", "train.minutes=null"))
         if "sd21" in wanted or "cache" in wanted:
             weights = ["--weights", str(write_sd21(home / "sd21"))]
         if "sd21" in wanted:
@@ -105,18 +107,18 @@ def cache(home: Path, weights: list[str]) -> None:
 def data() -> None:
     """Samples of the lite recipe from the demo, made one after another in this process."""
     from icm_cli.training.items import read_pool
-    from icm_cli.training.samples import SampleMaker
     from icm_cli.training.settings import read_settings
+    from icm_cli.training.stages.refine import EdgeMaker
 
     sources = json.dumps([{"images": str(DEMO / "imgs"), "alphas": str(DEMO / "alphas")}])
     lines = [f"data.sources={sources}", f"data.backgrounds=[{DEMO / 'imgs'}]", "train.pairs.negative_share=0"]
-    settings = read_settings("lite", overrides=lines)
-    maker = SampleMaker(read_pool(settings.data, settings.train.pairs), settings.train)
+    settings = read_settings("configs/train/lite-refine.yaml", overrides=lines)
+    maker = EdgeMaker(read_pool(settings.data, settings.train.pairs), settings.train)
     for counter in range(20):
-        maker.sample(counter)
+        maker[counter]
     begun = time.perf_counter()
     for counter in range(20, 120):
-        maker.sample(counter)
+        maker[counter]
     print(f"data: {(time.perf_counter() - begun) / 100 * 1e3:.0f} ms a sample in one process", flush=True)
 
 
