@@ -207,6 +207,14 @@ class Edges(nn.Module, ABC):
     Config: ClassVar[type[Any]]
     """Frozen dataclass of its settings."""
 
+    def optimise_for_inference(self) -> None:
+        """Rearrange the weights for speed, once, before inference; no training or saving after. Does nothing here."""
+
+    def cast(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
+        """Bring the weights to ``dtype``, or to ``fast_dtype`` where that is as good: see ``Device``."""
+        del fast_dtype
+        self.to(dtype)
+
     @abstractmethod
     def refined(self, rgb: ImageU8, coarse: Float) -> Float:
         """A coarse alpha [h,w] 0..1 of any size and its picture, sRGB uint8 [H,W,3] -> the alpha float32 [H,W] 0..1."""

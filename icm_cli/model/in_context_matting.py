@@ -74,7 +74,10 @@ class InContextMatting(nn.Module):
         self.backbone.optimise_for_inference()
         self.to(device)
         self.backbone.cast(dtype, transformer_dtype or dtype)
-        for module in (*self.head.modules(), *(self.edges.modules() if self.edges is not None else ())):
+        if self.edges is not None:
+            self.edges.optimise_for_inference()
+            self.edges.cast(dtype, transformer_dtype or dtype)
+        for module in self.head.modules():
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
                 module.to(dtype)
         if device.type != "mps":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import Float, ImageU8, resize
 from icm_cli.model.contracts import Edges
+from icm_cli.model.decoding import ConvNormReLU
 
 ALPHA_EPS = 1e-3
 """A coarse alpha is kept this far from 0 and 1 before its logit is taken."""
@@ -34,9 +35,9 @@ class RefineConfig:
     """Channels of each scale, from half the picture's size on, each half as fine as the one before."""
     whole_px: int = 512
     """Long side, in px, at which the whole picture is refined."""
-    tile_px: int = 512
+    tile_px: int = 256
     """Side, in px, of the tiles of a larger source."""
-    overlap_px: int = 64
+    overlap_px: int = 32
     """By how much tiles overlap; they are blended there."""
     undecided: float = 0.01
     """Tiles whose alpha is everywhere nearer to 0 or everywhere nearer to 1 than this are left as they are."""
@@ -71,7 +72,7 @@ class Refine(Edges):
         widths = config.widths
         self.stem = _convolutions(inputs, widths[0])
         self.down = nn.ModuleList(
-            nn.Sequential(_convolution(before, after, stride=2), _convolutions(after, after))
+            nn.Sequential(ConvNormReLU(before, after, stride=2), _convolutions(after, after))
             for before, after in itertools.pairwise(widths)
         )
         self.up = nn.ModuleList(_convolutions(coarse + fine, fine) for fine, coarse in itertools.pairwise(widths))
@@ -79,6 +80,14 @@ class Refine(Edges):
         nn.init.zeros_(self.output.weight)  # before training the coarse alpha passes as it is
         assert self.output.bias is not None
         nn.init.zeros_(self.output.bias)
+
+    def optimise_for_inference(self) -> None:
+        for module in self.modules():
+            if isinstance(module, ConvNormReLU):
+                module.fold()
+
+    def cast(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:  # noqa: ARG002
+        self.to(fast_dtype)
 
     def forward(self, image: Tensor, coarse: Tensor) -> Tensor:
         """image [B,3,H,W] sRGB and coarse alpha [B,1,H,W], both 0..1, H and W multiples of ``config.multiple`` ->
@@ -153,14 +162,8 @@ def _hat(length: int, overlap: int) -> Float:
     return np.minimum(1.0, np.minimum(at, at[::-1]) / max(1, overlap))
 
 
-def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-    )
-
-
 def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(_convolution(inputs, outputs), _convolution(outputs, outputs))
+    return nn.Sequential(ConvNormReLU(inputs, outputs), ConvNormReLU(outputs, outputs))
 
 
 PART = Refine
