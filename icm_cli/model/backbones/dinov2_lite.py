@@ -52,6 +52,8 @@ class DinoV2LiteConfig:
     """Transformer blocks (1..12) whose outputs together are compared between reference and target."""
     kind_blocks: tuple[int, ...] = (14, 19, 20)
     """Blocks of EfficientNet-Lite2 (0..20) whose outputs are compared too."""
+    scale_blocks: tuple[int, ...] = (6, 3, 0)
+    """Blocks of EfficientNet-Lite2 whose outputs are handed over as features per scale, for heads with a decoder."""
     temperature: float = 0.15
     """Of the intra-similarity, in cosine units."""
 
@@ -64,12 +66,16 @@ class DinoV2LiteConfig:
             raise ConfigError(
                 f"backbone kind_blocks is {list(self.kind_blocks)}; expected numbers from 0 to {BLOCK_COUNT - 1}"
             )
+        if any(not 0 <= block < BLOCK_COUNT for block in self.scale_blocks):
+            raise ConfigError(
+                f"backbone scale_blocks is {list(self.scale_blocks)}; expected numbers from 0 to {BLOCK_COUNT - 1}"
+            )
         if self.temperature <= 0:
             raise ConfigError(f"backbone temperature is {self.temperature}; expected more than 0")
 
     @property
     def convolutions(self) -> EfficientNetLiteConfig:
-        return EfficientNetLiteConfig(correspondence_blocks=self.kind_blocks, scale_blocks=())
+        return EfficientNetLiteConfig(correspondence_blocks=self.kind_blocks, scale_blocks=self.scale_blocks)
 
 
 class DinoV2Lite(Backbone):
@@ -119,23 +125,24 @@ class DinoV2Lite(Backbone):
         )
 
     def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
-        return self._features(image, valid)
+        return self._features(image, valid, ())
 
     def target(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
-        return self._features(image, valid)
+        return self._features(image, valid, self.config.scale_blocks)
 
-    def _features(self, image: Tensor, valid: Tensor) -> Features:
+    def _features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
         half = F.avg_pool2d(image, 2)
         grid = [side // TOKEN_PX for side in image.shape[-2:]]
         seen = F.interpolate(half, size=[PATCH_PX * side for side in grid], mode="bilinear", align_corners=False)
         seen = ((seen - self.mean) / self.deviation).to(self.transformer.class_token.dtype)
-        outputs = self.convolutions.outputs(half, self.config.kind_blocks)
+        outputs = self.convolutions.outputs(half, (*self.config.kind_blocks, *scale_blocks))
         compared = self.transformer(seen, self.config.layers)
         compared += [_on_grid(outputs[block].float(), grid) for block in self.config.kind_blocks]
         correspondence = torch.cat([_normalised(feature.float()) for feature in compared], dim=1)
+        scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
         alive = token_valid(valid, TOKEN_PX)
         intra = {TOKEN_PX: SelfSimilarity(correspondence, alive, self.config.temperature)}
-        return Features(correspondence, alive, {}, intra)
+        return Features(correspondence, alive, scales, intra)
 
 
 def _on_grid(feature: Tensor, grid: Sequence[int]) -> Tensor:

@@ -1,13 +1,14 @@
 """The small trained head: it compares tokens and knows no class, so the reference alone says what is wanted.
 
 Every token of the target meets the reference's tokens inside and outside the guidance. What comes of it, with the
-target's own features, is seen together by a few layers of attention and becomes a coarse alpha, one number a token.
-After the paper's inter- and intra-similarity (section 3.3), but without its fixed grid: any canvas will do. Edges are
-the affair of ``icm_cli.model.edges``.
+target's own features, is seen together by a few layers of attention and becomes a coarse alpha, one number a token,
+which a decoder may bring up to the canvas. After the paper's inter- and intra-similarity (section 3.3), but without its
+fixed grid: any canvas will do.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.contracts import Features, Matte, ReferenceFeatures, TrainedHead
-from icm_cli.model.decoding import ConvNormReLU, judge
+from icm_cli.model.decoding import ConvNormReLU, along_edges, alpha_output, judge, upsample
 from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
 
 EVIDENCE_NUMBERS = 8
@@ -33,6 +34,7 @@ PRESENCE_NUMBERS = 2 + len(STRONGEST)
 PRESENCE_WIDTH = 64
 LEAST_ALPHA = 1e-3
 """Weight of every token in the mean of the thing: where nothing is found the whole picture is compared."""
+IMAGE_CHANNELS = 3
 CONTEXT_HEADS = 4
 
 
@@ -48,26 +50,46 @@ class TokenMatchConfig:
     """Channels of the tokens that attend to one another."""
     context_layers: int = 2
     fused_channels: int = 128
-    """Channels of the tokens that the coarse alpha is read from."""
+    """Channels of the tokens that the coarse alpha is read from, and that enter the decoder."""
+    skip_channels: tuple[int, ...] = (48, 24, 16)
+    """Channels of the backbone's features per scale, each twice as fine as the one before; the first is twice as fine
+    as the tokens. They join the first steps of the decoder."""
+    decoder_channels: tuple[int, ...] = (96, 64, 32, 24, 16)
+    """Channels after each step of the decoder, a doubling each; steps after those with skips take the image in. Without
+    any the alpha is the coarse one, a number a token."""
     temperature: float = 0.05
     """Of the comparisons before training, in cosine units; it is learned."""
     presence_sharpness: float = 4.0
     """At inference the presence counts so many times its logit: a thing is there or it is not."""
+    edge_radius: float = 0.03
+    """At inference a guided filter takes soft edges to the picture's: radius of its window, as a share of the canvas'
+    long side; 0: none."""
+    edge_epsilon: float = 1e-4
+    """The variance of a colour channel (0..1) that counts as an edge to that filter."""
+    clear: float = 0.03
+    """At inference alpha is stretched by so much at either end: plain background is 0 and plain foreground 1."""
 
     def __post_init__(self) -> None:
         if not self.feature_channels:
             raise ConfigError("head feature_channels is empty; expected at least one number")
-        for width in (*self.feature_channels, self.width, self.context_width, self.fused_channels):
-            if width < 1:
-                raise ConfigError(f"head has a width of {width} channels; expected 1 or more")
+        if self.decoder_channels and len(self.decoder_channels) <= len(self.skip_channels):
+            raise ConfigError(
+                f"head decoder_channels is {list(self.decoder_channels)}; expected more numbers than skip_channels' "
+                f"{len(self.skip_channels)}, or none"
+            )
+        widths = (*self.feature_channels, self.width, self.context_width, self.fused_channels)
+        if bad := [width for width in (*widths, *self.skip_channels, *self.decoder_channels) if width < 1]:
+            raise ConfigError(f"head has a width of {bad[0]} channels; expected 1 or more")
         if self.context_width % CONTEXT_HEADS:
             raise ConfigError(f"head context_width is {self.context_width}; expected a multiple of {CONTEXT_HEADS}")
         if self.context_layers < 0:
             raise ConfigError(f"head context_layers is {self.context_layers}; expected 0 or more")
-        if self.temperature <= 0:
-            raise ConfigError(f"head temperature is {self.temperature}; expected more than 0")
-        if self.presence_sharpness <= 0:
-            raise ConfigError(f"head presence_sharpness is {self.presence_sharpness}; expected more than 0")
+        for name in ("temperature", "presence_sharpness", "edge_epsilon"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"head {name} is {getattr(self, name)}; expected more than 0")
+        for name in ("edge_radius", "clear"):
+            if not 0 <= getattr(self, name) < 0.5:
+                raise ConfigError(f"head {name} is {getattr(self, name)}; expected 0 to below 0.5")
 
     @property
     def comparisons(self) -> int:
@@ -99,6 +121,17 @@ class TokenMatchHead(TrainedHead):
             nn.Linear(PRESENCE_WIDTH, 1),
         )
 
+        images = len(config.decoder_channels) - len(config.skip_channels)
+        details = (*config.skip_channels, *[IMAGE_CHANNELS] * images) if config.decoder_channels else ()
+        self.steps = nn.ModuleList(
+            ConvNormReLU(before + detail, after)
+            for (before, after), detail in zip(
+                itertools.pairwise((config.fused_channels, *config.decoder_channels)), details, strict=True
+            )
+        )
+        if config.decoder_channels:
+            self.output = alpha_output(config.decoder_channels[-1], config.decoder_channels[-1])
+
     @torch.no_grad()
     def init_from_pca(self, seen: Tensor) -> None:
         """Compare in the principal components of tokens [N,C] that the backbone gave: what tokens differ in most, with
@@ -124,8 +157,12 @@ class TokenMatchHead(TrainedHead):
         fused = self.fused(target, evidence)
         logit = self.presence(fused, projected, evidence, target.valid, references)
         presence = torch.sigmoid(logit if self.training else self.config.presence_sharpness * logit)
-        coarse = F.interpolate(self.coarse(fused).float(), size=image.shape[-2:], mode="bilinear", align_corners=False)
-        alpha = torch.sigmoid(coarse) * presence[:, None, None, None]
+        alpha = torch.sigmoid(self._decoded(fused, target, image))
+        if not self.training and self.config.edge_radius:
+            alpha = along_edges(alpha, image.float(), self.config.edge_radius, self.config.edge_epsilon)
+        alpha = alpha * presence[:, None, None, None]
+        if not self.training:
+            alpha = (alpha * (1.0 + 2.0 * self.config.clear) - self.config.clear).clamp(0.0, 1.0)
         return Matte(alpha, *judge(alpha.detach(), valid))
 
     def similarity_maps(self, target: Features, references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
@@ -193,6 +230,40 @@ class TokenMatchHead(TrainedHead):
     def _unit(self, summed: Tensor) -> Tensor:
         """The direction of a sum of tokens [...,C] in every layer, [...,layers,width]; 0 where there were none."""
         return F.normalize(summed.reshape(*summed.shape[:-1], -1, self.config.width), dim=-1)
+
+    def _decoded(self, fused: Tensor, target: Features, image: Tensor) -> Tensor:
+        """The logit of the alpha on the canvas, [B,1,H,W] float32."""
+        if not self.config.decoder_channels:
+            coarse = self.coarse(fused).float()
+            return F.interpolate(coarse, size=image.shape[-2:], mode="bilinear", align_corners=False)
+        x = fused
+        for step, detail in zip(self.steps, self._details(target, image), strict=True):
+            x = step(torch.cat([upsample(x), detail.to(x.dtype)], dim=1))
+        logit: Tensor = self.output(x).float()
+        return logit
+
+    def _details(self, target: Features, image: Tensor) -> list[Tensor]:
+        """What joins each step of the decoder: the backbone's scales from coarse to fine, then the image."""
+        stride = image.shape[-1] // target.valid.shape[-1]
+        if 2 ** len(self.steps) != stride:
+            raise ConfigError(
+                f"head decoder_channels has {len(self.steps)} steps, and the backbone's tokens are {stride} px; "
+                "expected as many steps as doublings"
+            )
+        details = []
+        for level, channels in enumerate(self.config.skip_channels, start=1):
+            scale = target.scales.get(stride >> level)
+            if scale is None or scale.shape[1] != channels:
+                gives = "nothing" if scale is None else f"{scale.shape[1]} channels"
+                raise ConfigError(
+                    f"head skip_channels is {channels} at stride {stride >> level}, and the backbone gives {gives} "
+                    "there; expected the channels of its scale_blocks"
+                )
+            details.append(scale)
+        for level in range(len(details) + 1, len(self.steps) + 1):
+            fine = stride >> level
+            details.append(4.0 * (image if fine == 1 else F.avg_pool2d(image, fine)) - 2.0)
+        return details
 
     def projected(self, feature: Tensor) -> Tensor:
         """[B,C,h,w] -> tokens [B,N,layers*width] float32, of unit length in every layer."""
