@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,6 +48,13 @@ def alpha_output(inputs: int, channels: int) -> nn.Sequential:
 def upsample(x: Tensor) -> Tensor:
     """Twice the size, bilinear, pixel centres kept."""
     return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+def enlarged(x: Tensor, size: Sequence[int]) -> Tensor:
+    """[B,C,h,w] brought to height and width ``size``, bilinear; as it is where it has them already."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def along_edges(alpha: Tensor, image: Tensor, radius_share: float, epsilon: float) -> Tensor:

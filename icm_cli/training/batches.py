@@ -27,9 +27,15 @@ class Batch:
     """Why draws before these could not be read."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name."""
-        found = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        """The tensors by name; those of a tuple are numbered."""
+        found: dict[str, Tensor] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Tensor):
+                found[each.name] = value
+            else:
+                found.update({f"{each.name}.{i}": part for i, part in enumerate(value) if isinstance(part, Tensor)})
+        return found
 
     def first(self, count: int) -> Self:
         """The first samples."""
@@ -45,7 +51,13 @@ class Batch:
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        changed: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Tensor):
+                changed[each.name] = change(value)
+            elif value and all(isinstance(part, Tensor) for part in value):
+                changed[each.name] = tuple(change(part) for part in value)
         return replace(self, **changed)
 
 

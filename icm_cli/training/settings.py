@@ -208,7 +208,10 @@ class MatchConfig:
     """What the stage "match" shows: mosaics of pictures, of which at most one has the reference's thing."""
 
     views: int = 12
-    """Pictures of a group whose tokens are read, drawn anew for every run."""
+    """Pictures of a group whose tokens are read, at the canvas' size; drawn by the seed."""
+    large_views: int = 0
+    """Pictures of a group whose tokens are read at twice that size as well: they are the mosaics of one picture and
+    half of the references, so that all mosaics have about as many tokens. 0: none."""
     most_views: int = 3
     """Of one picture, where a group has few."""
     negative_share: float = 0.2
@@ -224,6 +227,8 @@ class MatchConfig:
         for name in ("views", "most_views"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 1 or more")
+        if self.large_views < 0:
+            raise ConfigError(f"train: match: large_views is {self.large_views}; expected 0 or more")
         for name in ("negative_share", "same_image_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 0 to 1")

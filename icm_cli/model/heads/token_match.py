@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.contracts import Features, Matte, ReferenceFeatures, TrainedHead
-from icm_cli.model.decoding import ConvNormReLU, along_edges, alpha_output, judge, upsample
+from icm_cli.model.decoding import ConvNormReLU, along_edges, alpha_output, enlarged, judge, upsample
 from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
 
 EVIDENCE_NUMBERS = 8
@@ -56,7 +56,7 @@ class TokenMatchConfig:
     as the tokens. They join the first steps of the decoder."""
     decoder_channels: tuple[int, ...] = (96, 64, 32, 24, 16)
     """Channels after each step of the decoder, a doubling each; steps after those with skips take the image in. Without
-    any the alpha is the coarse one, a number a token."""
+    any the alpha is the coarse one, a number a token; where they end before the canvas' size it is enlarged."""
     temperature: float = 0.05
     """Of the comparisons before training, in cosine units; it is learned."""
     presence_sharpness: float = 4.0
@@ -72,10 +72,10 @@ class TokenMatchConfig:
     def __post_init__(self) -> None:
         if not self.feature_channels:
             raise ConfigError("head feature_channels is empty; expected at least one number")
-        if self.decoder_channels and len(self.decoder_channels) <= len(self.skip_channels):
+        if self.decoder_channels and len(self.decoder_channels) < len(self.skip_channels):
             raise ConfigError(
-                f"head decoder_channels is {list(self.decoder_channels)}; expected more numbers than skip_channels' "
-                f"{len(self.skip_channels)}, or none"
+                f"head decoder_channels is {list(self.decoder_channels)}; expected as many numbers as skip_channels' "
+                f"{len(self.skip_channels)} or more, or none"
             )
         widths = (*self.feature_channels, self.width, self.context_width, self.fused_channels)
         if bad := [width for width in (*widths, *self.skip_channels, *self.decoder_channels) if width < 1]:
@@ -157,7 +157,7 @@ class TokenMatchHead(TrainedHead):
         fused = self.fused(target, evidence)
         logit = self.presence(fused, projected, evidence, target.valid, references)
         presence = torch.sigmoid(logit if self.training else self.config.presence_sharpness * logit)
-        alpha = torch.sigmoid(self._decoded(fused, target, image))
+        alpha = torch.sigmoid(enlarged(self.decoded(fused, target, image), image.shape[-2:]))
         if not self.training and self.config.edge_radius:
             alpha = along_edges(alpha, image.float(), self.config.edge_radius, self.config.edge_epsilon)
         alpha = alpha * presence[:, None, None, None]
@@ -231,38 +231,41 @@ class TokenMatchHead(TrainedHead):
         """The direction of a sum of tokens [...,C] in every layer, [...,layers,width]; 0 where there were none."""
         return F.normalize(summed.reshape(*summed.shape[:-1], -1, self.config.width), dim=-1)
 
-    def _decoded(self, fused: Tensor, target: Features, image: Tensor) -> Tensor:
-        """The logit of the alpha on the canvas, [B,1,H,W] float32."""
+    def decoded(self, fused: Tensor, target: Features, image: Tensor | None) -> Tensor:
+        """The logit of the alpha, [B,1,H',W'] float32, as fine as the decoder goes; ``fused`` as :meth:`fused` gives
+        it. ``image`` [B,3,H,W] may be left out where every step has features of the backbone."""
         if not self.config.decoder_channels:
-            coarse = self.coarse(fused).float()
-            return F.interpolate(coarse, size=image.shape[-2:], mode="bilinear", align_corners=False)
+            coarse: Tensor = self.coarse(fused).float()
+            return coarse
         x = fused
         for step, detail in zip(self.steps, self._details(target, image), strict=True):
             x = step(torch.cat([upsample(x), detail.to(x.dtype)], dim=1))
         logit: Tensor = self.output(x).float()
         return logit
 
-    def _details(self, target: Features, image: Tensor) -> list[Tensor]:
+    def _details(self, target: Features, image: Tensor | None) -> list[Tensor]:
         """What joins each step of the decoder: the backbone's scales from coarse to fine, then the image."""
-        stride = image.shape[-1] // target.valid.shape[-1]
-        if 2 ** len(self.steps) != stride:
-            raise ConfigError(
-                f"head decoder_channels has {len(self.steps)} steps, and the backbone's tokens are {stride} px; "
-                "expected as many steps as doublings"
-            )
         details = []
+        height, width = target.valid.shape[-2:]
         for level, channels in enumerate(self.config.skip_channels, start=1):
-            scale = target.scales.get(stride >> level)
+            size = (height << level, width << level)
+            scale = next((each for each in target.scales.values() if each.shape[-2:] == size), None)
             if scale is None or scale.shape[1] != channels:
                 gives = "nothing" if scale is None else f"{scale.shape[1]} channels"
                 raise ConfigError(
-                    f"head skip_channels is {channels} at stride {stride >> level}, and the backbone gives {gives} "
-                    "there; expected the channels of its scale_blocks"
+                    f"head skip_channels is {channels} at {1 << level} times the tokens' grid, and the backbone gives "
+                    f"{gives} there; expected the channels of its scale_blocks"
                 )
             details.append(scale)
         for level in range(len(details) + 1, len(self.steps) + 1):
-            fine = stride >> level
-            details.append(4.0 * (image if fine == 1 else F.avg_pool2d(image, fine)) - 2.0)
+            assert image is not None
+            fine = image.shape[-1] / (width << level)
+            if fine < 1 or fine % 1:
+                raise ConfigError(
+                    f"head decoder_channels has {len(self.steps)} steps, and the backbone's tokens are "
+                    f"{image.shape[-1] // width} px; expected no more steps than doublings"
+                )
+            details.append(4.0 * (image if fine == 1 else F.avg_pool2d(image, int(fine))) - 2.0)
         return details
 
     def projected(self, feature: Tensor) -> Tensor:

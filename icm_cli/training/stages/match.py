@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from icm_cli.files import atomic_write, digest_of
 from icm_cli.geometry import ImageU8, to_u8
 from icm_cli.guidance import ReferenceTokens, background_tokens, foreground_tokens
 from icm_cli.model.contracts import Features
+from icm_cli.model.decoding import enlarged
 from icm_cli.model.heads.token_match import CARRIED, EVIDENCE_NUMBERS, TokenMatchHead
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.training.batches import Batch, StepSampler, start_worker
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
 """Rows and columns of the mosaics."""
+LARGE = 2
+"""Side of a large view, in views."""
 KEPT_NAME = "tokens.pt"
 """File of the tokens in a run's folder."""
 BEGIN_VIEWS = 400
@@ -55,25 +58,31 @@ LEAST_ALPHA = 1e-4
 
 @dataclass(frozen=True)
 class View:
-    """Tokens of a picture: feature float16 [C,h,w]; alpha float32 [h,w], each cell's mean; which tokens lie inside and
-    outside the guidance, and which hold the frame, bool [h,w]."""
+    """Tokens of a picture: feature float16 [C,h,w]; what joins the head's decoder, from coarse to fine, float16
+    [C',2h,2w], [C",4h,4w] ...; alpha float16 [nh,nw], each cell's mean, as fine as the decoder goes; which tokens lie
+    inside and outside the guidance, and which hold the frame, bool [h,w]."""
 
     feature: Tensor
+    scales: tuple[Tensor, ...]
     alpha: Tensor
     inside: Tensor
     outside: Tensor
     valid: Tensor
 
 
+Views: TypeAlias = Mapping[Item, Sequence[View]]
+
+
 @dataclass(frozen=True)
 class MosaicBatch(Batch):
     """Mosaics beside a reference each.
 
-    feature float16 [B,C,H,W], alpha float32 and valid bool [B,H,W] of the mosaics; reference_feature float16 [B,C,h,w],
-    inside and outside bool [B,h,w] of the references.
+    feature float16 [B,C,H,W], valid bool [B,H,W], scales float16 [B,C',2H,2W] ... and alpha float32 [B,nH,nW] of the
+    mosaics; reference_feature float16 [B,C,h,w], inside and outside bool [B,h,w] of the references.
     """
 
     feature: Tensor
+    scales: tuple[Tensor, ...]
     alpha: Tensor
     valid: Tensor
     reference_feature: Tensor
@@ -89,10 +98,11 @@ class TokenMatcher(nn.Module):
         self.head = head
 
     def forward(self, batch: MosaicBatch) -> Answer:
-        """Logit of the coarse alpha [B,H,W], what each comparison carries over [B,comparisons,H,W] in -1..1, and the
-        logit of whether the thing is there [B]."""
+        """Logit of the coarse alpha [B,H,W] and of the decoder's [B,nH,nW], what each comparison carries over
+        [B,comparisons,H,W] in -1..1, and the logit of whether the thing is there [B]."""
         head = self.head
-        target = Features(batch.feature.float(), batch.valid, {}, {})
+        scales = {-level: scale.float() for level, scale in enumerate(batch.scales)}
+        target = Features(batch.feature.float(), batch.valid, scales, {})
         shown = head.projected(batch.reference_feature.float())
         references = [
             ReferenceTokens(each[inside.flatten()], each[outside.flatten()])
@@ -102,39 +112,51 @@ class TokenMatcher(nn.Module):
         evidence = head.evidence(projected, target.valid, references)
         fused = head.fused(target, evidence)
         presence = head.presence(fused, projected, evidence, target.valid, references)
-        return head.coarse(fused)[:, 0].float(), evidence[:, CARRIED::EVIDENCE_NUMBERS], presence
+        fine = head.decoded(fused, target, None)[:, 0]
+        return head.coarse(fused)[:, 0].float(), fine, evidence[:, CARRIED::EVIDENCE_NUMBERS], presence
 
 
 class MatchStage(Stage[MosaicBatch]):
     """Mosaics of tokens in, which of them are the thing out."""
 
     learns = ("head",)
-    terms = ("cross_entropy", "dice", "comparisons", "presence")
+    terms = ("cross_entropy", "dice", "coarse", "comparisons", "presence")
 
     def __init__(self, settings: Settings, pool: Pool) -> None:
         super().__init__(settings, pool)
+        config = settings.train.match
         self.maker = SampleMaker(pool, settings.train)
-        self.shown = to_show(pool, settings.train.match.views, settings.train.match.most_views, settings.train.seed)
+        self.large_maker = SampleMaker(pool, replace(settings.train, canvas_px=LARGE * settings.train.canvas_px))
+        self.shown = to_show(pool, config.views, config.most_views, settings.train.seed)
+        self.shown_large = (
+            to_show(pool, config.large_views, config.most_views, settings.train.seed + 1) if config.large_views else []
+        )
         self.views: dict[Item, list[View]] = {}
+        self.large_views: dict[Item, list[View]] = {}
 
     def module(self, model: InContextMatting) -> nn.Module:
         if not isinstance(model.head, TokenMatchHead):
             raise ConfigError("train: stage is match, which is for the token-match head; take another stage or head")
+        skips, steps = (len(getattr(model.head.config, name)) for name in ("skip_channels", "decoder_channels"))
+        if steps > skips:
+            raise ConfigError(
+                f"train: stage is match, and the head's decoder has {steps} steps, of which {steps - skips} take the "
+                "image in; the stage has no images: expected no more decoder_channels than skip_channels"
+            )
         return TokenMatcher(model.head)
 
     def prepare(self, learner: Learner, folder: Path, listener: TrainingListener) -> None:
         path = folder / KEPT_NAME
-        digest = views_digest(self.settings, self.shown, learner.weights_digest)
+        digest = views_digest(self.settings, [*self.shown, *self.shown_large], learner.weights_digest)
         views = kept_views(path, digest)
         if views is None:
-            listener.notice(f"reading the tokens of {len(self.shown)} pictures into {path}")
-            views = self._read(learner, listener)
+            listener.notice(f"reading the tokens of {len(self.shown) + len(self.shown_large)} pictures into {path}")
+            views = self._read(learner, self.maker, self.shown, listener)
+            views += self._read(learner, self.large_maker, self.shown_large, listener)
             if learner.is_main:
                 keep_views(path, digest, views)
-        self.views = {item: [] for item in self.shown}
-        for item, view in zip(self.shown, views, strict=True):
-            if view is not None:
-                self.views[item].append(view)
+        self.views = _by_item(self.shown, views[: len(self.shown)])
+        self.large_views = _by_item(self.shown_large, views[len(self.shown) :])
         if not learner.is_from_checkpoint:
             assert isinstance(learner.model.head, TokenMatchHead)
             found = [view for view in views if view is not None]
@@ -152,19 +174,23 @@ class MatchStage(Stage[MosaicBatch]):
         return found
 
     def losses(self, answer: Answer, batch: MosaicBatch) -> dict[str, Tensor]:
-        logit, carried, presence = answer
-        truth, valid = batch.alpha, batch.valid
+        coarse, logit, carried, presence = answer
+        fine_truth, valid = batch.alpha, batch.valid
+        finer = logit.shape[-1] // coarse.shape[-1]
+        fine_valid = valid.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
+        truth = F.avg_pool2d(fine_truth[:, None], finer)[:, 0]
         size = valid.sum(dim=(1, 2))
-        entropy = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
         each = (0.5 + 0.5 * carried).clamp(LEAST_ALPHA, 1.0 - LEAST_ALPHA)
         compared = F.binary_cross_entropy(each, truth[:, None].expand_as(each), reduction="none").mean(dim=1)
         there = truth.sum(dim=(1, 2)) > 1.0
-        alpha = torch.sigmoid(logit) * valid
-        common, sizes = (alpha * truth).sum(dim=(1, 2)), alpha.sum(dim=(1, 2)) + truth.sum(dim=(1, 2))
+        alpha = torch.sigmoid(logit) * fine_valid
+        common, sizes = (alpha * fine_truth).mean(dim=(1, 2)), (alpha + fine_truth).mean(dim=(1, 2))
+        common, sizes = common * size, sizes * size
         is_there = (truth.amax(dim=(1, 2)) > 0.5).float()
         terms = {
-            "cross_entropy": (entropy * valid).sum(dim=(1, 2)) / size,
+            "cross_entropy": _entropy(logit, fine_truth, fine_valid),
             "dice": (1.0 - (2.0 * common + 1.0) / (sizes + 1.0)) * there,
+            "coarse": _entropy(coarse, truth, valid) if finer > 1 else torch.zeros_like(is_there),
             "comparisons": (compared * valid).sum(dim=(1, 2)) / size,
             "presence": self.settings.train.match.presence
             * F.binary_cross_entropy_with_logits(presence, is_there, reduction="none"),
@@ -175,8 +201,8 @@ class MatchStage(Stage[MosaicBatch]):
     def panel(self, learner: Learner, batch: MosaicBatch) -> ImageU8:
         """For each mosaic its true alpha, the coarse alpha, and what all comparisons together carry over."""
         few = batch.first(MOST_ROWS)
-        logit, carried, _ = self.answer(self.module(learner.model), few)
-        layers = (few.alpha, torch.sigmoid(logit), 0.5 + 0.5 * carried[:, -1])
+        _, logit, carried, _ = self.answer(self.module(learner.model), few)
+        layers = (few.alpha, torch.sigmoid(logit), enlarged(0.5 + 0.5 * carried[:, -1:], logit.shape[-2:])[:, 0])
         return table([[grey(to_u8(layer[i].cpu().numpy())) for layer in layers] for i in range(len(few.names))])
 
     def preview(self, counter: int) -> tuple[str, list[ImageU8]]:
@@ -193,10 +219,16 @@ class MatchStage(Stage[MosaicBatch]):
         rng = np.random.default_rng((self.settings.train.seed, 1, counters[0]))
         shares = np.asarray(self.settings.train.match.layout_shares)
         rows, columns = LAYOUTS[rng.choice(len(LAYOUTS), p=shares / shares.sum())]
-        samples = [self._sample(rows * columns, rng) for _ in counters]
+        shown = self.large_views if self.large_views and (rows, columns) == (1, 1) else self.views
+        shown_beside = self.large_views if self.large_views and rng.random() < 0.5 else self.views
+        samples = [self._sample(rows * columns, shown, shown_beside, rng) for _ in counters]
         feature, alpha, valid = (
             torch.stack([_laid_out([getattr(view, name) for view in each.tiles], rows, columns) for each in samples])
             for name in ("feature", "alpha", "valid")
+        )
+        scales = tuple(
+            torch.stack([_laid_out([view.scales[level] for view in each.tiles], rows, columns) for each in samples])
+            for level in range(len(samples[0].reference.scales))
         )
         wanted = torch.stack(
             [
@@ -214,47 +246,55 @@ class MatchStage(Stage[MosaicBatch]):
         )
         names = tuple(each.name for each in samples)
         return MosaicBatch(
-            names, tuple(counters), (), feature, alpha * wanted, valid, reference_feature, inside, outside
+            names,
+            tuple(counters),
+            (),
+            feature,
+            scales,
+            (alpha * wanted).float(),
+            valid,
+            reference_feature,
+            inside,
+            outside,
         )
 
-    def _sample(self, tiles: int, rng: np.random.Generator) -> _Mosaic:
+    def _sample(self, tiles: int, shown: Views, beside: Views, rng: np.random.Generator) -> _Mosaic:
+        """A mosaic of ``shown`` views, its reference one of ``beside``."""
         config = self.settings.train.match
         for _ in range(ATTEMPTS):
-            item = self._drawn(rng)
+            item = self._drawn(shown, rng)
             partner = self.pool.partner(item, rng, config.same_image_share)
-            reference, target = self._view(partner, rng), self._view(item, rng)
+            reference, target = _view(beside, partner, rng), _view(shown, item, rng)
             if reference is None or target is None or reference is target or reference.alpha.max() <= 0.5:
                 continue
-            others = [self._stranger(item, rng) for _ in range(tiles)]
+            others = [self._stranger(shown, item, rng) for _ in range(tiles)]
             place = -1 if rng.random() < config.negative_share else int(rng.integers(tiles))
             if place >= 0:
                 others[place] = target
             return _Mosaic(f"{item.name} by {partner.name}", reference, others, place)
         raise TrainingError("no group has two views that can be read; raise train.match.views, or give more pictures")
 
-    def _drawn(self, rng: np.random.Generator) -> Item:
+    def _drawn(self, views: Views, rng: np.random.Generator) -> Item:
         for _ in range(ATTEMPTS):
             item = self.pool.draw(rng)
-            if self.views.get(item):
+            if views.get(item):
                 return item
         raise TrainingError("hardly any picture could be read; mend the data, or leave files out with 'exclude'")
 
-    def _stranger(self, shown: Item, rng: np.random.Generator) -> View:
+    def _stranger(self, views: Views, shown: Item, rng: np.random.Generator) -> View:
         for _ in range(ATTEMPTS):
-            item = self._drawn(rng)
+            item = self._drawn(views, rng)
             if item.is_alien_to(shown):
-                return self.views[item][rng.integers(len(self.views[item]))]
+                return views[item][int(rng.integers(len(views[item])))]
         raise TrainingError(f"there is no picture without the thing of {shown.image}; give more groups")
 
-    def _view(self, item: Item, rng: np.random.Generator) -> View | None:
-        views = self.views.get(item)
-        return views[rng.integers(len(views))] if views else None
-
-    def _read(self, learner: Learner, listener: TrainingListener) -> list[View | None]:
+    def _read(
+        self, learner: Learner, maker: SampleMaker, shown: Sequence[Item], listener: TrainingListener
+    ) -> list[View | None]:
         """Show the backbone a picture after the other; None where one cannot be read."""
-        views: list[View | None] = [None] * len(self.shown)
+        views: list[View | None] = [None] * len(shown)
         loader = DataLoader(
-            _Scenes(self.maker, self.shown, self.settings.train.seed),
+            _Scenes(maker, shown, self.settings.train.seed),
             batch_size=AT_A_TIME,
             collate_fn=list,
             num_workers=learner.workers,
@@ -321,9 +361,15 @@ def to_show(pool: Pool, views: int, most_views: int, seed: int) -> list[Item]:
 
 
 def views_digest(settings: Settings, shown: Sequence[Item], weights_digest: str) -> str:
-    """Hash of what decides the tokens: the backbone, the recipe of the scenes, which items, and the seed."""
-    backbone, train = settings.model.as_dict()["backbone"], settings.as_dict()["train"]
-    recipe = [backbone, weights_digest, *(train[name] for name in ("canvas_px", "pairs", "augment", "seed"))]
+    """Hash of what decides the views: the backbone, what the decoder takes, the recipe of the scenes, which items, and
+    the seed."""
+    model, train = settings.model.as_dict(), settings.as_dict()["train"]
+    decoder = [len(model["head"][name]) for name in ("skip_channels", "decoder_channels")]
+    recipe = [
+        *(model["backbone"], decoder, weights_digest),
+        *(train[name] for name in ("canvas_px", "pairs", "augment", "seed")),
+        train["match"]["large_views"],
+    ]
     return digest_of(json.dumps(recipe, sort_keys=True), *(f"{item.group} {item.name}" for item in shown))
 
 
@@ -343,21 +389,45 @@ def kept_views(path: Path, digest: str) -> list[View | None] | None:
     return [View(*view) if view else None for view in stored["views"]] if stored["digest"] == digest else None
 
 
+def _by_item(shown: Sequence[Item], views: Sequence[View | None]) -> dict[Item, list[View]]:
+    """The views of each item that has any."""
+    found: dict[Item, list[View]] = {}
+    for item, view in zip(shown, views, strict=True):
+        if view is not None:
+            found.setdefault(item, []).append(view)
+    return found
+
+
+def _view(views: Views, item: Item, rng: np.random.Generator) -> View | None:
+    of_item = views.get(item)
+    return of_item[int(rng.integers(len(of_item)))] if of_item else None
+
+
+def _entropy(logit: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """Mean cross-entropy [B] over the valid cells of [B,H,W]."""
+    each = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
+    return (each * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))
+
+
 @torch.no_grad()
 def _seen(learner: Learner, scenes: Sequence[_Scene]) -> Iterator[View]:
     place = learner.device.place
     image = torch.from_numpy(np.stack([each.rgb for each in scenes])).to(place).permute(0, 3, 1, 2).float() / 255.0
     alpha = torch.from_numpy(np.stack([each.alpha for each in scenes])).to(place)[:, None].float() / 255.0
     valid = torch.from_numpy(np.stack([each.valid for each in scenes])).to(place)
-    features = learner.model.backbone.reference(image, valid, [""] * len(scenes))
+    head = learner.model.head
+    assert isinstance(head, TokenMatchHead)
+    features = learner.model.backbone.target(image, valid, [""] * len(scenes))
     stride = image.shape[-1] // features.correspondence.shape[-1]
-    share = F.avg_pool2d(alpha, stride)[:, 0]
+    share = F.avg_pool2d(alpha, stride >> len(head.config.decoder_channels))[:, 0]
+    scales = [features.scales[stride >> level + 1] for level in range(len(head.config.skip_channels))]
     guidance = (alpha > 0.5).float()
     for i in range(len(scenes)):
         one = slice(i, i + 1)
         yield View(
             features.correspondence[i].half().cpu(),
-            share[i].cpu(),
+            tuple(scale[i].half().cpu() for scale in scales),
+            share[i].half().cpu(),
             foreground_tokens(guidance[one], valid[one], stride)[0][0].cpu(),
             background_tokens(guidance[one], valid[one], stride)[0].cpu(),
             features.valid[i].cpu(),
