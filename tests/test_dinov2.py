@@ -54,7 +54,11 @@ def test_grids_and_channels(backbone: DinoV2Lite) -> None:
         target = backbone.target(image, valid, ["", ""])
         reference = backbone.reference(image, valid, ["", ""])
     assert target.correspondence.shape == (2, 2 * 384 + 120 + 208 + 352, 4, 6)
-    assert target.scales == {}
+    assert {stride: scale.shape[1:] for stride, scale in target.scales.items()} == {
+        16: (48, 8, 12),
+        8: (24, 16, 24),
+        4: (16, 32, 48),
+    }
     assert not reference.scales
     torch.testing.assert_close(reference.correspondence, target.correspondence)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,17 +141,23 @@ def test_a_failing_log_is_told_once(tmp_path: Path) -> None:
 
 CONFIG = TokenMatchConfig(
     feature_channels=(5, 7),
+    skip_channels=(6, 5, 4),
     width=8,
     context_width=8,
     context_layers=1,
     fused_channels=8,
+    decoder_channels=(8, 8, 4, 4),
 )
 
 
 def features(seed: int, count: int = 1, valid: Tensor | None = None) -> Features:
     generator = torch.Generator().manual_seed(seed)
     feature = torch.randn(count, 12, 4, 4, generator=generator)
-    return Features(feature, torch.ones(count, 4, 4, dtype=torch.bool) if valid is None else valid, {}, {})
+    scales = {
+        stride: torch.randn(count, channels, SIDE // stride, SIDE // stride, generator=generator)
+        for stride, channels in ((8, 6), (4, 5), (2, 4))
+    }
+    return Features(feature, torch.ones(count, 4, 4, dtype=torch.bool) if valid is None else valid, scales, {})
 
 
 def reference(seed: int, *, everything: bool = False) -> ReferenceFeatures:
@@ -176,7 +183,9 @@ class TestTokenMatch:
         turned = head(target, prepared[::-1], image, valid)
         assert not torch.allclose(together.alpha, turned.alpha)
         for i in range(2):
-            single = head(target.one(i), prepared[i : i + 1], image[i : i + 1], valid[i : i + 1])
+            scales = {stride: scale[i : i + 1] for stride, scale in target.scales.items()}
+            alone = replace(target.one(i), scales=scales)
+            single = head(alone, prepared[i : i + 1], image[i : i + 1], valid[i : i + 1])
             torch.testing.assert_close(single.alpha[0], together.alpha[i], atol=1e-5, rtol=1e-4)
 
     def test_a_reference_without_background_is_taken(self, head: TokenMatchHead) -> None:
@@ -214,7 +223,7 @@ class TestTokenMatch:
     def test_its_own_picture_is_recognised(self, head: TokenMatchHead) -> None:
         """A target that is the reference: tokens inside the guidance carry more of it than those outside."""
         shown = reference(4)
-        target = shown.features
+        target = Features(shown.features.correspondence, shown.features.valid, features(4).scales, {})
         inter, intra = head.similarity_maps(target, [head.prepare([shown])])
         inside = torch.zeros(4, 4, dtype=torch.bool)
         inside[:2, :2] = True
@@ -229,13 +238,17 @@ class TestTokenMatch:
         assert 0.1 < alpha.mean() < 0.9
         (alpha - torch.rand(2, 1, SIDE, SIDE)).square().sum().backward()
         still = [name for name, each in head.named_parameters() if each.grad is None or not each.grad.any()]
-        assert not still
+        assert not [name for name in still if not name.endswith("output.0.bias")]  # BatchNorm takes that one's place
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
             ({"feature_channels": ()}, "at least one number"),
             ({"presence_sharpness": 0.0}, "more than 0"),
+            ({"edge_epsilon": 0.0}, "more than 0"),
+            ({"edge_radius": 0.5}, "0 to below 0.5"),
+            ({"clear": -0.1}, "0 to below 0.5"),
+            ({"decoder_channels": (6, 5)}, "as many numbers as skip_channels' 3"),
             ({"context_width": 6}, "multiple of 4"),
             ({"context_layers": -1}, "0 or more"),
             ({"width": 0}, "expected 1 or more"),
@@ -251,3 +264,17 @@ class TestTokenMatch:
         image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
         with pytest.raises(ConfigError, match="feature_channels is 12 together, and the backbone gives 9 channels"):
             head(lacking, [head.prepare([reference(1)])], image, valid)
+
+    def test_a_decoder_that_the_backbone_does_not_feed_is_named(self, head: TokenMatchHead) -> None:
+        target = features(1)
+        lacking = Features(target.correspondence, target.valid, {8: target.scales[8]}, {})
+        image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
+        with pytest.raises(ConfigError, match="skip_channels is 5 at 4 times the tokens' grid, and the backbone gives"):
+            head(lacking, [head.prepare([reference(1)])], image, valid)
+
+    def test_a_decoder_may_end_before_the_canvas(self) -> None:
+        head = TokenMatchHead(replace(CONFIG, skip_channels=(6,), decoder_channels=(8,))).eval()
+        image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
+        with torch.no_grad():
+            matte = head(features(1), [head.prepare([reference(1)])], image, valid)
+        assert matte.alpha.shape == (1, 1, SIDE, SIDE)

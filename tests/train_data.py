@@ -24,7 +24,7 @@ MODEL = {
         "long_side_px": 96,
         "correspondence_blocks": [10, 12],
         "correspondence_shrink": [1],
-        "scale_blocks": [6],
+        "scale_blocks": [6, 3],
     },
     "head": {
         "name": "token-match",
@@ -33,6 +33,8 @@ MODEL = {
         "context_width": 16,
         "context_layers": 1,
         "fused_channels": 16,
+        "skip_channels": [48, 24],
+        "decoder_channels": [8, 8],
     },
     "edges": {"name": "refine", "widths": [4, 6], "whole_px": 64, "tile_px": 64, "overlap_px": 8},
 }

@@ -66,3 +66,13 @@ class TrainingListener(Listener):
 
     def validated(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
         """The metrics of ``icm eval`` after a step, named validation_mse and so on."""
+
+
+class BesideMain(TrainingListener):
+    """Of a process beside the main one, which tells the run: it passes on notices alone."""
+
+    def __init__(self, listener: TrainingListener) -> None:
+        self._listener = listener
+
+    def notice(self, text: str) -> None:
+        self._listener.notice(text)

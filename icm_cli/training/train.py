@@ -16,7 +16,7 @@ from icm_cli.training.batches import Batch
 from icm_cli.training.guards import check_answer, check_gradients, check_losses, check_skipped
 from icm_cli.training.items import Pool, read_pool
 from icm_cli.training.learner import Learner
-from icm_cli.training.listening import Summary, TrainingListener
+from icm_cli.training.listening import BesideMain, Summary, TrainingListener
 from icm_cli.training.preview import write_preview
 from icm_cli.training.run_folder import Progress, RunFolder
 from icm_cli.training.run_log import RunLog
@@ -79,7 +79,8 @@ def train(
         learner = Learner(
             settings, stage, checkpoint=start, weights=weights, device=device, offline=offline, workers=workers
         )
-        summary = _take_steps(settings, stage, pool, learner, run, listener, resume=resume)
+        told = listener if learner.is_main else BesideMain(listener)
+        summary = _take_steps(settings, stage, pool, learner, run, told, resume=resume)
         if pack is not None and summary.checkpoint is not None and learner.is_main:
             write_pack(summary.checkpoint, Path(pack))
             summary = replace(summary, pack=Path(pack))
