@@ -8,31 +8,31 @@ Guo et al., "In-Context Matting", CVPR 2024.
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from icm_cli.environment import __version__
+
 if TYPE_CHECKING:
-    from icm_cli.evaluating import evaluate
-    from icm_cli.matter import load
-    from icm_cli.matting import matte
+    from icm_cli.evaluation.evaluate import evaluate
+    from icm_cli.matting.matte import matte
+    from icm_cli.matting.predictor import load
     from icm_cli.training.train import train
 
-__version__ = version("icm-cli")
 __all__ = ["__version__", "evaluate", "load", "matte", "train"]
 
 
 def __getattr__(name: str) -> Any:
     """Import the API when it is first asked for, so that ``icm --help`` need not wait for torch."""
     if name == "matte":
-        from icm_cli.matting import matte
+        from icm_cli.matting.matte import matte
 
         return matte
     if name == "evaluate":
-        from icm_cli.evaluating import evaluate
+        from icm_cli.evaluation.evaluate import evaluate
 
         return evaluate
     if name == "load":
-        from icm_cli.matter import load
+        from icm_cli.matting.predictor import load
 
         return load
     if name == "train":

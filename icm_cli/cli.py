@@ -5,20 +5,17 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Optional, Self
+from typing import Annotated, Optional
 
 import typer
 
 from icm_cli.errors import IcmError
-from icm_cli.printing import write_line
-
-SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+from icm_cli.signals import Interrupt
+from icm_cli.terminal import write_line
 
 app = typer.Typer(
     add_completion=False,
@@ -41,8 +38,8 @@ def _print_version(wanted: bool) -> None:
         return
     import torch
 
-    from icm_cli import __version__
     from icm_cli.device import available_devices
+    from icm_cli.environment import __version__
 
     print(f"icm {__version__} (torch {torch.__version__}); devices: {', '.join(available_devices())}")
     raise typer.Exit
@@ -137,8 +134,8 @@ def matte(
     130 Ctrl-C; 143 SIGTERM.
     """
     with _exit_codes(verbose):
-        from icm_cli import matting
-        from icm_cli.runs import DEFAULT_WORKERS
+        from icm_cli.environment import DEFAULT_WORKERS
+        from icm_cli.matting import matte as matting
         from icm_cli.terminal import Terminal, print_plan
 
         done = matting.matte(
@@ -253,7 +250,7 @@ def evaluate(
         if compare is not None:
             if dataset or data_root or pred or report:
                 raise UsageError("--compare only prints what changed between two reports; give it alone")
-            from icm_cli.evaluation.comparison import compare as compared
+            from icm_cli.reports.comparison import compare as compared
             from icm_cli.terminal import print_comparison
 
             comparison = compared(*compare)
@@ -263,7 +260,7 @@ def evaluate(
             raise UsageError(
                 "no dataset was given; give --dataset NAME (folder for your own), or --compare A.json B.json"
             )
-        from icm_cli import evaluating
+        from icm_cli.evaluation import evaluate as evaluating
         from icm_cli.terminal import Terminal
 
         done = evaluating.evaluate(
@@ -344,8 +341,8 @@ def train(
     3 configuration, weights, device or output; 130 Ctrl-C; 143 SIGTERM.
     """
     with _exit_codes(verbose, go_on="run the same command with --resume to go on"):
-        from icm_cli.runs import DEFAULT_WORKERS
-        from icm_cli.training.terminal import TrainingTerminal
+        from icm_cli.environment import DEFAULT_WORKERS
+        from icm_cli.terminal import TrainingTerminal
         from icm_cli.training.train import train as run
 
         run(
@@ -385,29 +382,6 @@ def _exit_codes(verbose: bool, go_on: str = "run the same command again to go on
         except KeyboardInterrupt:
             write_line(sys.stderr, f"icm: interrupted; {go_on}")
             raise typer.Exit(interrupt.exit_code) from None
-
-
-class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a KeyboardInterrupt; later ones let the writes in hand finish."""
-
-    def __init__(self) -> None:
-        self.exit_code = SIGNAL_EXIT_CODES[signal.SIGINT]
-        self._is_raised = False
-
-    def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNAL_EXIT_CODES}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self._is_raised:
-            return
-        self._is_raised = True
-        self.exit_code = SIGNAL_EXIT_CODES[signal.Signals(number)]
-        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -54,12 +54,12 @@ class ModelConfig:
 
 
 def part_class(kind: PartKind, name: str) -> Any:
-    """The class bound to PART in ``icm_cli/model/<kind>/<name>.py``; raises ConfigError for an unknown name."""
+    """The class bound to REGISTERED in ``icm_cli/model/<kind>/<name>.py``; raises ConfigError for an unknown name."""
     package = importlib.import_module(f"icm_cli.model.{kind}")
     known = [module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__)]
     if name not in known:
         raise ConfigError(f"{name!r} is not one of the {kind} of icm. {did_you_mean(name, known)}")
-    return importlib.import_module(f"icm_cli.model.{kind}.{name.replace('-', '_')}").PART
+    return importlib.import_module(f"icm_cli.model.{kind}.{name.replace('-', '_')}").REGISTERED
 
 
 def parse_model(mapping: object, where: str) -> ModelConfig:

@@ -9,6 +9,7 @@ import resource
 import sys
 from pathlib import Path
 
+__version__ = importlib.metadata.version("icm-cli")
 PACKAGES = ("icm-cli", "torch", "diffusers", "numpy", "opencv-python-headless", "pillow", "pymatting")
 
 
@@ -48,3 +49,7 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+DEFAULT_WORKERS = max(1, min(4, cores() // 2))
+"""Threads that read, as many that write, and processes that score; a few keep a model fed, more only take its cores."""

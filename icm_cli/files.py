@@ -12,12 +12,13 @@ import secrets
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from icm_cli.errors import ImageError, OutputError
 
+Paths: TypeAlias = str | Path | Sequence[str | Path]
 TEMPORARY_PREFIX = ".icm-"
 TEMPORARY_SUFFIX = ".tmp"
 STALE_AFTER_S = 3600.0
@@ -57,7 +58,9 @@ def write_error(path: Path, error: OSError) -> ImageError | OutputError:
         )
     reason = error.strerror or str(error)
     if error.errno in (errno.ENAMETOOLONG, errno.EISDIR, errno.EILSEQ):
-        return ImageError(f"{path} cannot be written: {reason}; its name is the matter, the other images go on")
+        return ImageError(
+            f"{path} cannot be written: {reason}; this file name is not allowed there; the other images go on"
+        )
     return OutputError(f"{path} cannot be written: {reason}; give an output location you can write to")
 
 
@@ -148,3 +151,13 @@ def write_json(path: Path, value: object) -> None:
     """Write ``value`` as JSON, whole or not at all."""
     with atomic_write(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode(errors="surrogateescape") + b"\n")
+
+
+def as_paths(value: Paths) -> list[Path]:
+    """One or several paths -> a list."""
+    return [Path(value)] if isinstance(value, (str, Path)) else [Path(one) for one in value]
+
+
+def as_path(value: str | Path | None) -> Path | None:
+    """A path where one is given."""
+    return None if value is None else Path(value)

@@ -18,12 +18,8 @@ ImageU8: TypeAlias = NDArray[np.uint8]
 Float: TypeAlias = NDArray[np.float32]
 Pixels = TypeVar("Pixels", ImageU8, Float)
 
-GUIDED_RADIUS_PX = 2
-"""Radius of the guided filter's window, in pixels of the canvas."""
-GUIDED_EPSILON = 1e-4
-"""Regularisation of the guided filter: the variance of a colour channel (0..1) that counts as an edge."""
-STRIP_PIXELS = 1 << 20
-"""Source pixels refined at a time: bounds the working memory at any source size."""
+ASPECT_TOLERANCE = 0.01
+"""Largest relative difference between the aspect ratios of pictures that count as one shape."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +82,11 @@ class Placement:
         """An alpha on the canvas without its padding."""
         return np.ascontiguousarray(alpha[: self.content[0], : self.content[1]])
 
-    def to_source(self, alpha: Float, image: ImageU8) -> ImageU8:
-        """Alpha float32 0..1 on the canvas -> uint8 at the source's size, its edges refined by the source image."""
-        inside = self.inside(alpha)
-        if self.content == self.source:
-            return to_u8(inside)
-        if self.source[0] * self.source[1] <= inside.size:
-            return to_u8(resize(inside, self.source))
-        return guided_upsample(inside, image)
+
+def same_shape(size: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether a picture of (height, width) is another of ``expected`` scaled, but for rounding."""
+    ratio = (size[1] / size[0]) / (expected[1] / expected[0])
+    return abs(ratio - 1) <= ASPECT_TOLERANCE
 
 
 def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
@@ -107,77 +100,9 @@ def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
     return cast(Pixels, cv2.resize(image, size[::-1], interpolation=how))
 
 
-def guided_upsample(alpha: Float, image: ImageU8) -> ImageU8:
-    """Bring an alpha up to its image's size along the image's edges.
-
-    The guided filter with a colour guide (He, Sun & Tang, "Guided Image Filtering", TPAMI 2013, equations 14-19)
-    in its fast form (He & Sun 2015): alpha = a . rgb + b locally; a and b are fitted at the alpha's size, then
-    brought up bilinearly and applied to the full-resolution image, so hair comes from the image's own pixels.
-
-    alpha float32 [h,w] 0..1, image sRGB uint8 [H,W,3] -> uint8 [H,W].
-    """
-    height, width = image.shape[:2]
-    guide = resize(image, (alpha.shape[0], alpha.shape[1])).astype(np.float32) / 255.0
-    coefficients = _local_linear_fit(guide, alpha)
-    out = np.empty((height, width), np.uint8)
-    rows_at_a_time = max(1, STRIP_PIXELS // width)
-    for top in range(0, height, rows_at_a_time):
-        bottom = min(height, top + rows_at_a_time)
-        a = _rows_upsampled(coefficients, top, bottom, height, width)
-        strip = image[top:bottom].astype(np.float32) / 255.0
-        out[top:bottom] = to_u8(np.einsum("hwc,hwc->hw", a[..., :3], strip) + a[..., 3])
-    return out
-
-
 def to_u8(alpha: Float) -> ImageU8:
     """Alpha 0..1 (anything outside is clipped) -> uint8 0..255, rounded to nearest."""
     return cast(ImageU8, np.clip(alpha * 255.0 + 0.5, 0, 255).astype(np.uint8))
-
-
-def _local_linear_fit(guide: Float, alpha: Float) -> Float:
-    """Coefficients [h,w,4] of alpha = a . rgb + b in each window, averaged over the windows that hold a pixel."""
-
-    def mean(values: Float) -> Float:
-        size = 2 * GUIDED_RADIUS_PX + 1
-        return cast(Float, cv2.blur(values, (size, size), borderType=cv2.BORDER_REFLECT))
-
-    mean_guide, mean_alpha = mean(guide), mean(alpha)
-    covariance = mean(guide * alpha[..., None]) - mean_guide * mean_alpha[..., None]
-    products = np.stack([guide[..., i] * guide[..., j] for i, j in _UPPER], axis=-1)
-    moments = np.concatenate([mean(products[..., :3]), mean(products[..., 3:])], axis=-1)
-    rr, rg, rb, gg, gb, bb = (
-        moments[..., n] - mean_guide[..., i] * mean_guide[..., j] for n, (i, j) in enumerate(_UPPER)
-    )
-    rr, gg, bb = rr + GUIDED_EPSILON, gg + GUIDED_EPSILON, bb + GUIDED_EPSILON
-    # The inverse of the symmetric 3 x 3 variance, written out: one solve a pixel is far slower.
-    c_rr, c_rg, c_rb = gg * bb - gb * gb, gb * rb - rg * bb, rg * gb - gg * rb
-    c_gg, c_gb, c_bb = rr * bb - rb * rb, rb * rg - rr * gb, rr * gg - rg * rg
-    determinant = rr * c_rr + rg * c_rg + rb * c_rb
-    cr, cg, cb = covariance[..., 0], covariance[..., 1], covariance[..., 2]
-    a = np.stack(
-        [
-            (c_rr * cr + c_rg * cg + c_rb * cb) / determinant,
-            (c_rg * cr + c_gg * cg + c_gb * cb) / determinant,
-            (c_rb * cr + c_gb * cg + c_bb * cb) / determinant,
-        ],
-        axis=-1,
-    )
-    b = mean_alpha - np.einsum("hwc,hwc->hw", a, mean_guide)
-    return mean(np.concatenate([a, b[..., None]], axis=-1, dtype=np.float32))
-
-
-_UPPER = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
-
-
-def _rows_upsampled(coefficients: Float, top: int, bottom: int, height: int, width: int) -> Float:
-    """Rows top..bottom of the coefficients brought bilinearly to height x width (pixel centres aligned)."""
-    rows = coefficients.shape[0]
-    y = np.clip((np.arange(top, bottom, dtype=np.float32) + 0.5) * (rows / height) - 0.5, 0, rows - 1)
-    above = np.floor(y).astype(np.intp)
-    below = np.minimum(above + 1, rows - 1)
-    weight = (y - above)[:, None, None]
-    mixed = coefficients[above] * (1 - weight) + coefficients[below] * weight
-    return cast(Float, cv2.resize(mixed, (width, bottom - top), interpolation=cv2.INTER_LINEAR))
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -1,17 +1,19 @@
-"""What ``icm`` prints: progress, notices and the closing summary. The only module that knows tqdm and rich."""
+"""All that ``icm`` prints: progress, notices, the closing summaries, and lines that survive any terminal."""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from icm_cli.evaluation.metrics import METRICS, TITLES
-from icm_cli.evaluation.summary import mean_text, number_text
-from icm_cli.printing import write_line
-from icm_cli.runs import Listener
+from icm_cli.events import Listener, TrainingListener, TrainingSummary
+from icm_cli.reports.means import mean_text, number_text
+from icm_cli.reports.scores import METRICS, TITLES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,10 +21,11 @@ if TYPE_CHECKING:
     from rich.table import Table
     from tqdm import tqdm
 
-    from icm_cli.datasets.samples import Problem
-    from icm_cli.evaluation.comparison import Comparison
-    from icm_cli.evaluation.summary import Means
-    from icm_cli.report import ImageResult, Report
+    from icm_cli.problems import Problem
+    from icm_cli.reports.comparison import Comparison
+    from icm_cli.reports.means import Means
+    from icm_cli.reports.report import Report
+    from icm_cli.reports.result import ImageResult
 
 PLAIN_WIDTH = 160
 """Columns of a table where standard output is no terminal."""
@@ -152,7 +155,7 @@ def show(rows: Sequence[tuple[str, str]], *lines: str) -> None:
 
 
 def _print_summary(report: Report) -> None:
-    from icm_cli.evaluation.published import comparability
+    from icm_cli.reports.published import comparability
 
     if report.means:
         notes = comparability(report.settings.get("protocol", {}), report.means)
@@ -167,7 +170,7 @@ def _scores_table(report: Report) -> Table:
     """Our means, a row a region, and below them the published rows of the same dataset."""
     from rich.table import Table
 
-    from icm_cli.evaluation.published import PUBLISHED
+    from icm_cli.reports.published import PUBLISHED
 
     protocol = report.settings.get("protocol", {})
     metrics = list(dict.fromkeys(name for means in report.means.values() for name in means.metrics))
@@ -232,3 +235,98 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
     rows.append(("time", f"{report.seconds:.1f} s, images {report.matting_seconds:.1f} s"))
     rows.append(("peak memory", f"{report.peak_memory_bytes / 1e6:.0f} MB"))
     return rows
+
+
+def write_line(stream: TextIO | None, text: str) -> None:
+    """Print ``text`` with a newline; characters the stream cannot show, and control characters, are escaped.
+
+    A stream that is closed, full or whose reader has gone is silenced from then on: a log is not worth a run.
+    """
+    if stream is None:
+        return
+    shown = "\n".join(_printable(line) for line in text.splitlines())
+    encoding = stream.encoding or "utf-8"
+    try:
+        stream.write(shown.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+def _printable(line: str) -> str:
+    if line.isprintable():
+        return line
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in line
+    )
+
+
+class TrainingTerminal(Terminal, TrainingListener):
+    """A bar with loss, rate and samples a second; plain lines where stderr is no terminal."""
+
+    def training_started(self, first_step: int, steps: int | None, samples: int) -> None:
+        self._last = "" if steps is None else f"/{steps}"
+        end = "the end of its minutes" if steps is None else steps
+        self.notice(f"training from step {first_step + 1} to {end}, {samples} samples each")
+        if sys.stderr and sys.stderr.isatty() and not (self.quiet or self.verbose):
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def stepped(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def logged(self, step: int, figures: Mapping[str, float]) -> None:
+        shown = {
+            "loss": f"{figures['loss']:.4f}",
+            "rate": f"{figures['rate']:.2e}",
+            "samples/s": f"{figures['samples_per_second']:.2f}",
+            "waiting": f"{figures['waiting_share']:.0%}",
+        }
+        if self._bar is not None:
+            self._bar.set_postfix(shown)
+        elif not self.quiet:
+            self._print(f"[{step}{self._last}] " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+
+    def validated(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
+        scores = {name.removeprefix("validation_"): value for name, value in figures.items()}
+        text = ", ".join(f"{TITLES[name]} {number_text(value, name)}" for name, value in scores.items())
+        self.notice(f"step {step}: validation {text}{' (the best so far)' if is_best else ''}")
+
+    def training_ended(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def training_finished(self, summary: TrainingSummary) -> None:
+        """Say how the run ended, and the command to matte with its result."""
+        if summary.preview is not None:
+            write_line(sys.stdout, f"samples are in {summary.preview}; nothing was trained")
+        if self.quiet or summary.preview is not None:
+            return
+        show(_rows(summary))
+        if summary.pack is not None:
+            write_line(sys.stdout, f"packed with its backbone: {summary.pack}")
+        if summary.checkpoint is not None:
+            options = "--ref ref.png --mask mask.png --src imgs/ --out alphas/"
+            write_line(sys.stdout, f"icm matte --checkpoint {shlex.quote(str(summary.checkpoint))} {options}")
+
+
+def _rows(summary: TrainingSummary) -> list[tuple[str, str]]:
+    best = "nothing was validated; the last model is the result"
+    if summary.best_step is not None:
+        best = f"{summary.best_step}, validation MSE {summary.best_mse:.5f}"
+    rows = [
+        ("steps", f"{summary.steps}"),
+        ("loss", "-" if summary.loss is None else f"{summary.loss:.4f}"),
+        ("best step", best),
+        ("time", f"{summary.seconds:.1f} s of steps, {summary.samples_per_second:.2f} samples/s"),
+        ("waiting for data", f"{summary.waiting_share:.1%} of it"),
+        ("peak memory", f"{summary.peak_memory_bytes / 1e6:.0f} MB"),
+        ("folder", str(summary.folder)),
+    ]
+    return rows + ([("unreadable", f"{summary.skipped} draws were skipped")] if summary.skipped else [])

@@ -21,13 +21,7 @@ from torch import Tensor
 from icm_cli.config import ModelConfig, PartConfig, load_model_config
 from icm_cli.errors import ConfigError
 from icm_cli.model.backbones.stable_diffusion import StableDiffusionConfig
-from icm_cli.model.checkpoint import (
-    CONFIG_KEY,
-    load_strict,
-    read_checkpoint,
-    read_config,
-    save_checkpoint,
-)
+from icm_cli.model.checkpoint import CONFIG_KEY, load_strict, read_checkpoint, read_config, save_checkpoint
 from icm_cli.model.heads.detail import DetailConfig, DetailHead
 from icm_cli.model.loading import resolve_model
 

@@ -39,11 +39,11 @@ def test_version_names_the_devices() -> None:
 
 
 COMMANDS = {
-    "matte": ("matting", "matte"),
-    "evaluate": ("evaluating", "evaluate"),
+    "matte": ("matting.matte", "matte"),
+    "evaluate": ("evaluation.evaluate", "evaluate"),
     "train": ("training.train", "train"),
 }
-ONLY_OF_THE_API = {"listener", "matter"}
+ONLY_OF_THE_API = {"listener", "predictor"}
 API_NAMES = {"set_": "overrides"}
 
 
@@ -65,7 +65,7 @@ def test_the_docs_have_every_option(name: str) -> None:
 
 
 def test_help_and_docs_name_every_dataset() -> None:
-    from icm_cli.datasets import DATASETS
+    from icm_cli.datasets.registry import DATASETS
 
     shown = CliRunner().invoke(app, ["eval", "--help"]).output
     text = (ROOT / "docs" / "evaluate.md").read_text()
@@ -75,7 +75,7 @@ def test_help_and_docs_name_every_dataset() -> None:
 
 
 def test_the_docs_name_every_kind_of_bad_data() -> None:
-    from icm_cli.datasets.samples import PROBLEM_KINDS
+    from icm_cli.problems import PROBLEM_KINDS
 
     text = (ROOT / "docs" / "evaluate.md").read_text()
     for kind, meaning in PROBLEM_KINDS.items():
@@ -123,7 +123,7 @@ def test_a_log_that_cannot_be_written_costs_no_image(scene: Path, small_model: P
 
 
 def test_what_a_stream_cannot_show_is_escaped(tmp_path: Path) -> None:
-    from icm_cli.printing import write_line
+    from icm_cli.terminal import write_line
 
     for encoding, shown in (("ascii", "\\xe9 \\x1b[2J \\udcff"), ("utf-8", "é \\x1b[2J \\udcff")):
         with (tmp_path / encoding).open("w", encoding=encoding) as stream:

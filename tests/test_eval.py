@@ -16,7 +16,7 @@ from conftest import DEMO, arguments, read, shrink
 from eval_data import NAMES, Evaluate, by_name, copy_alphas, report_of
 from typer.testing import CliRunner
 
-from icm_cli.evaluation.metrics import score
+from icm_cli.scoring.metrics import score
 
 
 def test_every_group_is_matted_by_its_reference_and_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_second_run_makes_nothing_again_and_says_the_same(
     evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(report=tmp_path / "r.json", save_alphas=tmp_path / "out")
-    monkeypatch.setattr("icm_cli.model_choice.load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr("icm_cli.matting.model_choice.load_model", lambda *_, **__: pytest.fail("loaded a model"))
     evaluate(report=tmp_path / "again.json", save_alphas=tmp_path / "out")
     first, again = report_of(tmp_path / "r.json"), report_of(tmp_path / "again.json")
     assert again["summary"]["skipped"] == 4
@@ -93,7 +93,7 @@ def test_a_second_run_makes_nothing_again_and_says_the_same(
 def test_without_save_alphas_a_crash_still_resumes_and_nothing_stays_after_the_end(
     evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from icm_cli.engine import Engine
+    from icm_cli.matting.engine import Engine
 
     monkeypatch.setattr("icm_cli.evaluation.in_context.cache_folder", lambda: tmp_path / "cache")
     real, made = Engine._write, []
@@ -117,7 +117,7 @@ def test_without_save_alphas_a_crash_still_resumes_and_nothing_stays_after_the_e
 def test_alphas_that_another_run_still_scores_stay(
     evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from icm_cli.engine import Engine
+    from icm_cli.matting.engine import Engine
 
     monkeypatch.setattr("icm_cli.evaluation.in_context.cache_folder", lambda: tmp_path / "cache")
     others, run = [], Engine.run

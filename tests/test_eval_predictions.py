@@ -16,7 +16,7 @@ from conftest import read
 from eval_data import NAMES, Evaluate, bad_truth, by_name, copy_alphas, report_of
 from typer.testing import CliRunner
 
-from icm_cli.evaluation.metrics import score
+from icm_cli.scoring.metrics import score
 
 
 def test_predictions_are_scored_without_torch(data: Path, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_16_bits_are_scored_as_8(evaluate: Evaluate, data: Path, tmp_path: Path)
 
 def test_videos_have_dt_ssd_between_frames_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     from icm_cli import evaluate
-    from icm_cli.evaluation.metrics import dt_ssd
+    from icm_cli.scoring.metrics import dt_ssd
 
     rng = np.random.default_rng(0)
     numbers = [8, 9, 10, 11, 20]

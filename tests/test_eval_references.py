@@ -8,9 +8,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icm_cli.datasets import groups_of
+from icm_cli.datasets.registry import groups_of
 from icm_cli.datasets.samples import Sample
-from icm_cli.evaluation.references import choose_references, targets
+from icm_cli.evaluation.rounds import choose_references, targets
 
 names = st.lists(st.text("abcü/_0123", min_size=1, max_size=6), min_size=1, max_size=9, unique=True)
 

@@ -12,7 +12,7 @@ from conftest import DEMO, arguments, read, shrink
 from eval_data import Evaluate, report_of
 from typer.testing import CliRunner
 
-from icm_cli.evaluation.metrics import score
+from icm_cli.scoring.metrics import score
 
 
 class Page(HTMLParser):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from icm_cli.matter import Matter
+from icm_cli.matting.predictor import Predictor
 from tests.conftest import Icm, alphas, arguments, copy_many, read
 
 
@@ -224,15 +224,15 @@ def test_a_full_disk_keeps_what_is_whole(icm: Icm, scene: Path, monkeypatch: pyt
 def test_out_of_memory_halves_the_batch_and_goes_on(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", 9)
     sizes = []
-    real = Matter.infer
+    real = Predictor.infer
 
-    def little_memory(self: Matter, frames: list[object], reference: object) -> object:
+    def little_memory(self: Predictor, frames: list[object], reference: object) -> object:
         sizes.append(len(frames))
         if len(frames) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, frames, reference)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Matter, "infer", little_memory)
+    monkeypatch.setattr(Predictor, "infer", little_memory)
     result = icm(src=scene / "many", batch_size=8)
     assert result.exit_code == 0, result.output
     assert sizes[:3] == [8, 4, 2]
@@ -241,14 +241,14 @@ def test_out_of_memory_halves_the_batch_and_goes_on(icm: Icm, scene: Path, monke
 
 
 def test_an_image_that_never_fits_fails_alone(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Matter.infer
+    real = Predictor.infer
 
-    def tight(self: Matter, frames: list[object], reference: object) -> object:
+    def tight(self: Predictor, frames: list[object], reference: object) -> object:
         if frames[0].rgb.shape[0] > frames[0].rgb.shape[1]:  # type: ignore[attr-defined]
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return real(self, frames, reference)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Matter, "infer", tight)
+    monkeypatch.setattr(Predictor, "infer", tight)
     result = icm()
     assert result.exit_code == 1
     assert "ran out of memory" in result.stderr
@@ -261,7 +261,7 @@ def test_an_error_of_the_model_that_is_no_lack_of_memory_is_not_hidden(
     def broken(*_: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(Matter, "infer", broken)
+    monkeypatch.setattr(Predictor, "infer", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         icm()
 

@@ -8,10 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icm_cli.geometry import CanvasRule, Placement, guided_upsample, resize
+from icm_cli.geometry import CanvasRule, Float, ImageU8, Placement, resize
+from icm_cli.guided_filter import alpha_at_source, guided_upsample
 
 SIDES = st.integers(1, 6000)
 RULES = st.sampled_from([CanvasRule(768, 768, square=True), CanvasRule(896, 32, square=False)])
+
+
+def at_source(placement: Placement, alpha: Float, image: ImageU8) -> ImageU8:
+    return alpha_at_source(alpha, placement, image)
 
 
 @given(RULES, SIDES, SIDES)
@@ -31,7 +36,7 @@ def test_frame_lies_whole_and_unstretched_on_the_canvas(rule: CanvasRule, height
 def test_alpha_comes_back_at_the_sources_size(height: int, width: int, square: bool) -> None:
     placement = CanvasRule(96, 32, square=square).place(height, width)
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    alpha = placement.to_source(np.full(placement.canvas, 0.5, np.float32), image)
+    alpha = at_source(placement, np.full(placement.canvas, 0.5, np.float32), image)
     assert alpha.shape == (height, width)
     assert alpha.dtype == np.uint8
     assert abs(alpha.astype(int) - 128).max() <= 1  # a constant alpha stays what it is, whatever the image
@@ -42,7 +47,7 @@ def test_extreme_shapes_return(height: int, width: int) -> None:
     placement = CanvasRule(896, 32, square=False).place(height, width)
     image = np.zeros((height, width, 3), np.uint8)
     assert placement.to_canvas(image).shape == (*placement.canvas, 3)
-    assert placement.to_source(np.ones(placement.canvas, np.float32), image).min() == 255
+    assert at_source(placement, np.ones(placement.canvas, np.float32), image).min() == 255
 
 
 def test_padding_replicates_the_edge_and_is_not_valid() -> None:
@@ -59,7 +64,7 @@ def test_source_of_the_canvas_size_is_not_refined() -> None:
     rng = np.random.default_rng(2)
     alpha = rng.random((64, 64), np.float32)
     image = rng.integers(0, 256, (64, 64, 3), np.uint8)
-    assert (placement.to_source(alpha, image) == np.floor(alpha * 255 + 0.5)).all()
+    assert (at_source(placement, alpha, image) == np.floor(alpha * 255 + 0.5)).all()
 
 
 def test_guided_upsampling_follows_edges_that_bilinear_blurs() -> None:
@@ -79,7 +84,7 @@ def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     image = rng.integers(0, 256, (150, 130, 3), np.uint8)
     alpha = rng.random((30, 26), np.float32)
     whole = guided_upsample(alpha, image)
-    monkeypatch.setattr("icm_cli.geometry.STRIP_PIXELS", 7 * 130)
+    monkeypatch.setattr("icm_cli.guided_filter.STRIP_PIXELS", 7 * 130)
     assert (guided_upsample(alpha, image) == whole).all()
 
 

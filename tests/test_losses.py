@@ -15,7 +15,7 @@ from torch import Tensor
 
 from icm_cli.errors import ConfigError
 from icm_cli.training.losses import TERMS, LossConfig, losses, quantised
-from icm_cli.training.schedule import rate_factor
+from icm_cli.training.optimisation import rate_factor
 from icm_cli.training.settings import TrainConfig
 
 GOLDEN = Path(__file__).parent / "golden"

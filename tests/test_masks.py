@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from icm_cli.errors import UsageError
-from icm_cli.masks import Mask, read_mask
-from icm_cli.references import read_references
+from icm_cli.matting.masks import Mask, read_mask
+from icm_cli.matting.references import read_references
 
 THING = np.zeros((60, 80), np.bool_)
 THING[10:40, 20:50] = True

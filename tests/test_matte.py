@@ -61,7 +61,7 @@ def test_a_finished_run_loads_no_model(icm: Icm, monkeypatch: pytest.MonkeyPatch
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("icm_cli.model_choice.load_model", refuse)
+    monkeypatch.setattr("icm_cli.matting.model_choice.load_model", refuse)
     assert icm().exit_code == 0
     with pytest.raises(AssertionError, match="was loaded"):
         icm("--overwrite")
@@ -246,9 +246,9 @@ def test_the_api_is_the_command(icm: Icm, scene: Path, small_model: Path) -> Non
 
 def test_a_loaded_model_mattes_arrays(icm: Icm, scene: Path, small_model: Path) -> None:
     icm()
-    matter = icm_cli.load(str(small_model), device="cpu")
-    thing = matter.reference([(rgb(scene / "ref.png"), read(scene / "mask.png"))])
-    alpha = matter.matte(rgb(scene / "imgs" / "sub" / "deep.png"), thing)
+    predictor = icm_cli.load(str(small_model), device="cpu")
+    thing = predictor.reference([(rgb(scene / "ref.png"), read(scene / "mask.png"))])
+    alpha = predictor.matte(rgb(scene / "imgs" / "sub" / "deep.png"), thing)
     assert (alpha == read(scene / "out" / "sub" / "deep.png")).all()
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from plain_metrics import plain_metrics
 
-from icm_cli.evaluation.metrics import LINEAGES, Lineage, Scores, dt_ssd, score
+from icm_cli.reports.scores import LINEAGES, Lineage, Scores
+from icm_cli.scoring.metrics import dt_ssd, score
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 CASES = range(4)

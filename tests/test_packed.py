@@ -84,11 +84,11 @@ def test_matrices_of_a_backbone_are_eight_bits_wide(
 @pytest.mark.usefixtures("no_pretrained_weights")
 def test_it_needs_no_other_weights(files: tuple[Path, Path]) -> None:
     head, packed = files
-    matter = icm_cli.load(checkpoint=packed)
+    predictor = icm_cli.load(checkpoint=packed)
     picture = np.random.default_rng(0).integers(0, 255, (80, 96, 3), dtype=np.uint8)
     mask = np.zeros((80, 96), bool)
     mask[20:60, 20:60] = True
-    alpha = matter.matte(picture, matter.reference([(picture, mask)]))
+    alpha = predictor.matte(picture, predictor.reference([(picture, mask)]))
     assert alpha.shape == (80, 96)
     with pytest.raises(ConfigError, match=r"icm-cli\[train\]"):
         icm_cli.load(checkpoint=head)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icm_cli.training.items import read_pool
-from icm_cli.training.procedural import KINDS, Look, _coverage, draw, main
+from icm_cli.training.data.pool import read_pool
+from icm_cli.training.data.procedural import KINDS, Look, _coverage, draw, main
 from icm_cli.training.settings import DataConfig, PairConfig, SourceConfig
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from icm_cli.errors import UsageError
-from icm_cli.references import Reference, read_references
+from icm_cli.matting.references import Reference, read_references
 
 
 @pytest.fixture

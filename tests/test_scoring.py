@@ -14,8 +14,10 @@ import cv2
 import numpy as np
 import pytest
 
-from icm_cli.evaluation.metrics import score
-from icm_cli.evaluation.scoring import DIED, Rule, ScoreTask, ScoringPool, scored_size, trimap_of
+from icm_cli.scoring.metrics import score
+from icm_cli.scoring.pool import ScoringPool
+from icm_cli.scoring.rule import Rule, scored_size, trimap_of
+from icm_cli.scoring.task import ScoreTask
 
 
 def soft_square(height: int, width: int, shift: int = 0) -> np.ndarray:
@@ -151,14 +153,16 @@ def test_a_process_that_is_killed_loses_its_task_alone(task: ScoreTask, monkeypa
         pool.drain()
     finally:
         pool.close()
-    assert answers[1] is DIED
+    assert answers[1] is None
     assert all(answer == task.run() for answer in [answers[0], *answers[2:]])
 
 
 def test_the_processes_end_when_the_run_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys, time, os\n"
-        "from icm_cli.evaluation.scoring import ScoringPool, ScoreTask, Rule\n"
+        "from icm_cli.scoring.pool import ScoringPool\n"
+        "from icm_cli.scoring.rule import Rule\n"
+        "from icm_cli.scoring.task import ScoreTask\n"
         "from pathlib import Path\n"
         "pool = ScoringPool(1)\n"
         f"task = ScoreTask('x', Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), Rule())\n"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icm_cli.errors import UsageError
-from icm_cli.sources import Job, plan_jobs
+from icm_cli.matting.jobs import Job, plan_jobs
 
 
 def tree(root: Path, *names: str) -> Path:

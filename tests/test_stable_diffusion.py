@@ -19,7 +19,7 @@ from icm_cli.model import sd_weights
 from icm_cli.model.backbones.stable_diffusion import StableDiffusion, StableDiffusionConfig
 from icm_cli.model.checkpoint import save_checkpoint
 from icm_cli.model.contracts import Features, MatrixIntraSimilarity
-from icm_cli.model.heads.detail import DetailHead, PreparedReferences, judge
+from icm_cli.model.heads.detail import DetailHead, PreparedReferences, confidence_and_found
 from icm_cli.model.in_context_matting import TARGET_NOISE, InContextMatting, reference_noise
 from icm_cli.model.loading import load_model, model_digest, resolve_model
 from icm_cli.model.sd_unet import MeanAttention
@@ -297,7 +297,7 @@ class TestJudge:
         alpha = torch.zeros(3, 1, 8, 8)
         alpha[0, :, :4] = 1.0
         alpha[1, :, :4] = 0.5
-        confidence, found = judge(alpha, torch.ones(3, 8, 8, dtype=torch.bool))
+        confidence, found = confidence_and_found(alpha, torch.ones(3, 8, 8, dtype=torch.bool))
         assert confidence.tolist() == [1.0, 0.0, 0.0]
         assert found.tolist() == [True, False, False]
 
@@ -306,7 +306,7 @@ class TestJudge:
         alpha[..., 4:] = 1.0
         valid = torch.ones(1, 8, 8, dtype=torch.bool)
         valid[..., 4:] = False
-        confidence, found = judge(alpha, valid)
+        confidence, found = confidence_and_found(alpha, valid)
         assert (confidence.item(), found.item()) == (0.0, False)
 
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from train_data import MODEL
 
 from icm_cli.errors import ConfigError, ImageError, TrainingError, UsageError
-from icm_cli.training import layers
-from icm_cli.training.augment import show
 from icm_cli.training.batches import StepSampler
-from icm_cli.training.items import Item, Pool, read_pool
-from icm_cli.training.layers import cutout, kept
-from icm_cli.training.samples import PairBatch, Sample, SampleMaker
-from icm_cli.training.scenes import SceneMaker
+from icm_cli.training.data import layers
+from icm_cli.training.data.augment import jittered_guidance
+from icm_cli.training.data.layers import cutout, kept
+from icm_cli.training.data.pool import Item, Pool, read_pool
+from icm_cli.training.data.samples import PairBatch, SampleMaker, TrainingSample
+from icm_cli.training.data.scenes import SceneMaker
 from icm_cli.training.settings import (
     AugmentConfig,
     DataConfig,
@@ -84,12 +84,12 @@ def maker(
     return SampleMaker(read_pool(data, pairs), config)
 
 
-def main_colour(sample: Sample) -> str:
+def main_colour(sample: TrainingSample) -> str:
     """Of what the guidance shows."""
     return ("red", "green", "blue")[int(sample.reference_rgb[sample.guidance].mean(axis=0).argmax())]
 
 
-def equal(one: Sample, other: Sample) -> bool:
+def equal(one: TrainingSample, other: TrainingSample) -> bool:
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in one.__dataclass_fields__)
 
 
@@ -263,7 +263,7 @@ def test_composition_datasets_give_their_foregrounds(discs: Path, tmp_path: Path
 def test_marks_lie_in_the_thing(share: str, least: float, most: float) -> None:
     _, alpha = disc(RED, GREEN, SIDE)
     config = replace(ALONE, **{share: 1.0})
-    shown = [show(alpha, config, np.random.default_rng(seed)) for seed in range(20)]
+    shown = [jittered_guidance(alpha, config, np.random.default_rng(seed)) for seed in range(20)]
     for mark in shown:
         assert mark.any()
         assert (alpha[mark] > 127).all()
@@ -276,7 +276,7 @@ def test_jittered_masks_are_near_the_mask() -> None:
     mask = alpha > 127
     changed = 0
     for seed in range(20):
-        jittered = show(alpha, replace(ALONE, mask_jitter=1.0), np.random.default_rng(seed))
+        jittered = jittered_guidance(alpha, replace(ALONE, mask_jitter=1.0), np.random.default_rng(seed))
         iou = (jittered & mask).sum() / (jittered | mask).sum()
         assert 0.8 < iou <= 1
         changed += not np.array_equal(jittered, mask)

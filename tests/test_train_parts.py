@@ -18,10 +18,10 @@ from icm_cli.errors import ConfigError
 from icm_cli.model.contracts import Features, ReferenceFeatures
 from icm_cli.model.heads.token_match import TokenMatchConfig, TokenMatchHead
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity, inter_similarity
-from icm_cli.training.ema import Ema
+from icm_cli.signals import StopSignals
 from icm_cli.training.feature_cache import joined, pack, unpacked
-from icm_cli.training.run_log import RunLog
-from icm_cli.training.stopping import StopSignals
+from icm_cli.training.log import RunLog
+from icm_cli.training.optimisation import Ema
 
 SIDE = 64
 

@@ -19,9 +19,9 @@ from train_data import MODEL, log, metadata, same_weights, train, write_config
 from icm_cli.config import parse_model
 from icm_cli.model.edges.refine import Refine
 from icm_cli.model.loading import model_to_train
-from icm_cli.training.items import Item, Pool, read_pool
+from icm_cli.training.data.pool import Item, Pool, read_pool
+from icm_cli.training.data.spoiling import by_outline, by_tokens
 from icm_cli.training.settings import TrainConfig, read_settings
-from icm_cli.training.spoiling import by_outline, by_tokens
 from icm_cli.training.stages import match
 from icm_cli.training.stages.match import to_show
 from icm_cli.training.stages.refine import EdgeMaker, EdgeSample

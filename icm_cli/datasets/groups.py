@@ -9,8 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from icm_cli.datasets.samples import Problem, Sample
+from icm_cli.datasets.samples import Sample
 from icm_cli.errors import UsageError
+from icm_cli.problems import Problem
 
 GROUP_FIELDS = ("class", "sub_class", "HalfOrFull")
 """A group is named by these, those that are null left out (published rule)."""

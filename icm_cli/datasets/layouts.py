@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from icm_cli.datasets.composites import Composite
-from icm_cli.datasets.samples import Problem, Sample
+from icm_cli.datasets.samples import Sample
 from icm_cli.errors import UsageError
 from icm_cli.files import TEMPORARY_PREFIX
-from icm_cli.images import IMAGE_SUFFIXES
+from icm_cli.images.composites import Composite
+from icm_cli.images.reading import IMAGE_SUFFIXES
+from icm_cli.problems import Problem
 
 MOST_LISTED = 12
 """Names listed in an error about a wrong root."""
@@ -81,7 +82,7 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
     """The first layout that lies below ``root``, and its files.
 
     ``root`` may also be a folder above the published root, or one inside it; the case of folder names does not
-    matter. Raises UsageError that lists what was found and what was expected.
+    predictor. Raises UsageError that lists what was found and what was expected.
     """
     if not root.is_dir():
         raise UsageError(f"data root {root} is not a folder; expected {title} there")

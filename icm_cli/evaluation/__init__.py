@@ -1,1 +1,1 @@
-"""Measure alphas: the field's metrics and protocols, its datasets, and reports that people read."""
+"""Evaluation: a dataset is matted in context, or foreign alphas are taken, and all of it is scored."""

@@ -11,23 +11,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from icm_cli.datasets.composites import read_source
-from icm_cli.datasets.samples import Problem, Sample
-from icm_cli.engine import Engine, Settings
+from icm_cli.datasets.samples import Sample
 from icm_cli.errors import ImageError, UsageError
-from icm_cli.evaluation.evaluation import Evaluation, round_folder
-from icm_cli.evaluation.references import Rounds, choose_references, group_notes, read_rounds, targets, write_rounds
+from icm_cli.evaluation.protocol import Evaluation, round_folder
+from icm_cli.evaluation.rounds import Rounds, choose_references, group_notes, read_rounds, targets, write_rounds
 from icm_cli.files import cache_folder, digest_of, remove_stale_temporaries, write_error
-from icm_cli.images import read_matte
-from icm_cli.matter import Matter
+from icm_cli.images.composites import read_source
+from icm_cli.images.reading import read_matte
+from icm_cli.matting.engine import Engine, EngineOptions, keep_finished
+from icm_cli.matting.jobs import Job
+from icm_cli.matting.model_choice import AnyModel
+from icm_cli.matting.outcome import Outcome
+from icm_cli.matting.predictor import Predictor
+from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.model.checkpoint import read_trained_on
 from icm_cli.model.contracts import Prepared
-from icm_cli.model_choice import AnyModel
-from icm_cli.references import Reference, make_guidance
-from icm_cli.report import Report
-from icm_cli.resume import keep_finished
-from icm_cli.runs import Outcome
-from icm_cli.sources import Job
+from icm_cli.problems import Problem
+from icm_cli.reports.report import Report
 
 OLD_AFTER_S = 7 * 24 * 3600.0
 """Alphas of an evaluation that was never finished are removed after this long."""
@@ -62,21 +62,21 @@ def matte_and_score(
         outcome = _outcome(evaluation, choice, jobs, references, notes, save_alphas)
         for problem in problems:
             outcome.add_problem(problem)
-        evaluation.hear.started(len(jobs))
+        evaluation.listener.started(len(jobs))
         with outcome:
             remaining = keep_finished(jobs, digests, evaluation.workers, outcome.add)
-            matter = _load(choice, evaluation) if remaining else None
+            predictor = _load(choice, evaluation) if remaining else None
             with outcome.reported(evaluation.side, choice.where.peak_memory_bytes):
-                if matter is not None:
+                if predictor is not None:
 
                     @functools.lru_cache(maxsize=1)
                     def prepared(example: int) -> Prepared:
                         number, group = examples[example]
-                        return shelf.prepared(matter, references[number - 1][group])
+                        return shelf.prepared(predictor, references[number - 1][group])
 
-                    engine = Settings(digests, choice.batch_size, evaluation.workers)
-                    notice = evaluation.hear.notice
-                    Engine(matter, prepared, engine, on_result=outcome.add, notice=notice).run(remaining)
+                    engine = EngineOptions(digests, choice.batch_size, evaluation.workers)
+                    notice = evaluation.listener.notice
+                    Engine(predictor, prepared, engine, on_result=outcome.add, notice=notice).run(remaining)
                 evaluation.add_flicker(outcome)
     return outcome.report
 
@@ -125,8 +125,8 @@ def _until_done(folder: Path) -> Iterator[Path]:
             folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def _load(choice: AnyModel, evaluation: Evaluation) -> Matter:
-    evaluation.hear.detail(choice.describe())
+def _load(choice: AnyModel, evaluation: Evaluation) -> Predictor:
+    evaluation.listener.detail(choice.describe())
     return choice.load()
 
 
@@ -181,9 +181,9 @@ class _Shelf:
         """Of the content of references that were found usable."""
         return [self._digests[name] for name in names]
 
-    def prepared(self, matter: Matter, names: Sequence[str]) -> Prepared:
+    def prepared(self, predictor: Predictor, names: Sequence[str]) -> Prepared:
         """References as the model sees them."""
-        return matter.reference([self._read(self.evaluation.by_name[name]) for name in names])
+        return predictor.reference([self._read(self.evaluation.by_name[name]) for name in names])
 
     def _is_usable(self, sample: Sample) -> bool:
         if sample.name in self._digests:
@@ -199,4 +199,6 @@ class _Shelf:
         """A sample as a reference: its picture, and its alpha above one half as guidance."""
         rgb = read_source(sample.image).rgb
         mask = read_matte(sample.alpha)
-        return Reference(rgb, make_guidance(mask, rgb.shape[:2], f"alpha {sample.alpha}", self.evaluation.hear.notice))
+        return Reference(
+            rgb, make_guidance(mask, rgb.shape[:2], f"alpha {sample.alpha}", self.evaluation.listener.notice)
+        )

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from icm_cli import environment
-from icm_cli.datasets.composites import Composite
 from icm_cli.datasets.layouts import image_files
-from icm_cli.datasets.samples import Problem, Sample
+from icm_cli.datasets.samples import Sample
 from icm_cli.errors import UsageError
-from icm_cli.evaluation.evaluation import Evaluation, round_folder
-from icm_cli.evaluation.references import Rounds, read_rounds, targets
-from icm_cli.report import ImageResult, Report
+from icm_cli.evaluation.protocol import Evaluation, round_folder
+from icm_cli.evaluation.rounds import Rounds, read_rounds, targets
+from icm_cli.images.composites import Composite
+from icm_cli.problems import Problem
+from icm_cli.reports.report import Report
+from icm_cli.reports.result import ImageResult
 
 Key = TypeVar("Key")
 
@@ -49,7 +51,7 @@ def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Repo
     outcome = evaluation.outcome(planned, {"predictions": str(folder)}, references)
     for problem in problems:
         outcome.add_problem(problem)
-    evaluation.hear.started(len(planned))
+    evaluation.listener.started(len(planned))
     with outcome, outcome.reported(evaluation.side, environment.peak_memory_bytes):
         for result in planned:
             if result.output:

@@ -8,7 +8,7 @@ bool mask [B,H,W] of its pixels that are not padding (padding is always right of
 replication). Backbones normalise images themselves; heads normalise features themselves.
 
 A third backbone is one new file in ``backbones/`` (a head: in ``heads/``): the file's name is the ``name`` of
-the configuration (``_`` for ``-``), and the file binds its class to ``PART``.
+the configuration (``_`` for ``-``), and the file binds its class to ``REGISTERED``.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Backbone(nn.Module, ABC):
     """Whether ``Features.intra`` holds :class:`MatrixIntraSimilarity` objects."""
 
     is_self_contained: ClassVar[bool]
-    """Whether ``PART(settings)`` builds it without any file: a checkpoint that holds its weights is then enough."""
+    """Whether it is built without any file but a checkpoint that holds its weights."""
 
     is_trainable: ClassVar[bool]
     """Whether training may change its weights; a frozen backbone runs without gradients."""

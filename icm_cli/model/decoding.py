@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 VISIBLE_ALPHA = 0.05
 """Pixels below take no part in the confidence: a large empty background says nothing about the thing."""
-GUIDED_STRIDE = 4
-"""Pixels of the canvas for one of the guided filter's fit."""
 FOUND_SHARE = 5e-4
 """Share of the frame that must be foreground (alpha over 0.5) for the thing to count as found."""
 
@@ -57,41 +54,7 @@ def enlarged(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def along_edges(alpha: Tensor, image: Tensor, radius_share: float, epsilon: float) -> Tensor:
-    """An alpha whose edges are soft, brought to the image's edges by the guided filter with a wide window.
-
-    alpha [B,1,H,W] and image [B,3,H,W] in 0..1, float32 -> [B,1,H,W] in 0..1. ``radius_share``: radius of the window
-    as a share of the long side; ``epsilon``: the variance of a colour channel that counts as an edge. The fit is made
-    at a quarter of the size (He & Sun, "Fast Guided Filter", 2015; the colour guide of He, Sun & Tang, TPAMI 2013,
-    equations 14-19). It is part of a head: on the model's device, for a batch; geometry.guided_upsample brings any
-    alpha to its source's size.
-    """
-    guide, soft = F.avg_pool2d(image, GUIDED_STRIDE), F.avg_pool2d(alpha, GUIDED_STRIDE)
-    radius = max(1, round(radius_share * max(guide.shape[-2:])))
-
-    def mean(values: Tensor) -> Tensor:
-        rows = F.avg_pool2d(values, (1, 2 * radius + 1), 1, (0, radius), count_include_pad=False)
-        return F.avg_pool2d(rows, (2 * radius + 1, 1), 1, (radius, 0), count_include_pad=False)
-
-    mean_guide, mean_soft = mean(guide), mean(soft)
-    covariance = mean(guide * soft) - mean_guide * mean_soft
-    variance = mean((guide[:, :, None] * guide[:, None]).flatten(1, 2)).unflatten(1, (3, 3))  # type: ignore[no-untyped-call]
-    variance = variance - mean_guide[:, :, None] * mean_guide[:, None]
-    variance = variance + epsilon * torch.eye(3, device=image.device)[..., None, None]
-    red, green, blue = variance.unbind(dim=1)
-    inverse = torch.stack([_cross(green, blue), _cross(blue, red), _cross(red, green)], dim=1)
-    determinant = (red * inverse[:, 0]).sum(dim=1, keepdim=True)
-    a = (inverse * covariance[:, :, None]).sum(dim=1) / determinant
-    b = mean_soft - (a * mean_guide).sum(dim=1, keepdim=True)
-    fit = F.interpolate(mean(torch.cat([a, b], dim=1)), size=image.shape[-2:], mode="bilinear", align_corners=False)
-    return ((fit[:, :3] * image).sum(dim=1, keepdim=True) + fit[:, 3:]).clamp(0.0, 1.0)
-
-
-def _cross(one: Tensor, other: Tensor) -> Tensor:
-    return torch.linalg.cross(one, other, dim=1)
-
-
-def judge(alpha: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def confidence_and_found(alpha: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Confidence [B] in 0..1 and found [B] bool of an alpha [B,1,H,W]; padding ([B,H,W] not valid) counts for nothing.
 
     Confidence is how decided the alpha is: the mean of |2a - 1| over pixels that are not plain background, 0

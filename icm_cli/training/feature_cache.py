@@ -24,7 +24,7 @@ from icm_cli.files import atomic_write, cache_folder, digest_of
 from icm_cli.model.contracts import Features, IntraSimilarity, MatrixIntraSimilarity
 from icm_cli.model.in_context_matting import InContextMatting, PairFeatures, Pairs
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity
-from icm_cli.training.samples import PairBatch
+from icm_cli.training.data.samples import PairBatch
 
 
 class FeatureCache:

@@ -15,12 +15,11 @@ from icm_cli.config import part_class
 from icm_cli.device import is_out_of_memory, make_accelerator, process_count
 from icm_cli.errors import ConfigError, TrainingError
 from icm_cli.geometry import CanvasRule
-from icm_cli.matter import Matter
+from icm_cli.matting.predictor import Predictor
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.loading import model_to_train
 from icm_cli.training.batches import StepSampler
-from icm_cli.training.ema import Ema
-from icm_cli.training.schedule import rate_factor
+from icm_cli.training.optimisation import Ema, rate_factor
 from icm_cli.training.settings import Settings, TrainConfig
 from icm_cli.training.stages.contract import AnyStage
 from icm_cli.training.state import to_cpu
@@ -107,12 +106,12 @@ class Learner:
                 module.eval()
 
     @contextlib.contextmanager
-    def inference_mode(self) -> Iterator[Matter]:
+    def inference_mode(self) -> Iterator[Predictor]:
         """The model as it would be used, with the mean of its weights, to matte and to save."""
         with self.ema.swapped(), self.accelerator.autocast():
             self.model.eval()
             try:
-                yield Matter(self.model, self.device, is_in_training=True)
+                yield Predictor(self.model, self.device, is_in_training=True)
             finally:
                 self.learn()
 

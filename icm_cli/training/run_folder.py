@@ -13,14 +13,14 @@ from typing import Any
 
 from safetensors.torch import save
 
-from icm_cli import __version__
 from icm_cli.device import is_main_process
+from icm_cli.environment import __version__
 from icm_cli.errors import UsageError
 from icm_cli.files import atomic_write, content_digest, digest_of, remove_stale_temporaries
 from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_trained_on, save_checkpoint
-from icm_cli.runs import SideOutputs
+from icm_cli.reports.write import SideOutputs
 from icm_cli.training.batches import Batch
-from icm_cli.training.items import Pool
+from icm_cli.training.data.pool import Pool
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
 from icm_cli.training.state import BEST_NAME, LAST_NAME, STATE_NAME, check_same_run, load_state, save_state

@@ -21,7 +21,7 @@ from icm_cli.config import (
     read_yaml,
     reject_unknown,
 )
-from icm_cli.datasets import DATASETS, Size, Split
+from icm_cli.datasets.registry import DATASETS, Size, Split
 from icm_cli.errors import ConfigError, did_you_mean
 from icm_cli.training.losses import LossConfig
 

@@ -9,23 +9,23 @@ from pathlib import Path
 
 import torch
 
+from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import UsageError
+from icm_cli.events import BesideMain, TrainingListener, TrainingSummary
 from icm_cli.model.packing import pack as write_pack
-from icm_cli.runs import DEFAULT_WORKERS
+from icm_cli.signals import StopSignals
 from icm_cli.training.batches import Batch
+from icm_cli.training.data.pool import Pool, read_pool
 from icm_cli.training.guards import check_answer, check_gradients, check_losses, check_skipped
-from icm_cli.training.items import Pool, read_pool
 from icm_cli.training.learner import Learner
-from icm_cli.training.listening import BesideMain, Summary, TrainingListener
+from icm_cli.training.log import RunLog
 from icm_cli.training.preview import write_preview
 from icm_cli.training.run_folder import Progress, RunFolder
-from icm_cli.training.run_log import RunLog
 from icm_cli.training.settings import Settings, TrainConfig, read_settings
 from icm_cli.training.stages import make_stage
 from icm_cli.training.stages.contract import AnyStage
 from icm_cli.training.state import BEST_NAME, LAST_NAME
 from icm_cli.training.step_stats import StepStats
-from icm_cli.training.stopping import StopSignals
 from icm_cli.training.validation import check_validation, validate
 
 MOST_SKIPS_NAMED = 20
@@ -47,7 +47,7 @@ def train(
     pack: str | Path | None = None,
     offline: bool = False,
     listener: TrainingListener | None = None,
-) -> Summary:
+) -> TrainingSummary:
     """Train a model by the recipe of a configuration (Guo et al. 2024, section 4), saving as it goes.
 
     The arguments are the options of ``icm train`` (see its help); ``overrides`` are those of ``--set``. ``preview``
@@ -67,7 +67,7 @@ def train(
     stage = make_stage(settings, pool)
     if preview:
         write_preview(folder / "preview.png", stage, preview)
-        summary = Summary(folder, preview=folder / "preview.png")
+        summary = TrainingSummary(folder, preview=folder / "preview.png")
         listener.training_finished(summary)
         return summary
     start = Path(checkpoint) if checkpoint else None
@@ -98,7 +98,7 @@ def _take_steps(
     listener: TrainingListener,
     *,
     resume: bool,
-) -> Summary:
+) -> TrainingSummary:
     """Every step from the first that is not done yet, to the last or a signal."""
     recipe = settings.train
     _check_data(settings, pool, learner, run, listener)
@@ -225,10 +225,10 @@ def _is_over(recipe: TrainConfig, done: Progress) -> bool:
     return done.step >= recipe.steps if elapsed is None else elapsed >= 1.0
 
 
-def _summary(run: RunFolder, learner: Learner, stats: StepStats, done: Progress, loss: float | None) -> Summary:
+def _summary(run: RunFolder, learner: Learner, stats: StepStats, done: Progress, loss: float | None) -> TrainingSummary:
     """How the run ended."""
     path = run.folder / (BEST_NAME if run.best else LAST_NAME)
-    return Summary(
+    return TrainingSummary(
         folder=run.folder,
         steps=done.step,
         loss=loss,

@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from icm_cli.datasets import find, groups_of
+from icm_cli.datasets.registry import find, groups_of
 from icm_cli.datasets.samples import Sample
 from icm_cli.errors import ImageError, UsageError
-from icm_cli.evaluating import evaluate
-from icm_cli.images import read_matte
-from icm_cli.report import ImageResult
-from icm_cli.runs import Listener
+from icm_cli.evaluation.evaluate import evaluate
+from icm_cli.events import Listener
+from icm_cli.images.reading import read_matte
+from icm_cli.reports.result import ImageResult
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import ValidationConfig
 
@@ -50,7 +50,7 @@ def validate(config: ValidationConfig, learner: Learner, *, is_stopped: Callable
     Keys are "mse", "sad" and so on.
     """
     try:
-        with learner.inference_mode() as matter:
+        with learner.inference_mode() as predictor:
             report = evaluate(
                 config.dataset,
                 config.root,
@@ -58,7 +58,7 @@ def validate(config: ValidationConfig, learner: Learner, *, is_stopped: Callable
                 split=config.split,
                 size=config.size,
                 rounds=config.rounds,
-                matter=matter,
+                predictor=predictor,
                 listener=_Stoppable(is_stopped),
             )
     except _Stopped:

@@ -20,10 +20,10 @@ import cv2
 import numpy as np
 
 import icm_cli
-from icm_cli.evaluation.metrics import score
-from icm_cli.images import read_matte, read_picture
+from icm_cli.images.reading import read_matte, read_picture
 from icm_cli.model.closed_form import load_foreground_estimator
-from icm_cli.training.procedural import Look, draw
+from icm_cli.scoring.metrics import score
+from icm_cli.training.data.procedural import Look, draw
 
 EACH = 20
 BAND_PX = 12
@@ -40,13 +40,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--keep", type=Path, help="write pictures, truths and alphas here")
     arguments = parser.parse_args()
-    matter = icm_cli.load(arguments.model, checkpoint=arguments.checkpoint)
-    edges = getattr(matter.model, "edges", None)
+    predictor = icm_cli.load(arguments.model, checkpoint=arguments.checkpoint)
+    edges = getattr(predictor.model, "edges", None)
     rows: dict[str, list[tuple[float, ...]]] = {}
     start = time.perf_counter()
     for number, (kind, rgb, truth) in enumerate(pictures(arguments.data)):
         mask = truth > 127
-        alpha = matter.matte(rgb, matter.reference([(rgb, mask)]))
+        alpha = predictor.matte(rgb, predictor.reference([(rgb, mask)]))
         found = [alpha]
         if edges is not None:
             coarse = spoiled(mask, np.random.default_rng((SEED, number)))

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from plain_metrics import plain_metrics
 
-from icm_cli.evaluation.metrics import LINEAGES, score
+from icm_cli.reports.scores import LINEAGES
+from icm_cli.scoring.metrics import score
 
 DEMO = Path(__file__).parents[1] / "composites"
 SMALL_MODEL = (

@@ -92,12 +92,12 @@ def four_k(root: Path) -> tuple[float, float]:
     code = (
         "import sys, time, cv2, icm_cli\n"
         "rgb = lambda path: cv2.imread(path)[..., ::-1].copy()\n"
-        "matter = icm_cli.load()\n"
-        f"thing = matter.reference([(rgb({str(DEMO / 'ref.jpg')!r}), cv2.imread({str(DEMO / 'mask.png')!r}, 0))])\n"
+        "predictor = icm_cli.load()\n"
+        f"thing = predictor.reference([(rgb({str(DEMO / 'ref.jpg')!r}), cv2.imread({str(DEMO / 'mask.png')!r}, 0))])\n"
         "pictures = [rgb(path) for path in sys.argv[1:]]\n"
-        "matter.matte(pictures[0], thing)\n"
+        "predictor.matte(pictures[0], thing)\n"
         "start = time.perf_counter()\n"
-        "for picture in pictures: matter.matte(picture, thing)\n"
+        "for picture in pictures: predictor.matte(picture, thing)\n"
         "print((time.perf_counter() - start) / len(pictures))"
     )
     paths = sorted(map(str, (root / "4k").iterdir()))

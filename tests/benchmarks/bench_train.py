@@ -106,7 +106,7 @@ def cache(home: Path, weights: list[str]) -> None:
 
 def data() -> None:
     """Samples of the lite recipe from the demo, made one after another in this process."""
-    from icm_cli.training.items import read_pool
+    from icm_cli.training.data.pool import read_pool
     from icm_cli.training.settings import read_settings
     from icm_cli.training.stages.refine import EdgeMaker
 

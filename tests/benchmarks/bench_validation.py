@@ -18,22 +18,22 @@ import cv2
 import numpy as np
 
 import icm_cli
-from icm_cli.images import read_matte, read_picture
+from icm_cli.images.reading import read_matte, read_picture
 
 PARTS = ("plain", "distractor", "absent")
 
 
 def matted(
-    matter: icm_cli.matter.Matter, root: Path, out: Path | None
+    predictor: icm_cli.matting.predictor.Predictor, root: Path, out: Path | None
 ) -> dict[str, list[tuple[str, float, float, float]]]:
     """Part -> rows of group, IoU, MSE, mean alpha."""
     rows: dict[str, list[tuple[str, float, float, float]]] = collections.defaultdict(list)
     for part in PARTS:
         for group in sorted(path for path in (root / part).glob("*") if path.is_dir()):
             guide = next(group.glob("ref.*"))
-            reference = matter.reference([(read_picture(guide).rgb, read_matte(group / "mask.png"))])
+            reference = predictor.reference([(read_picture(guide).rgb, read_matte(group / "mask.png"))])
             for source in sorted((group / "src").iterdir()):
-                alpha = matter.matte(read_picture(source).rgb, reference)
+                alpha = predictor.matte(read_picture(source).rgb, reference)
                 if out is not None:
                     to = out / part / group.name / f"{source.stem}.png"
                     to.parent.mkdir(parents=True, exist_ok=True)
@@ -73,9 +73,9 @@ def main() -> None:
     models = {"model": icm_cli.load(arguments.model, checkpoint=arguments.checkpoint)}
     if arguments.baseline:
         models[arguments.baseline] = icm_cli.load(arguments.baseline)
-    for name, matter in models.items():
+    for name, predictor in models.items():
         began = time.perf_counter()
-        rows = matted(matter, arguments.root, arguments.out if name == "model" else None)
+        rows = matted(predictor, arguments.root, arguments.out if name == "model" else None)
         for part in PARTS:
             print(f"{name}: {part}: {summary(rows[part], part)}")
         print(f"{name}: {(time.perf_counter() - began) / sum(map(len, rows.values())):.2f} s an image")

@@ -224,4 +224,4 @@ def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
     return tensors
 
 
-PART = DinoV2Lite
+REGISTERED = DinoV2Lite

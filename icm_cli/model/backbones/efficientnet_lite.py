@@ -245,4 +245,4 @@ def _published_name(name: str) -> str:
     return f"_blocks.{number}.{convolution if kind == 'conv' else norm}.{field}"
 
 
-PART = EfficientNetLite
+REGISTERED = EfficientNetLite

@@ -149,4 +149,4 @@ class StableDiffusion(Backbone):
         return torch.stack(draws)
 
 
-PART = StableDiffusion
+REGISTERED = StableDiffusion

@@ -166,4 +166,4 @@ def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(ConvNormReLU(inputs, outputs), ConvNormReLU(outputs, outputs))
 
 
-PART = Refine
+REGISTERED = Refine

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
-from icm_cli.guidance import foreground_tokens
 from icm_cli.model.contracts import Features, MatrixIntraSimilarity, Matte, ReferenceFeatures, TrainedHead
-from icm_cli.model.decoding import ConvNormReLU, alpha_output, judge, upsample
+from icm_cli.model.decoding import ConvNormReLU, alpha_output, confidence_and_found, upsample
+from icm_cli.model.guidance import foreground_tokens
 from icm_cli.model.similarity import in_float32, inter_similarity, tokens
 
 STRIDES = (32, 16)
@@ -95,7 +95,7 @@ class DetailHead(TrainedHead):
         _, spread = self._similarities(target, references)
         fused = self.fusion([target.scales[stride] for stride in STRIDES], spread)
         alpha = self.detail_decoder(fused, 2.0 * image - 1.0)
-        return Matte(alpha, *judge(alpha.detach(), valid))
+        return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
 
     def similarity_maps(self, target: Features, references: Sequence[PreparedReferences]) -> tuple[Tensor, Tensor]:
         """S, and the mean channel of the spread similarities, the mean over scales (the published code's picture)."""
@@ -218,4 +218,4 @@ def _matrix(target: Features, stride: int) -> Tensor:
     return intra.matrix()
 
 
-PART = DetailHead
+REGISTERED = DetailHead

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.guidance import ReferenceTokens, reference_tokens
+from icm_cli.guided_filter import along_edges
 from icm_cli.model.contracts import Features, Matte, ReferenceFeatures, TrainedHead
-from icm_cli.model.decoding import ConvNormReLU, along_edges, alpha_output, enlarged, judge, upsample
+from icm_cli.model.decoding import ConvNormReLU, alpha_output, confidence_and_found, enlarged, upsample
+from icm_cli.model.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
 
 EVIDENCE_NUMBERS = 8
@@ -163,7 +164,7 @@ class TokenMatchHead(TrainedHead):
         alpha = alpha * presence[:, None, None, None]
         if not self.training:
             alpha = (alpha * (1.0 + 2.0 * self.config.clear) - self.config.clear).clamp(0.0, 1.0)
-        return Matte(alpha, *judge(alpha.detach(), valid))
+        return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
 
     def similarity_maps(self, target: Features, references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
         """The share of softmax attention that goes to the reference's foreground, and that spread over alike tokens."""
@@ -215,7 +216,7 @@ class TokenMatchHead(TrainedHead):
         What the coarse alpha takes for the thing is compared as a whole with the reference's foreground and background,
         beside the picture's strongest evidence and its strongest tokens.
         """
-        alpha = (torch.sigmoid(self.coarse(fused).float()) + LEAST_ALPHA) * valid[:, None]
+        alpha = (torch.sigmoid(self.coarse(fused.to(self.coarse.weight.dtype)).float()) + LEAST_ALPHA) * valid[:, None]
         whole = self._unit((alpha.flatten(1)[..., None] * projected).sum(dim=1))
         sides = [torch.stack([each.foreground.sum(dim=0), each.background.sum(dim=0)]) for each in references]
         alike = (self._unit(torch.stack(sides)) * whole[:, None]).sum(dim=-1)  # [B,2,layers]
@@ -339,4 +340,4 @@ def _log_count(likeness: Tensor) -> Tensor:
     return likeness.new_tensor(float(likeness.shape[2])).log()
 
 
-PART = TokenMatchHead
+REGISTERED = TokenMatchHead

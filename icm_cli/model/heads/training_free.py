@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icm_cli.errors import ConfigError
-from icm_cli.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.closed_form import load_solver, solve_alpha
 from icm_cli.model.contracts import Features, Head, Matte, ReferenceFeatures
+from icm_cli.model.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.similarity import tokens
 
 
@@ -214,4 +214,4 @@ def _within(size: Sequence[int], long_side: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-PART = TrainingFree
+REGISTERED = TrainingFree

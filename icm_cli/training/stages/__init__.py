@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from icm_cli.training.items import Pool
+from icm_cli.training.data.pool import Pool
 from icm_cli.training.settings import Settings
 from icm_cli.training.stages.contract import AnyStage
 

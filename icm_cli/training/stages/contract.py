@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from icm_cli.geometry import ImageU8
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.training.batches import AnyBatch, StepSampler
-from icm_cli.training.items import Pool
+from icm_cli.training.data.pool import Pool
 from icm_cli.training.settings import Settings
 
 if TYPE_CHECKING:
+    from icm_cli.events import TrainingListener
     from icm_cli.training.learner import Learner
-    from icm_cli.training.listening import TrainingListener
 
 Answer: TypeAlias = tuple[Tensor, ...]
 """What the model says of a batch, [B,...] each, with gradients."""

@@ -23,21 +23,21 @@ from torch.utils.data import DataLoader, Dataset
 from icm_cli.errors import ConfigError, ImageError, TrainingError
 from icm_cli.files import atomic_write, digest_of
 from icm_cli.geometry import ImageU8, to_u8
-from icm_cli.guidance import ReferenceTokens, background_tokens, foreground_tokens
 from icm_cli.model.contracts import Features
 from icm_cli.model.decoding import enlarged
+from icm_cli.model.guidance import ReferenceTokens, background_tokens, foreground_tokens
 from icm_cli.model.heads.token_match import CARRIED, EVIDENCE_NUMBERS, TokenMatchHead
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.training.batches import Batch, StepSampler, start_worker
-from icm_cli.training.items import Item, Pool
+from icm_cli.training.data.pool import Item, Pool
+from icm_cli.training.data.samples import SampleMaker
 from icm_cli.training.panels import MOST_ROWS, grey, table
-from icm_cli.training.samples import SampleMaker
 from icm_cli.training.settings import Settings
 from icm_cli.training.stages.contract import Answer, Stage
 
 if TYPE_CHECKING:
+    from icm_cli.events import TrainingListener
     from icm_cli.training.learner import Learner
-    from icm_cli.training.listening import TrainingListener
 
 LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
 """Rows and columns of the mosaics."""

@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from icm_cli.contact_sheet import cut_out
 from icm_cli.files import digest_of
 from icm_cli.geometry import ImageU8
 from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.reports.contact_sheet import cut_out
 from icm_cli.training.batches import StepSampler, load_batches
+from icm_cli.training.data.pool import Pool
+from icm_cli.training.data.samples import PairBatch, SampleMaker, collated
 from icm_cli.training.feature_cache import FeatureCache
-from icm_cli.training.items import Pool
 from icm_cli.training.losses import TERMS, losses
 from icm_cli.training.panels import masked, panel
-from icm_cli.training.samples import PairBatch, SampleMaker, collated
 from icm_cli.training.settings import Settings
 from icm_cli.training.stages.contract import Answer, Stage
 
 if TYPE_CHECKING:
+    from icm_cli.events import TrainingListener
     from icm_cli.training.learner import Learner
-    from icm_cli.training.listening import TrainingListener
 
 
 class MatteStage(Stage[PairBatch]):

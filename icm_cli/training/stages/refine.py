@@ -22,13 +22,13 @@ from icm_cli.errors import ConfigError, ImageError, TrainingError
 from icm_cli.geometry import Float, ImageU8, to_u8
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.training.batches import Batch, StepSampler, load_batches
-from icm_cli.training.items import Item, Pool
+from icm_cli.training.data.pool import Item, Pool
+from icm_cli.training.data.samples import MOST_ATTEMPTS
+from icm_cli.training.data.scenes import Scene, SceneMaker
+from icm_cli.training.data.spoiling import by_outline, by_tokens
 from icm_cli.training.losses import laplacian
 from icm_cli.training.panels import MOST_ROWS, grey, table
-from icm_cli.training.samples import MOST_ATTEMPTS
-from icm_cli.training.scenes import Scene, SceneMaker
 from icm_cli.training.settings import REFINE_TERMS, Settings, TrainConfig
-from icm_cli.training.spoiling import by_outline, by_tokens
 from icm_cli.training.stages.contract import Answer, Stage
 
 if TYPE_CHECKING:

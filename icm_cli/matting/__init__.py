@@ -1,0 +1,1 @@
+"""Matting: from references and sources to alphas on disk."""

@@ -1,0 +1,247 @@
+"""The streaming engine: reader threads decode ahead, the model takes batches, writer threads encode.
+
+Every queue is bounded, so memory does not grow with the number of images, and the model waits for the disk only
+where reading is slower than matting.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from icm_cli.device import is_out_of_memory, release_memory
+from icm_cli.errors import ImageError, OutputError
+from icm_cli.images.writing import write_alpha
+from icm_cli.matting.jobs import Job
+from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
+from icm_cli.matting.resume import finished, stamp
+from icm_cli.model.contracts import Prepared
+from icm_cli.reports.result import ImageResult
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An image ready for the model."""
+
+    job: Job
+    frame: Frame
+    source_state: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine runs; none of it changes an alpha, but for ``digests``, which say what decides it."""
+
+    digests: Sequence[str]
+    """Of all that decides an alpha beside its source, one for each example."""
+    batch_size: int
+    workers: int
+    overwrite: bool = False
+    fail_fast: bool = False
+
+
+class Engine:
+    """Mattes images; ``on_result`` hears of each as it ends, in the caller's thread.
+
+    ``reference`` gives the prepared references of an example, by its number; jobs of one example come in a row.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        reference: Callable[[int], Prepared],
+        settings: EngineOptions,
+        *,
+        on_result: Callable[[ImageResult], None],
+        notice: Callable[[str], None],
+    ) -> None:
+        self.predictor = predictor
+        self.reference = reference
+        self.settings = settings
+        self.batch_size = settings.batch_size
+        self._on_result = on_result
+        self._notice = notice
+        self._fatal: OutputError | None = None
+        self._has_failed = False
+        self._has_seen_alpha = False
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Matte every image. An image that fails is reported and the others go on.
+
+        Raises OutputError when nothing more can be written. On any exception, an interrupt too, the writes in
+        hand are finished first.
+        """
+        workers = self.settings.workers
+        readers = ThreadPoolExecutor(workers, "icm-read")
+        writers = ThreadPoolExecutor(workers, "icm-write")
+        writing: deque[Future[ImageResult]] = deque()
+        try:
+            loaded = read_ahead(readers, self._read, jobs, ahead=workers + self.batch_size)
+            for batch in self._batches(loaded):
+                for item, matte, seconds in self._infer(batch):
+                    writing.append(writers.submit(self._write, item, matte, seconds))
+                self._settle(writing, at_most=workers + self.batch_size)
+                if self._must_stop():
+                    break
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)
+            self._settle(writing, at_most=0)
+            writers.shutdown()
+        if self._fatal:
+            raise self._fatal
+
+    def _must_stop(self) -> bool:
+        return self._fatal is not None or (self.settings.fail_fast and self._has_failed)
+
+    def _emit(self, result: ImageResult) -> None:
+        self._has_failed |= result.status == "failed"
+        self._on_result(result)
+
+    def _settle(self, writing: deque[Future[ImageResult]], at_most: int) -> None:
+        """Hear of finished writes; wait until ``at_most`` are in hand. An interrupt may make one heard of twice."""
+        while writing and (len(writing) > at_most or writing[0].done()):
+            self._emit(writing[0].result())
+            writing.popleft()
+
+    def _read(self, job: Job) -> Loaded | ImageResult:
+        """Runs in a reader thread."""
+        start = time.perf_counter()
+        try:
+            if not self.settings.overwrite and (earlier := finished(job, self._digest(job))):
+                return earlier
+            state = job.state()
+            picture = job.read()
+            if picture.alpha is not None and not self._has_seen_alpha:
+                self._has_seen_alpha = True
+                self._notice(f"{job.source} has an alpha of its own; those of sources are ignored")
+            frame = self.predictor.prepare(picture.rgb)
+        except ImageError as error:
+            return _failed(job, str(error))
+        except MemoryError:
+            return _failed(job, f"{job.source} is too large for this machine's memory")
+        return Loaded(job, frame, state, time.perf_counter() - start)
+
+    def _batches(self, stream: Iterable[Loaded | ImageResult]) -> Iterator[list[Loaded]]:
+        """Group by example and canvas size; at most two batches' worth of images wait for others of their kind."""
+        waiting: dict[tuple[int, tuple[int, int]], list[Loaded]] = {}
+        for item in stream:
+            if isinstance(item, ImageResult):
+                self._emit(item)
+                if self._must_stop():
+                    return
+                continue
+            kind = item.job.example, item.frame.placement.canvas
+            for earlier in [other for other in waiting if other[0] != item.job.example]:
+                yield waiting.pop(earlier)  # no more of that example will come
+            group = waiting.setdefault(kind, [])
+            group.append(item)
+            if len(group) >= self.batch_size:
+                yield waiting.pop(kind)
+            elif sum(map(len, waiting.values())) >= 2 * self.batch_size:
+                yield waiting.pop(max(waiting, key=lambda kind: len(waiting[kind])))
+        yield from waiting.values()
+
+    def _infer(self, batch: list[Loaded]) -> Iterator[tuple[Loaded, CanvasMatte, float]]:
+        """Run the model; out of memory halves the batch, and fails an image only where it is alone."""
+        while batch:
+            part = batch[: self.batch_size]
+            start = time.perf_counter()
+            mattes = self._try_infer(part)
+            if mattes is not None:
+                seconds = (time.perf_counter() - start) / len(part)
+                yield from ((item, matte, seconds) for item, matte in zip(part, mattes, strict=True))
+                batch = batch[len(part) :]
+                continue
+            release_memory(self.predictor.device)
+            if len(part) > 1:
+                self.batch_size = len(part) // 2
+                self._notice(f"out of memory with {len(part)} images at a time; going on with {self.batch_size}")
+            else:
+                device = self.predictor.device.describe()
+                self._emit(_failed(part[0].job, f"{part[0].job.source} ran out of memory on {device}"))
+                batch = batch[1:]
+
+    def _try_infer(self, part: list[Loaded]) -> list[CanvasMatte] | None:
+        try:
+            return self.predictor.infer([item.frame for item in part], self.reference(part[0].job.example))
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                return None
+            raise
+
+    def _write(self, item: Loaded, matte: CanvasMatte, model_seconds: float) -> ImageResult:
+        """Bring the alpha to the source's size and write it; runs in a writer thread."""
+        start = time.perf_counter()
+        job = item.job
+        if not np.isfinite(matte.alpha).all():
+            return _failed(job, f"{job.source}: the model gave no finite alpha; run again with --dtype float32")
+        alpha = matte.at_source(item.frame)
+        measured: dict[str, Any] = {
+            "foreground": round(float(alpha.mean()) / 255.0, 6),
+            "confidence": round(matte.confidence, 4),
+            "not_found": not matte.found,
+        }
+        try:
+            write_alpha(job.output, alpha, stamp(self._digest(job), item.source_state, measured))
+        except ImageError as error:
+            return _failed(job, str(error))
+        except OutputError as error:
+            self._fatal = error
+            return _failed(job, str(error))
+        seconds = item.seconds + model_seconds + time.perf_counter() - start
+        return replace(job.planned, status="done", seconds=round(seconds, 4), **measured)
+
+    def _digest(self, job: Job) -> str:
+        return self.settings.digests[job.example]
+
+
+def _failed(job: Job, reason: str) -> ImageResult:
+    return replace(job.planned, status="failed", reason=reason)
+
+
+def keep_finished(
+    jobs: Sequence[Job], digests: Sequence[str], workers: int, on_result: Callable[[ImageResult], None]
+) -> list[Job]:
+    """Tell of every image whose alpha is there already; returns the others. Needs no model.
+
+    ``digests``: of all that decides an alpha beside its source, one for each example.
+    """
+
+    def look(job: Job) -> ImageResult | Job:
+        try:
+            return finished(job, digests[job.example]) or job
+        except ImageError:
+            return job  # the engine says what is wrong with it
+
+    remaining = []
+    with ThreadPoolExecutor(workers, "icm-look") as executor:
+        for seen in read_ahead(executor, look, jobs, ahead=2 * workers):
+            if isinstance(seen, Job):
+                remaining.append(seen)
+            else:
+                on_result(seen)
+    return remaining
+
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def read_ahead(
+    executor: Executor, function: Callable[[Item], Made], items: Iterable[Item], ahead: int
+) -> Iterator[Made]:
+    """Results in the items' order, with at most ``ahead`` of them made or in the making before they are asked for."""
+    pending: deque[Future[Made]] = deque()
+    for item in items:
+        pending.append(executor.submit(function, item))
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

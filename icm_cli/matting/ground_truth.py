@@ -1,0 +1,48 @@
+"""True alphas beside the images (``--gt``), and how the alphas are scored against them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from icm_cli.datasets.layouts import image_files
+from icm_cli.errors import UsageError
+from icm_cli.matting.jobs import Job
+from icm_cli.reports.result import ImageResult
+from icm_cli.scoring.pool import Scoring, ScoringPool
+from icm_cli.scoring.rule import Rule
+from icm_cli.scoring.task import ScoreTask
+
+RULE = Rule()
+"""Scores are over the whole image at its own size, GRAD and CONN of the composition lineage."""
+
+
+def with_truths(jobs: Sequence[Job], folder: Path) -> tuple[list[Job], list[Path]]:
+    """The jobs with the true alphas of a folder laid out like the sources, and all files of that folder.
+
+    Raises UsageError if none belongs to any image.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"ground truth folder {folder} does not exist; expected alphas named like the images")
+    files = {path.relative_to(folder).with_suffix(""): path for path in image_files(folder)}
+    if not any(job.name.with_suffix("") in files for job in jobs):
+        expected = jobs[0].name.with_suffix(".png")
+        raise UsageError(f"ground truth folder {folder} has no alpha named like any image, such as {expected}")
+    return [_with_truth(job, files.get(job.name.with_suffix(""))) for job in jobs], list(files.values())
+
+
+def scoring_of(processes: int, allowed: frozenset[str]) -> Scoring:
+    """Score every alpha whose image has a ground truth; that may be empty, for the thing need not be everywhere."""
+
+    def task_for(result: ImageResult) -> ScoreTask | None:
+        if not result.truth:
+            return None
+        truth, image = Path(result.truth), Path(result.source)
+        return ScoreTask(result.source, Path(result.output), truth, RULE, image=image, allowed=allowed)
+
+    return Scoring(ScoringPool(processes), task_for)
+
+
+def _with_truth(job: Job, truth: Path | None) -> Job:
+    return job if truth is None else replace(job, planned=replace(job.planned, truth=str(truth)))

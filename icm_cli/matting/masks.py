@@ -1,0 +1,167 @@
+"""Read a reference's mask as people have them: black and white, soft, a trimap, label indices, instance colours.
+
+Which of several labels is meant cannot be guessed, so it is asked for; only what is beyond doubt is taken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from icm_cli.errors import UsageError
+from icm_cli.images.reading import COLOUR_TOLERANCE, StoredPixels, read_stored
+
+VOID = 255
+"""Index of pixels that belong to nothing, in the palette PNGs of PASCAL VOC."""
+NEAR = 0.05
+"""Values this near to 0 or to the largest, as a share of the scale, are background and foreground."""
+LEAST_FLAT_SHARE = 1e-4
+"""Share of the pixels that lie in the middle of their own value, from which on that value is a label."""
+MOST_LABELS = 64
+"""A picture of more values than this is no label map but a soft mask."""
+MOST_NAMED = 12
+"""Labels listed in a message."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which pixels are the thing, and which are neither it nor the rest (void, unknown): bool [H,W] each."""
+
+    inside: NDArray[np.bool_]
+    unknown: NDArray[np.bool_]
+
+
+def read_mask(path: Path, label: str | None, notice: Callable[[str], None]) -> Mask:
+    """Read the mask of a reference. ``label``: the value, index or colour ``#rrggbb`` that is the thing.
+
+    Raises UsageError where it cannot be told what is meant, listing what there is; ImageError for a bad file.
+    """
+    stored = read_stored(path)
+    if label is not None:
+        return _labelled(stored, label, path)
+    if stored.alpha is not None and stored.alpha.min() != stored.alpha.max():
+        return _without_unknown(stored.alpha > 0.5 * stored.scale)
+    if stored.is_palette:
+        return _of_indices(stored.values, path)
+    values = stored.values
+    if values.ndim == 3:
+        spread = values.max(axis=-1) - values.min(axis=-1)
+        if spread.max() > COLOUR_TOLERANCE * stored.scale / 255.0:
+            return _of_colours(values, stored.scale, path)
+        values = values.max(axis=-1)
+    return _of_greys(values, stored.scale, path, notice)
+
+
+def _of_indices(values: NDArray[Any], path: Path) -> Mask:
+    labels = [int(each) for each in np.unique(values) if each not in (0, VOID)]
+    if len(labels) > 1:
+        raise _ambiguous(path, {str(each): float((values == each).mean()) for each in labels}, labels[0])
+    inside = values == (labels[0] if labels else VOID)  # black and white, as a palette of two
+    return Mask(inside, (values == VOID) & ~inside)
+
+
+def _of_colours(values: NDArray[Any], scale: float, path: Path) -> Mask:
+    colours = (values.astype(np.float32) * (255.0 / scale) + 0.5).astype(np.uint32)
+    packed = (colours[..., 0] << 16) | (colours[..., 1] << 8) | colours[..., 2]
+    flat = {each: share for each, share in _flat(packed).items() if _brightest(each) > NEAR * 255}
+    if len(flat) > 1:
+        raise _ambiguous(
+            path, {f"#{int(each):06x}": share for each, share in flat.items()}, f"'#{next(iter(flat)):06x}'"
+        )
+    top = max((_brightest(each) for each in flat), default=255)
+    return _without_unknown(colours.max(axis=-1) > 0.5 * top)
+
+
+def _of_greys(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
+    low, high = NEAR * scale, (1.0 - NEAR) * scale
+    present = np.unique(values)
+    if len(present) == 3 and present[0] <= low and abs(present[1] / scale - 0.5) < NEAR and present[2] >= high:
+        notice(f"mask {path} is a trimap; its unknown pixels count as neither inside nor outside")
+        return Mask(values > high, (values > low) & (values <= high))
+    if len(present) > MOST_LABELS or present[0] > low:  # soft, or not black where the thing is not
+        return _without_unknown(values > 0.5 * scale)
+    flat = {each: share for each, share in _flat(values).items() if each > low or each == present[-1] > 0}
+    middle = [each for each in flat if each < high]
+    if not middle:
+        return _without_unknown(values > 0.5 * scale)
+    if len(flat) == 1:
+        (only,) = flat
+        notice(f"mask {path} has one label, {only:g} of {scale:g}; it was taken for the thing")
+        return _without_unknown(values > 0.5 * float(only))
+    raise _ambiguous(path, {f"{each:g}": share for each, share in flat.items()}, f"{next(iter(flat)):g}")
+
+
+def _labelled(stored: StoredPixels, label: str, path: Path) -> Mask:
+    values = stored.values
+    unknown = values == VOID if stored.is_palette and label != str(VOID) else np.zeros(values.shape[:2], np.bool_)
+    if label.startswith("#"):
+        if values.ndim == 2:
+            raise UsageError(f"mask {path} has no colours, and its label is given as {label}; give a number")
+        if not re.fullmatch("#[0-9a-fA-F]{6}", label):
+            raise UsageError(f"mask label {label!r} is no colour; expected #rrggbb, as in '#fa3253'")
+        colour = np.array([int(label[at : at + 2], 16) for at in (1, 3, 5)])
+        inside = (np.abs(values * (255.0 / stored.scale) - colour) < 1.0).all(axis=-1)
+    else:
+        try:
+            number = float(label)
+        except ValueError:
+            raise UsageError(f"mask label {label!r} is neither a number nor a colour #rrggbb") from None
+        if values.ndim == 3 and (values.max(axis=-1) != values.min(axis=-1)).any():
+            raise UsageError(f"mask {path} has colours, and its label is given as a number; give #rrggbb")
+        inside = (values if values.ndim == 2 else values[..., 0]) == number
+    if not inside.any():
+        raise UsageError(f"mask {path} has no pixel of the label {label}; it has {_listed(_all_labels(stored))}")
+    return Mask(inside, unknown & ~inside)
+
+
+def _all_labels(stored: StoredPixels) -> dict[str, float]:
+    values = stored.values
+    if values.ndim == 2:
+        return {f"{each:g}": share for each, share in _shares(values).items()}
+    colours = (values.astype(np.float32) * (255.0 / stored.scale) + 0.5).astype(np.uint32)
+    packed = (colours[..., 0] << 16) | (colours[..., 1] << 8) | colours[..., 2]
+    return {f"#{int(each):06x}": share for each, share in _shares(packed).items()}
+
+
+def _flat(values: NDArray[Any]) -> dict[Any, float]:
+    """Share of the pixels of each value but 0 that fills areas: an antialiased edge's values do not."""
+    numbers = np.asarray(values, np.float64)
+    kernel = np.ones((3, 3), np.uint8)
+    middle = cv2.dilate(numbers, kernel) == cv2.erode(numbers, kernel)
+    found = _shares(values[middle], values.size)
+    every = _shares(values)
+    return {each: every[each] for each, share in found.items() if each != 0 and share >= LEAST_FLAT_SHARE}
+
+
+def _shares(values: NDArray[Any], total: int | None = None) -> dict[Any, float]:
+    """Share of each value, the commonest first."""
+    found, counts = np.unique(values, return_counts=True)
+    order = np.argsort(-counts)
+    return {found[at]: float(counts[at]) / (total or values.size) for at in order}
+
+
+def _brightest(packed: Any) -> int:
+    return max(int(packed) >> 16, int(packed) >> 8 & 255, int(packed) & 255)
+
+
+def _without_unknown(inside: NDArray[np.bool_]) -> Mask:
+    return Mask(inside, np.zeros(inside.shape, np.bool_))
+
+
+def _ambiguous(path: Path, labels: dict[str, float], example: object) -> UsageError:
+    return UsageError(
+        f"mask {path} has several labels, {_listed(labels)}; say which is the thing, as in --mask-label {example}"
+    )
+
+
+def _listed(labels: dict[str, float]) -> str:
+    named = [f"{label} ({share:.1%} of the picture)" for label, share in list(labels.items())[:MOST_NAMED]]
+    more = len(labels) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more > 0 else "")

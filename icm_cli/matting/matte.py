@@ -1,0 +1,144 @@
+"""``icm_cli.matte``: one reference in, a folder of alphas out. The body of the ``icm matte`` command."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from icm_cli.environment import DEFAULT_WORKERS
+from icm_cli.errors import UsageError
+from icm_cli.events import Listener
+from icm_cli.files import Paths, as_path, as_paths, remove_stale_temporaries
+from icm_cli.matting.engine import Engine, EngineOptions, keep_finished
+from icm_cli.matting.jobs import Job, plan_jobs
+from icm_cli.matting.model_choice import ModelChoice
+from icm_cli.matting.outcome import Outcome, environment_settings
+from icm_cli.matting.predictor import Predictor
+from icm_cli.matting.references import Reference, read_references
+from icm_cli.model.contracts import Prepared
+from icm_cli.reports.report import Album, Report
+from icm_cli.reports.write import SideOutputs
+
+ALLOWED = frozenset({"empty-alpha", "16-bit-alpha"})
+"""Kinds of odd ground truths that are no failure here."""
+
+
+def matte(
+    ref: Paths,
+    mask: Paths = (),
+    *,
+    mask_label: str | None = None,
+    src: str | Path,
+    out: str | Path,
+    model: str | None = None,
+    checkpoint: str | Path | None = None,
+    weights: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | str = "auto",
+    seed: int = 0,
+    workers: int = DEFAULT_WORKERS,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overwrite: bool = False,
+    gt: str | Path | None = None,
+    report: Paths = (),
+    contact_sheet: str | Path | None = None,
+    dry_run: bool = False,
+    offline: bool = False,
+    fail_fast: bool = False,
+    listener: Listener | None = None,
+) -> Report:
+    """Pull the thing that the references show out of every image of ``src``, one alpha PNG each below ``out``.
+
+    The arguments are the options of ``icm matte`` (see its help). Alphas are uint8,
+    one channel, of exactly the source's size; one that an earlier run made with the same settings from the same
+    source is kept. An image that fails is named in the report and the others go on.
+
+    Returns the report; its ``exit_code`` is 1 if any image failed or its ground truth could not be used. Raises
+    UsageError, ConfigError or OutputError.
+    """
+    listener = listener or Listener()
+    start = time.perf_counter()
+    if workers < 1:
+        raise UsageError(f"workers is {workers}; expected 1 or more")
+    if not str(out):
+        raise UsageError("the output folder is empty; give --out a folder for the alphas")
+    refs, masks, target = as_paths(ref), as_paths(mask), Path(out)
+    side = SideOutputs.checked(report, contact_sheet)
+    references = read_references(refs, masks, listener.notice, mask_label)
+    jobs = plan_jobs(src, target, include=include, exclude=exclude, references=[*refs, *masks], notice=listener.notice)
+    truths: list[Path] = []
+    if gt is not None:
+        from icm_cli.matting.ground_truth import with_truths
+
+        jobs, truths = with_truths(jobs, Path(gt))
+    inputs = [str(path) for job in jobs for path in (job.source, job.output)]
+    side.check_overwrites_nothing([*refs, *masks, *truths, *inputs])
+    choice = ModelChoice.checked(
+        model,
+        as_path(checkpoint),
+        weights=weights,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        seed=seed,
+        offline=offline,
+    )
+    if dry_run:
+        return Report(settings={}, results=[job.planned for job in jobs])
+    side.check_writable(target)
+    _clean(jobs, listener)
+
+    digest = choice.digester()([one.digest for one in references])
+    settings = {
+        "title": str(src),
+        **environment_settings(),
+        **choice.as_settings(),
+        "references": [str(path) for path in refs],
+        "masks": [str(path) for path in masks],
+        "digest": digest,
+    }
+    scoring = None
+    if truths:
+        from icm_cli.matting.ground_truth import RULE, scoring_of
+
+        settings["protocol"] = {"title": str(src), **RULE.as_protocol(), "rounds": 1, "refs_per_group": len(refs)}
+        scoring = scoring_of(workers, ALLOWED)
+    outcome = Outcome(
+        Report(settings, allowed=ALLOWED, album=Album(references={(0, ""): list(zip_longest(refs, masks))})),
+        [job.planned for job in jobs],
+        listener,
+        start=start,
+        scoring=scoring,
+    )
+    listener.started(len(jobs))
+    with outcome:
+        remaining = jobs if overwrite else keep_finished(jobs, [digest], workers, outcome.add)
+        run = _ready(choice, references, listener) if remaining else None
+        with outcome.reported(side, choice.where.peak_memory_bytes):
+            if run is not None:
+                predictor, prepared = run
+                engine = EngineOptions([digest], choice.batch_size, workers, overwrite, fail_fast)
+                Engine(predictor, lambda _: prepared, engine, on_result=outcome.add, notice=listener.notice).run(
+                    remaining
+                )
+    return outcome.report
+
+
+def _ready(choice: ModelChoice, references: Sequence[Reference], listener: Listener) -> tuple[Predictor, Prepared]:
+    """The model on its device, and the references as it sees them: once per run."""
+    listener.detail(choice.describe())
+    predictor = choice.load()
+    prepared = predictor.reference(references)
+    for sentence in prepared.notices:
+        listener.notice(sentence)
+    return predictor, prepared
+
+
+def _clean(jobs: Sequence[Job], listener: Listener) -> None:
+    removed = sum(remove_stale_temporaries(folder) for folder in {job.output.parent for job in jobs})
+    if removed:
+        listener.notice(f"removed {removed} temporary file(s) that a killed run left behind")

@@ -1,0 +1,122 @@
+"""Which model a run uses: named and checked before anything slow, loaded only if there is something to matte."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from icm_cli.config import ModelConfig, part_class
+from icm_cli.device import Device, resolve_device
+from icm_cli.environment import __version__
+from icm_cli.errors import UsageError
+from icm_cli.files import digest_of
+from icm_cli.guided_filter import GUIDED_EPSILON, GUIDED_RADIUS_PX
+from icm_cli.matting.predictor import Predictor
+from icm_cli.model.loading import load_model, model_digest, resolve_model
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """All that decides which model is loaded, and where it runs."""
+
+    config: ModelConfig
+    checkpoint: Path | None
+    weights: str | None
+    offline: bool
+    seed: int
+    where: Device
+    batch_size: int
+
+    @classmethod
+    def checked(
+        cls,
+        model: str | None,
+        checkpoint: Path | None,
+        *,
+        weights: str | None,
+        device: str,
+        dtype: str,
+        batch_size: int | str,
+        seed: int,
+        offline: bool,
+    ) -> ModelChoice:
+        """From the options of the same names. Raises UsageError or ConfigError; reads no weights."""
+        if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
+            raise UsageError(f"batch size is {batch_size!r}; expected auto, or 1 or more")
+        where = resolve_device(device, dtype)
+        at_a_time = batch_size if isinstance(batch_size, int) else where.auto_batch_size
+        config, path = resolve_model(model, checkpoint)
+        if not part_class("backbones", config.backbone.name).has_transformer:
+            where = replace(where, transformer_dtype=where.dtype)
+        return cls(config, path, weights, offline, seed, where, at_a_time)
+
+    def digester(self) -> Callable[[Sequence[str]], str]:
+        """Gives, for the digests of an example's references, the hash of all that decides an alpha beside its source.
+
+        Reads the weights' content, loads no model.
+        """
+        model = model_digest(self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline)
+        guided = f"guided {GUIDED_RADIUS_PX} {GUIDED_EPSILON}"
+        return lambda references: digest_of(
+            __version__, model, *references, str(self.seed), self.where.dtype_name, guided
+        )
+
+    def load(self) -> Predictor:
+        """The model on its device."""
+        model = load_model(
+            self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline, seed=self.seed
+        )
+        return Predictor(model, self.where)
+
+    def describe(self) -> str:
+        return f"model {self.config.backbone.name} + {self.config.head.name} on {self.where.describe()}"
+
+    def as_settings(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "model": self.config.as_dict(),
+            "checkpoint": str(self.checkpoint) if self.checkpoint else None,
+            "weights": self.weights,
+            "device": self.where.describe(),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is there already, such as one in training; nothing of an earlier run was made by it."""
+
+    predictor: Predictor
+
+    checkpoint = None
+    """What it was trained on is not known here."""
+
+    @property
+    def where(self) -> Device:
+        return self.predictor.device
+
+    @property
+    def batch_size(self) -> int:
+        return self.where.auto_batch_size
+
+    def digester(self) -> Callable[[Sequence[str]], str]:
+        """As of :class:`ModelChoice`, but no two are equal."""
+        model = secrets.token_hex()
+        return lambda references: digest_of(model, *references)
+
+    def load(self) -> Predictor:
+        return self.predictor
+
+    def describe(self) -> str:
+        model = self.predictor.model
+        return f"model {type(model.backbone).__name__} + {type(model.head).__name__} on {self.where.describe()}"
+
+    def as_settings(self) -> dict[str, Any]:
+        return {"model": self.describe(), "device": self.where.describe(), "batch_size": self.batch_size}
+
+
+AnyModel = ModelChoice | LoadedModel

@@ -1,0 +1,140 @@
+"""A loaded model that mattes arrays: the object behind ``icm_cli.load`` and the ``icm matte`` command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from icm_cli.device import Device, resolve_device
+from icm_cli.geometry import Float, ImageU8, Placement, to_u8
+from icm_cli.guided_filter import alpha_at_source
+from icm_cli.matting.references import Reference, make_guidance
+from icm_cli.model.contracts import Prepared
+from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.loading import load_model, resolve_model
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A target made ready for the model: its pixels at the source's size and on the canvas."""
+
+    rgb: ImageU8
+    canvas: ImageU8
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class CanvasMatte:
+    """What the model says of one frame: alpha float32 [H,W] 0..1 on the canvas, confidence 0..1, found.
+
+    Where the model refines edges the alpha is at the source's size already, ``is_refined``.
+    """
+
+    alpha: Float
+    confidence: float
+    found: bool
+    is_refined: bool = False
+
+    def at_source(self, frame: Frame) -> ImageU8:
+        """The alpha uint8 [H,W] at the size of the frame's source. Touches no model: safe in threads."""
+        return to_u8(self.alpha) if self.is_refined else alpha_at_source(self.alpha, frame.placement, frame.rgb)
+
+
+class Predictor:
+    """A model on its device. ``icm_cli.load`` makes one; ``reference`` shows it the thing, ``matte`` pulls it."""
+
+    def __init__(self, model: InContextMatting, device: Device, *, is_in_training: bool = False) -> None:
+        """``is_in_training``: the model is on its device and goes on learning, so its weights are left as they are."""
+        self.device = device
+        self.model = model if is_in_training else model.place(device.place, device.dtype, device.transformer_dtype)
+
+    def reference(self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]]) -> Prepared:
+        """Show the model the thing: pairs of a picture, sRGB uint8 [H,W,3], and its mask.
+
+        A mask is bool, uint8 0..255 or float 0..1, [h,w], of its picture's shape. Returns what :meth:`matte`
+        takes; its features are computed once, here. Raises UsageError for an unusable mask.
+        """
+        with torch.inference_mode():
+            return self.model.reference([self._reference_tensors(_as_reference(pair)) for pair in pairs])
+
+    def prepare(self, rgb: ImageU8) -> Frame:
+        """Bring a picture, sRGB uint8 [H,W,3] of any size, to the canvas. Touches no model: safe in threads."""
+        placement = self.model.backbone.canvas.place(*rgb.shape[:2])
+        return Frame(rgb, placement.to_canvas(rgb), placement)
+
+    def infer(self, frames: Sequence[Frame], reference: Prepared) -> list[CanvasMatte]:
+        """Run the model on frames of one canvas size."""
+        valid = self._on_device(np.stack([frame.placement.valid() for frame in frames]))
+        matte = self.model.infer(self._images([frame.canvas for frame in frames]), valid, reference)
+        alphas = matte.alpha[:, 0].float().cpu().numpy()
+        edges = self.model.edges
+        mattes = []
+        for frame, alpha, confidence, found in zip(frames, alphas, matte.confidence, matte.found, strict=True):
+            if edges is not None:
+                alpha = edges.refined(frame.rgb, frame.placement.inside(alpha))
+            mattes.append(CanvasMatte(alpha, float(confidence), bool(found), edges is not None))
+        return mattes
+
+    def matte(self, rgb: ImageU8, reference: Prepared) -> ImageU8:
+        """Alpha, uint8 [H,W], of a picture, sRGB uint8 [H,W,3], at exactly its size."""
+        frame = self.prepare(rgb)
+        return self.infer([frame], reference)[0].at_source(frame)
+
+    def _reference_tensors(self, reference: Reference) -> tuple[Tensor, Tensor, Tensor]:
+        frame = self.prepare(reference.rgb)
+        share = frame.placement.to_canvas(reference.guidance.astype(np.uint8) * 255)
+        guidance = share > min(127, int(share.max()) - 1)  # a thing of a few pixels must not vanish on the canvas
+        levels = guidance.astype(np.float32)
+        if reference.unknown is not None:
+            unknown = frame.placement.to_canvas(reference.unknown.astype(np.uint8) * 255) > 0
+            levels[unknown & ~guidance] = 0.5
+        return (
+            self._images([frame.canvas]),
+            self._on_device(levels[None, None]),
+            self._on_device(frame.placement.valid()[None]),
+        )
+
+    def _images(self, canvases: Sequence[ImageU8]) -> Tensor:
+        return self._on_device(np.stack(canvases)).permute(0, 3, 1, 2).float() / 255.0
+
+    def _on_device(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.device.place)
+
+
+def load(
+    model: str | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    weights: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    offline: bool = False,
+) -> Predictor:
+    """Load a model to matte arrays with; the arguments are the options of ``icm matte``.
+
+    >>> predictor = icm_cli.load()
+    >>> cup = predictor.reference([(reference_rgb, mask)])
+    >>> alpha = predictor.matte(rgb, cup)
+
+    Raises ConfigError when the model, its weights or the device cannot be used.
+    """
+    path = Path(checkpoint) if checkpoint is not None else None
+    target = resolve_device(device, dtype)
+    config, path = resolve_model(model, path)
+    return Predictor(load_model(config, checkpoint=path, weights=weights, offline=offline, seed=seed), target)
+
+
+def _as_reference(pair: Reference | tuple[ImageU8, NDArray[Any]]) -> Reference:
+    if isinstance(pair, Reference):
+        return pair
+    rgb, mask = pair
+    u8 = mask if mask.dtype == np.uint8 else np.clip(mask.astype(np.float32) * 255 + 0.5, 0, 255).astype(np.uint8)
+    return Reference(rgb, make_guidance(u8, rgb.shape[:2], "the mask", notice=lambda _: None))

@@ -1,0 +1,109 @@
+"""Read references and their masks, and refuse those that cannot show anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icm_cli.errors import ImageError, UsageError
+from icm_cli.files import digest_of
+from icm_cli.geometry import ImageU8, resize, same_shape
+from icm_cli.images.reading import read_picture
+from icm_cli.matting.masks import Mask, read_mask
+
+FOREGROUND_THRESHOLD = 0.5
+"""A soft mask's pixels above this are foreground (published code)."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A picture, sRGB uint8 [H,W,3], and the guidance bool [H,W] that marks the thing in it.
+
+    ``unknown`` bool [H,W] marks what counts as neither the thing nor the rest, where a mask says so.
+    """
+
+    rgb: ImageU8
+    guidance: NDArray[np.bool_]
+    unknown: NDArray[np.bool_] | None = None
+
+    @property
+    def digest(self) -> str:
+        """Hash of its content."""
+        unknown = b"" if self.unknown is None else self.unknown.tobytes()
+        return digest_of(self.rgb.tobytes(), self.guidance.tobytes(), unknown, str(self.rgb.shape))
+
+
+def read_references(
+    refs: Sequence[Path], masks: Sequence[Path], notice: Callable[[str], None], label: str | None = None
+) -> list[Reference]:
+    """Read every reference with its mask; without masks each reference must be an RGBA cut-out.
+
+    ``label``: which value, index or colour of the masks is the thing, where they have several.
+
+    Raises UsageError, naming the file and what is wrong with it.
+    """
+    if not refs:
+        raise UsageError("no reference was given; give --ref IMAGE and --mask MASK")
+    if masks and len(masks) != len(refs):
+        raise UsageError(
+            f"{len(refs)} references but {len(masks)} masks were given; give one --mask for each --ref, in their order"
+        )
+    if label is not None and not masks:
+        raise UsageError("--mask-label says which label of a mask is meant, and there is no --mask; leave it out")
+    return [_read_reference(ref, masks[n] if masks else None, label, notice) for n, ref in enumerate(refs)]
+
+
+def make_guidance(mask: ImageU8, size: tuple[int, int], name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
+    """A mask uint8 [h,w] -> guidance bool of the reference's size (height, width).
+
+    ``name`` stands for the mask in messages. Raises UsageError when it has another shape, is empty or full.
+    """
+    if mask.shape != size:
+        _check_aspect(mask.shape, size, name)
+        notice(f"{name} is {_size(mask.shape)} and its reference {_size(size)}; the mask was resized")
+        mask = resize(mask, size)
+    guidance: NDArray[np.bool_] = mask > FOREGROUND_THRESHOLD * 255
+    if not guidance.any():
+        raise UsageError(
+            f"{name} is empty: no pixel is above half, so it shows nothing; give one with the thing in white"
+        )
+    if guidance.all():
+        raise UsageError(f"{name} is full: every pixel is foreground, so nothing tells the thing from the rest")
+    return guidance
+
+
+def _read_reference(ref: Path, mask: Path | None, label: str | None, notice: Callable[[str], None]) -> Reference:
+    try:
+        picture = read_picture(ref)
+        if mask is not None:
+            return _masked(picture.rgb, read_mask(mask, label, notice), f"mask {mask}", notice)
+        if picture.alpha is not None and picture.alpha.min() != picture.alpha.max():
+            name = f"the alpha of reference {ref}"
+            return Reference(picture.rgb, make_guidance(picture.alpha, picture.rgb.shape[:2], name, notice))
+        raise UsageError(f"reference {ref} has no mask and is no RGBA cut-out; give --mask with the thing in white")
+    except ImageError as error:
+        raise UsageError(f"reference or mask cannot be used: {error}") from error
+
+
+def _masked(rgb: ImageU8, mask: Mask, name: str, notice: Callable[[str], None]) -> Reference:
+    guidance = make_guidance(mask.inside.astype(np.uint8) * 255, rgb.shape[:2], name, notice)
+    if not mask.unknown.any():
+        return Reference(rgb, guidance)
+    unknown = resize(mask.unknown.astype(np.uint8) * 255, guidance.shape) > 0
+    return Reference(rgb, guidance, unknown & ~guidance)
+
+
+def _check_aspect(mask: tuple[int, ...], reference: tuple[int, int], name: str) -> None:
+    if not same_shape(mask, reference):
+        raise UsageError(
+            f"{name} is {_size(mask)} and its reference {_size(reference)}, another shape; "
+            "give a mask drawn on this very picture"
+        )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}"

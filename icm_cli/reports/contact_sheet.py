@@ -1,0 +1,60 @@
+"""A picture of the run: source, alpha, and cut-out on grey, a row an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from icm_cli.files import atomic_write
+from icm_cli.geometry import ImageU8
+from icm_cli.images.reading import read_matte, read_picture
+from icm_cli.reports.result import ImageResult
+
+MOST_ROWS = 48
+"""A sheet of more rows is no longer looked at; from more images this many are taken evenly."""
+CELL_PX = 240
+CAPTION_PX = 18
+GREY = 128
+
+
+def write_contact_sheet(path: Path, results: Sequence[ImageResult]) -> None:
+    """Write the sheet of every image that has its alpha (at most MOST_ROWS, evenly taken). Raises OutputError."""
+    shown = evenly([result for result in results if result.has_alpha], MOST_ROWS)
+    rows = [_row(result) for result in shown]
+    sheet = np.concatenate(rows) if rows else np.full((CELL_PX, 3 * CELL_PX, 3), GREY, np.uint8)
+    with atomic_write(path) as file:
+        Image.fromarray(sheet).save(file, format="PNG", optimize=True)
+
+
+def cut_out(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
+    """The thing on grey: uint8 [H,W,3] from a picture [H,W,3] and its alpha [H,W]."""
+    weight = alpha[..., None].astype(np.float32) / 255.0
+    return np.asarray(rgb * weight + GREY * (1 - weight) + 0.5).astype(np.uint8)
+
+
+def _row(result: ImageResult) -> ImageU8:
+    rgb = _thumbnail(read_picture(Path(result.source)).rgb)
+    alpha = _thumbnail(read_matte(Path(result.output)))
+    row = Image.new("RGB", (3 * CELL_PX, CELL_PX + CAPTION_PX), (24, 24, 24))
+    for column, cell in enumerate((rgb, np.repeat(alpha[..., None], 3, -1), cut_out(rgb, alpha))):
+        left, top = (CELL_PX - cell.shape[1]) // 2, (CELL_PX - cell.shape[0]) // 2
+        row.paste(Image.fromarray(cell), (column * CELL_PX + left, top))
+    caption = Path(result.source).name + ("   reference's thing not found" if result.not_found else "")
+    ImageDraw.Draw(row).text((4, CELL_PX + 3), caption, fill=(220, 220, 220))
+    return np.asarray(row)
+
+
+def _thumbnail(image: ImageU8) -> ImageU8:
+    small = Image.fromarray(image)
+    small.thumbnail((CELL_PX - 4, CELL_PX - 4), Image.Resampling.BOX)
+    return np.asarray(small)
+
+
+def evenly(results: Sequence[ImageResult], most: int) -> list[ImageResult]:
+    """At most ``most`` of them, evenly taken."""
+    if len(results) <= most:
+        return list(results)
+    return [results[index] for index in np.linspace(0, len(results) - 1, most).round().astype(int)]

@@ -1,0 +1,1 @@
+"""Scores: alphas measured against ground truth in processes beside the model."""

@@ -1,0 +1,66 @@
+"""Ctrl-C and SIGTERM while training: the step in hand is finished and saved before they take effect."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """Within it, a first signal is only noted; leaving it gives the signal to whoever had it before.
+
+    A second signal takes effect at once. Outside the main thread, where signals never arrive, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._is_main = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> Self:
+        if self._is_main:
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._is_main:
+            self._restore()
+        if self.received is not None and kind is None:
+            signal.raise_signal(self.received)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+class Interrupt:
+    """Turns the first Ctrl-C or SIGTERM into a KeyboardInterrupt; later ones let the writes in hand finish."""
+
+    def __init__(self) -> None:
+        self.exit_code = SIGNAL_EXIT_CODES[signal.SIGINT]
+        self._is_raised = False
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNAL_EXIT_CODES}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self._is_raised:
+            return
+        self._is_raised = True
+        self.exit_code = SIGNAL_EXIT_CODES[signal.Signals(number)]
+        raise KeyboardInterrupt

@@ -1,0 +1,167 @@
+"""Items as pixels: photographs as they are, and things cut out of them with their own colours.
+
+Sizes are (height, width); a cut-out's colours are premultiplied, so that warping mixes in nothing from outside it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import cv2
+import numpy as np
+
+from icm_cli.errors import ImageError
+from icm_cli.geometry import Float, ImageU8, resize
+from icm_cli.images.reading import read_matte, read_picture
+from icm_cli.model.closed_form import load_foreground_estimator
+from icm_cli.training.data.pool import Item
+
+KEPT_BYTES = 500_000_000
+"""Of decoded items of a kind that a process keeps at hand."""
+VISIBLE_U8 = 8
+"""Alpha above which a cut-out's bounding box counts a pixel."""
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def kept(function: Callable[P, T]) -> Callable[P, T]:
+    """Keep the latest results of a function of hashable arguments, as many as have room in ``KEPT_BYTES``.
+
+    (Layers are a hundred times larger for some canvases than for others, so counting them would not do.)
+    """
+    results: OrderedDict[Hashable, T] = OrderedDict()
+    total = 0
+
+    @functools.wraps(function)
+    def remembering(*args: P.args, **kwargs: P.kwargs) -> T:
+        nonlocal total
+        key = (args, tuple(sorted(kwargs.items())))
+        if key in results:
+            results.move_to_end(key)
+            return results[key]
+        result = results[key] = function(*args, **kwargs)
+        total += _bytes(result)
+        while total > KEPT_BYTES and len(results) > 1:
+            _, oldest = results.popitem(last=False)
+            total -= _bytes(oldest)
+        return result
+
+    return remembering
+
+
+def _bytes(layer: object) -> int:
+    arrays = [layer] if isinstance(layer, np.ndarray) else vars(layer).values()
+    return sum(each.nbytes for each in arrays if isinstance(each, np.ndarray))
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """rgb uint8 [h,w,3], alpha uint8 [h,w]; where a file gives one, trimap uint8 [h,w] in 0, 128, 255 and the coarse
+    alpha of a first stage, uint8 [h,w]."""
+
+    rgb: ImageU8
+    alpha: ImageU8
+    trimap: ImageU8 | None
+    coarse: ImageU8 | None = None
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """A thing's bounding box: colour float32 [h,w,3] 0..255, premultiplied; alpha float32 [h,w] 0..1."""
+
+    colour: Float
+    alpha: Float
+
+
+@kept
+def shrunk_photograph(item: Item, long_side_px: int) -> Photograph:
+    """Read an item, shrunk to ``long_side_px`` where it is larger; kept at hand. Raises ImageError."""
+    return photograph(item, long_side_px)
+
+
+def photograph(item: Item, long_side_px: int | None = None) -> Photograph:
+    """Read an item, shrunk to ``long_side_px`` where it is larger. Raises ImageError."""
+    rgb, alpha = _read(item)
+    size = within(alpha.shape, long_side_px or max(alpha.shape))
+    trimap = None if item.trimap is None else _read_trimap(item.trimap, alpha.shape, size)
+    coarse = None if item.coarse is None else resize(read_matte(item.coarse), size)
+    return Photograph(resize(rgb, size), _resized_alpha(alpha, size, is_binary=item.is_binary), trimap, coarse)
+
+
+@kept
+def cutout(item: Item, long_side_px: int) -> Cutout:
+    """Cut an item's thing out, its bounding box shrunk to ``long_side_px`` where it is larger. Raises ImageError.
+
+    The colours of a photograph are estimated first (Germer et al., "Fast Multi-Level Foreground Estimation", 2020):
+    what shines through a soft edge from its old background would be a halo on a new one, and would be learned.
+    """
+    rgb, alpha = _read(item)
+    rows, columns = (np.flatnonzero((alpha > VISIBLE_U8).any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        raise ImageError(f"the alpha of {item.image} is empty, so there is nothing to cut out")
+    margin = 2 + max(len(rows), len(columns)) // 32  # some background for the estimate
+    box = tuple(slice(max(0, ends[0] - margin), ends[-1] + 1 + margin) for ends in (rows, columns))
+    rgb, alpha = rgb[box], alpha[box]
+    size = within(alpha.shape, long_side_px)
+    weight = resize(alpha, size).astype(np.float32) / 255.0
+    if item.is_foreground:
+        colour = resize((rgb * (alpha[..., None] / np.float32(255))).astype(np.float32), size)
+    else:
+        estimated = load_foreground_estimator()(resize(rgb, size) / 255.0, weight.astype(np.float64))
+        colour = (estimated * 255.0 * weight[..., None]).astype(np.float32)
+    return Cutout(colour, weight)
+
+
+@kept
+def background(path: Path, long_side_px: int) -> ImageU8:
+    """Read a picture, uint8 [h,w,3], shrunk to ``long_side_px`` where it is larger. Raises ImageError."""
+    rgb = read_picture(path).rgb
+    return resize(rgb, within(rgb.shape[:2], long_side_px))
+
+
+def within(size: tuple[int, ...], long_side_px: int) -> tuple[int, int]:
+    """The size with its long side at most ``long_side_px``."""
+    scale = min(1.0, long_side_px / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _read(item: Item) -> tuple[ImageU8, ImageU8]:
+    picture = read_picture(item.image)
+    if item.alpha is not None:
+        alpha = read_matte(item.alpha)
+    elif picture.alpha is not None:
+        alpha = picture.alpha
+    else:
+        raise ImageError(f"{item.image} has no alpha; expected an RGBA cut-out")
+    if alpha.shape != picture.rgb.shape[:2]:
+        if not item.is_binary:
+            raise ImageError(
+                f"{item.image} is {picture.rgb.shape[1]}x{picture.rgb.shape[0]} and its alpha {item.alpha} "
+                f"{alpha.shape[1]}x{alpha.shape[0]}; expected one size"
+            )
+        alpha = resize(alpha, (picture.rgb.shape[0], picture.rgb.shape[1]))  # Open Images' masks have their own sizes
+    if item.is_binary:
+        alpha = np.where(alpha > 127, 255, 0).astype(np.uint8)
+    if item.soften_px:
+        alpha = np.asarray(cv2.GaussianBlur(alpha, (0, 0), item.soften_px), np.uint8)
+    return picture.rgb, alpha
+
+
+def _resized_alpha(alpha: ImageU8, size: tuple[int, int], *, is_binary: bool) -> ImageU8:
+    small = resize(alpha, size)
+    return np.where(small > 127, 255, 0).astype(np.uint8) if is_binary else small
+
+
+def _read_trimap(path: Path, shape: tuple[int, ...], size: tuple[int, int]) -> ImageU8:
+    trimap = read_matte(path)
+    if trimap.shape != shape:
+        raise ImageError(f"trimap {path} is {trimap.shape[1]}x{trimap.shape[0]}, not its image's {shape[1]}x{shape[0]}")
+    levels = np.where(trimap < 85, 0, np.where(trimap >= 170, 255, 128)).astype(np.uint8)
+    return np.asarray(cv2.resize(levels, size[::-1], interpolation=cv2.INTER_NEAREST), np.uint8)

@@ -1,0 +1,91 @@
+"""Coarse alphas made from true ones: what a first stage, or a person in a hurry, would have given.
+
+Every function draws from the generator it is given and from nothing else.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from icm_cli.geometry import Float
+from icm_cli.training.data.augment import Rng
+
+LEAST = 1e-3
+TOKEN_SHARE = (1 / 52, 1 / 14)
+"""Side of a token's cell, as a share of the picture's long side."""
+
+
+def by_tokens(alpha: Float, rng: Rng) -> Float:
+    """An alpha [H,W] 0..1 as tokens tell it: means over large cells, wrong by smooth noise, with holes and blobs."""
+    height, width = alpha.shape
+    cell = max(height, width) * np.exp(rng.uniform(*np.log(TOKEN_SHARE)))
+    rows, columns = max(2, round(height / cell)), max(2, round(width / cell))
+    shifted = _shifted(alpha, rng.uniform(-0.6, 0.6, 2) * cell * (rng.random() < 0.5))
+    if rng.random() < 0.4:
+        shifted = _grown(shifted, rng.uniform(-0.6, 0.6) * cell)
+    grid = cv2.resize(shifted, (columns, rows), interpolation=cv2.INTER_AREA)
+    logit = np.log((grid + 0.02) / (1.02 - grid)) * rng.uniform(0.5, 2.0) + rng.uniform(-0.7, 0.7)
+    logit += smooth_noise((rows, columns), rng.uniform(1.0, 4.0), rng) * rng.uniform(0.0, 1.6)
+    logit += rng.standard_normal((rows, columns)) * rng.uniform(0.0, 0.8)
+    for strength in (-1.0, 1.0):
+        if rng.random() < 0.35:
+            logit += strength * rng.uniform(1.0, 4.5) * _blob((rows, columns), rng)
+    coarse = 1.0 / (1.0 + np.exp(-logit))
+    return np.asarray(cv2.resize(coarse.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR))
+
+
+def by_outline(alpha: Float, rng: Rng) -> Float:
+    """An alpha [H,W] 0..1 with its outline moved by a few pixels, hardened at times, and blurred."""
+    reach = float(np.exp(rng.uniform(np.log(0.5), np.log(6.0))))
+    coarse = (alpha > rng.uniform(0.3, 0.7)).astype(np.float32) if rng.random() < 0.5 else alpha
+    if rng.random() < 0.7:
+        coarse = _warped(coarse, reach, rng)
+    if rng.random() < 0.5:
+        coarse = _grown(coarse, rng.uniform(-1.0, 1.0) * reach)
+    if rng.random() < 0.25:
+        holes = _blob(alpha.shape, rng, largest=0.15)
+        coarse = coarse * (1 - holes) if rng.random() < 0.6 else np.maximum(coarse, holes * rng.uniform(0.2, 0.8))
+    if rng.random() < 0.85:
+        coarse = np.asarray(
+            cv2.GaussianBlur(coarse, (0, 0), float(np.exp(rng.uniform(np.log(0.5), np.log(5.0))))), np.float32
+        )
+    return np.clip(coarse, 0.0, 1.0).astype(np.float32)
+
+
+def smooth_noise(size: tuple[int, int], cell: float, rng: Rng) -> Float:
+    """Normal noise [H,W] that changes over about ``cell`` pixels, of deviation near 1."""
+    small = rng.standard_normal((max(2, round(size[0] / cell)), max(2, round(size[1] / cell)))).astype(np.float32)
+    return np.asarray(cv2.resize(small, size[::-1], interpolation=cv2.INTER_CUBIC))
+
+
+def _shifted(alpha: Float, by: np.ndarray) -> Float:
+    matrix = np.array([[1, 0, by[0]], [0, 1, by[1]]], np.float32)
+    return np.asarray(cv2.warpAffine(alpha, matrix, alpha.shape[::-1], borderMode=cv2.BORDER_REPLICATE))
+
+
+def _grown(alpha: Float, px: float) -> Float:
+    reach = round(abs(px))
+    if not reach:
+        return alpha
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
+    return np.asarray(cv2.dilate(alpha, kernel) if px > 0 else cv2.erode(alpha, kernel))
+
+
+def _warped(alpha: Float, reach: float, rng: Rng) -> Float:
+    cell = rng.uniform(4.0, 12.0) * max(1.0, reach)
+    height, width = alpha.shape
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    dx, dy = (smooth_noise(alpha.shape, cell, rng) * np.float32(reach * 0.7) for _ in range(2))
+    return np.asarray(cv2.remap(alpha, x + dx, y + dy, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))
+
+
+def _blob(size: tuple[int, int], rng: Rng, largest: float = 0.3) -> Float:
+    """A soft ellipse somewhere, 1 inside."""
+    height, width = size
+    blob = np.zeros(size, np.float32)
+    centre = rng.uniform(0, width), rng.uniform(0, height)
+    axes = rng.uniform(0.04, largest, 2) * max(size)
+    box = (centre, (float(2 * max(axes[0], 0.7)), float(2 * max(axes[1], 0.7))), float(rng.uniform(0, 180)))
+    cv2.ellipse(blob, box, 1.0, -1)
+    return np.asarray(cv2.GaussianBlur(blob, (0, 0), max(0.5, 0.15 * float(min(axes)))))

@@ -1,0 +1,92 @@
+"""The layers of the code: a file imports from its own package or from lower layers, and never in a circle."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "icm_cli"
+LAYERS = (
+    ("errors", "problems", "signals"),
+    ("config", "environment", "files"),
+    ("geometry", "device"),
+    ("guided_filter", "images"),
+    ("model", "reports"),
+    ("events",),
+    ("datasets",),
+    ("scoring",),
+    ("matting",),
+    ("evaluation",),
+    ("training",),
+    ("terminal",),
+    ("cli", "__init__"),
+)
+"""From the lowest to the highest; those side by side know nothing of each other."""
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    return found
+
+
+def imported(path: Path, known: set[str]) -> Iterator[str]:
+    """Names of icm's modules that a file imports, at its head or within a function; for type checkers alone is none."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "icm_cli":
+            base = (node.module or "").removeprefix("icm_cli").lstrip(".")
+            for alias in node.names:
+                whole = f"{base}.{alias.name}".lstrip(".")
+                if whole in known or base:
+                    yield whole if whole in known else base
+        if isinstance(node, ast.Import):
+            yield from (each.name.removeprefix("icm_cli.") for each in node.names if each.name.startswith("icm_cli."))
+
+
+GRAPH = {name: set(imported(path, set(modules()))) - {name} for name, path in modules().items()}
+
+
+def test_every_file_has_a_layer() -> None:
+    assert {name.split(".")[0] for name in GRAPH} == set(LEVEL)
+    assert len(list(PACKAGE.glob("*.py"))) <= 14
+
+
+def test_imports_go_down() -> None:
+    up = [
+        f"{name} -> {other}"
+        for name, others in GRAPH.items()
+        for other in others
+        if name.split(".")[0] != other.split(".")[0] and LEVEL[name.split(".")[0]] <= LEVEL[other.split(".")[0]]
+    ]
+    assert not up
+
+
+def test_no_circle() -> None:
+    list(graphlib.TopologicalSorter(GRAPH).static_order())  # raises CycleError, which names it
+
+
+@pytest.mark.parametrize("kept_out", ["datasets", "evaluation", "scoring", "training"])
+def test_matte_imports_what_it_needs(kept_out: str) -> None:
+    code = (
+        f"import icm_cli.matting.matte, sys; assert not [m for m in sys.modules if m.startswith('icm_cli.{kept_out}')]"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
