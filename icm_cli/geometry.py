@@ -7,6 +7,7 @@ right and below is edge replication, never reflection, which would double the ob
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar, cast
 
@@ -18,6 +19,8 @@ ImageU8: TypeAlias = NDArray[np.uint8]
 Float: TypeAlias = NDArray[np.float32]
 Pixels = TypeVar("Pixels", ImageU8, Float)
 
+HALF_U8 = 127
+"""An alpha of uint8 above this is foreground."""
 ASPECT_TOLERANCE = 0.01
 """Largest relative difference between the aspect ratios of pictures that count as one shape."""
 
@@ -100,9 +103,25 @@ def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
     return cast(Pixels, cv2.resize(image, size[::-1], interpolation=how))
 
 
+def within(size: Sequence[int], long_side_px: int) -> tuple[int, int]:
+    """(height, width) scaled down so that the longer is at most ``long_side_px``."""
+    scale = min(1.0, long_side_px / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def binary(alpha: ImageU8) -> ImageU8:
+    """An alpha uint8 as 0 and 255, above and up to one half."""
+    return np.where(alpha > HALF_U8, 255, 0).astype(np.uint8)
+
+
+def rounded_u8(values: Float) -> ImageU8:
+    """Values 0..255 (anything outside is clipped) -> uint8, rounded to nearest."""
+    return np.clip(values + 0.5, 0, 255).astype(np.uint8)
+
+
 def to_u8(alpha: Float) -> ImageU8:
     """Alpha 0..1 (anything outside is clipped) -> uint8 0..255, rounded to nearest."""
-    return cast(ImageU8, np.clip(alpha * 255.0 + 0.5, 0, 255).astype(np.uint8))
+    return rounded_u8(alpha * np.float32(255.0))
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 def test_help_does_not_wait_for_torch() -> None:
     code = (
         "import sys; from icm_cli.cli import app\n"
-        "for command in ('matte', 'eval'):\n"
+        "for command in ('matte', 'eval', 'train'):\n"
         "    try: app([command, '--help'])\n"
         "    except SystemExit: pass\n"
         "heavy = {'torch', 'diffusers', 'cv2', 'numpy', 'PIL', 'transformers', 'pymatting'} & set(sys.modules)\n"

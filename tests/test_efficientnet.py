@@ -5,9 +5,9 @@ from __future__ import annotations
 import cv2
 import torch
 import torch.nn.functional as F
+from conftest import DEMO
 
 from icm_cli.model.backbones.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig, _weights_path
-from tests.conftest import DEMO
 
 CATS = range(281, 286)
 """ImageNet's classes of domestic cats."""

@@ -16,9 +16,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import Icm, alphas, arguments, copy_many, read
 
 from icm_cli.matting.predictor import Predictor
-from tests.conftest import Icm, alphas, arguments, copy_many, read
 
 
 def sentence(stderr: str) -> str:

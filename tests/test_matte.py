@@ -16,10 +16,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import DEMO, Icm, alphas, arguments, copy_many, read, shrink
 from PIL import Image
 
 import icm_cli
-from tests.conftest import DEMO, Icm, alphas, arguments, copy_many, read, shrink
 
 NAMES = ["pad.0101.png", "sub/deep.png", "wall.png"]
 
@@ -149,10 +149,20 @@ def test_a_ground_truth_of_another_size_fails_that_image_alone(icm: Icm, scene: 
 
 
 def test_contact_sheet(icm: Icm, scene: Path) -> None:
+    """Source, alpha and cut-out of each image, in the order of their names."""
     assert icm(contact_sheet=scene / "sheet.png").exit_code == 0
-    height, width, _ = read(scene / "sheet.png").shape
-    assert width == 720
-    assert height == 3 * 258
+    sheet = read(scene / "sheet.png")
+    assert sheet.shape == (3 * 258, 3 * 240, 3)
+    for row, name in enumerate(NAMES):
+        alpha = read(scene / "out" / name)
+        source = read(next((scene / "imgs").glob(f"{name.removesuffix('.png')}.*")))[..., :3]
+        for column, picture in enumerate((source, np.repeat(alpha[..., None], 3, -1))):
+            scale = min(1.0, 236 / max(alpha.shape))
+            height, width = (round(side * scale) for side in alpha.shape)
+            expected = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+            top, left = row * 258 + (240 - height) // 2, column * 240 + (240 - width) // 2
+            shown = sheet[top : top + height, left : left + width]
+            assert np.abs(shown.astype(int) - expected).mean() < 4, (name, column)
 
 
 def test_dry_run_lists_and_writes_nothing(icm: Icm, scene: Path) -> None:
@@ -224,10 +234,19 @@ def test_sources_of_all_kinds_get_their_alpha(icm: Icm, scene: Path) -> None:
 
 
 def test_several_references_and_cut_outs(icm: Icm, scene: Path) -> None:
+    """Both references count: the alphas are those of neither alone."""
     cut = np.dstack([read(scene / "ref.png")[..., :3], read(scene / "mask.png")])
     cv2.imwrite(str(scene / "cut.png"), cut)
-    assert icm(ref=[scene / "cut.png", scene / "cut.png"], mask=None).exit_code == 0
-    assert sorted(alphas(scene / "out")) == NAMES
+    picture, alpha = (read(next((DEMO / kind).glob("brickwall.*"))) for kind in ("imgs", "alphas"))
+    cv2.imwrite(str(scene / "whole.png"), np.dstack([picture[..., :3], alpha]))
+    shrink(scene / "whole.png", scene / "other.png", 160)
+    made = []
+    for number, references in enumerate((["cut.png"], ["other.png"], ["cut.png", "other.png"])):
+        out = scene / f"out{number}"
+        assert icm(ref=[scene / name for name in references], mask=None, out=out).exit_code == 0
+        assert sorted(alphas(out)) == NAMES
+        made.append(read(out / "sub" / "deep.png").astype(int))
+    assert min(np.abs(made[2] - alone).max() for alone in made[:2]) > 8
 
 
 def test_the_api_is_the_command(icm: Icm, scene: Path, small_model: Path) -> None:

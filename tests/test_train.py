@@ -16,6 +16,9 @@ from tiny_sd import tiny_detail_yaml, write_tiny_sd
 from train_data import PLAIN, change, log, metadata, same_weights, train, weights, write_config
 
 from icm_cli.files import cache_folder
+from icm_cli.training.data.pool import read_pool
+from icm_cli.training.settings import read_settings
+from icm_cli.training.stages import make_stage
 
 
 @pytest.fixture
@@ -171,7 +174,13 @@ def test_a_preview_trains_nothing(config: Path, out: Path) -> None:
     done = train(config, out, preview=3)
     assert done.exit_code == 0, done.output
     sheet = read(out / "preview.png")
-    assert sheet.shape == (3 * 240, 5 * 224, 3)
+    assert sheet.shape == (3 * 258, 5 * 240, 3)
+    settings = read_settings(str(config))
+    stage = make_stage(settings, read_pool(settings.data, settings.train.pairs))
+    for row in range(3):
+        for column, cell in enumerate(stage.preview(row)[1]):
+            shown = sheet[row * 258 :][72:168, column * 240 + 72 : column * 240 + 168]  # 96 px in the middle of a cell
+            assert (shown[..., ::-1] == cell).all(), (row, column)
     assert [path.name for path in out.iterdir()] == ["preview.png"]
 
 

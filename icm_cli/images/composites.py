@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from icm_cli.errors import ImageError
-from icm_cli.geometry import ImageU8
+from icm_cli.geometry import ImageU8, rounded_u8
 from icm_cli.images.reading import Picture, read_matte, read_picture
 
 
@@ -43,7 +43,7 @@ class Composite:
             )
         background = _covering(read_picture(self.background).rgb, *alpha.shape)
         weight = alpha[..., None] / np.float32(255)
-        return Picture((foreground * weight + background * (1 - weight) + 0.5).astype(np.uint8), None)
+        return Picture(rounded_u8(np.asarray(foreground * weight + background * (1 - weight), np.float32)), None)
 
 
 def read_source(source: Path | Composite) -> Picture:

@@ -136,5 +136,5 @@ def _as_reference(pair: Reference | tuple[ImageU8, NDArray[Any]]) -> Reference:
     if isinstance(pair, Reference):
         return pair
     rgb, mask = pair
-    u8 = mask if mask.dtype == np.uint8 else np.clip(mask.astype(np.float32) * 255 + 0.5, 0, 255).astype(np.uint8)
+    u8 = mask if mask.dtype == np.uint8 else to_u8(mask.astype(np.float32))
     return Reference(rgb, make_guidance(u8, rgb.shape[:2], "the mask", notice=lambda _: None))

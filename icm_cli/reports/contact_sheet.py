@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from icm_cli.files import atomic_write
-from icm_cli.geometry import ImageU8
+from icm_cli.geometry import ImageU8, rounded_u8
 from icm_cli.images.reading import read_matte, read_picture
 from icm_cli.reports.result import ImageResult
 
@@ -32,22 +32,28 @@ def write_contact_sheet(path: Path, results: Sequence[ImageResult]) -> None:
 def cut_out(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
     """The thing on grey: uint8 [H,W,3] from a picture [H,W,3] and its alpha [H,W]."""
     weight = alpha[..., None].astype(np.float32) / 255.0
-    return np.asarray(rgb * weight + GREY * (1 - weight) + 0.5).astype(np.uint8)
+    return rounded_u8(rgb * weight + GREY * (1 - weight))
 
 
 def _row(result: ImageResult) -> ImageU8:
-    rgb = _thumbnail(read_picture(Path(result.source)).rgb)
-    alpha = _thumbnail(read_matte(Path(result.output)))
-    row = Image.new("RGB", (3 * CELL_PX, CELL_PX + CAPTION_PX), (24, 24, 24))
-    for column, cell in enumerate((rgb, np.repeat(alpha[..., None], 3, -1), cut_out(rgb, alpha))):
+    rgb = thumbnail(read_picture(Path(result.source)).rgb)
+    alpha = thumbnail(read_matte(Path(result.output)))
+    caption = Path(result.source).name + ("   reference's thing not found" if result.not_found else "")
+    return captioned_row([rgb, np.repeat(alpha[..., None], 3, -1), cut_out(rgb, alpha)], caption)
+
+
+def captioned_row(cells: Sequence[ImageU8], caption: str) -> ImageU8:
+    """Pictures uint8 [h,w,3] of at most CELL_PX side by side, and a line of text below them: uint8 [H,W,3]."""
+    row = Image.new("RGB", (len(cells) * CELL_PX, CELL_PX + CAPTION_PX), (24, 24, 24))
+    for column, cell in enumerate(cells):
         left, top = (CELL_PX - cell.shape[1]) // 2, (CELL_PX - cell.shape[0]) // 2
         row.paste(Image.fromarray(cell), (column * CELL_PX + left, top))
-    caption = Path(result.source).name + ("   reference's thing not found" if result.not_found else "")
     ImageDraw.Draw(row).text((4, CELL_PX + 3), caption, fill=(220, 220, 220))
     return np.asarray(row)
 
 
-def _thumbnail(image: ImageU8) -> ImageU8:
+def thumbnail(image: ImageU8) -> ImageU8:
+    """A picture shrunk to fit a cell."""
     small = Image.fromarray(image)
     small.thumbnail((CELL_PX - 4, CELL_PX - 4), Image.Resampling.BOX)
     return np.asarray(small)

@@ -27,6 +27,8 @@ from icm_cli.reports.scores import Lineage, Region, Scores
 
 UNKNOWN = 128
 """The value of a trimap's unknown pixels."""
+BOUNDS_OF_UNKNOWN = (85, 170)
+"""Values of a trimap from the first to below the second are unknown, as some files hold other ones than 128."""
 SIGMA = 1.4
 """Of the Gaussian whose derivatives GRAD compares, in pixels."""
 SMALLEST_TAP = 1e-2

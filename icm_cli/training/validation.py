@@ -11,6 +11,7 @@ from icm_cli.datasets.samples import Sample
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.events import Listener
+from icm_cli.geometry import HALF_U8
 from icm_cli.images.reading import read_matte
 from icm_cli.reports.result import ImageResult
 from icm_cli.training.learner import Learner
@@ -39,7 +40,7 @@ def _can_be_scored(samples: Sequence[Sample]) -> bool:
         return False
     for sample in samples:
         with contextlib.suppress(ImageError):
-            if (read_matte(sample.alpha) > 127).any():
+            if (read_matte(sample.alpha) > HALF_U8).any():
                 return True
     return False
 

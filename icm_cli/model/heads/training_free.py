@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icm_cli.errors import ConfigError
+from icm_cli.geometry import within
 from icm_cli.model.closed_form import load_solver, solve_alpha
 from icm_cli.model.contracts import Features, Head, Matte, ReferenceFeatures
 from icm_cli.model.guidance import ReferenceTokens, reference_tokens
@@ -152,7 +153,7 @@ class TrainingFree(Head):
 
     def _matte(self, contrast: Tensor, image: Tensor) -> Tensor:
         """Alpha [H,W] of one frame without padding: contrast [H,W], sRGB [3,H,W] in 0..1, on the CPU."""
-        size = _within(image.shape[1:], self.config.solve_long_side_px)
+        size = within(image.shape[1:], self.config.solve_long_side_px)
         small = F.interpolate(torch.cat([image, contrast[None]])[None], size=size, mode="area")[0]
         rgb, trimap = small[:3].permute(1, 2, 0), self.trimap(small[3])
         alpha = torch.from_numpy(solve_alpha(rgb.double().numpy(), trimap.double().numpy())).float()
@@ -206,12 +207,6 @@ def _magnified(grid: Tensor, factor: int) -> Tensor:
 def _content(valid: Tensor) -> tuple[int, int]:
     """Height and width of the frame in valid [H,W]; it lies in the top left corner."""
     return int(valid.any(dim=1).sum()), int(valid.any(dim=0).sum())
-
-
-def _within(size: Sequence[int], long_side: int) -> tuple[int, int]:
-    """(height, width) scaled down so that the longer is at most ``long_side``."""
-    scale = min(1.0, long_side / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 REGISTERED = TrainingFree

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.geometry import Float, ImageU8
+from icm_cli.geometry import HALF_U8, Float, ImageU8, rounded_u8
 from icm_cli.training.settings import AugmentConfig, PairConfig
 
 Rng = np.random.Generator
@@ -83,7 +83,7 @@ def jittered_guidance(alpha: ImageU8, config: PairConfig, rng: Rng) -> NDArray[n
 
     Never empty where any pixel of the alpha is above half.
     """
-    mask = (alpha > 127).astype(np.uint8)
+    mask = (alpha > HALF_U8).astype(np.uint8)
     kind = rng.random()
     if kind < config.point_share:
         return _marked(mask, _inner_points(mask, 1, rng))
@@ -129,4 +129,4 @@ def _marked(mask: ImageU8, points: NDArray[np.int32]) -> NDArray[np.bool_]:
 
 
 def _to_u8(image: Float) -> ImageU8:
-    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
+    return rounded_u8(image)

@@ -5,55 +5,24 @@ Sizes are (height, width); a cut-out's colours are premultiplied, so that warpin
 
 from __future__ import annotations
 
-import functools
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import cv2
 import numpy as np
+from cachetools import LRUCache, cached
 
 from icm_cli.errors import ImageError
-from icm_cli.geometry import Float, ImageU8, resize
+from icm_cli.geometry import Float, ImageU8, binary, resize, within
 from icm_cli.images.reading import read_matte, read_picture
 from icm_cli.model.closed_form import load_foreground_estimator
+from icm_cli.scoring.metrics import BOUNDS_OF_UNKNOWN, UNKNOWN
 from icm_cli.training.data.pool import Item
 
 KEPT_BYTES = 500_000_000
 """Of decoded items of a kind that a process keeps at hand."""
 VISIBLE_U8 = 8
 """Alpha above which a cut-out's bounding box counts a pixel."""
-
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def kept(function: Callable[P, T]) -> Callable[P, T]:
-    """Keep the latest results of a function of hashable arguments, as many as have room in ``KEPT_BYTES``.
-
-    (Layers are a hundred times larger for some canvases than for others, so counting them would not do.)
-    """
-    results: OrderedDict[Hashable, T] = OrderedDict()
-    total = 0
-
-    @functools.wraps(function)
-    def remembering(*args: P.args, **kwargs: P.kwargs) -> T:
-        nonlocal total
-        key = (args, tuple(sorted(kwargs.items())))
-        if key in results:
-            results.move_to_end(key)
-            return results[key]
-        result = results[key] = function(*args, **kwargs)
-        total += _bytes(result)
-        while total > KEPT_BYTES and len(results) > 1:
-            _, oldest = results.popitem(last=False)
-            total -= _bytes(oldest)
-        return result
-
-    return remembering
 
 
 def _bytes(layer: object) -> int:
@@ -80,7 +49,7 @@ class Cutout:
     alpha: Float
 
 
-@kept
+@cached(LRUCache(KEPT_BYTES, getsizeof=_bytes))
 def shrunk_photograph(item: Item, long_side_px: int) -> Photograph:
     """Read an item, shrunk to ``long_side_px`` where it is larger; kept at hand. Raises ImageError."""
     return photograph(item, long_side_px)
@@ -95,7 +64,7 @@ def photograph(item: Item, long_side_px: int | None = None) -> Photograph:
     return Photograph(resize(rgb, size), _resized_alpha(alpha, size, is_binary=item.is_binary), trimap, coarse)
 
 
-@kept
+@cached(LRUCache(KEPT_BYTES, getsizeof=_bytes))
 def cutout(item: Item, long_side_px: int) -> Cutout:
     """Cut an item's thing out, its bounding box shrunk to ``long_side_px`` where it is larger. Raises ImageError.
 
@@ -119,17 +88,11 @@ def cutout(item: Item, long_side_px: int) -> Cutout:
     return Cutout(colour, weight)
 
 
-@kept
+@cached(LRUCache(KEPT_BYTES, getsizeof=_bytes))
 def background(path: Path, long_side_px: int) -> ImageU8:
     """Read a picture, uint8 [h,w,3], shrunk to ``long_side_px`` where it is larger. Raises ImageError."""
     rgb = read_picture(path).rgb
     return resize(rgb, within(rgb.shape[:2], long_side_px))
-
-
-def within(size: tuple[int, ...], long_side_px: int) -> tuple[int, int]:
-    """The size with its long side at most ``long_side_px``."""
-    scale = min(1.0, long_side_px / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _read(item: Item) -> tuple[ImageU8, ImageU8]:
@@ -148,7 +111,7 @@ def _read(item: Item) -> tuple[ImageU8, ImageU8]:
             )
         alpha = resize(alpha, (picture.rgb.shape[0], picture.rgb.shape[1]))  # Open Images' masks have their own sizes
     if item.is_binary:
-        alpha = np.where(alpha > 127, 255, 0).astype(np.uint8)
+        alpha = binary(alpha)
     if item.soften_px:
         alpha = np.asarray(cv2.GaussianBlur(alpha, (0, 0), item.soften_px), np.uint8)
     return picture.rgb, alpha
@@ -156,12 +119,13 @@ def _read(item: Item) -> tuple[ImageU8, ImageU8]:
 
 def _resized_alpha(alpha: ImageU8, size: tuple[int, int], *, is_binary: bool) -> ImageU8:
     small = resize(alpha, size)
-    return np.where(small > 127, 255, 0).astype(np.uint8) if is_binary else small
+    return binary(small) if is_binary else small
 
 
 def _read_trimap(path: Path, shape: tuple[int, ...], size: tuple[int, int]) -> ImageU8:
     trimap = read_matte(path)
     if trimap.shape != shape:
         raise ImageError(f"trimap {path} is {trimap.shape[1]}x{trimap.shape[0]}, not its image's {shape[1]}x{shape[0]}")
-    levels = np.where(trimap < 85, 0, np.where(trimap >= 170, 255, 128)).astype(np.uint8)
+    lowest, known = BOUNDS_OF_UNKNOWN
+    levels = np.where(trimap < lowest, 0, np.where(trimap >= known, 255, UNKNOWN)).astype(np.uint8)
     return np.asarray(cv2.resize(levels, size[::-1], interpolation=cv2.INTER_NEAREST), np.uint8)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from icm_cli.errors import ImageError, TrainingError
-from icm_cli.geometry import ImageU8
+from icm_cli.geometry import ImageU8, binary
 from icm_cli.model.in_context_matting import TARGET_NOISE, Pairs, reference_noise
+from icm_cli.scoring.rule import trimap_of
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.augment import Rng, jittered_guidance
 from icm_cli.training.data.pool import Item, Pool
@@ -99,7 +99,7 @@ class SampleMaker(Dataset["TrainingSample | str"]):
         if others and rng.random() < pairs.reference_distractor_share:
             reference = self._scenes.distracted(reference, others[:1], rng)
         reference = self._scenes.finished(require_foreground(reference, shown), rng)
-        alpha = _binary(target.alpha) if item.is_binary else target.alpha
+        alpha = binary(target.alpha) if item.is_binary else target.alpha
         return TrainingSample(
             name=f"{name} by {shown.name}",
             counter=counter,
@@ -146,9 +146,7 @@ class SampleMaker(Dataset["TrainingSample | str"]):
         """The file's, moved with its picture; else unknown are 0 < alpha < 1, dilated."""
         if published is not None:
             return published
-        soft = ((alpha > 0) & (alpha < 255)).astype(np.uint8)
-        kernel = np.ones((self.config.trimap_kernel, self.config.trimap_kernel), np.uint8)
-        return np.where(cv2.dilate(soft, kernel) > 0, 128, alpha).astype(np.uint8)
+        return trimap_of(alpha, self.config.trimap_kernel)
 
 
 @dataclass(frozen=True)
@@ -212,7 +210,3 @@ def collated(samples: list[TrainingSample | str]) -> PairBatch | str:
 def _image(rgb: Tensor) -> Tensor:
     """uint8 [B,S,S,3] -> float32 [B,3,S,S] in 0..1."""
     return rgb.permute(0, 3, 1, 2).float() / 255.0
-
-
-def _binary(alpha: ImageU8) -> ImageU8:
-    return np.where(alpha > 127, 255, 0).astype(np.uint8)

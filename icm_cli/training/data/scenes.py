@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError
-from icm_cli.geometry import CanvasRule, Float, ImageU8
+from icm_cli.geometry import HALF_U8, CanvasRule, Float, ImageU8, binary, rounded_u8
 from icm_cli.training.data.augment import Affine, Rng, damage, place_cutout, place_photograph, recolour
 from icm_cli.training.data.layers import Cutout, background, cutout, photograph, shrunk_photograph
 from icm_cli.training.data.pool import Item
@@ -61,7 +61,7 @@ class SceneMaker:
         else:
             return self._whole(item)
         rgb = self._warped(layer.rgb, affine, cv2.BORDER_REPLICATE)
-        inside = self._warped(np.full(layer.alpha.shape, 255, np.uint8), affine) > 127
+        inside = self._warped(np.full(layer.alpha.shape, 255, np.uint8), affine) > HALF_U8
         trimap = None if layer.trimap is None else self._warped(layer.trimap, affine, how=cv2.INTER_NEAREST)
         coarse = None if layer.coarse is None else self._warped(layer.coarse, affine)
         return Scene(rgb, alpha, inside, trimap, coarse)
@@ -83,7 +83,9 @@ class SceneMaker:
     def composite(self, item: Item, behind: Scene, rng: Rng) -> Scene:
         """An item's thing before a scene, whose own alpha counts for nothing. Raises ImageError."""
         colour, weight = self._placed(cutout(item, self.canvas_px), LARGEST_THING, rng)
-        return replace(behind, rgb=_over(colour, weight, behind.rgb), alpha=_u8(weight * 255), trimap=None, coarse=None)
+        return replace(
+            behind, rgb=_over(colour, weight, behind.rgb), alpha=rounded_u8(weight * 255), trimap=None, coarse=None
+        )
 
     def distracted(self, scene: Scene, items: Sequence[Item], rng: Rng) -> Scene:
         """Paste other things over a scene; each hides at most some of what is wanted. Raises ImageError."""
@@ -109,7 +111,7 @@ class SceneMaker:
         valid = placement.valid()
         alpha = np.where(valid, placement.to_canvas(layer.alpha), 0).astype(np.uint8)
         if item.is_binary:
-            alpha = np.where(alpha > 127, 255, 0).astype(np.uint8)
+            alpha = binary(alpha)
         trimap = None
         if layer.trimap is not None:
             size = placement.content[::-1]
@@ -141,13 +143,13 @@ class SceneMaker:
 
 def require_foreground(scene: Scene, item: Item) -> Scene:
     """The scene; raises ImageError where nothing of it could be shown."""
-    if not (scene.alpha > 127).any():
+    if not (scene.alpha > HALF_U8).any():
         raise ImageError(f"the alpha of {item.image} has no pixel above half, so it can show nothing")
     return scene
 
 
 def _covered(scene: Scene, colour: Float, weight: Float) -> Scene:
-    alpha = _u8(scene.alpha * (1 - weight))
+    alpha = rounded_u8(scene.alpha * (1 - weight))
     trimap = scene.trimap
     if trimap is not None:
         soft_edge = (weight > 0) & (weight < 1) & (trimap > 0)
@@ -156,8 +158,4 @@ def _covered(scene: Scene, colour: Float, weight: Float) -> Scene:
 
 
 def _over(colour: Float, weight: Float, behind: ImageU8) -> ImageU8:
-    return _u8(colour + behind * (1 - weight[..., None]))
-
-
-def _u8(values: Float) -> ImageU8:
-    return np.clip(values + 0.5, 0, 255).astype(np.uint8)
+    return rounded_u8(colour + behind * (1 - weight[..., None]))

@@ -1,11 +1,8 @@
-"""Parts of training by themselves: the mean of the weights, kept features, the log, signals, the token-match head."""
+"""The token-match head on made-up features."""
 
 from __future__ import annotations
 
-import signal
-import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,126 +14,8 @@ from torch import Tensor
 from icm_cli.errors import ConfigError
 from icm_cli.model.contracts import Features, ReferenceFeatures
 from icm_cli.model.heads.token_match import TokenMatchConfig, TokenMatchHead
-from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity, inter_similarity
-from icm_cli.signals import StopSignals
-from icm_cli.training.feature_cache import joined, pack, unpacked
-from icm_cli.training.log import RunLog
-from icm_cli.training.optimisation import Ema
 
 SIDE = 64
-
-
-@given(values=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=8), decay=st.floats(0.5, 0.99))
-def test_the_mean_of_the_weights_is_a_mean(values: list[float], decay: float) -> None:
-    weight, counter = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
-    ema = Ema({"weight": weight, "counter": counter}, decay)
-    expected = 0.0
-    for step, value in enumerate(values):
-        weight.fill_(value)
-        counter += 1
-        ema.update(step)
-        now = min(decay, (1 + step) / (10 + step))
-        expected = now * expected + (1 - now) * value
-    assert ema.mean["weight"].item() == pytest.approx(expected, abs=1e-4)
-    assert ema.mean["counter"].item() == len(values)
-    with ema.swapped():
-        assert weight.item() == pytest.approx(expected, abs=1e-4)
-    assert weight.item() == values[-1]
-
-
-def test_without_a_decay_the_weights_are_their_own_mean() -> None:
-    weight = torch.zeros(1)
-    ema = Ema({"weight": weight}, None)
-    weight.fill_(3)
-    ema.update(0)
-    with ema.swapped():
-        assert weight.item() == 3
-
-
-def attention(tokens: int, seed: int) -> Tensor:
-    """Rows as sharp as Stable Diffusion's, with values far below half precision's smallest normal number."""
-    logits = 4 * torch.randn(1, tokens, tokens, generator=torch.Generator().manual_seed(seed))
-    return logits.softmax(-1)
-
-
-def test_kept_features_are_the_features() -> None:
-    feature = torch.randn(1, 8, 24, 24, generator=torch.Generator().manual_seed(0))
-    valid = torch.rand(1, 24, 24) > 0.2
-    coarse = torch.randn(1, 8, 12, 12)
-    intra = {16: AttentionMatrix(attention(576, 1), (24, 24)), 32: SelfSimilarity(coarse, valid[:, ::2, ::2], 0.15)}
-    features = Features(feature, valid, {16: feature, 32: coarse}, intra)  # type: ignore[arg-type]
-    tensors, texts = pack(features)
-    assert {"correspondence", "valid", "scale.32", "alike_valid.32", "matrix.16"} == set(tensors)  # each once
-    assert all(tensor.dtype in (torch.float16, torch.bool) for tensor in tensors.values())
-    back = unpacked(tensors, texts, torch.device("cpu"))
-    torch.testing.assert_close(back.correspondence, feature, rtol=1e-3, atol=1e-4)
-    assert torch.equal(back.valid, valid)
-    assert back.scales[16] is back.correspondence
-    kept, true = back.intra[16], intra[16]
-    assert isinstance(kept, AttentionMatrix)
-    assert isinstance(true, AttentionMatrix)
-    large = true.matrix() > 1e-7
-    assert true.matrix()[large].min() < 6e-6
-    assert (true.matrix() < 6e-5).float().mean() > 0.2
-    error = ((kept.matrix() - true.matrix()).abs() / true.matrix())[large]
-    assert error.max() < 2e-3  # unscaled, the small ones would be off by more than a tenth
-    values = torch.rand(1, 144, 2)
-    torch.testing.assert_close(back.intra[32].propagate(values), intra[32].propagate(values), rtol=1e-2, atol=1e-2)
-    two = joined([back, back])
-    assert two.correspondence.shape == (2, 8, 24, 24)
-    assert two.intra[32].propagate(values.expand(2, -1, -1)).shape == (2, 144, 2)
-
-
-def test_similarities_stay_float32_under_mixed_precision() -> None:
-    reference, target = torch.randn(5, 32), torch.randn(2, 40, 32)
-    valid = torch.ones(2, 40, dtype=torch.bool)
-    plain = inter_similarity(reference, target, valid)
-    matrix = AttentionMatrix(attention(40, 0).expand(2, -1, -1), (5, 8))
-    spread = matrix.propagate(plain[..., None])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (torch.randn(4, 4) @ torch.randn(4, 4)).dtype == torch.bfloat16
-        assert torch.equal(inter_similarity(reference, target, valid), plain)
-        assert torch.equal(matrix.propagate(plain[..., None]), spread)
-
-
-class TestStopSignals:
-    def test_a_signal_waits_for_the_end(self) -> None:
-        heard: list[int] = []
-        before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
-        try:
-            with StopSignals() as stop:
-                assert stop.received is None
-                signal.raise_signal(signal.SIGTERM)
-                assert stop.received == signal.SIGTERM
-                assert not heard
-                signal.raise_signal(signal.SIGTERM)  # the second takes effect at once
-                assert heard == [signal.SIGTERM]
-            assert heard == [signal.SIGTERM] * 2
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def test_in_another_thread_it_does_nothing(self) -> None:
-        def run() -> None:
-            with StopSignals() as stop:
-                results.append(stop.received)
-
-        results: list[object] = []
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        assert results == [None]
-
-
-def test_a_failing_log_is_told_once(tmp_path: Path) -> None:
-    told: list[str] = []
-    with RunLog(tmp_path, ("l1",), 0, told.append, is_main=True) as log:
-        log.row(1, {"loss": 0.5})
-        (tmp_path / "log.csv").unlink()
-        (tmp_path / "log.csv").mkdir()
-        log.row(2, {"loss": 0.4})
-        log.row(3, {"loss": 0.3})
-    assert len(told) == 1
-    assert "training goes on without it" in told[0]
 
 
 CONFIG = TokenMatchConfig(

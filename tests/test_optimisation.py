@@ -1,0 +1,37 @@
+"""The mean of the weights over steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icm_cli.training.optimisation import Ema
+
+
+@given(values=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=8), decay=st.floats(0.5, 0.99))
+def test_the_mean_of_the_weights_is_a_mean(values: list[float], decay: float) -> None:
+    weight, counter = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    ema = Ema({"weight": weight, "counter": counter}, decay)
+    expected = 0.0
+    for step, value in enumerate(values):
+        weight.fill_(value)
+        counter += 1
+        ema.update(step)
+        now = min(decay, (1 + step) / (10 + step))
+        expected = now * expected + (1 - now) * value
+    assert ema.mean["weight"].item() == pytest.approx(expected, abs=1e-4)
+    assert ema.mean["counter"].item() == len(values)
+    with ema.swapped():
+        assert weight.item() == pytest.approx(expected, abs=1e-4)
+    assert weight.item() == values[-1]
+
+
+def test_without_a_decay_the_weights_are_their_own_mean() -> None:
+    weight = torch.zeros(1)
+    ema = Ema({"weight": weight}, None)
+    weight.fill_(3)
+    ema.update(0)
+    with ema.swapped():
+        assert weight.item() == 3

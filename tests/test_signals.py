@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM while training."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+from icm_cli.signals import StopSignals
+
+
+class TestStopSignals:
+    def test_a_signal_waits_for_the_end(self) -> None:
+        heard: list[int] = []
+        before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+        try:
+            with StopSignals() as stop:
+                assert stop.received is None
+                signal.raise_signal(signal.SIGTERM)
+                assert stop.received == signal.SIGTERM
+                assert not heard
+                signal.raise_signal(signal.SIGTERM)  # the second takes effect at once
+                assert heard == [signal.SIGTERM]
+            assert heard == [signal.SIGTERM] * 2
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def test_in_another_thread_it_does_nothing(self) -> None:
+        def run() -> None:
+            with StopSignals() as stop:
+                results.append(stop.received)
+
+        results: list[object] = []
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert results == [None]
