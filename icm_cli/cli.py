@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -16,6 +16,12 @@ import typer
 from icm_cli.errors import IcmError
 from icm_cli.signals import Interrupt
 from icm_cli.terminal import write_line
+
+OF_A_MODEL = (
+    *("model", "checkpoint", "weights", "device", "dtype", "batch_size", "seed", "offline"),
+    *("refs_per_group", "write_references", "save_alphas"),
+)
+"""Options of ``icm eval`` that only a model reads."""
 
 app = typer.Typer(
     add_completion=False,
@@ -170,6 +176,7 @@ def matte(
 
 @app.command("eval")
 def evaluate(
+    ctx: typer.Context,
     dataset: Annotated[
         Optional[str],
         typer.Option(
@@ -210,8 +217,11 @@ def evaluate(
         Optional[str], typer.Option(help="Of GRAD and CONN: composition or aim.", show_default="the dataset's")
     ] = None,
     trimap_kernel: Annotated[
-        int, typer.Option(help="Side in px of the square that dilates 0 < alpha < 1 where no trimap is published.")
-    ] = 25,
+        Optional[int],
+        typer.Option(
+            help="Side in px of the square that dilates 0 < alpha < 1 where no trimap is published.", show_default="25"
+        ),
+    ] = None,
     model: Model = None,
     checkpoint: Checkpoint = None,
     weights: Weights = None,
@@ -248,14 +258,15 @@ def evaluate(
         from icm_cli.errors import UsageError
 
         if compare is not None:
-            if dataset or data_root or pred or report:
-                raise UsageError("--compare only prints what changed between two reports; give it alone")
+            _refuse(ctx, "--compare only prints what changed between two reports", but=("compare", "verbose"))
             from icm_cli.reports.comparison import compare as compared
             from icm_cli.terminal import print_comparison
 
             comparison = compared(*compare)
             print_comparison(comparison, *compare)
             raise typer.Exit(0 if comparison.images else 1)
+        if pred is not None:
+            _refuse(ctx, "--pred scores alphas that are there already", only=OF_A_MODEL)
         if dataset is None:
             raise UsageError(
                 "no dataset was given; give --dataset NAME (folder for your own), or --compare A.json B.json"
@@ -302,6 +313,7 @@ def evaluate(
 
 @app.command()
 def train(
+    ctx: typer.Context,
     config: Annotated[str, typer.Option(help="Model and recipe: a .yaml file, or a preset such as lite or icm-sd21.")],
     data: Annotated[
         Optional[Path], typer.Option(help=".yaml file of sources, backgrounds and validation, for the config's 'data'.")
@@ -345,6 +357,8 @@ def train(
         from icm_cli.terminal import TrainingTerminal
         from icm_cli.training.train import train as run
 
+        if preview:
+            _refuse(ctx, "--preview trains nothing", only=("resume", "pack"))
         run(
             config,
             data=data,
@@ -360,6 +374,21 @@ def train(
             offline=offline,
             listener=TrainingTerminal(quiet=quiet, verbose=verbose),
         )
+
+
+def _refuse(ctx: typer.Context, why: str, *, only: Sequence[str] = (), but: Sequence[str] = ()) -> None:
+    """Raise UsageError for an option that was given and that nothing would read: one of ``only``, or any ``but`` these.
+
+    ``why``: the beginning of the sentence, which says what the command does instead.
+    """
+    from icm_cli.errors import UsageError
+
+    for option in ctx.command.params:
+        name = option.name or ""
+        source = ctx.get_parameter_source(name)
+        is_given = source is not None and source.name == "COMMANDLINE"
+        if is_given and (name in only if only else name not in but):
+            raise UsageError(f"{why}, so {option.opts[0]} has nothing to do; leave it out")
 
 
 def _number_or_auto(text: str) -> int | str:

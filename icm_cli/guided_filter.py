@@ -24,6 +24,11 @@ STRIP_PIXELS = 1 << 20
 """Source pixels refined at a time: bounds the working memory at any source size."""
 
 
+def constants() -> str:
+    """All numbers of this file that decide an alpha, for the digest of a run."""
+    return f"guided filter: radius {GUIDED_RADIUS_PX}, epsilon {GUIDED_EPSILON}, stride {GUIDED_STRIDE}"
+
+
 def alpha_at_source(alpha: Float, placement: Placement, image: ImageU8) -> ImageU8:
     """Bring an alpha float32 0..1 on the canvas to its source's size, uint8, its edges refined by the source image."""
     inside = placement.inside(alpha)

@@ -32,6 +32,18 @@ def test_help_does_not_wait_for_torch() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.parametrize("missing", ["accelerate", "tensorboard"])
+def test_training_without_its_packages_is_a_sentence(missing: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\nfrom icm_cli.cli import app\napp(['train', '--config', 'lite'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 3
+    assert ended.stderr == (
+        f"icm: icm train needs {missing}, which is not installed; run: pip install 'icm-cli[train]'\n"
+    )
+
+
 def test_version_names_the_devices() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0
@@ -51,7 +63,7 @@ API_NAMES = {"set_": "overrides"}
 def test_every_option_of_a_command_is_a_parameter_of_the_api(name: str) -> None:
     module, function = COMMANDS[name]
     api = getattr(importlib.import_module(f"icm_cli.{module}"), function)
-    only_of_the_terminal = {"quiet", "verbose", "compare"}
+    only_of_the_terminal = {"quiet", "verbose", "compare", "ctx"}
     options = set(inspect.signature(getattr(cli, name)).parameters) - only_of_the_terminal
     named = {API_NAMES.get(option, option) for option in options}
     assert named == set(inspect.signature(api).parameters) - ONLY_OF_THE_API
@@ -60,7 +72,7 @@ def test_every_option_of_a_command_is_a_parameter_of_the_api(name: str) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_docs_have_every_option(name: str) -> None:
     text = (ROOT / "docs" / f"{name}.md").read_text()
-    for option in inspect.signature(getattr(cli, name)).parameters:
+    for option in set(inspect.signature(getattr(cli, name)).parameters) - {"ctx"}:
         assert f"`--{option.rstrip('_').replace('_', '-')}" in text, option
 
 
@@ -129,3 +141,48 @@ def test_what_a_stream_cannot_show_is_escaped(tmp_path: Path) -> None:
         with (tmp_path / encoding).open("w", encoding=encoding) as stream:
             write_line(stream, "é \x1b[2J \udcff")
         assert (tmp_path / encoding).read_text(encoding=encoding) == f"{shown}\n"
+
+
+VALUES = {
+    **dict.fromkeys(("--rounds", "--refs-per-group", "--trimap-kernel", "--batch-size", "--seed", "--workers"), "2"),
+    **{"--region": "whole", "--size": "original", "--lineage": "aim", "--split": "test", "--dtype": "auto"},
+    **{"--device": "auto", "--allow": "empty-alpha", "--dataset": "folder"},
+}
+FLAGS = {"--video", "--offline", "--quiet"}
+
+
+def options_of(command: str) -> list[str]:
+    parameters = set(inspect.signature(getattr(cli, command)).parameters) - {"ctx"}
+    return sorted(f"--{name.rstrip('_').replace('_', '-')}" for name in parameters)
+
+
+def refused(line: list[str], option: str) -> bool:
+    given = [option] if option in FLAGS else [option, VALUES.get(option, "x.json")]
+    result = CliRunner().invoke(app, [*line, *given])
+    return result.exit_code == 2 and result.stderr.strip().endswith(f"so {option} has nothing to do; leave it out")
+
+
+@pytest.mark.parametrize("option", [each for each in options_of("evaluate") if each not in ("--compare", "--verbose")])
+def test_compare_takes_no_other_option(option: str) -> None:
+    assert refused(["eval", "--compare", "a.json", "b.json"], option)
+
+
+@pytest.mark.parametrize("option", [f"--{name.replace('_', '-')}" for name in cli.OF_A_MODEL])
+def test_predictions_take_no_option_of_a_model(option: str) -> None:
+    assert refused(["eval", "--dataset", "folder", "--pred", "alphas"], option)
+
+
+def test_every_option_of_eval_says_whether_a_model_reads_it() -> None:
+    """A new option must be put on one side or the other; those here are read with --pred too."""
+    read = {"--dataset", "--data-root", "--images", "--alphas", "--trimaps", "--groups", "--backgrounds", "--split"}
+    read |= {"--video", "--pred", "--references", "--rounds", "--region", "--size", "--lineage", "--trimap-kernel"}
+    read |= {"--workers", "--note", "--report", "--allow", "--quiet", "--verbose", "--compare"}
+    assert set(options_of("evaluate")) - read == {f"--{name.replace('_', '-')}" for name in cli.OF_A_MODEL}
+
+
+@pytest.mark.parametrize("option", ["--resume", "--pack"])
+def test_a_preview_takes_no_option_of_a_run(option: str) -> None:
+    line = ["train", "--config", "lite", "--preview", "2", *([option] if option == "--resume" else [option, "x"])]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2
+    assert f"so {option} has nothing to do" in result.stderr

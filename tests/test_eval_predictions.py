@@ -218,6 +218,13 @@ def test_with_predictions_options_of_a_model_are_refused(evaluate: Evaluate, dat
     assert "--save-alphas has nothing to do" in result.stderr
 
 
+def test_a_trimap_kernel_that_nothing_reads_is_refused(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    result = evaluate(pred=tmp_path / "pred", trimap_kernel=9)
+    assert result.exit_code == 2
+    assert "--region unknown" in result.stderr
+
+
 def test_compare_prints_every_image_and_warns_where_protocols_differ(
     evaluate: Evaluate, data: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ The body of the ``icm eval`` command.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -50,7 +51,7 @@ def evaluate(
     region: str | Sequence[str] = (),
     size: str | None = None,
     lineage: str | None = None,
-    trimap_kernel: int = 25,
+    trimap_kernel: int | None = None,
     model: str | None = None,
     checkpoint: str | Path | None = None,
     weights: str | None = None,
@@ -97,6 +98,10 @@ def evaluate(
         found = replace(found, samples=[_as_frame(sample) for sample in found.samples])
     has_trimaps = dataset == "folder" and any(sample.trimap for sample in found.samples)
     rule = _rule(found, region, size, lineage, trimap_kernel, has_trimaps)
+    if trimap_kernel is not None and "unknown" not in rule.regions:
+        raise UsageError(
+            "--trimap-kernel makes the unknown region, which is not scored here; leave it out, or give --region unknown"
+        )
     side = SideOutputs.checked(report, references=write_references)
     evaluation = Evaluation(
         name=dataset,
@@ -116,9 +121,18 @@ def evaluate(
     evaluation.check_overwrites_nothing()
     if pred is not None:
         _refuse_with_pred(
-            {"--refs-per-group": refs_per_group, "--save-alphas": save_alphas, "--model": model}
-            | {"--checkpoint": checkpoint, "--write-references": write_references, "--weights": weights}
-            | {"--device": None if device == "auto" else device, "--dtype": None if dtype == "auto" else dtype}
+            refs_per_group=refs_per_group,
+            save_alphas=save_alphas,
+            write_references=write_references,
+            model=model,
+            checkpoint=checkpoint,
+            weights=weights,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            seed=seed,
+            offline=offline,
+            predictor=predictor,
         )
         from icm_cli.evaluation.predictions import score_predictions
 
@@ -144,7 +158,12 @@ def evaluate(
 
 
 def _rule(
-    found: Found, region: Sequence[str], size: str | None, lineage: str | None, trimap_kernel: int, has_trimaps: bool
+    found: Found,
+    region: Sequence[str],
+    size: str | None,
+    lineage: str | None,
+    trimap_kernel: int | None,
+    has_trimaps: bool,
 ) -> Rule:
     """What the options say, else the dataset's own convention; one's own folders with trimaps have both regions."""
     dataset = found.dataset
@@ -154,7 +173,7 @@ def _rule(
         tuple(each for each in REGIONS if each in regions),
         _one_of("size", size or dataset.size, SIZES),
         _one_of("lineage", lineage or dataset.lineage, LINEAGES),
-        trimap_kernel,
+        Rule.trimap_kernel_px if trimap_kernel is None else trimap_kernel,
         dataset.has_detail_maps,
     )
 
@@ -176,10 +195,15 @@ def _names(value: str | Sequence[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def _refuse_with_pred(options: dict[str, Any]) -> None:
+def _refuse_with_pred(**options: Any) -> None:
+    """Raises UsageError for an option of the model that was given, as no model is loaded."""
+    defaults = inspect.signature(evaluate).parameters
     for name, value in options.items():
-        if value is not None:
-            raise UsageError(f"--pred scores alphas that are there already, so {name} has nothing to do; leave it out")
+        if value != defaults[name].default:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"--pred scores alphas that are there already, so {option} has nothing to do; leave it out"
+            )
 
 
 def _as_frame(sample: Sample) -> Sample:

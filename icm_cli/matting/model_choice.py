@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from icm_cli import guided_filter
 from icm_cli.config import ModelConfig, part_class
 from icm_cli.device import Device, resolve_device
 from icm_cli.environment import __version__
 from icm_cli.errors import UsageError
 from icm_cli.files import digest_of
-from icm_cli.guided_filter import GUIDED_EPSILON, GUIDED_RADIUS_PX
 from icm_cli.matting.predictor import Predictor
 from icm_cli.model.loading import load_model, model_digest, resolve_model
 
@@ -59,7 +59,7 @@ class ModelChoice:
         Reads the weights' content, loads no model.
         """
         model = model_digest(self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline)
-        guided = f"guided {GUIDED_RADIUS_PX} {GUIDED_EPSILON}"
+        guided = guided_filter.constants()
         return lambda references: digest_of(
             __version__, model, *references, str(self.seed), self.where.dtype_name, guided
         )

