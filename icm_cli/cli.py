@@ -1,5 +1,5 @@
-"""The ``icm`` command: its options, signals and exit codes. What the commands do stands in
-``icm_cli.matting`` and ``icm_cli.evaluating``.
+"""The ``icm`` command: its options and exit codes. The commands themselves are functions of the API,
+``icm_cli.matte``, ``icm_cli.evaluate`` and ``icm_cli.train``.
 """
 
 from __future__ import annotations
@@ -75,16 +75,18 @@ Weights = Annotated[Optional[str], typer.Option(help="Stable Diffusion folder or
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 BatchSize = Annotated[str, typer.Option(help="Images at a time; auto suits the device. Halved where memory runs out.")]
-Seed = Annotated[int, typer.Option(help="Of the noise that Stable Diffusion is shown.")]
+Seed = Annotated[int, typer.Option(help="Seed of Stable Diffusion's noise.")]
 Workers = Annotated[
     Optional[int], typer.Option(min=1, help="Threads that read, that write, processes that score.", show_default="auto")
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Never reach for the network.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print details and a line per image.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print details and one line per image.")]
 Reports = Annotated[
     Optional[list[Path]],
-    typer.Option(help="Write a report: .csv a line an image, .json everything, .html a page to look at; repeatable."),
+    typer.Option(
+        help="Write a report: .csv with one row per image, .json with everything, .html to look at; repeatable."
+    ),
 ]
 
 
@@ -214,7 +216,7 @@ def evaluate(
         Optional[str], typer.Option(help="original, long1024 or square768.", show_default="the dataset's")
     ] = None,
     lineage: Annotated[
-        Optional[str], typer.Option(help="Of GRAD and CONN: composition or aim.", show_default="the dataset's")
+        Optional[str], typer.Option(help="Lineage of GRAD and CONN: composition or aim.", show_default="the dataset's")
     ] = None,
     trimap_kernel: Annotated[
         Optional[int],

@@ -37,12 +37,12 @@ class PartConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What :class:`~icm_cli.model.in_context_matting.InContextMatting` is built from."""
+    """Parts of a :class:`~icm_cli.model.in_context_matting.InContextMatting`."""
 
     backbone: PartConfig
     head: PartConfig
     edges: PartConfig | None = None
-    """What brings the head's alpha to the source's edges; without it a guided filter does."""
+    """Network that brings the head's alpha to the source's edges; without it a guided filter does."""
 
     def as_dict(self) -> dict[str, Any]:
         """The mapping that :func:`parse_model` reads back to an equal configuration."""
@@ -151,7 +151,7 @@ def _typed(value: object, hint: Any, where: str) -> Any:
 
 
 def _expected(hint: Any) -> str:
-    """What a hint asks for, in words."""
+    """Put a type hint into words."""
     if typing.get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:

@@ -13,12 +13,12 @@ from icm_cli.errors import ConfigError, did_you_mean
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CUDA_BATCH_SIZE = 8
-"""Where the automatic batch size starts on a GPU; running out of memory halves it."""
+"""First automatic batch size on a GPU; running out of memory halves it."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where the model runs, in which dtype its convolutions and projections do, and in which its transformers do."""
+    """Device of the model, dtype of its convolutions and projections, and dtype of its transformers."""
 
     place: torch.device
     dtype: torch.dtype
@@ -74,7 +74,7 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 
 def process_count() -> int:
-    """Of a data-parallel run (torchrun, accelerate launch), else 1."""
+    """Number of processes of a data-parallel run (torchrun, accelerate launch), else 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

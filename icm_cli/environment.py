@@ -1,4 +1,4 @@
-"""What a run ran on: versions, processor, memory. Imports nothing heavy."""
+"""The environment of a run: versions, processor, memory. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("icm-cli", "torch", "diffusers", "numpy", "opencv-python-headless", 
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of every package that decides a number."""
+    """Versions of Python and of every package that decides a number."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
@@ -24,7 +24,7 @@ def hardware() -> dict[str, str | int]:
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

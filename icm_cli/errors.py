@@ -37,7 +37,7 @@ class ImageError(IcmError):
 
 
 class TrainingError(IcmError):
-    """Training cannot go on: the loss is no number, or too many samples cannot be read (exit code 1)."""
+    """Training cannot go on: a NaN or infinite loss, or too many samples cannot be read (exit code 1)."""
 
     exit_code = 1
 

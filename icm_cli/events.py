@@ -1,4 +1,4 @@
-"""What a run tells while it works: the commands print it, other callers may listen in their own way."""
+"""Listeners of runs: the commands print what they hear, other callers may do with it what they like."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Listener:
-    """Hears what a run does; the command prints it. Every method may be left as it is."""
+    """Listener of a run; the command's prints what it hears. Every method may be left as it is."""
 
     def notice(self, text: str) -> None:
         """Something the user should know; may come from another thread."""
@@ -38,7 +38,7 @@ class Listener:
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """How a run ended."""
+    """Summary of a training run."""
 
     folder: Path
     steps: int = 0
@@ -49,10 +49,10 @@ class TrainingSummary:
     best_mse: float | None = None
     """On the validation set; None where there is none, or it was not reached."""
     seconds: float = 0.0
-    """Of this run's steps."""
+    """Seconds of this run's steps."""
     samples_per_second: float = 0.0
     waiting_share: float = 0.0
-    """Of the time of the steps, how much was spent waiting for samples, 0..1."""
+    """Share of the steps' time that was spent waiting for samples, 0..1."""
     skipped: int = 0
     """Unreadable draws."""
     peak_memory_bytes: int = 0
@@ -65,7 +65,7 @@ class TrainingSummary:
 
 
 class TrainingListener(Listener):
-    """Hears what training does; the command prints it. Every method may be left as it is."""
+    """Listener of training; the command's prints what it hears. Every method may be left as it is."""
 
     def training_started(self, first_step: int, steps: int | None, samples: int) -> None:
         """Steps ``first_step`` + 1 to ``steps`` follow, of so many samples each; None: until the time is over."""
@@ -95,7 +95,7 @@ class TrainingListener(Listener):
 
 
 class BesideMain(TrainingListener):
-    """Of a process beside the main one, which tells the run: it passes on notices alone."""
+    """Listener of a process beside the main one: it passes on notices alone."""
 
     def __init__(self, listener: TrainingListener) -> None:
         self._listener = listener

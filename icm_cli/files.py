@@ -120,7 +120,7 @@ def content_digest(path: Path) -> str:
 
 @functools.cache
 def cache_folder() -> Path:
-    """Where icm keeps what can be made again: $ICM_CACHE, else $XDG_CACHE_HOME/icm, else ~/.cache/icm.
+    """Folder of files that can be made again: $ICM_CACHE, else $XDG_CACHE_HOME/icm, else ~/.cache/icm.
 
     Falls back to a folder of this user's under the temporary directory where none of those can be written (farm
     nodes often have no home).

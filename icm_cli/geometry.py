@@ -27,7 +27,7 @@ ASPECT_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class CanvasRule:
-    """Which canvas sizes a backbone takes: the frame's long side is scaled to ``long_side_px``.
+    """Canvas sizes of a backbone: the frame's long side is scaled to ``long_side_px``.
 
     A square canvas is ``long_side_px`` on both sides; otherwise each side is rounded up to ``multiple_px``. A frame
     that would grow to more than ``enlarge`` times its size gets a smaller canvas, but not below half of that: there is
@@ -42,7 +42,7 @@ class CanvasRule:
     """Neither side of the canvas is shorter: the layers of a backbone may need so much to see anything at all."""
 
     def place(self, height: int, width: int) -> Placement:
-        """Where a frame of height x width pixels goes."""
+        """Place a frame of height x width pixels."""
         scale = self._long_side(max(height, width)) / max(height, width)
         content = max(1, round(height * scale)), max(1, round(width * scale))
         if self.square:

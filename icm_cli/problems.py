@@ -34,6 +34,6 @@ class Problem:
     kind: str
     """One of PROBLEM_KINDS."""
     name: str
-    """Of the image or group."""
+    """Name of the image or group."""
     reason: str
     """A sentence: what, where, and what was expected."""

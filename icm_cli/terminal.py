@@ -167,7 +167,7 @@ def _print_summary(report: Report) -> None:
 
 
 def _scores_table(report: Report) -> Table:
-    """Our means, a row a region, and below them the published rows of the same dataset."""
+    """Our means, one row per region, and below them the published rows of the same dataset."""
     from rich.table import Table
 
     from icm_cli.reports.published import PUBLISHED

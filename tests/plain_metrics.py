@@ -1,6 +1,6 @@
 """The four metrics as SciPy and scikit-image users would write them: the yardstick for the fast ones.
 
-Both lineages as ``shared/spec/datasets.md`` describes them; alphas in 0..1, float64 [H,W].
+Both lineages, composition and AIM; alphas in 0..1, float64 [H,W].
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,3 +92,30 @@ def test_matte_imports_what_it_needs(kept_out: str) -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
+    leaning = re.compile(r'"""(What|Of|That|Which|How|Where|Like|It|Its|By|Them)\b')
+    found = [
+        f"{path.relative_to(PACKAGE)}:{number}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if leaning.search(line)
+    ]
+    assert not found
+
+
+def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1
+
+
+def test_functions_are_short() -> None:
+    lengths = [
+        body_lines(node)
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    assert statistics.median(lengths) <= 8
+    assert max(lengths) <= 70

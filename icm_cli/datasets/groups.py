@@ -1,4 +1,4 @@
-"""Which images show the same thing: metadata in the schema published with In-Context Matting."""
+"""Groups of images that show the same thing: metadata in the schema published with In-Context Matting."""
 
 from __future__ import annotations
 

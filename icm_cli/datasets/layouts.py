@@ -60,7 +60,7 @@ class Layout:
     """Above 0, ``images`` holds foregrounds, each to be put on that many backgrounds."""
 
     def expected(self) -> str:
-        """How the layout looks, for error messages."""
+        """Description of the layout, for error messages."""
         under = f"{self.under}/" if self.under else ""
         return f"{under}{self.images}/ and {under}{self.alphas}/" + (
             f" (and perhaps {under}{self.trimaps}/)" if self.trimaps else ""

@@ -36,7 +36,7 @@ ONE_GROUP = "all"
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where a dataset's files are, and how its papers score it. The first layout that is found is taken."""
+    """Layout of a dataset's files, and the scores of its papers. The first layout that is found is taken."""
 
     title: str
     test: tuple[Layout, ...]
@@ -62,7 +62,7 @@ class Found:
     samples: list[Sample]
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What a reader of its numbers should know."""
+    """Notes for a reader of its numbers."""
     are_foregrounds: bool = False
     """The images are foregrounds that must be put on backgrounds."""
 

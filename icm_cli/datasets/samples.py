@@ -1,4 +1,4 @@
-"""What a dataset holds: samples, and what is wrong with it."""
+"""Samples: images with their true alphas."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -119,41 +119,20 @@ def evaluate(
         start=start,
     )
     evaluation.check_overwrites_nothing()
+    of_the_model: dict[str, Any] = {
+        **{"model": model, "checkpoint": as_path(checkpoint), "weights": weights, "device": device, "dtype": dtype},
+        **{"batch_size": batch_size, "seed": seed, "offline": offline},
+    }
     if pred is not None:
-        _refuse_with_pred(
-            refs_per_group=refs_per_group,
-            save_alphas=save_alphas,
-            write_references=write_references,
-            model=model,
-            checkpoint=checkpoint,
-            weights=weights,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            seed=seed,
-            offline=offline,
-            predictor=predictor,
-        )
+        others = {"refs_per_group": refs_per_group, "save_alphas": save_alphas, "write_references": write_references}
+        _refuse_with_pred({**of_the_model, **others, "predictor": predictor})
         from icm_cli.evaluation.predictions import score_predictions
 
         return score_predictions(evaluation, Path(pred), rounds or 1)
     from icm_cli.evaluation.in_context import matte_and_score
     from icm_cli.matting.model_choice import LoadedModel, ModelChoice
 
-    choice = (
-        LoadedModel(predictor)
-        if predictor is not None
-        else ModelChoice.checked(
-            model,
-            as_path(checkpoint),
-            weights=weights,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            seed=seed,
-            offline=offline,
-        )
-    )
+    choice = ModelChoice.checked(**of_the_model) if predictor is None else LoadedModel(predictor)
     return matte_and_score(evaluation, choice, rounds or 1, refs_per_group or 1, as_path(save_alphas))
 
 
@@ -165,7 +144,7 @@ def _rule(
     trimap_kernel: int | None,
     has_trimaps: bool,
 ) -> Rule:
-    """What the options say, else the dataset's own convention; one's own folders with trimaps have both regions."""
+    """Take the options, else the dataset's own convention; one's own folders with trimaps have both regions."""
     dataset = found.dataset
     own = REGIONS if has_trimaps else dataset.regions
     regions = tuple(_one_of("region", each, REGIONS) for each in region) or own
@@ -195,7 +174,7 @@ def _names(value: str | Sequence[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def _refuse_with_pred(**options: Any) -> None:
+def _refuse_with_pred(options: Mapping[str, Any]) -> None:
     """Raises UsageError for an option of the model that was given, as no model is loaded."""
     defaults = inspect.signature(evaluate).parameters
     for name, value in options.items():

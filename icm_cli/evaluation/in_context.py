@@ -178,7 +178,7 @@ class _Shelf:
         return references, problems
 
     def digests(self, names: Sequence[str]) -> list[str]:
-        """Of the content of references that were found usable."""
+        """Digests of the content of references that were found usable."""
         return [self._digests[name] for name in names]
 
     def prepared(self, predictor: Predictor, names: Sequence[str]) -> Prepared:

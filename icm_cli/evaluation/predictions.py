@@ -96,6 +96,6 @@ def _planned(
 
 
 def _alone(stems: Mapping[Key, str]) -> dict[str, Key]:
-    """By stem, what no other has the stem of."""
+    """Map each stem that occurs once to its key."""
     counts = Counter(stems.values())
     return {stem: key for key, stem in stems.items() if counts[stem] == 1}

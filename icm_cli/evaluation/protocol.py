@@ -83,7 +83,7 @@ class Evaluation:
         self.side.check_overwrites_nothing([*files, *alphas, *self.inputs])
 
     def planned(self, sample: Sample, output: Path, number: int) -> ImageResult:
-        """What is known of a sample's result in a round before its alpha is there."""
+        """Result of a sample in a round before its alpha is there."""
         return ImageResult(
             source=str(sample.image),
             output=str(output),
@@ -104,7 +104,7 @@ class Evaluation:
         notes: Sequence[str] = (),
         trained_on: frozenset[str] | None = None,
     ) -> Outcome:
-        """What gathers, scores and reports the results; the dataset's own problems are in it already."""
+        """Make the outcome that gathers, scores and reports results; the dataset's own problems are in it already."""
         protocol = self._protocol(references, notes)
         report = Report(
             {"title": protocol["title"], "note": self.note, **environment_settings(), "protocol": protocol, **settings},
@@ -199,7 +199,7 @@ class Evaluation:
 
 
 def round_folder(folder: Path, number: int, rounds: int) -> Path:
-    """Where the alphas of a round are: the folder itself where there is but one."""
+    """Folder of the alphas of a round: the folder itself where there is but one."""
     return folder / f"round-{number}" if rounds > 1 else folder
 
 

@@ -1,4 +1,4 @@
-"""Which images of a group are its references: fixed by name, kept in a file, never the target itself."""
+"""References of each group: chosen by name alone, kept in a file, never the target itself."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _named_rounds(path: Path) -> Rounds:
 
 
 def group_notes(groups: Mapping[str, Sequence[Sample]], rounds: int, refs_per_group: int) -> list[str]:
-    """What keeps groups from giving what was asked, a sentence each."""
+    """Sentences on groups that cannot give as many rounds or references as asked."""
     sizes = {group: len(samples) for group, samples in groups.items() if len(samples) > 1}
     notes = []
     if set(groups) == {ONE_GROUP}:

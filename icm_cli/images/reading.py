@@ -97,9 +97,9 @@ class TrueAlpha:
 
     alpha: ImageU8
     is_deep: bool
-    """It has 16 bits or more, rounded to 8 here."""
+    """Whether the file has 16 bits or more, rounded to 8 here."""
     has_colour: bool
-    """Its channels differ, so none of them is plainly the alpha."""
+    """Whether channels differ, so that none of them is plainly the alpha."""
 
 
 def read_true_alpha(path: Path) -> TrueAlpha:
@@ -154,7 +154,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What brings a picture upright by its EXIF orientation; EXIF that cannot be read turns nothing."""
+    """Find the turn that brings a picture upright by EXIF; EXIF that cannot be read turns nothing."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # noqa: BLE001  EXIF is written by anything, and can never fail a picture

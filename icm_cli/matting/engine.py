@@ -37,10 +37,10 @@ class Loaded:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How the engine runs; none of it changes an alpha, but for ``digests``, which say what decides it."""
+    """Options of the engine; none changes an alpha, but for ``digests``, which stand for all that decides it."""
 
     digests: Sequence[str]
-    """Of all that decides an alpha beside its source, one for each example."""
+    """Digests of all that decides an alpha beside its source, one for each example."""
     batch_size: int
     workers: int
     overwrite: bool = False

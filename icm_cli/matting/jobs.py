@@ -1,4 +1,4 @@
-"""Which images to matte, and where each one's alpha goes."""
+"""Jobs: the images to matte, and the place of each one's alpha."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Job:
     name: Path
     output: Path
     planned: ImageResult
-    """What is known of its result before it is made."""
+    """Result as far as it is known before."""
     example: int = 0
-    """Which of the run's references show its thing."""
+    """Index of the example whose references show its thing."""
 
     def read(self) -> Picture:
         """The picture to matte. Raises ImageError."""
@@ -55,7 +55,7 @@ def plan_jobs(
 ) -> list[Job]:
     """List every image that ``src`` names, with its mirrored output below ``out``, sorted by name.
 
-    ``src``: a folder (searched recursively), an image, a glob, a text file with a path a line (relative to the
+    ``src``: a folder (searched recursively), an image, a glob, a text file with one path per line (relative to the
     working directory), or "-" for such a list on standard input. ``include`` and ``exclude`` are globs matched
     against the path below the sources' root and against the bare name. The output tree, the references and
     their masks are left out. Raises UsageError before anything is written.
@@ -101,7 +101,9 @@ def _find(src: str | Path, notice: Callable[[str], None]) -> tuple[Path, list[Pa
         try:
             return _listed(path.read_text(encoding="utf-8-sig").splitlines(), str(path))
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"the list {path} cannot be read ({error}); expected UTF-8 text, a path a line") from error
+            raise UsageError(
+                f"the list {path} cannot be read ({error}); expected UTF-8 text, one path per line"
+            ) from error
     if path.is_file():
         return path.parent, [path]
     if glob.has_magic(text):
@@ -127,9 +129,9 @@ def _walk(folder: Path, notice: Callable[[str], None]) -> Iterable[Path]:
 def _listed(lines: Iterable[str], where: str) -> tuple[Path, list[Path]]:
     paths = [Path(line.strip()) for line in lines if line.strip()]
     if not paths:
-        raise UsageError(f"{where} lists no images; expected a path a line")
+        raise UsageError(f"{where} lists no images; expected one path per line")
     if any("\0" in str(path) for path in paths):
-        raise UsageError(f"{where} has NUL characters; expected a path a line (find -print, not -print0)")
+        raise UsageError(f"{where} has NUL characters; expected one path per line (find -print, not -print0)")
     return _common_root(paths)
 
 

@@ -32,7 +32,7 @@ MOST_NAMED = 12
 
 @dataclass(frozen=True)
 class Mask:
-    """Which pixels are the thing, and which are neither it nor the rest (void, unknown): bool [H,W] each."""
+    """Pixels of the thing, and those that are neither it nor the rest (void, unknown): bool [H,W] each."""
 
     inside: NDArray[np.bool_]
     unknown: NDArray[np.bool_]

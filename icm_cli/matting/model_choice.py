@@ -1,4 +1,4 @@
-"""Which model a run uses: named and checked before anything slow, loaded only if there is something to matte."""
+"""Choice of the model: checked before anything slow, loaded only if there is something to matte."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class LoadedModel:
     predictor: Predictor
 
     checkpoint = None
-    """What it was trained on is not known here."""
+    """Unknown here, so the images it was trained on are too."""
 
     @property
     def where(self) -> Device:

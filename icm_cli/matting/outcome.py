@@ -1,4 +1,4 @@
-"""How a run ends: results are gathered, scored, reported, whatever happens."""
+"""The outcome of a run: results are gathered, scored and reported, whatever happens."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class CanvasMatte:
-    """What the model says of one frame: alpha float32 [H,W] 0..1 on the canvas, confidence 0..1, found.
+    """Answer of the model for one frame: alpha float32 [H,W] 0..1 on the canvas, confidence 0..1, found.
 
     Where the model refines edges the alpha is at the source's size already, ``is_refined``.
     """

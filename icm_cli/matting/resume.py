@@ -1,4 +1,4 @@
-"""Which alphas are already there: every PNG says what decided it."""
+"""Resume: every alpha says what decided it, so those that are there already are found."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from icm_cli.files import cache_folder
 
 RELATIVE_TOLERANCE = 1e-4
-"""Where the conjugate gradient stops; a hundredth of a step of an 8-bit alpha needs no more."""
+"""Residual at which the conjugate gradient stops; a hundredth of a step of an 8-bit alpha needs no more."""
 
 
 def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -52,7 +52,7 @@ def load_foreground_estimator() -> Callable[..., NDArray[np.float64]]:
 
 
 def _pymatting() -> ModuleType:
-    """Its import sets the number of threads of all that use OpenMP, torch too, to that of the cores; not with us."""
+    """Import the estimator, which would set the threads of all that use OpenMP, torch too, to the number of cores."""
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
     threads = torch.get_num_threads()
     with contextlib.redirect_stdout(io.StringIO()):

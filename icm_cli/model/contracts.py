@@ -1,4 +1,4 @@
-"""What a backbone gives and what a head takes: the two contracts of the core model.
+"""The contracts of the core model: features of a backbone, mattes of a head, edges.
 
 Letters as in the paper (Guo et al., "In-Context Matting", CVPR 2024): B batch, C channels, (h, w) a feature
 grid, N = h*w tokens in row-major order, R references, K reference tokens inside the guidance.
@@ -26,7 +26,7 @@ from icm_cli.geometry import CanvasRule, Float, ImageU8
 
 @runtime_checkable
 class IntraSimilarity(Protocol):
-    """How alike the tokens of one target are, as an operator (paper section 3.3).
+    """Likeness among the tokens of one target, as an operator (paper section 3.3).
 
     Rows of the underlying matrix are a softmax over the valid tokens: non-negative, summing to 1, zero at
     padding.
@@ -51,7 +51,7 @@ class MatrixIntraSimilarity(IntraSimilarity, Protocol):
 
 @dataclass(frozen=True)
 class Features:
-    """What a backbone tells about a batch of images.
+    """Features of a batch of images, made by a backbone.
 
     ``correspondence``: [B,C,h,w] float32, not normalised, compared between reference and target.
     ``valid``: [B,h,w] bool on the correspondence grid, True where a token's cell holds at least one pixel of
@@ -84,7 +84,7 @@ class ReferenceFeatures:
 
 @dataclass(frozen=True)
 class Matte:
-    """What a head gives for a batch.
+    """Answer of a head for a batch.
 
     ``alpha``: [B,1,H,W] float32 in 0..1 on the canvas; meaningless at padding.
     ``confidence``: [B] float32 in 0..1, how sure the head is of what it took for foreground.

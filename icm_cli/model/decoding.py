@@ -1,4 +1,4 @@
-"""What heads with weights share: the convolution that all are made of, doubling the size, edges, judging an alpha."""
+"""Parts that heads with weights share: their convolution, doubling the size, confidence of an alpha."""
 
 from __future__ import annotations
 

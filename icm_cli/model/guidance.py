@@ -37,7 +37,7 @@ def reference_tokens(references: Sequence[ReferenceFeatures], tokens_of: Callabl
 
 
 def foreground_tokens(guidance: Tensor, valid: Tensor, stride: int) -> tuple[Tensor, str | None]:
-    """Which tokens lie in the guidance (published code's rule: a token counts if its whole cell is foreground).
+    """Mark the tokens that lie in the guidance (published code's rule: a token counts if its whole cell is foreground).
 
     guidance [1,1,H,W] float32 (0 outside, 0.5 neither, 1 inside), valid [1,H,W] bool -> [1,h,w] bool and, where no
     cell is foreground as a whole, a sentence that says what was taken instead: cells that are foreground by more than
@@ -63,7 +63,7 @@ def foreground_tokens(guidance: Tensor, valid: Tensor, stride: int) -> tuple[Ten
 
 
 def background_tokens(guidance: Tensor, valid: Tensor, stride: int) -> Tensor:
-    """Which tokens lie wholly outside the guidance and hold a pixel of the frame, [1,h,w] bool; may be none."""
+    """Mark the tokens wholly outside the guidance that hold a pixel of the frame, [1,h,w] bool; may be none."""
     touched = F.max_pool2d((guidance * valid[:, None]).float(), stride)[:, 0] > 0.25
     real = F.max_pool2d(valid[:, None].float(), stride)[:, 0] > 0
     return real & ~touched

@@ -41,7 +41,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairFeatures:
-    """What the backbone says of :class:`Pairs`."""
+    """Features of both sides of :class:`Pairs`."""
 
     target: Features
     reference: Features
@@ -110,14 +110,14 @@ class InContextMatting(nn.Module):
         return matte
 
     def features(self, pairs: Pairs) -> PairFeatures:
-        """What the backbone says of targets and references."""
+        """Run the backbone on targets and references."""
         return PairFeatures(
             self.backbone.target(pairs.image, pairs.valid, pairs.target_noise),
             self.backbone.reference(pairs.reference_image, pairs.reference_valid, pairs.reference_noise),
         )
 
     def prepared(self, pairs: Pairs, features: PairFeatures) -> list[Prepared]:
-        """What the head makes of each pair's reference."""
+        """Prepare each pair's reference for the head."""
         return [
             self.head.prepare(
                 [

@@ -23,7 +23,7 @@ UNTRAINED_MODELS = "lite-training-free or sd21-training-free"
 
 
 def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConfig, Path | None]:
-    """Which model is meant by ``--model`` (a preset or a YAML file) and ``--checkpoint``, and where its weights are.
+    """Find the model meant by ``--model`` (a preset or a YAML file) and ``--checkpoint``, and where its weights are.
 
     Without a model it is the checkpoint's own, the published one's preset for the published file, and
     "lite" where there is no checkpoint either. A preset whose weights come with the package takes those.

@@ -89,7 +89,7 @@ class MeanAttention:
         return self._sum / self._layers
 
     def _accumulate(self, query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Which of a layer's E*H maps and which query rows, with their probabilities [maps,rows,N] float32.
+        """Choose some of a layer's E*H maps and query rows, with their probabilities [maps,rows,N] float32.
 
         A chunk's probabilities last until the next chunk.
         """

@@ -43,7 +43,7 @@ OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".
 
 @dataclass(frozen=True)
 class Parts:
-    """What stays loaded of a Stable Diffusion, on the CPU in float32.
+    """Parts of a Stable Diffusion that stay loaded, on the CPU in float32.
 
     ``prompt`` is the embedding of the empty text, [1,77,1024].
     """

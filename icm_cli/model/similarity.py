@@ -40,7 +40,7 @@ def token_valid(valid: Tensor, stride: int) -> Tensor:
 
 @in_float32
 def inter_similarity(reference_tokens: Tensor, target_tokens: Tensor, target_valid: Tensor) -> Tensor:
-    """Where the reference's foreground lies in the target: S of the paper's equation 3, as a sum over tokens.
+    """Inter-similarity S of the paper's equation 3, as a sum over tokens.
 
     reference_tokens [K,C], target_tokens [B,N,C], target_valid [B,N] bool -> [B,N] float32 >= 0. Each of the K
     reference tokens spreads a softmax over the target's valid tokens, so S sums to K over the target: it says

@@ -32,7 +32,7 @@ class ImageDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What changed between two reports, the images that became worse first."""
+    """Differences of two reports, the images that became worse first."""
 
     warnings: list[str]
     images: dict[Region, list[ImageDifference]]
@@ -85,7 +85,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         values = [value for region in REGIONS for each in _scores(content, region).values() for value in each.values()]
         if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
-            raise TypeError("a score is no number")
+            raise TypeError("a score is not a finite number")
         content["settings"].get("protocol")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"report {path} cannot be compared ({error}); expected a .json that icm wrote") from error

@@ -1,4 +1,4 @@
-"""A picture of the run: source, alpha, and cut-out on grey, a row an image."""
+"""A picture of the run: source, alpha, and cut-out on grey, one row per image."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Means:
     images: int
     rounds: int
     metrics: dict[str, Mean]
-    """By the names of METRICS and, where there are videos, ``dt_ssd``."""
+    """Means by the names of METRICS and, where there are videos, ``dt_ssd``."""
 
 
 def summarise(results: Iterable[ImageResult]) -> dict[Region, Means]:

@@ -58,7 +58,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How a metric is spread over the images, in bins of equal width on a logarithmic axis."""
+    """Spread of a metric over the images, in bins of equal width on a logarithmic axis."""
 
     title: str
     counts: list[int]

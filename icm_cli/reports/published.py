@@ -46,7 +46,7 @@ PUBLISHED: dict[str, tuple[PublishedRow, ...]] = {
         PublishedRow("SDMatte", 0.0027, 14.53, 16.94, 10.95, "a mask per image (ICCV 2025)"),
     ),
 }
-"""By the title of the dataset; from the papers of In-Context Matting (CVPR 2024) and SDMatte."""
+"""Published rows by the title of the dataset; from the papers of In-Context Matting (CVPR 2024) and SDMatte."""
 
 FULL_SIZE = {"ICM-57": 232, "AIM-500": 500}
 """Images of these datasets."""
@@ -55,7 +55,7 @@ PAPER_LINEAGE = "composition"
 
 
 def comparability(protocol: Mapping[str, Any], means: Mapping[Region, Means]) -> list[str]:
-    """What stands between our numbers and the published rows of the dataset, a sentence each; none without such rows.
+    """Sentences on what keeps our numbers from being compared with the published rows; none without such rows.
 
     ``protocol`` is the report's; of ``means`` the region that comes first is our row.
     """

@@ -1,4 +1,4 @@
-"""What became of every image, and the files that say so."""
+"""The report of a run: settings, results of all images, totals."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from icm_cli.reports.scores import Region
 
 @dataclass(frozen=True)
 class Album:
-    """Where the page finds the pictures that it shows."""
+    """Pictures that the page shows."""
 
     references: Mapping[tuple[int, str], Sequence[tuple[Path | Composite, Path | None]]] = field(default_factory=dict)
-    """By round and group: images with their masks, None for an RGBA cut-out."""
+    """References by round and group: images with their masks, None for an RGBA cut-out."""
     composites: Mapping[str, Composite] = field(default_factory=dict)
     """Sources that are not files, by the name of their result."""
 
@@ -33,11 +33,11 @@ class Report:
     settings: dict[str, Any]
     results: list[ImageResult] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    """What is wrong with the data; see ``icm_cli.datasets.samples.PROBLEM_KINDS``."""
+    """Problems of the data; see ``icm_cli.problems.PROBLEM_KINDS``."""
     allowed: frozenset[str] = frozenset()
     """Kinds of problems that do not count in the exit code."""
     references: list[dict[str, list[str]]] = field(default_factory=list)
-    """Of an evaluation: for every round, the names of each group's references."""
+    """References of an evaluation: for every round, the names of each group's references."""
     album: Album = field(default_factory=Album)
     seconds: float = 0.0
     """Wall time of the run, loading included."""

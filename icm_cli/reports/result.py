@@ -1,4 +1,4 @@
-"""What became of one image."""
+"""The result of one image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Status = Literal["done", "skipped", "unscored", "failed", "planned", "not reache
 
 @dataclass(frozen=True)
 class ImageResult:
-    """What became of one image. Numbers are None, and ``scores`` empty, where there is no alpha to measure."""
+    """Result of one image. Numbers are None, and ``scores`` empty, where there is no alpha to measure."""
 
     source: str
     output: str
@@ -26,7 +26,7 @@ class ImageResult:
     group: str = ""
     categories: Mapping[str, str] = field(default_factory=dict)
     round: int = 0
-    """Of an evaluation, from 1; 0 where there are none."""
+    """Round of an evaluation, from 1; 0 where there are none."""
     truth: str = ""
     """The ground truth's file."""
     seconds: float | None = None
@@ -34,7 +34,7 @@ class ImageResult:
     foreground: float | None = None
     """Share of foreground: the mean of the alpha, 0..1."""
     confidence: float | None = None
-    """How sure the model is, 0..1; what it measures is said by the model's head."""
+    """Confidence of the model, 0..1, as its head measures it."""
     not_found: bool | None = None
     """True where the reference's thing does not seem to be in the picture."""
     scores: Mapping[Region, Scores] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class ImageResult:
 
     @property
     def key(self) -> tuple[int, str]:
-        """What tells it from every other of the run."""
+        """Unique key within the run: (round, name)."""
         return self.round, self.name or self.source
 
     def as_row(self) -> dict[str, Any]:

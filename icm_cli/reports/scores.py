@@ -29,4 +29,4 @@ class Scores:
 
 METRICS: tuple[str, ...] = tuple(field.name for field in fields(Scores))
 TITLES = {"mse": "MSE", "sad": "SAD", "grad": "GRAD", "conn": "CONN", "mad": "MAD", "dt_ssd": "dtSSD"}
-"""How metrics are printed."""
+"""Printed names of the metrics."""

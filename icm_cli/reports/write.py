@@ -33,7 +33,7 @@ class SideOutputs:
     reports: tuple[Path, ...]
     contact_sheet: Path | None = None
     references: Path | None = None
-    """Of an evaluation, for a later one."""
+    """File for the references of an evaluation, for a later one."""
 
     @classmethod
     def checked(

@@ -1,4 +1,4 @@
-"""How far an alpha is from the ground truth: the field's metrics, exact to their published code.
+"""The field's metrics of alphas against ground truth, exact to their published code.
 
 GRAD and CONN (Rhemann et al., "A Perceptually Motivated Online Benchmark for Image Matting", CVPR 2009) exist in two
 lineages whose numbers must not be mixed:
@@ -30,7 +30,7 @@ UNKNOWN = 128
 BOUNDS_OF_UNKNOWN = (85, 170)
 """Values of a trimap from the first to below the second are unknown, as some files hold other ones than 128."""
 SIGMA = 1.4
-"""Of the Gaussian whose derivatives GRAD compares, in pixels."""
+"""Sigma of the Gaussian whose derivatives GRAD compares, in pixels."""
 SMALLEST_TAP = 1e-2
 """composition: the filter ends where the Gaussian falls under this."""
 AIM_RADIUS_PX = int(4 * SIGMA + 0.5)
@@ -70,7 +70,7 @@ def dt_ssd(alpha: ImageU8, before: ImageU8, truth: ImageU8, truth_before: ImageU
 
 
 class _ErrorMaps:
-    """What GRAD and CONN sum up, [H,W], made once for every region."""
+    """Maps [H,W] that GRAD and CONN sum up, made once for every region."""
 
     def __init__(self, alpha: ImageU8, truth: ImageU8, lineage: Lineage) -> None:
         self.difference = cv2.absdiff(alpha, truth)
@@ -135,7 +135,7 @@ def _gaussian_taps(halfsize: int) -> tuple[Map, Map]:
 _STEPS = np.arange(0, 1.1, 0.1)
 """The published thresholds with their rounding: the seventh is above 153/255."""
 _STEPS_PASSED = np.searchsorted(_STEPS[1:], np.arange(256) / 255.0, side="right").astype(np.uint8)
-"""How many thresholds above 0 an alpha of 0..255 reaches."""
+"""Number of thresholds above 0 that an alpha of 0..255 reaches."""
 
 
 def _connectivity_error(alpha: ImageU8, truth: ImageU8, lineage: Lineage) -> Map:

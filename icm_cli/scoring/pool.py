@@ -21,7 +21,7 @@ Answer = TypeVar("Answer", covariant=True)
 
 
 class Task(Protocol[Answer]):
-    """What a process can run: an object that can be pickled."""
+    """A task for a process: an object that can be pickled."""
 
     def run(self) -> Answer: ...
 
@@ -109,7 +109,7 @@ class _Process:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the images of a run are scored: ``task_for`` gives the task of one that has its alpha, None for no score."""
+    """Scoring of the images of a run: ``task_for`` gives the task of one that has its alpha, None for no score."""
 
     pool: ScoringPool
     task_for: Callable[[ImageResult], ScoreTask | None]

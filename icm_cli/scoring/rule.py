@@ -25,12 +25,12 @@ class Rule:
     size: Size = "original"
     lineage: Lineage = "composition"
     trimap_kernel_px: int = 25
-    """Where no trimap is published, unknown is 0 < alpha < 1 dilated by a square of this side, at the scored size."""
+    """Side of the square that dilates 0 < alpha < 1 to unknown, at the scored size, where no trimap is published."""
     has_detail_maps: bool = False
     """Trimaps are detail maps: every pixel above 0 is unknown."""
 
     def as_protocol(self) -> dict[str, Any]:
-        """What every report states of it."""
+        """State the rule, for reports."""
         return {"regions": list(self.regions), "size": self.size, "lineage": self.lineage}
 
 

@@ -20,7 +20,7 @@ from icm_cli.scoring.rule import Rule, scored_size, trimap_of
 
 @dataclass(frozen=True)
 class Scored:
-    """What became of one :class:`ScoreTask`; ``scores`` is empty where the alpha could not be scored."""
+    """Result of one :class:`ScoreTask`; ``scores`` is empty where the alpha could not be scored."""
 
     scores: dict[Region, Scores] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
@@ -77,7 +77,7 @@ class ScoreTask:
         )
 
     def _oddities(self, truth: TrueAlpha) -> list[Problem]:
-        """What is odd about the ground truth; all but 16 bits, and what is allowed, keeps it from being scored."""
+        """Find what is odd about the ground truth; all but 16 bits, and what is allowed, keeps it from being scored."""
         found = []
         if self.image is not None and (size := image_size(self.image)) != truth.alpha.shape:
             found.append(self._mismatch("ground truth", self.truth, truth.alpha.shape, size))

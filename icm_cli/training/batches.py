@@ -66,7 +66,7 @@ AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 @dataclass(frozen=True)
 class StepSampler(Sampler[list[int]]):
-    """Which samples this process takes, micro-batch by micro-batch, from a step on to the end.
+    """Order in which this process takes samples, micro-batch by micro-batch, from a step on to the end.
 
     Step s is made of samples s * batch_size and following, whatever the number of processes and micro-batches.
     """

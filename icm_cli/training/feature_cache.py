@@ -43,7 +43,7 @@ class FeatureCache:
         self._is_full = False
 
     def features(self, model: InContextMatting, batch: PairBatch, pairs: Pairs) -> PairFeatures:
-        """Of a batch whose pixels are the files' own; the backbone runs for what is not there yet."""
+        """Features of a batch whose pixels are the files' own; the backbone runs for those not on disk yet."""
         backbone = model.backbone
         targets = [
             self._one(

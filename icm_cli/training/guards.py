@@ -1,4 +1,4 @@
-"""What ends a run that goes wrong, in a sentence: a NaN or infinite loss, such gradients, bad data."""
+"""Guards that end a run that goes wrong with one sentence: a NaN or infinite loss, such gradients, bad data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What learns: the model on its devices, its optimiser, and the running mean of its weights."""
+"""The learner: the model on its devices, its optimiser, and the running mean of its weights."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Learner:
             )
         backbone = part_class("backbones", settings.model.backbone.name)
         self.weights_digest: str = backbone.weights_digest(settings.model.backbone.settings, weights, offline=offline)
-        """Of the pretrained weights that the backbone began with."""
+        """Digest of the pretrained weights that the backbone began with."""
         if not self.trains_backbone:
             self.model.backbone.requires_grad_(False)
             self.model.backbone.cast(self.device.dtype, self.device.transformer_dtype)
@@ -219,7 +219,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def micro_batches(config: TrainConfig) -> tuple[int, int]:
-    """How many processes there are, and the samples that each takes at a time. Raises ConfigError."""
+    """Number of processes, and of samples that each takes at a time. Raises ConfigError."""
     processes = process_count()
     micro_batch = config.micro_batch_size or max(1, config.batch_size // processes)
     if config.batch_size % (processes * micro_batch):

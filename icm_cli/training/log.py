@@ -1,4 +1,4 @@
-"""What a run leaves to look at: a CSV log, and TensorBoard scalars and pictures. A log is not worth a run."""
+"""The log of a run: CSV, and TensorBoard scalars and pictures. Where it cannot be written the run goes on."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ class LossConfig:
     l1: float = 0.0
     """L1, mean over the image; for binary samples too."""
     binary_rule: BinaryRule = "binary"
-    """Which samples are binary and take only known_smooth_l1 of the published losses: "binary", every pixel is 0 or 1
-    (what the paper means), or "constant", all pixels are 0 or all are 1 (what the released code tests)."""
+    """Choice of the binary samples, which take known_smooth_l1 alone of the published losses: "binary", each pixel 0 or
+    1 (what the paper means), or "constant", all pixels are 0 or all are 1 (what the released code tests)."""
 
     def __post_init__(self) -> None:
         weights = {name: getattr(self, name) for name in TERMS}

@@ -12,11 +12,11 @@ from torch import Tensor
 from icm_cli.training.settings import TrainConfig
 
 START_FACTOR = 1e-6
-"""Of the rate, at step 0 of the warm-up (released code)."""
+"""Factor of the rate at step 0 of the warm-up (released code)."""
 
 
 def rate_factor(step: int, config: TrainConfig, elapsed: float | None = None) -> float:
-    """What the learning rates are multiplied by at ``step`` (from 0): linear warm-up, then constant or a cosine.
+    """Factor of the learning rates at ``step`` (from 0): linear warm-up, then constant or a cosine.
 
     The cosine ends with the last step, or with the minutes of the run, of which ``elapsed`` (0..1) have passed.
     """

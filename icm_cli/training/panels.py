@@ -22,7 +22,7 @@ UNSEEN = 0.35
 
 @torch.no_grad()
 def panel(model: InContextMatting, batch: PairBatch, *, fixed_noise: bool) -> ImageU8:
-    """A row a sample, uint8 [H,W,3]: source, masked reference, alpha, prediction, inter- and intra-similarity.
+    """One row per sample, uint8 [H,W,3]: source, masked reference, alpha, prediction, inter- and intra-similarity.
 
     The model must be in evaluation mode and its head trained.
     """

@@ -30,7 +30,7 @@ LOCK_NAME = ".icm-train.lock"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: steps done, unreadable draws, and seconds that the steps took."""
+    """Progress of a run: steps done, unreadable draws, and seconds that the steps took."""
 
     step: int = 0
     skipped: int = 0
@@ -170,12 +170,12 @@ class RunFolder:
         }
 
     def _identity(self, learner: Learner) -> dict[str, Any]:
-        """All that must be the same for a run to be gone on with."""
+        """Settings and data that must be the same for a run to be resumed."""
         return {**self._settings.as_dict(), "found": self._found, "weights": learner.weights_digest}
 
     @cached_property
     def _found(self) -> dict[str, Any]:
-        """What the settings led to on this disk."""
+        """Facts that follow from the settings on this disk."""
         names = [f"{item.group} {item.name}" for item in self._pool]
         started = content_digest(self._checkpoint) if self._checkpoint else None
         return {

@@ -33,12 +33,12 @@ LEAST_CROP_PX = 64
 REFINE_TERMS = ("l1", "cross_entropy", "gradient", "laplacian")
 """Losses of the stage "refine", by the names of their weights."""
 LARGEST_SEED = 1 << 62
-"""What random generators take, with room for the step to be added."""
+"""Largest seed of a random generator, with room for the step to be added."""
 
 
 @dataclass(frozen=True)
 class FilesConfig:
-    """Where images with alphas are; fields as the options of ``icm eval``, paths relative to the working directory."""
+    """A place of images with alphas; fields as the options of ``icm eval``, paths relative to the working directory."""
 
     dataset: str = "folder"
     """A dataset of ``icm eval`` (``root`` is its folder), or ``folder`` (``images`` and ``alphas``)."""
@@ -51,7 +51,7 @@ class FilesConfig:
 
     @property
     def patterns(self) -> dict[str, Any]:
-        """What is not a dataset's own affair, as ``icm_cli.datasets.find`` and ``icm_cli.evaluate`` take it."""
+        """Arguments of ``datasets.registry.find`` and ``icm_cli.evaluate`` beside the dataset's name and root."""
         return {"images": self.images, "alphas": self.alphas, "trimaps": self.trimaps, "groups": self.groups}
 
 
@@ -93,14 +93,14 @@ class SourceConfig(FilesConfig):
 
     @property
     def title(self) -> str:
-        """How it is named in messages."""
+        """Name in messages."""
         where = self.root or self.images
         return f"{self.dataset} ({where})" if where else self.dataset
 
 
 @dataclass(frozen=True)
 class ValidationConfig(FilesConfig):
-    """What ``icm eval`` scores while the model learns."""
+    """Dataset that ``icm eval`` scores while the model learns."""
 
     split: Split = "test"
     size: Size | None = None
@@ -127,10 +127,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PairConfig:
-    """What a training sample is made of; shares are 0..1."""
+    """Composition of a training sample; shares are 0..1."""
 
     composite_share: float = 0.5
-    """Of photographs with alphas: the thing is put on another background. Foregrounds always are."""
+    """Share of photographs with alphas whose thing is put on another background. Foregrounds always are."""
     same_image_share: float = 0.2
     """The reference is another view of the target's own image, though the group has others."""
     distractor_share: float = 0.5
@@ -138,7 +138,7 @@ class PairConfig:
     distractors: int = 2
     """At most so many."""
     reference_distractor_share: float = 0.5
-    """Of samples with distractors: the first is pasted into the reference too."""
+    """Share of samples with distractors whose first one is pasted into the reference too."""
     negative_share: float = 0.1
     """The reference's thing is not in the target, whose alpha is 0."""
     scribble_share: float = 0.0
@@ -165,7 +165,7 @@ class PairConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What is done to reference and target, independently; all 0 leaves the pictures as they are."""
+    """Augmentation of reference and target, independently; all 0 leaves the pictures as they are."""
 
     flip: float = 0.5
     """Share that is mirrored."""
@@ -205,7 +205,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class MatchConfig:
-    """What the stage "match" shows: mosaics of pictures, of which at most one has the reference's thing."""
+    """Samples of the stage "match": mosaics of pictures, of which at most one has the reference's thing."""
 
     views: int = 12
     """Pictures of a group whose tokens are read, at the canvas' size; drawn by the seed."""
@@ -213,13 +213,13 @@ class MatchConfig:
     """Pictures of a group whose tokens are read at twice that size as well: they are the mosaics of one picture and
     half of the references, so that all mosaics have about as many tokens. 0: none."""
     most_views: int = 3
-    """Of one picture, where a group has few."""
+    """Most views of one picture, where a group has few."""
     negative_share: float = 0.2
     """The reference's thing is in none of the pictures."""
     same_image_share: float = 0.1
     """The reference is another view of the target's own picture, though its group has others."""
     layout_shares: tuple[float, ...] = (0.3, 0.4, 0.25, 0.05)
-    """Of mosaics of one picture, two side by side, two one above the other, and four."""
+    """Shares of mosaics of one picture, of two side by side, of two one above the other, and of four."""
     presence: float = 0.3
     """Weight of the cross-entropy of whether the thing is there."""
 
@@ -243,7 +243,7 @@ class MatchConfig:
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """What the stage "refine" shows: crops of scenes on the canvas, with coarse alphas made from the true ones."""
+    """Samples of the stage "refine": crops of scenes on the canvas, with coarse alphas made from the true ones."""
 
     crop_px: int = 224
     """Side of a crop, in px of the canvas."""
@@ -252,9 +252,9 @@ class RefineConfig:
     token_share: float = 0.6
     """Share of the coarse alphas that are as a grid of tokens tells them; the others are outlines nearly right."""
     made_share: float = 0.7
-    """Of photographs for which a first stage made an alpha (``coarse`` of a source): that is the coarse one."""
+    """Share of the first stage's own alphas as coarse ones, where a source has them (``coarse``)."""
     photograph_share: float = 0.5
-    """Of pictures with soft alphas: they are shown as they are, not as composites."""
+    """Share of pictures with soft alphas that are shown as they are, not as composites."""
     band_weight: float = 0.3
     """Weight of pixels at the edge of an alpha that is not exact: any but a composite's."""
     l1: float = 1.0
@@ -281,7 +281,7 @@ class TrainConfig:
     """The recipe; the defaults are the released code's (Guo et al. 2024), with the paper's batch and steps."""
 
     stage: Literal["matte", "match", "refine"] = "matte"
-    """What learns: "matte", the head, and the backbone where it may, on pairs of pictures; "match", a token-match head
+    """Part that learns: "matte", head and, where it may, backbone, on pairs of pictures; "match", a token-match head
     on the tokens of pictures, hundreds of times cheaper a sample; "refine", the edges, which need no pairs."""
     minutes: float | None = None
     """The run ends, and a cosine with it, when so many minutes of steps have passed, instead of after ``steps``."""
@@ -391,7 +391,7 @@ def read_settings(config: str | Path, data: str | Path | None = None, overrides:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
-    """Where two mappings of settings differ, a line each: "train.rate: 0.001 -> 0.002"."""
+    """Differences of two mappings of settings, one line each: "train.rate: 0.001 -> 0.002"."""
     lines = []
     for key in dict.fromkeys((*before, *after)):
         old, new = before.get(key), after.get(key)

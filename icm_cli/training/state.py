@@ -1,4 +1,4 @@
-"""What a run keeps on disk: the model to matte with, and one file to go on from.
+"""Files of a run: the model to matte with, and one file from which it can be resumed.
 
 ``last.safetensors`` and ``best.safetensors`` are checkpoints for ``icm matte`` (the mean of the weights, where there is
 one). ``state.pt`` alone holds all that the next step depends on, so whatever is torn between the files, it goes on.

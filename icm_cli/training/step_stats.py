@@ -25,7 +25,7 @@ class StepStats:
         self.total_samples = 0
         self.total_waiting = 0.0
         self.total_seconds = 0.0
-        """Of the steps: validation, saving and logging are left out."""
+        """Seconds of the steps; validation, saving and logging are left out."""
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """The next batch; the time until it is there counts as waiting."""
@@ -56,7 +56,7 @@ class StepStats:
 
     @property
     def seconds(self) -> float:
-        """What the steps have taken so far; validation, saving and logging are left out."""
+        """Seconds of the steps so far; validation, saving and logging are left out."""
         return self.total_seconds + time.perf_counter() - self._since - self._paused
 
     def figures(self, rate: float) -> dict[str, float]:

@@ -226,7 +226,7 @@ def _is_over(recipe: TrainConfig, done: Progress) -> bool:
 
 
 def _summary(run: RunFolder, learner: Learner, stats: StepStats, done: Progress, loss: float | None) -> TrainingSummary:
-    """How the run ended."""
+    """Sum up how the run ended."""
     path = run.folder / (BEST_NAME if run.best else LAST_NAME)
     return TrainingSummary(
         folder=run.folder,

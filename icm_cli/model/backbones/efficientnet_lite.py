@@ -48,7 +48,7 @@ class EfficientNetLiteConfig:
     scale_blocks: tuple[int, ...] = (6, 14)
     """Blocks whose outputs are handed over as features per scale, each with an intra-similarity."""
     temperature: float = 0.15
-    """Of the intra-similarity, in cosine units."""
+    """Temperature of the intra-similarity, in cosine units."""
 
     def __post_init__(self) -> None:
         if self.long_side_px < 32 or self.long_side_px % 32:

@@ -36,7 +36,7 @@ class StableDiffusionConfig:
     canvas_px: int = 768
     """Side of the square canvas, a multiple of 64."""
     timestep: int = 200
-    """How noisy the latents are, 0..999 (the paper's text: 0; the released code: 200)."""
+    """Timestep of the noise in the latents, 0..999 (the paper's text: 0; the released code: 200)."""
     ensemble: int = 4
     """Draws of noise whose features and maps are averaged (E)."""
 

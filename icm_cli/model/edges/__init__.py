@@ -1,1 +1,1 @@
-"""What brings the edges of a head's alpha to those of the source, one file each."""
+"""Networks that bring a head's alpha to the edges of its source, one file each."""

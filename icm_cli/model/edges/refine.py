@@ -38,7 +38,7 @@ class RefineConfig:
     tile_px: int = 256
     """Side, in px, of the tiles of a larger source."""
     overlap_px: int = 32
-    """By how much tiles overlap; they are blended there."""
+    """Overlap of tiles, in px; they are blended there."""
     undecided: float = 0.01
     """Tiles whose alpha is everywhere nearer to 0 or everywhere nearer to 1 than this are left as they are."""
 
@@ -56,7 +56,7 @@ class RefineConfig:
 
     @property
     def multiple(self) -> int:
-        """What the network's pictures are padded to a multiple of, in px."""
+        """Side in px of which pictures are padded to a multiple."""
         return UNSHUFFLE * 2 ** (len(self.widths) - 1)
 
 
@@ -149,7 +149,7 @@ class Refine(Edges):
 
 
 def _tiles(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles of ``tile`` px begin along ``length`` px, the last one at the end; each overlaps the one before."""
+    """Starts of tiles of ``tile`` px along ``length`` px, the last one at the end; each overlaps the one before."""
     if length <= tile:
         return [0]
     count = math.ceil((length - overlap) / (tile - overlap))

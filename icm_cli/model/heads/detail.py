@@ -53,7 +53,7 @@ class DetailConfig:
 
 @dataclass(frozen=True)
 class PreparedReferences:
-    """Of each reference its normalised tokens inside its guidance, [K,C] float32.
+    """Normalised tokens of each reference inside its guidance, [K,C] float32.
 
     ``notices``: sentences on references whose guidance covers no whole token.
     """
@@ -117,7 +117,7 @@ class DetailHead(TrainedHead):
 
 
 class InterSimilarity(nn.Module):
-    """Where the references' foreground lies in the target: S, with one LayerNorm for both sides."""
+    """Inter-similarity of target and references' foreground: S, with one LayerNorm for both sides."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -25,13 +25,13 @@ from icm_cli.model.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
 
 EVIDENCE_NUMBERS = 8
-"""That every comparison gives a token."""
+"""Evidence values per token and comparison."""
 CARRIED = 6
-"""Which of them is the guidance carried over."""
+"""Index of the evidence value that is the guidance carried over."""
 STRONGEST = (0, 1, CARRIED)
-"""Which of them, at the picture's strongest token, tell whether the thing is there."""
+"""Indices of the evidence values whose maximum over the picture tells whether the thing is there."""
 PRESENCE_NUMBERS = 2 + len(STRONGEST)
-"""That every comparison says of the whole picture: those, and likeness to the foreground's and background's means."""
+"""Values per comparison about the whole picture: the strongest, and likeness to the means of both sides."""
 PRESENCE_WIDTH = 64
 LEAST_ALPHA = 1e-3
 """Weight of every token in the mean of the thing: where nothing is found the whole picture is compared."""
@@ -57,9 +57,9 @@ class TokenMatchConfig:
     as the tokens. They join the first steps of the decoder."""
     decoder_channels: tuple[int, ...] = (96, 64, 32, 24, 16)
     """Channels after each step of the decoder, a doubling each; steps after those with skips take the image in. Without
-    any the alpha is the coarse one, a number a token; where they end before the canvas' size it is enlarged."""
+    any the alpha is the coarse one, one number per token; where they end before the canvas' size it is enlarged."""
     temperature: float = 0.05
-    """Of the comparisons before training, in cosine units; it is learned."""
+    """Temperature of the comparisons before training, in cosine units; it is learned."""
     presence_sharpness: float = 4.0
     """At inference the presence counts so many times its logit: a thing is there or it is not."""
     edge_radius: float = 0.03
@@ -191,7 +191,7 @@ class TokenMatchHead(TrainedHead):
         return numbers.transpose(2, 3).reshape(len(numbers), -1, height, width)
 
     def fused(self, target: Features, evidence: Tensor) -> Tensor:
-        """What the coarse alpha is read from, [B,fused_channels,h,w]; ``evidence`` as :meth:`evidence` gives it."""
+        """Features [B,fused_channels,h,w] of the coarse alpha; ``evidence`` as :meth:`evidence` gives it."""
         hidden = evidence.masked_fill(~target.valid[:, None], float("-inf"))
         best = hidden.amax(dim=(2, 3), keepdim=True).expand_as(evidence)
         dtype = self.condense.weight.dtype
@@ -245,7 +245,7 @@ class TokenMatchHead(TrainedHead):
         return logit
 
     def _details(self, target: Features, image: Tensor | None) -> list[Tensor]:
-        """What joins each step of the decoder: the backbone's scales from coarse to fine, then the image."""
+        """Features that join each step of the decoder: the backbone's scales from coarse to fine, then the image."""
         details = []
         height, width = target.valid.shape[-2:]
         for level, channels in enumerate(self.config.skip_channels, start=1):

@@ -32,11 +32,11 @@ class TrainingFreeConfig:
     """Settings of the training-free head; similarities are cosines of centred features."""
 
     temperature: float = 0.07
-    """Of the soft maximum over the reference's tokens, in cosine units; more than 0."""
+    """Temperature of the soft maximum over the reference's tokens, in cosine units; more than 0."""
     likeness_temperature: float = 0.1
     """The same where it is judged whether the thing is there at all, which asks for more tokens to agree."""
     background_weight: float = 0.5
-    """How much likeness to the reference's background counts against a token; 0 or more."""
+    """Weight with which likeness to the reference's background counts against a token; 0 or more."""
     threshold: float = 0.25
     """Evidence that parts foreground from background, as a share of the strongest; between 0 and 1."""
     absent_below: float = 0.24
@@ -72,7 +72,7 @@ TOKENS_AT_A_TIME = 512
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the reference says about one target's valid tokens, on their grid.
+    """Evidence of the reference about one target's valid tokens, on their grid.
 
     ``contrast`` [h,w]: likeness to the foreground, less that to the background, spread by intra-similarity.
     ``likeness``: how well the reference's foreground is met in the target, as a share of how well it meets itself.
@@ -147,7 +147,7 @@ class TrainingFree(Head):
         return contrast, self._likeness(foreground, unit)
 
     def _likeness(self, foreground: Tensor, target: Tensor) -> float:
-        """How well [N,C] meets the reference's foreground [K,C], as a share of how well that meets itself."""
+        """Likeness of [N,C] to the reference's foreground [K,C], as a share of how well that meets itself."""
         best = soft_maximum(foreground, target, self.config.likeness_temperature).max()
         return float(best / soft_maximum(foreground, foreground, self.config.likeness_temperature).mean())
 
@@ -175,7 +175,7 @@ class TrainingFree(Head):
 
 
 def strong_regions(evidence: Tensor, inside: Tensor, share: float) -> Tensor:
-    """Of the connected regions of ``inside`` [H,W] bool, those whose best evidence is ``share`` of the best, [H,W].
+    """Keep the connected regions of ``inside`` [H,W] bool whose best evidence is ``share`` of the best, [H,W].
 
     Another object is often a region of its own that is like the reference by a little: it is no instance of it.
     """
@@ -188,7 +188,7 @@ def strong_regions(evidence: Tensor, inside: Tensor, share: float) -> Tensor:
 
 
 def soft_maximum(reference: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """How alike each target token is to the reference's tokens: temperature * log mean exp(cosine / temperature).
+    """Likeness of each target token to the reference's tokens: temperature * log mean exp(cosine / temperature).
 
     reference [K,C] and target [N,C] of unit length -> [N]; 0, neither like nor unlike, if K = 0.
     """

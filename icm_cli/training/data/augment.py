@@ -1,4 +1,4 @@
-"""What is done to pictures and guidance: where a picture lies on the canvas, its colours, its damage, its mask.
+"""Augmentation of pictures and guidance: where a picture lies on the canvas, its colours, its damage, its mask.
 
 Every function draws from the generator it is given and from nothing else.
 """
@@ -18,7 +18,7 @@ Affine = NDArray[np.float64]
 MOST_JITTER = 1 / 40
 """Largest change of a guidance mask's outline, in canvas sides."""
 STROKE_WIDTH = 1 / 40
-"""Of a scribble, in canvas sides; a point is as wide."""
+"""Width of a scribble, in canvas sides; a point is as wide."""
 
 
 def place_photograph(size: tuple[int, int], canvas_px: int, config: AugmentConfig, rng: Rng) -> Affine:

@@ -20,7 +20,7 @@ from icm_cli.scoring.metrics import BOUNDS_OF_UNKNOWN, UNKNOWN
 from icm_cli.training.data.pool import Item
 
 KEPT_BYTES = 500_000_000
-"""Of decoded items of a kind that a process keeps at hand."""
+"""Memory of each cache of decoded items, per process."""
 VISIBLE_U8 = 8
 """Alpha above which a cut-out's bounding box counts a pixel."""
 

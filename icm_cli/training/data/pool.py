@@ -1,4 +1,4 @@
-"""What there is to train on: every source's images with their alphas, by group, drawn by weight."""
+"""The pool of training pictures: every source's images with their alphas, by group, drawn by weight."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Item:
     is_binary: bool
     """The alpha is a mask of 0 and 255."""
     classes: frozenset[str] = frozenset()
-    """What it shows; pictures that share one are never taken for one another's absence."""
+    """Classes of the thing; pictures that share one are never taken for one another's absence."""
     soften_px: float = 0.0
     """Standard deviation of the blur that its hard mask gets."""
     coarse: Path | None = None
@@ -54,7 +54,7 @@ class Pool:
     weights: tuple[float, ...]
     backgrounds: tuple[Path, ...]
     problems: tuple[Problem, ...] = ()
-    """What is wrong with the sources; the items are what is right."""
+    """Problems of the sources; the items are those without."""
 
     @cached_property
     def groups(self) -> dict[str, tuple[Item, ...]]:
@@ -80,7 +80,7 @@ class Pool:
         return tuple(tuple(self.groups[group] for group in dict.fromkeys(map(_group, each))) for each in self.sources)
 
     def chances(self) -> list[float]:
-        """How likely :meth:`draw` is to give each item, in their order."""
+        """Probabilities with which :meth:`draw` gives each item, in their order."""
         return [
             float(share) / len(groups) / len(self.groups[item.group])
             for source, groups, share in zip(self.sources, self._groups_of_sources, self._shares, strict=True)

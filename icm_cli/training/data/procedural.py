@@ -46,15 +46,15 @@ class Rgba:
 
 @dataclass(frozen=True)
 class Look:
-    """What the views of one thing share: the kind, its colours and the manner of its strands."""
+    """Properties that views of one thing share: the kind, its colours and the manner of its strands."""
 
     kind: str
     base: Points
     """sRGB 0..1 [3]."""
     spread: float
-    """How much strands differ in brightness."""
+    """Spread of the strands' brightness."""
     length: float
-    """Of strands, in radii of the body."""
+    """Length of strands, in radii of the body."""
     thickness_px: float
     curl: float
     count: int

@@ -26,7 +26,7 @@ from icm_cli.training.settings import TrainConfig
 MOST_ATTEMPTS = 10
 """Unreadable draws for one sample before training stops."""
 BACKDROP_SHARE = 0.3
-"""Of negatives: a background with nothing in it but distractors."""
+"""Share of negatives that are a background with nothing in it but distractors."""
 Bools = NDArray[np.bool_]
 
 

@@ -1,4 +1,4 @@
-"""What a stage of training is: the contract between the training loop and what is learned."""
+"""The contract between the training loop and a stage of training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from icm_cli.training.learner import Learner
 
 Answer: TypeAlias = tuple[Tensor, ...]
-"""What the model says of a batch, [B,...] each, with gradients."""
+"""Outputs of the model for a batch, [B,...] each, with gradients."""
 
 
 class Stage(ABC, Generic[AnyBatch]):

@@ -53,7 +53,7 @@ TOLD_EVERY_S = 60.0
 ATTEMPTS = 1000
 """Draws for one place of a mosaic before training stops."""
 LEAST_ALPHA = 1e-4
-"""How far an alpha is kept from 0 and 1 before its logarithm is taken."""
+"""Least distance of an alpha from 0 and 1 before its logarithm is taken."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ class _Mosaic:
     reference: View
     tiles: Sequence[View]
     place: int
-    """Which tile shows the reference's thing; -1: none."""
+    """Index of the tile that shows the reference's thing; -1: none."""
 
 
 @dataclass(frozen=True)
@@ -351,7 +351,7 @@ class _Scenes(Dataset["_Scene | str"]):
 
 
 def to_show(pool: Pool, views: int, most_views: int, seed: int) -> list[Item]:
-    """Of every group about ``views`` items, drawn with ``seed``; each at most ``most_views`` times."""
+    """Draw about ``views`` items of every group with ``seed``, each at most ``most_views`` times."""
     rng = np.random.default_rng((seed, 2))
     shown: list[Item] = []
     for items in pool.groups.values():

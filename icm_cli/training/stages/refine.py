@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from icm_cli.training.learner import Learner
 
 OTHER_PHOTOGRAPH_SHARE = 0.7
-"""Of composites: they lie on another item's photograph, the others on a background."""
+"""Share of composites on another item's photograph; the others lie on a background."""
 AT_EDGE_SHARE = 0.85
-"""Of crops: they lie about an edge, or about what the coarse alpha has wrong; the others anywhere."""
+"""Share of crops about an edge or an error of the coarse alpha; the others lie anywhere."""
 BAND = (0.1, 0.9)
 """Alphas between these belong to the band of an edge."""
 
