@@ -53,3 +53,13 @@ def _processor() -> str:
 
 DEFAULT_WORKERS = max(1, min(4, cores() // 2))
 """Threads that read, as many that write, and processes that score; a few keep a model fed, more only take its cores."""
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that new work may take before the system swaps, None where the system does not say."""
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -12,7 +12,7 @@ from icm_cli.datasets.samples import Sample
 from icm_cli.errors import UsageError
 from icm_cli.files import TEMPORARY_PREFIX
 from icm_cli.images.composites import Composite
-from icm_cli.images.reading import IMAGE_SUFFIXES
+from icm_cli.images.kinds import IMAGE_SUFFIXES
 from icm_cli.problems import Problem
 
 MOST_LISTED = 12

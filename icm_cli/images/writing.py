@@ -10,7 +10,7 @@ from PIL import Image, PngImagePlugin
 
 from icm_cli.files import atomic_write
 from icm_cli.geometry import ImageU8
-from icm_cli.images.reading import DECODE_ERRORS
+from icm_cli.images.decoding import DECODE_ERRORS
 
 PNG_COMPRESSION = 1
 """zlib level: an alpha is mostly flat, and higher levels cost far more time than they save space."""

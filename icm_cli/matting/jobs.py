@@ -13,7 +13,8 @@ from pathlib import Path
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.files import TEMPORARY_PREFIX
 from icm_cli.images.composites import Composite, read_source
-from icm_cli.images.reading import IMAGE_SUFFIXES, Picture
+from icm_cli.images.kinds import IMAGE_SUFFIXES
+from icm_cli.images.reading import Picture
 from icm_cli.reports.result import ImageResult
 
 SERVICE_FOLDERS = frozenset({"@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "__MACOSX"})

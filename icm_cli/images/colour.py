@@ -1,0 +1,155 @@
+"""Colour: from a file's own colour space to the display-referred sRGB that the model sees."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PyOpenColorIO as ocio
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+
+from icm_cli.errors import UsageError, did_you_mean
+from icm_cli.geometry import ImageU8, rounded_u8
+
+BUILT_IN = "ocio://studio-config-latest"
+"""OpenColorIO's own configuration: ACES, camera logs, Rec.709, P3."""
+DISPLAY = "sRGB - Display"
+VIEW = "Un-tone-mapped"
+"""View of scene-referred pictures: what was 0..1 looks as the same picture saved as sRGB does."""
+SRGB = "sRGB"
+"""Display-referred sRGB, which needs no transform."""
+LINEAR = "lin_rec709_scene"
+"""Space of EXR and HDR that do not say theirs."""
+PRIMARIES = {
+    (0.64, 0.33, 0.30, 0.60, 0.15, 0.06): "lin_rec709_scene",
+    (0.713, 0.293, 0.165, 0.830, 0.128, 0.044): "lin_ap1_scene",
+    (0.7347, 0.2653, 0.0, 1.0, 0.0001, -0.077): "lin_ap0_scene",
+    (0.708, 0.292, 0.170, 0.797, 0.131, 0.046): "lin_rec2020_scene",
+    (0.680, 0.320, 0.265, 0.690, 0.150, 0.060): "lin_p3d65_scene",
+}
+"""Chromaticities (red, green, blue; x and y each) of an EXR, and the space they stand for."""
+
+
+@dataclass(frozen=True)
+class Colour:
+    """How pictures are understood and shown to the model.
+
+    ``space``: "auto", or a name of the configuration. ``config``: an OpenColorIO file, "" for $OCIO or the built-in
+    one. ``view``: of scene-referred pictures. ``exposure``: stops, before the view.
+    """
+
+    space: str = "auto"
+    config: str = ""
+    view: str = ""
+    exposure: float = 0.0
+
+    def check(self) -> None:
+        """Raises UsageError for a configuration, space or view that is not there, naming those nearest to it."""
+        if self == Colour():
+            return
+        config, display = _config(self.config), _display(self.config)
+        if self.space not in ("auto", SRGB) and config.getColorSpace(self.space) is None:
+            raise UsageError(
+                f"colour space {self.space!r} is not in the configuration. "
+                f"{did_you_mean(self.space, list(config.getColorSpaceNames()))}"
+            )
+        if self.view and self.view not in config.getViews(display):
+            raise UsageError(
+                f"view {self.view!r} is none of {display!r}. {did_you_mean(self.view, list(config.getViews(display)))}"
+            )
+
+    def describe(self) -> str:
+        """All of it in one line, for the digest of a run; "" where it is as ever."""
+        return (
+            "" if self == Colour() else f"{self.space} {_config(self.config).getCacheID()} {self.view} {self.exposure}"
+        )
+
+
+AS_LABELLED = Colour()
+
+
+def shown(pixels: NDArray[Any], scale: float, space: str, colour: Colour) -> ImageU8:
+    """Pixels [H,W,1|3] in 0..scale (floats may exceed it) in a space -> sRGB uint8 [H,W,3], as the model sees them."""
+    if pixels.shape[-1] == 1:
+        pixels = np.repeat(pixels, 3, axis=-1)
+    if space == SRGB and not colour.exposure:
+        if pixels.dtype == np.uint8:
+            return np.ascontiguousarray(pixels)
+        return rounded_u8(pixels.astype(np.float32) * np.float32(255.0 / scale))
+    values = np.ascontiguousarray(pixels, dtype=np.float32) / np.float32(scale)
+    _processor(colour.config, "srgb_rec709_scene" if space == SRGB else space, colour.view, colour.exposure).applyRGB(
+        values
+    )
+    return rounded_u8(values * np.float32(255.0))
+
+
+def known_space(label: str | None, config: str) -> str | None:
+    """The configuration's own name of the space that a file's label means, None for one that is not there."""
+    if not label:
+        return None
+    found = _config(config).getColorSpace(label)
+    return None if found is None else str(found.getName())
+
+
+def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
+    """The linear space of an EXR's chromaticities (eight numbers, white last), None for unknown ones."""
+    for primaries, space in PRIMARIES.items():
+        if np.allclose(chromaticities[:6], primaries, atol=2e-3):
+            return space
+    return None
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """A Pillow image brought from its ICC profile to sRGB; None where the profile cannot be used."""
+    try:
+        transform = _icc_transform(profile, image.mode)
+        return image if transform is None else ImageCms.applyTransform(image, transform)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+
+
+@functools.lru_cache(maxsize=32)
+def _icc_transform(profile: bytes, mode: str) -> Any:
+    """None where the profile is sRGB already."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if mode == "RGB" and "sRGB" in (ImageCms.getProfileDescription(source) or ""):
+        return None
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
+@functools.lru_cache(maxsize=4)
+def _config(path: str) -> Any:
+    chosen = path or os.environ.get("OCIO", "") or BUILT_IN
+    try:
+        if chosen.startswith("ocio://"):
+            return ocio.Config.CreateFromBuiltinConfig(chosen.removeprefix("ocio://"))
+        return ocio.Config.CreateFromFile(str(Path(chosen)))
+    except ocio.Exception as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"the OpenColorIO configuration {chosen} cannot be used: {reason}") from error
+
+
+def _display(config: str) -> str:
+    displays = list(_config(config).getDisplays())
+    return DISPLAY if DISPLAY in displays else str(_config(config).getDefaultDisplay())
+
+
+@functools.lru_cache(maxsize=64)
+def _processor(path: str, space: str, view: str, exposure: float) -> Any:
+    config, display = _config(path), _display(path)
+    views = list(config.getViews(display))
+    chosen = view or (VIEW if VIEW in views else str(config.getDefaultView(display)))
+    linear = "scene_linear"
+    group = ocio.GroupTransform()
+    group.appendTransform(ocio.ColorSpaceTransform(src=space, dst=linear))
+    if exposure:
+        gain = 2.0**exposure
+        group.appendTransform(ocio.MatrixTransform.Scale([gain, gain, gain, 1.0]))
+    group.appendTransform(ocio.DisplayViewTransform(src=linear, display=display, view=chosen))
+    return config.getProcessor(group).getDefaultCPUProcessor()

@@ -1,0 +1,335 @@
+"""Files to pixels: Pillow reads what has 8 bits and is everywhere, OpenImageIO what is deep, linear or of the trade.
+
+A decoder may raise anything; at this file's edge all of it becomes one ImageError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import OpenImageIO as oiio
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from icm_cli import environment
+from icm_cli.errors import ImageError
+from icm_cli.images import colour
+from icm_cli.images.kinds import Kind, kind_of
+
+Image.MAX_IMAGE_PIXELS = None  # the limit is the memory there is, see _check_memory
+oiio.attribute("threads", 1)  # files are read in threads of our own
+BYTES_PER_PIXEL = 24
+"""Memory that a picture takes while it is read, matted and written, per pixel."""
+LARGEST_DISPLAY_VALUE = 1.5
+"""A float picture that is not scene-linear and has larger values is on another scale than 0..1."""
+TWELVE_BITS = 4095
+DECODE_ERRORS = (OSError, SyntaxError, UserWarning, ValueError, EOFError, IndexError, struct.error, zlib.error)
+_BY_PILLOW = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic", ""})
+_SCENE_LINEAR = frozenset({"openexr", "hdr"})
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientations but the upright one (1), and what undoes each."""
+ON_THEIR_SIDE = frozenset({5, 6, 7, 8})
+_UPRIGHT: dict[int, Any] = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a.swapaxes(0, 1)[:, ::-1],
+    7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda a: a.swapaxes(0, 1)[::-1],
+}
+"""The same for arrays."""
+MIN_IS_WHITE = 0
+"""TIFF's photometric interpretation of a negative."""
+REDUCED = 1
+"""TIFF's subfile type of a page that is a smaller copy of another."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Upright pixels of one frame as the file has them: [H,W,1|3] in 0..``scale``, floats perhaps beyond; ``alpha``
+    [H,W] on the same scale where there is one. ``space`` is the colour space's name, and ``notices`` say what is odd."""
+
+    pixels: NDArray[Any]
+    alpha: NDArray[Any] | None
+    scale: float
+    space: str
+    notices: tuple[str, ...] = ()
+    bits: int = 8
+
+
+def decode(path: Path, frame: int = 0, wanted: colour.Colour = colour.AS_LABELLED) -> Decoded:
+    """Decode one frame of a picture, EXIF's turn applied. Raises ImageError for any file that is not whole."""
+    with named_errors(path):
+        kind = kind_of(path)
+        if _is_for_pillow(path, kind):
+            try:
+                return _by_pillow(path, frame, wanted)
+            except ValueError:
+                if kind.name != "png":
+                    raise
+        return _by_openimageio(path, frame, kind, wanted)
+
+
+def frame_count(path: Path) -> int:
+    """Number of frames or pages; smaller copies of one (thumbnails, pyramids) are none. Raises ImageError."""
+    with named_errors(path):
+        if not kind_of(path).may_have_frames:
+            return 1
+        with Image.open(path) as image:
+            count = int(getattr(image, "n_frames", 1))
+            return count if image.format != "TIFF" else max(1, len(_pages(image, count)))
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Height and width of an upright picture, from its header alone. Raises ImageError."""
+    with named_errors(path):
+        if _is_for_pillow(path, kind_of(path)):
+            with Image.open(path) as image:
+                return _upright_size(image.size, _orientation(image))
+        with _openimageio(path) as file:
+            spec = file.spec()
+            return _upright_size((spec.width, spec.height), _tag(spec, "Orientation"))
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """The decoded, upright image as Pillow sees it. Raises ImageError."""
+    with named_errors(path), Image.open(path) as image:
+        _check_memory(path, *image.size)
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        yield image if turn is None else image.transpose(turn)
+
+
+@contextlib.contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Turn whatever a decoder raises into an ImageError of one sentence."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ImageError(f"{path} is a pipe or a device; expected an image file")  # reading could wait for ever
+    try:
+        yield
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path} is a folder; expected an image file") from None
+    except PermissionError:
+        raise ImageError(f"{path} cannot be read: permission denied") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{path} {_not_an_image(path)}") from None
+    except MemoryError:
+        raise ImageError(f"{path} is too large for this machine's memory") from None
+    except Exception as error:  # noqa: BLE001  decoders raise anything
+        raise ImageError(f"{path} is damaged or cut short ({' '.join(str(error).split())}); get a whole copy") from None
+
+
+def _is_for_pillow(path: Path, kind: Kind) -> bool:
+    """Whether Pillow reads it right: 8 bits a channel in a format that it knows."""
+    if kind.name == "png":
+        return not is_deep_png(path)
+    if kind.name in ("tiff", "pnm"):
+        with _openimageio(path, must_open=False) as file:
+            return file is None or str(file.spec().format) == "uint8"
+    return kind.name in _BY_PILLOW
+
+
+def is_deep_png(path: Path) -> bool:
+    """Whether a PNG of any number of channels has 16 bits in each; Pillow gives 8 of RGB and does not say so."""
+    with path.open("rb") as file:
+        header = file.read(26)
+    return header.startswith(b"\x89PNG") and header[24:25] == b"\x10"
+
+
+def _by_pillow(path: Path, frame: int, wanted: colour.Colour) -> Decoded:
+    with Image.open(path) as image:
+        _check_memory(path, *image.size)
+        if frame:
+            image.seek(_pages(image, image.n_frames)[frame] if image.format == "TIFF" else frame)  # type: ignore[attr-defined]
+        image.load()
+        orientation, profile = _orientation(image), image.info.get("icc_profile")
+        alpha, notices = None, []
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            alpha = np.asarray(image.getchannel("A"))
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+            return Decoded(
+                _turned(values[..., None], orientation), None, 1.0 if image.mode == "F" else 65535.0, colour.SRGB
+            )
+        space = wanted.space if wanted.space != "auto" else colour.SRGB
+        shown: Image.Image | None = image.convert("RGB") if image.mode in ("RGBA", "P", "PA", "1", "LA") else image
+        assert shown is not None
+        if profile and wanted.space == "auto":
+            converted = colour.to_srgb(shown, profile)
+            if converted is None:
+                notices.append(f"{path}: its ICC profile cannot be used; its colours are taken as sRGB")
+            else:
+                shown = converted
+        pixels = np.asarray(shown.convert("RGB"))
+    upright = None if alpha is None else np.ascontiguousarray(_turned(alpha, orientation))
+    return Decoded(np.ascontiguousarray(_turned(pixels, orientation)), upright, 255.0, space, tuple(notices))
+
+
+def _by_openimageio(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
+    with _openimageio(path) as file:
+        if frame and not file.seek_subimage(frame, 0):
+            raise ImageError(f"{path} has no frame {frame + 1}")
+        spec = file.spec()
+        _check_memory(path, spec.width, spec.height)
+        values = file.read_image(frame, 0, 0, spec.nchannels, _read_type(spec))
+        if values is None or file.has_error:
+            raise ValueError(file.geterror() or "no pixels")
+    names = [name.upper() for name in spec.channelnames]
+    colours = [names.index(name) for name in "RGB"] if {"R", "G", "B"} <= set(names) else [0]
+    alpha = values[..., names.index("A")] if "A" in names else None
+    pixels = values[..., colours]
+    scale = {"uint8": 255.0, "uint16": 65535.0}.get(str(values.dtype), 1.0)
+    notices = []
+    if _tag(spec, "tiff:PhotometricInterpretation", -1) == MIN_IS_WHITE:
+        pixels = np.asarray(scale - pixels, values.dtype)
+    if values.dtype == np.float32 and not np.isfinite(pixels).all():
+        notices.append(f"{path} has pixels that are NaN or infinite; they are taken as 0")
+        pixels = np.nan_to_num(pixels, nan=0.0, posinf=0.0, neginf=0.0)
+    space = wanted.space if wanted.space != "auto" else _own_space(spec, kind, wanted.config)
+    if values.dtype == np.float32 and space == colour.SRGB and pixels.max() > LARGEST_DISPLAY_VALUE:
+        raise ImageError(
+            f"{path} has values up to {pixels.max():.6g}; expected 0..1: scale it, or say with --colorspace in which "
+            "space it is"
+        )
+    if values.dtype == np.uint16 and 255 < pixels.max() <= TWELVE_BITS:
+        notices.append(f"{path} has 16 bits and no value above {pixels.max()}, so it is dark; perhaps it has 12 bits")
+    profile = spec.getattribute("ICCProfile")
+    if profile is not None and wanted.space == "auto" and len(colours) == 3:
+        pixels, notice = _from_profile(pixels, scale, bytes(profile))
+        scale, space = 255.0, colour.SRGB
+        notices += [f"{path}: {notice}"] if notice else []
+    orientation = _tag(spec, "Orientation")
+    upright = None if alpha is None else np.ascontiguousarray(_turned(alpha, orientation))
+    bits = 8 * values.dtype.itemsize
+    return Decoded(np.ascontiguousarray(_turned(pixels, orientation)), upright, scale, space, tuple(notices), bits)
+
+
+def _from_profile(pixels: NDArray[Any], scale: float, profile: bytes) -> tuple[NDArray[Any], str]:
+    """Deep pixels through their ICC profile, at 8 bits, and what is to be said."""
+    eight = np.clip(pixels.astype(np.float32) * (255.0 / scale) + 0.5, 0, 255).astype(np.uint8)
+    converted = colour.to_srgb(Image.fromarray(eight), profile)
+    if converted is None:
+        return eight, "its ICC profile cannot be used; its colours are taken as sRGB"
+    return np.asarray(converted), ""
+
+
+def _own_space(spec: Any, kind: Kind, config: str) -> str:
+    """The space that a file says it is in, else the usual one of its kind."""
+    for key in ("colorInteropID", "oiio:ColorSpace"):
+        label = spec.getattribute(key)
+        if label in ("srgb_rec709_scene", "srgb_rec709_display"):
+            return colour.SRGB
+        if found := colour.known_space(label, config):
+            return found
+    primaries = spec.getattribute("chromaticities")
+    if primaries is not None and (found := colour.space_of_primaries(tuple(primaries))):
+        return colour.known_space(found, config) or found
+    return colour.LINEAR if kind.name in _SCENE_LINEAR else colour.SRGB
+
+
+@contextlib.contextmanager
+def _openimageio(path: Path, *, must_open: bool = True) -> Iterator[Any]:
+    settings = oiio.ImageSpec()
+    settings.attribute("oiio:UnassociatedAlpha", 1)
+    file = oiio.ImageInput.open(str(path), settings)
+    if file is None:
+        reason = oiio.geterror()
+        if must_open:
+            raise UnidentifiedImageError(reason)
+        yield None
+        return
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def _read_type(spec: Any) -> str:
+    """uint8 and uint16 as they are; all else, integers of 32 bits too, as float."""
+    name = str(spec.format)
+    return name if name in ("uint8", "uint16") else "float"
+
+
+def _tag(spec: Any, name: str, otherwise: int = 1) -> int:
+    value = spec.getattribute(name)
+    return int(value) if isinstance(value, int) else otherwise
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 where there is none; EXIF that cannot be read turns nothing."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001  EXIF is written by anything, and can never fail a picture
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
+
+
+def _turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    return _UPRIGHT[orientation](pixels) if orientation in _UPRIGHT else pixels  # type: ignore[no-any-return]
+
+
+def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """(height, width) of a stored (width, height)."""
+    return size if orientation in ON_THEIR_SIDE else (size[1], size[0])
+
+
+def _pages(image: Image.Image, count: int) -> list[int]:
+    """Numbers of a TIFF's pages that are no smaller copies of others."""
+    pages = []
+    for number in range(count):
+        image.seek(number)
+        subfile = image.tag_v2.get(254, 0)  # type: ignore[attr-defined]
+        if not (isinstance(subfile, int) and subfile & REDUCED):
+            pages.append(number)
+    image.seek(0)
+    return pages
+
+
+def _check_memory(path: Path, width: int, height: int) -> None:
+    """Raises ImageError for a picture that this machine's free memory does not hold."""
+    needed, free = width * height * BYTES_PER_PIXEL, environment.available_memory_bytes()
+    if free is not None and needed > free:
+        raise ImageError(
+            f"{path} is {width}x{height}, which takes about {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are "
+            "free; scale it down"
+        )
+
+
+def _not_an_image(path: Path) -> str:
+    if path.stat().st_size == 0:
+        return "is empty (0 bytes); get a whole copy"
+    if kind_of(path).name == "heic":
+        return "is HEIC; to read it run: pip install 'icm-cli[heif]'"
+    return "is not an image in a format that can be read; expected JPEG, PNG, TIFF, EXR, WebP or the like"
+
+
+def _register_heif() -> None:
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+
+
+_register_heif()

@@ -1,0 +1,81 @@
+"""The kind of a file, told by its first bytes: whether it is a picture, of how many frames, or icm's own output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+HEAD_BYTES = 4096
+"""Bytes that are looked at."""
+OWN_MARK = b"icm-digest"
+OWN_SHEET_MARK = b"icm-sheet"
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".cin", ".dds", ".dib", ".dpx", ".exr", ".gif", ".hdr", ".heic", ".j2c", ".j2k", ".jfif", ".jp2"}
+    | {".jpe", ".jpeg", ".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".sgi"}
+    | {".tga", ".tif", ".tiff", ".webp"}
+)
+"""Endings of pictures. A file with one of these is taken for a picture even where its content does not look so, as a
+damaged one must be named; others are taken where their content is a picture's."""
+_STARTS = (
+    (b"\xff\xd8\xff", "jpeg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF87a", "gif"),
+    (b"GIF89a", "gif"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+    (b"II+\0", "tiff"),
+    (b"MM\0+", "tiff"),
+    (b"BM", "bmp"),
+    (b"\x28\0\0\0", "dib"),
+    (b"8BPS", "psd"),
+    (b"\x76\x2f\x31\x01", "openexr"),
+    (b"SDPX", "dpx"),
+    (b"XPDS", "dpx"),
+    (b"\x80\x2a\x5f\xd7", "cineon"),
+    (b"\xd7\x5f\x2a\x80", "cineon"),
+    (b"#?RADIANCE", "hdr"),
+    (b"#?RGBE", "hdr"),
+    (b"\0\0\0\x0cjP  ", "jpeg2000"),
+    (b"\xff\x4f\xff\x51", "jpeg2000"),
+    (b"\xff\x0a", "jpegxl"),
+    (b"\0\0\0\x0cJXL ", "jpegxl"),
+    (b"DDS ", "dds"),
+    (b"SIMPLE  =", "fits"),
+    (b"\x01\xda", "sgi"),
+    *((b"P" + letter, "pnm") for letter in (b"1", b"2", b"3", b"4", b"5", b"6", b"F", b"f")),
+)
+_MANY = frozenset({"gif", "webp", "tiff", "avif"})
+"""Kinds that may hold more than one frame; a PNG may where it has a chunk that says so."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``name`` of the format, "" where the content is no picture's; whether it may hold several frames, and whether icm
+    wrote it."""
+
+    name: str
+    may_have_frames: bool = False
+    is_own: bool = False
+
+
+def kind_of(path: Path) -> Kind:
+    """Look at a file's first bytes. Raises OSError where it cannot be read."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    name = _name(head)
+    animated = name in _MANY or (name == "png" and b"acTL" in head)
+    return Kind(name, animated, name in ("png", "tiff", "openexr") and (OWN_MARK in head or OWN_SHEET_MARK in head))
+
+
+def _name(head: bytes) -> str:
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    if head[4:8] == b"ftyp":
+        brands = head[8:64]
+        if b"avif" in brands or b"avis" in brands:
+            return "avif"
+        return "heic" if any(brand in brands for brand in (b"heic", b"heix", b"mif1", b"hevc")) else ""
+    found = next((name for start, name in _STARTS if head.startswith(start)), "")
+    if found == "pnm" and head[2:3] not in (b"\n", b" ", b"\t", b"\r", b"#"):
+        return ""
+    return found
