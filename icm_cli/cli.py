@@ -114,6 +114,25 @@ def matte(
     batch_size: BatchSize = "auto",
     seed: Seed = 0,
     workers: Workers = None,
+    colorspace: Annotated[
+        str,
+        typer.Option(
+            help="Colour space of the sources: auto (the file's own label; else sRGB, and linear Rec.709 for EXR and "
+            "HDR), or any name of the OpenColorIO configuration, such as ACEScg."
+        ),
+    ] = "auto",
+    ref_colorspace: Annotated[
+        Optional[str], typer.Option(help="Colour space of the references.", show_default="that of the sources")
+    ] = None,
+    ocio: Annotated[
+        Optional[Path],
+        typer.Option(help="OpenColorIO configuration.", show_default="$OCIO, or the built-in studio one"),
+    ] = None,
+    view: Annotated[
+        Optional[str],
+        typer.Option(help="View that shows scene-referred pictures to the model.", show_default="Un-tone-mapped"),
+    ] = None,
+    exposure: Annotated[float, typer.Option(help="Stops added before the view, for dark or bright plates.")] = 0.0,
     include: Annotated[
         Optional[list[str]], typer.Option(help="Only images whose path or name matches; repeatable.")
     ] = None,
@@ -160,6 +179,11 @@ def matte(
             batch_size=_number_or_auto(batch_size),
             seed=seed,
             workers=workers or DEFAULT_WORKERS,
+            colorspace=colorspace,
+            ref_colorspace=ref_colorspace,
+            ocio=ocio,
+            view=view,
+            exposure=exposure,
             include=include or [],
             exclude=exclude or [],
             overwrite=overwrite,

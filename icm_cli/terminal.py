@@ -218,6 +218,7 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
         ("skipped", f"{report.count('skipped')}"),
         ("failed", f"{len(report.failures)}"),
     ]
+    rows += [(f"left out, {reason}", f"{count}") for reason, count in sorted(report.left_out.items())]
     if unscored := report.count("unscored"):
         rows.append(("unscored", f"{unscored}"))
     if unreached := report.count("not reached"):

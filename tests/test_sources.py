@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icm_cli.errors import UsageError
-from icm_cli.matting.jobs import Job, plan_jobs
+from icm_cli.matting.jobs import Job, LeftOut, plan_jobs
 
 
 def tree(root: Path, *names: str) -> Path:
@@ -22,7 +22,8 @@ def tree(root: Path, *names: str) -> Path:
 
 
 def plan(src: str | Path, out: Path, **options: object) -> list[Job]:
-    return plan_jobs(src, out, **{"notice": lambda _: None, **options})  # type: ignore[arg-type]
+    notice = options.pop("notice", lambda _: None)
+    return plan_jobs(src, out, left_out=LeftOut(notice), **options)  # type: ignore[arg-type]
 
 
 def outputs(jobs: list[Job], out: Path) -> list[str]:

@@ -130,7 +130,7 @@ def _config(path: str) -> Any:
         if chosen.startswith("ocio://"):
             return ocio.Config.CreateFromBuiltinConfig(chosen.removeprefix("ocio://"))
         return ocio.Config.CreateFromFile(str(Path(chosen)))
-    except ocio.Exception as error:
+    except (ocio.Exception, ocio.ExceptionMissingFile) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"the OpenColorIO configuration {chosen} cannot be used: {reason}") from error
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from icm_cli.errors import ImageError
 from icm_cli.geometry import ImageU8, rounded_u8
+from icm_cli.images.colour import AS_LABELLED, Colour
 from icm_cli.images.reading import Picture, read_matte, read_picture
 
 
@@ -46,9 +47,9 @@ class Composite:
         return Picture(rounded_u8(np.asarray(foreground * weight + background * (1 - weight), np.float32)), None)
 
 
-def read_source(source: Path | Composite) -> Picture:
+def read_source(source: Path | Composite, colour: Colour = AS_LABELLED, frame: int = 0) -> Picture:
     """The picture of a file or a composite. Raises ImageError."""
-    return source.read() if isinstance(source, Composite) else read_picture(source)
+    return source.read() if isinstance(source, Composite) else read_picture(source, colour, frame)
 
 
 def _covering(background: ImageU8, height: int, width: int) -> ImageU8:

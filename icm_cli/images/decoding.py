@@ -30,6 +30,7 @@ BYTES_PER_PIXEL = 24
 LARGEST_DISPLAY_VALUE = 1.5
 """A float picture that is not scene-linear and has larger values is on another scale than 0..1."""
 TWELVE_BITS = 4095
+BAD_PROFILE = "its ICC profile cannot be used; its colours are taken as sRGB"
 DECODE_ERRORS = (OSError, SyntaxError, UserWarning, ValueError, EOFError, IndexError, struct.error, zlib.error)
 _BY_PILLOW = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic", ""})
 _SCENE_LINEAR = frozenset({"openexr", "hdr"})
@@ -63,7 +64,7 @@ REDUCED = 1
 @dataclass(frozen=True)
 class Decoded:
     """Upright pixels of one frame as the file has them: [H,W,1|3] in 0..``scale``, floats perhaps beyond; ``alpha``
-    [H,W] on the same scale where there is one. ``space`` is the colour space's name, and ``notices`` say what is odd."""
+    [H,W] on the same scale where there is one. ``space`` is the colour space's name; ``notices`` say what is odd."""
 
     pixels: NDArray[Any]
     alpha: NDArray[Any] | None
@@ -164,27 +165,23 @@ def _by_pillow(path: Path, frame: int, wanted: colour.Colour) -> Decoded:
             image.seek(_pages(image, image.n_frames)[frame] if image.format == "TIFF" else frame)  # type: ignore[attr-defined]
         image.load()
         orientation, profile = _orientation(image), image.info.get("icc_profile")
-        alpha, notices = None, []
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            alpha = np.asarray(image.getchannel("A"))
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-            return Decoded(
-                _turned(values[..., None], orientation), None, 1.0 if image.mode == "F" else 65535.0, colour.SRGB
-            )
         space = wanted.space if wanted.space != "auto" else colour.SRGB
-        shown: Image.Image | None = image.convert("RGB") if image.mode in ("RGBA", "P", "PA", "1", "LA") else image
-        assert shown is not None
+        alpha, notices = None, []
+        shown: Image.Image = image
+        if image.has_transparency_data:
+            shown = image.convert("RGBA")
+            alpha = np.ascontiguousarray(_turned(np.asarray(shown.getchannel("A")), orientation))
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            values = _turned(np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None], orientation)
+            return Decoded(values, None, 1.0 if image.mode == "F" else 65535.0, space, bits=32)
+        if shown.mode in ("RGBA", "P", "PA", "1", "LA"):
+            shown = shown.convert("RGB")
         if profile and wanted.space == "auto":
             converted = colour.to_srgb(shown, profile)
-            if converted is None:
-                notices.append(f"{path}: its ICC profile cannot be used; its colours are taken as sRGB")
-            else:
-                shown = converted
+            notices += [] if converted else [f"{path}: {BAD_PROFILE}"]
+            shown = converted or shown
         pixels = np.asarray(shown.convert("RGB"))
-    upright = None if alpha is None else np.ascontiguousarray(_turned(alpha, orientation))
-    return Decoded(np.ascontiguousarray(_turned(pixels, orientation)), upright, 255.0, space, tuple(notices))
+    return Decoded(np.ascontiguousarray(_turned(pixels, orientation)), alpha, 255.0, space, tuple(notices))
 
 
 def _by_openimageio(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
@@ -231,7 +228,7 @@ def _from_profile(pixels: NDArray[Any], scale: float, profile: bytes) -> tuple[N
     eight = np.clip(pixels.astype(np.float32) * (255.0 / scale) + 0.5, 0, 255).astype(np.uint8)
     converted = colour.to_srgb(Image.fromarray(eight), profile)
     if converted is None:
-        return eight, "its ICC profile cannot be used; its colours are taken as sRGB"
+        return eight, BAD_PROFILE
     return np.asarray(converted), ""
 
 
@@ -287,7 +284,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    return _UPRIGHT[orientation](pixels) if orientation in _UPRIGHT else pixels  # type: ignore[no-any-return]
+    return _UPRIGHT[orientation](pixels) if orientation in _UPRIGHT else pixels
 
 
 def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
@@ -312,8 +309,8 @@ def _check_memory(path: Path, width: int, height: int) -> None:
     needed, free = width * height * BYTES_PER_PIXEL, environment.available_memory_bytes()
     if free is not None and needed > free:
         raise ImageError(
-            f"{path} is {width}x{height}, which takes about {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are "
-            "free; scale it down"
+            f"{path} is {width}x{height}, which takes about {needed / 1e9:.0f} GB of memory, and "
+            f"{free / 1e9:.0f} GB are free; scale it down"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,8 @@ class Kind:
 
 def kind_of(path: Path) -> Kind:
     """Look at a file's first bytes. Raises OSError where it cannot be read."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        return Kind("")  # reading a pipe or a device could wait for ever
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     name = _name(head)

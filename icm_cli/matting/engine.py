@@ -32,6 +32,7 @@ class Loaded:
     job: Job
     frame: Frame
     source_state: str
+    colorspace: str
     seconds: float
 
 
@@ -121,12 +122,14 @@ class Engine:
             if picture.alpha is not None and not self._has_seen_alpha:
                 self._has_seen_alpha = True
                 self._notice(f"{job.source} has an alpha of its own; those of sources are ignored")
+            for sentence in picture.notices:
+                self._notice(sentence)
             frame = self.predictor.prepare(picture.rgb)
         except ImageError as error:
             return _failed(job, str(error))
         except MemoryError:
             return _failed(job, f"{job.source} is too large for this machine's memory")
-        return Loaded(job, frame, state, time.perf_counter() - start)
+        return Loaded(job, frame, state, picture.space, time.perf_counter() - start)
 
     def _batches(self, stream: Iterable[Loaded | ImageResult]) -> Iterator[list[Loaded]]:
         """Group by example and canvas size; at most two batches' worth of images wait for others of their kind."""
@@ -187,6 +190,7 @@ class Engine:
             "foreground": round(float(alpha.mean()) / 255.0, 6),
             "confidence": round(matte.confidence, 4),
             "not_found": not matte.found,
+            "colorspace": item.colorspace,
         }
         try:
             write_alpha(job.output, alpha, stamp(self._digest(job), item.source_state, measured))

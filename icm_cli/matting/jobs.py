@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -12,8 +14,10 @@ from pathlib import Path
 
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.files import TEMPORARY_PREFIX
+from icm_cli.images.colour import AS_LABELLED, Colour
 from icm_cli.images.composites import Composite, read_source
-from icm_cli.images.kinds import IMAGE_SUFFIXES
+from icm_cli.images.decoding import frame_count
+from icm_cli.images.kinds import IMAGE_SUFFIXES, Kind, kind_of
 from icm_cli.images.reading import Picture
 from icm_cli.reports.result import ImageResult
 
@@ -34,15 +38,41 @@ class Job:
     """Result as far as it is known before."""
     example: int = 0
     """Index of the example whose references show its thing."""
+    frame: int = 0
+    """Frame of a file of several, from 0."""
+    colour: Colour = AS_LABELLED
 
     def read(self) -> Picture:
         """The picture to matte. Raises ImageError."""
-        return read_source(self.source)
+        return read_source(self.source, self.colour, self.frame)
 
     def state(self) -> str:
         """Size in bytes and time of last change in nanoseconds of what it is made from. Raises ImageError."""
         files = self.source.files if isinstance(self.source, Composite) else (self.source,)
         return " ".join(_state(path) for path in files)
+
+
+class LeftOut(Counter[str]):
+    """Files that are not matted, counted by reason; each reason is told once, with the first of its files."""
+
+    def __init__(self, notice: Callable[[str], None]) -> None:
+        super().__init__()
+        self._notice = notice
+
+    def add(self, paths: Sequence[Path], reason: str, *, is_told: bool = True) -> None:
+        """Count files of one reason, and say so."""
+        self[reason] += len(paths)
+        if paths and is_told:
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            self._notice(f"{min(paths)}{more} left out: {reason}")
+
+    def without(
+        self, paths: Sequence[Path], is_dropped: Callable[[Path], bool], reason: str, *, is_told: bool = True
+    ) -> list[Path]:
+        """The paths but for those that ``is_dropped`` says."""
+        dropped = {path for path in paths if is_dropped(path)}
+        self.add(sorted(dropped), reason, is_told=is_told)
+        return [path for path in paths if path not in dropped]
 
 
 def plan_jobs(
@@ -52,7 +82,8 @@ def plan_jobs(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     references: Sequence[Path] = (),
-    notice: Callable[[str], None],
+    colour: Colour = AS_LABELLED,
+    left_out: LeftOut,
 ) -> list[Job]:
     """List every image that ``src`` names, with its mirrored output below ``out``, sorted by name.
 
@@ -61,15 +92,22 @@ def plan_jobs(
     against the path below the sources' root and against the bare name. The output tree, the references and
     their masks are left out. Raises UsageError before anything is written.
     """
-    root, found = _find(src, notice)
+    root, found = _find(src, left_out)
     if _real(root) == _real(out):
         raise UsageError(f"the source folder {root} is also the output folder; give --out another folder")
-    found = _without(found, _below(out, root), "in the output folder", notice)
+    found = left_out.without(sorted(set(found)), _below(out, root), "in the output folder")
     protected = {_real(path) for path in references}
-    found = _without(found, lambda path: _real(path) in protected, "a reference or its mask", notice)
-    jobs = [
-        _job(path, root, out) for path in sorted(set(found)) if _is_wanted(path.relative_to(root), include, exclude)
-    ]
+    found = left_out.without(found, lambda path: _real(path) in protected, "a reference or its mask")
+    found = [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
+    found = left_out.without(
+        found,
+        lambda path: not _is_wanted(path.relative_to(root), include, exclude),
+        "by --include or --exclude",
+        is_told=False,
+    )
+    kinds = {path: _kind(path) for path in found}
+    found = left_out.without(found, lambda path: kinds[path].is_own, "made by icm")
+    jobs = [job for path in found for job in _jobs(path, root, out, colour, kinds[path])]
     if not jobs:
         raise UsageError(f"no images were found in {src}; {_what_was_expected(include, exclude)}")
     _check_collisions(jobs)
@@ -89,7 +127,7 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _find(src: str | Path, notice: Callable[[str], None]) -> tuple[Path, list[Path]]:
+def _find(src: str | Path, left_out: LeftOut) -> tuple[Path, list[Path]]:
     """The root that the output tree mirrors, and the files."""
     text, path = str(src), Path(src)
     if not text:
@@ -97,7 +135,7 @@ def _find(src: str | Path, notice: Callable[[str], None]) -> tuple[Path, list[Pa
     if text == "-":
         return _listed(sys.stdin or (), "standard input")
     if path.is_dir():
-        return path, [file for file in _walk(path, notice) if file.suffix.lower() in IMAGE_SUFFIXES]
+        return path, left_out.without(list(_walk(path, left_out)), lambda file: not _is_picture(file), "no picture")
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
         try:
             return _listed(path.read_text(encoding="utf-8-sig").splitlines(), str(path))
@@ -108,13 +146,28 @@ def _find(src: str | Path, notice: Callable[[str], None]) -> tuple[Path, list[Pa
     if path.is_file():
         return path.parent, [path]
     if glob.has_magic(text):
-        return _common_root(Path(match) for match in glob.iglob(text, recursive=True) if Path(match).is_file())
+        root, files = _common_root(Path(match) for match in glob.iglob(text, recursive=True) if Path(match).is_file())
+        return root, left_out.without(files, lambda file: not _is_picture(file), "no picture")
     raise UsageError(f"source {text} does not exist; expected a folder, an image, a quoted glob, a text list or -")
 
 
-def _walk(folder: Path, notice: Callable[[str], None]) -> Iterable[Path]:
+def _is_picture(path: Path) -> bool:
+    """Whether a file is a picture by its ending or by its content."""
+    return path.suffix.lower() in IMAGE_SUFFIXES or bool(_kind(path).name)
+
+
+def _kind(path: Path) -> Kind:
+    """The kind by content; one that cannot be read is told when it is matted."""
+    try:
+        return kind_of(path)
+    except OSError:
+        return Kind("")
+
+
+def _walk(folder: Path, left_out: LeftOut) -> Iterable[Path]:
     """Every file below a folder that is not hidden; links to folders are followed, each folder entered once."""
     entered = {os.path.realpath(folder)}
+    hidden: list[Path] = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         for name in sorted(folders):
             real = os.path.realpath(Path(parent) / name)
@@ -122,9 +175,12 @@ def _walk(folder: Path, notice: Callable[[str], None]) -> Iterable[Path]:
                 folders.remove(name)
             elif name in SERVICE_FOLDERS:
                 folders.remove(name)
-                notice(f"{Path(parent) / name} skipped: a folder of a storage server or archiver, not of pictures")
+                inside = [Path(at) / file for at, _, names in os.walk(Path(parent) / name) for file in names]
+                left_out.add(inside, f"in {name}, a folder of a storage server or archiver")
             entered.add(real)
+        hidden += [Path(parent) / name for name in files if name.startswith(".")]
         yield from (Path(parent) / name for name in files if not name.startswith("."))
+    left_out.add([path for path in hidden if not path.name.startswith(TEMPORARY_PREFIX)], "hidden")
 
 
 def _listed(lines: Iterable[str], where: str) -> tuple[Path, list[Path]]:
@@ -151,28 +207,30 @@ def _below(folder: Path, root: Path) -> Callable[[Path], bool]:
     return lambda path: inside in _real(path).parents
 
 
-def _without(
-    paths: Sequence[Path], is_dropped: Callable[[Path], bool], why: str, notice: Callable[[str], None]
-) -> list[Path]:
-    dropped = {path for path in paths if is_dropped(path)}
-    if dropped:
-        first = min(dropped)
-        more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
-        notice(f"{first}{more} skipped: {why}")
-    return [path for path in paths if path not in dropped]
-
-
 def _is_wanted(name: Path, include: Sequence[str], exclude: Sequence[str]) -> bool:
     def matches(patterns: Sequence[str]) -> bool:
         return any(fnmatch(name.as_posix(), pattern) or fnmatch(name.name, pattern) for pattern in patterns)
 
-    return (not include or matches(include)) and not matches(exclude) and not name.name.startswith(TEMPORARY_PREFIX)
+    return (not include or matches(include)) and not matches(exclude)
 
 
-def _job(source: Path, root: Path, out: Path) -> Job:
-    name = source.relative_to(root)
-    output = out / name.with_suffix(".png")
-    return Job(source, name, output, ImageResult(str(source), str(output), "planned"))
+def _jobs(source: Path, root: Path, out: Path, colour: Colour, kind: Kind) -> list[Job]:
+    """One job per frame: name.png, or name.0001.png and following where the file has several."""
+    name, count = source.relative_to(root), 1
+    if kind.may_have_frames:
+        with contextlib.suppress(ImageError):  # told when it is matted
+            count = frame_count(source)
+    if count == 1:
+        output = out / name.with_suffix(".png")
+        return [Job(source, name, output, ImageResult(str(source), str(output), "planned"), colour=colour)]
+    jobs = []
+    for frame in range(count):
+        numbered = name.with_name(f"{name.stem}.{frame + 1:04d}.png")
+        planned = ImageResult(
+            str(source), str(out / numbered), "planned", name=numbered.with_suffix("").as_posix(), frame=frame + 1
+        )
+        jobs.append(Job(source, numbered, out / numbered, planned, frame=frame, colour=colour))
+    return jobs
 
 
 def _check_collisions(jobs: Sequence[Job]) -> None:

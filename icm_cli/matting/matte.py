@@ -11,8 +11,9 @@ from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import UsageError
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path, as_paths, remove_stale_temporaries
+from icm_cli.images.colour import Colour
 from icm_cli.matting.engine import Engine, EngineOptions, keep_finished
-from icm_cli.matting.jobs import Job, plan_jobs
+from icm_cli.matting.jobs import Job, LeftOut, plan_jobs
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.predictor import Predictor
@@ -40,6 +41,11 @@ def matte(
     batch_size: int | str = "auto",
     seed: int = 0,
     workers: int = DEFAULT_WORKERS,
+    colorspace: str = "auto",
+    ref_colorspace: str | None = None,
+    ocio: str | Path | None = None,
+    view: str | None = None,
+    exposure: float = 0.0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overwrite: bool = False,
@@ -68,15 +74,17 @@ def matte(
         raise UsageError("the output folder is empty; give --out a folder for the alphas")
     refs, masks, target = as_paths(ref), as_paths(mask), Path(out)
     side = SideOutputs.checked(report, contact_sheet)
-    references = read_references(refs, masks, listener.notice, mask_label)
-    jobs = plan_jobs(src, target, include=include, exclude=exclude, references=[*refs, *masks], notice=listener.notice)
+    colour, of_references = _colours(colorspace, ref_colorspace or colorspace, ocio, view, exposure)
+    references = read_references(refs, masks, listener.notice, mask_label, of_references)
+    left_out, shown = LeftOut(listener.notice), [*refs, *masks]
+    jobs = plan_jobs(src, target, include=include, exclude=exclude, references=shown, colour=colour, left_out=left_out)
     truths: list[Path] = []
     if gt is not None:
         from icm_cli.matting.ground_truth import with_truths
 
         jobs, truths = with_truths(jobs, Path(gt))
     inputs = [str(path) for job in jobs for path in (job.source, job.output)]
-    side.check_overwrites_nothing([*refs, *masks, *truths, *inputs])
+    side.check_overwrites_nothing([*shown, *truths, *inputs])
     choice = ModelChoice.checked(
         model,
         as_path(checkpoint),
@@ -92,7 +100,7 @@ def matte(
     side.check_writable(target)
     _clean(jobs, listener)
 
-    digest = choice.digester()([one.digest for one in references])
+    digest = choice.digester()([*(one.digest for one in references), *filter(None, [colour.describe()])])
     settings = {
         "title": str(src),
         **environment_settings(),
@@ -100,6 +108,7 @@ def matte(
         "references": [str(path) for path in refs],
         "masks": [str(path) for path in masks],
         "digest": digest,
+        "colorspace": colorspace,
     }
     scoring = None
     if truths:
@@ -107,25 +116,49 @@ def matte(
 
         settings["protocol"] = {"title": str(src), **RULE.as_protocol(), "rounds": 1, "refs_per_group": len(refs)}
         scoring = scoring_of(workers, ALLOWED)
+    album = Album(references={(0, ""): list(zip_longest(refs, masks))}, colour=colour)
     outcome = Outcome(
-        Report(settings, allowed=ALLOWED, album=Album(references={(0, ""): list(zip_longest(refs, masks))})),
+        Report(settings, allowed=ALLOWED, left_out=+left_out, album=album),
         [job.planned for job in jobs],
         listener,
         start=start,
         scoring=scoring,
     )
+    engine = EngineOptions([digest], choice.batch_size, workers, overwrite, fail_fast)
+    _run(jobs, references, choice, engine, outcome, side, listener)
+    return outcome.report
+
+
+def _run(
+    jobs: Sequence[Job],
+    references: Sequence[Reference],
+    choice: ModelChoice,
+    options: EngineOptions,
+    outcome: Outcome,
+    side: SideOutputs,
+    listener: Listener,
+) -> None:
+    """Keep the alphas that are there and matte the other images; the model is loaded only for these."""
     listener.started(len(jobs))
     with outcome:
-        remaining = jobs if overwrite else keep_finished(jobs, [digest], workers, outcome.add)
-        run = _ready(choice, references, listener) if remaining else None
+        keep = not options.overwrite
+        remaining = keep_finished(jobs, options.digests, options.workers, outcome.add) if keep else jobs
+        ready = _ready(choice, references, listener) if remaining else None
         with outcome.reported(side, choice.where.peak_memory_bytes):
-            if run is not None:
-                predictor, prepared = run
-                engine = EngineOptions([digest], choice.batch_size, workers, overwrite, fail_fast)
-                Engine(predictor, lambda _: prepared, engine, on_result=outcome.add, notice=listener.notice).run(
-                    remaining
-                )
-    return outcome.report
+            if ready is not None:
+                predictor, prepared = ready
+                engine = Engine(predictor, lambda _: prepared, options, on_result=outcome.add, notice=listener.notice)
+                engine.run(remaining)
+
+
+def _colours(
+    space: str, ref_space: str, ocio: str | Path | None, view: str | None, exposure: float
+) -> tuple[Colour, Colour]:
+    """Colours of the sources and of the references. Raises UsageError for a name that is not known."""
+    found = tuple(Colour(each, str(ocio or ""), view or "", exposure) for each in (space, ref_space))
+    for each in found:
+        each.check()
+    return found[0], found[1]
 
 
 def _ready(choice: ModelChoice, references: Sequence[Reference], listener: Listener) -> tuple[Predictor, Prepared]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.files import digest_of
 from icm_cli.geometry import ImageU8, resize, same_shape
+from icm_cli.images.colour import AS_LABELLED, Colour
 from icm_cli.images.reading import read_picture
 from icm_cli.matting.masks import Mask, read_mask
 
@@ -38,7 +39,11 @@ class Reference:
 
 
 def read_references(
-    refs: Sequence[Path], masks: Sequence[Path], notice: Callable[[str], None], label: str | None = None
+    refs: Sequence[Path],
+    masks: Sequence[Path],
+    notice: Callable[[str], None],
+    label: str | None = None,
+    colour: Colour = AS_LABELLED,
 ) -> list[Reference]:
     """Read every reference with its mask; without masks each reference must be an RGBA cut-out.
 
@@ -54,7 +59,7 @@ def read_references(
         )
     if label is not None and not masks:
         raise UsageError("--mask-label says which label of a mask is meant, and there is no --mask; leave it out")
-    return [_read_reference(ref, masks[n] if masks else None, label, notice) for n, ref in enumerate(refs)]
+    return [_read_reference(ref, masks[n] if masks else None, label, colour, notice) for n, ref in enumerate(refs)]
 
 
 def make_guidance(mask: ImageU8, size: tuple[int, int], name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
@@ -76,9 +81,13 @@ def make_guidance(mask: ImageU8, size: tuple[int, int], name: str, notice: Calla
     return guidance
 
 
-def _read_reference(ref: Path, mask: Path | None, label: str | None, notice: Callable[[str], None]) -> Reference:
+def _read_reference(
+    ref: Path, mask: Path | None, label: str | None, colour: Colour, notice: Callable[[str], None]
+) -> Reference:
     try:
-        picture = read_picture(ref)
+        picture = read_picture(ref, colour)
+        for sentence in picture.notices:
+            notice(sentence)
         if mask is not None:
             return _masked(picture.rgb, read_mask(mask, label, notice), f"mask {mask}", notice)
         if picture.alpha is not None and picture.alpha.min() != picture.alpha.max():

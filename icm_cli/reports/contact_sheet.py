@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from icm_cli.files import atomic_write
 from icm_cli.geometry import ImageU8, rounded_u8
+from icm_cli.images.colour import Colour
+from icm_cli.images.kinds import OWN_SHEET_MARK
 from icm_cli.images.reading import read_matte, read_picture
+from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult
 
 MOST_ROWS = 48
@@ -20,13 +23,15 @@ CAPTION_PX = 18
 GREY = 128
 
 
-def write_contact_sheet(path: Path, results: Sequence[ImageResult]) -> None:
+def write_contact_sheet(path: Path, report: Report) -> None:
     """Write the sheet of every image that has its alpha (at most MOST_ROWS, evenly taken). Raises OutputError."""
-    shown = evenly([result for result in results if result.has_alpha], MOST_ROWS)
-    rows = [_row(result) for result in shown]
+    shown = evenly([result for result in report.results if result.has_alpha], MOST_ROWS)
+    rows = [_row(result, report.album.colour) for result in shown]
     sheet = np.concatenate(rows) if rows else np.full((CELL_PX, 3 * CELL_PX, 3), GREY, np.uint8)
     with atomic_write(path) as file:
-        Image.fromarray(sheet).save(file, format="PNG", optimize=True)
+        mark = PngImagePlugin.PngInfo()
+        mark.add_text(OWN_SHEET_MARK.decode(), "contact sheet")
+        Image.fromarray(sheet).save(file, format="PNG", optimize=True, pnginfo=mark)
 
 
 def cut_out(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
@@ -35,8 +40,8 @@ def cut_out(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
     return rounded_u8(rgb * weight + GREY * (1 - weight))
 
 
-def _row(result: ImageResult) -> ImageU8:
-    rgb = thumbnail(read_picture(Path(result.source)).rgb)
+def _row(result: ImageResult, colour: Colour) -> ImageU8:
+    rgb = thumbnail(read_picture(Path(result.source), colour, max(0, result.frame - 1)).rgb)
     alpha = thumbnail(read_matte(Path(result.output)))
     caption = Path(result.source).name + ("   reference's thing not found" if result.not_found else "")
     return captioned_row([rgb, np.repeat(alpha[..., None], 3, -1), cut_out(rgb, alpha)], caption)

@@ -19,6 +19,7 @@ from PIL import Image
 from icm_cli.errors import ImageError
 from icm_cli.files import atomic_write
 from icm_cli.geometry import ImageU8
+from icm_cli.images.colour import AS_LABELLED, Colour
 from icm_cli.images.composites import Composite, read_source
 from icm_cli.images.reading import read_matte
 from icm_cli.reports.contact_sheet import evenly
@@ -160,7 +161,13 @@ def _figure(report: Report, result: ImageResult) -> Figure:
     shown = report.album.references.get((result.round, result.group), ())
     return Figure(
         result,
-        _uri(_picture(report.album.composites.get(result.name, Path(result.source)))),
+        _uri(
+            _picture(
+                report.album.composites.get(result.name, Path(result.source)),
+                report.album.colour,
+                max(0, result.frame - 1),
+            )
+        ),
         [uri for each in shown if (uri := _uri(_masked(*each)))],
         _uri(alpha),
         _uri(truth),
@@ -168,9 +175,9 @@ def _figure(report: Report, result: ImageResult) -> Figure:
     )
 
 
-def _picture(source: Path | Composite) -> ImageU8 | None:
+def _picture(source: Path | Composite, colour: Colour = AS_LABELLED, frame: int = 0) -> ImageU8 | None:
     try:
-        return read_source(source).rgb
+        return read_source(source, colour, frame).rgb
     except ImageError:
         return None
 

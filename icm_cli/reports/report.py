@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from icm_cli.images.colour import AS_LABELLED, Colour
 from icm_cli.images.composites import Composite
 from icm_cli.problems import Problem
 from icm_cli.reports.means import Means, summarise
@@ -22,6 +23,7 @@ class Album:
 
     references: Mapping[tuple[int, str], Sequence[tuple[Path | Composite, Path | None]]] = field(default_factory=dict)
     """References by round and group: images with their masks, None for an RGBA cut-out."""
+    colour: Colour = AS_LABELLED
     composites: Mapping[str, Composite] = field(default_factory=dict)
     """Sources that are not files, by the name of their result."""
 
@@ -34,6 +36,8 @@ class Report:
     results: list[ImageResult] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     """Problems of the data; see ``icm_cli.problems.PROBLEM_KINDS``."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Files among the sources that were not to be matted, by reason."""
     allowed: frozenset[str] = frozenset()
     """Kinds of problems that do not count in the exit code."""
     references: list[dict[str, list[str]]] = field(default_factory=list)
@@ -97,6 +101,7 @@ class Report:
             "summary": {
                 "complete": self.is_complete,
                 **{status.replace(" ", "_"): self.count(status) for status in statuses},
+                "left_out": dict(self.left_out),
                 "seconds": self.seconds,
                 "matting_seconds": self.matting_seconds,
                 "images_per_second": self.images_per_second,

@@ -27,6 +27,10 @@ class ImageResult:
     categories: Mapping[str, str] = field(default_factory=dict)
     round: int = 0
     """Round of an evaluation, from 1; 0 where there are none."""
+    frame: int = 0
+    """Frame of a file of several, from 1; 0 of all others."""
+    colorspace: str = ""
+    """Colour space that the source was taken to be in."""
     truth: str = ""
     """The ground truth's file."""
     seconds: float | None = None

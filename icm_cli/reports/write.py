@@ -83,7 +83,7 @@ class SideOutputs:
         if self.contact_sheet and self.contact_sheet not in kept:
             from icm_cli.reports.contact_sheet import write_contact_sheet
 
-            write_contact_sheet(self.contact_sheet, report.results)
+            write_contact_sheet(self.contact_sheet, report)
         return kept
 
 

@@ -1,0 +1,248 @@
+"""Formats, depths and colour spaces of the trade: the same picture comes out of each of them."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import OpenImageIO as oiio
+import pytest
+from conftest import DEMO, Icm, read
+from PIL import Image, ImageCms, PngImagePlugin
+
+from icm_cli.errors import ImageError, UsageError
+from icm_cli.images.colour import Colour
+from icm_cli.images.decoding import frame_count
+from icm_cli.images.kinds import kind_of
+from icm_cli.images.reading import image_size, read_matte, read_picture
+from icm_cli.matting.jobs import LeftOut, plan_jobs
+
+SIDE = 48
+X, Y = np.meshgrid(np.arange(SIDE), np.arange(SIDE))
+RGB = np.stack([X * 5, Y * 5, (X + Y) * 2], axis=-1).astype(np.uint8)
+
+
+def linear(rgb: np.ndarray) -> np.ndarray:
+    value = rgb.astype(np.float32) / 255.0
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4).astype(np.float32)
+
+
+def written(path: Path, pixels: np.ndarray, kind: str, **attributes: object) -> Path:
+    spec = oiio.ImageSpec(pixels.shape[1], pixels.shape[0], pixels.shape[2], kind)
+    for name, value in attributes.items():
+        spec.attribute(name.replace("__", ":"), value)
+    file = oiio.ImageOutput.create(str(path))
+    assert file.open(str(path), spec), file.geterror()
+    assert file.write_image(np.ascontiguousarray(pixels)), file.geterror()
+    file.close()
+    return path
+
+
+def difference(path: Path, colour: Colour = Colour(), expected: np.ndarray = RGB) -> int:  # noqa: B008
+    return int(np.abs(read_picture(path, colour).rgb.astype(int) - expected).max())
+
+
+DEEP = RGB.astype(np.uint16) * 257
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.dpx", "a.sgi", "a.psd", "a.jxl", "a.bmp", "a.tga", "a.jp2"])
+def test_eight_bits(tmp_path: Path, name: str) -> None:
+    """A format that cannot be written here is left to the others."""
+    if not oiio.ImageOutput.create(name):
+        pytest.skip("no writer")
+    path = written(tmp_path / name, RGB, "uint8", **({"compression": "jpegxl:100"} if name == "a.jxl" else {}))
+    assert difference(path) <= (3 if name in ("a.jp2", "a.jxl") else 0)
+    assert image_size(path) == (SIDE, SIDE)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.dpx"])
+def test_sixteen_bits(tmp_path: Path, name: str) -> None:
+    assert difference(written(tmp_path / name, DEEP, "uint16")) == 0
+
+
+@pytest.mark.parametrize("kind", ["half", "float"])
+def test_float_tiff_is_display_referred(tmp_path: Path, kind: str) -> None:
+    assert difference(written(tmp_path / "a.tif", RGB.astype(np.float32) / 255, kind)) <= 1
+
+
+def test_planar_tiff(tmp_path: Path) -> None:
+    assert difference(written(tmp_path / "a.tif", DEEP, "uint16", planarconfig="separate")) == 0
+
+
+def test_a_negative_is_inverted(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.tif", 65535 - DEEP[..., :1], "uint16")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\x06\x01\x03\x00\x01\x00\x00\x00")  # the tag of the photometric interpretation
+    data[at + 8] = 0
+    path.write_bytes(data)
+    assert difference(path, expected=np.repeat(RGB[..., :1], 3, -1)) == 0
+
+
+@pytest.mark.parametrize("kind", ["half", "float"])
+def test_exr_is_linear(tmp_path: Path, kind: str) -> None:
+    assert difference(written(tmp_path / "a.exr", linear(RGB), kind)) <= 1
+
+
+def test_one_picture_in_five_spaces_gives_one_alpha(icm: Icm, scene: Path) -> None:
+    """PNG in sRGB, 16-bit TIFF, linear EXR, ACEScg EXR, LogC DPX: within 2 of 255."""
+    import PyOpenColorIO
+
+    picture = read(next((scene / "imgs").glob("wall.*")))[..., 2::-1]
+    config = PyOpenColorIO.Config.CreateFromBuiltinConfig("studio-config-latest")
+
+    def moved(space: str) -> np.ndarray:
+        values = np.ascontiguousarray(linear(picture))
+        config.getProcessor("lin_rec709_scene", space).getDefaultCPUProcessor().applyRGB(values)
+        return values
+
+    folders = {name: scene / name for name in ("png", "tif", "exr", "acescg", "logc")}
+    for folder in folders.values():
+        folder.mkdir()
+    Image.fromarray(picture).save(folders["png"] / "a.png")
+    written(folders["tif"] / "a.tif", picture.astype(np.uint16) * 257, "uint16")
+    written(folders["exr"] / "a.exr", linear(picture), "half")
+    written(folders["acescg"] / "a.exr", moved("ACEScg"), "half")
+    logc = np.clip(moved("ARRI LogC3 (EI800)"), 0, 1)
+    written(folders["logc"] / "a.dpx", (logc * 65535 + 0.5).astype(np.uint16), "uint16")
+    spaces = {"acescg": {"colorspace": "ACEScg"}, "logc": {"colorspace": "ARRI LogC3 (EI800)"}}
+    made = {}
+    for name, folder in folders.items():
+        options = {**spaces.get(name, {}), **({"ref-colorspace": "sRGB"} if name in spaces else {})}
+        result = icm(src=folder, out=scene / f"out-{name}", **options)
+        assert result.exit_code == 0, result.output
+        made[name] = read(scene / f"out-{name}" / "a.png").astype(int)
+    for name, alpha in made.items():
+        assert np.abs(alpha - made["png"]).max() <= 2, name
+
+
+def test_a_view_and_exposure_decide(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.exr", 4.0 * linear(RGB), "half")
+    assert difference(path, Colour(exposure=-2.0)) <= 1
+    tone_mapped = read_picture(path, Colour(view="ACES 2.0 - SDR 100 nits (Rec.709)")).rgb
+    clipped = read_picture(path).rgb
+    assert (clipped == 255).mean() > 2 * (tone_mapped == 255).mean()  # values above 1 reach the view
+
+
+@pytest.mark.parametrize(
+    ("colour", "message"),
+    [
+        (Colour("ACEScq"), "Did you mean 'ACEScg'"),
+        (Colour(view="Filmic"), "is none of"),
+        (Colour(config="none.ocio"), "none.ocio cannot be used"),
+    ],
+)
+def test_a_wrong_name_is_a_sentence(colour: Colour, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        colour.check()
+
+
+def test_icc_profiles_are_applied(tmp_path: Path) -> None:
+    """A profile whose red and blue are swapped: the picture comes out with them swapped back."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, blue = profile.index(b"rXYZ"), profile.index(b"bXYZ")
+    profile[red : red + 4], profile[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    described = bytes(profile).replace(b"s\0R\0G\0B", b"s\0W\0A\0P").replace(b"sRGB", b"sWAP")
+    for name, image in (("a.png", Image.fromarray(RGB)), ("a.jpg", Image.new("RGB", (SIDE, SIDE), (200, 40, 90)))):
+        image.save(tmp_path / name, icc_profile=described)
+        expected = np.asarray(image)[..., ::-1]
+        assert np.abs(read_picture(tmp_path / name).rgb.astype(int) - expected).mean() < 3
+        assert np.abs(read_matte(tmp_path / name).astype(int) - np.asarray(image).max(axis=-1)).max() <= 3
+
+
+def test_a_broken_profile_is_told_and_left(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.png", icc_profile=b"no profile")
+    picture = read_picture(tmp_path / "a.png")
+    assert (picture.rgb == RGB).all()
+    assert "ICC profile cannot be used" in picture.notices[0]
+
+
+@pytest.mark.parametrize("chunk", ["text", "compressed", "profile"])
+def test_metadata_of_any_size_is_read_past(tmp_path: Path, chunk: str) -> None:
+    info = PngImagePlugin.PngInfo()
+    options = {}
+    if chunk == "profile":
+        options = {"icc_profile": zlib.compress(b"x" * 3_000_000) + b"x" * 3_000_000}
+    else:
+        info.add_text("a", "x" * 3_000_000, zip=chunk == "compressed")
+    Image.fromarray(RGB).save(tmp_path / "a.png", pnginfo=info, **options)
+    assert difference(tmp_path / "a.png") == 0
+
+
+def test_what_is_odd_is_told(tmp_path: Path) -> None:
+    twelve = written(tmp_path / "a.tif", RGB.astype(np.uint16) * 16, "uint16")
+    assert "perhaps it has 12 bits" in read_picture(twelve).notices[0]
+    holes = linear(RGB)
+    holes[3, 3] = np.nan
+    picture = read_picture(written(tmp_path / "a.exr", holes, "float"))
+    assert "NaN" in picture.notices[0]
+    assert (picture.rgb[3, 3] == 0).all()
+    with pytest.raises(ImageError, match=r"values up to 235; expected 0\.\.1"):
+        read_picture(written(tmp_path / "b.tif", RGB.astype(np.float32), "float"))
+
+
+def test_a_picture_beyond_the_memory_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icm_cli.environment.available_memory_bytes", lambda: 1000)
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="48x48, which takes about"):
+        read_picture(tmp_path / "a.png")
+
+
+def frames(path: Path, count: int, **options: object) -> Path:
+    pictures = [Image.fromarray(np.roll(RGB, 7 * number, axis=1)) for number in range(count)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], **options)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif", "a.avif"])
+def test_every_frame_is_a_job(tmp_path: Path, name: str) -> None:
+    path = frames(tmp_path / name, 3, **({"lossless": True} if name == "a.webp" else {}))
+    assert frame_count(path) == 3
+    jobs = plan_jobs(tmp_path, tmp_path / "out", left_out=LeftOut(lambda _: None))
+    assert [job.output.name for job in jobs] == ["a.0001.png", "a.0002.png", "a.0003.png"]
+    pictures = [job.read().rgb.astype(int) for job in jobs]
+    for number, picture in enumerate(pictures):
+        expected = np.roll(RGB, 7 * number, axis=1)
+        assert np.abs(picture - expected).mean() < 12
+    assert len({job.planned.key for job in jobs}) == 3
+
+
+def test_smaller_copies_are_no_frames(tmp_path: Path) -> None:
+    small = Image.fromarray(RGB[::2, ::2])
+    small.encoderinfo = {"tiffinfo": {254: 1}}
+    Image.fromarray(RGB).save(tmp_path / "a.tif", save_all=True, append_images=[small])
+    assert frame_count(tmp_path / "a.tif") == 1
+
+
+def test_content_decides_and_what_is_left_out_is_counted(icm: Icm, scene: Path) -> None:
+    source = scene / "mixed"
+    (source / "@eaDir").mkdir(parents=True)
+    Image.fromarray(RGB).save(source / "a.png")
+    Image.fromarray(RGB).save(source / "@eaDir" / "thumb.png")
+    (source / "without-ending").write_bytes((source / "a.png").read_bytes())
+    (source / "b.jpg_large").write_bytes(next((DEMO / "imgs").glob("*.jpg")).read_bytes())
+    (source / "notes.txt").write_text("no picture")
+    (source / ".hidden.png").write_bytes(b"")
+    sheet = source / "sheet.png"
+    assert icm(src=source, out=source / "alphas", contact_sheet=sheet).exit_code == 0
+    result = icm(
+        "--report", str(scene / "r.json"), src=source, out=scene / "out2"
+    )
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (scene / "out2").iterdir()} == {"a.png", "without-ending.png", "b.png"}
+    import json
+
+    summary = json.loads((scene / "r.json").read_text())["summary"]
+    assert summary["left_out"] == {
+        "hidden": 1,
+        "no picture": 1,
+        "made by icm": 4,
+        "in @eaDir, a folder of a storage server or archiver": 1,
+    }
+    assert summary["done"] + sum(summary["left_out"].values()) == sum(path.is_file() for path in source.rglob("*"))
+
+
+@pytest.mark.parametrize(("content", "kind"), [(b"P6\n1 1\n255\nabc", "pnm"), (b"PDF", ""), (b"", ""), (b"BM", "bmp")])
+def test_kinds(tmp_path: Path, content: bytes, kind: str) -> None:
+    (tmp_path / "a").write_bytes(content)
+    assert kind_of(tmp_path / "a").name == kind
