@@ -139,6 +139,27 @@ def matte(
     exclude: Annotated[
         Optional[list[str]], typer.Option(help="No images whose path or name matches; repeatable.")
     ] = None,
+    format: Annotated[str, typer.Option(help="png, tiff or exr.")] = "png",
+    depth: Annotated[
+        Optional[str],
+        typer.Option(
+            help="8, 16, half or float, as the format has it.",
+            show_default="8, exr half; a foreground has its source's",
+        ),
+    ] = None,
+    channel: Annotated[str, typer.Option(help="Name of an EXR's alpha channel.")] = "A",
+    foreground: Annotated[
+        str,
+        typer.Option(
+            help="Write RGBA, the thing's own colours without a halo of the background: straight, premultiplied, or "
+            "auto (premultiplied in EXR)."
+        ),
+    ] = "none",
+    invert: Annotated[bool, typer.Option("--invert", help="Write the hold-out matte, 1 - alpha.")] = False,
+    trimap: Annotated[
+        str, typer.Option(help="Write a trimap, beside (name.trimap.png) or instead of the alpha.")
+    ] = "none",
+    trimap_band: Annotated[int, typer.Option(help="Distance from the edge, in px, that a trimap leaves unknown.")] = 10,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make alphas again that are there already.")] = False,
     gt: Annotated[
         Optional[Path], typer.Option(help="Folder of true alphas; adds MSE, SAD, GRAD, CONN and MAD per image.")
@@ -186,6 +207,13 @@ def matte(
             exposure=exposure,
             include=include or [],
             exclude=exclude or [],
+            format=format,
+            depth=depth,
+            channel=channel,
+            foreground=foreground,
+            invert=invert,
+            trimap=trimap,
+            trimap_band=trimap_band,
             overwrite=overwrite,
             gt=gt,
             report=report or [],

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icm_cli.geometry import Float, ImageU8, Placement, resize, to_u8
+from icm_cli.geometry import Float, ImageU8, Placement, resize
 
 GUIDED_RADIUS_PX = 2
 """Radius of the guided filter's window, in pixels of the canvas."""
@@ -29,36 +29,36 @@ def constants() -> str:
     return f"guided filter: radius {GUIDED_RADIUS_PX}, epsilon {GUIDED_EPSILON}, stride {GUIDED_STRIDE}"
 
 
-def alpha_at_source(alpha: Float, placement: Placement, image: ImageU8) -> ImageU8:
-    """Bring an alpha float32 0..1 on the canvas to its source's size, uint8, its edges refined by the source image."""
+def alpha_at_source(alpha: Float, placement: Placement, image: ImageU8) -> Float:
+    """Bring an alpha float32 0..1 on the canvas to its source's size, its edges refined by the source image."""
     inside = placement.inside(alpha)
     if placement.content == placement.source:
-        return to_u8(inside)
+        return inside
     if placement.source[0] * placement.source[1] <= inside.size:
-        return to_u8(resize(inside, placement.source))
+        return resize(inside, placement.source)
     return guided_upsample(inside, image)
 
 
-def guided_upsample(alpha: Float, image: ImageU8) -> ImageU8:
+def guided_upsample(alpha: Float, image: ImageU8) -> Float:
     """Bring an alpha up to its image's size along the image's edges.
 
     The guided filter with a colour guide (He, Sun & Tang, "Guided Image Filtering", TPAMI 2013, equations 14-19)
     in its fast form (He & Sun 2015): alpha = a . rgb + b locally; a and b are fitted at the alpha's size, then
     brought up bilinearly and applied to the full-resolution image, so hair comes from the image's own pixels.
 
-    alpha float32 [h,w] 0..1, image sRGB uint8 [H,W,3] -> uint8 [H,W].
+    alpha float32 [h,w] 0..1, image sRGB uint8 [H,W,3] -> float32 [H,W] 0..1.
     """
     height, width = image.shape[:2]
     guide = resize(image, (alpha.shape[0], alpha.shape[1])).astype(np.float32) / 255.0
     coefficients = _local_linear_fit(guide, alpha)
-    out = np.empty((height, width), np.uint8)
+    out = np.empty((height, width), np.float32)
     rows_at_a_time = max(1, STRIP_PIXELS // width)
     for top in range(0, height, rows_at_a_time):
         bottom = min(height, top + rows_at_a_time)
         a = _rows_upsampled(coefficients, top, bottom, height, width)
         strip = image[top:bottom].astype(np.float32) / 255.0
-        out[top:bottom] = to_u8(np.einsum("hwc,hwc->hw", a[..., :3], strip) + a[..., 3])
-    return out
+        out[top:bottom] = np.einsum("hwc,hwc->hw", a[..., :3], strip) + a[..., 3]
+    return np.clip(out, 0.0, 1.0, out=out)
 
 
 def _local_linear_fit(guide: Float, alpha: Float) -> Float:

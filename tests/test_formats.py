@@ -225,9 +225,7 @@ def test_content_decides_and_what_is_left_out_is_counted(icm: Icm, scene: Path) 
     (source / ".hidden.png").write_bytes(b"")
     sheet = source / "sheet.png"
     assert icm(src=source, out=source / "alphas", contact_sheet=sheet).exit_code == 0
-    result = icm(
-        "--report", str(scene / "r.json"), src=source, out=scene / "out2"
-    )
+    result = icm("--report", str(scene / "r.json"), src=source, out=scene / "out2")
     assert result.exit_code == 0, result.output
     assert {path.name for path in (scene / "out2").iterdir()} == {"a.png", "without-ending.png", "b.png"}
     import json

@@ -38,7 +38,7 @@ PRIMARIES = {
 
 @dataclass(frozen=True)
 class Colour:
-    """How pictures are understood and shown to the model.
+    """Colour space of pictures, and the way they are shown to the model.
 
     ``space``: "auto", or a name of the configuration. ``config``: an OpenColorIO file, "" for $OCIO or the built-in
     one. ``view``: of scene-referred pictures. ``exposure``: stops, before the view.

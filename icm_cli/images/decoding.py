@@ -30,6 +30,7 @@ BYTES_PER_PIXEL = 24
 LARGEST_DISPLAY_VALUE = 1.5
 """A float picture that is not scene-linear and has larger values is on another scale than 0..1."""
 TWELVE_BITS = 4095
+KEPT_ATTRIBUTES = frozenset({"PixelAspectRatio", "smpte:TimeCode", "smpte:KeyCode", "FramesPerSecond", "captureRate"})
 BAD_PROFILE = "its ICC profile cannot be used; its colours are taken as sRGB"
 DECODE_ERRORS = (OSError, SyntaxError, UserWarning, ValueError, EOFError, IndexError, struct.error, zlib.error)
 _BY_PILLOW = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic", ""})
@@ -72,6 +73,19 @@ class Decoded:
     space: str
     notices: tuple[str, ...] = ()
     bits: int = 8
+    header: Any = None
+    """Specification of a file that OpenImageIO read."""
+
+    def give_windows(self, spec: Any) -> None:
+        """Give a file to be written this one's data and display window, pixel aspect, timecode and frame rate."""
+        header = self.header
+        if header is None or (header.width, header.height) != (spec.width, spec.height):
+            return
+        for name in ("x", "y", "full_x", "full_y", "full_width", "full_height"):
+            setattr(spec, name, getattr(header, name))
+        for attribute in header.extra_attribs:
+            if attribute.name in KEPT_ATTRIBUTES:
+                spec.attribute(attribute.name, attribute.type, attribute.value)
 
 
 def decode(path: Path, frame: int = 0, wanted: colour.Colour = colour.AS_LABELLED) -> Decoded:
@@ -220,7 +234,8 @@ def _by_openimageio(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -
     orientation = _tag(spec, "Orientation")
     upright = None if alpha is None else np.ascontiguousarray(_turned(alpha, orientation))
     bits = 8 * values.dtype.itemsize
-    return Decoded(np.ascontiguousarray(_turned(pixels, orientation)), upright, scale, space, tuple(notices), bits)
+    pixels = np.ascontiguousarray(_turned(pixels, orientation))
+    return Decoded(pixels, upright, scale, space, tuple(notices), bits, oiio.ImageSpec(spec))
 
 
 def _from_profile(pixels: NDArray[Any], scale: float, profile: bytes) -> tuple[NDArray[Any], str]:

@@ -29,6 +29,8 @@ class Picture:
     alpha: ImageU8 | None
     space: str = SRGB
     notices: tuple[str, ...] = ()
+    stored: Decoded | None = None
+    """The file's own pixels."""
 
 
 def read_picture(path: Path, colour: Colour = AS_LABELLED, frame: int = 0) -> Picture:
@@ -40,7 +42,7 @@ def read_picture(path: Path, colour: Colour = AS_LABELLED, frame: int = 0) -> Pi
     decoded = decode(path, frame, colour)
     with named_errors(path):
         rgb = shown(decoded.pixels, decoded.scale, decoded.space, colour)
-    return Picture(rgb, _alpha_u8(decoded), decoded.space, decoded.notices)
+    return Picture(rgb, _alpha_u8(decoded), decoded.space, decoded.notices, decoded)
 
 
 def read_matte(path: Path) -> ImageU8:

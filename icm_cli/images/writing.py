@@ -1,43 +1,221 @@
-"""Writes alphas that say what decided them, and reads that again."""
+"""Writes alphas, foregrounds and trimaps that say what decided them, and reads that again."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
+import numpy as np
+import OpenImageIO as oiio
+from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from icm_cli.errors import OutputError, UsageError, did_you_mean
 from icm_cli.files import atomic_write
-from icm_cli.geometry import ImageU8
-from icm_cli.images.decoding import DECODE_ERRORS
+from icm_cli.geometry import Float, rounded_u8
+from icm_cli.images.decoding import DECODE_ERRORS, Decoded
+from icm_cli.images.kinds import OWN_MARK
 
+Format = Literal["png", "tiff", "exr"]
+Depth = Literal["8", "16", "half", "float"]
+Foreground = Literal["none", "auto", "straight", "premultiplied"]
+Trimap = Literal["none", "beside", "instead"]
+DEPTHS: Mapping[Format, tuple[Depth, ...]] = {
+    "png": ("8", "16"),
+    "tiff": ("8", "16", "float"),
+    "exr": ("half", "float"),
+}
+"""Depths of each format, the default first."""
+SUFFIXES: Mapping[Format, str] = {"png": ".png", "tiff": ".tif", "exr": ".exr"}
 PNG_COMPRESSION = 1
 """zlib level: an alpha is mostly flat, and higher levels cost far more time than they save space."""
+STAMP_KEY = "ImageDescription"
+"""Attribute of a TIFF or EXR that holds the stamp, as JSON."""
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+_OIIO_TYPES: Mapping[Depth, str] = {"8": "uint8", "16": "uint16", "half": "half", "float": "float"}
 
 
-def write_alpha(path: Path, alpha: ImageU8, stamp: Mapping[str, str]) -> None:
-    """Write an alpha, uint8 [H,W], as a single-channel PNG with ``stamp`` in its text chunks: whole or not at all.
+@dataclass(frozen=True)
+class Output:
+    """The form of what is written for each image."""
 
-    Raises OutputError.
+    format: Format = "png"
+    depth: Depth | None = None
+    """None: the format's usual one for an alpha, the source's for a foreground."""
+    channel: str = "A"
+    """Name of an EXR's alpha channel."""
+    foreground: Foreground = "none"
+    invert: bool = False
+    trimap: Trimap = "none"
+    band_px: int = 10
+    """Distance from the alpha's edge within which a trimap is unknown."""
+
+    @classmethod
+    def checked(cls, **options: Any) -> Output:
+        """From options of the same names. Raises UsageError for one that is not known or fits no other."""
+        for name, known in (("format", Format), ("foreground", Foreground), ("trimap", Trimap)):
+            if options[name] not in get_args(known):
+                raise UsageError(
+                    f"--{name} {options[name]!r} is not known. {did_you_mean(options[name], get_args(known))}"
+                )
+        output = cls(**options)
+        if output.depth is not None and output.depth not in DEPTHS[output.format]:
+            fitting = ", ".join(DEPTHS[output.format])
+            raise UsageError(
+                f"--depth {output.depth!r} does not fit --format {output.format}; expected one of {fitting}"
+            )
+        if output.channel != "A" and output.format != "exr":
+            raise UsageError("--channel names the channel of an EXR; give --format exr too, or leave it out")
+        if output.band_px < 1:
+            raise UsageError(f"--trimap-band is {output.band_px}; expected 1 or more px")
+        if output.trimap == "none" and output.band_px != cls.band_px:
+            raise UsageError("--trimap-band is of a trimap; give --trimap beside or instead, or leave it out")
+        if output.foreground != "none" and (output.invert or output.trimap == "instead"):
+            raise UsageError(
+                "--foreground writes the thing's colours with its alpha; leave --invert and --trimap instead out"
+            )
+        return output
+
+    @property
+    def suffix(self) -> str:
+        return SUFFIXES[self.format]
+
+    @property
+    def is_premultiplied(self) -> bool:
+        """Whether a foreground's colours are multiplied by its alpha: usual in EXR, not elsewhere."""
+        return self.foreground == "premultiplied" or (self.foreground == "auto" and self.format == "exr")
+
+    def describe(self) -> str:
+        """All of it in one line, for the digest of a run; "" where it is as ever."""
+        return "" if self == Output() else repr(self)
+
+    def depth_for(self, source: Decoded | None) -> Depth:
+        """Depth of what is written of a source; None: of an alpha."""
+        usual = DEPTHS[self.format]
+        if self.depth is not None or source is None:
+            return self.depth or usual[0]
+        wanted: Depth = "8" if source.bits == 8 else "16" if source.bits == 16 else "float"
+        return wanted if wanted in usual else usual[0] if self.format == "exr" else usual[1]
+
+
+AS_EVER = Output()
+
+
+def write_alpha(path: Path, alpha: Float, stamp: Mapping[str, str], output: Output, source: Decoded | None) -> None:
+    """Write an alpha, float32 [H,W] 0..1, whole or not at all; ``source`` gives an EXR its windows and timecode.
+
+    Raises OutputError, or ImageError where only this file cannot be written.
     """
-    text = PngImagePlugin.PngInfo()
-    for key, value in stamp.items():
-        text.add_text(key, value)
-    with atomic_write(path) as file:
-        Image.fromarray(alpha).save(file, format="PNG", compress_level=PNG_COMPRESSION, pnginfo=text)
+    written = 1.0 - alpha if output.invert else alpha
+    _write(path, written[..., None], (output.channel,), stamp, output.format, output.depth_for(None), source)
+
+
+def write_foreground(
+    path: Path, colours: Float, alpha: Float, stamp: Mapping[str, str], output: Output, source: Decoded
+) -> None:
+    """Write a thing's own colours, float32 [H,W,3] on the scale 0..1 of its source (HDR beyond), with its alpha."""
+    shown = colours * alpha[..., None] if output.is_premultiplied else colours
+    pixels = np.concatenate([shown, alpha[..., None]], axis=-1)
+    names = ("R", "G", "B", "A")
+    _write(path, pixels, names, stamp, output.format, output.depth_for(source), source)
+
+
+def write_trimap(path: Path, trimap: NDArray[np.uint8], stamp: Mapping[str, str]) -> None:
+    """Write a trimap, uint8 [H,W] in 0, 128, 255, as PNG."""
+    values = trimap[..., None].astype(np.float32) / np.float32(255.0)
+    _write(path, values, ("Y",), stamp, "png", "8", None)
 
 
 def read_stamp(path: Path) -> dict[str, str] | None:
-    """The text chunks of a whole PNG (every chunk's checksum is tested), None for anything else."""
+    """The stamp of a whole file of icm, or the text of another whole PNG; None for anything else."""
     try:
         data = path.read_bytes()
+        if not data.startswith(b"\x89PNG"):
+            return _openimageio_stamp(path) if OWN_MARK in data else None
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             stamp = dict(image.info)
-            image.verify()
+            image.verify()  # tests every chunk's checksum
     except DECODE_ERRORS:
         return None
     if not data.endswith(_PNG_END):  # the one chunk that verify() leaves out
         return None
     return {str(key): value for key, value in stamp.items() if isinstance(value, str)}
+
+
+def _openimageio_stamp(path: Path) -> dict[str, str] | None:
+    file = oiio.ImageInput.open(str(path))
+    if file is None:
+        oiio.geterror()
+        return None
+    try:
+        whole = file.read_image(0, 0, 0, file.spec().nchannels, "half") is not None and not file.has_error
+        text = file.spec().getattribute(STAMP_KEY)
+        stamp = json.loads(text) if whole and isinstance(text, str) else None
+    except ValueError:
+        return None
+    finally:
+        file.geterror()
+        file.close()
+    return cast(dict[str, str], stamp) if isinstance(stamp, dict) else None
+
+
+def _write(
+    path: Path,
+    pixels: Float,
+    names: tuple[str, ...],
+    stamp: Mapping[str, str],
+    format_: Format,
+    depth: Depth,
+    source: Decoded | None,
+) -> None:
+    with atomic_write(path) as file:
+        if format_ == "png":
+            info = PngImagePlugin.PngInfo()
+            for key, value in stamp.items():
+                info.add_text(key, value)
+            options = {"format": "PNG", "compress_level": PNG_COMPRESSION, "pnginfo": info}
+            if depth == "8" or len(names) == 1:
+                values = rounded_u8(pixels * np.float32(255.0)) if depth == "8" else _sixteen(pixels)
+                Image.fromarray(values if len(names) > 1 else values[..., 0]).save(file, **options)  # type: ignore[arg-type]
+                return
+        _by_openimageio(Path(file.name), pixels, names, stamp, format_, depth, source)
+
+
+def _by_openimageio(
+    path: Path,
+    pixels: Float,
+    names: tuple[str, ...],
+    stamp: Mapping[str, str],
+    format_: Format,
+    depth: Depth,
+    source: Decoded | None,
+) -> None:
+    height, width = pixels.shape[:2]
+    spec = oiio.ImageSpec(width, height, len(names), _OIIO_TYPES[depth])
+    spec.channelnames = names
+    if "A" in names:
+        spec.alpha_channel = names.index("A")
+    if format_ == "png":
+        for key, value in stamp.items():
+            spec.attribute(key, value)
+    else:
+        spec.attribute(STAMP_KEY, json.dumps(dict(stamp)))
+    spec.attribute("compression", "zip")
+    spec.attribute("oiio:UnassociatedAlpha", 1)
+    if format_ == "exr" and source is not None:
+        source.give_windows(spec)
+    values: NDArray[Any] = pixels
+    if depth in ("8", "16"):
+        values = rounded_u8(pixels * np.float32(255.0)) if depth == "8" else _sixteen(pixels)
+    writer = oiio.ImageOutput.create(format_)
+    assert writer is not None
+    if not (writer.open(str(path), spec) and writer.write_image(np.ascontiguousarray(values)) and writer.close()):
+        raise OutputError(f"{path} cannot be written: {writer.geterror()}")
+
+
+def _sixteen(pixels: Float) -> NDArray[np.uint16]:
+    return np.clip(pixels * np.float32(65535.0) + 0.5, 0, 65535).astype(np.uint16)

@@ -17,7 +17,10 @@ import numpy as np
 
 from icm_cli.device import is_out_of_memory, release_memory
 from icm_cli.errors import ImageError, OutputError
-from icm_cli.images.writing import write_alpha
+from icm_cli.geometry import Float, to_u8
+from icm_cli.images.decoding import Decoded
+from icm_cli.images.writing import AS_EVER, Output, write_alpha, write_foreground, write_trimap
+from icm_cli.matting.foreground import foreground_colours, trimap_of_alpha
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.resume import finished, stamp
@@ -33,6 +36,8 @@ class Loaded:
     frame: Frame
     source_state: str
     colorspace: str
+    stored: Decoded
+    """The source's own pixels."""
     seconds: float
 
 
@@ -46,6 +51,7 @@ class EngineOptions:
     workers: int
     overwrite: bool = False
     fail_fast: bool = False
+    output: Output = AS_EVER
 
 
 class Engine:
@@ -115,7 +121,9 @@ class Engine:
         """Runs in a reader thread."""
         start = time.perf_counter()
         try:
-            if not self.settings.overwrite and (earlier := finished(job, self._digest(job))):
+            if not self.settings.overwrite and (
+                earlier := finished(job, self._digest(job), has_trimap=self.settings.output.trimap == "beside")
+            ):
                 return earlier
             state = job.state()
             picture = job.read()
@@ -129,7 +137,8 @@ class Engine:
             return _failed(job, str(error))
         except MemoryError:
             return _failed(job, f"{job.source} is too large for this machine's memory")
-        return Loaded(job, frame, state, picture.space, time.perf_counter() - start)
+        stored = picture.stored or Decoded(picture.rgb, None, 255.0, picture.space)
+        return Loaded(job, frame, state, picture.space, stored, time.perf_counter() - start)
 
     def _batches(self, stream: Iterable[Loaded | ImageResult]) -> Iterator[list[Loaded]]:
         """Group by example and canvas size; at most two batches' worth of images wait for others of their kind."""
@@ -187,13 +196,13 @@ class Engine:
             return _failed(job, f"{job.source}: the model gave no finite alpha; run again with --dtype float32")
         alpha = matte.at_source(item.frame)
         measured: dict[str, Any] = {
-            "foreground": round(float(alpha.mean()) / 255.0, 6),
+            "foreground": round(float(to_u8(alpha).mean()) / 255.0, 6),
             "confidence": round(matte.confidence, 4),
             "not_found": not matte.found,
             "colorspace": item.colorspace,
         }
         try:
-            write_alpha(job.output, alpha, stamp(self._digest(job), item.source_state, measured))
+            self._write_files(item, alpha, stamp(self._digest(job), item.source_state, measured))
         except ImageError as error:
             return _failed(job, str(error))
         except OutputError as error:
@@ -201,6 +210,20 @@ class Engine:
             return _failed(job, str(error))
         seconds = item.seconds + model_seconds + time.perf_counter() - start
         return replace(job.planned, status="done", seconds=round(seconds, 4), **measured)
+
+    def _write_files(self, item: Loaded, alpha: Float, mark: dict[str, str]) -> None:
+        """Write what the output asks for, the image's own file last: while it is not there, nothing is done."""
+        output, job = self.settings.output, item.job
+        if output.trimap != "none":
+            trimap = trimap_of_alpha(alpha, output.band_px)
+            write_trimap(job.trimap if output.trimap == "beside" else job.output, trimap, mark)
+        if output.trimap == "instead":
+            return
+        if output.foreground != "none":
+            colours = foreground_colours(item.stored, alpha)
+            write_foreground(job.output, colours, alpha, mark, output, item.stored)
+        else:
+            write_alpha(job.output, alpha, mark, output, item.stored)
 
     def _digest(self, job: Job) -> str:
         return self.settings.digests[job.example]
@@ -211,7 +234,12 @@ def _failed(job: Job, reason: str) -> ImageResult:
 
 
 def keep_finished(
-    jobs: Sequence[Job], digests: Sequence[str], workers: int, on_result: Callable[[ImageResult], None]
+    jobs: Sequence[Job],
+    digests: Sequence[str],
+    workers: int,
+    on_result: Callable[[ImageResult], None],
+    *,
+    has_trimap: bool = False,
 ) -> list[Job]:
     """Tell of every image whose alpha is there already; returns the others. Needs no model.
 
@@ -220,7 +248,7 @@ def keep_finished(
 
     def look(job: Job) -> ImageResult | Job:
         try:
-            return finished(job, digests[job.example]) or job
+            return finished(job, digests[job.example], has_trimap=has_trimap) or job
         except ImageError:
             return job  # the engine says what is wrong with it
 

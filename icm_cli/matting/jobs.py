@@ -42,6 +42,11 @@ class Job:
     """Frame of a file of several, from 0."""
     colour: Colour = AS_LABELLED
 
+    @property
+    def trimap(self) -> Path:
+        """File of a trimap beside the alpha."""
+        return self.output.with_name(f"{self.output.stem}.trimap.png")
+
     def read(self) -> Picture:
         """The picture to matte. Raises ImageError."""
         return read_source(self.source, self.colour, self.frame)
@@ -83,6 +88,7 @@ def plan_jobs(
     exclude: Sequence[str] = (),
     references: Sequence[Path] = (),
     colour: Colour = AS_LABELLED,
+    suffix: str = ".png",
     left_out: LeftOut,
 ) -> list[Job]:
     """List every image that ``src`` names, with its mirrored output below ``out``, sorted by name.
@@ -107,7 +113,7 @@ def plan_jobs(
     )
     kinds = {path: _kind(path) for path in found}
     found = left_out.without(found, lambda path: kinds[path].is_own, "made by icm")
-    jobs = [job for path in found for job in _jobs(path, root, out, colour, kinds[path])]
+    jobs = [job for path in found for job in _jobs(path, root, out, suffix, colour, kinds[path])]
     if not jobs:
         raise UsageError(f"no images were found in {src}; {_what_was_expected(include, exclude)}")
     _check_collisions(jobs)
@@ -214,18 +220,18 @@ def _is_wanted(name: Path, include: Sequence[str], exclude: Sequence[str]) -> bo
     return (not include or matches(include)) and not matches(exclude)
 
 
-def _jobs(source: Path, root: Path, out: Path, colour: Colour, kind: Kind) -> list[Job]:
+def _jobs(source: Path, root: Path, out: Path, suffix: str, colour: Colour, kind: Kind) -> list[Job]:
     """One job per frame: name.png, or name.0001.png and following where the file has several."""
     name, count = source.relative_to(root), 1
     if kind.may_have_frames:
         with contextlib.suppress(ImageError):  # told when it is matted
             count = frame_count(source)
     if count == 1:
-        output = out / name.with_suffix(".png")
+        output = out / name.with_suffix(suffix)
         return [Job(source, name, output, ImageResult(str(source), str(output), "planned"), colour=colour)]
     jobs = []
     for frame in range(count):
-        numbered = name.with_name(f"{name.stem}.{frame + 1:04d}.png")
+        numbered = name.with_name(f"{name.stem}.{frame + 1:04d}{suffix}")
         planned = ImageResult(
             str(source), str(out / numbered), "planned", name=numbered.with_suffix("").as_posix(), frame=frame + 1
         )

@@ -6,12 +6,14 @@ import time
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import UsageError
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path, as_paths, remove_stale_temporaries
 from icm_cli.images.colour import Colour
+from icm_cli.images.writing import Output
 from icm_cli.matting.engine import Engine, EngineOptions, keep_finished
 from icm_cli.matting.jobs import Job, LeftOut, plan_jobs
 from icm_cli.matting.model_choice import ModelChoice
@@ -48,6 +50,13 @@ def matte(
     exposure: float = 0.0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    format: str = "png",
+    depth: str | None = None,
+    channel: str = "A",
+    foreground: str = "none",
+    invert: bool = False,
+    trimap: str = "none",
+    trimap_band: int = 10,
     overwrite: bool = False,
     gt: str | Path | None = None,
     report: Paths = (),
@@ -74,10 +83,23 @@ def matte(
         raise UsageError("the output folder is empty; give --out a folder for the alphas")
     refs, masks, target = as_paths(ref), as_paths(mask), Path(out)
     side = SideOutputs.checked(report, contact_sheet)
+    form = {"format": format, "depth": depth, "channel": channel, "foreground": foreground, "invert": invert}
+    output = Output.checked(**form, trimap=trimap, band_px=trimap_band)
+    if gt is not None and (output.invert or output.trimap == "instead"):
+        raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
     colour, of_references = _colours(colorspace, ref_colorspace or colorspace, ocio, view, exposure)
     references = read_references(refs, masks, listener.notice, mask_label, of_references)
     left_out, shown = LeftOut(listener.notice), [*refs, *masks]
-    jobs = plan_jobs(src, target, include=include, exclude=exclude, references=shown, colour=colour, left_out=left_out)
+    jobs = plan_jobs(
+        src,
+        target,
+        include=include,
+        exclude=exclude,
+        references=shown,
+        colour=colour,
+        suffix=output.suffix,
+        left_out=left_out,
+    )
     truths: list[Path] = []
     if gt is not None:
         from icm_cli.matting.ground_truth import with_truths
@@ -100,16 +122,10 @@ def matte(
     side.check_writable(target)
     _clean(jobs, listener)
 
-    digest = choice.digester()([*(one.digest for one in references), *filter(None, [colour.describe()])])
-    settings = {
-        "title": str(src),
-        **environment_settings(),
-        **choice.as_settings(),
-        "references": [str(path) for path in refs],
-        "masks": [str(path) for path in masks],
-        "digest": digest,
-        "colorspace": colorspace,
-    }
+    digest = choice.digester()(
+        [*(one.digest for one in references), *filter(None, [colour.describe(), output.describe()])]
+    )
+    settings = _settings(src, choice, refs, masks) | {"digest": digest, "colorspace": colorspace}
     scoring = None
     if truths:
         from icm_cli.matting.ground_truth import RULE, scoring_of
@@ -124,7 +140,7 @@ def matte(
         start=start,
         scoring=scoring,
     )
-    engine = EngineOptions([digest], choice.batch_size, workers, overwrite, fail_fast)
+    engine = EngineOptions([digest], choice.batch_size, workers, overwrite, fail_fast, output)
     _run(jobs, references, choice, engine, outcome, side, listener)
     return outcome.report
 
@@ -141,14 +157,22 @@ def _run(
     """Keep the alphas that are there and matte the other images; the model is loaded only for these."""
     listener.started(len(jobs))
     with outcome:
-        keep = not options.overwrite
-        remaining = keep_finished(jobs, options.digests, options.workers, outcome.add) if keep else jobs
+        remaining = list(jobs)
+        if not options.overwrite:
+            has_trimap = options.output.trimap == "beside"
+            remaining = keep_finished(jobs, options.digests, options.workers, outcome.add, has_trimap=has_trimap)
         ready = _ready(choice, references, listener) if remaining else None
         with outcome.reported(side, choice.where.peak_memory_bytes):
             if ready is not None:
                 predictor, prepared = ready
                 engine = Engine(predictor, lambda _: prepared, options, on_result=outcome.add, notice=listener.notice)
                 engine.run(remaining)
+
+
+def _settings(src: str | Path, choice: ModelChoice, refs: Sequence[Path], masks: Sequence[Path]) -> dict[str, Any]:
+    """Settings that the report states."""
+    shown = {"references": [str(path) for path in refs], "masks": [str(path) for path in masks]}
+    return {"title": str(src), **environment_settings(), **choice.as_settings(), **shown}
 
 
 def _colours(

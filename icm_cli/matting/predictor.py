@@ -42,9 +42,9 @@ class CanvasMatte:
     found: bool
     is_refined: bool = False
 
-    def at_source(self, frame: Frame) -> ImageU8:
-        """The alpha uint8 [H,W] at the size of the frame's source. Touches no model: safe in threads."""
-        return to_u8(self.alpha) if self.is_refined else alpha_at_source(self.alpha, frame.placement, frame.rgb)
+    def at_source(self, frame: Frame) -> Float:
+        """The alpha float32 [H,W] 0..1 at the size of the frame's source. Touches no model: safe in threads."""
+        return self.alpha if self.is_refined else alpha_at_source(self.alpha, frame.placement, frame.rgb)
 
 
 class Predictor:
@@ -85,7 +85,7 @@ class Predictor:
     def matte(self, rgb: ImageU8, reference: Prepared) -> ImageU8:
         """Alpha, uint8 [H,W], of a picture, sRGB uint8 [H,W,3], at exactly its size."""
         frame = self.prepare(rgb)
-        return self.infer([frame], reference)[0].at_source(frame)
+        return to_u8(self.infer([frame], reference)[0].at_source(frame))
 
     def _reference_tensors(self, reference: Reference) -> tuple[Tensor, Tensor, Tensor]:
         frame = self.prepare(reference.rgb)

@@ -20,9 +20,9 @@ def stamp(digest: str, source_state: str, measured: dict[str, Any]) -> dict[str,
     return {DIGEST_KEY: digest, SOURCE_KEY: source_state, RESULT_KEY: json.dumps(measured)}
 
 
-def finished(job: Job, digest: str) -> ImageResult | None:
+def finished(job: Job, digest: str, *, has_trimap: bool = False) -> ImageResult | None:
     """The result of an earlier run that made this very alpha from this very source, None if it is to be made."""
-    if not job.output.exists():
+    if not job.output.exists() or (has_trimap and not job.trimap.exists()):
         return None
     found = read_stamp(job.output) or {}
     if found.get(DIGEST_KEY) != digest or found.get(SOURCE_KEY) != job.state():

@@ -1,0 +1,38 @@
+"""A thing's own colours, without the background that shines through its edge; and trimaps for other tools."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from icm_cli.geometry import Float
+from icm_cli.images.decoding import Decoded
+from icm_cli.model.closed_form import load_foreground_estimator
+
+UNKNOWN = 128
+CERTAIN = 0.05
+"""Alphas this near to 0 or 1 count as background or foreground in a trimap."""
+
+
+def foreground_colours(source: Decoded, alpha: Float) -> Float:
+    """Estimate the foreground of a source, float32 [H,W,3] on its scale 0..1 (HDR beyond), given its alpha [H,W] 0..1.
+
+    Multi-level estimation (Germer et al., "Fast Multi-Level Foreground Estimation", ICPR 2020); where alpha is 0 the
+    colours are those of the nearest foreground, so that no halo is left however the alpha is used.
+    """
+    pixels = source.pixels.astype(np.float32) / np.float32(source.scale)
+    if pixels.shape[-1] == 1:
+        pixels = np.repeat(pixels, 3, axis=-1)
+    largest = max(1.0, float(pixels.max()))  # the estimator clips at 1
+    colours = load_foreground_estimator()(pixels.astype(np.float64) / largest, alpha.astype(np.float64))
+    return np.asarray(colours * largest, np.float32)
+
+
+def trimap_of_alpha(alpha: Float, band_px: int) -> NDArray[np.uint8]:
+    """A trimap uint8 [H,W] in 0, 128, 255 of an alpha [H,W] 0..1: unknown within ``band_px`` of what is not certain."""
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * band_px + 1, 2 * band_px + 1))
+    trimap = np.full(alpha.shape, UNKNOWN, np.uint8)
+    for value, certain in ((255, alpha > 1.0 - CERTAIN), (0, alpha < CERTAIN)):
+        trimap[cv2.erode(certain.astype(np.uint8), kernel) > 0] = value
+    return trimap

@@ -1,0 +1,201 @@
+"""Forms of output: formats, depths, foregrounds without a halo, trimaps, hold-outs; other programs read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import OpenImageIO as oiio
+import pytest
+from conftest import Icm, read
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_formats import linear, written
+
+from icm_cli.errors import UsageError
+from icm_cli.geometry import Float
+from icm_cli.images.decoding import Decoded, decode
+from icm_cli.images.writing import Output, read_stamp, write_alpha
+from icm_cli.matting.foreground import foreground_colours, trimap_of_alpha
+
+ALPHA = np.linspace(0, 1, 48 * 64, dtype=np.float32).reshape(48, 64)
+STAMP = {"icm-digest": "d", "icm-source": "s", "icm-result": "{}"}
+
+
+def by_openimageio(path: Path) -> tuple[np.ndarray, oiio.ImageSpec]:
+    file = oiio.ImageInput.open(str(path))
+    spec = oiio.ImageSpec(file.spec())
+    pixels = file.read_image(0, 0, 0, spec.nchannels, "float")
+    file.close()
+    return pixels, spec
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "step"),
+    [
+        *(("png", "8", 255), ("png", "16", 65535), ("tiff", "8", 255), ("tiff", "16", 65535), ("tiff", "float", None)),
+        *(("exr", "half", 2048), ("exr", "float", None)),
+    ],
+)
+def test_other_programs_read_every_form(tmp_path: Path, name: str, depth: str, step: int | None) -> None:
+    output = Output.checked(
+        format=name, depth=depth, channel="A", foreground="none", invert=False, trimap="none", band_px=10
+    )
+    path = tmp_path / f"a{output.suffix}"
+    write_alpha(path, ALPHA, STAMP, output, None)
+    tolerance = 0.51 / step if step else 1e-6
+    if name == "exr":
+        pixels, spec = by_openimageio(path)
+        assert spec.channelnames == ("A",)
+        assert str(spec.format) == depth
+        found = pixels[..., 0]
+    else:
+        stored = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        assert stored.dtype == {"8": np.uint8, "16": np.uint16, "float": np.float32}[depth]
+        found = stored / (np.iinfo(stored.dtype).max if depth != "float" else 1.0)
+        with Image.open(path) as image:
+            assert image.size == (64, 48)
+    np.testing.assert_allclose(found, ALPHA, atol=tolerance)
+    assert read_stamp(path) == STAMP or name == "png"
+    assert {key: value for key, value in (read_stamp(path) or {}).items() if key in STAMP} == STAMP
+
+
+@pytest.mark.parametrize("name", ["png", "tiff", "exr"])
+@given(cut=st.integers(1, 400))
+@settings(max_examples=15, deadline=None)
+def test_a_torn_file_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, name: str, cut: int) -> None:
+    output = Output(format=name)  # type: ignore[arg-type]
+    path = tmp_path_factory.mktemp("torn") / f"a{output.suffix}"
+    write_alpha(path, np.random.default_rng(0).random((48, 64), np.float32), STAMP, output, None)
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert read_stamp(path) is None
+
+
+@pytest.mark.parametrize("form", ["tiff", "exr"])
+def test_a_run_goes_on_in_every_form(icm: Icm, scene: Path, form: str) -> None:
+    assert icm(format=form).exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in (scene / "out").rglob("*.*")}
+    assert len(before) == 3
+    assert icm(format=form).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in (scene / "out").rglob("*.*")} == before
+
+
+def test_an_exr_keeps_its_windows_and_timecode(icm: Icm, scene: Path) -> None:
+    source = scene / "exr"
+    source.mkdir()
+    rgb = read(next((scene / "imgs").glob("wall.*")))[..., 2::-1]
+    spec = oiio.ImageSpec(rgb.shape[1], rgb.shape[0], 3, "half")
+    spec.x, spec.y, spec.full_x, spec.full_y, spec.full_width, spec.full_height = 8, 4, 0, 0, 400, 300
+    spec.attribute("PixelAspectRatio", 2.0)
+    spec.attribute("smpte:TimeCode", oiio.TypeTimeCode, (0x01020304, 0))
+    file = oiio.ImageOutput.create("a.exr")
+    assert file.open(str(source / "a.exr"), spec)
+    assert file.write_image(linear(rgb))
+    file.close()
+    assert icm(src=source, format="exr", channel="matte").exit_code == 0
+    pixels, found = by_openimageio(scene / "out" / "a.exr")
+    assert found.channelnames == ("matte",)
+    assert (found.x, found.y, found.full_width, found.full_height) == (8, 4, 400, 300)
+    assert found.getattribute("PixelAspectRatio") == 2.0
+    assert tuple(found.getattribute("smpte:TimeCode", oiio.TypeTimeCode)) == (0x01020304, 0)
+    assert 0.05 < pixels.mean() < 0.95
+
+
+def blended(size: int = 160) -> tuple[Float, Float, Float]:
+    """Exact foreground, alpha with a wide edge, and their composite on a background of another colour."""
+    rng = np.random.default_rng(0)
+    foreground = np.empty((size, size, 3), np.float32)
+    foreground[:] = (0.8, 0.3, 0.2)
+    foreground += cv2.GaussianBlur(rng.normal(0, 0.3, foreground.shape).astype(np.float32), (0, 0), 4)
+    background = np.full_like(foreground, 0.0)
+    background[:] = (0.1, 0.5, 0.9)
+    alpha = np.zeros((size, size), np.float32)
+    cv2.circle(alpha, (size // 2, size // 2), size // 4, 1.0, -1)
+    alpha = cv2.GaussianBlur(alpha, (0, 0), 4)
+    return foreground, alpha, foreground * alpha[..., None] + background * (1 - alpha[..., None])
+
+
+@pytest.mark.parametrize("gain", [1.0, 8.0])
+def test_a_foreground_has_no_halo(gain: float) -> None:
+    """Where 0 < alpha < 1 the colours' error is at most a third of that of the source's own; HDR values are kept."""
+    foreground, alpha, composite = blended()
+    found = foreground_colours(Decoded(composite * np.float32(gain), None, 1.0, "lin_rec709_scene"), alpha)
+    edge = (alpha > 0.02) & (alpha < 0.98)
+    error, before = (np.abs(each - gain * foreground)[edge].mean() for each in (found, gain * composite))
+    assert error <= before / 3
+    assert found.max() > 0.9 * gain * foreground[alpha > 0.98].max()
+
+
+@pytest.mark.parametrize(("form", "kind", "premultiplied"), [("png", "straight", False), ("exr", "auto", True)])
+def test_foregrounds_are_written(icm: Icm, scene: Path, form: str, kind: str, premultiplied: bool) -> None:
+    assert icm(foreground=kind, format=form).exit_code == 0
+    assert icm(out=scene / "plain").exit_code == 0
+    made = next((scene / "out").glob("wall.*"))
+    alpha = read(scene / "plain" / "wall.png") / 255.0
+    source = next((scene / "imgs").glob("wall.*"))
+    if form == "png":
+        pixels = read(made)[..., [2, 1, 0, 3]] / 255.0
+    else:
+        pixels, spec = by_openimageio(made)
+        assert spec.channelnames == ("R", "G", "B", "A")
+    np.testing.assert_allclose(pixels[..., 3], alpha, atol=1 / 255)
+    inside = alpha > 0.99
+    np.testing.assert_allclose(pixels[inside][:, :3], decode(source).pixels[inside] / 255.0, atol=0.06)
+    outside = alpha < 1 / 255
+    assert (pixels[outside][:, :3].max() < 0.01) == premultiplied
+
+
+def test_a_foreground_has_the_depth_of_its_source(icm: Icm, scene: Path) -> None:
+    rgb = read(next((scene / "imgs").glob("wall.*")))[..., 2::-1]
+    (scene / "deep").mkdir()
+    written(scene / "deep" / "a.tif", rgb.astype(np.uint16) * 257, "uint16")
+    assert icm(src=scene / "deep", foreground="straight").exit_code == 0
+    assert cv2.imread(str(scene / "out" / "a.png"), cv2.IMREAD_UNCHANGED).dtype == np.uint16
+
+
+def test_trimaps_and_hold_outs(icm: Icm, scene: Path) -> None:
+    assert icm().exit_code == 0
+    alpha = read(scene / "out" / "wall.png")
+    assert icm(out=scene / "b", trimap="beside", trimap_band=6).exit_code == 0
+    assert (read(scene / "b" / "wall.png") == alpha).all()
+    trimap = read(scene / "b" / "wall.trimap.png")
+    assert set(np.unique(trimap)) == {0, 128, 255}
+    assert (alpha[trimap == 255] > 240).all()
+    assert (alpha[trimap == 0] < 15).all()
+    (scene / "b" / "wall.trimap.png").unlink()
+    assert icm(out=scene / "b", trimap="beside", trimap_band=6).exit_code == 0
+    assert (scene / "b" / "wall.trimap.png").exists()  # made again with its alpha
+    assert icm(out=scene / "c", trimap="instead", trimap_band=6).exit_code == 0
+    assert (read(scene / "c" / "wall.png") == trimap).all()
+    assert icm("--invert", out=scene / "d").exit_code == 0
+    assert np.abs(read(scene / "d" / "wall.png").astype(int) + alpha - 255).max() <= 1
+
+
+@given(band=st.integers(1, 12), side=st.integers(10, 60))
+@settings(max_examples=30, deadline=None)
+def test_a_trimap_is_unknown_about_the_edge(band: int, side: int) -> None:
+    alpha = np.zeros((64, 64), np.float32)
+    alpha[:, :side] = 1.0
+    trimap = trimap_of_alpha(alpha, band)
+    columns = np.arange(64)
+    distance = np.where(columns < side, side - columns, columns - side + 1)
+    assert (trimap[32] == np.where(distance <= band, 128, np.where(columns < side, 255, 0))).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "jpg"}, "is not known"),
+        ({"depth": "half"}, "does not fit --format png; expected one of 8, 16"),
+        ({"channel": "matte"}, "give --format exr too"),
+        ({"band_px": 5}, "--trimap-band is of a trimap"),
+        ({"trimap": "beside", "band_px": 0}, "expected 1 or more px"),
+        ({"foreground": "auto", "invert": True}, "leave --invert"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options: dict[str, object], message: str) -> None:
+    plain = {"format": "png", "depth": None, "channel": "A", "foreground": "none", "invert": False}
+    with pytest.raises(UsageError, match=message):
+        Output.checked(**{**plain, "trimap": "none", "band_px": 10, **options})
