@@ -17,6 +17,7 @@ from icm_cli.images.reading import image_size, read_matte, read_picture
 from icm_cli.images.writing import read_stamp, write_alpha
 
 RGB = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+GREY = RGB[..., 0].astype(np.float32) / np.float32(255.0)
 
 
 def saved(path: Path, image: Image.Image, **options: object) -> Path:
@@ -153,7 +154,7 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
 
 def test_alpha_is_one_channel_with_its_stamp(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "a.png"
-    write_alpha(path, RGB[..., 0], {"icm-digest": "abc"})
+    write_alpha(path, GREY, {"icm-digest": "abc"})
     with Image.open(path) as image:
         assert image.mode == "L"
     assert (read_matte(path) == RGB[..., 0]).all()
@@ -166,7 +167,7 @@ def test_alpha_is_one_channel_with_its_stamp(tmp_path: Path) -> None:
 def test_a_damaged_alpha_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Cut anywhere, or one bit flipped anywhere: never taken for a finished alpha of the same digest."""
     path = tmp_path_factory.mktemp("alpha") / "a.png"
-    write_alpha(path, RGB[..., 0], {"icm-digest": "abc"})
+    write_alpha(path, GREY, {"icm-digest": "abc"})
     whole = path.read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
     if data.draw(st.booleans()):
@@ -179,4 +180,4 @@ def test_a_damaged_alpha_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, 
 def test_an_output_in_an_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="cannot be written"):
-        write_alpha(tmp_path / "file" / "a.png", RGB[..., 0], {})
+        write_alpha(tmp_path / "file" / "a.png", GREY, {})

@@ -18,7 +18,7 @@ from icm_cli.errors import ConfigError, ImageError, TrainingError, UsageError
 from icm_cli.training.batches import StepSampler
 from icm_cli.training.data import layers
 from icm_cli.training.data.augment import jittered_guidance
-from icm_cli.training.data.layers import cutout, kept
+from icm_cli.training.data.layers import cutout
 from icm_cli.training.data.pool import Item, Pool, read_pool
 from icm_cli.training.data.samples import PairBatch, SampleMaker, TrainingSample
 from icm_cli.training.data.scenes import SceneMaker
@@ -481,21 +481,19 @@ def test_pool_leaves_out_what_is_excluded(discs: Path) -> None:
     assert [item.name for item in names] == ["green/0", "green/1", "green/2"]
 
 
-@given(st.lists(st.integers(0, 9), max_size=40), st.integers(0, 5))
-def test_layers_are_kept_while_they_have_room(numbers: list[int], room: int) -> None:
-    """Never another's result; the latest ``room`` (one at least) are not made again."""
-    made: list[int] = []
-
-    @kept
-    def layer(number: int) -> np.ndarray:
-        made.append(number)
-        return np.full(10, number, np.uint8)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "KEPT_BYTES", 10 * room)
-        latest: list[int] = []
-        for number in numbers:
-            before = len(made)
-            assert (layer(number) == number).all()
-            assert len(made) == before + (number not in latest)
-            latest = [*(each for each in latest if each != number), number][-max(1, room) :]
+def test_layers_are_kept_while_they_have_room(tmp_path: Path) -> None:
+    """A layer is decoded once, and what is kept is counted in bytes."""
+    rgb, alpha = disc(RED, GREEN)
+    for name, picture in (("a.png", rgb), ("b.png", rgb), ("alpha.png", alpha)):
+        Image.fromarray(picture).save(tmp_path / name)
+    items = [
+        Item(name, tmp_path / name, tmp_path / "alpha.png", None, "group", is_foreground=False, is_binary=False)
+        for name in ("a.png", "b.png")
+    ]
+    layers.shrunk_photograph.cache.clear()
+    first, second = (layers.shrunk_photograph(item, 64) for item in items)
+    assert layers.shrunk_photograph(items[0], 64) is first
+    assert layers.shrunk_photograph(items[1], 64) is second
+    size = first.rgb.nbytes + first.alpha.nbytes
+    assert layers.shrunk_photograph.cache.currsize == 2 * size
+    assert layers.shrunk_photograph.cache.maxsize == layers.KEPT_BYTES

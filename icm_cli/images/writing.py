@@ -105,7 +105,9 @@ class Output:
 AS_EVER = Output()
 
 
-def write_alpha(path: Path, alpha: Float, stamp: Mapping[str, str], output: Output, source: Decoded | None) -> None:
+def write_alpha(
+    path: Path, alpha: Float, stamp: Mapping[str, str], output: Output = AS_EVER, source: Decoded | None = None
+) -> None:
     """Write an alpha, float32 [H,W] 0..1, whole or not at all; ``source`` gives an EXR its windows and timecode.
 
     Raises OutputError, or ImageError where only this file cannot be written.

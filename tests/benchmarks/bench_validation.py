@@ -24,7 +24,7 @@ PARTS = ("plain", "distractor", "absent")
 
 
 def matted(
-    predictor: icm_cli.matting.predictor.Predictor, root: Path, out: Path | None
+    predictor: icm_cli.matting.predictor.Predictor, root: Path, out: Path | None, every: int
 ) -> dict[str, list[tuple[str, float, float, float]]]:
     """Part -> rows of group, IoU, MSE, mean alpha."""
     rows: dict[str, list[tuple[str, float, float, float]]] = collections.defaultdict(list)
@@ -32,7 +32,7 @@ def matted(
         for group in sorted(path for path in (root / part).glob("*") if path.is_dir()):
             guide = next(group.glob("ref.*"))
             reference = predictor.reference([(read_picture(guide).rgb, read_matte(group / "mask.png"))])
-            for source in sorted((group / "src").iterdir()):
+            for source in sorted((group / "src").iterdir())[::every]:
                 alpha = predictor.matte(read_picture(source).rgb, reference)
                 if out is not None:
                     to = out / part / group.name / f"{source.stem}.png"
@@ -69,13 +69,14 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--baseline", help="preset to compare with")
     parser.add_argument("--out", type=Path, help="keep the alphas of the model here")
+    parser.add_argument("--every", type=int, default=1, help="take every so many of a group's pictures")
     arguments = parser.parse_args()
     models = {"model": icm_cli.load(arguments.model, checkpoint=arguments.checkpoint)}
     if arguments.baseline:
         models[arguments.baseline] = icm_cli.load(arguments.baseline)
     for name, predictor in models.items():
         began = time.perf_counter()
-        rows = matted(predictor, arguments.root, arguments.out if name == "model" else None)
+        rows = matted(predictor, arguments.root, arguments.out if name == "model" else None, arguments.every)
         for part in PARTS:
             print(f"{name}: {part}: {summary(rows[part], part)}")
         print(f"{name}: {(time.perf_counter() - began) / sum(map(len, rows.values())):.2f} s an image")
