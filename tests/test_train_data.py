@@ -485,7 +485,7 @@ def test_layers_are_kept_while_they_have_room(tmp_path: Path) -> None:
     """A layer is decoded once, and what is kept is counted in bytes."""
     rgb, alpha = disc(RED, GREEN)
     for name, picture in (("a.png", rgb), ("b.png", rgb), ("alpha.png", alpha)):
-        Image.fromarray(picture).save(tmp_path / name)
+        cv2.imwrite(str(tmp_path / name), picture)
     items = [
         Item(name, tmp_path / name, tmp_path / "alpha.png", None, "group", is_foreground=False, is_binary=False)
         for name in ("a.png", "b.png")

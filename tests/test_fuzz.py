@@ -1,0 +1,116 @@
+"""Damaged files of every format that is read: a picture or one sentence, never anything else.
+
+``python tests/test_fuzz.py 5000`` makes as many damages of each format and prints what came of them.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import OpenImageIO as oiio
+import pytest
+from PIL import Image
+
+from icm_cli.errors import ImageError
+from icm_cli.images.decoding import frame_count
+from icm_cli.images.reading import image_size, read_matte, read_picture, read_stored
+
+LONGEST_S = 10.0
+RGB = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
+BY_PILLOW = ("jpeg", "png", "gif", "webp", "bmp", "tiff", "avif", "ppm", "tga")
+BY_OPENIMAGEIO = (
+    ("deep.png", "uint16", "zip"),
+    ("deep.tif", "uint16", "lzw"),
+    ("half.tif", "half", "zip"),
+    ("a.exr", "half", "zip"),
+    ("b.exr", "half", "piz"),
+    ("a.dpx", "uint16", ""),
+    ("a.hdr", "float", ""),
+    ("a.sgi", "uint8", ""),
+    ("a.jxl", "uint8", ""),
+    ("a.jp2", "uint8", ""),
+)
+KINDS = (*BY_PILLOW, *(name for name, *_ in BY_OPENIMAGEIO))
+
+
+def whole(kind: str, folder: Path) -> bytes:
+    """A good file of a kind."""
+    if kind in BY_PILLOW:
+        memory = io.BytesIO()
+        Image.fromarray(RGB).save(memory, format=kind.upper())
+        return memory.getvalue()
+    depth, compression = next(rest for name, *rest in BY_OPENIMAGEIO if name == kind)
+    writer = oiio.ImageOutput.create(kind)
+    if writer is None:
+        pytest.skip(f"no writer of {kind}")
+    spec = oiio.ImageSpec(RGB.shape[1], RGB.shape[0], 3, depth)
+    if compression:
+        spec.attribute("compression", compression)
+    path = folder / f"whole-{kind}"
+    assert writer.open(str(path), spec), writer.geterror()
+    assert writer.write_image(RGB.astype(np.float32) / 255)
+    writer.close()
+    return path.read_bytes()
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """A file cut short, with bytes changed, left out or doubled."""
+    torn = bytearray(data)
+    way = rng.integers(4)
+    if way == 0:
+        return bytes(torn[: rng.integers(len(torn))])
+    at = int(rng.integers(len(torn)) if rng.random() < 0.5 else rng.integers(min(200, len(torn))))
+    if way == 1:
+        for _ in range(int(rng.integers(1, 9))):
+            torn[int(rng.integers(at, len(torn)))] = int(rng.integers(256))
+    elif way == 2:
+        del torn[at : at + int(rng.integers(1, 64))]
+    else:
+        torn[at:at] = torn[at : at + int(rng.integers(1, 64))]
+    return bytes(torn)
+
+
+def outcomes(kind: str, count: int, folder: Path) -> collections.Counter[str]:
+    """Read so many damages in every way; returns how many were pictures and how many failed."""
+    data, rng = whole(kind, folder), np.random.default_rng(1)
+    found: collections.Counter[str] = collections.Counter()
+    for number in range(count):
+        path = folder / f"{number % 8}-{kind if '.' in kind else f'a.{kind}'}"
+        path.write_bytes(damaged(data, rng))
+        began = time.monotonic()
+        for read in (read_picture, read_matte, read_stored, image_size, frame_count):
+            sentence = failure_of(read, path)
+            assert len(sentence.splitlines()) <= 1
+            found["failed" if sentence else "read"] += 1
+        assert time.monotonic() - began < LONGEST_S, (kind, number)
+    return found
+
+
+def failure_of(read: Callable[[Path], object], path: Path) -> str:
+    """The sentence with which a file is refused, "" where it is read."""
+    try:
+        read(path)
+    except ImageError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_a_picture_or_a_sentence(tmp_path: Path, kind: str) -> None:
+    assert outcomes(kind, 200, tmp_path)["failed"] > 0
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as home:
+        for each in KINDS:
+            start = time.monotonic()
+            result = outcomes(each, int(sys.argv[1]), Path(home))
+            print(f"{each}: {dict(result)}, {time.monotonic() - start:.0f} s", flush=True)
