@@ -150,7 +150,7 @@ def _cache_candidates() -> Iterator[Path]:
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as JSON, whole or not at all."""
     with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False).encode(errors="surrogateescape") + b"\n")
+        file.write(json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
 def as_paths(value: Paths) -> list[Path]:

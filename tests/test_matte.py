@@ -20,6 +20,7 @@ from conftest import DEMO, Icm, alphas, arguments, copy_many, read, shrink
 from PIL import Image
 
 import icm_cli
+from icm_cli.reports import contact_sheet
 
 NAMES = ["pad.0101.png", "sub/deep.png", "wall.png"]
 
@@ -293,3 +294,26 @@ def test_sources_in_the_reference_folder(icm: Icm, scene: Path) -> None:
     result = icm(ref=scene / "imgs" / "ref.png", mask=scene / "imgs" / "mask.png")
     assert "left out: a reference or its mask" in result.stderr
     assert sorted(alphas(scene / "out")) == NAMES
+
+
+def test_captions_are_legible_with_the_path_below_the_root(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    drawn = contact_sheet.captioned_row
+    monkeypatch.setattr(contact_sheet, "captioned_row", lambda cells, text: (shown.append(text), drawn(cells, text))[1])
+    (scene / "imgs" / "wall.jpg").rename(scene / "imgs" / "sub" / "größe.jpg")
+    assert icm(contact_sheet=scene / "sheet.png").exit_code == 0
+    assert "sub/größe.jpg" in shown
+    assert contact_sheet._legible("größe") == "größe"
+    assert "\uffff" not in contact_sheet._legible("\uffff\n")
+
+
+def test_reports_are_utf8_whatever_the_names(icm: Icm, scene: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9.jpg")
+    (scene / "imgs" / "wall.jpg").rename(scene / "imgs" / odd)
+    for name in ("r.json", "r.csv", "r.html"):
+        assert icm("--report", str(scene / name)).exit_code == 0
+        assert "caf" in (scene / name).read_text(encoding="utf-8")
+    sources = [image["source"] for image in json.loads((scene / "r.json").read_text(encoding="utf-8"))["images"]]
+    assert str(scene / "imgs" / odd) in sources  # the very name comes back

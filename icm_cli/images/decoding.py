@@ -6,6 +6,7 @@ A decoder may raise anything; at this file's edge all of it becomes one ImageErr
 from __future__ import annotations
 
 import contextlib
+import logging
 import struct
 import zlib
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from icm_cli.errors import ImageError
 from icm_cli.images import colour
 from icm_cli.images.kinds import Kind, kind_of
 
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a damaged file is told in a sentence of ours
 Image.MAX_IMAGE_PIXELS = None  # the limit is the memory there is, see _check_memory
 oiio.attribute("threads", 1)  # files are read in threads of our own
 BYTES_PER_PIXEL = 24

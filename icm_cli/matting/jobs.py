@@ -228,7 +228,8 @@ def _jobs(source: Path, root: Path, out: Path, suffix: str, colour: Colour, kind
             count = frame_count(source)
     if count == 1:
         output = out / name.with_suffix(suffix)
-        return [Job(source, name, output, ImageResult(str(source), str(output), "planned"), colour=colour)]
+        planned = ImageResult(str(source), str(output), "planned", name=name.as_posix())
+        return [Job(source, name, output, planned, colour=colour)]
     jobs = []
     for frame in range(count):
         numbered = name.with_name(f"{name.stem}.{frame + 1:04d}{suffix}")

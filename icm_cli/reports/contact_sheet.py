@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from icm_cli.files import atomic_write
 from icm_cli.geometry import ImageU8, rounded_u8
@@ -20,6 +23,14 @@ MOST_ROWS = 48
 """A sheet of more rows is no longer looked at; from more images this many are taken evenly."""
 CELL_PX = 240
 CAPTION_PX = 18
+FONT_PX = 13
+FONTS = (
+    "usr/share/fonts/**/NotoSansCJK*-Regular.ttc",
+    "usr/share/fonts/**/DejaVuSans.ttf",
+    "System/Library/Fonts/Supplemental/Arial Unicode.ttf",
+)
+"""Fonts with many scripts, the first that is there is taken."""
+NO_CHARACTER = "\uffff"
 GREY = 128
 
 
@@ -43,7 +54,7 @@ def cut_out(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
 def _row(result: ImageResult, colour: Colour) -> ImageU8:
     rgb = thumbnail(read_picture(Path(result.source), colour, max(0, result.frame - 1)).rgb)
     alpha = thumbnail(read_matte(Path(result.output)))
-    caption = Path(result.source).name + ("   reference's thing not found" if result.not_found else "")
+    caption = (result.name or Path(result.source).name) + ("   reference's thing not found" if result.not_found else "")
     return captioned_row([rgb, np.repeat(alpha[..., None], 3, -1), cut_out(rgb, alpha)], caption)
 
 
@@ -53,8 +64,34 @@ def captioned_row(cells: Sequence[ImageU8], caption: str) -> ImageU8:
     for column, cell in enumerate(cells):
         left, top = (CELL_PX - cell.shape[1]) // 2, (CELL_PX - cell.shape[0]) // 2
         row.paste(Image.fromarray(cell), (column * CELL_PX + left, top))
-    ImageDraw.Draw(row).text((4, CELL_PX + 3), caption, fill=(220, 220, 220))
+    ImageDraw.Draw(row).text((4, CELL_PX + 1), _legible(caption), fill=(220, 220, 220), font=_font())
     return np.asarray(row)
+
+
+@functools.cache
+def _font() -> Any:
+    """A font of the system with many scripts, where there is one, else Pillow's own."""
+    for pattern in FONTS:
+        for path in sorted(Path("/").glob(pattern)):
+            with contextlib.suppress(OSError):
+                return ImageFont.truetype(str(path), FONT_PX)
+    return ImageFont.load_default(FONT_PX)
+
+
+def _legible(text: str) -> str:
+    """Text whose characters the font has; others are written as their codes, not as boxes."""
+    return "".join(
+        each if _has_glyph(each) else each.encode("unicode_escape", "surrogatepass").decode() for each in text
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_glyph(character: str) -> bool:
+    """Whether the font draws a character in another way than one that no font has."""
+    if not character.isprintable():
+        return False
+    drawn, missing = (_font().getmask(each) for each in (character, NO_CHARACTER))
+    return character.isspace() or (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))
 
 
 def thumbnail(image: ImageU8) -> ImageU8:

@@ -22,7 +22,7 @@ class ImageResult:
     """"skipped": a whole alpha made with the same settings from the same source was already there; "unscored": its
     alpha or ground truth is bad or missing."""
     name: str = ""
-    """In its dataset."""
+    """Name in its dataset, or path below the sources' root."""
     group: str = ""
     categories: Mapping[str, str] = field(default_factory=dict)
     round: int = 0

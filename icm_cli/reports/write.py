@@ -112,4 +112,4 @@ def _write_csv(path: Path, report: Report) -> None:
     table.writeheader()
     table.writerows(rows)
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode(errors="surrogateescape"))  # names need not be UTF-8
+        file.write(text.getvalue().encode(errors="backslashreplace"))  # names need not be UTF-8
