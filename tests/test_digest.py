@@ -70,7 +70,7 @@ def others(value: Any) -> list[Any]:
         return [not value]
     if isinstance(value, int):
         return [value + 1, value - 1, value * 2, value // 2, value + 32, value + 64]
-    return [value * 0.9, value * 1.1, value + 0.01]
+    return [value + 0.01, value * 0.9, value * 1.1]
 
 
 @pytest.mark.parametrize("preset", sorted(preset_paths()))

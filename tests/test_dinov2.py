@@ -91,7 +91,6 @@ def test_an_image_does_not_know_its_neighbours(backbone: DinoV2Lite) -> None:
         ({"layers": ()}, "numbers from 1 to 12"),
         ({"layers": (13,)}, "numbers from 1 to 12"),
         ({"kind_blocks": (21,)}, "numbers from 0 to 20"),
-        ({"temperature": 0.0}, "more than 0"),
     ],
 )
 def test_impossible_settings(settings: dict[str, object], message: str) -> None:

@@ -35,6 +35,8 @@ TOKEN_PX = 32
 """Side of a token's cell on the canvas."""
 LEAST_PX = 2 * TOKEN_PX
 """Side of the smallest canvas: the convolutions halve it six times."""
+TEMPERATURE = 0.15
+"""Temperature of the intra-similarity, in cosine units."""
 LARGEST_ENLARGEMENT = 2.0
 """Largest factor by which a small picture is enlarged on its way to the canvas."""
 MEAN = (0.485, 0.456, 0.406)
@@ -54,8 +56,6 @@ class DinoV2LiteConfig:
     """Blocks of EfficientNet-Lite2 (0..20) whose outputs are compared too."""
     scale_blocks: tuple[int, ...] = (6, 3, 0)
     """Blocks of EfficientNet-Lite2 whose outputs are handed over as features per scale, for heads with a decoder."""
-    temperature: float = 0.15
-    """Temperature of the intra-similarity, in cosine units."""
 
     def __post_init__(self) -> None:
         if self.long_side_px < TOKEN_PX or self.long_side_px % TOKEN_PX:
@@ -70,8 +70,6 @@ class DinoV2LiteConfig:
             raise ConfigError(
                 f"backbone scale_blocks is {list(self.scale_blocks)}; expected numbers from 0 to {BLOCK_COUNT - 1}"
             )
-        if self.temperature <= 0:
-            raise ConfigError(f"backbone temperature is {self.temperature}; expected more than 0")
 
     @property
     def convolutions(self) -> EfficientNetLiteConfig:
@@ -141,7 +139,7 @@ class DinoV2Lite(Backbone):
         correspondence = torch.cat([_normalised(feature.float()) for feature in compared], dim=1)
         scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
         alive = token_valid(valid, TOKEN_PX)
-        intra = {TOKEN_PX: SelfSimilarity(correspondence, alive, self.config.temperature)}
+        intra = {TOKEN_PX: SelfSimilarity(correspondence, alive, TEMPERATURE)}
         return Features(correspondence, alive, scales, intra)
 
 
