@@ -21,6 +21,8 @@ Pixels = TypeVar("Pixels", ImageU8, Float)
 
 HALF_U8 = 127
 """An alpha of uint8 above this is foreground."""
+UNKNOWN = 128
+"""The value of a trimap's unknown pixels."""
 ASPECT_TOLERANCE = 0.01
 """Largest relative difference between the aspect ratios of pictures that count as one shape."""
 

@@ -117,7 +117,7 @@ def along_edges(alpha: Tensor, image: Tensor, radius_share: float, epsilon: floa
     alpha [B,1,H,W] and image [B,3,H,W] in 0..1, float32 -> [B,1,H,W] in 0..1. ``radius_share``: radius of the window
     as a share of the long side; ``epsilon``: the variance of a colour channel that counts as an edge. The fit is made
     at a quarter of the size (He & Sun, "Fast Guided Filter", 2015; the colour guide of He, Sun & Tang, TPAMI 2013,
-    equations 14-19). It is part of a head: on the model's device, for a batch; geometry.guided_upsample brings any
+    equations 14-19). It is part of a head: on the model's device, for a batch; guided_upsample brings any
     alpha to its source's size.
     """
     guide, soft = F.avg_pool2d(image, GUIDED_STRIDE), F.avg_pool2d(alpha, GUIDED_STRIDE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.images.colour import Colour
-from icm_cli.images.decoding import frame_count
+from icm_cli.images.decoding import frame_count, image_size
 from icm_cli.images.kinds import kind_of
-from icm_cli.images.reading import image_size, read_matte, read_picture
+from icm_cli.images.reading import read_matte, read_picture, read_stored
 from icm_cli.matting.jobs import LeftOut, plan_jobs
 
 SIDE = 48
@@ -223,16 +224,16 @@ def test_content_decides_and_what_is_left_out_is_counted(icm: Icm, scene: Path) 
     (source / "b.jpg_large").write_bytes(next((DEMO / "imgs").glob("*.jpg")).read_bytes())
     (source / "notes.txt").write_text("no picture")
     (source / ".hidden.png").write_bytes(b"")
+    (source / ".cache").mkdir()
+    (source / ".cache" / "b.png").write_bytes(b"")
     sheet = source / "sheet.png"
     assert icm(src=source, out=source / "alphas", contact_sheet=sheet).exit_code == 0
     result = icm("--report", str(scene / "r.json"), src=source, out=scene / "out2")
     assert result.exit_code == 0, result.output
     assert {path.name for path in (scene / "out2").iterdir()} == {"a.png", "without-ending.png", "b.png"}
-    import json
-
     summary = json.loads((scene / "r.json").read_text())["summary"]
     assert summary["left_out"] == {
-        "hidden": 1,
+        "hidden": 2,
         "no picture": 1,
         "made by icm": 4,
         "in @eaDir, a folder of a storage server or archiver": 1,
@@ -240,7 +241,34 @@ def test_content_decides_and_what_is_left_out_is_counted(icm: Icm, scene: Path) 
     assert summary["done"] + sum(summary["left_out"].values()) == sum(path.is_file() for path in source.rglob("*"))
 
 
-@pytest.mark.parametrize(("content", "kind"), [(b"P6\n1 1\n255\nabc", "pnm"), (b"PDF", ""), (b"", ""), (b"BM", "bmp")])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        *((b"P6\n1 1\n255\nabc", "pnm"), (b"P1 notes\n", ""), (b"BM\0\1\0\0\0\0\0\0", "bmp")),
+        *((b"BMW and others", ""), (b"PDF", ""), (b"", "")),
+    ],
+)
 def test_kinds(tmp_path: Path, content: bytes, kind: str) -> None:
     (tmp_path / "a").write_bytes(content)
     assert kind_of(tmp_path / "a").name == kind
+
+
+def test_a_deep_picture_with_a_profile_keeps_its_alpha(tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    spec = oiio.ImageSpec(SIDE, SIDE, 4, "uint16")
+    spec.attribute("ICCProfile", oiio.TypeDesc(f"uint8[{len(profile)}]"), np.frombuffer(profile, np.uint8))
+    spec.attribute("oiio:UnassociatedAlpha", 1)
+    file = oiio.ImageOutput.create("a.png")
+    assert file.open(str(tmp_path / "a.png"), spec)
+    assert file.write_image(np.dstack([DEEP, DEEP[..., 0]]))
+    file.close()
+    picture = read_picture(tmp_path / "a.png")
+    assert picture.alpha is not None
+    assert np.abs(picture.alpha.astype(int) - RGB[..., 0]).max() <= 1
+    assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
+
+
+def test_a_deep_mask_of_another_format_is_read(tmp_path: Path) -> None:
+    mask = np.where(X[..., None] > SIDE // 2, 255, 0).astype(np.uint8).repeat(3, -1)
+    stored = read_stored(written(tmp_path / "a.dpx", mask, "uint8"))
+    assert (stored.values == mask).all()

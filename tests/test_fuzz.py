@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from icm_cli.errors import ImageError
-from icm_cli.images.decoding import frame_count
-from icm_cli.images.reading import image_size, read_matte, read_picture, read_stored
+from icm_cli.images.decoding import frame_count, image_size
+from icm_cli.images.reading import read_matte, read_picture, read_stored
 
 LONGEST_S = 10.0
 RGB = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from icm_cli.errors import ImageError, OutputError
-from icm_cli.images.reading import image_size, read_matte, read_picture
+from icm_cli.images.decoding import image_size
+from icm_cli.images.reading import read_matte, read_picture
 from icm_cli.images.writing import read_stamp, write_alpha
 
 RGB = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)

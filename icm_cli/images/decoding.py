@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from icm_cli import environment
 from icm_cli.errors import ImageError
+from icm_cli.geometry import ImageU8, rounded_u8
 from icm_cli.images import colour
 from icm_cli.images.kinds import Kind, kind_of
 
@@ -37,16 +38,6 @@ BAD_PROFILE = "its ICC profile cannot be used; its colours are taken as sRGB"
 DECODE_ERRORS = (OSError, SyntaxError, UserWarning, ValueError, EOFError, IndexError, struct.error, zlib.error)
 _BY_PILLOW = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic", ""})
 _SCENE_LINEAR = frozenset({"openexr", "hdr"})
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF's orientations but the upright one (1), and what undoes each."""
 ON_THEIR_SIDE = frozenset({5, 6, 7, 8})
 _UPRIGHT: dict[int, Any] = {
     2: lambda a: a[:, ::-1],
@@ -57,7 +48,7 @@ _UPRIGHT: dict[int, Any] = {
     7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
     8: lambda a: a.swapaxes(0, 1)[::-1],
 }
-"""The same for arrays."""
+"""EXIF's orientations but the upright one (1), and what undoes each."""
 MIN_IS_WHITE = 0
 """TIFF's photometric interpretation of a negative."""
 REDUCED = 1
@@ -75,6 +66,8 @@ class Decoded:
     space: str
     notices: tuple[str, ...] = ()
     bits: int = 8
+    indices: NDArray[Any] | None = None
+    """Palette indices [H,W], where the file has a palette without transparency."""
     header: Any = None
     """Specification of a file that OpenImageIO read."""
 
@@ -94,6 +87,9 @@ def decode(path: Path, frame: int = 0, wanted: colour.Colour = colour.AS_LABELLE
     """Decode one frame of a picture, EXIF's turn applied. Raises ImageError for any file that is not whole."""
     with named_errors(path):
         kind = kind_of(path)
+        if frame and kind.name == "tiff":
+            with Image.open(path) as image:
+                frame = _pages(image)[frame]
         if _is_for_pillow(path, kind):
             try:
                 return _by_pillow(path, frame, wanted)
@@ -109,11 +105,10 @@ def frame_count(path: Path) -> int:
         if not kind_of(path).may_have_frames:
             return 1
         with Image.open(path) as image:
-            count = int(getattr(image, "n_frames", 1))
-            return count if image.format != "TIFF" else max(1, len(_pages(image, count)))
+            return len(_pages(image)) if image.format == "TIFF" else int(getattr(image, "n_frames", 1))
 
 
-def size_of(path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an upright picture, from its header alone. Raises ImageError."""
     with named_errors(path):
         if _is_for_pillow(path, kind_of(path)):
@@ -122,16 +117,6 @@ def size_of(path: Path) -> tuple[int, int]:
         with _openimageio(path) as file:
             spec = file.spec()
             return _upright_size((spec.width, spec.height), _tag(spec, "Orientation"))
-
-
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """The decoded, upright image as Pillow sees it. Raises ImageError."""
-    with named_errors(path), Image.open(path) as image:
-        _check_memory(path, *image.size)
-        image.load()
-        turn = _TURNS.get(_orientation(image))
-        yield image if turn is None else image.transpose(turn)
 
 
 @contextlib.contextmanager
@@ -160,14 +145,14 @@ def named_errors(path: Path) -> Iterator[None]:
 def _is_for_pillow(path: Path, kind: Kind) -> bool:
     """Whether Pillow reads it right: 8 bits a channel in a format that it knows."""
     if kind.name == "png":
-        return not is_deep_png(path)
+        return not _is_deep_png(path)
     if kind.name in ("tiff", "pnm"):
         with _openimageio(path, must_open=False) as file:
             return file is None or str(file.spec().format) == "uint8"
     return kind.name in _BY_PILLOW
 
 
-def is_deep_png(path: Path) -> bool:
+def _is_deep_png(path: Path) -> bool:
     """Whether a PNG of any number of channels has 16 bits in each; Pillow gives 8 of RGB and does not say so."""
     with path.open("rb") as file:
         header = file.read(26)
@@ -178,7 +163,7 @@ def _by_pillow(path: Path, frame: int, wanted: colour.Colour) -> Decoded:
     with Image.open(path) as image:
         _check_memory(path, *image.size)
         if frame:
-            image.seek(_pages(image, image.n_frames)[frame] if image.format == "TIFF" else frame)  # type: ignore[attr-defined]
+            image.seek(frame)
         image.load()
         orientation, profile = _orientation(image), image.info.get("icc_profile")
         space = wanted.space if wanted.space != "auto" else colour.SRGB
@@ -190,14 +175,20 @@ def _by_pillow(path: Path, frame: int, wanted: colour.Colour) -> Decoded:
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             values = _turned(np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None], orientation)
             return Decoded(values, None, 1.0 if image.mode == "F" else 65535.0, space, bits=32)
-        if shown.mode in ("RGBA", "P", "PA", "1", "LA"):
+        indices = None
+        if image.mode == "P" and alpha is None:
+            indices = np.ascontiguousarray(_turned(np.asarray(image), orientation))
+        if shown.mode in ("RGBA", "P", "PA", "LA"):
             shown = shown.convert("RGB")
+        elif shown.mode == "1":
+            shown = shown.convert("L")
         if profile and wanted.space == "auto":
             converted = colour.to_srgb(shown, profile)
             notices += [] if converted else [f"{path}: {BAD_PROFILE}"]
             shown = converted or shown
-        pixels = np.asarray(shown.convert("RGB"))
-    return Decoded(np.ascontiguousarray(_turned(pixels, orientation)), alpha, 255.0, space, tuple(notices))
+        pixels = np.asarray(shown)[..., None] if shown.mode == "L" else np.asarray(shown.convert("RGB"))
+    pixels = np.ascontiguousarray(_turned(pixels, orientation))
+    return Decoded(pixels, alpha, 255.0, space, tuple(notices), indices=indices)
 
 
 def _by_openimageio(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
@@ -230,23 +221,22 @@ def _by_openimageio(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -
         notices.append(f"{path} has 16 bits and no value above {pixels.max()}, so it is dark; perhaps it has 12 bits")
     profile = spec.getattribute("ICCProfile")
     if profile is not None and wanted.space == "auto" and len(colours) == 3:
-        pixels, notice = _from_profile(pixels, scale, bytes(profile))
-        scale, space = 255.0, colour.SRGB
-        notices += [f"{path}: {notice}"] if notice else []
+        converted = colour.to_srgb(Image.fromarray(_eight_bits(pixels, scale)), bytes(profile))
+        if converted is None:
+            notices.append(f"{path}: {BAD_PROFILE}")
+        else:
+            pixels, space = np.asarray(converted), colour.SRGB
+            alpha = None if alpha is None else _eight_bits(alpha, scale)
+            scale = 255.0
     orientation = _tag(spec, "Orientation")
     upright = None if alpha is None else np.ascontiguousarray(_turned(alpha, orientation))
-    bits = 8 * values.dtype.itemsize
     pixels = np.ascontiguousarray(_turned(pixels, orientation))
-    return Decoded(pixels, upright, scale, space, tuple(notices), bits, oiio.ImageSpec(spec))
+    bits = 8 * values.dtype.itemsize
+    return Decoded(pixels, upright, scale, space, tuple(notices), bits, header=oiio.ImageSpec(spec))
 
 
-def _from_profile(pixels: NDArray[Any], scale: float, profile: bytes) -> tuple[NDArray[Any], str]:
-    """Deep pixels through their ICC profile, at 8 bits, and what is to be said."""
-    eight = np.clip(pixels.astype(np.float32) * (255.0 / scale) + 0.5, 0, 255).astype(np.uint8)
-    converted = colour.to_srgb(Image.fromarray(eight), profile)
-    if converted is None:
-        return eight, BAD_PROFILE
-    return np.asarray(converted), ""
+def _eight_bits(values: NDArray[Any], scale: float) -> ImageU8:
+    return rounded_u8(values.astype(np.float32) * np.float32(255.0 / scale))
 
 
 def _own_space(spec: Any, kind: Kind, config: str) -> str:
@@ -297,7 +287,7 @@ def _orientation(image: Image.Image) -> int:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # noqa: BLE001  EXIF is written by anything, and can never fail a picture
         return 1
-    return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
+    return orientation if isinstance(orientation, int) and orientation in _UPRIGHT else 1
 
 
 def _turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
@@ -309,16 +299,15 @@ def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     return size if orientation in ON_THEIR_SIDE else (size[1], size[0])
 
 
-def _pages(image: Image.Image, count: int) -> list[int]:
-    """Numbers of a TIFF's pages that are no smaller copies of others."""
+def _pages(image: Image.Image) -> list[int]:
+    """Numbers of a TIFF's pages that are no smaller copies of others, the first one at least."""
     pages = []
-    for number in range(count):
+    for number in range(image.n_frames):  # type: ignore[attr-defined]
         image.seek(number)
         subfile = image.tag_v2.get(254, 0)  # type: ignore[attr-defined]
         if not (isinstance(subfile, int) and subfile & REDUCED):
             pages.append(number)
-    image.seek(0)
-    return pages
+    return pages or [0]
 
 
 def _check_memory(path: Path, width: int, height: int) -> None:

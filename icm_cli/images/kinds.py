@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,13 @@ _STARTS = (
     (b"\x01\xda", "sgi"),
     *((b"P" + letter, "pnm") for letter in (b"1", b"2", b"3", b"4", b"5", b"6", b"F", b"f")),
 )
+_CHECKS = {
+    "bmp": re.compile(rb"BM.{4}\0{4}", re.DOTALL),
+    "dib": re.compile(rb"\x28\0\0\0.{8}\x01\0", re.DOTALL),
+    "pnm": re.compile(rb"P.(\s|#[^\n]*\n)+\d+\s"),
+    "sgi": re.compile(rb"\x01\xda[\0\x01][\x01\x02]"),
+}
+"""Kinds whose first bytes stand before text and other data too, and what a picture has after them."""
 _MANY = frozenset({"gif", "webp", "tiff", "avif"})
 """Kinds that may hold more than one frame; a PNG may where it has a chunk that says so."""
 
@@ -79,6 +87,5 @@ def _name(head: bytes) -> str:
             return "avif"
         return "heic" if any(brand in brands for brand in (b"heic", b"heix", b"mif1", b"hevc")) else ""
     found = next((name for start, name in _STARTS if head.startswith(start)), "")
-    if found == "pnm" and head[2:3] not in (b"\n", b" ", b"\t", b"\r", b"#"):
-        return ""
-    return found
+    check = _CHECKS.get(found)
+    return found if check is None or check.match(head) else ""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from icm_cli.geometry import ImageU8, rounded_u8
 from icm_cli.images.colour import AS_LABELLED, SRGB, Colour, shown
-from icm_cli.images.decoding import Decoded, decode, is_deep_png, named_errors, opened, size_of
+from icm_cli.images.decoding import Decoded, decode, named_errors
 
 COLOUR_TOLERANCE = 16
 """Channels of a grey picture differ by no more, after JPEG too."""
@@ -67,12 +67,8 @@ class StoredPixels:
 def read_stored(path: Path) -> StoredPixels:
     """Read an image file's numbers as they are stored, EXIF rotation applied. Raises ImageError."""
     decoded = decode(path, wanted=RAW)
-    if decoded.bits == 8:
-        with opened(path) as image:
-            if image.mode == "P" and "transparency" not in image.info:
-                return StoredPixels(np.asarray(image), None, 255.0, is_palette=True)
-            if image.mode in {"1", "L"}:
-                return StoredPixels(np.asarray(image.convert("L")), None, 255.0, is_palette=False)
+    if decoded.indices is not None:
+        return StoredPixels(decoded.indices, None, 255.0, is_palette=True)
     values = decoded.pixels[..., 0] if decoded.pixels.shape[-1] == 1 else decoded.pixels
     return StoredPixels(values, decoded.alpha, decoded.scale, is_palette=False)
 
@@ -95,12 +91,7 @@ def read_true_alpha(path: Path) -> TrueAlpha:
     alpha = _matte(picture)
     spread = alpha - picture.rgb.min(axis=-1)  # of the channels, where the alpha is their brightest
     has_colour = alpha is not picture.alpha and bool(spread.max() > COLOUR_TOLERANCE)
-    return TrueAlpha(alpha, decoded.bits > 8 or is_deep_png(path), has_colour)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of an upright picture, from its header alone. Raises ImageError."""
-    return size_of(path)
+    return TrueAlpha(alpha, decoded.bits > 8, has_colour)
 
 
 def content_sha256(path: Path) -> str:

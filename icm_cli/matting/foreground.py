@@ -6,11 +6,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.geometry import Float
+from icm_cli.geometry import UNKNOWN, Float
 from icm_cli.images.decoding import Decoded
 from icm_cli.model.closed_form import load_foreground_estimator
 
-UNKNOWN = 128
 CERTAIN = 0.05
 """Alphas this near to 0 or 1 count as background or foreground in a trimap."""
 

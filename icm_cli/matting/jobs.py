@@ -177,16 +177,22 @@ def _walk(folder: Path, left_out: LeftOut) -> Iterable[Path]:
     for parent, folders, files in os.walk(folder, followlinks=True):
         for name in sorted(folders):
             real = os.path.realpath(Path(parent) / name)
-            if name.startswith(".") or real in entered:
+            if real in entered:
                 folders.remove(name)
+            elif name.startswith("."):
+                folders.remove(name)
+                hidden += _files_below(Path(parent) / name)
             elif name in SERVICE_FOLDERS:
                 folders.remove(name)
-                inside = [Path(at) / file for at, _, names in os.walk(Path(parent) / name) for file in names]
-                left_out.add(inside, f"in {name}, a folder of a storage server or archiver")
+                left_out.add(_files_below(Path(parent) / name), f"in {name}, a folder of a storage server or archiver")
             entered.add(real)
         hidden += [Path(parent) / name for name in files if name.startswith(".")]
         yield from (Path(parent) / name for name in files if not name.startswith("."))
     left_out.add([path for path in hidden if not path.name.startswith(TEMPORARY_PREFIX)], "hidden")
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
 
 
 def _listed(lines: Iterable[str], where: str) -> tuple[Path, list[Path]]:

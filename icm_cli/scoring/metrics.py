@@ -22,11 +22,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.geometry import ImageU8
+from icm_cli.geometry import UNKNOWN, ImageU8
 from icm_cli.reports.scores import Lineage, Region, Scores
 
-UNKNOWN = 128
-"""The value of a trimap's unknown pixels."""
 BOUNDS_OF_UNKNOWN = (85, 170)
 """Values of a trimap from the first to below the second are unknown, as some files hold other ones than 128."""
 SIGMA = 1.4

@@ -9,9 +9,8 @@ import cv2
 import numpy as np
 
 from icm_cli.datasets.registry import Size
-from icm_cli.geometry import ImageU8
+from icm_cli.geometry import UNKNOWN, ImageU8
 from icm_cli.reports.scores import Lineage, Region
-from icm_cli.scoring.metrics import UNKNOWN
 
 LONG_SIDE_PX = 1024
 SQUARE_PX = 768
