@@ -7,7 +7,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -96,9 +97,16 @@ def matte(
         list[Path], typer.Option(help="Reference image; repeat for several. An RGBA cut-out needs no mask.")
     ],
     src: Annotated[
-        str, typer.Option(help="Folder (recursive), image, quoted glob, text file of paths, or - for paths on stdin.")
+        str,
+        typer.Option(
+            help="Folder (recursive), image, quoted glob, frames such as shot.####.exr, text file of paths, or - for "
+            "paths on stdin."
+        ),
     ],
-    out: Annotated[str, typer.Option(help="Folder for the alphas; the source tree is mirrored.")],
+    out: Annotated[
+        str,
+        typer.Option(help="Folder for the alphas, the source tree is mirrored; or frames such as out/matte.####.exr."),
+    ],
     mask: Annotated[
         Optional[list[Path]], typer.Option(help="Mask of the reference, the thing in white; one for each --ref.")
     ] = None,
@@ -133,13 +141,41 @@ def matte(
         typer.Option(help="View that shows scene-referred pictures to the model.", show_default="Un-tone-mapped"),
     ] = None,
     exposure: Annotated[float, typer.Option(help="Stops added before the view, for dark or bright plates.")] = 0.0,
+    root: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Folder that the alphas' tree mirrors from.",
+            show_default="the folder given, of a glob its fixed part, of a list the working directory",
+        ),
+    ] = None,
     include: Annotated[
         Optional[list[str]], typer.Option(help="Only images whose path or name matches; repeatable.")
     ] = None,
     exclude: Annotated[
         Optional[list[str]], typer.Option(help="No images whose path or name matches; repeatable.")
     ] = None,
-    format: Annotated[str, typer.Option(help="png, tiff or exr.")] = "png",
+    frames: Annotated[Optional[str], typer.Option(help="Frames such as 1001-1100 or 1001-1100x2.")] = None,
+    missing: Annotated[
+        str,
+        typer.Option(help="Frames that are not there: skip (a notice), report (as failed), or error (do nothing)."),
+    ] = "skip",
+    shard: Annotated[
+        Optional[str],
+        typer.Option(help="What machine i of n does, as i/n: the same images every time."),
+    ] = None,
+    name: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Names of the alphas, with {stem}, {frame} and {suffix}: {stem}_matte{frame}.",
+            show_default="{stem}{frame}",
+        ),
+    ] = None,
+    keep_suffix: Annotated[
+        bool, typer.Option("--keep-suffix", help="Keep the image's ending in its alpha's name: a.jpg.png.")
+    ] = False,
+    format: Annotated[
+        Optional[str], typer.Option(help="png, tiff or exr.", show_default="png, or as the ending of --out says")
+    ] = None,
     depth: Annotated[
         Optional[str],
         typer.Option(
@@ -162,7 +198,8 @@ def matte(
     trimap_band: Annotated[int, typer.Option(help="Distance from the edge, in px, that a trimap leaves unknown.")] = 10,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make alphas again that are there already.")] = False,
     gt: Annotated[
-        Optional[Path], typer.Option(help="Folder of true alphas; adds MSE, SAD, GRAD, CONN and MAD per image.")
+        Optional[str],
+        typer.Option(help="True alphas, a folder or frames gt.####.png; adds MSE, SAD, GRAD, CONN and MAD per image."),
     ] = None,
     report: Reports = None,
     contact_sheet: Annotated[
@@ -171,6 +208,13 @@ def matte(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List source -> output and stop.")] = False,
     offline: Offline = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first image that fails.")] = False,
+    progress: Annotated[
+        str,
+        typer.Option(
+            help="auto (a bar in a terminal, else lines), plain, none, json (an object per event), or openjd "
+            "(lines for Deadline Cloud and other workers)."
+        ),
+    ] = "auto",
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -181,11 +225,14 @@ def matte(
     Exit codes: 0 all done; 1 some images failed; 2 wrong usage or input; 3 model, weights, device or output;
     130 Ctrl-C; 143 SIGTERM.
     """
-    with _exit_codes(verbose):
+    with _exit_codes(verbose) as ending:
         from icm_cli.environment import DEFAULT_WORKERS
         from icm_cli.matting import matte as matting
-        from icm_cli.terminal import Terminal, print_plan
+        from icm_cli.progress import make_terminal
+        from icm_cli.terminal import print_plan
 
+        terminal = make_terminal(progress, quiet=quiet, verbose=verbose)
+        ending.tell = terminal.error
         done = matting.matte(
             ref=ref,
             mask=mask or [],
@@ -205,8 +252,14 @@ def matte(
             ocio=ocio,
             view=view,
             exposure=exposure,
+            root=root,
             include=include or [],
             exclude=exclude or [],
+            frames=frames,
+            missing=missing,
+            shard=shard,
+            name=name,
+            keep_suffix=keep_suffix,
             format=format,
             depth=depth,
             channel=channel,
@@ -221,7 +274,7 @@ def matte(
             dry_run=dry_run,
             offline=offline,
             fail_fast=fail_fast,
-            listener=Terminal(quiet=quiet, verbose=verbose),
+            listener=terminal,
         )
         if dry_run:
             print_plan(done)
@@ -449,21 +502,29 @@ def _number_or_auto(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
+@dataclass
+class Ending:
+    """Manner in which the end of a run that cannot go on is told."""
+
+    tell: Callable[[str], None] = lambda text: write_line(sys.stderr, f"icm: {text}")
+
+
 @contextlib.contextmanager
-def _exit_codes(verbose: bool, go_on: str = "run the same command again to go on") -> Iterator[None]:
+def _exit_codes(verbose: bool, go_on: str = "run the same command again to go on") -> Iterator[Ending]:
     """Turn errors and signals into one sentence and an exit code; --verbose shows the traceback too."""
+    ending = Ending()
     with Interrupt() as interrupt:
         try:
-            yield
+            yield ending
         except IcmError as error:
             if verbose:
                 import traceback
 
                 traceback.print_exc()
-            write_line(sys.stderr, f"icm: {error}")
+            ending.tell(str(error))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            write_line(sys.stderr, f"icm: interrupted; {go_on}")
+            ending.tell(f"interrupted; {go_on}")
             raise typer.Exit(interrupt.exit_code) from None
 
 

@@ -36,9 +36,12 @@ MOST_REASONS = 20
 class Terminal(Listener):
     """Progress and notices on stderr, the summary on stdout; plain lines where stderr is no terminal."""
 
-    def __init__(self, *, quiet: bool, verbose: bool) -> None:
+    def __init__(self, *, quiet: bool, verbose: bool, bar: bool = True, lines: bool = True) -> None:
+        """``bar``: show one where stderr is a terminal; ``lines``: else tell of every image."""
         self.quiet = quiet
         self.verbose = verbose and not quiet
+        self.may_show_bar = bar and not (self.quiet or self.verbose)
+        self.has_lines = lines and not self.quiet
         self.total = 0
         self.ended = 0
         self._bar: tqdm[Any] | None = None
@@ -61,7 +64,7 @@ class Terminal(Listener):
 
     def started(self, total: int) -> None:
         self.total = total
-        if sys.stderr and sys.stderr.isatty() and not (self.quiet or self.verbose):
+        if sys.stderr and sys.stderr.isatty() and self.may_show_bar:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, unit="image", dynamic_ncols=True, smoothing=0.1)
@@ -72,7 +75,7 @@ class Terminal(Listener):
             self._print(f"icm: failed: {result.source}: {_without_prefix(result)}")
         if self._bar is not None:
             self._bar.update()
-        elif not self.quiet and result.status != "failed":
+        elif self.has_lines and result.status != "failed":
             self._print(f"[{self.ended}/{self.total}] {result.status} {result.source}{_figures(result)}")
 
     def finished(self, report: Report) -> None:
@@ -80,6 +83,10 @@ class Terminal(Listener):
             self._bar.close()
         if not self.quiet:
             _print_summary(report)
+
+    def error(self, text: str) -> None:
+        """Say what ended the run."""
+        write_line(sys.stderr, f"icm: {text}")
 
     def _print(self, text: str) -> None:
         if self._bar is not None:

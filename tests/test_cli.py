@@ -63,7 +63,7 @@ API_NAMES = {"set_": "overrides"}
 def test_every_option_of_a_command_is_a_parameter_of_the_api(name: str) -> None:
     module, function = COMMANDS[name]
     api = getattr(importlib.import_module(f"icm_cli.{module}"), function)
-    only_of_the_terminal = {"quiet", "verbose", "compare", "ctx"}
+    only_of_the_terminal = {"quiet", "verbose", "progress", "compare", "ctx"}
     options = set(inspect.signature(getattr(cli, name)).parameters) - only_of_the_terminal
     named = {API_NAMES.get(option, option) for option in options}
     assert named == set(inspect.signature(api).parameters) - ONLY_OF_THE_API

@@ -84,7 +84,7 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "full mask": (2, "is full", flat_mask(255)),
     "mask of another shape": (2, "another shape", wrong_shape),
     "output is source": (2, "also the output folder", option(out="@imgs")),
-    "collision": (2, "both be written to", collision),
+    "collision": (2, "come of several images", collision),
     "no images": (2, "no images were found", option(exclude="*")),
     "report suffix": (2, "none of .csv, .json, .html", option(report="@r.txt")),
     "contact sheet suffix": (2, "is no .png", option(contact_sheet="@c.jpg")),
@@ -185,7 +185,7 @@ def test_fail_fast_stops_at_the_first(icm: Icm, scene: Path) -> None:
 
 def test_a_listed_file_that_is_gone_fails_alone(icm: Icm, scene: Path) -> None:
     (scene / "list.txt").write_text(f"{scene}/imgs/wall.jpg\n{scene}/imgs/gone.jpg\n")
-    result = icm(src=scene / "list.txt")
+    result = icm(src=scene / "list.txt", root=scene / "imgs")
     assert result.exit_code == 1
     assert list(alphas(scene / "out")) == ["wall.png"]
 

@@ -17,7 +17,8 @@ from icm_cli.images.colour import Colour
 from icm_cli.images.decoding import frame_count, image_size
 from icm_cli.images.kinds import kind_of
 from icm_cli.images.reading import read_matte, read_picture, read_stored
-from icm_cli.matting.jobs import LeftOut, plan_jobs
+from icm_cli.matting.jobs import Place, plan_jobs
+from icm_cli.matting.sources import LeftOut, find_sources
 
 SIDE = 48
 X, Y = np.meshgrid(np.arange(SIDE), np.arange(SIDE))
@@ -199,7 +200,8 @@ def frames(path: Path, count: int, **options: object) -> Path:
 def test_every_frame_is_a_job(tmp_path: Path, name: str) -> None:
     path = frames(tmp_path / name, 3, **({"lossless": True} if name == "a.webp" else {}))
     assert frame_count(path) == 3
-    jobs = plan_jobs(tmp_path, tmp_path / "out", left_out=LeftOut(lambda _: None))
+    left_out = LeftOut(lambda _: None)
+    jobs = plan_jobs(find_sources(tmp_path, None, left_out), Place(tmp_path / "out"), left_out=left_out)
     assert [job.output.name for job in jobs] == ["a.0001.png", "a.0002.png", "a.0003.png"]
     pictures = [job.read().rgb.astype(int) for job in jobs]
     for number, picture in enumerate(pictures):

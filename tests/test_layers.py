@@ -27,6 +27,7 @@ LAYERS = (
     ("evaluation",),
     ("training",),
     ("terminal",),
+    ("progress",),
     ("cli", "__init__"),
 )
 """From the lowest to the highest; those side by side know nothing of each other."""

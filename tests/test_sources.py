@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icm_cli.errors import UsageError
-from icm_cli.matting.jobs import Job, LeftOut, plan_jobs
+from icm_cli.errors import ImageError, UsageError
+from icm_cli.matting.frames import FramePattern
+from icm_cli.matting.jobs import Choice, Job, Place, parse_shard, plan_jobs
+from icm_cli.matting.sources import LeftOut, find_sources
 
 
 def tree(root: Path, *names: str) -> Path:
@@ -21,9 +25,21 @@ def tree(root: Path, *names: str) -> Path:
     return root
 
 
-def plan(src: str | Path, out: Path, **options: object) -> list[Job]:
-    notice = options.pop("notice", lambda _: None)
-    return plan_jobs(src, out, left_out=LeftOut(notice), **options)  # type: ignore[arg-type]
+def plan(
+    src: str | Path,
+    out: str | Path,
+    *,
+    root: Path | None = None,
+    references: Sequence[Path] = (),
+    notice: Callable[[str], None] = lambda _: None,
+    template: str = "{stem}{frame}",
+    **choice: Any,
+) -> list[Job]:
+    left_out = LeftOut(notice)
+    pattern = FramePattern.parsed(str(out))
+    place = Place(Path(out if pattern is None else pattern.folder), template, pattern=pattern)
+    sources = find_sources(src, root, left_out)
+    return plan_jobs(sources, place, choice=Choice(**choice), references=references, left_out=left_out)
 
 
 def outputs(jobs: list[Job], out: Path) -> list[str]:
@@ -41,16 +57,109 @@ def test_single_image(tmp_path: Path) -> None:
     assert outputs(plan(src, tmp_path / "out"), tmp_path / "out") == ["a b.png"]
 
 
-def test_glob_and_list_mirror_below_the_deepest_common_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_depends_on_its_source_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A glob mirrors below its fixed part and a list below the working directory, whatever else is in the run."""
     tree(tmp_path, "x/y/a/1.jpg", "x/y/b/2.jpg", "x/z.jpg")
     out = tmp_path / "out"
     assert outputs(plan(str(tmp_path / "x/y/*/*.jpg"), out), out) == ["a/1.png", "b/2.png"]
+    assert outputs(plan(str(tmp_path / "x/y/a*/*.jpg"), out), out) == ["a/1.png"]
     assert outputs(plan(str(tmp_path / "x/**/*.jpg"), out), out) == ["y/a/1.png", "y/b/2.png", "z.png"]
     monkeypatch.chdir(tmp_path / "x")
     (tmp_path / "list.txt").write_text(f"y/a/1.jpg\n\n{tmp_path}/x/y/b/2.jpg\ny/a/1.jpg\n", encoding="utf-8")
-    assert outputs(plan(tmp_path / "list.txt", out), out) == ["a/1.png", "b/2.png"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("y/a/1.jpg\nz.jpg\n"))
-    assert outputs(plan("-", out), out) == ["y/a/1.png", "z.png"]
+    assert outputs(plan(tmp_path / "list.txt", out), out) == ["y/a/1.png", "y/b/2.png"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("y/a/1.jpg\n"))
+    assert outputs(plan("-", out), out) == ["y/a/1.png"]
+    assert outputs(plan("y/a/1.jpg", out, root=tmp_path), out) == ["x/y/a/1.png"]
+
+
+def test_sources_outside_the_root_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path, "in/1.jpg", "elsewhere/2.jpg")
+    monkeypatch.chdir(tmp_path / "in")
+    monkeypatch.setattr("sys.stdin", io.StringIO("1.jpg\n../elsewhere/2.jpg\n"))
+    with pytest.raises(UsageError, match=r"1 of the images lie outside .*elsewhere/2.jpg; give --root"):
+        plan("-", tmp_path / "out")
+    with pytest.raises(UsageError, match="is no folder"):
+        plan(tmp_path / "in", tmp_path / "out", root=tmp_path / "nowhere")
+
+
+def test_folders_in_a_list_are_left_out_with_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path, "a/1.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\na/1.jpg\n"))
+    notices: list[str] = []
+    assert len(plan("-", tmp_path / "out", notice=notices.append)) == 1
+    assert "a folder in a list" in notices[0]
+
+
+def test_brackets_of_a_folder_that_exists_are_taken_literally(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    tree(tmp_path, "shot[1-3]/a.0001.jpg", "shot2/a.0001.jpg")
+    assert outputs(plan(str(tmp_path / "shot[1-3]/*.jpg"), out), out) == ["a.0001.png"]
+    assert outputs(plan(str(tmp_path / "shot[1-3]/a.%04d.jpg"), out), out) == ["a.0001.png"]
+    assert outputs(plan(str(tmp_path / "shot[2-3]/*.jpg"), out), out) == ["shot2/a.0001.png"]
+    with pytest.raises(UsageError, match="taken as wildcards"):
+        plan(str(tmp_path / "shot[7]/*.jpg"), out)
+
+
+@pytest.mark.parametrize("pattern", ["s.####.jpg", "s.%04d.jpg", "s.@@@@.jpg", "s.#.jpg"])
+def test_frame_patterns_keep_numbers_and_order(tmp_path: Path, pattern: str) -> None:
+    names = ["s.0998.jpg", "s.1000.jpg", "s.10000.jpg", "t.0999.jpg", "s.0999.png"]
+    src, out = tree(tmp_path / "in", *names), tmp_path / "out"
+    assert outputs(plan(str(src / pattern), out), out) == ["s.0998.png", "s.1000.png", "s.10000.png"]
+    assert outputs(plan(str(src / pattern), out / "m_####.png"), out) == ["m_0998.png", "m_1000.png", "m_10000.png"]
+
+
+def test_frames_are_chosen_and_gaps_told(tmp_path: Path) -> None:
+    src, out = tree(tmp_path / "in", *(f"s.{n}.jpg" for n in (1001, 1002, 1004, 1005, 1009))), tmp_path / "out"
+    pattern = str(src / "s.####.jpg")
+    notices: list[str] = []
+    assert len(plan(pattern, out, notice=notices.append)) == 5
+    assert "has no frame 1003,1006-1008" in notices[0]
+    chosen = {"frames": frozenset({1001, 1003, 1005})}
+    assert outputs(plan(pattern, out, **chosen), out) == ["s.1001.png", "s.1005.png"]
+    assert outputs(plan(src, out, **chosen), out) == ["s.1001.png", "s.1005.png"]
+    reported = plan(pattern, out, missing="report", **chosen)
+    assert outputs(reported, out) == ["s.1001.png", "s.1005.png", "s.1003.png"]
+    with pytest.raises(ImageError, match="does not exist"):
+        reported[-1].read()
+    with pytest.raises(UsageError, match=r"has no frame 1003; nothing was made"):
+        plan(pattern, out, missing="error", **chosen)
+
+
+def test_names_follow_the_template(tmp_path: Path) -> None:
+    src, out = tree(tmp_path / "in", "shot.1001.jpg", "cat.jpg", "cat.png"), tmp_path / "out"
+    with pytest.raises(UsageError, match=r"cat.jpg and .*cat.png to .*--keep-suffix"):
+        plan(src, out)
+    kept = plan(src, out, template="{stem}{frame}{suffix}")
+    assert outputs(kept, out) == ["cat.jpg.png", "cat.png.png", "shot.1001.jpg.png"]
+    named = plan(src, out, template="{stem}_matte{frame}", exclude=["*.png"])
+    assert outputs(named, out) == ["cat_matte.png", "shot_matte.1001.png"]
+    for template in ("{nope}", "a/{stem}", "", "{stem"):
+        with pytest.raises(UsageError, match="--name"):
+            plan(src, out, template=template)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 7), st.sets(st.integers(0, 99), min_size=1, max_size=30))
+def test_shards_are_a_partition_that_does_not_move(
+    tmp_path_factory: pytest.TempPathFactory, count: int, numbers: set[int]
+) -> None:
+    """Every image is in one shard, and in the same one when other images come or go."""
+    root = tmp_path_factory.mktemp("tree")
+    tree(root / "in", "always.jpg", *(f"{number}.jpg" for number in numbers))
+    parts = [plan(root / "in", root / "out", shard=(i, count)) for i in range(1, count + 1)]
+    names = [job.name.name for part in parts for job in part]
+    assert sorted(names) == sorted(["always.jpg", *(f"{number}.jpg" for number in numbers)])
+    alone = next(i for i, part in enumerate(parts) if any(job.name.name == "always.jpg" for job in part))
+    for number in numbers:
+        (root / "in" / f"{number}.jpg").unlink()
+    assert [job.name.name for job in plan(root / "in", root / "out", shard=(alone + 1, count))] == ["always.jpg"]
+
+
+@pytest.mark.parametrize("text", ["", "1", "0/3", "4/3", "a/b", "1/0", "-1/3"])
+def test_a_shard_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--shard is"):
+        parse_shard(text)
 
 
 def test_a_bracketed_name_is_a_file_before_it_is_a_glob(tmp_path: Path) -> None:
@@ -86,13 +195,14 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "src", "out", "message"),
     [
+        ([], "in/a.####.jpg", "out", "pattern of frames"),
         (["in/a.jpg"], "in", "in", "also the output folder"),
-        (["in/a.jpg", "in/a.png"], "in", "out", "both be written to"),
+        (["in/a.jpg", "in/a.png"], "in", "out", "come of several images"),
         (["in/a.png"], "in/a.png", "in", "also the output folder"),
         (["in/x/a.png"], "in/x", "in/x", "also the output folder"),
         (["in/notes.txt"], "in", "out", "no images were found"),
         ([], "in", "out", "does not exist"),
-        ([], "in/*.jpg", "out", "no images were found"),
+        ([], "in/*.jpg", "out", "no file matches"),
     ],
 )
 def test_refused(tmp_path: Path, names: list[str], src: str, out: str, message: str) -> None:

@@ -110,13 +110,20 @@ def frame_count(path: Path) -> int:
 
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an upright picture, from its header alone. Raises ImageError."""
+    return image_size_and_turn(path)[:2]
+
+
+def image_size_and_turn(path: Path) -> tuple[int, int, int]:
+    """Height and width of an upright picture and EXIF's orientation, from its header alone. Raises ImageError."""
     with named_errors(path):
         if _is_for_pillow(path, kind_of(path)):
             with Image.open(path) as image:
-                return _upright_size(image.size, _orientation(image))
+                turn = _orientation(image)
+                return *_upright_size(image.size, turn), turn
         with _openimageio(path) as file:
             spec = file.spec()
-            return _upright_size((spec.width, spec.height), _tag(spec, "Orientation"))
+            turn = _tag(spec, "Orientation")
+            return *_upright_size((spec.width, spec.height), turn), turn
 
 
 @contextlib.contextmanager

@@ -31,6 +31,8 @@ DEPTHS: Mapping[Format, tuple[Depth, ...]] = {
 }
 """Depths of each format, the default first."""
 SUFFIXES: Mapping[Format, str] = {"png": ".png", "tiff": ".tif", "exr": ".exr"}
+ENDINGS: Mapping[Format, tuple[str, ...]] = {"png": (".png",), "tiff": (".tif", ".tiff"), "exr": (".exr",)}
+"""Endings of names that say each format."""
 PNG_COMPRESSION = 1
 """zlib level: an alpha is mostly flat, and higher levels cost far more time than they save space."""
 STAMP_KEY = "ImageDescription"

@@ -16,14 +16,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from icm_cli.device import is_out_of_memory, release_memory
-from icm_cli.errors import ImageError, OutputError
+from icm_cli.errors import ImageError, OutputError, UsageError
 from icm_cli.geometry import Float, to_u8
 from icm_cli.images.decoding import Decoded
 from icm_cli.images.writing import AS_EVER, Output, write_alpha, write_foreground, write_trimap
 from icm_cli.matting.foreground import foreground_colours, trimap_of_alpha
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
-from icm_cli.matting.resume import finished, stamp
+from icm_cli.matting.resume import Origin, OtherSourceError, finished, stamp
+from icm_cli.matting.sources import MOST_NAMED
 from icm_cli.model.contracts import Prepared
 from icm_cli.reports.result import ImageResult
 
@@ -34,7 +35,7 @@ class Loaded:
 
     job: Job
     frame: Frame
-    source_state: str
+    origin: Origin
     colorspace: str
     stored: Decoded
     """The source's own pixels."""
@@ -125,7 +126,7 @@ class Engine:
                 earlier := finished(job, self._digest(job), has_trimap=self.settings.output.trimap == "beside")
             ):
                 return earlier
-            state = job.state()
+            origin = Origin.of(job)
             picture = job.read()
             if picture.alpha is not None and not self._has_seen_alpha:
                 self._has_seen_alpha = True
@@ -138,7 +139,7 @@ class Engine:
         except MemoryError:
             return _failed(job, f"{job.source} is too large for this machine's memory")
         stored = picture.stored or Decoded(picture.rgb, None, 255.0, picture.space)
-        return Loaded(job, frame, state, picture.space, stored, time.perf_counter() - start)
+        return Loaded(job, frame, origin, picture.space, stored, time.perf_counter() - start)
 
     def _batches(self, stream: Iterable[Loaded | ImageResult]) -> Iterator[list[Loaded]]:
         """Group by example and canvas size; at most two batches' worth of images wait for others of their kind."""
@@ -202,7 +203,7 @@ class Engine:
             "colorspace": item.colorspace,
         }
         try:
-            self._write_files(item, alpha, stamp(self._digest(job), item.source_state, measured))
+            self._write_files(item, alpha, stamp(job, self._digest(job), item.origin, measured))
         except ImageError as error:
             return _failed(job, str(error))
         except OutputError as error:
@@ -243,23 +244,28 @@ def keep_finished(
 ) -> list[Job]:
     """Tell of every image whose alpha is there already; returns the others. Needs no model.
 
-    ``digests``: of all that decides an alpha beside its source, one for each example.
+    ``digests``: of all that decides an alpha beside its source, one for each example. Raises UsageError, before it
+    tells of any, where an alpha that is there is another source's.
     """
 
-    def look(job: Job) -> ImageResult | Job:
+    def look(job: Job) -> ImageResult | Job | OtherSourceError:
         try:
             return finished(job, digests[job.example], has_trimap=has_trimap) or job
+        except OtherSourceError as error:
+            return error
         except ImageError:
             return job  # the engine says what is wrong with it
 
-    remaining = []
     with ThreadPoolExecutor(workers, "icm-look") as executor:
-        for seen in read_ahead(executor, look, jobs, ahead=2 * workers):
-            if isinstance(seen, Job):
-                remaining.append(seen)
-            else:
-                on_result(seen)
-    return remaining
+        seen = list(read_ahead(executor, look, jobs, ahead=2 * workers))
+    others = [str(each) for each in seen if isinstance(each, OtherSourceError)]
+    if others:
+        more = f"; and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
+        raise UsageError("; ".join(others[:MOST_NAMED]) + more)
+    for each in seen:
+        if isinstance(each, ImageResult):
+            on_result(each)
+    return [each for each in seen if isinstance(each, Job)]
 
 
 Item = TypeVar("Item")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from icm_cli.datasets.layouts import image_files
 from icm_cli.errors import UsageError
+from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.jobs import Job
+from icm_cli.matting.sources import LeftOut, find_sources
 from icm_cli.reports.result import ImageResult
 from icm_cli.scoring.pool import Scoring, ScoringPool
 from icm_cli.scoring.rule import Rule
@@ -18,11 +20,19 @@ RULE = Rule()
 """Scores are over the whole image at its own size, GRAD and CONN of the composition lineage."""
 
 
-def with_truths(jobs: Sequence[Job], folder: Path) -> tuple[list[Job], list[Path]]:
-    """The jobs with the true alphas of a folder laid out like the sources, and all files of that folder.
+def with_truths(jobs: Sequence[Job], where: str | Path) -> tuple[list[Job], list[Path]]:
+    """The jobs with their true alphas, and all files of these: of a folder laid out like the sources, or of a frame
+    pattern, whose numbers are theirs.
 
     Raises UsageError if none belongs to any image.
     """
+    folder = Path(where)
+    if not folder.is_dir() and FramePattern.parsed(str(where)) is not None:
+        numbered = {FrameName.of(path).number: path for path in find_sources(where, None, LeftOut(_nowhere)).files}
+        found = [_with_truth(job, numbered.get(FrameName.of(job.name).number)) for job in jobs]
+        if not any(job.planned.truth for job in found):
+            raise UsageError(f"ground truth {where} has no frame of any image, such as {jobs[0].name}")
+        return found, list(numbered.values())
     if not folder.is_dir():
         raise UsageError(f"ground truth folder {folder} does not exist; expected alphas named like the images")
     files = {path.relative_to(folder).with_suffix(""): path for path in image_files(folder)}
@@ -42,6 +52,10 @@ def scoring_of(processes: int, allowed: frozenset[str]) -> Scoring:
         return ScoreTask(result.source, Path(result.output), truth, RULE, image=image, allowed=allowed)
 
     return Scoring(ScoringPool(processes), task_for)
+
+
+def _nowhere(sentence: str) -> None:
+    """Tell nobody."""
 
 
 def _with_truth(job: Job, truth: Path | None) -> Job:

@@ -6,20 +6,22 @@ import time
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from icm_cli.environment import DEFAULT_WORKERS
-from icm_cli.errors import UsageError
+from icm_cli.errors import UsageError, did_you_mean
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path, as_paths, remove_stale_temporaries
 from icm_cli.images.colour import Colour
-from icm_cli.images.writing import Output
+from icm_cli.images.writing import ENDINGS, Output
 from icm_cli.matting.engine import Engine, EngineOptions, keep_finished
-from icm_cli.matting.jobs import Job, LeftOut, plan_jobs
+from icm_cli.matting.frames import FramePattern, Missing, frame_set
+from icm_cli.matting.jobs import DEFAULT_NAME, Choice, Job, Place, parse_shard, plan_jobs
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.predictor import Predictor
 from icm_cli.matting.references import Reference, read_references
+from icm_cli.matting.sources import LeftOut, find_sources
 from icm_cli.model.contracts import Prepared
 from icm_cli.reports.report import Album, Report
 from icm_cli.reports.write import SideOutputs
@@ -48,9 +50,15 @@ def matte(
     ocio: str | Path | None = None,
     view: str | None = None,
     exposure: float = 0.0,
+    root: str | Path | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    format: str = "png",
+    frames: str | None = None,
+    missing: str = "skip",
+    shard: str | None = None,
+    name: str | None = None,
+    keep_suffix: bool = False,
+    format: str | None = None,
     depth: str | None = None,
     channel: str = "A",
     foreground: str = "none",
@@ -81,30 +89,25 @@ def matte(
         raise UsageError(f"workers is {workers}; expected 1 or more")
     if not str(out):
         raise UsageError("the output folder is empty; give --out a folder for the alphas")
-    refs, masks, target = as_paths(ref), as_paths(mask), Path(out)
+    refs, masks = as_paths(ref), as_paths(mask)
     side = SideOutputs.checked(report, contact_sheet)
+    pattern, format = _pattern_and_format(out, format)
     form = {"format": format, "depth": depth, "channel": channel, "foreground": foreground, "invert": invert}
     output = Output.checked(**form, trimap=trimap, band_px=trimap_band)
+    place = _place(out, pattern, name, output.suffix, keep_suffix=keep_suffix)
+    wanted = _choice(include, exclude, frames, missing, shard)
     if gt is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
     colour, of_references = _colours(colorspace, ref_colorspace or colorspace, ocio, view, exposure)
     references = read_references(refs, masks, listener.notice, mask_label, of_references)
     left_out, shown = LeftOut(listener.notice), [*refs, *masks]
-    jobs = plan_jobs(
-        src,
-        target,
-        include=include,
-        exclude=exclude,
-        references=shown,
-        colour=colour,
-        suffix=output.suffix,
-        left_out=left_out,
-    )
+    sources = find_sources(src, as_path(root), left_out)
+    jobs = plan_jobs(sources, place, choice=wanted, references=shown, colour=colour, left_out=left_out)
     truths: list[Path] = []
     if gt is not None:
         from icm_cli.matting.ground_truth import with_truths
 
-        jobs, truths = with_truths(jobs, Path(gt))
+        jobs, truths = with_truths(jobs, gt)
     inputs = [str(path) for job in jobs for path in (job.source, job.output)]
     side.check_overwrites_nothing([*shown, *truths, *inputs])
     choice = ModelChoice.checked(
@@ -119,7 +122,7 @@ def matte(
     )
     if dry_run:
         return Report(settings={}, results=[job.planned for job in jobs])
-    side.check_writable(target)
+    side.check_writable(place.folder)
     _clean(jobs, listener)
 
     digest = choice.digester()(
@@ -173,6 +176,41 @@ def _settings(src: str | Path, choice: ModelChoice, refs: Sequence[Path], masks:
     """Settings that the report states."""
     shown = {"references": [str(path) for path in refs], "masks": [str(path) for path in masks]}
     return {"title": str(src), **environment_settings(), **choice.as_settings(), **shown}
+
+
+def _pattern_and_format(out: str | Path, format_: str | None) -> tuple[FramePattern | None, str]:
+    """The frame pattern that ``--out`` is, and the format: that of its ending where nothing else is said.
+
+    Raises UsageError where the two do not agree.
+    """
+    pattern = None if Path(out).is_dir() else FramePattern.parsed(str(out))
+    if pattern is None:
+        return None, format_ or "png"
+    ending = Path(f"x{pattern.after}").suffix.lower()
+    fitting = next((name for name, suffixes in ENDINGS.items() if ending in suffixes), None)
+    if fitting is None:
+        raise UsageError(f"--out {out} ends in {ending!r}; expected .png, .tif, .tiff or .exr")
+    if format_ not in (None, fitting):
+        raise UsageError(f"--out {out} is of format {fitting} by its ending, and --format is {format_}; leave one out")
+    return pattern, fitting
+
+
+def _place(out: str | Path, pattern: FramePattern | None, name: str | None, suffix: str, *, keep_suffix: bool) -> Place:
+    """The place of the alphas. Raises UsageError for names that cannot be made."""
+    if keep_suffix and (name is not None or pattern is not None):
+        raise UsageError("--keep-suffix names alphas a.jpg.png; leave --name and a pattern as --out out, or it")
+    template = "{stem}{frame}{suffix}" if keep_suffix else name if name is not None else DEFAULT_NAME
+    return Place(Path(out if pattern is None else pattern.folder), template, suffix, pattern)
+
+
+def _choice(
+    include: Sequence[str], exclude: Sequence[str], frames: str | None, missing: str, shard: str | None
+) -> Choice:
+    """The sources that are wanted. Raises UsageError."""
+    if missing not in get_args(Missing):
+        raise UsageError(f"--missing {missing!r} is not known. {did_you_mean(missing, get_args(Missing))}")
+    numbers = None if frames is None else frame_set(frames)
+    return Choice(include, exclude, numbers, missing, None if shard is None else parse_shard(shard))  # type: ignore[arg-type]
 
 
 def _colours(

@@ -1,31 +1,81 @@
-"""Resume: every alpha says what decided it, so those that are there already are found."""
+"""Resume: every alpha says what decided it, so those that are there already are found, and none is overwritten."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from icm_cli.errors import ImageError
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.jobs import Job
 from icm_cli.reports.result import ImageResult
 
 DIGEST_KEY = "icm-digest"
 SOURCE_KEY = "icm-source"
+NAME_KEY = "icm-name"
+ROOT_KEY = "icm-root"
+CONTENT_KEY = "icm-sha256"
 RESULT_KEY = "icm-result"
 
 
-def stamp(digest: str, source_state: str, measured: dict[str, Any]) -> dict[str, str]:
-    """The text chunks of an alpha: the run's digest, the source's state, and what the report says of it."""
-    return {DIGEST_KEY: digest, SOURCE_KEY: source_state, RESULT_KEY: json.dumps(measured)}
+class OtherSourceError(ImageError):
+    """An output holds the alpha of another source."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """State of a source when it was read."""
+
+    state: str
+    content: str
+    """SHA-256 of its file."""
+
+    @classmethod
+    def of(cls, job: Job) -> Origin:
+        """Look at a job's source. Raises ImageError."""
+        return cls(job.state(), job.content())
+
+
+def stamp(job: Job, digest: str, origin: Origin, measured: dict[str, Any]) -> dict[str, str]:
+    """The text chunks of an alpha: the run's digest, its source and the source's state, and what the report says."""
+    return {
+        DIGEST_KEY: digest,
+        SOURCE_KEY: origin.state,
+        NAME_KEY: _text(job.planned.name),
+        ROOT_KEY: _text(job.root),
+        CONTENT_KEY: origin.content,
+        RESULT_KEY: json.dumps(measured),
+    }
 
 
 def finished(job: Job, digest: str, *, has_trimap: bool = False) -> ImageResult | None:
-    """The result of an earlier run that made this very alpha from this very source, None if it is to be made."""
-    if not job.output.exists() or (has_trimap and not job.trimap.exists()):
+    """The result of an earlier run that made this very alpha from this very source, None if it is to be made.
+
+    A source is another one where its name below the root is another; or where the root is another folder and the file
+    another too. Raises OtherSourceError for an alpha of such a one, and ImageError where the source cannot be read.
+    """
+    if not job.output.exists():
         return None
     found = read_stamp(job.output) or {}
-    if found.get(DIGEST_KEY) != digest or found.get(SOURCE_KEY) != job.state():
+    if NAME_KEY not in found:
+        return None
+    is_same_root = found.get(ROOT_KEY) == _text(job.root)
+    is_same = found[NAME_KEY] == _text(job.planned.name) and (is_same_root or found.get(CONTENT_KEY) == job.content())
+    if not is_same:
+        earlier = f"{found.get(ROOT_KEY)}/{found[NAME_KEY]}"
+        raise OtherSourceError(
+            f"{job.output} is the alpha of {earlier}, and {job.source} would be written over it; give another --out "
+            "or --name, or --overwrite to replace it"
+        )
+    if has_trimap and not job.trimap.exists():
+        return None
+    if found.get(DIGEST_KEY) != digest or (is_same_root and found.get(SOURCE_KEY) != job.state()):
         return None
     measured = json.loads(found.get(RESULT_KEY, "{}"))
     return replace(job.planned, status="skipped", seconds=0.0, **measured)
+
+
+def _text(path: str) -> str:
+    """A path as text that any file can hold; bytes that are no UTF-8 are escaped."""
+    return path.encode(errors="surrogateescape").decode(errors="backslashreplace")

@@ -1,0 +1,78 @@
+"""Progress for farms and other programs: lines of OpenJD, and one JSON object per event."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from icm_cli.errors import UsageError, did_you_mean
+from icm_cli.terminal import Terminal, write_line
+
+if TYPE_CHECKING:
+    from icm_cli.problems import Problem
+    from icm_cli.reports.report import Report
+    from icm_cli.reports.result import ImageResult
+
+Progress = Literal["auto", "plain", "json", "openjd", "none"]
+
+
+def make_terminal(progress: str, *, quiet: bool, verbose: bool) -> Terminal:
+    """Make what prints a run, as ``--progress`` says. Raises UsageError for a way that is not known."""
+    if progress not in get_args(Progress):
+        raise UsageError(f"--progress {progress!r} is not known. {did_you_mean(progress, get_args(Progress))}")
+    kind = {"json": JsonTerminal, "openjd": OpenJdTerminal}.get(progress, Terminal)
+    return kind(quiet=quiet, verbose=verbose, bar=progress == "auto", lines=progress in ("auto", "plain"))
+
+
+class OpenJdTerminal(Terminal):
+    """Lines on stdout that a worker of OpenJD, and so Deadline Cloud, parses: progress, status and failure."""
+
+    def started(self, total: int) -> None:
+        super().started(total)
+        self._say("openjd_status", f"matting {total} images")
+
+    def finished_image(self, result: ImageResult) -> None:
+        super().finished_image(result)
+        self._say("openjd_progress", f"{100.0 * self.ended / max(1, self.total):.1f}")
+
+    def finished(self, report: Report) -> None:
+        super().finished(report)
+        self._say("openjd_status", f"{report.count('done')} done, {report.count('skipped')} kept")
+        if report.exit_code:
+            self._say("openjd_fail", f"{len(report.failures)} of {len(report.results)} images failed")
+
+    def error(self, text: str) -> None:
+        super().error(text)
+        self._say("openjd_fail", text)
+
+    def _say(self, kind: str, text: str) -> None:
+        write_line(sys.stdout, f"{kind}: {' '.join(text.split())}")
+
+
+class JsonTerminal(Terminal):
+    """One JSON object per line on stdout, each with an "event"; notices go to stderr as ever."""
+
+    def started(self, total: int) -> None:
+        super().started(total)
+        self._say("started", total=total)
+
+    def problem(self, problem: Problem) -> None:
+        super().problem(problem)
+        self._say("problem", kind=problem.kind, reason=problem.reason)
+
+    def finished_image(self, result: ImageResult) -> None:
+        super().finished_image(result)
+        row = {name: value for name, value in dataclasses.asdict(result).items() if value not in (None, "", {})}
+        self._say("image", ended=self.ended, total=self.total, **row)
+
+    def finished(self, report: Report) -> None:
+        self._say("finished", exit_code=report.exit_code, **report.as_dict()["summary"])
+
+    def error(self, text: str) -> None:
+        super().error(text)
+        self._say("error", message=text)
+
+    def _say(self, event: str, **values: Any) -> None:
+        write_line(sys.stdout, json.dumps({"event": event, **values}))

@@ -1,0 +1,186 @@
+"""Work of a farm: shards on one folder, alphas of other sources, frames, progress for programs, the scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import OpenImageIO as oiio
+import pytest
+from conftest import Icm, alphas, copy_many
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+JOB = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "farms.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def plates(scene: Path) -> Path:
+    """Frames 1001 to 1005 of a shot, 1003 missing."""
+    folder = scene / "plates"
+    folder.mkdir()
+    for number in (1001, 1002, 1004, 1005):
+        shutil.copy(scene / "imgs" / "wall.jpg", folder / f"sh.{number}.jpg")
+    return folder
+
+
+def test_shards_together_make_what_one_run_makes(icm: Icm, scene: Path) -> None:
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", 7)
+    assert icm(src=scene / "many", out=scene / "whole").exit_code == 0
+    counts = []
+    for number in range(1, 5):
+        result = icm("--shard", f"{number}/4", src=scene / "many", report=scene / f"{number}.json")
+        assert result.exit_code == 0, result.output
+        counts.append(len(json.loads((scene / f"{number}.json").read_text())["images"]))
+    assert sum(counts) == 7
+    assert alphas(scene / "out") == alphas(scene / "whole")
+
+
+def test_a_shard_may_be_empty(icm: Icm, scene: Path) -> None:
+    results = [icm("--shard", f"{number}/40", src=scene / "imgs" / "wall.jpg") for number in range(1, 41)]
+    assert [result.exit_code for result in results] == [0] * 40
+    assert sorted(alphas(scene / "out")) == ["wall.png"]
+
+
+def test_an_alpha_of_another_source_is_not_overwritten(icm: Icm, scene: Path) -> None:
+    other = scene / "other"
+    other.mkdir()
+    shutil.copy(scene / "imgs" / "pad.0101.png", other / "wall.jpg")
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "wall.png")
+    assert icm(src=scene / "imgs" / "wall.jpg").exit_code == 0
+    before = alphas(scene / "out")
+    for src in (other, scene / "wall.png"):
+        result = icm(src=src, report=scene / "report.csv")
+        assert result.exit_code == 2
+        assert f"is the alpha of {scene}/imgs/wall.jpg" in result.stderr
+        assert str(src) in result.stderr
+        assert alphas(scene / "out") == before
+        assert not (scene / "report.csv").exists()
+    assert icm("--overwrite", src=other).exit_code == 0
+    assert alphas(scene / "out") != before
+
+
+def test_a_folder_that_moved_is_the_same_source(icm: Icm, scene: Path) -> None:
+    assert icm().exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in (scene / "out").rglob("*.png")}
+    (scene / "imgs").rename(scene / "moved")
+    for path in (scene / "moved").rglob("*.png"):
+        path.touch()
+    result = icm(src=scene / "moved")
+    assert result.exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in (scene / "out").rglob("*.png")} == before
+
+
+def test_a_changed_turn_is_noticed_where_size_and_time_are_the_same(icm: Icm, scene: Path) -> None:
+    picture = scene / "imgs" / "wall.jpg"
+    for orientation in (1, 6):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        with Image.open(scene / "imgs" / "pad.0101.png") as image:
+            image.convert("RGB").save(scene / f"{orientation}.jpg", exif=exif)
+    first, second = (scene / f"{orientation}.jpg" for orientation in (1, 6))
+    assert first.stat().st_size == second.stat().st_size
+    shutil.copy(first, picture)
+    times = (picture.stat().st_atime_ns, picture.stat().st_mtime_ns)
+    assert icm(src=picture).exit_code == 0
+    before = alphas(scene / "out")
+    shutil.copy(second, picture)
+    os.utime(picture, ns=times)
+    assert icm(src=picture).exit_code == 0
+    assert alphas(scene / "out") != before
+
+
+def test_frames_in_and_out_keep_their_numbers(icm: Icm, scene: Path, plates: Path) -> None:
+    result = icm(src=plates / "sh.####.jpg", out=scene / "mattes" / "sh_matte.####.exr")
+    assert result.exit_code == 0, result.output
+    assert "no frame 1003" in result.stderr
+    assert sorted(alphas(scene / "mattes")) == [f"sh_matte.{number}.exr" for number in (1001, 1002, 1004, 1005)]
+    file = oiio.ImageInput.open(str(scene / "mattes" / "sh_matte.1004.exr"))
+    assert file.spec().channelnames == ("A",)
+    assert icm(src=plates / "sh.%04d.jpg", out=scene / "mattes" / "x.####.png", format="exr").exit_code == 2
+
+
+@pytest.mark.parametrize(("missing", "code"), [("skip", 0), ("report", 1), ("error", 2)])
+def test_missing_frames(icm: Icm, scene: Path, plates: Path, missing: str, code: int) -> None:
+    result = icm("--frames", "1002-1004", "--missing", missing, src=plates / "sh.@@@@.jpg", report=scene / "r.json")
+    assert result.exit_code == code, result.output
+    assert "1003" in result.stderr
+    assert sorted(alphas(scene / "out") if code < 2 else []) == (["sh.1002.png", "sh.1004.png"] if code < 2 else [])
+    if missing == "report":
+        images = json.loads((scene / "r.json").read_text())["images"]
+        assert {Path(row["source"]).name: row["status"] for row in images} == {
+            "sh.1002.jpg": "done",
+            "sh.1003.jpg": "failed",
+            "sh.1004.jpg": "done",
+        }
+
+
+def test_truths_may_be_frames(icm: Icm, scene: Path, plates: Path) -> None:
+    (scene / "gt").mkdir()
+    assert icm(src=plates).exit_code == 0
+    for number in (1001, 1004):
+        shutil.copy(scene / "out" / f"sh.{number}.png", scene / "gt" / f"true_{number}.png")
+    result = icm(src=plates, gt=scene / "gt" / "true_####.png", report=scene / "r.json")
+    assert result.exit_code == 0, result.output
+    images = json.loads((scene / "r.json").read_text())["images"]
+    scored = {Path(row["source"]).name: row["scores"]["whole"]["mse"] for row in images if row["scores"]}
+    assert scored == {"sh.1001.jpg": 0.0, "sh.1004.jpg": 0.0}
+
+
+def test_openjd_progress(icm: Icm, scene: Path) -> None:
+    (scene / "imgs" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    lines = icm("--progress", "openjd").stdout.splitlines()
+    said = [line for line in lines if line.startswith("openjd_progress: ")]
+    assert [float(line.split()[1]) for line in said] == [25.0, 50.0, 75.0, 100.0]
+    assert "openjd_fail: 1 of 4 images failed" in lines
+    refused = icm("--progress", "openjd", src=scene / "nowhere")
+    assert refused.exit_code == 2
+    assert any(line.startswith("openjd_fail: source") for line in refused.stdout.splitlines())
+
+
+def test_json_progress(icm: Icm, scene: Path) -> None:
+    events = [json.loads(line) for line in icm("--progress", "json").stdout.splitlines()]
+    assert [event["event"] for event in events] == ["started", "image", "image", "image", "finished"]
+    assert events[-1]["exit_code"] == 0
+    assert events[-1]["done"] == 3
+    refused = icm("--progress", "json", src=scene / "nowhere")
+    assert json.loads(refused.stdout)["event"] == "error"
+    assert icm("--progress", "jsn").exit_code == 2
+
+
+def test_progress_none_tells_of_no_image(icm: Icm) -> None:
+    assert "wall" in icm("--progress", "plain").stderr
+    assert "wall" not in icm("--overwrite", "--progress", "none").stderr
+
+
+def test_the_openjd_template_of_the_docs_runs(scene: Path, small_model: Path) -> None:
+    """The real checker and runner of OpenJD take it, shard after shard."""
+    assert JOB is not None
+    template = scene / "icm.yaml"
+    template.write_text(JOB[1])
+    openjd = Path(sys.executable).with_name("openjd")
+    checked = subprocess.run([openjd, "check", template], capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    wrapper = scene / "icm"
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} -m icm_cli.cli "$@" --model {small_model} --device cpu\n')
+    wrapper.chmod(0o755)
+    given = {"Icm": wrapper, "Ref": scene / "ref.png", "Mask": scene / "mask.png", "Plates": scene / "imgs"}
+    given |= {"Mattes": scene / "out", "Shards": "2"}
+    parameters = [part for name, value in given.items() for part in ("-p", f"{name}={value}")]
+    done = subprocess.run(
+        [openjd, "run", template, "--step", "Matte", *parameters], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(alphas(scene / "out")) == ["pad.0101.png", "sub/deep.png", "wall.png"]
+
+
+def test_the_slurm_script_of_the_docs_is_a_shell_script() -> None:
+    script = re.search(r"```sh\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs" / "farms.md").read_text(), re.DOTALL)
+    assert script is not None
+    assert subprocess.run(["bash", "-n"], input=script[1], text=True, check=False).returncode == 0
+    assert "--shard" in script[1]
