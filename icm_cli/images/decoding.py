@@ -6,11 +6,12 @@ A decoder may raise anything; at this file's edge all of it becomes one ImageErr
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from icm_cli import environment
 from icm_cli.errors import ImageError
 from icm_cli.geometry import ImageU8, rounded_u8
-from icm_cli.images import colour
+from icm_cli.images import colour, jpeg
 from icm_cli.images.kinds import Kind, kind_of
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a damaged file is told in a sentence of ours
@@ -96,6 +97,12 @@ def decode(path: Path, frame: int = 0, wanted: colour.Colour = colour.AS_LABELLE
             except ValueError:
                 if kind.name != "png":
                     raise
+            except OSError:
+                whole = jpeg.with_end(path) if kind.name == "jpeg" else None
+                if whole is None:
+                    raise
+                decoded = _by_pillow(path, frame, wanted, whole)
+                return replace(decoded, notices=(*decoded.notices, f"{path} {jpeg.NO_END}"))
         return _by_openimageio(path, frame, kind, wanted)
 
 
@@ -159,8 +166,9 @@ def _is_deep_png(path: Path) -> bool:
     return header.startswith(b"\x89PNG") and header[24:25] == b"\x10"
 
 
-def _by_pillow(path: Path, frame: int, wanted: colour.Colour) -> Decoded:
-    with Image.open(path) as image:
+def _by_pillow(path: Path, frame: int, wanted: colour.Colour, content: io.BytesIO | None = None) -> Decoded:
+    """``content``: what is read in place of the file."""
+    with Image.open(content or path) as image:
         _check_memory(path, *image.size)
         if frame:
             image.seek(frame)
