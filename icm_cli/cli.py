@@ -124,6 +124,16 @@ def matte(
     ref_colorspace: Annotated[
         Optional[str], typer.Option(help="Colour space of the references.", show_default="that of the sources")
     ] = None,
+    layer: Annotated[
+        str,
+        typer.Option(
+            help="Layer of the EXR sources: the name of a part, or the prefix of channels, as beauty of beauty.R.",
+            show_default="R,G,B of the first part that has them",
+        ),
+    ] = "",
+    ref_layer: Annotated[
+        Optional[str], typer.Option(help="Layer of EXR references.", show_default="that of the sources")
+    ] = None,
     ocio: Annotated[
         Optional[Path],
         typer.Option(help="OpenColorIO configuration.", show_default="$OCIO, or the built-in studio one"),
@@ -202,6 +212,8 @@ def matte(
             workers=workers or DEFAULT_WORKERS,
             colorspace=colorspace,
             ref_colorspace=ref_colorspace,
+            layer=layer,
+            ref_layer=ref_layer,
             ocio=ocio,
             view=view,
             exposure=exposure,

@@ -38,16 +38,18 @@ PRIMARIES = {
 
 @dataclass(frozen=True)
 class Colour:
-    """Colour space of pictures, and the way they are shown to the model.
+    """Colour space of pictures, and the way they are shown to the model; and which layer of an EXR they are.
 
     ``space``: "auto", or a name of the configuration. ``config``: an OpenColorIO file, "" for $OCIO or the built-in
-    one. ``view``: of scene-referred pictures. ``exposure``: stops, before the view.
+    one. ``view``: of scene-referred pictures. ``exposure``: stops, before the view. ``layer``: of an EXR, by its part's
+    name or its channels' prefix; "" for its picture.
     """
 
     space: str = "auto"
     config: str = ""
     view: str = ""
     exposure: float = 0.0
+    layer: str = ""
 
     def check(self) -> None:
         """Raises UsageError for a configuration, space or view that is not there, naming those nearest to it."""
@@ -66,9 +68,9 @@ class Colour:
 
     def describe(self) -> str:
         """All of it in one line, for the digest of a run; "" where it is as ever."""
-        return (
-            "" if self == Colour() else f"{self.space} {_config(self.config).getCacheID()} {self.view} {self.exposure}"
-        )
+        if self == Colour():
+            return ""
+        return f"{self.space} {_config(self.config).getCacheID()} {self.view} {self.exposure} {self.layer!r}"
 
 
 AS_LABELLED = Colour()

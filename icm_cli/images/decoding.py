@@ -25,6 +25,7 @@ from icm_cli.errors import ImageError
 from icm_cli.geometry import ImageU8, rounded_u8
 from icm_cli.images import colour, jpeg
 from icm_cli.images.kinds import Kind, kind_of
+from icm_cli.images.layers import Layer, picture_layer
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a damaged file is told in a sentence of ours
 Image.MAX_IMAGE_PIXELS = None  # the limit is the memory there is, see _check_memory
@@ -118,10 +119,12 @@ def frame_count(path: Path) -> int:
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an upright picture, from its header alone. Raises ImageError."""
     with named_errors(path):
-        if _is_for_pillow(path, kind_of(path)):
+        kind = kind_of(path)
+        if _is_for_pillow(path, kind):
             with Image.open(path) as image:
                 return _upright_size(image.size, _orientation(image))
         with _openimageio(path) as file:
+            file.seek_subimage(_layer(file, path, 0, kind, "")[0].part, 0)
             spec = file.spec()
             return _upright_size((spec.width, spec.height), _tag(spec, "Orientation"))
 
@@ -201,19 +204,18 @@ def _by_pillow(path: Path, frame: int, wanted: colour.Colour, content: io.BytesI
 
 def _by_openimageio(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
     with _openimageio(path) as file:
-        if frame and not file.seek_subimage(frame, 0):
-            raise ImageError(f"{path} has no frame {frame + 1}")
-        spec = file.spec()
+        layer, told = _layer(file, path, frame, kind, wanted.layer)
+        file.seek_subimage(layer.part, 0)
+        spec = oiio.ImageSpec(file.spec())
         _check_memory(path, spec.width, spec.height)
-        values = file.read_image(frame, 0, 0, spec.nchannels, _read_type(spec))
+        first, end = layer.channels
+        values = file.read_image(layer.part, 0, first, end, _read_type(spec))
         if values is None or file.has_error:
             raise ValueError(file.geterror() or "no pixels")
-    names = [name.upper() for name in spec.channelnames]
-    colours = [names.index(name) for name in "RGB"] if {"R", "G", "B"} <= set(names) else [0]
-    alpha = values[..., names.index("A")] if "A" in names else None
-    pixels = values[..., colours]
+    alpha = None if layer.alpha is None else values[..., layer.alpha - first]
+    pixels = values[..., [channel - first for channel in layer.colours]]
     scale = {"uint8": 255.0, "uint16": 65535.0}.get(str(values.dtype), 1.0)
-    notices = []
+    notices = list(told)
     if _tag(spec, "tiff:PhotometricInterpretation", -1) == MIN_IS_WHITE:
         pixels = np.asarray(scale - pixels, values.dtype)
     if values.dtype == np.float32 and not np.isfinite(pixels).all():
@@ -228,7 +230,7 @@ def _by_openimageio(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -
     if values.dtype == np.uint16 and 255 < pixels.max() <= TWELVE_BITS:
         notices.append(f"{path} has 16 bits and no value above {pixels.max()}, so it is dark; perhaps it has 12 bits")
     profile = spec.getattribute("ICCProfile")
-    if profile is not None and wanted.space == "auto" and len(colours) == 3:
+    if profile is not None and wanted.space == "auto" and len(layer.colours) == 3:
         converted = colour.to_srgb(Image.fromarray(_eight_bits(pixels, scale)), bytes(profile))
         if converted is None:
             notices.append(f"{path}: {BAD_PROFILE}")
@@ -240,7 +242,18 @@ def _by_openimageio(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -
     upright = None if alpha is None else np.ascontiguousarray(_turned(alpha, orientation))
     pixels = np.ascontiguousarray(_turned(pixels, orientation))
     bits = 8 * values.dtype.itemsize
-    return Decoded(pixels, upright, scale, space, tuple(notices), bits, header=oiio.ImageSpec(spec))
+    return Decoded(pixels, upright, scale, space, tuple(notices), bits, header=spec)
+
+
+def _layer(file: Any, path: Path, frame: int, kind: Kind, wanted: str) -> tuple[Layer, tuple[str, ...]]:
+    """Channels to be read of a frame; the formats but EXR have no layers. Raises ImageError."""
+    if kind.name == "openexr":
+        return picture_layer(file, path, wanted)
+    if not file.seek_subimage(frame, 0):
+        raise ImageError(f"{path} has no frame {frame + 1}")
+    names = [name.upper() for name in file.spec().channelnames]
+    colours = tuple(names.index(name) for name in "RGB") if {"R", "G", "B"} <= set(names) else (0,)
+    return Layer(frame, colours, names.index("A") if "A" in names else None), ()
 
 
 def _eight_bits(values: NDArray[Any], scale: float) -> ImageU8:
