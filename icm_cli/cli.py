@@ -106,6 +106,13 @@ def matte(
         Optional[str],
         typer.Option(help="Which label of the mask is the thing, where it has several: a number, or a colour #rrggbb."),
     ] = None,
+    mask_orientation: Annotated[
+        str,
+        typer.Option(
+            help="How the masks of references that EXIF turns lie: upright as these are seen, stored as they lie in "
+            "their files, or auto, by size."
+        ),
+    ] = "auto",
     model: Model = None,
     checkpoint: Checkpoint = None,
     weights: Weights = None,
@@ -200,6 +207,7 @@ def matte(
             ref=ref,
             mask=mask or [],
             mask_label=mask_label,
+            mask_orientation=mask_orientation,
             src=src,
             out=out,
             model=model,

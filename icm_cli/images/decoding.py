@@ -51,6 +51,8 @@ _UPRIGHT: dict[int, Any] = {
     8: lambda a: a.swapaxes(0, 1)[::-1],
 }
 """EXIF's orientations but the upright one (1), and what undoes each."""
+_BACK = {6: 8, 8: 6}
+"""Orientations that make good for each other; the others are their own opposites."""
 MIN_IS_WHITE = 0
 """TIFF's photometric interpretation of a negative."""
 REDUCED = 1
@@ -72,6 +74,8 @@ class Decoded:
     """Palette indices [H,W], where the file has a palette without transparency."""
     header: Any = None
     """Specification of a file that OpenImageIO read."""
+    orientation: int = 1
+    """EXIF's, which was undone."""
 
     def give_windows(self, spec: Any) -> None:
         """Give a file to be written this one's data and display window, pixel aspect, timecode and frame rate."""
@@ -127,6 +131,11 @@ def image_size(path: Path) -> tuple[int, int]:
             file.seek_subimage(_layer(file, path, 0, kind, "")[0].part, 0)
             spec = file.spec()
             return _upright_size((spec.width, spec.height), _tag(spec, "Orientation"))
+
+
+def turned_as(pixels: NDArray[Any], orientation: int, wanted: int) -> NDArray[Any]:
+    """Pixels [H,W] or [H,W,C] that were turned by one EXIF orientation, turned by the ``wanted`` one in its place."""
+    return np.ascontiguousarray(_turned(_turned(pixels, _BACK.get(orientation, orientation)), wanted))
 
 
 @contextlib.contextmanager
@@ -185,7 +194,7 @@ def _by_pillow(path: Path, frame: int, wanted: colour.Colour, content: io.BytesI
             alpha = np.ascontiguousarray(_turned(np.asarray(shown.getchannel("A")), orientation))
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             values = _turned(np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None], orientation)
-            return Decoded(values, None, 1.0 if image.mode == "F" else 65535.0, space, bits=32)
+            return Decoded(values, None, 1.0 if image.mode == "F" else 65535.0, space, bits=32, orientation=orientation)
         indices = None
         if image.mode == "P" and alpha is None:
             indices = np.ascontiguousarray(_turned(np.asarray(image), orientation))
@@ -199,7 +208,7 @@ def _by_pillow(path: Path, frame: int, wanted: colour.Colour, content: io.BytesI
             shown = converted or shown
         pixels = np.asarray(shown)[..., None] if shown.mode == "L" else np.asarray(shown.convert("RGB"))
     pixels = np.ascontiguousarray(_turned(pixels, orientation))
-    return Decoded(pixels, alpha, 255.0, space, tuple(notices), indices=indices)
+    return Decoded(pixels, alpha, 255.0, space, tuple(notices), indices=indices, orientation=orientation)
 
 
 def _by_openimageio(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
@@ -238,11 +247,11 @@ def _by_openimageio(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -
             pixels, space = np.asarray(converted), colour.SRGB
             alpha = None if alpha is None else _eight_bits(alpha, scale)
             scale = 255.0
-    orientation = _tag(spec, "Orientation")
+    orientation = _known(_tag(spec, "Orientation"))
     upright = None if alpha is None else np.ascontiguousarray(_turned(alpha, orientation))
     pixels = np.ascontiguousarray(_turned(pixels, orientation))
     bits = 8 * values.dtype.itemsize
-    return Decoded(pixels, upright, scale, space, tuple(notices), bits, header=spec)
+    return Decoded(pixels, upright, scale, space, tuple(notices), bits, header=spec, orientation=orientation)
 
 
 def _layer(file: Any, path: Path, frame: int, kind: Kind, wanted: str) -> tuple[Layer, tuple[str, ...]]:
@@ -308,6 +317,10 @@ def _orientation(image: Image.Image) -> int:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # noqa: BLE001  EXIF is written by anything, and can never fail a picture
         return 1
+    return _known(orientation)
+
+
+def _known(orientation: object) -> int:
     return orientation if isinstance(orientation, int) and orientation in _UPRIGHT else 1
 
 

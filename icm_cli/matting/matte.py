@@ -34,6 +34,7 @@ def matte(
     mask: Paths = (),
     *,
     mask_label: str | None = None,
+    mask_orientation: str = "auto",
     src: str | Path,
     out: str | Path,
     model: str | None = None,
@@ -92,7 +93,7 @@ def matte(
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
     shared = Colour(colorspace, str(ocio or ""), view or "", exposure, layer)
     colour, of_references = _colours(shared, ref_colorspace, ref_layer)
-    references = read_references(refs, masks, listener.notice, mask_label, of_references)
+    references = read_references(refs, masks, listener.notice, mask_label, of_references, mask_orientation)
     left_out, shown = LeftOut(listener.notice), [*refs, *masks]
     jobs = plan_jobs(
         src,
