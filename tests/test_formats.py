@@ -272,3 +272,26 @@ def test_a_deep_mask_of_another_format_is_read(tmp_path: Path) -> None:
     mask = np.where(X[..., None] > SIDE // 2, 255, 0).astype(np.uint8).repeat(3, -1)
     stored = read_stored(written(tmp_path / "a.dpx", mask, "uint8"))
     assert (stored.values == mask).all()
+
+
+COVERAGE = np.broadcast_to(np.linspace(0, 1, SIDE, dtype=np.float32), (SIDE, SIDE))
+"""Alpha from 0, where colours are not black (a glow), to 1."""
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.tif", "uint8"), ("a.tif", "uint16"), ("a.tif", "float")])
+@pytest.mark.parametrize("straight", [0, 1])
+def test_colours_multiplied_by_their_alpha_are_the_picture_over_black(
+    tmp_path: Path, name: str, kind: str, straight: int
+) -> None:
+    """Neither kind is multiplied nor divided when it is read: straight colours are those below the alpha."""
+    pixels = np.dstack([RGB.astype(np.float32) / 255, COVERAGE])
+    picture = read_picture(written(tmp_path / name, pixels, kind, oiio__UnassociatedAlpha=straight))
+    assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
+    assert picture.alpha is not None
+    assert np.abs(picture.alpha / 255.0 - COVERAGE).max() <= 0.51 / 255
+
+
+def test_an_exr_with_an_alpha_is_seen_as_one_without(tmp_path: Path) -> None:
+    plain = read_picture(written(tmp_path / "a.exr", linear(RGB), "half")).rgb
+    covered = read_picture(written(tmp_path / "b.exr", np.dstack([linear(RGB), COVERAGE]), "half")).rgb
+    assert (covered == plain).all()

@@ -62,7 +62,8 @@ REDUCED = 1
 @dataclass(frozen=True)
 class Decoded:
     """Upright pixels of one frame as the file has them: [H,W,1|3] in 0..``scale``, floats perhaps beyond; ``alpha``
-    [H,W] on the same scale where there is one. ``space`` is the colour space's name; ``notices`` say what is odd."""
+    [H,W] on the same scale where there is one; colours that a file has multiplied by it (associated alpha) are left so,
+    which is the picture over black. ``space`` is the colour space's name; ``notices`` say what is odd."""
 
     pixels: NDArray[Any]
     alpha: NDArray[Any] | None
@@ -167,8 +168,13 @@ def _is_for_pillow(path: Path, kind: Kind) -> bool:
         return not _is_deep_png(path)
     if kind.name in ("tiff", "pnm"):
         with _openimageio(path, must_open=False) as file:
-            return file is None or str(file.spec().format) == "uint8"
+            return file is None or (str(file.spec().format) == "uint8" and not _is_associated(file.spec()))
     return kind.name in _BY_PILLOW
+
+
+def _is_associated(spec: Any) -> bool:
+    """Whether colours are stored multiplied by their alpha; Pillow divides 8-bit ones by it, which loses glows."""
+    return spec.alpha_channel >= 0 and not spec.getattribute("oiio:UnassociatedAlpha")
 
 
 def _is_deep_png(path: Path) -> bool:
