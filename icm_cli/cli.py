@@ -150,6 +150,13 @@ def matte(
         typer.Option(help="View that shows scene-referred pictures to the model.", show_default="Un-tone-mapped"),
     ] = None,
     exposure: Annotated[float, typer.Option(help="Stops added before the view, for dark or bright plates.")] = 0.0,
+    white: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Value of white in sources and references of more than 8 bits, such as 255 in floats of 0..255.",
+            show_default="that of their type; 1 in floats",
+        ),
+    ] = None,
     include: Annotated[
         Optional[list[str]], typer.Option(help="Only images whose path or name matches; repeatable.")
     ] = None,
@@ -225,6 +232,7 @@ def matte(
             ocio=ocio,
             view=view,
             exposure=exposure,
+            white=white,
             include=include or [],
             exclude=exclude or [],
             format=format,

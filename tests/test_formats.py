@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -71,12 +72,18 @@ def test_planar_tiff(tmp_path: Path) -> None:
     assert difference(written(tmp_path / "a.tif", DEEP, "uint16", planarconfig="separate")) == 0
 
 
-def test_a_negative_is_inverted(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.tif", 65535 - DEEP[..., :1], "uint16")
+def negative(folder: Path, pixels: np.ndarray) -> Path:
+    """A TIFF of 16 bits whose least value is white."""
+    path = written(folder / "a.tif", pixels, "uint16")
     data = bytearray(path.read_bytes())
     at = data.index(b"\x06\x01\x03\x00\x01\x00\x00\x00")  # the tag of the photometric interpretation
     data[at + 8] = 0
     path.write_bytes(data)
+    return path
+
+
+def test_a_negative_is_inverted(tmp_path: Path) -> None:
+    path = negative(tmp_path, 65535 - DEEP[..., :1])
     assert difference(path, expected=np.repeat(RGB[..., :1], 3, -1)) == 0
 
 
@@ -178,8 +185,57 @@ def test_what_is_odd_is_told(tmp_path: Path) -> None:
     picture = read_picture(written(tmp_path / "a.exr", holes, "float"))
     assert "NaN" in picture.notices[0]
     assert (picture.rgb[3, 3] == 0).all()
-    with pytest.raises(ImageError, match=r"values up to 235; expected 0\.\.1"):
+    with pytest.raises(ImageError, match=r"values up to 235; expected 0\.\.1: give its white, as in --white 255"):
         read_picture(written(tmp_path / "b.tif", RGB.astype(np.float32), "float"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "pixels", "white"),
+    [
+        ("a.tif", "float", RGB.astype(np.float32), 255),
+        ("a.tif", "half", RGB.astype(np.float32), 255),
+        ("a.exr", "float", 255 * linear(RGB), 255),
+        ("a.exr", "half", 4 * linear(RGB), 4),
+        ("a.tif", "uint16", RGB.astype(np.uint16) * 16, 255 * 16),
+        ("a.png", "uint16", RGB.astype(np.uint16) * 16, 255 * 16),
+        ("a.png", "uint8", RGB, 4095),
+    ],
+)
+def test_white_is_what_it_is_said_to_be(tmp_path: Path, name: str, kind: str, pixels: np.ndarray, white: float) -> None:
+    path = written(tmp_path / name, pixels, kind)
+    assert difference(path, Colour(white=white)) <= 1
+    assert not read_picture(path, Colour(white=white)).notices
+
+
+def test_white_of_integers_of_32_bits_is_in_their_own_numbers(tmp_path: Path) -> None:
+    Image.fromarray(RGB[..., 0].astype(np.int32) * 300).save(tmp_path / "a.tif")
+    assert difference(tmp_path / "a.tif", Colour(white=255 * 300), np.repeat(RGB[..., :1], 3, -1)) <= 1
+
+
+def test_a_twelve_bit_negative_is_inverted_at_its_white(tmp_path: Path) -> None:
+    path = negative(tmp_path, 4080 - 16 * RGB.astype(np.uint16)[..., :1])
+    assert difference(path, Colour(white=4080), np.repeat(RGB[..., :1], 3, -1)) == 0
+
+
+def test_the_option_scales_sources_and_references(icm: Icm, scene: Path) -> None:
+    (scene / "float").mkdir()
+    for source, target in (
+        (scene / "imgs" / "wall.jpg", scene / "float" / "a.tif"),
+        (scene / "ref.png", scene / "r.tif"),
+    ):
+        written(target, read(source)[..., 2::-1].astype(np.float32), "float")
+    options = {"src": scene / "float", "ref": scene / "r.tif"}
+    assert icm(**options).exit_code == 2
+    assert icm(white=255, **options).exit_code == 0
+    assert icm(src=scene / "imgs" / "wall.jpg", out=scene / "expected").exit_code == 0
+    assert (read(scene / "out" / "a.png") == read(scene / "expected" / "wall.png")).all()
+    changed = icm("-v", white=250, **options)
+    assert changed.exit_code == 0
+    assert re.search(r"skipped +0\b", changed.output)
+    for wrong in (0, -1, "inf"):
+        result = icm(white=wrong, **options)
+        assert result.exit_code == 2
+        assert "expected a value above 0" in result.stderr
 
 
 def test_a_picture_beyond_the_memory_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

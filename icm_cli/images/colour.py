@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +39,12 @@ PRIMARIES = {
 
 @dataclass(frozen=True)
 class Colour:
-    """Colour space of pictures, and the way they are shown to the model; and which layer of an EXR they are.
+    """Colour space of pictures, and the way they are shown to the model; their layer and scale.
 
     ``space``: "auto", or a name of the configuration. ``config``: an OpenColorIO file, "" for $OCIO or the built-in
     one. ``view``: of scene-referred pictures. ``exposure``: stops, before the view. ``layer``: of an EXR, by its part's
-    name or its channels' prefix; "" for its picture.
+    name or its channels' prefix; "" for its picture. ``white``: the value of white in pictures of more than 8 bits,
+    where it is not that of their type.
     """
 
     space: str = "auto"
@@ -50,11 +52,15 @@ class Colour:
     view: str = ""
     exposure: float = 0.0
     layer: str = ""
+    white: float | None = None
 
     def check(self) -> None:
-        """Raises UsageError for a configuration, space or view that is not there, naming those nearest to it."""
+        """Raises UsageError for a configuration, space or view that is not there, naming those nearest to it; and for a
+        white that is none."""
         if self == Colour():
             return
+        if self.white is not None and not (0.0 < self.white < math.inf):
+            raise UsageError(f"--white is {self.white:g}; expected a value above 0, such as 255")
         config, display = _config(self.config), _display(self.config)
         if self.space not in ("auto", SRGB) and config.getColorSpace(self.space) is None:
             raise UsageError(
@@ -70,7 +76,9 @@ class Colour:
         """All of it in one line, for the digest of a run; "" where it is as ever."""
         if self == Colour():
             return ""
-        return f"{self.space} {_config(self.config).getCacheID()} {self.view} {self.exposure} {self.layer!r}"
+        return (
+            f"{self.space} {_config(self.config).getCacheID()} {self.view} {self.exposure} {self.layer!r} {self.white}"
+        )
 
 
 AS_LABELLED = Colour()

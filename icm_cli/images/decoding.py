@@ -35,6 +35,8 @@ BYTES_PER_PIXEL = 24
 LARGEST_DISPLAY_VALUE = 1.5
 """A float picture that is not scene-linear and has larger values is on another scale than 0..1."""
 TWELVE_BITS = 4095
+_LARGEST = {"uint": 2.0**32 - 1, "int": 2.0**31 - 1, "int16": 2.0**15 - 1, "int8": 2.0**7 - 1}
+"""Values that are read as 1.0, by OpenImageIO's names of the integers' types."""
 KEPT_ATTRIBUTES = frozenset({"PixelAspectRatio", "smpte:TimeCode", "smpte:KeyCode", "FramesPerSecond", "captureRate"})
 BAD_PROFILE = "its ICC profile cannot be used; its colours are taken as sRGB"
 DECODE_ERRORS = (OSError, SyntaxError, UserWarning, ValueError, EOFError, IndexError, struct.error, zlib.error)
@@ -200,7 +202,14 @@ def _by_pillow(path: Path, frame: int, wanted: colour.Colour, content: io.BytesI
             alpha = np.ascontiguousarray(_turned(np.asarray(shown.getchannel("A")), orientation))
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             values = _turned(np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None], orientation)
-            return Decoded(values, None, 1.0 if image.mode == "F" else 65535.0, space, bits=32, orientation=orientation)
+            return Decoded(
+                values,
+                None,
+                wanted.white or (1.0 if image.mode == "F" else 65535.0),
+                space,
+                bits=32,
+                orientation=orientation,
+            )
         indices = None
         if image.mode == "P" and alpha is None:
             indices = np.ascontiguousarray(_turned(np.asarray(image), orientation))
@@ -229,21 +238,15 @@ def _by_openimageio(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -
             raise ValueError(file.geterror() or "no pixels")
     alpha = None if layer.alpha is None else values[..., layer.alpha - first]
     pixels = values[..., [channel - first for channel in layer.colours]]
-    scale = {"uint8": 255.0, "uint16": 65535.0}.get(str(values.dtype), 1.0)
+    scale = _scale(spec, values.dtype, wanted.white)
     notices = list(told)
     if _tag(spec, "tiff:PhotometricInterpretation", -1) == MIN_IS_WHITE:
-        pixels = np.asarray(scale - pixels, values.dtype)
+        pixels = np.asarray(np.maximum(scale - pixels, 0), values.dtype)
     if values.dtype == np.float32 and not np.isfinite(pixels).all():
         notices.append(f"{path} has pixels that are NaN or infinite; they are taken as 0")
         pixels = np.nan_to_num(pixels, nan=0.0, posinf=0.0, neginf=0.0)
     space = wanted.space if wanted.space != "auto" else _own_space(spec, kind, wanted.config)
-    if values.dtype == np.float32 and space == colour.SRGB and pixels.max() > LARGEST_DISPLAY_VALUE:
-        raise ImageError(
-            f"{path} has values up to {pixels.max():.6g}; expected 0..1: scale it, or say with --colorspace in which "
-            "space it is"
-        )
-    if values.dtype == np.uint16 and 255 < pixels.max() <= TWELVE_BITS:
-        notices.append(f"{path} has 16 bits and no value above {pixels.max()}, so it is dark; perhaps it has 12 bits")
+    notices += _checked_range(path, pixels, scale, space, wanted.white)
     profile = spec.getattribute("ICCProfile")
     if profile is not None and wanted.space == "auto" and len(layer.colours) == 3:
         converted = colour.to_srgb(Image.fromarray(_eight_bits(pixels, scale)), bytes(profile))
@@ -258,6 +261,31 @@ def _by_openimageio(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -
     pixels = np.ascontiguousarray(_turned(pixels, orientation))
     bits = 8 * values.dtype.itemsize
     return Decoded(pixels, upright, scale, space, tuple(notices), bits, header=spec, orientation=orientation)
+
+
+def _scale(spec: Any, dtype: Any, white: float | None) -> float:
+    """Value of pixels, as they are read, that stands for white or opaque."""
+    if dtype == np.uint8:
+        return 255.0
+    if dtype == np.uint16:
+        return white or 65535.0
+    return (white or _LARGEST.get(str(spec.format), 1.0)) / _LARGEST.get(str(spec.format), 1.0)
+
+
+def _checked_range(path: Path, pixels: NDArray[Any], scale: float, space: str, white: float | None) -> list[str]:
+    """Say what is odd about a deep picture's range. Raises ImageError for a float picture on another scale."""
+    largest = pixels.max()
+    if pixels.dtype == np.float32 and space == colour.SRGB and largest > LARGEST_DISPLAY_VALUE * scale:
+        raise ImageError(
+            f"{path} has values up to {largest:.6g}; expected 0..{scale:g}: give its white, as in --white 255, or "
+            "say with --colorspace in which space it is"
+        )
+    if pixels.dtype == np.uint16 and white is None and 255 < largest <= TWELVE_BITS:
+        return [
+            f"{path} has 16 bits and no value above {largest}, so it is dark; perhaps it has 12 bits: then give "
+            f"--white {TWELVE_BITS}"
+        ]
+    return []
 
 
 def _layer(file: Any, path: Path, frame: int, kind: Kind, wanted: str) -> tuple[Layer, tuple[str, ...]]:

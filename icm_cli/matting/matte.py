@@ -52,6 +52,7 @@ def matte(
     ocio: str | Path | None = None,
     view: str | None = None,
     exposure: float = 0.0,
+    white: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     format: str = "png",
@@ -91,7 +92,7 @@ def matte(
     output = Output.checked(**form, trimap=trimap, band_px=trimap_band)
     if gt is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
-    shared = Colour(colorspace, str(ocio or ""), view or "", exposure, layer)
+    shared = Colour(colorspace, str(ocio or ""), view or "", exposure, layer, white)
     colour, of_references = _colours(shared, ref_colorspace, ref_layer)
     references = read_references(refs, masks, listener.notice, mask_label, of_references, mask_orientation)
     left_out, shown = LeftOut(listener.notice), [*refs, *masks]
@@ -183,7 +184,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Settings that the report states."""
     shown = {"references": [str(path) for path in refs], "masks": [str(path) for path in masks]}
-    sources = {"colorspace": colour.space, "layer": colour.layer}
+    sources = {"colorspace": colour.space, "layer": colour.layer, "white": colour.white}
     return {"title": str(src), **environment_settings(), **choice.as_settings(), **shown, **sources}
 
 
