@@ -271,6 +271,47 @@ def test_smaller_copies_are_no_frames(tmp_path: Path) -> None:
     assert frame_count(tmp_path / "a.tif") == 1
 
 
+def pages(path: Path, *made: tuple[np.ndarray, str, int]) -> Path:
+    """Write a TIFF of pages: pixels 0..1, the type of their numbers, and TIFF's subfile type."""
+    file = oiio.ImageOutput.create(str(path))
+    specs = []
+    for pixels, kind, subfile in made:
+        specs.append(oiio.ImageSpec(pixels.shape[1], pixels.shape[0], pixels.shape[2], kind))
+        specs[-1].attribute("tiff:subfiletype", subfile)
+    for number, (spec, (pixels, *_)) in enumerate(zip(specs, made, strict=True)):
+        assert file.open(str(path), spec, "AppendSubimage" if number else "Create"), file.geterror()
+        assert file.write_image(pixels)
+    file.close()
+    return path
+
+
+THUMB = (np.zeros((9, 9, 3), np.float32), "uint8", 1)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "half", "float"])
+@pytest.mark.parametrize("thumb_is_first", [False, True])
+def test_each_page_has_its_own_alpha(icm: Icm, scene: Path, kind: str, thumb_is_first: bool) -> None:
+    """Thumbnails, at the beginning or between, are no pages; pages may differ in size."""
+    source = scene / "pages"
+    source.mkdir()
+    names = ("imgs/wall.jpg", "imgs/pad.0101.png", "imgs/sub/deep.png")
+    pictures = [read(scene / name)[..., 2::-1].astype(np.float32) / 255 for name in names]
+    first, *others = [(picture, kind, 0) for picture in pictures]
+    path = pages(source / "a.tif", *([THUMB] if thumb_is_first else []), first, THUMB, *others, THUMB)
+    assert frame_count(path) == 3
+    assert image_size(path) == pictures[0].shape[:2]
+    result = icm(src=source)
+    assert result.exit_code == 0, result.output
+    assert icm(out=scene / "single").exit_code == 0
+    for number, name in enumerate(names, 1):
+        alpha, alone = (
+            read(scene / "out" / f"a.{number:04d}.png"),
+            read((scene / "single" / name.removeprefix("imgs/")).with_suffix(".png")),
+        )
+        assert alpha.shape == alone.shape
+        assert np.abs(alpha.astype(int) - alone).max() <= 2
+
+
 def test_content_decides_and_what_is_left_out_is_counted(icm: Icm, scene: Path) -> None:
     source = scene / "mixed"
     (source / "@eaDir").mkdir(parents=True)

@@ -96,10 +96,9 @@ def decode(path: Path, frame: int = 0, wanted: colour.Colour = colour.AS_LABELLE
     """Decode one frame of a picture, EXIF's turn applied. Raises ImageError for any file that is not whole."""
     with named_errors(path):
         kind = kind_of(path)
-        if frame and kind.name == "tiff":
-            with Image.open(path) as image:
-                frame = _pages(image)[frame]
-        if _is_for_pillow(path, kind):
+        if kind.name == "tiff":
+            frame = _page(path, frame)
+        if _is_for_pillow(path, kind, frame):
             try:
                 return _by_pillow(path, frame, wanted)
             except ValueError:
@@ -117,21 +116,27 @@ def decode(path: Path, frame: int = 0, wanted: colour.Colour = colour.AS_LABELLE
 def frame_count(path: Path) -> int:
     """Number of frames or pages; smaller copies of one (thumbnails, pyramids) are none. Raises ImageError."""
     with named_errors(path):
-        if not kind_of(path).may_have_frames:
+        kind = kind_of(path)
+        if not kind.may_have_frames:
             return 1
+        if kind.name == "tiff":
+            return len(_pages(path))
         with Image.open(path) as image:
-            return len(_pages(image)) if image.format == "TIFF" else int(getattr(image, "n_frames", 1))
+            return int(getattr(image, "n_frames", 1))
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an upright picture, from its header alone. Raises ImageError."""
     with named_errors(path):
         kind = kind_of(path)
-        if _is_for_pillow(path, kind):
+        frame = _page(path, 0) if kind.name == "tiff" else 0
+        if _is_for_pillow(path, kind, frame):
             with Image.open(path) as image:
+                if frame:
+                    image.seek(frame)
                 return _upright_size(image.size, _orientation(image))
         with _openimageio(path) as file:
-            file.seek_subimage(_layer(file, path, 0, kind, "")[0].part, 0)
+            file.seek_subimage(_layer(file, path, frame, kind, "")[0].part, 0)
             spec = file.spec()
             return _upright_size((spec.width, spec.height), _tag(spec, "Orientation"))
 
@@ -164,13 +169,15 @@ def named_errors(path: Path) -> Iterator[None]:
         raise ImageError(f"{path} is damaged or cut short ({' '.join(str(error).split())}); get a whole copy") from None
 
 
-def _is_for_pillow(path: Path, kind: Kind) -> bool:
+def _is_for_pillow(path: Path, kind: Kind, frame: int) -> bool:
     """Whether Pillow reads it right: 8 bits a channel in a format that it knows."""
     if kind.name == "png":
         return not _is_deep_png(path)
     if kind.name in ("tiff", "pnm"):
         with _openimageio(path, must_open=False) as file:
-            return file is None or (str(file.spec().format) == "uint8" and not _is_associated(file.spec()))
+            if file is None or not file.seek_subimage(frame, 0):
+                return True
+            return str(file.spec().format) == "uint8" and not _is_associated(file.spec())
     return kind.name in _BY_PILLOW
 
 
@@ -367,15 +374,27 @@ def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     return size if orientation in ON_THEIR_SIDE else (size[1], size[0])
 
 
-def _pages(image: Image.Image) -> list[int]:
+def _pages(path: Path) -> list[int]:
     """Numbers of a TIFF's pages that are no smaller copies of others, the first one at least."""
-    pages = []
-    for number in range(image.n_frames):  # type: ignore[attr-defined]
-        image.seek(number)
-        subfile = image.tag_v2.get(254, 0)  # type: ignore[attr-defined]
-        if not (isinstance(subfile, int) and subfile & REDUCED):
-            pages.append(number)
-    return pages or [0]
+    with _openimageio(path, must_open=False) as file:
+        if file is None:
+            with Image.open(path) as image:
+                return list(range(getattr(image, "n_frames", 1)))
+        pages, number = [], 0
+        while file.seek_subimage(number, 0):
+            if not _tag(file.spec(), "tiff:subfiletype", 0) & REDUCED:
+                pages.append(number)
+            number += 1
+        file.geterror()  # of the seek that went too far
+        return pages or [0]
+
+
+def _page(path: Path, frame: int) -> int:
+    """Number of the page that is a TIFF's frame. Raises ImageError where there are fewer."""
+    pages = _pages(path)
+    if frame >= len(pages):
+        raise ImageError(f"{path} has no frame {frame + 1}")
+    return pages[frame]
 
 
 def _check_memory(path: Path, width: int, height: int) -> None:
