@@ -14,7 +14,7 @@ from conftest import DEMO, Icm, read
 from PIL import Image, ImageCms, PngImagePlugin
 
 from icm_cli.errors import ImageError, UsageError
-from icm_cli.images.colour import Colour
+from icm_cli.images.colour import Colour, shown
 from icm_cli.images.decoding import frame_count, image_size
 from icm_cli.images.kinds import kind_of
 from icm_cli.images.reading import read_matte, read_picture, read_stored
@@ -130,6 +130,32 @@ def test_a_view_and_exposure_decide(tmp_path: Path) -> None:
     tone_mapped = read_picture(path, Colour(view="ACES 2.0 - SDR 100 nits (Rec.709)")).rgb
     clipped = read_picture(path).rgb
     assert (clipped == 255).mean() > 2 * (tone_mapped == 255).mean()  # values above 1 reach the view
+
+
+@pytest.mark.parametrize("space", ["lin_rec709_scene", "ACEScg", "ARRI LogC3 (EI800)"])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_a_view_is_that_of_the_plain_processor(space: str, scale: float) -> None:
+    """As OpenColorIO gives it in float, of linear light with values far above 1; the pixels themselves are left alone."""
+    import PyOpenColorIO as ocio
+
+    config = ocio.Config.CreateFromBuiltinConfig("studio-config-latest")
+    group = ocio.GroupTransform()
+    group.appendTransform(ocio.ColorSpaceTransform(src=space, dst="scene_linear"))
+    group.appendTransform(ocio.MatrixTransform.Scale([2.0, 2.0, 2.0, 1.0]))
+    view = ocio.DisplayViewTransform(src="scene_linear", display="sRGB - Display", view="Un-tone-mapped")
+    group.appendTransform(view)
+    values = np.random.default_rng(0).normal(0.2, 0.6, (SIDE, SIDE, 3)).astype(np.float32)
+    if "Log" in space:
+        values = np.clip(values, 0, 1)
+    else:
+        values[0] *= 1000
+    expected = values.copy()
+    config.getProcessor(group).getDefaultCPUProcessor().applyRGB(expected)
+    wide = np.repeat(values * np.float32(scale), 2, axis=1)
+    given = wide[:, ::2]  # not in one piece
+    seen = shown(given, scale, space, Colour(exposure=1.0))
+    assert np.abs(seen - np.clip(expected * 255, 0, 255)).max() <= 0.51
+    assert (given == values * np.float32(scale)).all()
 
 
 @pytest.mark.parametrize(

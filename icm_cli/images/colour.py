@@ -91,12 +91,30 @@ def shown(pixels: NDArray[Any], scale: float, space: str, colour: Colour) -> Ima
     if space == SRGB and not colour.exposure:
         if pixels.dtype == np.uint8:
             return np.ascontiguousarray(pixels)
+        if pixels.dtype == np.uint16:
+            return _rounded_sixteen(scale)[pixels]
         return rounded_u8(pixels.astype(np.float32) * np.float32(255.0 / scale))
-    values = np.ascontiguousarray(pixels, dtype=np.float32) / np.float32(scale)
-    _processor(colour.config, "srgb_rec709_scene" if space == SRGB else space, colour.view, colour.exposure).applyRGB(
-        values
-    )
-    return rounded_u8(values * np.float32(255.0))
+    values = np.ascontiguousarray(pixels, dtype=np.float32)
+    if scale != 1.0:
+        values = values / np.float32(scale)
+    seen = np.empty(values.shape, np.uint8)
+    space = "srgb_rec709_scene" if space == SRGB else space
+    _processor(colour.config, space, colour.view, colour.exposure).apply(_described(values), _described(seen))
+    return seen
+
+
+@functools.lru_cache(maxsize=8)
+def _rounded_sixteen(scale: float) -> ImageU8:
+    """The 8-bit value of each of 16 bits: looking up takes no copies in float, which are eight times as large."""
+    return rounded_u8(np.arange(65536, dtype=np.float32) * np.float32(255.0 / scale))
+
+
+def _described(pixels: NDArray[Any]) -> Any:
+    """Pixels [H,W,3], float32 or uint8, as OpenColorIO takes them; they must outlive it."""
+    depth = ocio.BIT_DEPTH_F32 if pixels.dtype == np.float32 else ocio.BIT_DEPTH_UINT8
+    height, width, _ = pixels.shape
+    rows, columns, channels = pixels.strides
+    return ocio.PackedImageDesc(pixels, width, height, ocio.CHANNEL_ORDERING_RGB, depth, channels, columns, rows)
 
 
 def known_space(label: str | None, config: str) -> str | None:
@@ -152,6 +170,7 @@ def _display(config: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _processor(path: str, space: str, view: str, exposure: float) -> Any:
+    """From float32 in a space to uint8 as the model sees it: rounding there is three times as fast as NumPy's after."""
     config, display = _config(path), _display(path)
     views = list(config.getViews(display))
     chosen = view or (VIEW if VIEW in views else str(config.getDefaultView(display)))
@@ -162,4 +181,6 @@ def _processor(path: str, space: str, view: str, exposure: float) -> Any:
         gain = 2.0**exposure
         group.appendTransform(ocio.MatrixTransform.Scale([gain, gain, gain, 1.0]))
     group.appendTransform(ocio.DisplayViewTransform(src=linear, display=display, view=chosen))
-    return config.getProcessor(group).getDefaultCPUProcessor()
+    return config.getProcessor(group).getOptimizedCPUProcessor(
+        ocio.BIT_DEPTH_F32, ocio.BIT_DEPTH_UINT8, ocio.OPTIMIZATION_DEFAULT
+    )

@@ -244,7 +244,7 @@ def _by_openimageio(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -
         if values is None or file.has_error:
             raise ValueError(file.geterror() or "no pixels")
     alpha = None if layer.alpha is None else values[..., layer.alpha - first]
-    pixels = values[..., [channel - first for channel in layer.colours]]
+    pixels = _picked(values, [channel - first for channel in layer.colours])
     scale = _scale(spec, values.dtype, wanted.white)
     notices = list(told)
     if _tag(spec, "tiff:PhotometricInterpretation", -1) == MIN_IS_WHITE:
@@ -268,6 +268,12 @@ def _by_openimageio(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -
     pixels = np.ascontiguousarray(_turned(pixels, orientation))
     bits = 8 * values.dtype.itemsize
     return Decoded(pixels, upright, scale, space, tuple(notices), bits, header=spec, orientation=orientation)
+
+
+def _picked(values: NDArray[Any], channels: list[int]) -> NDArray[Any]:
+    """Channels of pixels [H,W,C]; those that lie side by side are not copied."""
+    first, end = channels[0], channels[-1] + 1
+    return values[..., first:end] if channels == list(range(first, end)) else values[..., channels]
 
 
 def _scale(spec: Any, dtype: Any, white: float | None) -> float:
