@@ -135,7 +135,7 @@ def test_a_view_and_exposure_decide(tmp_path: Path) -> None:
 @pytest.mark.parametrize("space", ["lin_rec709_scene", "ACEScg", "ARRI LogC3 (EI800)"])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_a_view_is_that_of_the_plain_processor(space: str, scale: float) -> None:
-    """As OpenColorIO gives it in float, of linear light with values far above 1; the pixels themselves are left alone."""
+    """As OpenColorIO gives it in float, of light far above 1 too; the pixels themselves are left alone."""
     import PyOpenColorIO as ocio
 
     config = ocio.Config.CreateFromBuiltinConfig("studio-config-latest")
