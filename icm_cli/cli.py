@@ -114,6 +114,13 @@ def matte(
         Optional[str],
         typer.Option(help="Which label of the mask is the thing, where it has several: a number, or a colour #rrggbb."),
     ] = None,
+    mask_orientation: Annotated[
+        str,
+        typer.Option(
+            help="How the masks of references that EXIF turns lie: upright as these are seen, stored as they lie in "
+            "their files, or auto, by size."
+        ),
+    ] = "auto",
     model: Model = None,
     checkpoint: Checkpoint = None,
     weights: Weights = None,
@@ -132,6 +139,16 @@ def matte(
     ref_colorspace: Annotated[
         Optional[str], typer.Option(help="Colour space of the references.", show_default="that of the sources")
     ] = None,
+    layer: Annotated[
+        str,
+        typer.Option(
+            help="Layer of the EXR sources: the name of a part, or the prefix of channels, as beauty of beauty.R.",
+            show_default="R,G,B of the first part that has them",
+        ),
+    ] = "",
+    ref_layer: Annotated[
+        Optional[str], typer.Option(help="Layer of EXR references.", show_default="that of the sources")
+    ] = None,
     ocio: Annotated[
         Optional[Path],
         typer.Option(help="OpenColorIO configuration.", show_default="$OCIO, or the built-in studio one"),
@@ -146,6 +163,13 @@ def matte(
         typer.Option(
             help="Folder that the alphas' tree mirrors from.",
             show_default="the folder given, of a glob its fixed part, of a list the working directory",
+        ),
+    ] = None,
+    white: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Value of white in sources and references of more than 8 bits, such as 255 in floats of 0..255.",
+            show_default="that of their type; 1 in floats",
         ),
     ] = None,
     include: Annotated[
@@ -237,6 +261,7 @@ def matte(
             ref=ref,
             mask=mask or [],
             mask_label=mask_label,
+            mask_orientation=mask_orientation,
             src=src,
             out=out,
             model=model,
@@ -249,10 +274,13 @@ def matte(
             workers=workers or DEFAULT_WORKERS,
             colorspace=colorspace,
             ref_colorspace=ref_colorspace,
+            layer=layer,
+            ref_layer=ref_layer,
             ocio=ocio,
             view=view,
             exposure=exposure,
             root=root,
+            white=white,
             include=include or [],
             exclude=exclude or [],
             frames=frames,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from conftest import DEMO, Icm, read
 from PIL import Image, ImageCms, PngImagePlugin
 
 from icm_cli.errors import ImageError, UsageError
-from icm_cli.images.colour import Colour
+from icm_cli.images.colour import Colour, shown
 from icm_cli.images.decoding import frame_count, image_size
 from icm_cli.images.kinds import kind_of
 from icm_cli.images.reading import read_matte, read_picture, read_stored
@@ -72,12 +73,18 @@ def test_planar_tiff(tmp_path: Path) -> None:
     assert difference(written(tmp_path / "a.tif", DEEP, "uint16", planarconfig="separate")) == 0
 
 
-def test_a_negative_is_inverted(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.tif", 65535 - DEEP[..., :1], "uint16")
+def negative(folder: Path, pixels: np.ndarray) -> Path:
+    """A TIFF of 16 bits whose least value is white."""
+    path = written(folder / "a.tif", pixels, "uint16")
     data = bytearray(path.read_bytes())
     at = data.index(b"\x06\x01\x03\x00\x01\x00\x00\x00")  # the tag of the photometric interpretation
     data[at + 8] = 0
     path.write_bytes(data)
+    return path
+
+
+def test_a_negative_is_inverted(tmp_path: Path) -> None:
+    path = negative(tmp_path, 65535 - DEEP[..., :1])
     assert difference(path, expected=np.repeat(RGB[..., :1], 3, -1)) == 0
 
 
@@ -124,6 +131,32 @@ def test_a_view_and_exposure_decide(tmp_path: Path) -> None:
     tone_mapped = read_picture(path, Colour(view="ACES 2.0 - SDR 100 nits (Rec.709)")).rgb
     clipped = read_picture(path).rgb
     assert (clipped == 255).mean() > 2 * (tone_mapped == 255).mean()  # values above 1 reach the view
+
+
+@pytest.mark.parametrize("space", ["lin_rec709_scene", "ACEScg", "ARRI LogC3 (EI800)"])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_a_view_is_that_of_the_plain_processor(space: str, scale: float) -> None:
+    """As OpenColorIO gives it in float, of light far above 1 too; the pixels themselves are left alone."""
+    import PyOpenColorIO as ocio
+
+    config = ocio.Config.CreateFromBuiltinConfig("studio-config-latest")
+    group = ocio.GroupTransform()
+    group.appendTransform(ocio.ColorSpaceTransform(src=space, dst="scene_linear"))
+    group.appendTransform(ocio.MatrixTransform.Scale([2.0, 2.0, 2.0, 1.0]))
+    view = ocio.DisplayViewTransform(src="scene_linear", display="sRGB - Display", view="Un-tone-mapped")
+    group.appendTransform(view)
+    values = np.random.default_rng(0).normal(0.2, 0.6, (SIDE, SIDE, 3)).astype(np.float32)
+    if "Log" in space:
+        values = np.clip(values, 0, 1)
+    else:
+        values[0] *= 1000
+    expected = values.copy()
+    config.getProcessor(group).getDefaultCPUProcessor().applyRGB(expected)
+    wide = np.repeat(values * np.float32(scale), 2, axis=1)
+    given = wide[:, ::2]  # not in one piece
+    seen = shown(given, scale, space, Colour(exposure=1.0))
+    assert np.abs(seen - np.clip(expected * 255, 0, 255)).max() <= 0.51
+    assert (given == values * np.float32(scale)).all()
 
 
 @pytest.mark.parametrize(
@@ -179,8 +212,57 @@ def test_what_is_odd_is_told(tmp_path: Path) -> None:
     picture = read_picture(written(tmp_path / "a.exr", holes, "float"))
     assert "NaN" in picture.notices[0]
     assert (picture.rgb[3, 3] == 0).all()
-    with pytest.raises(ImageError, match=r"values up to 235; expected 0\.\.1"):
+    with pytest.raises(ImageError, match=r"values up to 235; expected 0\.\.1: give its white, as in --white 255"):
         read_picture(written(tmp_path / "b.tif", RGB.astype(np.float32), "float"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "pixels", "white"),
+    [
+        ("a.tif", "float", RGB.astype(np.float32), 255),
+        ("a.tif", "half", RGB.astype(np.float32), 255),
+        ("a.exr", "float", 255 * linear(RGB), 255),
+        ("a.exr", "half", 4 * linear(RGB), 4),
+        ("a.tif", "uint16", RGB.astype(np.uint16) * 16, 255 * 16),
+        ("a.png", "uint16", RGB.astype(np.uint16) * 16, 255 * 16),
+        ("a.png", "uint8", RGB, 4095),
+    ],
+)
+def test_white_is_what_it_is_said_to_be(tmp_path: Path, name: str, kind: str, pixels: np.ndarray, white: float) -> None:
+    path = written(tmp_path / name, pixels, kind)
+    assert difference(path, Colour(white=white)) <= 1
+    assert not read_picture(path, Colour(white=white)).notices
+
+
+def test_white_of_integers_of_32_bits_is_in_their_own_numbers(tmp_path: Path) -> None:
+    Image.fromarray(RGB[..., 0].astype(np.int32) * 300).save(tmp_path / "a.tif")
+    assert difference(tmp_path / "a.tif", Colour(white=255 * 300), np.repeat(RGB[..., :1], 3, -1)) <= 1
+
+
+def test_a_twelve_bit_negative_is_inverted_at_its_white(tmp_path: Path) -> None:
+    path = negative(tmp_path, 4080 - 16 * RGB.astype(np.uint16)[..., :1])
+    assert difference(path, Colour(white=4080), np.repeat(RGB[..., :1], 3, -1)) == 0
+
+
+def test_the_option_scales_sources_and_references(icm: Icm, scene: Path) -> None:
+    (scene / "float").mkdir()
+    for source, target in (
+        (scene / "imgs" / "wall.jpg", scene / "float" / "a.tif"),
+        (scene / "ref.png", scene / "r.tif"),
+    ):
+        written(target, read(source)[..., 2::-1].astype(np.float32), "float")
+    options = {"src": scene / "float", "ref": scene / "r.tif"}
+    assert icm(**options).exit_code == 2
+    assert icm(white=255, **options).exit_code == 0
+    assert icm(src=scene / "imgs" / "wall.jpg", out=scene / "expected").exit_code == 0
+    assert (read(scene / "out" / "a.png") == read(scene / "expected" / "wall.png")).all()
+    changed = icm("-v", white=250, **options)
+    assert changed.exit_code == 0
+    assert re.search(r"skipped +0\b", changed.output)
+    for wrong in (0, -1, "inf"):
+        result = icm(white=wrong, **options)
+        assert result.exit_code == 2
+        assert "expected a value above 0" in result.stderr
 
 
 def test_a_picture_beyond_the_memory_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +297,47 @@ def test_smaller_copies_are_no_frames(tmp_path: Path) -> None:
     small.encoderinfo = {"tiffinfo": {254: 1}}
     Image.fromarray(RGB).save(tmp_path / "a.tif", save_all=True, append_images=[small])
     assert frame_count(tmp_path / "a.tif") == 1
+
+
+def pages(path: Path, *made: tuple[np.ndarray, str, int]) -> Path:
+    """Write a TIFF of pages: pixels 0..1, the type of their numbers, and TIFF's subfile type."""
+    file = oiio.ImageOutput.create(str(path))
+    specs = []
+    for pixels, kind, subfile in made:
+        specs.append(oiio.ImageSpec(pixels.shape[1], pixels.shape[0], pixels.shape[2], kind))
+        specs[-1].attribute("tiff:subfiletype", subfile)
+    for number, (spec, (pixels, *_)) in enumerate(zip(specs, made, strict=True)):
+        assert file.open(str(path), spec, "AppendSubimage" if number else "Create"), file.geterror()
+        assert file.write_image(pixels)
+    file.close()
+    return path
+
+
+THUMB = (np.zeros((9, 9, 3), np.float32), "uint8", 1)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "half", "float"])
+@pytest.mark.parametrize("thumb_is_first", [False, True])
+def test_each_page_has_its_own_alpha(icm: Icm, scene: Path, kind: str, thumb_is_first: bool) -> None:
+    """Thumbnails, at the beginning or between, are no pages; pages may differ in size."""
+    source = scene / "pages"
+    source.mkdir()
+    names = ("imgs/wall.jpg", "imgs/pad.0101.png", "imgs/sub/deep.png")
+    pictures = [read(scene / name)[..., 2::-1].astype(np.float32) / 255 for name in names]
+    first, *others = [(picture, kind, 0) for picture in pictures]
+    path = pages(source / "a.tif", *([THUMB] if thumb_is_first else []), first, THUMB, *others, THUMB)
+    assert frame_count(path) == 3
+    assert image_size(path) == pictures[0].shape[:2]
+    result = icm(src=source)
+    assert result.exit_code == 0, result.output
+    assert icm(out=scene / "single").exit_code == 0
+    for number, name in enumerate(names, 1):
+        alpha, alone = (
+            read(scene / "out" / f"a.{number:04d}.png"),
+            read((scene / "single" / name.removeprefix("imgs/")).with_suffix(".png")),
+        )
+        assert alpha.shape == alone.shape
+        assert np.abs(alpha.astype(int) - alone).max() <= 2
 
 
 def test_content_decides_and_what_is_left_out_is_counted(icm: Icm, scene: Path) -> None:
@@ -274,3 +397,26 @@ def test_a_deep_mask_of_another_format_is_read(tmp_path: Path) -> None:
     mask = np.where(X[..., None] > SIDE // 2, 255, 0).astype(np.uint8).repeat(3, -1)
     stored = read_stored(written(tmp_path / "a.dpx", mask, "uint8"))
     assert (stored.values == mask).all()
+
+
+COVERAGE = np.broadcast_to(np.linspace(0, 1, SIDE, dtype=np.float32), (SIDE, SIDE))
+"""Alpha from 0, where colours are not black (a glow), to 1."""
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.tif", "uint8"), ("a.tif", "uint16"), ("a.tif", "float")])
+@pytest.mark.parametrize("straight", [0, 1])
+def test_colours_multiplied_by_their_alpha_are_the_picture_over_black(
+    tmp_path: Path, name: str, kind: str, straight: int
+) -> None:
+    """Neither kind is multiplied nor divided when it is read: straight colours are those below the alpha."""
+    pixels = np.dstack([RGB.astype(np.float32) / 255, COVERAGE])
+    picture = read_picture(written(tmp_path / name, pixels, kind, oiio__UnassociatedAlpha=straight))
+    assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
+    assert picture.alpha is not None
+    assert np.abs(picture.alpha / 255.0 - COVERAGE).max() <= 0.51 / 255
+
+
+def test_an_exr_with_an_alpha_is_seen_as_one_without(tmp_path: Path) -> None:
+    plain = read_picture(written(tmp_path / "a.exr", linear(RGB), "half")).rgb
+    covered = read_picture(written(tmp_path / "b.exr", np.dstack([linear(RGB), COVERAGE]), "half")).rgb
+    assert (covered == plain).all()

@@ -143,6 +143,46 @@ def test_a_torn_file_is_named(tmp_path_factory: pytest.TempPathFactory, kind: st
         read_picture(path)
 
 
+JPEG_FORMS = (
+    {},
+    {"progressive": True},
+    {"optimize": True},
+    {"restart_marker_blocks": 5},
+    {"subsampling": 0},
+)
+
+
+def jpeg_bytes(path: Path, **options: object) -> bytes:
+    smooth = cv2.resize(RGB, (300, 200), interpolation=cv2.INTER_CUBIC)
+    return saved(path, Image.fromarray(smooth), **options).read_bytes()
+
+
+@pytest.mark.parametrize("options", JPEG_FORMS, ids=str)
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_jpeg_that_lacks_its_end_marker_alone_is_read(tmp_path: Path, options: dict[str, object], kept: int) -> None:
+    data = jpeg_bytes(tmp_path / "a.jpg", **options)
+    whole = read_picture(tmp_path / "a.jpg")
+    assert whole.notices == ()
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) - 2 + kept])
+    picture = read_picture(tmp_path / "a.jpg")
+    assert (picture.rgb == whole.rgb).all()
+    assert picture.notices == (
+        f"{tmp_path / 'a.jpg'} is a JPEG without its end marker; all its rows are there, so it is read",
+    )
+
+
+@pytest.mark.parametrize("options", JPEG_FORMS, ids=str)
+@pytest.mark.parametrize("cut", [6, 20, 400, "half", "restart"])
+def test_a_jpeg_whose_rows_are_missing_is_damaged(tmp_path: Path, options: dict[str, object], cut: int | str) -> None:
+    data = jpeg_bytes(tmp_path / "a.jpg", **options)
+    end = {"half": len(data) // 2, "restart": max(data.rfind(b"\xff\xd0"), len(data) // 3)}.get(cut) or len(data) - int(
+        cut
+    )
+    (tmp_path / "a.jpg").write_bytes(data[:end])
+    with pytest.raises(ImageError, match="is damaged or cut short"):
+        read_picture(tmp_path / "a.jpg")
+
+
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(ImageError, match="not an image"):

@@ -146,6 +146,33 @@ def test_foregrounds_are_written(icm: Icm, scene: Path, form: str, kind: str, pr
     assert (pixels[outside][:, :3].max() < 0.01) == premultiplied
 
 
+def test_a_source_s_own_alpha_is_not_multiplied_again(icm: Icm, scene: Path) -> None:
+    """Premultiplied sources are the picture over black: its foreground is the same as that of a file without alpha."""
+    rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
+    (scene / "exr").mkdir()
+    written(scene / "exr" / "plain.exr", rgb, "half")
+    written(scene / "exr" / "covered.exr", np.dstack([rgb, np.full(rgb.shape[:2], 0.5, np.float32)]), "half")
+    assert icm(src=scene / "exr", format="exr", foreground="auto").exit_code == 0
+    plain, covered = (by_openimageio(scene / "out" / f"{name}.exr")[0] for name in ("plain", "covered"))
+    assert (plain == covered).all()
+    inside = plain[..., 3] > 0.99
+    np.testing.assert_allclose(covered[inside][:, :3], rgb[inside], atol=0.06)
+
+
+@pytest.mark.parametrize(("kind", "straight"), [("premultiplied", None), ("straight", 1)])
+def test_a_tiff_says_whether_its_colours_are_multiplied(icm: Icm, scene: Path, kind: str, straight: int | None) -> None:
+    assert icm(foreground=kind, format="tiff").exit_code == 0
+    settings = oiio.ImageSpec()
+    settings.attribute("oiio:UnassociatedAlpha", 1)
+    file = oiio.ImageInput.open(str(scene / "out" / "wall.tif"), settings)
+    assert file.spec().getattribute("oiio:UnassociatedAlpha") == straight
+    pixels = file.read_image(0, 0, 0, 4, "float")
+    file.close()
+    over_black, _ = by_openimageio(scene / "out" / "wall.tif")  # as a compositor that follows the label has it
+    expected = pixels[..., :3] * (pixels[..., 3:] if straight else 1)
+    np.testing.assert_allclose(over_black[..., :3], expected, atol=1.1 / 255)
+
+
 def test_a_foreground_has_the_depth_of_its_source(icm: Icm, scene: Path) -> None:
     rgb = read(next((scene / "imgs").glob("wall.*")))[..., 2::-1]
     (scene / "deep").mkdir()

@@ -7,6 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import Icm, alphas, read
+from PIL import Image, ImageOps
 
 from icm_cli.errors import UsageError
 from icm_cli.matting.references import Reference, read_references
@@ -71,3 +73,93 @@ def test_counts_must_agree(folder: Path) -> None:
         read_references([folder / "ref.png"] * 2, [folder / "mask.png"], lambda _: None)
     with pytest.raises(UsageError, match="no reference"):
         read_references([], [], lambda _: None)
+
+
+TURNED = np.random.default_rng(1).integers(0, 256, (40, 60, 3), np.uint8)
+THING = np.zeros((40, 60), np.uint8)
+THING[4:20, 8:20] = 255  # in one corner of what is stored
+
+
+def turned_reference(
+    folder: Path, orientation: int, *, mask: str, square: bool = False, mask_orientation: int = 1, half: bool = False
+) -> tuple[Path, Path]:
+    """A reference that EXIF turns, and its mask drawn as it is stored or upright."""
+    rgb, thing = (TURNED[:, :40], THING[:, :40]) if square else (TURNED, THING)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(rgb).save(folder / "turned.png", exif=exif)
+    drawn = Image.fromarray(thing)
+    if mask == "upright":
+        drawn.getexif()[0x0112] = orientation
+        drawn = ImageOps.exif_transpose(drawn)
+    own = Image.Exif()
+    own[0x0112] = mask_orientation
+    if half:
+        drawn = drawn.resize((drawn.width // 2, drawn.height // 2), Image.Resampling.BOX)
+    drawn.save(folder / "drawn.png", exif=own)
+    return folder / "turned.png", folder / "drawn.png"
+
+
+def seen(orientation: int, *, square: bool = False) -> np.ndarray:
+    """The thing as a viewer shows it."""
+    image = Image.fromarray(THING[:, :40] if square else THING)
+    image.getexif()[0x0112] = orientation
+    return np.asarray(ImageOps.exif_transpose(image)) > 127
+
+
+def guidance_of(ref: Path, mask: Path, notices: list[str], lies: str = "auto") -> np.ndarray:
+    return read_references([ref], [mask], notices.append, orientation=lies)[0].guidance
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+@pytest.mark.parametrize("mask", ["stored", "upright"])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_mask_drawn_on_stored_pixels_is_known_by_its_size(
+    tmp_path: Path, orientation: int, mask: str, half: bool
+) -> None:
+    notices: list[str] = []
+    guidance = guidance_of(*turned_reference(tmp_path, orientation, mask=mask, half=half), notices)
+    assert (guidance == seen(orientation)).all()
+    assert any("the mask was turned too" in each for each in notices) == (mask == "stored")
+
+
+@pytest.mark.parametrize(("orientation", "square"), [(2, False), (3, False), (4, False), (6, True), (8, True)])
+@pytest.mark.parametrize("mask", ["stored", "upright"])
+def test_where_both_ways_fit_the_option_decides(tmp_path: Path, orientation: int, square: bool, mask: str) -> None:
+    files = turned_reference(tmp_path, orientation, mask=mask, square=square)
+    expected, notices = seen(orientation, square=square), list[str]()
+    assert (guidance_of(*files, notices) == expected).all() == (mask == "upright")
+    (notice,) = notices
+    assert "it was taken as seen: give --mask-orientation stored" in notice
+    assert (guidance_of(*files, notices, mask) == expected).all()
+    assert len(notices) == 1
+
+
+@pytest.mark.parametrize("lies", ["auto", "stored"])
+def test_a_mask_with_its_reference_s_own_turn_needs_no_word(tmp_path: Path, lies: str) -> None:
+    notices: list[str] = []
+    files = turned_reference(tmp_path, 3, mask="stored", mask_orientation=3)
+    assert (guidance_of(*files, notices, lies) == seen(3)).all()
+    assert not notices
+
+
+def test_an_orientation_that_nothing_reads_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'stored'"):
+        guidance_of(folder / "ref.png", folder / "mask.png", [], "stord")
+    with pytest.raises(UsageError, match="there is no --mask"):
+        read_references([folder / "cutout.png"], [], lambda _: None, orientation="stored")
+
+
+def test_the_command_takes_the_orientation(icm: Icm, scene: Path) -> None:
+    with Image.open(scene / "ref.png") as image:
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        image.rotate(180).save(scene / "ref.png", exif=exif)
+    assert icm().exit_code == 0
+    upright = alphas(scene / "out")
+    with Image.open(scene / "mask.png") as image:
+        image.rotate(180).save(scene / "mask.png")
+    assert icm(mask_orientation="stored", out=scene / "stored").exit_code == 0
+    assert len(upright) == 3
+    for name in upright:
+        assert (read(scene / "stored" / name) == read(scene / "out" / name)).all()

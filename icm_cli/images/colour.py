@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,21 +39,28 @@ PRIMARIES = {
 
 @dataclass(frozen=True)
 class Colour:
-    """Colour space of pictures, and the way they are shown to the model.
+    """Colour space of pictures, and the way they are shown to the model; their layer and scale.
 
     ``space``: "auto", or a name of the configuration. ``config``: an OpenColorIO file, "" for $OCIO or the built-in
-    one. ``view``: of scene-referred pictures. ``exposure``: stops, before the view.
+    one. ``view``: of scene-referred pictures. ``exposure``: stops, before the view. ``layer``: of an EXR, by its part's
+    name or its channels' prefix; "" for its picture. ``white``: the value of white in pictures of more than 8 bits,
+    where it is not that of their type.
     """
 
     space: str = "auto"
     config: str = ""
     view: str = ""
     exposure: float = 0.0
+    layer: str = ""
+    white: float | None = None
 
     def check(self) -> None:
-        """Raises UsageError for a configuration, space or view that is not there, naming those nearest to it."""
+        """Raises UsageError for a configuration, space or view that is not there, naming those nearest to it; and for a
+        white that is none."""
         if self == Colour():
             return
+        if self.white is not None and not (0.0 < self.white < math.inf):
+            raise UsageError(f"--white is {self.white:g}; expected a value above 0, such as 255")
         config, display = _config(self.config), _display(self.config)
         if self.space not in ("auto", SRGB) and config.getColorSpace(self.space) is None:
             raise UsageError(
@@ -66,8 +74,10 @@ class Colour:
 
     def describe(self) -> str:
         """All of it in one line, for the digest of a run; "" where it is as ever."""
+        if self == Colour():
+            return ""
         return (
-            "" if self == Colour() else f"{self.space} {_config(self.config).getCacheID()} {self.view} {self.exposure}"
+            f"{self.space} {_config(self.config).getCacheID()} {self.view} {self.exposure} {self.layer!r} {self.white}"
         )
 
 
@@ -81,12 +91,30 @@ def shown(pixels: NDArray[Any], scale: float, space: str, colour: Colour) -> Ima
     if space == SRGB and not colour.exposure:
         if pixels.dtype == np.uint8:
             return np.ascontiguousarray(pixels)
+        if pixels.dtype == np.uint16:
+            return _rounded_sixteen(scale)[pixels]
         return rounded_u8(pixels.astype(np.float32) * np.float32(255.0 / scale))
-    values = np.ascontiguousarray(pixels, dtype=np.float32) / np.float32(scale)
-    _processor(colour.config, "srgb_rec709_scene" if space == SRGB else space, colour.view, colour.exposure).applyRGB(
-        values
-    )
-    return rounded_u8(values * np.float32(255.0))
+    values = np.ascontiguousarray(pixels, dtype=np.float32)
+    if scale != 1.0:
+        values = values / np.float32(scale)
+    seen = np.empty(values.shape, np.uint8)
+    space = "srgb_rec709_scene" if space == SRGB else space
+    _processor(colour.config, space, colour.view, colour.exposure).apply(_described(values), _described(seen))
+    return seen
+
+
+@functools.lru_cache(maxsize=8)
+def _rounded_sixteen(scale: float) -> ImageU8:
+    """The 8-bit value of each of 16 bits: looking up takes no copies in float, which are eight times as large."""
+    return rounded_u8(np.arange(65536, dtype=np.float32) * np.float32(255.0 / scale))
+
+
+def _described(pixels: NDArray[Any]) -> Any:
+    """Pixels [H,W,3], float32 or uint8, as OpenColorIO takes them; they must outlive it."""
+    depth = ocio.BIT_DEPTH_F32 if pixels.dtype == np.float32 else ocio.BIT_DEPTH_UINT8
+    height, width, _ = pixels.shape
+    rows, columns, channels = pixels.strides
+    return ocio.PackedImageDesc(pixels, width, height, ocio.CHANNEL_ORDERING_RGB, depth, channels, columns, rows)
 
 
 def known_space(label: str | None, config: str) -> str | None:
@@ -142,6 +170,7 @@ def _display(config: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _processor(path: str, space: str, view: str, exposure: float) -> Any:
+    """From float32 in a space to uint8 as the model sees it: rounding there is three times as fast as NumPy's after."""
     config, display = _config(path), _display(path)
     views = list(config.getViews(display))
     chosen = view or (VIEW if VIEW in views else str(config.getDefaultView(display)))
@@ -152,4 +181,6 @@ def _processor(path: str, space: str, view: str, exposure: float) -> Any:
         gain = 2.0**exposure
         group.appendTransform(ocio.MatrixTransform.Scale([gain, gain, gain, 1.0]))
     group.appendTransform(ocio.DisplayViewTransform(src=linear, display=display, view=chosen))
-    return config.getProcessor(group).getDefaultCPUProcessor()
+    return config.getProcessor(group).getOptimizedCPUProcessor(
+        ocio.BIT_DEPTH_F32, ocio.BIT_DEPTH_UINT8, ocio.OPTIMIZATION_DEFAULT
+    )

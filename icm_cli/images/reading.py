@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from icm_cli.geometry import ImageU8, rounded_u8
 from icm_cli.images.colour import AS_LABELLED, SRGB, Colour, shown
-from icm_cli.images.decoding import Decoded, decode, named_errors
+from icm_cli.images.decoding import Decoded, decode, named_errors, turned_as
 
 COLOUR_TOLERANCE = 16
 """Channels of a grey picture differ by no more, after JPEG too."""
@@ -56,21 +56,27 @@ def read_matte(path: Path) -> ImageU8:
 @dataclass(frozen=True)
 class StoredPixels:
     """A file's own numbers, upright: values [H,W] or [H,W,3] in 0..scale, palette indices where ``is_palette``, and
-    alpha [H,W] where there is one."""
+    alpha [H,W] where there is one. ``orientation``: EXIF's, which was undone."""
 
     values: NDArray[Any]
     alpha: NDArray[Any] | None
     scale: float
     is_palette: bool
+    orientation: int = 1
+
+    def turned_as(self, orientation: int) -> StoredPixels:
+        """The pixels as they lie in the file, turned by another orientation than the file's own."""
+        alpha = None if self.alpha is None else turned_as(self.alpha, self.orientation, orientation)
+        return replace(self, values=turned_as(self.values, self.orientation, orientation), alpha=alpha)
 
 
 def read_stored(path: Path) -> StoredPixels:
     """Read an image file's numbers as they are stored, EXIF rotation applied. Raises ImageError."""
     decoded = decode(path, wanted=RAW)
     if decoded.indices is not None:
-        return StoredPixels(decoded.indices, None, 255.0, is_palette=True)
+        return StoredPixels(decoded.indices, None, 255.0, is_palette=True, orientation=decoded.orientation)
     values = decoded.pixels[..., 0] if decoded.pixels.shape[-1] == 1 else decoded.pixels
-    return StoredPixels(values, decoded.alpha, decoded.scale, is_palette=False)
+    return StoredPixels(values, decoded.alpha, decoded.scale, is_palette=False, orientation=decoded.orientation)
 
 
 @dataclass(frozen=True)

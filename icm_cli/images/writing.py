@@ -125,7 +125,8 @@ def write_foreground(
     shown = colours * alpha[..., None] if output.is_premultiplied else colours
     pixels = np.concatenate([shown, alpha[..., None]], axis=-1)
     names = ("R", "G", "B", "A")
-    _write(path, pixels, names, stamp, output.format, output.depth_for(source), source)
+    is_associated = output.is_premultiplied and output.format == "tiff"  # PNG knows no other than straight alpha
+    _write(path, pixels, names, stamp, output.format, output.depth_for(source), source, is_associated=is_associated)
 
 
 def write_trimap(path: Path, trimap: NDArray[np.uint8], stamp: Mapping[str, str]) -> None:
@@ -175,6 +176,8 @@ def _write(
     format_: Format,
     depth: Depth,
     source: Decoded | None,
+    *,
+    is_associated: bool = False,
 ) -> None:
     with atomic_write(path) as file:
         if format_ == "png":
@@ -186,7 +189,7 @@ def _write(
                 values = rounded_u8(pixels * np.float32(255.0)) if depth == "8" else _sixteen(pixels)
                 Image.fromarray(values if len(names) > 1 else values[..., 0]).save(file, **options)  # type: ignore[arg-type]
                 return
-        _by_openimageio(Path(file.name), pixels, names, stamp, format_, depth, source)
+        _by_openimageio(Path(file.name), pixels, names, stamp, format_, depth, source, int(not is_associated))
 
 
 def _by_openimageio(
@@ -197,6 +200,7 @@ def _by_openimageio(
     format_: Format,
     depth: Depth,
     source: Decoded | None,
+    straight: int,
 ) -> None:
     height, width = pixels.shape[:2]
     spec = oiio.ImageSpec(width, height, len(names), _OIIO_TYPES[depth])
@@ -209,7 +213,7 @@ def _by_openimageio(
     else:
         spec.attribute(STAMP_KEY, json.dumps(dict(stamp)))
     spec.attribute("compression", "zip")
-    spec.attribute("oiio:UnassociatedAlpha", 1)
+    spec.attribute("oiio:UnassociatedAlpha", straight)  # what the pixels are; they are written as they are
     if format_ == "exr" and source is not None:
         source.give_windows(spec)
     values: NDArray[Any] = pixels

@@ -9,13 +9,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.errors import UsageError
+from icm_cli.geometry import same_shape
+from icm_cli.images.decoding import ON_THEIR_SIDE
 from icm_cli.images.reading import COLOUR_TOLERANCE, StoredPixels, read_stored
 
 VOID = 255
@@ -28,6 +30,9 @@ MOST_LABELS = 64
 """A picture of more values than this is no label map but a soft mask."""
 MOST_NAMED = 12
 """Labels listed in a message."""
+MaskOrientation = Literal["auto", "stored", "upright"]
+UPRIGHT = 1
+"""EXIF's orientation of what needs no turn."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,26 @@ class Mask:
     unknown: NDArray[np.bool_]
 
 
-def read_mask(path: Path, label: str | None, notice: Callable[[str], None]) -> Mask:
+@dataclass(frozen=True)
+class Turn:
+    """Size (height, width) of an upright reference, the EXIF orientation that made it upright, and how its mask lies:
+    ``wanted`` is "upright" as the reference is seen, "stored" as it lies in its file, or "auto"."""
+
+    size: tuple[int, int]
+    orientation: int
+    wanted: MaskOrientation
+
+
+def read_mask(path: Path, label: str | None, notice: Callable[[str], None], turn: Turn | None = None) -> Mask:
     """Read the mask of a reference. ``label``: the value, index or colour ``#rrggbb`` that is the thing.
+
+    ``turn``: of its reference; where a mask could lie in both ways, a notice says which was taken.
 
     Raises UsageError where it cannot be told what is meant, listing what there is; ImageError for a bad file.
     """
     stored = read_stored(path)
+    if turn is not None:
+        stored = _laid(stored, turn, path, notice)
     if label is not None:
         return _labelled(stored, label, path)
     if stored.alpha is not None and stored.alpha.min() != stored.alpha.max():
@@ -57,6 +76,29 @@ def read_mask(path: Path, label: str | None, notice: Callable[[str], None]) -> M
             return _of_colours(values, stored.scale, path)
         values = values.max(axis=-1)
     return _of_greys(values, stored.scale, path, notice)
+
+
+def _laid(stored: StoredPixels, turn: Turn, path: Path, notice: Callable[[str], None]) -> StoredPixels:
+    """A mask turned as its reference is, where it was drawn on the pixels as that has them in its file."""
+    if turn.wanted != "auto":
+        return stored if turn.wanted == "upright" else stored.turned_as(turn.orientation)
+    if turn.orientation == UPRIGHT or stored.orientation != UPRIGHT:
+        return stored  # there is but one way, or the mask says its own
+    size = stored.values.shape[:2]
+    as_seen = turn.size
+    as_stored = as_seen[::-1] if turn.orientation in ON_THEIR_SIDE else as_seen
+    fits = [size == each for each in (as_seen, as_stored)]
+    if not any(fits):
+        fits = [same_shape(size, each) for each in (as_seen, as_stored)]
+    if fits == [False, True]:
+        notice(f"mask {path} lies as its reference does in its file, which EXIF turns; the mask was turned too")
+        return stored.turned_as(turn.orientation)
+    if fits == [True, True]:
+        notice(
+            f"mask {path} fits its reference both as that is seen and as it lies in its file, which EXIF turns; it was "
+            "taken as seen: give --mask-orientation stored, or upright if that is right"
+        )
+    return stored
 
 
 def _of_indices(values: NDArray[Any], path: Path) -> Mask:

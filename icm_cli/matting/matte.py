@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
@@ -35,6 +36,7 @@ def matte(
     mask: Paths = (),
     *,
     mask_label: str | None = None,
+    mask_orientation: str = "auto",
     src: str | Path,
     out: str | Path,
     model: str | None = None,
@@ -47,10 +49,13 @@ def matte(
     workers: int = DEFAULT_WORKERS,
     colorspace: str = "auto",
     ref_colorspace: str | None = None,
+    layer: str = "",
+    ref_layer: str | None = None,
     ocio: str | Path | None = None,
     view: str | None = None,
     exposure: float = 0.0,
     root: str | Path | None = None,
+    white: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     frames: str | None = None,
@@ -98,8 +103,9 @@ def matte(
     wanted = _choice(include, exclude, frames, missing, shard)
     if gt is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
-    colour, of_references = _colours(colorspace, ref_colorspace or colorspace, ocio, view, exposure)
-    references = read_references(refs, masks, listener.notice, mask_label, of_references)
+    shared = Colour(colorspace, str(ocio or ""), view or "", exposure, layer, white)
+    colour, of_references = _colours(shared, ref_colorspace, ref_layer)
+    references = read_references(refs, masks, listener.notice, mask_label, of_references, mask_orientation)
     left_out, shown = LeftOut(listener.notice), [*refs, *masks]
     sources = find_sources(src, as_path(root), left_out)
     jobs = plan_jobs(sources, place, choice=wanted, references=shown, colour=colour, left_out=left_out)
@@ -125,10 +131,8 @@ def matte(
     side.check_writable(place.folder)
     _clean(jobs, listener)
 
-    digest = choice.digester()(
-        [*(one.digest for one in references), *filter(None, [colour.describe(), output.describe()])]
-    )
-    settings = _settings(src, choice, refs, masks) | {"digest": digest, "colorspace": colorspace}
+    digest = _digest(choice, references, colour, output)
+    settings = _settings(src, choice, refs, masks, colour) | {"digest": digest}
     scoring = None
     if truths:
         from icm_cli.matting.ground_truth import RULE, scoring_of
@@ -172,10 +176,19 @@ def _run(
                 engine.run(remaining)
 
 
-def _settings(src: str | Path, choice: ModelChoice, refs: Sequence[Path], masks: Sequence[Path]) -> dict[str, Any]:
+def _digest(choice: ModelChoice, references: Sequence[Reference], colour: Colour, output: Output) -> str:
+    """Hash of all that decides an alpha beside its source, and its form."""
+    forms = filter(None, [colour.describe(), output.describe()])
+    return choice.digester()([*(one.digest for one in references), *forms])
+
+
+def _settings(
+    src: str | Path, choice: ModelChoice, refs: Sequence[Path], masks: Sequence[Path], colour: Colour
+) -> dict[str, Any]:
     """Settings that the report states."""
     shown = {"references": [str(path) for path in refs], "masks": [str(path) for path in masks]}
-    return {"title": str(src), **environment_settings(), **choice.as_settings(), **shown}
+    sources = {"colorspace": colour.space, "layer": colour.layer, "white": colour.white}
+    return {"title": str(src), **environment_settings(), **choice.as_settings(), **shown, **sources}
 
 
 def _pattern_and_format(out: str | Path, format_: str | None) -> tuple[FramePattern | None, str]:
@@ -213,14 +226,16 @@ def _choice(
     return Choice(include, exclude, numbers, missing, None if shard is None else parse_shard(shard))  # type: ignore[arg-type]
 
 
-def _colours(
-    space: str, ref_space: str, ocio: str | Path | None, view: str | None, exposure: float
-) -> tuple[Colour, Colour]:
+def _colours(colour: Colour, ref_colorspace: str | None, ref_layer: str | None) -> tuple[Colour, Colour]:
     """Colours of the sources and of the references. Raises UsageError for a name that is not known."""
-    found = tuple(Colour(each, str(ocio or ""), view or "", exposure) for each in (space, ref_space))
-    for each in found:
+    of_references = replace(
+        colour,
+        space=ref_colorspace or colour.space,
+        layer=colour.layer if ref_layer is None else ref_layer,
+    )
+    for each in (colour, of_references):
         each.check()
-    return found[0], found[1]
+    return colour, of_references
 
 
 def _ready(choice: ModelChoice, references: Sequence[Reference], listener: Listener) -> tuple[Predictor, Prepared]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.errors import ImageError, UsageError
+from icm_cli.errors import ImageError, UsageError, did_you_mean
 from icm_cli.files import digest_of
 from icm_cli.geometry import ImageU8, resize, same_shape
 from icm_cli.images.colour import AS_LABELLED, Colour
 from icm_cli.images.reading import read_picture
-from icm_cli.matting.masks import Mask, read_mask
+from icm_cli.matting.masks import Mask, MaskOrientation, Turn, read_mask
 
 FOREGROUND_THRESHOLD = 0.5
 """A soft mask's pixels above this are foreground (published code)."""
@@ -44,10 +45,12 @@ def read_references(
     notice: Callable[[str], None],
     label: str | None = None,
     colour: Colour = AS_LABELLED,
+    orientation: str = "auto",
 ) -> list[Reference]:
     """Read every reference with its mask; without masks each reference must be an RGBA cut-out.
 
-    ``label``: which value, index or colour of the masks is the thing, where they have several.
+    ``label``: which value, index or colour of the masks is the thing, where they have several. ``orientation``: how
+    masks of references that EXIF turns lie: "upright" as these are seen, "stored" as in their files, or "auto".
 
     Raises UsageError, naming the file and what is wrong with it.
     """
@@ -59,7 +62,16 @@ def read_references(
         )
     if label is not None and not masks:
         raise UsageError("--mask-label says which label of a mask is meant, and there is no --mask; leave it out")
-    return [_read_reference(ref, masks[n] if masks else None, label, colour, notice) for n, ref in enumerate(refs)]
+    if orientation not in get_args(MaskOrientation):
+        raise UsageError(
+            f"--mask-orientation {orientation!r} is not known. {did_you_mean(orientation, get_args(MaskOrientation))}"
+        )
+    if orientation != "auto" and not masks:
+        raise UsageError("--mask-orientation says how a mask lies, and there is no --mask; leave it out")
+    lies = cast(MaskOrientation, orientation)
+    return [
+        _read_reference(ref, masks[n] if masks else None, label, colour, lies, notice) for n, ref in enumerate(refs)
+    ]
 
 
 def make_guidance(mask: ImageU8, size: tuple[int, int], name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
@@ -82,14 +94,21 @@ def make_guidance(mask: ImageU8, size: tuple[int, int], name: str, notice: Calla
 
 
 def _read_reference(
-    ref: Path, mask: Path | None, label: str | None, colour: Colour, notice: Callable[[str], None]
+    ref: Path,
+    mask: Path | None,
+    label: str | None,
+    colour: Colour,
+    orientation: MaskOrientation,
+    notice: Callable[[str], None],
 ) -> Reference:
     try:
         picture = read_picture(ref, colour)
         for sentence in picture.notices:
             notice(sentence)
         if mask is not None:
-            return _masked(picture.rgb, read_mask(mask, label, notice), f"mask {mask}", notice)
+            height, width = picture.rgb.shape[:2]
+            turn = Turn((height, width), picture.stored.orientation, orientation) if picture.stored else None
+            return _masked(picture.rgb, read_mask(mask, label, notice, turn), f"mask {mask}", notice)
         if picture.alpha is not None and picture.alpha.min() != picture.alpha.max():
             name = f"the alpha of reference {ref}"
             return Reference(picture.rgb, make_guidance(picture.alpha, picture.rgb.shape[:2], name, notice))

@@ -1,0 +1,135 @@
+"""Layers and parts of EXR files: which of them is the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import OpenImageIO as oiio
+import pytest
+from conftest import Icm, alphas, read
+from test_formats import RGB, SIDE, linear
+
+from icm_cli.errors import ImageError
+from icm_cli.images.colour import Colour
+from icm_cli.images.decoding import image_size
+from icm_cli.images.reading import read_matte, read_picture
+
+Channels = Mapping[str, np.ndarray]
+"""Pixels [H,W] by the name of their channel."""
+NOISE = np.random.default_rng(0).random((SIDE, SIDE)).astype(np.float32)
+DEPTH = {"Z": 50 * NOISE, "id": np.round(9 * NOISE)}
+
+
+def colours(pixels: np.ndarray, prefix: str = "", names: str = "RGB") -> Channels:
+    return {f"{prefix}{name}": pixels[..., number] for number, name in enumerate(names)}
+
+
+PICTURE = linear(RGB)
+OTHER = linear(RGB[::-1])
+
+
+def multipart(path: Path, *parts: tuple[str, Channels]) -> Path:
+    """Write parts, of names and channels, whose display window is the first one's."""
+    specs: list[oiio.ImageSpec] = []
+    for name, channels in parts:
+        height, width = next(iter(channels.values())).shape
+        spec = oiio.ImageSpec(width, height, len(channels), "float")
+        spec.channelnames = tuple(channels)
+        if specs:
+            spec.full_width, spec.full_height = specs[0].full_width, specs[0].full_height
+        if name:
+            spec.attribute("oiio:subimagename", name)
+        specs.append(spec)
+    file = oiio.ImageOutput.create(str(path))
+    assert file.open(str(path), tuple(specs)), file.geterror()
+    for number, (spec, (_, channels)) in enumerate(zip(specs, parts, strict=True)):
+        assert not number or file.open(str(path), spec, "AppendSubimage"), file.geterror()
+        assert file.write_image(np.dstack(list(channels.values())).astype(np.float32)), file.geterror()
+    file.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("parts", "layer"),
+    [
+        ([("depth", DEPTH), ("rgba", colours(PICTURE))], ""),
+        ([("", {**colours(PICTURE), **colours(OTHER, "beauty."), **DEPTH})], ""),
+        ([("left", colours(PICTURE)), ("right", colours(OTHER))], ""),
+        ([("left", colours(OTHER)), ("right", colours(PICTURE))], "right"),
+        ([("", {**DEPTH, **colours(PICTURE, "beauty.")})], ""),
+        ([("", {**colours(OTHER, "AO."), **colours(PICTURE, "View.Combined.")})], ""),
+        ([("", {**colours(OTHER), **colours(PICTURE, "diffuse.")})], "diffuse"),
+        ([("", {**colours(PICTURE), **colours(OTHER, "diffuse.")})], "RGB"),
+        ([("depth", DEPTH), ("diff", colours(PICTURE, "diffuse."))], "diff"),
+        ([("", {**colours(OTHER), **colours(PICTURE, "crypto.", "rgb")})], "crypto"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(name or "one" for name, _ in value),
+)
+def test_the_picture_is_found(tmp_path: Path, parts: list[tuple[str, Channels]], layer: str) -> None:
+    path = multipart(tmp_path / "a.exr", *parts)
+    picture = read_picture(path, Colour(layer=layer))
+    assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
+    assert picture.alpha is None
+
+
+def test_a_choice_among_several_is_told(tmp_path: Path) -> None:
+    both = {**colours(OTHER, "a."), **colours(PICTURE, "b.")}
+    (notice,) = read_picture(multipart(tmp_path / "a.exr", ("", both))).notices
+    assert "has the layers a, b; a was taken, --layer says another" in notice
+    assert not read_picture(multipart(tmp_path / "b.exr", ("", colours(PICTURE, "a.")))).notices
+
+
+def test_a_layer_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
+    one = {**colours(PICTURE), **colours(OTHER, "diffuse."), **DEPTH}
+    path = multipart(tmp_path / "a.exr", ("", one))
+    with pytest.raises(ImageError, match="has no layer 'Z' with R, G and B; it has RGB, diffuse: name one of these"):
+        read_picture(path, Colour(layer="Z"))
+
+
+def test_depth_alone_is_no_picture(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="has no channels R, G and B; it has Z, id"):
+        read_picture(multipart(tmp_path / "a.exr", ("", DEPTH)))
+
+
+@pytest.mark.parametrize("channels", [{"matte": NOISE}, {"A": NOISE, "Z": DEPTH["Z"]}, {"Y": NOISE, "RY": 0 * NOISE}])
+def test_a_single_grey_is_read(tmp_path: Path, channels: Channels) -> None:
+    matte = read_matte(multipart(tmp_path / "a.exr", ("", channels)))
+    assert np.abs(matte / 255.0 - NOISE).max() <= 0.51 / 255
+
+
+def test_a_layer_has_its_own_alpha_and_windows(tmp_path: Path) -> None:
+    small = {**colours(PICTURE[:20, :30]), "A": NOISE[:20, :30]}
+    path = multipart(tmp_path / "a.exr", ("depth", DEPTH), ("rgba", small))
+    picture = read_picture(path)
+    assert picture.alpha is not None
+    assert np.abs(picture.alpha / 255.0 - NOISE[:20, :30]).max() <= 0.51 / 255
+    assert image_size(path) == (20, 30)
+
+
+def test_the_option_decides_the_alpha_and_is_part_of_its_digest(icm: Icm, scene: Path) -> None:
+    rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
+    (scene / "exr").mkdir()
+    multipart(scene / "exr" / "a.exr", ("", {**colours(np.full_like(rgb, 0.2)), **colours(rgb, "beauty.")}))
+    assert icm(src=scene / "exr").exit_code == 0
+    before = alphas(scene / "out")
+    assert icm(src=scene / "exr", layer="beauty").exit_code == 0
+    assert alphas(scene / "out") != before
+    (scene / "plain").mkdir()
+    multipart(scene / "plain" / "a.exr", ("", colours(rgb)))
+    assert icm(src=scene / "plain", out=scene / "expected").exit_code == 0
+    assert (read(scene / "out" / "a.png") == read(scene / "expected" / "a.png")).all()
+    result = icm(src=scene / "exr", layer="beuaty")
+    assert result.exit_code == 1
+    assert "has no layer 'beuaty' with R, G and B; it has RGB, beauty" in " ".join(result.stderr.split())
+
+
+def test_references_have_a_layer_of_their_own(icm: Icm, scene: Path) -> None:
+    rgb = linear(read(scene / "ref.png")[..., 2::-1])
+    ref = multipart(scene / "ref.exr", ("", colours(rgb)))
+    multipart(scene / "a.exr", ("", colours(rgb, "beauty.")))
+    failed = icm(src=scene / "a.exr", ref=ref, layer="beauty")
+    assert failed.exit_code == 2
+    assert "reference or mask cannot be used" in failed.stderr
+    assert icm(src=scene / "a.exr", ref=ref, layer="beauty", ref_layer="RGB").exit_code == 0
