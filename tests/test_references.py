@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 from pathlib import Path
 
 import cv2
@@ -163,3 +166,21 @@ def test_the_command_takes_the_orientation(icm: Icm, scene: Path) -> None:
     assert len(upright) == 3
     for name in upright:
         assert (read(scene / "stored" / name) == read(scene / "out" / name)).all()
+
+
+def test_the_page_shows_the_reference_as_the_model_saw_it(icm: Icm, scene: Path) -> None:
+    """Where the mask marks it, that is turned as the reference is: the tint lies on the thing."""
+    with Image.open(scene / "mask.png") as image:
+        image.rotate(180).save(scene / "mask.png")
+    with Image.open(scene / "ref.png") as image:
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        image.rotate(180).save(scene / "ref.png", exif=exif)
+    assert icm(mask_orientation="stored", report=scene / "r.html").exit_code == 0
+    (reference,) = read_references([scene / "ref.png"], [scene / "mask.png"], lambda _: None, orientation="stored")
+    pages = re.findall("data:image/webp;base64,([^\"']+)", (scene / "r.html").read_text())
+    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))).astype(int) for each in pages]
+    size = reference.guidance.shape
+    tint = np.array([255, 64, 96])
+    expected = np.where(reference.guidance[..., None], 0.6 * reference.rgb + 0.4 * tint, 0.45 * reference.rgb)
+    assert any(each.shape[:2] == size and np.abs(each - expected).mean() < 6 for each in pictures)

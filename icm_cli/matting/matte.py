@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
 
@@ -139,7 +138,7 @@ def matte(
 
         settings["protocol"] = {"title": str(src), **RULE.as_protocol(), "rounds": 1, "refs_per_group": len(refs)}
         scoring = scoring_of(workers, ALLOWED)
-    album = Album(references={(0, ""): list(zip_longest(refs, masks))}, colour=colour)
+    album = Album(marked=[(one.rgb, one.guidance) for one in references], colour=colour)
     outcome = Outcome(
         Report(settings, allowed=ALLOWED, left_out=+left_out, album=album),
         [job.planned for job in jobs],

@@ -158,7 +158,10 @@ def _figure(report: Report, result: ImageResult) -> Figure:
         heat = cv2.cvtColor(
             cv2.applyColorMap(_small(np.asarray(error, np.uint8)), cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB
         )
-    shown = report.album.references.get((result.round, result.group), ())
+    shown = [_tinted(rgb, np.asarray(inside * 255, np.uint8)) for rgb, inside in report.album.marked]
+    for files in report.album.references.get((result.round, result.group), ()):
+        rgb, alpha_of = _picture(files[0]), _matte(str(files[1]))
+        shown += [_tinted(rgb, alpha_of)] if rgb is not None and alpha_of is not None else []
     return Figure(
         result,
         _uri(
@@ -168,7 +171,7 @@ def _figure(report: Report, result: ImageResult) -> Figure:
                 max(0, result.frame - 1),
             )
         ),
-        [uri for each in shown if (uri := _uri(_masked(*each)))],
+        [uri for each in shown if (uri := _uri(each))],
         _uri(alpha),
         _uri(truth),
         _uri(np.asarray(heat, np.uint8)) if heat is not None else None,
@@ -189,11 +192,8 @@ def _matte(path: str) -> ImageU8 | None:
         return None
 
 
-def _masked(source: Path | Composite, mask: Path | None) -> ImageU8 | None:
+def _tinted(rgb: ImageU8, marked: ImageU8) -> ImageU8:
     """A reference with what its mask marks tinted, the rest darkened."""
-    rgb, marked = _picture(source), _matte(str(mask or source))
-    if rgb is None or marked is None:
-        return None
     rgb = _small(rgb)
     weight = cv2.resize(marked, rgb.shape[1::-1], interpolation=cv2.INTER_AREA)[..., None] / 255.0
     inside, outside = 0.6 * rgb + 0.4 * np.array(MASK_TINT), 0.45 * rgb

@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from icm_cli.geometry import ImageU8
 from icm_cli.images.colour import AS_LABELLED, Colour
 from icm_cli.images.composites import Composite
 from icm_cli.problems import Problem
@@ -21,8 +25,10 @@ from icm_cli.reports.scores import Region
 class Album:
     """Pictures that the page shows."""
 
-    references: Mapping[tuple[int, str], Sequence[tuple[Path | Composite, Path | None]]] = field(default_factory=dict)
-    """References by round and group: images with their masks, None for an RGBA cut-out."""
+    references: Mapping[tuple[int, str], Sequence[tuple[Path | Composite, Path]]] = field(default_factory=dict)
+    """References by round and group: images with their alphas."""
+    marked: Sequence[tuple[ImageU8, NDArray[np.bool_]]] = ()
+    """References of every image, as the model saw them: pictures, sRGB uint8 [H,W,3], and where the thing is [H,W]."""
     colour: Colour = AS_LABELLED
     composites: Mapping[str, Composite] = field(default_factory=dict)
     """Sources that are not files, by the name of their result."""
