@@ -59,15 +59,18 @@ class Features:
     ``scales``: stride in canvas pixels -> [B,C_s,H/s,W/s], in the backbone's dtype (float32 or lower).
     ``intra``: stride -> intra-similarity on that stride's grid. A reference pass leaves ``scales`` and
     ``intra`` empty.
+    ``grouping``: [B,C,h,w] float32 on the correspondence grid, which tells tokens of one picture apart; None where the
+    correspondence feature does both.
     """
 
     correspondence: Tensor
     valid: Tensor
     scales: Mapping[int, Tensor]
     intra: Mapping[int, IntraSimilarity]
+    grouping: Tensor | None = None
 
     def one(self, index: int) -> Features:
-        """The correspondence feature of one image, as a batch of one; its scales and intra are left out."""
+        """The correspondence feature of one image, as a batch of one; nothing else of it is kept."""
         return Features(self.correspondence[index : index + 1], self.valid[index : index + 1], {}, {})
 
 
@@ -122,6 +125,11 @@ class Backbone(nn.Module, ABC):
 
     has_transformer: ClassVar[bool] = False
     """Whether a transformer in it may have a dtype of its own, see :meth:`cast`."""
+
+    @classmethod
+    def transformer_dtype(cls, config: Any) -> str:  # noqa: ARG003
+        """Name of the dtype its transformer wants where the user asks for none, or "auto" for the device's."""
+        return "auto"
 
     @classmethod
     @abstractmethod

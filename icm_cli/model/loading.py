@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from icm_cli.config import ModelConfig, load_model_config, part_class
+from icm_cli.device import Device, resolve_device
 from icm_cli.errors import ConfigError
 from icm_cli.files import content_digest, digest_of
 from icm_cli.model.checkpoint import Checkpoint, holds_backbone, load_strict, read_checkpoint, read_config
@@ -55,6 +57,14 @@ def packed_weights(preset: str) -> Path | None:
     """The checkpoint that comes with the package for a preset, if one does."""
     path = PACKED_WEIGHTS / f"{preset}.safetensors"
     return path if path.is_file() else None
+
+
+def device_for(config: ModelConfig, device: str, dtype: str) -> Device:
+    """Device and dtypes of a model, by the command's names and what its backbone wants. Raises ConfigError."""
+    backbone = part_class("backbones", config.backbone.name)
+    wanted = backbone.transformer_dtype(config.backbone.settings)
+    where = resolve_device(device, dtype, transformer_dtype=wanted)
+    return where if backbone.has_transformer else replace(where, transformer_dtype=where.dtype)
 
 
 def load_model(
