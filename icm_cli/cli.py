@@ -71,7 +71,9 @@ Model = Annotated[
 Checkpoint = Annotated[
     Optional[Path], typer.Option(help="Trained weights: the published .ckpt, or .safetensors of icm.")
 ]
-Weights = Annotated[Optional[str], typer.Option(help="Stable Diffusion folder or hub id.", show_default="the model's")]
+Weights = Annotated[
+    Optional[str], typer.Option(help="Folder or hub id of the backbone's weights.", show_default="the model's")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 BatchSize = Annotated[str, typer.Option(help="Images at a time; auto suits the device. Halved where memory runs out.")]
@@ -109,6 +111,15 @@ def matte(
     model: Model = None,
     checkpoint: Checkpoint = None,
     weights: Weights = None,
+    edges: Annotated[
+        str, typer.Option(help="How the coarse alpha gets its edges: model (its own), closed-form or vitmatte.")
+    ] = "model",
+    edges_weights: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Folder or hub id of ViTMatte's weights.", show_default="hustvl/vitmatte-small-composition-1k"
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
@@ -195,6 +206,8 @@ def matte(
             model=model,
             checkpoint=checkpoint,
             weights=weights,
+            edges=edges,
+            edges_weights=edges_weights,
             device=device,
             dtype=dtype,
             batch_size=_number_or_auto(batch_size),

@@ -15,7 +15,7 @@ from icm_cli.environment import __version__
 from icm_cli.errors import UsageError
 from icm_cli.files import digest_of
 from icm_cli.matting.predictor import Predictor
-from icm_cli.model.loading import device_for, load_model, model_digest, resolve_model
+from icm_cli.model.loading import device_for, load_model, model_digest, resolve_model, with_edges
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,14 @@ class ModelChoice:
         batch_size: int | str,
         seed: int,
         offline: bool,
+        edges: str = "model",
+        edges_weights: str | None = None,
     ) -> ModelChoice:
         """From the options of the same names. Raises UsageError or ConfigError; reads no weights."""
         if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
             raise UsageError(f"batch size is {batch_size!r}; expected auto, or 1 or more")
         config, path = resolve_model(model, checkpoint)
+        config = with_edges(config, edges, edges_weights)
         where = device_for(config, device, dtype)
         at_a_time = batch_size if isinstance(batch_size, int) else where.auto_batch_size
         return cls(config, path, weights, offline, seed, where, at_a_time)
@@ -70,7 +73,8 @@ class ModelChoice:
         return Predictor(model, self.where)
 
     def describe(self) -> str:
-        return f"model {self.config.backbone.name} + {self.config.head.name} on {self.where.describe()}"
+        parts = [self.config.backbone, self.config.head, *filter(None, [self.config.edges])]
+        return f"model {' + '.join(part.name for part in parts)} on {self.where.describe()}"
 
     def as_settings(self) -> dict[str, Any]:
         """For the report."""

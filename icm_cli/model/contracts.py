@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from icm_cli.errors import UsageError
 from icm_cli.geometry import CanvasRule, Float, ImageU8
 
 
@@ -184,6 +185,9 @@ class Head(nn.Module, ABC):
     is_trained: ClassVar[bool]
     """Whether it has weights that must come from a checkpoint."""
 
+    def leave_edges(self) -> None:
+        """Answer coarsely from now on: what refines edges comes after. Does nothing where there is nothing to spare."""
+
     @abstractmethod
     def prepare(self, references: Sequence[ReferenceFeatures]) -> Prepared:
         """Condense the references into what :meth:`forward` needs; called once per run."""
@@ -214,6 +218,27 @@ class Edges(nn.Module, ABC):
 
     Config: ClassVar[type[Any]]
     """Frozen dataclass of its settings."""
+
+    is_trained: ClassVar[bool]
+    """Whether it has weights that ``icm train`` learns and a checkpoint holds."""
+
+    @classmethod
+    def with_weights(cls, config: Any, weights: str) -> Any:  # noqa: ARG003
+        """Settings that take their pretrained weights from ``weights``, a folder or hub id. Raises UsageError."""
+        raise UsageError(
+            f"the edges have no weights that could be chosen, so --edges-weights {weights!r} has nothing to do; "
+            "leave it out, or give --edges vitmatte"
+        )
+
+    @classmethod
+    def weights_digest(cls, config: Any, *, offline: bool) -> str:  # noqa: ARG003
+        """Hash of the content of the pretrained weights that :meth:`load` would read; empty where there are none."""
+        return ""
+
+    @classmethod
+    def load(cls, config: Any, *, offline: bool) -> Self:  # noqa: ARG003
+        """Build it, on the CPU in float32, with its pretrained weights where it has any. Raises ConfigError."""
+        return cls(config)
 
     def optimise_for_inference(self) -> None:
         """Rearrange the weights for speed, once, before inference; no training or saving after. Does nothing here."""

@@ -92,10 +92,15 @@ class TrainingFree(Head):
     def __init__(self, config: TrainingFreeConfig) -> None:
         super().__init__()
         self.config = config
+        self._solves = True
+
+    def leave_edges(self) -> None:
+        self._solves = False
 
     def prepare(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
         """Their tokens are not centred yet: the target has a say in the centre."""
-        load_solver()  # with the model, not with the first image
+        if self._solves:
+            load_solver()  # with the model, not with the first image
         return reference_tokens(references, tokens)
 
     def forward(self, target: Features, references: Sequence[Any], image: Tensor, valid: Tensor) -> Matte:
@@ -152,11 +157,16 @@ class TrainingFree(Head):
         return float(best / soft_maximum(foreground, foreground, self.config.likeness_temperature).mean())
 
     def _matte(self, contrast: Tensor, image: Tensor) -> Tensor:
-        """Alpha [H,W] of one frame without padding: contrast [H,W], sRGB [3,H,W] in 0..1, on the CPU."""
+        """Alpha [H,W] of one frame without padding: contrast [H,W], sRGB [3,H,W] in 0..1, on the CPU.
+
+        It is the trimap itself where edges come after.
+        """
         size = within(image.shape[1:], self.config.solve_long_side_px)
         small = F.interpolate(torch.cat([image, contrast[None]])[None], size=size, mode="area")[0]
         rgb, trimap = small[:3].permute(1, 2, 0), self.trimap(small[3])
-        alpha = torch.from_numpy(solve_alpha(rgb.double().numpy(), trimap.double().numpy())).float()
+        alpha = trimap
+        if self._solves:
+            alpha = torch.from_numpy(solve_alpha(rgb.double().numpy(), trimap.double().numpy())).float()
         return F.interpolate(alpha[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
 
     def trimap(self, contrast: Tensor) -> Tensor:
