@@ -51,6 +51,17 @@ def _print_version(wanted: bool) -> None:
     raise typer.Exit
 
 
+def _list_models(wanted: bool) -> None:
+    if not wanted:
+        return
+    with _exit_codes(verbose=False):
+        from icm_cli.model.catalogue import listed_models
+        from icm_cli.terminal import print_models
+
+        print_models(listed_models())
+    raise typer.Exit
+
+
 @app.callback()
 def icm(
     version: Annotated[
@@ -64,7 +75,7 @@ def icm(
 Model = Annotated[
     Optional[str],
     typer.Option(
-        help="lite, lite-training-free, icm-sd21, sd21-training-free, or a .yaml file.",
+        help="A model that --list-models names, such as lite, or a .yaml file.",
         show_default="the checkpoint's, or lite",
     ),
 ]
@@ -101,6 +112,15 @@ def matte(
         str, typer.Option(help="Folder (recursive), image, quoted glob, text file of paths, or - for paths on stdin.")
     ],
     out: Annotated[str, typer.Option(help="Folder for the alphas; the source tree is mirrored.")],
+    list_models: Annotated[  # noqa: ARG001 (its callback reads it)
+        bool,
+        typer.Option(
+            "--list-models",
+            callback=_list_models,
+            is_eager=True,
+            help="List the models, what they need, its licence, whether it is here; and stop.",
+        ),
+    ] = False,
     mask: Annotated[
         Optional[list[Path]], typer.Option(help="Mask of the reference, the thing in white; one for each --ref.")
     ] = None,

@@ -13,12 +13,11 @@ from icm_cli.config import ModelConfig, PartConfig, load_model_config, part_clas
 from icm_cli.device import Device, resolve_device
 from icm_cli.errors import ConfigError, UsageError, did_you_mean
 from icm_cli.files import content_digest, digest_of
+from icm_cli.model.catalogue import packed_weights
 from icm_cli.model.checkpoint import Checkpoint, holds_backbone, load_strict, read_checkpoint, read_config
 from icm_cli.model.in_context_matting import InContextMatting
 
 DEFAULT_MODEL = "lite"
-PACKED_WEIGHTS = Path(__file__).parent.parent / "weights"
-"""Checkpoints that come with the package, each named after its preset."""
 PUBLISHED_MODEL = "icm-sd21"
 """Preset of the published checkpoint, which holds no configuration."""
 EDGES = ("model", "closed-form", "vitmatte")
@@ -53,12 +52,6 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
             "weights; leave the option out"
         )
     return config, checkpoint
-
-
-def packed_weights(preset: str) -> Path | None:
-    """The checkpoint that comes with the package for a preset, if one does."""
-    path = PACKED_WEIGHTS / f"{preset}.safetensors"
-    return path if path.is_file() else None
 
 
 def with_edges(config: ModelConfig, edges: str, weights: str | None) -> ModelConfig:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import Float, ImageU8
+from icm_cli.model.catalogue import VITMATTE
 from icm_cli.model.contracts import Edges
 from icm_cli.model.hub import (
     CONFIG,
@@ -41,7 +42,7 @@ WEIGHTS_OPTION = "--edges-weights"
 class VitMatteEdgesConfig:
     """Settings of the edges by ViTMatte."""
 
-    weights: str = "hustvl/vitmatte-small-composition-1k"
+    weights: str = VITMATTE
     """Hub id or local folder, in Hugging Face's form; the command's --edges-weights goes before it."""
     band: float = 0.015
     """Width of the unknown on either side of the coarse edge, as a share of the picture's long side; 0 to 0.5."""
