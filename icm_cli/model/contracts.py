@@ -7,7 +7,7 @@ An *image* at this level is float32 sRGB in 0..1, [B,3,H,W], already on the back
 bool mask [B,H,W] of its pixels that are not padding (padding is always right of and below the frame, by edge
 replication). Backbones normalise images themselves; heads normalise features themselves.
 
-A third backbone is one new file in ``backbones/`` (a head: in ``heads/``): the file's name is the ``name`` of
+Another backbone is one new file in ``backbones/`` (a head: in ``heads/``): the file's name is the ``name`` of
 the configuration (``_`` for ``-``), and the file binds its class to ``REGISTERED``.
 """
 
