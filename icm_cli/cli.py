@@ -52,6 +52,17 @@ def _print_version(wanted: bool) -> None:
     raise typer.Exit
 
 
+def _list_models(wanted: bool) -> None:
+    if not wanted:
+        return
+    with _exit_codes(verbose=False):
+        from icm_cli.model.catalogue import listed_models
+        from icm_cli.terminal import print_models
+
+        print_models(listed_models())
+    raise typer.Exit
+
+
 @app.callback()
 def icm(
     version: Annotated[
@@ -65,14 +76,16 @@ def icm(
 Model = Annotated[
     Optional[str],
     typer.Option(
-        help="lite, lite-training-free, icm-sd21, sd21-training-free, or a .yaml file.",
+        help="A model that --list-models names, such as lite, or a .yaml file.",
         show_default="the checkpoint's, or lite",
     ),
 ]
 Checkpoint = Annotated[
     Optional[Path], typer.Option(help="Trained weights: the published .ckpt, or .safetensors of icm.")
 ]
-Weights = Annotated[Optional[str], typer.Option(help="Stable Diffusion folder or hub id.", show_default="the model's")]
+Weights = Annotated[
+    Optional[str], typer.Option(help="Folder or hub id of the backbone's weights.", show_default="the model's")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 BatchSize = Annotated[str, typer.Option(help="Images at a time; auto suits the device. Halved where memory runs out.")]
@@ -107,6 +120,15 @@ def matte(
         str,
         typer.Option(help="Folder for the alphas, the source tree is mirrored; or frames such as out/matte.####.exr."),
     ],
+    list_models: Annotated[  # noqa: ARG001 (its callback reads it)
+        bool,
+        typer.Option(
+            "--list-models",
+            callback=_list_models,
+            is_eager=True,
+            help="List the models, what they need, its licence, whether it is here; and stop.",
+        ),
+    ] = False,
     mask: Annotated[
         Optional[list[Path]], typer.Option(help="Mask of the reference, the thing in white; one for each --ref.")
     ] = None,
@@ -124,6 +146,15 @@ def matte(
     model: Model = None,
     checkpoint: Checkpoint = None,
     weights: Weights = None,
+    edges: Annotated[
+        str, typer.Option(help="How the coarse alpha gets its edges: model (its own), closed-form or vitmatte.")
+    ] = "model",
+    edges_weights: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Folder or hub id of ViTMatte's weights.", show_default="hustvl/vitmatte-small-composition-1k"
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
@@ -267,6 +298,8 @@ def matte(
             model=model,
             checkpoint=checkpoint,
             weights=weights,
+            edges=edges,
+            edges_weights=edges_weights,
             device=device,
             dtype=dtype,
             batch_size=_number_or_auto(batch_size),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,9 +47,14 @@ class Device:
         return environment.peak_memory_bytes()
 
 
-def resolve_device(device: str = "auto", dtype: str = "auto") -> Device:
-    """Names as given on the command line -> a device that is here. Raises ConfigError."""
+def resolve_device(device: str = "auto", dtype: str = "auto", *, transformer_dtype: str = "auto") -> Device:
+    """Names as given on the command line -> a device that is here. Raises ConfigError.
+
+    ``transformer_dtype``: name of the dtype that a model's transformers want where ``dtype`` is "auto".
+    """
     target = _best_device() if device == "auto" else _named_device(device)
+    if dtype == "auto" and transformer_dtype != "auto":
+        return replace(resolve_device(device), transformer_dtype=DTYPES[transformer_dtype])
     if dtype == "auto":
         if target.type == "cuda":
             return Device(target, torch.float16, torch.float16)

@@ -10,7 +10,17 @@ import sys
 from pathlib import Path
 
 __version__ = importlib.metadata.version("icm-cli")
-PACKAGES = ("icm-cli", "torch", "diffusers", "numpy", "opencv-python-headless", "pillow", "pymatting")
+PACKAGES = (
+    "icm-cli",
+    "torch",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "scipy",
+    "opencv-python-headless",
+    "pillow",
+    "pymatting",
+)
 
 
 def versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from tqdm import tqdm
 
+    from icm_cli.model.catalogue import ListedModel
     from icm_cli.problems import Problem
     from icm_cli.reports.comparison import Comparison
     from icm_cli.reports.means import Means
@@ -98,6 +99,13 @@ def print_plan(report: Report) -> None:
     """List source -> output."""
     for result in report.results:
         write_line(sys.stdout, f"{result.source} -> {result.output}")
+
+
+def print_models(models: Sequence[ListedModel]) -> None:
+    """Two lines a model, at any width: its name and whether it is here; what it needs, size and licence."""
+    for each in models:
+        write_line(sys.stdout, f"{each.name}: {each.state}")
+        write_line(sys.stdout, f"    needs {each.needs}; {each.size}; {each.licence}")
 
 
 def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:

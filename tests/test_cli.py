@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -63,7 +64,7 @@ API_NAMES = {"set_": "overrides"}
 def test_every_option_of_a_command_is_a_parameter_of_the_api(name: str) -> None:
     module, function = COMMANDS[name]
     api = getattr(importlib.import_module(f"icm_cli.{module}"), function)
-    only_of_the_terminal = {"quiet", "verbose", "progress", "compare", "ctx"}
+    only_of_the_terminal = {"quiet", "verbose", "progress", "compare", "ctx", "list_models"}
     options = set(inspect.signature(getattr(cli, name)).parameters) - only_of_the_terminal
     named = {API_NAMES.get(option, option) for option in options}
     assert named == set(inspect.signature(api).parameters) - ONLY_OF_THE_API
@@ -116,8 +117,72 @@ def test_every_file_of_the_map_is_there() -> None:
             assert ((ROOT / first).parent / name).exists(), name
 
 
+def listed(**environment: str) -> dict[str, tuple[str, str]]:
+    """Each model's state and needs, as printed without torch, --ref and --src."""
+    code = (
+        "import sys; from icm_cli.cli import app\n"
+        "try: app(['matte', '--list-models'])\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "sys.exit('imported torch' if 'torch' in sys.modules else 0)"
+    )
+    everything = {**os.environ, **environment}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=everything)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    states = [line.split(": ", 1) for line in lines[::2]]
+    return {name: (state, needs.strip()) for (name, state), needs in zip(states, lines[1::2], strict=True)}
+
+
+def test_models_are_listed_with_what_is_here(tmp_path: Path) -> None:
+    """A repository in the hub's cache is here."""
+    models = listed(HF_HOME=str(tmp_path))
+    assert set(models) == {*preset_paths(), "any, with --edges vitmatte"}
+    assert models["lite"] == ("here", "needs nothing more; 39 MB, in the package; MIT and Apache-2.0")
+    assert models["lite-training-free"][0] == "here"
+    vitmatte = "hustvl/vitmatte-small-composition-1k"
+    assert models["dinov2-vitmatte"] == (
+        f"missing: facebook/dinov2-large, {vitmatte}",
+        f"needs facebook/dinov2-large + {vitmatte}; 1.3 GB; Apache-2.0",
+    )
+    assert "-lvd1689m (gated: accept the licence there first) + hustvl" in models["dinov3-vitmatte"][1]
+    assert models["dinov3-vitmatte"][1].endswith("; 1.3 GB; DINOv3 License, Apache-2.0")
+    assert models["icm-sd21"][0].endswith("--checkpoint FILE, which is yours to give")
+    assert models["sd21-training-free"][1].endswith("; 5.2 GB; CreativeML Open RAIL++-M")
+    snapshot = tmp_path / "hub" / "models--facebook--dinov2-large" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).write_text("{}")
+    assert listed(HF_HOME=str(tmp_path))["dinov2-vitmatte"][0] == f"missing: {vitmatte}"
+
+
+@pytest.mark.parametrize("preset", ["dinov2-vitmatte", "dinov3-vitmatte"])
+def test_a_preset_without_its_weights_says_what_to_fetch(
+    scene: Path, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    options = [
+        "--ref",
+        scene / "ref.png",
+        "--mask",
+        scene / "mask.png",
+        "--src",
+        scene / "imgs",
+        "--out",
+        tmp_path / "o",
+    ]
+    line = ["matte", *map(str, options), "--model", preset, "--offline", "--device", "cpu"]
+    ended = CliRunner().invoke(app, line)
+    assert ended.exit_code == 3
+    assert ended.stderr.count("\n") == 1
+    assert f"hf download facebook/{preset[:6]}" in ended.stderr
+    assert ("accept their licence (DINOv3 License)" in ended.stderr) == (preset == "dinov3-vitmatte")
+
+
 def test_presets_are_found() -> None:
-    assert set(preset_paths()) == {"lite", "lite-training-free", "icm-sd21", "sd21-training-free"}
+    matched = {"lite", "lite-training-free", "icm-sd21", "sd21-training-free", "dinov2-vitmatte", "dinov3-vitmatte"}
+    assert set(preset_paths()) == matched
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

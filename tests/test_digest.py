@@ -19,9 +19,10 @@ MODEL_KEYS = ("backbone", "head", "edges")
 
 @pytest.fixture(autouse=True)
 def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of Stable Diffusion cannot be had here; their digest is another matter."""
-    for kind in ("stable-diffusion", "dinov2-lite", "efficientnet-lite"):
+    """Most weights cannot be had here; their digest is another matter."""
+    for kind in ("stable-diffusion", "dinov2-lite", "efficientnet-lite", "dino"):
         monkeypatch.setattr(part_class("backbones", kind), "weights_digest", lambda *_, **__: "weights")
+    monkeypatch.setattr(part_class("edges", "vitmatte"), "weights_digest", lambda *_, **__: "weights")
 
 
 def digest(model: Any, device: str = "cpu", dtype: str = "float32") -> str:

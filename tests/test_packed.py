@@ -20,9 +20,10 @@ from train_data import MODEL
 import icm_cli
 from icm_cli.config import parse_model
 from icm_cli.errors import ConfigError
-from icm_cli.model import loading
+from icm_cli.model import catalogue
+from icm_cli.model.catalogue import packed_weights
 from icm_cli.model.checkpoint import holds_backbone, read_checkpoint, save_checkpoint
-from icm_cli.model.loading import load_model, model_digest, model_to_train, packed_weights, resolve_model
+from icm_cli.model.loading import load_model, model_digest, model_to_train, resolve_model
 from icm_cli.model.packing import pack
 
 CONFIG = parse_model(MODEL, "test")
@@ -103,7 +104,7 @@ def test_other_weights_for_its_backbone_are_refused(files: tuple[Path, Path]) ->
 
 
 def test_a_preset_finds_its_weights_in_the_package(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "PACKED_WEIGHTS", files[1].parent)
+    monkeypatch.setattr(catalogue, "PACKED_WEIGHTS", files[1].parent)
     assert resolve_model("lite", None)[1] == files[1] == packed_weights("lite")
     assert resolve_model("lite-training-free", None)[1] is None
     with pytest.raises(ConfigError, match="needs none"):

@@ -9,12 +9,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from icm_cli.errors import ConfigError
 from icm_cli.model.backbones.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
 from icm_cli.model.closed_form import solve_alpha
+from icm_cli.model.clusters import clusters, nearest_is_foreground, thing_of_clusters
 from icm_cli.model.contracts import Features, ReferenceFeatures
+from icm_cli.model.guidance import ReferenceTokens
 from icm_cli.model.heads.training_free import TrainingFree, TrainingFreeConfig, soft_maximum, strong_regions
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity, token_valid
@@ -232,6 +235,9 @@ def test_closed_form_follows_the_image_and_is_silent(capfd):
         ({"unknown_share": 1.0}, "unknown_share is 1.0; expected between 0 and 1"),
         ({"instance_share": 1.5}, "instance_share is 1.5; expected 0 to 1"),
         ({"solve_long_side_px": 8}, "solve_long_side_px is 8; expected at least 64"),
+        ({"group_cosine": 1.0}, "group_cosine is 1.0; expected between 0 and 1"),
+        ({"join_above": -0.1}, "join_above is -0.1; expected 0 to 1"),
+        ({"cluster_band": 0.0}, "cluster_band is 0.0; expected between 0 and 0.5"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(settings, words):
@@ -264,3 +270,76 @@ def test_the_solver_leaves_the_number_of_threads_as_it_is():
         "import sys; sys.exit(torch.get_num_threads() != 1)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class TestClusters:
+    """INSID3's steps as a rule of the head, and on tokens made up."""
+
+    @pytest.fixture
+    def by_clusters(self) -> TrainingFree:
+        return TrainingFree(TrainingFreeConfig(rule="clusters"))
+
+    @pytest.mark.parametrize(("wanted", "other"), [(BALL, CUBE), (CUBE, BALL)])
+    def test_the_reference_decides_which_of_two_things_is_foreground(self, by_clusters, wanted, other):
+        target = scene((BALL, 1), (CUBE, 8))
+        result = matte(by_clusters, target, reference(scene((wanted, 5)), wanted))
+        assert result.found.tolist() == [True]
+        assert share_inside(result.alpha, target, wanted) > 0.9
+        assert share_inside(result.alpha, target, other) < 0.05
+        assert share_inside(result.alpha, target, BACKDROP) < 0.05
+
+    def test_without_a_candidate_the_thing_is_absent(self, by_clusters):
+        result = matte(by_clusters, scene((CUBE, 4)), reference(scene((BALL, 5)), BALL))
+        assert result.found.tolist() == [False]
+        assert result.alpha.count_nonzero() == 0
+        assert result.confidence.item() == 0
+
+    def test_padded_tokens_take_no_part(self, by_clusters):
+        kinds = scene((BALL, 1))
+        valid = whole(kinds)
+        valid[:, :, 160:] = False
+        prepared = by_clusters.prepare([reference(scene((BALL, 5)), BALL)])
+        results = []
+        for padding in (BACKDROP, BALL):
+            padded = kinds.clone()
+            padded[:, 10:] = padding
+            results.append(by_clusters(features(padded, valid), [prepared], picture(padded), valid))
+        assert torch.equal(results[0].alpha[..., :160], results[1].alpha[..., :160])
+
+    def test_tokens_are_grouped_by_their_own_feature(self, by_clusters):
+        """Half of the ball matches and half does not; the grouping feature says that they are one."""
+        kinds = scene((BALL, 1))
+        target = features(kinds, whole(kinds))
+        spoiled = target.correspondence.clone()
+        spoiled[:, :, 3:7, 3:5] = spoiled[:, :, 3:7, 3:5] * 0.3 + 0.2 * torch.eye(16)[5][None, :, None, None]
+        alone = dataclasses.replace(target, correspondence=spoiled)
+        together = dataclasses.replace(alone, grouping=target.correspondence)
+        prepared = [by_clusters.prepare([reference(scene((BALL, 5)), BALL)])]
+        found = [int(by_clusters.evidence(each, prepared, STRIDE)[0].contrast.sum()) for each in (alone, together)]
+        assert found[1] == 16
+        assert found[0] <= 16
+
+    def test_a_cluster_joins_by_its_likeness_to_prototype_and_seed(self):
+        axes = torch.eye(6)
+        like = 0.8 * axes[0] + 0.6 * axes[1]  # like the seed by 0.8, another cluster
+        target = torch.cat([axes[:1].expand(5, -1), like[None].expand(4, -1), axes[2:3].expand(8, -1)])
+        tokens = ReferenceTokens(axes[:1].expand(3, -1), axes[2:3].expand(3, -1))
+        counts = [
+            int(thing_of_clusters(target, target, tokens, candidate_above=0.0, group=0.95, join=join).inside.sum())
+            for join in (0.5, 0.7)
+        ]
+        assert counts == [9, 5]  # its score is 0.8 * 0.8
+
+    def test_backward_neighbours_must_lie_inside_the_mask(self):
+        target = F.normalize(torch.tensor([[1.0, 0.2], [0.6, 1.0]]), dim=-1)
+        inside = nearest_is_foreground(target, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+        assert inside.tolist() == [True, False]
+        assert nearest_is_foreground(target, target, target[:0]).tolist() == [True, True]
+
+    def test_clusters_are_those_of_average_linkage(self):
+        angles = torch.tensor([0.0, 0.1, 0.9, 1.0, 3.0])
+        points = torch.stack([angles.cos(), angles.sin()], dim=1)
+        assert len(set(clusters(points, 0.99).tolist())) == 3
+        labels = clusters(points, 0.5).tolist()
+        assert labels[0] == labels[1] == labels[2] == labels[3] != labels[4]
+        assert clusters(points[:1], 0.5).tolist() == [0]

@@ -41,6 +41,8 @@ def matte(
     model: str | None = None,
     checkpoint: str | Path | None = None,
     weights: str | None = None,
+    edges: str = "model",
+    edges_weights: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | str = "auto",
@@ -124,6 +126,8 @@ def matte(
         batch_size=batch_size,
         seed=seed,
         offline=offline,
+        edges=edges,
+        edges_weights=edges_weights,
     )
     if dry_run:
         return Report(settings={}, results=[job.planned for job in jobs])

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from icm_cli import guided_filter
-from icm_cli.config import ModelConfig, part_class
-from icm_cli.device import Device, resolve_device
+from icm_cli.config import ModelConfig
+from icm_cli.device import Device
 from icm_cli.environment import __version__
 from icm_cli.errors import UsageError
 from icm_cli.files import digest_of
 from icm_cli.matting.predictor import Predictor
-from icm_cli.model.loading import load_model, model_digest, resolve_model
+from icm_cli.model.loading import device_for, load_model, model_digest, resolve_model, with_edges
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,16 @@ class ModelChoice:
         batch_size: int | str,
         seed: int,
         offline: bool,
+        edges: str = "model",
+        edges_weights: str | None = None,
     ) -> ModelChoice:
         """From the options of the same names. Raises UsageError or ConfigError; reads no weights."""
         if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
             raise UsageError(f"batch size is {batch_size!r}; expected auto, or 1 or more")
-        where = resolve_device(device, dtype)
-        at_a_time = batch_size if isinstance(batch_size, int) else where.auto_batch_size
         config, path = resolve_model(model, checkpoint)
-        if not part_class("backbones", config.backbone.name).has_transformer:
-            where = replace(where, transformer_dtype=where.dtype)
+        config = with_edges(config, edges, edges_weights)
+        where = device_for(config, device, dtype)
+        at_a_time = batch_size if isinstance(batch_size, int) else where.auto_batch_size
         return cls(config, path, weights, offline, seed, where, at_a_time)
 
     def digester(self) -> Callable[[Sequence[str]], str]:
@@ -72,7 +73,8 @@ class ModelChoice:
         return Predictor(model, self.where)
 
     def describe(self) -> str:
-        return f"model {self.config.backbone.name} + {self.config.head.name} on {self.where.describe()}"
+        parts = [self.config.backbone, self.config.head, *filter(None, [self.config.edges])]
+        return f"model {' + '.join(part.name for part in parts)} on {self.where.describe()}"
 
     def as_settings(self) -> dict[str, Any]:
         """For the report."""

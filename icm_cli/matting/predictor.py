@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from icm_cli.device import Device, resolve_device
+from icm_cli.device import Device
 from icm_cli.geometry import Float, ImageU8, Placement, to_u8
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.model.contracts import Prepared
 from icm_cli.model.in_context_matting import InContextMatting
-from icm_cli.model.loading import load_model, resolve_model
+from icm_cli.model.loading import device_for, load_model, resolve_model, with_edges
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ def load(
     dtype: str = "auto",
     seed: int = 0,
     offline: bool = False,
+    edges: str = "model",
+    edges_weights: str | None = None,
 ) -> Predictor:
     """Load a model to matte arrays with; the arguments are the options of ``icm matte``.
 
@@ -124,11 +126,12 @@ def load(
     >>> cup = predictor.reference([(reference_rgb, mask)])
     >>> alpha = predictor.matte(rgb, cup)
 
-    Raises ConfigError when the model, its weights or the device cannot be used.
+    Raises ConfigError when the model, its weights or the device cannot be used, UsageError for unknown edges.
     """
     path = Path(checkpoint) if checkpoint is not None else None
-    target = resolve_device(device, dtype)
     config, path = resolve_model(model, path)
+    config = with_edges(config, edges, edges_weights)
+    target = device_for(config, device, dtype)
     return Predictor(load_model(config, checkpoint=path, weights=weights, offline=offline, seed=seed), target)
 
 

@@ -7,7 +7,7 @@ An *image* at this level is float32 sRGB in 0..1, [B,3,H,W], already on the back
 bool mask [B,H,W] of its pixels that are not padding (padding is always right of and below the frame, by edge
 replication). Backbones normalise images themselves; heads normalise features themselves.
 
-A third backbone is one new file in ``backbones/`` (a head: in ``heads/``): the file's name is the ``name`` of
+Another backbone is one new file in ``backbones/`` (a head: in ``heads/``): the file's name is the ``name`` of
 the configuration (``_`` for ``-``), and the file binds its class to ``REGISTERED``.
 """
 
@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from icm_cli.errors import UsageError
 from icm_cli.geometry import CanvasRule, Float, ImageU8
 
 
@@ -59,15 +60,18 @@ class Features:
     ``scales``: stride in canvas pixels -> [B,C_s,H/s,W/s], in the backbone's dtype (float32 or lower).
     ``intra``: stride -> intra-similarity on that stride's grid. A reference pass leaves ``scales`` and
     ``intra`` empty.
+    ``grouping``: [B,C,h,w] float32 on the correspondence grid, which tells tokens of one picture apart; None where the
+    correspondence feature does both.
     """
 
     correspondence: Tensor
     valid: Tensor
     scales: Mapping[int, Tensor]
     intra: Mapping[int, IntraSimilarity]
+    grouping: Tensor | None = None
 
     def one(self, index: int) -> Features:
-        """The correspondence feature of one image, as a batch of one; its scales and intra are left out."""
+        """The correspondence feature of one image, as a batch of one; nothing else of it is kept."""
         return Features(self.correspondence[index : index + 1], self.valid[index : index + 1], {}, {})
 
 
@@ -124,6 +128,11 @@ class Backbone(nn.Module, ABC):
     """Whether a transformer in it may have a dtype of its own, see :meth:`cast`."""
 
     @classmethod
+    def transformer_dtype(cls, config: Any) -> str:  # noqa: ARG003
+        """Name of the dtype its transformer wants where the user asks for none, or "auto" for the device's."""
+        return "auto"
+
+    @classmethod
     @abstractmethod
     def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
         """Hash of the content of the pretrained weights that :meth:`load` would read; loads none of them."""
@@ -176,6 +185,9 @@ class Head(nn.Module, ABC):
     is_trained: ClassVar[bool]
     """Whether it has weights that must come from a checkpoint."""
 
+    def leave_edges(self) -> None:
+        """Answer coarsely from now on: what refines edges comes after. Does nothing where there is nothing to spare."""
+
     @abstractmethod
     def prepare(self, references: Sequence[ReferenceFeatures]) -> Prepared:
         """Condense the references into what :meth:`forward` needs; called once per run."""
@@ -206,6 +218,27 @@ class Edges(nn.Module, ABC):
 
     Config: ClassVar[type[Any]]
     """Frozen dataclass of its settings."""
+
+    is_trained: ClassVar[bool]
+    """Whether it has weights that ``icm train`` learns and a checkpoint holds."""
+
+    @classmethod
+    def with_weights(cls, config: Any, weights: str) -> Any:  # noqa: ARG003
+        """Settings that take their pretrained weights from ``weights``, a folder or hub id. Raises UsageError."""
+        raise UsageError(
+            f"the edges have no weights that could be chosen, so --edges-weights {weights!r} has nothing to do; "
+            "leave it out, or give --edges vitmatte"
+        )
+
+    @classmethod
+    def weights_digest(cls, config: Any, *, offline: bool) -> str:  # noqa: ARG003
+        """Hash of the content of the pretrained weights that :meth:`load` would read; empty where there are none."""
+        return ""
+
+    @classmethod
+    def load(cls, config: Any, *, offline: bool) -> Self:  # noqa: ARG003
+        """Build it, on the CPU in float32, with its pretrained weights where it has any. Raises ConfigError."""
+        return cls(config)
 
     def optimise_for_inference(self) -> None:
         """Rearrange the weights for speed, once, before inference; no training or saving after. Does nothing here."""

@@ -63,6 +63,8 @@ class InContextMatting(nn.Module):
         self.backbone = backbone
         self.head = head
         self.edges = edges
+        if edges is not None:
+            head.leave_edges()
 
     def place(self, device: torch.device, dtype: torch.dtype, transformer_dtype: torch.dtype | None = None) -> Self:
         """Move to ``device`` for inference; convolutions and projections in ``dtype``, a backbone's transformer in

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from icm_cli.config import ModelConfig, load_model_config, part_class
-from icm_cli.errors import ConfigError
+from icm_cli.config import ModelConfig, PartConfig, load_model_config, part_class
+from icm_cli.device import Device, resolve_device
+from icm_cli.errors import ConfigError, UsageError, did_you_mean
 from icm_cli.files import content_digest, digest_of
+from icm_cli.model.catalogue import packed_weights
 from icm_cli.model.checkpoint import Checkpoint, holds_backbone, load_strict, read_checkpoint, read_config
 from icm_cli.model.in_context_matting import InContextMatting
 
 DEFAULT_MODEL = "lite"
-PACKED_WEIGHTS = Path(__file__).parent.parent / "weights"
-"""Checkpoints that come with the package, each named after its preset."""
 PUBLISHED_MODEL = "icm-sd21"
 """Preset of the published checkpoint, which holds no configuration."""
+EDGES = ("model", "closed-form", "vitmatte")
+"""Names of ``--edges``: the model's own, or one that takes any coarse alpha."""
 UNTRAINED_MODELS = "lite-training-free or sd21-training-free"
 
 
@@ -51,10 +54,32 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
     return config, checkpoint
 
 
-def packed_weights(preset: str) -> Path | None:
-    """The checkpoint that comes with the package for a preset, if one does."""
-    path = PACKED_WEIGHTS / f"{preset}.safetensors"
-    return path if path.is_file() else None
+def with_edges(config: ModelConfig, edges: str, weights: str | None) -> ModelConfig:
+    """The model with other edges: those named, "model" for its own; ``weights``: a folder or hub id of theirs.
+
+    Raises UsageError for a name that is not known, or weights that nothing would read.
+    """
+    if edges not in EDGES:
+        raise UsageError(f"--edges is {edges!r}; expected {', '.join(EDGES)}. {did_you_mean(edges, EDGES)}")
+    part = config.edges
+    if edges != "model" and (part is None or part.name != edges):
+        part = PartConfig(edges, part_class("edges", edges).Config())
+    if weights is None:
+        return replace(config, edges=part)
+    if part is None:
+        raise UsageError(
+            f"the model has no edges, so --edges-weights {weights!r} has nothing to do; give --edges vitmatte"
+        )
+    settings = part_class("edges", part.name).with_weights(part.settings, weights)
+    return replace(config, edges=PartConfig(part.name, settings))
+
+
+def device_for(config: ModelConfig, device: str, dtype: str) -> Device:
+    """Device and dtypes of a model, by the command's names and what its backbone wants. Raises ConfigError."""
+    backbone = part_class("backbones", config.backbone.name)
+    wanted = backbone.transformer_dtype(config.backbone.settings)
+    where = resolve_device(device, dtype, transformer_dtype=wanted)
+    return where if backbone.has_transformer else replace(where, transformer_dtype=where.dtype)
 
 
 def load_model(
@@ -102,8 +127,8 @@ def _assembled(
         load_strict(backbone, tensors, f"checkpoint {checkpoint}")
     edges = None
     if config.edges is not None:
-        edges = part_class("edges", config.edges.name)(config.edges.settings)
-        if loaded is not None:
+        edges = part_class("edges", config.edges.name).load(config.edges.settings, offline=offline)
+        if loaded is not None and edges.is_trained:
             load_strict(edges, _part(loaded, "edges"), f"checkpoint {checkpoint}")
     return InContextMatting(backbone, head, edges)
 
@@ -120,7 +145,11 @@ def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str |
         pretrained = "inside"
     else:
         pretrained = backbone.weights_digest(config.backbone.settings, weights, offline=offline)
-    return digest_of(json.dumps(config.as_dict(), sort_keys=True), pretrained, content)
+    parts = [json.dumps(config.as_dict(), sort_keys=True), pretrained, content]
+    if config.edges is not None:
+        edges = part_class("edges", config.edges.name).weights_digest(config.edges.settings, offline=offline)
+        parts += [edges] if edges else []
+    return digest_of(*parts)
 
 
 def _require_checkpoint(config: ModelConfig) -> None:

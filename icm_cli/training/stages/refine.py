@@ -144,6 +144,8 @@ class RefineStage(Stage[EdgeBatch]):
     def module(self, model: InContextMatting) -> nn.Module:
         if model.edges is None:
             raise ConfigError("train: stage is refine, and the model has no edges to learn; add a section 'edges'")
+        if not model.edges.is_trained:
+            raise ConfigError("train: stage is refine, and the model's edges have nothing to learn; name: refine has")
         return model.edges
 
     def batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[EdgeBatch]:

@@ -1,0 +1,124 @@
+"""Edges by ViTMatte: a picture and a trimap to the alpha, at the source's own size.
+
+Yao et al., "ViTMatte: Boosting Image Matting with Pre-trained Plain Vision Transformers", Information Fusion 2024. The
+network is ``transformers``' ``VitMatteForImageMatting``. Preprocessing is that of the published processor: red, green
+and blue, 0..1, are normalised by the folder's own statistics (mean and deviation 0.5 in the processor's defaults), the
+trimap of 0, 0.5 and 1 is a fourth channel that is not, and zeros fill all four up to a multiple of 32 px.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icm_cli.errors import ConfigError
+from icm_cli.geometry import Float, ImageU8
+from icm_cli.model.catalogue import VITMATTE
+from icm_cli.model.contracts import Edges
+from icm_cli.model.hub import (
+    CONFIG,
+    Statistics,
+    find_folder,
+    folder_digest,
+    load_pretrained,
+    pixel_statistics,
+    read_json,
+)
+from icm_cli.model.tiles import Box, blended
+from icm_cli.model.trimaps import trimap_of_coarse
+
+MULTIPLE_PX = 32
+"""Pictures are filled up to a multiple of this, as by the published processor."""
+HALVES: Statistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""Statistics of the published processor, where a folder has none of its own."""
+WEIGHTS_OPTION = "--edges-weights"
+
+
+@dataclass(frozen=True)
+class VitMatteEdgesConfig:
+    """Settings of the edges by ViTMatte."""
+
+    weights: str = VITMATTE
+    """Hub id or local folder, in Hugging Face's form; the command's --edges-weights goes before it."""
+    band: float = 0.015
+    """Width of the unknown on either side of the coarse edge, as a share of the picture's long side; 0 to 0.5."""
+    tile_px: int = 1024
+    """Side of the tiles of a larger source, a multiple of 32; its attention takes memory by the fourth power of it."""
+    overlap_px: int = 256
+    """Overlap of tiles, in px, at most a third of a tile; they are blended there, below 1/255 a pixel over 256 px."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.band < 0.5:
+            raise ConfigError(f"edges band is {self.band}; expected above 0 and below 0.5")
+        if self.tile_px < MULTIPLE_PX or self.tile_px % MULTIPLE_PX:
+            raise ConfigError(f"edges tile_px is {self.tile_px}; expected a multiple of {MULTIPLE_PX}")
+        if not 0 <= self.overlap_px <= self.tile_px // 3:
+            raise ConfigError(f"edges overlap_px is {self.overlap_px}; expected 0 to a third of tile_px")
+
+
+class VitMatteEdges(Edges):
+    """ViTMatte, frozen, on the unknown of the trimap that the coarse alpha makes."""
+
+    Config = VitMatteEdgesConfig
+    is_trained = False
+
+    def __init__(self, config: VitMatteEdgesConfig, network: nn.Module, statistics: Statistics = HALVES) -> None:
+        """``network``: a ``VitMatteForImageMatting``, or what is called like one; ``statistics``: of its pixels."""
+        super().__init__()
+        self.config = config
+        self.network = network
+        self.mean, self.deviation = (torch.tensor(each)[:, None, None] for each in statistics)
+
+    @classmethod
+    def with_weights(cls, config: Any, weights: str) -> Any:
+        return replace(config, weights=weights)
+
+    @classmethod
+    def weights_digest(cls, config: Any, *, offline: bool) -> str:
+        return folder_digest(find_folder(config.weights, offline=offline, option=WEIGHTS_OPTION))
+
+    @classmethod
+    def load(cls, config: Any, *, offline: bool) -> Self:
+        from transformers import VitMatteForImageMatting
+
+        folder = find_folder(config.weights, offline=offline, option=WEIGHTS_OPTION)
+        kind = read_json(folder / CONFIG).get("model_type")
+        if kind != "vitmatte":
+            raise ConfigError(f"{folder / CONFIG} is of a model of type {kind!r}; expected vitmatte")
+        return cls(config, load_pretrained(VitMatteForImageMatting, folder), pixel_statistics(folder, HALVES)).eval()
+
+    def refined(self, rgb: ImageU8, coarse: Float) -> Float:
+        size = rgb.shape[0], rgb.shape[1]
+        trimap = trimap_of_coarse(coarse, size, self.config.band)
+
+        def answer(box: Box) -> Float:
+            tile = trimap[box]
+            return self.solved(rgb[box], tile) if (tile == 0.5).any() else tile
+
+        alpha = blended(size, self.config.tile_px, self.config.overlap_px, answer)
+        alpha[trimap == 0.0] = 0.0
+        alpha[trimap == 1.0] = 1.0
+        return alpha
+
+    @torch.inference_mode()
+    def solved(self, rgb: ImageU8, trimap: Float) -> Float:
+        """Answer of the network for a picture, sRGB uint8 [H,W,3], and its trimap [H,W] of 0, 0.5, 1: [H,W] 0..1."""
+        weight = next(self.network.parameters())
+        pixels = self._pixels(rgb, trimap).to(weight.device, weight.dtype)
+        alpha: Tensor = self.network(pixel_values=pixels).alphas
+        found: Float = alpha[0, 0, : rgb.shape[0], : rgb.shape[1]].float().clamp(0.0, 1.0).cpu().numpy()
+        return found
+
+    def _pixels(self, rgb: ImageU8, trimap: Float) -> Tensor:
+        """Input of the network, [1,4,H,W] float32, H and W multiples of 32."""
+        image = (torch.from_numpy(rgb.copy()).permute(2, 0, 1).float() / 255.0 - self.mean) / self.deviation
+        joined = torch.cat([image, torch.from_numpy(trimap.copy())[None]])[None]
+        below, right = (-length % MULTIPLE_PX for length in trimap.shape)
+        return F.pad(joined, (0, right, 0, below))
+
+
+REGISTERED = VitMatteEdges

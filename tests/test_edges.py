@@ -1,0 +1,305 @@
+"""Edges that take any coarse alpha: trimaps, tiles, closed-form matting, ViTMatte on a tiny random folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Icm, alphas, read
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_hf import write_tiny_vitmatte
+from torch import Tensor, nn
+
+from icm_cli.errors import ConfigError, UsageError
+from icm_cli.geometry import Float, resize
+from icm_cli.matting.model_choice import ModelChoice
+from icm_cli.matting.predictor import load
+from icm_cli.model.edges.closed_form import ClosedForm, ClosedFormConfig
+from icm_cli.model.edges.vitmatte import VitMatteEdges, VitMatteEdgesConfig
+from icm_cli.model.tiles import Box, blended
+from icm_cli.model.trimaps import trimap_of_coarse
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_vitmatte(tmp_path_factory.mktemp("vitmatte"))
+
+
+def network(folder: Path, **changes: Any) -> VitMatteEdges:
+    return VitMatteEdges.load(VitMatteEdgesConfig(weights=str(folder), **changes), offline=True)
+
+
+def disc(side: int, radius: float) -> Float:
+    at = np.arange(side) + 0.5 - side / 2
+    return (np.hypot(at[:, None], at) < radius).astype(np.float32)
+
+
+class TestTrimap:
+    def test_unknown_lies_along_the_edge_on_both_sides(self) -> None:
+        coarse = disc(50, 12)
+        trimap = trimap_of_coarse(coarse, (200, 200), 0.05)
+        assert set(np.unique(trimap)) == {0.0, 0.5, 1.0}
+        fine = disc(200, 48)
+        unknown = trimap == 0.5
+        at = np.hypot(*(np.indices((200, 200)) + 0.5 - 100))
+        assert unknown[(at > 42) & (at < 54)].all()
+        assert not unknown[(at < 32) | (at > 64)].any()
+        assert (trimap[~unknown] == fine[~unknown]).all()
+
+    def test_a_thing_thinner_than_the_band_keeps_a_foreground(self) -> None:
+        coarse = np.zeros((100, 100), np.float32)
+        coarse[40:44, 10:90] = 1.0
+        coarse[60:95, 10:60] = 1.0
+        trimap = trimap_of_coarse(coarse, (100, 100), 0.1)
+        assert (trimap[40:44] == 1.0).sum() > 50
+        assert (trimap[60:95] == 1.0).sum() < 35 * 50 / 2  # a thick one has the whole band
+
+    @pytest.mark.parametrize("level", [0.0, 1.0])
+    def test_without_an_edge_nothing_is_unknown(self, level: float) -> None:
+        assert (trimap_of_coarse(np.full((9, 7), level, np.float32), (90, 70), 0.02) == level).all()
+
+    @given(seed=st.integers(0, 2**31), height=st.integers(1, 60), width=st.integers(1, 60))
+    @settings(max_examples=50, deadline=None)
+    def test_what_is_sure_agrees_with_the_coarse_alpha(self, seed: int, height: int, width: int) -> None:
+        coarse = np.random.default_rng(seed).choice(np.float32([0.0, 0.05, 0.5, 0.95, 1.0]), size=(7, 9))
+        trimap = trimap_of_coarse(coarse, (height, width), 0.01)
+        alpha = resize(coarse, (height, width))
+        assert trimap.shape == (height, width)
+        assert (alpha[trimap == 1.0] > 0.9).all()
+        assert (alpha[trimap == 0.0] < 0.1).all()
+
+
+class TestTiles:
+    @given(
+        seed=st.integers(0, 2**31),
+        height=st.integers(1, 900),
+        width=st.integers(1, 900),
+        tile=st.sampled_from([96, 128, 320]),
+    )
+    @settings(max_examples=40, deadline=None)
+    def test_tiles_that_disagree_altogether_make_no_step(self, seed: int, height: int, width: int, tile: int) -> None:
+        overlap = tile // 3
+        rng = np.random.default_rng(seed)
+
+        def answer(box: Box) -> Float:
+            rows, columns = (range(*each.indices(side)) for each, side in zip(box, (height, width), strict=True))
+            return np.full((len(rows), len(columns)), rng.integers(0, 2), np.float32)
+
+        out = blended((height, width), tile, overlap, answer)
+        for axis in (0, 1):
+            assert np.abs(np.diff(out, axis=axis)).max(initial=0.0) <= 1.0 / overlap + 1e-6
+
+    def test_agreeing_tiles_are_the_whole(self) -> None:
+        whole = np.random.default_rng(0).random((333, 210), np.float32)
+        np.testing.assert_allclose(blended((333, 210), 96, 32, lambda box: whole[box]), whole, atol=1e-6)
+
+
+class Opinions(nn.Module):
+    """Answers a constant for each picture, another for every one: the worst that tiles can do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, pixel_values: Tensor) -> SimpleNamespace:
+        self.shapes.append(tuple(pixel_values.shape))
+        level = float(len(self.shapes) % 2)
+        return SimpleNamespace(alphas=torch.full((1, 1, *pixel_values.shape[-2:]), level))
+
+
+class TestVitMatte:
+    def test_seams_stay_below_a_step_of_eight_bits(self) -> None:
+        """The default tiles, a network that answers 0 and 1 in turns, everything unknown but for the corners."""
+        edges = VitMatteEdges(VitMatteEdgesConfig(), Opinions())
+        coarse = np.full((30, 40), 0.5, np.float32)
+        alpha = edges.refined(np.zeros((1500, 2000, 3), np.uint8), coarse)
+        assert len(edges.network.shapes) == 2 * 3
+        assert alpha.max() - alpha.min() > 0.9
+        for axis in (0, 1):
+            assert np.abs(np.diff(alpha, axis=axis)).max() < 1 / 255
+
+    def test_the_network_is_asked_where_something_is_unknown_and_nowhere_else(self) -> None:
+        edges = VitMatteEdges(VitMatteEdgesConfig(tile_px=128, overlap_px=32), Opinions())
+        coarse = np.zeros((400, 400), np.float32)
+        coarse[30:60, 30:60] = 1.0
+        alpha = edges.refined(np.zeros((400, 400, 3), np.uint8), coarse)
+        assert len(edges.network.shapes) == 1
+        assert alpha[45, 45] == 1.0
+        assert alpha[200:].max() == 0.0
+
+    def test_preprocessing_is_that_of_the_published_processor(self, folder: Path) -> None:
+        """Against transformers' own NumPy processor: statistics, the trimap's channel, zeros up to 32 px."""
+        processor = pytest.importorskip(
+            "transformers.models.vitmatte.image_processing_pil_vitmatte"
+        ).VitMatteImageProcessorPil()
+        rng = np.random.default_rng(0)
+        rgb = rng.integers(0, 256, (45, 70, 3), np.uint8)
+        trimap = rng.choice(np.float32([0.0, 0.5, 1.0]), size=(45, 70))
+        theirs = processor(images=rgb, trimaps=np.round(trimap * 255).astype(np.uint8), return_tensors="pt")
+        ours = network(folder)._pixels(rgb, trimap)
+        assert ours.shape == (1, 4, 64, 96)
+        torch.testing.assert_close(ours, theirs["pixel_values"].float(), atol=3e-3, rtol=0)  # 128 of 255 is unknown
+
+    @pytest.mark.parametrize("size", [(50, 70), (129, 40), (96, 96), (1, 1)])
+    def test_it_is_the_network_s_answer_on_the_unknown(self, folder: Path, size: tuple[int, int]) -> None:
+        edges = network(folder)
+        rgb = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+        coarse = disc(20, 6)
+        alpha = edges.refined(rgb, coarse)
+        trimap = trimap_of_coarse(coarse, size, edges.config.band)
+        assert alpha.shape == size
+        assert alpha.dtype == np.float32
+        assert (alpha[trimap != 0.5] == trimap[trimap != 0.5]).all()
+        if (trimap == 0.5).any():
+            solved = edges.solved(rgb, trimap)
+            np.testing.assert_allclose(alpha[trimap == 0.5], solved[trimap == 0.5], atol=1e-6)
+
+    def test_an_absent_thing_stays_absent(self, folder: Path) -> None:
+        assert network(folder).refined(np.zeros((40, 60, 3), np.uint8), np.zeros((4, 6), np.float32)).max() == 0
+
+    def test_in_tiles_a_real_network_gives_every_pixel(self, folder: Path) -> None:
+        edges = network(folder, tile_px=96, overlap_px=32)
+        rgb = np.random.default_rng(0).integers(0, 256, (200, 250, 3), np.uint8)
+        alpha = edges.refined(rgb, disc(50, 15))
+        assert alpha.shape == (200, 250)
+        assert 0 <= alpha.min() <= alpha.max() <= 1
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_low_precision_is_near(self, folder: Path, dtype: torch.dtype) -> None:
+        rgb = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+        exact, low = network(folder), network(folder)
+        low.cast(dtype, dtype)
+        assert {each.dtype for each in low.network.parameters()} == {dtype}
+        pair = [each.refined(rgb, disc(30, 9)) for each in (exact, low)]
+        assert np.abs(pair[0] - pair[1]).max() < 0.02
+
+    def test_weights_that_are_not_here_say_what_to_get(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        said = r"hustvl/vitmatte-small-composition-1k.*103 MB.*hf download.*--edges-weights FOLDER"
+        with pytest.raises(ConfigError, match=said):
+            VitMatteEdges.load(VitMatteEdgesConfig(), offline=True)
+
+    def test_another_kind_of_model_is_refused(self, folder: Path, tmp_path: Path) -> None:
+        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+        (copy / "config.json").write_text(json.dumps({"model_type": "vitdet"}))
+        with pytest.raises(ConfigError, match="'vitdet'; expected vitmatte"):
+            network(copy)
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"band": 0.5}, "below 0.5"),
+            ({"tile_px": 100}, "multiple of 32"),
+            ({"tile_px": 96, "overlap_px": 33}, "a third of tile_px"),
+        ],
+    )
+    def test_settings_out_of_range(self, changes: dict[str, Any], said: str) -> None:
+        with pytest.raises(ConfigError, match=said):
+            VitMatteEdgesConfig(**changes)
+
+
+class TestClosedForm:
+    @pytest.mark.parametrize("solve", [64, 256])
+    def test_it_finds_the_picture_s_edge(self, solve: int) -> None:
+        """A disc of another colour than its ground; the coarse alpha is a few pixels off."""
+        truth = disc(240, 80)
+        rgb = np.where(truth[..., None] > 0, np.uint8([220, 120, 30]), np.uint8([20, 60, 90])).astype(np.uint8)
+        coarse = np.roll(disc(40, 13), (1, 0), (0, 1))
+        alpha = ClosedForm(ClosedFormConfig(band=0.06, solve_long_side_px=solve)).refined(rgb, coarse)
+        assert alpha.shape == (240, 240)
+        assert np.abs(alpha - truth).mean() < 0.01 < np.abs(resize(coarse, (240, 240)) - truth).mean()
+
+    def test_an_absent_thing_stays_absent(self) -> None:
+        edges = ClosedForm(ClosedFormConfig())
+        assert edges.refined(np.zeros((40, 60, 3), np.uint8), np.zeros((4, 6), np.float32)).max() == 0
+
+    def test_settings_out_of_range(self) -> None:
+        with pytest.raises(ConfigError, match="at least 64"):
+            ClosedFormConfig(solve_long_side_px=8)
+        with pytest.raises(ConfigError, match=r"below 0\.5"):
+            ClosedFormConfig(band=0.0)
+
+
+class TestOption:
+    """``icm matte --edges``, with the training-free head on the small model."""
+
+    @staticmethod
+    def choice(**options: Any) -> ModelChoice:
+        given = {"weights": None, "device": "cpu", "dtype": "float32", "batch_size": 1, "seed": 0, "offline": True}
+        return ModelChoice.checked("lite-training-free", None, **{**given, **options})
+
+    def test_each_choice_gives_alphas_of_its_own(self, icm: Icm, scene: Path, folder: Path) -> None:
+        assert icm(out=scene / "model").exit_code == 0
+        assert icm(out=scene / "closed", edges="closed-form").exit_code == 0
+        ended = icm("--verbose", out=scene / "vitmatte", edges="vitmatte", edges_weights=folder)
+        assert ended.exit_code == 0
+        assert "efficientnet-lite + training-free + vitmatte" in ended.stderr
+        made = [alphas(scene / name) for name in ("model", "closed", "vitmatte")]
+        assert made[0].keys() == made[1].keys() == made[2].keys()
+        name = "wall.png"
+        assert len({each[name] for each in made}) == 3
+        for each in ("closed", "vitmatte"):
+            assert read(scene / each / name).shape == read(scene / "imgs" / "wall.jpg").shape[:2]
+
+    def test_other_edges_make_alphas_again(self, icm: Icm, scene: Path, folder: Path) -> None:
+        def statuses(**options: Any) -> set[str]:
+            report = scene / "report.json"
+            assert icm(report=report, **options).exit_code == 0
+            return {row["status"] for row in json.loads(report.read_text())["images"]}
+
+        assert statuses(edges="closed-form") == {"done"}
+        assert statuses(edges="closed-form") == {"skipped"}
+        assert statuses(edges="vitmatte", edges_weights=folder) == {"done"}
+
+    def test_the_digest_knows_edges_and_their_weights(self, folder: Path, tmp_path: Path) -> None:
+        other = write_tiny_vitmatte(tmp_path / "other", seed=1)
+        options: list[dict[str, Any]] = [
+            {},
+            {"edges": "closed-form"},
+            {"edges": "vitmatte", "edges_weights": str(folder)},
+            {"edges": "vitmatte", "edges_weights": str(other)},
+        ]
+        digests = [self.choice(**each).digester()([]) for each in options]
+        assert len(set(digests)) == 4
+        assert self.choice(edges="model").digester()([]) == digests[0]
+
+    def test_the_same_weights_elsewhere_and_other_content_there(self, folder: Path, tmp_path: Path) -> None:
+        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+        before = self.choice(edges="vitmatte", edges_weights=str(copy)).digester()([])
+        path = copy / "preprocessor_config.json"
+        path.write_text(path.read_text() + " ")
+        assert self.choice(edges="vitmatte", edges_weights=str(copy)).digester()([]) != before
+
+    def test_a_head_that_solves_leaves_it_to_the_edges(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        monkeypatch.setattr(
+            "icm_cli.model.heads.training_free.solve_alpha", lambda *_: pytest.fail("solved, and solved again")
+        )
+        predictor = load("lite-training-free", device="cpu", edges="vitmatte", edges_weights=str(folder))
+        rgb = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+        rgb[20:60, 20:60] = (200, 30, 30)
+        mask = np.zeros((96, 96), bool)
+        mask[20:60, 20:60] = True
+        assert predictor.matte(rgb, predictor.reference([(rgb, mask)])).max() == 255
+
+    def test_it_takes_the_place_of_a_checkpoint_s_edges(self, folder: Path) -> None:
+        assert load("lite", device="cpu", edges="vitmatte", edges_weights=str(folder)).model.edges is not None
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"edges": "vitmate"}, "expected model, closed-form, vitmatte. Did you mean 'vitmatte'"),
+            ({"edges_weights": "x"}, "the model has no edges, so --edges-weights 'x' has nothing to do"),
+            ({"edges": "closed-form", "edges_weights": "x"}, "so --edges-weights 'x' has nothing to do"),
+        ],
+    )
+    def test_wrong_usage(self, options: dict[str, str], said: str) -> None:
+        with pytest.raises(UsageError, match=said):
+            self.choice(**options)
