@@ -19,10 +19,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import Float, ImageU8, resize
 from icm_cli.model.contracts import Edges
-from icm_cli.model.decoding import ConvNormReLU
 
-ALPHA_EPS = 1e-3
-"""A coarse alpha is kept this far from 0 and 1 before its logit is taken."""
 UNSHUFFLE = 2
 """Side of the square of pixels that becomes channels at the first layer."""
 
@@ -39,6 +36,8 @@ class RefineConfig:
     """Side, in px, of the tiles of a larger source."""
     overlap_px: int = 32
     """Overlap of tiles, in px; they are blended there."""
+    least_alpha: float = 0.02
+    """A coarse alpha is kept this far from 0 and 1 before its logit is taken, so that the network can overrule it."""
     undecided: float = 0.01
     """Tiles whose alpha is everywhere nearer to 0 or everywhere nearer to 1 than this are left as they are."""
 
@@ -53,11 +52,27 @@ class RefineConfig:
             raise ConfigError(f"edges overlap_px is {self.overlap_px}; expected 0 to half of tile_px")
         if not 0 <= self.undecided < 0.5:
             raise ConfigError(f"edges undecided is {self.undecided}; expected 0 to below 0.5")
+        if not 0 < self.least_alpha < 0.5:
+            raise ConfigError(f"edges least_alpha is {self.least_alpha}; expected more than 0 and less than 0.5")
 
     @property
     def multiple(self) -> int:
         """Side in px of which pictures are padded to a multiple."""
         return UNSHUFFLE * 2 ** (len(self.widths) - 1)
+
+
+class ConvReLU(nn.Module):
+    """3 x 3 convolution and ReLU. Without a norm: crops of a small batch are too unlike for BatchNorm's statistics."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
+        assert self.conv.bias is not None
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x), inplace=True)
 
 
 class Refine(Edges):
@@ -72,7 +87,7 @@ class Refine(Edges):
         widths = config.widths
         self.stem = _convolutions(inputs, widths[0])
         self.down = nn.ModuleList(
-            nn.Sequential(ConvNormReLU(before, after, stride=2), _convolutions(after, after))
+            nn.Sequential(ConvReLU(before, after, stride=2), _convolutions(after, after))
             for before, after in itertools.pairwise(widths)
         )
         self.up = nn.ModuleList(_convolutions(coarse + fine, fine) for fine, coarse in itertools.pairwise(widths))
@@ -81,18 +96,13 @@ class Refine(Edges):
         assert self.output.bias is not None
         nn.init.zeros_(self.output.bias)
 
-    def optimise_for_inference(self) -> None:
-        for module in self.modules():
-            if isinstance(module, ConvNormReLU):
-                module.fold()
-
     def cast(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:  # noqa: ARG002
         self.to(fast_dtype)
 
     def forward(self, image: Tensor, coarse: Tensor) -> Tensor:
         """image [B,3,H,W] sRGB and coarse alpha [B,1,H,W], both 0..1, H and W multiples of ``config.multiple`` ->
         the logit of the alpha [B,1,H,W] float32."""
-        logit = torch.logit(coarse.float(), eps=ALPHA_EPS)
+        logit = torch.logit(coarse.float(), eps=self.config.least_alpha)
         dtype = self.output.weight.dtype
         x = torch.cat([4.0 * image.float() - 2.0, logit / 2.0], dim=1).to(dtype)
         x = self.stem(F.pixel_unshuffle(x, UNSHUFFLE))
@@ -109,6 +119,8 @@ class Refine(Edges):
         """A coarse alpha [h,w] 0..1 of any size and its picture, sRGB uint8 [H,W,3] -> the alpha float32 [H,W] 0..1."""
         config = self.config
         height, width = rgb.shape[:2]
+        if not self._is_open(coarse):
+            return resize(coarse.astype(np.float32), (height, width))
         scale = config.whole_px / max(height, width)
         if scale < 1.0:
             size = max(1, round(height * scale)), max(1, round(width * scale))
@@ -127,13 +139,16 @@ class Refine(Edges):
         for row, column in itertools.product(rows, columns):
             box = slice(row, row + config.tile_px), slice(column, column + config.tile_px)
             coarse = alpha[box]
-            far = np.minimum(coarse, 1.0 - coarse).max() > config.undecided
-            mixed = coarse.min() < 0.5 < coarse.max()
-            tile = self._run(rgb[box], coarse) if far or mixed else coarse
+            tile = self._run(rgb[box], coarse) if self._is_open(coarse) else coarse
             share = _hat(coarse.shape[0], config.overlap_px)[:, None] * _hat(coarse.shape[1], config.overlap_px)
             out[box] += tile * share
             weight[box] += share
         return out / weight
+
+    def _is_open(self, coarse: Float) -> bool:
+        """Whether there is anything to decide: an alpha that is neither 0 nor 1, or both of them."""
+        far = float(np.minimum(coarse, 1.0 - coarse).max()) > self.config.undecided
+        return far or bool(coarse.min() < 0.5 < coarse.max())
 
     def _run(self, rgb: ImageU8, coarse: Float) -> Float:
         """Refine one picture [H,W,3] with its coarse alpha [H,W], padded to what the network takes."""
@@ -163,7 +178,7 @@ def _hat(length: int, overlap: int) -> Float:
 
 
 def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(ConvNormReLU(inputs, outputs), ConvNormReLU(outputs, outputs))
+    return nn.Sequential(ConvReLU(inputs, outputs), ConvReLU(outputs, outputs))
 
 
 REGISTERED = Refine
