@@ -24,7 +24,7 @@ from icm_cli.training.data.spoiling import by_outline, by_tokens
 from icm_cli.training.settings import TrainConfig, read_settings
 from icm_cli.training.stages import match
 from icm_cli.training.stages.match import to_show
-from icm_cli.training.stages.refine import EdgeMaker, EdgeSample
+from icm_cli.training.stages.refine import EdgeBatch, EdgeMaker, EdgeSample, RefineStage
 
 COLOURS = {"red": (20, 20, 220), "green": (20, 200, 20), "white": (240, 240, 240)}
 MATCH = {
@@ -228,7 +228,24 @@ class TestRefine:
         assert isinstance(other, EdgeSample)
         assert (one.coarse == other.coarse).all()
         assert (one.rgb == other.rgb).all()
-        assert one.rgb.shape == (2, 64, 64, 3)
+        assert one.rgb.shape == (4, 64, 64, 3)
+
+    def test_what_is_open_counts_more(self, discs: Path, tmp_path: Path) -> None:
+        """Where the coarse alpha is wrong the loss weighs ``open_weight`` times as much as where it is right."""
+        config = write_config(tmp_path / "a.yaml", discs, **REFINE)
+        truth = torch.zeros(1, 1, 64, 64)
+        coarse = truth.clone()
+        coarse[..., :32] = 0.8
+        batch = EdgeBatch(("a",), (0,), (), torch.zeros(1, 1, 64, 64, 3), coarse, truth, torch.ones_like(truth))
+        shares = {}
+        for weight in (1.0, 4.0):
+            recipe = read_settings(config, overrides=[f"train.refine.open_weight={weight}"])
+            stage = RefineStage(recipe, read_pool(recipe.data, recipe.train.pairs))
+            logit = torch.full_like(truth, -30.0)
+            logit[..., :32] = 30.0  # wrong in the half that is open
+            shares[weight] = float(stage.losses((logit,), batch)["l1"])
+        assert shares[1.0] == pytest.approx(0.5)
+        assert shares[4.0] == pytest.approx(4.0 / 5.0)
 
 
 @given(seed=st.integers(0, 2**31), height=st.integers(24, 90), width=st.integers(24, 90))
@@ -262,6 +279,17 @@ class TestRefineNetwork:
         alpha = edges.refined(np.zeros((height, width, 3), np.uint8), level)
         assert alpha.shape == (height, width)
         np.testing.assert_allclose(alpha, 0.25, atol=1e-5)
+
+    def test_where_nothing_is_open_nothing_is_made(self) -> None:
+        """A thing that is absent stays so, whatever the picture shows."""
+        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8)).eval()
+        assert edges.output.bias is not None
+        with torch.no_grad():
+            edges.output.bias.fill_(5.0)
+        rgb = np.zeros((90, 70, 3), np.uint8)
+        for level in (0.0, 0.004, 1.0):
+            assert (edges.refined(rgb, np.full((9, 7), level, np.float32)) == np.float32(level)).all()
+        assert (edges.refined(rgb, np.full((9, 7), 0.2, np.float32)) > 0.9).all()
 
     def test_tiles_leave_no_seams(self) -> None:
         """A network that moves every alpha by a constant moves that of a tiled picture so everywhere."""

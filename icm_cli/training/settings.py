@@ -245,20 +245,22 @@ class MatchConfig:
 class RefineConfig:
     """Samples of the stage "refine": crops of scenes on the canvas, with coarse alphas made from the true ones."""
 
-    crop_px: int = 224
+    crop_px: int = 160
     """Side of a crop, in px of the canvas."""
-    crops: int = 2
+    crops: int = 4
     """Crops of a scene."""
-    token_share: float = 0.6
+    token_share: float = 0.35
     """Share of the coarse alphas that are as a grid of tokens tells them; the others are outlines nearly right."""
     made_share: float = 0.7
     """Share of the first stage's own alphas as coarse ones, where a source has them (``coarse``)."""
     photograph_share: float = 0.5
     """Share of pictures with soft alphas that are shown as they are, not as composites."""
-    band_weight: float = 0.3
+    band_weight: float = 0.5
     """Weight of pixels at the edge of an alpha that is not exact: any but a composite's."""
+    open_weight: float = 4.0
+    """Weight of pixels that are to be decided, at edges and where the coarse alpha is wrong, beside 1 of the others."""
     l1: float = 1.0
-    cross_entropy: float = 0.3
+    cross_entropy: float = 0.5
     gradient: float = 2.0
     """Weight of the L1 between differences of neighbouring pixels."""
     laplacian: float = 0.05
@@ -271,6 +273,8 @@ class RefineConfig:
         for name in ("token_share", "made_share", "photograph_share", "band_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train: refine: {name} is {getattr(self, name)}; expected 0 to 1")
+        if self.open_weight < 1:
+            raise ConfigError(f"train: refine: open_weight is {self.open_weight}; expected 1 or more")
         weights = [getattr(self, name) for name in REFINE_TERMS]
         if min(weights) < 0 or not any(weights):
             raise ConfigError(f"train: refine: the losses' weights are {weights}; expected 0 or more, and not all 0")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,10 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import Float, ImageU8, resize
 from icm_cli.model.contracts import Edges
-from icm_cli.model.decoding import ConvNormReLU
 from icm_cli.model.tiles import Box, blended
 
-ALPHA_EPS = 1e-3
-"""A coarse alpha is kept this far from 0 and 1 before its logit is taken."""
+OPEN = 0.05
+"""A coarse alpha further than this from 0 and 1 is open."""
 UNSHUFFLE = 2
 """Side of the square of pixels that becomes channels at the first layer."""
 
@@ -33,12 +33,17 @@ class RefineConfig:
 
     widths: tuple[int, ...] = (32, 48, 64, 96, 128)
     """Channels of each scale, from half the picture's size on, each half as fine as the one before."""
-    whole_px: int = 512
+    whole_px: int = 1024
     """Long side, in px, at which the whole picture is refined."""
     tile_px: int = 256
     """Side, in px, of the tiles of a larger source."""
     overlap_px: int = 32
     """Overlap of tiles, in px; they are blended there."""
+    least_alpha: float = 0.02
+    """A coarse alpha is kept this far from 0 and 1 before its logit is taken, so that the network can overrule it."""
+    reach: float = 0.06
+    """Distance, as a share of the long side, from what is open in the coarse alpha beyond which it stays as it is; what
+    looks like an edge there belongs to something else."""
     undecided: float = 0.01
     """Tiles whose alpha is everywhere nearer to 0 or everywhere nearer to 1 than this are left as they are."""
 
@@ -53,11 +58,29 @@ class RefineConfig:
             raise ConfigError(f"edges overlap_px is {self.overlap_px}; expected 0 to half of tile_px")
         if not 0 <= self.undecided < 0.5:
             raise ConfigError(f"edges undecided is {self.undecided}; expected 0 to below 0.5")
+        if not 0 < self.reach <= 2:
+            raise ConfigError(f"edges reach is {self.reach}; expected more than 0 and at most 2")
+        if not 0 < self.least_alpha < 0.5:
+            raise ConfigError(f"edges least_alpha is {self.least_alpha}; expected more than 0 and less than 0.5")
 
     @property
     def multiple(self) -> int:
         """Side in px of which pictures are padded to a multiple."""
         return UNSHUFFLE * 2 ** (len(self.widths) - 1)
+
+
+class ConvReLU(nn.Module):
+    """3 x 3 convolution and ReLU. Without a norm: crops of a small batch are too unlike for BatchNorm's statistics."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
+        assert self.conv.bias is not None
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x), inplace=True)
 
 
 class Refine(Edges):
@@ -73,7 +96,7 @@ class Refine(Edges):
         widths = config.widths
         self.stem = _convolutions(inputs, widths[0])
         self.down = nn.ModuleList(
-            nn.Sequential(ConvNormReLU(before, after, stride=2), _convolutions(after, after))
+            nn.Sequential(ConvReLU(before, after, stride=2), _convolutions(after, after))
             for before, after in itertools.pairwise(widths)
         )
         self.up = nn.ModuleList(_convolutions(coarse + fine, fine) for fine, coarse in itertools.pairwise(widths))
@@ -82,18 +105,13 @@ class Refine(Edges):
         assert self.output.bias is not None
         nn.init.zeros_(self.output.bias)
 
-    def optimise_for_inference(self) -> None:
-        for module in self.modules():
-            if isinstance(module, ConvNormReLU):
-                module.fold()
-
     def cast(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:  # noqa: ARG002
         self.to(fast_dtype)
 
     def forward(self, image: Tensor, coarse: Tensor) -> Tensor:
         """image [B,3,H,W] sRGB and coarse alpha [B,1,H,W], both 0..1, H and W multiples of ``config.multiple`` ->
         the logit of the alpha [B,1,H,W] float32."""
-        logit = torch.logit(coarse.float(), eps=ALPHA_EPS)
+        logit = torch.logit(coarse.float(), eps=self.config.least_alpha)
         dtype = self.output.weight.dtype
         x = torch.cat([4.0 * image.float() - 2.0, logit / 2.0], dim=1).to(dtype)
         x = self.stem(F.pixel_unshuffle(x, UNSHUFFLE))
@@ -110,12 +128,13 @@ class Refine(Edges):
         """A coarse alpha [h,w] 0..1 of any size and its picture, sRGB uint8 [H,W,3] -> the alpha float32 [H,W] 0..1."""
         config = self.config
         height, width = rgb.shape[:2]
-        scale = config.whole_px / max(height, width)
-        if scale < 1.0:
-            size = max(1, round(height * scale)), max(1, round(width * scale))
-            alpha = self._run(resize(rgb, size), resize(coarse, size))
-        else:
-            alpha = self._run(rgb, resize(coarse, (height, width)))
+        if not self._is_open(coarse):
+            return resize(coarse.astype(np.float32), (height, width))
+        scale = min(1.0, config.whole_px / max(height, width))
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        small = resize(coarse, size).astype(np.float32)
+        near = self._near_what_is_open(small)
+        alpha = small + near * (self._run(resize(rgb, size), small) - small)
         if alpha.shape == (height, width):
             return alpha
         return self._tiled(rgb, resize(alpha, (height, width)))
@@ -126,11 +145,25 @@ class Refine(Edges):
 
         def answer(box: Box) -> Float:
             coarse = alpha[box]
-            far = np.minimum(coarse, 1.0 - coarse).max() > config.undecided
-            mixed = coarse.min() < 0.5 < coarse.max()
-            return self._run(rgb[box], coarse) if far or mixed else coarse
+            return self._run(rgb[box], coarse) if self._is_open(coarse) else coarse
 
         return blended((alpha.shape[0], alpha.shape[1]), config.tile_px, config.overlap_px, answer)
+
+    def _is_open(self, coarse: Float) -> bool:
+        """Whether there is anything to decide: an alpha that is neither 0 nor 1, or both of them."""
+        far = float(np.minimum(coarse, 1.0 - coarse).max()) > self.config.undecided
+        return far or bool(coarse.min() < 0.5 < coarse.max())
+
+    def _near_what_is_open(self, coarse: Float) -> Float:
+        """Weights [h,w]: 1 near to what is open in a coarse alpha [h,w], falling to 0 at ``config.reach``."""
+        inside = (coarse > 0.5).astype(np.uint8)
+        edge = cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+        is_open = edge | (np.minimum(coarse, 1.0 - coarse) > OPEN)
+        if not is_open.any():
+            return np.ones_like(coarse)
+        distance = cv2.distanceTransform((~is_open).astype(np.uint8), cv2.DIST_L2, 5)
+        reach = self.config.reach * max(coarse.shape)
+        return np.clip(2.0 - 2.0 * distance / reach, 0.0, 1.0).astype(np.float32)
 
     def _run(self, rgb: ImageU8, coarse: Float) -> Float:
         """Refine one picture [H,W,3] with its coarse alpha [H,W], padded to what the network takes."""
@@ -146,7 +179,7 @@ class Refine(Edges):
 
 
 def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(ConvNormReLU(inputs, outputs), ConvNormReLU(outputs, outputs))
+    return nn.Sequential(ConvReLU(inputs, outputs), ConvReLU(outputs, outputs))
 
 
 REGISTERED = Refine

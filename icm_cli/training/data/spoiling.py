@@ -37,9 +37,9 @@ def by_tokens(alpha: Float, rng: Rng) -> Float:
 
 def by_outline(alpha: Float, rng: Rng) -> Float:
     """An alpha [H,W] 0..1 with its outline moved by a few pixels, hardened at times, and blurred."""
-    reach = float(np.exp(rng.uniform(np.log(0.5), np.log(6.0))))
+    reach = rng.uniform(0.5, 7.0)
     coarse = (alpha > rng.uniform(0.3, 0.7)).astype(np.float32) if rng.random() < 0.5 else alpha
-    if rng.random() < 0.7:
+    if rng.random() < 0.8:
         coarse = _warped(coarse, reach, rng)
     if rng.random() < 0.5:
         coarse = _grown(coarse, rng.uniform(-1.0, 1.0) * reach)

@@ -40,6 +40,9 @@ AT_EDGE_SHARE = 0.85
 """Share of crops about an edge or an error of the coarse alpha; the others lie anywhere."""
 BAND = (0.1, 0.9)
 """Alphas between these belong to the band of an edge."""
+OPEN = 0.05
+"""Pixels whose coarse or true alpha is further than this from 0 and 1, or whose two differ by more, are the ones to be
+decided."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,9 @@ class EdgeMaker(Dataset["EdgeSample | str"]):
 
     def _scene(self, item: Item, rng: np.random.Generator) -> tuple[Scene, bool]:
         """A scene, and whether its alpha is exact."""
-        is_hard = item.is_binary or item.soften_px > 0
         as_it_is = rng.random() < self.config.refine.photograph_share
         backgrounds = self.pool.backgrounds
-        if is_hard or (as_it_is and not item.is_foreground) or not (backgrounds or item.is_foreground):
+        if item.is_binary or (as_it_is and not item.is_foreground) or not (backgrounds or item.is_foreground):
             return self._scenes.photograph(item, rng), False
         others = [each for each in (self.pool.draw(rng) for _ in range(8)) if not each.is_foreground]
         if others and (rng.random() < OTHER_PHOTOGRAPH_SHARE or not backgrounds):
@@ -160,15 +162,18 @@ class RefineStage(Stage[EdgeBatch]):
         return (logit[:, 0].float().reshape(batch.coarse.shape),)
 
     def losses(self, answer: Answer, batch: EdgeBatch) -> dict[str, Tensor]:
-        logit, truth, weight = answer[0], batch.truth.float(), batch.weight.float()
+        logit, truth, coarse = answer[0], batch.truth.float(), batch.coarse.float()
+        config = self.settings.train.refine
+        is_soft = torch.minimum((coarse - 0.5).abs(), (truth - 0.5).abs()) < 0.5 - OPEN
+        open_ = is_soft | ((coarse - truth).abs() > OPEN)
+        weight = batch.weight.float() * (1.0 + (config.open_weight - 1.0) * open_)
         alpha = torch.sigmoid(logit)
         size = weight.mean(dim=(1, 2, 3)).clamp(min=1e-3)
         entropy = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
         steps = torch.stack([_steps(alpha - truth, weight, axis) for axis in (2, 3)]).sum(dim=0)
         # A pyramid has no weights; where a pixel counts less, its error is made less.
-        blended = (truth + (alpha - truth) * weight).flatten(0, 1)[:, None]
+        blended = (truth + (alpha - truth) * batch.weight.float()).flatten(0, 1)[:, None]
         pyramid = laplacian(blended, truth.flatten(0, 1)[:, None], blended).reshape(truth.shape[:2]).mean(dim=1)
-        config = self.settings.train.refine
         values = {
             "l1": ((alpha - truth).abs() * weight).mean(dim=(1, 2, 3)) / size,
             "cross_entropy": (entropy * weight).mean(dim=(1, 2, 3)) / size,
