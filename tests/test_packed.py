@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,6 +61,43 @@ def test_kernels_are_half_and_statistics_whole(files: tuple[Path, Path]) -> None
     with safe_open(packed, framework="pt") as file:
         assert file.metadata()["icm.step"] == "7"
         assert parse_model(json.loads(file.metadata()["icm.config"]), "test") == CONFIG
+
+
+def test_the_mean_of_several_trainings_is_packed(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """With the training images and licences of all of them."""
+    other, joined = tmp_path / "other.safetensors", tmp_path / "joined.safetensors"
+    model = model_to_train(CONFIG, checkpoint=None, weights=None, offline=True, seed=1)
+    metadata = {"icm.trained_on": '["b", "a"]', "icm.licences": '{"x": "MIT"}', "icm.step": "9"}
+    save_checkpoint(other, model, CONFIG, with_backbone=False, metadata=metadata)
+    command = [sys.executable, "-m", "icm_cli.model.packing", str(joined), str(files[0]), str(other)]
+    assert subprocess.run(command, check=False, timeout=120).returncode == 0
+    parts, mean = [load_file(path) for path in (files[0], other)], load_file(joined)
+    floats = [key for key, tensor in parts[0].items() if tensor.is_floating_point() and key.startswith("head.")]
+    assert any(not torch.equal(parts[0][key], parts[1][key]) for key in floats)
+    for key in floats:
+        expected = (parts[0][key].float() + parts[1][key].float()) / 2
+        torch.testing.assert_close(mean[key].float(), expected, atol=1e-3, rtol=1e-3, msg=key)
+    with safe_open(joined, framework="pt") as file:
+        found = file.metadata()
+    assert json.loads(found["icm.trained_on"]) == ["a", "b"]
+    assert json.loads(found["icm.licences"]) == {"x": "MIT"}
+    assert found["icm.step"] == "7"
+
+
+def test_what_cannot_be_joined_is_one_sentence(files: tuple[Path, Path], tmp_path: Path) -> None:
+    plain = parse_model({part: MODEL[part] for part in ("backbone", "head")}, "test")
+    bare = tmp_path / "bare.safetensors"
+    model = model_to_train(plain, checkpoint=None, weights=None, offline=True, seed=1)
+    save_checkpoint(bare, model, plain, with_backbone=False)
+    with pytest.raises(ConfigError, match="without edges; leave --edges out"):
+        pack(bare, tmp_path / "out.safetensors", edges=files[0])
+    wider = parse_model({**MODEL, "head": {**MODEL["head"], "fused_channels": 7}}, "test")
+    other = tmp_path / "wider.safetensors"
+    model = model_to_train(wider, checkpoint=None, weights=None, offline=True, seed=1)
+    save_checkpoint(other, model, wider, with_backbone=False)
+    with pytest.raises(ConfigError, match="has another head"):
+        pack(files[0], tmp_path / "out.safetensors", heads=[other])
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @given(

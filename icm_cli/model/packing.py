@@ -1,24 +1,108 @@
 """A trained checkpoint with its backbone, in few bytes: what ``icm train --pack`` writes, and ships inside the package.
 
-Kernels become float16, the backbone's matrices 8-bit integers with a scale for every row; vectors (biases, BatchNorm
-statistics) stay float32.
+    python -m icm_cli.model.packing OUT HEAD.safetensors [HEAD2.safetensors ...] --edges EDGES.safetensors
+
+packs the mean of several trainings' heads with the edges of another one. Kernels become float16, the backbone's
+matrices 8-bit integers with a scale for every row; vectors (biases, BatchNorm statistics) stay float32.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Optional
 
-from icm_cli.errors import ConfigError
-from icm_cli.model.checkpoint import read_checkpoint, read_config, save_checkpoint
+import torch
+import typer
+from torch import Tensor
+
+from icm_cli.config import ModelConfig
+from icm_cli.errors import ConfigError, IcmError
+from icm_cli.model.checkpoint import (
+    TRAINED_ON_KEY,
+    Checkpoint,
+    load_strict,
+    read_checkpoint,
+    read_config,
+    save_checkpoint,
+)
 from icm_cli.model.loading import load_model
 
+LICENCES_KEY = "icm.licences"
+"""Metadata of a checkpoint: the licence of every source of its training data."""
 
-def pack(checkpoint: Path, out: Path) -> None:
-    """Write ``out`` whole or not at all. Raises ConfigError where there is no such checkpoint of ours."""
+
+def pack(checkpoint: Path, out: Path, *, heads: Sequence[Path] = (), edges: Path | None = None) -> None:
+    """Write ``out`` whole or not at all.
+
+    ``heads``: further checkpoints of the same head, of whose weights the mean is taken; ``edges``: one whose edges take
+    the place of the checkpoint's own. Raises ConfigError where one is no checkpoint of ours or of another model.
+    """
+    config = _config(checkpoint)
+    model = load_model(config, checkpoint=checkpoint, weights=None, offline=True, seed=0)
+    parts = [read_checkpoint(path) for path in (checkpoint, *heads)]
+    for path in heads:
+        if _config(path).head != config.head:
+            raise ConfigError(f"{path} has another head than {checkpoint}; expected trainings of one configuration")
+    if heads:
+        load_strict(model.head, _mean([_tensors(part, "head") for part in parts]), f"the mean of {len(parts)} heads")
+    if edges is not None:
+        if model.edges is None:
+            raise ConfigError(f"{checkpoint} is of a model without edges; leave --edges out")
+        parts.append(read_checkpoint(edges))
+        load_strict(model.edges, _tensors(parts[-1], "edges"), f"checkpoint {edges}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(out, model, config, with_backbone=True, small=True, metadata=_metadata(parts))
+
+
+def _config(checkpoint: Path) -> ModelConfig:
     config = read_config(checkpoint)
     if config is None:
         raise ConfigError(f"checkpoint {checkpoint} holds no configuration; expected one that icm trained")
-    model = load_model(config, checkpoint=checkpoint, weights=None, offline=True, seed=0)
-    metadata = read_checkpoint(checkpoint).metadata
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(out, model, config, with_backbone=True, small=True, metadata=metadata)
+    return config
+
+
+def _tensors(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
+    """Tensors of a part of the model, by their names in it."""
+    start = f"{part}."
+    return {name.removeprefix(start): each for name, each in checkpoint.tensors.items() if name.startswith(start)}
+
+
+def _mean(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean of tensors of the same names; counters, such as BatchNorm's, are the last one's."""
+    return {
+        name: torch.stack([part[name].float() for part in parts]).mean(dim=0) if last.is_floating_point() else last
+        for name, last in parts[-1].items()
+    }
+
+
+def _metadata(parts: Sequence[Checkpoint]) -> dict[str, str]:
+    """Metadata of the first, with the training images and licences of all."""
+    metadata = dict(parts[0].metadata)
+    seen = {image for part in parts for image in json.loads(part.metadata.get(TRAINED_ON_KEY, "[]"))}
+    if seen:
+        metadata[TRAINED_ON_KEY] = json.dumps(sorted(seen))
+    licences = {
+        name: each for part in parts for name, each in json.loads(part.metadata.get(LICENCES_KEY, "{}")).items()
+    }
+    if licences:
+        metadata[LICENCES_KEY] = json.dumps(licences)
+    return metadata
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="The .safetensors to write.")],
+    heads: Annotated[list[Path], typer.Argument(help="Checkpoints of one head; the mean of their weights is taken.")],
+    edges: Annotated[Optional[Path], typer.Option(help="Checkpoint with the edges.")] = None,
+) -> None:
+    """Pack trainings of icm into one small file."""
+    try:
+        pack(heads[0], out, heads=heads[1:], edges=edges)
+    except IcmError as error:
+        typer.echo(f"icm: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)
