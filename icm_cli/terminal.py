@@ -287,7 +287,7 @@ class TrainingTerminal(Terminal, TrainingListener):
         self._last = "" if steps is None else f"/{steps}"
         end = "the end of its minutes" if steps is None else steps
         self.notice(f"training from step {first_step + 1} to {end}, {samples} samples each")
-        if sys.stderr and sys.stderr.isatty() and not (self.quiet or self.verbose):
+        if sys.stderr and sys.stderr.isatty() and self.may_show_bar:
             from tqdm import tqdm
 
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)

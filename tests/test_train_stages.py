@@ -290,6 +290,8 @@ class TestRefineNetwork:
         for level in (0.0, 0.004, 1.0):
             assert (edges.refined(rgb, np.full((9, 7), level, np.float32)) == np.float32(level)).all()
         assert (edges.refined(rgb, np.full((9, 7), 0.2, np.float32)) > 0.9).all()
+        faint = np.full((9, 7), 0.03, np.float32)
+        assert edges.refined(rgb[:60, :60], faint).max() < 0.031
 
     def test_tiles_leave_no_seams(self) -> None:
         """A network that moves every alpha by a constant moves that of a tiled picture so everywhere."""

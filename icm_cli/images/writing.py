@@ -30,9 +30,8 @@ DEPTHS: Mapping[Format, tuple[Depth, ...]] = {
     "exr": ("half", "float"),
 }
 """Depths of each format, the default first."""
-SUFFIXES: Mapping[Format, str] = {"png": ".png", "tiff": ".tif", "exr": ".exr"}
 ENDINGS: Mapping[Format, tuple[str, ...]] = {"png": (".png",), "tiff": (".tif", ".tiff"), "exr": (".exr",)}
-"""Endings of names that say each format."""
+"""Endings of names that say each format, the one that is written first."""
 PNG_COMPRESSION = 1
 """zlib level: an alpha is mostly flat, and higher levels cost far more time than they save space."""
 STAMP_KEY = "ImageDescription"
@@ -84,7 +83,7 @@ class Output:
 
     @property
     def suffix(self) -> str:
-        return SUFFIXES[self.format]
+        return ENDINGS[self.format][0]
 
     @property
     def is_premultiplied(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import string
@@ -12,14 +13,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from icm_cli.errors import ImageError, UsageError
-from icm_cli.files import TEMPORARY_PREFIX
+from icm_cli.files import TEMPORARY_PREFIX, digest_of
 from icm_cli.images.colour import AS_LABELLED, Colour
 from icm_cli.images.composites import Composite, read_source
 from icm_cli.images.decoding import frame_count, image_size_and_turn
 from icm_cli.images.kinds import IMAGE_SUFFIXES, Kind
-from icm_cli.images.reading import Picture
+from icm_cli.images.reading import Picture, content_sha256
 from icm_cli.matting.frames import FrameName, FramePattern, Missing, frame_ranges, gaps
-from icm_cli.matting.sources import MOST_NAMED, LeftOut, Sources, look_at, real
+from icm_cli.matting.sources import MOST_NAMED, LeftOut, Sources, look_at, natural, real
 from icm_cli.reports.result import ImageResult
 
 DEFAULT_NAME = "{stem}{frame}"
@@ -65,14 +66,7 @@ class Job:
 
     def content(self) -> str:
         """SHA-256 of what it is made from, as hexadecimal digits. Raises ImageError."""
-        hasher = hashlib.sha256()
-        try:
-            for path in self._files:
-                with path.open("rb") as file:
-                    hasher.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise ImageError(f"{self.source} cannot be read: {error.strerror}") from error
-        return hasher.hexdigest()
+        return digest_of(*(_content(path, _state(path)) for path in self._files))
 
 
 @dataclass(frozen=True)
@@ -161,8 +155,9 @@ def plan_jobs(
         found = left_out.without(
             found, lambda path: FrameName.of(path).number not in (choice.frames or ()), "not of --frames", is_told=False
         )
-    jobs = [job for path in found for job in _jobs(path, root, place, colour, kinds[path])]
-    jobs += [job for path in missing for job in _jobs(path, root, place, colour, Kind(""))]
+    kinds |= dict.fromkeys(missing, Kind(""))
+    everything = sorted([*found, *missing], key=natural)
+    jobs = [job for path in everything for job in _jobs(path, root, place, colour, kinds[path])]
     if not jobs:
         raise UsageError(f"no images were found in {root}; {_what_was_expected(choice)}")
     _check_collisions(jobs)
@@ -216,6 +211,12 @@ def _state(path: Path) -> str:
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from error
     return f"{state.st_size} {state.st_mtime_ns} {width}x{height} {turn}"
+
+
+@functools.lru_cache(maxsize=64)
+def _content(path: Path, state: str) -> str:  # noqa: ARG001 (a key: the content is that of this state)
+    """SHA-256 of a file; read once for all of its frames."""
+    return content_sha256(path)
 
 
 def _below(folder: Path, root: Path) -> Callable[[Path], bool]:

@@ -200,12 +200,12 @@ def _pattern_and_format(out: str | Path, format_: str | None) -> tuple[FramePatt
     Raises UsageError where the two do not agree.
     """
     pattern = None if Path(out).is_dir() else FramePattern.parsed(str(out))
-    if pattern is None:
+    ending = "" if pattern is None else Path(f"x{pattern.after}").suffix.lower()
+    if pattern is None or not ending:
         return None, format_ or "png"
-    ending = Path(f"x{pattern.after}").suffix.lower()
     fitting = next((name for name, suffixes in ENDINGS.items() if ending in suffixes), None)
     if fitting is None:
-        raise UsageError(f"--out {out} ends in {ending!r}; expected .png, .tif, .tiff or .exr")
+        raise UsageError(f"--out {out} is a pattern of frames and ends in {ending}; expected .png, .tif, .tiff or .exr")
     if format_ not in (None, fitting):
         raise UsageError(f"--out {out} is of format {fitting} by its ending, and --format is {format_}; leave one out")
     return pattern, fitting

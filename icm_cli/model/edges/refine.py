@@ -159,11 +159,9 @@ class Refine(Edges):
         inside = (coarse > 0.5).astype(np.uint8)
         edge = cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
         is_open = edge | (np.minimum(coarse, 1.0 - coarse) > OPEN)
-        if not is_open.any():
-            return np.ones_like(coarse)
         distance = cv2.distanceTransform((~is_open).astype(np.uint8), cv2.DIST_L2, 5)
         reach = self.config.reach * max(coarse.shape)
-        return np.clip(2.0 - 2.0 * distance / reach, 0.0, 1.0).astype(np.float32)
+        return np.clip(2.0 - 2.0 * np.minimum(distance, reach) / reach, 0.0, 1.0).astype(np.float32)
 
     def _run(self, rgb: ImageU8, coarse: Float) -> Float:
         """Refine one picture [H,W,3] with its coarse alpha [H,W], padded to what the network takes."""
