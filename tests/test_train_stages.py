@@ -20,7 +20,7 @@ from icm_cli.config import parse_model
 from icm_cli.model.edges.refine import Refine
 from icm_cli.model.loading import model_to_train
 from icm_cli.training.data.pool import Item, Pool, read_pool
-from icm_cli.training.data.spoiling import by_outline, by_tokens
+from icm_cli.training.data.spoiling import by_outline, by_tokens, with_doubted_parts
 from icm_cli.training.settings import TrainConfig, read_settings
 from icm_cli.training.stages import match
 from icm_cli.training.stages.match import to_show
@@ -253,12 +253,26 @@ class TestRefine:
 def test_a_spoiled_alpha_is_an_alpha(seed: int, height: int, width: int) -> None:
     truth = np.zeros((height, width), np.float32)
     truth[height // 4 : height // 2, width // 4 : width // 2] = 1.0
+    rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     for spoil in (by_tokens, by_outline):
-        coarse = spoil(truth, np.random.default_rng(seed))
-        assert coarse.shape == truth.shape
-        assert coarse.dtype == np.float32
-        assert coarse.min() >= 0
-        assert coarse.max() <= 1
+        rng = np.random.default_rng(seed)
+        coarse = spoil(truth, rng)
+        for each in (coarse, with_doubted_parts(coarse, rgb, truth, rng)):
+            assert each.shape == truth.shape
+            assert each.dtype == np.float32
+            assert each.min() >= 0
+            assert each.max() <= 1
+
+
+def test_doubted_parts_fade_inside_and_appear_outside() -> None:
+    truth = np.zeros((80, 80), np.float32)
+    truth[20:60, 20:60] = 1.0
+    rgb = np.full((80, 80, 3), 90, np.uint8)
+    rgb[20:60, 20:40] = 200  # the thing has two colours
+    found = [with_doubted_parts(truth, rgb, truth, np.random.default_rng(seed)) for seed in range(20)]
+    assert sum(float(each[20:60, 20:60].min()) < 0.7 for each in found) > 10
+    assert sum(float(each[:15].max()) > 0.2 for each in found) > 5
+    np.testing.assert_array_equal(with_doubted_parts(truth, rgb, truth, np.random.default_rng(0)), found[0])
 
 
 class TestRefineNetwork:

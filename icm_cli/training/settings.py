@@ -251,6 +251,8 @@ class RefineConfig:
     """Crops of a scene."""
     token_share: float = 0.35
     """Share of the coarse alphas that are as a grid of tokens tells them; the others are outlines nearly right."""
+    doubt_share: float = 0.5
+    """Share of the coarse alphas that are unsure of whole parts besides, in the thing and beside it."""
     made_share: float = 0.7
     """Share of the first stage's own alphas as coarse ones, where a source has them (``coarse``)."""
     photograph_share: float = 0.5
@@ -270,7 +272,7 @@ class RefineConfig:
             raise ConfigError(f"train: refine: crop_px is {self.crop_px}; expected {LEAST_CROP_PX} or more")
         if self.crops < 1:
             raise ConfigError(f"train: refine: crops is {self.crops}; expected 1 or more")
-        for name in ("token_share", "made_share", "photograph_share", "band_weight"):
+        for name in ("token_share", "doubt_share", "made_share", "photograph_share", "band_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train: refine: {name} is {getattr(self, name)}; expected 0 to 1")
         if self.open_weight < 1:

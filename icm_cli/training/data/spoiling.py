@@ -8,12 +8,16 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from icm_cli.geometry import Float
+from icm_cli.geometry import Float, ImageU8
 from icm_cli.training.data.augment import Rng
 
 LEAST = 1e-3
 TOKEN_SHARE = (1 / 52, 1 / 14)
 """Side of a token's cell, as a share of the picture's long side."""
+LARGEST_PART = 0.12
+"""Share of the picture that a doubted part covers at most."""
+INSIDE_SHARE = 0.65
+"""Share of the doubted parts that belong to the thing; the others lie beside it."""
 
 
 def by_tokens(alpha: Float, rng: Rng) -> Float:
@@ -53,6 +57,25 @@ def by_outline(alpha: Float, rng: Rng) -> Float:
     return np.clip(coarse, 0.0, 1.0).astype(np.float32)
 
 
+def with_doubted_parts(coarse: Float, rgb: ImageU8, truth: Float, rng: Rng) -> Float:
+    """A coarse alpha [H,W] 0..1 unsure of one to three parts of the picture, uint8 [H,W,3], each of about one colour:
+    parts of the thing fade, things beside it appear, as a first stage errs that judges by looks."""
+    height, width = truth.shape
+    scale = min(1.0, 160 / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    colours = cv2.GaussianBlur(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), (0, 0), 1.0)
+    is_inside = cv2.resize(truth, size, interpolation=cv2.INTER_AREA) > 0.5
+    for _ in range(int(rng.integers(1, 4))):
+        inside = bool(rng.random() < INSIDE_SHARE)
+        part = _part_of_one_colour(colours, is_inside == inside, rng)
+        part = cv2.GaussianBlur(part, (0, 0), max(size) * rng.uniform(*TOKEN_SHARE) * 0.5)
+        part = cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR) * rng.uniform(0.5, 1.0)
+        level = rng.uniform(0.05, 0.7) if inside else rng.uniform(0.2, 0.7)
+        doubted = np.minimum(coarse, level) if inside else np.maximum(coarse, level)
+        coarse = coarse + part * (doubted - coarse)
+    return np.clip(coarse, 0.0, 1.0).astype(np.float32)
+
+
 def smooth_noise(size: tuple[int, int], cell: float, rng: Rng) -> Float:
     """Normal noise [H,W] that changes over about ``cell`` pixels, of deviation near 1."""
     small = rng.standard_normal((max(2, round(size[0] / cell)), max(2, round(size[1] / cell)))).astype(np.float32)
@@ -80,11 +103,27 @@ def _warped(alpha: Float, reach: float, rng: Rng) -> Float:
     return np.asarray(cv2.remap(alpha, x + dx, y + dy, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))
 
 
-def _blob(size: tuple[int, int], rng: Rng, largest: float = 0.3) -> Float:
-    """A soft ellipse somewhere, 1 inside."""
+def _part_of_one_colour(colours: ImageU8, may_be: np.ndarray, rng: Rng) -> Float:
+    """Weights [h,w], 1 for the pixels around one of those that may be, bool [h,w], as far as its colour reaches."""
+    found = np.flatnonzero(may_be)
+    if not len(found):
+        return np.zeros(may_be.shape, np.float32)
+    y, x = divmod(int(found[rng.integers(len(found))]), may_be.shape[1])
+    reached = np.zeros((may_be.shape[0] + 2, may_be.shape[1] + 2), np.uint8)
+    difference = (float(rng.uniform(8.0, 40.0)),) * 3
+    how = 4 | cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE | 1 << 8
+    cv2.floodFill(colours, reached, (x, y), 0, difference, difference, how)
+    part = (reached[1:-1, 1:-1] > 0) & may_be
+    if part.mean() > LARGEST_PART:
+        part &= _blob(part.shape, rng, largest=0.2, centre=(x, y)) > 0.5
+    return part.astype(np.float32)
+
+
+def _blob(size: tuple[int, int], rng: Rng, largest: float = 0.3, centre: tuple[float, float] | None = None) -> Float:
+    """A soft ellipse, 1 inside, around a centre (x, y) or somewhere."""
     height, width = size
     blob = np.zeros(size, np.float32)
-    centre = rng.uniform(0, width), rng.uniform(0, height)
+    centre = centre or (rng.uniform(0, width), rng.uniform(0, height))
     axes = rng.uniform(0.04, largest, 2) * max(size)
     box = (centre, (float(2 * max(axes[0], 0.7)), float(2 * max(axes[1], 0.7))), float(rng.uniform(0, 180)))
     cv2.ellipse(blob, box, 1.0, -1)

@@ -25,7 +25,7 @@ from icm_cli.training.batches import Batch, StepSampler, load_batches
 from icm_cli.training.data.pool import Item, Pool
 from icm_cli.training.data.samples import MOST_ATTEMPTS
 from icm_cli.training.data.scenes import Scene, SceneMaker
-from icm_cli.training.data.spoiling import by_outline, by_tokens
+from icm_cli.training.data.spoiling import by_outline, by_tokens, with_doubted_parts
 from icm_cli.training.losses import laplacian
 from icm_cli.training.panels import MOST_ROWS, grey, table
 from icm_cli.training.settings import REFINE_TERMS, Settings, TrainConfig
@@ -122,6 +122,8 @@ class EdgeMaker(Dataset["EdgeSample | str"]):
         else:
             spoil = by_tokens if rng.random() < config.token_share else by_outline
             coarse = spoil(truth, rng)
+        if rng.random() < config.doubt_share:
+            coarse = with_doubted_parts(coarse, scene.rgb, truth, rng)
         weight = scene.valid.astype(np.float32)
         if not is_exact:
             band = ((truth > BAND[0]) & (truth < BAND[1])).astype(np.uint8)
