@@ -18,6 +18,7 @@ from train_data import MODEL, log, metadata, same_weights, train, write_config
 
 from icm_cli.config import parse_model
 from icm_cli.model.edges.refine import Refine
+from icm_cli.model.heads.token_match import TokenMatchHead
 from icm_cli.model.loading import model_to_train
 from icm_cli.training.data.pool import Item, Pool, read_pool
 from icm_cli.training.data.spoiling import by_outline, by_tokens, with_doubted_parts
@@ -124,6 +125,33 @@ class TestMatch:
         assert done.exit_code == 0, done.output
         after = load_file(tmp_path / "run" / "last.safetensors")
         assert changed_parts(load_file(checkpoint), after) == {"edges"}
+
+    def test_it_learns_from_several_references(self, discs: Path, tmp_path: Path) -> None:
+        config = write_config(
+            tmp_path / "a.yaml", discs, **{**MATCH, "match": {"views": 6, "reference_shares": [0.0, 0.0, 1.0]}}
+        )
+        done = train(config, tmp_path / "run")
+        assert done.exit_code == 0, done.output
+        first, last = log(tmp_path / "run")
+        assert float(last["loss"]) < 0.8 * float(first["loss"])
+
+    def test_a_reference_shown_twice_says_no_more_than_once(self) -> None:
+        head = TokenMatchHead(
+            TokenMatchHead.Config(feature_channels=(6,), width=4, skip_channels=(), decoder_channels=())
+        )
+        rng = torch.Generator().manual_seed(0)
+        feature = torch.randn(2, 6, 4, 4, generator=rng)
+        shown = torch.randn(2, 1, 6, 4, 4, generator=rng)
+        inside = torch.rand(2, 1, 4, 4, generator=rng) > 0.5
+        everything = torch.ones(2, 4, 4, dtype=torch.bool)
+
+        def answers(times: int) -> list[torch.Tensor]:
+            references = [each.repeat(1, times, *[1] * (each.ndim - 2)) for each in (shown, inside, ~inside)]
+            batch = match.MosaicBatch(("a", "b"), (0, 1), (), feature, (), everything.float(), everything, *references)
+            return match.TokenMatcher(head.eval())(batch)
+
+        for once, twice in zip(answers(1), answers(2), strict=True):
+            torch.testing.assert_close(once, twice, atol=0.02, rtol=0)  # the null is one token of many
 
     def test_another_head_is_refused(self, discs: Path, tmp_path: Path) -> None:
         detail = {"name": "detail", "canvas_px": 96, "feature_channels": 8}

@@ -218,6 +218,8 @@ class MatchConfig:
     """The reference's thing is in none of the pictures."""
     same_image_share: float = 0.1
     """The reference is another view of the target's own picture, though its group has others."""
+    reference_shares: tuple[float, ...] = (1.0,)
+    """Shares of batches whose mosaics have one reference, two, and so on."""
     layout_shares: tuple[float, ...] = (0.3, 0.4, 0.25, 0.05)
     """Shares of mosaics of one picture, of two side by side, of two one above the other, and of four."""
     presence: float = 0.3
@@ -236,6 +238,11 @@ class MatchConfig:
             raise ConfigError(
                 f"train: match: layout_shares is {list(self.layout_shares)}; expected {LAYOUTS} numbers, none below 0 "
                 "and not all 0"
+            )
+        if not self.reference_shares or min(self.reference_shares) < 0 or not sum(self.reference_shares):
+            raise ConfigError(
+                f"train: match: reference_shares is {list(self.reference_shares)}; expected one number or more, none "
+                "below 0 and not all 0"
             )
         if self.presence < 0:
             raise ConfigError(f"train: match: presence is {self.presence}; expected 0 or more")

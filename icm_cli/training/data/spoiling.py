@@ -63,16 +63,17 @@ def with_doubted_parts(coarse: Float, rgb: ImageU8, truth: Float, rng: Rng) -> F
     height, width = truth.shape
     scale = min(1.0, 160 / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    colours = cv2.GaussianBlur(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), (0, 0), 1.0)
+    colours = np.asarray(cv2.GaussianBlur(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), (0, 0), 1.0), np.uint8)
     is_inside = cv2.resize(truth, size, interpolation=cv2.INTER_AREA) > 0.5
     for _ in range(int(rng.integers(1, 4))):
         inside = bool(rng.random() < INSIDE_SHARE)
-        part = _part_of_one_colour(colours, is_inside == inside, rng)
-        part = cv2.GaussianBlur(part, (0, 0), max(size) * rng.uniform(*TOKEN_SHARE) * 0.5)
-        part = cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR) * rng.uniform(0.5, 1.0)
+        part = cv2.GaussianBlur(
+            _part_of_one_colour(colours, is_inside == inside, rng), (0, 0), max(size) * rng.uniform(*TOKEN_SHARE) * 0.5
+        )
+        weight = cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR) * rng.uniform(0.5, 1.0)
         level = rng.uniform(0.05, 0.7) if inside else rng.uniform(0.2, 0.7)
         doubted = np.minimum(coarse, level) if inside else np.maximum(coarse, level)
-        coarse = coarse + part * (doubted - coarse)
+        coarse = (coarse + weight * (doubted - coarse)).astype(np.float32)
     return np.clip(coarse, 0.0, 1.0).astype(np.float32)
 
 

@@ -75,10 +75,10 @@ Views: TypeAlias = Mapping[Item, Sequence[View]]
 
 @dataclass(frozen=True)
 class MosaicBatch(Batch):
-    """Mosaics beside a reference each.
+    """Mosaics beside R references each.
 
     feature float16 [B,C,H,W], valid bool [B,H,W], scales float16 [B,C',2H,2W] ... and alpha float32 [B,nH,nW] of the
-    mosaics; reference_feature float16 [B,C,h,w], inside and outside bool [B,h,w] of the references.
+    mosaics; reference_feature float16 [B,R,C,h,w], inside and outside bool [B,R,h,w] of the references.
     """
 
     feature: Tensor
@@ -103,7 +103,8 @@ class TokenMatcher(nn.Module):
         head = self.head
         scales = {-level: scale.float() for level, scale in enumerate(batch.scales)}
         target = Features(batch.feature.float(), batch.valid, scales, {})
-        shown = head.projected(batch.reference_feature.float())
+        shown = head.projected(batch.reference_feature.flatten(0, 1).float())
+        shown = shown.reshape(len(batch.feature), -1, shown.shape[-1])
         references = [
             ReferenceTokens(each[inside.flatten()], each[outside.flatten()])
             for each, inside, outside in zip(shown, batch.inside, batch.outside, strict=True)
@@ -217,18 +218,18 @@ class MatchStage(Stage[MosaicBatch]):
         Raises TrainingError where the pictures do not suffice for a mosaic.
         """
         rng = np.random.default_rng((self.settings.train.seed, 1, counters[0]))
-        shares = np.asarray(self.settings.train.match.layout_shares)
-        rows, columns = LAYOUTS[rng.choice(len(LAYOUTS), p=shares / shares.sum())]
+        rows, columns = LAYOUTS[_drawn_index(self.settings.train.match.layout_shares, rng)]
         shown = self.large_views if self.large_views and (rows, columns) == (1, 1) else self.views
         shown_beside = self.large_views if self.large_views and rng.random() < 0.5 else self.views
-        samples = [self._sample(rows * columns, shown, shown_beside, rng) for _ in counters]
+        references = _drawn_index(self.settings.train.match.reference_shares, rng) + 1
+        samples = [self._sample(rows * columns, references, shown, shown_beside, rng) for _ in counters]
         feature, alpha, valid = (
             torch.stack([_laid_out([getattr(view, name) for view in each.tiles], rows, columns) for each in samples])
             for name in ("feature", "alpha", "valid")
         )
         scales = tuple(
             torch.stack([_laid_out([view.scales[level] for view in each.tiles], rows, columns) for each in samples])
-            for level in range(len(samples[0].reference.scales))
+            for level in range(len(samples[0].references[0].scales))
         )
         wanted = torch.stack(
             [
@@ -241,7 +242,7 @@ class MatchStage(Stage[MosaicBatch]):
             ]
         )
         reference_feature, inside, outside = (
-            torch.stack([getattr(each.reference, name) for each in samples])
+            torch.stack([torch.stack([getattr(view, name) for view in each.references]) for each in samples])
             for name in ("feature", "inside", "outside")
         )
         names = tuple(each.name for each in samples)
@@ -258,20 +259,24 @@ class MatchStage(Stage[MosaicBatch]):
             outside,
         )
 
-    def _sample(self, tiles: int, shown: Views, beside: Views, rng: np.random.Generator) -> _Mosaic:
-        """A mosaic of ``shown`` views, its reference one of ``beside``."""
+    def _sample(self, tiles: int, references: int, shown: Views, beside: Views, rng: np.random.Generator) -> _Mosaic:
+        """A mosaic of ``tiles`` shown views, its references some of ``beside``."""
         config = self.settings.train.match
         for _ in range(ATTEMPTS):
             item = self._drawn(shown, rng)
             partner = self.pool.partner(item, rng, config.same_image_share)
-            reference, target = _view(beside, partner, rng), _view(shown, item, rng)
-            if reference is None or target is None or reference is target or reference.alpha.max() <= 0.5:
+            target, guides = _view(shown, item, rng), [_view(beside, partner, rng)]
+            guides += [
+                _view(beside, self.pool.partner(item, rng, config.same_image_share), rng) for _ in range(1, references)
+            ]
+            usable = [view for view in guides if view is not None and view is not target and view.alpha.max() > 0.5]
+            if target is None or len(usable) < references:
                 continue
             others = [self._stranger(shown, item, rng) for _ in range(tiles)]
             place = -1 if rng.random() < config.negative_share else int(rng.integers(tiles))
             if place >= 0:
                 others[place] = target
-            return _Mosaic(f"{item.name} by {partner.name}", reference, others, place)
+            return _Mosaic(f"{item.name} by {partner.name}", usable, others, place)
         raise TrainingError("no group has two views that can be read; raise train.match.views, or give more pictures")
 
     def _drawn(self, views: Views, rng: np.random.Generator) -> Item:
@@ -319,7 +324,7 @@ class MatchStage(Stage[MosaicBatch]):
 @dataclass(frozen=True)
 class _Mosaic:
     name: str
-    reference: View
+    references: Sequence[View]
     tiles: Sequence[View]
     place: int
     """Index of the tile that shows the reference's thing; -1: none."""
@@ -396,6 +401,11 @@ def _by_item(shown: Sequence[Item], views: Sequence[View | None]) -> dict[Item, 
         if view is not None:
             found.setdefault(item, []).append(view)
     return found
+
+
+def _drawn_index(shares: Sequence[float], rng: np.random.Generator) -> int:
+    """An index drawn by its share."""
+    return int(rng.choice(len(shares), p=np.asarray(shares) / sum(shares)))
 
 
 def _view(views: Views, item: Item, rng: np.random.Generator) -> View | None:
