@@ -25,6 +25,7 @@ from icm_cli.training.data.spoiling import by_outline, by_tokens, with_doubted_p
 from icm_cli.training.settings import TrainConfig, read_settings
 from icm_cli.training.stages import match
 from icm_cli.training.stages.match import to_show
+from icm_cli.training.stages.mosaics import MosaicBatch, TokenMatcher
 from icm_cli.training.stages.refine import EdgeBatch, EdgeMaker, EdgeSample, RefineStage
 
 COLOURS = {"red": (20, 20, 220), "green": (20, 200, 20), "white": (240, 240, 240)}
@@ -45,7 +46,7 @@ REFINE = {
     "rate": 1e-2,
     "backbone_rate": 0,
     "log_every": 40,
-    "refine": {"crop_px": 64},
+    "refine": {"crop_px": 64, "doubt_share": 0.2},
 }
 
 
@@ -147,8 +148,8 @@ class TestMatch:
 
         def answers(times: int) -> list[torch.Tensor]:
             references = [each.repeat(1, times, *[1] * (each.ndim - 2)) for each in (shown, inside, ~inside)]
-            batch = match.MosaicBatch(("a", "b"), (0, 1), (), feature, (), everything.float(), everything, *references)
-            return match.TokenMatcher(head.eval())(batch)
+            batch = MosaicBatch(("a", "b"), (0, 1), (), feature, (), everything.float(), everything, *references)
+            return TokenMatcher(head.eval())(batch)
 
         for once, twice in zip(answers(1), answers(2), strict=True):
             torch.testing.assert_close(once, twice, atol=0.02, rtol=0)  # the null is one token of many

@@ -16,31 +16,38 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from icm_cli.errors import ConfigError, ImageError, TrainingError
+from icm_cli.errors import ImageError
 from icm_cli.files import atomic_write, digest_of
-from icm_cli.geometry import ImageU8, to_u8
-from icm_cli.model.contracts import Features
-from icm_cli.model.decoding import enlarged
-from icm_cli.model.guidance import ReferenceTokens, background_tokens, foreground_tokens
-from icm_cli.model.heads.token_match import CARRIED, EVIDENCE_NUMBERS, TokenMatchHead
+from icm_cli.geometry import ImageU8
+from icm_cli.model.heads.token_match import TokenMatchHead
 from icm_cli.model.in_context_matting import InContextMatting
-from icm_cli.training.batches import Batch, StepSampler, start_worker
+from icm_cli.training.batches import StepSampler, start_worker
 from icm_cli.training.data.pool import Item, Pool
 from icm_cli.training.data.samples import SampleMaker
-from icm_cli.training.panels import MOST_ROWS, grey, table
+from icm_cli.training.panels import MOST_ROWS, grey
 from icm_cli.training.settings import Settings
 from icm_cli.training.stages.contract import Answer, Stage
+from icm_cli.training.stages.mosaics import (
+    TERMS,
+    MosaicBatch,
+    TokenMatcher,
+    View,
+    draw_layout,
+    draw_mosaic,
+    joined,
+    losses,
+    panel,
+    token_match_head,
+    views_of,
+)
 
 if TYPE_CHECKING:
     from icm_cli.events import TrainingListener
     from icm_cli.training.learner import Learner
 
-LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
-"""Rows and columns of the mosaics."""
 LARGE = 2
 """Side of a large view, in views."""
 KEPT_NAME = "tokens.pt"
@@ -50,78 +57,14 @@ BEGIN_VIEWS = 400
 AT_A_TIME = 8
 """Pictures that the backbone sees together."""
 TOLD_EVERY_S = 60.0
-ATTEMPTS = 1000
-"""Draws for one place of a mosaic before training stops."""
-LEAST_ALPHA = 1e-4
-"""Least distance of an alpha from 0 and 1 before its logarithm is taken."""
-
-
-@dataclass(frozen=True)
-class View:
-    """Tokens of a picture: feature float16 [C,h,w]; what joins the head's decoder, from coarse to fine, float16
-    [C',2h,2w], [C",4h,4w] ...; alpha float16 [nh,nw], each cell's mean, as fine as the decoder goes; which tokens lie
-    inside and outside the guidance, and which hold the frame, bool [h,w]."""
-
-    feature: Tensor
-    scales: tuple[Tensor, ...]
-    alpha: Tensor
-    inside: Tensor
-    outside: Tensor
-    valid: Tensor
-
-
 Views: TypeAlias = Mapping[Item, Sequence[View]]
-
-
-@dataclass(frozen=True)
-class MosaicBatch(Batch):
-    """Mosaics beside R references each.
-
-    feature float16 [B,C,H,W], valid bool [B,H,W], scales float16 [B,C',2H,2W] ... and alpha float32 [B,nH,nW] of the
-    mosaics; reference_feature float16 [B,R,C,h,w], inside and outside bool [B,R,h,w] of the references.
-    """
-
-    feature: Tensor
-    scales: tuple[Tensor, ...]
-    alpha: Tensor
-    valid: Tensor
-    reference_feature: Tensor
-    inside: Tensor
-    outside: Tensor
-
-
-class TokenMatcher(nn.Module):
-    """A token-match head that is asked for its answers on tokens, before any picture is there."""
-
-    def __init__(self, head: TokenMatchHead) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, batch: MosaicBatch) -> Answer:
-        """Logit of the coarse alpha [B,H,W] and of the decoder's [B,nH,nW], what each comparison carries over
-        [B,comparisons,H,W] in -1..1, and the logit of whether the thing is there [B]."""
-        head = self.head
-        scales = {-level: scale.float() for level, scale in enumerate(batch.scales)}
-        target = Features(batch.feature.float(), batch.valid, scales, {})
-        shown = head.projected(batch.reference_feature.flatten(0, 1).float())
-        shown = shown.reshape(len(batch.feature), -1, shown.shape[-1])
-        references = [
-            ReferenceTokens(each[inside.flatten()], each[outside.flatten()])
-            for each, inside, outside in zip(shown, batch.inside, batch.outside, strict=True)
-        ]
-        projected = head.projected(target.correspondence)
-        evidence = head.evidence(projected, target.valid, references)
-        fused = head.fused(target, evidence)
-        presence = head.presence(fused, projected, evidence, target.valid, references)
-        fine = head.decoded(fused, target, None)[:, 0]
-        return head.coarse(fused)[:, 0].float(), fine, evidence[:, CARRIED::EVIDENCE_NUMBERS], presence
 
 
 class MatchStage(Stage[MosaicBatch]):
     """Mosaics of tokens in, which of them are the thing out."""
 
     learns = ("head",)
-    terms = ("cross_entropy", "dice", "coarse", "comparisons", "presence")
+    terms = TERMS
 
     def __init__(self, settings: Settings, pool: Pool) -> None:
         super().__init__(settings, pool)
@@ -136,15 +79,7 @@ class MatchStage(Stage[MosaicBatch]):
         self.large_views: dict[Item, list[View]] = {}
 
     def module(self, model: InContextMatting) -> nn.Module:
-        if not isinstance(model.head, TokenMatchHead):
-            raise ConfigError("train: stage is match, which is for the token-match head; take another stage or head")
-        skips, steps = (len(getattr(model.head.config, name)) for name in ("skip_channels", "decoder_channels"))
-        if steps > skips:
-            raise ConfigError(
-                f"train: stage is match, and the head's decoder has {steps} steps, of which {steps - skips} take the "
-                "image in; the stage has no images: expected no more decoder_channels than skip_channels"
-            )
-        return TokenMatcher(model.head)
+        return TokenMatcher(token_match_head(model, "match"))
 
     def prepare(self, learner: Learner, folder: Path, listener: TrainingListener) -> None:
         path = folder / KEPT_NAME
@@ -175,36 +110,13 @@ class MatchStage(Stage[MosaicBatch]):
         return found
 
     def losses(self, answer: Answer, batch: MosaicBatch) -> dict[str, Tensor]:
-        coarse, logit, carried, presence = answer
-        fine_truth, valid = batch.alpha, batch.valid
-        finer = logit.shape[-1] // coarse.shape[-1]
-        fine_valid = valid.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
-        truth = F.avg_pool2d(fine_truth[:, None], finer)[:, 0]
-        size = valid.sum(dim=(1, 2))
-        each = (0.5 + 0.5 * carried).clamp(LEAST_ALPHA, 1.0 - LEAST_ALPHA)
-        compared = F.binary_cross_entropy(each, truth[:, None].expand_as(each), reduction="none").mean(dim=1)
-        there = truth.sum(dim=(1, 2)) > 1.0
-        alpha = torch.sigmoid(logit) * fine_valid
-        common, sizes = (alpha * fine_truth).mean(dim=(1, 2)), (alpha + fine_truth).mean(dim=(1, 2))
-        common, sizes = common * size, sizes * size
-        is_there = (truth.amax(dim=(1, 2)) > 0.5).float()
-        terms = {
-            "cross_entropy": _entropy(logit, fine_truth, fine_valid),
-            "dice": (1.0 - (2.0 * common + 1.0) / (sizes + 1.0)) * there,
-            "coarse": _entropy(coarse, truth, valid) if finer > 1 else torch.zeros_like(is_there),
-            "comparisons": (compared * valid).sum(dim=(1, 2)) / size,
-            "presence": self.settings.train.match.presence
-            * F.binary_cross_entropy_with_logits(presence, is_there, reduction="none"),
-        }
-        return {**terms, "total": torch.stack(list(terms.values())).sum(dim=0)}
+        return losses(answer, batch.alpha, batch.valid, self.settings.train.match.presence)
 
     @torch.no_grad()
     def panel(self, learner: Learner, batch: MosaicBatch) -> ImageU8:
         """For each mosaic its true alpha, the coarse alpha, and what all comparisons together carry over."""
         few = batch.first(MOST_ROWS)
-        _, logit, carried, _ = self.answer(self.module(learner.model), few)
-        layers = (few.alpha, torch.sigmoid(logit), enlarged(0.5 + 0.5 * carried[:, -1:], logit.shape[-2:])[:, 0])
-        return table([[grey(to_u8(layer[i].cpu().numpy())) for layer in layers] for i in range(len(few.names))])
+        return panel(few.alpha, self.answer(self.module(learner.model), few))
 
     def preview(self, counter: int) -> tuple[str, list[ImageU8]]:
         """A picture whose tokens are read, and its alpha."""
@@ -217,81 +129,29 @@ class MatchStage(Stage[MosaicBatch]):
 
         Raises TrainingError where the pictures do not suffice for a mosaic.
         """
-        rng = np.random.default_rng((self.settings.train.seed, 1, counters[0]))
-        rows, columns = LAYOUTS[_drawn_index(self.settings.train.match.layout_shares, rng)]
-        shown = self.large_views if self.large_views and (rows, columns) == (1, 1) else self.views
-        shown_beside = self.large_views if self.large_views and rng.random() < 0.5 else self.views
-        references = _drawn_index(self.settings.train.match.reference_shares, rng) + 1
-        samples = [self._sample(rows * columns, references, shown, shown_beside, rng) for _ in counters]
-        feature, alpha, valid = (
-            torch.stack([_laid_out([getattr(view, name) for view in each.tiles], rows, columns) for each in samples])
-            for name in ("feature", "alpha", "valid")
-        )
-        scales = tuple(
-            torch.stack([_laid_out([view.scales[level] for view in each.tiles], rows, columns) for each in samples])
-            for level in range(len(samples[0].references[0].scales))
-        )
-        wanted = torch.stack(
-            [
-                _laid_out(
-                    [torch.full_like(view.alpha, float(i == each.place)) for i, view in enumerate(each.tiles)],
-                    rows,
-                    columns,
-                )
-                for each in samples
-            ]
-        )
-        reference_feature, inside, outside = (
-            torch.stack([torch.stack([getattr(view, name) for view in each.references]) for each in samples])
-            for name in ("feature", "inside", "outside")
-        )
-        names = tuple(each.name for each in samples)
-        return MosaicBatch(
-            names,
-            tuple(counters),
-            (),
-            feature,
-            scales,
-            (alpha * wanted).float(),
-            valid,
-            reference_feature,
-            inside,
-            outside,
-        )
-
-    def _sample(self, tiles: int, references: int, shown: Views, beside: Views, rng: np.random.Generator) -> _Mosaic:
-        """A mosaic of ``tiles`` shown views, its references some of ``beside``."""
         config = self.settings.train.match
-        for _ in range(ATTEMPTS):
-            item = self._drawn(shown, rng)
-            partner = self.pool.partner(item, rng, config.same_image_share)
-            target, guides = _view(shown, item, rng), [_view(beside, partner, rng)]
-            guides += [
-                _view(beside, self.pool.partner(item, rng, config.same_image_share), rng) for _ in range(1, references)
-            ]
-            usable = [view for view in guides if view is not None and view is not target and view.alpha.max() > 0.5]
-            if target is None or len(usable) < references:
-                continue
-            others = [self._stranger(shown, item, rng) for _ in range(tiles)]
-            place = -1 if rng.random() < config.negative_share else int(rng.integers(tiles))
-            if place >= 0:
-                others[place] = target
-            return _Mosaic(f"{item.name} by {partner.name}", usable, others, place)
-        raise TrainingError("no group has two views that can be read; raise train.match.views, or give more pictures")
+        rng = np.random.default_rng((self.settings.train.seed, 1, counters[0]))
+        rows, columns, references = draw_layout(config, rng)
+        shown = self.large_views if self.large_views and (rows, columns) == (1, 1) else self.views
+        beside = self.large_views if self.large_views and rng.random() < 0.5 else self.views
 
-    def _drawn(self, views: Views, rng: np.random.Generator) -> Item:
-        for _ in range(ATTEMPTS):
-            item = self.pool.draw(rng)
-            if views.get(item):
-                return item
-        raise TrainingError("hardly any picture could be read; mend the data, or leave files out with 'exclude'")
+        def as_reference(item: Item) -> View | None:
+            view = _view(beside, item, rng)
+            return view if view is not None and view.alpha.max() > 0.5 else None
 
-    def _stranger(self, views: Views, shown: Item, rng: np.random.Generator) -> View:
-        for _ in range(ATTEMPTS):
-            item = self._drawn(views, rng)
-            if item.is_alien_to(shown):
-                return views[item][int(rng.integers(len(views[item])))]
-        raise TrainingError(f"there is no picture without the thing of {shown.image}; give more groups")
+        mosaics = [
+            draw_mosaic(
+                self.pool,
+                config,
+                rows * columns,
+                references,
+                rng,
+                as_target=lambda item: _view(shown, item, rng),
+                as_reference=as_reference,
+            )
+            for _ in counters
+        ]
+        return joined(mosaics, counters, rows, columns)
 
     def _read(
         self, learner: Learner, maker: SampleMaker, shown: Sequence[Item], listener: TrainingListener
@@ -319,15 +179,6 @@ class MatchStage(Stage[MosaicBatch]):
                 told = time.monotonic()
                 listener.notice(f"{sum(view is not None for view in views)} of {len(views)} pictures are read")
         return views
-
-
-@dataclass(frozen=True)
-class _Mosaic:
-    name: str
-    references: Sequence[View]
-    tiles: Sequence[View]
-    place: int
-    """Index of the tile that shows the reference's thing; -1: none."""
 
 
 @dataclass(frozen=True)
@@ -403,20 +254,9 @@ def _by_item(shown: Sequence[Item], views: Sequence[View | None]) -> dict[Item, 
     return found
 
 
-def _drawn_index(shares: Sequence[float], rng: np.random.Generator) -> int:
-    """An index drawn by its share."""
-    return int(rng.choice(len(shares), p=np.asarray(shares) / sum(shares)))
-
-
 def _view(views: Views, item: Item, rng: np.random.Generator) -> View | None:
     of_item = views.get(item)
     return of_item[int(rng.integers(len(of_item)))] if of_item else None
-
-
-def _entropy(logit: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
-    """Mean cross-entropy [B] over the valid cells of [B,H,W]."""
-    each = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
-    return (each * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))
 
 
 @torch.no_grad()
@@ -427,27 +267,15 @@ def _seen(learner: Learner, scenes: Sequence[_Scene]) -> Iterator[View]:
     valid = torch.from_numpy(np.stack([each.valid for each in scenes])).to(place)
     head = learner.model.head
     assert isinstance(head, TokenMatchHead)
-    features = learner.model.backbone.target(image, valid, [""] * len(scenes))
-    stride = image.shape[-1] // features.correspondence.shape[-1]
-    share = F.avg_pool2d(alpha, stride >> len(head.config.decoder_channels))[:, 0]
-    scales = [features.scales[stride >> level + 1] for level in range(len(head.config.skip_channels))]
-    guidance = (alpha > 0.5).float()
-    for i in range(len(scenes)):
-        one = slice(i, i + 1)
+    for view in views_of(learner.model.backbone, head, image, alpha, valid):
         yield View(
-            features.correspondence[i].half().cpu(),
-            tuple(scale[i].half().cpu() for scale in scales),
-            share[i].half().cpu(),
-            foreground_tokens(guidance[one], valid[one], stride)[0][0].cpu(),
-            background_tokens(guidance[one], valid[one], stride)[0].cpu(),
-            features.valid[i].cpu(),
+            view.feature.half().cpu(),
+            tuple(scale.half().cpu() for scale in view.scales),
+            view.alpha.half().cpu(),
+            view.inside.cpu(),
+            view.outside.cpu(),
+            view.valid.cpu(),
         )
-
-
-def _laid_out(tiles: Sequence[Tensor], rows: int, columns: int) -> Tensor:
-    """Tiles [...,h,w], row by row, side by side."""
-    lines = [torch.cat(list(tiles[row * columns : (row + 1) * columns]), dim=-1) for row in range(rows)]
-    return torch.cat(lines, dim=-2)
 
 
 def _some_tokens(views: Sequence[View], seed: int) -> Tensor:

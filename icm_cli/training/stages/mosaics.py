@@ -1,0 +1,277 @@
+"""Mosaics of pictures' tokens, of which at most one shows the reference's thing, and what is asked of them.
+
+Both stages that teach a token-match head which thing is meant use them: "match", on tokens that are kept, and "joint",
+on pictures that are made anew for every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icm_cli.errors import ConfigError, TrainingError
+from icm_cli.geometry import ImageU8, to_u8
+from icm_cli.model.contracts import Backbone, Features
+from icm_cli.model.decoding import enlarged
+from icm_cli.model.guidance import ReferenceTokens, background_tokens, foreground_tokens
+from icm_cli.model.heads.token_match import CARRIED, EVIDENCE_NUMBERS, TokenMatchHead
+from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.training.batches import Batch
+from icm_cli.training.data.pool import Item, Pool
+from icm_cli.training.panels import grey, table
+from icm_cli.training.settings import MatchConfig
+from icm_cli.training.stages.contract import Answer
+
+LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
+"""Rows and columns of the mosaics."""
+TERMS = ("cross_entropy", "dice", "coarse", "comparisons", "presence")
+"""Names of the losses."""
+ATTEMPTS = 1000
+"""Draws for one place of a mosaic before training stops."""
+LEAST_ALPHA = 1e-4
+"""Least distance of an alpha from 0 and 1 before its logarithm is taken."""
+Shown = TypeVar("Shown")
+"""A picture as a mosaic shows it: its tokens, or what they are made of."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Tokens of a picture: feature [C,h,w]; what joins the head's decoder, from coarse to fine, [C',2h,2w],
+    [C",4h,4w] ...; alpha [nh,nw], each cell's mean, as fine as the decoder goes; which tokens lie inside and outside
+    the guidance, and which hold the frame, bool [h,w]."""
+
+    feature: Tensor
+    scales: tuple[Tensor, ...]
+    alpha: Tensor
+    inside: Tensor
+    outside: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Mosaic(Generic[Shown]):
+    """Pictures side by side, row by row, and the references that say which one is wanted."""
+
+    name: str
+    references: Sequence[Shown]
+    tiles: Sequence[Shown]
+    place: int
+    """Index of the tile that shows the references' thing; -1: none."""
+
+
+@dataclass(frozen=True)
+class MosaicBatch(Batch):
+    """Mosaics beside R references each.
+
+    feature [B,C,H,W], valid bool [B,H,W], scales [B,C',2H,2W] ... and alpha float32 [B,nH,nW] of the mosaics;
+    reference_feature [B,R,C,h,w], inside and outside bool [B,R,h,w] of the references.
+    """
+
+    feature: Tensor
+    scales: tuple[Tensor, ...]
+    alpha: Tensor
+    valid: Tensor
+    reference_feature: Tensor
+    inside: Tensor
+    outside: Tensor
+
+
+class TokenMatcher(nn.Module):
+    """A token-match head that is asked for its answers on tokens, before any picture is there."""
+
+    def __init__(self, head: TokenMatchHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, batch: MosaicBatch) -> Answer:
+        """Logit of the coarse alpha [B,H,W] and of the decoder's [B,nH,nW], what each comparison carries over
+        [B,comparisons,H,W] in -1..1, and the logit of whether the thing is there [B]."""
+        head = self.head
+        scales = {-level: scale.float() for level, scale in enumerate(batch.scales)}
+        target = Features(batch.feature.float(), batch.valid, scales, {})
+        shown = head.projected(batch.reference_feature.flatten(0, 1).float())
+        shown = shown.reshape(len(batch.feature), -1, shown.shape[-1])
+        references = [
+            ReferenceTokens(each[inside.flatten()], each[outside.flatten()])
+            for each, inside, outside in zip(shown, batch.inside, batch.outside, strict=True)
+        ]
+        projected = head.projected(target.correspondence)
+        evidence = head.evidence(projected, target.valid, references)
+        fused = head.fused(target, evidence)
+        presence = head.presence(fused, projected, evidence, target.valid, references)
+        fine = head.decoded(fused, target, None)[:, 0]
+        return head.coarse(fused)[:, 0].float(), fine, evidence[:, CARRIED::EVIDENCE_NUMBERS], presence
+
+
+def token_match_head(model: InContextMatting, stage: str) -> TokenMatchHead:
+    """The head of a model that such a stage can teach. Raises ConfigError."""
+    if not isinstance(model.head, TokenMatchHead):
+        raise ConfigError(f"train: stage is {stage}, which is for the token-match head; take another stage or head")
+    skips, steps = (len(getattr(model.head.config, name)) for name in ("skip_channels", "decoder_channels"))
+    if steps > skips:
+        raise ConfigError(
+            f"train: stage is {stage}, and the head's decoder has {steps} steps, of which {steps - skips} take the "
+            "image in; the stage has no images: expected no more decoder_channels than skip_channels"
+        )
+    return model.head
+
+
+def draw_layout(config: MatchConfig, rng: np.random.Generator) -> tuple[int, int, int]:
+    """Rows, columns and number of references of a batch's mosaics, each by its share."""
+    rows, columns = LAYOUTS[_drawn_index(config.layout_shares, rng)]
+    return rows, columns, _drawn_index(config.reference_shares, rng) + 1
+
+
+def draw_mosaic(
+    pool: Pool,
+    config: MatchConfig,
+    tiles: int,
+    references: int,
+    rng: np.random.Generator,
+    *,
+    as_target: Callable[[Item], Shown | None],
+    as_reference: Callable[[Item], Shown | None],
+) -> Mosaic[Shown]:
+    """Draw a mosaic of ``tiles`` pictures. The functions give the picture of an item, None where it cannot be shown.
+
+    Raises TrainingError where the pictures do not suffice for a mosaic.
+    """
+
+    def drawn(is_usable: Callable[[Item], bool], failure: str) -> tuple[Item, Shown]:
+        for _ in range(ATTEMPTS):
+            item = pool.draw(rng)
+            if is_usable(item) and (shown := as_target(item)) is not None:
+                return item, shown
+        raise TrainingError(failure)
+
+    for _ in range(ATTEMPTS):
+        item, target = drawn(
+            lambda _: True, "hardly any picture could be read; mend the data, or leave files out with 'exclude'"
+        )
+        partners = [pool.partner(item, rng, config.same_image_share) for _ in range(references)]
+        guides = [as_reference(each) for each in partners]
+        usable = [shown for shown in guides if shown is not None and shown is not target]
+        if len(usable) < references:
+            continue
+        failure = f"there is no picture without the thing of {item.image}; give more groups"
+        others = [drawn(item.is_alien_to, failure)[1] for _ in range(tiles)]
+        place = -1 if rng.random() < config.negative_share else int(rng.integers(tiles))
+        if place >= 0:
+            others[place] = target
+        return Mosaic(f"{item.name} by {partners[0].name}", usable, others, place)
+    raise TrainingError("no group has two views that can be read; raise train.match.views, or give more pictures")
+
+
+def joined(samples: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, columns: int) -> MosaicBatch:
+    """Join mosaics of one layout, with as many references each."""
+    feature, alpha, valid = (
+        torch.stack([laid_out([getattr(view, name) for view in each.tiles], rows, columns) for each in samples])
+        for name in ("feature", "alpha", "valid")
+    )
+    scales = tuple(
+        torch.stack([laid_out([view.scales[level] for view in each.tiles], rows, columns) for each in samples])
+        for level in range(len(samples[0].references[0].scales))
+    )
+    wanted = torch.stack(
+        [
+            laid_out(
+                [torch.full_like(view.alpha, float(i == each.place)) for i, view in enumerate(each.tiles)],
+                rows,
+                columns,
+            )
+            for each in samples
+        ]
+    )
+    reference_feature, inside, outside = (
+        torch.stack([torch.stack([getattr(view, name) for view in each.references]) for each in samples])
+        for name in ("feature", "inside", "outside")
+    )
+    names = tuple(each.name for each in samples)
+    return MosaicBatch(
+        names,
+        tuple(counters),
+        (),
+        feature,
+        scales,
+        (alpha * wanted).float(),
+        valid,
+        reference_feature,
+        inside,
+        outside,
+    )
+
+
+def losses(answer: Answer, fine_truth: Tensor, valid: Tensor, presence_weight: float) -> dict[str, Tensor]:
+    """The losses by :data:`TERMS`, [B] each, and their sum under "total".
+
+    ``answer`` as :class:`TokenMatcher` gives it, ``fine_truth`` float32 [B,nH,nW] 0..1, ``valid`` bool [B,H,W].
+    """
+    coarse, logit, carried, presence = answer
+    finer = logit.shape[-1] // coarse.shape[-1]
+    fine_valid = valid.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
+    truth = F.avg_pool2d(fine_truth[:, None], finer)[:, 0]
+    size = valid.sum(dim=(1, 2))
+    each = (0.5 + 0.5 * carried).clamp(LEAST_ALPHA, 1.0 - LEAST_ALPHA)
+    compared = F.binary_cross_entropy(each, truth[:, None].expand_as(each), reduction="none").mean(dim=1)
+    there = truth.sum(dim=(1, 2)) > 1.0
+    alpha = torch.sigmoid(logit) * fine_valid
+    common, sizes = (alpha * fine_truth).mean(dim=(1, 2)), (alpha + fine_truth).mean(dim=(1, 2))
+    common, sizes = common * size, sizes * size
+    is_there = (truth.amax(dim=(1, 2)) > 0.5).float()
+    terms = {
+        "cross_entropy": _entropy(logit, fine_truth, fine_valid),
+        "dice": (1.0 - (2.0 * common + 1.0) / (sizes + 1.0)) * there,
+        "coarse": _entropy(coarse, truth, valid) if finer > 1 else torch.zeros_like(is_there),
+        "comparisons": (compared * valid).sum(dim=(1, 2)) / size,
+        "presence": presence_weight * F.binary_cross_entropy_with_logits(presence, is_there, reduction="none"),
+    }
+    return {**terms, "total": torch.stack(list(terms.values())).sum(dim=0)}
+
+
+def panel(alpha: Tensor, answer: Answer) -> ImageU8:
+    """For each mosaic its true alpha [B,nH,nW], the coarse alpha, and what all comparisons together carry over."""
+    _, logit, carried, _ = answer
+    layers = (alpha, torch.sigmoid(logit), enlarged(0.5 + 0.5 * carried[:, -1:], logit.shape[-2:])[:, 0])
+    return table([[grey(to_u8(layer[i].float().cpu().numpy())) for layer in layers] for i in range(len(alpha))])
+
+
+def views_of(backbone: Backbone, head: TokenMatchHead, image: Tensor, alpha: Tensor, valid: Tensor) -> Iterator[View]:
+    """Tokens of pictures, image [N,3,S,S] sRGB 0..1, alpha float32 [N,1,S,S] 0..1 and valid bool [N,S,S]."""
+    features = backbone.target(image, valid, [""] * len(image))
+    stride = image.shape[-1] // features.correspondence.shape[-1]
+    share = F.avg_pool2d(alpha, stride >> len(head.config.decoder_channels))[:, 0]
+    scales = [features.scales[stride >> level + 1] for level in range(len(head.config.skip_channels))]
+    guidance = (alpha > 0.5).float()
+    for i in range(len(image)):
+        one = slice(i, i + 1)
+        yield View(
+            features.correspondence[i],
+            tuple(scale[i] for scale in scales),
+            share[i],
+            foreground_tokens(guidance[one], valid[one], stride)[0][0],
+            background_tokens(guidance[one], valid[one], stride)[0],
+            features.valid[i],
+        )
+
+
+def laid_out(tiles: Sequence[Tensor], rows: int, columns: int) -> Tensor:
+    """Tiles [...,h,w], row by row, side by side."""
+    lines = [torch.cat(list(tiles[row * columns : (row + 1) * columns]), dim=-1) for row in range(rows)]
+    return torch.cat(lines, dim=-2)
+
+
+def _drawn_index(shares: Sequence[float], rng: np.random.Generator) -> int:
+    """An index drawn by its share."""
+    return int(rng.choice(len(shares), p=np.asarray(shares) / sum(shares)))
+
+
+def _entropy(logit: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """Mean cross-entropy [B] over the valid cells of [B,H,W]."""
+    each = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
+    return (each * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))
