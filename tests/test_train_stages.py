@@ -46,7 +46,7 @@ REFINE = {
     "rate": 1e-2,
     "backbone_rate": 0,
     "log_every": 40,
-    "refine": {"crop_px": 64, "doubt_share": 0.2},
+    "refine": {"crop_px": 64, "doubt_share": 0},
 }
 
 
@@ -345,3 +345,24 @@ class TestRefineNetwork:
         alpha = edges.refined(np.zeros((200, 170, 3), np.uint8), np.full((20, 17), 0.5, np.float32))
         assert alpha.std() < 1e-6
         np.testing.assert_allclose(alpha, 1 / (1 + np.exp(-1.4)), atol=1e-5)  # once whole, once in tiles
+
+
+JOINT = {**MATCH, "stage": "joint", "steps": 40, "log_every": 20, "match": {"kept_px": 96}}
+
+
+class TestJoint:
+    def test_it_learns_which_thing_is_meant_backbone_and_head(self, discs: Path, tmp_path: Path) -> None:
+        config = write_config(tmp_path / "a.yaml", discs, **{**JOINT, "backbone_rate": 1e-4})
+        done = train(config, tmp_path / "run", "--set", "train.image_every=20")
+        assert done.exit_code == 0, done.output
+        first, last = log(tmp_path / "run")
+        assert float(last["loss"]) < 0.9 * float(first["loss"])
+        assert changed_parts(untrained(), load_file(tmp_path / "run" / "last.safetensors")) == {"head", "backbone"}
+
+    def test_a_run_goes_on_bit_equal(self, discs: Path, tmp_path: Path) -> None:
+        config = write_config(tmp_path / "a.yaml", discs, **{**JOINT, "match": {"kept_px": 96, "large_views": 1}})
+        assert train(config, tmp_path / "whole", "--set", "train.steps=6").exit_code == 0
+        assert train(config, tmp_path / "parts", "--set", "train.steps=3").exit_code == 0
+        done = train(config, tmp_path / "parts", "--resume", "--set", "train.steps=6")
+        assert done.exit_code == 0, done.output
+        assert same_weights(*(tmp_path / each / "last.safetensors" for each in ("parts", "whole")))

@@ -139,17 +139,25 @@ def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str |
     Loads no model; the arguments are those of :func:`load_model`.
     """
     content = "none" if checkpoint is None else content_digest(checkpoint)
-    backbone = part_class("backbones", config.backbone.name)
-    if checkpoint is not None and backbone.is_self_contained and holds_backbone(checkpoint):
-        _reject_weights(weights, checkpoint)
-        pretrained = "inside"
-    else:
-        pretrained = backbone.weights_digest(config.backbone.settings, weights, offline=offline)
+    pretrained = backbone_digest(config, checkpoint, weights, offline=offline)
     parts = [json.dumps(config.as_dict(), sort_keys=True), pretrained, content]
     if config.edges is not None:
         edges = part_class("edges", config.edges.name).weights_digest(config.edges.settings, offline=offline)
         parts += [edges] if edges else []
     return digest_of(*parts)
+
+
+def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str | None, *, offline: bool) -> str:
+    """Hash of the weights that the backbone begins with: those in the checkpoint, else the pretrained ones.
+
+    Raises ConfigError where ``weights`` are given beside a checkpoint that holds them.
+    """
+    backbone = part_class("backbones", config.backbone.name)
+    if checkpoint is not None and backbone.is_self_contained and holds_backbone(checkpoint):
+        _reject_weights(weights, checkpoint)
+        return content_digest(checkpoint)
+    digest: str = backbone.weights_digest(config.backbone.settings, weights, offline=offline)
+    return digest
 
 
 def _require_checkpoint(config: ModelConfig) -> None:

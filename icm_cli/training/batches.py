@@ -33,7 +33,7 @@ class Batch:
             value = getattr(self, each.name)
             if isinstance(value, Tensor):
                 found[each.name] = value
-            else:
+            elif isinstance(value, tuple):
                 found.update({f"{each.name}.{i}": part for i, part in enumerate(value) if isinstance(part, Tensor)})
         return found
 
@@ -56,7 +56,7 @@ class Batch:
             value = getattr(self, each.name)
             if isinstance(value, Tensor):
                 changed[each.name] = change(value)
-            elif value and all(isinstance(part, Tensor) for part in value):
+            elif isinstance(value, tuple) and value and all(isinstance(part, Tensor) for part in value):
                 changed[each.name] = tuple(change(part) for part in value)
         return replace(self, **changed)
 

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icm_cli.config import part_class
 from icm_cli.device import is_out_of_memory, make_accelerator, process_count
 from icm_cli.errors import ConfigError, TrainingError
 from icm_cli.geometry import CanvasRule
 from icm_cli.matting.predictor import Predictor
 from icm_cli.model.in_context_matting import InContextMatting
-from icm_cli.model.loading import model_to_train
+from icm_cli.model.loading import backbone_digest, model_to_train
 from icm_cli.training.batches import StepSampler
 from icm_cli.training.optimisation import Ema, rate_factor
 from icm_cli.training.settings import Settings, TrainConfig
@@ -60,9 +59,8 @@ class Learner:
             raise ConfigError(
                 f"train: backbone_rate is {config.backbone_rate}, but the backbone is frozen here; set it to 0"
             )
-        backbone = part_class("backbones", settings.model.backbone.name)
-        self.weights_digest: str = backbone.weights_digest(settings.model.backbone.settings, weights, offline=offline)
-        """Digest of the pretrained weights that the backbone began with."""
+        self.weights_digest = backbone_digest(settings.model, checkpoint, weights, offline=offline)
+        """Digest of the weights that the backbone began with."""
         if not self.trains_backbone:
             self.model.backbone.requires_grad_(False)
             self.model.backbone.cast(self.device.dtype, self.device.transformer_dtype)

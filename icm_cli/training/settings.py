@@ -205,7 +205,10 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class MatchConfig:
-    """Samples of the stage "match": mosaics of pictures, of which at most one has the reference's thing."""
+    """Samples of the stages "match" and "joint": mosaics of pictures, of which at most one has the reference's thing.
+
+    "joint" keeps no views: of their numbers it only asks whether ``large_views`` is 0.
+    """
 
     views: int = 12
     """Pictures of a group whose tokens are read, at the canvas' size; drawn by the seed."""
@@ -224,6 +227,8 @@ class MatchConfig:
     """Shares of mosaics of one picture, of two side by side, of two one above the other, and of four."""
     presence: float = 0.3
     """Weight of the cross-entropy of whether the thing is there."""
+    kept_px: int = 512
+    """Long side, at most, at which "joint" keeps every picture on the training device."""
 
     def __post_init__(self) -> None:
         for name in ("views", "most_views"):
@@ -243,6 +248,10 @@ class MatchConfig:
             raise ConfigError(
                 f"train: match: reference_shares is {list(self.reference_shares)}; expected one number or more, none "
                 "below 0 and not all 0"
+            )
+        if self.kept_px < LEAST_CROP_PX or self.kept_px % 4:
+            raise ConfigError(
+                f"train: match: kept_px is {self.kept_px}; expected a multiple of 4 of at least {LEAST_CROP_PX}"
             )
         if self.presence < 0:
             raise ConfigError(f"train: match: presence is {self.presence}; expected 0 or more")
@@ -293,9 +302,10 @@ class RefineConfig:
 class TrainConfig:
     """The recipe; the defaults are the released code's (Guo et al. 2024), with the paper's batch and steps."""
 
-    stage: Literal["matte", "match", "refine"] = "matte"
+    stage: Literal["matte", "match", "joint", "refine"] = "matte"
     """Part that learns: "matte", head and, where it may, backbone, on pairs of pictures; "match", a token-match head
-    on the tokens of pictures, hundreds of times cheaper a sample; "refine", the edges, which need no pairs."""
+    on the tokens of pictures, hundreds of times cheaper a sample; "joint", such a head and, where it may, the backbone,
+    on the same mosaics, of pictures made anew on the training device; "refine", the edges, which need no pairs."""
     minutes: float | None = None
     """The run ends, and a cosine with it, when so many minutes of steps have passed, instead of after ``steps``."""
     steps: int = 20_000

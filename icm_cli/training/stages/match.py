@@ -31,6 +31,7 @@ from icm_cli.training.panels import MOST_ROWS, grey
 from icm_cli.training.settings import Settings
 from icm_cli.training.stages.contract import Answer, Stage
 from icm_cli.training.stages.mosaics import (
+    LARGE,
     TERMS,
     MosaicBatch,
     TokenMatcher,
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
     from icm_cli.events import TrainingListener
     from icm_cli.training.learner import Learner
 
-LARGE = 2
-"""Side of a large view, in views."""
 KEPT_NAME = "tokens.pt"
 """File of the tokens in a run's folder."""
 BEGIN_VIEWS = 400

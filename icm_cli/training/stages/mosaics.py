@@ -30,6 +30,8 @@ from icm_cli.training.stages.contract import Answer
 
 LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
 """Rows and columns of the mosaics."""
+LARGE = 2
+"""Side of a large view, in views."""
 TERMS = ("cross_entropy", "dice", "coarse", "comparisons", "presence")
 """Names of the losses."""
 ATTEMPTS = 1000

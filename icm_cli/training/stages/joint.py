@@ -1,0 +1,213 @@
+"""The stage "joint": the token-match head and, where it may, the backbone learn which thing is meant, on mosaics.
+
+The mosaics are those of the stage "match", but every picture is made anew for its step and seen by the backbone then,
+so that no view is seen twice and gradients reach the backbone. It is for a GPU: all pictures lie on the training
+device, and samples are made there (:mod:`icm_cli.training.data.card`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icm_cli.geometry import ImageU8
+from icm_cli.model.contracts import Backbone
+from icm_cli.model.heads.token_match import TokenMatchHead
+from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.training.batches import Batch, StepSampler
+from icm_cli.training.data.card import CardScenes, ScenePlan
+from icm_cli.training.data.pool import Item, Pool
+from icm_cli.training.data.samples import SampleMaker
+from icm_cli.training.panels import MOST_ROWS, grey
+from icm_cli.training.settings import Settings
+from icm_cli.training.stages.contract import Answer, Stage
+from icm_cli.training.stages.mosaics import (
+    LARGE,
+    TERMS,
+    Mosaic,
+    TokenMatcher,
+    draw_layout,
+    draw_mosaic,
+    joined,
+    laid_out,
+    losses,
+    panel,
+    token_match_head,
+    views_of,
+)
+
+if TYPE_CHECKING:
+    from icm_cli.events import TrainingListener
+    from icm_cli.training.learner import Learner
+
+
+@dataclass(frozen=True)
+class PictureBatch(Batch):
+    """Pictures of mosaics of ``rows`` times ``columns`` = T tiles, beside R references each.
+
+    image uint8 [B,T,3,S,S], alpha uint8 and valid bool [B,T,S,S]; the same of the references, [B,R,...,S',S'];
+    place int64 [B]: the tile that shows the references' thing, -1 where none does.
+    """
+
+    rows: int
+    columns: int
+    image: Tensor
+    alpha: Tensor
+    valid: Tensor
+    reference_image: Tensor
+    reference_alpha: Tensor
+    reference_valid: Tensor
+    place: Tensor
+
+
+class JointMatcher(nn.Module):
+    """Backbone and token-match head, asked for what :class:`TokenMatcher` is asked for, from pictures."""
+
+    def __init__(self, backbone: Backbone, head: TokenMatchHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, batch: PictureBatch) -> Answer:
+        """The answers of :class:`TokenMatcher`, and which tokens hold the frame, bool [B,H,W]."""
+        tiles, references = (
+            list(views_of(self.backbone, self.head, *_flat(*layers)))
+            for layers in (
+                (batch.image, batch.alpha, batch.valid),
+                (batch.reference_image, batch.reference_alpha, batch.reference_valid),
+            )
+        )
+        count = len(batch.names)
+        in_one, shown = len(tiles) // count, len(references) // count
+        mosaics = [
+            Mosaic(name, references[i * shown : (i + 1) * shown], tiles[i * in_one : (i + 1) * in_one], 0)
+            for i, name in enumerate(batch.names)
+        ]
+        seen = joined(mosaics, batch.counters, batch.rows, batch.columns)
+        return (*TokenMatcher(self.head)(seen), seen.valid)
+
+
+class JointStage(Stage[PictureBatch]):
+    """Mosaics of pictures in, which of them are the thing out."""
+
+    learns = ("head", "backbone")
+    terms = TERMS
+
+    def __init__(self, settings: Settings, pool: Pool) -> None:
+        super().__init__(settings, pool)
+        self._scenes: CardScenes | None = None
+
+    def module(self, model: InContextMatting) -> nn.Module:
+        return JointMatcher(model.backbone, token_match_head(model, "joint"))
+
+    def prepare(self, learner: Learner, folder: Path, listener: TrainingListener) -> None:  # noqa: ARG002
+        train = self.settings.train
+        self._scenes = CardScenes(
+            self.pool, train, learner.device.place, side_px=train.match.kept_px, notice=listener.notice
+        )
+
+    def batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[PictureBatch]:
+        """Batches are made on the training device; ``workers`` and ``pin`` have nothing to do."""
+        del workers, pin
+        for counters in sampler:
+            yield self.batch(counters)
+
+    def answer(self, forward: nn.Module, batch: PictureBatch) -> Answer:
+        found: Answer = forward(batch)
+        return found
+
+    def losses(self, answer: Answer, batch: PictureBatch) -> dict[str, Tensor]:
+        *asked, valid = answer
+        return losses(tuple(asked), _truth(batch, asked[1].shape[-2:]), valid, self.settings.train.match.presence)
+
+    @torch.no_grad()
+    def panel(self, learner: Learner, batch: PictureBatch) -> ImageU8:
+        """For each mosaic its true alpha, the coarse alpha, and what all comparisons together carry over."""
+        few = batch.first(MOST_ROWS)
+        *asked, _ = self.answer(self.module(learner.model), few)
+        return panel(_truth(few, asked[1].shape[-2:]), tuple(asked))
+
+    def preview(self, counter: int) -> tuple[str, list[ImageU8]]:
+        """A picture and its alpha, as the stages on the CPU make it."""
+        items = list(self.pool)
+        item = items[counter % len(items)]
+        seed = (self.settings.train.seed, counter)
+        scene = SampleMaker(self.pool, self.settings.train).view(item, np.random.default_rng(seed))
+        return f"{item.group} {item.name}", [scene.rgb, grey(scene.alpha)]
+
+    def batch(self, counters: Sequence[int]) -> PictureBatch:
+        """Samples number ``counters``: the same for every run of a seed. All of them have one layout.
+
+        Raises TrainingError where the pictures do not suffice for a mosaic.
+        """
+        assert self._scenes is not None
+        scenes, train = self._scenes, self.settings.train
+        config = train.match
+        rng = np.random.default_rng((train.seed, 1, counters[0]))
+        rows, columns, references = draw_layout(config, rng)
+        large = LARGE * train.canvas_px if config.large_views else train.canvas_px
+        tile_px = large if (rows, columns) == (1, 1) else train.canvas_px
+        reference_px = large if rng.random() < 0.5 else train.canvas_px
+
+        def planned(item: Item, canvas_px: int) -> ScenePlan | None:
+            return scenes.plan(item, canvas_px, rng) if item in scenes.items else None
+
+        mosaics = [
+            draw_mosaic(
+                self.pool,
+                config,
+                rows * columns,
+                references,
+                rng,
+                as_target=lambda item: planned(item, tile_px),
+                as_reference=lambda item: planned(item, reference_px),
+            )
+            for _ in counters
+        ]
+        image, alpha, valid = scenes.views([plan for each in mosaics for plan in each.tiles], tile_px)
+        shown = scenes.views([plan for each in mosaics for plan in each.references], reference_px)
+        reference_image, reference_alpha, reference_valid = shown
+        count = len(mosaics)
+        return PictureBatch(
+            tuple(each.name for each in mosaics),
+            tuple(counters),
+            (),
+            rows,
+            columns,
+            _grouped(image, count),
+            _grouped(alpha, count),
+            _grouped(valid, count),
+            _grouped(reference_image, count),
+            _grouped(reference_alpha, count),
+            _grouped(reference_valid, count),
+            torch.tensor([each.place for each in mosaics], device=scenes.device),
+        )
+
+
+def _grouped(layer: Tensor, count: int) -> Tensor:
+    """[N,...] as [count,N/count,...]."""
+    return layer.reshape(count, -1, *layer.shape[1:])
+
+
+def _flat(image: Tensor, alpha: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Layers of [B,T,...] as [N,...]: image float32 0..1, alpha float32 [N,1,S,S] 0..1, valid."""
+    return image.flatten(0, 1).float() / 255.0, alpha.flatten(0, 1)[:, None].float() / 255.0, valid.flatten(0, 1)
+
+
+def _truth(batch: PictureBatch, size: torch.Size) -> Tensor:
+    """True alphas of the mosaics, float32 [B,h,w] of a size: 0 in all tiles but the one that is wanted."""
+    numbers = torch.arange(batch.alpha.shape[1], device=batch.place.device)
+    wanted = (numbers[None] == batch.place[:, None])[..., None, None]
+    alpha = (batch.alpha.float() / 255.0 * wanted).unbind(dim=1)
+    whole = laid_out(alpha, batch.rows, batch.columns)[:, None]
+    return F.avg_pool2d(whole, whole.shape[-1] // size[-1])[:, 0]
+
+
+STAGE = JointStage

@@ -1,0 +1,127 @@
+"""Scenes made on the training device against those made one by one on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icm_cli.training.data.augment import damage
+from icm_cli.training.data.card import CardScenes, _quantised, over
+from icm_cli.training.data.pool import Item, Pool
+from icm_cli.training.data.scenes import SceneMaker
+from icm_cli.training.settings import AugmentConfig, PairConfig, TrainConfig
+
+CANVAS_PX = 96
+STILL = AugmentConfig(colour=0.0, jpeg=0.0, blur=0.0, noise=0.0)
+"""Moves pictures and leaves their colours."""
+PLAIN = PairConfig(composite_share=0.0, distractor_share=0.0)
+
+
+def disc(height: int, width: int, colour: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A soft disc before a ramp, and its alpha."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    alpha = np.clip((0.3 * min(height, width) - np.hypot(x - 0.55 * width, y - 0.5 * height)) / 6 + 0.5, 0, 1)
+    ramp = np.stack([60 + 100 * x / width, 90 + 60 * y / height, np.full_like(x, 70)], axis=-1)
+    rgb = ramp * (1 - alpha[..., None]) + np.array(colour, np.float32) * alpha[..., None]
+    return rgb.round().astype(np.uint8), (alpha * 255).round().astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    """Photographs of three shapes, larger and smaller than the canvas, and a background."""
+    root = tmp_path_factory.mktemp("card")
+    items = []
+    for number, (size, colour) in enumerate(
+        (((150, 200), (220, 40, 30)), ((96, 64), (30, 200, 60)), ((400, 380), (250, 250, 90)))
+    ):
+        rgb, alpha = disc(*size, colour)
+        cv2.imwrite(str(root / f"{number}.png"), rgb[..., ::-1])
+        cv2.imwrite(str(root / f"{number}-alpha.png"), alpha)
+        paths = root / f"{number}.png", root / f"{number}-alpha.png"
+        items.append(Item(str(number), *paths, None, str(number), is_foreground=False, is_binary=False))
+    cv2.imwrite(str(root / "behind.png"), np.full((120, 160, 3), (10, 120, 240), np.uint8))
+    return Pool((tuple(items),), (1.0,), (root / "behind.png",))
+
+
+def scenes(pool: Pool, pairs: PairConfig, augment: AugmentConfig, side_px: int = 400) -> CardScenes:
+    config = TrainConfig(canvas_px=CANVAS_PX, pairs=pairs, augment=augment)
+    return CardScenes(pool, config, torch.device("cpu"), side_px=side_px, notice=pytest.fail)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_photograph_is_that_of_the_cpu(pool: Pool, number: int) -> None:
+    (item,) = (item for item in pool if item.name == str(number))
+    # The CPU shrinks a picture to the largest size it may have on the canvas before it warps it; so must we here.
+    alone = replace(pool, backgrounds=())
+    on_card = scenes(alone, PLAIN, STILL, side_px=round(CANVAS_PX * STILL.zoom / 4) * 4)
+    on_cpu = SceneMaker(CANVAS_PX, STILL)
+    for seed in range(8):
+        plan = on_card.plan(item, CANVAS_PX, np.random.default_rng(seed))
+        image, alpha, valid = on_card.views([plan], CANVAS_PX)
+        scene = on_cpu.photograph(item, np.random.default_rng(seed))
+        both = valid[0].numpy() & scene.valid
+        assert (valid[0].numpy() == scene.valid).mean() > 0.95
+        assert np.abs(image[0].permute(1, 2, 0).numpy()[both].astype(int) - scene.rgb[both]).mean() < 3
+        assert np.abs(alpha[0].numpy()[both].astype(int) - scene.alpha[both]).mean() < 3
+
+
+@given(seed=st.integers(0, 2**31), count=st.integers(1, 5))
+@settings(max_examples=25, deadline=None)
+def test_views_do_not_depend_on_their_neighbours(pool: Pool, seed: int, count: int) -> None:
+    on_card = scenes(pool, PairConfig(distractor_share=0.7), AugmentConfig(jpeg=0.5, noise=0.5, blur=0.5))
+    rng = np.random.default_rng(seed)
+    items = list(pool)
+    plans = [on_card.plan(items[rng.integers(len(items))], CANVAS_PX, rng) for _ in range(count)]
+    together = on_card.views(plans, CANVAS_PX)
+    for i, plan in enumerate(plans):
+        for layer, alone in zip(together, on_card.views([plan], CANVAS_PX), strict=True):
+            assert (layer[i].int() - alone[0].int()).abs().max() <= 1  # sums of floats in another order
+    image, alpha, valid = together
+    assert image.shape == (count, 3, CANVAS_PX, CANVAS_PX)
+    assert not alpha[~valid].any()
+
+
+def test_a_thing_before_another_background_has_its_own_colours() -> None:
+    height, width = 96, 128
+    rgb, alpha = disc(height, width, (220, 40, 30))
+    colour = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
+    weight = torch.from_numpy(alpha)[None, None].float() / 255.0
+    behind = torch.full_like(colour, 250.0)
+    truth = torch.tensor([220.0, 40.0, 30.0])[:, None, None] * weight + behind * (1 - weight)
+    pasted = colour * weight + behind * (1 - weight)
+    soft = ((weight > 0.1) & (weight < 0.9)).expand_as(truth)
+    error = (over(colour, weight, behind) - truth)[soft].abs().mean()
+    assert error < 4
+    assert error < 0.5 * (pasted - truth)[soft].abs().mean()  # the ramp shines through
+
+
+def test_jpeg_damages_as_much_as_a_coder_does() -> None:
+    rng = np.random.default_rng(0)
+    rgb = cv2.GaussianBlur(rng.integers(0, 256, (96, 96, 1), np.uint8).repeat(3, -1), (0, 0), 1.0)  # grey: no chroma
+    image = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
+    for quality in (40, 60, 90):
+        _, coded = cv2.imencode(".jpg", rgb, [cv2.IMWRITE_JPEG_QUALITY, quality])
+        theirs = np.abs(cv2.imdecode(coded, cv2.IMREAD_COLOR).astype(int) - rgb).mean()
+        ours = float((_quantised(image, torch.tensor([quality])) - image).abs().mean())
+        assert ours == pytest.approx(theirs, rel=0.1)
+    assert damage(rgb, AugmentConfig(blur=0, noise=0, jpeg=0), rng) is rgb
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_left_out(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG")
+    torn = Item(
+        "torn", tmp_path / "torn.png", tmp_path / "torn.png", None, "torn", is_foreground=False, is_binary=False
+    )
+    told: list[str] = []
+    with_torn = Pool(((*pool.sources[0], torn),), pool.weights, pool.backgrounds)
+    made = CardScenes(with_torn, TrainConfig(canvas_px=CANVAS_PX), torch.device("cpu"), side_px=64, notice=told.append)
+    assert set(made.items) == set(pool)
+    assert len(told) == 1
+    assert "torn.png" in told[0]
