@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icm_cli.files import content_digest
 from icm_cli.training.data.augment import damage
 from icm_cli.training.data.card import CardScenes, _quantised, over
-from icm_cli.training.data.pool import Item, Pool
+from icm_cli.training.data.layers import photograph
+from icm_cli.training.data.pool import Item, Pool, read_pool
 from icm_cli.training.data.scenes import SceneMaker
-from icm_cli.training.settings import AugmentConfig, PairConfig, TrainConfig
+from icm_cli.training.data.shrink import shrink
+from icm_cli.training.settings import AugmentConfig, PairConfig, TrainConfig, read_data
 
 CANVAS_PX = 96
 STILL = AugmentConfig(colour=0.0, jpeg=0.0, blur=0.0, noise=0.0)
@@ -125,3 +132,56 @@ def test_a_picture_that_cannot_be_read_is_named_and_left_out(pool: Pool, tmp_pat
     assert set(made.items) == set(pool)
     assert len(told) == 1
     assert "torn.png" in told[0]
+
+
+def test_small_copies_show_what_their_originals_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures with classes and softened masks, and cut-outs, carried in pieces to another folder."""
+    for number in range(6):
+        rgb, alpha = disc(90 + 10 * number, 100, (220, 40, 30 * number))
+        folder = tmp_path / "photographs" / f"group{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / f"{number}.jpg"), rgb[..., ::-1])
+        cv2.imwrite(str(folder / f"{number}.png"), alpha)
+        (tmp_path / "things").mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / "things" / f"{number}.png"), np.dstack([rgb[..., ::-1], alpha]))
+    (tmp_path / "classes.json").write_text(json.dumps({"group0": "cup", "group1": ["dog", "pug"]}))
+    photographs = {
+        "images": str(tmp_path / "photographs" / "*" / "*.jpg"),
+        "alphas": str(tmp_path / "photographs" / "*" / "*.png"),
+        "classes": str(tmp_path / "classes.json"),
+        "soften_px": 0.8,
+        "weight": 2.0,
+    }
+    cutouts = {"dataset": "cutouts", "root": str(tmp_path / "things"), "licence": "CC0"}
+    backgrounds = [str(tmp_path / "photographs" / "group0")]
+    data = tmp_path / "data.yaml"
+    data.write_text(json.dumps({"sources": [photographs, cutouts], "backgrounds": backgrounds}))
+    done = subprocess.run(
+        [sys.executable, "-m", "icm_cli.training.data.shrink", tmp_path / "pack", "--data", data, "--px", "64"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    whole = [Path(line.split()[0]) for line in done.stdout.splitlines()]
+    pieces = shrink(data, tmp_path / "small", long_side_px=64, piece_bytes=20_000)
+    assert len(whole) == 1
+    assert len(pieces) > 1
+    assert all(path.stat().st_size < 20_000 + 2 * 10_240 for path in pieces)
+    for path in pieces:
+        with tarfile.open(path) as archive:
+            archive.extractall(tmp_path / "there", filter="data")
+    monkeypatch.chdir(tmp_path / "there")
+    config = read_data("data.yaml")
+    copies, originals = read_pool(config, PairConfig()), read_pool(read_data(data), PairConfig())
+    assert len(copies) == len(originals) == 12
+    assert copies.weights == originals.weights
+    assert [len(each) for each in copies.groups.values()] == [len(each) for each in originals.groups.values()]
+    for copy, original in zip(copies, originals, strict=True):
+        assert (copy.classes, copy.is_foreground) == (original.classes, original.is_foreground)
+        layers = photograph(copy), photograph(original, 64)
+        np.testing.assert_array_equal(layers[0].alpha, layers[1].alpha)
+        shown = (layers[1].alpha > 0) | (not original.is_foreground)  # what is cut off has no colour
+        assert np.abs(layers[0].rgb[shown].astype(int) - layers[1].rgb[shown]).mean() < 6
+    assert json.loads(Path(config.copies_of or "").read_text()) == sorted(
+        {content_digest(path) for path in originals.images}
+    )

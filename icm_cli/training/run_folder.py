@@ -15,14 +15,14 @@ from safetensors.torch import save
 
 from icm_cli.device import is_main_process
 from icm_cli.environment import __version__
-from icm_cli.errors import UsageError
+from icm_cli.errors import ConfigError, UsageError
 from icm_cli.files import atomic_write, content_digest, digest_of, remove_stale_temporaries
 from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_trained_on, save_checkpoint
 from icm_cli.reports.write import SideOutputs
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import Pool
 from icm_cli.training.learner import Learner
-from icm_cli.training.settings import Settings
+from icm_cli.training.settings import DataConfig, Settings
 from icm_cli.training.state import BEST_NAME, LAST_NAME, STATE_NAME, check_same_run, load_state, save_state
 
 LOCK_NAME = ".icm-train.lock"
@@ -102,7 +102,7 @@ class RunFolder:
             except OSError as error:
                 notice(f"{path} cannot be read ({error.strerror})")
         earlier = read_trained_on(self._checkpoint) if self._checkpoint else None
-        self._images = sorted({*digests, *(earlier or ())})
+        self._images = sorted({*digests, *(earlier or ()), *_originals(self._settings.data)})
 
     def resume(self, learner: Learner) -> Progress:
         """Take up the saved run; returns how far it is, nothing done where there is none.
@@ -184,3 +184,19 @@ class RunFolder:
             "backgrounds": len(self._pool.backgrounds),
             "started_from": started,
         }
+
+
+def _originals(data: DataConfig) -> list[str]:
+    """SHA-256 of the files that the data are copies of. Raises ConfigError."""
+    if data.copies_of is None:
+        return []
+    try:
+        found = json.loads(Path(data.copies_of).read_text(encoding="utf-8"))
+        if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+            raise ValueError("it is no list of texts")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"data: copies_of {data.copies_of} cannot be read ({error}); expected a JSON list of SHA-256, as "
+            "icm_cli.training.data.shrink writes it"
+        ) from error
+    return found

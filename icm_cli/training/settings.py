@@ -123,6 +123,8 @@ class DataConfig:
     backgrounds: tuple[str, ...] = ()
     """Folders of pictures to put foregrounds on."""
     validation: ValidationConfig | None = None
+    copies_of: str | None = None
+    """JSON list of the SHA-256 of the files that these are copies of; checkpoints record them as seen, too."""
 
 
 @dataclass(frozen=True)
@@ -411,6 +413,11 @@ def read_settings(config: str | Path, data: str | Path | None = None, overrides:
         read_strict(TrainConfig, fields.get("train") or {}, f"{where}: train"),
         read_strict(DataConfig, fields.get("data") or {}, f"{data or where}: data" if data is None else str(data)),
     )
+
+
+def read_data(path: str | Path) -> DataConfig:
+    """The data of a YAML file, as ``--data`` takes it. Raises ConfigError."""
+    return read_strict(DataConfig, read_yaml(Path(path)), str(path))
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
