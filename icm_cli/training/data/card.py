@@ -303,8 +303,10 @@ def _estimated(
 
 
 def _box(x: Tensor, radius: int) -> Tensor:
-    """Means over squares of 2 radius + 1 px."""
-    return F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False)
+    """Means over squares of 2 radius + 1 px, along rows and then along columns."""
+    side = 2 * radius + 1
+    rows = F.avg_pool2d(x, (1, side), 1, (0, radius), count_include_pad=False)
+    return F.avg_pool2d(rows, (side, 1), 1, (radius, 0), count_include_pad=False)
 
 
 def _blurred(x: Tensor, sigma: float) -> Tensor:

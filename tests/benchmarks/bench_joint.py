@@ -1,0 +1,102 @@
+"""Speed of the stage "joint" on a device, as a share of a matrix product's speed in the same run.
+
+    python tests/benchmarks/bench_joint.py data.yaml --start lite.safetensors --device cuda --seconds 60
+
+prints the seconds of making a batch's pictures and of a whole step, steps and mosaics a second, the floating-point
+operations of a step (torch's own counter, forward and backward) and the share of the speed of a product of two large
+bfloat16 matrices: the baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from icm_cli.events import TrainingListener
+from icm_cli.training.data.pool import read_pool
+from icm_cli.training.learner import Learner
+from icm_cli.training.settings import read_settings
+from icm_cli.training.stages import make_stage
+
+RECIPE = Path(__file__).parents[2] / "configs" / "train" / "lite-joint.yaml"
+WARM_UP_STEPS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--start", type=Path, required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--set", action="append", default=[])
+    given = parser.parse_args()
+    settings = read_settings(RECIPE, given.data, given.set)
+    stage = make_stage(settings, read_pool(settings.data, settings.train.pairs))
+    learner = Learner(
+        settings, stage, checkpoint=given.start, weights=None, device=given.device, offline=True, workers=0
+    )
+    place = learner.device.place
+    began = time.perf_counter()
+    stage.prepare(learner, Path(), TrainingListener())
+    print(f"{len(stage.pool)} pictures on {learner.device.describe()} in {time.perf_counter() - began:.1f} s")
+    batches = stage.batches(learner.sampler(0), workers=0, pin=False)
+
+    def synchronise() -> float:
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def step() -> float:
+        """Take a step; returns the seconds until its batch was there."""
+        before = synchronise()
+        batch = next(batches)
+        made = synchronise() - before
+        with learner.accumulate():
+            terms = stage.losses(stage.answer(learner.forward, batch), batch)
+            learner.backward(terms["total"].sum())
+            learner.clip()
+            learner.step()
+        learner.ema.update(0)
+        return made
+
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(WARM_UP_STEPS):
+            step()
+    operations = counter.get_total_flops() / WARM_UP_STEPS
+    began, making, steps = synchronise(), 0.0, 0
+    while time.perf_counter() - began < given.seconds:
+        making += step()
+        steps += 1
+    seconds = (synchronise() - began) / steps
+    limit = product_speed(place)
+    size = settings.train.batch_size
+    print(f"a step {seconds:.4f} s, of it {making / steps:.4f} s to make its pictures")
+    print(f"{1 / seconds:.2f} steps/s, {size / seconds:.1f} mosaics/s; peak {learner.device.peak_memory_bytes()} bytes")
+    print(
+        f"{operations / 1e12:.3f} TFLOP a step: {operations / seconds / 1e12:.2f} TFLOP/s, "
+        f"{operations / seconds / limit:.1%} of a bfloat16 product's {limit / 1e12:.1f} TFLOP/s"
+    )
+
+
+def product_speed(place: torch.device) -> float:
+    """Operations a second of a product of two bfloat16 matrices, the best of several."""
+    side = 8192 if place.type == "cuda" else 1024
+    left, right = (torch.randn(side, side, device=place, dtype=torch.bfloat16) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+        before = time.perf_counter()
+        left @ right
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - before)
+    return 2.0 * side**3 / best
+
+
+if __name__ == "__main__":
+    main()
