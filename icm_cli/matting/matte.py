@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from icm_cli.device import device_names
 from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import UsageError, did_you_mean
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path, as_paths, remove_stale_temporaries
 from icm_cli.images.colour import Colour
 from icm_cli.images.writing import ENDINGS, Output
+from icm_cli.matting.devices import Devices
 from icm_cli.matting.engine import Engine, EngineOptions, keep_finished
 from icm_cli.matting.frames import FramePattern, Missing, frame_set
 from icm_cli.matting.jobs import DEFAULT_NAME, Choice, Job, Place, parse_shard, plan_jobs
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.outcome import Outcome, environment_settings
-from icm_cli.matting.predictor import Predictor
 from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.sources import LeftOut, find_sources
-from icm_cli.model.contracts import Prepared
+from icm_cli.matting.work import Work
 from icm_cli.reports.report import Album, Report
 from icm_cli.reports.write import SideOutputs
 
@@ -117,25 +119,19 @@ def matte(
         jobs, truths = with_truths(jobs, gt)
     inputs = [str(path) for job in jobs for path in (job.source, job.output)]
     side.check_overwrites_nothing([*shown, *truths, *inputs])
-    choice = ModelChoice.checked(
-        model,
-        as_path(checkpoint),
-        weights=weights,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        seed=seed,
-        offline=offline,
-        edges=edges,
-        edges_weights=edges_weights,
-    )
+    of_the_model: dict[str, Any] = {
+        **{"weights": weights, "edges": edges, "edges_weights": edges_weights, "offline": offline},
+        **{"dtype": dtype, "batch_size": batch_size, "seed": seed},
+    }
+    names = device_names(device)
+    choices = [ModelChoice.checked(model, as_path(checkpoint), device=each, **of_the_model) for each in names]
     if dry_run:
         return Report(settings={}, results=[job.planned for job in jobs])
     side.check_writable(place.folder)
     _clean(jobs, listener)
 
-    digest = _digest(choice, references, colour, output)
-    settings = _settings(src, choice, refs, masks, colour) | {"digest": digest}
+    digest = _digest(choices[0], references, colour, output)
+    settings = _settings(src, choices, refs, masks, colour) | {"digest": digest}
     scoring = None
     if truths:
         from icm_cli.matting.ground_truth import RULE, scoring_of
@@ -150,33 +146,26 @@ def matte(
         start=start,
         scoring=scoring,
     )
-    engine = EngineOptions([digest], choice.batch_size, workers, overwrite, fail_fast, output)
-    _run(jobs, references, choice, engine, outcome, side, listener)
+    engine = EngineOptions([digest], choices[0].batch_size, workers, overwrite, fail_fast, output)
+    works = [Work(choice, references, engine) for choice in choices]
+    _run(jobs, works, outcome, side, listener)
     return outcome.report
 
 
-def _run(
-    jobs: Sequence[Job],
-    references: Sequence[Reference],
-    choice: ModelChoice,
-    options: EngineOptions,
-    outcome: Outcome,
-    side: SideOutputs,
-    listener: Listener,
-) -> None:
+def _run(jobs: Sequence[Job], works: Sequence[Work], outcome: Outcome, side: SideOutputs, listener: Listener) -> None:
     """Keep the alphas that are there and matte the other images; the model is loaded only for these."""
+    options = works[0].options
     listener.started(len(jobs))
     with outcome:
         remaining = list(jobs)
         if not options.overwrite:
             has_trimap = options.output.trimap == "beside"
             remaining = keep_finished(jobs, options.digests, options.workers, outcome.add, has_trimap=has_trimap)
-        ready = _ready(choice, references, listener) if remaining else None
-        with outcome.reported(side, choice.where.peak_memory_bytes):
-            if ready is not None:
-                predictor, prepared = ready
-                engine = Engine(predictor, lambda _: prepared, options, on_result=outcome.add, notice=listener.notice)
-                engine.run(remaining)
+        with _ready(works, outcome, listener) if remaining else contextlib.nullcontext() as engine:
+            peak = engine.peak_memory_bytes if engine else works[0].choice.where.peak_memory_bytes
+            with outcome.reported(side, peak):
+                if engine:
+                    engine.run(remaining)
 
 
 def _digest(choice: ModelChoice, references: Sequence[Reference], colour: Colour, output: Output) -> str:
@@ -186,12 +175,13 @@ def _digest(choice: ModelChoice, references: Sequence[Reference], colour: Colour
 
 
 def _settings(
-    src: str | Path, choice: ModelChoice, refs: Sequence[Path], masks: Sequence[Path], colour: Colour
+    src: str | Path, choices: Sequence[ModelChoice], refs: Sequence[Path], masks: Sequence[Path], colour: Colour
 ) -> dict[str, Any]:
     """Settings that the report states."""
+    model = choices[0].as_settings() | {"device": "; ".join(choice.where.describe() for choice in choices)}
     shown = {"references": [str(path) for path in refs], "masks": [str(path) for path in masks]}
     sources = {"colorspace": colour.space, "layer": colour.layer, "white": colour.white}
-    return {"title": str(src), **environment_settings(), **choice.as_settings(), **shown, **sources}
+    return {"title": str(src), **environment_settings(), **model, **shown, **sources}
 
 
 def _pattern_and_format(out: str | Path, format_: str | None) -> tuple[FramePattern | None, str]:
@@ -241,14 +231,15 @@ def _colours(colour: Colour, ref_colorspace: str | None, ref_layer: str | None) 
     return colour, of_references
 
 
-def _ready(choice: ModelChoice, references: Sequence[Reference], listener: Listener) -> tuple[Predictor, Prepared]:
-    """The model on its device, and the references as it sees them: once per run."""
-    listener.detail(choice.describe())
-    predictor = choice.load()
-    prepared = predictor.reference(references)
-    for sentence in prepared.notices:
-        listener.notice(sentence)
-    return predictor, prepared
+def _ready(
+    works: Sequence[Work], outcome: Outcome, listener: Listener
+) -> contextlib.AbstractContextManager[Engine | Devices]:
+    """Make ready the model here, or, on several devices, in a process for each."""
+    for work in works:
+        listener.detail(work.choice.describe())
+    if len(works) == 1:
+        return contextlib.nullcontext(works[0].engine(outcome.add, listener.notice))
+    return Devices(works, on_result=outcome.add, notice=listener.notice)
 
 
 def _clean(jobs: Sequence[Job], listener: Listener) -> None:
