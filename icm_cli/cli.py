@@ -87,6 +87,9 @@ Weights = Annotated[
     Optional[str], typer.Option(help="Folder or hub id of the backbone's weights.", show_default="the model's")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Devices = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; or several of one kind: cuda:0,cuda:1 or cuda:all.")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 BatchSize = Annotated[str, typer.Option(help="Images at a time; auto suits the device. Halved where memory runs out.")]
 Seed = Annotated[int, typer.Option(help="Seed of Stable Diffusion's noise.")]
@@ -155,7 +158,7 @@ def matte(
             help="Folder or hub id of ViTMatte's weights.", show_default="hustvl/vitmatte-small-composition-1k"
         ),
     ] = None,
-    device: Device = "auto",
+    device: Devices = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
     seed: Seed = 0,

@@ -7,13 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Icm, alphas, arguments, copy_many, read
-from losing_work import LosingWork
+from click.testing import Result
+from conftest import Icm, alphas, arguments, copy_many
+from faulty_work import FullDisk, LosingWork, Unloadable
 
 from icm_cli.matting import matte as matting
 from icm_cli.matting.predictor import Predictor
@@ -32,24 +35,41 @@ def alone(icm: Icm, scene: Path) -> dict[str, bytes]:
     return alphas(scene / "alone")
 
 
-def start(scene: Path, model: Path, **options: object) -> subprocess.Popen[str]:
-    given = {"ref": scene / "ref.png", "mask": scene / "mask.png", "src": scene / "many", "out": scene / "out"}
-    line = arguments({**given, "model": model, "device": "cpu,cpu", "report": scene / "r.json", **options})
-    command = [sys.executable, "-m", "icm_cli.cli", "matte", *line]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+Two = Callable[[Callable[[list[int]], object]], Result]
 
 
-def processes_in_the_middle(run: subprocess.Popen[str], out: Path) -> list[int]:
-    """Wait for the third alpha; the processes of the devices."""
-    while len(list(out.glob("*.png"))) < 3:
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.005)
-    return [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+def worker_processes(pid: int) -> list[int]:
+    """The processes that the main thread of a process has started for its devices."""
+    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [child for child in children if b"icm_cli.matting.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-def ended(run: subprocess.Popen[str]) -> str:
-    """What a run that has ended said on stderr."""
-    return run.communicate(timeout=100)[1]
+def in_the_middle(scene: Path, pid: int, then: Callable[[list[int]], object]) -> threading.Thread:
+    """Wait in a thread for the third alpha and do something with the processes of the devices then."""
+
+    def wait() -> None:
+        until = time.monotonic() + 100
+        while len(list((scene / "out").glob("*.png"))) < 3 and time.monotonic() < until:
+            time.sleep(0.005)
+        then(worker_processes(pid))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.fixture
+def two(icm: Icm, scene: Path) -> Two:
+    """Runs ``icm matte`` on two devices, and does something with their processes in its middle."""
+
+    def run(then: Callable[[list[int]], object]) -> Result:
+        thread = in_the_middle(scene, os.getpid(), then)
+        try:
+            return icm(src=scene / "many", device="cpu,cpu", report=scene / "r.json")
+        finally:
+            thread.join()
+
+    return run
 
 
 def is_running(pid: int) -> bool:
@@ -92,14 +112,10 @@ def test_fail_fast_stops_all(icm: Icm, scene: Path, alone: dict[str, bytes]) -> 
     assert alphas(scene / "out").items() <= alone.items()
 
 
-def test_a_process_that_is_killed_gives_its_images_to_the_other(
-    scene: Path, small_model: Path, alone: dict[str, bytes]
-) -> None:
-    run = start(scene, small_model)
-    os.kill(processes_in_the_middle(run, scene / "out")[0], signal.SIGKILL)
-    said = ended(run)
-    assert run.returncode == 0, said
-    assert "process 1 on cpu is lost (killed by signal 9)" in said
+def test_a_process_that_is_killed_gives_its_images_to_the_other(scene: Path, two: Two, alone: dict[str, bytes]) -> None:
+    result = two(lambda processes: os.kill(processes[0], signal.SIGKILL))
+    assert result.exit_code == 0, result.output
+    assert "process 1 on cpu is lost (killed by signal 9)" in result.stderr
     assert alphas(scene / "out") == alone
     assert statuses(scene / "r.json").get("failed") is None
 
@@ -117,45 +133,75 @@ def test_a_lost_device_gives_its_images_to_the_other(
     assert alphas(scene / "out") == alone
 
 
-def test_where_all_are_lost_the_run_says_so(scene: Path, small_model: Path, alone: dict[str, bytes]) -> None:
-    run = start(scene, small_model)
-    for pid in processes_in_the_middle(run, scene / "out"):
-        os.kill(pid, signal.SIGKILL)
-    said = ended(run)
-    assert run.returncode == 3, said
-    assert "no device is left (process 1 on cpu: killed by signal 9; process 2 on cpu: killed by signal 9)" in said
+@pytest.mark.parametrize(
+    ("work", "message"), [(FullDisk, "no space left on the device"), (Unloadable, "no such model")]
+)
+def test_an_error_that_is_no_device_s_ends_all(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, work: type, message: str
+) -> None:
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", 3)
+    monkeypatch.setattr(matting, "Work", work)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    result = icm("--quiet", src=scene / "many", device="cpu,cpu")
+    assert result.exit_code == 3, result.output
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not alphas(scene / "out")
+    assert not worker_processes(os.getpid())
+
+
+def test_where_all_are_lost_the_run_says_so(icm: Icm, scene: Path, two: Two, alone: dict[str, bytes]) -> None:
+    result = two(lambda processes: [os.kill(pid, signal.SIGKILL) for pid in processes])
+    assert result.exit_code == 3, result.output
+    assert "no device is left (process 1 on cpu: killed by signal 9; process 2 on cpu: killed by" in result.stderr
     assert statuses(scene / "r.json")["not reached"] > 0
-    again = start(scene, small_model)
-    assert "Traceback" not in ended(again)
-    assert again.returncode == 0
+    assert icm(src=scene / "many").exit_code == 0
     assert alphas(scene / "out") == alone
 
 
-@pytest.mark.parametrize(
-    ("number", "is_to_all", "code"),
-    [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143), (signal.SIGKILL, False, -9)],
-)
-def test_a_signal_ends_all_processes_and_tears_nothing(
-    scene: Path, small_model: Path, alone: dict[str, bytes], number: signal.Signals, is_to_all: bool, code: int
+@pytest.mark.parametrize(("number", "is_to_all", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])
+def test_a_signal_finishes_the_writes_of_all(
+    scene: Path, two: Two, alone: dict[str, bytes], number: signal.Signals, is_to_all: bool, code: int
 ) -> None:
-    run = start(scene, small_model)
-    processes = processes_in_the_middle(run, scene / "out")
-    assert len(processes) == 2
-    for pid in (*(processes if is_to_all else ()), run.pid):
-        os.kill(pid, number)
-    said = ended(run)
-    assert run.returncode == code, said
-    assert "Traceback" not in said
-    until = time.monotonic() + 20
-    while any(map(is_running, processes)):
+    seen = []
+
+    def stop(processes: list[int]) -> None:
+        seen.extend(processes)
+        for pid in (*(processes if is_to_all else ()), os.getpid()):
+            os.kill(pid, number)
+
+    result = two(stop)
+    assert result.exit_code == code, result.output
+    assert len(seen) == 2
+    assert not any(map(is_running, seen))
+    made = alphas(scene / "out")
+    assert 3 <= len(made) < MANY
+    assert made.items() <= alone.items()
+    assert statuses(scene / "r.json") == {"done": len(made), "not reached": MANY - len(made)}
+
+
+def test_where_the_run_itself_is_killed_its_processes_end_and_tear_nothing(
+    scene: Path, small_model: Path, alone: dict[str, bytes]
+) -> None:
+    given = {"ref": scene / "ref.png", "mask": scene / "mask.png", "src": scene / "many", "out": scene / "out"}
+    line = arguments({**given, "model": small_model, "device": "cpu,cpu"})
+    run = subprocess.Popen([sys.executable, "-m", "icm_cli.cli", "matte", *line], stderr=subprocess.PIPE, text=True)
+    seen = []
+
+    def kill(processes: list[int]) -> None:
+        seen.extend(processes)
+        run.kill()
+
+    in_the_middle(scene, run.pid, kill).join()
+    assert "Traceback" not in run.communicate(timeout=100)[1]
+    assert len(seen) == 2
+    until = time.monotonic() + 30
+    while any(map(is_running, seen)):
         assert time.monotonic() < until
         time.sleep(0.01)
     made = alphas(scene / "out")
     assert 3 <= len(made) < MANY
     assert made.items() <= alone.items()
-    assert all(read(scene / "out" / name) is not None for name in made)
-    if code > 0:
-        assert statuses(scene / "r.json") == {"done": len(made), "not reached": MANY - len(made)}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -128,7 +128,7 @@ def matte(
     if dry_run:
         return Report(settings={}, results=[job.planned for job in jobs])
     side.check_writable(place.folder)
-    _clean(jobs, listener)
+    _clean({*(job.output.parent for job in jobs), *(path.parent for path in side.paths)}, listener)
 
     digest = _digest(choices[0], references, colour, output)
     settings = _settings(src, choices, refs, masks, colour) | {"digest": digest}
@@ -242,7 +242,7 @@ def _ready(
     return Devices(works, on_result=outcome.add, notice=listener.notice)
 
 
-def _clean(jobs: Sequence[Job], listener: Listener) -> None:
-    removed = sum(remove_stale_temporaries(folder) for folder in {job.output.parent for job in jobs})
+def _clean(folders: Collection[Path], listener: Listener) -> None:
+    removed = sum(remove_stale_temporaries(folder) for folder in folders)
     if removed:
         listener.notice(f"removed {removed} temporary file(s) that a killed run left behind")

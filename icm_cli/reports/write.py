@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icm_cli.errors import UsageError
-from icm_cli.files import TEMPORARY_PREFIX, Paths, as_path, as_paths, atomic_write, write_error, write_json
+from icm_cli.files import Paths, as_path, as_paths, atomic_write, temporary_name, write_error, write_json
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.scores import METRICS, REGIONS
@@ -66,7 +66,7 @@ class SideOutputs:
     def check_writable(self, *folders: Path) -> None:
         """Raises OutputError now rather than after hours of work."""
         for folder in {*folders, *(path.parent for path in self.paths)}:
-            probe = folder / f"{TEMPORARY_PREFIX}probe-{os.getpid()}"
+            probe = folder / temporary_name()
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 probe.touch()

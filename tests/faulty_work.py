@@ -1,19 +1,24 @@
-"""Work whose device is lost in the first process that gets to its second image, as a GPU is that falls off its bus."""
+"""Work that goes wrong in the processes of devices."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from icm_cli.errors import ConfigError
 from icm_cli.matting.engine import Engine
 from icm_cli.matting.work import Work
 from icm_cli.reports.result import ImageResult
 
 
 class LosingWork(Work):
-    """The environment variable LOST names a file that the losing process makes."""
+    """Its device is lost in the first process that gets to a second image, as a GPU is that falls off its bus.
+
+    The environment variable LOST names a file that this process makes.
+    """
 
     def engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
         engine = super().engine(on_result, notice)
@@ -31,3 +36,22 @@ class LosingWork(Work):
 
         engine.predictor.infer = infer  # type: ignore[method-assign]
         return engine
+
+
+class FullDisk(Work):
+    """No file can be written."""
+
+    def engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
+        def full(_: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        os.fsync = full
+        return super().engine(on_result, notice)
+
+
+class Unloadable(Work):
+    """The model cannot be loaded."""
+
+    def engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
+        del on_result, notice
+        raise ConfigError("there is no such model")
