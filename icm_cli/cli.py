@@ -159,6 +159,18 @@ def matte(
         ),
     ] = None,
     device: Devices = "auto",
+    ray: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Matte on a Ray cluster, one model on each GPU: auto (the one there is, else one started here), or "
+            "its address. Needs the extra [ray].",
+            show_default="none",
+        ),
+    ] = None,
+    ray_cpus: Annotated[
+        Optional[int],
+        typer.Option(help="With --ray: so many models, on a core each, in the place of GPUs.", show_default="none"),
+    ] = None,
     dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
     seed: Seed = 0,
@@ -304,6 +316,8 @@ def matte(
             edges=edges,
             edges_weights=edges_weights,
             device=device,
+            ray=ray,
+            ray_cpus=ray_cpus,
             dtype=dtype,
             batch_size=_number_or_auto(batch_size),
             seed=seed,

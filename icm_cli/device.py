@@ -37,7 +37,8 @@ class Device:
 
     def describe(self) -> str:
         """For example "cuda:0 (NVIDIA H200), float16"."""
-        kind = f" ({torch.cuda.get_device_name(self.place)})" if self.place.type == "cuda" else ""
+        is_gpu_here = self.place.type == "cuda" and torch.cuda.is_available()
+        kind = f" ({torch.cuda.get_device_name(self.place)})" if is_gpu_here else ""
         return f"{self.place}{kind}, {self.dtype_name}"
 
     def peak_memory_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,3 +56,22 @@ class Unloadable(Work):
     def engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
         del on_result, notice
         raise ConfigError("there is no such model")
+
+
+class Dying(Work):
+    """Its process dies at a second image: always, or once where the environment names a file, DIED, to remember it."""
+
+    def engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
+        engine = super().engine(on_result, notice)
+        real, seen = engine.predictor.infer, []
+
+        def infer(*given: Any) -> Any:
+            seen.append(given)
+            if len(seen) == 2 and not ("DIED" in os.environ and Path(os.environ["DIED"]).exists()):
+                if "DIED" in os.environ:
+                    Path(os.environ["DIED"]).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*given)
+
+        engine.predictor.infer = infer  # type: ignore[method-assign]
+        return engine

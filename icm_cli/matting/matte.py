@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -16,16 +17,18 @@ from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path, as_paths, remove_stale_temporaries
 from icm_cli.images.colour import Colour
 from icm_cli.images.writing import ENDINGS, Output
+from icm_cli.matting.cluster import Cluster
 from icm_cli.matting.devices import Devices
-from icm_cli.matting.engine import Engine, EngineOptions, keep_finished
+from icm_cli.matting.engine import EngineOptions, keep_finished
 from icm_cli.matting.frames import FramePattern, Missing, frame_set
 from icm_cli.matting.jobs import DEFAULT_NAME, Choice, Job, Place, parse_shard, plan_jobs
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.sources import LeftOut, find_sources
-from icm_cli.matting.work import Work
+from icm_cli.matting.work import Crew, Work
 from icm_cli.reports.report import Album, Report
+from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import SideOutputs
 
 ALLOWED = frozenset({"empty-alpha", "16-bit-alpha"})
@@ -46,6 +49,8 @@ def matte(
     edges: str = "model",
     edges_weights: str | None = None,
     device: str = "auto",
+    ray: str | None = None,
+    ray_cpus: int | None = None,
     dtype: str = "auto",
     batch_size: int | str = "auto",
     seed: int = 0,
@@ -119,19 +124,28 @@ def matte(
         jobs, truths = with_truths(jobs, gt)
     inputs = [str(path) for job in jobs for path in (job.source, job.output)]
     side.check_overwrites_nothing([*shown, *truths, *inputs])
-    of_the_model: dict[str, Any] = {
-        **{"weights": weights, "edges": edges, "edges_weights": edges_weights, "offline": offline},
-        **{"dtype": dtype, "batch_size": batch_size, "seed": seed},
-    }
-    names = device_names(device)
-    choices = [ModelChoice.checked(model, as_path(checkpoint), device=each, **of_the_model) for each in names]
+    checked = functools.partial(
+        ModelChoice.checked,
+        model,
+        as_path(checkpoint),
+        weights=weights,
+        dtype=dtype,
+        batch_size=batch_size,
+        seed=seed,
+        offline=offline,
+        edges=edges,
+        edges_weights=edges_weights,
+    )
+    cluster = Cluster.wanted(ray, ray_cpus, device)
+    choices = [cluster.choice(checked)] if cluster else [checked(device=each) for each in device_names(device)]
     if dry_run:
         return Report(settings={}, results=[job.planned for job in jobs])
     side.check_writable(place.folder)
     _clean({*(job.output.parent for job in jobs), *(path.parent for path in side.paths)}, listener)
 
     digest = _digest(choices[0], references, colour, output)
-    settings = _settings(src, choices, refs, masks, colour) | {"digest": digest}
+    where = [*(choice.where.describe() for choice in choices), *([cluster.describe()] if cluster else [])]
+    settings = _settings(src, choices[0], refs, masks, colour) | {"digest": digest, "device": "; ".join(where)}
     scoring = None
     if truths:
         from icm_cli.matting.ground_truth import RULE, scoring_of
@@ -148,24 +162,32 @@ def matte(
     )
     engine = EngineOptions([digest], choices[0].batch_size, workers, overwrite, fail_fast, output)
     works = [Work(choice, references, engine) for choice in choices]
-    _run(jobs, works, outcome, side, listener)
+    crew = functools.partial(_crew, works, cluster, place.folder, listener)
+    _run(jobs, works[0], crew, outcome, side, listener)
     return outcome.report
 
 
-def _run(jobs: Sequence[Job], works: Sequence[Work], outcome: Outcome, side: SideOutputs, listener: Listener) -> None:
+def _run(
+    jobs: Sequence[Job],
+    work: Work,
+    crew: Callable[[Callable[[ImageResult], None]], contextlib.AbstractContextManager[Crew]],
+    outcome: Outcome,
+    side: SideOutputs,
+    listener: Listener,
+) -> None:
     """Keep the alphas that are there and matte the other images; the model is loaded only for these."""
-    options = works[0].options
+    options = work.options
     listener.started(len(jobs))
     with outcome:
         remaining = list(jobs)
         if not options.overwrite:
             has_trimap = options.output.trimap == "beside"
             remaining = keep_finished(jobs, options.digests, options.workers, outcome.add, has_trimap=has_trimap)
-        with _ready(works, outcome, listener) if remaining else contextlib.nullcontext() as engine:
-            peak = engine.peak_memory_bytes if engine else works[0].choice.where.peak_memory_bytes
+        with crew(outcome.add) if remaining else contextlib.nullcontext() as those:
+            peak = those.peak_memory_bytes if those else work.choice.where.peak_memory_bytes
             with outcome.reported(side, peak):
-                if engine:
-                    engine.run(remaining)
+                if those:
+                    those.run(remaining)
 
 
 def _digest(choice: ModelChoice, references: Sequence[Reference], colour: Colour, output: Output) -> str:
@@ -175,13 +197,12 @@ def _digest(choice: ModelChoice, references: Sequence[Reference], colour: Colour
 
 
 def _settings(
-    src: str | Path, choices: Sequence[ModelChoice], refs: Sequence[Path], masks: Sequence[Path], colour: Colour
+    src: str | Path, choice: ModelChoice, refs: Sequence[Path], masks: Sequence[Path], colour: Colour
 ) -> dict[str, Any]:
     """Settings that the report states."""
-    model = choices[0].as_settings() | {"device": "; ".join(choice.where.describe() for choice in choices)}
     shown = {"references": [str(path) for path in refs], "masks": [str(path) for path in masks]}
     sources = {"colorspace": colour.space, "layer": colour.layer, "white": colour.white}
-    return {"title": str(src), **environment_settings(), **model, **shown, **sources}
+    return {"title": str(src), **environment_settings(), **choice.as_settings(), **shown, **sources}
 
 
 def _pattern_and_format(out: str | Path, format_: str | None) -> tuple[FramePattern | None, str]:
@@ -231,15 +252,21 @@ def _colours(colour: Colour, ref_colorspace: str | None, ref_layer: str | None) 
     return colour, of_references
 
 
-def _ready(
-    works: Sequence[Work], outcome: Outcome, listener: Listener
-) -> contextlib.AbstractContextManager[Engine | Devices]:
-    """Make ready the model here, or, on several devices, in a process for each."""
+def _crew(
+    works: Sequence[Work],
+    cluster: Cluster | None,
+    folder: Path,
+    listener: Listener,
+    on_result: Callable[[ImageResult], None],
+) -> contextlib.AbstractContextManager[Crew]:
+    """Make ready the model here, on several devices in a process for each, or in a cluster."""
     for work in works:
         listener.detail(work.choice.describe())
-    if len(works) == 1:
-        return contextlib.nullcontext(works[0].engine(outcome.add, listener.notice))
-    return Devices(works, on_result=outcome.add, notice=listener.notice)
+    if cluster:
+        return cluster.crew(works[0], folder, on_result, listener.notice)
+    if len(works) > 1:
+        return Devices(works, on_result=on_result, notice=listener.notice)
+    return contextlib.nullcontext(works[0].engine(on_result, listener.notice))
 
 
 def _clean(folders: Collection[Path], listener: Listener) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from icm_cli.matting.engine import Engine, EngineOptions
+from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.references import Reference
 from icm_cli.reports.result import ImageResult
@@ -26,6 +28,16 @@ class Work:
         for sentence in prepared.notices:
             notice(sentence)
         return Engine(predictor, lambda _: prepared, self.options, on_result=on_result, notice=notice)
+
+
+class Crew(Protocol):
+    """Whoever does the work: the engine of this process, processes of several devices, or the actors of a cluster."""
+
+    def run(self, jobs: Sequence[Job], /) -> None:
+        """Matte every image, and tell of each as it ends."""
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory that any of them held."""
 
 
 @dataclass(frozen=True)
