@@ -54,7 +54,7 @@ class SideOutputs:
 
     def check_overwrites_nothing(self, taken: Sequence[str | Path]) -> None:
         """Raises UsageError for a report or sheet in the place of a folder, an input, an alpha or another of them."""
-        real = {os.path.realpath(path) for path in taken}
+        real = {os.path.realpath(path) for path in taken} if self.paths else set()
         for number, path in enumerate(self.paths):
             if os.path.realpath(path) in {os.path.realpath(other) for other in self.paths[:number]}:
                 raise UsageError(f"{path} is given for two outputs; give each a name of its own")

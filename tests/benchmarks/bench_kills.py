@@ -35,9 +35,9 @@ MODEL = "backbone: {name: efficientnet-lite, long_side_px: 64}\nhead: {name: tra
 PLANNING = """
 import sys, time, icm_cli
 def planned(src):
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     icm_cli.matte(sys.argv[1], sys.argv[2], src=src, out=sys.argv[3], model=sys.argv[4], device="cpu", dry_run=True)
-    return time.perf_counter() - start
+    return f"{time.perf_counter() - start:.2f} s, {time.process_time() - busy:.2f} s of the processor"
 planned(sys.argv[5])
 print(planned(sys.argv[6]))
 """
@@ -71,11 +71,11 @@ class Scene:
         summary: dict[str, float] = json.loads(report.read_text())["summary"]
         return summary
 
-    def planning_seconds(self) -> float:
+    def planning(self) -> str:
         names = ("out", "model.yaml", "few", "imgs")
         given = [DEMO / "ref.jpg", DEMO / "mask.png", *(self.home / name for name in names)]
         line = [sys.executable, "-c", PLANNING, *map(str, given)]
-        return float(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
+        return subprocess.run(line, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -104,7 +104,12 @@ def killed(scene: Scene, out: str, ways: Sequence[Sequence[str]], kills: int, wh
         while count(folder) < moment and any(run.poll() is None for run in runs):
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.2) if chance.random() < 0.75 else chance.uniform(0, 8))
-        which = chance.choice([number for number, run in enumerate(runs) if run.poll() is None] or [0])
+        alive = [number for number, run in enumerate(runs) if run.poll() is None]
+        which = chance.choice(alive or range(len(runs)))
+        if not alive:  # all of them ended before the moment came: this one is killed in starting, or in looking around
+            runs[which].communicate()
+            runs[which] = subprocess.Popen(scene.line(out, *ways[which]), stderr=subprocess.PIPE)
+            time.sleep(chance.uniform(0, 3))
         runs[which].kill()
         runs[which].communicate()
         now = digests(folder) if folder.is_dir() else {}
@@ -128,7 +133,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         scene = Scene(Path(home), arguments.images)
-        print(f"planning {arguments.images} images: {scene.planning_seconds():.2f} s", flush=True)
+        print(f"planning {arguments.images} images: {scene.planning()}", flush=True)
         few, many = scene.run("few-out", src="few"), scene.run("whole")
         peaks = [summary["peak_memory_bytes"] / 1e6 for summary in (few, many)]
         print(f"peak memory of {few['done']} images {peaks[0]:.0f} MB, of {many['done']} {peaks[1]:.0f} MB", flush=True)
