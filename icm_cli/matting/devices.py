@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from icm_cli.environment import child_environment, cores
+from icm_cli.environment import child_environment
 from icm_cli.errors import DeviceError, IcmError
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.work import Asked, Begin, Idle, NoMore, Work
@@ -43,7 +43,7 @@ class Devices:
         """Start the processes and wait until each has its model. Raises ConfigError, or DeviceError if none has."""
         try:
             for number, work in enumerate(self._works, 1):
-                self._processes.append(_Process(number, work.choice.where.place, len(self._works), self._hear))
+                self._processes.append(_Process(number, work.choice.where.place, self._hear))
             for process, work in zip(self._processes, self._works, strict=True):
                 process.order(work)
             while self._has_work and not self._error:
@@ -161,10 +161,10 @@ class Devices:
 class _Process:
     """A process of one device, and what is known of it."""
 
-    def __init__(self, number: int, place: torch.device, of: int, hear: Callable[[_Process, Any], None]) -> None:
+    def __init__(self, number: int, place: torch.device, hear: Callable[[_Process, Any], None]) -> None:
         """Start it; what it tells goes to ``hear`` in a thread, and None once it has ended. Its first order is a Work.
 
-        ``number``: from 1, ``of`` how many there are.
+        ``number``: from 1.
         """
         self.name = f"process {number} on {place}"
         self.in_hand: dict[tuple[int, str], Job] = {}
@@ -175,15 +175,12 @@ class _Process:
         their_orders, self._orders = Pipe(duplex=False)
         self._answers, their_answers = Pipe(duplex=False)
         descriptors = their_orders.fileno(), their_answers.fileno()
-        environment = child_environment()
-        if place.type == "cpu":
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // of)))
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "icm_cli.matting.worker", *map(str, descriptors)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=descriptors,
-            env=environment,
+            env=child_environment(),
         )
         their_orders.close()
         their_answers.close()
