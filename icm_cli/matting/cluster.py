@@ -21,7 +21,7 @@ import cv2
 
 from icm_cli.environment import __version__
 from icm_cli.errors import ConfigError, DeviceError, IcmError, UsageError
-from icm_cli.files import temporary_name, write_error
+from icm_cli.files import remove_stale_temporaries, temporary_name, write_error
 from icm_cli.matting.engine import Engine
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import ModelChoice
@@ -245,10 +245,11 @@ class Actor:
         """Matte the images of column "job"; gives all that is to be said of them in column "said"."""
         self._said = []
         try:
+            jobs = [pickle.loads(job) for job in block["job"]]  # noqa: S301  our own parent wrote it
             if self._engine is None:
-                self._tell_of_a_death()
+                self._clean_after_a_death(jobs)
                 self._engine = self._work.engine(self._said_of, self._said_of)
-            self._engine.run([pickle.loads(job) for job in block["job"]])  # noqa: S301  our own parent wrote it
+            self._engine.run(jobs)
             self._said_of(Idle(self._engine.peak_memory_bytes()))
         except DeviceError:
             os._exit(1)  # Ray starts another, perhaps elsewhere, and gives it these images
@@ -259,10 +260,13 @@ class Actor:
     def _said_of(self, message: Any) -> None:
         self._said.append(message)
 
-    def _tell_of_a_death(self) -> None:
+    def _clean_after_a_death(self, jobs: Sequence[Job]) -> None:
+        """Tell of an actor that died in the middle of these jobs, and remove the temporary files of its last moment."""
         import ray
 
         if ray.get_runtime_context().was_current_actor_reconstructed:
+            for folder in {job.output.parent for job in jobs}:
+                remove_stale_temporaries(folder)
             node = ray.util.get_node_ip_address()
             self._said_of(
                 f"an actor of Ray died and was started again on {node}; the images in its hands are done again"

@@ -15,6 +15,7 @@ import torch
 
 from icm_cli.environment import child_environment
 from icm_cli.errors import DeviceError, IcmError
+from icm_cli.files import remove_stale_temporaries
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.work import Asked, Begin, Idle, NoMore, Work
 from icm_cli.reports.result import ImageResult
@@ -141,9 +142,12 @@ class Devices:
     def _bury(self, process: _Process) -> None:
         """Take the images of a process that has ended back into the queue, and name it where nobody ended it."""
         process.is_alive = False
-        process.end = process.end or process.exit_status()
+        status = process.exit_status()  # waits, so that it counts as dead
+        process.end = process.end or status
         if self._is_stopped or self._error:
             return
+        for folder in {job.output.parent for job in process.in_hand.values()}:
+            remove_stale_temporaries(folder)
         self._waiting.extendleft(reversed(process.in_hand.values()))
         self._notice(f"{process.name} is lost ({process.end}); {len(process.in_hand)} image(s) in its hands wait again")
         process.in_hand.clear()
