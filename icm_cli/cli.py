@@ -87,6 +87,9 @@ Weights = Annotated[
     Optional[str], typer.Option(help="Folder or hub id of the backbone's weights.", show_default="the model's")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Devices = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; or several of one kind: cuda:0,cuda:1 or cuda:all.")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 BatchSize = Annotated[str, typer.Option(help="Images at a time; auto suits the device. Halved where memory runs out.")]
 Seed = Annotated[int, typer.Option(help="Seed of Stable Diffusion's noise.")]
@@ -155,7 +158,19 @@ def matte(
             help="Folder or hub id of ViTMatte's weights.", show_default="hustvl/vitmatte-small-composition-1k"
         ),
     ] = None,
-    device: Device = "auto",
+    device: Devices = "auto",
+    ray: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Matte on a Ray cluster, one model on each GPU: auto (the one there is, else one started here), or "
+            "its address. Needs the extra [ray].",
+            show_default="none",
+        ),
+    ] = None,
+    ray_cpus: Annotated[
+        Optional[int],
+        typer.Option(help="With --ray: so many models, on a core each, in the place of GPUs.", show_default="none"),
+    ] = None,
     dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
     seed: Seed = 0,
@@ -301,6 +316,8 @@ def matte(
             edges=edges,
             edges_weights=edges_weights,
             device=device,
+            ray=ray,
+            ray_cpus=ray_cpus,
             dtype=dtype,
             batch_size=_number_or_auto(batch_size),
             seed=seed,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from icm_cli import environment
-from icm_cli.errors import ConfigError, did_you_mean
+from icm_cli.errors import ConfigError, UsageError, did_you_mean
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CUDA_BATCH_SIZE = 8
@@ -37,7 +37,8 @@ class Device:
 
     def describe(self) -> str:
         """For example "cuda:0 (NVIDIA H200), float16"."""
-        kind = f" ({torch.cuda.get_device_name(self.place)})" if self.place.type == "cuda" else ""
+        is_gpu_here = self.place.type == "cuda" and torch.cuda.is_available()
+        kind = f" ({torch.cuda.get_device_name(self.place)})" if is_gpu_here else ""
         return f"{self.place}{kind}, {self.dtype_name}"
 
     def peak_memory_bytes(self) -> int:
@@ -62,6 +63,28 @@ def resolve_device(device: str = "auto", dtype: str = "auto", *, transformer_dty
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not known. {did_you_mean(dtype, ['auto', *DTYPES])}")
     return Device(target, DTYPES[dtype], DTYPES[dtype])
+
+
+def device_names(text: str) -> list[str]:
+    """Names of the devices in a list: "cpu", "cuda:0,cuda:1", "cpu,cpu"; "cuda:all" stands for every GPU.
+
+    Raises ConfigError for one that is not here, UsageError for several that cannot work together.
+    """
+    if text == "cuda:all":
+        if not (count := torch.cuda.device_count()):
+            raise ConfigError(f"device 'cuda:all' finds no GPU on this machine; {_here()}")
+        return [f"cuda:{number}" for number in range(count)]
+    names = [name.strip() for name in text.split(",")]
+    if len(names) == 1:
+        return names
+    places = [_named_device(name) for name in names]
+    if len({place.type for place in places}) > 1:
+        raise UsageError(
+            f"--device {text} mixes kinds of devices, whose alphas differ in their last bits; give devices of one kind"
+        )
+    if places[0].type != "cpu" and len(set(places)) < len(places):
+        raise UsageError(f"--device {text} names a device twice, and a model on it takes all of it; name each once")
+    return names
 
 
 def _fast_transformer_dtype(place: torch.device) -> torch.dtype:
@@ -134,6 +157,12 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     return "out of memory" in text or "can't allocate memory" in text
 
 
+def is_device_lost(error: RuntimeError | MemoryError) -> bool:
+    """Whether an error of the model means that its device will do no more work for this process."""
+    lost = getattr(torch, "AcceleratorError", None)
+    return (lost is not None and isinstance(error, lost)) or str(error).startswith("CUDA error")
+
+
 def release_memory(device: Device) -> None:
     """Give cached GPU memory back after running out of it."""
     if device.place.type == "cuda":
@@ -146,6 +175,10 @@ def _best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda:0")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _here() -> str:
+    return f"here are: {', '.join(available_devices())}"
 
 
 def _named_device(name: str) -> torch.device:
@@ -161,5 +194,5 @@ def _named_device(name: str) -> torch.device:
     if device.type not in present:
         raise ConfigError(f"device {name!r} is not supported; expected auto, cpu, cuda, cuda:N or mps")
     if not present[device.type]:
-        raise ConfigError(f"device {name!r} is not on this machine; here are: {', '.join(available_devices())}")
+        raise ConfigError(f"device {name!r} is not on this machine; {_here()}")
     return torch.device("cuda:0") if name == "cuda" else device

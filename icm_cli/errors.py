@@ -26,6 +26,13 @@ class ConfigError(IcmError):
     """A model, configuration, checkpoint, set of weights or device cannot be used (exit code 3)."""
 
 
+class DeviceError(IcmError):
+    """A device was lost while it worked, and no other is left; its argument says which and why (exit code 3)."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}; every alpha that is there is whole, and the same command goes on where this stopped"
+
+
 class OutputError(IcmError):
     """An output cannot be written, so no further image could be either (exit code 3)."""
 

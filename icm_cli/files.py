@@ -32,8 +32,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises OutputError when the file system refuses (full, read-only, no permission), ImageError when only this
     name is refused.
     """
-    name = f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
-    temporary = path.parent / name
+    temporary = path.parent / temporary_name()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -47,6 +46,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
                 temporary.unlink()
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def temporary_name() -> str:
+    """A name for a hidden file that a later run removes, should this process die before it does."""
+    return f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
 
 
 def write_error(path: Path, error: OSError) -> ImageError | OutputError:

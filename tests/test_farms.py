@@ -118,6 +118,7 @@ def test_missing_frames(icm: Icm, scene: Path, plates: Path, missing: str, code:
             "sh.1003.jpg": "failed",
             "sh.1004.jpg": "done",
         }
+        assert "sh.1003.jpg: is missing: the sequence has no such frame" in result.stderr
 
 
 def test_truths_may_be_frames(icm: Icm, scene: Path, plates: Path) -> None:

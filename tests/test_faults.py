@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -219,6 +220,56 @@ def test_a_full_disk_keeps_what_is_whole(icm: Icm, scene: Path, monkeypatch: pyt
     completed = alphas(scene / "out")
     assert len(completed) == 6
     assert {name: completed[name] for name in made} == made
+
+
+@pytest.mark.parametrize("is_from_the_start", [True, False])
+def test_a_read_only_output(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, is_from_the_start: bool) -> None:
+    read_only = OSError(errno.EROFS, "Read-only file system")
+    if is_from_the_start:
+        monkeypatch.setattr(Path, "touch", Mock(side_effect=read_only))
+    else:
+        monkeypatch.setattr(os, "fsync", Mock(side_effect=[None, read_only, read_only, read_only]))
+    result = icm("--quiet", workers=1)
+    assert result.exit_code == 3
+    assert "cannot be written: Read-only file system; give an output location" in result.stderr.splitlines()[-1]
+    assert len(alphas(scene / "out")) == (0 if is_from_the_start else 1)
+
+
+def test_a_source_that_vanishes_in_mid_run_fails_alone(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", 9)
+    real = Predictor.infer
+
+    def removing(self: Predictor, frames: list[object], reference: object) -> object:
+        (scene / "many" / "0008.jpg").unlink(missing_ok=True)
+        return real(self, frames, reference)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Predictor, "infer", removing)
+    result = icm(src=scene / "many", workers=1)
+    assert result.exit_code == 1
+    assert f"failed: {scene}/many/0008.jpg: is not there any more" in result.stderr
+    assert len(alphas(scene / "out")) == 8
+
+
+def test_a_lost_device_keeps_what_is_whole(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", 6)
+    real, seen = Predictor.infer, []
+
+    def lost_at_the_third(self: Predictor, frames: list[object], reference: object) -> object:
+        seen.append(frames)
+        if len(seen) > 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ...")
+        return real(self, frames, reference)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Predictor, "infer", lost_at_the_third)
+    result = icm("--quiet", src=scene / "many", report=scene / "r.csv")
+    assert result.exit_code == 3
+    said = sentence(result.stderr)
+    assert "device cpu was lost: CUDA error: an illegal memory access was encountered; every alpha" in said
+    assert len(alphas(scene / "out")) == 2
+    assert (scene / "r.csv").read_text().count(",not reached,") == 4
+    monkeypatch.undo()
+    assert icm(src=scene / "many").exit_code == 0
+    assert len(alphas(scene / "out")) == 6
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:

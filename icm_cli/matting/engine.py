@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from icm_cli.device import is_out_of_memory, release_memory
-from icm_cli.errors import ImageError, OutputError, UsageError
+from icm_cli.device import is_device_lost, is_out_of_memory, release_memory
+from icm_cli.errors import DeviceError, ImageError, OutputError, UsageError
 from icm_cli.geometry import Float, to_u8
 from icm_cli.images.decoding import Decoded
 from icm_cli.images.writing import AS_EVER, Output, write_alpha, write_foreground, write_trimap
@@ -78,13 +78,14 @@ class Engine:
         self._notice = notice
         self._fatal: OutputError | None = None
         self._has_failed = False
+        self._is_stopped = False
         self._has_seen_alpha = False
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Iterable[Job]) -> None:
         """Matte every image. An image that fails is reported and the others go on.
 
-        Raises OutputError when nothing more can be written. On any exception, an interrupt too, the writes in
-        hand are finished first.
+        Raises OutputError when nothing more can be written, DeviceError when the device is lost. On any exception, an
+        interrupt too, the writes in hand are finished first.
         """
         workers = self.settings.workers
         readers = ThreadPoolExecutor(workers, "icm-read")
@@ -105,8 +106,16 @@ class Engine:
         if self._fatal:
             raise self._fatal
 
+    def stop(self) -> None:
+        """End the run after the batch in hand; may be called from another thread."""
+        self._is_stopped = True
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory held so far."""
+        return self.predictor.device.peak_memory_bytes()
+
     def _must_stop(self) -> bool:
-        return self._fatal is not None or (self.settings.fail_fast and self._has_failed)
+        return self._is_stopped or self._fatal is not None or (self.settings.fail_fast and self._has_failed)
 
     def _emit(self, result: ImageResult) -> None:
         self._has_failed |= result.status == "failed"
@@ -187,6 +196,9 @@ class Engine:
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 return None
+            if is_device_lost(error):
+                reason = str(error).splitlines()[0]
+                raise DeviceError(f"device {self.predictor.device.place} was lost: {reason}") from error
             raise
 
     def _write(self, item: Loaded, matte: CanvasMatte, model_seconds: float) -> ImageResult:

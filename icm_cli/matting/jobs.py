@@ -8,7 +8,7 @@ import hashlib
 import os
 import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -43,6 +43,8 @@ class Job:
     colour: Colour = AS_LABELLED
     root: str = ""
     """Absolute path of the sources' root."""
+    is_missing: bool = False
+    """Whether it stands for a frame that is not there, and is to fail."""
 
     @property
     def trimap(self) -> Path:
@@ -55,6 +57,8 @@ class Job:
 
     @property
     def _files(self) -> Sequence[Path]:
+        if self.is_missing:
+            raise ImageError(f"{self.source} is missing: the sequence has no such frame; add it and run again")
         return self.source.files if isinstance(self.source, Composite) else (self.source,)
 
     def state(self) -> str:
@@ -157,7 +161,12 @@ def plan_jobs(
         )
     kinds |= dict.fromkeys(missing, Kind(""))
     everything = sorted([*found, *missing], key=natural)
-    jobs = [job for path in everything for job in _jobs(path, root, place, colour, kinds[path])]
+    absent = frozenset(missing)
+    jobs = [
+        replace(job, is_missing=path in absent)
+        for path in everything
+        for job in _jobs(path, root, place, colour, kinds[path])
+    ]
     if not jobs:
         raise UsageError(f"no images were found in {root}; {_what_was_expected(choice)}")
     _check_collisions(jobs)
@@ -208,6 +217,8 @@ def _state(path: Path) -> str:
     try:
         state = path.stat()
         height, width, turn = image_size_and_turn(path)
+    except FileNotFoundError as error:
+        raise ImageError(f"{path} is not there any more; put it back and run again") from error
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from error
     return f"{state.st_size} {state.st_mtime_ns} {width}x{height} {turn}"

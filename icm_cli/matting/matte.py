@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from icm_cli.device import device_names
 from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import UsageError, did_you_mean
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path, as_paths, remove_stale_temporaries
 from icm_cli.images.colour import Colour
 from icm_cli.images.writing import ENDINGS, Output
-from icm_cli.matting.engine import Engine, EngineOptions, keep_finished
+from icm_cli.matting.cluster import Cluster
+from icm_cli.matting.devices import Devices
+from icm_cli.matting.engine import EngineOptions, keep_finished
 from icm_cli.matting.frames import FramePattern, Missing, frame_set
 from icm_cli.matting.jobs import DEFAULT_NAME, Choice, Job, Place, parse_shard, plan_jobs
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.outcome import Outcome, environment_settings
-from icm_cli.matting.predictor import Predictor
 from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.sources import LeftOut, find_sources
-from icm_cli.model.contracts import Prepared
+from icm_cli.matting.work import Crew, Work
 from icm_cli.reports.report import Album, Report
+from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import SideOutputs
 
 ALLOWED = frozenset({"empty-alpha", "16-bit-alpha"})
@@ -44,6 +49,8 @@ def matte(
     edges: str = "model",
     edges_weights: str | None = None,
     device: str = "auto",
+    ray: str | None = None,
+    ray_cpus: int | None = None,
     dtype: str = "auto",
     batch_size: int | str = "auto",
     seed: int = 0,
@@ -117,11 +124,11 @@ def matte(
         jobs, truths = with_truths(jobs, gt)
     inputs = [str(path) for job in jobs for path in (job.source, job.output)]
     side.check_overwrites_nothing([*shown, *truths, *inputs])
-    choice = ModelChoice.checked(
+    checked = functools.partial(
+        ModelChoice.checked,
         model,
         as_path(checkpoint),
         weights=weights,
-        device=device,
         dtype=dtype,
         batch_size=batch_size,
         seed=seed,
@@ -129,13 +136,16 @@ def matte(
         edges=edges,
         edges_weights=edges_weights,
     )
+    cluster = Cluster.wanted(ray, ray_cpus, device)
+    choices = [cluster.choice(checked)] if cluster else [checked(device=each) for each in device_names(device)]
     if dry_run:
         return Report(settings={}, results=[job.planned for job in jobs])
     side.check_writable(place.folder)
-    _clean(jobs, listener)
+    _clean({*(job.output.parent for job in jobs), *(path.parent for path in side.paths)}, listener)
 
-    digest = _digest(choice, references, colour, output)
-    settings = _settings(src, choice, refs, masks, colour) | {"digest": digest}
+    digest = _digest(choices[0], references, colour, output)
+    where = [*(choice.where.describe() for choice in choices), *([cluster.describe()] if cluster else [])]
+    settings = _settings(src, choices[0], refs, masks, colour) | {"digest": digest, "device": "; ".join(where)}
     scoring = None
     if truths:
         from icm_cli.matting.ground_truth import RULE, scoring_of
@@ -150,33 +160,34 @@ def matte(
         start=start,
         scoring=scoring,
     )
-    engine = EngineOptions([digest], choice.batch_size, workers, overwrite, fail_fast, output)
-    _run(jobs, references, choice, engine, outcome, side, listener)
+    engine = EngineOptions([digest], choices[0].batch_size, workers, overwrite, fail_fast, output)
+    works = [Work(choice, references, engine) for choice in choices]
+    crew = functools.partial(_crew, works, cluster, place.folder, listener)
+    _run(jobs, works[0], crew, outcome, side, listener)
     return outcome.report
 
 
 def _run(
     jobs: Sequence[Job],
-    references: Sequence[Reference],
-    choice: ModelChoice,
-    options: EngineOptions,
+    work: Work,
+    crew: Callable[[Callable[[ImageResult], None]], contextlib.AbstractContextManager[Crew]],
     outcome: Outcome,
     side: SideOutputs,
     listener: Listener,
 ) -> None:
     """Keep the alphas that are there and matte the other images; the model is loaded only for these."""
+    options = work.options
     listener.started(len(jobs))
     with outcome:
         remaining = list(jobs)
         if not options.overwrite:
             has_trimap = options.output.trimap == "beside"
             remaining = keep_finished(jobs, options.digests, options.workers, outcome.add, has_trimap=has_trimap)
-        ready = _ready(choice, references, listener) if remaining else None
-        with outcome.reported(side, choice.where.peak_memory_bytes):
-            if ready is not None:
-                predictor, prepared = ready
-                engine = Engine(predictor, lambda _: prepared, options, on_result=outcome.add, notice=listener.notice)
-                engine.run(remaining)
+        with crew(outcome.add) if remaining else contextlib.nullcontext() as those:
+            peak = those.peak_memory_bytes if those else work.choice.where.peak_memory_bytes
+            with outcome.reported(side, peak):
+                if those:
+                    those.run(remaining)
 
 
 def _digest(choice: ModelChoice, references: Sequence[Reference], colour: Colour, output: Output) -> str:
@@ -241,17 +252,24 @@ def _colours(colour: Colour, ref_colorspace: str | None, ref_layer: str | None) 
     return colour, of_references
 
 
-def _ready(choice: ModelChoice, references: Sequence[Reference], listener: Listener) -> tuple[Predictor, Prepared]:
-    """The model on its device, and the references as it sees them: once per run."""
-    listener.detail(choice.describe())
-    predictor = choice.load()
-    prepared = predictor.reference(references)
-    for sentence in prepared.notices:
-        listener.notice(sentence)
-    return predictor, prepared
+def _crew(
+    works: Sequence[Work],
+    cluster: Cluster | None,
+    folder: Path,
+    listener: Listener,
+    on_result: Callable[[ImageResult], None],
+) -> contextlib.AbstractContextManager[Crew]:
+    """Make ready the model here, on several devices in a process for each, or in a cluster."""
+    for work in works:
+        listener.detail(work.choice.describe())
+    if cluster:
+        return cluster.crew(works[0], folder, on_result, listener.notice)
+    if len(works) > 1:
+        return Devices(works, on_result=on_result, notice=listener.notice)
+    return contextlib.nullcontext(works[0].engine(on_result, listener.notice))
 
 
-def _clean(jobs: Sequence[Job], listener: Listener) -> None:
-    removed = sum(remove_stale_temporaries(folder) for folder in {job.output.parent for job in jobs})
+def _clean(folders: Collection[Path], listener: Listener) -> None:
+    removed = sum(remove_stale_temporaries(folder) for folder in folders)
     if removed:
         listener.notice(f"removed {removed} temporary file(s) that a killed run left behind")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import re
@@ -82,10 +83,13 @@ def find_sources(src: str | Path, root: Path | None, left_out: LeftOut) -> Sourc
 
 def natural(path: Path) -> list[list[tuple[int, int, str]]]:
     """Sorting key of a path: numbers in it count as numbers, so that a9 comes before a10."""
-    return [
-        [(0, int(part), part) if part.isascii() and part.isdigit() else (1, 0, part) for part in _split(name)]
-        for name in path.parts
-    ]
+    return [_natural_name(name) for name in path.parts]
+
+
+@functools.lru_cache(maxsize=1024)
+def _natural_name(name: str) -> list[tuple[int, int, str]]:
+    """Sorting key of one part of a path; folders have many files."""
+    return [(0, int(part), part) if part.isascii() and part.isdigit() else (1, 0, part) for part in _split(name)]
 
 
 def real(path: Path) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icm_cli.errors import UsageError
-from icm_cli.files import TEMPORARY_PREFIX, Paths, as_path, as_paths, atomic_write, write_error, write_json
+from icm_cli.files import Paths, as_path, as_paths, atomic_write, temporary_name, write_error, write_json
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.scores import METRICS, REGIONS
@@ -54,7 +54,7 @@ class SideOutputs:
 
     def check_overwrites_nothing(self, taken: Sequence[str | Path]) -> None:
         """Raises UsageError for a report or sheet in the place of a folder, an input, an alpha or another of them."""
-        real = {os.path.realpath(path) for path in taken}
+        real = {os.path.realpath(path) for path in taken} if self.paths else set()
         for number, path in enumerate(self.paths):
             if os.path.realpath(path) in {os.path.realpath(other) for other in self.paths[:number]}:
                 raise UsageError(f"{path} is given for two outputs; give each a name of its own")
@@ -66,7 +66,7 @@ class SideOutputs:
     def check_writable(self, *folders: Path) -> None:
         """Raises OutputError now rather than after hours of work."""
         for folder in {*folders, *(path.parent for path in self.paths)}:
-            probe = folder / f"{TEMPORARY_PREFIX}probe-{os.getpid()}"
+            probe = folder / temporary_name()
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 probe.touch()

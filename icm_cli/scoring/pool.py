@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import queue
 import subprocess
@@ -11,9 +10,9 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from icm_cli.environment import child_environment
 from icm_cli.reports.result import ImageResult
 from icm_cli.scoring.task import ScoreTask
 
@@ -85,13 +84,11 @@ class _Process:
     """One process that runs tasks as they come, one at a time."""
 
     def __init__(self) -> None:
-        package_home = str(Path(__file__).resolve().parents[2])
-        paths = [package_home, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "icm_cli.scoring.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env=child_environment(),
         )
 
     def run(self, task: Task[Answer]) -> Answer:

@@ -1,0 +1,233 @@
+"""Several devices: a process for each, one queue, one report; the bytes of a run on one device, whoever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from conftest import Icm, alphas, arguments, copy_many
+from faulty_work import FullDisk, LosingWork, Unloadable
+
+from icm_cli.matting import matte as matting
+from icm_cli.matting.predictor import Predictor
+
+MANY = 14
+"""Images of a run in whose middle something happens."""
+
+
+@pytest.fixture
+def alone(icm: Icm, scene: Path) -> dict[str, bytes]:
+    """MANY images in many/, and their alphas by one device, which must start no process."""
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", MANY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matting, "Devices", None)
+        assert icm(src=scene / "many", out=scene / "alone").exit_code == 0
+    return alphas(scene / "alone")
+
+
+Two = Callable[[Callable[[list[int]], object]], Result]
+
+
+def worker_processes(pid: int) -> list[int]:
+    """The processes that the main thread of a process has started for its devices."""
+    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [child for child in children if b"icm_cli.matting.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def in_the_middle(scene: Path, pid: int, then: Callable[[list[int]], object]) -> threading.Thread:
+    """Wait in a thread for the third alpha and do something with the processes of the devices then."""
+
+    def wait() -> None:
+        until = time.monotonic() + 100
+        while len(list((scene / "out").glob("*.png"))) < 3 and time.monotonic() < until:
+            time.sleep(0.005)
+        then(worker_processes(pid))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.fixture
+def two(icm: Icm, scene: Path) -> Two:
+    """Runs ``icm matte`` on two devices, and does something with their processes in its middle."""
+
+    def run(then: Callable[[list[int]], object]) -> Result:
+        thread = in_the_middle(scene, os.getpid(), then)
+        try:
+            return icm(src=scene / "many", device="cpu,cpu", report=scene / "r.json")
+        finally:
+            thread.join()
+
+    return run
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def statuses(report: Path) -> dict[str, int]:
+    images = json.loads(report.read_text())["images"]
+    assert len(images) == MANY
+    found = [image["status"] for image in images]
+    return {status: found.count(status) for status in set(found)}
+
+
+def test_two_processes_make_the_same_bytes_and_one_report(icm: Icm, scene: Path, alone: dict[str, bytes]) -> None:
+    (scene / "many" / "0003.jpg").write_bytes(b"")
+    result = icm("--progress", "json", src=scene / "many", device="cpu,cpu", report=scene / "r.json")
+    assert result.exit_code == 1, result.output
+    del alone["0003.png"]
+    assert alphas(scene / "out") == alone
+    assert statuses(scene / "r.json") == {"done": MANY - 1, "failed": 1}
+    assert json.loads((scene / "r.json").read_text())["settings"]["device"].count("cpu") == 2
+    events = [json.loads(line)["event"] for line in result.stdout.splitlines()]
+    assert events == ["started", *["image"] * MANY, "finished"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Predictor, "infer", None)
+        (scene / "many" / "0003.jpg").unlink()
+        assert icm(src=scene / "many").exit_code == 0  # one device keeps what two have made
+
+
+def test_fail_fast_stops_all(icm: Icm, scene: Path, alone: dict[str, bytes]) -> None:
+    (scene / "many" / "0000.jpg").write_bytes(b"")
+    result = icm("--fail-fast", src=scene / "many", device="cpu,cpu", report=scene / "r.json")
+    assert result.exit_code == 1
+    found = statuses(scene / "r.json")
+    assert found["failed"] == 1
+    assert found["not reached"] > 0
+    assert alphas(scene / "out").items() <= alone.items()
+
+
+def test_a_process_that_is_killed_gives_its_images_to_the_other(scene: Path, two: Two, alone: dict[str, bytes]) -> None:
+    result = two(lambda processes: os.kill(processes[0], signal.SIGKILL))
+    assert result.exit_code == 0, result.output
+    assert "process 1 on cpu is lost (killed by signal 9)" in result.stderr
+    assert alphas(scene / "out") == alone
+    assert statuses(scene / "r.json").get("failed") is None
+
+
+def test_a_lost_device_gives_its_images_to_the_other(
+    icm: Icm, scene: Path, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matting, "Work", LosingWork)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("LOST", str(scene / "lost"))
+    result = icm(src=scene / "many", device="cpu,cpu")
+    assert result.exit_code == 0, result.output
+    assert "is lost (device cpu was lost: CUDA error: unspecified launch failure)" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert alphas(scene / "out") == alone
+
+
+@pytest.mark.parametrize(
+    ("work", "message"), [(FullDisk, "no space left on the device"), (Unloadable, "no such model")]
+)
+def test_an_error_that_is_no_device_s_ends_all(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, work: type, message: str
+) -> None:
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", 3)
+    monkeypatch.setattr(matting, "Work", work)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    result = icm("--quiet", src=scene / "many", device="cpu,cpu")
+    assert result.exit_code == 3, result.output
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not alphas(scene / "out")
+    assert not worker_processes(os.getpid())
+
+
+def test_where_all_are_lost_the_run_says_so(icm: Icm, scene: Path, two: Two, alone: dict[str, bytes]) -> None:
+    result = two(lambda processes: [os.kill(pid, signal.SIGKILL) for pid in processes])
+    assert result.exit_code == 3, result.output
+    assert "no device is left (process 1 on cpu: killed by signal 9; process 2 on cpu: killed by" in result.stderr
+    assert statuses(scene / "r.json")["not reached"] > 0
+    assert icm(src=scene / "many").exit_code == 0
+    assert alphas(scene / "out") == alone
+
+
+@pytest.mark.parametrize(("number", "is_to_all", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])
+def test_a_signal_finishes_the_writes_of_all(
+    scene: Path, two: Two, alone: dict[str, bytes], number: signal.Signals, is_to_all: bool, code: int
+) -> None:
+    seen = []
+
+    def stop(processes: list[int]) -> None:
+        seen.extend(processes)
+        for pid in (*(processes if is_to_all else ()), os.getpid()):
+            os.kill(pid, number)
+
+    result = two(stop)
+    assert result.exit_code == code, result.output
+    assert len(seen) == 2
+    assert not any(map(is_running, seen))
+    made = alphas(scene / "out")
+    assert 3 <= len(made) < MANY
+    assert made.items() <= alone.items()
+    assert statuses(scene / "r.json") == {"done": len(made), "not reached": MANY - len(made)}
+
+
+def test_where_the_run_itself_is_killed_its_processes_end_and_tear_nothing(
+    scene: Path, small_model: Path, alone: dict[str, bytes]
+) -> None:
+    given = {"ref": scene / "ref.png", "mask": scene / "mask.png", "src": scene / "many", "out": scene / "out"}
+    line = arguments({**given, "model": small_model, "device": "cpu,cpu"})
+    run = subprocess.Popen([sys.executable, "-m", "icm_cli.cli", "matte", *line], stderr=subprocess.PIPE, text=True)
+    seen = []
+
+    def kill(processes: list[int]) -> None:
+        seen.extend(processes)
+        run.kill()
+
+    in_the_middle(scene, run.pid, kill).join()
+    assert "Traceback" not in run.communicate(timeout=100)[1]
+    assert len(seen) == 2
+    until = time.monotonic() + 30
+    while any(map(is_running, seen)):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    made = alphas(scene / "out")
+    assert 3 <= len(made) < MANY
+    assert made.items() <= alone.items()
+
+
+@pytest.mark.parametrize(
+    ("device", "code", "message"),
+    [
+        ("cpu,cuda:7", 3, "'cuda:7' is not on this machine"),
+        ("cpu,", 3, "device '' is not known"),
+        ("cpu,auto", 3, "device 'auto' is not known"),
+        ("cuda:0,cpu", 2, "mixes kinds of devices"),
+        ("cuda,cuda:0", 2, "names a device twice"),
+    ],
+)
+def test_devices_that_cannot_work_together(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, device: str, code: int, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
+    result = icm(device=device)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (scene / "out").exists()
+
+
+def test_every_gpu_where_there_is_none(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    result = icm(device="cuda:all")
+    assert result.exit_code == 3
+    assert "'cuda:all' finds no GPU on this machine" in result.stderr

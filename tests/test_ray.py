@@ -1,0 +1,132 @@
+"""Matting on a Ray cluster that is started here: the bytes of a plain run, faults of actors, what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Icm, alphas, arguments, copy_many
+from faulty_work import Dying, FullDisk
+
+from icm_cli.matting import cluster
+from icm_cli.matting import matte as matting
+
+MANY = 8
+pytestmark = pytest.mark.filterwarnings("default")  # Ray has warnings of its own
+
+
+@pytest.fixture
+def on_ray(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Icm]:
+    """Runs ``icm matte`` over MANY images with two actors, whose processes find the modules of the tests."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", MANY)
+    assert icm(src=scene / "many", out=scene / "alone").exit_code == 0
+
+    def run(*flags: str, **options: object) -> object:
+        given = {"src": scene / "many", "device": None, "ray": "auto", "ray_cpus": 2, "report": scene / "r.json"}
+        return icm(*flags, **(given | options))
+
+    yield run
+    assert not ray.is_initialized()  # what a run starts it ends
+
+
+def test_actors_make_the_same_bytes_and_one_report(on_ray: Icm, icm: Icm, scene: Path) -> None:
+    (scene / "many" / "bad.jpg").write_bytes(b"")
+    result = on_ray("--progress", "json")
+    assert result.exit_code == 1, result.output
+    assert alphas(scene / "out") == alphas(scene / "alone")
+    report = json.loads((scene / "r.json").read_text())
+    assert [row["status"] for row in report["images"]] == ["done"] * MANY + ["failed"]
+    assert report["settings"]["device"] == "cpu, float32; 2 actor(s) of Ray"
+    assert report["summary"]["peak_memory_bytes"] > 1e8
+    events = [json.loads(line)["event"] for line in result.stdout.splitlines()]
+    assert events == ["started", *["image"] * (MANY + 1), "finished"]
+    (scene / "many" / "bad.jpg").unlink()
+    assert " 8" in icm(src=scene / "many").stdout.splitlines()[1]  # a plain run keeps what actors made
+
+
+def test_images_of_an_actor_that_dies_are_done_again(on_ray: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matting, "Work", Dying)
+    monkeypatch.setenv("DIED", str(scene / "died"))
+    result = on_ray()
+    assert result.exit_code == 0, result.output
+    assert (scene / "died").exists()
+    assert "an actor of Ray died and was started again" in result.stderr
+    assert alphas(scene / "out") == alphas(scene / "alone")
+    assert len(json.loads((scene / "r.json").read_text())["images"]) == MANY
+
+
+@pytest.mark.parametrize(
+    ("work", "message"), [(Dying, "actors of Ray died again and again"), (FullDisk, "no space left on the device")]
+)
+def test_what_no_actor_can_do_ends_the_run(
+    on_ray: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, work: type, message: str
+) -> None:
+    monkeypatch.setattr(matting, "Work", work)
+    monkeypatch.setattr(cluster, "MOST_DEATHS", 0)
+    result = on_ray("--quiet", ray_cpus=1)
+    assert result.exit_code == 3, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert alphas(scene / "out").items() <= alphas(scene / "alone").items()
+
+
+def test_a_node_that_sees_other_files_is_named(on_ray: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.Path, "write_text", lambda path, _: path.write_bytes(b"another file"))
+    result = on_ray()
+    assert result.exit_code == 2, result.output
+    assert "of the Ray cluster does not see" in result.stderr
+    assert "a file system that all nodes share" in result.stderr
+    assert not alphas(scene / "out")
+
+
+def test_more_actors_than_cores_are_refused(on_ray: Icm) -> None:
+    result = on_ray(ray_cpus=1000)
+    assert result.exit_code == 3
+    assert "--ray-cpus is 1000, and the Ray cluster has" in result.stderr
+
+
+def test_a_cluster_is_joined_by_its_address_and_left_running(on_ray: Icm, scene: Path, small_model: Path) -> None:
+    import ray
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        address = ray.get_runtime_context().gcs_address
+        given = {"ref": scene / "ref.png", "mask": scene / "mask.png", "src": scene / "many", "out": scene / "out"}
+        line = arguments({**given, "model": small_model, "ray": address, "ray_cpus": 1})
+        command = [sys.executable, "-m", "icm_cli.cli", "matte", *line]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+        assert done.returncode == 0, done.stderr
+        assert alphas(scene / "out") == alphas(scene / "alone")
+        assert on_ray(src=scene / "imgs" / "wall.jpg", ray_cpus=1).exit_code == 0  # by the connection there is
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:999999", "nowhere"])
+def test_an_address_where_no_cluster_is(icm: Icm, address: str) -> None:
+    pytest.importorskip("ray")
+    result = icm(device=None, ray=address)
+    assert result.exit_code == 3, result.output
+    assert f"--ray {address}: no cluster answers there" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_options_that_do_not_go_with_ray(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for options, code, message in (
+        ({"ray_cpus": 2}, 2, "give --ray, or leave it out"),
+        ({"ray": "auto"}, 2, "so --device cpu has nothing to do"),
+        ({"ray": "auto", "device": None, "ray_cpus": 0}, 2, "--ray-cpus is 0; expected 1 or more"),
+        ({"ray": "auto", "device": None}, 3, "pip install 'icm-cli[ray]'"),
+    ):
+        result = icm(**options)
+        assert result.exit_code == code, result.output
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
