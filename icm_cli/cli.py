@@ -349,7 +349,7 @@ def evaluate(
         Optional[str],
         typer.Option(
             help="aim500, icm57, am2k, p3m500np, p3m500p, ppm100, rwp636, rw100, composition1k, d646, transparent460, "
-            "openimages, or folder for your own."
+            "davis16, openimages, or folder for your own."
         ),
     ] = None,
     data_root: Annotated[Optional[Path], typer.Option(help="Folder that the dataset was unpacked into.")] = None,

@@ -175,6 +175,8 @@ def _print_summary(report: Report) -> None:
     if report.means:
         notes = comparability(report.settings.get("protocol", {}), report.means)
         _show(_scores_table(report), *(f"- {note}" for note in notes), "")
+    if report.shots:
+        _show(_shots_table(report), "")
     failures = [f"failed: {result.source}: {_without_prefix(result)}" for result in report.failures]
     if len(failures) > MOST_REASONS:
         failures[MOST_REASONS:] = [f"... and {len(failures) - MOST_REASONS} more failed"]
@@ -205,6 +207,21 @@ def _scores_table(report: Report) -> Table:
     for row in published:
         cells = [number_text(getattr(row, metric, None), metric) for metric in metrics]
         table.add_row(f"{row.method} ({row.note}; published)", *cells, f"{1e3 * row.mse:.2f}", "")
+    return table
+
+
+def _shots_table(report: Report) -> Table:
+    """J and F of every shot, and their means over the shots."""
+    from rich.table import Table
+
+    from icm_cli.reports.shots import FIGURES
+
+    table = Table()
+    table.add_column("shot")
+    for title in ("frames", *FIGURES.values()):
+        table.add_column(title, justify="right")
+    for shot, scores in report.shots.items():
+        table.add_row(shot, f"{scores.frames}", *(f"{getattr(scores, name):.3f}" for name in FIGURES))
     return table
 
 

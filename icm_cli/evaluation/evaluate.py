@@ -18,6 +18,7 @@ from icm_cli.datasets.samples import Sample
 from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import UsageError, did_you_mean
 from icm_cli.evaluation.protocol import Evaluation
+from icm_cli.evaluation.shots import as_shots, refuse_other_references
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path
 from icm_cli.problems import PROBLEM_KINDS
@@ -94,6 +95,10 @@ def evaluate(
         groups=groups,
         backgrounds=backgrounds,
     )
+    if found.dataset.is_shots:
+        others = {"rounds": rounds, "refs_per_group": refs_per_group, "groups": groups, "video": video}
+        refuse_other_references(found.dataset.title, **others)
+        found = as_shots(found)
     if video:
         found = replace(found, samples=[_as_frame(sample) for sample in found.samples])
     has_trimaps = dataset == "folder" and any(sample.trimap for sample in found.samples)
@@ -154,6 +159,7 @@ def _rule(
         _one_of("lineage", lineage or dataset.lineage, LINEAGES),
         Rule.trimap_kernel_px if trimap_kernel is None else trimap_kernel,
         dataset.has_detail_maps,
+        dataset.is_shots,
     )
 
 

@@ -45,12 +45,14 @@ def read_picture(path: Path, colour: Colour = AS_LABELLED, frame: int = 0) -> Pi
     return Picture(rgb, _alpha_u8(decoded), decoded.space, decoded.notices, decoded)
 
 
-def read_matte(path: Path) -> ImageU8:
+def read_matte(path: Path, *, has_objects: bool = False) -> ImageU8:
     """Read a mask or an alpha, uint8 [H,W]: the file's own alpha where that varies, else its brightest channel.
 
-    Raises ImageError like :func:`read_picture`.
+    ``has_objects``: a palette's indices above 0 are objects, 255 here. Raises ImageError like :func:`read_picture`.
     """
-    return _matte(read_picture(path, RAW))
+    picture = read_picture(path, RAW)
+    objects = _objects(picture.stored) if has_objects else None
+    return _matte(picture) if objects is None else objects
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,11 @@ class TrueAlpha:
     """Whether channels differ, so that none of them is plainly the alpha."""
 
 
-def read_true_alpha(path: Path) -> TrueAlpha:
+def read_true_alpha(path: Path, *, has_objects: bool = False) -> TrueAlpha:
     """Read a ground truth like :func:`read_matte`, and say what is odd about it. Raises ImageError."""
     decoded = decode(path, wanted=RAW)
+    if has_objects and (objects := _objects(decoded)) is not None:
+        return TrueAlpha(objects, is_deep=False, has_colour=False)
     picture = Picture(shown(decoded.pixels, decoded.scale, SRGB, RAW), _alpha_u8(decoded))
     alpha = _matte(picture)
     spread = alpha - picture.rgb.min(axis=-1)  # of the channels, where the alpha is their brightest
@@ -110,6 +114,13 @@ def _alpha_u8(decoded: Decoded) -> ImageU8 | None:
     if decoded.alpha is None or decoded.alpha.dtype == np.uint8:
         return decoded.alpha
     return rounded_u8(decoded.alpha.astype(np.float32) * np.float32(255.0 / decoded.scale))
+
+
+def _objects(decoded: Decoded | None) -> ImageU8 | None:
+    """Objects by their palette indices, all 255 of uint8 [H,W]; None of a file without a palette."""
+    if decoded is None or decoded.indices is None:
+        return None
+    return np.where(decoded.indices > 0, 255, 0).astype(np.uint8)
 
 
 def _matte(picture: Picture) -> ImageU8:
