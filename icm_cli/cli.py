@@ -19,7 +19,7 @@ from icm_cli.signals import Interrupt
 from icm_cli.terminal import write_line
 
 OF_A_MODEL = (
-    *("model", "checkpoint", "weights", "device", "dtype", "batch_size", "seed", "offline"),
+    *("model", "checkpoint", "weights", "edges", "edges_weights", "device", "dtype", "batch_size", "seed", "offline"),
     *("refs_per_group", "write_references", "save_alphas"),
 )
 """Options of ``icm eval`` that only a model reads."""
@@ -86,6 +86,13 @@ Checkpoint = Annotated[
 Weights = Annotated[
     Optional[str], typer.Option(help="Folder or hub id of the backbone's weights.", show_default="the model's")
 ]
+Edges = Annotated[
+    str, typer.Option(help="How the coarse alpha gets its edges: model (its own), closed-form or vitmatte.")
+]
+EdgesWeights = Annotated[
+    Optional[str],
+    typer.Option(help="Folder or hub id of ViTMatte's weights.", show_default="hustvl/vitmatte-small-composition-1k"),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 BatchSize = Annotated[str, typer.Option(help="Images at a time; auto suits the device. Halved where memory runs out.")]
@@ -146,15 +153,8 @@ def matte(
     model: Model = None,
     checkpoint: Checkpoint = None,
     weights: Weights = None,
-    edges: Annotated[
-        str, typer.Option(help="How the coarse alpha gets its edges: model (its own), closed-form or vitmatte.")
-    ] = "model",
-    edges_weights: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Folder or hub id of ViTMatte's weights.", show_default="hustvl/vitmatte-small-composition-1k"
-        ),
-    ] = None,
+    edges: Edges = "model",
+    edges_weights: EdgesWeights = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
@@ -393,6 +393,8 @@ def evaluate(
     model: Model = None,
     checkpoint: Checkpoint = None,
     weights: Weights = None,
+    edges: Edges = "model",
+    edges_weights: EdgesWeights = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
@@ -464,6 +466,8 @@ def evaluate(
             model=model,
             checkpoint=checkpoint,
             weights=weights,
+            edges=edges,
+            edges_weights=edges_weights,
             device=device,
             dtype=dtype,
             batch_size=_number_or_auto(batch_size),

@@ -56,6 +56,8 @@ def evaluate(
     model: str | None = None,
     checkpoint: str | Path | None = None,
     weights: str | None = None,
+    edges: str = "model",
+    edges_weights: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | str = "auto",
@@ -126,6 +128,7 @@ def evaluate(
     evaluation.check_overwrites_nothing()
     of_the_model: dict[str, Any] = {
         **{"model": model, "checkpoint": as_path(checkpoint), "weights": weights, "device": device, "dtype": dtype},
+        **{"edges": edges, "edges_weights": edges_weights},
         **{"batch_size": batch_size, "seed": seed, "offline": offline},
     }
     if pred is not None:
