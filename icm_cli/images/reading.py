@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from icm_cli.geometry import ImageU8, rounded_u8
 from icm_cli.images.colour import AS_LABELLED, SRGB, Colour, shown
-from icm_cli.images.decoding import Decoded, decode, named_errors, turned_as
+from icm_cli.images.decoding import decode, named_errors
+from icm_cli.images.pixels import Decoded, turned_as
 
 COLOUR_TOLERANCE = 16
 """Channels of a grey picture differ by no more, after JPEG too."""

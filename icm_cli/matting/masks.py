@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from icm_cli.errors import UsageError
 from icm_cli.geometry import same_shape
-from icm_cli.images.decoding import ON_THEIR_SIDE
+from icm_cli.images.pixels import ON_THEIR_SIDE
 from icm_cli.images.reading import COLOUR_TOLERANCE, StoredPixels, read_stored
 
 VOID = 255
