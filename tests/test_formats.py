@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import zlib
 from pathlib import Path
 
@@ -172,12 +173,72 @@ def test_a_wrong_name_is_a_sentence(colour: Colour, message: str) -> None:
         colour.check()
 
 
-def test_icc_profiles_are_applied(tmp_path: Path) -> None:
-    """A profile whose red and blue are swapped: the picture comes out with them swapped back."""
+def swapped_profile() -> bytes:
+    """A profile whose red and blue are swapped."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     red, blue = profile.index(b"rXYZ"), profile.index(b"bXYZ")
     profile[red : red + 4], profile[blue : blue + 4] = b"bXYZ", b"rXYZ"
-    described = bytes(profile).replace(b"s\0R\0G\0B", b"s\0W\0A\0P").replace(b"sRGB", b"sWAP")
+    return bytes(profile).replace(b"s\0R\0G\0B", b"s\0W\0A\0P").replace(b"sRGB", b"sWAP")
+
+
+def linear_grey_profile() -> bytes:
+    """The smallest ICC profile of version 2 of a grey without a curve."""
+    white = struct.pack(">iii", 63190, 65536, 54061)  # D50, in 1/65536
+    tags = {
+        b"desc": b"desc" + struct.pack(">4xI", 5) + b"grey\0" + bytes(81),
+        b"wtpt": b"XYZ \0\0\0\0" + white,
+        b"kTRC": b"curv" + struct.pack(">4xIH2x", 1, 256),
+        b"cprt": b"text\0\0\0\0none\0\0\0\0",
+    }
+    at, table, data = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", at + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    version = struct.pack(">I", 0x02400000)
+    head = struct.pack(">I4x", at + len(data)) + version + b"mntrGRAYXYZ " + struct.pack(">6H", 2026, 1, 1, 0, 0, 0)
+    return (head + b"acsp" + bytes(28) + white).ljust(128, b"\0") + table + data
+
+
+def profiled(path: Path, pixels: np.ndarray, kind: str, profile: bytes, **attributes: object) -> Path:
+    """A file that OpenImageIO writes with an ICC profile; a fourth channel is its alpha."""
+    spec = oiio.ImageSpec(pixels.shape[1], pixels.shape[0], pixels.shape[2], kind)
+    for name, value in attributes.items():
+        spec.attribute(name.replace("__", ":"), value)
+    spec.attribute("ICCProfile", oiio.TypeDesc(f"uint8[{len(profile)}]"), np.frombuffer(profile, np.uint8))
+    file = oiio.ImageOutput.create(str(path))
+    assert file.open(str(path), spec), file.geterror()
+    assert file.write_image(np.ascontiguousarray(pixels)), file.geterror()
+    file.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16"])
+def test_a_profile_of_associated_colours_takes_the_picture_over_black(tmp_path: Path, kind: str) -> None:
+    """Colours that are multiplied by alpha come out as the same numbers without an alpha do; alpha stays as it is."""
+    half = np.where(X < SIDE // 2, 0.5, 1.0).astype(np.float32)[..., None]
+    colours = RGB / np.float32(255) * half
+    plain = profiled(tmp_path / "plain.tif", colours, kind, swapped_profile())
+    path = profiled(tmp_path / "a.tif", np.dstack([colours, half]), kind, swapped_profile())
+    picture = read_picture(path)
+    assert (picture.rgb == read_picture(plain).rgb).all()
+    assert np.abs(picture.rgb[..., ::-1].astype(int) - colours * 255).mean() < 3
+    assert picture.alpha is not None
+    assert sorted(np.unique(picture.alpha)) == [128, 255]
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png"])
+@pytest.mark.parametrize("kind", ["uint8", "uint16"])
+def test_a_profile_of_grey_is_applied_at_every_depth(tmp_path: Path, name: str, kind: str) -> None:
+    """Linear grey: one half is 188 of sRGB."""
+    path = profiled(tmp_path / name, np.full((SIDE, SIDE, 1), 0.5, np.float32), kind, linear_grey_profile())
+    picture = read_picture(path)
+    assert np.abs(picture.rgb.astype(int) - 188).max() <= 1
+    assert picture.notices == ()
+
+
+def test_icc_profiles_are_applied(tmp_path: Path) -> None:
+    """The picture comes out with red and blue swapped back."""
+    described = swapped_profile()
     for name, image in (("a.png", Image.fromarray(RGB)), ("a.jpg", Image.new("RGB", (SIDE, SIDE), (200, 40, 90)))):
         image.save(tmp_path / name, icc_profile=described)
         expected = np.asarray(image)[..., ::-1]
@@ -202,6 +263,8 @@ def test_metadata_of_any_size_is_read_past(tmp_path: Path, chunk: str) -> None:
         info.add_text("a", "x" * 3_000_000, zip=chunk == "compressed")
     Image.fromarray(RGB).save(tmp_path / "a.png", pnginfo=info, **options)
     assert difference(tmp_path / "a.png") == 0
+    assert image_size(tmp_path / "a.png") == (SIDE, SIDE)
+    assert frame_count(tmp_path / "a.png") == 1
 
 
 def test_what_is_odd_is_told(tmp_path: Path) -> None:

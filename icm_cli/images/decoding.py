@@ -6,6 +6,7 @@ A decoder may raise anything; at this file's edge all of it becomes one ImageErr
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import logging
 import struct
@@ -15,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from icm_cli.errors import ImageError
-from icm_cli.images import colour, jpeg, openimageio
+from icm_cli.images import colour, jpeg, openimageio, png
 from icm_cli.images.kinds import Kind, kind_of
 from icm_cli.images.pixels import BAD_PROFILE, Decoded, check_memory, known_turn, turned, upright_size
 
@@ -37,7 +39,7 @@ def decode(path: Path, frame: int = 0, wanted: colour.Colour = colour.AS_LABELLE
         if _is_for_pillow(path, kind, frame):
             try:
                 return _by_pillow(path, frame, wanted)
-            except ValueError:
+            except ValueError:  # as of image_size_and_turn
                 if kind.name != "png":
                     raise
             except OSError:
@@ -46,6 +48,8 @@ def decode(path: Path, frame: int = 0, wanted: colour.Colour = colour.AS_LABELLE
                     raise
                 decoded = _by_pillow(path, frame, wanted, whole)
                 return replace(decoded, notices=(*decoded.notices, f"{path} {jpeg.NO_END}"))
+        if kind.name == "png":
+            png.check_pixels(path)
         return openimageio.read(path, frame, kind, wanted)
 
 
@@ -72,11 +76,17 @@ def image_size_and_turn(path: Path) -> tuple[int, int, int]:
         kind = kind_of(path)
         frame = openimageio.page_of(path, 0) if kind.name == "tiff" else 0
         if _is_for_pillow(path, kind, frame):
-            with Image.open(path) as image:
-                if frame:
-                    image.seek(frame)
-                turn = _orientation(image)
-                return *upright_size(image.size, turn), turn
+            try:
+                with Image.open(path) as image:
+                    if frame:
+                        image.seek(frame)
+                    turn = _orientation(image)
+                    return *upright_size(image.size, turn), turn
+            except ValueError:  # of a PNG with more metadata than Pillow reads past
+                if kind.name != "png":
+                    raise
+        if kind.name == "png":
+            png.check_pixels(path)
         with openimageio.opened(path) as file:
             file.seek_subimage(openimageio.layer_of(file, path, frame, kind, "")[0].part, 0)
             spec = file.spec()
@@ -110,20 +120,13 @@ def named_errors(path: Path) -> Iterator[None]:
 def _is_for_pillow(path: Path, kind: Kind, frame: int) -> bool:
     """Whether Pillow reads it right: 8 bits a channel in a format that it knows."""
     if kind.name == "png":
-        return not _is_deep_png(path)
+        return not png.is_deep(path)
     if kind.name in ("tiff", "pnm"):
         with openimageio.opened(path, must_open=False) as file:
             if file is None or not file.seek_subimage(frame, 0):
                 return True
             return str(file.spec().format) == "uint8" and not openimageio.is_associated(file.spec())
     return kind.name in _BY_PILLOW
-
-
-def _is_deep_png(path: Path) -> bool:
-    """Whether a PNG of any number of channels has 16 bits in each; Pillow gives 8 of RGB and does not say so."""
-    with path.open("rb") as file:
-        header = file.read(26)
-    return header.startswith(b"\x89PNG") and header[24:25] == b"\x10"
 
 
 def _by_pillow(path: Path, frame: int, wanted: colour.Colour, content: io.BytesIO | None = None) -> Decoded:
@@ -190,4 +193,14 @@ def _register_heif() -> None:
         pillow_heif.register_heif_opener()
 
 
+def _silence_libtiff() -> None:
+    """Keep the libtiff in Pillow's wheels from printing what is wrong with a file; it is told in a sentence of ours."""
+    site = Path(PIL.__file__).parents[1]
+    for path in (*site.glob("pillow.libs/libtiff*"), *site.glob("PIL/.dylibs/libtiff*")):
+        libtiff = ctypes.CDLL(str(path))
+        libtiff.TIFFSetErrorHandler(None)
+        libtiff.TIFFSetWarningHandler(None)
+
+
 _register_heif()
+_silence_libtiff()

@@ -99,10 +99,11 @@ def read(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
         notices.append(f"{path} has pixels that are NaN or infinite; they are taken as 0")
         pixels = np.nan_to_num(pixels, nan=0.0, posinf=0.0, neginf=0.0)
     space = wanted.space if wanted.space != "auto" else _own_space(spec, kind, wanted.config)
-    notices += _checked_range(path, pixels, scale, space, wanted.white)
+    notices += _checked_range(path, pixels, scale, space, wanted)
     profile = spec.getattribute("ICCProfile")
-    if profile is not None and wanted.space == "auto" and len(layer.colours) == 3:
-        converted = colour.to_srgb(Image.fromarray(_eight_bits(pixels, scale)), bytes(profile))
+    if profile is not None and wanted.space == "auto":
+        eight = _eight_bits(pixels, scale)
+        converted = colour.to_srgb(Image.fromarray(eight if eight.shape[-1] == 3 else eight[..., 0]), bytes(profile))
         if converted is None:
             notices.append(f"{path}: {BAD_PROFILE}")
         else:
@@ -154,15 +155,15 @@ def _scale(spec: Any, dtype: Any, white: float | None) -> float:
     return (white or _LARGEST.get(str(spec.format), 1.0)) / _LARGEST.get(str(spec.format), 1.0)
 
 
-def _checked_range(path: Path, pixels: NDArray[Any], scale: float, space: str, white: float | None) -> list[str]:
+def _checked_range(path: Path, pixels: NDArray[Any], scale: float, space: str, wanted: colour.Colour) -> list[str]:
     """Say what is odd about a deep picture's range. Raises ImageError for a float picture on another scale."""
     largest = pixels.max()
     if pixels.dtype == np.float32 and space == colour.SRGB and largest > LARGEST_DISPLAY_VALUE * scale:
-        raise ImageError(
-            f"{path} has values up to {largest:.6g}; expected 0..{scale:g}: give its white, as in --white 255, or "
-            "say with --colorspace in which space it is"
-        )
-    if pixels.dtype == np.uint16 and white is None and 255 < largest <= TWELVE_BITS:
+        how = "give its white, as in --white 255, or say with --colorspace in which space it is"
+        if wanted.is_matte:
+            how = "save it with 1 for the thing, or with 8 bits"
+        raise ImageError(f"{path} has values up to {largest:.6g}; expected 0..{scale:g}: {how}")
+    if pixels.dtype == np.uint16 and not (wanted.white or wanted.is_matte) and 255 < largest <= TWELVE_BITS:
         return [
             f"{path} has 16 bits and no value above {largest}, so it is dark; perhaps it has 12 bits: then give "
             f"--white {TWELVE_BITS}"

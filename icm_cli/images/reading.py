@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from icm_cli.geometry import ImageU8, rounded_u8
 from icm_cli.images.colour import AS_LABELLED, SRGB, Colour, shown
-from icm_cli.images.decoding import decode, named_errors
+from icm_cli.images.decoding import decode, frame_count, named_errors
 from icm_cli.images.pixels import Decoded, turned_as
 
 COLOUR_TOLERANCE = 16
 """Channels of a grey picture differ by no more, after JPEG too."""
-RAW = Colour(space=SRGB)
+RAW = Colour(space=SRGB, is_matte=True)
 """Numbers as they are stored: an alpha goes through no profile and no transfer curve."""
 
 
@@ -66,6 +66,8 @@ class StoredPixels:
     scale: float
     is_palette: bool
     orientation: int = 1
+    notices: tuple[str, ...] = ()
+    """Sentences on what is odd about the file."""
 
     def turned_as(self, orientation: int) -> StoredPixels:
         """The pixels as they lie in the file, turned by another orientation than the file's own."""
@@ -76,10 +78,11 @@ class StoredPixels:
 def read_stored(path: Path) -> StoredPixels:
     """Read an image file's numbers as they are stored, EXIF rotation applied. Raises ImageError."""
     decoded = decode(path, wanted=RAW)
+    turn, notices = decoded.orientation, decoded.notices
     if decoded.indices is not None:
-        return StoredPixels(decoded.indices, None, 255.0, is_palette=True, orientation=decoded.orientation)
+        return StoredPixels(decoded.indices, None, 255.0, is_palette=True, orientation=turn, notices=notices)
     values = decoded.pixels[..., 0] if decoded.pixels.shape[-1] == 1 else decoded.pixels
-    return StoredPixels(values, decoded.alpha, decoded.scale, is_palette=False, orientation=decoded.orientation)
+    return StoredPixels(values, decoded.alpha, decoded.scale, is_palette=False, orientation=turn, notices=notices)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,12 @@ def read_true_alpha(path: Path, *, has_objects: bool = False) -> TrueAlpha:
     spread = alpha - picture.rgb.min(axis=-1)  # of the channels, where the alpha is their brightest
     has_colour = alpha is not picture.alpha and bool(spread.max() > COLOUR_TOLERANCE)
     return TrueAlpha(alpha, decoded.bits > 8, has_colour)
+
+
+def notices_of_frames(what: str, path: Path) -> list[str]:
+    """A sentence where a file of which one picture is taken, a "mask" or the like, holds several. Raises ImageError."""
+    frames = frame_count(path)
+    return [f"{what} {path} has {frames} frames or pages; the first one was taken"] if frames > 1 else []
 
 
 def content_sha256(path: Path) -> str:
