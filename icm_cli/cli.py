@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,6 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the ``icm`` script."""
-    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # torn files: an error of ours names them
     app()
 
 

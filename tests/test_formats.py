@@ -8,6 +8,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import OpenImageIO as oiio
 import pytest
@@ -253,6 +254,36 @@ def test_a_broken_profile_is_told_and_left(tmp_path: Path) -> None:
     assert "ICC profile cannot be used" in picture.notices[0]
 
 
+def gamma_png(path: Path, pixels: np.ndarray, gamma: float, *, srgb: bool = False) -> Path:
+    """A PNG whose gAMA chunk says an exponent of ``1 / gamma``; ``srgb``: beside the chunk that goes before it."""
+    cv2.imwrite(str(path), pixels)
+    data = path.read_bytes()
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    more = chunk(b"sRGB", b"\0") if srgb else b""
+    path.write_bytes(data[:33] + more + chunk(b"gAMA", struct.pack(">I", round(1e5 / gamma))) + data[33:])
+    return path
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+def test_the_gamma_of_a_png_is_minded(tmp_path: Path, depth: type) -> None:
+    """A half is 188 of sRGB where it is linear, 146 with a gamma of 1.8, and 128 with sRGB's own of about 2.2."""
+    half = np.full((SIDE, SIDE, 3), np.iinfo(depth).max // 2 + 1, depth)
+    for gamma, expected, space in ((1.0, 188, "Linear"), (1.8, 146, "Gamma 1.8"), (2.2, 128, "")):
+        picture = read_picture(gamma_png(tmp_path / "a.png", half, gamma))
+        assert np.abs(picture.rgb.astype(int) - expected).max() <= 1
+        assert space in picture.space
+        assert picture.notices == ()
+        assert image_size(tmp_path / "a.png") == (SIDE, SIDE)
+    assert (read_picture(gamma_png(tmp_path / "b.png", half, 1.0, srgb=True)).rgb == 128).all()
+    assert (read_picture(gamma_png(tmp_path / "c.png", half, 1.0), Colour("sRGB")).rgb == 128).all()
+    picture = read_picture(gamma_png(tmp_path / "d.png", half, 1.4))
+    assert "a gamma of 1.4, which no known space has; it is taken as sRGB" in picture.notices[0]
+    assert (read_matte(gamma_png(tmp_path / "e.png", half, 1.0)) == 128).all()
+
+
 @pytest.mark.parametrize("chunk", ["text", "compressed", "profile"])
 def test_metadata_of_any_size_is_read_past(tmp_path: Path, chunk: str) -> None:
     info = PngImagePlugin.PngInfo()
@@ -353,6 +384,15 @@ def test_every_frame_is_a_job(tmp_path: Path, name: str) -> None:
         expected = np.roll(RGB, 7 * number, axis=1)
         assert np.abs(picture - expected).mean() < 12
     assert len({job.planned.key for job in jobs}) == 3
+
+
+def test_the_terminal_names_the_frame(icm: Icm, scene: Path) -> None:
+    frames = [Image.open(scene / "imgs" / "wall.jpg").rotate(turn) for turn in (0, 5)]
+    frames[0].save(scene / "two.tif", save_all=True, append_images=frames[1:])
+    ended = icm(src=scene / "two.tif")
+    assert ended.exit_code == 0
+    for number in (1, 2):
+        assert f"two.tif frame {number} " in ended.stderr
 
 
 def test_smaller_copies_are_no_frames(tmp_path: Path) -> None:

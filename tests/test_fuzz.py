@@ -94,12 +94,12 @@ def outcomes(kind: str, count: int, folder: Path) -> collections.Counter[str]:
     for number in range(count):
         path = folder / f"{number % 8}-{kind if '.' in kind else f'a.{kind}'}"
         path.write_bytes(damaged(data, rng))
-        began = time.monotonic()
+        began = time.process_time()  # what else the machine does is no hang
         for read in (read_picture, read_matte, read_stored, image_size, frame_count):
             sentence = failure_of(read, path)
             assert len(sentence.splitlines()) <= 1
             found["failed" if sentence else "read"] += 1
-        assert time.monotonic() - began < LONGEST_S, (kind, number)
+        assert time.process_time() - began < LONGEST_S, (kind, number)
     return found
 
 

@@ -232,6 +232,25 @@ def test_a_damaged_deep_png_is_one_sentence_and_libpng_says_nothing(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(("form", "kind"), [("AVIF", "avif"), ("TIFF", "tiff")])
+def test_a_torn_file_of_a_known_kind_is_not_called_no_image(tmp_path: Path, form: str, kind: str) -> None:
+    options = {"compression": "tiff_lzw"} if form == "TIFF" else {}
+    path = saved(tmp_path / "a.img", Image.fromarray(RGB), format=form, **options)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 5])
+    with pytest.raises(ImageError, match=f"a.img begins as {kind} and cannot be decoded: it is damaged"):
+        read_picture(path)
+
+
+def test_a_decoder_s_many_lines_become_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 65536, (400, 300, 3)).astype(np.uint16))
+    path.write_bytes(path.read_bytes()[:9_000] + path.read_bytes()[-400:])
+    with pytest.raises(ImageError, match="is damaged or cut short") as error:
+        read_picture(path)
+    assert len(str(error.value)) < len(str(path)) + 200
+
+
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(ImageError, match="not an image"):

@@ -10,6 +10,7 @@ import ctypes
 import io
 import logging
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ from icm_cli.images.kinds import Kind, kind_of
 from icm_cli.images.pixels import BAD_PROFILE, Decoded, check_memory, known_turn, turned, upright_size
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a damaged file is told in a sentence of ours
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 Image.MAX_IMAGE_PIXELS = None  # the limit is the memory there is, see check_memory
 DECODE_ERRORS = (OSError, SyntaxError, UserWarning, ValueError, EOFError, IndexError, struct.error, zlib.error)
 _BY_PILLOW = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic", ""})
@@ -36,7 +38,7 @@ def decode(path: Path, frame: int = 0, wanted: colour.Colour = colour.AS_LABELLE
         kind = kind_of(path)
         if kind.name == "tiff":
             frame = openimageio.page_of(path, frame)
-        if _is_for_pillow(path, kind, frame):
+        if _is_for_pillow(path, kind, frame, wanted):
             try:
                 return _by_pillow(path, frame, wanted)
             except ValueError:  # as of image_size_and_turn
@@ -75,7 +77,7 @@ def image_size_and_turn(path: Path) -> tuple[int, int, int]:
     with named_errors(path):
         kind = kind_of(path)
         frame = openimageio.page_of(path, 0) if kind.name == "tiff" else 0
-        if _is_for_pillow(path, kind, frame):
+        if _is_for_pillow(path, kind, frame, colour.AS_LABELLED):
             try:
                 with Image.open(path) as image:
                     if frame:
@@ -114,13 +116,15 @@ def named_errors(path: Path) -> Iterator[None]:
     except MemoryError:
         raise ImageError(f"{path} is too large for this machine's memory") from None
     except Exception as error:  # noqa: BLE001  decoders raise anything
-        raise ImageError(f"{path} is damaged or cut short ({' '.join(str(error).split())}); get a whole copy") from None
+        said = next(iter(str(error).splitlines()), type(error).__name__)  # OpenImageIO adds a line for every strip
+        raise ImageError(f"{path} is damaged or cut short ({' '.join(said.split())}); get a whole copy") from None
 
 
-def _is_for_pillow(path: Path, kind: Kind, frame: int) -> bool:
-    """Whether Pillow reads it right: 8 bits a channel in a format that it knows."""
+def _is_for_pillow(path: Path, kind: Kind, frame: int, wanted: colour.Colour) -> bool:
+    """Whether Pillow reads it right: 8 bits a channel in a format that it knows, without a gamma that it ignores."""
     if kind.name == "png":
-        return not png.is_deep(path)
+        minds_gamma = wanted.space == "auto" and not kind.may_have_frames
+        return not (png.is_deep(path) or (minds_gamma and png.has_own_gamma(path)))
     if kind.name in ("tiff", "pnm"):
         with openimageio.opened(path, must_open=False) as file:
             if file is None or not file.seek_subimage(frame, 0):
@@ -181,8 +185,11 @@ def _orientation(image: Image.Image) -> int:
 def _not_an_image(path: Path) -> str:
     if path.stat().st_size == 0:
         return "is empty (0 bytes); get a whole copy"
-    if kind_of(path).name == "heic":
+    kind = kind_of(path).name
+    if kind == "heic":
         return "is HEIC; to read it run: pip install 'icm-cli[heif]'"
+    if kind:
+        return f"begins as {kind} and cannot be decoded: it is damaged, cut short or of an odd kind; get a whole copy"
     return "is not an image in a format that can be read; expected JPEG, PNG, TIFF, EXR, WebP or the like"
 
 

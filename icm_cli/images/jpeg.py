@@ -16,7 +16,7 @@ PROGRESSIVE, SCAN = 0xC2, 0xDA
 """Markers of a progressive picture's header, and of a scan."""
 FILL = 0xFF
 WITHOUT_LENGTH = frozenset({0x00, 0x01, FILL, *range(0xD0, 0xDA)})
-"""What follows 0xFF in coded data, and markers that stand alone."""
+"""Bytes that follow 0xFF in coded data, and markers that stand alone."""
 COEFFICIENTS = 64
 _FOLLOWERS = 2
 """Other ends that are tried."""

@@ -101,6 +101,8 @@ def read(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
     space = wanted.space if wanted.space != "auto" else _own_space(spec, kind, wanted.config)
     notices += _checked_range(path, pixels, scale, space, wanted)
     profile = spec.getattribute("ICCProfile")
+    if profile is None and wanted.space == "auto" and space == colour.SRGB and (gamma := _own_gamma(spec)):
+        notices.append(f"{path} has a gamma of {gamma:.4g}, which no known space has; it is taken as sRGB")
     if profile is not None and wanted.space == "auto":
         eight = _eight_bits(pixels, scale)
         converted = colour.to_srgb(Image.fromarray(eight if eight.shape[-1] == 3 else eight[..., 0]), bytes(profile))
@@ -173,6 +175,12 @@ def _checked_range(path: Path, pixels: NDArray[Any], scale: float, space: str, w
 
 def _eight_bits(values: NDArray[Any], scale: float) -> ImageU8:
     return rounded_u8(values.astype(np.float32) * np.float32(255.0 / scale))
+
+
+def _own_gamma(spec: Any) -> float | None:
+    """Exponent that a file's label names, as in g20_rec709_scene; OpenImageIO keeps it beside that."""
+    gamma = spec.getattribute("oiio:Gamma")
+    return float(gamma) if isinstance(gamma, float) else None
 
 
 def _own_space(spec: Any, kind: Kind, config: str) -> str:

@@ -1,4 +1,4 @@
-"""PNG files before they are decoded: whether they have 16 bits, and whether their pixels are whole.
+"""PNG files before they are decoded: whether they have 16 bits or a gamma of their own, and whether they are whole.
 
 libpng prints what is wrong with a file; what is found here is told in a sentence of ours instead.
 """
@@ -15,6 +15,9 @@ HEAD_BYTES = 26
 """Signature and the header as far as the bits of a channel and the colour type."""
 CRITICAL = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
 """Chunks that pixels depend on; what the others hold, metadata, may be damaged."""
+BEFORE_GAMMA = frozenset({b"sRGB", b"iCCP", b"cICP"})
+USUAL_GAMMA = 45455
+"""1/2.2 as a gAMA chunk has it, in 1/100000."""
 INFLATED_BYTES = 1 << 20
 """Pixels that are looked at together."""
 
@@ -24,6 +27,20 @@ def is_deep(path: Path) -> bool:
     with path.open("rb") as file:
         header = file.read(HEAD_BYTES)
     return header.startswith(SIGNATURE) and header[24:25] == b"\x10"
+
+
+def has_own_gamma(path: Path) -> bool:
+    """Whether a gAMA chunk says another gamma than sRGB's about 1/2.2, and nothing that goes before it is there.
+
+    Raises ValueError for a damaged file.
+    """
+    gamma = 0
+    for kind, data in _chunks(path, before=b"IDAT"):
+        if kind in BEFORE_GAMMA:
+            return False
+        if kind == b"gAMA" and len(data) == 4:
+            gamma = int.from_bytes(data, "big")
+    return gamma > 0 and abs(gamma - USUAL_GAMMA) > USUAL_GAMMA // 50
 
 
 def check_pixels(path: Path) -> None:
@@ -42,8 +59,11 @@ def check_pixels(path: Path) -> None:
         raise ValueError("it ends before its pixels do")
 
 
-def _chunks(path: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Names and content of the chunks, up to the end or one that is cut. Raises ValueError for a damaged one."""
+def _chunks(path: Path, before: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+    """Names and content of the chunks, up to the end, one that is cut, or one of the name ``before``.
+
+    Raises ValueError for a damaged one.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(len(SIGNATURE))
@@ -51,6 +71,8 @@ def _chunks(path: Path) -> Iterator[tuple[bytes, bytes]]:
             length, kind = struct.unpack(">I4s", head)
             if not (kind.isalpha() and kind.isascii()):
                 raise ValueError(f"it has a chunk named {kind.hex()}")
+            if kind == before:
+                return
             data, checksum = file.read(min(length, size)), file.read(4)
             if len(checksum) < 4:
                 return
