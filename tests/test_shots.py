@@ -186,6 +186,18 @@ def test_without_the_list_a_sentence_says_what_is_missing(evaluate: Icm, davis: 
     assert str(davis / "ImageSets" / "2016" / "val.txt") in result.stderr
 
 
+def test_a_short_shot_is_named_and_the_others_are_scored(evaluate: Icm, davis: Path, tmp_path: Path) -> None:
+    (davis / "ImageSets" / "480p" / "val.txt").write_text("cow\ndog\n")
+    for path in davis.rglob("dog/0000[123].*"):
+        path.unlink()
+    result = evaluate(dataset="davis16", data_root=davis, report=tmp_path / "r.json")
+    assert result.exit_code == 1
+    assert "lone-image: shot dog has 1 frame(s), and the first and last are not scored" in result.stderr
+    report = report_of(tmp_path / "r.json")
+    assert report["summary"]["problems"] == {"lone-image": 1}
+    assert list(by_name(report)) == middle("cow")
+
+
 def test_shots_of_two_frames_leave_nothing_to_score(evaluate: Icm, davis: Path) -> None:
     for path in davis.rglob("0000[23].*"):
         path.unlink()

@@ -7,7 +7,10 @@ from dataclasses import replace
 from icm_cli.datasets.registry import Found, groups_of
 from icm_cli.errors import UsageError
 from icm_cli.evaluation.rounds import Rounds
+from icm_cli.problems import Problem
 
+LEAST_FRAMES = 3
+"""Frames of a shot of which one is scored."""
 NOTE = "the first frame of every shot is its reference and the last one is left out, as the tool of DAVIS does"
 
 
@@ -24,16 +27,22 @@ def refuse_other_references(title: str, **options: object) -> None:
 def as_shots(found: Found) -> Found:
     """The dataset without the last frame of every shot, and its frames marked as those of videos.
 
-    Raises UsageError where no shot has the three frames that leave one to score.
+    A shot of fewer than three frames becomes a problem. Raises UsageError where there are no others.
     """
     shots = groups_of(found.samples)
-    if all(len(frames) < 3 for frames in shots.values()):
+    short = [
+        Problem("lone-image", shot, f"shot {shot} has {len(frames)} frame(s), and the first and last are not scored")
+        for shot, frames in shots.items()
+        if len(frames) < LEAST_FRAMES
+    ]
+    if len(short) == len(shots):
         raise UsageError(
             f"{found.dataset.title} here has no shot of three frames; the first and the last are not scored, so give "
             "the whole shots"
         )
-    frames = [replace(frame, categories={"type": "video"}) for shot in shots.values() for frame in shot[:-1]]
-    return replace(found, samples=frames, notes=[*found.notes, NOTE])
+    whole = [frames for frames in shots.values() if len(frames) >= LEAST_FRAMES]
+    frames = [replace(frame, categories={"type": "video"}) for shot in whole for frame in shot[:-1]]
+    return replace(found, samples=frames, notes=[*found.notes, NOTE], problems=[*found.problems, *short])
 
 
 def first_frames(found: Found) -> Rounds:
