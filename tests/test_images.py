@@ -224,6 +224,7 @@ def test_a_damaged_deep_png_is_one_sentence_and_libpng_says_nothing(
         (changed, "its chunk IDAT fails its checksum"),
         (data[: len(data) // 2], "it ends before its pixels do"),
         (data.replace(b"IDAT", b"ID\0T"), "it has a chunk named 49440054"),
+        (data[:33] + data[8:], "its header does not come first, and once"),
     ):
         path.write_bytes(content)
         for read in (read_picture, image_size):

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+HEADER_AT = len(SIGNATURE) + 8
+"""Place of the header's content, the first chunk's."""
 HEAD_BYTES = 26
 """Signature and the header as far as the bits of a channel and the colour type."""
 CRITICAL = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
@@ -71,6 +73,8 @@ def _chunks(path: Path, before: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
             length, kind = struct.unpack(">I4s", head)
             if not (kind.isalpha() and kind.isascii()):
                 raise ValueError(f"it has a chunk named {kind.hex()}")
+            if (kind == b"IHDR") != (file.tell() == HEADER_AT):
+                raise ValueError("its header does not come first, and once")
             if kind == before:
                 return
             data, checksum = file.read(min(length, size)), file.read(4)
