@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from icm_cli.signals import Interrupt
 from icm_cli.terminal import write_line
 
 OF_A_MODEL = (
-    *("model", "checkpoint", "weights", "device", "dtype", "batch_size", "seed", "offline"),
+    *("model", "checkpoint", "weights", "edges", "edges_weights", "device", "dtype", "batch_size", "seed", "offline"),
     *("refs_per_group", "write_references", "save_alphas"),
 )
 """Options of ``icm eval`` that only a model reads."""
@@ -36,7 +35,6 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the ``icm`` script."""
-    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # torn files: an error of ours names them
     app()
 
 
@@ -85,6 +83,13 @@ Checkpoint = Annotated[
 ]
 Weights = Annotated[
     Optional[str], typer.Option(help="Folder or hub id of the backbone's weights.", show_default="the model's")
+]
+Edges = Annotated[
+    str, typer.Option(help="How the coarse alpha gets its edges: model (its own), closed-form or vitmatte.")
+]
+EdgesWeights = Annotated[
+    Optional[str],
+    typer.Option(help="Folder or hub id of ViTMatte's weights.", show_default="hustvl/vitmatte-small-composition-1k"),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Devices = Annotated[
@@ -149,15 +154,8 @@ def matte(
     model: Model = None,
     checkpoint: Checkpoint = None,
     weights: Weights = None,
-    edges: Annotated[
-        str, typer.Option(help="How the coarse alpha gets its edges: model (its own), closed-form or vitmatte.")
-    ] = "model",
-    edges_weights: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Folder or hub id of ViTMatte's weights.", show_default="hustvl/vitmatte-small-composition-1k"
-        ),
-    ] = None,
+    edges: Edges = "model",
+    edges_weights: EdgesWeights = None,
     device: Devices = "auto",
     ray: Annotated[
         Optional[str],
@@ -366,7 +364,7 @@ def evaluate(
         Optional[str],
         typer.Option(
             help="aim500, icm57, am2k, p3m500np, p3m500p, ppm100, rwp636, rw100, composition1k, d646, transparent460, "
-            "openimages, or folder for your own."
+            "davis16, openimages, or folder for your own."
         ),
     ] = None,
     data_root: Annotated[Optional[Path], typer.Option(help="Folder that the dataset was unpacked into.")] = None,
@@ -410,6 +408,8 @@ def evaluate(
     model: Model = None,
     checkpoint: Checkpoint = None,
     weights: Weights = None,
+    edges: Edges = "model",
+    edges_weights: EdgesWeights = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
@@ -481,6 +481,8 @@ def evaluate(
             model=model,
             checkpoint=checkpoint,
             weights=weights,
+            edges=edges,
+            edges_weights=edges_weights,
             device=device,
             dtype=dtype,
             batch_size=_number_or_auto(batch_size),

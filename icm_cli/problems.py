@@ -12,7 +12,7 @@ PROBLEM_KINDS: Mapping[str, str] = {
     "missing-prediction": "no alpha in the folder of predictions",
     "same-name": "two files of one kind with one name",
     "no-group": "an image that the groups' metadata does not name",
-    "absent-file": "a name in the groups' metadata without an image",
+    "absent-file": "a name in the groups' metadata or the dataset's list without an image",
     "lone-image": "a group of one, so nothing could be its reference",
     "bad-reference": "an image that cannot serve as a reference",
     "unreadable": "a file that cannot be read",

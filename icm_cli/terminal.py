@@ -73,11 +73,11 @@ class Terminal(Listener):
     def finished_image(self, result: ImageResult) -> None:
         self.ended += 1
         if result.status == "failed":
-            self._print(f"icm: failed: {result.source}: {_without_prefix(result)}")
+            self._print(f"icm: failed: {_source(result)}: {_without_prefix(result)}")
         if self._bar is not None:
             self._bar.update()
         elif self.has_lines and result.status != "failed":
-            self._print(f"[{self.ended}/{self.total}] {result.status} {result.source}{_figures(result)}")
+            self._print(f"[{self.ended}/{self.total}] {result.status} {_source(result)}{_figures(result)}")
 
     def finished(self, report: Report) -> None:
         if self._bar is not None:
@@ -129,6 +129,11 @@ def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
         write_line(sys.stderr, f"icm: {warning}")
 
 
+def _source(result: ImageResult) -> str:
+    """The source's file, and its frame where it holds several."""
+    return f"{result.source} frame {result.frame}" if result.frame else result.source
+
+
 def _figures(result: ImageResult) -> str:
     parts = [f" {result.seconds:.2f} s" if result.status == "done" and result.seconds is not None else ""]
     for region, scores in result.scores.items():
@@ -175,7 +180,9 @@ def _print_summary(report: Report) -> None:
     if report.means:
         notes = comparability(report.settings.get("protocol", {}), report.means)
         _show(_scores_table(report), *(f"- {note}" for note in notes), "")
-    failures = [f"failed: {result.source}: {_without_prefix(result)}" for result in report.failures]
+    if report.shots:
+        _show(_shots_table(report), "")
+    failures = [f"failed: {_source(result)}: {_without_prefix(result)}" for result in report.failures]
     if len(failures) > MOST_REASONS:
         failures[MOST_REASONS:] = [f"... and {len(failures) - MOST_REASONS} more failed"]
     show(_summary_rows(report), *failures)
@@ -205,6 +212,21 @@ def _scores_table(report: Report) -> Table:
     for row in published:
         cells = [number_text(getattr(row, metric, None), metric) for metric in metrics]
         table.add_row(f"{row.method} ({row.note}; published)", *cells, f"{1e3 * row.mse:.2f}", "")
+    return table
+
+
+def _shots_table(report: Report) -> Table:
+    """J and F of every shot, and their means over the shots."""
+    from rich.table import Table
+
+    from icm_cli.reports.shots import FIGURES
+
+    table = Table()
+    table.add_column("shot")
+    for title in ("frames", *FIGURES.values()):
+        table.add_column(title, justify="right")
+    for shot, scores in report.shots.items():
+        table.add_row(shot, f"{scores.frames}", *(f"{getattr(scores, name):.3f}" for name in FIGURES))
     return table
 
 

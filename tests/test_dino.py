@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny_hf import DEPTH, PATCH_PX, WIDTH, write_dinov2_small, write_tiny_dino
+from tiny_hf import DEPTH, PATCH_PX, WIDTH, sharded, write_dinov2_small, write_tiny_dino
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -255,6 +255,29 @@ class TestWeights:
         image, valid = seen("dinov3_vit")
         pair = [load(each, config("dinov3_vit")).target(image, valid, []) for each in (copy, folders["dinov3_vit"])]
         assert torch.equal(pair[0].correspondence, pair[1].correspondence)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_weights_in_two_files_are_the_same(self, folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+        parts = sharded(folders[kind], tmp_path / "parts")
+        assert len(list(parts.glob("*.safetensors"))) == 2
+        image, valid = seen(kind)
+        pair = [load(each, config(kind)).target(image, valid, []) for each in (parts, folders[kind])]
+        assert torch.equal(pair[0].correspondence, pair[1].correspondence)
+
+    def test_a_missing_part_is_named_and_every_part_is_in_the_digest(
+        self, folders: dict[str, Path], tmp_path: Path
+    ) -> None:
+        parts = sharded(folders["dinov2"], tmp_path / "parts")
+        before = Dino.weights_digest(config(), str(parts), offline=True)
+        for number in (1, 2):
+            part = parts / f"model-0000{number}-of-00002.safetensors"
+            content = part.read_bytes()
+            part.write_bytes(content + b" ")
+            assert Dino.weights_digest(config(), str(parts), offline=True) != before
+            part.unlink()
+            with pytest.raises(ConfigError, match=f"lacks {part.name}"):
+                load(parts, config())
+            part.write_bytes(content)
 
     def test_another_kind_of_model_is_refused(self, broken: Path) -> None:
         (broken / "config.json").write_text(json.dumps({"model_type": "bert"}))

@@ -14,7 +14,7 @@ import torch
 from conftest import Icm, alphas, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_hf import write_tiny_vitmatte
+from tiny_hf import sharded, write_tiny_dino, write_tiny_vitmatte
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError, UsageError
@@ -248,6 +248,41 @@ class TestOption:
         assert len({each[name] for each in made}) == 3
         for each in ("closed", "vitmatte"):
             assert read(scene / each / name).shape == read(scene / "imgs" / "wall.jpg").shape[:2]
+
+    def test_weights_in_two_files_give_the_same_alphas(self, icm: Icm, scene: Path, folder: Path) -> None:
+        """Transformer and ViTMatte of two files each, with an index, by the options of the command."""
+        dino = write_tiny_dino(scene / "dino")
+        model = scene / "dino.yaml"
+        model.write_text(
+            "backbone: {name: dino, patch_px: 14, long_side_px: 112, layers: [3], dtype: float32}\n"
+            "head: {name: training-free, solve_long_side_px: 64, absent_below: 0.0}\n"
+        )
+        parts = {"weights": sharded(dino, scene / "d2"), "edges_weights": sharded(folder, scene / "v2")}
+        for out, weights in (("whole", {"weights": dino, "edges_weights": folder}), ("parts", parts)):
+            ended = icm(out=scene / out, model=model, edges="vitmatte", src=scene / "imgs" / "wall.jpg", **weights)
+            assert ended.exit_code == 0, ended.stderr
+        made, again = (read(scene / out / "wall.png") for out in ("whole", "parts"))
+        assert np.array_equal(made, again)
+        assert made.std() > 0
+
+    def test_eval_takes_the_same_choice(self, evaluate: Icm, folder: Path, tmp_path: Path) -> None:
+        """Other edges give other scores, and the reports name them."""
+        given: dict[str, dict[str, Any]] = {"model": {}, "closed": {"edges": "closed-form"}}
+        given["vitmatte"] = {"edges": "vitmatte", "edges_weights": folder}
+        errors = []
+        for name, options in given.items():
+            pages = [tmp_path / f"{name}.json", tmp_path / f"{name}.html"]
+            ended = evaluate(report=pages, save_alphas=tmp_path / name, **options)
+            assert ended.exit_code == 0, ended.stderr
+            errors.append(json.loads(pages[0].read_text())["summary"]["means"]["whole"]["metrics"]["mse"]["mean"])
+        assert len(set(errors)) == 3
+        assert "training-free + vitmatte" in (tmp_path / "vitmatte.html").read_text()
+        assert json.loads((tmp_path / "closed.json").read_text())["settings"]["model"]["edges"]["name"] == "closed-form"
+
+    def test_eval_refuses_edges_weights_that_nothing_reads(self, evaluate: Icm, folder: Path) -> None:
+        ended = evaluate(edges="closed-form", edges_weights=folder)
+        assert ended.exit_code == 2
+        assert "has nothing to do" in ended.stderr
 
     def test_other_edges_make_alphas_again(self, icm: Icm, scene: Path, folder: Path) -> None:
         def statuses(**options: Any) -> set[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import read
 from eval_data import NAMES, Evaluate, bad_truth, by_name, copy_alphas, report_of
+from PIL import Image
 from typer.testing import CliRunner
 
 from icm_cli.scoring.metrics import score
@@ -39,6 +40,20 @@ def test_alphas_that_were_kept_score_the_same_as_when_they_were_made(evaluate: E
     assert [each["scores"] for each in made["images"]] == [each["scores"] for each in scored["images"]]
     assert made["summary"]["means"] == scored["summary"]["means"]
     assert [each["foreground"] for each in made["images"]] == [each["foreground"] for each in scored["images"]]
+
+
+def test_a_torn_prediction_is_one_sentence_without_a_library_s_warning(data: Path, tmp_path: Path) -> None:
+    """Read in a process beside, where Pillow would warn of a cut TIFF on the terminal."""
+    copy_alphas(data, tmp_path / "pred")
+    (tmp_path / "pred" / "a" / "lawn.png").unlink()
+    Image.fromarray(read(data / "alphas" / "a" / "lawn.png")).save(tmp_path / "whole.tif")
+    (tmp_path / "pred" / "a" / "lawn.tif").write_bytes((tmp_path / "whole.tif").read_bytes()[:56])
+    line = ["--dataset", "folder", "--data-root", data, "--pred", tmp_path / "pred", "--workers", "1"]
+    command = [sys.executable, "-m", "icm_cli.cli", "eval", *map(str, line)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "lawn.tif begins as tiff and cannot be decoded: it is damaged" in ended.stderr
+    assert all(line.startswith(("icm: ", "[")) for line in ended.stderr.splitlines()), ended.stderr
 
 
 def test_a_missing_prediction_is_named_and_the_rest_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:

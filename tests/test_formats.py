@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import OpenImageIO as oiio
 import pytest
@@ -172,12 +174,72 @@ def test_a_wrong_name_is_a_sentence(colour: Colour, message: str) -> None:
         colour.check()
 
 
-def test_icc_profiles_are_applied(tmp_path: Path) -> None:
-    """A profile whose red and blue are swapped: the picture comes out with them swapped back."""
+def swapped_profile() -> bytes:
+    """A profile whose red and blue are swapped."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     red, blue = profile.index(b"rXYZ"), profile.index(b"bXYZ")
     profile[red : red + 4], profile[blue : blue + 4] = b"bXYZ", b"rXYZ"
-    described = bytes(profile).replace(b"s\0R\0G\0B", b"s\0W\0A\0P").replace(b"sRGB", b"sWAP")
+    return bytes(profile).replace(b"s\0R\0G\0B", b"s\0W\0A\0P").replace(b"sRGB", b"sWAP")
+
+
+def linear_grey_profile() -> bytes:
+    """The smallest ICC profile of version 2 of a grey without a curve."""
+    white = struct.pack(">iii", 63190, 65536, 54061)  # D50, in 1/65536
+    tags = {
+        b"desc": b"desc" + struct.pack(">4xI", 5) + b"grey\0" + bytes(81),
+        b"wtpt": b"XYZ \0\0\0\0" + white,
+        b"kTRC": b"curv" + struct.pack(">4xIH2x", 1, 256),
+        b"cprt": b"text\0\0\0\0none\0\0\0\0",
+    }
+    at, table, data = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", at + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    version = struct.pack(">I", 0x02400000)
+    head = struct.pack(">I4x", at + len(data)) + version + b"mntrGRAYXYZ " + struct.pack(">6H", 2026, 1, 1, 0, 0, 0)
+    return (head + b"acsp" + bytes(28) + white).ljust(128, b"\0") + table + data
+
+
+def profiled(path: Path, pixels: np.ndarray, kind: str, profile: bytes, **attributes: object) -> Path:
+    """A file that OpenImageIO writes with an ICC profile; a fourth channel is its alpha."""
+    spec = oiio.ImageSpec(pixels.shape[1], pixels.shape[0], pixels.shape[2], kind)
+    for name, value in attributes.items():
+        spec.attribute(name.replace("__", ":"), value)
+    spec.attribute("ICCProfile", oiio.TypeDesc(f"uint8[{len(profile)}]"), np.frombuffer(profile, np.uint8))
+    file = oiio.ImageOutput.create(str(path))
+    assert file.open(str(path), spec), file.geterror()
+    assert file.write_image(np.ascontiguousarray(pixels)), file.geterror()
+    file.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16"])
+def test_a_profile_of_associated_colours_takes_the_picture_over_black(tmp_path: Path, kind: str) -> None:
+    """Colours that are multiplied by alpha come out as the same numbers without an alpha do; alpha stays as it is."""
+    half = np.where(X < SIDE // 2, 0.5, 1.0).astype(np.float32)[..., None]
+    colours = RGB / np.float32(255) * half
+    plain = profiled(tmp_path / "plain.tif", colours, kind, swapped_profile())
+    path = profiled(tmp_path / "a.tif", np.dstack([colours, half]), kind, swapped_profile())
+    picture = read_picture(path)
+    assert (picture.rgb == read_picture(plain).rgb).all()
+    assert np.abs(picture.rgb[..., ::-1].astype(int) - colours * 255).mean() < 3
+    assert picture.alpha is not None
+    assert sorted(np.unique(picture.alpha)) == [128, 255]
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png"])
+@pytest.mark.parametrize("kind", ["uint8", "uint16"])
+def test_a_profile_of_grey_is_applied_at_every_depth(tmp_path: Path, name: str, kind: str) -> None:
+    """Linear grey: one half is 188 of sRGB."""
+    path = profiled(tmp_path / name, np.full((SIDE, SIDE, 1), 0.5, np.float32), kind, linear_grey_profile())
+    picture = read_picture(path)
+    assert np.abs(picture.rgb.astype(int) - 188).max() <= 1
+    assert picture.notices == ()
+
+
+def test_icc_profiles_are_applied(tmp_path: Path) -> None:
+    """The picture comes out with red and blue swapped back."""
+    described = swapped_profile()
     for name, image in (("a.png", Image.fromarray(RGB)), ("a.jpg", Image.new("RGB", (SIDE, SIDE), (200, 40, 90)))):
         image.save(tmp_path / name, icc_profile=described)
         expected = np.asarray(image)[..., ::-1]
@@ -192,6 +254,36 @@ def test_a_broken_profile_is_told_and_left(tmp_path: Path) -> None:
     assert "ICC profile cannot be used" in picture.notices[0]
 
 
+def gamma_png(path: Path, pixels: np.ndarray, gamma: float, *, srgb: bool = False) -> Path:
+    """A PNG whose gAMA chunk says an exponent of ``1 / gamma``; ``srgb``: beside the chunk that goes before it."""
+    cv2.imwrite(str(path), pixels)
+    data = path.read_bytes()
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    more = chunk(b"sRGB", b"\0") if srgb else b""
+    path.write_bytes(data[:33] + more + chunk(b"gAMA", struct.pack(">I", round(1e5 / gamma))) + data[33:])
+    return path
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+def test_the_gamma_of_a_png_is_minded(tmp_path: Path, depth: type) -> None:
+    """A half is 188 of sRGB where it is linear, 146 with a gamma of 1.8, and 128 with sRGB's own of about 2.2."""
+    half = np.full((SIDE, SIDE, 3), np.iinfo(depth).max // 2 + 1, depth)
+    for gamma, expected, space in ((1.0, 188, "Linear"), (1.8, 146, "Gamma 1.8"), (2.2, 128, "")):
+        picture = read_picture(gamma_png(tmp_path / "a.png", half, gamma))
+        assert np.abs(picture.rgb.astype(int) - expected).max() <= 1
+        assert space in picture.space
+        assert picture.notices == ()
+        assert image_size(tmp_path / "a.png") == (SIDE, SIDE)
+    assert (read_picture(gamma_png(tmp_path / "b.png", half, 1.0, srgb=True)).rgb == 128).all()
+    assert (read_picture(gamma_png(tmp_path / "c.png", half, 1.0), Colour("sRGB")).rgb == 128).all()
+    picture = read_picture(gamma_png(tmp_path / "d.png", half, 1.4))
+    assert "a gamma of 1.4, which no known space has; it is taken as sRGB" in picture.notices[0]
+    assert (read_matte(gamma_png(tmp_path / "e.png", half, 1.0)) == 128).all()
+
+
 @pytest.mark.parametrize("chunk", ["text", "compressed", "profile"])
 def test_metadata_of_any_size_is_read_past(tmp_path: Path, chunk: str) -> None:
     info = PngImagePlugin.PngInfo()
@@ -202,6 +294,8 @@ def test_metadata_of_any_size_is_read_past(tmp_path: Path, chunk: str) -> None:
         info.add_text("a", "x" * 3_000_000, zip=chunk == "compressed")
     Image.fromarray(RGB).save(tmp_path / "a.png", pnginfo=info, **options)
     assert difference(tmp_path / "a.png") == 0
+    assert image_size(tmp_path / "a.png") == (SIDE, SIDE)
+    assert frame_count(tmp_path / "a.png") == 1
 
 
 def test_what_is_odd_is_told(tmp_path: Path) -> None:
@@ -290,6 +384,15 @@ def test_every_frame_is_a_job(tmp_path: Path, name: str) -> None:
         expected = np.roll(RGB, 7 * number, axis=1)
         assert np.abs(picture - expected).mean() < 12
     assert len({job.planned.key for job in jobs}) == 3
+
+
+def test_the_terminal_names_the_frame(icm: Icm, scene: Path) -> None:
+    frames = [Image.open(scene / "imgs" / "wall.jpg").rotate(turn) for turn in (0, 5)]
+    frames[0].save(scene / "two.tif", save_all=True, append_images=frames[1:])
+    ended = icm(src=scene / "two.tif")
+    assert ended.exit_code == 0
+    for number in (1, 2):
+        assert f"two.tif frame {number} " in ended.stderr
 
 
 def test_smaller_copies_are_no_frames(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 
@@ -181,6 +182,74 @@ def test_a_jpeg_whose_rows_are_missing_is_damaged(tmp_path: Path, options: dict[
     (tmp_path / "a.jpg").write_bytes(data[:end])
     with pytest.raises(ImageError, match="is damaged or cut short"):
         read_picture(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_progressive_jpeg_cut_between_its_scans_is_damaged(tmp_path: Path, mode: str) -> None:
+    """All rows are there from the first scan on, but without their detail."""
+    path = tmp_path / "a.jpg"
+    Image.fromarray(cv2.resize(RGB, (300, 200))).convert(mode).save(path, progressive=True)
+    data = path.read_bytes()
+    scans = [match.start() for match in re.finditer(b"\xff\xda", data)]
+    assert len(scans) > 4
+    for end in scans[1:]:
+        path.write_bytes(data[:end])
+        with pytest.raises(ImageError, match="is damaged or cut short"):
+            read_picture(path)
+    path.write_bytes(data[:-2])
+    assert "without its end marker" in read_picture(path).notices[0]
+
+
+def deep_png(path: Path) -> bytes:
+    cv2.imwrite(str(path), RGB.astype(np.uint16) * 257)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("kept", [12, 8, 3, 1])
+def test_a_deep_png_without_its_end_is_whole(tmp_path: Path, kept: int) -> None:
+    data = deep_png(tmp_path / "a.png")
+    whole = read_picture(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(data[:-kept])
+    assert (read_picture(tmp_path / "a.png").rgb == whole.rgb).all()
+
+
+def test_a_damaged_deep_png_is_one_sentence_and_libpng_says_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.png"
+    data = deep_png(path)
+    pixels = data.index(b"IDAT")
+    changed = data[: pixels + 40] + bytes([data[pixels + 40] ^ 1]) + data[pixels + 41 :]
+    for content, said in (
+        (changed, "its chunk IDAT fails its checksum"),
+        (data[: len(data) // 2], "it ends before its pixels do"),
+        (data.replace(b"IDAT", b"ID\0T"), "it has a chunk named 49440054"),
+        (data[:33] + data[8:], "its header does not come first, and once"),
+    ):
+        path.write_bytes(content)
+        for read in (read_picture, image_size):
+            with pytest.raises(ImageError, match=re.escape(f"{path} is damaged or cut short ({said}); get a whole")):
+                read(path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(("form", "kind"), [("AVIF", "avif"), ("TIFF", "tiff")])
+def test_a_torn_file_of_a_known_kind_is_not_called_no_image(tmp_path: Path, form: str, kind: str) -> None:
+    options = {"compression": "tiff_lzw"} if form == "TIFF" else {}
+    path = saved(tmp_path / "a.img", Image.fromarray(RGB), format=form, **options)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 5])
+    with pytest.raises(ImageError, match=f"a.img begins as {kind} and cannot be decoded: it is damaged"):
+        read_picture(path)
+
+
+def test_a_decoder_s_many_lines_become_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 65536, (400, 300, 3)).astype(np.uint16))
+    path.write_bytes(path.read_bytes()[:9_000] + path.read_bytes()[-400:])
+    with pytest.raises(ImageError, match="is damaged or cut short") as error:
+        read_picture(path)
+    assert len(str(error.value)) < len(str(path)) + 200
 
 
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:

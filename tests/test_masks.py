@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from icm_cli.errors import UsageError
+from icm_cli.errors import ImageError, UsageError
 from icm_cli.matting.masks import Mask, read_mask
 from icm_cli.matting.references import read_references
 
@@ -136,6 +136,42 @@ def test_soft_masks_are_cut_at_half(tmp_path_factory: pytest.TempPathFactory, si
     mask, notices = read(saved(tmp_path_factory.mktemp("soft"), picture))
     assert (mask.inside == (picture > 127)).mean() > 0.99
     assert not notices
+
+
+def test_what_is_odd_about_a_mask_s_file_is_told(tmp_path: Path) -> None:
+    """A second page, NaN, a missing end marker; and of an alpha with a picture, which of the two was taken."""
+    pages = [Image.fromarray(layers(thing=255)), Image.fromarray(layers(other=255))]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    mask, (told,) = read(tmp_path / "a.tif")
+    assert told == f"mask {tmp_path / 'a.tif'} has 2 frames or pages; the first one was taken"
+    assert (mask.inside == THING).all()
+    broken = (layers(thing=255) / 255).astype(np.float32)
+    broken[0, 0] = np.nan
+    Image.fromarray(broken).save(tmp_path / "b.tif")
+    mask, (told,) = read(tmp_path / "b.tif")
+    assert "NaN" in told
+    assert (mask.inside == THING).all()
+    Image.fromarray(layers(thing=255)).save(tmp_path / "c.jpg", quality=100)
+    (tmp_path / "c.jpg").write_bytes((tmp_path / "c.jpg").read_bytes()[:-2])
+    assert "without its end marker" in read(tmp_path / "c.jpg")[1][0]
+    photograph = np.random.default_rng(0).integers(0, 256, (*THING.shape, 3), np.uint8)
+    mask, (told,) = read(saved(tmp_path, np.dstack([photograph, layers(thing=255)])))
+    assert "its alpha was taken, and its colours were not" in told
+    assert (mask.inside == THING).all()
+
+
+def test_a_mask_of_floats_to_255_is_told_in_words_for_masks(tmp_path: Path) -> None:
+    Image.fromarray(layers(thing=255).astype(np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ImageError, match=r"values up to 255; expected 0\.\.1: save it with 1 for the thing"):
+        read(tmp_path / "a.tif")
+
+
+def test_a_reference_of_several_frames_says_so(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (80, 60), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "ref.gif", save_all=True, append_images=frames[1:])
+    notices: list[str] = []
+    read_references([tmp_path / "ref.gif"], [saved(tmp_path, layers(thing=255))], notices.append)
+    assert notices == [f"reference {tmp_path / 'ref.gif'} has 2 frames or pages; the first one was taken"]
 
 
 def test_a_label_without_a_mask_is_refused(tmp_path: Path) -> None:

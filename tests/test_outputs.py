@@ -16,7 +16,8 @@ from test_formats import linear, written
 
 from icm_cli.errors import UsageError
 from icm_cli.geometry import Float
-from icm_cli.images.decoding import Decoded, decode
+from icm_cli.images.decoding import decode
+from icm_cli.images.pixels import Decoded
 from icm_cli.images.writing import Output, read_stamp, write_alpha
 from icm_cli.matting.foreground import foreground_colours, trimap_of_alpha
 

@@ -98,6 +98,47 @@ def test_another_configuration_is_refused_with_the_difference(config: Path, out:
         assert shown in again.stderr
 
 
+def test_settings_of_another_stage_may_change(config: Path, out: Path) -> None:
+    """A run of pairs reads nothing of the refining recipe, so new defaults there end no run."""
+    train(config, out, "--set", "train.steps=2")
+    assert train(config, out, "--resume", "--set", "train.refine.crop_px=64").exit_code == 0
+    again = train(config, out, "--resume", "--set", "train.loss.dice=0.5")
+    assert again.exit_code == 2
+    assert "train.loss.dice" in again.stderr
+
+
+class TestEarlierRun:
+    """A run folder that commit 4c0bcdb wrote, before the code was laid out anew: two steps of ``golden/earlier_run``'s
+    train.yaml, on the dataset of conftest in the working directory, with ``--device cpu --workers 0``."""
+
+    @pytest.fixture
+    def folder(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.chdir(data.parent)  # its data are named from there
+        return Path(shutil.copytree(Path(__file__).parent / "golden" / "earlier_run", tmp_path / "earlier"))
+
+    def test_its_next_steps_are_those_of_the_earlier_code(self, folder: Path) -> None:
+        done = train(folder / "train.yaml", folder, "--resume", "--set", "train.steps=4")
+        assert done.exit_code == 0, done.output
+        assert [row["step"] for row in log(folder)] == ["1", "2", "3", "4"]
+        losses = [float(row["loss"]) for row in log(folder)[2:]]
+        assert losses == pytest.approx([34.072792053222656, 32.96425247192383], rel=1e-3)
+
+    def test_its_model_mattes_as_in_the_earlier_code(self, folder: Path, data: Path, icm: Icm) -> None:
+        matted = icm(
+            checkpoint=folder / "last.safetensors",
+            model=None,
+            ref=data / "images" / "a" / "lawn.jpg",
+            mask=data / "alphas" / "a" / "lawn.png",
+            src=data / "images" / "a",
+            report=folder / "r.json",
+        )
+        assert matted.exit_code == 0, matted.output
+        images = {each["name"]: each for each in json.loads((folder / "r.json").read_text())["images"]}
+        for name, confidence, foreground in (("brickwall.jpg", 0.6789, 0.160569), ("launchpad.jpg", 0.6331, 0.183469)):
+            assert images[name]["confidence"] == pytest.approx(confidence, abs=2e-3)
+            assert images[name]["foreground"] == pytest.approx(foreground, abs=2e-3)
+
+
 def test_other_images_are_another_run(config: Path, out: Path, data: Path) -> None:
     train(config, out)
     (data / "images" / "a" / "lawn.jpg").unlink()

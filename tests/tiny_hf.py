@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,25 @@ def write_tiny_vitmatte(folder: Path, *, seed: int = 0) -> Path:
         model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
     return folder
+
+
+def sharded(folder: Path, target: Path) -> Path:
+    """Copy a folder with its weights in two files and an index, as the hub holds large ones; returns ``target``."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    whole = target / "model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    names = sorted(tensors)
+    places = {name: f"model-0000{1 + (2 * at >= len(names))}-of-00002.safetensors" for at, name in enumerate(names)}
+    for file in set(places.values()):
+        part = {name: tensors[name] for name in names if places[name] == file}
+        save_file(part, target / file, {"format": "pt"})
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    return target
 
 
 def write_dinov2_small(folder: Path) -> Path:

@@ -58,11 +58,14 @@ class Layout:
     """A folder that all of them are in."""
     backgrounds_each: int = 0
     """Above 0, ``images`` holds foregrounds, each to be put on that many backgrounds."""
+    lists: tuple[str, ...] = ()
+    """Text files; the first that is there names the images that count, one image or folder of images a line."""
 
     def expected(self) -> str:
         """Description of the layout, for error messages."""
         under = f"{self.under}/" if self.under else ""
-        return f"{under}{self.images}/ and {under}{self.alphas}/" + (
+        listed = f", listed in {' or '.join(under + name for name in self.lists)}" if self.lists else ""
+        return f"{under}{self.images}/ and {under}{self.alphas}/{listed}" + (
             f" (and perhaps {under}{self.trimaps}/)" if self.trimaps else ""
         )
 
@@ -74,8 +77,8 @@ class FileSets:
     images: Files
     alphas: Files
     trimaps: Files
-    clashes: tuple[Problem, ...] = ()
-    """Files of one kind that share a key, so that only the first is taken."""
+    problems: tuple[Problem, ...] = ()
+    """Files of one kind that share a key, so that only the first is taken, and listed images that are not there."""
 
 
 def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layout, FileSets]:
@@ -118,7 +121,7 @@ def find_by_pattern(images: str, alphas: str, trimaps: str | None) -> FileSets:
 
 def pair(layout: Layout, files: FileSets, backgrounds: Sequence[Path] = ()) -> tuple[list[Sample], list[Problem]]:
     """Samples in the order of their names, and what has no partner."""
-    problems = list(files.clashes)
+    problems = list(files.problems)
     samples: list[Sample] = []
     used: set[str] = set()
     for key, alpha in sorted(files.alphas.items()):
@@ -172,7 +175,39 @@ def _files_at(layout: Layout, base: Path, inside: Path | None = None) -> FileSet
     images, alphas, trimaps = (
         _by_key(image_files(folder), folder, layout.key, clashes) if folder else {} for folder in folders
     )
-    return FileSets(images, alphas, trimaps, tuple(clashes)) if images and alphas else None
+    found = FileSets(images, alphas, trimaps, tuple(clashes))
+    if layout.lists:
+        found = _listed(layout, base, found)
+    return found if found.images and found.alphas else None
+
+
+def _listed(layout: Layout, base: Path, files: FileSets) -> FileSets:
+    """The files that the layout's list names; what it names and is not there becomes a problem.
+
+    A line of DAVIS' lists begins with an image (``/JPEGImages/480p/goat/00000.jpg``), or is a folder (``goat``).
+    Raises UsageError where there is no list, or one that cannot be read.
+    """
+    places = [base / layout.under / name for name in layout.lists]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise UsageError(
+            f"{base} has no list of the images that count; expected {' or '.join(map(str, places))}; put it there, "
+            "one image or folder of images a line"
+        )
+    try:
+        names = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"list {path} cannot be read ({error}); expected one image or folder a line") from error
+    names = [name.strip("/").removeprefix(f"{layout.images}/") for name in names]
+    wanted = {str(PurePosixPath(name).with_suffix("")) if "/" in name else name for name in names}
+    absent = wanted - {name for key in {*files.images, *files.alphas} for name in (key, key.split("/")[0])}
+    problems = [Problem("absent-file", name, f"{path} names {name}, but there is no such image") for name in absent]
+
+    def of_the_list(found: Files) -> Files:
+        return {key: file for key, file in found.items() if key in wanted or key.split("/")[0] in wanted}
+
+    images, alphas, trimaps = map(of_the_list, (files.images, files.alphas, files.trimaps))
+    return FileSets(images, alphas, trimaps, (*files.problems, *sorted(problems, key=lambda each: each.name)))
 
 
 def _at(layout: Layout, base: Path) -> tuple[Path, Path, Path | None] | None:

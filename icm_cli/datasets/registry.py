@@ -52,6 +52,8 @@ class Dataset:
     """The alphas are masks of 0 and 255."""
     has_detail_maps: bool = False
     """The trimaps are detail maps: every pixel above 0 is unknown."""
+    is_shots: bool = False
+    """Groups are shots whose first frame is given, scored as DAVIS does; all indices of a palette are one thing."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,15 @@ class Found:
 WHOLE_AND_UNKNOWN: tuple[Region, ...] = ("whole", "unknown")
 BY_FOREGROUND = r"(.+)_\d+$"
 """Composites are named FOREGROUND_NUMBER."""
+BY_FOLDER = r"(.+)/[^/]+$"
 _ADOBE = "Adobe-licensed images"
+
+
+def _davis(split: str) -> Layout:
+    """Frames at 480p; the list is that of DAVIS 2016, or of the 2016 shots in DAVIS 2017."""
+    lists = tuple(f"ImageSets/{folder}/{split}.txt" for folder in ("480p", "2016"))
+    return Layout("JPEGImages/480p", "Annotations/480p", lists=lists)
+
 
 DATASETS: dict[str, Dataset] = {
     "aim500": Dataset(
@@ -140,13 +150,21 @@ DATASETS: dict[str, Dataset] = {
         regions=("unknown",),
         group_of=BY_FOREGROUND,
     ),
+    "davis16": Dataset(
+        "DAVIS-2016",
+        (_davis("val"),),
+        (_davis("train"),),
+        group_of=BY_FOLDER,
+        is_binary=True,
+        is_shots=True,
+    ),
     "openimages": Dataset(
         "Open Images",
         (Layout("images", "masks", image_of=without_label_and_box),),
         group_of=r"(?:.*/)?[^_/]+_([^_/]+)_[^_/]+$",
         is_binary=True,
     ),
-    "folder": Dataset("a folder dataset", (Layout("images", "alphas", "trimaps"),), group_of=r"(.+)/[^/]+$"),
+    "folder": Dataset("a folder dataset", (Layout("images", "alphas", "trimaps"),), group_of=BY_FOLDER),
 }
 
 

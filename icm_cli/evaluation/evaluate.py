@@ -18,6 +18,7 @@ from icm_cli.datasets.samples import Sample
 from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import UsageError, did_you_mean
 from icm_cli.evaluation.protocol import Evaluation
+from icm_cli.evaluation.shots import as_shots, refuse_other_references
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path
 from icm_cli.problems import PROBLEM_KINDS
@@ -55,6 +56,8 @@ def evaluate(
     model: str | None = None,
     checkpoint: str | Path | None = None,
     weights: str | None = None,
+    edges: str = "model",
+    edges_weights: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | str = "auto",
@@ -94,6 +97,10 @@ def evaluate(
         groups=groups,
         backgrounds=backgrounds,
     )
+    if found.dataset.is_shots:
+        others = {"rounds": rounds, "refs_per_group": refs_per_group, "groups": groups, "video": video}
+        refuse_other_references(found.dataset.title, **others)
+        found = as_shots(found)
     if video:
         found = replace(found, samples=[_as_frame(sample) for sample in found.samples])
     has_trimaps = dataset == "folder" and any(sample.trimap for sample in found.samples)
@@ -121,6 +128,7 @@ def evaluate(
     evaluation.check_overwrites_nothing()
     of_the_model: dict[str, Any] = {
         **{"model": model, "checkpoint": as_path(checkpoint), "weights": weights, "device": device, "dtype": dtype},
+        **{"edges": edges, "edges_weights": edges_weights},
         **{"batch_size": batch_size, "seed": seed, "offline": offline},
     }
     if pred is not None:
@@ -154,6 +162,7 @@ def _rule(
         _one_of("lineage", lineage or dataset.lineage, LINEAGES),
         Rule.trimap_kernel_px if trimap_kernel is None else trimap_kernel,
         dataset.has_detail_maps,
+        dataset.is_shots,
     )
 
 

@@ -172,7 +172,11 @@ class _Shelf:
             ]
         else:
             references, problems = choose_references(
-                groups, rounds=rounds, refs_per_group=refs_per_group, is_usable=self._is_usable
+                groups,
+                rounds=rounds,
+                refs_per_group=refs_per_group,
+                is_usable=self._is_usable,
+                in_order=self.evaluation.found.dataset.is_shots,
             )
         problems += [Problem("bad-reference", name, reason) for name, reason in self._reasons.items()]
         return references, problems
@@ -198,7 +202,7 @@ class _Shelf:
     def _read(self, sample: Sample) -> Reference:
         """A sample as a reference: its picture, and its alpha above one half as guidance."""
         rgb = read_source(sample.image).rgb
-        mask = read_matte(sample.alpha)
+        mask = read_matte(sample.alpha, has_objects=self.evaluation.rule.is_shots)
         return Reference(
             rgb, make_guidance(mask, rgb.shape[:2], f"alpha {sample.alpha}", self.evaluation.listener.notice)
         )

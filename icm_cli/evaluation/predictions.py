@@ -14,6 +14,7 @@ from icm_cli.datasets.samples import Sample
 from icm_cli.errors import UsageError
 from icm_cli.evaluation.protocol import Evaluation, round_folder
 from icm_cli.evaluation.rounds import Rounds, read_rounds, targets
+from icm_cli.evaluation.shots import first_frames
 from icm_cli.images.composites import Composite
 from icm_cli.problems import Problem
 from icm_cli.reports.report import Report
@@ -34,6 +35,8 @@ def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Repo
     problems: list[Problem] = []
     if evaluation.fixed_references:
         references, problems = read_rounds(evaluation.fixed_references, evaluation.groups)
+    elif evaluation.found.dataset.is_shots:
+        references = first_frames(evaluation.found)
     planned = [
         result
         for number, shown in enumerate(references, 1)

@@ -159,7 +159,7 @@ class Evaluation:
                 pair = [scored.get((number, each.name)) for each in (frame, before)]
                 files = [(Path(result.output), Path(result.truth)) for result in pair if result]
                 if len(files) == 2:
-                    yield (number, frame.name), FlickerTask(files[0], files[1], self.rule.size)
+                    yield (number, frame.name), FlickerTask(files[0], files[1], self.rule)
 
     def _protocol(self, references: Rounds, notes: Sequence[str]) -> dict[str, Any]:
         """All that numbers depend on beside the alphas; two reports that differ here cannot be compared."""

@@ -27,12 +27,13 @@ def choose_references(
     rounds: int,
     refs_per_group: int,
     is_usable: Callable[[Sample], bool],
+    in_order: bool = False,
 ) -> tuple[Rounds, list[Problem]]:
     """The references of every round and group, and the groups that are too small to have any.
 
-    A group's names stand in the order of their SHA-256; round r takes those from the r-th on, beginning again at the
-    first after the last. ``is_usable`` is asked before a sample is taken; the next one stands in for one that is not.
-    At least one image of a group stays a target.
+    A group's names stand in the order of their SHA-256, or ``in_order`` as they come; round r takes those from the
+    r-th on, beginning again at the first after the last. ``is_usable`` is asked before a sample is taken; the next one
+    stands in for one that is not. At least one image of a group stays a target.
     """
     chosen: Rounds = [{} for _ in range(rounds)]
     problems = []
@@ -43,7 +44,7 @@ def choose_references(
                 for each in samples
             ]
             continue
-        ordered = sorted(samples, key=_sha256)
+        ordered = list(samples) if in_order else sorted(samples, key=_sha256)
         usable = functools.cache(is_usable)
         for number, names in enumerate(chosen):
             first = number % len(ordered)

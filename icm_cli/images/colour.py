@@ -44,7 +44,7 @@ class Colour:
     ``space``: "auto", or a name of the configuration. ``config``: an OpenColorIO file, "" for $OCIO or the built-in
     one. ``view``: of scene-referred pictures. ``exposure``: stops, before the view. ``layer``: of an EXR, by its part's
     name or its channels' prefix; "" for its picture. ``white``: the value of white in pictures of more than 8 bits,
-    where it is not that of their type.
+    where it is not that of their type. ``is_matte``: a mask or an alpha, whose numbers no option explains.
     """
 
     space: str = "auto"
@@ -53,6 +53,7 @@ class Colour:
     exposure: float = 0.0
     layer: str = ""
     white: float | None = None
+    is_matte: bool = False
 
     def check(self) -> None:
         """Raises UsageError for a configuration, space or view that is not there, naming those nearest to it; and for a

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from icm_cli.geometry import ImageU8, rounded_u8
 from icm_cli.images.colour import AS_LABELLED, SRGB, Colour, shown
-from icm_cli.images.decoding import Decoded, decode, named_errors, turned_as
+from icm_cli.images.decoding import decode, frame_count, named_errors
+from icm_cli.images.pixels import Decoded, turned_as
 
 COLOUR_TOLERANCE = 16
 """Channels of a grey picture differ by no more, after JPEG too."""
-RAW = Colour(space=SRGB)
+RAW = Colour(space=SRGB, is_matte=True)
 """Numbers as they are stored: an alpha goes through no profile and no transfer curve."""
 
 
@@ -45,12 +46,14 @@ def read_picture(path: Path, colour: Colour = AS_LABELLED, frame: int = 0) -> Pi
     return Picture(rgb, _alpha_u8(decoded), decoded.space, decoded.notices, decoded)
 
 
-def read_matte(path: Path) -> ImageU8:
+def read_matte(path: Path, *, has_objects: bool = False) -> ImageU8:
     """Read a mask or an alpha, uint8 [H,W]: the file's own alpha where that varies, else its brightest channel.
 
-    Raises ImageError like :func:`read_picture`.
+    ``has_objects``: a palette's indices above 0 are objects, 255 here. Raises ImageError like :func:`read_picture`.
     """
-    return _matte(read_picture(path, RAW))
+    picture = read_picture(path, RAW)
+    objects = _objects(picture.stored) if has_objects else None
+    return _matte(picture) if objects is None else objects
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class StoredPixels:
     scale: float
     is_palette: bool
     orientation: int = 1
+    notices: tuple[str, ...] = ()
+    """Sentences on what is odd about the file."""
 
     def turned_as(self, orientation: int) -> StoredPixels:
         """The pixels as they lie in the file, turned by another orientation than the file's own."""
@@ -73,10 +78,11 @@ class StoredPixels:
 def read_stored(path: Path) -> StoredPixels:
     """Read an image file's numbers as they are stored, EXIF rotation applied. Raises ImageError."""
     decoded = decode(path, wanted=RAW)
+    turn, notices = decoded.orientation, decoded.notices
     if decoded.indices is not None:
-        return StoredPixels(decoded.indices, None, 255.0, is_palette=True, orientation=decoded.orientation)
+        return StoredPixels(decoded.indices, None, 255.0, is_palette=True, orientation=turn, notices=notices)
     values = decoded.pixels[..., 0] if decoded.pixels.shape[-1] == 1 else decoded.pixels
-    return StoredPixels(values, decoded.alpha, decoded.scale, is_palette=False, orientation=decoded.orientation)
+    return StoredPixels(values, decoded.alpha, decoded.scale, is_palette=False, orientation=turn, notices=notices)
 
 
 @dataclass(frozen=True)
@@ -90,14 +96,22 @@ class TrueAlpha:
     """Whether channels differ, so that none of them is plainly the alpha."""
 
 
-def read_true_alpha(path: Path) -> TrueAlpha:
+def read_true_alpha(path: Path, *, has_objects: bool = False) -> TrueAlpha:
     """Read a ground truth like :func:`read_matte`, and say what is odd about it. Raises ImageError."""
     decoded = decode(path, wanted=RAW)
+    if has_objects and (objects := _objects(decoded)) is not None:
+        return TrueAlpha(objects, is_deep=False, has_colour=False)
     picture = Picture(shown(decoded.pixels, decoded.scale, SRGB, RAW), _alpha_u8(decoded))
     alpha = _matte(picture)
     spread = alpha - picture.rgb.min(axis=-1)  # of the channels, where the alpha is their brightest
     has_colour = alpha is not picture.alpha and bool(spread.max() > COLOUR_TOLERANCE)
     return TrueAlpha(alpha, decoded.bits > 8, has_colour)
+
+
+def notices_of_frames(what: str, path: Path) -> list[str]:
+    """A sentence where a file of which one picture is taken, a "mask" or the like, holds several. Raises ImageError."""
+    frames = frame_count(path)
+    return [f"{what} {path} has {frames} frames or pages; the first one was taken"] if frames > 1 else []
 
 
 def content_sha256(path: Path) -> str:
@@ -110,6 +124,13 @@ def _alpha_u8(decoded: Decoded) -> ImageU8 | None:
     if decoded.alpha is None or decoded.alpha.dtype == np.uint8:
         return decoded.alpha
     return rounded_u8(decoded.alpha.astype(np.float32) * np.float32(255.0 / decoded.scale))
+
+
+def _objects(decoded: Decoded | None) -> ImageU8 | None:
+    """Objects by their palette indices, all 255 of uint8 [H,W]; None of a file without a palette."""
+    if decoded is None or decoded.indices is None:
+        return None
+    return np.where(decoded.indices > 0, 255, 0).astype(np.uint8)
 
 
 def _matte(picture: Picture) -> ImageU8:

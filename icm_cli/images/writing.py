@@ -17,8 +17,9 @@ from PIL import Image, PngImagePlugin
 from icm_cli.errors import OutputError, UsageError, did_you_mean
 from icm_cli.files import atomic_write
 from icm_cli.geometry import Float, rounded_u8
-from icm_cli.images.decoding import DECODE_ERRORS, Decoded
+from icm_cli.images.decoding import DECODE_ERRORS
 from icm_cli.images.kinds import OWN_MARK
+from icm_cli.images.pixels import Decoded
 
 Format = Literal["png", "tiff", "exr"]
 Depth = Literal["8", "16", "half", "float"]

@@ -18,7 +18,7 @@ import numpy as np
 from icm_cli.device import is_device_lost, is_out_of_memory, release_memory
 from icm_cli.errors import DeviceError, ImageError, OutputError, UsageError
 from icm_cli.geometry import Float, to_u8
-from icm_cli.images.decoding import Decoded
+from icm_cli.images.pixels import Decoded
 from icm_cli.images.writing import AS_EVER, Output, write_alpha, write_foreground, write_trimap
 from icm_cli.matting.foreground import foreground_colours, trimap_of_alpha
 from icm_cli.matting.jobs import Job

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.geometry import UNKNOWN, Float
-from icm_cli.images.decoding import Decoded
+from icm_cli.images.pixels import Decoded
 from icm_cli.model.closed_form import load_foreground_estimator
 
 CERTAIN = 0.05

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from icm_cli.errors import UsageError
 from icm_cli.geometry import same_shape
-from icm_cli.images.decoding import ON_THEIR_SIDE
-from icm_cli.images.reading import COLOUR_TOLERANCE, StoredPixels, read_stored
+from icm_cli.images.pixels import ON_THEIR_SIDE
+from icm_cli.images.reading import COLOUR_TOLERANCE, StoredPixels, notices_of_frames, read_stored
 
 VOID = 255
 """Index of pixels that belong to nothing, in the palette PNGs of PASCAL VOC."""
@@ -61,11 +61,16 @@ def read_mask(path: Path, label: str | None, notice: Callable[[str], None], turn
     Raises UsageError where it cannot be told what is meant, listing what there is; ImageError for a bad file.
     """
     stored = read_stored(path)
+    for sentence in (*stored.notices, *notices_of_frames("mask", path)):
+        notice(sentence)
     if turn is not None:
         stored = _laid(stored, turn, path, notice)
     if label is not None:
         return _labelled(stored, label, path)
     if stored.alpha is not None and stored.alpha.min() != stored.alpha.max():
+        visible = stored.values[stored.alpha > 0]
+        if (visible != visible[0]).any():
+            notice(f"mask {path} has an alpha and colours that vary; its alpha was taken, and its colours were not")
         return _without_unknown(stored.alpha > 0.5 * stored.scale)
     if stored.is_palette:
         return _of_indices(stored.values, path)

@@ -100,6 +100,8 @@ class Outcome:
                 result,
                 status=result.status if answer.scores else "unscored",
                 scores=answer.scores,
+                jaccard=answer.jaccard,
+                boundary_f=answer.boundary_f,
                 was_resized=answer.was_resized,
                 foreground=answer.foreground if result.foreground is None else result.foreground,
                 is_seen=is_seen,

@@ -14,7 +14,7 @@ from icm_cli.errors import ImageError, UsageError, did_you_mean
 from icm_cli.files import digest_of
 from icm_cli.geometry import ImageU8, resize, same_shape
 from icm_cli.images.colour import AS_LABELLED, Colour
-from icm_cli.images.reading import read_picture
+from icm_cli.images.reading import notices_of_frames, read_picture
 from icm_cli.matting.masks import Mask, MaskOrientation, Turn, read_mask
 
 FOREGROUND_THRESHOLD = 0.5
@@ -103,7 +103,7 @@ def _read_reference(
 ) -> Reference:
     try:
         picture = read_picture(ref, colour)
-        for sentence in picture.notices:
+        for sentence in (*picture.notices, *notices_of_frames("reference", ref)):
             notice(sentence)
         if mask is not None:
             height, width = picture.rgb.shape[:2]

@@ -26,6 +26,7 @@ from icm_cli.reports.contact_sheet import evenly
 from icm_cli.reports.means import Means, by, mean_text, number_text
 from icm_cli.reports.published import PUBLISHED, comparability
 from icm_cli.reports.scores import METRICS, TITLES, Region
+from icm_cli.reports.shots import FIGURES
 
 if TYPE_CHECKING:
     from icm_cli.reports.report import Report
@@ -110,6 +111,7 @@ def _content(report: Report) -> dict[str, Any]:
         "main": main,
         "published": PUBLISHED.get(protocol.get("title", ""), ()),
         "comparability": comparability(protocol, means),
+        "shot_figures": FIGURES,
         "tables": _tables(scored),
         "histograms": [_histogram(scored, main, metric) for metric in METRICS] if main else [],
         "worst": map(figure, worst),

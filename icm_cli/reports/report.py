@@ -19,6 +19,7 @@ from icm_cli.problems import Problem
 from icm_cli.reports.means import Means, summarise
 from icm_cli.reports.result import ImageResult, Status
 from icm_cli.reports.scores import Region
+from icm_cli.reports.shots import ShotScores, shot_scores
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class Report:
             return None
         return summarise([result for result in self.results if not result.is_seen])
 
+    @property
+    def shots(self) -> dict[str, ShotScores]:
+        """J and F of every shot, and last their means over the shots; empty where the dataset is none of shots."""
+        return shot_scores(self.results)
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
         statuses: tuple[Status, ...] = ("done", "skipped", "unscored", "failed", "not reached")
@@ -114,6 +120,7 @@ class Report:
                 "peak_memory_bytes": self.peak_memory_bytes,
                 "means": _plain(self.means),
                 "means_without_images_trained_on": _plain(self.means_unseen),
+                "shots": _plain(self.shots),
                 "problems": dict(Counter(each.kind for each in self.problems)),
                 "allowed_problems": sorted(self.allowed),
             },

@@ -44,6 +44,10 @@ class ImageResult:
     scores: Mapping[Region, Scores] = field(default_factory=dict)
     dt_ssd: float | None = None
     """Flicker to the frame before, in groups that are videos."""
+    jaccard: float | None = None
+    """J of DAVIS, 0..1, in datasets of shots."""
+    boundary_f: float | None = None
+    """F of DAVIS, 0..1."""
     was_resized: bool = False
     """The alpha was not of its ground truth's size; it was brought there bilinearly to be scored."""
     is_seen: bool | None = None

@@ -27,6 +27,8 @@ class Rule:
     """Side of the square that dilates 0 < alpha < 1 to unknown, at the scored size, where no trimap is published."""
     has_detail_maps: bool = False
     """Trimaps are detail maps: every pixel above 0 is unknown."""
+    is_shots: bool = False
+    """J and F are scored too, a frame may be empty, and of a palette every index above 0 is the thing."""
 
     def as_protocol(self) -> dict[str, Any]:
         """State the rule, for reports."""

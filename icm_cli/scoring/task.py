@@ -8,7 +8,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from icm_cli.datasets.registry import Size
 from icm_cli.errors import ImageError
 from icm_cli.geometry import UNKNOWN, ImageU8, same_shape
 from icm_cli.images.decoding import image_size
@@ -16,6 +15,7 @@ from icm_cli.images.reading import TrueAlpha, content_sha256, read_matte, read_t
 from icm_cli.problems import Problem
 from icm_cli.reports.scores import Region, Scores
 from icm_cli.scoring.metrics import dt_ssd, score
+from icm_cli.scoring.overlap import boundary_accuracy, region_similarity
 from icm_cli.scoring.rule import Rule, scored_size, trimap_of
 
 
@@ -30,6 +30,8 @@ class Scored:
     image_sha256: str | None = None
     foreground: float | None = None
     """Share of foreground: the mean of the alpha at its own size, 0..1."""
+    jaccard: float | None = None
+    boundary_f: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class ScoreTask:
         try:
             if self.wants_sha256 and self.image:
                 digest = content_sha256(self.image)
-            truth, predicted = read_true_alpha(self.truth), read_true_alpha(self.alpha)
+            truth = read_true_alpha(self.truth, has_objects=self.rule.is_shots)
+            predicted = read_true_alpha(self.alpha, has_objects=self.rule.is_shots)
             problems = self._oddities(truth) + (self._unusable(self.alpha, predicted) if self.is_foreign else [])
             if any(each.kind != "16-bit-alpha" for each in problems):
                 return Scored(problems=tuple(problems), image_sha256=digest)
@@ -66,7 +69,8 @@ class ScoreTask:
             return Scored(problems=tuple(problems), image_sha256=digest)
         at_size = scored_size(truth.alpha, truth.alpha.shape, self.rule.size)
         trimap, more = self._trimap(at_size, truth.alpha.shape)
-        scores = score(scored_size(alpha, truth.alpha.shape, self.rule.size), at_size, self.rule.lineage, trimap)
+        scored = scored_size(alpha, truth.alpha.shape, self.rule.size)
+        scores = score(scored, at_size, self.rule.lineage, trimap)
         if trimap is not None and "unknown" not in scores:
             more.append(Problem("no-unknown", self.name, f"{self.trimap or self.truth} leaves no unknown pixel (128)"))
         return Scored(
@@ -75,6 +79,8 @@ class ScoreTask:
             was_resized=alpha.shape != truth.alpha.shape,
             image_sha256=digest,
             foreground=round(float(alpha.mean()) / 255.0, 6),
+            jaccard=region_similarity(scored, at_size) if self.rule.is_shots else None,
+            boundary_f=boundary_accuracy(scored, at_size) if self.rule.is_shots else None,
         )
 
     def _oddities(self, truth: TrueAlpha) -> list[Problem]:
@@ -83,7 +89,7 @@ class ScoreTask:
         if self.image is not None and (size := image_size(self.image)) != truth.alpha.shape:
             found.append(self._mismatch("ground truth", self.truth, truth.alpha.shape, size))
         found += self._unusable(self.truth, truth)
-        if not truth.alpha.any() and "empty-alpha" not in self.allowed:
+        if not (truth.alpha.any() or self.rule.is_shots or "empty-alpha" in self.allowed):
             found.append(
                 Problem("empty-alpha", self.name, f"{self.truth} is empty; --allow empty-alpha scores against it")
             )
@@ -129,14 +135,17 @@ class FlickerTask:
 
     frame: tuple[Path, Path]
     before: tuple[Path, Path]
-    size: Size
+    rule: Rule
 
     def run(self) -> float | None:
         try:
-            shape = read_true_alpha(self.frame[1]).alpha.shape
+            shape = self._read(self.frame[1]).shape
             alpha, truth, alpha_before, truth_before = (
-                scored_size(read_matte(path), shape, self.size) for path in (*self.frame, *self.before)
+                scored_size(self._read(path), shape, self.rule.size) for path in (*self.frame, *self.before)
             )
         except ImageError:
             return None
         return dt_ssd(alpha, alpha_before, truth, truth_before)
+
+    def _read(self, path: Path) -> ImageU8:
+        return read_matte(path, has_objects=self.rule.is_shots)

@@ -27,6 +27,8 @@ FREE_SETTINGS = frozenset(
     {"train.log_every", "train.image_every", "train.save_every", "train.feature_cache_gb", "train.steps"}
 )
 """Settings that a resumed run may change: none of them decides a step that is taken, but ``steps`` with a decay."""
+OF_ONE_STAGE = {"match": "train.match.", "refine": "train.refine."}
+"""Stage -> beginning of the settings that no other stage reads."""
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -54,7 +56,9 @@ def load_state(path: Path) -> dict[str, Any]:
 def check_same_run(path: Path, saved: str, given: Mapping[str, Any], *, has_decay: bool) -> None:
     """Raises UsageError that shows every difference between a saved run's settings (JSON) and those given now."""
     free = FREE_SETTINGS - ({"train.steps"} if has_decay else set())
-    changed = [line for line in differences(json.loads(saved), given) if line.partition(":")[0].rstrip() not in free]
+    unread = tuple(start for stage, start in OF_ONE_STAGE.items() if stage != given["train"]["stage"])
+    lines = [line for line in differences(json.loads(saved), given) if not line.startswith(unread)]
+    changed = [line for line in lines if line.partition(":")[0].rstrip() not in free]
     if changed:
         raise UsageError(
             f"{path} is of a run with other settings, so it cannot be resumed: {'; '.join(changed)}. Give the "

@@ -21,7 +21,8 @@ from PIL import Image
 
 from icm_cli.geometry import rounded_u8
 from icm_cli.images import colour
-from icm_cli.images.decoding import Decoded, decode
+from icm_cli.images.decoding import decode
+from icm_cli.images.pixels import Decoded
 from icm_cli.images.reading import read_picture
 
 HEIGHT, WIDTH = 2160, 3840

@@ -1,0 +1,92 @@
+"""Pixels of one frame, upright: what decoders give, EXIF's turn, and the memory that they may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icm_cli import environment
+from icm_cli.errors import ImageError
+
+BYTES_PER_PIXEL = 24
+"""Memory that a picture takes while it is read, matted and written, per pixel."""
+KEPT_ATTRIBUTES = frozenset({"PixelAspectRatio", "smpte:TimeCode", "smpte:KeyCode", "FramesPerSecond", "captureRate"})
+BAD_PROFILE = "its ICC profile cannot be used; its colours are taken as sRGB"
+ON_THEIR_SIDE = frozenset({5, 6, 7, 8})
+_UPRIGHT: dict[int, Any] = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a.swapaxes(0, 1)[:, ::-1],
+    7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda a: a.swapaxes(0, 1)[::-1],
+}
+"""EXIF's orientations but the upright one (1), and what undoes each."""
+_BACK = {6: 8, 8: 6}
+"""Orientations that make good for each other; the others are their own opposites."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Upright pixels of one frame as the file has them: [H,W,1|3] in 0..``scale``, floats perhaps beyond; ``alpha``
+    [H,W] on the same scale where there is one; colours that a file has multiplied by it (associated alpha) are left so,
+    which is the picture over black. ``space`` is the colour space's name; ``notices`` say what is odd."""
+
+    pixels: NDArray[Any]
+    alpha: NDArray[Any] | None
+    scale: float
+    space: str
+    notices: tuple[str, ...] = ()
+    bits: int = 8
+    indices: NDArray[Any] | None = None
+    """Palette indices [H,W], where the file has a palette without transparency."""
+    header: Any = None
+    """Specification of a file that OpenImageIO read."""
+    orientation: int = 1
+    """EXIF's, which was undone."""
+
+    def give_windows(self, spec: Any) -> None:
+        """Give a file to be written this one's data and display window, pixel aspect, timecode and frame rate."""
+        header = self.header
+        if header is None or (header.width, header.height) != (spec.width, spec.height):
+            return
+        for name in ("x", "y", "full_x", "full_y", "full_width", "full_height"):
+            setattr(spec, name, getattr(header, name))
+        for attribute in header.extra_attribs:
+            if attribute.name in KEPT_ATTRIBUTES:
+                spec.attribute(attribute.name, attribute.type, attribute.value)
+
+
+def turned_as(pixels: NDArray[Any], orientation: int, wanted: int) -> NDArray[Any]:
+    """Pixels [H,W] or [H,W,C] that were turned by one EXIF orientation, turned by the ``wanted`` one in its place."""
+    return np.ascontiguousarray(turned(turned(pixels, _BACK.get(orientation, orientation)), wanted))
+
+
+def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Stored pixels [H,W] or [H,W,C] as they are seen, by EXIF's orientation; a view."""
+    return _UPRIGHT[orientation](pixels) if orientation in _UPRIGHT else pixels
+
+
+def known_turn(orientation: object) -> int:
+    """EXIF's orientation, 1..8; 1 for anything else that a file may say."""
+    return orientation if isinstance(orientation, int) and orientation in _UPRIGHT else 1
+
+
+def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """(height, width) of a stored (width, height)."""
+    return size if orientation in ON_THEIR_SIDE else (size[1], size[0])
+
+
+def check_memory(path: Path, width: int, height: int) -> None:
+    """Raises ImageError for a picture that this machine's free memory does not hold."""
+    needed, free = width * height * BYTES_PER_PIXEL, environment.available_memory_bytes()
+    if free is not None and needed > free:
+        raise ImageError(
+            f"{path} is {width}x{height}, which takes about {needed / 1e9:.0f} GB of memory, and "
+            f"{free / 1e9:.0f} GB are free; scale it down"
+        )
