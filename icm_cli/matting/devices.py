@@ -148,7 +148,7 @@ class Devices:
             return
         for folder in {job.output.parent for job in process.in_hand.values()}:
             remove_stale_temporaries(folder)
-        self._waiting.extendleft(reversed(process.in_hand.values()))
+        self._waiting.extend(process.in_hand.values())  # last, in case that one of them ended it
         self._notice(f"{process.name} is lost ({process.end}); {len(process.in_hand)} image(s) in its hands wait again")
         process.in_hand.clear()
 
