@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from train_data import MODEL, log, metadata, same_weights, train, write_config
 
 from icm_cli.config import parse_model
+from icm_cli.model.backbones.dinov2_lite import DinoV2Lite
 from icm_cli.model.edges.refine import Refine
 from icm_cli.model.heads.token_match import TokenMatchHead
 from icm_cli.model.loading import model_to_train
@@ -148,7 +149,8 @@ class TestMatch:
 
         def answers(times: int) -> list[torch.Tensor]:
             references = [each.repeat(1, times, *[1] * (each.ndim - 2)) for each in (shown, inside, ~inside)]
-            batch = MosaicBatch(("a", "b"), (0, 1), (), feature, (), everything.float(), everything, *references)
+            layers = (feature, (), everything.float(), everything, *references, feature, feature)
+            batch = MosaicBatch(("a", "b"), (0, 1), (), 1, 1, *layers)
             return TokenMatcher(head.eval())(batch)
 
         for once, twice in zip(answers(1), answers(2), strict=True):
@@ -366,3 +368,51 @@ class TestJoint:
         done = train(config, tmp_path / "parts", "--resume", "--set", "train.steps=6")
         assert done.exit_code == 0, done.output
         assert same_weights(*(tmp_path / each / "last.safetensors" for each in ("parts", "whole")))
+
+
+class TestLiveBlocks:
+    """The last blocks of dinov2-lite's transformer learn in the stage "match" from the tokens that enter them."""
+
+    def config(self, discs: Path, tmp_path: Path, **match: object) -> Path:
+        model = {"backbone": {"name": "dinov2-lite", "long_side_px": 96, "layers": [11, 12], "scale_blocks": []}}
+        head = {
+            **MODEL["head"],
+            "feature_channels": [384, 384, 120, 208, 352],
+            "skip_channels": [],
+            "decoder_channels": [],
+        }
+        recipe = {**MATCH, "steps": 12, "log_every": 6, "rate": 2e-3, "match": {"views": 2, "live_blocks": 2, **match}}
+        return write_config(
+            tmp_path / "a.yaml", discs, model={**model, "head": head}, **{**recipe, "backbone_rate": 1e-4}
+        )
+
+    def test_they_learn_alone_of_the_backbone_and_a_run_goes_on_bit_equal(self, discs: Path, tmp_path: Path) -> None:
+        config = self.config(discs, tmp_path)
+        done = train(config, tmp_path / "whole")
+        assert done.exit_code == 0, done.output
+        after = load_file(tmp_path / "whole" / "last.safetensors")
+        settings_ = read_settings(config)
+        before = model_to_train(settings_.model, checkpoint=None, weights=None, offline=True, seed=0).state_dict()
+        changed = {key for key in before if key.startswith("backbone") and not after[key].equal(before[key])}
+        assert {key.split(".")[3] for key in changed} == {"10", "11"}
+        assert train(config, tmp_path / "parts", "--set", "train.steps=5").exit_code == 0
+        assert train(config, tmp_path / "parts", "--resume").exit_code == 0
+        assert same_weights(*(tmp_path / each / "last.safetensors" for each in ("parts", "whole")))
+
+    def test_unchanged_they_give_what_the_whole_backbone_gives(self) -> None:
+        torch.manual_seed(0)
+        backbone = DinoV2Lite(DinoV2Lite.Config(long_side_px=96, layers=(9, 12), scale_blocks=())).eval()
+        image = torch.rand(2, 3, 96, 64)
+        with torch.no_grad(), backbone.keeping_stems(4) as stems:
+            feature = backbone.target(image, torch.ones(2, 96, 64, dtype=torch.bool), ["", ""]).correspondence
+        torch.testing.assert_close(
+            backbone.from_stems(torch.zeros_like(feature), stems[0], 4)[:, :768], feature[:, :768]
+        )
+
+    def test_a_rate_without_blocks_and_blocks_without_a_rate_are_refused(self, discs: Path, tmp_path: Path) -> None:
+        done = train(self.config(discs, tmp_path, live_blocks=0), tmp_path / "run")
+        assert done.exit_code == 3
+        assert "expected both above 0, or both 0" in done.stderr
+        done = train(self.config(discs, tmp_path, live_blocks=12), tmp_path / "run")
+        assert done.exit_code == 3
+        assert "live_blocks is 12" in done.stderr

