@@ -14,6 +14,7 @@ from test_formats import RGB, SIDE, linear
 from icm_cli.errors import ImageError
 from icm_cli.images.colour import Colour
 from icm_cli.images.decoding import image_size
+from icm_cli.images.pixels import Windows
 from icm_cli.images.reading import read_matte, read_picture
 
 Channels = Mapping[str, np.ndarray]
@@ -105,7 +106,8 @@ def test_a_layer_has_its_own_alpha_and_windows(tmp_path: Path) -> None:
     picture = read_picture(path)
     assert picture.alpha is not None
     assert np.abs(picture.alpha / 255.0 - NOISE[:20, :30]).max() <= 0.51 / 255
-    assert image_size(path) == (20, 30)
+    assert picture.windows == Windows((20, 30), (0, 0), (SIDE, SIDE))
+    assert image_size(path) == (SIDE, SIDE)
 
 
 def test_the_option_decides_the_alpha_and_is_part_of_its_digest(icm: Icm, scene: Path) -> None:

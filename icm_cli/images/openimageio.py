@@ -17,7 +17,7 @@ from icm_cli.geometry import ImageU8, rounded_u8
 from icm_cli.images import colour
 from icm_cli.images.kinds import Kind
 from icm_cli.images.layers import Layer, picture_layer
-from icm_cli.images.pixels import BAD_PROFILE, Decoded, check_memory, known_turn, turned
+from icm_cli.images.pixels import BAD_PROFILE, Decoded, Windows, check_memory, known_turn, turned, upright_size
 
 oiio.attribute("threads", 1)  # files are read in threads of our own
 LARGEST_DISPLAY_VALUE = 1.5
@@ -84,7 +84,10 @@ def read(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
         layer, told = layer_of(file, path, frame, kind, wanted.layer)
         file.seek_subimage(layer.part, 0)
         spec = oiio.ImageSpec(file.spec())
-        check_memory(path, spec.width, spec.height)
+        orientation = known_turn(tag(spec, "Orientation"))
+        windows = windows_of(spec, kind, orientation)
+        for height, width in (windows.size, windows.display):
+            check_memory(path, width, height)
         first, end = layer.channels
         values = file.read_image(layer.part, 0, first, end, _read_type(spec))
         if values is None or file.has_error:
@@ -112,11 +115,26 @@ def read(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
             pixels, space = np.asarray(converted), colour.SRGB
             alpha = None if alpha is None else _eight_bits(alpha, scale)
             scale = 255.0
-    orientation = known_turn(tag(spec, "Orientation"))
     upright = None if alpha is None else np.ascontiguousarray(turned(alpha, orientation))
     pixels = np.ascontiguousarray(turned(pixels, orientation))
-    bits = 8 * values.dtype.itemsize
-    return Decoded(pixels, upright, scale, space, tuple(notices), bits, header=spec, orientation=orientation)
+    return Decoded(
+        pixels,
+        upright,
+        scale,
+        space,
+        tuple(notices),
+        bits=8 * values.dtype.itemsize,
+        header=spec,
+        orientation=orientation,
+        own_windows=None if orientation != 1 else windows,
+    )
+
+
+def windows_of(spec: Any, kind: Kind, orientation: int) -> Windows:
+    """Upright windows of an EXR; those of a file that has none, or that is turned, are its size."""
+    if kind.name == "openexr" and orientation == 1:
+        return Windows.of_header(spec)
+    return Windows.whole(upright_size((spec.width, spec.height), orientation))
 
 
 def layer_of(file: Any, path: Path, frame: int, kind: Kind, wanted: str) -> tuple[Layer, tuple[str, ...]]:

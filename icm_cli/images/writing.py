@@ -87,6 +87,11 @@ class Output:
         return ENDINGS[self.format][0]
 
     @property
+    def has_windows(self) -> bool:
+        """Whether the format says where in its display window a picture lies."""
+        return self.format == "exr"
+
+    @property
     def is_premultiplied(self) -> bool:
         """Whether a foreground's colours are multiplied by its alpha: usual in EXR, not elsewhere."""
         return self.foreground == "premultiplied" or (self.foreground == "auto" and self.format == "exr")
