@@ -81,7 +81,7 @@ def is_associated(spec: Any) -> bool:
 def read(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
     """Decode one part or page, EXIF's turn applied. Raises ImageError, or whatever OpenImageIO says."""
     with opened(path) as file:
-        layer, told = layer_of(file, path, frame, kind, wanted.layer)
+        layer, told = layer_of(file, path, frame, kind, wanted.layer, is_picture=not wanted.is_matte)
         file.seek_subimage(layer.part, 0)
         spec = oiio.ImageSpec(file.spec())
         orientation = known_turn(tag(spec, "Orientation"))
@@ -126,6 +126,7 @@ def read(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
         bits=8 * values.dtype.itemsize,
         header=spec,
         orientation=orientation,
+        is_half=all(str((spec.channelformats or [spec.format] * end)[channel]) == "half" for channel in layer.colours),
         own_windows=None if orientation != 1 else windows,
     )
 
@@ -137,10 +138,12 @@ def windows_of(spec: Any, kind: Kind, orientation: int) -> Windows:
     return Windows.whole(upright_size((spec.width, spec.height), orientation))
 
 
-def layer_of(file: Any, path: Path, frame: int, kind: Kind, wanted: str) -> tuple[Layer, tuple[str, ...]]:
+def layer_of(
+    file: Any, path: Path, frame: int, kind: Kind, wanted: str, *, is_picture: bool = False
+) -> tuple[Layer, tuple[str, ...]]:
     """Channels to be read of a frame; the formats but EXR have no layers. Raises ImageError."""
     if kind.name == "openexr":
-        return picture_layer(file, path, wanted)
+        return picture_layer(file, path, wanted, is_picture=is_picture)
     if not file.seek_subimage(frame, 0):
         raise ImageError(f"{path} has no frame {frame + 1}")
     names = [name.upper() for name in file.spec().channelnames]

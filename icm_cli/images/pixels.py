@@ -103,6 +103,8 @@ class Decoded:
     """Specification of a file that OpenImageIO read."""
     orientation: int = 1
     """EXIF's, which was undone."""
+    is_half: bool = False
+    """Whether the file has floats of 16 bits."""
     own_windows: Windows | None = None
     """Those of an EXR that is not turned."""
 

@@ -251,7 +251,7 @@ class Engine:
             colours = foreground_colours(item.stored, alpha)
             if not output.has_windows:
                 colours, alpha = (windows.moved(each, windows.displayed) for each in (colours, alpha))
-            write_foreground(job.output, colours, alpha, mark, output, item.stored)
+            write_foreground(job.output, colours, alpha, mark, output, item.stored, job.colour.config)
         else:
             alpha = alpha if output.has_windows else windows.moved(alpha, windows.displayed)
             write_alpha(job.output, alpha, mark, output, item.stored)
