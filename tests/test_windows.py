@@ -36,7 +36,12 @@ def exr(path: Path, pixels: np.ndarray, box: Box | None = None, origin: tuple[in
 
 
 def windowed(
-    path: Path, pixels: np.ndarray, at: tuple[int, int], display: tuple[int, ...], origin: tuple[int, int] = (0, 0)
+    path: Path,
+    pixels: np.ndarray,
+    at: tuple[int, int],
+    display: tuple[int, ...],
+    origin: tuple[int, int] = (0, 0),
+    turn: int = 1,
 ) -> Path:
     """Write pixels of a data window whose top left corner lies at x, y of a display window of width, height."""
     stored = np.atleast_3d(pixels).astype(np.float32)
@@ -44,6 +49,7 @@ def windowed(
     spec.channelnames = ("R", "G", "B") if stored.shape[2] == 3 else ("A",)
     spec.x, spec.y = at[0] + origin[0], at[1] + origin[1]
     spec.full_x, spec.full_y, spec.full_width, spec.full_height = *origin, *display
+    spec.attribute("Orientation", turn)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = oiio.ImageOutput.create(str(path))
     assert file.open(str(path), spec), file.geterror()
@@ -178,3 +184,24 @@ def test_truths_are_registered_by_their_windows(icm: Icm, scene: Path, form: str
         (row,) = json.loads(report.read_text())["images"]
         errors.append(row["scores"]["whole"]["mse"])
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
+@pytest.mark.parametrize("turn", [3, 6])
+def test_windows_of_a_turned_source_are_left_out(icm: Icm, scene: Path, turn: int) -> None:
+    rgb = linear(read(next((scene / "imgs").glob("wall.*")))[:96, :96, 2::-1])
+    source = windowed(scene / "a.exr", rgb, (9, 5), (200, 200), turn=turn)
+    result = icm(src=source, format="exr")
+    assert result.exit_code == 0
+    file = oiio.ImageInput.open(str(scene / "out" / "a.exr"))
+    spec = file.spec()
+    file.close()
+    assert (spec.x, spec.y, spec.full_width, spec.full_height) == (0, 0, 96, 96)
+
+
+def test_a_trimap_beside_an_exr_covers_the_display_window(icm: Icm, scene: Path) -> None:
+    rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
+    exr(scene / "a.exr", rgb, (20, 10, 100, 70))
+    result = icm(src=scene / "a.exr", format="exr", trimap="beside")
+    assert "every trimap covers the display window" in " ".join(result.stderr.split())
+    assert read(scene / "out" / "a.trimap.png").shape == rgb.shape[:2]
+    assert read_matte(scene / "out" / "a.exr").shape == rgb.shape[:2]

@@ -116,10 +116,11 @@ class Decoded:
     def give_windows(self, spec: Any) -> None:
         """Give a file to be written this one's data and display window, pixel aspect, timecode and frame rate."""
         header = self.header
-        if header is None or (header.width, header.height) != (spec.width, spec.height):
+        if header is None or self.orientation in ON_THEIR_SIDE:
             return
-        for name in ("x", "y", "full_x", "full_y", "full_width", "full_height"):
-            setattr(spec, name, getattr(header, name))
+        if self.orientation == 1 and (header.width, header.height) == (spec.width, spec.height):
+            for name in ("x", "y", "full_x", "full_y", "full_width", "full_height"):
+                setattr(spec, name, getattr(header, name))
         for attribute in header.extra_attribs:
             if attribute.name in KEPT_ATTRIBUTES:
                 spec.attribute(attribute.name, attribute.type, attribute.value)

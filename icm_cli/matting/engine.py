@@ -155,11 +155,11 @@ class Engine:
     def _tell_of_windows(self, job: Job, windows: Windows) -> None:
         """Say once that what cannot carry an EXR's windows covers the display window."""
         output = self.settings.output
-        written = "trimap" if output.trimap != "none" else output.format.upper()
+        written = "trimap" if output.has_windows else output.format.upper()
         if windows.is_whole or self._has_seen_windows or (output.has_windows and output.trimap == "none"):
             return
         self._has_seen_windows = True
-        remedy = "" if output.has_windows else "; --format exr keeps both"
+        remedy = "" if output.has_windows else "; icm matte --format exr keeps both"
         self._notice(
             f"{job.source} has {windows}; every {written} covers the display window: what lies outside it is cut off, "
             f"and 0 fills it up{remedy}"
