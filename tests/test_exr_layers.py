@@ -14,7 +14,8 @@ from test_formats import RGB, SIDE, linear
 from icm_cli.errors import ImageError
 from icm_cli.images.colour import Colour
 from icm_cli.images.decoding import image_size
-from icm_cli.images.reading import read_matte, read_picture
+from icm_cli.images.pixels import Windows
+from icm_cli.images.reading import read_matte, read_picture, read_stored
 
 Channels = Mapping[str, np.ndarray]
 """Pixels [H,W] by the name of their channel."""
@@ -88,9 +89,48 @@ def test_a_layer_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
         read_picture(path, Colour(layer="Z"))
 
 
-def test_depth_alone_is_no_picture(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="has no channels R, G and B; it has Z, id"):
-        read_picture(multipart(tmp_path / "a.exr", ("", DEPTH)))
+@pytest.mark.parametrize(
+    "channels",
+    [
+        DEPTH,
+        {"Z": NOISE},
+        {"depth.Z": NOISE},
+        {"id": NOISE},
+        {"objectId": NOISE},
+        {f"uCryptoAsset00.{name}": NOISE for name in ("red", "green", "blue", "alpha")},
+        {f"ViewLayer.CryptoObject00.{name}": NOISE for name in "rgba"},
+        {f"zDepth.{name}": NOISE for name in "RGB"},
+    ],
+    ids="+".join,
+)
+def test_depth_and_ids_alone_are_no_picture(icm: Icm, scene: Path, channels: Channels) -> None:
+    (scene / "exr").mkdir()
+    multipart(scene / "exr" / "a.exr", ("", channels))
+    result = icm("--quiet", src=scene / "exr")
+    assert result.exit_code == 1
+    said = " ".join(result.stderr.split())
+    assert said.endswith(
+        f"a.exr: has depth, ids or cryptomattes alone ({', '.join(channels)}), which are no picture; give a picture"
+    )
+    assert not (scene / "out" / "a.png").exists()
+
+
+@pytest.mark.parametrize("name", ["Y", "grid", "solid", "matte", "R"])
+def test_a_single_grey_is_a_picture(tmp_path: Path, name: str) -> None:
+    path = multipart(tmp_path / "a.exr", ("depth", {"depth.Z": 50 * NOISE}), ("grey", {name: PICTURE[..., 0]}))
+    assert np.abs(read_picture(path).rgb[..., 0].astype(int) - RGB[..., 0]).max() <= 1
+
+
+def test_a_mask_may_be_of_ids(tmp_path: Path) -> None:
+    stored = read_stored(multipart(tmp_path / "a.exr", ("", {"id": np.round(NOISE)})))
+    assert (stored.values == np.round(NOISE)).all()
+
+
+def test_a_cryptomatte_beside_a_picture_is_passed_over(tmp_path: Path) -> None:
+    crypto = {f"CryptoObject00.{name}": NOISE for name in "RGBA"}
+    picture = read_picture(multipart(tmp_path / "a.exr", ("", {**crypto, **colours(PICTURE, "out.")})))
+    assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
+    assert not picture.notices
 
 
 @pytest.mark.parametrize("channels", [{"matte": NOISE}, {"A": NOISE, "Z": DEPTH["Z"]}, {"Y": NOISE, "RY": 0 * NOISE}])
@@ -105,7 +145,8 @@ def test_a_layer_has_its_own_alpha_and_windows(tmp_path: Path) -> None:
     picture = read_picture(path)
     assert picture.alpha is not None
     assert np.abs(picture.alpha / 255.0 - NOISE[:20, :30]).max() <= 0.51 / 255
-    assert image_size(path) == (20, 30)
+    assert picture.windows == Windows((20, 30), (0, 0), (SIDE, SIDE))
+    assert image_size(path) == (SIDE, SIDE)
 
 
 def test_the_option_decides_the_alpha_and_is_part_of_its_digest(icm: Icm, scene: Path) -> None:

@@ -140,7 +140,7 @@ def test_a_torn_file_is_named(tmp_path_factory: pytest.TempPathFactory, kind: st
     path = tmp_path_factory.mktemp("torn") / "a.img"
     Image.fromarray(RGB).save(path, format=kind)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
-    with pytest.raises(ImageError, match=r"a\.img (is|cannot)"):
+    with pytest.raises(ImageError, match=r"a\.img (is|begins|cannot)"):
         read_picture(path)
 
 

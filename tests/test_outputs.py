@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import cv2
@@ -142,7 +143,8 @@ def test_foregrounds_are_written(icm: Icm, scene: Path, form: str, kind: str, pr
         assert spec.channelnames == ("R", "G", "B", "A")
     np.testing.assert_allclose(pixels[..., 3], alpha, atol=1 / 255)
     inside = alpha > 0.99
-    np.testing.assert_allclose(pixels[inside][:, :3], decode(source).pixels[inside] / 255.0, atol=0.06)
+    coded = decode(source).pixels[inside]
+    np.testing.assert_allclose(pixels[inside][:, :3], coded / 255.0 if form == "png" else linear(coded), atol=0.06)
     outside = alpha < 1 / 255
     assert (pixels[outside][:, :3].max() < 0.01) == premultiplied
 
@@ -180,6 +182,60 @@ def test_a_foreground_has_the_depth_of_its_source(icm: Icm, scene: Path) -> None
     written(scene / "deep" / "a.tif", rgb.astype(np.uint16) * 257, "uint16")
     assert icm(src=scene / "deep", foreground="straight").exit_code == 0
     assert cv2.imread(str(scene / "out" / "a.png"), cv2.IMREAD_UNCHANGED).dtype == np.uint16
+
+
+@pytest.mark.parametrize("kind", ["half", "float"])
+def test_an_exr_foreground_has_the_depth_of_its_source(icm: Icm, scene: Path, kind: str) -> None:
+    rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
+    (scene / "deep").mkdir()
+    written(scene / "deep" / "a.exr", rgb, kind)
+    assert icm(src=scene / "deep", foreground="straight", format="exr").exit_code == 0
+    assert str(by_openimageio(scene / "out" / "a.exr")[1].format) == kind
+
+
+@pytest.mark.parametrize(
+    ("space", "label", "red"),
+    [
+        ("auto", None, None),
+        ("ARRI LogC3 (EI800)", "lin_ap1_scene", 0.713),
+        ("ACEScg", "lin_ap1_scene", 0.713),
+        ("lin_rec2020_scene", "lin_rec2020_scene", 0.708),
+        ("Linear ARRI Wide Gamut 3", "ocio:lin_awg3_scene", None),
+    ],
+)
+def test_an_exr_foreground_is_scene_linear(
+    icm: Icm, scene: Path, space: str, label: str | None, red: float | None
+) -> None:
+    source = next((scene / "imgs").glob("wall.*"))
+    options = {"src": source, "foreground": "straight", "colorspace": space}
+    assert icm(**options).exit_code == icm(**options, format="exr", depth="float", out=scene / "exr").exit_code == 0
+    coded = read(scene / "out" / "wall.png")[..., [2, 1, 0, 3]]
+    pixels, spec = by_openimageio(scene / "exr" / "wall.exr")
+    assert spec.getattribute("colorInteropID") == label
+    chromaticities = spec.getattribute("chromaticities")
+    assert (chromaticities and round(chromaticities[0], 4)) == red
+    inside = coded[..., 3] > 250
+    grey = inside & (np.ptp(coded[..., :3].astype(int), axis=-1) <= 1)  # the same in all primaries
+    value = coded[grey][:, :3].mean(axis=-1) / 255.0
+    if space == "auto":
+        np.testing.assert_allclose(pixels[inside][:, :3], linear(coded[inside][:, :3]), atol=0.006)
+    elif "LogC3" in space:
+        light = (10 ** ((value - 0.385537) / 0.247190) - 0.052272) / 5.555556  # ARRI's formula
+        expected = np.where(value > 0.149658, light, (value - 0.092809) / 5.367655)
+        np.testing.assert_allclose(pixels[grey][:, :3].mean(axis=-1), expected, rtol=0.02, atol=0.001)
+    else:
+        np.testing.assert_allclose(pixels[inside][:, :3], coded[inside][:, :3] / 255.0, atol=0.006)
+    assert grey.sum() > 20
+
+
+@pytest.mark.parametrize("form", ["tiff", "exr"])
+def test_no_file_has_the_time_of_day(icm: Icm, scene: Path, form: str) -> None:
+    """Two runs of one command give the same bytes, whenever they are."""
+    assert icm(format=form, src=scene / "imgs" / "wall.jpg").exit_code == 0
+    (made,) = (scene / "out").iterdir()
+    _, spec = by_openimageio(made)
+    assert not spec.getattribute("DateTime")
+    assert not re.search(rb"20\d\d:\d\d:\d\d", made.read_bytes())
 
 
 def test_trimaps_and_hold_outs(icm: Icm, scene: Path) -> None:

@@ -201,8 +201,7 @@ class _Shelf:
 
     def _read(self, sample: Sample) -> Reference:
         """A sample as a reference: its picture, and its alpha above one half as guidance."""
-        rgb = read_source(sample.image).rgb
-        mask = read_matte(sample.alpha, has_objects=self.evaluation.rule.is_shots)
-        return Reference(
-            rgb, make_guidance(mask, rgb.shape[:2], f"alpha {sample.alpha}", self.evaluation.listener.notice)
-        )
+        picture = read_source(sample.image)
+        mask = read_matte(sample.alpha, has_objects=self.evaluation.rule.is_shots, over=picture.windows)
+        notice = self.evaluation.listener.notice
+        return Reference(picture.rgb, make_guidance(mask, picture.windows, f"alpha {sample.alpha}", notice))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from icm_cli.errors import UsageError, did_you_mean
-from icm_cli.geometry import ImageU8, rounded_u8
+from icm_cli.geometry import Float, ImageU8, rounded_u8
 
 BUILT_IN = "ocio://studio-config-latest"
 """OpenColorIO's own configuration: ACES, camera logs, Rec.709, P3."""
@@ -35,6 +35,10 @@ PRIMARIES = {
     (0.680, 0.320, 0.265, 0.690, 0.150, 0.060): "lin_p3d65_scene",
 }
 """Chromaticities (red, green, blue; x and y each) of an EXR, and the space they stand for."""
+ACES = frozenset({"lin_ap0_scene", "lin_ap1_scene"})
+ACES_WHITE = 0.32168, 0.33767
+D65 = 0.3127, 0.3290
+"""White of the other spaces of ``PRIMARIES``."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,46 @@ def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
         if np.allclose(chromaticities[:6], primaries, atol=2e-3):
             return space
     return None
+
+
+def scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]:
+    """Colours [H,W,3] on the scale 0..1 as an EXR holds them, scene-linear, and the name of their space.
+
+    sRGB keeps its primaries, those of Rec.709; other curves come to the configuration's ``scene_linear``. What is
+    linear, or no colour, is left as it is.
+    """
+    if space == SRGB:
+        return _converted(pixels, BUILT_IN, "srgb_rec709_scene", LINEAR), LINEAR
+    found = _config(config).getColorSpace(space)
+    if (
+        found is None
+        or found.isData()
+        or _config(config).isColorSpaceLinear(found.getName(), ocio.REFERENCE_SPACE_SCENE)
+    ):
+        return pixels, space
+    return _converted(pixels, config, space, "scene_linear"), str(
+        _config(config).getColorSpace("scene_linear").getName()
+    )
+
+
+def label_of(space: str, config: str) -> dict[str, Any]:
+    """Attributes that say in which linear space an EXR's colours are; none for Rec.709's, which an EXR has without."""
+    found = None if space == LINEAR else _config(config).getColorSpace(space)
+    if found is None or found.getName() == known_space(LINEAR, config):
+        return {}
+    interop = getattr(found, "getInteropID", str)() or found.getName()
+    chromaticities = [
+        (*primaries, *(ACES_WHITE if each in ACES else D65))
+        for primaries, each in PRIMARIES.items()
+        if known_space(each, config) == found.getName()
+    ]
+    return {"colorInteropID": interop, **({"chromaticities": chromaticities[0]} if chromaticities else {})}
+
+
+def _converted(pixels: Float, config: str, space: str, wanted: str) -> Float:
+    values = np.array(pixels, np.float32, order="C")
+    _config(config).getProcessor(space, wanted).getDefaultCPUProcessor().apply(_described(values))
+    return values
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:

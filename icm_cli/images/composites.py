@@ -36,13 +36,13 @@ class Composite:
         As the composition code published with Deep Image Matting: a background that is smaller is enlarged until
         it covers the foreground, then its upper left part is taken. Raises ImageError.
         """
-        foreground, alpha = read_picture(self.foreground).rgb, read_matte(self.alpha)
+        foreground, alpha = read_picture(self.foreground).displayed().rgb, read_matte(self.alpha)
         if foreground.shape[:2] != alpha.shape:
             raise ImageError(
                 f"{self.foreground} is {foreground.shape[1]}x{foreground.shape[0]} and its alpha {self.alpha} "
                 f"{alpha.shape[1]}x{alpha.shape[0]}; expected one size"
             )
-        background = _covering(read_picture(self.background).rgb, *alpha.shape)
+        background = _covering(read_picture(self.background).displayed().rgb, *alpha.shape)
         weight = alpha[..., None] / np.float32(255)
         return Picture(rounded_u8(np.asarray(foreground * weight + background * (1 - weight), np.float32)), None)
 

@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from icm_cli.errors import ImageError
 from icm_cli.images import colour, jpeg, openimageio, png
 from icm_cli.images.kinds import Kind, kind_of
-from icm_cli.images.pixels import BAD_PROFILE, Decoded, check_memory, known_turn, turned, upright_size
+from icm_cli.images.pixels import BAD_PROFILE, Decoded, Windows, check_memory, known_turn, turned, upright_size
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a damaged file is told in a sentence of ours
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
@@ -41,7 +41,7 @@ def decode(path: Path, frame: int = 0, wanted: colour.Colour = colour.AS_LABELLE
         if _is_for_pillow(path, kind, frame, wanted):
             try:
                 return _by_pillow(path, frame, wanted)
-            except ValueError:  # as of image_size_and_turn
+            except ValueError:  # as of windows_and_turn
                 if kind.name != "png":
                     raise
             except OSError:
@@ -68,12 +68,12 @@ def frame_count(path: Path) -> int:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of an upright picture, from its header alone. Raises ImageError."""
-    return image_size_and_turn(path)[:2]
+    """Height and width of an upright picture, an EXR's display window, from its header alone. Raises ImageError."""
+    return windows_and_turn(path)[0].display
 
 
-def image_size_and_turn(path: Path) -> tuple[int, int, int]:
-    """Height and width of an upright picture and EXIF's orientation, from its header alone. Raises ImageError."""
+def windows_and_turn(path: Path) -> tuple[Windows, int]:
+    """Windows of an upright picture and EXIF's orientation, from its header alone. Raises ImageError."""
     with named_errors(path):
         kind = kind_of(path)
         frame = openimageio.page_of(path, 0) if kind.name == "tiff" else 0
@@ -83,7 +83,7 @@ def image_size_and_turn(path: Path) -> tuple[int, int, int]:
                     if frame:
                         image.seek(frame)
                     turn = _orientation(image)
-                    return *upright_size(image.size, turn), turn
+                    return Windows.whole(upright_size(image.size, turn)), turn
             except ValueError:  # of a PNG with more metadata than Pillow reads past
                 if kind.name != "png":
                     raise
@@ -92,8 +92,8 @@ def image_size_and_turn(path: Path) -> tuple[int, int, int]:
         with openimageio.opened(path) as file:
             file.seek_subimage(openimageio.layer_of(file, path, frame, kind, "")[0].part, 0)
             spec = file.spec()
-            turn = openimageio.tag(spec, "Orientation")
-            return *upright_size((spec.width, spec.height), turn), turn
+            turn = known_turn(openimageio.tag(spec, "Orientation"))
+            return openimageio.windows_of(spec, kind, turn), turn
 
 
 @contextlib.contextmanager

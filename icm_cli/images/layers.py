@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ from icm_cli.errors import ImageError
 
 PLAIN = "RGB"
 """Name by which channels called R, G, B and no more can be asked for."""
+DATA = re.compile(
+    r"z|z_?back|.*depth.*|(object|obj|material|mat|asset|instance|prim|render|user|mesh|node)?_?ids?|index(ob|ma)|.*crypto.*",
+    re.IGNORECASE,
+)
+"""Names, of layers, parts or channels, of depth, ids and cryptomattes, which are no pictures."""
 PICTURES = frozenset({"beauty", "combined", "rgb", "rgba"})
 """Names, of layers or their last parts, of what is the picture and no component of it."""
 
@@ -33,18 +39,23 @@ class Layer:
         return wanted in (self.prefix, self.part_name) or (not self.prefix and wanted.upper() == PLAIN)
 
     @property
+    def is_data(self) -> bool:
+        """Whether its name is that of depth, ids or a cryptomatte."""
+        return _is_data(self.prefix or self.part_name)
+
+    @property
     def channels(self) -> tuple[int, int]:
         """First channel, and the one after the last, of those that are read."""
         every = [*self.colours, *([] if self.alpha is None else [self.alpha])]
         return min(every), max(every) + 1
 
 
-def picture_layer(file: Any, path: Path, wanted: str) -> tuple[Layer, tuple[str, ...]]:
+def picture_layer(file: Any, path: Path, wanted: str, *, is_picture: bool = False) -> tuple[Layer, tuple[str, ...]]:
     """The layer of an open EXR to be read, and notices where it was not beyond doubt.
 
     ``wanted``: a part's name or a channel prefix; "": the first plain R, G, B, else a layer that is called beauty or
     the like, else the first. Raises ImageError, listing the layers, for one that is not there, and for a file that
-    holds no picture.
+    holds no picture; with ``is_picture``, depth, ids and cryptomattes alone are none (a mask may be of ids).
     """
     found, others = _layers(file)
     listed = ", ".join(dict.fromkeys(layer.name for layer in found))
@@ -55,6 +66,9 @@ def picture_layer(file: Any, path: Path, wanted: str) -> tuple[Layer, tuple[str,
                 f"{path} has no layer {wanted!r} with R, G and B; it has {listed or 'none'}: name one of these"
             )
         return named[0], ()
+    found = [layer for layer in found if not layer.is_data] or found
+    if is_picture and (all(layer.is_data for layer in found) if found else _are_data(others)):
+        raise _only_data(others, path)
     if not found:
         return _grey(others, path), ()
     plain = [layer for layer in found if not layer.prefix]
@@ -63,6 +77,21 @@ def picture_layer(file: Any, path: Path, wanted: str) -> tuple[Layer, tuple[str,
     if plain or len(found) == 1:
         return chosen, ()
     return chosen, (f"{path} has the layers {listed}; {chosen.name} was taken, --layer says another",)
+
+
+def _is_data(name: str) -> bool:
+    return any(DATA.fullmatch(each) for each in name.split("."))
+
+
+def _are_data(parts: list[tuple[int, tuple[str, ...]]]) -> bool:
+    """Whether all channels of all parts are depth, ids or cryptomattes."""
+    channels = [channel for _, channels in parts for channel in channels]
+    return bool(channels) and all(_is_data(channel) for channel in channels)
+
+
+def _only_data(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> ImageError:
+    every = ", ".join(channel for _, channels in parts for channel in channels)
+    return ImageError(f"{path} has depth, ids or cryptomattes alone ({every}), which are no picture; give a picture")
 
 
 def _layers(file: Any) -> tuple[list[Layer], list[tuple[int, tuple[str, ...]]]]:
@@ -93,7 +122,7 @@ def _layers_of_part(part: int, part_name: str, channels: tuple[str, ...]) -> lis
 
 def _grey(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> Layer:
     """A file of one channel, or of luminance or an alpha among others. Raises ImageError for any other."""
-    for part, channels in parts:
+    for part, channels in sorted(parts, key=lambda each: _are_data([each])):
         names = [channel.upper() for channel in channels]
         if len(names) == 1:
             return Layer(part, (0,), None)
@@ -103,5 +132,7 @@ def _grey(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> Layer:
             return Layer(part, (names.index("A"),), None)
     if not parts:
         raise ImageError(f"{path} has deep pixels alone; flatten it")
+    if _are_data(parts):
+        raise _only_data(parts, path)
     listed = ", ".join(channel for _, channels in parts for channel in channels)
     raise ImageError(f"{path} has no channels R, G and B; it has {listed}: give a picture")

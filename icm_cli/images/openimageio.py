@@ -17,7 +17,7 @@ from icm_cli.geometry import ImageU8, rounded_u8
 from icm_cli.images import colour
 from icm_cli.images.kinds import Kind
 from icm_cli.images.layers import Layer, picture_layer
-from icm_cli.images.pixels import BAD_PROFILE, Decoded, check_memory, known_turn, turned
+from icm_cli.images.pixels import BAD_PROFILE, Decoded, Windows, check_memory, known_turn, turned, upright_size
 
 oiio.attribute("threads", 1)  # files are read in threads of our own
 LARGEST_DISPLAY_VALUE = 1.5
@@ -81,10 +81,13 @@ def is_associated(spec: Any) -> bool:
 def read(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
     """Decode one part or page, EXIF's turn applied. Raises ImageError, or whatever OpenImageIO says."""
     with opened(path) as file:
-        layer, told = layer_of(file, path, frame, kind, wanted.layer)
+        layer, told = layer_of(file, path, frame, kind, wanted.layer, is_picture=not wanted.is_matte)
         file.seek_subimage(layer.part, 0)
         spec = oiio.ImageSpec(file.spec())
-        check_memory(path, spec.width, spec.height)
+        orientation = known_turn(tag(spec, "Orientation"))
+        windows = windows_of(spec, kind, orientation)
+        for height, width in (windows.size, windows.display):
+            check_memory(path, width, height)
         first, end = layer.channels
         values = file.read_image(layer.part, 0, first, end, _read_type(spec))
         if values is None or file.has_error:
@@ -112,17 +115,35 @@ def read(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
             pixels, space = np.asarray(converted), colour.SRGB
             alpha = None if alpha is None else _eight_bits(alpha, scale)
             scale = 255.0
-    orientation = known_turn(tag(spec, "Orientation"))
     upright = None if alpha is None else np.ascontiguousarray(turned(alpha, orientation))
     pixels = np.ascontiguousarray(turned(pixels, orientation))
-    bits = 8 * values.dtype.itemsize
-    return Decoded(pixels, upright, scale, space, tuple(notices), bits, header=spec, orientation=orientation)
+    return Decoded(
+        pixels,
+        upright,
+        scale,
+        space,
+        tuple(notices),
+        bits=8 * values.dtype.itemsize,
+        header=spec,
+        orientation=orientation,
+        is_half=all(str((spec.channelformats or [spec.format] * end)[channel]) == "half" for channel in layer.colours),
+        own_windows=None if orientation != 1 else windows,
+    )
 
 
-def layer_of(file: Any, path: Path, frame: int, kind: Kind, wanted: str) -> tuple[Layer, tuple[str, ...]]:
+def windows_of(spec: Any, kind: Kind, orientation: int) -> Windows:
+    """Upright windows of an EXR; those of a file that has none, or that is turned, are its size."""
+    if kind.name == "openexr" and orientation == 1:
+        return Windows.of_header(spec)
+    return Windows.whole(upright_size((spec.width, spec.height), orientation))
+
+
+def layer_of(
+    file: Any, path: Path, frame: int, kind: Kind, wanted: str, *, is_picture: bool = False
+) -> tuple[Layer, tuple[str, ...]]:
     """Channels to be read of a frame; the formats but EXR have no layers. Raises ImageError."""
     if kind.name == "openexr":
-        return picture_layer(file, path, wanted)
+        return picture_layer(file, path, wanted, is_picture=is_picture)
     if not file.seek_subimage(frame, 0):
         raise ImageError(f"{path} has no frame {frame + 1}")
     names = [name.upper() for name in file.spec().channelnames]

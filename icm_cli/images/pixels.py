@@ -32,6 +32,60 @@ _BACK = {6: 8, 8: 6}
 
 
 @dataclass(frozen=True)
+class Windows:
+    """The place of an EXR's pixels: ``size`` (height, width) of its data window, the place ``at`` (row, column) of that
+    one's top left corner in the display window, and ``display``, the display window's size."""
+
+    size: tuple[int, int]
+    at: tuple[int, int]
+    display: tuple[int, int]
+
+    @classmethod
+    def whole(cls, size: tuple[int, int]) -> Windows:
+        """Windows of a picture that has no others than its size."""
+        return cls(size, (0, 0), size)
+
+    @classmethod
+    def of_header(cls, spec: Any) -> Windows:
+        at = spec.y - spec.full_y, spec.x - spec.full_x
+        return cls((spec.height, spec.width), at, (spec.full_height, spec.full_width))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the pixels are the display window's, no more and no fewer."""
+        return self == Windows.whole(self.size)
+
+    @property
+    def displayed(self) -> Windows:
+        """The display window alone."""
+        return Windows.whole(self.display)
+
+    def over(self, other: Windows | None) -> Windows:
+        """The windows of another picture where its display window is of the same size, else the display window."""
+        return other if other is not None and other.display == self.display else self.displayed
+
+    def moved(self, pixels: NDArray[Any], to: Windows) -> NDArray[Any]:
+        """Pixels [H,W] or [H,W,C] of this data window as those of another of the same display window, 0 outside."""
+        if to == self:
+            return pixels
+        found = np.zeros((*to.size, *pixels.shape[2:]), pixels.dtype)
+        shift = self.at[0] - to.at[0], self.at[1] - to.at[1]
+        starts = [max(0, each) for each in shift]
+        ends = [max(start, min(to.size[n], self.size[n] + shift[n])) for n, start in enumerate(starts)]
+        rows, columns = (slice(start, end) for start, end in zip(starts, ends, strict=True))
+        here = (slice(start - by, end - by) for start, end, by in zip(starts, ends, shift, strict=True))
+        found[rows, columns] = pixels[tuple(here)]
+        return found
+
+    def __str__(self) -> str:
+        height, width = self.size
+        return (
+            f"a data window of {width}x{height} at ({self.at[1]},{self.at[0]}) in a display window of "
+            f"{self.display[1]}x{self.display[0]}"
+        )
+
+
+@dataclass(frozen=True)
 class Decoded:
     """Upright pixels of one frame as the file has them: [H,W,1|3] in 0..``scale``, floats perhaps beyond; ``alpha``
     [H,W] on the same scale where there is one; colours that a file has multiplied by it (associated alpha) are left so,
@@ -49,14 +103,24 @@ class Decoded:
     """Specification of a file that OpenImageIO read."""
     orientation: int = 1
     """EXIF's, which was undone."""
+    is_half: bool = False
+    """Whether the file has floats of 16 bits."""
+    own_windows: Windows | None = None
+    """Those of an EXR that is not turned."""
+
+    @property
+    def windows(self) -> Windows:
+        height, width = self.pixels.shape[:2]
+        return self.own_windows or Windows.whole((height, width))
 
     def give_windows(self, spec: Any) -> None:
         """Give a file to be written this one's data and display window, pixel aspect, timecode and frame rate."""
         header = self.header
-        if header is None or (header.width, header.height) != (spec.width, spec.height):
+        if header is None or self.orientation in ON_THEIR_SIDE:
             return
-        for name in ("x", "y", "full_x", "full_y", "full_width", "full_height"):
-            setattr(spec, name, getattr(header, name))
+        if self.orientation == 1 and (header.width, header.height) == (spec.width, spec.height):
+            for name in ("x", "y", "full_x", "full_y", "full_width", "full_height"):
+                setattr(spec, name, getattr(header, name))
         for attribute in header.extra_attribs:
             if attribute.name in KEPT_ATTRIBUTES:
                 spec.attribute(attribute.name, attribute.type, attribute.value)

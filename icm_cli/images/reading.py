@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from icm_cli.geometry import ImageU8, rounded_u8
 from icm_cli.images.colour import AS_LABELLED, SRGB, Colour, shown
 from icm_cli.images.decoding import decode, frame_count, named_errors
-from icm_cli.images.pixels import Decoded, turned_as
+from icm_cli.images.pixels import Decoded, Windows, turned_as
 
 COLOUR_TOLERANCE = 16
 """Channels of a grey picture differ by no more, after JPEG too."""
@@ -33,6 +33,20 @@ class Picture:
     stored: Decoded | None = None
     """The file's own pixels."""
 
+    @property
+    def windows(self) -> Windows:
+        height, width = self.rgb.shape[:2]
+        return Windows.whole((height, width)) if self.stored is None else self.stored.windows
+
+    def displayed(self, over: Windows | None = None) -> Picture:
+        """The picture of an EXR's display window, black outside its data window, without the file's own pixels.
+
+        ``over``: windows of another picture, whose data window is taken where its display window is of the same size.
+        """
+        there = self.windows.over(over)
+        alpha = None if self.alpha is None else self.windows.moved(self.alpha, there)
+        return replace(self, rgb=self.windows.moved(self.rgb, there), alpha=alpha, stored=None)
+
 
 def read_picture(path: Path, colour: Colour = AS_LABELLED, frame: int = 0) -> Picture:
     """Read an image file, EXIF rotation applied, as the model sees it: display-referred sRGB.
@@ -46,14 +60,15 @@ def read_picture(path: Path, colour: Colour = AS_LABELLED, frame: int = 0) -> Pi
     return Picture(rgb, _alpha_u8(decoded), decoded.space, decoded.notices, decoded)
 
 
-def read_matte(path: Path, *, has_objects: bool = False) -> ImageU8:
+def read_matte(path: Path, *, has_objects: bool = False, over: Windows | None = None) -> ImageU8:
     """Read a mask or an alpha, uint8 [H,W]: the file's own alpha where that varies, else its brightest channel.
 
-    ``has_objects``: a palette's indices above 0 are objects, 255 here. Raises ImageError like :func:`read_picture`.
+    An EXR's is that of its display window, 0 outside its data window; ``over`` is that of :func:`read_stored`.
+    ``has_objects``: a palette's indices above 0 are objects, 255 here. Raises ImageError as :func:`read_picture` does.
     """
     picture = read_picture(path, RAW)
     objects = _objects(picture.stored) if has_objects else None
-    return _matte(picture) if objects is None else objects
+    return _matte(picture.displayed(over)) if objects is None else objects
 
 
 @dataclass(frozen=True)
@@ -75,14 +90,21 @@ class StoredPixels:
         return replace(self, values=turned_as(self.values, self.orientation, orientation), alpha=alpha)
 
 
-def read_stored(path: Path) -> StoredPixels:
-    """Read an image file's numbers as they are stored, EXIF rotation applied. Raises ImageError."""
+def read_stored(path: Path, over: Windows | None = None) -> StoredPixels:
+    """Read an image file's numbers as they are stored, EXIF rotation applied. Raises ImageError.
+
+    An EXR's are those of its display window, 0 outside its data window; where the picture that it belongs to,
+    ``over``, has a display window of the same size, they are those of that one's data window.
+    """
     decoded = decode(path, wanted=RAW)
     turn, notices = decoded.orientation, decoded.notices
     if decoded.indices is not None:
         return StoredPixels(decoded.indices, None, 255.0, is_palette=True, orientation=turn, notices=notices)
-    values = decoded.pixels[..., 0] if decoded.pixels.shape[-1] == 1 else decoded.pixels
-    return StoredPixels(values, decoded.alpha, decoded.scale, is_palette=False, orientation=turn, notices=notices)
+    windows = decoded.windows
+    there = windows.over(over)
+    values = windows.moved(decoded.pixels[..., 0] if decoded.pixels.shape[-1] == 1 else decoded.pixels, there)
+    alpha = None if decoded.alpha is None else windows.moved(decoded.alpha, there)
+    return StoredPixels(values, alpha, decoded.scale, is_palette=False, orientation=turn, notices=notices)
 
 
 @dataclass(frozen=True)
@@ -97,11 +119,12 @@ class TrueAlpha:
 
 
 def read_true_alpha(path: Path, *, has_objects: bool = False) -> TrueAlpha:
-    """Read a ground truth like :func:`read_matte`, and say what is odd about it. Raises ImageError."""
+    """Read a ground truth as :func:`read_matte` does, and say what is odd about it. Raises ImageError."""
     decoded = decode(path, wanted=RAW)
     if has_objects and (objects := _objects(decoded)) is not None:
         return TrueAlpha(objects, is_deep=False, has_colour=False)
-    picture = Picture(shown(decoded.pixels, decoded.scale, SRGB, RAW), _alpha_u8(decoded))
+    shown_as_stored = shown(decoded.pixels, decoded.scale, SRGB, RAW)
+    picture = Picture(shown_as_stored, _alpha_u8(decoded), stored=decoded).displayed()
     alpha = _matte(picture)
     spread = alpha - picture.rgb.min(axis=-1)  # of the channels, where the alpha is their brightest
     has_colour = alpha is not picture.alpha and bool(spread.max() > COLOUR_TOLERANCE)

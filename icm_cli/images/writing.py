@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 from icm_cli.errors import OutputError, UsageError, did_you_mean
 from icm_cli.files import atomic_write
 from icm_cli.geometry import Float, rounded_u8
+from icm_cli.images.colour import label_of, scene_linear
 from icm_cli.images.decoding import DECODE_ERRORS
 from icm_cli.images.kinds import OWN_MARK
 from icm_cli.images.pixels import Decoded
@@ -37,6 +38,7 @@ PNG_COMPRESSION = 1
 """zlib level: an alpha is mostly flat, and higher levels cost far more time than they save space."""
 STAMP_KEY = "ImageDescription"
 """Attribute of a TIFF or EXR that holds the stamp, as JSON."""
+NO_LABEL: Mapping[str, Any] = {}
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _OIIO_TYPES: Mapping[Depth, str] = {"8": "uint8", "16": "uint16", "half": "half", "float": "float"}
 
@@ -87,6 +89,11 @@ class Output:
         return ENDINGS[self.format][0]
 
     @property
+    def has_windows(self) -> bool:
+        """Whether the format says where in its display window a picture lies."""
+        return self.format == "exr"
+
+    @property
     def is_premultiplied(self) -> bool:
         """Whether a foreground's colours are multiplied by its alpha: usual in EXR, not elsewhere."""
         return self.foreground == "premultiplied" or (self.foreground == "auto" and self.format == "exr")
@@ -101,6 +108,8 @@ class Output:
         if self.depth is not None or source is None:
             return self.depth or usual[0]
         wanted: Depth = "8" if source.bits == 8 else "16" if source.bits == 16 else "float"
+        if source.is_half and self.format == "exr":
+            wanted = "half"
         return wanted if wanted in usual else usual[0] if self.format == "exr" else usual[1]
 
 
@@ -119,14 +128,29 @@ def write_alpha(
 
 
 def write_foreground(
-    path: Path, colours: Float, alpha: Float, stamp: Mapping[str, str], output: Output, source: Decoded
+    path: Path,
+    colours: Float,
+    alpha: Float,
+    stamp: Mapping[str, str],
+    output: Output,
+    source: Decoded,
+    config: str = "",
 ) -> None:
-    """Write a thing's own colours, float32 [H,W,3] on the scale 0..1 of its source (HDR beyond), with its alpha."""
+    """Write a thing's own colours, float32 [H,W,3] on the scale 0..1 of its source (HDR beyond), with its alpha.
+
+    An EXR has them scene-linear; ``config``: the OpenColorIO configuration that knows the source's space.
+    """
+    label: dict[str, Any] = {}
+    if output.format == "exr":
+        colours, space = scene_linear(colours, source.space, config)
+        label = label_of(space, config)
     shown = colours * alpha[..., None] if output.is_premultiplied else colours
     pixels = np.concatenate([shown, alpha[..., None]], axis=-1)
     names = ("R", "G", "B", "A")
     is_associated = output.is_premultiplied and output.format == "tiff"  # PNG knows no other than straight alpha
-    _write(path, pixels, names, stamp, output.format, output.depth_for(source), source, is_associated=is_associated)
+    _write(
+        path, pixels, names, stamp, output.format, output.depth_for(source), source, label, is_associated=is_associated
+    )
 
 
 def write_trimap(path: Path, trimap: NDArray[np.uint8], stamp: Mapping[str, str]) -> None:
@@ -176,6 +200,7 @@ def _write(
     format_: Format,
     depth: Depth,
     source: Decoded | None,
+    label: Mapping[str, Any] = NO_LABEL,
     *,
     is_associated: bool = False,
 ) -> None:
@@ -189,7 +214,7 @@ def _write(
                 values = rounded_u8(pixels * np.float32(255.0)) if depth == "8" else _sixteen(pixels)
                 Image.fromarray(values if len(names) > 1 else values[..., 0]).save(file, **options)  # type: ignore[arg-type]
                 return
-        _by_openimageio(Path(file.name), pixels, names, stamp, format_, depth, source, int(not is_associated))
+        _by_openimageio(Path(file.name), pixels, names, stamp, format_, depth, source, label, int(not is_associated))
 
 
 def _by_openimageio(
@@ -200,6 +225,7 @@ def _by_openimageio(
     format_: Format,
     depth: Depth,
     source: Decoded | None,
+    label: Mapping[str, Any],
     straight: int,
 ) -> None:
     height, width = pixels.shape[:2]
@@ -212,6 +238,9 @@ def _by_openimageio(
             spec.attribute(key, value)
     else:
         spec.attribute(STAMP_KEY, json.dumps(dict(stamp)))
+        spec.attribute("DateTime", "")  # else OpenImageIO writes the time of day, and no two files are the same
+    for key, value in label.items():
+        spec.attribute(key, *((f"float[{len(value)}]", value) if isinstance(value, tuple) else (value,)))
     spec.attribute("compression", "zip")
     spec.attribute("oiio:UnassociatedAlpha", straight)  # what the pixels are; they are written as they are
     if format_ == "exr" and source is not None:

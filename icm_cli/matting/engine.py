@@ -18,7 +18,7 @@ import numpy as np
 from icm_cli.device import is_device_lost, is_out_of_memory, release_memory
 from icm_cli.errors import DeviceError, ImageError, OutputError, UsageError
 from icm_cli.geometry import Float, to_u8
-from icm_cli.images.pixels import Decoded
+from icm_cli.images.pixels import Decoded, Windows
 from icm_cli.images.writing import AS_EVER, Output, write_alpha, write_foreground, write_trimap
 from icm_cli.matting.foreground import foreground_colours, trimap_of_alpha
 from icm_cli.matting.jobs import Job
@@ -80,6 +80,7 @@ class Engine:
         self._has_failed = False
         self._is_stopped = False
         self._has_seen_alpha = False
+        self._has_seen_windows = False
 
     def run(self, jobs: Iterable[Job]) -> None:
         """Matte every image. An image that fails is reported and the others go on.
@@ -147,8 +148,22 @@ class Engine:
             return _failed(job, str(error))
         except MemoryError:
             return _failed(job, f"{job.source} is too large for this machine's memory")
+        self._tell_of_windows(job, picture.windows)
         stored = picture.stored or Decoded(picture.rgb, None, 255.0, picture.space)
         return Loaded(job, frame, origin, picture.space, stored, time.perf_counter() - start)
+
+    def _tell_of_windows(self, job: Job, windows: Windows) -> None:
+        """Say once that what cannot carry an EXR's windows covers the display window."""
+        output = self.settings.output
+        written = "trimap" if output.has_windows else output.format.upper()
+        if windows.is_whole or self._has_seen_windows or (output.has_windows and output.trimap == "none"):
+            return
+        self._has_seen_windows = True
+        remedy = "" if output.has_windows else "; icm matte --format exr keeps both"
+        self._notice(
+            f"{job.source} has {windows}; every {written} covers the display window: what lies outside it is cut off, "
+            f"and 0 fills it up{remedy}"
+        )
 
     def _batches(self, stream: Iterable[Loaded | ImageResult]) -> Iterator[list[Loaded]]:
         """Group by example and canvas size; at most two batches' worth of images wait for others of their kind."""
@@ -226,16 +241,19 @@ class Engine:
 
     def _write_files(self, item: Loaded, alpha: Float, mark: dict[str, str]) -> None:
         """Write what the output asks for, the image's own file last: while it is not there, nothing is done."""
-        output, job = self.settings.output, item.job
+        output, job, windows = self.settings.output, item.job, item.stored.windows
         if output.trimap != "none":
-            trimap = trimap_of_alpha(alpha, output.band_px)
+            trimap = windows.moved(trimap_of_alpha(alpha, output.band_px), windows.displayed)
             write_trimap(job.trimap if output.trimap == "beside" else job.output, trimap, mark)
         if output.trimap == "instead":
             return
         if output.foreground != "none":
             colours = foreground_colours(item.stored, alpha)
-            write_foreground(job.output, colours, alpha, mark, output, item.stored)
+            if not output.has_windows:
+                colours, alpha = (windows.moved(each, windows.displayed) for each in (colours, alpha))
+            write_foreground(job.output, colours, alpha, mark, output, item.stored, job.colour.config)
         else:
+            alpha = alpha if output.has_windows else windows.moved(alpha, windows.displayed)
             write_alpha(job.output, alpha, mark, output, item.stored)
 
     def _digest(self, job: Job) -> str:

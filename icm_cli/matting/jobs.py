@@ -16,7 +16,7 @@ from icm_cli.errors import ImageError, UsageError
 from icm_cli.files import TEMPORARY_PREFIX, digest_of
 from icm_cli.images.colour import AS_LABELLED, Colour
 from icm_cli.images.composites import Composite, read_source
-from icm_cli.images.decoding import frame_count, image_size_and_turn
+from icm_cli.images.decoding import frame_count, windows_and_turn
 from icm_cli.images.kinds import IMAGE_SUFFIXES, Kind
 from icm_cli.images.reading import Picture, content_sha256
 from icm_cli.matting.frames import FrameName, FramePattern, Missing, frame_ranges, gaps
@@ -216,12 +216,14 @@ def _missing(
 def _state(path: Path) -> str:
     try:
         state = path.stat()
-        height, width, turn = image_size_and_turn(path)
+        windows, turn = windows_and_turn(path)
     except FileNotFoundError as error:
         raise ImageError(f"{path} is not there any more; put it back and run again") from error
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from error
-    return f"{state.st_size} {state.st_mtime_ns} {width}x{height} {turn}"
+    height, width = windows.size
+    lies = "" if windows.is_whole else f" {windows}"
+    return f"{state.st_size} {state.st_mtime_ns} {width}x{height} {turn}{lies}"
 
 
 @functools.lru_cache(maxsize=64)

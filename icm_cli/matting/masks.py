@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from icm_cli.errors import UsageError
 from icm_cli.geometry import same_shape
-from icm_cli.images.pixels import ON_THEIR_SIDE
+from icm_cli.images.pixels import ON_THEIR_SIDE, Windows
 from icm_cli.images.reading import COLOUR_TOLERANCE, StoredPixels, notices_of_frames, read_stored
 
 VOID = 255
@@ -53,14 +53,21 @@ class Turn:
     wanted: MaskOrientation
 
 
-def read_mask(path: Path, label: str | None, notice: Callable[[str], None], turn: Turn | None = None) -> Mask:
+def read_mask(
+    path: Path,
+    label: str | None,
+    notice: Callable[[str], None],
+    turn: Turn | None = None,
+    windows: Windows | None = None,
+) -> Mask:
     """Read the mask of a reference. ``label``: the value, index or colour ``#rrggbb`` that is the thing.
 
-    ``turn``: of its reference; where a mask could lie in both ways, a notice says which was taken.
+    ``turn``: of its reference; where a mask could lie in both ways, a notice says which was taken. ``windows``: those
+    of its reference; a mask of the same display window comes as that one's data window has it.
 
     Raises UsageError where it cannot be told what is meant, listing what there is; ImageError for a bad file.
     """
-    stored = read_stored(path)
+    stored = read_stored(path, windows)
     for sentence in (*stored.notices, *notices_of_frames("mask", path)):
         notice(sentence)
     if turn is not None:

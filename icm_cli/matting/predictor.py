@@ -15,6 +15,7 @@ from torch import Tensor
 from icm_cli.device import Device
 from icm_cli.geometry import Float, ImageU8, Placement, to_u8
 from icm_cli.guided_filter import alpha_at_source
+from icm_cli.images.pixels import Windows
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.model.contracts import Prepared
 from icm_cli.model.in_context_matting import InContextMatting
@@ -140,4 +141,6 @@ def _as_reference(pair: Reference | tuple[ImageU8, NDArray[Any]]) -> Reference:
         return pair
     rgb, mask = pair
     u8 = mask if mask.dtype == np.uint8 else to_u8(mask.astype(np.float32))
-    return Reference(rgb, make_guidance(u8, rgb.shape[:2], "the mask", notice=lambda _: None))
+    return Reference(
+        rgb, make_guidance(u8, Windows.whole((rgb.shape[0], rgb.shape[1])), "the mask", notice=lambda _: None)
+    )

@@ -14,7 +14,8 @@ from icm_cli.errors import ImageError, UsageError, did_you_mean
 from icm_cli.files import digest_of
 from icm_cli.geometry import ImageU8, resize, same_shape
 from icm_cli.images.colour import AS_LABELLED, Colour
-from icm_cli.images.reading import notices_of_frames, read_picture
+from icm_cli.images.pixels import Windows
+from icm_cli.images.reading import Picture, notices_of_frames, read_picture
 from icm_cli.matting.masks import Mask, MaskOrientation, Turn, read_mask
 
 FOREGROUND_THRESHOLD = 0.5
@@ -74,15 +75,17 @@ def read_references(
     ]
 
 
-def make_guidance(mask: ImageU8, size: tuple[int, int], name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
-    """A mask uint8 [h,w] -> guidance bool of the reference's size (height, width).
+def make_guidance(mask: ImageU8, windows: Windows, name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
+    """A mask uint8 [h,w] -> guidance bool of the size of its reference's data window.
 
-    ``name`` stands for the mask in messages. Raises UsageError when it has another shape, is empty or full.
+    The mask has that very size, or is of the display window, where ``windows`` lie. ``name`` stands for it in messages.
+    Raises UsageError when it has another shape, is empty or full.
     """
-    if mask.shape != size:
+    if mask.shape not in (windows.size, windows.display):
+        size = windows.display
         _check_aspect(mask.shape, size, name)
         notice(f"{name} is {_size(mask.shape)} and its reference {_size(size)}; the mask was resized")
-        mask = resize(mask, size)
+    mask = _placed(mask, windows)
     guidance: NDArray[np.bool_] = mask > FOREGROUND_THRESHOLD * 255
     if not guidance.any():
         raise UsageError(
@@ -108,21 +111,28 @@ def _read_reference(
         if mask is not None:
             height, width = picture.rgb.shape[:2]
             turn = Turn((height, width), picture.stored.orientation, orientation) if picture.stored else None
-            return _masked(picture.rgb, read_mask(mask, label, notice, turn), f"mask {mask}", notice)
+            return _masked(picture, read_mask(mask, label, notice, turn, picture.windows), f"mask {mask}", notice)
         if picture.alpha is not None and picture.alpha.min() != picture.alpha.max():
             name = f"the alpha of reference {ref}"
-            return Reference(picture.rgb, make_guidance(picture.alpha, picture.rgb.shape[:2], name, notice))
+            return Reference(picture.rgb, make_guidance(picture.alpha, picture.windows, name, notice))
         raise UsageError(f"reference {ref} has no mask and is no RGBA cut-out; give --mask with the thing in white")
     except ImageError as error:
         raise UsageError(f"reference or mask cannot be used: {error}") from error
 
 
-def _masked(rgb: ImageU8, mask: Mask, name: str, notice: Callable[[str], None]) -> Reference:
-    guidance = make_guidance(mask.inside.astype(np.uint8) * 255, rgb.shape[:2], name, notice)
+def _masked(picture: Picture, mask: Mask, name: str, notice: Callable[[str], None]) -> Reference:
+    guidance = make_guidance(mask.inside.astype(np.uint8) * 255, picture.windows, name, notice)
     if not mask.unknown.any():
-        return Reference(rgb, guidance)
-    unknown = resize(mask.unknown.astype(np.uint8) * 255, guidance.shape) > 0
-    return Reference(rgb, guidance, unknown & ~guidance)
+        return Reference(picture.rgb, guidance)
+    unknown = _placed(mask.unknown.astype(np.uint8) * 255, picture.windows) > 0
+    return Reference(picture.rgb, guidance, unknown & ~guidance)
+
+
+def _placed(mask: ImageU8, windows: Windows) -> ImageU8:
+    """A mask of a reference's data window as it is, else scaled to the display window and cut to the data window."""
+    if mask.shape == windows.size:
+        return mask
+    return windows.displayed.moved(resize(mask, windows.display), windows)
 
 
 def _check_aspect(mask: tuple[int, ...], reference: tuple[int, int], name: str) -> None:

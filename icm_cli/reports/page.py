@@ -182,7 +182,7 @@ def _figure(report: Report, result: ImageResult) -> Figure:
 
 def _picture(source: Path | Composite, colour: Colour = AS_LABELLED, frame: int = 0) -> ImageU8 | None:
     try:
-        return read_source(source, colour, frame).rgb
+        return read_source(source, colour, frame).displayed().rgb
     except ImageError:
         return None
 

@@ -96,7 +96,7 @@ def background(path: Path, long_side_px: int) -> ImageU8:
 
 
 def _read(item: Item) -> tuple[ImageU8, ImageU8]:
-    picture = read_picture(item.image)
+    picture = read_picture(item.image).displayed()
     if item.alpha is not None:
         alpha = read_matte(item.alpha)
     elif picture.alpha is not None:

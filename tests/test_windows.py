@@ -1,0 +1,207 @@
+"""Data and display windows of EXR files: pixels belong together by their place, not by the size of what is stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import OpenImageIO as oiio
+import pytest
+from conftest import DEMO, Icm, read, shrink
+from hypothesis import given
+from hypothesis import strategies as st
+from test_formats import linear
+
+from icm_cli.errors import UsageError
+from icm_cli.images.pixels import Windows
+from icm_cli.images.reading import read_matte, read_true_alpha
+from icm_cli.matting.references import Reference, read_references
+
+Box = tuple[int, int, int, int]
+"""Data window: x, y, width, height, in the pixels of the display window."""
+
+
+def on(pixels: np.ndarray, box: Box) -> np.ndarray:
+    """What of a picture lies in a box, 0 where there is none."""
+    x, y, width, height = box
+    padded = np.pad(pixels, [(height, height), (width, width), (0, 0)][: pixels.ndim])
+    return padded[y + height : y + 2 * height, x + width : x + 2 * width]
+
+
+def exr(path: Path, pixels: np.ndarray, box: Box | None = None, origin: tuple[int, int] = (0, 0)) -> Path:
+    """Write of a picture, that fills its display window, what lies in a box."""
+    box = box or (0, 0, pixels.shape[1], pixels.shape[0])
+    return windowed(path, on(pixels, box), box[:2], pixels.shape[1::-1], origin)
+
+
+def windowed(
+    path: Path,
+    pixels: np.ndarray,
+    at: tuple[int, int],
+    display: tuple[int, ...],
+    origin: tuple[int, int] = (0, 0),
+    turn: int = 1,
+) -> Path:
+    """Write pixels of a data window whose top left corner lies at x, y of a display window of width, height."""
+    stored = np.atleast_3d(pixels).astype(np.float32)
+    spec = oiio.ImageSpec(stored.shape[1], stored.shape[0], stored.shape[2], "half")
+    spec.channelnames = ("R", "G", "B") if stored.shape[2] == 3 else ("A",)
+    spec.x, spec.y = at[0] + origin[0], at[1] + origin[1]
+    spec.full_x, spec.full_y, spec.full_width, spec.full_height = *origin, *display
+    spec.attribute("Orientation", turn)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = oiio.ImageOutput.create(str(path))
+    assert file.open(str(path), spec), file.geterror()
+    assert file.write_image(np.ascontiguousarray(stored)), file.geterror()
+    file.close()
+    return path
+
+
+def reference(ref: Path, mask: Path) -> tuple[Reference, list[str]]:
+    notices: list[str] = []
+    return read_references([ref], [mask], notices.append)[0], notices
+
+
+def cropped(mask: np.ndarray) -> Box:
+    """The box of what is not black."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]
+
+
+@pytest.mark.parametrize("origin", [(0, 0), (16, -8)])
+def test_a_mask_lies_where_its_data_window_says(icm: Icm, scene: Path, origin: tuple[int, int]) -> None:
+    mask = read(scene / "mask.png")
+    roto = exr(scene / "roto.exr", (mask > 127).astype(np.float32), cropped(mask > 127), origin)
+    found, notices = reference(scene / "ref.png", roto)
+    assert (found.guidance == (mask > 127)).all()
+    assert not notices
+    assert icm().exit_code == icm(mask=roto, out=scene / "other").exit_code == 0
+    assert (scene / "out" / "wall.png").read_bytes() == (scene / "other" / "wall.png").read_bytes()
+
+
+@pytest.mark.parametrize("box", [(-20, -10, 260, 180), (12, 30, 100, 70), (150, 0, 90, 40)])
+def test_a_mask_of_the_display_window_is_placed_on_the_reference(scene: Path, box: Box) -> None:
+    """The reference has more pixels than its display window, fewer, or some of both."""
+    rgb, mask = linear(read(scene / "ref.png")[..., 2::-1]), np.zeros(read(scene / "mask.png").shape, np.uint8)
+    mask[20:60, 40:170] = 255
+    ref = exr(scene / "ref.exr", rgb, box)
+    roto = exr(scene / "roto.exr", mask / 255.0)
+    overscan = exr(scene / "overscan.exr", mask / 255.0, (-30, -30, 280, 220))
+    for each in (roto, overscan):
+        found, notices = reference(ref, each)
+        assert found.rgb.shape[:2] == found.guidance.shape == (box[3], box[2])
+        assert (found.guidance == (on(mask, box) > 0)).all()
+        assert not notices
+
+
+def test_a_mask_keeps_what_lies_outside_of_the_display_window(scene: Path) -> None:
+    rgb = linear(read(scene / "ref.png")[..., 2::-1])
+    box = (-20, -10, rgb.shape[1] + 40, rgb.shape[0] + 20)
+    ref = exr(scene / "ref.exr", rgb, box)
+    mask = np.zeros((box[3], box[2]), np.float32)
+    mask[:40, :40] = 1
+    roto = windowed(scene / "roto.exr", mask, box[:2], rgb.shape[1::-1])
+    assert (reference(ref, roto)[0].guidance == (mask > 0)).all()
+
+
+def test_masks_of_another_size_are_scaled_by_the_display_window(scene: Path) -> None:
+    rgb, mask = linear(read(scene / "ref.png")[..., 2::-1]), read(scene / "mask.png")
+    height, width = mask.shape
+    box = (-20, -10, width + 40, height + 20)
+    ref = exr(scene / "ref.exr", rgb, box)
+    twice = np.kron(mask > 127, np.ones((2, 2))).astype(np.float32)
+    found, notices = reference(ref, exr(scene / "twice.exr", twice, cropped(twice > 0)))
+    assert (found.guidance == (on(mask, box) > 127)).mean() > 0.999
+    assert f"is {2 * width}x{2 * height} and its reference {width}x{height}; the mask was resized" in notices[0]
+    with pytest.raises(UsageError, match=f"is {width}x{height + 90} and its reference {width}x{height}, another shape"):
+        reference(ref, exr(scene / "other.exr", np.pad(mask, [(0, 90), (0, 0)]) / 255.0))
+    every = on(mask, box)
+    found, notices = reference(ref, exr(scene / "every.exr", every / 255.0))  # drawn on all pixels that there are
+    assert (found.guidance == (every > 127)).all()
+    assert not notices
+
+
+@given(st.data())
+def test_pixels_move_by_their_coordinates(data: st.DataObject) -> None:
+    numbers = st.integers(-9, 9)
+    sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
+    first, second = (Windows(data.draw(sizes), data.draw(st.tuples(numbers, numbers)), (5, 6)) for _ in range(2))
+    pixels = np.arange(1, 1 + first.size[0] * first.size[1]).reshape(first.size)
+    found = first.moved(pixels, second)
+    for row, column in np.ndindex(*second.size):
+        there = row + second.at[0] - first.at[0], column + second.at[1] - first.at[1]
+        inside = 0 <= there[0] < first.size[0] and 0 <= there[1] < first.size[1]
+        assert found[row, column] == (pixels[there] if inside else 0)
+
+
+def test_alphas_and_truths_are_those_of_their_display_windows(tmp_path: Path) -> None:
+    alpha = np.linspace(0, 1, 40 * 60, dtype=np.float32).reshape(40, 60)
+    for box in ((10, 5, 30, 20), (-7, -5, 80, 60)):
+        path = exr(tmp_path / "a.exr", alpha, box)
+        expected = on(on(alpha, box), (-box[0], -box[1], 60, 40))
+        for found in (read_matte(path), read_true_alpha(path).alpha):
+            np.testing.assert_allclose(found / 255.0, expected, atol=0.6 / 255)
+
+
+@pytest.mark.parametrize("box", [(-20, -10, 200, 130), (20, 10, 120, 80)])
+def test_what_has_no_windows_covers_the_display_window(icm: Icm, scene: Path, box: Box) -> None:
+    rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
+    height, width = rgb.shape[:2]
+    for name in ("a", "b"):
+        exr(scene / "exr" / f"{name}.exr", rgb, box)
+    assert icm(src=scene / "exr", out=scene / "windows", format="exr", depth="float").exit_code == 0
+    result = icm("--quiet", src=scene / "exr", contact_sheet=scene / "sheet.png", trimap="beside")
+    assert result.exit_code == 0
+    alpha = read(scene / "out" / "a.png")
+    assert alpha.shape == read(scene / "out" / "a.trimap.png").shape == (height, width)
+    assert np.abs(alpha.astype(int) - read_matte(scene / "windows" / "a.exr")).max() <= 1
+    assert alpha.max() > 200
+    before = (scene / "out" / "a.png").stat().st_mtime_ns
+    told = " ".join(icm(src=scene / "exr", out=scene / "told", foreground="straight").stderr.split())
+    assert told.count("every PNG covers the display window") == 1
+    said = f"a data window of {box[2]}x{box[3]} at ({box[0]},{box[1]}) in a display window of {width}x{height}"
+    assert said in told
+    assert read(scene / "told" / "a.png").shape == (height, width, 4)
+    assert icm(src=scene / "exr", trimap="beside").exit_code == 0
+    assert (scene / "out" / "a.png").stat().st_mtime_ns == before
+    assert icm("--invert", src=scene / "exr", out=scene / "inverted").exit_code == 0
+    assert np.abs(read(scene / "inverted" / "a.png").astype(int) + alpha - 255).max() <= 1
+
+
+@pytest.mark.parametrize("form", ["png", "exr"])
+def test_truths_are_registered_by_their_windows(icm: Icm, scene: Path, form: str) -> None:
+    (scene / "gt").mkdir()
+    shrink(DEMO / "alphas" / "brickwall.png", scene / "gt" / "a.png", 160)
+    truth = read(scene / "gt" / "a.png")
+    rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
+    exr(scene / "exr" / "a.exr", rgb, (-20, -10, rgb.shape[1] + 40, rgb.shape[0] + 20))
+    exr(scene / "roto" / "a.exr", truth / 255.0, cropped(truth))
+    errors = []
+    for gt in ("gt", "roto"):
+        report = scene / f"{gt}.json"
+        assert icm("--overwrite", src=scene / "exr", gt=scene / gt, format=form, report=report).exit_code == 0
+        (row,) = json.loads(report.read_text())["images"]
+        errors.append(row["scores"]["whole"]["mse"])
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
+@pytest.mark.parametrize("turn", [3, 6])
+def test_windows_of_a_turned_source_are_left_out(icm: Icm, scene: Path, turn: int) -> None:
+    rgb = linear(read(next((scene / "imgs").glob("wall.*")))[:96, :96, 2::-1])
+    source = windowed(scene / "a.exr", rgb, (9, 5), (200, 200), turn=turn)
+    result = icm(src=source, format="exr")
+    assert result.exit_code == 0
+    file = oiio.ImageInput.open(str(scene / "out" / "a.exr"))
+    spec = file.spec()
+    file.close()
+    assert (spec.x, spec.y, spec.full_width, spec.full_height) == (0, 0, 96, 96)
+
+
+def test_a_trimap_beside_an_exr_covers_the_display_window(icm: Icm, scene: Path) -> None:
+    rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
+    exr(scene / "a.exr", rgb, (20, 10, 100, 70))
+    result = icm(src=scene / "a.exr", format="exr", trimap="beside")
+    assert "every trimap covers the display window" in " ".join(result.stderr.split())
+    assert read(scene / "out" / "a.trimap.png").shape == rgb.shape[:2]
+    assert read_matte(scene / "out" / "a.exr").shape == rgb.shape[:2]
