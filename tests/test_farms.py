@@ -47,6 +47,31 @@ def test_a_shard_may_be_empty(icm: Icm, scene: Path) -> None:
     assert sorted(alphas(scene / "out")) == ["wall.png"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--frames", "1001"), "a reference or its mask (1), not of --frames (3)"),
+        (("--frames", "1003"), "has no frame 1003; there will be no alpha"),
+        (("--frames", "2000-2010"), "has no frame 2000-2010; there will be no alpha"),
+        (("--exclude", "*"), "a reference or its mask (1), by --include or --exclude (3)"),
+        (("--include", "sh.1001.*"), "a reference or its mask (1), by --include or --exclude (3)"),
+    ],
+)
+def test_a_chunk_may_be_empty(icm: Icm, scene: Path, plates: Path, flags: tuple[str, str], why: str) -> None:
+    shutil.copy(scene / "ref.png", plates / "sh.1001.jpg")
+    result = icm(*flags, ref=plates / "sh.1001.jpg", src=plates / "sh.####.jpg", report=scene / "r.json")
+    assert result.exit_code == 0, result.output
+    assert why in result.stderr
+    assert "nothing is to be matted, as every image in" in result.stderr
+    assert json.loads((scene / "r.json").read_text())["images"] == []
+    assert not list((scene / "out").iterdir())
+
+
+def test_a_chunk_without_truths_to_read_is_empty_too(icm: Icm, scene: Path, plates: Path) -> None:
+    shutil.copytree(plates, scene / "gt")
+    assert icm("--exclude", "*", src=plates, gt=scene / "gt").exit_code == 0
+
+
 def test_an_alpha_of_another_source_is_not_overwritten(icm: Icm, scene: Path) -> None:
     other = scene / "other"
     other.mkdir()

@@ -30,13 +30,13 @@ def with_truths(jobs: Sequence[Job], where: str | Path) -> tuple[list[Job], list
     if not folder.is_dir() and FramePattern.parsed(str(where)) is not None:
         numbered = {FrameName.of(path).number: path for path in find_sources(where, None, LeftOut(_nowhere)).files}
         found = [_with_truth(job, numbered.get(FrameName.of(job.name).number)) for job in jobs]
-        if not any(job.planned.truth for job in found):
+        if jobs and not any(job.planned.truth for job in found):
             raise UsageError(f"ground truth {where} has no frame of any image, such as {jobs[0].name}")
         return found, list(numbered.values())
     if not folder.is_dir():
         raise UsageError(f"ground truth folder {folder} does not exist; expected alphas named like the images")
     files = {path.relative_to(folder).with_suffix(""): path for path in image_files(folder)}
-    if not any(job.name.with_suffix("") in files for job in jobs):
+    if jobs and not any(job.name.with_suffix("") in files for job in jobs):
         expected = jobs[0].name.with_suffix(".png")
         raise UsageError(f"ground truth folder {folder} has no alpha named like any image, such as {expected}")
     return [_with_truth(job, files.get(job.name.with_suffix(""))) for job in jobs], list(files.values())

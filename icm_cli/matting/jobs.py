@@ -17,7 +17,7 @@ from icm_cli.files import TEMPORARY_PREFIX, digest_of
 from icm_cli.images.colour import AS_LABELLED, Colour
 from icm_cli.images.composites import Composite, read_source
 from icm_cli.images.decoding import frame_count, image_size_and_turn
-from icm_cli.images.kinds import IMAGE_SUFFIXES, Kind
+from icm_cli.images.kinds import Kind
 from icm_cli.images.reading import Picture, content_sha256
 from icm_cli.matting.frames import FrameName, FramePattern, Missing, frame_ranges, gaps
 from icm_cli.matting.sources import MOST_NAMED, LeftOut, Sources, look_at, natural, real
@@ -138,12 +138,14 @@ def plan_jobs(
     """List every image that is wanted, with the place of its alpha, sorted by name.
 
     The output tree, the references and their masks are left out. Frames that are missing are told, or come as jobs
-    that fail, as ``choice.missing`` says. Raises UsageError before anything is written.
+    that fail, as ``choice.missing`` says; where none is left that is told. Raises UsageError before anything is
+    written.
     """
     root, out = sources.root, place.folder
     if real(root) == real(out) and place.template == DEFAULT_NAME and place.pattern is None:
         raise UsageError(f"the source folder {root} is also the output folder; give --out another folder")
     found = sources.files
+    _check_filters(found, root, choice)
     if real(root) != real(out):
         found = left_out.without(found, _below(out, root), "in the output folder")
     protected = {real(path) for path in references}
@@ -168,7 +170,8 @@ def plan_jobs(
         for job in _jobs(path, root, place, colour, kinds[path])
     ]
     if not jobs:
-        raise UsageError(f"no images were found in {root}; {_what_was_expected(choice)}")
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.items() if count)
+        left_out.tell(f"nothing is to be matted, as every image in {root} is left out: {reasons}")
     _check_collisions(jobs)
     return jobs if choice.shard is None else _shard(jobs, *choice.shard)
 
@@ -267,6 +270,21 @@ def _jobs(source: Path, root: Path, place: Place, colour: Colour, kind: Kind) ->
     return jobs
 
 
+def _check_filters(found: Sequence[Path], root: Path, choice: Choice) -> None:
+    """Raises UsageError for filters that not one image matches: slips, not choices."""
+    if choice.include and not any(_is_wanted(path.relative_to(root), Choice(choice.include)) for path in found):
+        patterns = " and ".join(f"--include {pattern!r}" for pattern in choice.include)
+        raise UsageError(
+            f"{patterns} matches none of the {len(found)} image(s) in {root}, such as {found[0].relative_to(root)}; "
+            "expected a glob of the path below that folder, or of the bare name"
+        )
+    if choice.frames is not None and all(FrameName.of(path).number is None for path in found):
+        raise UsageError(
+            f"--frames chooses by frame number, and none of the {len(found)} image(s) in {root} has one, such as "
+            f"{found[0].relative_to(root)}; expected names such as shot.1001.exr, or leave --frames out"
+        )
+
+
 def _check_collisions(jobs: Sequence[Job]) -> None:
     sources = {os.path.realpath(str(job.source)) for job in jobs}
     taken: dict[Path, list[Path | Composite]] = {}
@@ -282,10 +300,3 @@ def _check_collisions(jobs: Sequence[Job]) -> None:
             f"{len(shared)} alpha(s) would come of several images each: {'; '.join(lines)}{more}; give --keep-suffix "
             "(a.jpg.png, a.png.png), rename some, or leave some out with --exclude"
         )
-
-
-def _what_was_expected(choice: Choice) -> str:
-    kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-    if choice.include or choice.exclude or choice.frames is not None:
-        return f"--include, --exclude and --frames may leave none; expected at least one of {kinds}"
-    return f"expected at least one of {kinds}"

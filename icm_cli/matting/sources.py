@@ -79,6 +79,12 @@ def find_sources(src: str | Path, root: Path | None, left_out: LeftOut) -> Sourc
             raise UsageError(f"--root {root} is no folder; expected the folder that the sources lie below")
         files = [Path(os.path.abspath(path)) for path in files]  # noqa: PTH100  resolve() would rename links
         own = Path(os.path.abspath(root))  # noqa: PTH100
+    if not files:
+        named = "standard input" if str(src) == "-" else src
+        raise UsageError(
+            f"no images were found in {named}; expected at least one of "
+            f"{', '.join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))}"
+        )
     outside = [path for path in files if not path.is_relative_to(own)]
     if outside:
         named = ", ".join(map(str, outside[:MOST_NAMED])) + (", ..." if len(outside) > MOST_NAMED else "")
