@@ -146,6 +146,23 @@ def test_missing_frames(icm: Icm, scene: Path, plates: Path, missing: str, code:
         assert "sh.1003.jpg: is missing: the sequence has no such frame" in result.stderr
 
 
+def test_a_frame_that_fails_says_that_its_earlier_alpha_stays(icm: Icm, scene: Path, plates: Path) -> None:
+    assert icm(src=plates / "sh.####.jpg").exit_code == 0
+    before = alphas(scene / "out")
+    (plates / "sh.1004.jpg").write_bytes(b"")
+    (plates / "sh.1002.jpg").unlink()
+    result = icm(src=plates / "sh.####.jpg", report=scene / "r.json")
+    assert result.exit_code == 1
+    stays = f"; its earlier alpha {scene}/out/sh.1004.png is of the former picture or settings and stays"
+    assert stays in result.stderr
+    rows = {Path(row["source"]).name: row for row in json.loads((scene / "r.json").read_text())["images"]}
+    assert rows["sh.1004.jpg"]["reason"].endswith(stays)
+    assert f"has no frame 1002-1003; its earlier alpha {scene}/out/sh.1002.png stays" in result.stderr
+    assert alphas(scene / "out") == before
+    missing = icm("--missing", "report", src=plates / "sh.####.jpg").stderr
+    assert "no such frame; add it and run again; its earlier alpha" in missing
+
+
 def test_truths_may_be_frames(icm: Icm, scene: Path, plates: Path) -> None:
     (scene / "gt").mkdir()
     assert icm(src=plates).exit_code == 0
@@ -156,6 +173,12 @@ def test_truths_may_be_frames(icm: Icm, scene: Path, plates: Path) -> None:
     images = json.loads((scene / "r.json").read_text())["images"]
     scored = {Path(row["source"]).name: row["scores"]["whole"]["mse"] for row in images if row["scores"]}
     assert scored == {"sh.1001.jpg": 0.0, "sh.1004.jpg": 0.0}
+    for number in (1002, 1005):
+        assert (
+            f"icm: missing-alpha: {plates}/sh.{number}.jpg has no true alpha in {scene}/gt/true_####" in result.stderr
+        )
+    assert json.loads((scene / "r.json").read_text())["summary"]["problems"] == {"missing-alpha": 2}
+    assert "2 (allowed)" in result.stdout
 
 
 def test_openjd_progress(icm: Icm, scene: Path) -> None:

@@ -53,6 +53,27 @@ def collision(scene: Path) -> dict[str, object]:
     return {}
 
 
+def trimap_collision(scene: Path) -> dict[str, object]:
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "wall.trimap.jpg")
+    return {"trimap": "beside"}
+
+
+def over_the_mask(scene: Path) -> dict[str, object]:
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "mask.jpg")
+    return {"out": scene}
+
+
+def over_a_truth(scene: Path) -> dict[str, object]:
+    (scene / "gt").mkdir()
+    shutil.copy(scene / "mask.png", scene / "gt" / "wall.png")
+    return {"gt": scene / "gt", "out": scene / "gt"}
+
+
+def nothing_there(scene: Path) -> dict[str, object]:
+    (scene / "empty").mkdir()
+    return {"src": scene / "empty"}
+
+
 def file_at(name: str, content: bytes, option: str) -> Damage:
     def damage(scene: Path) -> dict[str, object]:
         (scene / name).parent.mkdir(exist_ok=True)
@@ -86,8 +107,12 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "mask of another shape": (2, "another shape", wrong_shape),
     "output is source": (2, "also the output folder", option(out="@imgs")),
     "collision": (2, "come of several images", collision),
-    "no images": (2, "no images were found", file_at("texts/notes.txt", b"", "src")),
+    "no images": (2, "no images were found", nothing_there),
     "include matches none": (2, "--include 'x*' matches none of the 3 image(s)", option(include="x*")),
+    "a picture as the output": (2, "is named like a picture", option(out="@pm/foo.exr")),
+    "output over the mask": (2, "mask.png would be written over a reference", over_the_mask),
+    "output over a truth": (2, "wall.png would be written over a ground truth", over_a_truth),
+    "trimap over an alpha": (2, "each: the trimap of ", trimap_collision),
     "report suffix": (2, "none of .csv, .json, .html", option(report="@r.txt")),
     "contact sheet suffix": (2, "is no .png", option(contact_sheet="@c.jpg")),
     "report over a source": (2, "is an input or an alpha of this run", option(contact_sheet="@imgs/pad.0101.png")),

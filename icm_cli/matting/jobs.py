@@ -45,32 +45,43 @@ class Job:
     """Absolute path of the sources' root."""
     is_missing: bool = False
     """Whether it stands for a frame that is not there, and is to fail."""
+    has_trimap: bool = False
+    """Whether a trimap is written beside the alpha."""
 
     @property
     def trimap(self) -> Path:
         """File of a trimap beside the alpha."""
         return self.output.with_name(f"{self.output.stem}.trimap.png")
 
+    @property
+    def outputs(self) -> Sequence[Path]:
+        """All files that are written for it."""
+        return (self.output, self.trimap) if self.has_trimap else (self.output,)
+
     def read(self) -> Picture:
         """The picture to matte. Raises ImageError."""
         return read_source(self.source, self.colour, self.frame)
 
     @property
-    def _files(self) -> Sequence[Path]:
+    def files(self) -> Sequence[Path]:
+        """All files that it is made from."""
+        return self.source.files if isinstance(self.source, Composite) else (self.source,)
+
+    def _files_there(self) -> Sequence[Path]:
         if self.is_missing:
             raise ImageError(f"{self.source} is missing: the sequence has no such frame; add it and run again")
-        return self.source.files if isinstance(self.source, Composite) else (self.source,)
+        return self.files
 
     def state(self) -> str:
         """Size in bytes, time of last change in nanoseconds, size in px and turn of what it is made from.
 
         Raises ImageError.
         """
-        return " ".join(_state(path) for path in self._files)
+        return " ".join(_state(path) for path in self._files_there())
 
     def content(self) -> str:
         """SHA-256 of what it is made from, as hexadecimal digits. Raises ImageError."""
-        return digest_of(*(_content(path, _state(path)) for path in self._files))
+        return digest_of(*(_content(path, _state(path)) for path in self._files_there()))
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,8 @@ class Place:
     suffix: str = ".png"
     pattern: FramePattern | None = None
     """Pattern that ``--out`` is, whose number is the source's."""
+    has_trimap: bool = False
+    """Whether a trimap lies beside every alpha."""
 
     def __post_init__(self) -> None:
         try:
@@ -156,7 +169,7 @@ def plan_jobs(
     )
     kinds = {path: look_at(path) for path in found}
     found = left_out.without(found, lambda path: kinds[path].is_own, "made by icm")
-    missing = _missing(found, sources, choice, left_out, protected)
+    missing = _missing(found, sources, choice, place, left_out, protected)
     if choice.frames is not None:
         found = left_out.without(
             found, lambda path: FrameName.of(path).number not in (choice.frames or ()), "not of --frames", is_told=False
@@ -165,13 +178,15 @@ def plan_jobs(
     everything = sorted([*found, *missing], key=natural)
     absent = frozenset(missing)
     jobs = [
-        replace(job, is_missing=path in absent)
+        replace(job, is_missing=path in absent, has_trimap=place.has_trimap)
         for path in everything
         for job in _jobs(path, root, place, colour, kinds[path])
     ]
     if not jobs:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.items() if count)
         left_out.tell(f"nothing is to be matted, as every image in {root} is left out: {reasons}")
+    check_overwrites(jobs, [path for job in jobs for path in job.files], "a source image")
+    check_overwrites(jobs, references, "a reference or its mask")
     _check_collisions(jobs)
     return jobs if choice.shard is None else _shard(jobs, *choice.shard)
 
@@ -192,28 +207,28 @@ def _shard(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
 
 
 def _missing(
-    found: Sequence[Path], sources: Sources, choice: Choice, left_out: LeftOut, protected: set[Path]
+    found: Sequence[Path], sources: Sources, choice: Choice, place: Place, left_out: LeftOut, protected: set[Path]
 ) -> list[Path]:
     """Files of missing frames that are to fail. Raises UsageError where none may be missing."""
     if not sources.is_sequence and choice.frames is None:
         return []
     there = [*found, *(path for path in sources.files if real(path) in protected)]
     lost = gaps(there, choice.frames)
+    files: list[Path] = []
     for pattern, numbers in lost.items():
+        each = FramePattern.parsed(pattern.name)
+        of_pattern = [pattern.with_name(each.name(number)) for number in numbers] if each else []
+        files += of_pattern
         text = f"{pattern} has no frame {frame_ranges(numbers)}"
         if choice.missing == "error":
             raise UsageError(f"{text}; nothing was made, as --missing error wants it")
         if choice.missing == "skip":
-            left_out.tell(f"{text}; there will be no alpha either")
-    if choice.missing == "skip":
-        return []
-    patterns = {pattern: FramePattern.parsed(pattern.name) for pattern in lost}
-    return [
-        pattern.with_name(each.name(number))
-        for pattern, each in patterns.items()
-        if each is not None
-        for number in lost[pattern]
-    ]
+            alphas = [place.output(file.relative_to(sources.root)) for file in of_pattern]
+            stay = [str(alpha) for alpha in alphas if alpha.exists()]
+            more = f" and {len(stay) - 1} more" if len(stay) > 1 else ""
+            earlier = f"its earlier alpha {stay[0]}{more} stays" if stay else "there will be no alpha either"
+            left_out.tell(f"{text}; {earlier}")
+    return [] if choice.missing == "skip" else files
 
 
 def _state(path: Path) -> str:
@@ -285,18 +300,25 @@ def _check_filters(found: Sequence[Path], root: Path, choice: Choice) -> None:
         )
 
 
+def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> None:
+    """Raises UsageError where an output is one of these files."""
+    kept = {os.path.realpath(path) for path in files}
+    for output in (output for job in jobs for output in job.outputs):
+        if os.path.realpath(output) in kept:
+            raise UsageError(f"{output} would be written over {what}; give --out another folder")
+
+
 def _check_collisions(jobs: Sequence[Job]) -> None:
-    sources = {os.path.realpath(str(job.source)) for job in jobs}
-    taken: dict[Path, list[Path | Composite]] = {}
+    taken: dict[Path, list[str]] = {}
     for job in jobs:
-        if os.path.realpath(job.output) in sources:
-            raise UsageError(f"{job.output} would be written over a source image; give --out another folder")
-        taken.setdefault(job.output, []).append(job.source)
+        for output in job.outputs:
+            maker = str(job.source) if output == job.output else f"the trimap of {job.source}"
+            taken.setdefault(output, []).append(maker)
     shared = {output: found for output, found in taken.items() if len(found) > 1}
     if shared:
-        lines = [f"{' and '.join(map(str, found))} to {output}" for output, found in list(shared.items())[:MOST_NAMED]]
+        lines = [f"{' and '.join(found)} to {output}" for output, found in list(shared.items())[:MOST_NAMED]]
         more = f"; and {len(shared) - MOST_NAMED} more" if len(shared) > MOST_NAMED else ""
         raise UsageError(
-            f"{len(shared)} alpha(s) would come of several images each: {'; '.join(lines)}{more}; give --keep-suffix "
+            f"{len(shared)} file(s) would come of several images each: {'; '.join(lines)}{more}; give --keep-suffix "
             "(a.jpg.png, a.png.png), rename some, or leave some out with --exclude"
         )
