@@ -192,6 +192,31 @@ def test_openjd_progress(icm: Icm, scene: Path) -> None:
     assert any(line.startswith("openjd_fail: source") for line in refused.stdout.splitlines())
 
 
+@pytest.mark.parametrize("way", [("--progress", "openjd"), ("--progress=json",)])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--bogus",), "No such option: --bogus"),
+        (("--workers", "0"), "Invalid value for '--workers'"),
+        (("a.jpg", "b.jpg"), 'Quote globs and patterns, as --src "imgs/*.jpg"'),
+        (("--shard", "1/0"), "--shard is 1/0; expected 1 shard or more"),
+        (("--frames", "1-999999999"), "has too many frames; expected 10000000 at most"),
+    ],
+)
+def test_wrong_usage_has_its_line_too(icm: Icm, way: tuple[str, ...], flags: tuple[str, ...], message: str) -> None:
+    result = icm(*way, *flags)
+    assert result.exit_code == 2
+    (line,) = result.stdout.splitlines()
+    if "json" in way[0]:
+        event = json.loads(line)
+        assert event["event"] == "error"
+        assert message in event["message"]
+    else:
+        assert line.startswith("openjd_fail: ")
+        assert message in line
+    assert not icm(*flags).stdout
+
+
 def test_json_progress(icm: Icm, scene: Path) -> None:
     events = [json.loads(line) for line in icm("--progress", "json").stdout.splitlines()]
     assert [event["event"] for event in events] == ["started", "image", "image", "image", "finished"]

@@ -196,6 +196,8 @@ def parse_shard(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit()):
         raise UsageError(f"--shard is {text!r}; expected i/n, such as 1/8 for the first of eight")
+    if int(count) < 1:
+        raise UsageError(f"--shard is {text}; expected 1 shard or more, such as 1/8 for the first of eight")
     if not 1 <= int(number) <= int(count):
         raise UsageError(f"--shard is {text}; expected a number from 1 to {count}, and the shards' count")
     return int(number), int(count)
@@ -236,7 +238,7 @@ def _state(path: Path) -> str:
         state = path.stat()
         height, width, turn = image_size_and_turn(path)
     except FileNotFoundError as error:
-        raise ImageError(f"{path} is not there any more; put it back and run again") from error
+        raise ImageError(f"{path} does not exist; put it there and run again") from error
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from error
     return f"{state.st_size} {state.st_mtime_ns} {width}x{height} {turn}"

@@ -119,13 +119,7 @@ def matte(
     left_out, shown = LeftOut(listener.notice), [*refs, *masks]
     sources = find_sources(src, as_path(root), left_out)
     jobs = plan_jobs(sources, place, choice=wanted, references=shown, colour=colour, left_out=left_out)
-    truths: list[Path] = []
-    problems: list[Problem] = []
-    if gt is not None:
-        from icm_cli.matting.ground_truth import with_truths
-
-        jobs, truths, problems = with_truths(jobs, gt)
-        check_overwrites(jobs, truths, "a ground truth")
+    jobs, truths, problems = _with_truths(jobs, gt)
     inputs = [str(path) for job in jobs for path in (job.source, *job.outputs)]
     side.check_overwrites_nothing([*shown, *truths, *inputs])
     checked = functools.partial(
@@ -171,6 +165,17 @@ def matte(
     crew = functools.partial(_crew, works, cluster, place.folder, listener)
     _run(jobs, works[0], crew, outcome, side, listener)
     return outcome.report
+
+
+def _with_truths(jobs: list[Job], gt: str | Path | None) -> tuple[list[Job], list[Path], list[Problem]]:
+    """The jobs with their true alphas, all files of these, and the images without. Raises UsageError."""
+    if gt is None:
+        return jobs, [], []
+    from icm_cli.matting.ground_truth import with_truths
+
+    found, truths, problems = with_truths(jobs, gt)
+    check_overwrites(found, truths, "a ground truth")
+    return found, truths, problems
 
 
 def _run(
