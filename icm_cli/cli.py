@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
+from typer.core import TyperGroup
 
 from icm_cli.errors import IcmError
 from icm_cli.signals import Interrupt
@@ -23,7 +24,40 @@ OF_A_MODEL = (
 )
 """Options of ``icm eval`` that only a model reads."""
 
+
+class Commands(TyperGroup):
+    """Commands whose every failure, of Typer's parser too, has its line for farms and programs."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        ctx.meta["icm"] = given
+        with _told(given):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _told(ctx.meta["icm"]):
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _told(arguments: Sequence[str]) -> Iterator[None]:
+    """Tell farms and programs of what ends the command unsaid: wrong usage, or a fault of icm."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):  # said already
+        raise
+    except Exception as error:
+        from icm_cli.progress import tell_failure
+
+        if "unexpected extra argument" in getattr(error, "message", ""):
+            error.message += '. Quote globs and patterns, as --src "imgs/*.jpg", or the shell takes them apart.'  # type: ignore[attr-defined]
+        is_usage = hasattr(error, "format_message")
+        tell_failure(arguments, error.format_message() if is_usage else f"{type(error).__name__}: {error}")  # type: ignore[attr-defined]
+        raise
+
+
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -161,7 +195,7 @@ def matte(
         Optional[str],
         typer.Option(
             help="Matte on a Ray cluster, one model on each GPU: auto (the one there is, else one started here), or "
-            "its address. Needs the extra [ray].",
+            "its address. Needs the extra 'ray'.",
             show_default="none",
         ),
     ] = None,

@@ -1,10 +1,12 @@
-"""Whole files or none: atomic writes, content digests, and the cache folder."""
+"""Whole files or none, digests, the cache folder; and files below folders and of globs, by links too."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -12,7 +14,7 @@ import secrets
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -23,6 +25,15 @@ TEMPORARY_PREFIX = ".icm-"
 TEMPORARY_SUFFIX = ".tmp"
 STALE_AFTER_S = 3600.0
 """A temporary file of another machine counts as left behind by a dead process after this long without a write."""
+SERVICE_FOLDERS = frozenset({"@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "__MACOSX"})
+"""Folders that storage servers and archivers make for themselves: thumbnails, bins, snapshots, resource forks."""
+HIDDEN = "hidden"
+LINKED = "a link to a folder of the same tree, whose files have their places there"
+AROUND = "a link to a folder that holds it, a loop"
+UNREADABLE = "a folder that cannot be read"
+
+Passed: TypeAlias = dict[str, list[Path]]
+"""Everything that a walk passed by, by reason: files, links to folders, and folders that cannot be read."""
 
 
 @contextlib.contextmanager
@@ -165,3 +176,91 @@ def as_paths(value: Paths) -> list[Path]:
 def as_path(value: str | Path | None) -> Path | None:
     """A path where one is given."""
     return None if value is None else Path(value)
+
+
+def walk(folder: Path, passed: Passed, trees: Sequence[str] = ()) -> Iterator[Path]:
+    """Every file below a folder that is not hidden.
+
+    A link to a folder elsewhere is a folder of its own. One into a tree that is walked already is passed by, whatever
+    its name: the files have their real places; so is one to a folder that holds it. ``trees``: the real folders of the
+    links that led here, the first first.
+    """
+    trees = (*trees, os.path.realpath(folder))
+
+    def unreadable(error: OSError) -> None:
+        passed.setdefault(UNREADABLE, []).append(Path(error.filename))
+
+    for parent, folders, files in os.walk(folder, onerror=unreadable):
+        for name in list(folders):
+            path = Path(parent) / name
+            if reason := _why_passed(path, trees):
+                folders.remove(name)
+                passed.setdefault(reason, []).extend([path] if reason in (LINKED, AROUND) else _files_below(path))
+            elif path.is_symlink():
+                folders.remove(name)
+                yield from walk(path, passed, trees)
+        shown = [name for name in files if not name.startswith(".")]
+        if len(shown) < len(files):
+            own = {*shown, *(name for name in files if name.startswith(TEMPORARY_PREFIX))}
+            passed.setdefault(HIDDEN, []).extend(Path(parent) / name for name in files if name not in own)
+        yield from (Path(parent) / name for name in shown)
+
+
+def expanded(pattern: str, passed: Passed) -> Iterator[Path]:
+    """Files that a glob matches; a folder whose name has brackets and exists is taken literally.
+
+    ``**`` stands for any folders below, found as a walk finds them.
+    """
+    fixed, rest = split_fixed(pattern)
+    plain = rest[: rest.index("**")] if "**" in rest else rest
+    found = map(Path, glob.iglob(os.path.join(glob.escape(fixed), *plain)))  # noqa: PTH118
+    if plain == rest:
+        yield from (path for path in found if path.is_file())
+        return
+    for folder in found if plain else [Path(fixed)]:
+        if folder.is_dir():
+            below = walk(folder, passed)
+            yield from (path for path in below if _fits(path.relative_to(folder).parts, rest[len(plain) :]))
+
+
+def split_fixed(pattern: str) -> tuple[str, tuple[str, ...]]:
+    """The folder that exists or has no wildcards, and the parts after it."""
+    parts = Path(pattern).parts
+    fixed = ""
+    for number, part in enumerate(parts):
+        longer = os.path.join(fixed, part)  # noqa: PTH118  a Path would lose the empty one
+        if glob.has_magic(part) and not os.path.lexists(longer):
+            return fixed, parts[number:]
+        fixed = longer
+    return fixed, ()
+
+
+def _why_passed(path: Path, trees: Sequence[str]) -> str:
+    """The reason for which a folder is not walked; "" for one that is."""
+    if path.is_symlink():
+        target = Path(os.path.realpath(path))
+        if any(Path(tree).is_relative_to(target) for tree in trees):
+            return AROUND
+        if any(target.is_relative_to(tree) and _is_walked(target.relative_to(tree).parts) for tree in trees):
+            return LINKED
+    if path.name.startswith("."):
+        return HIDDEN
+    return f"in {path.name}, a folder of a storage server or archiver" if path.name in SERVICE_FOLDERS else ""
+
+
+def _is_walked(parts: Iterable[str]) -> bool:
+    return not any(part.startswith(".") or part in SERVICE_FOLDERS for part in parts)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    found = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
+    return [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
+
+
+def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a glob."""
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        return any(_fits(names[skipped:], patterns[1:]) for skipped in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatch(names[0], patterns[0]) and _fits(names[1:], patterns[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from icm_cli.errors import UsageError, did_you_mean
@@ -26,29 +27,51 @@ def make_terminal(progress: str, *, quiet: bool, verbose: bool) -> Terminal:
     return kind(quiet=quiet, verbose=verbose, bar=progress == "auto", lines=progress in ("auto", "plain"))
 
 
+def tell_failure(arguments: Sequence[str], text: str) -> None:
+    """Print the failure of a command that told none itself, in the way that its arguments ask for, if for any.
+
+    They may be no valid ones, so they are searched, not parsed.
+    """
+    pairs = [argument.partition("=") for argument in arguments]
+    ways = [
+        value if equals else after
+        for (name, equals, value), after in zip(pairs, [*arguments[1:], ""], strict=True)
+        if name == "--progress"
+    ]
+    if ways and ways[-1] == "openjd":
+        _say_openjd("openjd_fail", text)
+    elif ways and ways[-1] == "json":
+        _say_json("error", message=text)
+
+
+def _say_openjd(kind: str, text: str) -> None:
+    write_line(sys.stdout, f"{kind}: {' '.join(text.split())}")
+
+
+def _say_json(event: str, **values: Any) -> None:
+    write_line(sys.stdout, json.dumps({"event": event, **values}))
+
+
 class OpenJdTerminal(Terminal):
     """Lines on stdout that a worker of OpenJD, and so Deadline Cloud, parses: progress, status and failure."""
 
     def started(self, total: int) -> None:
         super().started(total)
-        self._say("openjd_status", f"matting {total} images")
+        _say_openjd("openjd_status", f"matting {total} images")
 
     def finished_image(self, result: ImageResult) -> None:
         super().finished_image(result)
-        self._say("openjd_progress", f"{100.0 * self.ended / max(1, self.total):.1f}")
+        _say_openjd("openjd_progress", f"{100.0 * self.ended / max(1, self.total):.1f}")
 
     def finished(self, report: Report) -> None:
         super().finished(report)
-        self._say("openjd_status", f"{report.count('done')} done, {report.count('skipped')} kept")
+        _say_openjd("openjd_status", f"{report.count('done')} done, {report.count('skipped')} kept")
         if report.exit_code:
-            self._say("openjd_fail", f"{len(report.failures)} of {len(report.results)} images failed")
+            _say_openjd("openjd_fail", f"{len(report.failures)} of {len(report.results)} images failed")
 
     def error(self, text: str) -> None:
         super().error(text)
-        self._say("openjd_fail", text)
-
-    def _say(self, kind: str, text: str) -> None:
-        write_line(sys.stdout, f"{kind}: {' '.join(text.split())}")
+        _say_openjd("openjd_fail", text)
 
 
 class JsonTerminal(Terminal):
@@ -56,23 +79,20 @@ class JsonTerminal(Terminal):
 
     def started(self, total: int) -> None:
         super().started(total)
-        self._say("started", total=total)
+        _say_json("started", total=total)
 
     def problem(self, problem: Problem) -> None:
         super().problem(problem)
-        self._say("problem", kind=problem.kind, reason=problem.reason)
+        _say_json("problem", kind=problem.kind, reason=problem.reason)
 
     def finished_image(self, result: ImageResult) -> None:
         super().finished_image(result)
         row = {name: value for name, value in dataclasses.asdict(result).items() if value not in (None, "", {})}
-        self._say("image", ended=self.ended, total=self.total, **row)
+        _say_json("image", ended=self.ended, total=self.total, **row)
 
     def finished(self, report: Report) -> None:
-        self._say("finished", exit_code=report.exit_code, **report.as_dict()["summary"])
+        _say_json("finished", exit_code=report.exit_code, **report.as_dict()["summary"])
 
     def error(self, text: str) -> None:
         super().error(text)
-        self._say("error", message=text)
-
-    def _say(self, event: str, **values: Any) -> None:
-        write_line(sys.stdout, json.dumps({"event": event, **values}))
+        _say_json("error", message=text)

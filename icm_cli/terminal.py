@@ -119,7 +119,7 @@ def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
             table.add_column(TITLES[metric], justify="right")
         for row in rows:
             name = f"{row.name} (round {row.round})" if row.round > 1 else row.name
-            table.add_row(name, *(f"{row.change(metric):+.5f}" for metric in METRICS))
+            table.add_row(_printable(name), *(f"{row.change(metric):+.5f}" for metric in METRICS))
         table.add_section()
         means = comparison.means(region)
         table.add_row(f"mean of {len(rows)}", *(f"{b - a:+.5f}" for a, b in means.values()))
@@ -159,9 +159,13 @@ def _show(*parts: Table | str) -> None:
     width = None if is_terminal else PLAIN_WIDTH
     console = Console(file=paper, width=width, color_system=None, highlight=False, markup=False, emoji=False)
     for part in parts:
-        console.print(part, soft_wrap=isinstance(part, str) or not is_terminal)
+        if isinstance(part, str):
+            console.print(_printable(part), soft_wrap=True)
+        else:
+            console.print(part, soft_wrap=not is_terminal)
     paper.seek(0)
-    write_line(sys.stdout, paper.read().rstrip("\n"))
+    for line in paper.read().rstrip("\n").split("\n"):
+        write_line(sys.stdout, line)
 
 
 def show(rows: Sequence[tuple[str, str]], *lines: str) -> None:
@@ -276,13 +280,13 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
 
 
 def write_line(stream: TextIO | None, text: str) -> None:
-    """Print ``text`` with a newline; characters the stream cannot show, and control characters, are escaped.
+    """Print one line; characters that the stream cannot show, and control characters, newlines too, are escaped.
 
     A stream that is closed, full or whose reader has gone is silenced from then on: a log is not worth a run.
     """
     if stream is None:
         return
-    shown = "\n".join(_printable(line) for line in text.splitlines())
+    shown = _printable(text)
     encoding = stream.encoding or "utf-8"
     try:
         stream.write(shown.encode(encoding, "backslashreplace").decode(encoding) + "\n")

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from rich.text import Text
 from typer.testing import CliRunner
 
 from icm_cli import cli
@@ -75,6 +77,12 @@ def test_the_docs_have_every_option(name: str) -> None:
     text = (ROOT / "docs" / f"{name}.md").read_text()
     for option in set(inspect.signature(getattr(cli, name)).parameters) - {"ctx"}:
         assert f"`--{option.rstrip('_').replace('_', '-')}" in text, option
+
+
+def test_help_swallows_nothing_as_markup() -> None:
+    for command in typer.main.get_command(app).commands.values():
+        for text in (command.help, *(getattr(option, "help", None) for option in command.params)):
+            assert Text.from_markup(text or "").plain == (text or "")
 
 
 def test_help_and_docs_name_every_dataset() -> None:

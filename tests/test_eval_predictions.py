@@ -262,6 +262,11 @@ def test_compare_prints_every_image_and_warns_where_protocols_differ(
     nothing = report_of(tmp_path / "c.json") | {"images": []}
     (tmp_path / "c.json").write_text(json.dumps(nothing))
     assert CliRunner().invoke(app, [*line[:-1], str(tmp_path / "c.json")]).exit_code == 1
+    rounds = report_of(tmp_path / "a.json")
+    rounds["images"] += [image | {"round": 2} for image in rounds["images"]]
+    (tmp_path / "d.json").write_text(json.dumps(rounds))
+    second = CliRunner().invoke(app, [*line[:-1], str(tmp_path / "d.json")]).stderr
+    assert f"6 image(s) have scores only in {tmp_path}/d.json, such as a/brickwall in round 2" in second
     rows = [row for row in differs.stdout.splitlines() if re.search(r"[ab]/\w+", row)]
     assert len(rows) == 5
     assert "b/lawn" in rows[0]  # what became worse comes first

@@ -47,6 +47,31 @@ def test_a_shard_may_be_empty(icm: Icm, scene: Path) -> None:
     assert sorted(alphas(scene / "out")) == ["wall.png"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--frames", "1001"), "a reference or its mask (1), not of --frames (3)"),
+        (("--frames", "1003"), "has no frame 1003; there will be no alpha"),
+        (("--frames", "2000-2010"), "has no frame 2000-2010; there will be no alpha"),
+        (("--exclude", "*"), "a reference or its mask (1), by --include or --exclude (3)"),
+        (("--include", "sh.1001.*"), "a reference or its mask (1), by --include or --exclude (3)"),
+    ],
+)
+def test_a_chunk_may_be_empty(icm: Icm, scene: Path, plates: Path, flags: tuple[str, str], why: str) -> None:
+    shutil.copy(scene / "ref.png", plates / "sh.1001.jpg")
+    result = icm(*flags, ref=plates / "sh.1001.jpg", src=plates / "sh.####.jpg", report=scene / "r.json")
+    assert result.exit_code == 0, result.output
+    assert why in result.stderr
+    assert "nothing is to be matted, as every image in" in result.stderr
+    assert json.loads((scene / "r.json").read_text())["images"] == []
+    assert not list((scene / "out").iterdir())
+
+
+def test_a_chunk_without_truths_to_read_is_empty_too(icm: Icm, scene: Path, plates: Path) -> None:
+    shutil.copytree(plates, scene / "gt")
+    assert icm("--exclude", "*", src=plates, gt=scene / "gt").exit_code == 0
+
+
 def test_an_alpha_of_another_source_is_not_overwritten(icm: Icm, scene: Path) -> None:
     other = scene / "other"
     other.mkdir()
@@ -121,6 +146,23 @@ def test_missing_frames(icm: Icm, scene: Path, plates: Path, missing: str, code:
         assert "sh.1003.jpg: is missing: the sequence has no such frame" in result.stderr
 
 
+def test_a_frame_that_fails_says_that_its_earlier_alpha_stays(icm: Icm, scene: Path, plates: Path) -> None:
+    assert icm(src=plates / "sh.####.jpg").exit_code == 0
+    before = alphas(scene / "out")
+    (plates / "sh.1004.jpg").write_bytes(b"")
+    (plates / "sh.1002.jpg").unlink()
+    result = icm(src=plates / "sh.####.jpg", report=scene / "r.json")
+    assert result.exit_code == 1
+    stays = f"; its earlier alpha {scene}/out/sh.1004.png is of the former picture or settings and stays"
+    assert stays in result.stderr
+    rows = {Path(row["source"]).name: row for row in json.loads((scene / "r.json").read_text())["images"]}
+    assert rows["sh.1004.jpg"]["reason"].endswith(stays)
+    assert f"has no frame 1002-1003; its earlier alpha {scene}/out/sh.1002.png stays" in result.stderr
+    assert alphas(scene / "out") == before
+    missing = icm("--missing", "report", src=plates / "sh.####.jpg").stderr
+    assert "no such frame; add it and run again; its earlier alpha" in missing
+
+
 def test_truths_may_be_frames(icm: Icm, scene: Path, plates: Path) -> None:
     (scene / "gt").mkdir()
     assert icm(src=plates).exit_code == 0
@@ -131,6 +173,12 @@ def test_truths_may_be_frames(icm: Icm, scene: Path, plates: Path) -> None:
     images = json.loads((scene / "r.json").read_text())["images"]
     scored = {Path(row["source"]).name: row["scores"]["whole"]["mse"] for row in images if row["scores"]}
     assert scored == {"sh.1001.jpg": 0.0, "sh.1004.jpg": 0.0}
+    for number in (1002, 1005):
+        assert (
+            f"icm: missing-alpha: {plates}/sh.{number}.jpg has no true alpha in {scene}/gt/true_####" in result.stderr
+        )
+    assert json.loads((scene / "r.json").read_text())["summary"]["problems"] == {"missing-alpha": 2}
+    assert "2 (allowed)" in result.stdout
 
 
 def test_openjd_progress(icm: Icm, scene: Path) -> None:
@@ -142,6 +190,31 @@ def test_openjd_progress(icm: Icm, scene: Path) -> None:
     refused = icm("--progress", "openjd", src=scene / "nowhere")
     assert refused.exit_code == 2
     assert any(line.startswith("openjd_fail: source") for line in refused.stdout.splitlines())
+
+
+@pytest.mark.parametrize("way", [("--progress", "openjd"), ("--progress=json",)])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--bogus",), "No such option: --bogus"),
+        (("--workers", "0"), "Invalid value for '--workers'"),
+        (("a.jpg", "b.jpg"), 'Quote globs and patterns, as --src "imgs/*.jpg"'),
+        (("--shard", "1/0"), "--shard is 1/0; expected 1 shard or more"),
+        (("--frames", "1-999999999"), "has too many frames; expected 10000000 at most"),
+    ],
+)
+def test_wrong_usage_has_its_line_too(icm: Icm, way: tuple[str, ...], flags: tuple[str, ...], message: str) -> None:
+    result = icm(*way, *flags)
+    assert result.exit_code == 2
+    (line,) = result.stdout.splitlines()
+    if "json" in way[0]:
+        event = json.loads(line)
+        assert event["event"] == "error"
+        assert message in event["message"]
+    else:
+        assert line.startswith("openjd_fail: ")
+        assert message in line
+    assert not icm(*flags).stdout
 
 
 def test_json_progress(icm: Icm, scene: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,8 @@ import pytest
 import torch
 from conftest import Icm, alphas, arguments, copy_many, read
 
+from icm_cli.errors import OutputError
+from icm_cli.images.writing import Output, write_alpha
 from icm_cli.matting.predictor import Predictor
 
 
@@ -51,6 +54,27 @@ def flat_mask(value: int) -> Damage:
 def collision(scene: Path) -> dict[str, object]:
     shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "wall.jpeg")
     return {}
+
+
+def trimap_collision(scene: Path) -> dict[str, object]:
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "wall.trimap.jpg")
+    return {"trimap": "beside"}
+
+
+def over_the_mask(scene: Path) -> dict[str, object]:
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "mask.jpg")
+    return {"out": scene}
+
+
+def over_a_truth(scene: Path) -> dict[str, object]:
+    (scene / "gt").mkdir()
+    shutil.copy(scene / "mask.png", scene / "gt" / "wall.png")
+    return {"gt": scene / "gt", "out": scene / "gt"}
+
+
+def nothing_there(scene: Path) -> dict[str, object]:
+    (scene / "empty").mkdir()
+    return {"src": scene / "empty"}
 
 
 def file_at(name: str, content: bytes, option: str) -> Damage:
@@ -86,7 +110,12 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "mask of another shape": (2, "another shape", wrong_shape),
     "output is source": (2, "also the output folder", option(out="@imgs")),
     "collision": (2, "come of several images", collision),
-    "no images": (2, "no images were found", option(exclude="*")),
+    "no images": (2, "no images were found", nothing_there),
+    "include matches none": (2, "--include 'x*' matches none of the 3 image(s)", option(include="x*")),
+    "a picture as the output": (2, "is named like a picture", option(out="@pm/foo.exr")),
+    "output over the mask": (2, "mask.png would be written over a reference", over_the_mask),
+    "output over a truth": (2, "wall.png would be written over a ground truth", over_a_truth),
+    "trimap over an alpha": (2, "each: the trimap of ", trimap_collision),
     "report suffix": (2, "none of .csv, .json, .html", option(report="@r.txt")),
     "contact sheet suffix": (2, "is no .png", option(contact_sheet="@c.jpg")),
     "report over a source": (2, "is an input or an alpha of this run", option(contact_sheet="@imgs/pad.0101.png")),
@@ -246,7 +275,7 @@ def test_a_source_that_vanishes_in_mid_run_fails_alone(icm: Icm, scene: Path, mo
     monkeypatch.setattr(Predictor, "infer", removing)
     result = icm(src=scene / "many", workers=1)
     assert result.exit_code == 1
-    assert f"failed: {scene}/many/0008.jpg: is not there any more" in result.stderr
+    assert f"failed: {scene}/many/0008.jpg: does not exist; put it there and run again" in result.stderr
     assert len(alphas(scene / "out")) == 8
 
 
@@ -382,3 +411,47 @@ def test_two_processes_share_one_output(long_run: tuple[list[str], Path]) -> Non
     for run in runs:
         assert run.stderr
         run.stderr.close()
+
+
+def test_a_refusal_of_openexr_is_one_sentence_about_the_output(icm: Icm, scene: Path) -> None:
+    """Files may be no larger than 500 bytes here, so OpenEXR's own writes fail."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        result = icm("--quiet", src=scene / "imgs" / "wall.jpg", format="exr")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert result.exit_code == 3
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"icm: {scene}/out/wall.exr cannot be written: Failed OpenEXR write")
+    assert last.endswith("failed; give an output location you can write to")
+    assert last.count("OpenEXR") == 1
+    assert ".icm-" not in result.output
+
+
+@pytest.mark.parametrize("text", ["Cannot write: No space left on device.", "write error"])
+def test_a_full_disk_is_told_for_exr_and_tiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    broken = Mock(open=Mock(return_value=False), geterror=Mock(return_value=f"{text}\n" * 7))
+    monkeypatch.setattr("icm_cli.images.writing.oiio.ImageOutput", Mock(create=Mock(return_value=broken)))
+    monkeypatch.setattr(shutil, "disk_usage", Mock(return_value=Mock(free=0)))
+    with pytest.raises(OutputError, match=r"^\S*/a.exr cannot be written: no space left on the device; free some and"):
+        write_alpha(tmp_path / "a.exr", np.zeros((9, 9), np.float32), {}, Output(format="exr"))
+
+
+def test_a_name_with_a_newline_is_one_line(icm: Icm, scene: Path) -> None:
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "two\nlines.jpg")
+    (scene / "imgs" / "bad\nname.jpg").write_bytes(b"")
+    result = icm()
+    assert result.exit_code == 1
+    assert sum("two\\nlines.jpg" in line for line in result.stderr.splitlines()) == 1
+    assert not any(line.startswith(("lines", "name")) for line in result.output.splitlines())
+    plan = icm("--dry-run").stdout.splitlines()
+    assert len(plan) == 5
+    assert all(" -> " in line for line in plan)
+
+
+def test_a_list_may_name_what_does_not_exist(icm: Icm, scene: Path) -> None:
+    (scene / "list.txt").write_text(f"{scene}/imgs/wall.jpg\n{scene}/imgs/none.jpg\n")
+    result = icm(src=scene / "list.txt", root=scene)
+    assert result.exit_code == 1
+    assert f"failed: {scene}/imgs/none.jpg: does not exist; put it there" in result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -250,6 +251,12 @@ def test_trimaps_and_hold_outs(icm: Icm, scene: Path) -> None:
     (scene / "b" / "wall.trimap.png").unlink()
     assert icm(out=scene / "b", trimap="beside", trimap_band=6).exit_code == 0
     assert (scene / "b" / "wall.trimap.png").exists()  # made again with its alpha
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "wall.trimap.jpg")
+    other = icm(src=scene / "wall.trimap.jpg", out=scene / "e")
+    assert other.exit_code == 0
+    refused = icm(src=scene / "imgs" / "wall.jpg", out=scene / "e", trimap="beside")
+    assert refused.exit_code == 2
+    assert "wall.trimap.png is the alpha of" in refused.stderr
     assert icm(out=scene / "c", trimap="instead", trimap_band=6).exit_code == 0
     assert (read(scene / "c" / "wall.png") == trimap).all()
     assert icm("--invert", out=scene / "d").exit_code == 0

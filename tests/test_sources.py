@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icm_cli.errors import ImageError, UsageError
+from icm_cli.files import AROUND, LINKED
 from icm_cli.matting.frames import FramePattern
 from icm_cli.matting.jobs import Choice, Job, Place, parse_shard, plan_jobs
 from icm_cli.matting.sources import LeftOut, find_sources
@@ -172,8 +173,11 @@ def test_include_and_exclude(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert outputs(plan(src, out, include=["a/*"]), out) == ["a/1.png", "a/2.png"]
     assert outputs(plan(src, out, include=["1.*"], exclude=["b/*"]), out) == ["a/1.png"]
-    with pytest.raises(UsageError, match="no images were found"):
-        plan(src, out, exclude=["*"])
+    assert outputs(plan(src, out, include=["*.jpg"], exclude=["*"]), out) == []
+    with pytest.raises(UsageError, match=r"--include 'x\*' matches none of the 3 image.*such as a/1.jpg"):
+        plan(src, out, include=["x*"], exclude=["*"])
+    with pytest.raises(UsageError, match=r"none of the 1 image.* has one, such as cat.jpg"):
+        plan(tree(tmp_path / "cats", "cat.jpg"), out, frames=frozenset({1}))
 
 
 def test_output_references_and_masks_are_left_out_with_a_notice(tmp_path: Path) -> None:
@@ -185,11 +189,36 @@ def test_output_references_and_masks_are_left_out_with_a_notice(tmp_path: Path) 
     assert "out/1.png and 1 more" in notices[0]
 
 
-def test_links_are_followed_once(tmp_path: Path) -> None:
-    src = tree(tmp_path / "in", "real/1.jpg")
-    (src / "real" / "loop").symlink_to(src, target_is_directory=True)
-    (src / "twin").symlink_to(src / "real", target_is_directory=True)
-    assert outputs(plan(src, tmp_path / "out"), tmp_path / "out") == ["real/1.png"]
+def link(path: Path, target: Path) -> None:
+    path.symlink_to(target, target_is_directory=True)
+
+
+@pytest.mark.parametrize("src", ["in", "in/**/*.jpg", "in/**/a.####.jpg"])
+def test_real_folders_win_over_links_whatever_their_names(tmp_path: Path, src: str) -> None:
+    """Links into the tree and loops are left out and told; a link elsewhere is a folder of its own, each time."""
+    tree(tmp_path, "in/sh020/a.0001.jpg", "in/sh020/deep/a.0002.jpg", "other/a.0003.jpg", "in/.versions/a.0004.jpg")
+    link(tmp_path / "in/latest", tmp_path / "in/sh020")
+    link(tmp_path / "in/zz", tmp_path / "in/sh020/deep")
+    link(tmp_path / "in/sh020/loop", tmp_path / "in")
+    for name in ("first", "second"):
+        link(tmp_path / "in" / name, tmp_path / "other")
+    link(tmp_path / "other/up", tmp_path)
+    link(tmp_path / "other/across", tmp_path / "in/sh020")
+    link(tmp_path / "in/version", tmp_path / "in/.versions")
+    told: list[str] = []
+    left_out = LeftOut(told.append)
+    sources = find_sources(str(tmp_path / src), None, left_out)
+    assert [path.relative_to(tmp_path / "in").as_posix() for path in sources.files] == [
+        "first/a.0003.jpg",
+        "second/a.0003.jpg",
+        "sh020/a.0001.jpg",
+        "sh020/deep/a.0002.jpg",
+        "version/a.0004.jpg",
+    ]
+    assert left_out[LINKED] == 4
+    assert left_out[AROUND] == 3
+    assert f"{tmp_path}/in/first/across and 3 more left out: {LINKED}" in told
+    assert len(told) == len(+left_out)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from icm_cli.datasets.samples import Sample
 from icm_cli.errors import UsageError
-from icm_cli.files import TEMPORARY_PREFIX
+from icm_cli.files import TEMPORARY_PREFIX, expanded, split_fixed
 from icm_cli.images.composites import Composite
 from icm_cli.images.kinds import IMAGE_SUFFIXES
 from icm_cli.problems import Problem
@@ -246,10 +245,10 @@ def _by_key(paths: Iterable[Path], root: Path, key: Callable[[str], str], clashe
 
 
 def _matching(text: str, option: str, clashes: list[Problem]) -> Files:
-    if glob.has_magic(text):
-        parts = Path(text).parts
-        root = Path(*parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))])
-        paths = [Path(match) for match in sorted(glob.iglob(text, recursive=True)) if _is_image(Path(match))]
+    fixed, wildcards = split_fixed(text)
+    if wildcards:
+        root = Path(fixed)
+        paths = [path for path in sorted(expanded(text, {})) if _is_image(path)]
     else:
         root = Path(text)
         if not root.is_dir():

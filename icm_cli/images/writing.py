@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,7 @@ import OpenImageIO as oiio
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from icm_cli.errors import OutputError, UsageError, did_you_mean
+from icm_cli.errors import UsageError, did_you_mean
 from icm_cli.files import atomic_write
 from icm_cli.geometry import Float, rounded_u8
 from icm_cli.images.colour import label_of, scene_linear
@@ -251,7 +254,17 @@ def _by_openimageio(
     writer = oiio.ImageOutput.create(format_)
     assert writer is not None
     if not (writer.open(str(path), spec) and writer.write_image(np.ascontiguousarray(values)) and writer.close()):
-        raise OutputError(f"{path} cannot be written: {writer.geterror()}")
+        raise _refusal(path, writer.geterror(), values.nbytes)
+
+
+def _refusal(path: Path, text: str, size: int) -> OSError:
+    """The file system's error behind a library's text, whose lines repeat it and name the temporary file."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if os.strerror(number).lower() in text.lower():
+            return OSError(number, os.strerror(number))
+    if shutil.disk_usage(path.parent).free < size:  # libtiff gives no reason
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return OSError((text.strip().splitlines() or ["no reason was given"])[0].replace(str(path), "the file").rstrip("."))
 
 
 def _sixteen(pixels: Float) -> NDArray[np.uint16]:

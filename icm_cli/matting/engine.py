@@ -132,9 +132,7 @@ class Engine:
         """Runs in a reader thread."""
         start = time.perf_counter()
         try:
-            if not self.settings.overwrite and (
-                earlier := finished(job, self._digest(job), has_trimap=self.settings.output.trimap == "beside")
-            ):
+            if not self.settings.overwrite and (earlier := finished(job, self._digest(job))):
                 return earlier
             origin = Origin.of(job)
             picture = job.read()
@@ -269,8 +267,6 @@ def keep_finished(
     digests: Sequence[str],
     workers: int,
     on_result: Callable[[ImageResult], None],
-    *,
-    has_trimap: bool = False,
 ) -> list[Job]:
     """Tell of every image whose alpha is there already; returns the others. Needs no model.
 
@@ -280,7 +276,7 @@ def keep_finished(
 
     def look(job: Job) -> ImageResult | Job | OtherSourceError:
         try:
-            return finished(job, digests[job.example], has_trimap=has_trimap) or job
+            return finished(job, digests[job.example]) or job
         except OtherSourceError as error:
             return error
         except ImageError:

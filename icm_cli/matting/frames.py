@@ -76,6 +76,10 @@ def frame_set(text: str) -> frozenset[int]:
     """Numbers of a range: ``1001-1100``, ``1001-1100x2``, ``1001,1005-1010``. Raises UsageError."""
     try:
         return frozenset(int(each) for each in frameset.FrameSet(text))
+    except exceptions.MaxSizeException as error:
+        raise UsageError(
+            f"--frames {text!r} has too many frames; expected {constants.MAX_FRAME_SIZE} at most"
+        ) from error
     except (exceptions.ParseException, ValueError, TypeError) as error:
         raise UsageError(
             f"--frames {text!r} is no range of frames; expected such as 1001-1100 or 1001-1100x2"

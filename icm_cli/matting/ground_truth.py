@@ -11,6 +11,7 @@ from icm_cli.errors import UsageError
 from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.sources import LeftOut, find_sources
+from icm_cli.problems import Problem
 from icm_cli.reports.result import ImageResult
 from icm_cli.scoring.pool import Scoring, ScoringPool
 from icm_cli.scoring.rule import Rule
@@ -20,9 +21,9 @@ RULE = Rule()
 """Scores are over the whole image at its own size, GRAD and CONN of the composition lineage."""
 
 
-def with_truths(jobs: Sequence[Job], where: str | Path) -> tuple[list[Job], list[Path]]:
-    """The jobs with their true alphas, and all files of these: of a folder laid out like the sources, or of a frame
-    pattern, whose numbers are theirs.
+def with_truths(jobs: Sequence[Job], where: str | Path) -> tuple[list[Job], list[Path], list[Problem]]:
+    """The jobs with their true alphas, all files of these, and the images without: of a folder laid out like the
+    sources, or of a frame pattern, whose numbers are theirs.
 
     Raises UsageError if none belongs to any image.
     """
@@ -30,16 +31,17 @@ def with_truths(jobs: Sequence[Job], where: str | Path) -> tuple[list[Job], list
     if not folder.is_dir() and FramePattern.parsed(str(where)) is not None:
         numbered = {FrameName.of(path).number: path for path in find_sources(where, None, LeftOut(_nowhere)).files}
         found = [_with_truth(job, numbered.get(FrameName.of(job.name).number)) for job in jobs]
-        if not any(job.planned.truth for job in found):
+        if jobs and not any(job.planned.truth for job in found):
             raise UsageError(f"ground truth {where} has no frame of any image, such as {jobs[0].name}")
-        return found, list(numbered.values())
+        return found, list(numbered.values()), _without_truth(found, where)
     if not folder.is_dir():
         raise UsageError(f"ground truth folder {folder} does not exist; expected alphas named like the images")
     files = {path.relative_to(folder).with_suffix(""): path for path in image_files(folder)}
-    if not any(job.name.with_suffix("") in files for job in jobs):
+    if jobs and not any(job.name.with_suffix("") in files for job in jobs):
         expected = jobs[0].name.with_suffix(".png")
         raise UsageError(f"ground truth folder {folder} has no alpha named like any image, such as {expected}")
-    return [_with_truth(job, files.get(job.name.with_suffix(""))) for job in jobs], list(files.values())
+    found = [_with_truth(job, files.get(job.name.with_suffix(""))) for job in jobs]
+    return found, list(files.values()), _without_truth(found, where)
 
 
 def scoring_of(processes: int, allowed: frozenset[str]) -> Scoring:
@@ -56,6 +58,14 @@ def scoring_of(processes: int, allowed: frozenset[str]) -> Scoring:
 
 def _nowhere(sentence: str) -> None:
     """Tell nobody."""
+
+
+def _without_truth(jobs: Sequence[Job], where: str | Path) -> list[Problem]:
+    return [
+        Problem("missing-alpha", job.planned.name, f"{job.source} has no true alpha in {where}, so it is not scored")
+        for job in jobs
+        if not job.planned.truth
+    ]
 
 
 def _with_truth(job: Job, truth: Path | None) -> Job:

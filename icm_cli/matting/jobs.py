@@ -17,7 +17,7 @@ from icm_cli.files import TEMPORARY_PREFIX, digest_of
 from icm_cli.images.colour import AS_LABELLED, Colour
 from icm_cli.images.composites import Composite, read_source
 from icm_cli.images.decoding import frame_count, windows_and_turn
-from icm_cli.images.kinds import IMAGE_SUFFIXES, Kind
+from icm_cli.images.kinds import Kind
 from icm_cli.images.reading import Picture, content_sha256
 from icm_cli.matting.frames import FrameName, FramePattern, Missing, frame_ranges, gaps
 from icm_cli.matting.sources import MOST_NAMED, LeftOut, Sources, look_at, natural, real
@@ -45,32 +45,43 @@ class Job:
     """Absolute path of the sources' root."""
     is_missing: bool = False
     """Whether it stands for a frame that is not there, and is to fail."""
+    has_trimap: bool = False
+    """Whether a trimap is written beside the alpha."""
 
     @property
     def trimap(self) -> Path:
         """File of a trimap beside the alpha."""
         return self.output.with_name(f"{self.output.stem}.trimap.png")
 
+    @property
+    def outputs(self) -> Sequence[Path]:
+        """All files that are written for it."""
+        return (self.output, self.trimap) if self.has_trimap else (self.output,)
+
     def read(self) -> Picture:
         """The picture to matte. Raises ImageError."""
         return read_source(self.source, self.colour, self.frame)
 
     @property
-    def _files(self) -> Sequence[Path]:
+    def files(self) -> Sequence[Path]:
+        """All files that it is made from."""
+        return self.source.files if isinstance(self.source, Composite) else (self.source,)
+
+    def _files_there(self) -> Sequence[Path]:
         if self.is_missing:
             raise ImageError(f"{self.source} is missing: the sequence has no such frame; add it and run again")
-        return self.source.files if isinstance(self.source, Composite) else (self.source,)
+        return self.files
 
     def state(self) -> str:
         """Size in bytes, time of last change in nanoseconds, size in px and turn of what it is made from.
 
         Raises ImageError.
         """
-        return " ".join(_state(path) for path in self._files)
+        return " ".join(_state(path) for path in self._files_there())
 
     def content(self) -> str:
         """SHA-256 of what it is made from, as hexadecimal digits. Raises ImageError."""
-        return digest_of(*(_content(path, _state(path)) for path in self._files))
+        return digest_of(*(_content(path, _state(path)) for path in self._files_there()))
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,8 @@ class Place:
     suffix: str = ".png"
     pattern: FramePattern | None = None
     """Pattern that ``--out`` is, whose number is the source's."""
+    has_trimap: bool = False
+    """Whether a trimap lies beside every alpha."""
 
     def __post_init__(self) -> None:
         try:
@@ -138,12 +151,14 @@ def plan_jobs(
     """List every image that is wanted, with the place of its alpha, sorted by name.
 
     The output tree, the references and their masks are left out. Frames that are missing are told, or come as jobs
-    that fail, as ``choice.missing`` says. Raises UsageError before anything is written.
+    that fail, as ``choice.missing`` says; where none is left that is told. Raises UsageError before anything is
+    written.
     """
     root, out = sources.root, place.folder
     if real(root) == real(out) and place.template == DEFAULT_NAME and place.pattern is None:
         raise UsageError(f"the source folder {root} is also the output folder; give --out another folder")
     found = sources.files
+    _check_filters(found, root, choice)
     if real(root) != real(out):
         found = left_out.without(found, _below(out, root), "in the output folder")
     protected = {real(path) for path in references}
@@ -154,7 +169,7 @@ def plan_jobs(
     )
     kinds = {path: look_at(path) for path in found}
     found = left_out.without(found, lambda path: kinds[path].is_own, "made by icm")
-    missing = _missing(found, sources, choice, left_out, protected)
+    missing = _missing(found, sources, choice, place, left_out, protected)
     if choice.frames is not None:
         found = left_out.without(
             found, lambda path: FrameName.of(path).number not in (choice.frames or ()), "not of --frames", is_told=False
@@ -163,12 +178,15 @@ def plan_jobs(
     everything = sorted([*found, *missing], key=natural)
     absent = frozenset(missing)
     jobs = [
-        replace(job, is_missing=path in absent)
+        replace(job, is_missing=path in absent, has_trimap=place.has_trimap)
         for path in everything
         for job in _jobs(path, root, place, colour, kinds[path])
     ]
     if not jobs:
-        raise UsageError(f"no images were found in {root}; {_what_was_expected(choice)}")
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.items() if count)
+        left_out.tell(f"nothing is to be matted, as every image in {root} is left out: {reasons}")
+    check_overwrites(jobs, [path for job in jobs for path in job.files], "a source image")
+    check_overwrites(jobs, references, "a reference or its mask")
     _check_collisions(jobs)
     return jobs if choice.shard is None else _shard(jobs, *choice.shard)
 
@@ -178,6 +196,8 @@ def parse_shard(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit()):
         raise UsageError(f"--shard is {text!r}; expected i/n, such as 1/8 for the first of eight")
+    if int(count) < 1:
+        raise UsageError(f"--shard is {text}; expected 1 shard or more, such as 1/8 for the first of eight")
     if not 1 <= int(number) <= int(count):
         raise UsageError(f"--shard is {text}; expected a number from 1 to {count}, and the shards' count")
     return int(number), int(count)
@@ -189,28 +209,28 @@ def _shard(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
 
 
 def _missing(
-    found: Sequence[Path], sources: Sources, choice: Choice, left_out: LeftOut, protected: set[Path]
+    found: Sequence[Path], sources: Sources, choice: Choice, place: Place, left_out: LeftOut, protected: set[Path]
 ) -> list[Path]:
     """Files of missing frames that are to fail. Raises UsageError where none may be missing."""
     if not sources.is_sequence and choice.frames is None:
         return []
     there = [*found, *(path for path in sources.files if real(path) in protected)]
     lost = gaps(there, choice.frames)
+    files: list[Path] = []
     for pattern, numbers in lost.items():
+        each = FramePattern.parsed(pattern.name)
+        of_pattern = [pattern.with_name(each.name(number)) for number in numbers] if each else []
+        files += of_pattern
         text = f"{pattern} has no frame {frame_ranges(numbers)}"
         if choice.missing == "error":
             raise UsageError(f"{text}; nothing was made, as --missing error wants it")
         if choice.missing == "skip":
-            left_out.tell(f"{text}; there will be no alpha either")
-    if choice.missing == "skip":
-        return []
-    patterns = {pattern: FramePattern.parsed(pattern.name) for pattern in lost}
-    return [
-        pattern.with_name(each.name(number))
-        for pattern, each in patterns.items()
-        if each is not None
-        for number in lost[pattern]
-    ]
+            alphas = [place.output(file.relative_to(sources.root)) for file in of_pattern]
+            stay = [str(alpha) for alpha in alphas if alpha.exists()]
+            more = f" and {len(stay) - 1} more" if len(stay) > 1 else ""
+            earlier = f"its earlier alpha {stay[0]}{more} stays" if stay else "there will be no alpha either"
+            left_out.tell(f"{text}; {earlier}")
+    return [] if choice.missing == "skip" else files
 
 
 def _state(path: Path) -> str:
@@ -218,7 +238,7 @@ def _state(path: Path) -> str:
         state = path.stat()
         windows, turn = windows_and_turn(path)
     except FileNotFoundError as error:
-        raise ImageError(f"{path} is not there any more; put it back and run again") from error
+        raise ImageError(f"{path} does not exist; put it there and run again") from error
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from error
     height, width = windows.size
@@ -269,25 +289,40 @@ def _jobs(source: Path, root: Path, place: Place, colour: Colour, kind: Kind) ->
     return jobs
 
 
-def _check_collisions(jobs: Sequence[Job]) -> None:
-    sources = {os.path.realpath(str(job.source)) for job in jobs}
-    taken: dict[Path, list[Path | Composite]] = {}
-    for job in jobs:
-        if os.path.realpath(job.output) in sources:
-            raise UsageError(f"{job.output} would be written over a source image; give --out another folder")
-        taken.setdefault(job.output, []).append(job.source)
-    shared = {output: found for output, found in taken.items() if len(found) > 1}
-    if shared:
-        lines = [f"{' and '.join(map(str, found))} to {output}" for output, found in list(shared.items())[:MOST_NAMED]]
-        more = f"; and {len(shared) - MOST_NAMED} more" if len(shared) > MOST_NAMED else ""
+def _check_filters(found: Sequence[Path], root: Path, choice: Choice) -> None:
+    """Raises UsageError for filters that not one image matches: slips, not choices."""
+    if choice.include and not any(_is_wanted(path.relative_to(root), Choice(choice.include)) for path in found):
+        patterns = " and ".join(f"--include {pattern!r}" for pattern in choice.include)
         raise UsageError(
-            f"{len(shared)} alpha(s) would come of several images each: {'; '.join(lines)}{more}; give --keep-suffix "
-            "(a.jpg.png, a.png.png), rename some, or leave some out with --exclude"
+            f"{patterns} matches none of the {len(found)} image(s) in {root}, such as {found[0].relative_to(root)}; "
+            "expected a glob of the path below that folder, or of the bare name"
+        )
+    if choice.frames is not None and all(FrameName.of(path).number is None for path in found):
+        raise UsageError(
+            f"--frames chooses by frame number, and none of the {len(found)} image(s) in {root} has one, such as "
+            f"{found[0].relative_to(root)}; expected names such as shot.1001.exr, or leave --frames out"
         )
 
 
-def _what_was_expected(choice: Choice) -> str:
-    kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-    if choice.include or choice.exclude or choice.frames is not None:
-        return f"--include, --exclude and --frames may leave none; expected at least one of {kinds}"
-    return f"expected at least one of {kinds}"
+def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> None:
+    """Raises UsageError where an output is one of these files."""
+    kept = {os.path.realpath(path) for path in files}
+    for output in (output for job in jobs for output in job.outputs):
+        if os.path.realpath(output) in kept:
+            raise UsageError(f"{output} would be written over {what}; give --out another folder")
+
+
+def _check_collisions(jobs: Sequence[Job]) -> None:
+    taken: dict[Path, list[str]] = {}
+    for job in jobs:
+        for output in job.outputs:
+            maker = str(job.source) if output == job.output else f"the trimap of {job.source}"
+            taken.setdefault(output, []).append(maker)
+    shared = {output: found for output, found in taken.items() if len(found) > 1}
+    if shared:
+        lines = [f"{' and '.join(found)} to {output}" for output, found in list(shared.items())[:MOST_NAMED]]
+        more = f"; and {len(shared) - MOST_NAMED} more" if len(shared) > MOST_NAMED else ""
+        raise UsageError(
+            f"{len(shared)} file(s) would come of several images each: {'; '.join(lines)}{more}; give --keep-suffix "
+            "(a.jpg.png, a.png.png), rename some, or leave some out with --exclude"
+        )

@@ -16,23 +16,25 @@ from icm_cli.errors import UsageError, did_you_mean
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path, as_paths, remove_stale_temporaries
 from icm_cli.images.colour import Colour
+from icm_cli.images.kinds import IMAGE_SUFFIXES
 from icm_cli.images.writing import ENDINGS, Output
 from icm_cli.matting.cluster import Cluster
 from icm_cli.matting.devices import Devices
 from icm_cli.matting.engine import EngineOptions, keep_finished
 from icm_cli.matting.frames import FramePattern, Missing, frame_set
-from icm_cli.matting.jobs import DEFAULT_NAME, Choice, Job, Place, parse_shard, plan_jobs
+from icm_cli.matting.jobs import DEFAULT_NAME, Choice, Job, Place, check_overwrites, parse_shard, plan_jobs
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.sources import LeftOut, find_sources
 from icm_cli.matting.work import Crew, Work
+from icm_cli.problems import Problem
 from icm_cli.reports.report import Album, Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import SideOutputs
 
-ALLOWED = frozenset({"empty-alpha", "16-bit-alpha"})
-"""Kinds of odd ground truths that are no failure here."""
+ALLOWED = frozenset({"empty-alpha", "16-bit-alpha", "missing-alpha"})
+"""Kinds of odd or missing ground truths that are no failure here."""
 
 
 def matte(
@@ -107,7 +109,7 @@ def matte(
     pattern, format = _pattern_and_format(out, format)
     form = {"format": format, "depth": depth, "channel": channel, "foreground": foreground, "invert": invert}
     output = Output.checked(**form, trimap=trimap, band_px=trimap_band)
-    place = _place(out, pattern, name, output.suffix, keep_suffix=keep_suffix)
+    place = _place(out, pattern, name, output, keep_suffix=keep_suffix)
     wanted = _choice(include, exclude, frames, missing, shard)
     if gt is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
@@ -117,12 +119,8 @@ def matte(
     left_out, shown = LeftOut(listener.notice), [*refs, *masks]
     sources = find_sources(src, as_path(root), left_out)
     jobs = plan_jobs(sources, place, choice=wanted, references=shown, colour=colour, left_out=left_out)
-    truths: list[Path] = []
-    if gt is not None:
-        from icm_cli.matting.ground_truth import with_truths
-
-        jobs, truths = with_truths(jobs, gt)
-    inputs = [str(path) for job in jobs for path in (job.source, job.output)]
+    jobs, truths, problems = _with_truths(jobs, gt)
+    inputs = [str(path) for job in jobs for path in (job.source, *job.outputs)]
     side.check_overwrites_nothing([*shown, *truths, *inputs])
     checked = functools.partial(
         ModelChoice.checked,
@@ -160,11 +158,24 @@ def matte(
         start=start,
         scoring=scoring,
     )
+    for problem in problems:
+        outcome.add_problem(problem)
     engine = EngineOptions([digest], choices[0].batch_size, workers, overwrite, fail_fast, output)
     works = [Work(choice, references, engine) for choice in choices]
     crew = functools.partial(_crew, works, cluster, place.folder, listener)
     _run(jobs, works[0], crew, outcome, side, listener)
     return outcome.report
+
+
+def _with_truths(jobs: list[Job], gt: str | Path | None) -> tuple[list[Job], list[Path], list[Problem]]:
+    """The jobs with their true alphas, all files of these, and the images without. Raises UsageError."""
+    if gt is None:
+        return jobs, [], []
+    from icm_cli.matting.ground_truth import with_truths
+
+    found, truths, problems = with_truths(jobs, gt)
+    check_overwrites(found, truths, "a ground truth")
+    return found, truths, problems
 
 
 def _run(
@@ -181,8 +192,7 @@ def _run(
     with outcome:
         remaining = list(jobs)
         if not options.overwrite:
-            has_trimap = options.output.trimap == "beside"
-            remaining = keep_finished(jobs, options.digests, options.workers, outcome.add, has_trimap=has_trimap)
+            remaining = keep_finished(jobs, options.digests, options.workers, outcome.add)
         with crew(outcome.add) if remaining else contextlib.nullcontext() as those:
             peak = those.peak_memory_bytes if those else work.choice.where.peak_memory_bytes
             with outcome.reported(side, peak):
@@ -208,10 +218,15 @@ def _settings(
 def _pattern_and_format(out: str | Path, format_: str | None) -> tuple[FramePattern | None, str]:
     """The frame pattern that ``--out`` is, and the format: that of its ending where nothing else is said.
 
-    Raises UsageError where the two do not agree.
+    Raises UsageError where the two do not agree, and for the name of one picture.
     """
     pattern = None if Path(out).is_dir() else FramePattern.parsed(str(out))
     ending = "" if pattern is None else Path(f"x{pattern.after}").suffix.lower()
+    if pattern is None and Path(out).suffix.lower() in IMAGE_SUFFIXES and not Path(out).is_dir():
+        raise UsageError(
+            f"--out {out} is named like a picture, and every image has an alpha of its own; expected a folder, or "
+            f"a pattern of frames such as {Path(out).with_suffix('.####' + Path(out).suffix)}"
+        )
     if pattern is None or not ending:
         return None, format_ or "png"
     fitting = next((name for name, suffixes in ENDINGS.items() if ending in suffixes), None)
@@ -222,12 +237,15 @@ def _pattern_and_format(out: str | Path, format_: str | None) -> tuple[FramePatt
     return pattern, fitting
 
 
-def _place(out: str | Path, pattern: FramePattern | None, name: str | None, suffix: str, *, keep_suffix: bool) -> Place:
+def _place(
+    out: str | Path, pattern: FramePattern | None, name: str | None, output: Output, *, keep_suffix: bool
+) -> Place:
     """The place of the alphas. Raises UsageError for names that cannot be made."""
     if keep_suffix and (name is not None or pattern is not None):
         raise UsageError("--keep-suffix names alphas a.jpg.png; leave --name and a pattern as --out out, or it")
     template = "{stem}{frame}{suffix}" if keep_suffix else name if name is not None else DEFAULT_NAME
-    return Place(Path(out if pattern is None else pattern.folder), template, suffix, pattern)
+    folder = Path(out if pattern is None else pattern.folder)
+    return Place(folder, template, output.suffix, pattern, has_trimap=output.trimap == "beside")
 
 
 def _choice(

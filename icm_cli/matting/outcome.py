@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from icm_cli import environment
@@ -52,6 +53,9 @@ class Outcome:
 
     def add(self, result: ImageResult) -> None:
         """Take a result of the engine; it ends here once it is scored."""
+        if result.status == "failed" and result.output and Path(result.output).exists():
+            earlier = f"its earlier alpha {result.output} is of the former picture or settings and stays"
+            result = replace(result, reason=f"{result.reason}; {earlier}")
         task = self._scoring.task_for(result) if self._scoring and result.status in ("done", "skipped") else None
         if task is None:
             self._end(result)

@@ -117,7 +117,8 @@ def _read_reference(
             return Reference(picture.rgb, make_guidance(picture.alpha, picture.windows, name, notice))
         raise UsageError(f"reference {ref} has no mask and is no RGBA cut-out; give --mask with the thing in white")
     except ImageError as error:
-        raise UsageError(f"reference or mask cannot be used: {error}") from error
+        hint = "; --ref-layer names that of the references" if colour.layer and "has no layer" in str(error) else ""
+        raise UsageError(f"reference or mask cannot be used: {error}{hint}") from error
 
 
 def _masked(picture: Picture, mask: Mask, name: str, notice: Callable[[str], None]) -> Reference:

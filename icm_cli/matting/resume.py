@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from icm_cli.errors import ImageError
@@ -49,31 +50,37 @@ def stamp(job: Job, digest: str, origin: Origin, measured: dict[str, Any]) -> di
     }
 
 
-def finished(job: Job, digest: str, *, has_trimap: bool = False) -> ImageResult | None:
+def finished(job: Job, digest: str) -> ImageResult | None:
     """The result of an earlier run that made this very alpha from this very source, None if it is to be made.
 
     A source is another one where its name below the root is another; or where the root is another folder and the file
     another too. Raises OtherSourceError for an alpha of such a one, and ImageError where the source cannot be read.
     """
-    if not job.output.exists():
+    stamps = [_own_stamp(path, job) for path in job.outputs]
+    found = stamps[0]
+    if not found or not all(path.exists() for path in job.outputs):
         return None
-    found = read_stamp(job.output) or {}
+    is_same_root = found.get(ROOT_KEY) == _text(job.root)
+    if found.get(DIGEST_KEY) != digest or (is_same_root and found.get(SOURCE_KEY) != job.state()):
+        return None
+    measured = json.loads(found.get(RESULT_KEY, "{}"))
+    return replace(job.planned, status="skipped", seconds=0.0, **measured)
+
+
+def _own_stamp(path: Path, job: Job) -> dict[str, str]:
+    """The stamp of a file that an earlier run made for this source, {} where there is none. Raises OtherSourceError."""
+    found = (read_stamp(path) or {}) if path.exists() else {}
     if NAME_KEY not in found:
-        return None
+        return {}
     is_same_root = found.get(ROOT_KEY) == _text(job.root)
     is_same = found[NAME_KEY] == _text(job.planned.name) and (is_same_root or found.get(CONTENT_KEY) == job.content())
     if not is_same:
         earlier = f"{found.get(ROOT_KEY)}/{found[NAME_KEY]}"
         raise OtherSourceError(
-            f"{job.output} is the alpha of {earlier}, and {job.source} would be written over it; give another --out "
+            f"{path} is the alpha of {earlier}, and {job.source} would be written over it; give another --out "
             "or --name, or --overwrite to replace it"
         )
-    if has_trimap and not job.trimap.exists():
-        return None
-    if found.get(DIGEST_KEY) != digest or (is_same_root and found.get(SOURCE_KEY) != job.state()):
-        return None
-    measured = json.loads(found.get(RESULT_KEY, "{}"))
-    return replace(job.planned, status="skipped", seconds=0.0, **measured)
+    return found
 
 
 def _text(path: str) -> str:

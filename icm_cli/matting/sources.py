@@ -8,17 +8,15 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from icm_cli.errors import UsageError
-from icm_cli.files import TEMPORARY_PREFIX
+from icm_cli.files import Passed, expanded, split_fixed, walk
 from icm_cli.images.kinds import IMAGE_SUFFIXES, Kind, kind_of
 from icm_cli.matting.frames import FramePattern
 
-SERVICE_FOLDERS = frozenset({"@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "__MACOSX"})
-"""Folders that storage servers and archivers make for themselves: thumbnails, bins, snapshots, resource forks."""
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 EXPECTED = "expected a folder, an image, a quoted glob, a frame pattern such as shot.####.exr, a text list or -"
 MOST_NAMED = 8
@@ -47,6 +45,16 @@ class LeftOut(Counter[str]):
         self.add(sorted(dropped), reason, is_told=is_told)
         return [path for path in paths if path not in dropped]
 
+    def passed(self, passed: Passed) -> None:
+        """Count and tell what a walk passed by."""
+        for reason, paths in passed.items():
+            self.add(paths, reason)
+
+    def pictures(self, paths: Sequence[Path], passed: Passed) -> list[Path]:
+        """The pictures of a walk, which passed others by."""
+        self.passed(passed)
+        return self.without(paths, lambda path: not _is_picture(path), "no picture")
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -71,6 +79,12 @@ def find_sources(src: str | Path, root: Path | None, left_out: LeftOut) -> Sourc
             raise UsageError(f"--root {root} is no folder; expected the folder that the sources lie below")
         files = [Path(os.path.abspath(path)) for path in files]  # noqa: PTH100  resolve() would rename links
         own = Path(os.path.abspath(root))  # noqa: PTH100
+    if not files:
+        named = "standard input" if str(src) == "-" else src
+        raise UsageError(
+            f"no images were found in {named}; expected at least one of "
+            f"{', '.join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))}"
+        )
     outside = [path for path in files if not path.is_relative_to(own)]
     if outside:
         named = ", ".join(map(str, outside[:MOST_NAMED])) + (", ..." if len(outside) > MOST_NAMED else "")
@@ -105,26 +119,8 @@ def look_at(path: Path) -> Kind:
         return Kind("")
 
 
-def expanded(pattern: str) -> Iterator[str]:
-    """Paths that a glob matches; a folder whose name has brackets and exists is taken literally."""
-    fixed, rest = _split_fixed(pattern)
-    yield from glob.iglob(os.path.join(glob.escape(fixed), *rest), recursive=True)  # noqa: PTH118
-
-
 def _split(name: str) -> list[str]:
     return [part for part in re.split(r"(\d+)", name) if part]
-
-
-def _split_fixed(pattern: str) -> tuple[str, tuple[str, ...]]:
-    """The folder that exists or has no wildcards, and the parts after it."""
-    parts = Path(pattern).parts
-    fixed = ""
-    for number, part in enumerate(parts):
-        longer = os.path.join(fixed, part)  # noqa: PTH118  a Path would lose the empty one
-        if glob.has_magic(part) and not os.path.lexists(longer):
-            return fixed, parts[number:]
-        fixed = longer
-    return fixed, ()
 
 
 def _find(src: str | Path, left_out: LeftOut) -> tuple[Path, list[Path], bool]:
@@ -135,8 +131,8 @@ def _find(src: str | Path, left_out: LeftOut) -> tuple[Path, list[Path], bool]:
     if text == "-":
         return *_listed(sys.stdin or (), "standard input", left_out), False
     if path.is_dir():
-        found = left_out.without(list(_walk(path, left_out)), lambda file: not _is_picture(file), "no picture")
-        return path, found, False
+        passed: Passed = {}
+        return path, left_out.pictures(list(walk(path, passed)), passed), False
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -148,59 +144,37 @@ def _find(src: str | Path, left_out: LeftOut) -> tuple[Path, list[Path], bool]:
     if path.is_file():
         return path.parent, [path], False
     if (pattern := FramePattern.parsed(text)) is not None:
-        return *_sequence(pattern, text), True
+        return *_sequence(pattern, text, left_out), True
     if glob.has_magic(text):
-        files = [Path(match) for match in expanded(text) if Path(match).is_file()]
+        passed = {}
+        files = list(expanded(text, passed))
         if not files:
             raise UsageError(
                 f"no file matches {text}; it does not exist as it stands, so its *, ? and [] were taken as wildcards"
             )
-        root = Path(_split_fixed(text)[0])
-        return root, left_out.without(files, lambda file: not _is_picture(file), "no picture"), False
+        return Path(split_fixed(text)[0]), left_out.pictures(files, passed), False
     raise UsageError(f"source {text} does not exist; {EXPECTED}")
 
 
-def _sequence(pattern: FramePattern, text: str) -> tuple[Path, list[Path]]:
-    folders = [pattern.folder] if Path(pattern.folder).is_dir() else list(expanded(pattern.folder))
-    found = []
-    for folder in map(Path, folders):
-        if folder.is_dir():
-            found += [folder / name for name in pattern.matching(path.name for path in folder.iterdir())]
+def _sequence(pattern: FramePattern, text: str, left_out: LeftOut) -> tuple[Path, list[Path]]:
+    passed: Passed = {}
+    folder = Path(pattern.folder)
+    files = folder.iterdir() if folder.is_dir() else expanded(str(folder / "*"), passed)
+    names: dict[str, list[Path]] = {}
+    for path in files:
+        names.setdefault(path.name, []).append(path)
+    found = [path for name in pattern.matching(names) for path in names[name] if path.is_file()]
+    left_out.passed(passed)
     if not found:
         raise UsageError(
             f"no file matches {text}; its name was taken as a pattern of frames, with {pattern.digits} or more digits"
         )
-    return Path(_split_fixed(pattern.folder)[0]), [path for path in found if path.is_file()]
+    return Path(split_fixed(pattern.folder)[0]), found
 
 
 def _is_picture(path: Path) -> bool:
     """Whether a file is a picture by its ending or by its content."""
     return path.suffix.lower() in IMAGE_SUFFIXES or bool(look_at(path).name)
-
-
-def _walk(folder: Path, left_out: LeftOut) -> Iterable[Path]:
-    """Every file below a folder that is not hidden; links to folders are followed, each folder entered once."""
-    entered = {os.path.realpath(folder)}
-    hidden: list[Path] = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        for name in sorted(folders):
-            inside = os.path.realpath(Path(parent) / name)
-            if inside in entered:
-                folders.remove(name)
-            elif name.startswith("."):
-                folders.remove(name)
-                hidden += _files_below(Path(parent) / name)
-            elif name in SERVICE_FOLDERS:
-                folders.remove(name)
-                left_out.add(_files_below(Path(parent) / name), f"in {name}, a folder of a storage server or archiver")
-            entered.add(inside)
-        hidden += [Path(parent) / name for name in files if name.startswith(".")]
-        yield from (Path(parent) / name for name in files if not name.startswith("."))
-    left_out.add([path for path in hidden if not path.name.startswith(TEMPORARY_PREFIX)], "hidden")
-
-
-def _files_below(folder: Path) -> list[Path]:
-    return [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
 
 
 def _listed(lines: Iterable[str], where: str, left_out: LeftOut) -> tuple[Path, list[Path]]:

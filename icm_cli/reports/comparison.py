@@ -70,9 +70,9 @@ def compare(before: str | Path, after: str | Path) -> Comparison:
             images[region] = sorted(rows, key=lambda row: (-row.change("mse"), row.round, row.name))
     for path, keys in zip((before, after), only, strict=True):
         if keys:
-            warnings.append(
-                f"{len(keys)} image(s) have scores only in {path}, such as {min(keys)[1]}; they are left out"
-            )
+            number, name = min(keys)
+            example = f"{name} in round {number}" if number else name
+            warnings.append(f"{len(keys)} image(s) have scores only in {path}, such as {example}; they are left out")
     if not images:
         warnings.append("no image has scores in both reports")
     return Comparison(warnings, images)
