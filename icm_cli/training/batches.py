@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -111,10 +112,17 @@ def load_batches(
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
     )
-    for batch in loader:
-        if isinstance(batch, str):
-            raise TrainingError(batch)
-        yield batch
+    batches = iter(loader)
+    try:
+        for batch in batches:
+            if isinstance(batch, str):
+                raise TrainingError(batch)
+            yield batch
+    finally:
+        # torch raises for a worker that dies wherever the main process is just then, while it ends the others too, and
+        # from a destructor that is a traceback on the screen. By now nobody wants a sample of them.
+        with contextlib.suppress(RuntimeError):
+            getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def start_worker(_: int) -> None:
