@@ -163,6 +163,12 @@ class TestMatch:
         assert done.exit_code == 3
         assert len(done.stderr.splitlines()) == 1
 
+    def test_one_large_view_of_a_group_is_refused(self, discs: Path, tmp_path: Path) -> None:
+        config = write_config(tmp_path / "a.yaml", discs, **{**MATCH, "match": {"views": 2, "large_views": 1}})
+        done = train(config, tmp_path / "run")
+        assert done.exit_code == 3
+        assert "large_views is 1" in done.stderr
+
     def test_one_thing_alone_cannot_make_mosaics(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(tmp_path / "a.yaml", discs, **MATCH)
         content = yaml.safe_load(config.read_text())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from icm_cli.errors import ImageError
+from icm_cli.errors import ConfigError, ImageError
 from icm_cli.files import atomic_write, digest_of
 from icm_cli.geometry import ImageU8
 from icm_cli.model.heads.token_match import TokenMatchHead
@@ -69,6 +69,11 @@ class MatchStage(Stage[MosaicBatch]):
     def __init__(self, settings: Settings, pool: Pool) -> None:
         super().__init__(settings, pool)
         config = settings.train.match
+        if config.large_views == 1 and config.layout_shares[0]:
+            raise ConfigError(
+                "train: match: large_views is 1, and a mosaic of one picture needs a second one as its reference; "
+                "expected 2 or more, or 0, or no share of the first layout"
+            )
         self.maker = SampleMaker(pool, settings.train)
         self.large_maker = SampleMaker(pool, replace(settings.train, canvas_px=LARGE * settings.train.canvas_px))
         self.shown = to_show(pool, config.views, config.most_views, settings.train.seed)
