@@ -22,6 +22,7 @@ trap collect EXIT
 train --config "$here/configs/train/lite-refine.yaml" --checkpoint "$start" --out runs/refine --resume --workers 12 \
     --set train.minutes="$refine" --set train.batch_size=24 --set train.rate=1e-3 --set train.refine.crop_px=224 \
     --set train.canvas_px=512 --set train.refine.photograph_share=0.35 &
+refining=$!
 train --config "$here/configs/train/lite-joint.yaml" --checkpoint "$start" --out runs/joint --resume \
     --set train.minutes="$joint"
-wait
+wait "$refining"

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -57,7 +57,7 @@ class Surroundings:
 class Cluster:
     """Mattes images by actors of a Ray cluster: one on each GPU, or ``cpus`` of them with a core each.
 
-    A connection to Ray that this process has already is taken, and left as it is.
+    A connection to Ray that this process has already is taken, and left as it is; one of its own ends with the block.
     """
 
     def __init__(self, address: str, cpus: int | None) -> None:
@@ -68,7 +68,7 @@ class Cluster:
         kind = "GPU" if cpus is None else "CPU"
         there = int(ray.cluster_resources().get(kind, 0))
         if there < (cpus or 1):
-            self._leave()
+            self.__exit__()
             raise ConfigError(
                 "the Ray cluster has no GPU; give --ray-cpus N to matte on N of its cores"
                 if cpus is None
@@ -77,6 +77,15 @@ class Cluster:
         self._actors = cpus or there
         self._device = "cpu" if cpus else "cuda"
         self._needs: dict[str, Any] = {"num_cpus": 1} if cpus else {"num_gpus": 1}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        import ray
+
+        if self._is_ours:
+            ray.shutdown()
 
     @classmethod
     def wanted(cls, address: str | None, cpus: int | None, device: str) -> Cluster | None:
@@ -103,29 +112,18 @@ class Cluster:
         try:
             choice: ModelChoice = ray.get(make.remote(Surroundings.here(), checked, self._device))
         except ray.exceptions.RayTaskError as error:
-            self._leave()
             raise (error.cause if isinstance(error.cause, IcmError) else error) from None
         return choice
 
     def describe(self) -> str:
         return f"{self._actors} actor(s) of Ray"
 
-    @contextlib.contextmanager
     def crew(
         self, work: Work, folder: Path, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]
-    ) -> Iterator[Actors]:
+    ) -> Actors:
         """Check that every node sees ``folder``, where the alphas go; then what mattes. Raises UsageError."""
-        try:
-            self._check(folder)
-            yield Actors(work, self._actors, self._needs, on_result, notice)
-        finally:
-            self._leave()
-
-    def _leave(self) -> None:
-        import ray
-
-        if self._is_ours:
-            ray.shutdown()
+        self._check(folder)
+        return Actors(work, self._actors, self._needs, on_result, notice)
 
     def _check(self, folder: Path) -> None:
         import ray

@@ -134,37 +134,37 @@ def matte(
         edges=edges,
         edges_weights=edges_weights,
     )
-    cluster = Cluster.wanted(ray, ray_cpus, device)
-    choices = [cluster.choice(checked)] if cluster else [checked(device=each) for each in device_names(device)]
-    if dry_run:
-        return Report(settings={}, results=[job.planned for job in jobs])
-    side.check_writable(place.folder)
-    _clean({*(job.output.parent for job in jobs), *(path.parent for path in side.paths)}, listener)
+    with Cluster.wanted(ray, ray_cpus, device) or contextlib.nullcontext() as cluster:
+        choices = [cluster.choice(checked)] if cluster else [checked(device=each) for each in device_names(device)]
+        if dry_run:
+            return Report(settings={}, results=[job.planned for job in jobs])
+        side.check_writable(place.folder)
+        _clean({*(job.output.parent for job in jobs), *(path.parent for path in side.paths)}, listener)
 
-    digest = _digest(choices[0], references, colour, output)
-    where = [*(choice.where.describe() for choice in choices), *([cluster.describe()] if cluster else [])]
-    settings = _settings(src, choices[0], refs, masks, colour) | {"digest": digest, "device": "; ".join(where)}
-    scoring = None
-    if truths:
-        from icm_cli.matting.ground_truth import RULE, scoring_of
+        digest = _digest(choices[0], references, colour, output)
+        where = [*(choice.where.describe() for choice in choices), *([cluster.describe()] if cluster else [])]
+        settings = _settings(src, choices[0], refs, masks, colour) | {"digest": digest, "device": "; ".join(where)}
+        scoring = None
+        if truths:
+            from icm_cli.matting.ground_truth import RULE, scoring_of
 
-        settings["protocol"] = {"title": str(src), **RULE.as_protocol(), "rounds": 1, "refs_per_group": len(refs)}
-        scoring = scoring_of(workers, ALLOWED)
-    album = Album(marked=[(one.rgb, one.guidance) for one in references], colour=colour)
-    outcome = Outcome(
-        Report(settings, allowed=ALLOWED, left_out=+left_out, album=album),
-        [job.planned for job in jobs],
-        listener,
-        start=start,
-        scoring=scoring,
-    )
-    for problem in problems:
-        outcome.add_problem(problem)
-    engine = EngineOptions([digest], choices[0].batch_size, workers, overwrite, fail_fast, output)
-    works = [Work(choice, references, engine) for choice in choices]
-    crew = functools.partial(_crew, works, cluster, place.folder, listener)
-    _run(jobs, works[0], crew, outcome, side, listener)
-    return outcome.report
+            settings["protocol"] = {"title": str(src), **RULE.as_protocol(), "rounds": 1, "refs_per_group": len(refs)}
+            scoring = scoring_of(workers, ALLOWED)
+        album = Album(marked=[(one.rgb, one.guidance) for one in references], colour=colour)
+        outcome = Outcome(
+            Report(settings, allowed=ALLOWED, left_out=+left_out, album=album),
+            [job.planned for job in jobs],
+            listener,
+            start=start,
+            scoring=scoring,
+        )
+        for problem in problems:
+            outcome.add_problem(problem)
+        engine = EngineOptions([digest], choices[0].batch_size, workers, overwrite, fail_fast, output)
+        works = [Work(choice, references, engine) for choice in choices]
+        crew = functools.partial(_crew, works, cluster, place.folder, listener)
+        _run(jobs, works[0], crew, outcome, side, listener)
+        return outcome.report
 
 
 def _with_truths(jobs: list[Job], gt: str | Path | None) -> tuple[list[Job], list[Path], list[Problem]]:
@@ -281,7 +281,7 @@ def _crew(
     for work in works:
         listener.detail(work.choice.describe())
     if cluster:
-        return cluster.crew(works[0], folder, on_result, listener.notice)
+        return contextlib.nullcontext(cluster.crew(works[0], folder, on_result, listener.notice))
     if len(works) > 1:
         return Devices(works, on_result=on_result, notice=listener.notice)
     return contextlib.nullcontext(works[0].engine(on_result, listener.notice))

@@ -7,7 +7,6 @@ import queue
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ def main() -> None:
     """
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)
-    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # torn files: an error of ours names them
     from icm_cli.errors import IcmError
     from icm_cli.matting.work import Begin, Idle
 

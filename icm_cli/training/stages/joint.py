@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.geometry import ImageU8
@@ -36,7 +35,6 @@ from icm_cli.training.stages.mosaics import (
     draw_layout,
     draw_mosaic,
     joined,
-    laid_out,
     losses,
     panel,
     token_match_head,
@@ -53,18 +51,18 @@ class PictureBatch(Batch):
     """Pictures of mosaics of ``rows`` times ``columns`` = T tiles, beside R references each.
 
     image uint8 [B,T,3,S,S], alpha uint8 and valid bool [B,T,S,S]; the same of the references, [B,R,...,S',S'];
-    place int64 [B]: the tile that shows the references' thing, -1 where none does.
+    places: for each mosaic the tile that shows the references' thing, -1 where none does.
     """
 
     rows: int
     columns: int
+    places: tuple[int, ...]
     image: Tensor
     alpha: Tensor
     valid: Tensor
     reference_image: Tensor
     reference_alpha: Tensor
     reference_valid: Tensor
-    place: Tensor
 
 
 class JointMatcher(nn.Module):
@@ -76,7 +74,7 @@ class JointMatcher(nn.Module):
         self.head = head
 
     def forward(self, batch: PictureBatch) -> Answer:
-        """The answers of :class:`TokenMatcher`, and which tokens hold the frame, bool [B,H,W]."""
+        """The answers of :class:`TokenMatcher`, true alphas float32 [B,nH,nW], which tokens hold the frame [B,H,W]."""
         tiles, references = (
             list(views_of(self.backbone, self.head, *_flat(*layers)))
             for layers in (
@@ -87,11 +85,11 @@ class JointMatcher(nn.Module):
         count = len(batch.names)
         in_one, shown = len(tiles) // count, len(references) // count
         mosaics = [
-            Mosaic(name, references[i * shown : (i + 1) * shown], tiles[i * in_one : (i + 1) * in_one], 0)
-            for i, name in enumerate(batch.names)
+            Mosaic(name, references[i * shown : (i + 1) * shown], tiles[i * in_one : (i + 1) * in_one], place)
+            for i, (name, place) in enumerate(zip(batch.names, batch.places, strict=False))  # a part of a batch has all
         ]
         seen = joined(mosaics, batch.counters, batch.rows, batch.columns)
-        return (*TokenMatcher(self.head)(seen), seen.valid)
+        return (*TokenMatcher(self.head)(seen), seen.alpha, seen.valid)
 
 
 class JointStage(Stage[PictureBatch]):
@@ -124,15 +122,15 @@ class JointStage(Stage[PictureBatch]):
         return found
 
     def losses(self, answer: Answer, batch: PictureBatch) -> dict[str, Tensor]:
-        *asked, valid = answer
-        return losses(tuple(asked), _truth(batch, asked[1].shape[-2:]), valid, self.settings.train.match.presence)
+        del batch
+        *asked, truth, valid = answer
+        return losses(tuple(asked), truth, valid, self.settings.train.match.presence)
 
     @torch.no_grad()
     def panel(self, learner: Learner, batch: PictureBatch) -> ImageU8:
         """For each mosaic its true alpha, the coarse alpha, and what all comparisons together carry over."""
-        few = batch.first(MOST_ROWS)
-        *asked, _ = self.answer(self.module(learner.model), few)
-        return panel(_truth(few, asked[1].shape[-2:]), tuple(asked))
+        *asked, truth, _ = self.answer(self.module(learner.model), batch.first(MOST_ROWS))
+        return panel(truth, tuple(asked))
 
     def preview(self, counter: int) -> tuple[str, list[ImageU8]]:
         """A picture and its alpha, as the stages on the CPU make it."""
@@ -181,13 +179,13 @@ class JointStage(Stage[PictureBatch]):
             (),
             rows,
             columns,
+            tuple(each.place for each in mosaics),
             _grouped(image, count),
             _grouped(alpha, count),
             _grouped(valid, count),
             _grouped(reference_image, count),
             _grouped(reference_alpha, count),
             _grouped(reference_valid, count),
-            torch.tensor([each.place for each in mosaics], device=scenes.device),
         )
 
 
@@ -199,15 +197,6 @@ def _grouped(layer: Tensor, count: int) -> Tensor:
 def _flat(image: Tensor, alpha: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Layers of [B,T,...] as [N,...]: image float32 0..1, alpha float32 [N,1,S,S] 0..1, valid."""
     return image.flatten(0, 1).float() / 255.0, alpha.flatten(0, 1)[:, None].float() / 255.0, valid.flatten(0, 1)
-
-
-def _truth(batch: PictureBatch, size: torch.Size) -> Tensor:
-    """True alphas of the mosaics, float32 [B,h,w] of a size: 0 in all tiles but the one that is wanted."""
-    numbers = torch.arange(batch.alpha.shape[1], device=batch.place.device)
-    wanted = (numbers[None] == batch.place[:, None])[..., None, None]
-    alpha = (batch.alpha.float() / 255.0 * wanted).unbind(dim=1)
-    whole = laid_out(alpha, batch.rows, batch.columns)[:, None]
-    return F.avg_pool2d(whole, whole.shape[-1] // size[-1])[:, 0]
 
 
 STAGE = JointStage

@@ -112,7 +112,6 @@ class TokenMatcher(nn.Module):
     def __init__(self, head: TokenMatchHead, backbone: Stemmed | None = None, live_blocks: int = 0) -> None:
         super().__init__()
         self.head = head
-        self.blocks = None if backbone is None else backbone.last_blocks(live_blocks)  # so that they learn
         self._backbone = backbone
         self._live_blocks = live_blocks
 
