@@ -372,7 +372,7 @@ def frames(path: Path, count: int, **options: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif", "a.avif"])
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif", "a.avif", "a.heic"])
 def test_every_frame_is_a_job(tmp_path: Path, name: str) -> None:
     path = frames(tmp_path / name, 3, **({"lossless": True} if name == "a.webp" else {}))
     assert frame_count(path) == 3

@@ -27,7 +27,7 @@ MOST_BYTES = 2_000_000_000
 """Memory that all readings of a kind may take together, above what the process had before."""
 RGB = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
 BY_PILLOW: dict[str, tuple[str, dict[str, object]]] = {
-    **{kind: (kind, {}) for kind in ("jpeg", "png", "gif", "webp", "bmp", "tiff", "avif", "ppm", "tga")},
+    **{kind: (kind, {}) for kind in ("jpeg", "png", "gif", "webp", "bmp", "tiff", "avif", "heif", "ppm", "tga")},
     "progressive.jpg": ("jpeg", {"progressive": True}),
     **{f"{name}.tif": ("tiff", {"compression": name}) for name in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits")},
     "group4.tif": ("tiff", {"compression": "group4"}),

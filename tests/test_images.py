@@ -8,13 +8,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pillow_heif
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from icm_cli.errors import ImageError, OutputError
-from icm_cli.images.decoding import image_size
+from icm_cli.images.decoding import frame_count, image_size
 from icm_cli.images.reading import read_matte, read_picture
 from icm_cli.images.writing import read_stamp, write_alpha
 
@@ -241,6 +242,39 @@ def test_a_torn_file_of_a_known_kind_is_not_called_no_image(tmp_path: Path, form
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 5])
     with pytest.raises(ImageError, match=f"a.img begins as {kind} and cannot be decoded: it is damaged"):
         read_picture(path)
+
+
+@pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_heic_is_read_upright(tmp_path: Path, orientation: int, turn: int) -> None:
+    """Its own turn and EXIF's say the same, and count once."""
+    flat = np.zeros((32, 64, 3), np.uint8)
+    flat[:, :32], flat[:16, 32:] = (200, 40, 30), (20, 160, 60)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.heic", Image.fromarray(flat), quality=100, exif=exif.tobytes())
+    upright = np.rot90(flat, turn).astype(int)
+    assert image_size(path) == upright.shape[:2]
+    assert np.abs(read_picture(path).rgb - upright).max() < 12
+
+
+def test_heic_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "a.heic", Image.fromarray(RGB))
+    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind != "HEIF"])
+    for read in (read_picture, image_size, frame_count):
+        with pytest.raises(ImageError, match=re.escape("a.heic is HEIC; to read it run: pip install 'icm-cli[heif]'")):
+            read(path)
+
+
+def test_heic_of_deep_pixels_and_with_alpha_is_read(tmp_path: Path) -> None:
+    own = np.linspace(0, 255, RGB.shape[1]).astype(np.uint8)[None].repeat(len(RGB), axis=0)
+    flat = np.full_like(RGB, (200, 40, 30))
+    path = saved(tmp_path / "a.heic", Image.fromarray(np.dstack([flat, own])), quality=100)
+    assert np.abs(read_picture(path).rgb.astype(int) - flat).max() < 4
+    assert np.abs(read_matte(path).astype(int) - own).max() < 8
+    deep = (flat.astype(np.uint16) * 257).tobytes()
+    whole = pillow_heif.from_bytes(mode="RGB;16", size=flat.shape[1::-1], data=deep)
+    whole.save(tmp_path / "deep.heic", quality=100)
+    assert np.abs(read_picture(tmp_path / "deep.heic").rgb.astype(int) - flat).max() < 4
 
 
 def test_a_decoder_s_many_lines_become_one(tmp_path: Path) -> None:

@@ -284,6 +284,31 @@ class TestRefine:
         assert shares[1.0] == pytest.approx(0.5)
         assert shares[4.0] == pytest.approx(4.0 / 5.0)
 
+    @pytest.mark.parametrize("again", [1.0, 1.5])
+    def test_a_second_look_begins_from_the_first_one_s_answer(self, discs: Path, tmp_path: Path, again: float) -> None:
+        """A network that adds 0.5 to every logit has added 1 after a second look, whatever its size, and no gradient
+        reaches the first."""
+        edges = {**MODEL["edges"], "again": again}
+        config = write_config(tmp_path / "a.yaml", discs, model={**MODEL, "edges": edges}, **REFINE)
+        stages = {}
+        for share in (0.0, 1.0):
+            recipe = read_settings(config, overrides=[f"train.refine.again_share={share}"])
+            stages[share] = RefineStage(recipe, read_pool(recipe.data, recipe.train.pairs))
+        network = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, again=again))
+        assert network.output.bias is not None
+        torch.nn.init.constant_(network.output.bias, 0.5)
+        level = torch.full((1, 2, 64, 64), 0.5)
+        batch = EdgeBatch(("a",), (0,), (), torch.zeros(1, 2, 64, 64, 3), level, level, torch.ones_like(level))
+        sides: list[int] = []
+        network.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
+        (once,) = stages[0.0].answer(network, batch)
+        (twice,) = stages[1.0].answer(network, batch)
+        assert sides == [64, 64, round(again * 64)]
+        torch.testing.assert_close(once, torch.full_like(level, 0.5))
+        torch.testing.assert_close(twice, torch.full_like(level, 1.0))
+        twice.mean().backward()
+        assert float(network.output.bias.grad.sum()) == pytest.approx(1.0, abs=1e-3)  # of the second look alone
+
 
 @given(seed=st.integers(0, 2**31), height=st.integers(24, 90), width=st.integers(24, 90))
 @settings(max_examples=60, deadline=None)
@@ -329,6 +354,20 @@ class TestRefineNetwork:
         level = np.full((7, 5), 0.25, np.float32)
         alpha = edges.refined(np.zeros((height, width, 3), np.uint8), level)
         assert alpha.shape == (height, width)
+        np.testing.assert_allclose(alpha, 0.25, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("size", "second"), [((48, 60), (72, 90)), ((80, 100), (80, 100)), ((60, 75), (76, 96)), ((1, 9), (2, 14))]
+    )
+    def test_a_second_look_is_larger_than_the_first(self, size: tuple[int, int], second: tuple[int, int]) -> None:
+        """Of the source's own size, or ``again`` times the first."""
+        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, again=1.5)).eval()
+        tiled: list[tuple[int, ...]] = []
+        second_look = edges._tiled
+        edges._tiled = lambda rgb, alpha: (tiled.append(alpha.shape), second_look(rgb, alpha))[1]  # type: ignore[method-assign]
+        alpha = edges.refined(np.zeros((*size, 3), np.uint8), np.full((7, 5), 0.25, np.float32))
+        assert tiled == [second]
+        assert alpha.shape == size
         np.testing.assert_allclose(alpha, 0.25, atol=1e-5)
 
     def test_where_nothing_is_open_nothing_is_made(self) -> None:

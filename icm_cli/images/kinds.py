@@ -53,7 +53,8 @@ _CHECKS = {
     "sgi": re.compile(rb"\x01\xda[\0\x01][\x01\x02]"),
 }
 """Kinds whose first bytes stand before text and other data too, and what a picture has after them."""
-_MANY = frozenset({"gif", "webp", "tiff", "avif"})
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+_MANY = frozenset({"gif", "webp", "tiff", "avif", "heic"})
 """Kinds that may hold more than one frame; a PNG may where it has a chunk that says so."""
 
 
@@ -85,7 +86,7 @@ def _name(head: bytes) -> str:
         brands = head[8:64]
         if b"avif" in brands or b"avis" in brands:
             return "avif"
-        return "heic" if any(brand in brands for brand in (b"heic", b"heix", b"mif1", b"hevc")) else ""
+        return "heic" if any(brand in brands for brand in _HEIC_BRANDS) else ""
     found = next((name for start, name in _STARTS if head.startswith(start)), "")
     check = _CHECKS.get(found)
     return found if check is None or check.match(head) else ""

@@ -275,6 +275,8 @@ class RefineConfig:
     """Share of the coarse alphas that are unsure of whole parts besides, in the thing and beside it."""
     made_share: float = 0.7
     """Share of the first stage's own alphas as coarse ones, where a source has them (``coarse``)."""
+    again_share: float = 0.0
+    """Share of the batches that are a second look, at the network's own answer, enlarged as the edges' ``again``."""
     photograph_share: float = 0.5
     """Share of pictures with soft alphas that are shown as they are, not as composites."""
     band_weight: float = 0.5
@@ -292,7 +294,7 @@ class RefineConfig:
             raise ConfigError(f"train: refine: crop_px is {self.crop_px}; expected {LEAST_CROP_PX} or more")
         if self.crops < 1:
             raise ConfigError(f"train: refine: crops is {self.crops}; expected 1 or more")
-        for name in ("token_share", "doubt_share", "made_share", "photograph_share", "band_weight"):
+        for name in ("token_share", "doubt_share", "made_share", "again_share", "photograph_share", "band_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train: refine: {name} is {getattr(self, name)}; expected 0 to 1")
         if self.open_weight < 1:

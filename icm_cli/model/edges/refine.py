@@ -1,8 +1,8 @@
 """The refining network: a picture and a coarse alpha in, the alpha with its edges out. It knows no class.
 
 The same weights look twice, as CascadePSP does (Cheng et al., CVPR 2020): once at the whole picture, brought to
-``RefineConfig.whole_px``, where a coarse alpha of a few hundred tokens becomes an outline; then, where the source is
-larger, at tiles of the source's own pixels, where that outline becomes an edge.
+``RefineConfig.whole_px``, where a coarse alpha of a few hundred tokens becomes an outline; then at tiles of a larger
+one, of the source's own pixels or at least ``RefineConfig.again`` times the first, where that outline becomes an edge.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class RefineConfig:
     """Side, in px, of the tiles of a larger source."""
     overlap_px: int = 32
     """Overlap of tiles, in px; they are blended there."""
+    again: float = 1.0
+    """Size of the second look beside that of the first, at least; with 1 only sources larger than ``whole_px`` get a
+    second look. Strands of a pixel's width are told better when enlarged."""
     least_alpha: float = 0.02
     """A coarse alpha is kept this far from 0 and 1 before its logit is taken, so that the network can overrule it."""
     reach: float = 0.06
@@ -56,6 +59,8 @@ class RefineConfig:
                 raise ConfigError(f"edges {name} is {value}; expected a multiple of {multiple}")
         if not 0 <= self.overlap_px <= self.tile_px // 2:
             raise ConfigError(f"edges overlap_px is {self.overlap_px}; expected 0 to half of tile_px")
+        if not 1 <= self.again <= 4:
+            raise ConfigError(f"edges again is {self.again}; expected 1 to 4")
         if not 0 <= self.undecided < 0.5:
             raise ConfigError(f"edges undecided is {self.undecided}; expected 0 to below 0.5")
         if not 0 < self.reach <= 2:
@@ -135,9 +140,11 @@ class Refine(Edges):
         small = resize(coarse, size).astype(np.float32)
         near = self._near_what_is_open(small)
         alpha = small + near * (self._run(resize(rgb, size), small) - small)
-        if alpha.shape == (height, width):
+        grown = max(height, config.again * size[0]), max(width, config.again * size[1])
+        second = round(grown[0]), round(grown[1])
+        if second == size:
             return alpha
-        return self._tiled(rgb, resize(alpha, (height, width)))
+        return resize(self._tiled(resize(rgb, second), resize(alpha, second)), (height, width))
 
     def _tiled(self, rgb: ImageU8, alpha: Float) -> Float:
         """The alpha [H,W] refined at its own size, where it is undecided; tiles that overlap are blended."""

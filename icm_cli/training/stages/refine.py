@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from icm_cli.errors import ConfigError, ImageError, TrainingError
 from icm_cli.geometry import Float, ImageU8, to_u8
+from icm_cli.model.edges.refine import RefineConfig as EdgesConfig
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.training.batches import Batch, StepSampler, load_batches
 from icm_cli.training.data.pool import Item, Pool
@@ -40,6 +41,8 @@ AT_EDGE_SHARE = 0.85
 """Share of crops about an edge or an error of the coarse alpha; the others lie anywhere."""
 BAND = (0.1, 0.9)
 """Alphas between these belong to the band of an edge."""
+AGAIN = 0xA6A1
+"""Tells the generator that draws between first and second looks from others of the same seed and sample."""
 OPEN = 0.05
 """Pixels whose coarse or true alpha is further than this from 0 and 1, or whose two differ by more, are the ones to be
 decided."""
@@ -156,12 +159,34 @@ class RefineStage(Stage[EdgeBatch]):
         return load_batches(self.maker, sampler, collated, workers=workers, pin=pin)
 
     def answer(self, forward: nn.Module, batch: EdgeBatch) -> Answer:
-        """The logit of the alpha, [B,n,S,S] float32."""
+        """The logit of the alpha, [B,n,S,S] float32: that of a first look, or in a share of the batches of a second one
+        at the first one's answer."""
         image = batch.rgb.flatten(0, 1).permute(0, 3, 1, 2).float() / 255.0
-        logit: Tensor = forward(
-            image.contiguous(memory_format=torch.channels_last), batch.coarse.flatten(0, 1)[:, None].float()
-        )
+        image = image.contiguous(memory_format=torch.channels_last)
+        coarse = batch.coarse.flatten(0, 1)[:, None].float()
+        rng = np.random.default_rng((self.settings.train.seed, batch.counters[0], AGAIN))
+        if rng.random() < self.settings.train.refine.again_share:
+            with torch.no_grad():
+                first = torch.sigmoid(forward(image, coarse))
+            logit = self._second_look(forward, image, first)
+        else:
+            logit = forward(image, coarse)
         return (logit[:, 0].float().reshape(batch.coarse.shape),)
+
+    def _second_look(self, forward: nn.Module, image: Tensor, alpha: Tensor) -> Tensor:
+        """The logit [N,1,S,S] of a second look at pictures [N,3,S,S] and the first one's alpha [N,1,S,S], both enlarged
+        as in use."""
+        part = self.settings.model.edges
+        assert part is not None
+        assert isinstance(part.settings, EdgesConfig)
+        config = part.settings
+        side = image.shape[-1]
+        grown = round(config.again * side / config.multiple) * config.multiple
+        if grown == side:
+            return forward(image, alpha)
+        image = F.interpolate(image, (grown, grown), mode="bicubic").clamp(0.0, 1.0)
+        logit = forward(image, F.interpolate(alpha, (grown, grown), mode="bilinear"))
+        return F.interpolate(logit, (side, side), mode="bilinear", antialias=True)
 
     def losses(self, answer: Answer, batch: EdgeBatch) -> dict[str, Tensor]:
         logit, truth, coarse = answer[0], batch.truth.float(), batch.coarse.float()
