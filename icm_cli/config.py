@@ -140,8 +140,10 @@ def _typed(value: object, hint: Any, where: str) -> Any:
         return read_strict(hint, value, where)
     if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         return tuple(_typed(item, typing.get_args(hint)[0], f"{where} {n}") for n, item in enumerate(value, 1))
-    if typing.get_origin(hint) is Literal and value in typing.get_args(hint):
-        return value
+    if typing.get_origin(hint) is Literal:
+        value = "no" if value is False else value  # so YAML reads the word
+        if value in typing.get_args(hint):
+            return value
     if hint is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)

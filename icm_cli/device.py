@@ -89,8 +89,13 @@ def device_names(text: str) -> list[str]:
 
 def _fast_transformer_dtype(place: torch.device) -> torch.dtype:
     """bfloat16 on CPUs with instructions for its matrix products, which are more than twice as fast then."""
+    return torch.bfloat16 if place.type == "cpu" and _cpu_has_bfloat16() else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16; without them it is some ten times slower than float32."""
     has_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if place.type == "cpu" and has_instructions() else torch.float32
+    return bool(has_instructions())
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -114,7 +119,8 @@ def is_main_process() -> bool:
 def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[Any, Device]:
     """An ``accelerate.Accelerator`` for training on a device as named on the command line, and that device.
 
-    In a data-parallel run (torchrun, accelerate launch) every process has a device of its own of the kind named.
+    In a data-parallel run (torchrun, accelerate launch) every process has a device of its own of the kind named. On a
+    CPU without instructions for bfloat16 training is in float32, and the accelerator's ``mixed_precision`` says so.
     Raises ConfigError.
     """
     from datetime import timedelta
@@ -126,6 +132,8 @@ def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[An
     place = resolve_device(device).place
     if precision == "fp16" and place.type == "cpu":
         raise ConfigError("precision fp16 needs a GPU, and this run is on the CPU; set train.precision to bf16 or no")
+    if precision == "bf16" and place.type == "cpu" and not _cpu_has_bfloat16():
+        precision = "no"
     if process_count() == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have been another
         if place.type == "cuda":

@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import Icm, alphas, read
 from tiny_sd import tiny_detail_yaml, write_tiny_sd
@@ -288,7 +289,10 @@ class TestStableDiffusion:
         assert not list((own_cache / "features").rglob("*.safetensors"))
         assert same_weights(out / "last.safetensors", tmp_path / "bounded" / "last.safetensors")
 
-    def test_bfloat16_is_near_float32(self, sd_config: Path, out: Path, tmp_path: Path) -> None:
+    def test_bfloat16_is_near_float32(
+        self, sd_config: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
         assert train(sd_config, out).exit_code == 0
         low = tmp_path / "low"
         done = train(sd_config, low, "--set", "train.precision=bf16")
@@ -301,6 +305,18 @@ class TestStableDiffusion:
             for name, tensor in weights(low / "last.safetensors").items()
             if not name.endswith("tracked")
         )
+
+    def test_bfloat16_without_instructions_for_it_is_float32(
+        self, sd_config: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        assert "bfloat16" not in train(sd_config, out).stderr
+        low = train(sd_config, tmp_path / "low", "--set", "train.precision=bf16")
+        assert low.exit_code == 0, low.output
+        exact = train(sd_config, tmp_path / "exact", "--set", "train.precision=no")
+        assert exact.exit_code == 0, exact.output
+        assert "no instructions for bfloat16, in which it is ten times slower; float32 is used" in low.stderr
+        assert same_weights(out / "last.safetensors", tmp_path / "low" / "last.safetensors")
 
     def test_a_frozen_backbone_takes_no_rate(self, sd_config: Path, out: Path) -> None:
         done = train(sd_config, out, "--set", "train.backbone_rate=1e-4")

@@ -102,6 +102,8 @@ def _take_steps(
     """Every step from the first that is not done yet, to the last or a signal."""
     recipe = settings.train
     _check_data(settings, pool, learner, run, listener)
+    if learner.accelerator.mixed_precision != recipe.precision:
+        listener.notice("this CPU has no instructions for bfloat16, in which it is ten times slower; float32 is used")
     stage.prepare(learner, run.folder, listener)
     done = begun = run.resume(learner) if resume else Progress()
     if resume and not done.step:
