@@ -20,7 +20,7 @@ from icm_cli.terminal import write_line
 
 OF_A_MODEL = (
     *("model", "checkpoint", "weights", "edges", "edges_weights", "device", "dtype", "batch_size", "seed", "offline"),
-    *("refs_per_group", "write_references", "save_alphas"),
+    *("refs_per_group", "write_references", "save_alphas", "shot"),
 )
 """Options of ``icm eval`` that only a model reads."""
 
@@ -265,6 +265,13 @@ def matte(
         Optional[str],
         typer.Option(help="What machine i of n does, as i/n: the same images every time."),
     ] = None,
+    shot: Annotated[
+        bool,
+        typer.Option(
+            "--shot",
+            help="The sources are frames of one shot: what is found in one is carried into the next along its motion.",
+        ),
+    ] = False,
     name: Annotated[
         Optional[str],
         typer.Option(
@@ -368,6 +375,7 @@ def matte(
             frames=frames,
             missing=missing,
             shard=shard,
+            shot=shot,
             name=name,
             keep_suffix=keep_suffix,
             format=format,
@@ -450,6 +458,9 @@ def evaluate(
     seed: Seed = 0,
     workers: Workers = None,
     save_alphas: Annotated[Optional[Path], typer.Option(help="Keep the alphas in this folder.")] = None,
+    shot: Annotated[
+        bool, typer.Option("--shot", help="Groups are shots: what is found in a frame is carried into the next.")
+    ] = False,
     note: Annotated[
         Optional[str], typer.Option(help="A sentence that every report repeats, such as what the alphas are worth.")
     ] = None,
@@ -523,6 +534,7 @@ def evaluate(
             seed=seed,
             workers=workers,
             save_alphas=save_alphas,
+            shot=shot,
             note=note,
             report=report or [],
             allow=allow or [],

@@ -221,7 +221,7 @@ VALUES = {
     **{"--region": "whole", "--size": "original", "--lineage": "aim", "--split": "test", "--dtype": "auto"},
     **{"--device": "auto", "--allow": "empty-alpha", "--dataset": "folder"},
 }
-FLAGS = {"--video", "--offline", "--quiet"}
+FLAGS = {"--video", "--offline", "--quiet", "--shot"}
 
 
 def options_of(command: str) -> list[str]:

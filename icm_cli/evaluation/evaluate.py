@@ -64,6 +64,7 @@ def evaluate(
     seed: int = 0,
     workers: int | None = None,
     save_alphas: str | Path | None = None,
+    shot: bool = False,
     note: str | None = None,
     report: Paths = (),
     allow: str | Sequence[str] = (),
@@ -101,6 +102,8 @@ def evaluate(
         others = {"rounds": rounds, "refs_per_group": refs_per_group, "groups": groups, "video": video}
         refuse_other_references(found.dataset.title, **others)
         found = as_shots(found)
+    if shot and not (found.dataset.is_shots or video):
+        raise UsageError("--shot is for frames of shots: davis16, or groups that are videos (--video); leave it out")
     if video:
         found = replace(found, samples=[_as_frame(sample) for sample in found.samples])
     has_trimaps = dataset == "folder" and any(sample.trimap for sample in found.samples)
@@ -132,7 +135,12 @@ def evaluate(
         **{"batch_size": batch_size, "seed": seed, "offline": offline},
     }
     if pred is not None:
-        others = {"refs_per_group": refs_per_group, "save_alphas": save_alphas, "write_references": write_references}
+        others = {
+            "refs_per_group": refs_per_group,
+            "save_alphas": save_alphas,
+            "shot": shot,
+            "write_references": write_references,
+        }
         _refuse_with_pred({**of_the_model, **others, "predictor": predictor})
         from icm_cli.evaluation.predictions import score_predictions
 
@@ -141,7 +149,7 @@ def evaluate(
     from icm_cli.matting.model_choice import LoadedModel, ModelChoice
 
     choice = ModelChoice.checked(**of_the_model) if predictor is None else LoadedModel(predictor)
-    return matte_and_score(evaluation, choice, rounds or 1, refs_per_group or 1, as_path(save_alphas))
+    return matte_and_score(evaluation, choice, rounds or 1, refs_per_group or 1, as_path(save_alphas), is_shot=shot)
 
 
 def _rule(

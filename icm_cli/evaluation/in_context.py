@@ -24,6 +24,7 @@ from icm_cli.matting.model_choice import AnyModel
 from icm_cli.matting.outcome import Outcome
 from icm_cli.matting.predictor import Predictor
 from icm_cli.matting.references import Reference, make_guidance
+from icm_cli.matting.shot import Key, Shot, described
 from icm_cli.model.checkpoint import read_trained_on
 from icm_cli.model.contracts import Prepared
 from icm_cli.problems import Problem
@@ -34,9 +35,16 @@ OLD_AFTER_S = 7 * 24 * 3600.0
 
 
 def matte_and_score(
-    evaluation: Evaluation, choice: AnyModel, rounds: int, refs_per_group: int, save_alphas: Path | None
+    evaluation: Evaluation,
+    choice: AnyModel,
+    rounds: int,
+    refs_per_group: int,
+    save_alphas: Path | None,
+    *,
+    is_shot: bool = False,
 ) -> Report:
-    """Matte every target of every round and score it; alphas that are there already are kept.
+    """Matte every target of every round and score it; alphas that are there already are kept. ``is_shot``: groups are
+    shots, and what is found in a frame is carried into the next.
 
     Without ``save_alphas`` they are in the cache until the run ends well, so that a crash loses nothing.
     """
@@ -49,7 +57,8 @@ def matte_and_score(
         )
     examples = [(number, group) for number, groups in enumerate(references, 1) for group in groups]
     digester = choice.digester()
-    digests = [digester(shelf.digests(references[number - 1][group])) for number, group in examples]
+    form = [described()] if is_shot else []
+    digests = [digester([*shelf.digests(references[number - 1][group]), *form]) for number, group in examples]
     notes = group_notes(evaluation.groups, len(references), refs_per_group)
     home = contextlib.nullcontext(save_alphas) if save_alphas else _until_done(_work_folder(digests, evaluation))
     with home as folder:
@@ -58,13 +67,14 @@ def matte_and_score(
             for example, (number, group) in enumerate(examples)
             for sample in targets(evaluation.groups[group], references[number - 1][group])
         ]
+        shot = shelf.shot(jobs, [references[number - 1][group] for number, group in examples]) if is_shot else None
         _make_ready(evaluation, jobs, references, folder)
-        outcome = _outcome(evaluation, choice, jobs, references, notes, save_alphas)
+        outcome = _outcome(evaluation, choice, jobs, references, notes, save_alphas, is_shot=is_shot)
         for problem in problems:
             outcome.add_problem(problem)
         evaluation.listener.started(len(jobs))
         with outcome:
-            remaining = keep_finished(jobs, digests, evaluation.workers, outcome.add)
+            remaining = keep_finished(shot.order if shot else jobs, digests, evaluation.workers, outcome.add, shot)
             predictor = _load(choice, evaluation) if remaining else None
             with outcome.reported(evaluation.side, choice.where.peak_memory_bytes):
                 if predictor is not None:
@@ -74,7 +84,7 @@ def matte_and_score(
                         number, group = examples[example]
                         return shelf.prepared(predictor, references[number - 1][group])
 
-                    engine = EngineOptions(digests, choice.batch_size, evaluation.workers)
+                    engine = EngineOptions(digests, choice.batch_size, evaluation.workers, shot=shot)
                     notice = evaluation.listener.notice
                     Engine(predictor, prepared, engine, on_result=outcome.add, notice=notice).run(remaining)
                 evaluation.add_flicker(outcome)
@@ -98,12 +108,14 @@ def _outcome(
     references: Rounds,
     notes: list[str],
     save_alphas: Path | None,
+    *,
+    is_shot: bool,
 ) -> Outcome:
     trained_on = read_trained_on(choice.checkpoint) if choice.checkpoint else None
     if choice.checkpoint and trained_on is None:
         unknown = f"{choice.checkpoint} does not say which images it was trained on; some of these may be among them"
         notes = [*notes, unknown]
-    settings = {**choice.as_settings(), "alphas": str(save_alphas) if save_alphas else None}
+    settings = {**choice.as_settings(), "alphas": str(save_alphas) if save_alphas else None, "shot": is_shot}
     planned = [job.planned for job in jobs]
     return evaluation.outcome(planned, settings, references, notes=notes, trained_on=trained_on)
 
@@ -188,6 +200,17 @@ class _Shelf:
     def prepared(self, predictor: Predictor, names: Sequence[str]) -> Prepared:
         """References as the model sees them."""
         return predictor.reference([self._read(self.evaluation.by_name[name]) for name in names])
+
+    def shot(self, jobs: Sequence[Job], names: Sequence[Sequence[str]]) -> Shot:
+        """The order of the frames of every example, from its references, by name."""
+
+        def key(name: str) -> Key:
+            return Key(Path(name), lambda: self._read(self.evaluation.by_name[name]))
+
+        return Shot.of(
+            ([job for job in jobs if job.example == example], [key(name) for name in shown])
+            for example, shown in enumerate(names)
+        )
 
     def _is_usable(self, sample: Sample) -> bool:
         if sample.name in self._digests:

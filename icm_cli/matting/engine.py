@@ -24,6 +24,7 @@ from icm_cli.matting.foreground import foreground_colours, trimap_of_alpha
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.resume import Origin, OtherSourceError, finished, stamp
+from icm_cli.matting.shot import CARRIED_KEY, Carrier, Shot, encoded
 from icm_cli.matting.sources import MOST_NAMED
 from icm_cli.model.contracts import Prepared
 from icm_cli.reports.result import ImageResult
@@ -44,7 +45,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of the engine; none changes an alpha, but for ``digests``, which stand for all that decides it."""
+    """Options of the engine; none changes an alpha but ``shot``, and ``digests`` stand for all that decides it."""
 
     digests: Sequence[str]
     """Digests of all that decides an alpha beside its source, one for each example."""
@@ -53,6 +54,8 @@ class EngineOptions:
     overwrite: bool = False
     fail_fast: bool = False
     output: Output = AS_EVER
+    shot: Shot | None = None
+    """The images are frames of a shot, and come in its order."""
 
 
 class Engine:
@@ -81,6 +84,7 @@ class Engine:
         self._is_stopped = False
         self._has_seen_alpha = False
         self._has_seen_windows = False
+        self._carrier: Carrier | None = None
 
     def run(self, jobs: Iterable[Job]) -> None:
         """Matte every image. An image that fails is reported and the others go on.
@@ -89,6 +93,9 @@ class Engine:
         interrupt too, the writes in hand are finished first.
         """
         workers = self.settings.workers
+        if self.settings.shot is not None:
+            jobs = list(jobs)
+            self._carrier = Carrier(self.settings.shot, jobs)
         readers = ThreadPoolExecutor(workers, "icm-read")
         writers = ThreadPoolExecutor(workers, "icm-write")
         writing: deque[Future[ImageResult]] = deque()
@@ -132,7 +139,8 @@ class Engine:
         """Runs in a reader thread."""
         start = time.perf_counter()
         try:
-            if not self.settings.overwrite and (earlier := finished(job, self._digest(job))):
+            earlier = None if self.settings.overwrite else finished(job, self._digest(job))
+            if earlier and self._carrier is None:
                 return earlier
             origin = Origin.of(job)
             picture = job.read()
@@ -164,7 +172,8 @@ class Engine:
         )
 
     def _batches(self, stream: Iterable[Loaded | ImageResult]) -> Iterator[list[Loaded]]:
-        """Group by example and canvas size; at most two batches' worth of images wait for others of their kind."""
+        """Group by example and canvas size; at most two batches' worth of images wait for others of their kind, and
+        none of them in a shot, whose order stays."""
         waiting: dict[tuple[int, tuple[int, int]], list[Loaded]] = {}
         for item in stream:
             if isinstance(item, ImageResult):
@@ -173,7 +182,7 @@ class Engine:
                     return
                 continue
             kind = item.job.example, item.frame.placement.canvas
-            for earlier in [other for other in waiting if other[0] != item.job.example]:
+            for earlier in [other for other in waiting if other[0] != kind[0] or (self._carrier and other != kind)]:
                 yield waiting.pop(earlier)  # no more of that example will come
             group = waiting.setdefault(kind, [])
             group.append(item)
@@ -204,10 +213,21 @@ class Engine:
                 batch = batch[1:]
 
     def _try_infer(self, part: list[Loaded]) -> list[CanvasMatte] | None:
+        carrier = self._carrier
+        state = carrier.state() if carrier else {}
         try:
-            return self.predictor.infer([item.frame for item in part], self.reference(part[0].job.example))
+            reference = self.reference(part[0].job.example)
+            if carrier is None:
+                return self.predictor.infer([item.frame for item in part], reference)
+            coarse = self.predictor.coarse([item.frame for item in part], reference)
+            return [
+                carrier.matte(item.job, item.frame, matte, self.predictor.with_edges)
+                for item, matte in zip(part, coarse, strict=True)
+            ]
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
+                if carrier is not None:
+                    carrier.back_to(state)
                 return None
             if is_device_lost(error):
                 reason = str(error).splitlines()[0]
@@ -228,7 +248,10 @@ class Engine:
             "colorspace": item.colorspace,
         }
         try:
-            self._write_files(item, alpha, stamp(job, self._digest(job), item.origin, measured))
+            mark = stamp(job, self._digest(job), item.origin, measured)
+            if matte.carried is not None:
+                mark[CARRIED_KEY] = encoded(matte.carried)
+            self._write_files(item, alpha, mark)
         except ImageError as error:
             return _failed(job, str(error))
         except OutputError as error:
@@ -267,8 +290,10 @@ def keep_finished(
     digests: Sequence[str],
     workers: int,
     on_result: Callable[[ImageResult], None],
+    shot: Shot | None = None,
 ) -> list[Job]:
-    """Tell of every image whose alpha is there already; returns the others. Needs no model.
+    """Tell of every image whose alpha is there already; returns the others. Needs no model. In a shot a frame is made
+    anew where one is that it goes on from.
 
     ``digests``: of all that decides an alpha beside its source, one for each example. Raises UsageError, before it
     tells of any, where an alpha that is there is another source's.
@@ -288,10 +313,12 @@ def keep_finished(
     if others:
         more = f"; and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
         raise UsageError("; ".join(others[:MOST_NAMED]) + more)
-    for each in seen:
-        if isinstance(each, ImageResult):
+    there = {job.output for job, each in zip(jobs, seen, strict=True) if isinstance(each, ImageResult)}
+    kept = shot.unbroken(there) if shot else there
+    for job, each in zip(jobs, seen, strict=True):
+        if isinstance(each, ImageResult) and job.output in kept:
             on_result(each)
-    return [each for each in seen if isinstance(each, Job)]
+    return [job for job in jobs if job.output not in kept]
 
 
 Item = TypeVar("Item")

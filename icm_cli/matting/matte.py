@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from icm_cli.matting.jobs import DEFAULT_NAME, Choice, Job, Place, check_overwri
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.references import Reference, read_references
+from icm_cli.matting.shot import Key, Shot, described
 from icm_cli.matting.sources import LeftOut, find_sources
 from icm_cli.matting.work import Crew, Work
 from icm_cli.problems import Problem
@@ -71,6 +73,7 @@ def matte(
     frames: str | None = None,
     missing: str = "skip",
     shard: str | None = None,
+    shot: bool = False,
     name: str | None = None,
     keep_suffix: bool = False,
     format: str | None = None,
@@ -104,13 +107,15 @@ def matte(
         raise UsageError(f"workers is {workers}; expected 1 or more")
     if not str(out):
         raise UsageError("the output folder is empty; give --out a folder for the alphas")
+    if shot and (ray is not None or len(device_names(device)) > 1):
+        raise UsageError("--shot goes from frame to frame on one device; leave the others out, or share by --shard")
     refs, masks = as_paths(ref), as_paths(mask)
     side = SideOutputs.checked(report, contact_sheet)
     pattern, format = _pattern_and_format(out, format)
     form = {"format": format, "depth": depth, "channel": channel, "foreground": foreground, "invert": invert}
     output = Output.checked(**form, trimap=trimap, band_px=trimap_band)
     place = _place(out, pattern, name, output, keep_suffix=keep_suffix)
-    wanted = _choice(include, exclude, frames, missing, shard)
+    wanted = _choice(include, exclude, frames, missing, None if shot else shard)
     if gt is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
     shared = Colour(colorspace, str(ocio or ""), view or "", exposure, layer, white)
@@ -119,7 +124,8 @@ def matte(
     left_out, shown = LeftOut(listener.notice), [*refs, *masks]
     sources = find_sources(src, as_path(root), left_out)
     jobs = plan_jobs(sources, place, choice=wanted, references=shown, colour=colour, left_out=left_out)
-    jobs, truths, problems = _with_truths(jobs, gt)
+    jobs, in_order = _as_shot(jobs, refs, references, shard) if shot else (jobs, None)
+    jobs, in_order, truths, problems = _with_truths(jobs, in_order, gt)
     inputs = [str(path) for job in jobs for path in (job.source, *job.outputs)]
     side.check_overwrites_nothing([*shown, *truths, *inputs])
     checked = functools.partial(
@@ -141,7 +147,7 @@ def matte(
         side.check_writable(place.folder)
         _clean({*(job.output.parent for job in jobs), *(path.parent for path in side.paths)}, listener)
 
-        digest = _digest(choices[0], references, colour, output)
+        digest = _digest(choices[0], references, colour, output, is_shot=shot)
         where = [*(choice.where.describe() for choice in choices), *([cluster.describe()] if cluster else [])]
         settings = _settings(src, choices[0], refs, masks, colour) | {"digest": digest, "device": "; ".join(where)}
         scoring = None
@@ -160,22 +166,24 @@ def matte(
         )
         for problem in problems:
             outcome.add_problem(problem)
-        engine = EngineOptions([digest], choices[0].batch_size, workers, overwrite, fail_fast, output)
+        engine = EngineOptions([digest], choices[0].batch_size, workers, overwrite, fail_fast, output, in_order)
         works = [Work(choice, references, engine) for choice in choices]
         crew = functools.partial(_crew, works, cluster, place.folder, listener)
         _run(jobs, works[0], crew, outcome, side, listener)
         return outcome.report
 
 
-def _with_truths(jobs: list[Job], gt: str | Path | None) -> tuple[list[Job], list[Path], list[Problem]]:
-    """The jobs with their true alphas, all files of these, and the images without. Raises UsageError."""
+def _with_truths(
+    jobs: list[Job], in_order: Shot | None, gt: str | Path | None
+) -> tuple[list[Job], Shot | None, list[Path], list[Problem]]:
+    """Jobs, and their order, with their true alphas; all files of these; images without. Raises UsageError."""
     if gt is None:
-        return jobs, [], []
+        return jobs, in_order, [], []
     from icm_cli.matting.ground_truth import with_truths
 
     found, truths, problems = with_truths(jobs, gt)
     check_overwrites(found, truths, "a ground truth")
-    return found, truths, problems
+    return found, in_order and in_order.of_jobs(found), truths, problems
 
 
 def _run(
@@ -190,9 +198,9 @@ def _run(
     options = work.options
     listener.started(len(jobs))
     with outcome:
-        remaining = list(jobs)
+        remaining = list(options.shot.order if options.shot else jobs)
         if not options.overwrite:
-            remaining = keep_finished(jobs, options.digests, options.workers, outcome.add)
+            remaining = keep_finished(remaining, options.digests, options.workers, outcome.add, options.shot)
         with crew(outcome.add) if remaining else contextlib.nullcontext() as those:
             peak = those.peak_memory_bytes if those else work.choice.where.peak_memory_bytes
             with outcome.reported(side, peak):
@@ -200,9 +208,31 @@ def _run(
                     those.run(remaining)
 
 
-def _digest(choice: ModelChoice, references: Sequence[Reference], colour: Colour, output: Output) -> str:
+def _as_shot(
+    jobs: Sequence[Job], refs: Sequence[Path], references: Sequence[Reference], shard: str | None
+) -> tuple[list[Job], Shot]:
+    """The frames of a shot, or of a shard of it, by name; and their order, from the references that are frames of it.
+
+    Raises UsageError.
+    """
+    folders = {Path(job.root) / job.name.parent: job.name.parent for job in jobs}
+    keys = [
+        Key(folders[folder] / ref.name, functools.partial(references.__getitem__, number))
+        for number, ref in enumerate(refs)
+        if (folder := Path(os.path.abspath(ref.parent))) in folders  # noqa: PTH100  as the root of a job is
+    ]
+    in_order = Shot.of([(jobs, keys)])
+    if shard is not None:
+        in_order = in_order.shard(*parse_shard(shard))
+    mine = {job.output for job in in_order.order}
+    return [job for job in jobs if job.output in mine], in_order
+
+
+def _digest(
+    choice: ModelChoice, references: Sequence[Reference], colour: Colour, output: Output, *, is_shot: bool
+) -> str:
     """Hash of all that decides an alpha beside its source, and its form."""
-    forms = filter(None, [colour.describe(), output.describe()])
+    forms = filter(None, [colour.describe(), output.describe(), described() if is_shot else ""])
     return choice.digester()([*(one.digest for one in references), *forms])
 
 

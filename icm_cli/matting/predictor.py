@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class CanvasMatte:
     confidence: float
     found: bool
     is_refined: bool = False
+    carried: ImageU8 | None = None
+    """Small alpha that the next frame of a shot goes on from, uint8 [h,w]."""
 
     def at_source(self, frame: Frame) -> Float:
         """The alpha float32 [H,W] 0..1 at the size of the frame's source. Touches no model: safe in threads."""
@@ -72,16 +74,23 @@ class Predictor:
 
     def infer(self, frames: Sequence[Frame], reference: Prepared) -> list[CanvasMatte]:
         """Run the model on frames of one canvas size."""
+        coarse = self.coarse(frames, reference)
+        return [self.with_edges(frame, matte) for frame, matte in zip(frames, coarse, strict=True)]
+
+    def coarse(self, frames: Sequence[Frame], reference: Prepared) -> list[CanvasMatte]:
+        """Run backbone and head on frames of one canvas size, and leave the edges to :meth:`with_edges`."""
         valid = self._on_device(np.stack([frame.placement.valid() for frame in frames]))
         matte = self.model.infer(self._images([frame.canvas for frame in frames]), valid, reference)
         alphas = matte.alpha[:, 0].float().cpu().numpy()
+        found = zip(alphas, matte.confidence, matte.found, strict=True)
+        return [CanvasMatte(alpha, float(confidence), bool(is_there)) for alpha, confidence, is_there in found]
+
+    def with_edges(self, frame: Frame, matte: CanvasMatte) -> CanvasMatte:
+        """Give a coarse alpha the edges of its frame, where the model refines any."""
         edges = self.model.edges
-        mattes = []
-        for frame, alpha, confidence, found in zip(frames, alphas, matte.confidence, matte.found, strict=True):
-            if edges is not None:
-                alpha = edges.refined(frame.rgb, frame.placement.inside(alpha))
-            mattes.append(CanvasMatte(alpha, float(confidence), bool(found), edges is not None))
-        return mattes
+        if edges is None:
+            return matte
+        return replace(matte, alpha=edges.refined(frame.rgb, frame.placement.inside(matte.alpha)), is_refined=True)
 
     def matte(self, rgb: ImageU8, reference: Prepared) -> ImageU8:
         """Alpha, uint8 [H,W], of a picture, sRGB uint8 [H,W,3], at exactly its size."""

@@ -1,0 +1,255 @@
+"""Frames of one shot: what was found in a frame is carried into the next one along the optical flow.
+
+The carried alpha is evidence beside the model's own, at the stage of the coarse alpha, so any model and head can have
+it, and what gives edges comes after. A frame goes on from the frame before it, from the reference beside it, or, where
+frames before it failed or do not show the thing, from one a little further back.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from icm_cli.errors import ImageError
+from icm_cli.geometry import Float, ImageU8, resize, to_u8, within
+from icm_cli.images.writing import read_stamp
+from icm_cli.matting.jobs import Job
+from icm_cli.matting.predictor import CanvasMatte, Frame
+from icm_cli.matting.references import Reference
+from icm_cli.matting.sources import natural
+
+SMALL_PX = 432
+"""Long side, in px, of the pictures between which the flow is found."""
+LEAST_PX = 128
+"""Both sides of such pictures are padded to this; the flow's own pyramid needs it."""
+MOST_LOGIT = 3.0
+"""The carried alpha's logit counts at most this much."""
+LEAST_ALPHA = 0.02
+"""The model's own alpha is kept this far from 0 and 1 where a carried one counts, so that it can be overruled."""
+DIFFERENCE = 15.0
+"""Difference of colours along the flow, 0..255, at which the carried alpha counts 1/e: there the flow is wrong."""
+MOST_PASSED = 3
+"""A frame goes on from at most so many frames before it."""
+CARRIED_KEY = "icm-carried"
+
+
+def described() -> str:
+    """All numbers that decide what is carried, for the digest of a run."""
+    return f"shot {SMALL_PX} {LEAST_PX} {MOST_LOGIT} {LEAST_ALPHA} {DIFFERENCE} {MOST_PASSED}"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Memory of a frame: its picture, sRGB uint8 [h,w,3], and its alpha, uint8 [h,w], of ``SMALL_PX``."""
+
+    rgb: ImageU8
+    alpha: ImageU8
+
+    @classmethod
+    def of(cls, rgb: ImageU8, alpha: Float) -> Seen:
+        """Shrink a picture [H,W,3] and its alpha 0..1, of any size."""
+        small = shrunk(rgb)
+        return cls(small, to_u8(resize(alpha, (small.shape[0], small.shape[1]))))
+
+
+@dataclass(frozen=True)
+class Key:
+    """A reference that is a frame of the shot: its name below the sources' root, and how it is read."""
+
+    name: Path
+    read: Callable[[], Reference]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """The order in which frames are matted, and what each goes on from."""
+
+    order: Sequence[Job]
+    before: Mapping[Path, Job]
+    """Frames that go on from another one, by their outputs."""
+    starts: Mapping[Path, Key]
+    """Frames that go on from a reference, by their outputs."""
+
+    @classmethod
+    def of(cls, examples: Iterable[tuple[Sequence[Job], Sequence[Key]]]) -> Shot:
+        """Put the frames of each example in order, with the references that are frames of it.
+
+        From the first of these the order goes forward to the end, where every later one is gone on from anew, and then
+        back to the beginning; without one it is that of the names.
+        """
+        shot = cls([], {}, {})
+        for jobs, keys in examples:
+            line: list[Job | Key] = sorted([*jobs, *keys], key=lambda each: natural(each.name))
+            first = next((place for place, each in enumerate(line) if isinstance(each, Key)), 0)
+            shot._link(line[first:], None)
+            shot._link(line[:first][::-1], line[first] if first else None)
+        return shot
+
+    def _link(self, line: Sequence[Job | Key], last: Job | Key | None) -> None:
+        assert isinstance(self.order, list)
+        assert isinstance(self.before, dict)
+        assert isinstance(self.starts, dict)
+        for each in line:
+            if isinstance(each, Job):
+                self.order.append(each)
+                if last is not None:
+                    (self.before if isinstance(last, Job) else self.starts)[each.output] = last
+            last = each
+
+    def shard(self, number: int, count: int) -> Shot:
+        """Frames of shard ``number``, from 1, of ``count``: a run of frames, which goes on from none of another's."""
+        begin, end = (len(self.order) * each // count for each in (number - 1, number))
+        order = self.order[begin:end]
+        own = {job.output for job in order}
+        before = {output: job for output, job in self.before.items() if output in own and job.output in own}
+        return Shot(order, before, {output: key for output, key in self.starts.items() if output in own})
+
+    def of_jobs(self, jobs: Sequence[Job]) -> Shot:
+        """The same order of the same frames, whose jobs say more now."""
+        now = {job.output: job for job in jobs}
+        before = {output: now[job.output] for output, job in self.before.items()}
+        return Shot([now[job.output] for job in self.order], before, self.starts)
+
+    def unbroken(self, finished: Collection[Path]) -> set[Path]:
+        """Those of the finished outputs whose frames before are all finished too: the others would come out
+        otherwise where one before them is made anew."""
+        kept: set[Path] = set()
+        for job in self.order:
+            before = self.before.get(job.output)
+            if job.output in finished and (before is None or before.output in kept):
+                kept.add(job.output)
+        return kept
+
+
+class Carrier:
+    """Carries alphas through a shot, frame by frame in its order, and holds no more than a few small ones."""
+
+    def __init__(self, shot: Shot, to_make: Collection[Job]) -> None:
+        """``to_make``: frames that are matted in this run; of the others the alphas that are there are read."""
+        self.shot = shot
+        self._to_make = {job.output for job in to_make}
+        self._seen: dict[Path, Seen] = {}
+
+    def matte(
+        self, job: Job, frame: Frame, coarse: CanvasMatte, with_edges: Callable[[Frame, CanvasMatte], CanvasMatte]
+    ) -> CanvasMatte:
+        """Add what was carried to a frame's coarse alpha, give it its edges, and keep it for the next one.
+
+        A frame in which the thing was not found is left as it is, and none goes on from it.
+        """
+        if not coarse.found or not np.isfinite(coarse.alpha).all():
+            return with_edges(frame, coarse)
+        if (before := self._before(job)) is not None:
+            coarse = replace(coarse, alpha=_on_canvas(carried(before, frame.rgb, _inside(frame, coarse)), coarse.alpha))
+        matte = with_edges(frame, coarse)
+        seen = Seen.of(frame.rgb, matte.alpha if matte.is_refined else _inside(frame, matte))
+        self._seen[job.output] = seen
+        while len(self._seen) > MOST_PASSED:
+            del self._seen[next(iter(self._seen))]
+        return replace(matte, carried=seen.alpha)
+
+    def back_to(self, seen: Mapping[Path, Seen]) -> None:
+        """Forget all but what :meth:`state` gave."""
+        self._seen = dict(seen)
+
+    def state(self) -> Mapping[Path, Seen]:
+        """The memory of the last frames, by their outputs."""
+        return dict(self._seen)
+
+    def _before(self, job: Job) -> Seen | None:
+        for _ in range(MOST_PASSED):
+            if (key := self.shot.starts.get(job.output)) is not None:
+                reference = key.read()
+                return Seen.of(reference.rgb, reference.guidance.astype(np.float32))
+            if (earlier := self.shot.before.get(job.output)) is None:
+                return None
+            job = earlier
+            found = self._seen.get(job.output) if job.output in self._to_make else _seen_earlier(job)
+            if found is not None:
+                return found
+        return None
+
+
+def carried(before: Seen, rgb: ImageU8, alpha: Float) -> Float:
+    """A coarse alpha [h,w] 0..1 of a picture, sRGB uint8 [H,W,3], with the evidence of a frame before, [h,w].
+
+    Logits add up. That of the frame before is moved along the optical flow (DIS, Kroeger et al., ECCV 2016) and counts
+    less where colours differ along it.
+    """
+    now = shrunk(rgb)
+    if now.shape != before.rgb.shape:
+        return alpha
+    flow = _flow(now, before.rgb)
+    evidence = np.clip(_logit(before.alpha), -MOST_LOGIT, MOST_LOGIT)
+    moved = _moved(evidence, flow)
+    difference = np.abs(_moved(before.rgb.astype(np.float32), flow) - now).mean(axis=-1)
+    weight = resize(
+        np.asarray(moved * np.exp(-((difference / DIFFERENCE) ** 2)), np.float32), (alpha.shape[0], alpha.shape[1])
+    )
+    least = LEAST_ALPHA * np.minimum(1.0, np.abs(weight))
+    kept = np.clip(alpha, least, 1.0 - least)
+    odds = kept * np.exp(weight)
+    return np.asarray(np.minimum(odds / (odds + 1.0 - kept), 1.0), np.float32)
+
+
+def shrunk(rgb: ImageU8) -> ImageU8:
+    """A picture [H,W,3] of at most ``SMALL_PX``."""
+    return resize(rgb, within(rgb.shape[:2], SMALL_PX))
+
+
+def encoded(alpha: ImageU8) -> str:
+    """A small alpha as text: a PNG in base64."""
+    return base64.b64encode(cv2.imencode(".png", alpha)[1].tobytes()).decode("ascii")
+
+
+def _seen_earlier(job: Job) -> Seen | None:
+    """The memory of a frame that an earlier run matted, by its alpha; None where that is not there or shows nothing."""
+    try:
+        text = (read_stamp(job.output) or {}).get(CARRIED_KEY, "")
+        data = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+        alpha = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
+        return None if alpha is None else Seen(shrunk(job.read().rgb), np.asarray(alpha, np.uint8))
+    except (ImageError, ValueError, OSError, cv2.error):
+        return None
+
+
+def _inside(frame: Frame, matte: CanvasMatte) -> Float:
+    return frame.placement.inside(matte.alpha)
+
+
+def _on_canvas(alpha: Float, canvas: Float) -> Float:
+    """An alpha [h,w] in the first corner of one of the canvas [H,W], which stays as it is beside it."""
+    out = canvas.copy()
+    out[: alpha.shape[0], : alpha.shape[1]] = alpha
+    return out
+
+
+def _flow(now: ImageU8, before: ImageU8) -> Float:
+    """For every pixel of a picture uint8 [h,w,3] where it was in another one, as a difference (x, y), [h,w,2]."""
+    height, width = now.shape[:2]
+    pad = max(0, LEAST_PX - height), max(0, LEAST_PX - width)
+    grey = [
+        cv2.copyMakeBorder(cv2.cvtColor(each, cv2.COLOR_RGB2GRAY), 0, pad[0], 0, pad[1], cv2.BORDER_REPLICATE)
+        for each in (now, before)
+    ]
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey, None)  # type: ignore[call-overload]
+    return np.asarray(flow[:height, :width], np.float32)
+
+
+def _moved(values: Float, flow: Float) -> Float:
+    """Values [h,w] or [h,w,C] of the picture before, where the flow [h,w,2] says that they are now."""
+    height, width = flow.shape[:2]
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    return np.asarray(
+        cv2.remap(values, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    )
+
+
+def _logit(alpha: ImageU8) -> Float:
+    kept = np.clip(alpha / np.float32(255), LEAST_ALPHA, 1.0 - LEAST_ALPHA)
+    return np.asarray(np.log(kept / (1.0 - kept)), np.float32)

@@ -1,0 +1,280 @@
+"""``--shot``: the order of frames, what is carried, and runs that stop, fail, or are shared out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from conftest import Icm, alphas
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icm_cli.errors import UsageError
+from icm_cli.evaluation.evaluate import evaluate
+from icm_cli.geometry import CanvasRule, Float, to_u8
+from icm_cli.images.writing import read_stamp
+from icm_cli.matting.jobs import Job
+from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
+from icm_cli.matting.references import Reference
+from icm_cli.matting.shot import CARRIED_KEY, Carrier, Key, Seen, Shot, carried
+from icm_cli.reports.result import ImageResult
+
+FRAMES = range(1001, 1009)
+KEY = 1004
+Shoot = Callable[..., Result]
+
+
+@pytest.fixture
+def frames(scene: Path) -> Path:
+    """Frames 1001 to 1008 of a shot in which all moves by a few pixels a frame; 1004 is the reference."""
+    folder = scene / "plates"
+    folder.mkdir()
+    picture, mask = cv2.imread(str(scene / "ref.png")), cv2.imread(str(scene / "mask.png"), 0)
+    for number in FRAMES:
+        step = 3 * (number - KEY)
+        cv2.imwrite(str(folder / f"sh.{number}.png"), np.roll(picture, (step // 2, step), (0, 1)))
+    cv2.imwrite(str(scene / "key.png"), mask)
+    return folder
+
+
+@pytest.fixture
+def shot(icm: Icm, scene: Path, frames: Path) -> Shoot:
+    def run(*flags: str, **options: Any) -> Result:
+        given = {"ref": frames / f"sh.{KEY}.png", "mask": scene / "key.png", "src": frames / "sh.####.png", **options}
+        return icm("--shot", *flags, **given)
+
+    return run
+
+
+def job(name: str, example: int = 0) -> Job:
+    output = Path("out") / name
+    return Job(Path("src") / name, Path(name), output, ImageResult(f"src/{name}", str(output), "planned"), example)
+
+
+def reference() -> Reference:
+    raise AssertionError("is not read")
+
+
+@given(count=st.integers(0, 12), keys=st.sets(st.integers(0, 14), max_size=3))
+@settings(max_examples=80, deadline=None)
+def test_the_order_goes_out_from_the_first_reference(count: int, keys: set[int]) -> None:
+    jobs = [job(f"f.{2 * number}.png") for number in range(count)]
+    shot = Shot.of([(jobs, [Key(Path(f"f.{2 * key + 1}.png"), reference) for key in keys])])
+    assert sorted(each.output for each in shot.order) == sorted(each.output for each in jobs)
+    numbers = [int(each.name.suffixes[0][1:]) for each in shot.order]
+    marked = {2 * key + 1 for key in keys}
+    first = min(marked, default=-1)
+    assert numbers == [n for n in sorted(numbers) if n > first] + [n for n in sorted(numbers)[::-1] if n < first]
+    line = sorted([*numbers, *marked])
+    for each, number in zip(shot.order, numbers, strict=True):
+        place = line.index(number) - (1 if number > first else -1)
+        beside = line[place] if 0 <= place < len(line) else None
+        before, start = shot.before.get(each.output), shot.starts.get(each.output)
+        assert (None if before is None else int(before.name.suffixes[0][1:])) == (None if beside in marked else beside)
+        assert (None if start is None else int(start.name.suffixes[0][1:])) == (beside if beside in marked else None)
+
+
+@given(count=st.integers(1, 12), shards=st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_shards_are_runs_that_know_of_no_other(count: int, shards: int) -> None:
+    shot = Shot.of([([job(f"f.{number}.png") for number in range(count)], [Key(Path("f.3a.png"), reference)])])
+    parts = [shot.shard(number, shards) for number in range(1, shards + 1)]
+    assert [each for part in parts for each in part.order] == shot.order
+    for part in parts:
+        own = {each.output for each in part.order}
+        assert all(before.output in own for before in part.before.values())
+        assert {*part.before, *part.starts} <= own
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+)
+@settings(max_examples=40, deadline=None)
+def test_what_is_carried_makes_an_alpha(seed: int, height: int, width: int, size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(seed)
+    rgb = rng.integers(0, 256, (2, height, width, 3), np.uint8)
+    coarse = rng.random(size, np.float32).round(1)
+    alpha = carried(Seen.of(rgb[0], rng.random((5, 5), np.float32)), rgb[1], coarse)
+    assert alpha.shape == size
+    assert alpha.dtype == np.float32
+    assert alpha.min() >= 0
+    assert alpha.max() <= 1
+    undecided = carried(Seen(rgb[0], np.full((height, width), 127, np.uint8)), rgb[1], coarse)
+    np.testing.assert_allclose(undecided, coarse, atol=0.01)
+
+
+def disc(at: int, size: tuple[int, int] = (120, 160)) -> Float:
+    alpha = np.zeros(size, np.float32)
+    cv2.circle(alpha, (at, 60), 30, 1.0, -1)
+    return alpha
+
+
+def picture(at: int) -> np.ndarray:
+    """A disc with a texture that moves with it, before a wall that stays."""
+    rng = np.random.default_rng(0)
+    wall, skin = (cv2.GaussianBlur(rng.integers(0, 256, (120, 160, 3), np.uint8), (0, 0), 2) for _ in range(2))
+    return np.where(disc(at)[..., None] > 0.5, np.roll(skin, at, axis=1), wall)
+
+
+def test_a_part_that_the_model_misses_is_carried_on() -> None:
+    coarse = disc(74)
+    coarse[60:] = 0.1  # the lower half is doubted
+    alpha = carried(Seen.of(picture(70), disc(70)), picture(74), coarse)
+    assert alpha[65:85, 60:88].min() > 0.5
+    assert alpha[:, 115:].max() < 0.01
+    other = np.random.default_rng(1).integers(0, 256, (120, 160, 3), np.uint8)
+    cut = carried(Seen.of(picture(70), disc(70)), 255 - other, coarse)
+    assert (np.abs(cut - coarse) > 0.1).mean() < 0.01
+
+
+def carrier_of(count: int) -> tuple[Carrier, list[Job], list[Frame]]:
+    jobs = [job(f"f.{number}.png") for number in range(count)]
+    rule = CanvasRule(160, 32, square=False)
+    frames = [
+        Frame(picture(70 + 2 * n), rule.place(120, 160).to_canvas(picture(70 + 2 * n)), rule.place(120, 160))
+        for n in range(count)
+    ]
+    return Carrier(Shot.of([(jobs, [])]), jobs), jobs, frames
+
+
+def as_it_is(_: Frame, matte: CanvasMatte) -> CanvasMatte:
+    return matte
+
+
+@pytest.mark.parametrize(("found", "filled"), [(True, True), (False, False)])
+def test_a_frame_without_the_thing_is_passed_over(found: bool, filled: bool) -> None:
+    carrier, jobs, frames = carrier_of(3)
+    hole = np.pad(disc(72), ((0, 8), (0, 0)))
+    hole[60:] = 0.1
+    first = CanvasMatte(np.pad(disc(70), ((0, 8), (0, 0))), 1.0, found)
+    assert (carrier.matte(jobs[0], frames[0], first, as_it_is).carried is not None) == found
+    gone = CanvasMatte(np.zeros((128, 160), np.float32), 0.0, False)
+    assert carrier.matte(jobs[1], frames[1], gone, as_it_is).alpha.max() == 0
+    matte = carrier.matte(jobs[2], frames[2], CanvasMatte(hole, 1.0, True), as_it_is)
+    assert (float(matte.alpha[65:85, 60:88].min()) > 0.5) == filled
+
+
+def test_it_goes_out_from_a_keyframe_in_both_directions(shot: Shoot, scene: Path) -> None:
+    planned = shot("--dry-run")
+    assert planned.exit_code == 0
+    done = shot("--progress", "plain", report=scene / "r.json")
+    assert done.exit_code == 0, done.output
+    told = [line for line in done.stderr.splitlines() if "done" in line and "plates" in line]
+    assert [line.split("sh.")[1][:4] for line in told] == ["1005", "1006", "1007", "1008", "1003", "1002", "1001"]
+    report = json.loads((scene / "r.json").read_text())
+    assert [Path(image["source"]).name[3:7] for image in report["images"]] == [
+        *("1001", "1002", "1003", "1005", "1006", "1007", "1008")
+    ]
+    assert all(CARRIED_KEY in (read_stamp(path) or {}) for path in (scene / "out").iterdir())
+
+
+def test_what_is_carried_decides_alphas_and_the_digest(shot: Shoot, icm: Icm, scene: Path) -> None:
+    assert shot().exit_code == 0
+    carried_alphas = alphas(scene / "out")
+    options = {"ref": scene / "plates" / f"sh.{KEY}.png", "mask": scene / "key.png", "src": scene / "plates"}
+    alone = icm(report=scene / "r.json", **options)
+    assert alone.exit_code == 0
+    assert json.loads((scene / "r.json").read_text())["summary"]["done"] == 7  # none is taken for the same
+    single = alphas(scene / "out")
+    assert sorted(single) == sorted(carried_alphas)
+    assert sum(single[name] != carried_alphas[name] for name in single) > 4
+
+
+@pytest.mark.parametrize("form", ["png", "exr"])
+@pytest.mark.parametrize("lost", [[1005], [1003], [1007, 1001], [*range(1001, 1009)]])
+def test_a_run_that_goes_on_makes_the_same_bytes(shot: Shoot, scene: Path, lost: list[int], form: str) -> None:
+    assert shot("--format", form, out=scene / "whole").exit_code == 0
+    assert shot("--format", form).exit_code == 0
+    for number in lost:
+        (scene / "out" / f"sh.{number}.{form}").unlink(missing_ok=True)
+    again = shot("--format", form, report=scene / "r.json")
+    assert again.exit_code == 0, again.output
+    made = {image["name"]: image["status"] for image in json.loads((scene / "r.json").read_text())["images"]}
+    assert made["sh.1006.png"] == ("done" if 1005 in lost or len(lost) > 3 else "skipped")
+    for path in (scene / "whole").iterdir():
+        assert path.read_bytes() == (scene / "out" / path.name).read_bytes(), path.name
+
+
+def test_a_frame_that_fails_is_passed_over(shot: Shoot, scene: Path, frames: Path) -> None:
+    assert shot(out=scene / "whole").exit_code == 0
+    whole = frames / "sh.1006.png"
+    kept, state = whole.read_bytes(), whole.stat()
+    whole.write_bytes(kept[:500])
+    failed = shot()
+    assert failed.exit_code == 1
+    assert "sh.1006.png" in failed.stderr
+    broken = alphas(scene / "out")
+    assert sorted(broken) == [f"sh.{number}.png" for number in (1001, 1002, 1003, 1005, 1007, 1008)]
+    assert shot().exit_code == 1
+    assert alphas(scene / "out") == broken
+    whole.write_bytes(kept)
+    os.utime(whole, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert shot().exit_code == 0
+    assert alphas(scene / "out") == alphas(scene / "whole")
+
+
+def test_out_of_memory_in_mid_batch_changes_nothing(shot: Shoot, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shot("--batch-size", "4", out=scene / "whole").exit_code == 0
+    with_edges, calls = Predictor.with_edges, iter(range(100))
+
+    def failing(self: Predictor, frame: Frame, matte: CanvasMatte) -> CanvasMatte:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError
+        return with_edges(self, frame, matte)
+
+    monkeypatch.setattr(Predictor, "with_edges", failing)
+    assert "out of memory" in shot("--batch-size", "4").stderr
+    assert next(calls) > 7  # some were done twice
+    assert alphas(scene / "out") == alphas(scene / "whole")
+
+
+def test_a_shard_depends_on_no_other(shot: Shoot, scene: Path) -> None:
+    for number in (2, 1, 2):
+        assert shot("--shard", f"{number}/2").exit_code == 0
+    together = alphas(scene / "out")
+    assert len(together) == 7
+    assert shot("--shard", "2/2", out=scene / "alone").exit_code == 0
+    alone = alphas(scene / "alone")
+    assert alone == {name: together[name] for name in alone}
+    assert len(alone) == 4
+
+
+def test_a_shot_is_of_one_device(shot: Shoot, scene: Path) -> None:
+    for flags in (("--device", "cpu,cpu"), ("--ray", "auto")):
+        refused = shot(*flags)
+        assert refused.exit_code == 2
+        assert "--shot goes from frame to frame on one device" in refused.stderr
+    assert not (scene / "out").exists()
+
+
+def test_frames_of_other_sizes_are_matted_on_their_own(shot: Shoot, frames: Path) -> None:
+    small = cv2.imread(str(frames / "sh.1006.png"))
+    cv2.imwrite(str(frames / "sh.1006.png"), cv2.resize(small, (90, 150)))
+    assert shot("--batch-size", "4").exit_code == 0
+
+
+def test_shots_of_a_dataset_are_carried_and_the_report_says_so(data: Path, small_model: Path) -> None:
+    given = {"dataset": "folder", "images": data / "images", "alphas": data / "alphas", "model": str(small_model)}
+    with pytest.raises(UsageError, match="--shot is for frames of shots"):
+        evaluate(**given, shot=True)
+    alone, together = (evaluate(**given, video=True, shot=shot) for shot in (False, True))
+    assert (alone.settings["shot"], together.settings["shot"]) == (False, True)
+    assert [row.scores for row in alone.results] != [row.scores for row in together.results]
+
+
+def test_a_seen_frame_is_small() -> None:
+    seen = Seen.of(np.zeros((1080, 1920, 3), np.uint8), np.ones((200, 100), np.float32))
+    assert seen.rgb.shape == (243, 432, 3)
+    assert seen.alpha.shape == (243, 432)
+    assert (seen.alpha == to_u8(np.ones(1, np.float32))[0]).all()
