@@ -164,7 +164,7 @@ def _expected(hint: Any) -> str:
 def as_mapping(value: object, where: str) -> Mapping[str, Any]:
     """A section of a configuration. Raises ConfigError for anything else."""
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} is {'missing' if value is None else repr(value)}; expected keys with values")
+        raise ConfigError(f"{where} is {'empty' if value is None else repr(value)}; expected keys with values")
     return value
 
 

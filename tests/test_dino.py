@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,24 @@ class TestWeights:
             with pytest.raises(ConfigError, match=f"lacks {part.name}"):
                 load(parts, config())
             part.write_bytes(content)
+
+    def test_values_of_another_type_are_told(self, broken: Path) -> None:
+        content = json.loads((broken / "config.json").read_text())
+        (broken / "config.json").write_text(json.dumps({**content, "num_hidden_layers": "three"}))
+        with pytest.raises(ConfigError, match="num_hidden_layers"):
+            load(broken, config())
+
+    def test_weights_of_another_shape_are_named(self, broken: Path) -> None:
+        content = json.loads((broken / "config.json").read_text())
+        (broken / "config.json").write_text(json.dumps({**content, "mlp_ratio": 3}))
+        with pytest.raises(ConfigError, match=r"have in another shape '.*fc1.*'; expected a Dinov2Model whole"):
+            load(broken, config())
+
+    @pytest.mark.parametrize("name", ["", "config.json", "model.safetensors"])
+    def test_what_may_not_be_read_is_named(self, broken: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "access", lambda path, _: Path(path) != broken / name)  # root may read all
+        with pytest.raises(ConfigError, match=f"{broken / name} may not be read; give yourself the right"):
+            load(broken, config())
 
     def test_another_kind_of_model_is_refused(self, broken: Path) -> None:
         (broken / "config.json").write_text(json.dumps({"model_type": "bert"}))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -19,10 +20,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Icm, alphas, arguments, copy_many, read
+from test_formats import written
 
 from icm_cli.errors import OutputError
 from icm_cli.images.writing import Output, write_alpha
 from icm_cli.matting.predictor import Predictor
+from icm_cli.model.backbones.efficientnet_lite import EfficientNetLite
+from icm_cli.model.contracts import Features
 
 
 def sentence(stderr: str) -> str:
@@ -455,3 +459,38 @@ def test_a_list_may_name_what_does_not_exist(icm: Icm, scene: Path) -> None:
     result = icm(src=scene / "list.txt", root=scene)
     assert result.exit_code == 1
     assert f"failed: {scene}/imgs/none.jpg: does not exist; put it there" in result.stderr
+
+
+@pytest.mark.parametrize("form", ["png", "exr", "tiff"])
+def test_a_picture_that_icm_did_not_make_is_not_overwritten(icm: Icm, scene: Path, form: str) -> None:
+    out = scene / "out" / f"wall.{'tif' if form == 'tiff' else form}"
+    assert icm("--format", form, src=scene / "imgs" / "wall.jpg").exit_code == 0
+    made = out.read_bytes()
+    written(out, np.full((20, 30, 1), 0.5, np.float32), "uint8" if form == "png" else "float")
+    retouched = out.read_bytes()
+    refused = icm("--format", form)
+    assert refused.exit_code == 2
+    assert f"{out} was not made by icm and would be written over" in refused.stderr
+    assert out.read_bytes() == retouched
+    assert icm("--format", form, "--overwrite", src=scene / "imgs" / "wall.jpg").exit_code == 0
+    assert out.read_bytes() == made
+    out.write_bytes(made[: len(made) // 2])  # what is damaged is made again
+    assert icm("--format", form, src=scene / "imgs" / "wall.jpg").exit_code == 0
+    assert out.read_bytes() == made
+
+
+@pytest.mark.parametrize(("side", "code"), [("target", 1), ("reference", 3)])
+def test_features_that_are_not_finite_are_told(
+    icm: Icm, scene: Path, side: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = getattr(EfficientNetLite, side)
+
+    def broken(self: EfficientNetLite, *given: object) -> Features:
+        features = seen(self, *given)
+        return replace(features, correspondence=features.correspondence * float("nan"))
+
+    monkeypatch.setattr(EfficientNetLite, side, broken)
+    ended = icm(src=scene / "imgs" / "wall.jpg")
+    assert ended.exit_code == code
+    assert "finite" in ended.stderr
+    assert "--dtype float32" in ended.stderr

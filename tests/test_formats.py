@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import zlib
@@ -384,6 +385,33 @@ def test_every_frame_is_a_job(tmp_path: Path, name: str) -> None:
         expected = np.roll(RGB, 7 * number, axis=1)
         assert np.abs(picture - expected).mean() < 12
     assert len({job.planned.key for job in jobs}) == 3
+
+
+def test_frames_of_two_files_of_one_stem_are_all_counted(icm: Icm, scene: Path) -> None:
+    picture = Image.open(scene / "imgs" / "wall.jpg")
+    (scene / "two").mkdir()
+    for name in ("an.gif", "an.tif"):
+        turned = [picture.rotate(turn) for turn in (0, 5, 10)]
+        turned[0].save(scene / "two" / name, save_all=True, append_images=turned[1:])
+    ended = icm("--keep-suffix", src=scene / "two", report=scene / "r.json")
+    assert ended.exit_code == 0, ended.output
+    report = json.loads((scene / "r.json").read_text())
+    assert report["summary"]["done"] == len(report["images"]) == len(list((scene / "out").iterdir())) == 6
+
+
+def test_exposure_and_view_leave_display_referred_pictures(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    cv2.imwrite(str(tmp_path / "deep.png"), RGB[..., ::-1].astype(np.uint16) * 257)
+    written(tmp_path / "a.exr", linear(RGB), "half")
+    for name in ("a.png", "deep.png"):
+        assert difference(tmp_path / name, Colour(exposure=4.0)) == 0
+    assert difference(tmp_path / "a.exr", Colour(exposure=1.0)) > 20
+
+
+@pytest.mark.parametrize("stops", [math.nan, math.inf, -math.inf, 1e9])
+def test_an_exposure_that_is_none_is_refused(stops: float) -> None:
+    with pytest.raises(UsageError, match="expected -30 to 30 stops"):
+        Colour(exposure=stops).check()
 
 
 def test_the_terminal_names_the_frame(icm: Icm, scene: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_formats import written
 
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.matting.masks import Mask, read_mask
@@ -158,6 +159,44 @@ def test_what_is_odd_about_a_mask_s_file_is_told(tmp_path: Path) -> None:
     mask, (told,) = read(saved(tmp_path, np.dstack([photograph, layers(thing=255)])))
     assert "its alpha was taken, and its colours were not" in told
     assert (mask.inside == THING).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "thing", "other"),
+    [
+        *[(np.uint8, *pair) for pair in ((2, 1), (11, 10), (200, 5), (20, 1))],
+        *[(np.uint16, *pair) for pair in ((2, 1), (200, 100), (7001, 3000))],
+    ],
+)
+def test_low_ids_are_labels_too(tmp_path: Path, dtype: type, thing: int, other: int) -> None:
+    path = saved(tmp_path, layers(dtype, thing=thing, other=other))
+    with pytest.raises(UsageError, match=rf"several labels, {thing} \(.*\), {other} "):
+        read(path)
+    assert (read(path, str(other))[0].inside == OTHER).all()
+
+
+@pytest.mark.parametrize("low", [1, 12])
+def test_areas_near_black_beside_white_are_black_and_told(tmp_path: Path, low: int) -> None:
+    mask, notices = read(saved(tmp_path, layers(thing=255, other=low)))
+    assert (mask.inside == THING).all()
+    assert [f"has areas of {low} of 255 beside black and white" in each for each in notices] == [True]
+
+
+@pytest.mark.parametrize("kind", ["uint", "float"])
+@pytest.mark.parametrize("name", ["ids.exr", "ids.tif"])
+def test_ids_of_32_bits_are_given_as_they_are(tmp_path: Path, name: str, kind: str) -> None:
+    ids = layers(np.uint32, thing=70001, other=5)
+    path = written(tmp_path / name, ids[..., None].astype({"uint": np.uint32, "float": np.float32}[kind]), kind)
+    assert (read(path, "70001")[0].inside == THING).all()
+    assert (read(path, "5")[0].inside == OTHER).all()
+    with pytest.raises(UsageError, match=r"no pixel of the label 7; it has 0 .*70001 .*, 5 "):
+        read(path, "7")
+    if kind == "uint":
+        with pytest.raises(UsageError, match=r"several labels, 70001 .*--mask-label 70001"):
+            read(path)
+    else:
+        with pytest.raises(ImageError, match=r"values up to 70001; .*, or say with --mask-label which"):
+            read(path)
 
 
 def test_a_mask_of_floats_to_255_is_told_in_words_for_masks(tmp_path: Path) -> None:

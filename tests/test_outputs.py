@@ -263,6 +263,34 @@ def test_trimaps_and_hold_outs(icm: Icm, scene: Path) -> None:
     assert np.abs(read(scene / "d" / "wall.png").astype(int) + alpha - 255).max() <= 1
 
 
+@pytest.mark.parametrize("colour", [(-0.2, 0.1, 0.4), (0.5, 3.0, 40.0), (-1.0, 0.0, 9.0)])
+def test_a_foreground_keeps_values_outside_of_0_and_1(colour: tuple[float, ...]) -> None:
+    alpha = np.zeros((40, 50), np.float32)
+    alpha[10:30, 10:40] = 1.0
+    pixels = np.where(alpha[..., None] > 0, np.asarray(colour, np.float32), np.float32(0.3))
+    found = foreground_colours(Decoded(pixels, None, 1.0, "lin_rec709_scene"), alpha)
+    np.testing.assert_allclose(found[alpha > 0], np.broadcast_to(colour, (600, 3)), atol=1e-3)
+
+
+@pytest.mark.parametrize(("form", "told"), [("png", True), ("tiff", False), ("exr", False)])
+def test_colours_that_a_format_cuts_are_told(icm: Icm, scene: Path, form: str, told: bool) -> None:
+    bright = 4 * linear(np.asarray(Image.open(scene / "imgs" / "wall.jpg")))
+    (scene / "hdr").mkdir()
+    for name in ("a.exr", "b.exr"):
+        written(scene / "hdr" / name, bright, "half")
+    done = icm("--foreground", "auto", "--format", form, src=scene / "hdr")
+    assert done.exit_code == 0
+    assert done.stderr.count("are cut at 0 and 1; --format exr keeps all") == int(told)
+
+
+def test_a_wide_band_leaves_all_unknown() -> None:
+    alpha = np.zeros((400, 600), np.float32)
+    alpha[100:300, 200:400] = 1.0
+    assert (trimap_of_alpha(alpha, 1000) == 128).all()
+    assert (trimap_of_alpha(np.ones((9, 9), np.float32), 1000) == 255).all()
+    assert (trimap_of_alpha(np.zeros((9, 9), np.float32), 1000) == 0).all()
+
+
 @given(band=st.integers(1, 12), side=st.integers(10, 60))
 @settings(max_examples=30, deadline=None)
 def test_a_trimap_is_unknown_about_the_edge(band: int, side: int) -> None:
@@ -283,6 +311,7 @@ def test_a_trimap_is_unknown_about_the_edge(band: int, side: int) -> None:
         ({"band_px": 5}, "--trimap-band is of a trimap"),
         ({"trimap": "beside", "band_px": 0}, "expected 1 or more px"),
         ({"foreground": "auto", "invert": True}, "leave --invert"),
+        ({"trimap": "instead", "format": "exr"}, "--trimap instead writes PNGs, and the format is exr"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, object], message: str) -> None:

@@ -35,6 +35,7 @@ PRIMARIES = {
     (0.680, 0.320, 0.265, 0.690, 0.150, 0.060): "lin_p3d65_scene",
 }
 """Chromaticities (red, green, blue; x and y each) of an EXR, and the space they stand for."""
+MOST_STOPS = 30
 ACES = frozenset({"lin_ap0_scene", "lin_ap1_scene"})
 ACES_WHITE = 0.32168, 0.33767
 D65 = 0.3127, 0.3290
@@ -49,6 +50,7 @@ class Colour:
     one. ``view``: of scene-referred pictures. ``exposure``: stops, before the view. ``layer``: of an EXR, by its part's
     name or its channels' prefix; "" for its picture. ``white``: the value of white in pictures of more than 8 bits,
     where it is not that of their type. ``is_matte``: a mask or an alpha, whose numbers no option explains.
+    ``has_labels``: a mask whose numbers are labels, of any size.
     """
 
     space: str = "auto"
@@ -58,6 +60,7 @@ class Colour:
     layer: str = ""
     white: float | None = None
     is_matte: bool = False
+    has_labels: bool = False
 
     def check(self) -> None:
         """Raises UsageError for a configuration, space or view that is not there, naming those nearest to it; and for a
@@ -66,6 +69,8 @@ class Colour:
             return
         if self.white is not None and not (0.0 < self.white < math.inf):
             raise UsageError(f"--white is {self.white:g}; expected a value above 0, such as 255")
+        if not abs(self.exposure) <= MOST_STOPS:
+            raise UsageError(f"--exposure is {self.exposure:g}; expected -{MOST_STOPS} to {MOST_STOPS} stops")
         config, display = _config(self.config), _display(self.config)
         if self.space not in ("auto", SRGB) and config.getColorSpace(self.space) is None:
             raise UsageError(
@@ -90,10 +95,13 @@ AS_LABELLED = Colour()
 
 
 def shown(pixels: NDArray[Any], scale: float, space: str, colour: Colour) -> ImageU8:
-    """Pixels [H,W,1|3] in 0..scale (floats may exceed it) in a space -> sRGB uint8 [H,W,3], as the model sees them."""
+    """Pixels [H,W,1|3] in 0..scale (floats may exceed it) in a space -> sRGB uint8 [H,W,3], as the model sees them.
+
+    What is sRGB is shown as it is; exposure and view are of other spaces.
+    """
     if pixels.shape[-1] == 1:
         pixels = np.repeat(pixels, 3, axis=-1)
-    if space == SRGB and not colour.exposure:
+    if space == SRGB:
         if pixels.dtype == np.uint8:
             return np.ascontiguousarray(pixels)
         if pixels.dtype == np.uint16:
@@ -103,7 +111,6 @@ def shown(pixels: NDArray[Any], scale: float, space: str, colour: Colour) -> Ima
     if scale != 1.0:
         values = values / np.float32(scale)
     seen = np.empty(values.shape, np.uint8)
-    space = "srgb_rec709_scene" if space == SRGB else space
     _processor(colour.config, space, colour.view, colour.exposure).apply(_described(values), _described(seen))
     return seen
 

@@ -89,7 +89,7 @@ def read(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
         for height, width in (windows.size, windows.display):
             check_memory(path, width, height)
         first, end = layer.channels
-        values = file.read_image(layer.part, 0, first, end, _read_type(spec))
+        values = file.read_image(layer.part, 0, first, end, _read_type(spec, wanted))
         if values is None or file.has_error:
             raise ValueError(file.geterror() or "no pixels")
     alpha = None if layer.alpha is None else values[..., layer.alpha - first]
@@ -157,10 +157,11 @@ def _picked(values: NDArray[Any], channels: list[int]) -> NDArray[Any]:
     return values[..., first:end] if channels == list(range(first, end)) else values[..., channels]
 
 
-def _read_type(spec: Any) -> str:
-    """uint8 and uint16 as they are; all else, integers of 32 bits too, as float."""
+def _read_type(spec: Any, wanted: colour.Colour) -> str:
+    """uint8 and uint16 as they are; all else, integers of 32 bits too, as float, which has no room for ids of masks."""
     name = str(spec.format)
-    return name if name in ("uint8", "uint16") else "float"
+    as_it_is = ("uint8", "uint16", "uint") if wanted.is_matte else ("uint8", "uint16")
+    return name if name in as_it_is else "float"
 
 
 def tag(spec: Any, name: str, otherwise: int = 1) -> int:
@@ -175,16 +176,20 @@ def _scale(spec: Any, dtype: Any, white: float | None) -> float:
         return 255.0
     if dtype == np.uint16:
         return white or 65535.0
+    if dtype == np.uint32:
+        return _LARGEST["uint"]
     return (white or _LARGEST.get(str(spec.format), 1.0)) / _LARGEST.get(str(spec.format), 1.0)
 
 
 def _checked_range(path: Path, pixels: NDArray[Any], scale: float, space: str, wanted: colour.Colour) -> list[str]:
     """Say what is odd about a deep picture's range. Raises ImageError for a float picture on another scale."""
     largest = pixels.max()
+    if wanted.has_labels:
+        return []
     if pixels.dtype == np.float32 and space == colour.SRGB and largest > LARGEST_DISPLAY_VALUE * scale:
         how = "give its white, as in --white 255, or say with --colorspace in which space it is"
         if wanted.is_matte:
-            how = "save it with 1 for the thing, or with 8 bits"
+            how = "save it with 1 for the thing, or with 8 bits, or say with --mask-label which value is the thing"
         raise ImageError(f"{path} has values up to {largest:.6g}; expected 0..{scale:g}: {how}")
     if pixels.dtype == np.uint16 and not (wanted.white or wanted.is_matte) and 255 < largest <= TWELVE_BITS:
         return [

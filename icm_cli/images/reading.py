@@ -18,6 +18,7 @@ from icm_cli.images.pixels import Decoded, Windows, turned_as
 COLOUR_TOLERANCE = 16
 """Channels of a grey picture differ by no more, after JPEG too."""
 RAW = Colour(space=SRGB, is_matte=True)
+LABELS = replace(RAW, has_labels=True)
 """Numbers as they are stored: an alpha goes through no profile and no transfer curve."""
 
 
@@ -90,13 +91,14 @@ class StoredPixels:
         return replace(self, values=turned_as(self.values, self.orientation, orientation), alpha=alpha)
 
 
-def read_stored(path: Path, over: Windows | None = None) -> StoredPixels:
-    """Read an image file's numbers as they are stored, EXIF rotation applied. Raises ImageError.
+def read_stored(path: Path, over: Windows | None = None, *, has_labels: bool = False) -> StoredPixels:
+    """Read an image file's numbers as they are stored, EXIF rotation applied; ``has_labels``: of any size. Raises
+    ImageError.
 
     An EXR's are those of its display window, 0 outside its data window; where the picture that it belongs to,
     ``over``, has a display window of the same size, they are those of that one's data window.
     """
-    decoded = decode(path, wanted=RAW)
+    decoded = decode(path, wanted=LABELS if has_labels else RAW)
     turn, notices = decoded.orientation, decoded.notices
     if decoded.indices is not None:
         return StoredPixels(decoded.indices, None, 255.0, is_palette=True, orientation=turn, notices=notices)

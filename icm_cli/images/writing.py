@@ -79,6 +79,10 @@ class Output:
             raise UsageError("--channel names the channel of an EXR; give --format exr too, or leave it out")
         if output.band_px < 1:
             raise UsageError(f"--trimap-band is {output.band_px}; expected 1 or more px")
+        if output.trimap == "instead" and output.format != "png":
+            raise UsageError(
+                f"--trimap instead writes PNGs, and the format is {output.format}; leave --format and the like out"
+            )
         if output.trimap == "none" and output.band_px != cls.band_px:
             raise UsageError("--trimap-band is of a trimap; give --trimap beside or instead, or leave it out")
         if output.foreground != "none" and (output.invert or output.trimap == "instead"):

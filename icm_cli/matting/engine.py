@@ -84,6 +84,7 @@ class Engine:
         self._is_stopped = False
         self._has_seen_alpha = False
         self._has_seen_windows = False
+        self._has_seen_range = False
         self._carrier: Carrier | None = None
 
     def run(self, jobs: Iterable[Job]) -> None:
@@ -270,12 +271,25 @@ class Engine:
             return
         if output.foreground != "none":
             colours = foreground_colours(item.stored, alpha)
+            self._tell_of_range(job, colours)
             if not output.has_windows:
                 colours, alpha = (windows.moved(each, windows.displayed) for each in (colours, alpha))
             write_foreground(job.output, colours, alpha, mark, output, item.stored, job.colour.config)
         else:
             alpha = alpha if output.has_windows else windows.moved(alpha, windows.displayed)
             write_alpha(job.output, alpha, mark, output, item.stored)
+
+    def _tell_of_range(self, job: Job, colours: Float) -> None:
+        """Say once that integers cut colours outside of 0..1."""
+        output = self.settings.output
+        if output.format == "exr" or self._has_seen_range or not (colours.min() < 0 or colours.max() > 1 + 1e-3):
+            return
+        self._has_seen_range = True
+        if output.format == "png" or output.depth in ("8", "16"):
+            self._notice(
+                f"{job.source} has colours of {colours.min():.3g} to {colours.max():.3g}; foregrounds of "
+                f"{output.format.upper()} are cut at 0 and 1; --format exr keeps all"
+            )
 
     def _digest(self, job: Job) -> str:
         return self.settings.digests[job.example]

@@ -23,15 +23,19 @@ def foreground_colours(source: Decoded, alpha: Float) -> Float:
     pixels = source.pixels.astype(np.float32) / np.float32(source.scale)
     if pixels.shape[-1] == 1:
         pixels = np.repeat(pixels, 3, axis=-1)
-    largest = max(1.0, float(pixels.max()))  # the estimator clips at 1
-    colours = load_foreground_estimator()(pixels.astype(np.float64) / largest, alpha.astype(np.float64))
-    return np.asarray(colours * largest, np.float32)
+    least, largest = min(0.0, float(pixels.min())), max(1.0, float(pixels.max()))  # the estimator clips at 0 and 1
+    scaled = (pixels.astype(np.float64) - least) / (largest - least)
+    colours = load_foreground_estimator()(scaled, alpha.astype(np.float64))
+    return np.asarray(colours * (largest - least) + least, np.float32)
 
 
 def trimap_of_alpha(alpha: Float, band_px: int) -> NDArray[np.uint8]:
     """A trimap uint8 [H,W] in 0, 128, 255 of an alpha [H,W] 0..1: unknown within ``band_px`` of what is not certain."""
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * band_px + 1, 2 * band_px + 1))
     trimap = np.full(alpha.shape, UNKNOWN, np.uint8)
     for value, certain in ((255, alpha > 1.0 - CERTAIN), (0, alpha < CERTAIN)):
-        trimap[cv2.erode(certain.astype(np.uint8), kernel) > 0] = value
+        if certain.all():
+            trimap[:] = value
+            continue
+        distance = cv2.distanceTransform(certain.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        trimap[distance > band_px] = value
     return trimap

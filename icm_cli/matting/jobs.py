@@ -187,7 +187,7 @@ def plan_jobs(
         left_out.tell(f"nothing is to be matted, as every image in {root} is left out: {reasons}")
     check_overwrites(jobs, [path for job in jobs for path in job.files], "a source image")
     check_overwrites(jobs, references, "a reference or its mask")
-    _check_collisions(jobs)
+    _check_collisions(jobs, place)
     return jobs if choice.shard is None else _shard(jobs, *choice.shard)
 
 
@@ -282,9 +282,7 @@ def _jobs(source: Path, root: Path, place: Place, colour: Colour, kind: Kind) ->
     for frame in range(count):
         numbered = name.with_name(f"{name.stem}.{frame + 1:04d}{name.suffix}")
         output = place.output(numbered)
-        planned = ImageResult(
-            str(source), str(output), "planned", name=numbered.with_suffix("").as_posix(), frame=frame + 1
-        )
+        planned = ImageResult(str(source), str(output), "planned", name=numbered.as_posix(), frame=frame + 1)
         jobs.append(Job(source, numbered, output, planned, frame=frame, colour=colour, root=absolute))
     return jobs
 
@@ -312,7 +310,7 @@ def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> N
             raise UsageError(f"{output} would be written over {what}; give --out another folder")
 
 
-def _check_collisions(jobs: Sequence[Job]) -> None:
+def _check_collisions(jobs: Sequence[Job], place: Place) -> None:
     taken: dict[Path, list[str]] = {}
     for job in jobs:
         for output in job.outputs:
@@ -322,7 +320,10 @@ def _check_collisions(jobs: Sequence[Job]) -> None:
     if shared:
         lines = [f"{' and '.join(found)} to {output}" for output, found in list(shared.items())[:MOST_NAMED]]
         more = f"; and {len(shared) - MOST_NAMED} more" if len(shared) > MOST_NAMED else ""
+        remedy = "give --keep-suffix (a.jpg.png, a.png.png)"
+        if place.template != DEFAULT_NAME:
+            remedy = "give --name more of {stem}, {frame} and {suffix}"
         raise UsageError(
-            f"{len(shared)} file(s) would come of several images each: {'; '.join(lines)}{more}; give --keep-suffix "
-            "(a.jpg.png, a.png.png), rename some, or leave some out with --exclude"
+            f"{len(shared)} file(s) would come of several images each: {'; '.join(lines)}{more}; {remedy}, rename "
+            "some, or leave some out with --exclude"
         )

@@ -67,7 +67,7 @@ def read_mask(
 
     Raises UsageError where it cannot be told what is meant, listing what there is; ImageError for a bad file.
     """
-    stored = read_stored(path, windows)
+    stored = read_stored(path, windows, has_labels=label is not None)
     for sentence in (*stored.notices, *notices_of_frames("mask", path)):
         notice(sentence)
     if turn is not None:
@@ -141,15 +141,21 @@ def _of_greys(values: NDArray[Any], scale: float, path: Path, notice: Callable[[
         return Mask(values > high, (values > low) & (values <= high))
     if len(present) > MOST_LABELS or present[0] > low:  # soft, or not black where the thing is not
         return _without_unknown(values > 0.5 * scale)
-    flat = {each: share for each, share in _flat(values).items() if each > low or each == present[-1] > 0}
+    flat = _flat(values)
+    if present[-1] >= high and (nearly := [f"{each:g}" for each in flat if each <= low]):
+        notice(
+            f"mask {path} has areas of {', '.join(nearly[:MOST_NAMED])} of {scale:g} beside black and white; they were "
+            "taken as black: give --mask-label if they are labels"
+        )
+        flat = {each: share for each, share in flat.items() if each > low}
     middle = [each for each in flat if each < high]
     if not middle:
         return _without_unknown(values > 0.5 * scale)
     if len(flat) == 1:
         (only,) = flat
-        notice(f"mask {path} has one label, {only:g} of {scale:g}; it was taken for the thing")
+        notice(f"mask {path} has one label, {_text(only)} of {scale:.10g}; it was taken for the thing")
         return _without_unknown(values > 0.5 * float(only))
-    raise _ambiguous(path, {f"{each:g}": share for each, share in flat.items()}, f"{next(iter(flat)):g}")
+    raise _ambiguous(path, {_text(each): share for each, share in flat.items()}, _text(next(iter(flat))))
 
 
 def _labelled(stored: StoredPixels, label: str, path: Path) -> Mask:
@@ -178,10 +184,15 @@ def _labelled(stored: StoredPixels, label: str, path: Path) -> Mask:
 def _all_labels(stored: StoredPixels) -> dict[str, float]:
     values = stored.values
     if values.ndim == 2:
-        return {f"{each:g}": share for each, share in _shares(values).items()}
+        return {_text(each): share for each, share in _shares(values).items()}
     colours = (values.astype(np.float32) * (255.0 / stored.scale) + 0.5).astype(np.uint32)
     packed = (colours[..., 0] << 16) | (colours[..., 1] << 8) | colours[..., 2]
     return {f"#{int(each):06x}": share for each, share in _shares(packed).items()}
+
+
+def _text(label: Any) -> str:
+    """A label as it can be given: %g would round large ids."""
+    return f"{float(label):.10g}"
 
 
 def _flat(values: NDArray[Any]) -> dict[Any, float]:

@@ -53,7 +53,7 @@ class Outcome:
 
     def add(self, result: ImageResult) -> None:
         """Take a result of the engine; it ends here once it is scored."""
-        if result.status == "failed" and result.output and Path(result.output).exists():
+        if result.status == "failed" and result.output and Path(result.output).is_file():
             earlier = f"its earlier alpha {result.output} is of the former picture or settings and stays"
             result = replace(result, reason=f"{result.reason}; {earlier}")
         task = self._scoring.task_for(result) if self._scoring and result.status in ("done", "skipped") else None

@@ -88,7 +88,7 @@ class Predictor:
     def with_edges(self, frame: Frame, matte: CanvasMatte) -> CanvasMatte:
         """Give a coarse alpha the edges of its frame, where the model refines any."""
         edges = self.model.edges
-        if edges is None:
+        if edges is None or not np.isfinite(matte.alpha).all():  # the latter is told when it is to be written
             return matte
         return replace(matte, alpha=edges.refined(frame.rgb, frame.placement.inside(matte.alpha)), is_refined=True)
 

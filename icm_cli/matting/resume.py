@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli.errors import ImageError
+from icm_cli.images.kinds import kind_of
+from icm_cli.images.reading import read_stored
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.jobs import Job
 from icm_cli.reports.result import ImageResult
@@ -21,7 +23,7 @@ RESULT_KEY = "icm-result"
 
 
 class OtherSourceError(ImageError):
-    """An output holds the alpha of another source."""
+    """An output holds the alpha of another source, or a picture that is not of icm."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,20 @@ def finished(job: Job, digest: str) -> ImageResult | None:
 
 
 def _own_stamp(path: Path, job: Job) -> dict[str, str]:
-    """The stamp of a file that an earlier run made for this source, {} where there is none. Raises OtherSourceError."""
-    found = (read_stamp(path) or {}) if path.exists() else {}
-    if NAME_KEY not in found:
+    """The stamp of a file that an earlier run made for this source, {} where there is none, or a damaged one.
+
+    Raises OtherSourceError for a whole picture that is of another source, or not of icm.
+    """
+    if not path.is_file():
+        return {}
+    found = read_stamp(path)
+    is_foreign = DIGEST_KEY not in found if found is not None else _is_picture_of_another(path)
+    if is_foreign:
+        raise OtherSourceError(
+            f"{path} was not made by icm and would be written over; give another --out or --name, or --overwrite to "
+            "replace it"
+        )
+    if not found or NAME_KEY not in found:
         return {}
     is_same_root = found.get(ROOT_KEY) == _text(job.root)
     is_same = found[NAME_KEY] == _text(job.planned.name) and (is_same_root or found.get(CONTENT_KEY) == job.content())
@@ -81,6 +94,17 @@ def _own_stamp(path: Path, job: Job) -> dict[str, str]:
             "or --name, or --overwrite to replace it"
         )
     return found
+
+
+def _is_picture_of_another(path: Path) -> bool:
+    """Whether a file is a whole picture without icm's stamp; what is damaged may be made again."""
+    try:
+        if kind_of(path).is_own:
+            return False
+        read_stored(path)
+    except (ImageError, OSError):
+        return False
+    return True
 
 
 def _text(path: str) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 
 from icm_cli.errors import ConfigError
@@ -66,6 +66,8 @@ def find_folder(weights: str, *, offline: bool, option: str) -> Path:
     folder = Path(weights).expanduser()
     if not folder.is_dir():
         folder = fetched(weights, [CONFIG, PREPROCESSOR, "model*.safetensors", INDEX], offline=offline, option=option)
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise ConfigError(f"the folder {folder} may not be read; give yourself the right to, or another folder")
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"the folder {folder} lacks {CONFIG}; expected a model in Hugging Face's form, get it whole")
     absent = [path.name for path in _weight_files(folder) if not path.is_file()]
@@ -74,6 +76,9 @@ def find_folder(weights: str, *, offline: bool, option: str) -> Path:
             f"the folder {folder} lacks {', '.join(absent)}; expected safetensors (pickles are not opened), get it "
             "whole"
         )
+    for path in (folder / CONFIG, folder / PREPROCESSOR, *_weight_files(folder)):
+        if path.is_file() and not os.access(path, os.R_OK):
+            raise ConfigError(f"{path} may not be read; give yourself the right to, or another folder")
     return folder
 
 
@@ -87,7 +92,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """A configuration's content. Raises ConfigError where it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give yourself the right to") from error
+    except ValueError as error:
         raise ConfigError(f"{path} is not a configuration ({error}); get the file again") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a configuration; expected keys with values, get the file again")
@@ -122,10 +129,16 @@ def load_pretrained(cls: Any, folder: Path) -> Any:
     with _quiet():
         try:
             model, report = cls.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below
             )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+        except Exception as error:  # transformers checks a configuration by any library's exceptions
+            said = " ".join(str(error).split())
+            reason = said if " " in said else f"{type(error).__name__}: {said}"
             raise ConfigError(f"the weights in {folder} cannot be read ({reason}); get them again") from error
     for kind, said in (
         ("missing_keys", "lack"),
@@ -133,7 +146,7 @@ def load_pretrained(cls: Any, folder: Path) -> Any:
         ("unexpected_keys", "have, and the model has not,"),
     ):
         if report[kind]:
-            key = sorted(map(str, report[kind]))[0]
+            key = sorted(str(each[0] if isinstance(each, tuple) else each) for each in report[kind])[0]
             raise ConfigError(
                 f"the weights in {folder} {said} {key!r}; expected a {cls.__name__} whole, get them again"
             )

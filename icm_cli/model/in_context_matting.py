@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self, runtime_checkable
 
 import torch
@@ -98,12 +98,16 @@ class InContextMatting(nn.Module):
         ``references``: (image [1,3,H,W] sRGB 0..1, guidance [1,1,H,W] in {0,1}, valid [1,H,W] bool), each on a
         canvas of its own. Returns what the head makes of them, for :meth:`infer`.
         """
-        return self.head.prepare(
-            [
-                ReferenceFeatures(self.backbone.reference(image, valid, [reference_noise(index)]), guidance, valid)
-                for index, (image, guidance, valid) in enumerate(references)
-            ]
-        )
+        seen = [
+            ReferenceFeatures(self.backbone.reference(image, valid, [reference_noise(index)]), guidance, valid)
+            for index, (image, guidance, valid) in enumerate(references)
+        ]
+        if not all(bool(each.features.correspondence.isfinite().all()) for each in seen):
+            raise ConfigError(
+                "the backbone gave numbers that are not finite for a reference: its weights are damaged, or the dtype "
+                "is too narrow for them; run with --dtype float32, or get the weights again"
+            )
+        return self.head.prepare(seen)
 
     def forward(self, pairs: Pairs, features: PairFeatures | None = None) -> Matte:
         """Matte targets by a reference each, with gradients; ``features`` where they are there already."""
@@ -135,12 +139,16 @@ class InContextMatting(nn.Module):
     def infer(self, image: Tensor, valid: Tensor, reference: Prepared) -> Matte:
         """image [B,3,H,W] sRGB 0..1 and valid [B,H,W] on one canvas -> :class:`Matte` on that canvas.
 
-        ``reference`` is what :meth:`reference` gave: the same for every image.
+        ``reference`` is what :meth:`reference` gave: the same for every image. The alpha of an image whose features
+        are not finite is NaN.
         """
         count = len(image)
         features = self.backbone.target(image, valid, [TARGET_NOISE] * count)
         matte: Matte = self.head(features, [reference] * count, image, valid)
-        return matte
+        is_finite = features.correspondence.isfinite().flatten(1).all(dim=1)
+        if bool(is_finite.all()):
+            return matte
+        return replace(matte, alpha=matte.alpha.masked_fill(~is_finite[:, None, None, None], float("nan")))
 
 
 def _check_join(backbone: Backbone, head: Head) -> None:
