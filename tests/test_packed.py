@@ -84,6 +84,19 @@ def test_the_mean_of_several_trainings_is_packed(files: tuple[Path, Path], tmp_p
     assert found["icm.step"] == "7"
 
 
+def test_edges_of_another_training_come_with_their_configuration(files: tuple[Path, Path], tmp_path: Path) -> None:
+    config = parse_model({**MODEL, "edges": {**MODEL["edges"], "widths": [5, 7], "again": 1.5}}, "test")
+    other, joined = tmp_path / "other.safetensors", tmp_path / "joined.safetensors"
+    model = model_to_train(config, checkpoint=None, weights=None, offline=True, seed=1)
+    save_checkpoint(other, model, config, with_backbone=False)
+    pack(files[0], joined, edges=other)
+    with safe_open(joined, framework="pt") as file:
+        assert parse_model(json.loads(file.metadata()["icm.config"]), "test").edges == config.edges
+    parts = [load_file(path) for path in (other, joined)]
+    for key in (key for key in parts[0] if key.startswith("edges.")):
+        torch.testing.assert_close(parts[1][key].float(), parts[0][key], atol=1e-3, rtol=1e-3, msg=key)
+
+
 def test_what_cannot_be_joined_is_one_sentence(files: tuple[Path, Path], tmp_path: Path) -> None:
     plain = parse_model({part: MODEL[part] for part in ("backbone", "head")}, "test")
     bare = tmp_path / "bare.safetensors"

@@ -165,7 +165,10 @@ class Carrier:
         for _ in range(MOST_PASSED):
             if (key := self.shot.starts.get(job.output)) is not None:
                 reference = key.read()
-                return Seen.of(reference.rgb, reference.guidance.astype(np.float32))
+                alpha = reference.guidance.astype(np.float32)
+                if reference.unknown is not None:
+                    alpha[reference.unknown] = 0.5
+                return Seen.of(reference.rgb, alpha)
             if (earlier := self.shot.before.get(job.output)) is None:
                 return None
             job = earlier

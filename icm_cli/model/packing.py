@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -17,7 +18,7 @@ import torch
 import typer
 from torch import Tensor
 
-from icm_cli.config import ModelConfig
+from icm_cli.config import ModelConfig, part_class
 from icm_cli.errors import ConfigError, IcmError
 from icm_cli.model.checkpoint import (
     TRAINED_ON_KEY,
@@ -50,7 +51,12 @@ def pack(checkpoint: Path, out: Path, *, heads: Sequence[Path] = (), edges: Path
     if edges is not None:
         if model.edges is None:
             raise ConfigError(f"{checkpoint} is of a model without edges; leave --edges out")
+        part = _config(edges).edges
+        if part is None:
+            raise ConfigError(f"{edges} is of a model without edges; expected one that has learned them")
         parts.append(read_checkpoint(edges))
+        config = replace(config, edges=part)
+        model.edges = part_class("edges", part.name).load(part.settings, offline=True)
         load_strict(model.edges, _tensors(parts[-1], "edges"), f"checkpoint {edges}")
     out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out, model, config, with_backbone=True, small=True, metadata=_metadata(parts))
