@@ -68,7 +68,7 @@ def test_a_finished_run_loads_no_model(icm: Icm, monkeypatch: pytest.MonkeyPatch
         icm("--overwrite")
 
 
-@pytest.mark.parametrize("change", ["source", "mask", "seed", "torn", "foreign"])
+@pytest.mark.parametrize("change", ["source", "mask", "seed", "torn"])
 def test_what_would_come_out_otherwise_is_made_again(icm: Icm, scene: Path, change: str) -> None:
     icm()
     first = alphas(scene / "out")
@@ -83,10 +83,8 @@ def test_what_would_come_out_otherwise_is_made_again(icm: Icm, scene: Path, chan
         cv2.imwrite(str(scene / "mask.png"), mask)
     elif change == "seed":
         options = {"seed": 1}
-    elif change == "torn":
-        wall.write_bytes(first["wall.png"][:-20])
     else:
-        Image.fromarray(read(wall)).save(wall)
+        wall.write_bytes(first["wall.png"][:-20])
     assert icm(**options).exit_code == 0
     assert wall.stat().st_mtime_ns > made
     if change in ("torn", "foreign"):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from conftest import Icm, alphas
+from conftest import Icm, alphas, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -248,6 +248,30 @@ def test_a_shard_depends_on_no_other(shot: Shoot, scene: Path) -> None:
     alone = alphas(scene / "alone")
     assert alone == {name: together[name] for name in alone}
     assert len(alone) == 4
+
+
+def test_alphas_of_another_order_are_made_anew(shot: Shoot, scene: Path) -> None:
+    """Of every second frame, or of shards: they go on from other frames, so their bytes are others."""
+    assert shot(out=scene / "whole").exit_code == 0
+    for runs in ((("--frames", "1001-1008x2"), ("--frames", "1001-1008y2")), (("--shard", "1/2"), ("--shard", "2/2"))):
+        for flags in runs:
+            assert shot(*flags).exit_code == 0
+        assert alphas(scene / "out") != alphas(scene / "whole")
+        assert shot().exit_code == 0
+        assert alphas(scene / "out") == alphas(scene / "whole")
+
+
+def test_a_reference_by_a_link_is_the_frame(shot: Shoot, scene: Path, frames: Path) -> None:
+    assert shot(out=scene / "whole").exit_code == 0
+    (scene / "link.png").symlink_to(frames / f"sh.{KEY}.png")
+    (scene / "linked").symlink_to(frames)
+    ways = ({"ref": scene / "link.png"}, {"ref": scene / "linked" / f"sh.{KEY}.png"}, {"src": scene / "linked"})
+    for number, options in enumerate(ways):
+        out = scene / f"way{number}"
+        assert shot(out=out, **options).exit_code == 0
+        assert len(alphas(out)) == 7
+        for name in alphas(out):
+            assert (read(out / name) == read(scene / "whole" / name)).all()
 
 
 def test_a_shot_is_of_one_device(shot: Shoot, scene: Path) -> None:

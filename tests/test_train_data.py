@@ -444,7 +444,7 @@ class TestSettings:
             ("train.optimiser=sgd", "expected 'adam' or 'adamw'"),
             ("train.seed=99999999999999999999", "expected less than"),
             ("data.sources=im", "sources is 'im'; expected a list"),
-            ("data.sources=[null]", "sources 1 is missing; expected keys with values"),
+            ("data.sources=[null]", "sources 1 is empty; expected keys with values"),
             ("data.validation={rounds: 0}", "rounds is 0; expected 1 or more"),
             ("train.augment.zoom=0.5", "1 or more"),
             ("data.sources=[{dataset: aim501}]", "Did you mean 'aim500'"),

@@ -292,7 +292,11 @@ class Engine:
             )
 
     def _digest(self, job: Job) -> str:
-        return self.settings.digests[job.example]
+        return _digest(job, self.settings.digests, self.settings.shot)
+
+
+def _digest(job: Job, digests: Sequence[str], shot: Shot | None) -> str:
+    return shot.digest(job, digests[job.example]) if shot else digests[job.example]
 
 
 def _failed(job: Job, reason: str) -> ImageResult:
@@ -315,7 +319,7 @@ def keep_finished(
 
     def look(job: Job) -> ImageResult | Job | OtherSourceError:
         try:
-            return finished(job, digests[job.example]) or job
+            return finished(job, _digest(job, digests, shot)) or job
         except OtherSourceError as error:
             return error
         except ImageError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.shot import Key, Shot, described
-from icm_cli.matting.sources import LeftOut, find_sources
+from icm_cli.matting.sources import LeftOut, find_sources, real
 from icm_cli.matting.work import Crew, Work
 from icm_cli.problems import Problem
 from icm_cli.reports.report import Album, Report
@@ -215,12 +214,13 @@ def _as_shot(
 
     Raises UsageError.
     """
-    folders = {Path(job.root) / job.name.parent: job.name.parent for job in jobs}
-    keys = [
-        Key(folders[folder] / ref.name, functools.partial(references.__getitem__, number))
-        for number, ref in enumerate(refs)
-        if (folder := Path(os.path.abspath(ref.parent))) in folders  # noqa: PTH100  as the root of a job is
-    ]
+    folders = {real(Path(job.root) / job.name.parent): job.name.parent for job in jobs}
+    keys = []
+    for number, ref in enumerate(refs):
+        there = next((path for path in (ref, real(ref)) if real(path.parent) in folders), None)
+        if there is not None:
+            name = folders[real(there.parent)] / there.name
+            keys.append(Key(name, functools.partial(references.__getitem__, number)))
     in_order = Shot.of([(jobs, keys)])
     if shard is not None:
         in_order = in_order.shard(*parse_shard(shard))

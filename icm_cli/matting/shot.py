@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from icm_cli.errors import ImageError
+from icm_cli.files import digest_of
 from icm_cli.geometry import Float, ImageU8, resize, to_u8, within
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.jobs import Job
@@ -109,6 +110,11 @@ class Shot:
         before = {output: job for output, job in self.before.items() if output in own and job.output in own}
         return Shot(order, before, {output: key for output, key in self.starts.items() if output in own})
 
+    def digest(self, job: Job, digest: str) -> str:
+        """A run's digest with the frame or reference that a frame goes on from, as the order has it."""
+        before, start = self.before.get(job.output), self.starts.get(job.output)
+        return digest_of(digest, before.planned.name if before else f"reference {start.name}" if start else "")
+
     def of_jobs(self, jobs: Sequence[Job]) -> Shot:
         """The same order of the same frames, whose jobs say more now."""
         now = {job.output: job for job in jobs}
@@ -144,7 +150,7 @@ class Carrier:
         """
         if not coarse.found or not np.isfinite(coarse.alpha).all():
             return with_edges(frame, coarse)
-        if (before := self._before(job)) is not None:
+        if (before := self._before(job, shrunk(frame.rgb).shape)) is not None:
             coarse = replace(coarse, alpha=_on_canvas(carried(before, frame.rgb, _inside(frame, coarse)), coarse.alpha))
         matte = with_edges(frame, coarse)
         seen = Seen.of(frame.rgb, matte.alpha if matte.is_refined else _inside(frame, matte))
@@ -161,32 +167,28 @@ class Carrier:
         """The memory of the last frames, by their outputs."""
         return dict(self._seen)
 
-    def _before(self, job: Job) -> Seen | None:
+    def _before(self, job: Job, size: tuple[int, ...]) -> Seen | None:
+        """The memory of the nearest frame before that has one, of pictures of this size."""
         for _ in range(MOST_PASSED):
             if (key := self.shot.starts.get(job.output)) is not None:
-                reference = key.read()
-                alpha = reference.guidance.astype(np.float32)
-                if reference.unknown is not None:
-                    alpha[reference.unknown] = 0.5
-                return Seen.of(reference.rgb, alpha)
+                start = _seen_in_reference(key.read())
+                return start if start.rgb.shape == size else None
             if (earlier := self.shot.before.get(job.output)) is None:
                 return None
             job = earlier
             found = self._seen.get(job.output) if job.output in self._to_make else _seen_earlier(job)
-            if found is not None:
+            if found is not None and found.rgb.shape == size:
                 return found
         return None
 
 
 def carried(before: Seen, rgb: ImageU8, alpha: Float) -> Float:
-    """A coarse alpha [h,w] 0..1 of a picture, sRGB uint8 [H,W,3], with the evidence of a frame before, [h,w].
+    """A coarse alpha [h,w] 0..1 of a picture, sRGB uint8 [H,W,3], with the evidence of a frame before, of its size.
 
     Logits add up. That of the frame before is moved along the optical flow (DIS, Kroeger et al., ECCV 2016) and counts
     less where colours differ along it.
     """
     now = shrunk(rgb)
-    if now.shape != before.rgb.shape:
-        return alpha
     flow = _flow(now, before.rgb)
     evidence = np.clip(_logit(before.alpha), -MOST_LOGIT, MOST_LOGIT)
     moved = _moved(evidence, flow)
@@ -208,6 +210,13 @@ def shrunk(rgb: ImageU8) -> ImageU8:
 def encoded(alpha: ImageU8) -> str:
     """A small alpha as text: a PNG in base64."""
     return base64.b64encode(cv2.imencode(".png", alpha)[1].tobytes()).decode("ascii")
+
+
+def _seen_in_reference(reference: Reference) -> Seen:
+    alpha = reference.guidance.astype(np.float32)
+    if reference.unknown is not None:
+        alpha[reference.unknown] = 0.5
+    return Seen.of(reference.rgb, alpha)
 
 
 def _seen_earlier(job: Job) -> Seen | None:
