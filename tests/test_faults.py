@@ -461,6 +461,28 @@ def test_a_list_may_name_what_does_not_exist(icm: Icm, scene: Path) -> None:
     assert f"failed: {scene}/imgs/none.jpg: does not exist; put it there" in result.stderr
 
 
+def test_a_folder_in_an_alpha_s_place_is_no_earlier_alpha(icm: Icm, scene: Path) -> None:
+    (scene / "out" / "wall.png").mkdir(parents=True)
+    failed = icm()
+    assert failed.exit_code == 1
+    assert "wall.png" in failed.stderr
+    assert "earlier alpha" not in failed.stderr
+
+
+def test_names_that_collide_by_a_template_are_told_so(icm: Icm) -> None:
+    refused = icm("--name", "matte")
+    assert refused.exit_code == 2
+    assert "give --name more of {stem}, {frame} and {suffix}" in refused.stderr
+    assert "--keep-suffix" not in refused.stderr
+
+
+def test_an_empty_model_file_is_called_empty(icm: Icm, scene: Path) -> None:
+    (scene / "empty.yaml").write_text("")
+    refused = icm(model=scene / "empty.yaml")
+    assert refused.exit_code == 3
+    assert "empty.yaml is empty; expected keys with values" in refused.stderr
+
+
 @pytest.mark.parametrize("form", ["png", "exr", "tiff"])
 def test_a_picture_that_icm_did_not_make_is_not_overwritten(icm: Icm, scene: Path, form: str) -> None:
     out = scene / "out" / f"wall.{'tif' if form == 'tiff' else form}"

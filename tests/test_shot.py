@@ -288,6 +288,17 @@ def test_frames_of_other_sizes_are_matted_on_their_own(shot: Shoot, frames: Path
     assert shot("--batch-size", "4").exit_code == 0
 
 
+def test_a_frame_of_another_size_is_passed_over_as_a_torn_one_is(shot: Shoot, scene: Path, frames: Path) -> None:
+    whole = frames / "sh.1006.png"
+    content = cv2.imread(str(whole))
+    whole.write_bytes(whole.read_bytes()[:500])
+    assert shot("--batch-size", "1", out=scene / "torn").exit_code == 1
+    cv2.imwrite(str(whole), cv2.resize(content, (90, 150)))
+    assert shot("--batch-size", "1").exit_code == 0
+    for name in alphas(scene / "torn"):
+        assert (read(scene / "torn" / name) == read(scene / "out" / name)).all(), name
+
+
 def test_shots_of_a_dataset_are_carried_and_the_report_says_so(data: Path, small_model: Path) -> None:
     given = {"dataset": "folder", "images": data / "images", "alphas": data / "alphas", "model": str(small_model)}
     with pytest.raises(UsageError, match="--shot is for frames of shots"):

@@ -271,7 +271,7 @@ class Engine:
             return
         if output.foreground != "none":
             colours = foreground_colours(item.stored, alpha)
-            self._tell_of_range(job, colours)
+            self._tell_of_range(item, colours)
             if not output.has_windows:
                 colours, alpha = (windows.moved(each, windows.displayed) for each in (colours, alpha))
             write_foreground(job.output, colours, alpha, mark, output, item.stored, job.colour.config)
@@ -279,15 +279,15 @@ class Engine:
             alpha = alpha if output.has_windows else windows.moved(alpha, windows.displayed)
             write_alpha(job.output, alpha, mark, output, item.stored)
 
-    def _tell_of_range(self, job: Job, colours: Float) -> None:
+    def _tell_of_range(self, item: Loaded, colours: Float) -> None:
         """Say once that integers cut colours outside of 0..1."""
         output = self.settings.output
-        if output.format == "exr" or self._has_seen_range or not (colours.min() < 0 or colours.max() > 1 + 1e-3):
+        if self._has_seen_range or output.depth_for(item.stored) not in ("8", "16"):
             return
-        self._has_seen_range = True
-        if output.format == "png" or output.depth in ("8", "16"):
+        if colours.min() < 0 or colours.max() > 1 + 1e-3:
+            self._has_seen_range = True
             self._notice(
-                f"{job.source} has colours of {colours.min():.3g} to {colours.max():.3g}; foregrounds of "
+                f"{item.job.source} has colours of {colours.min():.3g} to {colours.max():.3g}; foregrounds of "
                 f"{output.format.upper()} are cut at 0 and 1; --format exr keeps all"
             )
 

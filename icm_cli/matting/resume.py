@@ -80,8 +80,8 @@ def _own_stamp(path: Path, job: Job) -> dict[str, str]:
     is_foreign = DIGEST_KEY not in found if found is not None else _is_picture_of_another(path)
     if is_foreign:
         raise OtherSourceError(
-            f"{path} was not made by icm and would be written over; give another --out or --name, or --overwrite to "
-            "replace it"
+            f"{path} was not made by icm and would be written over; give another folder or name, or, to icm matte, "
+            "--overwrite"
         )
     if not found or NAME_KEY not in found:
         return {}

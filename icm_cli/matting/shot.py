@@ -8,6 +8,7 @@ frames before it failed or do not show the thing, from one a little further back
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,24 +84,22 @@ class Shot:
         From the first of these the order goes forward to the end, where every later one is gone on from anew, and then
         back to the beginning; without one it is that of the names.
         """
-        shot = cls([], {}, {})
+        order: list[Job] = []
+        before: dict[Path, Job] = {}
+        starts: dict[Path, Key] = {}
         for jobs, keys in examples:
             line: list[Job | Key] = sorted([*jobs, *keys], key=lambda each: natural(each.name))
             first = next((place for place, each in enumerate(line) if isinstance(each, Key)), 0)
-            shot._link(line[first:], None)
-            shot._link(line[:first][::-1], line[first] if first else None)
-        return shot
-
-    def _link(self, line: Sequence[Job | Key], last: Job | Key | None) -> None:
-        assert isinstance(self.order, list)
-        assert isinstance(self.before, dict)
-        assert isinstance(self.starts, dict)
-        for each in line:
-            if isinstance(each, Job):
-                self.order.append(each)
-                if last is not None:
-                    (self.before if isinstance(last, Job) else self.starts)[each.output] = last
-            last = each
+            for run in (line[first:], line[: first + 1][::-1] if first else []):
+                for last, each in itertools.pairwise([None, *run]):
+                    if not isinstance(each, Job):
+                        continue
+                    order.append(each)
+                    if isinstance(last, Job):
+                        before[each.output] = last
+                    elif last is not None:
+                        starts[each.output] = last
+        return cls(order, before, starts)
 
     def shard(self, number: int, count: int) -> Shot:
         """Frames of shard ``number``, from 1, of ``count``: a run of frames, which goes on from none of another's."""

@@ -93,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); give yourself the right to") from error
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); get the file again") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not a configuration ({error}); get the file again") from error
     if not isinstance(content, dict):
