@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,14 +91,27 @@ def device_names(text: str) -> list[str]:
 
 
 def _fast_transformer_dtype(place: torch.device) -> torch.dtype:
-    """bfloat16 on CPUs with instructions for its matrix products, which are more than twice as fast then."""
-    return torch.bfloat16 if place.type == "cpu" and _cpu_has_bfloat16() else torch.float32
+    """bfloat16 on CPUs whose matrix products are faster in it, by two or more."""
+    return torch.bfloat16 if place.type == "cpu" and _cpu_is_faster_in_bfloat16() else torch.float32
 
 
-def _cpu_has_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16; without them it is some ten times slower than float32."""
-    has_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return bool(has_instructions())
+def _cpu_is_faster_in_bfloat16() -> bool:
+    """Whether it has AMX, or is AMD's with AVX-512's bfloat16.
+
+    Intel's with that but without AMX take twice as long as in float32, CPUs with neither ten times. It goes by what
+    the CPU is and not by a measurement, so that all processes of a run on one machine agree.
+    """
+    has_matrices, has_products = (
+        getattr(torch.cpu, name, lambda: False) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
+    return bool(has_matrices() or (has_products() and "AuthenticAMD" in _cpu_vendor()))
+
+
+def _cpu_vendor() -> str:
+    """The line of the CPU's maker where Linux gives it, else what the platform says of the processor."""
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        return next((line for line in lines if line.startswith("vendor_id")), "")
+    return platform.processor()
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -120,7 +136,7 @@ def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[An
     """An ``accelerate.Accelerator`` for training on a device as named on the command line, and that device.
 
     In a data-parallel run (torchrun, accelerate launch) every process has a device of its own of the kind named. On a
-    CPU without instructions for bfloat16 training is in float32, and the accelerator's ``mixed_precision`` says so.
+    CPU that is not faster in bfloat16 training is in float32, and the accelerator's ``mixed_precision`` says so.
     Raises ConfigError.
     """
     from datetime import timedelta
@@ -132,7 +148,7 @@ def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[An
     place = resolve_device(device).place
     if precision == "fp16" and place.type == "cpu":
         raise ConfigError("precision fp16 needs a GPU, and this run is on the CPU; set train.precision to bf16 or no")
-    if precision == "bf16" and place.type == "cpu" and not _cpu_has_bfloat16():
+    if precision == "bf16" and place.type == "cpu" and not _cpu_is_faster_in_bfloat16():
         precision = "no"
     if process_count() == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have been another

@@ -103,7 +103,7 @@ def _take_steps(
     recipe = settings.train
     _check_data(settings, pool, learner, run, listener)
     if learner.accelerator.mixed_precision != recipe.precision:
-        listener.notice("this CPU has no instructions for bfloat16, in which it is ten times slower; float32 is used")
+        listener.notice("this CPU is slower in bfloat16 than in float32, which is used")
     stage.prepare(learner, run.folder, listener)
     done = begun = run.resume(learner) if resume else Progress()
     if resume and not done.step:
