@@ -13,7 +13,7 @@ import pytest
 from icm_cli.datasets.groups import Groups
 from icm_cli.datasets.registry import DATASETS, find
 from icm_cli.errors import UsageError
-from icm_cli.images.composites import Composite
+from icm_cli.images.reading import Composite
 
 
 def put(root: Path, *names: str, size: tuple[int, int] = (6, 8)) -> None:

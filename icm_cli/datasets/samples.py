@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from icm_cli.images.composites import Composite
+from icm_cli.images.reading import Composite
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from icm_cli.errors import ImageError, UsageError
 from icm_cli.evaluation.protocol import Evaluation, round_folder
 from icm_cli.evaluation.rounds import Rounds, choose_references, group_notes, read_rounds, targets, write_rounds
 from icm_cli.files import cache_folder, digest_of, remove_stale_temporaries, write_error
-from icm_cli.images.composites import read_source
-from icm_cli.images.reading import read_matte
+from icm_cli.images.reading import read_matte, read_source
 from icm_cli.matting.engine import Engine, EngineOptions, keep_finished
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import AnyModel

@@ -15,7 +15,7 @@ from icm_cli.errors import UsageError
 from icm_cli.evaluation.protocol import Evaluation, round_folder
 from icm_cli.evaluation.rounds import Rounds, read_rounds, targets
 from icm_cli.evaluation.shots import first_frames
-from icm_cli.images.composites import Composite
+from icm_cli.images.reading import Composite
 from icm_cli.problems import Problem
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult

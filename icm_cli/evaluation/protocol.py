@@ -16,7 +16,7 @@ from icm_cli.datasets.samples import Sample
 from icm_cli.errors import UsageError
 from icm_cli.evaluation.rounds import Rounds
 from icm_cli.events import Listener
-from icm_cli.images.composites import Composite
+from icm_cli.images.reading import Composite
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.resume import DIGEST_KEY

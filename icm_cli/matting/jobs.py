@@ -15,10 +15,9 @@ from pathlib import Path
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.files import TEMPORARY_PREFIX, digest_of
 from icm_cli.images.colour import AS_LABELLED, Colour
-from icm_cli.images.composites import Composite, read_source
 from icm_cli.images.decoding import frame_count, windows_and_turn
 from icm_cli.images.kinds import Kind
-from icm_cli.images.reading import Picture, content_sha256
+from icm_cli.images.reading import Composite, Picture, content_sha256, read_source
 from icm_cli.matting.frames import FrameName, FramePattern, Missing, frame_ranges, gaps
 from icm_cli.matting.sources import MOST_NAMED, LeftOut, Sources, look_at, natural, real
 from icm_cli.reports.result import ImageResult

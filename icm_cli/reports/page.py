@@ -20,8 +20,7 @@ from icm_cli.errors import ImageError
 from icm_cli.files import atomic_write
 from icm_cli.geometry import ImageU8
 from icm_cli.images.colour import AS_LABELLED, Colour
-from icm_cli.images.composites import Composite, read_source
-from icm_cli.images.reading import read_matte
+from icm_cli.images.reading import Composite, read_matte, read_source
 from icm_cli.reports.contact_sheet import evenly
 from icm_cli.reports.means import Means, by, mean_text, number_text
 from icm_cli.reports.published import PUBLISHED, comparability

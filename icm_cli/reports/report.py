@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from icm_cli.geometry import ImageU8
 from icm_cli.images.colour import AS_LABELLED, Colour
-from icm_cli.images.composites import Composite
+from icm_cli.images.reading import Composite
 from icm_cli.problems import Problem
 from icm_cli.reports.means import Means, summarise
 from icm_cli.reports.result import ImageResult, Status
