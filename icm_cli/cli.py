@@ -20,7 +20,7 @@ from icm_cli.terminal import write_line
 
 OF_A_MODEL = (
     *("model", "checkpoint", "weights", "edges", "edges_weights", "device", "dtype", "batch_size", "seed", "offline"),
-    *("refs_per_group", "write_references", "save_alphas", "shot"),
+    *("refs_per_group", "write_references", "save_alphas", "shot", "learn_steps"),
 )
 """Options of ``icm eval`` that only a model reads."""
 
@@ -128,6 +128,13 @@ EdgesWeights = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Devices = Annotated[
     str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; or several of one kind: cuda:0,cuda:1 or cuda:all.")
+]
+LearnSteps = Annotated[
+    Optional[int],
+    typer.Option(
+        help="Steps in which the head learns the references before it mattes: for a shot, or pictures of one place.",
+        show_default="140 with --shot, else 0",
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 BatchSize = Annotated[str, typer.Option(help="Images at a time; auto suits the device. Halved where memory runs out.")]
@@ -272,6 +279,7 @@ def matte(
             help="The sources are frames of one shot: what is found in one is carried into the next along its motion.",
         ),
     ] = False,
+    learn_steps: LearnSteps = None,
     name: Annotated[
         Optional[str],
         typer.Option(
@@ -376,6 +384,7 @@ def matte(
             missing=missing,
             shard=shard,
             shot=shot,
+            learn_steps=learn_steps,
             name=name,
             keep_suffix=keep_suffix,
             format=format,
@@ -461,6 +470,7 @@ def evaluate(
     shot: Annotated[
         bool, typer.Option("--shot", help="Groups are shots: what is found in a frame is carried into the next.")
     ] = False,
+    learn_steps: LearnSteps = None,
     note: Annotated[
         Optional[str], typer.Option(help="A sentence that every report repeats, such as what the alphas are worth.")
     ] = None,
@@ -535,6 +545,7 @@ def evaluate(
             workers=workers,
             save_alphas=save_alphas,
             shot=shot,
+            learn_steps=learn_steps,
             note=note,
             report=report or [],
             allow=allow or [],

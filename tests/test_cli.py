@@ -217,7 +217,9 @@ def test_what_a_stream_cannot_show_is_escaped(tmp_path: Path) -> None:
 
 
 VALUES = {
-    **dict.fromkeys(("--rounds", "--refs-per-group", "--trimap-kernel", "--batch-size", "--seed", "--workers"), "2"),
+    **dict.fromkeys(
+        ("--rounds", "--refs-per-group", "--trimap-kernel", "--batch-size", "--seed", "--workers", "--learn-steps"), "2"
+    ),
     **{"--region": "whole", "--size": "original", "--lineage": "aim", "--split": "test", "--dtype": "auto"},
     **{"--device": "auto", "--allow": "empty-alpha", "--dataset": "folder"},
 }

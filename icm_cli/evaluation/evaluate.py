@@ -65,6 +65,7 @@ def evaluate(
     workers: int | None = None,
     save_alphas: str | Path | None = None,
     shot: bool = False,
+    learn_steps: int | None = None,
     note: str | None = None,
     report: Paths = (),
     allow: str | Sequence[str] = (),
@@ -139,6 +140,7 @@ def evaluate(
             "refs_per_group": refs_per_group,
             "save_alphas": save_alphas,
             "shot": shot,
+            "learn_steps": learn_steps,
             "write_references": write_references,
         }
         _refuse_with_pred({**of_the_model, **others, "predictor": predictor})
@@ -149,7 +151,9 @@ def evaluate(
     from icm_cli.matting.model_choice import LoadedModel, ModelChoice
 
     choice = ModelChoice.checked(**of_the_model) if predictor is None else LoadedModel(predictor)
-    return matte_and_score(evaluation, choice, rounds or 1, refs_per_group or 1, as_path(save_alphas), is_shot=shot)
+    times, many = rounds or 1, refs_per_group or 1
+    kept = as_path(save_alphas)
+    return matte_and_score(evaluation, choice, times, many, kept, is_shot=shot, learn_steps=learn_steps)
 
 
 def _rule(

@@ -26,6 +26,7 @@ from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.matting.shot import Key, Shot, described
 from icm_cli.model.checkpoint import read_trained_on
 from icm_cli.model.contracts import Prepared
+from icm_cli.model.learning import described as learning_described
 from icm_cli.problems import Problem
 from icm_cli.reports.report import Report
 
@@ -41,6 +42,7 @@ def matte_and_score(
     save_alphas: Path | None,
     *,
     is_shot: bool = False,
+    learn_steps: int | None = None,
 ) -> Report:
     """Matte every target of every round and score it; alphas that are there already are kept. ``is_shot``: groups are
     shots, and what is found in a frame is carried into the next.
@@ -56,7 +58,8 @@ def matte_and_score(
         )
     examples = [(number, group) for number, groups in enumerate(references, 1) for group in groups]
     digester = choice.digester()
-    form = [described()] if is_shot else []
+    steps = choice.learn_steps(learn_steps, is_shot=is_shot)
+    form = [*filter(None, [learning_described(steps), described() if is_shot else ""])]
     digests = [digester([*shelf.digests(references[number - 1][group]), *form]) for number, group in examples]
     notes = group_notes(evaluation.groups, len(references), refs_per_group)
     home = contextlib.nullcontext(save_alphas) if save_alphas else _until_done(_work_folder(digests, evaluation))
@@ -81,7 +84,7 @@ def matte_and_score(
                     @functools.lru_cache(maxsize=1)
                     def prepared(example: int) -> Prepared:
                         number, group = examples[example]
-                        return shelf.prepared(predictor, references[number - 1][group])
+                        return shelf.prepared(predictor, references[number - 1][group], steps)
 
                     engine = EngineOptions(digests, choice.batch_size, evaluation.workers, shot=shot)
                     notice = evaluation.listener.notice
@@ -196,9 +199,11 @@ class _Shelf:
         """Digests of the content of references that were found usable."""
         return [self._digests[name] for name in names]
 
-    def prepared(self, predictor: Predictor, names: Sequence[str]) -> Prepared:
-        """References as the model sees them."""
-        return predictor.reference([self._read(self.evaluation.by_name[name]) for name in names])
+    def prepared(self, predictor: Predictor, names: Sequence[str], learn_steps: int) -> Prepared:
+        """References as the model sees them, which its head has learned in so many steps."""
+        return predictor.reference(
+            [self._read(self.evaluation.by_name[name]) for name in names], learn_steps=learn_steps
+        )
 
     def shot(self, jobs: Sequence[Job], names: Sequence[Sequence[str]]) -> Shot:
         """The order of the frames of every example, from its references, by name."""

@@ -29,6 +29,7 @@ from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.shot import Key, Shot, described
 from icm_cli.matting.sources import LeftOut, find_sources, real
 from icm_cli.matting.work import Crew, Work
+from icm_cli.model.learning import described as learning_described
 from icm_cli.problems import Problem
 from icm_cli.reports.report import Album, Report
 from icm_cli.reports.result import ImageResult
@@ -73,6 +74,7 @@ def matte(
     missing: str = "skip",
     shard: str | None = None,
     shot: bool = False,
+    learn_steps: int | None = None,
     name: str | None = None,
     keep_suffix: bool = False,
     format: str | None = None,
@@ -108,6 +110,8 @@ def matte(
         raise UsageError("the output folder is empty; give --out a folder for the alphas")
     if shot and (ray is not None or len(device_names(device)) > 1):
         raise UsageError("--shot goes from frame to frame on one device; leave the others out, or share by --shard")
+    if learn_steps and (ray is not None or len(device_names(device)) > 1):
+        raise UsageError("--learn-steps learns on one device; leave the others out, or share by --shard")
     refs, masks = as_paths(ref), as_paths(mask)
     side = SideOutputs.checked(report, contact_sheet)
     pattern, format = _pattern_and_format(out, format)
@@ -146,7 +150,8 @@ def matte(
         side.check_writable(place.folder)
         _clean({*(job.output.parent for job in jobs), *(path.parent for path in side.paths)}, listener)
 
-        digest = _digest(choices[0], references, colour, output, is_shot=shot)
+        steps = choices[0].learn_steps(learn_steps, is_shot=shot)
+        digest = _digest(choices[0], references, colour, output, steps, is_shot=shot)
         where = [*(choice.where.describe() for choice in choices), *([cluster.describe()] if cluster else [])]
         settings = _settings(src, choices[0], refs, masks, colour) | {"digest": digest, "device": "; ".join(where)}
         scoring = None
@@ -166,7 +171,7 @@ def matte(
         for problem in problems:
             outcome.add_problem(problem)
         engine = EngineOptions([digest], choices[0].batch_size, workers, overwrite, fail_fast, output, in_order)
-        works = [Work(choice, references, engine) for choice in choices]
+        works = [Work(choice, references, steps, engine) for choice in choices]
         crew = functools.partial(_crew, works, cluster, place.folder, listener)
         _run(jobs, works[0], crew, outcome, side, listener)
         return outcome.report
@@ -229,10 +234,17 @@ def _as_shot(
 
 
 def _digest(
-    choice: ModelChoice, references: Sequence[Reference], colour: Colour, output: Output, *, is_shot: bool
+    choice: ModelChoice,
+    references: Sequence[Reference],
+    colour: Colour,
+    output: Output,
+    learn_steps: int,
+    *,
+    is_shot: bool,
 ) -> str:
     """Hash of all that decides an alpha beside its source, and its form."""
-    forms = filter(None, [colour.describe(), output.describe(), described() if is_shot else ""])
+    carried = described() if is_shot else ""
+    forms = filter(None, [colour.describe(), output.describe(), learning_described(learn_steps), carried])
     return choice.digester()([*(one.digest for one in references), *forms])
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli import guided_filter
-from icm_cli.config import ModelConfig
+from icm_cli.config import ModelConfig, part_class
 from icm_cli.device import Device
 from icm_cli.environment import __version__
 from icm_cli.errors import UsageError
 from icm_cli.files import digest_of
-from icm_cli.matting.predictor import Predictor
+from icm_cli.matting.predictor import Predictor, check_learn_steps
+from icm_cli.model.contracts import Head
+from icm_cli.model.learning import STEPS
 from icm_cli.model.loading import device_for, load_model, model_digest, resolve_model, with_edges
 
 
@@ -65,6 +67,13 @@ class ModelChoice:
             __version__, model, *references, str(self.seed), self.where.dtype_name, guided
         )
 
+    def learn_steps(self, asked: int | None, *, is_shot: bool) -> int:
+        """Steps in which the head learns the references: as asked for, else the usual number in a shot where it can.
+
+        Raises UsageError.
+        """
+        return _learn_steps(asked, part_class("heads", self.config.head.name), is_shot=is_shot)
+
     def load(self) -> Predictor:
         """The model on its device."""
         model = load_model(
@@ -110,6 +119,10 @@ class LoadedModel:
         model = secrets.token_hex()
         return lambda references: digest_of(model, *references)
 
+    def learn_steps(self, asked: int | None, *, is_shot: bool) -> int:
+        """As of :class:`ModelChoice`."""
+        return _learn_steps(asked, type(self.predictor.model.head), is_shot=is_shot)
+
     def load(self) -> Predictor:
         return self.predictor
 
@@ -119,6 +132,13 @@ class LoadedModel:
 
     def as_settings(self) -> dict[str, Any]:
         return {"model": self.describe(), "device": self.where.describe(), "batch_size": self.batch_size}
+
+
+def _learn_steps(asked: int | None, head: type[Head], *, is_shot: bool) -> int:
+    if asked is None:
+        return STEPS if is_shot and head.can_learn_references else 0
+    check_learn_steps(asked, head)
+    return asked
 
 
 AnyModel = ModelChoice | LoadedModel

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from icm_cli.device import Device
+from icm_cli.errors import UsageError
 from icm_cli.geometry import Float, ImageU8, Placement, to_u8
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import Windows
 from icm_cli.matting.references import Reference, make_guidance
-from icm_cli.model.contracts import Prepared
+from icm_cli.model.contracts import Head, Prepared
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.loading import device_for, load_model, resolve_model, with_edges
 
@@ -58,14 +59,17 @@ class Predictor:
         self.device = device
         self.model = model if is_in_training else model.place(device.place, device.dtype, device.transformer_dtype)
 
-    def reference(self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]]) -> Prepared:
+    def reference(self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]], *, learn_steps: int = 0) -> Prepared:
         """Show the model the thing: pairs of a picture, sRGB uint8 [H,W,3], and its mask.
 
         A mask is bool, uint8 0..255 or float 0..1, [h,w], of its picture's shape. Returns what :meth:`matte`
-        takes; its features are computed once, here. Raises UsageError for an unusable mask.
+        takes; its features are computed once, here. ``learn_steps``: steps in which a copy of the head learns the
+        thing, for pictures of one shot or place. Raises UsageError for an unusable mask or a head that cannot learn.
         """
-        with torch.inference_mode():
-            return self.model.reference([self._reference_tensors(_as_reference(pair)) for pair in pairs])
+        check_learn_steps(learn_steps, type(self.model.head))
+        tensors = [self._reference_tensors(_as_reference(pair)) for pair in pairs]
+        with torch.no_grad():
+            return self.model.reference(tensors, learn_steps=learn_steps)
 
     def prepare(self, rgb: ImageU8) -> Frame:
         """Bring a picture, sRGB uint8 [H,W,3] of any size, to the canvas. Touches no model: safe in threads."""
@@ -116,6 +120,17 @@ class Predictor:
 
     def _on_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device.place)
+
+
+def check_learn_steps(steps: int, head: type[Head]) -> None:
+    """Raises UsageError for a number below 0, and for a head that cannot learn references."""
+    if steps < 0:
+        raise UsageError(f"learn steps is {steps}; expected 0 (do not learn) or more")
+    if steps and not head.can_learn_references:
+        raise UsageError(
+            f"learn steps is {steps}, and the head of this model cannot learn the references; leave it out, or take a "
+            "model with the token-match head, such as lite"
+        )
 
 
 def load(

@@ -19,12 +19,15 @@ class Work:
 
     choice: ModelChoice
     references: Sequence[Reference]
+    learn_steps: int
     options: EngineOptions
 
     def engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
         """Load the model and show it the references, once. Raises ConfigError."""
         predictor = self.choice.load()
-        prepared = predictor.reference(self.references)
+        if self.learn_steps:
+            notice(f"learning the references, {self.learn_steps} steps; --learn-steps 0 leaves that out")
+        prepared = predictor.reference(self.references, learn_steps=self.learn_steps)
         for sentence in prepared.notices:
             notice(sentence)
         return Engine(predictor, lambda _: prepared, self.options, on_result=on_result, notice=notice)

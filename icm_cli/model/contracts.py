@@ -185,6 +185,9 @@ class Head(nn.Module, ABC):
     is_trained: ClassVar[bool]
     """Whether it has weights that must come from a checkpoint."""
 
+    can_learn_references: ClassVar[bool] = False
+    """Whether a copy of it can learn the references of a run before it mattes (:mod:`icm_cli.model.learning`)."""
+
     def leave_edges(self) -> None:
         """Answer coarsely from now on: what refines edges comes after. Does nothing where there is nothing to spare."""
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Edges, Features, Head, Matte, Prepared, ReferenceFeatures
+from icm_cli.model.heads.token_match import TokenMatchHead
+from icm_cli.model.learning import Learned, learned
 
 TARGET_NOISE = "target"
 """Name of the noise of every target that is matted: an alpha must not depend on its neighbours."""
@@ -92,8 +94,8 @@ class InContextMatting(nn.Module):
             if isinstance(module, nn.Conv2d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
-    def reference(self, references: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Prepared:
-        """Features of the references, once per run.
+    def reference(self, references: Sequence[tuple[Tensor, Tensor, Tensor]], *, learn_steps: int = 0) -> Prepared:
+        """Features of the references, once per run; with ``learn_steps`` a copy of the head learns them.
 
         ``references``: (image [1,3,H,W] sRGB 0..1, guidance [1,1,H,W] in {0,1}, valid [1,H,W] bool), each on a
         canvas of its own. Returns what the head makes of them, for :meth:`infer`.
@@ -107,6 +109,9 @@ class InContextMatting(nn.Module):
                 "the backbone gave numbers that are not finite for a reference: its weights are damaged, or the dtype "
                 "is too narrow for them; run with --dtype float32, or get the weights again"
             )
+        if learn_steps:
+            assert isinstance(self.head, TokenMatchHead)  # see Head.can_learn_references
+            return learned(self.backbone, self.head, references, learn_steps)
         return self.head.prepare(seen)
 
     def forward(self, pairs: Pairs, features: PairFeatures | None = None) -> Matte:
@@ -144,7 +149,10 @@ class InContextMatting(nn.Module):
         """
         count = len(image)
         features = self.backbone.target(image, valid, [TARGET_NOISE] * count)
-        matte: Matte = self.head(features, [reference] * count, image, valid)
+        head = self.head
+        if isinstance(reference, Learned):
+            head, reference = reference.head, reference.prepared
+        matte: Matte = head(features, [reference] * count, image, valid)
         is_finite = features.correspondence.isfinite().flatten(1).all(dim=1)
         if bool(is_finite.all()):
             return matte

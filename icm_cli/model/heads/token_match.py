@@ -103,6 +103,7 @@ class TokenMatchHead(TrainedHead):
 
     Config = TokenMatchConfig
     needs_matrix = False
+    can_learn_references = True
 
     def __init__(self, config: TokenMatchConfig) -> None:
         super().__init__()

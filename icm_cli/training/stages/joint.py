@@ -20,6 +20,7 @@ from icm_cli.geometry import ImageU8
 from icm_cli.model.contracts import Backbone
 from icm_cli.model.heads.token_match import TokenMatchHead
 from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.learning import TERMS, losses
 from icm_cli.training.batches import Batch, StepSampler
 from icm_cli.training.data.card import CardScenes, ScenePlan
 from icm_cli.training.data.pool import Item, Pool
@@ -29,13 +30,11 @@ from icm_cli.training.settings import Settings
 from icm_cli.training.stages.contract import Answer, Stage
 from icm_cli.training.stages.mosaics import (
     LARGE,
-    TERMS,
     Mosaic,
     TokenMatcher,
     draw_layout,
     draw_mosaic,
     joined,
-    losses,
     panel,
     token_match_head,
     views_of,

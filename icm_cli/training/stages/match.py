@@ -24,6 +24,7 @@ from icm_cli.files import atomic_write, digest_of
 from icm_cli.geometry import ImageU8
 from icm_cli.model.heads.token_match import TokenMatchHead
 from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.learning import TERMS, losses
 from icm_cli.training.batches import StepSampler, start_worker
 from icm_cli.training.data.pool import Item, Pool
 from icm_cli.training.data.samples import SampleMaker
@@ -32,14 +33,12 @@ from icm_cli.training.settings import Settings
 from icm_cli.training.stages.contract import Answer, Stage
 from icm_cli.training.stages.mosaics import (
     LARGE,
-    TERMS,
     MosaicBatch,
     TokenMatcher,
     View,
     draw_layout,
     draw_mosaic,
     joined,
-    losses,
     panel,
     stemmed,
     token_match_head,

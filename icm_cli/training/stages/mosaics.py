@@ -21,8 +21,9 @@ from icm_cli.geometry import ImageU8, to_u8
 from icm_cli.model.contracts import Backbone, Features
 from icm_cli.model.decoding import enlarged
 from icm_cli.model.guidance import ReferenceTokens, background_tokens, foreground_tokens
-from icm_cli.model.heads.token_match import CARRIED, EVIDENCE_NUMBERS, TokenMatchHead
+from icm_cli.model.heads.token_match import TokenMatchHead
 from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.learning import asked
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import Item, Pool
 from icm_cli.training.panels import grey, table
@@ -33,12 +34,8 @@ LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
 """Rows and columns of the mosaics."""
 LARGE = 2
 """Side of a large view, in views."""
-TERMS = ("cross_entropy", "dice", "coarse", "comparisons", "presence")
-"""Names of the losses."""
 ATTEMPTS = 1000
 """Draws for one place of a mosaic before training stops."""
-LEAST_ALPHA = 1e-4
-"""Least distance of an alpha from 0 and 1 before its logarithm is taken."""
 Shown = TypeVar("Shown")
 """A picture as a mosaic shows it: its tokens, or what they are made of."""
 
@@ -128,12 +125,7 @@ class TokenMatcher(nn.Module):
             ReferenceTokens(each[inside.flatten()], each[outside.flatten()])
             for each, inside, outside in zip(shown, batch.inside, batch.outside, strict=True)
         ]
-        projected = head.projected(target.correspondence)
-        evidence = head.evidence(projected, target.valid, references)
-        fused = head.fused(target, evidence)
-        presence = head.presence(fused, projected, evidence, target.valid, references)
-        fine = head.decoded(fused, target, None)[:, 0]
-        return head.coarse(fused)[:, 0].float(), fine, evidence[:, CARRIED::EVIDENCE_NUMBERS], presence
+        return asked(head, target, references, None)
 
     def _features(self, batch: MosaicBatch) -> tuple[Tensor, Tensor]:
         """Correspondence features of the mosaics [B,C,H,W] and of all references [B*R,C,h,w], float32."""
@@ -268,33 +260,6 @@ def joined(samples: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, 
     )
 
 
-def losses(answer: Answer, fine_truth: Tensor, valid: Tensor, presence_weight: float) -> dict[str, Tensor]:
-    """The losses by :data:`TERMS`, [B] each, and their sum under "total".
-
-    ``answer`` as :class:`TokenMatcher` gives it, ``fine_truth`` float32 [B,nH,nW] 0..1, ``valid`` bool [B,H,W].
-    """
-    coarse, logit, carried, presence = answer
-    finer = logit.shape[-1] // coarse.shape[-1]
-    fine_valid = valid.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
-    truth = F.avg_pool2d(fine_truth[:, None], finer)[:, 0]
-    size = valid.sum(dim=(1, 2))
-    each = (0.5 + 0.5 * carried).clamp(LEAST_ALPHA, 1.0 - LEAST_ALPHA)
-    compared = F.binary_cross_entropy(each, truth[:, None].expand_as(each), reduction="none").mean(dim=1)
-    there = truth.sum(dim=(1, 2)) > 1.0
-    alpha = torch.sigmoid(logit) * fine_valid
-    common, sizes = (alpha * fine_truth).mean(dim=(1, 2)), (alpha + fine_truth).mean(dim=(1, 2))
-    common, sizes = common * size, sizes * size
-    is_there = (truth.amax(dim=(1, 2)) > 0.5).float()
-    terms = {
-        "cross_entropy": _entropy(logit, fine_truth, fine_valid),
-        "dice": (1.0 - (2.0 * common + 1.0) / (sizes + 1.0)) * there,
-        "coarse": _entropy(coarse, truth, valid) if finer > 1 else torch.zeros_like(is_there),
-        "comparisons": (compared * valid).sum(dim=(1, 2)) / size,
-        "presence": presence_weight * F.binary_cross_entropy_with_logits(presence, is_there, reduction="none"),
-    }
-    return {**terms, "total": torch.stack(list(terms.values())).sum(dim=0)}
-
-
 def panel(alpha: Tensor, answer: Answer) -> ImageU8:
     """For each mosaic its true alpha [B,nH,nW], the coarse alpha, and what all comparisons together carry over."""
     _, logit, carried, _ = answer
@@ -335,9 +300,3 @@ def laid_out(tiles: Sequence[Tensor], rows: int, columns: int) -> Tensor:
 def _drawn_index(shares: Sequence[float], rng: np.random.Generator) -> int:
     """An index drawn by its share."""
     return int(rng.choice(len(shares), p=np.asarray(shares) / sum(shares)))
-
-
-def _entropy(logit: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
-    """Mean cross-entropy [B] over the valid cells of [B,H,W]."""
-    each = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
-    return (each * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))

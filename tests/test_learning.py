@@ -1,0 +1,207 @@
+"""A head that learns the references before it mattes (icm_cli.model.learning)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Icm
+from torch import Tensor, nn
+
+from icm_cli.errors import UsageError
+from icm_cli.geometry import CanvasRule
+from icm_cli.matting.model_choice import ModelChoice
+from icm_cli.matting.predictor import check_learn_steps
+from icm_cli.model.contracts import Features
+from icm_cli.model.heads.token_match import TokenMatchConfig, TokenMatchHead
+from icm_cli.model.heads.training_free import TrainingFree
+from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.learning import ABSENT_VIEWS, STEPS, VIEWS, Learned, asked, described, learned
+from icm_cli.model.similarity import SelfSimilarity, token_valid
+
+HEIGHT, WIDTH = 96, 128
+PADDED = 128
+
+
+class Colours(nn.Module):
+    """A backbone whose tokens are mean colours and their squares, 16 px a token; it counts what it sees."""
+
+    is_trainable = False
+    gives_matrix = False
+    canvas = CanvasRule(PADDED, 16, 2.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def target(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
+        assert len(image) == len(noise)
+        self.seen += len(image)
+        both = torch.cat([image, image.square()], dim=1)
+        alive = token_valid(valid, 16)
+        feature = F.avg_pool2d(both, 16)
+        return Features(feature, alive, {8: F.avg_pool2d(both, 8)}, {16: SelfSimilarity(feature, alive, 0.1)})
+
+    reference = target
+
+
+def scene(shift: int = 0, *, unknown: bool = False, decoy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """A thing of two colours, red and blue, on green, beside a blue thing that is not meant; 96 of 128 rows are the
+    frame."""
+    rng = torch.Generator().manual_seed(shift)
+    image = torch.zeros(1, 3, PADDED, WIDTH)
+    image[:, 1] = 0.5
+    if decoy:
+        image[:, :, 8:40, 80:112] = torch.tensor([0.1, 0.1, 0.9])[:, None, None]
+    image[:, :, 48:80, 16 + shift : 48 + shift] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
+    image[:, :, 48:80, 48 + shift : 80 + shift] = torch.tensor([0.2, 0.2, 0.8])[:, None, None]
+    image = (image + 0.02 * torch.randn(image.shape, generator=rng)).clamp(0, 1)
+    guidance = torch.zeros(1, 1, PADDED, WIDTH)
+    guidance[:, :, 48:80, 16 + shift : 80 + shift] = 1.0
+    if unknown:
+        guidance[:, :, 48:80, 48 + shift : 80 + shift] = 0.5
+    valid = torch.zeros(1, PADDED, WIDTH, dtype=torch.bool)
+    valid[:, :HEIGHT] = True
+    return image, guidance, valid
+
+
+@pytest.fixture
+def head() -> TokenMatchHead:
+    torch.manual_seed(0)
+    config = TokenMatchConfig(
+        feature_channels=(6,),
+        width=8,
+        context_width=16,
+        context_layers=1,
+        fused_channels=16,
+        skip_channels=(6,),
+        decoder_channels=(8,),
+    )
+    return TokenMatchHead(config).eval()
+
+
+def error(model: InContextMatting, prepared: object, shift: int) -> float:
+    """Mean absolute error of the alpha of a scene that was moved."""
+    image, guidance, valid = scene(shift)
+    found = model.infer(image, valid, prepared).alpha[:, :, :HEIGHT]  # type: ignore[arg-type]
+    return float((found - guidance[:, :, :HEIGHT]).abs().mean())
+
+
+def test_it_learns_a_thing_that_moves(head: TokenMatchHead) -> None:
+    model = InContextMatting(Colours(), head)  # type: ignore[arg-type]
+    before = copy.deepcopy(head.state_dict())
+    plain, taught = (model.reference([scene()], learn_steps=steps) for steps in (0, 150))
+    assert isinstance(taught, Learned)
+    assert error(model, taught, 24) < 0.5 * error(model, plain, 24)
+    assert all(torch.equal(each, before[name]) for name, each in head.state_dict().items())
+    present = taught.head.present.state_dict()
+    assert all(torch.equal(each, before[f"present.{name}"]) for name, each in present.items())
+    assert not any(each.requires_grad for each in taught.head.parameters())
+
+
+def test_every_view_is_seen_once(head: TokenMatchHead) -> None:
+    backbone = Colours()
+    learned(backbone, head, [scene(), scene(8)], 3)  # type: ignore[arg-type]
+    assert VIEWS + 2 < backbone.seen <= VIEWS + ABSENT_VIEWS + 2
+
+
+def test_the_same_references_give_the_same_head(head: TokenMatchHead) -> None:
+    first, again, other = (
+        learned(Colours(), head, [scene(shift)], 4).head.state_dict()  # type: ignore[arg-type]
+        for shift in (0, 0, 8)
+    )
+    assert all(torch.equal(each, again[name]) for name, each in first.items())
+    assert any(not torch.equal(each, other[name]) for name, each in first.items())
+
+
+def test_pixels_that_the_mask_leaves_open_teach_nothing(head: TokenMatchHead) -> None:
+    """A blue half that is unknown is not learned as background."""
+    backbone = Colours()
+    image, _, valid = scene(24, decoy=False)
+
+    def blue(shown: tuple[Tensor, Tensor, Tensor]) -> float:
+        taught = learned(backbone, head, [shown], 150)  # type: ignore[arg-type]
+        fine = asked(taught.head, backbone.target(image, valid, [""]), [taught.prepared], None)[1]
+        return float(torch.sigmoid(fine[:, 7:9, 10:12]).mean())
+
+    assert blue(scene(unknown=True, decoy=False)) > blue(_without_blue()) + 0.1
+
+
+def _without_blue() -> tuple[Tensor, Tensor, Tensor]:
+    image, guidance, valid = scene(unknown=True, decoy=False)
+    return image, (guidance > 0.75).float(), valid
+
+
+def test_half_precision_comes_back(head: TokenMatchHead) -> None:
+    """Learning is in float32 whatever the head runs in."""
+    model = InContextMatting(Colours(), head)  # type: ignore[arg-type]
+    for module in head.modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            module.to(torch.bfloat16)
+    taught = model.reference([scene()], learn_steps=2)
+    assert isinstance(taught, Learned)
+    types = {name: each.dtype for name, each in head.state_dict().items()}
+    assert {name: each.dtype for name, each in taught.head.state_dict().items()} == types
+    assert error(model, taught, 0) < 1.0
+
+
+def test_a_thing_that_fills_the_picture_has_no_views_without_it(head: TokenMatchHead) -> None:
+    image, guidance, valid = scene()
+    full = (image, torch.ones_like(guidance) * valid[:, None], valid)
+    backbone = Colours()
+    assert learned(backbone, head, [full], 2).prepared.background.shape[0] == 0  # type: ignore[arg-type]
+    assert backbone.seen == VIEWS + 1
+
+
+def test_the_digest_knows_what_was_learned() -> None:
+    assert described(0) == ""
+    assert described(10) != described(11)
+
+
+@pytest.mark.parametrize(
+    ("steps", "shot", "expected"), [(None, True, STEPS), (None, False, 0), (7, False, 7), (0, True, 0)]
+)
+def test_a_shot_is_learned_unless_said_otherwise(steps: int | None, shot: bool, expected: int) -> None:
+    assert _choice("lite").learn_steps(steps, is_shot=shot) == expected
+
+
+def test_a_head_without_weights_learns_nothing() -> None:
+    choice = _choice("lite-training-free")
+    assert choice.learn_steps(None, is_shot=True) == 0
+    with pytest.raises(UsageError, match="the head of this model cannot learn the references"):
+        choice.learn_steps(5, is_shot=False)
+    with pytest.raises(UsageError, match="learn steps is -1; expected 0"):
+        check_learn_steps(-1, TrainingFree)
+
+
+def _choice(model: str) -> ModelChoice:
+    usual = {"weights": None, "device": "cpu", "dtype": "auto", "batch_size": "auto", "seed": 0, "offline": True}
+    return ModelChoice.checked(model, None, **usual)  # type: ignore[arg-type]
+
+
+def test_several_devices_do_not_learn(icm: Icm, scene: Path) -> None:
+    del scene
+    done = icm(device="cpu,cpu", learn_steps=2)
+    assert done.exit_code == 2
+    assert done.stderr.strip() == "icm: --learn-steps learns on one device; leave the others out, or share by --shard"
+
+
+def test_alphas_of_other_steps_are_made_anew(icm: Icm, scene: Path) -> None:
+    """With the model of the package, whose answers about the second half of the thing change by what it learned."""
+    out = scene / "out"
+
+    def run(steps: int) -> tuple[str, dict[Path, bytes]]:
+        done = icm(model="lite", learn_steps=steps)
+        assert done.exit_code == 0, done.output
+        return done.stderr, {path: path.read_bytes() for path in out.rglob("*.png")}
+
+    (plain_text, plain), (text, taught), (kept_text, kept) = run(0), run(3), run(3)
+    assert "learning" not in plain_text
+    assert "learning the references, 3 steps; --learn-steps 0 leaves that out" in text
+    assert all(taught[path] != plain[path] for path in plain)
+    assert "learning" not in kept_text  # nothing is left to matte
+    assert kept == taught
