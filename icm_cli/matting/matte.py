@@ -108,10 +108,8 @@ def matte(
         raise UsageError(f"workers is {workers}; expected 1 or more")
     if not str(out):
         raise UsageError("the output folder is empty; give --out a folder for the alphas")
-    if shot and (ray is not None or len(device_names(device)) > 1):
-        raise UsageError("--shot goes from frame to frame on one device; leave the others out, or share by --shard")
-    if learn_steps and (ray is not None or len(device_names(device)) > 1):
-        raise UsageError("--learn-steps learns on one device; leave the others out, or share by --shard")
+    if ray is not None or len(device_names(device)) > 1:
+        _refuse_on_several(shot=shot, learn_steps=learn_steps)
     refs, masks = as_paths(ref), as_paths(mask)
     side = SideOutputs.checked(report, contact_sheet)
     pattern, format = _pattern_and_format(out, format)
@@ -175,6 +173,14 @@ def matte(
         crew = functools.partial(_crew, works, cluster, place.folder, listener)
         _run(jobs, works[0], crew, outcome, side, listener)
         return outcome.report
+
+
+def _refuse_on_several(*, shot: bool, learn_steps: int | None) -> None:
+    """Raises UsageError for what needs one device."""
+    if shot:
+        raise UsageError("--shot goes from frame to frame on one device; leave the others out, or share by --shard")
+    if learn_steps:
+        raise UsageError("--learn-steps learns on one device; leave the others out, or share by --shard")
 
 
 def _with_truths(

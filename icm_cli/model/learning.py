@@ -35,11 +35,11 @@ RATE = 3e-4
 WARMUP_STEPS = 10
 CLIP_NORM = 5.0
 SCALE, ANGLE, SHEAR, PLACE = 0.4, 15.0, 0.15, 0.25
-"""Of views: logarithm of the largest scale, degrees, shear, and how near to the middle the thing stays (0.5: in it)."""
+"""Limits of what is done to views: logarithm of the scale, degrees, shear, and how near to the middle the thing stays (0.5: in it)."""
 CLOSER = 0.7
 """Logarithm of the largest scale of views without the thing."""
 GAIN, OFFSET = 0.2, 0.06
-"""Of views: by how much channels and the whole are brighter or darker, and what is added to them."""
+"""Limits of how much brighter or darker views get, the channels and the whole, and of what is added to them."""
 ATTEMPTS = 100
 """Draws of a view without the thing before there is none."""
 LEAST_ALPHA = 1e-4
