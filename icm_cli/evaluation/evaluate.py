@@ -136,13 +136,8 @@ def evaluate(
         **{"batch_size": batch_size, "seed": seed, "offline": offline},
     }
     if pred is not None:
-        others = {
-            "refs_per_group": refs_per_group,
-            "save_alphas": save_alphas,
-            "shot": shot,
-            "learn_steps": learn_steps,
-            "write_references": write_references,
-        }
+        others = {"refs_per_group": refs_per_group, "save_alphas": save_alphas, "shot": shot}
+        others |= {"learn_steps": learn_steps, "write_references": write_references}
         _refuse_with_pred({**of_the_model, **others, "predictor": predictor})
         from icm_cli.evaluation.predictions import score_predictions
 

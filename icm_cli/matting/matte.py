@@ -104,10 +104,7 @@ def matte(
     """
     listener = listener or Listener()
     start = time.perf_counter()
-    if workers < 1:
-        raise UsageError(f"workers is {workers}; expected 1 or more")
-    if not str(out):
-        raise UsageError("the output folder is empty; give --out a folder for the alphas")
+    _check(workers, out)
     if ray is not None or len(device_names(device)) > 1:
         _refuse_on_several(shot=shot, learn_steps=learn_steps)
     refs, masks = as_paths(ref), as_paths(mask)
@@ -173,6 +170,14 @@ def matte(
         crew = functools.partial(_crew, works, cluster, place.folder, listener)
         _run(jobs, works[0], crew, outcome, side, listener)
         return outcome.report
+
+
+def _check(workers: int, out: str | Path) -> None:
+    """Raises UsageError for numbers and names that nothing can be done with."""
+    if workers < 1:
+        raise UsageError(f"workers is {workers}; expected 1 or more")
+    if not str(out):
+        raise UsageError("the output folder is empty; give --out a folder for the alphas")
 
 
 def _refuse_on_several(*, shot: bool, learn_steps: int | None) -> None:

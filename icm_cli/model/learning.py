@@ -35,7 +35,7 @@ RATE = 3e-4
 WARMUP_STEPS = 10
 CLIP_NORM = 5.0
 SCALE, ANGLE, SHEAR, PLACE = 0.4, 15.0, 0.15, 0.25
-"""Limits of what is done to views: logarithm of the scale, degrees, shear, and how near to the middle the thing stays (0.5: in it)."""
+"""Limits of what is done to views: logarithm of the scale, degrees, shear, distance of the thing from the borders."""
 CLOSER = 0.7
 """Logarithm of the largest scale of views without the thing."""
 GAIN, OFFSET = 0.2, 0.06
