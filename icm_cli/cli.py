@@ -276,7 +276,8 @@ def matte(
         bool,
         typer.Option(
             "--shot",
-            help="The sources are frames of one shot: what is found in one is carried into the next along its motion.",
+            help="The sources are frames of one shot: the references are learned first, and what is found in a frame is "
+            "carried into the next along its motion.",
         ),
     ] = False,
     learn_steps: LearnSteps = None,
@@ -467,9 +468,7 @@ def evaluate(
     seed: Seed = 0,
     workers: Workers = None,
     save_alphas: Annotated[Optional[Path], typer.Option(help="Keep the alphas in this folder.")] = None,
-    shot: Annotated[
-        bool, typer.Option("--shot", help="Groups are shots: what is found in a frame is carried into the next.")
-    ] = False,
+    shot: Annotated[bool, typer.Option("--shot", help="Groups are shots, matted as by icm matte --shot.")] = False,
     learn_steps: LearnSteps = None,
     note: Annotated[
         Optional[str], typer.Option(help="A sentence that every report repeats, such as what the alphas are worth.")
