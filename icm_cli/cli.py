@@ -276,7 +276,7 @@ def matte(
         bool,
         typer.Option(
             "--shot",
-            help="The sources are frames of one shot: the references are learned first, and what is found in a frame is "
+            help="The sources are frames of one shot: the references are learned first, and what is found in one is "
             "carried into the next along its motion.",
         ),
     ] = False,
