@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -285,6 +286,23 @@ def test_folder_of_ones_own(tmp_path: Path) -> None:
     )
     assert by_root.samples == by_options.samples
     assert [(sample.name, sample.group) for sample in by_root.samples] == [("cat/1", "cat"), ("dog/1", "dog")]
+
+
+def test_links_to_folders_elsewhere_are_followed(tmp_path: Path) -> None:
+    put(tmp_path, "store/1.jpg", "store_alphas/1.png", "data/images/cat/1.jpg", "data/alphas/cat/1.png")
+    for kind, where in (("images", "store"), ("alphas", "store_alphas")):
+        (tmp_path / "data" / kind / "dog").symlink_to(tmp_path / where, target_is_directory=True)
+        (tmp_path / "data" / kind / "again").symlink_to(tmp_path / "data" / kind, target_is_directory=True)
+    assert [sample.name for sample in find("folder", tmp_path / "data").samples] == ["cat/1", "dog/1"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_that_may_not_be_read_is_no_smaller_dataset(tmp_path: Path) -> None:
+    put(tmp_path, "images/cat/1.jpg", "images/dog/1.jpg", "alphas/cat/1.png", "alphas/dog/1.png")
+    (tmp_path / "images" / "dog").chmod(0)
+    with pytest.raises(UsageError, match="dog is a folder that cannot be read"):
+        find("folder", tmp_path)
+    (tmp_path / "images" / "dog").chmod(0o755)
 
 
 def test_folder_with_images_and_alphas_side_by_side(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from icm_cli.datasets.samples import Sample
 from icm_cli.errors import UsageError
-from icm_cli.files import TEMPORARY_PREFIX, expanded, split_fixed
+from icm_cli.files import TEMPORARY_PREFIX, UNREADABLE, Passed, expanded, split_fixed, walk
 from icm_cli.images.kinds import IMAGE_SUFFIXES
 from icm_cli.images.reading import Composite
 from icm_cli.problems import Problem
@@ -161,8 +161,15 @@ def _composites(layout: Layout, files: FileSets, key: str, backgrounds: Sequence
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every image below a folder, hidden ones left out, sorted."""
-    return [path for path in sorted(folder.rglob("*")) if _is_image(path)]
+    """Every image below a folder, hidden ones left out, sorted; links to folders elsewhere are followed.
+
+    Raises UsageError for a folder that cannot be read.
+    """
+    passed: Passed = {}
+    found = sorted(path for path in walk(folder, passed) if _is_image(path))
+    if unreadable := passed.get(UNREADABLE):
+        raise UsageError(f"{min(unreadable)} is {UNREADABLE}; a part of the data would be missing, so mend its rights")
+    return found
 
 
 def _files_at(layout: Layout, base: Path, inside: Path | None = None) -> FileSets | None:
