@@ -205,3 +205,29 @@ def test_alphas_of_other_steps_are_made_anew(icm: Icm, scene: Path) -> None:
     assert all(taught[path] != plain[path] for path in plain)
     assert "learning" not in kept_text  # nothing is left to matte
     assert kept == taught
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "memory ran out on cpu, float32 while the references were learned",
+        ),
+        (
+            RuntimeError("CUDA error: an illegal memory access"),
+            "device cpu was lost: CUDA error: an illegal memory access",
+        ),
+    ],
+)
+def test_what_ends_the_learning_is_said_in_a_sentence(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("icm_cli.model.in_context_matting.learned", fail)
+    done = icm(model="lite", dtype="float32", learn_steps=3)
+    assert done.exit_code == 3
+    assert said in done.stderr
+    assert not list((scene / "out").rglob("*.png"))

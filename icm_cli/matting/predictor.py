@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from icm_cli.device import Device
-from icm_cli.errors import UsageError
+from icm_cli.device import Device, is_device_lost, is_out_of_memory
+from icm_cli.errors import ConfigError, DeviceError, UsageError
 from icm_cli.geometry import Float, ImageU8, Placement, to_u8
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import Windows
@@ -57,7 +58,8 @@ class Predictor:
     def __init__(self, model: InContextMatting, device: Device, *, is_in_training: bool = False) -> None:
         """``is_in_training``: the model is on its device and goes on learning, so its weights are left as they are."""
         self.device = device
-        self.model = model if is_in_training else model.place(device.place, device.dtype, device.transformer_dtype)
+        with _told(device, "the model was brought to it"):
+            self.model = model if is_in_training else model.place(device.place, device.dtype, device.transformer_dtype)
 
     def reference(self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]], *, learn_steps: int = 0) -> Prepared:
         """Show the model the thing: pairs of a picture, sRGB uint8 [H,W,3], and its mask.
@@ -67,8 +69,9 @@ class Predictor:
         thing, for pictures of one shot or place. Raises UsageError for an unusable mask or a head that cannot learn.
         """
         check_learn_steps(learn_steps, type(self.model.head))
-        tensors = [self._reference_tensors(_as_reference(pair)) for pair in pairs]
-        with torch.no_grad():
+        doing = f"the references were learned in {learn_steps} steps" if learn_steps else "the references were shown"
+        with _told(self.device, doing), torch.no_grad():
+            tensors = [self._reference_tensors(_as_reference(pair)) for pair in pairs]
             return self.model.reference(tensors, learn_steps=learn_steps)
 
     def prepare(self, rgb: ImageU8) -> Frame:
@@ -120,6 +123,22 @@ class Predictor:
 
     def _on_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device.place)
+
+
+@contextlib.contextmanager
+def _told(device: Device, doing: str) -> Iterator[None]:
+    """Say in a sentence that memory ran out, or the device was lost. Raises ConfigError or DeviceError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ConfigError(
+                f"memory ran out on {device.describe()} while {doing}; end what else is on it, or take another "
+                "--device, a --dtype of half the size or a smaller model"
+            ) from error
+        if is_device_lost(error):
+            raise DeviceError(f"device {device.place} was lost: {str(error).splitlines()[0]}") from error
+        raise
 
 
 def check_learn_steps(steps: int, head: type[Head]) -> None:
