@@ -174,7 +174,7 @@ def test_a_head_without_weights_learns_nothing() -> None:
     assert choice.learn_steps(None, is_shot=True) == 0
     with pytest.raises(UsageError, match="the head of this model cannot learn the references"):
         choice.learn_steps(5, is_shot=False)
-    with pytest.raises(UsageError, match="learn steps is -1; expected 0"):
+    with pytest.raises(UsageError, match="--learn-steps is -1; expected 0"):
         check_learn_steps(-1, TrainingFree)
 
 

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from icm_cli.errors import UsageError
 from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.geometry import CanvasRule, Float, to_u8
+from icm_cli.images.pixels import Windows
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.references import Reference
-from icm_cli.matting.shot import CARRIED_KEY, Carrier, Key, Seen, Shot, carried
+from icm_cli.matting.shot import CARRIED_KEY, Carrier, Key, Seen, Shot, apart, carried
 from icm_cli.reports.result import ImageResult
 
 FRAMES = range(1001, 1009)
@@ -87,11 +88,46 @@ def test_the_order_goes_out_from_the_first_reference(count: int, keys: set[int])
 def test_shards_are_runs_that_know_of_no_other(count: int, shards: int) -> None:
     shot = Shot.of([([job(f"f.{number}.png") for number in range(count)], [Key(Path("f.3a.png"), reference)])])
     parts = [shot.shard(number, shards) for number in range(1, shards + 1)]
-    assert [each for part in parts for each in part.order] == shot.order
+    assert sorted(each.name for part in parts for each in part.order) == sorted(each.name for each in shot.order)
+    by_name = [each.name for each in Shot.of([(shot.order, [])]).order]
+    assert [each for part in parts for each in by_name if each in {job.name for job in part.order}] == by_name
     for part in parts:
         own = {each.output for each in part.order}
         assert all(before.output in own for before in part.before.values())
         assert {*part.before, *part.starts} <= own
+
+
+@given(count=st.integers(2, 12), shards=st.integers(1, 4), keys=st.lists(st.integers(0, 11), min_size=4, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_shards_with_keyframes_of_their_own_leave_no_frame_out(count: int, shards: int, keys: list[int]) -> None:
+    """Every frame is made by one shard, but for the reference that this very shard was given."""
+    names = [f"f.{number:02}.png" for number in range(count)]
+    made: list[str] = []
+    for number in range(1, shards + 1):
+        key = names[keys[number - 1] % count]
+        given = Shot.of([([job(name) for name in names if name != key], [Key(Path(key), reference)])])
+        own = [str(each) for each in given.shard(number, shards).names]
+        order = [str(each.name) for each in given.shard(number, shards).order]
+        assert sorted(order) == [name for name in own if name != key]
+        made += own
+    assert made == names
+
+
+def test_each_folder_and_each_numbered_name_is_a_shot_of_its_own() -> None:
+    def shots(*names: str, key: str = "a/sh.1.png") -> list[list[str]]:
+        found = apart([job(name) for name in names], [Key(Path(key), reference)])
+        return [[str(each.name) for each in (*jobs, *keys)] for jobs, keys in found]
+
+    assert shots("a/sh.2.png", "b/sh.1.png", "b/sh.2.png") == [
+        ["a/sh.2.png", "a/sh.1.png"],
+        ["b/sh.1.png", "b/sh.2.png"],
+    ]
+    assert shots("a/sh.2.png", "a/sx.1.png", "a/sx.2.png") == [
+        ["a/sh.2.png", "a/sh.1.png"],
+        ["a/sx.1.png", "a/sx.2.png"],
+    ]
+    loose = ("a/sh.2.png", "a/10.31.png", "a/10.32.png", "a/end.png")  # one name alone is no shot
+    assert shots(*loose) == [[*loose, "a/sh.1.png"]]
 
 
 @given(
@@ -138,6 +174,23 @@ def test_a_part_that_the_model_misses_is_carried_on() -> None:
     assert (np.abs(cut - coarse) > 0.1).mean() < 0.01
 
 
+def test_frames_are_registered_by_their_display_windows() -> None:
+    """A data window that was cut about the thing, elsewhere in every frame, changes nothing in what is carried."""
+    coarse = disc(74)
+    coarse[60:] = 0.1
+    whole = carried(Seen.of(picture(70), disc(70)), picture(74), coarse)
+    cuts = []
+    for top, left, bottom, right, at in ((10, 20, 110, 130, 70), (20, 30, 116, 150, 74)):
+        windows = Windows((bottom - top, right - left), (top, left), (120, 160))
+        cut = (slice(top, bottom), slice(left, right))
+        cuts.append((windows, picture(at)[cut], disc(at)[cut], cut))
+    (first, rgb, alpha, _), (second, now, _, cut) = cuts
+    found = carried(Seen.of(rgb, alpha, first), now, coarse[cut], second)
+    inside = (slice(25, 75), slice(15, 75))  # away from the borders of both
+    assert np.abs(found[inside] - whole[cut][inside]).mean() < 0.02
+    assert found[45:65, 30:58].min() > 0.5
+
+
 def carrier_of(count: int) -> tuple[Carrier, list[Job], list[Frame]]:
     jobs = [job(f"f.{number}.png") for number in range(count)]
     rule = CanvasRule(160, 32, square=False)
@@ -173,6 +226,7 @@ def test_it_goes_out_from_a_keyframe_in_both_directions(shot: Shoot, scene: Path
     told = [line for line in done.stderr.splitlines() if "done" in line and "plates" in line]
     assert [line.split("sh.")[1][:4] for line in told] == ["1005", "1006", "1007", "1008", "1003", "1002", "1001"]
     report = json.loads((scene / "r.json").read_text())
+    assert (report["settings"]["shot"], report["settings"]["learn_steps"]) == (True, 0)
     assert [Path(image["source"]).name[3:7] for image in report["images"]] == [
         *("1001", "1002", "1003", "1005", "1006", "1007", "1008")
     ]
@@ -253,7 +307,10 @@ def test_a_shard_depends_on_no_other(shot: Shoot, scene: Path) -> None:
 def test_alphas_of_another_order_are_made_anew(shot: Shoot, scene: Path) -> None:
     """Of every second frame, or of shards: they go on from other frames, so their bytes are others."""
     assert shot(out=scene / "whole").exit_code == 0
-    for runs in ((("--frames", "1001-1008x2"), ("--frames", "1001-1008y2")), (("--shard", "1/2"), ("--shard", "2/2"))):
+    for runs in (
+        (("--frames", "1001-1008x2"), ("--frames", "1001-1008y2")),
+        [("--shard", f"{n}/3") for n in (1, 2, 3)],
+    ):
         for flags in runs:
             assert shot(*flags).exit_code == 0
         assert alphas(scene / "out") != alphas(scene / "whole")

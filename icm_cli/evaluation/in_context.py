@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from icm_cli.datasets.samples import Sample
 from icm_cli.errors import ImageError, UsageError
@@ -71,7 +72,9 @@ def matte_and_score(
         ]
         shot = shelf.shot(jobs, [references[number - 1][group] for number, group in examples]) if is_shot else None
         _make_ready(evaluation, jobs, references, folder)
-        outcome = _outcome(evaluation, choice, jobs, references, notes, save_alphas, is_shot=is_shot)
+        outcome = _outcome(
+            evaluation, choice, jobs, references, notes, save_alphas, learning={"shot": is_shot, "learn_steps": steps}
+        )
         for problem in problems:
             outcome.add_problem(problem)
         evaluation.listener.started(len(jobs))
@@ -111,13 +114,13 @@ def _outcome(
     notes: list[str],
     save_alphas: Path | None,
     *,
-    is_shot: bool,
+    learning: dict[str, Any],
 ) -> Outcome:
     trained_on = read_trained_on(choice.checkpoint) if choice.checkpoint else None
     if choice.checkpoint and trained_on is None:
         unknown = f"{choice.checkpoint} does not say which images it was trained on; some of these may be among them"
         notes = [*notes, unknown]
-    settings = {**choice.as_settings(), "alphas": str(save_alphas) if save_alphas else None, "shot": is_shot}
+    settings = {**choice.as_settings(), "alphas": str(save_alphas) if save_alphas else None, **learning}
     planned = [job.planned for job in jobs]
     return evaluation.outcome(planned, settings, references, notes=notes, trained_on=trained_on)
 
@@ -231,4 +234,5 @@ class _Shelf:
         picture = read_source(sample.image)
         mask = read_matte(sample.alpha, has_objects=self.evaluation.rule.is_shots, over=picture.windows)
         notice = self.evaluation.listener.notice
-        return Reference(picture.rgb, make_guidance(mask, picture.windows, f"alpha {sample.alpha}", notice))
+        guidance = make_guidance(mask, picture.windows, f"alpha {sample.alpha}", notice)
+        return Reference(picture.rgb, guidance, windows=picture.windows)

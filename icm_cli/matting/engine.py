@@ -222,7 +222,7 @@ class Engine:
                 return self.predictor.infer([item.frame for item in part], reference)
             coarse = self.predictor.coarse([item.frame for item in part], reference)
             return [
-                carrier.matte(item.job, item.frame, matte, self.predictor.with_edges)
+                carrier.matte(item.job, item.frame, matte, self.predictor.with_edges, item.stored.windows)
                 for item, matte in zip(part, coarse, strict=True)
             ]
         except (RuntimeError, MemoryError) as error:

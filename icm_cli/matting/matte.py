@@ -26,7 +26,7 @@ from icm_cli.matting.jobs import DEFAULT_NAME, Choice, Job, Place, check_overwri
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.references import Reference, read_references
-from icm_cli.matting.shot import Key, Shot, described
+from icm_cli.matting.shot import Key, Shot, apart, described
 from icm_cli.matting.sources import LeftOut, find_sources, real
 from icm_cli.matting.work import Crew, Work
 from icm_cli.model.learning import described as learning_described
@@ -149,6 +149,7 @@ def matte(
         digest = _digest(choices[0], references, colour, output, steps, is_shot=shot)
         where = [*(choice.where.describe() for choice in choices), *([cluster.describe()] if cluster else [])]
         settings = _settings(src, choices[0], refs, masks, colour) | {"digest": digest, "device": "; ".join(where)}
+        settings |= {"shot": shot, "learn_steps": steps}
         scoring = None
         if truths:
             from icm_cli.matting.ground_truth import RULE, scoring_of
@@ -226,7 +227,7 @@ def _run(
 def _as_shot(
     jobs: Sequence[Job], refs: Sequence[Path], references: Sequence[Reference], shard: str | None
 ) -> tuple[list[Job], Shot]:
-    """The frames of a shot, or of a shard of it, by name; and their order, from the references that are frames of it.
+    """The frames of shots, or of a shard of them, by name; and their order, from the references that are frames of one.
 
     Raises UsageError.
     """
@@ -237,7 +238,7 @@ def _as_shot(
         if there is not None:
             name = folders[real(there.parent)] / there.name
             keys.append(Key(name, functools.partial(references.__getitem__, number)))
-    in_order = Shot.of([(jobs, keys)])
+    in_order = Shot.of(apart(jobs, keys))
     if shard is not None:
         in_order = in_order.shard(*parse_shard(shard))
     mine = {job.output for job in in_order.order}

@@ -144,11 +144,11 @@ def _told(device: Device, doing: str) -> Iterator[None]:
 def check_learn_steps(steps: int, head: type[Head]) -> None:
     """Raises UsageError for a number below 0, and for a head that cannot learn references."""
     if steps < 0:
-        raise UsageError(f"learn steps is {steps}; expected 0 (do not learn) or more")
+        raise UsageError(f"--learn-steps is {steps}; expected 0 (do not learn) or more")
     if steps and not head.can_learn_references:
         raise UsageError(
-            f"learn steps is {steps}, and the head of this model cannot learn the references; leave it out, or take a "
-            "model with the token-match head, such as lite"
+            f"--learn-steps is {steps}, and the head of this model cannot learn the references; leave it out, or take "
+            "a model with the token-match head, such as lite"
         )
 
 

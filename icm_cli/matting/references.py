@@ -32,6 +32,8 @@ class Reference:
     rgb: ImageU8
     guidance: NDArray[np.bool_]
     unknown: NDArray[np.bool_] | None = None
+    windows: Windows | None = None
+    """Place of the picture in its display window; None: it is all of it."""
 
     @property
     def digest(self) -> str:
@@ -114,7 +116,8 @@ def _read_reference(
             return _masked(picture, read_mask(mask, label, notice, turn, picture.windows), f"mask {mask}", notice)
         if picture.alpha is not None and picture.alpha.min() != picture.alpha.max():
             name = f"the alpha of reference {ref}"
-            return Reference(picture.rgb, make_guidance(picture.alpha, picture.windows, name, notice))
+            guidance = make_guidance(picture.alpha, picture.windows, name, notice)
+            return Reference(picture.rgb, guidance, windows=picture.windows)
         raise UsageError(f"reference {ref} has no mask and is no RGBA cut-out; give --mask with the thing in white")
     except ImageError as error:
         hint = "; --ref-layer names that of the references" if colour.layer and "has no layer" in str(error) else ""
@@ -124,9 +127,9 @@ def _read_reference(
 def _masked(picture: Picture, mask: Mask, name: str, notice: Callable[[str], None]) -> Reference:
     guidance = make_guidance(mask.inside.astype(np.uint8) * 255, picture.windows, name, notice)
     if not mask.unknown.any():
-        return Reference(picture.rgb, guidance)
+        return Reference(picture.rgb, guidance, windows=picture.windows)
     unknown = _placed(mask.unknown.astype(np.uint8) * 255, picture.windows) > 0
-    return Reference(picture.rgb, guidance, unknown & ~guidance)
+    return Reference(picture.rgb, guidance, unknown & ~guidance, picture.windows)
 
 
 def _placed(mask: ImageU8, windows: Windows) -> ImageU8:

@@ -12,14 +12,18 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError
 from icm_cli.files import digest_of
 from icm_cli.geometry import Float, ImageU8, resize, to_u8, within
+from icm_cli.images.pixels import Windows
 from icm_cli.images.writing import read_stamp
+from icm_cli.matting.frames import FrameName
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import CanvasMatte, Frame
 from icm_cli.matting.references import Reference
@@ -35,6 +39,8 @@ LEAST_ALPHA = 0.02
 """The model's own alpha is kept this far from 0 and 1 where a carried one counts, so that it can be overruled."""
 DIFFERENCE = 15.0
 """Difference of colours along the flow, 0..255, at which the carried alpha counts 1/e: there the flow is wrong."""
+LEAST_FRAMES = 2
+"""Files of one folder whose names differ before their numbers are shots of their own where each has so many frames."""
 MOST_PASSED = 3
 """A frame goes on from at most so many frames before it."""
 CARRIED_KEY = "icm-carried"
@@ -42,20 +48,23 @@ CARRIED_KEY = "icm-carried"
 
 def described() -> str:
     """All numbers that decide what is carried, for the digest of a run."""
-    return f"shot {SMALL_PX} {LEAST_PX} {MOST_LOGIT} {LEAST_ALPHA} {DIFFERENCE} {MOST_PASSED}"
+    return f"shot displayed {SMALL_PX} {LEAST_PX} {MOST_LOGIT} {LEAST_ALPHA} {DIFFERENCE} {MOST_PASSED}"
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Memory of a frame: its picture, sRGB uint8 [h,w,3], and its alpha, uint8 [h,w], of ``SMALL_PX``."""
+    """Memory of a frame: its display window, sRGB uint8 [h,w,3], and its alpha there, uint8 [h,w], of ``SMALL_PX``."""
 
     rgb: ImageU8
     alpha: ImageU8
 
     @classmethod
-    def of(cls, rgb: ImageU8, alpha: Float) -> Seen:
-        """Shrink a picture [H,W,3] and its alpha 0..1, of any size."""
-        small = shrunk(rgb)
+    def of(cls, rgb: ImageU8, alpha: Float, windows: Windows | None = None) -> Seen:
+        """Shrink a picture [H,W,3] and its alpha 0..1, of any size. ``windows``: where the picture lies."""
+        small = shrunk(displayed(rgb, windows))
+        if windows is not None and not windows.is_whole:
+            at_size: Float = resize(alpha, windows.size)
+            alpha = np.asarray(displayed(at_size, windows), np.float32)
         return cls(small, to_u8(resize(alpha, (small.shape[0], small.shape[1]))))
 
 
@@ -76,6 +85,8 @@ class Shot:
     """Frames that go on from another one, by their outputs."""
     starts: Mapping[Path, Key]
     """Frames that go on from a reference, by their outputs."""
+    names: Sequence[Path]
+    """Names of all frames and of the references among them, in their order."""
 
     @classmethod
     def of(cls, examples: Iterable[tuple[Sequence[Job], Sequence[Key]]]) -> Shot:
@@ -87,8 +98,10 @@ class Shot:
         order: list[Job] = []
         before: dict[Path, Job] = {}
         starts: dict[Path, Key] = {}
+        names: list[Path] = []
         for jobs, keys in examples:
             line: list[Job | Key] = sorted([*jobs, *keys], key=lambda each: natural(each.name))
+            names += dict.fromkeys(each.name for each in line)
             first = next((place for place, each in enumerate(line) if isinstance(each, Key)), 0)
             for run in (line[first:], line[: first + 1][::-1] if first else []):
                 for last, each in itertools.pairwise([None, *run]):
@@ -99,15 +112,21 @@ class Shot:
                         before[each.output] = last
                     elif last is not None:
                         starts[each.output] = last
-        return cls(order, before, starts)
+        return cls(order, before, starts, names)
 
     def shard(self, number: int, count: int) -> Shot:
-        """Frames of shard ``number``, from 1, of ``count``: a run of frames, which goes on from none of another's."""
-        begin, end = (len(self.order) * each // count for each in (number - 1, number))
-        order = self.order[begin:end]
+        """Frames of shard ``number``, from 1, of ``count``: a run of frames by name, which goes on from none of
+        another's.
+
+        References count as frames, so that shards which are given different ones still part the shot alike.
+        """
+        begin, end = (len(self.names) * each // count for each in (number - 1, number))
+        names = set(self.names[begin:end])
+        order = [job for job in self.order if job.name in names]
         own = {job.output for job in order}
         before = {output: job for output, job in self.before.items() if output in own and job.output in own}
-        return Shot(order, before, {output: key for output, key in self.starts.items() if output in own})
+        starts = {output: key for output, key in self.starts.items() if output in own}
+        return Shot(order, before, starts, self.names[begin:end])
 
     def digest(self, job: Job, digest: str) -> str:
         """A run's digest with the frame or reference that a frame goes on from, as the order has it."""
@@ -118,7 +137,7 @@ class Shot:
         """The same order of the same frames, whose jobs say more now."""
         now = {job.output: job for job in jobs}
         before = {output: now[job.output] for output, job in self.before.items()}
-        return Shot([now[job.output] for job in self.order], before, self.starts)
+        return Shot([now[job.output] for job in self.order], before, self.starts, self.names)
 
     def unbroken(self, finished: Collection[Path]) -> set[Path]:
         """Those of the finished outputs whose frames before are all finished too: the others would come out
@@ -131,6 +150,26 @@ class Shot:
         return kept
 
 
+def apart(jobs: Sequence[Job], keys: Sequence[Key]) -> list[tuple[list[Job], list[Key]]]:
+    """Frames and the references among them, shot by shot: each folder has its own, or several where the names of its
+    files differ before their numbers and each such name has frames enough to be a shot."""
+    folders: dict[Path, dict[str, list[Job | Key]]] = {}
+    frames: list[Job | Key] = [*jobs, *keys]
+    for each in frames:
+        stem = FrameName.of(each.name).stem
+        folders.setdefault(each.name.parent, {}).setdefault(stem, []).append(each)
+    shots = []
+    for stems in folders.values():
+        parts = list(stems.values())
+        shots += (
+            parts if min(len(part) for part in parts) >= LEAST_FRAMES else [[each for part in parts for each in part]]
+        )
+    return [
+        ([each for each in shot if isinstance(each, Job)], [each for each in shot if isinstance(each, Key)])
+        for shot in shots
+    ]
+
+
 class Carrier:
     """Carries alphas through a shot, frame by frame in its order, and holds no more than a few small ones."""
 
@@ -141,18 +180,25 @@ class Carrier:
         self._seen: dict[Path, Seen] = {}
 
     def matte(
-        self, job: Job, frame: Frame, coarse: CanvasMatte, with_edges: Callable[[Frame, CanvasMatte], CanvasMatte]
+        self,
+        job: Job,
+        frame: Frame,
+        coarse: CanvasMatte,
+        with_edges: Callable[[Frame, CanvasMatte], CanvasMatte],
+        windows: Windows | None = None,
     ) -> CanvasMatte:
         """Add what was carried to a frame's coarse alpha, give it its edges, and keep it for the next one.
 
-        A frame in which the thing was not found is left as it is, and none goes on from it.
+        Frames are registered by their display windows; ``windows``: where this one's pixels lie in its own. A frame in
+        which the thing was not found is left as it is, and none goes on from it.
         """
         if not coarse.found or not np.isfinite(coarse.alpha).all():
             return with_edges(frame, coarse)
-        if (before := self._before(job, shrunk(frame.rgb).shape)) is not None:
-            coarse = replace(coarse, alpha=_on_canvas(carried(before, frame.rgb, _inside(frame, coarse)), coarse.alpha))
+        if (before := self._before(job, shrunk(displayed(frame.rgb, windows)).shape)) is not None:
+            alpha = carried(before, frame.rgb, _inside(frame, coarse), windows)
+            coarse = replace(coarse, alpha=_on_canvas(alpha, coarse.alpha))
         matte = with_edges(frame, coarse)
-        seen = Seen.of(frame.rgb, matte.alpha if matte.is_refined else _inside(frame, matte))
+        seen = Seen.of(frame.rgb, matte.alpha if matte.is_refined else _inside(frame, matte), windows)
         self._seen[job.output] = seen
         while len(self._seen) > MOST_PASSED:
             del self._seen[next(iter(self._seen))]
@@ -181,24 +227,29 @@ class Carrier:
         return None
 
 
-def carried(before: Seen, rgb: ImageU8, alpha: Float) -> Float:
-    """A coarse alpha [h,w] 0..1 of a picture, sRGB uint8 [H,W,3], with the evidence of a frame before, of its size.
+def carried(before: Seen, rgb: ImageU8, alpha: Float, windows: Windows | None = None) -> Float:
+    """A coarse alpha [h,w] 0..1 of a picture, sRGB uint8 [H,W,3], with the evidence of a frame before, whose display
+    window is of the same size; ``windows``: where the picture lies in it.
 
     Logits add up. That of the frame before is moved along the optical flow (DIS, Kroeger et al., ECCV 2016) and counts
     less where colours differ along it.
     """
-    now = shrunk(rgb)
+    now = shrunk(displayed(rgb, windows))
     flow = _flow(now, before.rgb)
     evidence = np.clip(_logit(before.alpha), -MOST_LOGIT, MOST_LOGIT)
     moved = _moved(evidence, flow)
     difference = np.abs(_moved(before.rgb.astype(np.float32), flow) - now).mean(axis=-1)
-    weight = resize(
-        np.asarray(moved * np.exp(-((difference / DIFFERENCE) ** 2)), np.float32), (alpha.shape[0], alpha.shape[1])
-    )
+    weight = np.asarray(moved * np.exp(-((difference / DIFFERENCE) ** 2)), np.float32)
+    weight = _cut(weight, windows, (alpha.shape[0], alpha.shape[1]))
     least = LEAST_ALPHA * np.minimum(1.0, np.abs(weight))
     kept = np.clip(alpha, least, 1.0 - least)
     odds = kept * np.exp(weight)
     return np.asarray(np.minimum(odds / (odds + 1.0 - kept), 1.0), np.float32)
+
+
+def displayed(pixels: NDArray[Any], windows: Windows | None) -> NDArray[Any]:
+    """Pixels [H,W] or [H,W,3] of a data window as those of the display window, 0 outside."""
+    return pixels if windows is None else windows.moved(pixels, windows.displayed)
 
 
 def shrunk(rgb: ImageU8) -> ImageU8:
@@ -215,7 +266,7 @@ def _seen_in_reference(reference: Reference) -> Seen:
     alpha = reference.guidance.astype(np.float32)
     if reference.unknown is not None:
         alpha[reference.unknown] = 0.5
-    return Seen.of(reference.rgb, alpha)
+    return Seen.of(reference.rgb, alpha, reference.windows)
 
 
 def _seen_earlier(job: Job) -> Seen | None:
@@ -224,13 +275,26 @@ def _seen_earlier(job: Job) -> Seen | None:
         text = (read_stamp(job.output) or {}).get(CARRIED_KEY, "")
         data = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
         alpha = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
-        return None if alpha is None else Seen(shrunk(job.read().rgb), np.asarray(alpha, np.uint8))
+        return None if alpha is None else Seen(shrunk(job.read().displayed().rgb), np.asarray(alpha, np.uint8))
     except (ImageError, ValueError, OSError, cv2.error):
         return None
 
 
 def _inside(frame: Frame, matte: CanvasMatte) -> Float:
     return frame.placement.inside(matte.alpha)
+
+
+def _cut(weight: Float, windows: Windows | None, size: tuple[int, int]) -> Float:
+    """Values [h,w] of the display window as those of the data window, of ``size``."""
+    if windows is None or windows.is_whole:
+        return resize(weight, size)
+    rows, columns = (
+        ((np.arange(size[n]) + 0.5) * windows.size[n] / size[n] + windows.at[n]) * weight.shape[n] / windows.display[n]
+        - 0.5
+        for n in (0, 1)
+    )
+    x, y = np.meshgrid(columns.astype(np.float32), rows.astype(np.float32))
+    return np.asarray(cv2.remap(weight, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), np.float32)
 
 
 def _on_canvas(alpha: Float, canvas: Float) -> Float:

@@ -39,15 +39,17 @@ def reference_tokens(references: Sequence[ReferenceFeatures], tokens_of: Callabl
 def foreground_tokens(guidance: Tensor, valid: Tensor, stride: int) -> tuple[Tensor, str | None]:
     """Mark the tokens that lie in the guidance (published code's rule: a token counts if its whole cell is foreground).
 
+    Where the guidance is neither, a cell counts that is foreground by more than half and has no background.
     guidance [1,1,H,W] float32 (0 outside, 0.5 neither, 1 inside), valid [1,H,W] bool -> [1,h,w] bool and, where no
     cell is foreground as a whole, a sentence that says what was taken instead: cells that are foreground by more than
     half, else the single cell that holds most of it. At least one token is always True (guidance must not be empty).
     """
     inside = ((guidance > 0.75) & valid[:, None]).float()
-    whole = -F.max_pool2d(-inside, stride)[:, 0] > 0.5
+    share = F.avg_pool2d(inside, stride)[:, 0]
+    allowed = ((guidance > 0.25) & valid[:, None]).float()
+    whole = (-F.max_pool2d(-allowed, stride)[:, 0] > 0.5) & (share > 0.5)
     if whole.any():
         return whole, None
-    share = F.avg_pool2d(inside, stride)[:, 0]
     most = share > 0.5
     if most.any():
         return most, (
@@ -63,7 +65,11 @@ def foreground_tokens(guidance: Tensor, valid: Tensor, stride: int) -> tuple[Ten
 
 
 def background_tokens(guidance: Tensor, valid: Tensor, stride: int) -> Tensor:
-    """Mark the tokens wholly outside the guidance that hold a pixel of the frame, [1,h,w] bool; may be none."""
-    touched = F.max_pool2d((guidance * valid[:, None]).float(), stride)[:, 0] > 0.25
-    real = F.max_pool2d(valid[:, None].float(), stride)[:, 0] > 0
-    return real & ~touched
+    """Mark the tokens wholly outside the guidance that hold a pixel of the frame, [1,h,w] bool; may be none.
+
+    Where the guidance is neither, a cell counts that is background by more than half and has no foreground.
+    """
+    inside = F.max_pool2d((guidance * valid[:, None]).float(), stride)[:, 0] > 0.75
+    neither = F.avg_pool2d((((guidance - 0.5).abs() < 0.25) & valid[:, None]).float(), stride)[:, 0]
+    real = F.avg_pool2d(valid[:, None].float(), stride)[:, 0]
+    return (real > 0) & ~inside & (neither < 0.5 * real)

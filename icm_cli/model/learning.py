@@ -216,7 +216,7 @@ def _drawn(views: Sequence[_View], rng: np.random.Generator) -> _View:
 def _seen(backbone: Backbone, head: TokenMatchHead, scene: _Scene) -> _View:
     features = backbone.target(scene.image, scene.valid, [""])
     token = scene.image.shape[-1] // features.correspondence.shape[-1]
-    known = features.valid & (-F.max_pool2d(-scene.known, token)[:, 0] > 0.5)
+    known = features.valid & (F.avg_pool2d(scene.known, token)[:, 0] > 0.5)
     levels = scene.guidance * scene.known + 0.5 * (1.0 - scene.known)
     decoder = head.config.decoder_channels
     takes_image = len(decoder) > len(head.config.skip_channels)

@@ -109,6 +109,13 @@ def _protocol_warnings(first: Mapping[str, Any], second: Mapping[str, Any]) -> l
         for key in PROTOCOL_KEYS
         if a.get(key) != b.get(key)
     ]
+    asked = (report["settings"] for report in (first, second))
+    ours, theirs = ({key: each.get(key) for key in ("shot", "learn_steps")} for each in asked)
+    warnings += [
+        f"the ways differ: {key} is {ours[key]} in the first and {theirs[key]} in the second"
+        for key in ours
+        if ours[key] != theirs[key]
+    ]
     if first.get("references") != second.get("references"):
         warnings.append(
             "the references differ, so the models were shown different things (--references FILE fixes them)"
