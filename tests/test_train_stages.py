@@ -394,13 +394,13 @@ class TestRefineNetwork:
         np.testing.assert_allclose(alpha, 1 / (1 + np.exp(-1.4)), atol=1e-5)  # once whole, once in tiles
 
 
-JOINT = {**MATCH, "stage": "joint", "steps": 40, "log_every": 20, "match": {"kept_px": 96}}
+JOINT = {**MATCH, "stage": "joint", "steps": 20, "log_every": 10, "batch_size": 4, "match": {"kept_px": 96}}
 
 
 class TestJoint:
     def test_it_learns_which_thing_is_meant_backbone_and_head(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(tmp_path / "a.yaml", discs, **{**JOINT, "backbone_rate": 1e-4})
-        done = train(config, tmp_path / "run", "--set", "train.image_every=20")
+        done = train(config, tmp_path / "run", "--set", "train.image_every=10")
         assert done.exit_code == 0, done.output
         first, last = log(tmp_path / "run")
         assert float(last["loss"]) < 0.9 * float(first["loss"])
