@@ -262,6 +262,12 @@ def test_compare_prints_every_image_and_warns_where_protocols_differ(
     nothing = report_of(tmp_path / "c.json") | {"images": []}
     (tmp_path / "c.json").write_text(json.dumps(nothing))
     assert CliRunner().invoke(app, [*line[:-1], str(tmp_path / "c.json")]).exit_code == 1
+    shot = report_of(tmp_path / "a.json")
+    shot["settings"] |= {"shot": True, "learn_steps": 140}
+    (tmp_path / "s.json").write_text(json.dumps(shot))
+    told = CliRunner().invoke(app, [*line[:-1], str(tmp_path / "s.json")]).stderr
+    assert "shot is False in the first and True in the second" in told
+    assert "learn_steps is 0 in the first and 140 in the second" in told
     rounds = report_of(tmp_path / "a.json")
     rounds["images"] += [image | {"round": 2} for image in rounds["images"]]
     (tmp_path / "d.json").write_text(json.dumps(rounds))

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.profiler import profile
 
 from icm_cli.model.contracts import IntraSimilarity, MatrixIntraSimilarity
+from icm_cli.model.guidance import background_tokens, foreground_tokens
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity, inter_similarity
 
 TEMPERATURE = 0.2
@@ -81,3 +82,20 @@ def test_inter_similarity_sums_to_the_number_of_reference_tokens() -> None:
     similarity = inter_similarity(torch.randn(7, 8), tokens, valid.flatten(1))
     torch.testing.assert_close(similarity.sum(dim=1), torch.full((2,), 7.0))
     assert not similarity[~valid.flatten(1)].any()
+
+
+def test_a_narrow_band_that_is_neither_loses_no_cell() -> None:
+    """Cells of 8 px: one in the thing, with a grey column at its border, counts; one that is mostly grey does not, on
+    either side. Without grey the rule is the published one: a cell that is foreground as a whole."""
+    guidance = torch.zeros(1, 1, 8, 40)
+    guidance[..., :16] = 1.0
+    guidance[..., 15:18] = 0.5  # a narrow band about the border of the second cell
+    valid = torch.ones(1, 8, 40, dtype=torch.bool)
+    assert foreground_tokens(guidance, valid, 8)[0].flatten().tolist() == [True, True, False, False, False]
+    assert background_tokens(guidance, valid, 8).flatten().tolist() == [False, False, True, True, True]
+    guidance[..., 10:21] = 0.5
+    assert foreground_tokens(guidance, valid, 8)[0].flatten().tolist() == [True, False, False, False, False]
+    assert background_tokens(guidance, valid, 8).flatten().tolist() == [False, False, False, True, True]
+    guidance = (torch.arange(40) < 12).float().expand(1, 1, 8, 40)
+    assert foreground_tokens(guidance, valid, 8)[0].flatten().tolist() == [True, False, False, False, False]
+    assert background_tokens(guidance, valid, 8).flatten().tolist() == [False, False, True, True, True]

@@ -110,7 +110,9 @@ def _protocol_warnings(first: Mapping[str, Any], second: Mapping[str, Any]) -> l
         if a.get(key) != b.get(key)
     ]
     asked = (report["settings"] for report in (first, second))
-    ours, theirs = ({key: each.get(key) for key in ("shot", "learn_steps")} for each in asked)
+    ours, theirs = (
+        {"shot": bool(each.get("shot")), "learn_steps": int(each.get("learn_steps") or 0)} for each in asked
+    )
     warnings += [
         f"the ways differ: {key} is {ours[key]} in the first and {theirs[key]} in the second"
         for key in ours
