@@ -126,6 +126,7 @@ def test_each_folder_and_each_numbered_name_is_a_shot_of_its_own() -> None:
         ["a/sh.2.png", "a/sh.1.png"],
         ["a/sx.1.png", "a/sx.2.png"],
     ]
+    assert len(shots("a/sh.2.png", "a/sh.3.png", "a/sx.1.png", "a/sx.2.png", key="a/ref.png")) == 3
     loose = ("a/sh.2.png", "a/10.31.png", "a/10.32.png", "a/end.png")  # one name alone is no shot
     assert shots(*loose) == [[*loose, "a/sh.1.png"]]
 

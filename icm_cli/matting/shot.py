@@ -101,7 +101,7 @@ class Shot:
         names: list[Path] = []
         for jobs, keys in examples:
             line: list[Job | Key] = sorted([*jobs, *keys], key=lambda each: natural(each.name))
-            names += dict.fromkeys(each.name for each in line)
+            names += (each.name for each in line)
             first = next((place for place, each in enumerate(line) if isinstance(each, Key)), 0)
             for run in (line[first:], line[: first + 1][::-1] if first else []):
                 for last, each in itertools.pairwise([None, *run]):
@@ -112,7 +112,7 @@ class Shot:
                         before[each.output] = last
                     elif last is not None:
                         starts[each.output] = last
-        return cls(order, before, starts, names)
+        return cls(order, before, starts, sorted(dict.fromkeys(names), key=natural))
 
     def shard(self, number: int, count: int) -> Shot:
         """Frames of shard ``number``, from 1, of ``count``: a run of frames by name, which goes on from none of
@@ -161,9 +161,8 @@ def apart(jobs: Sequence[Job], keys: Sequence[Key]) -> list[tuple[list[Job], lis
     shots = []
     for stems in folders.values():
         parts = list(stems.values())
-        shots += (
-            parts if min(len(part) for part in parts) >= LEAST_FRAMES else [[each for part in parts for each in part]]
-        )
+        is_each_a_shot = all(len(part) >= LEAST_FRAMES or isinstance(part[0], Key) for part in parts)
+        shots += parts if is_each_a_shot else [[each for part in parts for each in part]]
     return [
         ([each for each in shot if isinstance(each, Job)], [each for each in shot if isinstance(each, Key)])
         for shot in shots

@@ -1,7 +1,7 @@
 """A token-match head learns the thing of the references that it is given, before it mattes the frames of a shot.
 
 After one-shot video object segmentation (Caelles et al., CVPR 2017): the first frame with its mask, turned, scaled and
-recoloured.says what belongs to the thing when it moves, and what about it does not. The backbone stays as it is, so
+recoloured, says what belongs to the thing when it moves, and what about it does not. The backbone stays as it is, so
 each view is seen by it once, and the steps are those of a small head.
 """
 
