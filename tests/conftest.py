@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
+import forking
 import numpy as np
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time, and threads that wait for a core spin
+if forking.IS_POSSIBLE:
+    subprocess.Popen = forking.Popen  # type: ignore[misc]
 
 EVAL_NAMES = [f"{group}/{name}" for group in ("a", "b") for name in ("brickwall", "launchpad", "lawn")]
 """Groups a and b of the folder dataset that ``icm eval`` is tested on."""

@@ -198,7 +198,11 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-@pytest.mark.parametrize("silenced", [">&- 2>&-", ">/dev/full", "2>&1 | head -1"], ids=lambda text: text)
+@pytest.mark.parametrize(
+    "silenced",
+    [*(pytest.param(each, marks=pytest.mark.slow) for each in (">&- 2>&-", ">/dev/full")), "2>&1 | head -1"],
+    ids=lambda text: text,
+)
 def test_a_log_that_cannot_be_written_costs_no_image(scene: Path, small_model: Path, silenced: str) -> None:
     options = f"--ref ref.png --mask mask.png --src imgs --out out --model {small_model} --device cpu"
     line = f"{sys.executable} -m icm_cli.cli matte {options} {silenced}"

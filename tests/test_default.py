@@ -58,8 +58,10 @@ def test_any_shape_gets_an_alpha(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "least_overlap", "mean_overlap", "largest_error"),
-    [(DEMO, 0.84, 0.93, 0.01), (COMPOSITES, 0.84, 0.94, 0.01)],
-    ids=["demo", "composites"],
+    [
+        pytest.param(DEMO, 0.84, 0.93, 0.01, marks=pytest.mark.slow, id="demo"),
+        pytest.param(COMPOSITES, 0.84, 0.94, 0.01, id="composites"),
+    ],
 )
 def test_pictures_come_out_without_the_packages_of_pretrained_weights(
     monkeypatch: pytest.MonkeyPatch, folder: Path, least_overlap: float, mean_overlap: float, largest_error: float

@@ -17,6 +17,7 @@ import torch
 from click.testing import Result
 from conftest import Icm, alphas, arguments, copy_many
 from faulty_work import FullDisk, LosingWork, Unloadable
+from forking import command_line
 
 from icm_cli.matting import matte as matting
 from icm_cli.matting.predictor import Predictor
@@ -41,7 +42,7 @@ Two = Callable[[Callable[[list[int]], object]], Result]
 def worker_processes(pid: int) -> list[int]:
     """The processes that the main thread of a process has started for its devices."""
     children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    return [child for child in children if b"icm_cli.matting.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in children if "icm_cli.matting.worker" in command_line(child)]
 
 
 def in_the_middle(scene: Path, pid: int, then: Callable[[list[int]], object]) -> threading.Thread:
@@ -180,6 +181,7 @@ def test_a_signal_finishes_the_writes_of_all(
     assert statuses(scene / "r.json") == {"done": len(made), "not reached": MANY - len(made)}
 
 
+@pytest.mark.slow
 def test_where_the_run_itself_is_killed_its_processes_end_and_tear_nothing(
     scene: Path, small_model: Path, alone: dict[str, bytes]
 ) -> None:

@@ -214,6 +214,7 @@ def test_ground_truth_is_never_written_over(evaluate: Evaluate, data: Path) -> N
     assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_ends_as_if_never_stopped(data: Path, small_model: Path, tmp_path: Path) -> None:
     line = [
         *(sys.executable, "-m", "icm_cli.cli", "eval"),
@@ -324,6 +325,7 @@ def test_compare_refuses_what_is_no_report(tmp_path: Path, content: str) -> None
     assert "expected a .json that icm wrote" in result.stderr
 
 
+@pytest.mark.slow
 def test_more_rounds_or_references_than_images_are_said_to_repeat(evaluate: Evaluate, tmp_path: Path) -> None:
     result = evaluate(rounds=5, report=tmp_path / "r.json")
     (note,) = report_of(tmp_path / "r.json")["settings"]["protocol"]["notes"]

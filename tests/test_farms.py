@@ -232,6 +232,7 @@ def test_progress_none_tells_of_no_image(icm: Icm) -> None:
     assert "wall" not in icm("--overwrite", "--progress", "none").stderr
 
 
+@pytest.mark.slow
 def test_the_openjd_template_of_the_docs_runs(scene: Path, small_model: Path) -> None:
     """The real checker and runner of OpenJD take it, shard after shard."""
     assert JOB is not None

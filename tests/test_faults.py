@@ -392,6 +392,7 @@ def test_a_signal_finishes_the_writes_in_hand(
     assert report.count(",not reached,") == LONG - len(files)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_completed_byte_equal(long_run: tuple[list[str], Path]) -> None:
     line, out = long_run
     assert start_and_stop(line, out, signal.SIGKILL).returncode == -signal.SIGKILL

@@ -190,6 +190,7 @@ def test_several_devices_do_not_learn(icm: Icm, scene: Path) -> None:
     assert done.stderr.strip() == "icm: --learn-steps learns on one device; leave the others out, or share by --shard"
 
 
+@pytest.mark.slow
 def test_alphas_of_other_steps_are_made_anew(icm: Icm, scene: Path) -> None:
     """With the model of the package, whose answers about the second half of the thing change by what it learned."""
     out = scene / "out"

@@ -40,6 +40,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cache_folder.cache_clear()
 
 
+@pytest.mark.slow
 def test_it_learns_and_its_model_mattes(tmp_path: Path, data: Path, out: Path, icm: Icm, scene: Path) -> None:
     loss = {"gradient_penalty": 0, "unknown_l1": 0, "known_l1": 0, "laplacian": 0, "cross_entropy": 1, "dice": 1}
     recipe = {"steps": 40, "warmup_steps": 5, "rate": 3e-3, "batch_size": 4, "loss": loss}
@@ -226,6 +227,7 @@ def test_a_preview_trains_nothing(config: Path, out: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["preview.png"]
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(config: Path, out: Path, tmp_path: Path) -> None:
     train(config, out, "--set", "train.steps=2")
     done = train(config, tmp_path / "two", "--set", "train.steps=2", workers=2)

@@ -182,6 +182,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(config: Path, out: Path, mon
     assert same_weights(out / "last.safetensors", whole / "last.safetensors")
 
 
+@pytest.mark.slow
 def test_a_file_system_that_takes_no_more_is_a_sentence(config: Path, out: Path) -> None:
     """By a limit of the process, so that the write itself fails, as on a full disk."""
     line = shlex.join(command(config, out, "--set", "train.save_every=2"))
@@ -258,7 +259,9 @@ def started(config: Path, out: Path, steps: int, *flags: str, workers: int = 0) 
     return process
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+)
 def test_a_signal_saves_and_the_run_goes_on_bit_equal(
     config: Path, out: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
@@ -279,6 +282,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_equal(
     assert same_weights(out / "last.safetensors", tmp_path / "whole" / "last.safetensors")
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_a_sentence(config: Path, out: Path) -> None:
     process = started(config, out, 3, workers=1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

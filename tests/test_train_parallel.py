@@ -41,6 +41,7 @@ def test_accumulation_equals_the_whole_batch(config: Path, alone: Path, tmp_path
     assert_equal(tmp_path / "out", alone)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(config: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     line = command(config, out, "--set", "train.micro_batch_size=1")[1:]

@@ -196,6 +196,7 @@ class TestMatch:
 
 
 class TestRefine:
+    @pytest.mark.slow
     def test_it_learns_and_changes_the_edges_alone(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(tmp_path / "a.yaml", discs, **REFINE)
         done = train(config, tmp_path / "run", "--set", "train.image_every=50")
@@ -398,6 +399,7 @@ JOINT = {**MATCH, "stage": "joint", "steps": 20, "log_every": 10, "batch_size": 
 
 
 class TestJoint:
+    @pytest.mark.slow
     def test_it_learns_which_thing_is_meant_backbone_and_head(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(tmp_path / "a.yaml", discs, **{**JOINT, "backbone_rate": 1e-4})
         done = train(config, tmp_path / "run", "--set", "train.image_every=10")
@@ -431,6 +433,7 @@ class TestLiveBlocks:
             tmp_path / "a.yaml", discs, model={**model, "head": head}, **{**recipe, "backbone_rate": 1e-4}
         )
 
+    @pytest.mark.slow
     def test_they_learn_alone_of_the_backbone_and_a_run_goes_on_bit_equal(self, discs: Path, tmp_path: Path) -> None:
         config = self.config(discs, tmp_path)
         done = train(config, tmp_path / "whole")

@@ -42,6 +42,10 @@ GAIN, OFFSET = 0.2, 0.06
 """Limits of how much brighter or darker views get, the channels and the whole, and of what is added to them."""
 ATTEMPTS = 100
 """Draws of a view without the thing before there is none."""
+ABSENT_BELOW = 0.25
+"""Most guidance of a view without the thing."""
+GLANCE_PX = 16
+"""Side in px of the squares at whose middles a view is first looked at for the thing."""
 LEAST_ALPHA = 1e-4
 """Least distance of an alpha from 0 and 1 before its logarithm is taken."""
 TERMS = ("cross_entropy", "dice", "coarse", "comparisons", "presence")
@@ -239,42 +243,69 @@ def _moved(given: _Scene, rng: np.random.Generator) -> _Scene:
     """A reference whose thing lies, leans and is lit in another way; at its borders the picture is mirrored."""
     scale = math.exp(rng.uniform(-SCALE, SCALE))
     width_height = _size(given)
-    return _drawn_anew(given, scale, _middle(given), width_height * rng.uniform(PLACE, 1.0 - PLACE, 2), rng)
+    change = _Change.drawn(scale, _middle(given), width_height * rng.uniform(PLACE, 1.0 - PLACE, 2), rng)
+    return _changed(given, change)
 
 
 def _apart(given: _Scene, rng: np.random.Generator) -> _Scene | None:
     """A piece of a reference without its thing, enlarged; None where there is none."""
     width_height = _size(given)
     for _ in range(ATTEMPTS):
-        found = _drawn_anew(
-            given, math.exp(rng.uniform(0.0, CLOSER)), width_height * rng.uniform(0.0, 1.0, 2), width_height / 2, rng
+        change = _Change.drawn(
+            math.exp(rng.uniform(0.0, CLOSER)), width_height * rng.uniform(0.0, 1.0, 2), width_height / 2, rng
         )
-        if float(found.guidance.max()) < 0.25:
+        if float(_sampled(given, [given.guidance], change.grid(given, GLANCE_PX)).max()) >= ABSENT_BELOW:
+            continue
+        found = _changed(given, change)
+        if float(found.guidance.max()) < ABSENT_BELOW:
             return found
     return None
 
 
-def _drawn_anew(given: _Scene, scale: float, at: np.ndarray, to: np.ndarray, rng: np.random.Generator) -> _Scene:
-    """A reference scaled, turned, sheared and perhaps mirrored about a point ``at`` (x, y), which comes to lie at
-    ``to``, and recoloured."""
-    angle, flip = math.radians(rng.uniform(-ANGLE, ANGLE)), rng.choice([-1.0, 1.0])
-    cos, sin, shear = math.cos(angle), math.sin(angle), rng.uniform(-SHEAR, SHEAR)
-    turn = np.array([[scale * flip * cos, shear - scale * sin], [scale * flip * sin, scale * cos]])
-    there = np.eye(3)
-    there[:2, :2], there[:2, 2] = turn, to - turn @ at
-    width, height = (int(each) for each in _size(given))
-    pixels = np.array([[2.0 / width, 0.0, 1.0 / width - 1.0], [0.0, 2.0 / height, 1.0 / height - 1.0], [0.0, 0.0, 1.0]])
-    back = (pixels @ np.linalg.inv(there) @ np.linalg.inv(pixels))[:2]
-    place = given.image.device
-    grid = F.affine_grid(torch.from_numpy(back[None]).float().to(place), [1, 1, height, width], align_corners=False)
-    layers = torch.cat([given.image, given.guidance, given.known], dim=1)[..., :height, :width]
-    layers = F.grid_sample(layers, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    below, beside = given.image.shape[-2] - height, given.image.shape[-1] - width
+@dataclass(frozen=True)
+class _Change:
+    """Scale, turn, shear and perhaps mirroring of a view, ``turn`` [2,2], about a point ``at`` (x, y) of the reference,
+    which comes to lie at ``to``; colours are multiplied by ``gain`` [3,1,1], then ``offset`` is added."""
+
+    turn: np.ndarray
+    at: np.ndarray
+    to: np.ndarray
+    gain: np.ndarray
+    offset: float
+
+    @classmethod
+    def drawn(cls, scale: float, at: np.ndarray, to: np.ndarray, rng: np.random.Generator) -> _Change:
+        angle, flip = math.radians(rng.uniform(-ANGLE, ANGLE)), rng.choice([-1.0, 1.0])
+        cos, sin, shear = math.cos(angle), math.sin(angle), rng.uniform(-SHEAR, SHEAR)
+        turn = np.array([[scale * flip * cos, shear - scale * sin], [scale * flip * sin, scale * cos]])
+        gain = rng.uniform(1.0 - GAIN, 1.0 + GAIN, (3, 1, 1)) * rng.uniform(1.0 - GAIN, 1.0 + GAIN)
+        return cls(turn, at, to, gain, float(rng.uniform(-OFFSET, OFFSET)))
+
+    def grid(self, given: _Scene, px: int = 1) -> Tensor:
+        """Places in the reference of the squares of ``px`` of the view, [1,h,w,2], as ``F.grid_sample`` takes them."""
+        there = np.eye(3)
+        there[:2, :2], there[:2, 2] = self.turn, self.to - self.turn @ self.at
+        width, height = (int(each) for each in _size(given))
+        pixels = [[2.0 / width, 0.0, 1.0 / width - 1.0], [0.0, 2.0 / height, 1.0 / height - 1.0], [0.0, 0.0, 1.0]]
+        back = (np.array(pixels) @ np.linalg.inv(there) @ np.linalg.inv(np.array(pixels)))[:2]
+        back = torch.from_numpy(back[None]).float().to(given.image.device)
+        return F.affine_grid(back, [1, 1, -(-height // px), -(-width // px)], align_corners=False)
+
+
+def _changed(given: _Scene, change: _Change) -> _Scene:
+    """The view that a change makes of a reference."""
+    layers = _sampled(given, [given.image, given.guidance, given.known], change.grid(given))
+    below, beside = (given.image.shape[-2:][n] - layers.shape[-2:][n] for n in (0, 1))
     layers = F.pad(layers, (0, beside, 0, below), mode="replicate")
-    gain = rng.uniform(1.0 - GAIN, 1.0 + GAIN, (3, 1, 1)) * rng.uniform(1.0 - GAIN, 1.0 + GAIN)
-    recoloured = layers[:, :3] * torch.from_numpy(gain).float().to(place) + rng.uniform(-OFFSET, OFFSET)
-    image = recoloured.clamp(0.0, 1.0)
+    image = (layers[:, :3] * torch.from_numpy(change.gain).float().to(layers.device) + change.offset).clamp(0.0, 1.0)
     return _Scene(image, layers[:, 3:4] * given.valid[:, None], layers[:, 4:], given.valid)
+
+
+def _sampled(given: _Scene, layers: Sequence[Tensor], grid: Tensor) -> Tensor:
+    """Layers [1,C,H,W] of a reference at the places of a grid, [1,C,h,w]; the picture is mirrored at its borders."""
+    width, height = (int(each) for each in _size(given))
+    frame = torch.cat(list(layers), dim=1)[..., :height, :width]
+    return F.grid_sample(frame, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def _size(scene: _Scene) -> np.ndarray:
