@@ -212,10 +212,10 @@ def test_a_frame_without_the_thing_is_passed_over(found: bool, filled: bool) -> 
     hole = np.pad(disc(72), ((0, 8), (0, 0)))
     hole[60:] = 0.1
     first = CanvasMatte(np.pad(disc(70), ((0, 8), (0, 0))), 1.0, found)
-    assert (carrier.matte(jobs[0], frames[0], first, as_it_is).carried is not None) == found
+    assert (carrier.matte(jobs[0], frames[0], lambda _: first, as_it_is).carried is not None) == found
     gone = CanvasMatte(np.zeros((128, 160), np.float32), 0.0, False)
-    assert carrier.matte(jobs[1], frames[1], gone, as_it_is).alpha.max() == 0
-    matte = carrier.matte(jobs[2], frames[2], CanvasMatte(hole, 1.0, True), as_it_is)
+    assert carrier.matte(jobs[1], frames[1], lambda _: gone, as_it_is).alpha.max() == 0
+    matte = carrier.matte(jobs[2], frames[2], lambda _: CanvasMatte(hole, 1.0, True), as_it_is)
     assert (float(matte.alpha[65:85, 60:88].min()) > 0.5) == filled
 
 

@@ -21,6 +21,7 @@ from icm_cli.images.reading import read_matte, read_source
 from icm_cli.matting.engine import Engine, EngineOptions, keep_finished
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import AnyModel
+from icm_cli.matting.near import shown
 from icm_cli.matting.outcome import Outcome
 from icm_cli.matting.predictor import Predictor
 from icm_cli.matting.references import Reference, make_guidance
@@ -87,7 +88,7 @@ def matte_and_score(
                     @functools.lru_cache(maxsize=1)
                     def prepared(example: int) -> Prepared:
                         number, group = examples[example]
-                        return shelf.prepared(predictor, references[number - 1][group], steps)
+                        return shelf.prepared(predictor, references[number - 1][group], steps, is_shot=is_shot)
 
                     engine = EngineOptions(digests, choice.batch_size, evaluation.workers, shot=shot)
                     notice = evaluation.listener.notice
@@ -202,11 +203,12 @@ class _Shelf:
         """Digests of the content of references that were found usable."""
         return [self._digests[name] for name in names]
 
-    def prepared(self, predictor: Predictor, names: Sequence[str], learn_steps: int) -> Prepared:
+    def prepared(
+        self, predictor: Predictor, names: Sequence[str], learn_steps: int, *, is_shot: bool = False
+    ) -> Prepared:
         """References as the model sees them, which its head has learned in so many steps."""
-        return predictor.reference(
-            [self._read(self.evaluation.by_name[name]) for name in names], learn_steps=learn_steps
-        )
+        references = [self._read(self.evaluation.by_name[name]) for name in names]
+        return shown(predictor, references, learn_steps, is_shot=is_shot)
 
     def shot(self, jobs: Sequence[Job], names: Sequence[Sequence[str]]) -> Shot:
         """The order of the frames of every example, from its references, by name."""

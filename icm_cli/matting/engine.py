@@ -6,6 +6,7 @@ where reading is slower than matting.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,11 +18,12 @@ import numpy as np
 
 from icm_cli.device import is_device_lost, is_out_of_memory, release_memory
 from icm_cli.errors import DeviceError, ImageError, OutputError, UsageError
-from icm_cli.geometry import Float, to_u8
+from icm_cli.geometry import Float, ImageU8, to_u8
 from icm_cli.images.pixels import Decoded, Windows
 from icm_cli.images.writing import AS_EVER, Output, write_alpha, write_foreground, write_trimap
 from icm_cli.matting.foreground import foreground_colours, trimap_of_alpha
 from icm_cli.matting.jobs import Job
+from icm_cli.matting.near import NearBy
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.resume import Origin, OtherSourceError, finished, stamp
 from icm_cli.matting.shot import CARRIED_KEY, Carrier, Shot, encoded
@@ -220,10 +222,10 @@ class Engine:
             reference = self.reference(part[0].job.example)
             if carrier is None:
                 return self.predictor.infer([item.frame for item in part], reference)
-            coarse = self.predictor.coarse([item.frame for item in part], reference)
+            looks = self._looks(part, reference)
             return [
-                carrier.matte(item.job, item.frame, matte, self.predictor.with_edges, item.stored.windows)
-                for item, matte in zip(part, coarse, strict=True)
+                carrier.matte(item.job, item.frame, look, self.predictor.with_edges, item.stored.windows)
+                for item, look in zip(part, looks, strict=True)
             ]
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
@@ -234,6 +236,20 @@ class Engine:
                 reason = str(error).splitlines()[0]
                 raise DeviceError(f"device {self.predictor.device.place} was lost: {reason}") from error
             raise
+
+    def _looks(self, part: list[Loaded], reference: Prepared) -> list[Callable[[ImageU8 | None], CanvasMatte]]:
+        """Ways to the coarse alphas of frames, which may depend on the alpha of the frame before."""
+
+        def near(references: NearBy, item: Loaded, before: ImageU8 | None) -> CanvasMatte:
+            return references.coarse(self.predictor, item.frame, before, item.stored.windows)
+
+        def known(matte: CanvasMatte, _: ImageU8 | None) -> CanvasMatte:
+            return matte
+
+        if isinstance(reference, NearBy):
+            return [functools.partial(near, reference, item) for item in part]
+        coarse = self.predictor.coarse([item.frame for item in part], reference)
+        return [functools.partial(known, matte) for matte in coarse]
 
     def _write(self, item: Loaded, matte: CanvasMatte, model_seconds: float) -> ImageResult:
         """Bring the alpha to the source's size and write it; runs in a writer thread."""

@@ -25,6 +25,7 @@ from icm_cli.images.pixels import Windows
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.frames import FrameName
 from icm_cli.matting.jobs import Job
+from icm_cli.matting.near import LEAST_SIDE, MARGIN
 from icm_cli.matting.predictor import CanvasMatte, Frame
 from icm_cli.matting.references import Reference
 from icm_cli.matting.sources import natural
@@ -47,8 +48,9 @@ CARRIED_KEY = "icm-carried"
 
 
 def described() -> str:
-    """All numbers that decide what is carried, for the digest of a run."""
-    return f"shot displayed {SMALL_PX} {LEAST_PX} {MOST_LOGIT} {LEAST_ALPHA} {DIFFERENCE} {MOST_PASSED}"
+    """All numbers that decide what is carried and what is looked at, for the digest of a run."""
+    carried = f"{SMALL_PX} {LEAST_PX} {MOST_LOGIT} {LEAST_ALPHA} {DIFFERENCE} {MOST_PASSED}"
+    return f"shot displayed {carried} near {MARGIN} {LEAST_SIDE}"
 
 
 @dataclass(frozen=True)
@@ -182,18 +184,21 @@ class Carrier:
         self,
         job: Job,
         frame: Frame,
-        coarse: CanvasMatte,
+        look: Callable[[ImageU8 | None], CanvasMatte],
         with_edges: Callable[[Frame, CanvasMatte], CanvasMatte],
         windows: Windows | None = None,
     ) -> CanvasMatte:
         """Add what was carried to a frame's coarse alpha, give it its edges, and keep it for the next one.
 
-        Frames are registered by their display windows; ``windows``: where this one's pixels lie in its own. A frame in
-        which the thing was not found is left as it is, and none goes on from it.
+        ``look`` gives the coarse alpha, and is told the alpha of the frame before, uint8 [h,w] of its display window,
+        if there is one. Frames are registered by their display windows; ``windows``: where this one's pixels lie in its
+        own. A frame in which the thing was not found is left as it is, and none goes on from it.
         """
+        before = self._before(job, shrunk(displayed(frame.rgb, windows)).shape)
+        coarse = look(None if before is None else before.alpha)
         if not coarse.found or not np.isfinite(coarse.alpha).all():
             return with_edges(frame, coarse)
-        if (before := self._before(job, shrunk(displayed(frame.rgb, windows)).shape)) is not None:
+        if before is not None:
             alpha = carried(before, frame.rgb, _inside(frame, coarse), windows)
             coarse = replace(coarse, alpha=_on_canvas(alpha, coarse.alpha))
         matte = with_edges(frame, coarse)

@@ -9,6 +9,7 @@ from typing import Protocol
 from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import ModelChoice
+from icm_cli.matting.near import shown
 from icm_cli.matting.references import Reference
 from icm_cli.reports.result import ImageResult
 
@@ -27,7 +28,7 @@ class Work:
         predictor = self.choice.load()
         if self.learn_steps:
             notice(f"learning the references, {self.learn_steps} steps; --learn-steps 0 leaves that out")
-        prepared = predictor.reference(self.references, learn_steps=self.learn_steps)
+        prepared = shown(predictor, self.references, self.learn_steps, is_shot=self.options.shot is not None)
         for sentence in prepared.notices:
             notice(sentence)
         return Engine(predictor, lambda _: prepared, self.options, on_result=on_result, notice=notice)

@@ -1,0 +1,117 @@
+"""Looks at the thing of a shot from near by: each frame is cropped to where the thing was in the frame before.
+
+A small thing gets the whole grid of tokens then, and what is like it elsewhere in the frame is not asked. The head has
+learned references that are cropped alike. The whole frame is looked at where nobody knows yet where the thing is, and
+where it is not found in the crop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icm_cli.geometry import HALF_U8, ImageU8, resize
+from icm_cli.images.pixels import Windows
+from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
+from icm_cli.matting.references import Reference
+from icm_cli.model.contracts import Prepared
+
+MARGIN = 0.175
+"""Margin of a crop about the thing, as a share of the thing's longer side."""
+LEAST_SIDE = 0.2
+"""Least height and width of a crop, as shares of the frame's."""
+
+
+Place = tuple[slice, slice]
+"""Rows and columns of a picture."""
+
+
+def place_of(thing: NDArray[np.bool_], size: tuple[int, int], windows: Windows | None = None) -> Place | None:
+    """The part of a picture of ``size`` about a thing, with a margin; None where there is no thing, or outside of it.
+
+    ``thing``: bool [h,w] of the same picture, of any size, or of the display window in which the picture lies where
+    ``windows`` say.
+    """
+    if not thing.any():
+        return None
+    display, at = (size, (0, 0)) if windows is None else (windows.display, windows.at)
+    ends = [np.flatnonzero(thing.any(axis=axis))[[0, -1]] + (0, 1) for axis in (1, 0)]
+    margin = MARGIN * max(end - start for start, end in ends)
+    found = []
+    for n, (start, end) in enumerate(ends):
+        middle, half = (start + end) / 2, max((end - start) / 2 + margin, LEAST_SIDE * thing.shape[n] / 2)
+        scale = display[n] / thing.shape[n]
+        low = max(0, math.floor((middle - half) * scale) - at[n])
+        high = min(size[n], math.ceil((middle + half) * scale) - at[n])
+        if low >= high:
+            return None
+        found.append(slice(low, high))
+    return found[0], found[1]
+
+
+@dataclass(frozen=True)
+class NearBy:
+    """References as they are given, ``whole``, and cropped about their things and learned, ``near``."""
+
+    whole: Prepared
+    near: Prepared
+
+    @property
+    def notices(self) -> Sequence[str]:
+        return self.whole.notices
+
+    def coarse(
+        self, predictor: Predictor, frame: Frame, before: ImageU8 | None, windows: Windows | None = None
+    ) -> CanvasMatte:
+        """Coarse alpha of a frame; ``before``: the alpha uint8 [h,w] of a frame before it, or None.
+
+        That is of the display window; ``windows``: where the frame's pixels lie in it.
+        """
+        size = (frame.rgb.shape[0], frame.rgb.shape[1])
+        place = None if before is None else place_of(before > HALF_U8, size, windows)
+        whole = None
+        if place is None:
+            whole = predictor.coarse([frame], self.whole)[0]
+            if whole.found:
+                place = place_of(frame.placement.inside(whole.alpha) > 0.5, size)
+        near = None if place is None else self._near(predictor, frame, place)
+        if near is not None and near.found:
+            return near
+        return whole or predictor.coarse([frame], self.whole)[0]
+
+    def _near(self, predictor: Predictor, frame: Frame, place: Place) -> CanvasMatte:
+        """The coarse alpha of a part of a frame, on the canvas of the whole, 0 elsewhere."""
+        crop = predictor.prepare(np.ascontiguousarray(frame.rgb[place]))
+        matte = predictor.coarse([crop], self.near)[0]
+        alpha = np.zeros(frame.rgb.shape[:2], np.float32)
+        alpha[place] = resize(crop.placement.inside(matte.alpha), (crop.rgb.shape[0], crop.rgb.shape[1]))
+        canvas = np.zeros(frame.placement.canvas, np.float32)
+        height, width = frame.placement.content
+        canvas[:height, :width] = resize(alpha, (height, width))
+        return replace(matte, alpha=canvas)
+
+
+def shown(predictor: Predictor, references: Sequence[Reference], learn_steps: int, *, is_shot: bool) -> Prepared:
+    """References as the model prepares them, in both ways for a shot whose references are learned.
+
+    Raises UsageError, ConfigError and DeviceError as the predictor does.
+    """
+    if not (is_shot and learn_steps):
+        return predictor.reference(references, learn_steps=learn_steps)
+    near = predictor.reference([cropped(each) for each in references], learn_steps=learn_steps)
+    return NearBy(predictor.reference(references), near)
+
+
+def cropped(reference: Reference) -> Reference:
+    """A reference about its thing."""
+    place = place_of(reference.guidance, (reference.rgb.shape[0], reference.rgb.shape[1]))
+    if place is None:
+        return reference
+    unknown = None if reference.unknown is None else np.ascontiguousarray(reference.unknown[place])
+    return Reference(
+        np.ascontiguousarray(reference.rgb[place]), np.ascontiguousarray(reference.guidance[place]), unknown
+    )
