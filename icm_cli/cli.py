@@ -276,8 +276,8 @@ def matte(
         bool,
         typer.Option(
             "--shot",
-            help="The sources are frames of one shot: the references are learned first, the thing is followed from near "
-            "by, and what is found in a frame is carried into the next along its motion.",
+            help="The sources are frames of one shot: the references are learned first, the thing is followed from "
+            "near by, and what is found in a frame is carried into the next along its motion.",
         ),
     ] = False,
     learn_steps: LearnSteps = None,

@@ -132,9 +132,27 @@ def test_what_is_not_found_near_by_is_looked_for_in_the_whole_frame() -> None:
     eyes = Eyes("whole")
     rgb, thing = scene_of()
     assert look(eyes, rgb, thing.astype(np.uint8) * 255).found
-    assert [reference for reference, _ in eyes.seen] == ["near", "whole"]
-    assert look(eyes, rgb, None).found
-    assert [reference for reference, _ in eyes.seen[2:]] == ["whole", "near"]  # and the whole one is not asked twice
+    assert [reference for reference, _ in eyes.seen] == ["near", "whole", "near"]
+
+
+def test_a_thing_that_jumps_is_looked_for_again() -> None:
+    """A sliver of red in the crop is no whole thing."""
+    eyes = Eyes("near", "whole")
+    _, before = scene_of(top=180, left=20)
+    rgb, thing = scene_of()
+    rgb[:40, :40] = 0
+    rgb[190:194, 20:40, 0] = 255
+    matte = look(eyes, rgb, before.astype(np.uint8) * 255)
+    assert [reference for reference, _ in eyes.seen] == ["near", "whole", "near"]
+    alpha = cv2.resize(eyes.prepare(rgb).placement.inside(matte.alpha), (320, 240)) > 0.5
+    assert (alpha & thing).sum() / thing.sum() > 0.9
+    still = Eyes("near")  # and where the whole frame tells nothing, the sliver stays
+    assert _area(look(still, rgb, before.astype(np.uint8) * 255)) > 0
+    assert [reference for reference, _ in still.seen] == ["near", "whole"]
+
+
+def _area(matte: CanvasMatte) -> int:
+    return int((matte.alpha > 0.5).sum())
 
 
 @pytest.mark.parametrize(("steps", "is_shot", "both"), [(2, True, True), (0, True, False), (2, False, False)])

@@ -1,8 +1,8 @@
 """Looks at the thing of a shot from near by: each frame is cropped to where the thing was in the frame before.
 
 A small thing gets the whole grid of tokens then, and what is like it elsewhere in the frame is not asked. The head has
-learned references that are cropped alike. The whole frame is looked at where nobody knows yet where the thing is, and
-where it is not found in the crop.
+learned references that are cropped alike. Where nobody knows yet where the thing is, or much of it is not found in the
+crop, the whole frame says where to look again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ MARGIN = 0.175
 """Margin of a crop about the thing, as a share of the thing's longer side."""
 LEAST_SIDE = 0.2
 """Least height and width of a crop, as shares of the frame's."""
+LOST_BELOW = 0.5
+"""Least share of the thing's area in the frame before that a crop must show, or the whole frame is looked at too."""
 
 
 Place = tuple[slice, slice]
@@ -72,16 +74,18 @@ class NearBy:
         That is of the display window; ``windows``: where the frame's pixels lie in it.
         """
         size = (frame.rgb.shape[0], frame.rgb.shape[1])
-        place = None if before is None else place_of(before > HALF_U8, size, windows)
-        whole = None
-        if place is None:
-            whole = predictor.coarse([frame], self.whole)[0]
-            if whole.found:
-                place = place_of(frame.placement.inside(whole.alpha) > 0.5, size)
-        near = None if place is None else self._near(predictor, frame, place)
-        if near is not None and near.found:
-            return near
-        return whole or predictor.coarse([frame], self.whole)[0]
+        known = np.zeros(size, np.bool_) if before is None else before > HALF_U8
+        place = place_of(known, size, windows)
+        first = place and self._near(predictor, frame, place)
+        display = size if windows is None else windows.display
+        expected = LOST_BELOW * float(known.mean()) * display[0] * display[1] / (size[0] * size[1])
+        if first and first.found and _share(first, frame) >= expected:
+            return first
+        whole = predictor.coarse([frame], self.whole)[0]
+        place = place_of(frame.placement.inside(whole.alpha) > 0.5, size) if whole.found else None
+        second = place and self._near(predictor, frame, place)
+        found = [each for each in (first, second) if each and each.found]
+        return max(found, key=lambda each: _share(each, frame)) if found else whole
 
     def _near(self, predictor: Predictor, frame: Frame, place: Place) -> CanvasMatte:
         """The coarse alpha of a part of a frame, on the canvas of the whole, 0 elsewhere."""
@@ -93,6 +97,11 @@ class NearBy:
         height, width = frame.placement.content
         canvas[:height, :width] = resize(alpha, (height, width))
         return replace(matte, alpha=canvas)
+
+
+def _share(matte: CanvasMatte, frame: Frame) -> float:
+    """Share of the frame that is the thing."""
+    return float((frame.placement.inside(matte.alpha) > 0.5).mean())
 
 
 def shown(predictor: Predictor, references: Sequence[Reference], learn_steps: int, *, is_shot: bool) -> Prepared:

@@ -25,7 +25,7 @@ from icm_cli.images.pixels import Windows
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.frames import FrameName
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.near import LEAST_SIDE, MARGIN
+from icm_cli.matting.near import LEAST_SIDE, LOST_BELOW, MARGIN
 from icm_cli.matting.predictor import CanvasMatte, Frame
 from icm_cli.matting.references import Reference
 from icm_cli.matting.sources import natural
@@ -50,7 +50,7 @@ CARRIED_KEY = "icm-carried"
 def described() -> str:
     """All numbers that decide what is carried and what is looked at, for the digest of a run."""
     carried = f"{SMALL_PX} {LEAST_PX} {MOST_LOGIT} {LEAST_ALPHA} {DIFFERENCE} {MOST_PASSED}"
-    return f"shot displayed {carried} near {MARGIN} {LEAST_SIDE}"
+    return f"shot displayed {carried} near {MARGIN} {LEAST_SIDE} {LOST_BELOW}"
 
 
 @dataclass(frozen=True)
