@@ -17,11 +17,11 @@ import yaml
 
 from icm_cli.errors import ConfigError, did_you_mean
 
-PartKind = Literal["backbones", "heads", "edges"]
+PartKind = Literal["backbones", "heads", "objects", "edges"]
 T = TypeVar("T")
 TRAINING_KEYS = ("train", "data")
 """Sections of a configuration file that only ``icm train`` reads."""
-PART_KEYS = ("backbone", "head", "edges")
+PART_KEYS = ("backbone", "head", "objects", "edges")
 """Sections of a configuration file that make the model."""
 MODEL_KEYS = {*PART_KEYS, *TRAINING_KEYS}
 """All sections of a configuration file."""
@@ -29,7 +29,8 @@ MODEL_KEYS = {*PART_KEYS, *TRAINING_KEYS}
 
 @dataclass(frozen=True)
 class PartConfig:
-    """A backbone, a head or what refines edges, by name, with its settings (that part's own ``Config`` dataclass)."""
+    """A part of the model by name, a backbone, a head, objects or edges, with its settings (that part's own ``Config``
+    dataclass)."""
 
     name: str
     settings: Any
@@ -43,13 +44,15 @@ class ModelConfig:
     head: PartConfig
     edges: PartConfig | None = None
     """Network that brings the head's alpha to the source's edges; without it a guided filter does."""
+    objects: PartConfig | None = None
+    """Network that makes the things of the head's alpha whole, before their edges."""
 
     def as_dict(self) -> dict[str, Any]:
         """The mapping that :func:`parse_model` reads back to an equal configuration."""
         return {
             kind: {"name": part.name, **dataclasses.asdict(part.settings)}
-            for kind, part in (("backbone", self.backbone), ("head", self.head), ("edges", self.edges))
-            if part is not None
+            for kind in PART_KEYS
+            if (part := getattr(self, kind)) is not None
         }
 
 
@@ -66,11 +69,14 @@ def parse_model(mapping: object, where: str) -> ModelConfig:
     """Read a model's configuration; ``where`` names its origin in errors. Raises ConfigError."""
     fields = as_mapping(mapping, where)
     reject_unknown(fields, set(PART_KEYS), where)
-    edges = fields.get("edges")
+    edges, objects = fields.get("edges"), fields.get("objects")
+    if objects is not None and edges is None:
+        raise ConfigError(f"{where}: objects are given without edges, which they are made for; add a section 'edges'")
     return ModelConfig(
         backbone=_parse_part("backbones", fields.get("backbone"), f"{where}: backbone"),
         head=_parse_part("heads", fields.get("head"), f"{where}: head"),
         edges=None if edges is None else _parse_part("edges", edges, f"{where}: edges"),
+        objects=None if objects is None else _parse_part("objects", objects, f"{where}: objects"),
     )
 
 

@@ -93,11 +93,14 @@ class Predictor:
         return [CanvasMatte(alpha, float(confidence), bool(is_there)) for alpha, confidence, is_there in found]
 
     def with_edges(self, frame: Frame, matte: CanvasMatte) -> CanvasMatte:
-        """Give a coarse alpha the edges of its frame, where the model refines any."""
-        edges = self.model.edges
+        """Make the things of a coarse alpha whole and give them the edges of their frame, where the model does so."""
+        edges, objects = self.model.edges, self.model.objects
         if edges is None or not np.isfinite(matte.alpha).all():  # the latter is told when it is to be written
             return matte
-        return replace(matte, alpha=edges.refined(frame.rgb, frame.placement.inside(matte.alpha)), is_refined=True)
+        coarse = frame.placement.inside(matte.alpha)
+        if objects is not None:
+            coarse = objects.completed(frame.rgb, coarse)
+        return replace(matte, alpha=edges.refined(frame.rgb, coarse), is_refined=True)
 
     def matte(self, rgb: ImageU8, reference: Prepared) -> ImageU8:
         """Alpha, uint8 [H,W], of a picture, sRGB uint8 [H,W,3], at exactly its size."""

@@ -72,8 +72,9 @@ def save_checkpoint(
     """Write a model whole or not at all, as safetensors with its configuration inside.
 
     Without the backbone the file holds the rest alone, and the backbone's weights come from where its
-    configuration says. ``small`` is for files that are to be given away: kernels become float16, and the backbone's
-    matrices 8-bit integers with a scale for every row; vectors (biases, BatchNorm statistics) stay float32.
+    configuration says. ``small`` is for files that are to be given away: kernels become float16, matrices of the
+    backbone and the objects 8-bit integers with a scale for every row; vectors (biases, BatchNorm statistics) stay
+    float32.
     """
     tensors = {
         key: tensor.detach().cpu().contiguous()
@@ -87,10 +88,14 @@ def save_checkpoint(
         file.write(save(tensors, texts))
 
 
+MATRICES_IN_8_BITS = ("backbone.", "objects.")
+"""Parts whose matrices are written small as 8-bit integers."""
+
+
 def _small(key: str, tensor: Tensor) -> dict[str, Tensor]:
     if tensor.ndim < 2 or not tensor.is_floating_point():
         return {key: tensor}
-    if tensor.ndim > 2 or not key.startswith("backbone."):
+    if tensor.ndim > 2 or not key.startswith(MATRICES_IN_8_BITS):
         return {key: tensor.half()}
     scale = tensor.abs().amax(dim=1).clamp(min=1e-12) / 127
     return {key: (tensor / scale[:, None]).round().to(torch.int8), key + ROW_SCALE: scale}

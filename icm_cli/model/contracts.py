@@ -216,6 +216,48 @@ class TrainedHead(Head, ABC):
         """
 
 
+class Objects(nn.Module, ABC):
+    """Makes the things that a coarse alpha means whole, before their edges. It knows no reference and no class.
+
+    ``icm train`` teaches it; a checkpoint holds all of its weights.
+    """
+
+    Config: ClassVar[type[Any]]
+    """Frozen dataclass of its settings."""
+
+    @classmethod
+    @abstractmethod
+    def weights_digest(cls, config: Any) -> str:
+        """Hash of the content of the pretrained weights that :meth:`load` would read. Raises ConfigError."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, config: Any) -> Self:
+        """Build it with its pretrained weights, on the CPU in float32. Raises ConfigError where they are not here."""
+
+    def optimise_for_inference(self) -> None:
+        """Rearrange the weights for speed, once, before inference; no training or saving after. Does nothing here."""
+
+    def cast(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
+        """Bring the weights to ``dtype``, or to ``fast_dtype`` where that is as good: see ``Device``."""
+        del fast_dtype
+        self.to(dtype)
+
+    @abstractmethod
+    def embedding(self, image: Tensor) -> Tensor:
+        """image [B,3,H,W] sRGB 0..1 -> what :meth:`forward` needs to know of it, [B,C,h,w]."""
+
+    @abstractmethod
+    def forward(self, embedding: Tensor, coarse: Tensor) -> Tensor:
+        """Embedding [B,C,h,w] and coarse alpha [B,1,h',w'] 0..1 of pictures -> the logit of the alpha in which things
+        are whole, [B,1,nh,nw] float32, several cells for one of the embedding."""
+
+    @abstractmethod
+    def completed(self, rgb: ImageU8, coarse: Float) -> Float:
+        """A coarse alpha [h,w] 0..1 of any size and its picture, sRGB uint8 [H,W,3] -> one in which things are whole,
+        float32 [h',w'] 0..1."""
+
+
 class Edges(nn.Module, ABC):
     """Brings a head's alpha to the edges of its source, at the source's size. It knows no reference and no class."""
 

@@ -1,4 +1,5 @@
-"""The core model of matte, eval and train: a backbone joined with a head, and perhaps with what refines edges."""
+"""The core model of matte, eval and train: a backbone joined with a head, and perhaps with what makes things whole
+and what refines edges."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
-from icm_cli.model.contracts import Backbone, Edges, Features, Head, Matte, Prepared, ReferenceFeatures
+from icm_cli.model.contracts import Backbone, Edges, Features, Head, Matte, Objects, Prepared, ReferenceFeatures
 from icm_cli.model.heads.token_match import TokenMatchHead
 from icm_cli.model.learning import Learned, learned
 
@@ -59,11 +60,14 @@ class FixedCanvas(Protocol):
 class InContextMatting(nn.Module):
     """One reference with its guidance shows the thing; every target gives up its alpha (paper section 3)."""
 
-    def __init__(self, backbone: Backbone, head: Head, edges: Edges | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, head: Head, edges: Edges | None = None, objects: Objects | None = None
+    ) -> None:
         super().__init__()
         _check_join(backbone, head)
         self.backbone = backbone
         self.head = head
+        self.objects = objects
         self.edges = edges
         if edges is not None:
             head.leave_edges()
@@ -78,9 +82,10 @@ class InContextMatting(nn.Module):
         self.backbone.optimise_for_inference()
         self.to(device)
         self.backbone.cast(dtype, transformer_dtype or dtype)
-        if self.edges is not None:
-            self.edges.optimise_for_inference()
-            self.edges.cast(dtype, transformer_dtype or dtype)
+        for part in (self.objects, self.edges):
+            if part is not None:
+                part.optimise_for_inference()
+                part.cast(dtype, transformer_dtype or dtype)
         for module in self.head.modules():
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
                 module.to(dtype)

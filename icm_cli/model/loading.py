@@ -15,6 +15,7 @@ from icm_cli.errors import ConfigError, UsageError, did_you_mean
 from icm_cli.files import content_digest, digest_of
 from icm_cli.model.catalogue import packed_weights
 from icm_cli.model.checkpoint import Checkpoint, holds_backbone, load_strict, read_checkpoint, read_config
+from icm_cli.model.contracts import Objects
 from icm_cli.model.in_context_matting import InContextMatting
 
 DEFAULT_MODEL = "lite"
@@ -130,7 +131,19 @@ def _assembled(
         edges = part_class("edges", config.edges.name).load(config.edges.settings, offline=offline)
         if loaded is not None and edges.is_trained:
             load_strict(edges, _part(loaded, "edges"), f"checkpoint {checkpoint}")
-    return InContextMatting(backbone, head, edges)
+    return InContextMatting(backbone, head, edges, _objects(config, loaded, checkpoint))
+
+
+def _objects(config: ModelConfig, loaded: Checkpoint | None, checkpoint: Path | None) -> Objects | None:
+    """What makes things whole: as the checkpoint has it, else with its pretrained weights."""
+    if config.objects is None:
+        return None
+    kind, settings = part_class("objects", config.objects.name), config.objects.settings
+    tensors = {} if loaded is None else _part(loaded, "objects")
+    objects: Objects = kind(settings) if tensors else kind.load(settings)
+    if tensors:
+        load_strict(objects, tensors, f"checkpoint {checkpoint}")
+    return objects.eval()
 
 
 def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool) -> str:
@@ -144,6 +157,8 @@ def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str |
     if config.edges is not None:
         edges = part_class("edges", config.edges.name).weights_digest(config.edges.settings, offline=offline)
         parts += [edges] if edges else []
+    if config.objects is not None and checkpoint is None:
+        parts.append(part_class("objects", config.objects.name).weights_digest(config.objects.settings))
     return digest_of(*parts)
 
 
@@ -177,7 +192,7 @@ def _reject_weights(weights: str | None, checkpoint: Path | None) -> None:
 
 
 def _part(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    """The tensors of one part, "head", "backbone" or "edges", without its name before theirs."""
+    """The tensors of one part, "head", "backbone", "objects" or "edges", without its name before theirs."""
     prefix = f"{name}."
     return {key.removeprefix(prefix): tensor for key, tensor in checkpoint.tensors.items() if key.startswith(prefix)}
 

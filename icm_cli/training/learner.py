@@ -65,7 +65,7 @@ class Learner:
             self.model.backbone.requires_grad_(False)
             self.model.backbone.cast(self.device.dtype, self.device.transformer_dtype)
             self.model.backbone.optimise_for_inference()
-        for name in ("head", "edges"):
+        for name in ("head", "objects", "edges"):
             if (part := getattr(self.model, name)) is not None and name not in stage.learns:
                 part.requires_grad_(False)
         self._learned = {name for name in stage.learns if name != "backbone" or self.trains_backbone}

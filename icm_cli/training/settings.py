@@ -207,7 +207,8 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class MatchConfig:
-    """Samples of the stages "match" and "joint": mosaics of pictures, of which at most one has the reference's thing.
+    """Samples of the stages "match", "joint" and "objects": mosaics of pictures, of which at most one has
+    the reference's thing.
 
     "joint" keeps no views: of their numbers it only asks whether ``large_views`` is 0.
     """
@@ -232,6 +233,8 @@ class MatchConfig:
     live_blocks: int = 0
     """Last blocks of the backbone's transformer that learn with the head in the stage "match", at ``backbone_rate``,
     from the tokens that enter them; 0: none. For the dinov2-lite backbone."""
+    feature_noise: float = 0.0
+    """Largest standard deviation of noise on the features that "match" and "objects" compare, whose own is 1."""
     kept_px: int = 512
     """Long side, at most, at which "joint" keeps every picture on the training device."""
 
@@ -239,7 +242,7 @@ class MatchConfig:
         for name in ("views", "most_views"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 1 or more")
-        for name in ("large_views", "live_blocks", "presence"):
+        for name in ("large_views", "live_blocks", "presence", "feature_noise"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 0 or more")
         for name in ("negative_share", "same_image_share"):
@@ -308,10 +311,11 @@ class RefineConfig:
 class TrainConfig:
     """The recipe; the defaults are the released code's (Guo et al. 2024), with the paper's batch and steps."""
 
-    stage: Literal["matte", "match", "joint", "refine"] = "matte"
+    stage: Literal["matte", "match", "joint", "objects", "refine"] = "matte"
     """Part that learns: "matte", head and, where it may, backbone, on pairs of pictures; "match", a token-match head
     on the tokens of pictures, hundreds of times cheaper a sample; "joint", such a head and, where it may, the backbone,
-    on the same mosaics, of pictures made anew on the training device; "refine", the edges, which need no pairs."""
+    on the same mosaics, of pictures made anew on the training device; "objects", what makes things whole, by what a
+    trained head answers on the mosaics of "match"; "refine", the edges, which need no pairs."""
     minutes: float | None = None
     """The run ends, and a cosine with it, when so many minutes of steps have passed, instead of after ``steps``."""
     steps: int = 20_000

@@ -27,7 +27,7 @@ class Stage(ABC, Generic[AnyBatch]):
     """One kind of training. The loop takes its batches, asks the model, and learns from the losses."""
 
     learns: ClassVar[tuple[str, ...]]
-    """Parts of the model whose weights may learn: "backbone", "head", "edges"."""
+    """Parts of the model whose weights may learn: "backbone", "head", "objects", "edges"."""
     terms: ClassVar[tuple[str, ...]]
     """Names of the losses, as they are logged."""
 

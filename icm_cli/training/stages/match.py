@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from icm_cli.training.stages.mosaics import (
     draw_layout,
     draw_mosaic,
     joined,
+    noisy,
     panel,
     stemmed,
     token_match_head,
@@ -62,8 +63,10 @@ Views: TypeAlias = Mapping[Item, Sequence[View]]
 class MatchStage(Stage[MosaicBatch]):
     """Mosaics of tokens in, which of them are the thing out."""
 
-    learns = ("head", "backbone")
-    terms = TERMS
+    learns: ClassVar[tuple[str, ...]] = ("head", "backbone")
+    terms: ClassVar[tuple[str, ...]] = TERMS
+    embeds: ClassVar[bool] = False
+    """Whether views hold what the model's objects know of a picture."""
 
     def __init__(self, settings: Settings, pool: Pool) -> None:
         super().__init__(settings, pool)
@@ -93,7 +96,9 @@ class MatchStage(Stage[MosaicBatch]):
 
     def prepare(self, learner: Learner, folder: Path, listener: TrainingListener) -> None:
         path = folder / KEPT_NAME
-        digest = views_digest(self.settings, [*self.shown, *self.shown_large], learner.weights_digest)
+        digest = views_digest(
+            self.settings, [*self.shown, *self.shown_large], learner.weights_digest, embeds=self.embeds
+        )
         views = kept_views(path, digest)
         if views is None:
             listener.notice(f"reading the tokens of {len(self.shown) + len(self.shown_large)} pictures into {path}")
@@ -161,7 +166,8 @@ class MatchStage(Stage[MosaicBatch]):
             )
             for _ in counters
         ]
-        return joined(mosaics, counters, rows, columns)
+        batch = joined(mosaics, counters, rows, columns)
+        return noisy(batch, config.feature_noise, rng) if config.feature_noise else batch
 
     def _read(
         self, learner: Learner, maker: SampleMaker, shown: Sequence[Item], listener: TrainingListener
@@ -183,7 +189,7 @@ class MatchStage(Stage[MosaicBatch]):
                 if isinstance(each, str):
                     listener.notice(f"skipped: {each}")
             if found:
-                for each, view in zip(found, _seen(learner, found), strict=True):
+                for each, view in zip(found, _seen(learner, found, embeds=self.embeds), strict=True):
                     views[each.index] = view
             if time.monotonic() - told > TOLD_EVERY_S:
                 told = time.monotonic()
@@ -226,7 +232,7 @@ def to_show(pool: Pool, views: int, most_views: int, seed: int) -> list[Item]:
     return shown
 
 
-def views_digest(settings: Settings, shown: Sequence[Item], weights_digest: str) -> str:
+def views_digest(settings: Settings, shown: Sequence[Item], weights_digest: str, *, embeds: bool = False) -> str:
     """Hash of what decides the views: the backbone, what the decoder takes, the recipe of the scenes, which items, and
     the seed."""
     model, train = settings.model.as_dict(), settings.as_dict()["train"]
@@ -235,6 +241,7 @@ def views_digest(settings: Settings, shown: Sequence[Item], weights_digest: str)
         *(model["backbone"], decoder, weights_digest),
         *(train[name] for name in ("canvas_px", "pairs", "augment", "seed")),
         *(train["match"][name] for name in ("large_views", "live_blocks")),
+        model["objects"] if embeds else None,
     ]
     return digest_of(json.dumps(recipe, sort_keys=True), *(f"{item.group} {item.name}" for item in shown))
 
@@ -270,7 +277,7 @@ def _view(views: Views, item: Item, rng: np.random.Generator) -> View | None:
 
 
 @torch.no_grad()
-def _seen(learner: Learner, scenes: Sequence[_Scene]) -> Iterator[View]:
+def _seen(learner: Learner, scenes: Sequence[_Scene], *, embeds: bool) -> Iterator[View]:
     place = learner.device.place
     image = torch.from_numpy(np.stack([each.rgb for each in scenes])).to(place).permute(0, 3, 1, 2).float() / 255.0
     alpha = torch.from_numpy(np.stack([each.alpha for each in scenes])).to(place)[:, None].float() / 255.0
@@ -278,7 +285,8 @@ def _seen(learner: Learner, scenes: Sequence[_Scene]) -> Iterator[View]:
     head = learner.model.head
     assert isinstance(head, TokenMatchHead)
     live_blocks = learner.config.match.live_blocks
-    for view in views_of(learner.model.backbone, head, image, alpha, valid, live_blocks):
+    objects = learner.model.objects if embeds else None
+    for view in views_of(learner.model.backbone, head, image, alpha, valid, live_blocks, objects):
         yield View(
             view.feature.half().cpu(),
             tuple(scale.half().cpu() for scale in view.scales),
@@ -287,6 +295,7 @@ def _seen(learner: Learner, scenes: Sequence[_Scene]) -> Iterator[View]:
             view.outside.cpu(),
             view.valid.cpu(),
             view.stem.half().cpu(),
+            view.embedding.half().cpu(),
         )
 
 

