@@ -76,14 +76,20 @@ class MaskDecoder(nn.Module):
         masks: Tensor = torch.einsum("bmc,bchw->bmhw", weights, cells)
         return masks
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Bring the weights to ``dtype``; positions are computed in float32."""
+        frequencies = self.frequencies
+        self.to(dtype)
+        self.frequencies = frequencies
+
     def _places(self, height: int, width: int) -> Tensor:
         """Fourier features [h*w,256] of the cells' middles."""
-        frequencies = self.frequencies.float()
         rows, columns = (
-            (torch.arange(cells, device=frequencies.device) + 0.5) / FULL_CELLS * 2.0 - 1.0 for cells in (height, width)
+            (torch.arange(cells, device=self.frequencies.device) + 0.5) / FULL_CELLS * 2.0 - 1.0
+            for cells in (height, width)
         )
         grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).reshape(-1, 2)
-        angles = 2.0 * math.pi * grid @ frequencies
+        angles = 2.0 * math.pi * grid @ self.frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 

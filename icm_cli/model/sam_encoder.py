@@ -52,15 +52,12 @@ class TinyViT(nn.Module):
             nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False),
             ChannelNorm(WIDTH),
         )
-        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
-        self.register_buffer("deviation", torch.tensor(DEVIATION)[:, None, None], persistent=False)
-        self.mean: Tensor
-        self.deviation: Tensor
 
     def forward(self, image: Tensor) -> Tensor:
         first = self.patches[0]
         assert isinstance(first, ConvNorm)
-        x = self.patches(((image.float() - self.mean.float()) / self.deviation.float()).to(first.conv.weight.dtype))
+        mean, deviation = (torch.tensor(each, device=image.device)[:, None, None] for each in (MEAN, DEVIATION))
+        x = self.patches(((image.float() - mean) / deviation).to(first.conv.weight.dtype))
         for index, stage in enumerate(self.stages):
             x = stage(x)
             if index < len(self.steps):

@@ -91,7 +91,8 @@ class MobileSam(Objects):
         self.encoder.fold_norms()
 
     def cast(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:  # noqa: ARG002
-        self.to(fast_dtype)
+        self.encoder.to(fast_dtype)
+        self.decoder.cast(fast_dtype)
 
     def embedding(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] sRGB 0..1, H and W multiples of 16 -> what the decoder attends to, [B,256,H/16,W/16]."""
@@ -106,7 +107,7 @@ class MobileSam(Objects):
             logit = F.interpolate(logit, size, mode="bilinear", align_corners=False)
         masks = self.decoder(embedding, logit).float()
         answers = torch.cat([logit, masks], dim=1)
-        return (self.shares.float()[:, None, None] * answers).sum(dim=1, keepdim=True) + self.offset.float()
+        return (self.shares[:, None, None] * answers).sum(dim=1, keepdim=True) + self.offset
 
     @torch.inference_mode()
     def completed(self, rgb: ImageU8, coarse: Float) -> Float:

@@ -69,7 +69,7 @@ class ObjectsStage(MatchStage):
     def losses(self, answer: Answer, batch: MosaicBatch) -> dict[str, Tensor]:
         """Cross-entropy, and Dice where the thing is there, on the cells of the true alpha."""
         truth = batch.alpha
-        logit = F.adaptive_avg_pool2d(answer[0][:, None], truth.shape[-2:])[:, 0]
+        logit = F.adaptive_avg_pool2d(answer[0][:, None], (truth.shape[-2], truth.shape[-1]))[:, 0]
         alpha = torch.sigmoid(logit)
         there = (truth.sum(dim=(1, 2)) > 1.0).float()
         common, sizes = (alpha * truth).sum(dim=(1, 2)), (alpha + truth).sum(dim=(1, 2))
