@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train_stages import MATCH, changed_parts, discs
 from train_data import MODEL, log, same_weights, train, write_config
 
@@ -206,6 +206,28 @@ class TestWholeModel:
         torch.testing.assert_close(
             read_checkpoint(tmp_path / "packed.safetensors").tensors[matrix], whole, atol=1e-3, rtol=0
         )
+
+    def test_what_the_objects_learned_is_packed_into_another_checkpoint(
+        self, matched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a file that holds that alone; the rest is as it begins."""
+        stored = read_checkpoint(matched)
+        begun = small_objects()
+        monkeypatch.setattr(MobileSam, "load", lambda _: begun)
+        learned = {name: each + 0.5 for name, each in stored.tensors.items() if name.startswith("objects.decoder.norm")}
+        save_file(learned, tmp_path / "learned.safetensors", dict(stored.metadata))
+        without = tmp_path / "without.safetensors"
+        model = model_to_train(parse_model(MODEL, "test"), checkpoint=matched, weights=None, offline=True, seed=0)
+        save_checkpoint(without, model, parse_model(MODEL, "test"), with_backbone=False)
+        pack(without, tmp_path / "packed.safetensors", objects=tmp_path / "learned.safetensors")
+        packed = read_checkpoint(tmp_path / "packed.safetensors")
+        assert packed.config == stored.config
+        for name, each in learned.items():
+            torch.testing.assert_close(packed.tensors[name], each, atol=1e-3, rtol=0)
+        other = "objects.encoder.neck.1.weight"
+        torch.testing.assert_close(packed.tensors[other], begun.state_dict()[other.removeprefix("objects.")])
+        with pytest.raises(ConfigError, match="without objects"):
+            pack(without, tmp_path / "packed.safetensors", objects=without)
 
     def test_alphas_go_through_it(self, matched: Path) -> None:
         """A picture is matted with the objects between head and edges."""

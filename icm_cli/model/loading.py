@@ -135,7 +135,7 @@ def _assembled(
 
 
 def _objects(config: ModelConfig, loaded: Checkpoint | None, checkpoint: Path | None) -> Objects | None:
-    """What makes things whole: as the checkpoint has it, else with its pretrained weights."""
+    """Build the objects, with the checkpoint's weights or else their pretrained ones."""
     if config.objects is None:
         return None
     kind, settings = part_class("objects", config.objects.name), config.objects.settings

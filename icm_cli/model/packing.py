@@ -1,9 +1,10 @@
 """A trained checkpoint with its backbone, in few bytes: what ``icm train --pack`` writes, and ships inside the package.
 
-    python -m icm_cli.model.packing OUT HEAD.safetensors [HEAD2.safetensors ...] --edges EDGES.safetensors
+    python -m icm_cli.model.packing OUT HEAD.safetensors [HEAD2.safetensors ...] --objects OBJECTS --edges EDGES
 
-packs the mean of several trainings' heads with the edges of another one. Kernels become float16, the backbone's
-matrices 8-bit integers with a scale for every row; vectors (biases, BatchNorm statistics) stay float32.
+packs the mean of several trainings' heads with the objects and the edges of others. Kernels become float16, matrices of
+the backbone and the objects 8-bit integers with a scale for every row; vectors (biases, BatchNorm statistics) stay
+float32.
 """
 
 from __future__ import annotations
@@ -34,11 +35,19 @@ LICENCES_KEY = "icm.licences"
 """Metadata of a checkpoint: the licence of every source of its training data."""
 
 
-def pack(checkpoint: Path, out: Path, *, heads: Sequence[Path] = (), edges: Path | None = None) -> None:
+def pack(
+    checkpoint: Path,
+    out: Path,
+    *,
+    heads: Sequence[Path] = (),
+    objects: Path | None = None,
+    edges: Path | None = None,
+) -> None:
     """Write ``out`` whole or not at all.
 
-    ``heads``: further checkpoints of the same head, of whose weights the mean is taken; ``edges``: one whose edges take
-    the place of the checkpoint's own. Raises ConfigError where one is no checkpoint of ours or of another model.
+    ``heads``: further checkpoints of the same head, of whose weights the mean is taken; ``objects`` and ``edges``:
+    those whose parts take the place of the checkpoint's own; of its objects a file may hold what was learned alone.
+    Raises ConfigError where one is no checkpoint of ours or of another model.
     """
     config = _config(checkpoint)
     model = load_model(config, checkpoint=checkpoint, weights=None, offline=True, seed=0)
@@ -48,6 +57,15 @@ def pack(checkpoint: Path, out: Path, *, heads: Sequence[Path] = (), edges: Path
             raise ConfigError(f"{path} has another head than {checkpoint}; expected trainings of one configuration")
     if heads:
         load_strict(model.head, _mean([_tensors(part, "head") for part in parts]), f"the mean of {len(parts)} heads")
+    if objects is not None:
+        part = _config(objects).objects
+        if part is None:
+            raise ConfigError(f"{objects} is of a model without objects; expected one that has learned them")
+        parts.append(read_checkpoint(objects))
+        config = replace(config, objects=part)
+        model.objects = part_class("objects", part.name).load(part.settings)
+        tensors = {**model.objects.state_dict(), **_tensors(parts[-1], "objects")}
+        load_strict(model.objects, tensors, f"checkpoint {objects}")
     if edges is not None:
         if model.edges is None:
             raise ConfigError(f"{checkpoint} is of a model without edges; leave --edges out")
@@ -100,11 +118,12 @@ def _metadata(parts: Sequence[Checkpoint]) -> dict[str, str]:
 def main(
     out: Annotated[Path, typer.Argument(help="The .safetensors to write.")],
     heads: Annotated[list[Path], typer.Argument(help="Checkpoints of one head; the mean of their weights is taken.")],
+    objects: Annotated[Optional[Path], typer.Option(help="Checkpoint with the objects.")] = None,
     edges: Annotated[Optional[Path], typer.Option(help="Checkpoint with the edges.")] = None,
 ) -> None:
     """Pack trainings of icm into one small file."""
     try:
-        pack(heads[0], out, heads=heads[1:], edges=edges)
+        pack(heads[0], out, heads=heads[1:], objects=objects, edges=edges)
     except IcmError as error:
         typer.echo(f"icm: {error}", err=True)
         raise typer.Exit(error.exit_code) from None

@@ -24,7 +24,7 @@ HEADS = (2, 4, 5, 10)
 WINDOWS = (7, 7, 14, 7)
 """Side, in cells, of the windows within which the cells of a stage attend to one another."""
 STRIDES = (2, 2, 1)
-"""Of the steps between stages; the first stage's cells are of 4 px."""
+"""Strides of the steps between stages; the first stage's cells are of 4 px."""
 EXPANSION = 4
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)

@@ -1,1 +1,1 @@
-"""What makes the things of a coarse alpha whole, one module each, bound to REGISTERED."""
+"""Networks that make the things of a coarse alpha whole, one file each."""
