@@ -25,7 +25,7 @@ from icm_cli.images.writing import read_stamp
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.references import Reference
-from icm_cli.matting.shot import CARRIED_KEY, Carrier, Key, Seen, Shot, apart, carried
+from icm_cli.matting.shot import CARRIED_KEY, STEADY, Carrier, Key, Motion, Seen, Shot, apart, carried, steadied
 from icm_cli.reports.result import ImageResult
 
 FRAMES = range(1001, 1009)
@@ -142,12 +142,12 @@ def test_what_is_carried_makes_an_alpha(seed: int, height: int, width: int, size
     rng = np.random.default_rng(seed)
     rgb = rng.integers(0, 256, (2, height, width, 3), np.uint8)
     coarse = rng.random(size, np.float32).round(1)
-    alpha = carried(Seen.of(rgb[0], rng.random((5, 5), np.float32)), rgb[1], coarse)
+    alpha = carried(Motion.of(Seen.of(rgb[0], rng.random((5, 5), np.float32)), rgb[1]), coarse)
     assert alpha.shape == size
     assert alpha.dtype == np.float32
     assert alpha.min() >= 0
     assert alpha.max() <= 1
-    undecided = carried(Seen(rgb[0], np.full((height, width), 127, np.uint8)), rgb[1], coarse)
+    undecided = carried(Motion.of(Seen(rgb[0], np.full((height, width), 127, np.uint8)), rgb[1]), coarse)
     np.testing.assert_allclose(undecided, coarse, atol=0.01)
 
 
@@ -167,26 +167,58 @@ def picture(at: int) -> np.ndarray:
 def test_a_part_that_the_model_misses_is_carried_on() -> None:
     coarse = disc(74)
     coarse[60:] = 0.1  # the lower half is doubted
-    alpha = carried(Seen.of(picture(70), disc(70)), picture(74), coarse)
+    alpha = carried(Motion.of(Seen.of(picture(70), disc(70)), picture(74)), coarse)
     assert alpha[65:85, 60:88].min() > 0.5
     assert alpha[:, 115:].max() < 0.01
     other = np.random.default_rng(1).integers(0, 256, (120, 160, 3), np.uint8)
-    cut = carried(Seen.of(picture(70), disc(70)), 255 - other, coarse)
+    cut = carried(Motion.of(Seen.of(picture(70), disc(70)), 255 - other), coarse)
     assert (np.abs(cut - coarse) > 0.1).mean() < 0.01
+
+
+def test_what_flickers_is_steadied_and_edges_stay_fine() -> None:
+    missed = disc(74)
+    missed[60:80, 66:82] = 0.0  # a hole that was not there in the frame before
+    motion = Motion.of(Seen.of(picture(70), disc(70)), picture(74))
+    alpha = steadied(motion, picture(74), missed)
+    np.testing.assert_allclose(alpha[64:76, 70:78].mean(), STEADY, atol=0.1)
+    assert alpha[:, 115:].max() == 0
+    size = (1600, 1200)
+    large, now, earlier = cv2.resize(disc(74), size, interpolation=cv2.INTER_NEAREST), picture(74), picture(70)
+    motion_of_large = Motion.of(Seen.of(cv2.resize(earlier, size), disc(70)), cv2.resize(now, size))
+    kept = steadied(motion_of_large, cv2.resize(now, size), large)
+    assert kept.shape == large.shape
+    assert np.abs(np.diff(kept[600])).max() > 0.7  # an edge of one pixel is one still
+    other = np.random.default_rng(1).integers(0, 256, (120, 160, 3), np.uint8)
+    cut = steadied(Motion.of(Seen.of(picture(70), disc(70)), 255 - other), 255 - other, missed)
+    assert (np.abs(cut - missed) > 0.1).mean() < 0.01
+
+
+def test_the_mask_of_a_keyframe_makes_no_edge_hard() -> None:
+    jobs, frames = carrier_of(1)[1:]
+    soft = np.pad(np.full((120, 160), 0.5, np.float32), ((0, 8), (0, 0)))
+    kept = []
+    for mask in (disc(70) > 0.5, np.zeros((120, 160), np.bool_)):
+        key = Key(Path("e.png"), lambda mask=mask: Reference(picture(70), mask))
+        carrier = Carrier(Shot.of([(jobs, [key])]), jobs)
+        matte = carrier.matte(
+            jobs[0], frames[0], lambda _: CanvasMatte(soft, 1.0, True), lambda _, __: CanvasMatte(soft, 1.0, True)
+        )
+        kept.append(matte.alpha)
+    np.testing.assert_array_equal(kept[0], kept[1])
 
 
 def test_frames_are_registered_by_their_display_windows() -> None:
     """A data window that was cut about the thing, elsewhere in every frame, changes nothing in what is carried."""
     coarse = disc(74)
     coarse[60:] = 0.1
-    whole = carried(Seen.of(picture(70), disc(70)), picture(74), coarse)
+    whole = carried(Motion.of(Seen.of(picture(70), disc(70)), picture(74)), coarse)
     cuts = []
     for top, left, bottom, right, at in ((10, 20, 110, 130, 70), (20, 30, 116, 150, 74)):
         windows = Windows((bottom - top, right - left), (top, left), (120, 160))
         cut = (slice(top, bottom), slice(left, right))
         cuts.append((windows, picture(at)[cut], disc(at)[cut], cut))
     (first, rgb, alpha, _), (second, now, _, cut) = cuts
-    found = carried(Seen.of(rgb, alpha, first), now, coarse[cut], second)
+    found = carried(Motion.of(Seen.of(rgb, alpha, first), now, second), coarse[cut])
     inside = (slice(25, 75), slice(15, 75))  # away from the borders of both
     assert np.abs(found[inside] - whole[cut][inside]).mean() < 0.02
     assert found[45:65, 30:58].min() > 0.5

@@ -1,8 +1,9 @@
 """Frames of one shot: what was found in a frame is carried into the next one along the optical flow.
 
 The carried alpha is evidence beside the model's own, at the stage of the coarse alpha, so any model and head can have
-it, and what gives edges comes after. A frame goes on from the frame before it, from the reference beside it, or, where
-frames before it failed or do not show the thing, from one a little further back.
+it, and what gives edges comes after. The alpha with its edges is then brought nearer to that of the frame before, so
+that what is decided anew in every frame does not flicker. A frame goes on from the frame before it, from the reference
+beside it, or, where frames before it failed or do not show the thing, from one a little further back.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ LEAST_ALPHA = 0.02
 """The model's own alpha is kept this far from 0 and 1 where a carried one counts, so that it can be overruled."""
 DIFFERENCE = 15.0
 """Difference of colours along the flow, 0..255, at which the carried alpha counts 1/e: there the flow is wrong."""
+STEADY = 0.5
+"""Share of the difference from the alpha of the frame before, moved along the flow, by which an alpha is brought nearer
+to it where colours agree: what is decided anew in every frame would flicker."""
 LEAST_FRAMES = 2
 """Files of one folder whose names differ before their numbers are shots of their own where each has so many frames."""
 MOST_PASSED = 3
@@ -49,7 +53,7 @@ CARRIED_KEY = "icm-carried"
 
 def described() -> str:
     """All numbers that decide what is carried and what is looked at, for the digest of a run."""
-    carried = f"{SMALL_PX} {LEAST_PX} {MOST_LOGIT} {LEAST_ALPHA} {DIFFERENCE} {MOST_PASSED}"
+    carried = f"{SMALL_PX} {LEAST_PX} {MOST_LOGIT} {LEAST_ALPHA} {DIFFERENCE} {STEADY} {MOST_PASSED}"
     return f"shot displayed {carried} near {MARGIN} {LEAST_SIDE} {LOST_BELOW}"
 
 
@@ -59,6 +63,8 @@ class Seen:
 
     rgb: ImageU8
     alpha: ImageU8
+    is_mask: bool = False
+    """Whether the alpha is a reference's mask, which says nothing of softness."""
 
     @classmethod
     def of(cls, rgb: ImageU8, alpha: Float, windows: Windows | None = None) -> Seen:
@@ -198,11 +204,16 @@ class Carrier:
         coarse = look(None if before is None else before.alpha)
         if not coarse.found or not np.isfinite(coarse.alpha).all():
             return with_edges(frame, coarse)
-        if before is not None:
-            alpha = carried(before, frame.rgb, _inside(frame, coarse), windows)
+        motion = None if before is None else Motion.of(before, frame.rgb, windows)
+        if motion is not None:
+            alpha = carried(motion, _inside(frame, coarse))
             coarse = replace(coarse, alpha=_on_canvas(alpha, coarse.alpha))
         matte = with_edges(frame, coarse)
-        seen = Seen.of(frame.rgb, matte.alpha if matte.is_refined else _inside(frame, matte), windows)
+        alpha = matte.alpha if matte.is_refined else _inside(frame, matte)
+        if motion is not None and not motion.before.is_mask:
+            alpha = steadied(motion, frame.rgb, alpha)
+            matte = replace(matte, alpha=alpha if matte.is_refined else _on_canvas(alpha, matte.alpha))
+        seen = Seen.of(frame.rgb, alpha, windows)
         self._seen[job.output] = seen
         while len(self._seen) > MOST_PASSED:
             del self._seen[next(iter(self._seen))]
@@ -231,24 +242,50 @@ class Carrier:
         return None
 
 
-def carried(before: Seen, rgb: ImageU8, alpha: Float, windows: Windows | None = None) -> Float:
-    """A coarse alpha [h,w] 0..1 of a picture, sRGB uint8 [H,W,3], with the evidence of a frame before, whose display
-    window is of the same size; ``windows``: where the picture lies in it.
+@dataclass(frozen=True)
+class Motion:
+    """From the frame before to a frame: the optical flow (DIS, Kroeger et al., ECCV 2016) float32 [h,w,2] between both
+    display windows, of ``SMALL_PX``, and how far colours agree along it, float32 [h,w] 0..1."""
 
-    Logits add up. That of the frame before is moved along the optical flow (DIS, Kroeger et al., ECCV 2016) and counts
-    less where colours differ along it.
+    before: Seen
+    flow: Float
+    likeness: Float
+    windows: Windows | None
+    """Where the frame's pixels lie in its display window."""
+
+    @classmethod
+    def of(cls, before: Seen, rgb: ImageU8, windows: Windows | None = None) -> Motion:
+        """Find the flow to a frame, sRGB uint8 [H,W,3], whose display window is of the size of the frame before."""
+        now = shrunk(displayed(rgb, windows))
+        flow = _flow(now, before.rgb)
+        difference = np.abs(_moved(before.rgb.astype(np.float32), flow) - now).mean(axis=-1)
+        return cls(before, flow, np.asarray(np.exp(-((difference / DIFFERENCE) ** 2)), np.float32), windows)
+
+
+def carried(motion: Motion, alpha: Float) -> Float:
+    """A frame's coarse alpha [h,w] 0..1 with the evidence of the frame before.
+
+    Logits add up. That of the frame before is moved along the flow and counts less where colours differ along it.
     """
-    now = shrunk(displayed(rgb, windows))
-    flow = _flow(now, before.rgb)
-    evidence = np.clip(_logit(before.alpha), -MOST_LOGIT, MOST_LOGIT)
-    moved = _moved(evidence, flow)
-    difference = np.abs(_moved(before.rgb.astype(np.float32), flow) - now).mean(axis=-1)
-    weight = np.asarray(moved * np.exp(-((difference / DIFFERENCE) ** 2)), np.float32)
-    weight = _cut(weight, windows, (alpha.shape[0], alpha.shape[1]))
+    evidence = np.clip(_logit(motion.before.alpha), -MOST_LOGIT, MOST_LOGIT)
+    weight = np.asarray(_moved(evidence, motion.flow) * motion.likeness, np.float32)
+    weight = _cut(weight, motion.windows, (alpha.shape[0], alpha.shape[1]))
     least = LEAST_ALPHA * np.minimum(1.0, np.abs(weight))
     kept = np.clip(alpha, least, 1.0 - least)
     odds = kept * np.exp(weight)
     return np.asarray(np.minimum(odds / (odds + 1.0 - kept), 1.0), np.float32)
+
+
+def steadied(motion: Motion, rgb: ImageU8, alpha: Float) -> Float:
+    """A frame's alpha [h,w] 0..1, edges and all, brought nearer to that of the frame before; ``rgb``: its picture.
+
+    The difference is taken at ``SMALL_PX``, so that edges stay as fine as they are.
+    """
+    now = Seen.of(rgb, alpha, motion.windows).alpha / np.float32(255)
+    before = _moved(motion.before.alpha.astype(np.float32), motion.flow) / np.float32(255)
+    nearer = np.asarray(STEADY * motion.likeness * (before - now), np.float32)
+    nearer = _cut(nearer, motion.windows, (alpha.shape[0], alpha.shape[1]))
+    return np.asarray(np.clip(alpha + nearer, 0.0, 1.0), np.float32)
 
 
 def displayed(pixels: NDArray[Any], windows: Windows | None) -> NDArray[Any]:
@@ -270,7 +307,7 @@ def _seen_in_reference(reference: Reference) -> Seen:
     alpha = reference.guidance.astype(np.float32)
     if reference.unknown is not None:
         alpha[reference.unknown] = 0.5
-    return Seen.of(reference.rgb, alpha, reference.windows)
+    return replace(Seen.of(reference.rgb, alpha, reference.windows), is_mask=True)
 
 
 def _seen_earlier(job: Job) -> Seen | None:
