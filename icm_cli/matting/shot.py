@@ -244,8 +244,8 @@ class Carrier:
 
 @dataclass(frozen=True)
 class Motion:
-    """From the frame before to a frame: the optical flow (DIS, Kroeger et al., ECCV 2016) float32 [h,w,2] between both
-    display windows, of ``SMALL_PX``, and how far colours agree along it, float32 [h,w] 0..1."""
+    """Optical flow (DIS, Kroeger et al., ECCV 2016) from a frame to the one before, float32 [h,w,2] between both display
+    windows, of ``SMALL_PX``, and how far colours agree along it, float32 [h,w] 0..1."""
 
     before: Seen
     flow: Float
