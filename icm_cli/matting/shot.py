@@ -244,14 +244,14 @@ class Carrier:
 
 @dataclass(frozen=True)
 class Motion:
-    """Optical flow (DIS, Kroeger et al., ECCV 2016) from a frame to the one before, float32 [h,w,2] between both display
-    windows, of ``SMALL_PX``, and how far colours agree along it, float32 [h,w] 0..1."""
+    """Optical flow (DIS, Kroeger et al., ECCV 2016) from a frame to the one before, float32 [h,w,2], between their
+    display windows of ``SMALL_PX``; and how far colours agree along it, float32 [h,w] 0..1."""
 
     before: Seen
     flow: Float
     likeness: Float
     windows: Windows | None
-    """Where the frame's pixels lie in its display window."""
+    """Place of the frame's pixels in its display window; None: they fill it."""
 
     @classmethod
     def of(cls, before: Seen, rgb: ImageU8, windows: Windows | None = None) -> Motion:
