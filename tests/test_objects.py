@@ -112,8 +112,7 @@ class TestCompleted:
         found = objects.completed(np.zeros((128, 128, 3), np.uint8), coarse)
         np.testing.assert_allclose(found, coarse, atol=1e-4)
 
-    def test_what_is_beside_the_picture_does_not_change_it(self) -> None:
-        """Its cells are those of a picture of which the canvas is filled up, as the authors fill it."""
+    def test_the_canvas_beside_the_picture_is_filled_as_the_authors_fill_it(self) -> None:
         objects = small_objects()
         rgb = np.random.default_rng(0).integers(0, 255, (120, 128, 3), dtype=np.uint8)
         coarse = np.random.default_rng(1).random((30, 32), dtype=np.float32)
@@ -188,12 +187,16 @@ class TestStage:
         assert train(config, tmp_path / "parts", "--resume", checkpoint=matched).exit_code == 0
         assert same_weights(*(tmp_path / each / "last.safetensors" for each in ("parts", "whole")))
 
-    def test_it_needs_objects_and_a_trained_head(self, matched: Path, discs: Path, tmp_path: Path) -> None:
+    def test_it_needs_objects_and_a_trained_head(
+        self, matched: Path, discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         done = train(write_config(tmp_path / "a.yaml", discs, **RECIPE), tmp_path / "run", checkpoint=matched)
         assert done.exit_code == 3
         assert "add a section 'objects'" in done.stderr
-        done = train(write_config(tmp_path / "b.yaml", discs, model=WITH_OBJECTS, **RECIPE), tmp_path / "run")
+        monkeypatch.setattr(MobileSam, "load", lambda _: small_objects())
+        done = train(write_config(tmp_path / "b.yaml", discs, model=WITH_OBJECTS, **RECIPE), tmp_path / "other")
         assert done.exit_code == 3
+        assert "learn from a trained head; give one with --checkpoint" in done.stderr
 
 
 class TestWholeModel:

@@ -89,8 +89,7 @@ def test_views_do_not_depend_on_their_neighbours(pool: Pool, seed: int, count: i
     together = on_card.views(plans, CANVAS_PX)
     for i, plan in enumerate(plans):
         for layer, alone in zip(together, on_card.views([plan], CANVAS_PX), strict=True):
-            # Sums of floats in another order: a level here and there, or the rounding of a block of the simulated JPEG.
-            assert ((layer[i].int() - alone[0].int()).abs() > 1).float().mean() < 0.03
+            assert (layer[i].int() - alone[0].int()).abs().max() <= 1  # sums of floats in another order
     image, alpha, valid = together
     assert image.shape == (count, 3, CANVAS_PX, CANVAS_PX)
     assert not alpha[~valid].any()

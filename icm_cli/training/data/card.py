@@ -249,12 +249,13 @@ class CardScenes:
     def _points(self, affines: NDArray[np.float64], canvas_px: int) -> Tensor:
         """Places [n,S,S,2] in the pictures, (x, y) in their px, of each px of the canvas."""
         linear = np.linalg.inv(affines[:, :, :2])
-        shift = -linear @ affines[:, :, 2:]
-        back = torch.from_numpy(np.concatenate([linear, shift], axis=-1)).float().to(self.device)
+        moved = -linear @ affines[:, :, 2:]
+        back = torch.from_numpy(np.concatenate([linear, moved], axis=-1)).float().to(self.device)
         centres = torch.arange(canvas_px, device=self.device, dtype=torch.float32) + 0.5
         y, x = torch.meshgrid(centres, centres, indexing="ij")
-        flat = torch.stack([x.flatten(), y.flatten(), torch.ones_like(x).flatten()])
-        return (back @ flat).transpose(1, 2).reshape(len(affines), canvas_px, canvas_px, 2)
+        of_x, of_y, shift = back[:, None, None].unbind(-1)
+        # (not as a product of matrices, whose sums are in another order for another number of scenes)
+        return of_x * x[..., None] + of_y * y[..., None] + shift
 
     def _finished(self, rgb: Tensor, plans: Sequence[ScenePlan]) -> Tensor:
         """With the colours and the damage of the augmentation; float32 [N,3,S,S] 0..255."""
