@@ -94,7 +94,10 @@ def make_guidance(mask: ImageU8, windows: Windows, name: str, notice: Callable[[
             f"{name} is empty: no pixel is above half, so it shows nothing; give one with the thing in white"
         )
     if guidance.all():
-        raise UsageError(f"{name} is full: every pixel is foreground, so nothing tells the thing from the rest")
+        raise UsageError(
+            f"{name} is full: every pixel is above half, so nothing tells the thing from the rest; give one with the "
+            "thing alone in white"
+        )
     return guidance
 
 
