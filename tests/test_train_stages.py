@@ -23,10 +23,10 @@ from icm_cli.model.heads.token_match import TokenMatchHead
 from icm_cli.model.loading import model_to_train
 from icm_cli.training.data.pool import Item, Pool, read_pool
 from icm_cli.training.data.spoiling import by_outline, by_tokens, with_doubted_parts
-from icm_cli.training.settings import TrainConfig, read_settings
+from icm_cli.training.settings import MatchConfig, TrainConfig, read_settings
 from icm_cli.training.stages import match
 from icm_cli.training.stages.match import to_show
-from icm_cli.training.stages.mosaics import MosaicBatch, TokenMatcher
+from icm_cli.training.stages.mosaics import Mosaic, MosaicBatch, TokenMatcher, draw_mosaic
 from icm_cli.training.stages.refine import EdgeBatch, EdgeMaker, EdgeSample, RefineStage
 
 COLOURS = {"red": (20, 20, 220), "green": (20, 200, 20), "white": (240, 240, 240)}
@@ -76,6 +76,14 @@ def untrained() -> dict[str, torch.Tensor]:
     """The weights that a run of seed 0 begins with."""
     model = model_to_train(parse_model(MODEL, "test"), checkpoint=None, weights=None, offline=True, seed=0)
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def group_of(name: str, count: int) -> tuple[Item, ...]:
+    """Items of one group."""
+    return tuple(
+        Item(f"{name}{i}", Path(f"{name}{i}.png"), None, None, name, is_foreground=False, is_binary=False)
+        for i in range(count)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -181,14 +189,25 @@ class TestMatch:
         assert done.exit_code == 1
         assert "there is no picture without the thing of" in done.stderr.splitlines()[-1]
 
-    def test_every_group_is_shown_as_often_and_no_picture_too_often(self) -> None:
-        def source(name: str, count: int) -> tuple[Item, ...]:
-            return tuple(
-                Item(f"{name}{i}", Path(f"{name}{i}.png"), None, None, name, is_foreground=False, is_binary=False)
-                for i in range(count)
-            )
+    @pytest.mark.parametrize("share", [0.0, 1.0])
+    def test_mosaics_where_several_pictures_show_the_thing(self, share: float) -> None:
+        pool = Pool((group_of("red", 3), group_of("green", 3)), (1.0, 1.0), ())
+        config = MatchConfig(several_share=share, negative_share=0.25)
+        rng = np.random.default_rng(0)
 
-        few, many = source("few", 2), source("many", 30)
+        def drawn() -> Mosaic[Item]:
+            return draw_mosaic(pool, config, 4, 1, rng, as_target=lambda each: each, as_reference=lambda each: each)
+
+        mosaics = [drawn() for _ in range(200)]
+        for each in mosaics:
+            group = each.references[0].group
+            assert set(each.places) == {place for place, item in enumerate(each.tiles) if item.group == group}
+        counts = collections.Counter(len(each.places) for each in mosaics)
+        assert 30 < counts[0] < 70
+        assert (set(counts) == {0, 1}) if share == 0 else (counts[3] + counts[4] > counts[1])
+
+    def test_every_group_is_shown_as_often_and_no_picture_too_often(self) -> None:
+        few, many = group_of("few", 2), group_of("many", 30)
         shown = collections.Counter(to_show(Pool((few, many), (3.0, 1.0), ()), 9, 3, seed=0))
         assert {shown[item] for item in few} == {3}
         assert sum(shown[item] for item in many) == 9

@@ -207,8 +207,8 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class MatchConfig:
-    """Samples of the stages "match", "joint" and "objects": mosaics of pictures, of which at most one has
-    the reference's thing.
+    """Samples of the stages "match", "joint" and "objects": mosaics of pictures, of which one has the reference's
+    thing, or none, or several have.
 
     "joint" keeps no views: of their numbers it only asks whether ``large_views`` is 0.
     """
@@ -222,6 +222,8 @@ class MatchConfig:
     """Most views of one picture, where a group has few."""
     negative_share: float = 0.2
     """The reference's thing is in none of the pictures."""
+    several_share: float = 0.0
+    """In mosaics of several pictures where one shows the thing, others may show it too."""
     same_image_share: float = 0.1
     """The reference is another view of the target's own picture, though its group has others."""
     reference_shares: tuple[float, ...] = (1.0,)
@@ -245,7 +247,7 @@ class MatchConfig:
         for name in ("large_views", "live_blocks", "presence", "feature_noise"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("negative_share", "same_image_share"):
+        for name in ("negative_share", "several_share", "same_image_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 0 to 1")
         if len(self.layout_shares) != LAYOUTS or min(self.layout_shares) < 0 or not sum(self.layout_shares):

@@ -50,12 +50,12 @@ class PictureBatch(Batch):
     """Pictures of mosaics of ``rows`` times ``columns`` = T tiles, beside R references each.
 
     image uint8 [B,T,3,S,S], alpha uint8 and valid bool [B,T,S,S]; the same of the references, [B,R,...,S',S'];
-    places: for each mosaic the tile that shows the references' thing, -1 where none does.
+    places: for each mosaic the tiles that show the references' thing.
     """
 
     rows: int
     columns: int
-    places: tuple[int, ...]
+    places: tuple[tuple[int, ...], ...]
     image: Tensor
     alpha: Tensor
     valid: Tensor
@@ -84,8 +84,8 @@ class JointMatcher(nn.Module):
         count = len(batch.names)
         in_one, shown = len(tiles) // count, len(references) // count
         mosaics = [
-            Mosaic(name, references[i * shown : (i + 1) * shown], tiles[i * in_one : (i + 1) * in_one], place)
-            for i, (name, place) in enumerate(zip(batch.names, batch.places, strict=False))  # a part of a batch has all
+            Mosaic(name, references[i * shown : (i + 1) * shown], tiles[i * in_one : (i + 1) * in_one], shows)
+            for i, (name, shows) in enumerate(zip(batch.names, batch.places, strict=False))  # a part of a batch has all
         ]
         seen = joined(mosaics, batch.counters, batch.rows, batch.columns)
         return (*TokenMatcher(self.head)(seen), seen.alpha, seen.valid)
@@ -178,7 +178,7 @@ class JointStage(Stage[PictureBatch]):
             (),
             rows,
             columns,
-            tuple(each.place for each in mosaics),
+            tuple(each.places for each in mosaics),
             _grouped(image, count),
             _grouped(alpha, count),
             _grouped(valid, count),

@@ -1,8 +1,8 @@
 """The stage "match": a token-match head learns which thing is meant, on the tokens of pictures alone.
 
 The backbone is frozen, so every picture is seen by it once and its tokens are kept in the run's folder. A sample is
-then a mosaic of one to four pictures' tokens, of which at most one shows the reference's thing: hundreds of times
-cheaper than a sample of pictures, and it asks nothing but which thing is meant.
+then a mosaic of one to four pictures' tokens, of which one shows the reference's thing, or several, or none: hundreds
+of times cheaper than a sample of pictures, and it asks nothing but which thing is meant.
 """
 
 from __future__ import annotations

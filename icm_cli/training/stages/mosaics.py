@@ -1,4 +1,4 @@
-"""Mosaics of pictures' tokens, of which at most one shows the reference's thing, and what is asked of them.
+"""Mosaics of pictures' tokens, of which one, several or none show the reference's thing, and what is asked of them.
 
 Both stages that teach a token-match head which thing is meant use them: "match", on tokens that are kept, and "joint",
 on pictures that are made anew for every step.
@@ -36,6 +36,8 @@ LARGE = 2
 """Side of a large view, in views."""
 NOISE_PART = 6
 """Side, in tokens, of the parts that share some of their noise."""
+SEVERAL = 0.7
+"""Chance of a further tile to show the thing too, in mosaics where several may."""
 ATTEMPTS = 1000
 """Draws for one place of a mosaic before training stops."""
 Shown = TypeVar("Shown")
@@ -67,8 +69,8 @@ class Mosaic(Generic[Shown]):
     name: str
     references: Sequence[Shown]
     tiles: Sequence[Shown]
-    place: int
-    """Index of the tile that shows the references' thing; -1: none."""
+    places: tuple[int, ...]
+    """Indices of the tiles that show the references' thing."""
 
 
 @dataclass(frozen=True)
@@ -211,11 +213,19 @@ def draw_mosaic(
         if len(usable) < references:
             continue
         failure = f"there is no picture without the thing of {item.image}; give more groups"
-        others = [drawn(item.is_alien_to, failure)[1] for _ in range(tiles)]
-        place = -1 if rng.random() < config.negative_share else int(rng.integers(tiles))
-        if place >= 0:
-            others[place] = target
-        return Mosaic(f"{item.name} by {partners[0].name}", usable, others, place)
+        shown = [drawn(item.is_alien_to, failure)[1] for _ in range(tiles)]
+        name = f"{item.name} by {partners[0].name}"
+        if rng.random() < config.negative_share:
+            return Mosaic(name, usable, shown, ())
+        places = [int(rng.integers(tiles))]
+        shown[places[0]] = target
+        if config.several_share and rng.random() < config.several_share:
+            for place in set(range(tiles)) - set(places):
+                another = as_target(pool.partner(item, rng, config.same_image_share))
+                if another is not None and rng.random() < SEVERAL:
+                    shown[place] = another
+                    places.append(place)
+        return Mosaic(name, usable, shown, tuple(places))
     raise TrainingError("no group has two views that can be read; raise train.match.views, or give more pictures")
 
 
@@ -232,7 +242,7 @@ def joined(samples: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, 
     wanted = torch.stack(
         [
             laid_out(
-                [torch.full_like(view.alpha, float(i == each.place)) for i, view in enumerate(each.tiles)],
+                [torch.full_like(view.alpha, float(i in each.places)) for i, view in enumerate(each.tiles)],
                 rows,
                 columns,
             )
