@@ -190,7 +190,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # The pretrained weights have query, key and value of a head side by side.
         query, key, value = self.qkv(self.norm(x)).unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        bias = self.biases[:, self.offsets].to(query.dtype)
+        bias = self.biases[None, :, self.offsets].to(query.dtype)  # (with three axes it takes a way twice as slow)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         y: Tensor = self.project(attended.transpose(1, 2).flatten(2))
         return y
