@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from icm_cli.geometry import CanvasRule
 from icm_cli.images.pixels import Windows
-from icm_cli.matting.near import LEAST_SIDE, MARGIN, NearBy, cropped, place_of, shown
+from icm_cli.matting.near import LEAST_SIDE, MARGIN, MOST_LOOKS, NearBy, cropped, place_of, shown, wider
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.references import Reference
 
@@ -149,6 +149,41 @@ def test_a_thing_that_jumps_is_looked_for_again() -> None:
     still = Eyes("near")  # and where the whole frame tells nothing, the sliver stays
     assert _area(look(still, rgb, before.astype(np.uint8) * 255)) > 0
     assert [reference for reference, _ in still.seen] == ["near", "whole"]
+
+
+def test_a_crop_that_cuts_the_thing_gets_wider() -> None:
+    """Where the thing went on faster than the margin allows for, or only a part of it was known."""
+    eyes = Eyes("near", "whole")
+    rgb = np.zeros((240, 320, 3), np.uint8)
+    rgb[40:200, 120:180, 0] = 255
+    before = np.zeros((240, 320), np.uint8)
+    before[40:80, 130:170] = 255
+    alpha = cv2.resize(eyes.prepare(rgb).placement.inside(look(eyes, rgb, before).alpha), (320, 240)) > 0.5
+    assert {reference for reference, _ in eyes.seen} == {"near"}
+    assert 2 <= len(eyes.seen) <= MOST_LOOKS
+    thing = rgb[..., 0] > 0
+    assert (alpha & thing).sum() / (alpha | thing).sum() > 0.9
+
+
+def test_at_the_frames_own_border_nothing_is_cut() -> None:
+    eyes = Eyes("near", "whole")
+    rgb, thing = scene_of(top=200, left=290)
+    look(eyes, rgb, thing.astype(np.uint8) * 255)
+    assert len(eyes.seen) == 1
+
+
+@given(sides, sides, st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_wider_crop_holds_the_crop_and_lies_in_the_frame(height: int, width: int, data: st.DataObject) -> None:
+    top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    place = slice(top, data.draw(st.integers(top + 1, height))), slice(left, data.draw(st.integers(left + 1, width)))
+    thing = np.zeros((place[0].stop - top, place[1].stop - left), bool)
+    assert wider(place, thing, (height, width)) == place
+    thing[:] = True
+    for part, before, size in zip(wider(place, thing, (height, width)), place, (height, width), strict=True):
+        assert 0 <= part.start <= before.start
+        assert before.stop <= part.stop <= size
+        assert part != before or (before.start, before.stop) == (0, size)
 
 
 def _area(matte: CanvasMatte) -> int:

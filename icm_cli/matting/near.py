@@ -1,8 +1,8 @@
 """Looks at the thing of a shot from near by: each frame is cropped to where the thing was in the frame before.
 
 A small thing gets the whole grid of tokens then, and what is like it elsewhere in the frame is not asked. The head has
-learned references that are cropped alike. Where nobody knows yet where the thing is, or much of it is not found in the
-crop, the whole frame says where to look again.
+learned references that are cropped alike. Where the thing goes on beyond the crop, the crop is made wider. Where nobody
+knows yet where the thing is, or much of it is not found in the crop, the whole frame says where to look again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ LOST_BELOW = 0.5
 """Least share of the thing's area in the frame before that a crop must show, or the whole frame is looked at too."""
 
 
+CUT_FROM = 0.02
+"""Least part of a crop's side, as a share of that side, along which the thing lies where it is taken to be cut."""
+WIDER = 0.5
+"""How much wider a crop gets at a side where it cuts the thing, as a share of its height or width."""
+MOST_LOOKS = 4
+"""Most crops of one frame, each wider than the one before."""
 Place = tuple[slice, slice]
 """Rows and columns of a picture."""
 
@@ -52,6 +58,17 @@ def place_of(thing: NDArray[np.bool_], size: tuple[int, int], windows: Windows |
         if low >= high:
             return None
         found.append(slice(low, high))
+    return found[0], found[1]
+
+
+def wider(place: Place, thing: NDArray[np.bool_], size: tuple[int, int]) -> Place:
+    """A crop of a picture of ``size``, wider where it cuts the thing, bool [h,w] of the crop; else the same crop."""
+    found = []
+    for n, along in enumerate((thing, thing.T)):
+        start, end = place[n].start, place[n].stop
+        more = math.ceil(WIDER * (end - start))
+        first, last = (along[edge].mean() >= CUT_FROM for edge in (0, -1))
+        found.append(slice(max(0, start - more * first), min(size[n], end + more * last)))
     return found[0], found[1]
 
 
@@ -89,10 +106,17 @@ class NearBy:
 
     def _near(self, predictor: Predictor, frame: Frame, place: Place) -> CanvasMatte:
         """The coarse alpha of a part of a frame, on the canvas of the whole, 0 elsewhere."""
-        crop = predictor.prepare(np.ascontiguousarray(frame.rgb[place]))
-        matte = predictor.coarse([crop], self.near)[0]
-        alpha = np.zeros(frame.rgb.shape[:2], np.float32)
-        alpha[place] = resize(crop.placement.inside(matte.alpha), (crop.rgb.shape[0], crop.rgb.shape[1]))
+        size = (frame.rgb.shape[0], frame.rgb.shape[1])
+        for look in range(1, MOST_LOOKS + 1):
+            crop = predictor.prepare(np.ascontiguousarray(frame.rgb[place]))
+            matte = predictor.coarse([crop], self.near)[0]
+            part = resize(crop.placement.inside(matte.alpha), (crop.rgb.shape[0], crop.rgb.shape[1]))
+            further = wider(place, part > 0.5, size)
+            if look == MOST_LOOKS or further == place:
+                break
+            place = further
+        alpha = np.zeros(size, np.float32)
+        alpha[place] = part
         canvas = np.zeros(frame.placement.canvas, np.float32)
         height, width = frame.placement.content
         canvas[:height, :width] = resize(alpha, (height, width))

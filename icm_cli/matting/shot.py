@@ -26,7 +26,7 @@ from icm_cli.images.pixels import Windows
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.frames import FrameName
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.near import LEAST_SIDE, LOST_BELOW, MARGIN
+from icm_cli.matting.near import CUT_FROM, LEAST_SIDE, LOST_BELOW, MARGIN, MOST_LOOKS, WIDER
 from icm_cli.matting.predictor import CanvasMatte, Frame
 from icm_cli.matting.references import Reference
 from icm_cli.matting.sources import natural
@@ -54,7 +54,7 @@ CARRIED_KEY = "icm-carried"
 def described() -> str:
     """All numbers that decide what is carried and what is looked at, for the digest of a run."""
     carried = f"{SMALL_PX} {LEAST_PX} {MOST_LOGIT} {LEAST_ALPHA} {DIFFERENCE} {STEADY} {MOST_PASSED}"
-    return f"shot displayed {carried} near {MARGIN} {LEAST_SIDE} {LOST_BELOW}"
+    return f"shot displayed {carried} near {MARGIN} {LEAST_SIDE} {LOST_BELOW} {CUT_FROM} {WIDER} {MOST_LOOKS}"
 
 
 @dataclass(frozen=True)
