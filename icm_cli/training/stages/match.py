@@ -7,6 +7,7 @@ of times cheaper than a sample of pictures, and it asks nothing but which thing 
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from icm_cli.errors import ConfigError, ImageError
 from icm_cli.files import atomic_write, digest_of
 from icm_cli.geometry import ImageU8
+from icm_cli.model.contracts import Objects
 from icm_cli.model.heads.token_match import TokenMatchHead
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.learning import TERMS, losses
@@ -54,8 +56,6 @@ KEPT_NAME = "tokens.pt"
 """File of the tokens in a run's folder."""
 BEGIN_VIEWS = 400
 """Pictures whose tokens give the principal components that the head's projections begin with."""
-AT_A_TIME = 8
-"""Pictures that the backbone sees together."""
 TOLD_EVERY_S = 60.0
 Views: TypeAlias = Mapping[Item, Sequence[View]]
 
@@ -174,9 +174,10 @@ class MatchStage(Stage[MosaicBatch]):
     ) -> list[View | None]:
         """Show the backbone a picture after the other; None where one cannot be read."""
         views: list[View | None] = [None] * len(shown)
+        objects = _in_use(learner) if self.embeds else None
         loader = DataLoader(
             _Scenes(maker, shown, self.settings.train.seed),
-            batch_size=AT_A_TIME,
+            batch_size=learner.device.auto_batch_size,
             collate_fn=list,
             num_workers=learner.workers,
             worker_init_fn=start_worker if learner.workers else None,
@@ -189,7 +190,7 @@ class MatchStage(Stage[MosaicBatch]):
                 if isinstance(each, str):
                     listener.notice(f"skipped: {each}")
             if found:
-                for each, view in zip(found, _seen(learner, found, embeds=self.embeds), strict=True):
+                for each, view in zip(found, _seen(learner, found, objects), strict=True):
                     views[each.index] = view
             if time.monotonic() - told > TOLD_EVERY_S:
                 told = time.monotonic()
@@ -276,8 +277,17 @@ def _view(views: Views, item: Item, rng: np.random.Generator) -> View | None:
     return of_item[int(rng.integers(len(of_item)))] if of_item else None
 
 
+def _in_use(learner: Learner) -> Objects | None:
+    """A copy of the model's objects as they see pictures when a folder is matted: several times faster."""
+    objects = copy.deepcopy(learner.model.objects)
+    if objects is not None:
+        objects.optimise_for_inference()
+        objects.cast(learner.device.dtype, learner.device.transformer_dtype)
+    return objects
+
+
 @torch.no_grad()
-def _seen(learner: Learner, scenes: Sequence[_Scene], *, embeds: bool) -> Iterator[View]:
+def _seen(learner: Learner, scenes: Sequence[_Scene], objects: Objects | None) -> Iterator[View]:
     place = learner.device.place
     image = torch.from_numpy(np.stack([each.rgb for each in scenes])).to(place).permute(0, 3, 1, 2).float() / 255.0
     alpha = torch.from_numpy(np.stack([each.alpha for each in scenes])).to(place)[:, None].float() / 255.0
@@ -285,7 +295,6 @@ def _seen(learner: Learner, scenes: Sequence[_Scene], *, embeds: bool) -> Iterat
     head = learner.model.head
     assert isinstance(head, TokenMatchHead)
     live_blocks = learner.config.match.live_blocks
-    objects = learner.model.objects if embeds else None
     for view in views_of(learner.model.backbone, head, image, alpha, valid, live_blocks, objects):
         yield View(
             view.feature.half().cpu(),
