@@ -52,7 +52,8 @@ def _told(arguments: Sequence[str]) -> Iterator[None]:
         if "unexpected extra argument" in getattr(error, "message", ""):
             error.message += '. Quote globs and patterns, as --src "imgs/*.jpg", or the shell takes them apart.'  # type: ignore[attr-defined]
         is_usage = hasattr(error, "format_message")
-        tell_failure(arguments, error.format_message() if is_usage else f"{type(error).__name__}: {error}")  # type: ignore[attr-defined]
+        text = error.format_message() if is_usage else f"{type(error).__name__}: {error}"  # type: ignore[attr-defined]
+        tell_failure(arguments, text, 2 if is_usage else 1)
         raise
 
 
@@ -642,7 +643,8 @@ def _number_or_auto(text: str) -> int | str:
 class Ending:
     """Manner in which the end of a run that cannot go on is told."""
 
-    tell: Callable[[str], None] = lambda text: write_line(sys.stderr, f"icm: {text}")
+    tell: Callable[[str, int], None] = lambda text, _: write_line(sys.stderr, f"icm: {text}")
+    """Takes the sentence and the exit code."""
 
 
 @contextlib.contextmanager
@@ -657,10 +659,10 @@ def _exit_codes(verbose: bool, go_on: str = "run the same command again to go on
                 import traceback
 
                 traceback.print_exc()
-            ending.tell(str(error))
+            ending.tell(str(error), error.exit_code)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            ending.tell(f"interrupted; {go_on}")
+            ending.tell(f"interrupted; {go_on}", interrupt.exit_code)
             raise typer.Exit(interrupt.exit_code) from None
 
 

@@ -27,7 +27,7 @@ def make_terminal(progress: str, *, quiet: bool, verbose: bool) -> Terminal:
     return kind(quiet=quiet, verbose=verbose, bar=progress == "auto", lines=progress in ("auto", "plain"))
 
 
-def tell_failure(arguments: Sequence[str], text: str) -> None:
+def tell_failure(arguments: Sequence[str], text: str, exit_code: int) -> None:
     """Print the failure of a command that told none itself, in the way that its arguments ask for, if for any.
 
     They may be no valid ones, so they are searched, not parsed.
@@ -41,7 +41,7 @@ def tell_failure(arguments: Sequence[str], text: str) -> None:
     if ways and ways[-1] == "openjd":
         _say_openjd("openjd_fail", text)
     elif ways and ways[-1] == "json":
-        _say_json("error", message=text)
+        _say_json("error", message=text, exit_code=exit_code)
 
 
 def _say_openjd(kind: str, text: str) -> None:
@@ -69,8 +69,8 @@ class OpenJdTerminal(Terminal):
         if report.exit_code:
             _say_openjd("openjd_fail", f"{len(report.failures)} of {len(report.results)} images failed")
 
-    def error(self, text: str) -> None:
-        super().error(text)
+    def error(self, text: str, exit_code: int) -> None:
+        super().error(text, exit_code)
         _say_openjd("openjd_fail", text)
 
 
@@ -91,8 +91,10 @@ class JsonTerminal(Terminal):
         _say_json("image", ended=self.ended, total=self.total, **row)
 
     def finished(self, report: Report) -> None:
-        _say_json("finished", exit_code=report.exit_code, **report.as_dict()["summary"])
+        """Where the run was cut short the exit code is not the report's to tell; an error may follow, which has it."""
+        code = report.exit_code if report.is_complete else report.exit_code or None
+        _say_json("finished", exit_code=code, **report.as_dict()["summary"])
 
-    def error(self, text: str) -> None:
-        super().error(text)
-        _say_json("error", message=text)
+    def error(self, text: str, exit_code: int) -> None:
+        super().error(text, exit_code)
+        _say_json("error", message=text, exit_code=exit_code)

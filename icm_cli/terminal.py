@@ -85,7 +85,7 @@ class Terminal(Listener):
         if not self.quiet:
             _print_summary(report)
 
-    def error(self, text: str) -> None:
+    def error(self, text: str, exit_code: int) -> None:  # noqa: ARG002 (other ways of telling have it)
         """Say what ended the run."""
         write_line(sys.stderr, f"icm: {text}")
 

@@ -15,6 +15,8 @@ import pytest
 from conftest import Icm, alphas, copy_many
 from PIL import Image
 
+from icm_cli.matting.engine import Engine
+
 ROOT = Path(__file__).parent.parent
 JOB = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "farms.md").read_text(), re.DOTALL)
 
@@ -146,6 +148,44 @@ def test_missing_frames(icm: Icm, scene: Path, plates: Path, missing: str, code:
         assert "sh.1003.jpg: is missing: the sequence has no such frame" in result.stderr
 
 
+@pytest.mark.parametrize("missing", ["report", "error"])
+def test_a_frame_that_is_excluded_is_not_missing(icm: Icm, scene: Path, plates: Path, missing: str) -> None:
+    shutil.copy(plates / "sh.1002.jpg", plates / "sh.1003.jpg")
+    result = icm("--missing", missing, "--exclude", "*1004*", src=plates / "sh.####.jpg")
+    assert result.exit_code == 0, result.output
+    assert "no frame" not in result.stderr
+    assert "sh.1004.png" not in alphas(scene / "out")
+    (plates / "sh.1002.jpg").unlink()
+    assert icm("--missing", missing, "--exclude", "*1004*", src=plates / "sh.####.jpg").exit_code > 0
+
+
+def test_brackets_in_the_name_of_frames_stand_for_themselves_where_no_file_fits_otherwise(
+    icm: Icm, scene: Path, plates: Path
+) -> None:
+    for path in list(plates.iterdir()):
+        path.rename(path.with_name(path.name.replace("sh", "sh [a]")))
+    assert icm(src=plates / "sh [a].####.jpg").exit_code == 0
+    assert len(alphas(scene / "out")) == 4
+
+
+@pytest.mark.parametrize("name", ["sh.998.jpg", "sh.-0001.jpg", "sh.00998.jpg"])
+def test_frames_whose_number_does_not_fit_are_told(icm: Icm, plates: Path, name: str) -> None:
+    shutil.copy(plates / "sh.1002.jpg", plates / name)
+    result = icm("--dry-run", src=plates / "sh.####.jpg")
+    assert result.exit_code == 0, result.output
+    assert f"{plates / name} left out: a number that sh.####.jpg does not fit" in result.stderr
+    assert name not in result.stdout
+    folder = icm("--dry-run", src=plates)
+    assert ("numbers below 0 are not known" in folder.stderr) == ("-" in name)
+
+
+def test_several_shots_into_one_pattern_are_refused_with_a_way_out(icm: Icm, scene: Path, plates: Path) -> None:
+    shutil.copy(plates / "sh.1002.jpg", plates / "other.1002.jpg")
+    result = icm(src=plates, out=scene / "mattes" / "m.####.png")
+    assert result.exit_code == 2
+    assert "give a folder as --out, not a pattern of frames" in result.stderr
+
+
 def test_a_frame_that_fails_says_that_its_earlier_alpha_stays(icm: Icm, scene: Path, plates: Path) -> None:
     assert icm(src=plates / "sh.####.jpg").exit_code == 0
     before = alphas(scene / "out")
@@ -210,6 +250,7 @@ def test_wrong_usage_has_its_line_too(icm: Icm, way: tuple[str, ...], flags: tup
     if "json" in way[0]:
         event = json.loads(line)
         assert event["event"] == "error"
+        assert event["exit_code"] == 2
         assert message in event["message"]
     else:
         assert line.startswith("openjd_fail: ")
@@ -224,7 +265,21 @@ def test_json_progress(icm: Icm, scene: Path) -> None:
     assert events[-1]["done"] == 3
     refused = icm("--progress", "json", src=scene / "nowhere")
     assert json.loads(refused.stdout)["event"] == "error"
+    assert json.loads(refused.stdout)["exit_code"] == refused.exit_code == 2
     assert icm("--progress", "jsn").exit_code == 2
+
+
+def test_a_run_that_is_interrupted_says_no_exit_code_but_the_error_s(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "_write", interrupted)
+    result = icm("--progress", "json", "--workers", "1")
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    finished, error = events[-2:]
+    assert (finished["event"], finished["exit_code"], finished["complete"]) == ("finished", None, False)
+    assert (error["event"], error["exit_code"]) == ("error", result.exit_code)
+    assert result.exit_code == 130
 
 
 def test_progress_none_tells_of_no_image(icm: Icm) -> None:

@@ -71,6 +71,15 @@ def test_refused(folder: Path, ref: str, mask: str | None, message: str) -> None
         load(folder, ref, mask)
 
 
+@pytest.mark.parametrize(("inverted", "told"), [(True, True), (False, False)])
+def test_a_mask_that_looks_inverted_is_told(folder: Path, inverted: bool, told: bool) -> None:
+    mask = cv2.imread(str(folder / "mask.png"), 0)
+    cv2.imwrite(str(folder / "maybe.png"), 255 - mask if inverted else mask)
+    notices: list[str] = []
+    load(folder, "ref.png", "maybe.png", notices)
+    assert [f"mask {folder / 'maybe.png'} is white in 83 % of the picture" in each for each in notices] == [True] * told
+
+
 def test_counts_must_agree(folder: Path) -> None:
     with pytest.raises(UsageError, match="2 references but 1 masks"):
         read_references([folder / "ref.png"] * 2, [folder / "mask.png"], lambda _: None)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from conftest import Icm, alphas, read
+from conftest import Icm, alphas, read, shrink
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -196,15 +196,27 @@ def test_what_flickers_is_steadied_and_edges_stay_fine() -> None:
 def test_the_mask_of_a_keyframe_makes_no_edge_hard() -> None:
     jobs, frames = carrier_of(1)[1:]
     soft = np.pad(np.full((120, 160), 0.5, np.float32), ((0, 8), (0, 0)))
-    kept = []
+    kept, notices = [], list[str]()
     for mask in (disc(70) > 0.5, np.zeros((120, 160), np.bool_)):
         key = Key(Path("e.png"), lambda mask=mask: Reference(picture(70), mask))
-        carrier = Carrier(Shot.of([(jobs, [key])]), jobs)
+        carrier = Carrier(Shot.of([(jobs, [key])]), jobs, notices.append)
         matte = carrier.matte(
             jobs[0], frames[0], lambda _: CanvasMatte(soft, 1.0, True), lambda _, __: CanvasMatte(soft, 1.0, True)
         )
         kept.append(matte.alpha)
     np.testing.assert_array_equal(kept[0], kept[1])
+    assert not notices
+
+
+def test_a_frame_of_another_size_is_told_once_and_the_next_goes_on_from_the_one_before(
+    shot: Shoot, scene: Path
+) -> None:
+    shrink(scene / "plates" / "sh.1006.png", scene / "plates" / "sh.1006.png", 50)
+    done = shot()
+    assert done.exit_code == 0, done.output
+    told = [line for line in done.stderr.splitlines() if "another form or size" in line]
+    assert len(told) == 1
+    assert "sh.1006.png has another form or size than sh.1005.png" in told[0]
 
 
 def test_frames_are_registered_by_their_display_windows() -> None:
@@ -231,7 +243,7 @@ def carrier_of(count: int) -> tuple[Carrier, list[Job], list[Frame]]:
         Frame(picture(70 + 2 * n), rule.place(120, 160).to_canvas(picture(70 + 2 * n)), rule.place(120, 160))
         for n in range(count)
     ]
-    return Carrier(Shot.of([(jobs, [])]), jobs), jobs, frames
+    return Carrier(Shot.of([(jobs, [])]), jobs, lambda _: None), jobs, frames
 
 
 def as_it_is(_: Frame, matte: CanvasMatte) -> CanvasMatte:

@@ -98,7 +98,7 @@ class Engine:
         workers = self.settings.workers
         if self.settings.shot is not None:
             jobs = list(jobs)
-            self._carrier = Carrier(self.settings.shot, jobs)
+            self._carrier = Carrier(self.settings.shot, jobs, self._notice)
         readers = ThreadPoolExecutor(workers, "icm-read")
         writers = ThreadPoolExecutor(workers, "icm-write")
         writing: deque[Future[ImageResult]] = deque()

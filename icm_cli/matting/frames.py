@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -66,6 +67,17 @@ class FramePattern:
         digits = r"\\d+" if self.digits == 1 else rf"(?:\\d{{{self.digits}}}|[1-9]\\d{{{self.digits},}})"
         fits = re.compile(re.sub(r"\\?\x00", digits, regex))
         return [name for name in names if fits.match(name)]
+
+    def other_numbers(self, names: Iterable[str]) -> list[str]:
+        """The names that would fit but for a number of fewer digits, or with a sign."""
+        regex = fnmatch.translate(self.before + _ESCAPED + self.after)
+        fits = re.compile(re.sub(r"\\?\x00", r"-?\\d+", regex))
+        taken = set(self.matching(names := list(names)))
+        return [name for name in names if name not in taken and fits.match(name)]
+
+    def literal(self) -> FramePattern:
+        """The pattern whose brackets and other wildcards stand for themselves."""
+        return replace(self, before=glob.escape(self.before), after=glob.escape(self.after))
 
     def name(self, number: int) -> str:
         """The name of a frame."""

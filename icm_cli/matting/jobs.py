@@ -214,11 +214,16 @@ def _missing(
     if not sources.is_sequence and choice.frames is None:
         return []
     there = [*found, *(path for path in sources.files if real(path) in protected)]
-    lost = gaps(there, choice.frames)
+    excluded = set(sources.files) - set(there)
     files: list[Path] = []
-    for pattern, numbers in lost.items():
+    for pattern, lost in gaps(there, choice.frames).items():
         each = FramePattern.parsed(pattern.name)
-        of_pattern = [pattern.with_name(each.name(number)) for number in numbers] if each else []
+        if each is None:
+            continue
+        numbers = [number for number in lost if pattern.with_name(each.name(number)) not in excluded]
+        if not numbers:
+            continue
+        of_pattern = [pattern.with_name(each.name(number)) for number in numbers]
         files += of_pattern
         text = f"{pattern} has no frame {frame_ranges(numbers)}"
         if choice.missing == "error":
@@ -320,7 +325,9 @@ def _check_collisions(jobs: Sequence[Job], place: Place) -> None:
         lines = [f"{' and '.join(found)} to {output}" for output, found in list(shared.items())[:MOST_NAMED]]
         more = f"; and {len(shared) - MOST_NAMED} more" if len(shared) > MOST_NAMED else ""
         remedy = "give --keep-suffix (a.jpg.png, a.png.png)"
-        if place.template != DEFAULT_NAME:
+        if place.pattern is not None:
+            remedy = "give a folder as --out, not a pattern of frames"
+        elif place.template != DEFAULT_NAME:
             remedy = "give --name more of {stem}, {frame} and {suffix}"
         raise UsageError(
             f"{len(shared)} file(s) would come of several images each: {'; '.join(lines)}{more}; {remedy}, rename "

@@ -20,6 +20,8 @@ from icm_cli.matting.masks import Mask, MaskOrientation, Turn, read_mask
 
 FOREGROUND_THRESHOLD = 0.5
 """A soft mask's pixels above this are foreground (published code)."""
+INVERTED_SHARE, INVERTED_BORDER = 0.6, 0.95
+"""Share of a picture, and of its border, above which a mask's white looks like what is about the thing."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ def read_references(
     ]
 
 
+def _border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The outermost pixels."""
+    return np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+
+
 def make_guidance(mask: ImageU8, windows: Windows, name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
     """A mask uint8 [h,w] -> guidance bool of the size of its reference's data window.
 
@@ -97,6 +104,11 @@ def make_guidance(mask: ImageU8, windows: Windows, name: str, notice: Callable[[
         raise UsageError(
             f"{name} is full: every pixel is above half, so nothing tells the thing from the rest; give one with the "
             "thing alone in white"
+        )
+    if guidance.mean() > INVERTED_SHARE and _border(guidance).mean() > INVERTED_BORDER:
+        notice(
+            f"{name} is white in {100 * guidance.mean():.0f} % of the picture and nearly all along its border; if the "
+            "thing is what is black, invert it"
         )
     return guidance
 

@@ -81,7 +81,7 @@ def _own_stamp(path: Path, job: Job) -> dict[str, str]:
     if is_foreign:
         raise OtherSourceError(
             f"{path} was not made by icm and would be written over; give another folder or name, or, to icm matte, "
-            "--overwrite"
+            f"--overwrite to replace it or --exclude {job.name.name} to keep it"
         )
     if not found or NAME_KEY not in found:
         return {}

@@ -180,9 +180,10 @@ def apart(jobs: Sequence[Job], keys: Sequence[Key]) -> list[tuple[list[Job], lis
 class Carrier:
     """Carries alphas through a shot, frame by frame in its order, and holds no more than a few small ones."""
 
-    def __init__(self, shot: Shot, to_make: Collection[Job]) -> None:
+    def __init__(self, shot: Shot, to_make: Collection[Job], notice: Callable[[str], None]) -> None:
         """``to_make``: frames that are matted in this run; of the others the alphas that are there are read."""
         self.shot = shot
+        self._notice = notice
         self._to_make = {job.output for job in to_make}
         self._seen: dict[Path, Seen] = {}
 
@@ -229,16 +230,24 @@ class Carrier:
 
     def _before(self, job: Job, size: tuple[int, ...]) -> Seen | None:
         """The memory of the nearest frame before that has one, of pictures of this size."""
+        source, others = job.source, list[str]()
+        found: Seen | None
         for _ in range(MOST_PASSED):
-            if (key := self.shot.starts.get(job.output)) is not None:
-                start = _seen_in_reference(key.read())
-                return start if start.rgb.shape == size else None
-            if (earlier := self.shot.before.get(job.output)) is None:
-                return None
-            job = earlier
-            found = self._seen.get(job.output) if job.output in self._to_make else _seen_earlier(job)
+            start, earlier = self.shot.starts.get(job.output), self.shot.before.get(job.output)
+            if start is not None:
+                name, found = start.name, _seen_in_reference(start.read())
+            elif earlier is not None:
+                job, name = earlier, earlier.name
+                found = self._seen.get(job.output) if job.output in self._to_make else _seen_earlier(job)
+            else:
+                break
             if found is not None and found.rgb.shape == size:
                 return found
+            others += [name.name] if found is not None else []
+            if start is not None:
+                break
+        if others:
+            self._notice(f"{source} has another form or size than {others[0]}, so nothing of that is carried into it")
         return None
 
 

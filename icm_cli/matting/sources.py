@@ -92,6 +92,13 @@ def find_sources(src: str | Path, root: Path | None, left_out: LeftOut) -> Sourc
             f"{len(outside)} of the images lie outside {own}, which their alphas' places are told from: {named}; give "
             "--root with a folder that holds all of them"
         )
+    signed = [path for path in files if re.search(r"[._]-[0-9]+$", path.stem)]
+    if signed:
+        more = f" and {len(signed) - 1} more" if len(signed) > 1 else ""
+        left_out.tell(
+            f"{min(signed, key=natural)}{more}: numbers below 0 are not known, so the - counts for a part of the name; "
+            "number frames from 0"
+        )
     return Sources(own, sorted(set(files), key=natural), is_sequence)
 
 
@@ -163,7 +170,11 @@ def _sequence(pattern: FramePattern, text: str, left_out: LeftOut) -> tuple[Path
     names: dict[str, list[Path]] = {}
     for path in files:
         names.setdefault(path.name, []).append(path)
+    if not pattern.matching(names) and pattern.literal().matching(names):
+        pattern = pattern.literal()
     found = [path for name in pattern.matching(names) for path in names[name] if path.is_file()]
+    others = [path for name in pattern.other_numbers(names) for path in names[name] if path.is_file()]
+    left_out.add(others, f"a number that {Path(text).name} does not fit, by its sign or its digits")
     left_out.passed(passed)
     if not found:
         raise UsageError(
