@@ -2,7 +2,8 @@
 
     python -m icm_cli.model.packing OUT HEAD.safetensors [HEAD2.safetensors ...] --objects OBJECTS --edges EDGES
 
-packs the mean of several trainings' heads with the objects and the edges of others. Kernels become float16, matrices of
+packs the mean of several trainings' heads with the objects (``--objects`` again for the mean of several) and the edges
+of others. Kernels become float16, matrices of
 the backbone and the objects 8-bit integers with a scale for every row; vectors (biases, BatchNorm statistics) stay
 float32.
 """
@@ -40,13 +41,14 @@ def pack(
     out: Path,
     *,
     heads: Sequence[Path] = (),
-    objects: Path | None = None,
+    objects: Sequence[Path] = (),
     edges: Path | None = None,
 ) -> None:
     """Write ``out`` whole or not at all.
 
     ``heads``: further checkpoints of the same head, of whose weights the mean is taken; ``objects`` and ``edges``:
-    those whose parts take the place of the checkpoint's own; of its objects a file may hold what was learned alone.
+    those whose parts take the place of the checkpoint's own, of several objects the mean; of its objects a file may hold
+    what was learned alone.
     Raises ConfigError where one is no checkpoint of ours or of another model.
     """
     config = _config(checkpoint)
@@ -57,15 +59,21 @@ def pack(
             raise ConfigError(f"{path} has another head than {checkpoint}; expected trainings of one configuration")
     if heads:
         load_strict(model.head, _mean([_tensors(part, "head") for part in parts]), f"the mean of {len(parts)} heads")
-    if objects is not None:
-        part = _config(objects).objects
+    if objects:
+        part = _config(objects[0]).objects
         if part is None:
-            raise ConfigError(f"{objects} is of a model without objects; expected one that has learned them")
-        parts.append(read_checkpoint(objects))
+            raise ConfigError(f"{objects[0]} is of a model without objects; expected one that has learned them")
+        for path in objects[1:]:
+            if _config(path).objects != part:
+                raise ConfigError(
+                    f"{path} has other objects than {objects[0]}; expected trainings of one configuration"
+                )
+        learned = [read_checkpoint(path) for path in objects]
+        parts += learned
         config = replace(config, objects=part)
         model.objects = part_class("objects", part.name).load(part.settings)
-        tensors = {**model.objects.state_dict(), **_tensors(parts[-1], "objects")}
-        load_strict(model.objects, tensors, f"checkpoint {objects}")
+        whole = [{**model.objects.state_dict(), **_tensors(each, "objects")} for each in learned]
+        load_strict(model.objects, _mean(whole), f"the objects of {', '.join(map(str, objects))}")
     if edges is not None:
         if model.edges is None:
             raise ConfigError(f"{checkpoint} is of a model without edges; leave --edges out")
@@ -118,12 +126,14 @@ def _metadata(parts: Sequence[Checkpoint]) -> dict[str, str]:
 def main(
     out: Annotated[Path, typer.Argument(help="The .safetensors to write.")],
     heads: Annotated[list[Path], typer.Argument(help="Checkpoints of one head; the mean of their weights is taken.")],
-    objects: Annotated[Optional[Path], typer.Option(help="Checkpoint with the objects.")] = None,
+    objects: Annotated[
+        Optional[list[Path]], typer.Option(help="Checkpoint with the objects; again for the mean of several.")
+    ] = None,
     edges: Annotated[Optional[Path], typer.Option(help="Checkpoint with the edges.")] = None,
 ) -> None:
     """Pack trainings of icm into one small file."""
     try:
-        pack(heads[0], out, heads=heads[1:], objects=objects, edges=edges)
+        pack(heads[0], out, heads=heads[1:], objects=objects or [], edges=edges)
     except IcmError as error:
         typer.echo(f"icm: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
