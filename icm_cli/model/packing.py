@@ -30,6 +30,7 @@ from icm_cli.model.checkpoint import (
     read_config,
     save_checkpoint,
 )
+from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.loading import load_model
 
 LICENCES_KEY = "icm.licences"
@@ -47,8 +48,8 @@ def pack(
     """Write ``out`` whole or not at all.
 
     ``heads``: further checkpoints of the same head, of whose weights the mean is taken; ``objects`` and ``edges``:
-    those whose parts take the place of the checkpoint's own, of several objects the mean; of its objects a file may hold
-    what was learned alone.
+    those whose parts take the place of the checkpoint's own, of several objects the mean; of its objects a file may
+    hold what was learned alone.
     Raises ConfigError where one is no checkpoint of ours or of another model.
     """
     config = _config(checkpoint)
@@ -60,20 +61,9 @@ def pack(
     if heads:
         load_strict(model.head, _mean([_tensors(part, "head") for part in parts]), f"the mean of {len(parts)} heads")
     if objects:
-        part = _config(objects[0]).objects
-        if part is None:
-            raise ConfigError(f"{objects[0]} is of a model without objects; expected one that has learned them")
-        for path in objects[1:]:
-            if _config(path).objects != part:
-                raise ConfigError(
-                    f"{path} has other objects than {objects[0]}; expected trainings of one configuration"
-                )
         learned = [read_checkpoint(path) for path in objects]
         parts += learned
-        config = replace(config, objects=part)
-        model.objects = part_class("objects", part.name).load(part.settings)
-        whole = [{**model.objects.state_dict(), **_tensors(each, "objects")} for each in learned]
-        load_strict(model.objects, _mean(whole), f"the objects of {', '.join(map(str, objects))}")
+        config = _with_objects(model, config, objects, learned)
     if edges is not None:
         if model.edges is None:
             raise ConfigError(f"{checkpoint} is of a model without edges; leave --edges out")
@@ -86,6 +76,22 @@ def pack(
         load_strict(model.edges, _tensors(parts[-1], "edges"), f"checkpoint {edges}")
     out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out, model, config, with_backbone=True, small=True, metadata=_metadata(parts))
+
+
+def _with_objects(
+    model: InContextMatting, config: ModelConfig, objects: Sequence[Path], learned: Sequence[Checkpoint]
+) -> ModelConfig:
+    """Give a model the mean of several trainings' objects; the configuration with them."""
+    part = _config(objects[0]).objects
+    if part is None:
+        raise ConfigError(f"{objects[0]} is of a model without objects; expected one that has learned them")
+    for path in objects[1:]:
+        if _config(path).objects != part:
+            raise ConfigError(f"{path} has other objects than {objects[0]}; expected trainings of one configuration")
+    model.objects = part_class("objects", part.name).load(part.settings)
+    whole = [{**model.objects.state_dict(), **_tensors(each, "objects")} for each in learned]
+    load_strict(model.objects, _mean(whole), f"the objects of {', '.join(map(str, objects))}")
+    return replace(config, objects=part)
 
 
 def _config(checkpoint: Path) -> ModelConfig:
