@@ -145,7 +145,7 @@ def test_models_are_listed_with_what_is_here(tmp_path: Path) -> None:
     """A repository in the hub's cache is here."""
     models = listed(HF_HOME=str(tmp_path))
     assert set(models) == {*preset_paths(), "any, with --edges vitmatte"}
-    assert models["lite"] == ("here", "needs nothing more; 39 MB, in the package; MIT and Apache-2.0")
+    assert models["lite"] == ("here", "needs nothing more; 50 MB, in the package; MIT and Apache-2.0")
     assert models["lite-training-free"][0] == "here"
     vitmatte = "hustvl/vitmatte-small-composition-1k"
     assert models["dinov2-vitmatte"] == (

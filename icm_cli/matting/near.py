@@ -31,7 +31,7 @@ LOST_BELOW = 0.5
 CUT_FROM = 0.02
 """Least part of a crop's side, as a share of that side, along which the thing lies where it is taken to be cut."""
 WIDER = 0.5
-"""How much wider a crop gets at a side where it cuts the thing, as a share of its height or width."""
+"""Growth of a crop at a side where it cuts the thing, as a share of its height or width."""
 MOST_LOOKS = 4
 """Most crops of one frame, each wider than the one before."""
 Place = tuple[slice, slice]
