@@ -91,7 +91,7 @@ class JsonTerminal(Terminal):
         _say_json("image", ended=self.ended, total=self.total, **row)
 
     def finished(self, report: Report) -> None:
-        """Say the end; the exit code of a run that was cut short is not the report's to tell, but the error's after it."""
+        """Say the end; the exit code of a run that was cut short is told by the error after it."""
         code = report.exit_code if report.is_complete else report.exit_code or None
         _say_json("finished", exit_code=code, **report.as_dict()["summary"])
 
