@@ -92,7 +92,7 @@ class JsonTerminal(Terminal):
 
     def finished(self, report: Report) -> None:
         """Say the end; the exit code of a run that was cut short is told by the error after it."""
-        code = report.exit_code if report.is_complete else report.exit_code or None
+        code = report.exit_code or (0 if report.is_complete else None)
         _say_json("finished", exit_code=code, **report.as_dict()["summary"])
 
     def error(self, text: str, exit_code: int) -> None:

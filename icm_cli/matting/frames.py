@@ -63,17 +63,19 @@ class FramePattern:
 
     def matching(self, names: Iterable[str]) -> list[str]:
         """The names that fit; the text beside the number may have wildcards."""
-        regex = fnmatch.translate(self.before + _ESCAPED + self.after)
-        digits = r"\\d+" if self.digits == 1 else rf"(?:\\d{{{self.digits}}}|[1-9]\\d{{{self.digits},}})"
-        fits = re.compile(re.sub(r"\\?\x00", digits, regex))
+        fits = self._fitting(r"\\d+" if self.digits == 1 else rf"(?:\\d{{{self.digits}}}|[1-9]\\d{{{self.digits},}})")
         return [name for name in names if fits.match(name)]
 
     def other_numbers(self, names: Iterable[str]) -> list[str]:
-        """The names that would fit but for a number of fewer digits, or with a sign."""
-        regex = fnmatch.translate(self.before + _ESCAPED + self.after)
-        fits = re.compile(re.sub(r"\\?\x00", r"-?\\d+", regex))
-        taken = set(self.matching(names := list(names)))
+        """The names that would fit but for their number's sign or digits."""
+        names, fits = list(names), self._fitting(r"-?\\d+")
+        taken = set(self.matching(names))
         return [name for name in names if name not in taken and fits.match(name)]
+
+    def _fitting(self, number: str) -> re.Pattern[str]:
+        """The names whose number is as a regular expression says, whose backslashes are doubled."""
+        regex = fnmatch.translate(self.before + _ESCAPED + self.after)
+        return re.compile(re.sub(r"\\?\x00", number, regex))
 
     def literal(self) -> FramePattern:
         """The pattern whose brackets and other wildcards stand for themselves."""

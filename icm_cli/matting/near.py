@@ -26,8 +26,6 @@ LEAST_SIDE = 0.2
 """Least height and width of a crop, as shares of the frame's."""
 LOST_BELOW = 0.5
 """Least share of the thing's area in the frame before that a crop must show, or the whole frame is looked at too."""
-
-
 CUT_FROM = 0.02
 """Least part of a crop's side, as a share of that side, along which the thing lies where it is taken to be cut."""
 WIDER = 0.5

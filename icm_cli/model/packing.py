@@ -3,9 +3,8 @@
     python -m icm_cli.model.packing OUT HEAD.safetensors [HEAD2.safetensors ...] --objects OBJECTS --edges EDGES
 
 packs the mean of several trainings' heads with the objects (``--objects`` again for the mean of several) and the edges
-of others. Kernels become float16, matrices of
-the backbone and the objects 8-bit integers with a scale for every row; vectors (biases, BatchNorm statistics) stay
-float32.
+of others. Kernels become float16, matrices of the backbone and the objects 8-bit integers with a scale for every row;
+vectors (biases, BatchNorm statistics) stay float32.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ def pack(
 
     ``heads``: further checkpoints of the same head, of whose weights the mean is taken; ``objects`` and ``edges``:
     those whose parts take the place of the checkpoint's own, of several objects the mean; of its objects a file may
-    hold what was learned alone.
-    Raises ConfigError where one is no checkpoint of ours or of another model.
+    hold what was learned alone. Raises ConfigError where one is no checkpoint of ours or of another model.
     """
     config = _config(checkpoint)
     model = load_model(config, checkpoint=checkpoint, weights=None, offline=True, seed=0)

@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_validation.py ../shared/data/validation --out OUT --baseline lite-training-free
 
 mattes every group with a model and with a baseline, and prints IoU at 0.5 and MSE (plain, distractor) or the share of
-pictures with a mean alpha of at most 0.01 (absent) of both, the worst groups, and things of 2 to 6 % of the picture.
+pictures with a mean alpha of at most 0.01 (absent) of both, the worst groups, groups with masks by hand and the others
+apart, and things of 2 to 6 % of the picture.
 """
 
 from __future__ import annotations

@@ -138,8 +138,13 @@ class MobileSam(Objects):
 
 
 def _lite_path() -> Path:
+    """The checkpoint of ``lite`` in the package. Raises ConfigError where it was taken out."""
     path = packed_weights("lite")
-    assert path is not None  # it comes with the package
+    if path is None:
+        raise ConfigError(
+            "the weights of lite are not in the package, and objects begin with theirs; install icm again, or give a "
+            "checkpoint with objects"
+        )
     return path
 
 

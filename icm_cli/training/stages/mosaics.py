@@ -219,14 +219,20 @@ def draw_mosaic(
             return Mosaic(name, usable, shown, ())
         places = [int(rng.integers(tiles))]
         shown[places[0]] = target
-        if config.several_share and rng.random() < config.several_share:
-            for place in set(range(tiles)) - set(places):
-                another = as_target(pool.partner(item, rng, config.same_image_share))
-                if another is not None and rng.random() < SEVERAL:
-                    shown[place] = another
-                    places.append(place)
+        for place in _further(places[0], tiles, config, rng):
+            another = as_target(pool.partner(item, rng, config.same_image_share))
+            if another is not None:
+                shown[place] = another
+                places.append(place)
         return Mosaic(name, usable, shown, tuple(places))
     raise TrainingError("no group has two views that can be read; raise train.match.views, or give more pictures")
+
+
+def _further(first: int, tiles: int, config: MatchConfig, rng: np.random.Generator) -> list[int]:
+    """Tiles that are to show the thing too, besides the first one that does."""
+    if not config.several_share or rng.random() >= config.several_share:
+        return []
+    return [place for place in range(tiles) if place != first and rng.random() < SEVERAL]
 
 
 def joined(samples: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, columns: int) -> MosaicBatch:
