@@ -22,7 +22,7 @@ from icm_cli.model.edges.refine import Refine
 from icm_cli.model.heads.token_match import TokenMatchHead
 from icm_cli.model.loading import model_to_train
 from icm_cli.training.data.pool import Item, Pool, read_pool
-from icm_cli.training.data.spoiling import by_outline, by_tokens, with_doubted_parts
+from icm_cli.training.data.spoiling import by_objects, by_outline, by_tokens, with_doubted_parts
 from icm_cli.training.settings import MatchConfig, TrainConfig, read_settings
 from icm_cli.training.stages import match
 from icm_cli.training.stages.match import to_show
@@ -336,7 +336,7 @@ def test_a_spoiled_alpha_is_an_alpha(seed: int, height: int, width: int) -> None
     truth = np.zeros((height, width), np.float32)
     truth[height // 4 : height // 2, width // 4 : width // 2] = 1.0
     rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    for spoil in (by_tokens, by_outline):
+    for spoil in (by_tokens, by_objects, by_outline):
         rng = np.random.default_rng(seed)
         coarse = spoil(truth, rng)
         for each in (coarse, with_doubted_parts(coarse, rgb, truth, rng)):
@@ -344,6 +344,16 @@ def test_a_spoiled_alpha_is_an_alpha(seed: int, height: int, width: int) -> None
             assert each.dtype == np.float32
             assert each.min() >= 0
             assert each.max() <= 1
+
+
+def test_objects_tell_a_thing_without_its_hair_and_are_sure() -> None:
+    truth = np.zeros((256, 256), np.float32)
+    truth[64:192, 64:192] = 1.0
+    truth[100:110:8, 192:250] = 1.0  # two hairs of one pixel
+    found = [by_objects(truth, np.random.default_rng(seed)) for seed in range(20)]
+    assert min(float(each[110:150, 110:150].min()) for each in found) > 0.9
+    assert max(float(each[:20].max()) for each in found) < 0.15
+    assert np.mean([float(each[100, 210:240].mean()) for each in found]) < 0.4
 
 
 def test_doubted_parts_fade_inside_and_appear_outside() -> None:
@@ -358,6 +368,16 @@ def test_doubted_parts_fade_inside_and_appear_outside() -> None:
 
 
 class TestRefineNetwork:
+    def test_details_begin_as_nothing_and_learn(self) -> None:
+        plain = Refine(Refine.Config(widths=(4, 6)))
+        finer = Refine(Refine.Config(widths=(4, 6), details=2))
+        torch.nn.init.normal_(plain.output.weight)
+        assert not finer.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+        image, coarse = torch.rand(1, 3, 32, 32), torch.rand(1, 1, 32, 32)
+        torch.testing.assert_close(finer(image, coarse), plain(image, coarse))
+        finer(image, coarse).square().mean().backward()
+        assert all(float(each.second.weight.grad.abs().max()) > 0 for each in finer.details)
+
     def test_untrained_it_passes_the_coarse_alpha(self) -> None:
         edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8)).eval()
         coarse = np.random.default_rng(0).random((50, 70), np.float32) * 0.9 + 0.05

@@ -276,6 +276,8 @@ class RefineConfig:
     """Crops of a scene."""
     token_share: float = 0.35
     """Share of the coarse alphas that are as a grid of tokens tells them; the others are outlines nearly right."""
+    object_share: float = 0.0
+    """Share of the coarse alphas that are smooth outlines of whole things, without their hair, as objects tell them."""
     doubt_share: float = 0.5
     """Share of the coarse alphas that are unsure of whole parts besides, in the thing and beside it."""
     made_share: float = 0.7
@@ -299,9 +301,15 @@ class RefineConfig:
             raise ConfigError(f"train: refine: crop_px is {self.crop_px}; expected {LEAST_CROP_PX} or more")
         if self.crops < 1:
             raise ConfigError(f"train: refine: crops is {self.crops}; expected 1 or more")
-        for name in ("token_share", "doubt_share", "made_share", "again_share", "photograph_share", "band_weight"):
+        shares = ("token_share", "object_share", "doubt_share", "made_share", "again_share", "photograph_share")
+        for name in (*shares, "band_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train: refine: {name} is {getattr(self, name)}; expected 0 to 1")
+        if self.token_share + self.object_share > 1:
+            raise ConfigError(
+                f"train: refine: token_share and object_share are {self.token_share} and {self.object_share}; expected "
+                "at most 1 together"
+            )
         if self.open_weight < 1:
             raise ConfigError(f"train: refine: open_weight is {self.open_weight}; expected 1 or more")
         weights = [getattr(self, name) for name in REFINE_TERMS]

@@ -33,6 +33,8 @@ class RefineConfig:
 
     widths: tuple[int, ...] = (32, 48, 64, 96, 128)
     """Channels of each scale, from half the picture's size on, each half as fine as the one before."""
+    details: int = 0
+    """Residual pairs of convolutions before the answer, at half the picture's size."""
     whole_px: int = 1024
     """Long side, in px, at which the whole picture is refined."""
     tile_px: int = 256
@@ -53,6 +55,8 @@ class RefineConfig:
     def __post_init__(self) -> None:
         if len(self.widths) < 2 or min(self.widths) < 1:
             raise ConfigError(f"edges widths is {list(self.widths)}; expected two or more numbers of 1 or more")
+        if self.details < 0:
+            raise ConfigError(f"edges details is {self.details}; expected 0 or more")
         multiple = self.multiple
         for name in ("whole_px", "tile_px"):
             if (value := getattr(self, name)) < multiple or value % multiple:
@@ -88,6 +92,20 @@ class ConvReLU(nn.Module):
         return F.relu(self.conv(x), inplace=True)
 
 
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions with a ReLU between them, whose answer is added to what they are given."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = ConvReLU(width, width)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        _make_zero(self.second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + self.second(self.first(x))
+        return found
+
+
 class Refine(Edges):
     """A U-Net on pixel-unshuffled input that corrects the logit of a coarse alpha."""
 
@@ -105,10 +123,9 @@ class Refine(Edges):
             for before, after in itertools.pairwise(widths)
         )
         self.up = nn.ModuleList(_convolutions(coarse + fine, fine) for fine, coarse in itertools.pairwise(widths))
+        self.details = nn.Sequential(*(Residual(widths[0]) for _ in range(config.details)))
         self.output = nn.Conv2d(widths[0], UNSHUFFLE**2, 3, padding=1)
-        nn.init.zeros_(self.output.weight)  # before training the coarse alpha passes as it is
-        assert self.output.bias is not None
-        nn.init.zeros_(self.output.bias)
+        _make_zero(self.output)  # before training the coarse alpha passes as it is
 
     def cast(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:  # noqa: ARG002
         self.to(fast_dtype)
@@ -126,7 +143,7 @@ class Refine(Edges):
         x = scales.pop()
         for step, fine in zip(reversed(self.up), reversed(scales), strict=True):
             x = step(torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), fine], dim=1))
-        return logit + F.pixel_shuffle(self.output(x), UNSHUFFLE).float()
+        return logit + F.pixel_shuffle(self.output(self.details(x)), UNSHUFFLE).float()
 
     @torch.inference_mode()
     def refined(self, rgb: ImageU8, coarse: Float) -> Float:
@@ -185,6 +202,12 @@ class Refine(Edges):
 
 def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(ConvReLU(inputs, outputs), ConvReLU(outputs, outputs))
+
+
+def _make_zero(conv: nn.Conv2d) -> None:
+    nn.init.zeros_(conv.weight)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
 
 
 REGISTERED = Refine

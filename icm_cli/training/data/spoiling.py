@@ -14,6 +14,10 @@ from icm_cli.training.data.augment import Rng
 LEAST = 1e-3
 TOKEN_SHARE = (1 / 52, 1 / 14)
 """Side of a token's cell, as a share of the picture's long side."""
+OBJECT_CELL = (1 / 256, 1 / 128)
+"""Side of a cell of a mask of whole things, as a share of the picture's long side."""
+SURE_LOGIT = 4.0
+"""Least logit, below 0, of such a mask where nothing of the thing is near."""
 LARGEST_PART = 0.12
 """Share of the picture that a doubted part covers at most."""
 INSIDE_SHARE = 0.65
@@ -55,6 +59,22 @@ def by_outline(alpha: Float, rng: Rng) -> Float:
             cv2.GaussianBlur(coarse, (0, 0), float(np.exp(rng.uniform(np.log(0.5), np.log(5.0))))), np.float32
         )
     return np.clip(coarse, 0.0, 1.0).astype(np.float32)
+
+
+def by_objects(alpha: Float, rng: Rng) -> Float:
+    """An alpha [H,W] 0..1 as a network tells it that knows things and not their hair: a smooth outline, sure on both
+    sides, beyond which strands stick out or which closes the gaps between them."""
+    height, width = alpha.shape
+    longest = max(height, width)
+    cell = longest * np.exp(rng.uniform(*np.log(OBJECT_CELL)))
+    smooth = np.asarray(cv2.GaussianBlur(alpha, (0, 0), cell * np.exp(rng.uniform(np.log(0.4), np.log(8.0)))))
+    rows, columns = max(2, round(height / cell)), max(2, round(width / cell))
+    grid = cv2.resize(smooth, (columns, rows), interpolation=cv2.INTER_AREA)
+    steepness = np.exp(rng.uniform(np.log(8.0), np.log(40.0)))
+    least = rng.uniform(0.1, 0.65) + smooth_noise((rows, columns), rng.uniform(4.0, 24.0), rng) * rng.uniform(0.0, 0.12)
+    least = np.maximum(least, SURE_LOGIT / steepness)
+    sure = 1.0 / (1.0 + np.exp(-steepness * (grid - least)))
+    return np.asarray(cv2.resize(sure.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR))
 
 
 def with_doubted_parts(coarse: Float, rgb: ImageU8, truth: Float, rng: Rng) -> Float:

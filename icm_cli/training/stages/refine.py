@@ -26,7 +26,7 @@ from icm_cli.training.batches import Batch, StepSampler, load_batches
 from icm_cli.training.data.pool import Item, Pool
 from icm_cli.training.data.samples import MOST_ATTEMPTS
 from icm_cli.training.data.scenes import Scene, SceneMaker
-from icm_cli.training.data.spoiling import by_outline, by_tokens, with_doubted_parts
+from icm_cli.training.data.spoiling import by_objects, by_outline, by_tokens, with_doubted_parts
 from icm_cli.training.losses import laplacian
 from icm_cli.training.panels import MOST_ROWS, grey, table
 from icm_cli.training.settings import REFINE_TERMS, Settings, TrainConfig
@@ -123,7 +123,8 @@ class EdgeMaker(Dataset["EdgeSample | str"]):
         if scene.coarse is not None and rng.random() < config.made_share:
             coarse = scene.coarse.astype(np.float32) / 255.0
         else:
-            spoil = by_tokens if rng.random() < config.token_share else by_outline
+            shares = (config.token_share, config.object_share, 1.0 - config.token_share - config.object_share)
+            spoil = (by_tokens, by_objects, by_outline)[int(rng.choice(3, p=shares))]
             coarse = spoil(truth, rng)
         if rng.random() < config.doubt_share:
             coarse = with_doubted_parts(coarse, scene.rgb, truth, rng)
