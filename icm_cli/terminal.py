@@ -131,7 +131,7 @@ def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
 
 def _source(result: ImageResult) -> str:
     """The source's file, and its frame where it holds several."""
-    return f"{result.source} frame {result.frame}" if result.frame else result.source
+    return f"{result.source} page {result.page}" if result.page else result.source
 
 
 def _figures(result: ImageResult) -> str:

@@ -414,13 +414,13 @@ def test_an_exposure_that_is_none_is_refused(stops: float) -> None:
         Colour(exposure=stops).check()
 
 
-def test_the_terminal_names_the_frame(icm: Icm, scene: Path) -> None:
+def test_the_terminal_names_the_page(icm: Icm, scene: Path) -> None:
     frames = [Image.open(scene / "imgs" / "wall.jpg").rotate(turn) for turn in (0, 5)]
     frames[0].save(scene / "two.tif", save_all=True, append_images=frames[1:])
     ended = icm(src=scene / "two.tif")
     assert ended.exit_code == 0
     for number in (1, 2):
-        assert f"two.tif frame {number} " in ended.stderr
+        assert f"two.tif page {number} " in ended.stderr
 
 
 def test_smaller_copies_are_no_frames(tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ class Job:
     """Result as far as it is known before."""
     example: int = 0
     """Index of the example whose references show its thing."""
-    frame: int = 0
-    """Frame of a file of several, from 0."""
+    page: int = 0
+    """Page of a file of several pictures, from 0."""
     colour: Colour = AS_LABELLED
     root: str = ""
     """Absolute path of the sources' root."""
@@ -59,7 +59,7 @@ class Job:
 
     def read(self) -> Picture:
         """The picture to matte. Raises ImageError."""
-        return read_source(self.source, self.colour, self.frame)
+        return read_source(self.source, self.colour, self.page)
 
     @property
     def files(self) -> Sequence[Path]:
@@ -272,7 +272,7 @@ def _is_wanted(name: Path, choice: Choice) -> bool:
 
 
 def _jobs(source: Path, root: Path, place: Place, colour: Colour, kind: Kind) -> list[Job]:
-    """One job per frame: name.png, or name.0001.png and following where the file has several."""
+    """One job per picture: name.png, or name.0001.png and following where the file has several."""
     name, count = source.relative_to(root), 1
     absolute = os.path.abspath(root)  # noqa: PTH100  resolve() would follow links
     if kind.may_have_frames:
@@ -283,11 +283,11 @@ def _jobs(source: Path, root: Path, place: Place, colour: Colour, kind: Kind) ->
         planned = ImageResult(str(source), str(output), "planned", name=name.as_posix())
         return [Job(source, name, output, planned, colour=colour, root=absolute)]
     jobs = []
-    for frame in range(count):
-        numbered = name.with_name(f"{name.stem}.{frame + 1:04d}{name.suffix}")
+    for page in range(count):
+        numbered = name.with_name(f"{name.stem}.{page + 1:04d}{name.suffix}")
         output = place.output(numbered)
-        planned = ImageResult(str(source), str(output), "planned", name=numbered.as_posix(), frame=frame + 1)
-        jobs.append(Job(source, numbered, output, planned, frame=frame, colour=colour, root=absolute))
+        planned = ImageResult(str(source), str(output), "planned", name=numbered.as_posix(), page=page + 1)
+        jobs.append(Job(source, numbered, output, planned, page=page, colour=colour, root=absolute))
     return jobs
 
 

@@ -52,7 +52,7 @@ def cut_out(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
 
 
 def _row(result: ImageResult, colour: Colour) -> ImageU8:
-    rgb = thumbnail(read_picture(Path(result.source), colour, max(0, result.frame - 1)).displayed().rgb)
+    rgb = thumbnail(read_picture(Path(result.source), colour, max(0, result.page - 1)).displayed().rgb)
     alpha = thumbnail(read_matte(Path(result.output)))
     caption = (result.name or Path(result.source).name) + ("   reference's thing not found" if result.not_found else "")
     return captioned_row([rgb, np.repeat(alpha[..., None], 3, -1), cut_out(rgb, alpha)], caption)

@@ -169,7 +169,7 @@ def _figure(report: Report, result: ImageResult) -> Figure:
             _picture(
                 report.album.composites.get(result.name, Path(result.source)),
                 report.album.colour,
-                max(0, result.frame - 1),
+                max(0, result.page - 1),
             )
         ),
         [uri for each in shown if (uri := _uri(each))],

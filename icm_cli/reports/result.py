@@ -27,8 +27,8 @@ class ImageResult:
     categories: Mapping[str, str] = field(default_factory=dict)
     round: int = 0
     """Round of an evaluation, from 1; 0 where there are none."""
-    frame: int = 0
-    """Frame of a file of several, from 1; 0 of all others."""
+    page: int = 0
+    """Page of a file of several pictures, from 1; 0 of all others."""
     colorspace: str = ""
     """Colour space that the source was taken to be in."""
     truth: str = ""
