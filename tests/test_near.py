@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -15,10 +13,9 @@ from conftest import Icm, alphas, shrink
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icm_cli.geometry import CanvasRule, resize
+from icm_cli.geometry import CanvasRule
 from icm_cli.images.pixels import Windows
-from icm_cli.matting.crops import LEAST_SIDE, MARGIN, place_of
-from icm_cli.matting.near import MOST_LOOKS, NearBy, cropped, shown, wider
+from icm_cli.matting.near import LEAST_SIDE, MARGIN, MOST_LOOKS, NearBy, cropped, place_of, shown, wider
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.references import Reference
 
@@ -91,58 +88,6 @@ class Eyes:
         found = reference in self.knows
         red = [(frame.canvas[..., 0] > 127).astype(np.float32) * found for frame in frames]
         return [CanvasMatte(alpha, 0.9, found) for alpha in red]
-
-
-class Closer(Eyes, Predictor):
-    """A predictor with such eyes, and with objects and edges that change nothing."""
-
-    def __init__(self, *knows: str, least: tuple[int, int] = (0, 0)) -> None:
-        """``least``: pictures that are smaller show it nothing."""
-        super().__init__(*knows)
-        self.least = least
-        objects = SimpleNamespace(closer_below=0.15, completed=lambda _, coarse: coarse)
-        edges = SimpleNamespace(refined=lambda rgb, alpha: resize(alpha, rgb.shape[:2]))
-        self.model = SimpleNamespace(objects=objects, edges=edges)  # type: ignore[assignment]
-
-    def coarse(self, frames: Sequence[Frame], reference: Any) -> list[CanvasMatte]:
-        found = super().coarse(frames, reference)
-        blind = [frame.rgb.shape[:2] < self.least for frame in frames]
-        return [
-            replace(each, alpha=0 * each.alpha) if is_blind else each
-            for each, is_blind in zip(found, blind, strict=True)
-        ]
-
-
-def test_a_small_thing_is_looked_at_again_from_near_by() -> None:
-    rgb, thing = scene_of()
-    rgb[10:30, 10:30] = 0
-    eyes = Closer("it")
-    (matte,) = eyes.infer([eyes.prepare(rgb)], "it")  # type: ignore[arg-type]
-    assert [size for _, size in eyes.seen] == [(240, 320), pytest.approx((120, 110), abs=10)]
-    once, nearer = (each.infer([each.prepare(rgb)], "it")[0].alpha for each in (Closer("it", least=(240, 320)), eyes))  # type: ignore[arg-type]
-    truth = thing.astype(np.float32)
-    np.testing.assert_array_equal(matte.alpha, nearer)
-    assert np.abs(nearer - truth).sum() < 0.8 * np.abs(once - truth).sum()
-
-
-def test_a_second_look_that_finds_nothing_takes_nothing_away() -> None:
-    rgb, _ = scene_of()
-    eyes, blind = Closer("it"), Closer("it", least=(240, 320))
-    frame = eyes.prepare(rgb)
-    alone = eyes.with_edges(frame, eyes.coarse([frame], "it")[0])
-    assert len(eyes.seen) == 1  # no reference, no second look
-    (matte,) = blind.infer([frame], "it")  # type: ignore[arg-type]
-    assert len(blind.seen) == 2
-    np.testing.assert_array_equal(matte.alpha, alone.alpha)
-
-
-def test_a_thing_that_is_not_small_is_looked_at_once() -> None:
-    rgb = np.zeros((240, 320, 3), np.uint8)
-    rgb[40:180, 40:180, 0] = 255
-    for picture in (rgb, np.zeros_like(rgb)):
-        eyes = Closer("it")
-        eyes.infer([eyes.prepare(picture)], "it")  # type: ignore[arg-type]
-        assert len(eyes.seen) == 1
 
 
 def scene_of(top: int = 100, left: int = 260) -> tuple[np.ndarray, np.ndarray]:

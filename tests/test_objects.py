@@ -138,7 +138,6 @@ class TestCompleted:
             ({"long_side_px": 2048}, "at most 1024"),
             ({"least_alpha": 0.0}, "more than 0"),
             ({"ask_above": 1.0}, "below 1"),
-            ({"closer_below": 1.5}, "expected 0 to 1"),
         ],
     )
     def test_bad_settings(self, setting: dict[str, float], said: str) -> None:

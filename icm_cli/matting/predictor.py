@@ -15,19 +15,13 @@ from torch import Tensor
 
 from icm_cli.device import Device, is_device_lost, is_out_of_memory
 from icm_cli.errors import ConfigError, DeviceError, UsageError
-from icm_cli.geometry import Float, ImageU8, Placement, resize, to_u8
+from icm_cli.geometry import Float, ImageU8, Placement, to_u8
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import Windows
-from icm_cli.matting.crops import place_of
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.model.contracts import Head, Prepared
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.loading import device_for, load_model, resolve_model, with_edges
-
-CLOSER_MARGIN = 1.0
-"""Margin of a second look at a small thing, as a share of the thing's longer side."""
-CLOSER_LEAST_SIDE = 0.1
-"""Least height and width of such a look, as shares of the picture's."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ class Predictor:
     def infer(self, frames: Sequence[Frame], reference: Prepared) -> list[CanvasMatte]:
         """Run the model on frames of one canvas size."""
         coarse = self.coarse(frames, reference)
-        return [self.with_edges(frame, matte, reference) for frame, matte in zip(frames, coarse, strict=True)]
+        return [self.with_edges(frame, matte) for frame, matte in zip(frames, coarse, strict=True)]
 
     def coarse(self, frames: Sequence[Frame], reference: Prepared) -> list[CanvasMatte]:
         """Run backbone and head on frames of one canvas size, and leave the edges to :meth:`with_edges`."""
@@ -98,41 +92,15 @@ class Predictor:
         found = zip(alphas, matte.confidence, matte.found, strict=True)
         return [CanvasMatte(alpha, float(confidence), bool(is_there)) for alpha, confidence, is_there in found]
 
-    def with_edges(self, frame: Frame, matte: CanvasMatte, reference: Prepared | None = None) -> CanvasMatte:
-        """Make the things of a coarse alpha whole and give them the edges of their frame, where the model does so.
-
-        With the ``reference`` that it was asked with, a small thing is looked at again from near by.
-        """
-        edges = self.model.edges
+    def with_edges(self, frame: Frame, matte: CanvasMatte) -> CanvasMatte:
+        """Make the things of a coarse alpha whole and give them the edges of their frame, where the model does so."""
+        edges, objects = self.model.edges, self.model.objects
         if edges is None or not np.isfinite(matte.alpha).all():  # the latter is told when it is to be written
             return matte
-        alpha = self._whole(frame, matte)
-        if reference is not None:
-            alpha = self._closer(frame, alpha, reference)
-        return replace(matte, alpha=edges.refined(frame.rgb, alpha), is_refined=True)
-
-    def _whole(self, frame: Frame, matte: CanvasMatte) -> Float:
-        """The alpha [h,w] of a frame in which its things are whole, where the model has objects."""
         coarse = frame.placement.inside(matte.alpha)
-        return coarse if self.model.objects is None else self.model.objects.completed(frame.rgb, coarse)
-
-    def _closer(self, frame: Frame, alpha: Float, reference: Prepared) -> Float:
-        """The geometric mean of an alpha [h,w] and of what a crop about its thing shows, float32 [H,W] of the frame: what
-        either look does not show is not there. The alpha itself where the thing is not small, or not in the crop."""
-        thing, objects = alpha > 0.5, self.model.objects
-        if objects is None or not 0 < thing.mean() < objects.closer_below:
-            return alpha
-        size = (frame.rgb.shape[0], frame.rgb.shape[1])
-        place = place_of(thing, size, margin=CLOSER_MARGIN, least_side=CLOSER_LEAST_SIDE)
-        assert place is not None
-        crop = self.prepare(np.ascontiguousarray(frame.rgb[place]))
-        near = self._whole(crop, self.coarse([crop], reference)[0])
-        if not np.isfinite(near).all() or not (near > 0.5).any():
-            return alpha
-        second = np.zeros(size, np.float32)
-        second[place] = resize(near.astype(np.float32), (crop.rgb.shape[0], crop.rgb.shape[1]))
-        both: Float = np.sqrt(second * resize(alpha.astype(np.float32), size))
-        return both
+        if objects is not None:
+            coarse = objects.completed(frame.rgb, coarse)
+        return replace(matte, alpha=edges.refined(frame.rgb, coarse), is_refined=True)
 
     def matte(self, rgb: ImageU8, reference: Prepared) -> ImageU8:
         """Alpha, uint8 [H,W], of a picture, sRGB uint8 [H,W,3], at exactly its size."""

@@ -225,9 +225,6 @@ class Objects(nn.Module, ABC):
     Config: ClassVar[type[Any]]
     """Frozen dataclass of its settings."""
 
-    closer_below: float = 0.0
-    """A thing that covers less of its picture than this share is looked at again from near by."""
-
     @classmethod
     @abstractmethod
     def weights_digest(cls, config: Any) -> str:

@@ -49,8 +49,6 @@ class MobileSamConfig:
     """A coarse alpha is kept this far from 0 and 1 before its logit is taken, so that it can be overruled."""
     ask_above: float = 0.1
     """A coarse alpha that is nowhere above this stays as it is: there is nothing to make whole."""
-    closer_below: float = 0.15
-    """A thing that covers less of its picture than this share is looked at again from near by; with 0 none is."""
     start: Literal["lite", "published"] = "lite"
     """Weights where no checkpoint gives any: those of ``lite``, inside the package, whose decoder knows coarse alphas;
     or MobileSAM's, which a package of their own holds."""
@@ -64,8 +62,6 @@ class MobileSamConfig:
             raise ConfigError(f"objects least_alpha is {self.least_alpha}; expected more than 0 and less than 0.5")
         if not 0 <= self.ask_above < 1:
             raise ConfigError(f"objects ask_above is {self.ask_above}; expected 0 to below 1")
-        if not 0 <= self.closer_below <= 1:
-            raise ConfigError(f"objects closer_below is {self.closer_below}; expected 0 to 1")
 
 
 class MobileSam(Objects):
@@ -76,7 +72,6 @@ class MobileSam(Objects):
     def __init__(self, config: MobileSamConfig) -> None:
         super().__init__()
         self.config = config
-        self.closer_below = config.closer_below
         self.encoder = sam_encoder.TinyViT().requires_grad_(False)
         self.decoder = sam_decoder.MaskDecoder()
         self.shares = nn.Parameter(torch.tensor([COARSE_SHARE, MASK_SHARE, *[0.0] * (MASKS - 1)]))
