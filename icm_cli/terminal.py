@@ -130,7 +130,7 @@ def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
 
 
 def _source(result: ImageResult) -> str:
-    """The source's file, and its frame where it holds several."""
+    """The source's file, and its page where it holds several pictures."""
     return f"{result.source} page {result.page}" if result.page else result.source
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from train_data import MODEL, log, metadata, same_weights, train, write_config
 
 from icm_cli.config import parse_model
+from icm_cli.errors import ConfigError
 from icm_cli.model.backbones.dinov2_lite import DinoV2Lite
 from icm_cli.model.edges.refine import Refine
 from icm_cli.model.heads.token_match import TokenMatchHead
@@ -24,7 +26,7 @@ from icm_cli.model.loading import model_to_train
 from icm_cli.training.data.pool import Item, Pool, read_pool
 from icm_cli.training.data.spoiling import by_objects, by_outline, by_tokens, with_doubted_parts
 from icm_cli.training.settings import MatchConfig, TrainConfig, read_settings
-from icm_cli.training.stages import match
+from icm_cli.training.stages import match, refine
 from icm_cli.training.stages.match import to_show
 from icm_cli.training.stages.mosaics import Mosaic, MosaicBatch, TokenMatcher, draw_mosaic
 from icm_cli.training.stages.refine import EdgeBatch, EdgeMaker, EdgeSample, RefineStage
@@ -354,6 +356,18 @@ def test_objects_tell_a_thing_without_its_hair_and_are_sure() -> None:
     assert min(float(each[110:150, 110:150].min()) for each in found) > 0.9
     assert max(float(each[:20].max()) for each in found) < 0.15
     assert np.mean([float(each[100, 210:240].mean()) for each in found]) < 0.4
+
+
+@pytest.mark.parametrize("shares", [(0.9, 0.1), (0.7, 0.3), (0.0, 1.0), (0.35, 0.0)])
+def test_coarse_alphas_are_made_by_their_shares(shares: tuple[float, float]) -> None:
+    config, rng = TrainConfig().refine, np.random.default_rng(0)
+    config = replace(config, token_share=shares[0], object_share=shares[1])
+    made = [refine._spoiling(config, rng) for _ in range(1000)]
+    expected = {by_tokens: shares[0], by_objects: shares[1], by_outline: 1.0 - sum(shares)}
+    for spoil, share in expected.items():
+        assert made.count(spoil) / 1000 == pytest.approx(share, abs=0.05)
+    with pytest.raises(ConfigError, match="expected at most 1 together"):
+        replace(config, token_share=0.7, object_share=0.4)
 
 
 def test_doubted_parts_fade_inside_and_appear_outside() -> None:

@@ -275,9 +275,10 @@ class RefineConfig:
     crops: int = 4
     """Crops of a scene."""
     token_share: float = 0.35
-    """Share of the coarse alphas that are as a grid of tokens tells them; the others are outlines nearly right."""
+    """Share of the coarse alphas that are as a grid of tokens tells them."""
     object_share: float = 0.0
-    """Share of the coarse alphas that are smooth outlines of whole things, without their hair, as objects tell them."""
+    """Share of the coarse alphas that are smooth outlines of whole things, without their hair, as objects tell them;
+    what is left of both shares are outlines nearly right."""
     doubt_share: float = 0.5
     """Share of the coarse alphas that are unsure of whole parts besides, in the thing and beside it."""
     made_share: float = 0.7

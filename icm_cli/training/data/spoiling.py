@@ -17,7 +17,7 @@ TOKEN_SHARE = (1 / 52, 1 / 14)
 OBJECT_CELL = (1 / 256, 1 / 128)
 """Side of a cell of a mask of whole things, as a share of the picture's long side."""
 SURE_LOGIT = 4.0
-"""Least logit, below 0, of such a mask where nothing of the thing is near."""
+"""Least distance below 0 of such a mask's logit where nothing of the thing is near."""
 LARGEST_PART = 0.12
 """Share of the picture that a doubted part covers at most."""
 INSIDE_SHARE = 0.65

@@ -6,7 +6,7 @@ them counts; outlines drawn by hand say where the edge is but not how soft it is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from icm_cli.training.data.scenes import Scene, SceneMaker
 from icm_cli.training.data.spoiling import by_objects, by_outline, by_tokens, with_doubted_parts
 from icm_cli.training.losses import laplacian
 from icm_cli.training.panels import MOST_ROWS, grey, table
-from icm_cli.training.settings import REFINE_TERMS, Settings, TrainConfig
+from icm_cli.training.settings import REFINE_TERMS, RefineConfig, Settings, TrainConfig
 from icm_cli.training.stages.contract import Answer, Stage
 
 if TYPE_CHECKING:
@@ -123,9 +123,7 @@ class EdgeMaker(Dataset["EdgeSample | str"]):
         if scene.coarse is not None and rng.random() < config.made_share:
             coarse = scene.coarse.astype(np.float32) / 255.0
         else:
-            shares = (config.token_share, config.object_share, 1.0 - config.token_share - config.object_share)
-            spoil = (by_tokens, by_objects, by_outline)[int(rng.choice(3, p=shares))]
-            coarse = spoil(truth, rng)
+            coarse = _spoiling(config, rng)(truth, rng)
         if rng.random() < config.doubt_share:
             coarse = with_doubted_parts(coarse, scene.rgb, truth, rng)
         weight = scene.valid.astype(np.float32)
@@ -251,6 +249,14 @@ def collated(samples: list[EdgeSample | str]) -> EdgeBatch | str:
         truth,
         weight,
     )
+
+
+def _spoiling(config: RefineConfig, rng: np.random.Generator) -> Callable[[Float, np.random.Generator], Float]:
+    """Draw one of the ways to make a coarse alpha of a true one, by their shares."""
+    drawn = rng.random()
+    if drawn < config.token_share:
+        return by_tokens
+    return by_objects if drawn < config.token_share + config.object_share else by_outline
 
 
 def _box(truth: Float, coarse: Float, crop_px: int, rng: np.random.Generator) -> tuple[slice, slice]:
