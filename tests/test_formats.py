@@ -497,6 +497,31 @@ def test_content_decides_and_what_is_left_out_is_counted(icm: Icm, scene: Path) 
     assert summary["done"] + sum(summary["left_out"].values()) == sum(path.is_file() for path in source.rglob("*"))
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.avi", "a.mkv", "a.mpg", "a.ts", "a.flv"])
+def test_a_movie_is_told_what_to_do_with(icm: Icm, scene: Path, name: str) -> None:
+    movie = scene / name
+    writer = cv2.VideoWriter(str(movie), cv2.VideoWriter.fourcc(*("FLV1" if name == "a.flv" else "MJPG")), 25, (64, 48))
+    for _ in range(12):
+        writer.write(np.zeros((48, 64, 3), np.uint8))
+    writer.release()
+    assert movie.stat().st_size
+    result = icm(src=movie, out=scene / "out")
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert f"source {movie} is a movie, and icm mattes pictures; write its frames first" in said
+    result = icm(ref=movie)
+    assert result.exit_code == 2
+    assert "is a movie" in " ".join(result.output.split())
+
+
+def test_a_movie_in_a_folder_is_left_out_by_its_name(icm: Icm, scene: Path) -> None:
+    movie = scene / "imgs" / "b.mp4"
+    movie.write_bytes(b"\0\0\0\x20ftypisom\0\0\2\0isomiso2mp41" + bytes(64))
+    result = icm(out=scene / "out")
+    assert result.exit_code == 0, result.output
+    assert f"{movie} left out: a movie; write its frames first" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize(
     ("content", "kind"),
     [

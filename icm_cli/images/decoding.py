@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from icm_cli.errors import ImageError
 from icm_cli.images import colour, jpeg, openimageio, png
-from icm_cli.images.kinds import Kind, kind_of
+from icm_cli.images.kinds import Kind, kind_of, movie_told
 from icm_cli.images.pixels import BAD_PROFILE, Decoded, Windows, check_memory, known_turn, turned, upright_size
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a damaged file is told in a sentence of ours
@@ -185,7 +185,10 @@ def _orientation(image: Image.Image) -> int:
 def _not_an_image(path: Path) -> str:
     if path.stat().st_size == 0:
         return "is empty (0 bytes); get a whole copy"
-    kind = kind_of(path).name
+    seen = kind_of(path)
+    if seen.is_movie:
+        return movie_told(path)
+    kind = seen.name
     if kind == "heic":
         return "is HEIC; to read it run: pip install 'icm-cli[heif]'"
     if kind:

@@ -1,4 +1,4 @@
-"""The kind of a file, told by its first bytes: whether it is a picture, of how many frames, or icm's own output."""
+"""The kind of a file, told by its first bytes: a picture, of how many frames, a movie, icm's own output."""
 
 from __future__ import annotations
 
@@ -54,18 +54,24 @@ _CHECKS = {
 }
 """Kinds whose first bytes stand before text and other data too, and what a picture has after them."""
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+_MOVIE_BRANDS = (b"isom", b"iso2", b"iso5", b"iso6", b"mp41", b"mp42", b"M4V", b"qt  ", b"avc1", b"dash", b"3gp")
+_MOVIE_ATOMS = (b"moov", b"mdat", b"wide")
+"""With which a QuickTime movie begins that does not say what it is."""
+_MOVIE_STARTS = (b"\x1aE\xdf\xa3", b"\x06\x0e+4", b"\0\0\1\xba", b"FLV\1")
+"""Of Matroska and WebM, of MXF, of MPEG, of Flash."""
 _MANY = frozenset({"gif", "webp", "tiff", "avif", "heic"})
 """Kinds that may hold more than one frame; a PNG may where it has a chunk that says so."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """``name`` of the format, "" where the content is no picture's; whether it may hold several frames, and whether icm
-    wrote it."""
+    """``name`` of the format, "" where the content is no picture's; whether it may hold several frames, whether icm
+    wrote it, and whether it is a movie."""
 
     name: str
     may_have_frames: bool = False
     is_own: bool = False
+    is_movie: bool = False
 
 
 def kind_of(path: Path) -> Kind:
@@ -76,7 +82,21 @@ def kind_of(path: Path) -> Kind:
         head = file.read(HEAD_BYTES)
     name = _name(head)
     animated = name in _MANY or (name == "png" and b"acTL" in head)
-    return Kind(name, animated, name in ("png", "tiff", "openexr") and (OWN_MARK in head or OWN_SHEET_MARK in head))
+    is_own = name in ("png", "tiff", "openexr") and (OWN_MARK in head or OWN_SHEET_MARK in head)
+    return Kind(name, animated, is_own, is_movie=not name and _is_movie(head))
+
+
+def movie_told(path: Path) -> str:
+    """What to do with a movie, the end of a sentence that begins with its path."""
+    return f"is a movie, and icm mattes pictures; write its frames first, for example: ffmpeg -i {path} frames/%05d.png"
+
+
+def _is_movie(head: bytes) -> bool:
+    if head[4:8] == b"ftyp":
+        return any(brand in head[8:64] for brand in _MOVIE_BRANDS)
+    is_avi = head[:4] == b"RIFF" and head[8:12] == b"AVI "
+    is_stream = head[:1] == head[188:189] == head[376:377] == b"G"  # packets of MPEG-TS begin so
+    return is_avi or is_stream or head[4:8] in _MOVIE_ATOMS or head.startswith(_MOVIE_STARTS)
 
 
 def _name(head: bytes) -> str:

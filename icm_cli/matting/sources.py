@@ -14,11 +14,12 @@ from pathlib import Path
 
 from icm_cli.errors import UsageError
 from icm_cli.files import Passed, expanded, split_fixed, walk
-from icm_cli.images.kinds import IMAGE_SUFFIXES, Kind, kind_of
+from icm_cli.images.kinds import IMAGE_SUFFIXES, Kind, kind_of, movie_told
 from icm_cli.matting.frames import FramePattern
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 EXPECTED = "expected a folder, an image, a quoted glob, a frame pattern such as shot.####.exr, a text list or -"
+A_MOVIE = "a movie; write its frames first, for example with ffmpeg"
 MOST_NAMED = 8
 """Files named one by one in an error."""
 
@@ -53,7 +54,8 @@ class LeftOut(Counter[str]):
     def pictures(self, paths: Sequence[Path], passed: Passed) -> list[Path]:
         """The pictures of a walk, which passed others by."""
         self.passed(passed)
-        return self.without(paths, lambda path: not _is_picture(path), "no picture")
+        still = self.without(paths, lambda path: not _is_picture(path) and look_at(path).is_movie, A_MOVIE)
+        return self.without(still, lambda path: not _is_picture(path), "no picture")
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _find(src: str | Path, left_out: LeftOut) -> tuple[Path, list[Path], bool]:
             ) from error
         return *_listed(lines, str(path), left_out), False
     if path.is_file():
-        return path.parent, [path], False
+        return path.parent, [_no_movie(path)], False
     if (pattern := FramePattern.parsed(text)) is not None:
         return *_sequence(pattern, text, left_out), True
     if glob.has_magic(text):
@@ -161,6 +163,12 @@ def _find(src: str | Path, left_out: LeftOut) -> tuple[Path, list[Path], bool]:
             )
         return Path(split_fixed(text)[0]), left_out.pictures(files, passed), False
     raise UsageError(f"source {text} does not exist; {EXPECTED}")
+
+
+def _no_movie(path: Path) -> Path:
+    if look_at(path).is_movie:
+        raise UsageError(f"source {path} {movie_told(path)}")
+    return path
 
 
 def _sequence(pattern: FramePattern, text: str, left_out: LeftOut) -> tuple[Path, list[Path]]:

@@ -16,6 +16,8 @@ TOKEN_SHARE = (1 / 52, 1 / 14)
 """Side of a token's cell, as a share of the picture's long side."""
 OBJECT_CELL = (1 / 256, 1 / 128)
 """Side of a cell of a mask of whole things, as a share of the picture's long side."""
+OBJECT_BLUR = (0.4, 3.0)
+"""Blur of such a mask's outline, the deviation in cells; wider ones teach a network to doubt what is right."""
 SURE_LOGIT = 4.0
 """Least distance below 0 of such a mask's logit where nothing of the thing is near."""
 LARGEST_PART = 0.12
@@ -67,12 +69,12 @@ def by_objects(alpha: Float, rng: Rng) -> Float:
     height, width = alpha.shape
     longest = max(height, width)
     cell = longest * np.exp(rng.uniform(*np.log(OBJECT_CELL)))
-    smooth = np.asarray(cv2.GaussianBlur(alpha, (0, 0), cell * np.exp(rng.uniform(np.log(0.4), np.log(8.0)))))
+    smooth = np.asarray(cv2.GaussianBlur(alpha, (0, 0), cell * np.exp(rng.uniform(*np.log(OBJECT_BLUR)))))
     rows, columns = max(2, round(height / cell)), max(2, round(width / cell))
     grid = cv2.resize(smooth, (columns, rows), interpolation=cv2.INTER_AREA)
     steepness = np.exp(rng.uniform(np.log(8.0), np.log(40.0)))
-    least = rng.uniform(0.1, 0.65) + smooth_noise((rows, columns), rng.uniform(4.0, 24.0), rng) * rng.uniform(0.0, 0.12)
-    least = np.maximum(least, SURE_LOGIT / steepness)
+    noise = smooth_noise((rows, columns), rng.uniform(4.0, 24.0), rng) * rng.uniform(0.0, 0.12)
+    least = np.maximum(rng.uniform(0.25, 0.65) + noise, SURE_LOGIT / steepness)
     sure = 1.0 / (1.0 + np.exp(-steepness * (grid - least)))
     return np.asarray(cv2.resize(sure.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR))
 
