@@ -119,12 +119,26 @@ class TestTokenMatch:
         still = [name for name, each in head.named_parameters() if each.grad is None or not each.grad.any()]
         assert not [name for name in still if not name.endswith("output.0.bias")]  # BatchNorm takes that one's place
 
+    @pytest.mark.parametrize("doubt", [0.0, 19.0])
+    def test_it_says_what_it_would_answer_if_the_thing_were_there(self, doubt: float) -> None:
+        torch.manual_seed(1)
+        head = TokenMatchHead(replace(CONFIG, doubt=doubt)).eval()
+        image, valid = torch.rand(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
+        with torch.no_grad():
+            matte = head(features(9, 2), [head.prepare([reference(seed)]) for seed in (1, 2)], image, valid)
+        assert matte.doubt is not None
+        assert matte.doubt.is_open.tolist() == [doubt > 0] * 2
+        torch.testing.assert_close(
+            matte.alpha, matte.doubt.alpha * torch.sigmoid(matte.doubt.presence)[:, None, None, None]
+        )
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
             ({"feature_channels": ()}, "at least one number"),
             ({"presence_sharpness": 0.0}, "more than 0"),
             ({"edge_epsilon": 0.0}, "more than 0"),
+            ({"doubt": -1.0}, "0 to below 20"),
             ({"edge_radius": 0.5}, "0 to below 0.5"),
             ({"clear": -0.1}, "0 to below 0.5"),
             ({"decoder_channels": (6, 5)}, "as many numbers as skip_channels' 3"),

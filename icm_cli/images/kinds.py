@@ -56,9 +56,9 @@ _CHECKS = {
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _MOVIE_BRANDS = (b"isom", b"iso2", b"iso5", b"iso6", b"mp41", b"mp42", b"M4V", b"qt  ", b"avc1", b"dash", b"3gp")
 _MOVIE_ATOMS = (b"moov", b"mdat", b"wide")
-"""With which a QuickTime movie begins that does not say what it is."""
+"""First atoms of QuickTime movies that do not say what they are."""
 _MOVIE_STARTS = (b"\x1aE\xdf\xa3", b"\x06\x0e+4", b"\0\0\1\xba", b"FLV\1")
-"""Of Matroska and WebM, of MXF, of MPEG, of Flash."""
+"""First bytes of Matroska and WebM, MXF, MPEG and Flash."""
 _MANY = frozenset({"gif", "webp", "tiff", "avif", "heic"})
 """Kinds that may hold more than one frame; a PNG may where it has a chunk that says so."""
 
@@ -87,7 +87,7 @@ def kind_of(path: Path) -> Kind:
 
 
 def movie_told(path: Path) -> str:
-    """What to do with a movie, the end of a sentence that begins with its path."""
+    """End of a sentence that begins with the path of a movie, and says what to do with it."""
     return f"is a movie, and icm mattes pictures; write its frames first, for example: ffmpeg -i {path} frames/%05d.png"
 
 

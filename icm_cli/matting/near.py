@@ -16,14 +16,11 @@ from numpy.typing import NDArray
 
 from icm_cli.geometry import HALF_U8, ImageU8, resize
 from icm_cli.images.pixels import Windows
+from icm_cli.matting.crops import Place, place_of
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.references import Reference
 from icm_cli.model.contracts import Prepared
 
-MARGIN = 0.175
-"""Margin of a crop about the thing, as a share of the thing's longer side."""
-LEAST_SIDE = 0.2
-"""Least height and width of a crop, as shares of the frame's."""
 LOST_BELOW = 0.5
 """Least share of the thing's area in the frame before that a crop must show, or the whole frame is looked at too."""
 CUT_FROM = 0.02
@@ -32,31 +29,6 @@ WIDER = 0.5
 """Growth of a crop at a side where it cuts the thing, as a share of its height or width."""
 MOST_LOOKS = 4
 """Most crops of one frame, each wider than the one before."""
-Place = tuple[slice, slice]
-"""Rows and columns of a picture."""
-
-
-def place_of(thing: NDArray[np.bool_], size: tuple[int, int], windows: Windows | None = None) -> Place | None:
-    """The part of a picture of ``size`` about a thing, with a margin; None where there is no thing, or outside of it.
-
-    ``thing``: bool [h,w] of the same picture, of any size, or of the display window in which the picture lies where
-    ``windows`` say.
-    """
-    if not thing.any():
-        return None
-    display, at = (size, (0, 0)) if windows is None else (windows.display, windows.at)
-    ends = [np.flatnonzero(thing.any(axis=axis))[[0, -1]] + (0, 1) for axis in (1, 0)]
-    margin = MARGIN * max(end - start for start, end in ends)
-    found = []
-    for n, (start, end) in enumerate(ends):
-        middle, half = (start + end) / 2, max((end - start) / 2 + margin, LEAST_SIDE * thing.shape[n] / 2)
-        scale = display[n] / thing.shape[n]
-        low = max(0, math.floor((middle - half) * scale) - at[n])
-        high = min(size[n], math.ceil((middle + half) * scale) - at[n])
-        if low >= high:
-            return None
-        found.append(slice(low, high))
-    return found[0], found[1]
 
 
 def wider(place: Place, thing: NDArray[np.bool_], size: tuple[int, int]) -> Place:

@@ -15,13 +15,22 @@ from torch import Tensor
 
 from icm_cli.device import Device, is_device_lost, is_out_of_memory
 from icm_cli.errors import ConfigError, DeviceError, UsageError
-from icm_cli.geometry import Float, ImageU8, Placement, to_u8
+from icm_cli.geometry import Float, ImageU8, Placement, resize, to_u8
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import Windows
+from icm_cli.matting.crops import area_of, place_of
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.model.contracts import Head, Prepared
+from icm_cli.model.decoding import confidence_and_found
 from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.loading import device_for, load_model, resolve_model, with_edges
+
+DOUBT_MARGIN = 0.25
+"""Margin of a crop about what is in doubt, as a share of its longer side."""
+DOUBT_LEAST_SIDE = 0.1
+"""Least height and width of such a crop, as shares of the picture's."""
+DOUBT_LARGEST = 0.9
+"""Largest area of such a crop, as a share of the picture's: a larger one shows no more than the picture."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,10 @@ class CanvasMatte:
     is_refined: bool = False
     carried: ImageU8 | None = None
     """Small alpha that the next frame of a shot goes on from, uint8 [h,w]."""
+    presence: float = float("inf")
+    """Logit of the thing's being in the picture, where the model says so."""
+    if_there: Float | None = None
+    """Alpha as if the thing were there, float32 [H,W] on the canvas, where that is in doubt."""
 
     def at_source(self, frame: Frame) -> Float:
         """The alpha float32 [H,W] 0..1 at the size of the frame's source. Touches no model: safe in threads."""
@@ -82,25 +95,66 @@ class Predictor:
     def infer(self, frames: Sequence[Frame], reference: Prepared) -> list[CanvasMatte]:
         """Run the model on frames of one canvas size."""
         coarse = self.coarse(frames, reference)
-        return [self.with_edges(frame, matte) for frame, matte in zip(frames, coarse, strict=True)]
+        return [self._decided(frame, matte, reference) for frame, matte in zip(frames, coarse, strict=True)]
 
     def coarse(self, frames: Sequence[Frame], reference: Prepared) -> list[CanvasMatte]:
         """Run backbone and head on frames of one canvas size, and leave the edges to :meth:`with_edges`."""
         valid = self._on_device(np.stack([frame.placement.valid() for frame in frames]))
         matte = self.model.infer(self._images([frame.canvas for frame in frames]), valid, reference)
         alphas = matte.alpha[:, 0].float().cpu().numpy()
-        found = zip(alphas, matte.confidence, matte.found, strict=True)
-        return [CanvasMatte(alpha, float(confidence), bool(is_there)) for alpha, confidence, is_there in found]
+        told = zip(alphas, matte.confidence, matte.found, strict=True)
+        found = [CanvasMatte(alpha, float(confidence), bool(is_there)) for alpha, confidence, is_there in told]
+        if (doubt := matte.doubt) is None:
+            return found
+        for index, presence in enumerate(doubt.presence.tolist()):
+            if_there = doubt.alpha[index, 0].cpu().numpy() if doubt.is_open[index] else None
+            found[index] = replace(found[index], presence=presence, if_there=if_there)
+        return found
 
     def with_edges(self, frame: Frame, matte: CanvasMatte) -> CanvasMatte:
         """Make the things of a coarse alpha whole and give them the edges of their frame, where the model does so."""
-        edges, objects = self.model.edges, self.model.objects
+        edges = self.model.edges
         if edges is None or not np.isfinite(matte.alpha).all():  # the latter is told when it is to be written
             return matte
-        coarse = frame.placement.inside(matte.alpha)
-        if objects is not None:
-            coarse = objects.completed(frame.rgb, coarse)
-        return replace(matte, alpha=edges.refined(frame.rgb, coarse), is_refined=True)
+        return replace(matte, alpha=edges.refined(frame.rgb, self._whole(frame, matte.alpha)), is_refined=True)
+
+    def _decided(self, frame: Frame, matte: CanvasMatte, reference: Prepared) -> CanvasMatte:
+        """A matte with its edges; where it is in doubt whether the thing is there, a look from near by has a vote."""
+        edges = self.model.edges
+        if edges is None or matte.if_there is None or not np.isfinite(matte.if_there).all():
+            return self.with_edges(frame, matte)
+        first = self._whole(frame, matte.if_there)
+        second = self._from_near_by(frame, first, reference)
+        if second is None:
+            return self.with_edges(frame, matte)
+        near, presence = second
+        surer = near if presence > matte.presence and (near > 0.5).any() else first
+        alpha = torch.from_numpy(surer) * torch.sigmoid(torch.tensor((matte.presence + presence) / 2))
+        confidence, found = confidence_and_found(alpha[None, None], torch.ones_like(alpha, dtype=torch.bool)[None])
+        refined = edges.refined(frame.rgb, alpha.numpy())
+        return replace(matte, alpha=refined, confidence=float(confidence), found=bool(found), is_refined=True)
+
+    def _from_near_by(self, frame: Frame, whole: Float, reference: Prepared) -> tuple[Float, float] | None:
+        """Ask a crop about a coarse alpha [h,w]. Returns its own coarse alpha as if the thing were there, float32 [H,W]
+        of the frame and 0 beside the crop, and the logit of its presence; None where no crop shows more."""
+        size = (frame.rgb.shape[0], frame.rgb.shape[1])
+        place = place_of(whole > 0.5, size, margin=DOUBT_MARGIN, least_side=DOUBT_LEAST_SIDE)
+        if place is None or area_of(place) > DOUBT_LARGEST * size[0] * size[1]:
+            return None
+        crop = self.prepare(np.ascontiguousarray(frame.rgb[place]))
+        (near,) = self.coarse([crop], reference)
+        part = self._whole(crop, near.alpha if near.if_there is None else near.if_there)
+        if not np.isfinite(part).all():
+            return None
+        alpha = np.zeros(size, np.float32)
+        alpha[place] = resize(part.astype(np.float32), (crop.rgb.shape[0], crop.rgb.shape[1]))
+        return alpha, near.presence
+
+    def _whole(self, frame: Frame, alpha: Float) -> Float:
+        """The part of an alpha [H,W] on the canvas that is the frame's, [h,w], with its things made whole where the
+        model has objects."""
+        coarse = frame.placement.inside(alpha)
+        return coarse if self.model.objects is None else self.model.objects.completed(frame.rgb, coarse)
 
     def matte(self, rgb: ImageU8, reference: Prepared) -> ImageU8:
         """Alpha, uint8 [H,W], of a picture, sRGB uint8 [H,W,3], at exactly its size."""

@@ -93,11 +93,27 @@ class Matte:
     ``alpha``: [B,1,H,W] float32 in 0..1 on the canvas; meaningless at padding.
     ``confidence``: [B] float32 in 0..1, how sure the head is of what it took for foreground.
     ``found``: [B] bool, False where the reference's thing does not seem to be in the picture.
+    ``doubt``: of a head that says whether the thing is in the picture at all; None where it does not.
     """
 
     alpha: Tensor
     confidence: Tensor
     found: Tensor
+    doubt: Doubt | None = None
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Whether the thing is in the pictures of a batch at all, and what the head would answer if it were.
+
+    ``presence``: [B] float32, the logit of its being there; the alpha of :class:`Matte` is its sigmoid times ``alpha``.
+    ``alpha``: [B,1,H,W] float32 in 0..1, as if the thing were there.
+    ``is_open``: [B] bool, where the head is not sure of it, and a look from nearer may tell.
+    """
+
+    presence: Tensor
+    alpha: Tensor
+    is_open: Tensor
 
 
 class Prepared(Protocol):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.guided_filter import along_edges
-from icm_cli.model.contracts import Features, Matte, ReferenceFeatures, TrainedHead
+from icm_cli.model.contracts import Doubt, Features, Matte, ReferenceFeatures, TrainedHead
 from icm_cli.model.decoding import ConvNormReLU, alpha_output, confidence_and_found, enlarged, upsample
 from icm_cli.model.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
@@ -62,6 +62,9 @@ class TokenMatchConfig:
     """Temperature of the comparisons before training, in cosine units; it is learned."""
     presence_sharpness: float = 4.0
     """At inference the presence counts so many times its logit: a thing is there or it is not."""
+    doubt: float = 2.0
+    """At inference a presence whose logit is nearer to 0 than this is in doubt: where edges are refined the picture is
+    looked at again from near by. With 0 none is."""
     edge_radius: float = 0.03
     """At inference a guided filter takes soft edges to the picture's: radius of its window, as a share of the canvas'
     long side; 0: none."""
@@ -88,9 +91,9 @@ class TokenMatchConfig:
         for name in ("temperature", "presence_sharpness", "edge_epsilon"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"head {name} is {getattr(self, name)}; expected more than 0")
-        for name in ("edge_radius", "clear"):
-            if not 0 <= getattr(self, name) < 0.5:
-                raise ConfigError(f"head {name} is {getattr(self, name)}; expected 0 to below 0.5")
+        for name, below in (("doubt", 20), ("edge_radius", 0.5), ("clear", 0.5)):
+            if not 0 <= getattr(self, name) < below:
+                raise ConfigError(f"head {name} is {getattr(self, name)}; expected 0 to below {below}")
 
     @property
     def comparisons(self) -> int:
@@ -158,14 +161,17 @@ class TokenMatchHead(TrainedHead):
         evidence = self.evidence(projected, target.valid, references)
         fused = self.fused(target, evidence)
         logit = self.presence(fused, projected, evidence, target.valid, references)
-        presence = torch.sigmoid(logit if self.training else self.config.presence_sharpness * logit)
         alpha = torch.sigmoid(enlarged(self.decoded(fused, target, image), image.shape[-2:]))
-        if not self.training and self.config.edge_radius:
+        if self.training:
+            alpha = alpha * torch.sigmoid(logit)[:, None, None, None]
+            return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
+        if self.config.edge_radius:
             alpha = along_edges(alpha, image.float(), self.config.edge_radius, self.config.edge_epsilon)
-        alpha = alpha * presence[:, None, None, None]
-        if not self.training:
-            alpha = (alpha * (1.0 + 2.0 * self.config.clear) - self.config.clear).clamp(0.0, 1.0)
-        return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
+        alpha = (alpha * (1.0 + 2.0 * self.config.clear) - self.config.clear).clamp(0.0, 1.0)
+        presence = self.config.presence_sharpness * logit
+        shown = alpha * torch.sigmoid(presence)[:, None, None, None]
+        doubt = Doubt(presence, alpha, logit.abs() < self.config.doubt)
+        return Matte(shown, *confidence_and_found(shown, valid), doubt)
 
     def similarity_maps(self, target: Features, references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
         """The share of softmax attention that goes to the reference's foreground, and that spread over alike tokens."""

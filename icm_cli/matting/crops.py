@@ -1,0 +1,53 @@
+"""Crops of pictures about a thing, which then gets the whole grid of tokens."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icm_cli.images.pixels import Windows
+
+MARGIN = 0.175
+"""Margin of a crop about the thing, as a share of the thing's longer side."""
+LEAST_SIDE = 0.2
+"""Least height and width of a crop, as shares of the frame's."""
+Place = tuple[slice, slice]
+"""Rows and columns of a picture."""
+
+
+def place_of(
+    thing: NDArray[np.bool_],
+    size: tuple[int, int],
+    windows: Windows | None = None,
+    *,
+    margin: float = MARGIN,
+    least_side: float = LEAST_SIDE,
+) -> Place | None:
+    """The part of a picture of ``size`` about a thing, with a margin; None where there is no thing, or outside of it.
+
+    ``thing``: bool [h,w] of the same picture, of any size, or of the display window in which the picture lies where
+    ``windows`` say. ``margin``, ``least_side``: as :data:`MARGIN` and :data:`LEAST_SIDE` say.
+    """
+    if not thing.any():
+        return None
+    display, at = (size, (0, 0)) if windows is None else (windows.display, windows.at)
+    ends = [np.flatnonzero(thing.any(axis=axis))[[0, -1]] + (0, 1) for axis in (1, 0)]
+    around = margin * max(end - start for start, end in ends)
+    found = []
+    for n, (start, end) in enumerate(ends):
+        middle, half = (start + end) / 2, max((end - start) / 2 + around, least_side * thing.shape[n] / 2)
+        scale = display[n] / thing.shape[n]
+        low = max(0, math.floor((middle - half) * scale) - at[n])
+        high = min(size[n], math.ceil((middle + half) * scale) - at[n])
+        if low >= high:
+            return None
+        found.append(slice(low, high))
+    return found[0], found[1]
+
+
+def area_of(place: Place) -> int:
+    """Pixels of a part of a picture."""
+    rows, columns = place
+    return (rows.stop - rows.start) * (columns.stop - columns.start)
