@@ -62,6 +62,8 @@ class TokenMatchConfig:
     """Temperature of the comparisons before training, in cosine units; it is learned."""
     presence_sharpness: float = 4.0
     """At inference the presence counts so many times its logit: a thing is there or it is not."""
+    presence_from: float = 0.0
+    """Logit of the presence from which on the thing is there at inference."""
     doubt: float = 2.0
     """At inference a presence whose logit is nearer to 0 than this is in doubt: where edges are refined the picture is
     looked at again from near by. With 0 none is."""
@@ -168,7 +170,7 @@ class TokenMatchHead(TrainedHead):
         if self.config.edge_radius:
             alpha = along_edges(alpha, image.float(), self.config.edge_radius, self.config.edge_epsilon)
         alpha = (alpha * (1.0 + 2.0 * self.config.clear) - self.config.clear).clamp(0.0, 1.0)
-        presence = self.config.presence_sharpness * logit
+        presence = self.sharp(logit)
         shown = alpha * torch.sigmoid(presence)[:, None, None, None]
         doubt = Doubt(presence, alpha, logit.abs() < self.config.doubt)
         return Matte(shown, *confidence_and_found(shown, valid), doubt)
@@ -208,6 +210,10 @@ class TokenMatchHead(TrainedHead):
             x = layer(x, target.valid)
         fused: Tensor = self.fuse(torch.cat([x, evidence], dim=1))
         return fused
+
+    def sharp(self, presence: Tensor) -> Tensor:
+        """Make of the presence that was learned, a logit [B], the one that counts at inference."""
+        return self.config.presence_sharpness * (presence - self.config.presence_from)
 
     @in_float32
     def presence(
