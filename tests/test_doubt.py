@@ -103,6 +103,17 @@ def test_what_fills_the_picture_or_is_nowhere_is_looked_at_once() -> None:
     assert eyes.seen == [SIZE]
 
 
+def test_a_crop_that_cuts_the_thing_is_made_wider() -> None:
+    rgb = np.zeros((*SIZE, 3), np.uint8)
+    rgb[100:130, 150:180, 0] = 255
+    rgb[100:130, 150:200, 1] = 255
+    eyes = Eyes(1.0, 9.0)
+    matte = eyes.found(rgb)
+    assert len(eyes.seen) == 3
+    assert eyes.seen[1] < eyes.seen[2]
+    assert np.abs(matte.alpha - rgb[..., 1] / 255.0 / (1 + np.exp(-5.0))).mean() < 0.01
+
+
 def test_a_crop_that_shows_nothing_only_votes() -> None:
     rgb = scene_of()
     rgb[..., 1] = 0

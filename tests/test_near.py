@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from icm_cli.geometry import CanvasRule
 from icm_cli.images.pixels import Windows
-from icm_cli.matting.crops import LEAST_SIDE, MARGIN, place_of
-from icm_cli.matting.near import MOST_LOOKS, NearBy, cropped, shown, wider
+from icm_cli.matting.crops import LEAST_SIDE, MARGIN, MOST_LOOKS, place_of, wider
+from icm_cli.matting.near import NearBy, cropped, shown
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.references import Reference
 

@@ -13,6 +13,12 @@ MARGIN = 0.175
 """Margin of a crop about the thing, as a share of the thing's longer side."""
 LEAST_SIDE = 0.2
 """Least height and width of a crop, as shares of the frame's."""
+CUT_FROM = 0.02
+"""Least part of a crop's side, as a share of that side, along which the thing lies where it is taken to be cut."""
+WIDER = 0.5
+"""Growth of a crop at a side where it cuts the thing, as a share of its height or width."""
+MOST_LOOKS = 4
+"""Most crops of one picture, each wider than the one before."""
 Place = tuple[slice, slice]
 """Rows and columns of a picture."""
 
@@ -44,6 +50,17 @@ def place_of(
         if low >= high:
             return None
         found.append(slice(low, high))
+    return found[0], found[1]
+
+
+def wider(place: Place, thing: NDArray[np.bool_], size: tuple[int, int]) -> Place:
+    """A crop of a picture of ``size``, wider where it cuts the thing, bool [h,w] of the crop; else the same crop."""
+    found = []
+    for n, along in enumerate((thing, thing.T)):
+        start, end = place[n].start, place[n].stop
+        more = math.ceil(WIDER * (end - start))
+        first, last = (along[edge].mean() >= CUT_FROM for edge in (0, -1))
+        found.append(slice(max(0, start - more * first), min(size[n], end + more * last)))
     return found[0], found[1]
 
 

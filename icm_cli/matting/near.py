@@ -7,39 +7,20 @@ knows yet where the thing is, or much of it is not found in the crop, the whole 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from icm_cli.geometry import HALF_U8, ImageU8, resize
 from icm_cli.images.pixels import Windows
-from icm_cli.matting.crops import Place, place_of
+from icm_cli.matting.crops import MOST_LOOKS, Place, place_of, wider
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.references import Reference
 from icm_cli.model.contracts import Prepared
 
 LOST_BELOW = 0.5
 """Least share of the thing's area in the frame before that a crop must show, or the whole frame is looked at too."""
-CUT_FROM = 0.02
-"""Least part of a crop's side, as a share of that side, along which the thing lies where it is taken to be cut."""
-WIDER = 0.5
-"""Growth of a crop at a side where it cuts the thing, as a share of its height or width."""
-MOST_LOOKS = 4
-"""Most crops of one frame, each wider than the one before."""
-
-
-def wider(place: Place, thing: NDArray[np.bool_], size: tuple[int, int]) -> Place:
-    """A crop of a picture of ``size``, wider where it cuts the thing, bool [h,w] of the crop; else the same crop."""
-    found = []
-    for n, along in enumerate((thing, thing.T)):
-        start, end = place[n].start, place[n].stop
-        more = math.ceil(WIDER * (end - start))
-        first, last = (along[edge].mean() >= CUT_FROM for edge in (0, -1))
-        found.append(slice(max(0, start - more * first), min(size[n], end + more * last)))
-    return found[0], found[1]
 
 
 @dataclass(frozen=True)

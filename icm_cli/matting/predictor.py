@@ -18,7 +18,7 @@ from icm_cli.errors import ConfigError, DeviceError, UsageError
 from icm_cli.geometry import Float, ImageU8, Placement, resize, to_u8
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import Windows
-from icm_cli.matting.crops import area_of, place_of
+from icm_cli.matting.crops import area_of, place_of, wider
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.model.contracts import Head, Prepared
 from icm_cli.model.decoding import confidence_and_found
@@ -29,6 +29,8 @@ DOUBT_MARGIN = 0.25
 """Margin of a crop about what is in doubt, as a share of its longer side."""
 DOUBT_LEAST_SIDE = 0.1
 """Least height and width of such a crop, as shares of the picture's."""
+DOUBT_LOOKS = 3
+"""Most such crops, each wider than the one before where that cuts the thing."""
 DOUBT_LARGEST = 0.9
 """Largest area of such a crop, as a share of the picture's: a larger one shows no more than the picture."""
 
@@ -139,15 +141,20 @@ class Predictor:
         of the frame and 0 beside the crop, and the logit of its presence; None where no crop shows more."""
         size = (frame.rgb.shape[0], frame.rgb.shape[1])
         place = place_of(whole > 0.5, size, margin=DOUBT_MARGIN, least_side=DOUBT_LEAST_SIDE)
-        if place is None or area_of(place) > DOUBT_LARGEST * size[0] * size[1]:
-            return None
-        crop = self.prepare(np.ascontiguousarray(frame.rgb[place]))
-        (near,) = self.coarse([crop], reference)
-        part = self._whole(crop, near.alpha if near.if_there is None else near.if_there)
-        if not np.isfinite(part).all():
-            return None
-        alpha = np.zeros(size, np.float32)
-        alpha[place] = resize(part.astype(np.float32), (crop.rgb.shape[0], crop.rgb.shape[1]))
+        for _ in range(DOUBT_LOOKS):
+            if place is None or area_of(place) > DOUBT_LARGEST * size[0] * size[1]:
+                return None
+            crop = self.prepare(np.ascontiguousarray(frame.rgb[place]))
+            (near,) = self.coarse([crop], reference)
+            part = self._whole(crop, near.alpha if near.if_there is None else near.if_there).astype(np.float32)
+            if not np.isfinite(part).all():
+                return None
+            alpha = np.zeros(size, np.float32)
+            alpha[place] = resize(part, (crop.rgb.shape[0], crop.rgb.shape[1]))
+            further = wider(place, alpha[place] > 0.5, size)
+            if further == place:
+                break
+            place = further
         return alpha, near.presence
 
     def _whole(self, frame: Frame, alpha: Float) -> Float:

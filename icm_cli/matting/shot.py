@@ -24,10 +24,10 @@ from icm_cli.files import digest_of
 from icm_cli.geometry import Float, ImageU8, resize, to_u8, within
 from icm_cli.images.pixels import Windows
 from icm_cli.images.writing import read_stamp
-from icm_cli.matting.crops import LEAST_SIDE, MARGIN
+from icm_cli.matting.crops import CUT_FROM, LEAST_SIDE, MARGIN, MOST_LOOKS, WIDER
 from icm_cli.matting.frames import FrameName
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.near import CUT_FROM, LOST_BELOW, MOST_LOOKS, WIDER
+from icm_cli.matting.near import LOST_BELOW
 from icm_cli.matting.predictor import CanvasMatte, Frame
 from icm_cli.matting.references import Reference
 from icm_cli.matting.sources import natural
