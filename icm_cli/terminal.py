@@ -96,9 +96,13 @@ class Terminal(Listener):
 
 
 def print_plan(report: Report) -> None:
-    """List source -> output."""
+    """List source -> output, and after that what would fail."""
     for result in report.results:
-        write_line(sys.stdout, f"{result.source} -> {result.output}")
+        if result.status != "failed":
+            write_line(sys.stdout, f"{result.source} -> {result.output}")
+    for result in report.results:
+        if result.status == "failed":
+            write_line(sys.stderr, f"icm: would fail: {result.reason}")
 
 
 def print_models(models: Sequence[ListedModel]) -> None:

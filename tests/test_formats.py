@@ -497,13 +497,22 @@ def test_content_decides_and_what_is_left_out_is_counted(icm: Icm, scene: Path) 
     assert summary["done"] + sum(summary["left_out"].values()) == sum(path.is_file() for path in source.rglob("*"))
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.avi", "a.mkv", "a.mpg", "a.ts", "a.flv"])
+MOVIE = b"\0\0\0\x20ftypisom\0\0\2\0isomiso2mp41" + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.mp4", "a.mov", "a.avi", "a.mkv", "a.mpg", "a.ts", "a.flv", "a.wmv", "a.m2ts", "a.png"]
+)
 def test_a_movie_is_told_what_to_do_with(icm: Icm, scene: Path, name: str) -> None:
     movie = scene / name
-    writer = cv2.VideoWriter(str(movie), cv2.VideoWriter.fourcc(*("FLV1" if name == "a.flv" else "MJPG")), 25, (64, 48))
+    written = scene / "b.mp4" if name == "a.png" else movie
+    writer = cv2.VideoWriter(
+        str(written), cv2.VideoWriter.fourcc(*("FLV1" if name == "a.flv" else "MJPG")), 25, (64, 48)
+    )
     for _ in range(12):
         writer.write(np.zeros((48, 64, 3), np.uint8))
     writer.release()
+    written.rename(movie)
     assert movie.stat().st_size
     result = icm(src=movie, out=scene / "out")
     assert result.exit_code == 2
@@ -516,10 +525,35 @@ def test_a_movie_is_told_what_to_do_with(icm: Icm, scene: Path, name: str) -> No
 
 def test_a_movie_in_a_folder_is_left_out_by_its_name(icm: Icm, scene: Path) -> None:
     movie = scene / "imgs" / "b.mp4"
-    movie.write_bytes(b"\0\0\0\x20ftypisom\0\0\2\0isomiso2mp41" + bytes(64))
-    result = icm(out=scene / "out")
+    movie.write_bytes(MOVIE)
+    result = icm("--report", str(scene / "r.json"), out=scene / "out")
     assert result.exit_code == 0, result.output
     assert f"{movie} left out: a movie; write its frames first" in " ".join(result.output.split())
+    assert json.loads((scene / "r.json").read_text())["summary"]["left_out"]["a movie"] == 1
+
+
+def test_a_plan_tells_what_would_fail(icm: Icm, scene: Path) -> None:
+    movie, gone = scene / "b.jpg", scene / "gone.png"
+    movie.write_bytes(MOVIE)
+    image = next((scene / "imgs").iterdir())
+    listed = scene / "all.txt"
+    listed.write_text(f"{image}\n{movie}\n{gone}\n")
+    result = icm("--dry-run", "--root", str(scene), src=listed, out=scene / "out")
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert f"{image} ->" in said
+    assert f"{movie} ->" not in said
+    assert f"would fail: {gone} does not exist" in said
+    assert f"would fail: {movie}: is a movie" in said
+
+
+def test_a_movies_name_is_no_place_for_alphas(icm: Icm, scene: Path) -> None:
+    result = icm(out=scene / "a.mov")
+    assert result.exit_code == 2
+    assert "is named like a movie" in " ".join(result.output.split())
+    result = icm(gt=scene / "ref.png", out=scene / "out")
+    assert result.exit_code == 2
+    assert "is a file; expected a folder of alphas" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

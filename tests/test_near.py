@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from icm_cli.geometry import CanvasRule
 from icm_cli.images.pixels import Windows
-from icm_cli.matting.crops import LEAST_SIDE, MARGIN, MOST_LOOKS, place_of, wider
+from icm_cli.matting.crops import FADE, LEAST_SIDE, MARGIN, MOST_LOOKS, place_of, put, wider
 from icm_cli.matting.near import NearBy, cropped, shown
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.references import Reference
@@ -54,6 +54,19 @@ def test_a_place_is_that_of_the_data_window() -> None:
     )
     assert place_of(thing, (20, 20), Windows((20, 20), (0, 0), (100, 200))) is None
     assert place_of(np.zeros((9, 9), bool), (9, 9)) is None
+
+
+@given(top=st.integers(0, 60), left=st.integers(0, 60), down=st.integers(0, 60), right=st.integers(0, 60))
+def test_a_crop_put_in_its_place_has_no_edge_but_the_pictures(top: int, left: int, down: int, right: int) -> None:
+    size = (100 + top + down, 120 + left + right)
+    place = slice(top, top + 100), slice(left, left + 120)
+    whole = put(np.ones((100, 120), np.float32), place, size)
+    assert whole.shape == size
+    assert (whole[place][6:-6, 7:-7] == 1).all()
+    steps = max(np.abs(np.diff(whole, axis=axis)).max() for axis in (0, 1))
+    assert steps <= 1 / (FADE * 100) + 1e-6
+    for border, is_inside in ((whole[0], top), (whole[-1], down), (whole[:, 0], left), (whole[:, -1], right)):
+        assert border.max() == (0 if is_inside else 1)
 
 
 def test_a_reference_is_cropped_about_its_thing() -> None:

@@ -393,7 +393,7 @@ class TestRefineNetwork:
         assert all(float(each.second.weight.grad.abs().max()) > 0 for each in finer.details)
 
     def test_untrained_it_passes_the_coarse_alpha(self) -> None:
-        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8)).eval()
+        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, core=0)).eval()
         coarse = np.random.default_rng(0).random((50, 70), np.float32) * 0.9 + 0.05
         rgb = np.random.default_rng(1).integers(0, 256, (50, 70, 3), np.uint8)
         alpha = edges.refined(rgb, coarse)
@@ -404,7 +404,7 @@ class TestRefineNetwork:
     @given(height=st.integers(1, 300), width=st.integers(1, 300))
     @settings(max_examples=30, deadline=None)
     def test_any_size_comes_back_at_its_size(self, height: int, width: int) -> None:
-        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8)).eval()
+        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, core=0)).eval()
         level = np.full((7, 5), 0.25, np.float32)
         alpha = edges.refined(np.zeros((height, width, 3), np.uint8), level)
         assert alpha.shape == (height, width)
@@ -415,10 +415,10 @@ class TestRefineNetwork:
     )
     def test_a_second_look_is_larger_than_the_first(self, size: tuple[int, int], second: tuple[int, int]) -> None:
         """Of the source's own size, or ``again`` times the first."""
-        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, again=1.5)).eval()
+        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, again=1.5, core=0)).eval()
         tiled: list[tuple[int, ...]] = []
         second_look = edges._tiled
-        edges._tiled = lambda rgb, alpha: (tiled.append(alpha.shape), second_look(rgb, alpha))[1]  # type: ignore[method-assign]
+        edges._tiled = lambda rgb, alpha, near: (tiled.append(alpha.shape), second_look(rgb, alpha, near))[1]  # type: ignore[method-assign]
         alpha = edges.refined(np.zeros((*size, 3), np.uint8), np.full((7, 5), 0.25, np.float32))
         assert tiled == [second]
         assert alpha.shape == size
@@ -426,7 +426,7 @@ class TestRefineNetwork:
 
     def test_where_nothing_is_open_nothing_is_made(self) -> None:
         """A thing that is absent stays so, whatever the picture shows."""
-        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8)).eval()
+        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, core=0)).eval()
         assert edges.output.bias is not None
         with torch.no_grad():
             edges.output.bias.fill_(5.0)
@@ -437,9 +437,44 @@ class TestRefineNetwork:
         faint = np.full((9, 7), 0.03, np.float32)
         assert edges.refined(rgb[:60, :60], faint).max() < 0.031
 
+    def test_far_from_what_is_open_no_tile_changes_anything(self) -> None:
+        """A network that makes a haze of everything makes none beyond its reach, and no straight edge where it ends."""
+        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=16, reach=0.1, core=0)).eval()
+        assert edges.output.bias is not None
+        with torch.no_grad():
+            edges.output.bias.fill_(2.0)
+        coarse = np.full((200, 200), 0.015, np.float32)
+        coarse[80:120, 80:120] = 0.5
+        alpha = edges.refined(np.zeros((200, 200, 3), np.uint8), coarse)
+        beyond = np.ones((200, 200), bool)
+        beyond[55:145, 55:145] = False
+        np.testing.assert_allclose(alpha[beyond], 0.015, atol=1e-5)
+        assert alpha[100, 100] > 0.9
+        haze = np.where(coarse > 0.1, 0.5, alpha)
+        assert max(np.abs(np.diff(haze[:, column])).max() for column in (0, 40, 60, 70, 140, 199)) < 0.06
+
+    @pytest.mark.parametrize("scale", [1, 5])
+    def test_a_core_is_solid_and_what_is_beside_it_clear(self, scale: int) -> None:
+        config = Refine.Config(widths=(4, 6), whole_px=4096, tile_px=64, overlap_px=16, core=0.05)
+        alpha = np.full((200, 240), 0.06, np.float32)
+        alpha[60:140, 60:140] = 0.9
+        alpha[90:110, 90:110] = 0.85  # grey within
+        alpha[60:140, 138:200] = np.linspace(0.9, 0.06, 62)  # a soft edge
+        alpha = cv2.resize(alpha, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+        done = Refine(config).eval().refined(np.zeros((*alpha.shape, 3), np.uint8), alpha)
+        s = scale
+        assert (done[90 * s : 110 * s, 90 * s : 110 * s] == 1).all()
+        assert (done[: 30 * s, : 30 * s] == 0).all()
+        soft = done[100 * s, 150 * s : 190 * s]
+        np.testing.assert_allclose(soft, alpha[100 * s, 150 * s : 190 * s], atol=0.15)
+        assert (np.diff(soft) <= 1e-3).all()
+        assert np.abs(np.diff(soft)).max() < 0.06 / s + 0.02
+        plain = Refine(replace(config, core=0)).eval().refined(np.zeros((*alpha.shape, 3), np.uint8), alpha)
+        np.testing.assert_allclose(plain, alpha, atol=1e-5)
+
     def test_tiles_leave_no_seams(self) -> None:
         """A network that moves every alpha by a constant moves that of a tiled picture so everywhere."""
-        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=16)).eval()
+        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=16, core=0)).eval()
         assert edges.output.bias is not None
         with torch.no_grad():
             edges.output.bias.fill_(0.7)

@@ -57,8 +57,12 @@ _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b
 _MOVIE_BRANDS = (b"isom", b"iso2", b"iso5", b"iso6", b"mp41", b"mp42", b"M4V", b"qt  ", b"avc1", b"dash", b"3gp")
 _MOVIE_ATOMS = (b"moov", b"mdat", b"wide")
 """First atoms of QuickTime movies that do not say what they are."""
-_MOVIE_STARTS = (b"\x1aE\xdf\xa3", b"\x06\x0e+4", b"\0\0\1\xba", b"FLV\1")
-"""First bytes of Matroska and WebM, MXF, MPEG and Flash."""
+_MOVIE_STARTS = (b"\x1aE\xdf\xa3", b"\x06\x0e+4", b"\0\0\1\xba", b"FLV\1", b"0&\xb2u", b"OggS", b"YUV4MPEG2")
+"""First bytes of Matroska and WebM, MXF, MPEG, Flash, Windows Media, Ogg and YUV4MPEG."""
+MOVIE_SUFFIXES = frozenset(
+    {".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".webm", ".wmv"}
+)
+"""Endings of movies, for names of what is not there yet."""
 _MANY = frozenset({"gif", "webp", "tiff", "avif", "heic"})
 """Kinds that may hold more than one frame; a PNG may where it has a chunk that says so."""
 
@@ -95,8 +99,10 @@ def _is_movie(head: bytes) -> bool:
     if head[4:8] == b"ftyp":
         return any(brand in head[8:64] for brand in _MOVIE_BRANDS)
     is_avi = head[:4] == b"RIFF" and head[8:12] == b"AVI "
-    is_stream = head[:1] == head[188:189] == head[376:377] == b"G"  # packets of MPEG-TS begin so
-    return is_avi or is_stream or head[4:8] in _MOVIE_ATOMS or head.startswith(_MOVIE_STARTS)
+    # Packets of MPEG-TS begin with a G, each after a time of four bytes in M2TS.
+    is_stream = any(head[at::step][:3] == b"GGG" for at, step in ((0, 188), (4, 192)))
+    is_red = head[4:8] in (b"RED1", b"RED2")
+    return is_avi or is_stream or is_red or head[4:8] in _MOVIE_ATOMS or head.startswith(_MOVIE_STARTS)
 
 
 def _name(head: bytes) -> str:

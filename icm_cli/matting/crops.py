@@ -7,6 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from icm_cli.geometry import Float
 from icm_cli.images.pixels import Windows
 
 MARGIN = 0.175
@@ -19,6 +20,8 @@ WIDER = 0.5
 """Growth of a crop at a side where it cuts the thing, as a share of its height or width."""
 MOST_LOOKS = 4
 """Most crops of one picture, each wider than the one before."""
+FADE = 0.05
+"""Share of a crop's side over which its alpha fades to nothing at that side."""
 Place = tuple[slice, slice]
 """Rows and columns of a picture."""
 
@@ -62,6 +65,27 @@ def wider(place: Place, thing: NDArray[np.bool_], size: tuple[int, int]) -> Plac
         first, last = (along[edge].mean() >= CUT_FROM for edge in (0, -1))
         found.append(slice(max(0, start - more * first), min(size[n], end + more * last)))
     return found[0], found[1]
+
+
+def put(part: Float, place: Place, size: tuple[int, int]) -> Float:
+    """Put an alpha [h,w] of a crop in its place in a picture of ``size``, float32 [H,W], 0 beside it.
+
+    Where the picture goes on beyond the crop it fades over :data:`FADE` of the crop's side, so that no edge of a crop
+    shows.
+    """
+    whole = np.zeros(size, np.float32)
+    rows, columns = (
+        _fading(side.stop - side.start, at_start=side.start > 0, at_end=side.stop < length)
+        for side, length in zip(place, size, strict=True)
+    )
+    whole[place] = part * rows[:, None] * columns
+    return whole
+
+
+def _fading(length: int, *, at_start: bool, at_end: bool) -> Float:
+    ramp = np.minimum(1.0, np.arange(length, dtype=np.float32) / max(1.0, FADE * length))
+    level = np.ones(length, np.float32)
+    return np.minimum(ramp if at_start else level, ramp[::-1] if at_end else level)
 
 
 def area_of(place: Place) -> int:

@@ -16,7 +16,7 @@ from icm_cli.errors import UsageError, did_you_mean
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path, as_paths, remove_stale_temporaries
 from icm_cli.images.colour import Colour
-from icm_cli.images.kinds import IMAGE_SUFFIXES
+from icm_cli.images.kinds import IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_told
 from icm_cli.images.writing import ENDINGS, Output
 from icm_cli.matting.cluster import Cluster
 from icm_cli.matting.devices import Devices
@@ -27,7 +27,7 @@ from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.shot import Key, Shot, apart, described
-from icm_cli.matting.sources import LeftOut, find_sources, real
+from icm_cli.matting.sources import LeftOut, find_sources, look_at, real
 from icm_cli.matting.work import Crew, Work
 from icm_cli.model.learning import described as learning_described
 from icm_cli.problems import Problem
@@ -141,7 +141,7 @@ def matte(
     with Cluster.wanted(ray, ray_cpus, device) or contextlib.nullcontext() as cluster:
         choices = [cluster.choice(checked)] if cluster else [checked(device=each) for each in device_names(device)]
         if dry_run:
-            return Report(settings={}, results=[job.planned for job in jobs])
+            return Report(settings={}, results=[_planned(job) for job in jobs])
         side.check_writable(place.folder)
         _clean({*(job.output.parent for job in jobs), *(path.parent for path in side.paths)}, listener)
 
@@ -269,6 +269,17 @@ def _settings(
     return {"title": str(src), **environment_settings(), **choice.as_settings(), **shown, **sources}
 
 
+def _planned(job: Job) -> ImageResult:
+    """The result of a job that nothing is done for, failed where its source cannot be a picture."""
+    source = job.source
+    assert isinstance(source, Path)
+    if not source.exists():
+        return replace(job.planned, status="failed", reason=f"{source} does not exist")
+    if look_at(source).is_movie:
+        return replace(job.planned, status="failed", reason=f"{source}: {movie_told(source)}")
+    return job.planned
+
+
 def _pattern_and_format(out: str | Path, format_: str | None) -> tuple[FramePattern | None, str]:
     """The frame pattern that ``--out`` is, and the format: that of its ending where nothing else is said.
 
@@ -276,6 +287,8 @@ def _pattern_and_format(out: str | Path, format_: str | None) -> tuple[FramePatt
     """
     pattern = None if Path(out).is_dir() else FramePattern.parsed(str(out))
     ending = "" if pattern is None else Path(f"x{pattern.after}").suffix.lower()
+    if pattern is None and Path(out).suffix.lower() in MOVIE_SUFFIXES and not Path(out).is_dir():
+        raise UsageError(f"--out {out} is named like a movie, and icm writes an alpha per frame; expected a folder")
     if pattern is None and Path(out).suffix.lower() in IMAGE_SUFFIXES and not Path(out).is_dir():
         raise UsageError(
             f"--out {out} is named like a picture, and every image has an alpha of its own; expected a folder, or "

@@ -18,7 +18,7 @@ from icm_cli.errors import ConfigError, DeviceError, UsageError
 from icm_cli.geometry import Float, ImageU8, Placement, resize, to_u8
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import Windows
-from icm_cli.matting.crops import area_of, place_of, wider
+from icm_cli.matting.crops import area_of, place_of, put, wider
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.model.contracts import Head, Prepared
 from icm_cli.model.decoding import confidence_and_found
@@ -149,9 +149,8 @@ class Predictor:
             part = self._whole(crop, near.alpha if near.if_there is None else near.if_there).astype(np.float32)
             if not np.isfinite(part).all():
                 return None
-            alpha = np.zeros(size, np.float32)
-            alpha[place] = resize(part, (crop.rgb.shape[0], crop.rgb.shape[1]))
-            further = wider(place, alpha[place] > 0.5, size)
+            part = resize(part, (crop.rgb.shape[0], crop.rgb.shape[1]))
+            alpha, further = put(part, place, size), wider(place, part > 0.5, size)
             if further == place:
                 break
             place = further

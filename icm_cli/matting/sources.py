@@ -19,7 +19,9 @@ from icm_cli.matting.frames import FramePattern
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 EXPECTED = "expected a folder, an image, a quoted glob, a frame pattern such as shot.####.exr, a text list or -"
-A_MOVIE = "a movie; write its frames first, for example with ffmpeg"
+A_MOVIE = "a movie"
+ADVICE = {A_MOVIE: "; write its frames first, for example with ffmpeg"}
+"""Further words of a notice, by the reason that is counted."""
 MOST_NAMED = 8
 """Files named one by one in an error."""
 
@@ -36,7 +38,7 @@ class LeftOut(Counter[str]):
         self[reason] += len(paths)
         if paths and is_told:
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            self.tell(f"{min(paths)}{more} left out: {reason}")
+            self.tell(f"{min(paths)}{more} left out: {reason}{ADVICE.get(reason, '')}")
 
     def without(
         self, paths: Sequence[Path], is_dropped: Callable[[Path], bool], reason: str, *, is_told: bool = True

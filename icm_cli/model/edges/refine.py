@@ -17,12 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.geometry import Float, ImageU8, resize
+from icm_cli.geometry import Float, ImageU8, resize, within
 from icm_cli.model.contracts import Edges
 from icm_cli.model.tiles import Box, blended
 
 OPEN = 0.05
 """A coarse alpha further than this from 0 and 1 is open."""
+CORE_PX = 640
+"""Longest side at which it is judged where no edge is near."""
+CORE_FULL, CORE_EMPTY = 0.8, 0.15
+"""Alphas that are solid in the core of a thing, and clear far beside it."""
 UNSHUFFLE = 2
 """Side of the square of pixels that becomes channels at the first layer."""
 
@@ -47,24 +51,26 @@ class RefineConfig:
     least_alpha: float = 0.02
     """A coarse alpha is kept this far from 0 and 1 before its logit is taken, so that the network can overrule it."""
     reach: float = 0.06
-    """Distance, as a share of the long side, from what is open in the coarse alpha beyond which it stays as it is; what
-    looks like an edge there belongs to something else."""
+    """Distance, as a share of the long side, from what is open in the coarse alpha beyond which it stays as it is, in
+    either look; what looks like an edge there belongs to something else."""
+    core: float = 0.015
+    """Distance, as a share of the long side, from every edge beyond which the thing is made solid and what is beside it
+    clear; 0: as the network has it."""
     undecided: float = 0.01
     """Tiles whose alpha is everywhere nearer to 0 or everywhere nearer to 1 than this are left as they are."""
 
     def __post_init__(self) -> None:
         if len(self.widths) < 2 or min(self.widths) < 1:
             raise ConfigError(f"edges widths is {list(self.widths)}; expected two or more numbers of 1 or more")
-        if self.details < 0:
-            raise ConfigError(f"edges details is {self.details}; expected 0 or more")
         multiple = self.multiple
         for name in ("whole_px", "tile_px"):
             if (value := getattr(self, name)) < multiple or value % multiple:
                 raise ConfigError(f"edges {name} is {value}; expected a multiple of {multiple}")
         if not 0 <= self.overlap_px <= self.tile_px // 2:
             raise ConfigError(f"edges overlap_px is {self.overlap_px}; expected 0 to half of tile_px")
-        if not 1 <= self.again <= 4:
-            raise ConfigError(f"edges again is {self.again}; expected 1 to 4")
+        for name, least, most in (("details", 0, 64), ("again", 1, 4), ("core", 0, 0.25)):
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"edges {name} is {getattr(self, name)}; expected {least} to {most}")
         if not 0 <= self.undecided < 0.5:
             raise ConfigError(f"edges undecided is {self.undecided}; expected 0 to below 0.5")
         if not 0 < self.reach <= 2:
@@ -159,19 +165,37 @@ class Refine(Edges):
         alpha = small + near * (self._run(resize(rgb, size), small) - small)
         grown = max(height, config.again * size[0]), max(width, config.again * size[1])
         second = round(grown[0]), round(grown[1])
-        if second == size:
-            return alpha
-        return resize(self._tiled(resize(rgb, second), resize(alpha, second)), (height, width))
+        if second != size:
+            alpha = self._tiled(resize(rgb, second), resize(alpha, second), resize(near, second))
+        return self._with_core(resize(alpha, (height, width)))
 
-    def _tiled(self, rgb: ImageU8, alpha: Float) -> Float:
-        """The alpha [H,W] refined at its own size, where it is undecided; tiles that overlap are blended."""
+    def _tiled(self, rgb: ImageU8, alpha: Float, near: Float) -> Float:
+        """The alpha [H,W] refined at its own size where it is undecided, by the weights ``near`` [H,W]; tiles that
+        overlap are blended."""
         config = self.config
 
         def answer(box: Box) -> Float:
-            coarse = alpha[box]
-            return self._run(rgb[box], coarse) if self._is_open(coarse) else coarse
+            coarse, weight = alpha[box], near[box]
+            if not weight.any() or not self._is_open(coarse):
+                return coarse
+            found: Float = coarse + weight * (self._run(rgb[box], coarse) - coarse)
+            return found
 
         return blended((alpha.shape[0], alpha.shape[1]), config.tile_px, config.overlap_px, answer)
+
+    def _with_core(self, alpha: Float) -> Float:
+        """An alpha [H,W] whose thing is solid where no edge is near, and clear beside it."""
+        if not self.config.core:
+            return alpha
+        size = (alpha.shape[0], alpha.shape[1])
+        small = resize(alpha, within(size, CORE_PX))
+        reach = max(1, round(self.config.core * max(small.shape)))
+        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
+        least, most = (cv2.blur(each(small, disc), (reach, reach)) for each in (cv2.erode, cv2.dilate))
+        inside, beside = (np.clip((each - 0.5) / 0.3, 0.0, 1.0) for each in (least, 1.0 - most))
+        full = resize((1.0 - (1.0 - CORE_FULL) * inside).astype(np.float32), size)
+        empty = resize((CORE_EMPTY * beside).astype(np.float32), size)
+        return np.clip((alpha - empty) / (full - empty), 0.0, 1.0)
 
     def _is_open(self, coarse: Float) -> bool:
         """Whether there is anything to decide: an alpha that is neither 0 nor 1, or both of them."""
