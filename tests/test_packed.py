@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -95,6 +96,29 @@ def test_edges_of_another_training_come_with_their_configuration(files: tuple[Pa
     parts = [load_file(path) for path in (other, joined)]
     for key in (key for key in parts[0] if key.startswith("edges.")):
         torch.testing.assert_close(parts[1][key].float(), parts[0][key], atol=1e-3, rtol=1e-3, msg=key)
+
+
+def test_the_settings_of_use_are_packed(files: tuple[Path, Path], tmp_path: Path) -> None:
+    used = {
+        **MODEL,
+        "head": {**MODEL["head"], "presence_from": 0.5},
+        "edges": {**MODEL["edges"], "core": 0.1},
+    }
+    preset, packed = tmp_path / "used.yaml", tmp_path / "packed.safetensors"
+    preset.write_text(yaml.safe_dump(used))
+    command = [sys.executable, "-m", "icm_cli.model.packing", str(packed), str(files[0]), "--model", str(preset)]
+    assert subprocess.run(command, check=False, timeout=120).returncode == 0
+    with safe_open(packed, framework="pt") as file:
+        assert parse_model(json.loads(file.metadata()["icm.config"]), "test") == parse_model(used, "test")
+    before, after = (load_file(path) for path in (files[0], packed))
+    for key in (key for key in before if key.startswith(("head.", "edges."))):
+        torch.testing.assert_close(after[key].float(), before[key].float(), atol=1e-3, rtol=1e-3, msg=key)
+    preset.write_text(yaml.safe_dump({**used, "backbone": {**MODEL["backbone"], "long_side_px": 2048}}))
+    with pytest.raises(ConfigError, match="another backbone"):
+        pack(files[0], packed, settings=str(preset))
+    preset.write_text(yaml.safe_dump({key: value for key, value in used.items() if key != "edges"}))
+    with pytest.raises(ConfigError, match="do not both have edges"):
+        pack(files[0], packed, settings=str(preset))
 
 
 def test_what_cannot_be_joined_is_one_sentence(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
     python -m icm_cli.model.packing OUT HEAD.safetensors [HEAD2.safetensors ...] --objects OBJECTS --edges EDGES
 
 packs the mean of several trainings' heads with the objects (``--objects`` again for the mean of several) and the edges
-of others. Kernels become float16, matrices of the backbone and the objects 8-bit integers with a scale for every row;
-vectors (biases, BatchNorm statistics) stay float32.
+of others; ``--model`` gives the settings with which they are used, where those of the training differ. Kernels become
+float16, matrices of the backbone and the objects 8-bit integers with a scale for every row; vectors (biases, BatchNorm
+statistics) stay float32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import typer
 from torch import Tensor
 
-from icm_cli.config import ModelConfig, part_class
+from icm_cli.config import ModelConfig, load_model_config, part_class
 from icm_cli.errors import ConfigError, IcmError
 from icm_cli.model.checkpoint import (
     TRAINED_ON_KEY,
@@ -43,12 +44,14 @@ def pack(
     heads: Sequence[Path] = (),
     objects: Sequence[Path] = (),
     edges: Path | None = None,
+    settings: str | None = None,
 ) -> None:
     """Write ``out`` whole or not at all.
 
     ``heads``: further checkpoints of the same head, of whose weights the mean is taken; ``objects`` and ``edges``:
     those whose parts take the place of the checkpoint's own, of several objects the mean; of its objects a file may
-    hold what was learned alone. Raises ConfigError where one is no checkpoint of ours or of another model.
+    hold what was learned alone. ``settings``: a preset or a YAML file whose settings the packed model gets. Raises
+    ConfigError where one is no checkpoint of ours or of another model.
     """
     config = _config(checkpoint)
     model = load_model(config, checkpoint=checkpoint, weights=None, offline=True, seed=0)
@@ -72,8 +75,29 @@ def pack(
         config = replace(config, edges=part)
         model.edges = part_class("edges", part.name).load(part.settings, offline=True)
         load_strict(model.edges, _tensors(parts[-1], "edges"), f"checkpoint {edges}")
+    if settings is not None:
+        config = _with_settings(model, config, settings)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out, model, config, with_backbone=True, small=True, metadata=_metadata(parts))
+
+
+def _with_settings(model: InContextMatting, config: ModelConfig, settings: str) -> ModelConfig:
+    """Build head and edges anew with other settings, and the weights that they have; the configuration with them."""
+    wanted = load_model_config(settings)
+    if (wanted.backbone, wanted.objects) != (config.backbone, config.objects):
+        raise ConfigError(
+            f"--model {settings} has another backbone or other objects than the checkpoints; expected theirs"
+        )
+    head = part_class("heads", wanted.head.name)(wanted.head.settings)
+    load_strict(head, model.head.state_dict(), f"--model {settings}: the checkpoints' head")
+    model.head = head.eval()
+    if wanted.edges is not None and model.edges is not None:
+        edges = part_class("edges", wanted.edges.name).load(wanted.edges.settings, offline=True)
+        load_strict(edges, model.edges.state_dict(), f"--model {settings}: the checkpoints' edges")
+        model.edges = edges
+    elif (wanted.edges is None) != (model.edges is None):
+        raise ConfigError(f"--model {settings} and the checkpoints do not both have edges; expected the same parts")
+    return wanted
 
 
 def _with_objects(
@@ -134,10 +158,13 @@ def main(
         Optional[list[Path]], typer.Option(help="Checkpoint with the objects; again for the mean of several.")
     ] = None,
     edges: Annotated[Optional[Path], typer.Option(help="Checkpoint with the edges.")] = None,
+    model: Annotated[
+        Optional[str], typer.Option(help="Preset or YAML file whose settings the packed model gets.")
+    ] = None,
 ) -> None:
     """Pack trainings of icm into one small file."""
     try:
-        pack(heads[0], out, heads=heads[1:], objects=objects or [], edges=edges)
+        pack(heads[0], out, heads=heads[1:], objects=objects or [], edges=edges, settings=model)
     except IcmError as error:
         typer.echo(f"icm: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
