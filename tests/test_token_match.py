@@ -122,7 +122,7 @@ class TestTokenMatch:
     @pytest.mark.parametrize("doubt", [0.0, 19.0])
     def test_it_says_what_it_would_answer_if_the_thing_were_there(self, doubt: float) -> None:
         torch.manual_seed(1)
-        head = TokenMatchHead(replace(CONFIG, doubt=doubt)).eval()
+        head = TokenMatchHead(replace(CONFIG, doubt=doubt, clear=0.0)).eval()
         image, valid = torch.rand(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
         with torch.no_grad():
             matte = head(features(9, 2), [head.prepare([reference(seed)]) for seed in (1, 2)], image, valid)

@@ -35,8 +35,8 @@ def with_truths(jobs: Sequence[Job], where: str | Path) -> tuple[list[Job], list
             raise UsageError(f"ground truth {where} has no frame of any image, such as {jobs[0].name}")
         return found, list(numbered.values()), _without_truth(found, where)
     if not folder.is_dir():
-        fault = "is a file" if folder.exists() else "does not exist"
-        raise UsageError(f"ground truth {folder} {fault}; expected a folder of alphas named like the images")
+        fault = f"{folder} is a file" if folder.exists() else f"folder {folder} does not exist"
+        raise UsageError(f"ground truth {fault}; expected a folder of alphas named like the images")
     files = {path.relative_to(folder).with_suffix(""): path for path in image_files(folder)}
     if jobs and not any(job.name.with_suffix("") in files for job in jobs):
         expected = jobs[0].name.with_suffix(".png")

@@ -106,7 +106,7 @@ class Matte:
 class Doubt:
     """Whether the thing is in the pictures of a batch at all, and what the head would answer if it were.
 
-    ``presence``: [B] float32, the logit of its being there; the alpha of :class:`Matte` is its sigmoid times ``alpha``.
+    ``presence``: [B] float32, the logit of its being there; its sigmoid is in the alpha of :class:`Matte` already.
     ``alpha``: [B,1,H,W] float32 in 0..1, as if the thing were there.
     ``is_open``: [B] bool, where the head is not sure of it, and a look from nearer may tell.
     """

@@ -6,6 +6,7 @@ one). ``state.pt`` alone holds all that the next step depends on, so whatever is
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icm_cli.config import PART_KEYS, parse_model
 from icm_cli.errors import ConfigError, UsageError
 from icm_cli.files import atomic_write
 from icm_cli.training.settings import differences
@@ -57,13 +59,21 @@ def check_same_run(path: Path, saved: str, given: Mapping[str, Any], *, has_deca
     """Raises UsageError that shows every difference between a saved run's settings (JSON) and those given now."""
     free = FREE_SETTINGS - ({"train.steps"} if has_decay else set())
     unread = tuple(start for stage, start in OF_ONE_STAGE.items() if stage != given["train"]["stage"])
-    lines = [line for line in differences(json.loads(saved), given) if not line.startswith(unread)]
+    lines = [line for line in differences(_completed(json.loads(saved)), given) if not line.startswith(unread)]
     changed = [line for line in lines if line.partition(":")[0].rstrip() not in free]
     if changed:
         raise UsageError(
             f"{path} is of a run with other settings, so it cannot be resumed: {'; '.join(changed)}. Give the "
             "same configuration, data and --set again, or another --out"
         )
+
+
+def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings, with those of the model that came later: a run before them had their defaults."""
+    with contextlib.suppress(ConfigError):  # of a model that this version does not know; the differences tell
+        model = parse_model({part: saved[part] for part in PART_KEYS if part in saved}, "")
+        return {**saved, **json.loads(json.dumps(model.as_dict()))}
+    return dict(saved)
 
 
 def to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ class TokenMatchConfig:
     """At inference the presence counts so many times its logit: a thing is there or it is not."""
     presence_from: float = 0.0
     """Logit of the presence from which on the thing is there at inference."""
-    doubt: float = 2.0
+    doubt: float = 0.0
     """At inference a presence whose logit is nearer to 0 than this is in doubt: where edges are refined the picture is
     looked at again from near by. With 0 none is."""
     edge_radius: float = 0.03
@@ -169,10 +169,9 @@ class TokenMatchHead(TrainedHead):
             return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
         if self.config.edge_radius:
             alpha = along_edges(alpha, image.float(), self.config.edge_radius, self.config.edge_epsilon)
-        alpha = (alpha * (1.0 + 2.0 * self.config.clear) - self.config.clear).clamp(0.0, 1.0)
         presence = self.sharp(logit)
-        shown = alpha * torch.sigmoid(presence)[:, None, None, None]
-        doubt = Doubt(presence, alpha, logit.abs() < self.config.doubt)
+        shown = self._cleared(alpha * torch.sigmoid(presence)[:, None, None, None])
+        doubt = Doubt(presence, self._cleared(alpha), logit.abs() < self.config.doubt)
         return Matte(shown, *confidence_and_found(shown, valid), doubt)
 
     def similarity_maps(self, target: Features, references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
@@ -210,6 +209,9 @@ class TokenMatchHead(TrainedHead):
             x = layer(x, target.valid)
         fused: Tensor = self.fuse(torch.cat([x, evidence], dim=1))
         return fused
+
+    def _cleared(self, alpha: Tensor) -> Tensor:
+        return (alpha * (1.0 + 2.0 * self.config.clear) - self.config.clear).clamp(0.0, 1.0)
 
     def sharp(self, presence: Tensor) -> Tensor:
         """Make of the presence that was learned, a logit [B], the one that counts at inference."""
