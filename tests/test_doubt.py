@@ -121,6 +121,7 @@ def test_a_crop_that_shows_nothing_only_votes() -> None:
     assert np.abs(matte.alpha - rgb[..., 0] / 255.0 / (1 + np.exp(-1.5))).mean() < 0.01
 
 
+@pytest.mark.slow
 def test_lite_looks_again_where_it_doubts(monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = icm_cli.load(device="cpu")
     thing = predictor.reference([(read_picture(DEMO / "ref.jpg").rgb, read_matte(DEMO / "mask.png"))])
