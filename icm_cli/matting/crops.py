@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 from icm_cli.geometry import Float
 from icm_cli.images.pixels import Windows
 
+Seen = TypeVar("Seen")
 MARGIN = 0.175
 """Margin of a crop about the thing, as a share of the thing's longer side."""
 LEAST_SIDE = 0.2
@@ -65,6 +68,23 @@ def wider(place: Place, thing: NDArray[np.bool_], size: tuple[int, int]) -> Plac
         first, last = (along[edge].mean() >= CUT_FROM for edge in (0, -1))
         found.append(slice(max(0, start - more * first), min(size[n], end + more * last)))
     return found[0], found[1]
+
+
+def looked(
+    place: Place, size: tuple[int, int], look: Callable[[Place], tuple[Seen, Float] | None], most: int = MOST_LOOKS
+) -> tuple[Seen, Float, Place] | None:
+    """Look at a crop of a picture of ``size``, and at wider ones where it cuts the thing, ``most`` at most.
+
+    ``look`` gives what it saw and the alpha [h,w] of the crop, or None to end it all. Returns the last look and its
+    place.
+    """
+    while (found := look(place)) is not None:
+        seen, alpha = found
+        further, most = wider(place, alpha > 0.5, size), most - 1
+        if further == place or most <= 0:
+            return seen, alpha, place
+        place = further
+    return None
 
 
 def put(part: Float, place: Place, size: tuple[int, int]) -> Float:

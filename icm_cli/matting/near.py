@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from icm_cli.geometry import HALF_U8, ImageU8, resize
+from icm_cli.geometry import HALF_U8, Float, ImageU8, resize
 from icm_cli.images.pixels import Windows
-from icm_cli.matting.crops import MOST_LOOKS, Place, place_of, wider
+from icm_cli.matting.crops import Place, looked, place_of
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.references import Reference
 from icm_cli.model.contracts import Prepared
@@ -58,14 +58,15 @@ class NearBy:
     def _near(self, predictor: Predictor, frame: Frame, place: Place) -> CanvasMatte:
         """The coarse alpha of a part of a frame, on the canvas of the whole, 0 elsewhere."""
         size = (frame.rgb.shape[0], frame.rgb.shape[1])
-        for look in range(1, MOST_LOOKS + 1):
+
+        def look(place: Place) -> tuple[CanvasMatte, Float]:
             crop = predictor.prepare(np.ascontiguousarray(frame.rgb[place]))
-            matte = predictor.coarse([crop], self.near)[0]
-            part = resize(crop.placement.inside(matte.alpha), (crop.rgb.shape[0], crop.rgb.shape[1]))
-            further = wider(place, part > 0.5, size)
-            if look == MOST_LOOKS or further == place:
-                break
-            place = further
+            (matte,) = predictor.coarse([crop], self.near)
+            return matte, resize(crop.placement.inside(matte.alpha), (crop.rgb.shape[0], crop.rgb.shape[1]))
+
+        seen = looked(place, size, look)
+        assert seen is not None
+        matte, part, place = seen
         alpha = np.zeros(size, np.float32)
         alpha[place] = part
         canvas = np.zeros(frame.placement.canvas, np.float32)

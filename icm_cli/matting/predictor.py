@@ -18,7 +18,7 @@ from icm_cli.errors import ConfigError, DeviceError, UsageError
 from icm_cli.geometry import Float, ImageU8, Placement, resize, to_u8
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import Windows
-from icm_cli.matting.crops import area_of, place_of, put, wider
+from icm_cli.matting.crops import Place, area_of, looked, place_of, put
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.model.contracts import Head, Prepared
 from icm_cli.model.decoding import confidence_and_found
@@ -141,20 +141,19 @@ class Predictor:
         of the frame and 0 beside the crop, and the logit of its presence; None where no crop shows more."""
         size = (frame.rgb.shape[0], frame.rgb.shape[1])
         place = place_of(whole > 0.5, size, margin=DOUBT_MARGIN, least_side=DOUBT_LEAST_SIDE)
-        for _ in range(DOUBT_LOOKS):
-            if place is None or area_of(place) > DOUBT_LARGEST * size[0] * size[1]:
+
+        def look(place: Place) -> tuple[CanvasMatte, Float] | None:
+            if area_of(place) > DOUBT_LARGEST * size[0] * size[1]:
                 return None
             crop = self.prepare(np.ascontiguousarray(frame.rgb[place]))
             (near,) = self.coarse([crop], reference)
             part = self._whole(crop, near.alpha if near.if_there is None else near.if_there).astype(np.float32)
-            if not np.isfinite(part).all():
-                return None
-            part = resize(part, (crop.rgb.shape[0], crop.rgb.shape[1]))
-            alpha, further = put(part, place, size), wider(place, part > 0.5, size)
-            if further == place:
-                break
-            place = further
-        return alpha, near.presence
+            return (near, resize(part, (crop.rgb.shape[0], crop.rgb.shape[1]))) if np.isfinite(part).all() else None
+
+        if place is None or (seen := looked(place, size, look, DOUBT_LOOKS)) is None:
+            return None
+        near, part, place = seen
+        return put(part, place, size), near.presence
 
     def _whole(self, frame: Frame, alpha: Float) -> Float:
         """The part of an alpha [H,W] on the canvas that is the frame's, [h,w], with its things made whole where the

@@ -56,8 +56,9 @@ class LeftOut(Counter[str]):
     def pictures(self, paths: Sequence[Path], passed: Passed) -> list[Path]:
         """The pictures of a walk, which passed others by."""
         self.passed(passed)
-        still = self.without(paths, lambda path: not _is_picture(path) and look_at(path).is_movie, A_MOVIE)
-        return self.without(still, lambda path: not _is_picture(path), "no picture")
+        unknown = {path: look_at(path) for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES}
+        still = self.without(paths, lambda path: path in unknown and unknown[path].is_movie, A_MOVIE)
+        return self.without(still, lambda path: path in unknown and not unknown[path].name, "no picture")
 
 
 @dataclass(frozen=True)
@@ -191,11 +192,6 @@ def _sequence(pattern: FramePattern, text: str, left_out: LeftOut) -> tuple[Path
             f"no file matches {text}; its name was taken as a pattern of frames, with {pattern.digits} or more digits"
         )
     return Path(split_fixed(pattern.folder)[0]), found
-
-
-def _is_picture(path: Path) -> bool:
-    """Whether a file is a picture by its ending or by its content."""
-    return path.suffix.lower() in IMAGE_SUFFIXES or bool(look_at(path).name)
 
 
 def _listed(lines: Iterable[str], where: str, left_out: LeftOut) -> tuple[Path, list[Path]]:
