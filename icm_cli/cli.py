@@ -89,7 +89,7 @@ def _list_models(wanted: bool) -> None:
     if not wanted:
         return
     with _exit_codes(verbose=False):
-        from icm_cli.model.catalogue import listed_models
+        from icm_cli.model.hub.catalogue import listed_models
         from icm_cli.terminal import print_models
 
         print_models(listed_models())

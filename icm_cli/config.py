@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-import pkgutil
 import types
 import typing
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import yaml
 
 from icm_cli.errors import ConfigError, did_you_mean
 
-PartKind = Literal["backbones", "heads", "objects", "edges"]
+PartKind = Literal["backbone", "head", "objects", "edges"]
 T = TypeVar("T")
 TRAINING_KEYS = ("train", "data")
 """Sections of a configuration file that only ``icm train`` reads."""
@@ -25,6 +24,31 @@ PART_KEYS = ("backbone", "head", "objects", "edges")
 """Sections of a configuration file that make the model."""
 MODEL_KEYS = {*PART_KEYS, *TRAINING_KEYS}
 """All sections of a configuration file."""
+COMPONENTS: dict[PartKind, dict[str, str]] = {
+    "backbone": {
+        "dinov2-lite": "lite.backbone:DinoV2Lite",
+        "efficientnet-lite": "lite.efficientnet:EfficientNetLite",
+        "dino": "hub.dino:Dino",
+        "stable-diffusion": "stable_diffusion.backbone:StableDiffusion",
+    },
+    "head": {
+        "token-match": "lite.head:TokenMatchHead",
+        "detail": "stable_diffusion.detail_head:DetailHead",
+        "training-free": "training_free.head:TrainingFree",
+    },
+    "objects": {
+        "mobile-sam": "lite.mobile_sam:MobileSam",
+    },
+    "edges": {
+        "refine": "lite.refiner:Refine",
+        "vitmatte": "hub.vitmatte:VitMatteEdges",
+        "closed-form": "training_free.closed_form:ClosedForm",
+    },
+}
+"""Registry of model components: section -> ``name`` in a configuration -> ``module:Class`` below ``icm_cli.model``.
+
+A new component is a module there with a subclass of its contract (see ``icm_cli.model.contracts``), and a line here.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +62,7 @@ class PartConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Parts of a :class:`~icm_cli.model.in_context_matting.InContextMatting`."""
+    """Parts of a :class:`~icm_cli.model.core.InContextMatting`."""
 
     backbone: PartConfig
     head: PartConfig
@@ -57,12 +81,26 @@ class ModelConfig:
 
 
 def part_class(kind: PartKind, name: str) -> Any:
-    """The class bound to REGISTERED in ``icm_cli/model/<kind>/<name>.py``; raises ConfigError for an unknown name."""
-    package = importlib.import_module(f"icm_cli.model.{kind}")
-    known = [module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__)]
-    if name not in known:
-        raise ConfigError(f"{name!r} is not one of the {kind} of icm. {did_you_mean(name, known)}")
-    return importlib.import_module(f"icm_cli.model.{kind}.{name.replace('-', '_')}").REGISTERED
+    """Import and return the class that implements a component.
+
+    Args:
+        kind: Section of the configuration, for example ``"head"``.
+        name: Value of the section's key ``name``, for example ``"token-match"``.
+
+    Raises:
+        ConfigError: ``name`` is not registered in :data:`COMPONENTS`, or its entry refers to a missing class.
+    """
+    registered = COMPONENTS[kind]
+    if name not in registered:
+        raise ConfigError(f"{kind} {name!r} is not known. {did_you_mean(name, registered)}")
+    module_name, _, class_name = registered[name].partition(":")
+    component = getattr(importlib.import_module(f"icm_cli.model.{module_name}"), class_name, None)
+    if component is None:
+        raise ConfigError(
+            f"{kind} {name!r} is registered as {registered[name]!r}, but icm_cli.model.{module_name} has no class "
+            f"{class_name!r}; correct the entry in icm_cli.config.COMPONENTS"
+        )
+    return component
 
 
 def parse_model(mapping: object, where: str) -> ModelConfig:
@@ -73,8 +111,8 @@ def parse_model(mapping: object, where: str) -> ModelConfig:
     if objects is not None and edges is None:
         raise ConfigError(f"{where}: objects are given without edges, which they are made for; add a section 'edges'")
     return ModelConfig(
-        backbone=_parse_part("backbones", fields.get("backbone"), f"{where}: backbone"),
-        head=_parse_part("heads", fields.get("head"), f"{where}: head"),
+        backbone=_parse_part("backbone", fields.get("backbone"), f"{where}: backbone"),
+        head=_parse_part("head", fields.get("head"), f"{where}: head"),
         edges=None if edges is None else _parse_part("edges", edges, f"{where}: edges"),
         objects=None if objects is None else _parse_part("objects", objects, f"{where}: objects"),
     )

@@ -25,6 +25,8 @@ UNKNOWN = 128
 """The value of a trimap's unknown pixels."""
 ASPECT_TOLERANCE = 0.01
 """Largest relative difference between the aspect ratios of pictures that count as one shape."""
+SURE = 0.1
+"""Coarse alphas this near to 0 or 1 are sure, but for the band along what is not."""
 
 
 @dataclass(frozen=True)
@@ -126,5 +128,33 @@ def to_u8(alpha: Float) -> ImageU8:
     return rounded_u8(alpha * np.float32(255.0))
 
 
+def trimap_of_coarse(coarse: Float, size: tuple[int, int], band_share: float) -> Float:
+    """A trimap float32 [H,W] of 0 background, 0.5 unknown, 1 foreground for a picture of ``size``, from a coarse alpha.
+
+    coarse [h,w] 0..1 of any size. Unknown is what is not sure, and every pixel within ``band_share`` of the picture's
+    long side of it or of the other side. A thing thinner than the band keeps the middle half of its depth, so that
+    nothing that was found loses its foreground.
+    """
+    alpha = resize(coarse, size)
+    band = max(1.0, band_share * max(size))
+    trimap = np.full(size, 0.5, np.float32)
+    foreground = alpha > 1.0 - SURE
+    trimap[_depth(alpha < SURE) > band] = 0.0
+    depth = _depth(foreground)
+    count, found = cv2.connectedComponents(foreground.astype(np.uint8))
+    label = found.astype(np.intp)
+    deepest = np.zeros(count, np.float32)
+    np.maximum.at(deepest, label, depth)
+    trimap[foreground & (depth > np.minimum(band, deepest[label] / 2))] = 1.0
+    return trimap
+
+
 def _round_up(value: int, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
+
+
+def _depth(inside: NDArray[np.bool_]) -> Float:
+    """Distance in px of each pixel that is ``inside`` [H,W] from the nearest that is not; beyond the picture all is."""
+    if inside.all():
+        return np.full(inside.shape, np.inf, np.float32)
+    return cast(Float, cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE))

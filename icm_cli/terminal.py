@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from tqdm import tqdm
 
-    from icm_cli.model.catalogue import ListedModel
+    from icm_cli.model.hub.catalogue import ListedModel
     from icm_cli.problems import Problem
     from icm_cli.reports.comparison import Comparison
     from icm_cli.reports.means import Means

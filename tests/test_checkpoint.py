@@ -20,10 +20,10 @@ from torch import Tensor
 
 from icm_cli.config import ModelConfig, PartConfig, load_model_config
 from icm_cli.errors import ConfigError
-from icm_cli.model.backbones.stable_diffusion import StableDiffusionConfig
 from icm_cli.model.checkpoint import CONFIG_KEY, load_strict, read_checkpoint, read_config, save_checkpoint
-from icm_cli.model.heads.detail import DetailConfig, DetailHead
 from icm_cli.model.loading import resolve_model
+from icm_cli.model.stable_diffusion.backbone import StableDiffusionConfig
+from icm_cli.model.stable_diffusion.detail_head import DetailConfig, DetailHead
 
 GOLDEN = Path(__file__).parent / "golden" / "decoder.npz"
 DETAIL = DetailConfig(

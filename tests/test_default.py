@@ -14,8 +14,8 @@ from safetensors import safe_open
 import icm_cli
 from icm_cli.config import load_model_config
 from icm_cli.images.reading import read_matte, read_picture
-from icm_cli.model.catalogue import PACKED_WEIGHTS, packed_weights
 from icm_cli.model.checkpoint import read_config, read_trained_on
+from icm_cli.model.hub.catalogue import PACKED_WEIGHTS, packed_weights
 from icm_cli.model.loading import DEFAULT_MODEL, resolve_model
 
 DEMO = Path(__file__).parent / "demo"

@@ -21,7 +21,7 @@ MODEL_KEYS = ("backbone", "head", "edges")
 def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most weights cannot be had here; their digest is another matter."""
     for kind in ("stable-diffusion", "dinov2-lite", "efficientnet-lite", "dino"):
-        monkeypatch.setattr(part_class("backbones", kind), "weights_digest", lambda *_, **__: "weights")
+        monkeypatch.setattr(part_class("backbone", kind), "weights_digest", lambda *_, **__: "weights")
     monkeypatch.setattr(part_class("edges", "vitmatte"), "weights_digest", lambda *_, **__: "weights")
 
 

@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from icm_cli.config import parse_model
 from icm_cli.errors import ConfigError
 from icm_cli.matting.model_choice import ModelChoice
-from icm_cli.model.backbones.dino import Dino, DinoConfig, subspace, without_subspace
-from icm_cli.model.backbones.dinov2_lite import VisionTransformer, _transformer_weights, _weights_path
 from icm_cli.model.contracts import Features
-from icm_cli.model.heads.training_free import TrainingFree, TrainingFreeConfig
-from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.core import InContextMatting
+from icm_cli.model.hub.dino import Dino, DinoConfig, subspace, without_subspace
+from icm_cli.model.lite.backbone import VisionTransformer, _transformer_weights, _weights_path
+from icm_cli.model.training_free.head import TrainingFree, TrainingFreeConfig
 
 KINDS = sorted(PATCH_PX)
 DINOV3 = "facebook/dinov3-vitl16-pretrain-lvd1689m"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from icm_cli.errors import ConfigError
-from icm_cli.model.backbones.dinov2_lite import (
+from icm_cli.model.lite.backbone import (
     DinoV2Lite,
     DinoV2LiteConfig,
     VisionTransformer,

@@ -18,13 +18,12 @@ from tiny_hf import sharded, write_tiny_dino, write_tiny_vitmatte
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError, UsageError
-from icm_cli.geometry import Float, resize
+from icm_cli.geometry import Float, resize, trimap_of_coarse
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.predictor import load
-from icm_cli.model.edges.closed_form import ClosedForm, ClosedFormConfig
-from icm_cli.model.edges.vitmatte import VitMatteEdges, VitMatteEdgesConfig
-from icm_cli.model.tiles import Box, blended
-from icm_cli.model.trimaps import trimap_of_coarse
+from icm_cli.model.hub.vitmatte import VitMatteEdges, VitMatteEdgesConfig
+from icm_cli.model.lite.tiles import Box, blended
+from icm_cli.model.training_free.closed_form import ClosedForm, ClosedFormConfig
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +314,7 @@ class TestOption:
 
     def test_a_head_that_solves_leaves_it_to_the_edges(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         monkeypatch.setattr(
-            "icm_cli.model.heads.training_free.solve_alpha", lambda *_: pytest.fail("solved, and solved again")
+            "icm_cli.model.training_free.head.solve_alpha", lambda *_: pytest.fail("solved, and solved again")
         )
         predictor = load("lite-training-free", device="cpu", edges="vitmatte", edges_weights=str(folder))
         rgb = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEMO
 
-from icm_cli.model.backbones.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig, _weights_path
+from icm_cli.model.lite.efficientnet import EfficientNetLite, EfficientNetLiteConfig, _weights_path
 
 CATS = range(281, 286)
 """ImageNet's classes of domestic cats."""

@@ -170,10 +170,10 @@ def test_images_the_model_was_trained_on_are_marked_and_left_out_of_a_second_mea
     from tiny_sd import tiny_detail_yaml, write_tiny_sd
 
     from icm_cli.config import load_model_config
-    from icm_cli.model.backbones.stable_diffusion import StableDiffusion
     from icm_cli.model.checkpoint import TRAINED_ON_KEY, save_checkpoint
-    from icm_cli.model.heads.detail import DetailHead
-    from icm_cli.model.in_context_matting import InContextMatting
+    from icm_cli.model.core import InContextMatting
+    from icm_cli.model.stable_diffusion.backbone import StableDiffusion
+    from icm_cli.model.stable_diffusion.detail_head import DetailHead
 
     evaluate(report=tmp_path / "r.json")
     target = report_of(tmp_path / "r.json")["images"][0]

@@ -25,8 +25,8 @@ from test_formats import written
 from icm_cli.errors import OutputError
 from icm_cli.images.writing import Output, write_alpha
 from icm_cli.matting.predictor import Predictor
-from icm_cli.model.backbones.efficientnet_lite import EfficientNetLite
 from icm_cli.model.contracts import Features
+from icm_cli.model.lite.efficientnet import EfficientNetLite
 
 
 def sentence(stderr: str) -> str:

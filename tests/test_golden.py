@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from tiny_sd import write_tiny_sd
 from torch import Tensor
 
-from icm_cli.model.backbones.stable_diffusion import StableDiffusion, StableDiffusionConfig
 from icm_cli.model.checkpoint import load_strict, rename_published
 from icm_cli.model.contracts import Features, ReferenceFeatures
-from icm_cli.model.heads.detail import STRIDES, DetailConfig, DetailHead
-from icm_cli.model.sd_unet import MeanAttention
 from icm_cli.model.similarity import AttentionMatrix
+from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
+from icm_cli.model.stable_diffusion.detail_head import STRIDES, DetailConfig, DetailHead
+from icm_cli.model.stable_diffusion.unet import MeanAttention
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-4

@@ -1,4 +1,4 @@
-"""A head that learns the references before it mattes (icm_cli.model.learning)."""
+"""A head that learns the references before it mattes (icm_cli.model.lite.finetuning)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from icm_cli.geometry import CanvasRule
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.predictor import check_learn_steps
 from icm_cli.model.contracts import Features
-from icm_cli.model.heads.token_match import TokenMatchConfig, TokenMatchHead
-from icm_cli.model.heads.training_free import TrainingFree
-from icm_cli.model.in_context_matting import InContextMatting
-from icm_cli.model.learning import ABSENT_VIEWS, STEPS, VIEWS, Learned, asked, described, learned
+from icm_cli.model.core import InContextMatting
+from icm_cli.model.lite.finetuning import ABSENT_VIEWS, STEPS, VIEWS, Learned, asked, described, learned
+from icm_cli.model.lite.head import TokenMatchConfig, TokenMatchHead
 from icm_cli.model.similarity import SelfSimilarity, token_valid
+from icm_cli.model.training_free.head import TrainingFree
 
 HEIGHT, WIDTH = 96, 128
 PADDED = 128
@@ -227,7 +227,7 @@ def test_what_ends_the_learning_is_said_in_a_sentence(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("icm_cli.model.in_context_matting.learned", fail)
+    monkeypatch.setattr("icm_cli.model.core.learned", fail)
     done = icm(model="lite", dtype="float32", learn_steps=3)
     assert done.exit_code == 3
     assert said in done.stderr

@@ -17,11 +17,10 @@ from train_data import MODEL, log, same_weights, train, write_config
 import icm_cli
 from icm_cli.config import PartConfig, parse_model
 from icm_cli.errors import ConfigError
-from icm_cli.model import sam_decoder, sam_encoder
 from icm_cli.model.checkpoint import read_checkpoint, save_checkpoint
+from icm_cli.model.lite import mobile_sam, sam_decoder, sam_encoder
+from icm_cli.model.lite.mobile_sam import MobileSam
 from icm_cli.model.loading import model_digest, model_to_train
-from icm_cli.model.objects import mobile_sam
-from icm_cli.model.objects.mobile_sam import MobileSam
 from icm_cli.model.packing import pack
 
 __all__ = ["discs"]

@@ -22,9 +22,9 @@ from train_data import MODEL
 import icm_cli
 from icm_cli.config import parse_model
 from icm_cli.errors import ConfigError
-from icm_cli.model import catalogue
-from icm_cli.model.catalogue import packed_weights
 from icm_cli.model.checkpoint import holds_backbone, read_checkpoint, save_checkpoint
+from icm_cli.model.hub import catalogue
+from icm_cli.model.hub.catalogue import packed_weights
 from icm_cli.model.loading import load_model, model_digest, model_to_train, resolve_model
 from icm_cli.model.packing import pack
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from icm_cli.config import ModelConfig, load_model_config
 from icm_cli.errors import ConfigError
 from icm_cli.files import cache_folder
-from icm_cli.model import sd_weights
-from icm_cli.model.backbones.stable_diffusion import StableDiffusion, StableDiffusionConfig
 from icm_cli.model.checkpoint import save_checkpoint
 from icm_cli.model.contracts import Features, MatrixIntraSimilarity
-from icm_cli.model.heads.detail import DetailHead, PreparedReferences, confidence_and_found
-from icm_cli.model.in_context_matting import TARGET_NOISE, InContextMatting, reference_noise
+from icm_cli.model.core import TARGET_NOISE, InContextMatting, reference_noise
 from icm_cli.model.loading import load_model, model_digest, resolve_model
-from icm_cli.model.sd_unet import MeanAttention
+from icm_cli.model.stable_diffusion import weights as sd_weights
+from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
+from icm_cli.model.stable_diffusion.detail_head import DetailHead, PreparedReferences, confidence_and_found
+from icm_cli.model.stable_diffusion.unet import MeanAttention
 
 SIDE = TINY_CANVAS_PX
 CPU = torch.device("cpu")
@@ -178,7 +178,7 @@ class TestPadding:
         query, key, value = torch.randn(3, 2, 3, 16, 8).unbind(0)
         whole = MeanAttention(torch.ones(4, 4, dtype=torch.bool))
         expected = whole.attend(query, key, value)
-        monkeypatch.setattr("icm_cli.model.sd_unet.CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("icm_cli.model.stable_diffusion.unet.CHUNK_BYTES", chunk_bytes)
         chunked = MeanAttention(torch.ones(4, 4, dtype=torch.bool))
         torch.testing.assert_close(chunked.attend(query, key, value), expected)
         torch.testing.assert_close(chunked.mean(), whole.mean())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from icm_cli.errors import ConfigError
 from icm_cli.model.contracts import Features, ReferenceFeatures
-from icm_cli.model.heads.token_match import TokenMatchConfig, TokenMatchHead
+from icm_cli.model.lite.head import TokenMatchConfig, TokenMatchHead
 
 SIDE = 64
 

@@ -19,9 +19,9 @@ from train_data import MODEL, log, metadata, same_weights, train, write_config
 
 from icm_cli.config import parse_model
 from icm_cli.errors import ConfigError
-from icm_cli.model.backbones.dinov2_lite import DinoV2Lite
-from icm_cli.model.edges.refine import Refine
-from icm_cli.model.heads.token_match import TokenMatchHead
+from icm_cli.model.lite.backbone import DinoV2Lite
+from icm_cli.model.lite.head import TokenMatchHead
+from icm_cli.model.lite.refiner import Refine
 from icm_cli.model.loading import model_to_train
 from icm_cli.training.data.pool import Item, Pool, read_pool
 from icm_cli.training.data.spoiling import by_objects, by_outline, by_tokens, with_doubted_parts

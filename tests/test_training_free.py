@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icm_cli.errors import ConfigError
-from icm_cli.model.backbones.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
-from icm_cli.model.closed_form import solve_alpha
-from icm_cli.model.clusters import clusters, nearest_is_foreground, thing_of_clusters
 from icm_cli.model.contracts import Features, ReferenceFeatures
+from icm_cli.model.core import InContextMatting
 from icm_cli.model.guidance import ReferenceTokens
-from icm_cli.model.heads.training_free import TrainingFree, TrainingFreeConfig, soft_maximum, strong_regions
-from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.lite.efficientnet import EfficientNetLite, EfficientNetLiteConfig
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity, token_valid
+from icm_cli.model.training_free.closed_form import solve_alpha
+from icm_cli.model.training_free.clusters import clusters, nearest_is_foreground, thing_of_clusters
+from icm_cli.model.training_free.head import TrainingFree, TrainingFreeConfig, soft_maximum, strong_regions
 
 STRIDE = 16
 BACKDROP, BALL, CUBE, MEADOW = range(4)
@@ -266,8 +266,8 @@ def test_it_follows_the_reference_with_the_efficientnet(head):
 def test_the_solver_leaves_the_number_of_threads_as_it_is():
     """pymatting's import sets OpenMP's, and torch's with it: farms limit them, and sums depend on them."""
     code = (
-        "import torch; torch.set_num_threads(1); from icm_cli.model.closed_form import load_solver; load_solver();"
-        "import sys; sys.exit(torch.get_num_threads() != 1)"
+        "import torch; torch.set_num_threads(1); from icm_cli.model.training_free.closed_form import load_solver;"
+        "load_solver(); import sys; sys.exit(torch.get_num_threads() != 1)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -28,7 +28,7 @@ from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.matting.shot import Key, Shot, described
 from icm_cli.model.checkpoint import read_trained_on
 from icm_cli.model.contracts import Prepared
-from icm_cli.model.learning import described as learning_described
+from icm_cli.model.lite.finetuning import described as learning_described
 from icm_cli.problems import Problem
 from icm_cli.reports.report import Report
 

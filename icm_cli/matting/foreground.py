@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from icm_cli.geometry import UNKNOWN, Float
 from icm_cli.images.pixels import Decoded
-from icm_cli.model.closed_form import load_foreground_estimator
+from icm_cli.model.training_free.closed_form import load_foreground_estimator
 
 CERTAIN = 0.05
 """Alphas this near to 0 or 1 count as background or foreground in a trimap."""

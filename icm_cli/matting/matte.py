@@ -29,7 +29,7 @@ from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.shot import Key, Shot, apart, described
 from icm_cli.matting.sources import LeftOut, find_sources, look_at, real
 from icm_cli.matting.work import Crew, Work
-from icm_cli.model.learning import described as learning_described
+from icm_cli.model.lite.finetuning import described as learning_described
 from icm_cli.problems import Problem
 from icm_cli.reports.report import Album, Report
 from icm_cli.reports.result import ImageResult

@@ -16,7 +16,7 @@ from icm_cli.errors import UsageError
 from icm_cli.files import digest_of
 from icm_cli.matting.predictor import Predictor, check_learn_steps
 from icm_cli.model.contracts import Head
-from icm_cli.model.learning import STEPS
+from icm_cli.model.lite.finetuning import STEPS
 from icm_cli.model.loading import device_for, load_model, model_digest, resolve_model, with_edges
 
 
@@ -72,7 +72,7 @@ class ModelChoice:
 
         Raises UsageError.
         """
-        return _learn_steps(asked, part_class("heads", self.config.head.name), is_shot=is_shot)
+        return _learn_steps(asked, part_class("head", self.config.head.name), is_shot=is_shot)
 
     def load(self) -> Predictor:
         """The model on its device."""

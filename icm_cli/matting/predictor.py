@@ -21,8 +21,8 @@ from icm_cli.images.pixels import Windows
 from icm_cli.matting.crops import Place, area_of, looked, place_of, put
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.model.contracts import Head, Prepared
+from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import confidence_and_found
-from icm_cli.model.in_context_matting import InContextMatting
 from icm_cli.model.loading import device_for, load_model, resolve_model, with_edges
 
 DOUBT_MARGIN = 0.25

@@ -7,8 +7,8 @@ An *image* at this level is float32 sRGB in 0..1, [B,3,H,W], already on the back
 bool mask [B,H,W] of its pixels that are not padding (padding is always right of and below the frame, by edge
 replication). Backbones normalise images themselves; heads normalise features themselves.
 
-Another backbone is one new file in ``backbones/`` (a head: in ``heads/``): the file's name is the ``name`` of
-the configuration (``_`` for ``-``), and the file binds its class to ``REGISTERED``.
+To add a backbone or a head, write a subclass of :class:`Backbone` or :class:`Head` in a module of this package and
+register it in ``icm_cli.config.COMPONENTS`` under the ``name`` that configurations use.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class Head(nn.Module, ABC):
     """Whether it has weights that must come from a checkpoint."""
 
     can_learn_references: ClassVar[bool] = False
-    """Whether a copy of it can learn the references of a run before it mattes (:mod:`icm_cli.model.learning`)."""
+    """Whether a copy of it can learn the references of a run before it mattes."""
 
     def leave_edges(self) -> None:
         """Answer coarsely from now on: what refines edges comes after. Does nothing where there is nothing to spare."""

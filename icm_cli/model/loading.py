@@ -13,10 +13,10 @@ from icm_cli.config import ModelConfig, PartConfig, load_model_config, part_clas
 from icm_cli.device import Device, resolve_device
 from icm_cli.errors import ConfigError, UsageError, did_you_mean
 from icm_cli.files import content_digest, digest_of
-from icm_cli.model.catalogue import packed_weights
 from icm_cli.model.checkpoint import Checkpoint, holds_backbone, load_strict, read_checkpoint, read_config
 from icm_cli.model.contracts import Objects
-from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.core import InContextMatting
+from icm_cli.model.hub.catalogue import packed_weights
 
 DEFAULT_MODEL = "lite"
 PUBLISHED_MODEL = "icm-sd21"
@@ -47,7 +47,7 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
             f"{_difference(inside, given)}; leave --model out to take the checkpoint's own"
         )
     config = inside or given or load_model_config(PUBLISHED_MODEL)
-    if not part_class("heads", config.head.name).is_trained:
+    if not part_class("head", config.head.name).is_trained:
         raise ConfigError(
             f"--checkpoint {checkpoint} does not apply to model {model!r}, whose head {config.head.name!r} has no "
             "weights; leave the option out"
@@ -77,7 +77,7 @@ def with_edges(config: ModelConfig, edges: str, weights: str | None) -> ModelCon
 
 def device_for(config: ModelConfig, device: str, dtype: str) -> Device:
     """Device and dtypes of a model, by the command's names and what its backbone wants. Raises ConfigError."""
-    backbone = part_class("backbones", config.backbone.name)
+    backbone = part_class("backbone", config.backbone.name)
     wanted = backbone.transformer_dtype(config.backbone.settings)
     where = resolve_device(device, dtype, transformer_dtype=wanted)
     return where if backbone.has_transformer else replace(where, transformer_dtype=where.dtype)
@@ -103,7 +103,7 @@ def model_to_train(
 
     The other arguments are those of :func:`load_model`. Raises ConfigError.
     """
-    if not part_class("heads", config.head.name).is_trained:
+    if not part_class("head", config.head.name).is_trained:
         raise ConfigError(f"head {config.head.name!r} has no weights, so there is nothing to train; take another head")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -113,11 +113,11 @@ def model_to_train(
 def _assembled(
     config: ModelConfig, checkpoint: Path | None, weights: str | None, *, offline: bool, seed: int
 ) -> InContextMatting:
-    head = part_class("heads", config.head.name)(config.head.settings)
+    head = part_class("head", config.head.name)(config.head.settings)
     loaded = None if checkpoint is None else read_checkpoint(checkpoint)
     if loaded is not None:
         load_strict(head, _part(loaded, "head"), f"checkpoint {checkpoint}")
-    kind, settings = part_class("backbones", config.backbone.name), config.backbone.settings
+    kind, settings = part_class("backbone", config.backbone.name), config.backbone.settings
     tensors = None if loaded is None else _part(loaded, "backbone")
     if tensors and kind.is_self_contained:
         _reject_weights(weights, checkpoint)
@@ -167,7 +167,7 @@ def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str |
 
     Raises ConfigError where ``weights`` are given beside a checkpoint that holds them.
     """
-    backbone = part_class("backbones", config.backbone.name)
+    backbone = part_class("backbone", config.backbone.name)
     if checkpoint is not None and backbone.is_self_contained and holds_backbone(checkpoint):
         _reject_weights(weights, checkpoint)
         return content_digest(checkpoint)
@@ -176,7 +176,7 @@ def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str |
 
 
 def _require_checkpoint(config: ModelConfig) -> None:
-    if part_class("heads", config.head.name).is_trained:
+    if part_class("head", config.head.name).is_trained:
         raise ConfigError(
             f"head {config.head.name!r} has weights of its own and there are none to take; give them with --checkpoint "
             f"FILE (the published .ckpt or one that icm trained). --model {UNTRAINED_MODELS} needs none"

@@ -30,7 +30,7 @@ from icm_cli.model.checkpoint import (
     read_config,
     save_checkpoint,
 )
-from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.core import InContextMatting
 from icm_cli.model.loading import load_model
 
 LICENCES_KEY = "icm.licences"
@@ -88,7 +88,7 @@ def _with_settings(model: InContextMatting, config: ModelConfig, settings: str) 
         raise ConfigError(
             f"--model {settings} has another backbone or other objects than the checkpoints; expected theirs"
         )
-    head = part_class("heads", wanted.head.name)(wanted.head.settings)
+    head = part_class("head", wanted.head.name)(wanted.head.settings)
     load_strict(head, model.head.state_dict(), f"--model {settings}: the checkpoints' head")
     model.head = head.eval()
     if wanted.edges is not None and model.edges is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from icm_cli.errors import ImageError, OutputError
 from icm_cli.files import atomic_write, cache_folder, digest_of
 from icm_cli.model.contracts import Features, IntraSimilarity, MatrixIntraSimilarity
-from icm_cli.model.in_context_matting import InContextMatting, PairFeatures, Pairs
+from icm_cli.model.core import InContextMatting, PairFeatures, Pairs
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity
 from icm_cli.training.data.samples import PairBatch
 

@@ -15,7 +15,7 @@ from icm_cli.device import is_out_of_memory, make_accelerator, process_count
 from icm_cli.errors import ConfigError, TrainingError
 from icm_cli.geometry import CanvasRule
 from icm_cli.matting.predictor import Predictor
-from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.core import InContextMatting
 from icm_cli.model.loading import backbone_digest, model_to_train
 from icm_cli.training.batches import StepSampler
 from icm_cli.training.optimisation import Ema, rate_factor

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from icm_cli.geometry import ImageU8, to_u8
 from icm_cli.model.contracts import TrainedHead
-from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.core import InContextMatting
 from icm_cli.training.data.samples import PairBatch
 
 MOST_ROWS = 4

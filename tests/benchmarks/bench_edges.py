@@ -21,7 +21,7 @@ import numpy as np
 
 import icm_cli
 from icm_cli.images.reading import read_matte, read_picture
-from icm_cli.model.closed_form import load_foreground_estimator
+from icm_cli.model.training_free.closed_form import load_foreground_estimator
 from icm_cli.scoring.metrics import score
 from icm_cli.training.data.procedural import Look, draw
 

@@ -29,13 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from icm_cli.model.backbones.stable_diffusion import StableDiffusion, StableDiffusionConfig
 from icm_cli.model.contracts import Features, ReferenceFeatures
-from icm_cli.model.heads.detail import STRIDES, DetailConfig, DetailHead, PreparedReferences
-from icm_cli.model.in_context_matting import InContextMatting
-from icm_cli.model.sd_unet import MeanAttention, drop_unused, fold_timestep
-from icm_cli.model.sd_weights import Parts
+from icm_cli.model.core import InContextMatting
 from icm_cli.model.similarity import AttentionMatrix
+from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
+from icm_cli.model.stable_diffusion.detail_head import STRIDES, DetailConfig, DetailHead, PreparedReferences
+from icm_cli.model.stable_diffusion.unet import MeanAttention, drop_unused, fold_timestep
+from icm_cli.model.stable_diffusion.weights import Parts
 
 SIDES = ("limit", "ours", "published")
 CANVAS_PX = 768

@@ -15,7 +15,7 @@ from cachetools import LRUCache, cached
 from icm_cli.errors import ImageError
 from icm_cli.geometry import UNKNOWN, Float, ImageU8, binary, resize, within
 from icm_cli.images.reading import read_matte, read_picture
-from icm_cli.model.closed_form import load_foreground_estimator
+from icm_cli.model.training_free.closed_form import load_foreground_estimator
 from icm_cli.scoring.metrics import BOUNDS_OF_UNKNOWN
 from icm_cli.training.data.pool import Item
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from icm_cli.errors import ImageError, TrainingError
 from icm_cli.geometry import ImageU8, binary
-from icm_cli.model.in_context_matting import TARGET_NOISE, Pairs, reference_noise
+from icm_cli.model.core import TARGET_NOISE, Pairs, reference_noise
 from icm_cli.scoring.rule import trimap_of
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.augment import Rng, jittered_guidance

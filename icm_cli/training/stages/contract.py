@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias
 from torch import Tensor, nn
 
 from icm_cli.geometry import ImageU8
-from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.core import InContextMatting
 from icm_cli.training.batches import AnyBatch, StepSampler
 from icm_cli.training.data.pool import Pool
 from icm_cli.training.settings import Settings

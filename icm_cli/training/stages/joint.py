@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from icm_cli.geometry import ImageU8
 from icm_cli.model.contracts import Backbone
-from icm_cli.model.heads.token_match import TokenMatchHead
-from icm_cli.model.in_context_matting import InContextMatting
-from icm_cli.model.learning import TERMS, losses
+from icm_cli.model.core import InContextMatting
+from icm_cli.model.lite.finetuning import TERMS, losses
+from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.batches import Batch, StepSampler
 from icm_cli.training.data.card import CardScenes, ScenePlan
 from icm_cli.training.data.pool import Item, Pool

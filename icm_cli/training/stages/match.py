@@ -24,9 +24,9 @@ from icm_cli.errors import ConfigError, ImageError
 from icm_cli.files import atomic_write, digest_of
 from icm_cli.geometry import ImageU8
 from icm_cli.model.contracts import Objects
-from icm_cli.model.heads.token_match import TokenMatchHead
-from icm_cli.model.in_context_matting import InContextMatting
-from icm_cli.model.learning import TERMS, losses
+from icm_cli.model.core import InContextMatting
+from icm_cli.model.lite.finetuning import TERMS, losses
+from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.batches import StepSampler, start_worker
 from icm_cli.training.data.pool import Item, Pool
 from icm_cli.training.data.samples import SampleMaker

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from icm_cli.files import digest_of
 from icm_cli.geometry import ImageU8
-from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.core import InContextMatting
 from icm_cli.reports.contact_sheet import cut_out
 from icm_cli.training.batches import StepSampler, load_batches
 from icm_cli.training.data.pool import Pool

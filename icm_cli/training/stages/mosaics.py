@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError, TrainingError
 from icm_cli.geometry import ImageU8, to_u8
 from icm_cli.model.contracts import Backbone, Features, Objects
+from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import enlarged
 from icm_cli.model.guidance import ReferenceTokens, background_tokens, foreground_tokens
-from icm_cli.model.heads.token_match import TokenMatchHead
-from icm_cli.model.in_context_matting import InContextMatting
-from icm_cli.model.learning import asked
+from icm_cli.model.lite.finetuning import asked
+from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import Item, Pool
 from icm_cli.training.panels import grey, table

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import ImageU8, to_u8
 from icm_cli.model.contracts import Objects
-from icm_cli.model.heads.token_match import TokenMatchHead
-from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.core import InContextMatting
+from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.panels import MOST_ROWS, grey, table
 from icm_cli.training.stages.contract import Answer
 from icm_cli.training.stages.match import MatchStage

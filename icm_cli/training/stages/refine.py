@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 
 from icm_cli.errors import ConfigError, ImageError, TrainingError
 from icm_cli.geometry import Float, ImageU8, to_u8
-from icm_cli.model.edges.refine import RefineConfig as EdgesConfig
-from icm_cli.model.in_context_matting import InContextMatting
+from icm_cli.model.core import InContextMatting
+from icm_cli.model.lite.refiner import RefineConfig as EdgesConfig
 from icm_cli.training.batches import Batch, StepSampler, load_batches
 from icm_cli.training.data.pool import Item, Pool
 from icm_cli.training.data.samples import MOST_ATTEMPTS

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.files import content_digest, digest_of
 from icm_cli.geometry import CanvasRule
-from icm_cli.model.backbones.efficientnet_lite import BLOCK_COUNT, EfficientNetLite, EfficientNetLiteConfig
 from icm_cli.model.contracts import Backbone, Features
+from icm_cli.model.lite.efficientnet import BLOCK_COUNT, EfficientNetLite, EfficientNetLiteConfig
 from icm_cli.model.similarity import SelfSimilarity, token_valid
 
 PATCH_PX = 14
@@ -309,6 +309,3 @@ class Block(nn.Module):
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         x = x + self.scale1 * self.project(attended)
         return x + self.scale2 * self.reduce(F.gelu(self.expand(self.norm2(x))))
-
-
-REGISTERED = DinoV2Lite

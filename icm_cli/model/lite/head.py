@@ -353,6 +353,3 @@ def _with_joint(likeness: Tensor) -> Tensor:
 
 def _log_count(likeness: Tensor) -> Tensor:
     return likeness.new_tensor(float(likeness.shape[2])).log()
-
-
-REGISTERED = TokenMatchHead

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Features
-from icm_cli.model.hub import (
+from icm_cli.model.hub.folders import (
     CONFIG,
     Statistics,
     find_folder,
@@ -214,6 +214,3 @@ def _load_transformer(config: DinoConfig, folder: Path) -> nn.Module:
         )
     module: nn.Module = model
     return module
-
-
-REGISTERED = Dino

@@ -244,6 +244,3 @@ def _published_name(name: str) -> str:
     convolution = {"expand": "_expand_conv", "depthwise": "_depthwise_conv", "project": "_project_conv"}[part]
     norm = {"expand": "_bn0", "depthwise": "_bn1", "project": "_bn2"}[part]
     return f"_blocks.{number}.{convolution if kind == 'conv' else norm}.{field}"
-
-
-REGISTERED = EfficientNetLite

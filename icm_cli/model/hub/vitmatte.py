@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.geometry import Float, ImageU8
-from icm_cli.model.catalogue import VITMATTE
+from icm_cli.geometry import Float, ImageU8, trimap_of_coarse
 from icm_cli.model.contracts import Edges
-from icm_cli.model.hub import (
+from icm_cli.model.hub.catalogue import VITMATTE
+from icm_cli.model.hub.folders import (
     CONFIG,
     Statistics,
     find_folder,
@@ -28,8 +28,7 @@ from icm_cli.model.hub import (
     pixel_statistics,
     read_json,
 )
-from icm_cli.model.tiles import Box, blended
-from icm_cli.model.trimaps import trimap_of_coarse
+from icm_cli.model.lite.tiles import Box, blended
 
 MULTIPLE_PX = 32
 """Pictures are filled up to a multiple of this, as by the published processor."""
@@ -119,6 +118,3 @@ class VitMatteEdges(Edges):
         joined = torch.cat([image, torch.from_numpy(trimap.copy())[None]])[None]
         below, right = (-length % MULTIPLE_PX for length in trimap.shape)
         return F.pad(joined, (0, right, 0, below))
-
-
-REGISTERED = VitMatteEdges

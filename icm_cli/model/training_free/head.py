@@ -5,7 +5,7 @@ guidance; unlike the softmax S of the paper's equation 3, which always sums to K
 normalised over the target and can therefore say "absent". Intra-similarity spreads them over alike tokens
 (section 3.3), what lies near the decision becomes the trimap's unknown, and closed-form matting solves it.
 
-Another rule decides by clusters of the target's tokens, as INSID3 does: see ``icm_cli.model.clusters``.
+Another rule decides by clusters of the target's tokens, as INSID3 does: see ``icm_cli.model.training_free.clusters``.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icm_cli.errors import ConfigError
-from icm_cli.geometry import within
-from icm_cli.model.closed_form import load_solver, solve_alpha
-from icm_cli.model.clusters import thing_of_clusters
+from icm_cli.geometry import trimap_of_coarse, within
 from icm_cli.model.contracts import Features, Head, Matte, ReferenceFeatures
 from icm_cli.model.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.similarity import tokens
-from icm_cli.model.trimaps import trimap_of_coarse
+from icm_cli.model.training_free.closed_form import load_solver, solve_alpha
+from icm_cli.model.training_free.clusters import thing_of_clusters
 
 
 @dataclass(frozen=True)
@@ -262,6 +261,3 @@ def _magnified(grid: Tensor, factor: int) -> Tensor:
 def _content(valid: Tensor) -> tuple[int, int]:
     """Height and width of the frame in valid [H,W]; it lies in the top left corner."""
     return int(valid.any(dim=1).sum()), int(valid.any(dim=0).sum())
-
-
-REGISTERED = TrainingFree

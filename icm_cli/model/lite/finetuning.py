@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from icm_cli.model.contracts import Backbone, Features, ReferenceFeatures
 from icm_cli.model.guidance import ReferenceTokens, background_tokens, foreground_tokens
-from icm_cli.model.heads.token_match import CARRIED, EVIDENCE_NUMBERS, TokenMatchHead
+from icm_cli.model.lite.head import CARRIED, EVIDENCE_NUMBERS, TokenMatchHead
 
 STEPS = 140
 """Steps of learning where nothing else is said."""

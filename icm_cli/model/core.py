@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Edges, Features, Head, Matte, Objects, Prepared, ReferenceFeatures
-from icm_cli.model.heads.token_match import TokenMatchHead
-from icm_cli.model.learning import Learned, learned
+from icm_cli.model.lite.finetuning import Learned, learned
+from icm_cli.model.lite.head import TokenMatchHead
 
 TARGET_NOISE = "target"
 """Name of the noise of every target that is matted: an alpha must not depend on its neighbours."""

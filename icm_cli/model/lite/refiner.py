@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import Float, ImageU8, resize, within
 from icm_cli.model.contracts import Edges
-from icm_cli.model.tiles import Box, blended
+from icm_cli.model.lite.tiles import Box, blended
 
 OPEN = 0.05
 """A coarse alpha further than this from 0 and 1 is open."""
@@ -232,6 +232,3 @@ def _make_zero(conv: nn.Conv2d) -> None:
     nn.init.zeros_(conv.weight)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
-
-
-REGISTERED = Refine

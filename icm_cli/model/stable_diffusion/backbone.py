@@ -1,6 +1,6 @@
 """Stable Diffusion 2.1 as the paper's backbone (section 3.2): frozen, one noised pass, features and attention.
 
-Which weights: see ``icm_cli.model.sd_weights``; what of the U-Net runs: ``icm_cli.model.sd_unet``.
+See ``weights.py`` for the files that are read and ``unet.py`` for the part of the U-Net that runs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from icm_cli.errors import ConfigError
 from icm_cli.files import digest_of
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Features
-from icm_cli.model.sd_unet import FEATURE_STRIDES, MeanAttention, encode, unet_features
-from icm_cli.model.sd_weights import Parts, find_folder, folder_digest, load_parts
 from icm_cli.model.similarity import AttentionMatrix, token_valid
+from icm_cli.model.stable_diffusion.unet import FEATURE_STRIDES, MeanAttention, encode, unet_features
+from icm_cli.model.stable_diffusion.weights import Parts, find_folder, folder_digest, load_parts
 
 CORRESPONDENCE_STRIDE = 16
 CANVAS_MULTIPLE_PX = 64
@@ -147,6 +147,3 @@ class StableDiffusion(Backbone):
             generator = torch.Generator().manual_seed(int(digest[:15], 16))
             draws.append(torch.randn(2, *shape, generator=generator))
         return torch.stack(draws)
-
-
-REGISTERED = StableDiffusion

@@ -216,6 +216,3 @@ def _matrix(target: Features, stride: int) -> Tensor:
     intra = target.intra[stride]
     assert isinstance(intra, MatrixIntraSimilarity)
     return intra.matrix()
-
-
-REGISTERED = DetailHead

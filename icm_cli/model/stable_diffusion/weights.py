@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.files import atomic_write, cache_folder, content_digest, digest_of
 from icm_cli.model.checkpoint import check_strict
-from icm_cli.model.hub import fetched
-from icm_cli.model.sd_unet import drop_unused, fold_timestep
+from icm_cli.model.hub.folders import fetched
+from icm_cli.model.stable_diffusion.unet import drop_unused, fold_timestep
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"

@@ -1,1 +1,0 @@
-"""One file a backbone; see ``icm_cli.model.contracts.Backbone``."""

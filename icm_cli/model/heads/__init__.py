@@ -1,1 +1,0 @@
-"""One file a head; see ``icm_cli.model.contracts.Head``."""

@@ -1,0 +1,1 @@
+"""The default model: small networks for CPUs, with weights that come with the package."""

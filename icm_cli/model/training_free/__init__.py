@@ -1,0 +1,1 @@
+"""A head without trained weights, and closed-form matting."""
