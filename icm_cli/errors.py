@@ -1,56 +1,95 @@
-"""The errors a user can meet, each one a full sentence: what, where, what was expected, what to do.
+"""Errors that end a run, and problems with input data that do not.
 
-Library code raises them and never exits; the command prints the sentence and exits with ``exit_code``.
+Library code raises an :class:`IcmError` and never exits. The commands print its message and exit with its
+``exit_code``. Every message states what is wrong, what was expected, and what to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import ClassVar
 
 
 class IcmError(Exception):
-    """Base of every error that icm raises on purpose."""
+    """Base class of all errors that icm raises on purpose."""
 
     exit_code: ClassVar[int] = 3
 
 
 class UsageError(IcmError):
-    """The command line or the call is wrong: an option, a reference, a mask, a source (exit code 2)."""
+    """Invalid option, reference, mask or source (exit code 2)."""
 
     exit_code = 2
 
 
 class ConfigError(IcmError):
-    """A model, configuration, checkpoint, set of weights or device cannot be used (exit code 3)."""
+    """Unusable model, configuration, checkpoint, weights or device (exit code 3)."""
 
 
 class DeviceError(IcmError):
-    """A device was lost while it worked, and no other is left; its argument says which and why (exit code 3)."""
+    """All devices failed during the run; the argument names the last one and its error (exit code 3)."""
 
     def __str__(self) -> str:
-        return f"{self.args[0]}; every alpha that is there is whole, and the same command goes on where this stopped"
+        return f"{self.args[0]}; all alphas written so far are complete; run the same command again to resume"
 
 
 class OutputError(IcmError):
-    """An output cannot be written, so no further image could be either (exit code 3)."""
+    """An output cannot be written, so the run cannot continue (exit code 3)."""
 
 
 class ImageError(IcmError):
-    """One image cannot be read or matted; the others go on (exit code 1)."""
+    """An image cannot be read or matted; the run continues with the other images (exit code 1)."""
 
     exit_code = 1
 
 
 class TrainingError(IcmError):
-    """Training cannot go on: a NaN or infinite loss, or too many samples cannot be read (exit code 1)."""
+    """Training cannot continue: the loss is not finite, or too many samples cannot be read (exit code 1)."""
 
     exit_code = 1
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A closing sentence that names the known name nearest to ``name``, or lists all of them."""
+    """Return a sentence for the end of an error message: the most similar known name, or all known names."""
     names = sorted(known)
     nearest = get_close_matches(name, names, n=1, cutoff=0.6)
     return f"Did you mean {nearest[0]!r}?" if nearest else f"Known: {', '.join(names) or 'none'}."
+
+
+PROBLEM_KINDS: Mapping[str, str] = {
+    "missing-image": "an alpha has no image",
+    "missing-alpha": "an image has no alpha",
+    "missing-trimap": "an image has no trimap although the dataset has trimaps; it is generated from the alpha",
+    "missing-prediction": "the folder of predictions has no alpha for an image",
+    "same-name": "two files of the same kind have the same name",
+    "no-group": "the groups file does not list an image",
+    "absent-file": "the groups file or the list of the dataset names an image that does not exist",
+    "lone-image": "a group has a single image, so that it has no reference",
+    "bad-reference": "an image cannot be used as a reference",
+    "unreadable": "a file cannot be read",
+    "size-mismatch": "image, alpha or trimap differ in size",
+    "colour-alpha": "a true or predicted alpha has colour",
+    "unscaled-alpha": "a true or predicted alpha has the values 0 and 1 instead of 0 and 255",
+    "bad-trimap": "a trimap has values other than 0, 128 and 255",
+    "16-bit-alpha": "a true alpha has 16 bits; it is rounded to 8 bits before scoring",
+    "empty-alpha": "a true alpha has no foreground",
+    "no-unknown": "a trimap has no unknown pixels, so that this region has no score",
+}
+"""All kinds of problems with input data, and what they mean.
+
+Reports list and count them. Each one makes the exit code 1 unless its kind is allowed.
+"""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem with the input data. The run continues without the affected data."""
+
+    kind: str
+    """One of ``PROBLEM_KINDS``."""
+    name: str
+    """Name of the image or group."""
+    reason: str
+    """A sentence that states what is wrong, with the file, and what was expected."""

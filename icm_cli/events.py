@@ -1,4 +1,7 @@
-"""Listeners of runs: the commands print what they hear, other callers may do with it what they like."""
+"""Callbacks that report the progress of a run.
+
+The commands pass listeners that print to the terminal. Callers of the Python API may pass their own.
+"""
 
 from __future__ import annotations
 
@@ -9,96 +12,117 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from icm_cli.problems import Problem
+    from icm_cli.errors import Problem
     from icm_cli.reports.report import Report
     from icm_cli.reports.result import ImageResult
 
 
 class Listener:
-    """Listener of a run; the command's prints what it hears. Every method may be left as it is."""
+    """Base class of callbacks for a run. Every method does nothing by default; override those you need."""
 
-    def notice(self, text: str) -> None:
-        """Something the user should know; may come from another thread."""
+    def on_notice(self, text: str) -> None:
+        """Handle a message for the user. May be called from any thread."""
 
-    def detail(self, text: str) -> None:
-        """Something only a curious user wants to know."""
+    def on_detail(self, text: str) -> None:
+        """Handle a message that is only of interest with ``--verbose``."""
 
-    def problem(self, problem: Problem) -> None:
-        """Something is wrong with the data; the run goes on without it."""
+    def on_problem(self, problem: Problem) -> None:
+        """Handle a problem with the input data. The run continues without the affected data."""
 
-    def started(self, total: int) -> None:
-        """``total`` images follow."""
+    def on_run_start(self, total: int) -> None:
+        """Called before the first of ``total`` images."""
 
-    def finished_image(self, result: ImageResult) -> None:
-        """An image ended, well or not."""
+    def on_image_end(self, result: ImageResult) -> None:
+        """Called when an image is finished, whether it succeeded or failed."""
 
-    def finished(self, report: Report) -> None:
-        """The run ended, by an interrupt too."""
+    def on_run_end(self, report: Report) -> None:
+        """Called at the end of the run, also after an interrupt."""
+
+
+@dataclass(frozen=True)
+class BestStep:
+    """The step whose model has the lowest MSE on the validation set."""
+
+    step: int
+    mse: float
+
+
+@dataclass(frozen=True)
+class TrainingStatistics:
+    """Speed, memory and skipped samples of a training run."""
+
+    seconds: float = 0.0
+    """Total duration of the steps of this run."""
+    samples_per_second: float = 0.0
+    waiting_fraction: float = 0.0
+    """Fraction of ``seconds`` that was spent waiting for samples, 0..1."""
+    skipped: int = 0
+    """Number of samples that were skipped because a file could not be read."""
+    peak_memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """Summary of a training run."""
+    """Result of a training run."""
 
     folder: Path
     steps: int = 0
-    """Steps that the model has taken, those before a resume included."""
+    """Number of steps in total, including those before a resume."""
     loss: float | None = None
-    """Mean over the last logged steps."""
-    best_step: int | None = None
-    best_mse: float | None = None
-    """On the validation set; None where there is none, or it was not reached."""
-    seconds: float = 0.0
-    """Seconds of this run's steps."""
-    samples_per_second: float = 0.0
-    waiting_share: float = 0.0
-    """Share of the steps' time that was spent waiting for samples, 0..1."""
-    skipped: int = 0
-    """Unreadable draws."""
-    peak_memory_bytes: int = 0
+    """Mean loss over the last logged steps."""
+    best: BestStep | None = None
+    """None without a validation set, or if no validation was reached."""
+    statistics: TrainingStatistics = TrainingStatistics()
     checkpoint: Path | None = None
-    """The best model, or the last where nothing was validated; None where nothing was trained."""
+    """The best model, or the last one without validation. None if nothing was trained."""
     pack: Path | None = None
-    """The same with its backbone in one small file, where that was wanted."""
+    """The model and its backbone in a single file, if requested."""
     preview: Path | None = None
-    """The contact sheet, where only that was wanted."""
+    """The contact sheet of samples, if only that was requested."""
 
 
 class TrainingListener(Listener):
-    """Listener of training; the command's prints what it hears. Every method may be left as it is."""
+    """Base class of callbacks for a training run. Every method does nothing by default."""
 
-    def training_started(self, first_step: int, steps: int | None, samples: int) -> None:
-        """Steps ``first_step`` + 1 to ``steps`` follow, of so many samples each; None: until the time is over."""
+    def on_training_start(self, first_step: int, steps: int | None, samples: int) -> None:
+        """Called before step ``first_step`` + 1.
 
-    def stepped(self, step: int) -> None:
-        """A step is done."""
+        ``steps`` is the number of the last step, or None for a run that is limited by time. Each step uses ``samples``
+        samples.
+        """
 
-    def logged(self, step: int, figures: Mapping[str, float]) -> None:
-        """Figures since the last such call: loss, its terms, rate, gradient_norm, samples_per_second, waiting_share."""
+    def on_step_end(self, step: int) -> None:
+        """Called after each step."""
+
+    def on_log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Handle the mean figures since the previous call.
+
+        They are the loss, its terms, rate, gradient_norm, samples_per_second and waiting_share.
+        """
+
+    def on_validation_end(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
+        """Handle the metrics of ``icm eval`` after a step. Their names begin with ``validation_``."""
+
+    def on_steps_end(self) -> None:
+        """Called after the last step, also after an error."""
+
+    def on_training_end(self, summary: TrainingSummary) -> None:
+        """Called when the run succeeded or was stopped by a signal."""
 
     @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
-        """Around all steps."""
+    def training_steps(self) -> Iterator[None]:
+        """Context of all steps. It calls :meth:`on_steps_end` however they end."""
         try:
             yield
         finally:
-            self.training_ended()
-
-    def training_ended(self) -> None:
-        """No more steps follow, however it ended."""
-
-    def training_finished(self, summary: TrainingSummary) -> None:
-        """The run ended well, or after a signal."""
-
-    def validated(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
-        """The metrics of ``icm eval`` after a step, named validation_mse and so on."""
+            self.on_steps_end()
 
 
-class BesideMain(TrainingListener):
-    """Listener of a process beside the main one: it passes on notices alone."""
+class SecondaryProcessListener(TrainingListener):
+    """Listener for the secondary processes of a distributed run. It forwards notices only."""
 
     def __init__(self, listener: TrainingListener) -> None:
         self._listener = listener
 
-    def notice(self, text: str) -> None:
-        self._listener.notice(text)
+    def on_notice(self, text: str) -> None:
+        self._listener.on_notice(text)

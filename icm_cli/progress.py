@@ -12,7 +12,7 @@ from icm_cli.errors import UsageError, did_you_mean
 from icm_cli.terminal import Terminal, write_line
 
 if TYPE_CHECKING:
-    from icm_cli.problems import Problem
+    from icm_cli.errors import Problem
     from icm_cli.reports.report import Report
     from icm_cli.reports.result import ImageResult
 
@@ -55,16 +55,16 @@ def _say_json(event: str, **values: Any) -> None:
 class OpenJdTerminal(Terminal):
     """Lines on stdout that a worker of OpenJD, and so Deadline Cloud, parses: progress, status and failure."""
 
-    def started(self, total: int) -> None:
-        super().started(total)
+    def on_run_start(self, total: int) -> None:
+        super().on_run_start(total)
         _say_openjd("openjd_status", f"matting {total} images")
 
-    def finished_image(self, result: ImageResult) -> None:
-        super().finished_image(result)
+    def on_image_end(self, result: ImageResult) -> None:
+        super().on_image_end(result)
         _say_openjd("openjd_progress", f"{100.0 * self.ended / max(1, self.total):.1f}")
 
-    def finished(self, report: Report) -> None:
-        super().finished(report)
+    def on_run_end(self, report: Report) -> None:
+        super().on_run_end(report)
         _say_openjd("openjd_status", f"{report.count('done')} done, {report.count('skipped')} kept")
         if report.exit_code:
             _say_openjd("openjd_fail", f"{len(report.failures)} of {len(report.results)} images failed")
@@ -77,20 +77,20 @@ class OpenJdTerminal(Terminal):
 class JsonTerminal(Terminal):
     """One JSON object per line on stdout, each with an "event"; notices go to stderr as ever."""
 
-    def started(self, total: int) -> None:
-        super().started(total)
+    def on_run_start(self, total: int) -> None:
+        super().on_run_start(total)
         _say_json("started", total=total)
 
-    def problem(self, problem: Problem) -> None:
-        super().problem(problem)
+    def on_problem(self, problem: Problem) -> None:
+        super().on_problem(problem)
         _say_json("problem", kind=problem.kind, reason=problem.reason)
 
-    def finished_image(self, result: ImageResult) -> None:
-        super().finished_image(result)
+    def on_image_end(self, result: ImageResult) -> None:
+        super().on_image_end(result)
         row = {name: value for name, value in dataclasses.asdict(result).items() if value not in (None, "", {})}
         _say_json("image", ended=self.ended, total=self.total, **row)
 
-    def finished(self, report: Report) -> None:
+    def on_run_end(self, report: Report) -> None:
         """Say the end; the exit code of a run that was cut short is told by the error after it."""
         code = report.exit_code or (0 if report.is_complete else None)
         _say_json("finished", exit_code=code, **report.as_dict()["summary"])

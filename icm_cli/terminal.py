@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from tqdm import tqdm
 
+    from icm_cli.errors import Problem
     from icm_cli.model.hub.catalogue import ListedModel
-    from icm_cli.problems import Problem
     from icm_cli.reports.comparison import Comparison
     from icm_cli.reports.means import Means
     from icm_cli.reports.report import Report
@@ -48,29 +48,29 @@ class Terminal(Listener):
         self._bar: tqdm[Any] | None = None
         self._problems: Counter[str] = Counter()
 
-    def notice(self, text: str) -> None:
+    def on_notice(self, text: str) -> None:
         if not self.quiet:
             self._print(f"icm: {text}")
 
-    def detail(self, text: str) -> None:
+    def on_detail(self, text: str) -> None:
         if self.verbose:
             self._print(f"icm: {text}")
 
-    def problem(self, problem: Problem) -> None:
+    def on_problem(self, problem: Problem) -> None:
         self._problems[problem.kind] += 1
         if self._problems[problem.kind] <= MOST_REASONS or self.verbose:
             self._print(f"icm: {problem.kind}: {problem.reason}")
         elif self._problems[problem.kind] == MOST_REASONS + 1:
             self._print(f"icm: {problem.kind}: more of this kind follow; --report and --verbose name every one")
 
-    def started(self, total: int) -> None:
+    def on_run_start(self, total: int) -> None:
         self.total = total
         if sys.stderr and sys.stderr.isatty() and self.may_show_bar:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, unit="image", dynamic_ncols=True, smoothing=0.1)
 
-    def finished_image(self, result: ImageResult) -> None:
+    def on_image_end(self, result: ImageResult) -> None:
         self.ended += 1
         if result.status == "failed":
             self._print(f"icm: failed: {_source(result)}: {_without_prefix(result)}")
@@ -79,7 +79,7 @@ class Terminal(Listener):
         elif self.has_lines and result.status != "failed":
             self._print(f"[{self.ended}/{self.total}] {result.status} {_source(result)}{_figures(result)}")
 
-    def finished(self, report: Report) -> None:
+    def on_run_end(self, report: Report) -> None:
         if self._bar is not None:
             self._bar.close()
         if not self.quiet:
@@ -313,20 +313,20 @@ def _printable(line: str) -> str:
 class TrainingTerminal(Terminal, TrainingListener):
     """A bar with loss, rate and samples a second; plain lines where stderr is no terminal."""
 
-    def training_started(self, first_step: int, steps: int | None, samples: int) -> None:
+    def on_training_start(self, first_step: int, steps: int | None, samples: int) -> None:
         self._last = "" if steps is None else f"/{steps}"
         end = "the end of its minutes" if steps is None else steps
-        self.notice(f"training from step {first_step + 1} to {end}, {samples} samples each")
+        self.on_notice(f"training from step {first_step + 1} to {end}, {samples} samples each")
         if sys.stderr and sys.stderr.isatty() and self.may_show_bar:
             from tqdm import tqdm
 
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
 
-    def stepped(self, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
-    def logged(self, step: int, figures: Mapping[str, float]) -> None:
+    def on_log(self, step: int, figures: Mapping[str, float]) -> None:
         shown = {
             "loss": f"{figures['loss']:.4f}",
             "rate": f"{figures['rate']:.2e}",
@@ -338,17 +338,17 @@ class TrainingTerminal(Terminal, TrainingListener):
         elif not self.quiet:
             self._print(f"[{step}{self._last}] " + ", ".join(f"{name} {value}" for name, value in shown.items()))
 
-    def validated(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
+    def on_validation_end(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
         scores = {name.removeprefix("validation_"): value for name, value in figures.items()}
         text = ", ".join(f"{TITLES[name]} {number_text(value, name)}" for name, value in scores.items())
-        self.notice(f"step {step}: validation {text}{' (the best so far)' if is_best else ''}")
+        self.on_notice(f"step {step}: validation {text}{' (the best so far)' if is_best else ''}")
 
-    def training_ended(self) -> None:
+    def on_steps_end(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def training_finished(self, summary: TrainingSummary) -> None:
+    def on_training_end(self, summary: TrainingSummary) -> None:
         """Say how the run ended, and the command to matte with its result."""
         if summary.preview is not None:
             write_line(sys.stdout, f"samples are in {summary.preview}; nothing was trained")
@@ -363,16 +363,16 @@ class TrainingTerminal(Terminal, TrainingListener):
 
 
 def _rows(summary: TrainingSummary) -> list[tuple[str, str]]:
-    best = "nothing was validated; the last model is the result"
-    if summary.best_step is not None:
-        best = f"{summary.best_step}, validation MSE {summary.best_mse:.5f}"
+    best, statistics = "nothing was validated; the last model is the result", summary.statistics
+    if summary.best is not None:
+        best = f"{summary.best.step}, validation MSE {summary.best.mse:.5f}"
     rows = [
         ("steps", f"{summary.steps}"),
         ("loss", "-" if summary.loss is None else f"{summary.loss:.4f}"),
         ("best step", best),
-        ("time", f"{summary.seconds:.1f} s of steps, {summary.samples_per_second:.2f} samples/s"),
-        ("waiting for data", f"{summary.waiting_share:.1%} of it"),
-        ("peak memory", f"{summary.peak_memory_bytes / 1e6:.0f} MB"),
+        ("time", f"{statistics.seconds:.1f} s of steps, {statistics.samples_per_second:.2f} samples/s"),
+        ("waiting for data", f"{statistics.waiting_fraction:.1%} of it"),
+        ("peak memory", f"{statistics.peak_memory_bytes / 1e6:.0f} MB"),
         ("folder", str(summary.folder)),
     ]
-    return rows + ([("unreadable", f"{summary.skipped} draws were skipped")] if summary.skipped else [])
+    return rows + ([("unreadable", f"{statistics.skipped} draws were skipped")] if statistics.skipped else [])

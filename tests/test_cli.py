@@ -96,7 +96,7 @@ def test_help_and_docs_name_every_dataset() -> None:
 
 
 def test_the_docs_name_every_kind_of_bad_data() -> None:
-    from icm_cli.problems import PROBLEM_KINDS
+    from icm_cli.errors import PROBLEM_KINDS
 
     text = (ROOT / "docs" / "evaluate.md").read_text()
     for kind, meaning in PROBLEM_KINDS.items():

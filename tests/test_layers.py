@@ -13,7 +13,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "icm_cli"
 LAYERS = (
-    ("errors", "problems", "signals"),
+    ("errors", "signals"),
     ("config", "environment", "files"),
     ("geometry", "device"),
     ("guided_filter", "images"),

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli.datasets.samples import Sample
-from icm_cli.errors import UsageError
-from icm_cli.problems import Problem
+from icm_cli.errors import Problem, UsageError
 
 GROUP_FIELDS = ("class", "sub_class", "HalfOrFull")
 """A group is named by these, those that are null left out (published rule)."""

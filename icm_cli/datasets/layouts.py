@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from icm_cli.datasets.samples import Sample
-from icm_cli.errors import UsageError
+from icm_cli.errors import Problem, UsageError
 from icm_cli.files import TEMPORARY_PREFIX, UNREADABLE, Passed, expanded, split_fixed, walk
 from icm_cli.images.kinds import IMAGE_SUFFIXES
 from icm_cli.images.reading import Composite
-from icm_cli.problems import Problem
 
 MOST_LISTED = 12
 """Names listed in an error about a wrong root."""

@@ -21,8 +21,7 @@ from icm_cli.datasets.layouts import (
     without_last_number,
 )
 from icm_cli.datasets.samples import Sample
-from icm_cli.errors import UsageError, did_you_mean
-from icm_cli.problems import Problem
+from icm_cli.errors import Problem, UsageError, did_you_mean
 from icm_cli.reports.scores import Lineage, Region
 
 Size = Literal["original", "long1024", "square768"]

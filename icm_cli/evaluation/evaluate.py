@@ -16,12 +16,11 @@ from icm_cli import environment
 from icm_cli.datasets.registry import SIZES, SPLITS, Found, find
 from icm_cli.datasets.samples import Sample
 from icm_cli.environment import DEFAULT_WORKERS
-from icm_cli.errors import UsageError, did_you_mean
+from icm_cli.errors import PROBLEM_KINDS, UsageError, did_you_mean
 from icm_cli.evaluation.protocol import Evaluation
 from icm_cli.evaluation.shots import as_shots, refuse_other_references
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path
-from icm_cli.problems import PROBLEM_KINDS
 from icm_cli.reports.report import Report
 from icm_cli.reports.scores import LINEAGES, REGIONS
 from icm_cli.reports.write import SideOutputs

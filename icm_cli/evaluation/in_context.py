@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli.datasets.samples import Sample
-from icm_cli.errors import ImageError, UsageError
+from icm_cli.errors import ImageError, Problem, UsageError
 from icm_cli.evaluation.protocol import Evaluation, round_folder
 from icm_cli.evaluation.rounds import Rounds, choose_references, group_notes, read_rounds, targets, write_rounds
 from icm_cli.files import cache_folder, digest_of, remove_stale_temporaries, write_error
@@ -29,7 +29,6 @@ from icm_cli.matting.shot import Key, Shot, described
 from icm_cli.model.checkpoint import read_trained_on
 from icm_cli.model.contracts import Prepared
 from icm_cli.model.lite.finetuning import described as learning_described
-from icm_cli.problems import Problem
 from icm_cli.reports.report import Report
 
 OLD_AFTER_S = 7 * 24 * 3600.0
@@ -78,7 +77,7 @@ def matte_and_score(
         )
         for problem in problems:
             outcome.add_problem(problem)
-        evaluation.listener.started(len(jobs))
+        evaluation.listener.on_run_start(len(jobs))
         with outcome:
             remaining = keep_finished(shot.order if shot else jobs, digests, evaluation.workers, outcome.add, shot)
             predictor = _load(choice, evaluation) if remaining else None
@@ -91,7 +90,7 @@ def matte_and_score(
                         return shelf.prepared(predictor, references[number - 1][group], steps, is_shot=is_shot)
 
                     engine = EngineOptions(digests, choice.batch_size, evaluation.workers, shot=shot)
-                    notice = evaluation.listener.notice
+                    notice = evaluation.listener.on_notice
                     Engine(predictor, prepared, engine, on_result=outcome.add, notice=notice).run(remaining)
                 evaluation.add_flicker(outcome)
     return outcome.report
@@ -144,7 +143,7 @@ def _until_done(folder: Path) -> Iterator[Path]:
 
 
 def _load(choice: AnyModel, evaluation: Evaluation) -> Predictor:
-    evaluation.listener.detail(choice.describe())
+    evaluation.listener.on_detail(choice.describe())
     return choice.load()
 
 
@@ -235,6 +234,6 @@ class _Shelf:
         """A sample as a reference: its picture, and its alpha above one half as guidance."""
         picture = read_source(sample.image)
         mask = read_matte(sample.alpha, has_objects=self.evaluation.rule.is_shots, over=picture.windows)
-        notice = self.evaluation.listener.notice
+        notice = self.evaluation.listener.on_notice
         guidance = make_guidance(mask, picture.windows, f"alpha {sample.alpha}", notice)
         return Reference(picture.rgb, guidance, windows=picture.windows)

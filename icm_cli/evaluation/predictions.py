@@ -11,12 +11,11 @@ from typing import TypeVar
 from icm_cli import environment
 from icm_cli.datasets.layouts import image_files
 from icm_cli.datasets.samples import Sample
-from icm_cli.errors import UsageError
+from icm_cli.errors import Problem, UsageError
 from icm_cli.evaluation.protocol import Evaluation, round_folder
 from icm_cli.evaluation.rounds import Rounds, read_rounds, targets
 from icm_cli.evaluation.shots import first_frames
 from icm_cli.images.reading import Composite
-from icm_cli.problems import Problem
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult
 
@@ -54,7 +53,7 @@ def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Repo
     outcome = evaluation.outcome(planned, {"predictions": str(folder)}, references)
     for problem in problems:
         outcome.add_problem(problem)
-    evaluation.listener.started(len(planned))
+    evaluation.listener.on_run_start(len(planned))
     with outcome, outcome.reported(evaluation.side, environment.peak_memory_bytes):
         for result in planned:
             if result.output:

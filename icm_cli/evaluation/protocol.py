@@ -138,7 +138,7 @@ class Evaluation:
         for problem in self.found.problems:
             outcome.add_problem(problem)
         for note in protocol["notes"]:
-            self.listener.notice(note)
+            self.listener.on_notice(note)
         return outcome
 
     def add_flicker(self, outcome: Outcome) -> None:
@@ -146,7 +146,9 @@ class Evaluation:
         videos = [frames for frames in self.groups.values() if frames[0].is_video_frame]
         following = [pair for frames in videos for pair in consecutive_frames(frames)]
         if videos and not following:
-            self.listener.notice("no two frames follow one another by the numbers at the end of their names; no dtSSD")
+            self.listener.on_notice(
+                "no two frames follow one another by the numbers at the end of their names; no dtSSD"
+            )
         if following:
             outcome.add_flicker(list(self._flicker_tasks(following, outcome)))
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from icm_cli.datasets.registry import ONE_GROUP
 from icm_cli.datasets.samples import Sample
-from icm_cli.errors import UsageError
+from icm_cli.errors import Problem, UsageError
 from icm_cli.files import write_json
-from icm_cli.problems import Problem
 
 Rounds = list[dict[str, list[str]]]
 """For every round, the names of each group's references."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from icm_cli.datasets.registry import Found, groups_of
-from icm_cli.errors import UsageError
+from icm_cli.errors import Problem, UsageError
 from icm_cli.evaluation.rounds import Rounds
-from icm_cli.problems import Problem
 
 LEAST_FRAMES = 3
 """Frames of a shot of which one is scored."""

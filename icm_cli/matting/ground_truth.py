@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from icm_cli.datasets.layouts import image_files
-from icm_cli.errors import UsageError
+from icm_cli.errors import Problem, UsageError
 from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.sources import LeftOut, find_sources
-from icm_cli.problems import Problem
 from icm_cli.reports.result import ImageResult
 from icm_cli.scoring.pool import Scoring, ScoringPool
 from icm_cli.scoring.rule import Rule

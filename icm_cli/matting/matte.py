@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from icm_cli.device import device_names
 from icm_cli.environment import DEFAULT_WORKERS
-from icm_cli.errors import UsageError, did_you_mean
+from icm_cli.errors import Problem, UsageError, did_you_mean
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path, as_paths, remove_stale_temporaries
 from icm_cli.images.colour import Colour
@@ -30,7 +30,6 @@ from icm_cli.matting.shot import Key, Shot, apart, described
 from icm_cli.matting.sources import LeftOut, find_sources, look_at, real
 from icm_cli.matting.work import Crew, Work
 from icm_cli.model.lite.finetuning import described as learning_described
-from icm_cli.problems import Problem
 from icm_cli.reports.report import Album, Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import SideOutputs
@@ -118,8 +117,8 @@ def matte(
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
     shared = Colour(colorspace, str(ocio or ""), view or "", exposure, layer, white)
     colour, of_references = _colours(shared, ref_colorspace, ref_layer)
-    references = read_references(refs, masks, listener.notice, mask_label, of_references, mask_orientation)
-    left_out, shown = LeftOut(listener.notice), [*refs, *masks]
+    references = read_references(refs, masks, listener.on_notice, mask_label, of_references, mask_orientation)
+    left_out, shown = LeftOut(listener.on_notice), [*refs, *masks]
     sources = find_sources(src, as_path(root), left_out)
     jobs = plan_jobs(sources, place, choice=wanted, references=shown, colour=colour, left_out=left_out)
     jobs, in_order = _as_shot(jobs, refs, references, shard) if shot else (jobs, None)
@@ -212,7 +211,7 @@ def _run(
 ) -> None:
     """Keep the alphas that are there and matte the other images; the model is loaded only for these."""
     options = work.options
-    listener.started(len(jobs))
+    listener.on_run_start(len(jobs))
     with outcome:
         remaining = list(options.shot.order if options.shot else jobs)
         if not options.overwrite:
@@ -346,15 +345,15 @@ def _crew(
 ) -> contextlib.AbstractContextManager[Crew]:
     """Make ready the model here, on several devices in a process for each, or in a cluster."""
     for work in works:
-        listener.detail(work.choice.describe())
+        listener.on_detail(work.choice.describe())
     if cluster:
-        return contextlib.nullcontext(cluster.crew(works[0], folder, on_result, listener.notice))
+        return contextlib.nullcontext(cluster.crew(works[0], folder, on_result, listener.on_notice))
     if len(works) > 1:
-        return Devices(works, on_result=on_result, notice=listener.notice)
-    return contextlib.nullcontext(works[0].engine(on_result, listener.notice))
+        return Devices(works, on_result=on_result, notice=listener.on_notice)
+    return contextlib.nullcontext(works[0].engine(on_result, listener.on_notice))
 
 
 def _clean(folders: Collection[Path], listener: Listener) -> None:
     removed = sum(remove_stale_temporaries(folder) for folder in folders)
     if removed:
-        listener.notice(f"removed {removed} temporary file(s) that a killed run left behind")
+        listener.on_notice(f"removed {removed} temporary file(s) that a killed run left behind")

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from icm_cli import environment
-from icm_cli.errors import OutputError
+from icm_cli.errors import OutputError, Problem
 from icm_cli.events import Listener
-from icm_cli.problems import Problem
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import SideOutputs
@@ -75,7 +74,7 @@ class Outcome:
 
     def add_problem(self, problem: Problem) -> None:
         self.report.problems.append(problem)
-        self._listener.problem(problem)
+        self._listener.on_problem(problem)
 
     @contextlib.contextmanager
     def reported(self, side: SideOutputs, peak_memory: Callable[[], int]) -> Iterator[None]:
@@ -122,7 +121,7 @@ class Outcome:
             return
         self._ended.add(result.key)
         self.report.results.append(result)
-        self._listener.finished_image(result)
+        self._listener.on_image_end(result)
 
     def _submit(self, task: ScoreTask | FlickerTask, then: Callable[[Any], None]) -> None:
         assert self._scoring
@@ -145,9 +144,9 @@ class Outcome:
         report.peak_memory_bytes = peak_memory()
         try:
             for path in side.write(report):
-                self._listener.notice(f"{path} is left as it was: this run was cut short")
+                self._listener.on_notice(f"{path} is left as it was: this run was cut short")
         finally:
-            self._listener.finished(report)
+            self._listener.on_run_end(report)
 
 
 def environment_settings() -> dict[str, Any]:

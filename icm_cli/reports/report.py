@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from icm_cli.errors import Problem
 from icm_cli.geometry import ImageU8
 from icm_cli.images.colour import AS_LABELLED, Colour
 from icm_cli.images.reading import Composite
-from icm_cli.problems import Problem
 from icm_cli.reports.means import Means, summarise
 from icm_cli.reports.result import ImageResult, Status
 from icm_cli.reports.scores import Region
@@ -42,7 +42,7 @@ class Report:
     settings: dict[str, Any]
     results: list[ImageResult] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    """Problems of the data; see ``icm_cli.problems.PROBLEM_KINDS``."""
+    """Problems of the data; see ``icm_cli.errors.PROBLEM_KINDS``."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Files among the sources that were not to be matted, by reason."""
     allowed: frozenset[str] = frozenset()

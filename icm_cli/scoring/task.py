@@ -8,11 +8,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from icm_cli.errors import ImageError
+from icm_cli.errors import ImageError, Problem
 from icm_cli.geometry import UNKNOWN, ImageU8, same_shape
 from icm_cli.images.decoding import image_size
 from icm_cli.images.reading import TrueAlpha, content_sha256, read_matte, read_true_alpha
-from icm_cli.problems import Problem
 from icm_cli.reports.scores import Region, Scores
 from icm_cli.scoring.metrics import dt_ssd, score
 from icm_cli.scoring.overlap import boundary_accuracy, region_similarity

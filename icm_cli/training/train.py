@@ -11,7 +11,7 @@ import torch
 
 from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import UsageError
-from icm_cli.events import BesideMain, TrainingListener, TrainingSummary
+from icm_cli.events import BestStep, SecondaryProcessListener, TrainingListener, TrainingStatistics, TrainingSummary
 from icm_cli.model.packing import pack as write_pack
 from icm_cli.signals import StopSignals
 from icm_cli.training.batches import Batch
@@ -68,7 +68,7 @@ def train(
     if preview:
         write_preview(folder / "preview.png", stage, preview)
         summary = TrainingSummary(folder, preview=folder / "preview.png")
-        listener.training_finished(summary)
+        listener.on_training_end(summary)
         return summary
     start = Path(checkpoint) if checkpoint else None
     options = {"config": config, "data": data, "out": folder, "checkpoint": checkpoint, "weights": weights}
@@ -79,13 +79,13 @@ def train(
         learner = Learner(
             settings, stage, checkpoint=start, weights=weights, device=device, offline=offline, workers=workers
         )
-        told = listener if learner.is_main else BesideMain(listener)
+        told = listener if learner.is_main else SecondaryProcessListener(listener)
         summary = _take_steps(settings, stage, pool, learner, run, told, resume=resume)
         if pack is not None and summary.checkpoint is not None and learner.is_main:
             write_pack(summary.checkpoint, Path(pack))
             summary = replace(summary, pack=Path(pack))
     if learner.is_main:
-        listener.training_finished(summary)
+        listener.on_training_end(summary)
     return summary
 
 
@@ -103,18 +103,18 @@ def _take_steps(
     recipe = settings.train
     _check_data(settings, pool, learner, run, listener)
     if learner.accelerator.mixed_precision != recipe.precision:
-        listener.notice("this CPU is slower in bfloat16 than in float32, which is used")
+        listener.on_notice("this CPU is slower in bfloat16 than in float32, which is used")
     stage.prepare(learner, run.folder, listener)
     done = begun = run.resume(learner) if resume else Progress()
     if resume and not done.step:
-        listener.notice(f"{run.folder} holds no run yet; this one begins there")
-    listener.training_started(done.step, None if recipe.minutes else recipe.steps, recipe.batch_size)
+        listener.on_notice(f"{run.folder} holds no run yet; this one begins there")
+    listener.on_training_start(done.step, None if recipe.minutes else recipe.steps, recipe.batch_size)
     batches = stage.batches(
         learner.sampler(done.step), workers=learner.workers, pin=learner.device.place.type == "cuda"
     )
     stats, loss = StepStats(), None
-    log = RunLog(run.folder, stage.terms, done.step, listener.notice, is_main=learner.is_main)
-    with StopSignals() as stop, log, learner.explain_errors(), listener.training():
+    log = RunLog(run.folder, stage.terms, done.step, listener.on_notice, is_main=learner.is_main)
+    with StopSignals() as stop, log, learner.explain_errors(), listener.training_steps():
         is_last = learner.any_process(_is_over(recipe, done))
         while not is_last:
             rate = learner.set_rates(done.step, _elapsed(recipe, done))
@@ -122,12 +122,12 @@ def _take_steps(
             done = Progress(done.step + 1, skipped, begun.seconds + stats.seconds)
             is_stopped = learner.any_process(stop.received is not None)
             is_last = is_stopped or learner.any_process(_is_over(recipe, done))
-            listener.stepped(done.step)
+            listener.on_step_end(done.step)
             if done.step % recipe.log_every == 0 or is_last:
                 figures = learner.mean(stats.figures(rate))
                 loss = figures["loss"]
                 log.row(done.step, figures)
-                listener.logged(done.step, figures)
+                listener.on_log(done.step, figures)
             with stats.paused():
                 if learner.is_main and done.step % recipe.image_every == 0:
                     with learner.inference_mode():
@@ -184,13 +184,13 @@ def _validate(
         return
     scores = validate(settings.data.validation, learner, is_stopped=lambda: stop.received is not None)
     if scores is None:
-        listener.notice(f"step {done.step}: validation was cut short or scored nothing")
+        listener.on_notice(f"step {done.step}: validation was cut short or scored nothing")
         return
     figures = {f"validation_{name}": value for name, value in scores.items()}
     log.row(done.step, figures)
     is_best = run.save_best(learner, done.step, scores["mse"])
     run.save(learner, done)
-    listener.validated(done.step, figures, is_best=is_best)
+    listener.on_validation_end(done.step, figures, is_best=is_best)
 
 
 def _check_data(settings: Settings, pool: Pool, learner: Learner, run: RunFolder, listener: TrainingListener) -> None:
@@ -198,11 +198,11 @@ def _check_data(settings: Settings, pool: Pool, learner: Learner, run: RunFolder
     if not learner.is_main:
         return
     for problem in pool.problems:
-        listener.problem(problem)
+        listener.on_problem(problem)
     if settings.data.validation is not None:
-        check_validation(settings.data.validation, pool.images, listener.notice)
-    listener.detail(f"hashing {len(pool.images)} training images")
-    run.hash_images(listener.notice)
+        check_validation(settings.data.validation, pool.images, listener.on_notice)
+    listener.on_detail(f"hashing {len(pool.images)} training images")
+    run.hash_images(listener.on_notice)
 
 
 def _count_skipped(batch: Batch, skipped: int, learner: Learner, listener: TrainingListener) -> int:
@@ -210,7 +210,7 @@ def _count_skipped(batch: Batch, skipped: int, learner: Learner, listener: Train
     for reason in batch.skipped:
         skipped += 1
         if skipped <= MOST_SKIPS_NAMED:
-            listener.notice(f"skipped: {reason}")
+            listener.on_notice(f"skipped: {reason}")
     if batch.skipped:
         drawn = (max(batch.counters) + 1) // learner.accelerator.num_processes + skipped
         check_skipped(skipped, drawn, batch.skipped[-1])
@@ -234,13 +234,14 @@ def _summary(run: RunFolder, learner: Learner, stats: StepStats, done: Progress,
         folder=run.folder,
         steps=done.step,
         loss=loss,
-        best_step=int(run.best["step"]) if run.best else None,
-        best_mse=run.best["mse"] if run.best else None,
-        seconds=stats.total_seconds,
-        samples_per_second=stats.total_samples * learner.accelerator.num_processes / max(1e-9, stats.total_seconds),
-        waiting_share=stats.total_waiting / max(1e-9, stats.total_seconds),
-        skipped=done.skipped,
-        peak_memory_bytes=learner.device.peak_memory_bytes(),
+        best=BestStep(int(run.best["step"]), run.best["mse"]) if run.best else None,
+        statistics=TrainingStatistics(
+            seconds=stats.total_seconds,
+            samples_per_second=stats.total_samples * learner.accelerator.num_processes / max(1e-9, stats.total_seconds),
+            waiting_fraction=stats.total_waiting / max(1e-9, stats.total_seconds),
+            skipped=done.skipped,
+            peak_memory_bytes=learner.device.peak_memory_bytes(),
+        ),
         checkpoint=path if path.exists() else None,
     )
 

@@ -77,7 +77,7 @@ class _Stoppable(Listener):
         self._is_stopped = is_stopped
         self._has_raised = False
 
-    def finished_image(self, result: ImageResult) -> None:  # noqa: ARG002
+    def on_image_end(self, result: ImageResult) -> None:  # noqa: ARG002
         if self._is_stopped() and not self._has_raised:
             self._has_raised = True
             raise _Stopped

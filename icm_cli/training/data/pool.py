@@ -14,8 +14,7 @@ import numpy as np
 
 from icm_cli.datasets.layouts import image_files
 from icm_cli.datasets.registry import dataset_named, find
-from icm_cli.errors import ConfigError, UsageError
-from icm_cli.problems import Problem
+from icm_cli.errors import ConfigError, Problem, UsageError
 from icm_cli.training.settings import CUTOUTS, DataConfig, PairConfig, SourceConfig
 
 

@@ -101,7 +101,7 @@ class MatchStage(Stage[MosaicBatch]):
         )
         views = kept_views(path, digest)
         if views is None:
-            listener.notice(f"reading the tokens of {len(self.shown) + len(self.shown_large)} pictures into {path}")
+            listener.on_notice(f"reading the tokens of {len(self.shown) + len(self.shown_large)} pictures into {path}")
             views = self._read(learner, self.maker, self.shown, listener)
             views += self._read(learner, self.large_maker, self.shown_large, listener)
             if learner.is_main:
@@ -188,13 +188,13 @@ class MatchStage(Stage[MosaicBatch]):
             found = [each for each in batch if isinstance(each, _Scene)]
             for each in batch:
                 if isinstance(each, str):
-                    listener.notice(f"skipped: {each}")
+                    listener.on_notice(f"skipped: {each}")
             if found:
                 for each, view in zip(found, _seen(learner, found, objects), strict=True):
                     views[each.index] = view
             if time.monotonic() - told > TOLD_EVERY_S:
                 told = time.monotonic()
-                listener.notice(f"{sum(view is not None for view in views)} of {len(views)} pictures are read")
+                listener.on_notice(f"{sum(view is not None for view in views)} of {len(views)} pictures are read")
         return views
 
 

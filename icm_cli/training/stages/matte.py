@@ -50,14 +50,14 @@ class MatteStage(Stage[PairBatch]):
         if learner.trains_backbone or config.changes_pixels or not config.feature_cache_gb:
             return
         if learner.is_main:
-            listener.notice(
+            listener.on_notice(
                 "features of the frozen backbone are kept on disk, as no augmentation changes pixels; the noise is "
                 "the same for every step"
             )
         decides = [json.dumps(self.settings.model.as_dict()["backbone"], sort_keys=True), learner.weights_digest]
         digest = digest_of(*decides, str(config.seed), learner.device.dtype_name)
         room = int(config.feature_cache_gb * 1e9) // learner.accelerator.num_processes
-        self._cache = FeatureCache(digest, room, notice=listener.notice)
+        self._cache = FeatureCache(digest, room, notice=listener.on_notice)
 
     def batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[PairBatch]:
         return load_batches(self.maker, sampler, collated, workers=workers, pin=pin)
