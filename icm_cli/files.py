@@ -32,7 +32,7 @@ LINKED = "a link to a folder of the same tree, whose files have their places the
 AROUND = "a link to a folder that holds it, a loop"
 UNREADABLE = "a folder that cannot be read"
 
-Passed: TypeAlias = dict[str, list[Path]]
+SkippedPaths: TypeAlias = dict[str, list[Path]]
 """Everything that a walk passed by, by reason: files, links to folders, and folders that cannot be read."""
 
 
@@ -107,7 +107,7 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def digest_of(*parts: bytes | str) -> str:
+def combined_digest(*parts: bytes | str) -> str:
     """SHA-256 of the parts, each told apart from the next, as hexadecimal digits."""
     hasher = hashlib.sha256()
     for part in parts:
@@ -117,10 +117,10 @@ def digest_of(*parts: bytes | str) -> str:
     return hasher.hexdigest()
 
 
-def content_digest(path: Path) -> str:
+def cached_file_digest(path: Path) -> str:
     """SHA-256 of a file's content; remembered in the cache by path, size and time, as weights are gigabytes."""
     state = path.stat()
-    key = digest_of(str(path.resolve()), str(state.st_size), str(state.st_mtime_ns), str(state.st_ino))
+    key = combined_digest(str(path.resolve()), str(state.st_size), str(state.st_mtime_ns), str(state.st_ino))
     remembered = cache_folder() / "digests" / key
     with contextlib.suppress(OSError):
         digest = remembered.read_text()
@@ -178,7 +178,7 @@ def as_path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value)
 
 
-def walk(folder: Path, passed: Passed, trees: Sequence[str] = ()) -> Iterator[Path]:
+def walk_files(folder: Path, passed: SkippedPaths, trees: Sequence[str] = ()) -> Iterator[Path]:
     """Every file below a folder that is not hidden.
 
     A link to a folder elsewhere is a folder of its own. One into a tree that is walked already is passed by, whatever
@@ -198,7 +198,7 @@ def walk(folder: Path, passed: Passed, trees: Sequence[str] = ()) -> Iterator[Pa
                 passed.setdefault(reason, []).extend([path] if reason in (LINKED, AROUND) else _files_below(path))
             elif path.is_symlink():
                 folders.remove(name)
-                yield from walk(path, passed, trees)
+                yield from walk_files(path, passed, trees)
         shown = [name for name in files if not name.startswith(".")]
         if len(shown) < len(files):
             own = {*shown, *(name for name in files if name.startswith(TEMPORARY_PREFIX))}
@@ -206,12 +206,12 @@ def walk(folder: Path, passed: Passed, trees: Sequence[str] = ()) -> Iterator[Pa
         yield from (Path(parent) / name for name in shown)
 
 
-def expanded(pattern: str, passed: Passed) -> Iterator[Path]:
+def expand_glob(pattern: str, passed: SkippedPaths) -> Iterator[Path]:
     """Files that a glob matches; a folder whose name has brackets and exists is taken literally.
 
     ``**`` stands for any folders below, found as a walk finds them.
     """
-    fixed, rest = split_fixed(pattern)
+    fixed, rest = split_glob(pattern)
     plain = rest[: rest.index("**")] if "**" in rest else rest
     found = map(Path, glob.iglob(os.path.join(glob.escape(fixed), *plain)))  # noqa: PTH118
     if plain == rest:
@@ -219,11 +219,11 @@ def expanded(pattern: str, passed: Passed) -> Iterator[Path]:
         return
     for folder in found if plain else [Path(fixed)]:
         if folder.is_dir():
-            below = walk(folder, passed)
+            below = walk_files(folder, passed)
             yield from (path for path in below if _fits(path.relative_to(folder).parts, rest[len(plain) :]))
 
 
-def split_fixed(pattern: str) -> tuple[str, tuple[str, ...]]:
+def split_glob(pattern: str) -> tuple[str, tuple[str, ...]]:
     """The folder that exists or has no wildcards, and the parts after it."""
     parts = Path(pattern).parts
     fixed = ""

@@ -33,33 +33,32 @@ SURE = 0.1
 class CanvasRule:
     """Canvas sizes of a backbone: the frame's long side is scaled to ``long_side_px``.
 
-    A square canvas is ``long_side_px`` on both sides; otherwise each side is rounded up to ``multiple_px``. A frame
-    that would grow to more than ``enlarge`` times its size gets a smaller canvas, but not below half of that: there is
-    nothing more in it to see.
+    A square canvas is ``long_side_px`` on both sides; otherwise each side is rounded up to ``multiple_px``.
+    A frame is enlarged at most ``max_enlargement`` times, but its canvas has at least half of ``long_side_px``.
     """
 
     long_side_px: int
     multiple_px: int
     square: bool
-    enlarge: float = math.inf
-    least_px: int = 1
+    max_enlargement: float = math.inf
+    min_side_px: int = 1
     """Neither side of the canvas is shorter: the layers of a backbone may need so much to see anything at all."""
 
-    def place(self, height: int, width: int) -> Placement:
+    def placement(self, height: int, width: int) -> Placement:
         """Place a frame of height x width pixels."""
         scale = self._long_side(max(height, width)) / max(height, width)
         content = max(1, round(height * scale)), max(1, round(width * scale))
         if self.square:
             canvas = self.long_side_px, self.long_side_px
         else:
-            height_px, width_px = (max(_round_up(side, self.multiple_px), self.least_px) for side in content)
+            height_px, width_px = (max(_round_up(side, self.multiple_px), self.min_side_px) for side in content)
             canvas = height_px, width_px
         return Placement((height, width), content, canvas)
 
     def _long_side(self, source: int) -> int:
-        if self.enlarge * source >= self.long_side_px:
+        if self.max_enlargement * source >= self.long_side_px:
             return self.long_side_px
-        return max(_round_up(math.ceil(self.enlarge * source), self.multiple_px), self.long_side_px // 2)
+        return max(_round_up(math.ceil(self.max_enlargement * source), self.multiple_px), self.long_side_px // 2)
 
 
 @dataclass(frozen=True)
@@ -79,18 +78,18 @@ class Placement:
             return small
         return cast(ImageU8, cv2.copyMakeBorder(small, 0, below, 0, right, cv2.BORDER_REPLICATE))
 
-    def valid(self) -> NDArray[np.bool_]:
+    def content_mask(self) -> NDArray[np.bool_]:
         """True on the canvas where the frame lies, False at padding."""
         mask = np.zeros(self.canvas, np.bool_)
         mask[: self.content[0], : self.content[1]] = True
         return mask
 
-    def inside(self, alpha: Float) -> Float:
+    def crop_to_content(self, alpha: Float) -> Float:
         """An alpha on the canvas without its padding."""
         return np.ascontiguousarray(alpha[: self.content[0], : self.content[1]])
 
 
-def same_shape(size: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+def has_same_aspect(size: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     """Whether a picture of (height, width) is another of ``expected`` scaled, but for rounding."""
     ratio = (size[1] / size[0]) / (expected[1] / expected[0])
     return abs(ratio - 1) <= ASPECT_TOLERANCE
@@ -107,25 +106,25 @@ def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
     return cast(Pixels, cv2.resize(image, size[::-1], interpolation=how))
 
 
-def within(size: Sequence[int], long_side_px: int) -> tuple[int, int]:
+def downscaled_size(size: Sequence[int], long_side_px: int) -> tuple[int, int]:
     """(height, width) scaled down so that the longer is at most ``long_side_px``."""
     scale = min(1.0, long_side_px / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def binary(alpha: ImageU8) -> ImageU8:
+def binarize_alpha(alpha: ImageU8) -> ImageU8:
     """An alpha uint8 as 0 and 255, above and up to one half."""
     return np.where(alpha > HALF_U8, 255, 0).astype(np.uint8)
 
 
-def rounded_u8(values: Float) -> ImageU8:
+def round_to_u8(values: Float) -> ImageU8:
     """Values 0..255 (anything outside is clipped) -> uint8, rounded to nearest."""
     return np.clip(values + 0.5, 0, 255).astype(np.uint8)
 
 
-def to_u8(alpha: Float) -> ImageU8:
+def alpha_to_u8(alpha: Float) -> ImageU8:
     """Alpha 0..1 (anything outside is clipped) -> uint8 0..255, rounded to nearest."""
-    return rounded_u8(alpha * np.float32(255.0))
+    return round_to_u8(alpha * np.float32(255.0))
 
 
 def trimap_of_coarse(coarse: Float, size: tuple[int, int], band_share: float) -> Float:

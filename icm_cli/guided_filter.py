@@ -31,7 +31,7 @@ def constants() -> str:
 
 def alpha_at_source(alpha: Float, placement: Placement, image: ImageU8) -> Float:
     """Bring an alpha float32 0..1 on the canvas to its source's size, its edges refined by the source image."""
-    inside = placement.inside(alpha)
+    inside = placement.crop_to_content(alpha)
     if placement.content == placement.source:
         return inside
     if placement.source[0] * placement.source[1] <= inside.size:

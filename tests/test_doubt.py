@@ -13,7 +13,7 @@ from conftest import DEMO
 
 import icm_cli
 from icm_cli.geometry import CanvasRule, resize
-from icm_cli.images.reading import read_matte, read_picture
+from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 
 SIZE = (240, 320)
@@ -124,7 +124,7 @@ def test_a_crop_that_shows_nothing_only_votes() -> None:
 @pytest.mark.slow
 def test_lite_looks_again_where_it_doubts(monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = icm_cli.load(device="cpu")
-    thing = predictor.reference([(read_picture(DEMO / "ref.jpg").rgb, read_matte(DEMO / "mask.png"))])
+    thing = predictor.reference([(read_image(DEMO / "ref.jpg").rgb, read_alpha(DEMO / "mask.png"))])
     looks: list[tuple[int, ...]] = []
     coarse = Predictor.coarse
 
@@ -133,7 +133,7 @@ def test_lite_looks_again_where_it_doubts(monkeypatch: pytest.MonkeyPatch) -> No
         return coarse(self, frames, reference)
 
     monkeypatch.setattr(Predictor, "coarse", counted)
-    rgb = read_picture(sorted((DEMO / "imgs").glob("*.jpg"))[0]).rgb
+    rgb = read_image(sorted((DEMO / "imgs").glob("*.jpg"))[0]).rgb
     sure = predictor.matte(rgb, thing)
     assert len(looks) == 1
     head: Any = predictor.model.head

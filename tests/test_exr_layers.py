@@ -12,10 +12,10 @@ from conftest import Icm, alphas, read
 from test_formats import RGB, SIDE, linear
 
 from icm_cli.errors import ImageError
-from icm_cli.images.colour import Colour
+from icm_cli.images.colour import ColourSettings
 from icm_cli.images.decoding import image_size
-from icm_cli.images.pixels import Windows
-from icm_cli.images.reading import read_matte, read_picture, read_stored
+from icm_cli.images.pixels import ImageWindows
+from icm_cli.images.reading import read_alpha, read_image, read_stored_pixels
 
 Channels = Mapping[str, np.ndarray]
 """Pixels [H,W] by the name of their channel."""
@@ -70,23 +70,23 @@ def multipart(path: Path, *parts: tuple[str, Channels]) -> Path:
 )
 def test_the_picture_is_found(tmp_path: Path, parts: list[tuple[str, Channels]], layer: str) -> None:
     path = multipart(tmp_path / "a.exr", *parts)
-    picture = read_picture(path, Colour(layer=layer))
+    picture = read_image(path, ColourSettings(layer=layer))
     assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
     assert picture.alpha is None
 
 
 def test_a_choice_among_several_is_told(tmp_path: Path) -> None:
     both = {**colours(OTHER, "a."), **colours(PICTURE, "b.")}
-    (notice,) = read_picture(multipart(tmp_path / "a.exr", ("", both))).notices
+    (notice,) = read_image(multipart(tmp_path / "a.exr", ("", both))).notices
     assert "has the layers a, b; a was taken, --layer says another" in notice
-    assert not read_picture(multipart(tmp_path / "b.exr", ("", colours(PICTURE, "a.")))).notices
+    assert not read_image(multipart(tmp_path / "b.exr", ("", colours(PICTURE, "a.")))).notices
 
 
 def test_a_layer_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
     one = {**colours(PICTURE), **colours(OTHER, "diffuse."), **DEPTH}
     path = multipart(tmp_path / "a.exr", ("", one))
     with pytest.raises(ImageError, match="has no layer 'Z' with R, G and B; it has RGB, diffuse: name one of these"):
-        read_picture(path, Colour(layer="Z"))
+        read_image(path, ColourSettings(layer="Z"))
 
 
 @pytest.mark.parametrize(
@@ -118,34 +118,34 @@ def test_depth_and_ids_alone_are_no_picture(icm: Icm, scene: Path, channels: Cha
 @pytest.mark.parametrize("name", ["Y", "grid", "solid", "matte", "R"])
 def test_a_single_grey_is_a_picture(tmp_path: Path, name: str) -> None:
     path = multipart(tmp_path / "a.exr", ("depth", {"depth.Z": 50 * NOISE}), ("grey", {name: PICTURE[..., 0]}))
-    assert np.abs(read_picture(path).rgb[..., 0].astype(int) - RGB[..., 0]).max() <= 1
+    assert np.abs(read_image(path).rgb[..., 0].astype(int) - RGB[..., 0]).max() <= 1
 
 
 def test_a_mask_may_be_of_ids(tmp_path: Path) -> None:
-    stored = read_stored(multipart(tmp_path / "a.exr", ("", {"id": np.round(NOISE)})))
+    stored = read_stored_pixels(multipart(tmp_path / "a.exr", ("", {"id": np.round(NOISE)})))
     assert (stored.values == np.round(NOISE)).all()
 
 
 def test_a_cryptomatte_beside_a_picture_is_passed_over(tmp_path: Path) -> None:
     crypto = {f"CryptoObject00.{name}": NOISE for name in "RGBA"}
-    picture = read_picture(multipart(tmp_path / "a.exr", ("", {**crypto, **colours(PICTURE, "out.")})))
+    picture = read_image(multipart(tmp_path / "a.exr", ("", {**crypto, **colours(PICTURE, "out.")})))
     assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
     assert not picture.notices
 
 
 @pytest.mark.parametrize("channels", [{"matte": NOISE}, {"A": NOISE, "Z": DEPTH["Z"]}, {"Y": NOISE, "RY": 0 * NOISE}])
 def test_a_single_grey_is_read(tmp_path: Path, channels: Channels) -> None:
-    matte = read_matte(multipart(tmp_path / "a.exr", ("", channels)))
+    matte = read_alpha(multipart(tmp_path / "a.exr", ("", channels)))
     assert np.abs(matte / 255.0 - NOISE).max() <= 0.51 / 255
 
 
 def test_a_layer_has_its_own_alpha_and_windows(tmp_path: Path) -> None:
     small = {**colours(PICTURE[:20, :30]), "A": NOISE[:20, :30]}
     path = multipart(tmp_path / "a.exr", ("depth", DEPTH), ("rgba", small))
-    picture = read_picture(path)
+    picture = read_image(path)
     assert picture.alpha is not None
     assert np.abs(picture.alpha / 255.0 - NOISE[:20, :30]).max() <= 0.51 / 255
-    assert picture.windows == Windows((20, 30), (0, 0), (SIDE, SIDE))
+    assert picture.windows == ImageWindows((20, 30), (0, 0), (SIDE, SIDE))
     assert image_size(path) == (SIDE, SIDE)
 
 

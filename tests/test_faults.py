@@ -23,7 +23,7 @@ from conftest import Icm, alphas, arguments, copy_many, read
 from test_formats import written
 
 from icm_cli.errors import OutputError
-from icm_cli.images.writing import Output, write_alpha
+from icm_cli.images.writing import OutputFormat, write_alpha
 from icm_cli.matting.predictor import Predictor
 from icm_cli.model.contracts import Features
 from icm_cli.model.lite.efficientnet import EfficientNetLite
@@ -440,7 +440,7 @@ def test_a_full_disk_is_told_for_exr_and_tiff(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("icm_cli.images.writing.oiio.ImageOutput", Mock(create=Mock(return_value=broken)))
     monkeypatch.setattr(shutil, "disk_usage", Mock(return_value=Mock(free=0)))
     with pytest.raises(OutputError, match=r"^\S*/a.exr cannot be written: no space left on the device; free some and"):
-        write_alpha(tmp_path / "a.exr", np.zeros((9, 9), np.float32), {}, Output(format="exr"))
+        write_alpha(tmp_path / "a.exr", np.zeros((9, 9), np.float32), {}, OutputFormat(format="exr"))
 
 
 def test_a_name_with_a_newline_is_one_line(icm: Icm, scene: Path) -> None:

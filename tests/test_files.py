@@ -64,8 +64,8 @@ def test_a_digest_follows_the_content(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("ICM_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "weights"
     path.write_bytes(b"one")
-    first = files.content_digest(path)
-    assert files.content_digest(path) == first
+    first = files.cached_file_digest(path)
+    assert files.cached_file_digest(path) == first
     path.write_bytes(b"two!")
-    assert files.content_digest(path) != first
-    assert files.digest_of("ab", "c") != files.digest_of("a", "bc")
+    assert files.cached_file_digest(path) != first
+    assert files.combined_digest("ab", "c") != files.combined_digest("a", "bc")

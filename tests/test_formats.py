@@ -17,12 +17,12 @@ from conftest import DEMO, Icm, read
 from PIL import Image, ImageCms, PngImagePlugin
 
 from icm_cli.errors import ImageError, UsageError
-from icm_cli.images.colour import Colour, shown
+from icm_cli.images.colour import ColourSettings, to_display_srgb
 from icm_cli.images.decoding import frame_count, image_size
-from icm_cli.images.kinds import kind_of
-from icm_cli.images.reading import read_matte, read_picture, read_stored
-from icm_cli.matting.jobs import Place, plan_jobs
-from icm_cli.matting.sources import LeftOut, find_sources
+from icm_cli.images.kinds import detect_file_type
+from icm_cli.images.reading import read_alpha, read_image, read_stored_pixels
+from icm_cli.matting.jobs import OutputLayout, plan_jobs
+from icm_cli.matting.sources import SkippedFiles, find_sources
 
 SIDE = 48
 X, Y = np.meshgrid(np.arange(SIDE), np.arange(SIDE))
@@ -45,8 +45,8 @@ def written(path: Path, pixels: np.ndarray, kind: str, **attributes: object) -> 
     return path
 
 
-def difference(path: Path, colour: Colour = Colour(), expected: np.ndarray = RGB) -> int:  # noqa: B008
-    return int(np.abs(read_picture(path, colour).rgb.astype(int) - expected).max())
+def difference(path: Path, colour: ColourSettings = ColourSettings(), expected: np.ndarray = RGB) -> int:  # noqa: B008
+    return int(np.abs(read_image(path, colour).rgb.astype(int) - expected).max())
 
 
 DEEP = RGB.astype(np.uint16) * 257
@@ -130,9 +130,9 @@ def test_one_picture_in_five_spaces_gives_one_alpha(icm: Icm, scene: Path) -> No
 
 def test_a_view_and_exposure_decide(tmp_path: Path) -> None:
     path = written(tmp_path / "a.exr", 4.0 * linear(RGB), "half")
-    assert difference(path, Colour(exposure=-2.0)) <= 1
-    tone_mapped = read_picture(path, Colour(view="ACES 2.0 - SDR 100 nits (Rec.709)")).rgb
-    clipped = read_picture(path).rgb
+    assert difference(path, ColourSettings(exposure=-2.0)) <= 1
+    tone_mapped = read_image(path, ColourSettings(view="ACES 2.0 - SDR 100 nits (Rec.709)")).rgb
+    clipped = read_image(path).rgb
     assert (clipped == 255).mean() > 2 * (tone_mapped == 255).mean()  # values above 1 reach the view
 
 
@@ -157,7 +157,7 @@ def test_a_view_is_that_of_the_plain_processor(space: str, scale: float) -> None
     config.getProcessor(group).getDefaultCPUProcessor().applyRGB(expected)
     wide = np.repeat(values * np.float32(scale), 2, axis=1)
     given = wide[:, ::2]  # not in one piece
-    seen = shown(given, scale, space, Colour(exposure=1.0))
+    seen = to_display_srgb(given, scale, space, ColourSettings(exposure=1.0))
     assert np.abs(seen - np.clip(expected * 255, 0, 255)).max() <= 0.51
     assert (given == values * np.float32(scale)).all()
 
@@ -165,12 +165,12 @@ def test_a_view_is_that_of_the_plain_processor(space: str, scale: float) -> None
 @pytest.mark.parametrize(
     ("colour", "message"),
     [
-        (Colour("ACEScq"), "Did you mean 'ACEScg'"),
-        (Colour(view="Filmic"), "is none of"),
-        (Colour(config="none.ocio"), "none.ocio cannot be used"),
+        (ColourSettings("ACEScq"), "Did you mean 'ACEScg'"),
+        (ColourSettings(view="Filmic"), "is none of"),
+        (ColourSettings(config="none.ocio"), "none.ocio cannot be used"),
     ],
 )
-def test_a_wrong_name_is_a_sentence(colour: Colour, message: str) -> None:
+def test_a_wrong_name_is_a_sentence(colour: ColourSettings, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         colour.check()
 
@@ -221,8 +221,8 @@ def test_a_profile_of_associated_colours_takes_the_picture_over_black(tmp_path: 
     colours = RGB / np.float32(255) * half
     plain = profiled(tmp_path / "plain.tif", colours, kind, swapped_profile())
     path = profiled(tmp_path / "a.tif", np.dstack([colours, half]), kind, swapped_profile())
-    picture = read_picture(path)
-    assert (picture.rgb == read_picture(plain).rgb).all()
+    picture = read_image(path)
+    assert (picture.rgb == read_image(plain).rgb).all()
     assert np.abs(picture.rgb[..., ::-1].astype(int) - colours * 255).mean() < 3
     assert picture.alpha is not None
     assert sorted(np.unique(picture.alpha)) == [128, 255]
@@ -233,7 +233,7 @@ def test_a_profile_of_associated_colours_takes_the_picture_over_black(tmp_path: 
 def test_a_profile_of_grey_is_applied_at_every_depth(tmp_path: Path, name: str, kind: str) -> None:
     """Linear grey: one half is 188 of sRGB."""
     path = profiled(tmp_path / name, np.full((SIDE, SIDE, 1), 0.5, np.float32), kind, linear_grey_profile())
-    picture = read_picture(path)
+    picture = read_image(path)
     assert np.abs(picture.rgb.astype(int) - 188).max() <= 1
     assert picture.notices == ()
 
@@ -244,13 +244,13 @@ def test_icc_profiles_are_applied(tmp_path: Path) -> None:
     for name, image in (("a.png", Image.fromarray(RGB)), ("a.jpg", Image.new("RGB", (SIDE, SIDE), (200, 40, 90)))):
         image.save(tmp_path / name, icc_profile=described)
         expected = np.asarray(image)[..., ::-1]
-        assert np.abs(read_picture(tmp_path / name).rgb.astype(int) - expected).mean() < 3
-        assert np.abs(read_matte(tmp_path / name).astype(int) - np.asarray(image).max(axis=-1)).max() <= 3
+        assert np.abs(read_image(tmp_path / name).rgb.astype(int) - expected).mean() < 3
+        assert np.abs(read_alpha(tmp_path / name).astype(int) - np.asarray(image).max(axis=-1)).max() <= 3
 
 
 def test_a_broken_profile_is_told_and_left(tmp_path: Path) -> None:
     Image.fromarray(RGB).save(tmp_path / "a.png", icc_profile=b"no profile")
-    picture = read_picture(tmp_path / "a.png")
+    picture = read_image(tmp_path / "a.png")
     assert (picture.rgb == RGB).all()
     assert "ICC profile cannot be used" in picture.notices[0]
 
@@ -273,16 +273,16 @@ def test_the_gamma_of_a_png_is_minded(tmp_path: Path, depth: type) -> None:
     """A half is 188 of sRGB where it is linear, 146 with a gamma of 1.8, and 128 with sRGB's own of about 2.2."""
     half = np.full((SIDE, SIDE, 3), np.iinfo(depth).max // 2 + 1, depth)
     for gamma, expected, space in ((1.0, 188, "Linear"), (1.8, 146, "Gamma 1.8"), (2.2, 128, "")):
-        picture = read_picture(gamma_png(tmp_path / "a.png", half, gamma))
+        picture = read_image(gamma_png(tmp_path / "a.png", half, gamma))
         assert np.abs(picture.rgb.astype(int) - expected).max() <= 1
         assert space in picture.space
         assert picture.notices == ()
         assert image_size(tmp_path / "a.png") == (SIDE, SIDE)
-    assert (read_picture(gamma_png(tmp_path / "b.png", half, 1.0, srgb=True)).rgb == 128).all()
-    assert (read_picture(gamma_png(tmp_path / "c.png", half, 1.0), Colour("sRGB")).rgb == 128).all()
-    picture = read_picture(gamma_png(tmp_path / "d.png", half, 1.4))
+    assert (read_image(gamma_png(tmp_path / "b.png", half, 1.0, srgb=True)).rgb == 128).all()
+    assert (read_image(gamma_png(tmp_path / "c.png", half, 1.0), ColourSettings("sRGB")).rgb == 128).all()
+    picture = read_image(gamma_png(tmp_path / "d.png", half, 1.4))
     assert "a gamma of 1.4, which no known space has; it is taken as sRGB" in picture.notices[0]
-    assert (read_matte(gamma_png(tmp_path / "e.png", half, 1.0)) == 128).all()
+    assert (read_alpha(gamma_png(tmp_path / "e.png", half, 1.0)) == 128).all()
 
 
 @pytest.mark.parametrize("chunk", ["text", "compressed", "profile"])
@@ -301,14 +301,14 @@ def test_metadata_of_any_size_is_read_past(tmp_path: Path, chunk: str) -> None:
 
 def test_what_is_odd_is_told(tmp_path: Path) -> None:
     twelve = written(tmp_path / "a.tif", RGB.astype(np.uint16) * 16, "uint16")
-    assert "perhaps it has 12 bits" in read_picture(twelve).notices[0]
+    assert "perhaps it has 12 bits" in read_image(twelve).notices[0]
     holes = linear(RGB)
     holes[3, 3] = np.nan
-    picture = read_picture(written(tmp_path / "a.exr", holes, "float"))
+    picture = read_image(written(tmp_path / "a.exr", holes, "float"))
     assert "NaN" in picture.notices[0]
     assert (picture.rgb[3, 3] == 0).all()
     with pytest.raises(ImageError, match=r"values up to 235; expected 0\.\.1: give its white, as in --white 255"):
-        read_picture(written(tmp_path / "b.tif", RGB.astype(np.float32), "float"))
+        read_image(written(tmp_path / "b.tif", RGB.astype(np.float32), "float"))
 
 
 @pytest.mark.parametrize(
@@ -325,18 +325,18 @@ def test_what_is_odd_is_told(tmp_path: Path) -> None:
 )
 def test_white_is_what_it_is_said_to_be(tmp_path: Path, name: str, kind: str, pixels: np.ndarray, white: float) -> None:
     path = written(tmp_path / name, pixels, kind)
-    assert difference(path, Colour(white=white)) <= 1
-    assert not read_picture(path, Colour(white=white)).notices
+    assert difference(path, ColourSettings(white=white)) <= 1
+    assert not read_image(path, ColourSettings(white=white)).notices
 
 
 def test_white_of_integers_of_32_bits_is_in_their_own_numbers(tmp_path: Path) -> None:
     Image.fromarray(RGB[..., 0].astype(np.int32) * 300).save(tmp_path / "a.tif")
-    assert difference(tmp_path / "a.tif", Colour(white=255 * 300), np.repeat(RGB[..., :1], 3, -1)) <= 1
+    assert difference(tmp_path / "a.tif", ColourSettings(white=255 * 300), np.repeat(RGB[..., :1], 3, -1)) <= 1
 
 
 def test_a_twelve_bit_negative_is_inverted_at_its_white(tmp_path: Path) -> None:
     path = negative(tmp_path, 4080 - 16 * RGB.astype(np.uint16)[..., :1])
-    assert difference(path, Colour(white=4080), np.repeat(RGB[..., :1], 3, -1)) == 0
+    assert difference(path, ColourSettings(white=4080), np.repeat(RGB[..., :1], 3, -1)) == 0
 
 
 def test_the_option_scales_sources_and_references(icm: Icm, scene: Path) -> None:
@@ -364,7 +364,7 @@ def test_a_picture_beyond_the_memory_is_a_sentence(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("icm_cli.environment.available_memory_bytes", lambda: 1000)
     Image.fromarray(RGB).save(tmp_path / "a.png")
     with pytest.raises(ImageError, match="48x48, which takes about"):
-        read_picture(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 def frames(path: Path, count: int, **options: object) -> Path:
@@ -377,8 +377,10 @@ def frames(path: Path, count: int, **options: object) -> Path:
 def test_every_frame_is_a_job(tmp_path: Path, name: str) -> None:
     path = frames(tmp_path / name, 3, **({"lossless": True} if name == "a.webp" else {}))
     assert frame_count(path) == 3
-    left_out = LeftOut(lambda _: None)
-    jobs = plan_jobs(find_sources(tmp_path, None, left_out), Place(tmp_path / "out"), left_out=left_out)
+    skipped_files = SkippedFiles(lambda _: None)
+    jobs = plan_jobs(
+        find_sources(tmp_path, None, skipped_files), OutputLayout(tmp_path / "out"), skipped_files=skipped_files
+    )
     assert [job.output.name for job in jobs] == ["a.0001.png", "a.0002.png", "a.0003.png"]
     pictures = [job.read().rgb.astype(int) for job in jobs]
     for number, picture in enumerate(pictures):
@@ -404,14 +406,14 @@ def test_exposure_and_view_leave_display_referred_pictures(tmp_path: Path) -> No
     cv2.imwrite(str(tmp_path / "deep.png"), RGB[..., ::-1].astype(np.uint16) * 257)
     written(tmp_path / "a.exr", linear(RGB), "half")
     for name in ("a.png", "deep.png"):
-        assert difference(tmp_path / name, Colour(exposure=4.0)) == 0
-    assert difference(tmp_path / "a.exr", Colour(exposure=1.0)) > 20
+        assert difference(tmp_path / name, ColourSettings(exposure=4.0)) == 0
+    assert difference(tmp_path / "a.exr", ColourSettings(exposure=1.0)) > 20
 
 
 @pytest.mark.parametrize("stops", [math.nan, math.inf, -math.inf, 1e9])
 def test_an_exposure_that_is_none_is_refused(stops: float) -> None:
     with pytest.raises(UsageError, match="expected -30 to 30 stops"):
-        Colour(exposure=stops).check()
+        ColourSettings(exposure=stops).check()
 
 
 def test_the_terminal_names_the_page(icm: Icm, scene: Path) -> None:
@@ -565,7 +567,7 @@ def test_a_movies_name_is_no_place_for_alphas(icm: Icm, scene: Path) -> None:
 )
 def test_kinds(tmp_path: Path, content: bytes, kind: str) -> None:
     (tmp_path / "a").write_bytes(content)
-    assert kind_of(tmp_path / "a").name == kind
+    assert detect_file_type(tmp_path / "a").name == kind
 
 
 def test_a_deep_picture_with_a_profile_keeps_its_alpha(tmp_path: Path) -> None:
@@ -577,7 +579,7 @@ def test_a_deep_picture_with_a_profile_keeps_its_alpha(tmp_path: Path) -> None:
     assert file.open(str(tmp_path / "a.png"), spec)
     assert file.write_image(np.dstack([DEEP, DEEP[..., 0]]))
     file.close()
-    picture = read_picture(tmp_path / "a.png")
+    picture = read_image(tmp_path / "a.png")
     assert picture.alpha is not None
     assert np.abs(picture.alpha.astype(int) - RGB[..., 0]).max() <= 1
     assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
@@ -585,7 +587,7 @@ def test_a_deep_picture_with_a_profile_keeps_its_alpha(tmp_path: Path) -> None:
 
 def test_a_deep_mask_of_another_format_is_read(tmp_path: Path) -> None:
     mask = np.where(X[..., None] > SIDE // 2, 255, 0).astype(np.uint8).repeat(3, -1)
-    stored = read_stored(written(tmp_path / "a.dpx", mask, "uint8"))
+    stored = read_stored_pixels(written(tmp_path / "a.dpx", mask, "uint8"))
     assert (stored.values == mask).all()
 
 
@@ -600,13 +602,13 @@ def test_colours_multiplied_by_their_alpha_are_the_picture_over_black(
 ) -> None:
     """Neither kind is multiplied nor divided when it is read: straight colours are those below the alpha."""
     pixels = np.dstack([RGB.astype(np.float32) / 255, COVERAGE])
-    picture = read_picture(written(tmp_path / name, pixels, kind, oiio__UnassociatedAlpha=straight))
+    picture = read_image(written(tmp_path / name, pixels, kind, oiio__UnassociatedAlpha=straight))
     assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
     assert picture.alpha is not None
     assert np.abs(picture.alpha / 255.0 - COVERAGE).max() <= 0.51 / 255
 
 
 def test_an_exr_with_an_alpha_is_seen_as_one_without(tmp_path: Path) -> None:
-    plain = read_picture(written(tmp_path / "a.exr", linear(RGB), "half")).rgb
-    covered = read_picture(written(tmp_path / "b.exr", np.dstack([linear(RGB), COVERAGE]), "half")).rgb
+    plain = read_image(written(tmp_path / "a.exr", linear(RGB), "half")).rgb
+    covered = read_image(written(tmp_path / "b.exr", np.dstack([linear(RGB), COVERAGE]), "half")).rgb
     assert (covered == plain).all()

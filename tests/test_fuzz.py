@@ -20,7 +20,7 @@ from PIL import Image
 
 from icm_cli.errors import ImageError
 from icm_cli.images.decoding import frame_count, image_size
-from icm_cli.images.reading import read_matte, read_picture, read_stored
+from icm_cli.images.reading import read_alpha, read_image, read_stored_pixels
 
 LONGEST_S = 10.0
 MOST_BYTES = 2_000_000_000
@@ -95,7 +95,7 @@ def outcomes(kind: str, count: int, folder: Path) -> collections.Counter[str]:
         path = folder / f"{number % 8}-{kind if '.' in kind else f'a.{kind}'}"
         path.write_bytes(damaged(data, rng))
         began = time.process_time()  # what else the machine does is no hang
-        for read in (read_picture, read_matte, read_stored, image_size, frame_count):
+        for read in (read_image, read_alpha, read_stored_pixels, image_size, frame_count):
             sentence = failure_of(read, path)
             assert len(sentence.splitlines()) <= 1
             found["failed" if sentence else "read"] += 1

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icm_cli.geometry import CanvasRule, Float, ImageU8, Placement, resize, to_u8
+from icm_cli.geometry import CanvasRule, Float, ImageU8, Placement, alpha_to_u8, resize
 from icm_cli.guided_filter import alpha_at_source, guided_upsample
 
 SIDES = st.integers(1, 6000)
@@ -16,16 +16,16 @@ RULES = st.sampled_from([CanvasRule(768, 768, square=True), CanvasRule(896, 32, 
 
 
 def at_source(placement: Placement, alpha: Float, image: ImageU8) -> ImageU8:
-    return to_u8(alpha_at_source(alpha, placement, image))
+    return alpha_to_u8(alpha_at_source(alpha, placement, image))
 
 
 def upsampled(alpha: Float, image: ImageU8) -> ImageU8:
-    return to_u8(guided_upsample(alpha, image))
+    return alpha_to_u8(guided_upsample(alpha, image))
 
 
 @given(RULES, SIDES, SIDES)
 def test_frame_lies_whole_and_unstretched_on_the_canvas(rule: CanvasRule, height: int, width: int) -> None:
-    placement = rule.place(height, width)
+    placement = rule.placement(height, width)
     assert max(placement.content) == rule.long_side_px
     assert placement.content[0] <= placement.canvas[0]
     assert placement.content[1] <= placement.canvas[1]
@@ -38,7 +38,7 @@ def test_frame_lies_whole_and_unstretched_on_the_canvas(rule: CanvasRule, height
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.booleans())
 def test_alpha_comes_back_at_the_sources_size(height: int, width: int, square: bool) -> None:
-    placement = CanvasRule(96, 32, square=square).place(height, width)
+    placement = CanvasRule(96, 32, square=square).placement(height, width)
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     alpha = at_source(placement, np.full(placement.canvas, 0.5, np.float32), image)
     assert alpha.shape == (height, width)
@@ -48,23 +48,23 @@ def test_alpha_comes_back_at_the_sources_size(height: int, width: int, square: b
 
 @pytest.mark.parametrize(("height", "width"), [(50, 20000), (20000, 50), (1, 1)])
 def test_extreme_shapes_return(height: int, width: int) -> None:
-    placement = CanvasRule(896, 32, square=False).place(height, width)
+    placement = CanvasRule(896, 32, square=False).placement(height, width)
     image = np.zeros((height, width, 3), np.uint8)
     assert placement.to_canvas(image).shape == (*placement.canvas, 3)
     assert at_source(placement, np.ones(placement.canvas, np.float32), image).min() == 255
 
 
 def test_padding_replicates_the_edge_and_is_not_valid() -> None:
-    placement = CanvasRule(64, 64, square=True).place(64, 40)
+    placement = CanvasRule(64, 64, square=True).placement(64, 40)
     image = np.random.default_rng(1).integers(0, 256, (64, 40, 3), np.uint8)
     canvas = placement.to_canvas(image)
     assert (canvas[:, :40] == image).all()
     assert (canvas[:, 40:] == image[:, 39:40]).all()
-    assert placement.valid().sum() == 64 * 40
+    assert placement.content_mask().sum() == 64 * 40
 
 
 def test_source_of_the_canvas_size_is_not_refined() -> None:
-    placement = CanvasRule(64, 32, square=False).place(64, 64)
+    placement = CanvasRule(64, 32, square=False).placement(64, 64)
     rng = np.random.default_rng(2)
     alpha = rng.random((64, 64), np.float32)
     image = rng.integers(0, 256, (64, 64, 3), np.uint8)
@@ -93,4 +93,4 @@ def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_placement_of_the_published_canvas() -> None:
-    assert CanvasRule(768, 768, square=True).place(1080, 1920) == Placement((1080, 1920), (432, 768), (768, 768))
+    assert CanvasRule(768, 768, square=True).placement(1080, 1920) == Placement((1080, 1920), (432, 768), (768, 768))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from icm_cli.errors import ImageError, OutputError
 from icm_cli.images.decoding import frame_count, image_size
-from icm_cli.images.reading import read_matte, read_picture
+from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.images.writing import read_stamp, write_alpha
 
 RGB = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
@@ -29,7 +29,7 @@ def saved(path: Path, image: Image.Image, **options: object) -> Path:
 
 
 def test_rgb(tmp_path: Path) -> None:
-    picture = read_picture(saved(tmp_path / "名 前 é.png", Image.fromarray(RGB)))
+    picture = read_image(saved(tmp_path / "名 前 é.png", Image.fromarray(RGB)))
     assert (picture.rgb == RGB).all()
     assert picture.alpha is None
 
@@ -40,7 +40,7 @@ def test_exif_rotation(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     corner = np.zeros((40, 60, 3), np.uint8)
     corner[:10, :10] = 255  # the stored top left corner
-    picture = read_picture(saved(tmp_path / "a.png", Image.fromarray(corner), exif=exif))
+    picture = read_image(saved(tmp_path / "a.png", Image.fromarray(corner), exif=exif))
     assert picture.rgb.shape == ((60, 40, 3) if orientation >= 5 else (40, 60, 3))
     rows, columns = np.nonzero(picture.rgb[..., 0])
     top, left = rows.min() == 0, columns.min() == 0
@@ -70,7 +70,7 @@ LYING = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
 )
 def test_odd_exif_decides_nothing_but_the_turn(tmp_path: Path, entry: tuple[int, int, int, bytes]) -> None:
     path = saved(tmp_path / "a.jpg", Image.fromarray(RGB), exif=exif_block(LYING, entry))
-    assert read_picture(path).rgb.shape == (60, 40, 3)
+    assert read_image(path).rgb.shape == (60, 40, 3)
     assert image_size(path) == (60, 40)
 
 
@@ -81,21 +81,21 @@ def test_odd_exif_decides_nothing_but_the_turn(tmp_path: Path, entry: tuple[int,
 def test_no_exif_can_fail_a_picture(tmp_path_factory: pytest.TempPathFactory, suffix: str, block: bytes) -> None:
     path = tmp_path_factory.mktemp("exif") / f"a.{suffix}"
     saved(path, Image.fromarray(RGB), exif=b"Exif\0\0II*\0\x08\0\0\0" + block)
-    assert read_picture(path).rgb.shape in {(40, 60, 3), (60, 40, 3)}
+    assert read_image(path).rgb.shape in {(40, 60, 3), (60, 40, 3)}
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
 def test_cmyk(tmp_path: Path, suffix: str) -> None:
     flat = Image.new("RGB", (32, 32), (200, 30, 60)).convert("CMYK")
-    rgb = read_picture(saved(tmp_path / f"a.{suffix}", flat)).rgb
+    rgb = read_image(saved(tmp_path / f"a.{suffix}", flat)).rgb
     assert np.abs(rgb[16, 16].astype(int) - (200, 30, 60)).max() <= 4
 
 
 def test_greyscale_and_palette(tmp_path: Path) -> None:
-    grey = read_picture(saved(tmp_path / "g.jpg", Image.fromarray(RGB).convert("L"))).rgb
+    grey = read_image(saved(tmp_path / "g.jpg", Image.fromarray(RGB).convert("L"))).rgb
     assert grey.shape == RGB.shape
     assert (grey[..., 0] == grey[..., 2]).all()
-    assert read_picture(saved(tmp_path / "p.gif", Image.fromarray(RGB))).rgb.shape == RGB.shape
+    assert read_image(saved(tmp_path / "p.gif", Image.fromarray(RGB))).rgb.shape == RGB.shape
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -103,7 +103,7 @@ def test_greyscale_and_palette(tmp_path: Path) -> None:
 def test_sixteen_bit(tmp_path: Path, channels: int, suffix: str) -> None:
     deep = np.random.default_rng(1).integers(0, 65536, (20, 30, channels)).astype(np.uint16)
     cv2.imwrite(str(tmp_path / f"a.{suffix}"), deep)
-    picture = read_picture(tmp_path / f"a.{suffix}")
+    picture = read_image(tmp_path / f"a.{suffix}")
     expected = deep[..., 2::-1] if channels > 1 else np.repeat(deep, 3, -1)
     assert np.abs(picture.rgb.astype(float) - expected / 257).max() <= 1
     assert (picture.alpha is not None) == (channels == 4)
@@ -111,7 +111,7 @@ def test_sixteen_bit(tmp_path: Path, channels: int, suffix: str) -> None:
 
 def test_own_alpha_is_kept_apart(tmp_path: Path) -> None:
     rgba = np.dstack([RGB, RGB[..., 0]])
-    picture = read_picture(saved(tmp_path / "a.png", Image.fromarray(rgba)))
+    picture = read_image(saved(tmp_path / "a.png", Image.fromarray(rgba)))
     assert (picture.rgb == RGB).all()
     assert picture.alpha is not None
     assert (picture.alpha == rgba[..., 3]).all()
@@ -132,7 +132,7 @@ def test_masks_of_all_kinds_are_one_mask(tmp_path: Path) -> None:
         tmp_path / "deep.png",
     ]
     for path in files:
-        assert (read_matte(path) == mask).all(), path.name
+        assert (read_alpha(path) == mask).all(), path.name
 
 
 @settings(max_examples=60, deadline=None)
@@ -142,7 +142,7 @@ def test_a_torn_file_is_named(tmp_path_factory: pytest.TempPathFactory, kind: st
     Image.fromarray(RGB).save(path, format=kind)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
     with pytest.raises(ImageError, match=r"a\.img (is|begins|cannot)"):
-        read_picture(path)
+        read_image(path)
 
 
 JPEG_FORMS = (
@@ -163,10 +163,10 @@ def jpeg_bytes(path: Path, **options: object) -> bytes:
 @pytest.mark.parametrize("kept", [0, 1])
 def test_a_jpeg_that_lacks_its_end_marker_alone_is_read(tmp_path: Path, options: dict[str, object], kept: int) -> None:
     data = jpeg_bytes(tmp_path / "a.jpg", **options)
-    whole = read_picture(tmp_path / "a.jpg")
+    whole = read_image(tmp_path / "a.jpg")
     assert whole.notices == ()
     (tmp_path / "a.jpg").write_bytes(data[: len(data) - 2 + kept])
-    picture = read_picture(tmp_path / "a.jpg")
+    picture = read_image(tmp_path / "a.jpg")
     assert (picture.rgb == whole.rgb).all()
     assert picture.notices == (
         f"{tmp_path / 'a.jpg'} is a JPEG without its end marker; all its rows are there, so it is read",
@@ -182,7 +182,7 @@ def test_a_jpeg_whose_rows_are_missing_is_damaged(tmp_path: Path, options: dict[
     )
     (tmp_path / "a.jpg").write_bytes(data[:end])
     with pytest.raises(ImageError, match="is damaged or cut short"):
-        read_picture(tmp_path / "a.jpg")
+        read_image(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -196,9 +196,9 @@ def test_a_progressive_jpeg_cut_between_its_scans_is_damaged(tmp_path: Path, mod
     for end in scans[1:]:
         path.write_bytes(data[:end])
         with pytest.raises(ImageError, match="is damaged or cut short"):
-            read_picture(path)
+            read_image(path)
     path.write_bytes(data[:-2])
-    assert "without its end marker" in read_picture(path).notices[0]
+    assert "without its end marker" in read_image(path).notices[0]
 
 
 def deep_png(path: Path) -> bytes:
@@ -209,9 +209,9 @@ def deep_png(path: Path) -> bytes:
 @pytest.mark.parametrize("kept", [12, 8, 3, 1])
 def test_a_deep_png_without_its_end_is_whole(tmp_path: Path, kept: int) -> None:
     data = deep_png(tmp_path / "a.png")
-    whole = read_picture(tmp_path / "a.png")
+    whole = read_image(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes(data[:-kept])
-    assert (read_picture(tmp_path / "a.png").rgb == whole.rgb).all()
+    assert (read_image(tmp_path / "a.png").rgb == whole.rgb).all()
 
 
 def test_a_damaged_deep_png_is_one_sentence_and_libpng_says_nothing(
@@ -228,7 +228,7 @@ def test_a_damaged_deep_png_is_one_sentence_and_libpng_says_nothing(
         (data[:33] + data[8:], "its header does not come first, and once"),
     ):
         path.write_bytes(content)
-        for read in (read_picture, image_size):
+        for read in (read_image, image_size):
             with pytest.raises(ImageError, match=re.escape(f"{path} is damaged or cut short ({said}); get a whole")):
                 read(path)
     assert capfd.readouterr() == ("", "")
@@ -241,7 +241,7 @@ def test_a_torn_file_of_a_known_kind_is_not_called_no_image(tmp_path: Path, form
     path = saved(tmp_path / "a.img", Image.fromarray(RGB), format=form, **options)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 5])
     with pytest.raises(ImageError, match=f"a.img begins as {kind} and cannot be decoded: it is damaged"):
-        read_picture(path)
+        read_image(path)
 
 
 @pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 2), (6, 3), (8, 1)])
@@ -254,13 +254,13 @@ def test_heic_is_read_upright(tmp_path: Path, orientation: int, turn: int) -> No
     path = saved(tmp_path / "a.heic", Image.fromarray(flat), quality=100, exif=exif.tobytes())
     upright = np.rot90(flat, turn).astype(int)
     assert image_size(path) == upright.shape[:2]
-    assert np.abs(read_picture(path).rgb - upright).max() < 12
+    assert np.abs(read_image(path).rgb - upright).max() < 12
 
 
 def test_heic_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "a.heic", Image.fromarray(RGB))
     monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind != "HEIF"])
-    for read in (read_picture, image_size, frame_count):
+    for read in (read_image, image_size, frame_count):
         with pytest.raises(ImageError, match=re.escape("a.heic is HEIC; to read it run: pip install 'icm-cli[heif]'")):
             read(path)
 
@@ -269,12 +269,12 @@ def test_heic_of_deep_pixels_and_with_alpha_is_read(tmp_path: Path) -> None:
     own = np.linspace(0, 255, RGB.shape[1]).astype(np.uint8)[None].repeat(len(RGB), axis=0)
     flat = np.full_like(RGB, (200, 40, 30))
     path = saved(tmp_path / "a.heic", Image.fromarray(np.dstack([flat, own])), quality=100)
-    assert np.abs(read_picture(path).rgb.astype(int) - flat).max() < 4
-    assert np.abs(read_matte(path).astype(int) - own).max() < 8
+    assert np.abs(read_image(path).rgb.astype(int) - flat).max() < 4
+    assert np.abs(read_alpha(path).astype(int) - own).max() < 8
     deep = (flat.astype(np.uint16) * 257).tobytes()
     whole = pillow_heif.from_bytes(mode="RGB;16", size=flat.shape[1::-1], data=deep)
     whole.save(tmp_path / "deep.heic", quality=100)
-    assert np.abs(read_picture(tmp_path / "deep.heic").rgb.astype(int) - flat).max() < 4
+    assert np.abs(read_image(tmp_path / "deep.heic").rgb.astype(int) - flat).max() < 4
 
 
 def test_a_decoder_s_many_lines_become_one(tmp_path: Path) -> None:
@@ -282,18 +282,18 @@ def test_a_decoder_s_many_lines_become_one(tmp_path: Path) -> None:
     cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 65536, (400, 300, 3)).astype(np.uint16))
     path.write_bytes(path.read_bytes()[:9_000] + path.read_bytes()[-400:])
     with pytest.raises(ImageError, match="is damaged or cut short") as error:
-        read_picture(path)
+        read_image(path)
     assert len(str(error.value)) < len(str(path)) + 200
 
 
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(ImageError, match="not an image"):
-        read_picture(tmp_path / "text.png")
+        read_image(tmp_path / "text.png")
     with pytest.raises(ImageError, match="does not exist"):
-        read_picture(tmp_path / "none.png")
+        read_image(tmp_path / "none.png")
     with pytest.raises(ImageError, match="folder"):
-        read_picture(tmp_path)
+        read_image(tmp_path)
 
 
 def test_alpha_is_one_channel_with_its_stamp(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_alpha_is_one_channel_with_its_stamp(tmp_path: Path) -> None:
     write_alpha(path, GREY, {"icm-digest": "abc"})
     with Image.open(path) as image:
         assert image.mode == "L"
-    assert (read_matte(path) == RGB[..., 0]).all()
+    assert (read_alpha(path) == RGB[..., 0]).all()
     assert read_stamp(path) == {"icm-digest": "abc"}
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]
 

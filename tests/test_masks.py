@@ -179,7 +179,7 @@ def test_low_ids_are_labels_too(tmp_path: Path, dtype: type, thing: int, other: 
 def test_areas_near_black_beside_white_are_black_and_told(tmp_path: Path, low: int) -> None:
     mask, notices = read(saved(tmp_path, layers(thing=255, other=low)))
     assert (mask.inside == THING).all()
-    assert [f"has areas of {low} of 255 beside black and white" in each for each in notices] == [True]
+    assert [f"has areas of {low} of 255 next to black and white" in each for each in notices] == [True]
 
 
 @pytest.mark.parametrize("kind", ["uint", "float"])

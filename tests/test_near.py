@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icm_cli.geometry import CanvasRule
-from icm_cli.images.pixels import Windows
+from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.crops import FADE, LEAST_SIDE, MARGIN, MOST_LOOKS, place_of, put, wider
 from icm_cli.matting.near import NearBy, cropped, shown
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
@@ -45,14 +45,14 @@ def test_a_place_holds_the_thing_and_its_margin(height: int, width: int, data: s
 def test_a_place_is_that_of_the_data_window() -> None:
     thing = np.zeros((100, 200), bool)
     thing[40:60, 100:120] = True
-    shifted = place_of(thing, (80, 150), Windows((80, 150), (10, 30), (100, 200)))
+    shifted = place_of(thing, (80, 150), ImageWindows((80, 150), (10, 30), (100, 200)))
     whole = place_of(thing, (100, 200))
     assert whole is not None
     assert shifted == (
         slice(whole[0].start - 10, whole[0].stop - 10),
         slice(whole[1].start - 30, whole[1].stop - 30),
     )
-    assert place_of(thing, (20, 20), Windows((20, 20), (0, 0), (100, 200))) is None
+    assert place_of(thing, (20, 20), ImageWindows((20, 20), (0, 0), (100, 200))) is None
     assert place_of(np.zeros((9, 9), bool), (9, 9)) is None
 
 
@@ -94,7 +94,7 @@ class Eyes:
         self.seen: list[tuple[str, tuple[int, ...]]] = []
 
     def prepare(self, rgb: np.ndarray) -> Frame:
-        placement = self.rule.place(*rgb.shape[:2])
+        placement = self.rule.placement(*rgb.shape[:2])
         return Frame(rgb, placement.to_canvas(rgb), placement)
 
     def coarse(self, frames: Sequence[Frame], reference: Any) -> list[CanvasMatte]:
@@ -127,7 +127,7 @@ def test_a_frame_is_looked_at_where_the_thing_was() -> None:
     assert reference == "near"
     assert size < (80, 80)
     frame = eyes.prepare(rgb)
-    alpha = cv2.resize(frame.placement.inside(matte.alpha), (320, 240)) > 0.5
+    alpha = cv2.resize(frame.placement.crop_to_content(matte.alpha), (320, 240)) > 0.5
     assert matte.alpha.shape == frame.placement.canvas
     assert (alpha & thing).sum() / (alpha | thing).sum() > 0.85  # and not what is alike
 
@@ -158,7 +158,7 @@ def test_a_thing_that_jumps_is_looked_for_again() -> None:
     rgb[190:194, 20:40, 0] = 255
     matte = look(eyes, rgb, before.astype(np.uint8) * 255)
     assert [reference for reference, _ in eyes.seen] == ["near", "whole", "near"]
-    alpha = cv2.resize(eyes.prepare(rgb).placement.inside(matte.alpha), (320, 240)) > 0.5
+    alpha = cv2.resize(eyes.prepare(rgb).placement.crop_to_content(matte.alpha), (320, 240)) > 0.5
     assert (alpha & thing).sum() / thing.sum() > 0.9
     still = Eyes("near")  # and where the whole frame tells nothing, the sliver stays
     assert _area(look(still, rgb, before.astype(np.uint8) * 255)) > 0
@@ -172,7 +172,7 @@ def test_a_crop_that_cuts_the_thing_gets_wider() -> None:
     rgb[40:200, 120:180, 0] = 255
     before = np.zeros((240, 320), np.uint8)
     before[40:80, 130:170] = 255
-    alpha = cv2.resize(eyes.prepare(rgb).placement.inside(look(eyes, rgb, before).alpha), (320, 240)) > 0.5
+    alpha = cv2.resize(eyes.prepare(rgb).placement.crop_to_content(look(eyes, rgb, before).alpha), (320, 240)) > 0.5
     assert {reference for reference, _ in eyes.seen} == {"near"}
     assert 2 <= len(eyes.seen) <= MOST_LOOKS
     thing = rgb[..., 0] > 0

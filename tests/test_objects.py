@@ -265,7 +265,7 @@ class TestWholeModel:
         objects, edges = predictor.model.objects, predictor.model.edges
         assert objects is not None
         assert edges is not None
-        expected = edges.refined(rgb, objects.completed(rgb, frame.placement.inside(coarse.alpha)))
+        expected = edges.refined(rgb, objects.completed(rgb, frame.placement.crop_to_content(coarse.alpha)))
         np.testing.assert_array_equal(predictor.with_edges(frame, coarse).alpha, expected)
 
     def test_its_settings_decide_the_digest(self, matched: Path) -> None:

@@ -18,9 +18,9 @@ from test_formats import linear, written
 
 from icm_cli.errors import UsageError
 from icm_cli.geometry import Float
-from icm_cli.images.decoding import decode
-from icm_cli.images.pixels import Decoded
-from icm_cli.images.writing import Output, read_stamp, write_alpha
+from icm_cli.images.decoding import decode_image
+from icm_cli.images.pixels import DecodedImage
+from icm_cli.images.writing import OutputFormat, read_stamp, write_alpha
 from icm_cli.matting.foreground import foreground_colours, trimap_of_alpha
 
 ALPHA = np.linspace(0, 1, 48 * 64, dtype=np.float32).reshape(48, 64)
@@ -43,7 +43,7 @@ def by_openimageio(path: Path) -> tuple[np.ndarray, oiio.ImageSpec]:
     ],
 )
 def test_other_programs_read_every_form(tmp_path: Path, name: str, depth: str, step: int | None) -> None:
-    output = Output.checked(
+    output = OutputFormat.checked(
         format=name, depth=depth, channel="A", foreground="none", invert=False, trimap="none", band_px=10
     )
     path = tmp_path / f"a{output.suffix}"
@@ -68,7 +68,7 @@ def test_other_programs_read_every_form(tmp_path: Path, name: str, depth: str, s
 @given(cut=st.integers(1, 400))
 @settings(max_examples=15, deadline=None)
 def test_a_torn_file_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, name: str, cut: int) -> None:
-    output = Output(format=name)  # type: ignore[arg-type]
+    output = OutputFormat(format=name)  # type: ignore[arg-type]
     path = tmp_path_factory.mktemp("torn") / f"a{output.suffix}"
     write_alpha(path, np.random.default_rng(0).random((48, 64), np.float32), STAMP, output, None)
     path.write_bytes(path.read_bytes()[:-cut])
@@ -123,7 +123,7 @@ def blended(size: int = 160) -> tuple[Float, Float, Float]:
 def test_a_foreground_has_no_halo(gain: float) -> None:
     """Where 0 < alpha < 1 the colours' error is at most a third of that of the source's own; HDR values are kept."""
     foreground, alpha, composite = blended()
-    found = foreground_colours(Decoded(composite * np.float32(gain), None, 1.0, "lin_rec709_scene"), alpha)
+    found = foreground_colours(DecodedImage(composite * np.float32(gain), None, 1.0, "lin_rec709_scene"), alpha)
     edge = (alpha > 0.02) & (alpha < 0.98)
     error, before = (np.abs(each - gain * foreground)[edge].mean() for each in (found, gain * composite))
     assert error <= before / 3
@@ -144,7 +144,7 @@ def test_foregrounds_are_written(icm: Icm, scene: Path, form: str, kind: str, pr
         assert spec.channelnames == ("R", "G", "B", "A")
     np.testing.assert_allclose(pixels[..., 3], alpha, atol=1 / 255)
     inside = alpha > 0.99
-    coded = decode(source).pixels[inside]
+    coded = decode_image(source).pixels[inside]
     np.testing.assert_allclose(pixels[inside][:, :3], coded / 255.0 if form == "png" else linear(coded), atol=0.06)
     outside = alpha < 1 / 255
     assert (pixels[outside][:, :3].max() < 0.01) == premultiplied
@@ -268,7 +268,7 @@ def test_a_foreground_keeps_values_outside_of_0_and_1(colour: tuple[float, ...])
     alpha = np.zeros((40, 50), np.float32)
     alpha[10:30, 10:40] = 1.0
     pixels = np.where(alpha[..., None] > 0, np.asarray(colour, np.float32), np.float32(0.3))
-    found = foreground_colours(Decoded(pixels, None, 1.0, "lin_rec709_scene"), alpha)
+    found = foreground_colours(DecodedImage(pixels, None, 1.0, "lin_rec709_scene"), alpha)
     np.testing.assert_allclose(found[alpha > 0], np.broadcast_to(colour, (600, 3)), atol=1e-3)
 
 
@@ -317,4 +317,4 @@ def test_a_trimap_is_unknown_about_the_edge(band: int, side: int) -> None:
 def test_what_does_not_fit_is_refused(options: dict[str, object], message: str) -> None:
     plain = {"format": "png", "depth": None, "channel": "A", "foreground": "none", "invert": False}
     with pytest.raises(UsageError, match=message):
-        Output.checked(**{**plain, "trimap": "none", "band_px": 10, **options})
+        OutputFormat.checked(**{**plain, "trimap": "none", "band_px": 10, **options})

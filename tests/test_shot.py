@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from icm_cli.errors import UsageError
 from icm_cli.evaluation.evaluate import evaluate
-from icm_cli.geometry import CanvasRule, Float, to_u8
-from icm_cli.images.pixels import Windows
+from icm_cli.geometry import CanvasRule, Float, alpha_to_u8
+from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
@@ -226,7 +226,7 @@ def test_frames_are_registered_by_their_display_windows() -> None:
     whole = carried(Motion.of(Seen.of(picture(70), disc(70)), picture(74)), coarse)
     cuts = []
     for top, left, bottom, right, at in ((10, 20, 110, 130, 70), (20, 30, 116, 150, 74)):
-        windows = Windows((bottom - top, right - left), (top, left), (120, 160))
+        windows = ImageWindows((bottom - top, right - left), (top, left), (120, 160))
         cut = (slice(top, bottom), slice(left, right))
         cuts.append((windows, picture(at)[cut], disc(at)[cut], cut))
     (first, rgb, alpha, _), (second, now, _, cut) = cuts
@@ -240,7 +240,7 @@ def carrier_of(count: int) -> tuple[Carrier, list[Job], list[Frame]]:
     jobs = [job(f"f.{number}.png") for number in range(count)]
     rule = CanvasRule(160, 32, square=False)
     frames = [
-        Frame(picture(70 + 2 * n), rule.place(120, 160).to_canvas(picture(70 + 2 * n)), rule.place(120, 160))
+        Frame(picture(70 + 2 * n), rule.placement(120, 160).to_canvas(picture(70 + 2 * n)), rule.placement(120, 160))
         for n in range(count)
     ]
     return Carrier(Shot.of([(jobs, [])]), jobs, lambda _: None), jobs, frames
@@ -414,4 +414,4 @@ def test_a_seen_frame_is_small() -> None:
     seen = Seen.of(np.zeros((1080, 1920, 3), np.uint8), np.ones((200, 100), np.float32))
     assert seen.rgb.shape == (243, 432, 3)
     assert seen.alpha.shape == (243, 432)
-    assert (seen.alpha == to_u8(np.ones(1, np.float32))[0]).all()
+    assert (seen.alpha == alpha_to_u8(np.ones(1, np.float32))[0]).all()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.files import AROUND, LINKED
 from icm_cli.matting.frames import FramePattern
-from icm_cli.matting.jobs import Choice, Job, Place, parse_shard, plan_jobs
-from icm_cli.matting.sources import LeftOut, find_sources
+from icm_cli.matting.jobs import Job, OutputLayout, SourceFilter, parse_shard, plan_jobs
+from icm_cli.matting.sources import SkippedFiles, find_sources
 
 
 def tree(root: Path, *names: str) -> Path:
@@ -36,11 +36,11 @@ def plan(
     template: str = "{stem}{frame}",
     **choice: Any,
 ) -> list[Job]:
-    left_out = LeftOut(notice)
+    skipped_files = SkippedFiles(notice)
     pattern = FramePattern.parsed(str(out))
-    place = Place(Path(out if pattern is None else pattern.folder), template, pattern=pattern)
-    sources = find_sources(src, root, left_out)
-    return plan_jobs(sources, place, choice=Choice(**choice), references=references, left_out=left_out)
+    place = OutputLayout(Path(out if pattern is None else pattern.folder), template, pattern=pattern)
+    sources = find_sources(src, root, skipped_files)
+    return plan_jobs(sources, place, choice=SourceFilter(**choice), references=references, skipped_files=skipped_files)
 
 
 def outputs(jobs: list[Job], out: Path) -> list[str]:
@@ -206,8 +206,8 @@ def test_real_folders_win_over_links_whatever_their_names(tmp_path: Path, src: s
     link(tmp_path / "other/across", tmp_path / "in/sh020")
     link(tmp_path / "in/version", tmp_path / "in/.versions")
     told: list[str] = []
-    left_out = LeftOut(told.append)
-    sources = find_sources(str(tmp_path / src), None, left_out)
+    skipped_files = SkippedFiles(told.append)
+    sources = find_sources(str(tmp_path / src), None, skipped_files)
     assert [path.relative_to(tmp_path / "in").as_posix() for path in sources.files] == [
         "first/a.0003.jpg",
         "second/a.0003.jpg",
@@ -215,10 +215,10 @@ def test_real_folders_win_over_links_whatever_their_names(tmp_path: Path, src: s
         "sh020/deep/a.0002.jpg",
         "version/a.0004.jpg",
     ]
-    assert left_out[LINKED] == 4
-    assert left_out[AROUND] == 3
+    assert skipped_files[LINKED] == 4
+    assert skipped_files[AROUND] == 3
     assert f"{tmp_path}/in/first/across and 3 more left out: {LINKED}" in told
-    assert len(told) == len(+left_out)
+    assert len(told) == len(+skipped_files)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icm_cli.files import content_digest
+from icm_cli.files import cached_file_digest
 from icm_cli.training.data.augment import damage
 from icm_cli.training.data.card import CardScenes, _quantised, over
 from icm_cli.training.data.layers import photograph
@@ -183,5 +183,5 @@ def test_small_copies_show_what_their_originals_do(tmp_path: Path, monkeypatch: 
         shown = (layers[1].alpha > 0) | (not original.is_foreground)  # what is cut off has no colour
         assert np.abs(layers[0].rgb[shown].astype(int) - layers[1].rgb[shown]).mean() < 6
     assert json.loads(Path(config.copies_of or "").read_text()) == sorted(
-        {content_digest(path) for path in originals.images}
+        {cached_file_digest(path) for path in originals.images}
     )

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from test_formats import linear
 
 from icm_cli.errors import UsageError
-from icm_cli.images.pixels import Windows
-from icm_cli.images.reading import read_matte, read_true_alpha
+from icm_cli.images.pixels import ImageWindows
+from icm_cli.images.reading import read_alpha, read_ground_truth
 from icm_cli.matting.references import Reference, read_references
 
 Box = tuple[int, int, int, int]
@@ -126,7 +126,7 @@ def test_masks_of_another_size_are_scaled_by_the_display_window(scene: Path) -> 
 def test_pixels_move_by_their_coordinates(data: st.DataObject) -> None:
     numbers = st.integers(-9, 9)
     sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
-    first, second = (Windows(data.draw(sizes), data.draw(st.tuples(numbers, numbers)), (5, 6)) for _ in range(2))
+    first, second = (ImageWindows(data.draw(sizes), data.draw(st.tuples(numbers, numbers)), (5, 6)) for _ in range(2))
     pixels = np.arange(1, 1 + first.size[0] * first.size[1]).reshape(first.size)
     found = first.moved(pixels, second)
     for row, column in np.ndindex(*second.size):
@@ -140,7 +140,7 @@ def test_alphas_and_truths_are_those_of_their_display_windows(tmp_path: Path) ->
     for box in ((10, 5, 30, 20), (-7, -5, 80, 60)):
         path = exr(tmp_path / "a.exr", alpha, box)
         expected = on(on(alpha, box), (-box[0], -box[1], 60, 40))
-        for found in (read_matte(path), read_true_alpha(path).alpha):
+        for found in (read_alpha(path), read_ground_truth(path).alpha):
             np.testing.assert_allclose(found / 255.0, expected, atol=0.6 / 255)
 
 
@@ -155,7 +155,7 @@ def test_what_has_no_windows_covers_the_display_window(icm: Icm, scene: Path, bo
     assert result.exit_code == 0
     alpha = read(scene / "out" / "a.png")
     assert alpha.shape == read(scene / "out" / "a.trimap.png").shape == (height, width)
-    assert np.abs(alpha.astype(int) - read_matte(scene / "windows" / "a.exr")).max() <= 1
+    assert np.abs(alpha.astype(int) - read_alpha(scene / "windows" / "a.exr")).max() <= 1
     assert alpha.max() > 200
     before = (scene / "out" / "a.png").stat().st_mtime_ns
     told = " ".join(icm(src=scene / "exr", out=scene / "told", foreground="straight").stderr.split())
@@ -204,4 +204,4 @@ def test_a_trimap_beside_an_exr_covers_the_display_window(icm: Icm, scene: Path)
     result = icm(src=scene / "a.exr", format="exr", trimap="beside")
     assert "every trimap covers the display window" in " ".join(result.stderr.split())
     assert read(scene / "out" / "a.trimap.png").shape == rgb.shape[:2]
-    assert read_matte(scene / "out" / "a.exr").shape == rgb.shape[:2]
+    assert read_alpha(scene / "out" / "a.exr").shape == rgb.shape[:2]

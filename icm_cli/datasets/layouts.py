@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 
 from icm_cli.datasets.samples import Sample
 from icm_cli.errors import Problem, UsageError
-from icm_cli.files import TEMPORARY_PREFIX, UNREADABLE, Passed, expanded, split_fixed, walk
+from icm_cli.files import TEMPORARY_PREFIX, UNREADABLE, SkippedPaths, expand_glob, split_glob, walk_files
 from icm_cli.images.kinds import IMAGE_SUFFIXES
-from icm_cli.images.reading import Composite
+from icm_cli.images.reading import CompositeSource
 
 MOST_LISTED = 12
 """Names listed in an error about a wrong root."""
@@ -155,7 +155,7 @@ def _composites(layout: Layout, files: FileSets, key: str, backgrounds: Sequence
     for number in range(each):
         background = backgrounds[(first + number) % len(backgrounds)]
         name = f"{key}_{number}"
-        composite = Composite(files.images[layout.image_of(key)], files.alphas[key], background)
+        composite = CompositeSource(files.images[layout.image_of(key)], files.alphas[key], background)
         yield Sample(name, composite, files.alphas[key], files.trimaps.get(name) or files.trimaps.get(key))
 
 
@@ -164,8 +164,8 @@ def image_files(folder: Path) -> list[Path]:
 
     Raises UsageError for a folder that cannot be read.
     """
-    passed: Passed = {}
-    found = sorted(path for path in walk(folder, passed) if _is_image(path))
+    passed: SkippedPaths = {}
+    found = sorted(path for path in walk_files(folder, passed) if _is_image(path))
     if unreadable := passed.get(UNREADABLE):
         raise UsageError(f"{min(unreadable)} is {UNREADABLE}; a part of the data would be missing, so mend its rights")
     return found
@@ -251,10 +251,10 @@ def _by_key(paths: Iterable[Path], root: Path, key: Callable[[str], str], clashe
 
 
 def _matching(text: str, option: str, clashes: list[Problem]) -> Files:
-    fixed, wildcards = split_fixed(text)
+    fixed, wildcards = split_glob(text)
     if wildcards:
         root = Path(fixed)
-        paths = [path for path in sorted(expanded(text, {})) if _is_image(path)]
+        paths = [path for path in sorted(expand_glob(text, {})) if _is_image(path)]
     else:
         root = Path(text)
         if not root.is_dir():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from icm_cli.images.reading import Composite
+from icm_cli.images.reading import CompositeSource
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Sample:
 
     name: str
     """Unique in the dataset: the alpha's path below its folder without suffix, or its number."""
-    image: Path | Composite
+    image: Path | CompositeSource
     alpha: Path
     trimap: Path | None = None
     group: str = ""
@@ -26,7 +26,7 @@ class Sample:
     @property
     def file(self) -> Path:
         """The image's file; of a composite, its foreground's."""
-        return self.image.foreground if isinstance(self.image, Composite) else self.image
+        return self.image.foreground if isinstance(self.image, CompositeSource) else self.image
 
     @property
     def is_video_frame(self) -> bool:

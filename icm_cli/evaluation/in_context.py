@@ -16,8 +16,8 @@ from icm_cli.datasets.samples import Sample
 from icm_cli.errors import ImageError, Problem, UsageError
 from icm_cli.evaluation.protocol import Evaluation, round_folder
 from icm_cli.evaluation.rounds import Rounds, choose_references, group_notes, read_rounds, targets, write_rounds
-from icm_cli.files import cache_folder, digest_of, remove_stale_temporaries, write_error
-from icm_cli.images.reading import read_matte, read_source
+from icm_cli.files import cache_folder, combined_digest, remove_stale_temporaries, write_error
+from icm_cli.images.reading import read_alpha, read_source_image
 from icm_cli.matting.engine import Engine, EngineOptions, keep_finished
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import AnyModel
@@ -161,7 +161,7 @@ def _work_folder(digests: Sequence[str], evaluation: Evaluation) -> Path:
                 shutil.rmtree(old.with_suffix(""), ignore_errors=True)
                 old.unlink()
     files = [str(sample.file.resolve()) for sample in evaluation.found.samples]
-    return home / digest_of(*digests, *(path.encode(errors="surrogateescape") for path in files))[:32]
+    return home / combined_digest(*digests, *(path.encode(errors="surrogateescape") for path in files))[:32]
 
 
 @dataclass
@@ -232,8 +232,8 @@ class _Shelf:
 
     def _read(self, sample: Sample) -> Reference:
         """A sample as a reference: its picture, and its alpha above one half as guidance."""
-        picture = read_source(sample.image)
-        mask = read_matte(sample.alpha, has_objects=self.evaluation.rule.is_shots, over=picture.windows)
+        picture = read_source_image(sample.image)
+        mask = read_alpha(sample.alpha, has_objects=self.evaluation.rule.is_shots, over=picture.windows)
         notice = self.evaluation.listener.on_notice
         guidance = make_guidance(mask, picture.windows, f"alpha {sample.alpha}", notice)
         return Reference(picture.rgb, guidance, windows=picture.windows)

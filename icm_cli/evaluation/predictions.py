@@ -15,7 +15,7 @@ from icm_cli.errors import Problem, UsageError
 from icm_cli.evaluation.protocol import Evaluation, round_folder
 from icm_cli.evaluation.rounds import Rounds, read_rounds, targets
 from icm_cli.evaluation.shots import first_frames
-from icm_cli.images.reading import Composite
+from icm_cli.images.reading import CompositeSource
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult
 
@@ -84,7 +84,7 @@ def _planned(
             return found[sample.name]
         names = (
             [Path(sample.name).name]
-            if isinstance(sample.image, Composite)
+            if isinstance(sample.image, CompositeSource)
             else [Path(sample.name).name, sample.file.stem]
         )
         is_alone = stems.get(names[0]) == sample.name

@@ -16,7 +16,7 @@ from icm_cli.datasets.samples import Sample
 from icm_cli.errors import UsageError
 from icm_cli.evaluation.rounds import Rounds
 from icm_cli.events import Listener
-from icm_cli.images.reading import Composite
+from icm_cli.images.reading import CompositeSource
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.resume import DIGEST_KEY
@@ -195,7 +195,7 @@ class Evaluation:
                 for group, names in groups.items()
             },
             composites={
-                sample.name: sample.image for sample in self.found.samples if isinstance(sample.image, Composite)
+                sample.name: sample.image for sample in self.found.samples if isinstance(sample.image, CompositeSource)
             },
         )
 

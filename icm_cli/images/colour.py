@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from icm_cli.errors import UsageError, did_you_mean
-from icm_cli.geometry import Float, ImageU8, rounded_u8
+from icm_cli.geometry import Float, ImageU8, round_to_u8
 
 BUILT_IN = "ocio://studio-config-latest"
 """OpenColorIO's own configuration: ACES, camera logs, Rec.709, P3."""
@@ -43,7 +43,7 @@ D65 = 0.3127, 0.3290
 
 
 @dataclass(frozen=True)
-class Colour:
+class ColourSettings:
     """Colour space of pictures, and the way they are shown to the model; their layer and scale.
 
     ``space``: "auto", or a name of the configuration. ``config``: an OpenColorIO file, "" for $OCIO or the built-in
@@ -65,7 +65,7 @@ class Colour:
     def check(self) -> None:
         """Raises UsageError for a configuration, space or view that is not there, naming those nearest to it; and for a
         white that is none."""
-        if self == Colour():
+        if self == ColourSettings():
             return
         if self.white is not None and not (0.0 < self.white < math.inf):
             raise UsageError(f"--white is {self.white:g}; expected a value above 0, such as 255")
@@ -84,17 +84,17 @@ class Colour:
 
     def describe(self) -> str:
         """All of it in one line, for the digest of a run; "" where it is as ever."""
-        if self == Colour():
+        if self == ColourSettings():
             return ""
         return (
             f"{self.space} {_config(self.config).getCacheID()} {self.view} {self.exposure} {self.layer!r} {self.white}"
         )
 
 
-AS_LABELLED = Colour()
+DEFAULT_COLOUR = ColourSettings()
 
 
-def shown(pixels: NDArray[Any], scale: float, space: str, colour: Colour) -> ImageU8:
+def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: ColourSettings) -> ImageU8:
     """Pixels [H,W,1|3] in 0..scale (floats may exceed it) in a space -> sRGB uint8 [H,W,3], as the model sees them.
 
     What is sRGB is shown as it is; exposure and view are of other spaces.
@@ -106,7 +106,7 @@ def shown(pixels: NDArray[Any], scale: float, space: str, colour: Colour) -> Ima
             return np.ascontiguousarray(pixels)
         if pixels.dtype == np.uint16:
             return _rounded_sixteen(scale)[pixels]
-        return rounded_u8(pixels.astype(np.float32) * np.float32(255.0 / scale))
+        return round_to_u8(pixels.astype(np.float32) * np.float32(255.0 / scale))
     values = np.ascontiguousarray(pixels, dtype=np.float32)
     if scale != 1.0:
         values = values / np.float32(scale)
@@ -118,7 +118,7 @@ def shown(pixels: NDArray[Any], scale: float, space: str, colour: Colour) -> Ima
 @functools.lru_cache(maxsize=8)
 def _rounded_sixteen(scale: float) -> ImageU8:
     """The 8-bit value of each of 16 bits: looking up takes no copies in float, which are eight times as large."""
-    return rounded_u8(np.arange(65536, dtype=np.float32) * np.float32(255.0 / scale))
+    return round_to_u8(np.arange(65536, dtype=np.float32) * np.float32(255.0 / scale))
 
 
 def _described(pixels: NDArray[Any]) -> Any:
@@ -129,7 +129,7 @@ def _described(pixels: NDArray[Any]) -> Any:
     return ocio.PackedImageDesc(pixels, width, height, ocio.CHANNEL_ORDERING_RGB, depth, channels, columns, rows)
 
 
-def known_space(label: str | None, config: str) -> str | None:
+def find_colour_space(label: str | None, config: str) -> str | None:
     """The configuration's own name of the space that a file's label means, None for one that is not there."""
     if not label:
         return None
@@ -145,7 +145,7 @@ def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
     return None
 
 
-def scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]:
+def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]:
     """Colours [H,W,3] on the scale 0..1 as an EXR holds them, scene-linear, and the name of their space.
 
     sRGB keeps its primaries, those of Rec.709; other curves come to the configuration's ``scene_linear``. What is
@@ -165,16 +165,16 @@ def scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]:
     )
 
 
-def label_of(space: str, config: str) -> dict[str, Any]:
+def colour_space_attributes(space: str, config: str) -> dict[str, Any]:
     """Attributes that say in which linear space an EXR's colours are; none for Rec.709's, which an EXR has without."""
     found = None if space == LINEAR else _config(config).getColorSpace(space)
-    if found is None or found.getName() == known_space(LINEAR, config):
+    if found is None or found.getName() == find_colour_space(LINEAR, config):
         return {}
     interop = getattr(found, "getInteropID", str)() or found.getName()
     chromaticities = [
         (*primaries, *(ACES_WHITE if each in ACES else D65))
         for primaries, each in PRIMARIES.items()
-        if known_space(each, config) == found.getName()
+        if find_colour_space(each, config) == found.getName()
     ]
     return {"colorInteropID": interop, **({"chromaticities": chromaticities[0]} if chromaticities else {})}
 

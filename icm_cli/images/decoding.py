@@ -22,8 +22,16 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from icm_cli.errors import ImageError
 from icm_cli.images import colour, jpeg, openimageio, png
-from icm_cli.images.kinds import Kind, kind_of, movie_told
-from icm_cli.images.pixels import BAD_PROFILE, Decoded, Windows, check_memory, known_turn, turned, upright_size
+from icm_cli.images.kinds import FileType, detect_file_type, movie_message
+from icm_cli.images.pixels import (
+    BAD_PROFILE,
+    DecodedImage,
+    ImageWindows,
+    apply_orientation,
+    check_memory,
+    upright_size,
+    valid_orientation,
+)
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a damaged file is told in a sentence of ours
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
@@ -32,10 +40,10 @@ DECODE_ERRORS = (OSError, SyntaxError, UserWarning, ValueError, EOFError, IndexE
 _BY_PILLOW = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic", ""})
 
 
-def decode(path: Path, frame: int = 0, wanted: colour.Colour = colour.AS_LABELLED) -> Decoded:
+def decode_image(path: Path, frame: int = 0, wanted: colour.ColourSettings = colour.DEFAULT_COLOUR) -> DecodedImage:
     """Decode one frame of a picture, EXIF's turn applied. Raises ImageError for any file that is not whole."""
-    with named_errors(path):
-        kind = kind_of(path)
+    with as_image_errors(path):
+        kind = detect_file_type(path)
         if kind.name == "tiff":
             frame = openimageio.page_of(path, frame)
         if _is_for_pillow(path, kind, frame, wanted):
@@ -57,8 +65,8 @@ def decode(path: Path, frame: int = 0, wanted: colour.Colour = colour.AS_LABELLE
 
 def frame_count(path: Path) -> int:
     """Number of frames or pages; smaller copies of one (thumbnails, pyramids) are none. Raises ImageError."""
-    with named_errors(path):
-        kind = kind_of(path)
+    with as_image_errors(path):
+        kind = detect_file_type(path)
         if not kind.may_have_frames:
             return 1
         if kind.name == "tiff":
@@ -72,18 +80,18 @@ def image_size(path: Path) -> tuple[int, int]:
     return windows_and_turn(path)[0].display
 
 
-def windows_and_turn(path: Path) -> tuple[Windows, int]:
+def windows_and_turn(path: Path) -> tuple[ImageWindows, int]:
     """Windows of an upright picture and EXIF's orientation, from its header alone. Raises ImageError."""
-    with named_errors(path):
-        kind = kind_of(path)
+    with as_image_errors(path):
+        kind = detect_file_type(path)
         frame = openimageio.page_of(path, 0) if kind.name == "tiff" else 0
-        if _is_for_pillow(path, kind, frame, colour.AS_LABELLED):
+        if _is_for_pillow(path, kind, frame, colour.DEFAULT_COLOUR):
             try:
                 with Image.open(path) as image:
                     if frame:
                         image.seek(frame)
                     turn = _orientation(image)
-                    return Windows.whole(upright_size(image.size, turn)), turn
+                    return ImageWindows.whole(upright_size(image.size, turn)), turn
             except ValueError:  # of a PNG with more metadata than Pillow reads past
                 if kind.name != "png":
                     raise
@@ -92,12 +100,12 @@ def windows_and_turn(path: Path) -> tuple[Windows, int]:
         with openimageio.opened(path) as file:
             file.seek_subimage(openimageio.layer_of(file, path, frame, kind, "")[0].part, 0)
             spec = file.spec()
-            turn = known_turn(openimageio.tag(spec, "Orientation"))
+            turn = valid_orientation(openimageio.tag(spec, "Orientation"))
             return openimageio.windows_of(spec, kind, turn), turn
 
 
 @contextlib.contextmanager
-def named_errors(path: Path) -> Iterator[None]:
+def as_image_errors(path: Path) -> Iterator[None]:
     """Turn whatever a decoder raises into an ImageError of one sentence."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ImageError(f"{path} is a pipe or a device; expected an image file")  # reading could wait for ever
@@ -120,7 +128,7 @@ def named_errors(path: Path) -> Iterator[None]:
         raise ImageError(f"{path} is damaged or cut short ({' '.join(said.split())}); get a whole copy") from None
 
 
-def _is_for_pillow(path: Path, kind: Kind, frame: int, wanted: colour.Colour) -> bool:
+def _is_for_pillow(path: Path, kind: FileType, frame: int, wanted: colour.ColourSettings) -> bool:
     """Whether Pillow reads it right: 8 bits a channel in a format that it knows, without a gamma that it ignores."""
     if kind.name == "png":
         minds_gamma = wanted.space == "auto" and not kind.may_have_frames
@@ -133,7 +141,9 @@ def _is_for_pillow(path: Path, kind: Kind, frame: int, wanted: colour.Colour) ->
     return kind.name in _BY_PILLOW
 
 
-def _by_pillow(path: Path, frame: int, wanted: colour.Colour, content: io.BytesIO | None = None) -> Decoded:
+def _by_pillow(
+    path: Path, frame: int, wanted: colour.ColourSettings, content: io.BytesIO | None = None
+) -> DecodedImage:
     """``content``: what is read in place of the file."""
     with Image.open(content or path) as image:
         check_memory(path, *image.size)
@@ -146,10 +156,10 @@ def _by_pillow(path: Path, frame: int, wanted: colour.Colour, content: io.BytesI
         shown: Image.Image = image
         if image.has_transparency_data:
             shown = image.convert("RGBA")
-            alpha = np.ascontiguousarray(turned(np.asarray(shown.getchannel("A")), orientation))
+            alpha = np.ascontiguousarray(apply_orientation(np.asarray(shown.getchannel("A")), orientation))
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            values = turned(np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None], orientation)
-            return Decoded(
+            values = apply_orientation(np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None], orientation)
+            return DecodedImage(
                 values,
                 None,
                 wanted.white or (1.0 if image.mode == "F" else 65535.0),
@@ -159,7 +169,7 @@ def _by_pillow(path: Path, frame: int, wanted: colour.Colour, content: io.BytesI
             )
         indices = None
         if image.mode == "P" and alpha is None:
-            indices = np.ascontiguousarray(turned(np.asarray(image), orientation))
+            indices = np.ascontiguousarray(apply_orientation(np.asarray(image), orientation))
         if shown.mode in ("RGBA", "P", "PA", "LA"):
             shown = shown.convert("RGB")
         elif shown.mode == "1":
@@ -169,8 +179,8 @@ def _by_pillow(path: Path, frame: int, wanted: colour.Colour, content: io.BytesI
             notices += [] if converted else [f"{path}: {BAD_PROFILE}"]
             shown = converted or shown
         pixels = np.asarray(shown)[..., None] if shown.mode == "L" else np.asarray(shown.convert("RGB"))
-    pixels = np.ascontiguousarray(turned(pixels, orientation))
-    return Decoded(pixels, alpha, 255.0, space, tuple(notices), indices=indices, orientation=orientation)
+    pixels = np.ascontiguousarray(apply_orientation(pixels, orientation))
+    return DecodedImage(pixels, alpha, 255.0, space, tuple(notices), indices=indices, orientation=orientation)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -179,15 +189,15 @@ def _orientation(image: Image.Image) -> int:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # noqa: BLE001  EXIF is written by anything, and can never fail a picture
         return 1
-    return known_turn(orientation)
+    return valid_orientation(orientation)
 
 
 def _not_an_image(path: Path) -> str:
     if path.stat().st_size == 0:
         return "is empty (0 bytes); get a whole copy"
-    seen = kind_of(path)
+    seen = detect_file_type(path)
     if seen.is_movie:
-        return movie_told(path)
+        return movie_message(path)
     kind = seen.name
     if kind == "heic":
         return "is HEIC; to read it run: pip install 'icm-cli[heif]'"

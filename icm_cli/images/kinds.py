@@ -68,7 +68,7 @@ _MANY = frozenset({"gif", "webp", "tiff", "avif", "heic"})
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileType:
     """``name`` of the format, "" where the content is no picture's; whether it may hold several frames, whether icm
     wrote it, and whether it is a movie."""
 
@@ -78,19 +78,19 @@ class Kind:
     is_movie: bool = False
 
 
-def kind_of(path: Path) -> Kind:
+def detect_file_type(path: Path) -> FileType:
     """Look at a file's first bytes. Raises OSError where it cannot be read."""
     if not stat.S_ISREG(path.stat().st_mode):
-        return Kind("")  # reading a pipe or a device could wait for ever
+        return FileType("")  # reading a pipe or a device could wait for ever
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     name = _name(head)
     animated = name in _MANY or (name == "png" and b"acTL" in head)
     is_own = name in ("png", "tiff", "openexr") and (OWN_MARK in head or OWN_SHEET_MARK in head)
-    return Kind(name, animated, is_own, is_movie=not name and _is_movie(head))
+    return FileType(name, animated, is_own, is_movie=not name and _is_movie(head))
 
 
-def movie_told(path: Path) -> str:
+def movie_message(path: Path) -> str:
     """End of a sentence that begins with the path of a movie, and says what to do with it."""
     return f"is a movie, and icm mattes pictures; write its frames first, for example: ffmpeg -i {path} frames/%05d.png"
 

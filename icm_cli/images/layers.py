@@ -9,19 +9,19 @@ from typing import Any
 
 from icm_cli.errors import ImageError
 
-PLAIN = "RGB"
+DEFAULT_LAYER = "RGB"
 """Name by which channels called R, G, B and no more can be asked for."""
 DATA = re.compile(
     r"z|z_?back|.*depth.*|(object|obj|material|mat|asset|instance|prim|render|user|mesh|node)?_?ids?|index(ob|ma)|.*crypto.*",
     re.IGNORECASE,
 )
 """Names, of layers, parts or channels, of depth, ids and cryptomattes, which are no pictures."""
-PICTURES = frozenset({"beauty", "combined", "rgb", "rgba"})
+BEAUTY_NAMES = frozenset({"beauty", "combined", "rgb", "rgba"})
 """Names, of layers or their last parts, of what is the picture and no component of it."""
 
 
 @dataclass(frozen=True)
-class Layer:
+class ImageLayer:
     """Channels of one part that are read: three of colour or one of grey, and the alpha's, by their numbers."""
 
     part: int
@@ -33,10 +33,10 @@ class Layer:
 
     @property
     def name(self) -> str:
-        return self.prefix or self.part_name or PLAIN
+        return self.prefix or self.part_name or DEFAULT_LAYER
 
     def is_called(self, wanted: str) -> bool:
-        return wanted in (self.prefix, self.part_name) or (not self.prefix and wanted.upper() == PLAIN)
+        return wanted in (self.prefix, self.part_name) or (not self.prefix and wanted.upper() == DEFAULT_LAYER)
 
     @property
     def is_data(self) -> bool:
@@ -50,7 +50,7 @@ class Layer:
         return min(every), max(every) + 1
 
 
-def picture_layer(file: Any, path: Path, wanted: str, *, is_picture: bool = False) -> tuple[Layer, tuple[str, ...]]:
+def select_layer(file: Any, path: Path, wanted: str, *, is_picture: bool = False) -> tuple[ImageLayer, tuple[str, ...]]:
     """The layer of an open EXR to be read, and notices where it was not beyond doubt.
 
     ``wanted``: a part's name or a channel prefix; "": the first plain R, G, B, else a layer that is called beauty or
@@ -72,7 +72,7 @@ def picture_layer(file: Any, path: Path, wanted: str, *, is_picture: bool = Fals
     if not found:
         return _grey(others, path), ()
     plain = [layer for layer in found if not layer.prefix]
-    pictures = [layer for layer in found if layer.prefix.rpartition(".")[2].lower() in PICTURES]
+    pictures = [layer for layer in found if layer.prefix.rpartition(".")[2].lower() in BEAUTY_NAMES]
     chosen = (plain or pictures or found)[0]
     if plain or len(found) == 1:
         return chosen, ()
@@ -94,7 +94,7 @@ def _only_data(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> ImageErr
     return ImageError(f"{path} has depth, ids or cryptomattes alone ({every}), which are no picture; give a picture")
 
 
-def _layers(file: Any) -> tuple[list[Layer], list[tuple[int, tuple[str, ...]]]]:
+def _layers(file: Any) -> tuple[list[ImageLayer], list[tuple[int, tuple[str, ...]]]]:
     """Layers of colour in the file's order; and the channels of every part."""
     found, parts = [], []
     part = 0
@@ -108,28 +108,28 @@ def _layers(file: Any) -> tuple[list[Layer], list[tuple[int, tuple[str, ...]]]]:
     return found, parts
 
 
-def _layers_of_part(part: int, part_name: str, channels: tuple[str, ...]) -> list[Layer]:
+def _layers_of_part(part: int, part_name: str, channels: tuple[str, ...]) -> list[ImageLayer]:
     by_prefix: dict[str, dict[str, int]] = {}
     for number, channel in enumerate(channels):
         prefix, _, name = channel.rpartition(".")
         by_prefix.setdefault(prefix, {})[name.upper()] = number
     return [
-        Layer(part, (names["R"], names["G"], names["B"]), names.get("A"), prefix, part_name)
+        ImageLayer(part, (names["R"], names["G"], names["B"]), names.get("A"), prefix, part_name)
         for prefix, names in by_prefix.items()
         if names.keys() >= {"R", "G", "B"}
     ]
 
 
-def _grey(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> Layer:
+def _grey(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> ImageLayer:
     """A file of one channel, or of luminance or an alpha among others. Raises ImageError for any other."""
     for part, channels in sorted(parts, key=lambda each: _are_data([each])):
         names = [channel.upper() for channel in channels]
         if len(names) == 1:
-            return Layer(part, (0,), None)
+            return ImageLayer(part, (0,), None)
         if "Y" in names and "X" not in names:
-            return Layer(part, (names.index("Y"),), names.index("A") if "A" in names else None)
+            return ImageLayer(part, (names.index("Y"),), names.index("A") if "A" in names else None)
         if "A" in names:
-            return Layer(part, (names.index("A"),), None)
+            return ImageLayer(part, (names.index("A"),), None)
     if not parts:
         raise ImageError(f"{path} has deep pixels alone; flatten it")
     if _are_data(parts):

@@ -13,11 +13,19 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from icm_cli.errors import ImageError
-from icm_cli.geometry import ImageU8, rounded_u8
+from icm_cli.geometry import ImageU8, round_to_u8
 from icm_cli.images import colour
-from icm_cli.images.kinds import Kind
-from icm_cli.images.layers import Layer, picture_layer
-from icm_cli.images.pixels import BAD_PROFILE, Decoded, Windows, check_memory, known_turn, turned, upright_size
+from icm_cli.images.kinds import FileType
+from icm_cli.images.layers import ImageLayer, select_layer
+from icm_cli.images.pixels import (
+    BAD_PROFILE,
+    DecodedImage,
+    ImageWindows,
+    apply_orientation,
+    check_memory,
+    upright_size,
+    valid_orientation,
+)
 
 oiio.attribute("threads", 1)  # files are read in threads of our own
 LARGEST_DISPLAY_VALUE = 1.5
@@ -78,13 +86,13 @@ def is_associated(spec: Any) -> bool:
     return spec.alpha_channel >= 0 and not spec.getattribute("oiio:UnassociatedAlpha")
 
 
-def read(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
+def read(path: Path, frame: int, kind: FileType, wanted: colour.ColourSettings) -> DecodedImage:
     """Decode one part or page, EXIF's turn applied. Raises ImageError, or whatever OpenImageIO says."""
     with opened(path) as file:
         layer, told = layer_of(file, path, frame, kind, wanted.layer, is_picture=not wanted.is_matte)
         file.seek_subimage(layer.part, 0)
         spec = oiio.ImageSpec(file.spec())
-        orientation = known_turn(tag(spec, "Orientation"))
+        orientation = valid_orientation(tag(spec, "Orientation"))
         windows = windows_of(spec, kind, orientation)
         for height, width in (windows.size, windows.display):
             check_memory(path, width, height)
@@ -115,9 +123,9 @@ def read(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
             pixels, space = np.asarray(converted), colour.SRGB
             alpha = None if alpha is None else _eight_bits(alpha, scale)
             scale = 255.0
-    upright = None if alpha is None else np.ascontiguousarray(turned(alpha, orientation))
-    pixels = np.ascontiguousarray(turned(pixels, orientation))
-    return Decoded(
+    upright = None if alpha is None else np.ascontiguousarray(apply_orientation(alpha, orientation))
+    pixels = np.ascontiguousarray(apply_orientation(pixels, orientation))
+    return DecodedImage(
         pixels,
         upright,
         scale,
@@ -131,24 +139,24 @@ def read(path: Path, frame: int, kind: Kind, wanted: colour.Colour) -> Decoded:
     )
 
 
-def windows_of(spec: Any, kind: Kind, orientation: int) -> Windows:
+def windows_of(spec: Any, kind: FileType, orientation: int) -> ImageWindows:
     """Upright windows of an EXR; those of a file that has none, or that is turned, are its size."""
     if kind.name == "openexr" and orientation == 1:
-        return Windows.of_header(spec)
-    return Windows.whole(upright_size((spec.width, spec.height), orientation))
+        return ImageWindows.of_header(spec)
+    return ImageWindows.whole(upright_size((spec.width, spec.height), orientation))
 
 
 def layer_of(
-    file: Any, path: Path, frame: int, kind: Kind, wanted: str, *, is_picture: bool = False
-) -> tuple[Layer, tuple[str, ...]]:
+    file: Any, path: Path, frame: int, kind: FileType, wanted: str, *, is_picture: bool = False
+) -> tuple[ImageLayer, tuple[str, ...]]:
     """Channels to be read of a frame; the formats but EXR have no layers. Raises ImageError."""
     if kind.name == "openexr":
-        return picture_layer(file, path, wanted, is_picture=is_picture)
+        return select_layer(file, path, wanted, is_picture=is_picture)
     if not file.seek_subimage(frame, 0):
         raise ImageError(f"{path} has no frame {frame + 1}")
     names = [name.upper() for name in file.spec().channelnames]
     colours = tuple(names.index(name) for name in "RGB") if {"R", "G", "B"} <= set(names) else (0,)
-    return Layer(frame, colours, names.index("A") if "A" in names else None), ()
+    return ImageLayer(frame, colours, names.index("A") if "A" in names else None), ()
 
 
 def _picked(values: NDArray[Any], channels: list[int]) -> NDArray[Any]:
@@ -157,7 +165,7 @@ def _picked(values: NDArray[Any], channels: list[int]) -> NDArray[Any]:
     return values[..., first:end] if channels == list(range(first, end)) else values[..., channels]
 
 
-def _read_type(spec: Any, wanted: colour.Colour) -> str:
+def _read_type(spec: Any, wanted: colour.ColourSettings) -> str:
     """uint8 and uint16 as they are; all else, integers of 32 bits too, as float, which has no room for ids of masks."""
     name = str(spec.format)
     as_it_is = ("uint8", "uint16", "uint") if wanted.is_matte else ("uint8", "uint16")
@@ -181,7 +189,9 @@ def _scale(spec: Any, dtype: Any, white: float | None) -> float:
     return (white or _LARGEST.get(str(spec.format), 1.0)) / _LARGEST.get(str(spec.format), 1.0)
 
 
-def _checked_range(path: Path, pixels: NDArray[Any], scale: float, space: str, wanted: colour.Colour) -> list[str]:
+def _checked_range(
+    path: Path, pixels: NDArray[Any], scale: float, space: str, wanted: colour.ColourSettings
+) -> list[str]:
     """Say what is odd about a deep picture's range. Raises ImageError for a float picture on another scale."""
     largest = pixels.max()
     if wanted.has_labels:
@@ -200,7 +210,7 @@ def _checked_range(path: Path, pixels: NDArray[Any], scale: float, space: str, w
 
 
 def _eight_bits(values: NDArray[Any], scale: float) -> ImageU8:
-    return rounded_u8(values.astype(np.float32) * np.float32(255.0 / scale))
+    return round_to_u8(values.astype(np.float32) * np.float32(255.0 / scale))
 
 
 def _own_gamma(spec: Any) -> float | None:
@@ -209,15 +219,15 @@ def _own_gamma(spec: Any) -> float | None:
     return float(gamma) if isinstance(gamma, float) else None
 
 
-def _own_space(spec: Any, kind: Kind, config: str) -> str:
+def _own_space(spec: Any, kind: FileType, config: str) -> str:
     """The space that a file says it is in, else the usual one of its kind."""
     for key in ("colorInteropID", "oiio:ColorSpace"):
         label = spec.getattribute(key)
         if label in ("srgb_rec709_scene", "srgb_rec709_display"):
             return colour.SRGB
-        if found := colour.known_space(label, config):
+        if found := colour.find_colour_space(label, config):
             return found
     primaries = spec.getattribute("chromaticities")
     if primaries is not None and (found := colour.space_of_primaries(tuple(primaries))):
-        return colour.known_space(found, config) or found
+        return colour.find_colour_space(found, config) or found
     return colour.LINEAR if kind.name in _SCENE_LINEAR else colour.SRGB

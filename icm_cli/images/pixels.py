@@ -16,7 +16,7 @@ BYTES_PER_PIXEL = 24
 """Memory that a picture takes while it is read, matted and written, per pixel."""
 KEPT_ATTRIBUTES = frozenset({"PixelAspectRatio", "smpte:TimeCode", "smpte:KeyCode", "FramesPerSecond", "captureRate"})
 BAD_PROFILE = "its ICC profile cannot be used; its colours are taken as sRGB"
-ON_THEIR_SIDE = frozenset({5, 6, 7, 8})
+TRANSPOSING_ORIENTATIONS = frozenset({5, 6, 7, 8})
 _UPRIGHT: dict[int, Any] = {
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -32,7 +32,7 @@ _BACK = {6: 8, 8: 6}
 
 
 @dataclass(frozen=True)
-class Windows:
+class ImageWindows:
     """The place of an EXR's pixels: ``size`` (height, width) of its data window, the place ``at`` (row, column) of that
     one's top left corner in the display window, and ``display``, the display window's size."""
 
@@ -41,30 +41,30 @@ class Windows:
     display: tuple[int, int]
 
     @classmethod
-    def whole(cls, size: tuple[int, int]) -> Windows:
+    def whole(cls, size: tuple[int, int]) -> ImageWindows:
         """Windows of a picture that has no others than its size."""
         return cls(size, (0, 0), size)
 
     @classmethod
-    def of_header(cls, spec: Any) -> Windows:
+    def of_header(cls, spec: Any) -> ImageWindows:
         at = spec.y - spec.full_y, spec.x - spec.full_x
         return cls((spec.height, spec.width), at, (spec.full_height, spec.full_width))
 
     @property
     def is_whole(self) -> bool:
         """Whether the pixels are the display window's, no more and no fewer."""
-        return self == Windows.whole(self.size)
+        return self == ImageWindows.whole(self.size)
 
     @property
-    def displayed(self) -> Windows:
+    def displayed(self) -> ImageWindows:
         """The display window alone."""
-        return Windows.whole(self.display)
+        return ImageWindows.whole(self.display)
 
-    def over(self, other: Windows | None) -> Windows:
+    def over(self, other: ImageWindows | None) -> ImageWindows:
         """The windows of another picture where its display window is of the same size, else the display window."""
         return other if other is not None and other.display == self.display else self.displayed
 
-    def moved(self, pixels: NDArray[Any], to: Windows) -> NDArray[Any]:
+    def moved(self, pixels: NDArray[Any], to: ImageWindows) -> NDArray[Any]:
         """Pixels [H,W] or [H,W,C] of this data window as those of another of the same display window, 0 outside."""
         if to == self:
             return pixels
@@ -86,7 +86,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedImage:
     """Upright pixels of one frame as the file has them: [H,W,1|3] in 0..``scale``, floats perhaps beyond; ``alpha``
     [H,W] on the same scale where there is one; colours that a file has multiplied by it (associated alpha) are left so,
     which is the picture over black. ``space`` is the colour space's name; ``notices`` say what is odd."""
@@ -105,18 +105,18 @@ class Decoded:
     """EXIF's, which was undone."""
     is_half: bool = False
     """Whether the file has floats of 16 bits."""
-    own_windows: Windows | None = None
+    own_windows: ImageWindows | None = None
     """Those of an EXR that is not turned."""
 
     @property
-    def windows(self) -> Windows:
+    def windows(self) -> ImageWindows:
         height, width = self.pixels.shape[:2]
-        return self.own_windows or Windows.whole((height, width))
+        return self.own_windows or ImageWindows.whole((height, width))
 
     def give_windows(self, spec: Any) -> None:
         """Give a file to be written this one's data and display window, pixel aspect, timecode and frame rate."""
         header = self.header
-        if header is None or self.orientation in ON_THEIR_SIDE:
+        if header is None or self.orientation in TRANSPOSING_ORIENTATIONS:
             return
         if self.orientation == 1 and (header.width, header.height) == (spec.width, spec.height):
             for name in ("x", "y", "full_x", "full_y", "full_width", "full_height"):
@@ -126,24 +126,26 @@ class Decoded:
                 spec.attribute(attribute.name, attribute.type, attribute.value)
 
 
-def turned_as(pixels: NDArray[Any], orientation: int, wanted: int) -> NDArray[Any]:
+def reorient(pixels: NDArray[Any], orientation: int, wanted: int) -> NDArray[Any]:
     """Pixels [H,W] or [H,W,C] that were turned by one EXIF orientation, turned by the ``wanted`` one in its place."""
-    return np.ascontiguousarray(turned(turned(pixels, _BACK.get(orientation, orientation)), wanted))
+    return np.ascontiguousarray(
+        apply_orientation(apply_orientation(pixels, _BACK.get(orientation, orientation)), wanted)
+    )
 
 
-def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+def apply_orientation(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     """Stored pixels [H,W] or [H,W,C] as they are seen, by EXIF's orientation; a view."""
     return _UPRIGHT[orientation](pixels) if orientation in _UPRIGHT else pixels
 
 
-def known_turn(orientation: object) -> int:
+def valid_orientation(orientation: object) -> int:
     """EXIF's orientation, 1..8; 1 for anything else that a file may say."""
     return orientation if isinstance(orientation, int) and orientation in _UPRIGHT else 1
 
 
 def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     """(height, width) of a stored (width, height)."""
-    return size if orientation in ON_THEIR_SIDE else (size[1], size[0])
+    return size if orientation in TRANSPOSING_ORIENTATIONS else (size[1], size[0])
 
 
 def check_memory(path: Path, width: int, height: int) -> None:

@@ -13,20 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError
-from icm_cli.geometry import ImageU8, rounded_u8
-from icm_cli.images.colour import AS_LABELLED, SRGB, Colour, shown
-from icm_cli.images.decoding import decode, frame_count, named_errors
-from icm_cli.images.pixels import Decoded, Windows, turned_as
+from icm_cli.geometry import ImageU8, round_to_u8
+from icm_cli.images.colour import DEFAULT_COLOUR, SRGB, ColourSettings, to_display_srgb
+from icm_cli.images.decoding import as_image_errors, decode_image, frame_count
+from icm_cli.images.pixels import DecodedImage, ImageWindows, reorient
 
-COLOUR_TOLERANCE = 16
+GREY_TOLERANCE = 16
 """Channels of a grey picture differ by no more, after JPEG too."""
-RAW = Colour(space=SRGB, is_matte=True)
-LABELS = replace(RAW, has_labels=True)
+RAW_VALUES = ColourSettings(space=SRGB, is_matte=True)
+LABEL_VALUES = replace(RAW_VALUES, has_labels=True)
 """Numbers as they are stored: an alpha goes through no profile and no transfer curve."""
 
 
 @dataclass(frozen=True)
-class Picture:
+class SourceImage:
     """An upright picture: ``rgb`` sRGB uint8 [H,W,3], ``alpha`` uint8 [H,W] where the file has one; ``space`` is the
     colour space it was taken to be in, and ``notices`` say what is odd about the file."""
 
@@ -34,15 +34,15 @@ class Picture:
     alpha: ImageU8 | None
     space: str = SRGB
     notices: tuple[str, ...] = ()
-    stored: Decoded | None = None
+    stored: DecodedImage | None = None
     """The file's own pixels."""
 
     @property
-    def windows(self) -> Windows:
+    def windows(self) -> ImageWindows:
         height, width = self.rgb.shape[:2]
-        return Windows.whole((height, width)) if self.stored is None else self.stored.windows
+        return ImageWindows.whole((height, width)) if self.stored is None else self.stored.windows
 
-    def displayed(self, over: Windows | None = None) -> Picture:
+    def displayed(self, over: ImageWindows | None = None) -> SourceImage:
         """The picture of an EXR's display window, black outside its data window, without the file's own pixels.
 
         ``over``: windows of another picture, whose data window is taken where its display window is of the same size.
@@ -52,25 +52,25 @@ class Picture:
         return replace(self, rgb=self.windows.moved(self.rgb, there), alpha=alpha, stored=None)
 
 
-def read_picture(path: Path, colour: Colour = AS_LABELLED, frame: int = 0) -> Picture:
+def read_image(path: Path, colour: ColourSettings = DEFAULT_COLOUR, frame: int = 0) -> SourceImage:
     """Read an image file, EXIF rotation applied, as the model sees it: display-referred sRGB.
 
     ``colour``: in which space the file is, and how scene-referred pictures are shown. ``frame``: of a file of several.
     Raises ImageError for a file that is missing, empty, torn or no image.
     """
-    decoded = decode(path, frame, colour)
-    with named_errors(path):
-        rgb = shown(decoded.pixels, decoded.scale, decoded.space, colour)
-    return Picture(rgb, _alpha_u8(decoded), decoded.space, decoded.notices, decoded)
+    decoded = decode_image(path, frame, colour)
+    with as_image_errors(path):
+        rgb = to_display_srgb(decoded.pixels, decoded.scale, decoded.space, colour)
+    return SourceImage(rgb, _alpha_u8(decoded), decoded.space, decoded.notices, decoded)
 
 
-def read_matte(path: Path, *, has_objects: bool = False, over: Windows | None = None) -> ImageU8:
+def read_alpha(path: Path, *, has_objects: bool = False, over: ImageWindows | None = None) -> ImageU8:
     """Read a mask or an alpha, uint8 [H,W]: the file's own alpha where that varies, else its brightest channel.
 
-    An EXR's is that of its display window, 0 outside its data window; ``over`` is that of :func:`read_stored`.
-    ``has_objects``: a palette's indices above 0 are objects, 255 here. Raises ImageError as :func:`read_picture` does.
+    An EXR's is that of its display window, 0 outside its data window; ``over`` is that of :func:`read_stored_pixels`.
+    ``has_objects``: a palette's indices above 0 are objects, 255 here. Raises ImageError as :func:`read_image` does.
     """
-    picture = read_picture(path, RAW)
+    picture = read_image(path, RAW_VALUES)
     objects = _objects(picture.stored) if has_objects else None
     return _matte(picture.displayed(over)) if objects is None else objects
 
@@ -88,20 +88,20 @@ class StoredPixels:
     notices: tuple[str, ...] = ()
     """Sentences on what is odd about the file."""
 
-    def turned_as(self, orientation: int) -> StoredPixels:
+    def reoriented(self, orientation: int) -> StoredPixels:
         """The pixels as they lie in the file, turned by another orientation than the file's own."""
-        alpha = None if self.alpha is None else turned_as(self.alpha, self.orientation, orientation)
-        return replace(self, values=turned_as(self.values, self.orientation, orientation), alpha=alpha)
+        alpha = None if self.alpha is None else reorient(self.alpha, self.orientation, orientation)
+        return replace(self, values=reorient(self.values, self.orientation, orientation), alpha=alpha)
 
 
-def read_stored(path: Path, over: Windows | None = None, *, has_labels: bool = False) -> StoredPixels:
+def read_stored_pixels(path: Path, over: ImageWindows | None = None, *, has_labels: bool = False) -> StoredPixels:
     """Read an image file's numbers as they are stored, EXIF rotation applied; ``has_labels``: of any size. Raises
     ImageError.
 
     An EXR's are those of its display window, 0 outside its data window; where the picture that it belongs to,
     ``over``, has a display window of the same size, they are those of that one's data window.
     """
-    decoded = decode(path, wanted=LABELS if has_labels else RAW)
+    decoded = decode_image(path, wanted=LABEL_VALUES if has_labels else RAW_VALUES)
     turn, notices = decoded.orientation, decoded.notices
     if decoded.indices is not None:
         return StoredPixels(decoded.indices, None, 255.0, is_palette=True, orientation=turn, notices=notices)
@@ -113,7 +113,7 @@ def read_stored(path: Path, over: Windows | None = None, *, has_labels: bool = F
 
 
 @dataclass(frozen=True)
-class TrueAlpha:
+class GroundTruthAlpha:
     """A ground truth: ``alpha`` uint8 [H,W], and what is odd about its file."""
 
     alpha: ImageU8
@@ -123,20 +123,20 @@ class TrueAlpha:
     """Whether channels differ, so that none of them is plainly the alpha."""
 
 
-def read_true_alpha(path: Path, *, has_objects: bool = False) -> TrueAlpha:
-    """Read a ground truth as :func:`read_matte` does, and say what is odd about it. Raises ImageError."""
-    decoded = decode(path, wanted=RAW)
+def read_ground_truth(path: Path, *, has_objects: bool = False) -> GroundTruthAlpha:
+    """Read a ground truth as :func:`read_alpha` does, and say what is odd about it. Raises ImageError."""
+    decoded = decode_image(path, wanted=RAW_VALUES)
     if has_objects and (objects := _objects(decoded)) is not None:
-        return TrueAlpha(objects, is_deep=False, has_colour=False)
-    shown_as_stored = shown(decoded.pixels, decoded.scale, SRGB, RAW)
-    picture = Picture(shown_as_stored, _alpha_u8(decoded), stored=decoded).displayed()
+        return GroundTruthAlpha(objects, is_deep=False, has_colour=False)
+    shown_as_stored = to_display_srgb(decoded.pixels, decoded.scale, SRGB, RAW_VALUES)
+    picture = SourceImage(shown_as_stored, _alpha_u8(decoded), stored=decoded).displayed()
     alpha = _matte(picture)
     spread = alpha - picture.rgb.min(axis=-1)  # of the channels, where the alpha is their brightest
-    has_colour = alpha is not picture.alpha and bool(spread.max() > COLOUR_TOLERANCE)
-    return TrueAlpha(alpha, decoded.bits > 8, has_colour)
+    has_colour = alpha is not picture.alpha and bool(spread.max() > GREY_TOLERANCE)
+    return GroundTruthAlpha(alpha, decoded.bits > 8, has_colour)
 
 
-def notices_of_frames(what: str, path: Path) -> list[str]:
+def extra_frame_notices(what: str, path: Path) -> list[str]:
     """A sentence where a file of which one picture is taken, a "mask" or the like, holds several. Raises ImageError."""
     frames = frame_count(path)
     return [f"{what} {path} has {frames} frames or pages; the first one was taken"] if frames > 1 else []
@@ -144,24 +144,24 @@ def notices_of_frames(what: str, path: Path) -> list[str]:
 
 def content_sha256(path: Path) -> str:
     """SHA-256 of a file's content, hexadecimal. Raises ImageError."""
-    with named_errors(path), path.open("rb") as file:
+    with as_image_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _alpha_u8(decoded: Decoded) -> ImageU8 | None:
+def _alpha_u8(decoded: DecodedImage) -> ImageU8 | None:
     if decoded.alpha is None or decoded.alpha.dtype == np.uint8:
         return decoded.alpha
-    return rounded_u8(decoded.alpha.astype(np.float32) * np.float32(255.0 / decoded.scale))
+    return round_to_u8(decoded.alpha.astype(np.float32) * np.float32(255.0 / decoded.scale))
 
 
-def _objects(decoded: Decoded | None) -> ImageU8 | None:
+def _objects(decoded: DecodedImage | None) -> ImageU8 | None:
     """Objects by their palette indices, all 255 of uint8 [H,W]; None of a file without a palette."""
     if decoded is None or decoded.indices is None:
         return None
     return np.where(decoded.indices > 0, 255, 0).astype(np.uint8)
 
 
-def _matte(picture: Picture) -> ImageU8:
+def _matte(picture: SourceImage) -> ImageU8:
     if picture.alpha is not None and picture.alpha.min() != picture.alpha.max():
         return picture.alpha
     red, green, blue = (picture.rgb[..., channel] for channel in range(3))
@@ -169,7 +169,7 @@ def _matte(picture: Picture) -> ImageU8:
 
 
 @dataclass(frozen=True)
-class Composite:
+class CompositeSource:
     """A foreground with its alpha on a background, as the test sets of the composition lineage are made; nothing is
     written to disk."""
 
@@ -184,26 +184,28 @@ class Composite:
     def __str__(self) -> str:
         return f"{self.foreground} on {self.background.name}"
 
-    def read(self) -> Picture:
+    def read(self) -> SourceImage:
         """alpha * foreground + (1 - alpha) * background, at the foreground's size.
 
         As the composition code published with Deep Image Matting: a background that is smaller is enlarged until
         it covers the foreground, then its upper left part is taken. Raises ImageError.
         """
-        foreground, alpha = read_picture(self.foreground).displayed().rgb, read_matte(self.alpha)
+        foreground, alpha = read_image(self.foreground).displayed().rgb, read_alpha(self.alpha)
         if foreground.shape[:2] != alpha.shape:
             raise ImageError(
                 f"{self.foreground} is {foreground.shape[1]}x{foreground.shape[0]} and its alpha {self.alpha} "
                 f"{alpha.shape[1]}x{alpha.shape[0]}; expected one size"
             )
-        background = _covering(read_picture(self.background).displayed().rgb, *alpha.shape)
+        background = _covering(read_image(self.background).displayed().rgb, *alpha.shape)
         weight = alpha[..., None] / np.float32(255)
-        return Picture(rounded_u8(np.asarray(foreground * weight + background * (1 - weight), np.float32)), None)
+        return SourceImage(round_to_u8(np.asarray(foreground * weight + background * (1 - weight), np.float32)), None)
 
 
-def read_source(source: Path | Composite, colour: Colour = AS_LABELLED, frame: int = 0) -> Picture:
+def read_source_image(
+    source: Path | CompositeSource, colour: ColourSettings = DEFAULT_COLOUR, frame: int = 0
+) -> SourceImage:
     """The picture of a file or a composite. Raises ImageError."""
-    return source.read() if isinstance(source, Composite) else read_picture(source, colour, frame)
+    return source.read() if isinstance(source, CompositeSource) else read_image(source, colour, frame)
 
 
 def _covering(background: ImageU8, height: int, width: int) -> ImageU8:

@@ -19,23 +19,23 @@ from PIL import Image, PngImagePlugin
 
 from icm_cli.errors import UsageError, did_you_mean
 from icm_cli.files import atomic_write
-from icm_cli.geometry import Float, rounded_u8
-from icm_cli.images.colour import label_of, scene_linear
+from icm_cli.geometry import Float, round_to_u8
+from icm_cli.images.colour import colour_space_attributes, to_scene_linear
 from icm_cli.images.decoding import DECODE_ERRORS
 from icm_cli.images.kinds import OWN_MARK
-from icm_cli.images.pixels import Decoded
+from icm_cli.images.pixels import DecodedImage
 
-Format = Literal["png", "tiff", "exr"]
-Depth = Literal["8", "16", "half", "float"]
-Foreground = Literal["none", "auto", "straight", "premultiplied"]
-Trimap = Literal["none", "beside", "instead"]
-DEPTHS: Mapping[Format, tuple[Depth, ...]] = {
+ImageFormat = Literal["png", "tiff", "exr"]
+BitDepth = Literal["8", "16", "half", "float"]
+ForegroundMode = Literal["none", "auto", "straight", "premultiplied"]
+TrimapMode = Literal["none", "beside", "instead"]
+DEPTHS: Mapping[ImageFormat, tuple[BitDepth, ...]] = {
     "png": ("8", "16"),
     "tiff": ("8", "16", "float"),
     "exr": ("half", "float"),
 }
 """Depths of each format, the default first."""
-ENDINGS: Mapping[Format, tuple[str, ...]] = {"png": (".png",), "tiff": (".tif", ".tiff"), "exr": (".exr",)}
+FORMAT_SUFFIXES: Mapping[ImageFormat, tuple[str, ...]] = {"png": (".png",), "tiff": (".tif", ".tiff"), "exr": (".exr",)}
 """Endings of names that say each format, the one that is written first."""
 PNG_COMPRESSION = 1
 """zlib level: an alpha is mostly flat, and higher levels cost far more time than they save space."""
@@ -43,28 +43,28 @@ STAMP_KEY = "ImageDescription"
 """Attribute of a TIFF or EXR that holds the stamp, as JSON."""
 NO_LABEL: Mapping[str, Any] = {}
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-_OIIO_TYPES: Mapping[Depth, str] = {"8": "uint8", "16": "uint16", "half": "half", "float": "float"}
+_OIIO_TYPES: Mapping[BitDepth, str] = {"8": "uint8", "16": "uint16", "half": "half", "float": "float"}
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputFormat:
     """The form of what is written for each image."""
 
-    format: Format = "png"
-    depth: Depth | None = None
+    format: ImageFormat = "png"
+    depth: BitDepth | None = None
     """None: the format's usual one for an alpha, the source's for a foreground."""
     channel: str = "A"
     """Name of an EXR's alpha channel."""
-    foreground: Foreground = "none"
+    foreground: ForegroundMode = "none"
     invert: bool = False
-    trimap: Trimap = "none"
+    trimap: TrimapMode = "none"
     band_px: int = 10
     """Distance from the alpha's edge within which a trimap is unknown."""
 
     @classmethod
-    def checked(cls, **options: Any) -> Output:
+    def checked(cls, **options: Any) -> OutputFormat:
         """From options of the same names. Raises UsageError for one that is not known or fits no other."""
-        for name, known in (("format", Format), ("foreground", Foreground), ("trimap", Trimap)):
+        for name, known in (("format", ImageFormat), ("foreground", ForegroundMode), ("trimap", TrimapMode)):
             if options[name] not in get_args(known):
                 raise UsageError(
                     f"--{name} {options[name]!r} is not known. {did_you_mean(options[name], get_args(known))}"
@@ -93,7 +93,7 @@ class Output:
 
     @property
     def suffix(self) -> str:
-        return ENDINGS[self.format][0]
+        return FORMAT_SUFFIXES[self.format][0]
 
     @property
     def has_windows(self) -> bool:
@@ -107,24 +107,28 @@ class Output:
 
     def describe(self) -> str:
         """All of it in one line, for the digest of a run; "" where it is as ever."""
-        return "" if self == Output() else repr(self)
+        return "" if self == OutputFormat() else repr(self)
 
-    def depth_for(self, source: Decoded | None) -> Depth:
+    def depth_for(self, source: DecodedImage | None) -> BitDepth:
         """Depth of what is written of a source; None: of an alpha."""
         usual = DEPTHS[self.format]
         if self.depth is not None or source is None:
             return self.depth or usual[0]
-        wanted: Depth = "8" if source.bits == 8 else "16" if source.bits == 16 else "float"
+        wanted: BitDepth = "8" if source.bits == 8 else "16" if source.bits == 16 else "float"
         if source.is_half and self.format == "exr":
             wanted = "half"
         return wanted if wanted in usual else usual[0] if self.format == "exr" else usual[1]
 
 
-AS_EVER = Output()
+DEFAULT_OUTPUT = OutputFormat()
 
 
 def write_alpha(
-    path: Path, alpha: Float, stamp: Mapping[str, str], output: Output = AS_EVER, source: Decoded | None = None
+    path: Path,
+    alpha: Float,
+    stamp: Mapping[str, str],
+    output: OutputFormat = DEFAULT_OUTPUT,
+    source: DecodedImage | None = None,
 ) -> None:
     """Write an alpha, float32 [H,W] 0..1, whole or not at all; ``source`` gives an EXR its windows and timecode.
 
@@ -139,8 +143,8 @@ def write_foreground(
     colours: Float,
     alpha: Float,
     stamp: Mapping[str, str],
-    output: Output,
-    source: Decoded,
+    output: OutputFormat,
+    source: DecodedImage,
     config: str = "",
 ) -> None:
     """Write a thing's own colours, float32 [H,W,3] on the scale 0..1 of its source (HDR beyond), with its alpha.
@@ -149,8 +153,8 @@ def write_foreground(
     """
     label: dict[str, Any] = {}
     if output.format == "exr":
-        colours, space = scene_linear(colours, source.space, config)
-        label = label_of(space, config)
+        colours, space = to_scene_linear(colours, source.space, config)
+        label = colour_space_attributes(space, config)
     shown = colours * alpha[..., None] if output.is_premultiplied else colours
     pixels = np.concatenate([shown, alpha[..., None]], axis=-1)
     names = ("R", "G", "B", "A")
@@ -204,9 +208,9 @@ def _write(
     pixels: Float,
     names: tuple[str, ...],
     stamp: Mapping[str, str],
-    format_: Format,
-    depth: Depth,
-    source: Decoded | None,
+    format_: ImageFormat,
+    depth: BitDepth,
+    source: DecodedImage | None,
     label: Mapping[str, Any] = NO_LABEL,
     *,
     is_associated: bool = False,
@@ -218,7 +222,7 @@ def _write(
                 info.add_text(key, value)
             options = {"format": "PNG", "compress_level": PNG_COMPRESSION, "pnginfo": info}
             if depth == "8" or len(names) == 1:
-                values = rounded_u8(pixels * np.float32(255.0)) if depth == "8" else _sixteen(pixels)
+                values = round_to_u8(pixels * np.float32(255.0)) if depth == "8" else _sixteen(pixels)
                 Image.fromarray(values if len(names) > 1 else values[..., 0]).save(file, **options)  # type: ignore[arg-type]
                 return
         _by_openimageio(Path(file.name), pixels, names, stamp, format_, depth, source, label, int(not is_associated))
@@ -229,9 +233,9 @@ def _by_openimageio(
     pixels: Float,
     names: tuple[str, ...],
     stamp: Mapping[str, str],
-    format_: Format,
-    depth: Depth,
-    source: Decoded | None,
+    format_: ImageFormat,
+    depth: BitDepth,
+    source: DecodedImage | None,
     label: Mapping[str, Any],
     straight: int,
 ) -> None:
@@ -254,7 +258,7 @@ def _by_openimageio(
         source.give_windows(spec)
     values: NDArray[Any] = pixels
     if depth in ("8", "16"):
-        values = rounded_u8(pixels * np.float32(255.0)) if depth == "8" else _sixteen(pixels)
+        values = round_to_u8(pixels * np.float32(255.0)) if depth == "8" else _sixteen(pixels)
     writer = oiio.ImageOutput.create(format_)
     assert writer is not None
     if not (writer.open(str(path), spec) and writer.write_image(np.ascontiguousarray(values)) and writer.close()):

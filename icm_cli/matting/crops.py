@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.geometry import Float
-from icm_cli.images.pixels import Windows
+from icm_cli.images.pixels import ImageWindows
 
 Seen = TypeVar("Seen")
 MARGIN = 0.175
@@ -32,7 +32,7 @@ Place = tuple[slice, slice]
 def place_of(
     thing: NDArray[np.bool_],
     size: tuple[int, int],
-    windows: Windows | None = None,
+    windows: ImageWindows | None = None,
     *,
     margin: float = MARGIN,
     least_side: float = LEAST_SIDE,

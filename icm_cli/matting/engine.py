@@ -18,16 +18,16 @@ import numpy as np
 
 from icm_cli.device import is_device_lost, is_out_of_memory, release_memory
 from icm_cli.errors import DeviceError, ImageError, OutputError, UsageError
-from icm_cli.geometry import Float, ImageU8, to_u8
-from icm_cli.images.pixels import Decoded, Windows
-from icm_cli.images.writing import AS_EVER, Output, write_alpha, write_foreground, write_trimap
+from icm_cli.geometry import Float, ImageU8, alpha_to_u8
+from icm_cli.images.pixels import DecodedImage, ImageWindows
+from icm_cli.images.writing import DEFAULT_OUTPUT, OutputFormat, write_alpha, write_foreground, write_trimap
 from icm_cli.matting.foreground import foreground_colours, trimap_of_alpha
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.near import NearBy
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.resume import Origin, OtherSourceError, finished, stamp
 from icm_cli.matting.shot import CARRIED_KEY, Carrier, Shot, encoded
-from icm_cli.matting.sources import MOST_NAMED
+from icm_cli.matting.sources import MAX_LISTED_FILES
 from icm_cli.model.contracts import Prepared
 from icm_cli.reports.result import ImageResult
 
@@ -40,7 +40,7 @@ class Loaded:
     frame: Frame
     origin: Origin
     colorspace: str
-    stored: Decoded
+    stored: DecodedImage
     """The source's own pixels."""
     seconds: float
 
@@ -55,7 +55,7 @@ class EngineOptions:
     workers: int
     overwrite: bool = False
     fail_fast: bool = False
-    output: Output = AS_EVER
+    output: OutputFormat = DEFAULT_OUTPUT
     shot: Shot | None = None
     """The images are frames of a shot, and come in its order."""
 
@@ -158,10 +158,10 @@ class Engine:
         except MemoryError:
             return _failed(job, f"{job.source} is too large for this machine's memory")
         self._tell_of_windows(job, picture.windows)
-        stored = picture.stored or Decoded(picture.rgb, None, 255.0, picture.space)
+        stored = picture.stored or DecodedImage(picture.rgb, None, 255.0, picture.space)
         return Loaded(job, frame, origin, picture.space, stored, time.perf_counter() - start)
 
-    def _tell_of_windows(self, job: Job, windows: Windows) -> None:
+    def _tell_of_windows(self, job: Job, windows: ImageWindows) -> None:
         """Say once that what cannot carry an EXR's windows covers the display window."""
         output = self.settings.output
         written = "trimap" if output.has_windows else output.format.upper()
@@ -259,7 +259,7 @@ class Engine:
             return _failed(job, f"{job.source}: the model gave no finite alpha; run again with --dtype float32")
         alpha = matte.at_source(item.frame)
         measured: dict[str, Any] = {
-            "foreground": round(float(to_u8(alpha).mean()) / 255.0, 6),
+            "foreground": round(float(alpha_to_u8(alpha).mean()) / 255.0, 6),
             "confidence": round(matte.confidence, 4),
             "not_found": not matte.found,
             "colorspace": item.colorspace,
@@ -345,8 +345,8 @@ def keep_finished(
         seen = list(read_ahead(executor, look, jobs, ahead=2 * workers))
     others = [str(each) for each in seen if isinstance(each, OtherSourceError)]
     if others:
-        more = f"; and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
-        raise UsageError("; ".join(others[:MOST_NAMED]) + more)
+        more = f"; and {len(others) - MAX_LISTED_FILES} more" if len(others) > MAX_LISTED_FILES else ""
+        raise UsageError("; ".join(others[:MAX_LISTED_FILES]) + more)
     there = {job.output for job, each in zip(jobs, seen, strict=True) if isinstance(each, ImageResult)}
     kept = shot.unbroken(there) if shot else there
     for job, each in zip(jobs, seen, strict=True):

@@ -7,14 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.geometry import UNKNOWN, Float
-from icm_cli.images.pixels import Decoded
+from icm_cli.images.pixels import DecodedImage
 from icm_cli.model.training_free.closed_form import load_foreground_estimator
 
 CERTAIN = 0.05
 """Alphas this near to 0 or 1 count as background or foreground in a trimap."""
 
 
-def foreground_colours(source: Decoded, alpha: Float) -> Float:
+def foreground_colours(source: DecodedImage, alpha: Float) -> Float:
     """Estimate the foreground of a source, float32 [H,W,3] on its scale 0..1 (HDR beyond), given its alpha [H,W] 0..1.
 
     Multi-level estimation (Germer et al., "Fast Multi-Level Foreground Estimation", ICPR 2020); where alpha is 0 the

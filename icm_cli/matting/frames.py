@@ -14,7 +14,7 @@ from fileseq import constants, exceptions, filesequence, frameset
 
 from icm_cli.errors import UsageError
 
-Missing = Literal["skip", "report", "error"]
+MissingPolicy = Literal["skip", "report", "error"]
 """Ways to take frames that are not there: with a notice, as failed images, or not at all."""
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<frame>[._-]?(?P<number>\d+))", re.DOTALL)
 _TOKEN = re.compile(r"#+|@+|%0?\d*d|\$F\d*")
@@ -86,7 +86,7 @@ class FramePattern:
         return f"{self.before}{number:0{self.digits}d}{self.after}"
 
 
-def frame_set(text: str) -> frozenset[int]:
+def parse_frame_range(text: str) -> frozenset[int]:
     """Numbers of a range: ``1001-1100``, ``1001-1100x2``, ``1001,1005-1010``. Raises UsageError."""
     try:
         return frozenset(int(each) for each in frameset.FrameSet(text))
@@ -100,12 +100,12 @@ def frame_set(text: str) -> frozenset[int]:
         ) from error
 
 
-def frame_ranges(numbers: Iterable[int]) -> str:
+def format_frame_ranges(numbers: Iterable[int]) -> str:
     """Ranges of numbers, as people write them: ``1001-1003,1010``."""
     return str(frameset.FrameSet.framesToFrameRange(sorted(numbers)))
 
 
-def gaps(paths: Sequence[Path], wanted: frozenset[int] | None) -> dict[Path, list[int]]:
+def missing_frames(paths: Sequence[Path], wanted: frozenset[int] | None) -> dict[Path, list[int]]:
     """Numbers that are missing, by the name of their sequence as a pattern: of ``wanted``, or between the first and the
     last frame there is."""
     sequences: dict[Path, set[int]] = {}

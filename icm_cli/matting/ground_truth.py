@@ -10,7 +10,7 @@ from icm_cli.datasets.layouts import image_files
 from icm_cli.errors import Problem, UsageError
 from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.sources import LeftOut, find_sources
+from icm_cli.matting.sources import SkippedFiles, find_sources
 from icm_cli.reports.result import ImageResult
 from icm_cli.scoring.pool import Scoring, ScoringPool
 from icm_cli.scoring.rule import Rule
@@ -20,7 +20,7 @@ RULE = Rule()
 """Scores are over the whole image at its own size, GRAD and CONN of the composition lineage."""
 
 
-def with_truths(jobs: Sequence[Job], where: str | Path) -> tuple[list[Job], list[Path], list[Problem]]:
+def attach_ground_truth(jobs: Sequence[Job], where: str | Path) -> tuple[list[Job], list[Path], list[Problem]]:
     """The jobs with their true alphas, all files of these, and the images without: of a folder laid out like the
     sources, or of a frame pattern, whose numbers are theirs.
 
@@ -28,7 +28,7 @@ def with_truths(jobs: Sequence[Job], where: str | Path) -> tuple[list[Job], list
     """
     folder = Path(where)
     if not folder.is_dir() and FramePattern.parsed(str(where)) is not None:
-        numbered = {FrameName.of(path).number: path for path in find_sources(where, None, LeftOut(_nowhere)).files}
+        numbered = {FrameName.of(path).number: path for path in find_sources(where, None, SkippedFiles(_nowhere)).files}
         found = [_with_truth(job, numbered.get(FrameName.of(job.name).number)) for job in jobs]
         if jobs and not any(job.planned.truth for job in found):
             raise UsageError(f"ground truth {where} has no frame of any image, such as {jobs[0].name}")
@@ -44,7 +44,7 @@ def with_truths(jobs: Sequence[Job], where: str | Path) -> tuple[list[Job], list
     return found, list(files.values()), _without_truth(found, where)
 
 
-def scoring_of(processes: int, allowed: frozenset[str]) -> Scoring:
+def ground_truth_scoring(processes: int, allowed: frozenset[str]) -> Scoring:
     """Score every alpha whose image has a ground truth; that may be empty, for the thing need not be everywhere."""
 
     def task_for(result: ImageResult) -> ScoreTask | None:

@@ -13,13 +13,20 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from icm_cli.errors import ImageError, UsageError
-from icm_cli.files import TEMPORARY_PREFIX, digest_of
-from icm_cli.images.colour import AS_LABELLED, Colour
+from icm_cli.files import TEMPORARY_PREFIX, combined_digest
+from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.decoding import frame_count, windows_and_turn
-from icm_cli.images.kinds import Kind
-from icm_cli.images.reading import Composite, Picture, content_sha256, read_source
-from icm_cli.matting.frames import FrameName, FramePattern, Missing, frame_ranges, gaps
-from icm_cli.matting.sources import MOST_NAMED, LeftOut, Sources, look_at, natural, real
+from icm_cli.images.kinds import FileType
+from icm_cli.images.reading import CompositeSource, SourceImage, content_sha256, read_source_image
+from icm_cli.matting.frames import FrameName, FramePattern, MissingPolicy, format_frame_ranges, missing_frames
+from icm_cli.matting.sources import (
+    MAX_LISTED_FILES,
+    SkippedFiles,
+    Sources,
+    file_type_or_unknown,
+    natural_sort_key,
+    real_path,
+)
 from icm_cli.reports.result import ImageResult
 
 DEFAULT_NAME = "{stem}{frame}"
@@ -30,7 +37,7 @@ NAME_FIELDS = ("stem", "frame", "suffix")
 class Job:
     """One image to matte: its file, its name below the sources' root, and its alpha's file."""
 
-    source: Path | Composite
+    source: Path | CompositeSource
     name: Path
     output: Path
     planned: ImageResult
@@ -39,7 +46,7 @@ class Job:
     """Index of the example whose references show its thing."""
     page: int = 0
     """Page of a file of several pictures, from 0."""
-    colour: Colour = AS_LABELLED
+    colour: ColourSettings = DEFAULT_COLOUR
     root: str = ""
     """Absolute path of the sources' root."""
     is_missing: bool = False
@@ -57,14 +64,14 @@ class Job:
         """All files that are written for it."""
         return (self.output, self.trimap) if self.has_trimap else (self.output,)
 
-    def read(self) -> Picture:
+    def read(self) -> SourceImage:
         """The picture to matte. Raises ImageError."""
-        return read_source(self.source, self.colour, self.page)
+        return read_source_image(self.source, self.colour, self.page)
 
     @property
     def files(self) -> Sequence[Path]:
         """All files that it is made from."""
-        return self.source.files if isinstance(self.source, Composite) else (self.source,)
+        return self.source.files if isinstance(self.source, CompositeSource) else (self.source,)
 
     def _files_there(self) -> Sequence[Path]:
         if self.is_missing:
@@ -80,11 +87,11 @@ class Job:
 
     def content(self) -> str:
         """SHA-256 of what it is made from, as hexadecimal digits. Raises ImageError."""
-        return digest_of(*(_content(path, _state(path)) for path in self._files_there()))
+        return combined_digest(*(_content(path, _state(path)) for path in self._files_there()))
 
 
 @dataclass(frozen=True)
-class Place:
+class OutputLayout:
     """The folder of the alphas and their names, as ``--out`` and ``--name`` say."""
 
     folder: Path
@@ -122,7 +129,7 @@ _NAME_EXPECTED = "expected a name with {stem}, {frame} and {suffix}, such as '{s
 
 
 @dataclass(frozen=True)
-class Choice:
+class SourceFilter:
     """Choice among the sources."""
 
     include: Sequence[str] = ()
@@ -130,22 +137,22 @@ class Choice:
     """Globs, matched against the path below the sources' root and against the bare name."""
     frames: frozenset[int] | None = None
     """Numbers of frames; None: all."""
-    missing: Missing = "skip"
+    missing: MissingPolicy = "skip"
     shard: tuple[int, int] | None = None
     """Number of a shard, from 1, and how many there are."""
 
 
-EVERYTHING = Choice()
+NO_FILTER = SourceFilter()
 
 
 def plan_jobs(
     sources: Sources,
-    place: Place,
+    place: OutputLayout,
     *,
-    choice: Choice = EVERYTHING,
+    choice: SourceFilter = NO_FILTER,
     references: Sequence[Path] = (),
-    colour: Colour = AS_LABELLED,
-    left_out: LeftOut,
+    colour: ColourSettings = DEFAULT_COLOUR,
+    skipped_files: SkippedFiles,
 ) -> list[Job]:
     """List every image that is wanted, with the place of its alpha, sorted by name.
 
@@ -154,27 +161,27 @@ def plan_jobs(
     written.
     """
     root, out = sources.root, place.folder
-    if real(root) == real(out) and place.template == DEFAULT_NAME and place.pattern is None:
+    if real_path(root) == real_path(out) and place.template == DEFAULT_NAME and place.pattern is None:
         raise UsageError(f"the source folder {root} is also the output folder; give --out another folder")
     found = sources.files
     _check_filters(found, root, choice)
-    if real(root) != real(out):
-        found = left_out.without(found, _below(out, root), "in the output folder")
-    protected = {real(path) for path in references}
-    found = left_out.without(found, lambda path: real(path) in protected, "a reference or its mask")
+    if real_path(root) != real_path(out):
+        found = skipped_files.without(found, _below(out, root), "in the output folder")
+    protected = {real_path(path) for path in references}
+    found = skipped_files.without(found, lambda path: real_path(path) in protected, "a reference or its mask")
     found = [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
-    found = left_out.without(
+    found = skipped_files.without(
         found, lambda path: not _is_wanted(path.relative_to(root), choice), "by --include or --exclude", is_told=False
     )
-    kinds = {path: look_at(path) for path in found}
-    found = left_out.without(found, lambda path: kinds[path].is_own, "made by icm")
-    missing = _missing(found, sources, choice, place, left_out, protected)
+    kinds = {path: file_type_or_unknown(path) for path in found}
+    found = skipped_files.without(found, lambda path: kinds[path].is_own, "made by icm")
+    missing = _missing(found, sources, choice, place, skipped_files, protected)
     if choice.frames is not None:
-        found = left_out.without(
+        found = skipped_files.without(
             found, lambda path: FrameName.of(path).number not in (choice.frames or ()), "not of --frames", is_told=False
         )
-    kinds |= dict.fromkeys(missing, Kind(""))
-    everything = sorted([*found, *missing], key=natural)
+    kinds |= dict.fromkeys(missing, FileType(""))
+    everything = sorted([*found, *missing], key=natural_sort_key)
     absent = frozenset(missing)
     jobs = [
         replace(job, is_missing=path in absent, has_trimap=place.has_trimap)
@@ -182,8 +189,8 @@ def plan_jobs(
         for job in _jobs(path, root, place, colour, kinds[path])
     ]
     if not jobs:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.items() if count)
-        left_out.tell(f"nothing is to be matted, as every image in {root} is left out: {reasons}")
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped_files.items() if count)
+        skipped_files.tell(f"nothing is to be matted, as every image in {root} is left out: {reasons}")
     check_overwrites(jobs, [path for job in jobs for path in job.files], "a source image")
     check_overwrites(jobs, references, "a reference or its mask")
     _check_collisions(jobs, place)
@@ -208,15 +215,20 @@ def _shard(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
 
 
 def _missing(
-    found: Sequence[Path], sources: Sources, choice: Choice, place: Place, left_out: LeftOut, protected: set[Path]
+    found: Sequence[Path],
+    sources: Sources,
+    choice: SourceFilter,
+    place: OutputLayout,
+    skipped_files: SkippedFiles,
+    protected: set[Path],
 ) -> list[Path]:
     """Files of missing frames that are to fail. Raises UsageError where none may be missing."""
     if not sources.is_sequence and choice.frames is None:
         return []
-    there = [*found, *(path for path in sources.files if real(path) in protected)]
+    there = [*found, *(path for path in sources.files if real_path(path) in protected)]
     excluded = set(sources.files) - set(there)
     files: list[Path] = []
-    for pattern, lost in gaps(there, choice.frames).items():
+    for pattern, lost in missing_frames(there, choice.frames).items():
         each = FramePattern.parsed(pattern.name)
         if each is None:
             continue
@@ -225,7 +237,7 @@ def _missing(
             continue
         of_pattern = [pattern.with_name(each.name(number)) for number in numbers]
         files += of_pattern
-        text = f"{pattern} has no frame {frame_ranges(numbers)}"
+        text = f"{pattern} has no frame {format_frame_ranges(numbers)}"
         if choice.missing == "error":
             raise UsageError(f"{text}; nothing was made, as --missing error wants it")
         if choice.missing == "skip":
@@ -233,7 +245,7 @@ def _missing(
             stay = [str(alpha) for alpha in alphas if alpha.exists()]
             more = f" and {len(stay) - 1} more" if len(stay) > 1 else ""
             earlier = f"its earlier alpha {stay[0]}{more} stays" if stay else "there will be no alpha either"
-            left_out.tell(f"{text}; {earlier}")
+            skipped_files.tell(f"{text}; {earlier}")
     return [] if choice.missing == "skip" else files
 
 
@@ -258,20 +270,20 @@ def _content(path: Path, state: str) -> str:  # noqa: ARG001 (a key: the content
 
 def _below(folder: Path, root: Path) -> Callable[[Path], bool]:
     """Whether a path lies below ``folder``, asked only where that itself lies below the sources' root."""
-    inside = real(folder)
-    if real(root) not in inside.parents:
+    inside = real_path(folder)
+    if real_path(root) not in inside.parents:
         return lambda _: False
-    return lambda path: inside in real(path).parents
+    return lambda path: inside in real_path(path).parents
 
 
-def _is_wanted(name: Path, choice: Choice) -> bool:
+def _is_wanted(name: Path, choice: SourceFilter) -> bool:
     def matches(patterns: Sequence[str]) -> bool:
         return any(fnmatch(name.as_posix(), pattern) or fnmatch(name.name, pattern) for pattern in patterns)
 
     return (not choice.include or matches(choice.include)) and not matches(choice.exclude)
 
 
-def _jobs(source: Path, root: Path, place: Place, colour: Colour, kind: Kind) -> list[Job]:
+def _jobs(source: Path, root: Path, place: OutputLayout, colour: ColourSettings, kind: FileType) -> list[Job]:
     """One job per picture: name.png, or name.0001.png and following where the file has several."""
     name, count = source.relative_to(root), 1
     absolute = os.path.abspath(root)  # noqa: PTH100  resolve() would follow links
@@ -291,9 +303,9 @@ def _jobs(source: Path, root: Path, place: Place, colour: Colour, kind: Kind) ->
     return jobs
 
 
-def _check_filters(found: Sequence[Path], root: Path, choice: Choice) -> None:
+def _check_filters(found: Sequence[Path], root: Path, choice: SourceFilter) -> None:
     """Raises UsageError for filters that not one image matches: slips, not choices."""
-    if choice.include and not any(_is_wanted(path.relative_to(root), Choice(choice.include)) for path in found):
+    if choice.include and not any(_is_wanted(path.relative_to(root), SourceFilter(choice.include)) for path in found):
         patterns = " and ".join(f"--include {pattern!r}" for pattern in choice.include)
         raise UsageError(
             f"{patterns} matches none of the {len(found)} image(s) in {root}, such as {found[0].relative_to(root)}; "
@@ -314,7 +326,7 @@ def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> N
             raise UsageError(f"{output} would be written over {what}; give --out another folder")
 
 
-def _check_collisions(jobs: Sequence[Job], place: Place) -> None:
+def _check_collisions(jobs: Sequence[Job], place: OutputLayout) -> None:
     taken: dict[Path, list[str]] = {}
     for job in jobs:
         for output in job.outputs:
@@ -322,8 +334,8 @@ def _check_collisions(jobs: Sequence[Job], place: Place) -> None:
             taken.setdefault(output, []).append(maker)
     shared = {output: found for output, found in taken.items() if len(found) > 1}
     if shared:
-        lines = [f"{' and '.join(found)} to {output}" for output, found in list(shared.items())[:MOST_NAMED]]
-        more = f"; and {len(shared) - MOST_NAMED} more" if len(shared) > MOST_NAMED else ""
+        lines = [f"{' and '.join(found)} to {output}" for output, found in list(shared.items())[:MAX_LISTED_FILES]]
+        more = f"; and {len(shared) - MAX_LISTED_FILES} more" if len(shared) > MAX_LISTED_FILES else ""
         remedy = "give --keep-suffix (a.jpg.png, a.png.png)"
         if place.pattern is not None:
             remedy = "give a folder as --out, not a pattern of frames"

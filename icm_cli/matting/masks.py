@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.errors import UsageError
-from icm_cli.geometry import same_shape
-from icm_cli.images.pixels import ON_THEIR_SIDE, Windows
-from icm_cli.images.reading import COLOUR_TOLERANCE, StoredPixels, notices_of_frames, read_stored
+from icm_cli.geometry import has_same_aspect
+from icm_cli.images.pixels import TRANSPOSING_ORIENTATIONS, ImageWindows
+from icm_cli.images.reading import GREY_TOLERANCE, StoredPixels, extra_frame_notices, read_stored_pixels
 
 VOID = 255
 """Index of pixels that belong to nothing, in the palette PNGs of PASCAL VOC."""
@@ -28,7 +28,7 @@ LEAST_FLAT_SHARE = 1e-4
 """Share of the pixels that lie in the middle of their own value, from which on that value is a label."""
 MOST_LABELS = 64
 """A picture of more values than this is no label map but a soft mask."""
-MOST_NAMED = 12
+MAX_LISTED_LABELS = 12
 """Labels listed in a message."""
 MaskOrientation = Literal["auto", "stored", "upright"]
 UPRIGHT = 1
@@ -44,7 +44,7 @@ class Mask:
 
 
 @dataclass(frozen=True)
-class Turn:
+class MaskPlacement:
     """Size (height, width) of an upright reference, the EXIF orientation that made it upright, and how its mask lies:
     ``wanted`` is "upright" as the reference is seen, "stored" as it lies in its file, or "auto"."""
 
@@ -57,8 +57,8 @@ def read_mask(
     path: Path,
     label: str | None,
     notice: Callable[[str], None],
-    turn: Turn | None = None,
-    windows: Windows | None = None,
+    turn: MaskPlacement | None = None,
+    windows: ImageWindows | None = None,
 ) -> Mask:
     """Read the mask of a reference. ``label``: the value, index or colour ``#rrggbb`` that is the thing.
 
@@ -67,8 +67,8 @@ def read_mask(
 
     Raises UsageError where it cannot be told what is meant, listing what there is; ImageError for a bad file.
     """
-    stored = read_stored(path, windows, has_labels=label is not None)
-    for sentence in (*stored.notices, *notices_of_frames("mask", path)):
+    stored = read_stored_pixels(path, windows, has_labels=label is not None)
+    for sentence in (*stored.notices, *extra_frame_notices("mask", path)):
         notice(sentence)
     if turn is not None:
         stored = _laid(stored, turn, path, notice)
@@ -84,27 +84,27 @@ def read_mask(
     values = stored.values
     if values.ndim == 3:
         spread = values.max(axis=-1) - values.min(axis=-1)
-        if spread.max() > COLOUR_TOLERANCE * stored.scale / 255.0:
+        if spread.max() > GREY_TOLERANCE * stored.scale / 255.0:
             return _of_colours(values, stored.scale, path)
         values = values.max(axis=-1)
     return _of_greys(values, stored.scale, path, notice)
 
 
-def _laid(stored: StoredPixels, turn: Turn, path: Path, notice: Callable[[str], None]) -> StoredPixels:
+def _laid(stored: StoredPixels, turn: MaskPlacement, path: Path, notice: Callable[[str], None]) -> StoredPixels:
     """A mask turned as its reference is, where it was drawn on the pixels as that has them in its file."""
     if turn.wanted != "auto":
-        return stored if turn.wanted == "upright" else stored.turned_as(turn.orientation)
+        return stored if turn.wanted == "upright" else stored.reoriented(turn.orientation)
     if turn.orientation == UPRIGHT or stored.orientation != UPRIGHT:
         return stored  # there is but one way, or the mask says its own
     size = stored.values.shape[:2]
     as_seen = turn.size
-    as_stored = as_seen[::-1] if turn.orientation in ON_THEIR_SIDE else as_seen
+    as_stored = as_seen[::-1] if turn.orientation in TRANSPOSING_ORIENTATIONS else as_seen
     fits = [size == each for each in (as_seen, as_stored)]
     if not any(fits):
-        fits = [same_shape(size, each) for each in (as_seen, as_stored)]
+        fits = [has_same_aspect(size, each) for each in (as_seen, as_stored)]
     if fits == [False, True]:
         notice(f"mask {path} lies as its reference does in its file, which EXIF turns; the mask was turned too")
-        return stored.turned_as(turn.orientation)
+        return stored.reoriented(turn.orientation)
     if fits == [True, True]:
         notice(
             f"mask {path} fits its reference both as that is seen and as it lies in its file, which EXIF turns; it was "
@@ -144,8 +144,8 @@ def _of_greys(values: NDArray[Any], scale: float, path: Path, notice: Callable[[
     flat = _flat(values)
     if present[-1] >= high and (nearly := [f"{each:g}" for each in flat if each <= low]):
         notice(
-            f"mask {path} has areas of {', '.join(nearly[:MOST_NAMED])} of {scale:g} beside black and white; they were "
-            "taken as black: give --mask-label if they are labels"
+            f"mask {path} has areas of {', '.join(nearly[:MAX_LISTED_LABELS])} of {scale:g} next to black and "
+            "white; they were taken as black: give --mask-label if they are labels"
         )
         flat = {each: share for each, share in flat.items() if each > low}
     middle = [each for each in flat if each < high]
@@ -227,6 +227,6 @@ def _ambiguous(path: Path, labels: dict[str, float], example: object) -> UsageEr
 
 
 def _listed(labels: dict[str, float]) -> str:
-    named = [f"{label} ({share:.1%} of the picture)" for label, share in list(labels.items())[:MOST_NAMED]]
+    named = [f"{label} ({share:.1%} of the picture)" for label, share in list(labels.items())[:MAX_LISTED_LABELS]]
     more = len(labels) - len(named)
     return ", ".join(named) + (f" and {more} more" if more > 0 else "")

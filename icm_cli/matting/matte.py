@@ -15,19 +15,19 @@ from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import Problem, UsageError, did_you_mean
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path, as_paths, remove_stale_temporaries
-from icm_cli.images.colour import Colour
-from icm_cli.images.kinds import IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_told
-from icm_cli.images.writing import ENDINGS, Output
+from icm_cli.images.colour import ColourSettings
+from icm_cli.images.kinds import IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_message
+from icm_cli.images.writing import FORMAT_SUFFIXES, OutputFormat
 from icm_cli.matting.cluster import Cluster
 from icm_cli.matting.devices import Devices
 from icm_cli.matting.engine import EngineOptions, keep_finished
-from icm_cli.matting.frames import FramePattern, Missing, frame_set
-from icm_cli.matting.jobs import DEFAULT_NAME, Choice, Job, Place, check_overwrites, parse_shard, plan_jobs
+from icm_cli.matting.frames import FramePattern, MissingPolicy, parse_frame_range
+from icm_cli.matting.jobs import DEFAULT_NAME, Job, OutputLayout, SourceFilter, check_overwrites, parse_shard, plan_jobs
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.shot import Key, Shot, apart, described
-from icm_cli.matting.sources import LeftOut, find_sources, look_at, real
+from icm_cli.matting.sources import SkippedFiles, file_type_or_unknown, find_sources, real_path
 from icm_cli.matting.work import Crew, Work
 from icm_cli.model.lite.finetuning import described as learning_described
 from icm_cli.reports.report import Album, Report
@@ -110,17 +110,17 @@ def matte(
     side = SideOutputs.checked(report, contact_sheet)
     pattern, format = _pattern_and_format(out, format)
     form = {"format": format, "depth": depth, "channel": channel, "foreground": foreground, "invert": invert}
-    output = Output.checked(**form, trimap=trimap, band_px=trimap_band)
+    output = OutputFormat.checked(**form, trimap=trimap, band_px=trimap_band)
     place = _place(out, pattern, name, output, keep_suffix=keep_suffix)
     wanted = _choice(include, exclude, frames, missing, None if shot else shard)
     if gt is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
-    shared = Colour(colorspace, str(ocio or ""), view or "", exposure, layer, white)
+    shared = ColourSettings(colorspace, str(ocio or ""), view or "", exposure, layer, white)
     colour, of_references = _colours(shared, ref_colorspace, ref_layer)
     references = read_references(refs, masks, listener.on_notice, mask_label, of_references, mask_orientation)
-    left_out, shown = LeftOut(listener.on_notice), [*refs, *masks]
-    sources = find_sources(src, as_path(root), left_out)
-    jobs = plan_jobs(sources, place, choice=wanted, references=shown, colour=colour, left_out=left_out)
+    skipped_files, shown = SkippedFiles(listener.on_notice), [*refs, *masks]
+    sources = find_sources(src, as_path(root), skipped_files)
+    jobs = plan_jobs(sources, place, choice=wanted, references=shown, colour=colour, skipped_files=skipped_files)
     jobs, in_order = _as_shot(jobs, refs, references, shard) if shot else (jobs, None)
     jobs, in_order, truths, problems = _with_truths(jobs, in_order, gt)
     inputs = [str(path) for job in jobs for path in (job.source, *job.outputs)]
@@ -151,13 +151,13 @@ def matte(
         settings |= {"shot": shot, "learn_steps": steps}
         scoring = None
         if truths:
-            from icm_cli.matting.ground_truth import RULE, scoring_of
+            from icm_cli.matting.ground_truth import RULE, ground_truth_scoring
 
             settings["protocol"] = {"title": str(src), **RULE.as_protocol(), "rounds": 1, "refs_per_group": len(refs)}
-            scoring = scoring_of(workers, ALLOWED)
+            scoring = ground_truth_scoring(workers, ALLOWED)
         album = Album(marked=[(one.rgb, one.guidance) for one in references], colour=colour)
         outcome = Outcome(
-            Report(settings, allowed=ALLOWED, left_out=+left_out, album=album),
+            Report(settings, allowed=ALLOWED, left_out=+skipped_files, album=album),
             [job.planned for job in jobs],
             listener,
             start=start,
@@ -194,9 +194,9 @@ def _with_truths(
     """Jobs, and their order, with their true alphas; all files of these; images without. Raises UsageError."""
     if gt is None:
         return jobs, in_order, [], []
-    from icm_cli.matting.ground_truth import with_truths
+    from icm_cli.matting.ground_truth import attach_ground_truth
 
-    found, truths, problems = with_truths(jobs, gt)
+    found, truths, problems = attach_ground_truth(jobs, gt)
     check_overwrites(found, truths, "a ground truth")
     return found, in_order and in_order.of_jobs(found), truths, problems
 
@@ -230,12 +230,12 @@ def _as_shot(
 
     Raises UsageError.
     """
-    folders = {real(Path(job.root) / job.name.parent): job.name.parent for job in jobs}
+    folders = {real_path(Path(job.root) / job.name.parent): job.name.parent for job in jobs}
     keys = []
     for number, ref in enumerate(refs):
-        there = next((path for path in (ref, real(ref)) if real(path.parent) in folders), None)
+        there = next((path for path in (ref, real_path(ref)) if real_path(path.parent) in folders), None)
         if there is not None:
-            name = folders[real(there.parent)] / there.name
+            name = folders[real_path(there.parent)] / there.name
             keys.append(Key(name, functools.partial(references.__getitem__, number)))
     in_order = Shot.of(apart(jobs, keys))
     if shard is not None:
@@ -247,8 +247,8 @@ def _as_shot(
 def _digest(
     choice: ModelChoice,
     references: Sequence[Reference],
-    colour: Colour,
-    output: Output,
+    colour: ColourSettings,
+    output: OutputFormat,
     learn_steps: int,
     *,
     is_shot: bool,
@@ -260,7 +260,7 @@ def _digest(
 
 
 def _settings(
-    src: str | Path, choice: ModelChoice, refs: Sequence[Path], masks: Sequence[Path], colour: Colour
+    src: str | Path, choice: ModelChoice, refs: Sequence[Path], masks: Sequence[Path], colour: ColourSettings
 ) -> dict[str, Any]:
     """Settings that the report states."""
     shown = {"references": [str(path) for path in refs], "masks": [str(path) for path in masks]}
@@ -274,8 +274,8 @@ def _planned(job: Job) -> ImageResult:
     assert isinstance(source, Path)
     if not source.exists():
         return replace(job.planned, status="failed", reason=f"{source} does not exist")
-    if look_at(source).is_movie:
-        return replace(job.planned, status="failed", reason=f"{source}: {movie_told(source)}")
+    if file_type_or_unknown(source).is_movie:
+        return replace(job.planned, status="failed", reason=f"{source}: {movie_message(source)}")
     return job.planned
 
 
@@ -295,7 +295,7 @@ def _pattern_and_format(out: str | Path, format_: str | None) -> tuple[FramePatt
         )
     if pattern is None or not ending:
         return None, format_ or "png"
-    fitting = next((name for name, suffixes in ENDINGS.items() if ending in suffixes), None)
+    fitting = next((name for name, suffixes in FORMAT_SUFFIXES.items() if ending in suffixes), None)
     if fitting is None:
         raise UsageError(f"--out {out} is a pattern of frames and ends in {ending}; expected .png, .tif, .tiff or .exr")
     if format_ not in (None, fitting):
@@ -304,27 +304,29 @@ def _pattern_and_format(out: str | Path, format_: str | None) -> tuple[FramePatt
 
 
 def _place(
-    out: str | Path, pattern: FramePattern | None, name: str | None, output: Output, *, keep_suffix: bool
-) -> Place:
+    out: str | Path, pattern: FramePattern | None, name: str | None, output: OutputFormat, *, keep_suffix: bool
+) -> OutputLayout:
     """The place of the alphas. Raises UsageError for names that cannot be made."""
     if keep_suffix and (name is not None or pattern is not None):
         raise UsageError("--keep-suffix names alphas a.jpg.png; leave --name and a pattern as --out out, or it")
     template = "{stem}{frame}{suffix}" if keep_suffix else name if name is not None else DEFAULT_NAME
     folder = Path(out if pattern is None else pattern.folder)
-    return Place(folder, template, output.suffix, pattern, has_trimap=output.trimap == "beside")
+    return OutputLayout(folder, template, output.suffix, pattern, has_trimap=output.trimap == "beside")
 
 
 def _choice(
     include: Sequence[str], exclude: Sequence[str], frames: str | None, missing: str, shard: str | None
-) -> Choice:
+) -> SourceFilter:
     """The sources that are wanted. Raises UsageError."""
-    if missing not in get_args(Missing):
-        raise UsageError(f"--missing {missing!r} is not known. {did_you_mean(missing, get_args(Missing))}")
-    numbers = None if frames is None else frame_set(frames)
-    return Choice(include, exclude, numbers, missing, None if shard is None else parse_shard(shard))  # type: ignore[arg-type]
+    if missing not in get_args(MissingPolicy):
+        raise UsageError(f"--missing {missing!r} is not known. {did_you_mean(missing, get_args(MissingPolicy))}")
+    numbers = None if frames is None else parse_frame_range(frames)
+    return SourceFilter(include, exclude, numbers, missing, None if shard is None else parse_shard(shard))  # type: ignore[arg-type]
 
 
-def _colours(colour: Colour, ref_colorspace: str | None, ref_layer: str | None) -> tuple[Colour, Colour]:
+def _colours(
+    colour: ColourSettings, ref_colorspace: str | None, ref_layer: str | None
+) -> tuple[ColourSettings, ColourSettings]:
     """Colours of the sources and of the references. Raises UsageError for a name that is not known."""
     of_references = replace(
         colour,

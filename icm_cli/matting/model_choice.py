@@ -13,7 +13,7 @@ from icm_cli.config import ModelConfig, part_class
 from icm_cli.device import Device
 from icm_cli.environment import __version__
 from icm_cli.errors import UsageError
-from icm_cli.files import digest_of
+from icm_cli.files import combined_digest
 from icm_cli.matting.predictor import Predictor, check_learn_steps
 from icm_cli.model.contracts import Head
 from icm_cli.model.lite.finetuning import STEPS
@@ -63,7 +63,7 @@ class ModelChoice:
         """
         model = model_digest(self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline)
         guided = guided_filter.constants()
-        return lambda references: digest_of(
+        return lambda references: combined_digest(
             __version__, model, *references, str(self.seed), self.where.dtype_name, guided
         )
 
@@ -117,7 +117,7 @@ class LoadedModel:
     def digester(self) -> Callable[[Sequence[str]], str]:
         """As of :class:`ModelChoice`, but no two are equal."""
         model = secrets.token_hex()
-        return lambda references: digest_of(model, *references)
+        return lambda references: combined_digest(model, *references)
 
     def learn_steps(self, asked: int | None, *, is_shot: bool) -> int:
         """As of :class:`ModelChoice`."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from icm_cli.geometry import HALF_U8, Float, ImageU8, resize
-from icm_cli.images.pixels import Windows
+from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.crops import Place, looked, place_of
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.references import Reference
@@ -35,7 +35,7 @@ class NearBy:
         return self.whole.notices
 
     def coarse(
-        self, predictor: Predictor, frame: Frame, before: ImageU8 | None, windows: Windows | None = None
+        self, predictor: Predictor, frame: Frame, before: ImageU8 | None, windows: ImageWindows | None = None
     ) -> CanvasMatte:
         """Coarse alpha of a frame; ``before``: the alpha uint8 [h,w] of a frame before it, or None.
 
@@ -50,7 +50,7 @@ class NearBy:
         if first and first.found and _share(first, frame) >= expected:
             return first
         whole = predictor.coarse([frame], self.whole)[0]
-        place = place_of(frame.placement.inside(whole.alpha) > 0.5, size) if whole.found else None
+        place = place_of(frame.placement.crop_to_content(whole.alpha) > 0.5, size) if whole.found else None
         second = place and self._near(predictor, frame, place)
         found = [each for each in (first, second) if each and each.found]
         return max(found, key=lambda each: _share(each, frame)) if found else whole
@@ -62,7 +62,7 @@ class NearBy:
         def look(place: Place) -> tuple[CanvasMatte, Float]:
             crop = predictor.prepare(np.ascontiguousarray(frame.rgb[place]))
             (matte,) = predictor.coarse([crop], self.near)
-            return matte, resize(crop.placement.inside(matte.alpha), (crop.rgb.shape[0], crop.rgb.shape[1]))
+            return matte, resize(crop.placement.crop_to_content(matte.alpha), (crop.rgb.shape[0], crop.rgb.shape[1]))
 
         seen = looked(place, size, look)
         assert seen is not None
@@ -77,7 +77,7 @@ class NearBy:
 
 def _share(matte: CanvasMatte, frame: Frame) -> float:
     """Share of the frame that is the thing."""
-    return float((frame.placement.inside(matte.alpha) > 0.5).mean())
+    return float((frame.placement.crop_to_content(matte.alpha) > 0.5).mean())
 
 
 def shown(predictor: Predictor, references: Sequence[Reference], learn_steps: int, *, is_shot: bool) -> Prepared:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from icm_cli.device import Device, is_device_lost, is_out_of_memory
 from icm_cli.errors import ConfigError, DeviceError, UsageError
-from icm_cli.geometry import Float, ImageU8, Placement, resize, to_u8
+from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8, resize
 from icm_cli.guided_filter import alpha_at_source
-from icm_cli.images.pixels import Windows
+from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.crops import Place, area_of, looked, place_of, put
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.model.contracts import Head, Prepared
@@ -91,7 +91,7 @@ class Predictor:
 
     def prepare(self, rgb: ImageU8) -> Frame:
         """Bring a picture, sRGB uint8 [H,W,3] of any size, to the canvas. Touches no model: safe in threads."""
-        placement = self.model.backbone.canvas.place(*rgb.shape[:2])
+        placement = self.model.backbone.canvas.placement(*rgb.shape[:2])
         return Frame(rgb, placement.to_canvas(rgb), placement)
 
     def infer(self, frames: Sequence[Frame], reference: Prepared) -> list[CanvasMatte]:
@@ -101,7 +101,7 @@ class Predictor:
 
     def coarse(self, frames: Sequence[Frame], reference: Prepared) -> list[CanvasMatte]:
         """Run backbone and head on frames of one canvas size, and leave the edges to :meth:`with_edges`."""
-        valid = self._on_device(np.stack([frame.placement.valid() for frame in frames]))
+        valid = self._on_device(np.stack([frame.placement.content_mask() for frame in frames]))
         matte = self.model.infer(self._images([frame.canvas for frame in frames]), valid, reference)
         alphas = matte.alpha[:, 0].float().cpu().numpy()
         told = zip(alphas, matte.confidence, matte.found, strict=True)
@@ -158,13 +158,13 @@ class Predictor:
     def _whole(self, frame: Frame, alpha: Float) -> Float:
         """The part of an alpha [H,W] on the canvas that is the frame's, [h,w], with its things made whole where the
         model has objects."""
-        coarse = frame.placement.inside(alpha)
+        coarse = frame.placement.crop_to_content(alpha)
         return coarse if self.model.objects is None else self.model.objects.completed(frame.rgb, coarse)
 
     def matte(self, rgb: ImageU8, reference: Prepared) -> ImageU8:
         """Alpha, uint8 [H,W], of a picture, sRGB uint8 [H,W,3], at exactly its size."""
         frame = self.prepare(rgb)
-        return to_u8(self.infer([frame], reference)[0].at_source(frame))
+        return alpha_to_u8(self.infer([frame], reference)[0].at_source(frame))
 
     def _reference_tensors(self, reference: Reference) -> tuple[Tensor, Tensor, Tensor]:
         frame = self.prepare(reference.rgb)
@@ -177,7 +177,7 @@ class Predictor:
         return (
             self._images([frame.canvas]),
             self._on_device(levels[None, None]),
-            self._on_device(frame.placement.valid()[None]),
+            self._on_device(frame.placement.content_mask()[None]),
         )
 
     def _images(self, canvases: Sequence[ImageU8]) -> Tensor:
@@ -245,7 +245,7 @@ def _as_reference(pair: Reference | tuple[ImageU8, NDArray[Any]]) -> Reference:
     if isinstance(pair, Reference):
         return pair
     rgb, mask = pair
-    u8 = mask if mask.dtype == np.uint8 else to_u8(mask.astype(np.float32))
+    u8 = mask if mask.dtype == np.uint8 else alpha_to_u8(mask.astype(np.float32))
     return Reference(
-        rgb, make_guidance(u8, Windows.whole((rgb.shape[0], rgb.shape[1])), "the mask", notice=lambda _: None)
+        rgb, make_guidance(u8, ImageWindows.whole((rgb.shape[0], rgb.shape[1])), "the mask", notice=lambda _: None)
     )

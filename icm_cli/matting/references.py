@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError, UsageError, did_you_mean
-from icm_cli.files import digest_of
-from icm_cli.geometry import ImageU8, resize, same_shape
-from icm_cli.images.colour import AS_LABELLED, Colour
-from icm_cli.images.pixels import Windows
-from icm_cli.images.reading import Picture, notices_of_frames, read_picture
-from icm_cli.matting.masks import Mask, MaskOrientation, Turn, read_mask
+from icm_cli.files import combined_digest
+from icm_cli.geometry import ImageU8, has_same_aspect, resize
+from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
+from icm_cli.images.pixels import ImageWindows
+from icm_cli.images.reading import SourceImage, extra_frame_notices, read_image
+from icm_cli.matting.masks import Mask, MaskOrientation, MaskPlacement, read_mask
 
 FOREGROUND_THRESHOLD = 0.5
 """A soft mask's pixels above this are foreground (published code)."""
@@ -34,14 +34,14 @@ class Reference:
     rgb: ImageU8
     guidance: NDArray[np.bool_]
     unknown: NDArray[np.bool_] | None = None
-    windows: Windows | None = None
+    windows: ImageWindows | None = None
     """Place of the picture in its display window; None: it is all of it."""
 
     @property
     def digest(self) -> str:
         """Hash of its content."""
         unknown = b"" if self.unknown is None else self.unknown.tobytes()
-        return digest_of(self.rgb.tobytes(), self.guidance.tobytes(), unknown, str(self.rgb.shape))
+        return combined_digest(self.rgb.tobytes(), self.guidance.tobytes(), unknown, str(self.rgb.shape))
 
 
 def read_references(
@@ -49,7 +49,7 @@ def read_references(
     masks: Sequence[Path],
     notice: Callable[[str], None],
     label: str | None = None,
-    colour: Colour = AS_LABELLED,
+    colour: ColourSettings = DEFAULT_COLOUR,
     orientation: str = "auto",
 ) -> list[Reference]:
     """Read every reference with its mask; without masks each reference must be an RGBA cut-out.
@@ -84,7 +84,7 @@ def _border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
 
 
-def make_guidance(mask: ImageU8, windows: Windows, name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
+def make_guidance(mask: ImageU8, windows: ImageWindows, name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
     """A mask uint8 [h,w] -> guidance bool of the size of its reference's data window.
 
     The mask has that very size, or is of the display window, where ``windows`` lie. ``name`` stands for it in messages.
@@ -117,17 +117,17 @@ def _read_reference(
     ref: Path,
     mask: Path | None,
     label: str | None,
-    colour: Colour,
+    colour: ColourSettings,
     orientation: MaskOrientation,
     notice: Callable[[str], None],
 ) -> Reference:
     try:
-        picture = read_picture(ref, colour)
-        for sentence in (*picture.notices, *notices_of_frames("reference", ref)):
+        picture = read_image(ref, colour)
+        for sentence in (*picture.notices, *extra_frame_notices("reference", ref)):
             notice(sentence)
         if mask is not None:
             height, width = picture.rgb.shape[:2]
-            turn = Turn((height, width), picture.stored.orientation, orientation) if picture.stored else None
+            turn = MaskPlacement((height, width), picture.stored.orientation, orientation) if picture.stored else None
             return _masked(picture, read_mask(mask, label, notice, turn, picture.windows), f"mask {mask}", notice)
         if picture.alpha is not None and picture.alpha.min() != picture.alpha.max():
             name = f"the alpha of reference {ref}"
@@ -139,7 +139,7 @@ def _read_reference(
         raise UsageError(f"reference or mask cannot be used: {error}{hint}") from error
 
 
-def _masked(picture: Picture, mask: Mask, name: str, notice: Callable[[str], None]) -> Reference:
+def _masked(picture: SourceImage, mask: Mask, name: str, notice: Callable[[str], None]) -> Reference:
     guidance = make_guidance(mask.inside.astype(np.uint8) * 255, picture.windows, name, notice)
     if not mask.unknown.any():
         return Reference(picture.rgb, guidance, windows=picture.windows)
@@ -147,7 +147,7 @@ def _masked(picture: Picture, mask: Mask, name: str, notice: Callable[[str], Non
     return Reference(picture.rgb, guidance, unknown & ~guidance, picture.windows)
 
 
-def _placed(mask: ImageU8, windows: Windows) -> ImageU8:
+def _placed(mask: ImageU8, windows: ImageWindows) -> ImageU8:
     """A mask of a reference's data window as it is, else scaled to the display window and cut to the data window."""
     if mask.shape == windows.size:
         return mask
@@ -155,7 +155,7 @@ def _placed(mask: ImageU8, windows: Windows) -> ImageU8:
 
 
 def _check_aspect(mask: tuple[int, ...], reference: tuple[int, int], name: str) -> None:
-    if not same_shape(mask, reference):
+    if not has_same_aspect(mask, reference):
         raise UsageError(
             f"{name} is {_size(mask)} and its reference {_size(reference)}, another shape; "
             "give a mask drawn on this very picture"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli.errors import ImageError
-from icm_cli.images.kinds import kind_of
-from icm_cli.images.reading import read_stored
+from icm_cli.images.kinds import detect_file_type
+from icm_cli.images.reading import read_stored_pixels
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.jobs import Job
 from icm_cli.reports.result import ImageResult
@@ -99,9 +99,9 @@ def _own_stamp(path: Path, job: Job) -> dict[str, str]:
 def _is_picture_of_another(path: Path) -> bool:
     """Whether a file is a whole picture without icm's stamp; what is damaged may be made again."""
     try:
-        if kind_of(path).is_own:
+        if detect_file_type(path).is_own:
             return False
-        read_stored(path)
+        read_stored_pixels(path)
     except (ImageError, OSError):
         return False
     return True

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError
-from icm_cli.files import digest_of
-from icm_cli.geometry import Float, ImageU8, resize, to_u8, within
-from icm_cli.images.pixels import Windows
+from icm_cli.files import combined_digest
+from icm_cli.geometry import Float, ImageU8, alpha_to_u8, downscaled_size, resize
+from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.crops import CUT_FROM, LEAST_SIDE, MARGIN, MOST_LOOKS, WIDER
 from icm_cli.matting.frames import FrameName
@@ -30,7 +30,7 @@ from icm_cli.matting.jobs import Job
 from icm_cli.matting.near import LOST_BELOW
 from icm_cli.matting.predictor import CanvasMatte, Frame
 from icm_cli.matting.references import Reference
-from icm_cli.matting.sources import natural
+from icm_cli.matting.sources import natural_sort_key
 
 SMALL_PX = 432
 """Long side, in px, of the pictures between which the flow is found."""
@@ -68,13 +68,13 @@ class Seen:
     """Whether the alpha is a reference's mask, which says nothing of softness."""
 
     @classmethod
-    def of(cls, rgb: ImageU8, alpha: Float, windows: Windows | None = None) -> Seen:
+    def of(cls, rgb: ImageU8, alpha: Float, windows: ImageWindows | None = None) -> Seen:
         """Shrink a picture [H,W,3] and its alpha 0..1, of any size. ``windows``: where the picture lies."""
         small = shrunk(displayed(rgb, windows))
         if windows is not None and not windows.is_whole:
             at_size: Float = resize(alpha, windows.size)
             alpha = np.asarray(displayed(at_size, windows), np.float32)
-        return cls(small, to_u8(resize(alpha, (small.shape[0], small.shape[1]))))
+        return cls(small, alpha_to_u8(resize(alpha, (small.shape[0], small.shape[1]))))
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Shot:
         starts: dict[Path, Key] = {}
         names: list[Path] = []
         for jobs, keys in examples:
-            line: list[Job | Key] = sorted([*jobs, *keys], key=lambda each: natural(each.name))
+            line: list[Job | Key] = sorted([*jobs, *keys], key=lambda each: natural_sort_key(each.name))
             names += (each.name for each in line)
             first = next((place for place, each in enumerate(line) if isinstance(each, Key)), 0)
             for run in (line[first:], line[: first + 1][::-1] if first else []):
@@ -121,7 +121,7 @@ class Shot:
                         before[each.output] = last
                     elif last is not None:
                         starts[each.output] = last
-        return cls(order, before, starts, sorted(dict.fromkeys(names), key=natural))
+        return cls(order, before, starts, sorted(dict.fromkeys(names), key=natural_sort_key))
 
     def shard(self, number: int, count: int) -> Shot:
         """Frames of shard ``number``, from 1, of ``count``: a run of frames by name, which goes on from none of
@@ -140,7 +140,7 @@ class Shot:
     def digest(self, job: Job, digest: str) -> str:
         """A run's digest with the frame or reference that a frame goes on from, as the order has it."""
         before, start = self.before.get(job.output), self.starts.get(job.output)
-        return digest_of(digest, before.planned.name if before else f"reference {start.name}" if start else "")
+        return combined_digest(digest, before.planned.name if before else f"reference {start.name}" if start else "")
 
     def of_jobs(self, jobs: Sequence[Job]) -> Shot:
         """The same order of the same frames, whose jobs say more now."""
@@ -194,7 +194,7 @@ class Carrier:
         frame: Frame,
         look: Callable[[ImageU8 | None], CanvasMatte],
         with_edges: Callable[[Frame, CanvasMatte], CanvasMatte],
-        windows: Windows | None = None,
+        windows: ImageWindows | None = None,
     ) -> CanvasMatte:
         """Add what was carried to a frame's coarse alpha, give it its edges, and keep it for the next one.
 
@@ -260,11 +260,11 @@ class Motion:
     before: Seen
     flow: Float
     likeness: Float
-    windows: Windows | None
+    windows: ImageWindows | None
     """Place of the frame's pixels in its display window; None: they fill it."""
 
     @classmethod
-    def of(cls, before: Seen, rgb: ImageU8, windows: Windows | None = None) -> Motion:
+    def of(cls, before: Seen, rgb: ImageU8, windows: ImageWindows | None = None) -> Motion:
         """Find the flow to a frame, sRGB uint8 [H,W,3], whose display window is of the size of the frame before."""
         now = shrunk(displayed(rgb, windows))
         flow = _flow(now, before.rgb)
@@ -298,14 +298,14 @@ def steadied(motion: Motion, rgb: ImageU8, alpha: Float) -> Float:
     return np.asarray(np.clip(alpha + nearer, 0.0, 1.0), np.float32)
 
 
-def displayed(pixels: NDArray[Any], windows: Windows | None) -> NDArray[Any]:
+def displayed(pixels: NDArray[Any], windows: ImageWindows | None) -> NDArray[Any]:
     """Pixels [H,W] or [H,W,3] of a data window as those of the display window, 0 outside."""
     return pixels if windows is None else windows.moved(pixels, windows.displayed)
 
 
 def shrunk(rgb: ImageU8) -> ImageU8:
     """A picture [H,W,3] of at most ``SMALL_PX``."""
-    return resize(rgb, within(rgb.shape[:2], SMALL_PX))
+    return resize(rgb, downscaled_size(rgb.shape[:2], SMALL_PX))
 
 
 def encoded(alpha: ImageU8) -> str:
@@ -332,10 +332,10 @@ def _seen_earlier(job: Job) -> Seen | None:
 
 
 def _inside(frame: Frame, matte: CanvasMatte) -> Float:
-    return frame.placement.inside(matte.alpha)
+    return frame.placement.crop_to_content(matte.alpha)
 
 
-def _cut(weight: Float, windows: Windows | None, size: tuple[int, int]) -> Float:
+def _cut(weight: Float, windows: ImageWindows | None, size: tuple[int, int]) -> Float:
     """Values [h,w] of the display window as those of the data window, of ``size``."""
     if windows is None or windows.is_whole:
         return resize(weight, size)

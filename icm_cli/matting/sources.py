@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icm_cli.errors import UsageError
-from icm_cli.files import Passed, expanded, split_fixed, walk
-from icm_cli.images.kinds import IMAGE_SUFFIXES, Kind, kind_of, movie_told
+from icm_cli.files import SkippedPaths, expand_glob, split_glob, walk_files
+from icm_cli.images.kinds import IMAGE_SUFFIXES, FileType, detect_file_type, movie_message
 from icm_cli.matting.frames import FramePattern
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
@@ -22,11 +22,11 @@ EXPECTED = "expected a folder, an image, a quoted glob, a frame pattern such as 
 A_MOVIE = "a movie"
 ADVICE = {A_MOVIE: "; write its frames first, for example with ffmpeg"}
 """Further words of a notice, by the reason that is counted."""
-MOST_NAMED = 8
+MAX_LISTED_FILES = 8
 """Files named one by one in an error."""
 
 
-class LeftOut(Counter[str]):
+class SkippedFiles(Counter[str]):
     """Files that are not matted, counted by reason; each reason is told once, with the first of its files."""
 
     def __init__(self, notice: Callable[[str], None]) -> None:
@@ -48,15 +48,15 @@ class LeftOut(Counter[str]):
         self.add(sorted(dropped), reason, is_told=is_told)
         return [path for path in paths if path not in dropped]
 
-    def passed(self, passed: Passed) -> None:
+    def passed(self, passed: SkippedPaths) -> None:
         """Count and tell what a walk passed by."""
         for reason, paths in passed.items():
             self.add(paths, reason)
 
-    def pictures(self, paths: Sequence[Path], passed: Passed) -> list[Path]:
+    def pictures(self, paths: Sequence[Path], passed: SkippedPaths) -> list[Path]:
         """The pictures of a walk, which passed others by."""
         self.passed(passed)
-        unknown = {path: look_at(path) for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES}
+        unknown = {path: file_type_or_unknown(path) for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES}
         still = self.without(paths, lambda path: path in unknown and unknown[path].is_movie, A_MOVIE)
         return self.without(still, lambda path: path in unknown and not unknown[path].name, "no picture")
 
@@ -71,14 +71,14 @@ class Sources:
     """Whether they were named by a frame pattern."""
 
 
-def find_sources(src: str | Path, root: Path | None, left_out: LeftOut) -> Sources:
+def find_sources(src: str | Path, root: Path | None, skipped_files: SkippedFiles) -> Sources:
     """Find the files that ``src`` names.
 
     The root is the folder itself; of a file its folder, of a glob or frame pattern its fixed part, of a list the
     working directory; ``root`` overrides it. It depends on no other file of the run, so neither does an alpha's place.
     Raises UsageError, for files outside the root too.
     """
-    own, files, is_sequence = _find(src, left_out)
+    own, files, is_sequence = _find(src, skipped_files)
     if root is not None:
         if not root.is_dir():
             raise UsageError(f"--root {root} is no folder; expected the folder that the sources lie below")
@@ -92,7 +92,7 @@ def find_sources(src: str | Path, root: Path | None, left_out: LeftOut) -> Sourc
         )
     outside = [path for path in files if not path.is_relative_to(own)]
     if outside:
-        named = ", ".join(map(str, outside[:MOST_NAMED])) + (", ..." if len(outside) > MOST_NAMED else "")
+        named = ", ".join(map(str, outside[:MAX_LISTED_FILES])) + (", ..." if len(outside) > MAX_LISTED_FILES else "")
         raise UsageError(
             f"{len(outside)} of the images lie outside {own}, which their alphas' places are told from: {named}; give "
             "--root with a folder that holds all of them"
@@ -100,14 +100,14 @@ def find_sources(src: str | Path, root: Path | None, left_out: LeftOut) -> Sourc
     signed = [path for path in files if re.search(r"[._]-[0-9]+$", path.stem)]
     if signed:
         more = f" and {len(signed) - 1} more" if len(signed) > 1 else ""
-        left_out.tell(
-            f"{min(signed, key=natural)}{more}: numbers below 0 are not known, so the - counts for a part of the name; "
-            "number frames from 0"
+        skipped_files.tell(
+            f"{min(signed, key=natural_sort_key)}{more}: numbers below 0 are not known, so the - counts for a part "
+            "of the name; number frames from 0"
         )
-    return Sources(own, sorted(set(files), key=natural), is_sequence)
+    return Sources(own, sorted(set(files), key=natural_sort_key), is_sequence)
 
 
-def natural(path: Path) -> list[list[tuple[int, int, str]]]:
+def natural_sort_key(path: Path) -> list[list[tuple[int, int, str]]]:
     """Sorting key of a path: numbers in it count as numbers, so that a9 comes before a10."""
     return [_natural_name(name) for name in path.parts]
 
@@ -118,33 +118,33 @@ def _natural_name(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), part) if part.isascii() and part.isdigit() else (1, 0, part) for part in _split(name)]
 
 
-def real(path: Path) -> Path:
+def real_path(path: Path) -> Path:
     """Links followed; unlike ``Path.resolve`` a link to itself is no error here, it fails when it is read."""
     return Path(os.path.realpath(path))
 
 
-def look_at(path: Path) -> Kind:
+def file_type_or_unknown(path: Path) -> FileType:
     """The kind by content; one that cannot be read is told when it is matted."""
     try:
-        return kind_of(path)
+        return detect_file_type(path)
     except OSError:
-        return Kind("")
+        return FileType("")
 
 
 def _split(name: str) -> list[str]:
     return [part for part in re.split(r"(\d+)", name) if part]
 
 
-def _find(src: str | Path, left_out: LeftOut) -> tuple[Path, list[Path], bool]:
+def _find(src: str | Path, skipped_files: SkippedFiles) -> tuple[Path, list[Path], bool]:
     """The root, the files, and whether a frame pattern named them."""
     text, path = str(src), Path(src)
     if not text:
         raise UsageError(f"the source is empty; {EXPECTED}")
     if text == "-":
-        return *_listed(sys.stdin or (), "standard input", left_out), False
+        return *_listed(sys.stdin or (), "standard input", skipped_files), False
     if path.is_dir():
-        passed: Passed = {}
-        return path, left_out.pictures(list(walk(path, passed)), passed), False
+        passed: SkippedPaths = {}
+        return path, skipped_files.pictures(list(walk_files(path, passed)), passed), False
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -152,32 +152,32 @@ def _find(src: str | Path, left_out: LeftOut) -> tuple[Path, list[Path], bool]:
             raise UsageError(
                 f"the list {path} cannot be read ({error}); expected UTF-8 text, one path per line"
             ) from error
-        return *_listed(lines, str(path), left_out), False
+        return *_listed(lines, str(path), skipped_files), False
     if path.is_file():
         return path.parent, [_no_movie(path)], False
     if (pattern := FramePattern.parsed(text)) is not None:
-        return *_sequence(pattern, text, left_out), True
+        return *_sequence(pattern, text, skipped_files), True
     if glob.has_magic(text):
         passed = {}
-        files = list(expanded(text, passed))
+        files = list(expand_glob(text, passed))
         if not files:
             raise UsageError(
                 f"no file matches {text}; it does not exist as it stands, so its *, ? and [] were taken as wildcards"
             )
-        return Path(split_fixed(text)[0]), left_out.pictures(files, passed), False
+        return Path(split_glob(text)[0]), skipped_files.pictures(files, passed), False
     raise UsageError(f"source {text} does not exist; {EXPECTED}")
 
 
 def _no_movie(path: Path) -> Path:
-    if look_at(path).is_movie:
-        raise UsageError(f"source {path} {movie_told(path)}")
+    if file_type_or_unknown(path).is_movie:
+        raise UsageError(f"source {path} {movie_message(path)}")
     return path
 
 
-def _sequence(pattern: FramePattern, text: str, left_out: LeftOut) -> tuple[Path, list[Path]]:
-    passed: Passed = {}
+def _sequence(pattern: FramePattern, text: str, skipped_files: SkippedFiles) -> tuple[Path, list[Path]]:
+    passed: SkippedPaths = {}
     folder = Path(pattern.folder)
-    files = folder.iterdir() if folder.is_dir() else expanded(str(folder / "*"), passed)
+    files = folder.iterdir() if folder.is_dir() else expand_glob(str(folder / "*"), passed)
     names: dict[str, list[Path]] = {}
     for path in files:
         names.setdefault(path.name, []).append(path)
@@ -185,16 +185,16 @@ def _sequence(pattern: FramePattern, text: str, left_out: LeftOut) -> tuple[Path
         pattern = pattern.literal()
     found = [path for name in pattern.matching(names) for path in names[name] if path.is_file()]
     others = [path for name in pattern.other_numbers(names) for path in names[name] if path.is_file()]
-    left_out.add(others, f"a number that {Path(text).name} does not fit, by its sign or its digits")
-    left_out.passed(passed)
+    skipped_files.add(others, f"a number that {Path(text).name} does not fit, by its sign or its digits")
+    skipped_files.passed(passed)
     if not found:
         raise UsageError(
             f"no file matches {text}; its name was taken as a pattern of frames, with {pattern.digits} or more digits"
         )
-    return Path(split_fixed(pattern.folder)[0]), found
+    return Path(split_glob(pattern.folder)[0]), found
 
 
-def _listed(lines: Iterable[str], where: str, left_out: LeftOut) -> tuple[Path, list[Path]]:
+def _listed(lines: Iterable[str], where: str, skipped_files: SkippedFiles) -> tuple[Path, list[Path]]:
     """The working directory, and the files of a list in it; folders among them are left out."""
     paths = [Path(line.strip()) for line in lines if line.strip()]
     if not paths:
@@ -202,5 +202,5 @@ def _listed(lines: Iterable[str], where: str, left_out: LeftOut) -> tuple[Path, 
     if any("\0" in str(path) for path in paths):
         raise UsageError(f"{where} has NUL characters; expected one path per line (find -print, not -print0)")
     absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100  resolve() would rename links
-    files = left_out.without(absolute, Path.is_dir, "a folder in a list, whose files were not listed")
+    files = skipped_files.without(absolute, Path.is_dir, "a folder in a list, whose files were not listed")
     return Path.cwd(), files

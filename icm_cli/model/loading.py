@@ -12,7 +12,7 @@ from torch import Tensor
 from icm_cli.config import ModelConfig, PartConfig, load_model_config, part_class
 from icm_cli.device import Device, resolve_device
 from icm_cli.errors import ConfigError, UsageError, did_you_mean
-from icm_cli.files import content_digest, digest_of
+from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.model.checkpoint import Checkpoint, holds_backbone, load_strict, read_checkpoint, read_config
 from icm_cli.model.contracts import Objects
 from icm_cli.model.core import InContextMatting
@@ -151,7 +151,7 @@ def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str |
 
     Loads no model; the arguments are those of :func:`load_model`.
     """
-    content = "none" if checkpoint is None else content_digest(checkpoint)
+    content = "none" if checkpoint is None else cached_file_digest(checkpoint)
     pretrained = backbone_digest(config, checkpoint, weights, offline=offline)
     parts = [json.dumps(config.as_dict(), sort_keys=True), pretrained, content]
     if config.edges is not None:
@@ -159,7 +159,7 @@ def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str |
         parts += [edges] if edges else []
     if config.objects is not None and checkpoint is None:
         parts.append(part_class("objects", config.objects.name).weights_digest(config.objects.settings))
-    return digest_of(*parts)
+    return combined_digest(*parts)
 
 
 def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str | None, *, offline: bool) -> str:
@@ -170,7 +170,7 @@ def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str |
     backbone = part_class("backbone", config.backbone.name)
     if checkpoint is not None and backbone.is_self_contained and holds_backbone(checkpoint):
         _reject_weights(weights, checkpoint)
-        return content_digest(checkpoint)
+        return cached_file_digest(checkpoint)
     digest: str = backbone.weights_digest(config.backbone.settings, weights, offline=offline)
     return digest
 

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from icm_cli.files import atomic_write
-from icm_cli.geometry import ImageU8, rounded_u8
-from icm_cli.images.colour import Colour
+from icm_cli.geometry import ImageU8, round_to_u8
+from icm_cli.images.colour import ColourSettings
 from icm_cli.images.kinds import OWN_SHEET_MARK
-from icm_cli.images.reading import read_matte, read_picture
+from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult
 
@@ -48,12 +48,12 @@ def write_contact_sheet(path: Path, report: Report) -> None:
 def cut_out(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
     """The thing on grey: uint8 [H,W,3] from a picture [H,W,3] and its alpha [H,W]."""
     weight = alpha[..., None].astype(np.float32) / 255.0
-    return rounded_u8(rgb * weight + GREY * (1 - weight))
+    return round_to_u8(rgb * weight + GREY * (1 - weight))
 
 
-def _row(result: ImageResult, colour: Colour) -> ImageU8:
-    rgb = thumbnail(read_picture(Path(result.source), colour, max(0, result.page - 1)).displayed().rgb)
-    alpha = thumbnail(read_matte(Path(result.output)))
+def _row(result: ImageResult, colour: ColourSettings) -> ImageU8:
+    rgb = thumbnail(read_image(Path(result.source), colour, max(0, result.page - 1)).displayed().rgb)
+    alpha = thumbnail(read_alpha(Path(result.output)))
     caption = (result.name or Path(result.source).name) + ("   reference's thing not found" if result.not_found else "")
     return captioned_row([rgb, np.repeat(alpha[..., None], 3, -1), cut_out(rgb, alpha)], caption)
 

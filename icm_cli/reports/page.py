@@ -19,8 +19,8 @@ from PIL import Image
 from icm_cli.errors import ImageError
 from icm_cli.files import atomic_write
 from icm_cli.geometry import ImageU8
-from icm_cli.images.colour import AS_LABELLED, Colour
-from icm_cli.images.reading import Composite, read_matte, read_source
+from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
+from icm_cli.images.reading import CompositeSource, read_alpha, read_source_image
 from icm_cli.reports.contact_sheet import evenly
 from icm_cli.reports.means import Means, by, mean_text, number_text
 from icm_cli.reports.published import PUBLISHED, comparability
@@ -179,16 +179,16 @@ def _figure(report: Report, result: ImageResult) -> Figure:
     )
 
 
-def _picture(source: Path | Composite, colour: Colour = AS_LABELLED, frame: int = 0) -> ImageU8 | None:
+def _picture(source: Path | CompositeSource, colour: ColourSettings = DEFAULT_COLOUR, frame: int = 0) -> ImageU8 | None:
     try:
-        return read_source(source, colour, frame).displayed().rgb
+        return read_source_image(source, colour, frame).displayed().rgb
     except ImageError:
         return None
 
 
 def _matte(path: str) -> ImageU8 | None:
     try:
-        return read_matte(Path(path)) if path else None
+        return read_alpha(Path(path)) if path else None
     except ImageError:
         return None
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from icm_cli.errors import Problem
 from icm_cli.geometry import ImageU8
-from icm_cli.images.colour import AS_LABELLED, Colour
-from icm_cli.images.reading import Composite
+from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
+from icm_cli.images.reading import CompositeSource
 from icm_cli.reports.means import Means, summarise
 from icm_cli.reports.result import ImageResult, Status
 from icm_cli.reports.scores import Region
@@ -26,12 +26,12 @@ from icm_cli.reports.shots import ShotScores, shot_scores
 class Album:
     """Pictures that the page shows."""
 
-    references: Mapping[tuple[int, str], Sequence[tuple[Path | Composite, Path]]] = field(default_factory=dict)
+    references: Mapping[tuple[int, str], Sequence[tuple[Path | CompositeSource, Path]]] = field(default_factory=dict)
     """References by round and group: images with their alphas."""
     marked: Sequence[tuple[ImageU8, NDArray[np.bool_]]] = ()
     """References of every image, as the model saw them: pictures, sRGB uint8 [H,W,3], and where the thing is [H,W]."""
-    colour: Colour = AS_LABELLED
-    composites: Mapping[str, Composite] = field(default_factory=dict)
+    colour: ColourSettings = DEFAULT_COLOUR
+    composites: Mapping[str, CompositeSource] = field(default_factory=dict)
     """Sources that are not files, by the name of their result."""
 
 

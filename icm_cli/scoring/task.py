@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 
 from icm_cli.errors import ImageError, Problem
-from icm_cli.geometry import UNKNOWN, ImageU8, same_shape
+from icm_cli.geometry import UNKNOWN, ImageU8, has_same_aspect
 from icm_cli.images.decoding import image_size
-from icm_cli.images.reading import TrueAlpha, content_sha256, read_matte, read_true_alpha
+from icm_cli.images.reading import GroundTruthAlpha, content_sha256, read_alpha, read_ground_truth
 from icm_cli.reports.scores import Region, Scores
 from icm_cli.scoring.metrics import dt_ssd, score
 from icm_cli.scoring.overlap import boundary_accuracy, region_similarity
@@ -55,15 +55,15 @@ class ScoreTask:
         try:
             if self.wants_sha256 and self.image:
                 digest = content_sha256(self.image)
-            truth = read_true_alpha(self.truth, has_objects=self.rule.is_shots)
-            predicted = read_true_alpha(self.alpha, has_objects=self.rule.is_shots)
+            truth = read_ground_truth(self.truth, has_objects=self.rule.is_shots)
+            predicted = read_ground_truth(self.alpha, has_objects=self.rule.is_shots)
             problems = self._oddities(truth) + (self._unusable(self.alpha, predicted) if self.is_foreign else [])
             if any(each.kind != "16-bit-alpha" for each in problems):
                 return Scored(problems=tuple(problems), image_sha256=digest)
             alpha = predicted.alpha
         except ImageError as error:
             return Scored(problems=(Problem("unreadable", self.name, str(error)),), image_sha256=digest)
-        if not same_shape(alpha.shape, truth.alpha.shape):
+        if not has_same_aspect(alpha.shape, truth.alpha.shape):
             problems.append(self._mismatch("alpha", self.alpha, alpha.shape, truth.alpha.shape))
             return Scored(problems=tuple(problems), image_sha256=digest)
         at_size = scored_size(truth.alpha, truth.alpha.shape, self.rule.size)
@@ -82,7 +82,7 @@ class ScoreTask:
             boundary_f=boundary_accuracy(scored, at_size) if self.rule.is_shots else None,
         )
 
-    def _oddities(self, truth: TrueAlpha) -> list[Problem]:
+    def _oddities(self, truth: GroundTruthAlpha) -> list[Problem]:
         """Find what is odd about the ground truth; all but 16 bits, and what is allowed, keeps it from being scored."""
         found = []
         if self.image is not None and (size := image_size(self.image)) != truth.alpha.shape:
@@ -96,7 +96,7 @@ class ScoreTask:
             found.append(Problem("16-bit-alpha", self.name, f"{self.truth} has 16 bits; it is scored at 8"))
         return found
 
-    def _unusable(self, path: Path, alpha: TrueAlpha) -> list[Problem]:
+    def _unusable(self, path: Path, alpha: GroundTruthAlpha) -> list[Problem]:
         if alpha.has_colour:
             reason = f"{path} has colour; expected one grey channel as the alpha"
             return [Problem("colour-alpha", self.name, reason)]
@@ -115,7 +115,7 @@ class ScoreTask:
         if self.trimap is None:
             return trimap_of(truth, self.rule.trimap_kernel_px), []
         try:
-            trimap = read_matte(self.trimap)
+            trimap = read_alpha(self.trimap)
         except ImageError as error:
             return None, [Problem("unreadable", self.name, str(error))]
         if trimap.shape != source:
@@ -147,4 +147,4 @@ class FlickerTask:
         return dt_ssd(alpha, alpha_before, truth, truth_before)
 
     def _read(self, path: Path) -> ImageU8:
-        return read_matte(path, has_objects=self.rule.is_shots)
+        return read_alpha(path, has_objects=self.rule.is_shots)

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from icm_cli.errors import ImageError, OutputError
-from icm_cli.files import atomic_write, cache_folder, digest_of
+from icm_cli.files import atomic_write, cache_folder, combined_digest
 from icm_cli.model.contracts import Features, IntraSimilarity, MatrixIntraSimilarity
 from icm_cli.model.core import InContextMatting, PairFeatures, Pairs
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity
@@ -71,7 +71,9 @@ class FeatureCache:
     @torch.no_grad()
     def _one(self, content: tuple[str, Tensor, Tensor], encode: Callable[[], Features], like: Tensor) -> Features:
         role, rgb, valid = content
-        digest = digest_of(role, rgb.cpu().numpy().tobytes(), valid.cpu().numpy().tobytes(), str(tuple(rgb.shape)))
+        digest = combined_digest(
+            role, rgb.cpu().numpy().tobytes(), valid.cpu().numpy().tobytes(), str(tuple(rgb.shape))
+        )
         path = self._home / f"{digest}.safetensors"
         with contextlib.suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

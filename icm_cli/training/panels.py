@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icm_cli.geometry import ImageU8, to_u8
+from icm_cli.geometry import ImageU8, alpha_to_u8
 from icm_cli.model.contracts import TrainedHead
 from icm_cli.model.core import InContextMatting
 from icm_cli.training.data.samples import PairBatch
@@ -40,7 +40,7 @@ def panel(model: InContextMatting, batch: PairBatch, *, fixed_noise: bool) -> Im
             few.rgb[i].cpu().numpy(),
             masked(few.reference_rgb[i].cpu().numpy(), few.guidance[i].cpu().numpy()),
             grey(few.alpha[i].cpu().numpy()),
-            grey(to_u8(predicted[i, 0].float().cpu().numpy())),
+            grey(alpha_to_u8(predicted[i, 0].float().cpu().numpy())),
             _heat(inter[i, 0]),
             _heat(intra[i, 0]),
         )
@@ -73,5 +73,5 @@ def grey(values: ImageU8) -> ImageU8:
 def _heat(values: Tensor) -> ImageU8:
     """A map [h,w] of any range, from its least (dark) to its most (bright)."""
     spread = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
-    coloured = cv2.applyColorMap(to_u8(spread.float().cpu().numpy()), cv2.COLORMAP_INFERNO)
+    coloured = cv2.applyColorMap(alpha_to_u8(spread.float().cpu().numpy()), cv2.COLORMAP_INFERNO)
     return np.asarray(coloured[..., ::-1], np.uint8)

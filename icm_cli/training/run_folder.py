@@ -16,7 +16,7 @@ from safetensors.torch import save
 from icm_cli.device import is_main_process
 from icm_cli.environment import __version__
 from icm_cli.errors import ConfigError, UsageError
-from icm_cli.files import atomic_write, content_digest, digest_of, remove_stale_temporaries
+from icm_cli.files import atomic_write, cached_file_digest, combined_digest, remove_stale_temporaries
 from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_trained_on, save_checkpoint
 from icm_cli.reports.write import SideOutputs
 from icm_cli.training.batches import Batch
@@ -98,7 +98,7 @@ class RunFolder:
         digests = []
         for path in self._pool.images:
             try:
-                digests.append(content_digest(path))
+                digests.append(cached_file_digest(path))
             except OSError as error:
                 notice(f"{path} cannot be read ({error.strerror})")
         earlier = read_trained_on(self._checkpoint) if self._checkpoint else None
@@ -177,10 +177,10 @@ class RunFolder:
     def _found(self) -> dict[str, Any]:
         """Facts that follow from the settings on this disk."""
         names = [f"{item.group} {item.name}" for item in self._pool]
-        started = content_digest(self._checkpoint) if self._checkpoint else None
+        started = cached_file_digest(self._checkpoint) if self._checkpoint else None
         return {
             "items": len(names),
-            "names": digest_of(*names),
+            "names": combined_digest(*names),
             "backgrounds": len(self._pool.backgrounds),
             "started_from": started,
         }

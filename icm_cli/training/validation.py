@@ -12,7 +12,7 @@ from icm_cli.errors import ImageError, UsageError
 from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.events import Listener
 from icm_cli.geometry import HALF_U8
-from icm_cli.images.reading import read_matte
+from icm_cli.images.reading import read_alpha
 from icm_cli.reports.result import ImageResult
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import ValidationConfig
@@ -40,7 +40,7 @@ def _can_be_scored(samples: Sequence[Sample]) -> bool:
         return False
     for sample in samples:
         with contextlib.suppress(ImageError):
-            if (read_matte(sample.alpha) > HALF_U8).any():
+            if (read_alpha(sample.alpha) > HALF_U8).any():
                 return True
     return False
 

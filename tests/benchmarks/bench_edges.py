@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 import icm_cli
-from icm_cli.images.reading import read_matte, read_picture
+from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.model.training_free.closed_form import load_foreground_estimator
 from icm_cli.scoring.metrics import score
 from icm_cli.training.data.procedural import Look, draw
@@ -99,7 +99,7 @@ def pictures(data: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     grounds = sorted((data / "backgrounds").rglob("*.jpg"))
     yield from composites(data / "validation" / "plain", grounds, rng)
     for path in sorted((data / "groups" / "eth80").glob("*/*.webp"))[:: 640 // EACH][:EACH]:
-        rgb = read_picture(path).rgb
+        rgb = read_image(path).rgb
         yield "keyed", rgb, blue_key(rgb)
     count, seed = 0, SEED
     while count < EACH:
@@ -120,7 +120,7 @@ def composites(
     things = [path for group in groups for path in sorted((plain / group / "src").iterdir())]
     for index in rng.permutation(len(things))[:EACH]:
         path = things[index]
-        rgb, alpha = read_picture(path).rgb, read_matte(path.parent.parent / "alpha" / f"{path.stem}.png") / 255.0
+        rgb, alpha = read_image(path).rgb, read_alpha(path.parent.parent / "alpha" / f"{path.stem}.png") / 255.0
         side = max(alpha.shape)
         square = [(0, side - alpha.shape[0]), (0, side - alpha.shape[1])]
         colour = load_foreground_estimator()(rgb / 255.0, alpha) * alpha[..., None]
@@ -130,7 +130,7 @@ def composites(
 
 
 def ground(paths: list[Path], rng: np.random.Generator) -> np.ndarray:
-    rgb = read_picture(paths[rng.integers(len(paths))]).rgb
+    rgb = read_image(paths[rng.integers(len(paths))]).rgb
     side = min(rgb.shape[:2])
     return cv2.resize(rgb[:side, :side], (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_AREA) / 255.0
 

@@ -19,11 +19,11 @@ import OpenImageIO as oiio
 import PyOpenColorIO as ocio
 from PIL import Image
 
-from icm_cli.geometry import rounded_u8
+from icm_cli.geometry import round_to_u8
 from icm_cli.images import colour
-from icm_cli.images.decoding import decode
-from icm_cli.images.pixels import Decoded
-from icm_cli.images.reading import read_picture
+from icm_cli.images.decoding import decode_image
+from icm_cli.images.pixels import DecodedImage
+from icm_cli.images.reading import read_image
 
 HEIGHT, WIDTH = 2160, 3840
 REPEATS = 5
@@ -78,20 +78,20 @@ def former_processor(space: str, view: str) -> Any:
     return config.getProcessor(group).getDefaultCPUProcessor()
 
 
-def former_view(decoded: Decoded, processor: Any) -> np.ndarray:
+def former_view(decoded: DecodedImage, processor: Any) -> np.ndarray:
     values = np.ascontiguousarray(decoded.pixels, dtype=np.float32) / np.float32(decoded.scale)
     processor.applyRGB(values)
-    return rounded_u8(values * np.float32(255.0))
+    return round_to_u8(values * np.float32(255.0))
 
 
-def steps(path: Path, wanted: colour.Colour = colour.AS_LABELLED) -> None:
+def steps(path: Path, wanted: colour.ColourSettings = colour.DEFAULT_COLOUR) -> None:
     """Print the time of a file and the share of each step."""
-    decoded = decode(path, wanted=wanted)
+    decoded = decode_image(path, wanted=wanted)
     whole, alone, to_pixels, to_view = medians(
-        lambda: read_picture(path, wanted),
+        lambda: read_image(path, wanted),
         lambda: decoded_alone(path),
-        lambda: decode(path, wanted=wanted),
-        lambda: colour.shown(decoded.pixels, decoded.scale, decoded.space, wanted),
+        lambda: decode_image(path, wanted=wanted),
+        lambda: colour.to_display_srgb(decoded.pixels, decoded.scale, decoded.space, wanted),
     )
     parts = {"decoder": alone, "checks and channels": max(0.0, to_pixels - alone), "view": to_view}
     shares = ", ".join(f"{name} {part / sum(parts.values()):.0%}" for name, part in parts.items())
@@ -100,13 +100,13 @@ def steps(path: Path, wanted: colour.Colour = colour.AS_LABELLED) -> None:
 
 def views(path: Path, space: str, view: str) -> None:
     """Print the time of the model's view of an EXR, the former way and now, and how far the two are apart."""
-    wanted = colour.Colour(space, view=view)
-    decoded, processor = decode(path, wanted=wanted), former_processor(space, view)
+    wanted = colour.ColourSettings(space, view=view)
+    decoded, processor = decode_image(path, wanted=wanted), former_processor(space, view)
     before, after = medians(
         lambda: former_view(decoded, processor),
-        lambda: colour.shown(decoded.pixels, decoded.scale, decoded.space, wanted),
+        lambda: colour.to_display_srgb(decoded.pixels, decoded.scale, decoded.space, wanted),
     )
-    seen = colour.shown(decoded.pixels, decoded.scale, decoded.space, wanted).astype(int)
+    seen = colour.to_display_srgb(decoded.pixels, decoded.scale, decoded.space, wanted).astype(int)
     apart = np.abs(seen - former_view(decoded, processor)).max()
     print(f"{space} by {view}: {before:.3f} s before, {after:.3f} s now ({before / after:.1f} x), {apart} of 255 apart")
 
@@ -123,7 +123,7 @@ def channels(path: Path) -> None:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as home:
         folder, light = Path(home), picture()
-        Image.fromarray(rounded_u8(light * np.float32(200))).save(folder / "a.jpg", quality=95)
+        Image.fromarray(round_to_u8(light * np.float32(200))).save(folder / "a.jpg", quality=95)
         files = [folder / "a.jpg", write(folder / "a.png", light * np.float32(0.75), "uint16")]
         files += [write(folder / "a.exr", light, "half")]
         for file in files:

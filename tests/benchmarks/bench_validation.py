@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 import icm_cli
-from icm_cli.images.reading import read_matte, read_picture
+from icm_cli.images.reading import read_alpha, read_image
 
 PARTS = ("plain", "distractor", "absent")
 BY_HAND = "bottle cheetah dogs handbag kite monitor motorbike panda pyramid rescue_helicopter skaters statue_of_liberty"
@@ -48,14 +48,14 @@ def matted(
     for part in PARTS:
         for group in sorted(path for path in (root / part).glob("*") if path.is_dir()):
             guide = next(group.glob("ref.*"))
-            reference = predictor.reference([(read_picture(guide).rgb, read_matte(group / "mask.png"))])
+            reference = predictor.reference([(read_image(guide).rgb, read_alpha(group / "mask.png"))])
             for source in sorted((group / "src").iterdir())[::every]:
-                alpha = predictor.matte(read_picture(source).rgb, reference)
+                alpha = predictor.matte(read_image(source).rgb, reference)
                 if out is not None:
                     to = out / part / group.name / f"{source.stem}.png"
                     to.parent.mkdir(parents=True, exist_ok=True)
                     cv2.imwrite(str(to), alpha)
-                truth = read_matte(group / "alpha" / f"{source.stem}.png") / 255.0
+                truth = read_alpha(group / "alpha" / f"{source.stem}.png") / 255.0
                 found = alpha / 255.0
                 union = ((found > 0.5) | (truth > 0.5)).sum()
                 overlap = ((found > 0.5) & (truth > 0.5)).sum() / max(1, union)

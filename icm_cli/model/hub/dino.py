@@ -123,7 +123,9 @@ class Dino(Backbone):
 
     @property
     def canvas(self) -> CanvasRule:
-        return CanvasRule(self.config.long_side_px, self.config.patch_px, square=False, enlarge=LARGEST_ENLARGEMENT)
+        return CanvasRule(
+            self.config.long_side_px, self.config.patch_px, square=False, max_enlargement=LARGEST_ENLARGEMENT
+        )
 
     def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
         matched = self._matched(self.tokens(image))

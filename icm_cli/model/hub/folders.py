@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from icm_cli.errors import ConfigError
-from icm_cli.files import content_digest, digest_of
+from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.model.hub.catalogue import PUBLISHED
 
 CONFIG = "config.json"
@@ -85,7 +85,7 @@ def find_folder(weights: str, *, offline: bool, option: str) -> Path:
 def folder_digest(folder: Path) -> str:
     """Hash of every file of a folder that decides an answer: SHA-256 of their contents, hexadecimal."""
     texts = [folder / name for name in (CONFIG, PREPROCESSOR) if (folder / name).is_file()]
-    return digest_of(*(content_digest(path) for path in [*texts, *_weight_files(folder)]))
+    return combined_digest(*(cached_file_digest(path) for path in [*texts, *_weight_files(folder)]))
 
 
 def read_json(path: Path) -> dict[str, Any]:

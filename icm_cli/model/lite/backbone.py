@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.files import content_digest, digest_of
+from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Features
 from icm_cli.model.lite.efficientnet import BLOCK_COUNT, EfficientNetLite, EfficientNetLiteConfig
@@ -102,7 +102,7 @@ class DinoV2Lite(Backbone):
     @classmethod
     def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
         convolutions = EfficientNetLite.weights_digest(config.convolutions, weights, offline=offline)
-        return digest_of(content_digest(_weights_path(weights)), convolutions)
+        return combined_digest(cached_file_digest(_weights_path(weights)), convolutions)
 
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
@@ -156,7 +156,7 @@ class DinoV2Lite(Backbone):
     @property
     def canvas(self) -> CanvasRule:
         return CanvasRule(
-            self.config.long_side_px, TOKEN_PX, square=False, enlarge=LARGEST_ENLARGEMENT, least_px=LEAST_PX
+            self.config.long_side_px, TOKEN_PX, square=False, max_enlargement=LARGEST_ENLARGEMENT, min_side_px=LEAST_PX
         )
 
     def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002

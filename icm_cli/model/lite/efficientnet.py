@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from icm_cli.errors import ConfigError
-from icm_cli.files import content_digest
+from icm_cli.files import cached_file_digest
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Features
 from icm_cli.model.similarity import SelfSimilarity, token_valid
@@ -83,7 +83,7 @@ class EfficientNetLite(Backbone):
 
     @classmethod
     def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:  # noqa: ARG003
-        return content_digest(_weights_path(weights))
+        return cached_file_digest(_weights_path(weights))
 
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:  # noqa: ARG003

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.files import content_digest
+from icm_cli.files import cached_file_digest
 from icm_cli.geometry import Float, ImageU8, resize
 from icm_cli.model.checkpoint import load_strict, read_checkpoint
 from icm_cli.model.contracts import Objects
@@ -79,7 +79,7 @@ class MobileSam(Objects):
 
     @classmethod
     def weights_digest(cls, config: Any) -> str:
-        return content_digest(_published_path() if config.start == "published" else _lite_path())
+        return cached_file_digest(_published_path() if config.start == "published" else _lite_path())
 
     @classmethod
     def load(cls, config: Any) -> Self:
@@ -151,7 +151,7 @@ def _lite_path() -> Path:
 def _published() -> Mapping[str, Tensor]:
     """MobileSAM's published tensors. Raises ConfigError."""
     path = _published_path()
-    if content_digest(path) != PUBLISHED:
+    if cached_file_digest(path) != PUBLISHED:
         raise ConfigError(f"{path} is not the published mobile_sam.pt; install {PACKAGE} {VERSION} again")
     tensors: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return tensors

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.geometry import Float, ImageU8, resize, within
+from icm_cli.geometry import Float, ImageU8, downscaled_size, resize
 from icm_cli.model.contracts import Edges
 from icm_cli.model.lite.tiles import Box, blended
 
@@ -188,7 +188,7 @@ class Refine(Edges):
         if not self.config.core:
             return alpha
         size = (alpha.shape[0], alpha.shape[1])
-        small = resize(alpha, within(size, CORE_PX))
+        small = resize(alpha, downscaled_size(size, CORE_PX))
         reach = max(1, round(self.config.core * max(small.shape)))
         disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
         least, most = (cv2.blur(each(small, disc), (reach, reach)) for each in (cv2.erode, cv2.dilate))

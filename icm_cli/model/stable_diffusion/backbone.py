@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from icm_cli.errors import ConfigError
-from icm_cli.files import digest_of
+from icm_cli.files import combined_digest
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Features
 from icm_cli.model.similarity import AttentionMatrix, token_valid
@@ -143,7 +143,7 @@ class StableDiffusion(Backbone):
         """Both noises of each draw, [E,2,4,h,w] float32 on the CPU; ``who`` and the seed decide them."""
         draws = []
         for draw in range(self.config.ensemble):
-            digest = digest_of(str(self._seed), who, str(draw))
+            digest = combined_digest(str(self._seed), who, str(draw))
             generator = torch.Generator().manual_seed(int(digest[:15], 16))
             draws.append(torch.randn(2, *shape, generator=generator))
         return torch.stack(draws)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.files import atomic_write, cache_folder, content_digest, digest_of
+from icm_cli.files import atomic_write, cache_folder, cached_file_digest, combined_digest
 from icm_cli.model.checkpoint import check_strict
 from icm_cli.model.hub.folders import fetched
 from icm_cli.model.stable_diffusion.unet import drop_unused, fold_timestep
@@ -76,7 +76,7 @@ def find_folder(weights: str, *, offline: bool) -> Path:
 
 def folder_digest(folder: Path) -> str:
     """Hash of every file that decides a feature, of a folder that :func:`find_folder` gave."""
-    return digest_of(*(content_digest(folder / name) for name in (*FEATURE_FILES, *PROMPT_FILES)))
+    return combined_digest(*(cached_file_digest(folder / name) for name in (*FEATURE_FILES, *PROMPT_FILES)))
 
 
 def load_parts(folder: Path, *, timestep: int) -> Parts:
@@ -158,7 +158,7 @@ def _prompt_embedding(folder: Path) -> Tensor:
 
     Cached by the digest of the files it comes from, so the text encoder is loaded once in a machine's life.
     """
-    digest = digest_of(*(content_digest(folder / name) for name in PROMPT_FILES))
+    digest = combined_digest(*(cached_file_digest(folder / name) for name in PROMPT_FILES))
     cached = cache_folder() / "prompts" / f"{digest}.safetensors"
     with contextlib.suppress(OSError, safetensors.SafetensorError):
         return load_file(cached)["prompt"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from icm_cli.errors import ConfigError
 from icm_cli.files import cache_folder
-from icm_cli.geometry import Float, ImageU8, resize, trimap_of_coarse, within
+from icm_cli.geometry import Float, ImageU8, downscaled_size, resize, trimap_of_coarse
 from icm_cli.guided_filter import guided_upsample
 from icm_cli.model.contracts import Edges
 
@@ -51,7 +51,7 @@ class ClosedForm(Edges):
 
     def refined(self, rgb: ImageU8, coarse: Float) -> Float:
         height, width = rgb.shape[:2]
-        size = within((height, width), self.config.solve_long_side_px)
+        size = downscaled_size((height, width), self.config.solve_long_side_px)
         small, trimap = resize(rgb, size), trimap_of_coarse(coarse, size, self.config.band)
         alpha = np.clip(solve_alpha(small / 255.0, trimap.astype(np.float64)), 0.0, 1.0).astype(np.float32)
         return alpha if size == (height, width) else guided_upsample(alpha, rgb)

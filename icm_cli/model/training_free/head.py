@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icm_cli.errors import ConfigError
-from icm_cli.geometry import trimap_of_coarse, within
+from icm_cli.geometry import downscaled_size, trimap_of_coarse
 from icm_cli.model.contracts import Features, Head, Matte, ReferenceFeatures
 from icm_cli.model.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.similarity import tokens
@@ -201,7 +201,7 @@ class TrainingFree(Head):
 
         It is the trimap itself where edges come after.
         """
-        size = within(image.shape[1:], self.config.solve_long_side_px)
+        size = downscaled_size(image.shape[1:], self.config.solve_long_side_px)
         small = F.interpolate(torch.cat([image, contrast[None]])[None], size=size, mode="area")[0]
         rgb, evidence = small[:3].permute(1, 2, 0), small[3]
         if self.config.rule == "clusters":

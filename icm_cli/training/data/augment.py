@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.geometry import HALF_U8, Float, ImageU8, rounded_u8
+from icm_cli.geometry import HALF_U8, Float, ImageU8, round_to_u8
 from icm_cli.training.settings import AugmentConfig, PairConfig
 
 Rng = np.random.Generator
@@ -129,4 +129,4 @@ def _marked(mask: ImageU8, points: NDArray[np.int32]) -> NDArray[np.bool_]:
 
 
 def _to_u8(image: Float) -> ImageU8:
-    return rounded_u8(image)
+    return round_to_u8(image)

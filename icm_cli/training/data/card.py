@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from icm_cli.errors import ImageError, TrainingError
-from icm_cli.geometry import ImageU8, resize, rounded_u8, within
-from icm_cli.images.reading import read_picture
+from icm_cli.geometry import ImageU8, downscaled_size, resize, round_to_u8
+from icm_cli.images.reading import read_image
 from icm_cli.training.data.augment import Affine, Rng, place_cutout, place_photograph
 from icm_cli.training.data.layers import VISIBLE_U8, photograph
 from icm_cli.training.data.pool import Item, Pool
@@ -368,12 +368,12 @@ def _layer(item: Item, side_px: int) -> tuple[ImageU8, ImageU8]:
     weight = layer.alpha.astype(np.float32) / 255.0  # what lies outside a cut-out has no colour, and must not shine in
     spread, share = (cv2.GaussianBlur(x, (0, 0), SPREAD_PX) for x in (layer.rgb * weight[..., None], weight))
     around = spread / (share[..., None] + 1e-4)
-    return rounded_u8(np.where(weight[..., None] > 0, layer.rgb, around).astype(np.float32)), layer.alpha
+    return round_to_u8(np.where(weight[..., None] > 0, layer.rgb, around).astype(np.float32)), layer.alpha
 
 
 def _backdrop(path: Path, side_px: int) -> tuple[ImageU8, ImageU8]:
-    rgb = read_picture(path).rgb
-    small = resize(rgb, within(rgb.shape[:2], side_px))
+    rgb = read_image(path).rgb
+    small = resize(rgb, downscaled_size(rgb.shape[:2], side_px))
     return small, np.full(small.shape[:2], 255, np.uint8)
 
 

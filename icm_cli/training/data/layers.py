@@ -13,8 +13,8 @@ import numpy as np
 from cachetools import LRUCache, cached
 
 from icm_cli.errors import ImageError
-from icm_cli.geometry import UNKNOWN, Float, ImageU8, binary, resize, within
-from icm_cli.images.reading import read_matte, read_picture
+from icm_cli.geometry import UNKNOWN, Float, ImageU8, binarize_alpha, downscaled_size, resize
+from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.model.training_free.closed_form import load_foreground_estimator
 from icm_cli.scoring.metrics import BOUNDS_OF_UNKNOWN
 from icm_cli.training.data.pool import Item
@@ -58,9 +58,9 @@ def shrunk_photograph(item: Item, long_side_px: int) -> Photograph:
 def photograph(item: Item, long_side_px: int | None = None) -> Photograph:
     """Read an item, shrunk to ``long_side_px`` where it is larger. Raises ImageError."""
     rgb, alpha = _read(item)
-    size = within(alpha.shape, long_side_px or max(alpha.shape))
+    size = downscaled_size(alpha.shape, long_side_px or max(alpha.shape))
     trimap = None if item.trimap is None else _read_trimap(item.trimap, alpha.shape, size)
-    coarse = None if item.coarse is None else resize(read_matte(item.coarse), size)
+    coarse = None if item.coarse is None else resize(read_alpha(item.coarse), size)
     return Photograph(resize(rgb, size), _resized_alpha(alpha, size, is_binary=item.is_binary), trimap, coarse)
 
 
@@ -78,7 +78,7 @@ def cutout(item: Item, long_side_px: int) -> Cutout:
     margin = 2 + max(len(rows), len(columns)) // 32  # some background for the estimate
     box = tuple(slice(max(0, ends[0] - margin), ends[-1] + 1 + margin) for ends in (rows, columns))
     rgb, alpha = rgb[box], alpha[box]
-    size = within(alpha.shape, long_side_px)
+    size = downscaled_size(alpha.shape, long_side_px)
     weight = resize(alpha, size).astype(np.float32) / 255.0
     if item.is_foreground:
         colour = resize((rgb * (alpha[..., None] / np.float32(255))).astype(np.float32), size)
@@ -91,14 +91,14 @@ def cutout(item: Item, long_side_px: int) -> Cutout:
 @cached(LRUCache(KEPT_BYTES, getsizeof=_bytes))
 def background(path: Path, long_side_px: int) -> ImageU8:
     """Read a picture, uint8 [h,w,3], shrunk to ``long_side_px`` where it is larger. Raises ImageError."""
-    rgb = read_picture(path).rgb
-    return resize(rgb, within(rgb.shape[:2], long_side_px))
+    rgb = read_image(path).rgb
+    return resize(rgb, downscaled_size(rgb.shape[:2], long_side_px))
 
 
 def _read(item: Item) -> tuple[ImageU8, ImageU8]:
-    picture = read_picture(item.image).displayed()
+    picture = read_image(item.image).displayed()
     if item.alpha is not None:
-        alpha = read_matte(item.alpha)
+        alpha = read_alpha(item.alpha)
     elif picture.alpha is not None:
         alpha = picture.alpha
     else:
@@ -111,7 +111,7 @@ def _read(item: Item) -> tuple[ImageU8, ImageU8]:
             )
         alpha = resize(alpha, (picture.rgb.shape[0], picture.rgb.shape[1]))  # Open Images' masks have their own sizes
     if item.is_binary:
-        alpha = binary(alpha)
+        alpha = binarize_alpha(alpha)
     if item.soften_px:
         alpha = np.asarray(cv2.GaussianBlur(alpha, (0, 0), item.soften_px), np.uint8)
     return picture.rgb, alpha
@@ -119,11 +119,11 @@ def _read(item: Item) -> tuple[ImageU8, ImageU8]:
 
 def _resized_alpha(alpha: ImageU8, size: tuple[int, int], *, is_binary: bool) -> ImageU8:
     small = resize(alpha, size)
-    return binary(small) if is_binary else small
+    return binarize_alpha(small) if is_binary else small
 
 
 def _read_trimap(path: Path, shape: tuple[int, ...], size: tuple[int, int]) -> ImageU8:
-    trimap = read_matte(path)
+    trimap = read_alpha(path)
     if trimap.shape != shape:
         raise ImageError(f"trimap {path} is {trimap.shape[1]}x{trimap.shape[0]}, not its image's {shape[1]}x{shape[0]}")
     lowest, known = BOUNDS_OF_UNKNOWN

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from icm_cli.errors import ImageError, TrainingError
-from icm_cli.geometry import ImageU8, binary
+from icm_cli.geometry import ImageU8, binarize_alpha
 from icm_cli.model.core import TARGET_NOISE, Pairs, reference_noise
 from icm_cli.scoring.rule import trimap_of
 from icm_cli.training.batches import Batch
@@ -99,7 +99,7 @@ class SampleMaker(Dataset["TrainingSample | str"]):
         if others and rng.random() < pairs.reference_distractor_share:
             reference = self._scenes.distracted(reference, others[:1], rng)
         reference = self._scenes.finished(require_foreground(reference, shown), rng)
-        alpha = binary(target.alpha) if item.is_binary else target.alpha
+        alpha = binarize_alpha(target.alpha) if item.is_binary else target.alpha
         return TrainingSample(
             name=f"{name} by {shown.name}",
             counter=counter,

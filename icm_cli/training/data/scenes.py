@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError
-from icm_cli.geometry import HALF_U8, CanvasRule, Float, ImageU8, binary, rounded_u8
+from icm_cli.geometry import HALF_U8, CanvasRule, Float, ImageU8, binarize_alpha, round_to_u8
 from icm_cli.training.data.augment import Affine, Rng, damage, place_cutout, place_photograph, recolour
 from icm_cli.training.data.layers import Cutout, background, cutout, photograph, shrunk_photograph
 from icm_cli.training.data.pool import Item
@@ -84,7 +84,7 @@ class SceneMaker:
         """An item's thing before a scene, whose own alpha counts for nothing. Raises ImageError."""
         colour, weight = self._placed(cutout(item, self.canvas_px), LARGEST_THING, rng)
         return replace(
-            behind, rgb=_over(colour, weight, behind.rgb), alpha=rounded_u8(weight * 255), trimap=None, coarse=None
+            behind, rgb=_over(colour, weight, behind.rgb), alpha=round_to_u8(weight * 255), trimap=None, coarse=None
         )
 
     def distracted(self, scene: Scene, items: Sequence[Item], rng: Rng) -> Scene:
@@ -107,11 +107,11 @@ class SceneMaker:
     def _whole(self, item: Item) -> Scene:
         """The picture as inference would see it: whole, in the canvas' corner."""
         layer = photograph(item)
-        placement = CanvasRule(self.canvas_px, 1, square=True).place(*layer.alpha.shape)
-        valid = placement.valid()
+        placement = CanvasRule(self.canvas_px, 1, square=True).placement(*layer.alpha.shape)
+        valid = placement.content_mask()
         alpha = np.where(valid, placement.to_canvas(layer.alpha), 0).astype(np.uint8)
         if item.is_binary:
-            alpha = binary(alpha)
+            alpha = binarize_alpha(alpha)
         trimap = None
         if layer.trimap is not None:
             size = placement.content[::-1]
@@ -149,7 +149,7 @@ def require_foreground(scene: Scene, item: Item) -> Scene:
 
 
 def _covered(scene: Scene, colour: Float, weight: Float) -> Scene:
-    alpha = rounded_u8(scene.alpha * (1 - weight))
+    alpha = round_to_u8(scene.alpha * (1 - weight))
     trimap = scene.trimap
     if trimap is not None:
         soft_edge = (weight > 0) & (weight < 1) & (trimap > 0)
@@ -158,4 +158,4 @@ def _covered(scene: Scene, colour: Float, weight: Float) -> Scene:
 
 
 def _over(colour: Float, weight: Float, behind: ImageU8) -> ImageU8:
-    return rounded_u8(colour + behind * (1 - weight[..., None]))
+    return round_to_u8(colour + behind * (1 - weight[..., None]))

@@ -25,9 +25,9 @@ import typer
 import yaml
 
 from icm_cli.errors import IcmError, ImageError
-from icm_cli.files import atomic_write, content_digest
-from icm_cli.geometry import ImageU8, resize, within
-from icm_cli.images.reading import read_picture
+from icm_cli.files import atomic_write, cached_file_digest
+from icm_cli.geometry import ImageU8, downscaled_size, resize
+from icm_cli.images.reading import read_image
 from icm_cli.training.data.layers import photograph
 from icm_cli.training.data.pool import Item, Pool, read_pool
 from icm_cli.training.settings import CUTOUTS, DataConfig, PairConfig, SourceConfig, read_data
@@ -78,7 +78,7 @@ def _members(config: DataConfig, pool: Pool, long_side_px: int) -> Iterator[tupl
     copied = {"sources": sources, "backgrounds": ["backgrounds"] if pool.backgrounds else []}
     yield "data.yaml", yaml.safe_dump({**copied, "copies_of": "copies_of.json"}, sort_keys=False).encode()
     yield "classes.json", json.dumps(classes).encode()
-    yield "copies_of.json", json.dumps(sorted({content_digest(path) for path in pool.images})).encode()
+    yield "copies_of.json", json.dumps(sorted({cached_file_digest(path) for path in pool.images})).encode()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for number, items in enumerate(pool.sources):
             made = threads.map(lambda item: _copies(item, long_side_px), items)
@@ -115,8 +115,8 @@ def _copies(item: Item, long_side_px: int) -> dict[str, bytes]:
 
 
 def _background(path: Path, long_side_px: int) -> bytes:
-    rgb = read_picture(path).rgb
-    return _coded(resize(rgb, within(rgb.shape[:2], long_side_px)), ".webp", PICTURE_QUALITY)
+    rgb = read_image(path).rgb
+    return _coded(resize(rgb, downscaled_size(rgb.shape[:2], long_side_px)), ".webp", PICTURE_QUALITY)
 
 
 def _coded(image: ImageU8, ending: str, quality: int | None = None) -> bytes:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from icm_cli.errors import ConfigError, ImageError
-from icm_cli.files import atomic_write, digest_of
+from icm_cli.files import atomic_write, combined_digest
 from icm_cli.geometry import ImageU8
 from icm_cli.model.contracts import Objects
 from icm_cli.model.core import InContextMatting
@@ -244,7 +244,7 @@ def views_digest(settings: Settings, shown: Sequence[Item], weights_digest: str,
         *(train["match"][name] for name in ("large_views", "live_blocks")),
         model["objects"] if embeds else None,
     ]
-    return digest_of(json.dumps(recipe, sort_keys=True), *(f"{item.group} {item.name}" for item in shown))
+    return combined_digest(json.dumps(recipe, sort_keys=True), *(f"{item.group} {item.name}" for item in shown))
 
 
 def keep_views(path: Path, digest: str, views: Sequence[View | None]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from icm_cli.files import digest_of
+from icm_cli.files import combined_digest
 from icm_cli.geometry import ImageU8
 from icm_cli.model.core import InContextMatting
 from icm_cli.reports.contact_sheet import cut_out
@@ -55,7 +55,7 @@ class MatteStage(Stage[PairBatch]):
                 "the same for every step"
             )
         decides = [json.dumps(self.settings.model.as_dict()["backbone"], sort_keys=True), learner.weights_digest]
-        digest = digest_of(*decides, str(config.seed), learner.device.dtype_name)
+        digest = combined_digest(*decides, str(config.seed), learner.device.dtype_name)
         room = int(config.feature_cache_gb * 1e9) // learner.accelerator.num_processes
         self._cache = FeatureCache(digest, room, notice=listener.on_notice)
 

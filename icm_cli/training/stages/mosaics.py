@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError, TrainingError
-from icm_cli.geometry import ImageU8, to_u8
+from icm_cli.geometry import ImageU8, alpha_to_u8
 from icm_cli.model.contracts import Backbone, Features, Objects
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import enlarged
@@ -307,7 +307,7 @@ def panel(alpha: Tensor, answer: Answer) -> ImageU8:
     """For each mosaic its true alpha [B,nH,nW], the coarse alpha, and what all comparisons together carry over."""
     _, logit, carried, _ = answer
     layers = (alpha, torch.sigmoid(logit), enlarged(0.5 + 0.5 * carried[:, -1:], logit.shape[-2:])[:, 0])
-    return table([[grey(to_u8(layer[i].float().cpu().numpy())) for layer in layers] for i in range(len(alpha))])
+    return table([[grey(alpha_to_u8(layer[i].float().cpu().numpy())) for layer in layers] for i in range(len(alpha))])
 
 
 def views_of(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.geometry import ImageU8, to_u8
+from icm_cli.geometry import ImageU8, alpha_to_u8
 from icm_cli.model.contracts import Objects
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.lite.head import TokenMatchHead
@@ -88,7 +88,7 @@ class ObjectsStage(MatchStage):
             F.interpolate(each[:, None].float(), logit.shape[-2:], mode="nearest")[:, 0]
             for each in (few.alpha, coarse, torch.sigmoid(logit))
         ]
-        return table([[grey(to_u8(layer[i].cpu().numpy())) for layer in layers] for i in range(len(few.alpha))])
+        return table([[grey(alpha_to_u8(layer[i].cpu().numpy())) for layer in layers] for i in range(len(few.alpha))])
 
 
 STAGE = ObjectsStage

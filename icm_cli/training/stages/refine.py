@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from icm_cli.errors import ConfigError, ImageError, TrainingError
-from icm_cli.geometry import Float, ImageU8, to_u8
+from icm_cli.geometry import Float, ImageU8, alpha_to_u8
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.lite.refiner import RefineConfig as EdgesConfig
 from icm_cli.training.batches import Batch, StepSampler, load_batches
@@ -217,7 +217,10 @@ class RefineStage(Stage[EdgeBatch]):
         layers = (few.coarse, few.truth, torch.sigmoid(logit))
         return table(
             [
-                [few.rgb[i, 0].cpu().numpy(), *(grey(to_u8(layer[i, 0].float().cpu().numpy())) for layer in layers)]
+                [
+                    few.rgb[i, 0].cpu().numpy(),
+                    *(grey(alpha_to_u8(layer[i, 0].float().cpu().numpy())) for layer in layers),
+                ]
                 for i in range(len(few.names))
             ]
         )
@@ -228,7 +231,7 @@ class RefineStage(Stage[EdgeBatch]):
         if isinstance(sample, str):
             raise TrainingError(sample)
         layers = (sample.coarse, sample.truth, sample.weight)
-        return sample.name, [sample.rgb[0], *(grey(to_u8(layer[0].astype(np.float32))) for layer in layers)]
+        return sample.name, [sample.rgb[0], *(grey(alpha_to_u8(layer[0].astype(np.float32))) for layer in layers)]
 
 
 def collated(samples: list[EdgeSample | str]) -> EdgeBatch | str:
