@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,24 @@ from typer.testing import CliRunner
 os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time, and threads that wait for a core spin
 if forking.IS_POSSIBLE:
     subprocess.Popen = forking.Popen  # type: ignore[misc]
+
+
+_skipped_tests: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped:
+        _skipped_tests.append(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI (environment variable ``CI``), fail the run if a test was skipped: CI installs all that tests need."""
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    if os.environ.get("CI") and _skipped_tests and not is_worker:
+        names = "".join(f"\n  {name}" for name in _skipped_tests)
+        sys.stderr.write(f"\nskipped tests, which CI does not allow; install what they need:{names}\n")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
 
 EVAL_NAMES = [f"{group}/{name}" for group in ("a", "b") for name in ("brickwall", "launchpad", "lawn")]
 """Groups a and b of the folder dataset that ``icm eval`` is tested on."""

@@ -6,6 +6,8 @@ import importlib.metadata
 import sys
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -29,8 +31,6 @@ def backbone() -> DinoV2Lite:
 
 def test_the_transformer_equals_the_package_s_own_graph() -> None:
     """Outputs of two blocks, against onnxruntime on the file the weights come from."""
-    onnx = pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
     path = _weights_path(None)
     model = onnx.load(str(path))
     wanted = {f"/backbone/encoder/layer.{layer}/Add_1" for layer in (0, 2)}

@@ -1,4 +1,4 @@
-"""Matting on a Ray cluster that is started here: the bytes of a plain run, faults of actors, what is refused."""
+"""Matting on a Ray cluster that the tests start: the same alphas as a plain run, failing actors, refused options."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from conftest import Icm, alphas, arguments, copy_many
 from faulty_work import Dying, FullDisk
 
@@ -16,13 +17,16 @@ from icm_cli.matting import cluster
 from icm_cli.matting import matte as matting
 
 MANY = 8
-pytestmark = pytest.mark.filterwarnings("default")  # Ray has warnings of its own
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # Ray raises deprecation warnings of its own
+    pytest.mark.xdist_group("ray"),  # one process: a second one would join the cluster of the first
+    pytest.mark.timeout(480),
+]
 
 
 @pytest.fixture
 def on_ray(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Icm]:
     """Runs ``icm matte`` over MANY images with two actors, whose processes find the modules of the tests."""
-    ray = pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", MANY)
     assert icm(src=scene / "many", out=scene / "alone").exit_code == 0
@@ -35,6 +39,7 @@ def on_ray(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[I
     assert not ray.is_initialized()  # what a run starts it ends
 
 
+@pytest.mark.slow
 def test_actors_make_the_same_bytes_and_one_report(on_ray: Icm, icm: Icm, scene: Path) -> None:
     (scene / "many" / "bad.jpg").write_bytes(b"")
     result = on_ray("--progress", "json")
@@ -50,6 +55,7 @@ def test_actors_make_the_same_bytes_and_one_report(on_ray: Icm, icm: Icm, scene:
     assert " 8" in icm(src=scene / "many").stdout.splitlines()[1]  # a plain run keeps what actors made
 
 
+@pytest.mark.slow
 def test_images_of_an_actor_that_dies_are_done_again(on_ray: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matting, "Work", Dying)
     monkeypatch.setenv("DIED", str(scene / "died"))
@@ -61,6 +67,7 @@ def test_images_of_an_actor_that_dies_are_done_again(on_ray: Icm, scene: Path, m
     assert len(json.loads((scene / "r.json").read_text())["images"]) == MANY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "message"), [(Dying, "actors of Ray died again and again"), (FullDisk, "no space left on the device")]
 )
@@ -78,6 +85,7 @@ def test_what_no_actor_can_do_ends_the_run(
     assert alphas(scene / "out") == alphas(scene / "alone")
 
 
+@pytest.mark.slow
 def test_a_node_that_sees_other_files_is_named(on_ray: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.Path, "write_text", lambda path, _: path.write_bytes(b"another file"))
     result = on_ray()
@@ -87,22 +95,22 @@ def test_a_node_that_sees_other_files_is_named(on_ray: Icm, scene: Path, monkeyp
     assert not alphas(scene / "out")
 
 
+@pytest.mark.slow
 def test_more_actors_than_cores_are_refused(on_ray: Icm) -> None:
     result = on_ray(ray_cpus=1000)
     assert result.exit_code == 3
     assert "--ray-cpus is 1000, and the Ray cluster has" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_cluster_is_joined_by_its_address_and_left_running(on_ray: Icm, scene: Path, small_model: Path) -> None:
-    import ray
-
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         address = ray.get_runtime_context().gcs_address
         given = {"ref": scene / "ref.png", "mask": scene / "mask.png", "src": scene / "many", "out": scene / "out"}
         line = arguments({**given, "model": small_model, "ray": address, "ray_cpus": 1})
         command = [sys.executable, "-m", "icm_cli.cli", "matte", *line]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         assert alphas(scene / "out") == alphas(scene / "alone")
         assert on_ray(src=scene / "imgs" / "wall.jpg", ray_cpus=1).exit_code == 0  # by the connection there is
@@ -113,7 +121,6 @@ def test_a_cluster_is_joined_by_its_address_and_left_running(on_ray: Icm, scene:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:999999", "nowhere"])
 def test_an_address_where_no_cluster_is(icm: Icm, address: str) -> None:
-    pytest.importorskip("ray")
     result = icm(device=None, ray=address)
     assert result.exit_code == 3, result.output
     assert f"--ray {address}: no cluster answers there" in result.stderr
