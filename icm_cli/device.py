@@ -23,7 +23,7 @@ CUDA_BATCH_SIZE = 8
 class Device:
     """Device of the model, dtype of its convolutions and projections, and dtype of its transformers."""
 
-    place: torch.device
+    torch_device: torch.device
     dtype: torch.dtype
     transformer_dtype: torch.dtype
 
@@ -36,18 +36,18 @@ class Device:
     @property
     def auto_batch_size(self) -> int:
         """Batches pay on a GPU; on a CPU they only cost memory."""
-        return CUDA_BATCH_SIZE if self.place.type == "cuda" else 1
+        return CUDA_BATCH_SIZE if self.torch_device.type == "cuda" else 1
 
     def describe(self) -> str:
         """For example "cuda:0 (NVIDIA H200), float16"."""
-        is_gpu_here = self.place.type == "cuda" and torch.cuda.is_available()
-        kind = f" ({torch.cuda.get_device_name(self.place)})" if is_gpu_here else ""
-        return f"{self.place}{kind}, {self.dtype_name}"
+        is_gpu_here = self.torch_device.type == "cuda" and torch.cuda.is_available()
+        kind = f" ({torch.cuda.get_device_name(self.torch_device)})" if is_gpu_here else ""
+        return f"{self.torch_device}{kind}, {self.dtype_name}"
 
     def peak_memory_bytes(self) -> int:
         """The most memory held so far: the GPU's on CUDA, else the process's."""
-        if self.place.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.place)
+        if self.torch_device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.torch_device)
         return environment.peak_memory_bytes()
 
 
@@ -146,7 +146,7 @@ def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[An
     from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs
 
-    place = resolve_device(device).place
+    place = resolve_device(device).torch_device
     if precision == "fp16" and place.type == "cpu":
         raise ConfigError("precision fp16 needs a GPU, and this run is on the CPU; set train.precision to bf16 or no")
     if precision == "bf16" and place.type == "cpu" and not _cpu_is_faster_in_bfloat16():
@@ -190,9 +190,9 @@ def is_device_lost(error: RuntimeError | MemoryError) -> bool:
 
 def release_memory(device: Device) -> None:
     """Give cached GPU memory back after running out of it."""
-    if device.place.type == "cuda":
+    if device.torch_device.type == "cuda":
         torch.cuda.empty_cache()
-    elif device.place.type == "mps":
+    elif device.torch_device.type == "mps":
         torch.mps.empty_cache()
 
 

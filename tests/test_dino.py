@@ -174,7 +174,7 @@ def test_low_precision_is_of_the_transformer_alone(folders: dict[str, Path], dty
     exact = load(folders["dinov3_vit"], config("dinov3_vit", positional_rank=4)).target(image, valid, [])
     model = InContextMatting(
         load(folders["dinov3_vit"], config("dinov3_vit", positional_rank=4)), TrainingFree(TrainingFreeConfig())
-    ).place(torch.device("cpu"), torch.float32, dtype)
+    ).to_device(torch.device("cpu"), torch.float32, dtype)
     low: Features = model.backbone.target(image, valid, [])
     assert {each.dtype for each in model.backbone.parameters()} == {dtype}
     assert low.correspondence.dtype == torch.float32

@@ -71,7 +71,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 def load_trained(checkpoint: Path, dtype: torch.dtype = torch.float32) -> InContextMatting:
     config = resolve_model(None, checkpoint)[0]
-    return load_model(config, checkpoint=checkpoint, weights=None, offline=True, seed=0).place(CPU, dtype)
+    return load_model(config, checkpoint=checkpoint, weights=None, offline=True, seed=0).to_device(CPU, dtype)
 
 
 @pytest.fixture(scope="module")

@@ -126,10 +126,10 @@ class TestTokenMatch:
         image, valid = torch.rand(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
         with torch.no_grad():
             matte = head(features(9, 2), [head.prepare([reference(seed)]) for seed in (1, 2)], image, valid)
-        assert matte.doubt is not None
-        assert matte.doubt.is_open.tolist() == [doubt > 0] * 2
+        assert matte.presence is not None
+        assert matte.presence.is_uncertain.tolist() == [doubt > 0] * 2
         torch.testing.assert_close(
-            matte.alpha, matte.doubt.alpha * torch.sigmoid(matte.doubt.presence)[:, None, None, None]
+            matte.alpha, matte.presence.alpha_if_present * torch.sigmoid(matte.presence.logit)[:, None, None, None]
         )
 
     @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class Devices:
         """Start the processes and wait until each has its model. Raises ConfigError, or DeviceError if none has."""
         try:
             for number, work in enumerate(self._works, 1):
-                self._processes.append(_Process(number, work.choice.where.place, self._hear))
+                self._processes.append(_Process(number, work.choice.where.torch_device, self._hear))
             for process, work in zip(self._processes, self._works, strict=True):
                 process.order(work)
             while self._has_work and not self._error:

@@ -234,7 +234,7 @@ class Engine:
                 return None
             if is_device_lost(error):
                 reason = str(error).splitlines()[0]
-                raise DeviceError(f"device {self.predictor.device.place} was lost: {reason}") from error
+                raise DeviceError(f"device {self.predictor.device.torch_device} was lost: {reason}") from error
             raise
 
     def _looks(self, part: list[Loaded], reference: Prepared) -> list[Callable[[ImageU8 | None], CanvasMatte]]:

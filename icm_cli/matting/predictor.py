@@ -74,7 +74,11 @@ class Predictor:
         """``is_in_training``: the model is on its device and goes on learning, so its weights are left as they are."""
         self.device = device
         with _told(device, "the model was brought to it"):
-            self.model = model if is_in_training else model.place(device.place, device.dtype, device.transformer_dtype)
+            self.model = (
+                model
+                if is_in_training
+                else model.to_device(device.torch_device, device.dtype, device.transformer_dtype)
+            )
 
     def reference(self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]], *, learn_steps: int = 0) -> Prepared:
         """Show the model the thing: pairs of a picture, sRGB uint8 [H,W,3], and its mask.
@@ -106,11 +110,13 @@ class Predictor:
         alphas = matte.alpha[:, 0].float().cpu().numpy()
         told = zip(alphas, matte.confidence, matte.found, strict=True)
         found = [CanvasMatte(alpha, float(confidence), bool(is_there)) for alpha, confidence, is_there in told]
-        if (doubt := matte.doubt) is None:
+        if matte.presence is None:
             return found
-        for index, presence in enumerate(doubt.presence.tolist()):
-            if_there = doubt.alpha[index, 0].cpu().numpy() if doubt.is_open[index] else None
-            found[index] = replace(found[index], presence=presence, if_there=if_there)
+        for index, logit in enumerate(matte.presence.logit.tolist()):
+            if_there = (
+                matte.presence.alpha_if_present[index, 0].cpu().numpy() if matte.presence.is_uncertain[index] else None
+            )
+            found[index] = replace(found[index], presence=logit, if_there=if_there)
         return found
 
     def with_edges(self, frame: Frame, matte: CanvasMatte) -> CanvasMatte:
@@ -184,7 +190,7 @@ class Predictor:
         return self._on_device(np.stack(canvases)).permute(0, 3, 1, 2).float() / 255.0
 
     def _on_device(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self.device.place)
+        return torch.from_numpy(array).to(self.device.torch_device)
 
 
 @contextlib.contextmanager
@@ -199,7 +205,7 @@ def _told(device: Device, doing: str) -> Iterator[None]:
                 "--device, a --dtype of half the size or a smaller model"
             ) from error
         if is_device_lost(error):
-            raise DeviceError(f"device {device.place} was lost: {str(error).splitlines()[0]}") from error
+            raise DeviceError(f"device {device.torch_device} was lost: {str(error).splitlines()[0]}") from error
         raise
 
 

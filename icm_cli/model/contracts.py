@@ -88,32 +88,35 @@ class ReferenceFeatures:
 
 @dataclass(frozen=True)
 class Matte:
-    """Answer of a head for a batch.
+    """Result of a head for a batch of B targets.
 
-    ``alpha``: [B,1,H,W] float32 in 0..1 on the canvas; meaningless at padding.
-    ``confidence``: [B] float32 in 0..1, how sure the head is of what it took for foreground.
-    ``found``: [B] bool, False where the reference's thing does not seem to be in the picture.
-    ``doubt``: of a head that says whether the thing is in the picture at all; None where it does not.
+    Attributes:
+        alpha: Coarse alpha on the canvas, float32 [B,1,H,W] in 0..1; undefined in the padding.
+        confidence: Confidence of the head in its foreground, float32 [B] in 0..1.
+        found: Whether the target object appears to be in the image, bool [B].
+        presence: Presence of the target object, from heads that predict it; None from the others.
     """
 
     alpha: Tensor
     confidence: Tensor
     found: Tensor
-    doubt: Doubt | None = None
+    presence: Presence | None = None
 
 
 @dataclass(frozen=True)
-class Doubt:
-    """Whether the thing is in the pictures of a batch at all, and what the head would answer if it were.
+class Presence:
+    """Prediction whether the target object is in the image at all, for a batch of B targets.
 
-    ``presence``: [B] float32, the logit of its being there; its sigmoid is in the alpha of :class:`Matte` already.
-    ``alpha``: [B,1,H,W] float32 in 0..1, as if the thing were there.
-    ``is_open``: [B] bool, where the head is not sure of it, and a look from nearer may tell.
+    Attributes:
+        logit: Logit of the presence, float32 [B]. ``Matte.alpha`` is already multiplied by its sigmoid.
+        alpha_if_present: Alpha under the assumption that the object is present, float32 [B,1,H,W] in 0..1.
+        is_uncertain: Whether the presence is too uncertain to decide from the whole image, bool [B]. A second pass
+            over a crop may decide.
     """
 
-    presence: Tensor
-    alpha: Tensor
-    is_open: Tensor
+    logit: Tensor
+    alpha_if_present: Tensor
+    is_uncertain: Tensor
 
 
 class Prepared(Protocol):

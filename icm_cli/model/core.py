@@ -72,7 +72,7 @@ class InContextMatting(nn.Module):
         if edges is not None:
             head.leave_edges()
 
-    def place(self, device: torch.device, dtype: torch.dtype, transformer_dtype: torch.dtype | None = None) -> Self:
+    def to_device(self, device: torch.device, dtype: torch.dtype, transformer_dtype: torch.dtype | None = None) -> Self:
         """Move to ``device`` for inference; convolutions and projections in ``dtype``, a backbone's transformer in
         ``transformer_dtype`` (the same without it).
 

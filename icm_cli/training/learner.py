@@ -69,7 +69,7 @@ class Learner:
             if (part := getattr(self.model, name)) is not None and name not in stage.learns:
                 part.requires_grad_(False)
         self._learned = {name for name in stage.learns if name != "backbone" or self.trains_backbone}
-        if self.device.place.type != "mps":
+        if self.device.torch_device.type != "mps":
             self.model.convolve_channels_last()
         optimiser = _optimiser(self.model, config)
         self.forward, self.optimiser = self.accelerator.prepare(module, optimiser)
@@ -163,7 +163,7 @@ class Learner:
         """Figures averaged over processes."""
         if self.accelerator.num_processes == 1:
             return dict(figures)
-        values = torch.tensor(list(figures.values()), dtype=torch.float32, device=self.device.place)
+        values = torch.tensor(list(figures.values()), dtype=torch.float32, device=self.device.torch_device)
         return dict(zip(figures, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
     def state(self) -> dict[str, Any]:

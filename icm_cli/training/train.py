@@ -110,7 +110,7 @@ def _take_steps(
         listener.on_notice(f"{run.folder} holds no run yet; this one begins there")
     listener.on_training_start(done.step, None if recipe.minutes else recipe.steps, recipe.batch_size)
     batches = stage.batches(
-        learner.sampler(done.step), workers=learner.workers, pin=learner.device.place.type == "cuda"
+        learner.sampler(done.step), workers=learner.workers, pin=learner.device.torch_device.type == "cuda"
     )
     stats, loss = StepStats(), None
     log = RunLog(run.folder, stage.terms, done.step, listener.on_notice, is_main=learner.is_main)
@@ -153,7 +153,7 @@ def _take_step(
     step, skipped, norm = done.step + 1, done.skipped, 0.0
     torch.manual_seed(learner.config.seed + done.step)  # of a model's own randomness, if it has any
     for _ in range(learner.accumulation):
-        batch = stats.next_batch(batches).to(learner.device.place)
+        batch = stats.next_batch(batches).to(learner.device.torch_device)
         skipped = _count_skipped(batch, skipped, learner, listener)
         with learner.accumulate():
             answer = stage.answer(learner.forward, batch)

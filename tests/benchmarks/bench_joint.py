@@ -39,7 +39,7 @@ def main() -> None:
     learner = Learner(
         settings, stage, checkpoint=given.start, weights=None, device=given.device, offline=True, workers=0
     )
-    place = learner.device.place
+    place = learner.device.torch_device
     began = time.perf_counter()
     stage.prepare(learner, Path(), TrainingListener())
     print(f"{len(stage.pool)} pictures on {learner.device.describe()} in {time.perf_counter() - began:.1f} s")

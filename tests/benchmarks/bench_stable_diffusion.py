@@ -131,7 +131,7 @@ def limit(dtype: torch.dtype) -> dict[str, float]:
 
 
 def ours(dtype: torch.dtype) -> dict[str, float]:
-    model = build_ours(lambda module: fill(module.to_empty(device="cpu"))).place(torch.device("cpu"), dtype)
+    model = build_ours(lambda module: fill(module.to_empty(device="cpu"))).to_device(torch.device("cpu"), dtype)
     image, valid, guidance = inputs()
     prepared: list[Any] = []
     with torch.inference_mode():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.guided_filter import along_edges
-from icm_cli.model.contracts import Doubt, Features, Matte, ReferenceFeatures, TrainedHead
+from icm_cli.model.contracts import Features, Matte, Presence, ReferenceFeatures, TrainedHead
 from icm_cli.model.decoding import ConvNormReLU, alpha_output, confidence_and_found, enlarged, upsample
 from icm_cli.model.guidance import ReferenceTokens, reference_tokens
 from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
@@ -171,8 +171,8 @@ class TokenMatchHead(TrainedHead):
             alpha = along_edges(alpha, image.float(), self.config.edge_radius, self.config.edge_epsilon)
         presence = self.sharp(logit)
         shown = self._cleared(alpha * torch.sigmoid(presence)[:, None, None, None])
-        doubt = Doubt(presence, self._cleared(alpha), logit.abs() < self.config.doubt)
-        return Matte(shown, *confidence_and_found(shown, valid), doubt)
+        uncertain = logit.abs() < self.config.doubt
+        return Matte(shown, *confidence_and_found(shown, valid), Presence(presence, self._cleared(alpha), uncertain))
 
     def similarity_maps(self, target: Features, references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
         """The share of softmax attention that goes to the reference's foreground, and that spread over alike tokens."""

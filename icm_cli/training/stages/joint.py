@@ -107,7 +107,7 @@ class JointStage(Stage[PictureBatch]):
     def prepare(self, learner: Learner, folder: Path, listener: TrainingListener) -> None:  # noqa: ARG002
         train = self.settings.train
         self._scenes = CardScenes(
-            self.pool, train, learner.device.place, side_px=train.match.kept_px, notice=listener.on_notice
+            self.pool, train, learner.device.torch_device, side_px=train.match.kept_px, notice=listener.on_notice
         )
 
     def batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[PictureBatch]:

@@ -111,7 +111,9 @@ class MatchStage(Stage[MosaicBatch]):
         if not learner.is_from_checkpoint:
             assert isinstance(learner.model.head, TokenMatchHead)
             found = [view for view in views if view is not None]
-            learner.model.head.init_from_pca(_some_tokens(found, self.settings.train.seed).to(learner.device.place))
+            learner.model.head.init_from_pca(
+                _some_tokens(found, self.settings.train.seed).to(learner.device.torch_device)
+            )
 
     def batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[MosaicBatch]:
         """Batches are drawn here, for the tokens are here; ``workers`` read pictures, before."""
@@ -288,7 +290,7 @@ def _in_use(learner: Learner) -> Objects | None:
 
 @torch.no_grad()
 def _seen(learner: Learner, scenes: Sequence[_Scene], objects: Objects | None) -> Iterator[View]:
-    place = learner.device.place
+    place = learner.device.torch_device
     image = torch.from_numpy(np.stack([each.rgb for each in scenes])).to(place).permute(0, 3, 1, 2).float() / 255.0
     alpha = torch.from_numpy(np.stack([each.alpha for each in scenes])).to(place)[:, None].float() / 255.0
     valid = torch.from_numpy(np.stack([each.valid for each in scenes])).to(place)
