@@ -184,7 +184,7 @@ def test_a_view_is_that_of_the_plain_processor(space: str, scale: float) -> None
 )
 def test_a_wrong_name_is_a_sentence(colour: ColourSettings, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        colour.check()
+        colour.validate()
 
 
 def swapped_profile() -> bytes:
@@ -425,7 +425,7 @@ def test_exposure_and_view_leave_display_referred_pictures(tmp_path: Path) -> No
 @pytest.mark.parametrize("stops", [math.nan, math.inf, -math.inf, 1e9])
 def test_an_exposure_that_is_none_is_refused(stops: float) -> None:
     with pytest.raises(UsageError, match="expected -30 to 30 stops"):
-        ColourSettings(exposure=stops).check()
+        ColourSettings(exposure=stops).validate()
 
 
 def test_the_terminal_names_the_page(icm: Icm, scene: Path) -> None:

@@ -43,7 +43,7 @@ def by_openimageio(path: Path) -> tuple[np.ndarray, oiio.ImageSpec]:
     ],
 )
 def test_other_programs_read_every_form(tmp_path: Path, name: str, depth: str, step: int | None) -> None:
-    output = OutputFormat.checked(
+    output = OutputFormat.from_options(
         format=name, depth=depth, channel="A", foreground="none", invert=False, trimap="none", band_px=10
     )
     path = tmp_path / f"a{output.suffix}"
@@ -317,4 +317,4 @@ def test_a_trimap_is_unknown_about_the_edge(band: int, side: int) -> None:
 def test_what_does_not_fit_is_refused(options: dict[str, object], message: str) -> None:
     plain = {"format": "png", "depth": None, "channel": "A", "foreground": "none", "invert": False}
     with pytest.raises(UsageError, match=message):
-        OutputFormat.checked(**{**plain, "trimap": "none", "band_px": 10, **options})
+        OutputFormat.from_options(**{**plain, "trimap": "none", "band_px": 10, **options})

@@ -37,7 +37,7 @@ def plan(
     **choice: Any,
 ) -> list[Job]:
     skipped_files = SkippedFiles(notice)
-    pattern = FramePattern.parsed(str(out))
+    pattern = FramePattern.parse(str(out))
     place = OutputLayout(Path(out if pattern is None else pattern.folder), template, pattern=pattern)
     sources = find_sources(src, root, skipped_files)
     return plan_jobs(sources, place, choice=SourceFilter(**choice), references=references, skipped_files=skipped_files)

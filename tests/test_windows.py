@@ -128,7 +128,7 @@ def test_pixels_move_by_their_coordinates(data: st.DataObject) -> None:
     sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
     first, second = (ImageWindows(data.draw(sizes), data.draw(st.tuples(numbers, numbers)), (5, 6)) for _ in range(2))
     pixels = np.arange(1, 1 + first.size[0] * first.size[1]).reshape(first.size)
-    found = first.moved(pixels, second)
+    found = first.move_pixels(pixels, second)
     for row, column in np.ndindex(*second.size):
         there = row + second.at[0] - first.at[0], column + second.at[1] - first.at[1]
         inside = 0 <= there[0] < first.size[0] and 0 <= there[1] < first.size[1]

@@ -233,7 +233,7 @@ class _Shelf:
     def _read(self, sample: Sample) -> Reference:
         """A sample as a reference: its picture, and its alpha above one half as guidance."""
         picture = read_source_image(sample.image)
-        mask = read_alpha(sample.alpha, has_objects=self.evaluation.rule.is_shots, over=picture.windows)
+        mask = read_alpha(sample.alpha, has_objects=self.evaluation.rule.is_shots, target_windows=picture.windows)
         notice = self.evaluation.listener.on_notice
         guidance = make_guidance(mask, picture.windows, f"alpha {sample.alpha}", notice)
         return Reference(picture.rgb, guidance, windows=picture.windows)

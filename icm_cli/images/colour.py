@@ -62,7 +62,7 @@ class ColourSettings:
     is_matte: bool = False
     has_labels: bool = False
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Raises UsageError for a configuration, space or view that is not there, naming those nearest to it; and for a
         white that is none."""
         if self == ColourSettings():
@@ -82,7 +82,7 @@ class ColourSettings:
                 f"view {self.view!r} is none of {display!r}. {did_you_mean(self.view, list(config.getViews(display)))}"
             )
 
-    def describe(self) -> str:
+    def digest_text(self) -> str:
         """All of it in one line, for the digest of a run; "" where it is as ever."""
         if self == ColourSettings():
             return ""

@@ -91,7 +91,7 @@ def windows_and_turn(path: Path) -> tuple[ImageWindows, int]:
                     if frame:
                         image.seek(frame)
                     turn = _orientation(image)
-                    return ImageWindows.whole(upright_size(image.size, turn)), turn
+                    return ImageWindows.full(upright_size(image.size, turn)), turn
             except ValueError:  # of a PNG with more metadata than Pillow reads past
                 if kind.name != "png":
                     raise

@@ -74,7 +74,7 @@ class FileType:
 
     name: str
     may_have_frames: bool = False
-    is_own: bool = False
+    is_icm_output: bool = False
     is_movie: bool = False
 
 
@@ -86,8 +86,8 @@ def detect_file_type(path: Path) -> FileType:
         head = file.read(HEAD_BYTES)
     name = _name(head)
     animated = name in _MANY or (name == "png" and b"acTL" in head)
-    is_own = name in ("png", "tiff", "openexr") and (OWN_MARK in head or OWN_SHEET_MARK in head)
-    return FileType(name, animated, is_own, is_movie=not name and _is_movie(head))
+    is_icm_output = name in ("png", "tiff", "openexr") and (OWN_MARK in head or OWN_SHEET_MARK in head)
+    return FileType(name, animated, is_icm_output, is_movie=not name and _is_movie(head))
 
 
 def movie_message(path: Path) -> str:

@@ -142,8 +142,8 @@ def read(path: Path, frame: int, kind: FileType, wanted: colour.ColourSettings) 
 def windows_of(spec: Any, kind: FileType, orientation: int) -> ImageWindows:
     """Upright windows of an EXR; those of a file that has none, or that is turned, are its size."""
     if kind.name == "openexr" and orientation == 1:
-        return ImageWindows.of_header(spec)
-    return ImageWindows.whole(upright_size((spec.width, spec.height), orientation))
+        return ImageWindows.from_spec(spec)
+    return ImageWindows.full(upright_size((spec.width, spec.height), orientation))
 
 
 def layer_of(

@@ -41,30 +41,30 @@ class ImageWindows:
     display: tuple[int, int]
 
     @classmethod
-    def whole(cls, size: tuple[int, int]) -> ImageWindows:
+    def full(cls, size: tuple[int, int]) -> ImageWindows:
         """Windows of a picture that has no others than its size."""
         return cls(size, (0, 0), size)
 
     @classmethod
-    def of_header(cls, spec: Any) -> ImageWindows:
+    def from_spec(cls, spec: Any) -> ImageWindows:
         at = spec.y - spec.full_y, spec.x - spec.full_x
         return cls((spec.height, spec.width), at, (spec.full_height, spec.full_width))
 
     @property
-    def is_whole(self) -> bool:
+    def is_full(self) -> bool:
         """Whether the pixels are the display window's, no more and no fewer."""
-        return self == ImageWindows.whole(self.size)
+        return self == ImageWindows.full(self.size)
 
     @property
-    def displayed(self) -> ImageWindows:
+    def display_window(self) -> ImageWindows:
         """The display window alone."""
-        return ImageWindows.whole(self.display)
+        return ImageWindows.full(self.display)
 
-    def over(self, other: ImageWindows | None) -> ImageWindows:
+    def matched_to(self, other: ImageWindows | None) -> ImageWindows:
         """The windows of another picture where its display window is of the same size, else the display window."""
-        return other if other is not None and other.display == self.display else self.displayed
+        return other if other is not None and other.display == self.display else self.display_window
 
-    def moved(self, pixels: NDArray[Any], to: ImageWindows) -> NDArray[Any]:
+    def move_pixels(self, pixels: NDArray[Any], to: ImageWindows) -> NDArray[Any]:
         """Pixels [H,W] or [H,W,C] of this data window as those of another of the same display window, 0 outside."""
         if to == self:
             return pixels
@@ -111,9 +111,9 @@ class DecodedImage:
     @property
     def windows(self) -> ImageWindows:
         height, width = self.pixels.shape[:2]
-        return self.own_windows or ImageWindows.whole((height, width))
+        return self.own_windows or ImageWindows.full((height, width))
 
-    def give_windows(self, spec: Any) -> None:
+    def copy_metadata_to(self, spec: Any) -> None:
         """Give a file to be written this one's data and display window, pixel aspect, timecode and frame rate."""
         header = self.header
         if header is None or self.orientation in TRANSPOSING_ORIENTATIONS:

@@ -40,16 +40,17 @@ class SourceImage:
     @property
     def windows(self) -> ImageWindows:
         height, width = self.rgb.shape[:2]
-        return ImageWindows.whole((height, width)) if self.stored is None else self.stored.windows
+        return ImageWindows.full((height, width)) if self.stored is None else self.stored.windows
 
-    def displayed(self, over: ImageWindows | None = None) -> SourceImage:
-        """The picture of an EXR's display window, black outside its data window, without the file's own pixels.
+    def to_display_window(self, target_windows: ImageWindows | None = None) -> SourceImage:
+        """Return the image in its display window, black outside its data window, without the stored pixels.
 
-        ``over``: windows of another picture, whose data window is taken where its display window is of the same size.
+        ``target_windows``: the windows of another image. If both display windows have the same size, the
+        result covers the data window of that image instead.
         """
-        there = self.windows.over(over)
-        alpha = None if self.alpha is None else self.windows.moved(self.alpha, there)
-        return replace(self, rgb=self.windows.moved(self.rgb, there), alpha=alpha, stored=None)
+        there = self.windows.matched_to(target_windows)
+        alpha = None if self.alpha is None else self.windows.move_pixels(self.alpha, there)
+        return replace(self, rgb=self.windows.move_pixels(self.rgb, there), alpha=alpha, stored=None)
 
 
 def read_image(path: Path, colour: ColourSettings = DEFAULT_COLOUR, frame: int = 0) -> SourceImage:
@@ -64,15 +65,16 @@ def read_image(path: Path, colour: ColourSettings = DEFAULT_COLOUR, frame: int =
     return SourceImage(rgb, _alpha_u8(decoded), decoded.space, decoded.notices, decoded)
 
 
-def read_alpha(path: Path, *, has_objects: bool = False, over: ImageWindows | None = None) -> ImageU8:
-    """Read a mask or an alpha, uint8 [H,W]: the file's own alpha where that varies, else its brightest channel.
+def read_alpha(path: Path, *, has_objects: bool = False, target_windows: ImageWindows | None = None) -> ImageU8:
+    """Read a mask or an alpha, uint8 [H,W]: the file's alpha channel if it varies, else its brightest channel.
 
-    An EXR's is that of its display window, 0 outside its data window; ``over`` is that of :func:`read_stored_pixels`.
-    ``has_objects``: a palette's indices above 0 are objects, 255 here. Raises ImageError as :func:`read_image` does.
+    The alpha of an EXR covers its display window and is 0 outside its data window. ``target_windows`` is
+    explained at :func:`read_stored_pixels`. ``has_objects``: palette indices above 0 are objects and become
+    255. Raises ImageError as :func:`read_image` does.
     """
     picture = read_image(path, RAW_VALUES)
     objects = _objects(picture.stored) if has_objects else None
-    return _matte(picture.displayed(over)) if objects is None else objects
+    return _matte(picture.to_display_window(target_windows)) if objects is None else objects
 
 
 @dataclass(frozen=True)
@@ -94,21 +96,23 @@ class StoredPixels:
         return replace(self, values=reorient(self.values, self.orientation, orientation), alpha=alpha)
 
 
-def read_stored_pixels(path: Path, over: ImageWindows | None = None, *, has_labels: bool = False) -> StoredPixels:
+def read_stored_pixels(
+    path: Path, target_windows: ImageWindows | None = None, *, has_labels: bool = False
+) -> StoredPixels:
     """Read an image file's numbers as they are stored, EXIF rotation applied; ``has_labels``: of any size. Raises
     ImageError.
 
     An EXR's are those of its display window, 0 outside its data window; where the picture that it belongs to,
-    ``over``, has a display window of the same size, they are those of that one's data window.
+    ``target_windows``, has a display window of the same size, they are those of that one's data window.
     """
     decoded = decode_image(path, wanted=LABEL_VALUES if has_labels else RAW_VALUES)
     turn, notices = decoded.orientation, decoded.notices
     if decoded.indices is not None:
         return StoredPixels(decoded.indices, None, 255.0, is_palette=True, orientation=turn, notices=notices)
     windows = decoded.windows
-    there = windows.over(over)
-    values = windows.moved(decoded.pixels[..., 0] if decoded.pixels.shape[-1] == 1 else decoded.pixels, there)
-    alpha = None if decoded.alpha is None else windows.moved(decoded.alpha, there)
+    there = windows.matched_to(target_windows)
+    values = windows.move_pixels(decoded.pixels[..., 0] if decoded.pixels.shape[-1] == 1 else decoded.pixels, there)
+    alpha = None if decoded.alpha is None else windows.move_pixels(decoded.alpha, there)
     return StoredPixels(values, alpha, decoded.scale, is_palette=False, orientation=turn, notices=notices)
 
 
@@ -129,7 +133,7 @@ def read_ground_truth(path: Path, *, has_objects: bool = False) -> GroundTruthAl
     if has_objects and (objects := _objects(decoded)) is not None:
         return GroundTruthAlpha(objects, is_deep=False, has_colour=False)
     shown_as_stored = to_display_srgb(decoded.pixels, decoded.scale, SRGB, RAW_VALUES)
-    picture = SourceImage(shown_as_stored, _alpha_u8(decoded), stored=decoded).displayed()
+    picture = SourceImage(shown_as_stored, _alpha_u8(decoded), stored=decoded).to_display_window()
     alpha = _matte(picture)
     spread = alpha - picture.rgb.min(axis=-1)  # of the channels, where the alpha is their brightest
     has_colour = alpha is not picture.alpha and bool(spread.max() > GREY_TOLERANCE)
@@ -190,13 +194,13 @@ class CompositeSource:
         As the composition code published with Deep Image Matting: a background that is smaller is enlarged until
         it covers the foreground, then its upper left part is taken. Raises ImageError.
         """
-        foreground, alpha = read_image(self.foreground).displayed().rgb, read_alpha(self.alpha)
+        foreground, alpha = read_image(self.foreground).to_display_window().rgb, read_alpha(self.alpha)
         if foreground.shape[:2] != alpha.shape:
             raise ImageError(
                 f"{self.foreground} is {foreground.shape[1]}x{foreground.shape[0]} and its alpha {self.alpha} "
                 f"{alpha.shape[1]}x{alpha.shape[0]}; expected one size"
             )
-        background = _covering(read_image(self.background).displayed().rgb, *alpha.shape)
+        background = _covering(read_image(self.background).to_display_window().rgb, *alpha.shape)
         weight = alpha[..., None] / np.float32(255)
         return SourceImage(round_to_u8(np.asarray(foreground * weight + background * (1 - weight), np.float32)), None)
 

@@ -62,7 +62,7 @@ class OutputFormat:
     """Distance from the alpha's edge within which a trimap is unknown."""
 
     @classmethod
-    def checked(cls, **options: Any) -> OutputFormat:
+    def from_options(cls, **options: Any) -> OutputFormat:
         """From options of the same names. Raises UsageError for one that is not known or fits no other."""
         for name, known in (("format", ImageFormat), ("foreground", ForegroundMode), ("trimap", TrimapMode)):
             if options[name] not in get_args(known):
@@ -105,7 +105,7 @@ class OutputFormat:
         """Whether a foreground's colours are multiplied by its alpha: usual in EXR, not elsewhere."""
         return self.foreground == "premultiplied" or (self.foreground == "auto" and self.format == "exr")
 
-    def describe(self) -> str:
+    def digest_text(self) -> str:
         """All of it in one line, for the digest of a run; "" where it is as ever."""
         return "" if self == OutputFormat() else repr(self)
 
@@ -255,7 +255,7 @@ def _by_openimageio(
     spec.attribute("compression", "zip")
     spec.attribute("oiio:UnassociatedAlpha", straight)  # what the pixels are; they are written as they are
     if format_ == "exr" and source is not None:
-        source.give_windows(spec)
+        source.copy_metadata_to(spec)
     values: NDArray[Any] = pixels
     if depth in ("8", "16"):
         values = round_to_u8(pixels * np.float32(255.0)) if depth == "8" else _sixteen(pixels)

@@ -165,7 +165,7 @@ class Engine:
         """Say once that what cannot carry an EXR's windows covers the display window."""
         output = self.settings.output
         written = "trimap" if output.has_windows else output.format.upper()
-        if windows.is_whole or self._has_seen_windows or (output.has_windows and output.trimap == "none"):
+        if windows.is_full or self._has_seen_windows or (output.has_windows and output.trimap == "none"):
             return
         self._has_seen_windows = True
         remedy = "" if output.has_windows else "; icm matte --format exr keeps both"
@@ -281,7 +281,7 @@ class Engine:
         """Write what the output asks for, the image's own file last: while it is not there, nothing is done."""
         output, job, windows = self.settings.output, item.job, item.stored.windows
         if output.trimap != "none":
-            trimap = windows.moved(trimap_of_alpha(alpha, output.band_px), windows.displayed)
+            trimap = windows.move_pixels(trimap_of_alpha(alpha, output.band_px), windows.display_window)
             write_trimap(job.trimap if output.trimap == "beside" else job.output, trimap, mark)
         if output.trimap == "instead":
             return
@@ -289,10 +289,10 @@ class Engine:
             colours = foreground_colours(item.stored, alpha)
             self._tell_of_range(item, colours)
             if not output.has_windows:
-                colours, alpha = (windows.moved(each, windows.displayed) for each in (colours, alpha))
+                colours, alpha = (windows.move_pixels(each, windows.display_window) for each in (colours, alpha))
             write_foreground(job.output, colours, alpha, mark, output, item.stored, job.colour.config)
         else:
-            alpha = alpha if output.has_windows else windows.moved(alpha, windows.displayed)
+            alpha = alpha if output.has_windows else windows.move_pixels(alpha, windows.display_window)
             write_alpha(job.output, alpha, mark, output, item.stored)
 
     def _tell_of_range(self, item: Loaded, colours: Float) -> None:

@@ -32,7 +32,7 @@ class FrameName:
     number: int | None = None
 
     @classmethod
-    def of(cls, path: Path) -> FrameName:
+    def from_path(cls, path: Path) -> FrameName:
         """Split the name of a file."""
         found = _NUMBERED.fullmatch(path.stem)
         return cls(found["stem"], found["frame"], int(found["number"])) if found else cls(path.stem)
@@ -49,7 +49,7 @@ class FramePattern:
     """Least number of digits."""
 
     @classmethod
-    def parsed(cls, text: str) -> FramePattern | None:
+    def parse(cls, text: str) -> FramePattern | None:
         """Parse a path; None where it is no pattern. Raises UsageError for one with two places for a number."""
         folder, name = str(Path(text).parent), Path(text).name
         tokens = list(_TOKEN.finditer(name))
@@ -61,15 +61,15 @@ class FramePattern:
         sequence = filesequence.FileSequence(f"x.{token[0]}.x", pad_style=constants.PAD_STYLE_HASH1)
         return cls(folder, name[: token.start()], name[token.end() :], max(1, sequence.zfill()))
 
-    def matching(self, names: Iterable[str]) -> list[str]:
+    def matching_names(self, names: Iterable[str]) -> list[str]:
         """The names that fit; the text beside the number may have wildcards."""
         fits = self._fitting(r"\\d+" if self.digits == 1 else rf"(?:\\d{{{self.digits}}}|[1-9]\\d{{{self.digits},}})")
         return [name for name in names if fits.match(name)]
 
-    def other_numbers(self, names: Iterable[str]) -> list[str]:
+    def names_with_other_numbers(self, names: Iterable[str]) -> list[str]:
         """The names that would fit but for their number's sign or digits."""
         names, fits = list(names), self._fitting(r"-?\\d+")
-        taken = set(self.matching(names))
+        taken = set(self.matching_names(names))
         return [name for name in names if name not in taken and fits.match(name)]
 
     def _fitting(self, number: str) -> re.Pattern[str]:
@@ -77,11 +77,11 @@ class FramePattern:
         regex = fnmatch.translate(self.before + _ESCAPED + self.after)
         return re.compile(re.sub(r"\\?\x00", number, regex))
 
-    def literal(self) -> FramePattern:
+    def escape_wildcards(self) -> FramePattern:
         """The pattern whose brackets and other wildcards stand for themselves."""
         return replace(self, before=glob.escape(self.before), after=glob.escape(self.after))
 
-    def name(self, number: int) -> str:
+    def frame_name(self, number: int) -> str:
         """The name of a frame."""
         return f"{self.before}{number:0{self.digits}d}{self.after}"
 
@@ -110,7 +110,7 @@ def missing_frames(paths: Sequence[Path], wanted: frozenset[int] | None) -> dict
     last frame there is."""
     sequences: dict[Path, set[int]] = {}
     for path in paths:
-        name = FrameName.of(path)
+        name = FrameName.from_path(path)
         if name.number is not None:
             digits = len(name.frame.lstrip("._-"))
             pattern = path.with_name(f"{name.stem}{name.frame[: len(name.frame) - digits]}{'#' * digits}{path.suffix}")

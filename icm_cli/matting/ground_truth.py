@@ -27,9 +27,11 @@ def attach_ground_truth(jobs: Sequence[Job], where: str | Path) -> tuple[list[Jo
     Raises UsageError if none belongs to any image.
     """
     folder = Path(where)
-    if not folder.is_dir() and FramePattern.parsed(str(where)) is not None:
-        numbered = {FrameName.of(path).number: path for path in find_sources(where, None, SkippedFiles(_nowhere)).files}
-        found = [_with_truth(job, numbered.get(FrameName.of(job.name).number)) for job in jobs]
+    if not folder.is_dir() and FramePattern.parse(str(where)) is not None:
+        numbered = {
+            FrameName.from_path(path).number: path for path in find_sources(where, None, SkippedFiles(_nowhere)).files
+        }
+        found = [_with_truth(job, numbered.get(FrameName.from_path(job.name).number)) for job in jobs]
         if jobs and not any(job.planned.truth for job in found):
             raise UsageError(f"ground truth {where} has no frame of any image, such as {jobs[0].name}")
         return found, list(numbered.values()), _without_truth(found, where)

@@ -114,15 +114,15 @@ class OutputLayout:
         if self.pattern is not None and self.template != DEFAULT_NAME:
             raise UsageError("--name and the pattern of --out both name the alphas; leave one out")
 
-    def output(self, name: Path) -> Path:
+    def output_path(self, name: Path) -> Path:
         """The file of the alpha of an image of this name below the sources' root. Raises UsageError."""
-        parts = FrameName.of(name)
+        parts = FrameName.from_path(name)
         if self.pattern is None:
             shown = self.template.format(stem=parts.stem, frame=parts.frame, suffix=name.suffix)
             return self.folder / name.with_name(shown + self.suffix)
         if parts.number is None:
             raise UsageError(f"{name} has no frame number, which the pattern of --out asks for; give --out a folder")
-        return self.folder / name.with_name(self.pattern.name(parts.number))
+        return self.folder / name.with_name(self.pattern.frame_name(parts.number))
 
 
 _NAME_EXPECTED = "expected a name with {stem}, {frame} and {suffix}, such as '{stem}_matte{frame}'"
@@ -166,19 +166,25 @@ def plan_jobs(
     found = sources.files
     _check_filters(found, root, choice)
     if real_path(root) != real_path(out):
-        found = skipped_files.without(found, _below(out, root), "in the output folder")
+        found = skipped_files.exclude(found, _below(out, root), "in the output folder")
     protected = {real_path(path) for path in references}
-    found = skipped_files.without(found, lambda path: real_path(path) in protected, "a reference or its mask")
+    found = skipped_files.exclude(found, lambda path: real_path(path) in protected, "a reference or its mask")
     found = [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
-    found = skipped_files.without(
-        found, lambda path: not _is_wanted(path.relative_to(root), choice), "by --include or --exclude", is_told=False
+    found = skipped_files.exclude(
+        found,
+        lambda path: not _is_wanted(path.relative_to(root), choice),
+        "by --include or --exclude",
+        is_reported=False,
     )
     kinds = {path: file_type_or_unknown(path) for path in found}
-    found = skipped_files.without(found, lambda path: kinds[path].is_own, "made by icm")
+    found = skipped_files.exclude(found, lambda path: kinds[path].is_icm_output, "made by icm")
     missing = _missing(found, sources, choice, place, skipped_files, protected)
     if choice.frames is not None:
-        found = skipped_files.without(
-            found, lambda path: FrameName.of(path).number not in (choice.frames or ()), "not of --frames", is_told=False
+        found = skipped_files.exclude(
+            found,
+            lambda path: FrameName.from_path(path).number not in (choice.frames or ()),
+            "not of --frames",
+            is_reported=False,
         )
     kinds |= dict.fromkeys(missing, FileType(""))
     everything = sorted([*found, *missing], key=natural_sort_key)
@@ -190,7 +196,7 @@ def plan_jobs(
     ]
     if not jobs:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped_files.items() if count)
-        skipped_files.tell(f"nothing is to be matted, as every image in {root} is left out: {reasons}")
+        skipped_files.notify(f"nothing is to be matted, as every image in {root} is left out: {reasons}")
     check_overwrites(jobs, [path for job in jobs for path in job.files], "a source image")
     check_overwrites(jobs, references, "a reference or its mask")
     _check_collisions(jobs, place)
@@ -229,23 +235,23 @@ def _missing(
     excluded = set(sources.files) - set(there)
     files: list[Path] = []
     for pattern, lost in missing_frames(there, choice.frames).items():
-        each = FramePattern.parsed(pattern.name)
+        each = FramePattern.parse(pattern.name)
         if each is None:
             continue
-        numbers = [number for number in lost if pattern.with_name(each.name(number)) not in excluded]
+        numbers = [number for number in lost if pattern.with_name(each.frame_name(number)) not in excluded]
         if not numbers:
             continue
-        of_pattern = [pattern.with_name(each.name(number)) for number in numbers]
+        of_pattern = [pattern.with_name(each.frame_name(number)) for number in numbers]
         files += of_pattern
         text = f"{pattern} has no frame {format_frame_ranges(numbers)}"
         if choice.missing == "error":
             raise UsageError(f"{text}; nothing was made, as --missing error wants it")
         if choice.missing == "skip":
-            alphas = [place.output(file.relative_to(sources.root)) for file in of_pattern]
+            alphas = [place.output_path(file.relative_to(sources.root)) for file in of_pattern]
             stay = [str(alpha) for alpha in alphas if alpha.exists()]
             more = f" and {len(stay) - 1} more" if len(stay) > 1 else ""
             earlier = f"its earlier alpha {stay[0]}{more} stays" if stay else "there will be no alpha either"
-            skipped_files.tell(f"{text}; {earlier}")
+            skipped_files.notify(f"{text}; {earlier}")
     return [] if choice.missing == "skip" else files
 
 
@@ -258,7 +264,7 @@ def _state(path: Path) -> str:
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from error
     height, width = windows.size
-    lies = "" if windows.is_whole else f" {windows}"
+    lies = "" if windows.is_full else f" {windows}"
     return f"{state.st_size} {state.st_mtime_ns} {width}x{height} {turn}{lies}"
 
 
@@ -291,13 +297,13 @@ def _jobs(source: Path, root: Path, place: OutputLayout, colour: ColourSettings,
         with contextlib.suppress(ImageError):  # told when it is matted
             count = frame_count(source)
     if count == 1:
-        output = place.output(name)
+        output = place.output_path(name)
         planned = ImageResult(str(source), str(output), "planned", name=name.as_posix())
         return [Job(source, name, output, planned, colour=colour, root=absolute)]
     jobs = []
     for page in range(count):
         numbered = name.with_name(f"{name.stem}.{page + 1:04d}{name.suffix}")
-        output = place.output(numbered)
+        output = place.output_path(numbered)
         planned = ImageResult(str(source), str(output), "planned", name=numbered.as_posix(), page=page + 1)
         jobs.append(Job(source, numbered, output, planned, page=page, colour=colour, root=absolute))
     return jobs
@@ -311,7 +317,7 @@ def _check_filters(found: Sequence[Path], root: Path, choice: SourceFilter) -> N
             f"{patterns} matches none of the {len(found)} image(s) in {root}, such as {found[0].relative_to(root)}; "
             "expected a glob of the path below that folder, or of the bare name"
         )
-    if choice.frames is not None and all(FrameName.of(path).number is None for path in found):
+    if choice.frames is not None and all(FrameName.from_path(path).number is None for path in found):
         raise UsageError(
             f"--frames chooses by frame number, and none of the {len(found)} image(s) in {root} has one, such as "
             f"{found[0].relative_to(root)}; expected names such as shot.1001.exr, or leave --frames out"

@@ -110,7 +110,7 @@ def matte(
     side = SideOutputs.checked(report, contact_sheet)
     pattern, format = _pattern_and_format(out, format)
     form = {"format": format, "depth": depth, "channel": channel, "foreground": foreground, "invert": invert}
-    output = OutputFormat.checked(**form, trimap=trimap, band_px=trimap_band)
+    output = OutputFormat.from_options(**form, trimap=trimap, band_px=trimap_band)
     place = _place(out, pattern, name, output, keep_suffix=keep_suffix)
     wanted = _choice(include, exclude, frames, missing, None if shot else shard)
     if gt is not None and (output.invert or output.trimap == "instead"):
@@ -255,7 +255,7 @@ def _digest(
 ) -> str:
     """Hash of all that decides an alpha beside its source, and its form."""
     carried = described() if is_shot else ""
-    forms = filter(None, [colour.describe(), output.describe(), learning_described(learn_steps), carried])
+    forms = filter(None, [colour.digest_text(), output.digest_text(), learning_described(learn_steps), carried])
     return choice.digester()([*(one.digest for one in references), *forms])
 
 
@@ -284,7 +284,7 @@ def _pattern_and_format(out: str | Path, format_: str | None) -> tuple[FramePatt
 
     Raises UsageError where the two do not agree, and for the name of one picture.
     """
-    pattern = None if Path(out).is_dir() else FramePattern.parsed(str(out))
+    pattern = None if Path(out).is_dir() else FramePattern.parse(str(out))
     ending = "" if pattern is None else Path(f"x{pattern.after}").suffix.lower()
     if pattern is None and Path(out).suffix.lower() in MOVIE_SUFFIXES and not Path(out).is_dir():
         raise UsageError(f"--out {out} is named like a movie, and icm writes an alpha per frame; expected a folder")
@@ -334,7 +334,7 @@ def _colours(
         layer=colour.layer if ref_layer is None else ref_layer,
     )
     for each in (colour, of_references):
-        each.check()
+        each.validate()
     return colour, of_references
 
 

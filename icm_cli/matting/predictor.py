@@ -253,5 +253,5 @@ def _as_reference(pair: Reference | tuple[ImageU8, NDArray[Any]]) -> Reference:
     rgb, mask = pair
     u8 = mask if mask.dtype == np.uint8 else alpha_to_u8(mask.astype(np.float32))
     return Reference(
-        rgb, make_guidance(u8, ImageWindows.whole((rgb.shape[0], rgb.shape[1])), "the mask", notice=lambda _: None)
+        rgb, make_guidance(u8, ImageWindows.full((rgb.shape[0], rgb.shape[1])), "the mask", notice=lambda _: None)
     )

@@ -151,7 +151,7 @@ def _placed(mask: ImageU8, windows: ImageWindows) -> ImageU8:
     """A mask of a reference's data window as it is, else scaled to the display window and cut to the data window."""
     if mask.shape == windows.size:
         return mask
-    return windows.displayed.moved(resize(mask, windows.display), windows)
+    return windows.display_window.move_pixels(resize(mask, windows.display), windows)
 
 
 def _check_aspect(mask: tuple[int, ...], reference: tuple[int, int], name: str) -> None:

@@ -99,7 +99,7 @@ def _own_stamp(path: Path, job: Job) -> dict[str, str]:
 def _is_picture_of_another(path: Path) -> bool:
     """Whether a file is a whole picture without icm's stamp; what is damaged may be made again."""
     try:
-        if detect_file_type(path).is_own:
+        if detect_file_type(path).is_icm_output:
             return False
         read_stored_pixels(path)
     except (ImageError, OSError):

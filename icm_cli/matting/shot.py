@@ -71,7 +71,7 @@ class Seen:
     def of(cls, rgb: ImageU8, alpha: Float, windows: ImageWindows | None = None) -> Seen:
         """Shrink a picture [H,W,3] and its alpha 0..1, of any size. ``windows``: where the picture lies."""
         small = shrunk(displayed(rgb, windows))
-        if windows is not None and not windows.is_whole:
+        if windows is not None and not windows.is_full:
             at_size: Float = resize(alpha, windows.size)
             alpha = np.asarray(displayed(at_size, windows), np.float32)
         return cls(small, alpha_to_u8(resize(alpha, (small.shape[0], small.shape[1]))))
@@ -165,7 +165,7 @@ def apart(jobs: Sequence[Job], keys: Sequence[Key]) -> list[tuple[list[Job], lis
     folders: dict[Path, dict[str, list[Job | Key]]] = {}
     frames: list[Job | Key] = [*jobs, *keys]
     for each in frames:
-        stem = FrameName.of(each.name).stem
+        stem = FrameName.from_path(each.name).stem
         folders.setdefault(each.name.parent, {}).setdefault(stem, []).append(each)
     shots = []
     for stems in folders.values():
@@ -300,7 +300,7 @@ def steadied(motion: Motion, rgb: ImageU8, alpha: Float) -> Float:
 
 def displayed(pixels: NDArray[Any], windows: ImageWindows | None) -> NDArray[Any]:
     """Pixels [H,W] or [H,W,3] of a data window as those of the display window, 0 outside."""
-    return pixels if windows is None else windows.moved(pixels, windows.displayed)
+    return pixels if windows is None else windows.move_pixels(pixels, windows.display_window)
 
 
 def shrunk(rgb: ImageU8) -> ImageU8:
@@ -326,7 +326,7 @@ def _seen_earlier(job: Job) -> Seen | None:
         text = (read_stamp(job.output) or {}).get(CARRIED_KEY, "")
         data = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
         alpha = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
-        return None if alpha is None else Seen(shrunk(job.read().displayed().rgb), np.asarray(alpha, np.uint8))
+        return None if alpha is None else Seen(shrunk(job.read().to_display_window().rgb), np.asarray(alpha, np.uint8))
     except (ImageError, ValueError, OSError, cv2.error):
         return None
 
@@ -337,7 +337,7 @@ def _inside(frame: Frame, matte: CanvasMatte) -> Float:
 
 def _cut(weight: Float, windows: ImageWindows | None, size: tuple[int, int]) -> Float:
     """Values [h,w] of the display window as those of the data window, of ``size``."""
-    if windows is None or windows.is_whole:
+    if windows is None or windows.is_full:
         return resize(weight, size)
     rows, columns = (
         ((np.arange(size[n]) + 0.5) * windows.size[n] / size[n] + windows.at[n]) * weight.shape[n] / windows.display[n]

@@ -31,34 +31,34 @@ class SkippedFiles(Counter[str]):
 
     def __init__(self, notice: Callable[[str], None]) -> None:
         super().__init__()
-        self.tell = notice
+        self.notify = notice
 
-    def add(self, paths: Sequence[Path], reason: str, *, is_told: bool = True) -> None:
+    def add(self, paths: Sequence[Path], reason: str, *, is_reported: bool = True) -> None:
         """Count files of one reason, and say so."""
         self[reason] += len(paths)
-        if paths and is_told:
+        if paths and is_reported:
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            self.tell(f"{min(paths)}{more} left out: {reason}{ADVICE.get(reason, '')}")
+            self.notify(f"{min(paths)}{more} left out: {reason}{ADVICE.get(reason, '')}")
 
-    def without(
-        self, paths: Sequence[Path], is_dropped: Callable[[Path], bool], reason: str, *, is_told: bool = True
+    def exclude(
+        self, paths: Sequence[Path], is_excluded: Callable[[Path], bool], reason: str, *, is_reported: bool = True
     ) -> list[Path]:
-        """The paths but for those that ``is_dropped`` says."""
-        dropped = {path for path in paths if is_dropped(path)}
-        self.add(sorted(dropped), reason, is_told=is_told)
+        """The paths but for those that ``is_excluded`` says."""
+        dropped = {path for path in paths if is_excluded(path)}
+        self.add(sorted(dropped), reason, is_reported=is_reported)
         return [path for path in paths if path not in dropped]
 
-    def passed(self, passed: SkippedPaths) -> None:
+    def add_skipped_paths(self, passed: SkippedPaths) -> None:
         """Count and tell what a walk passed by."""
         for reason, paths in passed.items():
             self.add(paths, reason)
 
-    def pictures(self, paths: Sequence[Path], passed: SkippedPaths) -> list[Path]:
+    def keep_images(self, paths: Sequence[Path], passed: SkippedPaths) -> list[Path]:
         """The pictures of a walk, which passed others by."""
-        self.passed(passed)
+        self.add_skipped_paths(passed)
         unknown = {path: file_type_or_unknown(path) for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES}
-        still = self.without(paths, lambda path: path in unknown and unknown[path].is_movie, A_MOVIE)
-        return self.without(still, lambda path: path in unknown and not unknown[path].name, "no picture")
+        still = self.exclude(paths, lambda path: path in unknown and unknown[path].is_movie, A_MOVIE)
+        return self.exclude(still, lambda path: path in unknown and not unknown[path].name, "no picture")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def find_sources(src: str | Path, root: Path | None, skipped_files: SkippedFiles
     signed = [path for path in files if re.search(r"[._]-[0-9]+$", path.stem)]
     if signed:
         more = f" and {len(signed) - 1} more" if len(signed) > 1 else ""
-        skipped_files.tell(
+        skipped_files.notify(
             f"{min(signed, key=natural_sort_key)}{more}: numbers below 0 are not known, so the - counts for a part "
             "of the name; number frames from 0"
         )
@@ -144,7 +144,7 @@ def _find(src: str | Path, skipped_files: SkippedFiles) -> tuple[Path, list[Path
         return *_listed(sys.stdin or (), "standard input", skipped_files), False
     if path.is_dir():
         passed: SkippedPaths = {}
-        return path, skipped_files.pictures(list(walk_files(path, passed)), passed), False
+        return path, skipped_files.keep_images(list(walk_files(path, passed)), passed), False
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -155,7 +155,7 @@ def _find(src: str | Path, skipped_files: SkippedFiles) -> tuple[Path, list[Path
         return *_listed(lines, str(path), skipped_files), False
     if path.is_file():
         return path.parent, [_no_movie(path)], False
-    if (pattern := FramePattern.parsed(text)) is not None:
+    if (pattern := FramePattern.parse(text)) is not None:
         return *_sequence(pattern, text, skipped_files), True
     if glob.has_magic(text):
         passed = {}
@@ -164,7 +164,7 @@ def _find(src: str | Path, skipped_files: SkippedFiles) -> tuple[Path, list[Path
             raise UsageError(
                 f"no file matches {text}; it does not exist as it stands, so its *, ? and [] were taken as wildcards"
             )
-        return Path(split_glob(text)[0]), skipped_files.pictures(files, passed), False
+        return Path(split_glob(text)[0]), skipped_files.keep_images(files, passed), False
     raise UsageError(f"source {text} does not exist; {EXPECTED}")
 
 
@@ -181,12 +181,12 @@ def _sequence(pattern: FramePattern, text: str, skipped_files: SkippedFiles) -> 
     names: dict[str, list[Path]] = {}
     for path in files:
         names.setdefault(path.name, []).append(path)
-    if not pattern.matching(names) and pattern.literal().matching(names):
-        pattern = pattern.literal()
-    found = [path for name in pattern.matching(names) for path in names[name] if path.is_file()]
-    others = [path for name in pattern.other_numbers(names) for path in names[name] if path.is_file()]
+    if not pattern.matching_names(names) and pattern.escape_wildcards().matching_names(names):
+        pattern = pattern.escape_wildcards()
+    found = [path for name in pattern.matching_names(names) for path in names[name] if path.is_file()]
+    others = [path for name in pattern.names_with_other_numbers(names) for path in names[name] if path.is_file()]
     skipped_files.add(others, f"a number that {Path(text).name} does not fit, by its sign or its digits")
-    skipped_files.passed(passed)
+    skipped_files.add_skipped_paths(passed)
     if not found:
         raise UsageError(
             f"no file matches {text}; its name was taken as a pattern of frames, with {pattern.digits} or more digits"
@@ -202,5 +202,5 @@ def _listed(lines: Iterable[str], where: str, skipped_files: SkippedFiles) -> tu
     if any("\0" in str(path) for path in paths):
         raise UsageError(f"{where} has NUL characters; expected one path per line (find -print, not -print0)")
     absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100  resolve() would rename links
-    files = skipped_files.without(absolute, Path.is_dir, "a folder in a list, whose files were not listed")
+    files = skipped_files.exclude(absolute, Path.is_dir, "a folder in a list, whose files were not listed")
     return Path.cwd(), files

@@ -52,7 +52,7 @@ def cut_out(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
 
 
 def _row(result: ImageResult, colour: ColourSettings) -> ImageU8:
-    rgb = thumbnail(read_image(Path(result.source), colour, max(0, result.page - 1)).displayed().rgb)
+    rgb = thumbnail(read_image(Path(result.source), colour, max(0, result.page - 1)).to_display_window().rgb)
     alpha = thumbnail(read_alpha(Path(result.output)))
     caption = (result.name or Path(result.source).name) + ("   reference's thing not found" if result.not_found else "")
     return captioned_row([rgb, np.repeat(alpha[..., None], 3, -1), cut_out(rgb, alpha)], caption)

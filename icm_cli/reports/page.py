@@ -181,7 +181,7 @@ def _figure(report: Report, result: ImageResult) -> Figure:
 
 def _picture(source: Path | CompositeSource, colour: ColourSettings = DEFAULT_COLOUR, frame: int = 0) -> ImageU8 | None:
     try:
-        return read_source_image(source, colour, frame).displayed().rgb
+        return read_source_image(source, colour, frame).to_display_window().rgb
     except ImageError:
         return None
 

@@ -96,7 +96,7 @@ def background(path: Path, long_side_px: int) -> ImageU8:
 
 
 def _read(item: Item) -> tuple[ImageU8, ImageU8]:
-    picture = read_image(item.image).displayed()
+    picture = read_image(item.image).to_display_window()
     if item.alpha is not None:
         alpha = read_alpha(item.alpha)
     elif picture.alpha is not None:
