@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from icm_cli.events import Listener, TrainingListener, TrainingSummary
-from icm_cli.reports.means import mean_text, number_text
-from icm_cli.reports.scores import METRICS, TITLES
+from icm_cli.reports.means import format_mean, format_metric
+from icm_cli.reports.result import METRIC_TITLES, METRICS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -120,7 +120,7 @@ def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
         table = Table(title=f"{after} minus {before}, {region}; above 0 is worse", title_justify="left")
         table.add_column("image")
         for metric in METRICS:
-            table.add_column(TITLES[metric], justify="right")
+            table.add_column(METRIC_TITLES[metric], justify="right")
         for row in rows:
             name = f"{row.name} (round {row.round})" if row.round > 1 else row.name
             table.add_row(_printable(name), *(f"{row.change(metric):+.5f}" for metric in METRICS))
@@ -207,7 +207,7 @@ def _scores_table(report: Report) -> Table:
     table = Table(title=_protocol_line(protocol, report.settings.get("note")), title_justify="left")
     table.add_column("")
     for metric in metrics:
-        table.add_column(TITLES[metric], justify="right")
+        table.add_column(METRIC_TITLES[metric], justify="right")
     table.add_column("MSE x1e3", justify="right")
     table.add_column("images", justify="right")
     for suffix, by_region in (("", report.means), (", not trained on", report.means_unseen or {})):
@@ -218,7 +218,7 @@ def _scores_table(report: Report) -> Table:
     if published:
         table.add_section()
     for row in published:
-        cells = [number_text(getattr(row, metric, None), metric) for metric in metrics]
+        cells = [format_metric(getattr(row, metric, None), metric) for metric in metrics]
         table.add_row(f"{row.method} ({row.note}; published)", *cells, f"{1e3 * row.mse:.2f}", "")
     return table
 
@@ -227,19 +227,19 @@ def _shots_table(report: Report) -> Table:
     """J and F of every shot, and their means over the shots."""
     from rich.table import Table
 
-    from icm_cli.reports.shots import FIGURES
+    from icm_cli.reports.means import SHOT_SCORE_TITLES
 
     table = Table()
     table.add_column("shot")
-    for title in ("frames", *FIGURES.values()):
+    for title in ("frames", *SHOT_SCORE_TITLES.values()):
         table.add_column(title, justify="right")
     for shot, scores in report.shots.items():
-        table.add_row(shot, f"{scores.frames}", *(f"{getattr(scores, name):.3f}" for name in FIGURES))
+        table.add_row(shot, f"{scores.frames}", *(f"{getattr(scores, name):.3f}" for name in SHOT_SCORE_TITLES))
     return table
 
 
 def _cells(means: Means, metrics: list[str]) -> list[str]:
-    cells = [mean_text(means.metrics.get(name), name) for name in metrics]
+    cells = [format_mean(means.metrics.get(name), name) for name in metrics]
     return [*cells, f"{1e3 * means.metrics['mse'].mean:.2f}"]
 
 
@@ -340,7 +340,7 @@ class TrainingTerminal(Terminal, TrainingListener):
 
     def on_validation_end(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
         scores = {name.removeprefix("validation_"): value for name, value in figures.items()}
-        text = ", ".join(f"{TITLES[name]} {number_text(value, name)}" for name, value in scores.items())
+        text = ", ".join(f"{METRIC_TITLES[name]} {format_metric(value, name)}" for name, value in scores.items())
         self.on_notice(f"step {step}: validation {text}{' (the best so far)' if is_best else ''}")
 
     def on_steps_end(self) -> None:

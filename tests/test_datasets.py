@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 import pytest
 
-from icm_cli.datasets.groups import Groups
-from icm_cli.datasets.registry import DATASETS, find
+from icm_cli.datasets.groups import GroupMetadata
+from icm_cli.datasets.registry import DATASETS, find_dataset
 from icm_cli.errors import UsageError
 from icm_cli.images.reading import CompositeSource
 
@@ -129,7 +129,7 @@ TREES: dict[str, tuple[str, list[str], dict[str, tuple[str, str, str | None]]]] 
 def test_layout(tmp_path: Path, tree: str) -> None:
     name, files, expected = TREES[tree]
     put(tmp_path, *files)
-    found = find(name, tmp_path)
+    found = find_dataset(name, tmp_path)
     assert {
         sample.name: tuple(
             path and Path(path).relative_to(tmp_path).as_posix() for path in (sample.file, sample.alpha, sample.trimap)
@@ -140,15 +140,15 @@ def test_layout(tmp_path: Path, tree: str) -> None:
 
 @pytest.mark.parametrize("name", ["composition1k", "d646", "transparent460"])
 def test_foregrounds_are_composited_on_backgrounds(tmp_path: Path, name: str) -> None:
-    layout = next(layout for layout in DATASETS[name].test if layout.backgrounds_each)
+    layout = next(layout for layout in DATASETS[name].test if layout.backgrounds_per_foreground)
     for folder in (layout.images, layout.alphas):
-        put(tmp_path / name, f"{layout.under}/{folder}/cat.png", f"{layout.under}/{folder}/dog.png")
+        put(tmp_path / name, f"{layout.parent_folder}/{folder}/cat.png", f"{layout.parent_folder}/{folder}/dog.png")
     if layout.trimaps:
-        put(tmp_path / name, *(f"{layout.under}/{layout.trimaps}/{stem}.png" for stem in ("cat_3", "dog")))
+        put(tmp_path / name, *(f"{layout.parent_folder}/{layout.trimaps}/{stem}.png" for stem in ("cat_3", "dog")))
     with pytest.raises(UsageError, match="--backgrounds"):
-        find(name, tmp_path / name)
+        find_dataset(name, tmp_path / name)
     put(tmp_path / "bg", *(f"{number:02d}.jpg" for number in range(30)))
-    found = find(name, tmp_path / name, backgrounds=tmp_path / "bg")
+    found = find_dataset(name, tmp_path / name, backgrounds=tmp_path / "bg")
     assert len(found.samples) == 40
     assert {sample.group for sample in found.samples} == {"cat", "dog"}
     composites = [sample.image for sample in found.samples if isinstance(sample.image, CompositeSource)]
@@ -179,40 +179,40 @@ def test_the_root_may_be_a_folder_above_or_inside_the_published_one(tmp_path: Pa
     if where == "other case":
         (home / "validation").rename(home / "Validation")
         (home / "Validation" / "mask").rename(home / "Validation" / "Mask")
-    assert [sample.name for sample in find("am2k", root).samples] == ["m_1"]
+    assert [sample.name for sample in find_dataset("am2k", root).samples] == ["m_1"]
     if where != "inside":
-        assert [sample.name for sample in find("am2k", root, split="train").samples] == ["t"]
+        assert [sample.name for sample in find_dataset("am2k", root, split="train").samples] == ["t"]
 
 
 def test_a_wrong_root_lists_what_was_found_and_what_was_expected(tmp_path: Path) -> None:
     put(tmp_path, "photos/a.jpg", "readme.png")
     with pytest.raises(UsageError) as error:
-        find("aim500", tmp_path)
+        find_dataset("aim500", tmp_path)
     for part in ("original/", "mask/", "photos/", "readme.png", str(tmp_path)):
         assert part in str(error.value)
 
 
 def test_an_empty_root_and_one_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="found nothing"):
-        find("ppm100", tmp_path)
+        find_dataset("ppm100", tmp_path)
     with pytest.raises(UsageError, match="not a folder"):
-        find("ppm100", tmp_path / "nowhere")
+        find_dataset("ppm100", tmp_path / "nowhere")
 
 
 def test_an_unknown_dataset_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Did you mean 'aim500'"):
-        find("aim-500", tmp_path)
+        find_dataset("aim-500", tmp_path)
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_root_is_asked_for(name: str) -> None:
     with pytest.raises(UsageError, match="--data-root"):
-        find(name)
+        find_dataset(name)
 
 
 def test_what_has_no_partner_is_named(tmp_path: Path) -> None:
     put(tmp_path, "image/a.jpg", "image/b.jpg", "matte/b.jpg", "matte/c.jpg")
-    found = find("ppm100", tmp_path)
+    found = find_dataset("ppm100", tmp_path)
     assert [sample.name for sample in found.samples] == ["b"]
     assert {(problem.kind, problem.name) for problem in found.problems} == {
         ("missing-alpha", "a"),
@@ -223,23 +223,23 @@ def test_what_has_no_partner_is_named(tmp_path: Path) -> None:
 def test_no_partner_at_all_shows_how_names_differ(tmp_path: Path) -> None:
     put(tmp_path, "image/a.jpg", "matte/z_matte.jpg")
     with pytest.raises(UsageError, match="images are like a and alphas like z_matte"):
-        find("ppm100", tmp_path)
+        find_dataset("ppm100", tmp_path)
 
 
 def test_one_trimap_missing_is_named(tmp_path: Path) -> None:
     put(tmp_path, *(f"{kind}/o_{n}.png" for kind in ("original", "mask") for n in (1, 2)), "trimap/o_1.png")
-    found = find("aim500", tmp_path)
+    found = find_dataset("aim500", tmp_path)
     assert [problem.name for problem in found.problems if problem.kind == "missing-trimap"] == ["o_2"]
 
 
 def test_shipped_groups_are_the_published_ones() -> None:
-    icm57, aim500 = Groups.shipped("icm57.json"), Groups.shipped("aim500.json")
+    icm57, aim500 = GroupMetadata.load_bundled("icm57.json"), GroupMetadata.load_bundled("aim500.json")
     assert (len(icm57.entries), len(aim500.entries)) == (232, 500)
 
 
 def test_groups_and_categories_of_the_metadata_and_names_on_one_side_only(tmp_path: Path) -> None:
     put(tmp_path, *(f"{kind}/{name}.png" for kind in ("image", "alpha") for name in ("dog3_02", "dog3_00", "mine")))
-    found = find("icm57", tmp_path)
+    found = find_dataset("icm57", tmp_path)
     samples = {sample.name: sample for sample in found.samples}
     assert samples["dog3_02"].group == samples["dog3_00"].group == "dog3"
     assert samples["dog3_02"].categories == {"class": "dog3", "type": "instance", "source": "dreambooth"}
@@ -253,7 +253,7 @@ def test_a_groups_file_in_the_published_schema(tmp_path: Path) -> None:
     put(tmp_path, "image/a.jpg", "matte/a.jpg", "image/b.jpg", "matte/b.jpg")
     groups = {name: {"class": "animal", "sub_class": "cat", "HalfOrFull": "full"} for name in ("a", "b")}
     (tmp_path / "groups.json").write_text(json.dumps(groups))
-    assert {sample.group for sample in find("ppm100", tmp_path, groups=tmp_path / "groups.json").samples} == {
+    assert {sample.group for sample in find_dataset("ppm100", tmp_path, groups=tmp_path / "groups.json").samples} == {
         "animal-cat-full"
     }
 
@@ -275,13 +275,13 @@ def test_a_groups_file_of_another_kind(tmp_path: Path, text: str) -> None:
     put(tmp_path, "image/a.jpg", "matte/a.jpg")
     (tmp_path / "groups.json").write_text(text)
     with pytest.raises(UsageError, match=r"groups\.json.*expected"):
-        find("ppm100", tmp_path, groups=tmp_path / "groups.json")
+        find_dataset("ppm100", tmp_path, groups=tmp_path / "groups.json")
 
 
 def test_folder_of_ones_own(tmp_path: Path) -> None:
     put(tmp_path, "images/cat/1.jpg", "images/dog/1.jpg", "alphas/cat/1.png", "alphas/dog/1.png", "trimaps/dog/1.png")
-    by_root = find("folder", tmp_path)
-    by_options = find(
+    by_root = find_dataset("folder", tmp_path)
+    by_options = find_dataset(
         "folder", images=str(tmp_path / "images"), alphas=str(tmp_path / "alphas"), trimaps=str(tmp_path / "trimaps")
     )
     assert by_root.samples == by_options.samples
@@ -293,7 +293,7 @@ def test_links_to_folders_elsewhere_are_followed(tmp_path: Path) -> None:
     for kind, where in (("images", "store"), ("alphas", "store_alphas")):
         (tmp_path / "data" / kind / "dog").symlink_to(tmp_path / where, target_is_directory=True)
         (tmp_path / "data" / kind / "again").symlink_to(tmp_path / "data" / kind, target_is_directory=True)
-    assert [sample.name for sample in find("folder", tmp_path / "data").samples] == ["cat/1", "dog/1"]
+    assert [sample.name for sample in find_dataset("folder", tmp_path / "data").samples] == ["cat/1", "dog/1"]
 
 
 def test_a_folder_that_may_not_be_read_is_no_smaller_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,12 +307,12 @@ def test_a_folder_that_may_not_be_read_is_no_smaller_dataset(tmp_path: Path, mon
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UsageError, match="dog is a folder that cannot be read"):
-        find("folder", tmp_path)
+        find_dataset("folder", tmp_path)
 
 
 def test_folder_with_images_and_alphas_side_by_side(tmp_path: Path) -> None:
     put(tmp_path, "cat/00.jpg", "cat/00.png", "dog/00.jpg", "dog/00.png")
-    found = find("folder", images=str(tmp_path / "*/*.jpg"), alphas=str(tmp_path / "*/*.png"))
+    found = find_dataset("folder", images=str(tmp_path / "*/*.jpg"), alphas=str(tmp_path / "*/*.png"))
     assert [(sample.name, sample.file.suffix, sample.alpha.suffix) for sample in found.samples] == [
         ("cat/00", ".jpg", ".png"),
         ("dog/00", ".jpg", ".png"),
@@ -322,13 +322,13 @@ def test_folder_with_images_and_alphas_side_by_side(tmp_path: Path) -> None:
 def test_options_that_do_not_belong_to_the_dataset(tmp_path: Path) -> None:
     put(tmp_path, "image/a.jpg", "matte/a.jpg")
     with pytest.raises(UsageError, match="are for --dataset folder"):
-        find("ppm100", tmp_path, images=str(tmp_path))
+        find_dataset("ppm100", tmp_path, images=str(tmp_path))
     with pytest.raises(UsageError, match="leave it out"):
-        find("ppm100", tmp_path, backgrounds=tmp_path)
+        find_dataset("ppm100", tmp_path, backgrounds=tmp_path)
     with pytest.raises(UsageError, match="no train split"):
-        find("ppm100", tmp_path, split="train")
+        find_dataset("ppm100", tmp_path, split="train")
     with pytest.raises(UsageError, match="--images and --alphas"):
-        find("folder", images=str(tmp_path))
+        find_dataset("folder", images=str(tmp_path))
 
 
 def test_a_folder_that_may_not_be_entered_is_passed_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,12 +342,12 @@ def test_a_folder_that_may_not_be_entered_is_passed_by(tmp_path: Path, monkeypat
         return real(path)
 
     monkeypatch.setattr(Path, "is_dir", is_dir)
-    assert [sample.name for sample in find("ppm100", tmp_path).samples] == ["a"]
+    assert [sample.name for sample in find_dataset("ppm100", tmp_path).samples] == ["a"]
 
 
 def test_two_files_of_one_name_are_named(tmp_path: Path) -> None:
     put(tmp_path, "image/a.jpg", "image/a.png", "matte/a.jpg")
-    found = find("ppm100", tmp_path)
+    found = find_dataset("ppm100", tmp_path)
     assert [(problem.kind, problem.name) for problem in found.problems] == [("same-name", "a")]
     assert found.samples[0].file.name == "a.jpg"
 
@@ -355,19 +355,19 @@ def test_two_files_of_one_name_are_named(tmp_path: Path) -> None:
 def test_folders_that_are_there_but_empty_are_named(tmp_path: Path) -> None:
     put(tmp_path, "image/a.jpg")
     (tmp_path / "matte").mkdir()
-    with pytest.raises(UsageError, match="matte holds no images"):
-        find("ppm100", tmp_path)
+    with pytest.raises(UsageError, match="matte contains no images"):
+        find_dataset("ppm100", tmp_path)
 
 
 def test_hidden_files_and_our_temporaries_are_no_images(tmp_path: Path) -> None:
     put(tmp_path, "image/a.jpg", "matte/a.jpg")
     shutil.copy(tmp_path / "image" / "a.jpg", tmp_path / "image" / "._a.jpg")
     shutil.copy(tmp_path / "image" / "a.jpg", tmp_path / "image" / ".icm-x.jpg")
-    assert find("ppm100", tmp_path).problems == []
+    assert find_dataset("ppm100", tmp_path).problems == []
 
 
 def test_a_root_with_two_such_datasets_is_not_guessed_at(tmp_path: Path) -> None:
     for home in ("one", "two"):
         put(tmp_path / home, "image/a.jpg", "matte/a.jpg")
     with pytest.raises(UsageError, match=r"one.* and in .*two"):
-        find("ppm100", tmp_path)
+        find_dataset("ppm100", tmp_path)

@@ -16,7 +16,7 @@ from conftest import DEMO, arguments, read, shrink
 from eval_data import NAMES, Evaluate, by_name, copy_alphas, report_of
 from typer.testing import CliRunner
 
-from icm_cli.scoring.metrics import score
+from icm_cli.scoring.metrics import compute_scores
 
 
 def test_every_group_is_matted_by_its_reference_and_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
@@ -30,8 +30,8 @@ def test_every_group_is_matted_by_its_reference_and_scored(evaluate: Evaluate, d
     for name, image in by_name(report).items():
         alpha, truth = read(tmp_path / "out" / f"{name}.png"), read(data / "alphas" / f"{name}.png")
         assert alpha.shape == truth.shape
-        assert image["scores"]["whole"]["mse"] == score(alpha, truth)["whole"].mse
-        assert image["scores"]["whole"]["conn"] == score(alpha, truth)["whole"].conn
+        assert image["scores"]["whole"]["mse"] == compute_scores(alpha, truth)["whole"].mse
+        assert image["scores"]["whole"]["conn"] == compute_scores(alpha, truth)["whole"].conn
     assert "whole" in result.stdout
 
 
@@ -65,7 +65,7 @@ def test_rounds_give_mean_and_spread_and_no_reference_is_scored_in_its_round(
         per_round.append(np.mean(scores))
     mse = report["summary"]["means"]["whole"]["metrics"]["mse"]
     assert mse["mean"] == pytest.approx(np.mean(per_round))
-    assert mse["spread"] == pytest.approx(np.std(per_round, ddof=1))
+    assert mse["std"] == pytest.approx(np.std(per_round, ddof=1))
 
 
 def test_references_of_an_earlier_run_are_used_again(evaluate: Evaluate, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from eval_data import NAMES, Evaluate, bad_truth, by_name, copy_alphas, report_o
 from PIL import Image
 from typer.testing import CliRunner
 
-from icm_cli.scoring.metrics import score
+from icm_cli.scoring.metrics import compute_scores
 
 
 def test_predictions_are_scored_without_torch(data: Path, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_predictions_of_another_size_are_brought_to_the_truths_and_counted(
     assert "resized to score" in result.stdout
     image = by_name(report_of(tmp_path / "r.json"))["a/lawn"]
     truth = read(data / "alphas" / "a" / "lawn.png")
-    expected = score(cv2.resize(half, truth.shape[::-1], interpolation=cv2.INTER_LINEAR), truth)["whole"]
+    expected = compute_scores(cv2.resize(half, truth.shape[::-1], interpolation=cv2.INTER_LINEAR), truth)["whole"]
     assert image["was_resized"]
     assert image["scores"]["whole"]["mse"] == expected.mse
 
@@ -162,7 +162,7 @@ def test_16_bits_are_scored_as_8(evaluate: Evaluate, data: Path, tmp_path: Path)
 
 def test_videos_have_dt_ssd_between_frames_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     from icm_cli import evaluate
-    from icm_cli.scoring.metrics import dt_ssd
+    from icm_cli.scoring.metrics import compute_dt_ssd
 
     rng = np.random.default_rng(0)
     numbers = [8, 9, 10, 11, 20]
@@ -177,7 +177,7 @@ def test_videos_have_dt_ssd_between_frames_in_the_order_of_their_numbers(tmp_pat
     assert flicker["shot/f.8"] is flicker["shot/f.20"] is None
     for before, name in (("shot/f.8", "shot/f.9"), ("shot/f.9", "shot/f.10"), ("shot/f.10", "shot/f.11")):
         (alpha, truth), (alpha_before, truth_before) = frames[name], frames[before]
-        assert flicker[name] == dt_ssd(alpha, alpha_before, truth, truth_before)
+        assert flicker[name] == compute_dt_ssd(alpha, alpha_before, truth, truth_before)
     assert report.means["whole"].metrics["dt_ssd"].mean == pytest.approx(
         np.mean([value for value in flicker.values() if value is not None])
     )

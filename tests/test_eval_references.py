@@ -8,8 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icm_cli.datasets.registry import groups_of
-from icm_cli.datasets.samples import Sample
+from icm_cli.datasets.groups import Sample, group_samples
 from icm_cli.evaluation.rounds import choose_references, targets
 
 names = st.lists(st.text("abcü/_0123", min_size=1, max_size=6), min_size=1, max_size=9, unique=True)
@@ -25,9 +24,9 @@ def test_fixed_whatever_the_order_and_never_the_target(
 ) -> None:
     samples = [sample(name) for name in group]
     options = {"rounds": rounds, "refs_per_group": refs_per_group, "is_usable": lambda _: True}
-    chosen, problems = choose_references(groups_of(samples), **options)  # type: ignore[arg-type]
+    chosen, problems = choose_references(group_samples(samples), **options)  # type: ignore[arg-type]
     shuffler.shuffle(samples)
-    assert choose_references(groups_of(samples), **options)[0] == chosen  # type: ignore[arg-type]
+    assert choose_references(group_samples(samples), **options)[0] == chosen  # type: ignore[arg-type]
     assert len(chosen) == rounds
     if len(group) == 1:
         assert [problem.kind for problem in problems] == ["lone-image"]

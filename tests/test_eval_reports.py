@@ -12,7 +12,7 @@ from conftest import DEMO, arguments, read, shrink
 from eval_data import Evaluate, report_of
 from typer.testing import CliRunner
 
-from icm_cli.scoring.metrics import score
+from icm_cli.scoring.metrics import compute_scores
 
 
 class Page(HTMLParser):
@@ -122,4 +122,4 @@ def test_matte_writes_the_same_page(data: Path, tmp_path: Path, small_model: Pat
     assert "lineage" in text
     for image in report_of(tmp_path / "r.json")["images"]:
         alpha, truth = read(Path(image["output"])), read(data / "alphas" / "a" / Path(image["output"]).name)
-        assert image["scores"]["whole"]["grad"] == score(alpha, truth)["whole"].grad
+        assert image["scores"]["whole"]["grad"] == compute_scores(alpha, truth)["whole"].grad

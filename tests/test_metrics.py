@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from plain_metrics import plain_metrics
 
-from icm_cli.reports.scores import LINEAGES, Lineage, Scores
-from icm_cli.scoring.metrics import dt_ssd, score
+from icm_cli.reports.result import LINEAGES, Lineage, Scores
+from icm_cli.scoring.metrics import compute_dt_ssd, compute_scores
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 CASES = range(4)
@@ -42,7 +42,7 @@ def four(scores: Scores) -> list[float]:
 @pytest.mark.parametrize("i", CASES)
 def test_golden_composition(i: int) -> None:
     pred, truth, trimap = case(i)
-    scores = score(pred, truth, "composition", trimap)
+    scores = compute_scores(pred, truth, "composition", trimap)
     np.testing.assert_allclose(four(scores["whole"]), GOLDEN[f"{i}_whole"], rtol=EXACT)
     np.testing.assert_allclose(four(scores["unknown"]), GOLDEN[f"{i}_unknown"], rtol=EXACT)
 
@@ -50,14 +50,14 @@ def test_golden_composition(i: int) -> None:
 @pytest.mark.parametrize("i", CASES)
 def test_golden_aim(i: int) -> None:
     pred, truth, _ = case(i)
-    np.testing.assert_allclose(four(score(pred, truth, "aim")["whole"]), GOLDEN[f"{i}_aim_whole"], rtol=EXACT)
+    np.testing.assert_allclose(four(compute_scores(pred, truth, "aim")["whole"]), GOLDEN[f"{i}_aim_whole"], rtol=EXACT)
 
 
 @pytest.mark.parametrize("i", CASES)
 def test_aim_over_the_unknown_region_sums_the_same_maps(i: int) -> None:
     pred, truth, trimap = case(i)
     expected = plain_metrics(pred, truth, "aim", trimap == 128)
-    np.testing.assert_allclose(four(score(pred, truth, "aim", trimap)["unknown"]), expected, rtol=EXACT)
+    np.testing.assert_allclose(four(compute_scores(pred, truth, "aim", trimap)["unknown"]), expected, rtol=EXACT)
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,26 +65,26 @@ def test_aim_over_the_unknown_region_sums_the_same_maps(i: int) -> None:
 def test_equal_to_the_plain_version_on_anything(two: tuple[np.ndarray, np.ndarray], lineage: Lineage) -> None:
     pred, truth = two
     expected = plain_metrics(pred, truth, lineage, np.ones(pred.shape, bool))
-    np.testing.assert_allclose(four(score(pred, truth, lineage)["whole"]), expected, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(four(compute_scores(pred, truth, lineage)["whole"]), expected, rtol=1e-6, atol=1e-12)
 
 
 @settings(deadline=None)
 @given(alpha, st.sampled_from(LINEAGES))
 def test_identity_is_zero(truth: np.ndarray, lineage: Lineage) -> None:
-    assert dataclasses.astuple(score(truth, truth, lineage)["whole"]) == (0, 0, 0, 0, 0)
+    assert dataclasses.astuple(compute_scores(truth, truth, lineage)["whole"]) == (0, 0, 0, 0, 0)
 
 
 @settings(deadline=None)
 @given(pairs(), st.sampled_from(LINEAGES))
 def test_symmetric_in_alpha_and_truth(two: tuple[np.ndarray, np.ndarray], lineage: Lineage) -> None:
     a, b = two
-    assert score(a, b, lineage) == score(b, a, lineage)
+    assert compute_scores(a, b, lineage) == compute_scores(b, a, lineage)
 
 
 @settings(deadline=None)
 @given(pairs(), st.sampled_from(LINEAGES))
 def test_never_negative_and_means_within_one(two: tuple[np.ndarray, np.ndarray], lineage: Lineage) -> None:
-    scores = score(*two, lineage)["whole"]
+    scores = compute_scores(*two, lineage)["whole"]
     assert all(value >= 0 for value in dataclasses.astuple(scores))
     assert scores.mse <= scores.mad <= 1
     assert scores.sad * 1000 == pytest.approx(scores.mad * two[0].size)
@@ -95,7 +95,7 @@ def test_never_negative_and_means_within_one(two: tuple[np.ndarray, np.ndarray],
 def test_scale_laws(two: tuple[np.ndarray, np.ndarray], factor: int) -> None:
     """Every pixel made a block: MSE and MAD stay, SAD grows with the area, CONN too as components scale alike."""
     blown = [np.kron(each, np.ones((factor, factor), np.uint8)) for each in two]
-    small, large = score(*two)["whole"], score(*blown)["whole"]
+    small, large = compute_scores(*two)["whole"], compute_scores(*blown)["whole"]
     assert large.mse == pytest.approx(small.mse)
     assert large.mad == pytest.approx(small.mad)
     assert large.sad == pytest.approx(factor**2 * small.sad)
@@ -106,26 +106,29 @@ def test_scale_laws(two: tuple[np.ndarray, np.ndarray], factor: int) -> None:
 @given(pairs())
 def test_mirrored_alphas_have_the_same_differences(two: tuple[np.ndarray, np.ndarray]) -> None:
     """CONN is left out: of components of equal size the published codes take the first in reading order."""
-    here, there = score(*two)["whole"], score(*(np.ascontiguousarray(each[:, ::-1]) for each in two))["whole"]
+    here, there = (
+        compute_scores(*two)["whole"],
+        compute_scores(*(np.ascontiguousarray(each[:, ::-1]) for each in two))["whole"],
+    )
     for metric in ("mse", "sad", "mad", "grad"):
         assert getattr(here, metric) == pytest.approx(getattr(there, metric), abs=1e-12), metric
 
 
 def test_a_region_without_pixels_has_no_score() -> None:
     flat = np.zeros((4, 5), np.uint8)
-    assert set(score(flat, flat, trimap=flat)) == {"whole"}
+    assert set(compute_scores(flat, flat, trimap=flat)) == {"whole"}
 
 
 def test_unequal_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(4, 5\)"):
-        score(np.zeros((4, 5), np.uint8), np.zeros((5, 4), np.uint8))
+        compute_scores(np.zeros((4, 5), np.uint8), np.zeros((5, 4), np.uint8))
 
 
 def test_lineages_differ_where_the_background_is_the_largest_component() -> None:
     truth = np.zeros((60, 60), np.uint8)
     cv2.circle(truth, (30, 30), 9, 255, -1)
     pred = cv2.GaussianBlur(truth, (0, 0), 3)
-    composition, aim = (score(pred, truth, lineage)["whole"] for lineage in LINEAGES)
+    composition, aim = (compute_scores(pred, truth, lineage)["whole"] for lineage in LINEAGES)
     assert composition.mse == aim.mse
     assert composition.conn != aim.conn
     assert composition.grad != aim.grad
@@ -135,9 +138,9 @@ def test_dt_ssd_of_a_flicker_by_hand() -> None:
     still = np.full((3, 4), 100, np.uint8)
     flicker = still.copy()
     flicker[0, 0] = 151  # one pixel of twelve changes by a fifth
-    assert dt_ssd(flicker, still, still, still) == pytest.approx(100 * (0.2**2 / 12) ** 0.5)
+    assert compute_dt_ssd(flicker, still, still, still) == pytest.approx(100 * (0.2**2 / 12) ** 0.5)
 
 
 @given(pairs())
 def test_dt_ssd_forgives_what_the_truth_does_too(two: tuple[np.ndarray, np.ndarray]) -> None:
-    assert dt_ssd(two[0], two[1], two[0], two[1]) == 0
+    assert compute_dt_ssd(two[0], two[1], two[0], two[1]) == 0

@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 import pytest
 
-from icm_cli.scoring.metrics import score
+from icm_cli.scoring.metrics import compute_scores
 from icm_cli.scoring.pool import ScoringPool
-from icm_cli.scoring.rule import Rule, scored_size, trimap_of
+from icm_cli.scoring.rule import ScoringRule, make_trimap, resize_for_scoring
 from icm_cli.scoring.task import ScoreTask
 
 
@@ -30,36 +30,36 @@ def soft_square(height: int, width: int, shift: int = 0) -> np.ndarray:
 def task(tmp_path: Path) -> ScoreTask:
     for name, shift in (("alpha", 5), ("truth", 0)):
         cv2.imwrite(str(tmp_path / f"{name}.png"), soft_square(90, 150, shift))
-    return ScoreTask("x", tmp_path / "alpha.png", tmp_path / "truth.png", Rule())
+    return ScoreTask("x", tmp_path / "alpha.png", tmp_path / "truth.png", ScoringRule())
 
 
 @pytest.mark.parametrize(
     ("size", "shape"), [("original", (90, 150)), ("long1024", (614, 1024)), ("square768", (768, 768))]
 )
 def test_sizes(task: ScoreTask, size: str, shape: tuple[int, int]) -> None:
-    alpha, truth = (scored_size(soft_square(90, 150, shift), (90, 150), size) for shift in (5, 0))  # type: ignore[arg-type]
+    alpha, truth = (resize_for_scoring(soft_square(90, 150, shift), (90, 150), size) for shift in (5, 0))  # type: ignore[arg-type]
     assert alpha.shape == shape
-    scored = replace(task, rule=Rule(size=size)).run()  # type: ignore[arg-type]
+    scored = replace(task, rule=ScoringRule(size=size)).run()  # type: ignore[arg-type]
     assert scored.problems == ()
-    assert scored.scores["whole"] == score(alpha, truth)["whole"]
+    assert scored.scores["whole"] == compute_scores(alpha, truth)["whole"]
 
 
 def test_square768_is_the_centre() -> None:
     image = np.zeros((100, 300), np.uint8)
     image[:, 100:200] = 255
-    assert (scored_size(image, image.shape, "square768") == 255).all()
+    assert (resize_for_scoring(image, image.shape, "square768") == 255).all()
 
 
 def test_a_made_trimap_is_the_soft_pixels_dilated_by_the_stated_square(task: ScoreTask) -> None:
     truth = np.zeros((40, 40), np.uint8)
     truth[20, 20] = 77
-    trimap = trimap_of(truth, 7)
+    trimap = make_trimap(truth, 7)
     expected = np.zeros_like(truth)
     expected[17:24, 17:24] = 128
     assert (trimap == expected).all()
-    scored = replace(task, rule=Rule(regions=("unknown",), trimap_kernel_px=7)).run()
+    scored = replace(task, rule=ScoringRule(regions=("unknown",), trimap_kernel_px=7)).run()
     truth, alpha = soft_square(90, 150), soft_square(90, 150, 5)
-    assert scored.scores == {"unknown": score(alpha, truth, trimap=trimap_of(truth, 7))["unknown"]}
+    assert scored.scores == {"unknown": compute_scores(alpha, truth, trimap=make_trimap(truth, 7))["unknown"]}
 
 
 def test_a_published_trimap_is_taken_and_a_detail_map_is_unknown_above_0(task: ScoreTask, tmp_path: Path) -> None:
@@ -68,12 +68,12 @@ def test_a_published_trimap_is_taken_and_a_detail_map_is_unknown_above_0(task: S
     trimap[60:, :] = 255
     cv2.imwrite(str(tmp_path / "t.png"), trimap)
     both = ("whole", "unknown")
-    with_trimap = replace(task, trimap=tmp_path / "t.png", rule=Rule(regions=both))
+    with_trimap = replace(task, trimap=tmp_path / "t.png", rule=ScoringRule(regions=both))
     alpha, truth = soft_square(90, 150, 5), soft_square(90, 150)
-    assert with_trimap.run().scores == score(alpha, truth, trimap=trimap)
+    assert with_trimap.run().scores == compute_scores(alpha, truth, trimap=trimap)
     detail = np.where(trimap > 0, 128, 0).astype(np.uint8)
-    with_detail = replace(with_trimap, rule=Rule(regions=both, has_detail_maps=True))
-    assert with_detail.run().scores == score(alpha, truth, trimap=detail)
+    with_detail = replace(with_trimap, rule=ScoringRule(regions=both, has_detail_maps=True))
+    assert with_detail.run().scores == compute_scores(alpha, truth, trimap=detail)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_trimap_of_no_use_is_named_and_the_whole_image_scored(
     task: ScoreTask, tmp_path: Path, trimap: np.ndarray, kind: str
 ) -> None:
     cv2.imwrite(str(tmp_path / "t.png"), trimap)
-    scored = replace(task, trimap=tmp_path / "t.png", rule=Rule(regions=("whole", "unknown"))).run()
+    scored = replace(task, trimap=tmp_path / "t.png", rule=ScoringRule(regions=("whole", "unknown"))).run()
     assert set(scored.scores) == {"whole"}
     assert [problem.kind for problem in scored.problems] == [kind]
 
@@ -97,13 +97,13 @@ def test_a_trimap_of_no_use_is_named_and_the_whole_image_scored(
 def test_an_alpha_of_our_own_that_is_nearly_empty_is_scored(task: ScoreTask) -> None:
     cv2.imwrite(str(task.alpha), np.eye(90, 150, dtype=np.uint8))  # a residue of 1 of 255
     assert task.run().scores
-    foreign = replace(task, is_foreign=True)
+    foreign = replace(task, is_external=True)
     assert [problem.kind for problem in foreign.run().problems] == ["unscaled-alpha"]
     assert replace(foreign, allowed=frozenset({"unscaled-alpha"})).run().scores == task.run().scores
 
 
 def test_an_image_that_has_gone_is_named(task: ScoreTask, tmp_path: Path) -> None:
-    (problem,) = replace(task, image=tmp_path / "gone.jpg", wants_sha256=True).run().problems
+    (problem,) = replace(task, image=tmp_path / "gone.jpg", needs_sha256=True).run().problems
     assert problem.kind == "unreadable"
     assert "gone.jpg does not exist" in problem.reason
 
@@ -161,11 +161,11 @@ def test_the_processes_end_when_the_run_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys, time, os\n"
         "from icm_cli.scoring.pool import ScoringPool\n"
-        "from icm_cli.scoring.rule import Rule\n"
+        "from icm_cli.scoring.rule import ScoringRule\n"
         "from icm_cli.scoring.task import ScoreTask\n"
         "from pathlib import Path\n"
         "pool = ScoringPool(1)\n"
-        f"task = ScoreTask('x', Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), Rule())\n"
+        f"task = ScoreTask('x', Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), ScoringRule())\n"
         "pool.submit(task, lambda _: None); pool.drain()\n"
         "print(pool._idle.queue[-1]._popen.pid, flush=True)\n"
         "time.sleep(60)"

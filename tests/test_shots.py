@@ -11,9 +11,9 @@ from conftest import Icm, read
 from eval_data import by_name, report_of
 from PIL import Image
 
+from icm_cli.reports.means import MEAN_OF_SHOTS, compute_shot_scores
 from icm_cli.reports.result import ImageResult
-from icm_cli.reports.shots import ALL_SHOTS, shot_scores
-from icm_cli.scoring.overlap import boundary_accuracy, region_similarity
+from icm_cli.scoring.metrics import boundary_accuracy, region_similarity
 
 SHOTS = ("cow", "dog")
 FRAMES = 4
@@ -75,7 +75,7 @@ def frames_of(shot: str, values: list[float]) -> list[ImageResult]:
 
 def test_mean_recall_and_decay_by_hand() -> None:
     """Eight frames part at 1, 2.75, 4.5, 6.25 and 8, rounded 1, 3, 5, 6, 8: the ends are frames 1 to 3 and 6 to 8."""
-    scores = shot_scores(frames_of("a", [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]))["a"]
+    scores = compute_shot_scores(frames_of("a", [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]))["a"]
     assert scores.frames == 8
     assert scores.j_mean == pytest.approx(0.55)
     assert scores.j_recall == 0.5  # 0.5 itself is not above
@@ -84,11 +84,11 @@ def test_mean_recall_and_decay_by_hand() -> None:
 
 
 def test_every_shot_counts_alike_in_the_mean() -> None:
-    scores = shot_scores([*frames_of("a", [1.0] * 9), *frames_of("b", [0.0])])
-    assert list(scores) == ["a", "b", ALL_SHOTS]
-    assert scores[ALL_SHOTS].j_mean == 0.5
-    assert scores[ALL_SHOTS].frames == 10
-    assert shot_scores([ImageResult("", "", "done")]) == {}
+    scores = compute_shot_scores([*frames_of("a", [1.0] * 9), *frames_of("b", [0.0])])
+    assert list(scores) == ["a", "b", MEAN_OF_SHOTS]
+    assert scores[MEAN_OF_SHOTS].j_mean == 0.5
+    assert scores[MEAN_OF_SHOTS].frames == 10
+    assert compute_shot_scores([ImageResult("", "", "done")]) == {}
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_the_first_frame_is_the_reference_and_the_last_is_left_out(evaluate: Icm
         assert image["jaccard"] > 0.5
         assert (image["dt_ssd"] is not None) == name.endswith("2")
     shots = report["summary"]["shots"]
-    assert list(shots) == [*SHOTS, ALL_SHOTS]
+    assert list(shots) == [*SHOTS, MEAN_OF_SHOTS]
     for text in (result.stdout, (tmp_path / "r.html").read_text()):
         assert "J decay" in text
         assert f"{shots['cow']['f_mean']:.3f}" in text
@@ -173,7 +173,7 @@ def test_the_2016_list_of_davis_2017_and_its_palettes(evaluate: Icm, davis: Path
     assert {name: image["jaccard"] for name, image in by_name(report).items()} == dict.fromkeys(middle("cow"), 1.0)
     assert result.exit_code == 1
     assert report["summary"]["problems"] == {"absent-file": 1}
-    assert "val.txt names sheep, but there is no such image" in result.stderr
+    assert "val.txt lists sheep, but this image does not exist" in result.stderr
     evaluate(dataset="davis16", data_root=davis, report=tmp_path / "r.json", allow="absent-file")
     assert all(image["jaccard"] is not None for image in report_of(tmp_path / "r.json")["images"])
 

@@ -1,80 +1,121 @@
-"""Groups of images that show the same thing: metadata in the schema published with In-Context Matting."""
+"""Samples of a dataset, and their groups: images that show the same object.
+
+Groups are read from metadata in the format published with In-Context Matting.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from icm_cli.datasets.samples import Sample
 from icm_cli.errors import Problem, UsageError
+from icm_cli.images.reading import CompositeSource
 
 GROUP_FIELDS = ("class", "sub_class", "HalfOrFull")
-"""A group is named by these, those that are null left out (published rule)."""
+"""Metadata fields that form the name of a group. Null values are omitted, as in the published code."""
 CATEGORY_FIELDS = {"class": "class", "type": "type", "TransparentOrOpaque": "opacity", "source": "source"}
-"""Fields that images are tabulated by -> the table's name."""
-EXPECTED = (
+"""Metadata fields for which reports have a table, and the names of the tables."""
+EXPECTED_GROUPS = (
     'expected a JSON object such as {"cat_01": {"class": "cat", "sub_class": null, "HalfOrFull": "full", '
     '"type": "instance"}}; "type": "video" marks frames of a video'
 )
 
 
 @dataclass(frozen=True)
-class Groups:
-    """The metadata of a dataset, by the name of the image."""
+class Sample:
+    """An image with its true alpha."""
 
-    where: str
+    name: str
+    """Unique name in the dataset: the path of the alpha relative to its folder without suffix, or its number."""
+    image: Path | CompositeSource
+    alpha: Path
+    trimap: Path | None = None
+    group: str = ""
+    """Images of one group show the same kind of object; "" if the metadata does not list the image."""
+    categories: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """For example {"class": "animal", "type": "SO"}."""
+
+    @property
+    def file(self) -> Path:
+        """Path of the image, or of the foreground of a composite."""
+        return self.image.foreground if isinstance(self.image, CompositeSource) else self.image
+
+    @property
+    def is_video_frame(self) -> bool:
+        """Whether the group is a video whose frames are in the order of their names."""
+        return self.categories.get("type") == "video"
+
+
+def group_samples(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    """Return the samples by group. Samples without a group are excluded."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        if sample.group:
+            groups.setdefault(sample.group, []).append(sample)
+    return groups
+
+
+@dataclass(frozen=True)
+class GroupMetadata:
+    """Metadata of a dataset by image name."""
+
+    origin: str
+    """Description of the file, for error messages."""
     entries: Mapping[str, Mapping[str, Any]]
 
     @classmethod
-    def shipped(cls, name: str) -> Groups:
-        """The published metadata of ICM-57 or AIM-500, which icm ships."""
+    def load_bundled(cls, name: str) -> GroupMetadata:
+        """Load the published metadata of ICM-57 or AIM-500, which is part of the package."""
         text = files("icm_cli.datasets").joinpath("metadata", name).read_text(encoding="utf-8")
-        return cls(f"the metadata {name} that icm ships", json.loads(text))
+        return cls(f"the bundled metadata {name}", json.loads(text))
 
     @classmethod
-    def read(cls, path: Path) -> Groups:
-        """Metadata of one's own. Raises UsageError for a file of another schema."""
+    def read_file(cls, path: Path) -> GroupMetadata:
+        """Read a metadata file. Raises UsageError if its format is wrong."""
         try:
             entries = json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
-            raise UsageError(f"groups file {path} cannot be read ({error}); {EXPECTED}") from error
+            raise UsageError(f"groups file {path} cannot be read ({error}); {EXPECTED_GROUPS}") from error
         if not isinstance(entries, dict) or not entries:
-            raise UsageError(f"groups file {path} names no images; {EXPECTED}")
+            raise UsageError(f"groups file {path} names no images; {EXPECTED_GROUPS}")
         for name, entry in entries.items():
             if not isinstance(entry, dict) or not entry.get("class"):
-                raise UsageError(f"groups file {path}: {name!r} has no class; {EXPECTED}")
-            for field in {*GROUP_FIELDS, *CATEGORY_FIELDS}:
-                if not isinstance(entry.get(field), str | None):
-                    raise UsageError(f"groups file {path}: {field} of {name!r} is no text; {EXPECTED}")
+                raise UsageError(f"groups file {path}: {name!r} has no class; {EXPECTED_GROUPS}")
+            for key in {*GROUP_FIELDS, *CATEGORY_FIELDS}:
+                if not isinstance(entry.get(key), str | None):
+                    raise UsageError(f"groups file {path}: {key} of {name!r} is not a string; {EXPECTED_GROUPS}")
         return cls(f"groups file {path}", entries)
 
-    def assign(self, samples: Iterable[Sample]) -> tuple[list[Sample], list[Problem]]:
-        """The samples with group and categories, and the names that stand on one side only."""
-        grouped, problems, met = [], [], set()
+    def assign_groups(self, samples: Iterable[Sample]) -> tuple[list[Sample], list[Problem]]:
+        """Return the samples with group and categories.
+
+        Samples without metadata, and metadata without a sample, become problems.
+        """
+        grouped, problems, used = [], [], set()
         for sample in samples:
             key = sample.name if sample.name in self.entries else Path(sample.name).name
             entry = self.entries.get(key)
             if entry is None:
-                problems.append(Problem("no-group", sample.name, f"{sample.file} is not named in {self.where}"))
+                problems.append(Problem("no-group", sample.name, f"{sample.file} is not listed in {self.origin}"))
                 grouped.append(sample)
                 continue
-            met.add(key)
-            grouped.append(replace(sample, group=_group(entry), categories=_categories(entry)))
+            used.add(key)
+            grouped.append(replace(sample, group=_group_name(entry), categories=_categories(entry)))
         problems += [
-            Problem("absent-file", name, f"{self.where} names {name}, but there is no such image")
+            Problem("absent-file", name, f"{self.origin} lists {name}, but this image does not exist")
             for name in self.entries
-            if name not in met
+            if name not in used
         ]
         return grouped, problems
 
 
-def _group(entry: Mapping[str, Any]) -> str:
-    return "-".join(str(entry[field]) for field in GROUP_FIELDS if entry.get(field))
+def _group_name(entry: Mapping[str, Any]) -> str:
+    return "-".join(str(entry[key]) for key in GROUP_FIELDS if entry.get(key))
 
 
 def _categories(entry: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(entry[field]) for field, name in CATEGORY_FIELDS.items() if entry.get(field)}
+    return {name: str(entry[key]) for key, name in CATEGORY_FIELDS.items() if entry.get(key)}

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from icm_cli import environment
-from icm_cli.datasets.registry import SIZES, SPLITS, Found, find
-from icm_cli.datasets.samples import Sample
+from icm_cli.datasets.groups import Sample
+from icm_cli.datasets.registry import SIZES, SPLITS, DatasetSamples, find_dataset
 from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import PROBLEM_KINDS, UsageError, did_you_mean
 from icm_cli.evaluation.protocol import Evaluation
@@ -22,9 +22,9 @@ from icm_cli.evaluation.shots import as_shots, refuse_other_references
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path
 from icm_cli.reports.report import Report
-from icm_cli.reports.scores import LINEAGES, REGIONS
+from icm_cli.reports.result import LINEAGES, REGIONS
 from icm_cli.reports.write import SideOutputs
-from icm_cli.scoring.rule import Rule
+from icm_cli.scoring.rule import ScoringRule
 
 if TYPE_CHECKING:
     from icm_cli.matting.predictor import Predictor
@@ -88,7 +88,7 @@ def evaluate(
         _one_of("allow", kind, tuple(PROBLEM_KINDS))
     if references and (rounds or refs_per_group):
         raise UsageError("--references says how many rounds and references there are; leave --rounds and the like out")
-    found = find(
+    found = find_dataset(
         dataset,
         data_root,
         split=_one_of("split", split, SPLITS),
@@ -151,22 +151,22 @@ def evaluate(
 
 
 def _rule(
-    found: Found,
+    found: DatasetSamples,
     region: Sequence[str],
     size: str | None,
     lineage: str | None,
     trimap_kernel: int | None,
     has_trimaps: bool,
-) -> Rule:
+) -> ScoringRule:
     """Take the options, else the dataset's own convention; one's own folders with trimaps have both regions."""
     dataset = found.dataset
-    own = REGIONS if has_trimaps else dataset.regions
+    own = REGIONS if has_trimaps else dataset.conventions.regions
     regions = tuple(_one_of("region", each, REGIONS) for each in region) or own
-    return Rule(
+    return ScoringRule(
         tuple(each for each in REGIONS if each in regions),
-        _one_of("size", size or dataset.size, SIZES),
-        _one_of("lineage", lineage or dataset.lineage, LINEAGES),
-        Rule.trimap_kernel_px if trimap_kernel is None else trimap_kernel,
+        _one_of("size", size or dataset.conventions.size, SIZES),
+        _one_of("lineage", lineage or dataset.conventions.lineage, LINEAGES),
+        ScoringRule.trimap_kernel_px if trimap_kernel is None else trimap_kernel,
         dataset.has_detail_maps,
         dataset.is_shots,
     )

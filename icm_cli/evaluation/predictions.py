@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from icm_cli import environment
-from icm_cli.datasets.layouts import image_files
-from icm_cli.datasets.samples import Sample
+from icm_cli.datasets.groups import Sample
+from icm_cli.datasets.layouts import list_images
 from icm_cli.errors import Problem, UsageError
 from icm_cli.evaluation.protocol import Evaluation, round_folder
 from icm_cli.evaluation.rounds import Rounds, read_rounds, targets
@@ -70,7 +70,7 @@ def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Repo
 def _planned(
     evaluation: Evaluation, folder: Path, number: int, references: Mapping[str, list[str]]
 ) -> list[ImageResult]:
-    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in image_files(folder)}
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in list_images(folder)}
     by_stem = _alone({path: path.stem for path in found.values()})
     stems = _alone({sample.name: Path(sample.name).name for sample in evaluation.found.samples})
     wanted = {

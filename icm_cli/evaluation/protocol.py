@@ -11,8 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from icm_cli.datasets.registry import Found, groups_of
-from icm_cli.datasets.samples import Sample
+from icm_cli.datasets.groups import Sample, group_samples
+from icm_cli.datasets.registry import DatasetSamples
 from icm_cli.errors import UsageError
 from icm_cli.evaluation.rounds import Rounds
 from icm_cli.events import Listener
@@ -23,8 +23,8 @@ from icm_cli.matting.resume import DIGEST_KEY
 from icm_cli.reports.report import Album, Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import SideOutputs
-from icm_cli.scoring.pool import Scoring, ScoringPool
-from icm_cli.scoring.rule import Rule
+from icm_cli.scoring.pool import Scorer, ScoringPool
+from icm_cli.scoring.rule import ScoringRule
 from icm_cli.scoring.task import FlickerTask, ScoreTask
 
 
@@ -33,8 +33,8 @@ class Evaluation:
     """The dataset as it was found, the rule it is scored by, and where the reports go."""
 
     name: str
-    found: Found
-    rule: Rule
+    found: DatasetSamples
+    rule: ScoringRule
     split: str
     where: str
     """The dataset's root, or the images of one's own folders."""
@@ -51,7 +51,7 @@ class Evaluation:
     @cached_property
     def groups(self) -> dict[str, list[Sample]]:
         """Samples by group, those without one left out."""
-        return groups_of(self.found.samples)
+        return group_samples(self.found.samples)
 
     @cached_property
     def by_name(self) -> dict[str, Sample]:
@@ -122,8 +122,8 @@ class Evaluation:
                 rule=self.rule,
                 trimap=sample.trimap,
                 image=sample.file,
-                wants_sha256=trained_on is not None,
-                is_foreign="predictions" in settings,
+                needs_sha256=trained_on is not None,
+                is_external="predictions" in settings,
                 allowed=self.allowed,
             )
 
@@ -132,7 +132,7 @@ class Evaluation:
             planned,
             self.listener,
             start=self.start,
-            scoring=Scoring(ScoringPool(self.workers), task_for),
+            scoring=Scorer(ScoringPool(self.workers), task_for),
             trained_on=trained_on,
         )
         for problem in self.found.problems:

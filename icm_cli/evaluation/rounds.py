@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
+from icm_cli.datasets.groups import Sample
 from icm_cli.datasets.registry import ONE_GROUP
-from icm_cli.datasets.samples import Sample
 from icm_cli.errors import Problem, UsageError
 from icm_cli.files import write_json
 

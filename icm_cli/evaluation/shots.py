@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from icm_cli.datasets.registry import Found, groups_of
+from icm_cli.datasets.groups import group_samples
+from icm_cli.datasets.registry import DatasetSamples
 from icm_cli.errors import Problem, UsageError
 from icm_cli.evaluation.rounds import Rounds
 
@@ -23,12 +24,12 @@ def refuse_other_references(title: str, **options: object) -> None:
             )
 
 
-def as_shots(found: Found) -> Found:
+def as_shots(found: DatasetSamples) -> DatasetSamples:
     """The dataset without the last frame of every shot, and its frames marked as those of videos.
 
     A shot of fewer than three frames becomes a problem. Raises UsageError where there are no others.
     """
-    shots = groups_of(found.samples)
+    shots = group_samples(found.samples)
     short = [
         Problem("lone-image", shot, f"shot {shot} has {len(frames)} frame(s), and the first and last are not scored")
         for shot, frames in shots.items()
@@ -44,6 +45,6 @@ def as_shots(found: Found) -> Found:
     return replace(found, samples=frames, notes=[*found.notes, NOTE], problems=[*found.problems, *short])
 
 
-def first_frames(found: Found) -> Rounds:
+def first_frames(found: DatasetSamples) -> Rounds:
     """The first frame of every shot as its reference, in one round."""
-    return [{shot: [frames[0].name] for shot, frames in groups_of(found.samples).items()}]
+    return [{shot: [frames[0].name] for shot, frames in group_samples(found.samples).items()}]

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from icm_cli.datasets.layouts import image_files
+from icm_cli.datasets.layouts import list_images
 from icm_cli.errors import Problem, UsageError
 from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.sources import SkippedFiles, find_sources
 from icm_cli.reports.result import ImageResult
-from icm_cli.scoring.pool import Scoring, ScoringPool
-from icm_cli.scoring.rule import Rule
+from icm_cli.scoring.pool import Scorer, ScoringPool
+from icm_cli.scoring.rule import ScoringRule
 from icm_cli.scoring.task import ScoreTask
 
-RULE = Rule()
+RULE = ScoringRule()
 """Scores are over the whole image at its own size, GRAD and CONN of the composition lineage."""
 
 
@@ -38,7 +38,7 @@ def attach_ground_truth(jobs: Sequence[Job], where: str | Path) -> tuple[list[Jo
     if not folder.is_dir():
         fault = f"{folder} is a file" if folder.exists() else f"folder {folder} does not exist"
         raise UsageError(f"ground truth {fault}; expected a folder of alphas named like the images")
-    files = {path.relative_to(folder).with_suffix(""): path for path in image_files(folder)}
+    files = {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
     if jobs and not any(job.name.with_suffix("") in files for job in jobs):
         expected = jobs[0].name.with_suffix(".png")
         raise UsageError(f"ground truth folder {folder} has no alpha named like any image, such as {expected}")
@@ -46,7 +46,7 @@ def attach_ground_truth(jobs: Sequence[Job], where: str | Path) -> tuple[list[Jo
     return found, list(files.values()), _without_truth(found, where)
 
 
-def ground_truth_scoring(processes: int, allowed: frozenset[str]) -> Scoring:
+def ground_truth_scoring(processes: int, allowed: frozenset[str]) -> Scorer:
     """Score every alpha whose image has a ground truth; that may be empty, for the thing need not be everywhere."""
 
     def task_for(result: ImageResult) -> ScoreTask | None:
@@ -55,7 +55,7 @@ def ground_truth_scoring(processes: int, allowed: frozenset[str]) -> Scoring:
         truth, image = Path(result.truth), Path(result.source)
         return ScoreTask(result.source, Path(result.output), truth, RULE, image=image, allowed=allowed)
 
-    return Scoring(ScoringPool(processes), task_for)
+    return Scorer(ScoringPool(processes), task_for)
 
 
 def _nowhere(sentence: str) -> None:

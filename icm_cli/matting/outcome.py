@@ -18,7 +18,7 @@ from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import SideOutputs
 
 if TYPE_CHECKING:
-    from icm_cli.scoring.pool import Scoring
+    from icm_cli.scoring.pool import Scorer
     from icm_cli.scoring.task import FlickerTask, ScoreTask
 
 
@@ -32,7 +32,7 @@ class Outcome:
         listener: Listener,
         *,
         start: float,
-        scoring: Scoring | None = None,
+        scoring: Scorer | None = None,
         trained_on: frozenset[str] | None = None,
     ) -> None:
         self.report = report

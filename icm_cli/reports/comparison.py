@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli.errors import UsageError
-from icm_cli.reports.scores import METRICS, REGIONS, Region
+from icm_cli.reports.result import METRICS, REGIONS, Region
 
 Key = tuple[int, str]
 PROTOCOL_KEYS = ("dataset", "split", "regions", "size", "lineage", "unknown_region", "rounds", "refs_per_group")

@@ -1,84 +1,155 @@
-"""Means over images, rounds, groups and categories."""
+"""Means of scores over images, rounds, groups, categories and shots."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
 
-from icm_cli.reports.scores import METRICS, REGIONS, Region
+from icm_cli.reports.result import METRICS, REGIONS, ImageResult, Region
 
-if TYPE_CHECKING:
-    from icm_cli.reports.result import ImageResult
+MEAN_OF_SHOTS = "mean of shots"
+"""Name of the row with the mean over all shots. Every shot has the same weight."""
+RECALL_THRESHOLD = 0.5
+"""A frame above this score counts as recalled."""
+SHOT_PARTS = 4
+"""Decay compares the first and the last of this many parts of a shot."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over images; with several rounds the mean of the rounds' means, and their sample deviation."""
+    """Mean of a metric over images. With several rounds, the mean of the means of the rounds."""
 
     mean: float
-    spread: float | None = None
-    """Standard deviation of the rounds' means; None for a single round."""
+    std: float | None = None
+    """Sample standard deviation of the means of the rounds; None for a single round."""
 
 
 @dataclass(frozen=True)
 class Means:
-    """The means of every metric over ``images`` scores in ``rounds`` rounds."""
+    """Means of all metrics over ``images`` scored images in ``rounds`` rounds."""
 
     images: int
     rounds: int
     metrics: dict[str, Mean]
-    """Means by the names of METRICS and, where there are videos, ``dt_ssd``."""
+    """Means by metric name. Besides METRICS, ``dt_ssd`` if there are videos."""
 
 
-def summarise(results: Iterable[ImageResult]) -> dict[Region, Means]:
-    """The means of every region that has scores."""
+@dataclass(frozen=True)
+class ShotScores:
+    """J (region similarity) and F (boundary accuracy) of a shot, 0..1, as defined by the tool of DAVIS.
+
+    A negative decay means that the scores improve towards the end of the shot.
+    """
+
+    frames: int
+    j_mean: float
+    j_recall: float
+    j_decay: float
+    f_mean: float
+    f_recall: float
+    f_decay: float
+
+
+SHOT_SCORE_TITLES = {
+    field.name: f"{field.name[0].upper()} {field.name[2:]}" for field in fields(ShotScores) if field.name != "frames"
+}
+"""Printed names of the scores of a shot, such as "J mean", by field name."""
+
+
+def compute_means(results: Iterable[ImageResult]) -> dict[Region, Means]:
+    """Return the means of every region that has scores."""
     scored = [result for result in results if result.scores]
-    summary: dict[Region, Means] = {}
+    means: dict[Region, Means] = {}
     for region in REGIONS:
-        having = [result for result in scored if region in result.scores]
-        if not having:
-            continue
         rounds: dict[int, list[ImageResult]] = {}
-        for result in having:
-            rounds.setdefault(result.round, []).append(result)
+        for result in scored:
+            if region in result.scores:
+                rounds.setdefault(result.round, []).append(result)
+        if not rounds:
+            continue
         metrics = {
-            name: _mean([[getattr(each.scores[region], name) for each in group] for group in rounds.values()])
+            name: _mean_over_rounds([[getattr(each.scores[region], name) for each in part] for part in rounds.values()])
             for name in METRICS
         }
         flicker = [[each.dt_ssd for each in group if each.dt_ssd is not None] for group in rounds.values()]
         if region == "whole" and any(flicker):
-            metrics["dt_ssd"] = _mean([group for group in flicker if group])
-        summary[region] = Means(len(having), len(rounds), metrics)
-    return summary
+            metrics["dt_ssd"] = _mean_over_rounds([group for group in flicker if group])
+        means[region] = Means(sum(map(len, rounds.values())), len(rounds), metrics)
+    return means
 
 
-def by(results: Sequence[ImageResult], key: Callable[[ImageResult], str | None]) -> dict[str, dict[Region, Means]]:
-    """The means of every value of ``key``, in their alphabetical order; results without one are left out."""
+def compute_means_by(
+    results: Sequence[ImageResult], key: Callable[[ImageResult], str | None]
+) -> dict[str, dict[Region, Means]]:
+    """Return the means for every value of ``key``, sorted by value. Results without a value are excluded."""
     parts: dict[str, list[ImageResult]] = {}
     for result in results:
         if value := key(result):
             parts.setdefault(value, []).append(result)
-    return {value: means for value in sorted(parts) if (means := summarise(parts[value]))}
+    return {value: means for value in sorted(parts) if (means := compute_means(parts[value]))}
 
 
-def number_text(value: float | None, metric: str) -> str:
-    """A metric with the digits that matter; a dash where there is none."""
+def compute_shot_scores(results: Iterable[ImageResult]) -> dict[str, ShotScores]:
+    """Return the scores of every shot, and last their mean under MEAN_OF_SHOTS.
+
+    Results are in the order of the frames. Frames without J and F are excluded. The result is empty if no frame has
+    them.
+    """
+    shots: dict[str, list[tuple[float, float]]] = {}
+    for result in results:
+        if result.jaccard is not None and result.boundary_f is not None:
+            shots.setdefault(result.group, []).append((result.jaccard, result.boundary_f))
+    scores = {shot: _score_shot(frames) for shot, frames in shots.items()}
+    return scores | ({MEAN_OF_SHOTS: _mean_of_shots(list(scores.values()))} if scores else {})
+
+
+def format_metric(value: float | None, metric: str) -> str:
+    """Format a metric with its usual number of digits, or a dash for None."""
     if value is None:
         return "-"
     return f"{value:.5f}" if metric in ("mse", "mad") else f"{value:.2f}"
 
 
-def mean_text(mean: Mean | None, metric: str) -> str:
-    """A mean with its spread over rounds."""
+def format_mean(mean: Mean | None, metric: str) -> str:
+    """Format a mean and, if known, its standard deviation over rounds."""
     if mean is None:
         return "-"
-    spread = f" ± {number_text(mean.spread, metric)}" if mean.spread is not None else ""
-    return number_text(mean.mean, metric) + spread
+    std = f" ± {format_metric(mean.std, metric)}" if mean.std is not None else ""
+    return format_metric(mean.mean, metric) + std
 
 
-def _mean(rounds: Sequence[Sequence[float]]) -> Mean:
-    means = [math.fsum(values) / len(values) for values in rounds]
-    return Mean(math.fsum(means) / len(means), statistics.stdev(means) if len(means) > 1 else None)
+def _mean_over_rounds(rounds: Sequence[Sequence[float]]) -> Mean:
+    means = [_average(values) for values in rounds]
+    return Mean(_average(means), statistics.stdev(means) if len(means) > 1 else None)
+
+
+def _score_shot(frames: Sequence[tuple[float, float]]) -> ShotScores:
+    scores = [
+        score for values in zip(*frames, strict=True) for score in (_average(values), _recall(values), _decay(values))
+    ]
+    return ShotScores(len(frames), *scores)
+
+
+def _mean_of_shots(shots: Sequence[ShotScores]) -> ShotScores:
+    means = [_average([getattr(shot, name) for shot in shots]) for name in SHOT_SCORE_TITLES]
+    return ShotScores(sum(shot.frames for shot in shots), *means)
+
+
+def _average(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _recall(values: Sequence[float]) -> float:
+    return sum(value > RECALL_THRESHOLD for value in values) / len(values)
+
+
+def _decay(values: Sequence[float]) -> float:
+    """Return the mean over the first quarter minus the mean over the last quarter.
+
+    As in the tool of DAVIS, neighbouring quarters share a frame.
+    """
+    last = len(values) - 1
+    bounds = [math.floor(1 + last * part / SHOT_PARTS + 0.5 + 1e-10) - 1 for part in range(SHOT_PARTS + 1)]
+    return _average(values[: bounds[1] + 1]) - _average(values[bounds[-2] :])

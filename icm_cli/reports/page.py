@@ -22,10 +22,9 @@ from icm_cli.geometry import ImageU8
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.reading import CompositeSource, read_alpha, read_source_image
 from icm_cli.reports.contact_sheet import evenly
-from icm_cli.reports.means import Means, by, mean_text, number_text
+from icm_cli.reports.means import SHOT_SCORE_TITLES, Means, compute_means_by, format_mean, format_metric
 from icm_cli.reports.published import PUBLISHED, comparability
-from icm_cli.reports.scores import METRICS, TITLES, Region
-from icm_cli.reports.shots import FIGURES
+from icm_cli.reports.result import METRIC_TITLES, METRICS, Region
 
 if TYPE_CHECKING:
     from icm_cli.reports.report import Report
@@ -80,7 +79,7 @@ def write_page(path: Path, report: Report) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number_text, "mean": mean_text}
+    environment.filters |= {"number": format_metric, "mean": format_mean}
     text = environment.get_template("page.html").render(_content(report))
     with atomic_write(path) as file:
         file.write(text.encode(errors="replace"))  # names need not be UTF-8
@@ -106,11 +105,11 @@ def _content(report: Report) -> dict[str, Any]:
         "means": means,
         "means_unseen": report.means_unseen or {},
         "metrics": metrics,
-        "metric_titles": TITLES,
+        "metric_titles": METRIC_TITLES,
         "main": main,
         "published": PUBLISHED.get(protocol.get("title", ""), ()),
         "comparability": comparability(protocol, means),
-        "shot_figures": FIGURES,
+        "shot_figures": SHOT_SCORE_TITLES,
         "tables": _tables(scored),
         "histograms": [_histogram(scored, main, metric) for metric in METRICS] if main else [],
         "worst": map(figure, worst),
@@ -130,8 +129,8 @@ def _mse(result: ImageResult, region: Region | None) -> float:
 def _tables(scored: Sequence[ImageResult]) -> dict[str, dict[str, dict[Region, Means]]]:
     """Means by group and by every category, where there is more than one."""
     categories = sorted({name for result in scored for name in result.categories})
-    tables = {name: by(scored, partial(_category, name)) for name in categories}
-    tables["group"] = by(scored, lambda result: result.group)
+    tables = {name: compute_means_by(scored, partial(_category, name)) for name in categories}
+    tables["group"] = compute_means_by(scored, lambda result: result.group)
     return {name: rows for name, rows in tables.items() if len(rows) > 1}
 
 
@@ -145,7 +144,7 @@ def _histogram(scored: Sequence[ImageResult], region: Region, metric: str) -> Hi
     logarithms = np.log10(np.maximum(values, largest * 10.0**-DECADES))
     lowest, highest = float(np.floor(logarithms.min())), float(np.ceil(logarithms.max() + 1e-9))
     counts, _ = np.histogram(logarithms, BINS, (lowest, max(highest, lowest + 1)))
-    return Histogram(TITLES[metric], counts.tolist(), 10**lowest, 10 ** max(highest, lowest + 1))
+    return Histogram(METRIC_TITLES[metric], counts.tolist(), 10**lowest, 10 ** max(highest, lowest + 1))
 
 
 def _figure(report: Report, result: ImageResult) -> Figure:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from icm_cli.reports.means import Means
-from icm_cli.reports.scores import Region
+from icm_cli.reports.result import Region
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,8 @@ from icm_cli.errors import Problem
 from icm_cli.geometry import ImageU8
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.reading import CompositeSource
-from icm_cli.reports.means import Means, summarise
-from icm_cli.reports.result import ImageResult, Status
-from icm_cli.reports.scores import Region
-from icm_cli.reports.shots import ShotScores, shot_scores
+from icm_cli.reports.means import Means, ShotScores, compute_means, compute_shot_scores
+from icm_cli.reports.result import ImageResult, Region, Status
 
 
 @dataclass(frozen=True)
@@ -90,19 +88,19 @@ class Report:
     @property
     def means(self) -> dict[Region, Means]:
         """Means of every metric over the images that were scored."""
-        return summarise(self.results)
+        return compute_means(self.results)
 
     @property
     def means_unseen(self) -> dict[Region, Means] | None:
         """The same without images that the model was trained on; None where there are no such images."""
         if not any(result.is_seen for result in self.results):
             return None
-        return summarise([result for result in self.results if not result.is_seen])
+        return compute_means([result for result in self.results if not result.is_seen])
 
     @property
     def shots(self) -> dict[str, ShotScores]:
         """J and F of every shot, and last their means over the shots; empty where the dataset is none of shots."""
-        return shot_scores(self.results)
+        return compute_shot_scores(self.results)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""

@@ -1,63 +1,85 @@
-"""The result of one image."""
+"""The result of one image, and its scores."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from icm_cli.reports.scores import Region, Scores
-
 Status = Literal["done", "skipped", "unscored", "failed", "planned", "not reached"]
+Lineage = Literal["composition", "aim"]
+Region = Literal["whole", "unknown"]
+LINEAGES: tuple[Lineage, ...] = ("composition", "aim")
+REGIONS: tuple[Region, ...] = ("whole", "unknown")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The metrics of one image over one region. Lower is better; 0 means equal to the ground truth."""
+
+    mse: float
+    """Mean squared error."""
+    sad: float
+    """Sum of absolute differences, in thousands."""
+    grad: float
+    """Sum of squared differences of the gradient magnitude, scaled as in its lineage."""
+    conn: float
+    """Sum of differences in connectivity, in thousands."""
+    mad: float
+    """Mean absolute difference."""
+
+
+METRICS: tuple[str, ...] = tuple(field.name for field in fields(Scores))
+METRIC_TITLES = {"mse": "MSE", "sad": "SAD", "grad": "GRAD", "conn": "CONN", "mad": "MAD", "dt_ssd": "dtSSD"}
 
 
 @dataclass(frozen=True)
 class ImageResult:
-    """Result of one image. Numbers are None, and ``scores`` empty, where there is no alpha to measure."""
+    """Result of one image. Values that were not computed are None, and ``scores`` is empty."""
 
     source: str
     output: str
     status: Status
-    """"skipped": a whole alpha made with the same settings from the same source was already there; "unscored": its
-    alpha or ground truth is bad or missing."""
+    """"skipped": a complete alpha, made from the same source with the same settings, already existed. "unscored": the
+    alpha or the ground truth is bad or missing."""
     name: str = ""
-    """Name in its dataset, or path below the sources' root."""
+    """Name in its dataset, or path relative to the root of the sources."""
     group: str = ""
     categories: Mapping[str, str] = field(default_factory=dict)
     round: int = 0
-    """Round of an evaluation, from 1; 0 where there are none."""
+    """Round of an evaluation, from 1; 0 outside evaluations."""
     page: int = 0
-    """Page of a file of several pictures, from 1; 0 of all others."""
+    """Page of a file with several images, from 1; 0 for files with one image."""
     colorspace: str = ""
-    """Colour space that the source was taken to be in."""
+    """Colour space in which the source was interpreted."""
     truth: str = ""
-    """The ground truth's file."""
+    """Path of the ground truth."""
     seconds: float | None = None
-    """From the start of reading to the written file, waiting between stages left out."""
+    """Processing time from reading the source to writing the alpha, without waiting time between stages."""
     foreground: float | None = None
-    """Share of foreground: the mean of the alpha, 0..1."""
+    """Mean of the alpha, 0..1."""
     confidence: float | None = None
-    """Confidence of the model, 0..1, as its head measures it."""
+    """Confidence of the model, 0..1, as its head defines it."""
     not_found: bool | None = None
-    """True where the reference's thing does not seem to be in the picture."""
+    """Whether the model did not find the object of the reference in the image."""
     scores: Mapping[Region, Scores] = field(default_factory=dict)
     dt_ssd: float | None = None
-    """Flicker to the frame before, in groups that are videos."""
+    """Flicker between the frame before and this one, for groups that are videos."""
     jaccard: float | None = None
-    """J of DAVIS, 0..1, in datasets of shots."""
+    """J of DAVIS, 0..1, for datasets of shots."""
     boundary_f: float | None = None
-    """F of DAVIS, 0..1."""
+    """F of DAVIS, 0..1, for datasets of shots."""
     was_resized: bool = False
-    """The alpha was not of its ground truth's size; it was brought there bilinearly to be scored."""
+    """Whether the alpha was resized bilinearly to the size of the ground truth for scoring."""
     is_seen: bool | None = None
-    """Whether the model was trained on this very file; None where its checkpoint does not say."""
+    """Whether the model was trained on this file; None if the checkpoint has no list of its training images."""
     reason: str = ""
-    """Why it failed or has no score."""
+    """Why the image failed or has no score."""
 
     @property
     def has_alpha(self) -> bool:
-        """Whether its alpha is there to look at."""
+        """Whether the alpha file exists."""
         return self.status in ("done", "skipped", "unscored") and bool(self.output)
 
     @property
@@ -66,7 +88,7 @@ class ImageResult:
         return self.round, self.name or self.source
 
     def as_row(self) -> dict[str, Any]:
-        """Flat, as a line of a table: ``whole_mse``, ``unknown_grad``, ``category_class``."""
+        """Return a flat row of a table, with columns such as ``whole_mse`` and ``category_class``."""
         flat = {column.name: getattr(self, column.name) for column in dataclasses.fields(self)}
         scores, categories = flat.pop("scores"), flat.pop("categories")
         for region, metrics in scores.items():

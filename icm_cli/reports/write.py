@@ -13,8 +13,7 @@ from pathlib import Path
 from icm_cli.errors import UsageError
 from icm_cli.files import Paths, as_path, as_paths, atomic_write, temporary_name, write_error, write_json
 from icm_cli.reports.report import Report
-from icm_cli.reports.result import ImageResult
-from icm_cli.reports.scores import METRICS, REGIONS
+from icm_cli.reports.result import METRICS, REGIONS, ImageResult
 
 REPORT_SUFFIXES = (".csv", ".json", ".html")
 

@@ -1,1 +1,1 @@
-"""Scores: alphas measured against ground truth in processes beside the model."""
+"""Scoring of alpha files against ground truth files."""

@@ -1,16 +1,20 @@
-"""The field's metrics of alphas against ground truth, exact to their published code.
+"""Metrics that compare an alpha with its ground truth, numerically equal to the published code.
 
-GRAD and CONN (Rhemann et al., "A Perceptually Motivated Online Benchmark for Image Matting", CVPR 2009) exist in two
-lineages whose numbers must not be mixed:
+Two published implementations of GRAD and CONN (Rhemann et al., "A Perceptually Motivated Online Benchmark for
+Image Matting", CVPR 2009) give different numbers. Do not compare numbers of one lineage with numbers of the other:
 
 ``composition``
-    The code of Deep Image Matting, GCA and In-Context Matting. GRAD: derivative-of-Gaussian filter of unit energy,
-    divided by 1000. CONN: the largest component is the most frequent label, the background's own included.
+    The code of Deep Image Matting, GCA and In-Context Matting. GRAD uses a derivative-of-Gaussian filter of unit
+    energy and divides by 1000. CONN takes the most frequent label as the largest component, including the label of
+    the background.
 ``aim``
-    The code of AIM-500, AM-2k and P3M. GRAD: plain Gaussian derivatives with float32 in between, divided by 10.
-    CONN: the largest component is a true region; its levels are float32.
+    The code of AIM-500, AM-2k and P3M. GRAD uses Gaussian derivatives without normalisation, rounds intermediate
+    results to float32 and divides by 10. CONN excludes the background, and its levels are float32.
 
-Alphas are uint8 [H,W], 255 fully foreground; every metric is on the scale 0..1.
+J and F compare binary masks of video frames as DAVIS does (Perazzi et al., "A Benchmark Dataset and Evaluation
+Methodology for Video Object Segmentation", CVPR 2016, section 5.1).
+
+Alphas are uint8 [H,W], where 255 is foreground. All metrics are computed on the scale 0..1.
 """
 
 from __future__ import annotations
@@ -22,64 +26,71 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.geometry import UNKNOWN, ImageU8
-from icm_cli.reports.scores import Lineage, Region, Scores
+from icm_cli.geometry import HALF_U8, UNKNOWN, ImageU8
+from icm_cli.reports.result import Lineage, Region, Scores
 
-BOUNDS_OF_UNKNOWN = (85, 170)
-"""Values of a trimap from the first to below the second are unknown, as some files hold other ones than 128."""
+UNKNOWN_RANGE = (85, 170)
+"""Trimap values that count as unknown: the first included, the second excluded. Some files use values near 128."""
 SIGMA = 1.4
-"""Sigma of the Gaussian whose derivatives GRAD compares, in pixels."""
+"""Standard deviation of the Gaussian of GRAD, in pixels."""
 SMALLEST_TAP = 1e-2
-"""composition: the filter ends where the Gaussian falls under this."""
+"""The filter of the composition lineage is truncated where the Gaussian falls below this value."""
 AIM_RADIUS_PX = int(4 * SIGMA + 0.5)
-"""aim: SciPy's default truncation, four sigma."""
+"""Filter radius of the aim lineage: four standard deviations, the default of SciPy."""
 SMALLEST_DROP = 0.15
-"""CONN: a pixel this near to its level counts as fully connected."""
+"""CONN: a pixel counts as fully connected if it is less than this above its level."""
+BOUNDARY_TOLERANCE = 0.008
+"""F: maximum distance between matching boundary pixels, as a fraction of the image diagonal."""
 
-Map = NDArray[np.float64]
-Mask = NDArray[np.bool_]
+FloatMap = NDArray[np.float64]
+BoolMask = NDArray[np.bool_]
 
 
-def score(
+def compute_scores(
     alpha: ImageU8, truth: ImageU8, lineage: Lineage = "composition", trimap: ImageU8 | None = None
 ) -> dict[Region, Scores]:
-    """All metrics over the whole image and, where a ``trimap`` is given, over its unknown pixels (value 128).
+    """Compute all metrics over the whole image and, if a trimap is given, over its unknown pixels.
 
-    All three are uint8 [H,W] of one size. "unknown" is left out where the trimap has no unknown pixel. The maps of
-    GRAD and CONN are those of the whole image in either case. Raises ValueError for unequal sizes.
+    All images are uint8 [H,W] of the same size. The result has no "unknown" scores if no pixel of the trimap has the
+    value 128. The error maps of GRAD and CONN always come from the whole image.
+
+    Raises ValueError if the sizes differ.
     """
     if not alpha.shape == truth.shape == (truth if trimap is None else trimap).shape:
-        raise ValueError(f"alpha is {alpha.shape} and ground truth {truth.shape}; expected one size, the trimap's too")
+        raise ValueError(
+            f"alpha is {alpha.shape} and ground truth {truth.shape}; expected alpha, truth and trimap of one size"
+        )
     maps = _ErrorMaps(alpha, truth, lineage)
-    scores: dict[Region, Scores] = {"whole": maps.over(None)}
+    scores: dict[Region, Scores] = {"whole": maps.scores()}
     if trimap is not None and (unknown := trimap == UNKNOWN).any():
-        scores["unknown"] = maps.over(unknown)
+        scores["unknown"] = maps.scores(unknown)
     return scores
 
 
-def dt_ssd(alpha: ImageU8, before: ImageU8, truth: ImageU8, truth_before: ImageU8) -> float:
-    """Flicker between two frames: the root mean square of (alpha's change - ground truth's change), times 100.
+def compute_dt_ssd(alpha: ImageU8, before: ImageU8, truth: ImageU8, truth_before: ImageU8) -> float:
+    """Compute dtSSD, the flicker between a frame and the frame before it.
 
-    dtSSD of Erofeev et al., "Perceptually Motivated Benchmark for Video Matting", BMVC 2015, as the code of Robust
-    Video Matting prints it. All are uint8 [H,W] of one size.
+    It is the root mean square of the difference between the change of the alpha and the change of the ground truth,
+    times 100 (Erofeev et al., "Perceptually Motivated Benchmark for Video Matting", BMVC 2015, scaled as in the code
+    of Robust Video Matting). All images are uint8 [H,W] of the same size.
     """
     change = (alpha.astype(np.int16) - before) - (truth.astype(np.int16) - truth_before)
     return 100 * math.sqrt(np.square(change.astype(np.int64)).mean()) / 255
 
 
 class _ErrorMaps:
-    """Maps [H,W] that GRAD and CONN sum up, made once for every region."""
+    """Error maps [H,W] of one image, from which the scores of every region are summed."""
 
     def __init__(self, alpha: ImageU8, truth: ImageU8, lineage: Lineage) -> None:
         self.difference = cv2.absdiff(alpha, truth)
         composition = lineage == "composition"
-        magnitude = _composition_gradient if composition else _aim_gradient
-        self.gradient = np.square(magnitude(alpha) - magnitude(truth))
+        gradient_magnitude = _composition_gradient if composition else _aim_gradient
+        self.gradient = np.square(gradient_magnitude(alpha) - gradient_magnitude(truth))
         self.gradient_divisor = 1000 if composition else 10
         self.connectivity = _connectivity_error(alpha, truth, lineage)
 
-    def over(self, region: Mask | None) -> Scores:
-        """Sums over the pixels of ``region`` [H,W], None for all."""
+    def scores(self, region: BoolMask | None = None) -> Scores:
+        """Return the metrics over the pixels of ``region`` [H,W], or over all pixels."""
         difference, gradient, connectivity = (
             each if region is None else each[region] for each in (self.difference, self.gradient, self.connectivity)
         )
@@ -88,96 +99,147 @@ class _ErrorMaps:
         return Scores(
             mse=squared / difference.size,
             sad=absolute / 1000,
-            grad=float(gradient.sum() / self.gradient_divisor),  # float32 to the end in the aim lineage
+            grad=float(gradient.sum() / self.gradient_divisor),  # the sum of the aim lineage is float32
             conn=float(connectivity.sum()) / 1000,
             mad=absolute / difference.size,
         )
 
 
-def _composition_gradient(alpha: ImageU8) -> Map:
-    """Gradient magnitude float64 [H,W]; the filter is an outer product, so its unit energy splits into two."""
+def _composition_gradient(alpha: ImageU8) -> FloatMap:
+    """Return the gradient magnitude of the composition lineage, float64 [H,W].
+
+    The two-dimensional filter is an outer product, so normalising both factors gives it unit energy.
+    """
     halfsize = math.ceil(SIGMA * math.sqrt(-2 * math.log(math.sqrt(2 * math.pi) * SIGMA * SMALLEST_TAP)))
     gauss, derivative = _gaussian_taps(halfsize)
     gauss, derivative = (taps / np.linalg.norm(taps) for taps in (gauss, derivative))
     unit = alpha / 255.0
     across = cv2.sepFilter2D(unit, cv2.CV_64F, derivative, gauss, borderType=cv2.BORDER_REPLICATE)
     down = cv2.sepFilter2D(unit, cv2.CV_64F, gauss, derivative, borderType=cv2.BORDER_REPLICATE)
-    return cast(Map, np.sqrt(across * across + down * down))  # cv2.magnitude rounds by where in memory its input lies
+    return cast(FloatMap, np.sqrt(across * across + down * down))  # cv2.magnitude depends on alignment
 
 
 def _aim_gradient(alpha: ImageU8) -> NDArray[np.float32]:
-    """Gradient magnitude float32 [H,W]; each pass is rounded to float32, rows first, as SciPy does it."""
+    """Return the gradient magnitude of the aim lineage, float32 [H,W].
+
+    Like SciPy, it filters rows before columns and rounds to float32 after each pass.
+    """
     gauss, derivative = _gaussian_taps(AIM_RADIUS_PX)
     gauss, derivative = gauss / gauss.sum(), derivative / gauss.sum()
     one = np.ones(1)
 
-    def passed(image: NDArray[np.floating], rows: Map, columns: Map) -> NDArray[np.float32]:
-        for across, down in ((one, rows), (columns, one)):
-            filtered = cv2.sepFilter2D(image, cv2.CV_64F, across, down, borderType=cv2.BORDER_REFLECT)
+    def filter_rows_then_columns(image: NDArray[np.floating], rows: FloatMap, columns: FloatMap) -> NDArray[np.float32]:
+        for row_taps, column_taps in ((one, rows), (columns, one)):
+            filtered = cv2.sepFilter2D(image, cv2.CV_64F, row_taps, column_taps, borderType=cv2.BORDER_REFLECT)
             image = filtered.astype(np.float32)
         return cast(NDArray[np.float32], image)
 
     unit = alpha / 255.0
-    return cast(
-        NDArray[np.float32], np.sqrt(passed(unit, derivative, gauss) ** 2 + passed(unit, gauss, derivative) ** 2)
-    )
+    across = filter_rows_then_columns(unit, derivative, gauss)
+    down = filter_rows_then_columns(unit, gauss, derivative)
+    return cast(NDArray[np.float32], np.sqrt(across**2 + down**2))
 
 
-def _gaussian_taps(halfsize: int) -> tuple[Map, Map]:
-    """A Gaussian and its derivative at -halfsize..halfsize, neither normalised."""
-    at = np.arange(-halfsize, halfsize + 1, dtype=np.float64)
-    gauss = np.exp(-(at**2) / (2 * SIGMA**2))
-    return gauss, -at / SIGMA**2 * gauss
+def _gaussian_taps(halfsize: int) -> tuple[FloatMap, FloatMap]:
+    """Sample a Gaussian and its derivative at -halfsize..halfsize, without normalisation."""
+    offsets = np.arange(-halfsize, halfsize + 1, dtype=np.float64)
+    gauss = np.exp(-(offsets**2) / (2 * SIGMA**2))
+    return gauss, -offsets / SIGMA**2 * gauss
 
 
-_STEPS = np.arange(0, 1.1, 0.1)
-"""The published thresholds with their rounding: the seventh is above 153/255."""
-_STEPS_PASSED = np.searchsorted(_STEPS[1:], np.arange(256) / 255.0, side="right").astype(np.uint8)
-"""Number of thresholds above 0 that an alpha of 0..255 reaches."""
+_THRESHOLDS = np.arange(0, 1.1, 0.1)
+"""The published thresholds. Their rounding matters: the seventh is above 153/255."""
+_THRESHOLDS_REACHED = np.searchsorted(_THRESHOLDS[1:], np.arange(256) / 255.0, side="right").astype(np.uint8)
+"""For every alpha value 0..255, the number of thresholds above 0 that it reaches."""
 
 
-def _connectivity_error(alpha: ImageU8, truth: ImageU8, lineage: Lineage) -> Map:
-    """|phi(alpha) - phi(truth)|, float64 [H,W].
+def _connectivity_error(alpha: ImageU8, truth: ImageU8, lineage: Lineage) -> FloatMap:
+    """Return |phi(alpha) - phi(truth)|, float64 [H,W].
 
-    A pixel's level is the last threshold at which it belongs to the largest component of those that reach it in
-    both alphas. phi is 1 where the alpha is near its level, and falls as it rises above.
+    At each threshold, the pixels that reach it in both alphas form components. The level of a pixel is the highest
+    threshold at which it belongs to the largest component. phi is 1 where the alpha is close to this level, and
+    decreases with the distance from it.
     """
-    levels = _connectivity_levels(_STEPS_PASSED[np.minimum(alpha, truth)], lineage)
-    steps = _STEPS if lineage == "composition" else _STEPS.astype(np.float32)
+    levels = _connectivity_levels(_THRESHOLDS_REACHED[np.minimum(alpha, truth)], lineage)
+    steps = _THRESHOLDS if lineage == "composition" else _THRESHOLDS.astype(np.float32)
     above = np.arange(256) / 255.0 - steps[:, None]
     phi = (1 - above * (above >= SMALLEST_DROP)).ravel()
     row = levels.astype(np.uint16) << 8
     return np.abs(phi[row | alpha] - phi[row | truth])
 
 
-def _connectivity_levels(passed: ImageU8, lineage: Lineage) -> ImageU8:
-    """Index into the thresholds, uint8 [H,W] 0..10, from the number of thresholds that a pixel passes."""
-    highest = len(_STEPS) - 1
-    levels = np.full(passed.shape, highest, np.uint8)
-    is_open = np.ones(passed.shape, bool)
-    counts = np.bincount(passed.ravel(), minlength=highest + 1)
+def _connectivity_levels(reached: ImageU8, lineage: Lineage) -> ImageU8:
+    """Return the level of each pixel as an index into the thresholds, uint8 [H,W] 0..10.
+
+    ``reached`` is the number of thresholds that each pixel reaches in both alphas.
+    """
+    highest = len(_THRESHOLDS) - 1
+    levels = np.full(reached.shape, highest, np.uint8)
+    is_undecided = np.ones(reached.shape, bool)
+    counts = np.bincount(reached.ravel(), minlength=highest + 1)
     for step in range(1, highest + 1):
         if counts[step - 1] == 0 and step > 1:
-            continue  # the same pixels as at the step before
+            continue  # the same pixels as for the previous threshold
         if not counts[step:].any():
-            break  # none is left: the published codes set no level then
-        in_largest = _in_largest_component(passed >= step, with_background=lineage == "composition")
-        levels[is_open & ~in_largest] = step - 1
-        is_open &= in_largest
+            break  # no pixel is left: the published code sets no level
+        in_largest = _largest_component(reached >= step, with_background=lineage == "composition")
+        levels[is_undecided & ~in_largest] = step - 1
+        is_undecided &= in_largest
     return levels
 
 
-def _in_largest_component(mask: Mask, *, with_background: bool) -> Mask:
-    """The largest 4-connected component of a mask that is not empty, [H,W]; of equal ones the first in reading order.
+def _largest_component(mask: BoolMask, *, with_background: bool) -> BoolMask:
+    """Return the largest 4-connected component of a mask that is not empty, as a mask [H,W].
 
-    ``with_background``: all pixels outside the mask count as one more component, before the others.
+    Of components of equal size, it is the first in reading order. ``with_background`` adds the pixels outside the
+    mask as one more component, which is considered first.
     """
     _, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=4)
-    areas = np.bincount(labels.ravel())  # half the time of connectedComponentsWithStats
+    areas = np.bincount(labels.ravel())  # twice as fast as connectedComponentsWithStats
     if not with_background:
         areas[0] = 0
     best = np.flatnonzero(areas == areas.max())
     if len(best) > 1 and best[0] != 0:
         first = np.isin(labels, best).argmax()
-        return cast(Mask, labels == labels.flat[first])
-    return cast(Mask, labels == best[0])
+        return cast(BoolMask, labels == labels.flat[first])
+    return cast(BoolMask, labels == best[0])
+
+
+def region_similarity(alpha: ImageU8, truth: ImageU8) -> float:
+    """Return J, 0..1: the intersection over union of two alphas, uint8 [H,W], thresholded at one half.
+
+    J is 1 if both masks are empty.
+    """
+    predicted, true = alpha > HALF_U8, truth > HALF_U8
+    union = np.count_nonzero(predicted | true)
+    return np.count_nonzero(predicted & true) / union if union else 1.0
+
+
+def boundary_accuracy(alpha: ImageU8, truth: ImageU8) -> float:
+    """Return F, 0..1: the harmonic mean of boundary precision and recall of two alphas, uint8 [H,W].
+
+    Both are thresholded at one half. Precision is the fraction of predicted boundary pixels that are close to the true
+    boundary; recall is the fraction of true boundary pixels that are close to the predicted one. As in the tool of
+    DAVIS, boundaries are one pixel wide, and close means within 0.8 % of the image diagonal, rounded up. If neither
+    mask has a boundary (each is empty or full), F is 1; if only one has a boundary, F is 0.
+    """
+    predicted, true = (_boundary_pixels(image > HALF_U8) for image in (alpha, truth))
+    if not predicted.any() or not true.any():
+        return float(predicted.any() == true.any())
+    radius = math.ceil(BOUNDARY_TOLERANCE * math.hypot(*truth.shape))
+    precision = np.count_nonzero(predicted & _dilate_by_disk(true, radius)) / np.count_nonzero(predicted)
+    recall = np.count_nonzero(true & _dilate_by_disk(predicted, radius)) / np.count_nonzero(true)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _boundary_pixels(mask: BoolMask) -> BoolMask:
+    """Return the pixels [H,W] that differ from their neighbour on the right, below, or diagonally below."""
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
+
+
+def _dilate_by_disk(mask: BoolMask, radius: int) -> BoolMask:
+    """Return all pixels [H,W] within ``radius`` of a pixel of the mask."""
+    offsets = np.arange(-radius, radius + 1)
+    disk = (offsets[:, None] ** 2 + offsets**2 <= radius**2).astype(np.uint8)
+    return cv2.dilate(mask.astype(np.uint8), disk) > 0

@@ -1,4 +1,4 @@
-"""Processes beside the model that score, so that its cores and memory stay its own."""
+"""Worker processes that score alphas in parallel with the model, on cores of their own."""
 
 from __future__ import annotations
 
@@ -16,72 +16,74 @@ from icm_cli.environment import child_environment
 from icm_cli.reports.result import ImageResult
 from icm_cli.scoring.task import ScoreTask
 
-Answer = TypeVar("Answer", covariant=True)
+ResultT = TypeVar("ResultT", covariant=True)
 
 
-class Task(Protocol[Answer]):
-    """A task for a process: an object that can be pickled."""
+class Task(Protocol[ResultT]):
+    """A picklable object that a worker process runs."""
 
-    def run(self) -> Answer: ...
+    def run(self) -> ResultT: ...
 
 
 class ScoringPool:
-    """Runs tasks in processes; what to do with an answer is done in the thread that submits.
+    """Pool of worker processes. Callbacks run in the thread that submits tasks.
 
-    The standard process pools import the caller's ``__main__`` again (a script without the usual guard would run
-    twice), and one dead worker breaks all of them; these processes do neither, and end when this one does.
+    The process pools of the standard library import the ``__main__`` module of the caller again, so that a script
+    without the usual guard would run twice, and one dead worker breaks the whole pool. This pool does neither. Its
+    processes exit when the parent process exits.
     """
 
     def __init__(self, processes: int) -> None:
         self._threads = ThreadPoolExecutor(processes, "icm-score")
-        self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
+        self._idle: queue.LifoQueue[_WorkerProcess | None] = queue.LifoQueue()
         for _ in range(processes):
             self._idle.put(None)
         self._running: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
-        self._most = 4 * processes
+        self._max_pending = 4 * processes
 
-    def submit(self, task: Task[Any], then: Callable[[Any], None]) -> None:
-        """Queue a task; waits while too many are in hand, so that memory stays flat.
+    def submit(self, task: Task[Any], callback: Callable[[Any], None]) -> None:
+        """Queue a task. Blocks while too many tasks are pending, which limits memory use.
 
-        ``then`` gets the answer, None where the process died (perhaps of too little memory); an interrupt may make it
-        get one twice.
+        ``callback`` is called with the result of the task, or with None if its process died, for example from lack of
+        memory. After an interrupt it may be called twice with the same result.
         """
-        self._running.append((self._threads.submit(self._run, task), then))
-        self._settle(self._most)
+        self._running.append((self._threads.submit(self._run, task), callback))
+        self._collect_results(self._max_pending)
 
     def drain(self) -> None:
-        """Wait for every task."""
-        self._settle(0)
+        """Wait for all pending tasks."""
+        self._collect_results(0)
 
     def close(self) -> None:
-        """End the processes; tasks that were not drained are lost."""
+        """Stop the processes. Pending tasks are discarded."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         while not self._idle.empty():
             if process := self._idle.get_nowait():
                 process.close()
 
-    def _settle(self, at_most: int) -> None:
-        while self._running and (len(self._running) > at_most or self._running[0][0].done()):
-            future, then = self._running[0]
-            then(future.result())
-            self._running.popleft()  # last, so that an interrupt loses none
+    def _collect_results(self, max_pending: int) -> None:
+        """Call the callbacks of finished tasks until at most ``max_pending`` tasks are pending."""
+        while self._running and (len(self._running) > max_pending or self._running[0][0].done()):
+            future, callback = self._running[0]
+            callback(future.result())
+            self._running.popleft()  # after the callback, so that an interrupt loses no result
 
     def _run(self, task: Task[Any]) -> Any:
         process = self._idle.get()
         try:
-            process = process or _Process()
+            process = process or _WorkerProcess()
             return process.run(task)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             if process:
                 process.close()
-            process = None  # the next task starts another
+            process = None  # the next task starts a new process
             return None
         finally:
             self._idle.put(process)
 
 
-class _Process:
-    """One process that runs tasks as they come, one at a time."""
+class _WorkerProcess:
+    """A process that runs one task at a time."""
 
     def __init__(self) -> None:
         self._popen = subprocess.Popen(
@@ -91,13 +93,13 @@ class _Process:
             env=child_environment(),
         )
 
-    def run(self, task: Task[Answer]) -> Answer:
+    def run(self, task: Task[ResultT]) -> ResultT:
         assert self._popen.stdin
         assert self._popen.stdout
         pickle.dump(task, self._popen.stdin)
         self._popen.stdin.flush()
-        answer: Answer = pickle.load(self._popen.stdout)  # noqa: S301  our own process wrote it
-        return answer
+        result: ResultT = pickle.load(self._popen.stdout)  # noqa: S301  written by our own process
+        return result
 
     def close(self) -> None:
         self._popen.kill()
@@ -105,8 +107,8 @@ class _Process:
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """Scoring of the images of a run: ``task_for`` gives the task of one that has its alpha, None for no score."""
+class Scorer:
+    """Scores the images of a run. ``task_for`` returns the task of a finished image, or None if it is not scored."""
 
     pool: ScoringPool
     task_for: Callable[[ImageResult], ScoreTask | None]

@@ -1,4 +1,4 @@
-"""The conventions of a score: over which region, at which size, and where alpha counts as unknown."""
+"""Conventions of scoring: regions, size, lineage of the metrics, and the definition of unknown pixels."""
 
 from __future__ import annotations
 
@@ -10,38 +10,41 @@ import numpy as np
 
 from icm_cli.datasets.registry import Size
 from icm_cli.geometry import UNKNOWN, ImageU8
-from icm_cli.reports.scores import Lineage, Region
+from icm_cli.reports.result import Lineage, Region
 
 LONG_SIDE_PX = 1024
 SQUARE_PX = 768
 
 
 @dataclass(frozen=True)
-class Rule:
-    """The conventions that a score depends on; every report states them."""
+class ScoringRule:
+    """The conventions that a score depends on. Every report states them."""
 
     regions: tuple[Region, ...] = ("whole",)
     size: Size = "original"
     lineage: Lineage = "composition"
     trimap_kernel_px: int = 25
-    """Side of the square that dilates 0 < alpha < 1 to unknown, at the scored size, where no trimap is published."""
+    """Side of the square that dilates 0 < alpha < 1 to the unknown region, at the scored size.
+
+    Published trimaps take precedence over generated ones.
+    """
     has_detail_maps: bool = False
-    """Trimaps are detail maps: every pixel above 0 is unknown."""
+    """The published trimaps are detail maps: every pixel above 0 is unknown."""
     is_shots: bool = False
-    """J and F are scored too, a frame may be empty, and of a palette every index above 0 is the thing."""
+    """Score J and F too, accept empty frames, and treat every palette index above 0 as the object."""
 
     def as_protocol(self) -> dict[str, Any]:
-        """State the rule, for reports."""
+        """Return the settings that reports compare."""
         return {"regions": list(self.regions), "size": self.size, "lineage": self.lineage}
 
 
-def scored_size(
+def resize_for_scoring(
     image: ImageU8, truth_shape: tuple[int, ...], size: Size, interpolation: int = cv2.INTER_LINEAR
 ) -> ImageU8:
-    """Bring an alpha or trimap, uint8 [h,w], to the size at which it is scored.
+    """Resize an alpha or trimap, uint8 [h,w], to the size at which it is scored.
 
-    ``original`` is the ground truth's own size; ``long1024`` makes its long side 1024; ``square768`` takes the centre
-    square and makes it 768 x 768 (the code of In-Context Matting). Bilinear, trimaps by nearest neighbour.
+    ``original`` is the size of the ground truth. ``long1024`` scales its long side to 1024 pixels. ``square768`` crops
+    the centre square and scales it to 768 x 768 pixels, like the code of In-Context Matting.
     """
     height, width = truth_shape
     if size == "square768":
@@ -57,8 +60,11 @@ def scored_size(
     return np.asarray(cv2.resize(image, (width, height), interpolation=interpolation), np.uint8)
 
 
-def trimap_of(truth: ImageU8, kernel_px: int) -> ImageU8:
-    """A trimap, uint8 [H,W] in 0, 128, 255, whose unknown is 0 < alpha < 1 dilated by a square kernel."""
+def make_trimap(truth: ImageU8, kernel_px: int) -> ImageU8:
+    """Generate a trimap, uint8 [H,W] of 0, 128 and 255, from a true alpha.
+
+    The unknown region is 0 < alpha < 1, dilated by a square of ``kernel_px``.
+    """
     soft = ((truth > 0) & (truth < 255)).astype(np.uint8)
     unknown = cv2.dilate(soft, np.ones((kernel_px, kernel_px), np.uint8)) > 0
     return np.where(unknown, UNKNOWN, truth).astype(np.uint8)

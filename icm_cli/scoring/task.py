@@ -1,4 +1,4 @@
-"""Score alpha files against ground truth files, in processes beside the model."""
+"""Tasks of the scoring pool: score an alpha file against a ground truth file."""
 
 from __future__ import annotations
 
@@ -12,139 +12,144 @@ from icm_cli.errors import ImageError, Problem
 from icm_cli.geometry import UNKNOWN, ImageU8, has_same_aspect
 from icm_cli.images.decoding import image_size
 from icm_cli.images.reading import GroundTruthAlpha, content_sha256, read_alpha, read_ground_truth
-from icm_cli.reports.scores import Region, Scores
-from icm_cli.scoring.metrics import dt_ssd, score
-from icm_cli.scoring.overlap import boundary_accuracy, region_similarity
-from icm_cli.scoring.rule import Rule, scored_size, trimap_of
+from icm_cli.reports.result import Region, Scores
+from icm_cli.scoring.metrics import boundary_accuracy, compute_dt_ssd, compute_scores, region_similarity
+from icm_cli.scoring.rule import ScoringRule, make_trimap, resize_for_scoring
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Result of one :class:`ScoreTask`; ``scores`` is empty where the alpha could not be scored."""
+class ScoreResult:
+    """Result of a :class:`ScoreTask`. ``scores`` is empty if the alpha could not be scored."""
 
     scores: dict[Region, Scores] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     was_resized: bool = False
-    """The alpha was not of the ground truth's size and was brought to it bilinearly."""
+    """Whether the alpha was resized bilinearly to the size of the ground truth."""
     image_sha256: str | None = None
     foreground: float | None = None
-    """Share of foreground: the mean of the alpha at its own size, 0..1."""
+    """Mean of the alpha at its own size, 0..1."""
     jaccard: float | None = None
     boundary_f: float | None = None
 
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """One alpha to score. ``image`` is only looked at for its size and, if wanted, its content."""
+    """An alpha to score. Of ``image``, only the size and, if requested, the digest are read."""
 
     name: str
     alpha: Path
     truth: Path
-    rule: Rule
+    rule: ScoringRule
     trimap: Path | None = None
     image: Path | None = None
-    wants_sha256: bool = False
-    is_foreign: bool = False
-    """The alpha is of another tool, so its file may be odd; icm's own may hold nothing but a 1 of 255."""
+    needs_sha256: bool = False
+    is_external: bool = False
+    """Whether another tool made the alpha, so that its file is checked for colour and value range."""
     allowed: frozenset[str] = frozenset()
-    """Kinds of problems under which the alpha is scored all the same."""
+    """Kinds of problems despite which the alpha is scored."""
 
-    def run(self) -> Scored:
-        """Read the files and score; what is wrong with them comes back as problems."""
+    def run(self) -> ScoreResult:
+        """Read the files and compute the scores. Problems with the files are part of the result."""
         digest = None
         try:
-            if self.wants_sha256 and self.image:
+            if self.needs_sha256 and self.image:
                 digest = content_sha256(self.image)
             truth = read_ground_truth(self.truth, has_objects=self.rule.is_shots)
             predicted = read_ground_truth(self.alpha, has_objects=self.rule.is_shots)
-            problems = self._oddities(truth) + (self._unusable(self.alpha, predicted) if self.is_foreign else [])
-            if any(each.kind != "16-bit-alpha" for each in problems):
-                return Scored(problems=tuple(problems), image_sha256=digest)
+            problems = self._check_truth(truth) + (
+                self._check_values(self.alpha, predicted) if self.is_external else []
+            )
+            if any(problem.kind != "16-bit-alpha" for problem in problems):
+                return ScoreResult(problems=tuple(problems), image_sha256=digest)
             alpha = predicted.alpha
         except ImageError as error:
-            return Scored(problems=(Problem("unreadable", self.name, str(error)),), image_sha256=digest)
+            return ScoreResult(problems=(Problem("unreadable", self.name, str(error)),), image_sha256=digest)
         if not has_same_aspect(alpha.shape, truth.alpha.shape):
-            problems.append(self._mismatch("alpha", self.alpha, alpha.shape, truth.alpha.shape))
-            return Scored(problems=tuple(problems), image_sha256=digest)
-        at_size = scored_size(truth.alpha, truth.alpha.shape, self.rule.size)
-        trimap, more = self._trimap(at_size, truth.alpha.shape)
-        scored = scored_size(alpha, truth.alpha.shape, self.rule.size)
-        scores = score(scored, at_size, self.rule.lineage, trimap)
+            problems.append(self._size_mismatch("alpha", self.alpha, alpha.shape, truth.alpha.shape))
+            return ScoreResult(problems=tuple(problems), image_sha256=digest)
+        resized_truth = resize_for_scoring(truth.alpha, truth.alpha.shape, self.rule.size)
+        trimap, trimap_problems = self._load_trimap(resized_truth, truth.alpha.shape)
+        resized_alpha = resize_for_scoring(alpha, truth.alpha.shape, self.rule.size)
+        scores = compute_scores(resized_alpha, resized_truth, self.rule.lineage, trimap)
         if trimap is not None and "unknown" not in scores:
-            more.append(Problem("no-unknown", self.name, f"{self.trimap or self.truth} leaves no unknown pixel (128)"))
-        return Scored(
+            reason = f"{self.trimap or self.truth} has no unknown pixel; expected some pixels of value 128"
+            trimap_problems.append(Problem("no-unknown", self.name, reason))
+        return ScoreResult(
             {region: scores[region] for region in self.rule.regions if region in scores},
-            (*problems, *more),
+            (*problems, *trimap_problems),
             was_resized=alpha.shape != truth.alpha.shape,
             image_sha256=digest,
             foreground=round(float(alpha.mean()) / 255.0, 6),
-            jaccard=region_similarity(scored, at_size) if self.rule.is_shots else None,
-            boundary_f=boundary_accuracy(scored, at_size) if self.rule.is_shots else None,
+            jaccard=region_similarity(resized_alpha, resized_truth) if self.rule.is_shots else None,
+            boundary_f=boundary_accuracy(resized_alpha, resized_truth) if self.rule.is_shots else None,
         )
 
-    def _oddities(self, truth: GroundTruthAlpha) -> list[Problem]:
-        """Find what is odd about the ground truth; all but 16 bits, and what is allowed, keeps it from being scored."""
-        found = []
+    def _check_truth(self, truth: GroundTruthAlpha) -> list[Problem]:
+        """Return the problems of the ground truth. All of them except 16-bit values prevent scoring."""
+        problems = []
         if self.image is not None and (size := image_size(self.image)) != truth.alpha.shape:
-            found.append(self._mismatch("ground truth", self.truth, truth.alpha.shape, size))
-        found += self._unusable(self.truth, truth)
+            problems.append(self._size_mismatch("ground truth", self.truth, truth.alpha.shape, size))
+        problems += self._check_values(self.truth, truth)
         if not (truth.alpha.any() or self.rule.is_shots or "empty-alpha" in self.allowed):
-            found.append(
-                Problem("empty-alpha", self.name, f"{self.truth} is empty; --allow empty-alpha scores against it")
-            )
+            reason = f"ground truth {self.truth} has no foreground; give --allow empty-alpha to score it anyway"
+            problems.append(Problem("empty-alpha", self.name, reason))
         if truth.is_deep and "16-bit-alpha" not in self.allowed:
-            found.append(Problem("16-bit-alpha", self.name, f"{self.truth} has 16 bits; it is scored at 8"))
-        return found
+            reason = f"ground truth {self.truth} has 16 bits; it is rounded to 8 bits before scoring"
+            problems.append(Problem("16-bit-alpha", self.name, reason))
+        return problems
 
-    def _unusable(self, path: Path, alpha: GroundTruthAlpha) -> list[Problem]:
+    def _check_values(self, path: Path, alpha: GroundTruthAlpha) -> list[Problem]:
         if alpha.has_colour:
-            reason = f"{path} has colour; expected one grey channel as the alpha"
+            reason = f"{path} has colour; expected an alpha with a single grey channel"
             return [Problem("colour-alpha", self.name, reason)]
         if alpha.alpha.max() == 1 and "unscaled-alpha" not in self.allowed:
-            return [Problem("unscaled-alpha", self.name, f"the largest value of {path} is 1; scale it to 0..255")]
+            reason = f"the largest value of {path} is 1; expected values of 0..255, so scale the alpha"
+            return [Problem("unscaled-alpha", self.name, reason)]
         return []
 
-    def _mismatch(self, what: str, path: Path, size: tuple[int, ...], expected: tuple[int, ...]) -> Problem:
-        reason = f"{what} {path} is {size[1]}x{size[0]}; expected {expected[1]}x{expected[0]}"
+    def _size_mismatch(self, kind: str, path: Path, size: tuple[int, ...], expected: tuple[int, ...]) -> Problem:
+        reason = f"{kind} {path} is {size[1]}x{size[0]}; expected {expected[1]}x{expected[0]}"
         return Problem("size-mismatch", self.name, reason)
 
-    def _trimap(self, truth: ImageU8, source: tuple[int, ...]) -> tuple[ImageU8 | None, list[Problem]]:
-        """The trimap at the scored size, where a region wants one; ``truth`` is at that size already."""
+    def _load_trimap(self, resized_truth: ImageU8, shape: tuple[int, ...]) -> tuple[ImageU8 | None, list[Problem]]:
+        """Return the trimap at the scored size if a region needs it. ``shape`` is that of the original ground truth."""
         if "unknown" not in self.rule.regions:
             return None, []
         if self.trimap is None:
-            return trimap_of(truth, self.rule.trimap_kernel_px), []
+            return make_trimap(resized_truth, self.rule.trimap_kernel_px), []
         try:
             trimap = read_alpha(self.trimap)
         except ImageError as error:
             return None, [Problem("unreadable", self.name, str(error))]
-        if trimap.shape != source:
-            return None, [self._mismatch("trimap", self.trimap, trimap.shape, source)]
+        if trimap.shape != shape:
+            return None, [self._size_mismatch("trimap", self.trimap, trimap.shape, shape)]
         if self.rule.has_detail_maps:
             trimap = np.where(trimap > 0, UNKNOWN, 0).astype(np.uint8)
         elif not np.isin(trimap, (0, UNKNOWN, 255)).all():
-            reason = f"{self.trimap} has other values than 0, 128 and 255, so it is no trimap"
+            reason = f"trimap {self.trimap} has other values than 0, 128 and 255; expected only these"
             return None, [Problem("bad-trimap", self.name, reason)]
-        return scored_size(trimap, source, self.rule.size, cv2.INTER_NEAREST), []
+        return resize_for_scoring(trimap, shape, self.rule.size, cv2.INTER_NEAREST), []
 
 
 @dataclass(frozen=True)
 class FlickerTask:
-    """dtSSD of a frame to the one before it; both (alpha, ground truth). None where they cannot be compared."""
+    """Compute dtSSD between a frame and the frame before it, each a pair of (alpha, ground truth)."""
 
     frame: tuple[Path, Path]
     before: tuple[Path, Path]
-    rule: Rule
+    rule: ScoringRule
 
     def run(self) -> float | None:
+        """Return dtSSD, or None if a file cannot be read."""
         try:
-            shape = self._read(self.frame[1]).shape
+            shape = self._read_alpha(self.frame[1]).shape
             alpha, truth, alpha_before, truth_before = (
-                scored_size(self._read(path), shape, self.rule.size) for path in (*self.frame, *self.before)
+                resize_for_scoring(self._read_alpha(path), shape, self.rule.size)
+                for path in (*self.frame, *self.before)
             )
         except ImageError:
             return None
-        return dt_ssd(alpha, alpha_before, truth, truth_before)
+        return compute_dt_ssd(alpha, alpha_before, truth, truth_before)
 
-    def _read(self, path: Path) -> ImageU8:
+    def _read_alpha(self, path: Path) -> ImageU8:
         return read_alpha(path, has_objects=self.rule.is_shots)

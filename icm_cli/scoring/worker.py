@@ -1,4 +1,7 @@
-"""A process of the scoring pool: tasks in on standard input, answers out on standard output, until that ends."""
+"""Main module of a worker process of the scoring pool.
+
+It reads pickled tasks from standard input and writes their results to standard output until the input ends.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,17 @@ import cv2
 
 
 def main() -> None:
-    """Run tasks one by one, on one core; a stop that reaches the whole group of processes is the parent's to handle."""
+    """Run tasks one at a time on one core. Signals to the process group are left to the parent process."""
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)
     cv2.setNumThreads(1)
-    answers = sys.stdout.buffer
+    results = sys.stdout.buffer
     sys.stdout = sys.stderr
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            task = pickle.load(sys.stdin.buffer)  # noqa: S301  our own parent wrote it
-            pickle.dump(task.run(), answers)
-            answers.flush()
+            task = pickle.load(sys.stdin.buffer)  # noqa: S301  written by our own parent process
+            pickle.dump(task.run(), results)
+            results.flush()
 
 
 if __name__ == "__main__":

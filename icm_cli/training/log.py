@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError, OutputError
 from icm_cli.files import atomic_write
-from icm_cli.reports.scores import METRICS
+from icm_cli.reports.result import METRICS
 
 LOG_NAME = "log.csv"
 TENSORBOARD_FOLDER = "tensorboard"

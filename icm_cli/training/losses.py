@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icm_cli.errors import ConfigError
-from icm_cli.scoring.metrics import BOUNDS_OF_UNKNOWN
+from icm_cli.scoring.metrics import UNKNOWN_RANGE
 
 BinaryRule = Literal["binary", "constant"]
 
@@ -88,7 +88,7 @@ def losses(alpha: Tensor, truth: Tensor, trimap: Tensor, config: LossConfig) -> 
 
 def quantised(trimap: Tensor) -> Tensor:
     """A trimap as it lies in a file, uint8 -> float32 0, 0.5 (unknown) and 1; below 85 is 0, from 170 on 1."""
-    lowest, known = BOUNDS_OF_UNKNOWN
+    lowest, known = UNKNOWN_RANGE
     return torch.where(trimap < lowest, 0.0, torch.where(trimap >= known, 1.0, UNKNOWN))
 
 

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from icm_cli.datasets.registry import find, groups_of
-from icm_cli.datasets.samples import Sample
+from icm_cli.datasets.groups import Sample, group_samples
+from icm_cli.datasets.registry import find_dataset
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.events import Listener
@@ -21,10 +21,10 @@ from icm_cli.training.settings import ValidationConfig
 def check_validation(config: ValidationConfig, images: Sequence[Path], notice: Callable[[str], None]) -> None:
     """Raises UsageError where there is nothing to validate on; tells what is trained on too."""
     try:
-        found = find(config.dataset, config.root, split=config.split, composite=False, **config.patterns)
+        found = find_dataset(config.dataset, config.root, split=config.split, composite=False, **config.patterns)
     except UsageError as error:
         raise UsageError(f"data: validation: {error}") from error
-    if not any(_can_be_scored(samples) for samples in groups_of(found.samples).values()):
+    if not any(_can_be_scored(samples) for samples in group_samples(found.samples).values()):
         raise UsageError(
             "data: validation: no group has two images of which one could be a reference (its alpha not empty); "
             "expected subfolders with several images of the same thing each, or 'groups' that say which belong together"

@@ -22,7 +22,7 @@ import numpy as np
 import icm_cli
 from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.model.training_free.closed_form import load_foreground_estimator
-from icm_cli.scoring.metrics import score
+from icm_cli.scoring.metrics import compute_scores
 from icm_cli.training.data.procedural import Look, draw
 
 EACH = 20
@@ -78,7 +78,7 @@ def judged(alpha: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
     distance = cv2.distanceTransform((~soft).astype(np.uint8), cv2.DIST_L2, 5)
     band = distance <= BAND_PX
     trimap = np.where(band, 128, truth).astype(np.uint8)
-    scores = score(alpha, truth, trimap=trimap)["unknown"]
+    scores = compute_scores(alpha, truth, trimap=trimap)["unknown"]
     undecided = (alpha > 0.05 * 255) & (alpha < 0.95 * 255) & ~band
     return scores.mse, scores.grad, float(undecided.mean())
 

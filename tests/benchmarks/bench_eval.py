@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from plain_metrics import plain_metrics
 
-from icm_cli.reports.scores import LINEAGES
-from icm_cli.scoring.metrics import score
+from icm_cli.reports.result import LINEAGES
+from icm_cli.scoring.metrics import compute_scores
 
 DEMO = Path(__file__).parents[1] / "composites"
 SMALL_MODEL = (
@@ -50,7 +50,7 @@ def show_metrics(_: Path) -> None:
     cv2.setNumThreads(1)
     for name, (alpha, truth) in {"matte": a_matte(), "noise": noise()}.items():
         for lineage in LINEAGES:
-            fast = best(5, lambda a=alpha, t=truth, k=lineage: score(a, t, k))  # type: ignore[misc]
+            fast = best(5, lambda a=alpha, t=truth, k=lineage: compute_scores(a, t, k))  # type: ignore[misc]
             everywhere = np.ones(truth.shape, bool)
             plain = best(2, lambda a=alpha, t=truth, k=lineage, e=everywhere: plain_metrics(a, t, k, e))  # type: ignore[misc]
             print(f"metrics  {name}, {lineage}: {fast:.3f} s, plain {plain:.3f} s: {plain / fast:.1f}x", flush=True)

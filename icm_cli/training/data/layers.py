@@ -16,7 +16,7 @@ from icm_cli.errors import ImageError
 from icm_cli.geometry import UNKNOWN, Float, ImageU8, binarize_alpha, downscaled_size, resize
 from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.model.training_free.closed_form import load_foreground_estimator
-from icm_cli.scoring.metrics import BOUNDS_OF_UNKNOWN
+from icm_cli.scoring.metrics import UNKNOWN_RANGE
 from icm_cli.training.data.pool import Item
 
 KEPT_BYTES = 500_000_000
@@ -126,6 +126,6 @@ def _read_trimap(path: Path, shape: tuple[int, ...], size: tuple[int, int]) -> I
     trimap = read_alpha(path)
     if trimap.shape != shape:
         raise ImageError(f"trimap {path} is {trimap.shape[1]}x{trimap.shape[0]}, not its image's {shape[1]}x{shape[0]}")
-    lowest, known = BOUNDS_OF_UNKNOWN
+    lowest, known = UNKNOWN_RANGE
     levels = np.where(trimap < lowest, 0, np.where(trimap >= known, 255, UNKNOWN)).astype(np.uint8)
     return np.asarray(cv2.resize(levels, size[::-1], interpolation=cv2.INTER_NEAREST), np.uint8)

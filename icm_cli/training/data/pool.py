@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from icm_cli.datasets.layouts import image_files
-from icm_cli.datasets.registry import dataset_named, find
+from icm_cli.datasets.layouts import list_images
+from icm_cli.datasets.registry import find_dataset, get_dataset
 from icm_cli.errors import ConfigError, Problem, UsageError
 from icm_cli.training.settings import CUTOUTS, DataConfig, PairConfig, SourceConfig
 
@@ -212,7 +212,7 @@ def _cutouts(source: SourceConfig) -> list[Item]:
 
 
 def _of_dataset(source: SourceConfig, problems: list[Problem]) -> list[Item]:
-    found = find(
+    found = find_dataset(
         source.dataset,
         source.root,
         split=source.split or ("train" if _has_train(source) else "test"),
@@ -235,13 +235,13 @@ def _of_dataset(source: SourceConfig, problems: list[Problem]) -> list[Item]:
 
 
 def _has_train(source: SourceConfig) -> bool:
-    return bool(dataset_named(source.dataset).train)
+    return bool(get_dataset(source.dataset).train)
 
 
 def _pictures(folder: Path, what: str) -> list[Path]:
     if not folder.is_dir():
         raise UsageError(f"{what} folder {folder} does not exist; expected a folder of images")
-    found = [path for path in image_files(folder) if os.access(path, os.R_OK)]
+    found = [path for path in list_images(folder) if os.access(path, os.R_OK)]
     if not found:
         raise UsageError(f"{what} folder {folder} holds no images that can be read")
     return found

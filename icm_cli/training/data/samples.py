@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from icm_cli.errors import ImageError, TrainingError
 from icm_cli.geometry import ImageU8, binarize_alpha
 from icm_cli.model.core import TARGET_NOISE, Pairs, reference_noise
-from icm_cli.scoring.rule import trimap_of
+from icm_cli.scoring.rule import make_trimap
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.augment import Rng, jittered_guidance
 from icm_cli.training.data.pool import Item, Pool
@@ -146,7 +146,7 @@ class SampleMaker(Dataset["TrainingSample | str"]):
         """The file's, moved with its picture; else unknown are 0 < alpha < 1, dilated."""
         if published is not None:
             return published
-        return trimap_of(alpha, self.config.trimap_kernel)
+        return make_trimap(alpha, self.config.trimap_kernel)
 
 
 @dataclass(frozen=True)
