@@ -89,10 +89,10 @@ def _list_models(wanted: bool) -> None:
     if not wanted:
         return
     with _exit_codes(verbose=False):
-        from icm_cli.model.hub.catalogue import listed_models
+        from icm_cli.model.hub.catalogue import list_models
         from icm_cli.terminal import print_models
 
-        print_models(listed_models())
+        print_models(list_models())
     raise typer.Exit
 
 

@@ -16,15 +16,15 @@ import yaml
 
 from icm_cli.errors import ConfigError, did_you_mean
 
-PartKind = Literal["backbone", "head", "objects", "edges"]
+ComponentKind = Literal["backbone", "head", "objects", "edges"]
 T = TypeVar("T")
 TRAINING_KEYS = ("train", "data")
 """Sections of a configuration file that only ``icm train`` reads."""
-PART_KEYS = ("backbone", "head", "objects", "edges")
+COMPONENT_KEYS = ("backbone", "head", "objects", "edges")
 """Sections of a configuration file that make the model."""
-MODEL_KEYS = {*PART_KEYS, *TRAINING_KEYS}
+MODEL_KEYS = {*COMPONENT_KEYS, *TRAINING_KEYS}
 """All sections of a configuration file."""
-COMPONENTS: dict[PartKind, dict[str, str]] = {
+COMPONENTS: dict[ComponentKind, dict[str, str]] = {
     "backbone": {
         "dinov2-lite": "lite.backbone:DinoV2Lite",
         "efficientnet-lite": "lite.efficientnet:EfficientNetLite",
@@ -52,7 +52,7 @@ A new component is a module there with a subclass of its contract (see ``icm_cli
 
 
 @dataclass(frozen=True)
-class PartConfig:
+class ComponentConfig:
     """A part of the model by name, a backbone, a head, objects or edges, with its settings (that part's own ``Config``
     dataclass)."""
 
@@ -64,23 +64,23 @@ class PartConfig:
 class ModelConfig:
     """Parts of a :class:`~icm_cli.model.core.InContextMatting`."""
 
-    backbone: PartConfig
-    head: PartConfig
-    edges: PartConfig | None = None
+    backbone: ComponentConfig
+    head: ComponentConfig
+    edges: ComponentConfig | None = None
     """Network that brings the head's alpha to the source's edges; without it a guided filter does."""
-    objects: PartConfig | None = None
+    objects: ComponentConfig | None = None
     """Network that makes the things of the head's alpha whole, before their edges."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The mapping that :func:`parse_model` reads back to an equal configuration."""
+        """The mapping that :func:`parse_model_config` reads back to an equal configuration."""
         return {
             kind: {"name": part.name, **dataclasses.asdict(part.settings)}
-            for kind in PART_KEYS
+            for kind in COMPONENT_KEYS
             if (part := getattr(self, kind)) is not None
         }
 
 
-def part_class(kind: PartKind, name: str) -> Any:
+def component_class(kind: ComponentKind, name: str) -> Any:
     """Import and return the class that implements a component.
 
     Args:
@@ -103,30 +103,30 @@ def part_class(kind: PartKind, name: str) -> Any:
     return component
 
 
-def parse_model(mapping: object, where: str) -> ModelConfig:
+def parse_model_config(mapping: object, where: str) -> ModelConfig:
     """Read a model's configuration; ``where`` names its origin in errors. Raises ConfigError."""
-    fields = as_mapping(mapping, where)
-    reject_unknown(fields, set(PART_KEYS), where)
+    fields = require_mapping(mapping, where)
+    reject_unknown_keys(fields, set(COMPONENT_KEYS), where)
     edges, objects = fields.get("edges"), fields.get("objects")
     if objects is not None and edges is None:
         raise ConfigError(f"{where}: objects are given without edges, which they are made for; add a section 'edges'")
     return ModelConfig(
-        backbone=_parse_part("backbone", fields.get("backbone"), f"{where}: backbone"),
-        head=_parse_part("head", fields.get("head"), f"{where}: head"),
-        edges=None if edges is None else _parse_part("edges", edges, f"{where}: edges"),
-        objects=None if objects is None else _parse_part("objects", objects, f"{where}: objects"),
+        backbone=_parse_component("backbone", fields.get("backbone"), f"{where}: backbone"),
+        head=_parse_component("head", fields.get("head"), f"{where}: head"),
+        edges=None if edges is None else _parse_component("edges", edges, f"{where}: edges"),
+        objects=None if objects is None else _parse_component("objects", objects, f"{where}: objects"),
     )
 
 
 def load_model_config(model: str) -> ModelConfig:
     """The configuration of a preset's name or of a YAML file's path. Raises ConfigError."""
-    where, mapping = read_mapping(model)
-    fields = as_mapping(mapping, where)
-    reject_unknown(fields, MODEL_KEYS, where)
-    return parse_model({key: value for key, value in fields.items() if key not in TRAINING_KEYS}, where)
+    where, mapping = read_config_mapping(model)
+    fields = require_mapping(mapping, where)
+    reject_unknown_keys(fields, MODEL_KEYS, where)
+    return parse_model_config({key: value for key, value in fields.items() if key not in TRAINING_KEYS}, where)
 
 
-def read_mapping(config: str) -> tuple[str, object]:
+def read_config_mapping(config: str) -> tuple[str, object]:
     """The content of a preset or of a YAML file, and the path it was read from. Raises ConfigError."""
     presets = preset_paths()
     if config in presets:
@@ -155,22 +155,22 @@ def preset_paths() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _parse_part(kind: PartKind, mapping: object, where: str) -> PartConfig:
-    fields = as_mapping(mapping, where)
+def _parse_component(kind: ComponentKind, mapping: object, where: str) -> ComponentConfig:
+    fields = require_mapping(mapping, where)
     name = fields.get("name")
     if not isinstance(name, str):
         raise ConfigError(f"{where} has no name; expected a key 'name' with one of the {kind} of icm")
-    part = part_class(kind, name)
+    part = component_class(kind, name)
     settings = {key: value for key, value in fields.items() if key != "name"}
-    return PartConfig(name, read_strict(part.Config, settings, where))
+    return ComponentConfig(name, parse_dataclass(part.Config, settings, where))
 
 
-def read_strict(cls: type[T], mapping: object, where: str) -> T:
+def parse_dataclass(cls: type[T], mapping: object, where: str) -> T:
     """Build a dataclass from a mapping: every key known, every value of its field's type. Raises ConfigError."""
-    fields = as_mapping(mapping, where)
+    fields = require_mapping(mapping, where)
     hints = typing.get_type_hints(cls)
     known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    reject_unknown(fields, known, where)
+    reject_unknown_keys(fields, known, where)
     return cls(**{key: _typed(value, hints[key], f"{where}: {key}") for key, value in fields.items()})
 
 
@@ -181,7 +181,7 @@ def _typed(value: object, hint: Any, where: str) -> Any:
             return None
         hint = next(h for h in hints if h is not type(None))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return read_strict(hint, value, where)
+        return parse_dataclass(hint, value, where)
     if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         return tuple(_typed(item, typing.get_args(hint)[0], f"{where} {n}") for n, item in enumerate(value, 1))
     if typing.get_origin(hint) is Literal:
@@ -205,14 +205,14 @@ def _expected(hint: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
 
 
-def as_mapping(value: object, where: str) -> Mapping[str, Any]:
+def require_mapping(value: object, where: str) -> Mapping[str, Any]:
     """A section of a configuration. Raises ConfigError for anything else."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} is {'empty' if value is None else repr(value)}; expected keys with values")
     return value
 
 
-def reject_unknown(fields: Mapping[str, object], known: set[str], where: str) -> None:
+def reject_unknown_keys(fields: Mapping[str, object], known: set[str], where: str) -> None:
     """Raises ConfigError that suggests the nearest known key."""
     for key in fields:
         if key not in known:

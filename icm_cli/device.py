@@ -38,7 +38,8 @@ class Device:
         """Batches pay on a GPU; on a CPU they only cost memory."""
         return CUDA_BATCH_SIZE if self.torch_device.type == "cuda" else 1
 
-    def describe(self) -> str:
+    @property
+    def description(self) -> str:
         """For example "cuda:0 (NVIDIA H200), float16"."""
         is_gpu_here = self.torch_device.type == "cuda" and torch.cuda.is_available()
         kind = f" ({torch.cuda.get_device_name(self.torch_device)})" if is_gpu_here else ""
@@ -68,7 +69,7 @@ def resolve_device(device: str = "auto", dtype: str = "auto", *, transformer_dty
     return Device(target, DTYPES[dtype], DTYPES[dtype])
 
 
-def device_names(text: str) -> list[str]:
+def parse_devices(text: str) -> list[str]:
     """Names of the devices in a list: "cpu", "cuda:0,cuda:1", "cpu,cpu"; "cuda:all" stands for every GPU.
 
     Raises ConfigError for one that is not here, UsageError for several that cannot work together.

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from icm_cli.config import ModelConfig, PartConfig, load_model_config
+from icm_cli.config import ComponentConfig, ModelConfig, load_model_config
 from icm_cli.errors import ConfigError
 from icm_cli.model.checkpoint import CONFIG_KEY, load_strict, read_checkpoint, read_config, save_checkpoint
 from icm_cli.model.loading import resolve_model
@@ -29,7 +29,9 @@ GOLDEN = Path(__file__).parent / "golden" / "decoder.npz"
 DETAIL = DetailConfig(
     canvas_px=192, feature_channels=16, intra_channels=8, fusion_channels=8, decoder_channels=(8, 6, 4, 4)
 )
-CONFIG = ModelConfig(PartConfig("stable-diffusion", StableDiffusionConfig(canvas_px=192)), PartConfig("detail", DETAIL))
+CONFIG = ModelConfig(
+    ComponentConfig("stable-diffusion", StableDiffusionConfig(canvas_px=192)), ComponentConfig("detail", DETAIL)
+)
 
 
 class HeadOnly(torch.nn.Module):

@@ -14,8 +14,8 @@ from safetensors import safe_open
 import icm_cli
 from icm_cli.config import load_model_config
 from icm_cli.images.reading import read_alpha, read_image
-from icm_cli.model.checkpoint import read_config, read_trained_on
-from icm_cli.model.hub.catalogue import PACKED_WEIGHTS, packed_weights
+from icm_cli.model.checkpoint import read_config, read_training_digests
+from icm_cli.model.hub.catalogue import PACKED_WEIGHTS, packed_checkpoint
 from icm_cli.model.loading import DEFAULT_MODEL, resolve_model
 
 DEMO = Path(__file__).parent / "demo"
@@ -25,7 +25,7 @@ MOST_BYTES = 60_000_000
 
 @pytest.fixture(scope="module")
 def weights() -> Path:
-    path = packed_weights(DEFAULT_MODEL)
+    path = packed_checkpoint(DEFAULT_MODEL)
     assert path is not None
     return path
 
@@ -43,7 +43,7 @@ def test_statistics_are_whole_and_its_origin_is_told(weights: Path) -> None:
         assert {file.get_tensor(key).dtype for key in statistics} == {np.dtype(np.float32)}
         training = json.loads(file.metadata()["icm.training"])
     assert {source["licence"] for source in training["data"]["sources"]} > {"CC-BY-4.0 (Caltech-101)"}
-    assert len(read_trained_on(weights) or ()) > 1000
+    assert len(read_training_digests(weights) or ()) > 1000
 
 
 @pytest.mark.parametrize("shape", [(40, 2000), (2000, 40), (2, 3), (8, 300)])

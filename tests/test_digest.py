@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from icm_cli import guided_filter
-from icm_cli.config import parse_model, part_class, preset_paths, read_yaml
+from icm_cli.config import component_class, parse_model_config, preset_paths, read_yaml
 from icm_cli.errors import ConfigError
 from icm_cli.matting.model_choice import ModelChoice
 
@@ -21,12 +21,12 @@ MODEL_KEYS = ("backbone", "head", "edges")
 def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most weights cannot be had here; their digest is another matter."""
     for kind in ("stable-diffusion", "dinov2-lite", "efficientnet-lite", "dino"):
-        monkeypatch.setattr(part_class("backbone", kind), "weights_digest", lambda *_, **__: "weights")
-    monkeypatch.setattr(part_class("edges", "vitmatte"), "weights_digest", lambda *_, **__: "weights")
+        monkeypatch.setattr(component_class("backbone", kind), "weights_digest", lambda *_, **__: "weights")
+    monkeypatch.setattr(component_class("edges", "vitmatte"), "weights_digest", lambda *_, **__: "weights")
 
 
 def digest(model: Any, device: str = "cpu", dtype: str = "float32") -> str:
-    config = parse_model(model, "test")
+    config = parse_model_config(model, "test")
     choice = ModelChoice.checked(
         None, None, weights=None, device=device, dtype=dtype, batch_size=1, seed=0, offline=True
     )
@@ -78,7 +78,7 @@ def others(value: Any) -> list[Any]:
 def test_every_number_of_a_preset_decides(preset: str) -> None:
     mapping: Any = read_yaml(preset_paths()[preset])
     given = {key: mapping[key] for key in MODEL_KEYS if key in mapping}
-    whole = listed(parse_model(given, "test").as_dict())  # with the defaults
+    whole = listed(parse_model_config(given, "test").as_dict())  # with the defaults
     before = digest(whole)
     places = list(numbers(whole))
     assert len(places) > 4

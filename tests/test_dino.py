@@ -16,12 +16,12 @@ from tiny_hf import DEPTH, PATCH_PX, WIDTH, sharded, write_dinov2_small, write_t
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from icm_cli.config import parse_model
+from icm_cli.config import parse_model_config
 from icm_cli.errors import ConfigError
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.model.contracts import Features
 from icm_cli.model.core import InContextMatting
-from icm_cli.model.hub.dino import Dino, DinoConfig, subspace, without_subspace
+from icm_cli.model.hub.dino import Dino, DinoConfig, project_out_subspace, subspace
 from icm_cli.model.lite.backbone import VisionTransformer, _transformer_weights, _weights_path
 from icm_cli.model.training_free.head import TrainingFree, TrainingFreeConfig
 
@@ -61,7 +61,7 @@ def test_tokens_are_the_model_s_own(folders: dict[str, Path], kind: str) -> None
     """The last block's are those the class itself answers with, without its class token and registers."""
     backbone = load(folders[kind], config(kind))
     image, valid = seen(kind)
-    features = backbone.target(image, valid, [])
+    features = backbone.target_features(image, valid, [])
     assert features.correspondence.shape == (2, 2 * WIDTH, 6, 8)
     assert features.valid.shape == (2, 6, 8)
     assert not features.scales
@@ -72,7 +72,7 @@ def test_tokens_are_the_model_s_own(folders: dict[str, Path], kind: str) -> None
         own = backbone.transformer(pixel_values=pixels).last_hidden_state[:, -48:]
     expected = F.normalize(own, dim=-1).transpose(1, 2).unflatten(2, (6, 8))
     torch.testing.assert_close(features.correspondence[:, WIDTH:], expected)
-    reference = backbone.reference(image, valid, [])
+    reference = backbone.reference_features(image, valid, [])
     torch.testing.assert_close(reference.correspondence, features.correspondence)
     assert not reference.intra
 
@@ -81,8 +81,8 @@ def test_tokens_are_the_model_s_own(folders: dict[str, Path], kind: str) -> None
 def test_an_image_does_not_know_its_neighbours(folders: dict[str, Path], kind: str) -> None:
     backbone = load(folders[kind], config(kind))
     image, valid = seen(kind)
-    together = backbone.target(image, valid, [])
-    alone = backbone.target(image[1:], valid[1:], [])
+    together = backbone.target_features(image, valid, [])
+    alone = backbone.target_features(image[1:], valid[1:], [])
     torch.testing.assert_close(together.correspondence[1:], alone.correspondence, atol=1e-5, rtol=1e-4)
 
 
@@ -114,17 +114,19 @@ class TestPositions:
         shown = torch.where(torch.rand(12, 12, generator=generator) < 0.5, 1.0, -1.0)
         tokens = (axes[:, 3, None, None] * shown + 2.0 * place)[None]
         expected = (axes[:, 3, None, None] * shown)[None]
-        torch.testing.assert_close(without_subspace(tokens, basis), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(project_out_subspace(tokens, basis), expected, atol=1e-4, rtol=0)
 
     def test_it_is_taken_off_for_matching_and_not_for_grouping(self, folders: dict[str, Path]) -> None:
         image, valid = seen("dinov3_vit")
-        plain = load(folders["dinov3_vit"], config("dinov3_vit")).target(image, valid, [])
+        plain = load(folders["dinov3_vit"], config("dinov3_vit")).target_features(image, valid, [])
         backbone = load(folders["dinov3_vit"], config("dinov3_vit", positional_rank=6))
-        debiased = backbone.target(image, valid, [])
+        debiased = backbone.target_features(image, valid, [])
         torch.testing.assert_close(debiased.grouping, plain.grouping)
         torch.testing.assert_close(debiased.intra[16].feature, plain.grouping)
         assert (debiased.correspondence - plain.correspondence).abs().max() > 0.01
-        torch.testing.assert_close(backbone.reference(image, valid, []).correspondence, debiased.correspondence)
+        torch.testing.assert_close(
+            backbone.reference_features(image, valid, []).correspondence, debiased.correspondence
+        )
         for number, tokens in enumerate(backbone.tokens(torch.zeros(1, 3, 128, 128))):
             basis = subspace(tokens, 6)
             part = debiased.correspondence[:, number * WIDTH : (number + 1) * WIDTH].flatten(2)
@@ -163,19 +165,19 @@ def test_no_matrix_of_all_tokens_is_in_memory(folders: dict[str, Path], kind: st
     guidance = torch.zeros(1, 1, 64 * patch, 64 * patch)
     guidance[..., : 16 * patch, : 16 * patch] = 1
     with torch.no_grad(), Largest() as largest:
-        prepared = model.reference([(image, guidance, valid)])
-        model.head.evidence(model.backbone.target(image, valid, []), [prepared], patch)
+        prepared = model.prepare_references([(image, guidance, valid)])
+        model.head.evidence(model.backbone.target_features(image, valid, []), [prepared], patch)
     assert 64 * 64 * WIDTH < largest.values < 64 * 64 * 64 * 64 / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_of_the_transformer_alone(folders: dict[str, Path], dtype: torch.dtype) -> None:
     image, valid = seen("dinov3_vit")
-    exact = load(folders["dinov3_vit"], config("dinov3_vit", positional_rank=4)).target(image, valid, [])
+    exact = load(folders["dinov3_vit"], config("dinov3_vit", positional_rank=4)).target_features(image, valid, [])
     model = InContextMatting(
         load(folders["dinov3_vit"], config("dinov3_vit", positional_rank=4)), TrainingFree(TrainingFreeConfig())
     ).to_device(torch.device("cpu"), torch.float32, dtype)
-    low: Features = model.backbone.target(image, valid, [])
+    low: Features = model.backbone.target_features(image, valid, [])
     assert {each.dtype for each in model.backbone.parameters()} == {dtype}
     assert low.correspondence.dtype == torch.float32
     assert (low.grouping * exact.grouping).sum(dim=1).mean() > 1.98  # two blocks, cosines near 1
@@ -189,10 +191,10 @@ def test_the_configuration_s_dtype_is_taken_where_none_is_asked_for(
     wanted: str, asked: str, found: torch.dtype
 ) -> None:
     model = {"backbone": {"name": "dino", "dtype": wanted}, "head": {"name": "training-free"}}
-    path = parse_model(model, "test")
-    from icm_cli.model.loading import device_for
+    path = parse_model_config(model, "test")
+    from icm_cli.model.loading import select_device
 
-    where = device_for(path, "cpu", asked)
+    where = select_device(path, "cpu", asked)
     assert where.transformer_dtype == found
     assert where.dtype == torch.float32
 
@@ -253,7 +255,9 @@ class TestWeights:
         assert any(name.startswith("layer.0.") for name in tensors)
         save_file(tensors, path, {"format": "pt"})
         image, valid = seen("dinov3_vit")
-        pair = [load(each, config("dinov3_vit")).target(image, valid, []) for each in (copy, folders["dinov3_vit"])]
+        pair = [
+            load(each, config("dinov3_vit")).target_features(image, valid, []) for each in (copy, folders["dinov3_vit"])
+        ]
         assert torch.equal(pair[0].correspondence, pair[1].correspondence)
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -261,7 +265,7 @@ class TestWeights:
         parts = sharded(folders[kind], tmp_path / "parts")
         assert len(list(parts.glob("*.safetensors"))) == 2
         image, valid = seen(kind)
-        pair = [load(each, config(kind)).target(image, valid, []) for each in (parts, folders[kind])]
+        pair = [load(each, config(kind)).target_features(image, valid, []) for each in (parts, folders[kind])]
         assert torch.equal(pair[0].correspondence, pair[1].correspondence)
 
     def test_a_missing_part_is_named_and_every_part_is_in_the_digest(

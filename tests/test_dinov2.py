@@ -51,8 +51,8 @@ def test_the_transformer_equals_the_package_s_own_graph() -> None:
 def test_grids_and_channels(backbone: DinoV2Lite) -> None:
     image, valid = torch.rand(2, 3, 128, 192), torch.ones(2, 128, 192, dtype=torch.bool)
     with torch.inference_mode():
-        target = backbone.target(image, valid, ["", ""])
-        reference = backbone.reference(image, valid, ["", ""])
+        target = backbone.target_features(image, valid, ["", ""])
+        reference = backbone.reference_features(image, valid, ["", ""])
     assert target.correspondence.shape == (2, 2 * 384 + 120 + 208 + 352, 4, 6)
     assert {stride: scale.shape[1:] for stride, scale in target.scales.items()} == {
         16: (48, 8, 12),
@@ -77,8 +77,8 @@ def test_coarse_cells_lie_over_the_tokens_they_cover(cells: int, grid: int) -> N
 def test_an_image_does_not_know_its_neighbours(backbone: DinoV2Lite) -> None:
     image, valid = torch.rand(2, 3, 96, 96), torch.ones(2, 96, 96, dtype=torch.bool)
     with torch.inference_mode():
-        together = backbone.target(image, valid, ["", ""])
-        alone = backbone.target(image[1:], valid[1:], [""])
+        together = backbone.target_features(image, valid, ["", ""])
+        alone = backbone.target_features(image[1:], valid[1:], [""])
     torch.testing.assert_close(together.correspondence[1:], alone.correspondence, atol=1e-4, rtol=1e-4)
     for stride, scale in alone.scales.items():
         torch.testing.assert_close(together.scales[stride][1:], scale, atol=1e-4, rtol=1e-4)

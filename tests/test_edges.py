@@ -177,7 +177,7 @@ class TestVitMatte:
     def test_low_precision_is_near(self, folder: Path, dtype: torch.dtype) -> None:
         rgb = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
         exact, low = network(folder), network(folder)
-        low.cast(dtype, dtype)
+        low.set_dtype(dtype, dtype)
         assert {each.dtype for each in low.network.parameters()} == {dtype}
         pair = [each.refined(rgb, disc(30, 9)) for each in (exact, low)]
         assert np.abs(pair[0] - pair[1]).max() < 0.02

@@ -37,9 +37,9 @@ def test_folding_batch_norm_changes_nothing() -> None:
     image = torch.rand(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
     valid = torch.ones(1, 96, 64, dtype=torch.bool)
     with torch.inference_mode():
-        plain = backbone.target(image, valid, ["target"]).correspondence
+        plain = backbone.target_features(image, valid, ["target"]).correspondence
         backbone.optimise_for_inference()
-        folded = backbone.target(image, valid, ["target"]).correspondence
+        folded = backbone.target_features(image, valid, ["target"]).correspondence
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules())
     torch.testing.assert_close(folded, plain, atol=1e-4, rtol=1e-3)
 
@@ -49,7 +49,7 @@ def test_grids_of_a_canvas_that_shrinks_unevenly() -> None:
     backbone = EfficientNetLite.load(EfficientNetLiteConfig(long_side_px=160), None, offline=True, seed=0)
     valid = torch.ones(2, 96, 160, dtype=torch.bool)
     valid[1, 80:] = False
-    features = backbone.target(
+    features = backbone.target_features(
         torch.rand(2, 3, 96, 160, generator=torch.Generator().manual_seed(1)), valid, ["target"] * 2
     )
     assert features.correspondence.shape[2:] == (6, 10)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny_sd import write_tiny_sd
 from torch import Tensor
 
-from icm_cli.model.checkpoint import load_strict, rename_published
+from icm_cli.model.checkpoint import convert_published_tensors, load_strict
 from icm_cli.model.contracts import Features, ReferenceFeatures
 from icm_cli.model.similarity import AttentionMatrix
 from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
@@ -40,7 +40,9 @@ def decoder() -> tuple[DetailHead, dict[str, Tensor]]:
     golden = load("decoder.npz")
     state = {key.removeprefix("state."): value for key, value in golden.items() if key.startswith("state.")}
     head = DetailHead(DECODER).eval()
-    load_strict(head, {k.removeprefix("head."): v for k, v in rename_published(state, "golden").items()}, "golden")
+    load_strict(
+        head, {k.removeprefix("head."): v for k, v in convert_published_tensors(state, "golden").items()}, "golden"
+    )
     return head, golden
 
 
@@ -65,7 +67,7 @@ def test_detail_head(decoder: tuple[DetailHead, dict[str, Tensor]]) -> None:
     for pair in (one(golden, 0), one(golden, 1)):
         feature = Features(pair["ref_feature"], torch.ones(1, 12, 12, dtype=torch.bool), {}, {})
         guidance = (pair["guidance"] > 0.5).float()
-        prepared = head.prepare([ReferenceFeatures(feature, guidance, valid)])
+        prepared = head.prepare_references([ReferenceFeatures(feature, guidance, valid)])
         target = target_features(pair)
         similarity = head.inter_similarity([prepared.tokens], target.correspondence, target.valid)
         close(similarity, pair["inter_similarity"])

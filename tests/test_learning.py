@@ -18,9 +18,9 @@ from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.predictor import check_learn_steps
 from icm_cli.model.contracts import Features
 from icm_cli.model.core import InContextMatting
-from icm_cli.model.lite.finetuning import ABSENT_VIEWS, STEPS, VIEWS, Learned, asked, described, learned
+from icm_cli.model.lite.finetuning import ABSENT_VIEWS, STEPS, VIEWS, Learned, asked, finetuning_digest_text, learned
 from icm_cli.model.lite.head import TokenMatchConfig, TokenMatchHead
-from icm_cli.model.similarity import SelfSimilarity, token_valid
+from icm_cli.model.similarity import SelfSimilarity, valid_tokens
 from icm_cli.model.training_free.head import TrainingFree
 
 HEIGHT, WIDTH = 96, 128
@@ -31,22 +31,22 @@ class Colours(nn.Module):
     """A backbone whose tokens are mean colours and their squares, 16 px a token; it counts what it sees."""
 
     is_trainable = False
-    gives_matrix = False
+    has_attention_matrix = False
     canvas = CanvasRule(PADDED, 16, 2.0)
 
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
 
-    def target(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
+    def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
         assert len(image) == len(noise)
         self.seen += len(image)
         both = torch.cat([image, image.square()], dim=1)
-        alive = token_valid(valid, 16)
+        alive = valid_tokens(valid, 16)
         feature = F.avg_pool2d(both, 16)
         return Features(feature, alive, {8: F.avg_pool2d(both, 8)}, {16: SelfSimilarity(feature, alive, 0.1)})
 
-    reference = target
+    reference_features = target_features
 
 
 def scene(shift: int = 0, *, unknown: bool = False, decoy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +94,7 @@ def error(model: InContextMatting, prepared: object, shift: int) -> float:
 def test_it_learns_a_thing_that_moves(head: TokenMatchHead) -> None:
     model = InContextMatting(Colours(), head)  # type: ignore[arg-type]
     before = copy.deepcopy(head.state_dict())
-    plain, taught = (model.reference([scene()], learn_steps=steps) for steps in (0, 150))
+    plain, taught = (model.prepare_references([scene()], learn_steps=steps) for steps in (0, 150))
     assert isinstance(taught, Learned)
     assert error(model, taught, 24) < 0.5 * error(model, plain, 24)
     assert all(torch.equal(each, before[name]) for name, each in head.state_dict().items())
@@ -125,7 +125,7 @@ def test_pixels_that_the_mask_leaves_open_teach_nothing(head: TokenMatchHead) ->
 
     def blue(shown: tuple[Tensor, Tensor, Tensor]) -> float:
         taught = learned(backbone, head, [shown], 150)  # type: ignore[arg-type]
-        fine = asked(taught.head, backbone.target(image, valid, [""]), [taught.prepared], None)[1]
+        fine = asked(taught.head, backbone.target_features(image, valid, [""]), [taught.prepared], None)[1]
         return float(torch.sigmoid(fine[:, 7:9, 10:12]).mean())
 
     assert blue(scene(unknown=True, decoy=False)) > blue(_without_blue()) + 0.1
@@ -142,7 +142,7 @@ def test_half_precision_comes_back(head: TokenMatchHead) -> None:
     for module in head.modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
             module.to(torch.bfloat16)
-    taught = model.reference([scene()], learn_steps=2)
+    taught = model.prepare_references([scene()], learn_steps=2)
     assert isinstance(taught, Learned)
     types = {name: each.dtype for name, each in head.state_dict().items()}
     assert {name: each.dtype for name, each in taught.head.state_dict().items()} == types
@@ -158,8 +158,8 @@ def test_a_thing_that_fills_the_picture_has_no_views_without_it(head: TokenMatch
 
 
 def test_the_digest_knows_what_was_learned() -> None:
-    assert described(0) == ""
-    assert described(10) != described(11)
+    assert finetuning_digest_text(0) == ""
+    assert finetuning_digest_text(10) != finetuning_digest_text(11)
 
 
 @pytest.mark.parametrize(

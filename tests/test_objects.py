@@ -15,12 +15,12 @@ from test_train_stages import MATCH, changed_parts, discs
 from train_data import MODEL, log, same_weights, train, write_config
 
 import icm_cli
-from icm_cli.config import PartConfig, parse_model
+from icm_cli.config import ComponentConfig, parse_model_config
 from icm_cli.errors import ConfigError
 from icm_cli.model.checkpoint import read_checkpoint, save_checkpoint
 from icm_cli.model.lite import mobile_sam, sam_decoder, sam_encoder
 from icm_cli.model.lite.mobile_sam import MobileSam
-from icm_cli.model.loading import model_digest, model_to_train
+from icm_cli.model.loading import load_model_for_training, model_digest
 from icm_cli.model.packing import pack
 
 __all__ = ["discs"]
@@ -69,7 +69,7 @@ class TestPublished:
         with torch.inference_mode():
             embedding = encoder(image)
             masks = decoder(embedding, logit)
-            encoder.fold_norms()
+            encoder.fold_batch_norms()
             folded = encoder(image)
         np.testing.assert_allclose(embedding[0, ::16, ::8, ::8], golden["embedding"], atol=2e-4)
         np.testing.assert_allclose(masks[0, :, ::16, ::16], golden["masks"], atol=2e-3)
@@ -81,7 +81,7 @@ class TestPublished:
             MobileSam.load(MobileSam.Config(start="published"))
 
     def test_without_the_weights_of_lite_a_sentence_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(mobile_sam, "packed_weights", lambda _: None)
+        monkeypatch.setattr(mobile_sam, "packed_checkpoint", lambda _: None)
         with pytest.raises(ConfigError, match="weights of lite are not in the package"):
             MobileSam.load(MobileSam.Config())
 
@@ -141,11 +141,11 @@ class TestCompleted:
     )
     def test_bad_settings(self, setting: dict[str, float], said: str) -> None:
         with pytest.raises(ConfigError, match=said):
-            parse_model({**WITH_OBJECTS, "objects": {"name": "mobile-sam", **setting}}, "test")
+            parse_model_config({**WITH_OBJECTS, "objects": {"name": "mobile-sam", **setting}}, "test")
 
     def test_objects_need_edges(self) -> None:
         with pytest.raises(ConfigError, match="objects are given without edges"):
-            parse_model({name: part for name, part in WITH_OBJECTS.items() if name != "edges"}, "test")
+            parse_model_config({name: part for name, part in WITH_OBJECTS.items() if name != "edges"}, "test")
 
 
 @pytest.fixture(scope="module")
@@ -153,11 +153,13 @@ def matched(discs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a head that was trained, and objects that were not."""
     folder = tmp_path_factory.mktemp("objects")
     assert train(write_config(folder / "small.yaml", discs, **MATCH), folder / "run").exit_code == 0
-    config = parse_model(MODEL, "test")
-    model = model_to_train(config, checkpoint=folder / "run" / "last.safetensors", weights=None, offline=True, seed=0)
+    config = parse_model_config(MODEL, "test")
+    model = load_model_for_training(
+        config, checkpoint=folder / "run" / "last.safetensors", weights=None, offline=True, seed=0
+    )
     model.objects = small_objects()
     settings = MobileSam.Config(long_side_px=128)
-    whole = replace(config, objects=PartConfig("mobile-sam", settings))
+    whole = replace(config, objects=ComponentConfig("mobile-sam", settings))
     save_checkpoint(folder / "start.safetensors", model, whole, with_backbone=False)
     return folder / "start.safetensors"
 
@@ -224,8 +226,10 @@ class TestWholeModel:
         learned = {name: each + 0.5 for name, each in stored.tensors.items() if name.startswith("objects.decoder.norm")}
         save_file(learned, tmp_path / "learned.safetensors", dict(stored.metadata))
         without = tmp_path / "without.safetensors"
-        model = model_to_train(parse_model(MODEL, "test"), checkpoint=matched, weights=None, offline=True, seed=0)
-        save_checkpoint(without, model, parse_model(MODEL, "test"), with_backbone=False)
+        model = load_model_for_training(
+            parse_model_config(MODEL, "test"), checkpoint=matched, weights=None, offline=True, seed=0
+        )
+        save_checkpoint(without, model, parse_model_config(MODEL, "test"), with_backbone=False)
         pack(without, tmp_path / "packed.safetensors", objects=[tmp_path / "learned.safetensors"])
         packed = read_checkpoint(tmp_path / "packed.safetensors")
         assert packed.config == stored.config
@@ -270,7 +274,8 @@ class TestWholeModel:
 
     def test_its_settings_decide_the_digest(self, matched: Path) -> None:
         plain, other = (
-            parse_model({**WITH_OBJECTS, "objects": {**OBJECTS, "ask_above": share}}, "test") for share in (0.1, 0.2)
+            parse_model_config({**WITH_OBJECTS, "objects": {**OBJECTS, "ask_above": share}}, "test")
+            for share in (0.1, 0.2)
         )
         digests = [model_digest(each, checkpoint=matched, weights=None, offline=True) for each in (plain, other)]
         assert digests[0] != digests[1]

@@ -20,22 +20,22 @@ from torch import nn
 from train_data import MODEL
 
 import icm_cli
-from icm_cli.config import parse_model
+from icm_cli.config import parse_model_config
 from icm_cli.errors import ConfigError
-from icm_cli.model.checkpoint import holds_backbone, read_checkpoint, save_checkpoint
+from icm_cli.model.checkpoint import has_backbone, read_checkpoint, save_checkpoint
 from icm_cli.model.hub import catalogue
-from icm_cli.model.hub.catalogue import packed_weights
-from icm_cli.model.loading import load_model, model_digest, model_to_train, resolve_model
+from icm_cli.model.hub.catalogue import packed_checkpoint
+from icm_cli.model.loading import load_model, load_model_for_training, model_digest, resolve_model
 from icm_cli.model.packing import pack
 
-CONFIG = parse_model(MODEL, "test")
+CONFIG = parse_model_config(MODEL, "test")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A head alone, as icm train saves it where the backbone is frozen, and the same packed."""
     folder = tmp_path_factory.mktemp("packed")
-    model = model_to_train(CONFIG, checkpoint=None, weights=None, offline=True, seed=0)
+    model = load_model_for_training(CONFIG, checkpoint=None, weights=None, offline=True, seed=0)
     head, packed = folder / "head.safetensors", folder / "weights" / "lite.safetensors"
     save_checkpoint(head, model, CONFIG, with_backbone=False, metadata={"icm.step": "7"})
     pack(head, packed)
@@ -50,8 +50,8 @@ def no_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kernels_are_half_and_statistics_whole(files: tuple[Path, Path]) -> None:
     head, packed = files
-    assert not holds_backbone(head)
-    assert holds_backbone(packed)
+    assert not has_backbone(head)
+    assert has_backbone(packed)
     tensors = load_file(packed)
     for key, tensor in tensors.items():
         if tensor.is_floating_point():
@@ -61,13 +61,13 @@ def test_kernels_are_half_and_statistics_whole(files: tuple[Path, Path]) -> None
         torch.testing.assert_close(tensors[key].to(tensor.dtype), tensor, atol=1e-3, rtol=1e-3, msg=key)
     with safe_open(packed, framework="pt") as file:
         assert file.metadata()["icm.step"] == "7"
-        assert parse_model(json.loads(file.metadata()["icm.config"]), "test") == CONFIG
+        assert parse_model_config(json.loads(file.metadata()["icm.config"]), "test") == CONFIG
 
 
 def test_the_mean_of_several_trainings_is_packed(files: tuple[Path, Path], tmp_path: Path) -> None:
     """With the training images and licences of all of them."""
     other, joined = tmp_path / "other.safetensors", tmp_path / "joined.safetensors"
-    model = model_to_train(CONFIG, checkpoint=None, weights=None, offline=True, seed=1)
+    model = load_model_for_training(CONFIG, checkpoint=None, weights=None, offline=True, seed=1)
     metadata = {"icm.trained_on": '["b", "a"]', "icm.licences": '{"x": "MIT"}', "icm.step": "9"}
     save_checkpoint(other, model, CONFIG, with_backbone=False, metadata=metadata)
     command = [sys.executable, "-m", "icm_cli.model.packing", str(joined), str(files[0]), str(other)]
@@ -86,13 +86,13 @@ def test_the_mean_of_several_trainings_is_packed(files: tuple[Path, Path], tmp_p
 
 
 def test_edges_of_another_training_come_with_their_configuration(files: tuple[Path, Path], tmp_path: Path) -> None:
-    config = parse_model({**MODEL, "edges": {**MODEL["edges"], "widths": [5, 7], "again": 1.5}}, "test")
+    config = parse_model_config({**MODEL, "edges": {**MODEL["edges"], "widths": [5, 7], "again": 1.5}}, "test")
     other, joined = tmp_path / "other.safetensors", tmp_path / "joined.safetensors"
-    model = model_to_train(config, checkpoint=None, weights=None, offline=True, seed=1)
+    model = load_model_for_training(config, checkpoint=None, weights=None, offline=True, seed=1)
     save_checkpoint(other, model, config, with_backbone=False)
     pack(files[0], joined, edges=other)
     with safe_open(joined, framework="pt") as file:
-        assert parse_model(json.loads(file.metadata()["icm.config"]), "test").edges == config.edges
+        assert parse_model_config(json.loads(file.metadata()["icm.config"]), "test").edges == config.edges
     parts = [load_file(path) for path in (other, joined)]
     for key in (key for key in parts[0] if key.startswith("edges.")):
         torch.testing.assert_close(parts[1][key].float(), parts[0][key], atol=1e-3, rtol=1e-3, msg=key)
@@ -109,7 +109,7 @@ def test_the_settings_of_use_are_packed(files: tuple[Path, Path], tmp_path: Path
     command = [sys.executable, "-m", "icm_cli.model.packing", str(packed), str(files[0]), "--model", str(preset)]
     assert subprocess.run(command, check=False, timeout=120).returncode == 0
     with safe_open(packed, framework="pt") as file:
-        assert parse_model(json.loads(file.metadata()["icm.config"]), "test") == parse_model(used, "test")
+        assert parse_model_config(json.loads(file.metadata()["icm.config"]), "test") == parse_model_config(used, "test")
     before, after = (load_file(path) for path in (files[0], packed))
     for key in (key for key in before if key.startswith(("head.", "edges."))):
         torch.testing.assert_close(after[key].float(), before[key].float(), atol=1e-3, rtol=1e-3, msg=key)
@@ -122,15 +122,15 @@ def test_the_settings_of_use_are_packed(files: tuple[Path, Path], tmp_path: Path
 
 
 def test_what_cannot_be_joined_is_one_sentence(files: tuple[Path, Path], tmp_path: Path) -> None:
-    plain = parse_model({part: MODEL[part] for part in ("backbone", "head")}, "test")
+    plain = parse_model_config({part: MODEL[part] for part in ("backbone", "head")}, "test")
     bare = tmp_path / "bare.safetensors"
-    model = model_to_train(plain, checkpoint=None, weights=None, offline=True, seed=1)
+    model = load_model_for_training(plain, checkpoint=None, weights=None, offline=True, seed=1)
     save_checkpoint(bare, model, plain, with_backbone=False)
     with pytest.raises(ConfigError, match="without edges; leave --edges out"):
         pack(bare, tmp_path / "out.safetensors", edges=files[0])
-    wider = parse_model({**MODEL, "head": {**MODEL["head"], "fused_channels": 7}}, "test")
+    wider = parse_model_config({**MODEL, "head": {**MODEL["head"], "fused_channels": 7}}, "test")
     other = tmp_path / "wider.safetensors"
-    model = model_to_train(wider, checkpoint=None, weights=None, offline=True, seed=1)
+    model = load_model_for_training(wider, checkpoint=None, weights=None, offline=True, seed=1)
     save_checkpoint(other, model, wider, with_backbone=False)
     with pytest.raises(ConfigError, match="has another head"):
         pack(files[0], tmp_path / "out.safetensors", heads=[other])
@@ -180,7 +180,7 @@ def test_other_weights_for_its_backbone_are_refused(files: tuple[Path, Path]) ->
 
 def test_a_preset_finds_its_weights_in_the_package(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue, "PACKED_WEIGHTS", files[1].parent)
-    assert resolve_model("lite", None)[1] == files[1] == packed_weights("lite")
+    assert resolve_model("lite", None)[1] == files[1] == packed_checkpoint("lite")
     assert resolve_model("lite-training-free", None)[1] is None
     with pytest.raises(ConfigError, match="needs none"):
         resolve_model("icm-sd21", None)

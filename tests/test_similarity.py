@@ -8,8 +8,13 @@ from torch import Tensor
 from torch.profiler import profile
 
 from icm_cli.model.contracts import IntraSimilarity, MatrixIntraSimilarity
-from icm_cli.model.guidance import background_tokens, foreground_tokens
-from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity, inter_similarity
+from icm_cli.model.similarity import (
+    AttentionMatrix,
+    SelfSimilarity,
+    background_token_mask,
+    foreground_token_mask,
+    inter_similarity,
+)
 
 TEMPERATURE = 0.2
 
@@ -91,11 +96,11 @@ def test_a_narrow_band_that_is_neither_loses_no_cell() -> None:
     guidance[..., :16] = 1.0
     guidance[..., 15:18] = 0.5  # a narrow band about the border of the second cell
     valid = torch.ones(1, 8, 40, dtype=torch.bool)
-    assert foreground_tokens(guidance, valid, 8)[0].flatten().tolist() == [True, True, False, False, False]
-    assert background_tokens(guidance, valid, 8).flatten().tolist() == [False, False, True, True, True]
+    assert foreground_token_mask(guidance, valid, 8)[0].flatten().tolist() == [True, True, False, False, False]
+    assert background_token_mask(guidance, valid, 8).flatten().tolist() == [False, False, True, True, True]
     guidance[..., 10:21] = 0.5
-    assert foreground_tokens(guidance, valid, 8)[0].flatten().tolist() == [True, False, False, False, False]
-    assert background_tokens(guidance, valid, 8).flatten().tolist() == [False, False, False, True, True]
+    assert foreground_token_mask(guidance, valid, 8)[0].flatten().tolist() == [True, False, False, False, False]
+    assert background_token_mask(guidance, valid, 8).flatten().tolist() == [False, False, False, True, True]
     guidance = (torch.arange(40) < 12).float().expand(1, 1, 8, 40)
-    assert foreground_tokens(guidance, valid, 8)[0].flatten().tolist() == [True, False, False, False, False]
-    assert background_tokens(guidance, valid, 8).flatten().tolist() == [False, False, True, True, True]
+    assert foreground_token_mask(guidance, valid, 8)[0].flatten().tolist() == [True, False, False, False, False]
+    assert background_token_mask(guidance, valid, 8).flatten().tolist() == [False, False, True, True, True]

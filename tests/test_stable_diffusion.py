@@ -21,7 +21,7 @@ from icm_cli.model.core import TARGET_NOISE, InContextMatting, reference_noise
 from icm_cli.model.loading import load_model, model_digest, resolve_model
 from icm_cli.model.stable_diffusion import weights as sd_weights
 from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
-from icm_cli.model.stable_diffusion.detail_head import DetailHead, PreparedReferences, confidence_and_found
+from icm_cli.model.stable_diffusion.detail_head import DetailHead, DetailReferences, confidence_and_found
 from icm_cli.model.stable_diffusion.unet import MeanAttention
 
 SIDE = TINY_CANVAS_PX
@@ -99,17 +99,17 @@ def all_valid(count: int) -> Tensor:
     return torch.ones(count, SIDE, SIDE, dtype=torch.bool)
 
 
-def prepared(model: InContextMatting) -> PreparedReferences:
+def prepared(model: InContextMatting) -> DetailReferences:
     guidance = torch.zeros(1, 1, SIDE, SIDE)
     guidance[..., 32:80, 32:80] = 1
     with torch.inference_mode():
-        reference: PreparedReferences = model.reference([(images(1, seed=9), guidance, all_valid(1))])
+        reference: DetailReferences = model.prepare_references([(images(1, seed=9), guidance, all_valid(1))])
     return reference
 
 
 class TestFeatures:
     def test_shapes(self, backbone: StableDiffusion) -> None:
-        features = backbone.target(images(2), all_valid(2), TARGET * 2)
+        features = backbone.target_features(images(2), all_valid(2), TARGET * 2)
         assert features.correspondence.shape == (2, 32, SIDE // 16, SIDE // 16)
         assert features.valid.shape == (2, SIDE // 16, SIDE // 16)
         assert {s: tuple(f.shape) for s, f in features.scales.items()} == {32: (2, 32, 4, 4), 16: (2, 32, 8, 8)}
@@ -119,17 +119,17 @@ class TestFeatures:
             torch.testing.assert_close(intra.matrix().sum(-1), torch.ones(2, (SIDE // stride) ** 2))
 
     def test_the_reference_pass_gives_correspondence_alone(self, backbone: StableDiffusion) -> None:
-        features = backbone.reference(images(1), all_valid(1), REFERENCE)
+        features = backbone.reference_features(images(1), all_valid(1), REFERENCE)
         assert features.correspondence.shape == (1, 32, 8, 8)
         assert not features.scales
         assert not features.intra
 
     def test_independent_of_order_and_neighbours(self, backbone: StableDiffusion) -> None:
         pictures, valid = images(3), all_valid(3)
-        together = backbone.target(pictures, valid, TARGET * 3)
-        turned = backbone.target(pictures.flip(0), valid, TARGET * 3)
+        together = backbone.target_features(pictures, valid, TARGET * 3)
+        turned = backbone.target_features(pictures.flip(0), valid, TARGET * 3)
         assert torch.equal(together.correspondence, turned.correspondence.flip(0))
-        alone = backbone.target(pictures[1:2], valid[1:2], TARGET)
+        alone = backbone.target_features(pictures[1:2], valid[1:2], TARGET)
         assert torch.equal(together.correspondence[1:2], alone.correspondence)
         assert torch.equal(matrix(together)[2], matrix(turned)[0])
 
@@ -152,14 +152,17 @@ class TestPadding:
     def test_padded_keys_are_masked_in_the_map(self, backbone: StableDiffusion) -> None:
         valid = all_valid(1)
         valid[:, 64:] = False
-        attention = matrix(backbone.target(images(1), valid, TARGET))
+        attention = matrix(backbone.target_features(images(1), valid, TARGET))
         assert torch.all(attention[..., 32:] == 0)
         torch.testing.assert_close(attention.sum(-1), torch.ones(1, 64))
 
     def test_features_stay_the_published_ones(self, backbone: StableDiffusion) -> None:
         valid = all_valid(1)
         valid[:, 64:] = False
-        whole, padded = backbone.target(images(1), all_valid(1), TARGET), backbone.target(images(1), valid, TARGET)
+        whole, padded = (
+            backbone.target_features(images(1), all_valid(1), TARGET),
+            backbone.target_features(images(1), valid, TARGET),
+        )
         torch.testing.assert_close(whole.correspondence, padded.correspondence)
 
     def test_masked_map_is_the_softmax_over_valid_keys(self) -> None:
@@ -193,7 +196,9 @@ def modules_run(backbone: StableDiffusion, run: str) -> set[str]:
         if name
     ]
     arguments = (images(1), all_valid(1))
-    backbone.reference(*arguments, REFERENCE) if run == "reference" else backbone.target(*arguments, TARGET)
+    backbone.reference_features(*arguments, REFERENCE) if run == "reference" else backbone.target_features(
+        *arguments, TARGET
+    )
     for hook in hooks:
         hook.remove()
     return called
@@ -247,14 +252,14 @@ class TestWholeModel:
 
     def test_references_count_alike(self, model: InContextMatting) -> None:
         (tokens,) = prepared(model).tokens
-        once = model.infer(images(1), all_valid(1), PreparedReferences([tokens])).alpha
-        twice = model.infer(images(1), all_valid(1), PreparedReferences([tokens, tokens])).alpha
+        once = model.infer(images(1), all_valid(1), DetailReferences([tokens])).alpha
+        twice = model.infer(images(1), all_valid(1), DetailReferences([tokens, tokens])).alpha
         torch.testing.assert_close(once, twice)
 
     def test_small_guidance_is_noticed(self, model: InContextMatting) -> None:
         guidance = torch.zeros(1, 1, SIDE, SIDE)
         guidance[..., 40:44, 40:44] = 1
-        reference = model.reference([(images(1), guidance, all_valid(1))])
+        reference = model.prepare_references([(images(1), guidance, all_valid(1))])
         assert [len(tokens) for tokens in reference.tokens] == [1]
         assert "smaller than half a token" in reference.notices[0]
 
@@ -278,7 +283,7 @@ class TestWholeModel:
 
 class TestLowPrecision:
     def test_similarities_stay_float32(self, low: InContextMatting) -> None:
-        features = low.backbone.target(images(1), all_valid(1), TARGET)
+        features = low.backbone.target_features(images(1), all_valid(1), TARGET)
         assert matrix(features).dtype == features.correspondence.dtype == torch.float32
         assert features.scales[16].dtype == torch.bfloat16
         (tokens,) = prepared(low).tokens

@@ -54,7 +54,7 @@ def head() -> TokenMatchHead:
 class TestTokenMatch:
     def test_every_target_meets_its_own_reference(self, head: TokenMatchHead) -> None:
         image, valid = torch.rand(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
-        prepared = [head.prepare([reference(seed)]) for seed in (1, 2)]
+        prepared = [head.prepare_references([reference(seed)]) for seed in (1, 2)]
         target = features(9, 2)
         together = head(target, prepared, image, valid)
         assert together.alpha.shape == (2, 1, SIDE, SIDE)
@@ -63,12 +63,12 @@ class TestTokenMatch:
         assert not torch.allclose(together.alpha, turned.alpha)
         for i in range(2):
             scales = {stride: scale[i : i + 1] for stride, scale in target.scales.items()}
-            alone = replace(target.one(i), scales=scales)
+            alone = replace(target.correspondence_only(i), scales=scales)
             single = head(alone, prepared[i : i + 1], image[i : i + 1], valid[i : i + 1])
             torch.testing.assert_close(single.alpha[0], together.alpha[i], atol=1e-5, rtol=1e-4)
 
     def test_a_reference_without_background_is_taken(self, head: TokenMatchHead) -> None:
-        prepared = head.prepare([reference(1, everything=True)])
+        prepared = head.prepare_references([reference(1, everything=True)])
         assert prepared.background.shape[0] == 0
         target = features(3)
         numbers = head.evidence(head.projected(target.correspondence), target.valid, [prepared])
@@ -84,7 +84,7 @@ class TestTokenMatch:
         direction = F.normalize(torch.randn(5, generator=generator), dim=0)
         along = torch.randn(200, 1, generator=generator)
         first = 7.0 + along * direction + 1e-3 * torch.randn(200, 5, generator=generator)
-        head.init_from_pca(torch.cat([first, torch.randn(200, 7, generator=generator)], dim=1))
+        head.initialise_from_pca(torch.cat([first, torch.randn(200, 7, generator=generator)], dim=1))
         found = head.project[0](first)
         torch.testing.assert_close(found.mean(dim=0), torch.zeros(8), atol=1e-4, rtol=0)
         torch.testing.assert_close(found.norm(dim=1), (along - along.mean()).abs()[:, 0], atol=2e-2, rtol=0)
@@ -92,8 +92,8 @@ class TestTokenMatch:
     @given(seed=st.integers(0, 999))
     @settings(max_examples=10, deadline=None)
     def test_the_order_of_reference_tokens_does_not_matter(self, head: TokenMatchHead, seed: int) -> None:
-        prepared = head.prepare([reference(seed), reference(seed + 1)])
-        turned = head.prepare([reference(seed + 1), reference(seed)])
+        prepared = head.prepare_references([reference(seed), reference(seed + 1)])
+        turned = head.prepare_references([reference(seed + 1), reference(seed)])
         target = features(5)
         projected = head.projected(target.correspondence)
         ours, theirs = (head.evidence(projected, target.valid, [each]) for each in (prepared, turned))
@@ -103,7 +103,7 @@ class TestTokenMatch:
         """A target that is the reference: tokens inside the guidance carry more of it than those outside."""
         shown = reference(4)
         target = Features(shown.features.correspondence, shown.features.valid, features(4).scales, {})
-        inter, intra = head.similarity_maps(target, [head.prepare([shown])])
+        inter, intra = head.similarity_maps(target, [head.prepare_references([shown])])
         inside = torch.zeros(4, 4, dtype=torch.bool)
         inside[:2, :2] = True
         assert inter.shape == intra.shape == (1, 1, 4, 4)
@@ -113,7 +113,9 @@ class TestTokenMatch:
         torch.manual_seed(1)
         head = TokenMatchHead(CONFIG).train()
         image, valid = torch.rand(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
-        alpha = head(features(9, 2), [head.prepare([reference(seed)]) for seed in (1, 2)], image, valid).alpha
+        alpha = head(
+            features(9, 2), [head.prepare_references([reference(seed)]) for seed in (1, 2)], image, valid
+        ).alpha
         assert 0.1 < alpha.mean() < 0.9
         (alpha - torch.rand(2, 1, SIDE, SIDE)).square().sum().backward()
         still = [name for name, each in head.named_parameters() if each.grad is None or not each.grad.any()]
@@ -125,7 +127,7 @@ class TestTokenMatch:
         head = TokenMatchHead(replace(CONFIG, doubt=doubt, clear=0.0)).eval()
         image, valid = torch.rand(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
         with torch.no_grad():
-            matte = head(features(9, 2), [head.prepare([reference(seed)]) for seed in (1, 2)], image, valid)
+            matte = head(features(9, 2), [head.prepare_references([reference(seed)]) for seed in (1, 2)], image, valid)
         assert matte.presence is not None
         assert matte.presence.is_uncertain.tolist() == [doubt > 0] * 2
         torch.testing.assert_close(
@@ -156,18 +158,18 @@ class TestTokenMatch:
         lacking = Features(torch.randn(1, 9, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool), {}, {})
         image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
         with pytest.raises(ConfigError, match="feature_channels is 12 together, and the backbone gives 9 channels"):
-            head(lacking, [head.prepare([reference(1)])], image, valid)
+            head(lacking, [head.prepare_references([reference(1)])], image, valid)
 
     def test_a_decoder_that_the_backbone_does_not_feed_is_named(self, head: TokenMatchHead) -> None:
         target = features(1)
         lacking = Features(target.correspondence, target.valid, {8: target.scales[8]}, {})
         image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
         with pytest.raises(ConfigError, match="skip_channels is 5 at 4 times the tokens' grid, and the backbone gives"):
-            head(lacking, [head.prepare([reference(1)])], image, valid)
+            head(lacking, [head.prepare_references([reference(1)])], image, valid)
 
     def test_a_decoder_may_end_before_the_canvas(self) -> None:
         head = TokenMatchHead(replace(CONFIG, skip_channels=(6,), decoder_channels=(8,))).eval()
         image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
         with torch.no_grad():
-            matte = head(features(1), [head.prepare([reference(1)])], image, valid)
+            matte = head(features(1), [head.prepare_references([reference(1)])], image, valid)
         assert matte.alpha.shape == (1, 1, SIDE, SIDE)

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from train_data import MODEL, log, metadata, same_weights, train, write_config
 
-from icm_cli.config import parse_model
+from icm_cli.config import parse_model_config
 from icm_cli.errors import ConfigError
 from icm_cli.model.lite.backbone import DinoV2Lite
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.model.lite.refiner import Refine
-from icm_cli.model.loading import model_to_train
+from icm_cli.model.loading import load_model_for_training
 from icm_cli.training.data.pool import Item, Pool, read_pool
 from icm_cli.training.data.spoiling import by_objects, by_outline, by_tokens, with_doubted_parts
 from icm_cli.training.settings import MatchConfig, TrainConfig, read_settings
@@ -76,7 +76,9 @@ def changed_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor
 
 def untrained() -> dict[str, torch.Tensor]:
     """The weights that a run of seed 0 begins with."""
-    model = model_to_train(parse_model(MODEL, "test"), checkpoint=None, weights=None, offline=True, seed=0)
+    model = load_model_for_training(
+        parse_model_config(MODEL, "test"), checkpoint=None, weights=None, offline=True, seed=0
+    )
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
 
@@ -528,7 +530,9 @@ class TestLiveBlocks:
         assert done.exit_code == 0, done.output
         after = load_file(tmp_path / "whole" / "last.safetensors")
         settings_ = read_settings(config)
-        before = model_to_train(settings_.model, checkpoint=None, weights=None, offline=True, seed=0).state_dict()
+        before = load_model_for_training(
+            settings_.model, checkpoint=None, weights=None, offline=True, seed=0
+        ).state_dict()
         changed = {key for key in before if key.startswith("backbone") and not after[key].equal(before[key])}
         assert {key.split(".")[3] for key in changed} == {"10", "11"}
         assert train(config, tmp_path / "parts", "--set", "train.steps=5").exit_code == 0
@@ -540,7 +544,7 @@ class TestLiveBlocks:
         backbone = DinoV2Lite(DinoV2Lite.Config(long_side_px=96, layers=(9, 12), scale_blocks=())).eval()
         image = torch.rand(2, 3, 96, 64)
         with torch.no_grad(), backbone.keeping_stems(4) as stems:
-            feature = backbone.target(image, torch.ones(2, 96, 64, dtype=torch.bool), ["", ""]).correspondence
+            feature = backbone.target_features(image, torch.ones(2, 96, 64, dtype=torch.bool), ["", ""]).correspondence
         torch.testing.assert_close(
             backbone.from_stems(torch.zeros_like(feature), stems[0], 4)[:, :768], feature[:, :768]
         )

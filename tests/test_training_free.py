@@ -15,12 +15,11 @@ from torch import Tensor
 from icm_cli.errors import ConfigError
 from icm_cli.model.contracts import Features, ReferenceFeatures
 from icm_cli.model.core import InContextMatting
-from icm_cli.model.guidance import ReferenceTokens
 from icm_cli.model.lite.efficientnet import EfficientNetLite, EfficientNetLiteConfig
-from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity, token_valid
+from icm_cli.model.similarity import AttentionMatrix, ReferenceTokens, SelfSimilarity, valid_tokens
 from icm_cli.model.training_free.closed_form import solve_alpha
-from icm_cli.model.training_free.clusters import clusters, nearest_is_foreground, thing_of_clusters
-from icm_cli.model.training_free.head import TrainingFree, TrainingFreeConfig, soft_maximum, strong_regions
+from icm_cli.model.training_free.clusters import clusters, nearest_is_foreground, segment_by_clusters
+from icm_cli.model.training_free.head import TrainingFree, TrainingFreeConfig, keep_strong_regions, soft_max_similarity
 
 STRIDE = 16
 BACKDROP, BALL, CUBE, MEADOW = range(4)
@@ -36,7 +35,7 @@ def features(kinds: Tensor, valid: Tensor, seed: int = 0) -> Features:
     axes = torch.eye(16)
     prototypes = torch.stack([axes[0], axes[1], -axes[1], -axes[0]])
     correspondence = (prototypes[kinds].permute(2, 0, 1) + 0.05 * noise)[None]
-    on_tokens = token_valid(valid, STRIDE)
+    on_tokens = valid_tokens(valid, STRIDE)
     intra = {STRIDE: SelfSimilarity(correspondence, on_tokens, temperature=0.15)}
     return Features(correspondence, on_tokens, {}, intra)
 
@@ -66,7 +65,7 @@ def reference(kinds: Tensor, kind: int, seed: int = 1) -> ReferenceFeatures:
 
 def matte(head: TrainingFree, kinds: Tensor, *references: ReferenceFeatures):
     valid = whole(kinds)
-    return head(features(kinds, valid), [head.prepare(references)], picture(kinds), valid)
+    return head(features(kinds, valid), [head.prepare_references(references)], picture(kinds), valid)
 
 
 def share_inside(alpha: Tensor, kinds: Tensor, kind: int) -> float:
@@ -101,7 +100,7 @@ def test_alpha_and_confidence_have_their_shapes_and_ranges(head):
         {STRIDE: SelfSimilarity(one.correspondence.expand(2, -1, -1, -1), one.valid.expand(2, -1, -1), 0.15)},
     )
     image = picture(kinds).expand(2, -1, -1, -1)
-    result = head(two, [head.prepare([reference(scene((BALL, 5)), BALL)])] * 2, image, valid)
+    result = head(two, [head.prepare_references([reference(scene((BALL, 5)), BALL)])] * 2, image, valid)
     assert result.alpha.shape == (2, 1, 160, 224)
     assert result.alpha.dtype == torch.float32
     assert 0 <= result.alpha.min() < 0.01
@@ -123,7 +122,7 @@ def test_padded_tokens_take_no_part(head):
     valid = whole(kinds)
     valid[:, :, 160:] = False
     valid[:, 130:] = False  # a row of tokens is padding in part: it counts
-    prepared = head.prepare([reference(scene((BALL, 5)), BALL)])
+    prepared = head.prepare_references([reference(scene((BALL, 5)), BALL)])
     results = []
     for padding in (BACKDROP, BALL):
         padded = kinds.clone()
@@ -138,7 +137,7 @@ def test_padding_of_a_reference_takes_no_part(head):
     kinds = scene((BALL, 1))
     padded = reference(kinds, BALL)
     padded.valid[:, :, 160:] = False
-    prepared = head.prepare([padded])
+    prepared = head.prepare_references([padded])
     assert len(prepared.foreground) == 16
     assert len(prepared.background) == 10 * 10 - 16
 
@@ -164,17 +163,17 @@ def test_a_guidance_smaller_than_a_token_leaves_a_notice(head):
     small = reference(scene((BALL, 5)), BALL)
     guidance = torch.zeros_like(small.guidance)
     guidance[..., 52:56, 84:88] = 1
-    prepared = head.prepare([dataclasses.replace(small, guidance=guidance)])
+    prepared = head.prepare_references([dataclasses.replace(small, guidance=guidance)])
     assert len(prepared.foreground) == 1
     assert "smaller than half a token" in prepared.notices[0]
-    assert head.prepare([small]).notices == []
+    assert head.prepare_references([small]).notices == []
 
 
 def test_intra_similarity_spreads_the_evidence(head):
     kinds = scene((BALL, 1), (CUBE, 8))
     flat = AttentionMatrix(torch.full((1, kinds.numel(), kinds.numel()), 1 / kinds.numel()), tuple(kinds.shape))
     target = dataclasses.replace(features(kinds, whole(kinds)), intra={STRIDE: flat})
-    prepared = head.prepare([reference(scene((BALL, 5)), BALL)])
+    prepared = head.prepare_references([reference(scene((BALL, 5)), BALL)])
     contrast = head.evidence(target, [prepared], STRIDE)[0].contrast
     assert contrast.std() < 1e-6  # everything alike: everywhere the mean
 
@@ -190,7 +189,7 @@ def test_the_unknown_share_is_bounded(share):
 
 def test_regions_without_strong_evidence_are_dropped():
     evidence = torch.tensor([[0.9, 0.5, 0.0, 0.5, 0.6, 0.0, 0.8]])
-    kept = strong_regions(evidence, evidence > 0, share=0.8)
+    kept = keep_strong_regions(evidence, evidence > 0, share=0.8)
     assert kept.tolist() == [[True, True, False, False, False, False, True]]
 
 
@@ -204,9 +203,9 @@ def test_soft_maximum_lies_between_mean_and_maximum():
     cosines = torch.tensor([0.9, 0.1, -0.4])
     reference = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
     target = torch.tensor([[1.0, 0.0]])
-    assert 0.2 < soft_maximum(reference, target, 0.1).item() < 0.9
-    assert soft_maximum(reference, target, 100.0).item() == pytest.approx(0.2, abs=0.01)
-    assert soft_maximum(reference[:0], target, 0.1).tolist() == [0.0]
+    assert 0.2 < soft_max_similarity(reference, target, 0.1).item() < 0.9
+    assert soft_max_similarity(reference, target, 100.0).item() == pytest.approx(0.2, abs=0.01)
+    assert soft_max_similarity(reference[:0], target, 0.1).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("side", [0.0, 1.0])
@@ -257,7 +256,7 @@ def test_it_follows_the_reference_with_the_efficientnet(head):
     image = torch.where(left, chequered, torch.where(right, striped, gravel))[None]
     valid = torch.ones(1, 320, 448, dtype=torch.bool)
     for inside, other in ((left, right), (right, left)):
-        prepared = model.reference([(image.flip(-1), inside.flip(-1)[None, None].float(), valid)])
+        prepared = model.prepare_references([(image.flip(-1), inside.flip(-1)[None, None].float(), valid)])
         alpha = model.infer(image, valid, prepared).alpha[0, 0]
         assert alpha[inside].mean() > 0.8
         assert alpha[other].mean() < 0.2
@@ -298,7 +297,7 @@ class TestClusters:
         kinds = scene((BALL, 1))
         valid = whole(kinds)
         valid[:, :, 160:] = False
-        prepared = by_clusters.prepare([reference(scene((BALL, 5)), BALL)])
+        prepared = by_clusters.prepare_references([reference(scene((BALL, 5)), BALL)])
         results = []
         for padding in (BACKDROP, BALL):
             padded = kinds.clone()
@@ -314,7 +313,7 @@ class TestClusters:
         spoiled[:, :, 3:7, 3:5] = spoiled[:, :, 3:7, 3:5] * 0.3 + 0.2 * torch.eye(16)[5][None, :, None, None]
         alone = dataclasses.replace(target, correspondence=spoiled)
         together = dataclasses.replace(alone, grouping=target.correspondence)
-        prepared = [by_clusters.prepare([reference(scene((BALL, 5)), BALL)])]
+        prepared = [by_clusters.prepare_references([reference(scene((BALL, 5)), BALL)])]
         found = [int(by_clusters.evidence(each, prepared, STRIDE)[0].contrast.sum()) for each in (alone, together)]
         assert found[1] == 16
         assert found[0] <= 16
@@ -325,7 +324,7 @@ class TestClusters:
         target = torch.cat([axes[:1].expand(5, -1), like[None].expand(4, -1), axes[2:3].expand(8, -1)])
         tokens = ReferenceTokens(axes[:1].expand(3, -1), axes[2:3].expand(3, -1))
         counts = [
-            int(thing_of_clusters(target, target, tokens, candidate_above=0.0, group=0.95, join=join).inside.sum())
+            int(segment_by_clusters(target, target, tokens, candidate_above=0.0, group=0.95, join=join).inside.sum())
             for join in (0.5, 0.7)
         ]
         assert counts == [9, 5]  # its score is 0.8 * 0.8

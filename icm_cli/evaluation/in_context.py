@@ -26,9 +26,9 @@ from icm_cli.matting.outcome import Outcome
 from icm_cli.matting.predictor import Predictor
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.matting.shot import Key, Shot, described
-from icm_cli.model.checkpoint import read_trained_on
-from icm_cli.model.contracts import Prepared
-from icm_cli.model.lite.finetuning import described as learning_described
+from icm_cli.model.checkpoint import read_training_digests
+from icm_cli.model.contracts import PreparedReferences
+from icm_cli.model.lite.finetuning import finetuning_digest_text
 from icm_cli.reports.report import Report
 
 OLD_AFTER_S = 7 * 24 * 3600.0
@@ -60,7 +60,7 @@ def matte_and_score(
     examples = [(number, group) for number, groups in enumerate(references, 1) for group in groups]
     digester = choice.digester()
     steps = choice.learn_steps(learn_steps, is_shot=is_shot)
-    form = [*filter(None, [learning_described(steps), described() if is_shot else ""])]
+    form = [*filter(None, [finetuning_digest_text(steps), described() if is_shot else ""])]
     digests = [digester([*shelf.digests(references[number - 1][group]), *form]) for number, group in examples]
     notes = group_notes(evaluation.groups, len(references), refs_per_group)
     home = contextlib.nullcontext(save_alphas) if save_alphas else _until_done(_work_folder(digests, evaluation))
@@ -85,7 +85,7 @@ def matte_and_score(
                 if predictor is not None:
 
                     @functools.lru_cache(maxsize=1)
-                    def prepared(example: int) -> Prepared:
+                    def prepared(example: int) -> PreparedReferences:
                         number, group = examples[example]
                         return shelf.prepared(predictor, references[number - 1][group], steps, is_shot=is_shot)
 
@@ -116,7 +116,7 @@ def _outcome(
     *,
     learning: dict[str, Any],
 ) -> Outcome:
-    trained_on = read_trained_on(choice.checkpoint) if choice.checkpoint else None
+    trained_on = read_training_digests(choice.checkpoint) if choice.checkpoint else None
     if choice.checkpoint and trained_on is None:
         unknown = f"{choice.checkpoint} does not say which images it was trained on; some of these may be among them"
         notes = [*notes, unknown]
@@ -204,7 +204,7 @@ class _Shelf:
 
     def prepared(
         self, predictor: Predictor, names: Sequence[str], learn_steps: int, *, is_shot: bool = False
-    ) -> Prepared:
+    ) -> PreparedReferences:
         """References as the model sees them, which its head has learned in so many steps."""
         references = [self._read(self.evaluation.by_name[name]) for name in names]
         return shown(predictor, references, learn_steps, is_shot=is_shot)

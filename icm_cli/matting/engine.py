@@ -28,7 +28,7 @@ from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.resume import Origin, OtherSourceError, finished, stamp
 from icm_cli.matting.shot import CARRIED_KEY, Carrier, Shot, encoded
 from icm_cli.matting.sources import MAX_LISTED_FILES
-from icm_cli.model.contracts import Prepared
+from icm_cli.model.contracts import PreparedReferences
 from icm_cli.reports.result import ImageResult
 
 
@@ -69,7 +69,7 @@ class Engine:
     def __init__(
         self,
         predictor: Predictor,
-        reference: Callable[[int], Prepared],
+        reference: Callable[[int], PreparedReferences],
         settings: EngineOptions,
         *,
         on_result: Callable[[ImageResult], None],
@@ -211,7 +211,7 @@ class Engine:
                 self.batch_size = len(part) // 2
                 self._notice(f"out of memory with {len(part)} images at a time; going on with {self.batch_size}")
             else:
-                device = self.predictor.device.describe()
+                device = self.predictor.device.description
                 self._emit(_failed(part[0].job, f"{part[0].job.source} ran out of memory on {device}"))
                 batch = batch[1:]
 
@@ -237,7 +237,9 @@ class Engine:
                 raise DeviceError(f"device {self.predictor.device.torch_device} was lost: {reason}") from error
             raise
 
-    def _looks(self, part: list[Loaded], reference: Prepared) -> list[Callable[[ImageU8 | None], CanvasMatte]]:
+    def _looks(
+        self, part: list[Loaded], reference: PreparedReferences
+    ) -> list[Callable[[ImageU8 | None], CanvasMatte]]:
         """Ways to the coarse alphas of frames, which may depend on the alpha of the frame before."""
 
         def near(references: NearBy, item: Loaded, before: ImageU8 | None) -> CanvasMatte:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from icm_cli.device import device_names
+from icm_cli.device import parse_devices
 from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import Problem, UsageError, did_you_mean
 from icm_cli.events import Listener
@@ -29,7 +29,7 @@ from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.shot import Key, Shot, apart, described
 from icm_cli.matting.sources import SkippedFiles, file_type_or_unknown, find_sources, real_path
 from icm_cli.matting.work import Crew, Work
-from icm_cli.model.lite.finetuning import described as learning_described
+from icm_cli.model.lite.finetuning import finetuning_digest_text
 from icm_cli.reports.report import Album, Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import SideOutputs
@@ -104,7 +104,7 @@ def matte(
     listener = listener or Listener()
     start = time.perf_counter()
     _check(workers, out)
-    if ray is not None or len(device_names(device)) > 1:
+    if ray is not None or len(parse_devices(device)) > 1:
         _refuse_on_several(shot=shot, learn_steps=learn_steps)
     refs, masks = as_paths(ref), as_paths(mask)
     side = SideOutputs.checked(report, contact_sheet)
@@ -138,7 +138,7 @@ def matte(
         edges_weights=edges_weights,
     )
     with Cluster.wanted(ray, ray_cpus, device) or contextlib.nullcontext() as cluster:
-        choices = [cluster.choice(checked)] if cluster else [checked(device=each) for each in device_names(device)]
+        choices = [cluster.choice(checked)] if cluster else [checked(device=each) for each in parse_devices(device)]
         if dry_run:
             return Report(settings={}, results=[_planned(job) for job in jobs])
         side.check_writable(place.folder)
@@ -146,7 +146,7 @@ def matte(
 
         steps = choices[0].learn_steps(learn_steps, is_shot=shot)
         digest = _digest(choices[0], references, colour, output, steps, is_shot=shot)
-        where = [*(choice.where.describe() for choice in choices), *([cluster.describe()] if cluster else [])]
+        where = [*(choice.where.description for choice in choices), *([cluster.describe()] if cluster else [])]
         settings = _settings(src, choices[0], refs, masks, colour) | {"digest": digest, "device": "; ".join(where)}
         settings |= {"shot": shot, "learn_steps": steps}
         scoring = None
@@ -255,7 +255,7 @@ def _digest(
 ) -> str:
     """Hash of all that decides an alpha beside its source, and its form."""
     carried = described() if is_shot else ""
-    forms = filter(None, [colour.digest_text(), output.digest_text(), learning_described(learn_steps), carried])
+    forms = filter(None, [colour.digest_text(), output.digest_text(), finetuning_digest_text(learn_steps), carried])
     return choice.digester()([*(one.digest for one in references), *forms])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli import guided_filter
-from icm_cli.config import ModelConfig, part_class
+from icm_cli.config import ModelConfig, component_class
 from icm_cli.device import Device
 from icm_cli.environment import __version__
 from icm_cli.errors import UsageError
@@ -17,7 +17,7 @@ from icm_cli.files import combined_digest
 from icm_cli.matting.predictor import Predictor, check_learn_steps
 from icm_cli.model.contracts import Head
 from icm_cli.model.lite.finetuning import STEPS
-from icm_cli.model.loading import device_for, load_model, model_digest, resolve_model, with_edges
+from icm_cli.model.loading import load_model, model_digest, override_edges, resolve_model, select_device
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class ModelChoice:
         if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
             raise UsageError(f"batch size is {batch_size!r}; expected auto, or 1 or more")
         config, path = resolve_model(model, checkpoint)
-        config = with_edges(config, edges, edges_weights)
-        where = device_for(config, device, dtype)
+        config = override_edges(config, edges, edges_weights)
+        where = select_device(config, device, dtype)
         at_a_time = batch_size if isinstance(batch_size, int) else where.auto_batch_size
         return cls(config, path, weights, offline, seed, where, at_a_time)
 
@@ -72,7 +72,7 @@ class ModelChoice:
 
         Raises UsageError.
         """
-        return _learn_steps(asked, part_class("head", self.config.head.name), is_shot=is_shot)
+        return _learn_steps(asked, component_class("head", self.config.head.name), is_shot=is_shot)
 
     def load(self) -> Predictor:
         """The model on its device."""
@@ -83,7 +83,7 @@ class ModelChoice:
 
     def describe(self) -> str:
         parts = [self.config.backbone, self.config.head, *filter(None, [self.config.edges])]
-        return f"model {' + '.join(part.name for part in parts)} on {self.where.describe()}"
+        return f"model {' + '.join(part.name for part in parts)} on {self.where.description}"
 
     def as_settings(self) -> dict[str, Any]:
         """For the report."""
@@ -91,7 +91,7 @@ class ModelChoice:
             "model": self.config.as_dict(),
             "checkpoint": str(self.checkpoint) if self.checkpoint else None,
             "weights": self.weights,
-            "device": self.where.describe(),
+            "device": self.where.description,
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
@@ -128,10 +128,10 @@ class LoadedModel:
 
     def describe(self) -> str:
         model = self.predictor.model
-        return f"model {type(model.backbone).__name__} + {type(model.head).__name__} on {self.where.describe()}"
+        return f"model {type(model.backbone).__name__} + {type(model.head).__name__} on {self.where.description}"
 
     def as_settings(self) -> dict[str, Any]:
-        return {"model": self.describe(), "device": self.where.describe(), "batch_size": self.batch_size}
+        return {"model": self.describe(), "device": self.where.description, "batch_size": self.batch_size}
 
 
 def _learn_steps(asked: int | None, head: type[Head], *, is_shot: bool) -> int:

@@ -17,7 +17,7 @@ from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.crops import Place, looked, place_of
 from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
 from icm_cli.matting.references import Reference
-from icm_cli.model.contracts import Prepared
+from icm_cli.model.contracts import PreparedReferences
 
 LOST_BELOW = 0.5
 """Least share of the thing's area in the frame before that a crop must show, or the whole frame is looked at too."""
@@ -27,8 +27,8 @@ LOST_BELOW = 0.5
 class NearBy:
     """References as they are given, ``whole``, and cropped about their things and learned, ``near``."""
 
-    whole: Prepared
-    near: Prepared
+    whole: PreparedReferences
+    near: PreparedReferences
 
     @property
     def notices(self) -> Sequence[str]:
@@ -80,7 +80,9 @@ def _share(matte: CanvasMatte, frame: Frame) -> float:
     return float((frame.placement.crop_to_content(matte.alpha) > 0.5).mean())
 
 
-def shown(predictor: Predictor, references: Sequence[Reference], learn_steps: int, *, is_shot: bool) -> Prepared:
+def shown(
+    predictor: Predictor, references: Sequence[Reference], learn_steps: int, *, is_shot: bool
+) -> PreparedReferences:
     """References as the model prepares them, in both ways for a shot whose references are learned.
 
     Raises UsageError, ConfigError and DeviceError as the predictor does.

@@ -20,10 +20,10 @@ from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.crops import Place, area_of, looked, place_of, put
 from icm_cli.matting.references import Reference, make_guidance
-from icm_cli.model.contracts import Head, Prepared
+from icm_cli.model.contracts import Head, PreparedReferences
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import confidence_and_found
-from icm_cli.model.loading import device_for, load_model, resolve_model, with_edges
+from icm_cli.model.loading import load_model, override_edges, resolve_model, select_device
 
 DOUBT_MARGIN = 0.25
 """Margin of a crop about what is in doubt, as a share of its longer side."""
@@ -80,7 +80,9 @@ class Predictor:
                 else model.to_device(device.torch_device, device.dtype, device.transformer_dtype)
             )
 
-    def reference(self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]], *, learn_steps: int = 0) -> Prepared:
+    def reference(
+        self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]], *, learn_steps: int = 0
+    ) -> PreparedReferences:
         """Show the model the thing: pairs of a picture, sRGB uint8 [H,W,3], and its mask.
 
         A mask is bool, uint8 0..255 or float 0..1, [h,w], of its picture's shape. Returns what :meth:`matte`
@@ -91,19 +93,19 @@ class Predictor:
         doing = f"the references were learned in {learn_steps} steps" if learn_steps else "the references were shown"
         with _told(self.device, doing), torch.no_grad():
             tensors = [self._reference_tensors(_as_reference(pair)) for pair in pairs]
-            return self.model.reference(tensors, learn_steps=learn_steps)
+            return self.model.prepare_references(tensors, learn_steps=learn_steps)
 
     def prepare(self, rgb: ImageU8) -> Frame:
         """Bring a picture, sRGB uint8 [H,W,3] of any size, to the canvas. Touches no model: safe in threads."""
         placement = self.model.backbone.canvas.placement(*rgb.shape[:2])
         return Frame(rgb, placement.to_canvas(rgb), placement)
 
-    def infer(self, frames: Sequence[Frame], reference: Prepared) -> list[CanvasMatte]:
+    def infer(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[CanvasMatte]:
         """Run the model on frames of one canvas size."""
         coarse = self.coarse(frames, reference)
         return [self._decided(frame, matte, reference) for frame, matte in zip(frames, coarse, strict=True)]
 
-    def coarse(self, frames: Sequence[Frame], reference: Prepared) -> list[CanvasMatte]:
+    def coarse(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[CanvasMatte]:
         """Run backbone and head on frames of one canvas size, and leave the edges to :meth:`with_edges`."""
         valid = self._on_device(np.stack([frame.placement.content_mask() for frame in frames]))
         matte = self.model.infer(self._images([frame.canvas for frame in frames]), valid, reference)
@@ -126,7 +128,7 @@ class Predictor:
             return matte
         return replace(matte, alpha=edges.refined(frame.rgb, self._whole(frame, matte.alpha)), is_refined=True)
 
-    def _decided(self, frame: Frame, matte: CanvasMatte, reference: Prepared) -> CanvasMatte:
+    def _decided(self, frame: Frame, matte: CanvasMatte, reference: PreparedReferences) -> CanvasMatte:
         """A matte with its edges; where it is in doubt whether the thing is there, a look from near by has a vote."""
         edges = self.model.edges
         if edges is None or matte.if_there is None or not np.isfinite(matte.if_there).all():
@@ -142,7 +144,7 @@ class Predictor:
         refined = edges.refined(frame.rgb, alpha.numpy())
         return replace(matte, alpha=refined, confidence=float(confidence), found=bool(found), is_refined=True)
 
-    def _from_near_by(self, frame: Frame, whole: Float, reference: Prepared) -> tuple[Float, float] | None:
+    def _from_near_by(self, frame: Frame, whole: Float, reference: PreparedReferences) -> tuple[Float, float] | None:
         """Ask a crop about a coarse alpha [h,w]. Returns its own coarse alpha as if the thing were there, float32 [H,W]
         of the frame and 0 beside the crop, and the logit of its presence; None where no crop shows more."""
         size = (frame.rgb.shape[0], frame.rgb.shape[1])
@@ -167,7 +169,7 @@ class Predictor:
         coarse = frame.placement.crop_to_content(alpha)
         return coarse if self.model.objects is None else self.model.objects.completed(frame.rgb, coarse)
 
-    def matte(self, rgb: ImageU8, reference: Prepared) -> ImageU8:
+    def matte(self, rgb: ImageU8, reference: PreparedReferences) -> ImageU8:
         """Alpha, uint8 [H,W], of a picture, sRGB uint8 [H,W,3], at exactly its size."""
         frame = self.prepare(rgb)
         return alpha_to_u8(self.infer([frame], reference)[0].at_source(frame))
@@ -201,7 +203,7 @@ def _told(device: Device, doing: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise ConfigError(
-                f"memory ran out on {device.describe()} while {doing}; end what else is on it, or take another "
+                f"memory ran out on {device.description} while {doing}; end what else is on it, or take another "
                 "--device, a --dtype of half the size or a smaller model"
             ) from error
         if is_device_lost(error):
@@ -242,8 +244,8 @@ def load(
     """
     path = Path(checkpoint) if checkpoint is not None else None
     config, path = resolve_model(model, path)
-    config = with_edges(config, edges, edges_weights)
-    target = device_for(config, device, dtype)
+    config = override_edges(config, edges, edges_weights)
+    target = select_device(config, device, dtype)
     return Predictor(load_model(config, checkpoint=path, weights=weights, offline=offline, seed=seed), target)
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from icm_cli.config import ModelConfig, parse_model
+from icm_cli.config import ModelConfig, parse_model_config
 from icm_cli.errors import ConfigError, did_you_mean
 from icm_cli.files import atomic_write
 
@@ -103,7 +103,7 @@ def _small(key: str, tensor: Tensor) -> dict[str, Tensor]:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of ours or the published one. Raises ConfigError, which names what the file is."""
-    if file_kind(path) == "published":
+    if detect_file_kind(path) == "published":
         return Checkpoint(_read_published(path), None, {})
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
@@ -116,23 +116,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def read_config(path: Path) -> ModelConfig | None:
     """The configuration inside a checkpoint of ours, None for the published file; reads no tensor."""
-    if file_kind(path) == "published":
+    if detect_file_kind(path) == "published":
         return None
     with safetensors.safe_open(path, framework="pt") as file:
         return _parse_config(path, file.metadata())
 
 
-def holds_backbone(path: Path) -> bool:
+def has_backbone(path: Path) -> bool:
     """Whether a checkpoint holds its backbone's weights too; reads no tensor."""
-    if file_kind(path) == "published":
+    if detect_file_kind(path) == "published":
         return False
     with safetensors.safe_open(path, framework="pt") as file:
         return any(key.startswith("backbone.") for key in file.keys())  # noqa: SIM118 (not a mapping)
 
 
-def read_trained_on(path: Path) -> frozenset[str] | None:
+def read_training_digests(path: Path) -> frozenset[str] | None:
     """SHA-256 of the image files a checkpoint was trained on, None where it does not say."""
-    if file_kind(path) == "published":
+    if detect_file_kind(path) == "published":
         return None
     with safetensors.safe_open(path, framework="pt") as file:
         text = file.metadata().get(TRAINED_ON_KEY)
@@ -142,11 +142,11 @@ def read_trained_on(path: Path) -> frozenset[str] | None:
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Load a state dict whose keys and shapes are exactly the module's. Raises ConfigError."""
     expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
-    check_strict(expected, {key: tensor.shape for key, tensor in tensors.items()}, where)
+    check_tensor_shapes(expected, {key: tensor.shape for key, tensor in tensors.items()}, where)
     module.load_state_dict(tensors, strict=True)
 
 
-def check_strict(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], where: str) -> None:
+def check_tensor_shapes(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], where: str) -> None:
     """Keys and shapes must be the expected ones exactly. Raises ConfigError that names the first that is not."""
     for key in expected:
         if key not in found:
@@ -161,7 +161,7 @@ def check_strict(expected: Mapping[str, torch.Size], found: Mapping[str, torch.S
             )
 
 
-def rename_published(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def convert_published_tensors(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Tensors of the published decoder under our names, ``head.*``. Raises ConfigError for a key it does not know."""
     return {f"head.{_our_name(key, where)}": tensor for key, tensor in tensors.items()}
 
@@ -190,7 +190,7 @@ def _read_published(path: Path) -> dict[str, Tensor]:
                 f"{PUBLISHED_PREFIX!r}, as in the published In-Context Matting checkpoint"
             )
         decoder[str(key).removeprefix(PUBLISHED_PREFIX)] = tensor
-    return rename_published(decoder, f"checkpoint {path}")
+    return convert_published_tensors(decoder, f"checkpoint {path}")
 
 
 def _unpickle(path: Path) -> Any:
@@ -214,7 +214,7 @@ def _unpickle(path: Path) -> Any:
         raise ConfigError(f"checkpoint {path} cannot be read ({reason}); it is damaged, get it again") from error
 
 
-def file_kind(path: Path) -> FileKind:
+def detect_file_kind(path: Path) -> FileKind:
     """Whether a file is a checkpoint of ours or a torch zip. Raises ConfigError, which names what else it is."""
     try:
         with path.open("rb") as file:
@@ -293,4 +293,4 @@ def _parse_config(path: Path, metadata: Mapping[str, str]) -> ModelConfig:
         raise ConfigError(
             f"checkpoint {path} holds a configuration that is not JSON; it is damaged, get it again"
         ) from error
-    return parse_model(mapping, f"configuration in checkpoint {path}")
+    return parse_model_config(mapping, f"configuration in checkpoint {path}")

@@ -70,7 +70,7 @@ class Features:
     intra: Mapping[int, IntraSimilarity]
     grouping: Tensor | None = None
 
-    def one(self, index: int) -> Features:
+    def correspondence_only(self, index: int) -> Features:
         """The correspondence feature of one image, as a batch of one; nothing else of it is kept."""
         return Features(self.correspondence[index : index + 1], self.valid[index : index + 1], {}, {})
 
@@ -119,7 +119,7 @@ class Presence:
     is_uncertain: Tensor
 
 
-class Prepared(Protocol):
+class PreparedReferences(Protocol):
     """References condensed by a head, for that same head's ``forward``."""
 
     @property
@@ -134,7 +134,7 @@ class Backbone(nn.Module, ABC):
     Config: ClassVar[type[Any]]
     """Frozen dataclass of this backbone's settings."""
 
-    gives_matrix: ClassVar[bool]
+    has_attention_matrix: ClassVar[bool]
     """Whether ``Features.intra`` holds :class:`MatrixIntraSimilarity` objects."""
 
     is_self_contained: ClassVar[bool]
@@ -147,7 +147,7 @@ class Backbone(nn.Module, ABC):
     """Whether a transformer in it may have a dtype of its own, see :meth:`cast`."""
 
     @classmethod
-    def transformer_dtype(cls, config: Any) -> str:  # noqa: ARG003
+    def preferred_transformer_dtype(cls, config: Any) -> str:  # noqa: ARG003
         """Name of the dtype its transformer wants where the user asks for none, or "auto" for the device's."""
         return "auto"
 
@@ -169,7 +169,7 @@ class Backbone(nn.Module, ABC):
     def optimise_for_inference(self) -> None:
         """Rearrange the weights for speed, once, before inference; no training or saving after. Does nothing here."""
 
-    def cast(self, dtype: torch.dtype, transformer_dtype: torch.dtype) -> None:
+    def set_dtype(self, dtype: torch.dtype, transformer_dtype: torch.dtype) -> None:
         """Bring the weights to ``dtype``, for inference; those of a transformer, where there is one apart, to
         ``transformer_dtype``."""
         del transformer_dtype
@@ -181,14 +181,14 @@ class Backbone(nn.Module, ABC):
         """The canvas sizes this backbone takes."""
 
     @abstractmethod
-    def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
+    def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
         """Features of a batch of references: the correspondence feature alone.
 
         ``noise`` names each image's noise, for backbones that draw any: equal names, equal noise.
         """
 
     @abstractmethod
-    def target(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
+    def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
         """Features of a batch of targets, each image's independent of its neighbours'; ``noise`` as above."""
 
 
@@ -198,7 +198,7 @@ class Head(nn.Module, ABC):
     Config: ClassVar[type[Any]]
     """Frozen dataclass of this head's settings."""
 
-    needs_matrix: ClassVar[bool]
+    needs_attention_matrix: ClassVar[bool]
     """Whether it reads ``MatrixIntraSimilarity.matrix()``."""
 
     is_trained: ClassVar[bool]
@@ -207,11 +207,11 @@ class Head(nn.Module, ABC):
     can_learn_references: ClassVar[bool] = False
     """Whether a copy of it can learn the references of a run before it mattes."""
 
-    def leave_edges(self) -> None:
+    def disable_edge_refinement(self) -> None:
         """Answer coarsely from now on: what refines edges comes after. Does nothing where there is nothing to spare."""
 
     @abstractmethod
-    def prepare(self, references: Sequence[ReferenceFeatures]) -> Prepared:
+    def prepare_references(self, references: Sequence[ReferenceFeatures]) -> PreparedReferences:
         """Condense the references into what :meth:`forward` needs; called once per run."""
 
     @abstractmethod
@@ -257,7 +257,7 @@ class Objects(nn.Module, ABC):
     def optimise_for_inference(self) -> None:
         """Rearrange the weights for speed, once, before inference; no training or saving after. Does nothing here."""
 
-    def cast(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
+    def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
         """Bring the weights to ``dtype``, or to ``fast_dtype`` where that is as good: see ``Device``."""
         del fast_dtype
         self.to(dtype)
@@ -307,7 +307,7 @@ class Edges(nn.Module, ABC):
     def optimise_for_inference(self) -> None:
         """Rearrange the weights for speed, once, before inference; no training or saving after. Does nothing here."""
 
-    def cast(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
+    def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
         """Bring the weights to ``dtype``, or to ``fast_dtype`` where that is as good: see ``Device``."""
         del fast_dtype
         self.to(dtype)

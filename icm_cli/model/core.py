@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
-from icm_cli.model.contracts import Backbone, Edges, Features, Head, Matte, Objects, Prepared, ReferenceFeatures
+from icm_cli.model.contracts import (
+    Backbone,
+    Edges,
+    Features,
+    Head,
+    Matte,
+    Objects,
+    PreparedReferences,
+    ReferenceFeatures,
+)
 from icm_cli.model.lite.finetuning import Learned, learned
 from icm_cli.model.lite.head import TokenMatchHead
 
@@ -64,13 +73,13 @@ class InContextMatting(nn.Module):
         self, backbone: Backbone, head: Head, edges: Edges | None = None, objects: Objects | None = None
     ) -> None:
         super().__init__()
-        _check_join(backbone, head)
+        _check_compatibility(backbone, head)
         self.backbone = backbone
         self.head = head
         self.objects = objects
         self.edges = edges
         if edges is not None:
-            head.leave_edges()
+            head.disable_edge_refinement()
 
     def to_device(self, device: torch.device, dtype: torch.dtype, transformer_dtype: torch.dtype | None = None) -> Self:
         """Move to ``device`` for inference; convolutions and projections in ``dtype``, a backbone's transformer in
@@ -81,32 +90,34 @@ class InContextMatting(nn.Module):
         self.eval()
         self.backbone.optimise_for_inference()
         self.to(device)
-        self.backbone.cast(dtype, transformer_dtype or dtype)
+        self.backbone.set_dtype(dtype, transformer_dtype or dtype)
         for part in (self.objects, self.edges):
             if part is not None:
                 part.optimise_for_inference()
-                part.cast(dtype, transformer_dtype or dtype)
+                part.set_dtype(dtype, transformer_dtype or dtype)
         for module in self.head.modules():
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
                 module.to(dtype)
         if device.type != "mps":
-            self.convolve_channels_last()
+            self.use_channels_last()
         return self
 
-    def convolve_channels_last(self) -> None:
+    def use_channels_last(self) -> None:
         """Weights of convolutions with their channels innermost: no reordering beside attention, which wants tokens."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
-    def reference(self, references: Sequence[tuple[Tensor, Tensor, Tensor]], *, learn_steps: int = 0) -> Prepared:
+    def prepare_references(
+        self, references: Sequence[tuple[Tensor, Tensor, Tensor]], *, learn_steps: int = 0
+    ) -> PreparedReferences:
         """Features of the references, once per run; with ``learn_steps`` a copy of the head learns them.
 
         ``references``: (image [1,3,H,W] sRGB 0..1, guidance [1,1,H,W] in {0,1}, valid [1,H,W] bool), each on a
         canvas of its own. Returns what the head makes of them, for :meth:`infer`.
         """
         seen = [
-            ReferenceFeatures(self.backbone.reference(image, valid, [reference_noise(index)]), guidance, valid)
+            ReferenceFeatures(self.backbone.reference_features(image, valid, [reference_noise(index)]), guidance, valid)
             for index, (image, guidance, valid) in enumerate(references)
         ]
         if not all(bool(each.features.correspondence.isfinite().all()) for each in seen):
@@ -117,28 +128,30 @@ class InContextMatting(nn.Module):
         if learn_steps:
             assert isinstance(self.head, TokenMatchHead)  # see Head.can_learn_references
             return learned(self.backbone, self.head, references, learn_steps)
-        return self.head.prepare(seen)
+        return self.head.prepare_references(seen)
 
     def forward(self, pairs: Pairs, features: PairFeatures | None = None) -> Matte:
         """Matte targets by a reference each, with gradients; ``features`` where they are there already."""
-        features = features or self.features(pairs)
-        matte: Matte = self.head(features.target, self.prepared(pairs, features), pairs.image, pairs.valid)
+        features = features or self.extract_features(pairs)
+        matte: Matte = self.head(features.target, self.prepare_pairs(pairs, features), pairs.image, pairs.valid)
         return matte
 
-    def features(self, pairs: Pairs) -> PairFeatures:
+    def extract_features(self, pairs: Pairs) -> PairFeatures:
         """Run the backbone on targets and references."""
         return PairFeatures(
-            self.backbone.target(pairs.image, pairs.valid, pairs.target_noise),
-            self.backbone.reference(pairs.reference_image, pairs.reference_valid, pairs.reference_noise),
+            self.backbone.target_features(pairs.image, pairs.valid, pairs.target_noise),
+            self.backbone.reference_features(pairs.reference_image, pairs.reference_valid, pairs.reference_noise),
         )
 
-    def prepared(self, pairs: Pairs, features: PairFeatures) -> list[Prepared]:
+    def prepare_pairs(self, pairs: Pairs, features: PairFeatures) -> list[PreparedReferences]:
         """Prepare each pair's reference for the head."""
         return [
-            self.head.prepare(
+            self.head.prepare_references(
                 [
                     ReferenceFeatures(
-                        features.reference.one(i), pairs.guidance[i : i + 1], pairs.reference_valid[i : i + 1]
+                        features.reference.correspondence_only(i),
+                        pairs.guidance[i : i + 1],
+                        pairs.reference_valid[i : i + 1],
                     )
                 ]
             )
@@ -146,14 +159,14 @@ class InContextMatting(nn.Module):
         ]
 
     @torch.inference_mode()
-    def infer(self, image: Tensor, valid: Tensor, reference: Prepared) -> Matte:
+    def infer(self, image: Tensor, valid: Tensor, reference: PreparedReferences) -> Matte:
         """image [B,3,H,W] sRGB 0..1 and valid [B,H,W] on one canvas -> :class:`Matte` on that canvas.
 
         ``reference`` is what :meth:`reference` gave: the same for every image. The alpha of an image whose features
         are not finite is NaN.
         """
         count = len(image)
-        features = self.backbone.target(image, valid, [TARGET_NOISE] * count)
+        features = self.backbone.target_features(image, valid, [TARGET_NOISE] * count)
         head = self.head
         if isinstance(reference, Learned):
             head, reference = reference.head, reference.prepared
@@ -164,8 +177,8 @@ class InContextMatting(nn.Module):
         return replace(matte, alpha=matte.alpha.masked_fill(~is_finite[:, None, None, None], float("nan")))
 
 
-def _check_join(backbone: Backbone, head: Head) -> None:
-    if head.needs_matrix and not backbone.gives_matrix:
+def _check_compatibility(backbone: Backbone, head: Head) -> None:
+    if head.needs_attention_matrix and not backbone.has_attention_matrix:
         raise ConfigError(
             f"head {type(head).__name__} needs the intra-similarity's matrix, and backbone "
             f"{type(backbone).__name__} has none; join it with the stable-diffusion backbone or take the "

@@ -32,7 +32,7 @@ class ConvNormReLU(nn.Module):
         return F.relu(self.norm(self.conv(x)), inplace=True)
 
 
-def alpha_output(inputs: int, channels: int) -> nn.Sequential:
+def make_alpha_layers(inputs: int, channels: int) -> nn.Sequential:
     """The last layers before the sigmoid: [B,inputs,H,W] -> [B,1,H,W]."""
     return nn.Sequential(
         nn.Conv2d(inputs, channels, 3, padding=1),
@@ -47,7 +47,7 @@ def upsample(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
-def enlarged(x: Tensor, size: Sequence[int]) -> Tensor:
+def resize_bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
     """[B,C,h,w] brought to height and width ``size``, bilinear; as it is where it has them already."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x

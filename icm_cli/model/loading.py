@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from icm_cli.config import ModelConfig, PartConfig, load_model_config, part_class
+from icm_cli.config import ComponentConfig, ModelConfig, component_class, load_model_config
 from icm_cli.device import Device, resolve_device
 from icm_cli.errors import ConfigError, UsageError, did_you_mean
 from icm_cli.files import cached_file_digest, combined_digest
-from icm_cli.model.checkpoint import Checkpoint, holds_backbone, load_strict, read_checkpoint, read_config
+from icm_cli.model.checkpoint import Checkpoint, has_backbone, load_strict, read_checkpoint, read_config
 from icm_cli.model.contracts import Objects
 from icm_cli.model.core import InContextMatting
-from icm_cli.model.hub.catalogue import packed_weights
+from icm_cli.model.hub.catalogue import packed_checkpoint
 
 DEFAULT_MODEL = "lite"
 PUBLISHED_MODEL = "icm-sd21"
@@ -35,7 +35,7 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
     """
     if checkpoint is None:
         name = model or DEFAULT_MODEL
-        config, packed = load_model_config(name), packed_weights(name)
+        config, packed = load_model_config(name), packed_checkpoint(name)
         if packed is None:
             _require_checkpoint(config)
         return config, packed
@@ -47,7 +47,7 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
             f"{_difference(inside, given)}; leave --model out to take the checkpoint's own"
         )
     config = inside or given or load_model_config(PUBLISHED_MODEL)
-    if not part_class("head", config.head.name).is_trained:
+    if not component_class("head", config.head.name).is_trained:
         raise ConfigError(
             f"--checkpoint {checkpoint} does not apply to model {model!r}, whose head {config.head.name!r} has no "
             "weights; leave the option out"
@@ -55,7 +55,7 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
     return config, checkpoint
 
 
-def with_edges(config: ModelConfig, edges: str, weights: str | None) -> ModelConfig:
+def override_edges(config: ModelConfig, edges: str, weights: str | None) -> ModelConfig:
     """The model with other edges: those named, "model" for its own; ``weights``: a folder or hub id of theirs.
 
     Raises UsageError for a name that is not known, or weights that nothing would read.
@@ -64,21 +64,21 @@ def with_edges(config: ModelConfig, edges: str, weights: str | None) -> ModelCon
         raise UsageError(f"--edges is {edges!r}; expected {', '.join(EDGES)}. {did_you_mean(edges, EDGES)}")
     part = config.edges
     if edges != "model" and (part is None or part.name != edges):
-        part = PartConfig(edges, part_class("edges", edges).Config())
+        part = ComponentConfig(edges, component_class("edges", edges).Config())
     if weights is None:
         return replace(config, edges=part)
     if part is None:
         raise UsageError(
             f"the model has no edges, so --edges-weights {weights!r} has nothing to do; give --edges vitmatte"
         )
-    settings = part_class("edges", part.name).with_weights(part.settings, weights)
-    return replace(config, edges=PartConfig(part.name, settings))
+    settings = component_class("edges", part.name).with_weights(part.settings, weights)
+    return replace(config, edges=ComponentConfig(part.name, settings))
 
 
-def device_for(config: ModelConfig, device: str, dtype: str) -> Device:
+def select_device(config: ModelConfig, device: str, dtype: str) -> Device:
     """Device and dtypes of a model, by the command's names and what its backbone wants. Raises ConfigError."""
-    backbone = part_class("backbone", config.backbone.name)
-    wanted = backbone.transformer_dtype(config.backbone.settings)
+    backbone = component_class("backbone", config.backbone.name)
+    wanted = backbone.preferred_transformer_dtype(config.backbone.settings)
     where = resolve_device(device, dtype, transformer_dtype=wanted)
     return where if backbone.has_transformer else replace(where, transformer_dtype=where.dtype)
 
@@ -93,31 +93,31 @@ def load_model(
     """
     if checkpoint is None:
         _require_checkpoint(config)
-    return _assembled(config, checkpoint, weights, offline=offline, seed=seed).eval()
+    return _build_model(config, checkpoint, weights, offline=offline, seed=seed).eval()
 
 
-def model_to_train(
+def load_model_for_training(
     config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool, seed: int
 ) -> InContextMatting:
     """The model before training: the head's weights are the checkpoint's, or random ones that ``seed`` decides.
 
     The other arguments are those of :func:`load_model`. Raises ConfigError.
     """
-    if not part_class("head", config.head.name).is_trained:
+    if not component_class("head", config.head.name).is_trained:
         raise ConfigError(f"head {config.head.name!r} has no weights, so there is nothing to train; take another head")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _assembled(config, checkpoint, weights, offline=offline, seed=seed)
+        return _build_model(config, checkpoint, weights, offline=offline, seed=seed)
 
 
-def _assembled(
+def _build_model(
     config: ModelConfig, checkpoint: Path | None, weights: str | None, *, offline: bool, seed: int
 ) -> InContextMatting:
-    head = part_class("head", config.head.name)(config.head.settings)
+    head = component_class("head", config.head.name)(config.head.settings)
     loaded = None if checkpoint is None else read_checkpoint(checkpoint)
     if loaded is not None:
         load_strict(head, _part(loaded, "head"), f"checkpoint {checkpoint}")
-    kind, settings = part_class("backbone", config.backbone.name), config.backbone.settings
+    kind, settings = component_class("backbone", config.backbone.name), config.backbone.settings
     tensors = None if loaded is None else _part(loaded, "backbone")
     if tensors and kind.is_self_contained:
         _reject_weights(weights, checkpoint)
@@ -128,7 +128,7 @@ def _assembled(
         load_strict(backbone, tensors, f"checkpoint {checkpoint}")
     edges = None
     if config.edges is not None:
-        edges = part_class("edges", config.edges.name).load(config.edges.settings, offline=offline)
+        edges = component_class("edges", config.edges.name).load(config.edges.settings, offline=offline)
         if loaded is not None and edges.is_trained:
             load_strict(edges, _part(loaded, "edges"), f"checkpoint {checkpoint}")
     return InContextMatting(backbone, head, edges, _objects(config, loaded, checkpoint))
@@ -138,7 +138,7 @@ def _objects(config: ModelConfig, loaded: Checkpoint | None, checkpoint: Path | 
     """Build the objects, with the checkpoint's weights or else their pretrained ones."""
     if config.objects is None:
         return None
-    kind, settings = part_class("objects", config.objects.name), config.objects.settings
+    kind, settings = component_class("objects", config.objects.name), config.objects.settings
     tensors = {} if loaded is None else _part(loaded, "objects")
     objects: Objects = kind(settings) if tensors else kind.load(settings)
     if tensors:
@@ -155,10 +155,10 @@ def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str |
     pretrained = backbone_digest(config, checkpoint, weights, offline=offline)
     parts = [json.dumps(config.as_dict(), sort_keys=True), pretrained, content]
     if config.edges is not None:
-        edges = part_class("edges", config.edges.name).weights_digest(config.edges.settings, offline=offline)
+        edges = component_class("edges", config.edges.name).weights_digest(config.edges.settings, offline=offline)
         parts += [edges] if edges else []
     if config.objects is not None and checkpoint is None:
-        parts.append(part_class("objects", config.objects.name).weights_digest(config.objects.settings))
+        parts.append(component_class("objects", config.objects.name).weights_digest(config.objects.settings))
     return combined_digest(*parts)
 
 
@@ -167,8 +167,8 @@ def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str |
 
     Raises ConfigError where ``weights`` are given beside a checkpoint that holds them.
     """
-    backbone = part_class("backbone", config.backbone.name)
-    if checkpoint is not None and backbone.is_self_contained and holds_backbone(checkpoint):
+    backbone = component_class("backbone", config.backbone.name)
+    if checkpoint is not None and backbone.is_self_contained and has_backbone(checkpoint):
         _reject_weights(weights, checkpoint)
         return cached_file_digest(checkpoint)
     digest: str = backbone.weights_digest(config.backbone.settings, weights, offline=offline)
@@ -176,7 +176,7 @@ def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str |
 
 
 def _require_checkpoint(config: ModelConfig) -> None:
-    if part_class("head", config.head.name).is_trained:
+    if component_class("head", config.head.name).is_trained:
         raise ConfigError(
             f"head {config.head.name!r} has weights of its own and there are none to take; give them with --checkpoint "
             f"FILE (the published .ckpt or one that icm trained). --model {UNTRAINED_MODELS} needs none"

@@ -20,7 +20,7 @@ import torch
 import typer
 from torch import Tensor
 
-from icm_cli.config import ModelConfig, load_model_config, part_class
+from icm_cli.config import ModelConfig, component_class, load_model_config
 from icm_cli.errors import ConfigError, IcmError
 from icm_cli.model.checkpoint import (
     TRAINED_ON_KEY,
@@ -73,7 +73,7 @@ def pack(
             raise ConfigError(f"{edges} is of a model without edges; expected one that has learned them")
         parts.append(read_checkpoint(edges))
         config = replace(config, edges=part)
-        model.edges = part_class("edges", part.name).load(part.settings, offline=True)
+        model.edges = component_class("edges", part.name).load(part.settings, offline=True)
         load_strict(model.edges, _tensors(parts[-1], "edges"), f"checkpoint {edges}")
     if settings is not None:
         config = _with_settings(model, config, settings)
@@ -88,11 +88,11 @@ def _with_settings(model: InContextMatting, config: ModelConfig, settings: str) 
         raise ConfigError(
             f"--model {settings} has another backbone or other objects than the checkpoints; expected theirs"
         )
-    head = part_class("head", wanted.head.name)(wanted.head.settings)
+    head = component_class("head", wanted.head.name)(wanted.head.settings)
     load_strict(head, model.head.state_dict(), f"--model {settings}: the checkpoints' head")
     model.head = head.eval()
     if wanted.edges is not None and model.edges is not None:
-        edges = part_class("edges", wanted.edges.name).load(wanted.edges.settings, offline=True)
+        edges = component_class("edges", wanted.edges.name).load(wanted.edges.settings, offline=True)
         load_strict(edges, model.edges.state_dict(), f"--model {settings}: the checkpoints' edges")
         model.edges = edges
     elif (wanted.edges is None) != (model.edges is None):
@@ -110,7 +110,7 @@ def _with_objects(
     for path in objects[1:]:
         if _config(path).objects != part:
             raise ConfigError(f"{path} has other objects than {objects[0]}; expected trainings of one configuration")
-    model.objects = part_class("objects", part.name).load(part.settings)
+    model.objects = component_class("objects", part.name).load(part.settings)
     whole = [{**model.objects.state_dict(), **_tensors(each, "objects")} for each in learned]
     load_strict(model.objects, _mean(whole), f"the objects of {', '.join(map(str, objects))}")
     return replace(config, objects=part)

@@ -48,7 +48,9 @@ class FeatureCache:
         targets = [
             self._one(
                 ("target", batch.rgb[i], batch.valid[i]),
-                partial(backbone.target, pairs.image[i : i + 1], pairs.valid[i : i + 1], pairs.target_noise[:1]),
+                partial(
+                    backbone.target_features, pairs.image[i : i + 1], pairs.valid[i : i + 1], pairs.target_noise[:1]
+                ),
                 pairs.image,
             )
             for i in range(len(batch.names))
@@ -57,7 +59,7 @@ class FeatureCache:
             self._one(
                 ("reference", batch.reference_rgb[i], batch.reference_valid[i]),
                 partial(
-                    backbone.reference,
+                    backbone.reference_features,
                     pairs.reference_image[i : i + 1],
                     pairs.reference_valid[i : i + 1],
                     pairs.reference_noise[:1],

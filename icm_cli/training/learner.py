@@ -16,7 +16,7 @@ from icm_cli.errors import ConfigError, TrainingError
 from icm_cli.geometry import CanvasRule
 from icm_cli.matting.predictor import Predictor
 from icm_cli.model.core import InContextMatting
-from icm_cli.model.loading import backbone_digest, model_to_train
+from icm_cli.model.loading import backbone_digest, load_model_for_training
 from icm_cli.training.batches import StepSampler
 from icm_cli.training.optimisation import Ema, rate_factor
 from icm_cli.training.settings import Settings, TrainConfig
@@ -48,7 +48,7 @@ class Learner:
         self.accumulation = config.batch_size // (processes * micro_batch)
         """Micro-batches of this process in a step."""
         self.accelerator, self.device = make_accelerator(device, config.precision, self.accumulation)
-        self.model = model_to_train(
+        self.model = load_model_for_training(
             settings.model, checkpoint=checkpoint, weights=weights, offline=offline, seed=config.seed
         )
         _check_canvas(self.model.backbone.canvas, config.canvas_px)
@@ -63,14 +63,14 @@ class Learner:
         """Digest of the weights that the backbone began with."""
         if not self.trains_backbone:
             self.model.backbone.requires_grad_(False)
-            self.model.backbone.cast(self.device.dtype, self.device.transformer_dtype)
+            self.model.backbone.set_dtype(self.device.dtype, self.device.transformer_dtype)
             self.model.backbone.optimise_for_inference()
         for name in ("head", "objects", "edges"):
             if (part := getattr(self.model, name)) is not None and name not in stage.learns:
                 part.requires_grad_(False)
         self._learned = {name for name in stage.learns if name != "backbone" or self.trains_backbone}
         if self.device.torch_device.type != "mps":
-            self.model.convolve_channels_last()
+            self.model.use_channels_last()
         optimiser = _optimiser(self.model, config)
         self.forward, self.optimiser = self.accelerator.prepare(module, optimiser)
         self.tensors = self._trained_tensors()
@@ -201,7 +201,7 @@ class Learner:
             if not is_out_of_memory(error):
                 raise
             raise ConfigError(
-                f"out of memory on {self.device.describe()} with {self.micro_batch} samples at a time; set "
+                f"out of memory on {self.device.description} with {self.micro_batch} samples at a time; set "
                 "train.micro_batch_size lower (gradients are accumulated, so the batch stays the same) or "
                 "train.canvas_px"
             ) from error

@@ -30,8 +30,8 @@ def panel(model: InContextMatting, batch: PairBatch, *, fixed_noise: bool) -> Im
     assert isinstance(head, TrainedHead)
     few = batch.first(MOST_ROWS)
     pairs = few.pairs(fixed_noise=fixed_noise)
-    features = model.features(pairs)
-    prepared = model.prepared(pairs, features)
+    features = model.extract_features(pairs)
+    prepared = model.prepare_pairs(pairs, features)
     predicted = head(features.target, prepared, pairs.image, pairs.valid).alpha
     inter, intra = head.similarity_maps(features.target, prepared)
     rows = []

@@ -17,7 +17,7 @@ from icm_cli.device import is_main_process
 from icm_cli.environment import __version__
 from icm_cli.errors import ConfigError, UsageError
 from icm_cli.files import atomic_write, cached_file_digest, combined_digest, remove_stale_temporaries
-from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_trained_on, save_checkpoint
+from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_training_digests, save_checkpoint
 from icm_cli.reports.write import SideOutputs
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import Pool
@@ -101,7 +101,7 @@ class RunFolder:
                 digests.append(cached_file_digest(path))
             except OSError as error:
                 notice(f"{path} cannot be read ({error.strerror})")
-        earlier = read_trained_on(self._checkpoint) if self._checkpoint else None
+        earlier = read_training_digests(self._checkpoint) if self._checkpoint else None
         self._images = sorted({*digests, *(earlier or ()), *_originals(self._settings.data)})
 
     def resume(self, learner: Learner) -> Progress:

@@ -11,15 +11,15 @@ from typing import Any, Literal
 import yaml
 
 from icm_cli.config import (
+    COMPONENT_KEYS,
     MODEL_KEYS,
-    PART_KEYS,
     ModelConfig,
-    as_mapping,
-    parse_model,
-    read_mapping,
-    read_strict,
+    parse_dataclass,
+    parse_model_config,
+    read_config_mapping,
     read_yaml,
-    reject_unknown,
+    reject_unknown_keys,
+    require_mapping,
 )
 from icm_cli.datasets.registry import DATASETS, Size, Split
 from icm_cli.errors import ConfigError, did_you_mean
@@ -424,24 +424,24 @@ def read_settings(config: str | Path, data: str | Path | None = None, overrides:
 
     Keys of overrides are paths such as ``train.loss.dice``. Raises ConfigError.
     """
-    where, mapping = read_mapping(str(config))
-    fields = dict(as_mapping(mapping, where))
+    where, mapping = read_config_mapping(str(config))
+    fields = dict(require_mapping(mapping, where))
     if data is not None:
         fields["data"] = read_yaml(Path(data))
     for override in overrides:
         fields = _overridden(fields, override)
-    reject_unknown(fields, MODEL_KEYS, where)
-    model = parse_model({key: fields[key] for key in PART_KEYS if key in fields}, where)
+    reject_unknown_keys(fields, MODEL_KEYS, where)
+    model = parse_model_config({key: fields[key] for key in COMPONENT_KEYS if key in fields}, where)
     return Settings(
         model,
-        read_strict(TrainConfig, fields.get("train") or {}, f"{where}: train"),
-        read_strict(DataConfig, fields.get("data") or {}, f"{data or where}: data" if data is None else str(data)),
+        parse_dataclass(TrainConfig, fields.get("train") or {}, f"{where}: train"),
+        parse_dataclass(DataConfig, fields.get("data") or {}, f"{data or where}: data" if data is None else str(data)),
     )
 
 
 def read_data(path: str | Path) -> DataConfig:
     """The data of a YAML file, as ``--data`` takes it. Raises ConfigError."""
-    return read_strict(DataConfig, read_yaml(Path(path)), str(path))
+    return parse_dataclass(DataConfig, read_yaml(Path(path)), str(path))
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:

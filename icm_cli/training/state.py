@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icm_cli.config import PART_KEYS, parse_model
+from icm_cli.config import COMPONENT_KEYS, parse_model_config
 from icm_cli.errors import ConfigError, UsageError
 from icm_cli.files import atomic_write
 from icm_cli.training.settings import differences
@@ -71,7 +71,7 @@ def check_same_run(path: Path, saved: str, given: Mapping[str, Any], *, has_deca
 def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Saved settings, with those of the model that came later: a run before them had their defaults."""
     with contextlib.suppress(ConfigError):  # of a model that this version does not know; the differences tell
-        model = parse_model({part: saved[part] for part in PART_KEYS if part in saved}, "")
+        model = parse_model_config({part: saved[part] for part in COMPONENT_KEYS if part in saved}, "")
         return {**saved, **json.loads(json.dumps(model.as_dict()))}
     return dict(saved)
 

@@ -42,7 +42,7 @@ def main() -> None:
     place = learner.device.torch_device
     began = time.perf_counter()
     stage.prepare(learner, Path(), TrainingListener())
-    print(f"{len(stage.pool)} pictures on {learner.device.describe()} in {time.perf_counter() - began:.1f} s")
+    print(f"{len(stage.pool)} pictures on {learner.device.description} in {time.perf_counter() - began:.1f} s")
     batches = stage.batches(learner.sampler(0), workers=0, pin=False)
 
     def synchronise() -> float:

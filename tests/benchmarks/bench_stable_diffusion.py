@@ -33,8 +33,8 @@ from icm_cli.model.contracts import Features, ReferenceFeatures
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.similarity import AttentionMatrix
 from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
-from icm_cli.model.stable_diffusion.detail_head import STRIDES, DetailConfig, DetailHead, PreparedReferences
-from icm_cli.model.stable_diffusion.unet import MeanAttention, drop_unused, fold_timestep
+from icm_cli.model.stable_diffusion.detail_head import STRIDES, DetailConfig, DetailHead, DetailReferences
+from icm_cli.model.stable_diffusion.unet import MeanAttention, drop_unused_layers, fold_timestep
 from icm_cli.model.stable_diffusion.weights import Parts
 
 SIDES = ("limit", "ours", "published")
@@ -135,7 +135,7 @@ def ours(dtype: torch.dtype) -> dict[str, float]:
     image, valid, guidance = inputs()
     prepared: list[Any] = []
     with torch.inference_mode():
-        reference_s = seconds(lambda: prepared.append(model.reference([(image, guidance, valid)])))
+        reference_s = seconds(lambda: prepared.append(model.prepare_references([(image, guidance, valid)])))
         image_s = seconds(lambda: model.infer(image, valid, prepared[0]))
     return {"image_s": image_s, "reference_s": reference_s}
 
@@ -167,7 +167,7 @@ def published() -> dict[str, float]:
     def image_and_reference() -> None:
         grid_valid = torch.ones(1, CANVAS_PX // 16, CANVAS_PX // 16, dtype=torch.bool)
         reference = Features(extract()[0][16], grid_valid, {}, {})
-        prepared = head.prepare([ReferenceFeatures(reference, guidance, valid)])
+        prepared = head.prepare_references([ReferenceFeatures(reference, guidance, valid)])
         features, maps = extract()
         grids = {s: AttentionMatrix(maps[s], (CANVAS_PX // s, CANVAS_PX // s)) for s in STRIDES}
         head(Features(features[16], grid_valid, features, grids), [prepared], image, valid)
@@ -215,14 +215,14 @@ def needed_flop() -> dict[Any, int]:
         features = backbone.mean_features(latents.expand(ENSEMBLE, -1, -1, -1), maps)
         intra = {stride: AttentionMatrix(maps[stride].mean()[None], maps[stride].grid) for stride in STRIDES}
         target = Features(features[16], masks[16][None].to("meta"), features, intra)
-        model.head(target, [PreparedReferences([reference_tokens])], image, valid)
+        model.head(target, [DetailReferences([reference_tokens])], image, valid)
     return dict(counter.get_flop_counts()["Global"])
 
 
 def build_ours(give_values: Callable[[Any], Any]) -> InContextMatting:
     """The model as it is after loading; ``give_values`` turns modules without values into ones with."""
     unet, vae, scheduler = build_diffusers()
-    drop_unused(unet)
+    drop_unused_layers(unet)
     vae.decoder = vae.post_quant_conv = None
     unet, vae = give_values(unet), give_values(vae)
     device = unet.conv_in.weight.device

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icm_cli.config import as_mapping, preset_paths, read_mapping
+from icm_cli.config import preset_paths, read_config_mapping, require_mapping
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,17 @@ class ListedModel:
     """Whether all of it is here: "here", or what is missing."""
 
 
-def listed_models() -> list[ListedModel]:
+def list_models() -> list[ListedModel]:
     """Every preset, and ViTMatte's edges, which any of them takes. Reads no weights and asks no network.
 
     Raises ConfigError for a preset that cannot be read.
     """
-    models = [_listed(name, as_mapping(read_mapping(name)[1], name)) for name in preset_paths()]
+    models = [_listed(name, require_mapping(read_config_mapping(name)[1], name)) for name in preset_paths()]
     edges = {"edges": {"name": "vitmatte", "weights": VITMATTE}}
     return [*models, _listed("any, with --edges vitmatte", edges)]
 
 
-def packed_weights(preset: str) -> Path | None:
+def packed_checkpoint(preset: str) -> Path | None:
     """The checkpoint that comes with the package for a preset, if one does."""
     path = PACKED_WEIGHTS / f"{preset}.safetensors"
     return path if path.is_file() else None
@@ -96,7 +96,7 @@ def packed_weights(preset: str) -> Path | None:
 
 def _listed(name: str, fields: Mapping[str, Any]) -> ListedModel:
     """The line of one preset, from the sections of its file."""
-    packed = packed_weights(name)
+    packed = packed_checkpoint(name)
     if packed is not None:
         size = Published(round(packed.stat().st_size / 1e6), OF_PACKED).size
         return ListedModel(name, "nothing more", f"{size}, in the package", OF_PACKED, "here")

@@ -29,10 +29,10 @@ from icm_cli.model.hub.folders import (
     find_folder,
     folder_digest,
     load_pretrained,
-    pixel_statistics,
     read_json,
+    read_pixel_statistics,
 )
-from icm_cli.model.similarity import SelfSimilarity, token_valid
+from icm_cli.model.similarity import SelfSimilarity, valid_tokens
 
 CLASSES = {
     "dinov2": "Dinov2Model",
@@ -91,7 +91,7 @@ class Dino(Backbone):
     """
 
     Config = DinoConfig
-    gives_matrix = False
+    has_attention_matrix = False
     is_self_contained = False
     is_trainable = False
     has_transformer = True
@@ -105,7 +105,7 @@ class Dino(Backbone):
         self._bases: list[Tensor] | None = None
 
     @classmethod
-    def transformer_dtype(cls, config: Any) -> str:
+    def preferred_transformer_dtype(cls, config: Any) -> str:
         dtype: str = config.dtype
         return dtype
 
@@ -116,9 +116,9 @@ class Dino(Backbone):
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:  # noqa: ARG003
         folder = find_folder(weights or config.weights, offline=offline, option="--weights")
-        return cls(config, _load_transformer(config, folder), pixel_statistics(folder, IMAGENET)).eval()
+        return cls(config, _load_transformer(config, folder), read_pixel_statistics(folder, IMAGENET)).eval()
 
-    def cast(self, dtype: torch.dtype, transformer_dtype: torch.dtype) -> None:  # noqa: ARG002
+    def set_dtype(self, dtype: torch.dtype, transformer_dtype: torch.dtype) -> None:  # noqa: ARG002
         self.transformer.to(transformer_dtype)
 
     @property
@@ -127,13 +127,13 @@ class Dino(Backbone):
             self.config.long_side_px, self.config.patch_px, square=False, max_enlargement=LARGEST_ENLARGEMENT
         )
 
-    def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
+    def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
         matched = self._matched(self.tokens(image))
-        return Features(matched, token_valid(valid, self.config.patch_px), {}, {})
+        return Features(matched, valid_tokens(valid, self.config.patch_px), {}, {})
 
-    def target(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
+    def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
         stride = self.config.patch_px
-        found, alive = self.tokens(image), token_valid(valid, stride)
+        found, alive = self.tokens(image), valid_tokens(valid, stride)
         grouping = torch.cat(found, dim=1)
         intra = {stride: SelfSimilarity(grouping, alive, self.config.temperature)}
         return Features(self._matched(found), alive, {}, intra, grouping)
@@ -161,7 +161,7 @@ class Dino(Backbone):
             return torch.cat(found, dim=1)
         if self._bases is None:
             self._bases = self._positional_bases(found[0].device)
-        return torch.cat([without_subspace(*pair) for pair in zip(found, self._bases, strict=True)], dim=1)
+        return torch.cat([project_out_subspace(*pair) for pair in zip(found, self._bases, strict=True)], dim=1)
 
     def _positional_bases(self, device: torch.device) -> list[Tensor]:
         """An orthonormal basis [C,rank] of the positional subspace of each block, from a black picture."""
@@ -181,7 +181,7 @@ def subspace(tokens: Tensor, rank: int) -> Tensor:
     return vectors[:, :rank].contiguous().to(tokens.device)
 
 
-def without_subspace(tokens: Tensor, basis: Tensor) -> Tensor:
+def project_out_subspace(tokens: Tensor, basis: Tensor) -> Tensor:
     """Project tokens [B,C,h,w] onto what is orthogonal to ``basis`` [C,rank], and bring them to unit length again."""
     columns = tokens.flatten(2)
     rest = columns - basis @ (basis.T @ columns)

@@ -28,7 +28,7 @@ Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation of red, green and blue, on the scale 0..1."""
 
 
-def fetched(weights: str, patterns: Sequence[str], *, offline: bool, option: str) -> Path:
+def fetch_snapshot(weights: str, patterns: Sequence[str], *, offline: bool, option: str) -> Path:
     """Folder of the files of a hub repository that match ``patterns``, downloaded unless ``offline`` or here already.
 
     ``option``: the command's option that takes a folder in its place, for the error. Raises ConfigError that says what
@@ -61,11 +61,13 @@ def fetched(weights: str, patterns: Sequence[str], *, offline: bool, option: str
 def find_folder(weights: str, *, offline: bool, option: str) -> Path:
     """Folder of a local path or of a hub id (fetched unless ``offline``) with a configuration and safetensors.
 
-    ``option`` as of :func:`fetched`. Raises ConfigError that says what is missing.
+    ``option`` as of :func:`fetch_snapshot`. Raises ConfigError that says what is missing.
     """
     folder = Path(weights).expanduser()
     if not folder.is_dir():
-        folder = fetched(weights, [CONFIG, PREPROCESSOR, "model*.safetensors", INDEX], offline=offline, option=option)
+        folder = fetch_snapshot(
+            weights, [CONFIG, PREPROCESSOR, "model*.safetensors", INDEX], offline=offline, option=option
+        )
     if not os.access(folder, os.R_OK | os.X_OK):
         raise ConfigError(f"the folder {folder} may not be read; give yourself the right to, or another folder")
     if not (folder / CONFIG).is_file():
@@ -101,7 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def pixel_statistics(folder: Path, default: Statistics) -> Statistics:
+def read_pixel_statistics(folder: Path, default: Statistics) -> Statistics:
     """Mean and standard deviation by which pixels 0..1 are normalised: the folder's own, else ``default``.
 
     The published processors read ``image_mean`` and ``image_std`` from the same file. Raises ConfigError.

@@ -25,8 +25,8 @@ from icm_cli.model.hub.folders import (
     find_folder,
     folder_digest,
     load_pretrained,
-    pixel_statistics,
     read_json,
+    read_pixel_statistics,
 )
 from icm_cli.model.lite.tiles import Box, blended
 
@@ -88,7 +88,9 @@ class VitMatteEdges(Edges):
         kind = read_json(folder / CONFIG).get("model_type")
         if kind != "vitmatte":
             raise ConfigError(f"{folder / CONFIG} is of a model of type {kind!r}; expected vitmatte")
-        return cls(config, load_pretrained(VitMatteForImageMatting, folder), pixel_statistics(folder, HALVES)).eval()
+        return cls(
+            config, load_pretrained(VitMatteForImageMatting, folder), read_pixel_statistics(folder, HALVES)
+        ).eval()
 
     def refined(self, rgb: ImageU8, coarse: Float) -> Float:
         size = rgb.shape[0], rgb.shape[1]

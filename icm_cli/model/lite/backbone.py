@@ -25,7 +25,7 @@ from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Features
 from icm_cli.model.lite.efficientnet import BLOCK_COUNT, EfficientNetLite, EfficientNetLiteConfig
-from icm_cli.model.similarity import SelfSimilarity, token_valid
+from icm_cli.model.similarity import SelfSimilarity, valid_tokens
 
 PATCH_PX = 14
 POSITIONS = 37
@@ -84,7 +84,7 @@ class DinoV2Lite(Backbone):
     """A transformer's tokens beside those of frozen convolutions."""
 
     Config = DinoV2LiteConfig
-    gives_matrix = False
+    has_attention_matrix = False
     is_self_contained = True
     is_trainable = True
     has_transformer = True
@@ -117,7 +117,7 @@ class DinoV2Lite(Backbone):
     def optimise_for_inference(self) -> None:
         self.convolutions.optimise_for_inference()
 
-    def cast(self, dtype: torch.dtype, transformer_dtype: torch.dtype) -> None:
+    def set_dtype(self, dtype: torch.dtype, transformer_dtype: torch.dtype) -> None:
         self.to(dtype)
         self.transformer.to(transformer_dtype)
 
@@ -159,10 +159,10 @@ class DinoV2Lite(Backbone):
             self.config.long_side_px, TOKEN_PX, square=False, max_enlargement=LARGEST_ENLARGEMENT, min_side_px=LEAST_PX
         )
 
-    def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
+    def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
         return self._features(image, valid, ())
 
-    def target(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
+    def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
         return self._features(image, valid, self.config.scale_blocks)
 
     def _features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
@@ -175,7 +175,7 @@ class DinoV2Lite(Backbone):
         compared += [_on_grid(outputs[block].float(), grid) for block in self.config.kind_blocks]
         correspondence = torch.cat([_normalised(feature.float()) for feature in compared], dim=1)
         scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
-        alive = token_valid(valid, TOKEN_PX)
+        alive = valid_tokens(valid, TOKEN_PX)
         intra = {TOKEN_PX: SelfSimilarity(correspondence, alive, TEMPERATURE)}
         return Features(correspondence, alive, scales, intra)
 

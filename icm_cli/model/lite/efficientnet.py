@@ -20,7 +20,7 @@ from icm_cli.errors import ConfigError
 from icm_cli.files import cached_file_digest
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Features
-from icm_cli.model.similarity import SelfSimilarity, token_valid
+from icm_cli.model.similarity import SelfSimilarity, valid_tokens
 
 STEM_CHANNELS = 32
 STAGES = (  # kernel, stride of the first block, expansion, output channels, blocks
@@ -70,7 +70,7 @@ class EfficientNetLite(Backbone):
     """EfficientNet-Lite2 up to the last block that reaches an output."""
 
     Config = EfficientNetLiteConfig
-    gives_matrix = False
+    has_attention_matrix = False
     is_self_contained = True
     is_trainable = True
 
@@ -101,21 +101,21 @@ class EfficientNetLite(Backbone):
     def canvas(self) -> CanvasRule:
         return CanvasRule(long_side_px=self.config.long_side_px, multiple_px=32, square=False)
 
-    def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
+    def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
         return self._features(image, valid, scale_blocks=())
 
-    def target(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
+    def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
         return self._features(image, valid, self.config.scale_blocks)
 
     def _features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
         blocks = self.config.correspondence_blocks
         outputs = self.outputs(image, (*blocks, *scale_blocks))
         stride = min(image.shape[-1] // outputs[block].shape[-1] for block in blocks)
-        correspondence = self._correspondence(image, outputs, token_valid(valid, stride))
+        correspondence = self._correspondence(image, outputs, valid_tokens(valid, stride))
         scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
         alike = {s: correspondence if s == stride else feature for s, feature in scales.items()}
-        intra = {s: SelfSimilarity(f, token_valid(valid, s), self.config.temperature) for s, f in alike.items()}
-        return Features(correspondence, token_valid(valid, stride), scales, intra)
+        intra = {s: SelfSimilarity(f, valid_tokens(valid, s), self.config.temperature) for s, f in alike.items()}
+        return Features(correspondence, valid_tokens(valid, stride), scales, intra)
 
     def _correspondence(self, image: Tensor, outputs: dict[int, Tensor], valid: Tensor) -> Tensor:
         """The correspondence blocks of the whole and of the shrunk image side by side, on the grid of valid [B,h,w].

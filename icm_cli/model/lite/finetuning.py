@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.model.contracts import Backbone, Features, ReferenceFeatures
-from icm_cli.model.guidance import ReferenceTokens, background_tokens, foreground_tokens
 from icm_cli.model.lite.head import CARRIED, EVIDENCE_NUMBERS, TokenMatchHead
+from icm_cli.model.similarity import ReferenceTokens, background_token_mask, foreground_token_mask
 
 STEPS = 140
 """Steps of learning where nothing else is said."""
@@ -53,7 +53,7 @@ TERMS = ("cross_entropy", "dice", "coarse", "comparisons", "presence")
 SEED = 0
 
 
-def described(steps: int) -> str:
+def finetuning_digest_text(steps: int) -> str:
     """All numbers that decide what is learned, for the digest of a run; empty for no steps."""
     numbers = (VIEWS, ABSENT_VIEWS, ABSENT_SHARE, ITSELF_SHARE, RATE, WARMUP_STEPS, CLIP_NORM, SCALE, ANGLE, SHEAR)
     more = (PLACE, CLOSER, GAIN, OFFSET, SEED)
@@ -129,7 +129,7 @@ def learned(
         ReferenceFeatures(each.features, guidance, valid)
         for each, (_, guidance, valid) in zip(given, references, strict=True)
     ]
-    return Learned(pupil, pupil.prepare(shown))
+    return Learned(pupil, pupil.prepare_references(shown))
 
 
 def asked(
@@ -218,7 +218,7 @@ def _drawn(views: Sequence[_View], rng: np.random.Generator) -> _View:
 
 
 def _seen(backbone: Backbone, head: TokenMatchHead, scene: _Scene) -> _View:
-    features = backbone.target(scene.image, scene.valid, [""])
+    features = backbone.target_features(scene.image, scene.valid, [""])
     token = scene.image.shape[-1] // features.correspondence.shape[-1]
     known = features.valid & (F.avg_pool2d(scene.known, token)[:, 0] > 0.5)
     levels = scene.guidance * scene.known + 0.5 * (1.0 - scene.known)
@@ -231,8 +231,8 @@ def _seen(backbone: Backbone, head: TokenMatchHead, scene: _Scene) -> _View:
             {each: scale.float() for each, scale in features.scales.items()},
             {},
         ),
-        foreground_tokens(levels, scene.valid, token)[0],
-        background_tokens(levels, scene.valid, token),
+        foreground_token_mask(levels, scene.valid, token)[0],
+        background_token_mask(levels, scene.valid, token),
         F.avg_pool2d(scene.guidance, token >> len(decoder))[:, 0],
         known if bool(known.any()) else features.valid,
         scene.image if takes_image else None,

@@ -20,9 +20,14 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.guided_filter import along_edges
 from icm_cli.model.contracts import Features, Matte, Presence, ReferenceFeatures, TrainedHead
-from icm_cli.model.decoding import ConvNormReLU, alpha_output, confidence_and_found, enlarged, upsample
-from icm_cli.model.guidance import ReferenceTokens, reference_tokens
-from icm_cli.model.similarity import SelfSimilarity, in_float32, tokens
+from icm_cli.model.decoding import ConvNormReLU, confidence_and_found, make_alpha_layers, resize_bilinear, upsample
+from icm_cli.model.similarity import (
+    ReferenceTokens,
+    SelfSimilarity,
+    flatten_tokens,
+    split_reference_tokens,
+    without_autocast,
+)
 
 EVIDENCE_NUMBERS = 8
 """Evidence values per token and comparison."""
@@ -107,7 +112,7 @@ class TokenMatchHead(TrainedHead):
     """Evidence of every token by comparison, and what the tokens together make of it."""
 
     Config = TokenMatchConfig
-    needs_matrix = False
+    needs_attention_matrix = False
     can_learn_references = True
 
     def __init__(self, config: TokenMatchConfig) -> None:
@@ -137,10 +142,10 @@ class TokenMatchHead(TrainedHead):
             )
         )
         if config.decoder_channels:
-            self.output = alpha_output(config.decoder_channels[-1], config.decoder_channels[-1])
+            self.output = make_alpha_layers(config.decoder_channels[-1], config.decoder_channels[-1])
 
     @torch.no_grad()
-    def init_from_pca(self, seen: Tensor) -> None:
+    def initialise_from_pca(self, seen: Tensor) -> None:
         """Compare in the principal components of tokens [N,C] that the backbone gave: what tokens differ in most, with
         what all of them share taken off, is a measure of likeness before anything is learned."""
         for project, layer in zip(
@@ -154,16 +159,16 @@ class TokenMatchHead(TrainedHead):
             project.weight[len(kept) :] = 0.0
             project.bias.copy_(-project.weight @ mean)
 
-    def prepare(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
+    def prepare_references(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
         """Their tokens are of unit length in every comparison."""
-        return reference_tokens(references, self.projected)
+        return split_reference_tokens(references, self.projected)
 
     def forward(self, target: Features, references: Sequence[ReferenceTokens], image: Tensor, valid: Tensor) -> Matte:
         projected = self.projected(target.correspondence)
         evidence = self.evidence(projected, target.valid, references)
         fused = self.fused(target, evidence)
         logit = self.presence(fused, projected, evidence, target.valid, references)
-        alpha = torch.sigmoid(enlarged(self.decoded(fused, target, image), image.shape[-2:]))
+        alpha = torch.sigmoid(resize_bilinear(self.decoded(fused, target, image), image.shape[-2:]))
         if self.training:
             alpha = alpha * torch.sigmoid(logit)[:, None, None, None]
             return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
@@ -217,7 +222,7 @@ class TokenMatchHead(TrainedHead):
         """Make of the presence that was learned, a logit [B], the one that counts at inference."""
         return self.config.presence_sharpness * (presence - self.config.presence_from)
 
-    @in_float32
+    @without_autocast
     def presence(
         self,
         fused: Tensor,
@@ -291,12 +296,12 @@ class TokenMatchHead(TrainedHead):
                 f"head feature_channels is {sum(self.config.feature_channels)} together, and the backbone gives "
                 f"{feature.shape[1]} channels; expected the channels of its correspondence layers"
             )
-        layers = torch.split(tokens(feature), list(self.config.feature_channels), dim=-1)
+        layers = torch.split(flatten_tokens(feature), list(self.config.feature_channels), dim=-1)
         return torch.cat(
             [F.normalize(project(layer), dim=-1) for project, layer in zip(self.project, layers, strict=True)], dim=-1
         )
 
-    @in_float32
+    @without_autocast
     def _compare(self, target: Tensor, reference: ReferenceTokens) -> Tensor:
         """Tokens of one target -> [comparisons,N,7] (all of :meth:`evidence` but the last number)."""
         sharpness = self.log_sharpness.exp().clamp(max=100.0)
@@ -337,7 +342,7 @@ class Context(nn.Module):
         self.perceptron = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, feature: Tensor, valid: Tensor) -> Tensor:
-        x = tokens(feature)
+        x = flatten_tokens(feature)
         query, key, value = self.qkv(self.norm1(x)).unflatten(2, (3, CONTEXT_HEADS, -1)).permute(2, 0, 3, 1, 4)
         mask = None if bool(valid.all()) else valid.flatten(1)[:, None, None]
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

@@ -23,7 +23,7 @@ from icm_cli.files import cached_file_digest
 from icm_cli.geometry import Float, ImageU8, resize
 from icm_cli.model.checkpoint import load_strict, read_checkpoint
 from icm_cli.model.contracts import Objects
-from icm_cli.model.hub.catalogue import packed_weights
+from icm_cli.model.hub.catalogue import packed_checkpoint
 from icm_cli.model.lite import sam_decoder, sam_encoder
 from icm_cli.model.lite.sam_decoder import FINER, FULL_CELLS, MASKS
 from icm_cli.model.lite.sam_encoder import CELL_PX, MEAN
@@ -96,11 +96,11 @@ class MobileSam(Objects):
         return objects
 
     def optimise_for_inference(self) -> None:
-        self.encoder.fold_norms()
+        self.encoder.fold_batch_norms()
 
-    def cast(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:  # noqa: ARG002
+    def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:  # noqa: ARG002
         self.encoder.to(fast_dtype)
-        self.decoder.cast(fast_dtype)
+        self.decoder.set_dtype(fast_dtype)
 
     def embedding(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] sRGB 0..1, H and W multiples of 16 -> what the decoder attends to, [B,256,H/16,W/16]."""
@@ -139,7 +139,7 @@ class MobileSam(Objects):
 
 def _lite_path() -> Path:
     """The checkpoint of ``lite`` in the package. Raises ConfigError where it was taken out."""
-    path = packed_weights("lite")
+    path = packed_checkpoint("lite")
     if path is None:
         raise ConfigError(
             "the weights of lite are not in the package, and objects begin with theirs; install icm again, or give a "

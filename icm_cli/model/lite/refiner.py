@@ -133,7 +133,7 @@ class Refine(Edges):
         self.output = nn.Conv2d(widths[0], UNSHUFFLE**2, 3, padding=1)
         _make_zero(self.output)  # before training the coarse alpha passes as it is
 
-    def cast(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:  # noqa: ARG002
+    def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:  # noqa: ARG002
         self.to(fast_dtype)
 
     def forward(self, image: Tensor, coarse: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class MaskDecoder(nn.Module):
         masks: Tensor = torch.einsum("bmc,bchw->bmhw", weights, cells)
         return masks
 
-    def cast(self, dtype: torch.dtype) -> None:
+    def set_dtype(self, dtype: torch.dtype) -> None:
         """Bring the weights to ``dtype``; positions are computed in float32."""
         frequencies = self.frequencies
         self.to(dtype)

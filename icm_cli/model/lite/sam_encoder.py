@@ -65,7 +65,7 @@ class TinyViT(nn.Module):
         embedding: Tensor = self.neck(x)
         return embedding
 
-    def fold_norms(self) -> None:
+    def fold_batch_norms(self) -> None:
         """Fold BatchNorm into the convolutions before it: inference only."""
         for module in self.modules():
             if isinstance(module, ConvNorm):

@@ -17,8 +17,8 @@ from icm_cli.errors import ConfigError
 from icm_cli.files import combined_digest
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Features
-from icm_cli.model.similarity import AttentionMatrix, token_valid
-from icm_cli.model.stable_diffusion.unet import FEATURE_STRIDES, MeanAttention, encode, unet_features
+from icm_cli.model.similarity import AttentionMatrix, valid_tokens
+from icm_cli.model.stable_diffusion.unet import FEATURE_STRIDES, MeanAttention, encode, run_unet
 from icm_cli.model.stable_diffusion.weights import Parts, find_folder, folder_digest, load_parts
 
 CORRESPONDENCE_STRIDE = 16
@@ -57,7 +57,7 @@ class StableDiffusion(Backbone):
     """
 
     Config = StableDiffusionConfig
-    gives_matrix = True
+    has_attention_matrix = True
     is_self_contained = False
     is_trainable = False
 
@@ -88,16 +88,16 @@ class StableDiffusion(Backbone):
         return CanvasRule(self.config.canvas_px, CANVAS_MULTIPLE_PX, square=True)
 
     @torch.no_grad()
-    def reference(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
+    def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
         singles = [
             self.mean_features(self.noisy_latents(self.moments(image[i : i + 1]), name))[CORRESPONDENCE_STRIDE]
             for i, name in enumerate(noise)
         ]
-        return Features(torch.cat(singles), token_valid(valid, CORRESPONDENCE_STRIDE), {}, {})
+        return Features(torch.cat(singles), valid_tokens(valid, CORRESPONDENCE_STRIDE), {}, {})
 
     @torch.no_grad()
-    def target(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
-        token_masks = {stride: token_valid(valid, stride) for stride in FEATURE_STRIDES}
+    def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
+        token_masks = {stride: valid_tokens(valid, stride) for stride in FEATURE_STRIDES}
         singles = []
         for i, name in enumerate(noise):
             maps = {stride: MeanAttention(mask[i]) for stride, mask in token_masks.items()}
@@ -136,7 +136,7 @@ class StableDiffusion(Backbone):
         ``maps``: stride -> where to accumulate its self-attention; None for a reference, which needs none.
         """
         by_grid = None if maps is None else {attention.grid: attention for attention in maps.values()}
-        features = unet_features(self.unet, noisy.to(self.prompt.dtype), self.prompt, by_grid)
+        features = run_unet(self.unet, noisy.to(self.prompt.dtype), self.prompt, by_grid)
         return {stride: feature.float().mean(dim=0, keepdim=True) for stride, feature in features.items()}
 
     def _noises(self, shape: torch.Size, who: str) -> Tensor:

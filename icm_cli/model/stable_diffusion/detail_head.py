@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Features, MatrixIntraSimilarity, Matte, ReferenceFeatures, TrainedHead
-from icm_cli.model.decoding import ConvNormReLU, alpha_output, confidence_and_found, upsample
-from icm_cli.model.guidance import foreground_tokens
-from icm_cli.model.similarity import in_float32, inter_similarity, tokens
+from icm_cli.model.decoding import ConvNormReLU, confidence_and_found, make_alpha_layers, upsample
+from icm_cli.model.similarity import flatten_tokens, foreground_token_mask, inter_similarity, without_autocast
 
 STRIDES = (32, 16)
 """Scales of the fusion: the paper's 24 x 24 and 48 x 48 tokens of a 768 px canvas."""
@@ -52,7 +51,7 @@ class DetailConfig:
 
 
 @dataclass(frozen=True)
-class PreparedReferences:
+class DetailReferences:
     """Normalised tokens of each reference inside its guidance, [K,C] float32.
 
     ``notices``: sentences on references whose guidance covers no whole token.
@@ -66,7 +65,7 @@ class DetailHead(TrainedHead):
     """Inter-similarity says where, intra-similarity spreads it, the decoder brings it to the pixels."""
 
     Config = DetailConfig
-    needs_matrix = True
+    needs_attention_matrix = True
 
     def __init__(self, config: DetailConfig) -> None:
         super().__init__()
@@ -74,37 +73,35 @@ class DetailHead(TrainedHead):
         self.canvas = CanvasRule(config.canvas_px, multiple_px=STRIDES[0], square=True)
         self.inter_similarity = InterSimilarity(config.feature_channels)
         self.intra_similarity = nn.ModuleList(
-            SpreadByStructure((config.canvas_px // stride) ** 2, config.intra_channels) for stride in STRIDES
+            IntraSimilarityEncoder((config.canvas_px // stride) ** 2, config.intra_channels) for stride in STRIDES
         )
         self.fusion = Fusion(config.feature_channels, config.intra_channels, config.fusion_channels)
         self.detail_decoder = DetailDecoder(config.fusion_channels, config.decoder_channels)
 
-    def prepare(self, references: Sequence[ReferenceFeatures]) -> PreparedReferences:
-        prepared = PreparedReferences([])
+    def prepare_references(self, references: Sequence[ReferenceFeatures]) -> DetailReferences:
+        prepared = DetailReferences([])
         for reference in references:
             feature = reference.features.correspondence
             stride = reference.guidance.shape[-1] // feature.shape[-1]
-            inside, notice = foreground_tokens(reference.guidance, reference.valid, stride)
+            inside, notice = foreground_token_mask(reference.guidance, reference.valid, stride)
             prepared.tokens.append(self.inter_similarity.normalised_tokens(feature)[inside.flatten(1)])
             prepared.notices.extend([notice] if notice else [])
         return prepared
 
-    def forward(
-        self, target: Features, references: Sequence[PreparedReferences], image: Tensor, valid: Tensor
-    ) -> Matte:
+    def forward(self, target: Features, references: Sequence[DetailReferences], image: Tensor, valid: Tensor) -> Matte:
         _, spread = self._similarities(target, references)
         fused = self.fusion([target.scales[stride] for stride in STRIDES], spread)
         alpha = self.detail_decoder(fused, 2.0 * image - 1.0)
         return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
 
-    def similarity_maps(self, target: Features, references: Sequence[PreparedReferences]) -> tuple[Tensor, Tensor]:
+    def similarity_maps(self, target: Features, references: Sequence[DetailReferences]) -> tuple[Tensor, Tensor]:
         """S, and the mean channel of the spread similarities, the mean over scales (the published code's picture)."""
         similarity, spread = self._similarities(target, references)
         size = (self.config.canvas_px, self.config.canvas_px)
         pictures = [F.interpolate(each.float().mean(1, keepdim=True), size, mode="bilinear") for each in spread]
         return similarity, torch.stack(pictures).mean(dim=0)
 
-    def _similarities(self, target: Features, references: Sequence[PreparedReferences]) -> tuple[Tensor, list[Tensor]]:
+    def _similarities(self, target: Features, references: Sequence[DetailReferences]) -> tuple[Tensor, list[Tensor]]:
         """S [B,1,h,w], and spread over each scale of STRIDES [B,256,s,s]."""
         similarity = self.inter_similarity(
             [reference.tokens for reference in references], target.correspondence, target.valid
@@ -125,7 +122,7 @@ class InterSimilarity(nn.Module):
 
     def normalised_tokens(self, feature: Tensor) -> Tensor:
         """[B,C,h,w] -> [B,N,C] float32."""
-        normalised: Tensor = self.norm(tokens(feature))
+        normalised: Tensor = self.norm(flatten_tokens(feature))
         return normalised
 
     def forward(self, references: Sequence[Sequence[Tensor]], feature: Tensor, valid: Tensor) -> Tensor:
@@ -141,7 +138,7 @@ class InterSimilarity(nn.Module):
         return torch.stack(means).view(-1, 1, *feature.shape[2:])
 
 
-class SpreadByStructure(nn.Module):
+class IntraSimilarityEncoder(nn.Module):
     """S spread over one scale's intra-similarity, condensed to few channels.
 
     Channel k at query pixel q is S[k] * A[q,k]: where q's own likeness to the tokens k that S points at lies.
@@ -158,7 +155,7 @@ class SpreadByStructure(nn.Module):
         condensed: Tensor = self.conv(weighted.to(self.conv.weight.dtype))
         return condensed
 
-    @in_float32
+    @without_autocast
     def _weighted(self, similarity: Tensor, matrix: Tensor) -> Tensor:
         """ReLU(LayerNorm(S * A)), [B,N,s,s] float32, channel k the key."""
         side = round(matrix.shape[1] ** 0.5)
@@ -200,7 +197,7 @@ class DetailDecoder(nn.Module):
             ConvNormReLU(width + detail, after)
             for width, detail, after in zip(widths, reversed(stream), channels, strict=False)
         )
-        self.output = alpha_output(channels[-1], OUTPUT_CHANNELS)
+        self.output = make_alpha_layers(channels[-1], OUTPUT_CHANNELS)
 
     def forward(self, fused: Tensor, image: Tensor) -> Tensor:
         """fused [B,320,48,48], image [B,3,768,768] in -1..1 -> alpha [B,1,768,768] float32 in 0..1."""

@@ -1,8 +1,8 @@
 """The part of Stable Diffusion that reaches a feature or an attention map, run by hand over diffusers' own blocks.
 
 Every operation here lies on the way to an output; what lies behind the last output is not even loaded (see
-:func:`drop_unused`). The timestep is fixed, so its embedding is a constant of every residual block and moves into
-the bias of the block's first convolution.
+:func:`drop_unused_layers`). The timestep is fixed, so its embedding is a constant of every residual block and moves
+into the bias of the block's first convolution.
 
 Letters: E draws of noise (the batch here; one image at a time), H heads, N = h*w tokens, C channels.
 """
@@ -28,7 +28,7 @@ CHUNK_BYTES = 1 << 24
 """Bound of one float32 chunk of attention probabilities and of one tile of a feed-forward layer."""
 
 
-def drop_unused(unet: Any) -> None:
+def drop_unused_layers(unet: Any) -> None:
     """Drop from a diffusers U-Net what lies behind its last output: q and k of up_blocks[2]'s last self-attention."""
     del unet.up_blocks[3]
     unet.up_blocks[2].upsamplers = None
@@ -116,7 +116,7 @@ class MeanAttention:
             self._sum[rows].add_(matrix, alpha=1 / count)
 
 
-def unet_features(
+def run_unet(
     unet: Any, noisy: Tensor, prompt: Tensor, maps: Mapping[Grid, MeanAttention] | None = None
 ) -> dict[int, Tensor]:
     """Features of noisy latents [E,4,h,w]: stride -> output of up_blocks[0] and up_blocks[1], [E,C,h,w].

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.files import atomic_write, cache_folder, cached_file_digest, combined_digest
-from icm_cli.model.checkpoint import check_strict
-from icm_cli.model.hub.folders import fetched
-from icm_cli.model.stable_diffusion.unet import drop_unused, fold_timestep
+from icm_cli.model.checkpoint import check_tensor_shapes
+from icm_cli.model.hub.folders import fetch_snapshot
+from icm_cli.model.stable_diffusion.unet import drop_unused_layers, fold_timestep
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
@@ -64,7 +64,7 @@ def find_folder(weights: str, *, offline: bool) -> Path:
     folder = Path(weights).expanduser()
     if not folder.is_dir():
         patterns = [*FEATURE_FILES, *PROMPT_FILES, "tokenizer/*.json"]
-        folder = fetched(weights, patterns, offline=offline, option="--weights")
+        folder = fetch_snapshot(weights, patterns, offline=offline, option="--weights")
     missing = [name for name in (*FEATURE_FILES, *PROMPT_FILES) if not (folder / name).is_file()]
     if missing:
         raise ConfigError(
@@ -109,7 +109,7 @@ def _load_unet(folder: Path) -> Any:
     if blocks != (DOWN_BLOCKS, UP_BLOCKS) or not config["use_linear_projection"] or config["in_channels"] != 4:
         raise ConfigError(f"{path} is not the U-Net of a Stable Diffusion 2; expected a folder of Stable Diffusion 2.1")
     published = unet.state_dict()
-    drop_unused(unet)
+    drop_unused_layers(unet)
     _assign(unet, published, folder / UNET_WEIGHTS)
     return unet
 
@@ -140,7 +140,7 @@ def _assign(module: nn.Module, published: Mapping[str, Tensor], path: Path) -> N
         with safetensors.safe_open(path, framework="pt") as file:
             names = {_todays_name(name): name for name in file.keys()}  # noqa: SIM118 (not a mapping)
             shapes = {ours: torch.Size(file.get_slice(name).get_shape()) for ours, name in names.items()}
-            check_strict({key: tensor.shape for key, tensor in published.items()}, shapes, f"weights {path}")
+            check_tensor_shapes({key: tensor.shape for key, tensor in published.items()}, shapes, f"weights {path}")
             tensors = {key: file.get_tensor(names[key]).float() for key in module.state_dict()}
     except safetensors.SafetensorError as error:
         raise ConfigError(f"weights {path} are damaged or cut short ({error}); get the file again") from error

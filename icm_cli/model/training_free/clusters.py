@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
-from icm_cli.model.guidance import ReferenceTokens
+from icm_cli.model.similarity import ReferenceTokens
 
 TOKENS_AT_A_TIME = 512
 """Target tokens compared with the reference's at a time: bounds the working memory."""
@@ -26,7 +26,7 @@ TOKENS_AT_A_TIME = 512
 
 @dataclass(frozen=True)
 class Found:
-    """Answer of :func:`thing_of_clusters`.
+    """Answer of :func:`segment_by_clusters`.
 
     ``inside`` [N] bool: tokens of the thing; none where it is absent. ``likeness``: of the seed to the prototype, as a
     share of the likeness of the reference's own tokens to it; 0 without a seed.
@@ -36,7 +36,7 @@ class Found:
     likeness: float
 
 
-def thing_of_clusters(
+def segment_by_clusters(
     matched: Tensor, grouping: Tensor, reference: ReferenceTokens, *, candidate_above: float, group: float, join: float
 ) -> Found:
     """Tokens of the thing in one target.

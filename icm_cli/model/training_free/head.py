@@ -24,10 +24,9 @@ from torch import Tensor
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import downscaled_size, trimap_of_coarse
 from icm_cli.model.contracts import Features, Head, Matte, ReferenceFeatures
-from icm_cli.model.guidance import ReferenceTokens, reference_tokens
-from icm_cli.model.similarity import tokens
+from icm_cli.model.similarity import ReferenceTokens, flatten_tokens, split_reference_tokens
 from icm_cli.model.training_free.closed_form import load_solver, solve_alpha
-from icm_cli.model.training_free.clusters import thing_of_clusters
+from icm_cli.model.training_free.clusters import segment_by_clusters
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class TrainingFree(Head):
     """Evidence by inter-similarity, trimap, closed-form matting; nothing is trained."""
 
     Config = TrainingFreeConfig
-    needs_matrix = False
+    needs_attention_matrix = False
     is_trained = False
 
     def __init__(self, config: TrainingFreeConfig) -> None:
@@ -113,14 +112,14 @@ class TrainingFree(Head):
         self.config = config
         self._solves = True
 
-    def leave_edges(self) -> None:
+    def disable_edge_refinement(self) -> None:
         self._solves = False
 
-    def prepare(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
+    def prepare_references(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
         """Their tokens are not centred yet: the target has a say in the centre."""
         if self._solves:
             load_solver()  # with the model, not with the first image
-        return reference_tokens(references, tokens)
+        return split_reference_tokens(references, flatten_tokens)
 
     def forward(self, target: Features, references: Sequence[Any], image: Tensor, valid: Tensor) -> Matte:
         """Each image of the batch by itself; see :class:`~icm_cli.model.contracts.Matte`.
@@ -148,7 +147,7 @@ class TrainingFree(Head):
             return self._by_clusters(target, references)
         height, width = target.valid.shape[1:]
         contrast = target.correspondence.new_zeros(target.valid.shape)
-        all_tokens = tokens(target.correspondence)
+        all_tokens = flatten_tokens(target.correspondence)
         likeness = []
         for index, (valid, reference) in enumerate(zip(target.valid, references, strict=True)):
             found, share = self._compare(all_tokens[index, valid.flatten()], reference)
@@ -162,11 +161,11 @@ class TrainingFree(Head):
 
     def _by_clusters(self, target: Features, references: Sequence[ReferenceTokens]) -> list[Evidence]:
         """Evidence by INSID3's steps, each target by itself."""
-        config, matched = self.config, tokens(target.correspondence)
-        grouping = matched if target.grouping is None else tokens(target.grouping)
+        config, matched = self.config, flatten_tokens(target.correspondence)
+        grouping = matched if target.grouping is None else flatten_tokens(target.grouping)
         evidences = []
         for index, (valid, reference) in enumerate(zip(target.valid, references, strict=True)):
-            found = thing_of_clusters(
+            found = segment_by_clusters(
                 matched[index, valid.flatten()],
                 grouping[index, valid.flatten()],
                 reference,
@@ -186,15 +185,15 @@ class TrainingFree(Head):
         unit, foreground, background = (
             F.normalize(part - centre, dim=-1) for part in (target, reference.foreground, reference.background)
         )
-        to_foreground = soft_maximum(foreground, unit, self.config.temperature)
-        to_background = soft_maximum(background, unit, self.config.temperature)
+        to_foreground = soft_max_similarity(foreground, unit, self.config.temperature)
+        to_background = soft_max_similarity(background, unit, self.config.temperature)
         contrast = to_foreground - self.config.background_weight * to_background
         return contrast, self._likeness(foreground, unit)
 
     def _likeness(self, foreground: Tensor, target: Tensor) -> float:
         """Likeness of [N,C] to the reference's foreground [K,C], as a share of how well that meets itself."""
-        best = soft_maximum(foreground, target, self.config.likeness_temperature).max()
-        return float(best / soft_maximum(foreground, foreground, self.config.likeness_temperature).mean())
+        best = soft_max_similarity(foreground, target, self.config.likeness_temperature).max()
+        return float(best / soft_max_similarity(foreground, foreground, self.config.likeness_temperature).mean())
 
     def _matte(self, contrast: Tensor, image: Tensor) -> Tensor:
         """Alpha [H,W] of one frame without padding: contrast [H,W], sRGB [3,H,W] in 0..1, on the CPU.
@@ -224,11 +223,11 @@ class TrainingFree(Head):
         unknown = doubt.argsort(stable=True)[: math.floor(doubt.numel() * self.config.unknown_share)]
         trimap = (contrast > decision).float()
         trimap.view(-1)[unknown[doubt[unknown].isfinite()]] = 0.5
-        trimap[~strong_regions(contrast, trimap > 0, self.config.instance_share)] = 0.0
+        trimap[~keep_strong_regions(contrast, trimap > 0, self.config.instance_share)] = 0.0
         return trimap
 
 
-def strong_regions(evidence: Tensor, inside: Tensor, share: float) -> Tensor:
+def keep_strong_regions(evidence: Tensor, inside: Tensor, share: float) -> Tensor:
     """Keep the connected regions of ``inside`` [H,W] bool whose best evidence is ``share`` of the best, [H,W].
 
     Another object is often a region of its own that is like the reference by a little: it is no instance of it.
@@ -241,7 +240,7 @@ def strong_regions(evidence: Tensor, inside: Tensor, share: float) -> Tensor:
     return is_strong[region].view(inside.shape)
 
 
-def soft_maximum(reference: Tensor, target: Tensor, temperature: float) -> Tensor:
+def soft_max_similarity(reference: Tensor, target: Tensor, temperature: float) -> Tensor:
     """Likeness of each target token to the reference's tokens: temperature * log mean exp(cosine / temperature).
 
     reference [K,C] and target [N,C] of unit length -> [N]; 0, neither like nor unlike, if K = 0.

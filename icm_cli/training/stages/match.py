@@ -111,7 +111,7 @@ class MatchStage(Stage[MosaicBatch]):
         if not learner.is_from_checkpoint:
             assert isinstance(learner.model.head, TokenMatchHead)
             found = [view for view in views if view is not None]
-            learner.model.head.init_from_pca(
+            learner.model.head.initialise_from_pca(
                 _some_tokens(found, self.settings.train.seed).to(learner.device.torch_device)
             )
 
@@ -284,7 +284,7 @@ def _in_use(learner: Learner) -> Objects | None:
     objects = copy.deepcopy(learner.model.objects)
     if objects is not None:
         objects.optimise_for_inference()
-        objects.cast(learner.device.dtype, learner.device.transformer_dtype)
+        objects.set_dtype(learner.device.dtype, learner.device.transformer_dtype)
     return objects
 
 

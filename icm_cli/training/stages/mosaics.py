@@ -20,10 +20,10 @@ from icm_cli.errors import ConfigError, TrainingError
 from icm_cli.geometry import ImageU8, alpha_to_u8
 from icm_cli.model.contracts import Backbone, Features, Objects
 from icm_cli.model.core import InContextMatting
-from icm_cli.model.decoding import enlarged
-from icm_cli.model.guidance import ReferenceTokens, background_tokens, foreground_tokens
+from icm_cli.model.decoding import resize_bilinear
 from icm_cli.model.lite.finetuning import asked
 from icm_cli.model.lite.head import TokenMatchHead
+from icm_cli.model.similarity import ReferenceTokens, background_token_mask, foreground_token_mask
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import Item, Pool
 from icm_cli.training.panels import grey, table
@@ -306,7 +306,7 @@ def noisy(batch: MosaicBatch, most: float, rng: np.random.Generator) -> MosaicBa
 def panel(alpha: Tensor, answer: Answer) -> ImageU8:
     """For each mosaic its true alpha [B,nH,nW], the coarse alpha, and what all comparisons together carry over."""
     _, logit, carried, _ = answer
-    layers = (alpha, torch.sigmoid(logit), enlarged(0.5 + 0.5 * carried[:, -1:], logit.shape[-2:])[:, 0])
+    layers = (alpha, torch.sigmoid(logit), resize_bilinear(0.5 + 0.5 * carried[:, -1:], logit.shape[-2:])[:, 0])
     return table([[grey(alpha_to_u8(layer[i].float().cpu().numpy())) for layer in layers] for i in range(len(alpha))])
 
 
@@ -322,7 +322,7 @@ def views_of(
     """Tokens of pictures, image [N,3,S,S] sRGB 0..1, alpha float32 [N,1,S,S] 0..1 and valid bool [N,S,S]."""
     keeping = stemmed(backbone).keeping_stems(live_blocks) if live_blocks else nullcontext([])
     with keeping as stems:
-        features = backbone.target(image, valid, [""] * len(image))
+        features = backbone.target_features(image, valid, [""] * len(image))
     stride = image.shape[-1] // features.correspondence.shape[-1]
     share = F.avg_pool2d(alpha, stride >> len(head.config.decoder_channels))[:, 0]
     scales = [features.scales[stride >> level + 1] for level in range(len(head.config.skip_channels))]
@@ -334,8 +334,8 @@ def views_of(
             features.correspondence[i],
             tuple(scale[i] for scale in scales),
             share[i],
-            foreground_tokens(guidance[one], valid[one], stride)[0][0],
-            background_tokens(guidance[one], valid[one], stride)[0],
+            foreground_token_mask(guidance[one], valid[one], stride)[0][0],
+            background_token_mask(guidance[one], valid[one], stride)[0],
             features.valid[i],
             stems[0][i] if stems else image.new_zeros(0, 0),
             image.new_zeros(0, 0, 0) if embeddings is None else embeddings[i],
