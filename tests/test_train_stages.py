@@ -27,7 +27,6 @@ from icm_cli.training.data.pool import Item, Pool, read_pool
 from icm_cli.training.data.spoiling import by_objects, by_outline, by_tokens, with_doubted_parts
 from icm_cli.training.settings import MatchConfig, TrainConfig, read_settings
 from icm_cli.training.stages import match, refine
-from icm_cli.training.stages.match import to_show
 from icm_cli.training.stages.mosaics import Mosaic, MosaicBatch, TokenMatcher, draw_mosaic
 from icm_cli.training.stages.refine import EdgeBatch, EdgeMaker, EdgeSample, RefineStage
 
@@ -72,6 +71,11 @@ def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def changed_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     return {key.split(".")[0] for key in after if not after[key].equal(before[key])}
+
+
+def kept_digests(run: Path) -> set[str]:
+    """Digests of the files of tokens in a run's folder."""
+    return {torch.load(path, weights_only=True)["digest"] for path in (run / match.TOKENS_FOLDER).iterdir()}
 
 
 def untrained() -> dict[str, torch.Tensor]:
@@ -121,13 +125,13 @@ class TestMatch:
         config, _ = matched
         out = tmp_path / "run"
         assert train(config, out, "--set", "train.steps=1").exit_code == 0
-        before = torch.load(out / match.KEPT_NAME, weights_only=True)["digest"]
+        before = kept_digests(out)
         for path in out.glob("*.safetensors"):
             path.unlink()
         (out / "state.pt").unlink()
         done = train(config, out, "--set", "train.steps=1", "--set", "train.pairs.composite_share=0.9")
         assert "reading the tokens of" in done.stderr
-        assert torch.load(out / match.KEPT_NAME, weights_only=True)["digest"] != before
+        assert not kept_digests(out) & before
 
     def test_it_begins_from_a_checkpoint_and_the_file_says_what_it_saw(
         self, matched: tuple[Path, Path], discs: Path, tmp_path: Path
@@ -209,13 +213,6 @@ class TestMatch:
         counts = collections.Counter(len(each.places) for each in mosaics)
         assert 30 < counts[0] < 70
         assert (set(counts) == {0, 1}) if share == 0 else (counts[3] + counts[4] > counts[1])
-
-    def test_every_group_is_shown_as_often_and_no_picture_too_often(self) -> None:
-        few, many = group_of("few", 2), group_of("many", 30)
-        shown = collections.Counter(to_show(Pool((few, many), (3.0, 1.0), ()), 9, 3, seed=0))
-        assert {shown[item] for item in few} == {3}
-        assert sum(shown[item] for item in many) == 9
-        assert max(shown[item] for item in many) == 1
 
 
 class TestRefine:

@@ -220,6 +220,11 @@ class MatchConfig:
     half of the references, so that all mosaics have about as many tokens. 0: none."""
     most_views: int = 3
     """Most views of one picture, where a group has few."""
+    rotate_every: int = 0
+    """Steps after which "match" and "objects" replace a part of every group's views by views of its next images, so
+    that in time all images are used. The next part is read bit by bit during these steps. 0: never."""
+    rotation_parts: int = 4
+    """Number of parts of the views: each rotation replaces one of them."""
     negative_share: float = 0.2
     """The reference's thing is in none of the pictures."""
     several_share: float = 0.0
@@ -241,10 +246,10 @@ class MatchConfig:
     """Long side, at most, at which "joint" keeps every picture on the training device."""
 
     def __post_init__(self) -> None:
-        for name in ("views", "most_views"):
+        for name in ("views", "most_views", "rotation_parts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 1 or more")
-        for name in ("large_views", "live_blocks", "presence", "feature_noise"):
+        for name in ("large_views", "rotate_every", "live_blocks", "presence", "feature_noise"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 0 or more")
         for name in ("negative_share", "several_share", "same_image_share"):

@@ -104,10 +104,10 @@ def _take_steps(
     _check_data(settings, pool, learner, run, listener)
     if learner.accelerator.mixed_precision != recipe.precision:
         listener.on_notice("this CPU is slower in bfloat16 than in float32, which is used")
-    stage.prepare(learner, run.folder, listener)
     done = begun = run.resume(learner) if resume else Progress()
     if resume and not done.step:
         listener.on_notice(f"{run.folder} holds no run yet; this one begins there")
+    stage.prepare(learner, run.folder, done.step, listener)
     listener.on_training_start(done.step, None if recipe.minutes else recipe.steps, recipe.batch_size)
     batches = stage.batches(
         learner.sampler(done.step), workers=learner.workers, pin=learner.device.torch_device.type == "cuda"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
@@ -91,6 +91,14 @@ class Pool:
         """Every image file that can reach a sample, each once."""
         return list(dict.fromkeys([*(item.image for item in self), *self.backgrounds]))
 
+    def restricted_to(self, items: Container[Item]) -> Pool:
+        """The pool of some of its items, with the weights of the sources that have any."""
+        kept = [tuple(item for item in source if item in items) for source in self.sources]
+        sources = [(source, weight) for source, weight in zip(kept, self.weights, strict=True) if source]
+        return replace(
+            self, sources=tuple(source for source, _ in sources), weights=tuple(weight for _, weight in sources)
+        )
+
     def draw(self, rng: np.random.Generator) -> Item:
         """A source by its weight, any of its groups, any item of that: small groups count as much as large ones."""
         groups = self._groups_of_sources[rng.choice(len(self.sources), p=self._shares)]
@@ -99,7 +107,7 @@ class Pool:
 
     def partner(self, item: Item, rng: np.random.Generator, same_image_share: float) -> Item:
         """Another item of its group with another image; itself at a share, or where there is none."""
-        others = [each for each in self.groups[item.group] if each.image != item.image]
+        others = [each for each in self.groups.get(item.group, ()) if each.image != item.image]
         wants_itself = rng.random() < same_image_share
         return item if wants_itself or not others else others[rng.integers(len(others))]
 

@@ -39,9 +39,12 @@ class Stage(ABC, Generic[AnyBatch]):
     def module(self, model: InContextMatting) -> nn.Module:
         """The module that runs with gradients. Raises ConfigError where the model lacks it."""
 
-    def prepare(self, learner: Learner, folder: Path, listener: TrainingListener) -> None:
-        """Make ready what the first batch needs, once the model is on its device. Does nothing here."""
-        del learner, folder, listener
+    def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
+        """Make ready what the batch of ``first_step`` (from 0) needs, once the learner's state is loaded.
+
+        Does nothing here.
+        """
+        del learner, folder, first_step, listener
 
     @abstractmethod
     def batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[AnyBatch]:

@@ -104,7 +104,8 @@ class JointStage(Stage[PictureBatch]):
     def module(self, model: InContextMatting) -> nn.Module:
         return JointMatcher(model.backbone, token_match_head(model, "joint"))
 
-    def prepare(self, learner: Learner, folder: Path, listener: TrainingListener) -> None:  # noqa: ARG002
+    def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
+        del folder, first_step
         train = self.settings.train
         self._scenes = CardScenes(
             self.pool, train, learner.device.torch_device, side_px=train.match.kept_px, notice=listener.on_notice

@@ -2,7 +2,8 @@
 
 The backbone is frozen, so every picture is seen by it once and its tokens are kept in the run's folder. A sample is
 then a mosaic of one to four pictures' tokens, of which one shows the reference's thing, or several, or none: hundreds
-of times cheaper than a sample of pictures, and it asks nothing but which thing is meant.
+of times cheaper than a sample of pictures, and it asks nothing but which thing is meant. Which images have their tokens
+kept, and when they are replaced, is decided by :mod:`icm_cli.training.stages.view_sets`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from icm_cli.errors import ConfigError, ImageError
-from icm_cli.files import atomic_write, combined_digest
+from icm_cli.files import combined_digest
 from icm_cli.geometry import ImageU8
 from icm_cli.model.contracts import Objects
 from icm_cli.model.core import InContextMatting
@@ -47,17 +48,17 @@ from icm_cli.training.stages.mosaics import (
     token_match_head,
     views_of,
 )
+from icm_cli.training.stages.view_sets import Chunk, ViewPlan, ViewSet, load_views, save_views
 
 if TYPE_CHECKING:
     from icm_cli.events import TrainingListener
     from icm_cli.training.learner import Learner
 
-KEPT_NAME = "tokens.pt"
-"""File of the tokens in a run's folder."""
+TOKENS_FOLDER = "tokens"
+"""Folder of the tokens in a run's folder."""
 BEGIN_VIEWS = 400
 """Pictures whose tokens give the principal components that the head's projections begin with."""
 TOLD_EVERY_S = 60.0
-Views: TypeAlias = Mapping[Item, Sequence[View]]
 
 
 class MatchStage(Stage[MosaicBatch]):
@@ -76,14 +77,15 @@ class MatchStage(Stage[MosaicBatch]):
                 "train: match: large_views is 1, and a mosaic of one picture needs a second one as its reference; "
                 "expected 2 or more, or 0, or no share of the first layout"
             )
-        self.maker = SampleMaker(pool, settings.train)
-        self.large_maker = SampleMaker(pool, replace(settings.train, canvas_px=LARGE * settings.train.canvas_px))
-        self.shown = to_show(pool, config.views, config.most_views, settings.train.seed)
-        self.shown_large = (
-            to_show(pool, config.large_views, config.most_views, settings.train.seed + 1) if config.large_views else []
-        )
-        self.views: dict[Item, list[View]] = {}
-        self.large_views: dict[Item, list[View]] = {}
+        large = replace(settings.train, canvas_px=LARGE * settings.train.canvas_px)
+        self._makers = (SampleMaker(pool, settings.train), SampleMaker(pool, large))
+        self._plan = ViewPlan(pool, config, settings.train.seed)
+        self._reader: _Reader | None = None
+        self._read: dict[Chunk, list[View | None]] = {}
+        """Views of the chunks that are in use or will be soon."""
+        self._number: int | None = None
+        """Number of the view set in use."""
+        self._small = self._large = ViewSet(pool, {})
 
     def module(self, model: InContextMatting) -> nn.Module:
         head, live_blocks = token_match_head(model, "match"), self.settings.train.match.live_blocks
@@ -94,26 +96,41 @@ class MatchStage(Stage[MosaicBatch]):
         backbone.last_blocks(live_blocks).requires_grad_(True)
         return TokenMatcher(head, backbone, live_blocks)
 
-    def prepare(self, learner: Learner, folder: Path, listener: TrainingListener) -> None:
-        path = folder / KEPT_NAME
-        digest = views_digest(
-            self.settings, [*self.shown, *self.shown_large], learner.weights_digest, embeds=self.embeds
-        )
-        views = kept_views(path, digest)
-        if views is None:
-            listener.on_notice(f"reading the tokens of {len(self.shown) + len(self.shown_large)} pictures into {path}")
-            views = self._read(learner, self.maker, self.shown, listener)
-            views += self._read(learner, self.large_maker, self.shown_large, listener)
-            if learner.is_main:
-                keep_views(path, digest, views)
-        self.views = _by_item(self.shown, views[: len(self.shown)])
-        self.large_views = _by_item(self.shown_large, views[len(self.shown) :])
-        if not learner.is_from_checkpoint:
+    def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
+        objects = _in_use(learner) if self.embeds else None
+        self._reader = _Reader(self.settings, self._makers, learner, objects, folder / TOKENS_FOLDER, listener)
+        chunks = self._plan.chunks_of_set(self._plan.set_number(first_step))
+        self._load([*chunks, *self._plan.chunks_due(first_step)], workers=learner.workers)
+        if not learner.is_from_checkpoint and not first_step:
             assert isinstance(learner.model.head, TokenMatchHead)
-            found = [view for view in views if view is not None]
+            found = [view for chunk in chunks for view in self._read[chunk] if view is not None]
             learner.model.head.initialise_from_pca(
                 _some_tokens(found, self.settings.train.seed).to(learner.device.torch_device)
             )
+
+    def _load(self, chunks: Sequence[Chunk], workers: int = 0) -> None:
+        """Load the views of chunks from the run's folder, or read their images."""
+        assert self._reader is not None
+        missing = [chunk for chunk in chunks if chunk not in self._read]
+        self._read |= dict(self._reader.views(missing, workers)) if missing else {}
+
+    def _rotate(self, step: int) -> None:
+        """Use the view set of a step, and read what the next one needs by this step."""
+        self._load(self._plan.chunks_due(step))
+        number = self._plan.set_number(step)
+        if number == self._number:
+            return
+        chunks = self._plan.chunks_of_set(number)
+        self._load(chunks)
+        for chunk in [each for each in self._read if each.part < number]:
+            del self._read[chunk]
+        self._small, self._large = (
+            ViewSet(self.pool, {chunk: self._read[chunk] for chunk in chunks if chunk.is_large == is_large})
+            for is_large in (False, True)
+        )
+        if self._number is not None and self._reader is not None:
+            self._reader.remove_parts_before(number - 1)  # the state that a resumed run starts from may be older
+        self._number = number
 
     def batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[MosaicBatch]:
         """Batches are drawn here, for the tokens are here; ``workers`` read pictures, before."""
@@ -137,8 +154,9 @@ class MatchStage(Stage[MosaicBatch]):
 
     def preview(self, counter: int) -> tuple[str, list[ImageU8]]:
         """A picture whose tokens are read, and its alpha."""
-        item = self.shown[counter % len(self.shown)]
-        scene = self.maker.view(item, np.random.default_rng((self.settings.train.seed, counter)))
+        items = [item for chunk in self._plan.chunks_of_set(0) if not chunk.is_large for item in chunk.items]
+        item = items[counter % len(items)]
+        scene = self._makers[False].view(item, np.random.default_rng((self.settings.train.seed, counter)))
         return f"{item.group} {item.name}", [scene.rgb, grey(scene.alpha)]
 
     def batch(self, counters: Sequence[int]) -> MosaicBatch:
@@ -146,137 +164,164 @@ class MatchStage(Stage[MosaicBatch]):
 
         Raises TrainingError where the pictures do not suffice for a mosaic.
         """
-        config = self.settings.train.match
-        rng = np.random.default_rng((self.settings.train.seed, 1, counters[0]))
+        train, config = self.settings.train, self.settings.train.match
+        self._rotate(counters[0] // train.batch_size)
+        rng = np.random.default_rng((train.seed, 1, counters[0]))
         rows, columns, references = draw_layout(config, rng)
-        shown = self.large_views if self.large_views and (rows, columns) == (1, 1) else self.views
-        beside = self.large_views if self.large_views and rng.random() < 0.5 else self.views
+        targets = self._large if self._large and (rows, columns) == (1, 1) else self._small
+        guides = self._large if self._large and rng.random() < 0.5 else self._small
 
         def as_reference(item: Item) -> View | None:
-            view = _view(beside, item, rng)
+            view = guides.draw_view(item, rng)
             return view if view is not None and view.alpha.max() > 0.5 else None
 
         mosaics = [
             draw_mosaic(
-                self.pool,
+                targets.pool,
                 config,
                 rows * columns,
                 references,
                 rng,
-                as_target=lambda item: _view(shown, item, rng),
+                as_target=lambda item: targets.draw_view(item, rng),
                 as_reference=as_reference,
+                reference_pool=guides.pool,
             )
             for _ in counters
         ]
         batch = joined(mosaics, counters, rows, columns)
         return noisy(batch, config.feature_noise, rng) if config.feature_noise else batch
 
-    def _read(
-        self, learner: Learner, maker: SampleMaker, shown: Sequence[Item], listener: TrainingListener
-    ) -> list[View | None]:
-        """Show the backbone a picture after the other; None where one cannot be read."""
-        views: list[View | None] = [None] * len(shown)
-        objects = _in_use(learner) if self.embeds else None
-        loader = DataLoader(
-            _Scenes(maker, shown, self.settings.train.seed),
-            batch_size=learner.device.auto_batch_size,
-            collate_fn=list,
-            num_workers=learner.workers,
-            worker_init_fn=start_worker if learner.workers else None,
-            multiprocessing_context="spawn" if learner.workers else None,
-        )
-        told = time.monotonic()
-        for batch in loader:
-            found = [each for each in batch if isinstance(each, _Scene)]
-            for each in batch:
-                if isinstance(each, str):
-                    listener.on_notice(f"skipped: {each}")
-            if found:
-                for each, view in zip(found, _seen(learner, found, objects), strict=True):
-                    views[each.index] = view
+
+class _Reader:
+    """Shows images to the backbone, and keeps their views in a run's folder."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        makers: tuple[SampleMaker, SampleMaker],
+        learner: Learner,
+        objects: Objects | None,
+        folder: Path,
+        listener: TrainingListener,
+    ) -> None:
+        self._seed = settings.train.seed
+        self._makers = makers
+        self._learner = learner
+        self._objects = objects
+        self._folder = folder
+        self._listener = listener
+        self._recipe = recipe_digest(settings, learner.weights_digest, embeds=objects is not None)
+        if learner.is_main:
+            folder.mkdir(exist_ok=True)
+
+    def views(self, chunks: Sequence[Chunk], workers: int) -> Iterator[tuple[Chunk, list[View | None]]]:
+        """Views of each chunk, None for an image that cannot be read. Each chunk is written as soon as it is read."""
+        missing = []
+        for chunk in chunks:
+            if (views := load_views(self._folder / chunk.file_name, self._digest(chunk))) is None:
+                missing.append(chunk)
+            else:
+                yield chunk, views
+        count = sum(len(chunk.items) for chunk in missing)
+        if count:
+            self._listener.on_notice(f"reading the tokens of {count} pictures into {self._folder}")
+        done, told = 0, time.monotonic()
+        for chunk, views in self._read(missing, workers):
+            done += len(views)
             if time.monotonic() - told > TOLD_EVERY_S:
                 told = time.monotonic()
-                listener.on_notice(f"{sum(view is not None for view in views)} of {len(views)} pictures are read")
-        return views
+                self._listener.on_notice(f"{done} of {count} pictures are read")
+            if self._learner.is_main:
+                path, digest = self._folder / chunk.file_name, self._digest(chunk)
+                save_views(path, digest, views)
+                views = load_views(path, digest) or views  # from the file, the system may free their memory
+            yield chunk, views
+
+    def remove_parts_before(self, part: int) -> None:
+        """Remove the files of parts that no view set needs any more."""
+        if self._learner.is_main:
+            for path in self._folder.glob("*.pt"):
+                if path.name.partition("-")[0].isdigit() and int(path.name.partition("-")[0]) < part:
+                    path.unlink(missing_ok=True)
+
+    def _read(self, chunks: Sequence[Chunk], workers: int) -> Iterator[tuple[Chunk, list[View | None]]]:
+        """Show the backbone the images of chunks."""
+        learner = self._learner
+        scenes = _Scenes(self._makers, chunks, self._seed)
+        loader = DataLoader(
+            scenes,
+            batch_sampler=scenes.batches(learner.device.auto_batch_size),
+            collate_fn=list,
+            num_workers=workers,
+            worker_init_fn=start_worker if workers else None,
+            multiprocessing_context="spawn" if workers else None,
+            generator=torch.Generator(),  # the default one is the model's
+        )
+        batches = iter(loader)
+        for chunk in chunks:
+            views: list[View | None] = []
+            while len(views) < len(chunk.items):
+                batch = next(batches)
+                for each in batch:
+                    if isinstance(each, str):
+                        self._listener.on_notice(f"skipped: {each}")
+                found = [each for each in batch if isinstance(each, _Scene)]
+                seen = _seen(learner, found, self._objects) if found else iter(())
+                views += [None if isinstance(each, str) else next(seen) for each in batch]
+            yield chunk, views
+
+    def _digest(self, chunk: Chunk) -> str:
+        seed = chunk.view_seed(self._seed, 0)
+        return combined_digest(self._recipe, str(seed), *(f"{item.group} {item.name}" for item in chunk.items))
 
 
 @dataclass(frozen=True)
 class _Scene:
-    index: int
     rgb: ImageU8
     alpha: ImageU8
     valid: np.ndarray
 
 
 class _Scenes(Dataset["_Scene | str"]):
-    """Picture number ``index``: an item's scene, with other things in it at times; a str says why it has none."""
+    """Scenes of the items of chunks, one after another, with other things in them at times; a str says why an item has
+    none."""
 
-    def __init__(self, maker: SampleMaker, shown: Sequence[Item], seed: int) -> None:
-        self.maker, self.shown, self.seed = maker, shown, seed
+    def __init__(self, makers: tuple[SampleMaker, SampleMaker], chunks: Sequence[Chunk], seed: int) -> None:
+        self._makers = makers
+        self._chunks = chunks
+        self._seed = seed
 
-    def __len__(self) -> int:
-        return len(self.shown)
+    def batches(self, size: int) -> list[list[tuple[int, int]]]:
+        """Numbers of chunks and items, at most ``size`` together and of one chunk."""
+        return [
+            [(number, index) for index in range(start, min(start + size, len(chunk.items)))]
+            for number, chunk in enumerate(self._chunks)
+            for start in range(0, len(chunk.items), size)
+        ]
 
-    def __getitem__(self, index: int) -> _Scene | str:
+    def __getitem__(self, place: tuple[int, int]) -> _Scene | str:
+        number, index = place
+        chunk = self._chunks[number]
+        rng = np.random.default_rng(chunk.view_seed(self._seed, index))
         try:
-            scene = self.maker.view(self.shown[index], np.random.default_rng((self.seed, index)))
+            scene = self._makers[chunk.is_large].view(chunk.items[index], rng)
         except ImageError as error:
             return str(error)
-        return _Scene(index, scene.rgb, scene.alpha, scene.valid)
+        return _Scene(scene.rgb, scene.alpha, scene.valid)
 
 
-def to_show(pool: Pool, views: int, most_views: int, seed: int) -> list[Item]:
-    """Draw about ``views`` items of every group with ``seed``, each at most ``most_views`` times."""
-    rng = np.random.default_rng((seed, 2))
-    shown: list[Item] = []
-    for items in pool.groups.values():
-        count = min(views, most_views * len(items))
-        shown += [items[index] for index in np.resize(rng.permutation(len(items)), count)]
-    return shown
-
-
-def views_digest(settings: Settings, shown: Sequence[Item], weights_digest: str, *, embeds: bool = False) -> str:
-    """Hash of what decides the views: the backbone, what the decoder takes, the recipe of the scenes, which items, and
-    the seed."""
+def recipe_digest(settings: Settings, weights_digest: str, *, embeds: bool = False) -> str:
+    """Hash of what decides a view, except its item and seed: the backbone, what the decoder takes, and the recipe of
+    the scenes."""
     model, train = settings.model.as_dict(), settings.as_dict()["train"]
     decoder = [len(model["head"][name]) for name in ("skip_channels", "decoder_channels")]
     recipe = [
         *(model["backbone"], decoder, weights_digest),
         *(train[name] for name in ("canvas_px", "pairs", "augment", "seed")),
-        *(train["match"][name] for name in ("large_views", "live_blocks")),
+        train["match"]["live_blocks"],
         model["objects"] if embeds else None,
     ]
-    return combined_digest(json.dumps(recipe, sort_keys=True), *(f"{item.group} {item.name}" for item in shown))
-
-
-def keep_views(path: Path, digest: str, views: Sequence[View | None]) -> None:
-    """Write views, whole or not at all. Raises OutputError."""
-    tensors = [tuple(getattr(view, each.name) for each in fields(View)) if view else None for view in views]
-    with atomic_write(path) as file:
-        torch.save({"digest": digest, "views": tensors}, file)
-
-
-def kept_views(path: Path, digest: str) -> list[View | None] | None:
-    """Read what :func:`keep_views` wrote, None where nothing is there or it was made of other pictures or settings."""
-    try:
-        stored: dict[str, Any] = torch.load(path, weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError):
-        return None
-    return [View(*view) if view else None for view in stored["views"]] if stored["digest"] == digest else None
-
-
-def _by_item(shown: Sequence[Item], views: Sequence[View | None]) -> dict[Item, list[View]]:
-    """The views of each item that has any."""
-    found: dict[Item, list[View]] = {}
-    for item, view in zip(shown, views, strict=True):
-        if view is not None:
-            found.setdefault(item, []).append(view)
-    return found
-
-
-def _view(views: Views, item: Item, rng: np.random.Generator) -> View | None:
-    of_item = views.get(item)
-    return of_item[int(rng.integers(len(of_item)))] if of_item else None
+    return combined_digest(json.dumps(recipe, sort_keys=True))
 
 
 def _in_use(learner: Learner) -> Objects | None:

@@ -44,7 +44,7 @@ class MatteStage(Stage[PairBatch]):
     def module(self, model: InContextMatting) -> nn.Module:
         return model
 
-    def prepare(self, learner: Learner, folder: Path, listener: TrainingListener) -> None:  # noqa: ARG002
+    def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:  # noqa: ARG002
         self._model = learner.model
         config = self.settings.train
         if learner.trains_backbone or config.changes_pixels or not config.feature_cache_gb:

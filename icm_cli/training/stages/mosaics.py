@@ -40,6 +40,8 @@ SEVERAL = 0.7
 """Chance of a further tile to show the thing too, in mosaics where several may."""
 ATTEMPTS = 1000
 """Draws for one place of a mosaic before training stops."""
+PARTNER_ATTEMPTS = 20
+"""Draws for one reference before another target is drawn."""
 Shown = TypeVar("Shown")
 """A picture as a mosaic shows it: its tokens, or what they are made of."""
 
@@ -190,49 +192,87 @@ def draw_mosaic(
     *,
     as_target: Callable[[Item], Shown | None],
     as_reference: Callable[[Item], Shown | None],
+    reference_pool: Pool | None = None,
 ) -> Mosaic[Shown]:
-    """Draw a mosaic of ``tiles`` pictures. The functions give the picture of an item, None where it cannot be shown.
+    """Draw a mosaic of ``tiles`` images from the items of ``pool``, and its references from ``reference_pool``.
 
-    Raises TrainingError where the pictures do not suffice for a mosaic.
+    The functions return the image of an item, None where it cannot be shown. Without a ``reference_pool`` the
+    references are drawn from ``pool``. Raises TrainingError where the images do not suffice for a mosaic.
     """
-
-    def drawn(is_usable: Callable[[Item], bool], failure: str) -> tuple[Item, Shown]:
-        for _ in range(ATTEMPTS):
-            item = pool.draw(rng)
-            if is_usable(item) and (shown := as_target(item)) is not None:
-                return item, shown
-        raise TrainingError(failure)
-
+    if reference_pool is None:
+        reference_pool = pool
     for _ in range(ATTEMPTS):
-        item, target = drawn(
-            lambda _: True, "hardly any picture could be read; mend the data, or leave files out with 'exclude'"
-        )
-        partners = [pool.partner(item, rng, config.same_image_share) for _ in range(references)]
-        guides = [as_reference(each) for each in partners]
-        usable = [shown for shown in guides if shown is not None and shown is not target]
-        if len(usable) < references:
+        failure = "hardly any picture could be read; mend the data, or leave files out with 'exclude'"
+        item, target = _draw_tile(pool, rng, as_target, lambda _: True, failure)
+        partners = [_draw_partner(reference_pool, config, rng, item, target, as_reference) for _ in range(references)]
+        found = [each for each in partners if each is not None]
+        if len(found) < references:
             continue
+        guides = [shown for _, shown in found]
+        tiles_shown: dict[int, Shown] = {}
+        if rng.random() >= config.negative_share:
+            first = int(rng.integers(tiles))
+            tiles_shown = {first: target, **_draw_further(pool, config, rng, item, first, tiles, as_target, guides)}
         failure = f"there is no picture without the thing of {item.image}; give more groups"
-        shown = [drawn(item.is_alien_to, failure)[1] for _ in range(tiles)]
-        name = f"{item.name} by {partners[0].name}"
-        if rng.random() < config.negative_share:
-            return Mosaic(name, usable, shown, ())
-        places = [int(rng.integers(tiles))]
-        shown[places[0]] = target
-        for place in _further(places[0], tiles, config, rng):
-            another = as_target(pool.partner(item, rng, config.same_image_share))
-            if another is not None:
-                shown[place] = another
-                places.append(place)
-        return Mosaic(name, usable, shown, tuple(places))
+        shown = [
+            tiles_shown[i] if i in tiles_shown else _draw_tile(pool, rng, as_target, item.is_alien_to, failure)[1]
+            for i in range(tiles)
+        ]
+        return Mosaic(f"{item.name} by {found[0][0].name}", guides, shown, tuple(tiles_shown))
     raise TrainingError("no group has two views that can be read; raise train.match.views, or give more pictures")
 
 
-def _further(first: int, tiles: int, config: MatchConfig, rng: np.random.Generator) -> list[int]:
-    """Tiles that are to show the thing too, besides the first one that does."""
+def _draw_tile(
+    pool: Pool,
+    rng: np.random.Generator,
+    as_target: Callable[[Item], Shown | None],
+    is_usable: Callable[[Item], bool],
+    failure: str,
+) -> tuple[Item, Shown]:
+    """Draw a usable item and its image. Raises TrainingError with ``failure`` where there is none."""
+    for _ in range(ATTEMPTS):
+        item = pool.draw(rng)
+        if is_usable(item) and (shown := as_target(item)) is not None:
+            return item, shown
+    raise TrainingError(failure)
+
+
+def _draw_partner(
+    pool: Pool,
+    config: MatchConfig,
+    rng: np.random.Generator,
+    item: Item,
+    target: Shown,
+    as_reference: Callable[[Item], Shown | None],
+) -> tuple[Item, Shown] | None:
+    """Draw a reference for ``item``, other than its ``target``; None where its group has no other one."""
+    for _ in range(PARTNER_ATTEMPTS):
+        partner = pool.partner(item, rng, config.same_image_share)
+        if (shown := as_reference(partner)) is not None and shown is not target:
+            return partner, shown
+    return None
+
+
+def _draw_further(
+    pool: Pool,
+    config: MatchConfig,
+    rng: np.random.Generator,
+    item: Item,
+    first: int,
+    tiles: int,
+    as_target: Callable[[Item], Shown | None],
+    guides: Sequence[Shown],
+) -> dict[int, Shown]:
+    """Draw the further tiles that show the thing too, at times; none of them is one of the references."""
     if not config.several_share or rng.random() >= config.several_share:
-        return []
-    return [place for place in range(tiles) if place != first and rng.random() < SEVERAL]
+        return {}
+    places = [place for place in range(tiles) if place != first and rng.random() < SEVERAL]
+    drawn = {place: as_target(pool.partner(item, rng, config.same_image_share)) for place in places}
+    return {
+        place: shown
+        for place, shown in drawn.items()
+        if shown is not None and not any(shown is guide for guide in guides)
+    }
 
 
 def joined(samples: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, columns: int) -> MosaicBatch:

@@ -60,10 +60,10 @@ class ObjectsStage(MatchStage):
             raise ConfigError("train: stage is objects, and the model has none to teach; add a section 'objects'")
         return ObjectMatcher(head, model.objects)
 
-    def prepare(self, learner: Learner, folder: Path, listener: TrainingListener) -> None:
+    def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
         if not learner.is_from_checkpoint:
             raise ConfigError("train: stage is objects, which learn from a trained head; give one with --checkpoint")
-        super().prepare(learner, folder, listener)
+        super().prepare(learner, folder, first_step, listener)
 
     def losses(self, answer: Answer, batch: MosaicBatch) -> dict[str, Tensor]:
         """Cross-entropy, and Dice where the thing is there, on the cells of the true alpha."""

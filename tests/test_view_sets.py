@@ -1,0 +1,200 @@
+"""View sets of the stage "match": groups are drawn evenly, and in time all images of large groups are used."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from train_data import change, log, same_weights, train, write_config
+
+from icm_cli.training.data.pool import Item, Pool
+from icm_cli.training.settings import MatchConfig
+from icm_cli.training.stages import match
+from icm_cli.training.stages.mosaics import Mosaic, View, draw_mosaic
+from icm_cli.training.stages.view_sets import ViewPlan, ViewSet
+
+SIZES = {"two": 2, "eight": 8, "forty": 40, "many": 300}
+TINY = {
+    "stage": "match",
+    "steps": 12,
+    "batch_size": 2,
+    "rate": 5e-3,
+    "backbone_rate": 0,
+    "log_every": 6,
+    "save_every": 5,
+}
+ROTATING = {**TINY, "match": {"views": 4, "large_views": 2, "rotate_every": 4, "rotation_parts": 2}}
+
+
+def group_of(name: str, count: int) -> tuple[Item, ...]:
+    """Items of one group."""
+    return tuple(
+        Item(f"{name} {i}", Path(f"{name}{i}.png"), None, None, name, is_foreground=False, is_binary=False)
+        for i in range(count)
+    )
+
+
+def view_set(pool: Pool, plan: ViewPlan, number: int, *, is_large: bool) -> ViewSet:
+    """View set of a plan; a view is a number in a tensor."""
+    chunks = [chunk for chunk in plan.chunks_of_set(number) if chunk.is_large == is_large]
+    counter = itertools.count()
+    none = torch.zeros(0)
+
+    def view() -> View:
+        return View(torch.tensor(float(next(counter))), (), none, none, none, none, none, none)
+
+    return ViewSet(pool, {chunk: [view() for _ in chunk.items] for chunk in chunks})
+
+
+@pytest.fixture(scope="module")
+def large_groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two groups of 310 photographs of 24 px, a disc of one colour each."""
+    root = tmp_path_factory.mktemp("large_groups")
+    for group, colour in {"red": (20, 20, 220), "green": (20, 200, 20)}.items():
+        for number in range(310):
+            image, alpha = np.full((24, 24, 3), 60 + number % 100, np.uint8), np.zeros((24, 24), np.uint8)
+            for canvas, value in ((image, colour), (alpha, 255)):
+                cv2.circle(canvas, (8 + number % 8, 12), 7, value, -1)
+            for kind, canvas in (("images", image), ("alphas", alpha)):
+                path = root / kind / group / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(path), canvas)
+    return root
+
+
+class TestPlan:
+    def test_every_group_has_as_many_views_and_no_image_too_many(self) -> None:
+        few, many = group_of("few", 2), group_of("many", 30)
+        plan = ViewPlan(Pool((few, many), (3.0, 1.0), ()), MatchConfig(views=9, most_views=3), seed=0)
+        shown = collections.Counter(item for chunk in plan.chunks_of_set(0) for item in chunk.items)
+        assert {shown[item] for item in few} == {3}
+        assert sum(shown[item] for item in many) == 9
+        assert max(shown[item] for item in many) == 1
+
+    def test_rotations_use_all_images_of_a_large_group(self) -> None:
+        pool = Pool(tuple(group_of(name, count) for name, count in SIZES.items()), (1.0,) * 4, ())
+        plan = ViewPlan(pool, MatchConfig(views=8, large_views=3, rotate_every=10, rotation_parts=4), seed=0)
+        shown: dict[bool, set[Item]] = {False: set(), True: set()}
+        for step in range(0, 150 * 10, 10):
+            chunks = plan.chunks_of_set(plan.set_number(step))
+            for is_large in (False, True):
+                items = [item for chunk in chunks if chunk.is_large == is_large for item in chunk.items]
+                counts = collections.Counter(item.group for item in items)
+                assert counts == {name: min(3 if is_large else 8, 3 * size) for name, size in SIZES.items()}
+                shown[is_large] |= set(items)
+        assert shown[False] == set(pool)
+        assert len([item for item in shown[True] if item.group == "many"]) > 100
+
+    def test_the_next_part_is_read_evenly_over_the_steps_before_it(self) -> None:
+        pool = Pool((tuple(item for name in range(300) for item in group_of(str(name), 5)),), (1.0,), ())
+        plan = ViewPlan(pool, MatchConfig(views=8, large_views=4, rotate_every=20, rotation_parts=4), seed=0)
+        due = [len(plan.chunks_due(step)) for step in range(20)]
+        assert due == sorted(due)
+        assert 0 < due[0] < 5
+        assert plan.chunks_due(19) == plan.chunks(4)
+        assert plan.chunks_due(20)[0].part == 5
+        assert set(plan.chunks_of_set(1)) == set(plan.chunks_of_set(0)) - set(plan.chunks(0)) | set(plan.chunks(4))
+
+
+class TestDraws:
+    @pytest.mark.parametrize("references", [1, 3])
+    @pytest.mark.parametrize("is_large", [False, True])
+    def test_groups_are_drawn_evenly_whatever_their_size(self, references: int, is_large: bool) -> None:
+        pool = Pool((tuple(item for name, size in SIZES.items() for item in group_of(name, size)),), (1.0,), ())
+        config = MatchConfig(views=8, large_views=3, same_image_share=0.1)
+        plan = ViewPlan(pool, config, seed=0)
+        targets = view_set(pool, plan, 0, is_large=is_large)
+        guides = view_set(pool, plan, 0, is_large=False)
+        rng = np.random.default_rng(0)
+
+        def drawn() -> Mosaic[View]:
+            return draw_mosaic(
+                targets.pool,
+                config,
+                2,
+                references,
+                rng,
+                as_target=lambda item: targets.draw_view(item, rng),
+                as_reference=lambda item: guides.draw_view(item, rng),
+                reference_pool=guides.pool,
+            )
+
+        counts = collections.Counter(drawn().name.split()[0] for _ in range(2000))
+        assert counts.keys() == SIZES.keys()
+        assert min(counts.values()) > 430
+        assert max(counts.values()) < 570
+
+    def test_a_partner_is_another_image_of_those_that_are_kept(self) -> None:
+        pool = Pool((group_of("many", 300), group_of("few", 3)), (1.0, 1.0), ())
+        kept = pool.restricted_to(pool.sources[0][:4])
+        rng = np.random.default_rng(0)
+        assert kept.weights == (1.0,)
+        partners = {kept.partner(pool.sources[0][0], rng, 0.0) for _ in range(100)}
+        assert partners == set(pool.sources[0][1:4])
+        lone = pool.sources[1][0]
+        assert kept.partner(lone, rng, 0.0) == lone
+
+
+class TestRuns:
+    def test_it_learns_from_large_groups_alone(self, large_groups: Path, tmp_path: Path) -> None:
+        done = train(write_config(tmp_path / "a.yaml", large_groups, **TINY), tmp_path / "run")
+        assert done.exit_code == 0, done.output
+        assert len(log(tmp_path / "run")) == 2
+
+    def test_it_learns_from_one_group_where_nothing_else_is_asked_for(self, large_groups: Path, tmp_path: Path) -> None:
+        settings = {"views": 4, "layout_shares": [1.0, 0.0, 0.0, 0.0], "negative_share": 0.0}
+        config = write_config(tmp_path / "a.yaml", large_groups, **{**TINY, "steps": 2, "match": settings})
+        red = {kind: str(large_groups / kind / "red" / "*.png") for kind in ("images", "alphas")}
+        change(config, sources=[red])
+        done = train(config, tmp_path / "run")
+        assert done.exit_code == 0, done.output
+
+    def test_a_run_continues_bit_equal_across_rotations(
+        self, large_groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = write_config(tmp_path / "a.yaml", large_groups, **ROTATING)
+        unbroken = train(config, tmp_path / "unbroken")
+        assert unbroken.exit_code == 0, unbroken.output
+        parts = {path.name.partition("-")[0] for path in (tmp_path / "unbroken" / match.TOKENS_FOLDER).iterdir()}
+        assert parts == {"00001", "00002", "00003", "00004"}  # in use, the one before, and the next one
+        assert train(config, tmp_path / "run", "--set", "train.steps=6").exit_code == 0
+        done = train(config, tmp_path / "run", "--resume")
+        assert done.exit_code == 0, done.output
+        assert same_weights(tmp_path / "run" / "last.safetensors", tmp_path / "unbroken" / "last.safetensors")
+
+        # A run that was stopped in the middle of a rotation reads what is missing, and only that.
+        seen: list[int] = []
+        read = match._seen
+        monkeypatch.setattr(match, "_seen", lambda *args: seen.append(len(args[1])) or read(*args))
+        assert train(config, tmp_path / "third", "--set", "train.steps=5").exit_code == 0
+        before = sum(seen)
+        for path in (tmp_path / "third" / match.TOKENS_FOLDER).glob("00002-large-*.pt"):
+            path.unlink()
+        assert train(config, tmp_path / "third", "--resume").exit_code == 0
+        assert sum(seen) - before == 2 + 2 + 6  # the removed file, the rest of part 3, and part 4
+        assert same_weights(tmp_path / "third" / "last.safetensors", tmp_path / "unbroken" / "last.safetensors")
+
+    def test_a_sample_is_that_of_its_number_in_any_order(self, large_groups: Path, tmp_path: Path) -> None:
+        """Steps of later and earlier view sets can be asked for; the same number gives the same sample."""
+        config = write_config(tmp_path / "a.yaml", large_groups, **ROTATING)
+        names: list[tuple[str, ...]] = []
+        original = match.MatchStage.batch
+
+        def noting(stage: match.MatchStage, counters: list[int]) -> object:
+            batch = original(stage, counters)
+            names.append(batch.names)
+            return batch
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(match.MatchStage, "batch", noting)
+            assert train(config, tmp_path / "one").exit_code == 0
+            one = list(names)
+            names.clear()
+            assert train(config, tmp_path / "two", "--set", "train.steps=3").exit_code == 0
+            assert train(config, tmp_path / "two", "--resume").exit_code == 0
+        assert names == one
