@@ -16,9 +16,9 @@ from icm_cli.errors import UsageError
 from icm_cli.geometry import CanvasRule
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.predictor import check_learn_steps
-from icm_cli.model.contracts import Features
+from icm_cli.model.contracts import Features, LearnedReferences
 from icm_cli.model.core import InContextMatting
-from icm_cli.model.lite.finetuning import ABSENT_VIEWS, STEPS, VIEWS, Learned, asked, finetuning_digest_text, learned
+from icm_cli.model.lite.finetuning import DEFAULT_STEPS, FINETUNING, finetuning_digest_text
 from icm_cli.model.lite.head import TokenMatchConfig, TokenMatchHead
 from icm_cli.model.similarity import SelfSimilarity, valid_tokens
 from icm_cli.model.training_free.head import TrainingFree
@@ -95,7 +95,7 @@ def test_it_learns_a_thing_that_moves(head: TokenMatchHead) -> None:
     model = InContextMatting(Colours(), head)  # type: ignore[arg-type]
     before = copy.deepcopy(head.state_dict())
     plain, taught = (model.prepare_references([scene()], learn_steps=steps) for steps in (0, 150))
-    assert isinstance(taught, Learned)
+    assert isinstance(taught, LearnedReferences)
     assert error(model, taught, 24) < 0.5 * error(model, plain, 24)
     assert all(torch.equal(each, before[name]) for name, each in head.state_dict().items())
     present = taught.head.present.state_dict()
@@ -105,13 +105,13 @@ def test_it_learns_a_thing_that_moves(head: TokenMatchHead) -> None:
 
 def test_every_view_is_seen_once(head: TokenMatchHead) -> None:
     backbone = Colours()
-    learned(backbone, head, [scene(), scene(8)], 3)  # type: ignore[arg-type]
-    assert VIEWS + 2 < backbone.seen <= VIEWS + ABSENT_VIEWS + 2
+    head.learn_references(backbone, [scene(), scene(8)], 3)  # type: ignore[arg-type]
+    assert FINETUNING.views + 2 < backbone.seen <= FINETUNING.views + FINETUNING.absent_views + 2
 
 
 def test_the_same_references_give_the_same_head(head: TokenMatchHead) -> None:
     first, again, other = (
-        learned(Colours(), head, [scene(shift)], 4).head.state_dict()  # type: ignore[arg-type]
+        head.learn_references(Colours(), [scene(shift)], 4).head.state_dict()  # type: ignore[arg-type]
         for shift in (0, 0, 8)
     )
     assert all(torch.equal(each, again[name]) for name, each in first.items())
@@ -124,8 +124,8 @@ def test_pixels_that_the_mask_leaves_open_teach_nothing(head: TokenMatchHead) ->
     image, _, valid = scene(24, decoy=False)
 
     def blue(shown: tuple[Tensor, Tensor, Tensor]) -> float:
-        taught = learned(backbone, head, [shown], 150)  # type: ignore[arg-type]
-        fine = asked(taught.head, backbone.target_features(image, valid, [""]), [taught.prepared], None)[1]
+        taught = head.learn_references(backbone, [shown], 150)  # type: ignore[arg-type]
+        fine = taught.head.predict_logits(backbone.target_features(image, valid, [""]), [taught.prepared], None)[1]  # type: ignore[attr-defined]
         return float(torch.sigmoid(fine[:, 7:9, 10:12]).mean())
 
     assert blue(scene(unknown=True, decoy=False)) > blue(_without_blue()) + 0.1
@@ -143,7 +143,7 @@ def test_half_precision_comes_back(head: TokenMatchHead) -> None:
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
             module.to(torch.bfloat16)
     taught = model.prepare_references([scene()], learn_steps=2)
-    assert isinstance(taught, Learned)
+    assert isinstance(taught, LearnedReferences)
     types = {name: each.dtype for name, each in head.state_dict().items()}
     assert {name: each.dtype for name, each in taught.head.state_dict().items()} == types
     assert error(model, taught, 0) < 1.0
@@ -153,8 +153,8 @@ def test_a_thing_that_fills_the_picture_has_no_views_without_it(head: TokenMatch
     image, guidance, valid = scene()
     full = (image, torch.ones_like(guidance) * valid[:, None], valid)
     backbone = Colours()
-    assert learned(backbone, head, [full], 2).prepared.background.shape[0] == 0  # type: ignore[arg-type]
-    assert backbone.seen == VIEWS + 1
+    assert head.learn_references(backbone, [full], 2).prepared.background.shape[0] == 0  # type: ignore[arg-type]
+    assert backbone.seen == FINETUNING.views + 1
 
 
 def test_the_digest_knows_what_was_learned() -> None:
@@ -163,7 +163,7 @@ def test_the_digest_knows_what_was_learned() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "shot", "expected"), [(None, True, STEPS), (None, False, 0), (7, False, 7), (0, True, 0)]
+    ("steps", "shot", "expected"), [(None, True, DEFAULT_STEPS), (None, False, 0), (7, False, 7), (0, True, 0)]
 )
 def test_a_shot_is_learned_unless_said_otherwise(steps: int | None, shot: bool, expected: int) -> None:
     assert _choice("lite").learn_steps(steps, is_shot=shot) == expected
@@ -227,7 +227,7 @@ def test_what_ends_the_learning_is_said_in_a_sentence(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("icm_cli.model.core.learned", fail)
+    monkeypatch.setattr("icm_cli.model.lite.head.TokenMatchHead.learn_references", fail)
     done = icm(model="lite", dtype="float32", learn_steps=3)
     assert done.exit_code == 3
     assert said in done.stderr

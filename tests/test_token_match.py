@@ -71,7 +71,7 @@ class TestTokenMatch:
         prepared = head.prepare_references([reference(1, everything=True)])
         assert prepared.background.shape[0] == 0
         target = features(3)
-        numbers = head.evidence(head.projected(target.correspondence), target.valid, [prepared])
+        numbers = head.compute_evidence(head.project_tokens(target.correspondence), target.valid, [prepared])
         assert numbers.shape == (1, 24, 4, 4)
         assert numbers.isfinite().all()
         image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
@@ -95,8 +95,8 @@ class TestTokenMatch:
         prepared = head.prepare_references([reference(seed), reference(seed + 1)])
         turned = head.prepare_references([reference(seed + 1), reference(seed)])
         target = features(5)
-        projected = head.projected(target.correspondence)
-        ours, theirs = (head.evidence(projected, target.valid, [each]) for each in (prepared, turned))
+        projected = head.project_tokens(target.correspondence)
+        ours, theirs = (head.compute_evidence(projected, target.valid, [each]) for each in (prepared, turned))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
     def test_its_own_picture_is_recognised(self, head: TokenMatchHead) -> None:

@@ -16,7 +16,7 @@ from icm_cli.errors import UsageError
 from icm_cli.files import combined_digest
 from icm_cli.matting.predictor import Predictor, check_learn_steps
 from icm_cli.model.contracts import Head
-from icm_cli.model.lite.finetuning import STEPS
+from icm_cli.model.lite.finetuning import DEFAULT_STEPS
 from icm_cli.model.loading import load_model, model_digest, override_edges, resolve_model, select_device
 
 
@@ -136,7 +136,7 @@ class LoadedModel:
 
 def _learn_steps(asked: int | None, head: type[Head], *, is_shot: bool) -> int:
     if asked is None:
-        return STEPS if is_shot and head.can_learn_references else 0
+        return DEFAULT_STEPS if is_shot and head.can_learn_references else 0
     check_learn_steps(asked, head)
     return asked
 

@@ -1,14 +1,23 @@
-"""The contracts of the core model: features of a backbone, mattes of a head, edges.
+"""Interfaces of the model's components and the data that they exchange.
 
-Letters as in the paper (Guo et al., "In-Context Matting", CVPR 2024): B batch, C channels, (h, w) a feature
-grid, N = h*w tokens in row-major order, R references, K reference tokens inside the guidance.
+A model is a :class:`Backbone` and a :class:`Head`, optionally followed by :class:`Objects` and
+:class:`Edges`.
 
-An *image* at this level is float32 sRGB in 0..1, [B,3,H,W], already on the backbone's canvas; *valid* is a
-bool mask [B,H,W] of its pixels that are not padding (padding is always right of and below the frame, by edge
-replication). Backbones normalise images themselves; heads normalise features themselves.
+Letters as in the paper (Guo et al., "In-Context Matting", CVPR 2024):
 
-To add a backbone or a head, write a subclass of :class:`Backbone` or :class:`Head` in a module of this package and
-register it in ``icm_cli.config.COMPONENTS`` under the ``name`` that configurations use.
+- B: batch, C: channels;
+- (h, w): feature grid, N = h*w: its tokens in row-major order;
+- R: references, K: reference tokens inside the guidance.
+
+Conventions:
+
+- An *image* is float32 sRGB [B,3,H,W] in 0..1 on the backbone's canvas.
+- *valid* is bool [B,H,W], True at the pixels of the frame and False in the padding. The padding is
+  right of and below the frame and replicates its edge.
+- Backbones normalise images, and heads normalise features.
+
+To add a component, write a subclass of its interface in a module of this package. Then register it
+in ``icm_cli.config.COMPONENTS`` under the ``name`` that configurations use.
 """
 
 from __future__ import annotations
@@ -16,7 +25,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,44 +33,52 @@ from torch import Tensor, nn
 from icm_cli.errors import UsageError
 from icm_cli.geometry import CanvasRule, Float, ImageU8
 
+ReferenceImage: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""A reference on a canvas of its own: image [1,3,H,W], guidance [1,1,H,W] (0 outside the object, 1
+inside, 0.5 unknown), valid [1,H,W]."""
+
 
 @runtime_checkable
 class IntraSimilarity(Protocol):
-    """Likeness among the tokens of one target, as an operator (paper section 3.3).
+    """Similarity between the tokens of one target, as an operator (paper, section 3.3).
 
-    Rows of the underlying matrix are a softmax over the valid tokens: non-negative, summing to 1, zero at
-    padding.
+    Each row of the underlying matrix is a softmax over the valid tokens: non-negative, summing to
+    1, zero in the padding.
     """
 
     grid: tuple[int, int]
-    """(h, w); N = h*w."""
+    """Grid (h, w) of the tokens; N = h*w."""
 
     def propagate(self, values: Tensor) -> Tensor:
-        """Spread ``values`` [B,N,c] over alike tokens: the product A @ values, [B,N,c] float32."""
+        """Propagate ``values`` [B,N,c] to similar tokens: the product A @ values, float32
+        [B,N,c]."""
         ...
 
 
 @runtime_checkable
 class MatrixIntraSimilarity(IntraSimilarity, Protocol):
-    """An intra-similarity that also holds its matrix (Stable Diffusion's mean self-attention)."""
+    """An intra-similarity that also provides its matrix, such as Stable Diffusion's mean
+    self-attention."""
 
     def matrix(self) -> Tensor:
-        """A, [B,N,N] float32; axis 1 is the query, axis 2 the key."""
+        """Return A, float32 [B,N,N]; axis 1 is the query, axis 2 the key."""
         ...
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of a batch of images, made by a backbone.
+    """Features that a backbone extracts from a batch of images.
 
-    ``correspondence``: [B,C,h,w] float32, not normalised, compared between reference and target.
-    ``valid``: [B,h,w] bool on the correspondence grid, True where a token's cell holds at least one pixel of
-    the frame.
-    ``scales``: stride in canvas pixels -> [B,C_s,H/s,W/s], in the backbone's dtype (float32 or lower).
-    ``intra``: stride -> intra-similarity on that stride's grid. A reference pass leaves ``scales`` and
-    ``intra`` empty.
-    ``grouping``: [B,C,h,w] float32 on the correspondence grid, which tells tokens of one picture apart; None where the
-    correspondence feature does both.
+    Attributes:
+        correspondence: Features that are compared between reference and target, float32 [B,C,h,w],
+            not normalised.
+        valid: True for tokens whose cell contains at least one pixel of the frame, bool [B,h,w].
+        scales: Features for decoders: stride in canvas pixels -> [B,C_s,H/s,W/s], in the backbone's
+            dtype. Empty for references.
+        intra: Intra-similarities: stride -> operator on the grid of that stride. Empty for
+            references.
+        grouping: Features that distinguish the tokens of one image, float32 [B,C,h,w]; None if
+            ``correspondence`` serves this purpose too.
     """
 
     correspondence: Tensor
@@ -71,15 +88,20 @@ class Features:
     grouping: Tensor | None = None
 
     def correspondence_only(self, index: int) -> Features:
-        """The correspondence feature of one image, as a batch of one; nothing else of it is kept."""
+        """Return the correspondence features of one image as a batch of one, without the other
+        features."""
         return Features(self.correspondence[index : index + 1], self.valid[index : index + 1], {}, {})
 
 
 @dataclass(frozen=True)
 class ReferenceFeatures:
-    """One reference: features (batch of one), the guidance [1,1,H,W] float32 and valid [1,H,W].
+    """One reference as a head receives it.
 
-    Guidance is 1 inside the thing, 0 outside, 0.5 where it is neither."""
+    Attributes:
+        features: Features of the reference, a batch of one.
+        guidance: Mask of the object, float32 [1,1,H,W]: 1 inside, 0 outside, 0.5 unknown.
+        valid: bool [1,H,W].
+    """
 
     features: Features
     guidance: Tensor
@@ -108,10 +130,12 @@ class Presence:
     """Prediction whether the target object is in the image at all, for a batch of B targets.
 
     Attributes:
-        logit: Logit of the presence, float32 [B]. ``Matte.alpha`` is already multiplied by its sigmoid.
-        alpha_if_present: Alpha under the assumption that the object is present, float32 [B,1,H,W] in 0..1.
-        is_uncertain: Whether the presence is too uncertain to decide from the whole image, bool [B]. A second pass
-            over a crop may decide.
+        logit: Logit of the presence, float32 [B]. ``Matte.alpha`` is already multiplied by its
+            sigmoid.
+        alpha_if_present: Alpha under the assumption that the object is present, float32 [B,1,H,W]
+            in 0..1.
+        is_uncertain: Whether the presence is too uncertain to decide from the whole image, bool
+            [B]. A second pass over a crop may decide.
     """
 
     logit: Tensor
@@ -120,83 +144,123 @@ class Presence:
 
 
 class PreparedReferences(Protocol):
-    """References condensed by a head, for that same head's ``forward``."""
+    """References as a head prepares them, for the ``forward`` of the same head."""
 
     @property
     def notices(self) -> Sequence[str]:
-        """Sentences about the references that the user should read."""
+        """Notices for the user about unsuitable references."""
         ...
 
 
+@dataclass(frozen=True)
+class LearnedReferences:
+    """References together with a copy of the head that was fine-tuned on them.
+
+    Attributes:
+        head: The fine-tuned head.
+        prepared: The references, prepared by that head.
+    """
+
+    head: Head
+    prepared: Any
+
+    @property
+    def notices(self) -> Sequence[str]:
+        notices: Sequence[str] = self.prepared.notices
+        return notices
+
+
 class Backbone(nn.Module, ABC):
-    """Turns images on the canvas into :class:`Features`."""
+    """Extracts :class:`Features` from images on the canvas."""
 
     Config: ClassVar[type[Any]]
-    """Frozen dataclass of this backbone's settings."""
+    """Frozen dataclass of the backbone's settings."""
 
     has_attention_matrix: ClassVar[bool]
     """Whether ``Features.intra`` holds :class:`MatrixIntraSimilarity` objects."""
 
     is_self_contained: ClassVar[bool]
-    """Whether it is built without any file but a checkpoint that holds its weights."""
+    """Whether a checkpoint with its weights is the only file that is needed to build it."""
 
     is_trainable: ClassVar[bool]
-    """Whether training may change its weights; a frozen backbone runs without gradients."""
+    """Whether training may change its weights. A backbone that is not trainable runs without
+    gradients."""
 
     has_transformer: ClassVar[bool] = False
-    """Whether a transformer in it may have a dtype of its own, see :meth:`cast`."""
+    """Whether it contains a transformer with a dtype of its own, see :meth:`set_dtype`."""
 
     @classmethod
     def preferred_transformer_dtype(cls, config: Any) -> str:  # noqa: ARG003
-        """Name of the dtype its transformer wants where the user asks for none, or "auto" for the device's."""
+        """Return the name of the transformer's default dtype, or "auto" for the default of the
+        device."""
         return "auto"
 
     @classmethod
     @abstractmethod
     def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
-        """Hash of the content of the pretrained weights that :meth:`load` would read; loads none of them."""
+        """Return a hash of the pretrained weights that :meth:`load` would read, without loading
+        them."""
 
     @classmethod
     @abstractmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
-        """Build with pretrained weights, on the CPU in float32.
+        """Build the backbone with its pretrained weights, on the CPU in float32.
 
-        ``weights``: a local folder or a hub id, for backbones whose weights are chosen by the user. ``offline``:
-        never reach for the network. ``seed``: of whatever noise the backbone draws.
-        Raises ConfigError when the weights cannot be had, saying what to get and where to put it.
+        Args:
+            config: Settings, an instance of ``Config``.
+            weights: Local folder or hub id that replaces the one of the configuration; None for the
+                latter.
+            offline: Do not access the network.
+            seed: Seed of the noise, for backbones that draw noise.
+
+        Raises:
+            ConfigError: The weights are not available. The message says what to fetch and where to
+                put it.
         """
 
     def optimise_for_inference(self) -> None:
-        """Rearrange the weights for speed, once, before inference; no training or saving after. Does nothing here."""
+        """Rearrange the weights for speed, once, before inference. The model can then not be
+        trained or saved.
+
+        The default implementation does nothing.
+        """
 
     def set_dtype(self, dtype: torch.dtype, transformer_dtype: torch.dtype) -> None:
-        """Bring the weights to ``dtype``, for inference; those of a transformer, where there is one apart, to
-        ``transformer_dtype``."""
+        """Convert the weights for inference: those of a separate transformer to
+        ``transformer_dtype``, others to ``dtype``."""
         del transformer_dtype
         self.to(dtype)
 
     @property
     @abstractmethod
     def canvas(self) -> CanvasRule:
-        """The canvas sizes this backbone takes."""
+        """Rule for the sizes of the canvas."""
 
     @abstractmethod
     def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
-        """Features of a batch of references: the correspondence feature alone.
+        """Extract the correspondence features of a batch of references.
 
-        ``noise`` names each image's noise, for backbones that draw any: equal names, equal noise.
+        Args:
+            image: float32 [B,3,H,W].
+            valid: bool [B,H,W].
+            noise: Key of each image's noise, for backbones that draw noise. Equal keys give equal
+                noise.
         """
 
     @abstractmethod
     def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
-        """Features of a batch of targets, each image's independent of its neighbours'; ``noise`` as above."""
+        """Extract all features of a batch of targets, each independently of the others in the
+        batch.
+
+        The arguments are those of :meth:`reference_features`.
+        """
 
 
 class Head(nn.Module, ABC):
-    """Turns a target's features and the references into an alpha."""
+    """Computes a coarse alpha from the features of a target and the prepared references."""
 
     Config: ClassVar[type[Any]]
-    """Frozen dataclass of this head's settings."""
+    """Frozen dataclass of the head's settings."""
 
     needs_attention_matrix: ClassVar[bool]
     """Whether it reads ``MatrixIntraSimilarity.matrix()``."""
@@ -205,38 +269,59 @@ class Head(nn.Module, ABC):
     """Whether it has weights that must come from a checkpoint."""
 
     can_learn_references: ClassVar[bool] = False
-    """Whether a copy of it can learn the references of a run before it mattes."""
+    """Whether :meth:`learn_references` is implemented."""
 
     def disable_edge_refinement(self) -> None:
-        """Answer coarsely from now on: what refines edges comes after. Does nothing where there is nothing to spare."""
+        """Return coarse alphas from now on, because a later component refines their edges.
+
+        The default implementation does nothing.
+        """
 
     @abstractmethod
     def prepare_references(self, references: Sequence[ReferenceFeatures]) -> PreparedReferences:
-        """Condense the references into what :meth:`forward` needs; called once per run."""
+        """Reduce the references to what :meth:`forward` needs. Called once per run."""
+
+    def learn_references(
+        self, backbone: Backbone, references: Sequence[ReferenceImage], steps: int
+    ) -> LearnedReferences:
+        """Fine-tune a copy of this head on the references, for heads with ``can_learn_references``.
+
+        Args:
+            backbone: The backbone of the same model; it is not changed.
+            references: References of the run.
+            steps: Number of training steps, 1 or more.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def forward(self, target: Features, references: Sequence[Any], image: Tensor, valid: Tensor) -> Matte:
-        """Matte a batch; image and valid are the targets'.
+        """Matte a batch of targets.
 
-        ``references``: for each image of the batch what :meth:`prepare` gave.
+        Args:
+            target: Features of the targets.
+            references: For each target the result of :meth:`prepare_references`.
+            image: The targets, float32 [B,3,H,W].
+            valid: bool [B,H,W].
         """
 
 
 class TrainedHead(Head, ABC):
-    """A head with weights, which come from a checkpoint or are learned by ``icm train``."""
+    """A head with weights, which come from a checkpoint or from ``icm train``."""
 
     is_trained = True
 
     @abstractmethod
     def similarity_maps(self, target: Features, references: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Inter- and intra-similarity of a batch as pictures, [B,1,h,w] float32 each on a grid of its own, any scale.
+        """Return inter- and intra-similarity as images, float32 [B,1,h,w] each, on a grid and scale
+        of their own.
 
-        For people to look at while a model is trained; nothing is computed from them.
+        They are shown during training; nothing is computed from them.
         """
 
 
 class Objects(nn.Module, ABC):
-    """Makes the things that a coarse alpha means whole, before their edges. It knows no reference and no class.
+    """Makes the things that a coarse alpha means whole, before their edges. It knows no reference
+    and no class.
 
     ``icm train`` teaches it; a checkpoint holds all of its weights.
     """
@@ -247,18 +332,22 @@ class Objects(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def weights_digest(cls, config: Any) -> str:
-        """Hash of the content of the pretrained weights that :meth:`load` would read. Raises ConfigError."""
+        """Hash of the content of the pretrained weights that :meth:`load` would read. Raises
+        ConfigError."""
 
     @classmethod
     @abstractmethod
     def load(cls, config: Any) -> Self:
-        """Build it with its pretrained weights, on the CPU in float32. Raises ConfigError where they are not here."""
+        """Build it with its pretrained weights, on the CPU in float32. Raises ConfigError where
+        they are not here."""
 
     def optimise_for_inference(self) -> None:
-        """Rearrange the weights for speed, once, before inference; no training or saving after. Does nothing here."""
+        """Rearrange the weights for speed, once, before inference; no training or saving after.
+        Does nothing here."""
 
     def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
-        """Bring the weights to ``dtype``, or to ``fast_dtype`` where that is as good: see ``Device``."""
+        """Bring the weights to ``dtype``, or to ``fast_dtype`` where that is as good: see
+        ``Device``."""
         del fast_dtype
         self.to(dtype)
 
@@ -268,17 +357,19 @@ class Objects(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, embedding: Tensor, coarse: Tensor) -> Tensor:
-        """Embedding [B,C,h,w] and coarse alpha [B,1,h',w'] 0..1 of pictures -> the logit of the alpha in which things
-        are whole, [B,1,nh,nw] float32, several cells for one of the embedding."""
+        """Embedding [B,C,h,w] and coarse alpha [B,1,h',w'] 0..1 of pictures -> the logit of the
+        alpha in which things are whole, [B,1,nh,nw] float32, several cells for one of the
+        embedding."""
 
     @abstractmethod
     def completed(self, rgb: ImageU8, coarse: Float) -> Float:
-        """A coarse alpha [h,w] 0..1 of any size and its picture, sRGB uint8 [H,W,3] -> one in which things are whole,
-        float32 [h',w'] 0..1."""
+        """A coarse alpha [h,w] 0..1 of any size and its picture, sRGB uint8 [H,W,3] -> one in which
+        things are whole, float32 [h',w'] 0..1."""
 
 
 class Edges(nn.Module, ABC):
-    """Brings a head's alpha to the edges of its source, at the source's size. It knows no reference and no class."""
+    """Brings a head's alpha to the edges of its source, at the source's size. It knows no reference
+    and no class."""
 
     Config: ClassVar[type[Any]]
     """Frozen dataclass of its settings."""
@@ -288,30 +379,36 @@ class Edges(nn.Module, ABC):
 
     @classmethod
     def with_weights(cls, config: Any, weights: str) -> Any:  # noqa: ARG003
-        """Settings that take their pretrained weights from ``weights``, a folder or hub id. Raises UsageError."""
+        """Settings that take their pretrained weights from ``weights``, a folder or hub id. Raises
+        UsageError."""
         raise UsageError(
-            f"the edges have no weights that could be chosen, so --edges-weights {weights!r} has nothing to do; "
-            "leave it out, or give --edges vitmatte"
+            f"the edges have no weights that could be chosen, so --edges-weights {weights!r} has "
+            "nothing to do; leave it out, or give --edges vitmatte"
         )
 
     @classmethod
     def weights_digest(cls, config: Any, *, offline: bool) -> str:  # noqa: ARG003
-        """Hash of the content of the pretrained weights that :meth:`load` would read; empty where there are none."""
+        """Hash of the content of the pretrained weights that :meth:`load` would read; empty where
+        there are none."""
         return ""
 
     @classmethod
     def load(cls, config: Any, *, offline: bool) -> Self:  # noqa: ARG003
-        """Build it, on the CPU in float32, with its pretrained weights where it has any. Raises ConfigError."""
+        """Build it, on the CPU in float32, with its pretrained weights where it has any. Raises
+        ConfigError."""
         return cls(config)
 
     def optimise_for_inference(self) -> None:
-        """Rearrange the weights for speed, once, before inference; no training or saving after. Does nothing here."""
+        """Rearrange the weights for speed, once, before inference; no training or saving after.
+        Does nothing here."""
 
     def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
-        """Bring the weights to ``dtype``, or to ``fast_dtype`` where that is as good: see ``Device``."""
+        """Bring the weights to ``dtype``, or to ``fast_dtype`` where that is as good: see
+        ``Device``."""
         del fast_dtype
         self.to(dtype)
 
     @abstractmethod
     def refined(self, rgb: ImageU8, coarse: Float) -> Float:
-        """A coarse alpha [h,w] 0..1 of any size and its picture, sRGB uint8 [H,W,3] -> the alpha float32 [H,W] 0..1."""
+        """A coarse alpha [h,w] 0..1 of any size and its picture, sRGB uint8 [H,W,3] -> the alpha
+        float32 [H,W] 0..1."""

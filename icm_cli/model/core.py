@@ -1,5 +1,5 @@
-"""The core model of matte, eval and train: a backbone joined with a head, and perhaps with what makes things whole
-and what refines edges."""
+"""The model of ``icm matte``, ``eval`` and ``train``: a backbone and a head, optionally with
+objects and edges."""
 
 from __future__ import annotations
 
@@ -17,29 +17,36 @@ from icm_cli.model.contracts import (
     Edges,
     Features,
     Head,
+    LearnedReferences,
     Matte,
     Objects,
     PreparedReferences,
     ReferenceFeatures,
+    ReferenceImage,
 )
-from icm_cli.model.lite.finetuning import Learned, learned
-from icm_cli.model.lite.head import TokenMatchHead
 
 TARGET_NOISE = "target"
-"""Name of the noise of every target that is matted: an alpha must not depend on its neighbours."""
+"""Noise key of every target in inference, so that an alpha does not depend on the other images of a
+run."""
 
 
 def reference_noise(index: int) -> str:
-    """Name of the noise of reference number ``index`` of a run."""
+    """Return the noise key of the reference with this index."""
     return f"reference {index}"
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Targets with a reference each, what training shows the model; all on canvases of one size.
+    """A training batch of B targets with one reference each, all on canvases of one size.
 
-    image, reference_image [B,3,H,W] sRGB 0..1; valid, reference_valid [B,H,W] bool; guidance [B,1,H,W] float32 in
-    {0,1}; target_noise, reference_noise: names of each image's noise.
+    Attributes:
+        image: Targets, float32 sRGB [B,3,H,W] in 0..1.
+        valid: bool [B,H,W], False in the padding of the targets.
+        reference_image: References, float32 sRGB [B,3,H,W] in 0..1.
+        guidance: Masks of the references, float32 [B,1,H,W], 0 or 1.
+        reference_valid: bool [B,H,W], False in the padding of the references.
+        target_noise: Noise key of each target.
+        reference_noise: Noise key of each reference.
     """
 
     image: Tensor
@@ -53,7 +60,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairFeatures:
-    """Features of both sides of :class:`Pairs`."""
+    """Features of the targets and references of :class:`Pairs`."""
 
     target: Features
     reference: Features
@@ -61,13 +68,26 @@ class PairFeatures:
 
 @runtime_checkable
 class FixedCanvas(Protocol):
-    """A head whose weights are absolute positions on one canvas."""
+    """A head with weights for absolute positions on one canvas."""
 
     canvas: CanvasRule
 
 
 class InContextMatting(nn.Module):
-    """One reference with its guidance shows the thing; every target gives up its alpha (paper section 3)."""
+    """In-context matting: references with masks define the object that is matted in every target
+    (paper, section 3).
+
+    Args:
+        backbone: Extracts features.
+        head: Computes coarse alphas from features.
+        edges: Refines coarse alphas at the size of the source; None to leave this to a guided
+            filter.
+        objects: Completes the objects of coarse alphas before their edges are refined; None to skip
+            this step.
+
+    Raises:
+        ConfigError: Backbone and head do not fit together.
+    """
 
     def __init__(
         self, backbone: Backbone, head: Head, edges: Edges | None = None, objects: Objects | None = None
@@ -82,10 +102,14 @@ class InContextMatting(nn.Module):
             head.disable_edge_refinement()
 
     def to_device(self, device: torch.device, dtype: torch.dtype, transformer_dtype: torch.dtype | None = None) -> Self:
-        """Move to ``device`` for inference; convolutions and projections in ``dtype``, a backbone's transformer in
-        ``transformer_dtype`` (the same without it).
+        """Move the model to a device for inference and set its dtypes.
 
-        The head's own LayerNorms stay float32, as do the similarities between them, which both cast for themselves.
+        The LayerNorms of the head stay in float32, as do the similarities between them.
+
+        Args:
+            device: Device of all weights.
+            dtype: Dtype of convolutions and projections.
+            transformer_dtype: Dtype of the backbone's transformer; None for ``dtype``.
         """
         self.eval()
         self.backbone.optimise_for_inference()
@@ -103,35 +127,46 @@ class InContextMatting(nn.Module):
         return self
 
     def use_channels_last(self) -> None:
-        """Weights of convolutions with their channels innermost: no reordering beside attention, which wants tokens."""
+        """Store convolution weights in channels-last order, which attention needs too: nothing is
+        then reordered."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
     def prepare_references(
-        self, references: Sequence[tuple[Tensor, Tensor, Tensor]], *, learn_steps: int = 0
-    ) -> PreparedReferences:
-        """Features of the references, once per run; with ``learn_steps`` a copy of the head learns them.
+        self, references: Sequence[ReferenceImage], *, learn_steps: int = 0
+    ) -> PreparedReferences | LearnedReferences:
+        """Extract and prepare the references, once per run, for :meth:`infer`.
 
-        ``references``: (image [1,3,H,W] sRGB 0..1, guidance [1,1,H,W] in {0,1}, valid [1,H,W] bool), each on a
-        canvas of its own. Returns what the head makes of them, for :meth:`infer`.
+        Args:
+            references: References, each on a canvas of its own.
+            learn_steps: Fine-tune a copy of the head on the references for so many steps; 0 to skip
+                this. The head must have ``can_learn_references``.
+
+        Raises:
+            ConfigError: The features of a reference are not finite.
         """
-        seen = [
+        features = [
             ReferenceFeatures(self.backbone.reference_features(image, valid, [reference_noise(index)]), guidance, valid)
             for index, (image, guidance, valid) in enumerate(references)
         ]
-        if not all(bool(each.features.correspondence.isfinite().all()) for each in seen):
+        if not all(bool(each.features.correspondence.isfinite().all()) for each in features):
             raise ConfigError(
-                "the backbone gave numbers that are not finite for a reference: its weights are damaged, or the dtype "
-                "is too narrow for them; run with --dtype float32, or get the weights again"
+                "the backbone computed features of a reference that are not finite: its weights "
+                "are damaged, or the range of the dtype is too small; use --dtype float32, or get "
+                "the weights again"
             )
         if learn_steps:
-            assert isinstance(self.head, TokenMatchHead)  # see Head.can_learn_references
-            return learned(self.backbone, self.head, references, learn_steps)
-        return self.head.prepare_references(seen)
+            return self.head.learn_references(self.backbone, references, learn_steps)
+        return self.head.prepare_references(features)
 
     def forward(self, pairs: Pairs, features: PairFeatures | None = None) -> Matte:
-        """Matte targets by a reference each, with gradients; ``features`` where they are there already."""
+        """Matte each target by its reference, with gradients.
+
+        Args:
+            pairs: Targets and references.
+            features: Features of ``pairs``; None to extract them.
+        """
         features = features or self.extract_features(pairs)
         matte: Matte = self.head(features.target, self.prepare_pairs(pairs, features), pairs.image, pairs.valid)
         return matte
@@ -144,7 +179,7 @@ class InContextMatting(nn.Module):
         )
 
     def prepare_pairs(self, pairs: Pairs, features: PairFeatures) -> list[PreparedReferences]:
-        """Prepare each pair's reference for the head."""
+        """Prepare the reference of each pair for the head."""
         return [
             self.head.prepare_references(
                 [
@@ -159,16 +194,21 @@ class InContextMatting(nn.Module):
         ]
 
     @torch.inference_mode()
-    def infer(self, image: Tensor, valid: Tensor, reference: PreparedReferences) -> Matte:
-        """image [B,3,H,W] sRGB 0..1 and valid [B,H,W] on one canvas -> :class:`Matte` on that canvas.
+    def infer(self, image: Tensor, valid: Tensor, reference: PreparedReferences | LearnedReferences) -> Matte:
+        """Matte a batch of targets on canvases of one size.
 
-        ``reference`` is what :meth:`reference` gave: the same for every image. The alpha of an image whose features
-        are not finite is NaN.
+        Args:
+            image: Targets, float32 sRGB [B,3,H,W] in 0..1.
+            valid: bool [B,H,W], False in the padding.
+            reference: The result of :meth:`prepare_references`, used for every target.
+
+        Returns:
+            The coarse mattes. The alpha of a target whose features are not finite is NaN.
         """
         count = len(image)
         features = self.backbone.target_features(image, valid, [TARGET_NOISE] * count)
         head = self.head
-        if isinstance(reference, Learned):
+        if isinstance(reference, LearnedReferences):
             head, reference = reference.head, reference.prepared
         matte: Matte = head(features, [reference] * count, image, valid)
         is_finite = features.correspondence.isfinite().flatten(1).all(dim=1)
@@ -178,14 +218,16 @@ class InContextMatting(nn.Module):
 
 
 def _check_compatibility(backbone: Backbone, head: Head) -> None:
+    """Raise ConfigError if the head cannot use the features of the backbone."""
     if head.needs_attention_matrix and not backbone.has_attention_matrix:
         raise ConfigError(
-            f"head {type(head).__name__} needs the intra-similarity's matrix, and backbone "
-            f"{type(backbone).__name__} has none; join it with the stable-diffusion backbone or take the "
+            f"head {type(head).__name__} needs an attention matrix, which backbone "
+            f"{type(backbone).__name__} does not provide; use the stable-diffusion backbone or the "
             "training-free head"
         )
     if isinstance(head, FixedCanvas) and head.canvas.long_side_px != backbone.canvas.long_side_px:
         raise ConfigError(
-            f"head canvas_px is {head.canvas.long_side_px} and the backbone's canvas has "
-            f"{backbone.canvas.long_side_px} px; expected the same, as the head's weights are positions on it"
+            f"head canvas_px is {head.canvas.long_side_px}, but the canvas of the backbone is "
+            f"{backbone.canvas.long_side_px} px; set both to the same value, because the head has "
+            "weights for positions on the canvas"
         )

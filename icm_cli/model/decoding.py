@@ -1,4 +1,4 @@
-"""Parts that heads with weights share: their convolution, doubling the size, confidence of an alpha."""
+"""Layers and functions that several trained heads use."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 VISIBLE_ALPHA = 0.05
-"""Pixels below take no part in the confidence: a large empty background says nothing about the thing."""
-FOUND_SHARE = 5e-4
-"""Share of the frame that must be foreground (alpha over 0.5) for the thing to count as found."""
+"""Pixels with a lower alpha do not count for the confidence: a large background says nothing about
+the object."""
+FOUND_FRACTION = 5e-4
+"""Fraction of the frame that must be foreground (alpha over 0.5) for the object to count as
+found."""
 
 
 class ConvNormReLU(nn.Module):
-    """3 x 3 convolution without bias, BatchNorm, ReLU."""
+    """3 x 3 convolution without bias, BatchNorm and ReLU."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.norm: nn.Module = nn.BatchNorm2d(outputs)
 
-    def fold(self) -> None:
-        """Take the norm into the convolution's weights, for inference; no training or saving after."""
+    def fold_norm(self) -> None:
+        """Fold the BatchNorm into the convolution, for inference. The module can then not be
+        trained or saved."""
         if isinstance(self.norm, nn.BatchNorm2d):
             self.conv = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
             self.norm = nn.Identity()
@@ -33,7 +36,8 @@ class ConvNormReLU(nn.Module):
 
 
 def make_alpha_layers(inputs: int, channels: int) -> nn.Sequential:
-    """The last layers before the sigmoid: [B,inputs,H,W] -> [B,1,H,W]."""
+    """Return the last layers of a decoder, which compute the logit of alpha: [B,inputs,H,W] ->
+    [B,1,H,W]."""
     return nn.Sequential(
         nn.Conv2d(inputs, channels, 3, padding=1),
         nn.BatchNorm2d(channels),
@@ -42,27 +46,36 @@ def make_alpha_layers(inputs: int, channels: int) -> nn.Sequential:
     )
 
 
-def upsample(x: Tensor) -> Tensor:
-    """Twice the size, bilinear, pixel centres kept."""
+def upsample_2x(x: Tensor) -> Tensor:
+    """Double height and width of [B,C,h,w] bilinearly; pixel centres are aligned as in
+    ``align_corners=False``."""
     return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
 def resize_bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
-    """[B,C,h,w] brought to height and width ``size``, bilinear; as it is where it has them already."""
+    """Resize [B,C,h,w] bilinearly to (height, width) ``size``; return ``x`` itself if it has this
+    size."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def confidence_and_found(alpha: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence [B] in 0..1 and found [B] bool of an alpha [B,1,H,W]; padding ([B,H,W] not valid) counts for nothing.
+    """Compute the confidence of alphas, and whether they contain an object.
 
-    Confidence is how decided the alpha is: the mean of |2a - 1| over pixels that are not plain background, 0
-    where there are none. Inter-similarity sums to K whether the thing is there or not, so an absent thing shows
-    only in an alpha that stays empty.
+    The confidence is the mean of |2a - 1| over the pixels that are not background, and 0 if there
+    are none. Inter-similarity sums to K whether the object is present or not, so only an empty
+    alpha shows its absence.
+
+    Args:
+        alpha: float32 [B,1,H,W] in 0..1.
+        valid: bool [B,H,W], False in the padding, which does not count.
+
+    Returns:
+        Confidence, float32 [B] in 0..1, and found, bool [B].
     """
     alpha = alpha[:, 0]
     visible = (alpha > VISIBLE_ALPHA) & valid
     decided = ((2.0 * alpha - 1.0).abs() * visible).sum((1, 2)) / visible.sum((1, 2)).clamp(min=1)
-    share = ((alpha > 0.5) & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
-    return decided, share >= FOUND_SHARE
+    foreground = ((alpha > 0.5) & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+    return decided, foreground >= FOUND_FRACTION

@@ -1,14 +1,18 @@
-"""A token-match head learns the thing of the references that it is given, before it mattes the frames of a shot.
+"""Fine-tune a copy of a head on the references of a run, before it mattes the frames of a shot.
 
-After one-shot video object segmentation (Caelles et al., CVPR 2017): the first frame with its mask, turned, scaled and
-recoloured, says what belongs to the thing when it moves, and what about it does not. The backbone stays as it is, so
-each view is seen by it once, and the steps are those of a small head.
+The method follows one-shot video object segmentation (Caelles et al., CVPR 2017). The head is
+trained on augmented views of the references: rotated, scaled, sheared, shifted and recoloured. It
+learns what belongs to the object when it moves, and what does not. The backbone is frozen: it
+processes each view once, and only the small head is trained.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,65 +21,204 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icm_cli.model.contracts import Backbone, Features, ReferenceFeatures
-from icm_cli.model.lite.head import CARRIED, EVIDENCE_NUMBERS, TokenMatchHead
+from icm_cli.model.contracts import (
+    Backbone,
+    Features,
+    LearnedReferences,
+    ReferenceFeatures,
+    ReferenceImage,
+    TrainedHead,
+)
 from icm_cli.model.similarity import ReferenceTokens, background_token_mask, foreground_token_mask
 
-STEPS = 140
-"""Steps of learning where nothing else is said."""
-VIEWS = 16
-"""Views of the references that show the thing, beside the references themselves."""
-ABSENT_VIEWS = 4
-"""Views of what is about the thing, without it."""
-ABSENT_SHARE = 0.15
-"""Share of steps whose view is one of these."""
-ITSELF_SHARE = 0.7
-"""Share of steps in which a reference as it is given is the reference, and not a view of one."""
-RATE = 3e-4
-WARMUP_STEPS = 10
-CLIP_NORM = 5.0
-SCALE, ANGLE, SHEAR, PLACE = 0.4, 15.0, 0.15, 0.25
-"""Limits of what is done to views: logarithm of the scale, degrees, shear, distance of the thing from the borders."""
-CLOSER = 0.7
-"""Logarithm of the largest scale of views without the thing."""
-GAIN, OFFSET = 0.2, 0.06
-"""Limits of how much brighter or darker views get, the channels and the whole, and of what is added to them."""
-ATTEMPTS = 100
-"""Draws of a view without the thing before there is none."""
-ABSENT_BELOW = 0.25
-"""Most guidance of a view without the thing."""
-GLANCE_PX = 16
-"""Side in px of the squares at whose middles a view is first looked at for the thing."""
-LEAST_ALPHA = 1e-4
-"""Least distance of an alpha from 0 and 1 before its logarithm is taken."""
-TERMS = ("cross_entropy", "dice", "coarse", "comparisons", "presence")
-"""Names of the losses."""
-SEED = 0
-
-
-def finetuning_digest_text(steps: int) -> str:
-    """All numbers that decide what is learned, for the digest of a run; empty for no steps."""
-    numbers = (VIEWS, ABSENT_VIEWS, ABSENT_SHARE, ITSELF_SHARE, RATE, WARMUP_STEPS, CLIP_NORM, SCALE, ANGLE, SHEAR)
-    more = (PLACE, CLOSER, GAIN, OFFSET, SEED)
-    return f"learned {steps} {' '.join(str(each) for each in (*numbers, *more))}" if steps else ""
+DEFAULT_STEPS = 140
+"""Training steps for a shot if ``--learn-steps`` is not given."""
+LOSS_TERMS = ("cross_entropy", "dice", "coarse", "comparisons", "presence")
+"""Names of the losses of :func:`match_losses`."""
+MIN_ALPHA = 1e-4
+"""Smallest distance of an alpha from 0 and 1 before its logarithm is taken."""
 
 
 @dataclass(frozen=True)
-class Learned:
-    """References as a head prepared them that has learned them, and that head."""
+class FinetuningConfig:
+    """Settings of the fine-tuning. All of them are part of the digest of an alpha."""
 
-    head: TokenMatchHead
-    prepared: ReferenceTokens
+    views: int = 16
+    """Number of augmented views that contain the object, in addition to the references."""
+    absent_views: int = 4
+    """Number of views of the surroundings that do not contain the object."""
+    absent_fraction: float = 0.15
+    """Fraction of the steps whose target is a view without the object."""
+    original_fraction: float = 0.7
+    """Fraction of the steps whose reference is an original reference; in the other steps it is a
+    view."""
+    rate: float = 3e-4
+    """Highest learning rate; it decays along a cosine."""
+    warmup_steps: int = 10
+    """Steps in which the learning rate increases linearly."""
+    clip_norm: float = 5.0
+    """Largest norm of the gradients."""
+    max_log_scale: float = 0.4
+    """Largest absolute logarithm of the scale of a view."""
+    max_angle: float = 15.0
+    """Largest rotation of a view, in degrees."""
+    max_shear: float = 0.15
+    """Largest shear of a view."""
+    border: float = 0.25
+    """Smallest distance of the object's centre from the borders of a view, as a fraction of its
+    sides."""
+    max_absent_log_scale: float = 0.7
+    """Largest logarithm of the scale of views without the object."""
+    max_gain: float = 0.2
+    """Largest relative change of brightness, of each channel and of the image."""
+    max_offset: float = 0.06
+    """Largest value that is added to all channels, on the scale 0..1."""
+    attempts: int = 100
+    """Number of random crops that are tried for a view without the object."""
+    max_absent_guidance: float = 0.25
+    """Largest guidance in a view without the object."""
+    preview_px: int = 16
+    """Sampling distance, in px, of the first check whether a crop contains the object."""
+    seed: int = 0
+    """Seed of all random numbers."""
+
+
+FINETUNING = FinetuningConfig()
+"""The settings in use."""
+
+
+def finetuning_digest_text(steps: int) -> str:
+    """Return a text for the digest of a run that contains all settings; empty if there are no
+    steps."""
+    return f"learned {steps} {json.dumps(dataclasses.asdict(FINETUNING))}" if steps else ""
+
+
+class FinetunableHead(TrainedHead, ABC):
+    """A head of which a copy can be fine-tuned on references."""
+
+    can_learn_references = True
+    present: nn.Module
+    """Layers that predict the presence of the object. They are not fine-tuned."""
 
     @property
-    def notices(self) -> Sequence[str]:
-        return self.prepared.notices
+    @abstractmethod
+    def decoder_steps(self) -> int:
+        """Number of times that the decoder doubles the resolution of the tokens."""
+
+    @property
+    @abstractmethod
+    def decoder_uses_image(self) -> bool:
+        """Whether the decoder reads the image in addition to the features."""
+
+    @abstractmethod
+    def project_tokens(self, feature: Tensor) -> Tensor:
+        """Project correspondence features [B,C,h,w] to the tokens [B,N,D] that are compared,
+        float32."""
+
+    @abstractmethod
+    def predict_logits(
+        self, target: Features, references: Sequence[ReferenceTokens], image: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Compute the logits that :func:`match_losses` compares with the ground truth.
+
+        Args:
+            target: Features of B targets.
+            references: For each target its references.
+            image: The targets, float32 [B,3,H,W]; None if the decoder does not use the image.
+
+        Returns:
+            - Logit of the coarse alpha, float32 [B,h,w].
+            - Logit of the decoded alpha, float32 [B,nh,nw].
+            - Guidance that each comparison transfers to the target, float32 [B,comparisons,h,w] in
+              -1..1.
+            - Logit of the presence of the object, float32 [B].
+        """
+
+    def learn_references(
+        self, backbone: Backbone, references: Sequence[ReferenceImage], steps: int
+    ) -> LearnedReferences:
+        """Fine-tune a copy of this head on the references. This head is not changed.
+
+        On a CPU, the same references give the same weights if the number of threads is the same.
+        """
+        rng = np.random.default_rng(FINETUNING.seed)
+        with torch.no_grad():
+            scenes = [
+                _Scene(image, guidance, ((guidance - 0.5).abs() > 0.25).float(), valid)
+                for image, guidance, valid in references
+            ]
+            originals = [_extract_view(backbone, self, each) for each in scenes]
+            views = [
+                _extract_view(backbone, self, _augment(scenes[i % len(scenes)], rng)) for i in range(FINETUNING.views)
+            ]
+            crops = [_crop_without_object(scenes[i % len(scenes)], rng) for i in range(FINETUNING.absent_views)]
+            absent = [_extract_view(backbone, self, each) for each in crops if each is not None]
+        student = copy.deepcopy(self).float().eval()
+        with torch.enable_grad():
+            _train(student, originals, views, absent, steps, rng)
+        dtypes = {name: each.dtype for name, each in self.state_dict(keep_vars=True).items()}
+        for name, each in student.state_dict(keep_vars=True).items():
+            each.requires_grad_(False)
+            each.data = each.data.to(dtypes[name])
+        features = [
+            ReferenceFeatures(each.features, guidance, valid)
+            for each, (_, guidance, valid) in zip(originals, references, strict=True)
+        ]
+        return LearnedReferences(student, student.prepare_references(features))
+
+
+def match_losses(
+    logits: Sequence[Tensor], fine_truth: Tensor, valid: Tensor, presence_weight: float
+) -> dict[str, Tensor]:
+    """Compute the losses of the logits of :meth:`FinetunableHead.predict_logits`.
+
+    Args:
+        logits: Result of ``predict_logits``.
+        fine_truth: True alpha at the resolution of the decoder, float32 [B,nh,nw] in 0..1.
+        valid: Tokens that count, bool [B,h,w].
+        presence_weight: Weight of the presence loss.
+
+    Returns:
+        Each loss of :data:`LOSS_TERMS`, and their sum as "total", float32 [B].
+    """
+    coarse, logit, transferred, presence = logits
+    finer = logit.shape[-1] // coarse.shape[-1]
+    fine_valid = valid.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
+    truth = F.avg_pool2d(fine_truth[:, None], finer)[:, 0]
+    size = valid.sum(dim=(1, 2))
+    each = (0.5 + 0.5 * transferred).clamp(MIN_ALPHA, 1.0 - MIN_ALPHA)
+    compared = F.binary_cross_entropy(each, truth[:, None].expand_as(each), reduction="none").mean(dim=1)
+    has_object = truth.sum(dim=(1, 2)) > 1.0
+    alpha = torch.sigmoid(logit) * fine_valid
+    common, sizes = (alpha * fine_truth).mean(dim=(1, 2)), (alpha + fine_truth).mean(dim=(1, 2))
+    common, sizes = common * size, sizes * size
+    is_present = (truth.amax(dim=(1, 2)) > 0.5).float()
+    terms = {
+        "cross_entropy": _mean_cross_entropy(logit, fine_truth, fine_valid),
+        "dice": (1.0 - (2.0 * common + 1.0) / (sizes + 1.0)) * has_object,
+        "coarse": _mean_cross_entropy(coarse, truth, valid) if finer > 1 else torch.zeros_like(is_present),
+        "comparisons": (compared * valid).sum(dim=(1, 2)) / size,
+        "presence": presence_weight * F.binary_cross_entropy_with_logits(presence, is_present, reduction="none"),
+    }
+    return {**terms, "total": torch.stack(list(terms.values())).sum(dim=0)}
+
+
+def _mean_cross_entropy(logit: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """Return the mean cross-entropy [B] over the valid cells of [B,H,W]."""
+    each = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
+    return (each * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))
 
 
 @dataclass(frozen=True)
 class _Scene:
-    """A picture on the canvas: image [1,3,H,W] sRGB 0..1, guidance float32 [1,1,H,W] 0..1, known float32 [1,1,H,W],
-    0 where the guidance does not say, valid bool [1,H,W]."""
+    """A reference or an augmented view of one, on the canvas.
+
+    Attributes:
+        image: float32 sRGB [1,3,H,W] in 0..1.
+        guidance: float32 [1,1,H,W] in 0..1.
+        known: float32 [1,1,H,W], 0 where the guidance is unknown, else 1.
+        valid: bool [1,H,W].
+    """
 
     image: Tensor
     guidance: Tensor
@@ -85,9 +228,16 @@ class _Scene:
 
 @dataclass(frozen=True)
 class _View:
-    """A scene as the backbone sees it: a reference, by its tokens inside and outside of the guidance, bool [1,h,w]; and
-    a target, by its alpha float32 [1,nh,nw] 0..1, as fine as the decoder goes, and the tokens, bool [1,h,w], where that
-    is known. ``image`` [1,3,H,W] where the decoder takes it in."""
+    """Features and labels of a scene, for its use as a reference or as a target.
+
+    Attributes:
+        features: Features of the scene, a batch of one.
+        inside: Tokens inside the guidance, bool [1,h,w], for references.
+        outside: Tokens outside the guidance, bool [1,h,w], for references.
+        alpha: Alpha at the resolution of the decoder, float32 [1,nh,nw] in 0..1, for targets.
+        known: Tokens whose alpha is known, bool [1,h,w], for targets.
+        image: float32 [1,3,H,W] if the decoder uses the image, else None.
+    """
 
     features: Features
     inside: Tensor
@@ -97,133 +247,54 @@ class _View:
     image: Tensor | None
 
 
-def learned(
-    backbone: Backbone,
-    head: TokenMatchHead,
-    references: Sequence[tuple[Tensor, Tensor, Tensor]],
-    steps: int,
-) -> Learned:
-    """A copy of a head that has learned the references in ``steps`` steps; the head itself stays as it is.
-
-    ``references``: image [1,3,H,W] sRGB 0..1, guidance [1,1,H,W] (0 outside, 0.5 unknown, 1 inside), valid [1,H,W].
-    The same references give the same head on a CPU with the same number of threads.
-    """
-    rng = np.random.default_rng(SEED)
-    with torch.no_grad():
-        scenes = [
-            _Scene(image, guidance, ((guidance - 0.5).abs() > 0.25).float(), valid)
-            for image, guidance, valid in references
-        ]
-        given = [_seen(backbone, head, each) for each in scenes]
-        views = [_seen(backbone, head, _moved(scenes[i % len(scenes)], rng)) for i in range(VIEWS)]
-        apart = [_apart(scenes[i % len(scenes)], rng) for i in range(ABSENT_VIEWS)]
-        absent = [_seen(backbone, head, each) for each in apart if each is not None]
-    pupil = copy.deepcopy(head).float().eval()
-    with torch.enable_grad():
-        _learn(pupil, given, views, absent, steps, rng)
-    dtypes = {name: each.dtype for name, each in head.state_dict(keep_vars=True).items()}
-    for name, each in pupil.state_dict(keep_vars=True).items():
-        each.requires_grad_(False)
-        each.data = each.data.to(dtypes[name])
-    shown = [
-        ReferenceFeatures(each.features, guidance, valid)
-        for each, (_, guidance, valid) in zip(given, references, strict=True)
-    ]
-    return Learned(pupil, pupil.prepare_references(shown))
-
-
-def asked(
-    head: TokenMatchHead, target: Features, references: Sequence[ReferenceTokens], image: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logit of the coarse alpha [B,h,w] and of the decoder's [B,nh,nw], what each comparison carries over
-    [B,comparisons,h,w] in -1..1, and the logit of whether the thing is there [B].
-
-    ``image`` [B,3,H,W] may be left out where the decoder takes none in.
-    """
-    projected = head.projected(target.correspondence)
-    evidence = head.evidence(projected, target.valid, references)
-    fused = head.fused(target, evidence)
-    presence = head.presence(fused, projected, evidence, target.valid, references)
-    fine = head.decoded(fused, target, image)[:, 0]
-    return head.coarse(fused)[:, 0].float(), fine, evidence[:, CARRIED::EVIDENCE_NUMBERS], presence
-
-
-def losses(answer: Sequence[Tensor], fine_truth: Tensor, valid: Tensor, presence_weight: float) -> dict[str, Tensor]:
-    """The losses by :data:`TERMS`, [B] each, and their sum under "total".
-
-    ``answer`` as :func:`asked` gives it, ``fine_truth`` float32 [B,nH,nW] 0..1, ``valid`` bool [B,H,W].
-    """
-    coarse, logit, carried, presence = answer
-    finer = logit.shape[-1] // coarse.shape[-1]
-    fine_valid = valid.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
-    truth = F.avg_pool2d(fine_truth[:, None], finer)[:, 0]
-    size = valid.sum(dim=(1, 2))
-    each = (0.5 + 0.5 * carried).clamp(LEAST_ALPHA, 1.0 - LEAST_ALPHA)
-    compared = F.binary_cross_entropy(each, truth[:, None].expand_as(each), reduction="none").mean(dim=1)
-    there = truth.sum(dim=(1, 2)) > 1.0
-    alpha = torch.sigmoid(logit) * fine_valid
-    common, sizes = (alpha * fine_truth).mean(dim=(1, 2)), (alpha + fine_truth).mean(dim=(1, 2))
-    common, sizes = common * size, sizes * size
-    is_there = (truth.amax(dim=(1, 2)) > 0.5).float()
-    terms = {
-        "cross_entropy": _entropy(logit, fine_truth, fine_valid),
-        "dice": (1.0 - (2.0 * common + 1.0) / (sizes + 1.0)) * there,
-        "coarse": _entropy(coarse, truth, valid) if finer > 1 else torch.zeros_like(is_there),
-        "comparisons": (compared * valid).sum(dim=(1, 2)) / size,
-        "presence": presence_weight * F.binary_cross_entropy_with_logits(presence, is_there, reduction="none"),
-    }
-    return {**terms, "total": torch.stack(list(terms.values())).sum(dim=0)}
-
-
-def _entropy(logit: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
-    """Mean cross-entropy [B] over the valid cells of [B,H,W]."""
-    each = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
-    return (each * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))
-
-
-def _learn(
-    head: TokenMatchHead,
-    given: Sequence[_View],
+def _train(
+    head: FinetunableHead,
+    originals: Sequence[_View],
     views: Sequence[_View],
     absent: Sequence[_View],
     steps: int,
     rng: np.random.Generator,
 ) -> None:
-    """Statistics of norms stay, and so does what says whether a thing is there: it is, in almost every frame."""
+    """Train the head in place.
+
+    The statistics of normalisation layers are not changed. The presence layers are not changed
+    either, because almost every frame of a shot contains the object.
+    """
     head.requires_grad_(True)
     head.present.requires_grad_(False)
     weights = [each for each in head.parameters() if each.requires_grad]
-    optimiser = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(weights, lr=FINETUNING.rate, weight_decay=0.0)
     for step in range(steps):
+        warmup = min(1.0, (step + 1) / FINETUNING.warmup_steps)
         for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-        shown = _drawn(given if rng.random() < ITSELF_SHARE else views, rng)
-        target = _drawn(absent if absent and rng.random() < ABSENT_SHARE else [*given, *views], rng)
-        loss = _loss(head, shown, target)
+            group["lr"] = FINETUNING.rate * warmup * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+        reference = _draw_view(originals if rng.random() < FINETUNING.original_fraction else views, rng)
+        use_absent = absent and rng.random() < FINETUNING.absent_fraction
+        target = _draw_view(absent if use_absent else [*originals, *views], rng)
+        loss = _compute_loss(head, reference, target)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(weights, CLIP_NORM)
+        nn.utils.clip_grad_norm_(weights, FINETUNING.clip_norm)
         optimiser.step()
 
 
-def _loss(head: TokenMatchHead, shown: _View, target: _View) -> Tensor:
-    tokens = head.projected(shown.features.correspondence)
-    reference = ReferenceTokens(tokens[shown.inside.flatten(1)], tokens[shown.outside.flatten(1)])
-    answer = asked(head, target.features, [reference], target.image)
-    return losses(answer, target.alpha, target.known, presence_weight=0.0)["total"].mean()
+def _compute_loss(head: FinetunableHead, reference: _View, target: _View) -> Tensor:
+    tokens = head.project_tokens(reference.features.correspondence)
+    prepared = ReferenceTokens(tokens[reference.inside.flatten(1)], tokens[reference.outside.flatten(1)])
+    logits = head.predict_logits(target.features, [prepared], target.image)
+    return match_losses(logits, target.alpha, target.known, presence_weight=0.0)["total"].mean()
 
 
-def _drawn(views: Sequence[_View], rng: np.random.Generator) -> _View:
+def _draw_view(views: Sequence[_View], rng: np.random.Generator) -> _View:
     return views[int(rng.integers(len(views)))]
 
 
-def _seen(backbone: Backbone, head: TokenMatchHead, scene: _Scene) -> _View:
+def _extract_view(backbone: Backbone, head: FinetunableHead, scene: _Scene) -> _View:
+    """Run the backbone on a scene and reduce its guidance to tokens."""
     features = backbone.target_features(scene.image, scene.valid, [""])
-    token = scene.image.shape[-1] // features.correspondence.shape[-1]
-    known = features.valid & (F.avg_pool2d(scene.known, token)[:, 0] > 0.5)
+    token_px = scene.image.shape[-1] // features.correspondence.shape[-1]
+    known = features.valid & (F.avg_pool2d(scene.known, token_px)[:, 0] > 0.5)
     levels = scene.guidance * scene.known + 0.5 * (1.0 - scene.known)
-    decoder = head.config.decoder_channels
-    takes_image = len(decoder) > len(head.config.skip_channels)
     return _View(
         Features(
             features.correspondence,
@@ -231,90 +302,117 @@ def _seen(backbone: Backbone, head: TokenMatchHead, scene: _Scene) -> _View:
             {each: scale.float() for each, scale in features.scales.items()},
             {},
         ),
-        foreground_token_mask(levels, scene.valid, token)[0],
-        background_token_mask(levels, scene.valid, token),
-        F.avg_pool2d(scene.guidance, token >> len(decoder))[:, 0],
+        foreground_token_mask(levels, scene.valid, token_px)[0],
+        background_token_mask(levels, scene.valid, token_px),
+        F.avg_pool2d(scene.guidance, token_px >> head.decoder_steps)[:, 0],
         known if bool(known.any()) else features.valid,
-        scene.image if takes_image else None,
+        scene.image if head.decoder_uses_image else None,
     )
 
 
-def _moved(given: _Scene, rng: np.random.Generator) -> _Scene:
-    """A reference whose thing lies, leans and is lit in another way; at its borders the picture is mirrored."""
-    scale = math.exp(rng.uniform(-SCALE, SCALE))
-    width_height = _size(given)
-    change = _Change.drawn(scale, _middle(given), width_height * rng.uniform(PLACE, 1.0 - PLACE, 2), rng)
-    return _changed(given, change)
+def _augment(scene: _Scene, rng: np.random.Generator) -> _Scene:
+    """Return a randomly transformed and recoloured view. Beyond its borders the image is
+    mirrored."""
+    scale = math.exp(rng.uniform(-FINETUNING.max_log_scale, FINETUNING.max_log_scale))
+    size = _frame_size(scene)
+    to = size * rng.uniform(FINETUNING.border, 1.0 - FINETUNING.border, 2)
+    return _apply_change(scene, _Change.draw(scale, _object_centre(scene), to, rng))
 
 
-def _apart(given: _Scene, rng: np.random.Generator) -> _Scene | None:
-    """A piece of a reference without its thing, enlarged; None where there is none."""
-    width_height = _size(given)
-    for _ in range(ATTEMPTS):
-        change = _Change.drawn(
-            math.exp(rng.uniform(0.0, CLOSER)), width_height * rng.uniform(0.0, 1.0, 2), width_height / 2, rng
-        )
-        if float(_sampled(given, [given.guidance], change.grid(given, GLANCE_PX)).max()) >= ABSENT_BELOW:
+def _crop_without_object(scene: _Scene, rng: np.random.Generator) -> _Scene | None:
+    """Return a random enlarged crop that does not contain the object; None if none is found."""
+    size = _frame_size(scene)
+    for _ in range(FINETUNING.attempts):
+        scale = math.exp(rng.uniform(0.0, FINETUNING.max_absent_log_scale))
+        change = _Change.draw(scale, size * rng.uniform(0.0, 1.0, 2), size / 2, rng)
+        preview = _sample_layers(scene, [scene.guidance], change.sampling_grid(scene, FINETUNING.preview_px))
+        if float(preview.max()) >= FINETUNING.max_absent_guidance:
             continue
-        found = _changed(given, change)
-        if float(found.guidance.max()) < ABSENT_BELOW:
-            return found
+        crop = _apply_change(scene, change)
+        if float(crop.guidance.max()) < FINETUNING.max_absent_guidance:
+            return crop
     return None
 
 
 @dataclass(frozen=True)
 class _Change:
-    """Scale, turn, shear and perhaps mirroring of a view, ``turn`` [2,2], about a point ``at`` (x, y) of the reference,
-    which comes to lie at ``to``; colours are multiplied by ``gain`` [3,1,1], then ``offset`` is added."""
+    """A geometric and a colour transformation of a scene.
 
-    turn: np.ndarray
-    at: np.ndarray
-    to: np.ndarray
+    Attributes:
+        matrix: Scale, rotation, shear and optional mirroring, [2,2].
+        source: Point (x, y) of the scene that the transformation moves to ``target``, in px.
+        target: Point (x, y) of the view, in px.
+        gain: Factor of each channel, [3,1,1].
+        offset: Value that is added to all channels.
+    """
+
+    matrix: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
     gain: np.ndarray
     offset: float
 
     @classmethod
-    def drawn(cls, scale: float, at: np.ndarray, to: np.ndarray, rng: np.random.Generator) -> _Change:
-        angle, flip = math.radians(rng.uniform(-ANGLE, ANGLE)), rng.choice([-1.0, 1.0])
-        cos, sin, shear = math.cos(angle), math.sin(angle), rng.uniform(-SHEAR, SHEAR)
-        turn = np.array([[scale * flip * cos, shear - scale * sin], [scale * flip * sin, scale * cos]])
-        gain = rng.uniform(1.0 - GAIN, 1.0 + GAIN, (3, 1, 1)) * rng.uniform(1.0 - GAIN, 1.0 + GAIN)
-        return cls(turn, at, to, gain, float(rng.uniform(-OFFSET, OFFSET)))
+    def draw(cls, scale: float, source: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> _Change:
+        """Draw a random change with a given scale that moves ``source`` to ``target``."""
+        max_angle, max_shear, max_gain = (
+            FINETUNING.max_angle,
+            FINETUNING.max_shear,
+            FINETUNING.max_gain,
+        )
+        angle, flip = math.radians(rng.uniform(-max_angle, max_angle)), rng.choice([-1.0, 1.0])
+        cos, sin, shear = math.cos(angle), math.sin(angle), rng.uniform(-max_shear, max_shear)
+        matrix = np.array([[scale * flip * cos, shear - scale * sin], [scale * flip * sin, scale * cos]])
+        gain = rng.uniform(1.0 - max_gain, 1.0 + max_gain, (3, 1, 1)) * rng.uniform(1.0 - max_gain, 1.0 + max_gain)
+        return cls(
+            matrix,
+            source,
+            target,
+            gain,
+            float(rng.uniform(-FINETUNING.max_offset, FINETUNING.max_offset)),
+        )
 
-    def grid(self, given: _Scene, px: int = 1) -> Tensor:
-        """Places in the reference of the squares of ``px`` of the view, [1,h,w,2], as ``F.grid_sample`` takes them."""
-        there = np.eye(3)
-        there[:2, :2], there[:2, 2] = self.turn, self.to - self.turn @ self.at
-        width, height = (int(each) for each in _size(given))
-        pixels = [[2.0 / width, 0.0, 1.0 / width - 1.0], [0.0, 2.0 / height, 1.0 / height - 1.0], [0.0, 0.0, 1.0]]
-        back = (np.array(pixels) @ np.linalg.inv(there) @ np.linalg.inv(np.array(pixels)))[:2]
-        back = torch.from_numpy(back[None]).float().to(given.image.device)
+    def sampling_grid(self, scene: _Scene, px: int = 1) -> Tensor:
+        """Return where to sample the scene for every square of ``px`` px of the view.
+
+        The result is float32 [1,h,w,2] in the coordinates of ``F.grid_sample``.
+        """
+        forward = np.eye(3)
+        forward[:2, :2], forward[:2, 2] = self.matrix, self.target - self.matrix @ self.source
+        width, height = (int(each) for each in _frame_size(scene))
+        pixels = [
+            [2.0 / width, 0.0, 1.0 / width - 1.0],
+            [0.0, 2.0 / height, 1.0 / height - 1.0],
+            [0.0, 0.0, 1.0],
+        ]
+        back = (np.array(pixels) @ np.linalg.inv(forward) @ np.linalg.inv(np.array(pixels)))[:2]
+        back = torch.from_numpy(back[None]).float().to(scene.image.device)
         return F.affine_grid(back, [1, 1, -(-height // px), -(-width // px)], align_corners=False)
 
 
-def _changed(given: _Scene, change: _Change) -> _Scene:
-    """The view that a change makes of a reference."""
-    layers = _sampled(given, [given.image, given.guidance, given.known], change.grid(given))
-    below, beside = (given.image.shape[-2:][n] - layers.shape[-2:][n] for n in (0, 1))
-    layers = F.pad(layers, (0, beside, 0, below), mode="replicate")
+def _apply_change(scene: _Scene, change: _Change) -> _Scene:
+    layers = _sample_layers(scene, [scene.image, scene.guidance, scene.known], change.sampling_grid(scene))
+    bottom, right = (scene.image.shape[-2:][n] - layers.shape[-2:][n] for n in (0, 1))
+    layers = F.pad(layers, (0, right, 0, bottom), mode="replicate")
     image = (layers[:, :3] * torch.from_numpy(change.gain).float().to(layers.device) + change.offset).clamp(0.0, 1.0)
-    return _Scene(image, layers[:, 3:4] * given.valid[:, None], layers[:, 4:], given.valid)
+    return _Scene(image, layers[:, 3:4] * scene.valid[:, None], layers[:, 4:], scene.valid)
 
 
-def _sampled(given: _Scene, layers: Sequence[Tensor], grid: Tensor) -> Tensor:
-    """Layers [1,C,H,W] of a reference at the places of a grid, [1,C,h,w]; the picture is mirrored at its borders."""
-    width, height = (int(each) for each in _size(given))
+def _sample_layers(scene: _Scene, layers: Sequence[Tensor], grid: Tensor) -> Tensor:
+    """Sample layers [1,C,H,W] of the scene at the points of a grid, [1,C,h,w]; beyond the borders
+    they are mirrored."""
+    width, height = (int(each) for each in _frame_size(scene))
     frame = torch.cat(list(layers), dim=1)[..., :height, :width]
     return F.grid_sample(frame, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def _size(scene: _Scene) -> np.ndarray:
-    """Width and height of the frame on its canvas."""
+def _frame_size(scene: _Scene) -> np.ndarray:
+    """Width and height of the frame on its canvas, in px."""
     valid = scene.valid[0]
     return np.array([float(valid[0].sum()), float(valid[:, 0].sum())])
 
 
-def _middle(scene: _Scene) -> np.ndarray:
-    """The middle (x, y) of the thing."""
+def _object_centre(scene: _Scene) -> np.ndarray:
+    """Centre of gravity (x, y) of the object, in px."""
     rows, columns = torch.nonzero(scene.guidance[0, 0] > 0.75, as_tuple=True)
     return np.array([float(columns.float().mean()), float(rows.float().mean())])

@@ -1,9 +1,10 @@
-"""The small trained head: it compares tokens and knows no class, so the reference alone says what is wanted.
+"""The token-match head: a small trained head that compares tokens of target and reference.
 
-Every token of the target meets the reference's tokens inside and outside the guidance. What comes of it, with the
-target's own features, is seen together by a few layers of attention and becomes a coarse alpha, one number a token,
-which a decoder may bring up to the canvas. After the paper's inter- and intra-similarity (section 3.3), but without its
-fixed grid: any canvas will do.
+The head has no notion of classes; the references alone define the object. Every token of the target
+is compared with the reference's tokens inside and outside the guidance. A few attention layers
+combine the results with the features of the target into a coarse alpha, one value per token, and a
+decoder can refine it up to the size of the canvas. The design follows the inter- and
+intra-similarity of the paper (section 3.3), but works on canvases of any size.
 """
 
 from __future__ import annotations
@@ -19,8 +20,15 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.guided_filter import along_edges
-from icm_cli.model.contracts import Features, Matte, Presence, ReferenceFeatures, TrainedHead
-from icm_cli.model.decoding import ConvNormReLU, confidence_and_found, make_alpha_layers, resize_bilinear, upsample
+from icm_cli.model.contracts import Features, Matte, Presence, ReferenceFeatures
+from icm_cli.model.decoding import (
+    ConvNormReLU,
+    confidence_and_found,
+    make_alpha_layers,
+    resize_bilinear,
+    upsample_2x,
+)
+from icm_cli.model.lite.finetuning import FinetunableHead
 from icm_cli.model.similarity import (
     ReferenceTokens,
     SelfSimilarity,
@@ -29,70 +37,80 @@ from icm_cli.model.similarity import (
     without_autocast,
 )
 
-EVIDENCE_NUMBERS = 8
+EVIDENCE_CHANNELS = 8
 """Evidence values per token and comparison."""
-CARRIED = 6
-"""Index of the evidence value that is the guidance carried over."""
-STRONGEST = (0, 1, CARRIED)
-"""Indices of the evidence values whose maximum over the picture tells whether the thing is there."""
-PRESENCE_NUMBERS = 2 + len(STRONGEST)
-"""Values per comparison about the whole picture: the strongest, and likeness to the means of both sides."""
+TRANSFERRED = 6
+"""Index of the evidence value that is the transferred guidance."""
+STRONGEST = (0, 1, TRANSFERRED)
+"""Indices of the evidence values whose maximum over the image is an input of the presence
+prediction."""
+PRESENCE_CHANNELS = 2 + len(STRONGEST)
+"""Presence inputs per comparison: similarity to the mean foreground and background, and the
+strongest evidence."""
 PRESENCE_WIDTH = 64
-LEAST_ALPHA = 1e-3
-"""Weight of every token in the mean of the thing: where nothing is found the whole picture is compared."""
+"""Hidden units of the presence prediction."""
+MIN_ALPHA = 1e-3
+"""Smallest weight of a token in the mean of the object. If nothing is found, the mean is that of
+the whole image."""
 IMAGE_CHANNELS = 3
-CONTEXT_HEADS = 4
+ATTENTION_HEADS = 4
 
 
 @dataclass(frozen=True)
 class TokenMatchConfig:
-    """Settings of the token-match head; the channels of the backbone's features must be the backbone's own."""
+    """Settings of the token-match head. The channels of the features must be those of the
+    backbone."""
 
     feature_channels: tuple[int, ...] = (384, 384, 384, 120, 208, 352)
-    """Channels of each layer in the correspondence feature."""
+    """Channels of each layer in the correspondence features."""
     width: int = 64
-    """Channels in which each layer's tokens are compared."""
+    """Channels in which the tokens of each layer are compared."""
     context_width: int = 192
-    """Channels of the tokens that attend to one another."""
+    """Channels of the attention layers."""
     context_layers: int = 2
+    """Number of attention layers."""
     fused_channels: int = 128
-    """Channels of the tokens that the coarse alpha is read from, and that enter the decoder."""
+    """Channels of the fused tokens, from which the coarse alpha is computed and which enter the
+    decoder."""
     skip_channels: tuple[int, ...] = (48, 24, 16)
-    """Channels of the backbone's features per scale, each twice as fine as the one before; the first is twice as fine
-    as the tokens. They join the first steps of the decoder."""
+    """Channels of the backbone's features per scale, from coarse to fine. The first scale has twice
+    the resolution of the tokens, and each further scale twice that of the one before. They are
+    inputs of the first decoder steps."""
     decoder_channels: tuple[int, ...] = (96, 64, 32, 24, 16)
-    """Channels after each step of the decoder, a doubling each; steps after those with skips take the image in. Without
-    any the alpha is the coarse one, one number per token; where they end before the canvas' size it is enlarged."""
+    """Channels after each decoder step; a step doubles the resolution. Steps without a feature
+    scale read the image. If the tuple is empty, the coarse alpha is the result. If the last step is
+    smaller than the canvas, its alpha is enlarged bilinearly."""
     temperature: float = 0.05
-    """Temperature of the comparisons before training, in cosine units; it is learned."""
+    """Initial temperature of the comparisons, in cosine units; it is learned."""
     presence_sharpness: float = 4.0
-    """At inference the presence counts so many times its logit: a thing is there or it is not."""
+    """Inference only: factor of the presence logit."""
     presence_from: float = 0.0
-    """Logit of the presence from which on the thing is there at inference."""
+    """Inference only: presence logit above which the object counts as present."""
     doubt: float = 0.0
-    """At inference a presence whose logit is nearer to 0 than this is in doubt: where edges are refined the picture is
-    looked at again from near by. With 0 none is."""
+    """Inference only: a presence is uncertain if its logit is closer to 0 than this. Models with
+    edges then run a second pass on a crop. 0 disables it."""
     edge_radius: float = 0.03
-    """At inference a guided filter takes soft edges to the picture's: radius of its window, as a share of the canvas'
-    long side; 0: none."""
+    """Inference only: radius of the guided filter that aligns soft edges with the image, as a
+    fraction of the long side of the canvas; 0 disables it."""
     edge_epsilon: float = 1e-4
-    """The variance of a colour channel (0..1) that counts as an edge to that filter."""
+    """Variance of a colour channel (0..1) above which the guided filter preserves an edge."""
     clear: float = 0.03
-    """At inference alpha is stretched by so much at either end: plain background is 0 and plain foreground 1."""
+    """Inference only: amount by which alpha is stretched at both ends, so that background is 0 and
+    foreground 1."""
 
     def __post_init__(self) -> None:
         if not self.feature_channels:
-            raise ConfigError("head feature_channels is empty; expected at least one number")
+            raise ConfigError("head feature_channels is empty; expected at least one value")
         if self.decoder_channels and len(self.decoder_channels) < len(self.skip_channels):
             raise ConfigError(
-                f"head decoder_channels is {list(self.decoder_channels)}; expected as many numbers as skip_channels' "
-                f"{len(self.skip_channels)} or more, or none"
+                f"head decoder_channels is {list(self.decoder_channels)}; expected at least as "
+                f"many values as skip_channels has, {len(self.skip_channels)}, or an empty list"
             )
         widths = (*self.feature_channels, self.width, self.context_width, self.fused_channels)
         if bad := [width for width in (*widths, *self.skip_channels, *self.decoder_channels) if width < 1]:
-            raise ConfigError(f"head has a width of {bad[0]} channels; expected 1 or more")
-        if self.context_width % CONTEXT_HEADS:
-            raise ConfigError(f"head context_width is {self.context_width}; expected a multiple of {CONTEXT_HEADS}")
+            raise ConfigError(f"head has a layer of {bad[0]} channels; expected 1 or more")
+        if self.context_width % ATTENTION_HEADS:
+            raise ConfigError(f"head context_width is {self.context_width}; expected a multiple of {ATTENTION_HEADS}")
         if self.context_layers < 0:
             raise ConfigError(f"head context_layers is {self.context_layers}; expected 0 or more")
         for name in ("temperature", "presence_sharpness", "edge_epsilon"):
@@ -104,16 +122,16 @@ class TokenMatchConfig:
 
     @property
     def comparisons(self) -> int:
-        """One of each layer, and one of all of them together."""
+        """Number of comparisons: one per layer, and one of all layers together."""
         return len(self.feature_channels) + 1
 
 
-class TokenMatchHead(TrainedHead):
-    """Evidence of every token by comparison, and what the tokens together make of it."""
+class TokenMatchHead(FinetunableHead):
+    """Compares the tokens of a target with those of the references, and decodes an alpha from the
+    result."""
 
     Config = TokenMatchConfig
     needs_attention_matrix = False
-    can_learn_references = True
 
     def __init__(self, config: TokenMatchConfig) -> None:
         super().__init__()
@@ -121,14 +139,14 @@ class TokenMatchHead(TrainedHead):
         self.project = nn.ModuleList(nn.Linear(channels, config.width) for channels in config.feature_channels)
         self.log_sharpness = nn.Parameter(torch.full((config.comparisons, 1, 1), -math.log(config.temperature)))
         self.background_null = nn.Parameter(torch.zeros(config.comparisons, 1, 1))
-        evidence = 2 * EVIDENCE_NUMBERS * config.comparisons  # of the token and of the picture's best token
+        evidence = 2 * EVIDENCE_CHANNELS * config.comparisons  # of the token, and its difference from the maximum
         self.condense = nn.Conv2d(sum(config.feature_channels), config.context_width, 1)
         self.weigh = nn.Conv2d(evidence, config.context_width, 1)
         self.context = nn.ModuleList(Context(config.context_width) for _ in range(config.context_layers))
         self.fuse = ConvNormReLU(config.context_width + evidence, config.fused_channels)
         self.coarse = nn.Conv2d(config.fused_channels, 1, 1)
         self.present = nn.Sequential(
-            nn.Linear(PRESENCE_NUMBERS * config.comparisons + config.fused_channels, PRESENCE_WIDTH),
+            nn.Linear(PRESENCE_CHANNELS * config.comparisons + config.fused_channels, PRESENCE_WIDTH),
             nn.ReLU(),
             nn.Linear(PRESENCE_WIDTH, 1),
         )
@@ -138,75 +156,128 @@ class TokenMatchHead(TrainedHead):
         self.steps = nn.ModuleList(
             ConvNormReLU(before + detail, after)
             for (before, after), detail in zip(
-                itertools.pairwise((config.fused_channels, *config.decoder_channels)), details, strict=True
+                itertools.pairwise((config.fused_channels, *config.decoder_channels)),
+                details,
+                strict=True,
             )
         )
         if config.decoder_channels:
             self.output = make_alpha_layers(config.decoder_channels[-1], config.decoder_channels[-1])
 
+    @property
+    def decoder_steps(self) -> int:
+        return len(self.config.decoder_channels)
+
+    @property
+    def decoder_uses_image(self) -> bool:
+        return len(self.config.decoder_channels) > len(self.config.skip_channels)
+
     @torch.no_grad()
-    def initialise_from_pca(self, seen: Tensor) -> None:
-        """Compare in the principal components of tokens [N,C] that the backbone gave: what tokens differ in most, with
-        what all of them share taken off, is a measure of likeness before anything is learned."""
+    def initialise_from_pca(self, samples: Tensor) -> None:
+        """Initialise the token projections with the principal components of sample tokens [N,C].
+
+        Similarity is then meaningful before training: what all tokens have in common is removed.
+        """
         for project, layer in zip(
-            self.project, torch.split(seen, list(self.config.feature_channels), dim=1), strict=True
+            self.project,
+            torch.split(samples, list(self.config.feature_channels), dim=1),
+            strict=True,
         ):
             assert isinstance(project, nn.Linear)
             mean = layer.mean(dim=0)
-            _, vectors = torch.linalg.eigh((layer - mean).T @ (layer - mean) / len(layer))  # the largest come last
+            _, vectors = torch.linalg.eigh((layer - mean).T @ (layer - mean) / len(layer))  # in ascending order
             kept = vectors[:, -project.out_features :].T
             project.weight[: len(kept)] = kept
             project.weight[len(kept) :] = 0.0
             project.bias.copy_(-project.weight @ mean)
 
     def prepare_references(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
-        """Their tokens are of unit length in every comparison."""
-        return split_reference_tokens(references, self.projected)
+        """Project the tokens of the references; they have unit length in every layer."""
+        return split_reference_tokens(references, self.project_tokens)
 
     def forward(self, target: Features, references: Sequence[ReferenceTokens], image: Tensor, valid: Tensor) -> Matte:
-        projected = self.projected(target.correspondence)
-        evidence = self.evidence(projected, target.valid, references)
-        fused = self.fused(target, evidence)
-        logit = self.presence(fused, projected, evidence, target.valid, references)
-        alpha = torch.sigmoid(resize_bilinear(self.decoded(fused, target, image), image.shape[-2:]))
+        projected = self.project_tokens(target.correspondence)
+        evidence = self.compute_evidence(projected, target.valid, references)
+        fused = self.fuse_features(target, evidence)
+        logit = self.presence_logit(fused, projected, evidence, target.valid, references)
+        alpha = torch.sigmoid(resize_bilinear(self.decode_logit(fused, target, image), image.shape[-2:]))
         if self.training:
             alpha = alpha * torch.sigmoid(logit)[:, None, None, None]
             return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
         if self.config.edge_radius:
             alpha = along_edges(alpha, image.float(), self.config.edge_radius, self.config.edge_epsilon)
-        presence = self.sharp(logit)
-        shown = self._cleared(alpha * torch.sigmoid(presence)[:, None, None, None])
-        uncertain = logit.abs() < self.config.doubt
-        return Matte(shown, *confidence_and_found(shown, valid), Presence(presence, self._cleared(alpha), uncertain))
+        sharpened = self.sharpen_presence(logit)
+        final = self._stretch_contrast(alpha * torch.sigmoid(sharpened)[:, None, None, None])
+        presence = Presence(sharpened, self._stretch_contrast(alpha), logit.abs() < self.config.doubt)
+        return Matte(final, *confidence_and_found(final, valid), presence)
+
+    def predict_logits(
+        self, target: Features, references: Sequence[ReferenceTokens], image: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        projected = self.project_tokens(target.correspondence)
+        evidence = self.compute_evidence(projected, target.valid, references)
+        fused = self.fuse_features(target, evidence)
+        presence = self.presence_logit(fused, projected, evidence, target.valid, references)
+        fine = self.decode_logit(fused, target, image)[:, 0]
+        return (
+            self.coarse(fused)[:, 0].float(),
+            fine,
+            evidence[:, TRANSFERRED::EVIDENCE_CHANNELS],
+            presence,
+        )
 
     def similarity_maps(self, target: Features, references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
-        """The share of softmax attention that goes to the reference's foreground, and that spread over alike tokens."""
-        evidence = self.evidence(self.projected(target.correspondence), target.valid, references)
+        """Return the transferred guidance, and the same propagated by intra-similarity, float32
+        [B,1,h,w]."""
+        evidence = self.compute_evidence(self.project_tokens(target.correspondence), target.valid, references)
         grid = evidence.shape[2:]
-        evidence = evidence.reshape(len(evidence), self.config.comparisons, EVIDENCE_NUMBERS, *grid).mean(dim=1)
-        return evidence[:, CARRIED : CARRIED + 1], evidence[:, -1:]
+        evidence = evidence.reshape(len(evidence), self.config.comparisons, EVIDENCE_CHANNELS, *grid).mean(dim=1)
+        return evidence[:, TRANSFERRED : TRANSFERRED + 1], evidence[:, -1:]
 
-    def evidence(self, projected: Tensor, valid: Tensor, references: Sequence[ReferenceTokens]) -> Tensor:
-        """Eight numbers a token and comparison, [B,8*comparisons,h,w] float32; ``projected`` as :meth:`projected`
-        gives it, ``valid`` [B,h,w].
+    def project_tokens(self, feature: Tensor) -> Tensor:
+        """Project features [B,C,h,w] to tokens float32 [B,N,layers*width] of unit length in every
+        layer."""
+        if feature.shape[1] != sum(self.config.feature_channels):
+            raise ConfigError(
+                f"head feature_channels add up to {sum(self.config.feature_channels)}, but the "
+                f"backbone's correspondence features have {feature.shape[1]} channels; set "
+                "feature_channels to those of the backbone's layers"
+            )
+        layers = torch.split(flatten_tokens(feature), list(self.config.feature_channels), dim=-1)
+        return torch.cat(
+            [F.normalize(project(layer), dim=-1) for project, layer in zip(self.project, layers, strict=True)],
+            dim=-1,
+        )
 
-        Soft and hard maximum of its likeness to the foreground and to the background; likeness to the mean of either;
-        the guidance carried over by softmax attention, in -1..1; and that spread by intra-similarity.
+    def compute_evidence(self, projected: Tensor, valid: Tensor, references: Sequence[ReferenceTokens]) -> Tensor:
+        """Compare the tokens of targets with their references.
+
+        Args:
+            projected: Result of :meth:`project_tokens`.
+            valid: bool [B,h,w].
+            references: For each target its references.
+
+        Returns:
+            Eight values per token and comparison, float32 [B,8*comparisons,h,w]: soft and hard
+            maximum of the similarity to the foreground; the same for the background; similarity to
+            the mean of foreground and of background; guidance transferred by softmax attention, in
+            -1..1; and that propagated by intra-similarity.
         """
         height, width = valid.shape[1:]
         compared = torch.stack(
-            [self._compare(of_image, reference) for of_image, reference in zip(projected, references, strict=True)]
+            [self._compare_tokens(one, reference) for one, reference in zip(projected, references, strict=True)]
         )
         grid = projected.transpose(1, 2).reshape(len(projected), -1, height, width)
-        alike = SelfSimilarity(grid, valid, self.config.temperature)
-        spread = alike.propagate(compared[..., CARRIED].transpose(1, 2))
-        numbers = torch.cat([compared, spread.transpose(1, 2)[..., None]], dim=-1)  # [B,comparisons,N,8]
-        return numbers.transpose(2, 3).reshape(len(numbers), -1, height, width)
+        intra_similarity = SelfSimilarity(grid, valid, self.config.temperature)
+        propagated = intra_similarity.propagate(compared[..., TRANSFERRED].transpose(1, 2))
+        evidence = torch.cat([compared, propagated.transpose(1, 2)[..., None]], dim=-1)  # [B,comparisons,N,8]
+        return evidence.transpose(2, 3).reshape(len(evidence), -1, height, width)
 
-    def fused(self, target: Features, evidence: Tensor) -> Tensor:
-        """Features [B,fused_channels,h,w] of the coarse alpha; ``evidence`` as :meth:`evidence` gives it."""
-        hidden = evidence.masked_fill(~target.valid[:, None], float("-inf"))
-        best = hidden.amax(dim=(2, 3), keepdim=True).expand_as(evidence)
+    def fuse_features(self, target: Features, evidence: Tensor) -> Tensor:
+        """Fuse the target's features with the result of :meth:`compute_evidence`:
+        [B,fused_channels,h,w]."""
+        masked = evidence.masked_fill(~target.valid[:, None], float("-inf"))
+        best = masked.amax(dim=(2, 3), keepdim=True).expand_as(evidence)
         dtype = self.condense.weight.dtype
         evidence = torch.cat([evidence, evidence - best], dim=1).to(dtype)
         x = self.condense(target.correspondence.to(dtype)) + self.weigh(evidence)
@@ -215,15 +286,8 @@ class TokenMatchHead(TrainedHead):
         fused: Tensor = self.fuse(torch.cat([x, evidence], dim=1))
         return fused
 
-    def _cleared(self, alpha: Tensor) -> Tensor:
-        return (alpha * (1.0 + 2.0 * self.config.clear) - self.config.clear).clamp(0.0, 1.0)
-
-    def sharp(self, presence: Tensor) -> Tensor:
-        """Make of the presence that was learned, a logit [B], the one that counts at inference."""
-        return self.config.presence_sharpness * (presence - self.config.presence_from)
-
     @without_autocast
-    def presence(
+    def presence_logit(
         self,
         fused: Tensor,
         projected: Tensor,
@@ -231,107 +295,117 @@ class TokenMatchHead(TrainedHead):
         valid: Tensor,
         references: Sequence[ReferenceTokens],
     ) -> Tensor:
-        """Whether the reference's thing is in the picture at all, as a logit [B]: one answer for all of its pixels.
+        """Predict whether the object is in the image at all, as a logit, float32 [B].
 
-        What the coarse alpha takes for the thing is compared as a whole with the reference's foreground and background,
-        beside the picture's strongest evidence and its strongest tokens.
+        The inputs are the similarity of the coarse object's mean token to the mean foreground and
+        background of the reference, the strongest evidence in the image, and the maximum of every
+        fused channel.
         """
-        alpha = (torch.sigmoid(self.coarse(fused.to(self.coarse.weight.dtype)).float()) + LEAST_ALPHA) * valid[:, None]
-        whole = self._unit((alpha.flatten(1)[..., None] * projected).sum(dim=1))
+        alpha = (torch.sigmoid(self.coarse(fused.to(self.coarse.weight.dtype)).float()) + MIN_ALPHA) * valid[:, None]
+        object_mean = self._unit_per_layer((alpha.flatten(1)[..., None] * projected).sum(dim=1))
         sides = [torch.stack([each.foreground.sum(dim=0), each.background.sum(dim=0)]) for each in references]
-        alike = (self._unit(torch.stack(sides)) * whole[:, None]).sum(dim=-1)  # [B,2,layers]
-        alike = torch.cat([alike, alike.mean(dim=-1, keepdim=True)], dim=-1)
-        hidden = evidence.masked_fill(~valid[:, None], float("-inf"))
-        strongest = hidden.flatten(2).amax(dim=2).reshape(len(hidden), -1, EVIDENCE_NUMBERS)[..., STRONGEST]
+        similarity = (self._unit_per_layer(torch.stack(sides)) * object_mean[:, None]).sum(dim=-1)  # [B,2,layers]
+        similarity = torch.cat([similarity, similarity.mean(dim=-1, keepdim=True)], dim=-1)
+        masked = evidence.masked_fill(~valid[:, None], float("-inf"))
+        strongest = masked.flatten(2).amax(dim=2).reshape(len(masked), -1, EVIDENCE_CHANNELS)[..., STRONGEST]
         best = fused.float().masked_fill(~valid[:, None], 0.0).amax(dim=(2, 3))
-        numbers = torch.cat([alike.flatten(1), strongest.flatten(1), best], dim=1)
-        logit: Tensor = self.present(numbers)[:, 0]
+        inputs = torch.cat([similarity.flatten(1), strongest.flatten(1), best], dim=1)
+        logit: Tensor = self.present(inputs)[:, 0]
         return logit
 
-    def _unit(self, summed: Tensor) -> Tensor:
-        """The direction of a sum of tokens [...,C] in every layer, [...,layers,width]; 0 where there were none."""
-        return F.normalize(summed.reshape(*summed.shape[:-1], -1, self.config.width), dim=-1)
+    def sharpen_presence(self, logit: Tensor) -> Tensor:
+        """Apply ``presence_from`` and ``presence_sharpness`` to a presence logit [B], for
+        inference."""
+        return self.config.presence_sharpness * (logit - self.config.presence_from)
 
-    def decoded(self, fused: Tensor, target: Features, image: Tensor | None) -> Tensor:
-        """The logit of the alpha, [B,1,H',W'] float32, as fine as the decoder goes; ``fused`` as :meth:`fused` gives
-        it. ``image`` [B,3,H,W] may be left out where every step has features of the backbone."""
+    def decode_logit(self, fused: Tensor, target: Features, image: Tensor | None) -> Tensor:
+        """Decode the logit of alpha, float32 [B,1,H',W'], at the resolution of the last decoder
+        step.
+
+        Args:
+            fused: Result of :meth:`fuse_features`.
+            target: Features of the targets.
+            image: float32 [B,3,H,W]; None if ``decoder_uses_image`` is false.
+        """
         if not self.config.decoder_channels:
             coarse: Tensor = self.coarse(fused).float()
             return coarse
         x = fused
-        for step, detail in zip(self.steps, self._details(target, image), strict=True):
-            x = step(torch.cat([upsample(x), detail.to(x.dtype)], dim=1))
+        for step, detail in zip(self.steps, self._skip_features(target, image), strict=True):
+            x = step(torch.cat([upsample_2x(x), detail.to(x.dtype)], dim=1))
         logit: Tensor = self.output(x).float()
         return logit
 
-    def _details(self, target: Features, image: Tensor | None) -> list[Tensor]:
-        """Features that join each step of the decoder: the backbone's scales from coarse to fine, then the image."""
-        details = []
+    def _skip_features(self, target: Features, image: Tensor | None) -> list[Tensor]:
+        """Inputs of each decoder step: the backbone's scales from coarse to fine, then the
+        image."""
+        features = []
         height, width = target.valid.shape[-2:]
         for level, channels in enumerate(self.config.skip_channels, start=1):
             size = (height << level, width << level)
             scale = next((each for each in target.scales.values() if each.shape[-2:] == size), None)
             if scale is None or scale.shape[1] != channels:
-                gives = "nothing" if scale is None else f"{scale.shape[1]} channels"
+                found = "no features" if scale is None else f"{scale.shape[1]} channels"
                 raise ConfigError(
-                    f"head skip_channels is {channels} at {1 << level} times the tokens' grid, and the backbone gives "
-                    f"{gives} there; expected the channels of its scale_blocks"
+                    f"head skip_channels is {channels} at {1 << level} times the tokens' "
+                    f"resolution, where the backbone has {found}; set skip_channels to the "
+                    "channels of its scale_blocks"
                 )
-            details.append(scale)
-        for level in range(len(details) + 1, len(self.steps) + 1):
+            features.append(scale)
+        for level in range(len(features) + 1, len(self.steps) + 1):
             assert image is not None
-            fine = image.shape[-1] / (width << level)
-            if fine < 1 or fine % 1:
+            cell_px = image.shape[-1] / (width << level)
+            if cell_px < 1 or cell_px % 1:
                 raise ConfigError(
-                    f"head decoder_channels has {len(self.steps)} steps, and the backbone's tokens are "
-                    f"{image.shape[-1] // width} px; expected no more steps than doublings"
+                    f"head decoder_channels has {len(self.steps)} steps, which is more than the "
+                    f"backbone's tokens of {image.shape[-1] // width} px allow; expected at most "
+                    "one step per doubling"
                 )
-            details.append(4.0 * (image if fine == 1 else F.avg_pool2d(image, int(fine))) - 2.0)
-        return details
+            features.append(4.0 * (image if cell_px == 1 else F.avg_pool2d(image, int(cell_px))) - 2.0)
+        return features
 
-    def projected(self, feature: Tensor) -> Tensor:
-        """[B,C,h,w] -> tokens [B,N,layers*width] float32, of unit length in every layer."""
-        if feature.shape[1] != sum(self.config.feature_channels):
-            raise ConfigError(
-                f"head feature_channels is {sum(self.config.feature_channels)} together, and the backbone gives "
-                f"{feature.shape[1]} channels; expected the channels of its correspondence layers"
-            )
-        layers = torch.split(flatten_tokens(feature), list(self.config.feature_channels), dim=-1)
-        return torch.cat(
-            [F.normalize(project(layer), dim=-1) for project, layer in zip(self.project, layers, strict=True)], dim=-1
-        )
+    def _stretch_contrast(self, alpha: Tensor) -> Tensor:
+        return (alpha * (1.0 + 2.0 * self.config.clear) - self.config.clear).clamp(0.0, 1.0)
+
+    def _unit_per_layer(self, total: Tensor) -> Tensor:
+        """Normalise sums of tokens [...,C] in every layer: [...,layers,width]; sums of no tokens
+        stay 0."""
+        return F.normalize(total.reshape(*total.shape[:-1], -1, self.config.width), dim=-1)
 
     @without_autocast
-    def _compare(self, target: Tensor, reference: ReferenceTokens) -> Tensor:
-        """Tokens of one target -> [comparisons,N,7] (all of :meth:`evidence` but the last number)."""
+    def _compare_tokens(self, target: Tensor, reference: ReferenceTokens) -> Tensor:
+        """Compare the tokens of one target: [comparisons,N,7], all values of
+        :meth:`compute_evidence` but the last."""
         sharpness = self.log_sharpness.exp().clamp(max=100.0)
         inside, outside, each = (
-            found.reshape(len(found), len(self.config.feature_channels), self.config.width).transpose(0, 1)
-            for found in (reference.foreground, reference.background, target)
+            part.reshape(len(part), len(self.config.feature_channels), self.config.width).transpose(0, 1)
+            for part in (reference.foreground, reference.background, target)
         )
-        foreground = _with_joint(each @ inside.transpose(1, 2))
-        # The null is a background token that is alike to all by a learned amount: there may be no other.
-        # It counts for as many as there are foreground tokens, or a finer grid would outvote it.
+        foreground = _append_mean_layer(each @ inside.transpose(1, 2))
+        # The null is a background token with the same learned similarity to all tokens: a reference
+        # may have no background. It counts as often as there are foreground tokens, or a finer grid
+        # would outweigh it.
         null = (self.background_null + _log_count(foreground) / sharpness).expand(-1, len(target), 1)
-        background = torch.cat([_with_joint(each @ outside.transpose(1, 2)), null], dim=2)
+        background = torch.cat([_append_mean_layer(each @ outside.transpose(1, 2)), null], dim=2)
         soft_foreground, soft_background = (
-            (sharpness * likeness).logsumexp(dim=2, keepdim=True) / sharpness for likeness in (foreground, background)
+            (sharpness * similarity).logsumexp(dim=2, keepdim=True) / sharpness
+            for similarity in (foreground, background)
         )
-        carried = torch.tanh(0.5 * sharpness * (soft_foreground - soft_background))
-        numbers = [
+        transferred = torch.tanh(0.5 * sharpness * (soft_foreground - soft_background))
+        values = [
             soft_foreground - _log_count(foreground) / sharpness,
             foreground.amax(dim=2, keepdim=True),
             soft_background - _log_count(background) / sharpness,
             background.amax(dim=2, keepdim=True),
             foreground.mean(dim=2, keepdim=True),
             background.mean(dim=2, keepdim=True),
-            carried,
+            transferred,
         ]
-        return torch.cat(numbers, dim=2)
+        return torch.cat(values, dim=2)
 
 
 class Context(nn.Module):
-    """A transformer layer over a target's valid tokens, [B,C,h,w] -> the same: the parts of a thing see one another."""
+    """Transformer layer over the valid tokens of a target: [B,C,h,w] -> [B,C,h,w]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -343,7 +417,7 @@ class Context(nn.Module):
 
     def forward(self, feature: Tensor, valid: Tensor) -> Tensor:
         x = flatten_tokens(feature)
-        query, key, value = self.qkv(self.norm1(x)).unflatten(2, (3, CONTEXT_HEADS, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = self.qkv(self.norm1(x)).unflatten(2, (3, ATTENTION_HEADS, -1)).permute(2, 0, 3, 1, 4)
         mask = None if bool(valid.all()) else valid.flatten(1)[:, None, None]
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         x = x + self.project(attended.transpose(1, 2).flatten(2))
@@ -351,10 +425,10 @@ class Context(nn.Module):
         return x.transpose(1, 2).unflatten(2, feature.shape[-2:]).to(feature.dtype)
 
 
-def _with_joint(likeness: Tensor) -> Tensor:
-    """Likeness [layers,N,K] -> [layers + 1,N,K]: the last is that of all layers together."""
-    return torch.cat([likeness, likeness.mean(dim=0, keepdim=True)])
+def _append_mean_layer(similarity: Tensor) -> Tensor:
+    """Append the mean over layers to similarities: [layers,N,K] -> [layers + 1,N,K]."""
+    return torch.cat([similarity, similarity.mean(dim=0, keepdim=True)])
 
 
-def _log_count(likeness: Tensor) -> Tensor:
-    return likeness.new_tensor(float(likeness.shape[2])).log()
+def _log_count(similarity: Tensor) -> Tensor:
+    return similarity.new_tensor(float(similarity.shape[2])).log()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Features, MatrixIntraSimilarity, Matte, ReferenceFeatures, TrainedHead
-from icm_cli.model.decoding import ConvNormReLU, confidence_and_found, make_alpha_layers, upsample
+from icm_cli.model.decoding import ConvNormReLU, confidence_and_found, make_alpha_layers, upsample_2x
 from icm_cli.model.similarity import flatten_tokens, foreground_token_mask, inter_similarity, without_autocast
 
 STRIDES = (32, 16)
@@ -179,7 +179,7 @@ class Fusion(nn.Module):
             join(torch.cat([project(feature), similarity], dim=1))
             for project, join, feature, similarity in zip(self.project, self.join, features, spread, strict=True)
         )
-        merged: Tensor = self.merge(torch.cat([fine, upsample(coarse)], dim=1))
+        merged: Tensor = self.merge(torch.cat([fine, upsample_2x(coarse)], dim=1))
         return merged
 
 
@@ -205,7 +205,7 @@ class DetailDecoder(nn.Module):
         for layer in self.image_stream:
             details.append(layer(details[-1]))
         for step in self.steps:
-            fused = step(torch.cat([details.pop(), upsample(fused)], dim=1))
+            fused = step(torch.cat([details.pop(), upsample_2x(fused)], dim=1))
         return torch.sigmoid(self.output(fused).float())
 
 

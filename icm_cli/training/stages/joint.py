@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from icm_cli.geometry import ImageU8
 from icm_cli.model.contracts import Backbone
 from icm_cli.model.core import InContextMatting
-from icm_cli.model.lite.finetuning import TERMS, losses
+from icm_cli.model.lite.finetuning import LOSS_TERMS, match_losses
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.batches import Batch, StepSampler
 from icm_cli.training.data.card import CardScenes, ScenePlan
@@ -95,7 +95,7 @@ class JointStage(Stage[PictureBatch]):
     """Mosaics of pictures in, which of them are the thing out."""
 
     learns = ("head", "backbone")
-    terms = TERMS
+    terms = LOSS_TERMS
 
     def __init__(self, settings: Settings, pool: Pool) -> None:
         super().__init__(settings, pool)
@@ -124,7 +124,7 @@ class JointStage(Stage[PictureBatch]):
     def losses(self, answer: Answer, batch: PictureBatch) -> dict[str, Tensor]:
         del batch
         *asked, truth, valid = answer
-        return losses(tuple(asked), truth, valid, self.settings.train.match.presence)
+        return match_losses(tuple(asked), truth, valid, self.settings.train.match.presence)
 
     @torch.no_grad()
     def panel(self, learner: Learner, batch: PictureBatch) -> ImageU8:

@@ -26,7 +26,7 @@ from icm_cli.files import combined_digest
 from icm_cli.geometry import ImageU8
 from icm_cli.model.contracts import Objects
 from icm_cli.model.core import InContextMatting
-from icm_cli.model.lite.finetuning import TERMS, losses
+from icm_cli.model.lite.finetuning import LOSS_TERMS, match_losses
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.batches import StepSampler, start_worker
 from icm_cli.training.data.pool import Item, Pool
@@ -65,7 +65,7 @@ class MatchStage(Stage[MosaicBatch]):
     """Mosaics of tokens in, which of them are the thing out."""
 
     learns: ClassVar[tuple[str, ...]] = ("head", "backbone")
-    terms: ClassVar[tuple[str, ...]] = TERMS
+    terms: ClassVar[tuple[str, ...]] = LOSS_TERMS
     embeds: ClassVar[bool] = False
     """Whether views hold what the model's objects know of a picture."""
 
@@ -144,7 +144,7 @@ class MatchStage(Stage[MosaicBatch]):
         return found
 
     def losses(self, answer: Answer, batch: MosaicBatch) -> dict[str, Tensor]:
-        return losses(answer, batch.alpha, batch.valid, self.settings.train.match.presence)
+        return match_losses(answer, batch.alpha, batch.valid, self.settings.train.match.presence)
 
     @torch.no_grad()
     def panel(self, learner: Learner, batch: MosaicBatch) -> ImageU8:

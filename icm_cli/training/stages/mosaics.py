@@ -21,7 +21,6 @@ from icm_cli.geometry import ImageU8, alpha_to_u8
 from icm_cli.model.contracts import Backbone, Features, Objects
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import resize_bilinear
-from icm_cli.model.lite.finetuning import asked
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.model.similarity import ReferenceTokens, background_token_mask, foreground_token_mask
 from icm_cli.training.batches import Batch
@@ -129,13 +128,13 @@ class TokenMatcher(nn.Module):
         scales = {-level: scale.float() for level, scale in enumerate(batch.scales)}
         feature, reference = self._features(batch)
         target = Features(feature, batch.valid, scales, {})
-        shown = head.projected(reference)
+        shown = head.project_tokens(reference)
         shown = shown.reshape(len(batch.feature), -1, shown.shape[-1])
         references = [
             ReferenceTokens(each[inside.flatten()], each[outside.flatten()])
             for each, inside, outside in zip(shown, batch.inside, batch.outside, strict=True)
         ]
-        return asked(head, target, references, None)
+        return head.predict_logits(target, references, None)
 
     def _features(self, batch: MosaicBatch) -> tuple[Tensor, Tensor]:
         """Correspondence features of the mosaics [B,C,H,W] and of all references [B*R,C,h,w], float32."""

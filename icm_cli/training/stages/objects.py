@@ -43,7 +43,7 @@ class ObjectMatcher(nn.Module):
         """Logit of the whole alpha [B,mH,mW], and the coarse alpha that it was asked with [B,nH,nW] 0..1."""
         with torch.no_grad():
             _, fine, _, presence = self.matcher(batch)
-            coarse = torch.sigmoid(fine) * torch.sigmoid(self.matcher.head.sharp(presence))[:, None, None]
+            coarse = torch.sigmoid(fine) * torch.sigmoid(self.matcher.head.sharpen_presence(presence))[:, None, None]
         return self.objects(batch.embedding.float(), coarse[:, None])[:, 0], coarse
 
 
