@@ -1,4 +1,4 @@
-"""Work that goes wrong in the processes of devices."""
+"""Engine setups with failures, for tests of worker processes and actors."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli.errors import ConfigError
+from icm_cli.matting.devices import EngineSetup
 from icm_cli.matting.engine import Engine
-from icm_cli.matting.work import Work
 from icm_cli.reports.result import ImageResult
 
 
-class LosingWork(Work):
+class LosingSetup(EngineSetup):
     """Its device is lost in the first process that gets to a second image, as a GPU is that falls off its bus.
 
     The environment variable LOST names a file that this process makes.
     """
 
-    def engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
-        engine = super().engine(on_result, notice)
+    def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
+        engine = super().create_engine(on_result, notice)
         real, seen = engine.predictor.infer, []
 
         def infer(*given: Any) -> Any:
@@ -39,30 +39,30 @@ class LosingWork(Work):
         return engine
 
 
-class FullDisk(Work):
+class FullDisk(EngineSetup):
     """No file can be written."""
 
-    def engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
+    def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
         def full(_: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         os.fsync = full
-        return super().engine(on_result, notice)
+        return super().create_engine(on_result, notice)
 
 
-class Unloadable(Work):
+class Unloadable(EngineSetup):
     """The model cannot be loaded."""
 
-    def engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
+    def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
         del on_result, notice
         raise ConfigError("there is no such model")
 
 
-class Dying(Work):
+class Dying(EngineSetup):
     """Its process dies at a second image: always, or once where the environment names a file, DIED, to remember it."""
 
-    def engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
-        engine = super().engine(on_result, notice)
+    def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
+        engine = super().create_engine(on_result, notice)
         real, seen = engine.predictor.infer, []
 
         def infer(*given: Any) -> Any:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import Result
 from conftest import Icm, alphas, arguments, copy_many
-from faulty_work import FullDisk, LosingWork, Unloadable
+from faulty_work import FullDisk, LosingSetup, Unloadable
 from forking import command_line
 
 from icm_cli.matting import matte as matting
@@ -31,7 +31,7 @@ def alone(icm: Icm, scene: Path) -> dict[str, bytes]:
     """MANY images in many/, and their alphas by one device, which must start no process."""
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", MANY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matting, "Devices", None)
+        patch.setattr(matting, "WorkerPool", None)
         assert icm(src=scene / "many", out=scene / "alone").exit_code == 0
     return alphas(scene / "alone")
 
@@ -124,7 +124,7 @@ def test_a_process_that_is_killed_gives_its_images_to_the_other(scene: Path, two
 def test_a_lost_device_gives_its_images_to_the_other(
     icm: Icm, scene: Path, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matting, "Work", LosingWork)
+    monkeypatch.setattr(matting, "EngineSetup", LosingSetup)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv("LOST", str(scene / "lost"))
     result = icm(src=scene / "many", device="cpu,cpu")
@@ -141,7 +141,7 @@ def test_an_error_that_is_no_device_s_ends_all(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, work: type, message: str
 ) -> None:
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", 3)
-    monkeypatch.setattr(matting, "Work", work)
+    monkeypatch.setattr(matting, "EngineSetup", work)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     result = icm("--quiet", src=scene / "many", device="cpu,cpu")
     assert result.exit_code == 3, result.output

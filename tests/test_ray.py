@@ -47,7 +47,7 @@ def test_actors_make_the_same_bytes_and_one_report(on_ray: Icm, icm: Icm, scene:
     assert alphas(scene / "out") == alphas(scene / "alone")
     report = json.loads((scene / "r.json").read_text())
     assert [row["status"] for row in report["images"]] == ["done"] * MANY + ["failed"]
-    assert report["settings"]["device"] == "cpu, float32; 2 actor(s) of Ray"
+    assert report["settings"]["device"] == "cpu, float32; 2 Ray actor(s)"
     assert report["summary"]["peak_memory_bytes"] > 1e8
     events = [json.loads(line)["event"] for line in result.stdout.splitlines()]
     assert events == ["started", *["image"] * (MANY + 1), "finished"]
@@ -57,25 +57,25 @@ def test_actors_make_the_same_bytes_and_one_report(on_ray: Icm, icm: Icm, scene:
 
 @pytest.mark.slow
 def test_images_of_an_actor_that_dies_are_done_again(on_ray: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matting, "Work", Dying)
+    monkeypatch.setattr(matting, "EngineSetup", Dying)
     monkeypatch.setenv("DIED", str(scene / "died"))
     result = on_ray()
     assert result.exit_code == 0, result.output
     assert (scene / "died").exists()
-    assert "an actor of Ray died and was started again" in result.stderr
+    assert "a Ray actor died and was restarted" in result.stderr
     assert alphas(scene / "out") == alphas(scene / "alone")
     assert len(json.loads((scene / "r.json").read_text())["images"]) == MANY
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("work", "message"), [(Dying, "actors of Ray died again and again"), (FullDisk, "no space left on the device")]
+    ("work", "message"), [(Dying, "Ray actors died repeatedly"), (FullDisk, "no space left on the device")]
 )
 def test_what_no_actor_can_do_ends_the_run(
     on_ray: Icm, icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, work: type, message: str
 ) -> None:
-    monkeypatch.setattr(matting, "Work", work)
-    monkeypatch.setattr(cluster, "MOST_DEATHS", 0)
+    monkeypatch.setattr(matting, "EngineSetup", work)
+    monkeypatch.setattr(cluster, "MAX_RESTARTS", 0)
     result = on_ray("--quiet", ray_cpus=1)
     assert result.exit_code == 3, result.output
     assert message in result.stderr
@@ -130,8 +130,8 @@ def test_an_address_where_no_cluster_is(icm: Icm, address: str) -> None:
 def test_options_that_do_not_go_with_ray(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     for options, code, message in (
-        ({"ray_cpus": 2}, 2, "give --ray, or leave it out"),
-        ({"ray": "auto"}, 2, "so --device cpu has nothing to do"),
+        ({"ray_cpus": 2}, 2, "give --ray too, or omit --ray-cpus"),
+        ({"ray": "auto"}, 2, "--device is cpu; omit --device or omit --ray"),
         ({"ray": "auto", "device": None, "ray_cpus": 0}, 2, "--ray-cpus is 0; expected 1 or more"),
         ({"ray": "auto", "device": None}, 3, "pip install 'icm-cli[ray]'"),
     ):

@@ -1,4 +1,4 @@
-"""A Ray cluster: Ray Data hands images, as paths, to actors that hold the model; their results come back as rows."""
+"""Matting on a Ray cluster: Ray Data sends jobs to actors, each with its own model, and collects their results."""
 
 from __future__ import annotations
 
@@ -22,61 +22,62 @@ import cv2
 from icm_cli.environment import __version__
 from icm_cli.errors import ConfigError, DeviceError, IcmError, UsageError
 from icm_cli.files import remove_stale_temporaries, temporary_name, write_error
+from icm_cli.matting.devices import EngineSetup, WorkerIdle
 from icm_cli.matting.engine import Engine
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import ModelChoice
-from icm_cli.matting.work import Idle, Work
 from icm_cli.reports.result import ImageResult
 
-BATCHES_AT_A_TIME = 8
-"""Batches of the model that an actor is handed at a time; as many are done again where it dies."""
-ANSWER_S = 10.0
-"""Seconds that the head of a cluster has to answer."""
-MOST_DEATHS = 3
-"""Times that an actor, or the images in its hands, may be tried again."""
+BATCHES_PER_BLOCK = 8
+"""Model batches in a block of jobs. If an actor dies, its whole block is repeated."""
+CONNECT_TIMEOUT_S = 10.0
+"""Seconds to wait for the head node of a cluster."""
+MAX_RESTARTS = 3
+"""Maximal number of restarts of an actor, and of retries of a block of jobs."""
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """Surroundings of this process that decide what the actors read."""
+class ProcessContext:
+    """State of the driver process that relative paths and colours depend on: working directory and $OCIO."""
 
     folder: str
     ocio: str
 
     @classmethod
-    def here(cls) -> Self:
+    def current(cls) -> Self:
         return cls(str(Path.cwd()), os.environ.get("OCIO", ""))
 
-    def enter(self) -> None:
-        """Make them those of this process."""
+    def apply(self) -> None:
+        """Give this process the same working directory and $OCIO."""
         os.chdir(self.folder)
         if self.ocio:
             os.environ["OCIO"] = self.ocio
 
 
-class Cluster:
-    """Mattes images by actors of a Ray cluster: one on each GPU, or ``cpus`` of them with a core each.
+class RayCluster:
+    """Connection to a Ray cluster with one actor per GPU, or ``cpus`` actors with one core each.
 
-    A connection to Ray that this process has already is taken, and left as it is; one of its own ends with the block.
+    If this process is already connected to Ray, that connection is used and stays open. Otherwise the connection is
+    closed at the end of the ``with`` block.
     """
 
     def __init__(self, address: str, cpus: int | None) -> None:
-        """Connect; "auto" starts Ray here where none runs. Raises ConfigError."""
-        self._is_ours = _connect(address)
+        """Connect; "auto" starts Ray on this machine if no cluster is running. Raises ConfigError."""
+        self._owns_connection = _connect(address)
         import ray
 
         kind = "GPU" if cpus is None else "CPU"
-        there = int(ray.cluster_resources().get(kind, 0))
-        if there < (cpus or 1):
+        available = int(ray.cluster_resources().get(kind, 0))
+        if available < (cpus or 1):
             self.__exit__()
             raise ConfigError(
                 "the Ray cluster has no GPU; give --ray-cpus N to matte on N of its cores"
                 if cpus is None
-                else f"--ray-cpus is {cpus}, and the Ray cluster has {there} core(s); give so many at most"
+                else f"--ray-cpus is {cpus}, and the Ray cluster has {available} core(s); give {available} or fewer"
             )
-        self._actors = cpus or there
+        self._actor_count = cpus or available
         self._device = "cpu" if cpus else "cuda"
-        self._needs: dict[str, Any] = {"num_cpus": 1} if cpus else {"num_gpus": 1}
+        self._resources: dict[str, Any] = {"num_cpus": 1} if cpus else {"num_gpus": 1}
 
     def __enter__(self) -> Self:
         return self
@@ -84,144 +85,143 @@ class Cluster:
     def __exit__(self, *error: object) -> None:
         import ray
 
-        if self._is_ours:
+        if self._owns_connection:
             ray.shutdown()
 
     @classmethod
-    def wanted(cls, address: str | None, cpus: int | None, device: str) -> Cluster | None:
-        """The cluster that ``--ray`` names, None where there is none. Raises UsageError or ConfigError."""
+    def from_options(cls, address: str | None, cpus: int | None, device: str) -> RayCluster | None:
+        """Connect to the cluster that ``--ray`` names; None without ``--ray``. Raises UsageError or ConfigError."""
         if address is None:
             if cpus is not None:
-                raise UsageError(
-                    "--ray-cpus says how many cores of a Ray cluster are taken; give --ray, or leave it out"
-                )
+                raise UsageError(f"--ray-cpus is {cpus}, and --ray is not given; give --ray too, or omit --ray-cpus")
             return None
         if device != "auto":
             raise UsageError(
-                f"--ray takes the cluster's own devices, so --device {device} has nothing to do; leave it out"
+                f"--ray uses the devices of the cluster, and --device is {device}; omit --device or omit --ray"
             )
         if cpus is not None and cpus < 1:
             raise UsageError(f"--ray-cpus is {cpus}; expected 1 or more")
         return cls(address, cpus)
 
-    def choice(self, checked: Callable[..., ModelChoice]) -> ModelChoice:
-        """The model's choice as ``checked(device=...)`` makes it on a node of the cluster. Raises what that raises."""
+    def choose_model(self, checked: Callable[..., ModelChoice]) -> ModelChoice:
+        """Call ``checked(device=...)`` on a node of the cluster and return its result. Raises what that raises."""
         import ray
 
-        make = ray.remote(**self._needs)(_choice_there)
+        choose = ray.remote(**self._resources)(_choose_model_on_node)
         try:
-            choice: ModelChoice = ray.get(make.remote(Surroundings.here(), checked, self._device))
+            choice: ModelChoice = ray.get(choose.remote(ProcessContext.current(), checked, self._device))
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, IcmError) else error) from None
         return choice
 
     def describe(self) -> str:
-        return f"{self._actors} actor(s) of Ray"
+        return f"{self._actor_count} Ray actor(s)"
 
-    def crew(
-        self, work: Work, folder: Path, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]
-    ) -> Actors:
-        """Check that every node sees ``folder``, where the alphas go; then what mattes. Raises UsageError."""
-        self._check(folder)
-        return Actors(work, self._actors, self._needs, on_result, notice)
+    def create_runner(
+        self, setup: EngineSetup, folder: Path, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]
+    ) -> RayRunner:
+        """Return a runner, after a check that every node can see the output ``folder``. Raises UsageError."""
+        self._check_nodes(folder)
+        return RayRunner(setup, self._actor_count, self._resources, on_result, notice)
 
-    def _check(self, folder: Path) -> None:
+    def _check_nodes(self, folder: Path) -> None:
+        """Raises UsageError for a node without this version of icm or without the files, ConfigError without icm."""
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         probe, token = Path(os.path.abspath(folder)) / temporary_name(), secrets.token_hex()  # noqa: PTH100
         nodes = [node for node in ray.nodes() if node["Alive"]]
         try:
             probe.write_text(token)
-            look = ray.remote(num_cpus=0)(_lacking)
-            asked = [
-                look.options(scheduling_strategy=On(node["NodeID"], soft=False)).remote(
-                    Surroundings.here(), str(probe), token, __version__
+            check = ray.remote(num_cpus=0)(_find_node_problem)
+            pending = [
+                check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                    ProcessContext.current(), str(probe), token, __version__
                 )
                 for node in nodes
             ]
-            lacks = ray.get(asked)
+            problems = ray.get(pending)
         except ray.exceptions.RayTaskError as error:
             raise ConfigError(
-                f"a node of the Ray cluster cannot run icm: {error.cause}; install it there too"
+                f"a node of the Ray cluster cannot run icm: {error.cause}; install icm on every node"
             ) from None
         except OSError as error:
             raise write_error(folder, error) from error
         finally:
             probe.unlink(missing_ok=True)
-        for node, lack in zip(nodes, lacks, strict=True):
-            if lack:
-                raise UsageError(f"node {node['NodeManagerAddress']} of the Ray cluster {lack}")
+        for node, problem in zip(nodes, problems, strict=True):
+            if problem:
+                raise UsageError(f"node {node['NodeManagerAddress']} of the Ray cluster {problem}")
 
 
-class Actors:
-    """The actors of a run; they write the alphas, and their results are heard of in the caller's thread."""
+class RayRunner:
+    """Runs jobs on Ray actors, which write the alphas. Results are reported in the caller's thread."""
 
     def __init__(
         self,
-        work: Work,
-        actors: int,
-        needs: dict[str, Any],
+        setup: EngineSetup,
+        actor_count: int,
+        resources: dict[str, Any],
         on_result: Callable[[ImageResult], None],
         notice: Callable[[str], None],
     ) -> None:
-        self._work = work
-        self._actors = actors
-        self._needs = needs
+        self._setup = setup
+        self._actor_count = actor_count
+        self._resources = resources
         self._on_result = on_result
         self._notice = notice
         self._peak_memory_bytes = 0
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Matte every image. An image that fails is reported and the others go on.
+        """Matte every image. An image that fails is reported, and the run continues.
 
-        Raises OutputError when nothing more can be written, DeviceError when the actors die again and again.
+        Raises OutputError if no more output can be written, DeviceError if the actors die repeatedly.
         """
         from ray.exceptions import RayActorError
 
         try:
-            for row in self._rows(jobs).iter_rows():
-                message = pickle.loads(row["said"])  # noqa: S301  our own actor wrote it
-                self._take(message)
+            for row in self._message_rows(jobs).iter_rows():
+                message = pickle.loads(row["message"])  # noqa: S301  our own actor wrote it
+                self._handle_message(message)
                 is_failed = isinstance(message, ImageResult) and message.status == "failed"
-                if is_failed and self._work.options.fail_fast:
+                if is_failed and self._setup.options.fail_fast:
                     return
         except RayActorError as error:
             reason = str(error).splitlines()[0]
-            raise DeviceError(f"actors of Ray died again and again over the same images: {reason}") from error
+            raise DeviceError(f"Ray actors died repeatedly on the same images: {reason}") from error
 
     def peak_memory_bytes(self) -> int:
-        """The most memory that any of the actors held."""
+        """Largest peak memory of any actor."""
         return self._peak_memory_bytes
 
-    def _rows(self, jobs: Sequence[Job]) -> Any:
-        """A dataset: one block of pickled jobs for each call of an actor -> all that they say, pickled."""
+    def _message_rows(self, jobs: Sequence[Job]) -> Any:
+        """Ray dataset of all messages of the actors, pickled; each call of an actor takes one block of jobs."""
         import ray.data
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised as well
-        at_a_time = min(BATCHES_AT_A_TIME * self._work.choice.batch_size, math.ceil(len(jobs) / self._actors))
-        paths = ray.data.from_items(
-            [{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=math.ceil(len(jobs) / at_a_time)
+        block_size = min(BATCHES_PER_BLOCK * self._setup.choice.batch_size, math.ceil(len(jobs) / self._actor_count))
+        blocks = ray.data.from_items(
+            [{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=math.ceil(len(jobs) / block_size)
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # bounds on deaths have no other place yet
-            return paths.map_batches(
-                Actor,
-                fn_constructor_args=(Surroundings.here(), self._work),
+            warnings.simplefilter("ignore", DeprecationWarning)  # Ray has no other way to bound restarts
+            return blocks.map_batches(
+                MattingActor,
+                fn_constructor_args=(ProcessContext.current(), self._setup),
                 batch_size=None,
-                compute=ray.data.ActorPoolStrategy(size=self._actors),
-                max_restarts=MOST_DEATHS,
-                max_task_retries=MOST_DEATHS,
-                **self._needs,
+                compute=ray.data.ActorPoolStrategy(size=self._actor_count),
+                max_restarts=MAX_RESTARTS,
+                max_task_retries=MAX_RESTARTS,
+                **self._resources,
             )
 
-    def _take(self, message: Any) -> None:
+    def _handle_message(self, message: Any) -> None:
         match message:
             case ImageResult():
                 self._on_result(message)
-            case Idle():
+            case WorkerIdle():
                 self._peak_memory_bytes = max(self._peak_memory_bytes, message.peak_memory_bytes)
             case IcmError():
                 raise message
@@ -229,63 +229,65 @@ class Actors:
                 self._notice(message)
 
 
-class Actor:
-    """An actor of Ray: holds the model, and mattes a block of images at a time."""
+class MattingActor:
+    """Ray actor that holds a model and mattes one block of jobs per call."""
 
-    def __init__(self, surroundings: Surroundings, work: Work) -> None:
-        surroundings.enter()
+    def __init__(self, context: ProcessContext, setup: EngineSetup) -> None:
+        context.apply()
         cv2.setNumThreads(1)
-        self._work = work
+        self._setup = setup
         self._engine: Engine | None = None
-        self._said: list[Any] = []
+        self._messages: list[Any] = []
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[bytes]]:
-        """Matte the images of column "job"; gives all that is to be said of them in column "said"."""
-        self._said = []
+        """Matte the jobs of column "job", and return the results and notices in column "message"."""
+        self._messages = []
         try:
             jobs = [pickle.loads(job) for job in block["job"]]  # noqa: S301  our own parent wrote it
             if self._engine is None:
-                self._clean_after_a_death(jobs)
-                self._engine = self._work.engine(self._said_of, self._said_of)
+                self._clean_up_after_restart(jobs)
+                self._engine = self._setup.create_engine(self._add_message, self._add_message)
             self._engine.run(jobs)
-            self._said_of(Idle(self._engine.peak_memory_bytes()))
+            self._add_message(WorkerIdle(self._engine.peak_memory_bytes()))
         except DeviceError:
-            os._exit(1)  # Ray starts another, perhaps elsewhere, and gives it these images
+            os._exit(1)  # Ray restarts the actor, possibly on another node, and repeats these jobs there
         except IcmError as error:
-            self._said_of(error)
-        return {"said": [pickle.dumps(each) for each in self._said]}
+            self._add_message(error)
+        return {"message": [pickle.dumps(each) for each in self._messages]}
 
-    def _said_of(self, message: Any) -> None:
-        self._said.append(message)
+    def _add_message(self, message: Any) -> None:
+        self._messages.append(message)
 
-    def _clean_after_a_death(self, jobs: Sequence[Job]) -> None:
-        """Tell of an actor that died in the middle of these jobs, and remove the temporary files of its last moment."""
+    def _clean_up_after_restart(self, jobs: Sequence[Job]) -> None:
+        """If this actor replaces one that died, report that and remove the temporary files that it left."""
         import ray
 
         if ray.get_runtime_context().was_current_actor_reconstructed:
             for folder in {job.output.parent for job in jobs}:
                 remove_stale_temporaries(folder)
             node = ray.util.get_node_ip_address()
-            self._said_of(
-                f"an actor of Ray died and was started again on {node}; the images in its hands are done again"
-            )
+            self._add_message(f"a Ray actor died and was restarted on {node}; its block of images is repeated")
 
 
 def _connect(address: str) -> bool:
-    """Connect this process with Ray; returns whether it was not before. Raises ConfigError."""
+    """Connect this process to Ray; return False if it was connected already. Raises ConfigError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
     except ImportError as error:
-        raise ConfigError(f"--ray needs Ray, which is not here ({error}); pip install 'icm-cli[ray]'") from error
+        raise ConfigError(
+            f"--ray needs Ray, which is not installed ({error}); run: pip install 'icm-cli[ray]'"
+        ) from error
     if ray.is_initialized():
         return False
     before = signal.getsignal(signal.SIGTERM)
     try:
         if address != "auto":
             host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=ANSWER_S).close()  # Ray itself would try for minutes
+            socket.create_connection(
+                (host, int(port)), timeout=CONNECT_TIMEOUT_S
+            ).close()  # Ray would retry for minutes
         ray.init(address=None if address == "auto" else address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, OverflowError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -294,27 +296,30 @@ def _connect(address: str) -> bool:
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray's own would end the run without its report
+            signal.signal(signal.SIGTERM, before)  # Ray's handler would end the run without a report
     return True
 
 
-def _choice_there(surroundings: Surroundings, checked: Callable[..., ModelChoice], device: str) -> ModelChoice:
-    """Runs on a node."""
-    surroundings.enter()
+def _choose_model_on_node(context: ProcessContext, checked: Callable[..., ModelChoice], device: str) -> ModelChoice:
+    """Choose the model in the context of the driver; runs on a node."""
+    context.apply()
     return checked(device=device)
 
 
-def _lacking(surroundings: Surroundings, probe: str, token: str, version: str) -> str:
-    """Say in words what a node lacks of what it needs, "" where it has all; runs there."""
+def _find_node_problem(context: ProcessContext, probe: str, token: str, version: str) -> str:
+    """Say what keeps this node from matting, "" if nothing does; runs on every node.
+
+    ``probe``: a file in the output folder that must contain ``token``. ``version``: the driver's version of icm.
+    """
     if __version__ != version:
-        return f"has icm {__version__}, and here is {version}; install the same there"
-    seen = None
+        return f"has icm {__version__}, and this machine has {version}; install the same version on both"
+    content = None
     with contextlib.suppress(OSError):
-        Path(surroundings.folder).stat()
-        seen = Path(probe).read_text()
-    if seen != token:
+        Path(context.folder).stat()
+        content = Path(probe).read_text()
+    if content != token:
         return (
-            f"does not see {Path(probe).parent} and {surroundings.folder} as they are here; put sources, alphas and "
+            f"does not see {Path(probe).parent} and {context.folder} as this machine does; put sources, alphas and "
             "the working directory on a file system that all nodes share"
         )
     return ""

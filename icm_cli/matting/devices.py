@@ -1,4 +1,4 @@
-"""Several devices: a process for each, one queue of images, and what they tell gathered here."""
+"""Matting on several devices: one worker process per device, one queue of jobs, results collected in this process."""
 
 from __future__ import annotations
 
@@ -8,177 +8,239 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing import Pipe
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 
 from icm_cli.environment import child_environment
 from icm_cli.errors import DeviceError, IcmError
 from icm_cli.files import remove_stale_temporaries
+from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.work import Asked, Begin, Idle, NoMore, Work
+from icm_cli.matting.model_choice import ModelChoice
+from icm_cli.matting.near import shown
+from icm_cli.matting.references import Reference
 from icm_cli.reports.result import ImageResult
 
 
-class Devices:
-    """Mattes images on several devices; ``on_result`` hears of each as it ends, in the caller's thread.
+class Runner(Protocol):
+    """Runs jobs: the engine of this process, the workers of several devices, or the actors of a Ray cluster."""
 
-    A device that is lost, or whose process dies, is named, and the others take its images.
+    def run(self, jobs: Sequence[Job], /) -> None:
+        """Matte every image and report each result when it is ready."""
+
+    def peak_memory_bytes(self) -> int:
+        """Largest peak memory of any process that mattes."""
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """Everything that a process needs to build an engine: model, device, references and options. It can be pickled."""
+
+    choice: ModelChoice
+    references: Sequence[Reference]
+    learn_steps: int
+    options: EngineOptions
+
+    def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
+        """Load the model, prepare the references once, and return the engine. Raises ConfigError."""
+        predictor = self.choice.load()
+        if self.learn_steps:
+            notice(f"learning the references, {self.learn_steps} steps; --learn-steps 0 leaves that out")
+        prepared = shown(predictor, self.references, self.learn_steps, is_shot=self.options.shot is not None)
+        for sentence in prepared.notices:
+            notice(sentence)
+        return Engine(predictor, lambda _: prepared, self.options, on_result=on_result, notice=notice)
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """Message of a worker: it can take another job."""
+
+
+@dataclass(frozen=True)
+class WorkerIdle:
+    """Message of a worker: its model is loaded, or all jobs that it took are finished."""
+
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class StartRun:
+    """Message to a worker: jobs are waiting, request them."""
+
+
+@dataclass(frozen=True)
+class NoJobsLeft:
+    """Message to a worker: no job is waiting at the moment."""
+
+
+class WorkerPool:
+    """Mattes images in one worker process per device; ``on_result`` is called in the caller's thread.
+
+    If a device is lost or its process dies, a notice names it and the other workers take over its jobs.
     """
 
     def __init__(
-        self, works: Sequence[Work], *, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]
+        self, setups: Sequence[EngineSetup], *, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]
     ) -> None:
-        self._works = works
+        self._setups = setups
         self._on_result = on_result
         self._notice = notice
-        self._heard: deque[tuple[_Process, Any]] = deque()
-        self._bell = threading.Event()
-        self._processes: list[_Process] = []
+        self._messages: deque[tuple[_WorkerProcess, Any]] = deque()
+        self._has_message = threading.Event()
+        self._workers: list[_WorkerProcess] = []
         self._waiting: deque[Job] = deque()
         self._error: IcmError | None = None
         self._is_stopped = False
 
     def __enter__(self) -> Self:
-        """Start the processes and wait until each has its model. Raises ConfigError, or DeviceError if none has."""
+        """Start the workers and wait until each has loaded its model.
+
+        Raises ConfigError, or DeviceError if no worker is alive.
+        """
         try:
-            for number, work in enumerate(self._works, 1):
-                self._processes.append(_Process(number, work.choice.where.torch_device, self._hear))
-            for process, work in zip(self._processes, self._works, strict=True):
-                process.order(work)
-            while self._has_work and not self._error:
-                self._take()
-            self._check()
+            for number, setup in enumerate(self._setups, 1):
+                self._workers.append(_WorkerProcess(number, setup.choice.where.torch_device, self._receive))
+            for worker, setup in zip(self._workers, self._setups, strict=True):
+                worker.send(setup)
+            while self._is_busy and not self._error:
+                self._handle_next_message()
+            self._raise_error()
         except BaseException:
-            self._kill()
+            self._kill_workers()
             raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._kill()
+        self._kill_workers()
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Matte every image, once. An image that fails is reported and the others go on.
+        """Matte every image; may be called once. An image that fails is reported, and the run continues.
 
-        Raises OutputError when nothing more can be written, DeviceError when no device is left. On any exception, an
-        interrupt too, the writes in hand are finished first.
+        Raises OutputError if no more output can be written, DeviceError if no device is left. On any exception,
+        including an interrupt, writes in progress are finished first.
         """
         self._waiting.extend(jobs)
         try:
-            while not self._is_stopped and (self._waiting or self._has_work):
-                self._begin()
-                self._check()
-                self._take()
+            while not self._is_stopped and (self._waiting or self._is_busy):
+                self._start_idle_workers()
+                self._raise_error()
+                self._handle_next_message()
         finally:
-            self._stop()
-            while self._has_work or self._heard:
-                self._take()
+            self._stop_workers()
+            while self._is_busy or self._messages:
+                self._handle_next_message()
         if self._error:
             raise self._error
 
     def peak_memory_bytes(self) -> int:
-        """The most memory that any of the devices held."""
-        return max(each.peak_memory_bytes for each in self._processes)
+        """Largest peak memory of any worker."""
+        return max(each.peak_memory_bytes for each in self._workers)
 
     @property
-    def _living(self) -> list[_Process]:
-        return [each for each in self._processes if each.is_alive]
+    def _live_workers(self) -> list[_WorkerProcess]:
+        return [each for each in self._workers if each.is_alive]
 
     @property
-    def _has_work(self) -> bool:
-        return any(not each.is_idle for each in self._living)
+    def _is_busy(self) -> bool:
+        return any(not each.is_idle for each in self._live_workers)
 
-    def _begin(self) -> None:
-        """Let those that have nothing to do ask for images, where there are any."""
-        for process in self._living:
-            if self._waiting and process.is_idle:
-                process.is_idle = False
-                process.order(Begin())
+    def _start_idle_workers(self) -> None:
+        """If jobs are waiting, tell idle workers to request them."""
+        for worker in self._live_workers:
+            if self._waiting and worker.is_idle:
+                worker.is_idle = False
+                worker.send(StartRun())
 
-    def _check(self) -> None:
-        """Raise what ended the run; DeviceError where no process is left."""
+    def _raise_error(self) -> None:
+        """Raise the error that ended the run, or DeviceError if no worker is alive."""
         if self._error:
             raise self._error
-        if not self._living:
-            ends = "; ".join(f"{each.name}: {each.end}" for each in self._processes)
-            raise DeviceError(f"no device is left ({ends})")
+        if not self._live_workers:
+            reasons = "; ".join(f"{each.name}: {each.end_reason}" for each in self._workers)
+            raise DeviceError(f"no device is left ({reasons})")
 
-    def _hear(self, process: _Process, message: Any) -> None:
-        """Runs in a process's thread."""
-        self._heard.append((process, message))
-        self._bell.set()
+    def _receive(self, worker: _WorkerProcess, message: Any) -> None:
+        """Queue a message of a worker; called in that worker's thread."""
+        self._messages.append((worker, message))
+        self._has_message.set()
 
-    def _take(self) -> None:
-        """Wait for a message and act on it. An interrupt may make a result heard of twice, and loses none."""
-        while not self._heard:
-            self._bell.wait()
-            self._bell.clear()
-        self._act(*self._heard[0])
-        self._heard.popleft()
+    def _handle_next_message(self) -> None:
+        """Wait for a message and handle it. After an interrupt a result may be handled twice, but none is lost."""
+        while not self._messages:
+            self._has_message.wait()
+            self._has_message.clear()
+        self._handle_message(*self._messages[0])
+        self._messages.popleft()
 
-    def _act(self, process: _Process, message: Any) -> None:
+    def _handle_message(self, worker: _WorkerProcess, message: Any) -> None:
         match message:
             case ImageResult():
                 self._on_result(message)
-                process.in_hand.pop(message.key, None)
-                if message.status == "failed" and self._works[0].options.fail_fast:
-                    self._stop()
-            case Asked():
-                process.order(NoMore() if self._is_stopped or not self._waiting else process.given(self._waiting))
-            case Idle():
-                process.is_idle = True
-                process.peak_memory_bytes = max(process.peak_memory_bytes, message.peak_memory_bytes)
+                worker.jobs.pop(message.key, None)
+                if message.status == "failed" and self._setups[0].options.fail_fast:
+                    self._stop_workers()
+            case JobRequest():
+                has_job = self._waiting and not self._is_stopped
+                worker.send(worker.take_job(self._waiting) if has_job else NoJobsLeft())
+            case WorkerIdle():
+                worker.is_idle = True
+                worker.peak_memory_bytes = max(worker.peak_memory_bytes, message.peak_memory_bytes)
             case DeviceError():
-                process.end = message.args[0]
+                worker.end_reason = message.args[0]
             case IcmError():
                 self._error = self._error or message
-                self._stop()
+                self._stop_workers()
             case str():
                 self._notice(message)
             case None:
-                self._bury(process)
+                self._reap_worker(worker)
 
-    def _bury(self, process: _Process) -> None:
-        """Take the images of a process that has ended back into the queue, and name it where nobody ended it."""
-        process.is_alive = False
-        status = process.exit_status()  # waits, so that it counts as dead
-        process.end = process.end or status
+    def _reap_worker(self, worker: _WorkerProcess) -> None:
+        """Put the jobs of a worker that has ended back into the queue; report it if it ended by itself."""
+        worker.is_alive = False
+        status = worker.wait_for_exit()
+        worker.end_reason = worker.end_reason or status
         if self._is_stopped or self._error:
             return
-        for folder in {job.output.parent for job in process.in_hand.values()}:
+        for folder in {job.output.parent for job in worker.jobs.values()}:
             remove_stale_temporaries(folder)
-        self._waiting.extend(process.in_hand.values())  # last, in case that one of them ended it
-        self._notice(f"{process.name} is lost ({process.end}); {len(process.in_hand)} image(s) in its hands wait again")
-        process.in_hand.clear()
+        self._waiting.extend(worker.jobs.values())  # at the end, because one of them may be the cause
+        self._notice(
+            f"{worker.name} is lost ({worker.end_reason}); {len(worker.jobs)} of its image(s) are queued again"
+        )
+        worker.jobs.clear()
 
-    def _stop(self) -> None:
+    def _stop_workers(self) -> None:
         self._is_stopped = True
-        for process in self._processes:
-            process.hang_up()
+        for worker in self._workers:
+            worker.close()
 
-    def _kill(self) -> None:
-        for process in self._processes:
-            process.kill()
+    def _kill_workers(self) -> None:
+        for worker in self._workers:
+            worker.kill()
 
 
-class _Process:
-    """A process of one device, and what is known of it."""
+class _WorkerProcess:
+    """The worker process of one device, with the jobs that it has taken and not finished."""
 
-    def __init__(self, number: int, place: torch.device, hear: Callable[[_Process, Any], None]) -> None:
-        """Start it; what it tells goes to ``hear`` in a thread, and None once it has ended. Its first order is a Work.
+    def __init__(self, number: int, device: torch.device, receive: Callable[[_WorkerProcess, Any], None]) -> None:
+        """Start worker ``number``, counted from 1. The first message to it must be an :class:`EngineSetup`.
 
-        ``number``: from 1.
+        A thread passes every message of the worker to ``receive``, and None when the worker has ended.
         """
-        self.name = f"process {number} on {place}"
-        self.in_hand: dict[tuple[int, str], Job] = {}
+        self.name = f"process {number} on {device}"
+        self.jobs: dict[tuple[int, str], Job] = {}
         self.is_alive = True
         self.is_idle = False
         self.peak_memory_bytes = 0
-        self.end = ""
-        their_orders, self._orders = Pipe(duplex=False)
-        self._answers, their_answers = Pipe(duplex=False)
-        descriptors = their_orders.fileno(), their_answers.fileno()
+        self.end_reason = ""
+        worker_inbox, self._outbox = Pipe(duplex=False)
+        self._inbox, worker_outbox = Pipe(duplex=False)
+        descriptors = worker_inbox.fileno(), worker_outbox.fileno()
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "icm_cli.matting.worker", *map(str, descriptors)],
             stdin=subprocess.DEVNULL,
@@ -186,37 +248,37 @@ class _Process:
             pass_fds=descriptors,
             env=child_environment(),
         )
-        their_orders.close()
-        their_answers.close()
-        threading.Thread(target=self._listen, args=(hear,), daemon=True).start()
+        worker_inbox.close()
+        worker_outbox.close()
+        threading.Thread(target=self._receive_messages, args=(receive,), daemon=True).start()
 
-    def order(self, message: Any) -> None:
-        """Send an order; one that has died takes none, and is heard to have ended."""
+    def send(self, message: Any) -> None:
+        """Send a message; it is lost if the worker has died, which :meth:`_receive_messages` reports."""
         with contextlib.suppress(OSError):
-            self._orders.send(message)
+            self._outbox.send(message)
 
-    def given(self, waiting: deque[Job]) -> Job:
-        """The next image, which is in its hands from now on."""
+    def take_job(self, waiting: deque[Job]) -> Job:
+        """Move the first waiting job to this worker, and return it."""
         job = waiting[0]
-        self.in_hand[job.planned.key] = job
+        self.jobs[job.planned.key] = job
         return waiting.popleft()
 
-    def hang_up(self) -> None:
-        """Let it finish the batch in hand and the writes, and end."""
-        self._orders.close()
+    def close(self) -> None:
+        """Close the connection: the worker finishes its current batch and its writes, and ends."""
+        self._outbox.close()
 
     def kill(self) -> None:
-        self.hang_up()
+        self.close()
         self._popen.kill()
         self._popen.wait()
 
-    def exit_status(self) -> str:
-        """The way that it ended, in words."""
+    def wait_for_exit(self) -> str:
+        """Wait for the process to end, and return how it ended, in words."""
         code = self._popen.wait()
         return f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
-    def _listen(self, hear: Callable[[_Process, Any], None]) -> None:
+    def _receive_messages(self, receive: Callable[[_WorkerProcess, Any], None]) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                hear(self, self._answers.recv())
-        hear(self, None)
+                receive(self, self._inbox.recv())
+        receive(self, None)

@@ -18,8 +18,8 @@ from icm_cli.files import Paths, as_path, as_paths, remove_stale_temporaries
 from icm_cli.images.colour import ColourSettings
 from icm_cli.images.kinds import IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_message
 from icm_cli.images.writing import FORMAT_SUFFIXES, OutputFormat
-from icm_cli.matting.cluster import Cluster
-from icm_cli.matting.devices import Devices
+from icm_cli.matting.cluster import RayCluster
+from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
 from icm_cli.matting.engine import EngineOptions, keep_finished
 from icm_cli.matting.frames import FramePattern, MissingPolicy, parse_frame_range
 from icm_cli.matting.jobs import DEFAULT_NAME, Job, OutputLayout, SourceFilter, check_overwrites, parse_shard, plan_jobs
@@ -28,7 +28,6 @@ from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.shot import Key, Shot, apart, described
 from icm_cli.matting.sources import SkippedFiles, file_type_or_unknown, find_sources, real_path
-from icm_cli.matting.work import Crew, Work
 from icm_cli.model.lite.finetuning import finetuning_digest_text
 from icm_cli.reports.report import Album, Report
 from icm_cli.reports.result import ImageResult
@@ -137,8 +136,8 @@ def matte(
         edges=edges,
         edges_weights=edges_weights,
     )
-    with Cluster.wanted(ray, ray_cpus, device) or contextlib.nullcontext() as cluster:
-        choices = [cluster.choice(checked)] if cluster else [checked(device=each) for each in parse_devices(device)]
+    with RayCluster.from_options(ray, ray_cpus, device) or contextlib.nullcontext() as cluster:
+        choices = [cluster.choose_model(checked)] if cluster else [checked(device=one) for one in parse_devices(device)]
         if dry_run:
             return Report(settings={}, results=[_planned(job) for job in jobs])
         side.check_writable(place.folder)
@@ -166,7 +165,7 @@ def matte(
         for problem in problems:
             outcome.add_problem(problem)
         engine = EngineOptions([digest], choices[0].batch_size, workers, overwrite, fail_fast, output, in_order)
-        works = [Work(choice, references, steps, engine) for choice in choices]
+        works = [EngineSetup(choice, references, steps, engine) for choice in choices]
         crew = functools.partial(_crew, works, cluster, place.folder, listener)
         _run(jobs, works[0], crew, outcome, side, listener)
         return outcome.report
@@ -203,8 +202,8 @@ def _with_truths(
 
 def _run(
     jobs: Sequence[Job],
-    work: Work,
-    crew: Callable[[Callable[[ImageResult], None]], contextlib.AbstractContextManager[Crew]],
+    work: EngineSetup,
+    crew: Callable[[Callable[[ImageResult], None]], contextlib.AbstractContextManager[Runner]],
     outcome: Outcome,
     side: SideOutputs,
     listener: Listener,
@@ -339,20 +338,20 @@ def _colours(
 
 
 def _crew(
-    works: Sequence[Work],
-    cluster: Cluster | None,
+    works: Sequence[EngineSetup],
+    cluster: RayCluster | None,
     folder: Path,
     listener: Listener,
     on_result: Callable[[ImageResult], None],
-) -> contextlib.AbstractContextManager[Crew]:
+) -> contextlib.AbstractContextManager[Runner]:
     """Make ready the model here, on several devices in a process for each, or in a cluster."""
     for work in works:
         listener.on_detail(work.choice.describe())
     if cluster:
-        return contextlib.nullcontext(cluster.crew(works[0], folder, on_result, listener.on_notice))
+        return contextlib.nullcontext(cluster.create_runner(works[0], folder, on_result, listener.on_notice))
     if len(works) > 1:
-        return Devices(works, on_result=on_result, notice=listener.on_notice)
-    return contextlib.nullcontext(works[0].engine(on_result, listener.on_notice))
+        return WorkerPool(works, on_result=on_result, notice=listener.on_notice)
+    return contextlib.nullcontext(works[0].create_engine(on_result, listener.on_notice))
 
 
 def _clean(folders: Collection[Path], listener: Listener) -> None:

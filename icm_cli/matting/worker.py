@@ -1,4 +1,4 @@
-"""A process that mattes on one device: it asks for image after image, and tells of each as it ends."""
+"""A worker process: mattes on one device, requests job after job, and sends every result to its parent process."""
 
 from __future__ import annotations
 
@@ -17,68 +17,69 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Serve the process that started this one until it hangs up; the arguments are the descriptors of two pipes.
+    """Serve the parent process until it closes the connection; the arguments are the file descriptors of two pipes.
 
-    A stop that reaches the whole group of processes is that one's to handle.
+    Signals that stop the process group are ignored here: the parent process handles them.
     """
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)
     from icm_cli.errors import IcmError
-    from icm_cli.matting.work import Begin, Idle
+    from icm_cli.matting.devices import StartRun, WorkerIdle
 
-    orders, answers = map(int, sys.argv[1:])
-    link = Link(Connection(orders, writable=False), Connection(answers, readable=False))
+    inbox, outbox = map(int, sys.argv[1:])
+    parent = ParentConnection(Connection(inbox, writable=False), Connection(outbox, readable=False))
     try:
-        engine = link.work.engine(link.tell, link.tell)
-        link.listen(engine)
-        link.tell(Idle(engine.peak_memory_bytes()))
-        while isinstance(link.order(), Begin):
-            engine.run(link.jobs())
-            link.tell(Idle(engine.peak_memory_bytes()))
+        engine = parent.setup.create_engine(parent.send, parent.send)
+        parent.start_receiving(engine)
+        parent.send(WorkerIdle(engine.peak_memory_bytes()))
+        while isinstance(parent.next_message(), StartRun):
+            engine.run(parent.request_jobs())
+            parent.send(WorkerIdle(engine.peak_memory_bytes()))
     except IcmError as error:
-        link.tell(error)
+        parent.send(error)
 
 
-class Link:
-    """The worker's end. The other may hang up at any time: the batch in hand is the last then."""
+class ParentConnection:
+    """Connection to the parent process. When the parent closes it, the current batch is the last one."""
 
-    def __init__(self, incoming: Connection, answers: Connection) -> None:
-        self._incoming, self._answers = incoming, answers
-        self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._telling = threading.Lock()
-        self.work = incoming.recv()
+    def __init__(self, inbox: Connection, outbox: Connection) -> None:
+        """Wait for the first message, the :class:`~icm_cli.matting.devices.EngineSetup`."""
+        self._inbox, self._outbox = inbox, outbox
+        self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._send_lock = threading.Lock()
+        self.setup = inbox.recv()
 
-    def tell(self, message: Any) -> None:
-        """Send an answer from any thread; nobody hears it where the other process has died."""
-        with self._telling, contextlib.suppress(OSError):
-            self._answers.send(message)
+    def send(self, message: Any) -> None:
+        """Send a message from any thread; it is lost if the parent process has died."""
+        with self._send_lock, contextlib.suppress(OSError):
+            self._outbox.send(message)
 
-    def listen(self, engine: Engine) -> None:
-        """Take orders from now on; ``engine`` is stopped when the other end hangs up."""
-        threading.Thread(target=self._hear, args=(engine,), daemon=True).start()
+    def start_receiving(self, engine: Engine) -> None:
+        """Receive messages in a thread; stop ``engine`` when the parent closes the connection."""
+        threading.Thread(target=self._receive_messages, args=(engine,), daemon=True).start()
 
-    def order(self) -> Any:
-        """Wait for an order; None once the other end has hung up."""
-        return self._orders.get()
+    def next_message(self) -> Any:
+        """Wait for a message and return it; None after the parent has closed the connection."""
+        return self._messages.get()
 
-    def jobs(self) -> Iterator[Job]:
-        """Images as they are asked for, until no more is left."""
+    def request_jobs(self) -> Iterator[Job]:
+        """Request jobs one by one, and yield them until none is left."""
+        from icm_cli.matting.devices import JobRequest
         from icm_cli.matting.jobs import Job
-        from icm_cli.matting.work import Asked
 
         while True:
-            self.tell(Asked())
-            if not isinstance(job := self.order(), Job):
+            self.send(JobRequest())
+            if not isinstance(job := self.next_message(), Job):
                 return
             yield job
 
-    def _hear(self, engine: Engine) -> None:
+    def _receive_messages(self, engine: Engine) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                self._orders.put(self._incoming.recv())
+                self._messages.put(self._inbox.recv())
         engine.stop()
-        for _ in range(2):  # one ends the images, one the process
-            self._orders.put(None)
+        for _ in range(2):  # the first None ends the jobs, the second one the process
+            self._messages.put(None)
 
 
 if __name__ == "__main__":
