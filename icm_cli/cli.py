@@ -499,10 +499,10 @@ def evaluate(
 
         if compare is not None:
             _refuse(ctx, "--compare only prints what changed between two reports", but=("compare", "verbose"))
-            from icm_cli.reports.comparison import compare as compared
+            from icm_cli.reports.comparison import compare_reports
             from icm_cli.terminal import print_comparison
 
-            comparison = compared(*compare)
+            comparison = compare_reports(*compare)
             print_comparison(comparison, *compare)
             raise typer.Exit(0 if comparison.images else 1)
         if pred is not None:
@@ -632,7 +632,7 @@ def _refuse(ctx: typer.Context, why: str, *, only: Sequence[str] = (), but: Sequ
         source = ctx.get_parameter_source(name)
         is_given = source is not None and source.name == "COMMANDLINE"
         if is_given and (name in only if only else name not in but):
-            raise UsageError(f"{why}, so {option.opts[0]} has nothing to do; leave it out")
+            raise UsageError(f"{why}, so {option.opts[0]} has no effect; leave it out")
 
 
 def _number_or_auto(text: str) -> int | str:

@@ -65,7 +65,7 @@ class OpenJdTerminal(Terminal):
 
     def on_run_end(self, report: Report) -> None:
         super().on_run_end(report)
-        _say_openjd("openjd_status", f"{report.count('done')} done, {report.count('skipped')} kept")
+        _say_openjd("openjd_status", f"{report.count('done')} done, {report.count('kept')} kept")
         if report.exit_code:
             _say_openjd("openjd_fail", f"{len(report.failures)} of {len(report.results)} images failed")
 

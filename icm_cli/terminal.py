@@ -183,10 +183,10 @@ def show(rows: Sequence[tuple[str, str]], *lines: str) -> None:
 
 
 def _print_summary(report: Report) -> None:
-    from icm_cli.reports.published import comparability
+    from icm_cli.reports.published import comparison_caveats
 
     if report.means:
-        notes = comparability(report.settings.get("protocol", {}), report.means)
+        notes = comparison_caveats(report.settings.get("protocol", {}), report.means)
         _show(_scores_table(report), *(f"- {note}" for note in notes), "")
     if report.shots:
         _show(_shots_table(report), "")
@@ -200,7 +200,7 @@ def _scores_table(report: Report) -> Table:
     """Our means, one row per region, and below them the published rows of the same dataset."""
     from rich.table import Table
 
-    from icm_cli.reports.published import PUBLISHED
+    from icm_cli.reports.published import PUBLISHED_SCORES
 
     protocol = report.settings.get("protocol", {})
     metrics = list(dict.fromkeys(name for means in report.means.values() for name in means.metrics))
@@ -213,8 +213,8 @@ def _scores_table(report: Report) -> Table:
     for suffix, by_region in (("", report.means), (", not trained on", report.means_unseen or {})):
         for region, means in by_region.items():
             cut = "" if report.is_complete else f" (cut short, of {len(report.results)})"
-            table.add_row(f"{report.maker}, {region}{suffix}{cut}", *_cells(means, metrics), f"{means.images}")
-    published = PUBLISHED.get(protocol.get("title", ""), ())
+            table.add_row(f"{report.method_name}, {region}{suffix}{cut}", *_cells(means, metrics), f"{means.images}")
+    published = PUBLISHED_SCORES.get(protocol.get("title", ""), ())
     if published:
         table.add_section()
     for row in published:
@@ -260,10 +260,10 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
     rate = f" ({report.images_per_second:.2f} images/s)" if report.count("done") else ""
     rows = [
         ("done", f"{report.count('done')}{rate}"),
-        ("skipped", f"{report.count('skipped')}"),
+        ("kept", f"{report.count('kept')}"),
         ("failed", f"{len(report.failures)}"),
     ]
-    rows += [(f"left out, {reason}", f"{count}") for reason, count in sorted(report.left_out.items())]
+    rows += [(f"left out, {reason}", f"{count}") for reason, count in sorted(report.skipped_files.items())]
     if unscored := report.count("unscored"):
         rows.append(("unscored", f"{unscored}"))
     if unreached := report.count("not reached"):
@@ -278,8 +278,8 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
         rows.append(("trained on", f"{seen} of the images"))
     if "device" in report.settings:
         rows.append(("device", report.settings["device"]))
-    rows.append(("time", f"{report.seconds:.1f} s, images {report.matting_seconds:.1f} s"))
-    rows.append(("peak memory", f"{report.peak_memory_bytes / 1e6:.0f} MB"))
+    rows.append(("time", f"{report.totals.seconds:.1f} s, images {report.totals.matting_seconds:.1f} s"))
+    rows.append(("peak memory", f"{report.totals.peak_memory_bytes / 1e6:.0f} MB"))
     return rows
 
 

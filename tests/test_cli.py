@@ -238,7 +238,7 @@ def options_of(command: str) -> list[str]:
 def refused(line: list[str], option: str) -> bool:
     given = [option] if option in FLAGS else [option, VALUES.get(option, "x.json")]
     result = CliRunner().invoke(app, [*line, *given])
-    return result.exit_code == 2 and result.stderr.strip().endswith(f"so {option} has nothing to do; leave it out")
+    return result.exit_code == 2 and result.stderr.strip().endswith(f"so {option} has no effect; leave it out")
 
 
 @pytest.mark.parametrize("option", [each for each in options_of("evaluate") if each not in ("--compare", "--verbose")])
@@ -264,4 +264,4 @@ def test_a_preview_takes_no_option_of_a_run(option: str) -> None:
     line = ["train", "--config", "lite", "--preview", "2", *([option] if option == "--resume" else [option, "x"])]
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 2
-    assert f"so {option} has nothing to do" in result.stderr
+    assert f"so {option} has no effect" in result.stderr

@@ -86,7 +86,7 @@ def test_a_second_run_makes_nothing_again_and_says_the_same(
     monkeypatch.setattr("icm_cli.matting.model_choice.load_model", lambda *_, **__: pytest.fail("loaded a model"))
     evaluate(report=tmp_path / "again.json", save_alphas=tmp_path / "out")
     first, again = report_of(tmp_path / "r.json"), report_of(tmp_path / "again.json")
-    assert again["summary"]["skipped"] == 4
+    assert again["summary"]["kept"] == 4
     assert [each["scores"] for each in again["images"]] == [each["scores"] for each in first["images"]]
 
 
@@ -110,7 +110,7 @@ def test_without_save_alphas_a_crash_still_resumes_and_nothing_stays_after_the_e
     monkeypatch.setattr(Engine, "_write", real)
     result = evaluate(report=tmp_path / "r.json")
     assert result.exit_code == 0
-    assert report_of(tmp_path / "r.json")["summary"]["skipped"] == 2
+    assert report_of(tmp_path / "r.json")["summary"]["kept"] == 2
     assert list((tmp_path / "cache" / "eval").iterdir()) == []
 
 
@@ -229,8 +229,8 @@ def test_killed_and_run_again_ends_as_if_never_stopped(data: Path, small_model: 
     ended = subprocess.run(line, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     summary = report_of(tmp_path / "r.json")["summary"]
-    assert summary["skipped"] >= 2
-    assert summary["skipped"] + summary["done"] == summary["means"]["whole"]["images"] == 12
+    assert summary["kept"] >= 2
+    assert summary["kept"] + summary["done"] == summary["means"]["whole"]["images"] == 12
     assert not list((tmp_path / "out").rglob(".icm-*"))
 
 
@@ -249,7 +249,7 @@ def test_sigterm_scores_and_reports_what_is_done(data: Path, small_model: Path, 
     assert run.returncode == 143
     report = report_of(tmp_path / "r.json")
     assert not report["summary"]["complete"]
-    assert "earlier" in (tmp_path / "r.html").read_text()  # a run cut short replaces no report
+    assert "earlier" in (tmp_path / "r.html").read_text()  # an interrupted run does not replace a report
     assert "left as it was" in rest
     for image in report["images"]:
         assert bool(image["scores"]) == (image["status"] == "done")
@@ -322,7 +322,7 @@ def test_compare_refuses_what_is_no_report(tmp_path: Path, content: str) -> None
     (tmp_path / "r.json").write_text(content)
     result = CliRunner().invoke(app, ["eval", "--compare", str(tmp_path / "r.json"), str(tmp_path / "r.json")])
     assert result.exit_code == 2
-    assert "expected a .json that icm wrote" in result.stderr
+    assert "expected a JSON report of icm" in result.stderr
 
 
 @pytest.mark.slow
@@ -362,4 +362,4 @@ def test_foregrounds_are_matted_in_context_on_their_backgrounds(tmp_path: Path, 
     assert report.means["unknown"].images == len(others)
     assert len({result.foreground for result in report.results}) > 1
     (note,) = report.settings["protocol"]["notes"]
-    assert "3 backgrounds stand behind 20 composites" in note
+    assert "3 backgrounds are reused for 20 composites" in note

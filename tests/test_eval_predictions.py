@@ -230,7 +230,7 @@ def test_with_predictions_options_of_a_model_are_refused(evaluate: Evaluate, dat
     copy_alphas(data, tmp_path / "pred")
     result = evaluate(pred=tmp_path / "pred", save_alphas=tmp_path / "out")
     assert result.exit_code == 2
-    assert "--save-alphas has nothing to do" in result.stderr
+    assert "--save-alphas has no effect" in result.stderr
 
 
 def test_a_trimap_kernel_that_nothing_reads_is_refused(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What ``icm eval`` and ``icm matte --gt`` write: the page, CSV, JSON."""
+"""Report files of ``icm eval`` and ``icm matte --gt``: HTML page, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from icm_cli.scoring.metrics import compute_scores
 
 
 class Page(HTMLParser):
-    """Gathers what a page refers to, and its headings."""
+    """Collects the references, headings and open tags of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Page(HTMLParser):
             self.headings.append(data.strip())
 
 
-def test_the_page_is_whole_and_needs_nothing_from_outside(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_page_is_well_formed_and_self_contained(evaluate: Evaluate, tmp_path: Path) -> None:
     evaluate(report=tmp_path / "r.html", region=["whole", "unknown"])
     text = (tmp_path / "r.html").read_text()
     page = Page(text)
@@ -48,7 +48,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(evaluate: Evaluate, tm
     assert page.references
     assert all(reference.startswith("data:image/webp;base64,") for reference in page.references)
     assert not re.search(r"url\(|@import|https?://", text)
-    for heading in ("Summary", "Protocol", "Worst images", "By group", "Distributions", "Made with", "References"):
+    for heading in ("Summary", "Protocol", "Worst images", "By group", "Distributions", "Settings", "References"):
         assert heading in page.headings
     for caption in ("source", "reference with mask", "ground truth", "error"):
         assert f'alt="{caption}' in text
@@ -56,7 +56,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(evaluate: Evaluate, tm
     assert "MSE" in before_scripts  # readable without them
 
 
-def test_published_rows_stand_beside_ours_with_a_note(tmp_path: Path, small_model: Path) -> None:
+def test_page_and_terminal_show_published_scores_with_caveats(tmp_path: Path, small_model: Path) -> None:
     from icm_cli.cli import app
 
     names = ["dog3_00", "dog3_02"]
@@ -75,7 +75,7 @@ def test_published_rows_stand_beside_ours_with_a_note(tmp_path: Path, small_mode
     assert "square768" in text
 
 
-def test_csv_has_a_line_for_every_image(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_csv_has_a_row_for_every_image(evaluate: Evaluate, tmp_path: Path) -> None:
     evaluate(report=tmp_path / "r.csv", region=["whole", "unknown"])
     lines = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
     assert len(lines) == 4
@@ -85,7 +85,7 @@ def test_csv_has_a_line_for_every_image(evaluate: Evaluate, tmp_path: Path) -> N
     assert {(line["scored_size"], line["scored_lineage"]) for line in lines} == {("original", "composition")}
 
 
-def test_json_tells_versions_hardware_and_timing(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_json_contains_versions_hardware_and_timing(evaluate: Evaluate, tmp_path: Path) -> None:
     evaluate(report=tmp_path / "r.json")
     report = report_of(tmp_path / "r.json")
     assert {"python", "torch", "numpy", "icm-cli"} <= set(report["settings"]["versions"])

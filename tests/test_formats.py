@@ -365,7 +365,7 @@ def test_the_option_scales_sources_and_references(icm: Icm, scene: Path) -> None
     assert (read(scene / "out" / "a.png") == read(scene / "expected" / "wall.png")).all()
     changed = icm("-v", white=250, **options)
     assert changed.exit_code == 0
-    assert re.search(r"skipped +0\b", changed.output)
+    assert re.search(r"kept +0\b", changed.output)
     for wrong in (0, -1, "inf"):
         result = icm(white=wrong, **options)
         assert result.exit_code == 2
@@ -502,13 +502,13 @@ def test_content_decides_and_what_is_left_out_is_counted(icm: Icm, scene: Path) 
     assert result.exit_code == 0, result.output
     assert {path.name for path in (scene / "out2").iterdir()} == {"a.png", "without-ending.png", "b.png"}
     summary = json.loads((scene / "r.json").read_text())["summary"]
-    assert summary["left_out"] == {
+    assert summary["skipped_files"] == {
         "hidden": 2,
         "no picture": 1,
         "made by icm": 4,
         "in @eaDir, a folder of a storage server or archiver": 1,
     }
-    assert summary["done"] + sum(summary["left_out"].values()) == sum(path.is_file() for path in source.rglob("*"))
+    assert summary["done"] + sum(summary["skipped_files"].values()) == sum(path.is_file() for path in source.rglob("*"))
 
 
 MOVIE = b"\0\0\0\x20ftypisom\0\0\2\0isomiso2mp41" + bytes(64)
@@ -543,7 +543,7 @@ def test_a_movie_in_a_folder_is_left_out_by_its_name(icm: Icm, scene: Path) -> N
     result = icm("--report", str(scene / "r.json"), out=scene / "out")
     assert result.exit_code == 0, result.output
     assert f"{movie} left out: a movie; write its frames first" in " ".join(result.output.split())
-    assert json.loads((scene / "r.json").read_text())["summary"]["left_out"]["a movie"] == 1
+    assert json.loads((scene / "r.json").read_text())["summary"]["skipped_files"]["a movie"] == 1
 
 
 def test_a_plan_tells_what_would_fail(icm: Icm, scene: Path) -> None:

@@ -109,9 +109,9 @@ def test_csv_report_has_a_line_for_every_image(icm: Icm, scene: Path) -> None:
     lines = {Path(line["source"]).name: line for line in csv.DictReader((scene / "r.csv").read_text().splitlines())}
     assert {name: line["status"] for name, line in lines.items()} == {
         "bad.jpg": "failed",
-        "wall.jpg": "skipped",
-        "deep.png": "skipped",
-        "pad.0101.png": "skipped",
+        "wall.jpg": "kept",
+        "deep.png": "kept",
+        "pad.0101.png": "kept",
     }
     assert "empty" in lines["bad.jpg"]["reason"]
     share = read(scene / "out" / "wall.png").mean() / 255
@@ -135,7 +135,7 @@ def test_json_report_with_ground_truth(icm: Icm, scene: Path) -> None:
         assert lines["deep.png"]["scores"] == {}
         assert report["summary"]["means"]["whole"]["metrics"]["mse"]["mean"] == scores["mse"]
     assert report["settings"]["device"] == "cpu, float32"
-    assert report["summary"]["skipped"] == 3
+    assert report["summary"]["kept"] == 3
 
 
 def test_a_ground_truth_of_another_size_fails_that_image_alone(icm: Icm, scene: Path) -> None:
@@ -298,13 +298,15 @@ def test_captions_are_legible_with_the_path_below_the_root(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[str] = []
-    drawn = contact_sheet.captioned_row
-    monkeypatch.setattr(contact_sheet, "captioned_row", lambda cells, text: (shown.append(text), drawn(cells, text))[1])
+    drawn = contact_sheet.make_captioned_row
+    monkeypatch.setattr(
+        contact_sheet, "make_captioned_row", lambda cells, text: (shown.append(text), drawn(cells, text))[1]
+    )
     (scene / "imgs" / "wall.jpg").rename(scene / "imgs" / "sub" / "größe.jpg")
     assert icm(contact_sheet=scene / "sheet.png").exit_code == 0
     assert "sub/größe.jpg" in shown
-    assert contact_sheet._legible("größe") == "größe"
-    assert "\uffff" not in contact_sheet._legible("\uffff\n")
+    assert contact_sheet._escape_missing_glyphs("größe") == "größe"
+    assert "\uffff" not in contact_sheet._escape_missing_glyphs("\uffff\n")
 
 
 def test_reports_are_utf8_whatever_the_names(icm: Icm, scene: Path) -> None:

@@ -214,4 +214,4 @@ def test_shots_take_no_other_references(evaluate: Icm, davis: Path, tmp_path: Pa
     given = f"--groups={groups}" if option.startswith("--groups") else option
     result = evaluate(given, dataset="davis16", data_root=davis)
     assert result.exit_code == 2
-    assert f"so {option.split('=')[0]} has nothing to do; leave it out" in result.stderr
+    assert f"so {option.split('=')[0]} has no effect; leave it out" in result.stderr

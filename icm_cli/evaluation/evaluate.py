@@ -23,7 +23,7 @@ from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import LINEAGES, REGIONS
-from icm_cli.reports.write import SideOutputs
+from icm_cli.reports.write import ReportFiles
 from icm_cli.scoring.rule import ScoringRule
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def evaluate(
         raise UsageError(
             "--trimap-kernel makes the unknown region, which is not scored here; leave it out, or give --region unknown"
         )
-    side = SideOutputs.checked(report, references=write_references)
+    report_files = ReportFiles.from_options(report, references=write_references)
     evaluation = Evaluation(
         name=dataset,
         found=found,
@@ -122,7 +122,7 @@ def evaluate(
         note=note,
         fixed_references=as_path(references),
         inputs=tuple(Path(path) for path in (groups, references) if path is not None),
-        side=side,
+        report_files=report_files,
         allowed=frozenset(allow),
         workers=workers or (DEFAULT_WORKERS if pred is None else environment.cores()),
         listener=listener,
@@ -195,9 +195,7 @@ def _refuse_with_pred(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if value != defaults[name].default:
             option = f"--{name.replace('_', '-')}"
-            raise UsageError(
-                f"--pred scores alphas that are there already, so {option} has nothing to do; leave it out"
-            )
+            raise UsageError(f"--pred scores alphas that are there already, so {option} has no effect; leave it out")
 
 
 def _as_frame(sample: Sample) -> Sample:

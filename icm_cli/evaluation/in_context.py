@@ -81,7 +81,7 @@ def matte_and_score(
         with outcome:
             remaining = keep_finished(shot.order if shot else jobs, digests, evaluation.workers, outcome.add, shot)
             predictor = _load(choice, evaluation) if remaining else None
-            with outcome.reported(evaluation.side, choice.where.peak_memory_bytes):
+            with outcome.reported(evaluation.report_files, choice.where.peak_memory_bytes):
                 if predictor is not None:
 
                     @functools.lru_cache(maxsize=1)
@@ -99,11 +99,11 @@ def matte_and_score(
 def _make_ready(evaluation: Evaluation, jobs: Sequence[Job], references: Rounds, folder: Path) -> None:
     """Check all that is about to be written, and write the references."""
     evaluation.check_overwrites_nothing([job.output for job in jobs])
-    evaluation.side.check_writable(folder)
+    evaluation.report_files.check_writable(folder)
     for parent in {job.output.parent for job in jobs}:
         remove_stale_temporaries(parent)
-    if evaluation.side.references:
-        write_rounds(evaluation.side.references, references)
+    if evaluation.report_files.references:
+        write_rounds(evaluation.report_files.references, references)
 
 
 def _outcome(

@@ -48,13 +48,13 @@ def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Repo
             f"folder of predictions {folder} has no alpha of any image, or several of each name; expected names like "
             f"{expected}{hint if (folder / 'round-1').is_dir() else ''}"
         )
-    evaluation.side.check_overwrites_nothing([result.output for result in planned if result.output])
-    evaluation.side.check_writable()
+    evaluation.report_files.check_no_overwrite([result.output for result in planned if result.output])
+    evaluation.report_files.check_writable()
     outcome = evaluation.outcome(planned, {"predictions": str(folder)}, references)
     for problem in problems:
         outcome.add_problem(problem)
     evaluation.listener.on_run_start(len(planned))
-    with outcome, outcome.reported(evaluation.side, environment.peak_memory_bytes):
+    with outcome, outcome.reported(evaluation.report_files, environment.peak_memory_bytes):
         for result in planned:
             if result.output:
                 outcome.add(replace(result, status="done"))

@@ -20,9 +20,9 @@ from icm_cli.images.reading import CompositeSource
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.resume import DIGEST_KEY
-from icm_cli.reports.report import Album, Report
+from icm_cli.reports.report import PageImages, Report
 from icm_cli.reports.result import ImageResult
-from icm_cli.reports.write import SideOutputs
+from icm_cli.reports.write import ReportFiles
 from icm_cli.scoring.pool import Scorer, ScoringPool
 from icm_cli.scoring.rule import ScoringRule
 from icm_cli.scoring.task import FlickerTask, ScoreTask
@@ -42,7 +42,7 @@ class Evaluation:
     fixed_references: Path | None
     inputs: tuple[Path, ...]
     """Files that say what to do, and must not be written over."""
-    side: SideOutputs
+    report_files: ReportFiles
     allowed: frozenset[str]
     workers: int
     listener: Listener
@@ -80,7 +80,7 @@ class Evaluation:
         for path in {path.parent: path for path in alphas if path.exists()}.values():  # one a folder tells
             if (stamp := read_stamp(path)) is not None and DIGEST_KEY not in stamp:
                 raise UsageError(f"{path} is not of icm and would be written over; give --save-alphas another folder")
-        self.side.check_overwrites_nothing([*files, *alphas, *self.inputs])
+        self.report_files.check_no_overwrite([*files, *alphas, *self.inputs])
 
     def planned(self, sample: Sample, output: Path, number: int) -> ImageResult:
         """Result of a sample in a round before its alpha is there."""
@@ -110,7 +110,7 @@ class Evaluation:
             {"title": protocol["title"], "note": self.note, **environment_settings(), "protocol": protocol, **settings},
             allowed=self.allowed,
             references=references,
-            album=self._album(references),
+            page_images=self._album(references),
         )
 
         def task_for(result: ImageResult) -> ScoreTask:
@@ -187,8 +187,8 @@ class Evaluation:
             "notes": [*self.found.notes, *notes],
         }
 
-    def _album(self, references: Rounds) -> Album:
-        return Album(
+    def _album(self, references: Rounds) -> PageImages:
+        return PageImages(
             references={
                 (number, group): [(self.by_name[name].image, self.by_name[name].alpha) for name in names]
                 for number, groups in enumerate(references, 1)

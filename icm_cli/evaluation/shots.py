@@ -20,7 +20,7 @@ def refuse_other_references(title: str, **options: object) -> None:
         if value:
             raise UsageError(
                 f"{title} has shots, and the first frame of each is its one reference, so "
-                f"--{name.replace('_', '-')} has nothing to do; leave it out"
+                f"--{name.replace('_', '-')} has no effect; leave it out"
             )
 
 

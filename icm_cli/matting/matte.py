@@ -29,9 +29,9 @@ from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.shot import Key, Shot, apart, described
 from icm_cli.matting.sources import SkippedFiles, file_type_or_unknown, find_sources, real_path
 from icm_cli.model.lite.finetuning import finetuning_digest_text
-from icm_cli.reports.report import Album, Report
+from icm_cli.reports.report import PageImages, Report
 from icm_cli.reports.result import ImageResult
-from icm_cli.reports.write import SideOutputs
+from icm_cli.reports.write import ReportFiles
 
 ALLOWED = frozenset({"empty-alpha", "16-bit-alpha", "missing-alpha"})
 """Kinds of odd or missing ground truths that are no failure here."""
@@ -106,7 +106,7 @@ def matte(
     if ray is not None or len(parse_devices(device)) > 1:
         _refuse_on_several(shot=shot, learn_steps=learn_steps)
     refs, masks = as_paths(ref), as_paths(mask)
-    side = SideOutputs.checked(report, contact_sheet)
+    report_files = ReportFiles.from_options(report, contact_sheet)
     pattern, format = _pattern_and_format(out, format)
     form = {"format": format, "depth": depth, "channel": channel, "foreground": foreground, "invert": invert}
     output = OutputFormat.from_options(**form, trimap=trimap, band_px=trimap_band)
@@ -123,7 +123,7 @@ def matte(
     jobs, in_order = _as_shot(jobs, refs, references, shard) if shot else (jobs, None)
     jobs, in_order, truths, problems = _with_truths(jobs, in_order, gt)
     inputs = [str(path) for job in jobs for path in (job.source, *job.outputs)]
-    side.check_overwrites_nothing([*shown, *truths, *inputs])
+    report_files.check_no_overwrite([*shown, *truths, *inputs])
     checked = functools.partial(
         ModelChoice.checked,
         model,
@@ -140,8 +140,8 @@ def matte(
         choices = [cluster.choose_model(checked)] if cluster else [checked(device=one) for one in parse_devices(device)]
         if dry_run:
             return Report(settings={}, results=[_planned(job) for job in jobs])
-        side.check_writable(place.folder)
-        _clean({*(job.output.parent for job in jobs), *(path.parent for path in side.paths)}, listener)
+        report_files.check_writable(place.folder)
+        _clean({*(job.output.parent for job in jobs), *(path.parent for path in report_files.paths)}, listener)
 
         steps = choices[0].learn_steps(learn_steps, is_shot=shot)
         digest = _digest(choices[0], references, colour, output, steps, is_shot=shot)
@@ -154,9 +154,9 @@ def matte(
 
             settings["protocol"] = {"title": str(src), **RULE.as_protocol(), "rounds": 1, "refs_per_group": len(refs)}
             scoring = ground_truth_scoring(workers, ALLOWED)
-        album = Album(marked=[(one.rgb, one.guidance) for one in references], colour=colour)
+        page_images = PageImages(references_with_masks=[(one.rgb, one.guidance) for one in references], colour=colour)
         outcome = Outcome(
-            Report(settings, allowed=ALLOWED, left_out=+skipped_files, album=album),
+            Report(settings, allowed=ALLOWED, skipped_files=+skipped_files, page_images=page_images),
             [job.planned for job in jobs],
             listener,
             start=start,
@@ -167,7 +167,7 @@ def matte(
         engine = EngineOptions([digest], choices[0].batch_size, workers, overwrite, fail_fast, output, in_order)
         works = [EngineSetup(choice, references, steps, engine) for choice in choices]
         crew = functools.partial(_crew, works, cluster, place.folder, listener)
-        _run(jobs, works[0], crew, outcome, side, listener)
+        _run(jobs, works[0], crew, outcome, report_files, listener)
         return outcome.report
 
 
@@ -205,7 +205,7 @@ def _run(
     work: EngineSetup,
     crew: Callable[[Callable[[ImageResult], None]], contextlib.AbstractContextManager[Runner]],
     outcome: Outcome,
-    side: SideOutputs,
+    report_files: ReportFiles,
     listener: Listener,
 ) -> None:
     """Keep the alphas that are there and matte the other images; the model is loaded only for these."""
@@ -217,7 +217,7 @@ def _run(
             remaining = keep_finished(remaining, options.digests, options.workers, outcome.add, options.shot)
         with crew(outcome.add) if remaining else contextlib.nullcontext() as those:
             peak = those.peak_memory_bytes if those else work.choice.where.peak_memory_bytes
-            with outcome.reported(side, peak):
+            with outcome.reported(report_files, peak):
                 if those:
                     those.run(remaining)
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Self
 from icm_cli import environment
 from icm_cli.errors import OutputError, Problem
 from icm_cli.events import Listener
-from icm_cli.reports.report import Report
+from icm_cli.reports.report import Report, RunTotals
 from icm_cli.reports.result import ImageResult
-from icm_cli.reports.write import SideOutputs
+from icm_cli.reports.write import ReportFiles
 
 if TYPE_CHECKING:
     from icm_cli.scoring.pool import Scorer
@@ -55,7 +55,7 @@ class Outcome:
         if result.status == "failed" and result.output and Path(result.output).is_file():
             earlier = f"its earlier alpha {result.output} is of the former picture or settings and stays"
             result = replace(result, reason=f"{result.reason}; {earlier}")
-        task = self._scoring.task_for(result) if self._scoring and result.status in ("done", "skipped") else None
+        task = self._scoring.task_for(result) if self._scoring and result.status in ("done", "kept") else None
         if task is None:
             self._end(result)
         else:
@@ -77,16 +77,16 @@ class Outcome:
         self._listener.on_problem(problem)
 
     @contextlib.contextmanager
-    def reported(self, side: SideOutputs, peak_memory: Callable[[], int]) -> Iterator[None]:
+    def reported(self, report_files: ReportFiles, peak_memory: Callable[[], int]) -> Iterator[None]:
         """Around the work: whatever happens in it, what is done is scored and reported."""
         begun = time.perf_counter()
         try:
             yield
         except BaseException:
             with contextlib.suppress(OutputError):
-                self._finish(side, begun, peak_memory)
+                self._finish(report_files, begun, peak_memory)
             raise
-        self._finish(side, begun, peak_memory)
+        self._finish(report_files, begun, peak_memory)
 
     def _scored(self, result: ImageResult, answer: Any) -> None:
         if answer is None:
@@ -131,7 +131,7 @@ class Outcome:
         if self._scoring:
             self._scoring.pool.drain()
 
-    def _finish(self, side: SideOutputs, begun: float, peak_memory: Callable[[], int]) -> None:
+    def _finish(self, report_files: ReportFiles, begun: float, peak_memory: Callable[[], int]) -> None:
         self._drain()
         report = self.report
         report.results += [
@@ -140,10 +140,9 @@ class Outcome:
         order = {result.key: number for number, result in enumerate(self._planned)}
         report.results.sort(key=lambda result: order[result.key])
         now = time.perf_counter()
-        report.seconds, report.matting_seconds = now - self._start, now - begun
-        report.peak_memory_bytes = peak_memory()
+        report.totals = RunTotals(now - self._start, now - begun, peak_memory())
         try:
-            for path in side.write(report):
+            for path in report_files.write_all(report):
                 self._listener.on_notice(f"{path} is left as it was: this run was cut short")
         finally:
             self._listener.on_run_end(report)

@@ -66,7 +66,7 @@ def finished(job: Job, digest: str) -> ImageResult | None:
     if found.get(DIGEST_KEY) != digest or (is_same_root and found.get(SOURCE_KEY) != job.state()):
         return None
     measured = json.loads(found.get(RESULT_KEY, "{}"))
-    return replace(job.planned, status="skipped", seconds=0.0, **measured)
+    return replace(job.planned, status="kept", seconds=0.0, **measured)
 
 
 def _own_stamp(path: Path, job: Job) -> dict[str, str]:

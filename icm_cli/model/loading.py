@@ -68,9 +68,7 @@ def override_edges(config: ModelConfig, edges: str, weights: str | None) -> Mode
     if weights is None:
         return replace(config, edges=part)
     if part is None:
-        raise UsageError(
-            f"the model has no edges, so --edges-weights {weights!r} has nothing to do; give --edges vitmatte"
-        )
+        raise UsageError(f"the model has no edges, so --edges-weights {weights!r} has no effect; give --edges vitmatte")
     settings = component_class("edges", part.name).with_weights(part.settings, weights)
     return replace(config, edges=ComponentConfig(part.name, settings))
 

@@ -1,1 +1,1 @@
-"""Reports: what became of every image, its scores, their means, and the files and pages that show them."""
+"""Reports: results and scores of images, their means, and the files and pages that present them."""

@@ -1,4 +1,4 @@
-"""Two JSON reports of ``icm eval`` or ``icm matte``, image by image. The body of ``icm eval --compare``."""
+"""Compare two JSON reports of ``icm eval`` or ``icm matte``, image by image (``icm eval --compare``)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 from icm_cli.errors import UsageError
 from icm_cli.reports.result import METRICS, REGIONS, Region
 
-Key = tuple[int, str]
+ImageKey = tuple[int, str]
 PROTOCOL_KEYS = ("dataset", "split", "regions", "size", "lineage", "unknown_region", "rounds", "refs_per_group")
 
 
 @dataclass(frozen=True)
 class ImageDifference:
-    """One image of both reports: its metrics over one region, before and after."""
+    """Metrics of an image over one region in both reports."""
 
     round: int
     name: str
@@ -26,19 +26,19 @@ class ImageDifference:
     after: Mapping[str, float]
 
     def change(self, metric: str) -> float:
-        """After minus before; above 0 is worse."""
+        """Return after minus before. A positive value is a change for the worse."""
         return self.after[metric] - self.before[metric]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences of two reports, the images that became worse first."""
+    """Differences between two reports. Images are sorted by change in MSE, worst first."""
 
     warnings: list[str]
     images: dict[Region, list[ImageDifference]]
 
     def means(self, region: Region) -> dict[str, tuple[float, float]]:
-        """The means of every metric over the images that are in both, before and after."""
+        """Return the means of every metric before and after, over the images that are in both reports."""
         rows = self.images[region]
         return {
             metric: (
@@ -49,50 +49,50 @@ class Comparison:
         }
 
 
-def compare(before: str | Path, after: str | Path) -> Comparison:
-    """Compare two reports. Whatever makes them unequal in kind is a warning, never an error.
+def compare_reports(before: str | Path, after: str | Path) -> Comparison:
+    """Compare two reports. Differences in protocol or settings result in warnings, not errors.
 
-    Raises UsageError for a file that is no JSON report of icm.
+    Raises UsageError for a file that is not a JSON report of icm.
     """
-    first, second = _read(Path(before)), _read(Path(after))
+    first, second = _read_report(Path(before)), _read_report(Path(after))
     warnings = _protocol_warnings(first, second)
     for path, report in ((before, first), (after, second)):
         if not report.get("summary", {}).get("complete", True):
-            warnings.append(f"{path} is of a run that was cut short")
+            warnings.append(f"{path} is the report of an interrupted run")
     images: dict[Region, list[ImageDifference]] = {}
-    only: tuple[set[Key], set[Key]] = (set(), set())
+    unmatched: tuple[set[ImageKey], set[ImageKey]] = (set(), set())
     for region in REGIONS:
-        a, b = _scores(first, region), _scores(second, region)
-        only[0].update(a.keys() - b.keys())
-        only[1].update(b.keys() - a.keys())
+        a, b = _scores_by_image(first, region), _scores_by_image(second, region)
+        unmatched[0].update(a.keys() - b.keys())
+        unmatched[1].update(b.keys() - a.keys())
         rows = [ImageDifference(*key, a[key], b[key]) for key in a.keys() & b.keys()]
         if rows:
             images[region] = sorted(rows, key=lambda row: (-row.change("mse"), row.round, row.name))
-    for path, keys in zip((before, after), only, strict=True):
+    for path, keys in zip((before, after), unmatched, strict=True):
         if keys:
             number, name = min(keys)
             example = f"{name} in round {number}" if number else name
-            warnings.append(f"{len(keys)} image(s) have scores only in {path}, such as {example}; they are left out")
+            warnings.append(f"{len(keys)} image(s) have scores only in {path}, such as {example}; they are excluded")
     if not images:
         warnings.append("no image has scores in both reports")
     return Comparison(warnings, images)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_report(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UsageError(f"report {path} does not exist; expected a .json that icm wrote")
+        raise UsageError(f"report {path} does not exist; expected a JSON report of icm")
     try:
         content = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-        values = [value for region in REGIONS for each in _scores(content, region).values() for value in each.values()]
-        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+        scores = [score for region in REGIONS for score in _scores_by_image(content, region).values()]
+        if not all(isinstance(x, (int, float)) and math.isfinite(x) for score in scores for x in score.values()):
             raise TypeError("a score is not a finite number")
         content["settings"].get("protocol")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"report {path} cannot be compared ({error}); expected a .json that icm wrote") from error
+        raise UsageError(f"report {path} cannot be compared ({error}); expected a JSON report of icm") from error
     return dict(content)
 
 
-def _scores(report: Mapping[str, Any], region: Region) -> dict[Key, dict[str, float]]:
+def _scores_by_image(report: Mapping[str, Any], region: Region) -> dict[ImageKey, dict[str, float]]:
     return {
         (image.get("round", 0), image.get("name") or image["source"]): {
             metric: image["scores"][region][metric] for metric in METRICS
@@ -104,26 +104,23 @@ def _scores(report: Mapping[str, Any], region: Region) -> dict[Key, dict[str, fl
 
 def _protocol_warnings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     a, b = (report["settings"].get("protocol", {}) for report in (first, second))
-    warnings = [
-        f"the protocols differ: {key} is {_text(a.get(key))} in the first and {_text(b.get(key))} in the second"
-        for key in PROTOCOL_KEYS
-        if a.get(key) != b.get(key)
-    ]
-    asked = (report["settings"] for report in (first, second))
-    ours, theirs = (
-        {"shot": bool(each.get("shot")), "learn_steps": int(each.get("learn_steps") or 0)} for each in asked
-    )
-    warnings += [
-        f"the ways differ: {key} is {ours[key]} in the first and {theirs[key]} in the second"
-        for key in ours
-        if ours[key] != theirs[key]
-    ]
+    warnings = _differences("protocols", {key: (a.get(key), b.get(key)) for key in PROTOCOL_KEYS})
+    a, b = (report["settings"] for report in (first, second))
+    is_shot = bool(a.get("shot")), bool(b.get("shot"))
+    learn_steps = int(a.get("learn_steps") or 0), int(b.get("learn_steps") or 0)
+    warnings += _differences("settings", {"shot": is_shot, "learn_steps": learn_steps})
     if first.get("references") != second.get("references"):
-        warnings.append(
-            "the references differ, so the models were shown different things (--references FILE fixes them)"
-        )
+        warnings.append("the references differ; give both runs the same --references FILE to compare models")
     return warnings
 
 
-def _text(value: Any) -> str:
+def _differences(kind: str, values: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    return [
+        f"the {kind} differ: {key} is {_format_value(first)} in the first and {_format_value(second)} in the second"
+        for key, (first, second) in values.items()
+        if first != second
+    ]
+
+
+def _format_value(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)

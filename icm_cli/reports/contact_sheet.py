@@ -1,4 +1,4 @@
-"""A picture of the run: source, alpha, and cut-out on grey, one row per image."""
+"""Contact sheet of a run: one row per image with source, alpha, and the object on grey."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult
 
-MOST_ROWS = 48
-"""A sheet of more rows is no longer looked at; from more images this many are taken evenly."""
-CELL_PX = 240
+MAX_SHEET_ROWS = 48
+"""Maximum number of rows. From more images, this many are selected at even intervals."""
+SHEET_CELL_PX = 240
 CAPTION_PX = 18
 FONT_PX = 13
 FONTS = (
@@ -29,48 +29,50 @@ FONTS = (
     "usr/share/fonts/**/DejaVuSans.ttf",
     "System/Library/Fonts/Supplemental/Arial Unicode.ttf",
 )
-"""Fonts with many scripts, the first that is there is taken."""
+"""Fonts that cover many scripts. The first one that exists is used."""
 NO_CHARACTER = "\uffff"
 GREY = 128
 
 
 def write_contact_sheet(path: Path, report: Report) -> None:
-    """Write the sheet of every image that has its alpha (at most MOST_ROWS, evenly taken). Raises OutputError."""
-    shown = evenly([result for result in report.results if result.has_alpha], MOST_ROWS)
-    rows = [_row(result, report.album.colour) for result in shown]
-    sheet = np.concatenate(rows) if rows else np.full((CELL_PX, 3 * CELL_PX, 3), GREY, np.uint8)
+    """Write the contact sheet of the images that have an alpha, at count MAX_SHEET_ROWS. Raises OutputError."""
+    results = select_evenly([result for result in report.results if result.has_alpha], MAX_SHEET_ROWS)
+    rows = [_make_row(result, report.page_images.colour) for result in results]
+    sheet = np.concatenate(rows) if rows else np.full((SHEET_CELL_PX, 3 * SHEET_CELL_PX, 3), GREY, np.uint8)
     with atomic_write(path) as file:
         mark = PngImagePlugin.PngInfo()
         mark.add_text(OWN_SHEET_MARK.decode(), "contact sheet")
         Image.fromarray(sheet).save(file, format="PNG", optimize=True, pnginfo=mark)
 
 
-def cut_out(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
-    """The thing on grey: uint8 [H,W,3] from a picture [H,W,3] and its alpha [H,W]."""
+def composite_on_grey(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
+    """Composite an image [H,W,3] with its alpha [H,W] on grey, uint8 [H,W,3]."""
     weight = alpha[..., None].astype(np.float32) / 255.0
     return round_to_u8(rgb * weight + GREY * (1 - weight))
 
 
-def _row(result: ImageResult, colour: ColourSettings) -> ImageU8:
-    rgb = thumbnail(read_image(Path(result.source), colour, max(0, result.page - 1)).to_display_window().rgb)
-    alpha = thumbnail(read_alpha(Path(result.output)))
-    caption = (result.name or Path(result.source).name) + ("   reference's thing not found" if result.not_found else "")
-    return captioned_row([rgb, np.repeat(alpha[..., None], 3, -1), cut_out(rgb, alpha)], caption)
+def _make_row(result: ImageResult, colour: ColourSettings) -> ImageU8:
+    rgb = make_thumbnail(read_image(Path(result.source), colour, max(0, result.page - 1)).to_display_window().rgb)
+    alpha = make_thumbnail(read_alpha(Path(result.output)))
+    caption = (result.name or Path(result.source).name) + ("   object not found" if result.not_found else "")
+    return make_captioned_row([rgb, np.repeat(alpha[..., None], 3, -1), composite_on_grey(rgb, alpha)], caption)
 
 
-def captioned_row(cells: Sequence[ImageU8], caption: str) -> ImageU8:
-    """Pictures uint8 [h,w,3] of at most CELL_PX side by side, and a line of text below them: uint8 [H,W,3]."""
-    row = Image.new("RGB", (len(cells) * CELL_PX, CELL_PX + CAPTION_PX), (24, 24, 24))
+def make_captioned_row(cells: Sequence[ImageU8], caption: str) -> ImageU8:
+    """Return a row of images of at most SHEET_CELL_PX, all uint8 [H,W,3], with a caption below."""
+    row = Image.new("RGB", (len(cells) * SHEET_CELL_PX, SHEET_CELL_PX + CAPTION_PX), (24, 24, 24))
     for column, cell in enumerate(cells):
-        left, top = (CELL_PX - cell.shape[1]) // 2, (CELL_PX - cell.shape[0]) // 2
-        row.paste(Image.fromarray(cell), (column * CELL_PX + left, top))
-    ImageDraw.Draw(row).text((4, CELL_PX + 1), _legible(caption), fill=(220, 220, 220), font=_font())
+        left, top = (SHEET_CELL_PX - cell.shape[1]) // 2, (SHEET_CELL_PX - cell.shape[0]) // 2
+        row.paste(Image.fromarray(cell), (column * SHEET_CELL_PX + left, top))
+    ImageDraw.Draw(row).text(
+        (4, SHEET_CELL_PX + 1), _escape_missing_glyphs(caption), fill=(220, 220, 220), font=_font()
+    )
     return np.asarray(row)
 
 
 @functools.cache
 def _font() -> Any:
-    """A font of the system with many scripts, where there is one, else Pillow's own."""
+    """Return a system font that covers many scripts, or the default font of Pillow."""
     for pattern in FONTS:
         for path in sorted(Path("/").glob(pattern)):
             with contextlib.suppress(OSError):
@@ -78,8 +80,8 @@ def _font() -> Any:
     return ImageFont.load_default(FONT_PX)
 
 
-def _legible(text: str) -> str:
-    """Text whose characters the font has; others are written as their codes, not as boxes."""
+def _escape_missing_glyphs(text: str) -> str:
+    """Replace characters that the font does not have by their escape sequences."""
     return "".join(
         each if _has_glyph(each) else each.encode("unicode_escape", "surrogatepass").decode() for each in text
     )
@@ -87,22 +89,22 @@ def _legible(text: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _has_glyph(character: str) -> bool:
-    """Whether the font draws a character in another way than one that no font has."""
+    """Return whether the font draws a character differently from one that no font has."""
     if not character.isprintable():
         return False
-    drawn, missing = (_font().getmask(each) for each in (character, NO_CHARACTER))
-    return character.isspace() or (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))
+    glyph, missing = (_font().getmask(each) for each in (character, NO_CHARACTER))
+    return character.isspace() or (glyph.size, bytes(glyph)) != (missing.size, bytes(missing))
 
 
-def thumbnail(image: ImageU8) -> ImageU8:
-    """A picture shrunk to fit a cell."""
+def make_thumbnail(image: ImageU8) -> ImageU8:
+    """Shrink an image to fit a cell."""
     small = Image.fromarray(image)
-    small.thumbnail((CELL_PX - 4, CELL_PX - 4), Image.Resampling.BOX)
+    small.thumbnail((SHEET_CELL_PX - 4, SHEET_CELL_PX - 4), Image.Resampling.BOX)
     return np.asarray(small)
 
 
-def evenly(results: Sequence[ImageResult], most: int) -> list[ImageResult]:
-    """At most ``most`` of them, evenly taken."""
-    if len(results) <= most:
+def select_evenly(results: Sequence[ImageResult], count: int) -> list[ImageResult]:
+    """Select at count ``count`` results at even intervals."""
+    if len(results) <= count:
         return list(results)
-    return [results[index] for index in np.linspace(0, len(results) - 1, most).round().astype(int)]
+    return [results[index] for index in np.linspace(0, len(results) - 1, count).round().astype(int)]

@@ -1,4 +1,4 @@
-"""The numbers that papers print, to stand beside ours, and what one must know to compare them."""
+"""Scores published in papers, and differences in protocol that affect a comparison with them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from icm_cli.reports.result import Region
 
 
 @dataclass(frozen=True)
-class PublishedRow:
-    """One method on one dataset; a metric the paper does not give is None. SAD, GRAD and CONN as printed."""
+class PublishedScores:
+    """Published scores of a method on a dataset. Metrics that the paper does not report are None."""
 
     method: str
     mse: float
@@ -22,66 +22,68 @@ class PublishedRow:
     note: str = ""
 
 
-PUBLISHED: dict[str, tuple[PublishedRow, ...]] = {
+PUBLISHED_SCORES: dict[str, tuple[PublishedScores, ...]] = {
     "ICM-57": (
-        PublishedRow("ICM", 0.0081, 19.12, 18.65, 11.21, "one mask per group"),
-        PublishedRow("ICM, 1 reference", 0.0085, 19.58, note="study of the number of references"),
-        PublishedRow("ICM, 2 references", 0.0075, 16.57, note="study of the number of references"),
-        PublishedRow("ICM, 3 references", 0.0070, 15.48, note="study of the number of references"),
-        PublishedRow("ICM, 4 references", 0.0068, 15.23, note="study of the number of references"),
-        PublishedRow(
+        PublishedScores("ICM", 0.0081, 19.12, 18.65, 11.21, "one mask per group"),
+        PublishedScores("ICM, 1 reference", 0.0085, 19.58, note="study of the number of references"),
+        PublishedScores("ICM, 2 references", 0.0075, 16.57, note="study of the number of references"),
+        PublishedScores("ICM, 3 references", 0.0070, 15.48, note="study of the number of references"),
+        PublishedScores("ICM, 4 references", 0.0068, 15.23, note="study of the number of references"),
+        PublishedScores(
             "ICM, released checkpoint", 0.0082, 10.64, 11.95, 6.40, "768 crops, whole image; measured by others"
         ),
-        PublishedRow("ICM without intra-similarity", 0.0099, 24.15, note="ablation"),
-        PublishedRow("ICM without both similarities", 0.0315, 40.32, note="ablation"),
-        PublishedRow("SegGPT", 0.0198, 38.81, 28.61, 18.61, "one mask per group"),
-        PublishedRow("SEEM", 0.0292, 64.28, 37.54, 23.64, "one mask per group"),
-        PublishedRow("ViTMatte", 0.0030, 16.16, 14.28, 11.14, "a trimap per image"),
+        PublishedScores("ICM without intra-similarity", 0.0099, 24.15, note="ablation"),
+        PublishedScores("ICM without both similarities", 0.0315, 40.32, note="ablation"),
+        PublishedScores("SegGPT", 0.0198, 38.81, 28.61, 18.61, "one mask per group"),
+        PublishedScores("SEEM", 0.0292, 64.28, 37.54, 23.64, "one mask per group"),
+        PublishedScores("ViTMatte", 0.0030, 16.16, 14.28, 11.14, "a trimap per image"),
     ),
     "AIM-500": (
-        PublishedRow("ICM", 0.0062, 18.65, 15.51, 10.98, "one mask per group"),
-        PublishedRow("SegGPT", 0.0391, 42.65, 41.95, 26.69, "one mask per group"),
-        PublishedRow("SEEM", 0.0425, 114.23, 74.51, 74.32, "one mask per group"),
-        PublishedRow("ViTMatte", 0.0038, 18.79, 14.22, 12.47, "a trimap per image"),
-        PublishedRow("SDMatte", 0.0027, 14.53, 16.94, 10.95, "a mask per image (ICCV 2025)"),
+        PublishedScores("ICM", 0.0062, 18.65, 15.51, 10.98, "one mask per group"),
+        PublishedScores("SegGPT", 0.0391, 42.65, 41.95, 26.69, "one mask per group"),
+        PublishedScores("SEEM", 0.0425, 114.23, 74.51, 74.32, "one mask per group"),
+        PublishedScores("ViTMatte", 0.0038, 18.79, 14.22, 12.47, "a trimap per image"),
+        PublishedScores("SDMatte", 0.0027, 14.53, 16.94, 10.95, "a mask per image (ICCV 2025)"),
     ),
 }
-"""Published rows by the title of the dataset; from the papers of In-Context Matting (CVPR 2024) and SDMatte."""
+"""Published scores by dataset title, from the papers In-Context Matting (CVPR 2024) and SDMatte (ICCV 2025)."""
 
 FULL_SIZE = {"ICM-57": 232, "AIM-500": 500}
-"""Images of these datasets."""
+"""Number of images of the datasets."""
 PAPER_LINEAGE = "composition"
-"""The lineage of GRAD and CONN that In-Context Matting prints."""
+"""Lineage of GRAD and CONN in the paper In-Context Matting."""
 
 
-def comparability(protocol: Mapping[str, Any], means: Mapping[Region, Means]) -> list[str]:
-    """Sentences on what keeps our numbers from being compared with the published rows; none without such rows.
+def comparison_caveats(protocol: Mapping[str, Any], means: Mapping[Region, Means]) -> list[str]:
+    """Return sentences about differences that affect a comparison with published scores.
 
-    ``protocol`` is the report's; of ``means`` the region that comes first is our row.
+    The result is empty if the dataset has no published scores. The first region of ``means`` is the one compared.
     """
     title, size, lineage = (str(protocol.get(key, "")) for key in ("title", "size", "lineage"))
-    if title not in PUBLISHED or not means:
+    if title not in PUBLISHED_SCORES or not means:
         return []
-    region, ours = next(iter(means.items()))
-    notes = ["The papers do not publish which references they drew; ours are fixed and embedded in this report."]
+    region, first = next(iter(means.items()))
+    notes = ["The papers do not publish their references; those of this run are listed in the report."]
     if lineage != PAPER_LINEAGE:
         notes.append(
-            f"Ours has GRAD and CONN of the {lineage} lineage, In-Context Matting prints the {PAPER_LINEAGE} lineage: "
-            f"do not compare these two columns (--lineage {PAPER_LINEAGE} makes them comparable)."
+            f"GRAD and CONN are of the {lineage} lineage, but In-Context Matting uses the {PAPER_LINEAGE} lineage: "
+            f"do not compare these two columns, or give --lineage {PAPER_LINEAGE}."
         )
     if size == "square768":
         notes.append(
-            "Scored on 768 px centre crops as the released code of In-Context Matting; that code mattes the crop, "
-            "icm the whole picture."
+            "Scores are computed on 768 px centre crops, like in the released code of In-Context Matting; that code "
+            "mattes the crop, icm mattes the whole image."
         )
     else:
         notes.append(
-            f"Scored at size {size}; the released code of In-Context Matting scores 768 px centre crops. SAD, GRAD and "
-            "CONN grow with the area, MSE does not."
+            f"Scores are computed at size {size}, but the released code of In-Context Matting scores 768 px centre "
+            "crops. SAD, GRAD and CONN increase with the area, MSE does not."
         )
     if region != "whole":
-        notes.append("Our row is over the unknown region; the published rows are of the whole image.")
-    scored, full = ours.images // ours.rounds, FULL_SIZE[title]
+        notes.append(
+            "The scores of icm are over the unknown region, but the published scores are over the whole image."
+        )
+    scored, full = first.images // first.rounds, FULL_SIZE[title]
     if scored < full // 2:
         notes.append(f"Only {scored} of the {full} images were scored.")
     return notes

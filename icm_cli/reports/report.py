@@ -1,4 +1,4 @@
-"""The report of a run: settings, results of all images, totals."""
+"""Report of a run: settings, the result of every image, and totals."""
 
 from __future__ import annotations
 
@@ -21,40 +21,48 @@ from icm_cli.reports.result import ImageResult, Region, Status
 
 
 @dataclass(frozen=True)
-class Album:
-    """Pictures that the page shows."""
+class PageImages:
+    """Images that the HTML page shows in addition to sources and alphas."""
 
     references: Mapping[tuple[int, str], Sequence[tuple[Path | CompositeSource, Path]]] = field(default_factory=dict)
-    """References by round and group: images with their alphas."""
-    marked: Sequence[tuple[ImageU8, NDArray[np.bool_]]] = ()
-    """References of every image, as the model saw them: pictures, sRGB uint8 [H,W,3], and where the thing is [H,W]."""
+    """References of an evaluation by round and group, as pairs of image and alpha."""
+    references_with_masks: Sequence[tuple[ImageU8, NDArray[np.bool_]]] = ()
+    """References that apply to all images: sRGB uint8 [H,W,3], and the mask of the object [H,W]."""
     colour: ColourSettings = DEFAULT_COLOUR
     composites: Mapping[str, CompositeSource] = field(default_factory=dict)
-    """Sources that are not files, by the name of their result."""
+    """Composites that are sources, by the name of their result."""
+
+
+@dataclass(frozen=True)
+class RunTotals:
+    """Time and memory of a run."""
+
+    seconds: float = 0.0
+    """Wall time of the run, including loading the model."""
+    matting_seconds: float = 0.0
+    """Wall time of matting."""
+    peak_memory_bytes: int = 0
 
 
 @dataclass(repr=False)
 class Report:
-    """The whole run: settings, a result for every image in the order of their names, and totals."""
+    """Report of a run: settings, a result for every image, and totals."""
 
     settings: dict[str, Any]
     results: list[ImageResult] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    """Problems of the data; see ``icm_cli.errors.PROBLEM_KINDS``."""
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    """Files among the sources that were not to be matted, by reason."""
+    """Problems with the input data; see ``icm_cli.errors.PROBLEM_KINDS``."""
+    skipped_files: Mapping[str, int] = field(default_factory=dict)
+    """Number of files among the sources that were not matted, by reason."""
     allowed: frozenset[str] = frozenset()
-    """Kinds of problems that do not count in the exit code."""
+    """Kinds of problems that do not affect the exit code."""
     references: list[dict[str, list[str]]] = field(default_factory=list)
-    """References of an evaluation: for every round, the names of each group's references."""
-    album: Album = field(default_factory=Album)
-    seconds: float = 0.0
-    """Wall time of the run, loading included."""
-    matting_seconds: float = 0.0
-    """Wall time of the images alone."""
-    peak_memory_bytes: int = 0
+    """References of an evaluation: for every round, the names of the references by group."""
+    page_images: PageImages = field(default_factory=PageImages)
+    totals: RunTotals = RunTotals()
 
     def count(self, status: Status) -> int:
+        """Return the number of images with this status."""
         return sum(result.status == status for result in self.results)
 
     def __repr__(self) -> str:
@@ -62,75 +70,78 @@ class Report:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run reached every image."""
+        """Whether the run processed every image."""
         return not self.count("not reached")
 
     @property
-    def maker(self) -> str:
-        """Who made the alphas: icm, or the folder they were found in."""
+    def method_name(self) -> str:
+        """What made the alphas: "icm", or the name of the folder of predictions."""
         return Path(self.settings["predictions"]).name if "predictions" in self.settings else "icm"
 
     @property
     def failures(self) -> list[ImageResult]:
+        """Results of the images that failed."""
         return [result for result in self.results if result.status == "failed"]
 
     @property
     def images_per_second(self) -> float:
-        return self.count("done") / self.matting_seconds if self.matting_seconds else 0.0
+        """Number of matted images per second of matting."""
+        seconds = self.totals.matting_seconds
+        return self.count("done") / seconds if seconds else 0.0
 
     @property
     def exit_code(self) -> int:
-        """0 when every image has its alpha and, but for what is allowed, no data were bad, else 1."""
+        """0 if every image has an alpha and there are no problems except allowed ones, otherwise 1."""
         if self.failures or any(each.kind not in self.allowed for each in self.problems):
             return 1
         return 1 if self.count("unscored") and not self.means else 0
 
     @property
     def means(self) -> dict[Region, Means]:
-        """Means of every metric over the images that were scored."""
+        """Means of all metrics over the scored images."""
         return compute_means(self.results)
 
     @property
     def means_unseen(self) -> dict[Region, Means] | None:
-        """The same without images that the model was trained on; None where there are no such images."""
+        """Means over the images that the model was not trained on; None if it was trained on none of the images."""
         if not any(result.is_seen for result in self.results):
             return None
         return compute_means([result for result in self.results if not result.is_seen])
 
     @property
     def shots(self) -> dict[str, ShotScores]:
-        """J and F of every shot, and last their means over the shots; empty where the dataset is none of shots."""
+        """J and F of every shot, and last their mean; empty if the dataset has no shots."""
         return compute_shot_scores(self.results)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
-        statuses: tuple[Status, ...] = ("done", "skipped", "unscored", "failed", "not reached")
+        """Return the complete report as JSON values."""
+        statuses: tuple[Status, ...] = ("done", "kept", "unscored", "failed", "not reached")
         return {
             "settings": self.settings,
             "references": self.references,
             "summary": {
                 "complete": self.is_complete,
                 **{status.replace(" ", "_"): self.count(status) for status in statuses},
-                "left_out": dict(self.left_out),
-                "seconds": self.seconds,
-                "matting_seconds": self.matting_seconds,
+                "skipped_files": dict(self.skipped_files),
+                "seconds": self.totals.seconds,
+                "matting_seconds": self.totals.matting_seconds,
                 "images_per_second": self.images_per_second,
-                "peak_memory_bytes": self.peak_memory_bytes,
-                "means": _plain(self.means),
-                "means_without_images_trained_on": _plain(self.means_unseen),
-                "shots": _plain(self.shots),
+                "peak_memory_bytes": self.totals.peak_memory_bytes,
+                "means": _to_json(self.means),
+                "means_without_images_trained_on": _to_json(self.means_unseen),
+                "shots": _to_json(self.shots),
                 "problems": dict(Counter(each.kind for each in self.problems)),
                 "allowed_problems": sorted(self.allowed),
             },
             "problems": [dataclasses.asdict(each) for each in self.problems],
-            "images": [_plain(result) for result in self.results],
+            "images": [_to_json(result) for result in self.results],
         }
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses and mappings as dictionaries, all the way down."""
+def _to_json(value: Any) -> Any:
+    """Convert dataclasses and mappings to dictionaries recursively."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        return {each.name: _to_json(getattr(value, each.name)) for each in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _to_json(each) for key, each in value.items()}
     return value

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-Status = Literal["done", "skipped", "unscored", "failed", "planned", "not reached"]
+Status = Literal["done", "kept", "unscored", "failed", "planned", "not reached"]
 Lineage = Literal["composition", "aim"]
 Region = Literal["whole", "unknown"]
 LINEAGES: tuple[Lineage, ...] = ("composition", "aim")
@@ -41,7 +41,7 @@ class ImageResult:
     source: str
     output: str
     status: Status
-    """"skipped": a complete alpha, made from the same source with the same settings, already existed. "unscored": the
+    """"kept": a complete alpha, made from the same source with the same settings, already existed. "unscored": the
     alpha or the ground truth is bad or missing."""
     name: str = ""
     """Name in its dataset, or path relative to the root of the sources."""
@@ -80,7 +80,7 @@ class ImageResult:
     @property
     def has_alpha(self) -> bool:
         """Whether the alpha file exists."""
-        return self.status in ("done", "skipped", "unscored") and bool(self.output)
+        return self.status in ("done", "kept", "unscored") and bool(self.output)
 
     @property
     def key(self) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Writes the files beside the alphas: reports and the contact sheet."""
+"""Write the report files of a run: reports, contact sheet and list of references."""
 
 from __future__ import annotations
 
@@ -19,51 +19,54 @@ REPORT_SUFFIXES = (".csv", ".json", ".html")
 
 
 def check_report_paths(paths: list[Path]) -> None:
-    """Raises UsageError for a report of no known kind."""
+    """Raise UsageError for a report without a known suffix."""
     for path in paths:
         if path.suffix.lower() not in REPORT_SUFFIXES:
-            raise UsageError(f"report {path} is none of {', '.join(REPORT_SUFFIXES)}; give the file one of these names")
+            raise UsageError(f"report {path} has an unknown suffix; expected one of {', '.join(REPORT_SUFFIXES)}")
 
 
 @dataclass(frozen=True)
-class SideOutputs:
-    """The files beside the alphas."""
+class ReportFiles:
+    """Paths of the files that a run writes in addition to the alphas."""
 
     reports: tuple[Path, ...]
     contact_sheet: Path | None = None
     references: Path | None = None
-    """File for the references of an evaluation, for a later one."""
+    """File that lists the references of an evaluation, for use in a later evaluation."""
 
     @classmethod
-    def checked(
+    def from_options(
         cls, reports: Paths, contact_sheet: str | Path | None = None, references: str | Path | None = None
-    ) -> SideOutputs:
-        """Raises UsageError for a name of no known kind."""
-        side = cls(tuple(as_paths(reports)), as_path(contact_sheet), as_path(references))
-        check_report_paths(list(side.reports))
-        if side.contact_sheet and side.contact_sheet.suffix.lower() != ".png":
-            raise UsageError(f"contact sheet {contact_sheet} is no .png; give the file such a name")
-        if side.references and side.references.suffix.lower() != ".json":
-            raise UsageError(f"references file {references} is no .json; give the file such a name")
-        return side
+    ) -> ReportFiles:
+        """Check the paths. Raises UsageError for a path with the wrong suffix."""
+        files = cls(tuple(as_paths(reports)), as_path(contact_sheet), as_path(references))
+        check_report_paths(list(files.reports))
+        if files.contact_sheet and files.contact_sheet.suffix.lower() != ".png":
+            raise UsageError(f"contact sheet {contact_sheet} is not a .png file; give it the suffix .png")
+        if files.references and files.references.suffix.lower() != ".json":
+            raise UsageError(f"references file {references} is not a .json file; give it the suffix .json")
+        return files
 
     @property
     def paths(self) -> list[Path]:
+        """All paths."""
         return [*self.reports, *filter(None, [self.contact_sheet, self.references])]
 
-    def check_overwrites_nothing(self, taken: Sequence[str | Path]) -> None:
-        """Raises UsageError for a report or sheet in the place of a folder, an input, an alpha or another of them."""
-        real = {os.path.realpath(path) for path in taken} if self.paths else set()
+    def check_no_overwrite(self, other_files: Sequence[str | Path]) -> None:
+        """Raise UsageError if a path is a folder, one of ``other_files``, or given twice."""
+        others = {os.path.realpath(path) for path in other_files} if self.paths else set()
         for number, path in enumerate(self.paths):
             if os.path.realpath(path) in {os.path.realpath(other) for other in self.paths[:number]}:
-                raise UsageError(f"{path} is given for two outputs; give each a name of its own")
+                raise UsageError(f"{path} is given for two outputs; give each output its own path")
             if path.is_dir():
-                raise UsageError(f"{path} is a folder; give the file another name")
-            if os.path.realpath(path) in real:
-                raise UsageError(f"{path} is an input or an alpha of this run; give the report another name")
+                raise UsageError(f"{path} is a folder; expected the path of a file")
+            if os.path.realpath(path) in others:
+                raise UsageError(
+                    f"{path} is an input or an alpha of this run and would be overwritten; give another path"
+                )
 
     def check_writable(self, *folders: Path) -> None:
-        """Raises OutputError now rather than after hours of work."""
+        """Create the folders. Raises OutputError if a file cannot be created in one of them."""
         for folder in {*folders, *(path.parent for path in self.paths)}:
             probe = folder / temporary_name()
             try:
@@ -73,21 +76,24 @@ class SideOutputs:
             except OSError as error:
                 raise write_error(folder, error) from error
 
-    def write(self, report: Report) -> list[Path]:
-        """Write them all; returns those left as they are, since a run cut short replaces none. Raises OutputError."""
-        kept = [] if report.is_complete else [path for path in self.paths if path.exists()]
+    def write_all(self, report: Report) -> list[Path]:
+        """Write all files except the list of references. Raises OutputError.
+
+        An interrupted run does not replace existing files; their paths are returned.
+        """
+        unchanged = [] if report.is_complete else [path for path in self.paths if path.exists()]
         for path in self.reports:
-            if path not in kept:
+            if path not in unchanged:
                 write_report(path, report)
-        if self.contact_sheet and self.contact_sheet not in kept:
+        if self.contact_sheet and self.contact_sheet not in unchanged:
             from icm_cli.reports.contact_sheet import write_contact_sheet
 
             write_contact_sheet(self.contact_sheet, report)
-        return kept
+        return unchanged
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write as .csv (one row per image), .json (everything), or .html (a page to read). Raises OutputError."""
+    """Write a report as .csv (one row per image), .json (complete) or .html (summary page). Raises OutputError."""
     if path.suffix.lower() == ".json":
         write_json(path, report.as_dict())
     elif path.suffix.lower() == ".html":
@@ -100,11 +106,11 @@ def write_report(path: Path, report: Report) -> None:
 
 def _write_csv(path: Path, report: Report) -> None:
     columns = [each.name for each in dataclasses.fields(ImageResult) if each.name not in ("scores", "categories")]
-    at = columns.index("was_resized")
-    columns[at:at] = [f"{region}_{metric}" for region in REGIONS for metric in METRICS]
+    index = columns.index("was_resized")
+    columns[index:index] = [f"{region}_{metric}" for region in REGIONS for metric in METRICS]
     protocol = report.settings.get("protocol", {})
-    stated = {f"scored_{key}": protocol[key] for key in ("size", "lineage") if key in protocol}
-    rows = [result.as_row() | stated for result in report.results]
+    scoring = {f"scored_{key}": protocol[key] for key in ("size", "lineage") if key in protocol}
+    rows = [result.as_row() | scoring for result in report.results]
     columns += sorted({column for row in rows for column in row} - set(columns))
     text = io.StringIO()
     table = csv.DictWriter(text, columns)

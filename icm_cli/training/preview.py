@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from icm_cli.files import atomic_write
-from icm_cli.reports.contact_sheet import captioned_row, thumbnail
+from icm_cli.reports.contact_sheet import make_captioned_row, make_thumbnail
 from icm_cli.training.stages.contract import AnyStage
 
 
@@ -17,6 +17,6 @@ def write_preview(path: Path, stage: AnyStage, count: int) -> None:
     rows = []
     for counter in range(count):
         name, cells = stage.preview(counter)
-        rows.append(captioned_row([thumbnail(cell) for cell in cells], f"{counter}: {name}"))
+        rows.append(make_captioned_row([make_thumbnail(cell) for cell in cells], f"{counter}: {name}"))
     with atomic_write(path) as file:
         Image.fromarray(np.concatenate(rows)).save(file, format="PNG")

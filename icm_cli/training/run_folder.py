@@ -18,7 +18,7 @@ from icm_cli.environment import __version__
 from icm_cli.errors import ConfigError, UsageError
 from icm_cli.files import atomic_write, cached_file_digest, combined_digest, remove_stale_temporaries
 from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_training_digests, save_checkpoint
-from icm_cli.reports.write import SideOutputs
+from icm_cli.reports.write import ReportFiles
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import Pool
 from icm_cli.training.learner import Learner
@@ -73,7 +73,7 @@ class RunFolder:
                 f"{self.folder} holds {there[0]} but no {STATE_NAME}, so its run cannot be resumed; give another "
                 f"folder with --out, perhaps with --checkpoint {self.folder / there[0]} to start from there"
             )
-        SideOutputs.checked(()).check_writable(self.folder)
+        ReportFiles.from_options(()).check_writable(self.folder)
         remove_stale_temporaries(self.folder)
 
     @contextlib.contextmanager

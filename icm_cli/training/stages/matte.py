@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from icm_cli.files import combined_digest
 from icm_cli.geometry import ImageU8
 from icm_cli.model.core import InContextMatting
-from icm_cli.reports.contact_sheet import cut_out
+from icm_cli.reports.contact_sheet import composite_on_grey
 from icm_cli.training.batches import StepSampler, load_batches
 from icm_cli.training.data.pool import Pool
 from icm_cli.training.data.samples import PairBatch, SampleMaker, collated
@@ -84,7 +84,7 @@ class MatteStage(Stage[PairBatch]):
             sample.rgb,
             np.repeat(sample.alpha[..., None], 3, -1),
             np.repeat(sample.trimap[..., None], 3, -1),
-            cut_out(sample.rgb, sample.alpha),
+            composite_on_grey(sample.rgb, sample.alpha),
         ]
 
 
