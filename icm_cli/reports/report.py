@@ -75,7 +75,7 @@ class Report:
 
     @property
     def method_name(self) -> str:
-        """What made the alphas: "icm", or the name of the folder of predictions."""
+        """Name of the method that made the alphas: "icm", or the name of the folder of predictions."""
         return Path(self.settings["predictions"]).name if "predictions" in self.settings else "icm"
 
     @property
