@@ -1,4 +1,5 @@
-"""Model configurations: frozen dataclasses read strictly from YAML, and the presets that come with the package."""
+"""Model configurations: frozen dataclasses that are read from YAML, and the presets of the
+package."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ T = TypeVar("T")
 TRAINING_KEYS = ("train", "data")
 """Sections of a configuration file that only ``icm train`` reads."""
 COMPONENT_KEYS = ("backbone", "head", "objects", "edges")
-"""Sections of a configuration file that make the model."""
+"""Sections of a configuration file that define the model."""
 MODEL_KEYS = {*COMPONENT_KEYS, *TRAINING_KEYS}
 """All sections of a configuration file."""
 COMPONENTS: dict[ComponentKind, dict[str, str]] = {
@@ -45,16 +46,22 @@ COMPONENTS: dict[ComponentKind, dict[str, str]] = {
         "closed-form": "training_free.closed_form:ClosedForm",
     },
 }
-"""Registry of model components: section -> ``name`` in a configuration -> ``module:Class`` below ``icm_cli.model``.
+"""Registry of model components: section -> ``name`` in a configuration -> ``module:Class`` below
+``icm_cli.model``.
 
-A new component is a module there with a subclass of its contract (see ``icm_cli.model.contracts``), and a line here.
+A new component is a module there with a subclass of its contract (see ``icm_cli.model.contracts``),
+and a line here.
 """
 
 
 @dataclass(frozen=True)
 class ComponentConfig:
-    """A part of the model by name, a backbone, a head, objects or edges, with its settings (that part's own ``Config``
-    dataclass)."""
+    """A component of the model: a backbone, head, objects or edges.
+
+    Attributes:
+        name: Name of the component in :data:`COMPONENTS`.
+        settings: Settings of the component, an instance of its class's ``Config``.
+    """
 
     name: str
     settings: Any
@@ -62,17 +69,19 @@ class ComponentConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Parts of a :class:`~icm_cli.model.core.InContextMatting`."""
+    """Components of a :class:`~icm_cli.model.core.InContextMatting`."""
 
     backbone: ComponentConfig
     head: ComponentConfig
     edges: ComponentConfig | None = None
-    """Network that brings the head's alpha to the source's edges; without it a guided filter does."""
+    """Component that refines the edges at the size of the source; without it, a guided filter is
+    used."""
     objects: ComponentConfig | None = None
-    """Network that makes the things of the head's alpha whole, before their edges."""
+    """Component that completes the objects of a coarse alpha before their edges are refined."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The mapping that :func:`parse_model_config` reads back to an equal configuration."""
+        """Return a mapping that :func:`parse_model_config` converts back to an equal
+        configuration."""
         return {
             kind: {"name": part.name, **dataclasses.asdict(part.settings)}
             for kind in COMPONENT_KEYS
@@ -88,28 +97,38 @@ def component_class(kind: ComponentKind, name: str) -> Any:
         name: Value of the section's key ``name``, for example ``"token-match"``.
 
     Raises:
-        ConfigError: ``name`` is not registered in :data:`COMPONENTS`, or its entry refers to a missing class.
+        ConfigError: ``name`` is not registered in :data:`COMPONENTS`, or its entry refers to a
+            missing class.
     """
     registered = COMPONENTS[kind]
     if name not in registered:
-        raise ConfigError(f"{kind} {name!r} is not known. {did_you_mean(name, registered)}")
+        raise ConfigError(f"{kind} {name!r} is unknown. {did_you_mean(name, registered)}")
     module_name, _, class_name = registered[name].partition(":")
     component = getattr(importlib.import_module(f"icm_cli.model.{module_name}"), class_name, None)
     if component is None:
         raise ConfigError(
-            f"{kind} {name!r} is registered as {registered[name]!r}, but icm_cli.model.{module_name} has no class "
-            f"{class_name!r}; correct the entry in icm_cli.config.COMPONENTS"
+            f"{kind} {name!r} is registered as {registered[name]!r}, but "
+            f"icm_cli.model.{module_name} has no class {class_name!r}; correct the entry in "
+            "icm_cli.config.COMPONENTS"
         )
     return component
 
 
 def parse_model_config(mapping: object, where: str) -> ModelConfig:
-    """Read a model's configuration; ``where`` names its origin in errors. Raises ConfigError."""
+    """Convert a mapping with the sections of a model to a configuration.
+
+    Args:
+        mapping: Content of the file or checkpoint.
+        where: Origin of the mapping, for error messages.
+
+    Raises:
+        ConfigError: A section or key is missing, unknown or has an invalid value.
+    """
     fields = require_mapping(mapping, where)
     reject_unknown_keys(fields, set(COMPONENT_KEYS), where)
     edges, objects = fields.get("edges"), fields.get("objects")
     if objects is not None and edges is None:
-        raise ConfigError(f"{where}: objects are given without edges, which they are made for; add a section 'edges'")
+        raise ConfigError(f"{where}: section 'objects' needs a section 'edges'; add one, or remove 'objects'")
     return ModelConfig(
         backbone=_parse_component("backbone", fields.get("backbone"), f"{where}: backbone"),
         head=_parse_component("head", fields.get("head"), f"{where}: head"),
@@ -119,7 +138,11 @@ def parse_model_config(mapping: object, where: str) -> ModelConfig:
 
 
 def load_model_config(model: str) -> ModelConfig:
-    """The configuration of a preset's name or of a YAML file's path. Raises ConfigError."""
+    """Load the configuration of a preset or YAML file.
+
+    Raises:
+        ConfigError: The preset does not exist, or the file is invalid.
+    """
     where, mapping = read_config_mapping(model)
     fields = require_mapping(mapping, where)
     reject_unknown_keys(fields, MODEL_KEYS, where)
@@ -127,7 +150,11 @@ def load_model_config(model: str) -> ModelConfig:
 
 
 def read_config_mapping(config: str) -> tuple[str, object]:
-    """The content of a preset or of a YAML file, and the path it was read from. Raises ConfigError."""
+    """Read a preset or YAML file. Return its path and its content.
+
+    Raises:
+        ConfigError: The preset does not exist, or the file is not YAML.
+    """
     presets = preset_paths()
     if config in presets:
         path = presets[config]
@@ -139,17 +166,26 @@ def read_config_mapping(config: str) -> tuple[str, object]:
 
 
 def read_yaml(path: Path) -> object:
-    """The content of a YAML file. Raises ConfigError."""
+    """Read a YAML file.
+
+    Raises:
+        ConfigError: The file cannot be read or is not YAML.
+    """
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"configuration {path} cannot be read: {error.strerror}; give a preset or a file") from error
+        raise ConfigError(
+            f"configuration {path} cannot be read: {error.strerror}; give a preset or an existing file"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def preset_paths() -> dict[str, Path]:
-    """Name -> file of the presets: ``configs/`` inside an installed package, beside it in a source tree."""
+    """Return the presets: name -> file.
+
+    They are in ``configs/``, inside an installed package or next to the package in a source tree.
+    """
     here = Path(__file__).parent
     folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
@@ -159,22 +195,28 @@ def _parse_component(kind: ComponentKind, mapping: object, where: str) -> Compon
     fields = require_mapping(mapping, where)
     name = fields.get("name")
     if not isinstance(name, str):
-        raise ConfigError(f"{where} has no name; expected a key 'name' with one of the {kind} of icm")
+        raise ConfigError(f"{where} has no name; expected a key 'name' with one of: {', '.join(COMPONENTS[kind])}")
     part = component_class(kind, name)
     settings = {key: value for key, value in fields.items() if key != "name"}
     return ComponentConfig(name, parse_dataclass(part.Config, settings, where))
 
 
 def parse_dataclass(cls: type[T], mapping: object, where: str) -> T:
-    """Build a dataclass from a mapping: every key known, every value of its field's type. Raises ConfigError."""
+    """Convert a mapping to a dataclass.
+
+    Raises:
+        ConfigError: A key is not a field of the dataclass, or a value has another type than its
+            field.
+    """
     fields = require_mapping(mapping, where)
     hints = typing.get_type_hints(cls)
     known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     reject_unknown_keys(fields, known, where)
-    return cls(**{key: _typed(value, hints[key], f"{where}: {key}") for key, value in fields.items()})
+    return cls(**{key: _convert_value(value, hints[key], f"{where}: {key}") for key, value in fields.items()})
 
 
-def _typed(value: object, hint: Any, where: str) -> Any:
+def _convert_value(value: object, hint: Any, where: str) -> Any:
+    """Convert a value of YAML to the type of a field. Raises ConfigError."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hints = typing.get_args(hint)
         if value is None and type(None) in hints:
@@ -183,9 +225,9 @@ def _typed(value: object, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return parse_dataclass(hint, value, where)
     if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
-        return tuple(_typed(item, typing.get_args(hint)[0], f"{where} {n}") for n, item in enumerate(value, 1))
+        return tuple(_convert_value(item, typing.get_args(hint)[0], f"{where} {n}") for n, item in enumerate(value, 1))
     if typing.get_origin(hint) is Literal:
-        value = "no" if value is False else value  # so YAML reads the word
+        value = "no" if value is False else value  # YAML reads the word "no" as False
         if value in typing.get_args(hint):
             return value
     if hint is float:
@@ -193,11 +235,11 @@ def _typed(value: object, hint: Any, where: str) -> Any:
             return float(value)
     elif isinstance(hint, type) and type(value) is hint:
         return value
-    raise ConfigError(f"{where} is {value!r}; expected {_expected(hint)}")
+    raise ConfigError(f"{where} is {value!r}; expected {_describe_type(hint)}")
 
 
-def _expected(hint: Any) -> str:
-    """Put a type hint into words."""
+def _describe_type(hint: Any) -> str:
+    """Describe a type hint for an error message."""
     if typing.get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
@@ -206,14 +248,15 @@ def _expected(hint: Any) -> str:
 
 
 def require_mapping(value: object, where: str) -> Mapping[str, Any]:
-    """A section of a configuration. Raises ConfigError for anything else."""
+    """Return a section of a configuration; raise ConfigError if it is not a mapping."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} is {'empty' if value is None else repr(value)}; expected keys with values")
     return value
 
 
 def reject_unknown_keys(fields: Mapping[str, object], known: set[str], where: str) -> None:
-    """Raises ConfigError that suggests the nearest known key."""
+    """Raise ConfigError for the first key that is not in ``known``, and suggest the nearest known
+    key."""
     for key in fields:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), known)}")

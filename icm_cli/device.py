@@ -1,4 +1,4 @@
-"""The one place that decides on device and dtype, and knows what running out of memory looks like."""
+"""Select devices and dtypes, and recognise errors of a device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ from icm_cli.errors import ConfigError, UsageError, did_you_mean
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CUDA_BATCH_SIZE = 8
-"""First automatic batch size on a GPU; running out of memory halves it."""
+"""Initial automatic batch size on a GPU. It is halved when memory runs out."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """Device of the model, dtype of its convolutions and projections, and dtype of its transformers."""
+    """Device and dtypes of a model.
+
+    Attributes:
+        torch_device: Device of all weights.
+        dtype: Dtype of convolutions and projections.
+        transformer_dtype: Dtype of transformers.
+    """
 
     torch_device: torch.device
     dtype: torch.dtype
@@ -29,33 +35,43 @@ class Device:
 
     @property
     def dtype_name(self) -> str:
-        """For example "float16", or "float32, transformers bfloat16"."""
-        name = _name(self.dtype)
-        return name if self.transformer_dtype == self.dtype else f"{name}, transformers {_name(self.transformer_dtype)}"
+        """The dtypes as text, for example "float16" or "float32, transformers bfloat16"."""
+        name = _dtype_name(self.dtype)
+        return (
+            name
+            if self.transformer_dtype == self.dtype
+            else f"{name}, transformers {_dtype_name(self.transformer_dtype)}"
+        )
 
     @property
     def auto_batch_size(self) -> int:
-        """Batches pay on a GPU; on a CPU they only cost memory."""
+        """Batch size if none is given: larger batches are faster on a GPU, but not on a CPU."""
         return CUDA_BATCH_SIZE if self.torch_device.type == "cuda" else 1
 
     @property
     def description(self) -> str:
-        """For example "cuda:0 (NVIDIA H200), float16"."""
+        """Device and dtypes as text, for example "cuda:0 (NVIDIA H200), float16"."""
         is_gpu_here = self.torch_device.type == "cuda" and torch.cuda.is_available()
         kind = f" ({torch.cuda.get_device_name(self.torch_device)})" if is_gpu_here else ""
         return f"{self.torch_device}{kind}, {self.dtype_name}"
 
     def peak_memory_bytes(self) -> int:
-        """The most memory held so far: the GPU's on CUDA, else the process's."""
+        """Return the peak memory so far, of the GPU on CUDA, else of the process."""
         if self.torch_device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.torch_device)
         return environment.peak_memory_bytes()
 
 
 def resolve_device(device: str = "auto", dtype: str = "auto", *, transformer_dtype: str = "auto") -> Device:
-    """Names as given on the command line -> a device that is here. Raises ConfigError.
+    """Return the device of ``--device`` and ``--dtype``.
 
-    ``transformer_dtype``: name of the dtype that a model's transformers want where ``dtype`` is "auto".
+    Args:
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        dtype: "auto", or a name in :data:`DTYPES`.
+        transformer_dtype: Dtype that the model's transformers prefer if ``dtype`` is "auto".
+
+    Raises:
+        ConfigError: The device or dtype is unknown, or the machine has no such device.
     """
     target = _best_device() if device == "auto" else _named_device(device)
     if dtype == "auto" and transformer_dtype != "auto":
@@ -65,43 +81,51 @@ def resolve_device(device: str = "auto", dtype: str = "auto", *, transformer_dty
             return Device(target, torch.float16, torch.float16)
         return Device(target, torch.float32, _fast_transformer_dtype(target))
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not known. {did_you_mean(dtype, ['auto', *DTYPES])}")
+        raise ConfigError(f"--dtype {dtype!r} is unknown. {did_you_mean(dtype, ['auto', *DTYPES])}")
     return Device(target, DTYPES[dtype], DTYPES[dtype])
 
 
 def parse_devices(text: str) -> list[str]:
-    """Names of the devices in a list: "cpu", "cuda:0,cuda:1", "cpu,cpu"; "cuda:all" stands for every GPU.
+    """Return the names of the devices in a list such as "cuda:0,cuda:1".
 
-    Raises ConfigError for one that is not here, UsageError for several that cannot work together.
+    "cuda:all" selects every GPU. "cpu,cpu" selects two processes on the CPU.
+
+    Raises:
+        ConfigError: A device is unknown, or the machine has no such device.
+        UsageError: The devices are of several types, or a GPU is given twice.
     """
     if text == "cuda:all":
         if not (count := torch.cuda.device_count()):
-            raise ConfigError(f"device 'cuda:all' finds no GPU on this machine; {_here()}")
+            raise ConfigError(f"--device is 'cuda:all', but this machine has no GPU; {_available_text()}")
         return [f"cuda:{number}" for number in range(count)]
     names = [name.strip() for name in text.split(",")]
     if len(names) == 1:
         return names
-    places = [_named_device(name) for name in names]
-    if len({place.type for place in places}) > 1:
+    devices = [_named_device(name) for name in names]
+    if len({each.type for each in devices}) > 1:
         raise UsageError(
-            f"--device {text} mixes kinds of devices, whose alphas differ in their last bits; give devices of one kind"
+            f"--device {text} mixes types of devices, whose alphas differ slightly; give devices of one type"
         )
-    if places[0].type != "cpu" and len(set(places)) < len(places):
-        raise UsageError(f"--device {text} names a device twice, and a model on it takes all of it; name each once")
+    if devices[0].type != "cpu" and len(set(devices)) < len(devices):
+        raise UsageError(
+            f"--device {text} contains a device twice, but a GPU can only be used by one model; give each once"
+        )
     return names
 
 
-def _fast_transformer_dtype(place: torch.device) -> torch.dtype:
-    """bfloat16 on CPUs whose matrix products are faster in it."""
-    return torch.bfloat16 if place.type == "cpu" and _cpu_is_faster_in_bfloat16() else torch.float32
+def _fast_transformer_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 for CPUs whose matrix products are faster in bfloat16, else float32."""
+    return torch.bfloat16 if device.type == "cpu" and _cpu_is_faster_in_bfloat16() else torch.float32
 
 
 def _cpu_is_faster_in_bfloat16() -> bool:
-    """Whether it has AMX, or is AMD's with AVX-512's bfloat16.
+    """Return whether the CPU has AMX, or is an AMD CPU with the bfloat16 instructions of AVX-512.
 
-    One of Intel's with that but without AMX took twice as long as in float32, one with AVX2 alone ten times (measured);
-    AMD's are taken for faster by what their instructions can do. It goes by what the CPU is and not by a measurement,
-    so that all processes of a run on one machine agree.
+    Measured: an Intel CPU with these instructions but without AMX takes twice as long as in
+        float32, and a CPU with
+    AVX2 alone ten times as long. AMD CPUs are assumed to be faster by their instruction set. The
+    decision depends on the type of the CPU only, so that all processes of a run on one machine
+    agree.
     """
     has_matrices, has_products = (
         getattr(torch.cpu, name, lambda: False) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -110,36 +134,45 @@ def _cpu_is_faster_in_bfloat16() -> bool:
 
 
 def _cpu_vendor() -> str:
-    """The line of the CPU's maker where Linux gives it, else what the platform says of the processor."""
+    """Return the vendor line of /proc/cpuinfo on Linux, else the processor name of the platform."""
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
         return next((line for line in lines if line.startswith("vendor_id")), "")
     return platform.processor()
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Names of accelerate's mixed precision -> dtype of a frozen backbone."""
+"""Names of mixed precision in accelerate -> dtype of a frozen backbone."""
 
 
 def process_count() -> int:
-    """Number of processes of a data-parallel run (torchrun, accelerate launch), else 1."""
+    """Return the number of processes of a data-parallel run (torchrun, accelerate launch), else
+    1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:
-    """Whether this process of such a run writes the files."""
+    """Return whether this process writes the files of a data-parallel run."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[Any, Device]:
-    """An ``accelerate.Accelerator`` for training on a device as named on the command line, and that device.
+    """Return an ``accelerate.Accelerator`` for training, and its device.
 
-    In a data-parallel run (torchrun, accelerate launch) every process has a device of its own of the kind named. On a
-    CPU that is not faster in bfloat16 training is in float32, and the accelerator's ``mixed_precision`` says so.
-    Raises ConfigError.
+    In a data-parallel run (torchrun, accelerate launch), every process has its own device of the
+    given type. On a CPU that is not faster in bfloat16, training uses float32, and the
+    accelerator's ``mixed_precision`` is "no".
+
+    Args:
+        device: Value of ``--device``.
+        precision: A name in :data:`PRECISIONS`.
+        accumulation: Number of batches whose gradients are accumulated per step.
+
+    Raises:
+        ConfigError: The device is not available, or does not support the precision.
     """
     from datetime import timedelta
 
@@ -147,36 +180,43 @@ def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[An
     from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs
 
-    place = resolve_device(device).torch_device
-    if precision == "fp16" and place.type == "cpu":
-        raise ConfigError("precision fp16 needs a GPU, and this run is on the CPU; set train.precision to bf16 or no")
-    if precision == "bf16" and place.type == "cpu" and not _cpu_is_faster_in_bfloat16():
+    target = resolve_device(device).torch_device
+    if precision == "fp16" and target.type == "cpu":
+        raise ConfigError(
+            "train.precision is fp16, which needs a GPU, but this run is on the CPU; set it to bf16 or no"
+        )
+    if precision == "bf16" and target.type == "cpu" and not _cpu_is_faster_in_bfloat16():
         precision = "no"
     if process_count() == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have been another
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # an earlier run in this process may have had other settings
+        if target.type == "cuda":
+            torch.cuda.set_device(target)
     accelerator = Accelerator(
-        cpu=place.type == "cpu",
+        cpu=target.type == "cpu",
         mixed_precision=precision,
         gradient_accumulation_steps=accumulation,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # others wait while one validates
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=12))
+        ],  # the other processes wait while one validates
     )
-    place, dtype = accelerator.device, PRECISIONS[precision]
-    if place.type == "cpu" and dtype == torch.bfloat16:  # convolutions are many times slower in it there
-        return accelerator, Device(place, torch.float32, dtype)
-    return accelerator, Device(place, dtype, dtype)
+    target, dtype = accelerator.device, PRECISIONS[precision]
+    if target.type == "cpu" and dtype == torch.bfloat16:  # convolutions in bfloat16 are many times slower
+        return accelerator, Device(target, torch.float32, dtype)
+    return accelerator, Device(target, dtype, dtype)
 
 
 def available_devices() -> list[str]:
-    """Every device of this machine, best first, for example ["cuda:0 (NVIDIA H200)", "cpu (2 threads)"]."""
+    """Return the devices of this machine, best first, for example ["cuda:0 (NVIDIA H200)", "cpu (2
+    threads)"]."""
     gpus = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     mps = ["mps"] if torch.backends.mps.is_available() else []
     return [*gpus, *mps, f"cpu ({torch.get_num_threads()} threads)"]
 
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether an error of the model means that memory ran out, on any device."""
+    """Return whether an error means that memory ran out, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)
@@ -184,13 +224,13 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 
 def is_device_lost(error: RuntimeError | MemoryError) -> bool:
-    """Whether an error of the model means that its device will do no more work for this process."""
+    """Return whether an error means that this process can no longer use the device."""
     lost = getattr(torch, "AcceleratorError", None)
     return (lost is not None and isinstance(error, lost)) or str(error).startswith("CUDA error")
 
 
 def release_memory(device: Device) -> None:
-    """Give cached GPU memory back after running out of it."""
+    """Release cached GPU memory."""
     if device.torch_device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.torch_device.type == "mps":
@@ -203,22 +243,22 @@ def _best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _here() -> str:
-    return f"here are: {', '.join(available_devices())}"
+def _available_text() -> str:
+    return f"available devices: {', '.join(available_devices())}"
 
 
 def _named_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device {name!r} is not known; expected auto, cpu, cuda, cuda:N or mps") from None
-    present = {
+        raise ConfigError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps") from None
+    available = {
         "cpu": True,
         "cuda": (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
-    if device.type not in present:
+    if device.type not in available:
         raise ConfigError(f"device {name!r} is not supported; expected auto, cpu, cuda, cuda:N or mps")
-    if not present[device.type]:
-        raise ConfigError(f"device {name!r} is not on this machine; {_here()}")
+    if not available[device.type]:
+        raise ConfigError(f"this machine has no device {name!r}; {_available_text()}")
     return torch.device("cuda:0") if name == "cuda" else device

@@ -99,7 +99,7 @@ def test_missing_key_is_named(saved: tuple[Path, HeadOnly]) -> None:
 
 def test_unknown_key_is_named(saved: tuple[Path, HeadOnly]) -> None:
     path = resave(saved[0], lambda tensors: tensors.update({"head.fusion.merge.conv.bias": torch.zeros(8)}))
-    with pytest.raises(ConfigError, match=r"unknown key 'fusion.merge.conv.bias'"):
+    with pytest.raises(ConfigError, match=r"unknown tensor 'fusion.merge.conv.bias'"):
         load_strict(DetailHead(DETAIL), head_tensors(path), "file")
 
 
@@ -182,7 +182,7 @@ def test_nothing_is_run(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ({"model": {}}, "without a 'state_dict'"),
-        ({"state_dict": {"encoder.weight": torch.zeros(1)}}, "'encoder.weight'.*another project's"),
+        ({"state_dict": {"encoder.weight": torch.zeros(1)}}, "'encoder.weight'.*of another project"),
         ({"state_dict": {"in_context_decoder.neck.weight": torch.zeros(1)}}, "unknown key 'in_context_decoder.neck"),
     ],
 )
@@ -198,12 +198,12 @@ def test_other_projects_torch_file(tmp_path: Path, content: dict[str, Any], said
         (b"", "an empty file"),
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "a web page"),
         (b"\n <html lang='en'>", "a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a git-LFS pointer"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
         (b"\x89PNG\r\n\x1a\n" + bytes(64), "a PNG image"),
         (b"please download the checkpoint by hand\n", "a text file"),
         (pickle.dumps({"state_dict": {}}), "a bare pickle"),
-        (bytes(range(256)), "of an unknown kind"),
-        (b"PK\x03\x04" + bytes(64), "cut short"),
+        (bytes(range(256)), "of unknown type"),
+        (b"PK\x03\x04" + bytes(64), "truncated"),
         (b"\x80\x00\x00\x00\x00\x00\x00\x00{" + b" " * 8, "safetensors file that is damaged"),
     ],
 )
@@ -221,7 +221,7 @@ def test_zip_and_foreign_safetensors_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a zip archive"):
         read_checkpoint(tmp_path / "a.zip")
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(ConfigError, match="another project, without a configuration of icm"):
+    with pytest.raises(ConfigError, match="another project; it has no configuration of icm"):
         read_checkpoint(tmp_path / "a.safetensors")
 
 
@@ -229,12 +229,12 @@ def test_missing_and_truncated_files(tmp_path: Path, saved: tuple[Path, HeadOnly
     with pytest.raises(ConfigError, match="give an existing file"):
         read_checkpoint(tmp_path / "none.ckpt")
     saved[0].write_bytes(saved[0].read_bytes()[:-100])
-    with pytest.raises(ConfigError, match="cut short"):
+    with pytest.raises(ConfigError, match="truncated"):
         read_checkpoint(saved[0])
     torch.save({"state_dict": {}}, tmp_path / "short.ckpt")
     whole = (tmp_path / "short.ckpt").read_bytes()
     (tmp_path / "short.ckpt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match="cut short"):
+    with pytest.raises(ConfigError, match="truncated"):
         read_checkpoint(tmp_path / "short.ckpt")
 
 

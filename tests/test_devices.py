@@ -209,11 +209,11 @@ def test_where_the_run_itself_is_killed_its_processes_end_and_tear_nothing(
 @pytest.mark.parametrize(
     ("device", "code", "message"),
     [
-        ("cpu,cuda:7", 3, "'cuda:7' is not on this machine"),
-        ("cpu,", 3, "device '' is not known"),
-        ("cpu,auto", 3, "device 'auto' is not known"),
-        ("cuda:0,cpu", 2, "mixes kinds of devices"),
-        ("cuda,cuda:0", 2, "names a device twice"),
+        ("cpu,cuda:7", 3, "this machine has no device 'cuda:7'"),
+        ("cpu,", 3, "device '' is unknown"),
+        ("cpu,auto", 3, "device 'auto' is unknown"),
+        ("cuda:0,cpu", 2, "mixes types of devices"),
+        ("cuda,cuda:0", 2, "contains a device twice"),
     ],
 )
 def test_devices_that_cannot_work_together(
@@ -232,4 +232,4 @@ def test_every_gpu_where_there_is_none(icm: Icm, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     result = icm(device="cuda:all")
     assert result.exit_code == 3
-    assert "'cuda:all' finds no GPU on this machine" in result.stderr
+    assert "--device is 'cuda:all', but this machine has no GPU" in result.stderr

@@ -157,8 +157,8 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "no trained head": (3, "--checkpoint", option(model="icm-sd21")),
     "absent weights": (3, "none", option(model="sd21-training-free", weights="@none")),
     "weights that do not apply": (3, "--weights", option(weights="@imgs")),
-    "absent device": (3, "is not on this machine", option(device="cuda:77")),
-    "unknown device": (3, "is not known", option(device="gpu")),
+    "absent device": (3, "this machine has no device", option(device="cuda:77")),
+    "unknown device": (3, "is unknown", option(device="gpu")),
     "unknown dtype": (3, "Did you mean 'float16'", option(dtype="flaot16")),
 }
 

@@ -144,7 +144,7 @@ class TestCompleted:
             parse_model_config({**WITH_OBJECTS, "objects": {"name": "mobile-sam", **setting}}, "test")
 
     def test_objects_need_edges(self) -> None:
-        with pytest.raises(ConfigError, match="objects are given without edges"):
+        with pytest.raises(ConfigError, match="section 'objects' needs a section 'edges'"):
             parse_model_config({name: part for name, part in WITH_OBJECTS.items() if name != "edges"}, "test")
 
 

@@ -174,7 +174,7 @@ def test_it_needs_no_other_weights(files: tuple[Path, Path]) -> None:
 def test_other_weights_for_its_backbone_are_refused(files: tuple[Path, Path]) -> None:
     for use in (load_model, model_digest):
         options = {"seed": 0} if use is load_model else {}
-        with pytest.raises(ConfigError, match="holds its backbone's weights"):
+        with pytest.raises(ConfigError, match="already contains the weights of the backbone"):
             use(CONFIG, checkpoint=files[1], weights="sd21", offline=True, **options)  # type: ignore[operator]
 
 

@@ -346,7 +346,7 @@ class TestWeights:
             load_backbone(broken)
 
     @pytest.mark.parametrize(
-        ("name", "said"), [("conv_in.bias", "'conv_in.bias' is missing"), (None, "unknown key 'more'")]
+        ("name", "said"), [("conv_in.bias", "'conv_in.bias' is missing"), (None, "unknown tensor 'more'")]
     )
     def test_odd_key_is_named(self, broken: Path, name: str | None, said: str) -> None:
         path = broken / "unet" / "diffusion_pytorch_model.safetensors"

@@ -1,6 +1,7 @@
-"""Checkpoints: our own safetensors with the configuration inside, and the published Lightning file.
+"""Read and write checkpoints: safetensors files of icm, which contain the configuration, and the
+published Lightning file.
 
-Nothing is ever unpickled without ``weights_only``.
+Pickled files are read only with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from icm_cli.config import ModelConfig, parse_model_config
 from icm_cli.errors import ConfigError, did_you_mean
 from icm_cli.files import atomic_write
 
-FileKind = Literal["ours", "published"]
+FileKind = Literal["icm", "published"]
 
 CONFIG_KEY = "icm.config"
-"""Key of the safetensors metadata that holds the model's configuration as JSON."""
+"""Metadata key of the model configuration, as JSON."""
 TRAINED_ON_KEY = "icm.trained_on"
-"""Key of the safetensors metadata with the SHA-256 of every file the model was trained on, a JSON list."""
+"""Metadata key of the SHA-256 of every image file that the model was trained on, as a JSON list."""
 ROW_SCALE = ".row_scale"
-"""After the name of an 8-bit matrix: float32 [rows], what its integers are to be multiplied with."""
+"""Suffix of the tensor with the scales of an 8-bit matrix, float32 [rows]."""
 PUBLISHED_PREFIX = "in_context_decoder."
+"""Prefix of all keys of the published checkpoint."""
 PLACEHOLDER_PACKAGES = ("pytorch_lightning.", "icm.")
-"""Packages whose classes an old Lightning file may name; nothing of them is run or needed."""
-EXPECTED = "expected a checkpoint of icm (.safetensors) or the published one (.ckpt)"
+"""Packages whose classes an old Lightning file may refer to. Placeholders replace the classes."""
+EXPECTED = "expected a checkpoint of icm (.safetensors) or the published checkpoint (.ckpt)"
 
 PUBLISHED_NAMES = (
     ("in_context_fusion.attn_module.norm.", "inter_similarity.norm."),
@@ -45,19 +47,30 @@ PUBLISHED_NAMES = (
     *((f"detail_decoder.fusion_blks.{i}.conv.", f"detail_decoder.steps.{i}.") for i in range(4)),
     ("detail_decoder.matting_head.matting_convs.", "detail_decoder.output."),
 )
-"""Module names of the published checkpoint -> ours; below them "bn" and "ln" are "norm" with us."""
+"""Module names in the published checkpoint -> names in this package. In addition, "bn" and "ln"
+become "norm"."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a checkpoint under our own names (``head.*``, perhaps ``backbone.*``).
+    """Content of a checkpoint.
 
-    ``config`` is None for the published file, which holds none.
+    Attributes:
+        tensors: Tensors by their name in :class:`~icm_cli.model.core.InContextMatting`, for example
+            "head.coarse.bias".
+        config: Configuration of the model; None for the published file, which contains none.
+        metadata: Metadata of the safetensors file.
     """
 
     tensors: Mapping[str, Tensor]
     config: ModelConfig | None
     metadata: Mapping[str, str]
+
+    def component(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of "head", "backbone", "objects" or "edges" by their names in that
+        component."""
+        prefix = f"{name}."
+        return {key.removeprefix(prefix): each for key, each in self.tensors.items() if key.startswith(prefix)}
 
 
 def save_checkpoint(
@@ -69,12 +82,18 @@ def save_checkpoint(
     small: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model whole or not at all, as safetensors with its configuration inside.
+    """Write a model as safetensors with its configuration, atomically.
 
-    Without the backbone the file holds the rest alone, and the backbone's weights come from where its
-    configuration says. ``small`` is for files that are to be given away: kernels become float16, matrices of the
-    backbone and the objects 8-bit integers with a scale for every row; vectors (biases, BatchNorm statistics) stay
-    float32.
+    Args:
+        path: File to write.
+        model: Model whose tensors are saved.
+        config: Configuration of the model.
+        with_backbone: Include the backbone. Without it, the weights of the backbone are loaded from
+            the source in its configuration.
+        small: Compress the tensors for distribution. Convolution kernels become float16. Matrices
+            of the backbone and the objects become 8-bit integers with a scale per row. Vectors stay
+            float32.
+        metadata: Additional metadata.
     """
     tensors = {
         key: tensor.detach().cpu().contiguous()
@@ -82,27 +101,34 @@ def save_checkpoint(
         if with_backbone or not key.startswith("backbone.")
     }
     if small:
-        tensors = {name: each for key, tensor in tensors.items() for name, each in _small(key, tensor).items()}
+        tensors = {
+            name: each for key, tensor in tensors.items() for name, each in _compress_tensor(key, tensor).items()
+        }
     texts = {**(metadata or {}), CONFIG_KEY: json.dumps(config.as_dict())}
     with atomic_write(path) as file:
         file.write(save(tensors, texts))
 
 
-MATRICES_IN_8_BITS = ("backbone.", "objects.")
-"""Parts whose matrices are written small as 8-bit integers."""
+EIGHT_BIT_PREFIXES = ("backbone.", "objects.")
+"""Prefixes of the components whose matrices are compressed to 8-bit integers."""
 
 
-def _small(key: str, tensor: Tensor) -> dict[str, Tensor]:
+def _compress_tensor(key: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return a tensor in compressed form, by name, with its scales if it has any."""
     if tensor.ndim < 2 or not tensor.is_floating_point():
         return {key: tensor}
-    if tensor.ndim > 2 or not key.startswith(MATRICES_IN_8_BITS):
+    if tensor.ndim > 2 or not key.startswith(EIGHT_BIT_PREFIXES):
         return {key: tensor.half()}
     scale = tensor.abs().amax(dim=1).clamp(min=1e-12) / 127
     return {key: (tensor / scale[:, None]).round().to(torch.int8), key + ROW_SCALE: scale}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint of ours or the published one. Raises ConfigError, which names what the file is."""
+    """Read a checkpoint of icm or the published checkpoint.
+
+    Raises:
+        ConfigError: The file is something else, or damaged; the message says what it is.
+    """
     if detect_file_kind(path) == "published":
         return Checkpoint(_read_published(path), None, {})
     with safetensors.safe_open(path, framework="pt") as file:
@@ -115,7 +141,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_config(path: Path) -> ModelConfig | None:
-    """The configuration inside a checkpoint of ours, None for the published file; reads no tensor."""
+    """Return the configuration in a checkpoint of icm, or None for the published file. Tensors are
+    not read."""
     if detect_file_kind(path) == "published":
         return None
     with safetensors.safe_open(path, framework="pt") as file:
@@ -123,7 +150,7 @@ def read_config(path: Path) -> ModelConfig | None:
 
 
 def has_backbone(path: Path) -> bool:
-    """Whether a checkpoint holds its backbone's weights too; reads no tensor."""
+    """Return whether a checkpoint contains the weights of the backbone. Tensors are not read."""
     if detect_file_kind(path) == "published":
         return False
     with safetensors.safe_open(path, framework="pt") as file:
@@ -131,7 +158,8 @@ def has_backbone(path: Path) -> bool:
 
 
 def read_training_digests(path: Path) -> frozenset[str] | None:
-    """SHA-256 of the image files a checkpoint was trained on, None where it does not say."""
+    """Return the SHA-256 of the image files that a checkpoint was trained on; None if they are not
+    recorded."""
     if detect_file_kind(path) == "published":
         return None
     with safetensors.safe_open(path, framework="pt") as file:
@@ -140,33 +168,49 @@ def read_training_digests(path: Path) -> frozenset[str] | None:
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load a state dict whose keys and shapes are exactly the module's. Raises ConfigError."""
+    """Load a state dict whose names and shapes must be exactly those of the module.
+
+    Raises:
+        ConfigError: A tensor is missing, unknown or of another shape. ``where`` names the file in
+            the message.
+    """
     expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
     check_tensor_shapes(expected, {key: tensor.shape for key, tensor in tensors.items()}, where)
     module.load_state_dict(tensors, strict=True)
 
 
 def check_tensor_shapes(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], where: str) -> None:
-    """Keys and shapes must be the expected ones exactly. Raises ConfigError that names the first that is not."""
+    """Check that tensors have exactly the expected names and shapes.
+
+    Raises:
+        ConfigError: A tensor is missing, unknown or of another shape. ``where`` names the file in
+            the message.
+    """
     for key in expected:
         if key not in found:
-            raise ConfigError(f"{where}: key {key!r} is missing; expected the same model whole, get the file again")
+            raise ConfigError(
+                f"{where}: tensor {key!r} is missing; the file is incomplete or of another model, get it again"
+            )
     for key, shape in found.items():
         if key not in expected:
-            raise ConfigError(f"{where}: unknown key {key!r}. {did_you_mean(key, expected)}")
+            raise ConfigError(f"{where}: unknown tensor {key!r}. {did_you_mean(key, expected)}")
         if shape != expected[key]:
             raise ConfigError(
-                f"{where}: {key!r} is {list(shape)}; expected {list(expected[key])}, so it was made for another "
-                "configuration"
+                f"{where}: tensor {key!r} has the shape {list(shape)}; expected "
+                f"{list(expected[key])}. The file was made for another configuration"
             )
 
 
 def convert_published_tensors(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Tensors of the published decoder under our names, ``head.*``. Raises ConfigError for a key it does not know."""
-    return {f"head.{_our_name(key, where)}": tensor for key, tensor in tensors.items()}
+    """Return the tensors of the published decoder by their names in this package, "head.*".
+
+    Raises:
+        ConfigError: A name is unknown.
+    """
+    return {f"head.{_convert_name(key, where)}": tensor for key, tensor in tensors.items()}
 
 
-def _our_name(published: str, where: str) -> str:
+def _convert_name(published: str, where: str) -> str:
     for theirs, ours in PUBLISHED_NAMES:
         if published.startswith(theirs):
             rest = published.removeprefix(theirs)
@@ -186,36 +230,44 @@ def _read_published(path: Path) -> dict[str, Tensor]:
     for key, tensor in state.items():
         if not str(key).startswith(PUBLISHED_PREFIX):
             raise ConfigError(
-                f"checkpoint {path} has the key {key!r}, so it is another project's; expected keys that start with "
-                f"{PUBLISHED_PREFIX!r}, as in the published In-Context Matting checkpoint"
+                f"checkpoint {path} has the key {key!r}, so it is of another project; expected "
+                f"keys that start with {PUBLISHED_PREFIX!r}, as in the published In-Context "
+                "Matting checkpoint"
             )
         decoder[str(key).removeprefix(PUBLISHED_PREFIX)] = tensor
     return convert_published_tensors(decoder, f"checkpoint {path}")
 
 
 def _unpickle(path: Path) -> Any:
-    """The content of a torch file, with empty placeholders for the classes an old Lightning names.
+    """Read a torch file with empty placeholders for the classes that old Lightning versions refer
+    to.
 
-    Lightning before 2.0 keys its "callbacks" by class objects, which ``weights_only`` refuses.
+    Lightning before 2.0 uses class objects as keys of its "callbacks", which ``weights_only``
+    refuses.
     """
     try:
         refused = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         foreign = [name for name in refused if not name.startswith(PLACEHOLDER_PACKAGES)]
         if foreign:
             raise ConfigError(
-                f"checkpoint {path} would run {foreign[0]!r} when unpickled, which the published one does not; "
-                "it was not opened, get the file from where In-Context Matting was published"
+                f"checkpoint {path} refers to {foreign[0]!r}, which could run code and is not part "
+                "of the published checkpoint; it was not opened. Get the file from where "
+                "In-Context Matting was published"
             )
         placeholders = [(type(name.rpartition(".")[2], (), {}), name) for name in refused]
         with torch.serialization.safe_globals(placeholders):  # type: ignore[arg-type]
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"checkpoint {path} cannot be read ({reason}); it is damaged, get it again") from error
+        raise ConfigError(f"checkpoint {path} cannot be read ({reason}); the file is damaged, get it again") from error
 
 
 def detect_file_kind(path: Path) -> FileKind:
-    """Whether a file is a checkpoint of ours or a torch zip. Raises ConfigError, which names what else it is."""
+    """Return whether a file is a checkpoint of icm or a torch file, by its content.
+
+    Raises:
+        ConfigError: The file is something else; the message says what it is.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -225,16 +277,18 @@ def detect_file_kind(path: Path) -> FileKind:
         return _zip_kind(path)
     if _is_safetensors(head):
         return _safetensors_kind(path)
-    raise ConfigError(f"checkpoint {path} is {_describe(head)}; {EXPECTED}")
+    raise ConfigError(f"checkpoint {path} is {_describe_content(head)}; {EXPECTED}")
 
 
 def _zip_kind(path: Path) -> FileKind:
     if not zipfile.is_zipfile(path):
-        raise ConfigError(f"checkpoint {path} is a torch file or zip that was cut short; get it again")
+        raise ConfigError(f"checkpoint {path} is a truncated torch or zip file; get it again")
     with zipfile.ZipFile(path) as archive:
         if any(name.endswith("/data.pkl") for name in archive.namelist()):
             return "published"
-    raise ConfigError(f"checkpoint {path} is a zip archive; unpack it and give the checkpoint inside, {EXPECTED}")
+    raise ConfigError(
+        f"checkpoint {path} is a zip archive; extract it and give the checkpoint that it contains, {EXPECTED}"
+    )
 
 
 def _safetensors_kind(path: Path) -> FileKind:
@@ -242,14 +296,12 @@ def _safetensors_kind(path: Path) -> FileKind:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
-        raise ConfigError(
-            f"checkpoint {path} is a safetensors file that is damaged or cut short; get it again"
-        ) from error
+        raise ConfigError(f"checkpoint {path} is a damaged or truncated safetensors file; get it again") from error
     if CONFIG_KEY not in metadata:
         raise ConfigError(
-            f"checkpoint {path} is a safetensors file of another project, without a configuration of icm; {EXPECTED}"
+            f"checkpoint {path} is a safetensors file of another project; it has no configuration of icm. {EXPECTED}"
         )
-    return "ours"
+    return "icm"
 
 
 def _is_safetensors(head: bytes) -> bool:
@@ -257,7 +309,7 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 FORMATS = (
-    (b"version https://git-lfs", "a git-LFS pointer and not the file itself (run: git lfs pull)"),
+    (b"version https://git-lfs", "a Git LFS pointer instead of the file itself (run: git lfs pull)"),
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"%PDF", "a PDF"),
@@ -269,21 +321,22 @@ FORMATS = (
     (b"\x80\x04", "a bare pickle"),
     (b"\x80\x05", "a bare pickle"),
 )
-"""First bytes of files that are often given by mistake -> what they are."""
+"""First bytes of files that are often given by mistake -> description."""
 
 
-def _describe(head: bytes) -> str:
+def _describe_content(head: bytes) -> str:
+    """Describe a file by its first bytes."""
     if not head:
         return "an empty file"
     for magic, description in FORMATS:
         if head.startswith(magic):
             return description
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return "a web page (HTML), perhaps a download that asked to log in"
+        return "a web page (HTML), possibly a login page instead of the download"
     if b"\0" in head:
-        return "a file of an unknown kind"
+        return "a file of unknown type"
     text = head.decode("utf-8", errors="replace")
-    return "a text file" if text.count("\ufffd") < len(text) // 16 else "a file of an unknown kind"
+    return "a text file" if text.count("\ufffd") < len(text) // 16 else "a file of unknown type"
 
 
 def _parse_config(path: Path, metadata: Mapping[str, str]) -> ModelConfig:
@@ -291,6 +344,6 @@ def _parse_config(path: Path, metadata: Mapping[str, str]) -> ModelConfig:
         mapping = json.loads(metadata[CONFIG_KEY])
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"checkpoint {path} holds a configuration that is not JSON; it is damaged, get it again"
+            f"checkpoint {path} contains a configuration that is not JSON; the file is damaged, get it again"
         ) from error
     return parse_model_config(mapping, f"configuration in checkpoint {path}")

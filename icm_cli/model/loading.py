@@ -1,4 +1,4 @@
-"""From a configuration and a checkpoint to a model that mattes."""
+"""Build a model from a configuration and a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,31 +7,44 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from icm_cli.config import ComponentConfig, ModelConfig, component_class, load_model_config
 from icm_cli.device import Device, resolve_device
 from icm_cli.errors import ConfigError, UsageError, did_you_mean
 from icm_cli.files import cached_file_digest, combined_digest
-from icm_cli.model.checkpoint import Checkpoint, has_backbone, load_strict, read_checkpoint, read_config
-from icm_cli.model.contracts import Objects
+from icm_cli.model.checkpoint import (
+    Checkpoint,
+    has_backbone,
+    load_strict,
+    read_checkpoint,
+    read_config,
+)
+from icm_cli.model.contracts import Backbone, Edges, Objects
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.hub.catalogue import packed_checkpoint
 
 DEFAULT_MODEL = "lite"
 PUBLISHED_MODEL = "icm-sd21"
-"""Preset of the published checkpoint, which holds no configuration."""
-EDGES = ("model", "closed-form", "vitmatte")
-"""Names of ``--edges``: the model's own, or one that takes any coarse alpha."""
+"""Preset of the published checkpoint, which contains no configuration."""
+EDGE_CHOICES = ("model", "closed-form", "vitmatte")
+"""Values of ``--edges``: the model's own edges, or edges that accept any coarse alpha."""
 UNTRAINED_MODELS = "lite-training-free or sd21-training-free"
 
 
 def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConfig, Path | None]:
-    """Find the model meant by ``--model`` (a preset or a YAML file) and ``--checkpoint``, and where its weights are.
+    """Return the configuration and the checkpoint that ``--model`` and ``--checkpoint`` select.
 
-    Without a model it is the checkpoint's own, the published one's preset for the published file, and
-    "lite" where there is no checkpoint either. A preset whose weights come with the package takes those.
-    Reads no weights. Raises ConfigError where the two do not fit.
+    The weights are not read.
+
+    Args:
+        model: Name of a preset, or path of a YAML file. None selects the configuration in the
+            checkpoint, the preset of the published checkpoint, or :data:`DEFAULT_MODEL` if there is
+            no checkpoint.
+        checkpoint: File with the weights. None selects the file that the package contains for the
+            preset, if there is one.
+
+    Raises:
+        ConfigError: Model and checkpoint do not belong together, or weights are missing.
     """
     if checkpoint is None:
         name = model or DEFAULT_MODEL
@@ -39,29 +52,38 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
         if packed is None:
             _require_checkpoint(config)
         return config, packed
-    given = None if model is None else load_model_config(model)
-    inside = read_config(checkpoint)
-    if inside is not None and given is not None and inside != given:
+    requested = None if model is None else load_model_config(model)
+    stored = read_config(checkpoint)
+    if stored is not None and requested is not None and stored != requested:
         raise ConfigError(
-            f"checkpoint {checkpoint} was made with another configuration than --model {model}: "
-            f"{_difference(inside, given)}; leave --model out to take the checkpoint's own"
+            f"checkpoint {checkpoint} has another configuration than --model {model}: "
+            f"{_describe_difference(stored, requested)}; omit --model to use the configuration in "
+            "the checkpoint"
         )
-    config = inside or given or load_model_config(PUBLISHED_MODEL)
+    config = stored or requested or load_model_config(PUBLISHED_MODEL)
     if not component_class("head", config.head.name).is_trained:
         raise ConfigError(
-            f"--checkpoint {checkpoint} does not apply to model {model!r}, whose head {config.head.name!r} has no "
-            "weights; leave the option out"
+            f"--checkpoint {checkpoint} cannot be used with model {model!r}, because its head "
+            f"{config.head.name!r} has no weights; omit --checkpoint"
         )
     return config, checkpoint
 
 
 def override_edges(config: ModelConfig, edges: str, weights: str | None) -> ModelConfig:
-    """The model with other edges: those named, "model" for its own; ``weights``: a folder or hub id of theirs.
+    """Return the configuration with the edges of ``--edges`` and ``--edges-weights``.
 
-    Raises UsageError for a name that is not known, or weights that nothing would read.
+    Args:
+        config: Configuration of the model.
+        edges: One of :data:`EDGE_CHOICES`.
+        weights: Folder or hub id of the edges' pretrained weights; None for the configured one.
+
+    Raises:
+        UsageError: ``edges`` is unknown, or no edges would use ``weights``.
     """
-    if edges not in EDGES:
-        raise UsageError(f"--edges is {edges!r}; expected {', '.join(EDGES)}. {did_you_mean(edges, EDGES)}")
+    if edges not in EDGE_CHOICES:
+        raise UsageError(
+            f"--edges is {edges!r}; expected {', '.join(EDGE_CHOICES)}. {did_you_mean(edges, EDGE_CHOICES)}"
+        )
     part = config.edges
     if edges != "model" and (part is None or part.name != edges):
         part = ComponentConfig(edges, component_class("edges", edges).Config())
@@ -74,20 +96,41 @@ def override_edges(config: ModelConfig, edges: str, weights: str | None) -> Mode
 
 
 def select_device(config: ModelConfig, device: str, dtype: str) -> Device:
-    """Device and dtypes of a model, by the command's names and what its backbone wants. Raises ConfigError."""
+    """Return the device and dtypes of a model.
+
+    Args:
+        config: Configuration of the model, whose backbone may prefer a dtype.
+        device: Value of ``--device``.
+        dtype: Value of ``--dtype``.
+
+    Raises:
+        ConfigError: The device or dtype is unknown or not available.
+    """
     backbone = component_class("backbone", config.backbone.name)
-    wanted = backbone.preferred_transformer_dtype(config.backbone.settings)
-    where = resolve_device(device, dtype, transformer_dtype=wanted)
-    return where if backbone.has_transformer else replace(where, transformer_dtype=where.dtype)
+    preferred = backbone.preferred_transformer_dtype(config.backbone.settings)
+    target = resolve_device(device, dtype, transformer_dtype=preferred)
+    return target if backbone.has_transformer else replace(target, transformer_dtype=target.dtype)
 
 
 def load_model(
-    config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool, seed: int
+    config: ModelConfig,
+    *,
+    checkpoint: Path | None,
+    weights: str | None,
+    offline: bool,
+    seed: int,
 ) -> InContextMatting:
-    """Build the model with its weights, on the CPU in float32, in eval mode. Raises ConfigError.
+    """Load a model with its weights, on the CPU in float32 and in evaluation mode.
 
-    ``weights``: a local folder or hub id of the backbone's weights, in place of the configuration's. ``offline``:
-    never reach for the network. ``seed``: of the backbone's noise.
+    Args:
+        config: Configuration of the model.
+        checkpoint: File with the weights; None for models without trained weights.
+        weights: Folder or hub id of the backbone's weights; None for the configured one.
+        offline: Do not access the network.
+        seed: Seed of the backbone's noise.
+
+    Raises:
+        ConfigError: Weights are missing or do not fit the configuration.
     """
     if checkpoint is None:
         _require_checkpoint(config)
@@ -95,109 +138,146 @@ def load_model(
 
 
 def load_model_for_training(
-    config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool, seed: int
+    config: ModelConfig,
+    *,
+    checkpoint: Path | None,
+    weights: str | None,
+    offline: bool,
+    seed: int,
 ) -> InContextMatting:
-    """The model before training: the head's weights are the checkpoint's, or random ones that ``seed`` decides.
+    """Load a model for training.
 
-    The other arguments are those of :func:`load_model`. Raises ConfigError.
+    The arguments are those of :func:`load_model`. Without a checkpoint, the weights of the head are
+    random and depend on ``seed``.
+
+    Raises:
+        ConfigError: As :func:`load_model`, or the head has no weights to train.
     """
     if not component_class("head", config.head.name).is_trained:
-        raise ConfigError(f"head {config.head.name!r} has no weights, so there is nothing to train; take another head")
+        raise ConfigError(
+            f"head {config.head.name!r} has no weights to train; use another head, for example token-match"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _build_model(config, checkpoint, weights, offline=offline, seed=seed)
 
 
 def _build_model(
-    config: ModelConfig, checkpoint: Path | None, weights: str | None, *, offline: bool, seed: int
+    config: ModelConfig, path: Path | None, weights: str | None, *, offline: bool, seed: int
 ) -> InContextMatting:
+    """Build the model and load its weights. The head comes first, so that a seed decides it."""
     head = component_class("head", config.head.name)(config.head.settings)
-    loaded = None if checkpoint is None else read_checkpoint(checkpoint)
-    if loaded is not None:
-        load_strict(head, _part(loaded, "head"), f"checkpoint {checkpoint}")
-    kind, settings = component_class("backbone", config.backbone.name), config.backbone.settings
-    tensors = None if loaded is None else _part(loaded, "backbone")
-    if tensors and kind.is_self_contained:
-        _reject_weights(weights, checkpoint)
-        backbone = kind(settings).eval()
+    checkpoint = None if path is None else read_checkpoint(path)
+    if checkpoint is not None:
+        load_strict(head, checkpoint.component("head"), f"checkpoint {path}")
+    backbone = _build_backbone(config, checkpoint, path, weights, offline=offline, seed=seed)
+    edges = _build_edges(config, checkpoint, path, offline=offline)
+    return InContextMatting(backbone, head, edges, _build_objects(config, checkpoint, path))
+
+
+def _build_backbone(
+    config: ModelConfig,
+    checkpoint: Checkpoint | None,
+    path: Path | None,
+    weights: str | None,
+    *,
+    offline: bool,
+    seed: int,
+) -> Backbone:
+    cls, settings = component_class("backbone", config.backbone.name), config.backbone.settings
+    tensors = None if checkpoint is None else checkpoint.component("backbone")
+    if tensors and cls.is_self_contained:
+        _reject_weights(weights, path)
+        backbone: Backbone = cls(settings).eval()
     else:
-        backbone = kind.load(settings, weights, offline=offline, seed=seed)
+        backbone = cls.load(settings, weights, offline=offline, seed=seed)
     if tensors:
-        load_strict(backbone, tensors, f"checkpoint {checkpoint}")
-    edges = None
-    if config.edges is not None:
-        edges = component_class("edges", config.edges.name).load(config.edges.settings, offline=offline)
-        if loaded is not None and edges.is_trained:
-            load_strict(edges, _part(loaded, "edges"), f"checkpoint {checkpoint}")
-    return InContextMatting(backbone, head, edges, _objects(config, loaded, checkpoint))
+        load_strict(backbone, tensors, f"checkpoint {path}")
+    return backbone
 
 
-def _objects(config: ModelConfig, loaded: Checkpoint | None, checkpoint: Path | None) -> Objects | None:
-    """Build the objects, with the checkpoint's weights or else their pretrained ones."""
+def _build_edges(
+    config: ModelConfig, checkpoint: Checkpoint | None, path: Path | None, *, offline: bool
+) -> Edges | None:
+    if config.edges is None:
+        return None
+    cls = component_class("edges", config.edges.name)
+    edges: Edges = cls.load(config.edges.settings, offline=offline)
+    if checkpoint is not None and edges.is_trained:
+        load_strict(edges, checkpoint.component("edges"), f"checkpoint {path}")
+    return edges
+
+
+def _build_objects(config: ModelConfig, checkpoint: Checkpoint | None, path: Path | None) -> Objects | None:
+    """Build the objects with the checkpoint's weights, or else with the pretrained ones."""
     if config.objects is None:
         return None
-    kind, settings = component_class("objects", config.objects.name), config.objects.settings
-    tensors = {} if loaded is None else _part(loaded, "objects")
-    objects: Objects = kind(settings) if tensors else kind.load(settings)
+    cls, settings = component_class("objects", config.objects.name), config.objects.settings
+    tensors = {} if checkpoint is None else checkpoint.component("objects")
+    objects: Objects = cls(settings) if tensors else cls.load(settings)
     if tensors:
-        load_strict(objects, tensors, f"checkpoint {checkpoint}")
+        load_strict(objects, tensors, f"checkpoint {path}")
     return objects.eval()
 
 
 def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool) -> str:
-    """Hash of what decides a matte on the model's side: configuration, checkpoint, the backbone's weights.
+    """Return a hash of the configuration and of all weights, without loading the model.
 
-    Loads no model; the arguments are those of :func:`load_model`.
+    The arguments are those of :func:`load_model`.
     """
     content = "none" if checkpoint is None else cached_file_digest(checkpoint)
     pretrained = backbone_digest(config, checkpoint, weights, offline=offline)
     parts = [json.dumps(config.as_dict(), sort_keys=True), pretrained, content]
     if config.edges is not None:
-        edges = component_class("edges", config.edges.name).weights_digest(config.edges.settings, offline=offline)
+        cls = component_class("edges", config.edges.name)
+        edges = cls.weights_digest(config.edges.settings, offline=offline)
         parts += [edges] if edges else []
     if config.objects is not None and checkpoint is None:
-        parts.append(component_class("objects", config.objects.name).weights_digest(config.objects.settings))
+        cls = component_class("objects", config.objects.name)
+        parts.append(cls.weights_digest(config.objects.settings))
     return combined_digest(*parts)
 
 
 def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str | None, *, offline: bool) -> str:
-    """Hash of the weights that the backbone begins with: those in the checkpoint, else the pretrained ones.
+    """Return a hash of the backbone's initial weights: those in the checkpoint, or the pretrained
+    ones.
 
-    Raises ConfigError where ``weights`` are given beside a checkpoint that holds them.
+    The arguments are those of :func:`load_model`.
+
+    Raises:
+        ConfigError: ``weights`` is given, but the checkpoint contains the backbone.
     """
     backbone = component_class("backbone", config.backbone.name)
     if checkpoint is not None and backbone.is_self_contained and has_backbone(checkpoint):
         _reject_weights(weights, checkpoint)
         return cached_file_digest(checkpoint)
-    digest: str = backbone.weights_digest(config.backbone.settings, weights, offline=offline)
+    settings = config.backbone.settings
+    digest: str = backbone.weights_digest(settings, weights, offline=offline)
     return digest
 
 
 def _require_checkpoint(config: ModelConfig) -> None:
+    """Raise ConfigError if the head has weights, because there is no checkpoint."""
     if component_class("head", config.head.name).is_trained:
         raise ConfigError(
-            f"head {config.head.name!r} has weights of its own and there are none to take; give them with --checkpoint "
-            f"FILE (the published .ckpt or one that icm trained). --model {UNTRAINED_MODELS} needs none"
+            f"head {config.head.name!r} needs trained weights; give them with --checkpoint FILE "
+            "(the published .ckpt, or a file that icm trained), or use a model without trained "
+            f"weights: --model {UNTRAINED_MODELS}"
         )
 
 
 def _reject_weights(weights: str | None, checkpoint: Path | None) -> None:
+    """Raise ConfigError if weights are given, because the checkpoint contains the backbone."""
     if weights is not None:
         raise ConfigError(
-            f"--weights {weights!r} does not apply: checkpoint {checkpoint} holds its backbone's weights; leave the "
-            "option out"
+            f"--weights is {weights!r}, but checkpoint {checkpoint} already contains the weights "
+            "of the backbone; omit --weights"
         )
 
 
-def _part(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    """The tensors of one part, "head", "backbone", "objects" or "edges", without its name before theirs."""
-    prefix = f"{name}."
-    return {key.removeprefix(prefix): tensor for key, tensor in checkpoint.tensors.items() if key.startswith(prefix)}
-
-
-def _difference(inside: ModelConfig, given: ModelConfig) -> str:
-    """The first setting in which two configurations differ, in words."""
-    ours, theirs = inside.as_dict(), given.as_dict()
+def _describe_difference(stored: ModelConfig, requested: ModelConfig) -> str:
+    """Describe the first setting in which two configurations differ."""
+    ours, theirs = stored.as_dict(), requested.as_dict()
     for part in {**ours, **theirs}:
         settings = ours.get(part, {})
         for key in {**settings, **theirs.get(part, {})}:

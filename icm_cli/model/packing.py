@@ -1,11 +1,13 @@
-"""A trained checkpoint with its backbone, in few bytes: what ``icm train --pack`` writes, and ships inside the package.
+"""A trained checkpoint with its backbone, in few bytes: what ``icm train --pack`` writes, and ships
+inside the package.
 
-    python -m icm_cli.model.packing OUT HEAD.safetensors [HEAD2.safetensors ...] --objects OBJECTS --edges EDGES
+    python -m icm_cli.model.packing OUT HEAD.safetensors [HEAD2.safetensors ...] --objects OBJECTS
+    --edges EDGES
 
-packs the mean of several trainings' heads with the objects (``--objects`` again for the mean of several) and the edges
-of others; ``--model`` gives the settings with which they are used, where those of the training differ. Kernels become
-float16, matrices of the backbone and the objects 8-bit integers with a scale for every row; vectors (biases, BatchNorm
-statistics) stay float32.
+packs the mean of several trainings' heads with the objects (``--objects`` again for the mean of
+several) and the edges of others; ``--model`` gives the settings with which they are used, where
+those of the training differ. Kernels become float16, matrices of the backbone and the objects 8-bit
+integers with a scale for every row; vectors (biases, BatchNorm statistics) stay float32.
 """
 
 from __future__ import annotations
@@ -48,10 +50,11 @@ def pack(
 ) -> None:
     """Write ``out`` whole or not at all.
 
-    ``heads``: further checkpoints of the same head, of whose weights the mean is taken; ``objects`` and ``edges``:
-    those whose parts take the place of the checkpoint's own, of several objects the mean; of its objects a file may
-    hold what was learned alone. ``settings``: a preset or a YAML file whose settings the packed model gets. Raises
-    ConfigError where one is no checkpoint of ours or of another model.
+    ``heads``: further checkpoints of the same head, of whose weights the mean is taken; ``objects``
+    and ``edges``: those whose parts take the place of the checkpoint's own, of several objects the
+    mean; of its objects a file may hold what was learned alone. ``settings``: a preset or a YAML
+    file whose settings the packed model gets. Raises ConfigError where one is no checkpoint of ours
+    or of another model.
     """
     config = _config(checkpoint)
     model = load_model(config, checkpoint=checkpoint, weights=None, offline=True, seed=0)
@@ -82,7 +85,8 @@ def pack(
 
 
 def _with_settings(model: InContextMatting, config: ModelConfig, settings: str) -> ModelConfig:
-    """Build head and edges anew with other settings, and the weights that they have; the configuration with them."""
+    """Build head and edges anew with other settings, and the weights that they have; the
+    configuration with them."""
     wanted = load_model_config(settings)
     if (wanted.backbone, wanted.objects) != (config.backbone, config.objects):
         raise ConfigError(
