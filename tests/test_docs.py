@@ -1,0 +1,67 @@
+"""The documentation: its examples run, its links lead to files, its pages have the agreed size and line length."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
+PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
+GENERATED = {"docs/options.md"}
+MAX_BYTES = 12_000
+MAX_COLUMNS = 100
+
+
+def prose_lines(text: str) -> list[str]:
+    """Return the lines outside of code blocks, tables, images and quoted links."""
+    without_code = re.sub(r"^```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [line for line in without_code.splitlines() if not line.startswith(("|", "!", "["))]
+
+
+@pytest.mark.slow
+def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    outcome = doctest.testfile(str(ROOT / "docs" / "python.md"), module_relative=False, encoding="utf-8")
+    assert outcome.attempted > 10
+    assert not outcome.failed
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in GENERATED])
+def test_pages_are_short_and_wrapped(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert len(text.encode()) <= MAX_BYTES
+    assert not [line for line in prose_lines(text) if len(line) > MAX_COLUMNS]
+
+
+def test_every_page_is_linked_from_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    for page in PAGES:
+        assert page == "README.md" or f"]({page})" in text, page
+
+
+def test_every_module_is_in_the_file_map() -> None:
+    """Every file of the package is named in docs/architecture.md, and every file that it names exists."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    package = ROOT / "icm_cli"
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
+    rows = [re.findall(r"`([\w./-]+)`", line.split("|")[1]) for line in text.splitlines() if line.startswith("| `")]
+    named = set()
+    for first, *others in rows:
+        for path in (ROOT / first, *((ROOT / first).parent / name for name in others)):
+            assert path.exists(), path
+            files = [path] if path.is_file() else path.rglob("*.py")
+            named |= {file.relative_to(package).as_posix() for file in files if package in file.parents}
+    assert modules <= named, sorted(modules - named)
