@@ -14,7 +14,7 @@ import pytest
 from icm_cli.datasets.groups import GroupMetadata
 from icm_cli.datasets.registry import DATASETS, find_dataset
 from icm_cli.errors import UsageError
-from icm_cli.images.reading import CompositeSource
+from icm_cli.images.reading import CompositeSource, compose_image
 
 
 def put(root: Path, *names: str, size: tuple[int, int] = (6, 8)) -> None:
@@ -165,7 +165,7 @@ def test_a_composite_is_the_alpha_weighted_sum_and_a_small_background_is_enlarge
     cv2.imwrite(str(tmp_path / "bg.png"), np.full((10, 10, 3), 100, np.uint8))
     alpha = np.tile(np.linspace(0, 255, 60).astype(np.uint8), (40, 1))
     cv2.imwrite(str(tmp_path / "alpha.png"), alpha)
-    made = CompositeSource(tmp_path / "fg.png", tmp_path / "alpha.png", tmp_path / "bg.png").read().rgb
+    made = compose_image(tmp_path / "fg.png", tmp_path / "alpha.png", tmp_path / "bg.png").rgb
     expected = 100 + 100.0 * alpha[..., None] / 255
     assert made.shape == (40, 60, 3)
     assert np.abs(made - expected).max() <= 0.5 + 1e-3

@@ -52,7 +52,7 @@ def test_a_torn_prediction_is_one_sentence_without_a_library_s_warning(data: Pat
     command = [sys.executable, "-m", "icm_cli.cli", "eval", *map(str, line)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert "lawn.tif begins as tiff and cannot be decoded: it is damaged" in ended.stderr
+    assert "lawn.tif begins as tiff and cannot be decoded; it is damaged" in ended.stderr
     assert all(line.startswith(("icm: ", "[")) for line in ended.stderr.splitlines()), ended.stderr
 
 

@@ -113,7 +113,7 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "full mask": (2, "is full", flat_mask(255)),
     "mask of another shape": (2, "another shape", wrong_shape),
     "output is source": (2, "also the output folder", option(out="@imgs")),
-    "collision": (2, "come of several images", collision),
+    "collision": (2, "be written by several images", collision),
     "no images": (2, "no images were found", nothing_there),
     "include matches none": (2, "--include 'x*' matches none of the 3 image(s)", option(include="x*")),
     "a picture as the output": (2, "is named like a picture", option(out="@pm/foo.exr")),
@@ -279,7 +279,7 @@ def test_a_source_that_vanishes_in_mid_run_fails_alone(icm: Icm, scene: Path, mo
     monkeypatch.setattr(Predictor, "infer", removing)
     result = icm(src=scene / "many", workers=1)
     assert result.exit_code == 1
-    assert f"failed: {scene}/many/0008.jpg: does not exist; put it there and run again" in result.stderr
+    assert f"failed: {scene}/many/0008.jpg: does not exist; check the path" in result.stderr
     assert len(alphas(scene / "out")) == 8
 
 
@@ -459,7 +459,7 @@ def test_a_list_may_name_what_does_not_exist(icm: Icm, scene: Path) -> None:
     (scene / "list.txt").write_text(f"{scene}/imgs/wall.jpg\n{scene}/imgs/none.jpg\n")
     result = icm(src=scene / "list.txt", root=scene)
     assert result.exit_code == 1
-    assert f"failed: {scene}/imgs/none.jpg: does not exist; put it there" in result.stderr
+    assert f"failed: {scene}/imgs/none.jpg: does not exist; check the path" in result.stderr
 
 
 def test_a_folder_in_an_alpha_s_place_is_no_earlier_alpha(icm: Icm, scene: Path) -> None:
@@ -473,7 +473,7 @@ def test_a_folder_in_an_alpha_s_place_is_no_earlier_alpha(icm: Icm, scene: Path)
 def test_names_that_collide_by_a_template_are_told_so(icm: Icm) -> None:
     refused = icm("--name", "matte")
     assert refused.exit_code == 2
-    assert "give --name more of {stem}, {frame} and {suffix}" in refused.stderr
+    assert "use more of {stem}, {frame} and {suffix} in --name" in refused.stderr
     assert "--keep-suffix" not in refused.stderr
 
 

@@ -169,7 +169,7 @@ def test_a_jpeg_that_lacks_its_end_marker_alone_is_read(tmp_path: Path, options:
     picture = read_image(tmp_path / "a.jpg")
     assert (picture.rgb == whole.rgb).all()
     assert picture.notices == (
-        f"{tmp_path / 'a.jpg'} is a JPEG without its end marker; all its rows are there, so it is read",
+        f"{tmp_path / 'a.jpg'} is a JPEG without its end marker; all rows are present, so the image is used",
     )
 
 
@@ -222,14 +222,14 @@ def test_a_damaged_deep_png_is_one_sentence_and_libpng_says_nothing(
     pixels = data.index(b"IDAT")
     changed = data[: pixels + 40] + bytes([data[pixels + 40] ^ 1]) + data[pixels + 41 :]
     for content, said in (
-        (changed, "its chunk IDAT fails its checksum"),
+        (changed, "the checksum of its chunk IDAT is wrong"),
         (data[: len(data) // 2], "it ends before its pixels do"),
         (data.replace(b"IDAT", b"ID\0T"), "it has a chunk named 49440054"),
-        (data[:33] + data[8:], "its header does not come first, and once"),
+        (data[:33] + data[8:], "its header is not the first chunk, or occurs twice"),
     ):
         path.write_bytes(content)
         for read in (read_image, image_size):
-            with pytest.raises(ImageError, match=re.escape(f"{path} is damaged or cut short ({said}); get a whole")):
+            with pytest.raises(ImageError, match=re.escape(f"{path} is damaged or cut short ({said}); get a complete")):
                 read(path)
     assert capfd.readouterr() == ("", "")
 
@@ -240,7 +240,7 @@ def test_a_torn_file_of_a_known_kind_is_not_called_no_image(tmp_path: Path, form
     options = {"compression": "tiff_lzw"} if form == "TIFF" else {}
     path = saved(tmp_path / "a.img", Image.fromarray(RGB), format=form, **options)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 5])
-    with pytest.raises(ImageError, match=f"a.img begins as {kind} and cannot be decoded: it is damaged"):
+    with pytest.raises(ImageError, match=f"a.img begins as {kind} and cannot be decoded; it is damaged"):
         read_image(path)
 
 

@@ -144,7 +144,7 @@ def test_what_is_odd_about_a_mask_s_file_is_told(tmp_path: Path) -> None:
     pages = [Image.fromarray(layers(thing=255)), Image.fromarray(layers(other=255))]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     mask, (told,) = read(tmp_path / "a.tif")
-    assert told == f"mask {tmp_path / 'a.tif'} has 2 frames or pages; the first one was taken"
+    assert told == f"mask {tmp_path / 'a.tif'} has 2 frames or pages; the first one is used"
     assert (mask.inside == THING).all()
     broken = (layers(thing=255) / 255).astype(np.float32)
     broken[0, 0] = np.nan
@@ -195,13 +195,13 @@ def test_ids_of_32_bits_are_given_as_they_are(tmp_path: Path, name: str, kind: s
         with pytest.raises(UsageError, match=r"several labels, 70001 .*--mask-label 70001"):
             read(path)
     else:
-        with pytest.raises(ImageError, match=r"values up to 70001; .*, or say with --mask-label which"):
+        with pytest.raises(ImageError, match=r"values up to 70001; .*, or give the object's value with --mask-label"):
             read(path)
 
 
 def test_a_mask_of_floats_to_255_is_told_in_words_for_masks(tmp_path: Path) -> None:
     Image.fromarray(layers(thing=255).astype(np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(ImageError, match=r"values up to 255; expected 0\.\.1: save it with 1 for the thing"):
+    with pytest.raises(ImageError, match=r"values up to 255; expected 0\.\.1; save it with 1 for the object"):
         read(tmp_path / "a.tif")
 
 
@@ -210,7 +210,7 @@ def test_a_reference_of_several_frames_says_so(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "ref.gif", save_all=True, append_images=frames[1:])
     notices: list[str] = []
     read_references([tmp_path / "ref.gif"], [saved(tmp_path, layers(thing=255))], notices.append)
-    assert notices == [f"reference {tmp_path / 'ref.gif'} has 2 frames or pages; the first one was taken"]
+    assert notices == [f"reference {tmp_path / 'ref.gif'} has 2 frames or pages; the first one is used"]
 
 
 def test_a_label_without_a_mask_is_refused(tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ def plan(
     pattern = FramePattern.parse(str(out))
     place = OutputLayout(Path(out if pattern is None else pattern.folder), template, pattern=pattern)
     sources = find_sources(src, root, skipped_files)
-    return plan_jobs(sources, place, choice=SourceFilter(**choice), references=references, skipped_files=skipped_files)
+    return plan_jobs(
+        sources, place, source_filter=SourceFilter(**choice), references=references, skipped_files=skipped_files
+    )
 
 
 def outputs(jobs: list[Job], out: Path) -> list[str]:
@@ -77,9 +79,9 @@ def test_sources_outside_the_root_are_refused(tmp_path: Path, monkeypatch: pytes
     tree(tmp_path, "in/1.jpg", "elsewhere/2.jpg")
     monkeypatch.chdir(tmp_path / "in")
     monkeypatch.setattr("sys.stdin", io.StringIO("1.jpg\n../elsewhere/2.jpg\n"))
-    with pytest.raises(UsageError, match=r"1 of the images lie outside .*elsewhere/2.jpg; give --root"):
+    with pytest.raises(UsageError, match=r"1 of the images are outside .*elsewhere/2.jpg; give --root"):
         plan("-", tmp_path / "out")
-    with pytest.raises(UsageError, match="is no folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         plan(tmp_path / "in", tmp_path / "out", root=tmp_path / "nowhere")
 
 
@@ -98,7 +100,7 @@ def test_brackets_of_a_folder_that_exists_are_taken_literally(tmp_path: Path) ->
     assert outputs(plan(str(tmp_path / "shot[1-3]/*.jpg"), out), out) == ["a.0001.png"]
     assert outputs(plan(str(tmp_path / "shot[1-3]/a.%04d.jpg"), out), out) == ["a.0001.png"]
     assert outputs(plan(str(tmp_path / "shot[2-3]/*.jpg"), out), out) == ["shot2/a.0001.png"]
-    with pytest.raises(UsageError, match="taken as wildcards"):
+    with pytest.raises(UsageError, match="read as wildcards"):
         plan(str(tmp_path / "shot[7]/*.jpg"), out)
 
 
@@ -122,8 +124,8 @@ def test_frames_are_chosen_and_gaps_told(tmp_path: Path) -> None:
     reported = plan(pattern, out, missing="report", **chosen)
     assert outputs(reported, out) == ["s.1001.png", "s.1003.png", "s.1005.png"]
     with pytest.raises(ImageError, match="does not exist"):
-        reported[1].read()
-    with pytest.raises(UsageError, match=r"has no frame 1003; nothing was made"):
+        reported[1].read_image()
+    with pytest.raises(UsageError, match=r"has no frame 1003; nothing was written"):
         plan(pattern, out, missing="error", **chosen)
 
 
@@ -217,16 +219,16 @@ def test_real_folders_win_over_links_whatever_their_names(tmp_path: Path, src: s
     ]
     assert skipped_files[LINKED] == 4
     assert skipped_files[AROUND] == 3
-    assert f"{tmp_path}/in/first/across and 3 more left out: {LINKED}" in told
+    assert f"{tmp_path}/in/first/across and 3 more skipped: {LINKED}" in told
     assert len(told) == len(+skipped_files)
 
 
 @pytest.mark.parametrize(
     ("names", "src", "out", "message"),
     [
-        ([], "in/a.####.jpg", "out", "pattern of frames"),
+        ([], "in/a.####.jpg", "out", "frame pattern"),
         (["in/a.jpg"], "in", "in", "also the output folder"),
-        (["in/a.jpg", "in/a.png"], "in", "out", "come of several images"),
+        (["in/a.jpg", "in/a.png"], "in", "out", "be written by several images"),
         (["in/a.png"], "in/a.png", "in", "also the output folder"),
         (["in/x/a.png"], "in/x", "in/x", "also the output folder"),
         (["in/notes.txt"], "in", "out", "no images were found"),

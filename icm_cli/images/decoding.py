@@ -1,6 +1,6 @@
-"""Files to pixels: Pillow reads what has 8 bits and is everywhere, OpenImageIO what is deep, linear or of the trade.
+"""Decode image files: Pillow reads common 8-bit formats, OpenImageIO reads deep, linear and VFX formats.
 
-A decoder may raise anything; at this file's edge all of it becomes one ImageError.
+A decoder may raise any exception. This module converts all of them to ImageError.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,189 +21,245 @@ import PIL
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from icm_cli.errors import ImageError
-from icm_cli.images import colour, jpeg, openimageio, png
-from icm_cli.images.kinds import FileType, detect_file_type, movie_message
+from icm_cli.images import colour, containers, openimageio
+from icm_cli.images.image_file import UNKNOWN_TYPE, FileType, ImageFile, has_state, movie_message
 from icm_cli.images.pixels import (
     BAD_PROFILE,
     DecodedImage,
-    ImageWindows,
     apply_orientation,
     check_memory,
     upright_size,
     valid_orientation,
 )
 
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a damaged file is told in a sentence of ours
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # icm reports damaged files itself
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-Image.MAX_IMAGE_PIXELS = None  # the limit is the memory there is, see check_memory
+Image.MAX_IMAGE_PIXELS = None  # check_memory limits the size by the free memory instead
 DECODE_ERRORS = (OSError, SyntaxError, UserWarning, ValueError, EOFError, IndexError, struct.error, zlib.error)
-_BY_PILLOW = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic", ""})
+_PILLOW_FORMATS = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic", ""})
 
 
-def decode_image(path: Path, frame: int = 0, wanted: colour.ColourSettings = colour.DEFAULT_COLOUR) -> DecodedImage:
-    """Decode one frame of a picture, EXIF's turn applied. Raises ImageError for any file that is not whole."""
-    with as_image_errors(path):
-        kind = detect_file_type(path)
-        if kind.name == "tiff":
-            frame = openimageio.page_of(path, frame)
-        if _is_for_pillow(path, kind, frame, wanted):
-            try:
-                return _by_pillow(path, frame, wanted)
-            except ValueError:  # as of windows_and_turn
-                if kind.name != "png":
-                    raise
-            except OSError:
-                whole = jpeg.with_end(path) if kind.name == "jpeg" else None
-                if whole is None:
-                    raise
-                decoded = _by_pillow(path, frame, wanted, whole)
-                return replace(decoded, notices=(*decoded.notices, f"{path} {jpeg.NO_END}"))
-        if kind.name == "png":
-            png.check_pixels(path)
-        return openimageio.read(path, frame, kind, wanted)
+@dataclass(frozen=True)
+class SourceFile:
+    """What planning knows of a source file. It is read once, from one open handle, and keeps no file content."""
+
+    path: Path
+    type: FileType = UNKNOWN_TYPE
+    frame_count: int = 1
+    planned_state: str = ""
+    """State at planning; "" if the file could not be read."""
+
+    @classmethod
+    def inspect(cls, path: Path) -> SourceFile:
+        """Inspect a file. A file that cannot be read is reported when it is matted, not here."""
+        try:
+            with ImageFile.open(path) as file:
+                state = file.state
+                try:
+                    return cls(path, file.type, frame_count(file), state)
+                except ImageError:
+                    return cls(path, file.type, 1, state)
+        except (ImageError, OSError):
+            return cls(path)
+
+    def state(self) -> str:
+        """Return the state of the file now. It is read again only if size or time have changed. Raises ImageError."""
+        with contextlib.suppress(OSError):
+            if self.planned_state and has_state(self.path, self.planned_state):
+                return self.planned_state
+        with open_image(self.path) as file:
+            return file.state
 
 
-def frame_count(path: Path) -> int:
-    """Number of frames or pages; smaller copies of one (thumbnails, pyramids) are none. Raises ImageError."""
-    with as_image_errors(path):
-        kind = detect_file_type(path)
-        if not kind.may_have_frames:
+@contextlib.contextmanager
+def open_image(source: Path | ImageFile) -> Iterator[ImageFile]:
+    """Open an image file, or use one that is open. Every exception inside becomes an ImageError."""
+    if isinstance(source, ImageFile):
+        with as_image_errors(source.path, source.type):
+            yield source
+        return
+    with as_image_errors(source), ImageFile.open(source) as file, as_image_errors(source, file.type):
+        yield file
+
+
+def decode_image(
+    source: Path | ImageFile, frame: int = 0, wanted: colour.ColourSettings = colour.DEFAULT_COLOUR
+) -> DecodedImage:
+    """Decode one frame or page of an image and apply its EXIF orientation.
+
+    A file is opened at most twice: by Python, and by OpenImageIO, which opens files by name. Raises ImageError for
+    a file that is missing, damaged, incomplete or not an image.
+    """
+    with open_image(source) as file:
+        if file.type.name in ("tiff", "pnm"):
+            return _decode_tiff_or_pnm(file, frame, wanted)
+        if file.type.name == "png":
+            return _decode_png(file, frame, wanted)
+        if file.type.name == "jpeg":
+            return _decode_jpeg(file, frame, wanted)
+        if file.type.name in _PILLOW_FORMATS:
+            return _decode_with_pillow(file, frame, wanted)
+        with openimageio.open_reader(file) as reader:
+            return openimageio.read_pixels(reader, file, frame, wanted)
+
+
+def frame_count(source: Path | ImageFile) -> int:
+    """Return the number of frames or pages. Smaller copies of a page are not counted. Raises ImageError."""
+    with open_image(source) as file:
+        if not file.type.may_have_frames:
             return 1
-        if kind.name == "tiff":
-            return len(openimageio.pages_of(path))
-        with Image.open(path) as image:
+        if file.type.name == "tiff":
+            return len(containers.tiff_pages(file))
+        with Image.open(file.stream) as image:
             return int(getattr(image, "n_frames", 1))
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of an upright picture, an EXR's display window, from its header alone. Raises ImageError."""
-    return windows_and_turn(path)[0].display
+    """Return height and width of an upright image, of an EXR its display window. Reads the header only.
 
-
-def windows_and_turn(path: Path) -> tuple[ImageWindows, int]:
-    """Windows of an upright picture and EXIF's orientation, from its header alone. Raises ImageError."""
-    with as_image_errors(path):
-        kind = detect_file_type(path)
-        frame = openimageio.page_of(path, 0) if kind.name == "tiff" else 0
-        if _is_for_pillow(path, kind, frame, colour.DEFAULT_COLOUR):
+    Raises ImageError.
+    """
+    with open_image(path) as file:
+        frame = containers.tiff_pages(file)[0] if file.type.name == "tiff" else 0
+        if file.type.name in _PILLOW_FORMATS or (file.type.name == "png" and not containers.is_deep_png(file.head)):
             try:
-                with Image.open(path) as image:
-                    if frame:
-                        image.seek(frame)
-                    turn = _orientation(image)
-                    return ImageWindows.full(upright_size(image.size, turn)), turn
-            except ValueError:  # of a PNG with more metadata than Pillow reads past
-                if kind.name != "png":
+                return _size_by_pillow(file, frame)
+            except ValueError:  # a PNG with more metadata than Pillow accepts
+                if file.type.name != "png":
                     raise
-        if kind.name == "png":
-            png.check_pixels(path)
-        with openimageio.opened(path) as file:
-            file.seek_subimage(openimageio.layer_of(file, path, frame, kind, "")[0].part, 0)
-            spec = file.spec()
-            turn = valid_orientation(openimageio.tag(spec, "Orientation"))
-            return openimageio.windows_of(spec, kind, turn), turn
+        if file.type.name == "png":
+            containers.check_png_pixels(file)
+        with openimageio.open_reader(file, must_open=file.type.name not in ("tiff", "pnm")) as reader:
+            if reader is None or not reader.seek_subimage(frame, 0):
+                return _size_by_pillow(file, frame)
+            return openimageio.display_size(reader, file, frame)
 
 
 @contextlib.contextmanager
-def as_image_errors(path: Path) -> Iterator[None]:
-    """Turn whatever a decoder raises into an ImageError of one sentence."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise ImageError(f"{path} is a pipe or a device; expected an image file")  # reading could wait for ever
+def as_image_errors(path: Path, file_type: FileType = UNKNOWN_TYPE) -> Iterator[None]:
+    """Convert every exception of a decoder to an ImageError with one sentence."""
     try:
         yield
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"{path} does not exist") from None
+        raise ImageError(f"{path} does not exist; check the path") from None
     except IsADirectoryError:
         raise ImageError(f"{path} is a folder; expected an image file") from None
     except PermissionError:
-        raise ImageError(f"{path} cannot be read: permission denied") from None
+        raise ImageError(f"{path} cannot be read: permission denied; allow this user to read it") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{path} {_not_an_image(path)}") from None
+        raise ImageError(f"{path} {_not_an_image(path, file_type)}") from None
     except MemoryError:
         raise ImageError(f"{path} is too large for this machine's memory") from None
     except Exception as error:  # noqa: BLE001  decoders raise anything
-        said = next(iter(str(error).splitlines()), type(error).__name__)  # OpenImageIO adds a line for every strip
-        raise ImageError(f"{path} is damaged or cut short ({' '.join(said.split())}); get a whole copy") from None
+        lines = str(error).splitlines()  # OpenImageIO adds a line for every strip
+        reason = " ".join((lines[0] if lines else type(error).__name__).split())
+        raise ImageError(f"{path} is damaged or cut short ({reason}); get a complete copy") from None
 
 
-def _is_for_pillow(path: Path, kind: FileType, frame: int, wanted: colour.ColourSettings) -> bool:
-    """Whether Pillow reads it right: 8 bits a channel in a format that it knows, without a gamma that it ignores."""
-    if kind.name == "png":
-        minds_gamma = wanted.space == "auto" and not kind.may_have_frames
-        return not (png.is_deep(path) or (minds_gamma and png.has_own_gamma(path)))
-    if kind.name in ("tiff", "pnm"):
-        with openimageio.opened(path, must_open=False) as file:
-            if file is None or not file.seek_subimage(frame, 0):
-                return True
-            return str(file.spec().format) == "uint8" and not openimageio.is_associated(file.spec())
-    return kind.name in _BY_PILLOW
+def _decode_tiff_or_pnm(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
+    """Decode with Pillow if the file has 8 bits and straight alpha, or if OpenImageIO cannot open it."""
+    if file.type.name == "tiff":
+        pages = containers.tiff_pages(file)
+        if frame >= len(pages):
+            raise ImageError(f"{file.path} has no frame {frame + 1}; it has {len(pages)}")
+        frame = pages[frame]
+    with openimageio.open_reader(file, must_open=False) as reader:
+        if reader is not None and reader.seek_subimage(frame, 0) and not openimageio.is_plain_8_bit(reader.spec()):
+            return openimageio.read_pixels(reader, file, frame, wanted)
+    return _decode_with_pillow(file, frame, wanted)
 
 
-def _by_pillow(
-    path: Path, frame: int, wanted: colour.ColourSettings, content: io.BytesIO | None = None
+def _decode_png(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
+    """Decode with Pillow if the file has 8 bits and no gamma of its own, which Pillow would ignore."""
+    uses_gamma = wanted.space == "auto" and not file.type.may_have_frames
+    if not containers.is_deep_png(file.head) and not (uses_gamma and containers.has_unusual_gamma(file)):
+        with contextlib.suppress(ValueError):  # a PNG with more metadata than Pillow accepts
+            return _decode_with_pillow(file, frame, wanted)
+    containers.check_png_pixels(file)
+    with openimageio.open_reader(file) as reader:
+        return openimageio.read_pixels(reader, file, frame, wanted)
+
+
+def _decode_jpeg(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
+    """Decode a JPEG. One that lacks nothing but its end marker is decoded with a notice."""
+    try:
+        return _decode_with_pillow(file, frame, wanted)
+    except OSError:
+        content = containers.complete_jpeg(file)
+        if content is None:
+            raise
+        decoded = _decode_with_pillow(file, frame, wanted, content)
+        return replace(decoded, notices=(*decoded.notices, f"{file.path} {containers.NO_JPEG_END}"))
+
+
+def _decode_with_pillow(
+    file: ImageFile, frame: int, wanted: colour.ColourSettings, content: io.BytesIO | None = None
 ) -> DecodedImage:
-    """``content``: what is read in place of the file."""
-    with Image.open(content or path) as image:
-        check_memory(path, *image.size)
+    """Decode with Pillow. ``content`` replaces the content of the file."""
+    with Image.open(content or file.stream) as image:
+        check_memory(file.path, *image.size)
         if frame:
             image.seek(frame)
         image.load()
-        orientation, profile = _orientation(image), image.info.get("icc_profile")
+        orientation, profile = _exif_orientation(image), image.info.get("icc_profile")
         space = wanted.space if wanted.space != "auto" else colour.SRGB
         alpha, notices = None, []
-        shown: Image.Image = image
+        colours: Image.Image = image
         if image.has_transparency_data:
-            shown = image.convert("RGBA")
-            alpha = np.ascontiguousarray(apply_orientation(np.asarray(shown.getchannel("A")), orientation))
+            colours = image.convert("RGBA")
+            alpha = np.ascontiguousarray(apply_orientation(np.asarray(colours.getchannel("A")), orientation))
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             values = apply_orientation(np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None], orientation)
-            return DecodedImage(
-                values,
-                None,
-                wanted.white or (1.0 if image.mode == "F" else 65535.0),
-                space,
-                bits=32,
-                orientation=orientation,
-            )
+            scale = wanted.white or (1.0 if image.mode == "F" else 65535.0)
+            return DecodedImage(values, None, scale, space, bits=32, orientation=orientation)
         indices = None
         if image.mode == "P" and alpha is None:
             indices = np.ascontiguousarray(apply_orientation(np.asarray(image), orientation))
-        if shown.mode in ("RGBA", "P", "PA", "LA"):
-            shown = shown.convert("RGB")
-        elif shown.mode == "1":
-            shown = shown.convert("L")
+        if colours.mode in ("RGBA", "P", "PA", "LA"):
+            colours = colours.convert("RGB")
+        elif colours.mode == "1":
+            colours = colours.convert("L")
         if profile and wanted.space == "auto":
-            converted = colour.to_srgb(shown, profile)
-            notices += [] if converted else [f"{path}: {BAD_PROFILE}"]
-            shown = converted or shown
-        pixels = np.asarray(shown)[..., None] if shown.mode == "L" else np.asarray(shown.convert("RGB"))
+            converted = colour.to_srgb(colours, profile)
+            notices += [] if converted else [f"{file.path}: {BAD_PROFILE}"]
+            colours = converted or colours
+        pixels = np.asarray(colours)[..., None] if colours.mode == "L" else np.asarray(colours.convert("RGB"))
     pixels = np.ascontiguousarray(apply_orientation(pixels, orientation))
     return DecodedImage(pixels, alpha, 255.0, space, tuple(notices), indices=indices, orientation=orientation)
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 where there is none; EXIF that cannot be read turns nothing."""
+def _size_by_pillow(file: ImageFile, frame: int) -> tuple[int, int]:
+    with Image.open(file.stream) as image:
+        if frame:
+            image.seek(frame)
+        return upright_size(image.size, _exif_orientation(image))
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation; 1 (upright) if there is none or the EXIF data cannot be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # noqa: BLE001  EXIF is written by anything, and can never fail a picture
+    except Exception:  # noqa: BLE001  damaged EXIF data must never fail an image
         return 1
     return valid_orientation(orientation)
 
 
-def _not_an_image(path: Path) -> str:
+def _not_an_image(path: Path, file_type: FileType) -> str:
+    """Return the end of a message about a file that no decoder accepts."""
     if path.stat().st_size == 0:
-        return "is empty (0 bytes); get a whole copy"
-    seen = detect_file_type(path)
-    if seen.is_movie:
+        return "is empty (0 bytes); get a complete copy"
+    if file_type.is_movie:
         return movie_message(path)
-    kind = seen.name
-    if kind == "heic":
+    if file_type.name == "heic":
         return "is HEIC; to read it run: pip install 'icm-cli[heif]'"
-    if kind:
-        return f"begins as {kind} and cannot be decoded: it is damaged, cut short or of an odd kind; get a whole copy"
-    return "is not an image in a format that can be read; expected JPEG, PNG, TIFF, EXR, WebP or the like"
+    if file_type.name:
+        return (
+            f"begins as {file_type.name} and cannot be decoded; it is damaged, cut short or of an unsupported variant; "
+            "get a complete copy"
+        )
+    return "is not an image in a supported format; expected JPEG, PNG, TIFF, EXR, WebP or the like"
 
 
 def _register_heif() -> None:
@@ -214,7 +270,7 @@ def _register_heif() -> None:
 
 
 def _silence_libtiff() -> None:
-    """Keep the libtiff in Pillow's wheels from printing what is wrong with a file; it is told in a sentence of ours."""
+    """Stop the libtiff in Pillow's wheels from printing errors; icm reports them in its own messages."""
     site = Path(PIL.__file__).parents[1]
     for path in (*site.glob("pillow.libs/libtiff*"), *site.glob("PIL/.dylibs/libtiff*")):
         libtiff = ctypes.CDLL(str(path))

@@ -1,8 +1,7 @@
-"""Read pictures, masks and true alphas of every usual kind, upright; put foregrounds on backgrounds meanwhile."""
+"""Read images, masks and ground truths upright, in every common format; compose foregrounds onto backgrounds."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,25 +14,30 @@ from numpy.typing import NDArray
 from icm_cli.errors import ImageError
 from icm_cli.geometry import ImageU8, round_to_u8
 from icm_cli.images.colour import DEFAULT_COLOUR, SRGB, ColourSettings, to_display_srgb
-from icm_cli.images.decoding import as_image_errors, decode_image, frame_count
+from icm_cli.images.decoding import as_image_errors, decode_image, frame_count, open_image
+from icm_cli.images.image_file import ImageFile
 from icm_cli.images.pixels import DecodedImage, ImageWindows, reorient
 
 GREY_TOLERANCE = 16
-"""Channels of a grey picture differ by no more, after JPEG too."""
+"""Channels of a grey image differ by at most this much, also after JPEG compression."""
 RAW_VALUES = ColourSettings(space=SRGB, is_matte=True)
+"""Settings for alphas: no colour profile and no transfer curve is applied."""
 LABEL_VALUES = replace(RAW_VALUES, has_labels=True)
-"""Numbers as they are stored: an alpha goes through no profile and no transfer curve."""
+"""Settings for masks whose values are labels."""
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """An upright picture: ``rgb`` sRGB uint8 [H,W,3], ``alpha`` uint8 [H,W] where the file has one; ``space`` is the
-    colour space it was taken to be in, and ``notices`` say what is odd about the file."""
+    """An upright image as the model sees it."""
 
     rgb: ImageU8
+    """sRGB uint8 [H,W,3]."""
     alpha: ImageU8 | None
+    """uint8 [H,W]; None if the file has no alpha."""
     space: str = SRGB
+    """Colour space that the file was read as."""
     notices: tuple[str, ...] = ()
+    """Messages about unusual properties of the file."""
     stored: DecodedImage | None = None
     """The file's own pixels."""
 
@@ -48,50 +52,55 @@ class SourceImage:
         ``target_windows``: the windows of another image. If both display windows have the same size, the
         result covers the data window of that image instead.
         """
-        there = self.windows.matched_to(target_windows)
-        alpha = None if self.alpha is None else self.windows.move_pixels(self.alpha, there)
-        return replace(self, rgb=self.windows.move_pixels(self.rgb, there), alpha=alpha, stored=None)
+        target = self.windows.matched_to(target_windows)
+        alpha = None if self.alpha is None else self.windows.move_pixels(self.alpha, target)
+        return replace(self, rgb=self.windows.move_pixels(self.rgb, target), alpha=alpha, stored=None)
 
 
-def read_image(path: Path, colour: ColourSettings = DEFAULT_COLOUR, frame: int = 0) -> SourceImage:
-    """Read an image file, EXIF rotation applied, as the model sees it: display-referred sRGB.
+def read_image(source: Path | ImageFile, colour: ColourSettings = DEFAULT_COLOUR, frame: int = 0) -> SourceImage:
+    """Read an image as the model sees it: upright, display-referred sRGB.
 
-    ``colour``: in which space the file is, and how scene-referred pictures are shown. ``frame``: of a file of several.
-    Raises ImageError for a file that is missing, empty, torn or no image.
+    ``colour``: the colour space of the file, and the view of scene-referred images. ``frame``: the frame or page of
+    a file with several. Raises ImageError for a file that is missing, empty, incomplete or not an image.
     """
-    decoded = decode_image(path, frame, colour)
+    path = source.path if isinstance(source, ImageFile) else source
+    decoded = decode_image(source, frame, colour)
     with as_image_errors(path):
         rgb = to_display_srgb(decoded.pixels, decoded.scale, decoded.space, colour)
     return SourceImage(rgb, _alpha_u8(decoded), decoded.space, decoded.notices, decoded)
 
 
-def read_alpha(path: Path, *, has_objects: bool = False, target_windows: ImageWindows | None = None) -> ImageU8:
+def read_alpha(
+    source: Path | ImageFile, *, has_objects: bool = False, target_windows: ImageWindows | None = None
+) -> ImageU8:
     """Read a mask or an alpha, uint8 [H,W]: the file's alpha channel if it varies, else its brightest channel.
 
     The alpha of an EXR covers its display window and is 0 outside its data window. ``target_windows`` is
     explained at :func:`read_stored_pixels`. ``has_objects``: palette indices above 0 are objects and become
     255. Raises ImageError as :func:`read_image` does.
     """
-    picture = read_image(path, RAW_VALUES)
-    objects = _objects(picture.stored) if has_objects else None
-    return _matte(picture.to_display_window(target_windows)) if objects is None else objects
+    image = read_image(source, RAW_VALUES)
+    objects = _object_mask(image.stored) if has_objects else None
+    return _alpha_or_brightest(image.to_display_window(target_windows)) if objects is None else objects
 
 
 @dataclass(frozen=True)
 class StoredPixels:
-    """A file's own numbers, upright: values [H,W] or [H,W,3] in 0..scale, palette indices where ``is_palette``, and
-    alpha [H,W] where there is one. ``orientation``: EXIF's, which was undone."""
+    """The values that a file stores, upright."""
 
     values: NDArray[Any]
+    """[H,W] or [H,W,3] in 0..``scale``; palette indices if ``is_palette``."""
     alpha: NDArray[Any] | None
+    """[H,W] in 0..``scale``; None if the file has no alpha."""
     scale: float
     is_palette: bool
     orientation: int = 1
+    """EXIF orientation, which has been applied."""
     notices: tuple[str, ...] = ()
-    """Sentences on what is odd about the file."""
+    """Messages about unusual properties of the file."""
 
     def reoriented(self, orientation: int) -> StoredPixels:
-        """The pixels as they lie in the file, turned by another orientation than the file's own."""
+        """Return the pixels with another EXIF orientation applied instead of the file's own."""
         alpha = None if self.alpha is None else reorient(self.alpha, self.orientation, orientation)
         return replace(self, values=reorient(self.values, self.orientation, orientation), alpha=alpha)
 
@@ -99,57 +108,61 @@ class StoredPixels:
 def read_stored_pixels(
     path: Path, target_windows: ImageWindows | None = None, *, has_labels: bool = False
 ) -> StoredPixels:
-    """Read an image file's numbers as they are stored, EXIF rotation applied; ``has_labels``: of any size. Raises
-    ImageError.
+    """Read the values that an image file stores, with its EXIF orientation applied. Raises ImageError.
 
-    An EXR's are those of its display window, 0 outside its data window; where the picture that it belongs to,
-    ``target_windows``, has a display window of the same size, they are those of that one's data window.
+    The pixels of an EXR cover its display window and are 0 outside its data window. ``target_windows``: the windows
+    of the image that the file belongs to. If both display windows have the same size, the pixels cover the data
+    window of that image instead. ``has_labels``: the values are labels, of any size.
     """
     decoded = decode_image(path, wanted=LABEL_VALUES if has_labels else RAW_VALUES)
-    turn, notices = decoded.orientation, decoded.notices
+    orientation, notices = decoded.orientation, decoded.notices
     if decoded.indices is not None:
-        return StoredPixels(decoded.indices, None, 255.0, is_palette=True, orientation=turn, notices=notices)
+        return StoredPixels(decoded.indices, None, 255.0, is_palette=True, orientation=orientation, notices=notices)
     windows = decoded.windows
-    there = windows.matched_to(target_windows)
-    values = windows.move_pixels(decoded.pixels[..., 0] if decoded.pixels.shape[-1] == 1 else decoded.pixels, there)
-    alpha = None if decoded.alpha is None else windows.move_pixels(decoded.alpha, there)
-    return StoredPixels(values, alpha, decoded.scale, is_palette=False, orientation=turn, notices=notices)
+    target = windows.matched_to(target_windows)
+    values = windows.move_pixels(decoded.pixels[..., 0] if decoded.pixels.shape[-1] == 1 else decoded.pixels, target)
+    alpha = None if decoded.alpha is None else windows.move_pixels(decoded.alpha, target)
+    return StoredPixels(values, alpha, decoded.scale, is_palette=False, orientation=orientation, notices=notices)
 
 
 @dataclass(frozen=True)
 class GroundTruthAlpha:
-    """A ground truth: ``alpha`` uint8 [H,W], and what is odd about its file."""
+    """A ground-truth alpha."""
 
     alpha: ImageU8
+    """uint8 [H,W]."""
     is_deep: bool
-    """Whether the file has 16 bits or more, rounded to 8 here."""
+    """Whether the file has 16 bits or more, which are rounded to 8 here."""
     has_colour: bool
-    """Whether channels differ, so that none of them is plainly the alpha."""
+    """Whether the channels differ, so that it is not clear which one is the alpha."""
 
 
 def read_ground_truth(path: Path, *, has_objects: bool = False) -> GroundTruthAlpha:
-    """Read a ground truth as :func:`read_alpha` does, and say what is odd about it. Raises ImageError."""
+    """Read a ground truth as :func:`read_alpha` does, with its unusual properties. Raises ImageError."""
     decoded = decode_image(path, wanted=RAW_VALUES)
-    if has_objects and (objects := _objects(decoded)) is not None:
+    if has_objects and (objects := _object_mask(decoded)) is not None:
         return GroundTruthAlpha(objects, is_deep=False, has_colour=False)
-    shown_as_stored = to_display_srgb(decoded.pixels, decoded.scale, SRGB, RAW_VALUES)
-    picture = SourceImage(shown_as_stored, _alpha_u8(decoded), stored=decoded).to_display_window()
-    alpha = _matte(picture)
-    spread = alpha - picture.rgb.min(axis=-1)  # of the channels, where the alpha is their brightest
-    has_colour = alpha is not picture.alpha and bool(spread.max() > GREY_TOLERANCE)
+    rgb = to_display_srgb(decoded.pixels, decoded.scale, SRGB, RAW_VALUES)
+    image = SourceImage(rgb, _alpha_u8(decoded), stored=decoded).to_display_window()
+    alpha = _alpha_or_brightest(image)
+    spread = alpha - image.rgb.min(axis=-1)  # of the channels, if the alpha is the brightest one
+    has_colour = alpha is not image.alpha and bool(spread.max() > GREY_TOLERANCE)
     return GroundTruthAlpha(alpha, decoded.bits > 8, has_colour)
 
 
 def extra_frame_notices(what: str, path: Path) -> list[str]:
-    """A sentence where a file of which one picture is taken, a "mask" or the like, holds several. Raises ImageError."""
+    """Return a notice if a file of which only one image is used has several. Raises ImageError.
+
+    ``what``: what the file is used as, such as "mask".
+    """
     frames = frame_count(path)
-    return [f"{what} {path} has {frames} frames or pages; the first one was taken"] if frames > 1 else []
+    return [f"{what} {path} has {frames} frames or pages; the first one is used"] if frames > 1 else []
 
 
-def content_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal. Raises ImageError."""
-    with as_image_errors(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content as hexadecimal digits. Raises ImageError."""
+    with open_image(path) as file:
+        return file.content_digest()
 
 
 def _alpha_u8(decoded: DecodedImage) -> ImageU8 | None:
@@ -158,24 +171,26 @@ def _alpha_u8(decoded: DecodedImage) -> ImageU8 | None:
     return round_to_u8(decoded.alpha.astype(np.float32) * np.float32(255.0 / decoded.scale))
 
 
-def _objects(decoded: DecodedImage | None) -> ImageU8 | None:
-    """Objects by their palette indices, all 255 of uint8 [H,W]; None of a file without a palette."""
+def _object_mask(decoded: DecodedImage | None) -> ImageU8 | None:
+    """Return 255 where the palette index is above 0, uint8 [H,W]; None for a file without a palette."""
     if decoded is None or decoded.indices is None:
         return None
     return np.where(decoded.indices > 0, 255, 0).astype(np.uint8)
 
 
-def _matte(picture: SourceImage) -> ImageU8:
-    if picture.alpha is not None and picture.alpha.min() != picture.alpha.max():
-        return picture.alpha
-    red, green, blue = (picture.rgb[..., channel] for channel in range(3))
+def _alpha_or_brightest(image: SourceImage) -> ImageU8:
+    if image.alpha is not None and image.alpha.min() != image.alpha.max():
+        return image.alpha
+    red, green, blue = (image.rgb[..., channel] for channel in range(3))
     return np.maximum(np.maximum(red, green), blue)  # ten times as fast as max(axis=-1)
 
 
 @dataclass(frozen=True)
 class CompositeSource:
-    """A foreground with its alpha on a background, as the test sets of the composition lineage are made; nothing is
-    written to disk."""
+    """A foreground, its alpha and a background, from which an image is composed in memory.
+
+    The test sets of the composition lineage are made in this way.
+    """
 
     foreground: Path
     alpha: Path
@@ -188,31 +203,35 @@ class CompositeSource:
     def __str__(self) -> str:
         return f"{self.foreground} on {self.background.name}"
 
-    def read(self) -> SourceImage:
-        """alpha * foreground + (1 - alpha) * background, at the foreground's size.
 
-        As the composition code published with Deep Image Matting: a background that is smaller is enlarged until
-        it covers the foreground, then its upper left part is taken. Raises ImageError.
-        """
-        foreground, alpha = read_image(self.foreground).to_display_window().rgb, read_alpha(self.alpha)
-        if foreground.shape[:2] != alpha.shape:
-            raise ImageError(
-                f"{self.foreground} is {foreground.shape[1]}x{foreground.shape[0]} and its alpha {self.alpha} "
-                f"{alpha.shape[1]}x{alpha.shape[0]}; expected one size"
-            )
-        background = _covering(read_image(self.background).to_display_window().rgb, *alpha.shape)
-        weight = alpha[..., None] / np.float32(255)
-        return SourceImage(round_to_u8(np.asarray(foreground * weight + background * (1 - weight), np.float32)), None)
+def compose_image(
+    foreground_file: Path | ImageFile, alpha_file: Path | ImageFile, background_file: Path | ImageFile
+) -> SourceImage:
+    """Return alpha * foreground + (1 - alpha) * background at the size of the foreground.
+
+    This follows the composition code published with Deep Image Matting: a smaller background is enlarged until it
+    covers the foreground, then its upper left part is used. Raises ImageError.
+    """
+    foreground, alpha = read_image(foreground_file).to_display_window().rgb, read_alpha(alpha_file)
+    if foreground.shape[:2] != alpha.shape:
+        paths = [file.path if isinstance(file, ImageFile) else file for file in (foreground_file, alpha_file)]
+        raise ImageError(
+            f"{paths[0]} is {foreground.shape[1]}x{foreground.shape[0]} and its alpha {paths[1]} is "
+            f"{alpha.shape[1]}x{alpha.shape[0]}; expected the same size; give the alpha of this foreground"
+        )
+    background = _enlarge_to_cover(read_image(background_file).to_display_window().rgb, *alpha.shape)
+    weight = alpha[..., None] / np.float32(255)
+    return SourceImage(round_to_u8(np.asarray(foreground * weight + background * (1 - weight), np.float32)), None)
 
 
 def read_source_image(
     source: Path | CompositeSource, colour: ColourSettings = DEFAULT_COLOUR, frame: int = 0
 ) -> SourceImage:
-    """The picture of a file or a composite. Raises ImageError."""
-    return source.read() if isinstance(source, CompositeSource) else read_image(source, colour, frame)
+    """Read the image of a file, or compose it. Raises ImageError."""
+    return compose_image(*source.files) if isinstance(source, CompositeSource) else read_image(source, colour, frame)
 
 
-def _covering(background: ImageU8, height: int, width: int) -> ImageU8:
+def _enlarge_to_cover(background: ImageU8, height: int, width: int) -> ImageU8:
     ratio = max(height / background.shape[0], width / background.shape[1])
     if ratio > 1:
         size = math.ceil(background.shape[1] * ratio), math.ceil(background.shape[0] * ratio)

@@ -22,7 +22,7 @@ from icm_cli.files import atomic_write
 from icm_cli.geometry import Float, round_to_u8
 from icm_cli.images.colour import colour_space_attributes, to_scene_linear
 from icm_cli.images.decoding import DECODE_ERRORS
-from icm_cli.images.kinds import OWN_MARK
+from icm_cli.images.image_file import OWN_MARK
 from icm_cli.images.pixels import DecodedImage
 
 ImageFormat = Literal["png", "tiff", "exr"]

@@ -145,8 +145,7 @@ class Engine:
             earlier = None if self.settings.overwrite else finished(job, self._digest(job))
             if earlier and self._carrier is None:
                 return earlier
-            origin = Origin.of(job)
-            picture = job.read()
+            picture, *origin = job.read_with_origin()
             if picture.alpha is not None and not self._has_seen_alpha:
                 self._has_seen_alpha = True
                 self._notice(f"{job.source} has an alpha of its own; those of sources are ignored")
@@ -159,7 +158,7 @@ class Engine:
             return _failed(job, f"{job.source} is too large for this machine's memory")
         self._tell_of_windows(job, picture.windows)
         stored = picture.stored or DecodedImage(picture.rgb, None, 255.0, picture.space)
-        return Loaded(job, frame, origin, picture.space, stored, time.perf_counter() - start)
+        return Loaded(job, frame, Origin(*origin), picture.space, stored, time.perf_counter() - start)
 
     def _tell_of_windows(self, job: Job, windows: ImageWindows) -> None:
         """Say once that what cannot carry an EXR's windows covers the display window."""

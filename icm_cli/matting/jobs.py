@@ -1,145 +1,160 @@
-"""Jobs: the images to matte, and the place of each one's alpha."""
+"""Jobs: the images to matte, and the output path of each alpha."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import string
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+import cachetools
+
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.files import TEMPORARY_PREFIX, combined_digest
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
-from icm_cli.images.decoding import frame_count, windows_and_turn
-from icm_cli.images.kinds import FileType
-from icm_cli.images.reading import CompositeSource, SourceImage, content_sha256, read_source_image
+from icm_cli.images.decoding import SourceFile, open_image
+from icm_cli.images.image_file import ImageFile
+from icm_cli.images.reading import CompositeSource, SourceImage, compose_image, read_image, read_source_image
 from icm_cli.matting.frames import FrameName, FramePattern, MissingPolicy, format_frame_ranges, missing_frames
-from icm_cli.matting.sources import (
-    MAX_LISTED_FILES,
-    SkippedFiles,
-    Sources,
-    file_type_or_unknown,
-    natural_sort_key,
-    real_path,
-)
+from icm_cli.matting.sources import MAX_LISTED_FILES, SkippedFiles, Sources, natural_sort_key, real_path
 from icm_cli.reports.result import ImageResult
 
 DEFAULT_NAME = "{stem}{frame}"
 NAME_FIELDS = ("stem", "frame", "suffix")
+_digests: cachetools.LRUCache[tuple[Path, str], str] = cachetools.LRUCache(maxsize=64)
+"""Content digests by path and state, because the pages of a file and composites share files."""
+_digests_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Job:
-    """One image to matte: its file, its name below the sources' root, and its alpha's file."""
+    """One image to matte: its file, its name below the sources' root, and the file of its alpha."""
 
     source: Path | CompositeSource
     name: Path
     output: Path
     planned: ImageResult
-    """Result as far as it is known before."""
+    """The result as far as it is known beforehand."""
     example: int = 0
-    """Index of the example whose references show its thing."""
+    """Index of the references that show the object."""
     page: int = 0
-    """Page of a file of several pictures, from 0."""
+    """Index of the frame or page in a file with several."""
     colour: ColourSettings = DEFAULT_COLOUR
     root: str = ""
     """Absolute path of the sources' root."""
     is_missing: bool = False
-    """Whether it stands for a frame that is not there, and is to fail."""
+    """Whether the job stands for a missing frame, and will fail."""
     has_trimap: bool = False
-    """Whether a trimap is written beside the alpha."""
+    """Whether a trimap is written next to the alpha."""
+    inspected: SourceFile | None = None
+    """What planning knows of the file; None for composites and missing frames."""
 
     @property
     def trimap(self) -> Path:
-        """File of a trimap beside the alpha."""
+        """File of the trimap next to the alpha."""
         return self.output.with_name(f"{self.output.stem}.trimap.png")
 
     @property
     def outputs(self) -> Sequence[Path]:
-        """All files that are written for it."""
+        """All files that are written for this image."""
         return (self.output, self.trimap) if self.has_trimap else (self.output,)
-
-    def read(self) -> SourceImage:
-        """The picture to matte. Raises ImageError."""
-        return read_source_image(self.source, self.colour, self.page)
 
     @property
     def files(self) -> Sequence[Path]:
-        """All files that it is made from."""
+        """All files that the image is read from."""
         return self.source.files if isinstance(self.source, CompositeSource) else (self.source,)
 
-    def _files_there(self) -> Sequence[Path]:
-        if self.is_missing:
-            raise ImageError(f"{self.source} is missing: the sequence has no such frame; add it and run again")
-        return self.files
+    def read_image(self) -> SourceImage:
+        """Read the image. Raises ImageError."""
+        return read_source_image(self.source, self.colour, self.page)
 
-    def state(self) -> str:
-        """Size in bytes, time of last change in nanoseconds, size in px and turn of what it is made from.
+    def read_with_origin(self) -> tuple[SourceImage, str, str]:
+        """Read the image, and return it with the state and the content digest of its files, from one open handle each.
 
         Raises ImageError.
         """
-        return " ".join(_state(path) for path in self._files_there())
+        self._check_not_missing()
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open_image(path)) for path in self.files]
+            state = _join_states([file.state for file in files])
+            digest = combined_digest(*map(_content_digest, files))
+            if isinstance(self.source, CompositeSource):
+                return compose_image(*files), state, digest
+            return read_image(files[0], self.colour, self.page), state, digest
 
-    def content(self) -> str:
-        """SHA-256 of what it is made from, as hexadecimal digits. Raises ImageError."""
-        return combined_digest(*(_content(path, _state(path)) for path in self._files_there()))
+    def state(self) -> str:
+        """Return the state of the image's files: their sizes, modification times and first bytes. Raises ImageError."""
+        self._check_not_missing()
+        if self.inspected is not None:
+            return _join_states([self.inspected.state()])
+        return _join_states([SourceFile(path).state() for path in self.files])
+
+    def content_digest(self) -> str:
+        """Return the SHA-256 of the content of the image's files as hexadecimal digits. Raises ImageError."""
+        self._check_not_missing()
+        with contextlib.ExitStack() as stack:
+            return combined_digest(*(_content_digest(stack.enter_context(open_image(path))) for path in self.files))
+
+    def _check_not_missing(self) -> None:
+        if self.is_missing:
+            raise ImageError(f"{self.source} is missing: the sequence has no such frame; add it and run again")
 
 
 @dataclass(frozen=True)
 class OutputLayout:
-    """The folder of the alphas and their names, as ``--out`` and ``--name`` say."""
+    """The output folder and the names of the alphas, as given by ``--out`` and ``--name``."""
 
     folder: Path
     template: str = DEFAULT_NAME
     suffix: str = ".png"
     pattern: FramePattern | None = None
-    """Pattern that ``--out`` is, whose number is the source's."""
+    """The frame pattern of ``--out``, in which the source's number is inserted."""
     has_trimap: bool = False
-    """Whether a trimap lies beside every alpha."""
+    """Whether a trimap is written next to every alpha."""
 
     def __post_init__(self) -> None:
         try:
             fields = [field for _, field, *_ in string.Formatter().parse(self.template) if field is not None]
         except ValueError as error:
-            raise UsageError(f"--name {self.template!r} cannot be read: {error}; {_NAME_EXPECTED}") from error
+            raise UsageError(f"--name {self.template!r} is not a valid template ({error}); {_EXPECTED_NAME}") from error
         if unknown := [field for field in fields if field not in NAME_FIELDS]:
-            raise UsageError(f"--name has the field {{{unknown[0]}}}, which is not known; {_NAME_EXPECTED}")
+            raise UsageError(f"--name {self.template!r} has the unknown field {{{unknown[0]}}}; {_EXPECTED_NAME}")
         if not self.template or "/" in self.template or os.sep in self.template:
-            raise UsageError(f"--name {self.template!r} is no name of a file; {_NAME_EXPECTED}")
+            raise UsageError(f"--name {self.template!r} is not a file name; {_EXPECTED_NAME}")
         if self.pattern is not None and self.template != DEFAULT_NAME:
-            raise UsageError("--name and the pattern of --out both name the alphas; leave one out")
+            raise UsageError("--name and the frame pattern of --out both name the alphas; give only one of them")
 
     def output_path(self, name: Path) -> Path:
-        """The file of the alpha of an image of this name below the sources' root. Raises UsageError."""
+        """Return the file of the alpha of an image with this name below the sources' root. Raises UsageError."""
         parts = FrameName.from_path(name)
         if self.pattern is None:
-            shown = self.template.format(stem=parts.stem, frame=parts.frame, suffix=name.suffix)
-            return self.folder / name.with_name(shown + self.suffix)
+            stem = self.template.format(stem=parts.stem, frame=parts.frame, suffix=name.suffix)
+            return self.folder / name.with_name(stem + self.suffix)
         if parts.number is None:
-            raise UsageError(f"{name} has no frame number, which the pattern of --out asks for; give --out a folder")
+            raise UsageError(f"{name} has no frame number, which the pattern of --out needs; give --out a folder")
         return self.folder / name.with_name(self.pattern.frame_name(parts.number))
 
 
-_NAME_EXPECTED = "expected a name with {stem}, {frame} and {suffix}, such as '{stem}_matte{frame}'"
+_EXPECTED_NAME = "expected a file name with {stem}, {frame} and {suffix}, such as '{stem}_matte{frame}'"
 
 
 @dataclass(frozen=True)
 class SourceFilter:
-    """Choice among the sources."""
+    """Which of the sources are matted."""
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
-    """Globs, matched against the path below the sources' root and against the bare name."""
+    """Globs that are matched against the path below the sources' root and against the file name."""
     frames: frozenset[int] | None = None
-    """Numbers of frames; None: all."""
+    """Frame numbers; None: all."""
     missing: MissingPolicy = "skip"
     shard: tuple[int, int] | None = None
-    """Number of a shard, from 1, and how many there are."""
+    """Number of a shard, from 1, and the number of shards."""
 
 
 NO_FILTER = SourceFilter()
@@ -147,60 +162,54 @@ NO_FILTER = SourceFilter()
 
 def plan_jobs(
     sources: Sources,
-    place: OutputLayout,
+    layout: OutputLayout,
     *,
-    choice: SourceFilter = NO_FILTER,
+    source_filter: SourceFilter = NO_FILTER,
     references: Sequence[Path] = (),
     colour: ColourSettings = DEFAULT_COLOUR,
     skipped_files: SkippedFiles,
 ) -> list[Job]:
-    """List every image that is wanted, with the place of its alpha, sorted by name.
+    """Return a job for every image that passes the filter, sorted by name.
 
-    The output tree, the references and their masks are left out. Frames that are missing are told, or come as jobs
-    that fail, as ``choice.missing`` says; where none is left that is told. Raises UsageError before anything is
-    written.
+    Files in the output folder, references and masks are skipped. Missing frames are reported, or returned as jobs
+    that fail, as ``source_filter.missing`` says. A notice is given if no image is left. Raises UsageError before
+    anything is written.
     """
-    root, out = sources.root, place.folder
-    if real_path(root) == real_path(out) and place.template == DEFAULT_NAME and place.pattern is None:
+    root, out = sources.root, layout.folder
+    if real_path(root) == real_path(out) and layout.template == DEFAULT_NAME and layout.pattern is None:
         raise UsageError(f"the source folder {root} is also the output folder; give --out another folder")
     found = sources.files
-    _check_filters(found, root, choice)
+    _check_filters(found, root, source_filter)
     if real_path(root) != real_path(out):
-        found = skipped_files.exclude(found, _below(out, root), "in the output folder")
+        found = skipped_files.exclude(found, _is_below(out, root), "in the output folder")
     protected = {real_path(path) for path in references}
     found = skipped_files.exclude(found, lambda path: real_path(path) in protected, "a reference or its mask")
     found = [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
     found = skipped_files.exclude(
         found,
-        lambda path: not _is_wanted(path.relative_to(root), choice),
-        "by --include or --exclude",
+        lambda path: not _is_wanted(path.relative_to(root), source_filter),
+        "excluded by --include or --exclude",
         is_reported=False,
     )
-    kinds = {path: file_type_or_unknown(path) for path in found}
-    found = skipped_files.exclude(found, lambda path: kinds[path].is_icm_output, "made by icm")
-    missing = _missing(found, sources, choice, place, skipped_files, protected)
-    if choice.frames is not None:
+    inspected = {path: sources.inspected.get(path) or SourceFile.inspect(path) for path in found}
+    found = skipped_files.exclude(found, lambda path: inspected[path].type.is_icm_output, "made by icm")
+    missing = _plan_missing_frames(found, sources, source_filter, layout, skipped_files, protected)
+    if (frames := source_filter.frames) is not None:
         found = skipped_files.exclude(
-            found,
-            lambda path: FrameName.from_path(path).number not in (choice.frames or ()),
-            "not of --frames",
-            is_reported=False,
+            found, lambda path: FrameName.from_path(path).number not in frames, "not in --frames", is_reported=False
         )
-    kinds |= dict.fromkeys(missing, FileType(""))
-    everything = sorted([*found, *missing], key=natural_sort_key)
-    absent = frozenset(missing)
     jobs = [
-        replace(job, is_missing=path in absent, has_trimap=place.has_trimap)
-        for path in everything
-        for job in _jobs(path, root, place, colour, kinds[path])
+        job
+        for path in sorted([*found, *missing], key=natural_sort_key)
+        for job in _jobs_of_file(path, root, layout, colour, inspected.get(path))
     ]
     if not jobs:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped_files.items() if count)
-        skipped_files.notify(f"nothing is to be matted, as every image in {root} is left out: {reasons}")
+        skipped_files.notify(f"there is nothing to matte, as every image in {root} is skipped: {reasons}")
     check_overwrites(jobs, [path for job in jobs for path in job.files], "a source image")
     check_overwrites(jobs, references, "a reference or its mask")
-    _check_collisions(jobs, place)
-    return jobs if choice.shard is None else _shard(jobs, *choice.shard)
+    _check_collisions(jobs, layout)
+    return jobs if source_filter.shard is None else _select_shard(jobs, *source_filter.shard)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -211,143 +220,142 @@ def parse_shard(text: str) -> tuple[int, int]:
     if int(count) < 1:
         raise UsageError(f"--shard is {text}; expected 1 shard or more, such as 1/8 for the first of eight")
     if not 1 <= int(number) <= int(count):
-        raise UsageError(f"--shard is {text}; expected a number from 1 to {count}, and the shards' count")
+        raise UsageError(f"--shard is {text}; expected a number from 1 to {count}, and the number of shards")
     return int(number), int(count)
 
 
-def _shard(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
-    """The jobs of a shard. Its name alone decides where an image belongs, so files that come or go move no other."""
+def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> None:
+    """Raise UsageError if an output is one of these files. ``what``: what the files are, for the message."""
+    protected = {os.path.realpath(path) for path in files}
+    for output in (output for job in jobs for output in job.outputs):
+        if os.path.realpath(output) in protected:
+            raise UsageError(f"{output} would be written over {what}; give --out another folder")
+
+
+def _select_shard(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
+    """Return the jobs of a shard. Only an image's name decides its shard, so other files never move it."""
     return [job for job in jobs if int(hashlib.sha256(job.planned.name.encode()).hexdigest(), 16) % count == number - 1]
 
 
-def _missing(
+def _plan_missing_frames(
     found: Sequence[Path],
     sources: Sources,
-    choice: SourceFilter,
-    place: OutputLayout,
+    source_filter: SourceFilter,
+    layout: OutputLayout,
     skipped_files: SkippedFiles,
     protected: set[Path],
 ) -> list[Path]:
-    """Files of missing frames that are to fail. Raises UsageError where none may be missing."""
-    if not sources.is_sequence and choice.frames is None:
+    """Return the files of missing frames that are to fail. Raises UsageError if no frame may be missing."""
+    if not sources.is_sequence and source_filter.frames is None:
         return []
-    there = [*found, *(path for path in sources.files if real_path(path) in protected)]
-    excluded = set(sources.files) - set(there)
+    present = [*found, *(path for path in sources.files if real_path(path) in protected)]
+    excluded = set(sources.files) - set(present)
     files: list[Path] = []
-    for pattern, lost in missing_frames(there, choice.frames).items():
-        each = FramePattern.parse(pattern.name)
-        if each is None:
+    for pattern_path, absent in missing_frames(present, source_filter.frames).items():
+        pattern = FramePattern.parse(pattern_path.name)
+        if pattern is None:
             continue
-        numbers = [number for number in lost if pattern.with_name(each.frame_name(number)) not in excluded]
+        numbers = [number for number in absent if pattern_path.with_name(pattern.frame_name(number)) not in excluded]
         if not numbers:
             continue
-        of_pattern = [pattern.with_name(each.frame_name(number)) for number in numbers]
+        of_pattern = [pattern_path.with_name(pattern.frame_name(number)) for number in numbers]
         files += of_pattern
-        text = f"{pattern} has no frame {format_frame_ranges(numbers)}"
-        if choice.missing == "error":
-            raise UsageError(f"{text}; nothing was made, as --missing error wants it")
-        if choice.missing == "skip":
-            alphas = [place.output_path(file.relative_to(sources.root)) for file in of_pattern]
-            stay = [str(alpha) for alpha in alphas if alpha.exists()]
-            more = f" and {len(stay) - 1} more" if len(stay) > 1 else ""
-            earlier = f"its earlier alpha {stay[0]}{more} stays" if stay else "there will be no alpha either"
-            skipped_files.notify(f"{text}; {earlier}")
-    return [] if choice.missing == "skip" else files
+        text = f"{pattern_path} has no frame {format_frame_ranges(numbers)}"
+        if source_filter.missing == "error":
+            raise UsageError(f"{text}; nothing was written, as --missing error demands; add the frames and run again")
+        if source_filter.missing == "skip":
+            alphas = [layout.output_path(file.relative_to(sources.root)) for file in of_pattern]
+            kept = [str(alpha) for alpha in alphas if alpha.exists()]
+            more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
+            skipped_files.notify(
+                f"{text}; " + (f"its earlier alpha {kept[0]}{more} is kept" if kept else "no alpha is written")
+            )
+    return [] if source_filter.missing == "skip" else files
 
 
-def _state(path: Path) -> str:
-    try:
-        state = path.stat()
-        windows, turn = windows_and_turn(path)
-    except FileNotFoundError as error:
-        raise ImageError(f"{path} does not exist; put it there and run again") from error
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read: {error.strerror}") from error
-    height, width = windows.size
-    lies = "" if windows.is_full else f" {windows}"
-    return f"{state.st_size} {state.st_mtime_ns} {width}x{height} {turn}{lies}"
+def _join_states(states: Sequence[str]) -> str:
+    return " ".join(states)
 
 
-@functools.lru_cache(maxsize=64)
-def _content(path: Path, state: str) -> str:  # noqa: ARG001 (a key: the content is that of this state)
-    """SHA-256 of a file; read once for all of its frames."""
-    return content_sha256(path)
+def _content_digest(file: ImageFile) -> str:
+    """Return the content digest of an open file, which is read once for all of its pages."""
+    key = file.path, file.state
+    with _digests_lock:
+        digest = _digests.get(key)
+    if digest is None:
+        digest = file.content_digest()
+        with _digests_lock:
+            _digests[key] = digest
+    return digest
 
 
-def _below(folder: Path, root: Path) -> Callable[[Path], bool]:
-    """Whether a path lies below ``folder``, asked only where that itself lies below the sources' root."""
+def _is_below(folder: Path, root: Path) -> Callable[[Path], bool]:
+    """Return a test for paths below ``folder``; it is always false if ``folder`` is not below the sources' root."""
     inside = real_path(folder)
     if real_path(root) not in inside.parents:
         return lambda _: False
     return lambda path: inside in real_path(path).parents
 
 
-def _is_wanted(name: Path, choice: SourceFilter) -> bool:
+def _is_wanted(name: Path, source_filter: SourceFilter) -> bool:
     def matches(patterns: Sequence[str]) -> bool:
         return any(fnmatch(name.as_posix(), pattern) or fnmatch(name.name, pattern) for pattern in patterns)
 
-    return (not choice.include or matches(choice.include)) and not matches(choice.exclude)
+    return (not source_filter.include or matches(source_filter.include)) and not matches(source_filter.exclude)
 
 
-def _jobs(source: Path, root: Path, place: OutputLayout, colour: ColourSettings, kind: FileType) -> list[Job]:
-    """One job per picture: name.png, or name.0001.png and following where the file has several."""
-    name, count = source.relative_to(root), 1
-    absolute = os.path.abspath(root)  # noqa: PTH100  resolve() would follow links
-    if kind.may_have_frames:
-        with contextlib.suppress(ImageError):  # told when it is matted
-            count = frame_count(source)
-    if count == 1:
-        output = place.output_path(name)
-        planned = ImageResult(str(source), str(output), "planned", name=name.as_posix())
-        return [Job(source, name, output, planned, colour=colour, root=absolute)]
+def _jobs_of_file(
+    source: Path, root: Path, layout: OutputLayout, colour: ColourSettings, inspected: SourceFile | None
+) -> list[Job]:
+    """Return one job per image of a file: name.png, or name.0001.png and following for a file with several."""
+    name = source.relative_to(root)
+    count = 1 if inspected is None else inspected.frame_count
+    absolute_root = os.path.abspath(root)  # noqa: PTH100  resolve() would follow links
     jobs = []
     for page in range(count):
-        numbered = name.with_name(f"{name.stem}.{page + 1:04d}{name.suffix}")
-        output = place.output_path(numbered)
-        planned = ImageResult(str(source), str(output), "planned", name=numbered.as_posix(), page=page + 1)
-        jobs.append(Job(source, numbered, output, planned, page=page, colour=colour, root=absolute))
+        numbered = name if count == 1 else name.with_name(f"{name.stem}.{page + 1:04d}{name.suffix}")
+        output = layout.output_path(numbered)
+        planned = ImageResult(
+            str(source), str(output), "planned", name=numbered.as_posix(), page=0 if count == 1 else page + 1
+        )
+        job = Job(source, numbered, output, planned, page=page, colour=colour, root=absolute_root)
+        jobs.append(replace(job, is_missing=inspected is None, has_trimap=layout.has_trimap, inspected=inspected))
     return jobs
 
 
-def _check_filters(found: Sequence[Path], root: Path, choice: SourceFilter) -> None:
-    """Raises UsageError for filters that not one image matches: slips, not choices."""
-    if choice.include and not any(_is_wanted(path.relative_to(root), SourceFilter(choice.include)) for path in found):
-        patterns = " and ".join(f"--include {pattern!r}" for pattern in choice.include)
+def _check_filters(found: Sequence[Path], root: Path, source_filter: SourceFilter) -> None:
+    """Raise UsageError for a filter that matches no image, which is a mistake rather than a choice."""
+    include = SourceFilter(source_filter.include)
+    if source_filter.include and not any(_is_wanted(path.relative_to(root), include) for path in found):
+        patterns = " and ".join(f"--include {pattern!r}" for pattern in source_filter.include)
         raise UsageError(
             f"{patterns} matches none of the {len(found)} image(s) in {root}, such as {found[0].relative_to(root)}; "
-            "expected a glob of the path below that folder, or of the bare name"
+            "expected a glob for the path below that folder, or for the file name"
         )
-    if choice.frames is not None and all(FrameName.from_path(path).number is None for path in found):
+    if source_filter.frames is not None and all(FrameName.from_path(path).number is None for path in found):
         raise UsageError(
-            f"--frames chooses by frame number, and none of the {len(found)} image(s) in {root} has one, such as "
-            f"{found[0].relative_to(root)}; expected names such as shot.1001.exr, or leave --frames out"
+            f"--frames selects by frame number, and none of the {len(found)} image(s) in {root} has one, such as "
+            f"{found[0].relative_to(root)}; expected names such as shot.1001.exr; omit --frames"
         )
 
 
-def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> None:
-    """Raises UsageError where an output is one of these files."""
-    kept = {os.path.realpath(path) for path in files}
-    for output in (output for job in jobs for output in job.outputs):
-        if os.path.realpath(output) in kept:
-            raise UsageError(f"{output} would be written over {what}; give --out another folder")
-
-
-def _check_collisions(jobs: Sequence[Job], place: OutputLayout) -> None:
-    taken: dict[Path, list[str]] = {}
+def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
+    """Raise UsageError if several images have the same output file."""
+    writers: dict[Path, list[str]] = {}
     for job in jobs:
         for output in job.outputs:
-            maker = str(job.source) if output == job.output else f"the trimap of {job.source}"
-            taken.setdefault(output, []).append(maker)
-    shared = {output: found for output, found in taken.items() if len(found) > 1}
+            writer = str(job.source) if output == job.output else f"the trimap of {job.source}"
+            writers.setdefault(output, []).append(writer)
+    shared = {output: found for output, found in writers.items() if len(found) > 1}
     if shared:
         lines = [f"{' and '.join(found)} to {output}" for output, found in list(shared.items())[:MAX_LISTED_FILES]]
         more = f"; and {len(shared) - MAX_LISTED_FILES} more" if len(shared) > MAX_LISTED_FILES else ""
         remedy = "give --keep-suffix (a.jpg.png, a.png.png)"
-        if place.pattern is not None:
-            remedy = "give a folder as --out, not a pattern of frames"
-        elif place.template != DEFAULT_NAME:
-            remedy = "give --name more of {stem}, {frame} and {suffix}"
+        if layout.pattern is not None:
+            remedy = "give --out a folder instead of a frame pattern"
+        elif layout.template != DEFAULT_NAME:
+            remedy = "use more of {stem}, {frame} and {suffix} in --name"
         raise UsageError(
-            f"{len(shared)} file(s) would come of several images each: {'; '.join(lines)}{more}; {remedy}, rename "
-            "some, or leave some out with --exclude"
+            f"{len(shared)} file(s) would be written by several images each: {'; '.join(lines)}{more}; {remedy}, "
+            "rename some images, or skip some with --exclude"
         )

@@ -16,7 +16,7 @@ from icm_cli.errors import Problem, UsageError, did_you_mean
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path, as_paths, remove_stale_temporaries
 from icm_cli.images.colour import ColourSettings
-from icm_cli.images.kinds import IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_message
+from icm_cli.images.image_file import IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_message
 from icm_cli.images.writing import FORMAT_SUFFIXES, OutputFormat
 from icm_cli.matting.cluster import RayCluster
 from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
@@ -27,7 +27,7 @@ from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.shot import Key, Shot, apart, described
-from icm_cli.matting.sources import SkippedFiles, file_type_or_unknown, find_sources, real_path
+from icm_cli.matting.sources import SkippedFiles, find_sources, real_path
 from icm_cli.model.lite.finetuning import finetuning_digest_text
 from icm_cli.reports.report import PageImages, Report
 from icm_cli.reports.result import ImageResult
@@ -119,7 +119,7 @@ def matte(
     references = read_references(refs, masks, listener.on_notice, mask_label, of_references, mask_orientation)
     skipped_files, shown = SkippedFiles(listener.on_notice), [*refs, *masks]
     sources = find_sources(src, as_path(root), skipped_files)
-    jobs = plan_jobs(sources, place, choice=wanted, references=shown, colour=colour, skipped_files=skipped_files)
+    jobs = plan_jobs(sources, place, source_filter=wanted, references=shown, colour=colour, skipped_files=skipped_files)
     jobs, in_order = _as_shot(jobs, refs, references, shard) if shot else (jobs, None)
     jobs, in_order, truths, problems = _with_truths(jobs, in_order, gt)
     inputs = [str(path) for job in jobs for path in (job.source, *job.outputs)]
@@ -273,7 +273,7 @@ def _planned(job: Job) -> ImageResult:
     assert isinstance(source, Path)
     if not source.exists():
         return replace(job.planned, status="failed", reason=f"{source} does not exist")
-    if file_type_or_unknown(source).is_movie:
+    if job.inspected is not None and job.inspected.type.is_movie:
         return replace(job.planned, status="failed", reason=f"{source}: {movie_message(source)}")
     return job.planned
 

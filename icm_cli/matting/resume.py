@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli.errors import ImageError
-from icm_cli.images.kinds import detect_file_type
+from icm_cli.images.decoding import SourceFile
 from icm_cli.images.reading import read_stored_pixels
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.jobs import Job
@@ -33,11 +33,6 @@ class Origin:
     state: str
     content: str
     """SHA-256 of its file."""
-
-    @classmethod
-    def of(cls, job: Job) -> Origin:
-        """Look at a job's source. Raises ImageError."""
-        return cls(job.state(), job.content())
 
 
 def stamp(job: Job, digest: str, origin: Origin, measured: dict[str, Any]) -> dict[str, str]:
@@ -86,7 +81,9 @@ def _own_stamp(path: Path, job: Job) -> dict[str, str]:
     if not found or NAME_KEY not in found:
         return {}
     is_same_root = found.get(ROOT_KEY) == _text(job.root)
-    is_same = found[NAME_KEY] == _text(job.planned.name) and (is_same_root or found.get(CONTENT_KEY) == job.content())
+    is_same = found[NAME_KEY] == _text(job.planned.name) and (
+        is_same_root or found.get(CONTENT_KEY) == job.content_digest()
+    )
     if not is_same:
         earlier = f"{found.get(ROOT_KEY)}/{found[NAME_KEY]}"
         raise OtherSourceError(
@@ -99,7 +96,7 @@ def _own_stamp(path: Path, job: Job) -> dict[str, str]:
 def _is_picture_of_another(path: Path) -> bool:
     """Whether a file is a whole picture without icm's stamp; what is damaged may be made again."""
     try:
-        if detect_file_type(path).is_icm_output:
+        if SourceFile.inspect(path).type.is_icm_output:
             return False
         read_stored_pixels(path)
     except (ImageError, OSError):

@@ -326,7 +326,11 @@ def _seen_earlier(job: Job) -> Seen | None:
         text = (read_stamp(job.output) or {}).get(CARRIED_KEY, "")
         data = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
         alpha = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
-        return None if alpha is None else Seen(shrunk(job.read().to_display_window().rgb), np.asarray(alpha, np.uint8))
+        return (
+            None
+            if alpha is None
+            else Seen(shrunk(job.read_image().to_display_window().rgb), np.asarray(alpha, np.uint8))
+        )
     except (ImageError, ValueError, OSError, cv2.error):
         return None
 

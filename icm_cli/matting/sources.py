@@ -1,4 +1,4 @@
-"""Sources: which files are to be matted, the root that their alphas' tree mirrors, and what is left out."""
+"""Find the source files, the root that the output tree mirrors, and the files that are skipped."""
 
 from __future__ import annotations
 
@@ -8,176 +8,165 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from icm_cli.errors import UsageError
 from icm_cli.files import SkippedPaths, expand_glob, split_glob, walk_files
-from icm_cli.images.kinds import IMAGE_SUFFIXES, FileType, detect_file_type, movie_message
+from icm_cli.images.decoding import SourceFile
+from icm_cli.images.image_file import IMAGE_SUFFIXES, movie_message
 from icm_cli.matting.frames import FramePattern
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 EXPECTED = "expected a folder, an image, a quoted glob, a frame pattern such as shot.####.exr, a text list or -"
 A_MOVIE = "a movie"
-ADVICE = {A_MOVIE: "; write its frames first, for example with ffmpeg"}
-"""Further words of a notice, by the reason that is counted."""
+NOT_AN_IMAGE = "not an image"
+ADVICE = {A_MOVIE: "; extract its frames first, for example with ffmpeg"}
+"""What to do about skipped files, by the reason."""
 MAX_LISTED_FILES = 8
-"""Files named one by one in an error."""
+"""Maximum number of files that an error lists."""
 
 
 class SkippedFiles(Counter[str]):
-    """Files that are not matted, counted by reason; each reason is told once, with the first of its files."""
+    """Files that are not matted, counted by reason. A notice names the first file of each reason."""
 
     def __init__(self, notice: Callable[[str], None]) -> None:
         super().__init__()
         self.notify = notice
 
     def add(self, paths: Sequence[Path], reason: str, *, is_reported: bool = True) -> None:
-        """Count files of one reason, and say so."""
+        """Count files with a reason, and report it."""
         self[reason] += len(paths)
         if paths and is_reported:
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            self.notify(f"{min(paths)}{more} left out: {reason}{ADVICE.get(reason, '')}")
+            self.notify(f"{min(paths)}{more} skipped: {reason}{ADVICE.get(reason, '')}")
 
     def exclude(
         self, paths: Sequence[Path], is_excluded: Callable[[Path], bool], reason: str, *, is_reported: bool = True
     ) -> list[Path]:
-        """The paths but for those that ``is_excluded`` says."""
-        dropped = {path for path in paths if is_excluded(path)}
-        self.add(sorted(dropped), reason, is_reported=is_reported)
-        return [path for path in paths if path not in dropped]
+        """Return the paths without those for which ``is_excluded`` is true, which are counted."""
+        excluded = {path for path in paths if is_excluded(path)}
+        self.add(sorted(excluded), reason, is_reported=is_reported)
+        return [path for path in paths if path not in excluded]
 
-    def add_skipped_paths(self, passed: SkippedPaths) -> None:
-        """Count and tell what a walk passed by."""
-        for reason, paths in passed.items():
+    def add_skipped_paths(self, skipped: SkippedPaths) -> None:
+        """Count and report what a walk has skipped."""
+        for reason, paths in skipped.items():
             self.add(paths, reason)
-
-    def keep_images(self, paths: Sequence[Path], passed: SkippedPaths) -> list[Path]:
-        """The pictures of a walk, which passed others by."""
-        self.add_skipped_paths(passed)
-        unknown = {path: file_type_or_unknown(path) for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES}
-        still = self.exclude(paths, lambda path: path in unknown and unknown[path].is_movie, A_MOVIE)
-        return self.exclude(still, lambda path: path in unknown and not unknown[path].name, "no picture")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Files in the order of their names, numbers counted as numbers, all below ``root``."""
+    """Source files below ``root``, sorted by name with numbers compared as numbers."""
 
     root: Path
     files: Sequence[Path]
     is_sequence: bool = False
-    """Whether they were named by a frame pattern."""
+    """Whether a frame pattern named them."""
+    inspected: Mapping[Path, SourceFile] = field(default_factory=dict)
+    """Files that were inspected to find out whether they are images."""
 
 
 def find_sources(src: str | Path, root: Path | None, skipped_files: SkippedFiles) -> Sources:
     """Find the files that ``src`` names.
 
-    The root is the folder itself; of a file its folder, of a glob or frame pattern its fixed part, of a list the
-    working directory; ``root`` overrides it. It depends on no other file of the run, so neither does an alpha's place.
-    Raises UsageError, for files outside the root too.
+    The root is the folder itself, the folder of a file, the part of a glob or frame pattern without wildcards, or the
+    working directory for a list. ``root`` overrides it. The root does not depend on the other files of the run, so
+    neither does an output path. Raises UsageError, also for files outside the root.
     """
-    own, files, is_sequence = _find(src, skipped_files)
+    sources = _find(src, skipped_files)
     if root is not None:
         if not root.is_dir():
-            raise UsageError(f"--root {root} is no folder; expected the folder that the sources lie below")
-        files = [Path(os.path.abspath(path)) for path in files]  # noqa: PTH100  resolve() would rename links
-        own = Path(os.path.abspath(root))  # noqa: PTH100
-    if not files:
-        named = "standard input" if str(src) == "-" else src
+            raise UsageError(f"--root {root} is not a folder; expected a folder that contains the sources")
+        absolute = {path: Path(os.path.abspath(path)) for path in sources.files}  # noqa: PTH100  resolve() follows links
+        inspected = {absolute[path]: file for path, file in sources.inspected.items() if path in absolute}
+        sources = replace(sources, root=Path(os.path.abspath(root)), files=list(absolute.values()), inspected=inspected)  # noqa: PTH100
+    if not sources.files:
+        where = "standard input" if str(src) == "-" else src
         raise UsageError(
-            f"no images were found in {named}; expected at least one of "
+            f"no images were found in {where}; expected at least one of "
             f"{', '.join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))}"
         )
-    outside = [path for path in files if not path.is_relative_to(own)]
+    outside = [path for path in sources.files if not path.is_relative_to(sources.root)]
     if outside:
         named = ", ".join(map(str, outside[:MAX_LISTED_FILES])) + (", ..." if len(outside) > MAX_LISTED_FILES else "")
         raise UsageError(
-            f"{len(outside)} of the images lie outside {own}, which their alphas' places are told from: {named}; give "
-            "--root with a folder that holds all of them"
+            f"{len(outside)} of the images are outside {sources.root}, to which output paths are relative: {named}; "
+            "give --root a folder that contains all of them"
         )
-    signed = [path for path in files if re.search(r"[._]-[0-9]+$", path.stem)]
+    signed = [path for path in sources.files if re.search(r"[._]-[0-9]+$", path.stem)]
     if signed:
         more = f" and {len(signed) - 1} more" if len(signed) > 1 else ""
         skipped_files.notify(
-            f"{min(signed, key=natural_sort_key)}{more}: numbers below 0 are not known, so the - counts for a part "
-            "of the name; number frames from 0"
+            f"{min(signed, key=natural_sort_key)}{more}: negative frame numbers are not supported, so the - is read "
+            "as part of the name; number frames from 0"
         )
-    return Sources(own, sorted(set(files), key=natural_sort_key), is_sequence)
+    return replace(sources, files=sorted(set(sources.files), key=natural_sort_key))
 
 
 def natural_sort_key(path: Path) -> list[list[tuple[int, int, str]]]:
-    """Sorting key of a path: numbers in it count as numbers, so that a9 comes before a10."""
-    return [_natural_name(name) for name in path.parts]
+    """Return a sort key in which numbers are compared as numbers, so that a9 comes before a10."""
+    return [_natural_name_key(name) for name in path.parts]
 
 
 @functools.lru_cache(maxsize=1024)
-def _natural_name(name: str) -> list[tuple[int, int, str]]:
-    """Sorting key of one part of a path; folders have many files."""
-    return [(0, int(part), part) if part.isascii() and part.isdigit() else (1, 0, part) for part in _split(name)]
+def _natural_name_key(name: str) -> list[tuple[int, int, str]]:
+    """Return the key of one part of a path. It is cached because folders have many files."""
+    parts = [part for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part), part) if part.isascii() and part.isdigit() else (1, 0, part) for part in parts]
 
 
 def real_path(path: Path) -> Path:
-    """Links followed; unlike ``Path.resolve`` a link to itself is no error here, it fails when it is read."""
+    """Return the path with links followed. Unlike ``Path.resolve`` this accepts a link to itself."""
     return Path(os.path.realpath(path))
 
 
-def file_type_or_unknown(path: Path) -> FileType:
-    """The kind by content; one that cannot be read is told when it is matted."""
-    try:
-        return detect_file_type(path)
-    except OSError:
-        return FileType("")
-
-
-def _split(name: str) -> list[str]:
-    return [part for part in re.split(r"(\d+)", name) if part]
-
-
-def _find(src: str | Path, skipped_files: SkippedFiles) -> tuple[Path, list[Path], bool]:
-    """The root, the files, and whether a frame pattern named them."""
+def _find(src: str | Path, skipped_files: SkippedFiles) -> Sources:
+    """Return the sources in any order, perhaps none."""
     text, path = str(src), Path(src)
     if not text:
         raise UsageError(f"the source is empty; {EXPECTED}")
     if text == "-":
-        return *_listed(sys.stdin or (), "standard input", skipped_files), False
+        return _read_list(sys.stdin or (), "standard input", skipped_files)
     if path.is_dir():
-        passed: SkippedPaths = {}
-        return path, skipped_files.keep_images(list(walk_files(path, passed)), passed), False
+        skipped: SkippedPaths = {}
+        return _keep_images(path, list(walk_files(path, skipped)), skipped, skipped_files)
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"the list {path} cannot be read ({error}); expected UTF-8 text, one path per line"
-            ) from error
-        return *_listed(lines, str(path), skipped_files), False
+        return _read_list(_list_lines(path), str(path), skipped_files)
     if path.is_file():
-        return path.parent, [_no_movie(path)], False
+        file = SourceFile.inspect(path)
+        if file.type.is_movie:
+            raise UsageError(f"source {path} {movie_message(path)}")
+        return Sources(path.parent, [path], inspected={path: file})
     if (pattern := FramePattern.parse(text)) is not None:
-        return *_sequence(pattern, text, skipped_files), True
+        return _find_sequence(pattern, text, skipped_files)
     if glob.has_magic(text):
-        passed = {}
-        files = list(expand_glob(text, passed))
+        skipped = {}
+        files = list(expand_glob(text, skipped))
         if not files:
             raise UsageError(
-                f"no file matches {text}; it does not exist as it stands, so its *, ? and [] were taken as wildcards"
+                f"no file matches {text}; no file has this exact name, so *, ? and [] were read as wildcards; "
+                "check the path"
             )
-        return Path(split_glob(text)[0]), skipped_files.keep_images(files, passed), False
+        return _keep_images(Path(split_glob(text)[0]), files, skipped, skipped_files)
     raise UsageError(f"source {text} does not exist; {EXPECTED}")
 
 
-def _no_movie(path: Path) -> Path:
-    if file_type_or_unknown(path).is_movie:
-        raise UsageError(f"source {path} {movie_message(path)}")
-    return path
+def _keep_images(root: Path, paths: Sequence[Path], skipped: SkippedPaths, skipped_files: SkippedFiles) -> Sources:
+    """Return the images among the files of a walk. Files without an image suffix are inspected."""
+    skipped_files.add_skipped_paths(skipped)
+    inspected = {path: SourceFile.inspect(path) for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES}
+    types = {path: file.type for path, file in inspected.items()}
+    kept = skipped_files.exclude(paths, lambda path: path in types and types[path].is_movie, A_MOVIE)
+    kept = skipped_files.exclude(kept, lambda path: path in types and not types[path].name, NOT_AN_IMAGE)
+    return Sources(root, kept, inspected={path: inspected[path] for path in kept if path in inspected})
 
 
-def _sequence(pattern: FramePattern, text: str, skipped_files: SkippedFiles) -> tuple[Path, list[Path]]:
-    passed: SkippedPaths = {}
+def _find_sequence(pattern: FramePattern, text: str, skipped_files: SkippedFiles) -> Sources:
+    skipped: SkippedPaths = {}
     folder = Path(pattern.folder)
-    files = folder.iterdir() if folder.is_dir() else expand_glob(str(folder / "*"), passed)
+    files = folder.iterdir() if folder.is_dir() else expand_glob(str(folder / "*"), skipped)
     names: dict[str, list[Path]] = {}
     for path in files:
         names.setdefault(path.name, []).append(path)
@@ -185,22 +174,32 @@ def _sequence(pattern: FramePattern, text: str, skipped_files: SkippedFiles) -> 
         pattern = pattern.escape_wildcards()
     found = [path for name in pattern.matching_names(names) for path in names[name] if path.is_file()]
     others = [path for name in pattern.names_with_other_numbers(names) for path in names[name] if path.is_file()]
-    skipped_files.add(others, f"a number that {Path(text).name} does not fit, by its sign or its digits")
-    skipped_files.add_skipped_paths(passed)
+    skipped_files.add(others, f"its number does not match {Path(text).name}, by its sign or its digits")
+    skipped_files.add_skipped_paths(skipped)
     if not found:
         raise UsageError(
-            f"no file matches {text}; its name was taken as a pattern of frames, with {pattern.digits} or more digits"
+            f"no file matches {text}; its name was read as a frame pattern with {pattern.digits} or more digits; "
+            "check the path and the number of digits"
         )
-    return Path(split_glob(pattern.folder)[0]), found
+    return Sources(Path(split_glob(pattern.folder)[0]), found, is_sequence=True)
 
 
-def _listed(lines: Iterable[str], where: str, skipped_files: SkippedFiles) -> tuple[Path, list[Path]]:
-    """The working directory, and the files of a list in it; folders among them are left out."""
+def _list_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"the list {path} cannot be read ({error}); expected UTF-8 text with one path per line"
+        ) from error
+
+
+def _read_list(lines: Iterable[str], where: str, skipped_files: SkippedFiles) -> Sources:
+    """Return the files of a list, relative to the working directory. Folders in the list are skipped."""
     paths = [Path(line.strip()) for line in lines if line.strip()]
     if not paths:
         raise UsageError(f"{where} lists no images; expected one path per line")
     if any("\0" in str(path) for path in paths):
-        raise UsageError(f"{where} has NUL characters; expected one path per line (find -print, not -print0)")
-    absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100  resolve() would rename links
-    files = skipped_files.exclude(absolute, Path.is_dir, "a folder in a list, whose files were not listed")
-    return Path.cwd(), files
+        raise UsageError(f"{where} has NUL characters; expected one path per line; use find -print, not -print0")
+    absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100  resolve() follows links
+    files = skipped_files.exclude(absolute, Path.is_dir, "a folder in a list; list its files instead")
+    return Sources(Path.cwd(), files)

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from icm_cli.files import atomic_write
 from icm_cli.geometry import ImageU8, round_to_u8
 from icm_cli.images.colour import ColourSettings
-from icm_cli.images.kinds import OWN_SHEET_MARK
+from icm_cli.images.image_file import OWN_SHEET_MARK
 from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult

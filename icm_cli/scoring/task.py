@@ -11,7 +11,7 @@ import numpy as np
 from icm_cli.errors import ImageError, Problem
 from icm_cli.geometry import UNKNOWN, ImageU8, has_same_aspect
 from icm_cli.images.decoding import image_size
-from icm_cli.images.reading import GroundTruthAlpha, content_sha256, read_alpha, read_ground_truth
+from icm_cli.images.reading import GroundTruthAlpha, file_digest, read_alpha, read_ground_truth
 from icm_cli.reports.result import Region, Scores
 from icm_cli.scoring.metrics import boundary_accuracy, compute_dt_ssd, compute_scores, region_similarity
 from icm_cli.scoring.rule import ScoringRule, make_trimap, resize_for_scoring
@@ -53,7 +53,7 @@ class ScoreTask:
         digest = None
         try:
             if self.needs_sha256 and self.image:
-                digest = content_sha256(self.image)
+                digest = file_digest(self.image)
             truth = read_ground_truth(self.truth, has_objects=self.rule.is_shots)
             predicted = read_ground_truth(self.alpha, has_objects=self.rule.is_shots)
             problems = self._check_truth(truth) + (

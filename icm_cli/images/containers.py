@@ -1,0 +1,217 @@
+"""Structure of JPEG, PNG and TIFF files: what Pillow and OpenImageIO do not report, or reject too early.
+
+libpng and libtiff print their complaints about a damaged file. The checks here find the damage first, so that icm
+reports it in its own messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from icm_cli.images.image_file import ImageFile
+
+JPEG_END = b"\xff\xd9"
+NO_JPEG_END = "is a JPEG without its end marker; all rows are present, so the image is used"
+PROGRESSIVE, SCAN = 0xC2, 0xDA
+"""JPEG markers of a progressive image's header, and of a scan."""
+MARKER_START = 0xFF
+WITHOUT_LENGTH = frozenset({0x00, 0x01, MARKER_START, *range(0xD0, 0xDA)})
+"""Bytes that follow 0xFF in coded data, and JPEG markers without a length."""
+COEFFICIENTS = 64
+"""Coefficients of a JPEG block."""
+_TRIED_ENDS = 2
+"""Number of random continuations that a JPEG without end marker is decoded with."""
+_NOISE_RUNS, _NOISE_RUN_BYTES = 64, 64
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_HEADER_OFFSET = len(PNG_SIGNATURE) + 8
+"""Offset of the content of a PNG's header chunk, which is the first chunk."""
+PNG_DEPTH_OFFSET = 24
+"""Offset of the number of bits per channel."""
+PNG_OPAQUE = frozenset({b"\0", b"\2"})
+"""Colour types without alpha and palette: grey and RGB."""
+CRITICAL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
+"""Chunks that the pixels depend on. The others hold metadata, which may be damaged."""
+CHUNKS_BEFORE_GAMMA = frozenset({b"sRGB", b"iCCP", b"cICP"})
+"""Chunks that take precedence over gAMA."""
+SRGB_GAMMA = 45455
+"""1/2.2 as a gAMA chunk stores it, in units of 1/100000."""
+INFLATED_BYTES = 1 << 20
+"""Number of bytes that are inflated at a time."""
+
+TIFF_SUBFILE_TYPE = 254
+TIFF_EXTRA_SAMPLES = 338
+TIFF_SHORT = 3
+TIFF_REDUCED = 1
+"""Bit of the subfile type that marks a page as a smaller copy of another page."""
+MAX_TIFF_PAGES = 65535
+
+
+def complete_jpeg(file: ImageFile) -> io.BytesIO | None:
+    """Return the bytes of a JPEG with the missing end marker added, or None if more than the marker is missing.
+
+    If all rows are present, the decoder stops before it reaches the end, so the pixels do not depend on what
+    follows. If rows are missing, it decodes what follows as rows. A progressive file has all its rows after the
+    first scan, so its scans are counted as well. Raises OSError.
+    """
+    data = file.stream.read().rstrip(b"\xff")
+    if not _has_every_scan(data):
+        return None
+    try:
+        decoded = {_pixel_digest(data + end) for end in (JPEG_END, *map(_noise, range(_TRIED_ENDS)))}
+    except (OSError, ValueError):
+        return None
+    return io.BytesIO(data + JPEG_END) if len(decoded) == 1 else None
+
+
+def is_deep_png(head: bytes) -> bool:
+    """Whether a PNG with this head has 16 bits per channel. Pillow reduces 16-bit RGB to 8 bits without notice."""
+    return head.startswith(PNG_SIGNATURE) and head[PNG_DEPTH_OFFSET : PNG_DEPTH_OFFSET + 1] == b"\x10"
+
+
+def has_unusual_gamma(file: ImageFile) -> bool:
+    """Whether a PNG's gAMA chunk differs from the gamma of sRGB (about 1/2.2) and no other chunk takes precedence.
+
+    Raises ValueError for a damaged file.
+    """
+    gamma = 0
+    for name, data in _png_chunks(file, stop_before=b"IDAT"):
+        if name in CHUNKS_BEFORE_GAMMA:
+            return False
+        if name == b"gAMA" and len(data) == 4:
+            gamma = int.from_bytes(data, "big")
+    return gamma > 0 and abs(gamma - SRGB_GAMMA) > SRGB_GAMMA // 50
+
+
+def check_png_pixels(file: ImageFile) -> None:
+    """Raise ValueError for a PNG whose pixels are damaged or incomplete. Only the end chunk may be missing.
+
+    This reads the file once, which takes 2 to 3 % of the decoding time.
+    """
+    if any(name == b"IEND" for name, _ in _png_chunks(file)):
+        return
+    inflater = zlib.decompressobj()
+    for name, data in _png_chunks(file):
+        while name == b"IDAT" and data:
+            inflater.decompress(data, INFLATED_BYTES)
+            data = inflater.unconsumed_tail
+    if not inflater.eof:
+        raise ValueError("it ends before its pixels do")
+
+
+def has_png_alpha(file: ImageFile) -> bool:
+    """Whether a PNG has an alpha channel or a transparent colour. Raises ValueError for a damaged file."""
+    colour_type = file.head[PNG_DEPTH_OFFSET + 1 : PNG_DEPTH_OFFSET + 2]
+    return colour_type not in PNG_OPAQUE or any(name == b"tRNS" for name, _ in _png_chunks(file, stop_before=b"IDAT"))
+
+
+def tiff_pages(file: ImageFile) -> list[int]:
+    """Return the numbers of a TIFF's pages without the smaller copies of others (thumbnails, pyramids)."""
+    pages = [n for n, tags in enumerate(_tiff_tags(file)) if not tags.get(TIFF_SUBFILE_TYPE, 0) & TIFF_REDUCED]
+    return pages or [0]
+
+
+def has_tiff_extra_samples(file: ImageFile) -> bool:
+    """Whether any page of a TIFF has channels besides its colours, such as an alpha."""
+    return any(TIFF_EXTRA_SAMPLES in tags for tags in _tiff_tags(file))
+
+
+def _has_every_scan(data: bytes) -> bool:
+    """Whether the scans of a progressive JPEG contain every coefficient of every component to its last bit."""
+    components: set[int] = set()
+    missing_bits: dict[tuple[int, int], int] = {}
+    for marker, content in _jpeg_segments(data):
+        if marker == PROGRESSIVE:
+            components = set(content[6::3])
+        if marker == SCAN and components:
+            count = content[0]
+            first, last, bits = content[1 + 2 * count], content[2 + 2 * count], content[3 + 2 * count] & 15
+            missing_bits |= {
+                (each, at): bits for each in content[1 : 1 + 2 * count : 2] for at in range(first, last + 1)
+            }
+    return all(missing_bits.get((each, at)) == 0 for each in components for at in range(COEFFICIENTS))
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the markers that have a length, with their content, in file order. An incomplete segment ends it."""
+    at = 2
+    while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker in WITHOUT_LENGTH:
+            at += 1 if marker == MARKER_START else 2
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if end > len(data):
+            return
+        yield marker, data[at + 4 : end]
+        at = end
+
+
+def _pixel_digest(data: bytes) -> bytes:
+    with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        return hashlib.sha256(image.tobytes()).digest()
+
+
+def _noise(seed: int) -> bytes:
+    """Return bytes that decode to arbitrary rows, with every restart marker among them and an end marker."""
+    shape = (_NOISE_RUNS, _NOISE_RUN_BYTES)
+    runs = np.random.default_rng(seed).integers(0, MARKER_START, shape, np.uint8)
+    return b"".join(run.tobytes() + bytes([0xFF, 0xD0 + number % 8]) for number, run in enumerate(runs)) + JPEG_END
+
+
+def _png_chunks(file: ImageFile, stop_before: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+    """Yield names and content of the chunks, up to the end, an incomplete chunk, or the chunk ``stop_before``.
+
+    Raises ValueError for a damaged chunk.
+    """
+    stream = file.stream
+    stream.seek(len(PNG_SIGNATURE))
+    while len(head := stream.read(8)) == 8:
+        length, name = struct.unpack(">I4s", head)
+        if not (name.isalpha() and name.isascii()):
+            raise ValueError(f"it has a chunk named {name.hex()}")
+        if (name == b"IHDR") != (stream.tell() == PNG_HEADER_OFFSET):
+            raise ValueError("its header is not the first chunk, or occurs twice")
+        if name == stop_before:
+            return
+        data, checksum = stream.read(min(length, file.size_bytes)), stream.read(4)
+        if len(checksum) < 4:
+            return
+        if name in CRITICAL_CHUNKS and zlib.crc32(name + data) != int.from_bytes(checksum, "big"):
+            raise ValueError(f"the checksum of its chunk {name.decode()} is wrong")
+        yield name, data
+        if name == b"IEND":
+            return
+
+
+def _tiff_tags(file: ImageFile) -> Iterator[dict[int, int]]:
+    """Yield the tags of every page, up to the first page that cannot be read. Reads TIFF and BigTIFF.
+
+    The values are right for tags with one integer; for others they may be an offset.
+    """
+    stream, byte_order = file.stream, "<" if file.head.startswith(b"II") else ">"
+    is_big = b"+" in file.head[2:4]
+    layouts = ("Q", "Q", "HHQ8s") if is_big else ("I", "H", "HHI4s")
+    offset, count, entry = (struct.Struct(byte_order + layout) for layout in layouts)
+    stream.seek(8 if is_big else 4)
+    seen: set[int] = set()
+    with contextlib.suppress(struct.error, OverflowError):
+        while (at := offset.unpack(stream.read(offset.size))[0]) and at not in seen and len(seen) < MAX_TIFF_PAGES:
+            seen.add(at)
+            stream.seek(at)
+            (entries,) = count.unpack(stream.read(count.size))
+            data = stream.read(min(entries * entry.size, file.size_bytes))
+            yield {tag: _tiff_value(type_, value, byte_order) for tag, type_, _, value in entry.iter_unpack(data)}
+
+
+def _tiff_value(type_: int, data: bytes, byte_order: str) -> int:
+    """Return an integer of a page's entry. A short fills the first two bytes of its field, a long the first four."""
+    return int(struct.unpack_from(byte_order + ("H" if type_ == TIFF_SHORT else "I"), data)[0])

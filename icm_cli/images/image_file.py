@@ -1,0 +1,188 @@
+"""Image files on disk: their format by content, and one open handle that serves every reader of a file."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+from icm_cli.errors import ImageError
+
+HEAD_BYTES = 4096
+"""Number of bytes at the start of a file that decide its type and are part of its state."""
+STATE_DIGEST_DIGITS = 16
+OWN_MARK = b"icm-digest"
+OWN_SHEET_MARK = b"icm-sheet"
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".cin", ".dds", ".dib", ".dpx", ".exr", ".gif", ".hdr", ".heic", ".j2c", ".j2k", ".jfif", ".jp2"}
+    | {".jpe", ".jpeg", ".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".sgi"}
+    | {".tga", ".tif", ".tiff", ".webp"}
+)
+"""File name suffixes of images. A file with one of these suffixes is always treated as an image, so that a damaged
+image is reported. Files with other suffixes are images only if their content is one."""
+_SIGNATURES = (
+    (b"\xff\xd8\xff", "jpeg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF87a", "gif"),
+    (b"GIF89a", "gif"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+    (b"II+\0", "tiff"),
+    (b"MM\0+", "tiff"),
+    (b"BM", "bmp"),
+    (b"\x28\0\0\0", "dib"),
+    (b"8BPS", "psd"),
+    (b"\x76\x2f\x31\x01", "openexr"),
+    (b"SDPX", "dpx"),
+    (b"XPDS", "dpx"),
+    (b"\x80\x2a\x5f\xd7", "cineon"),
+    (b"\xd7\x5f\x2a\x80", "cineon"),
+    (b"#?RADIANCE", "hdr"),
+    (b"#?RGBE", "hdr"),
+    (b"\0\0\0\x0cjP  ", "jpeg2000"),
+    (b"\xff\x4f\xff\x51", "jpeg2000"),
+    (b"\xff\x0a", "jpegxl"),
+    (b"\0\0\0\x0cJXL ", "jpegxl"),
+    (b"DDS ", "dds"),
+    (b"SIMPLE  =", "fits"),
+    (b"\x01\xda", "sgi"),
+    *((b"P" + letter, "pnm") for letter in (b"1", b"2", b"3", b"4", b"5", b"6", b"F", b"f")),
+)
+_HEADER_PATTERNS = {
+    "bmp": re.compile(rb"BM.{4}\0{4}", re.DOTALL),
+    "dib": re.compile(rb"\x28\0\0\0.{8}\x01\0", re.DOTALL),
+    "pnm": re.compile(rb"P.(\s|#[^\n]*\n)+\d+\s"),
+    "sgi": re.compile(rb"\x01\xda[\0\x01][\x01\x02]"),
+}
+"""Formats whose signature also begins text and other data, and the header that a real image has."""
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+_MOVIE_BRANDS = (b"isom", b"iso2", b"iso5", b"iso6", b"mp41", b"mp42", b"M4V", b"qt  ", b"avc1", b"dash", b"3gp")
+_MOVIE_ATOMS = (b"moov", b"mdat", b"wide")
+"""First atoms of QuickTime movies that have no brand."""
+_MOVIE_SIGNATURES = (b"\x1aE\xdf\xa3", b"\x06\x0e+4", b"\0\0\1\xba", b"FLV\1", b"0&\xb2u", b"OggS", b"YUV4MPEG2")
+"""Signatures of Matroska and WebM, MXF, MPEG, Flash, Windows Media, Ogg and YUV4MPEG."""
+MOVIE_SUFFIXES = frozenset(
+    {".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".webm", ".wmv"}
+)
+"""File name suffixes of movies, for output names, whose files do not exist yet."""
+_MULTI_FRAME = frozenset({"gif", "webp", "tiff", "avif", "heic"})
+"""Formats that may contain several frames or pages. A PNG does if it has an acTL chunk."""
+
+
+@dataclass(frozen=True)
+class FileType:
+    """The type of a file, by its first bytes."""
+
+    name: str
+    """Name of the image format; "" for a file that is not an image."""
+    may_have_frames: bool = False
+    """Whether the file may contain several frames or pages."""
+    is_icm_output: bool = False
+    is_movie: bool = False
+
+
+UNKNOWN_TYPE = FileType("")
+
+
+def detect_file_type(head: bytes) -> FileType:
+    """Return the type of a file that begins with these bytes."""
+    name = _image_format(head)
+    may_have_frames = name in _MULTI_FRAME or (name == "png" and b"acTL" in head)
+    is_icm_output = name in ("png", "tiff", "openexr") and (OWN_MARK in head or OWN_SHEET_MARK in head)
+    return FileType(name, may_have_frames, is_icm_output, is_movie=not name and _is_movie(head))
+
+
+class ImageFile:
+    """An image file that is open for reading.
+
+    One handle gives the type, the state and the digest of the file, and serves the decoders that read from a stream.
+    """
+
+    def __init__(self, path: Path, stream: BufferedReader) -> None:
+        self.path = path
+        self._stream = stream
+        self.head = stream.read(HEAD_BYTES)
+        self.type = detect_file_type(self.head)
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path) -> Iterator[ImageFile]:
+        """Open a file. Raises OSError, and ImageError for a pipe or a device, where reading could block for ever."""
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ImageError(f"{path} is a pipe or a device; expected an image file")
+        with path.open("rb") as stream:
+            yield cls(path, stream)
+
+    @property
+    def stream(self) -> BufferedReader:
+        """The open handle, rewound to the start of the file."""
+        self._stream.seek(0)
+        return self._stream
+
+    @functools.cached_property
+    def size_bytes(self) -> int:
+        return os.fstat(self._stream.fileno()).st_size
+
+    @functools.cached_property
+    def state(self) -> str:
+        """Size in bytes, modification time in nanoseconds, and a digest of the file's first bytes.
+
+        The first bytes contain the image's size and orientation, so that a file that was replaced by another one of
+        equal size and time is noticed. A TIFF may keep these at its end, so its last bytes are included.
+        """
+        status = os.fstat(self._stream.fileno())
+        hasher = hashlib.sha256(self.head)
+        if self.type.name == "tiff":
+            self._stream.seek(max(0, status.st_size - HEAD_BYTES))
+            hasher.update(self._stream.read(HEAD_BYTES))
+        return f"{_size_and_time(status)} {hasher.hexdigest()[:STATE_DIGEST_DIGITS]}"
+
+    def content_digest(self) -> str:
+        """Return the SHA-256 of the file's content as hexadecimal digits. This reads the whole file."""
+        return hashlib.file_digest(self.stream, "sha256").hexdigest()
+
+
+def has_state(path: Path, state: str) -> bool:
+    """Whether a file still has the size and the modification time of this state. Raises OSError."""
+    return state.startswith(_size_and_time(path.stat()) + " ")
+
+
+def movie_message(path: Path) -> str:
+    """Return the end of an error message that begins with the path of a movie."""
+    command = f"ffmpeg -i {path} frames/%05d.png"
+    return f"is a movie, and icm reads images only; extract its frames first, for example: {command}"
+
+
+def _size_and_time(status: os.stat_result) -> str:
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _is_movie(head: bytes) -> bool:
+    if head[4:8] == b"ftyp":
+        return any(brand in head[8:64] for brand in _MOVIE_BRANDS)
+    is_avi = head[:4] == b"RIFF" and head[8:12] == b"AVI "
+    # Packets of MPEG-TS begin with a G; in M2TS a time stamp of four bytes precedes each packet.
+    is_stream = any(head[at::step][:3] == b"GGG" for at, step in ((0, 188), (4, 192)))
+    is_red = head[4:8] in (b"RED1", b"RED2")
+    return is_avi or is_stream or is_red or head[4:8] in _MOVIE_ATOMS or head.startswith(_MOVIE_SIGNATURES)
+
+
+def _image_format(head: bytes) -> str:
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    if head[4:8] == b"ftyp":
+        brands = head[8:64]
+        if b"avif" in brands or b"avis" in brands:
+            return "avif"
+        return "heic" if any(brand in brands for brand in _HEIC_BRANDS) else ""
+    name = next((name for signature, name in _SIGNATURES if head.startswith(signature)), "")
+    pattern = _HEADER_PATTERNS.get(name)
+    return name if pattern is None or pattern.match(head) else ""
