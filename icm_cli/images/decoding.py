@@ -41,7 +41,7 @@ _PILLOW_FORMATS = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """What planning knows of a source file. It is read once, from one open handle, and keeps no file content."""
+    """Properties of a source file that planning reads from one open handle. It keeps no file content."""
 
     path: Path
     type: FileType = UNKNOWN_TYPE

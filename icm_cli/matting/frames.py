@@ -15,7 +15,7 @@ from fileseq import constants, exceptions, filesequence, frameset
 from icm_cli.errors import UsageError
 
 MissingPolicy = Literal["skip", "report", "error"]
-"""What to do about missing frames: skip them with a notice, report them as failed images, or refuse to run."""
+"""Treatment of missing frames: skip them with a notice, report them as failed images, or refuse to run."""
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<frame>[._-]?(?P<number>\d+))", re.DOTALL)
 _PLACEHOLDER = re.compile(r"#+|@+|%0?\d*d|\$F\d*")
 _NUMBER_MARK = "\0"

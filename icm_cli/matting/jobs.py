@@ -52,7 +52,7 @@ class Job:
     has_trimap: bool = False
     """Whether a trimap is written next to the alpha."""
     inspected: SourceFile | None = None
-    """What planning knows of the file; None for composites and missing frames."""
+    """Properties of the file that planning has read; None for composites and missing frames."""
 
     @property
     def trimap(self) -> Path:
@@ -145,7 +145,7 @@ _EXPECTED_NAME = "expected a file name with {stem}, {frame} and {suffix}, such a
 
 @dataclass(frozen=True)
 class SourceFilter:
-    """Which of the sources are matted."""
+    """A selection of the sources."""
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()

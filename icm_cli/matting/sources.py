@@ -23,7 +23,7 @@ EXPECTED = "expected a folder, an image, a quoted glob, a frame pattern such as 
 A_MOVIE = "a movie"
 NOT_AN_IMAGE = "not an image"
 ADVICE = {A_MOVIE: "; extract its frames first, for example with ffmpeg"}
-"""What to do about skipped files, by the reason."""
+"""Advice about skipped files, by reason."""
 MAX_LISTED_FILES = 8
 """Maximum number of files that an error lists."""
 
