@@ -21,7 +21,7 @@ from icm_cli.errors import ConfigError
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.model.contracts import Features
 from icm_cli.model.core import InContextMatting
-from icm_cli.model.hub.dino import Dino, DinoConfig, project_out_subspace, subspace
+from icm_cli.model.hub.dino import Dino, DinoConfig, positional_subspace, project_out_subspace
 from icm_cli.model.lite.backbone import VisionTransformer, _transformer_weights, _weights_path
 from icm_cli.model.training_free.head import TrainingFree, TrainingFreeConfig
 
@@ -94,7 +94,7 @@ def test_the_transformer_equals_our_own_with_the_weights_of_lite(tmp_path: Path)
     image = torch.rand(1, 3, 18 * 14, 24 * 14, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         outputs = ours((image - backbone.mean) / backbone.deviation, (7, 9, 12))
-        found = backbone.tokens(image)
+        found = backbone.extract_tokens(image)
     for output, tokens in zip(outputs, found, strict=True):
         normed = F.layer_norm(output.permute(0, 2, 3, 1), (384,), eps=1e-6)
         torch.testing.assert_close(tokens, F.normalize(normed, dim=-1).permute(0, 3, 1, 2), atol=2e-5, rtol=1e-3)
@@ -108,9 +108,9 @@ class TestPositions:
         axes = torch.linalg.qr(torch.randn(20, 4, generator=generator)).Q
         place = axes[:, 0, None, None] * ramp[:, None] + axes[:, 1, None, None] * ramp[None, :]
         blank = F.normalize(axes[:, 2, None, None] + 0.5 * place, dim=0)[None]
-        basis = subspace(0.5 * place[None] + axes[:, 2, None, None], 2)
+        basis = positional_subspace(0.5 * place[None] + axes[:, 2, None, None], 2)
         torch.testing.assert_close(basis.T @ basis, torch.eye(2), atol=1e-5, rtol=0)
-        assert subspace(blank, 3).shape == (20, 3)
+        assert positional_subspace(blank, 3).shape == (20, 3)
         shown = torch.where(torch.rand(12, 12, generator=generator) < 0.5, 1.0, -1.0)
         tokens = (axes[:, 3, None, None] * shown + 2.0 * place)[None]
         expected = (axes[:, 3, None, None] * shown)[None]
@@ -127,8 +127,8 @@ class TestPositions:
         torch.testing.assert_close(
             backbone.reference_features(image, valid, []).correspondence, debiased.correspondence
         )
-        for number, tokens in enumerate(backbone.tokens(torch.zeros(1, 3, 128, 128))):
-            basis = subspace(tokens, 6)
+        for number, tokens in enumerate(backbone.extract_tokens(torch.zeros(1, 3, 128, 128))):
+            basis = positional_subspace(tokens, 6)
             part = debiased.correspondence[:, number * WIDTH : (number + 1) * WIDTH].flatten(2)
             assert (basis.T @ part).abs().max() < 1e-5
             torch.testing.assert_close(part.norm(dim=1), torch.ones(2, 48))
@@ -225,7 +225,7 @@ class TestWeights:
     @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
     def test_a_missing_file_is_named(self, broken: Path, name: str) -> None:
         (broken / name).unlink()
-        with pytest.raises(ConfigError, match=f"lacks {name}"):
+        with pytest.raises(ConfigError, match=f"does not contain {name}"):
             load(broken, config())
 
     def test_a_missing_tensor_is_named(self, broken: Path) -> None:
@@ -233,7 +233,7 @@ class TestWeights:
         tensors = load_file(path)
         lost = next(name for name in tensors if "norm1.weight" in name)
         save_file({name: tensor for name, tensor in tensors.items() if name != lost}, path, {"format": "pt"})
-        with pytest.raises(ConfigError, match=r"lack '.*norm1.weight'"):
+        with pytest.raises(ConfigError, match=r"do not contain '.*norm1.weight'"):
             load(broken, config())
 
     def test_a_tensor_too_many_is_named(self, broken: Path) -> None:
@@ -279,7 +279,7 @@ class TestWeights:
             part.write_bytes(content + b" ")
             assert Dino.weights_digest(config(), str(parts), offline=True) != before
             part.unlink()
-            with pytest.raises(ConfigError, match=f"lacks {part.name}"):
+            with pytest.raises(ConfigError, match=f"does not contain {part.name}"):
                 load(parts, config())
             part.write_bytes(content)
 
@@ -292,18 +292,20 @@ class TestWeights:
     def test_weights_of_another_shape_are_named(self, broken: Path) -> None:
         content = json.loads((broken / "config.json").read_text())
         (broken / "config.json").write_text(json.dumps({**content, "mlp_ratio": 3}))
-        with pytest.raises(ConfigError, match=r"have in another shape '.*fc1.*'; expected a Dinov2Model whole"):
+        with pytest.raises(ConfigError, match=r"contain '.*fc1.*' in another shape; expected a complete Dinov2Model"):
             load(broken, config())
 
     @pytest.mark.parametrize("name", ["", "config.json", "model.safetensors"])
     def test_what_may_not_be_read_is_named(self, broken: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "access", lambda path, _: Path(path) != broken / name)  # root may read all
-        with pytest.raises(ConfigError, match=f"{broken / name} may not be read; give yourself the right"):
+        with pytest.raises(
+            ConfigError, match=f"no permission to read (the folder )?{broken / name}; change its permissions"
+        ):
             load(broken, config())
 
     def test_another_kind_of_model_is_refused(self, broken: Path) -> None:
         (broken / "config.json").write_text(json.dumps({"model_type": "bert"}))
-        with pytest.raises(ConfigError, match="of type 'bert'; expected dinov2"):
+        with pytest.raises(ConfigError, match="model_type 'bert'; expected one of dinov2"):
             load(broken, config())
 
     def test_the_folder_s_statistics_are_read(self, broken: Path) -> None:

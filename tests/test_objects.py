@@ -21,7 +21,7 @@ from icm_cli.model.checkpoint import read_checkpoint, save_checkpoint
 from icm_cli.model.lite import mobile_sam, sam_decoder, sam_encoder
 from icm_cli.model.lite.mobile_sam import MobileSam
 from icm_cli.model.loading import load_model_for_training, model_digest
-from icm_cli.model.packing import pack
+from icm_cli.model.packing import pack_checkpoint
 
 __all__ = ["discs"]
 GOLDEN = Path(__file__).parent / "golden" / "mobile_sam.npz"
@@ -207,7 +207,7 @@ class TestStage:
 
 class TestWholeModel:
     def test_a_packed_file_is_small_and_mattes_alike(self, matched: Path, tmp_path: Path) -> None:
-        pack(matched, tmp_path / "packed.safetensors")
+        pack_checkpoint(matched, tmp_path / "packed.safetensors")
         stored = load_file(tmp_path / "packed.safetensors")
         matrix = "objects.decoder.layers.0.among.query.weight"
         assert stored[matrix].dtype == torch.int8
@@ -230,7 +230,7 @@ class TestWholeModel:
             parse_model_config(MODEL, "test"), checkpoint=matched, weights=None, offline=True, seed=0
         )
         save_checkpoint(without, model, parse_model_config(MODEL, "test"), with_backbone=False)
-        pack(without, tmp_path / "packed.safetensors", objects=[tmp_path / "learned.safetensors"])
+        pack_checkpoint(without, tmp_path / "packed.safetensors", objects=[tmp_path / "learned.safetensors"])
         packed = read_checkpoint(tmp_path / "packed.safetensors")
         assert packed.config == stored.config
         for name, each in learned.items():
@@ -238,9 +238,11 @@ class TestWholeModel:
         other = "objects.encoder.neck.1.weight"
         torch.testing.assert_close(packed.tensors[other], begun.state_dict()[other.removeprefix("objects.")])
         with pytest.raises(ConfigError, match="without objects"):
-            pack(without, tmp_path / "packed.safetensors", objects=[without])
+            pack_checkpoint(without, tmp_path / "packed.safetensors", objects=[without])
         with pytest.raises(ConfigError, match="other objects than"):
-            pack(without, tmp_path / "packed.safetensors", objects=[tmp_path / "learned.safetensors", without])
+            pack_checkpoint(
+                without, tmp_path / "packed.safetensors", objects=[tmp_path / "learned.safetensors", without]
+            )
 
     def test_the_mean_of_several_trainings_is_packed(
         self, matched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -251,7 +253,7 @@ class TestWholeModel:
         for number, file in enumerate(files):
             learned = {name: each + number for name, each in stored.tensors.items() if name.startswith("objects.dec")}
             save_file(learned, file, dict(stored.metadata))
-        pack(matched, tmp_path / "packed.safetensors", objects=files)
+        pack_checkpoint(matched, tmp_path / "packed.safetensors", objects=files)
         packed = read_checkpoint(tmp_path / "packed.safetensors").tensors
         name = next(each for each in packed if each.startswith("objects.decoder.") and packed[each].ndim == 1)
         torch.testing.assert_close(packed[name], stored.tensors[name] + 0.5, atol=1e-3, rtol=0)

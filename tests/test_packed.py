@@ -26,7 +26,7 @@ from icm_cli.model.checkpoint import has_backbone, read_checkpoint, save_checkpo
 from icm_cli.model.hub import catalogue
 from icm_cli.model.hub.catalogue import packed_checkpoint
 from icm_cli.model.loading import load_model, load_model_for_training, model_digest, resolve_model
-from icm_cli.model.packing import pack
+from icm_cli.model.packing import pack_checkpoint
 
 CONFIG = parse_model_config(MODEL, "test")
 
@@ -38,7 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model = load_model_for_training(CONFIG, checkpoint=None, weights=None, offline=True, seed=0)
     head, packed = folder / "head.safetensors", folder / "weights" / "lite.safetensors"
     save_checkpoint(head, model, CONFIG, with_backbone=False, metadata={"icm.step": "7"})
-    pack(head, packed)
+    pack_checkpoint(head, packed)
     return head, packed
 
 
@@ -90,7 +90,7 @@ def test_edges_of_another_training_come_with_their_configuration(files: tuple[Pa
     other, joined = tmp_path / "other.safetensors", tmp_path / "joined.safetensors"
     model = load_model_for_training(config, checkpoint=None, weights=None, offline=True, seed=1)
     save_checkpoint(other, model, config, with_backbone=False)
-    pack(files[0], joined, edges=other)
+    pack_checkpoint(files[0], joined, edges=other)
     with safe_open(joined, framework="pt") as file:
         assert parse_model_config(json.loads(file.metadata()["icm.config"]), "test").edges == config.edges
     parts = [load_file(path) for path in (other, joined)]
@@ -115,10 +115,10 @@ def test_the_settings_of_use_are_packed(files: tuple[Path, Path], tmp_path: Path
         torch.testing.assert_close(after[key].float(), before[key].float(), atol=1e-3, rtol=1e-3, msg=key)
     preset.write_text(yaml.safe_dump({**used, "backbone": {**MODEL["backbone"], "long_side_px": 2048}}))
     with pytest.raises(ConfigError, match="another backbone"):
-        pack(files[0], packed, settings=str(preset))
+        pack_checkpoint(files[0], packed, model=str(preset))
     preset.write_text(yaml.safe_dump({key: value for key, value in used.items() if key != "edges"}))
-    with pytest.raises(ConfigError, match="do not both have edges"):
-        pack(files[0], packed, settings=str(preset))
+    with pytest.raises(ConfigError, match="must either both have edges, or neither"):
+        pack_checkpoint(files[0], packed, model=str(preset))
 
 
 def test_what_cannot_be_joined_is_one_sentence(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -127,13 +127,13 @@ def test_what_cannot_be_joined_is_one_sentence(files: tuple[Path, Path], tmp_pat
     model = load_model_for_training(plain, checkpoint=None, weights=None, offline=True, seed=1)
     save_checkpoint(bare, model, plain, with_backbone=False)
     with pytest.raises(ConfigError, match="without edges; leave --edges out"):
-        pack(bare, tmp_path / "out.safetensors", edges=files[0])
+        pack_checkpoint(bare, tmp_path / "out.safetensors", edges=files[0])
     wider = parse_model_config({**MODEL, "head": {**MODEL["head"], "fused_channels": 7}}, "test")
     other = tmp_path / "wider.safetensors"
     model = load_model_for_training(wider, checkpoint=None, weights=None, offline=True, seed=1)
     save_checkpoint(other, model, wider, with_backbone=False)
     with pytest.raises(ConfigError, match="has another head"):
-        pack(files[0], tmp_path / "out.safetensors", heads=[other])
+        pack_checkpoint(files[0], tmp_path / "out.safetensors", heads=[other])
     assert not (tmp_path / "out.safetensors").exists()
 
 

@@ -335,7 +335,7 @@ class TestWeights:
     @pytest.mark.parametrize("part", ["unet", "vae", "scheduler", "text_encoder", "tokenizer"])
     def test_missing_part_is_named(self, broken: Path, part: str) -> None:
         shutil.rmtree(broken / part)
-        with pytest.raises(ConfigError, match=f"lacks {part}/"):
+        with pytest.raises(ConfigError, match=f"does not contain {part}/"):
             load_backbone(broken)
 
     @pytest.mark.parametrize("part", ["unet", "vae"])
@@ -373,7 +373,7 @@ class TestWeights:
             StableDiffusion.load(config, None, offline=True, seed=0)
 
     def test_path_that_is_no_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="neither a folder that exists nor"):
+        with pytest.raises(ConfigError, match="neither an existing folder nor"):
             StableDiffusion.load(StableDiffusionConfig(), str(tmp_path / "none" / "at" / "all"), offline=True, seed=0)
 
 

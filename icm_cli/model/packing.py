@@ -1,13 +1,14 @@
-"""A trained checkpoint with its backbone, in few bytes: what ``icm train --pack`` writes, and ships
-inside the package.
+"""Pack a trained checkpoint with its backbone into one small file, as ``icm train --pack`` does.
 
     python -m icm_cli.model.packing OUT HEAD.safetensors [HEAD2.safetensors ...] --objects OBJECTS
     --edges EDGES
 
-packs the mean of several trainings' heads with the objects (``--objects`` again for the mean of
-several) and the edges of others; ``--model`` gives the settings with which they are used, where
-those of the training differ. Kernels become float16, matrices of the backbone and the objects 8-bit
-integers with a scale for every row; vectors (biases, BatchNorm statistics) stay float32.
+packs the mean of the heads of several trainings, with the objects and the edges of other
+trainings. Repeat ``--objects`` to use the mean of several. ``--model`` sets the settings of the
+packed model, if they differ from those of the training.
+
+The file is compressed: see ``small`` of :func:`~icm_cli.model.checkpoint.save_checkpoint`. The
+weights inside the package are made in this way.
 """
 
 from __future__ import annotations
@@ -36,117 +37,128 @@ from icm_cli.model.core import InContextMatting
 from icm_cli.model.loading import load_model
 
 LICENCES_KEY = "icm.licences"
-"""Metadata of a checkpoint: the licence of every source of its training data."""
+"""Metadata key of the licences of the training data: source -> licence, as JSON."""
 
 
-def pack(
+def pack_checkpoint(
     checkpoint: Path,
     out: Path,
     *,
     heads: Sequence[Path] = (),
     objects: Sequence[Path] = (),
     edges: Path | None = None,
-    settings: str | None = None,
+    model: str | None = None,
 ) -> None:
-    """Write ``out`` whole or not at all.
+    """Write a compressed checkpoint that contains all components, atomically.
 
-    ``heads``: further checkpoints of the same head, of whose weights the mean is taken; ``objects``
-    and ``edges``: those whose parts take the place of the checkpoint's own, of several objects the
-    mean; of its objects a file may hold what was learned alone. ``settings``: a preset or a YAML
-    file whose settings the packed model gets. Raises ConfigError where one is no checkpoint of ours
-    or of another model.
+    Args:
+        checkpoint: Checkpoint to pack.
+        out: File to write.
+        heads: Further checkpoints of the same head. The mean of all weights is used.
+        objects: Checkpoints whose objects replace those of ``checkpoint``. The mean of their
+            weights is used. They may contain the trained tensors only.
+        edges: Checkpoint whose edges replace those of ``checkpoint``.
+        model: Preset or YAML file with the settings of the packed model; None for those of the
+            checkpoints.
+
+    Raises:
+        ConfigError: A file is not a checkpoint of icm, or is of another model.
     """
-    config = _config(checkpoint)
-    model = load_model(config, checkpoint=checkpoint, weights=None, offline=True, seed=0)
+    config = _require_config(checkpoint)
+    packed = load_model(config, checkpoint=checkpoint, weights=None, offline=True, seed=0)
     parts = [read_checkpoint(path) for path in (checkpoint, *heads)]
     for path in heads:
-        if _config(path).head != config.head:
-            raise ConfigError(f"{path} has another head than {checkpoint}; expected trainings of one configuration")
+        if _require_config(path).head != config.head:
+            raise ConfigError(f"{path} has another head than {checkpoint}; give checkpoints of one configuration")
     if heads:
-        load_strict(model.head, _mean([_tensors(part, "head") for part in parts]), f"the mean of {len(parts)} heads")
+        mean = _average_tensors([part.component("head") for part in parts])
+        load_strict(packed.head, mean, f"the mean of {len(parts)} heads")
     if objects:
-        learned = [read_checkpoint(path) for path in objects]
-        parts += learned
-        config = _with_objects(model, config, objects, learned)
+        trained = [read_checkpoint(path) for path in objects]
+        parts += trained
+        config = _replace_objects(packed, config, objects, trained)
     if edges is not None:
-        if model.edges is None:
-            raise ConfigError(f"{checkpoint} is of a model without edges; leave --edges out")
-        part = _config(edges).edges
+        if packed.edges is None:
+            raise ConfigError(f"{checkpoint} is of a model without edges; omit --edges")
+        part = _require_config(edges).edges
         if part is None:
-            raise ConfigError(f"{edges} is of a model without edges; expected one that has learned them")
+            raise ConfigError(f"--edges {edges} is of a model without edges; give a checkpoint with trained edges")
         parts.append(read_checkpoint(edges))
         config = replace(config, edges=part)
-        model.edges = component_class("edges", part.name).load(part.settings, offline=True)
-        load_strict(model.edges, _tensors(parts[-1], "edges"), f"checkpoint {edges}")
-    if settings is not None:
-        config = _with_settings(model, config, settings)
+        packed.edges = component_class("edges", part.name).load(part.settings, offline=True)
+        load_strict(packed.edges, parts[-1].component("edges"), f"checkpoint {edges}")
+    if model is not None:
+        config = _replace_settings(packed, config, model)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(out, model, config, with_backbone=True, small=True, metadata=_metadata(parts))
+    save_checkpoint(out, packed, config, with_backbone=True, small=True, metadata=_merge_metadata(parts))
 
 
-def _with_settings(model: InContextMatting, config: ModelConfig, settings: str) -> ModelConfig:
-    """Build head and edges anew with other settings, and the weights that they have; the
-    configuration with them."""
-    wanted = load_model_config(settings)
-    if (wanted.backbone, wanted.objects) != (config.backbone, config.objects):
+def _replace_settings(packed: InContextMatting, config: ModelConfig, model: str) -> ModelConfig:
+    """Rebuild head and edges with other settings and the same weights. Return the configuration."""
+    requested = load_model_config(model)
+    if (requested.backbone, requested.objects) != (config.backbone, config.objects):
         raise ConfigError(
-            f"--model {settings} has another backbone or other objects than the checkpoints; expected theirs"
+            f"--model {model} has another backbone or other objects than the checkpoints; only "
+            "the settings of head and edges can be replaced"
         )
-    head = component_class("head", wanted.head.name)(wanted.head.settings)
-    load_strict(head, model.head.state_dict(), f"--model {settings}: the checkpoints' head")
-    model.head = head.eval()
-    if wanted.edges is not None and model.edges is not None:
-        edges = component_class("edges", wanted.edges.name).load(wanted.edges.settings, offline=True)
-        load_strict(edges, model.edges.state_dict(), f"--model {settings}: the checkpoints' edges")
-        model.edges = edges
-    elif (wanted.edges is None) != (model.edges is None):
-        raise ConfigError(f"--model {settings} and the checkpoints do not both have edges; expected the same parts")
-    return wanted
+    head = component_class("head", requested.head.name)(requested.head.settings)
+    load_strict(head, packed.head.state_dict(), f"--model {model}: the head of the checkpoints")
+    packed.head = head.eval()
+    if requested.edges is not None and packed.edges is not None:
+        cls = component_class("edges", requested.edges.name)
+        edges = cls.load(requested.edges.settings, offline=True)
+        where = f"--model {model}: the edges of the checkpoints"
+        load_strict(edges, packed.edges.state_dict(), where)
+        packed.edges = edges
+    elif (requested.edges is None) != (packed.edges is None):
+        raise ConfigError(f"--model {model} and the checkpoints must either both have edges, or neither")
+    return requested
 
 
-def _with_objects(
-    model: InContextMatting, config: ModelConfig, objects: Sequence[Path], learned: Sequence[Checkpoint]
+def _replace_objects(
+    packed: InContextMatting,
+    config: ModelConfig,
+    objects: Sequence[Path],
+    trained: Sequence[Checkpoint],
 ) -> ModelConfig:
-    """Give a model the mean of several trainings' objects; the configuration with them."""
-    part = _config(objects[0]).objects
+    """Replace the objects by the mean of several trainings. Return the configuration."""
+    part = _require_config(objects[0]).objects
     if part is None:
-        raise ConfigError(f"{objects[0]} is of a model without objects; expected one that has learned them")
+        raise ConfigError(
+            f"--objects {objects[0]} is of a model without objects; give a checkpoint with trained objects"
+        )
     for path in objects[1:]:
-        if _config(path).objects != part:
-            raise ConfigError(f"{path} has other objects than {objects[0]}; expected trainings of one configuration")
-    model.objects = component_class("objects", part.name).load(part.settings)
-    whole = [{**model.objects.state_dict(), **_tensors(each, "objects")} for each in learned]
-    load_strict(model.objects, _mean(whole), f"the objects of {', '.join(map(str, objects))}")
+        if _require_config(path).objects != part:
+            raise ConfigError(f"{path} has other objects than {objects[0]}; give checkpoints of one configuration")
+    packed.objects = component_class("objects", part.name).load(part.settings)
+    complete = [{**packed.objects.state_dict(), **each.component("objects")} for each in trained]
+    where = f"the objects of {', '.join(map(str, objects))}"
+    load_strict(packed.objects, _average_tensors(complete), where)
     return replace(config, objects=part)
 
 
-def _config(checkpoint: Path) -> ModelConfig:
+def _require_config(checkpoint: Path) -> ModelConfig:
     config = read_config(checkpoint)
     if config is None:
-        raise ConfigError(f"checkpoint {checkpoint} holds no configuration; expected one that icm trained")
+        raise ConfigError(f"checkpoint {checkpoint} contains no configuration; give one that icm trained")
     return config
 
 
-def _tensors(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
-    """Tensors of a part of the model, by their names in it."""
-    start = f"{part}."
-    return {name.removeprefix(start): each for name, each in checkpoint.tensors.items() if name.startswith(start)}
-
-
-def _mean(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Mean of tensors of the same names; counters, such as BatchNorm's, are the last one's."""
+def _average_tensors(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of tensors of the same name. Integers, such as counters, are those of the
+    last part."""
     return {
         name: torch.stack([part[name].float() for part in parts]).mean(dim=0) if last.is_floating_point() else last
         for name, last in parts[-1].items()
     }
 
 
-def _metadata(parts: Sequence[Checkpoint]) -> dict[str, str]:
-    """Metadata of the first, with the training images and licences of all."""
+def _merge_metadata(parts: Sequence[Checkpoint]) -> dict[str, str]:
+    """Return the metadata of the first checkpoint, with the training images and licences of all."""
     metadata = dict(parts[0].metadata)
-    seen = {image for part in parts for image in json.loads(part.metadata.get(TRAINED_ON_KEY, "[]"))}
-    if seen:
-        metadata[TRAINED_ON_KEY] = json.dumps(sorted(seen))
+    images = {image for part in parts for image in json.loads(part.metadata.get(TRAINED_ON_KEY, "[]"))}
+    if images:
+        metadata[TRAINED_ON_KEY] = json.dumps(sorted(images))
     licences = {
         name: each for part in parts for name, each in json.loads(part.metadata.get(LICENCES_KEY, "{}")).items()
     }
@@ -156,19 +168,19 @@ def _metadata(parts: Sequence[Checkpoint]) -> dict[str, str]:
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="The .safetensors to write.")],
-    heads: Annotated[list[Path], typer.Argument(help="Checkpoints of one head; the mean of their weights is taken.")],
+    out: Annotated[Path, typer.Argument(help="File to write, .safetensors.")],
+    heads: Annotated[list[Path], typer.Argument(help="Checkpoints of one head. The mean of their weights is used.")],
     objects: Annotated[
-        Optional[list[Path]], typer.Option(help="Checkpoint with the objects; again for the mean of several.")
+        Optional[list[Path]], typer.Option(help="Checkpoint with trained objects. Repeat for the mean of several.")
     ] = None,
-    edges: Annotated[Optional[Path], typer.Option(help="Checkpoint with the edges.")] = None,
+    edges: Annotated[Optional[Path], typer.Option(help="Checkpoint with trained edges.")] = None,
     model: Annotated[
-        Optional[str], typer.Option(help="Preset or YAML file whose settings the packed model gets.")
+        Optional[str], typer.Option(help="Preset or YAML file with the settings of the packed model.")
     ] = None,
 ) -> None:
-    """Pack trainings of icm into one small file."""
+    """Pack checkpoints into one small file."""
     try:
-        pack(heads[0], out, heads=heads[1:], objects=objects or [], edges=edges, settings=model)
+        pack_checkpoint(heads[0], out, heads=heads[1:], objects=objects or [], edges=edges, model=model)
     except IcmError as error:
         typer.echo(f"icm: {error}", err=True)
         raise typer.Exit(error.exit_code) from None

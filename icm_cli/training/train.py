@@ -12,7 +12,7 @@ import torch
 from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import UsageError
 from icm_cli.events import BestStep, SecondaryProcessListener, TrainingListener, TrainingStatistics, TrainingSummary
-from icm_cli.model.packing import pack as write_pack
+from icm_cli.model.packing import pack_checkpoint
 from icm_cli.signals import StopSignals
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import Pool, read_pool
@@ -82,7 +82,7 @@ def train(
         told = listener if learner.is_main else SecondaryProcessListener(listener)
         summary = _take_steps(settings, stage, pool, learner, run, told, resume=resume)
         if pack is not None and summary.checkpoint is not None and learner.is_main:
-            write_pack(summary.checkpoint, Path(pack))
+            pack_checkpoint(summary.checkpoint, Path(pack))
             summary = replace(summary, pack=Path(pack))
     if learner.is_main:
         listener.on_training_end(summary)

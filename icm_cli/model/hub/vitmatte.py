@@ -21,10 +21,10 @@ from icm_cli.model.contracts import Edges
 from icm_cli.model.hub.catalogue import VITMATTE
 from icm_cli.model.hub.folders import (
     CONFIG,
-    Statistics,
-    find_folder,
-    folder_digest,
+    PixelStatistics,
+    find_model_folder,
     load_pretrained,
+    model_folder_digest,
     read_json,
     read_pixel_statistics,
 )
@@ -32,8 +32,8 @@ from icm_cli.model.lite.tiles import Box, blended
 
 MULTIPLE_PX = 32
 """Pictures are filled up to a multiple of this, as by the published processor."""
-HALVES: Statistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-"""Statistics of the published processor, where a folder has none of its own."""
+HALVES: PixelStatistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""PixelStatistics of the published processor, where a folder has none of its own."""
 WEIGHTS_OPTION = "--edges-weights"
 
 
@@ -65,7 +65,7 @@ class VitMatteEdges(Edges):
     Config = VitMatteEdgesConfig
     is_trained = False
 
-    def __init__(self, config: VitMatteEdgesConfig, network: nn.Module, statistics: Statistics = HALVES) -> None:
+    def __init__(self, config: VitMatteEdgesConfig, network: nn.Module, statistics: PixelStatistics = HALVES) -> None:
         """``network``: a ``VitMatteForImageMatting``, or what is called like one; ``statistics``: of its pixels."""
         super().__init__()
         self.config = config
@@ -78,13 +78,13 @@ class VitMatteEdges(Edges):
 
     @classmethod
     def weights_digest(cls, config: Any, *, offline: bool) -> str:
-        return folder_digest(find_folder(config.weights, offline=offline, option=WEIGHTS_OPTION))
+        return model_folder_digest(find_model_folder(config.weights, offline=offline, option=WEIGHTS_OPTION))
 
     @classmethod
     def load(cls, config: Any, *, offline: bool) -> Self:
         from transformers import VitMatteForImageMatting
 
-        folder = find_folder(config.weights, offline=offline, option=WEIGHTS_OPTION)
+        folder = find_model_folder(config.weights, offline=offline, option=WEIGHTS_OPTION)
         kind = read_json(folder / CONFIG).get("model_type")
         if kind != "vitmatte":
             raise ConfigError(f"{folder / CONFIG} is of a model of type {kind!r}; expected vitmatte")

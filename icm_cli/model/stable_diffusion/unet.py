@@ -1,10 +1,10 @@
-"""The part of Stable Diffusion that reaches a feature or an attention map, run by hand over diffusers' own blocks.
+"""The part of Stable Diffusion that computes the features and attention maps, on the modules of
+diffusers.
 
-Every operation here lies on the way to an output; what lies behind the last output is not even loaded (see
-:func:`drop_unused_layers`). The timestep is fixed, so its embedding is a constant of every residual block and moves
-into the bias of the block's first convolution.
+Layers after the last output are not loaded, see :func:`drop_unused_layers`. The timestep is fixed,
+so its embedding is added to the bias of the first convolution of every residual block.
 
-Letters: E draws of noise (the batch here; one image at a time), H heads, N = h*w tokens, C channels.
+Letters: E noise samples of one image (the batch), H heads, N = h*w tokens, C channels.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 LATENT_STRIDE = 8
-"""Pixels of the canvas per latent."""
+"""Side of a latent's cell, in px of the canvas."""
 FEATURE_STRIDES = (32, 16)
 """Strides of the outputs of up_blocks[0] and up_blocks[1]."""
 Grid: TypeAlias = tuple[int, int]
-"""(h, w)."""
+"""Size (h, w) of a feature grid."""
 CHUNK_BYTES = 1 << 24
-"""Bound of one float32 chunk of attention probabilities and of one tile of a feed-forward layer."""
+"""Largest size of a float32 chunk of attention probabilities, and of a chunk of a feed-forward
+layer."""
 
 
 def drop_unused_layers(unet: Any) -> None:
-    """Drop from a diffusers U-Net what lies behind its last output: q and k of up_blocks[2]'s last self-attention."""
+    """Remove the layers of a diffusers U-Net after its last output: query and key of the last
+    self-attention in ``up_blocks[2]``."""
     del unet.up_blocks[3]
     unet.up_blocks[2].upsamplers = None
     unet.conv_norm_out = unet.conv_act = unet.conv_out = None
@@ -42,7 +44,8 @@ def drop_unused_layers(unet: Any) -> None:
 
 @torch.no_grad()
 def fold_timestep(unet: Any, timestep: int) -> None:
-    """Add the timestep's embedding to the bias of each residual block's first convolution."""
+    """Add the embedding of the timestep to the bias of the first convolution of each residual
+    block."""
     embedding = F.silu(unet.time_embedding(unet.time_proj(torch.tensor([timestep]))))
     for block in unet.modules():
         if isinstance(block, ResnetBlock2D):
@@ -56,22 +59,26 @@ def _add_to_bias(block: Any, embedding: Tensor) -> None:
 
 
 class MeanAttention:
-    """Running mean of one grid's self-attention maps over heads, draws and layers: A [N,N] float32.
+    """Running mean A of the self-attention maps of one grid over heads, noise samples and layers,
+    float32 [N,N].
 
-    Holds no more than a chunk of one layer's probabilities at a time, in buffers that the chunks share.
+    Only one chunk of a layer's probabilities is in memory at a time.
+
+    Args:
+        valid: bool [h,w]; tokens in the padding are masked as keys.
     """
 
     def __init__(self, valid: Tensor) -> None:
-        """valid [h,w] bool: tokens at padding are masked as keys."""
         self.grid = (valid.shape[0], valid.shape[1])
         self._padding = None if bool(valid.all()) else ~valid.flatten()
         self._sum = torch.zeros(valid.numel(), valid.numel(), device=valid.device)
         self._layers = 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of one layer, [E,H,N,d] each -> [E,H,N,d], with its map added to the mean.
+        """Compute the attention of one layer, and add its map to the mean.
 
-        The output attends to every token, as published; only the map leaves padding out.
+        As in the published code, the output attends to every token; only the map excludes the
+        padding. All tensors are [E,H,N,d].
         """
         values = value.flatten(0, 1)
         output = torch.empty_like(values)
@@ -79,17 +86,18 @@ class MeanAttention:
             output[maps, rows] = probabilities.to(values.dtype) @ values[maps]
         return output.view_as(value)
 
-    def add(self, query: Tensor, key: Tensor) -> None:
-        """Add the map of a layer whose output nobody needs."""
+    def add_map(self, query: Tensor, key: Tensor) -> None:
+        """Add the map of a layer to the mean, without computing the output of the layer."""
         for _ in self._accumulate(query, key):
             pass
 
     def mean(self) -> Tensor:
-        """A [N,N] float32; rows sum to 1."""
+        """Return A, float32 [N,N]; its rows sum to 1."""
         return self._sum / self._layers
 
     def _accumulate(self, query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Choose some of a layer's E*H maps and query rows, with their probabilities [maps,rows,N] float32.
+        """Choose some of a layer's E*H maps and query rows, with their probabilities [maps,rows,N]
+        float32.
 
         A chunk's probabilities last until the next chunk.
         """
@@ -119,48 +127,56 @@ class MeanAttention:
 def run_unet(
     unet: Any, noisy: Tensor, prompt: Tensor, maps: Mapping[Grid, MeanAttention] | None = None
 ) -> dict[int, Tensor]:
-    """Features of noisy latents [E,4,h,w]: stride -> output of up_blocks[0] and up_blocks[1], [E,C,h,w].
+    """Run the U-Net up to the last output that is needed.
 
-    ``prompt`` [1,77,1024] is the text's embedding. ``maps``: grid -> where its self-attention is accumulated. The
-    pass ends at the last feature, and with maps at the queries and keys of the last of them.
+    Args:
+        unet: U-Net of diffusers after :func:`drop_unused_layers` and :func:`fold_timestep`.
+        noisy: Noisy latents, [E,4,h,w].
+        prompt: Embedding of the prompt, [1,77,1024].
+        maps: Grid -> accumulator of the self-attention on that grid; None to skip the attention
+            maps.
+
+    Returns:
+        Features: stride -> output of ``up_blocks[0]`` or ``up_blocks[1]``, [E,C,h,w].
     """
     x = unet.conv_in(noisy)
     skips = [x]
     for block in unet.down_blocks:
-        for resnet, transformer in _layers(block):
-            x = _transform(transformer, residual(resnet, x), prompt, maps)
+        for resnet, transformer in _block_layers(block):
+            x = _run_transformer(transformer, run_residual_block(resnet, x), prompt, maps)
             skips.append(x)
         if block.downsamplers is not None:
             x = block.downsamplers[0](x)
             skips.append(x)
     middle = unet.mid_block
-    x = _transform(middle.attentions[0], residual(middle.resnets[0], x), prompt, None)
-    x = residual(middle.resnets[1], x)
+    x = _run_transformer(middle.attentions[0], run_residual_block(middle.resnets[0], x), prompt, None)
+    x = run_residual_block(middle.resnets[1], x)
     features = {}
     for stride, block in zip(FEATURE_STRIDES, unet.up_blocks, strict=False):
-        x = features[stride] = block.upsamplers[0](_ascend(block, x, skips, prompt, maps))
+        x = features[stride] = block.upsamplers[0](_run_up_block(block, x, skips, prompt, maps))
     if maps is not None:
-        _ascend(unet.up_blocks[2], x, skips, prompt, maps)
+        _run_up_block(unet.up_blocks[2], x, skips, prompt, maps)
     return features
 
 
-def encode(encoder: Any, quant_conv: nn.Module, image: Tensor) -> Tensor:
-    """Moments of the VAE's posterior, [B,8,H/8,W/8] float32, of an image [B,3,H,W] in -1..1."""
+def encode_image(encoder: Any, quant_conv: nn.Module, image: Tensor) -> Tensor:
+    """Return the moments of the VAE's posterior, float32 [B,8,H/8,W/8], for images [B,3,H,W] in
+    -1..1."""
     x = encoder.conv_in(image)
     for block in encoder.down_blocks:
         for resnet in block.resnets:
-            x = residual(resnet, x)
+            x = run_residual_block(resnet, x)
         if block.downsamplers is not None:
             x = block.downsamplers[0](x)
     middle = encoder.mid_block
-    x = middle.attentions[0](residual(middle.resnets[0], x))
-    x = residual(middle.resnets[1], x)
+    x = middle.attentions[0](run_residual_block(middle.resnets[0], x))
+    x = run_residual_block(middle.resnets[1], x)
     moments: Tensor = quant_conv(encoder.conv_out(_norm_silu(encoder.conv_norm_out, x)))
     return moments.float()
 
 
-def residual(block: ResnetBlock2D, x: Tensor) -> Tensor:
-    """A residual block [B,C,h,w] -> [B,C',h,w]; its timestep, if it had one, is in its bias."""
+def run_residual_block(block: ResnetBlock2D, x: Tensor) -> Tensor:
+    """Run a residual block without timestep: [B,C,h,w] -> [B,C',h,w]."""
     h = block.conv1(_norm_silu(block.norm1, x))
     h = block.conv2(_norm_silu(block.norm2, h))
     return h.add_(x if block.conv_shortcut is None else block.conv_shortcut(x))
@@ -170,24 +186,26 @@ def _norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     return F.silu(norm(x), inplace=True)
 
 
-def _layers(block: Any) -> Iterator[tuple[ResnetBlock2D, Any]]:
-    """Residual blocks of a level with their transformers, None on levels that have none."""
+def _block_layers(block: Any) -> Iterator[tuple[ResnetBlock2D, Any]]:
+    """Yield the residual blocks of a level with their transformers, None on levels without
+    transformers."""
     transformers = getattr(block, "attentions", [None] * len(block.resnets))
     return zip(block.resnets, transformers, strict=True)
 
 
-def _ascend(
+def _run_up_block(
     block: Any, x: Tensor, skips: list[Tensor], prompt: Tensor, maps: Mapping[Grid, MeanAttention] | None
 ) -> Tensor:
-    """The layers of an up block; takes its skip connections off the end of ``skips``."""
-    for resnet, transformer in _layers(block):
-        x = residual(resnet, torch.cat([x, skips.pop()], dim=1))
-        x = _transform(transformer, x, prompt, maps)
+    """Run the layers of an up block. Its skip connections are removed from the end of ``skips``."""
+    for resnet, transformer in _block_layers(block):
+        x = run_residual_block(resnet, torch.cat([x, skips.pop()], dim=1))
+        x = _run_transformer(transformer, x, prompt, maps)
     return x
 
 
-def _transform(transformer: Any, x: Tensor, prompt: Tensor, maps: Mapping[Grid, MeanAttention] | None) -> Tensor:
-    """A level's transformer on [E,C,h,w]; one cut short after its queries and keys hands ``x`` back unchanged."""
+def _run_transformer(transformer: Any, x: Tensor, prompt: Tensor, maps: Mapping[Grid, MeanAttention] | None) -> Tensor:
+    """Run a transformer on [E,C,h,w]. One without values, of which only the attention map is
+    needed, returns ``x``."""
     if transformer is None:
         return x
     grid = (x.shape[2], x.shape[3])
@@ -204,28 +222,30 @@ def _transform(transformer: Any, x: Tensor, prompt: Tensor, maps: Mapping[Grid, 
 
 
 def _self_attention(attn: Any, tokens: Tensor, record: MeanAttention | None) -> Tensor | None:
-    """Tokens [E,N,C] -> the attention's output [E,N,C]; None where its values were dropped and only the map counts."""
-    query, key = _heads(attn.to_q(tokens), attn.heads), _heads(attn.to_k(tokens), attn.heads)
+    """Run self-attention on tokens [E,N,C]. Return None if its values were removed and only the map
+    is needed."""
+    query, key = _split_heads(attn.to_q(tokens), attn.heads), _split_heads(attn.to_k(tokens), attn.heads)
     if attn.to_v is None:
         if record is not None:
-            record.add(query, key)
+            record.add_map(query, key)
         return None
-    value = _heads(attn.to_v(tokens), attn.heads)
+    value = _split_heads(attn.to_v(tokens), attn.heads)
     attend = F.scaled_dot_product_attention if record is None else record.attend
     return _join_heads(attn, attend(query, key, value))
 
 
 def _cross_attention(attn: Any, tokens: Tensor, prompt: Tensor) -> Tensor:
-    """Tokens [E,N,C] attend to the prompt [1,77,1024], the same for every draw -> [E,N,C]."""
-    query = _heads(attn.to_q(tokens), attn.heads)
+    """Run cross-attention of tokens [E,N,C] to the prompt [1,77,1024], which is the same for every
+    noise sample."""
+    query = _split_heads(attn.to_q(tokens), attn.heads)
     key, value = (
-        _heads(project(prompt), attn.heads).expand(len(query), -1, -1, -1) for project in (attn.to_k, attn.to_v)
+        _split_heads(project(prompt), attn.heads).expand(len(query), -1, -1, -1) for project in (attn.to_k, attn.to_v)
     )
     return _join_heads(attn, F.scaled_dot_product_attention(query, key, value))
 
 
 def _feed_forward(layer: Any, tokens: Tensor) -> Tensor:
-    """GEGLU feed-forward on [E,N,C], tile by tile: its inner width is 8 C."""
+    """Run a GEGLU feed-forward layer on [E,N,C] in chunks, because its inner width is 8 C."""
     expand, contract = layer.net[0].proj, layer.net[2]
     flat = tokens.flatten(0, 1)
     rows = max(1, CHUNK_BYTES // (expand.out_features * flat.element_size()))
@@ -236,12 +256,12 @@ def _feed_forward(layer: Any, tokens: Tensor) -> Tensor:
     return out.view_as(tokens)
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """[E,N,H*d] -> [E,H,N,d]."""
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """Rearrange [E,N,H*d] to [E,H,N,d]."""
     return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
 
 def _join_heads(attn: Any, attended: Tensor) -> Tensor:
-    """[E,H,N,d] -> [E,N,H*d], projected."""
+    """Rearrange [E,H,N,d] to [E,N,H*d] and apply the output projection."""
     joined: Tensor = attn.to_out[0](attended.transpose(1, 2).flatten(2))
     return joined

