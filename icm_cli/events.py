@@ -97,7 +97,7 @@ class TrainingListener(Listener):
     def on_log(self, step: int, figures: Mapping[str, float]) -> None:
         """Handle the mean figures since the previous call.
 
-        They are the loss, its terms, rate, gradient_norm, samples_per_second and waiting_share.
+        They are the loss, its terms, learning_rate, gradient_norm, samples_per_second and waiting_fraction.
         """
 
     def on_validation_end(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:

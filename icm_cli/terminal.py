@@ -329,9 +329,9 @@ class TrainingTerminal(Terminal, TrainingListener):
     def on_log(self, step: int, figures: Mapping[str, float]) -> None:
         shown = {
             "loss": f"{figures['loss']:.4f}",
-            "rate": f"{figures['rate']:.2e}",
+            "rate": f"{figures['learning_rate']:.2e}",
             "samples/s": f"{figures['samples_per_second']:.2f}",
-            "waiting": f"{figures['waiting_share']:.0%}",
+            "waiting": f"{figures['waiting_fraction']:.0%}",
         }
         if self._bar is not None:
             self._bar.set_postfix(shown)

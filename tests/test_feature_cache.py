@@ -7,7 +7,7 @@ from torch import Tensor
 
 from icm_cli.model.contracts import Features
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity, inter_similarity
-from icm_cli.training.feature_cache import joined, pack, unpacked
+from icm_cli.training.feature_cache import concatenate_features, pack_features, unpack_features
 
 
 def attention(tokens: int, seed: int) -> Tensor:
@@ -22,10 +22,10 @@ def test_kept_features_are_the_features() -> None:
     coarse = torch.randn(1, 8, 12, 12)
     intra = {16: AttentionMatrix(attention(576, 1), (24, 24)), 32: SelfSimilarity(coarse, valid[:, ::2, ::2], 0.15)}
     features = Features(feature, valid, {16: feature, 32: coarse}, intra)  # type: ignore[arg-type]
-    tensors, texts = pack(features)
-    assert {"correspondence", "valid", "scale.32", "alike_valid.32", "matrix.16"} == set(tensors)  # each once
+    tensors, texts = pack_features(features)
+    assert {"correspondence", "valid", "scale.32", "feature_valid.32", "matrix.16"} == set(tensors)  # each once
     assert all(tensor.dtype in (torch.float16, torch.bool) for tensor in tensors.values())
-    back = unpacked(tensors, texts, torch.device("cpu"))
+    back = unpack_features(tensors, texts, torch.device("cpu"))
     torch.testing.assert_close(back.correspondence, feature, rtol=1e-3, atol=1e-4)
     assert torch.equal(back.valid, valid)
     assert back.scales[16] is back.correspondence
@@ -39,7 +39,7 @@ def test_kept_features_are_the_features() -> None:
     assert error.max() < 2e-3  # unscaled, the small ones would be off by more than a tenth
     values = torch.rand(1, 144, 2)
     torch.testing.assert_close(back.intra[32].propagate(values), intra[32].propagate(values), rtol=1e-2, atol=1e-2)
-    two = joined([back, back])
+    two = concatenate_features([back, back])
     assert two.correspondence.shape == (2, 8, 24, 24)
     assert two.intra[32].propagate(values.expand(2, -1, -1)).shape == (2, 144, 2)
 

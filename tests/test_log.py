@@ -10,10 +10,10 @@ from icm_cli.training.log import RunLog
 def test_a_failing_log_is_told_once(tmp_path: Path) -> None:
     told: list[str] = []
     with RunLog(tmp_path, ("l1",), 0, told.append, is_main=True) as log:
-        log.row(1, {"loss": 0.5})
+        log.write_metrics(1, {"loss": 0.5})
         (tmp_path / "log.csv").unlink()
         (tmp_path / "log.csv").mkdir()
-        log.row(2, {"loss": 0.4})
-        log.row(3, {"loss": 0.3})
+        log.write_metrics(2, {"loss": 0.4})
+        log.write_metrics(3, {"loss": 0.3})
     assert len(told) == 1
-    assert "training goes on without it" in told[0]
+    assert "training continues without it" in told[0]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from icm_cli.errors import ConfigError
-from icm_cli.training.losses import TERMS, LossConfig, losses, quantised
-from icm_cli.training.optimisation import rate_factor
+from icm_cli.training.losses import LOSS_NAMES, LossConfig, compute_losses, quantise_trimap
+from icm_cli.training.optimisation import learning_rate_factor
 from icm_cli.training.settings import TrainConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,7 +38,7 @@ def golden() -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", range(3))
 def test_total_and_gradient_are_the_published_ones(golden: dict[str, Tensor], case: int) -> None:
     alpha = golden[f"{case}_pred"].clone().requires_grad_()
-    terms = losses(alpha, golden[f"{case}_alpha"], golden[f"{case}_trimap"], RELEASED)
+    terms = compute_losses(alpha, golden[f"{case}_alpha"], golden[f"{case}_trimap"], RELEASED)
     total = terms["total"].sum()
     total.backward()
     torch.testing.assert_close(total.detach().double(), golden[f"{case}_total"][0], atol=1e-4, rtol=0)
@@ -48,7 +48,7 @@ def test_total_and_gradient_are_the_published_ones(golden: dict[str, Tensor], ca
 
 @pytest.mark.parametrize("case", range(3))
 def test_each_loss_is_the_published_one(golden: dict[str, Tensor], case: int) -> None:
-    terms = losses(golden[f"{case}_pred"], golden[f"{case}_alpha"], golden[f"{case}_trimap"], RELEASED)
+    terms = compute_losses(golden[f"{case}_pred"], golden[f"{case}_alpha"], golden[f"{case}_trimap"], RELEASED)
     sums = {name: float(term.sum()) for name, term in terms.items()}
     sums["known_l1"] += sums.pop("known_smooth_l1")  # the published code adds it under that name
     for name in ("unknown_l1", "known_l1", "laplacian", "gradient_penalty"):
@@ -61,19 +61,19 @@ def test_single_terms(golden: dict[str, Tensor], name: str) -> None:
     from icm_cli.training import losses as module
 
     unknown = (golden["0_trimap"] == 0.5).float()
-    value = getattr(module, name)(golden["0_pred"], golden["0_alpha"], unknown)
+    value = module.LOSS_FUNCTIONS[name](golden["0_pred"], golden["0_alpha"], unknown)
     assert float(value.sum()) == pytest.approx(float(golden[f"0_only_{ONLY[name]}"]), abs=1e-4)
 
 
 def test_schedule_is_the_published_one() -> None:
     golden = np.load(GOLDEN / "schedule.npz")
-    ours = [rate_factor(int(step), TrainConfig()) for step in golden["steps"]]
+    ours = [learning_rate_factor(int(step), TrainConfig()) for step in golden["steps"]]
     np.testing.assert_allclose(ours, golden["factor"], rtol=1e-9)
 
 
 def test_a_cosine_ends_at_nothing() -> None:
-    config = TrainConfig(steps=1000, decay="cosine", warmup_steps=100)
-    factors = [rate_factor(step, config) for step in range(1001)]
+    config = TrainConfig(steps=1000, schedule="cosine", warmup_steps=100)
+    factors = [learning_rate_factor(step, config) for step in range(1001)]
     assert factors[100] == 1.0
     assert factors[550] == pytest.approx(0.5)
     assert factors[1000] == pytest.approx(0.0)
@@ -97,8 +97,8 @@ ALL = LossConfig(cross_entropy=0.7, dice=0.5, l1=0.3)
 @settings(max_examples=15, deadline=None)
 def test_a_sample_does_not_depend_on_its_batch(seed: int, rule: str) -> None:
     config = replace(ALL, binary_rule=rule)  # type: ignore[arg-type]
-    together = losses(*batch(seed), config)
-    alone = [losses(*(each[i : i + 1] for each in batch(seed)), config) for i in range(3)]
+    together = compute_losses(*batch(seed), config)
+    alone = [compute_losses(*(each[i : i + 1] for each in batch(seed)), config) for i in range(3)]
     for name, values in together.items():
         torch.testing.assert_close(values, torch.cat([each[name] for each in alone]))
 
@@ -107,19 +107,19 @@ def test_a_sample_does_not_depend_on_its_batch(seed: int, rule: str) -> None:
 @settings(max_examples=15, deadline=None)
 def test_the_truth_costs_nothing_but_smoothness_and_doubt(seed: int) -> None:
     _, truth, trimap = batch(seed)
-    terms = losses(truth, truth, trimap, ALL)
+    terms = compute_losses(truth, truth, trimap, ALL)
     for name in ("unknown_l1", "known_l1", "known_smooth_l1", "laplacian", "l1"):
         assert float(terms[name].abs().max()) == 0
     assert float(terms["dice"].abs().max()) < 1e-6
-    without = losses(truth, truth, torch.zeros_like(trimap), ALL)
+    without = compute_losses(truth, truth, torch.zeros_like(trimap), ALL)
     assert float(without["gradient_penalty"].abs().max()) == 0
 
 
 def test_which_samples_are_binary_is_a_rule() -> None:
     """By the paper's intent any mask of zeros and ones; by the released code only one that is constant."""
     alpha, truth, trimap = batch(1)
-    by_intent = losses(alpha, truth, trimap, LossConfig())
-    released = losses(alpha, truth, trimap, RELEASED)
+    by_intent = compute_losses(alpha, truth, trimap, LossConfig())
+    released = compute_losses(alpha, truth, trimap, RELEASED)
     assert (by_intent["known_smooth_l1"] > 0).tolist() == [False, True, True]
     assert (released["known_smooth_l1"] > 0).tolist() == [False, True, False]
     assert (by_intent["laplacian"] > 0).tolist() == [True, False, False]
@@ -128,25 +128,25 @@ def test_which_samples_are_binary_is_a_rule() -> None:
 
 def test_weights_scale_and_zero_leaves_out() -> None:
     alpha, truth, trimap = batch(2)
-    plain, doubled = (losses(alpha, truth, trimap, replace(ALL, dice=weight)) for weight in (0.5, 1.0))
+    plain, doubled = (compute_losses(alpha, truth, trimap, replace(ALL, dice=weight)) for weight in (0.5, 1.0))
     torch.testing.assert_close(doubled["dice"], 2 * plain["dice"])
-    without = losses(alpha, truth, trimap, replace(ALL, dice=0.0))
+    without = compute_losses(alpha, truth, trimap, replace(ALL, dice=0.0))
     assert "dice" not in without
     torch.testing.assert_close(plain["total"], without["total"] + plain["dice"])
 
 
-@pytest.mark.parametrize("change", [{"dice": -1.0}, dict.fromkeys(TERMS, 0.0)])
+@pytest.mark.parametrize("change", [{"dice": -1.0}, dict.fromkeys(LOSS_NAMES, 0.0)])
 def test_impossible_weights_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="loss"):
         replace(ALL, **change)  # type: ignore[arg-type]
 
 
 def test_trimap_files_have_three_levels() -> None:
-    levels = quantised(torch.tensor([0, 84, 85, 128, 169, 170, 255], dtype=torch.uint8))
+    levels = quantise_trimap(torch.tensor([0, 84, 85, 128, 169, 170, 255], dtype=torch.uint8))
     assert levels.tolist() == [0.0, 0.0, 0.5, 0.5, 0.5, 1.0, 1.0]
 
 
 def test_the_laplacian_needs_64_px() -> None:
     small = torch.rand(1, 1, 48, 64)
     with pytest.raises(ValueError, match="64 px"):
-        losses(small, small, small, LossConfig())
+        compute_losses(small, small, small, LossConfig())

@@ -169,9 +169,9 @@ RECIPE = {
     "stage": "objects",
     "steps": 48,
     "batch_size": 4,
-    "rate": 1e-3,
+    "learning_rate": 1e-3,
     "log_every": 16,
-    "match": {"views": 2, "feature_noise": 0.1},
+    "match": {"views_per_group": 2, "feature_noise": 0.1},
 }
 
 
@@ -202,7 +202,7 @@ class TestStage:
         monkeypatch.setattr(MobileSam, "load", lambda _: small_objects())
         done = train(write_config(tmp_path / "b.yaml", discs, model=WITH_OBJECTS, **RECIPE), tmp_path / "other")
         assert done.exit_code == 3
-        assert "learn from a trained head; give one with --checkpoint" in done.stderr
+        assert "needs a trained head; give one with --checkpoint" in done.stderr
 
 
 class TestWholeModel:

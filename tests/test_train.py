@@ -43,7 +43,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_it_learns_and_its_model_mattes(tmp_path: Path, data: Path, out: Path, icm: Icm, scene: Path) -> None:
     loss = {"gradient_penalty": 0, "unknown_l1": 0, "known_l1": 0, "laplacian": 0, "cross_entropy": 1, "dice": 1}
-    recipe = {"steps": 40, "warmup_steps": 5, "rate": 3e-3, "batch_size": 4, "loss": loss}
+    recipe = {"steps": 40, "warmup_steps": 5, "learning_rate": 3e-3, "batch_size": 4, "loss": loss}
     config = write_config(tmp_path / "t.yaml", data, **recipe, **PLAIN)
     done = train(config, out)
     assert done.exit_code == 0, done.output
@@ -58,7 +58,7 @@ def test_it_learns_and_its_model_mattes(tmp_path: Path, data: Path, out: Path, i
 
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_a_resumed_run_takes_the_very_next_step(config: Path, tmp_path: Path, out: Path, ema: float | None) -> None:
-    options = ["--set", f"train.ema={json.dumps(ema)}"]
+    options = ["--set", f"train.ema_decay={json.dumps(ema)}"]
     assert train(config, out, *options, "--set", "train.steps=2").exit_code == 0
     half = weights(out / "last.safetensors")
     assert train(config, out, *options, "--resume").exit_code == 0
@@ -73,7 +73,7 @@ def test_a_resumed_run_takes_the_very_next_step(config: Path, tmp_path: Path, ou
 def test_resume_where_nothing_is_begins(config: Path, out: Path) -> None:
     done = train(config, out, "--resume")
     assert done.exit_code == 0
-    assert "holds no run yet" in done.stderr
+    assert "contains no run to resume" in done.stderr
 
 
 def test_a_finished_run_resumed_trains_nothing(config: Path, out: Path) -> None:
@@ -89,12 +89,15 @@ def test_a_run_is_not_written_over(config: Path, out: Path) -> None:
     train(config, out)
     again = train(config, out)
     assert again.exit_code == 2
-    assert "holds a run already" in again.stderr
+    assert "already contains a run" in again.stderr
 
 
 def test_another_configuration_is_refused_with_the_difference(config: Path, out: Path) -> None:
     train(config, out)
-    for override, shown in (("train.rate=0.5", "train.rate: 0.001 -> 0.5"), ("head.width=16", "head.width: 8 -> 16")):
+    for override, shown in (
+        ("train.learning_rate=0.5", "train.learning_rate: 0.001 -> 0.5"),
+        ("head.width=16", "head.width: 8 -> 16"),
+    ):
         again = train(config, out, "--resume", "--set", override)
         assert again.exit_code == 2
         assert shown in again.stderr
@@ -174,7 +177,13 @@ def test_training_starts_from_a_checkpoint(config: Path, out: Path, tmp_path: Pa
     train(config, out)
     more = tmp_path / "more"
     done = train(
-        config, more, "--set", "train.rate=0", "--set", "train.backbone_rate=0", checkpoint=out / "last.safetensors"
+        config,
+        more,
+        "--set",
+        "train.learning_rate=0",
+        "--set",
+        "train.backbone_learning_rate=0",
+        checkpoint=out / "last.safetensors",
     )
     assert done.exit_code == 0, done.output
     before, after = weights(out / "last.safetensors"), weights(more / "last.safetensors")
@@ -187,7 +196,7 @@ def test_validation_logs_and_keeps_the_best(config: Path, out: Path, data: Path)
     change(config, validation={"images": str(data / "images"), "alphas": str(data / "alphas")})
     done = train(config, out, "--set", "train.validate_every=2")
     assert done.exit_code == 0, done.output
-    assert "6 of the 6 validation images are trained on too" in done.stderr
+    assert "6 of the 6 validation images are also trained on" in done.stderr
     rows = {row["step"]: float(row["validation_mse"]) for row in log(out) if row["validation_mse"]}
     assert sorted(rows) == ["2", "4"]
     best = min(rows, key=lambda step: rows[step])
@@ -202,8 +211,9 @@ def test_pictures_and_scalars_reach_tensorboard(config: Path, out: Path) -> None
     train(config, out, "--set", "train.image_every=2")
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    scalars = events.Tags()["scalars"]
-    assert {"run/loss", "run/rate", "run/waiting_share", "losses/cross_entropy", "losses/l1"} <= set(scalars)
+    scalars = set(events.Tags()["scalars"])
+    assert {"run/loss", "run/learning_rate", "run/waiting_fraction"} <= scalars
+    assert {"losses/cross_entropy", "losses/l1"} <= scalars
     logged = [float(row["loss"]) for row in log(out)]
     assert [event.value for event in events.Scalars("run/loss")] == pytest.approx(logged)
     pictures = events.Images("samples")
@@ -221,7 +231,7 @@ def test_a_preview_trains_nothing(config: Path, out: Path) -> None:
     settings = read_settings(str(config))
     stage = make_stage(settings, read_pool(settings.data, settings.train.pairs))
     for row in range(3):
-        for column, cell in enumerate(stage.preview(row)[1]):
+        for column, cell in enumerate(stage.preview_sample(row)[1]):
             shown = sheet[row * 258 :][72:168, column * 240 + 72 : column * 240 + 168]  # 96 px in the middle of a cell
             assert (shown[..., ::-1] == cell).all(), (row, column)
     assert [path.name for path in out.iterdir()] == ["preview.png"]
@@ -241,7 +251,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_features_of_a_frozen_small_backbone_are_kept(tmp_path: Path, data: Path, out: Path, own_cache: Path) -> None:
-    config = write_config(tmp_path / "t.yaml", data, backbone_rate=0, **PLAIN)
+    config = write_config(tmp_path / "t.yaml", data, backbone_learning_rate=0, **PLAIN)
     assert train(config, out).exit_code == 0
     entries = list((own_cache / "features").rglob("*.safetensors"))
     assert entries
@@ -260,13 +270,20 @@ class TestStableDiffusion:
     def sd_config(self, tmp_path: Path, data: Path, folder: Path, own_cache: Path) -> Path:  # noqa: ARG002
         model = yaml.safe_load(tiny_detail_yaml(tmp_path / "sd.yaml", folder).read_text())
         return write_config(
-            tmp_path / "train.yaml", data, model, canvas_px=128, backbone_rate=0, loss={}, ema=None, optimiser="adam"
+            tmp_path / "train.yaml",
+            data,
+            model,
+            canvas_px=128,
+            backbone_learning_rate=0,
+            loss={},
+            ema_decay=None,
+            optimiser="adam",
         )
 
     def test_the_decoder_trains_on_frozen_features(self, sd_config: Path, out: Path, icm: Icm) -> None:
         done = train(sd_config, out)
         assert done.exit_code == 0, done.output
-        assert "kept on disk" not in done.stderr
+        assert "cached on disk" not in done.stderr
         assert all(name.startswith("head.") for name in weights(out / "last.safetensors"))
         assert icm(checkpoint=out / "last.safetensors", model=None).exit_code == 0
 
@@ -276,8 +293,8 @@ class TestStableDiffusion:
         options = [f"--set=train.{name}={json.dumps(value)}" for name, value in PLAIN.items()]
         done = train(sd_config, out, *options)
         assert done.exit_code == 0, done.output
-        assert "kept on disk" in done.stderr
-        assert "the noise is the same for every step" in done.stderr
+        assert "cached on disk" in done.stderr
+        assert "the noise is the same in every step" in done.stderr
         entries = list((own_cache / "features").rglob("*.safetensors"))
         assert 2 <= len(entries) <= 12  # six images, as target and as reference
         again = train(sd_config, tmp_path / "again", *options)
@@ -319,10 +336,10 @@ class TestStableDiffusion:
         assert low.exit_code == 0, low.output
         exact = train(sd_config, tmp_path / "exact", "--set", "train.precision=no")
         assert exact.exit_code == 0, exact.output
-        assert "slower in bfloat16 than in float32, which is used" in low.stderr
+        assert "slower in bfloat16 than in float32, so float32 is used" in low.stderr
         assert same_weights(out / "last.safetensors", tmp_path / "low" / "last.safetensors")
 
     def test_a_frozen_backbone_takes_no_rate(self, sd_config: Path, out: Path) -> None:
-        done = train(sd_config, out, "--set", "train.backbone_rate=1e-4")
+        done = train(sd_config, out, "--set", "train.backbone_learning_rate=1e-4")
         assert done.exit_code == 3
-        assert "the backbone is frozen here" in done.stderr
+        assert "the backbone is frozen in this run" in done.stderr

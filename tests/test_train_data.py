@@ -17,9 +17,9 @@ from train_data import MODEL
 from icm_cli.errors import ConfigError, ImageError, TrainingError, UsageError
 from icm_cli.training.batches import StepSampler
 from icm_cli.training.data import layers
-from icm_cli.training.data.augment import jittered_guidance
-from icm_cli.training.data.layers import cutout
-from icm_cli.training.data.pool import Item, Pool, read_pool
+from icm_cli.training.data.augment import make_guidance
+from icm_cli.training.data.layers import read_cutout
+from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
 from icm_cli.training.data.samples import PairBatch, SampleMaker, TrainingSample
 from icm_cli.training.data.scenes import SceneMaker
 from icm_cli.training.settings import (
@@ -28,13 +28,19 @@ from icm_cli.training.settings import (
     PairConfig,
     SourceConfig,
     TrainConfig,
-    differences,
+    list_differences,
     read_settings,
 )
 
 SIDE = 96
 STILL = AugmentConfig(flip=0, zoom=1, rotate_degrees=0, stretch=0, colour=0, jpeg=0, blur=0, noise=0)
-ALONE = PairConfig(composite_share=0, same_image_share=0, distractor_share=0, negative_share=0, mask_jitter=0)
+ALONE = PairConfig(
+    composite_probability=0,
+    same_image_probability=0,
+    distractor_probability=0,
+    negative_probability=0,
+    mask_jitter_probability=0,
+)
 RED, GREEN, BLUE = (220, 30, 30), (30, 200, 30), (30, 30, 220)
 
 
@@ -96,11 +102,11 @@ def equal(one: TrainingSample, other: TrainingSample) -> bool:
 @given(seed=st.integers(0, 99), counter=st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
 def test_a_sample_is_a_function_of_seed_and_counter(discs: Path, seed: int, counter: int) -> None:
-    busy = PairConfig(scribble_share=0.3, point_share=0.2, negative_share=0.2)
+    busy = PairConfig(scribble_probability=0.3, point_probability=0.2, negative_probability=0.2)
     first, second = (maker(discs, busy, AugmentConfig(), seed=seed) for _ in range(2))
-    second.sample(counter + 1)  # what was made before does not matter
-    assert equal(first.sample(counter), second.sample(counter))
-    sample = first.sample(counter)
+    second.make_sample(counter + 1)  # what was made before does not matter
+    assert equal(first.make_sample(counter), second.make_sample(counter))
+    sample = first.make_sample(counter)
     assert sample.rgb.shape == (SIDE, SIDE, 3)
     assert sample.alpha.dtype == sample.rgb.dtype == sample.trimap.dtype == np.uint8
     assert sample.guidance.any()
@@ -109,13 +115,15 @@ def test_a_sample_is_a_function_of_seed_and_counter(discs: Path, seed: int, coun
 
 
 def test_other_seeds_and_counters_give_other_samples(discs: Path) -> None:
-    samples = [maker(discs, PairConfig(), AugmentConfig(), seed=seed).sample(n) for seed in range(2) for n in range(2)]
+    samples = [
+        maker(discs, PairConfig(), AugmentConfig(), seed=seed).make_sample(n) for seed in range(2) for n in range(2)
+    ]
     assert len({sample.rgb.tobytes() for sample in samples}) == 4
 
 
 def test_still_pairs_are_the_files_themselves(discs: Path) -> None:
     for counter in range(6):
-        sample = maker(discs).sample(counter)
+        sample = maker(discs).make_sample(counter)
         target, shown = sample.name.split(" by ")
         assert target.split("/")[0] == shown.split("/")[0]
         assert target != shown
@@ -127,10 +135,10 @@ def test_still_pairs_are_the_files_themselves(discs: Path) -> None:
 
 def test_the_reference_alone_tells_what_is_wanted(discs: Path) -> None:
     """With distractors the other disc is in the picture too, and the alpha is that of the reference's colour."""
-    pairs = replace(ALONE, distractor_share=1.0, distractors=1, reference_distractor_share=1.0)
+    pairs = replace(ALONE, distractor_probability=1.0, max_distractors=1, reference_distractor_probability=1.0)
     seen = Counter()
     for counter in range(30):
-        sample = maker(discs, pairs, replace(STILL, flip=0.5)).sample(counter)
+        sample = maker(discs, pairs, replace(STILL, flip=0.5)).make_sample(counter)
         wanted = main_colour(sample)
         inside = sample.rgb[sample.alpha > 250].mean(axis=0)
         assert ("red", "green", "blue")[int(inside.argmax())] == wanted
@@ -146,10 +154,10 @@ def test_the_reference_alone_tells_what_is_wanted(discs: Path) -> None:
 
 
 def test_negatives_have_no_alpha_and_lack_the_thing(discs: Path) -> None:
-    pairs = replace(ALONE, negative_share=1.0)
+    pairs = replace(ALONE, negative_probability=1.0)
     kinds = Counter()
     for counter in range(30):
-        sample = maker(discs, pairs).sample(counter)
+        sample = maker(discs, pairs).make_sample(counter)
         assert not sample.alpha.any()
         assert not sample.trimap.any()
         wanted = 0 if main_colour(sample) == "red" else 1
@@ -159,12 +167,12 @@ def test_negatives_have_no_alpha_and_lack_the_thing(discs: Path) -> None:
 
 
 def test_one_image_is_paired_with_another_view_of_itself(discs: Path) -> None:
-    pairs = replace(ALONE, composite_share=1.0)
+    pairs = replace(ALONE, composite_probability=1.0)
     alone = source(discs, group_by="image")
     made = SampleMaker(
         read_pool(DataConfig((alone,), (str(discs / "backgrounds"),)), pairs),
         TrainConfig(canvas_px=SIDE, pairs=pairs, augment=STILL),
-    ).sample(0)
+    ).make_sample(0)
     target, shown = made.name.split(" by ")
     assert target == shown
     assert not np.array_equal(made.rgb, made.reference_rgb)
@@ -174,7 +182,7 @@ def test_one_image_is_paired_with_another_view_of_itself(discs: Path) -> None:
 @settings(max_examples=20, deadline=None)
 def test_composites_have_no_halo(discs: Path, counter: int) -> None:
     """Nothing of the old background (grey 60 to 140) shines through a soft edge on the new one (blue)."""
-    sample = maker(discs, replace(ALONE, composite_share=1.0)).sample(counter)
+    sample = maker(discs, replace(ALONE, composite_probability=1.0)).make_sample(counter)
     soft = (sample.alpha > 30) & (sample.alpha < 225)
     assert soft.any()
     weight = sample.alpha[soft][:, None] / 255
@@ -186,7 +194,7 @@ def test_composites_have_no_halo(discs: Path, counter: int) -> None:
 
 def test_cut_outs_have_their_own_colours(discs: Path) -> None:
     item = next(iter(read_pool(DataConfig((source(discs),)), ALONE)))
-    layer = cutout(item, SIDE)
+    layer = read_cutout(item, SIDE)
     soft = (layer.alpha > 0.1) & (layer.alpha < 0.9)
     straight = layer.colour[soft] / layer.alpha[soft][:, None]
     assert np.abs(straight - np.array(GREEN)).mean() < 10  # "green" comes first
@@ -196,7 +204,7 @@ def test_rgba_cut_outs_are_put_on_backgrounds(discs: Path) -> None:
     cutouts = SourceConfig(dataset="cutouts", root=str(discs / "cutouts"))
     pool = read_pool(DataConfig((cutouts,), (str(discs / "backgrounds"),)), ALONE)
     assert [(item.group, item.is_foreground) for item in pool] == [("0:yellow", True)] * 2
-    sample = SampleMaker(pool, TrainConfig(canvas_px=SIDE, pairs=ALONE, augment=STILL)).sample(0)
+    sample = SampleMaker(pool, TrainConfig(canvas_px=SIDE, pairs=ALONE, augment=STILL)).make_sample(0)
     inside = sample.rgb[sample.alpha == 255]
     assert np.abs(inside - np.array((220, 220, 0))).max() <= 3
     dark = sample.rgb.astype(int).sum(axis=-1) < 100
@@ -207,7 +215,7 @@ def test_sources_are_drawn_by_weight(discs: Path) -> None:
     rare = replace(SourceConfig(dataset="cutouts", root=str(discs / "cutouts")), weight=0.25)
     pool = read_pool(DataConfig((source(discs), rare), (str(discs / "backgrounds"),)), ALONE)
     rng = np.random.default_rng(0)
-    drawn = Counter(pool.draw(rng).is_foreground for _ in range(4000))
+    drawn = Counter(pool.draw_item(rng).is_foreground for _ in range(4000))
     assert drawn[True] / 4000 == pytest.approx(0.2, abs=0.03)
 
 
@@ -220,10 +228,10 @@ def test_open_images_masks_stay_binary(discs: Path, tmp_path: Path) -> None:
     masks = SourceConfig(dataset="openimages", root=str(tmp_path))
     pool = read_pool(DataConfig((masks,), (str(discs / "backgrounds"),)), ALONE)
     assert [item.group for item in pool] == ["0:m01bjv"] * 2
-    busy = replace(ALONE, composite_share=1.0, distractor_share=1.0)
+    busy = replace(ALONE, composite_probability=1.0, distractor_probability=1.0)
     made = SampleMaker(pool, TrainConfig(canvas_px=SIDE, pairs=busy, augment=AugmentConfig()))
     for counter in range(8):
-        sample = made.sample(counter)
+        sample = made.make_sample(counter)
         assert set(np.unique(sample.alpha)) == {0, 255}
         assert sample.rgb[..., 2].mean() < 130  # never cut out with its hard edge and put on a blue background
 
@@ -239,12 +247,12 @@ def test_published_trimaps_move_with_their_pictures(discs: Path, tmp_path: Path)
     config = TrainConfig(canvas_px=SIDE, pairs=ALONE, augment=replace(STILL, zoom=1.5, rotate_degrees=20))
     made = SampleMaker(read_pool(data, ALONE), config)
     for counter in range(5):
-        sample = made.sample(counter)
+        sample = made.make_sample(counter)
         assert set(np.unique(sample.trimap)) == {0, 128, 255}
         inside = sample.trimap == 255
         assert (sample.alpha[inside] == 255).all()
         assert 0.02 < inside.mean() < 0.12
-    whole = SampleMaker(read_pool(data, ALONE), replace(config, augment=STILL)).sample(0)
+    whole = SampleMaker(read_pool(data, ALONE), replace(config, augment=STILL)).make_sample(0)
     assert (whole.trimap == 255).mean() == pytest.approx((20 / 120) ** 2, rel=0.15)
 
 
@@ -259,11 +267,13 @@ def test_composition_datasets_give_their_foregrounds(discs: Path, tmp_path: Path
     assert [(item.name, item.group, item.is_foreground) for item in pool] == [("0", "0:0", True), ("1", "0:1", True)]
 
 
-@pytest.mark.parametrize(("share", "least", "most"), [("scribble_share", 0.005, 0.2), ("point_share", 0.0005, 0.01)])
+@pytest.mark.parametrize(
+    ("share", "least", "most"), [("scribble_probability", 0.005, 0.2), ("point_probability", 0.0005, 0.01)]
+)
 def test_marks_lie_in_the_thing(share: str, least: float, most: float) -> None:
     _, alpha = disc(RED, GREEN, SIDE)
     config = replace(ALONE, **{share: 1.0})
-    shown = [jittered_guidance(alpha, config, np.random.default_rng(seed)) for seed in range(20)]
+    shown = [make_guidance(alpha, config, np.random.default_rng(seed)) for seed in range(20)]
     for mark in shown:
         assert mark.any()
         assert (alpha[mark] > 127).all()
@@ -276,7 +286,7 @@ def test_jittered_masks_are_near_the_mask() -> None:
     mask = alpha > 127
     changed = 0
     for seed in range(20):
-        jittered = jittered_guidance(alpha, replace(ALONE, mask_jitter=1.0), np.random.default_rng(seed))
+        jittered = make_guidance(alpha, replace(ALONE, mask_jitter_probability=1.0), np.random.default_rng(seed))
         iou = (jittered & mask).sum() / (jittered | mask).sum()
         assert 0.8 < iou <= 1
         changed += not np.array_equal(jittered, mask)
@@ -287,7 +297,7 @@ def test_a_zoomed_view_keeps_the_thing(discs: Path) -> None:
     scenes = SceneMaker(SIDE, replace(AugmentConfig(), zoom=4.0))
     item = next(iter(read_pool(DataConfig((source(discs),)), ALONE)))
     for seed in range(20):
-        scene = scenes.photograph(item, np.random.default_rng(seed))
+        scene = scenes.make_photograph(item, np.random.default_rng(seed))
         assert (scene.alpha > 127).mean() > 0.1
         assert not scene.alpha[~scene.valid].any()
 
@@ -304,24 +314,24 @@ class TestUnreadable:
         return maker(tmp_path / "discs"), bad
 
     def test_another_draw_stands_in_and_it_is_told(self, torn: tuple[SampleMaker, Path]) -> None:
-        samples = [torn[0].sample(counter) for counter in range(20)]
+        samples = [torn[0].make_sample(counter) for counter in range(20)]
         skipped = [reason for sample in samples for reason in sample.skipped]
         assert 2 <= len(skipped) < 20
         assert all(str(torn[1]) in reason and "cut short" in reason for reason in skipped)
         assert not any("red/1" in sample.name for sample in samples)
-        assert PairBatch.of(samples).skipped == tuple(skipped)
+        assert PairBatch.from_samples(samples).skipped == tuple(skipped)
 
     def test_nothing_readable_ends_it(self, torn: tuple[SampleMaker, Path]) -> None:
         for path in torn[1].parents[1].rglob("*.png"):
             path.write_bytes(b"")
         with pytest.raises(TrainingError, match="could not be made in 10 draws"):
-            maker(torn[1].parents[2]).sample(0)
+            maker(torn[1].parents[2]).make_sample(0)
 
     def test_sizes_that_differ(self, discs: Path) -> None:
         item = next(iter(read_pool(DataConfig((source(discs),)), ALONE)))
         wrong = replace(item, image=next((discs / "backgrounds").iterdir()))
         with pytest.raises(ImageError, match=r"200x140 .* 120x120; expected one size"):
-            SceneMaker(SIDE, STILL).photograph(wrong, np.random.default_rng(0))
+            SceneMaker(SIDE, STILL).make_photograph(wrong, np.random.default_rng(0))
 
 
 @given(
@@ -352,18 +362,16 @@ def pictures(root: Path, **groups: int) -> Path:
 
 
 class TestGroups:
-    def pool(self, root: Path, **source: object) -> Pool:
+    def pool(self, root: Path, **source: object) -> TrainingPool:
         sources = (SourceConfig(images=str(root / "images"), alphas=str(root / "alphas"), **source),)  # type: ignore[arg-type]
-        return read_pool(DataConfig(sources), PairConfig(negative_share=0))
+        return read_pool(DataConfig(sources), PairConfig(negative_probability=0))
 
     def test_small_groups_are_drawn_as_often_as_large_ones(self, tmp_path: Path) -> None:
         pool = self.pool(pictures(tmp_path, small=1, large=9))
         rng = np.random.default_rng(0)
-        small = np.mean([pool.draw(rng).group == "0:small" for _ in range(2000)])
-        assert 0.45 < small < 0.55
-        chances = dict(zip([item.name for item in pool], pool.chances(), strict=True))
-        assert chances["small/0"] == pytest.approx(0.5)
-        assert chances["large/3"] == pytest.approx(0.5 / 9)
+        drawn = Counter(pool.draw_item(rng).name for _ in range(4000))
+        assert drawn["small/0"] / 4000 == pytest.approx(0.5, abs=0.05)
+        assert all(drawn[f"large/{i}"] / 4000 == pytest.approx(0.5 / 9, abs=0.02) for i in range(9))
 
     def test_what_shares_a_class_is_no_stranger(self, tmp_path: Path) -> None:
         classes = tmp_path / "classes.json"
@@ -373,7 +381,7 @@ class TestGroups:
         rng = np.random.default_rng(0)
 
         def strangers(group: str) -> set[str]:
-            drawn = (pool.stranger(items[group], rng, cuttable=False) for _ in range(200))
+            drawn = (pool.draw_negative(items[group], rng, for_cutout=False) for _ in range(200))
             return {item.group.partition(":")[2] for item in drawn if item is not None}
 
         assert strangers("cat1") == {"chair", "sun"}
@@ -381,7 +389,8 @@ class TestGroups:
         assert strangers("sun") == {"cat1", "cat2", "chair"}
 
     @pytest.mark.parametrize(
-        ("content", "message"), [("{", "cannot be read"), ('{"a": [1]}', "no text"), ('{"a": "x"}', "no entry for")]
+        ("content", "message"),
+        [("{", "cannot be read"), ('{"a": [1]}', "not a string"), ('{"a": "x"}', "no entry for")],
     )
     def test_bad_classes_are_named(self, tmp_path: Path, content: str, message: str) -> None:
         classes = tmp_path / "classes.json"
@@ -395,8 +404,8 @@ class TestGroups:
         mask[:, 12:] = 255
         cv2.imwrite(str(root / "alphas" / "a" / "1.png"), mask)
         plain, soft = (self.pool(root, soften_px=px).sources[0][1] for px in (0.0, 0.8))
-        assert set(np.unique(layers.photograph(plain).alpha)) == {0, 255}
-        alpha = layers.photograph(soft).alpha
+        assert set(np.unique(layers.read_photograph(plain).alpha)) == {0, 255}
+        alpha = layers.read_photograph(soft).alpha
         assert 0 < alpha[12, 11] < 128 < alpha[12, 12] < 255
         assert alpha[12, 0] == 0
         with pytest.raises(ConfigError, match="0 for binary masks"):
@@ -409,7 +418,7 @@ class TestSettings:
         return path
 
     def test_they_survive_the_way_through_json(self, tmp_path: Path) -> None:
-        train = {"loss": {"dice": 1}, "pairs": {"distractors": 3}, "steps": 7, "clip_norm": 2}
+        train = {"loss": {"dice": 1}, "pairs": {"max_distractors": 3}, "steps": 7, "clip_norm": 2}
         data = {"sources": [{"images": "a", "alphas": "b", "exclude": ["x*"]}], "validation": {"images": "c"}}
         settings = read_settings(self.config(tmp_path / "a.yaml", train=train, data=data))
         again = read_settings(self.config(tmp_path / "b.yaml", **settings.as_dict()))
@@ -419,14 +428,20 @@ class TestSettings:
 
     def test_overrides_reach_every_depth(self, tmp_path: Path) -> None:
         path = self.config(tmp_path / "a.yaml")
-        lines = ["train.rate=1e-4", "train.loss.l1=2", "head.width=16", "train.ema=null", "data.backgrounds=[a, b]"]
+        lines = [
+            "train.learning_rate=1e-4",
+            "train.loss.l1=2",
+            "head.width=16",
+            "train.ema_decay=null",
+            "data.backgrounds=[a, b]",
+        ]
         settings = read_settings(path, overrides=lines)
-        assert settings.train.rate == 1e-4
+        assert settings.train.learning_rate == 1e-4
         assert settings.train.loss.l1 == 2.0
         assert settings.model.head.settings.width == 16
         assert settings.data.backgrounds == ("a", "b")
         before = read_settings(path).as_dict()
-        assert "head.width: 8 -> 16" in differences(before, settings.as_dict())
+        assert "head.width: 8 -> 16" in list_differences(before, settings.as_dict())
 
     @pytest.mark.parametrize(
         ("override", "message"),
@@ -435,12 +450,12 @@ class TestSettings:
             ("train.steps=many", "steps is 'many'; expected a whole number"),
             ("train.steps", "expected key=value"),
             ("train.steps=[", "is not YAML"),
-            ("train.pairs.negative_share=2", "expected 0 to 1"),
+            ("train.pairs.negative_probability=2", "expected 0 to 1"),
             ("train.loss.binary_rule=both", "binary_rule is 'both'"),
             ("train.steps.more=1", "steps is {'more': 1}"),
             ("train.clip_norm=0", "more than 0"),
-            ("train.rate=.nan", "rate is nan; expected a number"),
-            ("train.rate=.inf", "rate is inf; expected a number"),
+            ("train.learning_rate=.nan", "rate is nan; expected a number"),
+            ("train.learning_rate=.inf", "rate is inf; expected a number"),
             ("train.optimiser=sgd", "expected 'adam' or 'adamw'"),
             ("train.seed=99999999999999999999", "expected less than"),
             ("data.sources=im", "sources is 'im'; expected a list"),
@@ -464,10 +479,10 @@ class TestSettings:
     def test_a_pool_needs_data(self, discs: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="nothing to train on"):
             read_pool(DataConfig(), PairConfig())
-        with pytest.raises(ConfigError, match="nothing to put them on"):
+        with pytest.raises(ConfigError, match="no backgrounds to put them on"):
             read_pool(DataConfig((SourceConfig(dataset="cutouts", root=str(discs / "cutouts")),)), ALONE)
         one = SourceConfig(images=str(discs / "images" / "red"), alphas=str(discs / "alphas" / "red"))
-        with pytest.raises(ConfigError, match="negative_share"):
+        with pytest.raises(ConfigError, match="negative_probability"):
             read_pool(DataConfig((one,)), PairConfig())
         assert len(read_pool(DataConfig((one,), (str(discs / "backgrounds"),)), PairConfig())) == 3
         with pytest.raises(UsageError, match="no image left"):
@@ -477,8 +492,8 @@ class TestSettings:
 
 
 def test_pool_leaves_out_what_is_excluded(discs: Path) -> None:
-    pool: Pool = read_pool(DataConfig((source(discs, exclude=("red/*",)),)), ALONE)
-    names: list[Item] = list(pool)
+    pool: TrainingPool = read_pool(DataConfig((source(discs, exclude=("red/*",)),)), ALONE)
+    names: list[TrainingItem] = list(pool)
     assert [item.name for item in names] == ["green/0", "green/1", "green/2"]
 
 
@@ -488,13 +503,13 @@ def test_layers_are_kept_while_they_have_room(tmp_path: Path) -> None:
     for name, picture in (("a.png", rgb), ("b.png", rgb), ("alpha.png", alpha)):
         cv2.imwrite(str(tmp_path / name), picture)
     items = [
-        Item(name, tmp_path / name, tmp_path / "alpha.png", None, "group", is_foreground=False, is_binary=False)
+        TrainingItem(name, tmp_path / name, tmp_path / "alpha.png", None, "group", is_foreground=False, is_binary=False)
         for name in ("a.png", "b.png")
     ]
-    layers.shrunk_photograph.cache.clear()
-    first, second = (layers.shrunk_photograph(item, 64) for item in items)
-    assert layers.shrunk_photograph(items[0], 64) is first
-    assert layers.shrunk_photograph(items[1], 64) is second
+    layers.read_cached_photograph.cache.clear()
+    first, second = (layers.read_cached_photograph(item, 64) for item in items)
+    assert layers.read_cached_photograph(items[0], 64) is first
+    assert layers.read_cached_photograph(items[1], 64) is second
     size = first.rgb.nbytes + first.alpha.nbytes
-    assert layers.shrunk_photograph.cache.currsize == 2 * size
-    assert layers.shrunk_photograph.cache.maxsize == layers.KEPT_BYTES
+    assert layers.read_cached_photograph.cache.currsize == 2 * size
+    assert layers.read_cached_photograph.cache.maxsize == layers.CACHE_BYTES

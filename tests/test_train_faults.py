@@ -49,8 +49,8 @@ def out(tmp_path: Path) -> Path:
         (["--set", "head.feature_channels=[9]"], 3, "feature_channels is 9 together, and the backbone gives 208"),
         (["--set", "train.minutes=0"], 3, "minutes is 0"),
         (["--set", "train.stage=refine", "--set", "train.refine.crop_px=100"], 3, "crop_px is 100; expected at most"),
-        (["--set", "train.stage=match", "--set", "train.match.layout_shares=[1]"], 3, "expected 4 numbers"),
-        (["--set", "train.stage=refine", "--set", "train.refine.crop_px=64"], 3, "the backbone is frozen here"),
+        (["--set", "train.stage=match", "--set", "train.match.layout_weights=[1]"], 3, "expected 4 numbers"),
+        (["--set", "train.stage=refine", "--set", "train.refine.crop_px=64"], 3, "the backbone is frozen in this run"),
         (["--set", "data.sources=[{images: none, alphas: none}]"], 2, "is not a folder"),
         (["--set", "data.sources=[{dataset: cutouts, root: none}]"], 2, "data: source 1: cutouts folder none"),
         (["--set", "data.validation={images: none, alphas: none}"], 2, "data: validation: --images none"),
@@ -76,7 +76,7 @@ def test_a_bad_call_is_one_sentence(
 def poisoned(bad_step: int):
     """The losses of training, one of which is NaN at a step."""
     calls = []
-    real = matte.losses
+    real = matte.compute_losses
 
     def losses(*arguments: object) -> dict[str, torch.Tensor]:
         calls.append(1)
@@ -89,7 +89,7 @@ def poisoned(bad_step: int):
 
 
 def test_a_nan_loss_stops_with_step_and_samples(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matte, "losses", poisoned(3))
+    monkeypatch.setattr(matte, "compute_losses", poisoned(3))
     done = train(config, out)
     assert done.exit_code == 1
     last = done.stderr.splitlines()[-1]
@@ -105,10 +105,12 @@ def test_a_nan_loss_stops_with_step_and_samples(config: Path, out: Path, monkeyp
 
 
 def test_a_model_that_diverges_stops(config: Path, out: Path) -> None:
-    done = train(config, out, "--set", "train.rate=1e30", "--set", "train.warmup_steps=0", "--set", "train.steps=9")
+    done = train(
+        config, out, "--set", "train.learning_rate=1e30", "--set", "train.warmup_steps=0", "--set", "train.steps=9"
+    )
     assert done.exit_code == 1
     last = done.stderr.splitlines()[-1]
-    assert "answer is NaN or infinite for" in last or "loss is NaN or above 10000" in last
+    assert "output is NaN or infinite for" in last or "loss is NaN or above 10000" in last
     assert list(out.glob("bad-step-*.safetensors"))
 
 
@@ -122,7 +124,7 @@ def test_a_loss_that_is_too_large_stops(config: Path, out: Path) -> None:
 def test_gradients_that_are_not_finite_stop_before_the_step(
     config: Path, out: Path, monkeypatch: pytest.MonkeyPatch, norm: float
 ) -> None:
-    monkeypatch.setattr(Learner, "clip", lambda self: norm)  # noqa: ARG005
+    monkeypatch.setattr(Learner, "clip_gradients", lambda self: norm)  # noqa: ARG005
     done = train(config, out)
     assert done.exit_code == 1
     assert "step 1: the gradients are NaN or infinite" in done.stderr
@@ -140,7 +142,7 @@ def test_a_few_unreadable_samples_are_skipped_and_counted(config: Path, out: Pat
 
 def test_many_unreadable_samples_stop(config: Path, out: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (data / "images" / "a" / "lawn.jpg").write_bytes(b"")
-    monkeypatch.setattr("icm_cli.training.guards.JUDGED_FROM", 1)
+    monkeypatch.setattr("icm_cli.training.train.MIN_DRAWS_TO_JUDGE", 1)
     done = train(config, out)
     assert done.exit_code == 1
     assert "more than 1%" in done.stderr.splitlines()[-1]
@@ -198,7 +200,7 @@ def test_a_log_that_cannot_be_written_costs_no_run(config: Path, out: Path) -> N
     (out / "log.csv").mkdir()
     done = train(config, out)
     assert done.exit_code == 0, done.output
-    assert "training goes on without it" in done.stderr
+    assert "training continues without it" in done.stderr
 
 
 def test_out_of_memory_says_what_to_do(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +210,7 @@ def test_out_of_memory_says_what_to_do(config: Path, out: Path, monkeypatch: pyt
     monkeypatch.setattr(Learner, "backward", tight)
     done = train(config, out)
     assert done.exit_code == 3
-    assert "with 2 samples at a time; set train.micro_batch_size lower" in done.stderr
+    assert "with 2 samples at a time; reduce train.micro_batch_size" in done.stderr
 
 
 @pytest.mark.parametrize("size", [0, 1000])
@@ -227,7 +229,7 @@ def test_a_model_whose_state_is_gone_is_not_written_over(config: Path, out: Path
     before = (out / "last.safetensors").read_bytes()
     for flags in ([], ["--resume"]):
         assert train(config, out, *flags).exit_code == 2
-    assert "holds last.safetensors but no state.pt" in train(config, out, "--resume").stderr
+    assert "contains last.safetensors but no state.pt" in train(config, out, "--resume").stderr
     assert (out / "last.safetensors").read_bytes() == before
 
 
@@ -300,7 +302,7 @@ def test_two_runs_do_not_share_a_folder(config: Path, out: Path) -> None:
     try:
         other = train(config, out, *LONG, "--resume")
         assert other.exit_code == 2
-        assert "another process trains into" in other.stderr
+        assert "another process is training in" in other.stderr
     finally:
         process.kill()
         process.communicate(timeout=100)
@@ -333,7 +335,7 @@ def test_a_signal_cuts_validation_short(config: Path, out: Path, data: Path, mon
     monkeypatch.setattr(Predictor, "infer", stopped_at_the_second)
     done = train(config, out, "--set", "train.validate_every=1")
     assert done.exit_code == 143, done.output
-    assert "validation was cut short" in done.stderr
+    assert "validation was interrupted" in done.stderr
     assert batches < 10
     assert int(metadata(out / "last.safetensors")["icm.step"]) < 4
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from train_data import command, log, train, weights, write_config
 
-SETTINGS = {"batch_size": 4, "batch_norm": "fixed", "steps": 3, "ema": None, "clip_norm": 50.0}
+SETTINGS = {"batch_size": 4, "batch_norm": "fixed", "steps": 3, "ema_decay": None, "clip_norm": 50.0}
 
 
 @pytest.fixture

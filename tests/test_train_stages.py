@@ -19,12 +19,16 @@ from train_data import MODEL, log, metadata, same_weights, train, write_config
 
 from icm_cli.config import parse_model_config
 from icm_cli.errors import ConfigError
-from icm_cli.model.lite.backbone import DinoV2Lite
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.model.lite.refiner import Refine
 from icm_cli.model.loading import load_model_for_training
-from icm_cli.training.data.pool import Item, Pool, read_pool
-from icm_cli.training.data.spoiling import by_objects, by_outline, by_tokens, with_doubted_parts
+from icm_cli.training.data.degradation import (
+    add_uncertain_regions,
+    degrade_outline,
+    degrade_to_object_mask,
+    degrade_to_tokens,
+)
+from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
 from icm_cli.training.settings import MatchConfig, TrainConfig, read_settings
 from icm_cli.training.stages import match, refine
 from icm_cli.training.stages.mosaics import Mosaic, MosaicBatch, TokenMatcher, draw_mosaic
@@ -35,20 +39,20 @@ MATCH = {
     "stage": "match",
     "steps": 60,
     "batch_size": 6,
-    "rate": 5e-3,
-    "backbone_rate": 0,
+    "learning_rate": 5e-3,
+    "backbone_learning_rate": 0,
     "log_every": 30,
     "clip_norm": 30.0,
-    "match": {"views": 6},
+    "match": {"views_per_group": 6},
 }
 REFINE = {
     "stage": "refine",
     "steps": 120,
     "batch_size": 4,
-    "rate": 1e-2,
-    "backbone_rate": 0,
+    "learning_rate": 1e-2,
+    "backbone_learning_rate": 0,
     "log_every": 40,
-    "refine": {"crop_px": 64, "doubt_share": 0},
+    "refine": {"crop_px": 64, "uncertain_probability": 0},
 }
 
 
@@ -86,10 +90,10 @@ def untrained() -> dict[str, torch.Tensor]:
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
 
-def group_of(name: str, count: int) -> tuple[Item, ...]:
+def group_of(name: str, count: int) -> tuple[TrainingItem, ...]:
     """Items of one group."""
     return tuple(
-        Item(f"{name}{i}", Path(f"{name}{i}.png"), None, None, name, is_foreground=False, is_binary=False)
+        TrainingItem(f"{name}{i}", Path(f"{name}{i}.png"), None, None, name, is_foreground=False, is_binary=False)
         for i in range(count)
     )
 
@@ -116,7 +120,7 @@ class TestMatch:
     ) -> None:
         config, whole = matched
         assert train(config, tmp_path / "run", "--set", "train.steps=25").exit_code == 0
-        monkeypatch.setattr(match, "_seen", None)
+        monkeypatch.setattr(match, "_encode_scenes", None)
         done = train(config, tmp_path / "run", "--resume")
         assert done.exit_code == 0, done.output
         assert same_weights(tmp_path / "run" / "last.safetensors", whole / "last.safetensors")
@@ -129,8 +133,8 @@ class TestMatch:
         for path in out.glob("*.safetensors"):
             path.unlink()
         (out / "state.pt").unlink()
-        done = train(config, out, "--set", "train.steps=1", "--set", "train.pairs.composite_share=0.9")
-        assert "reading the tokens of" in done.stderr
+        done = train(config, out, "--set", "train.steps=1", "--set", "train.pairs.composite_probability=0.9")
+        assert "images; their tokens are stored in" in done.stderr
         assert not kept_digests(out) & before
 
     def test_it_begins_from_a_checkpoint_and_the_file_says_what_it_saw(
@@ -146,7 +150,9 @@ class TestMatch:
 
     def test_it_learns_from_several_references(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(
-            tmp_path / "a.yaml", discs, **{**MATCH, "match": {"views": 6, "reference_shares": [0.0, 0.0, 1.0]}}
+            tmp_path / "a.yaml",
+            discs,
+            **{**MATCH, "match": {"views_per_group": 6, "reference_count_weights": [0.0, 0.0, 1.0]}},
         )
         done = train(config, tmp_path / "run")
         assert done.exit_code == 0, done.output
@@ -165,7 +171,7 @@ class TestMatch:
 
         def answers(times: int) -> list[torch.Tensor]:
             references = [each.repeat(1, times, *[1] * (each.ndim - 2)) for each in (shown, inside, ~inside)]
-            layers = (feature, (), everything.float(), everything, *references, feature, feature, feature)
+            layers = (feature, (), everything.float(), everything, *references, feature)
             batch = MosaicBatch(("a", "b"), (0, 1), (), 1, 1, *layers)
             return TokenMatcher(head.eval())(batch)
 
@@ -180,10 +186,12 @@ class TestMatch:
         assert len(done.stderr.splitlines()) == 1
 
     def test_one_large_view_of_a_group_is_refused(self, discs: Path, tmp_path: Path) -> None:
-        config = write_config(tmp_path / "a.yaml", discs, **{**MATCH, "match": {"views": 2, "large_views": 1}})
+        config = write_config(
+            tmp_path / "a.yaml", discs, **{**MATCH, "match": {"views_per_group": 2, "large_views_per_group": 1}}
+        )
         done = train(config, tmp_path / "run")
         assert done.exit_code == 3
-        assert "large_views is 1" in done.stderr
+        assert "large_views_per_group is 1" in done.stderr
 
     def test_one_thing_alone_cannot_make_mosaics(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(tmp_path / "a.yaml", discs, **MATCH)
@@ -195,22 +203,22 @@ class TestMatch:
         config.write_text(json.dumps(content))
         done = train(config, tmp_path / "run")
         assert done.exit_code == 1
-        assert "there is no picture without the thing of" in done.stderr.splitlines()[-1]
+        assert "there is no image without the object of" in done.stderr.splitlines()[-1]
 
     @pytest.mark.parametrize("share", [0.0, 1.0])
     def test_mosaics_where_several_pictures_show_the_thing(self, share: float) -> None:
-        pool = Pool((group_of("red", 3), group_of("green", 3)), (1.0, 1.0), ())
-        config = MatchConfig(several_share=share, negative_share=0.25)
+        pool = TrainingPool((group_of("red", 3), group_of("green", 3)), (1.0, 1.0), ())
+        config = MatchConfig(multiple_probability=share, negative_probability=0.25)
         rng = np.random.default_rng(0)
 
-        def drawn() -> Mosaic[Item]:
+        def drawn() -> Mosaic[TrainingItem]:
             return draw_mosaic(pool, config, 4, 1, rng, as_target=lambda each: each, as_reference=lambda each: each)
 
         mosaics = [drawn() for _ in range(200)]
         for each in mosaics:
             group = each.references[0].group
-            assert set(each.places) == {place for place, item in enumerate(each.tiles) if item.group == group}
-        counts = collections.Counter(len(each.places) for each in mosaics)
+            assert set(each.positive_tiles) == {place for place, item in enumerate(each.tiles) if item.group == group}
+        counts = collections.Counter(len(each.positive_tiles) for each in mosaics)
         assert 30 < counts[0] < 70
         assert (set(counts) == {0, 1}) if share == 0 else (counts[3] + counts[4] > counts[1])
 
@@ -226,7 +234,7 @@ class TestRefine:
         assert changed_parts(untrained(), load_file(tmp_path / "run" / "last.safetensors")) == {"edges"}
 
     def test_the_minutes_end_a_run_and_are_counted_over_a_resume(self, discs: Path, tmp_path: Path) -> None:
-        config = write_config(tmp_path / "a.yaml", discs, **{**REFINE, "decay": "cosine", "minutes": 0.03})
+        config = write_config(tmp_path / "a.yaml", discs, **{**REFINE, "schedule": "cosine", "minutes": 0.03})
         done = train(config, tmp_path / "run")
         assert done.exit_code == 0, done.output
         steps = int(metadata(tmp_path / "run" / "last.safetensors")["icm.step"])
@@ -249,7 +257,7 @@ class TestRefine:
         )
         done = train(config, tmp_path / "run")
         assert done.exit_code == 3
-        assert "the model has no edges to learn" in done.stderr
+        assert "the model has no edges to train" in done.stderr
 
     def test_a_result_is_packed_with_its_backbone(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(tmp_path / "a.yaml", discs, **{**REFINE, "steps": 1})
@@ -260,7 +268,9 @@ class TestRefine:
 
     def test_what_a_first_stage_made_is_mended(self, discs: Path, tmp_path: Path) -> None:
         """It is moved with its picture: an alpha that is the truth stays the truth."""
-        config = write_config(tmp_path / "a.yaml", discs, **{**REFINE, "refine": {"crop_px": 64, "made_share": 1.0}})
+        config = write_config(
+            tmp_path / "a.yaml", discs, **{**REFINE, "refine": {"crop_px": 64, "predicted_probability": 1.0}}
+        )
         content = yaml.safe_load(config.read_text())
         content["data"]["sources"][0]["coarse"] = str(discs / "alphas")
         config.write_text(json.dumps(content))
@@ -277,11 +287,13 @@ class TestRefine:
 
     def test_a_sample_is_its_number_s_alone(self, discs: Path) -> None:
         items = tuple(
-            Item(path.stem, path, discs / "alphas" / path.parent.name / path.name, None, path.parent.name, False, False)
+            TrainingItem(
+                path.stem, path, discs / "alphas" / path.parent.name / path.name, None, path.parent.name, False, False
+            )
             for path in sorted((discs / "images").rglob("*.png"))
         )
         config = TrainConfig(canvas_px=96, **{"refine": TrainConfig().refine.__class__(crop_px=64)})
-        one, other = (EdgeMaker(Pool((items,), (1.0,), ()), config)[7] for _ in range(2))
+        one, other = (EdgeMaker(TrainingPool((items,), (1.0,), ()), config)[7] for _ in range(2))
         assert isinstance(one, EdgeSample)
         assert isinstance(other, EdgeSample)
         assert (one.coarse == other.coarse).all()
@@ -289,7 +301,7 @@ class TestRefine:
         assert one.rgb.shape == (4, 64, 64, 3)
 
     def test_what_is_open_counts_more(self, discs: Path, tmp_path: Path) -> None:
-        """Where the coarse alpha is wrong the loss weighs ``open_weight`` times as much as where it is right."""
+        """Where the coarse alpha is wrong the loss weighs ``unknown_weight`` times as much as where it is right."""
         config = write_config(tmp_path / "a.yaml", discs, **REFINE)
         truth = torch.zeros(1, 1, 64, 64)
         coarse = truth.clone()
@@ -297,38 +309,13 @@ class TestRefine:
         batch = EdgeBatch(("a",), (0,), (), torch.zeros(1, 1, 64, 64, 3), coarse, truth, torch.ones_like(truth))
         shares = {}
         for weight in (1.0, 4.0):
-            recipe = read_settings(config, overrides=[f"train.refine.open_weight={weight}"])
+            recipe = read_settings(config, overrides=[f"train.refine.unknown_weight={weight}"])
             stage = RefineStage(recipe, read_pool(recipe.data, recipe.train.pairs))
             logit = torch.full_like(truth, -30.0)
             logit[..., :32] = 30.0  # wrong in the half that is open
-            shares[weight] = float(stage.losses((logit,), batch)["l1"])
+            shares[weight] = float(stage.compute_losses((logit,), batch)["l1"])
         assert shares[1.0] == pytest.approx(0.5)
         assert shares[4.0] == pytest.approx(4.0 / 5.0)
-
-    @pytest.mark.parametrize("again", [1.0, 1.5])
-    def test_a_second_look_begins_from_the_first_one_s_answer(self, discs: Path, tmp_path: Path, again: float) -> None:
-        """A network that adds 0.5 to every logit has added 1 after a second look, whatever its size, and no gradient
-        reaches the first."""
-        edges = {**MODEL["edges"], "again": again}
-        config = write_config(tmp_path / "a.yaml", discs, model={**MODEL, "edges": edges}, **REFINE)
-        stages = {}
-        for share in (0.0, 1.0):
-            recipe = read_settings(config, overrides=[f"train.refine.again_share={share}"])
-            stages[share] = RefineStage(recipe, read_pool(recipe.data, recipe.train.pairs))
-        network = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, again=again))
-        assert network.output.bias is not None
-        torch.nn.init.constant_(network.output.bias, 0.5)
-        level = torch.full((1, 2, 64, 64), 0.5)
-        batch = EdgeBatch(("a",), (0,), (), torch.zeros(1, 2, 64, 64, 3), level, level, torch.ones_like(level))
-        sides: list[int] = []
-        network.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
-        (once,) = stages[0.0].answer(network, batch)
-        (twice,) = stages[1.0].answer(network, batch)
-        assert sides == [64, 64, round(again * 64)]
-        torch.testing.assert_close(once, torch.full_like(level, 0.5))
-        torch.testing.assert_close(twice, torch.full_like(level, 1.0))
-        twice.mean().backward()
-        assert float(network.output.bias.grad.sum()) == pytest.approx(1.0, abs=1e-3)  # of the second look alone
 
 
 @given(seed=st.integers(0, 2**31), height=st.integers(24, 90), width=st.integers(24, 90))
@@ -337,10 +324,10 @@ def test_a_spoiled_alpha_is_an_alpha(seed: int, height: int, width: int) -> None
     truth = np.zeros((height, width), np.float32)
     truth[height // 4 : height // 2, width // 4 : width // 2] = 1.0
     rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    for spoil in (by_tokens, by_objects, by_outline):
+    for spoil in (degrade_to_tokens, degrade_to_object_mask, degrade_outline):
         rng = np.random.default_rng(seed)
         coarse = spoil(truth, rng)
-        for each in (coarse, with_doubted_parts(coarse, rgb, truth, rng)):
+        for each in (coarse, add_uncertain_regions(coarse, rgb, truth, rng)):
             assert each.shape == truth.shape
             assert each.dtype == np.float32
             assert each.min() >= 0
@@ -351,7 +338,7 @@ def test_objects_tell_a_thing_without_its_hair_and_are_sure() -> None:
     truth = np.zeros((256, 256), np.float32)
     truth[64:192, 64:192] = 1.0
     truth[100:110:8, 192:250] = 1.0  # two hairs of one pixel
-    found = [by_objects(truth, np.random.default_rng(seed)) for seed in range(20)]
+    found = [degrade_to_object_mask(truth, np.random.default_rng(seed)) for seed in range(20)]
     assert min(float(each[110:150, 110:150].min()) for each in found) > 0.9
     assert max(float(each[:20].max()) for each in found) < 0.15
     assert np.mean([float(each[100, 210:240].mean()) for each in found]) < 0.4
@@ -360,13 +347,13 @@ def test_objects_tell_a_thing_without_its_hair_and_are_sure() -> None:
 @pytest.mark.parametrize("shares", [(0.9, 0.1), (0.7, 0.3), (0.0, 1.0), (0.35, 0.0)])
 def test_coarse_alphas_are_made_by_their_shares(shares: tuple[float, float]) -> None:
     config, rng = TrainConfig().refine, np.random.default_rng(0)
-    config = replace(config, token_share=shares[0], object_share=shares[1])
-    made = [refine._spoiling(config, rng) for _ in range(1000)]
-    expected = {by_tokens: shares[0], by_objects: shares[1], by_outline: 1.0 - sum(shares)}
+    config = replace(config, token_probability=shares[0], object_probability=shares[1])
+    made = [refine._draw_degradation(config, rng) for _ in range(1000)]
+    expected = {degrade_to_tokens: shares[0], degrade_to_object_mask: shares[1], degrade_outline: 1.0 - sum(shares)}
     for spoil, share in expected.items():
         assert made.count(spoil) / 1000 == pytest.approx(share, abs=0.05)
-    with pytest.raises(ConfigError, match="expected at most 1 together"):
-        replace(config, token_share=0.7, object_share=0.4)
+    with pytest.raises(ConfigError, match="expected a sum of at most 1"):
+        replace(config, token_probability=0.7, object_probability=0.4)
 
 
 def test_doubted_parts_fade_inside_and_appear_outside() -> None:
@@ -374,10 +361,10 @@ def test_doubted_parts_fade_inside_and_appear_outside() -> None:
     truth[20:60, 20:60] = 1.0
     rgb = np.full((80, 80, 3), 90, np.uint8)
     rgb[20:60, 20:40] = 200  # the thing has two colours
-    found = [with_doubted_parts(truth, rgb, truth, np.random.default_rng(seed)) for seed in range(20)]
+    found = [add_uncertain_regions(truth, rgb, truth, np.random.default_rng(seed)) for seed in range(20)]
     assert sum(float(each[20:60, 20:60].min()) < 0.7 for each in found) > 10
     assert sum(float(each[:15].max()) > 0.2 for each in found) > 5
-    np.testing.assert_array_equal(with_doubted_parts(truth, rgb, truth, np.random.default_rng(0)), found[0])
+    np.testing.assert_array_equal(add_uncertain_regions(truth, rgb, truth, np.random.default_rng(0)), found[0])
 
 
 class TestRefineNetwork:
@@ -482,13 +469,13 @@ class TestRefineNetwork:
         np.testing.assert_allclose(alpha, 1 / (1 + np.exp(-1.4)), atol=1e-5)  # once whole, once in tiles
 
 
-JOINT = {**MATCH, "stage": "joint", "steps": 20, "log_every": 10, "batch_size": 4, "match": {"kept_px": 96}}
+JOINT = {**MATCH, "stage": "joint", "steps": 20, "log_every": 10, "batch_size": 4, "match": {"max_image_px": 96}}
 
 
 class TestJoint:
     @pytest.mark.slow
     def test_it_learns_which_thing_is_meant_backbone_and_head(self, discs: Path, tmp_path: Path) -> None:
-        config = write_config(tmp_path / "a.yaml", discs, **{**JOINT, "backbone_rate": 1e-4})
+        config = write_config(tmp_path / "a.yaml", discs, **{**JOINT, "backbone_learning_rate": 1e-4})
         done = train(config, tmp_path / "run", "--set", "train.image_every=10")
         assert done.exit_code == 0, done.output
         first, last = log(tmp_path / "run")
@@ -496,60 +483,11 @@ class TestJoint:
         assert changed_parts(untrained(), load_file(tmp_path / "run" / "last.safetensors")) == {"head", "backbone"}
 
     def test_a_run_goes_on_bit_equal(self, discs: Path, tmp_path: Path) -> None:
-        config = write_config(tmp_path / "a.yaml", discs, **{**JOINT, "match": {"kept_px": 96, "large_views": 1}})
+        config = write_config(
+            tmp_path / "a.yaml", discs, **{**JOINT, "match": {"max_image_px": 96, "large_views_per_group": 1}}
+        )
         assert train(config, tmp_path / "whole", "--set", "train.steps=6").exit_code == 0
         assert train(config, tmp_path / "parts", "--set", "train.steps=3").exit_code == 0
         done = train(config, tmp_path / "parts", "--resume", "--set", "train.steps=6")
         assert done.exit_code == 0, done.output
         assert same_weights(*(tmp_path / each / "last.safetensors" for each in ("parts", "whole")))
-
-
-class TestLiveBlocks:
-    """The last blocks of dinov2-lite's transformer learn in the stage "match" from the tokens that enter them."""
-
-    def config(self, discs: Path, tmp_path: Path, **match: object) -> Path:
-        model = {"backbone": {"name": "dinov2-lite", "long_side_px": 96, "layers": [11, 12], "scale_blocks": []}}
-        head = {
-            **MODEL["head"],
-            "feature_channels": [384, 384, 120, 208, 352],
-            "skip_channels": [],
-            "decoder_channels": [],
-        }
-        recipe = {**MATCH, "steps": 12, "log_every": 6, "rate": 2e-3, "match": {"views": 2, "live_blocks": 2, **match}}
-        return write_config(
-            tmp_path / "a.yaml", discs, model={**model, "head": head}, **{**recipe, "backbone_rate": 1e-4}
-        )
-
-    @pytest.mark.slow
-    def test_they_learn_alone_of_the_backbone_and_a_run_goes_on_bit_equal(self, discs: Path, tmp_path: Path) -> None:
-        config = self.config(discs, tmp_path)
-        done = train(config, tmp_path / "whole")
-        assert done.exit_code == 0, done.output
-        after = load_file(tmp_path / "whole" / "last.safetensors")
-        settings_ = read_settings(config)
-        before = load_model_for_training(
-            settings_.model, checkpoint=None, weights=None, offline=True, seed=0
-        ).state_dict()
-        changed = {key for key in before if key.startswith("backbone") and not after[key].equal(before[key])}
-        assert {key.split(".")[3] for key in changed} == {"10", "11"}
-        assert train(config, tmp_path / "parts", "--set", "train.steps=5").exit_code == 0
-        assert train(config, tmp_path / "parts", "--resume").exit_code == 0
-        assert same_weights(*(tmp_path / each / "last.safetensors" for each in ("parts", "whole")))
-
-    def test_unchanged_they_give_what_the_whole_backbone_gives(self) -> None:
-        torch.manual_seed(0)
-        backbone = DinoV2Lite(DinoV2Lite.Config(long_side_px=96, layers=(9, 12), scale_blocks=())).eval()
-        image = torch.rand(2, 3, 96, 64)
-        with torch.no_grad(), backbone.keeping_stems(4) as stems:
-            feature = backbone.target_features(image, torch.ones(2, 96, 64, dtype=torch.bool), ["", ""]).correspondence
-        torch.testing.assert_close(
-            backbone.from_stems(torch.zeros_like(feature), stems[0], 4)[:, :768], feature[:, :768]
-        )
-
-    def test_a_rate_without_blocks_and_blocks_without_a_rate_are_refused(self, discs: Path, tmp_path: Path) -> None:
-        done = train(self.config(discs, tmp_path, live_blocks=0), tmp_path / "run")
-        assert done.exit_code == 3
-        assert "expected both above 0, or both 0" in done.stderr
-        done = train(self.config(discs, tmp_path, live_blocks=12), tmp_path / "run")
-        assert done.exit_code == 3
-        assert "live_blocks is 12" in done.stderr

@@ -12,7 +12,7 @@ import pytest
 import torch
 from train_data import change, log, same_weights, train, write_config
 
-from icm_cli.training.data.pool import Item, Pool
+from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.settings import MatchConfig
 from icm_cli.training.stages import match
 from icm_cli.training.stages.mosaics import Mosaic, View, draw_mosaic
@@ -23,30 +23,30 @@ TINY = {
     "stage": "match",
     "steps": 12,
     "batch_size": 2,
-    "rate": 5e-3,
-    "backbone_rate": 0,
+    "learning_rate": 5e-3,
+    "backbone_learning_rate": 0,
     "log_every": 6,
     "save_every": 5,
 }
-ROTATING = {**TINY, "match": {"views": 4, "large_views": 2, "rotate_every": 4, "rotation_parts": 2}}
+ROTATING = {**TINY, "match": {"views_per_group": 4, "large_views_per_group": 2, "rotate_every": 4, "rotation_parts": 2}}
 
 
-def group_of(name: str, count: int) -> tuple[Item, ...]:
+def group_of(name: str, count: int) -> tuple[TrainingItem, ...]:
     """Items of one group."""
     return tuple(
-        Item(f"{name} {i}", Path(f"{name}{i}.png"), None, None, name, is_foreground=False, is_binary=False)
+        TrainingItem(f"{name} {i}", Path(f"{name}{i}.png"), None, None, name, is_foreground=False, is_binary=False)
         for i in range(count)
     )
 
 
-def view_set(pool: Pool, plan: ViewPlan, number: int, *, is_large: bool) -> ViewSet:
+def view_set(pool: TrainingPool, plan: ViewPlan, number: int, *, is_large: bool) -> ViewSet:
     """View set of a plan; a view is a number in a tensor."""
     chunks = [chunk for chunk in plan.chunks_of_set(number) if chunk.is_large == is_large]
     counter = itertools.count()
     none = torch.zeros(0)
 
     def view() -> View:
-        return View(torch.tensor(float(next(counter))), (), none, none, none, none, none, none)
+        return View(torch.tensor(float(next(counter))), (), none, none, none, none, none)
 
     return ViewSet(pool, {chunk: [view() for _ in chunk.items] for chunk in chunks})
 
@@ -70,16 +70,20 @@ def large_groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestPlan:
     def test_every_group_has_as_many_views_and_no_image_too_many(self) -> None:
         few, many = group_of("few", 2), group_of("many", 30)
-        plan = ViewPlan(Pool((few, many), (3.0, 1.0), ()), MatchConfig(views=9, most_views=3), seed=0)
+        plan = ViewPlan(
+            TrainingPool((few, many), (3.0, 1.0), ()), MatchConfig(views_per_group=9, max_views_per_image=3), seed=0
+        )
         shown = collections.Counter(item for chunk in plan.chunks_of_set(0) for item in chunk.items)
         assert {shown[item] for item in few} == {3}
         assert sum(shown[item] for item in many) == 9
         assert max(shown[item] for item in many) == 1
 
     def test_rotations_use_all_images_of_a_large_group(self) -> None:
-        pool = Pool(tuple(group_of(name, count) for name, count in SIZES.items()), (1.0,) * 4, ())
-        plan = ViewPlan(pool, MatchConfig(views=8, large_views=3, rotate_every=10, rotation_parts=4), seed=0)
-        shown: dict[bool, set[Item]] = {False: set(), True: set()}
+        pool = TrainingPool(tuple(group_of(name, count) for name, count in SIZES.items()), (1.0,) * 4, ())
+        plan = ViewPlan(
+            pool, MatchConfig(views_per_group=8, large_views_per_group=3, rotate_every=10, rotation_parts=4), seed=0
+        )
+        shown: dict[bool, set[TrainingItem]] = {False: set(), True: set()}
         for step in range(0, 150 * 10, 10):
             chunks = plan.chunks_of_set(plan.set_number(step))
             for is_large in (False, True):
@@ -91,22 +95,26 @@ class TestPlan:
         assert len([item for item in shown[True] if item.group == "many"]) > 100
 
     def test_the_next_part_is_read_evenly_over_the_steps_before_it(self) -> None:
-        pool = Pool((tuple(item for name in range(300) for item in group_of(str(name), 5)),), (1.0,), ())
-        plan = ViewPlan(pool, MatchConfig(views=8, large_views=4, rotate_every=20, rotation_parts=4), seed=0)
+        pool = TrainingPool((tuple(item for name in range(300) for item in group_of(str(name), 5)),), (1.0,), ())
+        plan = ViewPlan(
+            pool, MatchConfig(views_per_group=8, large_views_per_group=4, rotate_every=20, rotation_parts=4), seed=0
+        )
         due = [len(plan.chunks_due(step)) for step in range(20)]
         assert due == sorted(due)
         assert 0 < due[0] < 5
-        assert plan.chunks_due(19) == plan.chunks(4)
+        assert plan.chunks_due(19) == plan.chunks_of_part(4)
         assert plan.chunks_due(20)[0].part == 5
-        assert set(plan.chunks_of_set(1)) == set(plan.chunks_of_set(0)) - set(plan.chunks(0)) | set(plan.chunks(4))
+        assert set(plan.chunks_of_set(1)) == set(plan.chunks_of_set(0)) - set(plan.chunks_of_part(0)) | set(
+            plan.chunks_of_part(4)
+        )
 
 
 class TestDraws:
     @pytest.mark.parametrize("references", [1, 3])
     @pytest.mark.parametrize("is_large", [False, True])
     def test_groups_are_drawn_evenly_whatever_their_size(self, references: int, is_large: bool) -> None:
-        pool = Pool((tuple(item for name, size in SIZES.items() for item in group_of(name, size)),), (1.0,), ())
-        config = MatchConfig(views=8, large_views=3, same_image_share=0.1)
+        pool = TrainingPool((tuple(item for name, size in SIZES.items() for item in group_of(name, size)),), (1.0,), ())
+        config = MatchConfig(views_per_group=8, large_views_per_group=3, same_image_probability=0.1)
         plan = ViewPlan(pool, config, seed=0)
         targets = view_set(pool, plan, 0, is_large=is_large)
         guides = view_set(pool, plan, 0, is_large=False)
@@ -130,14 +138,14 @@ class TestDraws:
         assert max(counts.values()) < 570
 
     def test_a_partner_is_another_image_of_those_that_are_kept(self) -> None:
-        pool = Pool((group_of("many", 300), group_of("few", 3)), (1.0, 1.0), ())
-        kept = pool.restricted_to(pool.sources[0][:4])
+        pool = TrainingPool((group_of("many", 300), group_of("few", 3)), (1.0, 1.0), ())
+        kept = pool.restrict_to(pool.sources[0][:4])
         rng = np.random.default_rng(0)
         assert kept.weights == (1.0,)
-        partners = {kept.partner(pool.sources[0][0], rng, 0.0) for _ in range(100)}
+        partners = {kept.draw_partner(pool.sources[0][0], rng, 0.0) for _ in range(100)}
         assert partners == set(pool.sources[0][1:4])
         lone = pool.sources[1][0]
-        assert kept.partner(lone, rng, 0.0) == lone
+        assert kept.draw_partner(lone, rng, 0.0) == lone
 
 
 class TestRuns:
@@ -147,7 +155,7 @@ class TestRuns:
         assert len(log(tmp_path / "run")) == 2
 
     def test_it_learns_from_one_group_where_nothing_else_is_asked_for(self, large_groups: Path, tmp_path: Path) -> None:
-        settings = {"views": 4, "layout_shares": [1.0, 0.0, 0.0, 0.0], "negative_share": 0.0}
+        settings = {"views_per_group": 4, "layout_weights": [1.0, 0.0, 0.0, 0.0], "negative_probability": 0.0}
         config = write_config(tmp_path / "a.yaml", large_groups, **{**TINY, "steps": 2, "match": settings})
         red = {kind: str(large_groups / kind / "red" / "*.png") for kind in ("images", "alphas")}
         change(config, sources=[red])
@@ -169,8 +177,8 @@ class TestRuns:
 
         # A run that was stopped in the middle of a rotation reads what is missing, and only that.
         seen: list[int] = []
-        read = match._seen
-        monkeypatch.setattr(match, "_seen", lambda *args: seen.append(len(args[1])) or read(*args))
+        read = match._encode_scenes
+        monkeypatch.setattr(match, "_encode_scenes", lambda *args: seen.append(len(args[1])) or read(*args))
         assert train(config, tmp_path / "third", "--set", "train.steps=5").exit_code == 0
         before = sum(seen)
         for path in (tmp_path / "third" / match.TOKENS_FOLDER).glob("00002-large-*.pt"):
@@ -183,7 +191,7 @@ class TestRuns:
         """Steps of later and earlier view sets can be asked for; the same number gives the same sample."""
         config = write_config(tmp_path / "a.yaml", large_groups, **ROTATING)
         names: list[tuple[str, ...]] = []
-        original = match.MatchStage.batch
+        original = match.MatchStage.make_batch
 
         def noting(stage: match.MatchStage, counters: list[int]) -> object:
             batch = original(stage, counters)
@@ -191,7 +199,7 @@ class TestRuns:
             return batch
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(match.MatchStage, "batch", noting)
+            patch.setattr(match.MatchStage, "make_batch", noting)
             assert train(config, tmp_path / "one").exit_code == 0
             one = list(names)
             names.clear()

@@ -44,10 +44,10 @@ RECIPE = {
     "batch_size": 2,
     "canvas_px": 96,
     "optimiser": "adamw",
-    "rate": 1e-3,
-    "backbone_rate": 1e-4,
+    "learning_rate": 1e-3,
+    "backbone_learning_rate": 1e-4,
     "warmup_steps": 2,
-    "ema": 0.9,
+    "ema_decay": 0.9,
     "log_every": 1,
     "validate_every": 1000,
     "image_every": 1000,
@@ -58,7 +58,14 @@ PLAIN = {
     "augment": {name: 0 for name in ("flip", "rotate_degrees", "stretch", "colour", "jpeg", "blur", "noise")}
     | {"zoom": 1},
     "pairs": dict.fromkeys(
-        ("composite_share", "same_image_share", "distractor_share", "negative_share", "mask_jitter"), 0
+        (
+            "composite_probability",
+            "same_image_probability",
+            "distractor_probability",
+            "negative_probability",
+            "mask_jitter_probability",
+        ),
+        0,
     ),
 }
 """A recipe's settings that leave the files' pixels as they are."""

@@ -1,4 +1,4 @@
-"""Batches of training samples, and how they come: in order, by step, made ahead by workers."""
+"""Batches of training samples: their order, and loading them ahead of time in worker processes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ WORKER_NICENESS = 15
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples side by side; every stage of training adds its tensors, the samples first."""
+    """A batch of samples. Each stage of training adds its tensors, with the samples along the first axis."""
 
     names: tuple[str, ...]
     counters: tuple[int, ...]
     skipped: tuple[str, ...]
-    """Why draws before these could not be read."""
+    """For each draw that could not be read: the reason."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name; those of a tuple are numbered."""
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by field name; tensors of a tuple are numbered ("scales.0")."""
         found: dict[str, Tensor] = {}
         for each in fields(self):
             value = getattr(self, each.name)
@@ -38,20 +38,20 @@ class Batch:
                 found.update({f"{each.name}.{i}": part for i, part in enumerate(value) if isinstance(part, Tensor)})
         return found
 
-    def first(self, count: int) -> Self:
-        """The first samples."""
+    def first_samples(self, count: int) -> Self:
+        """Return a batch of at most the first ``count`` samples."""
         fewer = replace(self, names=self.names[:count], counters=self.counters[:count])
-        return fewer._mapped(lambda tensor: tensor[:count])
+        return fewer._map_tensors(lambda tensor: tensor[:count])
 
     def pin_memory(self) -> Self:
-        """Copy to page-locked memory, for a faster way to a GPU; DataLoader calls it."""
-        return self._mapped(Tensor.pin_memory)
+        """Copy to page-locked memory, which a GPU reads faster. DataLoader calls this method."""
+        return self._map_tensors(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Self:
         """Copy to a device."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
         changed: dict[str, Any] = {}
         for each in fields(self):
             value = getattr(self, each.name)
@@ -62,14 +62,15 @@ class Batch:
         return replace(self, **changed)
 
 
-AnyBatch = TypeVar("AnyBatch", bound=Batch)
+BatchT = TypeVar("BatchT", bound=Batch)
 
 
 @dataclass(frozen=True)
 class StepSampler(Sampler[list[int]]):
-    """Order in which this process takes samples, micro-batch by micro-batch, from a step on to the end.
+    """Sample numbers of this process, one micro-batch at a time, from ``first_step`` to the end.
 
-    Step s is made of samples s * batch_size and following, whatever the number of processes and micro-batches.
+    Step s consists of samples s * batch_size to (s + 1) * batch_size - 1, whatever the number of
+    processes and micro-batches.
     """
 
     batch_size: int
@@ -81,34 +82,35 @@ class StepSampler(Sampler[list[int]]):
     """None: without an end."""
 
     def __iter__(self) -> Iterator[list[int]]:
-        together = self.micro_batch_size * self.processes
+        stride = self.micro_batch_size * self.processes
         start = self.first_step * self.batch_size + self.process * self.micro_batch_size
         end = math.inf if self.steps is None else self.steps * self.batch_size
         while start < end:
             yield list(range(start, start + self.micro_batch_size))
-            start += together
+            start += stride
 
 
 def load_batches(
     maker: Dataset[Any],
     sampler: StepSampler,
-    collate: Callable[[list[Any]], AnyBatch | str],
+    collate: Callable[[list[Any]], BatchT | str],
     *,
     workers: int,
     pin: bool,
-) -> Iterator[AnyBatch]:
-    """Batches in the order of ``sampler``, made ahead by ``workers`` processes (0: made here when they are wanted).
+) -> Iterator[BatchT]:
+    """Yield batches in the order of ``sampler``, loaded ahead by ``workers`` processes.
 
-    ``collate`` joins samples; a str in the place of a batch says why it cannot be made (an exception would lose its
-    type on the way from a worker), and becomes a TrainingError.
+    With 0 workers each batch is made in this process when it is requested. ``collate`` joins samples
+    into a batch. It returns a str if the batch cannot be made; the str is raised as a TrainingError
+    (an exception would lose its type between processes).
     """
     loader = DataLoader(
         maker,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=start_worker if workers else None,
-        multiprocessing_context="spawn" if workers else None,  # a fork would copy the model's threads half-way
+        worker_init_fn=initialise_worker if workers else None,
+        multiprocessing_context="spawn" if workers else None,  # fork would copy the model's threads in any state
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
     )
@@ -119,16 +121,17 @@ def load_batches(
                 raise TrainingError(batch)
             yield batch
     finally:
-        # torch raises for a worker that dies wherever the main process is just then, while it ends the others too, and
-        # from a destructor that is a traceback on the screen. By now nobody wants a sample of them.
+        # When a worker has died, torch raises wherever the main process happens to be, also while it stops the other
+        # workers; raised from a destructor, this would print a traceback. No further samples are needed here.
         with contextlib.suppress(RuntimeError):
             getattr(batches, "_shutdown_workers", lambda: None)()
 
 
-def start_worker(_: int) -> None:
-    """Set a worker up: one thread, as there is a worker for each spare core; signals are the main process's to answer.
+def initialise_worker(_: int) -> None:
+    """Initialise a worker process: a single thread, low priority, and no handling of Ctrl-C.
 
-    On a CPU the model's threads want the same cores, and one that waits holds up the others: the worker gives way.
+    The priority is low because on a CPU the model's threads need the same cores, and one delayed
+    thread delays all others. The main process handles the signals.
     """
     import os
     import signal

@@ -1,8 +1,8 @@
-"""A frozen backbone's features on disk, so that an image that comes again is not encoded again.
+"""A disk cache of a frozen backbone's features, so that every image is encoded only once.
 
-By content: an entry's name is the digest of the canvas, of what is padding, and of all that decides the backbone. In
-half precision, and so is what is used of an image that was encoded just now, whether it can be kept or not: a run's
-numbers do not depend on what the cache holds.
+The name of an entry is the digest of the canvas, its padding mask, and everything that determines the
+backbone. Entries are in half precision. Newly computed features are rounded to half precision, too, so
+that the results of a run do not depend on the contents of the cache.
 """
 
 from __future__ import annotations
@@ -26,27 +26,33 @@ from icm_cli.model.core import InContextMatting, PairFeatures, Pairs
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity
 from icm_cli.training.data.samples import PairBatch
 
+FORMAT = "2"
+"""Version of the entries; part of their names."""
+
 
 class FeatureCache:
-    """Features of pairs, from the disk where they are there."""
+    """Features of images, read from disk if they are there."""
 
     def __init__(
         self, backbone_digest: str, limit_bytes: int, *, notice: Callable[[str], None], root: Path | None = None
     ) -> None:
-        """``limit_bytes`` bounds all entries under ``root``; the oldest of other backbones make room."""
-        self._home = (root or cache_folder() / "features") / backbone_digest[:32]
-        entries = [(path, path.stat()) for path in self._home.parent.glob("*/*.safetensors")]
-        self._room = limit_bytes - sum(state.st_size for _, state in entries)
-        others = [(path, state) for path, state in entries if path.parent != self._home]
-        self._foreign = sorted(others, key=lambda entry: entry[1].st_mtime, reverse=True)
+        """Open the cache. ``limit_bytes`` bounds all entries in ``root``.
+
+        Entries of other backbones are deleted, oldest first, if space is needed.
+        """
+        self._folder = (root or cache_folder() / "features") / backbone_digest[:32]
+        entries = [(path, path.stat()) for path in self._folder.parent.glob("*/*.safetensors")]
+        self._free_bytes = limit_bytes - sum(state.st_size for _, state in entries)
+        others = [(path, state) for path, state in entries if path.parent != self._folder]
+        self._other_entries = sorted(others, key=lambda entry: entry[1].st_mtime, reverse=True)
         self._notice = notice
         self._is_full = False
 
-    def features(self, model: InContextMatting, batch: PairBatch, pairs: Pairs) -> PairFeatures:
-        """Features of a batch whose pixels are the files' own; the backbone runs for those not on disk yet."""
+    def pair_features(self, model: InContextMatting, batch: PairBatch, pairs: Pairs) -> PairFeatures:
+        """Return the features of a batch of unchanged images; the backbone encodes those that are not cached."""
         backbone = model.backbone
         targets = [
-            self._one(
+            self._load_or_encode(
                 ("target", batch.rgb[i], batch.valid[i]),
                 partial(
                     backbone.target_features, pairs.image[i : i + 1], pairs.valid[i : i + 1], pairs.target_noise[:1]
@@ -56,7 +62,7 @@ class FeatureCache:
             for i in range(len(batch.names))
         ]
         references = [
-            self._one(
+            self._load_or_encode(
                 ("reference", batch.reference_rgb[i], batch.reference_valid[i]),
                 partial(
                     backbone.reference_features,
@@ -68,52 +74,57 @@ class FeatureCache:
             )
             for i in range(len(batch.names))
         ]
-        return PairFeatures(joined(targets), joined(references))
+        return PairFeatures(concatenate_features(targets), concatenate_features(references))
 
     @torch.no_grad()
-    def _one(self, content: tuple[str, Tensor, Tensor], encode: Callable[[], Features], like: Tensor) -> Features:
+    def _load_or_encode(
+        self, content: tuple[str, Tensor, Tensor], encode: Callable[[], Features], like: Tensor
+    ) -> Features:
+        """Return one image's features, on the device of ``like``; ``content`` is its role, pixels and padding mask."""
         role, rgb, valid = content
         digest = combined_digest(
-            role, rgb.cpu().numpy().tobytes(), valid.cpu().numpy().tobytes(), str(tuple(rgb.shape))
+            FORMAT, role, rgb.cpu().numpy().tobytes(), valid.cpu().numpy().tobytes(), str(tuple(rgb.shape))
         )
-        path = self._home / f"{digest}.safetensors"
+        path = self._folder / f"{digest}.safetensors"
         with contextlib.suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return unpacked(tensors, file.metadata(), like.device)
-        tensors, texts = pack(encode())
-        self._keep(path, save(tensors, texts))
-        return unpacked(tensors, texts, like.device)
+            return unpack_features(tensors, file.metadata(), like.device)
+        tensors, texts = pack_features(encode())
+        self._write_entry(path, save(tensors, texts))
+        return unpack_features(tensors, texts, like.device)
 
-    def _keep(self, path: Path, data: bytes) -> None:
-        """Write an entry where there is room; a cache is not worth a run, so no failure ends it."""
-        if self._is_full or not self._makes_room(len(data)):
-            self._stop("the feature cache is full")
+    def _write_entry(self, path: Path, data: bytes) -> None:
+        """Write an entry if there is space. A failure is reported and ends caching, but not the run."""
+        if self._is_full or not self._free_space(len(data)):
+            self._stop_writing("the feature cache is full")
             return
         try:
             with atomic_write(path) as file:
                 file.write(data)
-            self._room -= len(data)
+            self._free_bytes -= len(data)
         except (OutputError, ImageError) as error:
-            self._stop(str(error))
+            self._stop_writing(str(error))
 
-    def _makes_room(self, size: int) -> bool:
-        while self._room < size and self._foreign:
-            path, state = self._foreign.pop()
+    def _free_space(self, size: int) -> bool:
+        """Delete entries of other backbones until ``size`` bytes are free; return whether they are."""
+        while self._free_bytes < size and self._other_entries:
+            path, state = self._other_entries.pop()
             with contextlib.suppress(OSError):
                 path.unlink()
-                self._room += state.st_size
-        return self._room >= size
+                self._free_bytes += state.st_size
+        return self._free_bytes >= size
 
-    def _stop(self, reason: str) -> None:
+    def _stop_writing(self, reason: str) -> None:
         if not self._is_full:
             self._is_full = True
-            self._notice(f"{reason}; features of further images are computed each time they come")
+            self._notice(f"{reason}; features of further images are not cached but computed whenever they are used")
 
 
-def pack(features: Features) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """One image's features for a file: tensors on the CPU in half precision, each once, and what else is to be known.
+def pack_features(features: Features) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return one image's features as tensors, in half precision on the CPU, and text metadata for a file.
 
-    Attention is scaled by the number of tokens: its mean, 1/N, is near the smallest half-precision numbers.
+    A tensor that is used several times is stored once. Attention is multiplied by the number N of tokens,
+    because its mean, 1/N, is near the smallest half-precision number.
     """
     named = {"correspondence": features.correspondence, "valid": features.valid}
     named |= {f"scale.{stride}": feature for stride, feature in features.scales.items()}
@@ -121,48 +132,49 @@ def pack(features: Features) -> tuple[dict[str, Tensor], dict[str, str]]:
     for stride, intra in features.intra.items():
         texts[f"grid.{stride}"] = json.dumps(intra.grid)
         if isinstance(intra, SelfSimilarity):
-            named |= {f"alike.{stride}": intra.feature, f"alike_valid.{stride}": intra.valid}
+            named |= {f"feature.{stride}": intra.feature, f"feature_valid.{stride}": intra.valid}
             texts[f"temperature.{stride}"] = str(intra.temperature)
         elif isinstance(intra, MatrixIntraSimilarity):
             matrix = intra.matrix()
             named[f"matrix.{stride}"] = matrix * matrix.shape[-1]
     first: dict[int, str] = {}
     for name, tensor in named.items():
-        texts[f"is.{name}"] = first.setdefault(id(tensor), name)
-    return {name: _small(named[name]).cpu().contiguous() for name in first.values()}, texts
+        texts[f"stored_as.{name}"] = first.setdefault(id(tensor), name)
+    return {name: _to_half(named[name]).cpu().contiguous() for name in first.values()}, texts
 
 
-def unpacked(tensors: Mapping[str, Tensor], texts: Mapping[str, str], device: torch.device) -> Features:
-    """The other way."""
-    on_device = {name: _large(tensor.to(device)) for name, tensor in tensors.items()}
-    named = {key.removeprefix("is."): on_device[name] for key, name in texts.items() if key.startswith("is.")}
+def unpack_features(tensors: Mapping[str, Tensor], texts: Mapping[str, str], device: torch.device) -> Features:
+    """Return the features that :func:`pack_features` packed, in float32 on ``device``."""
+    on_device = {name: _to_float(tensor.to(device)) for name, tensor in tensors.items()}
+    prefix = "stored_as."
+    named = {key.removeprefix(prefix): on_device[name] for key, name in texts.items() if key.startswith(prefix)}
     intra: dict[int, IntraSimilarity] = {}
-    for stride, grid in _by_stride(texts, "grid"):
+    for stride, grid in _items_by_stride(texts, "grid"):
         if f"temperature.{stride}" in texts:
             temperature = float(texts[f"temperature.{stride}"])
-            intra[stride] = SelfSimilarity(named[f"alike.{stride}"], named[f"alike_valid.{stride}"], temperature)
+            intra[stride] = SelfSimilarity(named[f"feature.{stride}"], named[f"feature_valid.{stride}"], temperature)
         else:
             scaled = named[f"matrix.{stride}"]
             height, width = json.loads(grid)
             intra[stride] = AttentionMatrix(scaled / scaled.shape[-1], (height, width))
-    return Features(named["correspondence"], named["valid"], dict(_by_stride(named, "scale")), intra)
+    return Features(named["correspondence"], named["valid"], dict(_items_by_stride(named, "scale")), intra)
 
 
-def joined(singles: Sequence[Features]) -> Features:
-    """Features of single images as those of a batch; all have the same strides and grids."""
+def concatenate_features(singles: Sequence[Features]) -> Features:
+    """Concatenate features of single images into those of a batch; all must have the same strides and grids."""
     return Features(
         torch.cat([each.correspondence for each in singles]),
         torch.cat([each.valid for each in singles]),
         {stride: torch.cat([each.scales[stride] for each in singles]) for stride in singles[0].scales},
-        {stride: _joined_intra([each.intra[stride] for each in singles]) for stride in singles[0].intra},
+        {stride: _concatenate_intra([each.intra[stride] for each in singles]) for stride in singles[0].intra},
     )
 
 
-def _joined_intra(singles: Sequence[IntraSimilarity]) -> IntraSimilarity:
-    alike = [each for each in singles if isinstance(each, SelfSimilarity)]
-    if alike:
-        features, valid = torch.cat([each.feature for each in alike]), torch.cat([each.valid for each in alike])
-        return SelfSimilarity(features, valid, alike[0].temperature)
+def _concatenate_intra(singles: Sequence[IntraSimilarity]) -> IntraSimilarity:
+    from_features = [each for each in singles if isinstance(each, SelfSimilarity)]
+    if from_features:
+        features, valid = (torch.cat([getattr(each, name) for each in from_features]) for name in ("feature", "valid"))
+        return SelfSimilarity(features, valid, from_features[0].temperature)
     matrices = [each.matrix() for each in singles if isinstance(each, MatrixIntraSimilarity)]
     return AttentionMatrix(torch.cat(matrices), singles[0].grid)
 
@@ -170,15 +182,16 @@ def _joined_intra(singles: Sequence[IntraSimilarity]) -> IntraSimilarity:
 Value = TypeVar("Value")
 
 
-def _by_stride(named: Mapping[str, Value], kind: str) -> Iterator[tuple[int, Value]]:
+def _items_by_stride(named: Mapping[str, Value], kind: str) -> Iterator[tuple[int, Value]]:
+    """Yield stride and value of the entries named "kind.stride"."""
     for name, value in named.items():
         if name.startswith(f"{kind}."):
             yield int(name.removeprefix(f"{kind}.")), value
 
 
-def _small(tensor: Tensor) -> Tensor:
+def _to_half(tensor: Tensor) -> Tensor:
     return tensor.half() if tensor.is_floating_point() else tensor
 
 
-def _large(tensor: Tensor) -> Tensor:
+def _to_float(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor

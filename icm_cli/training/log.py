@@ -1,90 +1,101 @@
-"""The log of a run: CSV, and TensorBoard scalars and pictures. Where it cannot be written the run goes on."""
+"""The log of a run: metrics of the steps, written to a CSV file and to TensorBoard."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from icm_cli.errors import ImageError, OutputError
 from icm_cli.files import atomic_write
 from icm_cli.reports.result import METRICS
+from icm_cli.training.batches import Batch
 
 LOG_NAME = "log.csv"
 TENSORBOARD_FOLDER = "tensorboard"
-RUN_COLUMNS = ("rate", "gradient_norm", "samples_per_second", "waiting_share", "seconds")
+RUN_COLUMNS = ("learning_rate", "gradient_norm", "samples_per_second", "waiting_fraction", "seconds")
 
 
 class RunLog:
-    """Writes the logs of one run; the first failure to write is told, and ends them."""
+    """Writes the logs of one run.
+
+    The first write that fails is reported and ends logging; training continues without a log.
+    """
 
     def __init__(
         self,
         folder: Path,
-        terms: Sequence[str],
+        loss_names: Sequence[str],
         first_step: int,
         notice: Callable[[str], None],
         *,
         is_main: bool,
     ) -> None:
-        """``terms`` names the losses. Rows and scalars after ``first_step`` go: a run that was stopped later than it
-        last saved left them."""
+        """Open the logs in ``folder``. Only the main process (``is_main``) writes.
+
+        Rows and scalars after ``first_step`` are removed: an interrupted run may have logged steps
+        after its last saved state.
+        """
         self._path = folder / LOG_NAME
-        self._terms = terms
-        self._columns = ("step", "loss", *terms, *RUN_COLUMNS, *(f"validation_{metric}" for metric in METRICS))
+        self._loss_names = loss_names
+        self._columns = ("step", "loss", *loss_names, *RUN_COLUMNS, *(f"validation_{metric}" for metric in METRICS))
         self._notice = notice
         self._is_on = is_main
         self._writer: Any = None
-        if is_main:
-            self._guarded(lambda: self._open(folder, first_step))
+        self._try_writing(lambda: self._open(folder, first_step))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._writer is not None:
-            self._guarded(self._writer.close)
+            self._try_writing(self._writer.close)
 
-    def row(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log figures, named as the columns, at a step."""
-        self._guarded(lambda: self._append(step, figures))
+    def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics, named like the columns, at a step."""
+        self._try_writing(lambda: self._append_row(step, metrics))
 
-    def picture(self, step: int, image: NDArray[np.uint8]) -> None:
-        """Log a picture, uint8 [H,W,3]."""
-        self._guarded(lambda: self._writer.add_image("samples", image, step, dataformats="HWC"))
+    def write_image(self, step: int, image: NDArray[np.uint8]) -> None:
+        """Log an image, uint8 [H,W,3], to TensorBoard."""
+        self._try_writing(lambda: self._writer.add_image("samples", image, step, dataformats="HWC"))
 
     def _open(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        kept = [row for row in _rows(self._path) if int(row["step"]) <= first_step]
+        rows = [row for row in _read_rows(self._path) if int(row["step"]) <= first_step]
         with atomic_write(self._path) as file:
-            file.write(self._table(kept, header=True).encode())
+            file.write(self._format_csv(rows, header=True).encode())
         self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
 
-    def _append(self, step: int, figures: Mapping[str, float]) -> None:
+    def _append_row(self, step: int, metrics: Mapping[str, float]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(self._table([{"step": step, **figures}], header=False))
-        for name, value in figures.items():
-            section = "losses" if name in self._terms else "validation" if name.startswith("validation_") else "run"
+            file.write(self._format_csv([{"step": step, **metrics}], header=False))
+        for name, value in metrics.items():
+            section = (
+                "losses" if name in self._loss_names else "validation" if name.startswith("validation_") else "run"
+            )
             self._writer.add_scalar(f"{section}/{name.removeprefix('validation_')}", value, step)
         self._writer.flush()
 
-    def _guarded(self, write: Callable[[], None]) -> None:
+    def _try_writing(self, write: Callable[[], None]) -> None:
         if not self._is_on:
             return
         try:
             write()
         except (OSError, OutputError, ImageError) as error:
             self._is_on = False
-            self._notice(f"the log {self._path} cannot be written ({error}); training goes on without it")
+            self._notice(f"the log {self._path} cannot be written ({error}); training continues without it")
 
-    def _table(self, rows: list[dict[str, Any]], *, header: bool) -> str:
+    def _format_csv(self, rows: list[dict[str, Any]], *, header: bool) -> str:
         text = io.StringIO()
         table = csv.DictWriter(text, self._columns, lineterminator="\n", extrasaction="ignore")
         if header:
@@ -93,8 +104,81 @@ class RunLog:
         return text.getvalue()
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a log; the last may be torn."""
+class StepStats:
+    """Accumulates losses and times of the steps since the last log row.
+
+    Waiting time is the time in which the model had no samples to train on.
+    """
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._samples = 0
+        self._steps = 0
+        self._start = time.perf_counter()
+        self._waiting = 0.0
+        self._paused = 0.0
+        self.total_samples = 0
+        self.total_waiting = 0.0
+        self.total_seconds = 0.0
+        """Seconds of the steps, without validation, saving and logging, up to the last log row."""
+
+    def take_next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch; the time until it is available counts as waiting time."""
+        before = time.perf_counter()
+        batch = next(batches)
+        self._waiting += time.perf_counter() - before
+        return batch
+
+    def add_losses(self, losses: Mapping[str, Tensor]) -> None:
+        """Add the losses of a micro-batch, [B] each."""
+        for name, values in losses.items():
+            self._sums["loss" if name == "total" else name] += float(values.detach().sum())
+        self._samples += len(losses["total"])
+
+    def finish_step(self, gradient_norm: float) -> None:
+        """Count a step and its gradient norm."""
+        self._steps += 1
+        self._sums["gradient_norm"] += gradient_norm
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Exclude the time spent inside the context from the time of the steps."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - before
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the steps so far, without validation, saving and logging."""
+        return self.total_seconds + time.perf_counter() - self._start - self._paused
+
+    def take_metrics(self, learning_rate: float) -> dict[str, float]:
+        """Return the means since the last call, named like the log's columns, and reset them."""
+        seconds = max(1e-9, time.perf_counter() - self._start - self._paused)
+        self.total_samples += self._samples
+        self.total_waiting += self._waiting
+        self.total_seconds += seconds
+        metrics = {
+            name: value / (self._steps if name == "gradient_norm" else self._samples)
+            for name, value in self._sums.items()
+        }
+        metrics |= {
+            "learning_rate": learning_rate,
+            "samples_per_second": self._samples / seconds,
+            "waiting_fraction": self._waiting / seconds,
+            "seconds": seconds,
+        }
+        self._sums.clear()
+        self._samples = self._steps = 0
+        self._waiting = self._paused = 0.0
+        self._start = time.perf_counter()
+        return metrics
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the complete rows of a log; the last row may have been cut off."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", errors="replace", newline="") as file, contextlib.suppress(csv.Error):

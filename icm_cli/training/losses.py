@@ -1,6 +1,7 @@
-"""The losses of training, exact to the published code (Guo et al. 2024, section 4; its trimap losses are ViTMatte's).
+"""The losses of the stage "matte", equal to the published code (Guo et al. 2024, section 4).
 
-A loss is one number a sample, [B]; the published total sums them over the batch. Everything is float32.
+Its losses on trimap regions are those of ViTMatte. A loss has one value per sample, [B]; the published
+total is their sum over the batch. All values are float32.
 """
 
 from __future__ import annotations
@@ -18,100 +19,102 @@ from icm_cli.scoring.metrics import UNKNOWN_RANGE
 BinaryRule = Literal["binary", "constant"]
 
 REGION_SCALE = 512.0 * 512.0
-"""Region losses are means over the region, times this over its number of pixels, whatever the image's size."""
+"""The mean of a region loss is multiplied by this over the region's number of pixels, for any image size."""
 LAPLACIAN_LEVELS = 5
-LAPLACIAN_LEAST_PX = 64
-"""The smallest side that five levels can halve."""
+LAPLACIAN_MIN_PX = 64
+"""Smallest side of an image with five pyramid levels."""
 SMOOTHNESS = 0.01
 """Weight of the prediction's own gradient in the gradient penalty."""
-UNKNOWN = 0.5
-"""Value of a trimap's unknown pixels."""
+UNKNOWN_LEVEL = 0.5
+"""Value of unknown pixels in a trimap of floats."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the losses; a loss of weight 0 is not computed. The defaults are the published recipe."""
+    """Weights of the losses. A loss of weight 0 is not computed. The defaults are the published recipe."""
 
     unknown_l1: float = 1.0
     """L1 over the trimap's unknown pixels."""
     known_l1: float = 1.0
     """L1 over all other pixels."""
     known_smooth_l1: float = 1.0
-    """Smooth L1 over the known pixels of a binary sample: a mask has no edge worth learning."""
+    """Smooth L1 over the known pixels of a binary sample, whose edge is not worth learning."""
     laplacian: float = 1.0
     """L1 between Laplacian pyramids of five levels; needs images of 64 px or more."""
     gradient_penalty: float = 1.0
     """L1 between Sobel gradients over the unknown pixels, and smoothness there."""
     cross_entropy: float = 0.0
-    """Binary cross-entropy, mean over the image; for binary samples too."""
+    """Binary cross-entropy, mean over the image; for binary samples, too."""
     dice: float = 0.0
-    """1 - Dice coefficient of the soft masks; for binary samples too. 0 where nothing is foreground."""
+    """1 - Dice coefficient of the soft masks; for binary samples, too. 0 if nothing is foreground."""
     l1: float = 0.0
-    """L1, mean over the image; for binary samples too."""
+    """L1, mean over the image; for binary samples, too."""
     binary_rule: BinaryRule = "binary"
-    """Choice of the binary samples, which take known_smooth_l1 alone of the published losses: "binary", each pixel 0 or
-    1 (what the paper means), or "constant", all pixels are 0 or all are 1 (what the released code tests)."""
+    """Which samples are binary. Of the published losses, they only take known_smooth_l1. "binary": each
+    pixel is 0 or 1 (the paper). "constant": all pixels are 0, or all are 1 (the released code)."""
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in TERMS}
+        weights = {name: getattr(self, name) for name in LOSS_NAMES}
         for name, weight in weights.items():
             if weight < 0:
-                raise ConfigError(f"loss {name} is {weight}; expected 0 or more")
+                raise ConfigError(f"train: loss: {name} is {weight}; expected 0 or more")
         if not any(weights.values()):
-            raise ConfigError("every loss has weight 0, so nothing would be learned; give one of them a weight")
+            raise ConfigError("train: loss: all weights are 0, so nothing would be learned; expected one above 0")
 
 
-TERMS = tuple(field.name for field in fields(LossConfig) if field.name != "binary_rule")
-"""The losses, by name."""
-OF_MATTES = ("unknown_l1", "known_l1", "laplacian", "gradient_penalty")
+LOSS_NAMES = tuple(field.name for field in fields(LossConfig) if field.name != "binary_rule")
+SOFT_LOSS_NAMES = ("unknown_l1", "known_l1", "laplacian", "gradient_penalty")
 """Published losses that binary samples do not take."""
 
 
-def losses(alpha: Tensor, truth: Tensor, trimap: Tensor, config: LossConfig) -> dict[str, Tensor]:
-    """Every loss that has a weight, weighted, [B] each, and their sum under "total".
+def compute_losses(alpha: Tensor, truth: Tensor, trimap: Tensor, config: LossConfig) -> dict[str, Tensor]:
+    """Return every loss with a weight, weighted, [B] each, and their sum as "total".
 
-    alpha, truth and trimap are float32 [B,1,H,W] in 0..1; a trimap's unknown pixels are 0.5 exactly
-    (see :func:`quantised`). A sample takes either known_smooth_l1 or the losses of OF_MATTES.
+    alpha, truth and trimap are float32 [B,1,H,W] in 0..1; a trimap's unknown pixels are exactly 0.5
+    (see :func:`quantise_trimap`). A sample takes either known_smooth_l1 or the losses of SOFT_LOSS_NAMES.
     """
-    unknown = (trimap == UNKNOWN).float()
+    unknown = (trimap == UNKNOWN_LEVEL).float()
     is_binary = _is_binary(truth, config.binary_rule).float()
-    takes = dict.fromkeys(OF_MATTES, 1.0 - is_binary) | {"known_smooth_l1": is_binary}
-    terms = {}
-    for name in TERMS:
+    applies = dict.fromkeys(SOFT_LOSS_NAMES, 1.0 - is_binary) | {"known_smooth_l1": is_binary}
+    losses = {}
+    for name in LOSS_NAMES:
         if weight := getattr(config, name):
-            takers = takes.get(name)
-            value = weight * _TERMS[name](alpha, truth, unknown)
-            terms[name] = value if takers is None else torch.where(takers > 0, value, torch.zeros_like(value))
-    terms["total"] = torch.stack(list(terms.values())).sum(dim=0)
-    return terms
+            mask = applies.get(name)
+            value = weight * LOSS_FUNCTIONS[name](alpha, truth, unknown)
+            losses[name] = value if mask is None else torch.where(mask > 0, value, torch.zeros_like(value))
+    losses["total"] = torch.stack(list(losses.values())).sum(dim=0)
+    return losses
 
 
-def quantised(trimap: Tensor) -> Tensor:
-    """A trimap as it lies in a file, uint8 -> float32 0, 0.5 (unknown) and 1; below 85 is 0, from 170 on 1."""
+def quantise_trimap(trimap: Tensor) -> Tensor:
+    """Convert a trimap of a file, uint8, to float32 0 (below 85), 1 (from 170) and 0.5 (unknown)."""
     lowest, known = UNKNOWN_RANGE
-    return torch.where(trimap < lowest, 0.0, torch.where(trimap >= known, 1.0, UNKNOWN))
+    return torch.where(trimap < lowest, 0.0, torch.where(trimap >= known, 1.0, UNKNOWN_LEVEL))
 
 
-def unknown_l1(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:
-    """[B]; 0 where a sample has no unknown pixel."""
-    return _mean((alpha * unknown - truth * unknown).abs()) * _region_scale(unknown)
+def unknown_l1_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:
+    """Return the L1 over the unknown pixels, [B]; 0 for a sample without any."""
+    return _mean_per_sample((alpha * unknown - truth * unknown).abs()) * _region_scale(unknown)
 
 
-def known_l1(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:
-    """[B]; 0 where a sample has no known pixel."""
-    return unknown_l1(alpha, truth, 1.0 - unknown)
+def known_l1_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:
+    """Return the L1 over the known pixels, [B]; 0 for a sample without any."""
+    return unknown_l1_loss(alpha, truth, 1.0 - unknown)
 
 
-def known_smooth_l1(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:
-    """[B]; 0 where a sample has no known pixel."""
+def known_smooth_l1_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:
+    """Return the smooth L1 over the known pixels, [B]; 0 for a sample without any."""
     known = 1.0 - unknown
-    return _mean(F.smooth_l1_loss(alpha * known, truth * known, reduction="none")) * _region_scale(known)
+    return _mean_per_sample(F.smooth_l1_loss(alpha * known, truth * known, reduction="none")) * _region_scale(known)
 
 
-def laplacian(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # noqa: ARG001
-    """[B]. Pyramids are linear, so the pyramid of the difference is taken. Raises ValueError below 64 px."""
-    if min(alpha.shape[-2:]) < LAPLACIAN_LEAST_PX:
-        raise ValueError(f"the Laplacian loss needs {LAPLACIAN_LEAST_PX} px or more, not {tuple(alpha.shape[-2:])}")
+def laplacian_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # noqa: ARG001
+    """Return the L1 between Laplacian pyramids, [B]. Raises ValueError for images below 64 px.
+
+    Pyramids are linear, so it is computed from the pyramid of the difference.
+    """
+    if min(alpha.shape[-2:]) < LAPLACIAN_MIN_PX:
+        raise ValueError(f"the Laplacian loss needs {LAPLACIAN_MIN_PX} px or more, not {tuple(alpha.shape[-2:])}")
     taps = alpha.new_tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16.0
     kernel = (taps[:, None] * taps)[None, None]
     difference = alpha - truth
@@ -119,48 +122,48 @@ def laplacian(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # noqa:
     for level in range(LAPLACIAN_LEVELS):
         height, width = (length - length % 2 for length in difference.shape[-2:])
         difference = difference[..., :height, :width]
-        smaller = _blur(difference, kernel)[..., ::2, ::2]
-        spread = torch.zeros_like(difference)
-        spread[..., ::2, ::2] = 4.0 * smaller
-        total = total + 2.0**level * _mean((difference - _blur(spread, kernel)).abs())
+        smaller = _blur_image(difference, kernel)[..., ::2, ::2]
+        enlarged = torch.zeros_like(difference)
+        enlarged[..., ::2, ::2] = 4.0 * smaller
+        total = total + 2.0**level * _mean_per_sample((difference - _blur_image(enlarged, kernel)).abs())
         difference = smaller
     return total / LAPLACIAN_LEVELS
 
 
-def gradient_penalty(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:
-    """[B]; 0 where a sample has no unknown pixel."""
+def gradient_penalty_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:
+    """Return the L1 between Sobel gradients, with a smoothness term, [B]; 0 for a sample without unknown pixels."""
     sobel = alpha.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
     kernels = torch.stack([sobel, sobel.T])[:, None]
-    of_alpha, of_truth = (F.conv2d(each, kernels, padding=1) * unknown for each in (alpha, truth))
-    both = 2.0 * (_mean((of_alpha - of_truth).abs()) + SMOOTHNESS * _mean(of_alpha.abs()))
-    return both * _region_scale(unknown)
+    alpha_gradient, true_gradient = (F.conv2d(each, kernels, padding=1) * unknown for each in (alpha, truth))
+    difference = _mean_per_sample((alpha_gradient - true_gradient).abs())
+    return 2.0 * (difference + SMOOTHNESS * _mean_per_sample(alpha_gradient.abs())) * _region_scale(unknown)
 
 
-def cross_entropy(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # noqa: ARG001
-    """[B], from a soft truth; its logarithms end at -100, so it is finite."""
-    return _mean(F.binary_cross_entropy(alpha, truth, reduction="none"))
+def cross_entropy_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # noqa: ARG001
+    """Return the binary cross-entropy with a soft truth, [B]. Its logarithms are at least -100, so it is finite."""
+    return _mean_per_sample(F.binary_cross_entropy(alpha, truth, reduction="none"))
 
 
-def dice(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # noqa: ARG001
-    """[B] in 0..1."""
+def dice_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # noqa: ARG001
+    """Return 1 - Dice coefficient, [B] in 0..1."""
     common, sizes = (alpha * truth).sum(dim=(1, 2, 3)), (alpha.square() + truth.square()).sum(dim=(1, 2, 3))
-    return 1.0 - (2.0 * common + 1.0) / (sizes + 1.0)  # a pixel of each, so that an empty truth has a gradient
+    return 1.0 - (2.0 * common + 1.0) / (sizes + 1.0)  # (the added pixel gives an empty truth a gradient)
 
 
-def l1(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # noqa: ARG001
-    """[B] in 0..1."""
-    return _mean((alpha - truth).abs())
+def l1_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # noqa: ARG001
+    """Return the L1, [B] in 0..1."""
+    return _mean_per_sample((alpha - truth).abs())
 
 
-_TERMS = {
-    "unknown_l1": unknown_l1,
-    "known_l1": known_l1,
-    "known_smooth_l1": known_smooth_l1,
-    "laplacian": laplacian,
-    "gradient_penalty": gradient_penalty,
-    "cross_entropy": cross_entropy,
-    "dice": dice,
-    "l1": l1,
+LOSS_FUNCTIONS = {
+    "unknown_l1": unknown_l1_loss,
+    "known_l1": known_l1_loss,
+    "known_smooth_l1": known_smooth_l1_loss,
+    "laplacian": laplacian_loss,
+    "gradient_penalty": gradient_penalty_loss,
+    "cross_entropy": cross_entropy_loss,
+    "dice": dice_loss,
+    "l1": l1_loss,
 }
 
 
@@ -175,10 +178,11 @@ def _region_scale(region: Tensor) -> Tensor:
     return torch.where(count > 0, REGION_SCALE / count.clamp(min=1.0), 0.0)
 
 
-def _mean(values: Tensor) -> Tensor:
-    """Over all but the batch."""
+def _mean_per_sample(values: Tensor) -> Tensor:
+    """Return the mean over all axes except the batch."""
     return values.mean(dim=(1, 2, 3))
 
 
-def _blur(image: Tensor, kernel: Tensor) -> Tensor:
+def _blur_image(image: Tensor, kernel: Tensor) -> Tensor:
+
     return F.conv2d(F.pad(image, (2, 2, 2, 2), mode="reflect"), kernel)

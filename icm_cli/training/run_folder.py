@@ -1,18 +1,27 @@
-"""Keeps a run on disk and takes it up again: checkpoints that say where they come from, and the state."""
+"""The folder of a run: checkpoints that record their origin, and the state from which a run resumes.
+
+``last.safetensors`` and ``best.safetensors`` are checkpoints for ``icm matte``; they hold the moving
+average of the weights, if the run has one. ``state.pt`` alone contains everything that the next step
+depends on, so that a run resumes correctly after being killed between two writes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 
+from icm_cli.config import COMPONENT_KEYS, parse_model_config
 from icm_cli.device import is_main_process
 from icm_cli.environment import __version__
 from icm_cli.errors import ConfigError, UsageError
@@ -20,17 +29,28 @@ from icm_cli.files import atomic_write, cached_file_digest, combined_digest, rem
 from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_training_digests, save_checkpoint
 from icm_cli.reports.write import ReportFiles
 from icm_cli.training.batches import Batch
-from icm_cli.training.data.pool import Pool
+from icm_cli.training.data.pool import TrainingPool
 from icm_cli.training.learner import Learner
-from icm_cli.training.settings import DataConfig, Settings
-from icm_cli.training.state import BEST_NAME, LAST_NAME, STATE_NAME, check_same_run, load_state, save_state
+from icm_cli.training.settings import DataConfig, Settings, list_differences, upgrade_training_settings
 
+LAST_NAME = "last.safetensors"
+BEST_NAME = "best.safetensors"
+STATE_NAME = "state.pt"
 LOCK_NAME = ".icm-train.lock"
+CHANGEABLE_SETTINGS = frozenset(
+    {"train.log_every", "train.image_every", "train.save_every", "train.feature_cache_gb", "train.steps"}
+)
+"""Settings that may differ when a run resumes, as they change no step already taken.
+
+``steps`` is among them only if the learning rate is constant.
+"""
+STAGE_SETTINGS = {"match": "train.match.", "refine": "train.refine."}
+"""Stage -> prefix of the settings that no other stage reads."""
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Progress of a run: steps done, unreadable draws, and seconds that the steps took."""
+class RunProgress:
+    """Steps done, draws skipped because they could not be read, and seconds spent in the steps."""
 
     step: int = 0
     skipped: int = 0
@@ -38,47 +58,51 @@ class Progress:
 
 
 class RunFolder:
-    """The folder of a run. Only the main process of several writes there."""
+    """The folder of a run. Of several processes only the main one writes to it."""
 
     def __init__(
         self,
         folder: Path,
         settings: Settings,
-        pool: Pool,
+        pool: TrainingPool,
         *,
         overrides: Sequence[str],
         checkpoint: Path | None,
         command: str,
     ) -> None:
-        """``command``, the overrides of ``--set`` and the ``checkpoint`` that training starts from are recorded."""
+        """``command``, the ``--set`` overrides and the initial ``checkpoint`` are recorded in checkpoints."""
         self.folder = folder
         self._command = command
         self._settings = settings
         self._checkpoint = checkpoint
         self._overrides = list(overrides)
         self._pool = pool
-        self._images: list[str] = []
+        self._image_digests: list[str] = []
         self.best: dict[str, float] | None = None
         """Step and MSE of the best model so far."""
 
-    def check(self, *, resume: bool) -> None:
-        """Raises UsageError for a folder that holds a run that cannot be resumed, OutputError for one not writable."""
-        there = [name for name in (STATE_NAME, LAST_NAME, BEST_NAME) if (self.folder / name).exists()]
-        if there and not resume:
+    def check_folder(self, *, resume: bool) -> None:
+        """Check that the run can start or resume in the folder.
+
+        Raises UsageError if the folder contains a run that cannot be resumed (or ``resume`` is False),
+        OutputError if the folder is not writable.
+        """
+        existing = [name for name in (STATE_NAME, LAST_NAME, BEST_NAME) if (self.folder / name).exists()]
+        if existing and not resume:
             raise UsageError(
-                f"{self.folder} holds a run already; go on with it by --resume, or give another folder with --out"
+                f"{self.folder} already contains a run; continue it with --resume, or give another folder with --out"
             )
-        if there and STATE_NAME not in there:
+        if existing and STATE_NAME not in existing:
             raise UsageError(
-                f"{self.folder} holds {there[0]} but no {STATE_NAME}, so its run cannot be resumed; give another "
-                f"folder with --out, perhaps with --checkpoint {self.folder / there[0]} to start from there"
+                f"{self.folder} contains {existing[0]} but no {STATE_NAME}, so its run cannot be resumed; give another "
+                f"folder with --out, and --checkpoint {self.folder / existing[0]} to start from that model"
             )
         ReportFiles.from_options(()).check_writable(self.folder)
         remove_stale_temporaries(self.folder)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder. Raises UsageError where another process holds it."""
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out of the folder inside the context. Raises UsageError if another process uses it."""
         if not is_main_process():
             yield
             return
@@ -87,65 +111,65 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageError(
-                    f"another process trains into {self.folder} now; wait for it, or give another folder with --out"
+                    f"another process is training in {self.folder}; wait for it, or give another folder with --out"
                 ) from None
             except OSError:  # a file system without locks
                 pass
             yield
 
     def hash_images(self, notice: Callable[[str], None]) -> None:
-        """Content of every training image, for the checkpoints; what cannot be read is named and left out."""
+        """Compute the digest of every training image, for the checkpoints; report unreadable ones and skip them."""
         digests = []
-        for path in self._pool.images:
+        for path in self._pool.image_paths:
             try:
                 digests.append(cached_file_digest(path))
             except OSError as error:
-                notice(f"{path} cannot be read ({error.strerror})")
+                notice(f"{path} cannot be read ({error.strerror}); it is not recorded as trained on")
         earlier = read_training_digests(self._checkpoint) if self._checkpoint else None
-        self._images = sorted({*digests, *(earlier or ()), *_originals(self._settings.data)})
+        self._image_digests = sorted({*digests, *(earlier or ()), *_read_original_digests(self._settings.data)})
 
-    def resume(self, learner: Learner) -> Progress:
-        """Take up the saved run; returns how far it is, nothing done where there is none.
+    def resume_run(self, learner: Learner) -> RunProgress:
+        """Load the saved state into ``learner`` and return its progress; zero progress if there is no state.
 
         Raises UsageError for a run with other settings, ConfigError for a damaged state.
         """
         path = self.folder / STATE_NAME
         if not path.exists():
-            return Progress()
-        state = load_state(path)
-        check_same_run(
-            path, state["settings"], self._identity(learner), has_decay=self._settings.train.decay != "constant"
+            return RunProgress()
+        state = _load_state(path)
+        _check_same_run(
+            path, state["settings"], self._identity(learner), has_schedule=self._settings.train.schedule != "constant"
         )
         learner.load_state(state)
         self.best = state["best"]
-        return Progress(state["step"], state["skipped"], state["seconds"])
+        return RunProgress(state["step"], state["skipped"], state["seconds"])
 
-    def save(self, learner: Learner, done: Progress) -> None:
-        """Write the last model and the state after a step. Raises OutputError; what was there stays then."""
-        self._save_model(learner, LAST_NAME, done.step)
+    def save_progress(self, learner: Learner, done: RunProgress) -> None:
+        """Write the last checkpoint and the state after a step. Raises OutputError; earlier files are kept then."""
+        self._save_checkpoint(learner, LAST_NAME, done.step)
         settings = json.dumps(self._identity(learner))
-        save_state(
+        _save_state(
             self.folder / STATE_NAME,
-            {**asdict(done), "best": self.best, "settings": settings, **learner.state()},
+            {**asdict(done), "best": self.best, "settings": settings, **learner.export_state()},
         )
 
     def save_best(self, learner: Learner, step: int, mse: float) -> bool:
-        """Write the model if it is the best so far; returns whether it is."""
+        """Write the best checkpoint if the model is the best so far; return whether it is."""
         if self.best is not None and mse >= self.best["mse"]:
             return False
         self.best = {"step": step, "mse": mse}
-        self._save_model(learner, BEST_NAME, step)
+        self._save_checkpoint(learner, BEST_NAME, step)
         return True
 
     def save_batch(self, batch: Batch, step: int) -> Path:
-        """Write the samples of a step that went wrong, as safetensors with their names."""
+        """Write the samples of a failed step, as safetensors with their names; return the path."""
         path = self.folder / f"bad-step-{step}.safetensors"
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in batch.tensors().items()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in batch.named_tensors().items()}
         with atomic_write(path) as file:
             file.write(save(tensors, {"names": json.dumps(batch.names), "counters": json.dumps(batch.counters)}))
         return path
 
-    def _save_model(self, learner: Learner, name: str, step: int) -> None:
+    def _save_checkpoint(self, learner: Learner, name: str, step: int) -> None:
         with learner.inference_mode():
             save_checkpoint(
                 self.folder / name,
@@ -156,9 +180,10 @@ class RunFolder:
             )
 
     def _provenance(self, step: int) -> dict[str, str]:
+        """Metadata of a checkpoint: what it was trained on, and how."""
         licences = {source.title: source.licence for source in self._settings.data.sources}
         return {
-            TRAINED_ON_KEY: json.dumps(self._images),
+            TRAINED_ON_KEY: json.dumps(self._image_digests),
             "icm.version": __version__,
             "icm.step": str(step),
             "icm.command": self._command,
@@ -170,12 +195,12 @@ class RunFolder:
         }
 
     def _identity(self, learner: Learner) -> dict[str, Any]:
-        """Settings and data that must be the same for a run to be resumed."""
-        return {**self._settings.as_dict(), "found": self._found, "weights": learner.weights_digest}
+        """Settings and data that must be unchanged when a run resumes."""
+        return {**self._settings.as_dict(), "found": self._found_data, "weights": learner.weights_digest}
 
     @cached_property
-    def _found(self) -> dict[str, Any]:
-        """Facts that follow from the settings on this disk."""
+    def _found_data(self) -> dict[str, Any]:
+        """The training data and the initial checkpoint as found on disk."""
         names = [f"{item.group} {item.name}" for item in self._pool]
         started = cached_file_digest(self._checkpoint) if self._checkpoint else None
         return {
@@ -186,17 +211,63 @@ class RunFolder:
         }
 
 
-def _originals(data: DataConfig) -> list[str]:
-    """SHA-256 of the files that the data are copies of. Raises ConfigError."""
+def _save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a training state atomically. Raises OutputError."""
+    content = io.BytesIO()  # in memory first, because torch.save hides errors of the file system
+    torch.save(dict(state), content)
+    with atomic_write(path) as file:
+        file.write(content.getbuffer())
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    """Read what :func:`_save_state` wrote. Raises ConfigError."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"training state {path} cannot be read: {error.strerror}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"training state {path} is damaged or incomplete, so the run cannot be resumed; train into another "
+            f"--out, if you like with --checkpoint {path.parent / LAST_NAME}"
+        ) from error
+    return state
+
+
+def _check_same_run(path: Path, saved: str, given: Mapping[str, Any], *, has_schedule: bool) -> None:
+    """Compare a saved run's settings (JSON) with the given ones. Raises UsageError that lists every difference."""
+    changeable = CHANGEABLE_SETTINGS - ({"train.steps"} if has_schedule else set())
+    unread = tuple(prefix for stage, prefix in STAGE_SETTINGS.items() if stage != given["train"]["stage"])
+    lines = [
+        line for line in list_differences(_upgrade_settings(json.loads(saved)), given) if not line.startswith(unread)
+    ]
+    changed = [line for line in lines if line.partition(":")[0].rstrip() not in changeable]
+    if changed:
+        raise UsageError(
+            f"{path} belongs to a run with other settings, so it cannot be resumed: {'; '.join(changed)}. Give the "
+            "same configuration, data and --set options again, or another --out"
+        )
+
+
+def _upgrade_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert settings saved by an earlier version: new names of training settings, defaults of new model settings."""
+    upgraded = {**saved, "train": upgrade_training_settings(saved["train"])}
+    with contextlib.suppress(ConfigError):  # a model that this version does not know; the comparison reports it
+        model = parse_model_config({part: saved[part] for part in COMPONENT_KEYS if part in saved}, "")
+        upgraded |= json.loads(json.dumps(model.as_dict()))
+    return upgraded
+
+
+def _read_original_digests(data: DataConfig) -> list[str]:
+    """Return the SHA-256 digests of the files that the data are copies of. Raises ConfigError."""
     if data.copies_of is None:
         return []
     try:
         found = json.loads(Path(data.copies_of).read_text(encoding="utf-8"))
         if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
-            raise ValueError("it is no list of texts")
+            raise ValueError("it is not a list of strings")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"data: copies_of {data.copies_of} cannot be read ({error}); expected a JSON list of SHA-256, as "
-            "icm_cli.training.data.shrink writes it"
+            f"data: copies_of {data.copies_of} cannot be read ({error}); expected a JSON list of SHA-256 digests, as "
+            "icm_cli.training.data.export writes it"
         ) from error
     return found

@@ -26,57 +26,98 @@ from icm_cli.errors import ConfigError, did_you_mean
 from icm_cli.training.losses import LossConfig
 
 CUTOUTS = "cutouts"
-"""A source that is a folder of RGBA foregrounds."""
-LAYOUTS = 4
-"""Mosaics that the stage "match" knows."""
-LEAST_CROP_PX = 64
-REFINE_TERMS = ("l1", "cross_entropy", "gradient", "laplacian")
-"""Losses of the stage "refine", by the names of their weights."""
-LARGEST_SEED = 1 << 62
-"""Largest seed of a random generator, with room for the step to be added."""
+"""Name of the dataset that is a folder of RGBA foregrounds."""
+LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
+"""Rows and columns of the mosaics that the stages "match", "joint" and "objects" train on."""
+MIN_CROP_PX = 64
+REFINE_LOSS_NAMES = ("l1", "cross_entropy", "gradient", "laplacian")
+"""Losses of the stage "refine", named like the settings of their weights."""
+MAX_SEED = 1 << 62
+"""Seeds are smaller than this, so that the step can be added to them."""
+RENAMED_KEYS = {
+    "rate": "learning_rate",
+    "backbone_rate": "backbone_learning_rate",
+    "decay": "schedule",
+    "ema": "ema_decay",
+    "trimap_kernel": "trimap_kernel_px",
+    "pairs.composite_share": "pairs.composite_probability",
+    "pairs.same_image_share": "pairs.same_image_probability",
+    "pairs.distractor_share": "pairs.distractor_probability",
+    "pairs.distractors": "pairs.max_distractors",
+    "pairs.reference_distractor_share": "pairs.reference_distractor_probability",
+    "pairs.negative_share": "pairs.negative_probability",
+    "pairs.scribble_share": "pairs.scribble_probability",
+    "pairs.point_share": "pairs.point_probability",
+    "pairs.mask_jitter": "pairs.mask_jitter_probability",
+    "match.views": "match.views_per_group",
+    "match.large_views": "match.large_views_per_group",
+    "match.most_views": "match.max_views_per_image",
+    "match.negative_share": "match.negative_probability",
+    "match.several_share": "match.multiple_probability",
+    "match.same_image_share": "match.same_image_probability",
+    "match.reference_shares": "match.reference_count_weights",
+    "match.layout_shares": "match.layout_weights",
+    "match.presence": "match.presence_weight",
+    "match.kept_px": "match.max_image_px",
+    "refine.crops": "refine.crops_per_image",
+    "refine.token_share": "refine.token_probability",
+    "refine.object_share": "refine.object_probability",
+    "refine.doubt_share": "refine.uncertain_probability",
+    "refine.made_share": "refine.predicted_probability",
+    "refine.photograph_share": "refine.photograph_probability",
+    "refine.band_weight": "refine.edge_weight",
+    "refine.open_weight": "refine.unknown_weight",
+}
+"""Key of version 0.1 below ``train`` -> its name since version 0.2."""
+REMOVED_KEYS = ("match.live_blocks", "refine.again_share")
+"""Keys of version 0.1 below ``train`` that no longer exist."""
 
 
 @dataclass(frozen=True)
 class FilesConfig:
-    """A place of images with alphas; fields as the options of ``icm eval``, paths relative to the working directory."""
+    """Images with alphas. The fields are options of ``icm eval``; paths are relative to the working directory."""
 
     dataset: str = "folder"
-    """A dataset of ``icm eval`` (``root`` is its folder), or ``folder`` (``images`` and ``alphas``)."""
+    """A dataset of ``icm eval``, whose folder is ``root``, or ``folder``, with ``images`` and ``alphas``."""
     root: str | None = None
     images: str | None = None
     alphas: str | None = None
     trimaps: str | None = None
     groups: str | None = None
-    """JSON file that says which images show the same thing."""
+    """JSON file that says which images show the same object."""
 
     @property
     def patterns(self) -> dict[str, Any]:
-        """Arguments of ``datasets.registry.find`` and ``icm_cli.evaluate`` beside the dataset's name and root."""
+        """Arguments of ``datasets.registry.find`` and ``icm_cli.evaluate`` in addition to dataset and root."""
         return {"images": self.images, "alphas": self.alphas, "trimaps": self.trimaps, "groups": self.groups}
 
 
 @dataclass(frozen=True)
 class SourceConfig(FilesConfig):
-    """Some images to train on; ``dataset`` may also be ``cutouts``: RGBA foregrounds, those of a subfolder a group."""
+    """Images to train on.
+
+    ``dataset`` may also be ``cutouts``: a folder of RGBA foregrounds in which each subfolder is a group.
+    """
 
     split: Split | None = None
-    """Without it the train split, or the only one."""
+    """Default: the train split, or the only split of the dataset."""
     group_by: Literal["group", "image"] = "group"
-    """"image": every image is a group of its own, so its pairs are two views of it."""
+    """"image": every image is a group of its own, so that its pairs are two views of it."""
     binary: bool = False
-    """The alphas are masks of 0 and 255, and stay so whatever is done to the images."""
+    """The alphas are masks of 0 and 255 and stay binary under every augmentation."""
     exclude: tuple[str, ...] = ()
-    """Globs of names that are left out."""
+    """Globs of image names that are excluded."""
     classes: str | None = None
-    """JSON file that says what each group shows: the folder of its pictures (its last parts will do) to one class or a
-    list of them. A picture that is to show something else has no class of the reference's group, across all sources."""
+    """JSON file with the class, or list of classes, of each group, by the folder of its images (the last
+    parts of the path suffice). An image is used as a negative only if it shares no class with the
+    reference's group, in all sources."""
     coarse: str | None = None
-    """Folder of the alphas that a first stage made of these images, as ``icm eval --save-alphas`` writes them: the
-    stage "refine" learns to mend them, beside those it makes from the true ones."""
+    """Folder of alphas predicted for these images by a first stage (``icm eval --save-alphas``). The
+    stage "refine" trains on them in addition to degraded true alphas."""
     soften_px: float = 0.0
-    """Standard deviation of the blur that hard masks get, in px of the file; half-way values become part of an edge."""
+    """Standard deviation, in px of the file, of the blur that softens hard masks."""
     weight: float = 1.0
-    """Share of the samples, in proportion to the other sources' weights."""
+    """Sampling weight relative to the other sources."""
     licence: str = ""
     """Recorded in every checkpoint."""
 
@@ -93,14 +134,14 @@ class SourceConfig(FilesConfig):
 
     @property
     def title(self) -> str:
-        """Name in messages."""
+        """Name of the source in messages."""
         where = self.root or self.images
         return f"{self.dataset} ({where})" if where else self.dataset
 
 
 @dataclass(frozen=True)
 class ValidationConfig(FilesConfig):
-    """Dataset that ``icm eval`` scores while the model learns."""
+    """Dataset that is scored during training, as ``icm eval`` would score it."""
 
     split: Split = "test"
     size: Size | None = None
@@ -117,74 +158,78 @@ class ValidationConfig(FilesConfig):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A mixture of sources, backgrounds for foregrounds, and what to validate on."""
+    """Sources to train on, backgrounds for composites, and validation data."""
 
     sources: tuple[SourceConfig, ...] = ()
     backgrounds: tuple[str, ...] = ()
-    """Folders of pictures to put foregrounds on."""
+    """Folders of images that foregrounds are composited onto."""
     validation: ValidationConfig | None = None
     copies_of: str | None = None
-    """JSON list of the SHA-256 of the files that these are copies of; checkpoints record them as seen, too."""
+    """JSON list of the SHA-256 digests of the original files, if the data are reduced copies. Checkpoints
+    record the originals as trained on, too."""
 
 
 @dataclass(frozen=True)
 class PairConfig:
-    """Composition of a training sample; shares are 0..1."""
+    """How target and reference of a training sample are composed. Probabilities are in 0..1."""
 
-    composite_share: float = 0.5
-    """Share of photographs with alphas whose thing is put on another background. Foregrounds always are."""
-    same_image_share: float = 0.2
-    """The reference is another view of the target's own image, though the group has others."""
-    distractor_share: float = 0.5
-    """Other things are pasted into the target, so that only the reference tells what is wanted."""
-    distractors: int = 2
-    """At most so many."""
-    reference_distractor_share: float = 0.5
-    """Share of samples with distractors whose first one is pasted into the reference too."""
-    negative_share: float = 0.1
-    """The reference's thing is not in the target, whose alpha is 0."""
-    scribble_share: float = 0.0
-    """The guidance is a stroke inside the thing instead of its mask."""
-    point_share: float = 0.0
-    """The guidance is a spot inside the thing."""
-    mask_jitter: float = 0.2
-    """Guidance masks that are grown, shrunk or shifted by a little."""
+    composite_probability: float = 0.5
+    """A photograph with an alpha is composited onto another background. Foregrounds always are."""
+    same_image_probability: float = 0.2
+    """The reference is another view of the target's own image, even if its group has other images."""
+    distractor_probability: float = 0.5
+    """Other objects are pasted into the target, so that only the reference tells which one is wanted."""
+    max_distractors: int = 2
+    """Largest number of pasted objects."""
+    reference_distractor_probability: float = 0.5
+    """In samples with distractors: the first one is pasted into the reference, too."""
+    negative_probability: float = 0.1
+    """The target does not show the reference's object; its alpha is 0."""
+    scribble_probability: float = 0.0
+    """The guidance is a stroke inside the object instead of its mask."""
+    point_probability: float = 0.0
+    """The guidance is a spot inside the object."""
+    mask_jitter_probability: float = 0.2
+    """A guidance mask is slightly dilated, eroded or shifted."""
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if name != "distractors" and not 0 <= value <= 1:
+            if name != "max_distractors" and not 0 <= value <= 1:
                 raise ConfigError(f"train: pairs: {name} is {value}; expected 0 to 1")
-        if self.scribble_share + self.point_share > 1:
-            raise ConfigError("train: pairs: scribble_share and point_share are above 1 together; expected at most 1")
-        if self.distractors < 0:
-            raise ConfigError(f"train: pairs: distractors is {self.distractors}; expected 0 or more")
+        if self.scribble_probability + self.point_probability > 1:
+            raise ConfigError(
+                f"train: pairs: scribble_probability and point_probability are {self.scribble_probability} and "
+                f"{self.point_probability}; expected a sum of at most 1"
+            )
+        if self.max_distractors < 0:
+            raise ConfigError(f"train: pairs: max_distractors is {self.max_distractors}; expected 0 or more")
 
     @property
     def changes_pixels(self) -> bool:
-        """Whether a sample's pictures may be anything but the files' own."""
-        return bool(self.composite_share or self.distractor_share or self.negative_share)
+        """Whether a sample's images may differ from the files."""
+        return bool(self.composite_probability or self.distractor_probability or self.negative_probability)
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Augmentation of reference and target, independently; all 0 leaves the pictures as they are."""
+    """Augmentation of reference and target, drawn independently. With all values 0 and zoom 1 images are unchanged."""
 
     flip: float = 0.5
-    """Share that is mirrored."""
+    """Probability of mirroring."""
     zoom: float = 1.6
-    """Pictures are enlarged by up to this factor over the canvas and a part of it is taken; 1 takes the whole."""
+    """Images are enlarged by up to this factor and cropped to the canvas; 1 keeps the whole image."""
     rotate_degrees: float = 10.0
-    """Turned by up to this much either way."""
+    """Largest rotation in either direction."""
     stretch: float = 0.1
-    """Aspect ratio and shear are changed by up to this share."""
+    """Largest relative change of aspect ratio and shear."""
     colour: float = 0.2
-    """Brightness, contrast, saturation and white balance are changed by up to this share."""
+    """Largest relative change of brightness, contrast, saturation and white balance."""
     jpeg: float = 0.3
-    """Share that is compressed."""
+    """Probability of JPEG compression."""
     blur: float = 0.1
-    """Share that is blurred."""
+    """Probability of blur."""
     noise: float = 0.2
-    """Share that gets sensor noise."""
+    """Probability of sensor noise."""
 
     def __post_init__(self) -> None:
         for name in ("flip", "jpeg", "blur", "noise"):
@@ -207,95 +252,92 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class MatchConfig:
-    """Samples of the stages "match", "joint" and "objects": mosaics of pictures, of which one has the reference's
-    thing, or none, or several have.
+    """Samples of the stages "match", "joint" and "objects": mosaics of images.
 
-    "joint" keeps no views: of their numbers it only asks whether ``large_views`` is 0.
+    The reference's object is in one tile of a mosaic, in several, or in none. The stage "joint" stores
+    no views; of the numbers of views it only checks whether ``large_views_per_group`` is 0.
     """
 
-    views: int = 12
-    """Pictures of a group whose tokens are read, at the canvas' size; drawn by the seed."""
-    large_views: int = 0
-    """Pictures of a group whose tokens are read at twice that size as well: they are the mosaics of one picture and
-    half of the references, so that all mosaics have about as many tokens. 0: none."""
-    most_views: int = 3
-    """Most views of one picture, where a group has few."""
+    views_per_group: int = 12
+    """Number of views of a group whose tokens are computed, at canvas size; drawn by the seed."""
+    large_views_per_group: int = 0
+    """Number of views computed at twice that size in addition. They are used for mosaics of one image and
+    for half of the references, so that all mosaics have about the same number of tokens. 0: none."""
+    max_views_per_image: int = 3
+    """Largest number of views of one image, for small groups."""
     rotate_every: int = 0
-    """Steps after which "match" and "objects" replace a part of every group's views by views of its next images, so
-    that in time all images are used. The next part is read bit by bit during these steps. 0: never."""
+    """Number of steps after which "match" and "objects" replace a part of every group's views by views of
+    its next images, so that in time all images are used. The next part is encoded gradually during these
+    steps. 0: views are never replaced."""
     rotation_parts: int = 4
-    """Number of parts of the views: each rotation replaces one of them."""
-    negative_share: float = 0.2
-    """The reference's thing is in none of the pictures."""
-    several_share: float = 0.0
-    """In mosaics of several pictures where one shows the thing, others may show it too."""
-    same_image_share: float = 0.1
-    """The reference is another view of the target's own picture, though its group has others."""
-    reference_shares: tuple[float, ...] = (1.0,)
-    """Shares of batches whose mosaics have one reference, two, and so on."""
-    layout_shares: tuple[float, ...] = (0.3, 0.4, 0.25, 0.05)
-    """Shares of mosaics of one picture, of two side by side, of two one above the other, and of four."""
-    presence: float = 0.3
-    """Weight of the cross-entropy of whether the thing is there."""
-    live_blocks: int = 0
-    """Last blocks of the backbone's transformer that learn with the head in the stage "match", at ``backbone_rate``,
-    from the tokens that enter them; 0: none. For the dinov2-lite backbone."""
+    """Number of parts of the views; each rotation replaces one of them."""
+    negative_probability: float = 0.2
+    """The reference's object is in no tile."""
+    multiple_probability: float = 0.0
+    """In mosaics of several tiles with the object: further tiles may show it, too."""
+    same_image_probability: float = 0.1
+    """The reference is another view of the target's own image, even if its group has other images."""
+    reference_count_weights: tuple[float, ...] = (1.0,)
+    """Sampling weights of batches with one reference per mosaic, two, and so on."""
+    layout_weights: tuple[float, ...] = (0.3, 0.4, 0.25, 0.05)
+    """Sampling weights of mosaics of one image, two in a row, two in a column, and two by two."""
+    presence_weight: float = 0.3
+    """Weight of the cross-entropy of whether the object is present."""
     feature_noise: float = 0.0
-    """Largest standard deviation of noise on the features that "match" and "objects" compare, whose own is 1."""
-    kept_px: int = 512
-    """Long side, at most, at which "joint" keeps every picture on the training device."""
+    """Largest standard deviation of the noise added to the features that "match" and "objects" compare.
+    The features themselves have a standard deviation of 1."""
+    max_image_px: int = 512
+    """Largest long side of the images that "joint" stores on the training device."""
 
     def __post_init__(self) -> None:
-        for name in ("views", "most_views", "rotation_parts"):
+        for name in ("views_per_group", "max_views_per_image", "rotation_parts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 1 or more")
-        for name in ("large_views", "rotate_every", "live_blocks", "presence", "feature_noise"):
+        for name in ("large_views_per_group", "rotate_every", "presence_weight", "feature_noise"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("negative_share", "several_share", "same_image_share"):
+        for name in ("negative_probability", "multiple_probability", "same_image_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 0 to 1")
-        if len(self.layout_shares) != LAYOUTS or min(self.layout_shares) < 0 or not sum(self.layout_shares):
+        if len(self.layout_weights) != len(LAYOUTS):
             raise ConfigError(
-                f"train: match: layout_shares is {list(self.layout_shares)}; expected {LAYOUTS} numbers, none below 0 "
-                "and not all 0"
+                f"train: match: layout_weights is {list(self.layout_weights)}; expected {len(LAYOUTS)} numbers"
             )
-        if not self.reference_shares or min(self.reference_shares) < 0 or not sum(self.reference_shares):
+        _check_weights("layout_weights", self.layout_weights)
+        _check_weights("reference_count_weights", self.reference_count_weights)
+        if self.max_image_px < MIN_CROP_PX or self.max_image_px % 4:
             raise ConfigError(
-                f"train: match: reference_shares is {list(self.reference_shares)}; expected one number or more, none "
-                "below 0 and not all 0"
+                f"train: match: max_image_px is {self.max_image_px}; expected a multiple of 4 of at least {MIN_CROP_PX}"
             )
-        if self.kept_px < LEAST_CROP_PX or self.kept_px % 4:
-            raise ConfigError(
-                f"train: match: kept_px is {self.kept_px}; expected a multiple of 4 of at least {LEAST_CROP_PX}"
-            )
+
+
+def _check_weights(name: str, weights: Sequence[float]) -> None:
+    if not weights or min(weights) < 0 or not sum(weights):
+        raise ConfigError(f"train: match: {name} is {list(weights)}; expected numbers of 0 or more that are not all 0")
 
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """Samples of the stage "refine": crops of scenes on the canvas, with coarse alphas made from the true ones."""
+    """Samples and losses of the stage "refine": crops of scenes with degraded true alphas as coarse alphas."""
 
     crop_px: int = 160
     """Side of a crop, in px of the canvas."""
-    crops: int = 4
-    """Crops of a scene."""
-    token_share: float = 0.35
-    """Share of the coarse alphas that are as a grid of tokens tells them."""
-    object_share: float = 0.0
-    """Share of the coarse alphas that are smooth outlines of whole things, without their hair, as objects tell them;
-    what is left of both shares are outlines nearly right."""
-    doubt_share: float = 0.5
-    """Share of the coarse alphas that are unsure of whole parts besides, in the thing and beside it."""
-    made_share: float = 0.7
-    """Share of the first stage's own alphas as coarse ones, where a source has them (``coarse``)."""
-    again_share: float = 0.0
-    """Share of the batches that are a second look, at the network's own answer, enlarged as the edges' ``again``."""
-    photograph_share: float = 0.5
-    """Share of pictures with soft alphas that are shown as they are, not as composites."""
-    band_weight: float = 0.5
-    """Weight of pixels at the edge of an alpha that is not exact: any but a composite's."""
-    open_weight: float = 4.0
-    """Weight of pixels that are to be decided, at edges and where the coarse alpha is wrong, beside 1 of the others."""
+    crops_per_image: int = 4
+    token_probability: float = 0.35
+    """The coarse alpha is degraded like the output of a head that works on a grid of tokens."""
+    object_probability: float = 0.0
+    """The coarse alpha is degraded like an object mask: a smooth outline without hair. All other coarse
+    alphas have an outline that is displaced or blurred."""
+    uncertain_probability: float = 0.5
+    """In addition the coarse alpha is uncertain about some regions, inside and outside the object."""
+    predicted_probability: float = 0.7
+    """For sources with ``coarse``: the alpha that a first stage predicted is used as the coarse alpha."""
+    photograph_probability: float = 0.5
+    """An image with a soft alpha is shown as it is instead of as a composite."""
+    edge_weight: float = 0.5
+    """Weight of pixels at the edge of an alpha that is not exact. Only alphas of composites are exact."""
+    unknown_weight: float = 4.0
+    """Weight of unknown pixels, at edges and where the coarse alpha is wrong; other pixels have weight 1."""
     l1: float = 1.0
     cross_entropy: float = 0.5
     gradient: float = 2.0
@@ -303,61 +345,65 @@ class RefineConfig:
     laplacian: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.crop_px < LEAST_CROP_PX:
-            raise ConfigError(f"train: refine: crop_px is {self.crop_px}; expected {LEAST_CROP_PX} or more")
-        if self.crops < 1:
-            raise ConfigError(f"train: refine: crops is {self.crops}; expected 1 or more")
-        shares = ("token_share", "object_share", "doubt_share", "made_share", "again_share", "photograph_share")
-        for name in (*shares, "band_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"train: refine: {name} is {getattr(self, name)}; expected 0 to 1")
-        if self.token_share + self.object_share > 1:
+        if self.crop_px < MIN_CROP_PX:
+            raise ConfigError(f"train: refine: crop_px is {self.crop_px}; expected {MIN_CROP_PX} or more")
+        if self.crops_per_image < 1:
+            raise ConfigError(f"train: refine: crops_per_image is {self.crops_per_image}; expected 1 or more")
+        for name in ("token", "object", "uncertain", "predicted", "photograph"):
+            if not 0 <= (value := getattr(self, f"{name}_probability")) <= 1:
+                raise ConfigError(f"train: refine: {name}_probability is {value}; expected 0 to 1")
+        if not 0 <= self.edge_weight <= 1:
+            raise ConfigError(f"train: refine: edge_weight is {self.edge_weight}; expected 0 to 1")
+        if self.token_probability + self.object_probability > 1:
             raise ConfigError(
-                f"train: refine: token_share and object_share are {self.token_share} and {self.object_share}; expected "
-                "at most 1 together"
+                f"train: refine: token_probability and object_probability are {self.token_probability} and "
+                f"{self.object_probability}; expected a sum of at most 1"
             )
-        if self.open_weight < 1:
-            raise ConfigError(f"train: refine: open_weight is {self.open_weight}; expected 1 or more")
-        weights = [getattr(self, name) for name in REFINE_TERMS]
+        if self.unknown_weight < 1:
+            raise ConfigError(f"train: refine: unknown_weight is {self.unknown_weight}; expected 1 or more")
+        weights = [getattr(self, name) for name in REFINE_LOSS_NAMES]
         if min(weights) < 0 or not any(weights):
-            raise ConfigError(f"train: refine: the losses' weights are {weights}; expected 0 or more, and not all 0")
+            raise ConfigError(
+                f"train: refine: the weights of the losses are {weights}; expected 0 or more, and not all 0"
+            )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe; the defaults are the released code's (Guo et al. 2024), with the paper's batch and steps."""
+    """The recipe. The defaults are those of the released code (Guo et al. 2024), with the paper's batch and steps."""
 
     stage: Literal["matte", "match", "joint", "objects", "refine"] = "matte"
-    """Part that learns: "matte", head and, where it may, backbone, on pairs of pictures; "match", a token-match head
-    on the tokens of pictures, hundreds of times cheaper a sample; "joint", such a head and, where it may, the backbone,
-    on the same mosaics, of pictures made anew on the training device; "objects", what makes things whole, by what a
-    trained head answers on the mosaics of "match"; "refine", the edges, which need no pairs."""
+    """What is trained. "matte": the head, and the backbone if it is trainable, on pairs of images.
+    "match": a token-match head on precomputed tokens, which is hundreds of times faster per sample.
+    "joint" (experimental, for GPUs): the token-match head and the backbone, on images that are made on
+    the training device. "objects": the object model, on the predictions of a trained head. "refine": the
+    edges, which need no pairs."""
     minutes: float | None = None
-    """The run ends, and a cosine with it, when so many minutes of steps have passed, instead of after ``steps``."""
+    """The run ends after this many minutes of steps, instead of after ``steps``; so does a cosine schedule."""
     steps: int = 20_000
     batch_size: int = 8
-    """Samples a step, over all processes."""
+    """Samples per step, over all processes."""
     micro_batch_size: int | None = None
-    """Samples that a process takes at a time; gradients are accumulated over as many as make a batch."""
+    """Samples that a process takes at a time; gradients are accumulated. Default: its whole part of the batch."""
     canvas_px: int = 768
-    """Side of the square canvas that reference and target are brought to."""
+    """Side of the square canvas to which reference and target are resized."""
     optimiser: Literal["adam", "adamw"] = "adam"
-    rate: float = 4e-4
-    """Learning rate of the head."""
-    backbone_rate: float = 0.0
+    learning_rate: float = 4e-4
+    """Learning rate of all parts except the backbone."""
+    backbone_learning_rate: float = 0.0
     """Learning rate of the backbone; 0 keeps it frozen."""
     weight_decay: float = 0.0
     warmup_steps: int = 250
-    """The rate grows linearly from 1e-6 of itself."""
-    decay: Literal["constant", "cosine"] = "constant"
-    """After the warm-up; "cosine" falls to 0 at the last step."""
+    """Number of steps in which the learning rate grows linearly, from 1e-6 of its value."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up; "cosine" falls to 0 at the end of the run."""
     clip_norm: float | None = None
-    """Largest norm of all gradients together."""
-    ema: float | None = None
-    """Decay a step of the running mean of the weights, which is then what is validated and saved."""
+    """Largest norm of the gradients of all weights together; larger gradients are scaled down."""
+    ema_decay: float | None = None
+    """Decay per step of the exponential moving average of the weights, which is validated and saved."""
     batch_norm: Literal["batch", "fixed"] = "batch"
-    """"batch": the head's BatchNorm takes the statistics of each process's micro-batch, as published; "fixed": its
-    running ones. A backbone's are always fixed."""
+    """Statistics of the head's BatchNorm layers: "batch", those of each process's micro-batch, as
+    published; "fixed", their running averages. The backbone always uses its running averages."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
     seed: int = 0
@@ -366,21 +412,22 @@ class TrainConfig:
     validate_every: int = 1000
     save_every: int = 500
     feature_cache_gb: float = 20.0
-    """Room on disk for a frozen backbone's features, where no augmentation changes pixels; 0 keeps none."""
+    """Disk space for the features of a frozen backbone, if no augmentation changes pixels; 0: no cache."""
     loss: LossConfig = field(default_factory=LossConfig)
     pairs: PairConfig = field(default_factory=PairConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     match: MatchConfig = field(default_factory=MatchConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
-    trimap_kernel: int = 25
-    """Side in px of the square that dilates 0 < alpha < 1 to the unknown region where no trimap is given."""
+    trimap_kernel_px: int = 25
+    """Side of the square that dilates 0 < alpha < 1 to the unknown region, if the data have no trimaps."""
 
     def __post_init__(self) -> None:
-        at_least = {"steps": 1, "batch_size": 1, "canvas_px": 64, "log_every": 1, "image_every": 1, "trimap_kernel": 1}
-        at_least |= {"validate_every": 1, "save_every": 1, "warmup_steps": 0, "rate": 0, "backbone_rate": 0}
-        at_least |= {"weight_decay": 0, "feature_cache_gb": 0, "seed": 0}
-        if self.seed >= LARGEST_SEED:
-            raise ConfigError(f"train: seed is {self.seed}; expected less than {LARGEST_SEED}")
+        at_least = {"steps": 1, "batch_size": 1, "canvas_px": 64, "log_every": 1, "image_every": 1}
+        at_least |= {"validate_every": 1, "save_every": 1, "warmup_steps": 0, "learning_rate": 0}
+        at_least |= {"backbone_learning_rate": 0, "weight_decay": 0, "feature_cache_gb": 0, "seed": 0}
+        at_least |= {"trimap_kernel_px": 1}
+        if self.seed >= MAX_SEED:
+            raise ConfigError(f"train: seed is {self.seed}; expected less than {MAX_SEED}")
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"train: {name} is {getattr(self, name)}; expected {least} or more")
@@ -390,42 +437,37 @@ class TrainConfig:
             raise ConfigError(
                 f"train: refine: crop_px is {self.refine.crop_px}; expected at most canvas_px, {self.canvas_px}"
             )
-        if self.stage == "match" and bool(self.match.live_blocks) != bool(self.backbone_rate):
-            raise ConfigError(
-                f"train: backbone_rate is {self.backbone_rate} and match: live_blocks {self.match.live_blocks}; "
-                "expected both above 0, or both 0"
-            )
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ConfigError(f"train: micro_batch_size is {self.micro_batch_size}; expected 1 or more")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ConfigError(f"train: clip_norm is {self.clip_norm}; expected more than 0")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ConfigError(f"train: ema is {self.ema}; expected between 0 and 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"train: ema_decay is {self.ema_decay}; expected between 0 and 1")
 
     @property
     def changes_pixels(self) -> bool:
-        """Whether any sample's pictures may be anything but the files' own."""
+        """Whether the images of any sample may differ from the files."""
         return self.augment.changes_pixels or self.pairs.changes_pixels
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All of a training run that decides its result."""
+    """All settings that decide the result of a training run."""
 
     model: ModelConfig
     train: TrainConfig
     data: DataConfig
 
     def as_dict(self) -> dict[str, Any]:
-        """The mapping that :func:`read_settings` reads back to equal settings, as JSON takes it."""
-        plain: dict[str, Any] = _plain(
+        """Return the settings as JSON-compatible mappings, which :func:`read_settings` reads back."""
+        plain: dict[str, Any] = _to_plain(
             {**self.model.as_dict(), "train": dataclasses.asdict(self.train), "data": dataclasses.asdict(self.data)}
         )
         return plain
 
 
 def read_settings(config: str | Path, data: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
-    """Settings of a YAML file (or a preset's name), with ``--data`` and ``--set key=value`` laid over it.
+    """Read settings from a YAML file (or a preset's name); ``--data`` and ``--set key=value`` take precedence.
 
     Keys of overrides are paths such as ``train.loss.dice``. Raises ConfigError.
     """
@@ -434,44 +476,75 @@ def read_settings(config: str | Path, data: str | Path | None = None, overrides:
     if data is not None:
         fields["data"] = read_yaml(Path(data))
     for override in overrides:
-        fields = _overridden(fields, override)
+        fields = _apply_override(fields, override)
     reject_unknown_keys(fields, MODEL_KEYS, where)
     model = parse_model_config({key: fields[key] for key in COMPONENT_KEYS if key in fields}, where)
+    train = fields.get("train") or {}
+    _reject_earlier_keys(train, where)
     return Settings(
         model,
-        parse_dataclass(TrainConfig, fields.get("train") or {}, f"{where}: train"),
+        parse_dataclass(TrainConfig, train, f"{where}: train"),
         parse_dataclass(DataConfig, fields.get("data") or {}, f"{data or where}: data" if data is None else str(data)),
     )
 
 
 def read_data(path: str | Path) -> DataConfig:
-    """The data of a YAML file, as ``--data`` takes it. Raises ConfigError."""
+    """Read the data section of a YAML file, as ``--data`` takes it. Raises ConfigError."""
     return parse_dataclass(DataConfig, read_yaml(Path(path)), str(path))
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
-    """Differences of two mappings of settings, one line each: "train.rate: 0.001 -> 0.002"."""
+def upgrade_training_settings(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Return training settings saved by version 0.1 or later, with the current names of the keys."""
+    upgraded: dict[str, Any] = {}
+    for name, value in _flatten(train).items():
+        if name not in REMOVED_KEYS:
+            section, _, key = RENAMED_KEYS.get(name, name).rpartition(".")
+            (upgraded.setdefault(section, {}) if section else upgraded)[key] = value
+    return upgraded
+
+
+def list_differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
+    """Return the differences of two mappings of settings, one line each: "train.steps: 100 -> 200"."""
     lines = []
     for key in dict.fromkeys((*before, *after)):
         old, new = before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new, f"{path}{key}.")
+            lines += list_differences(old, new, f"{path}{key}.")
         elif old != new:
             lines.append(f"{path}{key}: {old!r} -> {new!r}")
     return lines
 
 
-def _overridden(fields: Mapping[str, Any], override: str) -> dict[str, Any]:
-    """A copy of nested mappings with one "a.b=value" laid over it."""
+def _reject_earlier_keys(train: Any, where: str) -> None:
+    """Raise ConfigError for a key of version 0.1 that was renamed or removed."""
+    for name in _flatten(train) if isinstance(train, Mapping) else ():
+        if name in RENAMED_KEYS:
+            raise ConfigError(f"{where}: train.{name} was renamed in version 0.2; use train.{RENAMED_KEYS[name]}")
+        if name in REMOVED_KEYS:
+            raise ConfigError(f"{where}: train.{name} was removed in version 0.2; delete it")
+
+
+def _flatten(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Return training settings with one level of keys; those of sections become "pairs.max_distractors"."""
+    flat: dict[str, Any] = {}
+    for key, value in train.items():
+        flat |= (
+            {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, Mapping) else {key: value}
+        )
+    return flat
+
+
+def _apply_override(fields: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """Return a copy of nested mappings with one "a.b=value" applied."""
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
-        raise ConfigError(f"--set {override} is not understood; expected key=value, as in --set train.steps=500")
+        raise ConfigError(f"--set {override} cannot be parsed; expected key=value, as in --set train.steps=500")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: its value is not YAML ({' '.join(str(error).split())})") from error
     if isinstance(value, str) and _is_number(value):
-        value = float(value)  # YAML takes 1e-3 for text
+        value = float(value)  # YAML reads 1e-3 as text
     keys = path.split(".")
     changed: dict[str, Any] = dict(fields)
     inner = changed
@@ -479,7 +552,7 @@ def _overridden(fields: Mapping[str, Any], override: str) -> dict[str, Any]:
         below = inner.get(key) or {}
         if not isinstance(below, Mapping):
             raise ConfigError(f"--set {override}: {key!r} has no settings below it")
-        inner[key] = inner = dict(below)  # (assigned left to right: the entry, then the place)
+        inner[key] = inner = dict(below)  # (assigned left to right: the entry, then the variable)
     inner[keys[-1]] = value
     return changed
 
@@ -492,7 +565,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {key: _to_plain(each) for key, each in value.items()}
+    return [_to_plain(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""Validation while a model learns: the code of ``icm eval``, on the model as it is."""
+"""Validation during training: ``icm eval`` on the current model."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ from icm_cli.training.settings import ValidationConfig
 
 
 def check_validation(config: ValidationConfig, images: Sequence[Path], notice: Callable[[str], None]) -> None:
-    """Raises UsageError where there is nothing to validate on; tells what is trained on too."""
+    """Check that images can be scored, and report those that are also trained on. Raises UsageError."""
     try:
         found = find_dataset(config.dataset, config.root, split=config.split, composite=False, **config.patterns)
     except UsageError as error:
         raise UsageError(f"data: validation: {error}") from error
     if not any(_can_be_scored(samples) for samples in group_samples(found.samples).values()):
         raise UsageError(
-            "data: validation: no group has two images of which one could be a reference (its alpha not empty); "
-            "expected subfolders with several images of the same thing each, or 'groups' that say which belong together"
+            "data: validation: no group has two images, one of which could be a reference (its alpha is not empty); "
+            "expected a subfolder with several images for each object, or 'groups' that list the images of each object"
         )
     trained_on = {path.resolve() for path in images}
     shared = sum(sample.file.resolve() in trained_on for sample in found.samples)
     if shared:
-        notice(f"{shared} of the {len(found.samples)} validation images are trained on too, so the scores flatter")
+        notice(
+            f"{shared} of the {len(found.samples)} validation images are also trained on, so their scores are too good"
+        )
 
 
 def _can_be_scored(samples: Sequence[Sample]) -> bool:
@@ -46,9 +48,9 @@ def _can_be_scored(samples: Sequence[Sample]) -> bool:
 
 
 def validate(config: ValidationConfig, learner: Learner, *, is_stopped: Callable[[], bool]) -> dict[str, float] | None:
-    """Score the mean of the weights; returns the means over the first region, None where there are none or it was cut.
+    """Score the model with the moving average of its weights; return the mean metrics ("mse", "sad", ...).
 
-    Keys are "mse", "sad" and so on.
+    They are those of the first region. Returns None if no image was scored or validation was interrupted.
     """
     try:
         with learner.inference_mode() as predictor:
@@ -60,7 +62,7 @@ def validate(config: ValidationConfig, learner: Learner, *, is_stopped: Callable
                 size=config.size,
                 rounds=config.rounds,
                 predictor=predictor,
-                listener=_Stoppable(is_stopped),
+                listener=_InterruptingListener(is_stopped),
             )
     except _Stopped:
         return None
@@ -69,10 +71,10 @@ def validate(config: ValidationConfig, learner: Learner, *, is_stopped: Callable
 
 
 class _Stopped(KeyboardInterrupt):
-    """Validation was cut short by a signal; like one, it lets the writes in hand finish."""
+    """Interrupts validation after a signal. As with KeyboardInterrupt, writes in progress are completed."""
 
 
-class _Stoppable(Listener):
+class _InterruptingListener(Listener):
     def __init__(self, is_stopped: Callable[[], bool]) -> None:
         self._is_stopped = is_stopped
         self._has_raised = False

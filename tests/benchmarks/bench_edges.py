@@ -23,7 +23,7 @@ import icm_cli
 from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.model.training_free.closed_form import load_foreground_estimator
 from icm_cli.scoring.metrics import compute_scores
-from icm_cli.training.data.procedural import Look, draw
+from icm_cli.training.data.procedural import ObjectStyle, draw_view
 
 EACH = 20
 BAND_PX = 12
@@ -105,11 +105,11 @@ def pictures(data: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     while count < EACH:
         seed += 1
         things = np.random.default_rng(seed)
-        look = Look.drawn(things)
+        look = ObjectStyle.draw_random(things)
         if look.kind not in FINE:
             continue
         count += 1
-        thing = draw(look, SIDE_PX, things)
+        thing = draw_view(look, SIDE_PX, things)
         yield "procedural", *over(thing.colour, thing.alpha, ground(grounds, rng))
 
 

@@ -37,13 +37,20 @@ def main() -> None:
     settings = read_settings(RECIPE, given.data, given.set)
     stage = make_stage(settings, read_pool(settings.data, settings.train.pairs))
     learner = Learner(
-        settings, stage, checkpoint=given.start, weights=None, device=given.device, offline=True, workers=0
+        settings,
+        stage.trainable_parts,
+        stage.select_module,
+        checkpoint=given.start,
+        weights=None,
+        device=given.device,
+        offline=True,
+        workers=0,
     )
     place = learner.device.torch_device
     began = time.perf_counter()
-    stage.prepare(learner, Path(), TrainingListener())
-    print(f"{len(stage.pool)} pictures on {learner.device.description} in {time.perf_counter() - began:.1f} s")
-    batches = stage.batches(learner.sampler(0), workers=0, pin=False)
+    stage.prepare(learner, Path(), 0, TrainingListener())
+    print(f"{len(stage.pool)} pictures on {learner.device.describe()} in {time.perf_counter() - began:.1f} s")
+    batches = stage.make_batches(learner.make_sampler(0), workers=0, pin=False)
 
     def synchronise() -> float:
         if place.type == "cuda":
@@ -55,11 +62,11 @@ def main() -> None:
         before = synchronise()
         batch = next(batches)
         made = synchronise() - before
-        with learner.accumulate():
-            terms = stage.losses(stage.answer(learner.forward, batch), batch)
+        with learner.accumulate_gradients():
+            terms = stage.compute_losses(stage.predict(learner.forward, batch), batch)
             learner.backward(terms["total"].sum())
-            learner.clip()
-            learner.step()
+            learner.clip_gradients()
+            learner.step_optimiser()
         learner.ema.update(0)
         return made
 

@@ -27,7 +27,8 @@ DEMO = ROOT / "tests" / "composites"
 SIDES = ("lite", "sd21", "cache", "data")
 STILL = (
     "train.augment={flip: 0, zoom: 1, rotate_degrees: 0, stretch: 0, colour: 0, jpeg: 0, blur: 0, noise: 0}",
-    "train.pairs={composite_share: 0, same_image_share: 0, distractor_share: 0, negative_share: 0, mask_jitter: 0}",
+    "train.pairs={composite_probability: 0, same_image_probability: 0, distractor_probability: 0, "
+    "negative_probability: 0, mask_jitter_probability: 0}",
 )
 LITE_BATCHES = {1: 12, 3: 8}
 """Batch size -> steps."""
@@ -60,7 +61,12 @@ def run(out: Path, config: str, batch: int, steps: int, *more: str, data: str | 
     """One training run: the figures of its summary and, but for a first step that warms up, its log."""
     sources = data or json.dumps([{"images": str(DEMO / "imgs"), "alphas": str(DEMO / "alphas")}])
     options = {"data.sources": sources, "data.backgrounds": json.dumps([str(DEMO / "imgs")])}
-    options |= {"train.batch_size": batch, "train.steps": steps, "train.log_every": 1, "train.pairs.negative_share": 0}
+    options |= {
+        "train.batch_size": batch,
+        "train.steps": steps,
+        "train.log_every": 1,
+        "train.pairs.negative_probability": 0,
+    }
     line = [sys.executable, "-m", "icm_cli.cli", "train", "--config", config, "--out", str(out), "--device", "cpu"]
     line += [part for name, value in options.items() for part in ("--set", f"{name}={value}")]
     done = subprocess.run([*line, *more], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -74,7 +80,7 @@ def run(out: Path, config: str, batch: int, steps: int, *more: str, data: str | 
     assert found
     return {
         "samples_per_second": batch * len(rows) / seconds,
-        "waiting": sum(float(row["waiting_share"]) * float(row["seconds"]) for row in rows) / seconds,
+        "waiting": sum(float(row["waiting_fraction"]) * float(row["seconds"]) for row in rows) / seconds,
         "peak_mb": float(found[1]),
     }
 
@@ -111,7 +117,7 @@ def data() -> None:
     from icm_cli.training.stages.refine import EdgeMaker
 
     sources = json.dumps([{"images": str(DEMO / "imgs"), "alphas": str(DEMO / "alphas")}])
-    lines = [f"data.sources={sources}", f"data.backgrounds=[{DEMO / 'imgs'}]", "train.pairs.negative_share=0"]
+    lines = [f"data.sources={sources}", f"data.backgrounds=[{DEMO / 'imgs'}]", "train.pairs.negative_probability=0"]
     settings = read_settings("configs/train/lite-refine.yaml", overrides=lines)
     maker = EdgeMaker(read_pool(settings.data, settings.train.pairs), settings.train)
     for counter in range(20):

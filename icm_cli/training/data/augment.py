@@ -1,6 +1,6 @@
-"""Augmentation of pictures and guidance: where a picture lies on the canvas, its colours, its damage, its mask.
+"""Augmentation of images and guidance masks: position on the canvas, colour, image quality, mask errors.
 
-Every function draws from the generator it is given and from nothing else.
+Every function draws random numbers only from the generator that it is given.
 """
 
 from __future__ import annotations
@@ -9,98 +9,107 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.geometry import HALF_U8, Float, ImageU8, round_to_u8
+from icm_cli.geometry import HALF_U8, ImageU8, round_to_u8
 from icm_cli.training.settings import AugmentConfig, PairConfig
 
 Rng = np.random.Generator
 Affine = NDArray[np.float64]
-"""[2,3]: from (x, y) in a layer to (x, y) on the canvas."""
-MOST_JITTER = 1 / 40
-"""Largest change of a guidance mask's outline, in canvas sides."""
+"""[2,3]: maps (x, y) in an image to (x, y) on the canvas."""
+MAX_JITTER = 1 / 40
+"""Largest displacement of a guidance mask's outline, as a fraction of the canvas' side."""
 STROKE_WIDTH = 1 / 40
-"""Width of a scribble, in canvas sides; a point is as wide."""
+"""Width of a scribble or a point, as a fraction of the canvas' side."""
 
 
-def place_photograph(size: tuple[int, int], canvas_px: int, config: AugmentConfig, rng: Rng) -> Affine:
-    """Lay a picture over the canvas: its long side at least as long, a random part of what is too large.
+def draw_photograph_transform(size: tuple[int, int], canvas_px: int, config: AugmentConfig, rng: Rng) -> Affine:
+    """Draw a transform of a photograph of ``size`` (height, width) to the canvas.
 
-    Where a side is shorter than the canvas' the picture lies anywhere along it.
+    Its long side becomes at least as long as the canvas. A longer side is cropped at a random position,
+    a shorter one is placed at a random position.
     """
     zoom = config.zoom ** rng.random()
     scale = canvas_px / max(size) * zoom
     content = np.array([size[1], size[0]]) * scale
     spare = content - canvas_px
     corner = -spare * rng.random(2)
-    return _affine(np.array([size[1], size[0]]) / 2, corner + content / 2, scale, config, rng)
+    return _draw_affine(np.array([size[1], size[0]]) / 2, corner + content / 2, scale, config, rng)
 
 
-def place_cutout(size: tuple[int, int], canvas_px: int, config: AugmentConfig, rng: Rng, largest: float) -> Affine:
-    """Put a cut-out anywhere: a quarter of the canvas to ``largest`` of it long, at most a tenth of it outside."""
+def draw_cutout_transform(
+    size: tuple[int, int], canvas_px: int, config: AugmentConfig, rng: Rng, largest: float
+) -> Affine:
+    """Draw a transform of a cut-out of ``size`` (height, width) to the canvas.
+
+    Its long side becomes a quarter to ``largest`` of the canvas' side. At most a tenth of each side is
+    outside the canvas.
+    """
     long_side = canvas_px * rng.uniform(0.25, largest)
     scale = long_side / max(size)
     content = np.array([size[1], size[0]]) * scale
     lowest, highest = 0.4 * content, canvas_px - 0.4 * content
     centre = rng.uniform(np.minimum(lowest, highest), np.maximum(lowest, highest))
-    return _affine(np.array([size[1], size[0]]) / 2, centre, scale, config, rng)
+    return _draw_affine(np.array([size[1], size[0]]) / 2, centre, scale, config, rng)
 
 
-def _affine(source_centre: Affine, centre: Affine, scale: float, config: AugmentConfig, rng: Rng) -> Affine:
+def _draw_affine(source_centre: Affine, centre: Affine, scale: float, config: AugmentConfig, rng: Rng) -> Affine:
+    """Draw rotation, stretch and mirroring about ``source_centre``, which is mapped to ``centre``."""
     angle = np.deg2rad(rng.uniform(-1, 1) * config.rotate_degrees)
     aspect, shear = rng.uniform(-1, 1, 2) * config.stretch
     mirror = -1.0 if rng.random() < config.flip else 1.0
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    linear = scale * turn @ np.array([[mirror * (1 + aspect / 2), shear], [0.0, 1 - aspect / 2]])
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    linear = scale * rotation @ np.array([[mirror * (1 + aspect / 2), shear], [0.0, 1 - aspect / 2]])
     return np.concatenate([linear, (centre - linear @ source_centre)[:, None]], axis=1)
 
 
-def recolour(rgb: ImageU8, amount: float, rng: Rng) -> ImageU8:
-    """Change brightness, contrast, saturation and white balance of a picture uint8 [H,W,3] by up to ``amount`` each."""
+def jitter_colours(rgb: ImageU8, amount: float, rng: Rng) -> ImageU8:
+    """Change brightness, contrast, saturation and white balance of an image, uint8 [H,W,3], by up to ``amount``."""
     brightness, contrast, saturation = 1 + rng.uniform(-1, 1, 3) * amount
     balance = 1 + rng.uniform(-1, 1, 3) * amount / 3
     image = rgb.astype(np.float32) * (brightness * balance).astype(np.float32)
     grey = image.mean(axis=-1, keepdims=True)
     image = grey + (image - grey) * np.float32(saturation)
     image = image.mean() + (image - image.mean()) * np.float32(contrast)
-    return _to_u8(image)
+    return round_to_u8(image)
 
 
-def damage(rgb: ImageU8, config: AugmentConfig, rng: Rng) -> ImageU8:
-    """Blur, noise and JPEG compression of a picture uint8 [H,W,3], each at its share."""
+def degrade_image(rgb: ImageU8, config: AugmentConfig, rng: Rng) -> ImageU8:
+    """Apply blur, noise and JPEG compression to an image, uint8 [H,W,3], each with its probability."""
     if rng.random() < config.blur:
         rgb = np.asarray(cv2.GaussianBlur(rgb, (0, 0), rng.uniform(0.4, 1.6)), np.uint8)
     if rng.random() < config.noise:
         noise = rng.standard_normal(rgb.shape, np.float32) * np.float32(rng.uniform(1, 10))
-        rgb = _to_u8(rgb + noise)
+        rgb = round_to_u8(rgb + noise)
     if rng.random() < config.jpeg:
         quality = int(rng.integers(40, 95))
-        _, coded = cv2.imencode(".jpg", rgb[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-        rgb = np.ascontiguousarray(np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR))[..., ::-1], np.uint8)
+        _, encoded = cv2.imencode(".jpg", rgb[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+        rgb = np.ascontiguousarray(np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR))[..., ::-1], np.uint8)
     return rgb
 
 
-def jittered_guidance(alpha: ImageU8, config: PairConfig, rng: Rng) -> NDArray[np.bool_]:
-    """Guidance bool [H,W] from a reference's alpha uint8: its mask, perhaps jittered, or a scribble or a point in it.
+def make_guidance(alpha: ImageU8, config: PairConfig, rng: Rng) -> NDArray[np.bool_]:
+    """Return the guidance, bool [H,W], for a reference's alpha, uint8 [H,W].
 
-    Never empty where any pixel of the alpha is above half.
+    It is the mask, which may be jittered, or a scribble or a point inside it. It is not empty if any
+    pixel of the alpha is above one half.
     """
     mask = (alpha > HALF_U8).astype(np.uint8)
     kind = rng.random()
-    if kind < config.point_share:
-        return _marked(mask, _inner_points(mask, 1, rng))
-    if kind < config.point_share + config.scribble_share:
-        return _marked(mask, _inner_points(mask, int(rng.integers(3, 6)), rng))
-    if rng.random() < config.mask_jitter:
-        return _jittered(mask, rng)
+    if kind < config.point_probability:
+        return _draw_stroke(mask, _draw_inner_points(mask, 1, rng))
+    if kind < config.point_probability + config.scribble_probability:
+        return _draw_stroke(mask, _draw_inner_points(mask, int(rng.integers(3, 6)), rng))
+    if rng.random() < config.mask_jitter_probability:
+        return _jitter_mask(mask, rng)
     return mask > 0
 
 
-def _jittered(mask: ImageU8, rng: Rng) -> NDArray[np.bool_]:
-    """Grown, shrunk or shifted; as it was where nothing would be left."""
-    reach = max(1, round(mask.shape[0] * MOST_JITTER * rng.random()))
-    how = rng.integers(3)
-    if how < 2:
+def _jitter_mask(mask: ImageU8, rng: Rng) -> NDArray[np.bool_]:
+    """Dilate, erode or shift a mask; return it unchanged if nothing would be left."""
+    reach = max(1, round(mask.shape[0] * MAX_JITTER * rng.random()))
+    kind = rng.integers(3)
+    if kind < 2:
         kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
-        changed = cv2.dilate(mask, kernel) if how == 0 else cv2.erode(mask, kernel)
+        changed = cv2.dilate(mask, kernel) if kind == 0 else cv2.erode(mask, kernel)
     else:
         dx, dy = rng.integers(-reach, reach + 1, 2)
         changed = cv2.warpAffine(mask, np.array([[1, 0, dx], [0, 1, dy]], np.float32), mask.shape[::-1])
@@ -108,8 +117,8 @@ def _jittered(mask: ImageU8, rng: Rng) -> NDArray[np.bool_]:
     return jittered if jittered.any() else mask > 0
 
 
-def _inner_points(mask: ImageU8, count: int, rng: Rng) -> NDArray[np.int32]:
-    """Points (x, y) of the mask, the likelier the deeper inside."""
+def _draw_inner_points(mask: ImageU8, count: int, rng: Rng) -> NDArray[np.int32]:
+    """Draw points (x, y) of a mask, with a probability proportional to the distance from its outline."""
     depth = cv2.distanceTransform(mask, cv2.DIST_L2, 3).astype(np.float64).ravel()
     if not depth.any():
         return np.zeros((0, 2), np.int32)
@@ -117,8 +126,8 @@ def _inner_points(mask: ImageU8, count: int, rng: Rng) -> NDArray[np.int32]:
     return np.stack([chosen % mask.shape[1], chosen // mask.shape[1]], axis=-1).astype(np.int32)
 
 
-def _marked(mask: ImageU8, points: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """A stroke through the points that stays inside the mask."""
+def _draw_stroke(mask: ImageU8, points: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Return a stroke through points, restricted to the mask."""
     stroke = np.zeros_like(mask)
     width = max(1, round(mask.shape[0] * STROKE_WIDTH))
     for x, y in points:
@@ -126,7 +135,3 @@ def _marked(mask: ImageU8, points: NDArray[np.int32]) -> NDArray[np.bool_]:
     if len(points) > 1:
         cv2.polylines(stroke, [points], isClosed=False, color=1, thickness=width)
     return (stroke > 0) & (mask > 0)
-
-
-def _to_u8(image: Float) -> ImageU8:
-    return round_to_u8(image)

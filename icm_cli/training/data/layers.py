@@ -1,6 +1,7 @@
-"""Items as pixels: photographs as they are, and things cut out of them with their own colours.
+"""Reading training items: photographs, objects cut out of them with their own colours, and backgrounds.
 
-Sizes are (height, width); a cut-out's colours are premultiplied, so that warping mixes in nothing from outside it.
+Sizes are (height, width). The colours of a cut-out are premultiplied, so that warping adds no colour
+from outside the object.
 """
 
 from __future__ import annotations
@@ -17,23 +18,26 @@ from icm_cli.geometry import UNKNOWN, Float, ImageU8, binarize_alpha, downscaled
 from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.model.training_free.closed_form import load_foreground_estimator
 from icm_cli.scoring.metrics import UNKNOWN_RANGE
-from icm_cli.training.data.pool import Item
+from icm_cli.training.data.pool import TrainingItem
 
-KEPT_BYTES = 500_000_000
+CACHE_BYTES = 500_000_000
 """Memory of each cache of decoded items, per process."""
 VISIBLE_U8 = 8
-"""Alpha above which a cut-out's bounding box counts a pixel."""
+"""Pixels with an alpha above this are inside the bounding box of a cut-out."""
 
 
-def _bytes(layer: object) -> int:
+def _size_bytes(layer: object) -> int:
     arrays = [layer] if isinstance(layer, np.ndarray) else vars(layer).values()
     return sum(each.nbytes for each in arrays if isinstance(each, np.ndarray))
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """rgb uint8 [h,w,3], alpha uint8 [h,w]; where a file gives one, trimap uint8 [h,w] in 0, 128, 255 and the coarse
-    alpha of a first stage, uint8 [h,w]."""
+    """An image, uint8 [h,w,3], with its alpha, uint8 [h,w].
+
+    If the data have them: a trimap, uint8 [h,w] of 0, 128 and 255, and a first stage's coarse alpha,
+    uint8 [h,w].
+    """
 
     rgb: ImageU8
     alpha: ImageU8
@@ -43,39 +47,40 @@ class Photograph:
 
 @dataclass(frozen=True)
 class Cutout:
-    """A thing's bounding box: colour float32 [h,w,3] 0..255, premultiplied; alpha float32 [h,w] 0..1."""
+    """An object's bounding box: colour float32 [h,w,3] 0..255, premultiplied; alpha float32 [h,w] 0..1."""
 
     colour: Float
     alpha: Float
 
 
-@cached(LRUCache(KEPT_BYTES, getsizeof=_bytes))
-def shrunk_photograph(item: Item, long_side_px: int) -> Photograph:
-    """Read an item, shrunk to ``long_side_px`` where it is larger; kept at hand. Raises ImageError."""
-    return photograph(item, long_side_px)
+@cached(LRUCache(CACHE_BYTES, getsizeof=_size_bytes))
+def read_cached_photograph(item: TrainingItem, long_side_px: int) -> Photograph:
+    """Read an item, reduced to at most ``long_side_px``, and keep it in memory. Raises ImageError."""
+    return read_photograph(item, long_side_px)
 
 
-def photograph(item: Item, long_side_px: int | None = None) -> Photograph:
-    """Read an item, shrunk to ``long_side_px`` where it is larger. Raises ImageError."""
-    rgb, alpha = _read(item)
+def read_photograph(item: TrainingItem, long_side_px: int | None = None) -> Photograph:
+    """Read an item, reduced to at most ``long_side_px``. Raises ImageError."""
+    rgb, alpha = _read_image_and_alpha(item)
     size = downscaled_size(alpha.shape, long_side_px or max(alpha.shape))
     trimap = None if item.trimap is None else _read_trimap(item.trimap, alpha.shape, size)
     coarse = None if item.coarse is None else resize(read_alpha(item.coarse), size)
-    return Photograph(resize(rgb, size), _resized_alpha(alpha, size, is_binary=item.is_binary), trimap, coarse)
+    return Photograph(resize(rgb, size), _resize_alpha(alpha, size, is_binary=item.is_binary), trimap, coarse)
 
 
-@cached(LRUCache(KEPT_BYTES, getsizeof=_bytes))
-def cutout(item: Item, long_side_px: int) -> Cutout:
-    """Cut an item's thing out, its bounding box shrunk to ``long_side_px`` where it is larger. Raises ImageError.
+@cached(LRUCache(CACHE_BYTES, getsizeof=_size_bytes))
+def read_cutout(item: TrainingItem, long_side_px: int) -> Cutout:
+    """Cut out an item's object, with its bounding box reduced to at most ``long_side_px``. Raises ImageError.
 
-    The colours of a photograph are estimated first (Germer et al., "Fast Multi-Level Foreground Estimation", 2020):
-    what shines through a soft edge from its old background would be a halo on a new one, and would be learned.
+    The foreground colours of a photograph are estimated first (Germer et al., "Fast Multi-Level
+    Foreground Estimation", 2020). Otherwise the old background, visible through soft edges, would become
+    a halo on a new background, and the model would learn it.
     """
-    rgb, alpha = _read(item)
+    rgb, alpha = _read_image_and_alpha(item)
     rows, columns = (np.flatnonzero((alpha > VISIBLE_U8).any(axis=axis)) for axis in (1, 0))
     if not len(rows):
-        raise ImageError(f"the alpha of {item.image} is empty, so there is nothing to cut out")
-    margin = 2 + max(len(rows), len(columns)) // 32  # some background for the estimate
+        raise ImageError(f"the alpha of {item.image} is empty, so its object cannot be cut out")
+    margin = 2 + max(len(rows), len(columns)) // 32  # some background, for the estimate
     box = tuple(slice(max(0, ends[0] - margin), ends[-1] + 1 + margin) for ends in (rows, columns))
     rgb, alpha = rgb[box], alpha[box]
     size = downscaled_size(alpha.shape, long_side_px)
@@ -88,14 +93,14 @@ def cutout(item: Item, long_side_px: int) -> Cutout:
     return Cutout(colour, weight)
 
 
-@cached(LRUCache(KEPT_BYTES, getsizeof=_bytes))
-def background(path: Path, long_side_px: int) -> ImageU8:
-    """Read a picture, uint8 [h,w,3], shrunk to ``long_side_px`` where it is larger. Raises ImageError."""
+@cached(LRUCache(CACHE_BYTES, getsizeof=_size_bytes))
+def read_background(path: Path, long_side_px: int) -> ImageU8:
+    """Read an image, uint8 [h,w,3], reduced to at most ``long_side_px``, and keep it in memory. Raises ImageError."""
     rgb = read_image(path).rgb
     return resize(rgb, downscaled_size(rgb.shape[:2], long_side_px))
 
 
-def _read(item: Item) -> tuple[ImageU8, ImageU8]:
+def _read_image_and_alpha(item: TrainingItem) -> tuple[ImageU8, ImageU8]:
     picture = read_image(item.image).to_display_window()
     if item.alpha is not None:
         alpha = read_alpha(item.alpha)
@@ -109,7 +114,7 @@ def _read(item: Item) -> tuple[ImageU8, ImageU8]:
                 f"{item.image} is {picture.rgb.shape[1]}x{picture.rgb.shape[0]} and its alpha {item.alpha} "
                 f"{alpha.shape[1]}x{alpha.shape[0]}; expected one size"
             )
-        alpha = resize(alpha, (picture.rgb.shape[0], picture.rgb.shape[1]))  # Open Images' masks have their own sizes
+        alpha = resize(alpha, (picture.rgb.shape[0], picture.rgb.shape[1]))  # masks of Open Images differ in size
     if item.is_binary:
         alpha = binarize_alpha(alpha)
     if item.soften_px:
@@ -117,7 +122,7 @@ def _read(item: Item) -> tuple[ImageU8, ImageU8]:
     return picture.rgb, alpha
 
 
-def _resized_alpha(alpha: ImageU8, size: tuple[int, int], *, is_binary: bool) -> ImageU8:
+def _resize_alpha(alpha: ImageU8, size: tuple[int, int], *, is_binary: bool) -> ImageU8:
     small = resize(alpha, size)
     return binarize_alpha(small) if is_binary else small
 

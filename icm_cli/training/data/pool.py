@@ -1,4 +1,4 @@
-"""The pool of training pictures: every source's images with their alphas, by group, drawn by weight."""
+"""The pool of training items: the images of all sources with their alphas, by group, sampled by weight."""
 
 from __future__ import annotations
 
@@ -19,135 +19,137 @@ from icm_cli.training.settings import CUTOUTS, DataConfig, PairConfig, SourceCon
 
 
 @dataclass(frozen=True)
-class Item:
+class TrainingItem:
     """An image with its alpha."""
 
     name: str
     image: Path
     alpha: Path | None
-    """None: the image's own."""
+    """None: the alpha channel of the image."""
     trimap: Path | None
     group: str
-    """Items of a group show the same kind of thing; unique over all sources."""
+    """Items of a group show the same kind of object. The name is unique over all sources."""
     is_foreground: bool
-    """The image's colours mean nothing outside its alpha."""
+    """The image has no meaningful colours outside its alpha."""
     is_binary: bool
     """The alpha is a mask of 0 and 255."""
     classes: frozenset[str] = frozenset()
-    """Classes of the thing; pictures that share one are never taken for one another's absence."""
+    """Classes of the object; items that share a class are never negatives for each other."""
     soften_px: float = 0.0
-    """Standard deviation of the blur that its hard mask gets."""
+    """Standard deviation of the blur that softens its hard mask."""
     coarse: Path | None = None
-    """The alpha that a first stage made of it."""
+    """The alpha that a first stage predicted for it."""
 
-    def is_alien_to(self, other: Item) -> bool:
-        """Whether this picture does not show what the other one does, as far as groups and classes tell."""
+    def is_negative_for(self, other: TrainingItem) -> bool:
+        """Whether the image does not show the object of another item, according to groups and classes."""
         return self.group != other.group and not (self.classes & other.classes)
 
 
 @dataclass(frozen=True)
-class Pool:
+class TrainingPool:
     """All items and backgrounds of a run."""
 
-    sources: tuple[tuple[Item, ...], ...]
+    sources: tuple[tuple[TrainingItem, ...], ...]
     weights: tuple[float, ...]
+    """Sampling weight of each source."""
     backgrounds: tuple[Path, ...]
     problems: tuple[Problem, ...] = ()
-    """Problems of the sources; the items are those without."""
+    """Problems found in the sources; images with problems are not among the items."""
 
     @cached_property
-    def groups(self) -> dict[str, tuple[Item, ...]]:
-        groups: dict[str, list[Item]] = {}
+    def groups(self) -> dict[str, tuple[TrainingItem, ...]]:
+        groups: dict[str, list[TrainingItem]] = {}
         for item in self:
             groups.setdefault(item.group, []).append(item)
         return {group: tuple(items) for group, items in groups.items()}
 
     @cached_property
-    def _shares(self) -> np.ndarray:
+    def _probabilities(self) -> np.ndarray:
+        """Probability of drawing each source."""
         weights = np.asarray(self.weights)
         return weights / weights.sum()
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[TrainingItem]:
         return (item for source in self.sources for item in source)
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
     @cached_property
-    def _groups_of_sources(self) -> tuple[tuple[tuple[Item, ...], ...], ...]:
-        """The groups of each source (a group lies in one source)."""
-        return tuple(tuple(self.groups[group] for group in dict.fromkeys(map(_group, each))) for each in self.sources)
-
-    def chances(self) -> list[float]:
-        """Probabilities with which :meth:`draw` gives each item, in their order."""
-        return [
-            float(share) / len(groups) / len(self.groups[item.group])
-            for source, groups, share in zip(self.sources, self._groups_of_sources, self._shares, strict=True)
-            for item in source
-        ]
+    def _groups_of_sources(self) -> tuple[tuple[tuple[TrainingItem, ...], ...], ...]:
+        """The groups of each source (a group belongs to one source)."""
+        return tuple(
+            tuple(self.groups[group] for group in dict.fromkeys(item.group for item in source))
+            for source in self.sources
+        )
 
     @property
-    def images(self) -> list[Path]:
-        """Every image file that can reach a sample, each once."""
+    def image_paths(self) -> list[Path]:
+        """Every image file that can be part of a sample, once."""
         return list(dict.fromkeys([*(item.image for item in self), *self.backgrounds]))
 
-    def restricted_to(self, items: Container[Item]) -> Pool:
-        """The pool of some of its items, with the weights of the sources that have any."""
+    def restrict_to(self, items: Container[TrainingItem]) -> TrainingPool:
+        """Return the pool of some of its items; sources without any of them are removed."""
         kept = [tuple(item for item in source if item in items) for source in self.sources]
         sources = [(source, weight) for source, weight in zip(kept, self.weights, strict=True) if source]
         return replace(
             self, sources=tuple(source for source, _ in sources), weights=tuple(weight for _, weight in sources)
         )
 
-    def draw(self, rng: np.random.Generator) -> Item:
-        """A source by its weight, any of its groups, any item of that: small groups count as much as large ones."""
-        groups = self._groups_of_sources[rng.choice(len(self.sources), p=self._shares)]
+    def draw_item(self, rng: np.random.Generator) -> TrainingItem:
+        """Draw a source by its weight, then one of its groups, then one of the group's items, both evenly."""
+        groups = self._groups_of_sources[rng.choice(len(self.sources), p=self._probabilities)]
         group = groups[rng.integers(len(groups))]
         return group[rng.integers(len(group))]
 
-    def partner(self, item: Item, rng: np.random.Generator, same_image_share: float) -> Item:
-        """Another item of its group with another image; itself at a share, or where there is none."""
+    def draw_partner(self, item: TrainingItem, rng: np.random.Generator, same_image_probability: float) -> TrainingItem:
+        """Draw an item of the same group with another image.
+
+        Returns the item itself with a probability, or if its group has no other image.
+        """
         others = [each for each in self.groups.get(item.group, ()) if each.image != item.image]
-        wants_itself = rng.random() < same_image_share
-        return item if wants_itself or not others else others[rng.integers(len(others))]
+        is_same_image = rng.random() < same_image_probability
+        return item if is_same_image or not others else others[rng.integers(len(others))]
 
-    def stranger(self, shown: Item, rng: np.random.Generator, *, cuttable: bool) -> Item | None:
-        """An item that shows another thing, None where hardly any does.
+    def draw_negative(self, item: TrainingItem, rng: np.random.Generator, *, for_cutout: bool) -> TrainingItem | None:
+        """Draw an item that shows another object; None if (almost) no item does.
 
-        ``cuttable``: one that can be cut out, so no mask, whose hard edge would be learned.
+        With ``for_cutout``, binary masks are excluded, because a cut-out would have a hard edge.
         """
         for _ in range(20):
-            item = self.draw(rng)
-            if item.is_alien_to(shown) and not (cuttable and item.is_binary):
-                return item
+            other = self.draw_item(rng)
+            if other.is_negative_for(item) and not (for_cutout and other.is_binary):
+                return other
         return None
 
 
-def read_pool(data: DataConfig, pairs: PairConfig) -> Pool:
-    """Find every item of the sources. Raises UsageError or ConfigError where nothing can be made of them."""
+def read_pool(data: DataConfig, pairs: PairConfig) -> TrainingPool:
+    """Find the items of all sources. Raises UsageError or ConfigError if training on them is not possible."""
     if not data.sources:
         raise ConfigError(
             "there is nothing to train on: the configuration names no data; add a section 'data' with 'sources', or "
             "give one with --data FILE (docs/train.md)"
         )
     problems: list[Problem] = []
-    sources = [_items(number, source, problems) for number, source in enumerate(data.sources)]
-    backgrounds = tuple(path for folder in data.backgrounds for path in _pictures(Path(folder), "backgrounds"))
-    pool = Pool(tuple(sources), tuple(source.weight for source in data.sources), backgrounds, tuple(problems))
+    sources = [_find_items(number, source, problems) for number, source in enumerate(data.sources)]
+    backgrounds = tuple(path for folder in data.backgrounds for path in _find_images(Path(folder), "backgrounds"))
+    pool = TrainingPool(tuple(sources), tuple(source.weight for source in data.sources), backgrounds, tuple(problems))
     if not backgrounds and any(item.is_foreground for item in pool):
-        raise ConfigError("some sources are foregrounds, and there is nothing to put them on; add data: backgrounds")
-    if pairs.negative_share and len(pool.groups) < 2 and not backgrounds:
         raise ConfigError(
-            "there is but one group and no backgrounds, so no picture is without the reference's thing; give "
-            "data: backgrounds, say by 'groups' or subfolders what belongs together, or --set "
-            "train.pairs.negative_share=0"
+            "some sources contain foregrounds, and there are no backgrounds to put them on; add data: backgrounds"
+        )
+    if pairs.negative_probability and len(pool.groups) < 2 and not backgrounds:
+        raise ConfigError(
+            "there is only one group and no background, so every image shows the reference's object; add data: "
+            "backgrounds, or give the images of each object with 'groups' or subfolders, or set "
+            "train.pairs.negative_probability=0"
         )
     return pool
 
 
-def _items(number: int, source: SourceConfig, problems: list[Problem]) -> tuple[Item, ...]:
+def _find_items(number: int, source: SourceConfig, problems: list[Problem]) -> tuple[TrainingItem, ...]:
     try:
-        found = _cutouts(source) if source.dataset == CUTOUTS else _of_dataset(source, problems)
+        found = _find_cutouts(source) if source.dataset == CUTOUTS else _find_dataset_items(source, problems)
     except UsageError as error:
         raise UsageError(f"data: source {number + 1}: {error}") from error
     if source.coarse is not None and not Path(source.coarse).is_dir():
@@ -156,80 +158,81 @@ def _items(number: int, source: SourceConfig, problems: list[Problem]) -> tuple[
     if not kept:
         raise UsageError(f"data: {source.title} has no image left to train on; expected images with alphas")
     classes = _read_classes(source.classes)
-    if source.classes and (lone := next((each for each in kept if _classes_of(each, classes) is None), None)):
+    if source.classes and (bad := next((each for each in kept if _find_classes(each, classes) is None), None)):
         raise ConfigError(
-            f"data: classes {source.classes} has no entry for {lone.image.parent}; expected every folder of the source"
+            f"data: classes {source.classes} has no entry for {bad.image.parent}; expected every folder of the source"
         )
-    return tuple(_placed(item, number, source, classes) for item in kept)
+    return tuple(_complete_item(item, number, source, classes) for item in kept)
 
 
-def _placed(item: Item, number: int, source: SourceConfig, classes: Mapping[str, Sequence[str]]) -> Item:
+def _complete_item(
+    item: TrainingItem, number: int, source: SourceConfig, classes: Mapping[str, Sequence[str]]
+) -> TrainingItem:
+    """Return an item with the properties that its source's configuration gives it."""
     group = item.name if source.group_by == "image" else item.group
     is_binary = source.binary or item.is_binary
     return replace(
         item,
         group=f"{number}:{group}",
         is_binary=is_binary,
-        classes=frozenset(_classes_of(item, classes) or ()),
+        classes=frozenset(_find_classes(item, classes) or ()),
         soften_px=source.soften_px,
-        coarse=_coarse(item, source),
+        coarse=_find_coarse(item, source),
     )
 
 
-def _group(item: Item) -> str:
-    return item.group
-
-
-def _coarse(item: Item, source: SourceConfig) -> Path | None:
+def _find_coarse(item: TrainingItem, source: SourceConfig) -> Path | None:
+    """Return the path of an item's predicted alpha, None if there is none."""
     path = None if source.coarse is None else Path(source.coarse) / f"{item.name}.png"
     return path if path is not None and path.is_file() else None
 
 
-def _classes_of(item: Item, classes: Mapping[str, Sequence[str]]) -> Sequence[str] | None:
-    """The entry of the item's folder, which the file may name by its last parts alone; None where there is none."""
+def _find_classes(item: TrainingItem, classes: Mapping[str, Sequence[str]]) -> Sequence[str] | None:
+    """Return the classes of an item's folder, whose key may be the last parts of its path; None if there is no key."""
     parts = item.image.parent.parts
     return next((classes[key] for n in range(len(parts)) if (key := "/".join(parts[n:])) in classes), None)
 
 
 def _read_classes(path: str | None) -> dict[str, list[str]]:
-    """The classes of each folder, from :attr:`SourceConfig.classes`. Raises ConfigError."""
+    """Read the file of :attr:`SourceConfig.classes`: folder -> classes. Raises ConfigError."""
     if path is None:
         return {}
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
         found = {folder: [each] if isinstance(each, str) else list(each) for folder, each in stored.items()}
         if not all(isinstance(name, str) for each in found.values() for name in each):
-            raise ValueError("a class is no text")
+            raise ValueError("a class is not a string")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
-            f"data: classes {path} cannot be read ({error}); expected JSON that gives each folder a class or a list"
+            f"data: classes {path} cannot be read ({error}); expected a JSON object that maps each "
+            "folder to a class or a list of classes"
         ) from error
     return found
 
 
-def _cutouts(source: SourceConfig) -> list[Item]:
+def _find_cutouts(source: SourceConfig) -> list[TrainingItem]:
     if source.root is None:
-        raise ConfigError("data: a source of cutouts has no root; give the folder of its RGBA images")
+        raise ConfigError("data: a source with 'dataset: cutouts' has no 'root'; expected the folder of RGBA images")
     root = Path(source.root)
     items = []
-    for path in _pictures(root, "cutouts"):
+    for path in _find_images(root, "cutouts"):
         name = path.relative_to(root).with_suffix("").as_posix()
         folder, _, _ = name.rpartition("/")
-        items.append(Item(name, path, None, None, folder or name, is_foreground=True, is_binary=False))
+        items.append(TrainingItem(name, path, None, None, folder or name, is_foreground=True, is_binary=False))
     return items
 
 
-def _of_dataset(source: SourceConfig, problems: list[Problem]) -> list[Item]:
+def _find_dataset_items(source: SourceConfig, problems: list[Problem]) -> list[TrainingItem]:
     found = find_dataset(
         source.dataset,
         source.root,
-        split=source.split or ("train" if _has_train(source) else "test"),
+        split=source.split or ("train" if get_dataset(source.dataset).train else "test"),
         **source.patterns,
         composite=False,
     )
     problems += found.problems
     return [
-        Item(
+        TrainingItem(
             sample.name,
             sample.file,
             sample.alpha,
@@ -242,14 +245,12 @@ def _of_dataset(source: SourceConfig, problems: list[Problem]) -> list[Item]:
     ]
 
 
-def _has_train(source: SourceConfig) -> bool:
-    return bool(get_dataset(source.dataset).train)
-
-
-def _pictures(folder: Path, what: str) -> list[Path]:
+def _find_images(folder: Path, kind: str) -> list[Path]:
+    """Return the readable images of a folder; ``kind`` names it in messages. Raises UsageError."""
     if not folder.is_dir():
-        raise UsageError(f"{what} folder {folder} does not exist; expected a folder of images")
+        raise UsageError(f"{kind} folder {folder} does not exist; expected a folder of images")
     found = [path for path in list_images(folder) if os.access(path, os.R_OK)]
     if not found:
-        raise UsageError(f"{what} folder {folder} holds no images that can be read")
+        raise UsageError(f"{kind} folder {folder} contains no readable images; expected at least one")
+
     return found

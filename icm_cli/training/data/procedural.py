@@ -2,9 +2,9 @@
 
     python -m icm_cli.training.data.procedural OUT --groups 120 --seed 0
 
-writes RGBA cut-outs, two views of each thing in a folder of its own: what a source ``dataset: cutouts`` of ``icm
-train`` reads. Strands are opaque curves drawn several times as large as they end up; the mean over each pixel's cell
-then gives colour and coverage exactly, as a camera would.
+writes RGBA cut-outs, with a folder for each object that contains two views of it. ``icm train`` reads
+them with a source ``dataset: cutouts``. Strands are opaque curves drawn at several times the final size;
+the mean over the area of each pixel then gives exact colour and coverage, as in a camera.
 """
 
 from __future__ import annotations
@@ -26,43 +26,45 @@ Points: TypeAlias = NDArray[np.float64]
 
 SUPERSAMPLING = 4
 VIEWS = 2
-JOINTS = 14
-"""Points of a strand."""
+"""Views of each object."""
+CURVE_POINTS = 14
+"""Number of points of a strand."""
 
 
 @dataclass(frozen=True)
 class Rgba:
-    """Colour float32 [s,s,3] 0..1 premultiplied, alpha float32 [s,s] 0..1."""
+    """Colour float32 [s,s,3] 0..1, premultiplied, and alpha float32 [s,s] 0..1."""
 
     colour: Float
     alpha: Float
 
-    def unpremultiplied(self) -> ImageU8:
-        """As an RGBA file holds it, uint8 [s,s,4]."""
+    def to_straight_u8(self) -> ImageU8:
+        """Return RGBA with straight (to_straight_u8) colours, uint8 [s,s,4]."""
         colour = self.colour / np.maximum(self.alpha, 1e-3)[..., None]
         stacked = np.dstack([colour, self.alpha]).clip(0.0, 1.0)
         return np.asarray(np.round(stacked * 255.0), np.uint8)
 
 
 @dataclass(frozen=True)
-class Look:
-    """Properties that views of one thing share: the kind, its colours and the manner of its strands."""
+class ObjectStyle:
+    """Properties that all views of an object share: kind, colour and the shape of its strands."""
 
     kind: str
     base: Points
     """sRGB 0..1 [3]."""
     spread: float
-    """Spread of the strands' brightness."""
+    """Standard deviation of the strands' brightness."""
     length: float
-    """Length of strands, in radii of the body."""
+    """Length of the strands, as a multiple of the body's radius."""
     thickness_px: float
     curl: float
     count: int
     roundness: float
 
     @classmethod
-    def drawn(cls, rng: Rng) -> Look:
-        kind = str(rng.choice(list(KINDS), p=[0.4, 0.25, 0.12, 0.08, 0.07, 0.08]))
+    def draw_random(cls, rng: Rng) -> ObjectStyle:
+        """Draw the style of an object."""
+        kind = str(rng.choice(list(DRAW_FUNCTIONS), p=[0.4, 0.25, 0.12, 0.08, 0.07, 0.08]))
         natural = rng.random() < 0.6
         tone = rng.uniform(0.03, 0.95)
         warm = np.array([1.0, rng.uniform(0.6, 1.0), rng.uniform(0.3, 1.0)])
@@ -78,87 +80,87 @@ class Look:
         )
 
 
-def draw(look: Look, size: int, rng: Rng) -> Rgba:
-    """One view of a thing on a square of ``size`` pixels."""
-    return KINDS[look.kind](look, size, rng)
+def draw_view(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
+    """Draw a view of an object on a square of ``size`` pixels."""
+    return DRAW_FUNCTIONS[style.kind](style, size, rng)
 
 
-def _hairy(look: Look, size: int, rng: Rng) -> Rgba:
-    """A body with strands: long ones that hang (hair) or short ones that stand off (fur)."""
+def _draw_hairy_body(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
+    """Draw a body with strands: long hanging ones (hair) or short ones in all directions (fur)."""
     large = SUPERSAMPLING * size
     radius = large * rng.uniform(0.14, 0.24)
-    body = _blob(radius, look.roundness, rng) + large * rng.uniform(0.4, 0.6, 2)
+    body = _draw_outline(radius, style.roundness, rng) + large * rng.uniform(0.4, 0.6, 2)
     canvas = np.zeros((large, large, 3), np.uint8)
     mask = np.zeros((large, large), np.uint8)
     centre = body.mean(axis=0)
-    _fill(canvas, mask, body, look.base * 0.6)
-    down = np.array([rng.normal(0.0, 0.3), 1.0]) if look.kind == "hair" else rng.normal(0.0, 0.4, 2)
-    for _ in range(look.count):
+    _fill_outline(canvas, mask, body, style.base * 0.6)
+    down = np.array([rng.normal(0.0, 0.3), 1.0]) if style.kind == "hair" else rng.normal(0.0, 0.4, 2)
+    for _ in range(style.count):
         root = centre + (body[rng.integers(len(body))] - centre) * np.sqrt(rng.uniform(0.2, 1.0))
         outward = (root - centre) / radius
-        strand = _strand(root, outward + rng.normal(0.0, 0.25, 2), down, radius * look.length, look.curl, rng)
-        shade = 1.0 + look.spread * rng.normal()
+        strand = _draw_strand(root, outward + rng.normal(0.0, 0.25, 2), down, radius * style.length, style.curl, rng)
+        shade = 1.0 + style.spread * rng.normal()
         light = 0.75 + 0.35 * float(-outward[1])
-        thickness = max(1, round(SUPERSAMPLING * look.thickness_px * rng.uniform(0.5, 1.3)))
-        _line(canvas, mask, strand, look.base * shade * light, thickness)
-    if look.kind == "fur":
-        _features(canvas, mask, centre, radius, rng)
-    return _coverage(canvas, mask, size)
+        thickness = max(1, round(SUPERSAMPLING * style.thickness_px * rng.uniform(0.5, 1.3)))
+        _draw_line(canvas, mask, strand, style.base * shade * light, thickness)
+    if style.kind == "fur":
+        _draw_spots(canvas, mask, centre, radius, rng)
+    return _average_down(canvas, mask, size)
 
 
-def _wire(look: Look, size: int, rng: Rng) -> Rgba:
-    """Spokes, meshes and twigs: straight or bent lines with much background between them."""
+def _draw_wire(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
+    """Draw spokes, a mesh or twigs: straight or bent lines with much background between them."""
     large = SUPERSAMPLING * size
     canvas, mask = np.zeros((large, large, 3), np.uint8), np.zeros((large, large), np.uint8)
     centre, reach = large * rng.uniform(0.45, 0.55, 2), large * rng.uniform(0.3, 0.42)
-    rim = _blob(reach, look.roundness, rng) + centre
-    thickness = max(2, round(2 * SUPERSAMPLING * look.thickness_px))
-    _line(canvas, mask, np.vstack([rim, rim[:1]]), look.base, 2 * thickness)
+    rim = _draw_outline(reach, style.roundness, rng) + centre
+    thickness = max(2, round(2 * SUPERSAMPLING * style.thickness_px))
+    _draw_line(canvas, mask, np.vstack([rim, rim[:1]]), style.base, 2 * thickness)
     spokes = int(rng.integers(8, 40))
     is_mesh = rng.random() < 0.5
     for number in range(spokes):
         end = rim[number * len(rim) // spokes]
         start = rim[(len(rim) - 1 - number * len(rim) // spokes)] if is_mesh else centre
-        middle = (start + end) / 2 + rng.normal(0.0, 0.05 * reach * look.curl, 2)
-        light = rng.uniform(1.0 - look.spread, 1.0 + look.spread)
-        _line(canvas, mask, _bent(start, middle, end), look.base * light, thickness)
-    return _coverage(canvas, mask, size)
+        middle = (start + end) / 2 + rng.normal(0.0, 0.05 * reach * style.curl, 2)
+        light = rng.uniform(1.0 - style.spread, 1.0 + style.spread)
+        _draw_line(canvas, mask, _bezier_curve(start, middle, end), style.base * light, thickness)
+    return _average_down(canvas, mask, size)
 
 
-def _smoke(look: Look, size: int, rng: Rng) -> Rgba:
-    """A cloud that thins out."""
+def _draw_smoke(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
+    """Draw a cloud whose density decreases outwards."""
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size - 0.5
     falloff = np.clip(1.0 - np.hypot(x * rng.uniform(1.6, 2.6), y * rng.uniform(1.6, 2.6)), 0.0, 1.0)
-    density = falloff * (0.2 + 1.6 * _noise(size, 5, rng)) * rng.uniform(0.9, 2.2)
+    density = falloff * (0.2 + 1.6 * _draw_fractal_noise(size, 5, rng)) * rng.uniform(0.9, 2.2)
     alpha = (1.0 - np.exp(-2.0 * density**1.5)).astype(np.float32)
-    colour = look.base * (0.8 + 0.4 * _noise(size, 4, rng))[..., None]
-    return _premultiplied(colour, alpha)
+    colour = style.base * (0.8 + 0.4 * _draw_fractal_noise(size, 4, rng))[..., None]
+    return _premultiply(colour, alpha)
 
 
-def _glass(look: Look, size: int, rng: Rng) -> Rgba:
-    """A clear body with a firm rim and highlights."""
+def _draw_glass(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
+    """Draw a transparent body with an opaque rim and highlights."""
     large = SUPERSAMPLING * size
-    body = _blob(large * rng.uniform(0.25, 0.38), look.roundness, rng) + large / 2
+    body = _draw_outline(large * rng.uniform(0.25, 0.38), style.roundness, rng) + large / 2
     inside = np.zeros((large, large), np.uint8)
-    cv2.fillPoly(inside, [_fixed(body)], 255)
+    cv2.fillPoly(inside, [_to_pixels(body)], 255)
     small = cv2.resize(inside, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255.0
     depth = cv2.distanceTransform((small > 0.5).astype(np.uint8), cv2.DIST_L2, 5)
     rim = np.exp(-depth / (size * rng.uniform(0.005, 0.03)))
-    highlight = np.clip(_noise(size, 3, rng) * 3.0 - 2.0, 0.0, 1.0)
+    highlight = np.clip(_draw_fractal_noise(size, 3, rng) * 3.0 - 2.0, 0.0, 1.0)
     alpha = small * np.clip(rng.uniform(0.12, 0.5) + 0.6 * rim + 0.6 * highlight, 0.0, 1.0)
-    colour = look.base * (0.6 + 0.4 * rim)[..., None] + highlight[..., None]
-    return _premultiplied(colour, alpha.astype(np.float32))
+    colour = style.base * (0.6 + 0.4 * rim)[..., None] + highlight[..., None]
+    return _premultiply(colour, alpha.astype(np.float32))
 
 
-def _moving(look: Look, size: int, rng: Rng) -> Rgba:
-    """A patterned body, blurred by its motion while the shutter was open."""
+def _draw_moving_body(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
+    """Draw a patterned body with motion blur."""
     large = SUPERSAMPLING * size
     canvas, mask = np.zeros((large, large, 3), np.uint8), np.zeros((large, large), np.uint8)
     radius = large * rng.uniform(0.15, 0.28)
-    body = _blob(radius, look.roundness, rng) + large / 2
-    _fill(canvas, mask, body, look.base)
-    _features(canvas, mask, body.mean(axis=0), radius, rng)
-    still = _coverage(canvas, mask, size)
+    body = _draw_outline(radius, style.roundness, rng) + large / 2
+    _fill_outline(canvas, mask, body, style.base)
+    _draw_spots(canvas, mask, body.mean(axis=0), radius, rng)
+    still = _average_down(canvas, mask, size)
     length = int(size * rng.uniform(0.03, 0.15)) | 1
     kernel = np.zeros((length, length), np.float32)
     turn = rng.uniform(0.0, np.pi)
@@ -172,18 +174,19 @@ def _moving(look: Look, size: int, rng: Rng) -> Rgba:
     return Rgba(np.asarray(colour, np.float32), np.asarray(alpha, np.float32))
 
 
-KINDS: dict[str, Callable[[Look, int, Rng], Rgba]] = {
-    "hair": _hairy,
-    "fur": _hairy,
-    "wire": _wire,
-    "smoke": _smoke,
-    "glass": _glass,
-    "moving": _moving,
+DRAW_FUNCTIONS: dict[str, Callable[[ObjectStyle, int, Rng], Rgba]] = {
+    "hair": _draw_hairy_body,
+    "fur": _draw_hairy_body,
+    "wire": _draw_wire,
+    "smoke": _draw_smoke,
+    "glass": _draw_glass,
+    "moving": _draw_moving_body,
 }
+"""Kind of object -> the function that draws it."""
 
 
-def _blob(radius: float, roundness: float, rng: Rng) -> Points:
-    """A smooth closed outline around the origin [96,2]."""
+def _draw_outline(radius: float, roundness: float, rng: Rng) -> Points:
+    """Draw a smooth closed outline around the origin, [96,2]."""
     angles = np.linspace(0.0, 2.0 * np.pi, 96, endpoint=False)
     reach = np.ones_like(angles)
     for wave in range(2, 5):
@@ -192,52 +195,56 @@ def _blob(radius: float, roundness: float, rng: Rng) -> Points:
     return radius * reach.clip(0.3, 1.8)[:, None] * np.column_stack([np.cos(angles), np.sin(angles)]) * squeeze
 
 
-def _strand(root: Points, outward: Points, down: Points, length: float, curl: float, rng: Rng) -> Points:
-    """A curve [JOINTS,2] that leaves outward and is drawn down, with a wave of its own."""
+def _draw_strand(root: Points, outward: Points, down: Points, length: float, curl: float, rng: Rng) -> Points:
+    """Draw a wavy curve, [CURVE_POINTS,2], that starts outward and bends down."""
     pull = rng.uniform(0.5, 1.5)
-    along = np.linspace(0.0, 1.0, JOINTS)[:, None]
+    along = np.linspace(0.0, 1.0, CURVE_POINTS)[:, None]
     step = length * rng.uniform(0.4, 1.1)
     side = np.array([-outward[1], outward[0]])
     wave = np.sin(along * rng.uniform(3.0, 12.0) + rng.uniform(0.0, 6.3)) * along * curl * 0.12
     return root + step * (along * outward + pull * along**2 * down * 0.7 + wave * side)
 
 
-def _bent(start: Points, middle: Points, end: Points) -> Points:
-    along = np.linspace(0.0, 1.0, JOINTS)[:, None]
+def _bezier_curve(start: Points, middle: Points, end: Points) -> Points:
+    """Return a quadratic Bezier curve, [CURVE_POINTS,2]."""
+    along = np.linspace(0.0, 1.0, CURVE_POINTS)[:, None]
     return (1 - along) ** 2 * start + 2 * along * (1 - along) * middle + along**2 * end
 
 
-def _features(canvas: ImageU8, mask: ImageU8, centre: Points, radius: float, rng: Rng) -> None:
-    """Spots by which a body may be known again."""
+def _draw_spots(canvas: ImageU8, mask: ImageU8, centre: Points, radius: float, rng: Rng) -> None:
+    """Draw coloured spots on a body, by which its views can be matched."""
     for _ in range(int(rng.integers(1, 5))):
-        spot = _blob(radius * rng.uniform(0.08, 0.3), 0.9, rng) + centre + rng.normal(0.0, 0.3 * radius, 2)
+        spot = _draw_outline(radius * rng.uniform(0.08, 0.3), 0.9, rng) + centre + rng.normal(0.0, 0.3 * radius, 2)
         inside = np.zeros_like(mask)
-        cv2.fillPoly(inside, [_fixed(spot)], 255)
-        canvas[(inside > 0) & (mask > 0)] = _u8(rng.uniform(0.0, 1.0, 3))
+        cv2.fillPoly(inside, [_to_pixels(spot)], 255)
+        canvas[(inside > 0) & (mask > 0)] = _to_u8_colour(rng.uniform(0.0, 1.0, 3))
 
 
-def _fill(canvas: ImageU8, mask: ImageU8, outline: Points, colour: Points) -> None:
-    cv2.fillPoly(canvas, [_fixed(outline)], _u8(colour).tolist())
-    cv2.fillPoly(mask, [_fixed(outline)], 255)
+def _fill_outline(canvas: ImageU8, mask: ImageU8, outline: Points, colour: Points) -> None:
+    cv2.fillPoly(canvas, [_to_pixels(outline)], _to_u8_colour(colour).tolist())
+    cv2.fillPoly(mask, [_to_pixels(outline)], 255)
 
 
-def _line(canvas: ImageU8, mask: ImageU8, points: Points, colour: Points, thickness: int) -> None:
-    cv2.polylines(canvas, [_fixed(points)], False, _u8(colour).tolist(), thickness)
-    cv2.polylines(mask, [_fixed(points)], False, 255, thickness)
+def _draw_line(canvas: ImageU8, mask: ImageU8, points: Points, colour: Points, thickness: int) -> None:
+    cv2.polylines(canvas, [_to_pixels(points)], False, _to_u8_colour(colour).tolist(), thickness)
+    cv2.polylines(mask, [_to_pixels(points)], False, 255, thickness)
 
 
-def _coverage(canvas: ImageU8, mask: ImageU8, size: int) -> Rgba:
-    """Means over each pixel's cell; outside the mask the canvas is black, so its mean is premultiplied."""
+def _average_down(canvas: ImageU8, mask: ImageU8, size: int) -> Rgba:
+    """Reduce a canvas and its mask to ``size`` by the mean over each pixel's area.
+
+    The canvas is black outside the mask, so the mean colour is premultiplied.
+    """
     colour, alpha = (cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA) for part in (canvas, mask))
     return Rgba(np.asarray(colour, np.float32) / 255.0, np.asarray(alpha, np.float32) / 255.0)
 
 
-def _premultiplied(colour: Points, alpha: Float) -> Rgba:
+def _premultiply(colour: Points, alpha: Float) -> Rgba:
     return Rgba((colour.clip(0.0, 1.0) * alpha[..., None]).astype(np.float32), alpha)
 
 
-def _noise(size: int, octaves: int, rng: Rng) -> Float:
-    """Smooth noise [size,size] in 0..1."""
+def _draw_fractal_noise(size: int, octaves: int, rng: Rng) -> Float:
+    """Draw smooth noise, [size,size] in 0..1."""
     total = np.zeros((size, size), np.float32)
     for octave in range(octaves):
         cells = 3 << octave
@@ -247,28 +254,28 @@ def _noise(size: int, octaves: int, rng: Rng) -> Float:
     return (total - low) / (high - low)
 
 
-def _fixed(points: Points) -> NDArray[np.int32]:
+def _to_pixels(points: Points) -> NDArray[np.int32]:
     return np.round(points).astype(np.int32)
 
 
-def _u8(colour: Points) -> NDArray[np.int64]:
+def _to_u8_colour(colour: Points) -> NDArray[np.int64]:
     return np.round(colour.clip(0.0, 1.0) * 255.0).astype(np.int64)
 
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for the cut-outs.")],
-    groups: Annotated[int, typer.Option(min=1, help="How many things.")] = 120,
-    size: Annotated[int, typer.Option(min=64, help="Side of the pictures, in px.")] = 640,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
+    groups: Annotated[int, typer.Option(min=1, help="Number of objects.")] = 120,
+    size: Annotated[int, typer.Option(min=64, help="Side of the images, in px.")] = 640,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
 ) -> None:
-    """Write procedural foregrounds with exact alpha, two views of each thing."""
+    """Write procedural foregrounds with exact alphas, two views of each object."""
     for group in range(groups):
         rng = np.random.default_rng((seed, group))
-        look = Look.drawn(rng)
-        folder = out / f"{group:03d}-{look.kind}"
+        style = ObjectStyle.draw_random(rng)
+        folder = out / f"{group:03d}-{style.kind}"
         folder.mkdir(parents=True, exist_ok=True)
         for view in range(VIEWS):
-            rgba = draw(look, size, rng).unpremultiplied()
+            rgba = draw_view(style, size, rng).to_straight_u8()
             cv2.imwrite(str(folder / f"{view}.png"), cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA))
 
 

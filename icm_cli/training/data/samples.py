@@ -1,4 +1,7 @@
-"""Training samples: a target with its alpha, and a reference that shows the thing; each by seed and counter alone."""
+"""Training samples of the stage "matte": a target with its alpha, and a reference that shows the object.
+
+A sample depends only on the seed and its number.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +20,22 @@ from icm_cli.geometry import ImageU8, binarize_alpha
 from icm_cli.model.core import TARGET_NOISE, Pairs, reference_noise
 from icm_cli.scoring.rule import make_trimap
 from icm_cli.training.batches import Batch
-from icm_cli.training.data.augment import Rng, jittered_guidance
-from icm_cli.training.data.pool import Item, Pool
+from icm_cli.training.data.augment import Rng, make_guidance
+from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene, SceneMaker, require_foreground
-from icm_cli.training.losses import quantised
+from icm_cli.training.losses import quantise_trimap
 from icm_cli.training.settings import TrainConfig
 
-MOST_ATTEMPTS = 10
-"""Unreadable draws for one sample before training stops."""
-BACKDROP_SHARE = 0.3
-"""Share of negatives that are a background with nothing in it but distractors."""
+MAX_ATTEMPTS = 10
+"""Number of unreadable draws for one sample after which training ends."""
+BACKGROUND_PROBABILITY = 0.3
+"""Probability that a negative is a background image, with distractors at most, instead of another item."""
 Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """One pair on the canvas; rgb uint8 [S,S,3], alpha and trimap uint8 [S,S], guidance and valid bool [S,S]."""
+    """A pair on the canvas: rgb uint8 [S,S,3], alpha and trimap uint8 [S,S], guidance and valid bool [S,S]."""
 
     name: str
     counter: int
@@ -44,23 +47,23 @@ class TrainingSample:
     guidance: Bools
     reference_valid: Bools
     skipped: tuple[str, ...] = ()
-    """Why draws before this one could not be read."""
+    """For each earlier draw that could not be read: the reason."""
 
 
 class SampleMaker(Dataset["TrainingSample | str"]):
-    """Makes sample number ``counter``: the same for every run, process and worker of a seed.
+    """Makes sample number ``counter``, which is the same in every run, process and worker with the same seed.
 
-    A str in the place of a sample says why none could be made (an exception would lose its type on the way from a
-    worker).
+    If no sample can be made, the item is a str with the reason (an exception would lose its type between
+    processes).
     """
 
-    def __init__(self, pool: Pool, config: TrainConfig) -> None:
+    def __init__(self, pool: TrainingPool, config: TrainConfig) -> None:
         self.pool = pool
         self.config = config
         self._scenes = SceneMaker(config.canvas_px, config.augment)
 
-    def sample(self, counter: int) -> TrainingSample:
-        """Raises TrainingError where draw after draw cannot be read."""
+    def make_sample(self, counter: int) -> TrainingSample:
+        """Make sample number ``counter``. Raises TrainingError if all draws are unreadable."""
         made = self[counter]
         if isinstance(made, str):
             raise TrainingError(made)
@@ -68,90 +71,91 @@ class SampleMaker(Dataset["TrainingSample | str"]):
 
     def __getitem__(self, counter: int) -> TrainingSample | str:
         skipped: list[str] = []
-        for attempt in range(MOST_ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS):
             rng = np.random.default_rng((self.config.seed, counter, attempt))
             try:
-                return replace(self._draw(counter, rng), skipped=tuple(skipped))
+                return replace(self._draw_pair(counter, rng), skipped=tuple(skipped))
             except ImageError as error:
                 skipped.append(str(error))
         return (
-            f"sample {counter} could not be made in {MOST_ATTEMPTS} draws, the last because {skipped[-1]}; mend the "
-            "data, or leave files out with 'exclude'"
+            f"sample {counter} could not be made in {MAX_ATTEMPTS} draws; the last reason: {skipped[-1]}. Repair the "
+            "data, or exclude files with 'exclude'"
         )
 
-    def view(self, item: Item, rng: Rng) -> Scene:
-        """An item's scene as a target or a reference shows it, other things in it at times. Raises ImageError."""
-        scene = self._scenes.distracted(self._scene(item, rng), self._distractors(item, rng), rng)
-        return self._scenes.finished(scene, rng)
+    def make_view(self, item: TrainingItem, rng: Rng) -> Scene:
+        """Make a scene of an item as a target or a reference, with random distractors. Raises ImageError."""
+        scene = self._scenes.add_distractors(self._make_scene(item, rng), self._draw_distractors(item, rng), rng)
+        return self._scenes.augment_colours(scene, rng)
 
-    def _draw(self, counter: int, rng: Rng) -> TrainingSample:
+    def _draw_pair(self, counter: int, rng: Rng) -> TrainingSample:
         pairs, pool = self.config.pairs, self.pool
-        item = pool.draw(rng)
-        shown = pool.partner(item, rng, pairs.same_image_share)
-        is_negative = rng.random() < pairs.negative_share
-        others = self._distractors(item, rng)
+        item = pool.draw_item(rng)
+        partner = pool.draw_partner(item, rng, pairs.same_image_probability)
+        is_negative = rng.random() < pairs.negative_probability
+        distractors = self._draw_distractors(item, rng)
         if is_negative:
-            target, name = self._without(shown, rng)
+            target, name = self._make_negative(partner, rng)
         else:
-            target, name = self._scene(item, rng), item.name
-        target = self._scenes.finished(self._scenes.distracted(target, others, rng), rng)
-        reference = self._scene(shown, rng)
-        if others and rng.random() < pairs.reference_distractor_share:
-            reference = self._scenes.distracted(reference, others[:1], rng)
-        reference = self._scenes.finished(require_foreground(reference, shown), rng)
+            target, name = self._make_scene(item, rng), item.name
+        target = self._scenes.augment_colours(self._scenes.add_distractors(target, distractors, rng), rng)
+        reference = self._make_scene(partner, rng)
+        if distractors and rng.random() < pairs.reference_distractor_probability:
+            reference = self._scenes.add_distractors(reference, distractors[:1], rng)
+        reference = self._scenes.augment_colours(require_foreground(reference, partner), rng)
         alpha = binarize_alpha(target.alpha) if item.is_binary else target.alpha
         return TrainingSample(
-            name=f"{name} by {shown.name}",
+            name=f"{name} by {partner.name}",
             counter=counter,
             rgb=target.rgb,
             alpha=alpha,
-            trimap=self._trimap(alpha, target.trimap),
+            trimap=self._make_trimap(alpha, target.trimap),
             valid=target.valid,
             reference_rgb=reference.rgb,
-            guidance=jittered_guidance(reference.alpha, pairs, rng),
+            guidance=make_guidance(reference.alpha, pairs, rng),
             reference_valid=reference.valid,
         )
 
-    def _scene(self, item: Item, rng: Rng) -> Scene:
-        """An item's photograph, or its thing on another background."""
+    def _make_scene(self, item: TrainingItem, rng: Rng) -> Scene:
+        """Make a scene of an item: its photograph, or its object on another background."""
         backgrounds = self.pool.backgrounds
-        can_move = bool(backgrounds) and not item.is_binary
-        if item.is_foreground or (rng.random() < self.config.pairs.composite_share and can_move):
-            behind = self._scenes.backdrop(backgrounds[rng.integers(len(backgrounds))], rng)
-            return self._scenes.composite(item, behind, rng)
-        return self._scenes.photograph(item, rng)
+        can_composite = bool(backgrounds) and not item.is_binary
+        if item.is_foreground or (rng.random() < self.config.pairs.composite_probability and can_composite):
+            behind = self._scenes.make_background(backgrounds[rng.integers(len(backgrounds))], rng)
+            return self._scenes.make_composite(item, behind, rng)
+        return self._scenes.make_photograph(item, rng)
 
-    def _without(self, shown: Item, rng: Rng) -> tuple[Scene, str]:
-        """A picture of something else, with an alpha of 0, and its name."""
+    def _make_negative(self, reference: TrainingItem, rng: Rng) -> tuple[Scene, str]:
+        """Make a scene without the reference's object, with an alpha of 0; return it and its name."""
         backgrounds = self.pool.backgrounds
-        other = self.pool.stranger(shown, rng, cuttable=False)
-        if backgrounds and (other is None or rng.random() < BACKDROP_SHARE):
+        other = self.pool.draw_negative(reference, rng, for_cutout=False)
+        if backgrounds and (other is None or rng.random() < BACKGROUND_PROBABILITY):
             path = backgrounds[rng.integers(len(backgrounds))]
-            scene, name = self._scenes.backdrop(path, rng), path.name
+            scene, name = self._scenes.make_background(path, rng), path.name
         elif other is None:
-            raise ImageError(f"there is no picture without the thing of {shown.image}")
+            raise ImageError(f"there is no image without the object of {reference.image}")
         else:
-            scene, name = self._scene(other, rng), other.name
+            scene, name = self._make_scene(other, rng), other.name
         return replace(scene, alpha=np.zeros_like(scene.alpha), trimap=None), f"{name} (absent)"
 
-    def _distractors(self, shown: Item, rng: Rng) -> list[Item]:
+    def _draw_distractors(self, item: TrainingItem, rng: Rng) -> list[TrainingItem]:
+        """Draw items whose objects are pasted into a scene of ``item``."""
         pairs = self.config.pairs
-        if rng.random() >= pairs.distractor_share or not pairs.distractors:
+        if rng.random() >= pairs.distractor_probability or not pairs.max_distractors:
             return []
-        count = int(rng.integers(1, pairs.distractors + 1))
-        drawn = (self.pool.stranger(shown, rng, cuttable=True) for _ in range(count))
-        return [item for item in drawn if item is not None]
+        count = int(rng.integers(1, pairs.max_distractors + 1))
+        drawn = (self.pool.draw_negative(item, rng, for_cutout=True) for _ in range(count))
+        return [each for each in drawn if each is not None]
 
-    def _trimap(self, alpha: ImageU8, published: ImageU8 | None) -> ImageU8:
-        """The file's, moved with its picture; else unknown are 0 < alpha < 1, dilated."""
+    def _make_trimap(self, alpha: ImageU8, published: ImageU8 | None) -> ImageU8:
+        """Return the published trimap; without one, a trimap whose unknown region is 0 < alpha < 1, dilated."""
         if published is not None:
             return published
-        return make_trimap(alpha, self.config.trimap_kernel)
+        return make_trimap(alpha, self.config.trimap_kernel_px)
 
 
 @dataclass(frozen=True)
 class PairBatch(Batch):
-    """Pairs: images uint8 [B,S,S,3], alpha and trimap uint8 [B,S,S], guidance and valid bool [B,S,S]."""
+    """A batch of pairs: images uint8 [B,S,S,3], alpha and trimap uint8 [B,S,S], guidance and valid bool [B,S,S]."""
 
     rgb: Tensor
     alpha: Tensor
@@ -162,9 +166,9 @@ class PairBatch(Batch):
     reference_valid: Tensor
 
     @classmethod
-    def of(cls, samples: Sequence[TrainingSample]) -> Self:
-        """Join samples."""
-        arrays = {name: torch.from_numpy(np.stack([getattr(sample, name) for sample in samples])) for name in TENSORS}
+    def from_samples(cls, samples: Sequence[TrainingSample]) -> Self:
+        """Stack samples into a batch."""
+        arrays = {name: torch.from_numpy(np.stack([getattr(each, name) for each in samples])) for name in TENSOR_NAMES}
         return cls(
             tuple(sample.name for sample in samples),
             tuple(sample.counter for sample in samples),
@@ -172,41 +176,40 @@ class PairBatch(Batch):
             **arrays,
         )
 
-    def pairs(self, *, fixed_noise: bool) -> Pairs:
-        """As the model takes them. Noise is a function of the sample, or with ``fixed_noise`` the one of inference."""
+    def to_pairs(self, *, fixed_noise: bool) -> Pairs:
+        """Return the inputs of the model. The noise depends on the sample number, or is that of inference (fixed)."""
         if fixed_noise:
             noise = [TARGET_NOISE] * len(self.names), [reference_noise(0)] * len(self.names)
         else:
             noise = [f"target {n}" for n in self.counters], [f"reference {n}" for n in self.counters]
         return Pairs(
-            _image(self.rgb),
+            _to_image_tensor(self.rgb),
             self.valid,
-            _image(self.reference_rgb),
+            _to_image_tensor(self.reference_rgb),
             self.guidance[:, None].float(),
             self.reference_valid,
             *noise,
         )
 
-    def truth(self) -> Tensor:
-        """Alpha [B,1,S,S] float32 in 0..1."""
+    def true_alpha(self) -> Tensor:
+        """Return the true alpha, float32 [B,1,S,S] in 0..1."""
         return self.alpha[:, None].float() / 255.0
 
     def trimap_levels(self) -> Tensor:
-        """Trimap [B,1,S,S] float32: 0, 0.5, 1."""
-        return quantised(self.trimap[:, None])
+        """Return the trimap, float32 [B,1,S,S] of 0, 0.5 (unknown) and 1."""
+        return quantise_trimap(self.trimap[:, None])
 
 
-TENSORS = tuple(each.name for each in fields(PairBatch) if each.name not in ("names", "counters", "skipped"))
+TENSOR_NAMES = tuple(each.name for each in fields(PairBatch) if each.name not in ("names", "counters", "skipped"))
 
 
-def collated(samples: list[TrainingSample | str]) -> PairBatch | str:
-    """Join samples, or say why one of them could not be made."""
-    failures = [sample for sample in samples if isinstance(sample, str)]
-    return (
-        failures[0] if failures else PairBatch.of([sample for sample in samples if isinstance(sample, TrainingSample)])
-    )
+def collate_pairs(samples: list[TrainingSample | str]) -> PairBatch | str:
+    """Stack samples into a batch, or return the reason why one of them could not be made."""
+    if failure := next((each for each in samples if isinstance(each, str)), None):
+        return failure
+    return PairBatch.from_samples([each for each in samples if isinstance(each, TrainingSample)])
 
 
-def _image(rgb: Tensor) -> Tensor:
-    """uint8 [B,S,S,3] -> float32 [B,3,S,S] in 0..1."""
+def _to_image_tensor(rgb: Tensor) -> Tensor:
+    """Convert images uint8 [B,S,S,3] to float32 [B,3,S,S] in 0..1."""
     return rgb.permute(0, 3, 1, 2).float() / 255.0

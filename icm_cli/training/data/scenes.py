@@ -1,4 +1,4 @@
-"""A picture on the canvas with its alpha: a photograph, or a thing on another background, and others pasted in."""
+"""Scenes: an image on the canvas with its alpha. A photograph or a composite, with distractors pasted in."""
 
 from __future__ import annotations
 
@@ -13,24 +13,34 @@ from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError
 from icm_cli.geometry import HALF_U8, CanvasRule, Float, ImageU8, binarize_alpha, round_to_u8
-from icm_cli.training.data.augment import Affine, Rng, damage, place_cutout, place_photograph, recolour
-from icm_cli.training.data.layers import Cutout, background, cutout, photograph, shrunk_photograph
-from icm_cli.training.data.pool import Item
+from icm_cli.training.data.augment import (
+    Affine,
+    Rng,
+    degrade_image,
+    draw_cutout_transform,
+    draw_photograph_transform,
+    jitter_colours,
+)
+from icm_cli.training.data.layers import Cutout, read_background, read_cached_photograph, read_cutout, read_photograph
+from icm_cli.training.data.pool import TrainingItem
 from icm_cli.training.settings import AugmentConfig
 
-TRIES = 6
-"""Placements that are tried before the last one is taken as it is."""
-LEAST_VISIBLE = 0.4
-"""Share of a thing that must stay on the canvas and in sight."""
-LARGEST_THING = 0.95
-LARGEST_DISTRACTOR = 0.6
-"""Longest side of a pasted thing, in canvas sides."""
+MAX_PLACEMENTS = 6
+"""Number of random placements that are tried."""
+MIN_VISIBLE_FRACTION = 0.4
+"""Fraction of an object that must be visible on the canvas."""
+MAX_OBJECT_SIDE = 0.95
+"""Longest side of a composited object, as a fraction of the canvas' side."""
+MAX_DISTRACTOR_SIDE = 0.6
+"""Longest side of a distractor, as a fraction of the canvas' side."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """rgb uint8 [S,S,3], alpha uint8 [S,S], valid bool [S,S], and where a file gave one, trimap uint8 [S,S] and the
-    coarse alpha of a first stage, uint8 [S,S]."""
+    """An image on the canvas: rgb uint8 [S,S,3], alpha uint8 [S,S], and valid bool [S,S], False at padding.
+
+    If the data have them: a trimap, uint8 [S,S], and a first stage's coarse alpha, uint8 [S,S].
+    """
 
     rgb: ImageU8
     alpha: ImageU8
@@ -40,73 +50,82 @@ class Scene:
 
 
 class SceneMaker:
-    """Makes scenes of one canvas size; what it is given and the generator decide every pixel."""
+    """Makes scenes of one canvas size, which depend only on the arguments and the random generator."""
 
     def __init__(self, canvas_px: int, augment: AugmentConfig) -> None:
         self.canvas_px = canvas_px
         self.augment = augment
         self._photograph_px = round(canvas_px * augment.zoom)
 
-    def photograph(self, item: Item, rng: Rng) -> Scene:
-        """An item's picture as it is, moved by the augmentation. Raises ImageError."""
+    def make_photograph(self, item: TrainingItem, rng: Rng) -> Scene:
+        """Place an item's image on the canvas by a random transform. Raises ImageError.
+
+        The image fits the canvas untransformed if the augmentation moves no pixels, or if no random
+        transform leaves enough of the object visible.
+        """
         if not self.augment.moves_pixels:
-            return self._whole(item)
-        layer = shrunk_photograph(item, self._photograph_px)
+            return self._fit_photograph(item)
+        layer = read_cached_photograph(item, self._photograph_px)
         total = max(1.0, float(layer.alpha.sum()))
-        for _ in range(TRIES):
-            affine = place_photograph(layer.alpha.shape, self.canvas_px, self.augment, rng)
-            alpha = self._warped(layer.alpha, affine)
-            if alpha.sum() >= LEAST_VISIBLE * total * abs(np.linalg.det(affine[:, :2])):
+        for _ in range(MAX_PLACEMENTS):
+            affine = draw_photograph_transform(layer.alpha.shape, self.canvas_px, self.augment, rng)
+            alpha = self._warp(layer.alpha, affine)
+            if alpha.sum() >= MIN_VISIBLE_FRACTION * total * abs(np.linalg.det(affine[:, :2])):
                 break
         else:
-            return self._whole(item)
-        rgb = self._warped(layer.rgb, affine, cv2.BORDER_REPLICATE)
-        inside = self._warped(np.full(layer.alpha.shape, 255, np.uint8), affine) > HALF_U8
-        trimap = None if layer.trimap is None else self._warped(layer.trimap, affine, how=cv2.INTER_NEAREST)
-        coarse = None if layer.coarse is None else self._warped(layer.coarse, affine)
+            return self._fit_photograph(item)
+        rgb = self._warp(layer.rgb, affine, cv2.BORDER_REPLICATE)
+        inside = self._warp(np.full(layer.alpha.shape, 255, np.uint8), affine) > HALF_U8
+        trimap = None if layer.trimap is None else self._warp(layer.trimap, affine, interpolation=cv2.INTER_NEAREST)
+        coarse = None if layer.coarse is None else self._warp(layer.coarse, affine)
         return Scene(rgb, alpha, inside, trimap, coarse)
 
-    def backdrop(self, path: Path, rng: Rng) -> Scene:
-        """A square part of a picture, with nothing in it. Raises ImageError."""
-        rgb = background(path, 2 * self.canvas_px)
+    def make_background(self, path: Path, rng: Rng) -> Scene:
+        """Crop a square of a background image; the alpha is 0. Raises ImageError."""
+        rgb = read_background(path, 2 * self.canvas_px)
         side = min(rgb.shape[:2])
         part = round(side * rng.uniform(0.5, 1.0))
         top, left = (int(rng.integers(length - part + 1)) for length in rgb.shape[:2])
         square = rgb[top : top + part, left : left + part]
-        how = cv2.INTER_AREA if part > self.canvas_px else cv2.INTER_LINEAR
-        canvas = np.asarray(cv2.resize(square, (self.canvas_px, self.canvas_px), interpolation=how), np.uint8)
+        interpolation = cv2.INTER_AREA if part > self.canvas_px else cv2.INTER_LINEAR
+        size = (self.canvas_px, self.canvas_px)
+        canvas = np.asarray(cv2.resize(square, size, interpolation=interpolation), np.uint8)
         if rng.random() < self.augment.flip:
             canvas = canvas[:, ::-1]
-        nothing = np.zeros(canvas.shape[:2], np.uint8)
-        return Scene(canvas, nothing, np.ones(nothing.shape, np.bool_))
+        alpha = np.zeros(canvas.shape[:2], np.uint8)
+        return Scene(canvas, alpha, np.ones(alpha.shape, np.bool_))
 
-    def composite(self, item: Item, behind: Scene, rng: Rng) -> Scene:
-        """An item's thing before a scene, whose own alpha counts for nothing. Raises ImageError."""
-        colour, weight = self._placed(cutout(item, self.canvas_px), LARGEST_THING, rng)
+    def make_composite(self, item: TrainingItem, behind: Scene, rng: Rng) -> Scene:
+        """Composite an item's object onto another scene, whose own alpha is ignored. Raises ImageError."""
+        colour, weight = self._place_cutout(read_cutout(item, self.canvas_px), MAX_OBJECT_SIDE, rng)
         return replace(
-            behind, rgb=_over(colour, weight, behind.rgb), alpha=round_to_u8(weight * 255), trimap=None, coarse=None
+            behind,
+            rgb=_composite(colour, weight, behind.rgb),
+            alpha=round_to_u8(weight * 255),
+            trimap=None,
+            coarse=None,
         )
 
-    def distracted(self, scene: Scene, items: Sequence[Item], rng: Rng) -> Scene:
-        """Paste other things over a scene; each hides at most some of what is wanted. Raises ImageError."""
+    def add_distractors(self, scene: Scene, items: Sequence[TrainingItem], rng: Rng) -> Scene:
+        """Paste other objects onto a scene; each hides only a part of the target object. Raises ImageError."""
         for item in items:
-            layer = cutout(item, self.canvas_px)
+            layer = read_cutout(item, self.canvas_px)
             total = max(1.0, float(scene.alpha.sum()))
-            for _ in range(TRIES):
-                colour, weight = self._placed(layer, LARGEST_DISTRACTOR, rng)
-                if (scene.alpha * weight).sum() <= (1 - LEAST_VISIBLE) / 2 * total:
-                    scene = _covered(scene, colour, weight)
+            for _ in range(MAX_PLACEMENTS):
+                colour, weight = self._place_cutout(layer, MAX_DISTRACTOR_SIDE, rng)
+                if (scene.alpha * weight).sum() <= (1 - MIN_VISIBLE_FRACTION) / 2 * total:
+                    scene = _cover_scene(scene, colour, weight)
                     break
         return scene
 
-    def finished(self, scene: Scene, rng: Rng) -> Scene:
-        """With the colours and the damage of the augmentation."""
-        rgb = recolour(scene.rgb, self.augment.colour, rng) if self.augment.colour else scene.rgb
-        return replace(scene, rgb=np.ascontiguousarray(damage(rgb, self.augment, rng)))
+    def augment_colours(self, scene: Scene, rng: Rng) -> Scene:
+        """Apply the augmentations that move no pixels: colours, blur, noise and compression."""
+        rgb = jitter_colours(scene.rgb, self.augment.colour, rng) if self.augment.colour else scene.rgb
+        return replace(scene, rgb=np.ascontiguousarray(degrade_image(rgb, self.augment, rng)))
 
-    def _whole(self, item: Item) -> Scene:
-        """The picture as inference would see it: whole, in the canvas' corner."""
-        layer = photograph(item)
+    def _fit_photograph(self, item: TrainingItem) -> Scene:
+        """Return the whole image in the canvas' corner, as at inference."""
+        layer = read_photograph(item)
         placement = CanvasRule(self.canvas_px, 1, square=True).placement(*layer.alpha.shape)
         valid = placement.content_mask()
         alpha = np.where(valid, placement.to_canvas(layer.alpha), 0).astype(np.uint8)
@@ -120,42 +139,51 @@ class SceneMaker:
         coarse = None if layer.coarse is None else placement.to_canvas(layer.coarse)
         return Scene(placement.to_canvas(layer.rgb), alpha, valid, trimap, coarse)
 
-    def _placed(self, layer: Cutout, largest: float, rng: Rng) -> tuple[Float, Float]:
-        """Colour [S,S,3], premultiplied 0..255, and alpha [S,S] of a cut-out somewhere on the canvas."""
-        affine = place_cutout(layer.alpha.shape, self.canvas_px, self.augment, rng, largest)
-        return self._warped(layer.colour, affine), self._warped(layer.alpha, affine)
+    def _place_cutout(self, layer: Cutout, largest: float, rng: Rng) -> tuple[Float, Float]:
+        """Place a cut-out on the canvas at random; return colour [S,S,3], premultiplied 0..255, and alpha [S,S]."""
+        affine = draw_cutout_transform(layer.alpha.shape, self.canvas_px, self.augment, rng, largest)
+        return self._warp(layer.colour, affine), self._warp(layer.alpha, affine)
 
-    def _warped(
-        self, layer: NDArray[Any], affine: Affine, border: int = cv2.BORDER_CONSTANT, how: int = cv2.INTER_LINEAR
+    def _warp(
+        self,
+        layer: NDArray[Any],
+        affine: Affine,
+        border: int = cv2.BORDER_CONSTANT,
+        interpolation: int = cv2.INTER_LINEAR,
     ) -> NDArray[Any]:
-        """A layer on the canvas, 0 (or its own edge) outside; first shrunk where the affine map would skip pixels."""
-        shrink = float(np.sqrt(abs(np.linalg.det(affine[:, :2]))))
-        if shrink < 0.75 and how == cv2.INTER_LINEAR:
-            height, width = (max(1, round(length * shrink)) for length in layer.shape[:2])
+        """Warp a layer to the canvas; outside of it are zeros, or with BORDER_REPLICATE its edge pixels.
+
+        The layer is first reduced by area averaging if the transform would skip pixels.
+        """
+        scale = float(np.sqrt(abs(np.linalg.det(affine[:, :2]))))
+        if scale < 0.75 and interpolation == cv2.INTER_LINEAR:
+            height, width = (max(1, round(length * scale)) for length in layer.shape[:2])
             back = np.array([[layer.shape[1] / width, 0.0], [0.0, layer.shape[0] / height]])
             affine = np.concatenate([affine[:, :2] @ back, affine[:, 2:]], axis=1)
             layer = cv2.resize(layer, (width, height), interpolation=cv2.INTER_AREA)
-        shifted = affine.copy()  # from pixel edges, which the maps are in, to cv2's pixel centres
+        shifted = affine.copy()  # converts from pixel edges, which the transform uses, to cv2's pixel centres
         shifted[:, 2] += affine[:, :2] @ [0.5, 0.5] - 0.5
         size = (self.canvas_px, self.canvas_px)
-        return np.asarray(cv2.warpAffine(layer, shifted, size, flags=how, borderMode=border))
+        return np.asarray(cv2.warpAffine(layer, shifted, size, flags=interpolation, borderMode=border))
 
 
-def require_foreground(scene: Scene, item: Item) -> Scene:
-    """The scene; raises ImageError where nothing of it could be shown."""
+def require_foreground(scene: Scene, item: TrainingItem) -> Scene:
+    """Return the scene. Raises ImageError if no pixel of its alpha is above one half."""
     if not (scene.alpha > HALF_U8).any():
-        raise ImageError(f"the alpha of {item.image} has no pixel above half, so it can show nothing")
+        raise ImageError(f"the alpha of {item.image} has no pixel above one half, so it cannot be a reference")
     return scene
 
 
-def _covered(scene: Scene, colour: Float, weight: Float) -> Scene:
+def _cover_scene(scene: Scene, colour: Float, weight: Float) -> Scene:
+    """Composite a premultiplied layer onto a scene and remove what it hides from the alpha and the trimap."""
     alpha = round_to_u8(scene.alpha * (1 - weight))
     trimap = scene.trimap
     if trimap is not None:
         soft_edge = (weight > 0) & (weight < 1) & (trimap > 0)
         trimap = np.where(weight >= 1, 0, np.where(soft_edge, 128, trimap)).astype(np.uint8)
-    return replace(scene, rgb=_over(colour, weight, scene.rgb), alpha=alpha, trimap=trimap, coarse=None)
+    return replace(scene, rgb=_composite(colour, weight, scene.rgb), alpha=alpha, trimap=trimap, coarse=None)
 
 
-def _over(colour: Float, weight: Float, behind: ImageU8) -> ImageU8:
+def _composite(colour: Float, weight: Float, behind: ImageU8) -> ImageU8:
+    """Composite a premultiplied layer, colour [S,S,3] 0..255 and alpha [S,S], onto an image uint8 [S,S,3]."""
     return round_to_u8(colour + behind * (1 - weight[..., None]))

@@ -1,70 +1,92 @@
-"""The contract between the training loop and a stage of training."""
+"""The interface between the training loop and its stages, and the image grids that stages render."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias
+from typing import Any, ClassVar, Generic, TypeAlias
 
+import cv2
+import numpy as np
 from torch import Tensor, nn
 
+from icm_cli.events import TrainingListener
 from icm_cli.geometry import ImageU8
 from icm_cli.model.core import InContextMatting
-from icm_cli.training.batches import AnyBatch, StepSampler
-from icm_cli.training.data.pool import Pool
+from icm_cli.training.batches import BatchT, StepSampler
+from icm_cli.training.data.pool import TrainingPool
+from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
 
-if TYPE_CHECKING:
-    from icm_cli.events import TrainingListener
-    from icm_cli.training.learner import Learner
-
-Answer: TypeAlias = tuple[Tensor, ...]
+PANEL_ROWS = 4
+"""Largest number of samples that a panel shows."""
+PANEL_CELL_PX = 256
+Prediction: TypeAlias = tuple[Tensor, ...]
 """Outputs of the model for a batch, [B,...] each, with gradients."""
 
 
-class Stage(ABC, Generic[AnyBatch]):
-    """One kind of training. The loop takes its batches, asks the model, and learns from the losses."""
+class Stage(ABC, Generic[BatchT]):
+    """A kind of training. The loop takes its batches, predicts, computes the losses, and updates the weights."""
 
-    learns: ClassVar[tuple[str, ...]]
-    """Parts of the model whose weights may learn: "backbone", "head", "objects", "edges"."""
-    terms: ClassVar[tuple[str, ...]]
-    """Names of the losses, as they are logged."""
+    trainable_parts: ClassVar[tuple[str, ...]]
+    """Parts of the model whose weights may change: "backbone", "head", "objects", "edges"."""
+    loss_names: ClassVar[tuple[str, ...]]
+    """Names of the losses in the log."""
 
-    def __init__(self, settings: Settings, pool: Pool) -> None:
+    def __init__(self, settings: Settings, pool: TrainingPool) -> None:
         self.settings = settings
         self.pool = pool
 
     @abstractmethod
-    def module(self, model: InContextMatting) -> nn.Module:
-        """The module that runs with gradients. Raises ConfigError where the model lacks it."""
+    def select_module(self, model: InContextMatting) -> nn.Module:
+        """Return the module that runs with gradients. Raises ConfigError if the model lacks it."""
 
     def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
-        """Make ready what the batch of ``first_step`` (from 0) needs, once the learner's state is loaded.
+        """Prepare for the batch of ``first_step`` (from 0), after the learner's state is loaded.
 
-        Does nothing here.
+        Does nothing by default.
         """
         del learner, folder, first_step, listener
 
     @abstractmethod
-    def batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[AnyBatch]:
-        """Batches in the order of the sampler. Raises TrainingError for one that cannot be made."""
+    def make_batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[BatchT]:
+        """Yield batches in the order of the sampler. Raises TrainingError if a batch cannot be made."""
 
     @abstractmethod
-    def answer(self, forward: nn.Module, batch: AnyBatch) -> Answer:
-        """Run :meth:`module`, as the accelerator wraps it, on a batch."""
+    def predict(self, forward: nn.Module, batch: BatchT) -> Prediction:
+        """Run the selected module, as wrapped by the accelerator, on a batch."""
 
     @abstractmethod
-    def losses(self, answer: Answer, batch: AnyBatch) -> dict[str, Tensor]:
-        """Every loss, weighted, [B] each, and their sum under "total"."""
+    def compute_losses(self, prediction: Prediction, batch: BatchT) -> dict[str, Tensor]:
+        """Return every loss, weighted, [B] each, and their sum as "total"."""
 
     @abstractmethod
-    def panel(self, learner: Learner, batch: AnyBatch) -> ImageU8:
-        """A picture of a batch and what the model says of it, uint8 [H,W,3]; the model is in evaluation mode."""
+    def render_panel(self, learner: Learner, batch: BatchT) -> ImageU8:
+        """Render samples of a batch with the predictions, uint8 [H,W,3]. The model is in evaluation mode."""
 
     @abstractmethod
-    def preview(self, counter: int) -> tuple[str, list[ImageU8]]:
-        """A caption and pictures, uint8 [h,w,3], of sample number ``counter``. Raises TrainingError or ImageError."""
+    def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
+        """Return a caption and images, uint8 [h,w,3], of sample number ``counter``.
+
+        Raises TrainingError or ImageError.
+        """
 
 
 AnyStage: TypeAlias = Stage[Any]
+
+
+def image_grid(rows: Sequence[Sequence[ImageU8]]) -> ImageU8:
+    """Arrange images, uint8 [h,w,3], in rows; each is resized to PANEL_CELL_PX."""
+    size = (PANEL_CELL_PX, PANEL_CELL_PX)
+    return np.concatenate(
+        [
+            np.concatenate([cv2.resize(cell, size, interpolation=cv2.INTER_AREA) for cell in cells], axis=1)
+            for cells in rows
+        ]
+    )
+
+
+def grey_to_rgb(values: ImageU8) -> ImageU8:
+    """Convert a layer, uint8 [h,w], to an RGB image, uint8 [h,w,3]."""
+    return np.repeat(values[..., None], 3, axis=-1)

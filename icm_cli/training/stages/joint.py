@@ -1,8 +1,8 @@
-"""The stage "joint": the token-match head and, where it may, the backbone learn which thing is meant, on mosaics.
+"""The stage "joint": train the token-match head and the backbone on mosaics. Experimental: never measured on a GPU.
 
-The mosaics are those of the stage "match", but every picture is made anew for its step and seen by the backbone then,
-so that no view is seen twice and gradients reach the backbone. It is for a GPU: all pictures lie on the training
-device, and samples are made there (:mod:`icm_cli.training.data.card`).
+The mosaics are those of the stage "match", but every image is made and encoded for its step, so that no
+view is seen twice and gradients reach the backbone. The stage is for GPUs: all images are stored on the
+training device, and samples are made there (:mod:`icm_cli.training.data.device_scenes`).
 """
 
 from __future__ import annotations
@@ -10,52 +10,48 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from icm_cli.events import TrainingListener
 from icm_cli.geometry import ImageU8
 from icm_cli.model.contracts import Backbone
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.lite.finetuning import LOSS_TERMS, match_losses
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.batches import Batch, StepSampler
-from icm_cli.training.data.card import CardScenes, ScenePlan
-from icm_cli.training.data.pool import Item, Pool
+from icm_cli.training.data.device_scenes import DeviceScenes, ScenePlan
+from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.samples import SampleMaker
-from icm_cli.training.panels import MOST_ROWS, grey
+from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
-from icm_cli.training.stages.contract import Answer, Stage
+from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, Stage, grey_to_rgb
 from icm_cli.training.stages.mosaics import (
-    LARGE,
+    LARGE_FACTOR,
     Mosaic,
     TokenMatcher,
+    collate_mosaics,
     draw_layout,
     draw_mosaic,
-    joined,
-    panel,
-    token_match_head,
-    views_of,
+    encode_views,
+    render_mosaics,
+    require_token_match_head,
 )
-
-if TYPE_CHECKING:
-    from icm_cli.events import TrainingListener
-    from icm_cli.training.learner import Learner
 
 
 @dataclass(frozen=True)
-class PictureBatch(Batch):
-    """Pictures of mosaics of ``rows`` times ``columns`` = T tiles, beside R references each.
+class ImageBatch(Batch):
+    """Images of mosaics of ``rows`` times ``columns`` = T tiles, with R references each.
 
-    image uint8 [B,T,3,S,S], alpha uint8 and valid bool [B,T,S,S]; the same of the references, [B,R,...,S',S'];
-    places: for each mosaic the tiles that show the references' thing.
+    image uint8 [B,T,3,S,S], alpha uint8 and valid bool [B,T,S,S]; the same for the references,
+    [B,R,...,S',S']; positive_tiles: for each mosaic the tiles that show the references' object.
     """
 
     rows: int
     columns: int
-    places: tuple[tuple[int, ...], ...]
+    positive_tiles: tuple[tuple[int, ...], ...]
     image: Tensor
     alpha: Tensor
     valid: Tensor
@@ -65,97 +61,103 @@ class PictureBatch(Batch):
 
 
 class JointMatcher(nn.Module):
-    """Backbone and token-match head, asked for what :class:`TokenMatcher` is asked for, from pictures."""
+    """Runs backbone and token-match head on images; see :class:`TokenMatcher`."""
 
     def __init__(self, backbone: Backbone, head: TokenMatchHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
 
-    def forward(self, batch: PictureBatch) -> Answer:
-        """The answers of :class:`TokenMatcher`, true alphas float32 [B,nH,nW], which tokens hold the frame [B,H,W]."""
+    def forward(self, batch: ImageBatch) -> Prediction:
+        """Return the outputs of :class:`TokenMatcher`, the true alphas [B,nH,nW], and the valid tokens [B,H,W]."""
         tiles, references = (
-            list(views_of(self.backbone, self.head, *_flat(*layers)))
+            list(encode_views(self.backbone, self.head, *_flatten_images(*layers)))
             for layers in (
                 (batch.image, batch.alpha, batch.valid),
                 (batch.reference_image, batch.reference_alpha, batch.reference_valid),
             )
         )
         count = len(batch.names)
-        in_one, shown = len(tiles) // count, len(references) // count
+        tile_count, reference_count = len(tiles) // count, len(references) // count
         mosaics = [
-            Mosaic(name, references[i * shown : (i + 1) * shown], tiles[i * in_one : (i + 1) * in_one], shows)
-            for i, (name, shows) in enumerate(zip(batch.names, batch.places, strict=False))  # a part of a batch has all
+            Mosaic(
+                name,
+                references[i * reference_count : (i + 1) * reference_count],
+                tiles[i * tile_count : (i + 1) * tile_count],
+                positive_tiles,
+            )
+            # (first_samples() shortens the names, but not positive_tiles)
+            for i, (name, positive_tiles) in enumerate(zip(batch.names, batch.positive_tiles, strict=False))
         ]
-        seen = joined(mosaics, batch.counters, batch.rows, batch.columns)
-        return (*TokenMatcher(self.head)(seen), seen.alpha, seen.valid)
+        tokens = collate_mosaics(mosaics, batch.counters, batch.rows, batch.columns)
+        return (*TokenMatcher(self.head)(tokens), tokens.alpha, tokens.valid)
 
 
-class JointStage(Stage[PictureBatch]):
-    """Mosaics of pictures in, which of them are the thing out."""
+class JointStage(Stage[ImageBatch]):
+    """Predicts on mosaics of images where the reference's object is."""
 
-    learns = ("head", "backbone")
-    terms = LOSS_TERMS
+    trainable_parts = ("head", "backbone")
+    loss_names = LOSS_TERMS
 
-    def __init__(self, settings: Settings, pool: Pool) -> None:
+    def __init__(self, settings: Settings, pool: TrainingPool) -> None:
         super().__init__(settings, pool)
-        self._scenes: CardScenes | None = None
+        self._scenes: DeviceScenes | None = None
 
-    def module(self, model: InContextMatting) -> nn.Module:
-        return JointMatcher(model.backbone, token_match_head(model, "joint"))
+    def select_module(self, model: InContextMatting) -> nn.Module:
+        return JointMatcher(model.backbone, require_token_match_head(model, "joint"))
 
     def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
         del folder, first_step
         train = self.settings.train
-        self._scenes = CardScenes(
-            self.pool, train, learner.device.torch_device, side_px=train.match.kept_px, notice=listener.on_notice
+        self._scenes = DeviceScenes(
+            self.pool, train, learner.device.torch_device, side_px=train.match.max_image_px, notice=listener.on_notice
         )
 
-    def batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[PictureBatch]:
-        """Batches are made on the training device; ``workers`` and ``pin`` have nothing to do."""
+    def make_batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[ImageBatch]:
+        """Yield batches in the order of the sampler. They are made on the training device, without workers."""
         del workers, pin
         for counters in sampler:
-            yield self.batch(counters)
+            yield self.make_batch(counters)
 
-    def answer(self, forward: nn.Module, batch: PictureBatch) -> Answer:
-        found: Answer = forward(batch)
-        return found
+    def predict(self, forward: nn.Module, batch: ImageBatch) -> Prediction:
+        prediction: Prediction = forward(batch)
+        return prediction
 
-    def losses(self, answer: Answer, batch: PictureBatch) -> dict[str, Tensor]:
+    def compute_losses(self, prediction: Prediction, batch: ImageBatch) -> dict[str, Tensor]:
         del batch
-        *asked, truth, valid = answer
-        return match_losses(tuple(asked), truth, valid, self.settings.train.match.presence)
+        *outputs, truth, valid = prediction
+        return match_losses(tuple(outputs), truth, valid, self.settings.train.match.presence_weight)
 
     @torch.no_grad()
-    def panel(self, learner: Learner, batch: PictureBatch) -> ImageU8:
-        """For each mosaic its true alpha, the coarse alpha, and what all comparisons together carry over."""
-        *asked, truth, _ = self.answer(self.module(learner.model), batch.first(MOST_ROWS))
-        return panel(truth, tuple(asked))
+    def render_panel(self, learner: Learner, batch: ImageBatch) -> ImageU8:
+        """Show for each mosaic: true alpha, predicted alpha, and the combined similarity map."""
+        *outputs, truth, _ = self.predict(self.select_module(learner.model), batch.first_samples(PANEL_ROWS))
+        return render_mosaics(truth, tuple(outputs))
 
-    def preview(self, counter: int) -> tuple[str, list[ImageU8]]:
-        """A picture and its alpha, as the stages on the CPU make it."""
+    def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
+        """Return an image and its alpha, made on the CPU as for the other stages."""
         items = list(self.pool)
         item = items[counter % len(items)]
         seed = (self.settings.train.seed, counter)
-        scene = SampleMaker(self.pool, self.settings.train).view(item, np.random.default_rng(seed))
-        return f"{item.group} {item.name}", [scene.rgb, grey(scene.alpha)]
+        scene = SampleMaker(self.pool, self.settings.train).make_view(item, np.random.default_rng(seed))
+        return f"{item.group} {item.name}", [scene.rgb, grey_to_rgb(scene.alpha)]
 
-    def batch(self, counters: Sequence[int]) -> PictureBatch:
-        """Samples number ``counters``: the same for every run of a seed. All of them have one layout.
+    def make_batch(self, counters: Sequence[int]) -> ImageBatch:
+        """Make samples number ``counters``, which are the same in every run with the same seed.
 
-        Raises TrainingError where the pictures do not suffice for a mosaic.
+        All of them have the same layout. Raises TrainingError if the images do not suffice for a mosaic.
         """
         assert self._scenes is not None
         scenes, train = self._scenes, self.settings.train
         config = train.match
         rng = np.random.default_rng((train.seed, 1, counters[0]))
         rows, columns, references = draw_layout(config, rng)
-        large = LARGE * train.canvas_px if config.large_views else train.canvas_px
+        large = LARGE_FACTOR * train.canvas_px if config.large_views_per_group else train.canvas_px
         tile_px = large if (rows, columns) == (1, 1) else train.canvas_px
         reference_px = large if rng.random() < 0.5 else train.canvas_px
 
-        def planned(item: Item, canvas_px: int) -> ScenePlan | None:
-            return scenes.plan(item, canvas_px, rng) if item in scenes.items else None
+        def plan_scene(item: TrainingItem, canvas_px: int) -> ScenePlan | None:
+            return scenes.plan_scene(item, canvas_px, rng) if item in scenes.items else None
 
         mosaics = [
             draw_mosaic(
@@ -164,38 +166,38 @@ class JointStage(Stage[PictureBatch]):
                 rows * columns,
                 references,
                 rng,
-                as_target=lambda item: planned(item, tile_px),
-                as_reference=lambda item: planned(item, reference_px),
+                as_target=lambda item: plan_scene(item, tile_px),
+                as_reference=lambda item: plan_scene(item, reference_px),
             )
             for _ in counters
         ]
-        image, alpha, valid = scenes.views([plan for each in mosaics for plan in each.tiles], tile_px)
-        shown = scenes.views([plan for each in mosaics for plan in each.references], reference_px)
-        reference_image, reference_alpha, reference_valid = shown
+        image, alpha, valid = scenes.render_scenes([plan for each in mosaics for plan in each.tiles], tile_px)
+        references_shown = scenes.render_scenes([plan for each in mosaics for plan in each.references], reference_px)
+        reference_image, reference_alpha, reference_valid = references_shown
         count = len(mosaics)
-        return PictureBatch(
+        return ImageBatch(
             tuple(each.name for each in mosaics),
             tuple(counters),
             (),
             rows,
             columns,
-            tuple(each.places for each in mosaics),
-            _grouped(image, count),
-            _grouped(alpha, count),
-            _grouped(valid, count),
-            _grouped(reference_image, count),
-            _grouped(reference_alpha, count),
-            _grouped(reference_valid, count),
+            tuple(each.positive_tiles for each in mosaics),
+            _group_by_mosaic(image, count),
+            _group_by_mosaic(alpha, count),
+            _group_by_mosaic(valid, count),
+            _group_by_mosaic(reference_image, count),
+            _group_by_mosaic(reference_alpha, count),
+            _group_by_mosaic(reference_valid, count),
         )
 
 
-def _grouped(layer: Tensor, count: int) -> Tensor:
-    """[N,...] as [count,N/count,...]."""
+def _group_by_mosaic(layer: Tensor, count: int) -> Tensor:
+    """Reshape [N,...] to [count,N/count,...]."""
     return layer.reshape(count, -1, *layer.shape[1:])
 
 
-def _flat(image: Tensor, alpha: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Layers of [B,T,...] as [N,...]: image float32 0..1, alpha float32 [N,1,S,S] 0..1, valid."""
+def _flatten_images(image: Tensor, alpha: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Reshape layers [B,T,...] to [N,...]: image float32 0..1, alpha float32 [N,1,S,S] 0..1, valid."""
     return image.flatten(0, 1).float() / 255.0, alpha.flatten(0, 1)[:, None].float() / 255.0, valid.flatten(0, 1)
 
 

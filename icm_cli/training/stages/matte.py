@@ -1,91 +1,128 @@
-"""The stage "matte": the head, and the backbone where it may, learn from pairs of pictures, as in the paper."""
+"""The stage "matte": train the head, and the backbone if it is trainable, on pairs of images, as in the paper."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from icm_cli.events import TrainingListener
 from icm_cli.files import combined_digest
-from icm_cli.geometry import ImageU8
+from icm_cli.geometry import ImageU8, alpha_to_u8
+from icm_cli.model.contracts import TrainedHead
 from icm_cli.model.core import InContextMatting
 from icm_cli.reports.contact_sheet import composite_on_grey
 from icm_cli.training.batches import StepSampler, load_batches
-from icm_cli.training.data.pool import Pool
-from icm_cli.training.data.samples import PairBatch, SampleMaker, collated
+from icm_cli.training.data.pool import TrainingPool
+from icm_cli.training.data.samples import PairBatch, SampleMaker, collate_pairs
 from icm_cli.training.feature_cache import FeatureCache
-from icm_cli.training.losses import TERMS, losses
-from icm_cli.training.panels import masked, panel
+from icm_cli.training.learner import Learner
+from icm_cli.training.losses import LOSS_NAMES, compute_losses
 from icm_cli.training.settings import Settings
-from icm_cli.training.stages.contract import Answer, Stage
+from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, Stage, grey_to_rgb, image_grid
 
-if TYPE_CHECKING:
-    from icm_cli.events import TrainingListener
-    from icm_cli.training.learner import Learner
+OUTSIDE_BRIGHTNESS = 0.35
+"""Brightness of a reference outside its guidance, in panels and previews."""
 
 
 class MatteStage(Stage[PairBatch]):
-    """Pairs of pictures in, an alpha out, the losses of the released code (Guo et al. 2024, section 4)."""
+    """Predicts the alphas of pairs of images, with the losses of the released code (Guo et al. 2024, section 4)."""
 
-    learns = ("head", "backbone")
-    terms = TERMS
+    trainable_parts = ("head", "backbone")
+    loss_names = LOSS_NAMES
 
-    def __init__(self, settings: Settings, pool: Pool) -> None:
+    def __init__(self, settings: Settings, pool: TrainingPool) -> None:
         super().__init__(settings, pool)
         self.maker = SampleMaker(pool, settings.train)
         self._model: InContextMatting | None = None
         self._cache: FeatureCache | None = None
 
-    def module(self, model: InContextMatting) -> nn.Module:
+    def select_module(self, model: InContextMatting) -> nn.Module:
         return model
 
-    def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:  # noqa: ARG002
+    def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
+        del folder, first_step
         self._model = learner.model
         config = self.settings.train
         if learner.trains_backbone or config.changes_pixels or not config.feature_cache_gb:
             return
         if learner.is_main:
             listener.on_notice(
-                "features of the frozen backbone are kept on disk, as no augmentation changes pixels; the noise is "
-                "the same for every step"
+                "features of the frozen backbone are cached on disk, because no augmentation changes pixels; the noise "
+                "is the same in every step"
             )
-        decides = [json.dumps(self.settings.model.as_dict()["backbone"], sort_keys=True), learner.weights_digest]
-        digest = combined_digest(*decides, str(config.seed), learner.device.dtype_name)
-        room = int(config.feature_cache_gb * 1e9) // learner.accelerator.num_processes
-        self._cache = FeatureCache(digest, room, notice=listener.on_notice)
+        backbone = [json.dumps(self.settings.model.as_dict()["backbone"], sort_keys=True), learner.weights_digest]
+        digest = combined_digest(*backbone, str(config.seed), learner.device.dtype_name)
+        limit_bytes = int(config.feature_cache_gb * 1e9) // learner.accelerator.num_processes
+        self._cache = FeatureCache(digest, limit_bytes, notice=listener.on_notice)
 
-    def batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[PairBatch]:
-        return load_batches(self.maker, sampler, collated, workers=workers, pin=pin)
+    def make_batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[PairBatch]:
+        return load_batches(self.maker, sampler, collate_pairs, workers=workers, pin=pin)
 
-    def answer(self, forward: nn.Module, batch: PairBatch) -> Answer:
-        pairs = batch.pairs(fixed_noise=self._cache is not None)
+    def predict(self, forward: nn.Module, batch: PairBatch) -> Prediction:
+        """Predict the alpha, float32 [B,1,S,S]. At padding it is the true alpha, so that padding has no loss."""
+        pairs = batch.to_pairs(fixed_noise=self._cache is not None)
         features = None
         if self._cache is not None and self._model is not None:
-            features = self._cache.features(self._model, batch, pairs)
+            features = self._cache.pair_features(self._model, batch, pairs)
         alpha: Tensor = forward(pairs, features).alpha.float()
-        # Padding is no one's fault: where the truth stands in for the prediction, no loss has a gradient.
-        return (torch.where(batch.valid[:, None], alpha, batch.truth()),)
+        return (torch.where(batch.valid[:, None], alpha, batch.true_alpha()),)
 
-    def losses(self, answer: Answer, batch: PairBatch) -> dict[str, Tensor]:
-        return losses(answer[0], batch.truth(), batch.trimap_levels(), self.settings.train.loss)
+    def compute_losses(self, prediction: Prediction, batch: PairBatch) -> dict[str, Tensor]:
+        return compute_losses(prediction[0], batch.true_alpha(), batch.trimap_levels(), self.settings.train.loss)
 
-    def panel(self, learner: Learner, batch: PairBatch) -> ImageU8:
-        return panel(learner.model, batch, fixed_noise=self._cache is not None)
+    @torch.no_grad()
+    def render_panel(self, learner: Learner, batch: PairBatch) -> ImageU8:
+        """Show for each sample: target, reference, true alpha, prediction, inter- and intra-similarity."""
+        head = learner.model.head
+        assert isinstance(head, TrainedHead)
+        few = batch.first_samples(PANEL_ROWS)
+        pairs = few.to_pairs(fixed_noise=self._cache is not None)
+        features = learner.model.extract_features(pairs)
+        prepared = learner.model.prepare_pairs(pairs, features)
+        predicted = head(features.target, prepared, pairs.image, pairs.valid).alpha
+        inter, intra = head.similarity_maps(features.target, prepared)
+        return image_grid(
+            [
+                [
+                    few.rgb[i].cpu().numpy(),
+                    _darken_outside(few.reference_rgb[i].cpu().numpy(), few.guidance[i].cpu().numpy()),
+                    grey_to_rgb(few.alpha[i].cpu().numpy()),
+                    grey_to_rgb(alpha_to_u8(predicted[i, 0].float().cpu().numpy())),
+                    _heat_map(inter[i, 0]),
+                    _heat_map(intra[i, 0]),
+                ]
+                for i in range(len(few.names))
+            ]
+        )
 
-    def preview(self, counter: int) -> tuple[str, list[ImageU8]]:
-        sample = self.maker.sample(counter)
+    def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
+        """Return reference, target, alpha, trimap and the object cut out of the target."""
+        sample = self.maker.make_sample(counter)
         return sample.name, [
-            masked(sample.reference_rgb, sample.guidance),
+            _darken_outside(sample.reference_rgb, sample.guidance),
             sample.rgb,
-            np.repeat(sample.alpha[..., None], 3, -1),
-            np.repeat(sample.trimap[..., None], 3, -1),
+            grey_to_rgb(sample.alpha),
+            grey_to_rgb(sample.trimap),
             composite_on_grey(sample.rgb, sample.alpha),
         ]
+
+
+def _darken_outside(rgb: ImageU8, guidance: np.ndarray) -> ImageU8:
+    """Darken a reference, uint8 [H,W,3], outside its guidance, bool [H,W]."""
+    return np.where(guidance[..., None], rgb, (rgb * OUTSIDE_BRIGHTNESS).astype(np.uint8)).astype(np.uint8)
+
+
+def _heat_map(values: Tensor) -> ImageU8:
+    """Colour a map, [h,w] of any range, from its minimum (dark) to its maximum (bright)."""
+    scaled = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
+    coloured = cv2.applyColorMap(alpha_to_u8(scaled.float().cpu().numpy()), cv2.COLORMAP_INFERNO)
+    return np.asarray(coloured[..., ::-1], np.uint8)
 
 
 STAGE = MatteStage

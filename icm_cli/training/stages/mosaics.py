@@ -1,15 +1,14 @@
-"""Mosaics of pictures' tokens, of which one, several or none show the reference's thing, and what is asked of them.
+"""Mosaics of the tokens of images, of which one, several or none show the reference's object.
 
-Both stages that teach a token-match head which thing is meant use them: "match", on tokens that are kept, and "joint",
-on pictures that are made anew for every step.
+The stages that train a token-match head use them: "match" and "objects" on stored tokens, "joint" on
+images that are made for each step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,34 +23,34 @@ from icm_cli.model.decoding import resize_bilinear
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.model.similarity import ReferenceTokens, background_token_mask, foreground_token_mask
 from icm_cli.training.batches import Batch
-from icm_cli.training.data.pool import Item, Pool
-from icm_cli.training.panels import grey, table
-from icm_cli.training.settings import MatchConfig
-from icm_cli.training.stages.contract import Answer
+from icm_cli.training.data.pool import TrainingItem, TrainingPool
+from icm_cli.training.settings import LAYOUTS, MatchConfig
+from icm_cli.training.stages.contract import Prediction, grey_to_rgb, image_grid
 
-LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
-"""Rows and columns of the mosaics."""
-LARGE = 2
-"""Side of a large view, in views."""
-NOISE_PART = 6
-"""Side, in tokens, of the parts that share some of their noise."""
-SEVERAL = 0.7
-"""Chance of a further tile to show the thing too, in mosaics where several may."""
-ATTEMPTS = 1000
-"""Draws for one place of a mosaic before training stops."""
-PARTNER_ATTEMPTS = 20
-"""Draws for one reference before another target is drawn."""
-Shown = TypeVar("Shown")
-"""A picture as a mosaic shows it: its tokens, or what they are made of."""
+LARGE_FACTOR = 2
+"""Side of a large view, as a multiple of a view's side."""
+NOISE_REGION = 6
+"""Side, in tokens, of the regions that share a part of their noise."""
+FURTHER_PROBABILITY = 0.7
+"""Probability that a further tile shows the object, in mosaics where several tiles may show it."""
+MAX_DRAWS = 1000
+"""Number of draws for one tile of a mosaic after which training ends."""
+MAX_PARTNER_DRAWS = 20
+"""Number of draws for one reference after which another target is drawn."""
+Image = TypeVar("Image")
+"""An image of a mosaic: its tokens, or what they are computed from."""
 
 
 @dataclass(frozen=True)
 class View:
-    """Tokens of a picture: feature [C,h,w]; what joins the head's decoder, from coarse to fine, [C',2h,2w],
-    [C",4h,4w] ...; alpha [nh,nw], each cell's mean, as fine as the decoder goes; which tokens lie inside and outside
-    the guidance, and which hold the frame, bool [h,w]; where some of the backbone's blocks learn, the tokens that
-    enter them, stem [1+N,D], else [0,0]; and where objects learn, what they know of the picture, embedding [E,mh,mw],
-    else [0,0,0]."""
+    """Tokens of an image.
+
+    feature: correspondence features [C,h,w]; scales: inputs of the head's decoder, from coarse to fine,
+    [C',2h,2w], [C",4h,4w] ...; alpha: mean of the alpha in each cell of the decoder's output, [nh,nw];
+    inside, outside: tokens inside and outside the guidance, bool [h,w]; valid: tokens of the image instead
+    of padding, bool [h,w]; embedding: image embedding of the object model, [E,mh,mw], or [0,0,0] if it is
+    not trained.
+    """
 
     feature: Tensor
     scales: tuple[Tensor, ...]
@@ -59,29 +58,27 @@ class View:
     inside: Tensor
     outside: Tensor
     valid: Tensor
-    stem: Tensor
     embedding: Tensor
 
 
 @dataclass(frozen=True)
-class Mosaic(Generic[Shown]):
-    """Pictures side by side, row by row, and the references that say which one is wanted."""
+class Mosaic(Generic[Image]):
+    """Tiles, row by row, and the references that show the target object."""
 
     name: str
-    references: Sequence[Shown]
-    tiles: Sequence[Shown]
-    places: tuple[int, ...]
-    """Indices of the tiles that show the references' thing."""
+    references: Sequence[Image]
+    tiles: Sequence[Image]
+    positive_tiles: tuple[int, ...]
+    """Indices of the tiles that show the references' object."""
 
 
 @dataclass(frozen=True)
 class MosaicBatch(Batch):
-    """Mosaics beside R references each.
+    """A batch of mosaics with R references each.
 
-    feature [B,C,H,W], valid bool [B,H,W], scales [B,C',2H,2W] ... and alpha float32 [B,nH,nW] of the mosaics;
-    reference_feature [B,R,C,h,w], inside and outside bool [B,R,h,w] of the references; the stems of views,
-    [B,rows*columns,1+N,D] and [B,R,1+N,D], where some of the backbone's blocks learn; and embedding [B,E,mH,mW] of the
-    mosaics, where objects learn.
+    Of the mosaics: feature [B,C,H,W], valid bool [B,H,W], scales [B,C',2H,2W] ..., alpha float32
+    [B,nH,nW], and embedding [B,E,mH,mW] if the object model is trained. Of the references:
+    reference_feature [B,R,C,h,w], inside and outside bool [B,R,h,w].
     """
 
     rows: int
@@ -93,201 +90,165 @@ class MosaicBatch(Batch):
     reference_feature: Tensor
     inside: Tensor
     outside: Tensor
-    stem: Tensor
-    reference_stem: Tensor
     embedding: Tensor
 
 
-@runtime_checkable
-class Stemmed(Protocol):
-    """A backbone whose last blocks can learn from kept tokens."""
-
-    def last_blocks(self, count: int, /) -> nn.ModuleList: ...
-
-    def keeping_stems(self, count: int, /) -> AbstractContextManager[list[Tensor]]: ...
-
-    def from_stems(self, feature: Tensor, stem: Tensor, count: int, /) -> Tensor: ...
-
-
 class TokenMatcher(nn.Module):
-    """A token-match head that is asked for its answers on tokens, before any picture is there.
+    """Runs a token-match head on stored tokens, without images."""
 
-    With ``live_blocks`` the last so many blocks of the backbone make theirs anew.
-    """
-
-    def __init__(self, head: TokenMatchHead, backbone: Stemmed | None = None, live_blocks: int = 0) -> None:
+    def __init__(self, head: TokenMatchHead) -> None:
         super().__init__()
         self.head = head
-        self._backbone = backbone
-        self._live_blocks = live_blocks
 
-    def forward(self, batch: MosaicBatch) -> Answer:
-        """Logit of the coarse alpha [B,H,W] and of the decoder's [B,nH,nW], what each comparison carries over
-        [B,comparisons,H,W] in -1..1, and the logit of whether the thing is there [B]."""
+    def forward(self, batch: MosaicBatch) -> Prediction:
+        """Return the head's outputs.
+
+        They are the logit of the coarse alpha [B,H,W], the logit of the decoder's alpha [B,nH,nW], the
+        similarity maps of all comparisons [B,comparisons,H,W] in -1..1, and the presence logit [B].
+        """
         head = self.head
         scales = {-level: scale.float() for level, scale in enumerate(batch.scales)}
-        feature, reference = self._features(batch)
-        target = Features(feature, batch.valid, scales, {})
-        shown = head.project_tokens(reference)
-        shown = shown.reshape(len(batch.feature), -1, shown.shape[-1])
+        target = Features(batch.feature.float(), batch.valid, scales, {})
+        projected = head.project_tokens(batch.reference_feature.flatten(0, 1).float())
+        projected = projected.reshape(len(batch.feature), -1, projected.shape[-1])
         references = [
             ReferenceTokens(each[inside.flatten()], each[outside.flatten()])
-            for each, inside, outside in zip(shown, batch.inside, batch.outside, strict=True)
+            for each, inside, outside in zip(projected, batch.inside, batch.outside, strict=True)
         ]
         return head.predict_logits(target, references, None)
 
-    def _features(self, batch: MosaicBatch) -> tuple[Tensor, Tensor]:
-        """Correspondence features of the mosaics [B,C,H,W] and of all references [B*R,C,h,w], float32."""
-        mosaic, reference = batch.feature.float(), batch.reference_feature.flatten(0, 1).float()
-        if self._backbone is None:
-            return mosaic, reference
-        reference = self._backbone.from_stems(reference, batch.reference_stem.flatten(0, 1).float(), self._live_blocks)
-        height, width = mosaic.shape[-2] // batch.rows, mosaic.shape[-1] // batch.columns
-        tiles = [
-            mosaic[..., row * height : (row + 1) * height, column * width : (column + 1) * width]
-            for row in range(batch.rows)
-            for column in range(batch.columns)
-        ]
-        stems = batch.stem.float()
-        live = [self._backbone.from_stems(tile, stems[:, i], self._live_blocks) for i, tile in enumerate(tiles)]
-        return laid_out(live, batch.rows, batch.columns), reference
 
-
-def token_match_head(model: InContextMatting, stage: str) -> TokenMatchHead:
-    """The head of a model that such a stage can teach. Raises ConfigError."""
+def require_token_match_head(model: InContextMatting, stage: str) -> TokenMatchHead:
+    """Return the head of a model that a stage can train on mosaics. Raises ConfigError if it has another head."""
     if not isinstance(model.head, TokenMatchHead):
-        raise ConfigError(f"train: stage is {stage}, which is for the token-match head; take another stage or head")
+        raise ConfigError(
+            f"train: stage is {stage}, which needs a token-match head; use another stage, or 'head: {{name: "
+            "token-match}}'"
+        )
     skips, steps = (len(getattr(model.head.config, name)) for name in ("skip_channels", "decoder_channels"))
     if steps > skips:
         raise ConfigError(
-            f"train: stage is {stage}, and the head's decoder has {steps} steps, of which {steps - skips} take the "
-            "image in; the stage has no images: expected no more decoder_channels than skip_channels"
+            f"train: stage is {stage}, which has no images, but {steps - skips} of the {steps} decoder_channels of the "
+            "head need the image; expected no more decoder_channels than skip_channels"
         )
     return model.head
 
 
-def stemmed(backbone: Backbone) -> Stemmed:
-    """The backbone, whose last blocks can learn from kept tokens. Raises ConfigError."""
-    if not isinstance(backbone, Stemmed):
-        raise ConfigError(
-            f"train: match: live_blocks is set, and the backbone {type(backbone).__name__} keeps no tokens to learn "
-            "from; take dinov2-lite, or set it to 0"
-        )
-    return backbone
-
-
 def draw_layout(config: MatchConfig, rng: np.random.Generator) -> tuple[int, int, int]:
-    """Rows, columns and number of references of a batch's mosaics, each by its share."""
-    rows, columns = LAYOUTS[_drawn_index(config.layout_shares, rng)]
-    return rows, columns, _drawn_index(config.reference_shares, rng) + 1
+    """Draw rows, columns and number of references of a batch's mosaics."""
+    rows, columns = LAYOUTS[_draw_index(config.layout_weights, rng)]
+    return rows, columns, _draw_index(config.reference_count_weights, rng) + 1
 
 
 def draw_mosaic(
-    pool: Pool,
+    pool: TrainingPool,
     config: MatchConfig,
     tiles: int,
     references: int,
     rng: np.random.Generator,
     *,
-    as_target: Callable[[Item], Shown | None],
-    as_reference: Callable[[Item], Shown | None],
-    reference_pool: Pool | None = None,
-) -> Mosaic[Shown]:
-    """Draw a mosaic of ``tiles`` images from the items of ``pool``, and its references from ``reference_pool``.
+    as_target: Callable[[TrainingItem], Image | None],
+    as_reference: Callable[[TrainingItem], Image | None],
+    reference_pool: TrainingPool | None = None,
+) -> Mosaic[Image]:
+    """Draw a mosaic of ``tiles`` images from ``pool``, and its references from ``reference_pool`` (default: ``pool``).
 
-    The functions return the image of an item, None where it cannot be shown. Without a ``reference_pool`` the
-    references are drawn from ``pool``. Raises TrainingError where the images do not suffice for a mosaic.
+    The functions return the image of an item, or None if it cannot be used. Raises TrainingError if the
+    images do not suffice for a mosaic.
     """
     if reference_pool is None:
         reference_pool = pool
-    for _ in range(ATTEMPTS):
-        failure = "hardly any picture could be read; mend the data, or leave files out with 'exclude'"
+    for _ in range(MAX_DRAWS):
+        failure = "almost no training image could be read; repair the data, or exclude files with 'exclude'"
         item, target = _draw_tile(pool, rng, as_target, lambda _: True, failure)
         partners = [_draw_partner(reference_pool, config, rng, item, target, as_reference) for _ in range(references)]
         found = [each for each in partners if each is not None]
         if len(found) < references:
             continue
-        guides = [shown for _, shown in found]
-        tiles_shown: dict[int, Shown] = {}
-        if rng.random() >= config.negative_share:
+        guides = [image for _, image in found]
+        positives: dict[int, Image] = {}
+        if rng.random() >= config.negative_probability:
             first = int(rng.integers(tiles))
-            tiles_shown = {first: target, **_draw_further(pool, config, rng, item, first, tiles, as_target, guides)}
-        failure = f"there is no picture without the thing of {item.image}; give more groups"
-        shown = [
-            tiles_shown[i] if i in tiles_shown else _draw_tile(pool, rng, as_target, item.is_alien_to, failure)[1]
+            further = _draw_further_positives(pool, config, rng, item, first, tiles, as_target, guides)
+            positives = {first: target, **further}
+        failure = f"there is no image without the object of {item.image}; expected more than one group"
+        images = [
+            positives[i] if i in positives else _draw_tile(pool, rng, as_target, item.is_negative_for, failure)[1]
             for i in range(tiles)
         ]
-        return Mosaic(f"{item.name} by {found[0][0].name}", guides, shown, tuple(tiles_shown))
-    raise TrainingError("no group has two views that can be read; raise train.match.views, or give more pictures")
+        return Mosaic(f"{item.name} by {found[0][0].name}", guides, images, tuple(positives))
+    raise TrainingError(
+        "no group has two readable views; increase train.match.views_per_group, or give more images of each object"
+    )
 
 
 def _draw_tile(
-    pool: Pool,
+    pool: TrainingPool,
     rng: np.random.Generator,
-    as_target: Callable[[Item], Shown | None],
-    is_usable: Callable[[Item], bool],
+    as_target: Callable[[TrainingItem], Image | None],
+    is_usable: Callable[[TrainingItem], bool],
     failure: str,
-) -> tuple[Item, Shown]:
-    """Draw a usable item and its image. Raises TrainingError with ``failure`` where there is none."""
-    for _ in range(ATTEMPTS):
-        item = pool.draw(rng)
-        if is_usable(item) and (shown := as_target(item)) is not None:
-            return item, shown
+) -> tuple[TrainingItem, Image]:
+    """Draw a usable item and its image. Raises TrainingError with the message ``failure`` if there is none."""
+    for _ in range(MAX_DRAWS):
+        item = pool.draw_item(rng)
+        if is_usable(item) and (image := as_target(item)) is not None:
+            return item, image
     raise TrainingError(failure)
 
 
 def _draw_partner(
-    pool: Pool,
+    pool: TrainingPool,
     config: MatchConfig,
     rng: np.random.Generator,
-    item: Item,
-    target: Shown,
-    as_reference: Callable[[Item], Shown | None],
-) -> tuple[Item, Shown] | None:
-    """Draw a reference for ``item``, other than its ``target``; None where its group has no other one."""
-    for _ in range(PARTNER_ATTEMPTS):
-        partner = pool.partner(item, rng, config.same_image_share)
-        if (shown := as_reference(partner)) is not None and shown is not target:
-            return partner, shown
+    item: TrainingItem,
+    target: Image,
+    as_reference: Callable[[TrainingItem], Image | None],
+) -> tuple[TrainingItem, Image] | None:
+    """Draw a reference for ``item`` that is not the image ``target``; None if its group has no other one."""
+    for _ in range(MAX_PARTNER_DRAWS):
+        partner = pool.draw_partner(item, rng, config.same_image_probability)
+        if (image := as_reference(partner)) is not None and image is not target:
+            return partner, image
     return None
 
 
-def _draw_further(
-    pool: Pool,
+def _draw_further_positives(
+    pool: TrainingPool,
     config: MatchConfig,
     rng: np.random.Generator,
-    item: Item,
+    item: TrainingItem,
     first: int,
     tiles: int,
-    as_target: Callable[[Item], Shown | None],
-    guides: Sequence[Shown],
-) -> dict[int, Shown]:
-    """Draw the further tiles that show the thing too, at times; none of them is one of the references."""
-    if not config.several_share or rng.random() >= config.several_share:
+    as_target: Callable[[TrainingItem], Image | None],
+    guides: Sequence[Image],
+) -> dict[int, Image]:
+    """Draw further tiles that show the object, and their images, none of which is one of the references."""
+    if not config.multiple_probability or rng.random() >= config.multiple_probability:
         return {}
-    places = [place for place in range(tiles) if place != first and rng.random() < SEVERAL]
-    drawn = {place: as_target(pool.partner(item, rng, config.same_image_share)) for place in places}
+    further = [tile for tile in range(tiles) if tile != first and rng.random() < FURTHER_PROBABILITY]
+    drawn = {tile: as_target(pool.draw_partner(item, rng, config.same_image_probability)) for tile in further}
     return {
-        place: shown
-        for place, shown in drawn.items()
-        if shown is not None and not any(shown is guide for guide in guides)
+        tile: image
+        for tile, image in drawn.items()
+        if image is not None and not any(image is guide for guide in guides)
     }
 
 
-def joined(samples: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, columns: int) -> MosaicBatch:
-    """Join mosaics of one layout, with as many references each."""
+def collate_mosaics(samples: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, columns: int) -> MosaicBatch:
+    """Stack mosaics of the same layout and number of references into a batch."""
     feature, alpha, valid, embedding = (
-        torch.stack([laid_out([getattr(view, name) for view in each.tiles], rows, columns) for each in samples])
+        torch.stack([lay_out_tiles([getattr(view, name) for view in each.tiles], rows, columns) for each in samples])
         for name in ("feature", "alpha", "valid", "embedding")
     )
     scales = tuple(
-        torch.stack([laid_out([view.scales[level] for view in each.tiles], rows, columns) for each in samples])
+        torch.stack([lay_out_tiles([view.scales[level] for view in each.tiles], rows, columns) for each in samples])
         for level in range(len(samples[0].references[0].scales))
     )
-    wanted = torch.stack(
+    is_positive = torch.stack(
         [
-            laid_out(
-                [torch.full_like(view.alpha, float(i in each.places)) for i, view in enumerate(each.tiles)],
+            lay_out_tiles(
+                [torch.full_like(view.alpha, float(i in each.positive_tiles)) for i, view in enumerate(each.tiles)],
                 rows,
                 columns,
             )
@@ -298,10 +259,6 @@ def joined(samples: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, 
         torch.stack([torch.stack([getattr(view, name) for view in each.references]) for each in samples])
         for name in ("feature", "inside", "outside")
     )
-    stem, reference_stem = (
-        torch.stack([torch.stack([view.stem for view in getattr(each, name)]) for each in samples])
-        for name in ("tiles", "references")
-    )
     names = tuple(each.name for each in samples)
     return MosaicBatch(
         names,
@@ -311,59 +268,60 @@ def joined(samples: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, 
         columns,
         feature,
         scales,
-        (alpha * wanted).float(),
+        (alpha * is_positive).float(),
         valid,
         reference_feature,
         inside,
         outside,
-        stem,
-        reference_stem,
         embedding,
     )
 
 
-def noisy(batch: MosaicBatch, most: float, rng: np.random.Generator) -> MosaicBatch:
-    """The batch with noise on the features that are compared, of a standard deviation of up to ``most``, for each
-    picture another: in every token, and in whole parts. Features of tokens have a variance of 1.
+def add_feature_noise(batch: MosaicBatch, max_std: float, rng: np.random.Generator) -> MosaicBatch:
+    """Add noise to the features that are compared, so that the head errs as it does on images it never saw.
 
-    What is asked then errs as it does on pictures that it never saw.
+    Each image has noise of its own strength, with a standard deviation of up to ``max_std``: partly per
+    token, partly in larger regions. The features themselves have a variance of 1.
     """
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
 
-    def of(feature: Tensor) -> Tensor:
-        strength = most * torch.rand(len(feature), 1, 1, 1, generator=generator) ** 2
-        parts = [max(1, side // NOISE_PART) for side in feature.shape[-2:]]
-        coarse = torch.randn(*feature.shape[:2], *parts, generator=generator)
+    def add_noise(feature: Tensor) -> Tensor:
+        strength = max_std * torch.rand(len(feature), 1, 1, 1, generator=generator) ** 2
+        regions = [max(1, side // NOISE_REGION) for side in feature.shape[-2:]]
+        coarse = torch.randn(*feature.shape[:2], *regions, generator=generator)
         coarse = F.interpolate(coarse, feature.shape[-2:], mode="bilinear", align_corners=False)
         noise = 0.5 * torch.randn(feature.shape, generator=generator) + 1.3 * coarse
         return feature.float() + strength * noise
 
-    shown = batch.reference_feature
-    return replace(batch, feature=of(batch.feature), reference_feature=of(shown.flatten(0, 1)).reshape(shown.shape))
+    reference = batch.reference_feature
+    return replace(
+        batch,
+        feature=add_noise(batch.feature),
+        reference_feature=add_noise(reference.flatten(0, 1)).reshape(reference.shape),
+    )
 
 
-def panel(alpha: Tensor, answer: Answer) -> ImageU8:
-    """For each mosaic its true alpha [B,nH,nW], the coarse alpha, and what all comparisons together carry over."""
-    _, logit, carried, _ = answer
-    layers = (alpha, torch.sigmoid(logit), resize_bilinear(0.5 + 0.5 * carried[:, -1:], logit.shape[-2:])[:, 0])
-    return table([[grey(alpha_to_u8(layer[i].float().cpu().numpy())) for layer in layers] for i in range(len(alpha))])
+def render_mosaics(alpha: Tensor, prediction: Prediction) -> ImageU8:
+    """Show for each mosaic: true alpha [B,nH,nW], predicted alpha, and the combined similarity map."""
+    _, logit, similarity, _ = prediction
+    layers = (alpha, torch.sigmoid(logit), resize_bilinear(0.5 + 0.5 * similarity[:, -1:], logit.shape[-2:])[:, 0])
+    return image_grid(
+        [[grey_to_rgb(alpha_to_u8(each[i].float().cpu().numpy())) for each in layers] for i in range(len(alpha))]
+    )
 
 
-def views_of(
+def encode_views(
     backbone: Backbone,
     head: TokenMatchHead,
     image: Tensor,
     alpha: Tensor,
     valid: Tensor,
-    live_blocks: int = 0,
     objects: Objects | None = None,
 ) -> Iterator[View]:
-    """Tokens of pictures, image [N,3,S,S] sRGB 0..1, alpha float32 [N,1,S,S] 0..1 and valid bool [N,S,S]."""
-    keeping = stemmed(backbone).keeping_stems(live_blocks) if live_blocks else nullcontext([])
-    with keeping as stems:
-        features = backbone.target_features(image, valid, [""] * len(image))
+    """Yield the tokens of images: image [N,3,S,S] sRGB 0..1, alpha float32 [N,1,S,S] 0..1, valid bool [N,S,S]."""
+    features = backbone.target_features(image, valid, [""] * len(image))
     stride = image.shape[-1] // features.correspondence.shape[-1]
-    share = F.avg_pool2d(alpha, stride >> len(head.config.decoder_channels))[:, 0]
+    mean_alpha = F.avg_pool2d(alpha, stride >> len(head.config.decoder_channels))[:, 0]
     scales = [features.scales[stride >> level + 1] for level in range(len(head.config.skip_channels))]
     guidance = (alpha > 0.5).float()
     embeddings = None if objects is None else objects.embedding(image)
@@ -372,21 +330,20 @@ def views_of(
         yield View(
             features.correspondence[i],
             tuple(scale[i] for scale in scales),
-            share[i],
+            mean_alpha[i],
             foreground_token_mask(guidance[one], valid[one], stride)[0][0],
             background_token_mask(guidance[one], valid[one], stride)[0],
             features.valid[i],
-            stems[0][i] if stems else image.new_zeros(0, 0),
             image.new_zeros(0, 0, 0) if embeddings is None else embeddings[i],
         )
 
 
-def laid_out(tiles: Sequence[Tensor], rows: int, columns: int) -> Tensor:
-    """Tiles [...,h,w], row by row, side by side."""
+def lay_out_tiles(tiles: Sequence[Tensor], rows: int, columns: int) -> Tensor:
+    """Concatenate tiles, [...,h,w] row by row, to one tensor [...,H,W]."""
     lines = [torch.cat(list(tiles[row * columns : (row + 1) * columns]), dim=-1) for row in range(rows)]
     return torch.cat(lines, dim=-2)
 
 
-def _drawn_index(shares: Sequence[float], rng: np.random.Generator) -> int:
-    """An index drawn by its share."""
-    return int(rng.choice(len(shares), p=np.asarray(shares) / sum(shares)))
+def _draw_index(weights: Sequence[float], rng: np.random.Generator) -> int:
+    """Draw an index with a probability proportional to its weight."""
+    return int(rng.choice(len(weights), p=np.asarray(weights) / sum(weights)))

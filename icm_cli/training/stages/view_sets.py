@@ -1,9 +1,9 @@
-"""View sets: which images of every group have their tokens kept, and how they are replaced while training continues.
+"""View sets of the stage "match": the images whose tokens are stored, and their replacement during training.
 
-Every group has an order of its images, drawn with the seed. Part number n of the views takes the next images of that
-order, and starts again at its end. A view set is a window of :attr:`MatchConfig.rotation_parts` parts. After every
-:attr:`MatchConfig.rotate_every` steps the oldest part leaves the window and the next one enters it. The parts depend
-on the seed alone, so a resumed run has the same view sets.
+The images of each group are shuffled with the seed. Part number n of the views takes the next images in
+that order, and starts again at its end. A view set is a window of :attr:`MatchConfig.rotation_parts`
+parts. Every :attr:`MatchConfig.rotate_every` steps the window moves by one part. The parts depend only on
+the seed, so a resumed run has the same view sets.
 """
 
 from __future__ import annotations
@@ -18,83 +18,83 @@ import numpy as np
 import torch
 
 from icm_cli.files import atomic_write
-from icm_cli.training.data.pool import Item, Pool
+from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.settings import MatchConfig
-from icm_cli.training.stages.mosaics import LARGE, View
+from icm_cli.training.stages.mosaics import LARGE_FACTOR, View
 
 CHUNK_VIEWS = 64
-"""Most views in a file; of large views, which have more tokens, accordingly fewer."""
+"""Largest number of views in a file; files of large views contain fewer, as these have more tokens."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Views whose tokens are read together and kept in one file."""
+    """Views whose tokens are computed together and stored in one file."""
 
     part: int
     number: int
     is_large: bool
-    items: tuple[Item, ...]
+    items: tuple[TrainingItem, ...]
 
     @property
     def file_name(self) -> str:
         return f"{self.part:05d}-{'large' if self.is_large else 'small'}-{self.number:03d}.pt"
 
-    def view_seed(self, seed: int, index: int) -> tuple[int, ...]:
-        """Seed of the scene of item number ``index``."""
+    def scene_seed(self, seed: int, index: int) -> tuple[int, ...]:
+        """Return the seed of the scene of item number ``index``."""
         return (seed, 3, self.part, int(self.is_large), self.number, index)
 
 
 class ViewPlan:
-    """Plan of the views: the chunks of every part, and the parts of every step."""
+    """Decides which views belong to each part, and which parts each step uses."""
 
-    def __init__(self, pool: Pool, config: MatchConfig, seed: int) -> None:
+    def __init__(self, pool: TrainingPool, config: MatchConfig, seed: int) -> None:
         self._pool = pool
         self._config = config
         self._seed = seed
         self._chunks: dict[int, list[Chunk]] = {}
 
     def set_number(self, step: int) -> int:
-        """Number of the view set that a step (from 0) draws from."""
+        """Return the number of the view set that a step (from 0) uses."""
         return step // self._config.rotate_every if self._config.rotate_every else 0
 
     def chunks_of_set(self, number: int) -> list[Chunk]:
-        """Chunks of a view set."""
+        """Return the chunks of a view set."""
         parts = range(number, number + self._config.rotation_parts)
-        return [chunk for part in parts for chunk in self.chunks(part)]
+        return [chunk for part in parts for chunk in self.chunks_of_part(part)]
 
     def chunks_due(self, step: int) -> list[Chunk]:
-        """Chunks of the next part that must be read by a step, so that reading is spread evenly over all steps."""
+        """Return the chunks of the next part to be computed by a step, which spreads the work evenly over the steps."""
         every = self._config.rotate_every
         if not every:
             return []
-        chunks = self.chunks(step // every + self._config.rotation_parts)
+        chunks = self.chunks_of_part(step // every + self._config.rotation_parts)
         return chunks[: -(-len(chunks) * (step % every + 1) // every)]
 
-    def chunks(self, part: int) -> list[Chunk]:
-        """Chunks of a part."""
+    def chunks_of_part(self, part: int) -> list[Chunk]:
+        """Return the chunks of a part."""
         if part not in self._chunks:
             self._chunks[part] = [chunk for is_large in (False, True) for chunk in self._split(part, is_large=is_large)]
         return self._chunks[part]
 
     def _split(self, part: int, *, is_large: bool) -> Iterator[Chunk]:
-        items = self._items(part, is_large=is_large)
-        size = CHUNK_VIEWS // LARGE**2 if is_large else CHUNK_VIEWS
+        items = self._items_of_part(part, is_large=is_large)
+        size = CHUNK_VIEWS // LARGE_FACTOR**2 if is_large else CHUNK_VIEWS
         for start in range(0, len(items), size):
             yield Chunk(part, start // size, is_large, tuple(items[start : start + size]))
 
-    def _items(self, part: int, *, is_large: bool) -> list[Item]:
-        """Items that a part shows: of each group the next ones of its order."""
-        config, items = self._config, list[Item]()
-        views = config.large_views if is_large else config.views
+    def _items_of_part(self, part: int, *, is_large: bool) -> list[TrainingItem]:
+        """Return the items of a part: the next ones of each group, in its shuffled order."""
+        config, items = self._config, list[TrainingItem]()
+        views = config.large_views_per_group if is_large else config.views_per_group
         for order in self._orders[is_large]:
-            count = min(views, config.most_views * len(order))
+            count = min(views, config.max_views_per_image * len(order))
             indices = range(count * part // config.rotation_parts, count * (part + 1) // config.rotation_parts)
             items += [order[index % len(order)] for index in indices]
         return items
 
     @cached_property
-    def _orders(self) -> tuple[list[list[Item]], list[list[Item]]]:
-        """The order of every group's items, for small and for large views."""
+    def _orders(self) -> tuple[list[list[TrainingItem]], list[list[TrainingItem]]]:
+        """The shuffled items of every group, for small and for large views."""
         small, large = (np.random.default_rng((self._seed + offset, 2)) for offset in (0, 1))
         groups = self._pool.groups.values()
         return (
@@ -104,21 +104,21 @@ class ViewPlan:
 
 
 class ViewSet:
-    """Views of one size by item, and the pool of the items that have any."""
+    """The views of one size, by item, and the pool of the items that have views."""
 
-    def __init__(self, pool: Pool, chunks: Mapping[Chunk, list[View | None]]) -> None:
-        self._views: dict[Item, list[View]] = {}
+    def __init__(self, pool: TrainingPool, chunks: Mapping[Chunk, list[View | None]]) -> None:
+        self._views: dict[TrainingItem, list[View]] = {}
         for chunk, views in chunks.items():
             for item, view in zip(chunk.items, views, strict=True):
                 if view is not None:
                     self._views.setdefault(item, []).append(view)
-        self.pool = pool.restricted_to(self._views)
+        self.pool = pool.restrict_to(self._views)
 
     def __bool__(self) -> bool:
         return bool(self._views)
 
-    def draw_view(self, item: Item, rng: np.random.Generator) -> View | None:
-        """One of the item's views; None where it has none."""
+    def draw_view(self, item: TrainingItem, rng: np.random.Generator) -> View | None:
+        """Draw one of an item's views; None if it has none."""
         views = self._views.get(item)
         return views[int(rng.integers(len(views)))] if views else None
 
@@ -131,7 +131,7 @@ def save_views(path: Path, digest: str, views: list[View | None]) -> None:
 
 
 def load_views(path: Path, digest: str) -> list[View | None] | None:
-    """Read what :func:`save_views` wrote; None where there is no file, or it has another digest."""
+    """Read what :func:`save_views` wrote; None if there is no file, or if it has another digest."""
     try:
         stored: dict[str, Any] = torch.load(path, weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError):

@@ -17,18 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icm_cli.files import cached_file_digest
-from icm_cli.training.data.augment import damage
-from icm_cli.training.data.card import CardScenes, _quantised, over
-from icm_cli.training.data.layers import photograph
-from icm_cli.training.data.pool import Item, Pool, read_pool
+from icm_cli.training.data.augment import degrade_image
+from icm_cli.training.data.device_scenes import DeviceScenes, _quantise_jpeg, composite_over
+from icm_cli.training.data.export import export_shards
+from icm_cli.training.data.layers import read_photograph
+from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
 from icm_cli.training.data.scenes import SceneMaker
-from icm_cli.training.data.shrink import shrink
 from icm_cli.training.settings import AugmentConfig, PairConfig, TrainConfig, read_data
 
 CANVAS_PX = 96
 STILL = AugmentConfig(colour=0.0, jpeg=0.0, blur=0.0, noise=0.0)
 """Moves pictures and leaves their colours."""
-PLAIN = PairConfig(composite_share=0.0, distractor_share=0.0)
+PLAIN = PairConfig(composite_probability=0.0, distractor_probability=0.0)
 
 
 def disc(height: int, width: int, colour: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +41,7 @@ def disc(height: int, width: int, colour: tuple[int, int, int]) -> tuple[np.ndar
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
+def pool(tmp_path_factory: pytest.TempPathFactory) -> TrainingPool:
     """Photographs of three shapes, larger and smaller than the canvas, and a background."""
     root = tmp_path_factory.mktemp("card")
     items = []
@@ -52,27 +52,27 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
         cv2.imwrite(str(root / f"{number}.png"), rgb[..., ::-1])
         cv2.imwrite(str(root / f"{number}-alpha.png"), alpha)
         paths = root / f"{number}.png", root / f"{number}-alpha.png"
-        items.append(Item(str(number), *paths, None, str(number), is_foreground=False, is_binary=False))
+        items.append(TrainingItem(str(number), *paths, None, str(number), is_foreground=False, is_binary=False))
     cv2.imwrite(str(root / "behind.png"), np.full((120, 160, 3), (10, 120, 240), np.uint8))
-    return Pool((tuple(items),), (1.0,), (root / "behind.png",))
+    return TrainingPool((tuple(items),), (1.0,), (root / "behind.png",))
 
 
-def scenes(pool: Pool, pairs: PairConfig, augment: AugmentConfig, side_px: int = 400) -> CardScenes:
+def scenes(pool: TrainingPool, pairs: PairConfig, augment: AugmentConfig, side_px: int = 400) -> DeviceScenes:
     config = TrainConfig(canvas_px=CANVAS_PX, pairs=pairs, augment=augment)
-    return CardScenes(pool, config, torch.device("cpu"), side_px=side_px, notice=pytest.fail)
+    return DeviceScenes(pool, config, torch.device("cpu"), side_px=side_px, notice=pytest.fail)
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_a_photograph_is_that_of_the_cpu(pool: Pool, number: int) -> None:
+def test_a_photograph_is_that_of_the_cpu(pool: TrainingPool, number: int) -> None:
     (item,) = (item for item in pool if item.name == str(number))
     # The CPU shrinks a picture to the largest size it may have on the canvas before it warps it; so must we here.
     alone = replace(pool, backgrounds=())
-    on_card = scenes(alone, PLAIN, STILL, side_px=round(CANVAS_PX * STILL.zoom / 4) * 4)
+    on_device = scenes(alone, PLAIN, STILL, side_px=round(CANVAS_PX * STILL.zoom / 4) * 4)
     on_cpu = SceneMaker(CANVAS_PX, STILL)
     for seed in range(8):
-        plan = on_card.plan(item, CANVAS_PX, np.random.default_rng(seed))
-        image, alpha, valid = on_card.views([plan], CANVAS_PX)
-        scene = on_cpu.photograph(item, np.random.default_rng(seed))
+        plan = on_device.plan_scene(item, CANVAS_PX, np.random.default_rng(seed))
+        image, alpha, valid = on_device.render_scenes([plan], CANVAS_PX)
+        scene = on_cpu.make_photograph(item, np.random.default_rng(seed))
         both = valid[0].numpy() & scene.valid
         assert (valid[0].numpy() == scene.valid).mean() > 0.95
         assert np.abs(image[0].permute(1, 2, 0).numpy()[both].astype(int) - scene.rgb[both]).mean() < 3
@@ -81,14 +81,14 @@ def test_a_photograph_is_that_of_the_cpu(pool: Pool, number: int) -> None:
 
 @given(seed=st.integers(0, 2**31), count=st.integers(1, 5))
 @settings(max_examples=25, deadline=None)
-def test_views_do_not_depend_on_their_neighbours(pool: Pool, seed: int, count: int) -> None:
-    on_card = scenes(pool, PairConfig(distractor_share=0.7), AugmentConfig(jpeg=0.5, noise=0.5, blur=0.5))
+def test_views_do_not_depend_on_their_neighbours(pool: TrainingPool, seed: int, count: int) -> None:
+    on_device = scenes(pool, PairConfig(distractor_probability=0.7), AugmentConfig(jpeg=0.5, noise=0.5, blur=0.5))
     rng = np.random.default_rng(seed)
     items = list(pool)
-    plans = [on_card.plan(items[rng.integers(len(items))], CANVAS_PX, rng) for _ in range(count)]
-    together = on_card.views(plans, CANVAS_PX)
+    plans = [on_device.plan_scene(items[rng.integers(len(items))], CANVAS_PX, rng) for _ in range(count)]
+    together = on_device.render_scenes(plans, CANVAS_PX)
     for i, plan in enumerate(plans):
-        for layer, alone in zip(together, on_card.views([plan], CANVAS_PX), strict=True):
+        for layer, alone in zip(together, on_device.render_scenes([plan], CANVAS_PX), strict=True):
             assert (layer[i].int() - alone[0].int()).abs().max() <= 1  # sums of floats in another order
     image, alpha, valid = together
     assert image.shape == (count, 3, CANVAS_PX, CANVAS_PX)
@@ -104,7 +104,7 @@ def test_a_thing_before_another_background_has_its_own_colours() -> None:
     truth = torch.tensor([220.0, 40.0, 30.0])[:, None, None] * weight + behind * (1 - weight)
     pasted = colour * weight + behind * (1 - weight)
     soft = ((weight > 0.1) & (weight < 0.9)).expand_as(truth)
-    error = (over(colour, weight, behind) - truth)[soft].abs().mean()
+    error = (composite_over(colour, weight, behind) - truth)[soft].abs().mean()
     assert error < 4
     assert error < 0.5 * (pasted - truth)[soft].abs().mean()  # the ramp shines through
 
@@ -116,19 +116,21 @@ def test_jpeg_damages_as_much_as_a_coder_does() -> None:
     for quality in (40, 60, 90):
         _, coded = cv2.imencode(".jpg", rgb, [cv2.IMWRITE_JPEG_QUALITY, quality])
         theirs = np.abs(cv2.imdecode(coded, cv2.IMREAD_COLOR).astype(int) - rgb).mean()
-        ours = float((_quantised(image, torch.tensor([quality])) - image).abs().mean())
+        ours = float((_quantise_jpeg(image, torch.tensor([quality])) - image).abs().mean())
         assert ours == pytest.approx(theirs, rel=0.1)
-    assert damage(rgb, AugmentConfig(blur=0, noise=0, jpeg=0), rng) is rgb
+    assert degrade_image(rgb, AugmentConfig(blur=0, noise=0, jpeg=0), rng) is rgb
 
 
-def test_a_picture_that_cannot_be_read_is_named_and_left_out(pool: Pool, tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_read_is_named_and_left_out(pool: TrainingPool, tmp_path: Path) -> None:
     (tmp_path / "torn.png").write_bytes(b"\x89PNG")
-    torn = Item(
+    torn = TrainingItem(
         "torn", tmp_path / "torn.png", tmp_path / "torn.png", None, "torn", is_foreground=False, is_binary=False
     )
     told: list[str] = []
-    with_torn = Pool(((*pool.sources[0], torn),), pool.weights, pool.backgrounds)
-    made = CardScenes(with_torn, TrainConfig(canvas_px=CANVAS_PX), torch.device("cpu"), side_px=64, notice=told.append)
+    with_torn = TrainingPool(((*pool.sources[0], torn),), pool.weights, pool.backgrounds)
+    made = DeviceScenes(
+        with_torn, TrainConfig(canvas_px=CANVAS_PX), torch.device("cpu"), side_px=64, notice=told.append
+    )
     assert set(made.items) == set(pool)
     assert len(told) == 1
     assert "torn.png" in told[0]
@@ -157,13 +159,13 @@ def test_small_copies_show_what_their_originals_do(tmp_path: Path, monkeypatch: 
     data = tmp_path / "data.yaml"
     data.write_text(json.dumps({"sources": [photographs, cutouts], "backgrounds": backgrounds}))
     done = subprocess.run(
-        [sys.executable, "-m", "icm_cli.training.data.shrink", tmp_path / "pack", "--data", data, "--px", "64"],
+        [sys.executable, "-m", "icm_cli.training.data.export", tmp_path / "pack", "--data", data, "--px", "64"],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     whole = [Path(line.split()[0]) for line in done.stdout.splitlines()]
-    pieces = shrink(data, tmp_path / "small", long_side_px=64, piece_bytes=20_000)
+    pieces = export_shards(data, tmp_path / "small", long_side_px=64, shard_bytes=20_000)
     assert len(whole) == 1
     assert len(pieces) > 1
     assert all(path.stat().st_size < 20_000 + 2 * 10_240 for path in pieces)
@@ -178,10 +180,10 @@ def test_small_copies_show_what_their_originals_do(tmp_path: Path, monkeypatch: 
     assert [len(each) for each in copies.groups.values()] == [len(each) for each in originals.groups.values()]
     for copy, original in zip(copies, originals, strict=True):
         assert (copy.classes, copy.is_foreground) == (original.classes, original.is_foreground)
-        layers = photograph(copy), photograph(original, 64)
+        layers = read_photograph(copy), read_photograph(original, 64)
         np.testing.assert_array_equal(layers[0].alpha, layers[1].alpha)
         shown = (layers[1].alpha > 0) | (not original.is_foreground)  # what is cut off has no colour
         assert np.abs(layers[0].rgb[shown].astype(int) - layers[1].rgb[shown]).mean() < 6
     assert json.loads(Path(config.copies_of or "").read_text()) == sorted(
-        {cached_file_digest(path) for path in originals.images}
+        {cached_file_digest(path) for path in originals.image_paths}
     )

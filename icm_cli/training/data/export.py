@@ -1,0 +1,161 @@
+"""Export reduced copies of the training data as tar files, to train on another machine.
+
+    python -m icm_cli.training.data.export OUT --data configs/data/lite.yaml --px 384 --shard-mb 50
+
+writes every image and alpha, reduced to at most 384 px, to tar files of at most 50 MB each. Unpacked into
+one folder they contain ``data.yaml``; run ``icm train --data data.yaml`` in that folder. Images are
+compressed as WebP, alphas without loss. ``copies_of.json`` contains the SHA-256 digests of the original
+files, so that checkpoints record them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import typer
+import yaml
+
+from icm_cli.errors import IcmError, ImageError
+from icm_cli.files import atomic_write, cached_file_digest
+from icm_cli.geometry import ImageU8, downscaled_size, resize
+from icm_cli.images.reading import read_image
+from icm_cli.training.data.layers import read_photograph
+from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
+from icm_cli.training.settings import CUTOUTS, DataConfig, PairConfig, SourceConfig, read_data
+
+IMAGE_QUALITY = 88
+LOSSLESS = 101
+"""Quality for which cv2 writes lossless WebP."""
+
+
+def export_shards(data: str | Path, out: Path, *, long_side_px: int, shard_bytes: int) -> list[Path]:
+    """Write the tar files ``out-0.tar``, ``out-1.tar`` ..., each atomically, and return their paths.
+
+    Raises ConfigError or UsageError if the data cannot be trained on, ImageError if an image cannot be read.
+    """
+    config = read_data(data)
+    pool = read_pool(config, PairConfig())
+    shards: list[Path] = []
+    members: list[tuple[str, bytes]] = []
+
+    def write_shard() -> None:
+        if members:
+            shards.append(out.with_name(f"{out.name}-{len(shards)}.tar"))
+            _write_tar(shards[-1], members)
+            members.clear()
+
+    size = 0
+    for name, content in _make_files(config, pool, long_side_px):
+        member_size = len(content) + 3 * tarfile.BLOCKSIZE  # header, padding, end
+        if size + member_size > shard_bytes:
+            write_shard()
+            size = 0
+        members.append((name, content))
+        size += member_size
+    write_shard()
+    return shards
+
+
+def _make_files(config: DataConfig, pool: TrainingPool, long_side_px: int) -> Iterator[tuple[str, bytes]]:
+    """Yield path and content of every file of the export."""
+    classes: dict[str, list[str]] = {}
+    sources = []
+    for number, (items, source) in enumerate(zip(pool.sources, config.sources, strict=True)):
+        are_foregrounds = items[0].is_foreground
+        folders = _item_folders(number, items)
+        for item, folder in zip(items, folders, strict=True):
+            classes[folder] = sorted(item.classes)
+        sources.append(
+            _describe_source(number, source, are_foregrounds, has_classes=any(item.classes for item in items))
+        )
+    copied = {"sources": sources, "backgrounds": ["backgrounds"] if pool.backgrounds else []}
+    yield "data.yaml", yaml.safe_dump({**copied, "copies_of": "copies_of.json"}, sort_keys=False).encode()
+    yield "classes.json", json.dumps(classes).encode()
+    yield "copies_of.json", json.dumps(sorted({cached_file_digest(path) for path in pool.image_paths})).encode()
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for number, items in enumerate(pool.sources):
+            encoded = threads.map(lambda item: _encode_item(item, long_side_px), items)
+            for index, (folder, files) in enumerate(zip(_item_folders(number, items), encoded, strict=True)):
+                for kind, content in files.items():
+                    suffix = "png" if kind == "alphas" else "webp"
+                    yield f"{folder.replace('images', kind, 1)}/{index:05d}.{suffix}", content
+        backgrounds = threads.map(lambda path: _encode_background(path, long_side_px), pool.backgrounds)
+        for index, content in enumerate(backgrounds):
+            yield f"backgrounds/{index:05d}.webp", content
+
+
+def _item_folders(number: int, items: tuple[TrainingItem, ...]) -> list[str]:
+    """Return the folder of each item of a source; every group has one folder."""
+    groups = {group: index for index, group in enumerate(dict.fromkeys(item.group for item in items))}
+    return [str(PurePosixPath("images", str(number), f"{groups[item.group]:04d}")) for item in items]
+
+
+def _describe_source(number: int, source: SourceConfig, are_foregrounds: bool, *, has_classes: bool) -> dict[str, Any]:
+    """Return the entry of a source in the exported ``data.yaml``, without ``soften_px``, which is already applied."""
+    kept = {"weight": source.weight, "licence": source.licence, "binary": source.binary}
+    if are_foregrounds:
+        where: dict[str, Any] = {"dataset": CUTOUTS, "root": f"images/{number}"}
+    else:
+        where = {"images": f"images/{number}/*/*.webp", "alphas": f"alphas/{number}/*/*.png"}
+    return {**where, **({"classes": "classes.json"} if has_classes else {}), **kept}
+
+
+def _encode_item(item: TrainingItem, long_side_px: int) -> dict[str, bytes]:
+    """Return the files of an item: image and alpha, or one RGBA cut-out."""
+    layer = read_photograph(item, long_side_px)
+    if item.is_foreground:
+        return {"images": _encode_image(np.dstack([layer.rgb, layer.alpha]), ".webp", LOSSLESS)}
+    return {"images": _encode_image(layer.rgb, ".webp", IMAGE_QUALITY), "alphas": _encode_image(layer.alpha, ".png")}
+
+
+def _encode_background(path: Path, long_side_px: int) -> bytes:
+    rgb = read_image(path).rgb
+    return _encode_image(resize(rgb, downscaled_size(rgb.shape[:2], long_side_px)), ".webp", IMAGE_QUALITY)
+
+
+def _encode_image(image: ImageU8, suffix: str, quality: int | None = None) -> bytes:
+    """Encode an image, uint8 [H,W] or RGB(A) [H,W,C], in the format of a file name suffix. Raises ImageError."""
+    if image.ndim == 3:
+        image = np.ascontiguousarray(image[..., [2, 1, 0, 3][: image.shape[2]]])
+    options = [] if quality is None else [cv2.IMWRITE_WEBP_QUALITY, quality]
+    is_encoded, content = cv2.imencode(suffix, image, options)
+    if not is_encoded:
+        raise ImageError(f"an image of {image.shape[1]}x{image.shape[0]} px cannot be written as {suffix}")
+    return content.tobytes()
+
+
+def _write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Prefix of the tar files' names.")],
+    data: Annotated[Path, typer.Option(help="Data file, as for icm train --data.")],
+    px: Annotated[int, typer.Option(min=64, help="Largest long side of the copies, in px.")] = 384,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Largest size of a tar file, in MB.")] = 50,
+) -> None:
+    """Export reduced copies of the training data as tar files."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for path in export_shards(data, out, long_side_px=px, shard_bytes=shard_mb * 1_000_000):
+            typer.echo(f"{path} {path.stat().st_size / 1e6:.1f} MB")
+    except IcmError as error:
+        typer.echo(f"icm: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)
