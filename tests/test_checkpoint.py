@@ -204,7 +204,7 @@ def test_other_projects_torch_file(tmp_path: Path, content: dict[str, Any], said
         (pickle.dumps({"state_dict": {}}), "a bare pickle"),
         (bytes(range(256)), "of unknown type"),
         (b"PK\x03\x04" + bytes(64), "truncated"),
-        (b"\x80\x00\x00\x00\x00\x00\x00\x00{" + b" " * 8, "safetensors file that is damaged"),
+        (b"\x80\x00\x00\x00\x00\x00\x00\x00{" + b" " * 8, "damaged or truncated safetensors file"),
     ],
 )
 def test_something_else_is_named(tmp_path: Path, content: bytes, said: str) -> None:

@@ -182,5 +182,5 @@ def test_a_preset_finds_its_weights_in_the_package(files: tuple[Path, Path], mon
     monkeypatch.setattr(catalogue, "PACKED_WEIGHTS", files[1].parent)
     assert resolve_model("lite", None)[1] == files[1] == packed_checkpoint("lite")
     assert resolve_model("lite-training-free", None)[1] is None
-    with pytest.raises(ConfigError, match="needs none"):
+    with pytest.raises(ConfigError, match="use a model without trained weights"):
         resolve_model("icm-sd21", None)

@@ -382,8 +382,8 @@ class Edges(nn.Module, ABC):
         """Settings that take their pretrained weights from ``weights``, a folder or hub id. Raises
         UsageError."""
         raise UsageError(
-            f"the edges have no weights that could be chosen, so --edges-weights {weights!r} has "
-            "nothing to do; leave it out, or give --edges vitmatte"
+            f"the edges have no pretrained weights, so --edges-weights {weights!r} has "
+            "no effect; omit it, or give --edges vitmatte"
         )
 
     @classmethod
