@@ -166,7 +166,7 @@ def test_no_matrix_of_all_tokens_is_in_memory(folders: dict[str, Path], kind: st
     guidance[..., : 16 * patch, : 16 * patch] = 1
     with torch.no_grad(), Largest() as largest:
         prepared = model.prepare_references([(image, guidance, valid)])
-        model.head.evidence(model.backbone.target_features(image, valid, []), [prepared], patch)
+        model.head.compute_evidence(model.backbone.target_features(image, valid, []), [prepared], patch)
     assert 64 * 64 * WIDTH < largest.values < 64 * 64 * 64 * 64 / 2
 
 

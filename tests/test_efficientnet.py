@@ -24,7 +24,7 @@ def test_imagenet_classes_come_out() -> None:
     rgb = cv2.imread(str(DEMO / "imgs" / "cat.jpg"))[:500, :500, ::-1].copy()
     image = torch.from_numpy(cv2.resize(rgb, (256, 256), interpolation=cv2.INTER_AREA)).permute(2, 0, 1)[None] / 255
     with torch.inference_mode():
-        outputs = last.outputs(image, (20,))[20]
+        outputs = last.run_blocks(image, (20,))[20]
         published = torch.load(_weights_path(None), weights_only=True)
         statistics = [published[f"_bn1.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
         head = F.batch_norm(F.conv2d(outputs, published["_conv_head.weight"]), *statistics, eps=1e-3)

@@ -59,10 +59,10 @@ class TestPublished:
         names = {name: json.loads(shape) for name, shape in zip(golden["names"], golden["shapes"], strict=True)}
         tensors = published_like(names)
         encoder, decoder = sam_encoder.TinyViT().eval(), sam_decoder.MaskDecoder().eval()
-        missing = encoder.load_state_dict(sam_encoder.from_published(tensors), strict=False)
+        missing = encoder.load_state_dict(sam_encoder.convert_encoder_tensors(tensors), strict=False)
         assert not missing.unexpected_keys
         assert all(key.endswith("num_batches_tracked") for key in missing.missing_keys)
-        decoder.load_state_dict(sam_decoder.from_published(tensors))
+        decoder.load_state_dict(sam_decoder.convert_decoder_tensors(tensors))
         rng = np.random.default_rng(1)
         image = torch.from_numpy(rng.random((1, 3, 1024, 1024), dtype=np.float32))
         logit = torch.from_numpy(rng.standard_normal((1, 1, 256, 256), dtype=np.float32) * 3)

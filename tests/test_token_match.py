@@ -157,14 +157,19 @@ class TestTokenMatch:
     def test_another_backbone_is_named(self, head: TokenMatchHead) -> None:
         lacking = Features(torch.randn(1, 9, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool), {}, {})
         image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
-        with pytest.raises(ConfigError, match="feature_channels add up to 12, but the backbone's correspondence features have 9 channels"):
+        with pytest.raises(
+            ConfigError,
+            match="feature_channels add up to 12, but the backbone's correspondence features have 9 channels",
+        ):
             head(lacking, [head.prepare_references([reference(1)])], image, valid)
 
     def test_a_decoder_that_the_backbone_does_not_feed_is_named(self, head: TokenMatchHead) -> None:
         target = features(1)
         lacking = Features(target.correspondence, target.valid, {8: target.scales[8]}, {})
         image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
-        with pytest.raises(ConfigError, match="skip_channels is 5 at 4 times the tokens' resolution, where the backbone has"):
+        with pytest.raises(
+            ConfigError, match="skip_channels is 5 at 4 times the tokens' resolution, where the backbone has"
+        ):
             head(lacking, [head.prepare_references([reference(1)])], image, valid)
 
     def test_a_decoder_may_end_before_the_canvas(self) -> None:

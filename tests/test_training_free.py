@@ -18,7 +18,7 @@ from icm_cli.model.core import InContextMatting
 from icm_cli.model.lite.efficientnet import EfficientNetLite, EfficientNetLiteConfig
 from icm_cli.model.similarity import AttentionMatrix, ReferenceTokens, SelfSimilarity, valid_tokens
 from icm_cli.model.training_free.closed_form import solve_alpha
-from icm_cli.model.training_free.clusters import clusters, nearest_is_foreground, segment_by_clusters
+from icm_cli.model.training_free.clusters import cluster_tokens, is_nearest_foreground, segment_by_clusters
 from icm_cli.model.training_free.head import TrainingFree, TrainingFreeConfig, keep_strong_regions, soft_max_similarity
 
 STRIDE = 16
@@ -174,7 +174,7 @@ def test_intra_similarity_spreads_the_evidence(head):
     flat = AttentionMatrix(torch.full((1, kinds.numel(), kinds.numel()), 1 / kinds.numel()), tuple(kinds.shape))
     target = dataclasses.replace(features(kinds, whole(kinds)), intra={STRIDE: flat})
     prepared = head.prepare_references([reference(scene((BALL, 5)), BALL)])
-    contrast = head.evidence(target, [prepared], STRIDE)[0].contrast
+    contrast = head.compute_evidence(target, [prepared], STRIDE)[0].contrast
     assert contrast.std() < 1e-6  # everything alike: everywhere the mean
 
 
@@ -182,7 +182,7 @@ def test_intra_similarity_spreads_the_evidence(head):
 def test_the_unknown_share_is_bounded(share):
     head = TrainingFree(TrainingFreeConfig(unknown_share=share))
     contrast = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
-    trimap = head.trimap(contrast)
+    trimap = head.make_trimap(contrast)
     assert set(trimap.unique().tolist()) == {0.0, 0.5, 1.0}
     assert 0 < (trimap == 0.5).float().mean() <= share
 
@@ -196,7 +196,7 @@ def test_regions_without_strong_evidence_are_dropped():
 def test_a_small_thing_keeps_a_foreground(head):
     contrast = torch.full((100, 100), -1.0)
     contrast[40:46, 40:46] = 1.0  # far smaller than the unknown share
-    assert (head.trimap(contrast) == 1).sum() == 36
+    assert (head.make_trimap(contrast) == 1).sum() == 36
 
 
 def test_soft_maximum_lies_between_mean_and_maximum():
@@ -314,7 +314,9 @@ class TestClusters:
         alone = dataclasses.replace(target, correspondence=spoiled)
         together = dataclasses.replace(alone, grouping=target.correspondence)
         prepared = [by_clusters.prepare_references([reference(scene((BALL, 5)), BALL)])]
-        found = [int(by_clusters.evidence(each, prepared, STRIDE)[0].contrast.sum()) for each in (alone, together)]
+        found = [
+            int(by_clusters.compute_evidence(each, prepared, STRIDE)[0].contrast.sum()) for each in (alone, together)
+        ]
         assert found[1] == 16
         assert found[0] <= 16
 
@@ -324,21 +326,25 @@ class TestClusters:
         target = torch.cat([axes[:1].expand(5, -1), like[None].expand(4, -1), axes[2:3].expand(8, -1)])
         tokens = ReferenceTokens(axes[:1].expand(3, -1), axes[2:3].expand(3, -1))
         counts = [
-            int(segment_by_clusters(target, target, tokens, candidate_above=0.0, group=0.95, join=join).inside.sum())
+            int(
+                segment_by_clusters(
+                    target, target, tokens, candidate_above=0.0, min_cosine=0.95, join_above=join
+                ).inside.sum()
+            )
             for join in (0.5, 0.7)
         ]
         assert counts == [9, 5]  # its score is 0.8 * 0.8
 
     def test_backward_neighbours_must_lie_inside_the_mask(self):
         target = F.normalize(torch.tensor([[1.0, 0.2], [0.6, 1.0]]), dim=-1)
-        inside = nearest_is_foreground(target, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+        inside = is_nearest_foreground(target, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
         assert inside.tolist() == [True, False]
-        assert nearest_is_foreground(target, target, target[:0]).tolist() == [True, True]
+        assert is_nearest_foreground(target, target, target[:0]).tolist() == [True, True]
 
     def test_clusters_are_those_of_average_linkage(self):
         angles = torch.tensor([0.0, 0.1, 0.9, 1.0, 3.0])
         points = torch.stack([angles.cos(), angles.sin()], dim=1)
-        assert len(set(clusters(points, 0.99).tolist())) == 3
-        labels = clusters(points, 0.5).tolist()
+        assert len(set(cluster_tokens(points, 0.99).tolist())) == 3
+        labels = cluster_tokens(points, 0.5).tolist()
         assert labels[0] == labels[1] == labels[2] == labels[3] != labels[4]
-        assert clusters(points[:1], 0.5).tolist() == [0]
+        assert cluster_tokens(points[:1], 0.5).tolist() == [0]

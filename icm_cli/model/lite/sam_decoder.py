@@ -1,8 +1,9 @@
-"""Segment Anything's mask decoder, asked with a coarse alpha alone.
+"""The mask decoder of Segment Anything, prompted with a coarse alpha.
 
-After Kirillov et al., "Segment Anything" (ICCV 2023), section 3 and appendix A: an embedding of the picture, to which
-that of a mask is added, and a few tokens attend to one another in turn; each token then gives a mask. Points and boxes,
-which Segment Anything is asked with too, are left out.
+Source: Kirillov et al., "Segment Anything" (ICCV 2023), section 3 and appendix A. The embedding of
+    the mask is added to
+that of the image. The result and a few tokens then attend to each other, and each token produces a
+mask. Point and box prompts are not implemented.
 """
 
 from __future__ import annotations
@@ -16,18 +17,26 @@ from torch import Tensor, nn
 
 from icm_cli.model.lite.sam_encoder import WIDTH, ChannelNorm
 
-FINER = 4
-"""Cells of the masks, and of the coarse alpha, along one of the embedding's."""
+MASK_SCALE = 4
+"""Resolution of the masks and of the coarse alpha, relative to the embedding."""
 MASKS = 4
+"""Number of masks."""
 LAYERS = 2
+"""Number of two-way attention layers."""
 HEADS = 8
-PERCEPTRON = 2048
+"""Attention heads."""
+MLP_WIDTH = 2048
+"""Hidden units of the MLP."""
 FULL_CELLS = 64
-"""Cells along the embedding of the largest picture, by which positions are measured."""
+"""Side of the embedding of the largest image, in cells. Positions are relative to it."""
 
 
 class MaskDecoder(nn.Module):
-    """Embedding [B,256,h,w] and the logit of a coarse alpha [B,1,4h,4w] -> logits of masks [B,4,4h,4w]."""
+    """Computes the logits of masks, [B,4,4h,4w].
+
+    Its inputs are the embedding of the image, [B,256,h,w], and the logit of a coarse alpha,
+    [B,1,4h,4w].
+    """
 
     frequencies: Tensor
 
@@ -44,7 +53,7 @@ class MaskDecoder(nn.Module):
             nn.Conv2d(16, WIDTH, 1),
         )
         self.tokens = nn.Parameter(torch.zeros(1 + MASKS, WIDTH))
-        self.layers = nn.ModuleList(TwoWay(index > 0) for index in range(LAYERS))
+        self.layers = nn.ModuleList(TwoWayAttention(index > 0) for index in range(LAYERS))
         self.last = CrossAttention(WIDTH // 2)
         self.norm = nn.LayerNorm(WIDTH)
         self.enlarge = nn.Sequential(
@@ -65,25 +74,25 @@ class MaskDecoder(nn.Module):
         dtype = self.norm.weight.dtype
         count, _, height, width = embedding.shape
         keys = (embedding.to(dtype) + self.ask(logit.to(dtype))).flatten(2).transpose(1, 2)
-        places = self._places(height, width).to(dtype)
-        asked = self.tokens.expand(count, -1, -1)
-        tokens = asked
+        positions = self._encode_positions(height, width).to(dtype)
+        prompt = self.tokens.expand(count, -1, -1)
+        tokens = prompt
         for layer in self.layers:
-            tokens, keys = layer(tokens, keys, asked, places)
-        tokens = self.norm(tokens + self.last(tokens + asked, keys + places, keys))
+            tokens, keys = layer(tokens, keys, prompt, positions)
+        tokens = self.norm(tokens + self.last(tokens + prompt, keys + positions, keys))
         cells = self.enlarge(keys.transpose(1, 2).unflatten(2, (height, width)))
         weights = torch.stack([each(tokens[:, 1 + index]) for index, each in enumerate(self.weigh)], dim=1)
         masks: Tensor = torch.einsum("bmc,bchw->bmhw", weights, cells)
         return masks
 
     def set_dtype(self, dtype: torch.dtype) -> None:
-        """Bring the weights to ``dtype``; positions are computed in float32."""
+        """Convert the weights to ``dtype``. The frequencies of the positions stay float32."""
         frequencies = self.frequencies
         self.to(dtype)
         self.frequencies = frequencies
 
-    def _places(self, height: int, width: int) -> Tensor:
-        """Fourier features [h*w,256] of the cells' middles."""
+    def _encode_positions(self, height: int, width: int) -> Tensor:
+        """Return the Fourier features of the cell centres, [h*w,256]."""
         rows, columns = (
             (torch.arange(cells, device=self.frequencies.device) + 0.5) / FULL_CELLS * 2.0 - 1.0
             for cells in (height, width)
@@ -94,7 +103,7 @@ class MaskDecoder(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of queries [B,N,256] to keys and values [B,M,256], computed in ``width`` channels."""
+    """Attention of queries [B,N,256] to keys and values [B,M,256], in ``width`` channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -109,37 +118,40 @@ class CrossAttention(nn.Module):
         return y
 
 
-class TwoWay(nn.Module):
-    """Tokens attend to one another, then to the picture, and the picture to the tokens."""
+class TwoWayAttention(nn.Module):
+    """Two-way attention layer: tokens attend to each other, then to the image, and the image
+    attends to the tokens."""
 
-    def __init__(self, knows_tokens: bool) -> None:
+    def __init__(self, add_prompt: bool) -> None:
         super().__init__()
-        self.knows_tokens = knows_tokens
+        self.add_prompt = add_prompt
         self.among = CrossAttention(WIDTH)
         self.norm1 = nn.LayerNorm(WIDTH)
         self.to_picture = CrossAttention(WIDTH // 2)
         self.norm2 = nn.LayerNorm(WIDTH)
-        self.perceptron = nn.Sequential(nn.Linear(WIDTH, PERCEPTRON), nn.ReLU(), nn.Linear(PERCEPTRON, WIDTH))
+        self.perceptron = nn.Sequential(nn.Linear(WIDTH, MLP_WIDTH), nn.ReLU(), nn.Linear(MLP_WIDTH, WIDTH))
         self.norm3 = nn.LayerNorm(WIDTH)
         self.to_tokens = CrossAttention(WIDTH // 2)
         self.norm4 = nn.LayerNorm(WIDTH)
 
-    def forward(self, tokens: Tensor, keys: Tensor, asked: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        if self.knows_tokens:
-            named = tokens + asked
-            tokens = tokens + self.among(named, named, tokens)
-        else:  # the first layer's tokens are what was asked
+    def forward(self, tokens: Tensor, keys: Tensor, prompt: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if self.add_prompt:
+            queries = tokens + prompt
+            tokens = tokens + self.among(queries, queries, tokens)
+        else:  # the tokens of the first layer are the prompt itself
             tokens = self.among(tokens, tokens, tokens)
         tokens = self.norm1(tokens)
-        tokens = self.norm2(tokens + self.to_picture(tokens + asked, keys + places, keys))
+        tokens = self.norm2(tokens + self.to_picture(tokens + prompt, keys + positions, keys))
         tokens = self.norm3(tokens + self.perceptron(tokens))
-        keys = self.norm4(keys + self.to_tokens(keys + places, tokens + asked, tokens))
+        keys = self.norm4(keys + self.to_tokens(keys + positions, tokens + prompt, tokens))
         return tokens, keys
 
 
-def from_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of Segment Anything's prompt encoder and mask decoder under our names, without those that points, boxes
-    and the prediction of quality need."""
+def convert_decoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the prompt encoder and mask decoder by their names in this module.
+
+    Tensors for points, boxes and quality prediction are not included.
+    """
     found = {
         "frequencies": tensors["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"],
         "tokens": torch.cat([tensors["mask_decoder.iou_token.weight"], tensors["mask_decoder.mask_tokens.weight"]]),

@@ -1,8 +1,9 @@
-"""MobileSAM's image encoder: TinyViT-5M, distilled from that of Segment Anything.
+"""The image encoder of MobileSAM: TinyViT-5M, distilled from the encoder of Segment Anything.
 
-After Zhang et al., "Faster Segment Anything: Towards Lightweight SAM for Mobile Applications" (2023), section 3, and Wu
-et al., "TinyViT: Fast Pretraining Distillation for Small Vision Transformers" (ECCV 2022). The last stage is not
-halved, so that a cell is 16 px.
+Sources: Zhang et al., "Faster Segment Anything: Towards Lightweight SAM for Mobile Applications"
+    (2023), section 3; Wu
+et al., "TinyViT: Fast Pretraining Distillation for Small Vision Transformers" (ECCV 2022). The last
+stage does not reduce the resolution, so a cell is 16 px.
 """
 
 from __future__ import annotations
@@ -19,19 +20,24 @@ CELL_PX = 16
 WIDTH = 256
 """Channels of the embedding."""
 WIDTHS = (64, 128, 160, 320)
+"""Channels of each stage."""
 DEPTHS = (2, 2, 6, 2)
+"""Blocks of each stage."""
 HEADS = (2, 4, 5, 10)
+"""Attention heads of each stage; the first stage has no attention."""
 WINDOWS = (7, 7, 14, 7)
-"""Side, in cells, of the windows within which the cells of a stage attend to one another."""
+"""Side of the attention windows of each stage, in cells."""
 STRIDES = (2, 2, 1)
-"""Strides of the steps between stages; the first stage's cells are of 4 px."""
+"""Strides between the stages. A cell of the first stage is 4 px."""
 EXPANSION = 4
+"""Ratio of the hidden channels of a block to its channels."""
 MEAN = (0.485, 0.456, 0.406)
-DEVIATION = (0.229, 0.224, 0.225)
+STD = (0.229, 0.224, 0.225)
 
 
 class TinyViT(nn.Module):
-    """Image [B,3,H,W] sRGB 0..1, H and W multiples of 16 -> embedding [B,256,H/16,W/16]."""
+    """Computes the embedding [B,256,H/16,W/16] of images, sRGB [B,3,H,W] in 0..1; H and W are
+    multiples of 16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,8 +62,8 @@ class TinyViT(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         first = self.patches[0]
         assert isinstance(first, ConvNorm)
-        mean, deviation = (torch.tensor(each, device=image.device)[:, None, None] for each in (MEAN, DEVIATION))
-        x = self.patches(((image.float() - mean) / deviation).to(first.conv.weight.dtype))
+        mean, std = (torch.tensor(each, device=image.device)[:, None, None] for each in (MEAN, STD))
+        x = self.patches(((image.float() - mean) / std).to(first.conv.weight.dtype))
         for index, stage in enumerate(self.stages):
             x = stage(x)
             if index < len(self.steps):
@@ -66,14 +72,14 @@ class TinyViT(nn.Module):
         return embedding
 
     def fold_batch_norms(self) -> None:
-        """Fold BatchNorm into the convolutions before it: inference only."""
+        """Fold all BatchNorms into their convolutions, for inference."""
         for module in self.modules():
             if isinstance(module, ConvNorm):
-                module.fold()
+                module.fold_norm()
 
 
 class ConvNorm(nn.Module):
-    """Convolution, then BatchNorm."""
+    """Convolution without bias, and BatchNorm."""
 
     def __init__(self, inputs: int, outputs: int, side: int, *, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
@@ -85,8 +91,8 @@ class ConvNorm(nn.Module):
         return y
 
     @torch.no_grad()
-    def fold(self) -> None:
-        """Make one convolution of both."""
+    def fold_norm(self) -> None:
+        """Fold the BatchNorm into the convolution. The module can then not be trained or saved."""
         norm = self.norm
         if not isinstance(norm, nn.BatchNorm2d):
             return
@@ -99,7 +105,7 @@ class ConvNorm(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """LayerNorm over the channels of every cell of [B,C,h,w]."""
+    """LayerNorm over the channels of each cell of [B,C,h,w]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -112,7 +118,8 @@ class ChannelNorm(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Widen, convolve every channel by itself, narrow; and add."""
+    """Inverted residual block: expansion, depthwise convolution and reduction, added to the
+    input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -126,7 +133,7 @@ class InvertedResidual(nn.Module):
 
 
 class Merge(nn.Module):
-    """From a stage's width and cells to the next one's."""
+    """Changes the channels and resolution of one stage to those of the next."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -140,7 +147,7 @@ class Merge(nn.Module):
 
 
 class WindowBlock(nn.Module):
-    """Attention within windows, a depthwise convolution over their borders, and a perceptron."""
+    """Attention within windows, a depthwise convolution across their borders, and an MLP."""
 
     def __init__(self, width: int, heads: int, window: int) -> None:
         super().__init__()
@@ -152,26 +159,27 @@ class WindowBlock(nn.Module):
         self.reduce = nn.Linear(EXPANSION * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self._in_windows(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = x + self._attend_in_windows(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = self.local(x)
         cells = x.permute(0, 2, 3, 1)
         cells = cells + self.reduce(F.gelu(self.expand(self.norm(cells))))
         return cells.permute(0, 3, 1, 2)
 
-    def _in_windows(self, x: Tensor) -> Tensor:
-        """Attention over [B,h,w,C]; beyond the last cells windows are filled with zeros, as in training."""
+    def _attend_in_windows(self, x: Tensor) -> Tensor:
+        """Compute the attention of [B,h,w,C]. Windows beyond the last cells are padded with zeros,
+        as in training."""
         count, height, width, channels = x.shape
         side = self.window
         x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
-        down, across = x.shape[1] // side, x.shape[2] // side
-        x = x.reshape(count, down, side, across, side, channels).transpose(2, 3)
+        rows, columns = x.shape[1] // side, x.shape[2] // side
+        x = x.reshape(count, rows, side, columns, side, channels).transpose(2, 3)
         x = self.attention(x.reshape(-1, side * side, channels))
-        x = x.reshape(count, down, across, side, side, channels).transpose(2, 3)
-        return x.reshape(count, down * side, across * side, channels)[:, :height, :width]
+        x = x.reshape(count, rows, columns, side, side, channels).transpose(2, 3)
+        return x.reshape(count, rows * side, columns * side, channels)[:, :height, :width]
 
 
 class WindowAttention(nn.Module):
-    """Attention among the cells of a window, with a bias learned for every distance."""
+    """Attention between the cells of a window, with a learned bias for each distance."""
 
     offsets: Tensor
 
@@ -184,26 +192,27 @@ class WindowAttention(nn.Module):
         self.biases = nn.Parameter(torch.zeros(heads, window * window))
         side = torch.arange(window)
         rows, columns = (each.flatten() for each in torch.meshgrid(side, side, indexing="ij"))
-        apart = (rows[:, None] - rows).abs() * window + (columns[:, None] - columns).abs()
-        self.register_buffer("offsets", apart, persistent=False)
+        distances = (rows[:, None] - rows).abs() * window + (columns[:, None] - columns).abs()
+        self.register_buffer("offsets", distances, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The pretrained weights have query, key and value of a head side by side.
+        # In the pretrained weights, query, key and value of a head are adjacent.
         query, key, value = self.qkv(self.norm(x)).unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        bias = self.biases[None, :, self.offsets].to(query.dtype)  # (with three axes it takes a way twice as slow)
+        bias = self.biases[None, :, self.offsets].to(query.dtype)  # 4 axes: with 3 the kernel is twice as slow
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         y: Tensor = self.project(attended.transpose(1, 2).flatten(2))
         return y
 
 
-def from_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """MobileSAM's tensors of its encoder under our names; its classifier, which no mask needs, is left out."""
+def convert_encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of MobileSAM's encoder by their names in this module, without the unused
+    classifier."""
     start, classifier = "image_encoder.", ("head.", "norm_head.")
     names = [name.removeprefix(start) for name in tensors if name.startswith(start)]
-    return {_our_name(name): tensors[start + name] for name in names if not name.startswith(classifier)}
+    return {_convert_name(name): tensors[start + name] for name in names if not name.startswith(classifier)}
 
 
-def _our_name(published: str) -> str:
+def _convert_name(published: str) -> str:
     name = published.replace(".c.", ".conv.").replace(".bn.", ".norm.")
     if name.startswith("patch_embed.seq."):
         return name.replace("patch_embed.seq.", "patches.")

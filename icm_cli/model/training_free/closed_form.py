@@ -1,4 +1,4 @@
-"""Closed-form matting: from a trimap to an alpha (Levin, Lischinski & Weiss, TPAMI 2008), solved by pymatting."""
+"""Closed-form matting of a trimap (Levin, Lischinski & Weiss, TPAMI 2008) with pymatting."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from icm_cli.guided_filter import guided_upsample
 from icm_cli.model.contracts import Edges
 
 RELATIVE_TOLERANCE = 1e-4
-"""Residual at which the conjugate gradient stops; a hundredth of a step of an 8-bit alpha needs no more."""
+"""Relative residual at which the conjugate gradient method stops. It is exact to a hundredth of an
+8-bit level."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,11 @@ class ClosedFormConfig:
     """Settings of the closed-form edges."""
 
     band: float = 0.015
-    """Width of the unknown on either side of the coarse edge, as a share of the picture's long side; 0 to 0.5."""
+    """Width of the unknown region on either side of the coarse edge, as a fraction of the image's
+    long side; between 0 and 0.5."""
     solve_long_side_px: int = 1024
-    """Long side at which it is solved, at most; a guided filter takes the alpha from there to the source's size."""
+    """Largest long side at which the alpha is solved, in px. A guided filter enlarges it to the
+    size of the source."""
 
     def __post_init__(self) -> None:
         if not 0 < self.band < 0.5:
@@ -40,7 +43,8 @@ class ClosedFormConfig:
 
 
 class ClosedForm(Edges):
-    """No weights: a sparse linear system a picture, on the CPU."""
+    """Edges by closed-form matting: a sparse linear system per image, on the CPU. It has no
+    weights."""
 
     Config = ClosedFormConfig
     is_trained = False
@@ -58,10 +62,17 @@ class ClosedForm(Edges):
 
 
 def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Alpha [h,w] 0..1 of an sRGB image [h,w,3] 0..1 under a trimap [h,w]: 0 background, 1 foreground, else unknown.
+    """Solve the alpha of an image and a trimap.
 
-    Where one side is missing there is nothing to solve: everything unknown belongs to the side there is. Without
-    unknown pixels the trimap is the alpha.
+    If the trimap contains no foreground or no background, the unknown pixels belong to the other
+    side. If it contains no unknown pixels, it is the alpha.
+
+    Args:
+        rgb: sRGB, float64 [h,w,3] in 0..1.
+        trimap: float64 [h,w]: 0 background, 1 foreground, other values unknown.
+
+    Returns:
+        float64 [h,w].
     """
     if not (trimap == 1).any():
         return np.zeros_like(trimap)
@@ -76,22 +87,27 @@ def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArra
 
 
 def load_solver() -> Callable[..., NDArray[np.float64]]:
-    """Import pymatting: two seconds, and 40 in the first run on a machine, which compiles.
+    """Import pymatting and return its solver.
 
-    What it compiles is kept where the user can write; numba reads the place at its import.
+    This takes 2 s, and 40 s when it is compiled on a machine for the first time. The compiled code
+    is stored in the user's cache folder.
     """
-    solver: Callable[..., NDArray[np.float64]] = _pymatting().estimate_alpha_cf
+    solver: Callable[..., NDArray[np.float64]] = _import_pymatting().estimate_alpha_cf
     return solver
 
 
 def load_foreground_estimator() -> Callable[..., NDArray[np.float64]]:
-    """As :func:`load_solver`: from an image [h,w,3] and its alpha [h,w], both 0..1, to colours [h,w,3] 0..1."""
-    estimator: Callable[..., NDArray[np.float64]] = _pymatting().estimate_foreground_ml
+    """Import pymatting and return its foreground estimator, see :func:`load_solver`.
+
+    The estimator computes colours [h,w,3] from an image [h,w,3] and its alpha [h,w], all in 0..1.
+    """
+    estimator: Callable[..., NDArray[np.float64]] = _import_pymatting().estimate_foreground_ml
     return estimator
 
 
-def _pymatting() -> ModuleType:
-    """Import the estimator, which would set the threads of all that use OpenMP, torch too, to the number of cores."""
+def _import_pymatting() -> ModuleType:
+    """Import pymatting without changing the number of OpenMP threads, which its import sets for
+    torch too."""
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
     threads = torch.get_num_threads()
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,12 +1,19 @@
-"""INSID3's rule: which clusters of a target's tokens are the thing (Cuttano et al., CVPR 2026, section 3.3).
+"""Segmentation by clusters of tokens, the method of INSID3 (Cuttano et al., CVPR 2026, section
+3.3).
 
-A token is a candidate if it is like the reference's prototype, and if the reference's token that is nearest to it lies
-inside the mask. The target's tokens are grouped by average linkage. Of the groups that hold candidates the one most
-like the prototype is the seed; others join it as far as they are like the prototype, like the seed, and full of
-candidates. The numbers that the authors' code has: 0 for ``candidate_above``, 0.6 for ``group``, 0.2 for ``join``.
+1. A token is a candidate if it is similar to the prototype of the reference, and if its nearest
+   reference token is inside the mask.
+2. The tokens of the target are clustered by average linkage.
+3. The seed is the cluster with candidates that is most similar to the prototype.
+4. Other clusters are added if they are similar to the prototype and to the seed, and consist mostly
+of candidates.
 
-Letters: N tokens of the target, K reference tokens inside the guidance, M outside, C channels. Grouping asks for all
-N * (N - 1) / 2 distances, 8 bytes each: 67 MB for 64 x 64 tokens.
+The published code uses 0 for ``candidate_above``, 0.6 for ``min_cosine`` and 0.2 for
+``join_above``.
+
+Letters: N tokens of the target, K reference tokens inside the guidance, M outside, C channels.
+    Clustering computes
+N * (N - 1) / 2 distances of 8 bytes, 67 MB for 64 x 64 tokens.
 """
 
 from __future__ import annotations
@@ -20,71 +27,94 @@ from torch import Tensor
 
 from icm_cli.model.similarity import ReferenceTokens
 
-TOKENS_AT_A_TIME = 512
-"""Target tokens compared with the reference's at a time: bounds the working memory."""
+CHUNK_TOKENS = 512
+"""Number of target tokens that are compared at a time, which limits the memory."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """Answer of :func:`segment_by_clusters`.
+class ClusterSegments:
+    """Result of :func:`segment_by_clusters`.
 
-    ``inside`` [N] bool: tokens of the thing; none where it is absent. ``likeness``: of the seed to the prototype, as a
-    share of the likeness of the reference's own tokens to it; 0 without a seed.
+    Attributes:
+        inside: Tokens of the object, bool [N]; all False if it is absent.
+        similarity: Similarity of the seed to the prototype, as a fraction of the similarity of the
+            reference's own tokens; 0 if there is no seed.
     """
 
     inside: Tensor
-    likeness: float
+    similarity: float
 
 
 def segment_by_clusters(
-    matched: Tensor, grouping: Tensor, reference: ReferenceTokens, *, candidate_above: float, group: float, join: float
-) -> Found:
-    """Tokens of the thing in one target.
+    compared: Tensor,
+    grouping: Tensor,
+    reference: ReferenceTokens,
+    *,
+    candidate_above: float,
+    min_cosine: float,
+    join_above: float,
+) -> ClusterSegments:
+    """Segment the object in one target.
 
-    matched [N,C]: compared with the reference's tokens, which are of the same kind; grouping [N,D]: tells tokens of the
-    target apart; cosines of both count. ``candidate_above``: least cosine to the prototype of a candidate. ``group``:
-    cosine down to which groups are merged (the paper's tau). ``join``: least score with which a group joins the seed.
+    Args:
+        compared: Tokens that are compared with the reference, [N,C].
+        grouping: Tokens that are clustered, [N,D].
+        reference: Tokens of the reference, of the same features as ``compared``.
+        candidate_above: Smallest cosine of a candidate to the prototype.
+        min_cosine: Smallest mean cosine at which clusters are merged (tau in the paper).
+        join_above: Smallest score of a cluster that is added to the seed.
     """
-    target, foreground = F.normalize(matched.float(), dim=-1), F.normalize(reference.foreground.float(), dim=-1)
+    target, foreground = F.normalize(compared.float(), dim=-1), F.normalize(reference.foreground.float(), dim=-1)
     prototype = F.normalize(foreground.mean(dim=0), dim=0)
-    likeness = target @ prototype
+    similarity = target @ prototype
     background = F.normalize(reference.background.float(), dim=-1)
-    candidate = (likeness > candidate_above) & nearest_is_foreground(target, foreground, background)
+    candidate = (similarity > candidate_above) & is_nearest_foreground(target, foreground, background)
     if not candidate.any():
-        return Found(candidate, 0.0)
-    label = clusters(grouping, group)
-    one_hot = F.one_hot(label).to(target.dtype).T  # [groups,N]
+        return ClusterSegments(candidate, 0.0)
+    label = cluster_tokens(grouping, min_cosine)
+    one_hot = F.one_hot(label).to(target.dtype).T  # [clusters,N]
     size = one_hot.sum(dim=1)
-    share = one_hot @ candidate.to(target.dtype) / size
+    candidate_fraction = one_hot @ candidate.to(target.dtype) / size
     to_prototype = F.normalize(one_hot @ target, dim=-1) @ prototype
-    seed = int(to_prototype.masked_fill(share == 0, -torch.inf).argmax())
+    seed = int(to_prototype.masked_fill(candidate_fraction == 0, -torch.inf).argmax())
     centres = F.normalize(one_hot @ F.normalize(grouping.float(), dim=-1), dim=-1)
-    share[seed] = 1.0
-    score = (one_hot @ likeness / size) * (centres @ centres[seed]) * share
-    joined = score > join
+    candidate_fraction[seed] = 1.0
+    score = (one_hot @ similarity / size) * (centres @ centres[seed]) * candidate_fraction
+    joined = score > join_above
     joined[seed] = True
     own = float((foreground @ prototype).mean())
-    return Found(joined[label], float(likeness[label == seed].mean()) / max(own, 1e-6))
+    return ClusterSegments(joined[label], float(similarity[label == seed].mean()) / max(own, 1e-6))
 
 
-def nearest_is_foreground(target: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
-    """Whether each target token's nearest reference token is inside the mask: [N,C], [K,C], [M,C] unit -> [N] bool.
+def is_nearest_foreground(target: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
+    """Return for each target token whether its nearest reference token is inside the mask, bool
+    [N].
 
-    Several references count as one; without any background every token's is.
+    Without background tokens, the result is True for all tokens.
+
+    Args:
+        target: Tokens of unit length, [N,C].
+        foreground: Tokens of all references inside the mask, of unit length, [K,C].
+        background: Tokens of all references outside the mask, of unit length, [M,C].
     """
     if not len(background):
         return torch.ones(len(target), dtype=torch.bool, device=target.device)
     parts = [
         (part @ foreground.T).amax(dim=1) >= (part @ background.T).amax(dim=1)
-        for part in torch.split(target, TOKENS_AT_A_TIME)
+        for part in torch.split(target, CHUNK_TOKENS)
     ]
     return torch.cat(parts)
 
 
-def clusters(tokens: Tensor, least_cosine: float) -> Tensor:
-    """Groups of tokens [N,C] by average linkage, merged down to a mean cosine of ``least_cosine``: numbers [N] from 0.
+def cluster_tokens(tokens: Tensor, min_cosine: float) -> Tensor:
+    """Cluster tokens [N,C] by average linkage, on the CPU by SciPy.
 
-    On the CPU, by SciPy.
+    Args:
+        tokens: Tokens, [N,C].
+        min_cosine: Smallest mean cosine at which clusters are merged.
+
+    Returns:
+        Index of each token's cluster, int64 [N].
     """
     count = len(tokens)
     if count < 2:
@@ -93,5 +123,5 @@ def clusters(tokens: Tensor, least_cosine: float) -> Tensor:
     cosine = (unit @ unit.T).cpu()
     upper = torch.triu_indices(count, count, offset=1)
     distance = (1.0 - cosine[upper[0], upper[1]]).clamp(min=0.0).double().numpy()
-    label = fcluster(linkage(distance, "average"), 1.0 - least_cosine, criterion="distance")
+    label = fcluster(linkage(distance, "average"), 1.0 - min_cosine, criterion="distance")
     return torch.from_numpy(label.astype("int64") - 1).to(tokens.device)
