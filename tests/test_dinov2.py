@@ -100,7 +100,7 @@ def test_impossible_settings(settings: dict[str, object], message: str) -> None:
 
 class TestWeights:
     def test_none_can_be_chosen(self) -> None:
-        with pytest.raises(ConfigError, match="leave the option out"):
+        with pytest.raises(ConfigError, match="omit --weights"):
             DinoV2Lite.load(CONFIG, "somewhere", offline=True, seed=0)
 
     def test_a_missing_package_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
