@@ -198,7 +198,7 @@ def test_images_the_model_was_trained_on_are_marked_and_left_out_of_a_second_mea
     save_checkpoint(tmp_path / "c.safetensors", model, config, with_backbone=False)
     evaluate(report=tmp_path / "r.json", checkpoint=tmp_path / "c.safetensors", model=None)
     (note,) = report_of(tmp_path / "r.json")["settings"]["protocol"]["notes"]
-    assert "does not say which images it was trained on" in note
+    assert "does not list its training images" in note
 
 
 def test_ground_truth_is_never_written_over(evaluate: Evaluate, data: Path) -> None:
@@ -329,7 +329,7 @@ def test_compare_refuses_what_is_no_report(tmp_path: Path, content: str) -> None
 def test_more_rounds_or_references_than_images_are_said_to_repeat(evaluate: Evaluate, tmp_path: Path) -> None:
     result = evaluate(rounds=5, report=tmp_path / "r.json")
     (note,) = report_of(tmp_path / "r.json")["settings"]["protocol"]["notes"]
-    assert "come again" in note
+    assert "repeat in later rounds" in note
     assert note in result.stderr
     evaluate(refs_per_group=7, report=tmp_path / "r.json")
     (note,) = report_of(tmp_path / "r.json")["settings"]["protocol"]["notes"]

@@ -117,7 +117,7 @@ def test_two_alphas_of_one_file_name_are_not_guessed_at(evaluate: Evaluate, data
         copy_alphas(data, tmp_path / "pred" / folder)
     result = evaluate(pred=tmp_path / "pred")
     assert result.exit_code == 2
-    assert "several of each name" in result.stderr
+    assert "several of the same name" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icm_cli.datasets.groups import Sample, group_samples
-from icm_cli.evaluation.rounds import choose_references, targets
+from icm_cli.evaluation.rounds import choose_references, select_targets
 
 names = st.lists(st.text("abcü/_0123", min_size=1, max_size=6), min_size=1, max_size=9, unique=True)
 
@@ -35,7 +35,7 @@ def test_fixed_whatever_the_order_and_never_the_target(
     assert problems == []
     for references in chosen:
         assert len(set(references["g"])) == len(references["g"]) == min(refs_per_group, len(group) - 1)
-        left = {each.name for each in targets(samples, references["g"])}
+        left = {each.name for each in select_targets(samples, references["g"])}
         assert left == set(group) - set(references["g"])
         assert left
     firsts = [references["g"][0] for references in chosen]
@@ -58,6 +58,6 @@ def test_one_that_cannot_serve_is_never_chosen(group: list[str], data: st.DataOb
 
 def test_another_alpha_of_the_references_image_is_no_target() -> None:
     samples = [sample("street_0", image="street.jpg"), sample("street_1", image="street.jpg"), sample("park_0")]
-    assert [each.name for each in targets(samples, ["street_1"])] == ["park_0"]
+    assert [each.name for each in select_targets(samples, ["street_1"])] == ["park_0"]
     _, problems = choose_references({"g": samples[:2]}, rounds=1, refs_per_group=1, is_usable=lambda _: True)
     assert [problem.kind for problem in problems] == ["lone-image", "lone-image"]

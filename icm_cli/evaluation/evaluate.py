@@ -17,7 +17,7 @@ from icm_cli.datasets.groups import Sample
 from icm_cli.datasets.registry import SIZES, SPLITS, DatasetSamples, find_dataset
 from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import PROBLEM_KINDS, UsageError, did_you_mean
-from icm_cli.evaluation.protocol import Evaluation
+from icm_cli.evaluation.protocol import Evaluation, EvaluationDataset, EvaluationFiles, RunSettings
 from icm_cli.evaluation.shots import as_shots, refuse_other_references
 from icm_cli.events import Listener
 from icm_cli.files import Paths, as_path
@@ -114,21 +114,18 @@ def evaluate(
         )
     report_files = ReportFiles.from_options(report, references=write_references)
     evaluation = Evaluation(
-        name=dataset,
-        found=found,
-        rule=rule,
-        split=split,
-        where=str(data_root or images),
-        note=note,
-        fixed_references=as_path(references),
-        inputs=tuple(Path(path) for path in (groups, references) if path is not None),
-        report_files=report_files,
-        allowed=frozenset(allow),
-        workers=workers or (DEFAULT_WORKERS if pred is None else environment.cores()),
-        listener=listener,
-        start=start,
+        EvaluationDataset(dataset, str(data_root or images), split, found),
+        rule,
+        EvaluationFiles(report_files, references=as_path(references), groups=as_path(groups)),
+        RunSettings(
+            listener,
+            start,
+            workers=workers or (DEFAULT_WORKERS if pred is None else environment.cores()),
+            note=note,
+            allowed=frozenset(allow),
+        ),
     )
-    evaluation.check_overwrites_nothing()
+    evaluation.check_no_overwrite()
     of_the_model: dict[str, Any] = {
         **{"model": model, "checkpoint": as_path(checkpoint), "weights": weights, "device": device, "dtype": dtype},
         **{"edges": edges, "edges_weights": edges_weights},
@@ -141,13 +138,12 @@ def evaluate(
         from icm_cli.evaluation.predictions import score_predictions
 
         return score_predictions(evaluation, Path(pred), rounds or 1)
-    from icm_cli.evaluation.in_context import matte_and_score
+    from icm_cli.evaluation.in_context import InContextOptions, matte_and_score
     from icm_cli.matting.model_choice import LoadedModel, ModelChoice
 
     choice = ModelChoice.checked(**of_the_model) if predictor is None else LoadedModel(predictor)
-    times, many = rounds or 1, refs_per_group or 1
-    kept = as_path(save_alphas)
-    return matte_and_score(evaluation, choice, times, many, kept, is_shot=shot, learn_steps=learn_steps)
+    matting = InContextOptions(rounds or 1, refs_per_group or 1, as_path(save_alphas), shot, learn_steps)
+    return matte_and_score(evaluation, choice, matting)
 
 
 def _rule(

@@ -1,4 +1,4 @@
-"""Matte a dataset in context: every group by its own references, in one stream through one model."""
+"""Matte a dataset and score the alphas: every group is matted with references of its own, by one model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from icm_cli.datasets.groups import Sample
 from icm_cli.errors import ImageError, Problem, UsageError
 from icm_cli.evaluation.protocol import Evaluation, round_folder
-from icm_cli.evaluation.rounds import Rounds, choose_references, group_notes, read_rounds, targets, write_rounds
+from icm_cli.evaluation.rounds import (
+    ReferenceRounds,
+    choose_references,
+    describe_small_groups,
+    read_references_file,
+    select_targets,
+    write_references_file,
+)
 from icm_cli.files import cache_folder, combined_digest, remove_stale_temporaries, write_error
 from icm_cli.images.reading import read_alpha, read_source_image
 from icm_cli.matting.engine import Engine, EngineOptions, keep_finished
@@ -31,103 +37,147 @@ from icm_cli.model.contracts import PreparedReferences
 from icm_cli.model.lite.finetuning import finetuning_digest_text
 from icm_cli.reports.report import Report
 
-OLD_AFTER_S = 7 * 24 * 3600.0
-"""Alphas of an evaluation that was never finished are removed after this long."""
+MAX_CACHE_AGE_S = 7 * 24 * 3600.0
+"""Cached alphas of unfinished evaluations are removed after this time."""
 
 
-def matte_and_score(
-    evaluation: Evaluation,
-    choice: AnyModel,
-    rounds: int,
-    refs_per_group: int,
-    save_alphas: Path | None,
-    *,
-    is_shot: bool = False,
-    learn_steps: int | None = None,
-) -> Report:
-    """Matte every target of every round and score it; alphas that are there already are kept. ``is_shot``: groups are
-    shots, and what is found in a frame is carried into the next.
+@dataclass(frozen=True)
+class InContextOptions:
+    """Options of matting in an evaluation."""
 
-    Without ``save_alphas`` they are in the cache until the run ends well, so that a crash loses nothing.
+    rounds: int = 1
+    refs_per_group: int = 1
+    save_alphas: Path | None = None
+    """Folder for the alphas. By default, they are in the cache until the run succeeds."""
+    is_shot: bool = False
+    """Whether groups are shots, in which objects are propagated from frame to frame."""
+    learn_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """The references of a group in a round. Jobs refer to it by its index."""
+
+    round: int
+    """Number of the round, from 1."""
+    group: str
+    references: list[str]
+
+
+def matte_and_score(evaluation: Evaluation, choice: AnyModel, options: InContextOptions) -> Report:
+    """Matte every target of every round and score it. Existing alphas of the same evaluation are kept.
+
+    Alphas of an interrupted run stay in the cache, so that the next run continues from them.
     """
-    shelf = _Shelf(evaluation)
-    references, problems = shelf.references(rounds, refs_per_group)
-    if not any(references):
+    store = ReferenceStore(evaluation)
+    references, problems = store.select_references(options.rounds, options.refs_per_group)
+    examples = [
+        Example(number, group, names) for number, groups in enumerate(references, 1) for group, names in groups.items()
+    ]
+    if not examples:
         raise UsageError(
-            f"{evaluation.found.dataset.title} here has no group of two images or more, so nothing could show the "
-            "model its thing; give --groups FILE, or --pred DIR to score alphas that are there"
+            f"{evaluation.dataset.title} has no group with two usable images, so there are no references; give "
+            "--groups FILE to define groups, or --pred DIR to score existing alphas"
         )
-    examples = [(number, group) for number, groups in enumerate(references, 1) for group in groups]
-    digester = choice.digester()
-    steps = choice.learn_steps(learn_steps, is_shot=is_shot)
-    form = [*filter(None, [finetuning_digest_text(steps), described() if is_shot else ""])]
-    digests = [digester([*shelf.digests(references[number - 1][group]), *form]) for number, group in examples]
-    notes = group_notes(evaluation.groups, len(references), refs_per_group)
-    home = contextlib.nullcontext(save_alphas) if save_alphas else _until_done(_work_folder(digests, evaluation))
-    with home as folder:
-        jobs = [
-            _job(evaluation, sample, round_folder(folder, number, len(references)), number, example)
-            for example, (number, group) in enumerate(examples)
-            for sample in targets(evaluation.groups[group], references[number - 1][group])
-        ]
-        shot = shelf.shot(jobs, [references[number - 1][group] for number, group in examples]) if is_shot else None
-        _make_ready(evaluation, jobs, references, folder)
-        outcome = _outcome(
-            evaluation, choice, jobs, references, notes, save_alphas, learning={"shot": is_shot, "learn_steps": steps}
-        )
+    steps = choice.learn_steps(options.learn_steps, is_shot=options.is_shot)
+    digests = _example_digests(store, choice, examples, steps, is_shot=options.is_shot)
+    with _alpha_folder(evaluation, options, digests) as folder:
+        jobs = _plan_jobs(evaluation, examples, folder, len(references))
+        shot = store.order_frames(jobs, examples) if options.is_shot else None
+        _check_outputs(evaluation, jobs, folder)
+        if evaluation.files.reports.references:
+            write_references_file(evaluation.files.reports.references, references)
+        outcome = _make_outcome(evaluation, choice, options, jobs, references, steps)
         for problem in problems:
             outcome.add_problem(problem)
-        evaluation.listener.on_run_start(len(jobs))
+        evaluation.run.listener.on_run_start(len(jobs))
+        workers = evaluation.run.workers
         with outcome:
-            remaining = keep_finished(shot.order if shot else jobs, digests, evaluation.workers, outcome.add, shot)
-            predictor = _load(choice, evaluation) if remaining else None
-            with outcome.reported(evaluation.report_files, choice.where.peak_memory_bytes):
+            remaining = keep_finished(shot.order if shot else jobs, digests, workers, outcome.add, shot)
+            predictor = _load_model(choice, evaluation) if remaining else None
+            with outcome.reported(evaluation.files.reports, choice.where.peak_memory_bytes):
                 if predictor is not None:
 
                     @functools.lru_cache(maxsize=1)
-                    def prepared(example: int) -> PreparedReferences:
-                        number, group = examples[example]
-                        return shelf.prepared(predictor, references[number - 1][group], steps, is_shot=is_shot)
+                    def prepare_example(index: int) -> PreparedReferences:
+                        return store.prepare(predictor, examples[index].references, steps, is_shot=options.is_shot)
 
-                    engine = EngineOptions(digests, choice.batch_size, evaluation.workers, shot=shot)
-                    notice = evaluation.listener.on_notice
-                    Engine(predictor, prepared, engine, on_result=outcome.add, notice=notice).run(remaining)
-                evaluation.add_flicker(outcome)
+                    settings = EngineOptions(digests, choice.batch_size, workers, shot=shot)
+                    notice = evaluation.run.listener.on_notice
+                    Engine(predictor, prepare_example, settings, on_result=outcome.add, notice=notice).run(remaining)
+                evaluation.score_flicker(outcome)
     return outcome.report
 
 
-def _make_ready(evaluation: Evaluation, jobs: Sequence[Job], references: Rounds, folder: Path) -> None:
-    """Check all that is about to be written, and write the references."""
-    evaluation.check_overwrites_nothing([job.output for job in jobs])
-    evaluation.report_files.check_writable(folder)
+def _example_digests(
+    store: ReferenceStore, choice: AnyModel, examples: Sequence[Example], learn_steps: int, *, is_shot: bool
+) -> list[str]:
+    """Return, for every example, the digest of everything besides the source that determines its alphas."""
+    combine = choice.digester()
+    common = [*filter(None, [finetuning_digest_text(learn_steps), described() if is_shot else ""])]
+    return [combine([*store.content_digests(example.references), *common]) for example in examples]
+
+
+def _plan_jobs(evaluation: Evaluation, examples: Sequence[Example], folder: Path, rounds: int) -> list[Job]:
+    """Return a job for every target of every example."""
+    jobs = []
+    for index, example in enumerate(examples):
+        round_path = round_folder(folder, example.round, rounds)
+        for sample in select_targets(evaluation.dataset.groups[example.group], example.references):
+            output = round_path / f"{sample.name}.png"
+            planned = evaluation.plan_result(sample, output, example.round)
+            jobs.append(Job(sample.image, Path(sample.name), output, planned, index))
+    return jobs
+
+
+def _check_outputs(evaluation: Evaluation, jobs: Sequence[Job], folder: Path) -> None:
+    """Check that all outputs can be written, and remove temporary files of earlier runs."""
+    evaluation.check_no_overwrite([job.output for job in jobs])
+    evaluation.files.reports.check_writable(folder)
     for parent in {job.output.parent for job in jobs}:
         remove_stale_temporaries(parent)
-    if evaluation.report_files.references:
-        write_rounds(evaluation.report_files.references, references)
 
 
-def _outcome(
+def _make_outcome(
     evaluation: Evaluation,
     choice: AnyModel,
+    options: InContextOptions,
     jobs: Sequence[Job],
-    references: Rounds,
-    notes: list[str],
-    save_alphas: Path | None,
-    *,
-    learning: dict[str, Any],
+    references: ReferenceRounds,
+    learn_steps: int,
 ) -> Outcome:
+    notes = describe_small_groups(evaluation.dataset.groups, len(references), options.refs_per_group)
     trained_on = read_training_digests(choice.checkpoint) if choice.checkpoint else None
     if choice.checkpoint and trained_on is None:
-        unknown = f"{choice.checkpoint} does not say which images it was trained on; some of these may be among them"
-        notes = [*notes, unknown]
-    settings = {**choice.as_settings(), "alphas": str(save_alphas) if save_alphas else None, **learning}
-    planned = [job.planned for job in jobs]
-    return evaluation.outcome(planned, settings, references, notes=notes, trained_on=trained_on)
+        notes.append(f"{choice.checkpoint} does not list its training images; they may include images of this dataset")
+    settings = {
+        **choice.as_settings(),
+        "alphas": str(options.save_alphas) if options.save_alphas else None,
+        "shot": options.is_shot,
+        "learn_steps": learn_steps,
+    }
+    return evaluation.make_outcome(
+        [job.planned for job in jobs], settings, references, notes=notes, trained_on=trained_on
+    )
+
+
+def _load_model(choice: AnyModel, evaluation: Evaluation) -> Predictor:
+    evaluation.run.listener.on_detail(choice.describe())
+    return choice.load()
+
+
+def _alpha_folder(
+    evaluation: Evaluation, options: InContextOptions, digests: Sequence[str]
+) -> contextlib.AbstractContextManager[Path]:
+    """Return a context with the folder for the alphas."""
+    if options.save_alphas:
+        return contextlib.nullcontext(options.save_alphas)
+    return _temporary_folder(_cache_folder(evaluation, digests))
 
 
 @contextlib.contextmanager
-def _until_done(folder: Path) -> Iterator[Path]:
-    """A folder that is removed once the run ends well and no other run uses it."""
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """Remove the folder at the end if the run succeeds and no other run uses it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_suffix(".lock").open("w")
@@ -142,98 +192,94 @@ def _until_done(folder: Path) -> Iterator[Path]:
             folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def _load(choice: AnyModel, evaluation: Evaluation) -> Predictor:
-    evaluation.listener.on_detail(choice.describe())
-    return choice.load()
-
-
-def _job(evaluation: Evaluation, sample: Sample, folder: Path, number: int, example: int) -> Job:
-    output = folder / f"{sample.name}.png"
-    return Job(sample.image, Path(sample.name), output, evaluation.planned(sample, output, number), example)
-
-
-def _work_folder(digests: Sequence[str], evaluation: Evaluation) -> Path:
-    """A folder of the cache for this very evaluation; old ones of others go."""
-    home = cache_folder() / "eval"
+def _cache_folder(evaluation: Evaluation, digests: Sequence[str]) -> Path:
+    """Return the cache folder of this evaluation, and remove old folders of other evaluations."""
+    root = cache_folder() / "eval"
     with contextlib.suppress(OSError):
-        for old in home.glob("*.lock"):
-            if time.time() - old.stat().st_mtime > OLD_AFTER_S:
-                shutil.rmtree(old.with_suffix(""), ignore_errors=True)
-                old.unlink()
-    files = [str(sample.file.resolve()) for sample in evaluation.found.samples]
-    return home / combined_digest(*digests, *(path.encode(errors="surrogateescape") for path in files))[:32]
+        for lock in root.glob("*.lock"):
+            if time.time() - lock.stat().st_mtime > MAX_CACHE_AGE_S:
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink()
+    files = [str(sample.file.resolve()) for sample in evaluation.dataset.samples]
+    return root / combined_digest(*digests, *(path.encode(errors="surrogateescape") for path in files))[:32]
 
 
 @dataclass
-class _Shelf:
-    """Reads references, holds what is known of them, and never more than a group's pictures."""
+class ReferenceStore:
+    """Reads references and remembers their digests, and the errors of those that cannot be used.
+
+    Images are not kept, so that memory use does not depend on the number of references.
+    """
 
     evaluation: Evaluation
     _digests: dict[str, str] = field(default_factory=dict)
-    _reasons: dict[str, str] = field(default_factory=dict)
+    _errors: dict[str, str] = field(default_factory=dict)
 
-    def references(self, rounds: int, refs_per_group: int) -> tuple[Rounds, list[Problem]]:
-        """For every round, each group's references: chosen by rule, or as the fixed file says."""
-        fixed, groups = self.evaluation.fixed_references, self.evaluation.groups
-        if fixed:
-            references, problems = read_rounds(fixed, groups)
-            for names in references:
-                for group in list(names):
-                    names[group] = [name for name in names[group] if self._is_usable(self.evaluation.by_name[name])]
-                    if not names[group]:
-                        del names[group]
-            missing = [group for group in groups if not all(group in names for names in references)]
+    def select_references(self, rounds: int, refs_per_group: int) -> tuple[ReferenceRounds, list[Problem]]:
+        """Return the references of every round: those of the references file, or chosen by name.
+
+        References that cannot be used become problems.
+        """
+        path, dataset = self.evaluation.files.references, self.evaluation.dataset
+        if path:
+            references, problems = read_references_file(path, dataset.groups)
+            for names_by_group in references:
+                for group, names in list(names_by_group.items()):
+                    names_by_group[group] = [name for name in names if self._is_usable(dataset.by_name[name])]
+                    if not names_by_group[group]:
+                        del names_by_group[group]
             problems += [
-                Problem("bad-reference", group, f"{fixed} gives group {group} no usable reference in every round")
-                for group in missing
+                Problem("bad-reference", group, f"{path} has no usable reference of group {group} in some round")
+                for group in dataset.groups
+                if not all(group in names_by_group for names_by_group in references)
             ]
         else:
             references, problems = choose_references(
-                groups,
+                dataset.groups,
                 rounds=rounds,
                 refs_per_group=refs_per_group,
                 is_usable=self._is_usable,
-                in_order=self.evaluation.found.dataset.is_shots,
+                in_order=self.evaluation.rule.is_shots,
             )
-        problems += [Problem("bad-reference", name, reason) for name, reason in self._reasons.items()]
+        problems += [Problem("bad-reference", name, error) for name, error in self._errors.items()]
         return references, problems
 
-    def digests(self, names: Sequence[str]) -> list[str]:
-        """Digests of the content of references that were found usable."""
+    def content_digests(self, names: Sequence[str]) -> list[str]:
+        """Return the digests of the contents of usable references."""
         return [self._digests[name] for name in names]
 
-    def prepared(
-        self, predictor: Predictor, names: Sequence[str], learn_steps: int, *, is_shot: bool = False
+    def prepare(
+        self, predictor: Predictor, names: Sequence[str], learn_steps: int, *, is_shot: bool
     ) -> PreparedReferences:
-        """References as the model sees them, which its head has learned in so many steps."""
-        references = [self._read(self.evaluation.by_name[name]) for name in names]
+        """Read references, prepare them for the model, and fine-tune its head on them for ``learn_steps`` steps."""
+        references = [self._read_reference(self.evaluation.dataset.by_name[name]) for name in names]
         return shown(predictor, references, learn_steps, is_shot=is_shot)
 
-    def shot(self, jobs: Sequence[Job], names: Sequence[Sequence[str]]) -> Shot:
-        """The order of the frames of every example, from its references, by name."""
+    def order_frames(self, jobs: Sequence[Job], examples: Sequence[Example]) -> Shot:
+        """Return the order in which the frames of the shots are matted, starting from their references."""
 
         def key(name: str) -> Key:
-            return Key(Path(name), lambda: self._read(self.evaluation.by_name[name]))
+            return Key(Path(name), lambda: self._read_reference(self.evaluation.dataset.by_name[name]))
 
         return Shot.of(
-            ([job for job in jobs if job.example == example], [key(name) for name in shown])
-            for example, shown in enumerate(names)
+            ([job for job in jobs if job.example == index], [key(name) for name in example.references])
+            for index, example in enumerate(examples)
         )
 
     def _is_usable(self, sample: Sample) -> bool:
         if sample.name in self._digests:
             return True
         try:
-            self._digests[sample.name] = self._read(sample).digest
+            self._digests[sample.name] = self._read_reference(sample).digest
         except (ImageError, UsageError) as error:
-            self._reasons[sample.name] = str(error)
+            self._errors[sample.name] = str(error)
             return False
         return True
 
-    def _read(self, sample: Sample) -> Reference:
-        """A sample as a reference: its picture, and its alpha above one half as guidance."""
-        picture = read_source_image(sample.image)
-        mask = read_alpha(sample.alpha, has_objects=self.evaluation.rule.is_shots, target_windows=picture.windows)
-        notice = self.evaluation.listener.on_notice
-        guidance = make_guidance(mask, picture.windows, f"alpha {sample.alpha}", notice)
-        return Reference(picture.rgb, guidance, windows=picture.windows)
+    def _read_reference(self, sample: Sample) -> Reference:
+        """Read a sample as a reference: its image, and its alpha above one half as guidance."""
+        image = read_source_image(sample.image)
+        mask = read_alpha(sample.alpha, has_objects=self.evaluation.rule.is_shots, target_windows=image.windows)
+        notice = self.evaluation.run.listener.on_notice
+        guidance = make_guidance(mask, image.windows, f"alpha {sample.alpha}", notice)
+        return Reference(image.rgb, guidance, windows=image.windows)

@@ -1,4 +1,4 @@
-"""Score alphas that any tool made."""
+"""Score a folder of alphas made by any tool (``icm eval --pred``)."""
 
 from __future__ import annotations
 
@@ -13,91 +13,93 @@ from icm_cli.datasets.groups import Sample
 from icm_cli.datasets.layouts import list_images
 from icm_cli.errors import Problem, UsageError
 from icm_cli.evaluation.protocol import Evaluation, round_folder
-from icm_cli.evaluation.rounds import Rounds, read_rounds, targets
-from icm_cli.evaluation.shots import first_frames
+from icm_cli.evaluation.rounds import ReferenceRounds, choose_first_frames, read_references_file, select_targets
 from icm_cli.images.reading import CompositeSource
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult
 
-Key = TypeVar("Key")
+NamedT = TypeVar("NamedT")
 
 
 def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Report:
-    """Score every sample's alpha below ``folder``, as ``--save-alphas`` lays them out or by file name alone.
+    """Score the alphas in ``folder``, named as by ``--save-alphas`` or by file name only.
 
-    Fixed references are left out of their round; without them every image is scored. Raises UsageError where no
-    alpha belongs to any sample.
+    If the evaluation has a references file, the references of each round are excluded. Otherwise every image is scored.
+    Raises UsageError if no alpha belongs to an image.
     """
     if not folder.is_dir():
         raise UsageError(f"folder of predictions {folder} does not exist; expected alphas named like the images")
-    references: Rounds = [{} for _ in range(rounds)]
+    dataset = evaluation.dataset
+    references: ReferenceRounds = [{} for _ in range(rounds)]
     problems: list[Problem] = []
-    if evaluation.fixed_references:
-        references, problems = read_rounds(evaluation.fixed_references, evaluation.groups)
-    elif evaluation.found.dataset.is_shots:
-        references = first_frames(evaluation.found)
+    if evaluation.files.references:
+        references, problems = read_references_file(evaluation.files.references, dataset.groups)
+    elif evaluation.rule.is_shots:
+        references = choose_first_frames(dataset.groups)
     planned = [
         result
-        for number, shown in enumerate(references, 1)
-        for result in _planned(evaluation, round_folder(folder, number, len(references)), number, shown)
+        for number, names in enumerate(references, 1)
+        for result in _plan_results(evaluation, round_folder(folder, number, len(references)), number, names)
     ]
     if not any(result.output for result in planned):
-        expected = f"{round_folder(folder, 1, len(references)) / evaluation.found.samples[0].name}.png"
-        hint = "; it has rounds, so give --references with the report of the run that made them"
+        expected = f"{round_folder(folder, 1, len(references)) / dataset.samples[0].name}.png"
+        has_rounds = (folder / "round-1").is_dir()
+        hint = "; it has several rounds, so give --references with the report of the run that made them"
         raise UsageError(
-            f"folder of predictions {folder} has no alpha of any image, or several of each name; expected names like "
-            f"{expected}{hint if (folder / 'round-1').is_dir() else ''}"
+            f"folder of predictions {folder} has no alpha of any image, or several of the same name; "
+            f"expected names like {expected}{hint if has_rounds else ''}"
         )
-    evaluation.report_files.check_no_overwrite([result.output for result in planned if result.output])
-    evaluation.report_files.check_writable()
-    outcome = evaluation.outcome(planned, {"predictions": str(folder)}, references)
+    evaluation.files.reports.check_no_overwrite([result.output for result in planned if result.output])
+    evaluation.files.reports.check_writable()
+    outcome = evaluation.make_outcome(planned, {"predictions": str(folder)}, references)
     for problem in problems:
         outcome.add_problem(problem)
-    evaluation.listener.on_run_start(len(planned))
-    with outcome, outcome.reported(evaluation.report_files, environment.peak_memory_bytes):
+    evaluation.run.listener.on_run_start(len(planned))
+    with outcome, outcome.reported(evaluation.files.reports, environment.peak_memory_bytes):
         for result in planned:
             if result.output:
                 outcome.add(replace(result, status="done"))
                 continue
-            home = round_folder(folder, result.round, len(references))
-            reason = f"{result.source} has no alpha in {home}; expected one named {result.name}, or the only one so"
+            searched = round_folder(folder, result.round, len(references))
+            reason = f"{result.source} has no unique alpha in {searched}; expected a file named {result.name}"
             outcome.add_problem(Problem("missing-prediction", result.name, reason))
             outcome.add(replace(result, status="unscored", reason=reason))
-        evaluation.add_flicker(outcome)
+        evaluation.score_flicker(outcome)
     return outcome.report
 
 
-def _planned(
+def _plan_results(
     evaluation: Evaluation, folder: Path, number: int, references: Mapping[str, list[str]]
 ) -> list[ImageResult]:
-    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in list_images(folder)}
-    by_stem = _alone({path: path.stem for path in found.values()})
-    stems = _alone({sample.name: Path(sample.name).name for sample in evaluation.found.samples})
-    wanted = {
+    """Return a result with the path of its alpha, or "" if there is none, for every target of a round."""
+    dataset = evaluation.dataset
+    alphas = {path.relative_to(folder).with_suffix("").as_posix(): path for path in list_images(folder)}
+    alpha_by_stem = _unique_stems({path: path.stem for path in alphas.values()})
+    name_by_stem = _unique_stems({sample.name: Path(sample.name).name for sample in dataset.samples})
+    targets = {
         sample.name
-        for samples in evaluation.groups.values()
-        for sample in targets(samples, references.get(samples[0].group, []))
-    } | {sample.name for sample in evaluation.found.samples if not sample.group}
+        for samples in dataset.groups.values()
+        for sample in select_targets(samples, references.get(samples[0].group, []))
+    } | {sample.name for sample in dataset.samples if not sample.group}
 
-    def alpha_of(sample: Sample) -> Path | str:
-        if sample.name in found:
-            return found[sample.name]
-        names = (
-            [Path(sample.name).name]
-            if isinstance(sample.image, CompositeSource)
-            else [Path(sample.name).name, sample.file.stem]
-        )
-        is_alone = stems.get(names[0]) == sample.name
-        return next((by_stem[name] for name in names if name in by_stem), "") if is_alone else ""
+    def find_alpha(sample: Sample) -> Path | str:
+        if sample.name in alphas:
+            return alphas[sample.name]
+        stems = [Path(sample.name).name]
+        if name_by_stem.get(stems[0]) != sample.name:
+            return ""
+        if not isinstance(sample.image, CompositeSource):
+            stems.append(sample.file.stem)
+        return next((alpha_by_stem[stem] for stem in stems if stem in alpha_by_stem), "")
 
     return [
-        replace(evaluation.planned(sample, Path(), number), output=str(alpha_of(sample)))
-        for sample in evaluation.found.samples
-        if sample.name in wanted
+        replace(evaluation.plan_result(sample, Path(), number), output=str(find_alpha(sample)))
+        for sample in dataset.samples
+        if sample.name in targets
     ]
 
 
-def _alone(stems: Mapping[Key, str]) -> dict[str, Key]:
-    """Map each stem that occurs once to its key."""
+def _unique_stems(stems: Mapping[NamedT, str]) -> dict[str, NamedT]:
+    """Return the keys by stem, for stems that occur once."""
     counts = Counter(stems.values())
     return {stem: key for key, stem in stems.items() if counts[stem] == 1}

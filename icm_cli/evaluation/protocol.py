@@ -1,4 +1,4 @@
-"""One evaluation: what is scored and how, whoever makes the alphas."""
+"""Definition of an evaluation: dataset, scoring rule, files and run settings, for alphas of any origin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from icm_cli.datasets.groups import Sample, group_samples
 from icm_cli.datasets.registry import DatasetSamples
 from icm_cli.errors import UsageError
-from icm_cli.evaluation.rounds import Rounds
+from icm_cli.evaluation.rounds import ReferenceRounds
 from icm_cli.events import Listener
 from icm_cli.images.reading import CompositeSource
 from icm_cli.images.writing import read_stamp
@@ -29,61 +29,99 @@ from icm_cli.scoring.task import FlickerTask, ScoreTask
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The dataset as it was found, the rule it is scored by, and where the reports go."""
+class EvaluationDataset:
+    """The dataset of an evaluation."""
 
     name: str
-    found: DatasetSamples
-    rule: ScoringRule
+    """Name in the registry."""
+    location: str
+    """Data root, or the images of the dataset ``folder``."""
     split: str
-    where: str
-    """The dataset's root, or the images of one's own folders."""
-    note: str | None
-    fixed_references: Path | None
-    inputs: tuple[Path, ...]
-    """Files that say what to do, and must not be written over."""
-    report_files: ReportFiles
-    allowed: frozenset[str]
-    workers: int
-    listener: Listener
-    start: float
+    found: DatasetSamples
+
+    @property
+    def title(self) -> str:
+        """Title for reports; the location for the dataset ``folder``."""
+        return self.location if self.name == "folder" else self.found.dataset.title
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All samples."""
+        return self.found.samples
 
     @cached_property
     def groups(self) -> dict[str, list[Sample]]:
-        """Samples by group, those without one left out."""
-        return group_samples(self.found.samples)
+        """Samples by group. Samples without a group are excluded."""
+        return group_samples(self.samples)
 
     @cached_property
     def by_name(self) -> dict[str, Sample]:
-        """Every sample."""
-        return {sample.name: sample for sample in self.found.samples}
+        """All samples by name."""
+        return {sample.name: sample for sample in self.samples}
 
     @cached_property
-    def _files(self) -> set[str]:
-        """Every file of the dataset, links followed."""
+    def real_paths(self) -> set[str]:
+        """Paths of all files of the dataset, with symbolic links resolved."""
         return {
             os.path.realpath(path)
-            for sample in self.found.samples
+            for sample in self.samples
             for path in (sample.file, sample.alpha, sample.trimap)
             if path is not None
         }
 
-    def check_overwrites_nothing(self, alphas: Sequence[Path] = ()) -> None:
-        """Raises UsageError for an alpha in the place of one of the dataset's files, or a report in that of any."""
-        files = self._files
-        folders = {str(Path(path).parent) for path in files}
+
+@dataclass(frozen=True)
+class EvaluationFiles:
+    """Files that an evaluation reads and writes, besides the dataset and the alphas."""
+
+    reports: ReportFiles
+    references: Path | None = None
+    """File with the references to use."""
+    groups: Path | None = None
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Input files, which must not be overwritten."""
+        return [path for path in (self.groups, self.references) if path is not None]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of an evaluation run that do not affect the scores."""
+
+    listener: Listener
+    start: float
+    """Value of ``time.perf_counter`` at the start of the run."""
+    workers: int
+    note: str | None = None
+    """Comment for the reports."""
+    allowed: frozenset[str] = frozenset()
+    """Kinds of problems that do not affect the exit code."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation: what is scored, by which rule, and which files are read and written."""
+
+    dataset: EvaluationDataset
+    rule: ScoringRule
+    files: EvaluationFiles
+    run: RunSettings
+
+    def check_no_overwrite(self, alphas: Sequence[Path] = ()) -> None:
+        """Raise UsageError if an alpha or a report would overwrite a file of the dataset or an input."""
+        dataset_files = self.dataset.real_paths
+        folders = {str(Path(path).parent) for path in dataset_files}
         for path in alphas:
             if os.path.realpath(path.parent) in folders:
-                raise UsageError(
-                    f"{path} would lie among the files of the dataset; give --save-alphas a folder of its own"
-                )
-        for path in {path.parent: path for path in alphas if path.exists()}.values():  # one a folder tells
+                raise UsageError(f"{path} is in a folder of the dataset; give --save-alphas another folder")
+        for path in {path.parent: path for path in alphas if path.exists()}.values():  # one existing alpha per folder
             if (stamp := read_stamp(path)) is not None and DIGEST_KEY not in stamp:
-                raise UsageError(f"{path} is not of icm and would be written over; give --save-alphas another folder")
-        self.report_files.check_no_overwrite([*files, *alphas, *self.inputs])
+                raise UsageError(f"{path} exists and was not made by icm; give --save-alphas another folder")
+        self.files.reports.check_no_overwrite([*dataset_files, *alphas, *self.files.inputs])
 
-    def planned(self, sample: Sample, output: Path, number: int) -> ImageResult:
-        """Result of a sample in a round before its alpha is there."""
+    def plan_result(self, sample: Sample, output: Path, number: int) -> ImageResult:
+        """Return the result of a sample in round ``number`` before it is matted."""
         return ImageResult(
             source=str(sample.image),
             output=str(output),
@@ -95,26 +133,32 @@ class Evaluation:
             truth=str(sample.alpha),
         )
 
-    def outcome(
+    def make_outcome(
         self,
         planned: Sequence[ImageResult],
         settings: Mapping[str, Any],
-        references: Rounds,
+        references: ReferenceRounds,
         *,
         notes: Sequence[str] = (),
         trained_on: frozenset[str] | None = None,
     ) -> Outcome:
-        """Make the outcome that gathers, scores and reports results; the dataset's own problems are in it already."""
-        protocol = self._protocol(references, notes)
+        """Return the outcome that collects, scores and reports results. It has the problems of the dataset already."""
+        protocol = self._describe_protocol(references, notes)
         report = Report(
-            {"title": protocol["title"], "note": self.note, **environment_settings(), "protocol": protocol, **settings},
-            allowed=self.allowed,
+            {
+                "title": protocol["title"],
+                "note": self.run.note,
+                **environment_settings(),
+                "protocol": protocol,
+                **settings,
+            },
+            allowed=self.run.allowed,
             references=references,
-            page_images=self._album(references),
+            page_images=self._page_images(references),
         )
 
         def task_for(result: ImageResult) -> ScoreTask:
-            sample = self.by_name[result.name]
+            sample = self.dataset.by_name[result.name]
             return ScoreTask(
                 name=result.name,
                 alpha=Path(result.output),
@@ -124,96 +168,97 @@ class Evaluation:
                 image=sample.file,
                 needs_sha256=trained_on is not None,
                 is_external="predictions" in settings,
-                allowed=self.allowed,
+                allowed=self.run.allowed,
             )
 
         outcome = Outcome(
             report,
             planned,
-            self.listener,
-            start=self.start,
-            scoring=Scorer(ScoringPool(self.workers), task_for),
+            self.run.listener,
+            start=self.run.start,
+            scoring=Scorer(ScoringPool(self.run.workers), task_for),
             trained_on=trained_on,
         )
-        for problem in self.found.problems:
+        for problem in self.dataset.found.problems:
             outcome.add_problem(problem)
         for note in protocol["notes"]:
-            self.listener.on_notice(note)
+            self.run.listener.on_notice(note)
         return outcome
 
-    def add_flicker(self, outcome: Outcome) -> None:
-        """dtSSD of every two frames that follow one another in a video and both have an alpha."""
-        videos = [frames for frames in self.groups.values() if frames[0].is_video_frame]
-        following = [pair for frames in videos for pair in consecutive_frames(frames)]
-        if videos and not following:
-            self.listener.on_notice(
-                "no two frames follow one another by the numbers at the end of their names; no dtSSD"
-            )
-        if following:
-            outcome.add_flicker(list(self._flicker_tasks(following, outcome)))
+    def score_flicker(self, outcome: Outcome) -> None:
+        """Compute dtSSD between all consecutive frames of videos that have an alpha."""
+        videos = [frames for frames in self.dataset.groups.values() if frames[0].is_video_frame]
+        pairs = [pair for frames in videos for pair in consecutive_frames(frames)]
+        if videos and not pairs:
+            self.run.listener.on_notice("dtSSD is not computed: no two frame names end in consecutive numbers")
+        if pairs:
+            outcome.add_flicker(list(self._flicker_tasks(pairs, outcome)))
 
     def _flicker_tasks(
-        self, following: Sequence[tuple[Sample, Sample]], outcome: Outcome
+        self, pairs: Sequence[tuple[Sample, Sample]], outcome: Outcome
     ) -> Iterator[tuple[tuple[int, str], FlickerTask]]:
         scored = {result.key: result for result in outcome.scored()}
         for number in sorted({key[0] for key in scored}):
-            for before, frame in following:
-                pair = [scored.get((number, each.name)) for each in (frame, before)]
-                files = [(Path(result.output), Path(result.truth)) for result in pair if result]
+            for before, frame in pairs:
+                results = [scored.get((number, each.name)) for each in (frame, before)]
+                files = [(Path(result.output), Path(result.truth)) for result in results if result]
                 if len(files) == 2:
                     yield (number, frame.name), FlickerTask(files[0], files[1], self.rule)
 
-    def _protocol(self, references: Rounds, notes: Sequence[str]) -> dict[str, Any]:
-        """All that numbers depend on beside the alphas; two reports that differ here cannot be compared."""
-        made = f"0 < alpha < 1 dilated by a {self.rule.trimap_kernel_px} px square at the scored size"
-        if not any(sample.trimap for sample in self.found.samples):
-            unknown = f"made from the alpha: {made}"
+    def _describe_protocol(self, references: ReferenceRounds, notes: Sequence[str]) -> dict[str, Any]:
+        """Return everything besides the alphas that affects the scores. Comparing reports requires equal values."""
+        generated = f"0 < alpha < 1 dilated by a {self.rule.trimap_kernel_px} px square at the scored size"
+        if not any(sample.trimap for sample in self.dataset.samples):
+            unknown = f"generated from the alpha: {generated}"
         elif self.rule.has_detail_maps:
             unknown = "published detail maps above 0"
         else:
-            unknown = f"published trimaps at 128; where one is missing, {made}"
-        each = max((len(names) for groups in references for names in groups.values()), default=0)
+            unknown = f"published trimaps at 128; images without a trimap: {generated}"
+        refs_per_group = max((len(names) for groups in references for names in groups.values()), default=0)
         return {
-            "dataset": self.name,
-            "title": self.where if self.name == "folder" else self.found.dataset.title,
-            "where": self.where,
-            "split": self.split,
-            "images": len(self.found.samples),
+            "dataset": self.dataset.name,
+            "title": self.dataset.title,
+            "location": self.dataset.location,
+            "split": self.dataset.split,
+            "images": len(self.dataset.samples),
             **self.rule.as_protocol(),
             "unknown_region": unknown if "unknown" in self.rule.regions else "not scored",
             "rounds": len(references),
-            "refs_per_group": each,
-            "mean": "over images, then over rounds; ± is the sample standard deviation of the rounds' means",
-            "notes": [*self.found.notes, *notes],
+            "refs_per_group": refs_per_group,
+            "mean": "over images, then over rounds; ± is the sample standard deviation over rounds",
+            "notes": [*self.dataset.found.notes, *notes],
         }
 
-    def _album(self, references: Rounds) -> PageImages:
+    def _page_images(self, references: ReferenceRounds) -> PageImages:
+        by_name = self.dataset.by_name
         return PageImages(
             references={
-                (number, group): [(self.by_name[name].image, self.by_name[name].alpha) for name in names]
+                (number, group): [(by_name[name].image, by_name[name].alpha) for name in names]
                 for number, groups in enumerate(references, 1)
                 for group, names in groups.items()
             },
             composites={
-                sample.name: sample.image for sample in self.found.samples if isinstance(sample.image, CompositeSource)
+                sample.name: sample.image
+                for sample in self.dataset.samples
+                if isinstance(sample.image, CompositeSource)
             },
         )
 
 
 def round_folder(folder: Path, number: int, rounds: int) -> Path:
-    """Folder of the alphas of a round: the folder itself where there is but one."""
+    """Return the folder with the alphas of a round: ``folder`` itself if there is only one round."""
     return folder / f"round-{number}" if rounds > 1 else folder
 
 
 def consecutive_frames(frames: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
-    """Pairs of frames that follow one another: alike in name but for the number at its end, one step apart.
+    """Return the pairs of consecutive frames: their names differ only in the number at the end, by one step.
 
-    A shot's step is the smallest difference between its numbers, so every second frame may be missing throughout.
+    The step of a shot is the smallest difference between its numbers, so that a shot may consist of every second frame.
     """
     shots: dict[str, dict[int, Sample]] = {}
     for frame in frames:
-        if found := re.fullmatch(r"(.*?)(\d+)", frame.name):
-            shots.setdefault(found[1], {})[int(found[2])] = frame
+        if match := re.fullmatch(r"(.*?)(\d+)", frame.name):
+            shots.setdefault(match[1], {})[int(match[2])] = frame
     pairs = []
     for shot in shots.values():
         numbers = sorted(shot)

@@ -1,4 +1,4 @@
-"""References of each group: chosen by name alone, kept in a file, never the target itself."""
+"""References of an evaluation: chosen by name, or read from a file. A target is never its own reference."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from icm_cli.datasets.registry import ONE_GROUP
 from icm_cli.errors import Problem, UsageError
 from icm_cli.files import write_json
 
-Rounds = list[dict[str, list[str]]]
-"""For every round, the names of each group's references."""
+ReferenceRounds = list[dict[str, list[str]]]
+"""For every round, the names of the references by group."""
 
-EXPECTED = 'expected {"references": [{"GROUP": ["NAME"]}]}, a mapping for each round, or a JSON report of icm eval'
+EXPECTED_REFERENCES = (
+    'expected {"references": [{"GROUP": ["NAME"]}]} with one object per round, or a JSON report of icm eval'
+)
 
 
 def choose_references(
@@ -27,104 +29,112 @@ def choose_references(
     refs_per_group: int,
     is_usable: Callable[[Sample], bool],
     in_order: bool = False,
-) -> tuple[Rounds, list[Problem]]:
-    """The references of every round and group, and the groups that are too small to have any.
+) -> tuple[ReferenceRounds, list[Problem]]:
+    """Choose the references of every group and round.
 
-    A group's names stand in the order of their SHA-256, or ``in_order`` as they come; round r takes those from the
-    r-th on, beginning again at the first after the last. ``is_usable`` is asked before a sample is taken; the next one
-    stands in for one that is not. At least one image of a group stays a target.
+    The samples of a group are sorted by the SHA-256 of their names, or left in their order if ``in_order``. Round n
+    takes the usable samples from the n-th on and wraps around at the end. At least one image of a group remains as a
+    target. Images of groups with a single image become problems.
     """
-    chosen: Rounds = [{} for _ in range(rounds)]
+    chosen: ReferenceRounds = [{} for _ in range(rounds)]
     problems = []
     for group, samples in groups.items():
         if len({sample.image for sample in samples}) < 2:
             problems += [
-                Problem("lone-image", each.name, f"{each.name} is alone in group {group}; nothing shows it its thing")
+                Problem("lone-image", each.name, f"{each.name} is the only image of group {group} and has no reference")
                 for each in samples
             ]
             continue
-        ordered = list(samples) if in_order else sorted(samples, key=_sha256)
+        ordered = list(samples) if in_order else sorted(samples, key=_name_digest)
         usable = functools.cache(is_usable)
         for number, names in enumerate(chosen):
             first = number % len(ordered)
             candidates = (each for each in (*ordered[first:], *ordered[:first]) if usable(each))
-            taken = [each.name for each in islice(candidates, min(refs_per_group, len(ordered) - 1))]
-            if taken:
-                names[group] = taken
+            references = [each.name for each in islice(candidates, min(refs_per_group, len(ordered) - 1))]
+            if references:
+                names[group] = references
     return chosen, problems
 
 
-def _sha256(sample: Sample) -> str:
+def choose_first_frames(groups: Mapping[str, Sequence[Sample]]) -> ReferenceRounds:
+    """Choose the first frame of every shot as its reference, in a single round."""
+    return [{shot: [frames[0].name] for shot, frames in groups.items()}]
+
+
+def _name_digest(sample: Sample) -> str:
     return hashlib.sha256(sample.name.encode(errors="surrogateescape")).hexdigest()
 
 
-def read_rounds(path: Path, groups: Mapping[str, Sequence[Sample]]) -> tuple[Rounds, list[Problem]]:
-    """References of an earlier run, from their own file or its JSON report; what this dataset lacks is left out.
+def read_references_file(path: Path, groups: Mapping[str, Sequence[Sample]]) -> tuple[ReferenceRounds, list[Problem]]:
+    """Read the references of an earlier evaluation from a references file or a JSON report.
 
-    Raises UsageError for a file of another kind.
+    Names that are not in their group become problems. Raises UsageError if the format is wrong or no name is known.
     """
-    named = _named_rounds(path)
     problems: dict[str, Problem] = {}
-    rounds: Rounds = []
-    for number, names in enumerate(named):
-        rounds.append({})
-        for group, wanted in names.items():
+    rounds: ReferenceRounds = []
+    for names_by_group in _parse_references_file(path):
+        references: dict[str, list[str]] = {}
+        for group, names in names_by_group.items():
             known = {sample.name for sample in groups.get(group, ())}
-            if there := [name for name in dict.fromkeys(wanted) if name in known]:
-                rounds[number][group] = there
-            for name in wanted:
+            if found := [name for name in dict.fromkeys(names) if name in known]:
+                references[group] = found
+            for name in names:
                 if name not in known:
-                    reason = f"{path} names {name} as a reference of group {group}, which has no such image here"
+                    reason = f"{path} names {name} as a reference of group {group}, but this group has no such image"
                     problems[name] = Problem("absent-file", name, reason)
+        rounds.append(references)
     if not any(rounds):
-        raise UsageError(f"references file {path} names no image of this dataset in its group; {EXPECTED}")
+        raise UsageError(f"references file {path} names no image of this dataset in its group; {EXPECTED_REFERENCES}")
     return rounds, list(problems.values())
 
 
-def _named_rounds(path: Path) -> Rounds:
+def _parse_references_file(path: Path) -> ReferenceRounds:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"references file {path} cannot be read ({error}); {EXPECTED}") from error
+        raise UsageError(f"references file {path} cannot be read ({error}); {EXPECTED_REFERENCES}") from error
     rounds = content.get("references") if isinstance(content, dict) else None
-    is_right = isinstance(rounds, list) and all(
+    is_valid = isinstance(rounds, list) and all(
         isinstance(groups, dict)
         and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in groups.values())
         for groups in rounds
     )
-    if not is_right:
-        raise UsageError(f"references file {path} is of another kind; {EXPECTED}")
+    if not is_valid:
+        raise UsageError(f"references file {path} has the wrong format; {EXPECTED_REFERENCES}")
     return list(rounds or [])
 
 
-def group_notes(groups: Mapping[str, Sequence[Sample]], rounds: int, refs_per_group: int) -> list[str]:
-    """Sentences on groups that cannot give as many rounds or references as asked."""
+def write_references_file(path: Path, rounds: ReferenceRounds) -> None:
+    """Write references for ``--references`` of a later evaluation, atomically. Raises OutputError."""
+    write_json(path, {"references": rounds})
+
+
+def describe_small_groups(groups: Mapping[str, Sequence[Sample]], rounds: int, refs_per_group: int) -> list[str]:
+    """Return notes about groups that cannot provide the requested number of rounds or references."""
     sizes = {group: len(samples) for group, samples in groups.items() if len(samples) > 1}
     notes = []
     if set(groups) == {ONE_GROUP}:
         notes.append(
-            "no groups are known, so all images are one group and a reference may show another thing than its target; "
-            "--groups FILE says which belong together"
+            "the dataset has no groups, so all images form one group and a reference may show a different object than "
+            "its target; give --groups FILE to define groups"
         )
     if small := [group for group, size in sizes.items() if size < rounds]:
         notes.append(
-            f"{len(small)} group(s), such as {small[0]}, have fewer than {rounds} images: their references and scores "
-            "come again in later rounds, and the spread is too small"
+            f"{len(small)} group(s), such as {small[0]}, have fewer than {rounds} images: their references repeat in "
+            "later rounds, and the standard deviation over rounds is too small"
         )
     if small := [group for group, size in sizes.items() if size <= refs_per_group]:
         notes.append(
             f"{len(small)} group(s), such as {small[0]}, have too few images for {refs_per_group} references and a "
-            "target: they have as many references as leave one"
+            "target; they use all images but one as references"
         )
     return notes
 
 
-def write_rounds(path: Path, rounds: Rounds) -> None:
-    """Write references for ``--references`` of a later run, whole or not at all. Raises OutputError."""
-    write_json(path, {"references": rounds})
+def select_targets(samples: Sequence[Sample], references: Sequence[str]) -> list[Sample]:
+    """Return the samples of a group that are matted with these references.
 
-
-def targets(samples: Sequence[Sample], references: Sequence[str]) -> list[Sample]:
-    """The samples of a group that are matted with these references: no reference, nor another alpha of its image."""
-    shown = {sample.image for sample in samples if sample.name in references}
-    return [sample for sample in samples if sample.image not in shown]
+    Samples that share their image with a reference are excluded.
+    """
+    reference_images = {sample.image for sample in samples if sample.name in references}
+    return [sample for sample in samples if sample.image not in reference_images]

@@ -7,7 +7,6 @@ from dataclasses import replace
 from icm_cli.datasets.groups import group_samples
 from icm_cli.datasets.registry import DatasetSamples
 from icm_cli.errors import Problem, UsageError
-from icm_cli.evaluation.rounds import Rounds
 
 LEAST_FRAMES = 3
 """Frames of a shot of which one is scored."""
@@ -43,8 +42,3 @@ def as_shots(found: DatasetSamples) -> DatasetSamples:
     whole = [frames for frames in shots.values() if len(frames) >= LEAST_FRAMES]
     frames = [replace(frame, categories={"type": "video"}) for shot in whole for frame in shot[:-1]]
     return replace(found, samples=frames, notes=[*found.notes, NOTE], problems=[*found.problems, *short])
-
-
-def first_frames(found: DatasetSamples) -> Rounds:
-    """The first frame of every shot as its reference, in one round."""
-    return [{shot: [frames[0].name] for shot, frames in group_samples(found.samples).items()}]
