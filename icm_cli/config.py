@@ -244,7 +244,7 @@ def _describe_type(hint: Any) -> str:
         return " or ".join(repr(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return "a list"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
+    return {int: "an integer", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
 
 
 def require_mapping(value: object, where: str) -> Mapping[str, Any]:

@@ -142,7 +142,7 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     ),
     "wrong type": (
         3,
-        "long_side_px is 'big'; expected a whole number",
+        "long_side_px is 'big'; expected an integer",
         file_at(
             "m.yaml", b"backbone: {name: efficientnet-lite, long_side_px: big}\nhead: {name: training-free}", "model"
         ),

@@ -447,7 +447,7 @@ class TestSettings:
         ("override", "message"),
         [
             ("train.stepps=3", "Did you mean 'steps'"),
-            ("train.steps=many", "steps is 'many'; expected a whole number"),
+            ("train.steps=many", "steps is 'many'; expected an integer"),
             ("train.steps", "expected key=value"),
             ("train.steps=[", "is not YAML"),
             ("train.pairs.negative_probability=2", "expected 0 to 1"),

@@ -1,1 +1,1 @@
-"""The core model: one module for matte, eval and train, a backbone joined with a head."""
+"""The model of matte, eval and train: its components, and loading and saving of its weights."""

@@ -113,9 +113,9 @@ class MeanAttention:
                 rows = slice(top, min(tokens, top + rows_at_once))
                 chunk = buffer[: maps.stop - first, : rows.stop - top]
                 torch.bmm(queries[maps, rows], key_columns[maps], out=chunk)
-                seen = None if self._padding is None else chunk.masked_fill(self._padding, float("-inf")).softmax(-1)
+                masked = None if self._padding is None else chunk.masked_fill(self._padding, float("-inf")).softmax(-1)
                 torch.softmax(chunk, dim=-1, out=chunk)
-                self._add_to_sum(rows, chunk if seen is None else seen, count)
+                self._add_to_sum(rows, chunk if masked is None else masked, count)
                 yield maps, rows, chunk
         self._layers += 1
 
