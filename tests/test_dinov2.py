@@ -16,7 +16,7 @@ from icm_cli.model.lite.backbone import (
     DinoV2Lite,
     DinoV2LiteConfig,
     VisionTransformer,
-    _on_grid,
+    _resize_to_grid,
     _transformer_weights,
     _weights_path,
 )
@@ -67,7 +67,7 @@ def test_grids_and_channels(backbone: DinoV2Lite) -> None:
 def test_coarse_cells_lie_over_the_tokens_they_cover(cells: int, grid: int) -> None:
     """A ramp stays a ramp, in the tokens' own measure: half a cell on is half a step on."""
     ramp = torch.arange(cells, dtype=torch.float32).expand(1, 1, cells, cells)
-    found = _on_grid(ramp, (grid, grid))
+    found = _resize_to_grid(ramp, (grid, grid))
     assert found.shape == (1, 1, grid, grid)
     factor = 2 if cells < grid else 1
     expected = ((torch.arange(grid) + 0.5) / factor - 0.5).clamp(0, cells - 1)
