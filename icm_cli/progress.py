@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -87,7 +86,7 @@ class JsonTerminal(Terminal):
 
     def on_image_end(self, result: ImageResult) -> None:
         super().on_image_end(result)
-        row = {name: value for name, value in dataclasses.asdict(result).items() if value not in (None, "", {})}
+        row = {name: value for name, value in result.as_dict().items() if value not in (None, "", {})}
         _say_json("image", ended=self.ended, total=self.total, **row)
 
     def on_run_end(self, report: Report) -> None:

@@ -139,10 +139,11 @@ def _source(result: ImageResult) -> str:
 
 
 def _figures(result: ImageResult) -> str:
-    parts = [f" {result.seconds:.2f} s" if result.status == "done" and result.seconds is not None else ""]
-    for region, scores in result.scores.items():
+    seconds = result.matting.seconds
+    parts = [f" {seconds:.2f} s" if result.status == "done" and seconds is not None else ""]
+    for region, scores in result.evaluation.scores.items():
         parts.append(f", {region}: MSE {scores.mse:.4f}, SAD {scores.sad:.2f}")
-    if result.not_found:
+    if result.matting.not_found:
         parts.append(", reference's thing not found")
     return "".join(parts)
 
@@ -268,13 +269,13 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
         rows.append(("unscored", f"{unscored}"))
     if unreached := report.count("not reached"):
         rows.append(("not reached", f"{unreached}"))
-    if missing := sum(bool(result.not_found) for result in report.results):
+    if missing := sum(bool(result.matting.not_found) for result in report.results):
         rows.append(("thing not found", f"{missing}"))
     for kind, count in sorted(Counter(problem.kind for problem in report.problems).items()):
         rows.append((kind, f"{count}{' (allowed)' if kind in report.allowed else ''}"))
-    if resized := sum(result.was_resized for result in report.results):
+    if resized := sum(result.evaluation.was_resized for result in report.results):
         rows.append(("resized to score", f"{resized}"))
-    if seen := sum(bool(result.is_seen) for result in report.results):
+    if seen := sum(bool(result.evaluation.is_seen) for result in report.results):
         rows.append(("trained on", f"{seen} of the images"))
     if "device" in report.settings:
         rows.append(("device", report.settings["device"]))

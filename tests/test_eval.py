@@ -358,8 +358,8 @@ def test_foregrounds_are_matted_in_context_on_their_backgrounds(tmp_path: Path, 
     behind = int(reference.removeprefix("rocket_")) % 3
     others = {f"rocket_{n}" for n in range(20) if n % 3 != behind}  # the very same picture is no target
     assert {result.name for result in report.results} == others
-    assert {result.group for result in report.results} == {"rocket"}
+    assert {result.dataset.group for result in report.results} == {"rocket"}
     assert report.means["unknown"].images == len(others)
-    assert len({result.foreground for result in report.results}) > 1
+    assert len({result.matting.foreground for result in report.results}) > 1
     (note,) = report.settings["protocol"]["notes"]
     assert "3 backgrounds are reused for 20 composites" in note

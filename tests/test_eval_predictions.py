@@ -173,7 +173,7 @@ def test_videos_have_dt_ssd_between_frames_in_the_order_of_their_numbers(tmp_pat
             path.parent.mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(path), image)
     report = evaluate("folder", tmp_path, pred=tmp_path / "pred", video=True)
-    flicker = {result.name: result.dt_ssd for result in report.results}
+    flicker = {result.name: result.evaluation.dt_ssd for result in report.results}
     assert flicker["shot/f.8"] is flicker["shot/f.20"] is None
     for before, name in (("shot/f.8", "shot/f.9"), ("shot/f.9", "shot/f.10"), ("shot/f.10", "shot/f.11")):
         (alpha, truth), (alpha_before, truth_before) = frames[name], frames[before]
@@ -181,7 +181,7 @@ def test_videos_have_dt_ssd_between_frames_in_the_order_of_their_numbers(tmp_pat
     assert report.means["whole"].metrics["dt_ssd"].mean == pytest.approx(
         np.mean([value for value in flicker.values() if value is not None])
     )
-    assert evaluate("folder", tmp_path, pred=tmp_path / "pred").results[1].dt_ssd is None
+    assert evaluate("folder", tmp_path, pred=tmp_path / "pred").results[1].evaluation.dt_ssd is None
 
 
 def test_every_report_states_the_protocol(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:

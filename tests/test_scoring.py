@@ -41,7 +41,7 @@ def test_sizes(task: ScoreTask, size: str, shape: tuple[int, int]) -> None:
     assert alpha.shape == shape
     scored = replace(task, rule=ScoringRule(size=size)).run()  # type: ignore[arg-type]
     assert scored.problems == ()
-    assert scored.scores["whole"] == compute_scores(alpha, truth)["whole"]
+    assert scored.evaluation.scores["whole"] == compute_scores(alpha, truth)["whole"]
 
 
 def test_square768_is_the_centre() -> None:
@@ -59,7 +59,9 @@ def test_a_made_trimap_is_the_soft_pixels_dilated_by_the_stated_square(task: Sco
     assert (trimap == expected).all()
     scored = replace(task, rule=ScoringRule(regions=("unknown",), trimap_kernel_px=7)).run()
     truth, alpha = soft_square(90, 150), soft_square(90, 150, 5)
-    assert scored.scores == {"unknown": compute_scores(alpha, truth, trimap=make_trimap(truth, 7))["unknown"]}
+    assert scored.evaluation.scores == {
+        "unknown": compute_scores(alpha, truth, trimap=make_trimap(truth, 7))["unknown"]
+    }
 
 
 def test_a_published_trimap_is_taken_and_a_detail_map_is_unknown_above_0(task: ScoreTask, tmp_path: Path) -> None:
@@ -70,10 +72,10 @@ def test_a_published_trimap_is_taken_and_a_detail_map_is_unknown_above_0(task: S
     both = ("whole", "unknown")
     with_trimap = replace(task, trimap=tmp_path / "t.png", rule=ScoringRule(regions=both))
     alpha, truth = soft_square(90, 150, 5), soft_square(90, 150)
-    assert with_trimap.run().scores == compute_scores(alpha, truth, trimap=trimap)
+    assert with_trimap.run().evaluation.scores == compute_scores(alpha, truth, trimap=trimap)
     detail = np.where(trimap > 0, 128, 0).astype(np.uint8)
     with_detail = replace(with_trimap, rule=ScoringRule(regions=both, has_detail_maps=True))
-    assert with_detail.run().scores == compute_scores(alpha, truth, trimap=detail)
+    assert with_detail.run().evaluation.scores == compute_scores(alpha, truth, trimap=detail)
 
 
 @pytest.mark.parametrize(
@@ -90,16 +92,18 @@ def test_a_trimap_of_no_use_is_named_and_the_whole_image_scored(
 ) -> None:
     cv2.imwrite(str(tmp_path / "t.png"), trimap)
     scored = replace(task, trimap=tmp_path / "t.png", rule=ScoringRule(regions=("whole", "unknown"))).run()
-    assert set(scored.scores) == {"whole"}
+    assert set(scored.evaluation.scores) == {"whole"}
     assert [problem.kind for problem in scored.problems] == [kind]
 
 
 def test_an_alpha_of_our_own_that_is_nearly_empty_is_scored(task: ScoreTask) -> None:
     cv2.imwrite(str(task.alpha), np.eye(90, 150, dtype=np.uint8))  # a residue of 1 of 255
-    assert task.run().scores
+    assert task.run().evaluation.scores
     foreign = replace(task, is_external=True)
     assert [problem.kind for problem in foreign.run().problems] == ["unscaled-alpha"]
-    assert replace(foreign, allowed=frozenset({"unscaled-alpha"})).run().scores == task.run().scores
+    assert (
+        replace(foreign, allowed=frozenset({"unscaled-alpha"})).run().evaluation.scores == task.run().evaluation.scores
+    )
 
 
 def test_an_image_that_has_gone_is_named(task: ScoreTask, tmp_path: Path) -> None:

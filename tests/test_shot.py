@@ -407,7 +407,7 @@ def test_shots_of_a_dataset_are_carried_and_the_report_says_so(data: Path, small
         evaluate(**given, shot=True)
     alone, together = (evaluate(**given, video=True, shot=shot) for shot in (False, True))
     assert (alone.settings["shot"], together.settings["shot"]) == (False, True)
-    assert [row.scores for row in alone.results] != [row.scores for row in together.results]
+    assert [row.evaluation.scores for row in alone.results] != [row.evaluation.scores for row in together.results]
 
 
 def test_a_seen_frame_is_small() -> None:

@@ -12,7 +12,7 @@ from eval_data import by_name, report_of
 from PIL import Image
 
 from icm_cli.reports.means import MEAN_OF_SHOTS, compute_shot_scores
-from icm_cli.reports.result import ImageResult
+from icm_cli.reports.result import DatasetEntry, ImageEvaluation, ImageResult
 from icm_cli.scoring.metrics import boundary_accuracy, region_similarity
 
 SHOTS = ("cow", "dog")
@@ -68,7 +68,14 @@ def test_f_counts_no_boundary_along_the_border_and_agrees_on_none() -> None:
 
 def frames_of(shot: str, values: list[float]) -> list[ImageResult]:
     return [
-        ImageResult("", "", "done", name=f"{shot}/{number}", group=shot, jaccard=value, boundary_f=1 - value)
+        ImageResult(
+            "",
+            "",
+            "done",
+            name=f"{shot}/{number}",
+            dataset=DatasetEntry(shot),
+            evaluation=ImageEvaluation(jaccard=value, boundary_f=1 - value),
+        )
         for number, value in enumerate(values)
     ]
 

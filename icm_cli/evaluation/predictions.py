@@ -60,7 +60,7 @@ def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Repo
             if result.output:
                 outcome.add(replace(result, status="done"))
                 continue
-            searched = round_folder(folder, result.round, len(references))
+            searched = round_folder(folder, result.dataset.round, len(references))
             reason = f"{result.source} has no unique alpha in {searched}; expected a file named {result.name}"
             outcome.add_problem(Problem("missing-prediction", result.name, reason))
             outcome.add(replace(result, status="unscored", reason=reason))

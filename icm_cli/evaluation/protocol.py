@@ -21,7 +21,7 @@ from icm_cli.images.writing import read_stamp
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.resume import DIGEST_KEY
 from icm_cli.reports.report import PageImages, Report
-from icm_cli.reports.result import ImageResult
+from icm_cli.reports.result import DatasetEntry, ImageResult
 from icm_cli.reports.write import ReportFiles
 from icm_cli.scoring.pool import Scorer, ScoringPool
 from icm_cli.scoring.rule import ScoringRule
@@ -127,10 +127,7 @@ class Evaluation:
             output=str(output),
             status="planned",
             name=sample.name,
-            group=sample.group,
-            categories=sample.categories,
-            round=number,
-            truth=str(sample.alpha),
+            dataset=DatasetEntry(sample.group, sample.categories, number, str(sample.alpha)),
         )
 
     def make_outcome(
@@ -201,7 +198,7 @@ class Evaluation:
         for number in sorted({key[0] for key in scored}):
             for before, frame in pairs:
                 results = [scored.get((number, each.name)) for each in (frame, before)]
-                files = [(Path(result.output), Path(result.truth)) for result in results if result]
+                files = [(Path(result.output), Path(result.dataset.truth)) for result in results if result]
                 if len(files) == 2:
                     yield (number, frame.name), FlickerTask(files[0], files[1], self.rule)
 

@@ -29,7 +29,7 @@ from icm_cli.matting.resume import Origin, OtherSourceError, finished, stamp
 from icm_cli.matting.shot import CARRIED_KEY, Carrier, Shot, encoded
 from icm_cli.matting.sources import MAX_LISTED_FILES
 from icm_cli.model.contracts import PreparedReferences
-from icm_cli.reports.result import ImageResult
+from icm_cli.reports.result import ImageResult, MattingDetails
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ class Engine:
             self._fatal = error
             return _failed(job, str(error))
         seconds = item.seconds + model_seconds + time.perf_counter() - start
-        return replace(job.planned, status="done", seconds=round(seconds, 4), **measured)
+        return replace(job.planned, status="done", matting=MattingDetails(seconds=round(seconds, 4), **measured))
 
     def _write_files(self, item: Loaded, alpha: Float, mark: dict[str, str]) -> None:
         """Write what the output asks for, the image's own file last: while it is not there, nothing is done."""

@@ -11,7 +11,7 @@ from icm_cli.errors import Problem, UsageError
 from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.sources import SkippedFiles, find_sources
-from icm_cli.reports.result import ImageResult
+from icm_cli.reports.result import DatasetEntry, ImageResult
 from icm_cli.scoring.pool import Scorer, ScoringPool
 from icm_cli.scoring.rule import ScoringRule
 from icm_cli.scoring.task import ScoreTask
@@ -32,7 +32,7 @@ def attach_ground_truth(jobs: Sequence[Job], where: str | Path) -> tuple[list[Jo
             FrameName.from_path(path).number: path for path in find_sources(where, None, SkippedFiles(_nowhere)).files
         }
         found = [_with_truth(job, numbered.get(FrameName.from_path(job.name).number)) for job in jobs]
-        if jobs and not any(job.planned.truth for job in found):
+        if jobs and not any(job.planned.dataset.truth for job in found):
             raise UsageError(f"ground truth {where} has no frame of any image, such as {jobs[0].name}")
         return found, list(numbered.values()), _without_truth(found, where)
     if not folder.is_dir():
@@ -50,9 +50,9 @@ def ground_truth_scoring(processes: int, allowed: frozenset[str]) -> Scorer:
     """Score every alpha whose image has a ground truth; that may be empty, for the thing need not be everywhere."""
 
     def task_for(result: ImageResult) -> ScoreTask | None:
-        if not result.truth:
+        if not result.dataset.truth:
             return None
-        truth, image = Path(result.truth), Path(result.source)
+        truth, image = Path(result.dataset.truth), Path(result.source)
         return ScoreTask(result.source, Path(result.output), truth, RULE, image=image, allowed=allowed)
 
     return Scorer(ScoringPool(processes), task_for)
@@ -66,9 +66,11 @@ def _without_truth(jobs: Sequence[Job], where: str | Path) -> list[Problem]:
     return [
         Problem("missing-alpha", job.planned.name, f"{job.source} has no true alpha in {where}, so it is not scored")
         for job in jobs
-        if not job.planned.truth
+        if not job.planned.dataset.truth
     ]
 
 
 def _with_truth(job: Job, truth: Path | None) -> Job:
-    return job if truth is None else replace(job, planned=replace(job.planned, truth=str(truth)))
+    if truth is None:
+        return job
+    return replace(job, planned=replace(job.planned, dataset=DatasetEntry(truth=str(truth))))

@@ -64,7 +64,7 @@ class Outcome:
     def scored(self) -> list[ImageResult]:
         """The results that have scores; waits for those in hand."""
         self._drain()
-        return [result for result in self.report.results if result.scores]
+        return [result for result in self.report.results if result.evaluation.scores]
 
     def add_flicker(self, tasks: Sequence[tuple[tuple[int, str], FlickerTask]]) -> None:
         """Measure the flicker of results, given by their keys."""
@@ -98,23 +98,21 @@ class Outcome:
         for problem in answer.problems:
             self.add_problem(problem)
         is_seen = None if self._trained_on is None else answer.image_sha256 in self._trained_on
+        foreground = answer.foreground if result.matting.foreground is None else result.matting.foreground
         self._end(
             replace(
                 result,
-                status=result.status if answer.scores else "unscored",
-                scores=answer.scores,
-                jaccard=answer.jaccard,
-                boundary_f=answer.boundary_f,
-                was_resized=answer.was_resized,
-                foreground=answer.foreground if result.foreground is None else result.foreground,
-                is_seen=is_seen,
+                status=result.status if answer.evaluation.scores else "unscored",
+                matting=replace(result.matting, foreground=foreground),
+                evaluation=replace(answer.evaluation, is_seen=is_seen),
                 reason="; ".join(problem.reason for problem in answer.problems),
             )
         )
 
     def _flickered(self, number: int, answer: Any) -> None:
         if isinstance(answer, float):
-            self.report.results[number] = replace(self.report.results[number], dt_ssd=answer)
+            result = self.report.results[number]
+            self.report.results[number] = replace(result, evaluation=replace(result.evaluation, dt_ssd=answer))
 
     def _end(self, result: ImageResult) -> None:
         if result.key in self._ended:

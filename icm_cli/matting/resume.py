@@ -12,7 +12,7 @@ from icm_cli.images.decoding import SourceFile
 from icm_cli.images.reading import read_stored_pixels
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.jobs import Job
-from icm_cli.reports.result import ImageResult
+from icm_cli.reports.result import ImageResult, MattingDetails
 
 DIGEST_KEY = "icm-digest"
 SOURCE_KEY = "icm-source"
@@ -61,7 +61,7 @@ def finished(job: Job, digest: str) -> ImageResult | None:
     if found.get(DIGEST_KEY) != digest or (is_same_root and found.get(SOURCE_KEY) != job.state()):
         return None
     measured = json.loads(found.get(RESULT_KEY, "{}"))
-    return replace(job.planned, status="kept", seconds=0.0, **measured)
+    return replace(job.planned, status="kept", matting=MattingDetails(seconds=0.0, **measured))
 
 
 def _own_stamp(path: Path, job: Job) -> dict[str, str]:

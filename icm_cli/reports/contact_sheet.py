@@ -54,7 +54,7 @@ def composite_on_grey(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
 def _make_row(result: ImageResult, colour: ColourSettings) -> ImageU8:
     rgb = make_thumbnail(read_image(Path(result.source), colour, max(0, result.page - 1)).to_display_window().rgb)
     alpha = make_thumbnail(read_alpha(Path(result.output)))
-    caption = (result.name or Path(result.source).name) + ("   object not found" if result.not_found else "")
+    caption = (result.name or Path(result.source).name) + ("   object not found" if result.matting.not_found else "")
     return make_captioned_row([rgb, np.repeat(alpha[..., None], 3, -1), composite_on_grey(rgb, alpha)], caption)
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from icm_cli.reports.result import METRICS, REGIONS, ImageResult, Region
+from icm_cli.reports.result import METRICS, REGIONS, ImageEvaluation, ImageResult, Region
 
 MEAN_OF_SHOTS = "mean of shots"
 """Name of the row with the mean over all shots. Every shot has the same weight."""
@@ -60,23 +60,23 @@ SHOT_SCORE_TITLES = {
 
 def compute_means(results: Iterable[ImageResult]) -> dict[Region, Means]:
     """Return the means of every region that has scores."""
-    scored = [result for result in results if result.scores]
+    rounds: dict[Region, dict[int, list[ImageEvaluation]]] = {region: {} for region in REGIONS}
+    for result in results:
+        for region in result.evaluation.scores:
+            rounds[region].setdefault(result.dataset.round, []).append(result.evaluation)
     means: dict[Region, Means] = {}
-    for region in REGIONS:
-        rounds: dict[int, list[ImageResult]] = {}
-        for result in scored:
-            if region in result.scores:
-                rounds.setdefault(result.round, []).append(result)
-        if not rounds:
+    for region, by_round in rounds.items():
+        parts = list(by_round.values())
+        if not parts:
             continue
         metrics = {
-            name: _mean_over_rounds([[getattr(each.scores[region], name) for each in part] for part in rounds.values()])
+            name: _mean_over_rounds([[getattr(each.scores[region], name) for each in part] for part in parts])
             for name in METRICS
         }
-        flicker = [[each.dt_ssd for each in group if each.dt_ssd is not None] for group in rounds.values()]
+        flicker = [[each.dt_ssd for each in part if each.dt_ssd is not None] for part in parts]
         if region == "whole" and any(flicker):
-            metrics["dt_ssd"] = _mean_over_rounds([group for group in flicker if group])
-        means[region] = Means(sum(map(len, rounds.values())), len(rounds), metrics)
+            metrics["dt_ssd"] = _mean_over_rounds([part for part in flicker if part])
+        means[region] = Means(sum(map(len, parts)), len(parts), metrics)
     return means
 
 
@@ -99,8 +99,9 @@ def compute_shot_scores(results: Iterable[ImageResult]) -> dict[str, ShotScores]
     """
     shots: dict[str, list[tuple[float, float]]] = {}
     for result in results:
-        if result.jaccard is not None and result.boundary_f is not None:
-            shots.setdefault(result.group, []).append((result.jaccard, result.boundary_f))
+        jaccard, boundary_f = result.evaluation.jaccard, result.evaluation.boundary_f
+        if jaccard is not None and boundary_f is not None:
+            shots.setdefault(result.dataset.group, []).append((jaccard, boundary_f))
     scores = {shot: _score_shot(frames) for shot, frames in shots.items()}
     return scores | ({MEAN_OF_SHOTS: _mean_of_shots(list(scores.values()))} if scores else {})
 

@@ -91,7 +91,7 @@ def write_page(path: Path, report: Report) -> None:
 def _template_context(report: Report) -> dict[str, Any]:
     """Return the variables of the template."""
     protocol = report.settings.get("protocol", {})
-    scored = [result for result in report.results if result.scores]
+    scored = [result for result in report.results if result.evaluation.scores]
     means = report.means
     metrics = list(dict.fromkeys(name for each in means.values() for name in each.metrics))
     main: Region | None = next(iter(means), None)
@@ -125,24 +125,26 @@ def _template_context(report: Report) -> dict[str, Any]:
 
 
 def _region_mse(result: ImageResult, region: Region | None) -> float:
-    scores = result.scores.get(region) if region else None
+    scores = result.evaluation.scores.get(region) if region else None
     return scores.mse if scores else 0.0
 
 
 def _breakdown_tables(scored: Sequence[ImageResult]) -> dict[str, dict[str, dict[Region, Means]]]:
     """Return the means by group and by category, if there are several."""
-    categories = sorted({name for result in scored for name in result.categories})
+    categories = sorted({name for result in scored for name in result.dataset.categories})
     tables = {name: compute_means_by(scored, partial(_category, name)) for name in categories}
-    tables["group"] = compute_means_by(scored, lambda result: result.group)
+    tables["group"] = compute_means_by(scored, lambda result: result.dataset.group)
     return {name: rows for name, rows in tables.items() if len(rows) > 1}
 
 
 def _category(name: str, result: ImageResult) -> str | None:
-    return result.categories.get(name)
+    return result.dataset.categories.get(name)
 
 
 def _make_histogram(scored: Sequence[ImageResult], region: Region, metric: str) -> Histogram:
-    values = [getattr(result.scores[region], metric) for result in scored if region in result.scores]
+    values = [
+        getattr(result.evaluation.scores[region], metric) for result in scored if region in result.evaluation.scores
+    ]
     largest = max(values) or 1.0
     logarithms = np.log10(np.maximum(values, largest * 10.0**-HISTOGRAM_DECADES))
     lowest, highest = float(np.floor(logarithms.min())), float(np.ceil(logarithms.max() + 1e-9))
@@ -154,11 +156,11 @@ def _make_figure(report: Report, result: ImageResult) -> ImageFigure:
     """Return the images to show for a result. Files that can no longer be read are omitted."""
     images = report.page_images
     source = images.composites.get(result.name, Path(result.source))
-    alpha, truth = _read_alpha_or_none(result.output), _read_alpha_or_none(result.truth)
+    alpha, truth = _read_alpha_or_none(result.output), _read_alpha_or_none(result.dataset.truth)
     if alpha is not None and truth is not None and alpha.shape != truth.shape:
         alpha = np.asarray(cv2.resize(alpha, truth.shape[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
     references = [_tint_object(rgb, np.asarray(mask * 255, np.uint8)) for rgb, mask in images.references_with_masks]
-    for reference, mask_path in images.references.get((result.round, result.group), ()):
+    for reference, mask_path in images.references.get((result.dataset.round, result.dataset.group), ()):
         rgb, mask_u8 = _read_source_or_none(reference), _read_alpha_or_none(str(mask_path))
         if rgb is not None and mask_u8 is not None:
             references.append(_tint_object(rgb, mask_u8))

@@ -104,9 +104,9 @@ class Report:
     @property
     def means_unseen(self) -> dict[Region, Means] | None:
         """Means over the images that the model was not trained on; None if it was trained on none of the images."""
-        if not any(result.is_seen for result in self.results):
+        if not any(result.evaluation.is_seen for result in self.results):
             return None
-        return compute_means([result for result in self.results if not result.is_seen])
+        return compute_means([result for result in self.results if not result.evaluation.is_seen])
 
     @property
     def shots(self) -> dict[str, ShotScores]:
@@ -134,7 +134,7 @@ class Report:
                 "allowed_problems": sorted(self.allowed),
             },
             "problems": [dataclasses.asdict(each) for each in self.problems],
-            "images": [_to_json(result) for result in self.results],
+            "images": [result.as_dict() for result in self.results],
         }
 
 

@@ -35,26 +35,23 @@ METRIC_TITLES = {"mse": "MSE", "sad": "SAD", "grad": "GRAD", "conn": "CONN", "ma
 
 
 @dataclass(frozen=True)
-class ImageResult:
-    """Result of one image. Values that were not computed are None, and ``scores`` is empty."""
+class DatasetEntry:
+    """Place of an image in a dataset."""
 
-    source: str
-    output: str
-    status: Status
-    """"kept": a complete alpha, made from the same source with the same settings, already existed. "unscored": the
-    alpha or the ground truth is bad or missing."""
-    name: str = ""
-    """Name in its dataset, or path relative to the root of the sources."""
     group: str = ""
     categories: Mapping[str, str] = field(default_factory=dict)
     round: int = 0
     """Round of an evaluation, from 1; 0 outside evaluations."""
-    page: int = 0
-    """Page of a file with several images, from 1; 0 for files with one image."""
-    colorspace: str = ""
-    """Colour space in which the source was interpreted."""
     truth: str = ""
     """Path of the ground truth."""
+
+
+@dataclass(frozen=True)
+class MattingDetails:
+    """Details about the computation of an alpha. Values that were not computed are None."""
+
+    colorspace: str = ""
+    """Colour space in which the source was interpreted."""
     seconds: float | None = None
     """Processing time from reading the source to writing the alpha, without waiting time between stages."""
     foreground: float | None = None
@@ -63,6 +60,12 @@ class ImageResult:
     """Confidence of the model, 0..1, as its head defines it."""
     not_found: bool | None = None
     """Whether the model did not find the object of the reference in the image."""
+
+
+@dataclass(frozen=True)
+class ImageEvaluation:
+    """Scores of an image. ``scores`` is empty, and other values are None, if they were not computed."""
+
     scores: Mapping[Region, Scores] = field(default_factory=dict)
     dt_ssd: float | None = None
     """Flicker between the frame before and this one, for groups that are videos."""
@@ -74,6 +77,24 @@ class ImageResult:
     """Whether the alpha was resized bilinearly to the size of the ground truth for scoring."""
     is_seen: bool | None = None
     """Whether the model was trained on this file; None if the checkpoint has no list of its training images."""
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """Result of one image."""
+
+    source: str
+    output: str
+    status: Status
+    """"kept": a complete alpha, made from the same source with the same settings, already existed. "unscored": the
+    alpha or the ground truth is bad or missing."""
+    name: str = ""
+    """Name in its dataset, or path relative to the root of the sources."""
+    page: int = 0
+    """Page of a file with several images, from 1; 0 for files with one image."""
+    dataset: DatasetEntry = DatasetEntry()
+    matting: MattingDetails = MattingDetails()
+    evaluation: ImageEvaluation = ImageEvaluation()
     reason: str = ""
     """Why the image failed or has no score."""
 
@@ -85,12 +106,29 @@ class ImageResult:
     @property
     def key(self) -> tuple[int, str]:
         """Unique key within the run: (round, name)."""
-        return self.round, self.name or self.source
+        return self.dataset.round, self.name or self.source
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all values in a flat dictionary. ``scores`` and ``categories`` are dictionaries themselves."""
+        values = dataclasses.asdict(self)
+        for part in ("dataset", "matting", "evaluation"):
+            values |= values.pop(part)
+        return {name: values[name] for name in RESULT_FIELDS}
 
     def as_row(self) -> dict[str, Any]:
-        """Return a flat row of a table, with columns such as ``whole_mse`` and ``category_class``."""
-        flat = {column.name: getattr(self, column.name) for column in dataclasses.fields(self)}
-        scores, categories = flat.pop("scores"), flat.pop("categories")
+        """Return a row of a table, with columns such as ``whole_mse`` and ``category_class``."""
+        row = self.as_dict()
+        scores, categories = row.pop("scores"), row.pop("categories")
         for region, metrics in scores.items():
-            flat |= {f"{region}_{name}": value for name, value in dataclasses.asdict(metrics).items()}
-        return flat | {f"category_{name}": value for name, value in categories.items()}
+            row |= {f"{region}_{name}": value for name, value in metrics.items()}
+        return row | {f"category_{name}": value for name, value in categories.items()}
+
+
+RESULT_FIELDS = tuple(
+    name
+    for outer in fields(ImageResult)
+    for name in (
+        [inner.name for inner in fields(outer.default)] if dataclasses.is_dataclass(outer.default) else [outer.name]
+    )
+)
+"""Names of all values of a result, in the order of reports."""

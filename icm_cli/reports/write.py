@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import os
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from icm_cli.errors import UsageError
 from icm_cli.files import Paths, as_path, as_paths, atomic_write, temporary_name, write_error, write_json
 from icm_cli.reports.report import Report
-from icm_cli.reports.result import METRICS, REGIONS, ImageResult
+from icm_cli.reports.result import METRICS, REGIONS, RESULT_FIELDS
 
 REPORT_SUFFIXES = (".csv", ".json", ".html")
 
@@ -105,7 +104,7 @@ def write_report(path: Path, report: Report) -> None:
 
 
 def _write_csv(path: Path, report: Report) -> None:
-    columns = [each.name for each in dataclasses.fields(ImageResult) if each.name not in ("scores", "categories")]
+    columns = [name for name in RESULT_FIELDS if name not in ("scores", "categories")]
     index = columns.index("was_resized")
     columns[index:index] = [f"{region}_{metric}" for region in REGIONS for metric in METRICS]
     protocol = report.settings.get("protocol", {})

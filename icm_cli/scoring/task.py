@@ -12,24 +12,20 @@ from icm_cli.errors import ImageError, Problem
 from icm_cli.geometry import UNKNOWN, ImageU8, has_same_aspect
 from icm_cli.images.decoding import image_size
 from icm_cli.images.reading import GroundTruthAlpha, file_digest, read_alpha, read_ground_truth
-from icm_cli.reports.result import Region, Scores
+from icm_cli.reports.result import ImageEvaluation
 from icm_cli.scoring.metrics import boundary_accuracy, compute_dt_ssd, compute_scores, region_similarity
 from icm_cli.scoring.rule import ScoringRule, make_trimap, resize_for_scoring
 
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Result of a :class:`ScoreTask`. ``scores`` is empty if the alpha could not be scored."""
+    """Result of a :class:`ScoreTask`. ``evaluation`` has no scores if the alpha could not be scored."""
 
-    scores: dict[Region, Scores] = field(default_factory=dict)
+    evaluation: ImageEvaluation = field(default_factory=ImageEvaluation)
     problems: tuple[Problem, ...] = ()
-    was_resized: bool = False
-    """Whether the alpha was resized bilinearly to the size of the ground truth."""
     image_sha256: str | None = None
     foreground: float | None = None
     """Mean of the alpha at its own size, 0..1."""
-    jaccard: float | None = None
-    boundary_f: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,15 +70,14 @@ class ScoreTask:
         if trimap is not None and "unknown" not in scores:
             reason = f"{self.trimap or self.truth} has no unknown pixel; expected some pixels of value 128"
             trimap_problems.append(Problem("no-unknown", self.name, reason))
-        return ScoreResult(
+        evaluation = ImageEvaluation(
             {region: scores[region] for region in self.rule.regions if region in scores},
-            (*problems, *trimap_problems),
-            was_resized=alpha.shape != truth.alpha.shape,
-            image_sha256=digest,
-            foreground=round(float(alpha.mean()) / 255.0, 6),
             jaccard=region_similarity(resized_alpha, resized_truth) if self.rule.is_shots else None,
             boundary_f=boundary_accuracy(resized_alpha, resized_truth) if self.rule.is_shots else None,
+            was_resized=alpha.shape != truth.alpha.shape,
         )
+        foreground = round(float(alpha.mean()) / 255.0, 6)
+        return ScoreResult(evaluation, (*problems, *trimap_problems), digest, foreground)
 
     def _check_truth(self, truth: GroundTruthAlpha) -> list[Problem]:
         """Return the problems of the ground truth. All of them except 16-bit values prevent scoring."""
