@@ -1,4 +1,4 @@
-"""A small dataset for the tests of ``icm eval``, and what they do with it and its reports."""
+"""Helpers for tests of ``icm eval``: predictions, bad ground truth, and access to reports."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ __all__ = ["NAMES", "Evaluate", "bad_truth", "by_name", "copy_alphas", "report_o
 
 
 def report_of(path: Path) -> dict[str, Any]:
+    """Read a JSON report."""
     return dict(json.loads(path.read_text()))
 
 
 def by_name(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the images of a report by name."""
     return {image["name"]: image for image in report["images"]}
 
 
 def copy_alphas(data: Path, folder: Path) -> Path:
-    """Predictions that are the ground truth, blurred."""
+    """Write the blurred ground truth of a dataset as predictions, and return their folder."""
     for path in (data / "alphas").rglob("*.png"):
         target = folder / path.relative_to(data / "alphas")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -33,6 +35,7 @@ def copy_alphas(data: Path, folder: Path) -> Path:
 
 
 def bad_truth(kind: str, path: Path) -> None:
+    """Give an alpha the problem ``kind``."""
     alpha = read(path)
     if kind == "size-mismatch":
         alpha = alpha[:, :-20]

@@ -1,6 +1,6 @@
-"""The four metrics as SciPy and scikit-image users would write them: the yardstick for the fast ones.
+"""Reference implementation of the metrics with SciPy and scikit-image, for tests of the fast implementation.
 
-Both lineages, composition and AIM; alphas in 0..1, float64 [H,W].
+It covers both lineages, composition and AIM. Alphas are float64 [H,W] in 0..1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIGMA = 1.4
 
 
 def plain_metrics(pred: NDArray[np.uint8], truth: NDArray[np.uint8], lineage: str, inside: NDArray[np.bool_]) -> Map:
-    """[MSE, SAD, GRAD, CONN] over the pixels ``inside``."""
+    """Return [MSE, SAD, GRAD, CONN] over the pixels ``inside``."""
     a, b = pred / 255.0, truth / 255.0
     gradient, connectivity = {
         "composition": (composition_gradient, composition_connectivity),

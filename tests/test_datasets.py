@@ -1,4 +1,4 @@
-"""Every dataset's layout on a tiny tree, its variations, and what is said of a tree that is not one."""
+"""Layouts of all datasets on small folder trees, their variations, and errors about wrong trees."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from icm_cli.errors import UsageError
 from icm_cli.images.reading import CompositeSource, compose_image
 
 
-def put(root: Path, *names: str, size: tuple[int, int] = (6, 8)) -> None:
-    """Small pictures; the content does not matter for finding them."""
+def write_images(root: Path, *names: str, size: tuple[int, int] = (6, 8)) -> None:
+    """Write small images. Their content does not matter for these tests."""
     for number, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,9 +126,9 @@ TREES: dict[str, tuple[str, list[str], dict[str, tuple[str, str, str | None]]]] 
 
 
 @pytest.mark.parametrize("tree", TREES)
-def test_layout(tmp_path: Path, tree: str) -> None:
+def test_files_of_a_layout_are_found(tmp_path: Path, tree: str) -> None:
     name, files, expected = TREES[tree]
-    put(tmp_path, *files)
+    write_images(tmp_path, *files)
     found = find_dataset(name, tmp_path)
     assert {
         sample.name: tuple(
@@ -139,15 +139,19 @@ def test_layout(tmp_path: Path, tree: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["composition1k", "d646", "transparent460"])
-def test_foregrounds_are_composited_on_backgrounds(tmp_path: Path, name: str) -> None:
+def test_foregrounds_are_composited_onto_backgrounds(tmp_path: Path, name: str) -> None:
     layout = next(layout for layout in DATASETS[name].test if layout.backgrounds_per_foreground)
     for folder in (layout.images, layout.alphas):
-        put(tmp_path / name, f"{layout.parent_folder}/{folder}/cat.png", f"{layout.parent_folder}/{folder}/dog.png")
+        write_images(
+            tmp_path / name, f"{layout.parent_folder}/{folder}/cat.png", f"{layout.parent_folder}/{folder}/dog.png"
+        )
     if layout.trimaps:
-        put(tmp_path / name, *(f"{layout.parent_folder}/{layout.trimaps}/{stem}.png" for stem in ("cat_3", "dog")))
+        write_images(
+            tmp_path / name, *(f"{layout.parent_folder}/{layout.trimaps}/{stem}.png" for stem in ("cat_3", "dog"))
+        )
     with pytest.raises(UsageError, match="--backgrounds"):
         find_dataset(name, tmp_path / name)
-    put(tmp_path / "bg", *(f"{number:02d}.jpg" for number in range(30)))
+    write_images(tmp_path / "bg", *(f"{number:02d}.jpg" for number in range(30)))
     found = find_dataset(name, tmp_path / name, backgrounds=tmp_path / "bg")
     assert len(found.samples) == 40
     assert {sample.group for sample in found.samples} == {"cat", "dog"}
@@ -160,7 +164,7 @@ def test_foregrounds_are_composited_on_backgrounds(tmp_path: Path, name: str) ->
         assert trimaps["dog_19"]
 
 
-def test_a_composite_is_the_alpha_weighted_sum_and_a_small_background_is_enlarged(tmp_path: Path) -> None:
+def test_composite_is_the_alpha_weighted_sum_with_enlarged_background(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "fg.png"), np.full((40, 60, 3), 200, np.uint8))
     cv2.imwrite(str(tmp_path / "bg.png"), np.full((10, 10, 3), 100, np.uint8))
     alpha = np.tile(np.linspace(0, 255, 60).astype(np.uint8), (40, 1))
@@ -172,9 +176,11 @@ def test_a_composite_is_the_alpha_weighted_sum_and_a_small_background_is_enlarge
 
 
 @pytest.mark.parametrize("where", ["above", "itself", "inside", "other case"])
-def test_the_root_may_be_a_folder_above_or_inside_the_published_one(tmp_path: Path, where: str) -> None:
+def test_root_may_be_above_or_inside_the_published_folder(tmp_path: Path, where: str) -> None:
     home = tmp_path / "AM-2k"
-    put(home, "validation/original/m_1.jpg", "validation/mask/m_1.png", "train/original/t.jpg", "train/mask/t.png")
+    write_images(
+        home, "validation/original/m_1.jpg", "validation/mask/m_1.png", "train/original/t.jpg", "train/mask/t.png"
+    )
     root = {"above": tmp_path, "itself": home, "inside": home / "validation", "other case": home}[where]
     if where == "other case":
         (home / "validation").rename(home / "Validation")
@@ -184,34 +190,34 @@ def test_the_root_may_be_a_folder_above_or_inside_the_published_one(tmp_path: Pa
         assert [sample.name for sample in find_dataset("am2k", root, split="train").samples] == ["t"]
 
 
-def test_a_wrong_root_lists_what_was_found_and_what_was_expected(tmp_path: Path) -> None:
-    put(tmp_path, "photos/a.jpg", "readme.png")
+def test_wrong_root_lists_found_and_expected_folders(tmp_path: Path) -> None:
+    write_images(tmp_path, "photos/a.jpg", "readme.png")
     with pytest.raises(UsageError) as error:
         find_dataset("aim500", tmp_path)
     for part in ("original/", "mask/", "photos/", "readme.png", str(tmp_path)):
         assert part in str(error.value)
 
 
-def test_an_empty_root_and_one_that_is_not_there(tmp_path: Path) -> None:
+def test_empty_or_missing_root_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="found nothing"):
         find_dataset("ppm100", tmp_path)
     with pytest.raises(UsageError, match="not a folder"):
         find_dataset("ppm100", tmp_path / "nowhere")
 
 
-def test_an_unknown_dataset_names_the_nearest(tmp_path: Path) -> None:
+def test_unknown_dataset_suggests_a_similar_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Did you mean 'aim500'"):
         find_dataset("aim-500", tmp_path)
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_a_root_is_asked_for(name: str) -> None:
+def test_missing_root_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="--data-root"):
         find_dataset(name)
 
 
-def test_what_has_no_partner_is_named(tmp_path: Path) -> None:
-    put(tmp_path, "image/a.jpg", "image/b.jpg", "matte/b.jpg", "matte/c.jpg")
+def test_files_without_counterpart_are_reported(tmp_path: Path) -> None:
+    write_images(tmp_path, "image/a.jpg", "image/b.jpg", "matte/b.jpg", "matte/c.jpg")
     found = find_dataset("ppm100", tmp_path)
     assert [sample.name for sample in found.samples] == ["b"]
     assert {(problem.kind, problem.name) for problem in found.problems} == {
@@ -220,25 +226,27 @@ def test_what_has_no_partner_is_named(tmp_path: Path) -> None:
     }
 
 
-def test_no_partner_at_all_shows_how_names_differ(tmp_path: Path) -> None:
-    put(tmp_path, "image/a.jpg", "matte/z_matte.jpg")
+def test_dataset_without_pairs_shows_example_names(tmp_path: Path) -> None:
+    write_images(tmp_path, "image/a.jpg", "matte/z_matte.jpg")
     with pytest.raises(UsageError, match="images are like a and alphas like z_matte"):
         find_dataset("ppm100", tmp_path)
 
 
-def test_one_trimap_missing_is_named(tmp_path: Path) -> None:
-    put(tmp_path, *(f"{kind}/o_{n}.png" for kind in ("original", "mask") for n in (1, 2)), "trimap/o_1.png")
+def test_missing_trimap_is_reported(tmp_path: Path) -> None:
+    write_images(tmp_path, *(f"{kind}/o_{n}.png" for kind in ("original", "mask") for n in (1, 2)), "trimap/o_1.png")
     found = find_dataset("aim500", tmp_path)
     assert [problem.name for problem in found.problems if problem.kind == "missing-trimap"] == ["o_2"]
 
 
-def test_shipped_groups_are_the_published_ones() -> None:
+def test_bundled_groups_are_complete() -> None:
     icm57, aim500 = GroupMetadata.load_bundled("icm57.json"), GroupMetadata.load_bundled("aim500.json")
     assert (len(icm57.entries), len(aim500.entries)) == (232, 500)
 
 
-def test_groups_and_categories_of_the_metadata_and_names_on_one_side_only(tmp_path: Path) -> None:
-    put(tmp_path, *(f"{kind}/{name}.png" for kind in ("image", "alpha") for name in ("dog3_02", "dog3_00", "mine")))
+def test_metadata_assigns_groups_and_reports_unmatched_names(tmp_path: Path) -> None:
+    write_images(
+        tmp_path, *(f"{kind}/{name}.png" for kind in ("image", "alpha") for name in ("dog3_02", "dog3_00", "mine"))
+    )
     found = find_dataset("icm57", tmp_path)
     samples = {sample.name: sample for sample in found.samples}
     assert samples["dog3_02"].group == samples["dog3_00"].group == "dog3"
@@ -249,8 +257,8 @@ def test_groups_and_categories_of_the_metadata_and_names_on_one_side_only(tmp_pa
     assert kinds.count("absent-file") == 230
 
 
-def test_a_groups_file_in_the_published_schema(tmp_path: Path) -> None:
-    put(tmp_path, "image/a.jpg", "matte/a.jpg", "image/b.jpg", "matte/b.jpg")
+def test_groups_file_in_the_published_format(tmp_path: Path) -> None:
+    write_images(tmp_path, "image/a.jpg", "matte/a.jpg", "image/b.jpg", "matte/b.jpg")
     groups = {name: {"class": "animal", "sub_class": "cat", "HalfOrFull": "full"} for name in ("a", "b")}
     (tmp_path / "groups.json").write_text(json.dumps(groups))
     assert {sample.group for sample in find_dataset("ppm100", tmp_path, groups=tmp_path / "groups.json").samples} == {
@@ -271,15 +279,17 @@ def test_a_groups_file_in_the_published_schema(tmp_path: Path) -> None:
         "\x00",
     ],
 )
-def test_a_groups_file_of_another_kind(tmp_path: Path, text: str) -> None:
-    put(tmp_path, "image/a.jpg", "matte/a.jpg")
+def test_invalid_groups_file_is_refused(tmp_path: Path, text: str) -> None:
+    write_images(tmp_path, "image/a.jpg", "matte/a.jpg")
     (tmp_path / "groups.json").write_text(text)
     with pytest.raises(UsageError, match=r"groups\.json.*expected"):
         find_dataset("ppm100", tmp_path, groups=tmp_path / "groups.json")
 
 
-def test_folder_of_ones_own(tmp_path: Path) -> None:
-    put(tmp_path, "images/cat/1.jpg", "images/dog/1.jpg", "alphas/cat/1.png", "alphas/dog/1.png", "trimaps/dog/1.png")
+def test_folder_dataset(tmp_path: Path) -> None:
+    write_images(
+        tmp_path, "images/cat/1.jpg", "images/dog/1.jpg", "alphas/cat/1.png", "alphas/dog/1.png", "trimaps/dog/1.png"
+    )
     by_root = find_dataset("folder", tmp_path)
     by_options = find_dataset(
         "folder", images=str(tmp_path / "images"), alphas=str(tmp_path / "alphas"), trimaps=str(tmp_path / "trimaps")
@@ -288,16 +298,16 @@ def test_folder_of_ones_own(tmp_path: Path) -> None:
     assert [(sample.name, sample.group) for sample in by_root.samples] == [("cat/1", "cat"), ("dog/1", "dog")]
 
 
-def test_links_to_folders_elsewhere_are_followed(tmp_path: Path) -> None:
-    put(tmp_path, "store/1.jpg", "store_alphas/1.png", "data/images/cat/1.jpg", "data/alphas/cat/1.png")
+def test_symbolic_links_to_folders_are_followed(tmp_path: Path) -> None:
+    write_images(tmp_path, "store/1.jpg", "store_alphas/1.png", "data/images/cat/1.jpg", "data/alphas/cat/1.png")
     for kind, where in (("images", "store"), ("alphas", "store_alphas")):
         (tmp_path / "data" / kind / "dog").symlink_to(tmp_path / where, target_is_directory=True)
         (tmp_path / "data" / kind / "again").symlink_to(tmp_path / "data" / kind, target_is_directory=True)
     assert [sample.name for sample in find_dataset("folder", tmp_path / "data").samples] == ["cat/1", "dog/1"]
 
 
-def test_a_folder_that_may_not_be_read_is_no_smaller_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(tmp_path, "images/cat/1.jpg", "images/dog/1.jpg", "alphas/cat/1.png", "alphas/dog/1.png")
+def test_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path, "images/cat/1.jpg", "images/dog/1.jpg", "alphas/cat/1.png", "alphas/dog/1.png")
     real = os.scandir
 
     def scandir(path: str) -> object:  # root, who runs tests in containers, may read every folder
@@ -310,8 +320,8 @@ def test_a_folder_that_may_not_be_read_is_no_smaller_dataset(tmp_path: Path, mon
         find_dataset("folder", tmp_path)
 
 
-def test_folder_with_images_and_alphas_side_by_side(tmp_path: Path) -> None:
-    put(tmp_path, "cat/00.jpg", "cat/00.png", "dog/00.jpg", "dog/00.png")
+def test_folder_dataset_with_images_and_alphas_in_the_same_folders(tmp_path: Path) -> None:
+    write_images(tmp_path, "cat/00.jpg", "cat/00.png", "dog/00.jpg", "dog/00.png")
     found = find_dataset("folder", images=str(tmp_path / "*/*.jpg"), alphas=str(tmp_path / "*/*.png"))
     assert [(sample.name, sample.file.suffix, sample.alpha.suffix) for sample in found.samples] == [
         ("cat/00", ".jpg", ".png"),
@@ -319,8 +329,8 @@ def test_folder_with_images_and_alphas_side_by_side(tmp_path: Path) -> None:
     ]
 
 
-def test_options_that_do_not_belong_to_the_dataset(tmp_path: Path) -> None:
-    put(tmp_path, "image/a.jpg", "matte/a.jpg")
+def test_options_of_other_datasets_are_refused(tmp_path: Path) -> None:
+    write_images(tmp_path, "image/a.jpg", "matte/a.jpg")
     with pytest.raises(UsageError, match="are for --dataset folder"):
         find_dataset("ppm100", tmp_path, images=str(tmp_path))
     with pytest.raises(UsageError, match="leave it out"):
@@ -331,8 +341,8 @@ def test_options_that_do_not_belong_to_the_dataset(tmp_path: Path) -> None:
         find_dataset("folder", images=str(tmp_path))
 
 
-def test_a_folder_that_may_not_be_entered_is_passed_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(tmp_path / "ppm", "image/a.jpg", "matte/a.jpg")
+def test_inaccessible_folder_next_to_the_dataset_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "ppm", "image/a.jpg", "matte/a.jpg")
     (tmp_path / "lost+found").mkdir()
     real = Path.is_dir
 
@@ -345,29 +355,29 @@ def test_a_folder_that_may_not_be_entered_is_passed_by(tmp_path: Path, monkeypat
     assert [sample.name for sample in find_dataset("ppm100", tmp_path).samples] == ["a"]
 
 
-def test_two_files_of_one_name_are_named(tmp_path: Path) -> None:
-    put(tmp_path, "image/a.jpg", "image/a.png", "matte/a.jpg")
+def test_duplicate_names_are_reported(tmp_path: Path) -> None:
+    write_images(tmp_path, "image/a.jpg", "image/a.png", "matte/a.jpg")
     found = find_dataset("ppm100", tmp_path)
     assert [(problem.kind, problem.name) for problem in found.problems] == [("same-name", "a")]
     assert found.samples[0].file.name == "a.jpg"
 
 
-def test_folders_that_are_there_but_empty_are_named(tmp_path: Path) -> None:
-    put(tmp_path, "image/a.jpg")
+def test_empty_folder_is_reported(tmp_path: Path) -> None:
+    write_images(tmp_path, "image/a.jpg")
     (tmp_path / "matte").mkdir()
     with pytest.raises(UsageError, match="matte contains no images"):
         find_dataset("ppm100", tmp_path)
 
 
-def test_hidden_files_and_our_temporaries_are_no_images(tmp_path: Path) -> None:
-    put(tmp_path, "image/a.jpg", "matte/a.jpg")
+def test_hidden_and_temporary_files_are_ignored(tmp_path: Path) -> None:
+    write_images(tmp_path, "image/a.jpg", "matte/a.jpg")
     shutil.copy(tmp_path / "image" / "a.jpg", tmp_path / "image" / "._a.jpg")
     shutil.copy(tmp_path / "image" / "a.jpg", tmp_path / "image" / ".icm-x.jpg")
     assert find_dataset("ppm100", tmp_path).problems == []
 
 
-def test_a_root_with_two_such_datasets_is_not_guessed_at(tmp_path: Path) -> None:
+def test_root_with_two_matching_folders_is_refused(tmp_path: Path) -> None:
     for home in ("one", "two"):
-        put(tmp_path / home, "image/a.jpg", "matte/a.jpg")
+        write_images(tmp_path / home, "image/a.jpg", "matte/a.jpg")
     with pytest.raises(UsageError, match=r"one.* and in .*two"):
         find_dataset("ppm100", tmp_path)

@@ -1,4 +1,4 @@
-"""``icm eval`` matting in context, through its command: references, rounds, resume, what it was trained on."""
+"""``icm eval`` with a model: references, rounds, resume, images used for training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from icm_cli.scoring.metrics import compute_scores
 
 
-def test_every_group_is_matted_by_its_reference_and_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+def test_groups_are_matted_with_their_reference_and_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     result = evaluate(report=tmp_path / "r.json", save_alphas=tmp_path / "out")
     assert result.exit_code == 0
     report = report_of(tmp_path / "r.json")
@@ -35,7 +35,7 @@ def test_every_group_is_matted_by_its_reference_and_scored(evaluate: Evaluate, d
     assert "whole" in result.stdout
 
 
-def test_the_reference_is_the_first_name_by_sha256(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_references_are_chosen_by_sha256_of_the_name(evaluate: Evaluate, tmp_path: Path) -> None:
     evaluate(report=tmp_path / "r.json", rounds=2)
     for number, references in enumerate(report_of(tmp_path / "r.json")["references"]):
         for group, names in references.items():
@@ -46,9 +46,7 @@ def test_the_reference_is_the_first_name_by_sha256(evaluate: Evaluate, tmp_path:
             assert names == [ordered[number]]
 
 
-def test_rounds_give_mean_and_spread_and_no_reference_is_scored_in_its_round(
-    evaluate: Evaluate, tmp_path: Path
-) -> None:
+def test_rounds_report_mean_and_std_and_exclude_references(evaluate: Evaluate, tmp_path: Path) -> None:
     result = evaluate(report=tmp_path / "r.json", rounds=3, save_alphas=tmp_path / "out")
     assert "±" in result.stdout
     report = report_of(tmp_path / "r.json")
@@ -68,7 +66,7 @@ def test_rounds_give_mean_and_spread_and_no_reference_is_scored_in_its_round(
     assert mse["std"] == pytest.approx(np.std(per_round, ddof=1))
 
 
-def test_references_of_an_earlier_run_are_used_again(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_references_of_an_earlier_run_can_be_reused(evaluate: Evaluate, tmp_path: Path) -> None:
     evaluate(report=tmp_path / "r.json", write_references=tmp_path / "refs.json", refs_per_group=2)
     first = report_of(tmp_path / "r.json")
     assert all(len(names) == 2 for names in first["references"][0].values())
@@ -79,7 +77,7 @@ def test_references_of_an_earlier_run_are_used_again(evaluate: Evaluate, tmp_pat
         assert [each["scores"] for each in again["images"]] == [each["scores"] for each in first["images"]]
 
 
-def test_a_second_run_makes_nothing_again_and_says_the_same(
+def test_second_run_keeps_all_alphas_and_reports_the_same_scores(
     evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(report=tmp_path / "r.json", save_alphas=tmp_path / "out")
@@ -90,7 +88,7 @@ def test_a_second_run_makes_nothing_again_and_says_the_same(
     assert [each["scores"] for each in again["images"]] == [each["scores"] for each in first["images"]]
 
 
-def test_without_save_alphas_a_crash_still_resumes_and_nothing_stays_after_the_end(
+def test_run_without_save_alphas_resumes_after_a_crash_and_cleans_the_cache(
     evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from icm_cli.matting.engine import Engine
@@ -98,13 +96,13 @@ def test_without_save_alphas_a_crash_still_resumes_and_nothing_stays_after_the_e
     monkeypatch.setattr("icm_cli.evaluation.in_context.cache_folder", lambda: tmp_path / "cache")
     real, made = Engine._write, []
 
-    def dies_at_the_third(self: Engine, *args: Any) -> Any:
+    def fail_at_third_image(self: Engine, *args: Any) -> Any:
         if len(made) == 2:
             raise RuntimeError("power cut")
         made.append(args[0].job.name)
         return real(self, *args)
 
-    monkeypatch.setattr(Engine, "_write", dies_at_the_third)
+    monkeypatch.setattr(Engine, "_write", fail_at_third_image)
     with pytest.raises(RuntimeError, match="power cut"):
         evaluate()
     monkeypatch.setattr(Engine, "_write", real)
@@ -114,7 +112,7 @@ def test_without_save_alphas_a_crash_still_resumes_and_nothing_stays_after_the_e
     assert list((tmp_path / "cache" / "eval").iterdir()) == []
 
 
-def test_alphas_that_another_run_still_scores_stay(
+def test_cached_alphas_in_use_by_another_run_are_not_removed(
     evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from icm_cli.matting.engine import Engine
@@ -122,13 +120,13 @@ def test_alphas_that_another_run_still_scores_stay(
     monkeypatch.setattr("icm_cli.evaluation.in_context.cache_folder", lambda: tmp_path / "cache")
     others, run = [], Engine.run
 
-    def while_another_runs(self: Engine, *args: Any) -> None:
+    def run_while_locked(self: Engine, *args: Any) -> None:
         (lock,) = (tmp_path / "cache" / "eval").glob("*.lock")
         others.append(lock.open("w"))
         fcntl.flock(others[0], fcntl.LOCK_SH)
         run(self, *args)
 
-    monkeypatch.setattr(Engine, "run", while_another_runs)
+    monkeypatch.setattr(Engine, "run", run_while_locked)
     assert evaluate().exit_code == 0
     assert len(list((tmp_path / "cache" / "eval").rglob("*.png"))) == 4
     others[0].close()
@@ -136,7 +134,7 @@ def test_alphas_that_another_run_still_scores_stay(
     assert not list((tmp_path / "cache" / "eval").iterdir())
 
 
-def test_a_group_of_one_is_named_and_the_others_are_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+def test_group_with_one_image_is_reported_and_others_are_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     for path in [*data.rglob("b/launchpad.*"), *data.rglob("b/lawn.*")]:
         path.unlink()
     result = evaluate(report=tmp_path / "r.json")
@@ -147,7 +145,7 @@ def test_a_group_of_one_is_named_and_the_others_are_scored(evaluate: Evaluate, d
     assert evaluate(allow="lone-image").exit_code == 0
 
 
-def test_a_reference_that_cannot_serve_is_named_and_the_next_one_does(
+def test_unusable_reference_is_reported_and_replaced_by_the_next(
     evaluate: Evaluate, data: Path, tmp_path: Path
 ) -> None:
     evaluate(report=tmp_path / "r.json")
@@ -164,7 +162,7 @@ def test_a_reference_that_cannot_serve_is_named_and_the_next_one_does(
     assert sum(bool(image["scores"]) for image in report["images"]) == 3
 
 
-def test_images_the_model_was_trained_on_are_marked_and_left_out_of_a_second_mean(
+def test_images_used_for_training_are_marked_and_excluded_from_a_second_mean(
     evaluate: Evaluate, tmp_path: Path
 ) -> None:
     from tiny_sd import tiny_detail_yaml, write_tiny_sd
@@ -201,7 +199,7 @@ def test_images_the_model_was_trained_on_are_marked_and_left_out_of_a_second_mea
     assert "does not list its training images" in note
 
 
-def test_ground_truth_is_never_written_over(evaluate: Evaluate, data: Path) -> None:
+def test_ground_truth_is_never_overwritten(evaluate: Evaluate, data: Path) -> None:
     before = {path: path.read_bytes() for path in data.rglob("*.*")}
     for options in (
         {"save_alphas": data / "alphas"},
@@ -215,7 +213,7 @@ def test_ground_truth_is_never_written_over(evaluate: Evaluate, data: Path) -> N
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_ends_as_if_never_stopped(data: Path, small_model: Path, tmp_path: Path) -> None:
+def test_run_resumes_after_being_killed(data: Path, small_model: Path, tmp_path: Path) -> None:
     line = [
         *(sys.executable, "-m", "icm_cli.cli", "eval"),
         *arguments({"dataset": "folder", "data-root": data, "model": small_model, "save-alphas": tmp_path / "out"}),
@@ -234,7 +232,7 @@ def test_killed_and_run_again_ends_as_if_never_stopped(data: Path, small_model: 
     assert not list((tmp_path / "out").rglob(".icm-*"))
 
 
-def test_sigterm_scores_and_reports_what_is_done(data: Path, small_model: Path, tmp_path: Path) -> None:
+def test_sigterm_scores_and_reports_finished_images(data: Path, small_model: Path, tmp_path: Path) -> None:
     line = [
         *(sys.executable, "-m", "icm_cli.cli", "eval"),
         *arguments({"dataset": "folder", "data-root": data, "model": small_model, "report": tmp_path / "r.json"}),
@@ -256,7 +254,7 @@ def test_sigterm_scores_and_reports_what_is_done(data: Path, small_model: Path, 
         assert Path(image["output"]).exists() == (image["status"] == "done")
 
 
-def test_alphas_of_another_tool_are_never_written_over(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+def test_alphas_of_other_tools_are_never_overwritten(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     copy_alphas(data, tmp_path / "theirs")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
     for folder in (tmp_path / "theirs", data / "images"):
@@ -265,7 +263,7 @@ def test_alphas_of_another_tool_are_never_written_over(evaluate: Evaluate, data:
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_files_that_say_what_to_do_are_never_written_over(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+def test_input_files_are_never_overwritten(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     copy_alphas(data, tmp_path / "pred")
     groups = tmp_path / "groups.json"
     groups.write_text(json.dumps({name: {"class": "x"} for name in NAMES}))
@@ -295,7 +293,7 @@ def test_files_that_say_what_to_do_are_never_written_over(evaluate: Evaluate, da
         "",
     ],
 )
-def test_references_of_another_kind(evaluate: Evaluate, tmp_path: Path, content: str) -> None:
+def test_invalid_references_file_is_refused(evaluate: Evaluate, tmp_path: Path, content: str) -> None:
     (tmp_path / "refs.json").write_text(content)
     result = evaluate(references=tmp_path / "refs.json")
     assert result.exit_code == 2
@@ -316,7 +314,7 @@ def test_references_of_another_kind(evaluate: Evaluate, tmp_path: Path, content:
         "",
     ],
 )
-def test_compare_refuses_what_is_no_report(tmp_path: Path, content: str) -> None:
+def test_compare_refuses_invalid_reports(tmp_path: Path, content: str) -> None:
     from icm_cli.cli import app
 
     (tmp_path / "r.json").write_text(content)
@@ -326,7 +324,7 @@ def test_compare_refuses_what_is_no_report(tmp_path: Path, content: str) -> None
 
 
 @pytest.mark.slow
-def test_more_rounds_or_references_than_images_are_said_to_repeat(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_notes_report_too_many_rounds_or_references(evaluate: Evaluate, tmp_path: Path) -> None:
     result = evaluate(rounds=5, report=tmp_path / "r.json")
     (note,) = report_of(tmp_path / "r.json")["settings"]["protocol"]["notes"]
     assert "repeat in later rounds" in note
@@ -336,7 +334,7 @@ def test_more_rounds_or_references_than_images_are_said_to_repeat(evaluate: Eval
     assert "too few images for 7 references" in note
 
 
-def test_foregrounds_are_matted_in_context_on_their_backgrounds(tmp_path: Path, small_model: Path) -> None:
+def test_composites_of_foregrounds_are_matted(tmp_path: Path, small_model: Path) -> None:
     from icm_cli import evaluate
 
     for folder, source in (("FG", "imgs/lawn.jpg"), ("GT", "alphas/lawn.png")):
@@ -356,7 +354,7 @@ def test_foregrounds_are_matted_in_context_on_their_backgrounds(tmp_path: Path, 
     assert report.exit_code == 0
     (reference,) = report.references[0]["rocket"]
     behind = int(reference.removeprefix("rocket_")) % 3
-    others = {f"rocket_{n}" for n in range(20) if n % 3 != behind}  # the very same picture is no target
+    others = {f"rocket_{n}" for n in range(20) if n % 3 != behind}
     assert {result.name for result in report.results} == others
     assert {result.dataset.group for result in report.results} == {"rocket"}
     assert report.means["unknown"].images == len(others)

@@ -1,4 +1,4 @@
-"""``icm eval --pred``: alphas of any tool, bad data, and what of the protocol is stated."""
+"""``icm eval --pred``: alphas of any tool, problems with the data, and the reported protocol."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_predictions_are_scored_without_torch(data: Path, tmp_path: Path) -> Non
     assert ended.returncode == 0, ended.stderr
 
 
-def test_alphas_that_were_kept_score_the_same_as_when_they_were_made(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_saved_alphas_have_the_same_scores_as_in_the_run_that_made_them(evaluate: Evaluate, tmp_path: Path) -> None:
     evaluate(report=tmp_path / "made.json", save_alphas=tmp_path / "out", rounds=2)
     result = evaluate(report=tmp_path / "pred.json", pred=tmp_path / "out", references=tmp_path / "made.json")
     assert result.exit_code == 0
@@ -42,8 +42,8 @@ def test_alphas_that_were_kept_score_the_same_as_when_they_were_made(evaluate: E
     assert [each["foreground"] for each in made["images"]] == [each["foreground"] for each in scored["images"]]
 
 
-def test_a_torn_prediction_is_one_sentence_without_a_library_s_warning(data: Path, tmp_path: Path) -> None:
-    """Read in a process beside, where Pillow would warn of a cut TIFF on the terminal."""
+def test_damaged_prediction_prints_one_message_and_no_library_warning(data: Path, tmp_path: Path) -> None:
+    """The worker process suppresses the warning that Pillow prints about a truncated TIFF."""
     copy_alphas(data, tmp_path / "pred")
     (tmp_path / "pred" / "a" / "lawn.png").unlink()
     Image.fromarray(read(data / "alphas" / "a" / "lawn.png")).save(tmp_path / "whole.tif")
@@ -56,7 +56,7 @@ def test_a_torn_prediction_is_one_sentence_without_a_library_s_warning(data: Pat
     assert all(line.startswith(("icm: ", "[")) for line in ended.stderr.splitlines()), ended.stderr
 
 
-def test_a_missing_prediction_is_named_and_the_rest_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+def test_missing_prediction_is_reported_and_others_are_scored(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     copy_alphas(data, tmp_path / "pred")
     (tmp_path / "pred" / "a" / "lawn.png").unlink()
     result = evaluate(pred=tmp_path / "pred", report=tmp_path / "r.json")
@@ -65,7 +65,7 @@ def test_a_missing_prediction_is_named_and_the_rest_scored(evaluate: Evaluate, d
     assert report_of(tmp_path / "r.json")["summary"]["means"]["whole"]["images"] == 5
 
 
-def test_predictions_of_another_size_are_brought_to_the_truths_and_counted(
+def test_predictions_are_resized_to_the_ground_truth_and_counted(
     evaluate: Evaluate, data: Path, tmp_path: Path
 ) -> None:
     copy_alphas(data, tmp_path / "pred")
@@ -82,14 +82,14 @@ def test_predictions_of_another_size_are_brought_to_the_truths_and_counted(
     assert image["scores"]["whole"]["mse"] == expected.mse
 
 
-def test_a_folder_without_any_of_the_alphas(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_folder_without_matching_alphas_is_refused(evaluate: Evaluate, tmp_path: Path) -> None:
     (tmp_path / "pred").mkdir()
     result = evaluate(pred=tmp_path / "pred")
     assert result.exit_code == 2
     assert "a/brickwall.png" in result.stderr
 
 
-def test_allowed_bad_data_is_no_failure_but_a_run_without_any_score_is(
+def test_allowed_problems_are_no_failure_but_a_run_without_scores_is(
     evaluate: Evaluate, data: Path, tmp_path: Path
 ) -> None:
     copy_alphas(data, tmp_path / "pred")
@@ -103,7 +103,7 @@ def test_allowed_bad_data_is_no_failure_but_a_run_without_any_score_is(
 
 
 @pytest.mark.parametrize("kind", ["colour-alpha", "unscaled-alpha"])
-def test_predictions_that_are_no_alphas_are_named(evaluate: Evaluate, data: Path, tmp_path: Path, kind: str) -> None:
+def test_invalid_predictions_are_reported(evaluate: Evaluate, data: Path, tmp_path: Path, kind: str) -> None:
     copy_alphas(data, tmp_path / "pred")
     bad_truth(kind, tmp_path / "pred" / "a" / "lawn.png")
     result = evaluate(pred=tmp_path / "pred", report=tmp_path / "r.json")
@@ -112,7 +112,7 @@ def test_predictions_that_are_no_alphas_are_named(evaluate: Evaluate, data: Path
     assert by_name(report_of(tmp_path / "r.json"))["a/lawn"]["status"] == "unscored"
 
 
-def test_two_alphas_of_one_file_name_are_not_guessed_at(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+def test_ambiguous_file_names_are_refused(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     for folder in ("x", "y"):
         copy_alphas(data, tmp_path / "pred" / folder)
     result = evaluate(pred=tmp_path / "pred")
@@ -132,7 +132,7 @@ def test_two_alphas_of_one_file_name_are_not_guessed_at(evaluate: Evaluate, data
         "unreadable",
     ],
 )
-def test_bad_truths_are_named_counted_and_the_rest_scored(
+def test_bad_ground_truth_is_reported_and_others_are_scored(
     evaluate: Evaluate, data: Path, tmp_path: Path, kind: str
 ) -> None:
     copy_alphas(data, tmp_path / "pred")
@@ -151,7 +151,7 @@ def test_bad_truths_are_named_counted_and_the_rest_scored(
     assert evaluate(pred=tmp_path / "pred", allow=kind).exit_code == 0
 
 
-def test_16_bits_are_scored_as_8(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+def test_16_bit_ground_truth_is_rounded_to_8_bits(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     copy_alphas(data, tmp_path / "pred")
     evaluate(pred=tmp_path / "pred", report=tmp_path / "8.json")
     bad_truth("16-bit-alpha", data / "alphas" / "a" / "lawn.png")
@@ -160,7 +160,7 @@ def test_16_bits_are_scored_as_8(evaluate: Evaluate, data: Path, tmp_path: Path)
     assert eight == sixteen
 
 
-def test_videos_have_dt_ssd_between_frames_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_dt_ssd_is_computed_between_consecutive_frames(tmp_path: Path) -> None:
     from icm_cli import evaluate
     from icm_cli.scoring.metrics import compute_dt_ssd
 
@@ -184,7 +184,7 @@ def test_videos_have_dt_ssd_between_frames_in_the_order_of_their_numbers(tmp_pat
     assert evaluate("folder", tmp_path, pred=tmp_path / "pred").results[1].evaluation.dt_ssd is None
 
 
-def test_every_report_states_the_protocol(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+def test_reports_state_the_protocol(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     copy_alphas(data, tmp_path / "pred")
     options = {"region": ["unknown", "whole"], "size": "long1024", "lineage": "aim", "trimap_kernel": 9}
     pages = [tmp_path / "r.json", tmp_path / "r.html"]
@@ -218,7 +218,7 @@ def test_every_report_states_the_protocol(evaluate: Evaluate, data: Path, tmp_pa
         ({"model": "icm-sd22"}, "icm-sd21"),
     ],
 )
-def test_a_wrong_option_is_one_sentence(evaluate: Evaluate, options: dict[str, Any], message: str) -> None:
+def test_invalid_option_prints_one_message(evaluate: Evaluate, options: dict[str, Any], message: str) -> None:
     result = evaluate(**options)
     assert result.exit_code in (2, 3)
     (line,) = result.stderr.strip().splitlines()
@@ -226,21 +226,21 @@ def test_a_wrong_option_is_one_sentence(evaluate: Evaluate, options: dict[str, A
     assert message in line
 
 
-def test_with_predictions_options_of_a_model_are_refused(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+def test_model_options_are_refused_with_predictions(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     copy_alphas(data, tmp_path / "pred")
     result = evaluate(pred=tmp_path / "pred", save_alphas=tmp_path / "out")
     assert result.exit_code == 2
     assert "--save-alphas has no effect" in result.stderr
 
 
-def test_a_trimap_kernel_that_nothing_reads_is_refused(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
+def test_trimap_kernel_is_refused_without_unknown_region(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     copy_alphas(data, tmp_path / "pred")
     result = evaluate(pred=tmp_path / "pred", trimap_kernel=9)
     assert result.exit_code == 2
     assert "--region unknown" in result.stderr
 
 
-def test_compare_prints_every_image_and_warns_where_protocols_differ(
+def test_compare_prints_every_image_and_warns_about_different_protocols(
     evaluate: Evaluate, data: Path, tmp_path: Path
 ) -> None:
     copy_alphas(data, tmp_path / "pred")
@@ -265,9 +265,9 @@ def test_compare_prints_every_image_and_warns_where_protocols_differ(
     shot = report_of(tmp_path / "a.json")
     shot["settings"] |= {"shot": True, "learn_steps": 140}
     (tmp_path / "s.json").write_text(json.dumps(shot))
-    told = CliRunner().invoke(app, [*line[:-1], str(tmp_path / "s.json")]).stderr
-    assert "shot is False in the first and True in the second" in told
-    assert "learn_steps is 0 in the first and 140 in the second" in told
+    warnings = CliRunner().invoke(app, [*line[:-1], str(tmp_path / "s.json")]).stderr
+    assert "shot is False in the first and True in the second" in warnings
+    assert "learn_steps is 0 in the first and 140 in the second" in warnings
     rounds = report_of(tmp_path / "a.json")
     rounds["images"] += [image | {"round": 2} for image in rounds["images"]]
     (tmp_path / "d.json").write_text(json.dumps(rounds))
@@ -275,4 +275,4 @@ def test_compare_prints_every_image_and_warns_where_protocols_differ(
     assert f"6 image(s) have scores only in {tmp_path}/d.json, such as a/brickwall in round 2" in second
     rows = [row for row in differs.stdout.splitlines() if re.search(r"[ab]/\w+", row)]
     assert len(rows) == 5
-    assert "b/lawn" in rows[0]  # what became worse comes first
+    assert "b/lawn" in rows[0]  # sorted by change, worst first

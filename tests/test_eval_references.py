@@ -1,4 +1,4 @@
-"""Which images are references: properties that hold for every dataset."""
+"""Choice of references: properties that hold for every dataset."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sample(name: str, group: str = "g", image: str | None = None) -> Sample:
 
 
 @given(names, st.integers(1, 12), st.integers(1, 5), st.randoms())
-def test_fixed_whatever_the_order_and_never_the_target(
+def test_choice_does_not_depend_on_order_and_never_includes_targets(
     group: list[str], rounds: int, refs_per_group: int, shuffler: random.Random
 ) -> None:
     samples = [sample(name) for name in group]
@@ -43,7 +43,7 @@ def test_fixed_whatever_the_order_and_never_the_target(
 
 
 @given(names.filter(lambda group: len(group) > 2), st.data())
-def test_one_that_cannot_serve_is_never_chosen(group: list[str], data: st.DataObject) -> None:
+def test_unusable_samples_are_never_chosen(group: list[str], data: st.DataObject) -> None:
     bad = data.draw(st.sets(st.sampled_from(group)))
     chosen, _ = choose_references(
         {"g": [sample(name) for name in group]},
@@ -56,7 +56,7 @@ def test_one_that_cannot_serve_is_never_chosen(group: list[str], data: st.DataOb
         assert ("g" in references) == (bad != set(group))
 
 
-def test_another_alpha_of_the_references_image_is_no_target() -> None:
+def test_other_alphas_of_a_reference_image_are_no_targets() -> None:
     samples = [sample("street_0", image="street.jpg"), sample("street_1", image="street.jpg"), sample("park_0")]
     assert [each.name for each in select_targets(samples, ["street_1"])] == ["park_0"]
     _, problems = choose_references({"g": samples[:2]}, rounds=1, refs_per_group=1, is_usable=lambda _: True)

@@ -1,4 +1,4 @@
-"""The metrics: golden vectors of the published codes, a plain version of each, and laws that must hold."""
+"""Metrics: golden values of the published code, a reference implementation, and properties that must hold."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ alpha = arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, min_side=1, max_si
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    """Two alphas of one size: noise, or few levels so that components are large."""
+    """Two alphas of the same size: noise, or few levels so that components are large."""
     shape = draw(array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24))
     values = draw(st.sampled_from([st.integers(0, 255), st.sampled_from([0, 51, 128, 153, 255])]))
     return draw(arrays(np.uint8, shape, elements=values)), draw(arrays(np.uint8, shape, elements=values))
@@ -35,7 +35,7 @@ def case(i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return GOLDEN[f"{i}_pred"], GOLDEN[f"{i}_alpha"], GOLDEN[f"{i}_trimap"]
 
 
-def four(scores: Scores) -> list[float]:
+def four_scores(scores: Scores) -> list[float]:
     return [scores.mse, scores.sad, scores.grad, scores.conn]
 
 
@@ -43,34 +43,38 @@ def four(scores: Scores) -> list[float]:
 def test_golden_composition(i: int) -> None:
     pred, truth, trimap = case(i)
     scores = compute_scores(pred, truth, "composition", trimap)
-    np.testing.assert_allclose(four(scores["whole"]), GOLDEN[f"{i}_whole"], rtol=EXACT)
-    np.testing.assert_allclose(four(scores["unknown"]), GOLDEN[f"{i}_unknown"], rtol=EXACT)
+    np.testing.assert_allclose(four_scores(scores["whole"]), GOLDEN[f"{i}_whole"], rtol=EXACT)
+    np.testing.assert_allclose(four_scores(scores["unknown"]), GOLDEN[f"{i}_unknown"], rtol=EXACT)
 
 
 @pytest.mark.parametrize("i", CASES)
 def test_golden_aim(i: int) -> None:
     pred, truth, _ = case(i)
-    np.testing.assert_allclose(four(compute_scores(pred, truth, "aim")["whole"]), GOLDEN[f"{i}_aim_whole"], rtol=EXACT)
+    np.testing.assert_allclose(
+        four_scores(compute_scores(pred, truth, "aim")["whole"]), GOLDEN[f"{i}_aim_whole"], rtol=EXACT
+    )
 
 
 @pytest.mark.parametrize("i", CASES)
-def test_aim_over_the_unknown_region_sums_the_same_maps(i: int) -> None:
+def test_aim_scores_over_the_unknown_region(i: int) -> None:
     pred, truth, trimap = case(i)
     expected = plain_metrics(pred, truth, "aim", trimap == 128)
-    np.testing.assert_allclose(four(compute_scores(pred, truth, "aim", trimap)["unknown"]), expected, rtol=EXACT)
+    np.testing.assert_allclose(four_scores(compute_scores(pred, truth, "aim", trimap)["unknown"]), expected, rtol=EXACT)
 
 
 @settings(max_examples=60, deadline=None)
 @given(pairs(), st.sampled_from(LINEAGES))
-def test_equal_to_the_plain_version_on_anything(two: tuple[np.ndarray, np.ndarray], lineage: Lineage) -> None:
+def test_equal_to_the_reference_implementation(two: tuple[np.ndarray, np.ndarray], lineage: Lineage) -> None:
     pred, truth = two
     expected = plain_metrics(pred, truth, lineage, np.ones(pred.shape, bool))
-    np.testing.assert_allclose(four(compute_scores(pred, truth, lineage)["whole"]), expected, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(
+        four_scores(compute_scores(pred, truth, lineage)["whole"]), expected, rtol=1e-6, atol=1e-12
+    )
 
 
 @settings(deadline=None)
 @given(alpha, st.sampled_from(LINEAGES))
-def test_identity_is_zero(truth: np.ndarray, lineage: Lineage) -> None:
+def test_scores_of_the_ground_truth_are_zero(truth: np.ndarray, lineage: Lineage) -> None:
     assert dataclasses.astuple(compute_scores(truth, truth, lineage)["whole"]) == (0, 0, 0, 0, 0)
 
 
@@ -83,7 +87,7 @@ def test_symmetric_in_alpha_and_truth(two: tuple[np.ndarray, np.ndarray], lineag
 
 @settings(deadline=None)
 @given(pairs(), st.sampled_from(LINEAGES))
-def test_never_negative_and_means_within_one(two: tuple[np.ndarray, np.ndarray], lineage: Lineage) -> None:
+def test_scores_are_not_negative_and_means_at_most_one(two: tuple[np.ndarray, np.ndarray], lineage: Lineage) -> None:
     scores = compute_scores(*two, lineage)["whole"]
     assert all(value >= 0 for value in dataclasses.astuple(scores))
     assert scores.mse <= scores.mad <= 1
@@ -92,10 +96,10 @@ def test_never_negative_and_means_within_one(two: tuple[np.ndarray, np.ndarray],
 
 @settings(deadline=None)
 @given(pairs(), st.integers(2, 4))
-def test_scale_laws(two: tuple[np.ndarray, np.ndarray], factor: int) -> None:
-    """Every pixel made a block: MSE and MAD stay, SAD grows with the area, CONN too as components scale alike."""
-    blown = [np.kron(each, np.ones((factor, factor), np.uint8)) for each in two]
-    small, large = compute_scores(*two)["whole"], compute_scores(*blown)["whole"]
+def test_scores_of_enlarged_images(two: tuple[np.ndarray, np.ndarray], factor: int) -> None:
+    """If every pixel becomes a block, MSE and MAD stay equal, and SAD and CONN increase with the area."""
+    enlarged = [np.kron(each, np.ones((factor, factor), np.uint8)) for each in two]
+    small, large = compute_scores(*two)["whole"], compute_scores(*enlarged)["whole"]
     assert large.mse == pytest.approx(small.mse)
     assert large.mad == pytest.approx(small.mad)
     assert large.sad == pytest.approx(factor**2 * small.sad)
@@ -105,7 +109,7 @@ def test_scale_laws(two: tuple[np.ndarray, np.ndarray], factor: int) -> None:
 @settings(deadline=None)
 @given(pairs())
 def test_mirrored_alphas_have_the_same_differences(two: tuple[np.ndarray, np.ndarray]) -> None:
-    """CONN is left out: of components of equal size the published codes take the first in reading order."""
+    """CONN is excluded: of components of equal size, the published code takes the first in reading order."""
     here, there = (
         compute_scores(*two)["whole"],
         compute_scores(*(np.ascontiguousarray(each[:, ::-1]) for each in two))["whole"],
@@ -119,12 +123,12 @@ def test_a_region_without_pixels_has_no_score() -> None:
     assert set(compute_scores(flat, flat, trimap=flat)) == {"whole"}
 
 
-def test_unequal_sizes_are_refused() -> None:
+def test_different_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(4, 5\)"):
         compute_scores(np.zeros((4, 5), np.uint8), np.zeros((5, 4), np.uint8))
 
 
-def test_lineages_differ_where_the_background_is_the_largest_component() -> None:
+def test_lineages_differ_if_the_background_is_the_largest_component() -> None:
     truth = np.zeros((60, 60), np.uint8)
     cv2.circle(truth, (30, 30), 9, 255, -1)
     pred = cv2.GaussianBlur(truth, (0, 0), 3)
@@ -134,7 +138,7 @@ def test_lineages_differ_where_the_background_is_the_largest_component() -> None
     assert composition.grad != aim.grad
 
 
-def test_dt_ssd_of_a_flicker_by_hand() -> None:
+def test_dt_ssd_of_a_known_flicker() -> None:
     still = np.full((3, 4), 100, np.uint8)
     flicker = still.copy()
     flicker[0, 0] = 151  # one pixel of twelve changes by a fifth
@@ -142,5 +146,5 @@ def test_dt_ssd_of_a_flicker_by_hand() -> None:
 
 
 @given(pairs())
-def test_dt_ssd_forgives_what_the_truth_does_too(two: tuple[np.ndarray, np.ndarray]) -> None:
+def test_dt_ssd_is_zero_if_the_ground_truth_changes_equally(two: tuple[np.ndarray, np.ndarray]) -> None:
     assert compute_dt_ssd(two[0], two[1], two[0], two[1]) == 0

@@ -1,4 +1,4 @@
-"""Scoring of files: sizes, trimaps, and processes that die."""
+"""Scoring of files: sizes, trimaps, and worker processes that die."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def task(tmp_path: Path) -> ScoreTask:
 @pytest.mark.parametrize(
     ("size", "shape"), [("original", (90, 150)), ("long1024", (614, 1024)), ("square768", (768, 768))]
 )
-def test_sizes(task: ScoreTask, size: str, shape: tuple[int, int]) -> None:
+def test_alphas_are_scored_at_the_given_size(task: ScoreTask, size: str, shape: tuple[int, int]) -> None:
     alpha, truth = (resize_for_scoring(soft_square(90, 150, shift), (90, 150), size) for shift in (5, 0))  # type: ignore[arg-type]
     assert alpha.shape == shape
     scored = replace(task, rule=ScoringRule(size=size)).run()  # type: ignore[arg-type]
@@ -44,13 +44,13 @@ def test_sizes(task: ScoreTask, size: str, shape: tuple[int, int]) -> None:
     assert scored.evaluation.scores["whole"] == compute_scores(alpha, truth)["whole"]
 
 
-def test_square768_is_the_centre() -> None:
+def test_square768_crops_the_centre() -> None:
     image = np.zeros((100, 300), np.uint8)
     image[:, 100:200] = 255
     assert (resize_for_scoring(image, image.shape, "square768") == 255).all()
 
 
-def test_a_made_trimap_is_the_soft_pixels_dilated_by_the_stated_square(task: ScoreTask) -> None:
+def test_generated_trimap_is_the_dilated_soft_pixels(task: ScoreTask) -> None:
     truth = np.zeros((40, 40), np.uint8)
     truth[20, 20] = 77
     trimap = make_trimap(truth, 7)
@@ -64,7 +64,7 @@ def test_a_made_trimap_is_the_soft_pixels_dilated_by_the_stated_square(task: Sco
     }
 
 
-def test_a_published_trimap_is_taken_and_a_detail_map_is_unknown_above_0(task: ScoreTask, tmp_path: Path) -> None:
+def test_published_trimaps_and_detail_maps_define_the_unknown_region(task: ScoreTask, tmp_path: Path) -> None:
     trimap = np.zeros((90, 150), np.uint8)
     trimap[10:60, 20:70] = 128
     trimap[60:, :] = 255
@@ -87,7 +87,7 @@ def test_a_published_trimap_is_taken_and_a_detail_map_is_unknown_above_0(task: S
         (np.full((45, 75), 128, np.uint8), "size-mismatch"),
     ],
 )
-def test_a_trimap_of_no_use_is_named_and_the_whole_image_scored(
+def test_unusable_trimap_is_reported_and_the_whole_image_is_scored(
     task: ScoreTask, tmp_path: Path, trimap: np.ndarray, kind: str
 ) -> None:
     cv2.imwrite(str(tmp_path / "t.png"), trimap)
@@ -96,8 +96,8 @@ def test_a_trimap_of_no_use_is_named_and_the_whole_image_scored(
     assert [problem.kind for problem in scored.problems] == [kind]
 
 
-def test_an_alpha_of_our_own_that_is_nearly_empty_is_scored(task: ScoreTask) -> None:
-    cv2.imwrite(str(task.alpha), np.eye(90, 150, dtype=np.uint8))  # a residue of 1 of 255
+def test_nearly_empty_alpha_of_icm_is_scored_but_not_that_of_another_tool(task: ScoreTask) -> None:
+    cv2.imwrite(str(task.alpha), np.eye(90, 150, dtype=np.uint8))  # values of 1 out of 255
     assert task.run().evaluation.scores
     foreign = replace(task, is_external=True)
     assert [problem.kind for problem in foreign.run().problems] == ["unscaled-alpha"]
@@ -106,13 +106,13 @@ def test_an_alpha_of_our_own_that_is_nearly_empty_is_scored(task: ScoreTask) -> 
     )
 
 
-def test_an_image_that_has_gone_is_named(task: ScoreTask, tmp_path: Path) -> None:
+def test_missing_image_is_reported(task: ScoreTask, tmp_path: Path) -> None:
     (problem,) = replace(task, image=tmp_path / "gone.jpg", needs_sha256=True).run().problems
     assert problem.kind == "unreadable"
     assert "gone.jpg does not exist" in problem.reason
 
 
-def test_a_picture_turned_by_exif_is_of_its_upright_size(task: ScoreTask, tmp_path: Path) -> None:
+def test_size_of_an_image_respects_exif_orientation(task: ScoreTask, tmp_path: Path) -> None:
     from PIL import Image
 
     exif = Image.Exif()
@@ -123,18 +123,16 @@ def test_a_picture_turned_by_exif_is_of_its_upright_size(task: ScoreTask, tmp_pa
 
 @dataclass(frozen=True)
 class Signalled:
-    """A task during which its process gets a signal."""
+    """A task that sends a signal to its own process."""
 
     number: int
 
     def run(self) -> str:
         os.kill(os.getpid(), self.number)
-        return "lives"
+        return "alive"
 
 
-def test_a_stop_of_the_whole_group_of_processes_leaves_scoring_to_its_parent(
-    task: ScoreTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_processes_ignore_signals_to_the_process_group(task: ScoreTask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     answers: list[object] = []
     pool = ScoringPool(1)
@@ -144,11 +142,11 @@ def test_a_stop_of_the_whole_group_of_processes_leaves_scoring_to_its_parent(
         pool.drain()
     finally:
         pool.close()
-    assert answers == ["lives", "lives", task.run()]
+    assert answers == ["alive", "alive", task.run()]
 
 
-def test_a_process_that_is_killed_loses_its_task_alone(task: ScoreTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the processes find Signalled
+def test_killed_worker_process_only_loses_its_own_task(task: ScoreTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # so that the worker processes can import Signalled
     answers: list[object] = []
     pool = ScoringPool(2)
     try:
@@ -161,7 +159,7 @@ def test_a_process_that_is_killed_loses_its_task_alone(task: ScoreTask, monkeypa
     assert all(answer == task.run() for answer in [answers[0], *answers[2:]])
 
 
-def test_the_processes_end_when_the_run_is_killed(tmp_path: Path) -> None:
+def test_worker_processes_exit_when_the_run_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys, time, os\n"
         "from icm_cli.scoring.pool import ScoringPool\n"
@@ -183,11 +181,11 @@ def test_the_processes_end_when_the_run_is_killed(tmp_path: Path) -> None:
         if not is_running(worker):
             return
         time.sleep(0.05)
-    pytest.fail(f"process {worker} lives on")
+    pytest.fail(f"process {worker} is still running")
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

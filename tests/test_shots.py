@@ -1,4 +1,4 @@
-"""Shots in the layout of DAVIS: J and F by hand, and ``icm eval --dataset davis16`` through its command."""
+"""Shots in the layout of DAVIS: known values of J and F, and ``icm eval --dataset davis16``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FRAMES = 4
 
 
 def mask(height: int, width: int, top: int, left: int, bottom: int, right: int) -> np.ndarray:
-    """A rectangle of 255, its last row and column left out, on 0."""
-    picture = np.zeros((height, width), np.uint8)
-    picture[top:bottom, left:right] = 255
-    return picture
+    """Return a rectangle of 255 on 0; bottom and right are exclusive."""
+    image = np.zeros((height, width), np.uint8)
+    image[top:bottom, left:right] = 255
+    return image
 
 
 def test_j_is_intersection_over_union() -> None:
@@ -35,12 +35,12 @@ def test_j_is_intersection_over_union() -> None:
     assert region_similarity(np.full((2, 2), 127, np.uint8), np.full((2, 2), 255, np.uint8)) == 0
 
 
-def test_f_of_two_squares_by_hand() -> None:
-    """In 30 x 40 the diagonal is 50, so boundaries meet at a distance of 1.
+def test_known_f_of_two_squares() -> None:
+    """Compare squares with known boundaries. The diagonal of 30 x 40 is 50, so boundaries match up to a distance of 1.
 
-    A square of n px has a boundary of (n + 1)^2 - (n - 1)^2 = 4n pixels, from one above and left of it on: 16 of 4 px.
-    Moved by 1 to the right, all pixels of the one lie within 1 of the other; by 4, only where they touch: the old right
-    side is column 13 (rows 9..13), the new left side the same one, and 5 + 1 + 1 pixels are within 1 of it.
+    The boundary of a square of n px has 4n pixels and begins one pixel above and to the left of it. If the square moves
+    by 1, all boundary pixels match. If it moves by 4, the old right side and the new left side are both in column 13,
+    rows 9..13, and 5 + 1 + 1 pixels match.
     """
     truth = mask(30, 40, 10, 10, 14, 14)
     assert boundary_accuracy(truth, truth) == 1
@@ -49,15 +49,15 @@ def test_f_of_two_squares_by_hand() -> None:
     assert boundary_accuracy(mask(30, 40, 20, 30, 24, 34), truth) == 0
 
 
-def test_f_weighs_precision_and_recall() -> None:
-    """A true square of 4 px (16 boundary pixels), and the same with a far one of 2 px (8 more): 16/24 and 16/16."""
+def test_f_is_the_harmonic_mean_of_precision_and_recall() -> None:
+    """A second square of 2 px adds 8 boundary pixels to the 16 of the true one: precision 16/24, recall 16/16."""
     truth = mask(30, 40, 10, 10, 14, 14)
-    ours = truth | mask(30, 40, 22, 30, 24, 32)
-    assert boundary_accuracy(ours, truth) == pytest.approx(2 * (16 / 24) / (16 / 24 + 1))
+    predicted = truth | mask(30, 40, 22, 30, 24, 32)
+    assert boundary_accuracy(predicted, truth) == pytest.approx(2 * (16 / 24) / (16 / 24 + 1))
 
 
-def test_f_counts_no_boundary_along_the_border_and_agrees_on_none() -> None:
-    """A half plane of 30 x 40 has a boundary of its one inner side, 30 pixels."""
+def test_f_ignores_the_image_border_and_is_1_without_boundaries() -> None:
+    """Half of an image of 30 x 40 pixels has a boundary of 30 pixels."""
     empty, full = np.zeros((30, 40), np.uint8), np.full((30, 40), 255, np.uint8)
     assert boundary_accuracy(empty, empty) == boundary_accuracy(full, empty) == 1
     assert boundary_accuracy(mask(30, 40, 10, 10, 14, 14), empty) == 0
@@ -80,8 +80,8 @@ def frames_of(shot: str, values: list[float]) -> list[ImageResult]:
     ]
 
 
-def test_mean_recall_and_decay_by_hand() -> None:
-    """Eight frames part at 1, 2.75, 4.5, 6.25 and 8, rounded 1, 3, 5, 6, 8: the ends are frames 1 to 3 and 6 to 8."""
+def test_known_mean_recall_and_decay() -> None:
+    """Eight frames are divided at 1, 2.75, 4.5, 6.25 and 8, rounded 1, 3, 5, 6, 8: frames 1-3 and 6-8 count."""
     scores = compute_shot_scores(frames_of("a", [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]))["a"]
     assert scores.frames == 8
     assert scores.j_mean == pytest.approx(0.55)
@@ -90,7 +90,7 @@ def test_mean_recall_and_decay_by_hand() -> None:
     assert scores.f_decay == pytest.approx(-0.5)
 
 
-def test_every_shot_counts_alike_in_the_mean() -> None:
+def test_every_shot_has_the_same_weight_in_the_mean() -> None:
     scores = compute_shot_scores([*frames_of("a", [1.0] * 9), *frames_of("b", [0.0])])
     assert list(scores) == ["a", "b", MEAN_OF_SHOTS]
     assert scores[MEAN_OF_SHOTS].j_mean == 0.5
@@ -102,12 +102,12 @@ def test_every_shot_counts_alike_in_the_mean() -> None:
 def davis(tmp_path: Path, scene: Path) -> Path:
     """Two shots of four frames, a third that the list does not name, and the list of DAVIS 2016."""
     root = tmp_path / "DAVIS"
-    picture = cv2.imread(str(scene / "ref.png"))
+    image = cv2.imread(str(scene / "ref.png"))
     truth = read(scene / "mask.png")
     truth = np.where((truth if truth.ndim == 2 else truth[..., 0]) > 127, 255, 0).astype(np.uint8)
     lines = []
     for shot in (*SHOTS, "unlisted"):
-        for kind, suffix, content in (("JPEGImages", "jpg", picture), ("Annotations", "png", truth)):
+        for kind, suffix, content in (("JPEGImages", "jpg", image), ("Annotations", "png", truth)):
             (root / kind / "480p" / shot).mkdir(parents=True)
             for number in range(FRAMES):
                 moved = np.roll(content, 3 * number, axis=1)
@@ -123,11 +123,11 @@ def middle(shot: str) -> list[str]:
     return [f"{shot}/{number:05d}" for number in range(1, FRAMES - 1)]
 
 
-def test_the_first_frame_is_the_reference_and_the_last_is_left_out(evaluate: Icm, davis: Path, tmp_path: Path) -> None:
+def test_first_frame_is_the_reference_and_last_frame_is_excluded(evaluate: Icm, davis: Path, tmp_path: Path) -> None:
     reports = [tmp_path / "r.json", tmp_path / "r.html", tmp_path / "r.csv"]
     result = evaluate(dataset="davis16", data_root=davis, report=reports, save_alphas=tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    assert "the last one is left out" in result.stderr
+    assert "the last one is excluded" in result.stderr
     report = report_of(tmp_path / "r.json")
     assert report["references"] == [{shot: [f"{shot}/00000"] for shot in SHOTS}]
     assert list(by_name(report)) == [name for shot in SHOTS for name in middle(shot)]
@@ -146,7 +146,7 @@ def test_the_first_frame_is_the_reference_and_the_last_is_left_out(evaluate: Icm
 
 
 def test_predictions_are_scored_over_the_same_frames(evaluate: Icm, davis: Path, tmp_path: Path) -> None:
-    """The masks moved by 3 px a frame; the true ones of the frame after have a known J."""
+    """Masks move by 3 px per frame, so that the true masks of the next frame have a known J."""
     for shot in SHOTS:
         (tmp_path / "pred" / shot).mkdir(parents=True)
         for number in range(1, FRAMES - 1):
@@ -160,16 +160,16 @@ def test_predictions_are_scored_over_the_same_frames(evaluate: Icm, davis: Path,
     assert by_name(report)["cow/00001"]["jaccard"] == region_similarity(second, first) < 1
 
 
-def test_the_2016_list_of_davis_2017_and_its_palettes(evaluate: Icm, davis: Path, tmp_path: Path) -> None:
-    """Several objects of one picture are one thing, whatever their colours; a frame may show none."""
+def test_davis_2017_with_the_2016_list_and_palettes(evaluate: Icm, davis: Path, tmp_path: Path) -> None:
+    """All objects of an image count as one, whatever their palette index. A frame may have none."""
     (davis / "ImageSets" / "480p").rename(davis / "ImageSets" / "2016")
     (davis / "ImageSets" / "2016" / "val.txt").write_text("cow\nsheep\n")
     for path in (davis / "Annotations" / "480p" / "cow").iterdir():
         indices = (read(path) > 0).astype(np.uint8) * 8
         indices[:, : indices.shape[1] // 2] //= 8
-        picture = Image.fromarray(indices if path.stem != "00002" else indices * 0, mode="P")
-        picture.putpalette([0, 0, 0, 128, 0, 0, *[9, 9, 9] * 6, 64, 0, 0])
-        picture.save(path)
+        image = Image.fromarray(indices if path.stem != "00002" else indices * 0, mode="P")
+        image.putpalette([0, 0, 0, 128, 0, 0, *[9, 9, 9] * 6, 64, 0, 0])
+        image.save(path)
     for number, name in enumerate(middle("cow"), 1):
         target = tmp_path / "pred" / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def test_the_2016_list_of_davis_2017_and_its_palettes(evaluate: Icm, davis: Path
     assert all(image["jaccard"] is not None for image in report_of(tmp_path / "r.json")["images"])
 
 
-def test_without_the_list_a_sentence_says_what_is_missing(evaluate: Icm, davis: Path) -> None:
+def test_missing_list_is_an_error(evaluate: Icm, davis: Path) -> None:
     (davis / "ImageSets" / "480p" / "val.txt").unlink()
     result = evaluate(dataset="davis16", data_root=davis)
     assert result.exit_code == 2
@@ -193,7 +193,7 @@ def test_without_the_list_a_sentence_says_what_is_missing(evaluate: Icm, davis: 
     assert str(davis / "ImageSets" / "2016" / "val.txt") in result.stderr
 
 
-def test_a_short_shot_is_named_and_the_others_are_scored(evaluate: Icm, davis: Path, tmp_path: Path) -> None:
+def test_short_shot_is_reported_and_others_are_scored(evaluate: Icm, davis: Path, tmp_path: Path) -> None:
     (davis / "ImageSets" / "480p" / "val.txt").write_text("cow\ndog\n")
     for path in davis.rglob("dog/0000[123].*"):
         path.unlink()
@@ -205,7 +205,7 @@ def test_a_short_shot_is_named_and_the_others_are_scored(evaluate: Icm, davis: P
     assert list(by_name(report)) == middle("cow")
 
 
-def test_shots_of_two_frames_leave_nothing_to_score(evaluate: Icm, davis: Path) -> None:
+def test_shots_of_two_frames_are_refused(evaluate: Icm, davis: Path) -> None:
     for path in davis.rglob("0000[23].*"):
         path.unlink()
     (davis / "ImageSets" / "480p" / "val.txt").write_text("cow\ndog\n")
@@ -215,7 +215,7 @@ def test_shots_of_two_frames_leave_nothing_to_score(evaluate: Icm, davis: Path) 
 
 
 @pytest.mark.parametrize("option", ["--rounds=2", "--refs-per-group=2", "--video", "--groups=g.json"])
-def test_shots_take_no_other_references(evaluate: Icm, davis: Path, tmp_path: Path, option: str) -> None:
+def test_reference_options_are_refused_for_shots(evaluate: Icm, davis: Path, tmp_path: Path, option: str) -> None:
     groups = tmp_path / "g.json"
     groups.write_text('{"cow/00000": {"class": "cow"}}')
     given = f"--groups={groups}" if option.startswith("--groups") else option

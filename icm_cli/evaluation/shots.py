@@ -10,7 +10,7 @@ from icm_cli.errors import Problem, UsageError
 
 LEAST_FRAMES = 3
 """Frames of a shot of which one is scored."""
-NOTE = "the first frame of every shot is its reference and the last one is left out, as the tool of DAVIS does"
+NOTE = "the first frame of every shot is its reference, and the last one is excluded, as in the tool of DAVIS"
 
 
 def refuse_other_references(title: str, **options: object) -> None:
