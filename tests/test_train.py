@@ -22,6 +22,9 @@ from icm_cli.training.settings import read_settings
 from icm_cli.training.stages import make_stage
 
 
+ONE_STEP = ("--set", "train.steps=1")
+
+
 @pytest.fixture
 def config(tmp_path: Path, data: Path) -> Path:
     return write_config(tmp_path / "train.yaml", data)
@@ -86,28 +89,28 @@ def test_a_finished_run_resumed_trains_nothing(config: Path, out: Path) -> None:
 
 
 def test_a_run_is_not_written_over(config: Path, out: Path) -> None:
-    train(config, out)
+    train(config, out, *ONE_STEP)
     again = train(config, out)
     assert again.exit_code == 2
     assert "already contains a run" in again.stderr
 
 
 def test_another_configuration_is_refused_with_the_difference(config: Path, out: Path) -> None:
-    train(config, out)
+    train(config, out, *ONE_STEP)
     for override, shown in (
         ("train.learning_rate=0.5", "train.learning_rate: 0.001 -> 0.5"),
         ("head.width=16", "head.width: 8 -> 16"),
     ):
-        again = train(config, out, "--resume", "--set", override)
+        again = train(config, out, *ONE_STEP, "--resume", "--set", override)
         assert again.exit_code == 2
         assert shown in again.stderr
 
 
 def test_settings_of_another_stage_may_change(config: Path, out: Path) -> None:
     """A run of pairs reads nothing of the refining recipe, so new defaults there end no run."""
-    train(config, out, "--set", "train.steps=2")
-    assert train(config, out, "--resume", "--set", "train.refine.crop_px=64").exit_code == 0
-    again = train(config, out, "--resume", "--set", "train.loss.dice=0.5")
+    train(config, out, *ONE_STEP)
+    assert train(config, out, *ONE_STEP, "--resume", "--set", "train.refine.crop_px=64").exit_code == 0
+    again = train(config, out, *ONE_STEP, "--resume", "--set", "train.loss.dice=0.5")
     assert again.exit_code == 2
     assert "train.loss.dice" in again.stderr
 
@@ -145,9 +148,9 @@ class TestEarlierRun:
 
 
 def test_other_images_are_another_run(config: Path, out: Path, data: Path) -> None:
-    train(config, out)
+    train(config, out, *ONE_STEP)
     (data / "images" / "a" / "lawn.jpg").unlink()
-    again = train(config, out, "--resume")
+    again = train(config, out, *ONE_STEP, "--resume")
     assert again.exit_code == 2
     assert "found.items: 6 -> 5" in again.stderr
 
@@ -166,7 +169,7 @@ def test_where_a_model_comes_from(config: Path, out: Path, data: Path) -> None:
 
 
 def test_eval_marks_what_a_trained_model_has_seen(config: Path, out: Path, evaluate: Icm, tmp_path: Path) -> None:
-    train(config, out)
+    train(config, out, *ONE_STEP)
     scored = evaluate(model=None, checkpoint=out / "last.safetensors", report=tmp_path / "r.json")
     assert scored.exit_code == 0, scored.output
     images = json.loads((tmp_path / "r.json").read_text())["images"]
@@ -174,7 +177,7 @@ def test_eval_marks_what_a_trained_model_has_seen(config: Path, out: Path, evalu
 
 
 def test_training_starts_from_a_checkpoint(config: Path, out: Path, tmp_path: Path) -> None:
-    train(config, out)
+    train(config, out, "--set", "train.steps=2")
     more = tmp_path / "more"
     done = train(
         config,
@@ -273,6 +276,7 @@ class TestStableDiffusion:
             tmp_path / "train.yaml",
             data,
             model,
+            steps=2,
             canvas_px=128,
             backbone_learning_rate=0,
             loss={},
@@ -331,11 +335,11 @@ class TestStableDiffusion:
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
         monkeypatch.setattr("icm_cli.device._cpu_vendor", lambda: "GenuineIntel")
-        assert "bfloat16" not in train(sd_config, out).stderr
         low = train(sd_config, tmp_path / "low", "--set", "train.precision=bf16")
         assert low.exit_code == 0, low.output
-        exact = train(sd_config, tmp_path / "exact", "--set", "train.precision=no")
+        exact = train(sd_config, out, "--set", "train.precision=no")
         assert exact.exit_code == 0, exact.output
+        assert "bfloat16" not in exact.stderr
         assert "slower in bfloat16 than in float32, so float32 is used" in low.stderr
         assert same_weights(out / "last.safetensors", tmp_path / "low" / "last.safetensors")
 

@@ -330,7 +330,7 @@ class TestUnreadable:
     def test_sizes_that_differ(self, discs: Path) -> None:
         item = next(iter(read_pool(DataConfig((source(discs),)), ALONE)))
         wrong = replace(item, image=next((discs / "backgrounds").iterdir()))
-        with pytest.raises(ImageError, match=r"200x140 .* 120x120; expected one size"):
+        with pytest.raises(ImageError, match=r"200x140 .* 120x120; expected the same size"):
             SceneMaker(SIDE, STILL).make_photograph(wrong, np.random.default_rng(0))
 
 

@@ -37,11 +37,11 @@ from icm_cli.training.stages.refine import EdgeBatch, EdgeMaker, EdgeSample, Ref
 COLOURS = {"red": (20, 20, 220), "green": (20, 200, 20), "white": (240, 240, 240)}
 MATCH = {
     "stage": "match",
-    "steps": 60,
+    "steps": 40,
     "batch_size": 6,
     "learning_rate": 5e-3,
     "backbone_learning_rate": 0,
-    "log_every": 30,
+    "log_every": 20,
     "clip_norm": 30.0,
     "match": {"views_per_group": 6},
 }
@@ -119,7 +119,7 @@ class TestMatch:
         self, matched: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         config, whole = matched
-        assert train(config, tmp_path / "run", "--set", "train.steps=25").exit_code == 0
+        assert train(config, tmp_path / "run", "--set", "train.steps=15").exit_code == 0
         monkeypatch.setattr(match, "_encode_scenes", None)
         done = train(config, tmp_path / "run", "--resume")
         assert done.exit_code == 0, done.output
@@ -486,8 +486,8 @@ class TestJoint:
         config = write_config(
             tmp_path / "a.yaml", discs, **{**JOINT, "match": {"max_image_px": 96, "large_views_per_group": 1}}
         )
-        assert train(config, tmp_path / "whole", "--set", "train.steps=6").exit_code == 0
-        assert train(config, tmp_path / "parts", "--set", "train.steps=3").exit_code == 0
-        done = train(config, tmp_path / "parts", "--resume", "--set", "train.steps=6")
+        assert train(config, tmp_path / "whole", "--set", "train.steps=4").exit_code == 0
+        assert train(config, tmp_path / "parts", "--set", "train.steps=2").exit_code == 0
+        done = train(config, tmp_path / "parts", "--resume", "--set", "train.steps=4")
         assert done.exit_code == 0, done.output
         assert same_weights(*(tmp_path / each / "last.safetensors" for each in ("parts", "whole")))

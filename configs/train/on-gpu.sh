@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Trains `lite` on a GPU in a few minutes, from small copies of the data: see docs/train-on-gpu.md.
+# Train `lite` on a GPU (experimental), on reduced copies of the data; see docs/train-on-gpu.md.
 #     on-gpu.sh DATA START OUT JOINT_MINUTES REFINE_MINUTES
-# DATA: the folder in which the tar files of icm_cli.training.data.export were unpacked; START: the .safetensors to begin
-# with; OUT: gets lite.safetensors in pieces of 15 MB (cat them together) and the logs, also when it is cut short.
+# DATA: folder into which the tar files of icm_cli.training.data.export were unpacked. START: initial checkpoint.
+# OUT: folder for lite.safetensors, in parts of 15 MB (join them with cat), and the logs; written after an interrupt, too.
 set -euo pipefail
 data=$(realpath "$1") start=$(realpath "$2") out=$(realpath "$3") joint=$4 refine=$5
 here=$(cd "$(dirname "$0")/../.." && pwd)
@@ -18,7 +18,7 @@ collect() {
     for run in joint refine; do [ -f "$runs/$run/log.csv" ] && cp "$runs/$run/log.csv" "$out/$run.csv"; done
 }
 trap collect EXIT
-# Both at once: the refining network's samples are made by the CPU's cores, the mosaics on the GPU.
+# Both run at the same time: the CPU makes the refining network's samples, the GPU makes the mosaics.
 train --config "$here/configs/train/lite-refine.yaml" --checkpoint "$start" --out runs/refine --resume --workers 12 \
     --set train.minutes="$refine" --set train.batch_size=24 --set train.learning_rate=1e-3 --set train.refine.crop_px=224 \
     --set train.canvas_px=512 --set train.refine.photograph_probability=0.35 &

@@ -1,1 +1,1 @@
-"""Data of training: pools of pictures with alphas, and the scenes and samples that are made from them."""
+"""Training data: the pool of images with alphas, and the scenes and samples made from them."""

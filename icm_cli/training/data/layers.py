@@ -101,25 +101,25 @@ def read_background(path: Path, long_side_px: int) -> ImageU8:
 
 
 def _read_image_and_alpha(item: TrainingItem) -> tuple[ImageU8, ImageU8]:
-    picture = read_image(item.image).to_display_window()
+    image = read_image(item.image).to_display_window()
     if item.alpha is not None:
         alpha = read_alpha(item.alpha)
-    elif picture.alpha is not None:
-        alpha = picture.alpha
+    elif image.alpha is not None:
+        alpha = image.alpha
     else:
         raise ImageError(f"{item.image} has no alpha; expected an RGBA cut-out")
-    if alpha.shape != picture.rgb.shape[:2]:
+    if alpha.shape != image.rgb.shape[:2]:
         if not item.is_binary:
             raise ImageError(
-                f"{item.image} is {picture.rgb.shape[1]}x{picture.rgb.shape[0]} and its alpha {item.alpha} "
-                f"{alpha.shape[1]}x{alpha.shape[0]}; expected one size"
+                f"{item.image} is {image.rgb.shape[1]}x{image.rgb.shape[0]} and its alpha {item.alpha} "
+                f"{alpha.shape[1]}x{alpha.shape[0]}; expected the same size"
             )
-        alpha = resize(alpha, (picture.rgb.shape[0], picture.rgb.shape[1]))  # masks of Open Images differ in size
+        alpha = resize(alpha, (image.rgb.shape[0], image.rgb.shape[1]))  # masks of Open Images differ in size
     if item.is_binary:
         alpha = binarize_alpha(alpha)
     if item.soften_px:
         alpha = np.asarray(cv2.GaussianBlur(alpha, (0, 0), item.soften_px), np.uint8)
-    return picture.rgb, alpha
+    return image.rgb, alpha
 
 
 def _resize_alpha(alpha: ImageU8, size: tuple[int, int], *, is_binary: bool) -> ImageU8:
