@@ -21,7 +21,6 @@ from icm_cli.training.data.pool import read_pool
 from icm_cli.training.settings import read_settings
 from icm_cli.training.stages import make_stage
 
-
 ONE_STEP = ("--set", "train.steps=1")
 
 

@@ -17,7 +17,7 @@ from train_data import MODEL
 from icm_cli.errors import ConfigError, ImageError, TrainingError, UsageError
 from icm_cli.training.batches import StepSampler
 from icm_cli.training.data import layers
-from icm_cli.training.data.augment import make_guidance
+from icm_cli.training.data.augment import draw_guidance
 from icm_cli.training.data.layers import read_cutout
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
 from icm_cli.training.data.samples import PairBatch, SampleMaker, TrainingSample
@@ -273,7 +273,7 @@ def test_composition_datasets_give_their_foregrounds(discs: Path, tmp_path: Path
 def test_marks_lie_in_the_thing(share: str, least: float, most: float) -> None:
     _, alpha = disc(RED, GREEN, SIDE)
     config = replace(ALONE, **{share: 1.0})
-    shown = [make_guidance(alpha, config, np.random.default_rng(seed)) for seed in range(20)]
+    shown = [draw_guidance(alpha, config, np.random.default_rng(seed)) for seed in range(20)]
     for mark in shown:
         assert mark.any()
         assert (alpha[mark] > 127).all()
@@ -286,7 +286,7 @@ def test_jittered_masks_are_near_the_mask() -> None:
     mask = alpha > 127
     changed = 0
     for seed in range(20):
-        jittered = make_guidance(alpha, replace(ALONE, mask_jitter_probability=1.0), np.random.default_rng(seed))
+        jittered = draw_guidance(alpha, replace(ALONE, mask_jitter_probability=1.0), np.random.default_rng(seed))
         iou = (jittered & mask).sum() / (jittered | mask).sum()
         assert 0.8 < iou <= 1
         changed += not np.array_equal(jittered, mask)

@@ -29,7 +29,7 @@ from icm_cli.training.data.degradation import (
     degrade_to_tokens,
 )
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
-from icm_cli.training.settings import MatchConfig, TrainConfig, read_settings
+from icm_cli.training.settings import MatchStageConfig, TrainConfig, read_settings
 from icm_cli.training.stages import match, refine
 from icm_cli.training.stages.mosaics import Mosaic, MosaicBatch, TokenMatcher, draw_mosaic
 from icm_cli.training.stages.refine import EdgeBatch, EdgeMaker, EdgeSample, RefineStage
@@ -208,7 +208,7 @@ class TestMatch:
     @pytest.mark.parametrize("share", [0.0, 1.0])
     def test_mosaics_where_several_pictures_show_the_thing(self, share: float) -> None:
         pool = TrainingPool((group_of("red", 3), group_of("green", 3)), (1.0, 1.0), ())
-        config = MatchConfig(multiple_probability=share, negative_probability=0.25)
+        config = MatchStageConfig(multiple_probability=share, negative_probability=0.25)
         rng = np.random.default_rng(0)
 
         def drawn() -> Mosaic[TrainingItem]:

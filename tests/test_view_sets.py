@@ -13,7 +13,7 @@ import torch
 from train_data import change, log, same_weights, train, write_config
 
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
-from icm_cli.training.settings import MatchConfig
+from icm_cli.training.settings import MatchStageConfig
 from icm_cli.training.stages import match
 from icm_cli.training.stages.mosaics import Mosaic, View, draw_mosaic
 from icm_cli.training.stages.view_sets import ViewPlan, ViewSet
@@ -71,7 +71,9 @@ class TestPlan:
     def test_every_group_has_as_many_views_and_no_image_too_many(self) -> None:
         few, many = group_of("few", 2), group_of("many", 30)
         plan = ViewPlan(
-            TrainingPool((few, many), (3.0, 1.0), ()), MatchConfig(views_per_group=9, max_views_per_image=3), seed=0
+            TrainingPool((few, many), (3.0, 1.0), ()),
+            MatchStageConfig(views_per_group=9, max_views_per_image=3),
+            seed=0,
         )
         shown = collections.Counter(item for chunk in plan.chunks_of_set(0) for item in chunk.items)
         assert {shown[item] for item in few} == {3}
@@ -81,7 +83,9 @@ class TestPlan:
     def test_rotations_use_all_images_of_a_large_group(self) -> None:
         pool = TrainingPool(tuple(group_of(name, count) for name, count in SIZES.items()), (1.0,) * 4, ())
         plan = ViewPlan(
-            pool, MatchConfig(views_per_group=8, large_views_per_group=3, rotate_every=10, rotation_parts=4), seed=0
+            pool,
+            MatchStageConfig(views_per_group=8, large_views_per_group=3, rotate_every=10, rotation_parts=4),
+            seed=0,
         )
         shown: dict[bool, set[TrainingItem]] = {False: set(), True: set()}
         for step in range(0, 150 * 10, 10):
@@ -97,7 +101,9 @@ class TestPlan:
     def test_the_next_part_is_read_evenly_over_the_steps_before_it(self) -> None:
         pool = TrainingPool((tuple(item for name in range(300) for item in group_of(str(name), 5)),), (1.0,), ())
         plan = ViewPlan(
-            pool, MatchConfig(views_per_group=8, large_views_per_group=4, rotate_every=20, rotation_parts=4), seed=0
+            pool,
+            MatchStageConfig(views_per_group=8, large_views_per_group=4, rotate_every=20, rotation_parts=4),
+            seed=0,
         )
         due = [len(plan.chunks_due(step)) for step in range(20)]
         assert due == sorted(due)
@@ -114,7 +120,7 @@ class TestDraws:
     @pytest.mark.parametrize("is_large", [False, True])
     def test_groups_are_drawn_evenly_whatever_their_size(self, references: int, is_large: bool) -> None:
         pool = TrainingPool((tuple(item for name, size in SIZES.items() for item in group_of(name, size)),), (1.0,), ())
-        config = MatchConfig(views_per_group=8, large_views_per_group=3, same_image_probability=0.1)
+        config = MatchStageConfig(views_per_group=8, large_views_per_group=3, same_image_probability=0.1)
         plan = ViewPlan(pool, config, seed=0)
         targets = view_set(pool, plan, 0, is_large=is_large)
         guides = view_set(pool, plan, 0, is_large=False)

@@ -122,10 +122,10 @@ def laplacian_loss(alpha: Tensor, truth: Tensor, unknown: Tensor) -> Tensor:  # 
     for level in range(LAPLACIAN_LEVELS):
         height, width = (length - length % 2 for length in difference.shape[-2:])
         difference = difference[..., :height, :width]
-        smaller = _blur_image(difference, kernel)[..., ::2, ::2]
+        smaller = _convolve(difference, kernel)[..., ::2, ::2]
         enlarged = torch.zeros_like(difference)
         enlarged[..., ::2, ::2] = 4.0 * smaller
-        total = total + 2.0**level * _mean_per_sample((difference - _blur_image(enlarged, kernel)).abs())
+        total = total + 2.0**level * _mean_per_sample((difference - _convolve(enlarged, kernel)).abs())
         difference = smaller
     return total / LAPLACIAN_LEVELS
 
@@ -183,6 +183,6 @@ def _mean_per_sample(values: Tensor) -> Tensor:
     return values.mean(dim=(1, 2, 3))
 
 
-def _blur_image(image: Tensor, kernel: Tensor) -> Tensor:
+def _convolve(image: Tensor, kernel: Tensor) -> Tensor:
 
     return F.conv2d(F.pad(image, (2, 2, 2, 2), mode="reflect"), kernel)

@@ -58,14 +58,14 @@ class MovingAverage:
     @contextlib.contextmanager
     def swap_into_model(self) -> Iterator[None]:
         """Put the average into the model's tensors inside the context; restore them afterwards."""
-        self._swap()
+        self._swap_tensors()
         try:
             yield
         finally:
-            self._swap()
+            self._swap_tensors()
 
     @torch.no_grad()
-    def _swap(self) -> None:
+    def _swap_tensors(self) -> None:
         for name, average in self.average.items():
             current = self._tensors[name].detach().clone()
             self._tensors[name].copy_(average)

@@ -138,7 +138,10 @@ class RunFolder:
             return RunProgress()
         state = _load_state(path)
         _check_same_run(
-            path, state["settings"], self._identity(learner), has_schedule=self._settings.train.schedule != "constant"
+            path,
+            state["settings"],
+            self._run_identity(learner),
+            has_schedule=self._settings.train.schedule != "constant",
         )
         learner.load_state(state)
         self.best = state["best"]
@@ -147,7 +150,7 @@ class RunFolder:
     def save_progress(self, learner: Learner, done: RunProgress) -> None:
         """Write the last checkpoint and the state after a step. Raises OutputError; earlier files are kept then."""
         self._save_checkpoint(learner, LAST_NAME, done.step)
-        settings = json.dumps(self._identity(learner))
+        settings = json.dumps(self._run_identity(learner))
         _save_state(
             self.folder / STATE_NAME,
             {**asdict(done), "best": self.best, "settings": settings, **learner.export_state()},
@@ -194,7 +197,7 @@ class RunFolder:
             "icm.started_from": str(self._checkpoint or ""),
         }
 
-    def _identity(self, learner: Learner) -> dict[str, Any]:
+    def _run_identity(self, learner: Learner) -> dict[str, Any]:
         """Settings and data that must be unchanged when a run resumes."""
         return {**self._settings.as_dict(), "found": self._found_data, "weights": learner.weights_digest}
 

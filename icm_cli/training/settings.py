@@ -87,7 +87,7 @@ class FilesConfig:
     """JSON file that says which images show the same object."""
 
     @property
-    def patterns(self) -> dict[str, Any]:
+    def path_options(self) -> dict[str, Any]:
         """Arguments of ``datasets.registry.find`` and ``icm_cli.evaluate`` in addition to dataset and root."""
         return {"images": self.images, "alphas": self.alphas, "trimaps": self.trimaps, "groups": self.groups}
 
@@ -251,7 +251,7 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
-class MatchConfig:
+class MatchStageConfig:
     """Samples of the stages "match", "joint" and "objects": mosaics of images.
 
     The reference's object is in one tile of a mosaic, in several, or in none. The stage "joint" stores
@@ -317,7 +317,7 @@ def _check_weights(name: str, weights: Sequence[float]) -> None:
 
 
 @dataclass(frozen=True)
-class RefineConfig:
+class RefineStageConfig:
     """Samples and losses of the stage "refine": crops of scenes with degraded true alphas as coarse alphas."""
 
     crop_px: int = 160
@@ -416,8 +416,8 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     pairs: PairConfig = field(default_factory=PairConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    match: MatchConfig = field(default_factory=MatchConfig)
-    refine: RefineConfig = field(default_factory=RefineConfig)
+    match: MatchStageConfig = field(default_factory=MatchStageConfig)
+    refine: RefineStageConfig = field(default_factory=RefineStageConfig)
     trimap_kernel_px: int = 25
     """Side of the square that dilates 0 < alpha < 1 to the unknown region, if the data have no trimaps."""
 

@@ -21,7 +21,7 @@ from icm_cli.training.settings import ValidationConfig
 def check_validation(config: ValidationConfig, images: Sequence[Path], notice: Callable[[str], None]) -> None:
     """Check that images can be scored, and report those that are also trained on. Raises UsageError."""
     try:
-        found = find_dataset(config.dataset, config.root, split=config.split, composite=False, **config.patterns)
+        found = find_dataset(config.dataset, config.root, split=config.split, composite=False, **config.path_options)
     except UsageError as error:
         raise UsageError(f"data: validation: {error}") from error
     if not any(_can_be_scored(samples) for samples in group_samples(found.samples).values()):
@@ -57,7 +57,7 @@ def validate(config: ValidationConfig, learner: Learner, *, is_stopped: Callable
             report = evaluate(
                 config.dataset,
                 config.root,
-                **config.patterns,
+                **config.path_options,
                 split=config.split,
                 size=config.size,
                 rounds=config.rounds,

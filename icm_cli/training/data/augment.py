@@ -86,7 +86,7 @@ def degrade_image(rgb: ImageU8, config: AugmentConfig, rng: Rng) -> ImageU8:
     return rgb
 
 
-def make_guidance(alpha: ImageU8, config: PairConfig, rng: Rng) -> NDArray[np.bool_]:
+def draw_guidance(alpha: ImageU8, config: PairConfig, rng: Rng) -> NDArray[np.bool_]:
     """Return the guidance, bool [H,W], for a reference's alpha, uint8 [H,W].
 
     It is the mask, which may be jittered, or a scribble or a point inside it. It is not empty if any

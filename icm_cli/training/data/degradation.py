@@ -31,7 +31,7 @@ def degrade_to_tokens(alpha: Float, rng: Rng) -> Float:
     height, width = alpha.shape
     cell = max(height, width) * np.exp(rng.uniform(*np.log(TOKEN_CELL)))
     rows, columns = max(2, round(height / cell)), max(2, round(width / cell))
-    shifted = _shift(alpha, rng.uniform(-0.6, 0.6, 2) * cell * (rng.random() < 0.5))
+    shifted = _shift_alpha(alpha, rng.uniform(-0.6, 0.6, 2) * cell * (rng.random() < 0.5))
     if rng.random() < 0.4:
         shifted = _dilate_or_erode(shifted, rng.uniform(-0.6, 0.6) * cell)
     grid = cv2.resize(shifted, (columns, rows), interpolation=cv2.INTER_AREA)
@@ -113,7 +113,7 @@ def draw_smooth_noise(size: tuple[int, int], cell: float, rng: Rng) -> Float:
     return np.asarray(cv2.resize(small, size[::-1], interpolation=cv2.INTER_CUBIC))
 
 
-def _shift(alpha: Float, offset: np.ndarray) -> Float:
+def _shift_alpha(alpha: Float, offset: np.ndarray) -> Float:
     matrix = np.array([[1, 0, offset[0]], [0, 1, offset[1]]], np.float32)
     return np.asarray(cv2.warpAffine(alpha, matrix, alpha.shape[::-1], borderMode=cv2.BORDER_REPLICATE))
 

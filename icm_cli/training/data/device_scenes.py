@@ -70,7 +70,9 @@ class DeviceImages:
     thumbnails: NDArray[np.float32]
 
     @classmethod
-    def upload(cls, layers: Sequence[tuple[ImageU8, ImageU8]], side_px: int, device: torch.device) -> DeviceImages:
+    def upload_layers(
+        cls, layers: Sequence[tuple[ImageU8, ImageU8]], side_px: int, device: torch.device
+    ) -> DeviceImages:
         """Copy layers, rgb uint8 [h,w,3] and alpha uint8 [h,w] of at most ``side_px``, to a device."""
         squares = torch.empty((len(layers), 4, side_px, side_px), dtype=torch.uint8, device=device)
         sizes, boxes, thumbnails = [], [], []
@@ -86,7 +88,7 @@ class DeviceImages:
             thumbnails.append(resize(alpha, (THUMBNAIL_PX, THUMBNAIL_PX)).astype(np.float32) / 255.0)
         levels = [squares]
         for _ in range(PYRAMID_LEVELS - 1):
-            levels.append(torch.cat([_halve(part) for part in torch.split(levels[-1], 64)]))
+            levels.append(torch.cat([_halve_size(part) for part in torch.split(levels[-1], 64)]))
         return cls(tuple(levels), np.array(sizes), np.array(boxes), np.stack(thumbnails))
 
 
@@ -140,9 +142,11 @@ class DeviceScenes:
         self.items = {item: index for index, item in enumerate(layers)}
         if not layers:
             raise TrainingError("no training image could be read; repair the data, or exclude files with 'exclude'")
-        self.images = DeviceImages.upload(list(layers.values()), side_px, device)
+        self.images = DeviceImages.upload_layers(list(layers.values()), side_px, device)
         backgrounds = _read_in_threads(lambda path: _read_background(path, side_px), list(pool.backgrounds), notice)
-        self.backgrounds = DeviceImages.upload(list(backgrounds.values()), side_px, device) if backgrounds else None
+        self.backgrounds = (
+            DeviceImages.upload_layers(list(backgrounds.values()), side_px, device) if backgrounds else None
+        )
 
     def plan_scene(self, item: TrainingItem, canvas_px: int, rng: Rng) -> ScenePlan:
         """Draw a scene of an item as a target or a reference, with random distractors."""
@@ -166,18 +170,18 @@ class DeviceScenes:
     @torch.no_grad()
     def render_scenes(self, plans: Sequence[ScenePlan], canvas_px: int) -> tuple[Tensor, Tensor, Tensor]:
         """Render scenes; return image uint8 [N,3,S,S], alpha uint8 [N,S,S], valid bool [N,S,S], on the device."""
-        rgb, alpha, valid = self._warp(self.images, [plan.target for plan in plans], canvas_px)
+        rgb, alpha, valid = self._warp_images(self.images, [plan.target for plan in plans], canvas_px)
         composites = [i for i, plan in enumerate(plans) if plan.behind is not None]
         if composites and self.backgrounds is not None:
             placed = [behind for plan in plans if (behind := plan.behind) is not None]
-            background, _, _ = self._warp(self.backgrounds, placed, canvas_px)
+            background, _, _ = self._warp_images(self.backgrounds, placed, canvas_px)
             at = torch.tensor(composites, device=self.device)
             rgb[at] = composite_over(rgb[at], alpha[at], background)
             valid[at] = True
         for number in range(max((len(plan.distractors) for plan in plans), default=0)):
             chosen = [i for i, plan in enumerate(plans) if len(plan.distractors) > number]
             placed = [plans[i].distractors[number] for i in chosen]
-            colour, weight, _ = self._warp(self.images, placed, canvas_px)
+            colour, weight, _ = self._warp_images(self.images, placed, canvas_px)
             at = torch.tensor(chosen, device=self.device)
             before = alpha[at]
             hidden = (before * weight).sum(dim=(1, 2, 3)) / before.sum(dim=(1, 2, 3)).clamp(min=1.0)
@@ -233,7 +237,7 @@ class DeviceScenes:
         x = -left * scale if mirror > 0 else canvas_px + left * scale
         return PlacedImage(index, np.array([[mirror * scale, 0.0, x], [0.0, scale, -top * scale]]))
 
-    def _warp(
+    def _warp_images(
         self, images: DeviceImages, placed: Sequence[PlacedImage], canvas_px: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Warp images to the canvas.
@@ -283,7 +287,7 @@ class DeviceScenes:
         image = (mean + (image - mean) * colours[:, 4:5]).clamp(0, 255)
         for i, plan in enumerate(plans):
             if plan.blur_px:
-                image[i] = _blur_image(image[i : i + 1], plan.blur_px)[0]
+                image[i] = _gaussian_blur(image[i : i + 1], plan.blur_px)[0]
             if plan.noise:
                 drawn = torch.Generator(self.device).manual_seed(plan.noise_seed)
                 noise = torch.randn(image[i].shape, generator=drawn, device=self.device)
@@ -326,7 +330,7 @@ def _box_blur(x: Tensor, radius: int) -> Tensor:
     return F.avg_pool2d(rows, (side, 1), 1, (radius, 0), count_include_pad=False)
 
 
-def _blur_image(x: Tensor, sigma: float) -> Tensor:
+def _gaussian_blur(x: Tensor, sigma: float) -> Tensor:
     """Blur images, [N,C,H,W], by a Gaussian."""
     reach = max(1, round(3 * sigma))
     offsets = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
@@ -369,7 +373,7 @@ def _draw_augmentation(augment: AugmentConfig, rng: Rng) -> tuple[NDArray[np.flo
     return colours, blur, noise, quality, int(rng.integers(2**31))
 
 
-def _halve(part: Tensor) -> Tensor:
+def _halve_size(part: Tensor) -> Tensor:
     return _to_u8(F.avg_pool2d(part.float(), 2))
 
 

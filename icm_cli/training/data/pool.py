@@ -64,7 +64,7 @@ class TrainingPool:
         return {group: tuple(items) for group, items in groups.items()}
 
     @cached_property
-    def _probabilities(self) -> np.ndarray:
+    def _source_probabilities(self) -> np.ndarray:
         """Probability of drawing each source."""
         weights = np.asarray(self.weights)
         return weights / weights.sum()
@@ -98,7 +98,7 @@ class TrainingPool:
 
     def draw_item(self, rng: np.random.Generator) -> TrainingItem:
         """Draw a source by its weight, then one of its groups, then one of the group's items, both evenly."""
-        groups = self._groups_of_sources[rng.choice(len(self.sources), p=self._probabilities)]
+        groups = self._groups_of_sources[rng.choice(len(self.sources), p=self._source_probabilities)]
         group = groups[rng.integers(len(groups))]
         return group[rng.integers(len(group))]
 
@@ -227,7 +227,7 @@ def _find_dataset_items(source: SourceConfig, problems: list[Problem]) -> list[T
         source.dataset,
         source.root,
         split=source.split or ("train" if get_dataset(source.dataset).train else "test"),
-        **source.patterns,
+        **source.path_options,
         composite=False,
     )
     problems += found.problems

@@ -20,7 +20,7 @@ from icm_cli.geometry import ImageU8, binarize_alpha
 from icm_cli.model.core import TARGET_NOISE, Pairs, reference_noise
 from icm_cli.scoring.rule import make_trimap
 from icm_cli.training.batches import Batch
-from icm_cli.training.data.augment import Rng, make_guidance
+from icm_cli.training.data.augment import Rng, draw_guidance
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene, SceneMaker, require_foreground
 from icm_cli.training.losses import quantise_trimap
@@ -111,7 +111,7 @@ class SampleMaker(Dataset["TrainingSample | str"]):
             trimap=self._make_trimap(alpha, target.trimap),
             valid=target.valid,
             reference_rgb=reference.rgb,
-            guidance=make_guidance(reference.alpha, pairs, rng),
+            guidance=draw_guidance(reference.alpha, pairs, rng),
             reference_valid=reference.valid,
         )
 

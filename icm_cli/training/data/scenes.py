@@ -69,15 +69,17 @@ class SceneMaker:
         total = max(1.0, float(layer.alpha.sum()))
         for _ in range(MAX_PLACEMENTS):
             affine = draw_photograph_transform(layer.alpha.shape, self.canvas_px, self.augment, rng)
-            alpha = self._warp(layer.alpha, affine)
+            alpha = self._warp_layer(layer.alpha, affine)
             if alpha.sum() >= MIN_VISIBLE_FRACTION * total * abs(np.linalg.det(affine[:, :2])):
                 break
         else:
             return self._fit_photograph(item)
-        rgb = self._warp(layer.rgb, affine, cv2.BORDER_REPLICATE)
-        inside = self._warp(np.full(layer.alpha.shape, 255, np.uint8), affine) > HALF_U8
-        trimap = None if layer.trimap is None else self._warp(layer.trimap, affine, interpolation=cv2.INTER_NEAREST)
-        coarse = None if layer.coarse is None else self._warp(layer.coarse, affine)
+        rgb = self._warp_layer(layer.rgb, affine, cv2.BORDER_REPLICATE)
+        inside = self._warp_layer(np.full(layer.alpha.shape, 255, np.uint8), affine) > HALF_U8
+        trimap = (
+            None if layer.trimap is None else self._warp_layer(layer.trimap, affine, interpolation=cv2.INTER_NEAREST)
+        )
+        coarse = None if layer.coarse is None else self._warp_layer(layer.coarse, affine)
         return Scene(rgb, alpha, inside, trimap, coarse)
 
     def make_background(self, path: Path, rng: Rng) -> Scene:
@@ -100,7 +102,7 @@ class SceneMaker:
         colour, weight = self._place_cutout(read_cutout(item, self.canvas_px), MAX_OBJECT_SIDE, rng)
         return replace(
             behind,
-            rgb=_composite(colour, weight, behind.rgb),
+            rgb=_composite_over(colour, weight, behind.rgb),
             alpha=round_to_u8(weight * 255),
             trimap=None,
             coarse=None,
@@ -142,9 +144,9 @@ class SceneMaker:
     def _place_cutout(self, layer: Cutout, largest: float, rng: Rng) -> tuple[Float, Float]:
         """Place a cut-out on the canvas at random; return colour [S,S,3], premultiplied 0..255, and alpha [S,S]."""
         affine = draw_cutout_transform(layer.alpha.shape, self.canvas_px, self.augment, rng, largest)
-        return self._warp(layer.colour, affine), self._warp(layer.alpha, affine)
+        return self._warp_layer(layer.colour, affine), self._warp_layer(layer.alpha, affine)
 
-    def _warp(
+    def _warp_layer(
         self,
         layer: NDArray[Any],
         affine: Affine,
@@ -181,9 +183,9 @@ def _cover_scene(scene: Scene, colour: Float, weight: Float) -> Scene:
     if trimap is not None:
         soft_edge = (weight > 0) & (weight < 1) & (trimap > 0)
         trimap = np.where(weight >= 1, 0, np.where(soft_edge, 128, trimap)).astype(np.uint8)
-    return replace(scene, rgb=_composite(colour, weight, scene.rgb), alpha=alpha, trimap=trimap, coarse=None)
+    return replace(scene, rgb=_composite_over(colour, weight, scene.rgb), alpha=alpha, trimap=trimap, coarse=None)
 
 
-def _composite(colour: Float, weight: Float, behind: ImageU8) -> ImageU8:
+def _composite_over(colour: Float, weight: Float, behind: ImageU8) -> ImageU8:
     """Composite a premultiplied layer, colour [S,S,3] 0..255 and alpha [S,S], onto an image uint8 [S,S,3]."""
     return round_to_u8(colour + behind * (1 - weight[..., None]))

@@ -13,7 +13,7 @@ import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,6 +33,7 @@ from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.batches import StepSampler, initialise_worker
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.samples import SampleMaker
+from icm_cli.training.data.scenes import Scene
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
 from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, Stage, grey_to_rgb
@@ -92,14 +93,14 @@ class MatchStage(Stage[MosaicBatch]):
         objects = _copy_objects_for_inference(learner) if self.needs_embeddings else None
         self._encoder = _ViewEncoder(self.settings, self._makers, learner, objects, folder / TOKENS_FOLDER, listener)
         chunks = self._plan.chunks_of_set(self._plan.set_number(first_step))
-        self._load([*chunks, *self._plan.chunks_due(first_step)], workers=learner.workers)
+        self._load_views([*chunks, *self._plan.chunks_due(first_step)], workers=learner.workers)
         if not learner.is_from_checkpoint and not first_step:
             assert isinstance(learner.model.head, TokenMatchHead)
             views = [view for chunk in chunks for view in self._views[chunk] if view is not None]
             tokens = _sample_tokens(views, self.settings.train.seed)
             learner.model.head.initialise_from_pca(tokens.to(learner.device.torch_device))
 
-    def _load(self, chunks: Sequence[Chunk], workers: int = 0) -> None:
+    def _load_views(self, chunks: Sequence[Chunk], workers: int = 0) -> None:
         """Load the views of chunks from the run's folder, or encode their images."""
         assert self._encoder is not None
         missing = [chunk for chunk in chunks if chunk not in self._views]
@@ -107,12 +108,12 @@ class MatchStage(Stage[MosaicBatch]):
 
     def _use_view_set_of(self, step: int) -> None:
         """Use the view set of a step, and encode what the next one needs by this step."""
-        self._load(self._plan.chunks_due(step))
+        self._load_views(self._plan.chunks_due(step))
         number = self._plan.set_number(step)
         if number == self._set_number:
             return
         chunks = self._plan.chunks_of_set(number)
-        self._load(chunks)
+        self._load_views(chunks)
         for chunk in [each for each in self._views if each.part < number]:
             del self._views[chunk]
         self._small, self._large = (
@@ -212,7 +213,7 @@ class _ViewEncoder:
         """
         missing = []
         for chunk in chunks:
-            if (views := load_views(self._folder / chunk.file_name, self._digest(chunk))) is None:
+            if (views := load_views(self._folder / chunk.file_name, self._chunk_digest(chunk))) is None:
                 missing.append(chunk)
             else:
                 yield chunk, views
@@ -220,13 +221,13 @@ class _ViewEncoder:
         if count:
             self._listener.on_notice(f"encoding {count} images; their tokens are stored in {self._folder}")
         done, last_notice = 0, time.monotonic()
-        for chunk, views in self._encode(missing, workers):
+        for chunk, views in self._encode_chunks(missing, workers):
             done += len(views)
             if time.monotonic() - last_notice > NOTICE_INTERVAL_S:
                 last_notice = time.monotonic()
                 self._listener.on_notice(f"{done} of {count} images are encoded")
             if self._learner.is_main:
-                path, digest = self._folder / chunk.file_name, self._digest(chunk)
+                path, digest = self._folder / chunk.file_name, self._chunk_digest(chunk)
                 save_views(path, digest, views)
                 views = load_views(path, digest) or views  # memory-mapped, so that the system can free the memory
             yield chunk, views
@@ -238,10 +239,10 @@ class _ViewEncoder:
                 if path.name.partition("-")[0].isdigit() and int(path.name.partition("-")[0]) < part:
                     path.unlink(missing_ok=True)
 
-    def _encode(self, chunks: Sequence[Chunk], workers: int) -> Iterator[tuple[Chunk, list[View | None]]]:
+    def _encode_chunks(self, chunks: Sequence[Chunk], workers: int) -> Iterator[tuple[Chunk, list[View | None]]]:
         """Yield the views of chunks, encoded in batches."""
         learner = self._learner
-        scenes = _Scenes(self._makers, chunks, self._seed)
+        scenes = _SceneDataset(self._makers, chunks, self._seed)
         loader = DataLoader(
             scenes,
             batch_sampler=scenes.list_batches(learner.device.auto_batch_size),
@@ -259,24 +260,17 @@ class _ViewEncoder:
                 for each in batch:
                     if isinstance(each, str):
                         self._listener.on_notice(f"skipped: {each}")
-                found = [each for each in batch if isinstance(each, _Scene)]
+                found = [each for each in batch if isinstance(each, Scene)]
                 encoded = _encode_scenes(learner, found, self._objects) if found else iter(())
                 views += [None if isinstance(each, str) else next(encoded) for each in batch]
             yield chunk, views
 
-    def _digest(self, chunk: Chunk) -> str:
+    def _chunk_digest(self, chunk: Chunk) -> str:
         seed = chunk.scene_seed(self._seed, 0)
         return combined_digest(self._recipe, str(seed), *(f"{item.group} {item.name}" for item in chunk.items))
 
 
-@dataclass(frozen=True)
-class _Scene:
-    rgb: ImageU8
-    alpha: ImageU8
-    valid: np.ndarray
-
-
-class _Scenes(Dataset["_Scene | str"]):
+class _SceneDataset(Dataset["Scene | str"]):
     """Scenes of the items of chunks, with random distractors; for an unreadable item, a str with the reason."""
 
     def __init__(self, makers: tuple[SampleMaker, SampleMaker], chunks: Sequence[Chunk], seed: int) -> None:
@@ -292,7 +286,7 @@ class _Scenes(Dataset["_Scene | str"]):
             for start in range(0, len(chunk.items), size)
         ]
 
-    def __getitem__(self, numbers: tuple[int, int]) -> _Scene | str:
+    def __getitem__(self, numbers: tuple[int, int]) -> Scene | str:
         chunk_number, index = numbers
         chunk = self._chunks[chunk_number]
         rng = np.random.default_rng(chunk.scene_seed(self._seed, index))
@@ -300,7 +294,7 @@ class _Scenes(Dataset["_Scene | str"]):
             scene = self._makers[chunk.is_large].make_view(chunk.items[index], rng)
         except ImageError as error:
             return str(error)
-        return _Scene(scene.rgb, scene.alpha, scene.valid)
+        return replace(scene, trimap=None, coarse=None)
 
 
 def recipe_digest(settings: Settings, weights_digest: str, *, needs_embeddings: bool = False) -> str:
@@ -328,7 +322,7 @@ def _copy_objects_for_inference(learner: Learner) -> Objects | None:
 
 
 @torch.no_grad()
-def _encode_scenes(learner: Learner, scenes: Sequence[_Scene], objects: Objects | None) -> Iterator[View]:
+def _encode_scenes(learner: Learner, scenes: Sequence[Scene], objects: Objects | None) -> Iterator[View]:
     """Yield the views of scenes, in half precision on the CPU."""
     device = learner.device.torch_device
     rgb, alpha, valid = (

@@ -24,7 +24,7 @@ from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.model.similarity import ReferenceTokens, background_token_mask, foreground_token_mask
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
-from icm_cli.training.settings import LAYOUTS, MatchConfig
+from icm_cli.training.settings import LAYOUTS, MatchStageConfig
 from icm_cli.training.stages.contract import Prediction, grey_to_rgb, image_grid
 
 LARGE_FACTOR = 2
@@ -134,7 +134,7 @@ def require_token_match_head(model: InContextMatting, stage: str) -> TokenMatchH
     return model.head
 
 
-def draw_layout(config: MatchConfig, rng: np.random.Generator) -> tuple[int, int, int]:
+def draw_layout(config: MatchStageConfig, rng: np.random.Generator) -> tuple[int, int, int]:
     """Draw rows, columns and number of references of a batch's mosaics."""
     rows, columns = LAYOUTS[_draw_index(config.layout_weights, rng)]
     return rows, columns, _draw_index(config.reference_count_weights, rng) + 1
@@ -142,7 +142,7 @@ def draw_layout(config: MatchConfig, rng: np.random.Generator) -> tuple[int, int
 
 def draw_mosaic(
     pool: TrainingPool,
-    config: MatchConfig,
+    config: MatchStageConfig,
     tiles: int,
     references: int,
     rng: np.random.Generator,
@@ -199,7 +199,7 @@ def _draw_tile(
 
 def _draw_partner(
     pool: TrainingPool,
-    config: MatchConfig,
+    config: MatchStageConfig,
     rng: np.random.Generator,
     item: TrainingItem,
     target: Image,
@@ -215,7 +215,7 @@ def _draw_partner(
 
 def _draw_further_positives(
     pool: TrainingPool,
-    config: MatchConfig,
+    config: MatchStageConfig,
     rng: np.random.Generator,
     item: TrainingItem,
     first: int,

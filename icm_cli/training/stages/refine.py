@@ -33,7 +33,7 @@ from icm_cli.training.data.samples import MAX_ATTEMPTS
 from icm_cli.training.data.scenes import Scene, SceneMaker
 from icm_cli.training.learner import Learner
 from icm_cli.training.losses import laplacian_loss
-from icm_cli.training.settings import REFINE_LOSS_NAMES, RefineConfig, Settings, TrainConfig
+from icm_cli.training.settings import REFINE_LOSS_NAMES, RefineStageConfig, Settings, TrainConfig
 from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, Stage, grey_to_rgb, image_grid
 
 PHOTOGRAPH_BACKGROUND_PROBABILITY = 0.7
@@ -243,7 +243,9 @@ def collate_crops(samples: list[EdgeSample | str]) -> EdgeBatch | str:
     )
 
 
-def _draw_degradation(config: RefineConfig, rng: np.random.Generator) -> Callable[[Float, np.random.Generator], Float]:
+def _draw_degradation(
+    config: RefineStageConfig, rng: np.random.Generator
+) -> Callable[[Float, np.random.Generator], Float]:
     """Draw a function that degrades a true alpha to a coarse one, by the configured probabilities."""
     drawn = rng.random()
     if drawn < config.token_probability:

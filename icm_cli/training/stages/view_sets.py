@@ -1,8 +1,8 @@
 """View sets of the stage "match": the images whose tokens are stored, and their replacement during training.
 
 The images of each group are shuffled with the seed. Part number n of the views takes the next images in
-that order, and starts again at its end. A view set is a window of :attr:`MatchConfig.rotation_parts`
-parts. Every :attr:`MatchConfig.rotate_every` steps the window moves by one part. The parts depend only on
+that order, and starts again at its end. A view set is a window of :attr:`MatchStageConfig.rotation_parts`
+parts. Every :attr:`MatchStageConfig.rotate_every` steps the window moves by one part. The parts depend only on
 the seed, so a resumed run has the same view sets.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 from icm_cli.files import atomic_write
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
-from icm_cli.training.settings import MatchConfig
+from icm_cli.training.settings import MatchStageConfig
 from icm_cli.training.stages.mosaics import LARGE_FACTOR, View
 
 CHUNK_VIEWS = 64
@@ -47,7 +47,7 @@ class Chunk:
 class ViewPlan:
     """Decides which views belong to each part, and which parts each step uses."""
 
-    def __init__(self, pool: TrainingPool, config: MatchConfig, seed: int) -> None:
+    def __init__(self, pool: TrainingPool, config: MatchStageConfig, seed: int) -> None:
         self._pool = pool
         self._config = config
         self._seed = seed
@@ -73,10 +73,12 @@ class ViewPlan:
     def chunks_of_part(self, part: int) -> list[Chunk]:
         """Return the chunks of a part."""
         if part not in self._chunks:
-            self._chunks[part] = [chunk for is_large in (False, True) for chunk in self._split(part, is_large=is_large)]
+            self._chunks[part] = [
+                chunk for is_large in (False, True) for chunk in self._split_part(part, is_large=is_large)
+            ]
         return self._chunks[part]
 
-    def _split(self, part: int, *, is_large: bool) -> Iterator[Chunk]:
+    def _split_part(self, part: int, *, is_large: bool) -> Iterator[Chunk]:
         items = self._items_of_part(part, is_large=is_large)
         size = CHUNK_VIEWS // LARGE_FACTOR**2 if is_large else CHUNK_VIEWS
         for start in range(0, len(items), size):
@@ -86,14 +88,14 @@ class ViewPlan:
         """Return the items of a part: the next ones of each group, in its shuffled order."""
         config, items = self._config, list[TrainingItem]()
         views = config.large_views_per_group if is_large else config.views_per_group
-        for order in self._orders[is_large]:
+        for order in self._shuffled_items[is_large]:
             count = min(views, config.max_views_per_image * len(order))
             indices = range(count * part // config.rotation_parts, count * (part + 1) // config.rotation_parts)
             items += [order[index % len(order)] for index in indices]
         return items
 
     @cached_property
-    def _orders(self) -> tuple[list[list[TrainingItem]], list[list[TrainingItem]]]:
+    def _shuffled_items(self) -> tuple[list[list[TrainingItem]], list[list[TrainingItem]]]:
         """The shuffled items of every group, for small and for large views."""
         small, large = (np.random.default_rng((self._seed + offset, 2)) for offset in (0, 1))
         groups = self._pool.groups.values()
