@@ -1,4 +1,4 @@
-"""What many tests need: a small scene, a small model, and the command run in this process."""
+"""Fixtures and helpers of many tests: a small scene, a small model, and commands that run in this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time, and threads that wait for a core spin
+os.environ["OMP_NUM_THREADS"] = "1"  # several tests run in parallel, and waiting OpenMP threads use CPU time
 if forking.IS_POSSIBLE:
     subprocess.Popen = forking.Popen  # type: ignore[misc]
 
@@ -39,7 +39,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 EVAL_NAMES = [f"{group}/{name}" for group in ("a", "b") for name in ("brickwall", "launchpad", "lawn")]
-"""Groups a and b of the folder dataset that ``icm eval`` is tested on."""
+"""Names of the images in the folder dataset of the tests of ``icm eval``, in groups a and b."""
 DEMO = Path(__file__).parent / "composites"
 
 SMALL_MODEL = """
@@ -50,6 +50,7 @@ head: {name: training-free, solve_long_side_px: 128}
 
 @pytest.fixture
 def small_model(tmp_path: Path) -> Path:
+    """Configuration of a small model that needs no files."""
     path = tmp_path / "small.yaml"
     path.write_text(SMALL_MODEL)
     return path
@@ -57,7 +58,7 @@ def small_model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Path:
-    """A folder with ref.png, mask.png and three pictures of the demo in imgs/, one of them in a subfolder."""
+    """A folder with ref.png, mask.png and three composites in imgs/, one of them in a subfolder."""
     folder = tmp_path / "scene"
     (folder / "imgs" / "sub").mkdir(parents=True)
     shrink(DEMO / "ref.jpg", folder / "ref.png", 200)
@@ -69,6 +70,7 @@ def scene(tmp_path: Path) -> Path:
 
 
 def shrink(source: Path, target: Path, long_side: int) -> None:
+    """Write a copy of an image with this long side."""
     image = cv2.imread(str(source), cv2.IMREAD_UNCHANGED)
     scale = long_side / max(image.shape[:2])
     cv2.imwrite(str(target), cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
@@ -79,7 +81,7 @@ Icm = Callable[..., Result]
 
 @pytest.fixture
 def icm(scene: Path, small_model: Path) -> Icm:
-    """Runs ``icm matte`` on the scene through the command itself; keyword arguments replace or add options."""
+    """A function that runs the command ``icm matte`` on the scene. Keyword arguments replace or add options."""
 
     def run(*flags: str, **options: str | Path | Sequence[str | Path] | None) -> Result:
         from icm_cli.cli import app
@@ -100,7 +102,7 @@ def icm(scene: Path, small_model: Path) -> Icm:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A folder dataset: groups a and b of three pictures of the demo's rocket each, with their exact alphas."""
+    """A folder dataset with groups a and b, each of three composites of a rocket with their exact alphas."""
     for name in EVAL_NAMES:
         for kind, source, suffix in (("images", "imgs", ".jpg"), ("alphas", "alphas", ".png")):
             target = tmp_path / "data" / kind / f"{name}{suffix}"
@@ -111,7 +113,10 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def evaluate(data: Path, small_model: Path) -> Icm:
-    """Runs ``icm eval`` on the folder dataset; keyword arguments replace or add options, None leaves one out."""
+    """A function that runs the command ``icm eval`` on the folder dataset.
+
+    Keyword arguments replace or add options; None removes an option.
+    """
 
     def run(*flags: str, **options: str | int | Path | Sequence[str | Path] | None) -> Result:
         from icm_cli.cli import app
@@ -125,6 +130,7 @@ def evaluate(data: Path, small_model: Path) -> Icm:
 
 
 def arguments(options: dict[str, object]) -> list[str]:
+    """Return the command-line arguments for these options. Lists give an option several times."""
     line: list[str] = []
     for name, value in options.items():
         for one in value if isinstance(value, (list, tuple)) else [value]:
@@ -134,17 +140,19 @@ def arguments(options: dict[str, object]) -> list[str]:
 
 
 def alphas(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder by its relative name."""
+    """Return the contents of all files in a folder by relative path."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
 
 
 def read(path: Path) -> np.ndarray:
+    """Read an image file with its stored values."""
     return cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
 
 
 def copy_many(source: Path, folder: Path, count: int) -> None:
+    """Write ``count`` numbered copies of a file."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         shutil.copy(source, folder / f"{number:04d}{source.suffix}")

@@ -16,9 +16,9 @@ from icm_cli.reports.result import ImageResult
 
 
 class LosingSetup(EngineSetup):
-    """Its device is lost in the first process that gets to a second image, as a GPU is that falls off its bus.
+    """Setup whose device is lost at the second image of the first process, like a GPU that stops responding.
 
-    The environment variable LOST names a file that this process makes.
+    That process creates the file named by the environment variable LOST.
     """
 
     def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
@@ -32,7 +32,7 @@ class LosingSetup(EngineSetup):
                     Path(os.environ["LOST"]).open("x").close()
                 except FileExistsError:
                     return real(*given)
-                raise RuntimeError("CUDA error: unspecified launch failure\nmore lines that nobody reads")
+                raise RuntimeError("CUDA error: unspecified launch failure\nadditional lines")
             return real(*given)
 
         engine.predictor.infer = infer  # type: ignore[method-assign]
@@ -40,7 +40,7 @@ class LosingSetup(EngineSetup):
 
 
 class FullDisk(EngineSetup):
-    """No file can be written."""
+    """Setup that cannot write any file."""
 
     def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
         def full(_: int) -> None:
@@ -51,7 +51,7 @@ class FullDisk(EngineSetup):
 
 
 class Unloadable(EngineSetup):
-    """The model cannot be loaded."""
+    """Setup whose model cannot be loaded."""
 
     def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
         del on_result, notice
@@ -59,7 +59,10 @@ class Unloadable(EngineSetup):
 
 
 class Dying(EngineSetup):
-    """Its process dies at a second image: always, or once where the environment names a file, DIED, to remember it."""
+    """Setup whose process is killed at the second image.
+
+    If the environment variable DIED names a file, this happens only once; the file records it.
+    """
 
     def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
         engine = super().create_engine(on_result, notice)
