@@ -1,4 +1,4 @@
-"""All that ``icm`` prints: progress, notices, the closing summaries, and lines that survive any terminal."""
+"""Terminal output of ``icm``: progress, notices, summaries, and output that works on any terminal."""
 
 from __future__ import annotations
 
@@ -29,16 +29,19 @@ if TYPE_CHECKING:
     from icm_cli.reports.result import ImageResult
 
 PLAIN_WIDTH = 160
-"""Columns of a table where standard output is no terminal."""
-MOST_REASONS = 20
-"""Failures named again in the summary, and problems of one kind named at all; reports name every one."""
+"""Width of tables if standard output is not a terminal."""
+MAX_PRINTED = 20
+"""Maximum number of failures in the summary, and of problems of one kind. Reports list all of them."""
 
 
 class Terminal(Listener):
-    """Progress and notices on stderr, the summary on stdout; plain lines where stderr is no terminal."""
+    """Listener that prints progress and notices to stderr and the summary to stdout.
+
+    Progress is a bar, or one line per image if stderr is not a terminal.
+    """
 
     def __init__(self, *, quiet: bool, verbose: bool, bar: bool = True, lines: bool = True) -> None:
-        """``bar``: show one where stderr is a terminal; ``lines``: else tell of every image."""
+        """``bar`` enables the progress bar on terminals; ``lines`` enables the lines per image otherwise."""
         self.quiet = quiet
         self.verbose = verbose and not quiet
         self.may_show_bar = bar and not (self.quiet or self.verbose)
@@ -58,10 +61,12 @@ class Terminal(Listener):
 
     def on_problem(self, problem: Problem) -> None:
         self._problems[problem.kind] += 1
-        if self._problems[problem.kind] <= MOST_REASONS or self.verbose:
+        if self._problems[problem.kind] <= MAX_PRINTED or self.verbose:
             self._print(f"icm: {problem.kind}: {problem.reason}")
-        elif self._problems[problem.kind] == MOST_REASONS + 1:
-            self._print(f"icm: {problem.kind}: more of this kind follow; --report and --verbose name every one")
+        elif self._problems[problem.kind] == MAX_PRINTED + 1:
+            self._print(
+                f"icm: {problem.kind}: further problems of this kind are not printed; --report and --verbose list all of them"
+            )
 
     def on_run_start(self, total: int) -> None:
         self.total = total
@@ -73,11 +78,11 @@ class Terminal(Listener):
     def on_image_end(self, result: ImageResult) -> None:
         self.ended += 1
         if result.status == "failed":
-            self._print(f"icm: failed: {_source(result)}: {_without_prefix(result)}")
+            self._print(f"icm: failed: {_source_text(result)}: {_without_prefix(result)}")
         if self._bar is not None:
             self._bar.update()
         elif self.has_lines and result.status != "failed":
-            self._print(f"[{self.ended}/{self.total}] {result.status} {_source(result)}{_figures(result)}")
+            self._print(f"[{self.ended}/{self.total}] {result.status} {_source_text(result)}{_format_result(result)}")
 
     def on_run_end(self, report: Report) -> None:
         if self._bar is not None:
@@ -85,8 +90,8 @@ class Terminal(Listener):
         if not self.quiet:
             _print_summary(report)
 
-    def error(self, text: str, exit_code: int) -> None:  # noqa: ARG002 (other ways of telling have it)
-        """Say what ended the run."""
+    def error(self, text: str, exit_code: int) -> None:  # noqa: ARG002 (other listeners use it)
+        """Print the error that ended the run."""
         write_line(sys.stderr, f"icm: {text}")
 
     def _print(self, text: str) -> None:
@@ -96,7 +101,7 @@ class Terminal(Listener):
 
 
 def print_plan(report: Report) -> None:
-    """List source -> output, and after that what would fail."""
+    """Print "source -> output" for every image, and then the images that would fail."""
     for result in report.results:
         if result.status != "failed":
             write_line(sys.stdout, f"{result.source} -> {result.output}")
@@ -106,81 +111,81 @@ def print_plan(report: Report) -> None:
 
 
 def print_models(models: Sequence[ListedModel]) -> None:
-    """Two lines a model, at any width: its name and whether it is here; what it needs, size and licence."""
+    """Print two lines per model: name and state; requirements, size and licence."""
     for each in models:
         write_line(sys.stdout, f"{each.name}: {each.state}")
         write_line(sys.stdout, f"    needs {each.needs}; {each.size}; {each.licence}")
 
 
 def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
-    """Every image that is in both reports, what became worse first."""
+    """Print a table of the images that are in both reports, worst change first."""
     from rich.table import Table
 
     for region, rows in comparison.images.items():
-        table = Table(title=f"{after} minus {before}, {region}; above 0 is worse", title_justify="left")
+        table = Table(title=f"{after} minus {before}, {region}; positive values are worse", title_justify="left")
         table.add_column("image")
         for metric in METRICS:
             table.add_column(METRIC_TITLES[metric], justify="right")
         for row in rows:
             name = f"{row.name} (round {row.round})" if row.round > 1 else row.name
-            table.add_row(_printable(name), *(f"{row.change(metric):+.5f}" for metric in METRICS))
+            table.add_row(_escape_unprintable(name), *(f"{row.change(metric):+.5f}" for metric in METRICS))
         table.add_section()
         means = comparison.means(region)
         table.add_row(f"mean of {len(rows)}", *(f"{b - a:+.5f}" for a, b in means.values()))
         table.add_row("before -> after", *(f"{a:.5f} -> {b:.5f}" for a, b in means.values()))
-        _show(table)
+        _print_parts(table)
     for warning in comparison.warnings:
         write_line(sys.stderr, f"icm: {warning}")
 
 
-def _source(result: ImageResult) -> str:
-    """The source's file, and its page where it holds several pictures."""
+def _source_text(result: ImageResult) -> str:
+    """Return the source, with its page if the file has several images."""
     return f"{result.source} page {result.page}" if result.page else result.source
 
 
-def _figures(result: ImageResult) -> str:
+def _format_result(result: ImageResult) -> str:
     seconds = result.matting.seconds
     parts = [f" {seconds:.2f} s" if result.status == "done" and seconds is not None else ""]
     for region, scores in result.evaluation.scores.items():
         parts.append(f", {region}: MSE {scores.mse:.4f}, SAD {scores.sad:.2f}")
     if result.matting.not_found:
-        parts.append(", reference's thing not found")
+        parts.append(", object not found")
     return "".join(parts)
 
 
 def _without_prefix(result: ImageResult) -> str:
-    """The reason, which often begins with the path that stands before it already."""
+    """Return the reason without the path of the source at its start."""
     return result.reason.removeprefix(result.source).lstrip(": ")
 
 
-def _show(*parts: Table | str) -> None:
-    """Lay out for the width and the characters of standard output, and print."""
+def _print_parts(*parts: Table | str) -> None:
+    """Print tables and text for the width and encoding of standard output."""
     from rich.console import Console
 
     if sys.stdout is None:
         return
     is_terminal = sys.stdout.isatty()
-    paper = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding, errors="surrogateescape")
+    buffer = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding, errors="surrogateescape")
     width = None if is_terminal else PLAIN_WIDTH
-    console = Console(file=paper, width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    console = Console(file=buffer, width=width, color_system=None, highlight=False, markup=False, emoji=False)
     for part in parts:
         if isinstance(part, str):
-            console.print(_printable(part), soft_wrap=True)
+            console.print(_escape_unprintable(part), soft_wrap=True)
         else:
             console.print(part, soft_wrap=not is_terminal)
-    paper.seek(0)
-    for line in paper.read().rstrip("\n").split("\n"):
+    buffer.seek(0)
+    for line in buffer.read().rstrip("\n").split("\n"):
         write_line(sys.stdout, line)
 
 
-def show(rows: Sequence[tuple[str, str]], *lines: str) -> None:
-    """Print names with their values, and lines below."""
+def print_table(rows: Sequence[tuple[str, str]], *lines: str) -> None:
+    """Print a table of names and values, followed by lines of text."""
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows:
         table.add_row(name, value)
-    _show(table, *lines)
+    _print_parts(table, *lines)
 
 
 def _print_summary(report: Report) -> None:
@@ -188,17 +193,17 @@ def _print_summary(report: Report) -> None:
 
     if report.means:
         notes = comparison_caveats(report.settings.get("protocol", {}), report.means)
-        _show(_scores_table(report), *(f"- {note}" for note in notes), "")
+        _print_parts(_scores_table(report), *(f"- {note}" for note in notes), "")
     if report.shots:
-        _show(_shots_table(report), "")
-    failures = [f"failed: {_source(result)}: {_without_prefix(result)}" for result in report.failures]
-    if len(failures) > MOST_REASONS:
-        failures[MOST_REASONS:] = [f"... and {len(failures) - MOST_REASONS} more failed"]
-    show(_summary_rows(report), *failures)
+        _print_parts(_shots_table(report), "")
+    failures = [f"failed: {_source_text(result)}: {_without_prefix(result)}" for result in report.failures]
+    if len(failures) > MAX_PRINTED:
+        failures[MAX_PRINTED:] = [f"... and {len(failures) - MAX_PRINTED} more failures"]
+    print_table(_summary_rows(report), *failures)
 
 
 def _scores_table(report: Report) -> Table:
-    """Our means, one row per region, and below them the published rows of the same dataset."""
+    """Return a table of the means, one row per region, followed by published scores for the same dataset."""
     from rich.table import Table
 
     from icm_cli.reports.published import PUBLISHED_SCORES
@@ -213,8 +218,10 @@ def _scores_table(report: Report) -> Table:
     table.add_column("images", justify="right")
     for suffix, by_region in (("", report.means), (", not trained on", report.means_unseen or {})):
         for region, means in by_region.items():
-            cut = "" if report.is_complete else f" (cut short, of {len(report.results)})"
-            table.add_row(f"{report.method_name}, {region}{suffix}{cut}", *_cells(means, metrics), f"{means.images}")
+            cut = "" if report.is_complete else f" (incomplete, {len(report.results)} in total)"
+            table.add_row(
+                f"{report.method_name}, {region}{suffix}{cut}", *_mean_cells(means, metrics), f"{means.images}"
+            )
     published = PUBLISHED_SCORES.get(protocol.get("title", ""), ())
     if published:
         table.add_section()
@@ -225,7 +232,7 @@ def _scores_table(report: Report) -> Table:
 
 
 def _shots_table(report: Report) -> Table:
-    """J and F of every shot, and their means over the shots."""
+    """Return a table of J and F of every shot, and their means."""
     from rich.table import Table
 
     from icm_cli.reports.means import SHOT_SCORE_TITLES
@@ -239,7 +246,7 @@ def _shots_table(report: Report) -> Table:
     return table
 
 
-def _cells(means: Means, metrics: list[str]) -> list[str]:
+def _mean_cells(means: Means, metrics: list[str]) -> list[str]:
     cells = [format_mean(means.metrics.get(name), name) for name in metrics]
     return [*cells, f"{1e3 * means.metrics['mse'].mean:.2f}"]
 
@@ -252,7 +259,7 @@ def _protocol_line(protocol: Mapping[str, Any], note: str | None) -> str | None:
         f"size {protocol['size']}",
         f"GRAD and CONN of the {protocol['lineage']} lineage",
         "1 round" if protocol["rounds"] == 1 else f"{protocol['rounds']} rounds",
-        f"references a group: {protocol['refs_per_group']}" if protocol["refs_per_group"] else "no references",
+        f"references per group: {protocol['refs_per_group']}" if protocol["refs_per_group"] else "no references",
     ]
     return ", ".join(parts) + (f"\n{note}" if note else "")
 
@@ -264,46 +271,46 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
         ("kept", f"{report.count('kept')}"),
         ("failed", f"{len(report.failures)}"),
     ]
-    rows += [(f"left out, {reason}", f"{count}") for reason, count in sorted(report.skipped_files.items())]
+    rows += [(f"skipped file, {reason}", f"{count}") for reason, count in sorted(report.skipped_files.items())]
     if unscored := report.count("unscored"):
         rows.append(("unscored", f"{unscored}"))
     if unreached := report.count("not reached"):
         rows.append(("not reached", f"{unreached}"))
     if missing := sum(bool(result.matting.not_found) for result in report.results):
-        rows.append(("thing not found", f"{missing}"))
+        rows.append(("object not found", f"{missing}"))
     for kind, count in sorted(Counter(problem.kind for problem in report.problems).items()):
         rows.append((kind, f"{count}{' (allowed)' if kind in report.allowed else ''}"))
     if resized := sum(result.evaluation.was_resized for result in report.results):
-        rows.append(("resized to score", f"{resized}"))
+        rows.append(("resized for scoring", f"{resized}"))
     if seen := sum(bool(result.evaluation.is_seen) for result in report.results):
         rows.append(("trained on", f"{seen} of the images"))
     if "device" in report.settings:
         rows.append(("device", report.settings["device"]))
-    rows.append(("time", f"{report.totals.seconds:.1f} s, images {report.totals.matting_seconds:.1f} s"))
+    rows.append(("time", f"{report.totals.seconds:.1f} s, of which matting {report.totals.matting_seconds:.1f} s"))
     rows.append(("peak memory", f"{report.totals.peak_memory_bytes / 1e6:.0f} MB"))
     return rows
 
 
 def write_line(stream: TextIO | None, text: str) -> None:
-    """Print one line; characters that the stream cannot show, and control characters, newlines too, are escaped.
+    """Print one line. Control characters, and characters that the stream cannot encode, are escaped.
 
-    A stream that is closed, full or whose reader has gone is silenced from then on: a log is not worth a run.
+    If the stream is closed or cannot be written, further output to it is discarded, so that the run continues.
     """
     if stream is None:
         return
-    shown = _printable(text)
+    line = _escape_unprintable(text)
     encoding = stream.encoding or "utf-8"
     try:
-        stream.write(shown.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()
     except OSError:
         with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, stream.fileno())
+            os.close(devnull)
 
 
-def _printable(line: str) -> str:
+def _escape_unprintable(line: str) -> str:
     if line.isprintable():
         return line
     return "".join(
@@ -312,12 +319,12 @@ def _printable(line: str) -> str:
 
 
 class TrainingTerminal(Terminal, TrainingListener):
-    """A bar with loss, rate and samples a second; plain lines where stderr is no terminal."""
+    """Listener that prints a bar with loss, learning rate and samples per second, or lines if stderr is not a terminal."""
 
     def on_training_start(self, first_step: int, steps: int | None, samples: int) -> None:
-        self._last = "" if steps is None else f"/{steps}"
-        end = "the end of its minutes" if steps is None else steps
-        self.on_notice(f"training from step {first_step + 1} to {end}, {samples} samples each")
+        self._step_limit = "" if steps is None else f"/{steps}"
+        end = "the time limit" if steps is None else steps
+        self.on_notice(f"training from step {first_step + 1} to {end}, {samples} samples per step")
         if sys.stderr and sys.stderr.isatty() and self.may_show_bar:
             from tqdm import tqdm
 
@@ -328,21 +335,21 @@ class TrainingTerminal(Terminal, TrainingListener):
             self._bar.update(step - self._bar.n)
 
     def on_log(self, step: int, figures: Mapping[str, float]) -> None:
-        shown = {
+        values = {
             "loss": f"{figures['loss']:.4f}",
             "rate": f"{figures['learning_rate']:.2e}",
             "samples/s": f"{figures['samples_per_second']:.2f}",
             "waiting": f"{figures['waiting_fraction']:.0%}",
         }
         if self._bar is not None:
-            self._bar.set_postfix(shown)
+            self._bar.set_postfix(values)
         elif not self.quiet:
-            self._print(f"[{step}{self._last}] " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+            self._print(f"[{step}{self._step_limit}] " + ", ".join(f"{name} {value}" for name, value in values.items()))
 
     def on_validation_end(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
         scores = {name.removeprefix("validation_"): value for name, value in figures.items()}
         text = ", ".join(f"{METRIC_TITLES[name]} {format_metric(value, name)}" for name, value in scores.items())
-        self.on_notice(f"step {step}: validation {text}{' (the best so far)' if is_best else ''}")
+        self.on_notice(f"step {step}: validation {text}{' (best so far)' if is_best else ''}")
 
     def on_steps_end(self) -> None:
         if self._bar is not None:
@@ -350,30 +357,30 @@ class TrainingTerminal(Terminal, TrainingListener):
             self._bar = None
 
     def on_training_end(self, summary: TrainingSummary) -> None:
-        """Say how the run ended, and the command to matte with its result."""
+        """Print the summary of the run, and the command to matte with its model."""
         if summary.preview is not None:
-            write_line(sys.stdout, f"samples are in {summary.preview}; nothing was trained")
+            write_line(sys.stdout, f"the preview of samples is {summary.preview}; nothing was trained")
         if self.quiet or summary.preview is not None:
             return
-        show(_rows(summary))
+        print_table(_training_rows(summary))
         if summary.pack is not None:
-            write_line(sys.stdout, f"packed with its backbone: {summary.pack}")
+            write_line(sys.stdout, f"model with its backbone: {summary.pack}")
         if summary.checkpoint is not None:
             options = "--ref ref.png --mask mask.png --src imgs/ --out alphas/"
             write_line(sys.stdout, f"icm matte --checkpoint {shlex.quote(str(summary.checkpoint))} {options}")
 
 
-def _rows(summary: TrainingSummary) -> list[tuple[str, str]]:
-    best, statistics = "nothing was validated; the last model is the result", summary.statistics
+def _training_rows(summary: TrainingSummary) -> list[tuple[str, str]]:
+    best, statistics = "no validation; the result is the last model", summary.statistics
     if summary.best is not None:
         best = f"{summary.best.step}, validation MSE {summary.best.mse:.5f}"
     rows = [
         ("steps", f"{summary.steps}"),
         ("loss", "-" if summary.loss is None else f"{summary.loss:.4f}"),
         ("best step", best),
-        ("time", f"{statistics.seconds:.1f} s of steps, {statistics.samples_per_second:.2f} samples/s"),
-        ("waiting for data", f"{statistics.waiting_fraction:.1%} of it"),
+        ("time", f"{statistics.seconds:.1f} s of training, {statistics.samples_per_second:.2f} samples/s"),
+        ("waiting for data", f"{statistics.waiting_fraction:.1%} of the time"),
         ("peak memory", f"{statistics.peak_memory_bytes / 1e6:.0f} MB"),
         ("folder", str(summary.folder)),
     ]
-    return rows + ([("unreadable", f"{statistics.skipped} draws were skipped")] if statistics.skipped else [])
+    return rows + ([("unreadable", f"{statistics.skipped} samples were skipped")] if statistics.skipped else [])

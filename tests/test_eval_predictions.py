@@ -74,7 +74,7 @@ def test_predictions_are_resized_to_the_ground_truth_and_counted(
     cv2.imwrite(str(path), half)
     result = evaluate(pred=tmp_path / "pred", report=tmp_path / "r.json")
     assert result.exit_code == 0
-    assert "resized to score" in result.stdout
+    assert "resized for scoring" in result.stdout
     image = by_name(report_of(tmp_path / "r.json"))["a/lawn"]
     truth = read(data / "alphas" / "a" / "lawn.png")
     expected = compute_scores(cv2.resize(half, truth.shape[::-1], interpolation=cv2.INTER_LINEAR), truth)["whole"]

@@ -137,7 +137,7 @@ def test_a_few_unreadable_samples_are_skipped_and_counted(config: Path, out: Pat
     done = train(config, out)
     assert done.exit_code == 0, done.output
     assert f"skipped: {bad} is empty" in done.stderr
-    assert "draws were skipped" in done.stdout
+    assert "samples were skipped" in done.stdout
 
 
 def test_many_unreadable_samples_stop(config: Path, out: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
