@@ -64,9 +64,7 @@ class Terminal(Listener):
         if self._problems[problem.kind] <= MAX_PRINTED or self.verbose:
             self._print(f"icm: {problem.kind}: {problem.reason}")
         elif self._problems[problem.kind] == MAX_PRINTED + 1:
-            self._print(
-                f"icm: {problem.kind}: further problems of this kind are not printed; --report and --verbose list all of them"
-            )
+            self._print(f"icm: {problem.kind}: further problems of this kind are only in the --report")
 
     def on_run_start(self, total: int) -> None:
         self.total = total
@@ -203,7 +201,7 @@ def _print_summary(report: Report) -> None:
 
 
 def _scores_table(report: Report) -> Table:
-    """Return a table of the means, one row per region, followed by published scores for the same dataset."""
+    """Return a table of the means by region, followed by published scores for the same dataset."""
     from rich.table import Table
 
     from icm_cli.reports.published import PUBLISHED_SCORES
@@ -319,7 +317,7 @@ def _escape_unprintable(line: str) -> str:
 
 
 class TrainingTerminal(Terminal, TrainingListener):
-    """Listener that prints a bar with loss, learning rate and samples per second, or lines if stderr is not a terminal."""
+    """Listener for training that prints a progress bar, or lines if stderr is not a terminal."""
 
     def on_training_start(self, first_step: int, steps: int | None, samples: int) -> None:
         self._step_limit = "" if steps is None else f"/{steps}"
