@@ -88,10 +88,6 @@ class Terminal(Listener):
         if not self.quiet:
             _print_summary(report)
 
-    def error(self, text: str, exit_code: int) -> None:  # noqa: ARG002 (other listeners use it)
-        """Print the error that ended the run."""
-        write_line(sys.stderr, f"icm: {text}")
-
     def _print(self, text: str) -> None:
         if self._bar is not None:
             self._bar.clear()

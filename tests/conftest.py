@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import forking
@@ -15,6 +16,9 @@ import numpy as np
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
+
+if TYPE_CHECKING:
+    from icm_cli.matting.model_choice import ModelChoice
 
 os.environ["OMP_NUM_THREADS"] = "1"  # several tests run in parallel, and waiting OpenMP threads use CPU time
 if forking.IS_POSSIBLE:
@@ -74,6 +78,15 @@ def shrink(source: Path, target: Path, long_side: int) -> None:
     image = cv2.imread(str(source), cv2.IMREAD_UNCHANGED)
     scale = long_side / max(image.shape[:2])
     cv2.imwrite(str(target), cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+
+
+def model_choice(model: str | None = None, batch_size: int | Literal["auto"] = 1, **options: Any) -> ModelChoice:
+    """Return the choice that options of the command make, on the CPU and without a network."""
+    from icm_cli.matting.model_choice import ModelChoice
+    from icm_cli.options import LoadOptions
+
+    values = {"model": model, "device": "cpu", "offline": True, **options}
+    return ModelChoice.from_options(LoadOptions.from_values(values).model, batch_size)
 
 
 Icm = Callable[..., Result]

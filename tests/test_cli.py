@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import re
@@ -15,9 +14,13 @@ import typer
 from rich.text import Text
 from typer.testing import CliRunner
 
-from icm_cli import cli
+import icm_cli
 from icm_cli.cli import app
 from icm_cli.config import preset_paths
+from icm_cli.errors import UsageError
+from icm_cli.options import EvaluateOptions, LoadOptions, MatteOptions, TrainOptions
+from icm_cli.options.__main__ import generated_files
+from icm_cli.options.definition import CommandOptions
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,30 +56,113 @@ def test_version_names_the_devices() -> None:
     assert re.match(r"icm \d+\.\d+\.\d+ \(torch .*\); devices: .*cpu", result.output)
 
 
-COMMANDS = {
-    "matte": ("matting.matte", "matte"),
-    "evaluate": ("evaluation.evaluate", "evaluate"),
-    "train": ("training.train", "train"),
+COMMANDS: dict[str, type[CommandOptions]] = {"matte": MatteOptions, "eval": EvaluateOptions, "train": TrainOptions}
+FUNCTIONS = {
+    "matte": (MatteOptions, {"listener"}),
+    "evaluate": (EvaluateOptions, {"listener", "predictor"}),
+    "train": (TrainOptions, {"listener"}),
+    "load": (LoadOptions, set()),
 }
-ONLY_OF_THE_API = {"listener", "predictor"}
-API_NAMES = {"set_": "overrides"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_of_a_command_is_a_parameter_of_the_api(name: str) -> None:
-    module, function = COMMANDS[name]
-    api = getattr(importlib.import_module(f"icm_cli.{module}"), function)
-    only_of_the_terminal = {"quiet", "verbose", "progress", "compare", "ctx", "list_models"}
-    options = set(inspect.signature(getattr(cli, name)).parameters) - only_of_the_terminal
-    named = {API_NAMES.get(option, option) for option in options}
-    assert named == set(inspect.signature(api).parameters) - ONLY_OF_THE_API
+def test_a_command_has_every_option_of_its_definition(name: str) -> None:
+    parameters = typer.main.get_command(app).commands[name].params
+    defined = {each.name: each.properties for each in COMMANDS[name].option_fields()}
+    assert {each.name for each in parameters} - {"help"} == set(defined)
+    for parameter in parameters:
+        if parameter.name in defined:
+            assert parameter.help == defined[parameter.name].help
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_docs_have_every_option(name: str) -> None:
-    text = (ROOT / "docs" / f"{name}.md").read_text()
-    for option in set(inspect.signature(getattr(cli, name)).parameters) - {"ctx"}:
-        assert f"`--{option.rstrip('_').replace('_', '-')}" in text, option
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_of_the_api_has_every_option_as_an_argument(name: str) -> None:
+    options, others = FUNCTIONS[name]
+    parameters = inspect.signature(getattr(icm_cli, name)).parameters
+    fields = {each.name: each for each in options.option_fields() if each.properties.is_in_api}
+    assert set(parameters) == set(fields) | others
+    for argument, field in fields.items():
+        assert parameters[argument].default == (inspect.Parameter.empty if field.is_required else field.default)
+
+
+def test_generated_files_are_up_to_date() -> None:
+    for path, text in generated_files().items():
+        assert path.read_text() == text, f"{path}: run python -m icm_cli.options --write"
+
+
+def test_no_option_is_defined_twice() -> None:
+    """Options of several commands share one definition, unless they mean something else there."""
+    others = {"device", "checkpoint", "out", "workers", "references", "shot"}
+    found: dict[str, set[str]] = {}
+    for options in COMMANDS.values():
+        for each in options.option_fields():
+            found.setdefault(each.name, set()).add(each.properties.help)
+    assert {name for name, texts in found.items() if len(texts) > 1} <= others
+
+
+def test_panels_come_in_their_order_with_the_everyday_options_first() -> None:
+    shown = CliRunner().invoke(app, ["matte", "--help"], env={"COLUMNS": "200"}).output
+    titles = ["Options", "References", "Sources", "Output", "Model and device", "Colour", "Sequences and farms"]
+    places = [shown.index(f"─ {title} ─") for title in [*titles, "Reports", "Display"]]
+    assert places == sorted(places)
+    everyday = [each.name for each in MatteOptions.option_fields() if each.panel == "Options"]
+    assert everyday == ["ref", "mask", "src", "out", "model"]
+    flags = re.findall(r"--[a-z-]+", shown[: places[1]])
+    assert [flag for flag in dict.fromkeys(flags) if flag[2:] in everyday] == [f"--{name}" for name in everyday]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("--missing ", "report"), ("--model li", "lite"), ("--for", "--format")]
+)
+def test_shells_complete_options_and_their_choices(words: str, expected: str) -> None:
+    line = f"icm matte {words}"
+    environment = {"_ICM_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+    result = CliRunner().invoke(app, [], env=environment, prog_name="icm")
+    assert expected in result.output.split()
+
+
+def test_completion_can_be_installed() -> None:
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size is 0; expected 1 or more"),
+        ({"batch_size": "many"}, "--batch-size is 'many'; expected auto, or a whole number"),
+        ({"workers": True}, "--workers is True; expected a whole number"),
+        ({"exposure": float("nan")}, "--exposure is nan; expected a number"),
+        ({"trimap_band": 0}, "--trimap-band is 0; expected 1 or more"),
+        ({"format": "jpg"}, "--format 'jpg' is not known"),
+        ({"dtype": "flaot16"}, "Did you mean 'float16'?"),
+        ({"missing": "skp"}, "--missing 'skp' is not known. Did you mean 'skip'?"),
+        ({"shot": "yes"}, "--shot is 'yes'; expected True or False"),
+        ({"name": 3}, "--name is 3; expected text"),
+        ({"ref": None}, "--ref is None; expected a value"),
+        ({"overwrite": True, "keep_existing": True}, "give only one of the two"),
+        ({"out": ""}, "--out is empty; expected a folder for the alphas"),
+    ],
+)
+def test_values_are_checked_before_anything_else(options: dict[str, object], message: str) -> None:
+    given = {"ref": "ref.png", "src": "imgs", "out": "out", **options}
+    with pytest.raises(UsageError, match=re.escape(message)):
+        icm_cli.matte(**given)
+
+
+def test_one_value_stands_for_a_list_and_none_for_the_default() -> None:
+    options = MatteOptions.from_values(
+        {"ref": "a.png", "src": Path("imgs"), "out": "out", "include": "*.jpg", "exclude": None, "missing": None}
+    )
+    assert options.references.ref == (Path("a.png"),)
+    assert options.sources.src == "imgs"
+    assert (options.sources.include, options.sources.exclude) == (("*.jpg",), ())
+    assert options.sequences.missing == "skip"
+    assert options.given == {"ref", "src", "out", "include"}
+
+
+def test_an_unknown_argument_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="mask_lable"):
+        icm_cli.matte("ref.png", "m.png", src="imgs", out="out", mask_lable="1")
 
 
 def test_help_swallows_nothing_as_markup() -> None:
@@ -88,10 +174,10 @@ def test_help_swallows_nothing_as_markup() -> None:
 def test_help_and_docs_name_every_dataset() -> None:
     from icm_cli.datasets.registry import DATASETS
 
-    shown = CliRunner().invoke(app, ["eval", "--help"]).output
+    field = next(each for each in EvaluateOptions.option_fields() if each.name == "dataset")
     text = (ROOT / "docs" / "evaluate.md").read_text()
+    assert set(field.choices) == set(DATASETS)
     for name in DATASETS:
-        assert name in shown
         assert f"`{name}`" in text
 
 
@@ -225,38 +311,37 @@ VALUES = {
         ("--rounds", "--refs-per-group", "--trimap-kernel", "--batch-size", "--seed", "--workers", "--learn-steps"), "2"
     ),
     **{"--region": "whole", "--size": "original", "--lineage": "aim", "--split": "test", "--dtype": "auto"},
+    "--edges": "vitmatte",
     **{"--device": "auto", "--allow": "empty-alpha", "--dataset": "folder"},
 }
 FLAGS = {"--video", "--offline", "--quiet", "--shot"}
 
 
-def options_of(command: str) -> list[str]:
-    parameters = set(inspect.signature(getattr(cli, command)).parameters) - {"ctx"}
-    return sorted(f"--{name.rstrip('_').replace('_', '-')}" for name in parameters)
+EVALUATE_OPTIONS = {each.name: each.flag for each in EvaluateOptions.option_fields()}
 
 
 def refused(line: list[str], option: str) -> bool:
     given = [option] if option in FLAGS else [option, VALUES.get(option, "x.json")]
     result = CliRunner().invoke(app, [*line, *given])
-    return result.exit_code == 2 and result.stderr.strip().endswith(f"so {option} has no effect; leave it out")
+    return result.exit_code == 2 and result.stderr.strip().endswith(f"so {option} has no effect; remove it")
 
 
-@pytest.mark.parametrize("option", [each for each in options_of("evaluate") if each not in ("--compare", "--verbose")])
+@pytest.mark.parametrize("option", sorted(set(EVALUATE_OPTIONS.values()) - {"--compare", "--verbose"}))
 def test_compare_takes_no_other_option(option: str) -> None:
     assert refused(["eval", "--compare", "a.json", "b.json"], option)
 
 
-@pytest.mark.parametrize("option", [f"--{name.replace('_', '-')}" for name in cli.OF_A_MODEL])
-def test_predictions_take_no_option_of_a_model(option: str) -> None:
-    assert refused(["eval", "--dataset", "folder", "--pred", "alphas"], option)
+@pytest.mark.parametrize("name", EvaluateOptions.matting_names())
+def test_predictions_take_no_option_of_a_model(name: str) -> None:
+    assert refused(["eval", "--dataset", "folder", "--pred", "alphas"], EVALUATE_OPTIONS[name])
 
 
 def test_every_option_of_eval_says_whether_a_model_reads_it() -> None:
     """A new option must be put on one side or the other; those here are read with --pred too."""
-    read = {"--dataset", "--data-root", "--images", "--alphas", "--trimaps", "--groups", "--backgrounds", "--split"}
-    read |= {"--video", "--pred", "--references", "--rounds", "--region", "--size", "--lineage", "--trimap-kernel"}
-    read |= {"--workers", "--note", "--report", "--allow", "--quiet", "--verbose", "--compare"}
-    assert set(options_of("evaluate")) - read == {f"--{name.replace('_', '-')}" for name in cli.OF_A_MODEL}
+    read = {"dataset", "data_root", "images", "alphas", "trimaps", "groups", "backgrounds", "split", "video", "pred"}
+    read |= {"references", "rounds", "region", "size", "lineage", "trimap_kernel"}
+    read |= {"workers", "note", "report", "allow", "quiet", "verbose", "compare"}
+    assert set(EVALUATE_OPTIONS) - read == set(EvaluateOptions.matting_names())
 
 
 @pytest.mark.parametrize("option", ["--resume", "--pack"])

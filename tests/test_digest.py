@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from conftest import model_choice
 
 from icm_cli import guided_filter
 from icm_cli.config import component_class, parse_model_config, preset_paths, read_yaml
@@ -27,9 +28,7 @@ def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def digest(model: Any, device: str = "cpu", dtype: str = "float32") -> str:
     config = parse_model_config(model, "test")
-    choice = ModelChoice.checked(
-        None, None, weights=None, device=device, dtype=dtype, batch_size=1, seed=0, offline=True
-    )
+    choice = model_choice(device=device, dtype=dtype)
     return ModelChoice(config, None, None, True, 0, choice.where, 1).digester()(["reference"])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import model_choice
 from safetensors.torch import load_file, save_file
 from tiny_hf import DEPTH, PATCH_PX, WIDTH, sharded, write_dinov2_small, write_tiny_dino
 from torch import Tensor
@@ -18,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from icm_cli.config import parse_model_config
 from icm_cli.errors import ConfigError
-from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.model.contracts import Features
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.hub.dino import Dino, DinoConfig, positional_subspace, project_out_subspace
@@ -360,19 +360,8 @@ def test_the_command_s_model_by_folder(folders: dict[str, Path], tmp_path: Path)
         "long_side_px: 128, layers: [3], positional_rank: 8, dtype: float32}\n"
         "head: {name: training-free, solve_long_side_px: 64, absent_below: 0.0}\n"
     )
-    choice = ModelChoice.checked(
-        str(path), None, weights=None, device="cpu", dtype="auto", batch_size=1, seed=0, offline=True
-    )
-    other = ModelChoice.checked(
-        str(path),
-        None,
-        weights=str(folders["dinov2"]),
-        device="cpu",
-        dtype="auto",
-        batch_size=1,
-        seed=0,
-        offline=True,
-    )
+    choice = model_choice(str(path))
+    other = model_choice(str(path), weights=folders["dinov2"])
     assert choice.digester()([]) != other.digester()([])
     predictor = choice.load()
     rgb = (torch.rand(90, 140, 3, generator=torch.Generator().manual_seed(1)) * 255).byte().numpy()

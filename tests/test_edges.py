@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Icm, alphas, read
+from conftest import Icm, alphas, model_choice, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_hf import sharded, write_tiny_dino, write_tiny_vitmatte
@@ -234,8 +234,7 @@ class TestOption:
 
     @staticmethod
     def choice(**options: Any) -> ModelChoice:
-        given = {"weights": None, "device": "cpu", "dtype": "float32", "batch_size": 1, "seed": 0, "offline": True}
-        return ModelChoice.checked("lite-training-free", None, **{**given, **options})
+        return model_choice("lite-training-free", **{"dtype": "float32", **options})
 
     def test_each_choice_gives_alphas_of_its_own(self, icm: Icm, scene: Path, folder: Path) -> None:
         assert icm(out=scene / "model").exit_code == 0
@@ -331,7 +330,7 @@ class TestOption:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"edges": "vitmate"}, "expected model, closed-form, vitmatte. Did you mean 'vitmatte'"),
+            ({"edges": "vitmate"}, "--edges 'vitmate' is not known. Did you mean 'vitmatte'"),
             ({"edges_weights": "x"}, "the model has no edges, so --edges-weights 'x' has no effect"),
             ({"edges": "closed-form", "edges_weights": "x"}, "so --edges-weights 'x' has no effect"),
         ],

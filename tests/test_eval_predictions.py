@@ -214,7 +214,7 @@ def test_reports_state_the_protocol(evaluate: Evaluate, data: Path, tmp_path: Pa
         ({"split": "val"}, "test"),
         ({"report": "r.txt"}, ".html"),
         ({"references": "nowhere.json"}, "nowhere.json"),
-        ({"references": "nowhere.json", "rounds": 2}, "leave --rounds"),
+        ({"references": "nowhere.json", "rounds": 2}, "remove --rounds"),
         ({"model": "icm-sd22"}, "icm-sd21"),
     ],
 )

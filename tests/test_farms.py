@@ -237,8 +237,8 @@ def test_openjd_progress(icm: Icm, scene: Path) -> None:
     ("flags", "message"),
     [
         (("--bogus",), "No such option: --bogus"),
-        (("--workers", "0"), "Invalid value for '--workers'"),
-        (("a.jpg", "b.jpg"), 'Quote globs and patterns, as --src "imgs/*.jpg"'),
+        (("--workers", "0"), "--workers is 0; expected 1 or more"),
+        (("a.jpg", "b.jpg"), 'Quote globs and patterns, such as --src "imgs/*.jpg"'),
         (("--shard", "1/0"), "--shard is 1/0; expected 1 shard or more"),
         (("--frames", "1-999999999"), "has too many frames; expected 10000000 at most"),
     ],

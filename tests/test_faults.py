@@ -116,7 +116,7 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "collision": (2, "be written by several images", collision),
     "no images": (2, "no images were found", nothing_there),
     "include matches none": (2, "--include 'x*' matches none of the 3 image(s)", option(include="x*")),
-    "a picture as the output": (2, "is named like a picture", option(out="@pm/foo.exr")),
+    "a picture as the output": (2, "is named like an image", option(out="@pm/foo.exr")),
     "output over the mask": (2, "mask.png would be written over a reference", over_the_mask),
     "output over a truth": (2, "wall.png would be written over a ground truth", over_a_truth),
     "trimap over an alpha": (2, "each: the trimap of ", trimap_collision),
@@ -126,9 +126,9 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "sheet over the mask": (2, "is an input or an alpha of this run", option(contact_sheet="@mask.png")),
     "sheet over an alpha": (2, "is an input or an alpha of this run", option(contact_sheet="@out/wall.png")),
     "empty source": (2, "the source is empty", option(src="")),
-    "empty output": (2, "the output folder is empty", option(out="")),
-    "batch size": (2, "batch size is 'many'", option(batch_size="many")),
-    "batch size 0": (2, "batch size is 0", option(batch_size=0)),
+    "empty output": (2, "--out is empty", option(out="")),
+    "batch size": (2, "--batch-size is 'many'", option(batch_size="many")),
+    "batch size 0": (2, "--batch-size is 0", option(batch_size=0)),
     "gt missing": (2, "ground truth folder", option(gt="@none")),
     "gt matches nothing": (2, "no alpha named like any image", file_at("gt/other.png", b"", "gt")),
     "unknown model": (3, "Did you mean 'lite'", option(model="light")),
@@ -159,7 +159,8 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "weights that do not apply": (3, "--weights", option(weights="@imgs")),
     "absent device": (3, "this machine has no device", option(device="cuda:77")),
     "unknown device": (3, "is unknown", option(device="gpu")),
-    "unknown dtype": (3, "Did you mean 'float16'", option(dtype="flaot16")),
+    "unknown edges": (2, "--edges 'sharp' is not known. Known: closed-form", option(edges="sharp")),
+    "unknown dtype": (2, "Did you mean 'float16'", option(dtype="flaot16")),
 }
 
 

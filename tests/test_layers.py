@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "icm_cli"
 LAYERS = (
     ("errors", "signals"),
     ("config", "environment", "files"),
+    ("options",),
     ("geometry", "device"),
     ("guided_filter", "images"),
     ("model", "reports"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Icm
+from conftest import Icm, model_choice
 from torch import Tensor, nn
 
 from icm_cli.errors import UsageError
@@ -179,15 +179,17 @@ def test_a_head_without_weights_learns_nothing() -> None:
 
 
 def _choice(model: str) -> ModelChoice:
-    usual = {"weights": None, "device": "cpu", "dtype": "auto", "batch_size": "auto", "seed": 0, "offline": True}
-    return ModelChoice.checked(model, None, **usual)  # type: ignore[arg-type]
+    return model_choice(model, "auto")
 
 
 def test_several_devices_do_not_learn(icm: Icm, scene: Path) -> None:
     del scene
     done = icm(device="cpu,cpu", learn_steps=2)
     assert done.exit_code == 2
-    assert done.stderr.strip() == "icm: --learn-steps learns on one device; leave the others out, or share by --shard"
+    assert done.stderr.strip() == (
+        "icm: --learn-steps works on one device, and several were given; give one --device, or divide the images with "
+        "--shard"
+    )
 
 
 @pytest.mark.slow

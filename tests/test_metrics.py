@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from plain_metrics import plain_metrics
 
-from icm_cli.reports.result import LINEAGES, Lineage, Scores
+from icm_cli.options import Lineage
+from icm_cli.reports.result import LINEAGES, Scores
 from icm_cli.scoring.metrics import compute_dt_ssd, compute_scores
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")

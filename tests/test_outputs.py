@@ -305,11 +305,9 @@ def test_a_trimap_is_unknown_about_the_edge(band: int, side: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "jpg"}, "is not known"),
         ({"depth": "half"}, "does not fit --format png; expected one of 8, 16"),
         ({"channel": "matte"}, "give --format exr too"),
         ({"band_px": 5}, "--trimap-band is of a trimap"),
-        ({"trimap": "beside", "band_px": 0}, "expected 1 or more px"),
         ({"foreground": "auto", "invert": True}, "leave --invert"),
         ({"trimap": "instead", "format": "exr"}, "--trimap instead writes PNGs, and the format is exr"),
     ],

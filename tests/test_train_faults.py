@@ -56,7 +56,7 @@ def out(tmp_path: Path) -> Path:
         (["--set", "data.validation={images: none, alphas: none}"], 2, "data: validation: --images none"),
         (["--set", "data.validation={images: DATA/images/a/l*n.jpg, alphas: DATA/alphas/a/l*n.png}"], 2,
          "no group has two images"),
-        (["--out", ""], 2, "the output folder is empty"),
+        (["--out", ""], 2, "--out is empty"),
         (["--device", "cuda:77"], 3, "this machine has no device"),
         (["--checkpoint", "none.safetensors"], 3, "cannot be read"),
         (["--out", "DATA/images/a/lawn.jpg/run"], 3, "cannot be written"),

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from icm_cli.datasets.groups import GroupMetadata, Sample
 from icm_cli.datasets.layouts import (
@@ -21,12 +20,7 @@ from icm_cli.datasets.layouts import (
     strip_last_number,
 )
 from icm_cli.errors import Problem, UsageError, did_you_mean
-from icm_cli.reports.result import Lineage, Region
-
-Size = Literal["original", "long1024", "square768"]
-SIZES: tuple[Size, ...] = ("original", "long1024", "square768")
-Split = Literal["test", "train"]
-SPLITS: tuple[Split, ...] = ("test", "train")
+from icm_cli.options import DatasetName, Lineage, Region, ScoredSize, Split
 
 ONE_GROUP = "all"
 """Group of all images of a dataset without published groups."""
@@ -37,7 +31,7 @@ class ScoringConventions:
     """Scoring conventions of the papers on a dataset."""
 
     regions: tuple[Region, ...] = ("whole",)
-    size: Size = "original"
+    size: ScoredSize = "original"
     lineage: Lineage = "composition"
 
 
@@ -88,7 +82,7 @@ def _davis_layout(split: str) -> Layout:
     return Layout("JPEGImages/480p", "Annotations/480p", lists=lists)
 
 
-DATASETS: dict[str, Dataset] = {
+DATASETS: dict[DatasetName, Dataset] = {
     "aim500": Dataset(
         "AIM-500",
         (Layout("original", "mask", "trimap"),),

@@ -8,14 +8,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from fileseq import constants, exceptions, filesequence, frameset
 
 from icm_cli.errors import UsageError
 
-MissingPolicy = Literal["skip", "report", "error"]
-"""Treatment of missing frames: skip them with a notice, report them as failed images, or refuse to run."""
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<frame>[._-]?(?P<number>\d+))", re.DOTALL)
 _PLACEHOLDER = re.compile(r"#+|@+|%0?\d*d|\$F\d*")
 _NUMBER_MARK = "\0"

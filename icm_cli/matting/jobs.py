@@ -20,8 +20,9 @@ from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.decoding import SourceFile, open_image
 from icm_cli.images.image_file import ImageFile
 from icm_cli.images.reading import CompositeSource, SourceImage, compose_image, read_image, read_source_image
-from icm_cli.matting.frames import FrameName, FramePattern, MissingPolicy, format_frame_ranges, missing_frames
+from icm_cli.matting.frames import FrameName, FramePattern, format_frame_ranges, missing_frames
 from icm_cli.matting.sources import MAX_LISTED_FILES, SkippedFiles, Sources, natural_sort_key, real_path
+from icm_cli.options import MissingPolicy
 from icm_cli.reports.result import ImageResult
 
 DEFAULT_NAME = "{stem}{frame}"

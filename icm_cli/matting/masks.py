@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,6 +19,7 @@ from icm_cli.errors import UsageError
 from icm_cli.geometry import has_same_aspect
 from icm_cli.images.pixels import TRANSPOSING_ORIENTATIONS, ImageWindows
 from icm_cli.images.reading import GREY_TOLERANCE, StoredPixels, extra_frame_notices, read_stored_pixels
+from icm_cli.options import MaskOrientation
 
 VOID = 255
 """Index of pixels that belong to nothing, in the palette PNGs of PASCAL VOC."""
@@ -30,7 +31,6 @@ MOST_LABELS = 64
 """A picture of more values than this is no label map but a soft mask."""
 MAX_LISTED_LABELS = 12
 """Labels listed in a message."""
-MaskOrientation = Literal["auto", "stored", "upright"]
 UPRIGHT = 1
 """EXIF's orientation of what needs no turn."""
 

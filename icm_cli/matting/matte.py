@@ -5,23 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from icm_cli.device import parse_devices
 from icm_cli.environment import DEFAULT_WORKERS
-from icm_cli.errors import Problem, UsageError, did_you_mean
+from icm_cli.errors import Problem, UsageError
 from icm_cli.events import Listener
-from icm_cli.files import Paths, as_path, as_paths, remove_stale_temporaries
+from icm_cli.files import remove_stale_temporaries
 from icm_cli.images.colour import ColourSettings
 from icm_cli.images.image_file import IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_message
 from icm_cli.images.writing import FORMAT_SUFFIXES, OutputFormat
 from icm_cli.matting.cluster import RayCluster
 from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
 from icm_cli.matting.engine import EngineOptions, keep_finished
-from icm_cli.matting.frames import FramePattern, MissingPolicy, parse_frame_range
+from icm_cli.matting.frames import FramePattern, parse_frame_range
 from icm_cli.matting.jobs import DEFAULT_NAME, Job, OutputLayout, SourceFilter, check_overwrites, parse_shard, plan_jobs
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.outcome import Outcome, environment_settings
@@ -29,246 +29,254 @@ from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.shot import Key, Shot, apart, described
 from icm_cli.matting.sources import SkippedFiles, find_sources, real_path
 from icm_cli.model.lite.finetuning import finetuning_digest_text
+from icm_cli.options import (
+    ColourOptions,
+    MatteOptions,
+    OutputOptions,
+    SequenceOptions,
+    SourceOptions,
+    keyword_arguments,
+)
 from icm_cli.reports.report import PageImages, Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import ReportFiles
 
-ALLOWED = frozenset({"empty-alpha", "16-bit-alpha", "missing-alpha"})
-"""Kinds of odd or missing ground truths that are no failure here."""
+ALLOWED_PROBLEMS = frozenset({"empty-alpha", "16-bit-alpha", "missing-alpha"})
+"""Kinds of bad or missing ground truths that do not count as failures in a matting run."""
 
 
-def matte(
-    ref: Paths,
-    mask: Paths = (),
-    *,
-    mask_label: str | None = None,
-    mask_orientation: str = "auto",
-    src: str | Path,
-    out: str | Path,
-    model: str | None = None,
-    checkpoint: str | Path | None = None,
-    weights: str | None = None,
-    edges: str = "model",
-    edges_weights: str | None = None,
-    device: str = "auto",
-    ray: str | None = None,
-    ray_cpus: int | None = None,
-    dtype: str = "auto",
-    batch_size: int | str = "auto",
-    seed: int = 0,
-    workers: int = DEFAULT_WORKERS,
-    colorspace: str = "auto",
-    ref_colorspace: str | None = None,
-    layer: str = "",
-    ref_layer: str | None = None,
-    ocio: str | Path | None = None,
-    view: str | None = None,
-    exposure: float = 0.0,
-    root: str | Path | None = None,
-    white: float | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    frames: str | None = None,
-    missing: str = "skip",
-    shard: str | None = None,
-    shot: bool = False,
-    learn_steps: int | None = None,
-    name: str | None = None,
-    keep_suffix: bool = False,
-    format: str | None = None,
-    depth: str | None = None,
-    channel: str = "A",
-    foreground: str = "none",
-    invert: bool = False,
-    trimap: str = "none",
-    trimap_band: int = 10,
-    overwrite: bool = False,
-    gt: str | Path | None = None,
-    report: Paths = (),
-    contact_sheet: str | Path | None = None,
-    dry_run: bool = False,
-    offline: bool = False,
-    fail_fast: bool = False,
-    listener: Listener | None = None,
-) -> Report:
-    """Pull the thing that the references show out of every image of ``src``, one alpha PNG each below ``out``.
+@keyword_arguments(MatteOptions)
+def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
+    """Extract the object of the references from every image of ``src``; write one alpha each below ``out``.
 
-    The arguments are the options of ``icm matte`` (see its help). Alphas are uint8,
-    one channel, of exactly the source's size; one that an earlier run made with the same settings from the same
-    source is kept. An image that fails is named in the report and the others go on.
+    Alphas have exactly the size of their source. An alpha that an earlier run made with the same settings from the same
+    source is kept. An image that fails is named in the report, and the other images are done.
 
-    Returns the report; its ``exit_code`` is 1 if any image failed or its ground truth could not be used. Raises
+    Returns the report. Its ``exit_code`` is 1 if an image failed or a ground truth could not be used. Raises
     UsageError, ConfigError or OutputError.
     """
     listener = listener or Listener()
     start = time.perf_counter()
-    _check(workers, out)
-    if ray is not None or len(parse_devices(device)) > 1:
-        _refuse_on_several(shot=shot, learn_steps=learn_steps)
-    refs, masks = as_paths(ref), as_paths(mask)
-    report_files = ReportFiles.from_options(report, contact_sheet)
-    pattern, format = _pattern_and_format(out, format)
-    form = {"format": format, "depth": depth, "channel": channel, "foreground": foreground, "invert": invert}
-    output = OutputFormat.from_options(**form, trimap=trimap, band_px=trimap_band)
-    place = _place(out, pattern, name, output, keep_suffix=keep_suffix)
-    wanted = _choice(include, exclude, frames, missing, None if shot else shard)
-    if gt is not None and (output.invert or output.trimap == "instead"):
+    _check_devices(options)
+    plan = make_plan(options, listener)
+    select_model = functools.partial(ModelChoice.from_options, options.model, options.resources.batch_size)
+    ray = RayCluster.from_options(options.sequences.ray, options.sequences.ray_cpus, options.model.device)
+    with ray or contextlib.nullcontext() as cluster:
+        if cluster:
+            choices = [cluster.choose_model(select_model)]
+        else:
+            choices = [select_model(device=name) for name in parse_devices(options.model.device)]
+        if options.reports.dry_run:
+            return Report(settings={}, results=[_planned_result(job) for job in plan.jobs])
+        plan.report_files.check_writable(plan.layout.folder)
+        _remove_temporaries(plan, listener)
+        run = _Run(options, plan, choices, cluster, listener)
+        return run.matte_all(start)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the model: references, images with their outputs, and reports."""
+
+    references: Sequence[Reference]
+    colour: ColourSettings
+    """ColourSettings of the sources."""
+    output: OutputFormat
+    layout: OutputLayout
+    report_files: ReportFiles
+    jobs: Sequence[Job]
+    shot: Shot | None
+    skipped_files: SkippedFiles
+    truths: Sequence[Path]
+    """Files of all ground truths."""
+    problems: Sequence[Problem]
+    """Images without a ground truth."""
+
+
+def make_plan(options: MatteOptions, listener: Listener) -> Plan:
+    """Read the references, find the sources and decide on their outputs. Writes nothing. Raises UsageError."""
+    given, sequences = options.references, options.sequences
+    report_files = ReportFiles.from_options(options.reports.report, options.reports.contact_sheet)
+    output, layout = _output_and_layout(options.output)
+    if options.reports.gt is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
-    shared = ColourSettings(colorspace, str(ocio or ""), view or "", exposure, layer, white)
-    colour, of_references = _colours(shared, ref_colorspace, ref_layer)
-    references = read_references(refs, masks, listener.on_notice, mask_label, of_references, mask_orientation)
-    skipped_files, shown = SkippedFiles(listener.on_notice), [*refs, *masks]
-    sources = find_sources(src, as_path(root), skipped_files)
-    jobs = plan_jobs(sources, place, source_filter=wanted, references=shown, colour=colour, skipped_files=skipped_files)
-    jobs, in_order = _as_shot(jobs, refs, references, shard) if shot else (jobs, None)
-    jobs, in_order, truths, problems = _with_truths(jobs, in_order, gt)
-    inputs = [str(path) for job in jobs for path in (job.source, *job.outputs)]
-    report_files.check_no_overwrite([*shown, *truths, *inputs])
-    checked = functools.partial(
-        ModelChoice.checked,
-        model,
-        as_path(checkpoint),
-        weights=weights,
-        dtype=dtype,
-        batch_size=batch_size,
-        seed=seed,
-        offline=offline,
-        edges=edges,
-        edges_weights=edges_weights,
+    colour, reference_colour = _colours(options.colour)
+    references = read_references(
+        given.ref, given.mask, listener.on_notice, given.mask_label, reference_colour, given.mask_orientation
     )
-    with RayCluster.from_options(ray, ray_cpus, device) or contextlib.nullcontext() as cluster:
-        choices = [cluster.choose_model(checked)] if cluster else [checked(device=one) for one in parse_devices(device)]
-        if dry_run:
-            return Report(settings={}, results=[_planned(job) for job in jobs])
-        report_files.check_writable(place.folder)
-        _clean({*(job.output.parent for job in jobs), *(path.parent for path in report_files.paths)}, listener)
+    skipped_files, protected = SkippedFiles(listener.on_notice), [*given.ref, *given.mask]
+    jobs = plan_jobs(
+        find_sources(options.sources.src, options.sources.root, skipped_files),
+        layout,
+        source_filter=_source_filter(options.sources, sequences),
+        references=protected,
+        colour=colour,
+        skipped_files=skipped_files,
+    )
+    shot = None
+    if sequences.shot:
+        jobs, shot = _order_as_shot(jobs, given.ref, references, sequences.shard)
+    truths: list[Path] = []
+    problems: list[Problem] = []
+    if options.reports.gt is not None:
+        from icm_cli.matting.ground_truth import attach_ground_truth
 
-        steps = choices[0].learn_steps(learn_steps, is_shot=shot)
-        digest = _digest(choices[0], references, colour, output, steps, is_shot=shot)
-        where = [*(choice.where.description for choice in choices), *([cluster.describe()] if cluster else [])]
-        settings = _settings(src, choices[0], refs, masks, colour) | {"digest": digest, "device": "; ".join(where)}
-        settings |= {"shot": shot, "learn_steps": steps}
-        scoring = None
-        if truths:
-            from icm_cli.matting.ground_truth import RULE, ground_truth_scoring
+        jobs, truths, problems = attach_ground_truth(jobs, options.reports.gt)
+        check_overwrites(jobs, truths, "a ground truth")
+        shot = shot and shot.of_jobs(jobs)
+    files = [path for job in jobs for path in (job.source, *job.outputs)]
+    report_files.check_no_overwrite([*protected, *truths, *map(str, files)])
+    return Plan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths, problems)
 
-            settings["protocol"] = {"title": str(src), **RULE.as_protocol(), "rounds": 1, "refs_per_group": len(refs)}
-            scoring = ground_truth_scoring(workers, ALLOWED)
-        page_images = PageImages(references_with_masks=[(one.rgb, one.guidance) for one in references], colour=colour)
-        outcome = Outcome(
-            Report(settings, allowed=ALLOWED, skipped_files=+skipped_files, page_images=page_images),
-            [job.planned for job in jobs],
-            listener,
-            start=start,
-            scoring=scoring,
-        )
-        for problem in problems:
-            outcome.add_problem(problem)
-        engine = EngineOptions([digest], choices[0].batch_size, workers, overwrite, fail_fast, output, in_order)
-        works = [EngineSetup(choice, references, steps, engine) for choice in choices]
-        crew = functools.partial(_crew, works, cluster, place.folder, listener)
-        _run(jobs, works[0], crew, outcome, report_files, listener)
+
+class _Run:
+    """A run whose plan and model are decided: what it reports, and the devices that do the work."""
+
+    def __init__(
+        self,
+        options: MatteOptions,
+        plan: Plan,
+        choices: Sequence[ModelChoice],
+        cluster: RayCluster | None,
+        listener: Listener,
+    ) -> None:
+        self._options = options
+        self._plan = plan
+        self._choices = choices
+        self._cluster = cluster
+        self._listener = listener
+        self._workers = options.resources.workers or DEFAULT_WORKERS
+        self._learn_steps = choices[0].learn_steps(options.sequences.learn_steps, is_shot=options.sequences.shot)
+        self._digest = self._make_digest()
+
+    def matte_all(self, start: float) -> Report:
+        """Keep the alphas that are up to date and matte the other images; load the model only for these.
+
+        ``start``: time at which the run began.
+        """
+        plan, listener = self._plan, self._listener
+        setups = self._setups()
+        engine = setups[0].options
+        outcome = self._outcome(start)
+        listener.on_run_start(len(plan.jobs))
+        with outcome:
+            remaining = list(plan.shot.order if plan.shot else plan.jobs)
+            if not engine.overwrite:
+                remaining = keep_finished(remaining, engine.digests, engine.workers, outcome.add, plan.shot)
+            with self._runner(setups, outcome.add) if remaining else contextlib.nullcontext() as runner:
+                peak = runner.peak_memory_bytes if runner else self._choices[0].where.peak_memory_bytes
+                with outcome.reported(plan.report_files, peak):
+                    if runner:
+                        runner.run(remaining)
         return outcome.report
 
+    def _setups(self) -> list[EngineSetup]:
+        """What the engine of every device needs."""
+        plan, output = self._plan, self._options.output
+        fail_fast, batch_size = self._options.sequences.fail_fast, self._choices[0].batch_size
+        engine = EngineOptions(
+            [self._digest], batch_size, self._workers, output.overwrite, fail_fast, plan.output, plan.shot
+        )
+        return [EngineSetup(choice, plan.references, self._learn_steps, engine) for choice in self._choices]
 
-def _check(workers: int, out: str | Path) -> None:
-    """Raises UsageError for numbers and names that nothing can be done with."""
-    if workers < 1:
-        raise UsageError(f"workers is {workers}; expected 1 or more")
-    if not str(out):
-        raise UsageError("the output folder is empty; give --out a folder for the alphas")
+    def _runner(
+        self, setups: Sequence[EngineSetup], on_result: Callable[[ImageResult], None]
+    ) -> contextlib.AbstractContextManager[Runner]:
+        """Prepare the model in this process, in a process for each of several devices, or in a cluster."""
+        notice = self._listener.on_notice
+        for setup in setups:
+            self._listener.on_detail(setup.choice.describe())
+        if self._cluster:
+            return contextlib.nullcontext(
+                self._cluster.create_runner(setups[0], self._plan.layout.folder, on_result, notice)
+            )
+        if len(setups) > 1:
+            return WorkerPool(setups, on_result=on_result, notice=notice)
+        return contextlib.nullcontext(setups[0].create_engine(on_result, notice))
+
+    def _outcome(self, start: float) -> Outcome:
+        plan, settings, scoring = self._plan, self._settings(), None
+        if plan.truths:
+            from icm_cli.matting.ground_truth import RULE, ground_truth_scoring
+
+            scoring = ground_truth_scoring(self._workers, ALLOWED_PROBLEMS)
+            rounds = {"rounds": 1, "refs_per_group": len(plan.references)}
+            settings["protocol"] = {"title": settings["title"], **RULE.as_protocol(), **rounds}
+        page_images = PageImages(
+            references_with_masks=[(one.rgb, one.guidance) for one in plan.references], colour=plan.colour
+        )
+        report = Report(settings, allowed=ALLOWED_PROBLEMS, skipped_files=+plan.skipped_files, page_images=page_images)
+        planned = [job.planned for job in plan.jobs]
+        outcome = Outcome(report, planned, self._listener, start=start, scoring=scoring)
+        for problem in plan.problems:
+            outcome.add_problem(problem)
+        return outcome
+
+    def _settings(self) -> dict[str, Any]:
+        """Settings that the report states."""
+        given, colour = self._options.references, self._plan.colour
+        devices = [choice.where.description for choice in self._choices]
+        devices += [self._cluster.describe()] if self._cluster else []
+        return {
+            "title": self._options.sources.src,
+            **environment_settings(),
+            **self._choices[0].as_settings(),
+            "references": [str(path) for path in given.ref],
+            "masks": [str(path) for path in given.mask],
+            "colorspace": colour.space,
+            "layer": colour.layer,
+            "white": colour.white,
+            "digest": self._digest,
+            "device": "; ".join(devices),
+            "shot": self._options.sequences.shot,
+            "learn_steps": self._learn_steps,
+        }
+
+    def _make_digest(self) -> str:
+        """Hash of everything but its source that decides an alpha."""
+        plan = self._plan
+        forms = [plan.colour.digest_text(), plan.output.digest_text(), finetuning_digest_text(self._learn_steps)]
+        forms += [described()] if self._options.sequences.shot else []
+        references = [one.digest for one in plan.references]
+        return self._choices[0].digester()([*references, *filter(None, forms)])
 
 
-def _refuse_on_several(*, shot: bool, learn_steps: int | None) -> None:
-    """Raises UsageError for what needs one device."""
-    if shot:
-        raise UsageError("--shot goes from frame to frame on one device; leave the others out, or share by --shard")
-    if learn_steps:
-        raise UsageError("--learn-steps learns on one device; leave the others out, or share by --shard")
+def _check_devices(options: MatteOptions) -> None:
+    """Raise UsageError for options that need a single device and several that were given."""
+    sequences = options.sequences
+    if sequences.ray is None and len(parse_devices(options.model.device)) == 1:
+        return
+    for flag, is_given in (("--shot", sequences.shot), ("--learn-steps", bool(sequences.learn_steps))):
+        if is_given:
+            raise UsageError(
+                f"{flag} setups on one device, and several were given; give one --device, or divide the images "
+                "with --shard"
+            )
 
 
-def _with_truths(
-    jobs: list[Job], in_order: Shot | None, gt: str | Path | None
-) -> tuple[list[Job], Shot | None, list[Path], list[Problem]]:
-    """Jobs, and their order, with their true alphas; all files of these; images without. Raises UsageError."""
-    if gt is None:
-        return jobs, in_order, [], []
-    from icm_cli.matting.ground_truth import attach_ground_truth
-
-    found, truths, problems = attach_ground_truth(jobs, gt)
-    check_overwrites(found, truths, "a ground truth")
-    return found, in_order and in_order.of_jobs(found), truths, problems
-
-
-def _run(
-    jobs: Sequence[Job],
-    work: EngineSetup,
-    crew: Callable[[Callable[[ImageResult], None]], contextlib.AbstractContextManager[Runner]],
-    outcome: Outcome,
-    report_files: ReportFiles,
-    listener: Listener,
-) -> None:
-    """Keep the alphas that are there and matte the other images; the model is loaded only for these."""
-    options = work.options
-    listener.on_run_start(len(jobs))
-    with outcome:
-        remaining = list(options.shot.order if options.shot else jobs)
-        if not options.overwrite:
-            remaining = keep_finished(remaining, options.digests, options.workers, outcome.add, options.shot)
-        with crew(outcome.add) if remaining else contextlib.nullcontext() as those:
-            peak = those.peak_memory_bytes if those else work.choice.where.peak_memory_bytes
-            with outcome.reported(report_files, peak):
-                if those:
-                    those.run(remaining)
-
-
-def _as_shot(
+def _order_as_shot(
     jobs: Sequence[Job], refs: Sequence[Path], references: Sequence[Reference], shard: str | None
 ) -> tuple[list[Job], Shot]:
-    """The frames of shots, or of a shard of them, by name; and their order, from the references that are frames of one.
+    """Return the frames of shots, or of a shard of them, by name, and the order in which they are matted.
 
-    Raises UsageError.
+    References that are frames of a shot are its first ones. Raises UsageError.
     """
     folders = {real_path(Path(job.root) / job.name.parent): job.name.parent for job in jobs}
     keys = []
     for number, ref in enumerate(refs):
-        there = next((path for path in (ref, real_path(ref)) if real_path(path.parent) in folders), None)
-        if there is not None:
-            name = folders[real_path(there.parent)] / there.name
+        path = next((path for path in (ref, real_path(ref)) if real_path(path.parent) in folders), None)
+        if path is not None:
+            name = folders[real_path(path.parent)] / path.name
             keys.append(Key(name, functools.partial(references.__getitem__, number)))
-    in_order = Shot.of(apart(jobs, keys))
+    shot = Shot.of(apart(jobs, keys))
     if shard is not None:
-        in_order = in_order.shard(*parse_shard(shard))
-    mine = {job.output for job in in_order.order}
-    return [job for job in jobs if job.output in mine], in_order
+        shot = shot.shard(*parse_shard(shard))
+    outputs = {job.output for job in shot.order}
+    return [job for job in jobs if job.output in outputs], shot
 
 
-def _digest(
-    choice: ModelChoice,
-    references: Sequence[Reference],
-    colour: ColourSettings,
-    output: OutputFormat,
-    learn_steps: int,
-    *,
-    is_shot: bool,
-) -> str:
-    """Hash of all that decides an alpha beside its source, and its form."""
-    carried = described() if is_shot else ""
-    forms = filter(None, [colour.digest_text(), output.digest_text(), finetuning_digest_text(learn_steps), carried])
-    return choice.digester()([*(one.digest for one in references), *forms])
-
-
-def _settings(
-    src: str | Path, choice: ModelChoice, refs: Sequence[Path], masks: Sequence[Path], colour: ColourSettings
-) -> dict[str, Any]:
-    """Settings that the report states."""
-    shown = {"references": [str(path) for path in refs], "masks": [str(path) for path in masks]}
-    sources = {"colorspace": colour.space, "layer": colour.layer, "white": colour.white}
-    return {"title": str(src), **environment_settings(), **choice.as_settings(), **shown, **sources}
-
-
-def _planned(job: Job) -> ImageResult:
-    """The result of a job that nothing is done for, failed where its source cannot be a picture."""
+def _planned_result(job: Job) -> ImageResult:
+    """Return the result of a job in a dry run: failed if its source cannot be an image."""
     source = job.source
     assert isinstance(source, Path)
     if not source.exists():
@@ -278,83 +286,83 @@ def _planned(job: Job) -> ImageResult:
     return job.planned
 
 
-def _pattern_and_format(out: str | Path, format_: str | None) -> tuple[FramePattern | None, str]:
-    """The frame pattern that ``--out`` is, and the format: that of its ending where nothing else is said.
-
-    Raises UsageError where the two do not agree, and for the name of one picture.
-    """
-    pattern = None if Path(out).is_dir() else FramePattern.parse(str(out))
-    ending = "" if pattern is None else Path(f"x{pattern.after}").suffix.lower()
-    if pattern is None and Path(out).suffix.lower() in MOVIE_SUFFIXES and not Path(out).is_dir():
-        raise UsageError(f"--out {out} is named like a movie, and icm writes an alpha per frame; expected a folder")
-    if pattern is None and Path(out).suffix.lower() in IMAGE_SUFFIXES and not Path(out).is_dir():
+def _output_and_layout(options: OutputOptions) -> tuple[OutputFormat, OutputLayout]:
+    """Return the form of the outputs, and their folder and names. Raises UsageError for options that do not fit."""
+    pattern, format_ = _pattern_and_format(options.out, options.format)
+    output = OutputFormat.from_options(
+        format=format_,
+        depth=options.depth,
+        channel=options.channel,
+        foreground=options.foreground,
+        invert=options.invert,
+        trimap=options.trimap,
+        band_px=options.trimap_band,
+    )
+    if options.keep_suffix and (options.name is not None or pattern is not None):
         raise UsageError(
-            f"--out {out} is named like a picture, and every image has an alpha of its own; expected a folder, or "
-            f"a pattern of frames such as {Path(out).with_suffix('.####' + Path(out).suffix)}"
+            "--keep-suffix names alphas a.jpg.png; remove it, or remove --name and the frame pattern of --out"
         )
-    if pattern is None or not ending:
+    template = DEFAULT_NAME if options.name is None else options.name
+    if options.keep_suffix:
+        template = "{stem}{frame}{suffix}"
+    folder = Path(options.out if pattern is None else pattern.folder)
+    return output, OutputLayout(folder, template, output.suffix, pattern, has_trimap=output.trimap == "beside")
+
+
+def _pattern_and_format(out: str, format_: str | None) -> tuple[FramePattern | None, str]:
+    """Return the frame pattern that ``--out`` is, if it is one, and the file format.
+
+    Raises UsageError if the two contradict each other, or if ``out`` is named like a single image.
+    """
+    path = Path(out)
+    if path.is_dir():
         return None, format_ or "png"
-    fitting = next((name for name, suffixes in FORMAT_SUFFIXES.items() if ending in suffixes), None)
+    pattern = FramePattern.parse(out)
+    if pattern is None and path.suffix.lower() in MOVIE_SUFFIXES:
+        raise UsageError(f"--out {out} is named like a movie, and icm writes an alpha per frame; expected a folder")
+    if pattern is None and path.suffix.lower() in IMAGE_SUFFIXES:
+        raise UsageError(
+            f"--out {out} is named like an image, and every image has its own alpha; expected a folder, or a frame "
+            f"pattern such as {path.with_suffix('.####' + path.suffix)}"
+        )
+    suffix = "" if pattern is None else Path(f"x{pattern.after}").suffix.lower()
+    if not suffix:
+        return None, format_ or "png"
+    fitting = next((name for name, suffixes in FORMAT_SUFFIXES.items() if suffix in suffixes), None)
     if fitting is None:
-        raise UsageError(f"--out {out} is a pattern of frames and ends in {ending}; expected .png, .tif, .tiff or .exr")
+        raise UsageError(f"--out {out} is a frame pattern with extension {suffix}; expected .png, .tif, .tiff or .exr")
     if format_ not in (None, fitting):
-        raise UsageError(f"--out {out} is of format {fitting} by its ending, and --format is {format_}; leave one out")
+        raise UsageError(
+            f"--out {out} has the extension of format {fitting}, and --format is {format_}; remove one of the two"
+        )
     return pattern, fitting
 
 
-def _place(
-    out: str | Path, pattern: FramePattern | None, name: str | None, output: OutputFormat, *, keep_suffix: bool
-) -> OutputLayout:
-    """The place of the alphas. Raises UsageError for names that cannot be made."""
-    if keep_suffix and (name is not None or pattern is not None):
-        raise UsageError("--keep-suffix names alphas a.jpg.png; leave --name and a pattern as --out out, or it")
-    template = "{stem}{frame}{suffix}" if keep_suffix else name if name is not None else DEFAULT_NAME
-    folder = Path(out if pattern is None else pattern.folder)
-    return OutputLayout(folder, template, output.suffix, pattern, has_trimap=output.trimap == "beside")
+def _source_filter(sources: SourceOptions, sequences: SequenceOptions) -> SourceFilter:
+    """Return the filter of the sources; shots are divided into shards later, in their order. Raises UsageError."""
+    numbers = None if sequences.frames is None else parse_frame_range(sequences.frames)
+    shard = None if sequences.shard is None or sequences.shot else parse_shard(sequences.shard)
+    return SourceFilter(sources.include, sources.exclude, numbers, sequences.missing, shard)
 
 
-def _choice(
-    include: Sequence[str], exclude: Sequence[str], frames: str | None, missing: str, shard: str | None
-) -> SourceFilter:
-    """The sources that are wanted. Raises UsageError."""
-    if missing not in get_args(MissingPolicy):
-        raise UsageError(f"--missing {missing!r} is not known. {did_you_mean(missing, get_args(MissingPolicy))}")
-    numbers = None if frames is None else parse_frame_range(frames)
-    return SourceFilter(include, exclude, numbers, missing, None if shard is None else parse_shard(shard))  # type: ignore[arg-type]
-
-
-def _colours(
-    colour: ColourSettings, ref_colorspace: str | None, ref_layer: str | None
-) -> tuple[ColourSettings, ColourSettings]:
-    """Colours of the sources and of the references. Raises UsageError for a name that is not known."""
-    of_references = replace(
-        colour,
-        space=ref_colorspace or colour.space,
-        layer=colour.layer if ref_layer is None else ref_layer,
+def _colours(options: ColourOptions) -> tuple[ColourSettings, ColourSettings]:
+    """Return the colours of sources and of references. Raises UsageError for an unknown name."""
+    config = "" if options.ocio is None else str(options.ocio)
+    layer = options.layer or ""
+    sources = ColourSettings(options.colorspace, config, options.view or "", options.exposure, layer, options.white)
+    references = replace(
+        sources,
+        space=options.ref_colorspace or sources.space,
+        layer=layer if options.ref_layer is None else options.ref_layer,
     )
-    for each in (colour, of_references):
-        each.validate()
-    return colour, of_references
+    for colour in (sources, references):
+        colour.validate()
+    return sources, references
 
 
-def _crew(
-    works: Sequence[EngineSetup],
-    cluster: RayCluster | None,
-    folder: Path,
-    listener: Listener,
-    on_result: Callable[[ImageResult], None],
-) -> contextlib.AbstractContextManager[Runner]:
-    """Make ready the model here, on several devices in a process for each, or in a cluster."""
-    for work in works:
-        listener.on_detail(work.choice.describe())
-    if cluster:
-        return contextlib.nullcontext(cluster.create_runner(works[0], folder, on_result, listener.on_notice))
-    if len(works) > 1:
-        return WorkerPool(works, on_result=on_result, notice=listener.on_notice)
-    return contextlib.nullcontext(works[0].create_engine(on_result, listener.on_notice))
-
-
-def _clean(folders: Collection[Path], listener: Listener) -> None:
+def _remove_temporaries(plan: Plan, listener: Listener) -> None:
+    """Remove temporary files of killed runs from the folders that this run writes to."""
+    folders = {*(job.output.parent for job in plan.jobs), *(path.parent for path in plan.report_files.paths)}
     removed = sum(remove_stale_temporaries(folder) for folder in folders)
     if removed:
         listener.on_notice(f"removed {removed} temporary file(s) that a killed run left behind")

@@ -6,18 +6,18 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from icm_cli import guided_filter
 from icm_cli.config import ModelConfig, component_class
 from icm_cli.device import Device
 from icm_cli.environment import __version__
-from icm_cli.errors import UsageError
 from icm_cli.files import combined_digest
 from icm_cli.matting.predictor import Predictor, check_learn_steps
 from icm_cli.model.contracts import Head
 from icm_cli.model.lite.finetuning import DEFAULT_STEPS
 from icm_cli.model.loading import load_model, model_digest, override_edges, resolve_model, select_device
+from icm_cli.options import ModelOptions
 
 
 @dataclass(frozen=True)
@@ -33,28 +33,18 @@ class ModelChoice:
     batch_size: int
 
     @classmethod
-    def checked(
-        cls,
-        model: str | None,
-        checkpoint: Path | None,
-        *,
-        weights: str | None,
-        device: str,
-        dtype: str,
-        batch_size: int | str,
-        seed: int,
-        offline: bool,
-        edges: str = "model",
-        edges_weights: str | None = None,
+    def from_options(
+        cls, options: ModelOptions, batch_size: int | Literal["auto"], *, device: str | None = None
     ) -> ModelChoice:
-        """From the options of the same names. Raises UsageError or ConfigError; reads no weights."""
-        if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
-            raise UsageError(f"batch size is {batch_size!r}; expected auto, or 1 or more")
-        config, path = resolve_model(model, checkpoint)
-        config = override_edges(config, edges, edges_weights)
-        where = select_device(config, device, dtype)
-        at_a_time = batch_size if isinstance(batch_size, int) else where.auto_batch_size
-        return cls(config, path, weights, offline, seed, where, at_a_time)
+        """Return the choice that the options make; ``device`` replaces theirs. Reads no weights.
+
+        Raises UsageError or ConfigError.
+        """
+        config, path = resolve_model(options.model, options.checkpoint)
+        config = override_edges(config, options.edges, options.edges_weights)
+        where = select_device(config, device or options.device, options.dtype)
+        images = where.auto_batch_size if batch_size == "auto" else batch_size
+        return cls(config, path, options.weights, options.offline, options.seed, where, images)
 
     def digester(self) -> Callable[[Sequence[str]], str]:
         """Gives, for the digests of an example's references, the hash of all that decides an alpha beside its source.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from icm_cli.model.contracts import Head, PreparedReferences
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import confidence_and_found
 from icm_cli.model.loading import load_model, override_edges, resolve_model, select_device
+from icm_cli.options import LoadOptions, keyword_arguments
 
 DOUBT_MARGIN = 0.25
 """Margin of a crop about what is in doubt, as a share of its longer side."""
@@ -222,31 +222,22 @@ def check_learn_steps(steps: int, head: type[Head]) -> None:
         )
 
 
-def load(
-    model: str | None = None,
-    *,
-    checkpoint: str | Path | None = None,
-    weights: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
-    offline: bool = False,
-    edges: str = "model",
-    edges_weights: str | None = None,
-) -> Predictor:
-    """Load a model to matte arrays with; the arguments are the options of ``icm matte``.
+@keyword_arguments(LoadOptions)
+def load(options: LoadOptions) -> Predictor:
+    """Load a model to matte arrays with; the arguments are options of ``icm matte``.
 
     >>> predictor = icm_cli.load()
     >>> cup = predictor.reference([(reference_rgb, mask)])
     >>> alpha = predictor.matte(rgb, cup)
 
-    Raises ConfigError when the model, its weights or the device cannot be used, UsageError for unknown edges.
+    Raises ConfigError when the model, its weights or the device cannot be used, UsageError for an invalid argument.
     """
-    path = Path(checkpoint) if checkpoint is not None else None
-    config, path = resolve_model(model, path)
-    config = override_edges(config, edges, edges_weights)
-    target = select_device(config, device, dtype)
-    return Predictor(load_model(config, checkpoint=path, weights=weights, offline=offline, seed=seed), target)
+    choice = options.model
+    config, checkpoint = resolve_model(choice.model, choice.checkpoint)
+    config = override_edges(config, choice.edges, choice.edges_weights)
+    device = select_device(config, choice.device, choice.dtype)
+    model = load_model(config, checkpoint=checkpoint, weights=choice.weights, offline=choice.offline, seed=choice.seed)
+    return Predictor(model, device)
 
 
 def _as_reference(pair: Reference | tuple[ImageU8, NDArray[Any]]) -> Reference:

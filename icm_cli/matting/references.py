@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.errors import ImageError, UsageError, did_you_mean
+from icm_cli.errors import ImageError, UsageError
 from icm_cli.files import combined_digest
 from icm_cli.geometry import ImageU8, has_same_aspect, resize
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import SourceImage, extra_frame_notices, read_image
-from icm_cli.matting.masks import Mask, MaskOrientation, MaskPlacement, read_mask
+from icm_cli.matting.masks import Mask, MaskPlacement, read_mask
+from icm_cli.options import MaskOrientation
 
 FOREGROUND_THRESHOLD = 0.5
 """A soft mask's pixels above this are foreground (published code)."""
@@ -50,7 +50,7 @@ def read_references(
     notice: Callable[[str], None],
     label: str | None = None,
     colour: ColourSettings = DEFAULT_COLOUR,
-    orientation: str = "auto",
+    orientation: MaskOrientation = "auto",
 ) -> list[Reference]:
     """Read every reference with its mask; without masks each reference must be an RGBA cut-out.
 
@@ -67,15 +67,11 @@ def read_references(
         )
     if label is not None and not masks:
         raise UsageError("--mask-label says which label of a mask is meant, and there is no --mask; leave it out")
-    if orientation not in get_args(MaskOrientation):
-        raise UsageError(
-            f"--mask-orientation {orientation!r} is not known. {did_you_mean(orientation, get_args(MaskOrientation))}"
-        )
     if orientation != "auto" and not masks:
         raise UsageError("--mask-orientation says how a mask lies, and there is no --mask; leave it out")
-    lies = cast(MaskOrientation, orientation)
     return [
-        _read_reference(ref, masks[n] if masks else None, label, colour, lies, notice) for n, ref in enumerate(refs)
+        _read_reference(ref, masks[n] if masks else None, label, colour, orientation, notice)
+        for n, ref in enumerate(refs)
     ]
 
 

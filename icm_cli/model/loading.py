@@ -10,7 +10,7 @@ import torch
 
 from icm_cli.config import ComponentConfig, ModelConfig, component_class, load_model_config
 from icm_cli.device import Device, resolve_device
-from icm_cli.errors import ConfigError, UsageError, did_you_mean
+from icm_cli.errors import ConfigError, UsageError
 from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.model.checkpoint import (
     Checkpoint,
@@ -26,8 +26,6 @@ from icm_cli.model.hub.catalogue import packed_checkpoint
 DEFAULT_MODEL = "lite"
 PUBLISHED_MODEL = "icm-sd21"
 """Preset of the published checkpoint, which contains no configuration."""
-EDGE_CHOICES = ("model", "closed-form", "vitmatte")
-"""Values of ``--edges``: the model's own edges, or edges that accept any coarse alpha."""
 UNTRAINED_MODELS = "lite-training-free or sd21-training-free"
 
 
@@ -74,16 +72,12 @@ def override_edges(config: ModelConfig, edges: str, weights: str | None) -> Mode
 
     Args:
         config: Configuration of the model.
-        edges: One of :data:`EDGE_CHOICES`.
+        edges: A value of ``--edges``.
         weights: Folder or hub id of the edges' pretrained weights; None for the configured one.
 
     Raises:
-        UsageError: ``edges`` is unknown, or no edges would use ``weights``.
+        UsageError: No edges would use ``weights``.
     """
-    if edges not in EDGE_CHOICES:
-        raise UsageError(
-            f"--edges is {edges!r}; expected {', '.join(EDGE_CHOICES)}. {did_you_mean(edges, EDGE_CHOICES)}"
-        )
     part = config.edges
     if edges != "model" and (part is None or part.name != edges):
         part = ComponentConfig(edges, component_class("edges", edges).Config())

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli.errors import UsageError
-from icm_cli.reports.result import METRICS, REGIONS, Region
+from icm_cli.options import Region
+from icm_cli.reports.result import METRICS, REGIONS
 
 ImageKey = tuple[int, str]
 PROTOCOL_KEYS = ("dataset", "split", "regions", "size", "lineage", "unknown_region", "rounds", "refs_per_group")

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from icm_cli.reports.result import METRICS, REGIONS, ImageEvaluation, ImageResult, Region
+from icm_cli.options import Region
+from icm_cli.reports.result import METRICS, REGIONS, ImageEvaluation, ImageResult
 
 MEAN_OF_SHOTS = "mean of shots"
 """Name of the row with the mean over all shots. Every shot has the same weight."""

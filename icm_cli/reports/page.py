@@ -21,10 +21,11 @@ from icm_cli.files import atomic_write
 from icm_cli.geometry import ImageU8
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.reading import CompositeSource, read_alpha, read_source_image
+from icm_cli.options import Region
 from icm_cli.reports.contact_sheet import select_evenly
 from icm_cli.reports.means import SHOT_SCORE_TITLES, Means, compute_means_by, format_mean, format_metric
 from icm_cli.reports.published import PUBLISHED_SCORES, comparison_caveats
-from icm_cli.reports.result import METRIC_TITLES, METRICS, Region
+from icm_cli.reports.result import METRIC_TITLES, METRICS
 
 if TYPE_CHECKING:
     from icm_cli.reports.report import Report

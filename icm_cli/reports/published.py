@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from icm_cli.options import Region
 from icm_cli.reports.means import Means
-from icm_cli.reports.result import Region
 
 
 @dataclass(frozen=True)

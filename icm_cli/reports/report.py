@@ -16,8 +16,9 @@ from icm_cli.errors import Problem
 from icm_cli.geometry import ImageU8
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.reading import CompositeSource
+from icm_cli.options import Region
 from icm_cli.reports.means import Means, ShotScores, compute_means, compute_shot_scores
-from icm_cli.reports.result import ImageResult, Region, Status
+from icm_cli.reports.result import ImageResult, Status
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from icm_cli.options import Lineage, Region
 
 Status = Literal["done", "kept", "unscored", "failed", "planned", "not reached"]
-Lineage = Literal["composition", "aim"]
-Region = Literal["whole", "unknown"]
-LINEAGES: tuple[Lineage, ...] = ("composition", "aim")
-REGIONS: tuple[Region, ...] = ("whole", "unknown")
+LINEAGES: tuple[Lineage, ...] = get_args(Lineage)
+REGIONS: tuple[Region, ...] = get_args(Region)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.geometry import HALF_U8, UNKNOWN, ImageU8
-from icm_cli.reports.result import Lineage, Region, Scores
+from icm_cli.options import Lineage, Region
+from icm_cli.reports.result import Scores
 
 UNKNOWN_RANGE = (85, 170)
 """Trimap values that count as unknown: the first included, the second excluded. Some files use values near 128."""

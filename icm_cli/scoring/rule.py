@@ -8,9 +8,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from icm_cli.datasets.registry import Size
 from icm_cli.geometry import UNKNOWN, ImageU8
-from icm_cli.reports.result import Lineage, Region
+from icm_cli.options import Lineage, Region, ScoredSize
 
 LONG_SIDE_PX = 1024
 SQUARE_PX = 768
@@ -21,7 +20,7 @@ class ScoringRule:
     """The conventions that a score depends on. Every report states them."""
 
     regions: tuple[Region, ...] = ("whole",)
-    size: Size = "original"
+    size: ScoredSize = "original"
     lineage: Lineage = "composition"
     trimap_kernel_px: int = 25
     """Side of the square that dilates 0 < alpha < 1 to the unknown region, at the scored size.
@@ -39,7 +38,7 @@ class ScoringRule:
 
 
 def resize_for_scoring(
-    image: ImageU8, truth_shape: tuple[int, ...], size: Size, interpolation: int = cv2.INTER_LINEAR
+    image: ImageU8, truth_shape: tuple[int, ...], size: ScoredSize, interpolation: int = cv2.INTER_LINEAR
 ) -> ImageU8:
     """Resize an alpha or trimap, uint8 [h,w], to the size at which it is scored.
 

@@ -21,8 +21,9 @@ from icm_cli.config import (
     reject_unknown_keys,
     require_mapping,
 )
-from icm_cli.datasets.registry import DATASETS, Size, Split
+from icm_cli.datasets.registry import DATASETS
 from icm_cli.errors import ConfigError, did_you_mean
+from icm_cli.options import ScoredSize, Split
 from icm_cli.training.losses import LossConfig
 
 CUTOUTS = "cutouts"
@@ -144,7 +145,7 @@ class ValidationConfig(FilesConfig):
     """Dataset that is scored during training, as ``icm eval`` would score it."""
 
     split: Split = "test"
-    size: Size | None = None
+    size: ScoredSize | None = None
     rounds: int = 1
 
     def __post_init__(self) -> None:

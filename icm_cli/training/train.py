@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from icm_cli.environment import DEFAULT_WORKERS
-from icm_cli.errors import TrainingError, UsageError
+from icm_cli.errors import TrainingError
 from icm_cli.events import BestStep, SecondaryProcessListener, TrainingListener, TrainingStatistics, TrainingSummary
 from icm_cli.files import atomic_write
 from icm_cli.model.packing import pack_checkpoint
+from icm_cli.options import TrainOptions, keyword_arguments
 from icm_cli.reports.contact_sheet import make_captioned_row, make_thumbnail
 from icm_cli.signals import StopSignals
 from icm_cli.training.batches import Batch
@@ -40,66 +41,52 @@ MIN_DRAWS_TO_JUDGE = 100
 """Number of draws from which that fraction is checked."""
 
 
-def train(
-    config: str | Path,
-    *,
-    data: str | Path | None = None,
-    out: str | Path | None = None,
-    checkpoint: str | Path | None = None,
-    weights: str | None = None,
-    device: str = "auto",
-    workers: int = DEFAULT_WORKERS,
-    overrides: Sequence[str] = (),
-    resume: bool = False,
-    preview: int = 0,
-    pack: str | Path | None = None,
-    offline: bool = False,
-    listener: TrainingListener | None = None,
-) -> TrainingSummary:
+@keyword_arguments(TrainOptions)
+def train(options: TrainOptions, *, listener: TrainingListener | None = None) -> TrainingSummary:
     """Train a model by the recipe of a configuration (Guo et al. 2024, section 4), saving regularly.
 
-    The arguments are the options of ``icm train`` (see its help); ``overrides`` are those of ``--set``.
-    With ``preview`` above 0 a contact sheet of that many samples is written and nothing is trained. A
-    signal (Ctrl-C, SIGTERM) ends the run after the current step is saved; ``resume`` continues with
-    the next step.
+    ``overrides`` are settings such as ``train.steps=500``. With ``preview`` above 0 a contact sheet of
+    that many samples is written and nothing is trained. A signal (Ctrl-C, SIGTERM) ends the run after
+    the current step is saved; ``resume`` continues with the next step.
 
     Raises UsageError, ConfigError or OutputError, and TrainingError if training cannot continue.
     """
     listener = listener or TrainingListener()
-    if workers < 0:
-        raise UsageError(f"workers is {workers}; expected 0 or more")
-    settings = read_settings(config, data, overrides)
-    if out is not None and not str(out):
-        raise UsageError("the output folder is empty; give --out a folder for checkpoints and logs")
-    folder = Path(out or f"runs/{Path(config).stem}")
+    training = options.training
+    settings = read_settings(training.config, training.data, training.overrides)
+    folder = Path(training.out or f"runs/{Path(training.config).stem}")
     pool = read_pool(settings.data, settings.train.pairs)
     stage = make_stage(settings, pool)
-    if preview:
-        _write_preview(folder / "preview.png", stage, preview)
+    if training.preview:
+        _write_preview(folder / "preview.png", stage, training.preview)
         summary = TrainingSummary(folder, preview=folder / "preview.png")
         listener.on_training_end(summary)
         return summary
-    start = Path(checkpoint) if checkpoint else None
-    options = {"config": config, "data": data, "out": folder, "checkpoint": checkpoint, "weights": weights}
-    command = _command_line(options, overrides)
-    run = RunFolder(folder, settings, pool, overrides=overrides, checkpoint=start, command=command)
-    run.check_folder(resume=resume)
+    run = RunFolder(
+        folder,
+        settings,
+        pool,
+        overrides=training.overrides,
+        checkpoint=training.checkpoint,
+        command=_command_line(options, folder),
+    )
+    run.check_folder(resume=training.resume)
     with run.lock():
         learner = Learner(
             settings,
             stage.trainable_parts,
             stage.select_module,
-            checkpoint=start,
-            weights=weights,
-            device=device,
-            offline=offline,
-            workers=workers,
+            checkpoint=training.checkpoint,
+            weights=options.device.weights,
+            device=options.device.device,
+            offline=options.device.offline,
+            workers=DEFAULT_WORKERS if options.device.workers is None else options.device.workers,
         )
         process_listener = listener if learner.is_main else SecondaryProcessListener(listener)
-        summary = _run_steps(settings, stage, pool, learner, run, process_listener, resume=resume)
-        if pack is not None and summary.checkpoint is not None and learner.is_main:
-            pack_checkpoint(summary.checkpoint, Path(pack))
-            summary = replace(summary, pack=Path(pack))
+        summary = _run_steps(settings, stage, pool, learner, run, process_listener, resume=training.resume)
+        if training.pack is not None and summary.checkpoint is not None and learner.is_main:
+            pack_checkpoint(summary.checkpoint, training.pack)
+            summary = replace(summary, pack=training.pack)
     if learner.is_main:
         listener.on_training_end(summary)
     return summary
@@ -315,10 +302,13 @@ def _summarise(
     )
 
 
-def _command_line(options: Mapping[str, object], overrides: Sequence[str]) -> str:
-    """Return the ``icm train`` command line with these options."""
-    given = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
-    return shlex.join(["icm", "train", *given, *(part for each in overrides for part in ("--set", each))])
+def _command_line(options: TrainOptions, folder: Path) -> str:
+    """Return the command line that starts the same run, for the checkpoint."""
+    training = options.training
+    values = {"config": training.config, "data": training.data, "out": folder, "checkpoint": training.checkpoint}
+    values["weights"] = options.device.weights
+    given = [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+    return shlex.join(["icm", "train", *given, *(part for each in training.overrides for part in ("--set", each))])
 
 
 def _write_preview(path: Path, stage: AnyStage, count: int) -> None:

@@ -1,0 +1,671 @@
+"""Every option of ``icm`` and of its Python API, defined once, in groups.
+
+A command's options are one frozen dataclass whose fields are groups. The command line, the arguments in Python, checks,
+help, digest membership and ``docs/options.md`` come from these definitions; :mod:`icm_cli.options.definition` says how.
+Imports nothing heavy, so that ``icm --help`` stays fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from icm_cli.errors import PROBLEM_KINDS, UsageError
+from icm_cli.options.definition import (
+    CommandOptions,
+    DigestPart,
+    Option,
+    OptionGroup,
+    Panel,
+    keyword_arguments,
+    option,
+)
+
+__all__ = ["EvaluateOptions", "LoadOptions", "MatteOptions", "TrainOptions", "keyword_arguments"]
+
+MaskOrientation = Literal["auto", "upright", "stored"]
+EdgeMethod = Literal["model", "closed-form", "vitmatte"]
+DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+ImageFormat = Literal["png", "tiff", "exr"]
+BitDepth = Literal["8", "16", "half", "float"]
+ForegroundMode = Literal["none", "auto", "straight", "premultiplied"]
+TrimapMode = Literal["none", "beside", "instead"]
+MissingPolicy = Literal["skip", "report", "error"]
+ProgressMode = Literal["auto", "plain", "none", "json", "openjd"]
+Split = Literal["test", "train"]
+ScoredSize = Literal["original", "long1024", "square768"]
+Region = Literal["whole", "unknown"]
+Lineage = Literal["composition", "aim"]
+DatasetName = Literal[
+    "aim500",
+    "icm57",
+    "am2k",
+    "p3m500np",
+    "p3m500p",
+    "ppm100",
+    "rwp636",
+    "rw100",
+    "composition1k",
+    "d646",
+    "transparent460",
+    "davis16",
+    "openimages",
+    "folder",
+]
+
+
+def _preset_names() -> Sequence[str]:
+    from icm_cli.config import preset_paths
+
+    return sorted(preset_paths())
+
+
+def _device_names() -> Sequence[str]:
+    return ("auto", "cpu", "cuda", "cuda:0", "cuda:all", "mps")
+
+
+WEIGHTS = Option(
+    help="Weights of the backbone: a folder, or a repository of the Hugging Face hub.",
+    metavar="DIR|ID",
+    shown_default="the model's",
+    digest=DigestPart.MODEL,
+)
+DEVICE = Option(help="Device: auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE", suggestions=_device_names)
+OFFLINE = Option(help="Do not use the network.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceOptions(OptionGroup):
+    """Reference images and their masks."""
+
+    panel: ClassVar[Panel] = Panel.REFERENCES
+
+    ref: tuple[Path, ...] = option(
+        help="Reference image, repeatable. An RGBA cut-out needs no mask.",
+        metavar="FILE",
+        digest=DigestPart.REFERENCES,
+        is_everyday=True,
+    )
+    mask: tuple[Path, ...] = option(
+        (),
+        help="Mask of the reference: white on the object, black elsewhere. Give one for each --ref.",
+        metavar="FILE",
+        digest=DigestPart.REFERENCES,
+        is_everyday=True,
+    )
+    mask_label: str | None = option(
+        None,
+        help="Label of the object in a mask with several labels: a number, or a colour #rrggbb.",
+        metavar="LABEL",
+        digest=DigestPart.REFERENCES,
+    )
+    mask_orientation: MaskOrientation = option(
+        "auto",
+        help="How masks of references with an EXIF orientation are stored: upright as the reference is displayed, "
+        "stored as its pixels are stored, or auto, which decides by size.",
+        digest=DigestPart.REFERENCES,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(OptionGroup):
+    """Images to matte."""
+
+    panel: ClassVar[Panel] = Panel.SOURCES
+
+    src: str = option(
+        help="Images to matte: a folder (searched recursively), an image, a quoted glob, frames such as "
+        "shot.####.exr, a text file with one path per line, or - to read paths from standard input.",
+        metavar="PATH",
+        is_everyday=True,
+    )
+    root: Path | None = option(
+        None,
+        help="Folder whose tree the output mirrors.",
+        metavar="DIR",
+        shown_default="the source folder; the fixed part of a glob; the working directory for a list",
+    )
+    include: tuple[str, ...] = option(
+        (), help="Matte only images whose path or name matches this glob, repeatable.", metavar="GLOB"
+    )
+    exclude: tuple[str, ...] = option(
+        (), help="Skip images whose path or name matches this glob, repeatable.", metavar="GLOB"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(OptionGroup):
+    """Files that are written for each image."""
+
+    panel: ClassVar[Panel] = Panel.OUTPUT
+
+    out: str = option(
+        help="Folder for the alphas, which mirrors the source tree, or frames such as out/matte.####.exr.",
+        metavar="PATH",
+        is_everyday=True,
+    )
+    name: str | None = option(
+        None,
+        help="Template of the file names, with {stem}, {frame} and {suffix}, such as {stem}_matte{frame}.",
+        metavar="TEMPLATE",
+        shown_default="{stem}{frame}",
+    )
+    keep_suffix: bool = option(False, help="Keep the extension of the image in the file name: a.jpg.png.")
+    format: ImageFormat | None = option(
+        None,
+        help="File format.",
+        shown_default="from the extension of --out, else png",
+        digest=DigestPart.FORMAT,
+    )
+    depth: BitDepth | None = option(
+        None,
+        help="Bit depth: 8 or 16 for PNG; 8, 16 or float for TIFF; half or float for EXR.",
+        shown_default="8, or half for EXR; a foreground keeps the depth of its source",
+        digest=DigestPart.VALUE,
+    )
+    channel: str = option("A", help="Name of the alpha channel in EXR files.", metavar="NAME", digest=DigestPart.VALUE)
+    foreground: ForegroundMode = option(
+        "none",
+        help="Write RGBA: the colours of the object without the background, straight or premultiplied. auto is "
+        "premultiplied for EXR and straight otherwise.",
+        digest=DigestPart.VALUE,
+    )
+    invert: bool = option(False, help="Write the holdout matte, 1 - alpha.", digest=DigestPart.VALUE)
+    trimap: TrimapMode = option(
+        "none",
+        help="Write a trimap next to the alpha (name.trimap.png), or instead of it.",
+        digest=DigestPart.VALUE,
+    )
+    trimap_band: int = option(
+        10,
+        help="Distance from the edge, in pixels, within which the trimap is unknown.",
+        metavar="PX",
+        minimum=1,
+        digest=DigestPart.VALUE,
+    )
+    overwrite: bool = option(False, help="Recompute alphas that exist, and replace files that icm did not write.")
+    keep_existing: bool = option(
+        False,
+        help="Keep every alpha that icm made from the same source, even if another version or other settings made it.",
+    )
+
+    def check(self) -> None:
+        if not self.out:
+            raise UsageError("--out is empty; expected a folder for the alphas")
+        if self.overwrite and self.keep_existing:
+            raise UsageError(
+                "--overwrite recomputes existing alphas and --keep-existing keeps them; give only one of the two"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(OptionGroup):
+    """The model and the device it runs on."""
+
+    panel: ClassVar[Panel] = Panel.MODEL
+
+    model: str | None = option(
+        None,
+        help="Model: a name that icm matte --list-models prints, such as lite, or a .yaml file.",
+        metavar="NAME|FILE",
+        shown_default="that of the checkpoint, else lite",
+        suggestions=_preset_names,
+        digest=DigestPart.MODEL,
+        is_everyday=True,
+    )
+    checkpoint: Path | None = option(
+        None,
+        help="Trained weights: the published .ckpt, or a .safetensors file of icm.",
+        metavar="FILE",
+        digest=DigestPart.MODEL,
+    )
+    weights: str | None = option(None, WEIGHTS)
+    edges: EdgeMethod = option(
+        "model",
+        help="How the coarse alpha is refined at edges: by the model's own method, closed-form matting or ViTMatte.",
+        digest=DigestPart.MODEL,
+    )
+    edges_weights: str | None = option(
+        None,
+        help="Weights of ViTMatte: a folder, or a repository of the Hugging Face hub.",
+        metavar="DIR|ID",
+        shown_default="hustvl/vitmatte-small-composition-1k",
+        digest=DigestPart.MODEL,
+    )
+    device: str = option("auto", DEVICE)
+    dtype: DtypeName = option(
+        "auto",
+        help="Data type of the computation.",
+        shown_default="auto: float16 on CUDA, else float32, with transformers in bfloat16 on CPUs that are faster in "
+        "it",
+        digest=DigestPart.DTYPE,
+    )
+    seed: int = option(
+        0, help="Seed of the noise that Stable Diffusion backbones add.", metavar="N", digest=DigestPart.VALUE
+    )
+    offline: bool = option(False, OFFLINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatteModelOptions(ModelOptions):
+    """The model, which may run on several devices."""
+
+    device: str = option(
+        "auto",
+        help="Device: auto, cpu, cuda, cuda:N or mps; or several of one kind, such as cuda:0,cuda:1 or cuda:all.",
+        metavar="DEVICE",
+        suggestions=_device_names,
+    )
+    list_models: bool = option(
+        False,
+        help="List the models with their requirements and licences, and exit.",
+        is_in_api=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourceOptions(OptionGroup):
+    """Resources that a run may use."""
+
+    panel: ClassVar[Panel] = Panel.MODEL
+
+    batch_size: int | Literal["auto"] = option(
+        "auto",
+        help="Number of images per batch on each device. It is halved when memory runs out.",
+        metavar="N|auto",
+        minimum=1,
+        shown_default="auto: 8 on CUDA, else 1",
+    )
+    workers: int | None = option(
+        None,
+        help="Number of threads that read, of threads that write, and of processes that score.",
+        metavar="N",
+        minimum=1,
+        shown_default="half of the cores, at most 4",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColourOptions(OptionGroup):
+    """Colour spaces of sources and references."""
+
+    panel: ClassVar[Panel] = Panel.COLOUR
+
+    colorspace: str = option(
+        "auto",
+        help="Colour space of the sources: a name of the OpenColorIO configuration such as ACEScg, or auto. auto "
+        "takes the label of the file, else linear Rec.709 for EXR and HDR and sRGB for other formats.",
+        metavar="NAME",
+        digest=DigestPart.VALUE,
+    )
+    ref_colorspace: str | None = option(
+        None,
+        help="Colour space of the references.",
+        metavar="NAME",
+        shown_default="that of the sources",
+        digest=DigestPart.REFERENCES,
+    )
+    layer: str | None = option(
+        None,
+        help="Layer of EXR sources: the name of a part, or a channel prefix such as beauty.",
+        metavar="NAME",
+        shown_default="R,G,B of the first part that has them",
+        digest=DigestPart.VALUE,
+    )
+    ref_layer: str | None = option(
+        None,
+        help="Layer of EXR references.",
+        metavar="NAME",
+        shown_default="that of the sources",
+        digest=DigestPart.REFERENCES,
+    )
+    ocio: Path | None = option(
+        None,
+        help="OpenColorIO configuration.",
+        metavar="FILE",
+        shown_default="$OCIO, else the built-in studio configuration",
+        digest=DigestPart.COLOUR_CONFIG,
+    )
+    view: str | None = option(
+        None,
+        help="OpenColorIO view that converts scene-referred images for the model.",
+        metavar="NAME",
+        shown_default="Un-tone-mapped",
+        digest=DigestPart.VALUE,
+    )
+    exposure: float = option(
+        0.0,
+        help="Exposure in stops, added before the view.",
+        metavar="STOPS",
+        minimum=-30,
+        maximum=30,
+        digest=DigestPart.VALUE,
+    )
+    white: float | None = option(
+        None,
+        help="Value of white in images of more than 8 bits, such as 255 for floats of 0..255.",
+        metavar="VALUE",
+        shown_default="the maximum of the integer type; 1 for floats",
+        digest=DigestPart.VALUE,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShotOptions(OptionGroup):
+    """Treatment of frames as shots."""
+
+    panel: ClassVar[Panel] = Panel.SEQUENCES
+
+    shot: bool = option(
+        False,
+        help="Treat the images as frames of one shot: alphas are propagated from frame to frame along the motion, and "
+        "the model learns the references first.",
+        digest=DigestPart.VALUE,
+    )
+    learn_steps: int | None = option(
+        None,
+        help="Number of steps in which the model learns the references before matting.",
+        metavar="N",
+        minimum=0,
+        shown_default="140 with --shot if the model can learn, else 0",
+        digest=DigestPart.LEARN_STEPS,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceOptions(ShotOptions):
+    """Frames, shots, and runs on several machines."""
+
+    frames: str | None = option(
+        None, help="Frames to matte, such as 1001-1100 or 1001-1100x2.", metavar="RANGE", shown_default="all"
+    )
+    missing: MissingPolicy = option(
+        "skip",
+        help="Handling of missing frames: skip them with a notice, report them as failed, or stop with an error "
+        "before the first write.",
+    )
+    shard: str | None = option(
+        None, help="Part of the images that this machine mattes, such as 2/8.", metavar="I/N", shown_default="all"
+    )
+    fail_fast: bool = option(False, help="Stop at the first image that fails.")
+    ray: str | None = option(
+        None,
+        help="Matte on a Ray cluster, one model per GPU: auto, or the address of the cluster. Needs the extra 'ray'.",
+        metavar="auto|ADDRESS",
+    )
+    ray_cpus: int | None = option(
+        None, help="With --ray: number of CPU cores to use instead of GPUs.", metavar="N", minimum=1
+    )
+
+
+REPORT = Option(
+    help="Write a report, repeatable: .csv has a row per image, .json has everything, .html is a page to read.",
+    metavar="FILE",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatteReportOptions(OptionGroup):
+    """Reports and scores of a matting run."""
+
+    panel: ClassVar[Panel] = Panel.REPORTS
+
+    report: tuple[Path, ...] = option((), REPORT)
+    contact_sheet: Path | None = option(
+        None, help="Write a contact sheet (.png) with source, alpha and cut-out of every image.", metavar="FILE"
+    )
+    gt: str | None = option(
+        None,
+        help="Ground-truth alphas: a folder, or frames such as gt.####.png. Adds MSE, SAD, GRAD, CONN and MAD.",
+        metavar="PATH",
+    )
+    dry_run: bool = option(False, help="List every source with its output, and exit.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DisplayOptions(OptionGroup):
+    """Messages in the terminal."""
+
+    panel: ClassVar[Panel] = Panel.DISPLAY
+
+    quiet: bool = option(False, help="Print errors only.", flags=("--quiet", "-q"), is_in_api=False)
+    verbose: bool = option(
+        False, help="Print details, and a line for every image.", flags=("--verbose", "-v"), is_in_api=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatteDisplayOptions(DisplayOptions):
+    """Messages in the terminal, and progress for other programs."""
+
+    progress: ProgressMode = option(
+        "auto",
+        help="Progress: auto (a bar in a terminal, else lines), plain lines, none, json (one object per event), or "
+        "openjd (lines for Deadline Cloud and other Open Job Description workers).",
+        is_in_api=False,
+    )
+
+
+@dataclass(frozen=True)
+class MatteOptions(CommandOptions):
+    """Options of ``icm matte``."""
+
+    positional: ClassVar[tuple[str, ...]] = ("ref", "mask")
+
+    references: ReferenceOptions
+    sources: SourceOptions
+    output: OutputOptions
+    model: MatteModelOptions
+    resources: ResourceOptions
+    colour: ColourOptions
+    sequences: SequenceOptions
+    reports: MatteReportOptions
+    display: MatteDisplayOptions
+
+
+@dataclass(frozen=True)
+class LoadOptions(CommandOptions):
+    """Arguments of ``icm_cli.load``."""
+
+    positional: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: ModelOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions(OptionGroup):
+    """The dataset that is evaluated."""
+
+    panel: ClassVar[Panel] = Panel.DATASET
+
+    dataset: DatasetName | None = option(
+        None,
+        help="Dataset, or folder for your own images.",
+        is_everyday=True,
+    )
+    data_root: Path | None = option(None, help="Folder that contains the dataset.", metavar="DIR", is_everyday=True)
+    images: str | None = option(None, help="Images of dataset folder: a folder or a quoted glob.", metavar="PATH")
+    alphas: str | None = option(
+        None, help="Ground-truth alphas of dataset folder, named like the images.", metavar="PATH"
+    )
+    trimaps: str | None = option(None, help="Trimaps of dataset folder, named like the images.", metavar="PATH")
+    groups: Path | None = option(
+        None,
+        help="JSON file in the published schema that groups images of the same object or class.",
+        metavar="FILE",
+        shown_default="the published groups",
+    )
+    backgrounds: Path | None = option(
+        None, help="Background images for datasets that contain only foregrounds.", metavar="DIR"
+    )
+    split: Split = option("test", help="Split of the dataset.")
+    video: bool = option(False, help="Treat every group as a video, and add dtSSD.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolOptions(OptionGroup):
+    """How alphas are scored."""
+
+    panel: ClassVar[Panel] = Panel.PROTOCOL
+
+    pred: Path | None = option(
+        None,
+        help="Score the alphas in this folder, made by any tool, instead of matting.",
+        metavar="DIR",
+        is_everyday=True,
+    )
+    references: Path | None = option(
+        None,
+        help="Use the references of an earlier run: its JSON report, or a file of --write-references.",
+        metavar="FILE",
+    )
+    rounds: int | None = option(
+        None,
+        help="Number of rounds, each with other references. Reports give mean and spread over the rounds.",
+        metavar="N",
+        minimum=1,
+        shown_default="1",
+    )
+    region: tuple[Region, ...] = option(
+        (), help="Region that is scored, repeatable.", shown_default="that of the dataset"
+    )
+    size: ScoredSize | None = option(None, help="Size at which alphas are scored.", shown_default="that of the dataset")
+    lineage: Lineage | None = option(None, help="Implementation of GRAD and CONN.", shown_default="that of the dataset")
+    trimap_kernel: int | None = option(
+        None,
+        help="Side in pixels of the square that dilates 0 < alpha < 1 where no trimap is published.",
+        metavar="PX",
+        minimum=1,
+        shown_default="25",
+    )
+    allow: tuple[str, ...] = option(
+        (),
+        help="Kind of bad data that does not count as a failure, such as empty-alpha, repeatable.",
+        metavar="KIND",
+        choices=tuple(PROBLEM_KINDS),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedMattingOptions(ShotOptions):
+    """Matting of a dataset by its own references."""
+
+    panel: ClassVar[Panel] = Panel.SEQUENCES
+
+    shot: bool = option(False, help="Matte every group as a shot, as icm matte --shot does.", digest=DigestPart.VALUE)
+    refs_per_group: int | None = option(
+        None, help="Number of references of a group.", metavar="N", minimum=1, shown_default="1"
+    )
+    write_references: Path | None = option(None, help="Write the references to this .json file.", metavar="FILE")
+    save_alphas: Path | None = option(
+        None,
+        help="Folder for the alphas. Without it they are kept in the cache until the run ends.",
+        metavar="DIR",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReportOptions(OptionGroup):
+    """Reports of an evaluation."""
+
+    panel: ClassVar[Panel] = Panel.REPORTS
+
+    report: tuple[Path, ...] = option((), REPORT)
+    note: str | None = option(None, help="Sentence that every report repeats.", metavar="TEXT")
+    compare: tuple[Path, Path] | None = option(
+        None,
+        help="Compare two JSON reports image by image, and exit.",
+        metavar="A.json B.json",
+        is_in_api=False,
+    )
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(CommandOptions):
+    """Options of ``icm eval``."""
+
+    positional: ClassVar[tuple[str, ...]] = ("dataset", "data_root")
+
+    dataset: DatasetOptions
+    protocol: ProtocolOptions
+    model: ModelOptions
+    resources: ResourceOptions
+    matting: EvaluatedMattingOptions
+    reports: EvaluationReportOptions
+    display: DisplayOptions
+
+    @classmethod
+    def matting_names(cls) -> list[str]:
+        """Names of the options that only matting reads, so that they have no effect with ``--pred``."""
+        of_groups = [each.name for each in cls.option_fields() if each.group in ("model", "resources", "matting")]
+        return [name for name in of_groups if name != "workers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(OptionGroup):
+    """A training run."""
+
+    panel: ClassVar[Panel] = Panel.TRAINING
+
+    config: str = option(
+        help="Model and training recipe: a .yaml file, or a preset such as lite or icm-sd21.",
+        metavar="NAME|FILE",
+        suggestions=_preset_names,
+        is_everyday=True,
+    )
+    data: Path | None = option(
+        None,
+        help=".yaml file of sources, backgrounds and validation data.",
+        metavar="FILE",
+        shown_default="section data of --config",
+        is_everyday=True,
+    )
+    out: str | None = option(
+        None, help="Folder for checkpoints and logs.", metavar="DIR", shown_default="runs/CONFIG", is_everyday=True
+    )
+    resume: bool = option(False, help="Continue the run in --out if there is one.", is_everyday=True)
+    checkpoint: Path | None = option(
+        None, help="Start from these weights instead of random ones.", metavar="FILE", shown_default="none"
+    )
+    overrides: tuple[str, ...] = option(
+        (), help="Override a setting, such as train.steps=500, repeatable.", flags=("--set",), metavar="KEY=VALUE"
+    )
+    preview: int = option(0, help="Write a contact sheet of N training samples, and exit.", metavar="N", minimum=0)
+    pack: Path | None = option(
+        None, help="Also write the result with its backbone into one small .safetensors file.", metavar="FILE"
+    )
+
+    def check(self) -> None:
+        if self.out == "":
+            raise UsageError("--out is empty; expected a folder for checkpoints and logs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingDeviceOptions(OptionGroup):
+    """The device of a training run, and its data loading."""
+
+    panel: ClassVar[Panel] = Panel.MODEL
+
+    weights: str | None = option(None, WEIGHTS)
+    device: str = option("auto", DEVICE)
+    workers: int | None = option(
+        None,
+        help="Number of processes that make training samples; 0 makes them in the main process.",
+        metavar="N",
+        minimum=0,
+        shown_default="half of the cores, at most 4",
+    )
+    offline: bool = option(False, OFFLINE)
+
+
+@dataclass(frozen=True)
+class TrainOptions(CommandOptions):
+    """Options of ``icm train``."""
+
+    positional: ClassVar[tuple[str, ...]] = ("config",)
+
+    training: TrainingOptions
+    device: TrainingDeviceOptions
+    display: DisplayOptions

@@ -1,0 +1,347 @@
+"""How options are defined: a field of a frozen dataclass holds the type, default, help, checks and digest membership.
+
+Commands, the Python API and the reference in ``docs/options.md`` are generated from these definitions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import numbers
+import os
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+from icm_cli.errors import UsageError, did_you_mean
+
+Result = TypeVar("Result")
+NO_LIMIT = math.inf
+
+
+class Panel(StrEnum):
+    """Titles of the groups in ``--help`` and in the option reference, in their order."""
+
+    EVERYDAY = "Options"
+    REFERENCES = "References"
+    SOURCES = "Sources"
+    OUTPUT = "Output"
+    MODEL = "Model and device"
+    COLOUR = "Colour"
+    SEQUENCES = "Sequences and farms"
+    DATASET = "Dataset"
+    PROTOCOL = "Protocol"
+    TRAINING = "Training"
+    REPORTS = "Reports"
+    DISPLAY = "Display"
+
+
+class DigestPart(StrEnum):
+    """Parts of an alpha's digest through which an option decides pixels."""
+
+    VALUE = "value"
+    """The option's own value is hashed."""
+    REFERENCES = "references"
+    """The pixels of the references and masks are hashed."""
+    MODEL = "model"
+    """The configuration of the model and the content of its weights are hashed."""
+    DTYPE = "dtype"
+    """The data type that the device resolves to is hashed."""
+    LEARN_STEPS = "learn_steps"
+    """The number of steps that the model resolves to is hashed."""
+    FORMAT = "format"
+    """The resolved file format is hashed."""
+    COLOUR_CONFIG = "colour_config"
+    """The identity of the OpenColorIO configuration is hashed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """Properties of an option other than its name, type and default."""
+
+    help: str
+    flags: tuple[str, ...] = ()
+    """Names on the command line; empty: derived from the field's name."""
+    metavar: str | None = None
+    shown_default: str | None = None
+    """Default as help texts show it, where the value itself says too little."""
+    choices: tuple[str, ...] = ()
+    """Allowed values, where the type is not a Literal."""
+    suggestions: Callable[[], Sequence[str]] | None = None
+    """Values that shell completion offers; others are allowed too."""
+    minimum: float = -NO_LIMIT
+    maximum: float = NO_LIMIT
+    digest: DigestPart | None = None
+    """Part of the alpha's digest that the option decides; None: it does not decide pixels."""
+    is_everyday: bool = False
+    """Shown in the first panel."""
+    is_in_api: bool = True
+    """Whether it is an argument in Python too."""
+
+
+def option(default: Any = MISSING, properties: Option | None = None, **keywords: Any) -> Any:
+    """Define an option as a dataclass field, by shared ``properties`` or by the keywords of :class:`Option`."""
+    return dataclasses.field(default=default, metadata={"option": properties or Option(**keywords)})
+
+
+@dataclass(frozen=True)
+class OptionField:
+    """An option of a command, with everything that its definition says."""
+
+    name: str
+    group: str
+    """Name of the attribute of the command's options that holds the option's group."""
+    panel: Panel
+    hint: Any
+    """Resolved type."""
+    annotation: str
+    """Type as it is written in the definition."""
+    default: Any
+    properties: Option
+
+    @property
+    def is_required(self) -> bool:
+        return self.default is MISSING
+
+    @property
+    def flag(self) -> str:
+        """First name on the command line."""
+        return self.properties.flags[0] if self.properties.flags else f"--{self.name.replace('_', '-')}"
+
+    @property
+    def value_type(self) -> Any:
+        """Type of one value: without ``None``, and of a tuple of any length that of its items."""
+        hint = _without_none(self.hint)
+        return typing.get_args(hint)[0] if self.is_repeatable else hint
+
+    @property
+    def is_repeatable(self) -> bool:
+        hint = _without_none(self.hint)
+        return typing.get_origin(hint) is tuple and typing.get_args(hint)[-1] is ...
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Allowed values, empty where any is."""
+        is_literal = typing.get_origin(self.value_type) is Literal
+        return typing.get_args(self.value_type) if is_literal else self.properties.choices
+
+    def convert(self, value: object) -> Any:
+        """Convert a value of the command line or of Python to the option's type; None means the default.
+
+        Raises UsageError for a value that the option does not allow.
+        """
+        if value is None:
+            if self.is_required:
+                raise UsageError(f"{self.flag} is None; expected a value")
+            return self.default
+        if self.is_repeatable:
+            is_single = isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable)
+            values = [value] if is_single else list(typing.cast(Iterable[object], value))
+            return tuple(self._convert_one(each) for each in values)
+        return self._convert_one(value)
+
+    def _convert_one(self, value: object) -> Any:
+        converted = _convert(value, self.value_type, self.flag)
+        if self.choices and converted not in self.choices:
+            raise UsageError(f"{self.flag} {converted!r} is not known. {did_you_mean(str(converted), self.choices)}")
+        if isinstance(converted, (int, float)) and not isinstance(converted, bool):
+            self._check_range(converted)
+        return converted
+
+    def _check_range(self, value: float) -> None:
+        least, most = self.properties.minimum, self.properties.maximum
+        if least <= value <= most:
+            return
+        expected = f"{least:g} or more" if most == NO_LIMIT else f"{least:g} to {most:g}"
+        raise UsageError(f"{self.flag} is {value:g}; expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionGroup:
+    """Base of the groups of options; a group's fields are made by :func:`option`."""
+
+    panel: ClassVar[Panel]
+
+    def check(self) -> None:
+        """Raise UsageError for options of this group that exclude one another."""
+
+
+@dataclass(frozen=True)
+class CommandOptions:
+    """Base of the options of a command: every field is a group."""
+
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Names of the options that may be given by position in Python."""
+    given: frozenset[str]
+    """Names of the options that were given, rather than left at their default."""
+
+    @classmethod
+    @functools.cache
+    def option_fields(cls) -> tuple[OptionField, ...]:
+        """All options, in the order of their groups."""
+        found = []
+        for name, group in cls._groups().items():
+            hints = typing.get_type_hints(group)
+            for field in dataclasses.fields(group):
+                properties: Option = field.metadata["option"]
+                panel = Panel.EVERYDAY if properties.is_everyday else group.panel
+                hint, annotation = hints[field.name], str(field.type)
+                found.append(OptionField(field.name, name, panel, hint, annotation, field.default, properties))
+        return tuple(found)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, object], given: Iterable[str] | None = None) -> Self:
+        """Convert and check values by option name; options that are not among them keep their default.
+
+        ``given``: names of the options that were given; by default those whose value is not the default.
+        Raises UsageError.
+        """
+        converted = {each.name: each.convert(values.get(each.name)) for each in cls.option_fields()}
+        if given is None:
+            given = [each.name for each in cls.option_fields() if converted[each.name] != each.default]
+        groups = {}
+        for name, group in cls._groups().items():
+            groups[name] = group(**{field.name: converted[field.name] for field in dataclasses.fields(group)})
+            groups[name].check()
+        return cls(given=frozenset(given), **groups)
+
+    @classmethod
+    def api_fields(cls) -> list[OptionField]:
+        """Options that are arguments in Python, those that may be given by position first."""
+        fields = [each for each in cls.option_fields() if each.properties.is_in_api]
+        return sorted(fields, key=lambda each: each.name not in cls.positional)
+
+    def value(self, name: str) -> Any:
+        """Value of an option by its name."""
+        group = next(each.group for each in self.option_fields() if each.name == name)
+        return getattr(getattr(self, group), name)
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        """Raise UsageError if any of these options was given; ``why`` begins the sentence."""
+        for each in self.option_fields():
+            if each.name in names and each.name in self.given:
+                raise UsageError(f"{why}, so {each.flag} has no effect; remove it")
+
+    def digest_values(self, parts: Mapping[DigestPart, str]) -> dict[str, str]:
+        """Everything that decides pixels, by name: values of options, and ``parts`` in the place of the others."""
+        found: dict[str, str] = {}
+        for each in self.option_fields():
+            part = each.properties.digest
+            if part is DigestPart.VALUE:
+                found[each.name] = repr(self.value(each.name))
+            elif part is not None:
+                found[part] = parts[part]
+        return found
+
+    @classmethod
+    def _groups(cls) -> dict[str, type[OptionGroup]]:
+        hints = typing.get_type_hints(cls)
+        return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.name != "given"}
+
+
+Options = TypeVar("Options", bound=CommandOptions)
+
+
+def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Decorate a function of ``options`` so that it takes every option as an argument of its own.
+
+    The options object itself is accepted in their place, as the only positional argument. Other keyword-only
+    parameters of the function stay as they are.
+    """
+
+    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
+        own = [each for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
+        others = {each.name for each in own}
+        parameters = [
+            _parameter(each, is_positional=each.name in options_class.positional) for each in options_class.api_fields()
+        ]
+        signature = inspect.Signature([*parameters, *own], return_annotation=function.__annotations__.get("return"))
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **keywords: Any) -> Result:
+            if len(arguments) == 1 and isinstance(arguments[0], options_class):
+                return function(*arguments, **keywords)
+            values = signature.bind(*arguments, **keywords).arguments
+            kept = {name: values.pop(name) for name in others & values.keys()}
+            return function(options_class.from_values(values), **kept)
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__doc__ = f"{inspect.getdoc(function)}\n\n{describe_arguments(options_class)}"
+        return call
+
+    return decorate
+
+
+def describe_arguments(options_class: type[CommandOptions]) -> str:
+    """Section "Args" of a docstring: every option that is an argument in Python, with its help."""
+    lines = [f"    {each.name}: {each.properties.help}" for each in options_class.api_fields()]
+    return "\n".join(["Args:", *lines])
+
+
+def _parameter(field: OptionField, *, is_positional: bool) -> inspect.Parameter:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if is_positional else inspect.Parameter.KEYWORD_ONLY
+    default = inspect.Parameter.empty if field.is_required else field.default
+    return inspect.Parameter(field.name, kind, default=default, annotation=field.annotation)
+
+
+def _without_none(hint: Any) -> Any:
+    """Type without ``None``; a union of several others stays one."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return hint
+    others = tuple(each for each in typing.get_args(hint) if each is not type(None))
+    return others[0] if len(others) == 1 else typing.Union[others]  # noqa: UP007 (a runtime value)
+
+
+def _convert(value: object, hint: Any, flag: str) -> Any:
+    """Convert one value to a type. Raises UsageError for another kind of value."""
+    if typing.get_origin(hint) is typing.Union:  # a number, or a word in its place
+        return _convert_number_or_word(value, hint, flag)
+    if typing.get_origin(hint) is tuple:
+        return _convert_tuple(value, typing.get_args(hint), flag)
+    if hint is Path and isinstance(value, (str, os.PathLike)):
+        return Path(value)
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is float and _is_number(value, numbers.Real) and math.isfinite(typing.cast(float, value)):
+        return float(typing.cast(float, value))
+    if hint is int and _is_number(value, numbers.Integral):
+        return int(typing.cast(int, value))
+    if (hint is str or typing.get_origin(hint) is Literal) and isinstance(value, str):
+        return value
+    raise UsageError(f"{flag} is {value!r}; expected {_EXPECTED.get(hint, 'text')}")
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _convert_number_or_word(value: object, hint: Any, flag: str) -> int | str:
+    words = [word for each in typing.get_args(hint) for word in typing.get_args(each)]
+    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    if isinstance(value, str) and value in words:
+        return value
+    if _is_number(number, numbers.Integral):
+        return int(typing.cast(int, number))
+    raise UsageError(f"{flag} is {value!r}; expected {' or '.join(words)}, or a whole number")
+
+
+def _convert_tuple(value: object, hints: Sequence[Any], flag: str) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(hints):
+        raise UsageError(f"{flag} is {value!r}; expected {len(hints)} values")
+    return tuple(_convert(each, hint, flag) for each, hint in zip(value, hints, strict=True))
+
+
+_EXPECTED: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    Path: "a path",
+}
