@@ -183,7 +183,7 @@ def test_several_shots_into_one_pattern_are_refused_with_a_way_out(icm: Icm, sce
     shutil.copy(plates / "sh.1002.jpg", plates / "other.1002.jpg")
     result = icm(src=plates, out=scene / "mattes" / "m.####.png")
     assert result.exit_code == 2
-    assert "give a folder as --out, not a pattern of frames" in result.stderr
+    assert "give --out a folder instead of a frame pattern" in result.stderr
 
 
 def test_a_frame_that_fails_says_that_its_earlier_alpha_stays(icm: Icm, scene: Path, plates: Path) -> None:
