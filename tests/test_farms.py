@@ -240,7 +240,7 @@ def test_openjd_progress(icm: Icm, scene: Path) -> None:
         (("--workers", "0"), "--workers is 0; expected 1 or more"),
         (("a.jpg", "b.jpg"), 'Quote globs and patterns, such as --src "imgs/*.jpg"'),
         (("--shard", "1/0"), "--shard is 1/0; expected 1 shard or more"),
-        (("--frames", "1-999999999"), "has too many frames; expected 10000000 at most"),
+        (("--frames", "1-999999999"), "has too many frames; expected at most 10000000"),
     ],
 )
 def test_wrong_usage_has_its_line_too(icm: Icm, way: tuple[str, ...], flags: tuple[str, ...], message: str) -> None:

@@ -113,7 +113,7 @@ def test_planning_keeps_no_content_and_reads_the_state_once(
     state = file.state()
     assert (count_opens() - before)["a.jpg"] == 0
     with ImageFile.open(tmp_path / "a.jpg") as opened:
-        assert opened.state == state
+        assert opened.read_state() == state
     os.utime(tmp_path / "a.jpg", ns=(1, 1))
     assert file.state() != state
 
