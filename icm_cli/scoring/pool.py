@@ -35,7 +35,7 @@ class ScoringPool:
 
     def __init__(self, processes: int) -> None:
         self._threads = ThreadPoolExecutor(processes, "icm-score")
-        self._idle: queue.LifoQueue[_WorkerProcess | None] = queue.LifoQueue()
+        self._idle: queue.LifoQueue[_ScoringProcess | None] = queue.LifoQueue()
         for _ in range(processes):
             self._idle.put(None)
         self._running: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
@@ -71,7 +71,7 @@ class ScoringPool:
     def _run(self, task: Task[Any]) -> Any:
         process = self._idle.get()
         try:
-            process = process or _WorkerProcess()
+            process = process or _ScoringProcess()
             return process.run(task)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             if process:
@@ -82,7 +82,7 @@ class ScoringPool:
             self._idle.put(process)
 
 
-class _WorkerProcess:
+class _ScoringProcess:
     """A process that runs one task at a time."""
 
     def __init__(self) -> None:
