@@ -1,1 +1,1 @@
-"""Datasets of the field: where their files lie, what shows the same thing, and what is wrong with them."""
+"""Published matting datasets: their files, groups and scoring conventions."""

@@ -1,1 +1,1 @@
-"""Evaluation: a dataset is matted in context, or foreign alphas are taken, and all of it is scored."""
+"""Evaluation: matte a dataset, or take existing alphas, and score them."""
