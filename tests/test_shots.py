@@ -221,4 +221,4 @@ def test_reference_options_are_refused_for_shots(evaluate: Icm, davis: Path, tmp
     given = f"--groups={groups}" if option.startswith("--groups") else option
     result = evaluate(given, dataset="davis16", data_root=davis)
     assert result.exit_code == 2
-    assert f"so {option.split('=')[0]} has no effect; leave it out" in result.stderr
+    assert f"so {option.split('=')[0]} has no effect; remove it" in result.stderr

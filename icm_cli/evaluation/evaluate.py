@@ -1,7 +1,4 @@
-"""``icm_cli.evaluate``: matte a dataset in context, or take alphas that any tool made, and score them.
-
-The body of the ``icm eval`` command.
-"""
+"""``icm_cli.evaluate``, the command ``icm eval``: matte a dataset or read existing alphas, and score them."""
 
 from __future__ import annotations
 
@@ -10,12 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from icm_cli import environment
-from icm_cli.datasets.groups import Sample
+from icm_cli.datasets.groups import Sample, group_samples
 from icm_cli.datasets.registry import DatasetSamples, find_dataset
 from icm_cli.environment import DEFAULT_WORKERS
-from icm_cli.errors import UsageError
+from icm_cli.errors import Problem, UsageError
 from icm_cli.evaluation.protocol import Evaluation, EvaluationDataset, EvaluationFiles, RunSettings
-from icm_cli.evaluation.shots import as_shots, refuse_other_references
 from icm_cli.events import Listener
 from icm_cli.options import EvaluateOptions, ProtocolOptions, keyword_arguments
 from icm_cli.reports.report import Report
@@ -27,16 +23,20 @@ if TYPE_CHECKING:
     from icm_cli.matting.model_choice import AnyModel
     from icm_cli.matting.predictor import Predictor
 
+MIN_SHOT_FRAMES = 3
+"""Shortest shot of which a frame is scored: its first frame is the reference and its last one is excluded."""
+SHOT_NOTE = "the first frame of every shot is its reference, and the last one is excluded, as in the tool of DAVIS"
+
 
 @keyword_arguments(EvaluateOptions)
 def evaluate(
     options: EvaluateOptions, *, predictor: Predictor | None = None, listener: Listener | None = None
 ) -> Report:
-    """Score alphas of a dataset: matted here, each group by its own references, or read from ``pred``.
+    """Matte the images of a dataset, each group with its own references, or read alphas from ``pred``; score them.
 
-    Where an option is None, the convention of the dataset applies. ``predictor`` is a loaded model, which replaces
-    the options that select one. Bad data are named in ``problems`` and the rest is scored. The report's ``exit_code``
-    is then 1, unless these data are allowed.
+    Options that are None default to the conventions of the dataset. ``predictor`` is a loaded model, which replaces
+    the options that select one. Problems with the data are listed in the report, and all other images are scored. The
+    ``exit_code`` of the report is then 1, unless these problems are allowed.
 
     Raises UsageError, ConfigError or OutputError.
     """
@@ -53,7 +53,7 @@ def evaluate(
         raise UsageError("--references fixes rounds and references; remove --rounds and --refs-per-group")
     found = _find_dataset(options)
     has_trimaps = data.dataset == "folder" and any(sample.trimap for sample in found.samples)
-    rule = _rule(found, protocol, has_trimaps=has_trimaps)
+    rule = _make_rule(found, protocol, has_trimaps=has_trimaps)
     workers = DEFAULT_WORKERS if protocol.pred is None else environment.cores()
     evaluation = Evaluation(
         EvaluationDataset(data.dataset, str(data.data_root or data.images), data.split, found),
@@ -91,7 +91,7 @@ def evaluate(
 
 
 def _find_dataset(options: EvaluateOptions) -> DatasetSamples:
-    """Find the images of the dataset, with frames of shots marked as such. Raises UsageError."""
+    """Return the samples of the dataset, with video frames marked. Raises UsageError."""
     data = options.dataset
     assert data.dataset is not None
     found = find_dataset(
@@ -105,27 +105,47 @@ def _find_dataset(options: EvaluateOptions) -> DatasetSamples:
         backgrounds=data.backgrounds,
     )
     if found.dataset.is_shots:
-        others: dict[str, object] = {"rounds": options.protocol.rounds, "groups": data.groups, "video": data.video}
-        others["refs_per_group"] = options.matting.refs_per_group
-        refuse_other_references(found.dataset.title, **others)
-        found = as_shots(found)
+        reason = f"the first frame of every shot of {found.dataset.title} is its only reference"
+        options.refuse(("rounds", "refs_per_group", "groups", "video"), reason)
+        found = _select_shot_frames(found)
     if options.matting.shot and not (found.dataset.is_shots or data.video):
-        raise UsageError("--shot is for frames of shots: davis16, or groups that are videos (--video); leave it out")
+        raise UsageError("--shot requires frames of shots; give --dataset davis16, or --video if the groups are videos")
     if data.video:
-        found = replace(found, samples=[_as_frame(sample) for sample in found.samples])
+        found = replace(found, samples=[_mark_video_frame(sample) for sample in found.samples])
     return found
 
 
-def _rule(found: DatasetSamples, options: ProtocolOptions, *, has_trimaps: bool) -> ScoringRule:
-    """Return the scoring rule: the options, else the convention of the dataset.
+def _select_shot_frames(found: DatasetSamples) -> DatasetSamples:
+    """Exclude the last frame of every shot, and mark the others as video frames.
 
-    Images of dataset folder that have trimaps are scored over both regions.
+    Shots with fewer than MIN_SHOT_FRAMES frames become problems. Raises UsageError if there are no other shots.
+    """
+    shots = group_samples(found.samples)
+    problems = [
+        Problem("lone-image", shot, f"shot {shot} has {len(frames)} frame(s), and the first and last are not scored")
+        for shot, frames in shots.items()
+        if len(frames) < MIN_SHOT_FRAMES
+    ]
+    if len(problems) == len(shots):
+        raise UsageError(
+            f"{found.dataset.title} has no shot of three frames or more; the first and last frame of a shot are not "
+            "scored, so give complete shots"
+        )
+    scored = [frames[:-1] for frames in shots.values() if len(frames) >= MIN_SHOT_FRAMES]
+    samples = [_mark_video_frame(frame) for frames in scored for frame in frames]
+    return replace(found, samples=samples, notes=[*found.notes, SHOT_NOTE], problems=[*found.problems, *problems])
+
+
+def _make_rule(found: DatasetSamples, options: ProtocolOptions, *, has_trimaps: bool) -> ScoringRule:
+    """Return the scoring rule from the options, which default to the conventions of the dataset.
+
+    Images of the dataset ``folder`` with trimaps are scored over both regions by default.
     """
     dataset = found.dataset
     regions = options.region or (REGIONS if has_trimaps else dataset.conventions.regions)
     if options.trimap_kernel is not None and "unknown" not in regions:
         raise UsageError(
-            "--trimap-kernel makes the unknown region, which is not scored here; leave it out, or give --region unknown"
+            "--trimap-kernel has no effect: the unknown region is not scored; remove it, or give --region unknown"
         )
     return ScoringRule(
         tuple(each for each in REGIONS if each in regions),
@@ -137,5 +157,5 @@ def _rule(found: DatasetSamples, options: ProtocolOptions, *, has_trimaps: bool)
     )
 
 
-def _as_frame(sample: Sample) -> Sample:
+def _mark_video_frame(sample: Sample) -> Sample:
     return replace(sample, categories={**sample.categories, "type": "video"})
