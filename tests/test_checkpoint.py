@@ -1,4 +1,4 @@
-"""Checkpoints: round trips, strictness, the published file, files that are something else, and what is never run."""
+"""Checkpoints: round trips, strict loading, the published file, other files, and no execution of pickled code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONFIG = ModelConfig(
 
 
 class HeadOnly(torch.nn.Module):
-    """A model as far as a checkpoint is concerned, without the backbone's gigabytes."""
+    """A model with a head and a placeholder for the large backbone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,19 +91,19 @@ def head_tensors(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix("head."): value for key, value in read_checkpoint(path).tensors.items()}
 
 
-def test_missing_key_is_named(saved: tuple[Path, HeadOnly]) -> None:
+def test_missing_tensor_is_reported(saved: tuple[Path, HeadOnly]) -> None:
     path = resave(saved[0], lambda tensors: tensors.pop("head.fusion.merge.conv.weight"))
     with pytest.raises(ConfigError, match=r"'fusion.merge.conv.weight' is missing"):
         load_strict(DetailHead(DETAIL), head_tensors(path), "file")
 
 
-def test_unknown_key_is_named(saved: tuple[Path, HeadOnly]) -> None:
+def test_unknown_tensor_is_reported(saved: tuple[Path, HeadOnly]) -> None:
     path = resave(saved[0], lambda tensors: tensors.update({"head.fusion.merge.conv.bias": torch.zeros(8)}))
     with pytest.raises(ConfigError, match=r"unknown tensor 'fusion.merge.conv.bias'"):
         load_strict(DetailHead(DETAIL), head_tensors(path), "file")
 
 
-def test_other_shape_is_named(saved: tuple[Path, HeadOnly]) -> None:
+def test_wrong_shape_is_reported(saved: tuple[Path, HeadOnly]) -> None:
     other = DetailConfig(192, 16, 8, 8, (8, 6, 4, 2))
     with pytest.raises(ConfigError, match="made for another configuration"):
         load_strict(DetailHead(other), head_tensors(saved[0]), "file")
@@ -123,7 +123,7 @@ def test_published_round_trip(tmp_path: Path, published_state: dict[str, Tensor]
 
 @pytest.fixture
 def foreign_class() -> Iterator[Callable[[str, str], type]]:
-    """Makes classes of modules that are not installed, for as long as something is pickled."""
+    """Return a function that creates classes of modules that are not installed, for pickling."""
     made: list[str] = []
 
     def make(module: str, name: str) -> type:
@@ -152,7 +152,7 @@ def test_old_lightning_callbacks(
     load_strict(DetailHead(DETAIL), head_tensors(path), "file")
 
 
-def test_foreign_class_is_an_error(
+def test_unknown_class_is_an_error(
     tmp_path: Path, published_state: dict[str, Tensor], foreign_class: Callable[[str, str], type]
 ) -> None:
     evil = foreign_class("evil.payload", "Run")
@@ -162,7 +162,7 @@ def test_foreign_class_is_an_error(
 
 
 class Payload:
-    """Writes a file when it is unpickled."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -171,7 +171,7 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-def test_nothing_is_run(tmp_path: Path) -> None:
+def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "extra": Payload(tmp_path / "was-run")}, tmp_path / "icm.ckpt")
     with pytest.raises(ConfigError):
         read_checkpoint(tmp_path / "icm.ckpt")
@@ -186,7 +186,7 @@ def test_nothing_is_run(tmp_path: Path) -> None:
         ({"state_dict": {"in_context_decoder.neck.weight": torch.zeros(1)}}, "unknown key 'in_context_decoder.neck"),
     ],
 )
-def test_other_projects_torch_file(tmp_path: Path, content: dict[str, Any], said: str) -> None:
+def test_torch_files_of_other_projects_are_reported(tmp_path: Path, content: dict[str, Any], said: str) -> None:
     torch.save(content, tmp_path / "other.ckpt")
     with pytest.raises(ConfigError, match=said):
         read_checkpoint(tmp_path / "other.ckpt")
@@ -207,7 +207,7 @@ def test_other_projects_torch_file(tmp_path: Path, content: dict[str, Any], said
         (b"\x80\x00\x00\x00\x00\x00\x00\x00{" + b" " * 8, "damaged or truncated safetensors file"),
     ],
 )
-def test_something_else_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+def test_other_file_types_are_reported(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "checkpoint"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=said) as caught:
@@ -215,7 +215,7 @@ def test_something_else_is_named(tmp_path: Path, content: bytes, said: str) -> N
     assert str(path) in str(caught.value)
 
 
-def test_zip_and_foreign_safetensors_are_named(tmp_path: Path) -> None:
+def test_zip_and_other_safetensors_files_are_reported(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
     with pytest.raises(ConfigError, match="is a zip archive"):
@@ -225,7 +225,7 @@ def test_zip_and_foreign_safetensors_are_named(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "a.safetensors")
 
 
-def test_missing_and_truncated_files(tmp_path: Path, saved: tuple[Path, HeadOnly]) -> None:
+def test_missing_and_truncated_files_are_reported(tmp_path: Path, saved: tuple[Path, HeadOnly]) -> None:
     with pytest.raises(ConfigError, match="give an existing file"):
         read_checkpoint(tmp_path / "none.ckpt")
     saved[0].write_bytes(saved[0].read_bytes()[:-100])
@@ -238,22 +238,22 @@ def test_missing_and_truncated_files(tmp_path: Path, saved: tuple[Path, HeadOnly
         read_checkpoint(tmp_path / "short.ckpt")
 
 
-def test_broken_configuration_inside(tmp_path: Path) -> None:
+def test_invalid_configuration_is_reported(tmp_path: Path) -> None:
     for text, said in (("{", "not JSON"), (json.dumps({"backbone": {"name": "vgg"}}), "'vgg'")):
         save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {CONFIG_KEY: text})
         with pytest.raises(ConfigError, match=said):
             read_checkpoint(tmp_path / "a.safetensors")
 
 
-class TestWhichModel:
-    def test_checkpoint_brings_its_own(self, saved: tuple[Path, HeadOnly]) -> None:
+class TestResolveModel:
+    def test_checkpoint_contains_its_configuration(self, saved: tuple[Path, HeadOnly]) -> None:
         assert resolve_model(None, saved[0])[0] == CONFIG
 
-    def test_published_is_the_papers(self, tmp_path: Path, published_state: dict[str, Tensor]) -> None:
+    def test_published_checkpoint_uses_its_preset(self, tmp_path: Path, published_state: dict[str, Tensor]) -> None:
         torch.save({"state_dict": published_state}, tmp_path / "icm.ckpt")
         assert resolve_model(None, tmp_path / "icm.ckpt")[0] == load_model_config("icm-sd21")
 
-    def test_another_model_than_the_checkpoints(self, saved: tuple[Path, HeadOnly]) -> None:
+    def test_other_model_than_that_of_the_checkpoint_is_an_error(self, saved: tuple[Path, HeadOnly]) -> None:
         with pytest.raises(ConfigError, match="canvas_px 192, not 768"):
             resolve_model("icm-sd21", saved[0])
 

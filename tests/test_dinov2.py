@@ -1,4 +1,4 @@
-"""The dinov2-lite backbone: its weights from the package, its tokens, its scales, what padding may do."""
+"""The dinov2-lite backbone: pretrained weights, tokens, scales and padding."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def backbone() -> DinoV2Lite:
     return DinoV2Lite.load(CONFIG, None, offline=True, seed=0)
 
 
-def test_the_transformer_equals_the_package_s_own_graph() -> None:
-    """Outputs of two blocks, against onnxruntime on the file the weights come from."""
+def test_the_transformer_equals_the_onnx_graph_of_the_package() -> None:
+    """The outputs of two blocks equal those of onnxruntime with the file of the weights."""
     path = _weights_path(None)
     model = onnx.load(str(path))
     wanted = {f"/backbone/encoder/layer.{layer}/Add_1" for layer in (0, 2)}
@@ -64,8 +64,8 @@ def test_grids_and_channels(backbone: DinoV2Lite) -> None:
 
 
 @pytest.mark.parametrize(("cells", "grid"), [(6, 12), (7, 13), (12, 12), (1, 1)])
-def test_coarse_cells_lie_over_the_tokens_they_cover(cells: int, grid: int) -> None:
-    """A ramp stays a ramp, in the tokens' own measure: half a cell on is half a step on."""
+def test_coarse_cells_are_aligned_with_the_tokens(cells: int, grid: int) -> None:
+    """A ramp remains a ramp with the slope of the tokens."""
     ramp = torch.arange(cells, dtype=torch.float32).expand(1, 1, cells, cells)
     found = _resize_to_grid(ramp, (grid, grid))
     assert found.shape == (1, 1, grid, grid)
@@ -74,7 +74,7 @@ def test_coarse_cells_lie_over_the_tokens_they_cover(cells: int, grid: int) -> N
     torch.testing.assert_close(found[0, 0, 0], expected)
 
 
-def test_an_image_does_not_know_its_neighbours(backbone: DinoV2Lite) -> None:
+def test_features_do_not_depend_on_the_batch(backbone: DinoV2Lite) -> None:
     image, valid = torch.rand(2, 3, 96, 96), torch.ones(2, 96, 96, dtype=torch.bool)
     with torch.inference_mode():
         together = backbone.target_features(image, valid, ["", ""])
@@ -93,17 +93,17 @@ def test_an_image_does_not_know_its_neighbours(backbone: DinoV2Lite) -> None:
         ({"kind_blocks": (21,)}, "numbers from 0 to 20"),
     ],
 )
-def test_impossible_settings(settings: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_reported(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DinoV2LiteConfig(**settings)  # type: ignore[arg-type]
 
 
 class TestWeights:
-    def test_none_can_be_chosen(self) -> None:
+    def test_weights_option_is_an_error(self) -> None:
         with pytest.raises(ConfigError, match="omit --weights"):
             DinoV2Lite.load(CONFIG, "somewhere", offline=True, seed=0)
 
-    def test_a_missing_package_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_package_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def missing(name: str) -> None:
             raise importlib.metadata.PackageNotFoundError(name)
 
@@ -111,11 +111,11 @@ class TestWeights:
         with pytest.raises(ConfigError, match=r"pip install 'icm-cli\[train\]'"):
             DinoV2Lite.load(CONFIG, None, offline=True, seed=0)
 
-    def test_without_onnx(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_onnx_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "onnx", None)
         with pytest.raises(ConfigError, match="needs onnx"):
             DinoV2Lite.load(CONFIG, None, offline=True, seed=0)
 
-    def test_their_content_is_hashed(self) -> None:
+    def test_digest_depends_on_the_content(self) -> None:
         digests = {DinoV2Lite.weights_digest(CONFIG, None, offline=True) for _ in range(2)}
         assert [len(digest) for digest in digests] == [64]

@@ -1,4 +1,4 @@
-"""The small backbone sees what its published weights were trained to see."""
+"""The efficientnet-lite backbone: published weights, folded norms and grids."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from conftest import DEMO
 from icm_cli.model.lite.efficientnet import EfficientNetLite, EfficientNetLiteConfig, _weights_path
 
 CATS = range(281, 286)
-"""ImageNet's classes of domestic cats."""
+"""ImageNet classes of domestic cats."""
 
 
-def test_imagenet_classes_come_out() -> None:
-    """Our blocks below the published classifier: the demo's cat is a cat (padding, names and scaling all predictor)."""
+def test_imagenet_classification() -> None:
+    """With the published classifier, the cat of the demo is classified as a cat, so padding, names
+    and scaling are right."""
     last = EfficientNetLite.load(
         EfficientNetLiteConfig(correspondence_blocks=(20,), correspondence_shrink=(1,), scale_blocks=(14,)),
         None,
@@ -32,7 +33,7 @@ def test_imagenet_classes_come_out() -> None:
     assert int(scores.argmax()) in CATS
 
 
-def test_folding_batch_norm_changes_nothing() -> None:
+def test_folding_batch_norm_does_not_change_the_features() -> None:
     backbone = EfficientNetLite.load(EfficientNetLiteConfig(long_side_px=96), None, offline=True, seed=0)
     image = torch.rand(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
     valid = torch.ones(1, 96, 64, dtype=torch.bool)
@@ -44,8 +45,9 @@ def test_folding_batch_norm_changes_nothing() -> None:
     torch.testing.assert_close(folded, plain, atol=1e-4, rtol=1e-3)
 
 
-def test_grids_of_a_canvas_that_shrinks_unevenly() -> None:
-    """96 x 160 shrinks to 48 x 80, which is padded to 64 x 96: tokens must still lie where their pixels do."""
+def test_grids_of_a_canvas_that_is_padded_after_reduction() -> None:
+    """96 x 160 is reduced to 48 x 80 and padded to 64 x 96; tokens must stay aligned with their
+    pixels."""
     backbone = EfficientNetLite.load(EfficientNetLiteConfig(long_side_px=160), None, offline=True, seed=0)
     valid = torch.ones(2, 96, 160, dtype=torch.bool)
     valid[1, 80:] = False

@@ -1,4 +1,4 @@
-"""The model matches vectors recorded from the published code (1e-4 absolute, float32)."""
+"""The model reproduces values recorded from the published code (absolute tolerance 1e-4, float32)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load(name: str) -> dict[str, Tensor]:
     return {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / name).items()}
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
+def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
 
 
@@ -70,16 +70,16 @@ def test_detail_head(decoder: tuple[DetailHead, dict[str, Tensor]]) -> None:
         prepared = head.prepare_references([ReferenceFeatures(feature, guidance, valid)])
         target = target_features(pair)
         similarity = head.inter_similarity([prepared.tokens], target.correspondence, target.valid)
-        close(similarity, pair["inter_similarity"])
+        assert_close(similarity, pair["inter_similarity"])
         inter, intra = head.similarity_maps(target, [prepared])
-        close(inter, similarity)
-        close(intra, pair["intra_similarity"])
-        close(head(target, [prepared], (pair["image"] + 1) / 2, valid).alpha, pair["alpha"])
+        assert_close(inter, similarity)
+        assert_close(intra, pair["intra_similarity"])
+        assert_close(head(target, [prepared], (pair["image"] + 1) / 2, valid).alpha, pair["alpha"])
 
 
 @pytest.fixture(scope="module")
 def extractor(tmp_path_factory: pytest.TempPathFactory) -> tuple[StableDiffusion, dict[str, Tensor]]:
-    """The recorded weights through the real loading code; the VAE's decoder, not recorded, is random."""
+    """A backbone with the recorded weights; the decoder of the VAE is not recorded and random."""
     golden, settings = load("extractor.npz"), json.loads((GOLDEN / "extractor.json").read_text())
     folder = write_tiny_sd(tmp_path_factory.mktemp("golden-sd"))
     for part in ("unet", "vae"):
@@ -102,13 +102,13 @@ def _overwrite(folder: Path, config: dict[str, Any], golden: dict[str, Tensor], 
 @torch.no_grad()
 def test_moments(extractor: tuple[StableDiffusion, dict[str, Tensor]]) -> None:
     backbone, golden = extractor
-    close(backbone.moments((golden["image"] + 1) / 2), golden["moments"])
+    assert_close(backbone.encode_moments((golden["image"] + 1) / 2), golden["moments"])
 
 
 @torch.no_grad()
 def test_noise_schedule(extractor: tuple[StableDiffusion, dict[str, Tensor]]) -> None:
     backbone, golden = extractor
-    close(backbone.noised(golden["src_latents"], golden["src_noise"]), golden["src_noisy"])
+    assert_close(backbone.add_noise(golden["src_latents"], golden["src_noise"]), golden["src_noisy"])
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def test_noise_schedule(extractor: tuple[StableDiffusion, dict[str, Tensor]]) ->
 def test_reference_feature(extractor: tuple[StableDiffusion, dict[str, Tensor]], i: int) -> None:
     backbone, golden = extractor
     feature = backbone.mean_features(golden["ref_noisy"].unflatten(0, (2, 4))[i])[16]
-    close(feature[0], golden["ref_feature"][i])
+    assert_close(feature[0], golden["ref_feature"][i])
 
 
 @torch.no_grad()
@@ -126,6 +126,6 @@ def test_target_features_and_maps(extractor: tuple[StableDiffusion, dict[str, Te
     maps = {stride: MeanAttention(torch.ones(128 // stride, 128 // stride, dtype=torch.bool)) for stride in STRIDES}
     features = backbone.mean_features(golden["src_noisy"].unflatten(0, (2, 4))[i], maps)
     for stride, size in zip(STRIDES, ("24", "48"), strict=True):
-        close(features[stride][0], golden[f"src_{size}"][i])
-        close(maps[stride].mean(), golden[f"attn_{size}"][i].flatten(0, 1))
-    close(features[16][0], golden["src_cor"][i])
+        assert_close(features[stride][0], golden[f"src_{size}"][i])
+        assert_close(maps[stride].mean(), golden[f"attn_{size}"][i].flatten(0, 1))
+    assert_close(features[16][0], golden["src_cor"][i])

@@ -1,4 +1,4 @@
-"""A head that learns the references before it mattes (icm_cli.model.lite.finetuning)."""
+"""Fine-tuning of a head on the references of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PADDED = 128
 
 
 class Colours(nn.Module):
-    """A backbone whose tokens are mean colours and their squares, 16 px a token; it counts what it sees."""
+    """A backbone whose tokens of 16 px are mean colours and their squares; it counts the images."""
 
     is_trainable = False
     has_attention_matrix = False
@@ -50,8 +50,7 @@ class Colours(nn.Module):
 
 
 def scene(shift: int = 0, *, unknown: bool = False, decoy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """A thing of two colours, red and blue, on green, beside a blue thing that is not meant; 96 of 128 rows are the
-    frame."""
+    """Return a reference: a red and blue object on green, next to a blue object; 96 of 128 rows are the frame."""
     rng = torch.Generator().manual_seed(shift)
     image = torch.zeros(1, 3, PADDED, WIDTH)
     image[:, 1] = 0.5
@@ -85,31 +84,31 @@ def head() -> TokenMatchHead:
 
 
 def error(model: InContextMatting, prepared: object, shift: int) -> float:
-    """Mean absolute error of the alpha of a scene that was moved."""
+    """Return the mean absolute error of the alpha of a shifted scene."""
     image, guidance, valid = scene(shift)
     found = model.infer(image, valid, prepared).alpha[:, :, :HEIGHT]  # type: ignore[arg-type]
     return float((found - guidance[:, :, :HEIGHT]).abs().mean())
 
 
-def test_it_learns_a_thing_that_moves(head: TokenMatchHead) -> None:
+def test_moving_object_is_learned(head: TokenMatchHead) -> None:
     model = InContextMatting(Colours(), head)  # type: ignore[arg-type]
     before = copy.deepcopy(head.state_dict())
-    plain, taught = (model.prepare_references([scene()], learn_steps=steps) for steps in (0, 150))
-    assert isinstance(taught, LearnedReferences)
-    assert error(model, taught, 24) < 0.5 * error(model, plain, 24)
+    plain, tuned = (model.prepare_references([scene()], learn_steps=steps) for steps in (0, 150))
+    assert isinstance(tuned, LearnedReferences)
+    assert error(model, tuned, 24) < 0.5 * error(model, plain, 24)
     assert all(torch.equal(each, before[name]) for name, each in head.state_dict().items())
-    present = taught.head.present.state_dict()
+    present = tuned.head.present.state_dict()
     assert all(torch.equal(each, before[f"present.{name}"]) for name, each in present.items())
-    assert not any(each.requires_grad for each in taught.head.parameters())
+    assert not any(each.requires_grad for each in tuned.head.parameters())
 
 
-def test_every_view_is_seen_once(head: TokenMatchHead) -> None:
+def test_backbone_processes_every_view_once(head: TokenMatchHead) -> None:
     backbone = Colours()
     head.learn_references(backbone, [scene(), scene(8)], 3)  # type: ignore[arg-type]
     assert FINETUNING.views + 2 < backbone.seen <= FINETUNING.views + FINETUNING.absent_views + 2
 
 
-def test_the_same_references_give_the_same_head(head: TokenMatchHead) -> None:
+def test_same_references_give_the_same_head(head: TokenMatchHead) -> None:
     first, again, other = (
         head.learn_references(Colours(), [scene(shift)], 4).head.state_dict()  # type: ignore[arg-type]
         for shift in (0, 0, 8)
@@ -118,14 +117,14 @@ def test_the_same_references_give_the_same_head(head: TokenMatchHead) -> None:
     assert any(not torch.equal(each, other[name]) for name, each in first.items())
 
 
-def test_pixels_that_the_mask_leaves_open_teach_nothing(head: TokenMatchHead) -> None:
+def test_unknown_pixels_are_not_learned(head: TokenMatchHead) -> None:
     """A blue half that is unknown is not learned as background."""
     backbone = Colours()
     image, _, valid = scene(24, decoy=False)
 
     def blue(shown: tuple[Tensor, Tensor, Tensor]) -> float:
-        taught = head.learn_references(backbone, [shown], 150)  # type: ignore[arg-type]
-        fine = taught.head.predict_logits(backbone.target_features(image, valid, [""]), [taught.prepared], None)[1]  # type: ignore[attr-defined]
+        tuned = head.learn_references(backbone, [shown], 150)  # type: ignore[arg-type]
+        fine = tuned.head.predict_logits(backbone.target_features(image, valid, [""]), [tuned.prepared], None)[1]  # type: ignore[attr-defined]
         return float(torch.sigmoid(fine[:, 7:9, 10:12]).mean())
 
     assert blue(scene(unknown=True, decoy=False)) > blue(_without_blue()) + 0.1
@@ -136,20 +135,20 @@ def _without_blue() -> tuple[Tensor, Tensor, Tensor]:
     return image, (guidance > 0.75).float(), valid
 
 
-def test_half_precision_comes_back(head: TokenMatchHead) -> None:
-    """Learning is in float32 whatever the head runs in."""
+def test_half_precision_is_restored(head: TokenMatchHead) -> None:
+    """Fine-tuning runs in float32 whatever the dtype of the head."""
     model = InContextMatting(Colours(), head)  # type: ignore[arg-type]
     for module in head.modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
             module.to(torch.bfloat16)
-    taught = model.prepare_references([scene()], learn_steps=2)
-    assert isinstance(taught, LearnedReferences)
+    tuned = model.prepare_references([scene()], learn_steps=2)
+    assert isinstance(tuned, LearnedReferences)
     types = {name: each.dtype for name, each in head.state_dict().items()}
-    assert {name: each.dtype for name, each in taught.head.state_dict().items()} == types
-    assert error(model, taught, 0) < 1.0
+    assert {name: each.dtype for name, each in tuned.head.state_dict().items()} == types
+    assert error(model, tuned, 0) < 1.0
 
 
-def test_a_thing_that_fills_the_picture_has_no_views_without_it(head: TokenMatchHead) -> None:
+def test_object_that_fills_the_image_has_no_views_without_it(head: TokenMatchHead) -> None:
     image, guidance, valid = scene()
     full = (image, torch.ones_like(guidance) * valid[:, None], valid)
     backbone = Colours()
@@ -157,7 +156,7 @@ def test_a_thing_that_fills_the_picture_has_no_views_without_it(head: TokenMatch
     assert backbone.seen == FINETUNING.views + 1
 
 
-def test_the_digest_knows_what_was_learned() -> None:
+def test_digest_depends_on_the_steps() -> None:
     assert finetuning_digest_text(0) == ""
     assert finetuning_digest_text(10) != finetuning_digest_text(11)
 
@@ -165,11 +164,11 @@ def test_the_digest_knows_what_was_learned() -> None:
 @pytest.mark.parametrize(
     ("steps", "shot", "expected"), [(None, True, DEFAULT_STEPS), (None, False, 0), (7, False, 7), (0, True, 0)]
 )
-def test_a_shot_is_learned_unless_said_otherwise(steps: int | None, shot: bool, expected: int) -> None:
+def test_default_steps_of_a_shot(steps: int | None, shot: bool, expected: int) -> None:
     assert _choice("lite").learn_steps(steps, is_shot=shot) == expected
 
 
-def test_a_head_without_weights_learns_nothing() -> None:
+def test_head_without_weights_cannot_learn() -> None:
     choice = _choice("lite-training-free")
     assert choice.learn_steps(None, is_shot=True) == 0
     with pytest.raises(UsageError, match="the head of this model cannot learn the references"):
@@ -182,7 +181,7 @@ def _choice(model: str) -> ModelChoice:
     return model_choice(model, "auto")
 
 
-def test_several_devices_do_not_learn(icm: Icm, scene: Path) -> None:
+def test_several_devices_cannot_learn(icm: Icm, scene: Path) -> None:
     del scene
     done = icm(device="cpu,cpu", learn_steps=2)
     assert done.exit_code == 2
@@ -193,8 +192,8 @@ def test_several_devices_do_not_learn(icm: Icm, scene: Path) -> None:
 
 
 @pytest.mark.slow
-def test_alphas_of_other_steps_are_made_anew(icm: Icm, scene: Path) -> None:
-    """With the model of the package, whose answers about the second half of the thing change by what it learned."""
+def test_alphas_with_other_steps_are_recomputed(icm: Icm, scene: Path) -> None:
+    """Uses the model of the package, whose alpha of the second half of the object changes by fine-tuning."""
     out = scene / "out"
 
     def run(steps: int) -> tuple[str, dict[Path, bytes]]:
@@ -202,12 +201,12 @@ def test_alphas_of_other_steps_are_made_anew(icm: Icm, scene: Path) -> None:
         assert done.exit_code == 0, done.output
         return done.stderr, {path: path.read_bytes() for path in out.rglob("*.png")}
 
-    (plain_text, plain), (text, taught), (kept_text, kept) = run(0), run(3), run(3)
+    (plain_text, plain), (text, tuned), (kept_text, kept) = run(0), run(3), run(3)
     assert "learning" not in plain_text
     assert "learning the references, 3 steps; --learn-steps 0 leaves that out" in text
-    assert all(taught[path] != plain[path] for path in plain)
+    assert all(tuned[path] != plain[path] for path in plain)
     assert "learning" not in kept_text  # nothing is left to matte
-    assert kept == taught
+    assert kept == tuned
 
 
 @pytest.mark.parametrize(
@@ -223,7 +222,7 @@ def test_alphas_of_other_steps_are_made_anew(icm: Icm, scene: Path) -> None:
         ),
     ],
 )
-def test_what_ends_the_learning_is_said_in_a_sentence(
+def test_device_errors_while_learning_are_reported(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
     def fail(*_: object) -> None:

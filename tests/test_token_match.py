@@ -1,4 +1,4 @@
-"""The token-match head on made-up features."""
+"""The token-match head with synthetic features."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def head() -> TokenMatchHead:
 
 
 class TestTokenMatch:
-    def test_every_target_meets_its_own_reference(self, head: TokenMatchHead) -> None:
+    def test_every_target_is_compared_with_its_own_reference(self, head: TokenMatchHead) -> None:
         image, valid = torch.rand(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
         prepared = [head.prepare_references([reference(seed)]) for seed in (1, 2)]
         target = features(9, 2)
@@ -67,7 +67,7 @@ class TestTokenMatch:
             single = head(alone, prepared[i : i + 1], image[i : i + 1], valid[i : i + 1])
             torch.testing.assert_close(single.alpha[0], together.alpha[i], atol=1e-5, rtol=1e-4)
 
-    def test_a_reference_without_background_is_taken(self, head: TokenMatchHead) -> None:
+    def test_reference_without_background(self, head: TokenMatchHead) -> None:
         prepared = head.prepare_references([reference(1, everything=True)])
         assert prepared.background.shape[0] == 0
         target = features(3)
@@ -77,8 +77,9 @@ class TestTokenMatch:
         image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
         assert head(target, [prepared], image, valid).alpha.isfinite().all()
 
-    def test_it_begins_with_principal_components(self) -> None:
-        """Of what tokens differ in: the mean says nothing, one varying direction is the whole of a layer's likeness."""
+    def test_initialisation_from_principal_components(self) -> None:
+        """The mean of the tokens is removed; in a layer with one varying direction, this direction
+        decides."""
         head = TokenMatchHead(CONFIG)
         generator = torch.Generator().manual_seed(3)
         direction = F.normalize(torch.randn(5, generator=generator), dim=0)
@@ -99,8 +100,9 @@ class TestTokenMatch:
         ours, theirs = (head.compute_evidence(projected, target.valid, [each]) for each in (prepared, turned))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
-    def test_its_own_picture_is_recognised(self, head: TokenMatchHead) -> None:
-        """A target that is the reference: tokens inside the guidance carry more of it than those outside."""
+    def test_reference_is_recognised_in_itself(self, head: TokenMatchHead) -> None:
+        """If the target is the reference, more guidance is transferred to the tokens inside it than
+        to those outside."""
         shown = reference(4)
         target = Features(shown.features.correspondence, shown.features.valid, features(4).scales, {})
         inter, intra = head.similarity_maps(target, [head.prepare_references([shown])])
@@ -109,7 +111,7 @@ class TestTokenMatch:
         assert inter.shape == intra.shape == (1, 1, 4, 4)
         assert inter[0, 0][inside].min() > inter[0, 0][~inside].max()
 
-    def test_it_starts_undecided_and_every_weight_learns(self) -> None:
+    def test_initial_alpha_is_undecided_and_every_weight_has_a_gradient(self) -> None:
         torch.manual_seed(1)
         head = TokenMatchHead(CONFIG).train()
         image, valid = torch.rand(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
@@ -119,10 +121,10 @@ class TestTokenMatch:
         assert 0.1 < alpha.mean() < 0.9
         (alpha - torch.rand(2, 1, SIDE, SIDE)).square().sum().backward()
         still = [name for name, each in head.named_parameters() if each.grad is None or not each.grad.any()]
-        assert not [name for name in still if not name.endswith("output.0.bias")]  # BatchNorm takes that one's place
+        assert not [name for name in still if not name.endswith("output.0.bias")]  # BatchNorm makes this bias redundant
 
     @pytest.mark.parametrize("doubt", [0.0, 19.0])
-    def test_it_says_what_it_would_answer_if_the_thing_were_there(self, doubt: float) -> None:
+    def test_alpha_if_present(self, doubt: float) -> None:
         torch.manual_seed(1)
         head = TokenMatchHead(replace(CONFIG, doubt=doubt, clear=0.0)).eval()
         image, valid = torch.rand(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
@@ -150,11 +152,11 @@ class TestTokenMatch:
             ({"temperature": 0.0}, "more than 0"),
         ],
     )
-    def test_impossible_settings(self, change: dict[str, object], message: str) -> None:
+    def test_invalid_settings_are_reported(self, change: dict[str, object], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             TokenMatchConfig(**change)  # type: ignore[arg-type]
 
-    def test_another_backbone_is_named(self, head: TokenMatchHead) -> None:
+    def test_features_of_another_backbone_are_reported(self, head: TokenMatchHead) -> None:
         lacking = Features(torch.randn(1, 9, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool), {}, {})
         image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
         with pytest.raises(
@@ -163,7 +165,7 @@ class TestTokenMatch:
         ):
             head(lacking, [head.prepare_references([reference(1)])], image, valid)
 
-    def test_a_decoder_that_the_backbone_does_not_feed_is_named(self, head: TokenMatchHead) -> None:
+    def test_missing_feature_scale_is_reported(self, head: TokenMatchHead) -> None:
         target = features(1)
         lacking = Features(target.correspondence, target.valid, {8: target.scales[8]}, {})
         image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
@@ -172,7 +174,7 @@ class TestTokenMatch:
         ):
             head(lacking, [head.prepare_references([reference(1)])], image, valid)
 
-    def test_a_decoder_may_end_before_the_canvas(self) -> None:
+    def test_decoder_may_end_below_the_resolution_of_the_canvas(self) -> None:
         head = TokenMatchHead(replace(CONFIG, skip_channels=(6,), decoder_channels=(8,))).eval()
         image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The training-free head on made-up tokens, and with the EfficientNet on made-up pictures."""
+"""The training-free head with synthetic tokens, and with EfficientNet on synthetic images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLOURS = torch.tensor([[0.2, 0.3, 0.8], [0.9, 0.2, 0.1], [0.9, 0.8, 0.1], [0.2,
 
 
 def features(kinds: Tensor, valid: Tensor, seed: int = 0) -> Features:
-    """Tokens of a picture whose cells [h,w] are of the given kinds: one direction a kind, and some noise.
+    """Return tokens of an image whose cells [h,w] have the given classes: one direction per class, and noise.
 
     Ball and cube are opposite, backdrop and meadow too: as unlike as centred features of unlike things are.
     """
@@ -46,7 +46,7 @@ def picture(kinds: Tensor) -> Tensor:
 
 
 def scene(*things: tuple[int, int], size: tuple[int, int] = (10, 14), ground: int = BACKDROP) -> Tensor:
-    """A grid of ground with things of 4x4 tokens: (kind, left column)."""
+    """Return a grid of background with objects of 4 x 4 tokens, given as (class, left column)."""
     kinds = torch.full(size, ground)
     for kind, left in things:
         kinds[3:7, left : left + 4] = kind
@@ -68,8 +68,8 @@ def matte(head: TrainingFree, kinds: Tensor, *references: ReferenceFeatures):
     return head(features(kinds, valid), [head.prepare_references(references)], picture(kinds), valid)
 
 
-def share_inside(alpha: Tensor, kinds: Tensor, kind: int) -> float:
-    """Mean alpha over the cells of a kind."""
+def mean_alpha_inside(alpha: Tensor, kinds: Tensor, kind: int) -> float:
+    """Return the mean alpha of the cells of a class."""
     inside = (kinds == kind).repeat_interleave(STRIDE, -1).repeat_interleave(STRIDE, -2)
     return float(alpha[0, 0][inside].mean())
 
@@ -80,13 +80,13 @@ def head() -> TrainingFree:
 
 
 @pytest.mark.parametrize(("wanted", "other"), [(BALL, CUBE), (CUBE, BALL)])
-def test_the_reference_decides_which_of_two_things_is_foreground(head, wanted, other):
+def test_reference_selects_one_of_two_objects(head, wanted, other):
     target = scene((BALL, 1), (CUBE, 8))
     result = matte(head, target, reference(scene((wanted, 5)), wanted))
     assert result.found.tolist() == [True]
-    assert share_inside(result.alpha, target, wanted) > 0.9
-    assert share_inside(result.alpha, target, other) < 0.05
-    assert share_inside(result.alpha, target, BACKDROP) < 0.05
+    assert mean_alpha_inside(result.alpha, target, wanted) > 0.9
+    assert mean_alpha_inside(result.alpha, target, other) < 0.05
+    assert mean_alpha_inside(result.alpha, target, BACKDROP) < 0.05
 
 
 def test_alpha_and_confidence_have_their_shapes_and_ranges(head):
@@ -110,18 +110,18 @@ def test_alpha_and_confidence_have_their_shapes_and_ranges(head):
     assert torch.equal(result.alpha[0], result.alpha[1])
 
 
-def test_an_absent_thing_gives_an_empty_alpha_and_is_not_found(head):
+def test_absent_object_gives_an_empty_alpha_and_is_not_found(head):
     result = matte(head, scene((CUBE, 4), ground=MEADOW), reference(scene((BALL, 5)), BALL))
     assert result.found.tolist() == [False]
     assert result.alpha.count_nonzero() == 0
     assert result.confidence.item() < head.config.absent_below
 
 
-def test_padded_tokens_take_no_part(head):
+def test_padded_tokens_are_excluded(head):
     kinds = scene((BALL, 1))
     valid = whole(kinds)
     valid[:, :, 160:] = False
-    valid[:, 130:] = False  # a row of tokens is padding in part: it counts
+    valid[:, 130:] = False  # a column of tokens that is partly padding counts
     prepared = head.prepare_references([reference(scene((BALL, 5)), BALL)])
     results = []
     for padding in (BACKDROP, BALL):
@@ -133,7 +133,7 @@ def test_padded_tokens_take_no_part(head):
     assert torch.equal(results[0].confidence, results[1].confidence)
 
 
-def test_padding_of_a_reference_takes_no_part(head):
+def test_padding_of_a_reference_is_excluded(head):
     kinds = scene((BALL, 1))
     padded = reference(kinds, BALL)
     padded.valid[:, :, 160:] = False
@@ -142,24 +142,24 @@ def test_padding_of_a_reference_takes_no_part(head):
     assert len(prepared.background) == 10 * 10 - 16
 
 
-def test_several_references_on_canvases_of_their_own_work_together(head):
+def test_several_references_on_different_canvases(head):
     ball = reference(scene((BALL, 5)), BALL)
     cube = reference(scene((CUBE, 2), size=(12, 8), ground=MEADOW), CUBE, seed=3)
     target = scene((BALL, 1), (CUBE, 8))
     result = matte(head, target, ball, cube)
-    assert share_inside(result.alpha, target, BALL) > 0.9
-    assert share_inside(result.alpha, target, CUBE) > 0.9
-    assert share_inside(result.alpha, target, BACKDROP) < 0.1
+    assert mean_alpha_inside(result.alpha, target, BALL) > 0.9
+    assert mean_alpha_inside(result.alpha, target, CUBE) > 0.9
+    assert mean_alpha_inside(result.alpha, target, BACKDROP) < 0.1
 
 
-def test_a_reference_without_background_still_works(head):
+def test_reference_without_background(head):
     target = scene((BALL, 1), (CUBE, 8))
     result = matte(head, target, reference(torch.full((6, 6), BALL), BALL))
-    assert share_inside(result.alpha, target, BALL) > 0.9
-    assert share_inside(result.alpha, target, CUBE) < 0.1
+    assert mean_alpha_inside(result.alpha, target, BALL) > 0.9
+    assert mean_alpha_inside(result.alpha, target, CUBE) < 0.1
 
 
-def test_a_guidance_smaller_than_a_token_leaves_a_notice(head):
+def test_guidance_smaller_than_a_token_gives_a_notice(head):
     small = reference(scene((BALL, 5)), BALL)
     guidance = torch.zeros_like(small.guidance)
     guidance[..., 52:56, 84:88] = 1
@@ -169,17 +169,17 @@ def test_a_guidance_smaller_than_a_token_leaves_a_notice(head):
     assert head.prepare_references([small]).notices == []
 
 
-def test_intra_similarity_spreads_the_evidence(head):
+def test_intra_similarity_propagates_the_evidence(head):
     kinds = scene((BALL, 1), (CUBE, 8))
     flat = AttentionMatrix(torch.full((1, kinds.numel(), kinds.numel()), 1 / kinds.numel()), tuple(kinds.shape))
     target = dataclasses.replace(features(kinds, whole(kinds)), intra={STRIDE: flat})
     prepared = head.prepare_references([reference(scene((BALL, 5)), BALL)])
     contrast = head.compute_evidence(target, [prepared], STRIDE)[0].contrast
-    assert contrast.std() < 1e-6  # everything alike: everywhere the mean
+    assert contrast.std() < 1e-6  # all tokens are equal, so the result is the mean
 
 
 @pytest.mark.parametrize("share", [0.05, 0.15])
-def test_the_unknown_share_is_bounded(share):
+def test_unknown_fraction_is_limited(share):
     head = TrainingFree(TrainingFreeConfig(unknown_share=share))
     contrast = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
     trimap = head.make_trimap(contrast)
@@ -189,17 +189,17 @@ def test_the_unknown_share_is_bounded(share):
 
 def test_regions_without_strong_evidence_are_dropped():
     evidence = torch.tensor([[0.9, 0.5, 0.0, 0.5, 0.6, 0.0, 0.8]])
-    kept = keep_strong_regions(evidence, evidence > 0, share=0.8)
+    kept = keep_strong_regions(evidence, evidence > 0, fraction=0.8)
     assert kept.tolist() == [[True, True, False, False, False, False, True]]
 
 
-def test_a_small_thing_keeps_a_foreground(head):
+def test_small_object_keeps_foreground(head):
     contrast = torch.full((100, 100), -1.0)
-    contrast[40:46, 40:46] = 1.0  # far smaller than the unknown share
+    contrast[40:46, 40:46] = 1.0  # much smaller than the unknown fraction
     assert (head.make_trimap(contrast) == 1).sum() == 36
 
 
-def test_soft_maximum_lies_between_mean_and_maximum():
+def test_soft_maximum_is_between_mean_and_maximum():
     cosines = torch.tensor([0.9, 0.1, -0.4])
     reference = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
     target = torch.tensor([[1.0, 0.0]])
@@ -216,7 +216,7 @@ def test_a_trimap_without_both_sides_is_not_solved(side, monkeypatch):
     assert np.array_equal(solve_alpha(np.zeros((8, 8, 3)), trimap), np.full((8, 8), side))
 
 
-def test_closed_form_follows_the_image_and_is_silent(capfd):
+def test_closed_form_follows_the_image_and_prints_nothing(capfd):
     rgb = np.zeros((24, 40, 3))
     rgb[:, 20:] = (0.9, 0.5, 0.1)
     trimap = np.full((24, 40), 0.5)
@@ -239,13 +239,13 @@ def test_closed_form_follows_the_image_and_is_silent(capfd):
         ({"cluster_band": 0.0}, "cluster_band is 0.0; expected between 0 and 0.5"),
     ],
 )
-def test_a_setting_out_of_range_is_refused_by_name(settings, words):
+def test_settings_out_of_range_are_reported(settings, words):
     with pytest.raises(ConfigError, match=words):
         TrainingFreeConfig(**settings)
 
 
-def test_it_follows_the_reference_with_the_efficientnet(head):
-    """A chequered and a striped disc on gravel, one of them shown: from pixels to alpha with real weights."""
+def test_reference_selects_an_object_with_efficientnet(head):
+    """A chequered and a striped disc on gravel, with the pretrained weights; the reference shows one of them."""
     backbone = EfficientNetLite.load(EfficientNetLiteConfig(long_side_px=448), None, offline=True, seed=0)
     model = InContextMatting(backbone, head).eval()
     rows, columns = torch.meshgrid(torch.arange(320), torch.arange(448), indexing="ij")
@@ -262,8 +262,8 @@ def test_it_follows_the_reference_with_the_efficientnet(head):
         assert alpha[other].mean() < 0.2
 
 
-def test_the_solver_leaves_the_number_of_threads_as_it_is():
-    """pymatting's import sets OpenMP's, and torch's with it: farms limit them, and sums depend on them."""
+def test_importing_the_solver_does_not_change_the_number_of_threads():
+    """The import of pymatting sets the number of OpenMP threads, which farms limit and results depend on."""
     code = (
         "import torch; torch.set_num_threads(1); from icm_cli.model.training_free.closed_form import load_solver;"
         "load_solver(); import sys; sys.exit(torch.get_num_threads() != 1)"
@@ -272,28 +272,28 @@ def test_the_solver_leaves_the_number_of_threads_as_it_is():
 
 
 class TestClusters:
-    """INSID3's steps as a rule of the head, and on tokens made up."""
+    """The rule "clusters", and its steps with synthetic tokens."""
 
     @pytest.fixture
     def by_clusters(self) -> TrainingFree:
         return TrainingFree(TrainingFreeConfig(rule="clusters"))
 
     @pytest.mark.parametrize(("wanted", "other"), [(BALL, CUBE), (CUBE, BALL)])
-    def test_the_reference_decides_which_of_two_things_is_foreground(self, by_clusters, wanted, other):
+    def test_reference_selects_one_of_two_objects(self, by_clusters, wanted, other):
         target = scene((BALL, 1), (CUBE, 8))
         result = matte(by_clusters, target, reference(scene((wanted, 5)), wanted))
         assert result.found.tolist() == [True]
-        assert share_inside(result.alpha, target, wanted) > 0.9
-        assert share_inside(result.alpha, target, other) < 0.05
-        assert share_inside(result.alpha, target, BACKDROP) < 0.05
+        assert mean_alpha_inside(result.alpha, target, wanted) > 0.9
+        assert mean_alpha_inside(result.alpha, target, other) < 0.05
+        assert mean_alpha_inside(result.alpha, target, BACKDROP) < 0.05
 
-    def test_without_a_candidate_the_thing_is_absent(self, by_clusters):
+    def test_object_without_candidates_is_absent(self, by_clusters):
         result = matte(by_clusters, scene((CUBE, 4)), reference(scene((BALL, 5)), BALL))
         assert result.found.tolist() == [False]
         assert result.alpha.count_nonzero() == 0
         assert result.confidence.item() == 0
 
-    def test_padded_tokens_take_no_part(self, by_clusters):
+    def test_padded_tokens_are_excluded(self, by_clusters):
         kinds = scene((BALL, 1))
         valid = whole(kinds)
         valid[:, :, 160:] = False
@@ -305,8 +305,8 @@ class TestClusters:
             results.append(by_clusters(features(padded, valid), [prepared], picture(padded), valid))
         assert torch.equal(results[0].alpha[..., :160], results[1].alpha[..., :160])
 
-    def test_tokens_are_grouped_by_their_own_feature(self, by_clusters):
-        """Half of the ball matches and half does not; the grouping feature says that they are one."""
+    def test_tokens_are_clustered_by_the_grouping_features(self, by_clusters):
+        """Half of the ball matches the reference; the grouping features make both halves one cluster."""
         kinds = scene((BALL, 1))
         target = features(kinds, whole(kinds))
         spoiled = target.correspondence.clone()
@@ -320,9 +320,9 @@ class TestClusters:
         assert found[1] == 16
         assert found[0] <= 16
 
-    def test_a_cluster_joins_by_its_likeness_to_prototype_and_seed(self):
+    def test_cluster_is_added_by_its_similarity_to_prototype_and_seed(self):
         axes = torch.eye(6)
-        like = 0.8 * axes[0] + 0.6 * axes[1]  # like the seed by 0.8, another cluster
+        like = 0.8 * axes[0] + 0.6 * axes[1]  # another cluster with similarity 0.8 to the seed
         target = torch.cat([axes[:1].expand(5, -1), like[None].expand(4, -1), axes[2:3].expand(8, -1)])
         tokens = ReferenceTokens(axes[:1].expand(3, -1), axes[2:3].expand(3, -1))
         counts = [
@@ -335,13 +335,13 @@ class TestClusters:
         ]
         assert counts == [9, 5]  # its score is 0.8 * 0.8
 
-    def test_backward_neighbours_must_lie_inside_the_mask(self):
+    def test_nearest_reference_tokens_must_be_inside_the_mask(self):
         target = F.normalize(torch.tensor([[1.0, 0.2], [0.6, 1.0]]), dim=-1)
         inside = is_nearest_foreground(target, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
         assert inside.tolist() == [True, False]
         assert is_nearest_foreground(target, target, target[:0]).tolist() == [True, True]
 
-    def test_clusters_are_those_of_average_linkage(self):
+    def test_clusters_by_average_linkage(self):
         angles = torch.tensor([0.0, 0.1, 0.9, 1.0, 3.0])
         points = torch.stack([angles.cos(), angles.sin()], dim=1)
         assert len(set(cluster_tokens(points, 0.99).tolist())) == 3

@@ -49,7 +49,7 @@ def main() -> None:
     place = learner.device.torch_device
     began = time.perf_counter()
     stage.prepare(learner, Path(), 0, TrainingListener())
-    print(f"{len(stage.pool)} pictures on {learner.device.describe()} in {time.perf_counter() - began:.1f} s")
+    print(f"{len(stage.pool)} pictures on {learner.device.description} in {time.perf_counter() - began:.1f} s")
     batches = stage.make_batches(learner.make_sampler(0), workers=0, pin=False)
 
     def synchronise() -> float:
