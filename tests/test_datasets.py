@@ -333,7 +333,7 @@ def test_options_of_other_datasets_are_refused(tmp_path: Path) -> None:
     write_images(tmp_path, "image/a.jpg", "matte/a.jpg")
     with pytest.raises(UsageError, match="are for --dataset folder"):
         find_dataset("ppm100", tmp_path, images=str(tmp_path))
-    with pytest.raises(UsageError, match="leave it out"):
+    with pytest.raises(UsageError, match="remove it"):
         find_dataset("ppm100", tmp_path, backgrounds=tmp_path)
     with pytest.raises(UsageError, match="no train split"):
         find_dataset("ppm100", tmp_path, split="train")

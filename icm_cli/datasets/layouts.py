@@ -88,14 +88,16 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
     if not root.is_dir():
         raise UsageError(f"data root {root} is not a folder; expected the folder of {title}")
     root = root.resolve()
-    below = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    subfolders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     for layout in layouts:
         if found := _layout_files(layout, root):
             return layout, found
-        there = {base: found for base in below if (found := _layout_files(layout, base))}
-        if len(there) > 1:
-            raise UsageError(f"{title} was found in {' and in '.join(map(str, there))}; give one of them as data root")
-        for found in there.values():
+        matches = {base: found for base in subfolders if (found := _layout_files(layout, base))}
+        if len(matches) > 1:
+            raise UsageError(
+                f"{title} was found in {' and in '.join(map(str, matches))}; give one of them as data root"
+            )
+        for found in matches.values():
             return layout, found
         for base in list(root.parents)[:3]:
             if found := _layout_files(layout, base, inside=root):
@@ -109,10 +111,10 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
 
 def find_files_by_pattern(images: str, alphas: str, trimaps: str | None) -> FileSets:
     """Return the files of three folders or glob patterns. Raises UsageError if one contains no images."""
-    clashes: list[Problem] = []
+    problems: list[Problem] = []
     options = zip((images, alphas, trimaps), ("--images", "--alphas", "--trimaps"), strict=True)
-    found = [_find_matching(text, option, clashes) if text else {} for text, option in options]
-    return FileSets(found[0], found[1], found[2], tuple(clashes))
+    found = [_find_matching(text, option, problems) if text else {} for text, option in options]
+    return FileSets(found[0], found[1], found[2], tuple(problems))
 
 
 def pair_files(layout: Layout, files: FileSets, backgrounds: Sequence[Path] = ()) -> tuple[list[Sample], list[Problem]]:
@@ -162,9 +164,9 @@ def list_images(folder: Path) -> list[Path]:
 
     Raises UsageError if a folder cannot be read.
     """
-    passed: SkippedPaths = {}
-    found = sorted(path for path in walk_files(folder, passed) if _is_image_file(path))
-    if unreadable := passed.get(UNREADABLE):
+    skipped: SkippedPaths = {}
+    found = sorted(path for path in walk_files(folder, skipped) if _is_image_file(path))
+    if unreadable := skipped.get(UNREADABLE):
         raise UsageError(
             f"{min(unreadable)} is {UNREADABLE}; without it the data would be incomplete; change its permissions"
         )
@@ -176,11 +178,11 @@ def _layout_files(layout: Layout, base: Path, inside: Path | None = None) -> Fil
     folders = _layout_folders(layout, base)
     if folders is None or (inside and not folders[0].is_relative_to(inside)):
         return None
-    clashes: list[Problem] = []
+    problems: list[Problem] = []
     images, alphas, trimaps = (
-        _index_by_key(list_images(folder), folder, layout.key, clashes) if folder else {} for folder in folders
+        _index_by_key(list_images(folder), folder, layout.key, problems) if folder else {} for folder in folders
     )
-    found = FileSets(images, alphas, trimaps, tuple(clashes))
+    found = FileSets(images, alphas, trimaps, tuple(problems))
     if layout.lists:
         found = _apply_list(layout, base, found)
     return found if found.images and found.alphas else None
@@ -190,7 +192,7 @@ def _apply_list(layout: Layout, base: Path, files: FileSets) -> FileSets:
     """Return only the files that the list of the layout names. Listed images that do not exist become problems.
 
     A line of a DAVIS list begins with an image (``/JPEGImages/480p/goat/00000.jpg``) or is a folder (``goat``).
-    Raises UsageError if there is no list or it cannot be read.
+    Raises UsageError if the list is missing or cannot be read.
     """
     paths = [base / layout.parent_folder / name for name in layout.lists]
     path = next((each for each in paths if each.is_file()), None)
@@ -216,14 +218,16 @@ def _apply_list(layout: Layout, base: Path, files: FileSets) -> FileSets:
 
 
 def _layout_folders(layout: Layout, base: Path) -> tuple[Path, Path, Path | None] | None:
-    home = _find_subfolder(base, layout.parent_folder)
-    images, alphas = (_find_subfolder(home, folder) if home else None for folder in (layout.images, layout.alphas))
-    if home is None or images is None or alphas is None:
+    """Return the folders of images, alphas and trimaps at ``base``, or None if they do not exist."""
+    parent = _find_subfolder(base, layout.parent_folder)
+    images, alphas = (_find_subfolder(parent, folder) if parent else None for folder in (layout.images, layout.alphas))
+    if parent is None or images is None or alphas is None:
         return None
-    return images, alphas, _find_subfolder(home, layout.trimaps) if layout.trimaps else None
+    return images, alphas, _find_subfolder(parent, layout.trimaps) if layout.trimaps else None
 
 
 def _first_empty(folders: Sequence[Path | None]) -> Path:
+    """Return the first folder that contains no images."""
     return next(folder for folder in folders if folder and not list_images(folder))
 
 
@@ -231,28 +235,31 @@ def _find_subfolder(base: Path, folders: str) -> Path | None:
     """Return a subfolder, ignoring the case of its name, or None if it does not exist."""
     try:
         for name in PurePosixPath(folders).parts:
-            exact = base / name
-            similar = (
-                [path for path in base.iterdir() if path.name.lower() == name.lower()] if not exact.is_dir() else []
-            )
-            base = similar[0] if similar else exact
-            if not base.is_dir():
+            path = base / name
+            if not path.is_dir():
+                path = next((each for each in base.iterdir() if each.name.lower() == name.lower()), path)
+            if not path.is_dir():
                 return None
+            base = path
     except PermissionError:  # such as lost+found next to the dataset
         return None
     return base
 
 
-def _index_by_key(paths: Iterable[Path], root: Path, key: Callable[[str], str], clashes: list[Problem]) -> Files:
+def _index_by_key(paths: Iterable[Path], root: Path, key: Callable[[str], str], problems: list[Problem]) -> Files:
+    """Return the files by key. Files with the key of an earlier file are added to ``problems``."""
     files: Files = {}
     for path in paths:
         name = key(path.relative_to(root).with_suffix("").as_posix())
         if (first := files.setdefault(name, path)) != path:
-            clashes.append(Problem("same-name", name, f"{first} and {path} have the same name; only the first is used"))
+            problems.append(
+                Problem("same-name", name, f"{first} and {path} have the same name; only the first is used")
+            )
     return files
 
 
-def _find_matching(text: str, option: str, clashes: list[Problem]) -> Files:
+def _find_matching(text: str, option: str, problems: list[Problem]) -> Files:
+    """Return the files of a folder or glob pattern by key. Raises UsageError if it contains no images."""
     fixed, wildcards = split_glob(text)
     if wildcards:
         root = Path(fixed)
@@ -264,7 +271,7 @@ def _find_matching(text: str, option: str, clashes: list[Problem]) -> Files:
         paths = list_images(root)
     if not paths:
         raise UsageError(f"{option} {text} contains no images; expected a folder of images or a quoted glob")
-    return _index_by_key(paths, root, unchanged_key, clashes)
+    return _index_by_key(paths, root, unchanged_key, problems)
 
 
 def _is_image_file(path: Path) -> bool:
@@ -274,6 +281,7 @@ def _is_image_file(path: Path) -> bool:
 
 
 def _list_folder(root: Path) -> str:
+    """Return the names in a folder for error messages."""
     names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in root.iterdir())
     if not names:
         return "nothing"

@@ -233,7 +233,7 @@ def _locate_files(
     if images and alphas:
         return dataset.test[0], find_files_by_pattern(images, alphas, trimaps)
     if any(patterns) or root is None:
-        options = "--images and --alphas, or --data-root" if name == "folder" else "--data-root with its folder"
+        options = "--images and --alphas, or --data-root" if name == "folder" else "its folder as --data-root"
         raise UsageError(f"the location of {dataset.title} is missing; give {options}")
     layouts = dataset.test if split == "test" else dataset.train
     if not layouts:
@@ -244,7 +244,7 @@ def _locate_files(
 def _find_backgrounds(dataset: Dataset, layout: Layout, folder: str | Path | None) -> list[Path]:
     if not layout.backgrounds_per_foreground:
         if folder is not None:
-            raise UsageError(f"--backgrounds has no effect: {dataset.title} contains complete images; leave it out")
+            raise UsageError(f"--backgrounds has no effect: {dataset.title} contains complete images; remove it")
         return []
     if folder is None:
         raise UsageError(
@@ -253,12 +253,12 @@ def _find_backgrounds(dataset: Dataset, layout: Layout, folder: str | Path | Non
         )
     if not Path(folder).is_dir():
         raise UsageError(f"backgrounds folder {folder} does not exist; expected images to composite foregrounds onto")
-    found = list_images(Path(folder))
-    if not found:
+    backgrounds = list_images(Path(folder))
+    if not backgrounds:
         raise UsageError(
             f"backgrounds folder {folder} contains no images; expected images to composite foregrounds onto"
         )
-    return found
+    return backgrounds
 
 
 def _background_notes(layout: Layout, files: FileSets, backgrounds: Sequence[Path]) -> list[str]:
@@ -269,5 +269,5 @@ def _background_notes(layout: Layout, files: FileSets, backgrounds: Sequence[Pat
 
 
 def _group_from_name(dataset: Dataset, name: str) -> str:
-    found = re.match(dataset.group_pattern, name) if dataset.group_pattern else None
-    return found[1] if found else ONE_GROUP
+    match = re.match(dataset.group_pattern, name) if dataset.group_pattern else None
+    return match[1] if match else ONE_GROUP

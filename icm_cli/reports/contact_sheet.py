@@ -104,7 +104,7 @@ def make_thumbnail(image: ImageU8) -> ImageU8:
 
 
 def select_evenly(results: Sequence[ImageResult], count: int) -> list[ImageResult]:
-    """Select at count ``count`` results at even intervals."""
+    """Select at most ``count`` results at even intervals."""
     if len(results) <= count:
         return list(results)
     return [results[index] for index in np.linspace(0, len(results) - 1, count).round().astype(int)]

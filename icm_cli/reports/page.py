@@ -69,7 +69,7 @@ class Histogram:
     highest: float
 
     @property
-    def tallest(self) -> int:
+    def max_count(self) -> int:
         """Count of the highest bin."""
         return max(self.counts)
 
