@@ -23,7 +23,11 @@ TRAINING_KEYS = ("train", "data")
 """Sections of a configuration file that only ``icm train`` reads."""
 COMPONENT_KEYS = ("backbone", "head", "objects", "edges")
 """Sections of a configuration file that define the model."""
-MODEL_KEYS = {*COMPONENT_KEYS, *TRAINING_KEYS}
+PASS_KEYS = ("second_pass", "guided_filter")
+"""Optional sections of a configuration file for the passes around the components."""
+MODEL_SECTIONS = (*COMPONENT_KEYS, *PASS_KEYS)
+"""Sections of a configuration file that :func:`parse_model_config` reads."""
+MODEL_KEYS = {*MODEL_SECTIONS, *TRAINING_KEYS}
 """All sections of a configuration file."""
 COMPONENTS: dict[ComponentKind, dict[str, str]] = {
     "backbone": {
@@ -68,6 +72,43 @@ class ComponentConfig:
 
 
 @dataclass(frozen=True)
+class CropSettings:
+    """Rules for a crop around an object. If the crop cuts the object, a larger crop is matted."""
+
+    margin: float = 0.175
+    """Margin around the object, as a fraction of the object's longer side."""
+    min_side: float = 0.2
+    """Smallest height and width of a crop, as fractions of the frame's height and width."""
+    cut_fraction: float = 0.02
+    """A side of a crop cuts the object if at least this fraction of its pixels belongs to the object."""
+    growth: float = 0.5
+    """Enlargement at a side that cuts the object, as a fraction of the crop's height or width."""
+    max_crops: int = 4
+    """Largest number of crops per frame, each larger than the one before."""
+
+
+@dataclass(frozen=True)
+class SecondPassConfig:
+    """Second pass over a crop, for targets in which the presence of the object is uncertain."""
+
+    crop: CropSettings = CropSettings(margin=0.25, min_side=0.1, max_crops=3)
+    max_area: float = 0.9
+    """Largest area of a crop, as a fraction of the frame's: a larger crop shows no more than the frame does."""
+    fade: float = 0.05
+    """The alpha of a crop fades to 0 over this fraction of the crop's side, so that no border is visible."""
+
+
+@dataclass(frozen=True)
+class GuidedFilterConfig:
+    """Guided filter that enlarges alphas to the size of their source, along the edges of the image."""
+
+    radius_px: int = 2
+    """Radius of the window, in pixels of the alpha before it is enlarged."""
+    epsilon: float = 1e-4
+    """Regularisation: variance of a colour channel in 0..1 above which a window counts as an edge."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Components of a :class:`~icm_cli.model.core.InContextMatting`."""
 
@@ -78,15 +119,20 @@ class ModelConfig:
     used."""
     objects: ComponentConfig | None = None
     """Component that completes the objects of a coarse alpha before their edges are refined."""
+    second_pass: SecondPassConfig = SecondPassConfig()
+    """Second pass where the presence of the object is uncertain; used by models with edges."""
+    guided_filter: GuidedFilterConfig = GuidedFilterConfig()
+    """Enlarges the head's alpha to the size of the source; used by models without edges."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return a mapping that :func:`parse_model_config` converts back to an equal
         configuration."""
-        return {
+        components = {
             kind: {"name": part.name, **dataclasses.asdict(part.settings)}
             for kind in COMPONENT_KEYS
             if (part := getattr(self, kind)) is not None
         }
+        return components | {key: dataclasses.asdict(getattr(self, key)) for key in PASS_KEYS}
 
 
 def component_class(kind: ComponentKind, name: str) -> Any:
@@ -125,7 +171,7 @@ def parse_model_config(mapping: object, where: str) -> ModelConfig:
         ConfigError: A section or key is missing, unknown or has an invalid value.
     """
     fields = require_mapping(mapping, where)
-    reject_unknown_keys(fields, set(COMPONENT_KEYS), where)
+    reject_unknown_keys(fields, set(MODEL_SECTIONS), where)
     edges, objects = fields.get("edges"), fields.get("objects")
     if objects is not None and edges is None:
         raise ConfigError(f"{where}: section 'objects' needs a section 'edges'; add one, or remove 'objects'")
@@ -134,6 +180,8 @@ def parse_model_config(mapping: object, where: str) -> ModelConfig:
         head=_parse_component("head", fields.get("head"), f"{where}: head"),
         edges=None if edges is None else _parse_component("edges", edges, f"{where}: edges"),
         objects=None if objects is None else _parse_component("objects", objects, f"{where}: objects"),
+        second_pass=parse_dataclass(SecondPassConfig, fields.get("second_pass", {}), f"{where}: second_pass"),
+        guided_filter=parse_dataclass(GuidedFilterConfig, fields.get("guided_filter", {}), f"{where}: guided_filter"),
     )
 
 

@@ -1,7 +1,8 @@
-"""The guided filter, twice: in torch for a batch on the model's device, and in NumPy for one source in a thread.
+"""Guided filters: a NumPy one that enlarges the alpha of a source, and a torch one that aligns a batch of soft alphas.
 
-He, Sun & Tang, "Guided Image Filtering", TPAMI 2013, equations 14-19, and He & Sun, "Fast Guided Filter", 2015. Where
-windows, sizes and epsilon are the same both give the same alpha; a test holds that.
+Both fit alpha = a . rgb + b in every window (He, Sun & Tang, "Guided Image Filtering", TPAMI 2013, equations 14-19) at
+a reduced size, and apply the enlarged coefficients to the full image (He & Sun, "Fast Guided Filter", 2015). With the
+same windows and epsilon they give the same alpha except at the border, where one reflects and the other averages less.
 """
 
 from __future__ import annotations
@@ -14,69 +15,66 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icm_cli.geometry import Float, ImageU8, Placement, resize
+from icm_cli.config import GuidedFilterConfig
+from icm_cli.geometry import Float, ImageU8, resize
 
-GUIDED_RADIUS_PX = 2
-"""Radius of the guided filter's window, in pixels of the canvas."""
-GUIDED_EPSILON = 1e-4
-"""Regularisation of the guided filter: the variance of a colour channel (0..1) that counts as an edge."""
 STRIP_PIXELS = 1 << 20
-"""Source pixels refined at a time: bounds the working memory at any source size."""
+"""Source pixels that are computed at a time. This limits the memory for sources of any size."""
 
 
-def constants() -> str:
-    """All numbers of this file that decide an alpha, for the digest of a run."""
-    return f"guided filter: radius {GUIDED_RADIUS_PX}, epsilon {GUIDED_EPSILON}, stride {GUIDED_STRIDE}"
+def alpha_at_source(alpha: Float, image: ImageU8, config: GuidedFilterConfig) -> Float:
+    """Return an alpha [h,w] of a frame at the size of its source.
+
+    If the source has more pixels, the guided filter enlarges the alpha. Otherwise it is resized.
+
+    Args:
+        alpha: float32 [h,w] in 0..1, covers exactly the frame.
+        image: The source, sRGB uint8 [H,W,3].
+        config: Settings of the guided filter.
+    """
+    size = image.shape[0], image.shape[1]
+    if alpha.shape == size:
+        return alpha
+    if size[0] * size[1] <= alpha.size:
+        return resize(alpha, size)
+    return guided_upsample(alpha, image, config)
 
 
-def alpha_at_source(alpha: Float, placement: Placement, image: ImageU8) -> Float:
-    """Bring an alpha float32 0..1 on the canvas to its source's size, its edges refined by the source image."""
-    inside = placement.crop_to_content(alpha)
-    if placement.content == placement.source:
-        return inside
-    if placement.source[0] * placement.source[1] <= inside.size:
-        return resize(inside, placement.source)
-    return guided_upsample(inside, image)
+def guided_upsample(alpha: Float, image: ImageU8, config: GuidedFilterConfig) -> Float:
+    """Enlarge an alpha float32 [h,w] in 0..1 along the edges of its image, sRGB uint8 [H,W,3]; return float32 [H,W].
 
-
-def guided_upsample(alpha: Float, image: ImageU8) -> Float:
-    """Bring an alpha up to its image's size along the image's edges.
-
-    The guided filter with a colour guide (He, Sun & Tang, "Guided Image Filtering", TPAMI 2013, equations 14-19)
-    in its fast form (He & Sun 2015): alpha = a . rgb + b locally; a and b are fitted at the alpha's size, then
-    brought up bilinearly and applied to the full-resolution image, so hair comes from the image's own pixels.
-
-    alpha float32 [h,w] 0..1, image sRGB uint8 [H,W,3] -> float32 [H,W] 0..1.
+    The coefficients are fitted at the size of the alpha and enlarged bilinearly. Fine structures such as hair come
+    from the pixels of the full-size image.
     """
     height, width = image.shape[:2]
     guide = resize(image, (alpha.shape[0], alpha.shape[1])).astype(np.float32) / 255.0
-    coefficients = _local_linear_fit(guide, alpha)
+    coefficients = _fit_linear_model(guide, alpha, config)
     out = np.empty((height, width), np.float32)
-    rows_at_a_time = max(1, STRIP_PIXELS // width)
-    for top in range(0, height, rows_at_a_time):
-        bottom = min(height, top + rows_at_a_time)
-        a = _rows_upsampled(coefficients, top, bottom, height, width)
+    strip_rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, strip_rows):
+        bottom = min(height, top + strip_rows)
+        a = _upsample_rows(coefficients, top, bottom, height, width)
         strip = image[top:bottom].astype(np.float32) / 255.0
         out[top:bottom] = np.einsum("hwc,hwc->hw", a[..., :3], strip) + a[..., 3]
     return np.clip(out, 0.0, 1.0, out=out)
 
 
-def _local_linear_fit(guide: Float, alpha: Float) -> Float:
-    """Coefficients [h,w,4] of alpha = a . rgb + b in each window, averaged over the windows that hold a pixel."""
+def _fit_linear_model(guide: Float, alpha: Float, config: GuidedFilterConfig) -> Float:
+    """Coefficients [h,w,4] of alpha = a . rgb + b in each window, averaged over all windows that contain a pixel."""
 
     def mean(values: Float) -> Float:
-        size = 2 * GUIDED_RADIUS_PX + 1
-        return cast(Float, cv2.blur(values, (size, size), borderType=cv2.BORDER_REFLECT))
+        side = 2 * config.radius_px + 1
+        return cast(Float, cv2.blur(values, (side, side), borderType=cv2.BORDER_REFLECT))
 
     mean_guide, mean_alpha = mean(guide), mean(alpha)
     covariance = mean(guide * alpha[..., None]) - mean_guide * mean_alpha[..., None]
-    products = np.stack([guide[..., i] * guide[..., j] for i, j in _UPPER], axis=-1)
+    products = np.stack([guide[..., i] * guide[..., j] for i, j in _CHANNEL_PAIRS], axis=-1)
     moments = np.concatenate([mean(products[..., :3]), mean(products[..., 3:])], axis=-1)
     rr, rg, rb, gg, gb, bb = (
-        moments[..., n] - mean_guide[..., i] * mean_guide[..., j] for n, (i, j) in enumerate(_UPPER)
+        moments[..., n] - mean_guide[..., i] * mean_guide[..., j] for n, (i, j) in enumerate(_CHANNEL_PAIRS)
     )
-    rr, gg, bb = rr + GUIDED_EPSILON, gg + GUIDED_EPSILON, bb + GUIDED_EPSILON
-    # The inverse of the symmetric 3 x 3 variance, written out: one solve a pixel is far slower.
+    rr, gg, bb = rr + config.epsilon, gg + config.epsilon, bb + config.epsilon
+    # The inverse of the symmetric 3 x 3 variance is written out, because one solve per pixel is far slower.
     c_rr, c_rg, c_rb = gg * bb - gb * gb, gb * rb - rg * bb, rg * gb - gg * rb
     c_gg, c_gb, c_bb = rr * bb - rb * rb, rb * rg - rr * gb, rr * gg - rg * rg
     determinant = rr * c_rr + rg * c_rg + rb * c_rb
@@ -93,11 +91,12 @@ def _local_linear_fit(guide: Float, alpha: Float) -> Float:
     return mean(np.concatenate([a, b[..., None]], axis=-1, dtype=np.float32))
 
 
-_UPPER = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
+_CHANNEL_PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
+"""Upper triangle of the variance of red, green and blue."""
 
 
-def _rows_upsampled(coefficients: Float, top: int, bottom: int, height: int, width: int) -> Float:
-    """Rows top..bottom of the coefficients brought bilinearly to height x width (pixel centres aligned)."""
+def _upsample_rows(coefficients: Float, top: int, bottom: int, height: int, width: int) -> Float:
+    """Rows top..bottom of the coefficients after bilinear enlargement to height x width (pixel centres aligned)."""
     rows = coefficients.shape[0]
     y = np.clip((np.arange(top, bottom, dtype=np.float32) + 0.5) * (rows / height) - 0.5, 0, rows - 1)
     above = np.floor(y).astype(np.intp)
@@ -107,21 +106,21 @@ def _rows_upsampled(coefficients: Float, top: int, bottom: int, height: int, wid
     return cast(Float, cv2.resize(mixed, (width, bottom - top), interpolation=cv2.INTER_LINEAR))
 
 
-GUIDED_STRIDE = 4
-"""Pixels of the canvas for one of the guided filter's fit."""
+def align_to_edges(alpha: Tensor, image: Tensor, radius_fraction: float, epsilon: float, stride: int) -> Tensor:
+    """Align the soft edges of a batch of alphas with the edges of their images.
 
+    Args:
+        alpha: float32 [B,1,H,W] in 0..1.
+        image: float32 [B,3,H,W] in 0..1.
+        radius_fraction: Radius of the window, as a fraction of the long side. It is wide, because edges are soft.
+        epsilon: Variance of a colour channel above which a window counts as an edge.
+        stride: The coefficients are fitted at this fraction of the size: 4 for a quarter.
 
-def along_edges(alpha: Tensor, image: Tensor, radius_share: float, epsilon: float) -> Tensor:
-    """An alpha whose edges are soft, brought to the image's edges by the guided filter with a wide window.
-
-    alpha [B,1,H,W] and image [B,3,H,W] in 0..1, float32 -> [B,1,H,W] in 0..1. ``radius_share``: radius of the window
-    as a share of the long side; ``epsilon``: the variance of a colour channel that counts as an edge. The fit is made
-    at a quarter of the size (He & Sun, "Fast Guided Filter", 2015; the colour guide of He, Sun & Tang, TPAMI 2013,
-    equations 14-19). It is part of a head: on the model's device, for a batch; guided_upsample brings any
-    alpha to its source's size.
+    Returns:
+        float32 [B,1,H,W] in 0..1, on the same device.
     """
-    guide, soft = F.avg_pool2d(image, GUIDED_STRIDE), F.avg_pool2d(alpha, GUIDED_STRIDE)
-    radius = max(1, round(radius_share * max(guide.shape[-2:])))
+    guide, soft = F.avg_pool2d(image, stride), F.avg_pool2d(alpha, stride)
+    radius = max(1, round(radius_fraction * max(guide.shape[-2:])))
 
     def mean(values: Tensor) -> Tensor:
         rows = F.avg_pool2d(values, (1, 2 * radius + 1), 1, (0, radius), count_include_pad=False)

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 if TYPE_CHECKING:
     from icm_cli.matting.model_choice import ModelChoice
+    from icm_cli.model.contracts import Edges
 
 os.environ["OMP_NUM_THREADS"] = "1"  # several tests run in parallel, and waiting OpenMP threads use CPU time
 if forking.IS_POSSIBLE:
@@ -169,3 +170,12 @@ def copy_many(source: Path, folder: Path, count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         shutil.copy(source, folder / f"{number:04d}{source.suffix}")
+
+
+def refine_alpha(edges: Edges, rgb: np.ndarray, coarse: np.ndarray) -> np.ndarray:
+    """Return the alpha of one image from edges, which work on batches of tensors."""
+    import torch
+
+    (alpha,) = edges.refine_alphas([rgb], [torch.from_numpy(coarse)])
+    assert alpha.dtype == torch.float32
+    return alpha.numpy()

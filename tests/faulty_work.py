@@ -23,7 +23,7 @@ class LosingSetup(EngineSetup):
 
     def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
         engine = super().create_engine(on_result, notice)
-        real, seen = engine.predictor.infer, []
+        real, seen = engine.predictor.matte_frames, []
 
         def infer(*given: Any) -> Any:
             seen.append(given)
@@ -35,7 +35,7 @@ class LosingSetup(EngineSetup):
                 raise RuntimeError("CUDA error: unspecified launch failure\nadditional lines")
             return real(*given)
 
-        engine.predictor.infer = infer  # type: ignore[method-assign]
+        engine.predictor.matte_frames = infer  # type: ignore[method-assign]
         return engine
 
 
@@ -66,7 +66,7 @@ class Dying(EngineSetup):
 
     def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
         engine = super().create_engine(on_result, notice)
-        real, seen = engine.predictor.infer, []
+        real, seen = engine.predictor.matte_frames, []
 
         def infer(*given: Any) -> Any:
             seen.append(given)
@@ -76,5 +76,5 @@ class Dying(EngineSetup):
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*given)
 
-        engine.predictor.infer = infer  # type: ignore[method-assign]
+        engine.predictor.matte_frames = infer  # type: ignore[method-assign]
         return engine

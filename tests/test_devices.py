@@ -98,7 +98,7 @@ def test_two_processes_make_the_same_bytes_and_one_report(icm: Icm, scene: Path,
     events = [json.loads(line)["event"] for line in result.stdout.splitlines()]
     assert events == ["started", *["image"] * MANY, "finished"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Predictor, "infer", None)
+        patch.setattr(Predictor, "matte_frames", None)
         (scene / "many" / "0003.jpg").unlink()
         assert icm(src=scene / "many").exit_code == 0  # one device keeps what two have made
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from conftest import model_choice
 
-from icm_cli import guided_filter
 from icm_cli.config import component_class, parse_model_config, preset_paths, read_yaml
 from icm_cli.errors import ConfigError
 from icm_cli.matting.model_choice import ModelChoice
@@ -91,14 +90,6 @@ def test_every_number_of_a_preset_decides(preset: str) -> None:
             break
         else:
             pytest.fail(f"no other number is allowed at {place}")
-
-
-@pytest.mark.parametrize("name", ["GUIDED_RADIUS_PX", "GUIDED_EPSILON", "GUIDED_STRIDE"])
-def test_the_guided_filter_decides(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    model = {"backbone": {"name": "efficientnet-lite"}, "head": {"name": "training-free"}}
-    before = digest(model)
-    monkeypatch.setattr(guided_filter, name, 3)
-    assert digest(model) != before
 
 
 def test_dtype_decides() -> None:

@@ -1,4 +1,4 @@
-"""Edges that take any coarse alpha: trimaps, tiles, closed-form matting, ViTMatte on a tiny random folder."""
+"""Edges for any coarse alpha: trimaps, tiles, closed-form matting, ViTMatte from a tiny random folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Icm, alphas, model_choice, read
+from conftest import Icm, alphas, model_choice, read, refine_alpha
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_hf import sharded, write_tiny_dino, write_tiny_vitmatte
@@ -22,7 +22,7 @@ from icm_cli.geometry import Float, resize, trimap_of_coarse
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.predictor import load
 from icm_cli.model.hub.vitmatte import VitMatteEdges, VitMatteEdgesConfig
-from icm_cli.model.lite.tiles import Box, blended
+from icm_cli.model.lite.tiles import blend_tiles, split_into_tiles
 from icm_cli.model.training_free.closed_form import ClosedForm, ClosedFormConfig
 
 
@@ -83,25 +83,25 @@ class TestTiles:
         tile=st.sampled_from([96, 128, 320]),
     )
     @settings(max_examples=40, deadline=None)
-    def test_tiles_that_disagree_altogether_make_no_step(self, seed: int, height: int, width: int, tile: int) -> None:
+    def test_tiles_that_disagree_completely_leave_no_seam(self, seed: int, height: int, width: int, tile: int) -> None:
         overlap = tile // 3
         rng = np.random.default_rng(seed)
 
-        def answer(box: Box) -> Float:
-            rows, columns = (range(*each.indices(side)) for each, side in zip(box, (height, width), strict=True))
-            return np.full((len(rows), len(columns)), rng.integers(0, 2), np.float32)
-
-        out = blended((height, width), tile, overlap, answer)
+        tiles = split_into_tiles((height, width), tile, overlap)
+        constants = [torch.full(each.weight.shape, float(rng.integers(0, 2))) for each in tiles]
+        out = blend_tiles((height, width), tiles, constants, torch.device("cpu"))
         for axis in (0, 1):
-            assert np.abs(np.diff(out, axis=axis)).max(initial=0.0) <= 1.0 / overlap + 1e-6
+            assert out.diff(dim=axis).abs().numpy().max(initial=0.0) <= 1.0 / overlap + 1e-6
 
-    def test_agreeing_tiles_are_the_whole(self) -> None:
-        whole = np.random.default_rng(0).random((333, 210), np.float32)
-        np.testing.assert_allclose(blended((333, 210), 96, 32, lambda box: whole[box]), whole, atol=1e-6)
+    def test_tiles_that_agree_give_the_image(self) -> None:
+        image = torch.rand(333, 210, generator=torch.Generator().manual_seed(0))
+        tiles = split_into_tiles((333, 210), 96, 32)
+        blended = blend_tiles((333, 210), tiles, (image[tile.index] for tile in tiles), image.device)
+        torch.testing.assert_close(blended, image, atol=1e-6, rtol=0)
 
 
-class Opinions(nn.Module):
-    """Answers a constant for each picture, another for every one: the worst that tiles can do."""
+class AlternatingNetwork(nn.Module):
+    """Returns 0 and 1 for alternate images: the largest possible disagreement of tiles."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,19 +117,19 @@ class Opinions(nn.Module):
 class TestVitMatte:
     def test_seams_stay_below_a_step_of_eight_bits(self) -> None:
         """The default tiles, a network that answers 0 and 1 in turns, everything unknown but for the corners."""
-        edges = VitMatteEdges(VitMatteEdgesConfig(), Opinions())
+        edges = VitMatteEdges(VitMatteEdgesConfig(), AlternatingNetwork())
         coarse = np.full((30, 40), 0.5, np.float32)
-        alpha = edges.refined(np.zeros((1500, 2000, 3), np.uint8), coarse)
+        alpha = refine_alpha(edges, np.zeros((1500, 2000, 3), np.uint8), coarse)
         assert len(edges.network.shapes) == 2 * 3
         assert alpha.max() - alpha.min() > 0.9
         for axis in (0, 1):
             assert np.abs(np.diff(alpha, axis=axis)).max() < 1 / 255
 
     def test_the_network_is_asked_where_something_is_unknown_and_nowhere_else(self) -> None:
-        edges = VitMatteEdges(VitMatteEdgesConfig(tile_px=128, overlap_px=32), Opinions())
+        edges = VitMatteEdges(VitMatteEdgesConfig(tile_px=128, overlap_px=32), AlternatingNetwork())
         coarse = np.zeros((400, 400), np.float32)
         coarse[30:60, 30:60] = 1.0
-        alpha = edges.refined(np.zeros((400, 400, 3), np.uint8), coarse)
+        alpha = refine_alpha(edges, np.zeros((400, 400, 3), np.uint8), coarse)
         assert len(edges.network.shapes) == 1
         assert alpha[45, 45] == 1.0
         assert alpha[200:].max() == 0.0
@@ -145,7 +145,7 @@ class TestVitMatte:
         rgb = rng.integers(0, 256, (45, 70, 3), np.uint8)
         trimap = rng.choice(np.float32([0.0, 0.5, 1.0]), size=(45, 70))
         theirs = processor(images=rgb, trimaps=np.round(trimap * 255).astype(np.uint8), return_tensors="pt")
-        ours = network(folder)._pixels(rgb, trimap)
+        ours = network(folder)._pixels(rgb, torch.from_numpy(trimap))
         assert ours.shape == (1, 4, 64, 96)
         torch.testing.assert_close(ours, theirs["pixel_values"].float(), atol=3e-3, rtol=0)  # 128 of 255 is unknown
 
@@ -154,22 +154,22 @@ class TestVitMatte:
         edges = network(folder)
         rgb = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
         coarse = disc(20, 6)
-        alpha = edges.refined(rgb, coarse)
+        alpha = refine_alpha(edges, rgb, coarse)
         trimap = trimap_of_coarse(coarse, size, edges.config.band)
         assert alpha.shape == size
         assert alpha.dtype == np.float32
         assert (alpha[trimap != 0.5] == trimap[trimap != 0.5]).all()
         if (trimap == 0.5).any():
-            solved = edges.solved(rgb, trimap)
+            solved = edges.solve(rgb, torch.from_numpy(trimap)).numpy()
             np.testing.assert_allclose(alpha[trimap == 0.5], solved[trimap == 0.5], atol=1e-6)
 
     def test_an_absent_thing_stays_absent(self, folder: Path) -> None:
-        assert network(folder).refined(np.zeros((40, 60, 3), np.uint8), np.zeros((4, 6), np.float32)).max() == 0
+        assert refine_alpha(network(folder), np.zeros((40, 60, 3), np.uint8), np.zeros((4, 6), np.float32)).max() == 0
 
     def test_in_tiles_a_real_network_gives_every_pixel(self, folder: Path) -> None:
         edges = network(folder, tile_px=96, overlap_px=32)
         rgb = np.random.default_rng(0).integers(0, 256, (200, 250, 3), np.uint8)
-        alpha = edges.refined(rgb, disc(50, 15))
+        alpha = refine_alpha(edges, rgb, disc(50, 15))
         assert alpha.shape == (200, 250)
         assert 0 <= alpha.min() <= alpha.max() <= 1
 
@@ -179,7 +179,7 @@ class TestVitMatte:
         exact, low = network(folder), network(folder)
         low.set_dtype(dtype, dtype)
         assert {each.dtype for each in low.network.parameters()} == {dtype}
-        pair = [each.refined(rgb, disc(30, 9)) for each in (exact, low)]
+        pair = [refine_alpha(each, rgb, disc(30, 9)) for each in (exact, low)]
         assert np.abs(pair[0] - pair[1]).max() < 0.02
 
     def test_weights_that_are_not_here_say_what_to_get(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,13 +214,13 @@ class TestClosedForm:
         truth = disc(240, 80)
         rgb = np.where(truth[..., None] > 0, np.uint8([220, 120, 30]), np.uint8([20, 60, 90])).astype(np.uint8)
         coarse = np.roll(disc(40, 13), (1, 0), (0, 1))
-        alpha = ClosedForm(ClosedFormConfig(band=0.06, solve_long_side_px=solve)).refined(rgb, coarse)
+        alpha = refine_alpha(ClosedForm(ClosedFormConfig(band=0.06, solve_long_side_px=solve)), rgb, coarse)
         assert alpha.shape == (240, 240)
         assert np.abs(alpha - truth).mean() < 0.01 < np.abs(resize(coarse, (240, 240)) - truth).mean()
 
     def test_an_absent_thing_stays_absent(self) -> None:
         edges = ClosedForm(ClosedFormConfig())
-        assert edges.refined(np.zeros((40, 60, 3), np.uint8), np.zeros((4, 6), np.float32)).max() == 0
+        assert refine_alpha(edges, np.zeros((40, 60, 3), np.uint8), np.zeros((4, 6), np.float32)).max() == 0
 
     def test_settings_out_of_range(self) -> None:
         with pytest.raises(ConfigError, match="at least 64"):

@@ -183,7 +183,7 @@ def test_several_shots_into_one_pattern_are_refused_with_a_way_out(icm: Icm, sce
     shutil.copy(plates / "sh.1002.jpg", plates / "other.1002.jpg")
     result = icm(src=plates, out=scene / "mattes" / "m.####.png")
     assert result.exit_code == 2
-    assert "give --out a folder instead of a frame pattern" in result.stderr
+    assert "give a folder as --out, not a pattern of frames" in result.stderr
 
 
 def test_a_frame_that_fails_says_that_its_earlier_alpha_stays(icm: Icm, scene: Path, plates: Path) -> None:
@@ -240,7 +240,7 @@ def test_openjd_progress(icm: Icm, scene: Path) -> None:
         (("--workers", "0"), "--workers is 0; expected 1 or more"),
         (("a.jpg", "b.jpg"), 'Quote globs and patterns, such as --src "imgs/*.jpg"'),
         (("--shard", "1/0"), "--shard is 1/0; expected 1 shard or more"),
-        (("--frames", "1-999999999"), "has too many frames; expected at most 10000000"),
+        (("--frames", "1-999999999"), "has too many frames; expected 10000000 at most"),
     ],
 )
 def test_wrong_usage_has_its_line_too(icm: Icm, way: tuple[str, ...], flags: tuple[str, ...], message: str) -> None:

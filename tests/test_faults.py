@@ -271,13 +271,13 @@ def test_a_read_only_output(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_source_that_vanishes_in_mid_run_fails_alone(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", 9)
-    real = Predictor.infer
+    real = Predictor.matte_frames
 
     def removing(self: Predictor, frames: list[object], reference: object) -> object:
         (scene / "many" / "0008.jpg").unlink(missing_ok=True)
         return real(self, frames, reference)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Predictor, "infer", removing)
+    monkeypatch.setattr(Predictor, "matte_frames", removing)
     result = icm(src=scene / "many", workers=1)
     assert result.exit_code == 1
     assert f"failed: {scene}/many/0008.jpg: does not exist; check the path" in result.stderr
@@ -286,7 +286,7 @@ def test_a_source_that_vanishes_in_mid_run_fails_alone(icm: Icm, scene: Path, mo
 
 def test_a_lost_device_keeps_what_is_whole(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", 6)
-    real, seen = Predictor.infer, []
+    real, seen = Predictor.matte_frames, []
 
     def lost_at_the_third(self: Predictor, frames: list[object], reference: object) -> object:
         seen.append(frames)
@@ -294,7 +294,7 @@ def test_a_lost_device_keeps_what_is_whole(icm: Icm, scene: Path, monkeypatch: p
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ...")
         return real(self, frames, reference)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Predictor, "infer", lost_at_the_third)
+    monkeypatch.setattr(Predictor, "matte_frames", lost_at_the_third)
     result = icm("--quiet", src=scene / "many", report=scene / "r.csv")
     assert result.exit_code == 3
     said = sentence(result.stderr)
@@ -309,7 +309,7 @@ def test_a_lost_device_keeps_what_is_whole(icm: Icm, scene: Path, monkeypatch: p
 def test_out_of_memory_halves_the_batch_and_goes_on(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", 9)
     sizes = []
-    real = Predictor.infer
+    real = Predictor.matte_frames
 
     def little_memory(self: Predictor, frames: list[object], reference: object) -> object:
         sizes.append(len(frames))
@@ -317,7 +317,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(icm: Icm, scene: Path, monke
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, frames, reference)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Predictor, "infer", little_memory)
+    monkeypatch.setattr(Predictor, "matte_frames", little_memory)
     result = icm(src=scene / "many", batch_size=8)
     assert result.exit_code == 0, result.output
     assert sizes[:3] == [8, 4, 2]
@@ -326,14 +326,14 @@ def test_out_of_memory_halves_the_batch_and_goes_on(icm: Icm, scene: Path, monke
 
 
 def test_an_image_that_never_fits_fails_alone(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Predictor.infer
+    real = Predictor.matte_frames
 
     def tight(self: Predictor, frames: list[object], reference: object) -> object:
         if frames[0].rgb.shape[0] > frames[0].rgb.shape[1]:  # type: ignore[attr-defined]
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return real(self, frames, reference)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Predictor, "infer", tight)
+    monkeypatch.setattr(Predictor, "matte_frames", tight)
     result = icm()
     assert result.exit_code == 1
     assert "ran out of memory" in result.stderr
@@ -346,7 +346,7 @@ def test_an_error_of_the_model_that_is_no_lack_of_memory_is_not_hidden(
     def broken(*_: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(Predictor, "infer", broken)
+    monkeypatch.setattr(Predictor, "matte_frames", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         icm()
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icm_cli.config import GuidedFilterConfig
 from icm_cli.geometry import CanvasRule, Float, ImageU8, Placement, alpha_to_u8, resize
 from icm_cli.guided_filter import alpha_at_source, guided_upsample
 
@@ -16,11 +17,11 @@ RULES = st.sampled_from([CanvasRule(768, 768, square=True), CanvasRule(896, 32, 
 
 
 def at_source(placement: Placement, alpha: Float, image: ImageU8) -> ImageU8:
-    return alpha_to_u8(alpha_at_source(alpha, placement, image))
+    return alpha_to_u8(alpha_at_source(placement.crop_to_content(alpha), image, GuidedFilterConfig()))
 
 
 def upsampled(alpha: Float, image: ImageU8) -> ImageU8:
-    return alpha_to_u8(guided_upsample(alpha, image))
+    return alpha_to_u8(guided_upsample(alpha, image, GuidedFilterConfig()))
 
 
 @given(RULES, SIDES, SIDES)

@@ -99,21 +99,34 @@ class TestCompleted:
     @pytest.mark.parametrize("shape", [(64, 96), (300, 17), (3, 200), (1, 1), (150, 150)])
     def test_any_picture_gets_an_alpha_of_its_form(self, shape: tuple[int, int]) -> None:
         rgb = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
-        alpha = small_objects().completed(rgb, np.full((5, 7), 0.7, np.float32))
-        assert alpha.dtype == np.float32
+        (alpha,) = small_objects().complete_alphas([rgb], [torch.full((5, 7), 0.7)])
+        assert alpha.dtype == torch.float32
         assert alpha.shape == tuple(max(1, round(side * 32 / max(shape))) for side in shape)
         assert 0 <= alpha.min() <= alpha.max() <= 1
 
     def test_where_nothing_was_found_nothing_is_asked(self) -> None:
-        coarse = np.full((6, 6), 0.05, np.float32)
-        np.testing.assert_array_equal(small_objects().completed(np.zeros((64, 64, 3), np.uint8), coarse), coarse)
+        coarse = torch.full((6, 6), 0.05)
+        assert small_objects().complete_alphas([np.zeros((64, 64, 3), np.uint8)], [coarse])[0] is coarse
+
+    def test_images_of_a_batch_may_have_different_sizes(self) -> None:
+        """Each gets the alpha that it gets alone, and an embedding can be used again."""
+        objects, rng = small_objects(), np.random.default_rng(0)
+        images = [rng.integers(0, 255, (*size, 3), dtype=np.uint8) for size in ((60, 90), (90, 60), (60, 90), (40, 40))]
+        coarse = [torch.rand(8, 9, generator=torch.Generator().manual_seed(seed)) * (seed < 3) for seed in range(4)]
+        together = objects.complete_alphas(images, coarse)
+        for image, alpha, found in zip(images, coarse, together, strict=True):
+            torch.testing.assert_close(found, objects.complete_alphas([image], [alpha])[0], atol=1e-5, rtol=0)
+        embedded = objects.embed_images(images[:1])
+        for alpha in coarse[:2]:
+            expected = objects.complete_alphas(images[:1], [alpha])
+            torch.testing.assert_close(objects.complete_objects(embedded, [alpha]), expected)
 
     def test_masks_that_count_for_nothing_leave_the_coarse_alpha(self) -> None:
         objects = small_objects()
         with torch.no_grad():
             objects.shares[1:] = 0
-        coarse = np.linspace(0.02, 0.98, 32 * 32, dtype=np.float32).reshape(32, 32)
-        found = objects.completed(np.zeros((128, 128, 3), np.uint8), coarse)
+        coarse = torch.linspace(0.02, 0.98, 32 * 32).reshape(32, 32)
+        (found,) = objects.complete_alphas([np.zeros((128, 128, 3), np.uint8)], [coarse])
         np.testing.assert_allclose(found, coarse, atol=1e-4)
 
     def test_the_canvas_beside_the_picture_is_filled_as_the_authors_fill_it(self) -> None:
@@ -128,7 +141,8 @@ class TestCompleted:
         with torch.inference_mode():
             embedding = objects.embedding(torch.from_numpy(filled).permute(2, 0, 1)[None])
             logit = objects(embedding, torch.from_numpy(asked)[None, None])
-        np.testing.assert_allclose(objects.completed(rgb, coarse), torch.sigmoid(logit)[0, 0, :30], atol=1e-5)
+        (found,) = objects.complete_alphas([rgb], [torch.from_numpy(coarse)])
+        torch.testing.assert_close(found, torch.sigmoid(logit)[0, 0, :30], atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize(
         ("setting", "said"),
@@ -266,13 +280,14 @@ class TestWholeModel:
         for image, value in ((rgb, (220, 20, 20)), (mask, 255)):
             cv2.circle(image, (48, 48), 30, value, -1)
         thing = predictor.reference([(rgb, mask)])
-        frame = predictor.prepare(rgb)
-        coarse = predictor.coarse([frame], thing)[0]
+        frame = predictor.prepare_frame(rgb)
+        (coarse,) = predictor.coarse_alphas([frame], thing)
         objects, edges = predictor.model.objects, predictor.model.edges
         assert objects is not None
         assert edges is not None
-        expected = edges.refined(rgb, objects.completed(rgb, frame.placement.crop_to_content(coarse.alpha)))
-        np.testing.assert_array_equal(predictor.with_edges(frame, coarse).alpha, expected)
+        (expected,) = edges.refine_alphas([rgb], objects.complete_alphas([rgb], [coarse.alpha]))
+        (found,) = predictor.refine_alphas([frame], [coarse])
+        np.testing.assert_array_equal(found.alpha, expected)
 
     def test_its_settings_decide_the_digest(self, matched: Path) -> None:
         plain, other = (

@@ -21,7 +21,7 @@ from icm_cli.geometry import Float
 from icm_cli.images.decoding import decode_image
 from icm_cli.images.pixels import DecodedImage
 from icm_cli.images.writing import OutputFormat, read_stamp, write_alpha
-from icm_cli.matting.foreground import foreground_colours, trimap_of_alpha
+from icm_cli.matting.foreground import estimate_foreground, trimap_from_alpha
 
 ALPHA = np.linspace(0, 1, 48 * 64, dtype=np.float32).reshape(48, 64)
 STAMP = {"icm-digest": "d", "icm-source": "s", "icm-result": "{}"}
@@ -123,7 +123,7 @@ def blended(size: int = 160) -> tuple[Float, Float, Float]:
 def test_a_foreground_has_no_halo(gain: float) -> None:
     """Where 0 < alpha < 1 the colours' error is at most a third of that of the source's own; HDR values are kept."""
     foreground, alpha, composite = blended()
-    found = foreground_colours(DecodedImage(composite * np.float32(gain), None, 1.0, "lin_rec709_scene"), alpha)
+    found = estimate_foreground(DecodedImage(composite * np.float32(gain), None, 1.0, "lin_rec709_scene"), alpha)
     edge = (alpha > 0.02) & (alpha < 0.98)
     error, before = (np.abs(each - gain * foreground)[edge].mean() for each in (found, gain * composite))
     assert error <= before / 3
@@ -268,7 +268,7 @@ def test_a_foreground_keeps_values_outside_of_0_and_1(colour: tuple[float, ...])
     alpha = np.zeros((40, 50), np.float32)
     alpha[10:30, 10:40] = 1.0
     pixels = np.where(alpha[..., None] > 0, np.asarray(colour, np.float32), np.float32(0.3))
-    found = foreground_colours(DecodedImage(pixels, None, 1.0, "lin_rec709_scene"), alpha)
+    found = estimate_foreground(DecodedImage(pixels, None, 1.0, "lin_rec709_scene"), alpha)
     np.testing.assert_allclose(found[alpha > 0], np.broadcast_to(colour, (600, 3)), atol=1e-3)
 
 
@@ -286,9 +286,9 @@ def test_colours_that_a_format_cuts_are_told(icm: Icm, scene: Path, form: str, t
 def test_a_wide_band_leaves_all_unknown() -> None:
     alpha = np.zeros((400, 600), np.float32)
     alpha[100:300, 200:400] = 1.0
-    assert (trimap_of_alpha(alpha, 1000) == 128).all()
-    assert (trimap_of_alpha(np.ones((9, 9), np.float32), 1000) == 255).all()
-    assert (trimap_of_alpha(np.zeros((9, 9), np.float32), 1000) == 0).all()
+    assert (trimap_from_alpha(alpha, 1000) == 128).all()
+    assert (trimap_from_alpha(np.ones((9, 9), np.float32), 1000) == 255).all()
+    assert (trimap_from_alpha(np.zeros((9, 9), np.float32), 1000) == 0).all()
 
 
 @given(band=st.integers(1, 12), side=st.integers(10, 60))
@@ -296,7 +296,7 @@ def test_a_wide_band_leaves_all_unknown() -> None:
 def test_a_trimap_is_unknown_about_the_edge(band: int, side: int) -> None:
     alpha = np.zeros((64, 64), np.float32)
     alpha[:, :side] = 1.0
-    trimap = trimap_of_alpha(alpha, band)
+    trimap = trimap_from_alpha(alpha, band)
     columns = np.arange(64)
     distance = np.where(columns < side, side - columns, columns - side + 1)
     assert (trimap[32] == np.where(distance <= band, 128, np.where(columns < side, 255, 0))).all()

@@ -1,10 +1,10 @@
-"""``--shot``: the order of frames, what is carried, and runs that stop, fail, or are shared out."""
+"""``--shot``: the order of frames, propagation along the flow, and runs that stop, fail or are split into shards."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from icm_cli.geometry import CanvasRule, Float, alpha_to_u8
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
+from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor
+from icm_cli.matting.propagation import PROPAGATED_KEY, FlowField, FlowPropagator, FrameMemory, PropagationConfig
 from icm_cli.matting.references import Reference
-from icm_cli.matting.shot import CARRIED_KEY, STEADY, Carrier, Key, Motion, Seen, Shot, apart, carried, steadied
+from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.reports.result import ImageResult
 
+CONFIG = PropagationConfig()
 FRAMES = range(1001, 1009)
 KEY = 1004
 Shoot = Callable[..., Result]
@@ -66,9 +68,9 @@ def reference() -> Reference:
 
 @given(count=st.integers(0, 12), keys=st.sets(st.integers(0, 14), max_size=3))
 @settings(max_examples=80, deadline=None)
-def test_the_order_goes_out_from_the_first_reference(count: int, keys: set[int]) -> None:
+def test_the_order_starts_at_the_first_keyframe(count: int, keys: set[int]) -> None:
     jobs = [job(f"f.{2 * number}.png") for number in range(count)]
-    shot = Shot.of([(jobs, [Key(Path(f"f.{2 * key + 1}.png"), reference) for key in keys])])
+    shot = Shot.from_examples([(jobs, [Keyframe(Path(f"f.{2 * key + 1}.png"), reference) for key in keys])])
     assert sorted(each.output for each in shot.order) == sorted(each.output for each in jobs)
     numbers = [int(each.name.suffixes[0][1:]) for each in shot.order]
     marked = {2 * key + 1 for key in keys}
@@ -78,34 +80,36 @@ def test_the_order_goes_out_from_the_first_reference(count: int, keys: set[int])
     for each, number in zip(shot.order, numbers, strict=True):
         place = line.index(number) - (1 if number > first else -1)
         beside = line[place] if 0 <= place < len(line) else None
-        before, start = shot.before.get(each.output), shot.starts.get(each.output)
+        before, start = shot.previous.get(each.output), shot.keyframes.get(each.output)
         assert (None if before is None else int(before.name.suffixes[0][1:])) == (None if beside in marked else beside)
         assert (None if start is None else int(start.name.suffixes[0][1:])) == (beside if beside in marked else None)
 
 
 @given(count=st.integers(1, 12), shards=st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
-def test_shards_are_runs_that_know_of_no_other(count: int, shards: int) -> None:
-    shot = Shot.of([([job(f"f.{number}.png") for number in range(count)], [Key(Path("f.3a.png"), reference)])])
+def test_shards_are_consecutive_and_independent(count: int, shards: int) -> None:
+    shot = Shot.from_examples(
+        [([job(f"f.{number}.png") for number in range(count)], [Keyframe(Path("f.3a.png"), reference)])]
+    )
     parts = [shot.shard(number, shards) for number in range(1, shards + 1)]
     assert sorted(each.name for part in parts for each in part.order) == sorted(each.name for each in shot.order)
-    by_name = [each.name for each in Shot.of([(shot.order, [])]).order]
+    by_name = [each.name for each in Shot.from_examples([(shot.order, [])]).order]
     assert [each for part in parts for each in by_name if each in {job.name for job in part.order}] == by_name
     for part in parts:
         own = {each.output for each in part.order}
-        assert all(before.output in own for before in part.before.values())
-        assert {*part.before, *part.starts} <= own
+        assert all(before.output in own for before in part.previous.values())
+        assert {*part.previous, *part.keyframes} <= own
 
 
 @given(count=st.integers(2, 12), shards=st.integers(1, 4), keys=st.lists(st.integers(0, 11), min_size=4, max_size=4))
 @settings(max_examples=40, deadline=None)
-def test_shards_with_keyframes_of_their_own_leave_no_frame_out(count: int, shards: int, keys: list[int]) -> None:
+def test_shards_with_different_keyframes_cover_every_frame(count: int, shards: int, keys: list[int]) -> None:
     """Every frame is made by one shard, but for the reference that this very shard was given."""
     names = [f"f.{number:02}.png" for number in range(count)]
     made: list[str] = []
     for number in range(1, shards + 1):
         key = names[keys[number - 1] % count]
-        given = Shot.of([([job(name) for name in names if name != key], [Key(Path(key), reference)])])
+        given = Shot.from_examples([([job(name) for name in names if name != key], [Keyframe(Path(key), reference)])])
         own = [str(each) for each in given.shard(number, shards).names]
         order = [str(each.name) for each in given.shard(number, shards).order]
         assert sorted(order) == [name for name in own if name != key]
@@ -113,9 +117,9 @@ def test_shards_with_keyframes_of_their_own_leave_no_frame_out(count: int, shard
     assert made == names
 
 
-def test_each_folder_and_each_numbered_name_is_a_shot_of_its_own() -> None:
+def test_each_folder_and_each_numbered_name_is_a_shot() -> None:
     def shots(*names: str, key: str = "a/sh.1.png") -> list[list[str]]:
-        found = apart([job(name) for name in names], [Key(Path(key), reference)])
+        found = split_shots([job(name) for name in names], [Keyframe(Path(key), reference)])
         return [[str(each.name) for each in (*jobs, *keys)] for jobs, keys in found]
 
     assert shots("a/sh.2.png", "b/sh.1.png", "b/sh.2.png") == [
@@ -138,17 +142,19 @@ def test_each_folder_and_each_numbered_name_is_a_shot_of_its_own() -> None:
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
 )
 @settings(max_examples=40, deadline=None)
-def test_what_is_carried_makes_an_alpha(seed: int, height: int, width: int, size: tuple[int, int]) -> None:
+def test_a_propagated_alpha_is_valid(seed: int, height: int, width: int, size: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)
     rgb = rng.integers(0, 256, (2, height, width, 3), np.uint8)
-    coarse = rng.random(size, np.float32).round(1)
-    alpha = carried(Motion.of(Seen.of(rgb[0], rng.random((5, 5), np.float32)), rgb[1]), coarse)
+    coarse = torch.from_numpy(rng.random(size, np.float32).round(1))
+    earlier = FrameMemory.from_frame(rgb[0], rng.random((5, 5), np.float32), CONFIG)
+    alpha = FlowField.estimate(earlier, rgb[1], CONFIG).propagate(coarse)
     assert alpha.shape == size
-    assert alpha.dtype == np.float32
+    assert alpha.dtype == torch.float32
     assert alpha.min() >= 0
     assert alpha.max() <= 1
-    undecided = carried(Motion.of(Seen(rgb[0], np.full((height, width), 127, np.uint8)), rgb[1]), coarse)
-    np.testing.assert_allclose(undecided, coarse, atol=0.01)
+    undecided = FrameMemory(rgb[0], np.full((height, width), 127, np.uint8))
+    unchanged = FlowField.estimate(undecided, rgb[1], CONFIG).propagate(coarse)
+    torch.testing.assert_close(unchanged, coarse, atol=0.01, rtol=1e-7)
 
 
 def disc(at: int, size: tuple[int, int] = (120, 160)) -> Float:
@@ -157,113 +163,140 @@ def disc(at: int, size: tuple[int, int] = (120, 160)) -> Float:
     return alpha
 
 
-def picture(at: int) -> np.ndarray:
-    """A disc with a texture that moves with it, before a wall that stays."""
+def draw_frame(at: int) -> np.ndarray:
+    """A disc with a texture that moves with it, in front of a wall that does not move."""
     rng = np.random.default_rng(0)
     wall, skin = (cv2.GaussianBlur(rng.integers(0, 256, (120, 160, 3), np.uint8), (0, 0), 2) for _ in range(2))
     return np.where(disc(at)[..., None] > 0.5, np.roll(skin, at, axis=1), wall)
 
 
-def test_a_part_that_the_model_misses_is_carried_on() -> None:
+def flow_of(
+    first: np.ndarray,
+    alpha: Float,
+    second: np.ndarray,
+    windows: tuple[ImageWindows | None, ImageWindows | None] = (None, None),
+) -> FlowField:
+    """Flow from the second image to the first one, which has this alpha."""
+    earlier = FrameMemory.from_frame(first, alpha, CONFIG, windows[0])
+    return FlowField.estimate(earlier, second, CONFIG, windows[1])
+
+
+def propagate(flow: FlowField, coarse: Float) -> Float:
+    return flow.propagate(torch.from_numpy(np.ascontiguousarray(coarse))).numpy()
+
+
+def test_a_part_that_the_model_misses_is_propagated() -> None:
     coarse = disc(74)
-    coarse[60:] = 0.1  # the lower half is doubted
-    alpha = carried(Motion.of(Seen.of(picture(70), disc(70)), picture(74)), coarse)
+    coarse[60:] = 0.1  # the model is uncertain about the lower half
+    alpha = propagate(flow_of(draw_frame(70), disc(70), draw_frame(74)), coarse)
     assert alpha[65:85, 60:88].min() > 0.5
     assert alpha[:, 115:].max() < 0.01
     other = np.random.default_rng(1).integers(0, 256, (120, 160, 3), np.uint8)
-    cut = carried(Motion.of(Seen.of(picture(70), disc(70)), 255 - other), coarse)
-    assert (np.abs(cut - coarse) > 0.1).mean() < 0.01
+    after_cut = propagate(flow_of(draw_frame(70), disc(70), 255 - other), coarse)
+    assert (np.abs(after_cut - coarse) > 0.1).mean() < 0.01
 
 
-def test_what_flickers_is_steadied_and_edges_stay_fine() -> None:
+def test_flicker_is_stabilised_and_edges_stay_fine() -> None:
     missed = disc(74)
-    missed[60:80, 66:82] = 0.0  # a hole that was not there in the frame before
-    motion = Motion.of(Seen.of(picture(70), disc(70)), picture(74))
-    alpha = steadied(motion, picture(74), missed)
-    np.testing.assert_allclose(alpha[64:76, 70:78].mean(), STEADY, atol=0.1)
+    missed[60:80, 66:82] = 0.0  # a hole that the frame before does not have
+    alpha = flow_of(draw_frame(70), disc(70), draw_frame(74)).stabilise(draw_frame(74), missed)
+    np.testing.assert_allclose(alpha[64:76, 70:78].mean(), CONFIG.stabilisation, atol=0.1)
     assert alpha[:, 115:].max() == 0
     size = (1600, 1200)
-    large, now, earlier = cv2.resize(disc(74), size, interpolation=cv2.INTER_NEAREST), picture(74), picture(70)
-    motion_of_large = Motion.of(Seen.of(cv2.resize(earlier, size), disc(70)), cv2.resize(now, size))
-    kept = steadied(motion_of_large, cv2.resize(now, size), large)
-    assert kept.shape == large.shape
-    assert np.abs(np.diff(kept[600])).max() > 0.7  # an edge of one pixel is one still
+    large, now, earlier = cv2.resize(disc(74), size, interpolation=cv2.INTER_NEAREST), draw_frame(74), draw_frame(70)
+    flow = flow_of(cv2.resize(earlier, size), disc(70), cv2.resize(now, size))
+    stable = flow.stabilise(cv2.resize(now, size), large)
+    assert stable.shape == large.shape
+    assert np.abs(np.diff(stable[600])).max() > 0.7  # the edge is still one pixel wide
     other = np.random.default_rng(1).integers(0, 256, (120, 160, 3), np.uint8)
-    cut = steadied(Motion.of(Seen.of(picture(70), disc(70)), 255 - other), 255 - other, missed)
-    assert (np.abs(cut - missed) > 0.1).mean() < 0.01
+    after_cut = flow_of(draw_frame(70), disc(70), 255 - other).stabilise(255 - other, missed)
+    assert (np.abs(after_cut - missed) > 0.1).mean() < 0.01
+
+
+class GivenAlphas:
+    """Replaces a predictor: its coarse alphas are given, one per frame, and it refines nothing."""
+
+    def __init__(self, *alphas: Float, found: Sequence[bool] = ()) -> None:
+        self.alphas = list(alphas)
+        self.found = list(found) or [True] * len(alphas)
+
+    def coarse_alphas(self, frames: Sequence[Frame], _: Any) -> list[CoarseAlpha]:
+        return [CoarseAlpha(torch.from_numpy(self.alphas.pop(0)), 1.0, self.found.pop(0)) for _ in frames]
+
+    def refine_alphas(self, _: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[FrameAlpha]:
+        return [FrameAlpha(each.alpha.numpy(), each.confidence, each.found) for each in coarse]
+
+
+def propagator_of(
+    predictor: GivenAlphas, count: int, keys: Sequence[Keyframe] = (), notice: Callable[[str], None] = print
+) -> tuple[FlowPropagator, list[Job], list[Frame]]:
+    """A propagator for a shot of so many frames, with its jobs and frames."""
+    jobs = [job(f"f.{number}.png") for number in range(count)]
+    placement = CanvasRule(160, 32, square=False).placement(120, 160)
+    images = [draw_frame(70 + 2 * number) for number in range(count)]
+    frames = [Frame(rgb, placement.to_canvas(rgb), placement) for rgb in images]
+    shot = Shot.from_examples([(jobs, keys)])
+    propagator = FlowPropagator(predictor, lambda _: None, shot, notice)  # type: ignore[arg-type,return-value]
+    assert list(propagator.begin_run(jobs)) == jobs
+    return propagator, jobs, frames
 
 
 def test_the_mask_of_a_keyframe_makes_no_edge_hard() -> None:
-    jobs, frames = carrier_of(1)[1:]
-    soft = np.pad(np.full((120, 160), 0.5, np.float32), ((0, 8), (0, 0)))
-    kept, notices = [], list[str]()
+    soft = np.full((120, 160), 0.5, np.float32)
+
+    class SoftEdges(GivenAlphas):
+        def refine_alphas(self, frames: Sequence[Frame], _: Sequence[CoarseAlpha]) -> list[FrameAlpha]:
+            return [FrameAlpha(soft, 1.0, True) for _ in frames]
+
+    alphas, notices = [], list[str]()
     for mask in (disc(70) > 0.5, np.zeros((120, 160), np.bool_)):
-        key = Key(Path("e.png"), lambda mask=mask: Reference(picture(70), mask))
-        carrier = Carrier(Shot.of([(jobs, [key])]), jobs, notices.append)
-        matte = carrier.matte(
-            jobs[0], frames[0], lambda _: CanvasMatte(soft, 1.0, True), lambda _, __: CanvasMatte(soft, 1.0, True)
-        )
-        kept.append(matte.alpha)
-    np.testing.assert_array_equal(kept[0], kept[1])
+        key = Keyframe(Path("e.png"), lambda mask=mask: Reference(draw_frame(70), mask))
+        propagator, jobs, frames = propagator_of(SoftEdges(soft), 1, [key], notices.append)
+        alphas.append(propagator.matte(jobs, frames)[0].alpha)
+    np.testing.assert_array_equal(alphas[0], alphas[1])
     assert not notices
 
 
-def test_a_frame_of_another_size_is_told_once_and_the_next_goes_on_from_the_one_before(
-    shot: Shoot, scene: Path
-) -> None:
+def test_a_frame_of_another_size_is_reported_once_and_skipped_by_the_propagation(shot: Shoot, scene: Path) -> None:
     shrink(scene / "plates" / "sh.1006.png", scene / "plates" / "sh.1006.png", 50)
     done = shot()
     assert done.exit_code == 0, done.output
-    told = [line for line in done.stderr.splitlines() if "another form or size" in line]
+    told = [line for line in done.stderr.splitlines() if "another size or aspect ratio" in line]
     assert len(told) == 1
-    assert "sh.1006.png has another form or size than sh.1005.png" in told[0]
+    assert "sh.1006.png has another size or aspect ratio than sh.1005.png" in told[0]
 
 
 def test_frames_are_registered_by_their_display_windows() -> None:
-    """A data window that was cut about the thing, elsewhere in every frame, changes nothing in what is carried."""
+    """Data windows that are cropped around the object, differently in each frame, do not change the propagation."""
     coarse = disc(74)
     coarse[60:] = 0.1
-    whole = carried(Motion.of(Seen.of(picture(70), disc(70)), picture(74)), coarse)
-    cuts = []
+    full = propagate(flow_of(draw_frame(70), disc(70), draw_frame(74)), coarse)
+    crops = []
     for top, left, bottom, right, at in ((10, 20, 110, 130, 70), (20, 30, 116, 150, 74)):
         windows = ImageWindows((bottom - top, right - left), (top, left), (120, 160))
-        cut = (slice(top, bottom), slice(left, right))
-        cuts.append((windows, picture(at)[cut], disc(at)[cut], cut))
-    (first, rgb, alpha, _), (second, now, _, cut) = cuts
-    found = carried(Motion.of(Seen.of(rgb, alpha, first), now, second), coarse[cut])
+        crop = (slice(top, bottom), slice(left, right))
+        crops.append((windows, draw_frame(at)[crop], disc(at)[crop], crop))
+    (first, rgb, alpha, _), (second, now, _, crop) = crops
+    found = propagate(flow_of(rgb, alpha, now, (first, second)), coarse[crop])
     inside = (slice(25, 75), slice(15, 75))  # away from the borders of both
-    assert np.abs(found[inside] - whole[cut][inside]).mean() < 0.02
+    assert np.abs(found[inside] - full[crop][inside]).mean() < 0.02
     assert found[45:65, 30:58].min() > 0.5
 
 
-def carrier_of(count: int) -> tuple[Carrier, list[Job], list[Frame]]:
-    jobs = [job(f"f.{number}.png") for number in range(count)]
-    rule = CanvasRule(160, 32, square=False)
-    frames = [
-        Frame(picture(70 + 2 * n), rule.placement(120, 160).to_canvas(picture(70 + 2 * n)), rule.placement(120, 160))
-        for n in range(count)
-    ]
-    return Carrier(Shot.of([(jobs, [])]), jobs, lambda _: None), jobs, frames
-
-
-def as_it_is(_: Frame, matte: CanvasMatte) -> CanvasMatte:
-    return matte
-
-
 @pytest.mark.parametrize(("found", "filled"), [(True, True), (False, False)])
-def test_a_frame_without_the_thing_is_passed_over(found: bool, filled: bool) -> None:
-    carrier, jobs, frames = carrier_of(3)
-    hole = np.pad(disc(72), ((0, 8), (0, 0)))
+def test_a_frame_without_the_object_is_skipped(found: bool, filled: bool) -> None:
+    hole = disc(72)
     hole[60:] = 0.1
-    first = CanvasMatte(np.pad(disc(70), ((0, 8), (0, 0))), 1.0, found)
-    assert (carrier.matte(jobs[0], frames[0], lambda _: first, as_it_is).carried is not None) == found
-    gone = CanvasMatte(np.zeros((128, 160), np.float32), 0.0, False)
-    assert carrier.matte(jobs[1], frames[1], lambda _: gone, as_it_is).alpha.max() == 0
-    matte = carrier.matte(jobs[2], frames[2], lambda _: CanvasMatte(hole, 1.0, True), as_it_is)
-    assert (float(matte.alpha[65:85, 60:88].min()) > 0.5) == filled
+    predictor = GivenAlphas(disc(70), np.zeros((120, 160), np.float32), hole, found=[found, False, True])
+    propagator, jobs, frames = propagator_of(predictor, 3)
+    (first,) = propagator.matte(jobs[:1], frames[:1])
+    assert (PROPAGATED_KEY in first.stamp) == found
+    without, last = propagator.matte(jobs[1:], frames[1:])
+    assert without.alpha.max() == 0
+    assert (float(last.alpha[65:85, 60:88].min()) > 0.5) == filled
 
 
-def test_it_goes_out_from_a_keyframe_in_both_directions(shot: Shoot, scene: Path) -> None:
+def test_propagation_starts_at_a_keyframe_in_both_directions(shot: Shoot, scene: Path) -> None:
     planned = shot("--dry-run")
     assert planned.exit_code == 0
     done = shot("--progress", "plain", report=scene / "r.json")
@@ -275,24 +308,24 @@ def test_it_goes_out_from_a_keyframe_in_both_directions(shot: Shoot, scene: Path
     assert [Path(image["source"]).name[3:7] for image in report["images"]] == [
         *("1001", "1002", "1003", "1005", "1006", "1007", "1008")
     ]
-    assert all(CARRIED_KEY in (read_stamp(path) or {}) for path in (scene / "out").iterdir())
+    assert all(PROPAGATED_KEY in (read_stamp(path) or {}) for path in (scene / "out").iterdir())
 
 
-def test_what_is_carried_decides_alphas_and_the_digest(shot: Shoot, icm: Icm, scene: Path) -> None:
+def test_propagation_changes_alphas_and_the_digest(shot: Shoot, icm: Icm, scene: Path) -> None:
     assert shot().exit_code == 0
-    carried_alphas = alphas(scene / "out")
+    propagated = alphas(scene / "out")
     options = {"ref": scene / "plates" / f"sh.{KEY}.png", "mask": scene / "key.png", "src": scene / "plates"}
     alone = icm(report=scene / "r.json", **options)
     assert alone.exit_code == 0
     assert json.loads((scene / "r.json").read_text())["summary"]["done"] == 7  # none is taken for the same
     single = alphas(scene / "out")
-    assert sorted(single) == sorted(carried_alphas)
-    assert sum(single[name] != carried_alphas[name] for name in single) > 4
+    assert sorted(single) == sorted(propagated)
+    assert sum(single[name] != propagated[name] for name in single) > 4
 
 
 @pytest.mark.parametrize("form", ["png", "exr"])
 @pytest.mark.parametrize("lost", [[1005], [1003], [1007, 1001], [*range(1001, 1009)]])
-def test_a_run_that_goes_on_makes_the_same_bytes(shot: Shoot, scene: Path, lost: list[int], form: str) -> None:
+def test_a_resumed_run_writes_the_same_bytes(shot: Shoot, scene: Path, lost: list[int], form: str) -> None:
     assert shot("--format", form, out=scene / "whole").exit_code == 0
     assert shot("--format", form).exit_code == 0
     for number in lost:
@@ -305,7 +338,7 @@ def test_a_run_that_goes_on_makes_the_same_bytes(shot: Shoot, scene: Path, lost:
         assert path.read_bytes() == (scene / "out" / path.name).read_bytes(), path.name
 
 
-def test_a_frame_that_fails_is_passed_over(shot: Shoot, scene: Path, frames: Path) -> None:
+def test_a_frame_that_fails_is_skipped(shot: Shoot, scene: Path, frames: Path) -> None:
     assert shot(out=scene / "whole").exit_code == 0
     whole = frames / "sh.1006.png"
     kept, state = whole.read_bytes(), whole.stat()
@@ -323,22 +356,22 @@ def test_a_frame_that_fails_is_passed_over(shot: Shoot, scene: Path, frames: Pat
     assert alphas(scene / "out") == alphas(scene / "whole")
 
 
-def test_out_of_memory_in_mid_batch_changes_nothing(shot: Shoot, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_a_batch_changes_nothing(shot: Shoot, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shot("--batch-size", "4", out=scene / "whole").exit_code == 0
-    with_edges, calls = Predictor.with_edges, iter(range(100))
+    refine_alphas, calls = Predictor.refine_alphas, iter(range(100))
 
-    def failing(self: Predictor, frame: Frame, matte: CanvasMatte) -> CanvasMatte:
+    def failing(self: Predictor, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[FrameAlpha]:
         if next(calls) == 2:
             raise torch.OutOfMemoryError
-        return with_edges(self, frame, matte)
+        return refine_alphas(self, frames, coarse)
 
-    monkeypatch.setattr(Predictor, "with_edges", failing)
+    monkeypatch.setattr(Predictor, "refine_alphas", failing)
     assert "out of memory" in shot("--batch-size", "4").stderr
     assert next(calls) > 7  # some were done twice
     assert alphas(scene / "out") == alphas(scene / "whole")
 
 
-def test_a_shard_depends_on_no_other(shot: Shoot, scene: Path) -> None:
+def test_a_shard_depends_on_no_other_shard(shot: Shoot, scene: Path) -> None:
     for number in (2, 1, 2):
         assert shot("--shard", f"{number}/2").exit_code == 0
     together = alphas(scene / "out")
@@ -349,8 +382,8 @@ def test_a_shard_depends_on_no_other(shot: Shoot, scene: Path) -> None:
     assert len(alone) == 4
 
 
-def test_alphas_of_another_order_are_made_anew(shot: Shoot, scene: Path) -> None:
-    """Of every second frame, or of shards: they go on from other frames, so their bytes are others."""
+def test_alphas_of_another_order_are_recomputed(shot: Shoot, scene: Path) -> None:
+    """Of every second frame, or of shards: they are propagated from other frames, so their bytes differ."""
     assert shot(out=scene / "whole").exit_code == 0
     for runs in (
         (("--frames", "1001-1008x2"), ("--frames", "1001-1008y2")),
@@ -390,7 +423,7 @@ def test_frames_of_other_sizes_are_matted_on_their_own(shot: Shoot, frames: Path
     assert shot("--batch-size", "4").exit_code == 0
 
 
-def test_a_frame_of_another_size_is_passed_over_as_a_torn_one_is(shot: Shoot, scene: Path, frames: Path) -> None:
+def test_a_frame_of_another_size_is_skipped_like_a_damaged_one(shot: Shoot, scene: Path, frames: Path) -> None:
     whole = frames / "sh.1006.png"
     content = cv2.imread(str(whole))
     whole.write_bytes(whole.read_bytes()[:500])
@@ -401,7 +434,7 @@ def test_a_frame_of_another_size_is_passed_over_as_a_torn_one_is(shot: Shoot, sc
         assert (read(scene / "torn" / name) == read(scene / "out" / name)).all(), name
 
 
-def test_shots_of_a_dataset_are_carried_and_the_report_says_so(data: Path, small_model: Path) -> None:
+def test_shots_of_a_dataset_are_propagated_and_reported(data: Path, small_model: Path) -> None:
     given = {"dataset": "folder", "images": data / "images", "alphas": data / "alphas", "model": str(small_model)}
     with pytest.raises(UsageError, match="--shot is for frames of shots"):
         evaluate(**given, shot=True)
@@ -410,8 +443,8 @@ def test_shots_of_a_dataset_are_carried_and_the_report_says_so(data: Path, small
     assert [row.evaluation.scores for row in alone.results] != [row.evaluation.scores for row in together.results]
 
 
-def test_a_seen_frame_is_small() -> None:
-    seen = Seen.of(np.zeros((1080, 1920, 3), np.uint8), np.ones((200, 100), np.float32))
-    assert seen.rgb.shape == (243, 432, 3)
-    assert seen.alpha.shape == (243, 432)
-    assert (seen.alpha == alpha_to_u8(np.ones(1, np.float32))[0]).all()
+def test_a_remembered_frame_is_small() -> None:
+    memory = FrameMemory.from_frame(np.zeros((1080, 1920, 3), np.uint8), np.ones((200, 100), np.float32), CONFIG)
+    assert memory.rgb.shape == (243, 432, 3)
+    assert memory.alpha.shape == (243, 432)
+    assert (memory.alpha == alpha_to_u8(np.ones(1, np.float32))[0]).all()

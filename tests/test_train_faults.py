@@ -318,7 +318,7 @@ def test_a_killed_run_goes_on_from_its_last_save(config: Path, out: Path, tmp_pa
 
 def test_a_signal_cuts_validation_short(config: Path, out: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(config, validation={"images": str(data / "images"), "alphas": str(data / "alphas"), "rounds": 50})
-    infer, batches = Predictor.infer, 0
+    infer, batches = Predictor.matte_frames, 0
 
     def stopped_at_the_second(self: Predictor, *args: Any) -> Any:
         nonlocal batches
@@ -327,7 +327,7 @@ def test_a_signal_cuts_validation_short(config: Path, out: Path, data: Path, mon
             signal.raise_signal(signal.SIGTERM)
         return infer(self, *args)
 
-    monkeypatch.setattr(Predictor, "infer", stopped_at_the_second)
+    monkeypatch.setattr(Predictor, "matte_frames", stopped_at_the_second)
     done = train(config, out, "--set", "train.validate_every=1")
     assert done.exit_code == 143, done.output
     assert "validation was interrupted" in done.stderr

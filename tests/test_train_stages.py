@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import refine_alpha
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -382,8 +383,8 @@ class TestRefineNetwork:
         edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, core=0)).eval()
         coarse = np.random.default_rng(0).random((50, 70), np.float32) * 0.9 + 0.05
         rgb = np.random.default_rng(1).integers(0, 256, (50, 70, 3), np.uint8)
-        alpha = edges.refined(rgb, coarse)
-        shrunk = edges.refined(rgb[:40, :60], coarse[:40, :60])
+        alpha = refine_alpha(edges, rgb, coarse)
+        shrunk = refine_alpha(edges, rgb[:40, :60], coarse[:40, :60])
         assert alpha.shape == (50, 70)
         np.testing.assert_allclose(shrunk, coarse[:40, :60], atol=1e-5)
 
@@ -392,7 +393,7 @@ class TestRefineNetwork:
     def test_any_size_comes_back_at_its_size(self, height: int, width: int) -> None:
         edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, core=0)).eval()
         level = np.full((7, 5), 0.25, np.float32)
-        alpha = edges.refined(np.zeros((height, width, 3), np.uint8), level)
+        alpha = refine_alpha(edges, np.zeros((height, width, 3), np.uint8), level)
         assert alpha.shape == (height, width)
         np.testing.assert_allclose(alpha, 0.25, atol=1e-5)
 
@@ -403,9 +404,12 @@ class TestRefineNetwork:
         """Of the source's own size, or ``again`` times the first."""
         edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, again=1.5, core=0)).eval()
         tiled: list[tuple[int, ...]] = []
-        second_look = edges._tiled
-        edges._tiled = lambda rgb, alpha, near: (tiled.append(alpha.shape), second_look(rgb, alpha, near))[1]  # type: ignore[method-assign]
-        alpha = edges.refined(np.zeros((*size, 3), np.uint8), np.full((7, 5), 0.25, np.float32))
+        second_step = edges._refine_tiles
+        edges._refine_tiles = lambda rgb, alpha, weight: (
+            tiled.append(tuple(alpha.shape)),
+            second_step(rgb, alpha, weight),
+        )[1]  # type: ignore[method-assign]
+        alpha = refine_alpha(edges, np.zeros((*size, 3), np.uint8), np.full((7, 5), 0.25, np.float32))
         assert tiled == [second]
         assert alpha.shape == size
         np.testing.assert_allclose(alpha, 0.25, atol=1e-5)
@@ -418,10 +422,10 @@ class TestRefineNetwork:
             edges.output.bias.fill_(5.0)
         rgb = np.zeros((90, 70, 3), np.uint8)
         for level in (0.0, 0.004, 1.0):
-            assert (edges.refined(rgb, np.full((9, 7), level, np.float32)) == np.float32(level)).all()
-        assert (edges.refined(rgb, np.full((9, 7), 0.2, np.float32)) > 0.9).all()
+            assert (refine_alpha(edges, rgb, np.full((9, 7), level, np.float32)) == np.float32(level)).all()
+        assert (refine_alpha(edges, rgb, np.full((9, 7), 0.2, np.float32)) > 0.9).all()
         faint = np.full((9, 7), 0.03, np.float32)
-        assert edges.refined(rgb[:60, :60], faint).max() < 0.031
+        assert refine_alpha(edges, rgb[:60, :60], faint).max() < 0.031
 
     def test_far_from_what_is_open_no_tile_changes_anything(self) -> None:
         """A network that makes a haze of everything makes none beyond its reach, and no straight edge where it ends."""
@@ -431,7 +435,7 @@ class TestRefineNetwork:
             edges.output.bias.fill_(2.0)
         coarse = np.full((200, 200), 0.015, np.float32)
         coarse[80:120, 80:120] = 0.5
-        alpha = edges.refined(np.zeros((200, 200, 3), np.uint8), coarse)
+        alpha = refine_alpha(edges, np.zeros((200, 200, 3), np.uint8), coarse)
         beyond = np.ones((200, 200), bool)
         beyond[55:145, 55:145] = False
         np.testing.assert_allclose(alpha[beyond], 0.015, atol=1e-5)
@@ -447,7 +451,7 @@ class TestRefineNetwork:
         alpha[90:110, 90:110] = 0.85  # grey within
         alpha[60:140, 138:200] = np.linspace(0.9, 0.06, 62)  # a soft edge
         alpha = cv2.resize(alpha, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
-        done = Refine(config).eval().refined(np.zeros((*alpha.shape, 3), np.uint8), alpha)
+        done = refine_alpha(Refine(config).eval(), np.zeros((*alpha.shape, 3), np.uint8), alpha)
         s = scale
         assert (done[90 * s : 110 * s, 90 * s : 110 * s] == 1).all()
         assert (done[: 30 * s, : 30 * s] == 0).all()
@@ -455,7 +459,7 @@ class TestRefineNetwork:
         np.testing.assert_allclose(soft, alpha[100 * s, 150 * s : 190 * s], atol=0.15)
         assert (np.diff(soft) <= 1e-3).all()
         assert np.abs(np.diff(soft)).max() < 0.06 / s + 0.02
-        plain = Refine(replace(config, core=0)).eval().refined(np.zeros((*alpha.shape, 3), np.uint8), alpha)
+        plain = refine_alpha(Refine(replace(config, core=0)).eval(), np.zeros((*alpha.shape, 3), np.uint8), alpha)
         np.testing.assert_allclose(plain, alpha, atol=1e-5)
 
     def test_tiles_leave_no_seams(self) -> None:
@@ -464,7 +468,7 @@ class TestRefineNetwork:
         assert edges.output.bias is not None
         with torch.no_grad():
             edges.output.bias.fill_(0.7)
-        alpha = edges.refined(np.zeros((200, 170, 3), np.uint8), np.full((20, 17), 0.5, np.float32))
+        alpha = refine_alpha(edges, np.zeros((200, 170, 3), np.uint8), np.full((20, 17), 0.5, np.float32))
         assert alpha.std() < 1e-6
         np.testing.assert_allclose(alpha, 1 / (1 + np.exp(-1.4)), atol=1e-5)  # once whole, once in tiles
 

@@ -27,11 +27,12 @@ from icm_cli.images.reading import read_alpha, read_source_image
 from icm_cli.matting.engine import Engine, EngineOptions, keep_finished
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import AnyModel
-from icm_cli.matting.near import shown
 from icm_cli.matting.outcome import Outcome
 from icm_cli.matting.predictor import Predictor
+from icm_cli.matting.propagation import PropagationConfig, create_matting
 from icm_cli.matting.references import Reference, make_guidance
-from icm_cli.matting.shot import Key, Shot, described
+from icm_cli.matting.shot import Keyframe, Shot
+from icm_cli.matting.tracking import prepare_references
 from icm_cli.model.checkpoint import read_training_digests
 from icm_cli.model.contracts import PreparedReferences
 from icm_cli.model.lite.finetuning import finetuning_digest_text
@@ -104,7 +105,8 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModel, options: InContext
 
                     settings = EngineOptions(digests, choice.batch_size, workers, shot=shot)
                     notice = evaluation.run.listener.on_notice
-                    Engine(predictor, prepare_example, settings, on_result=outcome.add, notice=notice).run(remaining)
+                    matting = create_matting(predictor, prepare_example, shot, notice)
+                    Engine(predictor, matting, settings, on_result=outcome.add, notice=notice).run(remaining)
                 evaluation.score_flicker(outcome)
     return outcome.report
 
@@ -114,7 +116,7 @@ def _example_digests(
 ) -> list[str]:
     """Return, for every example, the digest of everything besides the source that determines its alphas."""
     combine = choice.digester()
-    common = [*filter(None, [finetuning_digest_text(learn_steps), described() if is_shot else ""])]
+    common = [*filter(None, [finetuning_digest_text(learn_steps), str(PropagationConfig()) if is_shot else ""])]
     return [combine([*store.content_digests(example.references), *common]) for example in examples]
 
 
@@ -253,15 +255,15 @@ class ReferenceStore:
     ) -> PreparedReferences:
         """Read references, prepare them for the model, and fine-tune its head on them for ``learn_steps`` steps."""
         references = [self._read_reference(self.evaluation.dataset.by_name[name]) for name in names]
-        return shown(predictor, references, learn_steps, is_shot=is_shot)
+        return prepare_references(predictor, references, learn_steps, is_shot=is_shot)
 
     def order_frames(self, jobs: Sequence[Job], examples: Sequence[Example]) -> Shot:
         """Return the order in which the frames of the shots are matted, starting from their references."""
 
-        def key(name: str) -> Key:
-            return Key(Path(name), lambda: self._read_reference(self.evaluation.dataset.by_name[name]))
+        def key(name: str) -> Keyframe:
+            return Keyframe(Path(name), lambda: self._read_reference(self.evaluation.dataset.by_name[name]))
 
-        return Shot.of(
+        return Shot.from_examples(
             ([job for job in jobs if job.example == index], [key(name) for name in example.references])
             for index, example in enumerate(examples)
         )

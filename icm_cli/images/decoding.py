@@ -54,11 +54,11 @@ class SourceFile:
         """Inspect a file. A file that cannot be read is reported when it is matted, not here."""
         try:
             with ImageFile.open(path) as file:
-                frames = 1
-                if file.type.may_have_frames:
-                    with contextlib.suppress(ImageError):
-                        frames = frame_count(file)
-                return cls(path, file.type, frames, file.read_state())
+                state = file.state
+                try:
+                    return cls(path, file.type, frame_count(file), state)
+                except ImageError:
+                    return cls(path, file.type, 1, state)
         except (ImageError, OSError):
             return cls(path)
 
@@ -68,7 +68,7 @@ class SourceFile:
             if self.planned_state and has_state(self.path, self.planned_state):
                 return self.planned_state
         with open_image(self.path) as file:
-            return file.read_state()
+            return file.state
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -126,12 +127,13 @@ class ImageFile:
         self._stream.seek(0)
         return self._stream
 
-    @property
+    @functools.cached_property
     def size_bytes(self) -> int:
         return os.fstat(self._stream.fileno()).st_size
 
-    def read_state(self) -> str:
-        """Return size in bytes, modification time in nanoseconds, and a digest of the file's first bytes.
+    @functools.cached_property
+    def state(self) -> str:
+        """Size in bytes, modification time in nanoseconds, and a digest of the file's first bytes.
 
         The first bytes contain the image's size and orientation, so that a file that was replaced by another one of
         equal size and time is noticed. A TIFF may keep these at its end, so its last bytes are included.

@@ -34,7 +34,7 @@ MAX_12_BIT = 4095
 _INTEGER_WHITE = {"uint": 2.0**32 - 1, "int": 2.0**31 - 1, "int16": 2.0**15 - 1, "int8": 2.0**7 - 1}
 """Value that OpenImageIO reads as 1.0, by its name of the integer type."""
 _SCENE_LINEAR_FORMATS = frozenset({"openexr", "hdr"})
-_WITHOUT_STRAIGHT_ALPHA = frozenset({"openexr", "hdr", "cineon", "pnm"})
+_WITHOUT_STRAIGHT_ALPHA = frozenset({"openexr", "hdr", "cineon"})
 DPX_DESCRIPTOR_OFFSET, DPX_RGB = 800, bytes([50])
 """Offset of the byte that tells which channels a DPX has, and its value for RGB."""
 MIN_IS_WHITE = 0

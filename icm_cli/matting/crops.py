@@ -1,114 +1,148 @@
-"""Crops of pictures about a thing, which then gets the whole grid of tokens."""
+"""Crops of frames around an object, in which the object gets the full token grid of the backbone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from icm_cli.geometry import Float
+from icm_cli.config import CropSettings
 from icm_cli.images.pixels import ImageWindows
 
-Seen = TypeVar("Seen")
-MARGIN = 0.175
-"""Margin of a crop about the thing, as a share of the thing's longer side."""
-LEAST_SIDE = 0.2
-"""Least height and width of a crop, as shares of the frame's."""
-CUT_FROM = 0.02
-"""Least part of a crop's side, as a share of that side, along which the thing lies where it is taken to be cut."""
-WIDER = 0.5
-"""Growth of a crop at a side where it cuts the thing, as a share of its height or width."""
-MOST_LOOKS = 4
-"""Most crops of one picture, each wider than the one before."""
-FADE = 0.05
-"""Share of a crop's side over which its alpha fades to nothing at that side."""
-Place = tuple[slice, slice]
-"""Rows and columns of a picture."""
+CropResult = TypeVar("CropResult")
+Pixels = TypeVar("Pixels", bound=NDArray[np.generic])
 
 
-def place_of(
-    thing: NDArray[np.bool_],
-    size: tuple[int, int],
-    windows: ImageWindows | None = None,
-    *,
-    margin: float = MARGIN,
-    least_side: float = LEAST_SIDE,
-) -> Place | None:
-    """The part of a picture of ``size`` about a thing, with a margin; None where there is no thing, or outside of it.
+@dataclass(frozen=True)
+class CropBox:
+    """Rows and columns of a frame that a crop contains."""
 
-    ``thing``: bool [h,w] of the same picture, of any size, or of the display window in which the picture lies where
-    ``windows`` say. ``margin``, ``least_side``: as :data:`MARGIN` and :data:`LEAST_SIDE` say.
+    rows: slice
+    columns: slice
+
+    @property
+    def index(self) -> tuple[slice, slice]:
+        """Index of the crop in an array [H,W,...] of the frame."""
+        return self.rows, self.columns
+
+    @property
+    def area(self) -> int:
+        """Number of pixels."""
+        return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
+
+    def crop(self, pixels: Pixels) -> Pixels:
+        """Copy the crop out of an array [H,W,...] of the frame."""
+        return np.ascontiguousarray(pixels[self.index])  # type: ignore[return-value]
+
+
+def crop_box(
+    mask: NDArray[np.bool_], size: tuple[int, int], settings: CropSettings, windows: ImageWindows | None = None
+) -> CropBox | None:
+    """Return the box around an object in a frame of ``size``; None without an object, or if it is outside the frame.
+
+    Args:
+        mask: The object, bool [h,w]. It covers the frame, or its display window if ``windows`` are given.
+        size: Height and width of the frame.
+        settings: Margin and smallest side of the box.
+        windows: Position of the frame in its display window.
     """
-    if not thing.any():
+    if not mask.any():
         return None
     display, at = (size, (0, 0)) if windows is None else (windows.display, windows.at)
-    ends = [np.flatnonzero(thing.any(axis=axis))[[0, -1]] + (0, 1) for axis in (1, 0)]
-    around = margin * max(end - start for start, end in ends)
-    found = []
-    for n, (start, end) in enumerate(ends):
-        middle, half = (start + end) / 2, max((end - start) / 2 + around, least_side * thing.shape[n] / 2)
-        scale = display[n] / thing.shape[n]
-        low = max(0, math.floor((middle - half) * scale) - at[n])
-        high = min(size[n], math.ceil((middle + half) * scale) - at[n])
+    extents = [np.flatnonzero(mask.any(axis=axis))[[0, -1]] + (0, 1) for axis in (1, 0)]
+    margin = settings.margin * max(end - start for start, end in extents)
+    sides = []
+    for n, (start, end) in enumerate(extents):
+        centre, half = (start + end) / 2, max((end - start) / 2 + margin, settings.min_side * mask.shape[n] / 2)
+        scale = display[n] / mask.shape[n]
+        low = max(0, math.floor((centre - half) * scale) - at[n])
+        high = min(size[n], math.ceil((centre + half) * scale) - at[n])
         if low >= high:
             return None
-        found.append(slice(low, high))
-    return found[0], found[1]
+        sides.append(slice(low, high))
+    return CropBox(*sides)
 
 
-def wider(place: Place, thing: NDArray[np.bool_], size: tuple[int, int]) -> Place:
-    """A crop of a picture of ``size``, wider where it cuts the thing, bool [h,w] of the crop; else the same crop."""
-    found = []
-    for n, along in enumerate((thing, thing.T)):
-        start, end = place[n].start, place[n].stop
-        more = math.ceil(WIDER * (end - start))
-        first, last = (along[edge].mean() >= CUT_FROM for edge in (0, -1))
-        found.append(slice(max(0, start - more * first), min(size[n], end + more * last)))
-    return found[0], found[1]
+def enlarge_box(box: CropBox, mask: NDArray[np.bool_], size: tuple[int, int], settings: CropSettings) -> CropBox:
+    """Enlarge a box at each side that cuts the object; return an equal box if no side does.
 
-
-def looked(
-    place: Place, size: tuple[int, int], look: Callable[[Place], tuple[Seen, Float] | None], most: int = MOST_LOOKS
-) -> tuple[Seen, Float, Place] | None:
-    """Look at a crop of a picture of ``size``, and at wider ones where it cuts the thing, ``most`` at most.
-
-    ``look`` gives what it saw and the alpha [h,w] of the crop, or None to end it all. Returns the last look and its
-    place.
+    Args:
+        box: Box in a frame of ``size``.
+        mask: The object in the crop, bool [h,w].
+        size: Height and width of the frame.
+        settings: Rules for sides that cut the object.
     """
-    while (found := look(place)) is not None:
-        seen, alpha = found
-        further, most = wider(place, alpha > 0.5, size), most - 1
-        if further == place or most <= 0:
-            return seen, alpha, place
-        place = further
-    return None
+    sides = []
+    for side, along, length in zip(box.index, (mask, mask.T), size, strict=True):
+        growth = math.ceil(settings.growth * (side.stop - side.start))
+        cuts_first, cuts_last = (along[edge].mean() >= settings.cut_fraction for edge in (0, -1))
+        sides.append(slice(max(0, side.start - growth * cuts_first), min(length, side.stop + growth * cuts_last)))
+    return CropBox(*sides)
 
 
-def put(part: Float, place: Place, size: tuple[int, int]) -> Float:
-    """Put an alpha [h,w] of a crop in its place in a picture of ``size``, float32 [H,W], 0 beside it.
+def matte_in_crops(
+    box: CropBox,
+    size: tuple[int, int],
+    matte_crop: Callable[[CropBox], tuple[CropResult, Tensor] | None],
+    settings: CropSettings,
+) -> tuple[CropResult, Tensor, CropBox] | None:
+    """Matte a crop of a frame of ``size``, and larger crops as long as they cut the object.
 
-    Where the picture goes on beyond the crop it fades over :data:`FADE` of the crop's side, so that no edge of a crop
-    shows.
+    Args:
+        box: First crop.
+        size: Height and width of the frame.
+        matte_crop: Returns a result and the alpha [h,w] of a crop, or None to give up.
+        settings: Rules for larger crops, and their largest number.
+
+    Returns:
+        Result, alpha and box of the last crop; None if ``matte_crop`` gave up.
     """
-    whole = np.zeros(size, np.float32)
-    rows, columns = (
-        _fading(side.stop - side.start, at_start=side.start > 0, at_end=side.stop < length)
-        for side, length in zip(place, size, strict=True)
-    )
-    whole[place] = part * rows[:, None] * columns
-    return whole
+    for number in range(1, settings.max_crops + 1):
+        if (found := matte_crop(box)) is None:
+            return None
+        result, alpha = found
+        larger = enlarge_box(box, (alpha > 0.5).numpy(force=True), size, settings)
+        if larger == box or number == settings.max_crops:
+            break
+        box = larger
+    return result, alpha, box
 
 
-def _fading(length: int, *, at_start: bool, at_end: bool) -> Float:
-    ramp = np.minimum(1.0, np.arange(length, dtype=np.float32) / max(1.0, FADE * length))
-    level = np.ones(length, np.float32)
-    return np.minimum(ramp if at_start else level, ramp[::-1] if at_end else level)
+def paste_crop(alpha: Tensor, box: CropBox, size: tuple[int, int], fade: float = 0.0) -> Tensor:
+    """Paste the alpha of a crop into a frame of ``size`` that is 0 elsewhere.
+
+    Args:
+        alpha: float32 [h,w] of the crop.
+        box: Position of the crop.
+        size: Height and width of the frame.
+        fade: The alpha fades to 0 over this fraction of the crop's side, at the sides inside the frame.
+
+    Returns:
+        float32 [H,W] on the device of ``alpha``.
+    """
+    frame = torch.zeros(size, dtype=torch.float32, device=alpha.device)
+    if fade:
+        rows, columns = (
+            _fade_weights(side, length, fade).to(alpha.device) for side, length in zip(box.index, size, strict=True)
+        )
+        alpha = alpha * rows[:, None] * columns
+    frame[box.index] = alpha
+    return frame
 
 
-def area_of(place: Place) -> int:
-    """Pixels of a part of a picture."""
-    rows, columns = place
-    return (rows.stop - rows.start) * (columns.stop - columns.start)
+def _fade_weights(side: slice, frame_length: int, fade: float) -> Tensor:
+    """Weights of the pixels along a side of a crop: 1, falling to 0 at the ends that are inside the frame."""
+    length = side.stop - side.start
+    ramp = torch.clamp(torch.arange(length, dtype=torch.float32) / max(1.0, fade * length), max=1.0)
+    weights = torch.ones(length)
+    if side.start > 0:
+        weights = torch.minimum(weights, ramp)
+    if side.stop < frame_length:
+        weights = torch.minimum(weights, ramp.flip(0))
+    return weights

@@ -20,8 +20,9 @@ from icm_cli.files import remove_stale_temporaries
 from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import ModelChoice
-from icm_cli.matting.near import shown
+from icm_cli.matting.propagation import create_matting
 from icm_cli.matting.references import Reference
+from icm_cli.matting.tracking import prepare_references
 from icm_cli.reports.result import ImageResult
 
 
@@ -48,11 +49,13 @@ class EngineSetup:
         """Load the model, prepare the references once, and return the engine. Raises ConfigError."""
         predictor = self.choice.load()
         if self.learn_steps:
-            notice(f"learning the references, {self.learn_steps} steps; --learn-steps 0 leaves that out")
-        prepared = shown(predictor, self.references, self.learn_steps, is_shot=self.options.shot is not None)
+            notice(f"learning the references in {self.learn_steps} steps; --learn-steps 0 omits this")
+        shot = self.options.shot
+        prepared = prepare_references(predictor, self.references, self.learn_steps, is_shot=shot is not None)
         for sentence in prepared.notices:
             notice(sentence)
-        return Engine(predictor, lambda _: prepared, self.options, on_result=on_result, notice=notice)
+        matting = create_matting(predictor, lambda _: prepared, shot, notice)
+        return Engine(predictor, matting, self.options, on_result=on_result, notice=notice)
 
 
 @dataclass(frozen=True)

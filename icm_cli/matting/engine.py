@@ -1,322 +1,346 @@
-"""The streaming engine: reader threads decode ahead, the model takes batches, writer threads encode.
+"""The streaming engine: reader threads decode ahead, the model mattes batches, and writer threads encode.
 
-Every queue is bounded, so memory does not grow with the number of images, and the model waits for the disk only
-where reading is slower than matting.
+Every queue is bounded, so that memory does not grow with the number of images. The model waits for the disk only if
+reading is slower than matting.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from icm_cli.device import is_device_lost, is_out_of_memory, release_memory
 from icm_cli.errors import DeviceError, ImageError, OutputError, UsageError
-from icm_cli.geometry import Float, ImageU8, alpha_to_u8
+from icm_cli.geometry import Float, alpha_to_u8
 from icm_cli.images.pixels import DecodedImage, ImageWindows
 from icm_cli.images.writing import DEFAULT_OUTPUT, OutputFormat, write_alpha, write_foreground, write_trimap
-from icm_cli.matting.foreground import foreground_colours, trimap_of_alpha
+from icm_cli.matting.foreground import estimate_foreground, trimap_from_alpha
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.near import NearBy
-from icm_cli.matting.predictor import CanvasMatte, Frame, Predictor
+from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor
 from icm_cli.matting.resume import Origin, OtherSourceError, finished, stamp
-from icm_cli.matting.shot import CARRIED_KEY, Carrier, Shot, encoded
+from icm_cli.matting.shot import Shot
 from icm_cli.matting.sources import MAX_LISTED_FILES
 from icm_cli.model.contracts import PreparedReferences
 from icm_cli.reports.result import ImageResult, MattingDetails
 
 
+class FrameMatting(Protocol):
+    """How the frames of a run are matted: each one independently, or with the alphas of earlier frames."""
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether frames must be matted in the order of the jobs, because they depend on each other."""
+
+    def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
+        """Prepare for a run over these jobs, and return them."""
+
+    def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
+        """Matte a batch: frames of one example with canvases of one size.
+
+        If it raises RuntimeError or MemoryError, the same frames can be matted again in smaller batches.
+        """
+
+
+class IndependentMatting:
+    """Mattes every frame independently of the others."""
+
+    keeps_order = False
+
+    def __init__(self, predictor: Predictor, references: Callable[[int], PreparedReferences]) -> None:
+        """``references``: prepared references of an example, by its number."""
+        self._predictor = predictor
+        self._references = references
+
+    def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
+        return jobs
+
+    def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
+        return self._predictor.matte_frames(frames, self._references(jobs[0].example))
+
+
 @dataclass(frozen=True)
-class Loaded:
-    """An image ready for the model."""
+class LoadedImage:
+    """An image that was read and is ready for the model."""
 
     job: Job
     frame: Frame
     origin: Origin
     colorspace: str
     stored: DecodedImage
-    """The source's own pixels."""
+    """Pixels of the source as they are stored."""
     seconds: float
+
+    @property
+    def windows(self) -> ImageWindows:
+        """Data and display window of the source."""
+        return self.stored.windows
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of the engine; none changes an alpha but ``shot``, and ``digests`` stand for all that decides it."""
+    """Options of the engine. Except for ``shot``, none of them changes an alpha: the digests represent what does.
+
+    Attributes:
+        digests: For each example, the digest of everything that its alphas depend on, except their sources.
+        batch_size: Largest number of images per batch.
+        workers: Number of reader threads, and of writer threads.
+        overwrite: Matte images again even if their alphas exist.
+        fail_fast: Stop after the first image that fails.
+        output: Format of the files.
+        shot: Order of the frames of a shot; None if the images are independent.
+    """
 
     digests: Sequence[str]
-    """Digests of all that decides an alpha beside its source, one for each example."""
     batch_size: int
     workers: int
     overwrite: bool = False
     fail_fast: bool = False
     output: OutputFormat = DEFAULT_OUTPUT
     shot: Shot | None = None
-    """The images are frames of a shot, and come in its order."""
 
 
 class Engine:
-    """Mattes images; ``on_result`` hears of each as it ends, in the caller's thread.
-
-    ``reference`` gives the prepared references of an example, by its number; jobs of one example come in a row.
-    """
+    """Mattes images. ``on_result`` is called for each result, in the caller's thread."""
 
     def __init__(
         self,
         predictor: Predictor,
-        reference: Callable[[int], PreparedReferences],
-        settings: EngineOptions,
+        matting: FrameMatting,
+        options: EngineOptions,
         *,
         on_result: Callable[[ImageResult], None],
         notice: Callable[[str], None],
     ) -> None:
+        """``matting``: how frames are matted with the model of ``predictor``; jobs of one example are consecutive."""
         self.predictor = predictor
-        self.reference = reference
-        self.settings = settings
-        self.batch_size = settings.batch_size
+        self.matting = matting
+        self.options = options
+        self.batch_size = options.batch_size
         self._on_result = on_result
         self._notice = notice
         self._fatal: OutputError | None = None
         self._has_failed = False
         self._is_stopped = False
-        self._has_seen_alpha = False
-        self._has_seen_windows = False
-        self._has_seen_range = False
-        self._carrier: Carrier | None = None
+        self._reported: set[str] = set()
 
     def run(self, jobs: Iterable[Job]) -> None:
-        """Matte every image. An image that fails is reported and the others go on.
+        """Matte every image. An image that fails is reported, and the run continues.
 
-        Raises OutputError when nothing more can be written, DeviceError when the device is lost. On any exception, an
-        interrupt too, the writes in hand are finished first.
+        Raises OutputError if no more output can be written, DeviceError if the device is lost. On any exception,
+        including an interrupt, writes in progress are finished first.
         """
-        workers = self.settings.workers
-        if self.settings.shot is not None:
-            jobs = list(jobs)
-            self._carrier = Carrier(self.settings.shot, jobs, self._notice)
+        workers = self.options.workers
+        jobs = self.matting.begin_run(jobs)
         readers = ThreadPoolExecutor(workers, "icm-read")
         writers = ThreadPoolExecutor(workers, "icm-write")
         writing: deque[Future[ImageResult]] = deque()
         try:
             loaded = read_ahead(readers, self._read, jobs, ahead=workers + self.batch_size)
             for batch in self._batches(loaded):
-                for item, matte, seconds in self._infer(batch):
-                    writing.append(writers.submit(self._write, item, matte, seconds))
-                self._settle(writing, at_most=workers + self.batch_size)
+                for image, alpha, seconds in self._matte_batch(batch):
+                    writing.append(writers.submit(self._write, image, alpha, seconds))
+                self._report_written(writing, max_pending=workers + self.batch_size)
                 if self._must_stop():
                     break
         finally:
             readers.shutdown(wait=False, cancel_futures=True)
-            self._settle(writing, at_most=0)
+            self._report_written(writing, max_pending=0)
             writers.shutdown()
         if self._fatal:
             raise self._fatal
 
     def stop(self) -> None:
-        """End the run after the batch in hand; may be called from another thread."""
+        """End the run after the current batch; can be called from any thread."""
         self._is_stopped = True
 
     def peak_memory_bytes(self) -> int:
-        """The most memory held so far."""
+        """Peak memory so far."""
         return self.predictor.device.peak_memory_bytes()
 
     def _must_stop(self) -> bool:
-        return self._is_stopped or self._fatal is not None or (self.settings.fail_fast and self._has_failed)
+        return self._is_stopped or self._fatal is not None or (self.options.fail_fast and self._has_failed)
 
-    def _emit(self, result: ImageResult) -> None:
+    def _report(self, result: ImageResult) -> None:
         self._has_failed |= result.status == "failed"
         self._on_result(result)
 
-    def _settle(self, writing: deque[Future[ImageResult]], at_most: int) -> None:
-        """Hear of finished writes; wait until ``at_most`` are in hand. An interrupt may make one heard of twice."""
-        while writing and (len(writing) > at_most or writing[0].done()):
-            self._emit(writing[0].result())
+    def _report_written(self, writing: deque[Future[ImageResult]], max_pending: int) -> None:
+        """Report finished writes, and wait until at most ``max_pending`` are left.
+
+        After an interrupt a result may be reported twice, but none is lost.
+        """
+        while writing and (len(writing) > max_pending or writing[0].done()):
+            self._report(writing[0].result())
             writing.popleft()
 
-    def _read(self, job: Job) -> Loaded | ImageResult:
-        """Runs in a reader thread."""
+    def _notice_once(self, kind: str, sentence: str) -> None:
+        """Print a notice, unless one of the same kind was printed before."""
+        if kind not in self._reported:
+            self._reported.add(kind)
+            self._notice(sentence)
+
+    def _read(self, job: Job) -> LoadedImage | ImageResult:
+        """Read an image and prepare it for the model; runs in a reader thread."""
         start = time.perf_counter()
         try:
-            earlier = None if self.settings.overwrite else finished(job, self._digest(job))
-            if earlier and self._carrier is None:
+            earlier = None if self.options.overwrite else finished(job, self._digest(job))
+            if earlier and not self.matting.keeps_order:
                 return earlier
-            picture, *origin = job.read_with_origin()
-            if picture.alpha is not None and not self._has_seen_alpha:
-                self._has_seen_alpha = True
-                self._notice(f"{job.source} has an alpha of its own; those of sources are ignored")
-            for sentence in picture.notices:
+            source, *origin = job.read_with_origin()
+            if source.alpha is not None:
+                self._notice_once("alpha", f"{job.source} has an alpha of its own; alphas of sources are ignored")
+            for sentence in source.notices:
                 self._notice(sentence)
-            frame = self.predictor.prepare(picture.rgb)
+            stored = source.stored or DecodedImage(source.rgb, None, 255.0, source.space)
+            frame = self.predictor.prepare_frame(source.rgb, stored.windows)
         except ImageError as error:
-            return _failed(job, str(error))
+            return _failed_result(job, str(error))
         except MemoryError:
-            return _failed(job, f"{job.source} is too large for this machine's memory")
-        self._tell_of_windows(job, picture.windows)
-        stored = picture.stored or DecodedImage(picture.rgb, None, 255.0, picture.space)
-        return Loaded(job, frame, Origin(*origin), picture.space, stored, time.perf_counter() - start)
+            return _failed_result(job, f"{job.source} is too large for this machine's memory")
+        self._report_windows(job, source.windows)
+        return LoadedImage(job, frame, Origin(*origin), source.space, stored, time.perf_counter() - start)
 
-    def _tell_of_windows(self, job: Job, windows: ImageWindows) -> None:
-        """Say once that what cannot carry an EXR's windows covers the display window."""
-        output = self.settings.output
+    def _report_windows(self, job: Job, windows: ImageWindows) -> None:
+        """Report once if the output format cannot store the data and display windows of an EXR."""
+        output = self.options.output
         written = "trimap" if output.has_windows else output.format.upper()
-        if windows.is_full or self._has_seen_windows or (output.has_windows and output.trimap == "none"):
+        if windows.is_full or (output.has_windows and output.trimap == "none"):
             return
-        self._has_seen_windows = True
         remedy = "" if output.has_windows else "; icm matte --format exr keeps both"
-        self._notice(
-            f"{job.source} has {windows}; every {written} covers the display window: what lies outside it is cut off, "
-            f"and 0 fills it up{remedy}"
+        self._notice_once(
+            "windows",
+            f"{job.source} has {windows}; every {written} covers the display window: pixels outside of it are cut off, "
+            f"and missing pixels are 0{remedy}",
         )
 
-    def _batches(self, stream: Iterable[Loaded | ImageResult]) -> Iterator[list[Loaded]]:
-        """Group by example and canvas size; at most two batches' worth of images wait for others of their kind, and
-        none of them in a shot, whose order stays."""
-        waiting: dict[tuple[int, tuple[int, int]], list[Loaded]] = {}
+    def _batches(self, stream: Iterable[LoadedImage | ImageResult]) -> Iterator[list[LoadedImage]]:
+        """Group images by example and canvas size.
+
+        At most two batches of images wait for others of their group. If the order must be kept, none waits while
+        images of another group are matted.
+        """
+        waiting: dict[tuple[int, tuple[int, int]], list[LoadedImage]] = {}
         for item in stream:
             if isinstance(item, ImageResult):
-                self._emit(item)
+                self._report(item)
                 if self._must_stop():
                     return
                 continue
-            kind = item.job.example, item.frame.placement.canvas
-            for earlier in [other for other in waiting if other[0] != kind[0] or (self._carrier and other != kind)]:
-                yield waiting.pop(earlier)  # no more of that example will come
-            group = waiting.setdefault(kind, [])
-            group.append(item)
-            if len(group) >= self.batch_size:
-                yield waiting.pop(kind)
+            group = item.job.example, item.frame.placement.canvas
+            for other in list(waiting):
+                if other[0] != group[0] or (self.matting.keeps_order and other != group):
+                    yield waiting.pop(other)
+            images = waiting.setdefault(group, [])
+            images.append(item)
+            if len(images) >= self.batch_size:
+                yield waiting.pop(group)
             elif sum(map(len, waiting.values())) >= 2 * self.batch_size:
-                yield waiting.pop(max(waiting, key=lambda kind: len(waiting[kind])))
+                yield waiting.pop(max(waiting, key=lambda group: len(waiting[group])))
         yield from waiting.values()
 
-    def _infer(self, batch: list[Loaded]) -> Iterator[tuple[Loaded, CanvasMatte, float]]:
-        """Run the model; out of memory halves the batch, and fails an image only where it is alone."""
-        while batch:
-            part = batch[: self.batch_size]
+    def _matte_batch(self, images: list[LoadedImage]) -> Iterator[tuple[LoadedImage, FrameAlpha, float]]:
+        """Run the model. If memory runs out, the batch size is halved; a single image fails."""
+        while images:
+            batch = images[: self.batch_size]
             start = time.perf_counter()
-            mattes = self._try_infer(part)
-            if mattes is not None:
-                seconds = (time.perf_counter() - start) / len(part)
-                yield from ((item, matte, seconds) for item, matte in zip(part, mattes, strict=True))
-                batch = batch[len(part) :]
+            alphas = self._try_matte(batch)
+            if alphas is not None:
+                seconds = (time.perf_counter() - start) / len(batch)
+                yield from ((image, alpha, seconds) for image, alpha in zip(batch, alphas, strict=True))
+                images = images[len(batch) :]
                 continue
             release_memory(self.predictor.device)
-            if len(part) > 1:
-                self.batch_size = len(part) // 2
-                self._notice(f"out of memory with {len(part)} images at a time; going on with {self.batch_size}")
+            if len(batch) > 1:
+                self.batch_size = len(batch) // 2
+                self._notice(f"out of memory with batches of {len(batch)} images; continuing with {self.batch_size}")
             else:
                 device = self.predictor.device.description
-                self._emit(_failed(part[0].job, f"{part[0].job.source} ran out of memory on {device}"))
-                batch = batch[1:]
+                self._report(_failed_result(batch[0].job, f"{batch[0].job.source} ran out of memory on {device}"))
+                images = images[1:]
 
-    def _try_infer(self, part: list[Loaded]) -> list[CanvasMatte] | None:
-        carrier = self._carrier
-        state = carrier.state() if carrier else {}
+    def _try_matte(self, batch: list[LoadedImage]) -> list[FrameAlpha] | None:
+        """Matte a batch; None if memory ran out. Raises DeviceError if the device is lost."""
         try:
-            reference = self.reference(part[0].job.example)
-            if carrier is None:
-                return self.predictor.infer([item.frame for item in part], reference)
-            looks = self._looks(part, reference)
-            return [
-                carrier.matte(item.job, item.frame, look, self.predictor.with_edges, item.stored.windows)
-                for item, look in zip(part, looks, strict=True)
-            ]
+            return self.matting.matte([image.job for image in batch], [image.frame for image in batch])
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                if carrier is not None:
-                    carrier.back_to(state)
                 return None
             if is_device_lost(error):
                 reason = str(error).splitlines()[0]
                 raise DeviceError(f"device {self.predictor.device.torch_device} was lost: {reason}") from error
             raise
 
-    def _looks(
-        self, part: list[Loaded], reference: PreparedReferences
-    ) -> list[Callable[[ImageU8 | None], CanvasMatte]]:
-        """Ways to the coarse alphas of frames, which may depend on the alpha of the frame before."""
-
-        def near(references: NearBy, item: Loaded, before: ImageU8 | None) -> CanvasMatte:
-            return references.coarse(self.predictor, item.frame, before, item.stored.windows)
-
-        def known(matte: CanvasMatte, _: ImageU8 | None) -> CanvasMatte:
-            return matte
-
-        if isinstance(reference, NearBy):
-            return [functools.partial(near, reference, item) for item in part]
-        coarse = self.predictor.coarse([item.frame for item in part], reference)
-        return [functools.partial(known, matte) for matte in coarse]
-
-    def _write(self, item: Loaded, matte: CanvasMatte, model_seconds: float) -> ImageResult:
-        """Bring the alpha to the source's size and write it; runs in a writer thread."""
+    def _write(self, image: LoadedImage, result: FrameAlpha, model_seconds: float) -> ImageResult:
+        """Bring the alpha to the size of the source and write it; runs in a writer thread."""
         start = time.perf_counter()
-        job = item.job
-        if not np.isfinite(matte.alpha).all():
-            return _failed(job, f"{job.source}: the model gave no finite alpha; run again with --dtype float32")
-        alpha = matte.at_source(item.frame)
+        job = image.job
+        if not np.isfinite(result.alpha).all():
+            return _failed_result(
+                job,
+                f"{job.source}: the alpha of the model has values that are not finite; run again with --dtype float32",
+            )
+        alpha = self.predictor.alpha_at_source(image.frame, result)
         measured: dict[str, Any] = {
             "foreground": round(float(alpha_to_u8(alpha).mean()) / 255.0, 6),
-            "confidence": round(matte.confidence, 4),
-            "not_found": not matte.found,
-            "colorspace": item.colorspace,
+            "confidence": round(result.confidence, 4),
+            "not_found": not result.found,
+            "colorspace": image.colorspace,
         }
         try:
-            mark = stamp(job, self._digest(job), item.origin, measured)
-            if matte.carried is not None:
-                mark[CARRIED_KEY] = encoded(matte.carried)
-            self._write_files(item, alpha, mark)
+            self._write_files(image, alpha, {**stamp(job, self._digest(job), image.origin, measured), **result.stamp})
         except ImageError as error:
-            return _failed(job, str(error))
+            return _failed_result(job, str(error))
         except OutputError as error:
             self._fatal = error
-            return _failed(job, str(error))
-        seconds = item.seconds + model_seconds + time.perf_counter() - start
+            return _failed_result(job, str(error))
+        seconds = image.seconds + model_seconds + time.perf_counter() - start
         return replace(job.planned, status="done", matting=MattingDetails(seconds=round(seconds, 4), **measured))
 
-    def _write_files(self, item: Loaded, alpha: Float, mark: dict[str, str]) -> None:
-        """Write what the output asks for, the image's own file last: while it is not there, nothing is done."""
-        output, job, windows = self.settings.output, item.job, item.stored.windows
+    def _write_files(self, image: LoadedImage, alpha: Float, mark: dict[str, str]) -> None:
+        """Write the requested files. The image's own file is the last: it shows that the image is finished."""
+        output, job, windows = self.options.output, image.job, image.windows
         if output.trimap != "none":
-            trimap = windows.move_pixels(trimap_of_alpha(alpha, output.band_px), windows.display_window)
+            trimap = windows.move_pixels(trimap_from_alpha(alpha, output.band_px), windows.display_window)
             write_trimap(job.trimap if output.trimap == "beside" else job.output, trimap, mark)
         if output.trimap == "instead":
             return
         if output.foreground != "none":
-            colours = foreground_colours(item.stored, alpha)
-            self._tell_of_range(item, colours)
+            colours = estimate_foreground(image.stored, alpha)
+            self._report_clipping(image, colours)
             if not output.has_windows:
                 colours, alpha = (windows.move_pixels(each, windows.display_window) for each in (colours, alpha))
-            write_foreground(job.output, colours, alpha, mark, output, item.stored, job.colour.config)
+            write_foreground(job.output, colours, alpha, mark, output, image.stored, job.colour.config)
         else:
             alpha = alpha if output.has_windows else windows.move_pixels(alpha, windows.display_window)
-            write_alpha(job.output, alpha, mark, output, item.stored)
+            write_alpha(job.output, alpha, mark, output, image.stored)
 
-    def _tell_of_range(self, item: Loaded, colours: Float) -> None:
-        """Say once that integers cut colours outside of 0..1."""
-        output = self.settings.output
-        if self._has_seen_range or output.depth_for(item.stored) not in ("8", "16"):
+    def _report_clipping(self, image: LoadedImage, colours: Float) -> None:
+        """Report once if an integer format clips colours outside 0..1."""
+        output = self.options.output
+        if output.depth_for(image.stored) not in ("8", "16"):
             return
         if colours.min() < 0 or colours.max() > 1 + 1e-3:
-            self._has_seen_range = True
-            self._notice(
-                f"{item.job.source} has colours of {colours.min():.3g} to {colours.max():.3g}; foregrounds of "
-                f"{output.format.upper()} are cut at 0 and 1; --format exr keeps all"
+            self._notice_once(
+                "clipping",
+                f"{image.job.source} has colours from {colours.min():.3g} to {colours.max():.3g}; foregrounds in "
+                f"{output.format.upper()} are clipped to 0..1; --format exr keeps all colours",
             )
 
     def _digest(self, job: Job) -> str:
-        return _digest(job, self.settings.digests, self.settings.shot)
+        return _job_digest(job, self.options.digests, self.options.shot)
 
 
-def _digest(job: Job, digests: Sequence[str], shot: Shot | None) -> str:
-    return shot.digest(job, digests[job.example]) if shot else digests[job.example]
+def _job_digest(job: Job, digests: Sequence[str], shot: Shot | None) -> str:
+    return shot.job_digest(job, digests[job.example]) if shot else digests[job.example]
 
 
-def _failed(job: Job, reason: str) -> ImageResult:
+def _failed_result(job: Job, reason: str) -> ImageResult:
     return replace(job.planned, status="failed", reason=reason)
 
 
@@ -327,44 +351,52 @@ def keep_finished(
     on_result: Callable[[ImageResult], None],
     shot: Shot | None = None,
 ) -> list[Job]:
-    """Tell of every image whose alpha is there already; returns the others. Needs no model. In a shot a frame is made
-    anew where one is that it goes on from.
+    """Report images whose alphas already exist, and return the remaining jobs. Needs no model.
 
-    ``digests``: of all that decides an alpha beside its source, one for each example. Raises UsageError, before it
-    tells of any, where an alpha that is there is another source's.
+    In a shot, a frame remains if one of the frames that it depends on does.
+
+    Args:
+        jobs: All jobs.
+        digests: For each example, the digest of everything that its alphas depend on, except their sources.
+        workers: Number of threads.
+        on_result: Called for each existing alpha.
+        shot: Order of the frames of a shot.
+
+    Raises:
+        UsageError: An existing file is the alpha of another source. Nothing is reported then.
     """
 
-    def look(job: Job) -> ImageResult | Job | OtherSourceError:
+    def check(job: Job) -> ImageResult | Job | OtherSourceError:
         try:
-            return finished(job, _digest(job, digests, shot)) or job
+            return finished(job, _job_digest(job, digests, shot)) or job
         except OtherSourceError as error:
             return error
         except ImageError:
-            return job  # the engine says what is wrong with it
+            return job  # the engine reports what is wrong with it
 
-    with ThreadPoolExecutor(workers, "icm-look") as executor:
-        seen = list(read_ahead(executor, look, jobs, ahead=2 * workers))
-    others = [str(each) for each in seen if isinstance(each, OtherSourceError)]
-    if others:
-        more = f"; and {len(others) - MAX_LISTED_FILES} more" if len(others) > MAX_LISTED_FILES else ""
-        raise UsageError("; ".join(others[:MAX_LISTED_FILES]) + more)
-    there = {job.output for job, each in zip(jobs, seen, strict=True) if isinstance(each, ImageResult)}
-    kept = shot.unbroken(there) if shot else there
-    for job, each in zip(jobs, seen, strict=True):
+    with ThreadPoolExecutor(workers, "icm-check") as executor:
+        checked = list(read_ahead(executor, check, jobs, ahead=2 * workers))
+    errors = [str(each) for each in checked if isinstance(each, OtherSourceError)]
+    if errors:
+        more = f"; and {len(errors) - MAX_LISTED_FILES} more" if len(errors) > MAX_LISTED_FILES else ""
+        raise UsageError("; ".join(errors[:MAX_LISTED_FILES]) + more)
+    existing = {job.output for job, each in zip(jobs, checked, strict=True) if isinstance(each, ImageResult)}
+    kept = shot.reusable_outputs(existing) if shot else existing
+    for job, each in zip(jobs, checked, strict=True):
         if isinstance(each, ImageResult) and job.output in kept:
             on_result(each)
     return [job for job in jobs if job.output not in kept]
 
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 def read_ahead(
-    executor: Executor, function: Callable[[Item], Made], items: Iterable[Item], ahead: int
-) -> Iterator[Made]:
-    """Results in the items' order, with at most ``ahead`` of them made or in the making before they are asked for."""
-    pending: deque[Future[Made]] = deque()
+    executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """Yield results in the order of the items. At most ``ahead`` of them are computed before they are requested."""
+    pending: deque[Future[Result]] = deque()
     for item in items:
         pending.append(executor.submit(function, item))
         if len(pending) >= ahead:

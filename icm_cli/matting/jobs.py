@@ -8,7 +8,7 @@ import os
 import string
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -82,8 +82,8 @@ class Job:
         self._check_not_missing()
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open_image(path)) for path in self.files]
-            states = [file.read_state() for file in files]
-            state, digest = _join_states(states), combined_digest(*map(_content_digest, files, states))
+            state = _join_states([file.state for file in files])
+            digest = combined_digest(*map(_content_digest, files))
             if isinstance(self.source, CompositeSource):
                 return compose_image(*files), state, digest
             return read_image(files[0], self.colour, self.page), state, digest
@@ -99,8 +99,7 @@ class Job:
         """Return the SHA-256 of the content of the image's files as hexadecimal digits. Raises ImageError."""
         self._check_not_missing()
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open_image(path)) for path in self.files]
-            return combined_digest(*(_content_digest(file, file.read_state()) for file in files))
+            return combined_digest(*(_content_digest(stack.enter_context(open_image(path))) for path in self.files))
 
     def _check_not_missing(self) -> None:
         if self.is_missing:
@@ -279,9 +278,9 @@ def _join_states(states: Sequence[str]) -> str:
     return " ".join(states)
 
 
-def _content_digest(file: ImageFile, state: str) -> str:
-    """Return the content digest of an open file. A file in this state is read once for all of its pages."""
-    key = file.path, state
+def _content_digest(file: ImageFile) -> str:
+    """Return the content digest of an open file, which is read once for all of its pages."""
+    key = file.path, file.state
     with _digests_lock:
         digest = _digests.get(key)
     if digest is None:
@@ -320,20 +319,8 @@ def _jobs_of_file(
         planned = ImageResult(
             str(source), str(output), "planned", name=numbered.as_posix(), page=0 if count == 1 else page + 1
         )
-        jobs.append(
-            Job(
-                source,
-                numbered,
-                output,
-                planned,
-                page=page,
-                colour=colour,
-                root=absolute_root,
-                is_missing=inspected is None,
-                has_trimap=layout.has_trimap,
-                inspected=inspected,
-            )
-        )
+        job = Job(source, numbered, output, planned, page=page, colour=colour, root=absolute_root)
+        jobs.append(replace(job, is_missing=inspected is None, has_trimap=layout.has_trimap, inspected=inspected))
     return jobs
 
 

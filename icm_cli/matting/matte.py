@@ -25,8 +25,9 @@ from icm_cli.matting.frames import FramePattern, parse_frame_range
 from icm_cli.matting.jobs import DEFAULT_NAME, Job, OutputLayout, SourceFilter, check_overwrites, parse_shard, plan_jobs
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.outcome import Outcome, environment_settings
+from icm_cli.matting.propagation import PropagationConfig
 from icm_cli.matting.references import Reference, read_references
-from icm_cli.matting.shot import Key, Shot, apart, described
+from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.matting.sources import SkippedFiles, find_sources, real_path
 from icm_cli.model.lite.finetuning import finetuning_digest_text
 from icm_cli.options import (
@@ -123,7 +124,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> Plan:
 
         jobs, truths, problems = attach_ground_truth(jobs, options.reports.gt)
         check_overwrites(jobs, truths, "a ground truth")
-        shot = shot and shot.of_jobs(jobs)
+        shot = shot and shot.with_jobs(jobs)
     files = [path for job in jobs for path in (job.source, *job.outputs)]
     report_files.check_no_overwrite([*protected, *truths, *map(str, files)])
     return Plan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths, problems)
@@ -236,7 +237,7 @@ class _Run:
         """Hash of everything but its source that decides an alpha."""
         plan = self._plan
         forms = [plan.colour.digest_text(), plan.output.digest_text(), finetuning_digest_text(self._learn_steps)]
-        forms += [described()] if self._options.sequences.shot else []
+        forms += [str(PropagationConfig())] if self._options.sequences.shot else []
         references = [one.digest for one in plan.references]
         return self._choices[0].digester()([*references, *filter(None, forms)])
 
@@ -267,8 +268,8 @@ def _order_as_shot(
         path = next((path for path in (ref, real_path(ref)) if real_path(path.parent) in folders), None)
         if path is not None:
             name = folders[real_path(path.parent)] / path.name
-            keys.append(Key(name, functools.partial(references.__getitem__, number)))
-    shot = Shot.of(apart(jobs, keys))
+            keys.append(Keyframe(name, functools.partial(references.__getitem__, number)))
+    shot = Shot.from_examples(split_shots(jobs, keys))
     if shard is not None:
         shot = shot.shard(*parse_shard(shard))
     outputs = {job.output for job in shot.order}

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from icm_cli import guided_filter
 from icm_cli.config import ModelConfig, component_class
 from icm_cli.device import Device
 from icm_cli.environment import __version__
@@ -52,9 +51,8 @@ class ModelChoice:
         Reads the weights' content, loads no model.
         """
         model = model_digest(self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline)
-        guided = guided_filter.constants()
         return lambda references: combined_digest(
-            __version__, model, *references, str(self.seed), self.where.dtype_name, guided
+            __version__, model, *references, str(self.seed), self.where.dtype_name
         )
 
     def learn_steps(self, asked: int | None, *, is_shot: bool) -> int:

@@ -1,10 +1,10 @@
-"""A loaded model that mattes arrays: the object behind ``icm_cli.load`` and the ``icm matte`` command."""
+"""A loaded model that mattes arrays: the object that ``icm_cli.load`` returns and ``icm matte`` uses."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,66 +14,92 @@ from torch import Tensor
 
 from icm_cli.device import Device, is_device_lost, is_out_of_memory
 from icm_cli.errors import ConfigError, DeviceError, UsageError
-from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8, resize
+from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import ImageWindows
-from icm_cli.matting.crops import Place, area_of, looked, place_of, put
+from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
 from icm_cli.matting.references import Reference, make_guidance
+from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import Head, PreparedReferences
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import confidence_and_found
 from icm_cli.model.loading import load_model, override_edges, resolve_model, select_device
 from icm_cli.options import LoadOptions, keyword_arguments
 
-DOUBT_MARGIN = 0.25
-"""Margin of a crop about what is in doubt, as a share of its longer side."""
-DOUBT_LEAST_SIDE = 0.1
-"""Least height and width of such a crop, as shares of the picture's."""
-DOUBT_LOOKS = 3
-"""Most such crops, each wider than the one before where that cuts the thing."""
-DOUBT_LARGEST = 0.9
-"""Largest area of such a crop, as a share of the picture's: a larger one shows no more than the picture."""
-
 
 @dataclass(frozen=True)
 class Frame:
-    """A target made ready for the model: its pixels at the source's size and on the canvas."""
+    """A target that is prepared for the model.
+
+    Attributes:
+        rgb: Pixels of the source, sRGB uint8 [H,W,3].
+        canvas: The same on the canvas of the backbone.
+        placement: Position of the frame on the canvas.
+        windows: Position of the pixels in the display window; None if they fill it.
+    """
 
     rgb: ImageU8
     canvas: ImageU8
     placement: Placement
+    windows: ImageWindows | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the source."""
+        return self.rgb.shape[0], self.rgb.shape[1]
 
 
 @dataclass(frozen=True)
-class CanvasMatte:
-    """Answer of the model for one frame: alpha float32 [H,W] 0..1 on the canvas, confidence 0..1, found.
+class CoarseAlpha:
+    """Coarse alpha of one frame, before its edges are refined.
 
-    Where the model refines edges the alpha is at the source's size already, ``is_refined``.
+    Attributes:
+        alpha: float32 [h,w] in 0..1 on the model's device, at any resolution. It covers exactly the frame.
+        confidence: Confidence of the head in 0..1.
+        found: Whether the object appears to be in the frame.
+        presence_logit: Logit of the presence of the object; infinite if the head does not predict it.
+        alpha_if_present: Alpha under the assumption that the object is present, if its presence is uncertain.
+        is_completed: Whether the objects of ``alpha`` are already completed.
+    """
+
+    alpha: Tensor
+    confidence: float
+    found: bool
+    presence_logit: float = float("inf")
+    alpha_if_present: Tensor | None = None
+    is_completed: bool = False
+
+    @property
+    def area(self) -> float:
+        """Fraction of the frame that is foreground."""
+        return float((self.alpha > 0.5).float().mean())
+
+
+@dataclass(frozen=True)
+class FrameAlpha:
+    """Alpha of one frame, after all passes of the model.
+
+    Attributes:
+        alpha: float32 [h,w] in 0..1, covers exactly the frame: at the size of the source if the model has edges, else
+            at that of the coarse alpha. :meth:`Predictor.alpha_at_source` enlarges it.
+        confidence: Confidence in 0..1.
+        found: Whether the object appears to be in the frame.
+        stamp: Further entries for the stamp of the file, see :mod:`icm_cli.matting.resume`.
     """
 
     alpha: Float
     confidence: float
     found: bool
-    is_refined: bool = False
-    carried: ImageU8 | None = None
-    """Small alpha that the next frame of a shot goes on from, uint8 [h,w]."""
-    presence: float = float("inf")
-    """Logit of the thing's being in the picture, where the model says so."""
-    if_there: Float | None = None
-    """Alpha as if the thing were there, float32 [H,W] on the canvas, where that is in doubt."""
-
-    def at_source(self, frame: Frame) -> Float:
-        """The alpha float32 [H,W] 0..1 at the size of the frame's source. Touches no model: safe in threads."""
-        return self.alpha if self.is_refined else alpha_at_source(self.alpha, frame.placement, frame.rgb)
+    stamp: Mapping[str, str] = field(default_factory=dict)
 
 
 class Predictor:
-    """A model on its device. ``icm_cli.load`` makes one; ``reference`` shows it the thing, ``matte`` pulls it."""
+    """A model on its device. ``reference`` prepares the references, ``matte`` mattes an image."""
 
     def __init__(self, model: InContextMatting, device: Device, *, is_in_training: bool = False) -> None:
-        """``is_in_training``: the model is on its device and goes on learning, so its weights are left as they are."""
+        """Move the model to its device, except in training, where it is there and its weights must not change."""
         self.device = device
-        with _told(device, "the model was brought to it"):
+        with _device_errors(device, "the model was loaded"):
             self.model = (
                 model
                 if is_in_training
@@ -83,128 +109,167 @@ class Predictor:
     def reference(
         self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]], *, learn_steps: int = 0
     ) -> PreparedReferences:
-        """Show the model the thing: pairs of a picture, sRGB uint8 [H,W,3], and its mask.
+        """Prepare references for :meth:`matte`. Their features are computed here, once.
 
-        A mask is bool, uint8 0..255 or float 0..1, [h,w], of its picture's shape. Returns what :meth:`matte`
-        takes; its features are computed once, here. ``learn_steps``: steps in which a copy of the head learns the
-        thing, for pictures of one shot or place. Raises UsageError for an unusable mask or a head that cannot learn.
+        Args:
+            pairs: Images, sRGB uint8 [H,W,3], each with the mask of the object: bool, uint8 0..255 or float 0..1, of
+                the image's height and width.
+            learn_steps: Number of steps in which a copy of the head is fine-tuned on the references. Useful for images
+                of one shot or place.
+
+        Raises:
+            UsageError: A mask cannot be used, or the head cannot learn references.
         """
         check_learn_steps(learn_steps, type(self.model.head))
-        doing = f"the references were learned in {learn_steps} steps" if learn_steps else "the references were shown"
-        with _told(self.device, doing), torch.no_grad():
+        action = f"the references were learned in {learn_steps} steps" if learn_steps else "references were prepared"
+        with _device_errors(self.device, action), torch.no_grad():
             tensors = [self._reference_tensors(_as_reference(pair)) for pair in pairs]
             return self.model.prepare_references(tensors, learn_steps=learn_steps)
 
-    def prepare(self, rgb: ImageU8) -> Frame:
-        """Bring a picture, sRGB uint8 [H,W,3] of any size, to the canvas. Touches no model: safe in threads."""
+    def matte(self, rgb: ImageU8, reference: PreparedReferences) -> ImageU8:
+        """Return the alpha, uint8 [H,W], of an image, sRGB uint8 [H,W,3]."""
+        frame = self.prepare_frame(rgb)
+        (result,) = self.matte_frames([frame], reference)
+        return alpha_to_u8(self.alpha_at_source(frame, result))
+
+    def prepare_frame(self, rgb: ImageU8, windows: ImageWindows | None = None) -> Frame:
+        """Scale an image, sRGB uint8 [H,W,3] of any size, to the canvas. Does not use the model: safe in threads."""
         placement = self.model.backbone.canvas.placement(*rgb.shape[:2])
-        return Frame(rgb, placement.to_canvas(rgb), placement)
+        return Frame(rgb, placement.to_canvas(rgb), placement, windows)
 
-    def infer(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[CanvasMatte]:
-        """Run the model on frames of one canvas size."""
-        coarse = self.coarse(frames, reference)
-        return [self._decided(frame, matte, reference) for frame, matte in zip(frames, coarse, strict=True)]
+    def matte_frames(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[FrameAlpha]:
+        """Matte frames with canvases of one size, each independently of the others."""
+        coarse = self.coarse_alphas(frames, reference)
+        decided = [self._decide_presence(frame, each, reference) for frame, each in zip(frames, coarse, strict=True)]
+        return self.refine_alphas(frames, decided)
 
-    def coarse(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[CanvasMatte]:
-        """Run backbone and head on frames of one canvas size, and leave the edges to :meth:`with_edges`."""
-        valid = self._on_device(np.stack([frame.placement.content_mask() for frame in frames]))
-        matte = self.model.infer(self._images([frame.canvas for frame in frames]), valid, reference)
-        alphas = matte.alpha[:, 0].float().cpu().numpy()
-        told = zip(alphas, matte.confidence, matte.found, strict=True)
-        found = [CanvasMatte(alpha, float(confidence), bool(is_there)) for alpha, confidence, is_there in told]
-        if matte.presence is None:
-            return found
-        for index, logit in enumerate(matte.presence.logit.tolist()):
-            if_there = (
-                matte.presence.alpha_if_present[index, 0].cpu().numpy() if matte.presence.is_uncertain[index] else None
-            )
-            found[index] = replace(found[index], presence=logit, if_there=if_there)
+    @torch.inference_mode()
+    def coarse_alphas(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[CoarseAlpha]:
+        """Run backbone and head on frames with canvases of one size."""
+        valid = self._to_device(np.stack([frame.placement.content_mask() for frame in frames]))
+        matte = self.model.infer(self._image_batch([frame.canvas for frame in frames]), valid, reference)
+        found = []
+        for index, frame in enumerate(frames):
+            height, width = frame.placement.content
+            alpha = matte.alpha[index, 0, :height, :width].float().contiguous()
+            coarse = CoarseAlpha(alpha, float(matte.confidence[index]), bool(matte.found[index]))
+            if (presence := matte.presence) is not None:
+                coarse = replace(coarse, presence_logit=float(presence.logit[index]))
+                if presence.is_uncertain[index]:
+                    coarse = replace(coarse, alpha_if_present=presence.alpha_if_present[index, 0, :height, :width])
+            found.append(coarse)
         return found
 
-    def with_edges(self, frame: Frame, matte: CanvasMatte) -> CanvasMatte:
-        """Make the things of a coarse alpha whole and give them the edges of their frame, where the model does so."""
-        edges = self.model.edges
-        if edges is None or not np.isfinite(matte.alpha).all():  # the latter is told when it is to be written
-            return matte
-        return replace(matte, alpha=edges.refined(frame.rgb, self._whole(frame, matte.alpha)), is_refined=True)
+    @torch.inference_mode()
+    def refine_alphas(self, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[FrameAlpha]:
+        """Complete the objects of coarse alphas and refine their edges, as far as the model has components for it.
 
-    def _decided(self, frame: Frame, matte: CanvasMatte, reference: PreparedReferences) -> CanvasMatte:
-        """A matte with its edges; where it is in doubt whether the thing is there, a look from near by has a vote."""
-        edges = self.model.edges
-        if edges is None or matte.if_there is None or not np.isfinite(matte.if_there).all():
-            return self.with_edges(frame, matte)
-        first = self._whole(frame, matte.if_there)
-        second = self._from_near_by(frame, first, reference)
+        Coarse alphas that are not finite are returned as they are.
+        """
+        alphas = [each.alpha for each in coarse]
+        if self.model.edges is not None:
+            finite = [index for index, alpha in enumerate(alphas) if bool(alpha.isfinite().all())]
+            unfinished = [index for index in finite if not coarse[index].is_completed]
+            completed = self._complete_objects([frames[n] for n in unfinished], [alphas[n] for n in unfinished])
+            for index, alpha in zip(unfinished, completed, strict=True):
+                alphas[index] = alpha
+            images = [frames[index].rgb for index in finite]
+            refined = self.model.edges.refine_alphas(images, [alphas[index] for index in finite])
+            for index, alpha in zip(finite, refined, strict=True):
+                alphas[index] = alpha
+        return [
+            FrameAlpha(alpha.numpy(force=True), each.confidence, each.found)
+            for alpha, each in zip(alphas, coarse, strict=True)
+        ]
+
+    def alpha_at_source(self, frame: Frame, result: FrameAlpha) -> Float:
+        """Return the alpha, float32 [H,W] in 0..1, at the size of the source. Safe in threads.
+
+        The guided filter enlarges alphas of models without edges.
+        """
+        return alpha_at_source(result.alpha, frame.rgb, self.model.guided_filter)
+
+    def _complete_objects(self, frames: Sequence[Frame], coarse: Sequence[Tensor]) -> list[Tensor]:
+        """Complete the objects of coarse alphas [h,w], if the model has a component for it."""
+        objects = self.model.objects
+        return list(coarse) if objects is None else objects.complete_alphas([frame.rgb for frame in frames], coarse)
+
+    @torch.inference_mode()
+    def _decide_presence(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:
+        """If the presence of the object is uncertain, run a second pass on a crop of the frame.
+
+        The presence logits of both passes are averaged, and the alpha of the more confident pass is used.
+        """
+        candidate = coarse.alpha_if_present
+        if self.model.edges is None or candidate is None or not candidate.isfinite().all():
+            return coarse
+        (first,) = self._complete_objects([frame], [candidate])
+        second = self._matte_crop_of(frame, first, reference)
         if second is None:
-            return self.with_edges(frame, matte)
-        near, presence = second
-        surer = near if presence > matte.presence and (near > 0.5).any() else first
-        alpha = torch.from_numpy(surer) * torch.sigmoid(torch.tensor((matte.presence + presence) / 2))
-        confidence, found = confidence_and_found(alpha[None, None], torch.ones_like(alpha, dtype=torch.bool)[None])
-        refined = edges.refined(frame.rgb, alpha.numpy())
-        return replace(matte, alpha=refined, confidence=float(confidence), found=bool(found), is_refined=True)
+            return coarse
+        in_crop, crop_logit = second
+        is_crop_better = crop_logit > coarse.presence_logit and bool((in_crop > 0.5).any())
+        presence = torch.sigmoid(torch.tensor((coarse.presence_logit + crop_logit) / 2)).to(first.device)
+        alpha = (in_crop if is_crop_better else first) * presence
+        everywhere = torch.ones_like(alpha, dtype=torch.bool)
+        confidence, found = confidence_and_found(alpha[None, None], everywhere[None])
+        return CoarseAlpha(alpha, float(confidence), bool(found), is_completed=True)
 
-    def _from_near_by(self, frame: Frame, whole: Float, reference: PreparedReferences) -> tuple[Float, float] | None:
-        """Ask a crop about a coarse alpha [h,w]. Returns its own coarse alpha as if the thing were there, float32 [H,W]
-        of the frame and 0 beside the crop, and the logit of its presence; None where no crop shows more."""
-        size = (frame.rgb.shape[0], frame.rgb.shape[1])
-        place = place_of(whole > 0.5, size, margin=DOUBT_MARGIN, least_side=DOUBT_LEAST_SIDE)
+    def _matte_crop_of(self, frame: Frame, alpha: Tensor, reference: PreparedReferences) -> tuple[Tensor, float] | None:
+        """Matte a crop around the foreground of an alpha [h,w] of the frame.
 
-        def look(place: Place) -> tuple[CanvasMatte, Float] | None:
-            if area_of(place) > DOUBT_LARGEST * size[0] * size[1]:
+        Returns:
+            Completed alpha under the assumption that the object is present, float32 [H,W] and 0 outside the crop, and
+            the presence logit; None if a crop would show no more than the frame.
+        """
+        config = self.model.second_pass
+        box = crop_box((alpha > 0.5).numpy(force=True), frame.size, config.crop)
+
+        def matte_crop(box: CropBox) -> tuple[CoarseAlpha, Tensor] | None:
+            if box.area > config.max_area * frame.size[0] * frame.size[1]:
                 return None
-            crop = self.prepare(np.ascontiguousarray(frame.rgb[place]))
-            (near,) = self.coarse([crop], reference)
-            part = self._whole(crop, near.alpha if near.if_there is None else near.if_there).astype(np.float32)
-            return (near, resize(part, (crop.rgb.shape[0], crop.rgb.shape[1]))) if np.isfinite(part).all() else None
+            crop = self.prepare_frame(box.crop(frame.rgb))
+            (coarse,) = self.coarse_alphas([crop], reference)
+            present = coarse.alpha if coarse.alpha_if_present is None else coarse.alpha_if_present
+            (completed,) = self._complete_objects([crop], [present])
+            return (coarse, resize_alpha(completed, crop.size)) if completed.isfinite().all() else None
 
-        if place is None or (seen := looked(place, size, look, DOUBT_LOOKS)) is None:
+        if box is None or (found := matte_in_crops(box, frame.size, matte_crop, config.crop)) is None:
             return None
-        near, part, place = seen
-        return put(part, place, size), near.presence
-
-    def _whole(self, frame: Frame, alpha: Float) -> Float:
-        """The part of an alpha [H,W] on the canvas that is the frame's, [h,w], with its things made whole where the
-        model has objects."""
-        coarse = frame.placement.crop_to_content(alpha)
-        return coarse if self.model.objects is None else self.model.objects.completed(frame.rgb, coarse)
-
-    def matte(self, rgb: ImageU8, reference: PreparedReferences) -> ImageU8:
-        """Alpha, uint8 [H,W], of a picture, sRGB uint8 [H,W,3], at exactly its size."""
-        frame = self.prepare(rgb)
-        return alpha_to_u8(self.infer([frame], reference)[0].at_source(frame))
+        coarse, in_crop, box = found
+        return paste_crop(in_crop, box, frame.size, config.fade), coarse.presence_logit
 
     def _reference_tensors(self, reference: Reference) -> tuple[Tensor, Tensor, Tensor]:
-        frame = self.prepare(reference.rgb)
-        share = frame.placement.to_canvas(reference.guidance.astype(np.uint8) * 255)
-        guidance = share > min(127, int(share.max()) - 1)  # a thing of a few pixels must not vanish on the canvas
+        frame = self.prepare_frame(reference.rgb)
+        coverage = frame.placement.to_canvas(reference.guidance.astype(np.uint8) * 255)
+        guidance = coverage > min(127, int(coverage.max()) - 1)  # an object of a few pixels must not vanish
         levels = guidance.astype(np.float32)
         if reference.unknown is not None:
             unknown = frame.placement.to_canvas(reference.unknown.astype(np.uint8) * 255) > 0
             levels[unknown & ~guidance] = 0.5
         return (
-            self._images([frame.canvas]),
-            self._on_device(levels[None, None]),
-            self._on_device(frame.placement.content_mask()[None]),
+            self._image_batch([frame.canvas]),
+            self._to_device(levels[None, None]),
+            self._to_device(frame.placement.content_mask()[None]),
         )
 
-    def _images(self, canvases: Sequence[ImageU8]) -> Tensor:
-        return self._on_device(np.stack(canvases)).permute(0, 3, 1, 2).float() / 255.0
+    def _image_batch(self, canvases: Sequence[ImageU8]) -> Tensor:
+        return self._to_device(np.stack(canvases)).permute(0, 3, 1, 2).float() / 255.0
 
-    def _on_device(self, array: NDArray[Any]) -> Tensor:
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device.torch_device)
 
 
 @contextlib.contextmanager
-def _told(device: Device, doing: str) -> Iterator[None]:
-    """Say in a sentence that memory ran out, or the device was lost. Raises ConfigError or DeviceError."""
+def _device_errors(device: Device, action: str) -> Iterator[None]:
+    """Convert errors of the device: ConfigError if memory ran out during ``action``, DeviceError if it was lost."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise ConfigError(
-                f"memory ran out on {device.description} while {doing}; end what else is on it, or take another "
-                "--device, a --dtype of half the size or a smaller model"
+                f"memory ran out on {device.description} while {action}; end other programs on it, or choose another "
+                "--device, a smaller --dtype or a smaller model"
             ) from error
         if is_device_lost(error):
             raise DeviceError(f"device {device.torch_device} was lost: {str(error).splitlines()[0]}") from error
@@ -212,25 +277,27 @@ def _told(device: Device, doing: str) -> Iterator[None]:
 
 
 def check_learn_steps(steps: int, head: type[Head]) -> None:
-    """Raises UsageError for a number below 0, and for a head that cannot learn references."""
+    """Raises UsageError for a negative number, and for a head that cannot learn references."""
     if steps < 0:
         raise UsageError(f"--learn-steps is {steps}; expected 0 (do not learn) or more")
     if steps and not head.can_learn_references:
         raise UsageError(
-            f"--learn-steps is {steps}, and the head of this model cannot learn the references; leave it out, or take "
-            "a model with the token-match head, such as lite"
+            f"--learn-steps is {steps}, but the head of this model cannot learn references; omit --learn-steps, or "
+            "choose a model with the token-match head, such as lite"
         )
 
 
 @keyword_arguments(LoadOptions)
 def load(options: LoadOptions) -> Predictor:
-    """Load a model to matte arrays with; the arguments are options of ``icm matte``.
+    """Load a model that mattes arrays; the arguments are options of ``icm matte``.
 
     >>> predictor = icm_cli.load()
     >>> cup = predictor.reference([(reference_rgb, mask)])
     >>> alpha = predictor.matte(rgb, cup)
 
-    Raises ConfigError when the model, its weights or the device cannot be used, UsageError for an invalid argument.
+    Raises:
+        ConfigError: The model, its weights or the device cannot be used.
+        UsageError: An argument is invalid.
     """
     choice = options.model
     config, checkpoint = resolve_model(choice.model, choice.checkpoint)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from icm_cli.errors import UsageError
-from icm_cli.geometry import CanvasRule, Float, ImageU8
+from icm_cli.geometry import CanvasRule, ImageU8
 
 ReferenceImage: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """A reference on a canvas of its own: image [1,3,H,W], guidance [1,1,H,W] (0 outside the object, 1
@@ -319,11 +319,24 @@ class TrainedHead(Head, ABC):
         """
 
 
-class Objects(nn.Module, ABC):
-    """Makes the things that a coarse alpha means whole, before their edges. It knows no reference
-    and no class.
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """Embedding of one image by :class:`Objects`. It can be kept and used for several coarse alphas.
 
-    ``icm train`` teaches it; a checkpoint holds all of its weights.
+    Attributes:
+        embedding: What the mask decoder needs to know of the image, [1,C,h,w].
+        mask_size: Height and width of the completed alpha, which covers exactly the image.
+    """
+
+    embedding: Tensor
+    mask_size: tuple[int, int]
+
+
+class Objects(nn.Module, ABC):
+    """Completes the objects of coarse alphas before their edges are refined. It does not depend on
+    the references or on classes.
+
+    ``icm train`` trains it; a checkpoint contains all of its weights.
     """
 
     Config: ClassVar[type[Any]]
@@ -332,55 +345,98 @@ class Objects(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def weights_digest(cls, config: Any) -> str:
-        """Hash of the content of the pretrained weights that :meth:`load` would read. Raises
+        """Return a hash of the pretrained weights that :meth:`load` would read. Raises
         ConfigError."""
 
     @classmethod
     @abstractmethod
     def load(cls, config: Any) -> Self:
-        """Build it with its pretrained weights, on the CPU in float32. Raises ConfigError where
-        they are not here."""
+        """Build it with its pretrained weights, on the CPU in float32. Raises ConfigError if they
+        are not available."""
 
     def optimise_for_inference(self) -> None:
-        """Rearrange the weights for speed, once, before inference; no training or saving after.
-        Does nothing here."""
+        """Rearrange the weights for speed, once, before inference. It can then not be trained or
+        saved.
+
+        The default implementation does nothing.
+        """
 
     def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
-        """Bring the weights to ``dtype``, or to ``fast_dtype`` where that is as good: see
+        """Convert the weights to ``dtype``, or to ``fast_dtype`` if that is accurate enough; see
         ``Device``."""
         del fast_dtype
         self.to(dtype)
 
     @abstractmethod
     def embedding(self, image: Tensor) -> Tensor:
-        """image [B,3,H,W] sRGB 0..1 -> what :meth:`forward` needs to know of it, [B,C,h,w]."""
+        """Embed images float32 [B,3,H,W] in 0..1 for :meth:`forward`: [B,C,h,w]."""
 
     @abstractmethod
     def forward(self, embedding: Tensor, coarse: Tensor) -> Tensor:
-        """Embedding [B,C,h,w] and coarse alpha [B,1,h',w'] 0..1 of pictures -> the logit of the
-        alpha in which things are whole, [B,1,nh,nw] float32, several cells for one of the
-        embedding."""
+        """Decode completed alphas.
+
+        Args:
+            embedding: Embeddings of the images, [B,C,h,w].
+            coarse: Coarse alphas, float32 [B,1,h',w'] in 0..1.
+
+        Returns:
+            Logits of the completed alphas, float32 [B,1,nh,nw] with n cells per cell of the
+            embedding.
+        """
 
     @abstractmethod
-    def completed(self, rgb: ImageU8, coarse: Float) -> Float:
-        """A coarse alpha [h,w] 0..1 of any size and its picture, sRGB uint8 [H,W,3] -> one in which
-        things are whole, float32 [h',w'] 0..1."""
+    def has_object(self, coarse: Tensor) -> bool:
+        """Return whether a coarse alpha [h,w] shows anything that could be completed."""
+
+    @abstractmethod
+    def embed_images(self, images: Sequence[ImageU8]) -> list[EmbeddedImage]:
+        """Embed images of any sizes, sRGB uint8 [H,W,3]; those of equal size in one batch."""
+
+    @abstractmethod
+    def complete_objects(self, images: Sequence[EmbeddedImage], coarse: Sequence[Tensor]) -> list[Tensor]:
+        """Complete the objects of coarse alphas.
+
+        Args:
+            images: Embedding of each image.
+            coarse: Coarse alpha of each image, float32 [h,w] in 0..1 of any size, covers exactly
+                the image.
+
+        Returns:
+            Completed alpha of each image, float32 [h',w'] in 0..1.
+        """
+
+    @torch.inference_mode()
+    def complete_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
+        """Embed images and complete their coarse alphas; those without an object are returned as
+        they are.
+
+        Args:
+            images: sRGB uint8 [H,W,3] each.
+            coarse: As for :meth:`complete_objects`.
+        """
+        completed = list(coarse)
+        indices = [index for index, alpha in enumerate(coarse) if self.has_object(alpha)]
+        embedded = self.embed_images([images[index] for index in indices])
+        found = self.complete_objects(embedded, [coarse[index] for index in indices])
+        for index, alpha in zip(indices, found, strict=True):
+            completed[index] = alpha
+        return completed
 
 
 class Edges(nn.Module, ABC):
-    """Brings a head's alpha to the edges of its source, at the source's size. It knows no reference
-    and no class."""
+    """Refines the edges of coarse alphas at the size of their sources. It does not depend on the
+    references or on classes."""
 
     Config: ClassVar[type[Any]]
     """Frozen dataclass of its settings."""
 
     is_trained: ClassVar[bool]
-    """Whether it has weights that ``icm train`` learns and a checkpoint holds."""
+    """Whether it has weights that ``icm train`` trains and a checkpoint contains."""
 
     @classmethod
     def with_weights(cls, config: Any, weights: str) -> Any:  # noqa: ARG003
-        """Settings that take their pretrained weights from ``weights``, a folder or hub id. Raises
-        UsageError."""
+        """Return settings that take the pretrained weights from ``weights``, a folder or hub id.
+        Raises UsageError."""
         raise UsageError(
             f"the edges have no pretrained weights, so --edges-weights {weights!r} has "
             "no effect; omit it, or give --edges vitmatte"
@@ -388,27 +444,38 @@ class Edges(nn.Module, ABC):
 
     @classmethod
     def weights_digest(cls, config: Any, *, offline: bool) -> str:  # noqa: ARG003
-        """Hash of the content of the pretrained weights that :meth:`load` would read; empty where
-        there are none."""
+        """Return a hash of the pretrained weights that :meth:`load` would read; empty if there are
+        none."""
         return ""
 
     @classmethod
     def load(cls, config: Any, *, offline: bool) -> Self:  # noqa: ARG003
-        """Build it, on the CPU in float32, with its pretrained weights where it has any. Raises
+        """Build it, on the CPU in float32, with its pretrained weights if it has any. Raises
         ConfigError."""
         return cls(config)
 
     def optimise_for_inference(self) -> None:
-        """Rearrange the weights for speed, once, before inference; no training or saving after.
-        Does nothing here."""
+        """Rearrange the weights for speed, once, before inference. It can then not be trained or
+        saved.
+
+        The default implementation does nothing.
+        """
 
     def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
-        """Bring the weights to ``dtype``, or to ``fast_dtype`` where that is as good: see
+        """Convert the weights to ``dtype``, or to ``fast_dtype`` if that is accurate enough; see
         ``Device``."""
         del fast_dtype
         self.to(dtype)
 
     @abstractmethod
-    def refined(self, rgb: ImageU8, coarse: Float) -> Float:
-        """A coarse alpha [h,w] 0..1 of any size and its picture, sRGB uint8 [H,W,3] -> the alpha
-        float32 [H,W] 0..1."""
+    def refine_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
+        """Refine the edges of a batch of coarse alphas; the images may have different sizes.
+
+        Args:
+            images: sRGB uint8 [H,W,3] each.
+            coarse: Coarse alpha of each image, float32 [h,w] in 0..1 of any size, covers exactly
+                the image.
+
+        Returns:
+            Alpha of each image, float32 [H,W] in 0..1, on the device of the coarse alpha.
+        """

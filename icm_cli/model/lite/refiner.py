@@ -1,13 +1,14 @@
-"""The refining network: a picture and a coarse alpha in, the alpha with its edges out. It knows no class.
+"""Refining network: computes a fine alpha from an image and a coarse alpha. It does not depend on classes.
 
-The same weights look twice, as CascadePSP does (Cheng et al., CVPR 2020): once at the whole picture, brought to
-``RefineConfig.whole_px``, where a coarse alpha of a few hundred tokens becomes an outline; then at tiles of a larger
-one, of the source's own pixels or at least ``RefineConfig.again`` times the first, where that outline becomes an edge.
+The same network runs in two steps, as in CascadePSP (Cheng et al., CVPR 2020). The first one runs on the image at
+``RefineConfig.whole_px``, where a coarse alpha of a few hundred tokens becomes an outline. For larger sources, the
+second one runs on tiles at the size of the source, where that outline becomes an edge.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -17,18 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.geometry import Float, ImageU8, downscaled_size, resize
+from icm_cli.geometry import ImageU8, downscaled_size, resize
+from icm_cli.model.alphas import apply_in_batches, resize_alpha
 from icm_cli.model.contracts import Edges
-from icm_cli.model.lite.tiles import Box, blended
+from icm_cli.model.lite.tiles import blend_tiles, split_into_tiles
 
-OPEN = 0.05
-"""A coarse alpha further than this from 0 and 1 is open."""
-CORE_PX = 640
-"""Longest side at which it is judged where no edge is near."""
-CORE_FULL, CORE_EMPTY = 0.8, 0.15
-"""Alphas that are solid in the core of a thing, and clear far beside it."""
 UNSHUFFLE = 2
-"""Side of the square of pixels that becomes channels at the first layer."""
+"""Side of the square of pixels that becomes channels in the first layer."""
+TILES_PER_BATCH = 4
+"""Tiles that are refined at a time."""
 
 
 @dataclass(frozen=True)
@@ -36,56 +34,73 @@ class RefineConfig:
     """Settings of the refining network."""
 
     widths: tuple[int, ...] = (32, 48, 64, 96, 128)
-    """Channels of each scale, from half the picture's size on, each half as fine as the one before."""
+    """Channels of each scale; the first has half the size of the image, and each other half the size of the one
+    before."""
     details: int = 0
-    """Residual pairs of convolutions before the answer, at half the picture's size."""
+    """Number of residual blocks before the output, at half the size of the image."""
     whole_px: int = 1024
-    """Long side, in px, at which the whole picture is refined."""
+    """Long side, in px, of the image in the first step."""
     tile_px: int = 256
     """Side, in px, of the tiles of a larger source."""
     overlap_px: int = 32
-    """Overlap of tiles, in px; they are blended there."""
+    """Overlap of tiles, in px, over which they are blended."""
     again: float = 1.0
-    """Size of the second look beside that of the first, at least; with 1 only sources larger than ``whole_px`` get a
-    second look. Strands of a pixel's width are told better when enlarged."""
+    """Smallest size of the second step, as a factor of the first one's; with 1, only sources larger than ``whole_px``
+    have a second step."""
     least_alpha: float = 0.02
-    """A coarse alpha is kept this far from 0 and 1 before its logit is taken, so that the network can overrule it."""
+    """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that the network can override
+    it."""
+    unknown: float = 0.05
+    """A pixel is unknown if its coarse alpha is further than this from 0 and 1."""
     reach: float = 0.06
-    """Distance, as a share of the long side, from what is open in the coarse alpha beyond which it stays as it is, in
-    either look; what looks like an edge there belongs to something else."""
+    """Distance from unknown pixels beyond which the coarse alpha is not changed, as a fraction of the long side. Edges
+    of the image there belong to other objects."""
     core: float = 0.015
-    """Distance, as a share of the long side, from every edge beyond which the thing is made solid and what is beside it
-    clear; 0: as the network has it."""
+    """Distance from edges beyond which the inside of the object becomes opaque and the background transparent, as a
+    fraction of the long side; 0 disables it."""
+    core_px: int = 640
+    """Long side, in px, of the alpha in which these distances are measured."""
+    core_full: float = 0.8
+    """Alpha that becomes 1 far inside the object."""
+    core_empty: float = 0.15
+    """Alpha that becomes 0 far outside the object."""
+    core_softness: float = 0.3
+    """Change of the local extreme alpha from one half over which these two apply gradually."""
     undecided: float = 0.01
-    """Tiles whose alpha is everywhere nearer to 0 or everywhere nearer to 1 than this are left as they are."""
+    """A tile is not changed if all its alphas are within this distance of 0, or all within this distance of 1."""
 
     def __post_init__(self) -> None:
+        multiple = self.multiple
+        checks = {
+            "whole_px": (self.whole_px >= multiple and not self.whole_px % multiple, f"a multiple of {multiple}"),
+            "tile_px": (self.tile_px >= multiple and not self.tile_px % multiple, f"a multiple of {multiple}"),
+            "overlap_px": (0 <= self.overlap_px <= self.tile_px // 2, "0 to half of tile_px"),
+            "details": (0 <= self.details <= 64, "0 to 64"),
+            "again": (1 <= self.again <= 4, "1 to 4"),
+            "least_alpha": (0 < self.least_alpha < 0.5, "more than 0 and less than 0.5"),
+            "unknown": (0 <= self.unknown < 0.5, "0 to below 0.5"),
+            "reach": (0 < self.reach <= 2, "more than 0 and at most 2"),
+            "core": (0 <= self.core <= 0.25, "0 to 0.25"),
+            "core_px": (self.core_px >= 1, "1 or more"),
+            "core_full": (0.5 < self.core_full <= 1, "more than 0.5 and at most 1"),
+            "core_empty": (0 <= self.core_empty < 0.5, "0 to below 0.5"),
+            "core_softness": (0 < self.core_softness <= 0.5, "more than 0 and at most 0.5"),
+            "undecided": (0 <= self.undecided < 0.5, "0 to below 0.5"),
+        }
         if len(self.widths) < 2 or min(self.widths) < 1:
             raise ConfigError(f"edges widths is {list(self.widths)}; expected two or more numbers of 1 or more")
-        multiple = self.multiple
-        for name in ("whole_px", "tile_px"):
-            if (value := getattr(self, name)) < multiple or value % multiple:
-                raise ConfigError(f"edges {name} is {value}; expected a multiple of {multiple}")
-        if not 0 <= self.overlap_px <= self.tile_px // 2:
-            raise ConfigError(f"edges overlap_px is {self.overlap_px}; expected 0 to half of tile_px")
-        for name, least, most in (("details", 0, 64), ("again", 1, 4), ("core", 0, 0.25)):
-            if not least <= getattr(self, name) <= most:
-                raise ConfigError(f"edges {name} is {getattr(self, name)}; expected {least} to {most}")
-        if not 0 <= self.undecided < 0.5:
-            raise ConfigError(f"edges undecided is {self.undecided}; expected 0 to below 0.5")
-        if not 0 < self.reach <= 2:
-            raise ConfigError(f"edges reach is {self.reach}; expected more than 0 and at most 2")
-        if not 0 < self.least_alpha < 0.5:
-            raise ConfigError(f"edges least_alpha is {self.least_alpha}; expected more than 0 and less than 0.5")
+        for name, (is_valid, expected) in checks.items():
+            if not is_valid:
+                raise ConfigError(f"edges {name} is {getattr(self, name)}; expected {expected}")
 
     @property
     def multiple(self) -> int:
-        """Side in px of which pictures are padded to a multiple."""
+        """Images are padded to a multiple of this, in px."""
         return UNSHUFFLE * 2 ** (len(self.widths) - 1)
 
 
 class ConvReLU(nn.Module):
-    """3 x 3 convolution and ReLU. Without a norm: crops of a small batch are too unlike for BatchNorm's statistics."""
+    """3 x 3 convolution and ReLU. Without BatchNorm, because the few crops of a batch differ too much."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -99,7 +114,7 @@ class ConvReLU(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions with a ReLU between them, whose answer is added to what they are given."""
+    """Residual block: two 3 x 3 convolutions with a ReLU between them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -108,12 +123,12 @@ class Residual(nn.Module):
         _make_zero(self.second)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = x + self.second(self.first(x))
-        return found
+        out: Tensor = x + self.second(self.first(x))
+        return out
 
 
 class Refine(Edges):
-    """A U-Net on pixel-unshuffled input that corrects the logit of a coarse alpha."""
+    """U-Net on pixel-unshuffled input that corrects the logit of a coarse alpha."""
 
     Config = RefineConfig
     is_trained = True
@@ -131,14 +146,21 @@ class Refine(Edges):
         self.up = nn.ModuleList(_convolutions(coarse + fine, fine) for fine, coarse in itertools.pairwise(widths))
         self.details = nn.Sequential(*(Residual(widths[0]) for _ in range(config.details)))
         self.output = nn.Conv2d(widths[0], UNSHUFFLE**2, 3, padding=1)
-        _make_zero(self.output)  # before training the coarse alpha passes as it is
+        _make_zero(self.output)  # before training, the result is the coarse alpha
 
     def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:  # noqa: ARG002
         self.to(fast_dtype)
 
     def forward(self, image: Tensor, coarse: Tensor) -> Tensor:
-        """image [B,3,H,W] sRGB and coarse alpha [B,1,H,W], both 0..1, H and W multiples of ``config.multiple`` ->
-        the logit of the alpha [B,1,H,W] float32."""
+        """Correct coarse alphas.
+
+        Args:
+            image: sRGB float32 [B,3,H,W] in 0..1, with H and W multiples of ``config.multiple``.
+            coarse: float32 [B,1,H,W] in 0..1.
+
+        Returns:
+            Logits of the alphas, float32 [B,1,H,W].
+        """
         logit = torch.logit(coarse.float(), eps=self.config.least_alpha)
         dtype = self.output.weight.dtype
         x = torch.cat([4.0 * image.float() - 2.0, logit / 2.0], dim=1).to(dtype)
@@ -152,76 +174,105 @@ class Refine(Edges):
         return logit + F.pixel_shuffle(self.output(self.details(x)), UNSHUFFLE).float()
 
     @torch.inference_mode()
-    def refined(self, rgb: ImageU8, coarse: Float) -> Float:
-        """A coarse alpha [h,w] 0..1 of any size and its picture, sRGB uint8 [H,W,3] -> the alpha float32 [H,W] 0..1."""
+    def refine_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
+        undecided = [index for index, alpha in enumerate(coarse) if self._is_undecided(alpha)]
+        sizes = [downscaled_size(images[index].shape[:2], self.config.whole_px) for index in undecided]
+        small = [resize_alpha(coarse[index].float(), size) for index, size in zip(undecided, sizes, strict=True)]
+        pixels = [resize(images[index], size) for index, size in zip(undecided, sizes, strict=True)]
+        refined = {}
+        for index, before, after in zip(undecided, small, self._correct_alphas(pixels, small), strict=True):
+            weight = self._weight_near_unknown(before)
+            outline = before + weight * (after - before)
+            refined[index] = self._clear_core(self._refine_at_source(images[index], outline, weight))
+        return [
+            refined[index] if index in refined else resize_alpha(alpha.float(), images[index].shape[:2])
+            for index, alpha in enumerate(coarse)
+        ]
+
+    def _refine_at_source(self, rgb: ImageU8, outline: Tensor, weight: Tensor) -> Tensor:
+        """Bring the result of the first step, an alpha [h,w], to the size of its image; for larger images, run the
+        second step.
+
+        ``weight``: float32 [h,w] in 0..1, by which the second step may change the alpha.
+        """
         config = self.config
         height, width = rgb.shape[:2]
-        if not self._is_open(coarse):
-            return resize(coarse.astype(np.float32), (height, width))
-        scale = min(1.0, config.whole_px / max(height, width))
-        size = max(1, round(height * scale)), max(1, round(width * scale))
-        small = resize(coarse, size).astype(np.float32)
-        near = self._near_what_is_open(small)
-        alpha = small + near * (self._run(resize(rgb, size), small) - small)
-        grown = max(height, config.again * size[0]), max(width, config.again * size[1])
-        second = round(grown[0]), round(grown[1])
-        if second != size:
-            alpha = self._tiled(resize(rgb, second), resize(alpha, second), resize(near, second))
-        return self._with_core(resize(alpha, (height, width)))
+        first = outline.shape
+        second = (
+            round(max(height, config.again * first[0])),
+            round(max(width, config.again * first[1])),
+        )
+        if second != tuple(first):
+            outline = self._refine_tiles(
+                resize(rgb, second), resize_alpha(outline, second), resize_alpha(weight, second)
+            )
+        return resize_alpha(outline, (height, width))
 
-    def _tiled(self, rgb: ImageU8, alpha: Float, near: Float) -> Float:
-        """The alpha [H,W] refined at its own size where it is undecided, by the weights ``near`` [H,W]; tiles that
-        overlap are blended."""
-        config = self.config
-
-        def answer(box: Box) -> Float:
-            coarse, weight = alpha[box], near[box]
-            if not weight.any() or not self._is_open(coarse):
-                return coarse
-            found: Float = coarse + weight * (self._run(rgb[box], coarse) - coarse)
-            return found
-
-        return blended((alpha.shape[0], alpha.shape[1]), config.tile_px, config.overlap_px, answer)
-
-    def _with_core(self, alpha: Float) -> Float:
-        """An alpha [H,W] whose thing is solid where no edge is near, and clear beside it."""
-        if not self.config.core:
-            return alpha
+    def _refine_tiles(self, rgb: ImageU8, alpha: Tensor, weight: Tensor) -> Tensor:
+        """Refine an alpha [H,W] in overlapping tiles. Tiles in which everything is decided are not changed."""
         size = (alpha.shape[0], alpha.shape[1])
-        small = resize(alpha, downscaled_size(size, CORE_PX))
-        reach = max(1, round(self.config.core * max(small.shape)))
+        tiles = split_into_tiles(size, self.config.tile_px, self.config.overlap_px)
+        parts = [alpha[tile.index] for tile in tiles]
+        indices = [
+            index
+            for index, tile in enumerate(tiles)
+            if bool(weight[tile.index].any()) and self._is_undecided(parts[index])
+        ]
+        corrected = self._correct_alphas([rgb[tiles[n].index] for n in indices], [parts[n] for n in indices])
+        for index, after in zip(indices, corrected, strict=True):
+            before = parts[index]
+            parts[index] = before + weight[tiles[index].index] * (after - before)
+        return blend_tiles(size, tiles, parts, alpha.device)
+
+    def _clear_core(self, alpha: Tensor) -> Tensor:
+        """Make an alpha [H,W] opaque far inside the object and transparent far outside it."""
+        config = self.config
+        if not config.core:
+            return alpha
+        small = resize_alpha(alpha, downscaled_size(alpha.shape, config.core_px)).numpy(force=True)
+        reach = max(1, round(config.core * max(small.shape)))
         disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
         least, most = (cv2.blur(each(small, disc), (reach, reach)) for each in (cv2.erode, cv2.dilate))
-        inside, beside = (np.clip((each - 0.5) / 0.3, 0.0, 1.0) for each in (least, 1.0 - most))
-        full = resize((1.0 - (1.0 - CORE_FULL) * inside).astype(np.float32), size)
-        empty = resize((CORE_EMPTY * beside).astype(np.float32), size)
-        return np.clip((alpha - empty) / (full - empty), 0.0, 1.0)
+        inside, outside = (
+            np.clip((each - 0.5) / config.core_softness, 0.0, 1.0).astype(np.float32) for each in (least, 1.0 - most)
+        )
+        full, empty = (
+            resize_alpha(torch.from_numpy(each).to(alpha.device), alpha.shape)
+            for each in (1.0 - (1.0 - config.core_full) * inside, config.core_empty * outside)
+        )
+        return ((alpha - empty) / (full - empty)).clamp(0.0, 1.0)
 
-    def _is_open(self, coarse: Float) -> bool:
-        """Whether there is anything to decide: an alpha that is neither 0 nor 1, or both of them."""
-        far = float(np.minimum(coarse, 1.0 - coarse).max()) > self.config.undecided
-        return far or bool(coarse.min() < 0.5 < coarse.max())
+    def _is_undecided(self, coarse: Tensor) -> bool:
+        """Return whether a coarse alpha has a value that is neither 0 nor 1, or has both."""
+        distance = torch.minimum(coarse, 1.0 - coarse).max()
+        return bool(distance > self.config.undecided) or bool(coarse.min() < 0.5 < coarse.max())
 
-    def _near_what_is_open(self, coarse: Float) -> Float:
-        """Weights [h,w]: 1 near to what is open in a coarse alpha [h,w], falling to 0 at ``config.reach``."""
-        inside = (coarse > 0.5).astype(np.uint8)
+    def _weight_near_unknown(self, coarse: Tensor) -> Tensor:
+        """Weights [h,w]: 1 near the unknown pixels of a coarse alpha [h,w], falling to 0 at ``config.reach``."""
+        alpha = coarse.numpy(force=True)
+        inside = (alpha > 0.5).astype(np.uint8)
         edge = cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
-        is_open = edge | (np.minimum(coarse, 1.0 - coarse) > OPEN)
-        distance = cv2.distanceTransform((~is_open).astype(np.uint8), cv2.DIST_L2, 5)
-        reach = self.config.reach * max(coarse.shape)
-        return np.clip(2.0 - 2.0 * np.minimum(distance, reach) / reach, 0.0, 1.0).astype(np.float32)
+        is_unknown = edge | (np.minimum(alpha, 1.0 - alpha) > self.config.unknown)
+        distance = cv2.distanceTransform((~is_unknown).astype(np.uint8), cv2.DIST_L2, 5)
+        reach = self.config.reach * max(alpha.shape)
+        weight = np.clip(2.0 - 2.0 * np.minimum(distance, reach) / reach, 0.0, 1.0).astype(np.float32)
+        return torch.from_numpy(weight).to(coarse.device)
 
-    def _run(self, rgb: ImageU8, coarse: Float) -> Float:
-        """Refine one picture [H,W,3] with its coarse alpha [H,W], padded to what the network takes."""
-        height, width = coarse.shape
-        below, right = (-length % self.config.multiple for length in (height, width))
-        place = self.output.weight.device
-        pad = ((0, below), (0, right))
-        image = torch.from_numpy(np.pad(rgb, (*pad, (0, 0)), mode="edge")).to(place).permute(2, 0, 1)[None]
-        alpha = torch.from_numpy(np.pad(coarse.astype(np.float32), pad, mode="edge")).to(place)[None, None]
-        logit = self(image.float() / 255.0, alpha)
-        found: Float = torch.sigmoid(logit)[0, 0, :height, :width].cpu().numpy()
-        return found
+    def _correct_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
+        """Run the network on images [h,w,3] and coarse alphas [h,w] of the same sizes."""
+
+        def correct(batch: Sequence[tuple[ImageU8, Tensor]]) -> list[Tensor]:
+            height, width = batch[0][1].shape
+            below, right = (-length % self.config.multiple for length in (height, width))
+            padded = [np.pad(rgb, ((0, below), (0, right), (0, 0)), mode="edge") for rgb, _ in batch]
+            image = torch.from_numpy(np.stack(padded)).to(self.output.weight.device).permute(0, 3, 1, 2)
+            alpha = torch.stack([each for _, each in batch])[:, None].to(self.output.weight.device)
+            logit = self(image.float() / 255.0, F.pad(alpha, (0, right, 0, below), mode="replicate"))
+            return list(torch.sigmoid(logit)[:, 0, :height, :width])
+
+        return apply_in_batches(
+            correct, list(zip(images, coarse, strict=True)), lambda item: item[1].shape, TILES_PER_BATCH
+        )
 
 
 def _convolutions(inputs: int, outputs: int) -> nn.Sequential:

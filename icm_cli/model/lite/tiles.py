@@ -1,49 +1,68 @@
-"""Tiles of a large picture that overlap, and weights that blend them without a seam."""
+"""Overlapping tiles of a large image, and the blending of their alphas without visible seams."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-
-from icm_cli.geometry import Float
-
-Box = tuple[slice, slice]
-"""Rows and columns of a tile."""
+import torch
+from torch import Tensor
 
 
-def blended(size: tuple[int, int], tile_px: int, overlap_px: int, answer: Callable[[Box], Float]) -> Float:
-    """Answers [h,w] of tiles of ``tile_px``, blended where they overlap, float32 [H,W] for a picture of ``size``.
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of a tile, and the weight of its pixels where tiles overlap, float32 [h,w]."""
 
-    Shares of neighbours rise and fall in a straight line over ``overlap_px``, so where that is at most a third of a
-    tile, tiles that disagree altogether (0 and 1) make a step of at most 1/``overlap_px`` from one pixel to the next:
-    less than 1/255 with 256 px.
+    rows: slice
+    columns: slice
+    weight: Tensor
+
+    @property
+    def index(self) -> tuple[slice, slice]:
+        """Index of the tile in an array [H,W,...] of the image."""
+        return self.rows, self.columns
+
+
+def split_into_tiles(size: tuple[int, int], tile_px: int, overlap_px: int) -> list[Tile]:
+    """Split an image of ``size`` (height, width) into tiles with sides of at most ``tile_px``.
+
+    The weights of neighbours rise and fall linearly over ``overlap_px``. If that is at most a third of a tile, two
+    tiles that disagree completely (0 and 1) differ by at most 1 / ``overlap_px`` from one pixel to the next. With
+    256 px that is less than 1/255.
     """
-    out, weight = np.zeros(size, np.float32), np.zeros(size, np.float32)
-    for (row, down), (column, across) in itertools.product(*(_pieces(length, tile_px, overlap_px) for length in size)):
-        box = slice(row, row + len(down)), slice(column, column + len(across))
-        share = down[:, None] * across
-        out[box] += answer(box) * share
-        weight[box] += share
-    return out / weight
+    sides = (_split_side(length, tile_px, overlap_px) for length in size)
+    return [
+        Tile(slice(top, top + len(down)), slice(left, left + len(across)), down[:, None] * across)
+        for (top, down), (left, across) in itertools.product(*sides)
+    ]
 
 
-def _pieces(length: int, tile: int, overlap: int) -> list[tuple[int, Float]]:
-    """Tiles of ``tile`` px along ``length`` px, the last one at the end: where each starts, and its weights.
+def blend_tiles(size: tuple[int, int], tiles: Sequence[Tile], alphas: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Blend the alphas [h,w] of all tiles of an image of ``size``, in order, to one float32 [H,W]."""
+    total, weights = (torch.zeros(size, dtype=torch.float32, device=device) for _ in range(2))
+    for tile, alpha in zip(tiles, alphas, strict=True):
+        weight = tile.weight.to(device)
+        total[tile.index] += alpha * weight
+        weights[tile.index] += weight
+    return total / weights
 
-    Weights rise over the overlap with the tile before, are 1 in the middle and fall over that with the tile after.
+
+def _split_side(length: int, tile: int, overlap: int) -> list[tuple[int, Tensor]]:
+    """Start and weights of each tile along a side of ``length`` px; the last tile ends at the end of the side.
+
+    Weights rise over the overlap with the tile before, are 1 in the middle, and fall over that with the tile after.
     """
     if length <= tile:
-        return [(0, np.ones(length, np.float32))]
+        return [(0, torch.ones(length))]
     count = math.ceil((length - overlap) / (tile - overlap))
-    ramp = np.minimum(1.0, np.arange(1, tile + 1, dtype=np.float32) / max(1, overlap))
-    level = np.ones(tile, np.float32)
+    ramp = torch.clamp(torch.arange(1, tile + 1, dtype=torch.float32) / max(1, overlap), max=1.0)
+    constant = torch.ones(tile)
     return [
         (
             round(number * (length - tile) / (count - 1)),
-            np.minimum(ramp if number else level, ramp[::-1] if number < count - 1 else level),
+            torch.minimum(ramp if number else constant, ramp.flip(0) if number < count - 1 else constant),
         )
         for number in range(count)
     ]

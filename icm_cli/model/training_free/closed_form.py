@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from icm_cli.config import GuidedFilterConfig
 from icm_cli.errors import ConfigError
 from icm_cli.files import cache_folder
 from icm_cli.geometry import Float, ImageU8, downscaled_size, resize, trimap_of_coarse
@@ -34,6 +36,8 @@ class ClosedFormConfig:
     solve_long_side_px: int = 1024
     """Largest long side at which the alpha is solved, in px. A guided filter enlarges it to the
     size of the source."""
+    guided_filter: GuidedFilterConfig = field(default_factory=GuidedFilterConfig)
+    """Settings of that guided filter."""
 
     def __post_init__(self) -> None:
         if not 0 < self.band < 0.5:
@@ -53,12 +57,19 @@ class ClosedForm(Edges):
         super().__init__()
         self.config = config
 
-    def refined(self, rgb: ImageU8, coarse: Float) -> Float:
+    def refine_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            torch.from_numpy(self._refine_alpha(rgb, alpha.numpy(force=True))).to(alpha.device)
+            for rgb, alpha in zip(images, coarse, strict=True)
+        ]
+
+    def _refine_alpha(self, rgb: ImageU8, coarse: Float) -> Float:
+        """Solve one alpha on the CPU."""
         height, width = rgb.shape[:2]
         size = downscaled_size((height, width), self.config.solve_long_side_px)
         small, trimap = resize(rgb, size), trimap_of_coarse(coarse, size, self.config.band)
         alpha = np.clip(solve_alpha(small / 255.0, trimap.astype(np.float64)), 0.0, 1.0).astype(np.float32)
-        return alpha if size == (height, width) else guided_upsample(alpha, rgb)
+        return alpha if size == (height, width) else guided_upsample(alpha, rgb, self.config.guided_filter)
 
 
 def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,0 +1,326 @@
+"""Propagation in shots: the alpha of a frame is moved along the optical flow to the next frame.
+
+It is evidence in addition to the coarse alpha of the model, so that it works with any backbone, head and edges. The
+final alpha is then stabilised: it is moved towards that of the frame before, so that details that are decided anew in
+every frame do not flicker. If the frame before failed or does not show the object, an earlier frame is used.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from icm_cli.errors import ImageError
+from icm_cli.geometry import Float, ImageU8, alpha_to_u8, downscaled_size, resize
+from icm_cli.images.pixels import ImageWindows
+from icm_cli.images.writing import read_stamp
+from icm_cli.matting.engine import FrameMatting, IndependentMatting
+from icm_cli.matting.jobs import Job
+from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor
+from icm_cli.matting.references import Reference
+from icm_cli.matting.shot import Shot
+from icm_cli.matting.tracking import TrackingConfig, TrackingReferences
+from icm_cli.model.contracts import PreparedReferences
+
+PROPAGATED_KEY = "icm-propagated"
+"""Entry of a file's stamp: the alpha that the next frame uses."""
+
+
+@dataclass(frozen=True)
+class PropagationConfig:
+    """Settings of the propagation in a shot. All of them are part of the digest."""
+
+    flow_px: int = 432
+    """Long side, in px, of the images between which the flow is computed."""
+    min_flow_px: int = 128
+    """Both sides of these images are padded to at least this, because the flow uses an image pyramid."""
+    max_logit: float = 3.0
+    """Largest logit of a propagated alpha."""
+    min_alpha: float = 0.02
+    """Smallest distance of an alpha from 0 and 1, so that propagated evidence and the model can override each
+    other."""
+    colour_tolerance: float = 15.0
+    """Colour difference along the flow, in levels of 255, at which the weight of the frame before is 1/e. The flow is
+    unreliable at large differences."""
+    stabilisation: float = 0.5
+    """Fraction of the difference from the moved alpha of the frame before that is removed where colours agree."""
+    max_frames_back: int = 3
+    """An alpha is propagated from at most this many frames before."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass(frozen=True)
+class FrameMemory:
+    """A frame that was matted, reduced to ``PropagationConfig.flow_px``.
+
+    Attributes:
+        rgb: Its display window, sRGB uint8 [h,w,3].
+        alpha: Its alpha in the display window, uint8 [h,w].
+        is_mask: Whether the alpha is the mask of a reference, which has no soft edges.
+    """
+
+    rgb: ImageU8
+    alpha: ImageU8
+    is_mask: bool = False
+
+    @classmethod
+    def from_frame(
+        cls, rgb: ImageU8, alpha: Float, config: PropagationConfig, windows: ImageWindows | None = None
+    ) -> FrameMemory:
+        """Reduce an image [H,W,3] and its alpha in 0..1, of any size; ``windows``: their position."""
+        small = _reduce_image(rgb, windows, config)
+        if windows is not None and not windows.is_full:
+            at_size: Float = resize(alpha, windows.size)
+            alpha = np.asarray(_move_to_display(at_size, windows), np.float32)
+        return cls(small, alpha_to_u8(resize(alpha, (small.shape[0], small.shape[1]))))
+
+
+@dataclass(frozen=True)
+class FlowField:
+    """Optical flow from a frame to an earlier one, between their reduced display windows.
+
+    Attributes:
+        earlier: The earlier frame.
+        flow: DIS flow (Kroeger et al., ECCV 2016), float32 [h,w,2].
+        agreement: Agreement of the colours along the flow, float32 [h,w] in 0..1.
+        windows: Position of the frame's pixels in its display window; None if they fill it.
+        config: Settings of the propagation.
+    """
+
+    earlier: FrameMemory
+    flow: Float
+    agreement: Float
+    windows: ImageWindows | None
+    config: PropagationConfig
+
+    @classmethod
+    def estimate(
+        cls, earlier: FrameMemory, rgb: ImageU8, config: PropagationConfig, windows: ImageWindows | None = None
+    ) -> FlowField:
+        """Estimate the flow of an image, sRGB uint8 [H,W,3]; its display window has the size of the earlier one."""
+        now = _reduce_image(rgb, windows, config)
+        flow = _compute_flow(now, earlier.rgb, config)
+        difference = np.abs(_warp(earlier.rgb.astype(np.float32), flow) - now).mean(axis=-1)
+        agreement = np.asarray(np.exp(-((difference / config.colour_tolerance) ** 2)), np.float32)
+        return cls(earlier, flow, agreement, windows, config)
+
+    def propagate(self, coarse: Tensor) -> Tensor:
+        """Add the evidence of the earlier frame to a coarse alpha [h,w] in 0..1.
+
+        The logits are added. That of the earlier frame is moved along the flow and weighted by the agreement.
+        """
+        config = self.config
+        evidence = np.clip(_logit(self.earlier.alpha, config.min_alpha), -config.max_logit, config.max_logit)
+        weighted = np.asarray(_warp(evidence, self.flow) * self.agreement, np.float32)
+        logit = torch.from_numpy(self._crop_to_frame(weighted, (coarse.shape[0], coarse.shape[1]))).to(coarse.device)
+        margin = config.min_alpha * logit.abs().clamp(max=1.0)
+        alpha = torch.minimum(torch.maximum(coarse, margin), 1.0 - margin)
+        odds = alpha * logit.exp()
+        return (odds / (odds + 1.0 - alpha)).clamp(max=1.0)
+
+    def stabilise(self, rgb: ImageU8, alpha: Float) -> Float:
+        """Move a final alpha [h,w] in 0..1 of the frame ``rgb`` towards that of the earlier frame.
+
+        The difference is computed at the reduced size, so that edges stay fine.
+        """
+        config = self.config
+        now = FrameMemory.from_frame(rgb, alpha, config, self.windows).alpha / np.float32(255)
+        earlier = _warp(self.earlier.alpha.astype(np.float32), self.flow) / np.float32(255)
+        change = np.asarray(config.stabilisation * self.agreement * (earlier - now), np.float32)
+        change = self._crop_to_frame(change, (alpha.shape[0], alpha.shape[1]))
+        return np.asarray(np.clip(alpha + change, 0.0, 1.0), np.float32)
+
+    def _crop_to_frame(self, values: Float, size: tuple[int, int]) -> Float:
+        """Crop values [h,w] of the display window to the frame's pixels, and resize them to ``size``."""
+        windows = self.windows
+        if windows is None or windows.is_full:
+            return resize(values, size)
+        rows, columns = (
+            ((np.arange(size[n]) + 0.5) * windows.size[n] / size[n] + windows.at[n])
+            * values.shape[n]
+            / windows.display[n]
+            - 0.5
+            for n in (0, 1)
+        )
+        x, y = np.meshgrid(columns.astype(np.float32), rows.astype(np.float32))
+        return np.asarray(cv2.remap(values, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), np.float32)
+
+
+class FlowPropagator:
+    """Mattes the frames of a shot in its order, each with the alpha of an earlier frame.
+
+    An implementation of :class:`~icm_cli.matting.engine.FrameMatting`. It holds only a few reduced frames.
+    """
+
+    keeps_order = True
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        references: Callable[[int], PreparedReferences],
+        shot: Shot,
+        notice: Callable[[str], None],
+        config: PropagationConfig | None = None,
+    ) -> None:
+        """``references``: prepared references of an example, by its number."""
+        self._predictor = predictor
+        self._references = references
+        self._shot = shot
+        self._notice = notice
+        self._config = config or PropagationConfig()
+        self._planned: set[Path] = set()
+        self._memories: dict[Path, FrameMemory] = {}
+
+    def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
+        """Remember which frames are matted in this run; the existing alphas of the other frames are read."""
+        jobs = list(jobs)
+        self._planned = {job.output for job in jobs}
+        return jobs
+
+    def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
+        """Matte frames in the order of the shot. After an error, the frames can be matted again."""
+        memories = dict(self._memories)
+        try:
+            references = self._references(jobs[0].example)
+            if isinstance(references, TrackingReferences):
+                return [self._matte_frame(job, frame, references) for job, frame in zip(jobs, frames, strict=True)]
+            coarse = self._predictor.coarse_alphas(frames, references)
+            return [self._matte_frame(*each) for each in zip(jobs, frames, coarse, strict=True)]
+        except (RuntimeError, MemoryError):
+            self._memories = memories
+            raise
+
+    def _matte_frame(self, job: Job, frame: Frame, source: TrackingReferences | CoarseAlpha) -> FrameAlpha:
+        """Matte one frame from its coarse alpha, or by tracking, and remember its alpha for the next frame.
+
+        If the object is not found, the alpha is not changed and not propagated.
+        """
+        earlier = self._find_earlier(job, _reduce_image(frame.rgb, frame.windows, self._config).shape)
+        coarse = source
+        if isinstance(coarse, TrackingReferences):
+            previous_alpha = None if earlier is None else earlier.alpha
+            coarse = coarse.coarse_alpha(self._predictor, frame, previous_alpha, self._config.tracking)
+        if not coarse.found or not coarse.alpha.isfinite().all():
+            return self._predictor.refine_alphas([frame], [coarse])[0]
+        flow = None if earlier is None else FlowField.estimate(earlier, frame.rgb, self._config, frame.windows)
+        if flow is not None:
+            coarse = replace(coarse, alpha=flow.propagate(coarse.alpha))
+        (result,) = self._predictor.refine_alphas([frame], [coarse])
+        if flow is not None and not flow.earlier.is_mask:
+            result = replace(result, alpha=flow.stabilise(frame.rgb, result.alpha))
+        memory = FrameMemory.from_frame(frame.rgb, result.alpha, self._config, frame.windows)
+        self._memories[job.output] = memory
+        while len(self._memories) > self._config.max_frames_back:
+            del self._memories[next(iter(self._memories))]
+        return replace(result, stamp={PROPAGATED_KEY: encode_alpha(memory.alpha)})
+
+    def _find_earlier(self, job: Job, size: tuple[int, ...]) -> FrameMemory | None:
+        """Find the nearest earlier frame with an alpha and a reduced image of this size."""
+        source, other_sizes = job.source, list[str]()
+        memory: FrameMemory | None
+        for _ in range(self._config.max_frames_back):
+            keyframe, previous = self._shot.keyframes.get(job.output), self._shot.previous.get(job.output)
+            if keyframe is not None:
+                name, memory = keyframe.name, self._reference_memory(keyframe.read())
+            elif previous is not None:
+                job, name = previous, previous.name
+                is_planned = job.output in self._planned
+                memory = self._memories.get(job.output) if is_planned else self._read_existing(job)
+            else:
+                break
+            if memory is not None and memory.rgb.shape == size:
+                return memory
+            other_sizes += [name.name] if memory is not None else []
+            if keyframe is not None:
+                break
+        if other_sizes:
+            self._notice(
+                f"{source} has another size or aspect ratio than {other_sizes[0]}; its alpha is not propagated"
+            )
+        return None
+
+    def _reference_memory(self, reference: Reference) -> FrameMemory:
+        alpha = reference.guidance.astype(np.float32)
+        if reference.unknown is not None:
+            alpha[reference.unknown] = 0.5
+        memory = FrameMemory.from_frame(reference.rgb, alpha, self._config, reference.windows)
+        return replace(memory, is_mask=True)
+
+    def _read_existing(self, job: Job) -> FrameMemory | None:
+        """Read the alpha of a frame that an earlier run matted; None if there is none to propagate."""
+        try:
+            text = (read_stamp(job.output) or {}).get(PROPAGATED_KEY, "")
+            data = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+            alpha = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
+            if alpha is None:
+                return None
+            rgb = _reduce_image(job.read_image().to_display_window().rgb, None, self._config)
+            return FrameMemory(rgb, np.asarray(alpha, np.uint8))
+        except (ImageError, ValueError, OSError, cv2.error):
+            return None
+
+
+def create_matting(
+    predictor: Predictor,
+    references: Callable[[int], PreparedReferences],
+    shot: Shot | None,
+    notice: Callable[[str], None],
+) -> FrameMatting:
+    """Return how frames are matted: with propagation in a shot, else independently.
+
+    ``references``: prepared references of an example, by its number.
+    """
+    if shot is None:
+        return IndependentMatting(predictor, references)
+    return FlowPropagator(predictor, references, shot, notice)
+
+
+def encode_alpha(alpha: ImageU8) -> str:
+    """Encode a reduced alpha as text: a PNG in base64."""
+    return base64.b64encode(cv2.imencode(".png", alpha)[1].tobytes()).decode("ascii")
+
+
+def _move_to_display(pixels: NDArray[Any], windows: ImageWindows | None) -> NDArray[Any]:
+    """Move pixels [H,W] or [H,W,3] of a data window to the display window; pixels without a source are 0."""
+    return pixels if windows is None else windows.move_pixels(pixels, windows.display_window)
+
+
+def _reduce_image(rgb: ImageU8, windows: ImageWindows | None, config: PropagationConfig) -> ImageU8:
+    """Display window of an image [H,W,3] with a long side of at most ``config.flow_px``."""
+    display: ImageU8 = _move_to_display(rgb, windows)
+    return resize(display, downscaled_size(display.shape[:2], config.flow_px))
+
+
+def _compute_flow(now: ImageU8, earlier: ImageU8, config: PropagationConfig) -> Float:
+    """For every pixel of an image uint8 [h,w,3], its offset (x, y) to the earlier image, [h,w,2]."""
+    height, width = now.shape[:2]
+    below, right = max(0, config.min_flow_px - height), max(0, config.min_flow_px - width)
+    grey = [
+        cv2.copyMakeBorder(cv2.cvtColor(each, cv2.COLOR_RGB2GRAY), 0, below, 0, right, cv2.BORDER_REPLICATE)
+        for each in (now, earlier)
+    ]
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey, None)  # type: ignore[call-overload]
+    return np.asarray(flow[:height, :width], np.float32)
+
+
+def _warp(values: Float, flow: Float) -> Float:
+    """Move values [h,w] or [h,w,C] of the earlier image to the positions that the flow [h,w,2] gives."""
+    height, width = flow.shape[:2]
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    return np.asarray(
+        cv2.remap(values, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    )
+
+
+def _logit(alpha: ImageU8, min_alpha: float) -> Float:
+    clipped = np.clip(alpha / np.float32(255), min_alpha, 1.0 - min_alpha)
+    return np.asarray(np.log(clipped / (1.0 - clipped)), np.float32)
