@@ -78,14 +78,16 @@ def test_the_picture_is_found(tmp_path: Path, parts: list[tuple[str, Channels]],
 def test_a_choice_among_several_is_told(tmp_path: Path) -> None:
     both = {**colours(OTHER, "a."), **colours(PICTURE, "b.")}
     (notice,) = read_image(multipart(tmp_path / "a.exr", ("", both))).notices
-    assert "has the layers a, b; a was taken, --layer says another" in notice
+    assert "has the layers a, b; a is used; give --layer to use another one" in notice
     assert not read_image(multipart(tmp_path / "b.exr", ("", colours(PICTURE, "a.")))).notices
 
 
 def test_a_layer_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
     one = {**colours(PICTURE), **colours(OTHER, "diffuse."), **DEPTH}
     path = multipart(tmp_path / "a.exr", ("", one))
-    with pytest.raises(ImageError, match="has no layer 'Z' with R, G and B; it has RGB, diffuse: name one of these"):
+    with pytest.raises(
+        ImageError, match="has no layer 'Z' with R, G and B; expected one of: RGB, diffuse; give one with --layer"
+    ):
         read_image(path, ColourSettings(layer="Z"))
 
 
@@ -110,7 +112,8 @@ def test_depth_and_ids_alone_are_no_picture(icm: Icm, scene: Path, channels: Cha
     assert result.exit_code == 1
     said = " ".join(result.stderr.split())
     assert said.endswith(
-        f"a.exr: has depth, ids or cryptomattes alone ({', '.join(channels)}), which are no picture; give a picture"
+        f"a.exr: has only depth, ids or cryptomattes ({', '.join(channels)}); expected colours; "
+        "give an image with R, G, B"
     )
     assert not (scene / "out" / "a.png").exists()
 
@@ -163,7 +166,7 @@ def test_the_option_decides_the_alpha_and_is_part_of_its_digest(icm: Icm, scene:
     assert (read(scene / "out" / "a.png") == read(scene / "expected" / "a.png")).all()
     result = icm(src=scene / "exr", layer="beuaty")
     assert result.exit_code == 1
-    assert "has no layer 'beuaty' with R, G and B; it has RGB, beauty" in " ".join(result.stderr.split())
+    assert "has no layer 'beuaty' with R, G and B; expected one of: RGB, beauty" in " ".join(result.stderr.split())
 
 
 def test_references_have_a_layer_of_their_own(icm: Icm, scene: Path) -> None:

@@ -377,7 +377,7 @@ def test_the_option_scales_sources_and_references(icm: Icm, scene: Path) -> None
 def test_a_picture_beyond_the_memory_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("icm_cli.environment.available_memory_bytes", lambda: 1000)
     Image.fromarray(RGB).save(tmp_path / "a.png")
-    with pytest.raises(ImageError, match="48x48, which takes about"):
+    with pytest.raises(ImageError, match="48x48, which needs about"):
         read_image(tmp_path / "a.png")
 
 

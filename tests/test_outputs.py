@@ -307,7 +307,7 @@ def test_a_trimap_is_unknown_about_the_edge(band: int, side: int) -> None:
     [
         ({"depth": "half"}, "does not fit --format png; expected one of 8, 16"),
         ({"channel": "matte"}, "give --format exr too"),
-        ({"band_px": 5}, "--trimap-band is of a trimap"),
+        ({"band_px": 5}, "--trimap-band is 5, and no trimap is written"),
         ({"foreground": "auto", "invert": True}, "leave --invert"),
         ({"trimap": "instead", "format": "exr"}, "--trimap instead writes PNGs, and the format is exr"),
     ],

@@ -1,1 +1,1 @@
-"""Pictures on disk: read upright in every usual kind, and alphas written so that they say what decided them."""
+"""Read images upright in every common format, and write alphas with a stamp of everything that decided them."""

@@ -1,4 +1,4 @@
-"""Colour: from a file's own colour space to the display-referred sRGB that the model sees."""
+"""Convert colours from the colour space of a file to display-referred sRGB, which the model sees."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from icm_cli.errors import UsageError, did_you_mean
 from icm_cli.geometry import Float, ImageU8, round_to_u8
 
 BUILT_IN = "ocio://studio-config-latest"
-"""OpenColorIO's own configuration: ACES, camera logs, Rec.709, P3."""
+"""Built-in configuration of OpenColorIO: ACES, camera log spaces, Rec.709, P3."""
 DISPLAY = "sRGB - Display"
 VIEW = "Un-tone-mapped"
-"""View of scene-referred pictures: what was 0..1 looks as the same picture saved as sRGB does."""
+"""Default view of scene-referred images: values in 0..1 look as if they were saved as sRGB."""
 SRGB = "sRGB"
-"""Display-referred sRGB, which needs no transform."""
+"""Name of display-referred sRGB, which needs no transform."""
 LINEAR = "lin_rec709_scene"
-"""Space of EXR and HDR that do not say theirs."""
+"""Colour space of EXR and HDR files without a label."""
 PRIMARIES = {
     (0.64, 0.33, 0.30, 0.60, 0.15, 0.06): "lin_rec709_scene",
     (0.713, 0.293, 0.165, 0.830, 0.128, 0.044): "lin_ap1_scene",
@@ -34,44 +34,44 @@ PRIMARIES = {
     (0.708, 0.292, 0.170, 0.797, 0.131, 0.046): "lin_rec2020_scene",
     (0.680, 0.320, 0.265, 0.690, 0.150, 0.060): "lin_p3d65_scene",
 }
-"""Chromaticities (red, green, blue; x and y each) of an EXR, and the space they stand for."""
-MOST_STOPS = 30
+"""Colour space by the chromaticities of an EXR: x and y of red, green and blue."""
+MAX_STOPS = 30
 ACES = frozenset({"lin_ap0_scene", "lin_ap1_scene"})
 ACES_WHITE = 0.32168, 0.33767
 D65 = 0.3127, 0.3290
-"""White of the other spaces of ``PRIMARIES``."""
+"""White point of the other spaces in ``PRIMARIES``."""
 
 
 @dataclass(frozen=True)
 class ColourSettings:
-    """Colour space of pictures, and the way they are shown to the model; their layer and scale.
-
-    ``space``: "auto", or a name of the configuration. ``config``: an OpenColorIO file, "" for $OCIO or the built-in
-    one. ``view``: of scene-referred pictures. ``exposure``: stops, before the view. ``layer``: of an EXR, by its part's
-    name or its channels' prefix; "" for its picture. ``white``: the value of white in pictures of more than 8 bits,
-    where it is not that of their type. ``is_matte``: a mask or an alpha, whose numbers no option explains.
-    ``has_labels``: a mask whose numbers are labels, of any size.
-    """
+    """Settings for reading images: colour space, view, layer and value range."""
 
     space: str = "auto"
+    """Colour space in the configuration; "auto": the label of the file, or the default of its format."""
     config: str = ""
+    """OpenColorIO configuration file; "": $OCIO, or the built-in configuration."""
     view: str = ""
+    """View of scene-referred images."""
     exposure: float = 0.0
+    """Exposure in stops, applied before the view."""
     layer: str = ""
+    """Layer of an EXR, by part name or channel prefix; "": selected by name."""
     white: float | None = None
+    """Value of white in images with more than 8 bits, if it differs from the maximum of their type."""
     is_matte: bool = False
+    """Whether the file is a mask or an alpha, to which no option applies."""
     has_labels: bool = False
+    """Whether the file is a mask whose values are labels, of any size."""
 
     def validate(self) -> None:
-        """Raises UsageError for a configuration, space or view that is not there, naming those nearest to it; and for a
-        white that is none."""
+        """Raise UsageError for an unknown configuration, colour space or view, or a value out of range."""
         if self == ColourSettings():
             return
         if self.white is not None and not (0.0 < self.white < math.inf):
-            raise UsageError(f"--white is {self.white:g}; expected a value above 0, such as 255")
-        if not abs(self.exposure) <= MOST_STOPS:
-            raise UsageError(f"--exposure is {self.exposure:g}; expected -{MOST_STOPS} to {MOST_STOPS} stops")
-        config, display = _config(self.config), _display(self.config)
+            raise UsageError(f"--white is {self.white:g}; expected a finite value above 0, such as 255")
+        if not abs(self.exposure) <= MAX_STOPS:
+            raise UsageError(f"--exposure is {self.exposure:g}; expected -{MAX_STOPS} to {MAX_STOPS} stops")
+        config, display = _config(self.config), _display_name(self.config)
         if self.space not in ("auto", SRGB) and config.getColorSpace(self.space) is None:
             raise UsageError(
                 f"colour space {self.space!r} is not in the configuration. "
@@ -79,11 +79,12 @@ class ColourSettings:
             )
         if self.view and self.view not in config.getViews(display):
             raise UsageError(
-                f"view {self.view!r} is none of {display!r}. {did_you_mean(self.view, list(config.getViews(display)))}"
+                f"view {self.view!r} is not a view of {display!r}. "
+                f"{did_you_mean(self.view, list(config.getViews(display)))}"
             )
 
     def digest_text(self) -> str:
-        """All of it in one line, for the digest of a run; "" where it is as ever."""
+        """Return the settings in one line, for the digest of a run; "" for the default settings."""
         if self == ColourSettings():
             return ""
         return (
@@ -95,9 +96,9 @@ DEFAULT_COLOUR = ColourSettings()
 
 
 def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: ColourSettings) -> ImageU8:
-    """Pixels [H,W,1|3] in 0..scale (floats may exceed it) in a space -> sRGB uint8 [H,W,3], as the model sees them.
+    """Convert pixels [H,W,1] or [H,W,3] in 0..scale, or beyond it, to sRGB uint8 [H,W,3] as the model sees them.
 
-    What is sRGB is shown as it is; exposure and view are of other spaces.
+    Pixels that are sRGB are only rounded. Exposure and view apply to other colour spaces.
     """
     if pixels.shape[-1] == 1:
         pixels = np.repeat(pixels, 3, axis=-1)
@@ -105,24 +106,24 @@ def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: Colo
         if pixels.dtype == np.uint8:
             return np.ascontiguousarray(pixels)
         if pixels.dtype == np.uint16:
-            return _rounded_sixteen(scale)[pixels]
+            return _rounding_table(scale)[pixels]
         return round_to_u8(pixels.astype(np.float32) * np.float32(255.0 / scale))
     values = np.ascontiguousarray(pixels, dtype=np.float32)
     if scale != 1.0:
         values = values / np.float32(scale)
     seen = np.empty(values.shape, np.uint8)
-    _processor(colour.config, space, colour.view, colour.exposure).apply(_described(values), _described(seen))
+    _processor(colour.config, space, colour.view, colour.exposure).apply(_packed_image(values), _packed_image(seen))
     return seen
 
 
 @functools.lru_cache(maxsize=8)
-def _rounded_sixteen(scale: float) -> ImageU8:
-    """The 8-bit value of each of 16 bits: looking up takes no copies in float, which are eight times as large."""
+def _rounding_table(scale: float) -> ImageU8:
+    """Return the 8-bit value of every 16-bit value. A table needs no float copy, which is eight times as large."""
     return round_to_u8(np.arange(65536, dtype=np.float32) * np.float32(255.0 / scale))
 
 
-def _described(pixels: NDArray[Any]) -> Any:
-    """Pixels [H,W,3], float32 or uint8, as OpenColorIO takes them; they must outlive it."""
+def _packed_image(pixels: NDArray[Any]) -> Any:
+    """Describe pixels [H,W,3], float32 or uint8, to OpenColorIO. The pixels must outlive the description."""
     depth = ocio.BIT_DEPTH_F32 if pixels.dtype == np.float32 else ocio.BIT_DEPTH_UINT8
     height, width, _ = pixels.shape
     rows, columns, channels = pixels.strides
@@ -130,7 +131,7 @@ def _described(pixels: NDArray[Any]) -> Any:
 
 
 def find_colour_space(label: str | None, config: str) -> str | None:
-    """The configuration's own name of the space that a file's label means, None for one that is not there."""
+    """Return the configuration's name of a colour space, None if it has no such space."""
     if not label:
         return None
     found = _config(config).getColorSpace(label)
@@ -138,7 +139,7 @@ def find_colour_space(label: str | None, config: str) -> str | None:
 
 
 def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
-    """The linear space of an EXR's chromaticities (eight numbers, white last), None for unknown ones."""
+    """Return the linear space of an EXR's chromaticities (eight numbers, white last), None if they are unknown."""
     for primaries, space in PRIMARIES.items():
         if np.allclose(chromaticities[:6], primaries, atol=2e-3):
             return space
@@ -146,13 +147,13 @@ def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
 
 
 def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]:
-    """Colours [H,W,3] on the scale 0..1 as an EXR holds them, scene-linear, and the name of their space.
+    """Convert colours [H,W,3] on the scale 0..1 to a scene-linear space, and return them with its name.
 
-    sRGB keeps its primaries, those of Rec.709; other curves come to the configuration's ``scene_linear``. What is
-    linear, or no colour, is left as it is.
+    sRGB keeps its primaries, which are those of Rec.709. Other spaces with a transfer curve are converted to the
+    configuration's ``scene_linear``. Linear spaces and data are not changed.
     """
     if space == SRGB:
-        return _converted(pixels, BUILT_IN, "srgb_rec709_scene", LINEAR), LINEAR
+        return _convert(pixels, BUILT_IN, "srgb_rec709_scene", LINEAR), LINEAR
     found = _config(config).getColorSpace(space)
     if (
         found is None
@@ -160,13 +161,11 @@ def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]
         or _config(config).isColorSpaceLinear(found.getName(), ocio.REFERENCE_SPACE_SCENE)
     ):
         return pixels, space
-    return _converted(pixels, config, space, "scene_linear"), str(
-        _config(config).getColorSpace("scene_linear").getName()
-    )
+    return _convert(pixels, config, space, "scene_linear"), str(_config(config).getColorSpace("scene_linear").getName())
 
 
 def colour_space_attributes(space: str, config: str) -> dict[str, Any]:
-    """Attributes that say in which linear space an EXR's colours are; none for Rec.709's, which an EXR has without."""
+    """Return the attributes that label an EXR with a linear space; none for Rec.709, which is the default of EXR."""
     found = None if space == LINEAR else _config(config).getColorSpace(space)
     if found is None or found.getName() == find_colour_space(LINEAR, config):
         return {}
@@ -179,14 +178,14 @@ def colour_space_attributes(space: str, config: str) -> dict[str, Any]:
     return {"colorInteropID": interop, **({"chromaticities": chromaticities[0]} if chromaticities else {})}
 
 
-def _converted(pixels: Float, config: str, space: str, wanted: str) -> Float:
+def _convert(pixels: Float, config: str, space: str, wanted: str) -> Float:
     values = np.array(pixels, np.float32, order="C")
-    _config(config).getProcessor(space, wanted).getDefaultCPUProcessor().apply(_described(values))
+    _config(config).getProcessor(space, wanted).getDefaultCPUProcessor().apply(_packed_image(values))
     return values
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
-    """A Pillow image brought from its ICC profile to sRGB; None where the profile cannot be used."""
+    """Convert a Pillow image from its ICC profile to sRGB. Returns None if the profile cannot be used."""
     try:
         transform = _icc_transform(profile, image.mode)
         return image if transform is None else ImageCms.applyTransform(image, transform)
@@ -196,7 +195,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
 
 @functools.lru_cache(maxsize=32)
 def _icc_transform(profile: bytes, mode: str) -> Any:
-    """None where the profile is sRGB already."""
+    """Return the transform of a profile to sRGB, None if the profile is sRGB."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if mode == "RGB" and "sRGB" in (ImageCms.getProfileDescription(source) or ""):
         return None
@@ -212,18 +211,20 @@ def _config(path: str) -> Any:
         return ocio.Config.CreateFromFile(str(Path(chosen)))
     except (ocio.Exception, ocio.ExceptionMissingFile) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"the OpenColorIO configuration {chosen} cannot be used: {reason}") from error
+        raise UsageError(
+            f"the OpenColorIO configuration {chosen} cannot be used: {reason}; give another file with --ocio or $OCIO"
+        ) from error
 
 
-def _display(config: str) -> str:
+def _display_name(config: str) -> str:
     displays = list(_config(config).getDisplays())
     return DISPLAY if DISPLAY in displays else str(_config(config).getDefaultDisplay())
 
 
 @functools.lru_cache(maxsize=64)
 def _processor(path: str, space: str, view: str, exposure: float) -> Any:
-    """From float32 in a space to uint8 as the model sees it: rounding there is three times as fast as NumPy's after."""
-    config, display = _config(path), _display(path)
+    """Return the transform from float32 in a space to display sRGB uint8. It rounds three times as fast as NumPy."""
+    config, display = _config(path), _display_name(path)
     views = list(config.getViews(display))
     chosen = view or (VIEW if VIEW in views else str(config.getDefaultView(display)))
     linear = "scene_linear"

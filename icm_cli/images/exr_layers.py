@@ -1,4 +1,4 @@
-"""Layers of an OpenEXR file: which of its parts and channels are the picture."""
+"""Layers of an OpenEXR file: select the part and the channels that hold the image."""
 
 from __future__ import annotations
 
@@ -10,101 +10,106 @@ from typing import Any
 from icm_cli.errors import ImageError
 
 DEFAULT_LAYER = "RGB"
-"""Name by which channels called R, G, B and no more can be asked for."""
-DATA = re.compile(
+"""Name that selects the channels R, G and B without a prefix."""
+DATA_NAMES = re.compile(
     r"z|z_?back|.*depth.*|(object|obj|material|mat|asset|instance|prim|render|user|mesh|node)?_?ids?|index(ob|ma)|.*crypto.*",
     re.IGNORECASE,
 )
-"""Names, of layers, parts or channels, of depth, ids and cryptomattes, which are no pictures."""
+"""Names of layers, parts or channels that hold depth, ids or cryptomattes, which are not images."""
 BEAUTY_NAMES = frozenset({"beauty", "combined", "rgb", "rgba"})
-"""Names, of layers or their last parts, of what is the picture and no component of it."""
+"""Names of layers, or of their last parts, that hold the whole image and not a component of it."""
 
 
 @dataclass(frozen=True)
 class ImageLayer:
-    """Channels of one part that are read: three of colour or one of grey, and the alpha's, by their numbers."""
+    """The channels to read from one part: three colours or one grey channel, and perhaps an alpha."""
 
     part: int
     colours: tuple[int, ...]
+    """Indices of the colour channels."""
     alpha: int | None
+    """Index of the alpha channel."""
     prefix: str = ""
-    """Name before the channels' own, as "beauty" of beauty.R."""
+    """Channel name before the last dot, such as "beauty" in beauty.R."""
     part_name: str = ""
 
     @property
     def name(self) -> str:
         return self.prefix or self.part_name or DEFAULT_LAYER
 
-    def is_called(self, wanted: str) -> bool:
+    def has_name(self, wanted: str) -> bool:
         return wanted in (self.prefix, self.part_name) or (not self.prefix and wanted.upper() == DEFAULT_LAYER)
 
     @property
     def is_data(self) -> bool:
-        """Whether its name is that of depth, ids or a cryptomatte."""
+        """Whether the layer holds depth, ids or a cryptomatte, by its name."""
         return _is_data(self.prefix or self.part_name)
 
     @property
     def channels(self) -> tuple[int, int]:
-        """First channel, and the one after the last, of those that are read."""
+        """The first channel to read, and the one after the last."""
         every = [*self.colours, *([] if self.alpha is None else [self.alpha])]
         return min(every), max(every) + 1
 
 
 def select_layer(file: Any, path: Path, wanted: str, *, is_picture: bool = False) -> tuple[ImageLayer, tuple[str, ...]]:
-    """The layer of an open EXR to be read, and notices where it was not beyond doubt.
+    """Return the layer of an open EXR to read, and a notice if the choice was not obvious.
 
-    ``wanted``: a part's name or a channel prefix; "": the first plain R, G, B, else a layer that is called beauty or
-    the like, else the first. Raises ImageError, listing the layers, for one that is not there, and for a file that
-    holds no picture; with ``is_picture``, depth, ids and cryptomattes alone are none (a mask may be of ids).
+    ``wanted``: the name of a part or a channel prefix. "" selects the first R, G, B without a prefix, else a layer
+    named beauty or similar, else the first layer. ``is_picture``: refuse a file that holds only depth, ids or
+    cryptomattes; a mask may hold ids. Raises ImageError, listing the layers, if there is no such layer.
     """
-    found, others = _layers(file)
+    found, others = _colour_layers(file)
     listed = ", ".join(dict.fromkeys(layer.name for layer in found))
     if wanted:
-        named = [layer for layer in found if layer.is_called(wanted)]
+        named = [layer for layer in found if layer.has_name(wanted)]
         if not named:
             raise ImageError(
-                f"{path} has no layer {wanted!r} with R, G and B; it has {listed or 'none'}: name one of these"
+                f"{path} has no layer {wanted!r} with R, G and B; expected one of: {listed or 'none'}; "
+                "give one with --layer"
             )
         return named[0], ()
     found = [layer for layer in found if not layer.is_data] or found
-    if is_picture and (all(layer.is_data for layer in found) if found else _are_data(others)):
-        raise _only_data(others, path)
+    if is_picture and (all(layer.is_data for layer in found) if found else _hold_only_data(others)):
+        raise _data_error(others, path)
     if not found:
-        return _grey(others, path), ()
+        return _grey_layer(others, path), ()
     plain = [layer for layer in found if not layer.prefix]
     pictures = [layer for layer in found if layer.prefix.rpartition(".")[2].lower() in BEAUTY_NAMES]
     chosen = (plain or pictures or found)[0]
     if plain or len(found) == 1:
         return chosen, ()
-    return chosen, (f"{path} has the layers {listed}; {chosen.name} was taken, --layer says another",)
+    return chosen, (f"{path} has the layers {listed}; {chosen.name} is used; give --layer to use another one",)
 
 
 def _is_data(name: str) -> bool:
-    return any(DATA.fullmatch(each) for each in name.split("."))
+    return any(DATA_NAMES.fullmatch(each) for each in name.split("."))
 
 
-def _are_data(parts: list[tuple[int, tuple[str, ...]]]) -> bool:
-    """Whether all channels of all parts are depth, ids or cryptomattes."""
+def _hold_only_data(parts: list[tuple[int, tuple[str, ...]]]) -> bool:
+    """Whether all channels of all parts hold depth, ids or cryptomattes."""
     channels = [channel for _, channels in parts for channel in channels]
     return bool(channels) and all(_is_data(channel) for channel in channels)
 
 
-def _only_data(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> ImageError:
+def _data_error(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> ImageError:
     every = ", ".join(channel for _, channels in parts for channel in channels)
-    return ImageError(f"{path} has depth, ids or cryptomattes alone ({every}), which are no picture; give a picture")
+    return ImageError(
+        f"{path} has only depth, ids or cryptomattes ({every}); expected colours; give an image with R, G, B"
+    )
 
 
-def _layers(file: Any) -> tuple[list[ImageLayer], list[tuple[int, tuple[str, ...]]]]:
-    """Layers of colour in the file's order; and the channels of every part."""
+def _colour_layers(file: Any) -> tuple[list[ImageLayer], list[tuple[int, tuple[str, ...]]]]:
+    """Return the colour layers in file order, and the channels of every part."""
     found, parts = [], []
     part = 0
     while file.seek_subimage(part, 0):
         spec = file.spec()
-        if not spec.deep:  # a deep part has any number of values a pixel, and no picture before it is flattened
+        if not spec.deep:  # a deep part has any number of values per pixel, and must be flattened first
             found += _layers_of_part(part, str(spec.getattribute("oiio:subimagename") or ""), spec.channelnames)
             parts.append((part, tuple(spec.channelnames)))
         part += 1
-    file.geterror()  # of the seek that went too far
+    file.geterror()  # clears the error of the last seek
     return found, parts
 
 
@@ -120,9 +125,9 @@ def _layers_of_part(part: int, part_name: str, channels: tuple[str, ...]) -> lis
     ]
 
 
-def _grey(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> ImageLayer:
-    """A file of one channel, or of luminance or an alpha among others. Raises ImageError for any other."""
-    for part, channels in sorted(parts, key=lambda each: _are_data([each])):
+def _grey_layer(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> ImageLayer:
+    """Return the single channel, the luminance or the alpha of a file without colours. Raises ImageError."""
+    for part, channels in sorted(parts, key=lambda each: _hold_only_data([each])):
         names = [channel.upper() for channel in channels]
         if len(names) == 1:
             return ImageLayer(part, (0,), None)
@@ -131,8 +136,8 @@ def _grey(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> ImageLayer:
         if "A" in names:
             return ImageLayer(part, (names.index("A"),), None)
     if not parts:
-        raise ImageError(f"{path} has deep pixels alone; flatten it")
-    if _are_data(parts):
-        raise _only_data(parts, path)
+        raise ImageError(f"{path} has only deep pixels; expected flat ones; flatten it")
+    if _hold_only_data(parts):
+        raise _data_error(parts, path)
     listed = ", ".join(channel for _, channels in parts for channel in channels)
-    raise ImageError(f"{path} has no channels R, G and B; it has {listed}: give a picture")
+    raise ImageError(f"{path} has no channels R, G and B; it has only {listed}; give an image with R, G and B")

@@ -1,4 +1,4 @@
-"""Pixels of one frame, upright: what decoders give, EXIF's turn, and the memory that they may take."""
+"""Decoded pixels of one frame, the windows of an EXR, EXIF orientations, and the memory limit of an image."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from icm_cli import environment
 from icm_cli.errors import ImageError
 
 BYTES_PER_PIXEL = 24
-"""Memory that a picture takes while it is read, matted and written, per pixel."""
-KEPT_ATTRIBUTES = frozenset({"PixelAspectRatio", "smpte:TimeCode", "smpte:KeyCode", "FramesPerSecond", "captureRate"})
-BAD_PROFILE = "its ICC profile cannot be used; its colours are taken as sRGB"
+"""Memory that an image needs per pixel while it is read, matted and written."""
+COPIED_ATTRIBUTES = frozenset({"PixelAspectRatio", "smpte:TimeCode", "smpte:KeyCode", "FramesPerSecond", "captureRate"})
+BAD_PROFILE = "its ICC profile cannot be used, so its colours are read as sRGB; embed another profile to change this"
 TRANSPOSING_ORIENTATIONS = frozenset({5, 6, 7, 8})
+"""EXIF orientations that swap height and width."""
 _UPRIGHT: dict[int, Any] = {
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -26,56 +27,59 @@ _UPRIGHT: dict[int, Any] = {
     7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
     8: lambda a: a.swapaxes(0, 1)[::-1],
 }
-"""EXIF's orientations but the upright one (1), and what undoes each."""
-_BACK = {6: 8, 8: 6}
-"""Orientations that make good for each other; the others are their own opposites."""
+"""The operation that makes an image upright, by its EXIF orientation. Orientation 1 is upright already."""
+_INVERSE = {6: 8, 8: 6}
+"""Orientations that are inverse to each other. Every other one is its own inverse."""
 
 
 @dataclass(frozen=True)
 class ImageWindows:
-    """The place of an EXR's pixels: ``size`` (height, width) of its data window, the place ``at`` (row, column) of that
-    one's top left corner in the display window, and ``display``, the display window's size."""
+    """The data window and the display window of an EXR. Other images have one window of their size."""
 
     size: tuple[int, int]
+    """Height and width of the data window, which holds the pixels."""
     at: tuple[int, int]
+    """Row and column of the data window's top left corner in the display window."""
     display: tuple[int, int]
+    """Height and width of the display window."""
 
     @classmethod
     def full(cls, size: tuple[int, int]) -> ImageWindows:
-        """Windows of a picture that has no others than its size."""
+        """Return the windows of an image in which both windows are equal."""
         return cls(size, (0, 0), size)
 
     @classmethod
     def from_spec(cls, spec: Any) -> ImageWindows:
+        """Return the windows in an OpenImageIO specification."""
         at = spec.y - spec.full_y, spec.x - spec.full_x
         return cls((spec.height, spec.width), at, (spec.full_height, spec.full_width))
 
     @property
     def is_full(self) -> bool:
-        """Whether the pixels are the display window's, no more and no fewer."""
+        """Whether the data window is equal to the display window."""
         return self == ImageWindows.full(self.size)
 
     @property
     def display_window(self) -> ImageWindows:
-        """The display window alone."""
+        """Windows in which the data window is the whole display window."""
         return ImageWindows.full(self.display)
 
     def matched_to(self, other: ImageWindows | None) -> ImageWindows:
-        """The windows of another picture where its display window is of the same size, else the display window."""
+        """Return ``other`` if its display window has the same size, else the display window of this image."""
         return other if other is not None and other.display == self.display else self.display_window
 
     def move_pixels(self, pixels: NDArray[Any], to: ImageWindows) -> NDArray[Any]:
-        """Pixels [H,W] or [H,W,C] of this data window as those of another of the same display window, 0 outside."""
+        """Move pixels [H,W] or [H,W,C] to another data window of the same display window; 0 outside this one."""
         if to == self:
             return pixels
-        found = np.zeros((*to.size, *pixels.shape[2:]), pixels.dtype)
+        moved = np.zeros((*to.size, *pixels.shape[2:]), pixels.dtype)
         shift = self.at[0] - to.at[0], self.at[1] - to.at[1]
         starts = [max(0, each) for each in shift]
         ends = [max(start, min(to.size[n], self.size[n] + shift[n])) for n, start in enumerate(starts)]
         rows, columns = (slice(start, end) for start, end in zip(starts, ends, strict=True))
-        here = (slice(start - by, end - by) for start, end, by in zip(starts, ends, shift, strict=True))
-        found[rows, columns] = pixels[tuple(here)]
-        return found
+        source = (slice(start - by, end - by) for start, end, by in zip(starts, ends, shift, strict=True))
+        moved[rows, columns] = pixels[tuple(source)]
+        return moved
 
     def __str__(self) -> str:
         height, width = self.size
@@ -87,26 +91,32 @@ class ImageWindows:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """Upright pixels of one frame as the file has them: [H,W,1|3] in 0..``scale``, floats perhaps beyond; ``alpha``
-    [H,W] on the same scale where there is one; colours that a file has multiplied by it (associated alpha) are left so,
-    which is the picture over black. ``space`` is the colour space's name; ``notices`` say what is odd."""
+    """Upright pixels of one frame as the file stores them.
+
+    Colours that are multiplied by the alpha (associated alpha) stay so, which is the image over black.
+    """
 
     pixels: NDArray[Any]
+    """[H,W,1] or [H,W,3] in 0..``scale``; floats may exceed it."""
     alpha: NDArray[Any] | None
+    """[H,W] in 0..``scale``; None if the file has no alpha."""
     scale: float
+    """Value of white, and of an opaque alpha."""
     space: str
+    """Name of the colour space."""
     notices: tuple[str, ...] = ()
+    """Messages about unusual properties of the file."""
     bits: int = 8
     indices: NDArray[Any] | None = None
-    """Palette indices [H,W], where the file has a palette without transparency."""
+    """Palette indices [H,W], if the file has a palette without transparency."""
     header: Any = None
-    """Specification of a file that OpenImageIO read."""
+    """OpenImageIO's specification of the file, if it has read the file."""
     orientation: int = 1
-    """EXIF's, which was undone."""
+    """EXIF orientation, which has been applied."""
     is_half: bool = False
-    """Whether the file has floats of 16 bits."""
+    """Whether the file stores 16-bit floats."""
     own_windows: ImageWindows | None = None
-    """Those of an EXR that is not turned."""
+    """Windows of an EXR whose orientation is upright."""
 
     @property
     def windows(self) -> ImageWindows:
@@ -114,7 +124,7 @@ class DecodedImage:
         return self.own_windows or ImageWindows.full((height, width))
 
     def copy_metadata_to(self, spec: Any) -> None:
-        """Give a file to be written this one's data and display window, pixel aspect, timecode and frame rate."""
+        """Copy windows, pixel aspect ratio, timecode and frame rate to the specification of a file to write."""
         header = self.header
         if header is None or self.orientation in TRANSPOSING_ORIENTATIONS:
             return
@@ -122,37 +132,37 @@ class DecodedImage:
             for name in ("x", "y", "full_x", "full_y", "full_width", "full_height"):
                 setattr(spec, name, getattr(header, name))
         for attribute in header.extra_attribs:
-            if attribute.name in KEPT_ATTRIBUTES:
+            if attribute.name in COPIED_ATTRIBUTES:
                 spec.attribute(attribute.name, attribute.type, attribute.value)
 
 
 def reorient(pixels: NDArray[Any], orientation: int, wanted: int) -> NDArray[Any]:
-    """Pixels [H,W] or [H,W,C] that were turned by one EXIF orientation, turned by the ``wanted`` one in its place."""
+    """Return pixels [H,W] or [H,W,C] with the ``wanted`` EXIF orientation applied instead of ``orientation``."""
     return np.ascontiguousarray(
-        apply_orientation(apply_orientation(pixels, _BACK.get(orientation, orientation)), wanted)
+        apply_orientation(apply_orientation(pixels, _INVERSE.get(orientation, orientation)), wanted)
     )
 
 
 def apply_orientation(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Stored pixels [H,W] or [H,W,C] as they are seen, by EXIF's orientation; a view."""
+    """Return a view of stored pixels [H,W] or [H,W,C] with an EXIF orientation applied."""
     return _UPRIGHT[orientation](pixels) if orientation in _UPRIGHT else pixels
 
 
 def valid_orientation(orientation: object) -> int:
-    """EXIF's orientation, 1..8; 1 for anything else that a file may say."""
+    """Return the EXIF orientation if it is valid, 1..8, else 1."""
     return orientation if isinstance(orientation, int) and orientation in _UPRIGHT else 1
 
 
 def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """(height, width) of a stored (width, height)."""
+    """Return the upright (height, width) of a stored (width, height)."""
     return size if orientation in TRANSPOSING_ORIENTATIONS else (size[1], size[0])
 
 
 def check_memory(path: Path, width: int, height: int) -> None:
-    """Raises ImageError for a picture that this machine's free memory does not hold."""
+    """Raise ImageError for an image that does not fit into the free memory."""
     needed, free = width * height * BYTES_PER_PIXEL, environment.available_memory_bytes()
     if free is not None and needed > free:
         raise ImageError(
-            f"{path} is {width}x{height}, which takes about {needed / 1e9:.0f} GB of memory, and "
-            f"{free / 1e9:.0f} GB are free; scale it down"
+            f"{path} is {width}x{height}, which needs about {needed / 1e9:.0f} GB of memory, and only "
+            f"{free / 1e9:.0f} GB are free; free memory or scale the image down"
         )

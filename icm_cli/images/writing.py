@@ -1,4 +1,4 @@
-"""Writes alphas, foregrounds and trimaps that say what decided them, and reads that again."""
+"""Write alphas, foregrounds and trimaps with a stamp of everything that decided them, and read the stamp."""
 
 from __future__ import annotations
 
@@ -31,36 +31,36 @@ DEPTHS: Mapping[ImageFormat, tuple[BitDepth, ...]] = {
     "tiff": ("8", "16", "float"),
     "exr": ("half", "float"),
 }
-"""Depths of each format, the default first."""
+"""Bit depths of each format, the default first."""
 FORMAT_SUFFIXES: Mapping[ImageFormat, tuple[str, ...]] = {"png": (".png",), "tiff": (".tif", ".tiff"), "exr": (".exr",)}
-"""Endings of names that say each format, the one that is written first."""
+"""File name suffixes of each format. The first one is written."""
 PNG_COMPRESSION = 1
-"""zlib level: an alpha is mostly flat, and higher levels cost far more time than they save space."""
+"""zlib level. An alpha is mostly flat, and higher levels take far more time for little less space."""
 STAMP_KEY = "ImageDescription"
-"""Attribute of a TIFF or EXR that holds the stamp, as JSON."""
-NO_LABEL: Mapping[str, Any] = {}
+"""Attribute of a TIFF or EXR that holds the stamp as JSON."""
+NO_ATTRIBUTES: Mapping[str, Any] = {}
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _OIIO_TYPES: Mapping[BitDepth, str] = {"8": "uint8", "16": "uint16", "half": "half", "float": "float"}
 
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """The form of what is written for each image."""
+    """Format and content of the files that are written for each image."""
 
     format: ImageFormat = "png"
     depth: BitDepth | None = None
-    """None: the format's usual one for an alpha, the source's for a foreground."""
+    """Bit depth; None: the default of the format for an alpha, that of the source for a foreground."""
     channel: str = "A"
     """Name of an EXR's alpha channel."""
     foreground: ForegroundMode = "none"
     invert: bool = False
     trimap: TrimapMode = "none"
     band_px: int = 10
-    """Distance from the alpha's edge within which a trimap is unknown."""
+    """Distance from the edge of the alpha within which a trimap is unknown."""
 
     @classmethod
     def from_options(cls, **options: Any) -> OutputFormat:
-        """From options of the same names. Raises UsageError for one that is not known or fits no other."""
+        """Create the format from options of the same names. Raises UsageError if they are contradictory."""
         output = cls(**options)
         if output.depth is not None and output.depth not in DEPTHS[output.format]:
             fitting = ", ".join(DEPTHS[output.format])
@@ -68,16 +68,23 @@ class OutputFormat:
                 f"--depth {output.depth!r} does not fit --format {output.format}; expected one of {fitting}"
             )
         if output.channel != "A" and output.format != "exr":
-            raise UsageError("--channel names the channel of an EXR; give --format exr too, or leave it out")
+            raise UsageError(
+                f"--channel {output.channel} names the channel of an EXR, and the format is {output.format}; "
+                "give --format exr, or omit --channel"
+            )
         if output.trimap == "instead" and output.format != "png":
             raise UsageError(
-                f"--trimap instead writes PNGs, and the format is {output.format}; leave --format and the like out"
+                f"--trimap instead writes PNGs, and the format is {output.format}; give --format png, or omit --format"
             )
         if output.trimap == "none" and output.band_px != cls.band_px:
-            raise UsageError("--trimap-band is of a trimap; give --trimap beside or instead, or leave it out")
+            raise UsageError(
+                f"--trimap-band is {output.band_px}, and no trimap is written; give --trimap beside or instead, "
+                "or omit --trimap-band"
+            )
         if output.foreground != "none" and (output.invert or output.trimap == "instead"):
             raise UsageError(
-                "--foreground writes the thing's colours with its alpha; leave --invert and --trimap instead out"
+                f"--foreground {output.foreground} writes the object's colours with its alpha; "
+                "omit --invert and --trimap instead"
             )
         return output
 
@@ -87,27 +94,27 @@ class OutputFormat:
 
     @property
     def has_windows(self) -> bool:
-        """Whether the format says where in its display window a picture lies."""
+        """Whether the format stores a data window and a display window."""
         return self.format == "exr"
 
     @property
     def is_premultiplied(self) -> bool:
-        """Whether a foreground's colours are multiplied by its alpha: usual in EXR, not elsewhere."""
+        """Whether the colours of a foreground are multiplied by its alpha, which is the convention in EXR only."""
         return self.foreground == "premultiplied" or (self.foreground == "auto" and self.format == "exr")
 
     def digest_text(self) -> str:
-        """All of it in one line, for the digest of a run; "" where it is as ever."""
+        """Return the format in one line, for the digest of a run; "" for the default format."""
         return "" if self == OutputFormat() else repr(self)
 
     def depth_for(self, source: DecodedImage | None) -> BitDepth:
-        """Depth of what is written of a source; None: of an alpha."""
-        usual = DEPTHS[self.format]
+        """Return the bit depth of the foreground of a source; of an alpha if ``source`` is None."""
+        depths = DEPTHS[self.format]
         if self.depth is not None or source is None:
-            return self.depth or usual[0]
+            return self.depth or depths[0]
         wanted: BitDepth = "8" if source.bits == 8 else "16" if source.bits == 16 else "float"
         if source.is_half and self.format == "exr":
             wanted = "half"
-        return wanted if wanted in usual else usual[0] if self.format == "exr" else usual[1]
+        return wanted if wanted in depths else depths[0] if self.format == "exr" else depths[1]
 
 
 DEFAULT_OUTPUT = OutputFormat()
@@ -120,9 +127,10 @@ def write_alpha(
     output: OutputFormat = DEFAULT_OUTPUT,
     source: DecodedImage | None = None,
 ) -> None:
-    """Write an alpha, float32 [H,W] 0..1, whole or not at all; ``source`` gives an EXR its windows and timecode.
+    """Write an alpha, float32 [H,W] in 0..1, atomically.
 
-    Raises OutputError, or ImageError where only this file cannot be written.
+    ``source``: the image from which an EXR copies its windows and timecode. Raises OutputError if nothing can be
+    written, ImageError if only this file cannot be written.
     """
     written = 1.0 - alpha if output.invert else alpha
     _write(path, written[..., None], (output.channel,), stamp, output.format, output.depth_for(None), source)
@@ -137,54 +145,54 @@ def write_foreground(
     source: DecodedImage,
     config: str = "",
 ) -> None:
-    """Write a thing's own colours, float32 [H,W,3] on the scale 0..1 of its source (HDR beyond), with its alpha.
+    """Write the colours of the object, float32 [H,W,3] on the scale 0..1 (HDR beyond 1), with its alpha.
 
-    An EXR has them scene-linear; ``config``: the OpenColorIO configuration that knows the source's space.
+    An EXR stores them scene-linear. ``config``: the OpenColorIO configuration with the colour space of the source.
     """
     label: dict[str, Any] = {}
     if output.format == "exr":
         colours, space = to_scene_linear(colours, source.space, config)
         label = colour_space_attributes(space, config)
-    shown = colours * alpha[..., None] if output.is_premultiplied else colours
-    pixels = np.concatenate([shown, alpha[..., None]], axis=-1)
+    written = colours * alpha[..., None] if output.is_premultiplied else colours
+    pixels = np.concatenate([written, alpha[..., None]], axis=-1)
     names = ("R", "G", "B", "A")
-    is_associated = output.is_premultiplied and output.format == "tiff"  # PNG knows no other than straight alpha
+    is_associated = output.is_premultiplied and output.format == "tiff"  # PNG supports straight alpha only
     _write(
         path, pixels, names, stamp, output.format, output.depth_for(source), source, label, is_associated=is_associated
     )
 
 
 def write_trimap(path: Path, trimap: NDArray[np.uint8], stamp: Mapping[str, str]) -> None:
-    """Write a trimap, uint8 [H,W] in 0, 128, 255, as PNG."""
+    """Write a trimap, uint8 [H,W] with 0, 128 and 255, as PNG."""
     values = trimap[..., None].astype(np.float32) / np.float32(255.0)
     _write(path, values, ("Y",), stamp, "png", "8", None)
 
 
 def read_stamp(path: Path) -> dict[str, str] | None:
-    """The stamp of a whole file of icm, or the text of another whole PNG; None for anything else."""
+    """Return the stamp of a file of icm, or the text of another PNG. Returns None for other and damaged files."""
     try:
         data = path.read_bytes()
         if not data.startswith(b"\x89PNG"):
-            return _openimageio_stamp(path) if OWN_MARK in data else None
+            return _read_openimageio_stamp(path) if OWN_MARK in data else None
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             stamp = dict(image.info)
-            image.verify()  # tests every chunk's checksum
+            image.verify()  # checks the checksum of every chunk except the last one
     except DECODE_ERRORS:
         return None
-    if not data.endswith(_PNG_END):  # the one chunk that verify() leaves out
+    if not data.endswith(_PNG_END):
         return None
     return {str(key): value for key, value in stamp.items() if isinstance(value, str)}
 
 
-def _openimageio_stamp(path: Path) -> dict[str, str] | None:
+def _read_openimageio_stamp(path: Path) -> dict[str, str] | None:
     file = oiio.ImageInput.open(str(path))
     if file is None:
         oiio.geterror()
         return None
     try:
-        whole = file.read_image(0, 0, 0, file.spec().nchannels, "half") is not None and not file.has_error
+        is_complete = file.read_image(0, 0, 0, file.spec().nchannels, "half") is not None and not file.has_error
         text = file.spec().getattribute(STAMP_KEY)
-        stamp = json.loads(text) if whole and isinstance(text, str) else None
+        stamp = json.loads(text) if is_complete and isinstance(text, str) else None
     except ValueError:
         return None
     finally:
@@ -201,7 +209,7 @@ def _write(
     format_: ImageFormat,
     depth: BitDepth,
     source: DecodedImage | None,
-    label: Mapping[str, Any] = NO_LABEL,
+    label: Mapping[str, Any] = NO_ATTRIBUTES,
     *,
     is_associated: bool = False,
 ) -> None:
@@ -212,13 +220,15 @@ def _write(
                 info.add_text(key, value)
             options = {"format": "PNG", "compress_level": PNG_COMPRESSION, "pnginfo": info}
             if depth == "8" or len(names) == 1:
-                values = round_to_u8(pixels * np.float32(255.0)) if depth == "8" else _sixteen(pixels)
+                values = round_to_u8(pixels * np.float32(255.0)) if depth == "8" else _to_16_bits(pixels)
                 Image.fromarray(values if len(names) > 1 else values[..., 0]).save(file, **options)  # type: ignore[arg-type]
                 return
-        _by_openimageio(Path(file.name), pixels, names, stamp, format_, depth, source, label, int(not is_associated))
+        _write_with_openimageio(
+            Path(file.name), pixels, names, stamp, format_, depth, source, label, int(not is_associated)
+        )
 
 
-def _by_openimageio(
+def _write_with_openimageio(
     path: Path,
     pixels: Float,
     names: tuple[str, ...],
@@ -239,31 +249,31 @@ def _by_openimageio(
             spec.attribute(key, value)
     else:
         spec.attribute(STAMP_KEY, json.dumps(dict(stamp)))
-        spec.attribute("DateTime", "")  # else OpenImageIO writes the time of day, and no two files are the same
+        spec.attribute("DateTime", "")  # OpenImageIO would write the time of day, and equal alphas would differ
     for key, value in label.items():
         spec.attribute(key, *((f"float[{len(value)}]", value) if isinstance(value, tuple) else (value,)))
     spec.attribute("compression", "zip")
-    spec.attribute("oiio:UnassociatedAlpha", straight)  # what the pixels are; they are written as they are
+    spec.attribute("oiio:UnassociatedAlpha", straight)  # describes the pixels, which are written unchanged
     if format_ == "exr" and source is not None:
         source.copy_metadata_to(spec)
     values: NDArray[Any] = pixels
     if depth in ("8", "16"):
-        values = round_to_u8(pixels * np.float32(255.0)) if depth == "8" else _sixteen(pixels)
+        values = round_to_u8(pixels * np.float32(255.0)) if depth == "8" else _to_16_bits(pixels)
     writer = oiio.ImageOutput.create(format_)
     assert writer is not None
     if not (writer.open(str(path), spec) and writer.write_image(np.ascontiguousarray(values)) and writer.close()):
-        raise _refusal(path, writer.geterror(), values.nbytes)
+        raise _write_failure(path, writer.geterror(), values.nbytes)
 
 
-def _refusal(path: Path, text: str, size: int) -> OSError:
-    """The file system's error behind a library's text, whose lines repeat it and name the temporary file."""
+def _write_failure(path: Path, text: str, size: int) -> OSError:
+    """Return the file system's error from a library's message, which names the temporary file."""
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         if os.strerror(number).lower() in text.lower():
             return OSError(number, os.strerror(number))
     if shutil.disk_usage(path.parent).free < size:  # libtiff gives no reason
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return OSError((text.strip().splitlines() or ["no reason was given"])[0].replace(str(path), "the file").rstrip("."))
+    return OSError((text.strip().splitlines() or ["unknown reason"])[0].replace(str(path), "the file").rstrip("."))
 
 
-def _sixteen(pixels: Float) -> NDArray[np.uint16]:
+def _to_16_bits(pixels: Float) -> NDArray[np.uint16]:
     return np.clip(pixels * np.float32(65535.0) + 0.5, 0, 65535).astype(np.uint16)
