@@ -1,4 +1,4 @@
-"""Features of a frozen backbone, kept on disk; what is computed from them stays float32."""
+"""The cache of a frozen backbone's features; similarities stay float32."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from icm_cli.training.feature_cache import concatenate_features, pack_features, 
 
 
 def attention(tokens: int, seed: int) -> Tensor:
-    """Rows as sharp as Stable Diffusion's, with values far below half precision's smallest normal number."""
+    """Return attention as sharp as Stable Diffusion's, with values far below the smallest half-precision number."""
     logits = 4 * torch.randn(1, tokens, tokens, generator=torch.Generator().manual_seed(seed))
     return logits.softmax(-1)
 
 
-def test_kept_features_are_the_features() -> None:
+def test_cached_features_equal_the_features() -> None:
     feature = torch.randn(1, 8, 24, 24, generator=torch.Generator().manual_seed(0))
     valid = torch.rand(1, 24, 24) > 0.2
     coarse = torch.randn(1, 8, 12, 12)
     intra = {16: AttentionMatrix(attention(576, 1), (24, 24)), 32: SelfSimilarity(coarse, valid[:, ::2, ::2], 0.15)}
     features = Features(feature, valid, {16: feature, 32: coarse}, intra)  # type: ignore[arg-type]
     tensors, texts = pack_features(features)
-    assert {"correspondence", "valid", "scale.32", "feature_valid.32", "matrix.16"} == set(tensors)  # each once
+    assert {"correspondence", "valid", "scale.32", "feature_valid.32", "matrix.16"} == set(
+        tensors
+    )  # each tensor is stored once
     assert all(tensor.dtype in (torch.float16, torch.bool) for tensor in tensors.values())
     back = unpack_features(tensors, texts, torch.device("cpu"))
     torch.testing.assert_close(back.correspondence, feature, rtol=1e-3, atol=1e-4)
@@ -36,7 +38,7 @@ def test_kept_features_are_the_features() -> None:
     assert true.matrix()[large].min() < 6e-6
     assert (true.matrix() < 6e-5).float().mean() > 0.2
     error = ((kept.matrix() - true.matrix()).abs() / true.matrix())[large]
-    assert error.max() < 2e-3  # unscaled, the small ones would be off by more than a tenth
+    assert error.max() < 2e-3  # without scaling, small values would have errors above 10 %
     values = torch.rand(1, 144, 2)
     torch.testing.assert_close(back.intra[32].propagate(values), intra[32].propagate(values), rtol=1e-2, atol=1e-2)
     two = concatenate_features([back, back])

@@ -1,4 +1,4 @@
-"""The layers of the code: a file imports from its own package or from lower layers, and never in a circle."""
+"""The layers of the code: a module imports from its own package or from lower layers, without cycles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYERS = (
     ("progress",),
     ("cli", "__init__"),
 )
-"""From the lowest to the highest; those side by side know nothing of each other."""
+"""From the lowest to the highest layer. Packages of the same layer do not import each other."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -41,7 +41,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported_modules(path: Path, known: set[str]) -> Iterator[str]:
-    """Yield the modules of icm that a file imports: at its head, within a function, or for type checkers only."""
+    """Yield the modules of icm that a file imports: at its top, within functions, or for type checkers only."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "icm_cli":
             base = (node.module or "").removeprefix("icm_cli").lstrip(".")
@@ -56,12 +56,12 @@ def imported_modules(path: Path, known: set[str]) -> Iterator[str]:
 GRAPH = {name: set(imported_modules(path, set(modules()))) - {name} for name, path in modules().items()}
 
 
-def test_every_file_has_a_layer() -> None:
+def test_every_module_belongs_to_a_layer() -> None:
     assert {name.split(".")[0] for name in GRAPH} == set(LEVEL)
     assert len(list(PACKAGE.glob("*.py"))) <= 14
 
 
-def test_imports_go_down() -> None:
+def test_modules_import_from_lower_layers_only() -> None:
     up = [
         f"{name} -> {other}"
         for name, others in GRAPH.items()
@@ -71,11 +71,11 @@ def test_imports_go_down() -> None:
     assert not up
 
 
-def test_no_circle() -> None:
+def test_imports_have_no_cycle() -> None:
     list(graphlib.TopologicalSorter(GRAPH).static_order())  # raises CycleError, which names it
 
 
-def test_matte_imports_what_it_needs() -> None:
+def test_matting_does_not_import_training_or_evaluation() -> None:
     code = "import icm_cli.matting.matte, sys; print(*sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = {name.split(".")[1] for name in ended.stdout.split() if name.startswith("icm_cli.")}

@@ -1,4 +1,4 @@
-"""The training losses and the schedule: equal to what the published code gave, and their laws."""
+"""Losses and learning rate schedule: equality with the published code, and properties."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ONLY = {
     "laplacian": "loss_pha_laplacian",
     "gradient_penalty": "loss_gradient_penalty",
 }
-"""Our names of the losses -> the published code's."""
+"""Name of a loss -> its name in the published code."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def golden() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", range(3))
-def test_total_and_gradient_are_the_published_ones(golden: dict[str, Tensor], case: int) -> None:
+def test_total_and_gradient_equal_the_published_code(golden: dict[str, Tensor], case: int) -> None:
     alpha = golden[f"{case}_pred"].clone().requires_grad_()
     terms = compute_losses(alpha, golden[f"{case}_alpha"], golden[f"{case}_trimap"], RELEASED)
     total = terms["total"].sum()
@@ -47,17 +47,17 @@ def test_total_and_gradient_are_the_published_ones(golden: dict[str, Tensor], ca
 
 
 @pytest.mark.parametrize("case", range(3))
-def test_each_loss_is_the_published_one(golden: dict[str, Tensor], case: int) -> None:
+def test_each_loss_equals_the_published_code(golden: dict[str, Tensor], case: int) -> None:
     terms = compute_losses(golden[f"{case}_pred"], golden[f"{case}_alpha"], golden[f"{case}_trimap"], RELEASED)
     sums = {name: float(term.sum()) for name, term in terms.items()}
-    sums["known_l1"] += sums.pop("known_smooth_l1")  # the published code adds it under that name
+    sums["known_l1"] += sums.pop("known_smooth_l1")  # the published code adds both under this name
     for name in ("unknown_l1", "known_l1", "laplacian", "gradient_penalty"):
         assert sums[name] == pytest.approx(float(golden[f"{case}_{ONLY[name]}"]), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ONLY)
-def test_single_terms(golden: dict[str, Tensor], name: str) -> None:
-    """Of one sample, which the published code's batch-wide terms treat alike."""
+def test_losses_of_one_sample_equal_the_published_code(golden: dict[str, Tensor], name: str) -> None:
+    """For one sample, the losses of the published code over the batch are the same."""
     from icm_cli.training import losses as module
 
     unknown = (golden["0_trimap"] == 0.5).float()
@@ -65,13 +65,13 @@ def test_single_terms(golden: dict[str, Tensor], name: str) -> None:
     assert float(value.sum()) == pytest.approx(float(golden[f"0_only_{ONLY[name]}"]), abs=1e-4)
 
 
-def test_schedule_is_the_published_one() -> None:
+def test_schedule_equals_the_published_code() -> None:
     golden = np.load(GOLDEN / "schedule.npz")
     ours = [learning_rate_factor(int(step), TrainConfig()) for step in golden["steps"]]
     np.testing.assert_allclose(ours, golden["factor"], rtol=1e-9)
 
 
-def test_a_cosine_ends_at_nothing() -> None:
+def test_cosine_schedule_ends_at_zero() -> None:
     config = TrainConfig(steps=1000, schedule="cosine", warmup_steps=100)
     factors = [learning_rate_factor(step, config) for step in range(1001)]
     assert factors[100] == 1.0
@@ -81,7 +81,7 @@ def test_a_cosine_ends_at_nothing() -> None:
 
 
 def batch(seed: int, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Random alpha, truth and trimap [count,1,64,64], the last sample binary and the one before constant."""
+    """Return random alpha, truth and trimap, [count,1,64,64]; the last truth is binary, the one before constant."""
     generator = torch.Generator().manual_seed(seed)
     alpha, truth = torch.rand(2, count, 1, 64, 64, generator=generator).unbind()
     truth[-1] = (truth[-1] > 0.5).float()
@@ -95,7 +95,7 @@ ALL = LossConfig(cross_entropy=0.7, dice=0.5, l1=0.3)
 
 @given(seed=st.integers(0, 10_000), rule=st.sampled_from(["binary", "constant"]))
 @settings(max_examples=15, deadline=None)
-def test_a_sample_does_not_depend_on_its_batch(seed: int, rule: str) -> None:
+def test_loss_of_a_sample_does_not_depend_on_its_batch(seed: int, rule: str) -> None:
     config = replace(ALL, binary_rule=rule)  # type: ignore[arg-type]
     together = compute_losses(*batch(seed), config)
     alone = [compute_losses(*(each[i : i + 1] for each in batch(seed)), config) for i in range(3)]
@@ -105,7 +105,7 @@ def test_a_sample_does_not_depend_on_its_batch(seed: int, rule: str) -> None:
 
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=15, deadline=None)
-def test_the_truth_costs_nothing_but_smoothness_and_doubt(seed: int) -> None:
+def test_losses_of_the_truth_are_zero_except_for_smoothness(seed: int) -> None:
     _, truth, trimap = batch(seed)
     terms = compute_losses(truth, truth, trimap, ALL)
     for name in ("unknown_l1", "known_l1", "known_smooth_l1", "laplacian", "l1"):
@@ -115,8 +115,8 @@ def test_the_truth_costs_nothing_but_smoothness_and_doubt(seed: int) -> None:
     assert float(without["gradient_penalty"].abs().max()) == 0
 
 
-def test_which_samples_are_binary_is_a_rule() -> None:
-    """By the paper's intent any mask of zeros and ones; by the released code only one that is constant."""
+def test_binary_rule_selects_the_binary_samples() -> None:
+    """In the paper, any mask of zeros and ones is binary; in the released code, only a constant one."""
     alpha, truth, trimap = batch(1)
     by_intent = compute_losses(alpha, truth, trimap, LossConfig())
     released = compute_losses(alpha, truth, trimap, RELEASED)
@@ -126,7 +126,7 @@ def test_which_samples_are_binary_is_a_rule() -> None:
     assert (released["laplacian"] > 0).tolist() == [True, False, True]
 
 
-def test_weights_scale_and_zero_leaves_out() -> None:
+def test_weights_scale_losses_and_zero_removes_them() -> None:
     alpha, truth, trimap = batch(2)
     plain, doubled = (compute_losses(alpha, truth, trimap, replace(ALL, dice=weight)) for weight in (0.5, 1.0))
     torch.testing.assert_close(doubled["dice"], 2 * plain["dice"])
@@ -136,7 +136,7 @@ def test_weights_scale_and_zero_leaves_out() -> None:
 
 
 @pytest.mark.parametrize("change", [{"dice": -1.0}, dict.fromkeys(LOSS_NAMES, 0.0)])
-def test_impossible_weights_are_refused(change: dict[str, float]) -> None:
+def test_invalid_weights_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="loss"):
         replace(ALL, **change)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""The mean of the weights over steps."""
+"""The moving average of the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from icm_cli.training.optimisation import MovingAverage
 
 
 @given(values=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=8), decay=st.floats(0.5, 0.99))
-def test_the_mean_of_the_weights_is_a_mean(values: list[float], decay: float) -> None:
+def test_moving_average_of_the_weights(values: list[float], decay: float) -> None:
     weight, counter = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     ema = MovingAverage({"weight": weight, "counter": counter}, decay)
     expected = 0.0
@@ -28,7 +28,7 @@ def test_the_mean_of_the_weights_is_a_mean(values: list[float], decay: float) ->
     assert weight.item() == values[-1]
 
 
-def test_without_a_decay_the_weights_are_their_own_mean() -> None:
+def test_without_decay_the_average_equals_the_weights() -> None:
     weight = torch.zeros(1)
     ema = MovingAverage({"weight": weight}, None)
     weight.fill_(3)

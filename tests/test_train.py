@@ -1,4 +1,4 @@
-"""``icm train`` through the command itself: it learns, resumes bit-equal, mattes, and says where a model comes from."""
+"""The command ``icm train``: learning, bit-equal resume, matting with the result, and recorded origin."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_it_learns_and_its_model_mattes(tmp_path: Path, data: Path, out: Path, icm: Icm, scene: Path) -> None:
+def test_training_reduces_the_loss_and_the_model_can_matte(
+    tmp_path: Path, data: Path, out: Path, icm: Icm, scene: Path
+) -> None:
     loss = {"gradient_penalty": 0, "unknown_l1": 0, "known_l1": 0, "laplacian": 0, "cross_entropy": 1, "dice": 1}
     recipe = {"steps": 40, "warmup_steps": 5, "learning_rate": 3e-3, "batch_size": 4, "loss": loss}
     config = write_config(tmp_path / "t.yaml", data, **recipe, **PLAIN)
@@ -59,7 +61,7 @@ def test_it_learns_and_its_model_mattes(tmp_path: Path, data: Path, out: Path, i
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
-def test_a_resumed_run_takes_the_very_next_step(config: Path, tmp_path: Path, out: Path, ema: float | None) -> None:
+def test_resumed_run_equals_an_uninterrupted_one(config: Path, tmp_path: Path, out: Path, ema: float | None) -> None:
     options = ["--set", f"train.ema_decay={json.dumps(ema)}"]
     assert train(config, out, *options, "--set", "train.steps=2").exit_code == 0
     half = weights(out / "last.safetensors")
@@ -72,13 +74,13 @@ def test_a_resumed_run_takes_the_very_next_step(config: Path, tmp_path: Path, ou
     assert figures[0] == figures[1]
 
 
-def test_resume_where_nothing_is_begins(config: Path, out: Path) -> None:
+def test_resume_without_a_run_starts_one(config: Path, out: Path) -> None:
     done = train(config, out, "--resume")
     assert done.exit_code == 0
     assert "contains no run to resume" in done.stderr
 
 
-def test_a_finished_run_resumed_trains_nothing(config: Path, out: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(config: Path, out: Path) -> None:
     train(config, out)
     before = (out / "last.safetensors").read_bytes()
     again = train(config, out, "--resume")
@@ -87,14 +89,14 @@ def test_a_finished_run_resumed_trains_nothing(config: Path, out: Path) -> None:
     assert len(log(out)) == 4
 
 
-def test_a_run_is_not_written_over(config: Path, out: Path) -> None:
+def test_existing_run_is_not_overwritten(config: Path, out: Path) -> None:
     train(config, out, *ONE_STEP)
     again = train(config, out)
     assert again.exit_code == 2
     assert "already contains a run" in again.stderr
 
 
-def test_another_configuration_is_refused_with_the_difference(config: Path, out: Path) -> None:
+def test_resume_with_another_configuration_is_refused(config: Path, out: Path) -> None:
     train(config, out, *ONE_STEP)
     for override, shown in (
         ("train.learning_rate=0.5", "train.learning_rate: 0.001 -> 0.5"),
@@ -105,8 +107,8 @@ def test_another_configuration_is_refused_with_the_difference(config: Path, out:
         assert shown in again.stderr
 
 
-def test_settings_of_another_stage_may_change(config: Path, out: Path) -> None:
-    """A run of pairs reads nothing of the refining recipe, so new defaults there end no run."""
+def test_resume_ignores_settings_of_other_stages(config: Path, out: Path) -> None:
+    """The stage "matte" does not read the settings of "refine", so these may change."""
     train(config, out, *ONE_STEP)
     assert train(config, out, *ONE_STEP, "--resume", "--set", "train.refine.crop_px=64").exit_code == 0
     again = train(config, out, *ONE_STEP, "--resume", "--set", "train.loss.dice=0.5")
@@ -115,22 +117,25 @@ def test_settings_of_another_stage_may_change(config: Path, out: Path) -> None:
 
 
 class TestEarlierRun:
-    """A run folder that commit 4c0bcdb wrote, before the code was laid out anew: two steps of ``golden/earlier_run``'s
-    train.yaml, on the dataset of conftest in the working directory, with ``--device cpu --workers 0``."""
+    """A run folder of two steps, written by commit 4c0bcdb (version 0.1).
+
+    It was trained with ``golden/earlier_run/train.yaml`` (whose keys have their new names since), on the
+    dataset of conftest in the working directory, with ``--device cpu --workers 0``.
+    """
 
     @pytest.fixture
     def folder(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.chdir(data.parent)  # its data are named from there
+        monkeypatch.chdir(data.parent)  # the data paths are relative to it
         return Path(shutil.copytree(Path(__file__).parent / "golden" / "earlier_run", tmp_path / "earlier"))
 
-    def test_its_next_steps_are_those_of_the_earlier_code(self, folder: Path) -> None:
+    def test_resumed_steps_equal_those_of_the_earlier_code(self, folder: Path) -> None:
         done = train(folder / "train.yaml", folder, "--resume", "--set", "train.steps=4")
         assert done.exit_code == 0, done.output
         assert [row["step"] for row in log(folder)] == ["1", "2", "3", "4"]
         losses = [float(row["loss"]) for row in log(folder)[2:]]
         assert losses == pytest.approx([34.072792053222656, 32.96425247192383], rel=1e-3)
 
-    def test_its_model_mattes_as_in_the_earlier_code(self, folder: Path, data: Path, icm: Icm) -> None:
+    def test_alphas_equal_those_of_the_earlier_code(self, folder: Path, data: Path, icm: Icm) -> None:
         matted = icm(
             checkpoint=folder / "last.safetensors",
             model=None,
@@ -146,7 +151,7 @@ class TestEarlierRun:
             assert images[name]["foreground"] == pytest.approx(foreground, abs=2e-3)
 
 
-def test_other_images_are_another_run(config: Path, out: Path, data: Path) -> None:
+def test_resume_with_other_images_is_refused(config: Path, out: Path, data: Path) -> None:
     train(config, out, *ONE_STEP)
     (data / "images" / "a" / "lawn.jpg").unlink()
     again = train(config, out, *ONE_STEP, "--resume")
@@ -154,20 +159,20 @@ def test_other_images_are_another_run(config: Path, out: Path, data: Path) -> No
     assert "found.items: 6 -> 5" in again.stderr
 
 
-def test_where_a_model_comes_from(config: Path, out: Path, data: Path) -> None:
+def test_checkpoint_records_its_origin(config: Path, out: Path, data: Path) -> None:
     assert train(config, out, "--set", "train.seed=7").exit_code == 0
-    told = metadata(out / "last.safetensors")
+    recorded = metadata(out / "last.safetensors")
     files = sorted({hashlib.sha256(path.read_bytes()).hexdigest() for path in (data / "images").rglob("*.jpg")})
-    assert json.loads(told["icm.trained_on"]) == files
-    assert list(json.loads(told["icm.licences"]).values()) == ["CC0"]
-    assert json.loads(told["icm.overrides"]) == ["train.seed=7"]
-    assert json.loads(told["icm.training"])["train"]["seed"] == 7
-    assert told["icm.command"].startswith("icm train --config ")
-    assert told["icm.command"].endswith("--set train.seed=7")
-    assert told["icm.step"] == "4"
+    assert json.loads(recorded["icm.trained_on"]) == files
+    assert list(json.loads(recorded["icm.licences"]).values()) == ["CC0"]
+    assert json.loads(recorded["icm.overrides"]) == ["train.seed=7"]
+    assert json.loads(recorded["icm.training"])["train"]["seed"] == 7
+    assert recorded["icm.command"].startswith("icm train --config ")
+    assert recorded["icm.command"].endswith("--set train.seed=7")
+    assert recorded["icm.step"] == "4"
 
 
-def test_eval_marks_what_a_trained_model_has_seen(config: Path, out: Path, evaluate: Icm, tmp_path: Path) -> None:
+def test_eval_marks_images_that_were_trained_on(config: Path, out: Path, evaluate: Icm, tmp_path: Path) -> None:
     train(config, out, *ONE_STEP)
     scored = evaluate(model=None, checkpoint=out / "last.safetensors", report=tmp_path / "r.json")
     assert scored.exit_code == 0, scored.output
@@ -194,7 +199,7 @@ def test_training_starts_from_a_checkpoint(config: Path, out: Path, tmp_path: Pa
     assert metadata(more / "last.safetensors")["icm.started_from"] == str(out / "last.safetensors")
 
 
-def test_validation_logs_and_keeps_the_best(config: Path, out: Path, data: Path) -> None:
+def test_validation_is_logged_and_the_best_model_saved(config: Path, out: Path, data: Path) -> None:
     change(config, validation={"images": str(data / "images"), "alphas": str(data / "alphas")})
     done = train(config, out, "--set", "train.validate_every=2")
     assert done.exit_code == 0, done.output
@@ -207,7 +212,7 @@ def test_validation_logs_and_keeps_the_best(config: Path, out: Path, data: Path)
     assert f"--checkpoint {out / 'best.safetensors'}" in done.stdout
 
 
-def test_pictures_and_scalars_reach_tensorboard(config: Path, out: Path) -> None:
+def test_tensorboard_shows_images_and_scalars(config: Path, out: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(config, out, "--set", "train.image_every=2")
@@ -218,14 +223,14 @@ def test_pictures_and_scalars_reach_tensorboard(config: Path, out: Path) -> None
     assert {"losses/cross_entropy", "losses/l1"} <= scalars
     logged = [float(row["loss"]) for row in log(out)]
     assert [event.value for event in events.Scalars("run/loss")] == pytest.approx(logged)
-    pictures = events.Images("samples")
-    assert [event.step for event in pictures] == [2, 4]
-    picture = cv2.imdecode(np.frombuffer(pictures[0].encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
-    assert picture.shape == (2 * 256, 6 * 256, 3)
-    assert picture.std() > 10
+    images = events.Images("samples")
+    assert [event.step for event in images] == [2, 4]
+    image = cv2.imdecode(np.frombuffer(images[0].encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
+    assert image.shape == (2 * 256, 6 * 256, 3)
+    assert image.std() > 10
 
 
-def test_a_preview_trains_nothing(config: Path, out: Path) -> None:
+def test_preview_writes_a_contact_sheet_only(config: Path, out: Path) -> None:
     done = train(config, out, preview=3)
     assert done.exit_code == 0, done.output
     sheet = read(out / "preview.png")
@@ -234,13 +239,13 @@ def test_a_preview_trains_nothing(config: Path, out: Path) -> None:
     stage = make_stage(settings, read_pool(settings.data, settings.train.pairs))
     for row in range(3):
         for column, cell in enumerate(stage.preview_sample(row)[1]):
-            shown = sheet[row * 258 :][72:168, column * 240 + 72 : column * 240 + 168]  # 96 px in the middle of a cell
+            shown = sheet[row * 258 :][72:168, column * 240 + 72 : column * 240 + 168]  # the central 96 px of a cell
             assert (shown[..., ::-1] == cell).all(), (row, column)
     assert [path.name for path in out.iterdir()] == ["preview.png"]
 
 
 @pytest.mark.slow
-def test_workers_change_nothing(config: Path, out: Path, tmp_path: Path) -> None:
+def test_workers_do_not_change_the_result(config: Path, out: Path, tmp_path: Path) -> None:
     train(config, out, "--set", "train.steps=2")
     done = train(config, tmp_path / "two", "--set", "train.steps=2", workers=2)
     assert done.exit_code == 0, done.output
@@ -252,19 +257,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_sd(tmp_path_factory.mktemp("sd"))
 
 
-def test_features_of_a_frozen_small_backbone_are_kept(tmp_path: Path, data: Path, out: Path, own_cache: Path) -> None:
+def test_features_of_a_frozen_backbone_are_cached(tmp_path: Path, data: Path, out: Path, own_cache: Path) -> None:
     config = write_config(tmp_path / "t.yaml", data, backbone_learning_rate=0, **PLAIN)
     assert train(config, out).exit_code == 0
     entries = list((own_cache / "features").rglob("*.safetensors"))
     assert entries
-    entries[0].write_bytes(entries[0].read_bytes()[:99])  # torn ones are made again
+    entries[0].write_bytes(entries[0].read_bytes()[:99])  # damaged entries are replaced
     assert train(config, tmp_path / "again").exit_code == 0
     assert same_weights(out / "last.safetensors", tmp_path / "again" / "last.safetensors")
     computed = tmp_path / "computed"
     assert train(config, computed, "--set", "train.feature_cache_gb=0").exit_code == 0
     losses = [[float(row["loss"]) for row in log(each)] for each in (out, computed)]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
-    assert losses[0] != losses[1]  # of half precision
+    assert losses[0] != losses[1]  # because of half precision
 
 
 class TestStableDiffusion:
@@ -290,7 +295,7 @@ class TestStableDiffusion:
         assert all(name.startswith("head.") for name in weights(out / "last.safetensors"))
         assert icm(checkpoint=out / "last.safetensors", model=None).exit_code == 0
 
-    def test_features_are_kept_where_no_pixel_changes(
+    def test_features_are_cached_if_no_pixel_changes(
         self, sd_config: Path, out: Path, tmp_path: Path, own_cache: Path
     ) -> None:
         options = [f"--set=train.{name}={json.dumps(value)}" for name, value in PLAIN.items()]
@@ -311,7 +316,7 @@ class TestStableDiffusion:
         assert not list((own_cache / "features").rglob("*.safetensors"))
         assert same_weights(out / "last.safetensors", tmp_path / "bounded" / "last.safetensors")
 
-    def test_bfloat16_is_near_float32(
+    def test_bfloat16_losses_are_close_to_float32(
         self, sd_config: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
@@ -328,7 +333,7 @@ class TestStableDiffusion:
             if not name.endswith("tracked")
         )
 
-    def test_bfloat16_where_it_is_slower_is_float32(
+    def test_float32_is_used_if_bfloat16_is_slower(
         self, sd_config: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -342,7 +347,7 @@ class TestStableDiffusion:
         assert "slower in bfloat16 than in float32, so float32 is used" in low.stderr
         assert same_weights(out / "last.safetensors", tmp_path / "low" / "last.safetensors")
 
-    def test_a_frozen_backbone_takes_no_rate(self, sd_config: Path, out: Path) -> None:
+    def test_learning_rate_of_a_frozen_backbone_is_refused(self, sd_config: Path, out: Path) -> None:
         done = train(sd_config, out, "--set", "train.backbone_learning_rate=1e-4")
         assert done.exit_code == 3
         assert "the backbone is frozen in this run" in done.stderr

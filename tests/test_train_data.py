@@ -1,4 +1,4 @@
-"""What training shows: sources, pairs, distractors, negatives, augmentation; each sample by seed and counter alone."""
+"""Training data: sources, pairs, distractors, negatives, augmentation, and settings."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ RED, GREEN, BLUE = (220, 30, 30), (30, 200, 30), (30, 30, 220)
 
 
 def disc(colour: tuple[int, int, int], ground: tuple[int, int, int], size: int = 120) -> tuple[np.ndarray, np.ndarray]:
-    """A soft disc before a ground: picture uint8 [size,size,3] and exact alpha uint8."""
+    """Return a soft disc on a background, uint8 [size,size,3], and its exact alpha, uint8 [size,size]."""
     y, x = np.mgrid[:size, :size]
     distance = np.hypot(y - size / 2, x - size / 2)
     alpha = np.clip((size / 3 - distance) / 6 + 0.5, 0, 1)
-    picture = alpha[..., None] * np.array(colour) + (1 - alpha[..., None]) * np.array(ground)
-    return picture.round().astype(np.uint8), (alpha * 255).round().astype(np.uint8)
+    image = alpha[..., None] * np.array(colour) + (1 - alpha[..., None]) * np.array(ground)
+    return image.round().astype(np.uint8), (alpha * 255).round().astype(np.uint8)
 
 
 def write(path: Path, image: np.ndarray) -> Path:
@@ -61,12 +61,12 @@ def write(path: Path, image: np.ndarray) -> Path:
 
 @pytest.fixture(scope="module")
 def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photographs of red and of green discs, two groups of three; blue backgrounds; RGBA cut-outs of yellow ones."""
+    """A folder with photographs of red and green discs (three each), blue backgrounds, and yellow RGBA cut-outs."""
     root = tmp_path_factory.mktemp("discs")
     for group, colour in (("red", RED), ("green", GREEN)):
         for number in range(3):
-            picture, alpha = disc(colour, (40 * number + 60,) * 3)
-            write(root / "images" / group / f"{number}.png", picture)
+            image, alpha = disc(colour, (40 * number + 60,) * 3)
+            write(root / "images" / group / f"{number}.png", image)
             write(root / "alphas" / group / f"{number}.png", alpha)
     for number in range(2):
         write(root / "backgrounds" / f"{number}.png", np.full((140, 200, 3), (20 * number + 20, 20, 200), np.uint8))
@@ -91,7 +91,7 @@ def maker(
 
 
 def main_colour(sample: TrainingSample) -> str:
-    """Of what the guidance shows."""
+    """Return the colour of the reference object."""
     return ("red", "green", "blue")[int(sample.reference_rgb[sample.guidance].mean(axis=0).argmax())]
 
 
@@ -101,10 +101,10 @@ def equal(one: TrainingSample, other: TrainingSample) -> bool:
 
 @given(seed=st.integers(0, 99), counter=st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
-def test_a_sample_is_a_function_of_seed_and_counter(discs: Path, seed: int, counter: int) -> None:
+def test_sample_depends_on_seed_and_counter_only(discs: Path, seed: int, counter: int) -> None:
     busy = PairConfig(scribble_probability=0.3, point_probability=0.2, negative_probability=0.2)
     first, second = (maker(discs, busy, AugmentConfig(), seed=seed) for _ in range(2))
-    second.make_sample(counter + 1)  # what was made before does not matter
+    second.make_sample(counter + 1)  # earlier samples have no influence
     assert equal(first.make_sample(counter), second.make_sample(counter))
     sample = first.make_sample(counter)
     assert sample.rgb.shape == (SIDE, SIDE, 3)
@@ -121,20 +121,20 @@ def test_other_seeds_and_counters_give_other_samples(discs: Path) -> None:
     assert len({sample.rgb.tobytes() for sample in samples}) == 4
 
 
-def test_still_pairs_are_the_files_themselves(discs: Path) -> None:
+def test_without_augmentation_pairs_equal_the_files(discs: Path) -> None:
     for counter in range(6):
         sample = maker(discs).make_sample(counter)
         target, shown = sample.name.split(" by ")
         assert target.split("/")[0] == shown.split("/")[0]
         assert target != shown
-        picture = cv2.imread(str(discs / "images" / f"{target}.png"))[..., ::-1]
-        expected = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+        image = cv2.imread(str(discs / "images" / f"{target}.png"))[..., ::-1]
+        expected = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
         assert np.array_equal(sample.rgb, expected)
         assert sample.valid.all()
 
 
-def test_the_reference_alone_tells_what_is_wanted(discs: Path) -> None:
-    """With distractors the other disc is in the picture too, and the alpha is that of the reference's colour."""
+def test_alpha_is_that_of_the_reference_object(discs: Path) -> None:
+    """With distractors the image shows both discs; the alpha belongs to the one of the reference's colour."""
     pairs = replace(ALONE, distractor_probability=1.0, max_distractors=1, reference_distractor_probability=1.0)
     seen = Counter()
     for counter in range(30):
@@ -153,7 +153,7 @@ def test_the_reference_alone_tells_what_is_wanted(discs: Path) -> None:
     assert seen["reference"] >= 20
 
 
-def test_negatives_have_no_alpha_and_lack_the_thing(discs: Path) -> None:
+def test_negatives_do_not_show_the_object(discs: Path) -> None:
     pairs = replace(ALONE, negative_probability=1.0)
     kinds = Counter()
     for counter in range(30):
@@ -166,7 +166,7 @@ def test_negatives_have_no_alpha_and_lack_the_thing(discs: Path) -> None:
     assert min(kinds["backdrop"], kinds["other"]) >= 3
 
 
-def test_one_image_is_paired_with_another_view_of_itself(discs: Path) -> None:
+def test_single_image_is_paired_with_another_view_of_itself(discs: Path) -> None:
     pairs = replace(ALONE, composite_probability=1.0)
     alone = source(discs, group_by="image")
     made = SampleMaker(
@@ -181,7 +181,7 @@ def test_one_image_is_paired_with_another_view_of_itself(discs: Path) -> None:
 @given(counter=st.integers(0, 1000))
 @settings(max_examples=20, deadline=None)
 def test_composites_have_no_halo(discs: Path, counter: int) -> None:
-    """Nothing of the old background (grey 60 to 140) shines through a soft edge on the new one (blue)."""
+    """The old background (grey, 60 to 140) is not visible at soft edges on the new one (blue)."""
     sample = maker(discs, replace(ALONE, composite_probability=1.0)).make_sample(counter)
     soft = (sample.alpha > 30) & (sample.alpha < 225)
     assert soft.any()
@@ -192,7 +192,7 @@ def test_composites_have_no_halo(discs: Path, counter: int) -> None:
     assert np.abs(sample.rgb[soft] - expected).mean() < 12
 
 
-def test_cut_outs_have_their_own_colours(discs: Path) -> None:
+def test_cutouts_have_foreground_colours(discs: Path) -> None:
     item = next(iter(read_pool(DataConfig((source(discs),)), ALONE)))
     layer = read_cutout(item, SIDE)
     soft = (layer.alpha > 0.1) & (layer.alpha < 0.9)
@@ -200,7 +200,7 @@ def test_cut_outs_have_their_own_colours(discs: Path) -> None:
     assert np.abs(straight - np.array(GREEN)).mean() < 10  # "green" comes first
 
 
-def test_rgba_cut_outs_are_put_on_backgrounds(discs: Path) -> None:
+def test_rgba_cutouts_are_composited_onto_backgrounds(discs: Path) -> None:
     cutouts = SourceConfig(dataset="cutouts", root=str(discs / "cutouts"))
     pool = read_pool(DataConfig((cutouts,), (str(discs / "backgrounds"),)), ALONE)
     assert [(item.group, item.is_foreground) for item in pool] == [("0:yellow", True)] * 2
@@ -208,7 +208,7 @@ def test_rgba_cut_outs_are_put_on_backgrounds(discs: Path) -> None:
     inside = sample.rgb[sample.alpha == 255]
     assert np.abs(inside - np.array((220, 220, 0))).max() <= 3
     dark = sample.rgb.astype(int).sum(axis=-1) < 100
-    assert not dark.any()  # the black of transparent pixels would be a halo
+    assert not dark.any()  # black transparent pixels would appear as a halo
 
 
 def test_sources_are_drawn_by_weight(discs: Path) -> None:
@@ -221,8 +221,8 @@ def test_sources_are_drawn_by_weight(discs: Path) -> None:
 
 def test_open_images_masks_stay_binary(discs: Path, tmp_path: Path) -> None:
     for number in range(2):
-        picture, alpha = disc(RED, (90, 90, 90))
-        write(tmp_path / "images" / f"00a{number}.jpg", picture)
+        image, alpha = disc(RED, (90, 90, 90))
+        write(tmp_path / "images" / f"00a{number}.jpg", image)
         small = cv2.resize(alpha, (77, 77), interpolation=cv2.INTER_NEAREST)
         write(tmp_path / "masks" / f"00a{number}_m01bjv_77fe.png", (small > 127).astype(np.uint8) * 255)
     masks = SourceConfig(dataset="openimages", root=str(tmp_path))
@@ -233,10 +233,10 @@ def test_open_images_masks_stay_binary(discs: Path, tmp_path: Path) -> None:
     for counter in range(8):
         sample = made.make_sample(counter)
         assert set(np.unique(sample.alpha)) == {0, 255}
-        assert sample.rgb[..., 2].mean() < 130  # never cut out with its hard edge and put on a blue background
+        assert sample.rgb[..., 2].mean() < 130  # masks with hard edges are not composited onto blue
 
 
-def test_published_trimaps_move_with_their_pictures(discs: Path, tmp_path: Path) -> None:
+def test_published_trimaps_are_transformed_with_their_images(discs: Path, tmp_path: Path) -> None:
     trimap = np.zeros((120, 120), np.uint8)
     trimap[20:100, 20:100] = 128
     trimap[50:70, 50:70] = 255
@@ -256,10 +256,10 @@ def test_published_trimaps_move_with_their_pictures(discs: Path, tmp_path: Path)
     assert (whole.trimap == 255).mean() == pytest.approx((20 / 120) ** 2, rel=0.15)
 
 
-def test_composition_datasets_give_their_foregrounds(discs: Path, tmp_path: Path) -> None:
+def test_composition_datasets_provide_foregrounds(discs: Path, tmp_path: Path) -> None:
     for number in range(2):
-        picture, alpha = disc(RED, RED)
-        write(tmp_path / "Train" / "FG" / f"{number}.png", picture)
+        image, alpha = disc(RED, RED)
+        write(tmp_path / "Train" / "FG" / f"{number}.png", image)
         write(tmp_path / "Train" / "GT" / f"{number}.png", alpha)
     pool = read_pool(
         DataConfig((SourceConfig(dataset="d646", root=str(tmp_path)),), (str(discs / "backgrounds"),)), ALONE
@@ -270,7 +270,7 @@ def test_composition_datasets_give_their_foregrounds(discs: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("share", "least", "most"), [("scribble_probability", 0.005, 0.2), ("point_probability", 0.0005, 0.01)]
 )
-def test_marks_lie_in_the_thing(share: str, least: float, most: float) -> None:
+def test_scribbles_and_points_are_inside_the_object(share: str, least: float, most: float) -> None:
     _, alpha = disc(RED, GREEN, SIDE)
     config = replace(ALONE, **{share: 1.0})
     shown = [draw_guidance(alpha, config, np.random.default_rng(seed)) for seed in range(20)]
@@ -281,7 +281,7 @@ def test_marks_lie_in_the_thing(share: str, least: float, most: float) -> None:
     assert len({mark.tobytes() for mark in shown}) > 15
 
 
-def test_jittered_masks_are_near_the_mask() -> None:
+def test_jittered_masks_are_similar_to_the_mask() -> None:
     _, alpha = disc(RED, GREEN, SIDE)
     mask = alpha > 127
     changed = 0
@@ -293,7 +293,7 @@ def test_jittered_masks_are_near_the_mask() -> None:
     assert changed > 10
 
 
-def test_a_zoomed_view_keeps_the_thing(discs: Path) -> None:
+def test_zoomed_view_shows_enough_of_the_object(discs: Path) -> None:
     scenes = SceneMaker(SIDE, replace(AugmentConfig(), zoom=4.0))
     item = next(iter(read_pool(DataConfig((source(discs),)), ALONE)))
     for seed in range(20):
@@ -305,7 +305,7 @@ def test_a_zoomed_view_keeps_the_thing(discs: Path) -> None:
 class TestUnreadable:
     @pytest.fixture
     def torn(self, discs: Path, tmp_path: Path) -> tuple[SampleMaker, Path]:
-        """One of six images is torn."""
+        """A dataset of six images, one of which is cut off."""
         import shutil
 
         shutil.copytree(discs, tmp_path / "discs")
@@ -313,7 +313,7 @@ class TestUnreadable:
         bad.write_bytes(bad.read_bytes()[:100])
         return maker(tmp_path / "discs"), bad
 
-    def test_another_draw_stands_in_and_it_is_told(self, torn: tuple[SampleMaker, Path]) -> None:
+    def test_unreadable_draw_is_replaced_and_reported(self, torn: tuple[SampleMaker, Path]) -> None:
         samples = [torn[0].make_sample(counter) for counter in range(20)]
         skipped = [reason for sample in samples for reason in sample.skipped]
         assert 2 <= len(skipped) < 20
@@ -321,13 +321,13 @@ class TestUnreadable:
         assert not any("red/1" in sample.name for sample in samples)
         assert PairBatch.from_samples(samples).skipped == tuple(skipped)
 
-    def test_nothing_readable_ends_it(self, torn: tuple[SampleMaker, Path]) -> None:
+    def test_unreadable_data_raise_an_error(self, torn: tuple[SampleMaker, Path]) -> None:
         for path in torn[1].parents[1].rglob("*.png"):
             path.write_bytes(b"")
         with pytest.raises(TrainingError, match="could not be made in 10 draws"):
             maker(torn[1].parents[2]).make_sample(0)
 
-    def test_sizes_that_differ(self, discs: Path) -> None:
+    def test_alpha_of_another_size_is_refused(self, discs: Path) -> None:
         item = next(iter(read_pool(DataConfig((source(discs),)), ALONE)))
         wrong = replace(item, image=next((discs / "backgrounds").iterdir()))
         with pytest.raises(ImageError, match=r"200x140 .* 120x120; expected the same size"):
@@ -340,7 +340,9 @@ class TestUnreadable:
     processes=st.sampled_from([1, 2]),
     first=st.integers(0, 3),
 )
-def test_processes_and_micro_batches_share_the_same_samples(batch: int, micro: int, processes: int, first: int) -> None:
+def test_samples_of_a_step_do_not_depend_on_processes_and_micro_batches(
+    batch: int, micro: int, processes: int, first: int
+) -> None:
     parts = [list(StepSampler(batch, micro, process, processes, first, 5)) for process in range(processes)]
     assert {len(part) for part in parts} == {(5 - first) * batch // (micro * processes)}
     per_step = len(parts[0]) // (5 - first)
@@ -350,8 +352,8 @@ def test_processes_and_micro_batches_share_the_same_samples(batch: int, micro: i
         assert sorted(drawn) == list(range(step * batch, (step + 1) * batch))
 
 
-def pictures(root: Path, **groups: int) -> Path:
-    """A folder of images and one of alphas, so many small pictures in each group."""
+def write_dataset(root: Path, **groups: int) -> Path:
+    """Write a dataset with this number of small images in each group."""
     for group, count in groups.items():
         for number in range(count):
             for kind in ("images", "alphas"):
@@ -366,40 +368,40 @@ class TestGroups:
         sources = (SourceConfig(images=str(root / "images"), alphas=str(root / "alphas"), **source),)  # type: ignore[arg-type]
         return read_pool(DataConfig(sources), PairConfig(negative_probability=0))
 
-    def test_small_groups_are_drawn_as_often_as_large_ones(self, tmp_path: Path) -> None:
-        pool = self.pool(pictures(tmp_path, small=1, large=9))
+    def test_groups_are_drawn_evenly(self, tmp_path: Path) -> None:
+        pool = self.pool(write_dataset(tmp_path, small=1, large=9))
         rng = np.random.default_rng(0)
         drawn = Counter(pool.draw_item(rng).name for _ in range(4000))
         assert drawn["small/0"] / 4000 == pytest.approx(0.5, abs=0.05)
         assert all(drawn[f"large/{i}"] / 4000 == pytest.approx(0.5 / 9, abs=0.02) for i in range(9))
 
-    def test_what_shares_a_class_is_no_stranger(self, tmp_path: Path) -> None:
+    def test_items_with_a_common_class_are_no_negatives(self, tmp_path: Path) -> None:
         classes = tmp_path / "classes.json"
         classes.write_text(json.dumps({"cat1": "cat", "images/cat2": ["cat", "chair"], "chair": "chair", "sun": "sun"}))
-        pool = self.pool(pictures(tmp_path, cat1=1, cat2=1, chair=1, sun=1), classes=str(classes))
+        pool = self.pool(write_dataset(tmp_path, cat1=1, cat2=1, chair=1, sun=1), classes=str(classes))
         items = {item.group.partition(":")[2]: item for item in pool}
         rng = np.random.default_rng(0)
 
-        def strangers(group: str) -> set[str]:
+        def draw_negatives(group: str) -> set[str]:
             drawn = (pool.draw_negative(items[group], rng, for_cutout=False) for _ in range(200))
             return {item.group.partition(":")[2] for item in drawn if item is not None}
 
-        assert strangers("cat1") == {"chair", "sun"}
-        assert strangers("cat2") == {"sun"}
-        assert strangers("sun") == {"cat1", "cat2", "chair"}
+        assert draw_negatives("cat1") == {"chair", "sun"}
+        assert draw_negatives("cat2") == {"sun"}
+        assert draw_negatives("sun") == {"cat1", "cat2", "chair"}
 
     @pytest.mark.parametrize(
         ("content", "message"),
         [("{", "cannot be read"), ('{"a": [1]}', "not a string"), ('{"a": "x"}', "no entry for")],
     )
-    def test_bad_classes_are_named(self, tmp_path: Path, content: str, message: str) -> None:
+    def test_invalid_class_files_are_refused(self, tmp_path: Path, content: str, message: str) -> None:
         classes = tmp_path / "classes.json"
         classes.write_text(content)
         with pytest.raises(ConfigError, match=message):
-            self.pool(pictures(tmp_path, a=1, b=1), classes=str(classes))
+            self.pool(write_dataset(tmp_path, a=1, b=1), classes=str(classes))
 
     def test_hard_masks_are_softened(self, tmp_path: Path) -> None:
-        root = pictures(tmp_path, a=2)
+        root = write_dataset(tmp_path, a=2)
         mask = np.zeros((24, 24), np.uint8)
         mask[:, 12:] = 255
         cv2.imwrite(str(root / "alphas" / "a" / "1.png"), mask)
@@ -417,7 +419,7 @@ class TestSettings:
         path.write_text(json.dumps({**MODEL, **sections}))
         return path
 
-    def test_they_survive_the_way_through_json(self, tmp_path: Path) -> None:
+    def test_settings_round_trip_through_json(self, tmp_path: Path) -> None:
         train = {"loss": {"dice": 1}, "pairs": {"max_distractors": 3}, "steps": 7, "clip_norm": 2}
         data = {"sources": [{"images": "a", "alphas": "b", "exclude": ["x*"]}], "validation": {"images": "c"}}
         settings = read_settings(self.config(tmp_path / "a.yaml", train=train, data=data))
@@ -426,7 +428,7 @@ class TestSettings:
         assert settings.train.loss.dice == 1.0
         assert settings.data.sources[0].exclude == ("x*",)
 
-    def test_overrides_reach_every_depth(self, tmp_path: Path) -> None:
+    def test_overrides_of_nested_settings(self, tmp_path: Path) -> None:
         path = self.config(tmp_path / "a.yaml")
         lines = [
             "train.learning_rate=1e-4",
@@ -453,6 +455,9 @@ class TestSettings:
             ("train.pairs.negative_probability=2", "expected 0 to 1"),
             ("train.loss.binary_rule=both", "binary_rule is 'both'"),
             ("train.steps.more=1", "steps is {'more': 1}"),
+            ("train.rate=1e-3", "train.rate was renamed in version 0.2; use train.learning_rate"),
+            ("train.match.views=3", "train.match.views was renamed in version 0.2; use train.match.views_per_group"),
+            ("train.match.live_blocks=2", "train.match.live_blocks was removed in version 0.2; delete it"),
             ("train.clip_norm=0", "more than 0"),
             ("train.learning_rate=.nan", "rate is nan; expected a number"),
             ("train.learning_rate=.inf", "rate is inf; expected a number"),
@@ -466,17 +471,17 @@ class TestSettings:
             ("data.sources=[{weight: 0}]", "expected more than 0"),
         ],
     )
-    def test_wrong_ones_are_one_sentence(self, tmp_path: Path, override: str, message: str) -> None:
+    def test_invalid_settings_are_refused(self, tmp_path: Path, override: str, message: str) -> None:
         with pytest.raises(ConfigError) as error:
             read_settings(self.config(tmp_path / "a.yaml"), overrides=[override])
         assert message in str(error.value)
 
-    def test_presets_are_recipes(self) -> None:
+    def test_presets_contain_recipes(self) -> None:
         assert read_settings("icm-sd21").train.steps == 20_000
         lite = read_settings("lite").train
         assert (lite.stage, lite.minutes) == ("match", 60)
 
-    def test_a_pool_needs_data(self, discs: Path, tmp_path: Path) -> None:
+    def test_incomplete_data_are_refused(self, discs: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="nothing to train on"):
             read_pool(DataConfig(), PairConfig())
         with pytest.raises(ConfigError, match="no backgrounds to put them on"):
@@ -491,17 +496,17 @@ class TestSettings:
             read_pool(DataConfig((source(discs),), (str(tmp_path / "none"),)), ALONE)
 
 
-def test_pool_leaves_out_what_is_excluded(discs: Path) -> None:
+def test_excluded_images_are_not_in_the_pool(discs: Path) -> None:
     pool: TrainingPool = read_pool(DataConfig((source(discs, exclude=("red/*",)),)), ALONE)
     names: list[TrainingItem] = list(pool)
     assert [item.name for item in names] == ["green/0", "green/1", "green/2"]
 
 
-def test_layers_are_kept_while_they_have_room(tmp_path: Path) -> None:
-    """A layer is decoded once, and what is kept is counted in bytes."""
+def test_decoded_images_are_cached(tmp_path: Path) -> None:
+    """An image is decoded once, and the size of the cache is counted in bytes."""
     rgb, alpha = disc(RED, GREEN)
-    for name, picture in (("a.png", rgb), ("b.png", rgb), ("alpha.png", alpha)):
-        cv2.imwrite(str(tmp_path / name), picture)
+    for name, image in (("a.png", rgb), ("b.png", rgb), ("alpha.png", alpha)):
+        cv2.imwrite(str(tmp_path / name), image)
     items = [
         TrainingItem(name, tmp_path / name, tmp_path / "alpha.png", None, "group", is_foreground=False, is_binary=False)
         for name in ("a.png", "b.png")

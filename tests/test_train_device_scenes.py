@@ -1,4 +1,4 @@
-"""Scenes made on the training device against those made one by one on the CPU."""
+"""Scenes made on the training device, compared with those made on the CPU."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from icm_cli.training.settings import AugmentConfig, PairConfig, TrainConfig, re
 
 CANVAS_PX = 96
 STILL = AugmentConfig(colour=0.0, jpeg=0.0, blur=0.0, noise=0.0)
-"""Moves pictures and leaves their colours."""
+"""Transforms images without changing their colours."""
 PLAIN = PairConfig(composite_probability=0.0, distractor_probability=0.0)
 
 
 def disc(height: int, width: int, colour: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """A soft disc before a ramp, and its alpha."""
+    """Return a soft disc on a gradient, and its alpha."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     alpha = np.clip((0.3 * min(height, width) - np.hypot(x - 0.55 * width, y - 0.5 * height)) / 6 + 0.5, 0, 1)
     ramp = np.stack([60 + 100 * x / width, 90 + 60 * y / height, np.full_like(x, 70)], axis=-1)
@@ -42,7 +42,7 @@ def disc(height: int, width: int, colour: tuple[int, int, int]) -> tuple[np.ndar
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> TrainingPool:
-    """Photographs of three shapes, larger and smaller than the canvas, and a background."""
+    """Photographs of three sizes, larger and smaller than the canvas, and a background."""
     root = tmp_path_factory.mktemp("card")
     items = []
     for number, (size, colour) in enumerate(
@@ -63,9 +63,9 @@ def scenes(pool: TrainingPool, pairs: PairConfig, augment: AugmentConfig, side_p
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_a_photograph_is_that_of_the_cpu(pool: TrainingPool, number: int) -> None:
+def test_photographs_equal_those_made_on_the_cpu(pool: TrainingPool, number: int) -> None:
     (item,) = (item for item in pool if item.name == str(number))
-    # The CPU shrinks a picture to the largest size it may have on the canvas before it warps it; so must we here.
+    # The CPU reduces an image to its largest size on the canvas before it warps it; the same is done here.
     alone = replace(pool, backgrounds=())
     on_device = scenes(alone, PLAIN, STILL, side_px=round(CANVAS_PX * STILL.zoom / 4) * 4)
     on_cpu = SceneMaker(CANVAS_PX, STILL)
@@ -81,7 +81,7 @@ def test_a_photograph_is_that_of_the_cpu(pool: TrainingPool, number: int) -> Non
 
 @given(seed=st.integers(0, 2**31), count=st.integers(1, 5))
 @settings(max_examples=25, deadline=None)
-def test_views_do_not_depend_on_their_neighbours(pool: TrainingPool, seed: int, count: int) -> None:
+def test_scenes_do_not_depend_on_their_batch(pool: TrainingPool, seed: int, count: int) -> None:
     on_device = scenes(pool, PairConfig(distractor_probability=0.7), AugmentConfig(jpeg=0.5, noise=0.5, blur=0.5))
     rng = np.random.default_rng(seed)
     items = list(pool)
@@ -89,13 +89,13 @@ def test_views_do_not_depend_on_their_neighbours(pool: TrainingPool, seed: int, 
     together = on_device.render_scenes(plans, CANVAS_PX)
     for i, plan in enumerate(plans):
         for layer, alone in zip(together, on_device.render_scenes([plan], CANVAS_PX), strict=True):
-            assert (layer[i].int() - alone[0].int()).abs().max() <= 1  # sums of floats in another order
+            assert (layer[i].int() - alone[0].int()).abs().max() <= 1  # float sums in another order
     image, alpha, valid = together
     assert image.shape == (count, 3, CANVAS_PX, CANVAS_PX)
     assert not alpha[~valid].any()
 
 
-def test_a_thing_before_another_background_has_its_own_colours() -> None:
+def test_composites_have_foreground_colours() -> None:
     height, width = 96, 128
     rgb, alpha = disc(height, width, (220, 40, 30))
     colour = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
@@ -106,10 +106,10 @@ def test_a_thing_before_another_background_has_its_own_colours() -> None:
     soft = ((weight > 0.1) & (weight < 0.9)).expand_as(truth)
     error = (composite_over(colour, weight, behind) - truth)[soft].abs().mean()
     assert error < 4
-    assert error < 0.5 * (pasted - truth)[soft].abs().mean()  # the ramp shines through
+    assert error < 0.5 * (pasted - truth)[soft].abs().mean()  # in which the gradient is visible
 
 
-def test_jpeg_damages_as_much_as_a_coder_does() -> None:
+def test_simulated_jpeg_errors_are_as_large_as_those_of_an_encoder() -> None:
     rng = np.random.default_rng(0)
     rgb = cv2.GaussianBlur(rng.integers(0, 256, (96, 96, 1), np.uint8).repeat(3, -1), (0, 0), 1.0)  # grey: no chroma
     image = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
@@ -121,23 +121,23 @@ def test_jpeg_damages_as_much_as_a_coder_does() -> None:
     assert degrade_image(rgb, AugmentConfig(blur=0, noise=0, jpeg=0), rng) is rgb
 
 
-def test_a_picture_that_cannot_be_read_is_named_and_left_out(pool: TrainingPool, tmp_path: Path) -> None:
+def test_unreadable_image_is_reported_and_skipped(pool: TrainingPool, tmp_path: Path) -> None:
     (tmp_path / "torn.png").write_bytes(b"\x89PNG")
     torn = TrainingItem(
         "torn", tmp_path / "torn.png", tmp_path / "torn.png", None, "torn", is_foreground=False, is_binary=False
     )
-    told: list[str] = []
+    notices: list[str] = []
     with_torn = TrainingPool(((*pool.sources[0], torn),), pool.weights, pool.backgrounds)
     made = DeviceScenes(
-        with_torn, TrainConfig(canvas_px=CANVAS_PX), torch.device("cpu"), side_px=64, notice=told.append
+        with_torn, TrainConfig(canvas_px=CANVAS_PX), torch.device("cpu"), side_px=64, notice=notices.append
     )
     assert set(made.items) == set(pool)
-    assert len(told) == 1
-    assert "torn.png" in told[0]
+    assert len(notices) == 1
+    assert "torn.png" in notices[0]
 
 
-def test_small_copies_show_what_their_originals_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures with classes and softened masks, and cut-outs, carried in pieces to another folder."""
+def test_exported_copies_equal_their_originals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images with classes and softened masks, and cut-outs, are exported as shards and unpacked elsewhere."""
     for number in range(6):
         rgb, alpha = disc(90 + 10 * number, 100, (220, 40, 30 * number))
         folder = tmp_path / "photographs" / f"group{number % 2}"
@@ -182,7 +182,7 @@ def test_small_copies_show_what_their_originals_do(tmp_path: Path, monkeypatch: 
         assert (copy.classes, copy.is_foreground) == (original.classes, original.is_foreground)
         layers = read_photograph(copy), read_photograph(original, 64)
         np.testing.assert_array_equal(layers[0].alpha, layers[1].alpha)
-        shown = (layers[1].alpha > 0) | (not original.is_foreground)  # what is cut off has no colour
+        shown = (layers[1].alpha > 0) | (not original.is_foreground)  # outside cut-outs there is no colour
         assert np.abs(layers[0].rgb[shown].astype(int) - layers[1].rgb[shown]).mean() < 6
     assert json.loads(Path(config.copies_of or "").read_text()) == sorted(
         {cached_file_digest(path) for path in originals.image_paths}

@@ -1,4 +1,4 @@
-"""Training under bad luck: one sentence, the last good checkpoint kept, and the run goes on where it stopped."""
+"""Failures while training: each gives one message, keeps the last checkpoint, and the run can be resumed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def out(tmp_path: Path) -> Path:
         (["--out", "DATA/images/a/lawn.jpg/run"], 3, "cannot be written"),
     ],
 )  # fmt: skip
-def test_a_bad_call_is_one_sentence(
+def test_invalid_option_gives_one_message(
     config: Path, out: Path, data: Path, options: list[str], code: int, message: str
 ) -> None:
     done = train(config, out, *(option.replace("DATA", str(data)) for option in options))
@@ -74,7 +74,7 @@ def test_a_bad_call_is_one_sentence(
 
 
 def poisoned(bad_step: int):
-    """The losses of training, one of which is NaN at a step."""
+    """Return a loss function whose result contains NaN at a step."""
     calls = []
     real = matte.compute_losses
 
@@ -88,7 +88,7 @@ def poisoned(bad_step: int):
     return losses
 
 
-def test_a_nan_loss_stops_with_step_and_samples(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_loss_ends_the_run_and_names_the_samples(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matte, "compute_losses", poisoned(3))
     done = train(config, out)
     assert done.exit_code == 1
@@ -104,7 +104,7 @@ def test_a_nan_loss_stops_with_step_and_samples(config: Path, out: Path, monkeyp
     assert train(config, out, "--resume").exit_code == 0
 
 
-def test_a_model_that_diverges_stops(config: Path, out: Path) -> None:
+def test_diverging_model_ends_the_run(config: Path, out: Path) -> None:
     done = train(
         config, out, "--set", "train.learning_rate=1e30", "--set", "train.warmup_steps=0", "--set", "train.steps=9"
     )
@@ -114,14 +114,14 @@ def test_a_model_that_diverges_stops(config: Path, out: Path) -> None:
     assert list(out.glob("bad-step-*.safetensors"))
 
 
-def test_a_loss_that_is_too_large_stops(config: Path, out: Path) -> None:
+def test_too_large_loss_ends_the_run(config: Path, out: Path) -> None:
     done = train(config, out, "--set", "train.loss.unknown_l1=1e6")
     assert done.exit_code == 1
     assert "the loss is NaN or above 10000" in done.stderr
 
 
 @pytest.mark.parametrize("norm", [float("inf"), float("nan")])
-def test_gradients_that_are_not_finite_stop_before_the_step(
+def test_infinite_gradients_end_the_run_before_the_step(
     config: Path, out: Path, monkeypatch: pytest.MonkeyPatch, norm: float
 ) -> None:
     monkeypatch.setattr(Learner, "clip_gradients", lambda self: norm)  # noqa: ARG005
@@ -131,7 +131,7 @@ def test_gradients_that_are_not_finite_stop_before_the_step(
     assert (out / "bad-step-1.safetensors").exists()
 
 
-def test_a_few_unreadable_samples_are_skipped_and_counted(config: Path, out: Path, data: Path) -> None:
+def test_few_unreadable_samples_are_skipped_and_counted(config: Path, out: Path, data: Path) -> None:
     bad = data / "images" / "a" / "lawn.jpg"
     bad.write_bytes(b"")
     done = train(config, out)
@@ -140,7 +140,9 @@ def test_a_few_unreadable_samples_are_skipped_and_counted(config: Path, out: Pat
     assert "samples were skipped" in done.stdout
 
 
-def test_many_unreadable_samples_stop(config: Path, out: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_unreadable_samples_end_the_run(
+    config: Path, out: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (data / "images" / "a" / "lawn.jpg").write_bytes(b"")
     monkeypatch.setattr("icm_cli.training.train.MIN_DRAWS_TO_JUDGE", 1)
     done = train(config, out)
@@ -149,7 +151,7 @@ def test_many_unreadable_samples_stop(config: Path, out: Path, data: Path, monke
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_data_that_cannot_be_read_at_all(config: Path, out: Path, data: Path, workers: int) -> None:
+def test_unreadable_data_end_the_run(config: Path, out: Path, data: Path, workers: int) -> None:
     for path in (data / "images").rglob("*.jpg"):
         path.write_bytes(b"")
     done = train(config, out, workers=workers)
@@ -158,13 +160,13 @@ def test_data_that_cannot_be_read_at_all(config: Path, out: Path, data: Path, wo
     assert "Traceback" not in done.stderr
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_checkpoint_survives_a_full_disk(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.fsync
     written = []
 
     def full(descriptor: int) -> None:
         if os.fstat(descriptor).st_size > 100_000:
-            written.append(1)  # a checkpoint or a state, in turn
+            written.append(1)  # a checkpoint or a state, alternately
         if len(written) > 5:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
@@ -185,8 +187,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(config: Path, out: Path, mon
 
 
 @pytest.mark.slow
-def test_a_file_system_that_takes_no_more_is_a_sentence(config: Path, out: Path) -> None:
-    """By a limit of the process, so that the write itself fails, as on a full disk."""
+def test_failed_write_gives_a_message(config: Path, out: Path) -> None:
+    """A file size limit of the process makes the write fail, as on a full disk."""
     line = shlex.join(command(config, out, "--set", "train.save_every=2"))
     ended = subprocess.run(["bash", "-c", f"ulimit -f 6000; {line}"], capture_output=True, text=True, check=False)
     assert ended.returncode == 3, ended.stderr
@@ -195,7 +197,7 @@ def test_a_file_system_that_takes_no_more_is_a_sentence(config: Path, out: Path)
     assert not list(out.glob("*.tmp"))
 
 
-def test_a_log_that_cannot_be_written_costs_no_run(config: Path, out: Path) -> None:
+def test_run_continues_without_a_writable_log(config: Path, out: Path) -> None:
     out.mkdir()
     (out / "log.csv").mkdir()
     done = train(config, out, "--set", "train.steps=2")
@@ -203,7 +205,7 @@ def test_a_log_that_cannot_be_written_costs_no_run(config: Path, out: Path) -> N
     assert "training continues without it" in done.stderr
 
 
-def test_out_of_memory_says_what_to_do(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_message_gives_a_remedy(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tight(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -214,7 +216,7 @@ def test_out_of_memory_says_what_to_do(config: Path, out: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("size", [0, 1000])
-def test_a_torn_state_is_named(config: Path, out: Path, size: int) -> None:
+def test_damaged_state_is_refused(config: Path, out: Path, size: int) -> None:
     train(config, out, "--set", "train.steps=1")
     state = out / "state.pt"
     state.write_bytes(state.read_bytes()[:size])
@@ -223,7 +225,7 @@ def test_a_torn_state_is_named(config: Path, out: Path, size: int) -> None:
     assert f"training state {state} is damaged" in done.stderr
 
 
-def test_a_model_whose_state_is_gone_is_not_written_over(config: Path, out: Path) -> None:
+def test_checkpoint_without_a_state_is_not_overwritten(config: Path, out: Path) -> None:
     train(config, out, "--set", "train.steps=1")
     (out / "state.pt").unlink()
     before = (out / "last.safetensors").read_bytes()
@@ -233,14 +235,14 @@ def test_a_model_whose_state_is_gone_is_not_written_over(config: Path, out: Path
     assert (out / "last.safetensors").read_bytes() == before
 
 
-def test_a_log_of_garbage_is_begun_anew(config: Path, out: Path) -> None:
+def test_damaged_log_is_replaced(config: Path, out: Path) -> None:
     train(config, out, "--set", "train.steps=2")
     (out / "log.csv").write_bytes(os.urandom(3000))
     assert train(config, out, "--resume").exit_code == 0
     assert [row["step"] for row in log(out)] == ["3", "4"]
 
 
-def test_a_torn_log_line_is_mended(config: Path, out: Path) -> None:
+def test_incomplete_log_row_is_removed(config: Path, out: Path) -> None:
     train(config, out, "--set", "train.steps=3")
     with (out / "log.csv").open("a") as file:
         file.write("4,0.1,")
@@ -253,7 +255,7 @@ LONG = ["--set", "train.steps=200"]
 
 
 def started(config: Path, out: Path, steps: int, *flags: str, workers: int = 0) -> subprocess.Popen[str]:
-    """A run in a process of its own, as soon as it has logged so many steps."""
+    """Start a run in another process and return when it has logged this number of steps."""
     line = command(config, out, *LONG, *flags, workers=workers)
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not ((out / "log.csv").exists() and len(log(out)) >= steps):
@@ -264,7 +266,7 @@ def started(config: Path, out: Path, steps: int, *flags: str, workers: int = 0) 
 @pytest.mark.parametrize(
     ("number", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)]
 )
-def test_a_signal_saves_and_the_run_goes_on_bit_equal(
+def test_signal_saves_the_state_and_the_run_resumes(
     config: Path, out: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     never = ["--set", "train.save_every=1000"]
@@ -277,7 +279,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_equal(
     done = int(metadata(out / "last.safetensors")["icm.step"])
     assert 2 <= done < 200
     if number == signal.SIGINT:
-        return  # what was saved is the same
+        return  # the state is saved in the same way
     steps = ["--set", f"train.steps={done + 2}"]
     assert train(config, out, *steps, *never, "--resume").exit_code == 0
     assert train(config, tmp_path / "whole", *steps, *never).exit_code == 0
@@ -285,7 +287,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_equal(
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_a_sentence(config: Path, out: Path) -> None:
+def test_killed_worker_gives_a_message(config: Path, out: Path) -> None:
     process = started(config, out, 3, workers=1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (worker,) = [each for each in children if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()]
@@ -297,8 +299,8 @@ def test_a_worker_that_is_killed_is_a_sentence(config: Path, out: Path) -> None:
     assert (out / "state.pt").exists()
 
 
-def test_a_killed_run_goes_on_from_its_last_save(config: Path, out: Path, tmp_path: Path) -> None:
-    """While it runs, no other run may use its folder."""
+def test_killed_run_resumes_from_its_last_state(config: Path, out: Path, tmp_path: Path) -> None:
+    """It also refuses another run in its folder while it is running."""
     process = started(config, out, 4, "--set", "train.save_every=3")
     try:
         other = train(config, out, *LONG, "--resume")
@@ -316,7 +318,7 @@ def test_a_killed_run_goes_on_from_its_last_save(config: Path, out: Path, tmp_pa
     assert [row["step"] for row in log(out)] == [str(step + 1) for step in range(saved + 1)]
 
 
-def test_a_signal_cuts_validation_short(config: Path, out: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_interrupts_validation(config: Path, out: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(config, validation={"images": str(data / "images"), "alphas": str(data / "alphas"), "rounds": 50})
     infer, batches = Predictor.matte_frames, 0
 
@@ -335,7 +337,7 @@ def test_a_signal_cuts_validation_short(config: Path, out: Path, data: Path, mon
     assert int(metadata(out / "last.safetensors")["icm.step"]) < 4
 
 
-def test_a_preview_of_torn_data_names_it(config: Path, out: Path, data: Path) -> None:
+def test_preview_of_invalid_data_gives_a_message(config: Path, out: Path, data: Path) -> None:
     for path in (data / "images").rglob("*.jpg"):
         cv2.imwrite(str(path), read(path)[:40])
     done = train(config, out, preview=2)

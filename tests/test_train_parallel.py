@@ -1,4 +1,4 @@
-"""Two processes, and gradient accumulation, do what one process with the same global batch does."""
+"""Two processes, and gradient accumulation, give the result of one process with the same batch size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def alone(config: Path, tmp_path: Path) -> Path:
 
 
 def assert_equal(out: Path, alone: Path) -> None:
-    """Losses to float32's rounding; weights too, but for the few whose gradient is rounding, which Adam moves too."""
+    """Compare losses, and weights except for a few with a gradient near 0, which Adam changes all the same."""
     for name in ("loss", "gradient_norm"):
         ours, theirs = ([float(row[name]) for row in log(each)] for each in (out, alone))
         np.testing.assert_allclose(ours, theirs, rtol=2e-4)
@@ -36,7 +36,7 @@ def assert_equal(out: Path, alone: Path) -> None:
     assert differences.max() < 6e-3
 
 
-def test_accumulation_equals_the_whole_batch(config: Path, alone: Path, tmp_path: Path) -> None:
+def test_gradient_accumulation_equals_one_batch(config: Path, alone: Path, tmp_path: Path) -> None:
     assert train(config, tmp_path / "out", "--set", "train.micro_batch_size=1").exit_code == 0
     assert_equal(tmp_path / "out", alone)
 
@@ -58,6 +58,6 @@ def test_two_processes_equal_one(config: Path, alone: Path, tmp_path: Path) -> N
 
 
 def other_seed(config: Path, tmp_path: Path) -> Path:
-    """A run that is no equal of the others."""
+    """Train a run that differs from the others."""
     assert train(config, tmp_path / "other", "--set", "train.seed=1").exit_code == 0
     return tmp_path / "other"

@@ -1,4 +1,4 @@
-"""The stages "match" and "refine": what they are shown, that they learn, that a run goes on."""
+"""The stages "match", "refine" and "joint": samples, learning, and bit-equal resume."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ REFINE = {
 
 @pytest.fixture(scope="module")
 def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three groups of two photographs, a disc of one colour each."""
+    """A dataset of three groups of two photographs, each group with a disc of one colour."""
     root = tmp_path_factory.mktemp("discs")
     for group, colour in COLOURS.items():
         for number in range(2):
-            picture = np.full((96, 96, 3), 90 + 30 * number, np.uint8)
+            photograph = np.full((96, 96, 3), 90 + 30 * number, np.uint8)
             alpha = np.zeros((96, 96), np.uint8)
-            for image, value in ((picture, colour), (alpha, 255)):
+            for image, value in ((photograph, colour), (alpha, 255)):
                 cv2.circle(image, (40 + 10 * number, 50), 30, value, -1)
-            for kind, image in (("images", picture), ("alphas", alpha)):
+            for kind, image in (("images", photograph), ("alphas", alpha)):
                 path = root / kind / group / f"{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 cv2.imwrite(str(path), image)
@@ -79,12 +79,12 @@ def changed_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor
 
 
 def kept_digests(run: Path) -> set[str]:
-    """Digests of the files of tokens in a run's folder."""
+    """Return the digests of the token files in a run's folder."""
     return {torch.load(path, weights_only=True)["digest"] for path in (run / match.TOKENS_FOLDER).iterdir()}
 
 
 def untrained() -> dict[str, torch.Tensor]:
-    """The weights that a run of seed 0 begins with."""
+    """Return the initial weights of a run with seed 0."""
     model = load_model_for_training(
         parse_model_config(MODEL, "test"), checkpoint=None, weights=None, offline=True, seed=0
     )
@@ -92,7 +92,7 @@ def untrained() -> dict[str, torch.Tensor]:
 
 
 def group_of(name: str, count: int) -> tuple[TrainingItem, ...]:
-    """Items of one group."""
+    """Return items of one group."""
     return tuple(
         TrainingItem(f"{name}{i}", Path(f"{name}{i}.png"), None, None, name, is_foreground=False, is_binary=False)
         for i in range(count)
@@ -110,13 +110,13 @@ def matched(discs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 class TestMatch:
-    def test_it_learns_which_thing_is_meant_and_leaves_the_edges(self, matched: tuple[Path, Path]) -> None:
+    def test_training_reduces_the_loss_and_changes_only_the_head(self, matched: tuple[Path, Path]) -> None:
         first, last = log(matched[1])
         assert float(last["loss"]) < 0.8 * float(first["loss"])
         assert float(last["presence"]) > 0
         assert changed_parts(untrained(), load_file(matched[1] / "last.safetensors")) == {"head"}
 
-    def test_a_run_goes_on_bit_equal_and_reads_no_picture_twice(
+    def test_resumed_run_is_bit_equal_and_encodes_no_image_again(
         self, matched: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         config, whole = matched
@@ -126,7 +126,7 @@ class TestMatch:
         assert done.exit_code == 0, done.output
         assert same_weights(tmp_path / "run" / "last.safetensors", whole / "last.safetensors")
 
-    def test_tokens_of_other_settings_are_read_anew(self, matched: tuple[Path, Path], tmp_path: Path) -> None:
+    def test_tokens_are_recomputed_for_other_settings(self, matched: tuple[Path, Path], tmp_path: Path) -> None:
         config, _ = matched
         out = tmp_path / "run"
         assert train(config, out, "--set", "train.steps=1").exit_code == 0
@@ -138,7 +138,7 @@ class TestMatch:
         assert "images; their tokens are stored in" in done.stderr
         assert not kept_digests(out) & before
 
-    def test_it_begins_from_a_checkpoint_and_the_file_says_what_it_saw(
+    def test_checkpoint_of_another_stage_is_the_start_and_records_its_data(
         self, matched: tuple[Path, Path], discs: Path, tmp_path: Path
     ) -> None:
         checkpoint = matched[1] / "last.safetensors"
@@ -149,7 +149,7 @@ class TestMatch:
         after = load_file(tmp_path / "run" / "last.safetensors")
         assert changed_parts(load_file(checkpoint), after) == {"edges"}
 
-    def test_it_learns_from_several_references(self, discs: Path, tmp_path: Path) -> None:
+    def test_training_with_several_references_reduces_the_loss(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(
             tmp_path / "a.yaml",
             discs,
@@ -160,7 +160,7 @@ class TestMatch:
         first, last = log(tmp_path / "run")
         assert float(last["loss"]) < 0.8 * float(first["loss"])
 
-    def test_a_reference_shown_twice_says_no_more_than_once(self) -> None:
+    def test_duplicate_references_do_not_change_the_prediction(self) -> None:
         head = TokenMatchHead(
             TokenMatchHead.Config(feature_channels=(6,), width=4, skip_channels=(), decoder_channels=())
         )
@@ -177,7 +177,7 @@ class TestMatch:
             return TokenMatcher(head.eval())(batch)
 
         for once, twice in zip(answers(1), answers(2), strict=True):
-            torch.testing.assert_close(once, twice, atol=0.02, rtol=0)  # the null is one token of many
+            torch.testing.assert_close(once, twice, atol=0.02, rtol=0)  # the null token is one of many
 
     def test_another_head_is_refused(self, discs: Path, tmp_path: Path) -> None:
         detail = {"name": "detail", "canvas_px": 96, "feature_channels": 8}
@@ -186,7 +186,7 @@ class TestMatch:
         assert done.exit_code == 3
         assert len(done.stderr.splitlines()) == 1
 
-    def test_one_large_view_of_a_group_is_refused(self, discs: Path, tmp_path: Path) -> None:
+    def test_single_large_view_per_group_is_refused(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(
             tmp_path / "a.yaml", discs, **{**MATCH, "match": {"views_per_group": 2, "large_views_per_group": 1}}
         )
@@ -194,7 +194,7 @@ class TestMatch:
         assert done.exit_code == 3
         assert "large_views_per_group is 1" in done.stderr
 
-    def test_one_thing_alone_cannot_make_mosaics(self, discs: Path, tmp_path: Path) -> None:
+    def test_single_group_cannot_make_mosaics(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(tmp_path / "a.yaml", discs, **MATCH)
         content = yaml.safe_load(config.read_text())
         content["data"]["sources"][0] |= {
@@ -207,15 +207,15 @@ class TestMatch:
         assert "there is no image without the object of" in done.stderr.splitlines()[-1]
 
     @pytest.mark.parametrize("share", [0.0, 1.0])
-    def test_mosaics_where_several_pictures_show_the_thing(self, share: float) -> None:
+    def test_number_of_tiles_that_show_the_object(self, share: float) -> None:
         pool = TrainingPool((group_of("red", 3), group_of("green", 3)), (1.0, 1.0), ())
         config = MatchStageConfig(multiple_probability=share, negative_probability=0.25)
         rng = np.random.default_rng(0)
 
-        def drawn() -> Mosaic[TrainingItem]:
+        def draw() -> Mosaic[TrainingItem]:
             return draw_mosaic(pool, config, 4, 1, rng, as_target=lambda each: each, as_reference=lambda each: each)
 
-        mosaics = [drawn() for _ in range(200)]
+        mosaics = [draw() for _ in range(200)]
         for each in mosaics:
             group = each.references[0].group
             assert set(each.positive_tiles) == {place for place, item in enumerate(each.tiles) if item.group == group}
@@ -226,7 +226,7 @@ class TestMatch:
 
 class TestRefine:
     @pytest.mark.slow
-    def test_it_learns_and_changes_the_edges_alone(self, discs: Path, tmp_path: Path) -> None:
+    def test_training_reduces_the_loss_and_changes_only_the_edges(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(tmp_path / "a.yaml", discs, **REFINE)
         done = train(config, tmp_path / "run", "--set", "train.image_every=50")
         assert done.exit_code == 0, done.output
@@ -234,7 +234,7 @@ class TestRefine:
         assert float(last["l1"]) < 0.9 * float(first["l1"])
         assert changed_parts(untrained(), load_file(tmp_path / "run" / "last.safetensors")) == {"edges"}
 
-    def test_the_minutes_end_a_run_and_are_counted_over_a_resume(self, discs: Path, tmp_path: Path) -> None:
+    def test_time_limit_counts_across_a_resume(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(tmp_path / "a.yaml", discs, **{**REFINE, "schedule": "cosine", "minutes": 0.03})
         done = train(config, tmp_path / "run")
         assert done.exit_code == 0, done.output
@@ -243,7 +243,7 @@ class TestRefine:
         assert train(config, tmp_path / "run", "--resume").exit_code == 0
         assert int(metadata(tmp_path / "run" / "last.safetensors")["icm.step"]) == steps
 
-    def test_a_preview_shows_coarse_and_true_alphas(self, discs: Path, tmp_path: Path) -> None:
+    def test_preview_shows_coarse_and_true_alphas(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(tmp_path / "a.yaml", discs, **REFINE)
         assert train(config, tmp_path / "run", preview=3).exit_code == 0
         sheet = cv2.imread(str(tmp_path / "run" / "preview.png"))
@@ -252,7 +252,7 @@ class TestRefine:
         assert truth.max() == 255
         assert (coarse != truth).any()
 
-    def test_a_model_without_edges_is_refused(self, discs: Path, tmp_path: Path) -> None:
+    def test_model_without_edges_is_refused(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(
             tmp_path / "a.yaml", discs, model={key: MODEL[key] for key in ("backbone", "head")}, **REFINE
         )
@@ -260,15 +260,15 @@ class TestRefine:
         assert done.exit_code == 3
         assert "the model has no edges to train" in done.stderr
 
-    def test_a_result_is_packed_with_its_backbone(self, discs: Path, tmp_path: Path) -> None:
+    def test_packed_checkpoint_contains_the_backbone(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(tmp_path / "a.yaml", discs, **{**REFINE, "steps": 1})
         done = train(config, tmp_path / "run", pack=tmp_path / "packed.safetensors")
         assert done.exit_code == 0, done.output
         parts = {key.split(".")[0] for key in load_file(tmp_path / "packed.safetensors")}
         assert parts == {"backbone", "head", "edges"}
 
-    def test_what_a_first_stage_made_is_mended(self, discs: Path, tmp_path: Path) -> None:
-        """It is moved with its picture: an alpha that is the truth stays the truth."""
+    def test_predicted_coarse_alphas_are_transformed_with_their_images(self, discs: Path, tmp_path: Path) -> None:
+        """If the predicted alpha equals the true one, both are still equal after the augmentation."""
         config = write_config(
             tmp_path / "a.yaml", discs, **{**REFINE, "refine": {"crop_px": 64, "predicted_probability": 1.0}}
         )
@@ -279,14 +279,14 @@ class TestRefine:
         maker = EdgeMaker(read_pool(recipe.data, recipe.train.pairs), recipe.train)
         photographs = [sample for counter in range(20) if isinstance(sample := maker[counter], EdgeSample)]
         same = [bool((sample.coarse == sample.truth).all()) for sample in photographs]
-        assert 0.2 < np.mean(same) < 0.9  # the others are composites
+        assert 0.2 < np.mean(same) < 0.9  # the other samples are composites
         content["data"]["sources"][0]["coarse"] = str(tmp_path / "none")
         config.write_text(json.dumps(content))
         done = train(config, tmp_path / "run")
         assert done.exit_code == 2
         assert "coarse folder" in done.stderr
 
-    def test_a_sample_is_its_number_s_alone(self, discs: Path) -> None:
+    def test_sample_depends_on_its_number_only(self, discs: Path) -> None:
         items = tuple(
             TrainingItem(
                 path.stem, path, discs / "alphas" / path.parent.name / path.name, None, path.parent.name, False, False
@@ -301,8 +301,8 @@ class TestRefine:
         assert (one.rgb == other.rgb).all()
         assert one.rgb.shape == (4, 64, 64, 3)
 
-    def test_what_is_open_counts_more(self, discs: Path, tmp_path: Path) -> None:
-        """Where the coarse alpha is wrong the loss weighs ``unknown_weight`` times as much as where it is right."""
+    def test_unknown_pixels_have_a_larger_weight(self, discs: Path, tmp_path: Path) -> None:
+        """Pixels whose coarse alpha is wrong have ``unknown_weight`` times the weight of other pixels."""
         config = write_config(tmp_path / "a.yaml", discs, **REFINE)
         truth = torch.zeros(1, 1, 64, 64)
         coarse = truth.clone()
@@ -313,7 +313,7 @@ class TestRefine:
             recipe = read_settings(config, overrides=[f"train.refine.unknown_weight={weight}"])
             stage = RefineStage(recipe, read_pool(recipe.data, recipe.train.pairs))
             logit = torch.full_like(truth, -30.0)
-            logit[..., :32] = 30.0  # wrong in the half that is open
+            logit[..., :32] = 30.0  # wrong in the unknown half
             shares[weight] = float(stage.compute_losses((logit,), batch)["l1"])
         assert shares[1.0] == pytest.approx(0.5)
         assert shares[4.0] == pytest.approx(4.0 / 5.0)
@@ -321,13 +321,13 @@ class TestRefine:
 
 @given(seed=st.integers(0, 2**31), height=st.integers(24, 90), width=st.integers(24, 90))
 @settings(max_examples=60, deadline=None)
-def test_a_spoiled_alpha_is_an_alpha(seed: int, height: int, width: int) -> None:
+def test_degraded_alphas_are_valid(seed: int, height: int, width: int) -> None:
     truth = np.zeros((height, width), np.float32)
     truth[height // 4 : height // 2, width // 4 : width // 2] = 1.0
     rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    for spoil in (degrade_to_tokens, degrade_to_object_mask, degrade_outline):
+    for degrade in (degrade_to_tokens, degrade_to_object_mask, degrade_outline):
         rng = np.random.default_rng(seed)
-        coarse = spoil(truth, rng)
+        coarse = degrade(truth, rng)
         for each in (coarse, add_uncertain_regions(coarse, rgb, truth, rng)):
             assert each.shape == truth.shape
             assert each.dtype == np.float32
@@ -335,10 +335,10 @@ def test_a_spoiled_alpha_is_an_alpha(seed: int, height: int, width: int) -> None
             assert each.max() <= 1
 
 
-def test_objects_tell_a_thing_without_its_hair_and_are_sure() -> None:
+def test_object_masks_are_confident_and_lack_hair() -> None:
     truth = np.zeros((256, 256), np.float32)
     truth[64:192, 64:192] = 1.0
-    truth[100:110:8, 192:250] = 1.0  # two hairs of one pixel
+    truth[100:110:8, 192:250] = 1.0  # two hairs, one pixel wide
     found = [degrade_to_object_mask(truth, np.random.default_rng(seed)) for seed in range(20)]
     assert min(float(each[110:150, 110:150].min()) for each in found) > 0.9
     assert max(float(each[:20].max()) for each in found) < 0.15
@@ -346,22 +346,22 @@ def test_objects_tell_a_thing_without_its_hair_and_are_sure() -> None:
 
 
 @pytest.mark.parametrize("shares", [(0.9, 0.1), (0.7, 0.3), (0.0, 1.0), (0.35, 0.0)])
-def test_coarse_alphas_are_made_by_their_shares(shares: tuple[float, float]) -> None:
+def test_degradations_are_drawn_by_their_probabilities(shares: tuple[float, float]) -> None:
     config, rng = TrainConfig().refine, np.random.default_rng(0)
     config = replace(config, token_probability=shares[0], object_probability=shares[1])
     made = [refine._draw_degradation(config, rng) for _ in range(1000)]
     expected = {degrade_to_tokens: shares[0], degrade_to_object_mask: shares[1], degrade_outline: 1.0 - sum(shares)}
-    for spoil, share in expected.items():
-        assert made.count(spoil) / 1000 == pytest.approx(share, abs=0.05)
+    for degrade, share in expected.items():
+        assert made.count(degrade) / 1000 == pytest.approx(share, abs=0.05)
     with pytest.raises(ConfigError, match="expected a sum of at most 1"):
         replace(config, token_probability=0.7, object_probability=0.4)
 
 
-def test_doubted_parts_fade_inside_and_appear_outside() -> None:
+def test_uncertain_regions_fade_inside_and_appear_outside() -> None:
     truth = np.zeros((80, 80), np.float32)
     truth[20:60, 20:60] = 1.0
     rgb = np.full((80, 80, 3), 90, np.uint8)
-    rgb[20:60, 20:40] = 200  # the thing has two colours
+    rgb[20:60, 20:40] = 200  # the object has two colours
     found = [add_uncertain_regions(truth, rgb, truth, np.random.default_rng(seed)) for seed in range(20)]
     assert sum(float(each[20:60, 20:60].min()) < 0.7 for each in found) > 10
     assert sum(float(each[:15].max()) > 0.2 for each in found) > 5
@@ -415,7 +415,7 @@ class TestRefineNetwork:
         np.testing.assert_allclose(alpha, 0.25, atol=1e-5)
 
     def test_where_nothing_is_open_nothing_is_made(self) -> None:
-        """A thing that is absent stays so, whatever the picture shows."""
+        """A thing that is absent stays so, whatever the photograph shows."""
         edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, core=0)).eval()
         assert edges.output.bias is not None
         with torch.no_grad():
@@ -463,7 +463,7 @@ class TestRefineNetwork:
         np.testing.assert_allclose(plain, alpha, atol=1e-5)
 
     def test_tiles_leave_no_seams(self) -> None:
-        """A network that moves every alpha by a constant moves that of a tiled picture so everywhere."""
+        """A network that moves every alpha by a constant moves that of a tiled photograph so everywhere."""
         edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=16, core=0)).eval()
         assert edges.output.bias is not None
         with torch.no_grad():
@@ -478,7 +478,7 @@ JOINT = {**MATCH, "stage": "joint", "steps": 20, "log_every": 10, "batch_size": 
 
 class TestJoint:
     @pytest.mark.slow
-    def test_it_learns_which_thing_is_meant_backbone_and_head(self, discs: Path, tmp_path: Path) -> None:
+    def test_training_changes_backbone_and_head(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(tmp_path / "a.yaml", discs, **{**JOINT, "backbone_learning_rate": 1e-4})
         done = train(config, tmp_path / "run", "--set", "train.image_every=10")
         assert done.exit_code == 0, done.output
@@ -486,7 +486,7 @@ class TestJoint:
         assert float(last["loss"]) < 0.9 * float(first["loss"])
         assert changed_parts(untrained(), load_file(tmp_path / "run" / "last.safetensors")) == {"head", "backbone"}
 
-    def test_a_run_goes_on_bit_equal(self, discs: Path, tmp_path: Path) -> None:
+    def test_resumed_run_is_bit_equal(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(
             tmp_path / "a.yaml", discs, **{**JOINT, "match": {"max_image_px": 96, "large_views_per_group": 1}}
         )

@@ -1,4 +1,4 @@
-"""View sets of the stage "match": groups are drawn evenly, and in time all images of large groups are used."""
+"""View sets of the stage "match": groups are drawn evenly, and rotation uses all images of large groups."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROTATING = {**TINY, "match": {"views_per_group": 4, "large_views_per_group": 2, 
 
 
 def group_of(name: str, count: int) -> tuple[TrainingItem, ...]:
-    """Items of one group."""
+    """Return items of one group."""
     return tuple(
         TrainingItem(f"{name} {i}", Path(f"{name}{i}.png"), None, None, name, is_foreground=False, is_binary=False)
         for i in range(count)
@@ -40,7 +40,7 @@ def group_of(name: str, count: int) -> tuple[TrainingItem, ...]:
 
 
 def view_set(pool: TrainingPool, plan: ViewPlan, number: int, *, is_large: bool) -> ViewSet:
-    """View set of a plan; a view is a number in a tensor."""
+    """Return a view set of a plan, in which a view is a number in a tensor."""
     chunks = [chunk for chunk in plan.chunks_of_set(number) if chunk.is_large == is_large]
     counter = itertools.count()
     none = torch.zeros(0)
@@ -53,7 +53,7 @@ def view_set(pool: TrainingPool, plan: ViewPlan, number: int, *, is_large: bool)
 
 @pytest.fixture(scope="module")
 def large_groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two groups of 310 photographs of 24 px, a disc of one colour each."""
+    """A dataset of two groups of 310 photographs of 24 px, each group with a disc of one colour."""
     root = tmp_path_factory.mktemp("large_groups")
     for group, colour in {"red": (20, 20, 220), "green": (20, 200, 20)}.items():
         for number in range(310):
@@ -68,7 +68,7 @@ def large_groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestPlan:
-    def test_every_group_has_as_many_views_and_no_image_too_many(self) -> None:
+    def test_views_per_group_and_per_image(self) -> None:
         few, many = group_of("few", 2), group_of("many", 30)
         plan = ViewPlan(
             TrainingPool((few, many), (3.0, 1.0), ()),
@@ -98,7 +98,7 @@ class TestPlan:
         assert shown[False] == set(pool)
         assert len([item for item in shown[True] if item.group == "many"]) > 100
 
-    def test_the_next_part_is_read_evenly_over_the_steps_before_it(self) -> None:
+    def test_next_part_is_encoded_evenly_over_the_steps(self) -> None:
         pool = TrainingPool((tuple(item for name in range(300) for item in group_of(str(name), 5)),), (1.0,), ())
         plan = ViewPlan(
             pool,
@@ -118,7 +118,7 @@ class TestPlan:
 class TestDraws:
     @pytest.mark.parametrize("references", [1, 3])
     @pytest.mark.parametrize("is_large", [False, True])
-    def test_groups_are_drawn_evenly_whatever_their_size(self, references: int, is_large: bool) -> None:
+    def test_groups_of_any_size_are_drawn_evenly(self, references: int, is_large: bool) -> None:
         pool = TrainingPool((tuple(item for name, size in SIZES.items() for item in group_of(name, size)),), (1.0,), ())
         config = MatchStageConfig(views_per_group=8, large_views_per_group=3, same_image_probability=0.1)
         plan = ViewPlan(pool, config, seed=0)
@@ -126,7 +126,7 @@ class TestDraws:
         guides = view_set(pool, plan, 0, is_large=False)
         rng = np.random.default_rng(0)
 
-        def drawn() -> Mosaic[View]:
+        def draw() -> Mosaic[View]:
             return draw_mosaic(
                 targets.pool,
                 config,
@@ -138,12 +138,12 @@ class TestDraws:
                 reference_pool=guides.pool,
             )
 
-        counts = collections.Counter(drawn().name.split()[0] for _ in range(2000))
+        counts = collections.Counter(draw().name.split()[0] for _ in range(2000))
         assert counts.keys() == SIZES.keys()
         assert min(counts.values()) > 430
         assert max(counts.values()) < 570
 
-    def test_a_partner_is_another_image_of_those_that_are_kept(self) -> None:
+    def test_partner_is_another_image_with_views(self) -> None:
         pool = TrainingPool((group_of("many", 300), group_of("few", 3)), (1.0, 1.0), ())
         kept = pool.restrict_to(pool.sources[0][:4])
         rng = np.random.default_rng(0)
@@ -155,12 +155,12 @@ class TestDraws:
 
 
 class TestRuns:
-    def test_it_learns_from_large_groups_alone(self, large_groups: Path, tmp_path: Path) -> None:
+    def test_training_on_large_groups_only(self, large_groups: Path, tmp_path: Path) -> None:
         done = train(write_config(tmp_path / "a.yaml", large_groups, **TINY), tmp_path / "run")
         assert done.exit_code == 0, done.output
         assert len(log(tmp_path / "run")) == 2
 
-    def test_it_learns_from_one_group_where_nothing_else_is_asked_for(self, large_groups: Path, tmp_path: Path) -> None:
+    def test_training_on_one_group_without_negatives(self, large_groups: Path, tmp_path: Path) -> None:
         settings = {"views_per_group": 4, "layout_weights": [1.0, 0.0, 0.0, 0.0], "negative_probability": 0.0}
         config = write_config(tmp_path / "a.yaml", large_groups, **{**TINY, "steps": 2, "match": settings})
         red = {kind: str(large_groups / kind / "red" / "*.png") for kind in ("images", "alphas")}
@@ -168,20 +168,20 @@ class TestRuns:
         done = train(config, tmp_path / "run")
         assert done.exit_code == 0, done.output
 
-    def test_a_run_continues_bit_equal_across_rotations(
+    def test_resumed_run_is_bit_equal_across_rotations(
         self, large_groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         config = write_config(tmp_path / "a.yaml", large_groups, **ROTATING)
         unbroken = train(config, tmp_path / "unbroken")
         assert unbroken.exit_code == 0, unbroken.output
         parts = {path.name.partition("-")[0] for path in (tmp_path / "unbroken" / match.TOKENS_FOLDER).iterdir()}
-        assert parts == {"00001", "00002", "00003", "00004"}  # in use, the one before, and the next one
+        assert parts == {"00001", "00002", "00003", "00004"}  # the current set, the part before it, and the next part
         assert train(config, tmp_path / "run", "--set", "train.steps=6").exit_code == 0
         done = train(config, tmp_path / "run", "--resume")
         assert done.exit_code == 0, done.output
         assert same_weights(tmp_path / "run" / "last.safetensors", tmp_path / "unbroken" / "last.safetensors")
 
-        # A run that was stopped in the middle of a rotation reads what is missing, and only that.
+        # A run that was interrupted during a rotation encodes only what is missing.
         seen: list[int] = []
         read = match._encode_scenes
         monkeypatch.setattr(match, "_encode_scenes", lambda *args: seen.append(len(args[1])) or read(*args))
@@ -193,8 +193,8 @@ class TestRuns:
         assert sum(seen) - before == 2 + 2 + 6  # the removed file, the rest of part 3, and part 4
         assert same_weights(tmp_path / "third" / "last.safetensors", tmp_path / "unbroken" / "last.safetensors")
 
-    def test_a_sample_is_that_of_its_number_in_any_order(self, large_groups: Path, tmp_path: Path) -> None:
-        """Steps of later and earlier view sets can be asked for; the same number gives the same sample."""
+    def test_samples_depend_on_their_number_only(self, large_groups: Path, tmp_path: Path) -> None:
+        """A resumed run has the same samples as an uninterrupted one, from all view sets."""
         config = write_config(tmp_path / "a.yaml", large_groups, **ROTATING)
         names: list[tuple[str, ...]] = []
         original = match.MatchStage.make_batch

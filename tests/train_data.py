@@ -1,4 +1,4 @@
-"""A small training set, a small model and the command ``icm train``, for the tests of training."""
+"""Helpers for the tests of training: a small dataset, a small model, and the command ``icm train``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MODEL = {
     },
     "edges": {"name": "refine", "widths": [4, 6], "whole_px": 64, "tile_px": 64, "overlap_px": 8},
 }
-"""Half of the small backbone, and a narrow head."""
+"""The first half of the small backbone, and a narrow head."""
 RECIPE = {
     "steps": 4,
     "batch_size": 2,
@@ -68,11 +68,11 @@ PLAIN = {
         0,
     ),
 }
-"""A recipe's settings that leave the files' pixels as they are."""
+"""Settings of a recipe that change no pixels."""
 
 
 def write_config(path: Path, data: Path, model: dict[str, Any] | None = None, **recipe: Any) -> Path:
-    """A configuration that trains on the folder dataset of conftest; ``recipe`` goes over RECIPE."""
+    """Write a configuration that trains on the folder dataset of conftest; ``recipe`` replaces parts of RECIPE."""
     source = {
         "images": str(data / "images"),
         "alphas": str(data / "alphas"),
@@ -84,7 +84,7 @@ def write_config(path: Path, data: Path, model: dict[str, Any] | None = None, **
 
 
 def change(config: Path, **data: Any) -> Path:
-    """Lay ``data`` over the data section of a configuration."""
+    """Replace settings in the data section of a configuration."""
     content = yaml.safe_load(config.read_text())
     content["data"] |= data
     config.write_text(json.dumps(content))
@@ -92,13 +92,13 @@ def change(config: Path, **data: Any) -> Path:
 
 
 def train(config: Path, out: Path, *flags: str, **options: object) -> Result:
-    """``icm train`` through the command itself, in this process, without workers."""
+    """Run the command ``icm train`` in this process, without workers."""
     given = {"config": config, "out": out, "device": "cpu", "workers": 0, **options}
     return CliRunner().invoke(app, ["train", *arguments(given), *flags], catch_exceptions=False)
 
 
 def command(config: Path, out: Path, *flags: str, workers: int = 0) -> list[str]:
-    """The same for a process of its own."""
+    """Return the command line of ``icm train`` for another process."""
     options = {"config": config, "out": out, "device": "cpu", "workers": workers}
     return [sys.executable, "-m", "icm_cli.cli", "train", *arguments(options), *flags]
 
@@ -118,6 +118,6 @@ def log(out: Path) -> list[dict[str, str]]:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Whether two checkpoints hold the same bits."""
+    """Whether two checkpoints contain equal weights."""
     ours, theirs = weights(one), weights(other)
     return ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
