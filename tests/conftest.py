@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,10 +16,13 @@ import cv2
 import forking
 import numpy as np
 import pytest
+import typer.testing
 from click.testing import Result
 from typer.testing import CliRunner
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from icm_cli.matting.model_choice import ModelChoice
     from icm_cli.model.contracts import Edges
 
@@ -41,6 +46,33 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         names = "".join(f"\n  {name}" for name in _skipped_tests)
         sys.stderr.write(f"\nskipped tests, which CI does not allow; install what they need:{names}\n")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _load_once() -> Iterator[None]:
+    """Read the pretrained weights of each configuration once per process, and build Typer's commands once.
+
+    Every test still gets a model of its own: a copy.
+    """
+    from icm_cli.model.lite import efficientnet
+
+    load = efficientnet.EfficientNetLite.load
+    build_command = functools.cache(typer.testing._get_command)
+
+    @functools.cache
+    def load_from(path: Path, config: Any) -> nn.Module:
+        del path
+        return load(config, None, offline=True, seed=0)
+
+    def load_copy(config: Any, weights: str | None, *, offline: bool, seed: int) -> nn.Module:
+        if weights is not None:
+            return load(config, weights, offline=offline, seed=seed)
+        return copy.deepcopy(load_from(efficientnet._weights_path(weights), config))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(efficientnet.EfficientNetLite, "load", load_copy)
+        patch.setattr(typer.testing, "_get_command", build_command)
+        yield
 
 
 EVAL_NAMES = [f"{group}/{name}" for group in ("a", "b") for name in ("brickwall", "launchpad", "lawn")]

@@ -19,7 +19,6 @@ from icm_cli.matting import matte as matting
 MANY = 8
 pytestmark = [
     pytest.mark.filterwarnings("default"),  # Ray raises deprecation warnings of its own
-    pytest.mark.xdist_group("ray"),  # one process: a second one would join the cluster of the first
     pytest.mark.timeout(480),
 ]
 
