@@ -60,7 +60,7 @@ def test_any_shape_gets_an_alpha(shape: tuple[int, int]) -> None:
     ("folder", "least_overlap", "mean_overlap", "largest_error"),
     [
         pytest.param(DEMO, 0.84, 0.93, 0.01, marks=pytest.mark.slow, id="demo"),
-        pytest.param(COMPOSITES, 0.84, 0.94, 0.01, id="composites"),
+        pytest.param(COMPOSITES, 0.84, 0.94, 0.01, marks=pytest.mark.slow, id="composites"),
     ],
 )
 def test_matting_without_the_packages_of_pretrained_weights(

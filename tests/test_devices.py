@@ -103,6 +103,7 @@ def test_two_processes_make_the_same_bytes_and_one_report(icm: Icm, scene: Path,
         assert icm(src=scene / "many").exit_code == 0  # one device keeps what two have made
 
 
+@pytest.mark.slow
 def test_fail_fast_stops_all(icm: Icm, scene: Path, alone: dict[str, bytes]) -> None:
     (scene / "many" / "0000.jpg").write_bytes(b"")
     result = icm("--fail-fast", src=scene / "many", device="cpu,cpu", report=scene / "r.json")
@@ -121,6 +122,7 @@ def test_a_process_that_is_killed_gives_its_images_to_the_other(scene: Path, two
     assert statuses(scene / "r.json").get("failed") is None
 
 
+@pytest.mark.slow
 def test_a_lost_device_gives_its_images_to_the_other(
     icm: Icm, scene: Path, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +136,7 @@ def test_a_lost_device_gives_its_images_to_the_other(
     assert alphas(scene / "out") == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "message"), [(FullDisk, "no space left on the device"), (Unloadable, "no such model")]
 )
@@ -151,6 +154,7 @@ def test_an_error_that_is_no_device_s_ends_all(
     assert not worker_processes(os.getpid())
 
 
+@pytest.mark.slow
 def test_where_all_are_lost_the_run_says_so(icm: Icm, scene: Path, two: Two, alone: dict[str, bytes]) -> None:
     result = two(lambda processes: [os.kill(pid, signal.SIGKILL) for pid in processes])
     assert result.exit_code == 3, result.output
@@ -160,6 +164,7 @@ def test_where_all_are_lost_the_run_says_so(icm: Icm, scene: Path, two: Two, alo
     assert alphas(scene / "out") == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "is_to_all", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])
 def test_a_signal_finishes_the_writes_of_all(
     scene: Path, two: Two, alone: dict[str, bytes], number: signal.Signals, is_to_all: bool, code: int

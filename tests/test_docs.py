@@ -8,12 +8,28 @@ from pathlib import Path
 
 import pytest
 
+from icm_cli.options import EvaluateOptions, MatteOptions, TrainOptions
+
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
 PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = {"docs/options.md"}
 MAX_BYTES = 12_000
 MAX_COLUMNS = 100
+FLAGS_OF_COMMANDS = {
+    "--version",
+    "--help",
+    "--install-completion",
+    "--list-models",
+    "--quiet",
+    "--verbose",
+    "--progress",
+}
+FLAGS_OF_COMMANDS |= {"--compare", "--set"}
+FLAGS_OF_OTHER_TOOLS = set(
+    "--local-dir --nproc-per-node --step --no-deps --no-build-isolation --px --shard-mb --start --seconds --objects"
+    " --job-name --array --gres --requeue --signal --every".split()
+)
 
 
 def prose_lines(text: str) -> list[str]:
@@ -65,3 +81,35 @@ def test_every_module_is_in_the_file_map() -> None:
             files = [path] if path.is_file() else path.rglob("*.py")
             named |= {file.relative_to(package).as_posix() for file in files if package in file.parents}
     assert modules <= named, sorted(modules - named)
+
+
+def test_help_and_docs_name_every_dataset() -> None:
+    from icm_cli.datasets.registry import DATASETS
+
+    field = next(each for each in EvaluateOptions.option_fields() if each.name == "dataset")
+    text = (ROOT / "docs" / "evaluate.md").read_text()
+    assert set(field.choices) == set(DATASETS)
+    for name in DATASETS:
+        assert f"`{name}`" in text
+
+
+def test_the_docs_name_every_kind_of_bad_data() -> None:
+    from icm_cli.errors import PROBLEM_KINDS
+
+    text = (ROOT / "docs" / "evaluate.md").read_text()
+    for kind, meaning in PROBLEM_KINDS.items():
+        assert f"| `{kind}` | {meaning} |" in text
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    command = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.endswith(".venv/bin/pytest"))
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in GENERATED])
+def test_pages_name_only_existing_options(page: str) -> None:
+    known = FLAGS_OF_COMMANDS | FLAGS_OF_OTHER_TOOLS
+    for options in (MatteOptions, EvaluateOptions, TrainOptions):
+        known |= {f"--{field.name.rstrip('_').replace('_', '-')}" for field in options.option_fields()}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", (ROOT / page).read_text()))
+    assert named <= known, sorted(named - known)

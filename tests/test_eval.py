@@ -162,6 +162,7 @@ def test_unusable_reference_is_reported_and_replaced_by_the_next(
     assert sum(bool(image["scores"]) for image in report["images"]) == 3
 
 
+@pytest.mark.slow
 def test_images_used_for_training_are_marked_and_excluded_from_a_second_mean(
     evaluate: Evaluate, tmp_path: Path
 ) -> None:
@@ -232,6 +233,7 @@ def test_run_resumes_after_being_killed(data: Path, small_model: Path, tmp_path:
     assert not list((tmp_path / "out").rglob(".icm-*"))
 
 
+@pytest.mark.slow
 def test_sigterm_scores_and_reports_finished_images(data: Path, small_model: Path, tmp_path: Path) -> None:
     line = [
         *(sys.executable, "-m", "icm_cli.cli", "eval"),

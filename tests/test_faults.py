@@ -409,6 +409,7 @@ def test_a_killed_run_is_completed_byte_equal(long_run: tuple[list[str], Path]) 
     assert alphas(out) == completed
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_output(long_run: tuple[list[str], Path]) -> None:
     line, out = long_run
     runs = [subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]

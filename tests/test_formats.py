@@ -108,6 +108,7 @@ def test_exr_is_linear(tmp_path: Path, kind: str) -> None:
     assert difference(written(tmp_path / "a.exr", linear(RGB), kind)) <= 1
 
 
+@pytest.mark.slow
 def test_one_picture_in_five_spaces_gives_one_alpha(icm: Icm, scene: Path) -> None:
     """PNG in sRGB, 16-bit TIFF, linear EXR, ACEScg EXR, LogC DPX: within 2 of 255."""
     import PyOpenColorIO

@@ -382,6 +382,7 @@ def test_a_shard_depends_on_no_other_shard(shot: Shoot, scene: Path) -> None:
     assert len(alone) == 4
 
 
+@pytest.mark.slow
 def test_alphas_of_another_order_are_recomputed(shot: Shoot, scene: Path) -> None:
     """Of every second frame, or of shards: they are propagated from other frames, so their bytes differ."""
     assert shot(out=scene / "whole").exit_code == 0
