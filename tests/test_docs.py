@@ -27,8 +27,24 @@ FLAGS_OF_COMMANDS = {
 }
 FLAGS_OF_COMMANDS |= {"--compare", "--set"}
 FLAGS_OF_OTHER_TOOLS = set(
-    "--local-dir --nproc-per-node --step --no-deps --no-build-isolation --px --shard-mb --start --seconds --objects"
-    " --job-name --array --gres --requeue --signal --every".split()
+    [
+        "--local-dir",
+        "--nproc-per-node",
+        "--step",
+        "--no-deps",
+        "--no-build-isolation",
+        "--px",
+        "--shard-mb",
+        "--start",
+        "--seconds",
+        "--objects",
+        "--job-name",
+        "--array",
+        "--gres",
+        "--requeue",
+        "--signal",
+        "--every",
+    ]
 )
 
 
