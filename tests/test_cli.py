@@ -25,7 +25,7 @@ from icm_cli.options.definition import CommandOptions
 ROOT = Path(__file__).parent.parent
 
 
-def test_help_does_not_wait_for_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     code = (
         "import sys; from icm_cli.cli import app\n"
         "for command in ('matte', 'eval', 'train'):\n"
@@ -39,7 +39,7 @@ def test_help_does_not_wait_for_torch() -> None:
 
 
 @pytest.mark.parametrize("missing", ["accelerate", "tensorboard"])
-def test_training_without_its_packages_is_a_sentence(missing: str) -> None:
+def test_missing_training_packages_are_reported(missing: str) -> None:
     code = (
         f"import sys; sys.modules[{missing!r}] = None\nfrom icm_cli.cli import app\napp(['train', '--config', 'lite'])"
     )
@@ -66,7 +66,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_has_every_option_of_its_definition(name: str) -> None:
+def test_command_has_every_option_of_its_definition(name: str) -> None:
     parameters = typer.main.get_command(app).commands[name].params
     defined = {each.name: each.properties for each in COMMANDS[name].option_fields()}
     assert {each.name for each in parameters} - {"help"} == set(defined)
@@ -76,7 +76,7 @@ def test_a_command_has_every_option_of_its_definition(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_of_the_api_has_every_option_as_an_argument(name: str) -> None:
+def test_api_function_has_every_option_as_an_argument(name: str) -> None:
     options, others = FUNCTIONS[name]
     parameters = inspect.signature(getattr(icm_cli, name)).parameters
     fields = {each.name: each for each in options.option_fields() if each.properties.is_in_api}
@@ -100,7 +100,7 @@ def test_no_option_is_defined_twice() -> None:
     assert {name for name, texts in found.items() if len(texts) > 1} <= others
 
 
-def test_panels_come_in_their_order_with_the_everyday_options_first() -> None:
+def test_panels_are_ordered_and_begin_with_the_everyday_options() -> None:
     shown = CliRunner().invoke(app, ["matte", "--help"], env={"COLUMNS": "200"}).output
     titles = ["Options", "References", "Sources", "Output", "Model and device", "Colour", "Sequences and farms"]
     places = [shown.index(f"─ {title} ─") for title in [*titles, "Reports", "Display"]]
@@ -149,7 +149,7 @@ def test_values_are_checked_before_anything_else(options: dict[str, object], mes
         icm_cli.matte(**given)
 
 
-def test_one_value_stands_for_a_list_and_none_for_the_default() -> None:
+def test_single_values_are_lists_and_none_is_the_default() -> None:
     options = MatteOptions.from_values(
         {"ref": "a.png", "src": Path("imgs"), "out": "out", "include": "*.jpg", "exclude": None, "missing": None}
     )
@@ -160,12 +160,12 @@ def test_one_value_stands_for_a_list_and_none_for_the_default() -> None:
     assert options.given == {"ref", "src", "out", "include"}
 
 
-def test_an_unknown_argument_is_a_type_error() -> None:
+def test_unknown_argument_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="mask_lable"):
         icm_cli.matte("ref.png", "m.png", src="imgs", out="out", mask_lable="1")
 
 
-def test_help_swallows_nothing_as_markup() -> None:
+def test_help_text_is_not_interpreted_as_markup() -> None:
     for command in typer.main.get_command(app).commands.values():
         for text in (command.help, *(getattr(option, "help", None) for option in command.params)):
             assert Text.from_markup(text or "").plain == (text or "")
@@ -187,7 +187,7 @@ def listed(**environment: str) -> dict[str, tuple[str, str]]:
     return {name: (state, needs.strip()) for (name, state), needs in zip(states, lines[1::2], strict=True)}
 
 
-def test_models_are_listed_with_what_is_here(tmp_path: Path) -> None:
+def test_models_are_listed_with_their_state(tmp_path: Path) -> None:
     """A repository in the hub's cache is here."""
     models = listed(HF_HOME=str(tmp_path))
     assert set(models) == {*preset_paths(), "any, with --edges vitmatte"}
@@ -212,7 +212,7 @@ def test_models_are_listed_with_what_is_here(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["dinov2-vitmatte", "dinov3-vitmatte"])
-def test_a_preset_without_its_weights_says_what_to_fetch(
+def test_missing_weights_of_a_preset_say_what_to_download(
     scene: Path, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -241,7 +241,7 @@ def test_presets_are_found() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("silenced", [">&- 2>&-", ">/dev/full", "2>&1 | head -1"], ids=lambda text: text)
-def test_a_log_that_cannot_be_written_costs_no_image(scene: Path, small_model: Path, silenced: str) -> None:
+def test_unwritable_log_does_not_affect_images(scene: Path, small_model: Path, silenced: str) -> None:
     options = f"--ref ref.png --mask mask.png --src imgs --out out --model {small_model} --device cpu"
     line = f"{sys.executable} -m icm_cli.cli matte {options} {silenced}"
     ended = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=scene, capture_output=True, check=False)
@@ -249,7 +249,7 @@ def test_a_log_that_cannot_be_written_costs_no_image(scene: Path, small_model: P
     assert len(list((scene / "out").rglob("*.png"))) == 3
 
 
-def test_what_a_stream_cannot_show_is_escaped(tmp_path: Path) -> None:
+def test_characters_that_a_stream_cannot_encode_are_escaped(tmp_path: Path) -> None:
     from icm_cli.terminal import write_line
 
     for encoding, shown in (("ascii", "\\xe9 \\x1b[2J \\udcff"), ("utf-8", "é \\x1b[2J \\udcff")):
@@ -279,16 +279,16 @@ def refused(line: list[str], option: str) -> bool:
 
 
 @pytest.mark.parametrize("option", sorted(set(EVALUATE_OPTIONS.values()) - {"--compare", "--verbose"}))
-def test_compare_takes_no_other_option(option: str) -> None:
+def test_compare_refuses_other_options(option: str) -> None:
     assert refused(["eval", "--compare", "a.json", "b.json"], option)
 
 
 @pytest.mark.parametrize("name", EvaluateOptions.matting_names())
-def test_predictions_take_no_option_of_a_model(name: str) -> None:
+def test_predictions_refuse_model_options(name: str) -> None:
     assert refused(["eval", "--dataset", "folder", "--pred", "alphas"], EVALUATE_OPTIONS[name])
 
 
-def test_every_option_of_eval_says_whether_a_model_reads_it() -> None:
+def test_eval_options_declare_whether_a_model_uses_them() -> None:
     """A new option must be put on one side or the other; those here are read with --pred too."""
     read = {"dataset", "data_root", "images", "alphas", "trimaps", "groups", "backgrounds", "split", "video", "pred"}
     read |= {"references", "rounds", "region", "size", "lineage", "trimap_kernel"}
@@ -297,7 +297,7 @@ def test_every_option_of_eval_says_whether_a_model_reads_it() -> None:
 
 
 @pytest.mark.parametrize("option", ["--resume", "--pack"])
-def test_a_preview_takes_no_option_of_a_run(option: str) -> None:
+def test_preview_refuses_options_of_a_run(option: str) -> None:
     line = ["train", "--config", "lite", "--preview", "2", *([option] if option == "--resume" else [option, "x"])]
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 2

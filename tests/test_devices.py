@@ -87,7 +87,7 @@ def statuses(report: Path) -> dict[str, int]:
     return {status: found.count(status) for status in set(found)}
 
 
-def test_two_processes_make_the_same_bytes_and_one_report(icm: Icm, scene: Path, alone: dict[str, bytes]) -> None:
+def test_two_processes_write_the_same_bytes_and_one_report(icm: Icm, scene: Path, alone: dict[str, bytes]) -> None:
     (scene / "many" / "0003.jpg").write_bytes(b"")
     result = icm("--progress", "json", src=scene / "many", device="cpu,cpu", report=scene / "r.json")
     assert result.exit_code == 1, result.output
@@ -104,7 +104,7 @@ def test_two_processes_make_the_same_bytes_and_one_report(icm: Icm, scene: Path,
 
 
 @pytest.mark.slow
-def test_fail_fast_stops_all(icm: Icm, scene: Path, alone: dict[str, bytes]) -> None:
+def test_fail_fast_stops_all_processes(icm: Icm, scene: Path, alone: dict[str, bytes]) -> None:
     (scene / "many" / "0000.jpg").write_bytes(b"")
     result = icm("--fail-fast", src=scene / "many", device="cpu,cpu", report=scene / "r.json")
     assert result.exit_code == 1
@@ -114,7 +114,7 @@ def test_fail_fast_stops_all(icm: Icm, scene: Path, alone: dict[str, bytes]) -> 
     assert alphas(scene / "out").items() <= alone.items()
 
 
-def test_a_process_that_is_killed_gives_its_images_to_the_other(scene: Path, two: Two, alone: dict[str, bytes]) -> None:
+def test_images_of_a_killed_process_are_matted_by_the_other(scene: Path, two: Two, alone: dict[str, bytes]) -> None:
     result = two(lambda processes: os.kill(processes[0], signal.SIGKILL))
     assert result.exit_code == 0, result.output
     assert "process 1 on cpu is lost (killed by signal 9)" in result.stderr
@@ -123,7 +123,7 @@ def test_a_process_that_is_killed_gives_its_images_to_the_other(scene: Path, two
 
 
 @pytest.mark.slow
-def test_a_lost_device_gives_its_images_to_the_other(
+def test_images_of_a_lost_device_are_matted_by_the_other(
     icm: Icm, scene: Path, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(matting, "EngineSetup", LosingSetup)
@@ -140,7 +140,7 @@ def test_a_lost_device_gives_its_images_to_the_other(
 @pytest.mark.parametrize(
     ("work", "message"), [(FullDisk, "no space left on the device"), (Unloadable, "no such model")]
 )
-def test_an_error_that_is_no_device_s_ends_all(
+def test_other_errors_end_the_run(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, work: type, message: str
 ) -> None:
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", 3)
@@ -155,7 +155,7 @@ def test_an_error_that_is_no_device_s_ends_all(
 
 
 @pytest.mark.slow
-def test_where_all_are_lost_the_run_says_so(icm: Icm, scene: Path, two: Two, alone: dict[str, bytes]) -> None:
+def test_loss_of_all_devices_is_reported(icm: Icm, scene: Path, two: Two, alone: dict[str, bytes]) -> None:
     result = two(lambda processes: [os.kill(pid, signal.SIGKILL) for pid in processes])
     assert result.exit_code == 3, result.output
     assert "no device is left (process 1 on cpu: killed by signal 9; process 2 on cpu: killed by" in result.stderr
@@ -166,7 +166,7 @@ def test_where_all_are_lost_the_run_says_so(icm: Icm, scene: Path, two: Two, alo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "is_to_all", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])
-def test_a_signal_finishes_the_writes_of_all(
+def test_signal_lets_all_processes_finish_their_writes(
     scene: Path, two: Two, alone: dict[str, bytes], number: signal.Signals, is_to_all: bool, code: int
 ) -> None:
     seen = []
@@ -187,7 +187,7 @@ def test_a_signal_finishes_the_writes_of_all(
 
 
 @pytest.mark.slow
-def test_where_the_run_itself_is_killed_its_processes_end_and_tear_nothing(
+def test_processes_exit_when_the_run_is_killed_and_leave_no_partial_files(
     scene: Path, small_model: Path, alone: dict[str, bytes]
 ) -> None:
     given = {"ref": scene / "ref.png", "mask": scene / "mask.png", "src": scene / "many", "out": scene / "out"}
@@ -221,7 +221,7 @@ def test_where_the_run_itself_is_killed_its_processes_end_and_tear_nothing(
         ("cuda,cuda:0", 2, "contains a device twice"),
     ],
 )
-def test_devices_that_cannot_work_together(
+def test_incompatible_devices_are_refused(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, device: str, code: int, message: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -233,7 +233,7 @@ def test_devices_that_cannot_work_together(
     assert not (scene / "out").exists()
 
 
-def test_every_gpu_where_there_is_none(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_gpus_without_a_gpu_is_an_error(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     result = icm(device="cuda:all")
     assert result.exit_code == 3

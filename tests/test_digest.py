@@ -73,7 +73,7 @@ def others(value: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("preset", sorted(preset_paths()))
-def test_every_number_of_a_preset_decides(preset: str) -> None:
+def test_digest_depends_on_every_setting_of_a_preset(preset: str) -> None:
     mapping: Any = read_yaml(preset_paths()[preset])
     given = {key: mapping[key] for key in MODEL_KEYS if key in mapping}
     whole = listed(parse_model_config(given, "test").as_dict())  # with the defaults
@@ -92,6 +92,6 @@ def test_every_number_of_a_preset_decides(preset: str) -> None:
             pytest.fail(f"no other number is allowed at {place}")
 
 
-def test_dtype_decides() -> None:
+def test_digest_depends_on_the_dtype() -> None:
     model = {"backbone": {"name": "efficientnet-lite"}, "head": {"name": "training-free"}}
     assert digest(model) != digest(model, dtype="bfloat16")

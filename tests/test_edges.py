@@ -41,7 +41,7 @@ def disc(side: int, radius: float) -> Float:
 
 
 class TestTrimap:
-    def test_unknown_lies_along_the_edge_on_both_sides(self) -> None:
+    def test_unknown_region_is_on_both_sides_of_the_edge(self) -> None:
         coarse = disc(50, 12)
         trimap = trimap_of_coarse(coarse, (200, 200), 0.05)
         assert set(np.unique(trimap)) == {0.0, 0.5, 1.0}
@@ -52,7 +52,7 @@ class TestTrimap:
         assert not unknown[(at < 32) | (at > 64)].any()
         assert (trimap[~unknown] == fine[~unknown]).all()
 
-    def test_a_thing_thinner_than_the_band_keeps_a_foreground(self) -> None:
+    def test_object_thinner_than_the_band_keeps_a_foreground(self) -> None:
         coarse = np.zeros((100, 100), np.float32)
         coarse[40:44, 10:90] = 1.0
         coarse[60:95, 10:60] = 1.0
@@ -61,12 +61,12 @@ class TestTrimap:
         assert (trimap[60:95] == 1.0).sum() < 35 * 50 / 2  # a thick one has the whole band
 
     @pytest.mark.parametrize("level", [0.0, 1.0])
-    def test_without_an_edge_nothing_is_unknown(self, level: float) -> None:
+    def test_alpha_without_edge_has_no_unknown_region(self, level: float) -> None:
         assert (trimap_of_coarse(np.full((9, 7), level, np.float32), (90, 70), 0.02) == level).all()
 
     @given(seed=st.integers(0, 2**31), height=st.integers(1, 60), width=st.integers(1, 60))
     @settings(max_examples=50, deadline=None)
-    def test_what_is_sure_agrees_with_the_coarse_alpha(self, seed: int, height: int, width: int) -> None:
+    def test_known_region_agrees_with_the_coarse_alpha(self, seed: int, height: int, width: int) -> None:
         coarse = np.random.default_rng(seed).choice(np.float32([0.0, 0.05, 0.5, 0.95, 1.0]), size=(7, 9))
         trimap = trimap_of_coarse(coarse, (height, width), 0.01)
         alpha = resize(coarse, (height, width))
@@ -115,7 +115,7 @@ class AlternatingNetwork(nn.Module):
 
 
 class TestVitMatte:
-    def test_seams_stay_below_a_step_of_eight_bits(self) -> None:
+    def test_seams_are_below_one_level_of_8_bits(self) -> None:
         """The default tiles, a network that answers 0 and 1 in turns, everything unknown but for the corners."""
         edges = VitMatteEdges(VitMatteEdgesConfig(), AlternatingNetwork())
         coarse = np.full((30, 40), 0.5, np.float32)
@@ -125,7 +125,7 @@ class TestVitMatte:
         for axis in (0, 1):
             assert np.abs(np.diff(alpha, axis=axis)).max() < 1 / 255
 
-    def test_the_network_is_asked_where_something_is_unknown_and_nowhere_else(self) -> None:
+    def test_network_runs_only_on_the_unknown_region(self) -> None:
         edges = VitMatteEdges(VitMatteEdgesConfig(tile_px=128, overlap_px=32), AlternatingNetwork())
         coarse = np.zeros((400, 400), np.float32)
         coarse[30:60, 30:60] = 1.0
@@ -134,7 +134,7 @@ class TestVitMatte:
         assert alpha[45, 45] == 1.0
         assert alpha[200:].max() == 0.0
 
-    def test_preprocessing_is_that_of_the_published_processor(self, folder: Path) -> None:
+    def test_preprocessing_equals_the_published_processor(self, folder: Path) -> None:
         """Against transformers' own NumPy processor: statistics, the trimap's channel, zeros up to 32 px."""
         try:
             from transformers.models.vitmatte.image_processing_pil_vitmatte import VitMatteImageProcessorPil
@@ -150,7 +150,7 @@ class TestVitMatte:
         torch.testing.assert_close(ours, theirs["pixel_values"].float(), atol=3e-3, rtol=0)  # 128 of 255 is unknown
 
     @pytest.mark.parametrize("size", [(50, 70), (129, 40), (96, 96), (1, 1)])
-    def test_it_is_the_network_s_answer_on_the_unknown(self, folder: Path, size: tuple[int, int]) -> None:
+    def test_unknown_region_has_the_output_of_the_network(self, folder: Path, size: tuple[int, int]) -> None:
         edges = network(folder)
         rgb = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
         coarse = disc(20, 6)
@@ -163,10 +163,10 @@ class TestVitMatte:
             solved = edges.solve(rgb, torch.from_numpy(trimap)).numpy()
             np.testing.assert_allclose(alpha[trimap == 0.5], solved[trimap == 0.5], atol=1e-6)
 
-    def test_an_absent_thing_stays_absent(self, folder: Path) -> None:
+    def test_absent_object_stays_absent(self, folder: Path) -> None:
         assert refine_alpha(network(folder), np.zeros((40, 60, 3), np.uint8), np.zeros((4, 6), np.float32)).max() == 0
 
-    def test_in_tiles_a_real_network_gives_every_pixel(self, folder: Path) -> None:
+    def test_tiled_inference_covers_every_pixel(self, folder: Path) -> None:
         edges = network(folder, tile_px=96, overlap_px=32)
         rgb = np.random.default_rng(0).integers(0, 256, (200, 250, 3), np.uint8)
         alpha = refine_alpha(edges, rgb, disc(50, 15))
@@ -174,7 +174,7 @@ class TestVitMatte:
         assert 0 <= alpha.min() <= alpha.max() <= 1
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_low_precision_is_near(self, folder: Path, dtype: torch.dtype) -> None:
+    def test_low_precision_is_close_to_float32(self, folder: Path, dtype: torch.dtype) -> None:
         rgb = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
         exact, low = network(folder), network(folder)
         low.set_dtype(dtype, dtype)
@@ -182,13 +182,13 @@ class TestVitMatte:
         pair = [refine_alpha(each, rgb, disc(30, 9)) for each in (exact, low)]
         assert np.abs(pair[0] - pair[1]).max() < 0.02
 
-    def test_weights_that_are_not_here_say_what_to_get(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_weights_error_says_what_to_download(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         said = r"hustvl/vitmatte-small-composition-1k.*103 MB.*hf download.*--edges-weights FOLDER"
         with pytest.raises(ConfigError, match=said):
             VitMatteEdges.load(VitMatteEdgesConfig(), offline=True)
 
-    def test_another_kind_of_model_is_refused(self, folder: Path, tmp_path: Path) -> None:
+    def test_other_model_type_is_refused(self, folder: Path, tmp_path: Path) -> None:
         copy = Path(shutil.copytree(folder, tmp_path / "copy"))
         (copy / "config.json").write_text(json.dumps({"model_type": "vitdet"}))
         with pytest.raises(ConfigError, match="'vitdet'; expected vitmatte"):
@@ -202,14 +202,14 @@ class TestVitMatte:
             ({"tile_px": 96, "overlap_px": 33}, "a third of tile_px"),
         ],
     )
-    def test_settings_out_of_range(self, changes: dict[str, Any], said: str) -> None:
+    def test_settings_out_of_range_are_reported(self, changes: dict[str, Any], said: str) -> None:
         with pytest.raises(ConfigError, match=said):
             VitMatteEdgesConfig(**changes)
 
 
 class TestClosedForm:
     @pytest.mark.parametrize("solve", [64, 256])
-    def test_it_finds_the_picture_s_edge(self, solve: int) -> None:
+    def test_alpha_follows_the_edge_in_the_image(self, solve: int) -> None:
         """A disc of another colour than its ground; the coarse alpha is a few pixels off."""
         truth = disc(240, 80)
         rgb = np.where(truth[..., None] > 0, np.uint8([220, 120, 30]), np.uint8([20, 60, 90])).astype(np.uint8)
@@ -218,11 +218,11 @@ class TestClosedForm:
         assert alpha.shape == (240, 240)
         assert np.abs(alpha - truth).mean() < 0.01 < np.abs(resize(coarse, (240, 240)) - truth).mean()
 
-    def test_an_absent_thing_stays_absent(self) -> None:
+    def test_absent_object_stays_absent(self) -> None:
         edges = ClosedForm(ClosedFormConfig())
         assert refine_alpha(edges, np.zeros((40, 60, 3), np.uint8), np.zeros((4, 6), np.float32)).max() == 0
 
-    def test_settings_out_of_range(self) -> None:
+    def test_settings_out_of_range_are_reported(self) -> None:
         with pytest.raises(ConfigError, match="at least 64"):
             ClosedFormConfig(solve_long_side_px=8)
         with pytest.raises(ConfigError, match=r"below 0\.5"):
@@ -236,7 +236,7 @@ class TestOption:
     def choice(**options: Any) -> ModelChoice:
         return model_choice("lite-training-free", **{"dtype": "float32", **options})
 
-    def test_each_choice_gives_alphas_of_its_own(self, icm: Icm, scene: Path, folder: Path) -> None:
+    def test_each_choice_of_edges_gives_different_alphas(self, icm: Icm, scene: Path, folder: Path) -> None:
         assert icm(out=scene / "model").exit_code == 0
         assert icm(out=scene / "closed", edges="closed-form").exit_code == 0
         ended = icm("--verbose", out=scene / "vitmatte", edges="vitmatte", edges_weights=folder)
@@ -249,7 +249,7 @@ class TestOption:
         for each in ("closed", "vitmatte"):
             assert read(scene / each / name).shape == read(scene / "imgs" / "wall.jpg").shape[:2]
 
-    def test_weights_in_two_files_give_the_same_alphas(self, icm: Icm, scene: Path, folder: Path) -> None:
+    def test_sharded_weights_give_the_same_alphas(self, icm: Icm, scene: Path, folder: Path) -> None:
         """Transformer and ViTMatte of two files each, with an index, by the options of the command."""
         dino = write_tiny_dino(scene / "dino")
         model = scene / "dino.yaml"
@@ -265,7 +265,7 @@ class TestOption:
         assert np.array_equal(made, again)
         assert made.std() > 0
 
-    def test_eval_takes_the_same_choice(self, evaluate: Icm, folder: Path, tmp_path: Path) -> None:
+    def test_eval_accepts_the_edges_options(self, evaluate: Icm, folder: Path, tmp_path: Path) -> None:
         """Other edges give other scores, and the reports name them."""
         given: dict[str, dict[str, Any]] = {"model": {}, "closed": {"edges": "closed-form"}}
         given["vitmatte"] = {"edges": "vitmatte", "edges_weights": folder}
@@ -279,12 +279,12 @@ class TestOption:
         assert "training-free + vitmatte" in (tmp_path / "vitmatte.html").read_text()
         assert json.loads((tmp_path / "closed.json").read_text())["settings"]["model"]["edges"]["name"] == "closed-form"
 
-    def test_eval_refuses_edges_weights_that_nothing_reads(self, evaluate: Icm, folder: Path) -> None:
+    def test_eval_refuses_unused_edges_weights(self, evaluate: Icm, folder: Path) -> None:
         ended = evaluate(edges="closed-form", edges_weights=folder)
         assert ended.exit_code == 2
         assert "has no effect" in ended.stderr
 
-    def test_other_edges_make_alphas_again(self, icm: Icm, scene: Path, folder: Path) -> None:
+    def test_other_edges_recompute_alphas(self, icm: Icm, scene: Path, folder: Path) -> None:
         def statuses(**options: Any) -> set[str]:
             report = scene / "report.json"
             assert icm(report=report, **options).exit_code == 0
@@ -294,7 +294,7 @@ class TestOption:
         assert statuses(edges="closed-form") == {"kept"}
         assert statuses(edges="vitmatte", edges_weights=folder) == {"done"}
 
-    def test_the_digest_knows_edges_and_their_weights(self, folder: Path, tmp_path: Path) -> None:
+    def test_digest_depends_on_edges_and_their_weights(self, folder: Path, tmp_path: Path) -> None:
         other = write_tiny_vitmatte(tmp_path / "other", seed=1)
         options: list[dict[str, Any]] = [
             {},
@@ -306,14 +306,16 @@ class TestOption:
         assert len(set(digests)) == 4
         assert self.choice(edges="model").digester()([]) == digests[0]
 
-    def test_the_same_weights_elsewhere_and_other_content_there(self, folder: Path, tmp_path: Path) -> None:
+    def test_digest_depends_on_the_content_of_the_weights_only(self, folder: Path, tmp_path: Path) -> None:
         copy = Path(shutil.copytree(folder, tmp_path / "copy"))
         before = self.choice(edges="vitmatte", edges_weights=str(copy)).digester()([])
         path = copy / "preprocessor_config.json"
         path.write_text(path.read_text() + " ")
         assert self.choice(edges="vitmatte", edges_weights=str(copy)).digester()([]) != before
 
-    def test_a_head_that_solves_leaves_it_to_the_edges(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    def test_head_with_solver_leaves_refinement_to_the_edges(
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path
+    ) -> None:
         monkeypatch.setattr(
             "icm_cli.model.training_free.head.solve_alpha", lambda *_: pytest.fail("solved, and solved again")
         )
@@ -324,7 +326,7 @@ class TestOption:
         mask[20:60, 20:60] = True
         assert predictor.matte(rgb, predictor.reference([(rgb, mask)])).max() == 255
 
-    def test_it_takes_the_place_of_a_checkpoint_s_edges(self, folder: Path) -> None:
+    def test_option_replaces_the_edges_of_a_checkpoint(self, folder: Path) -> None:
         assert load("lite", device="cpu", edges="vitmatte", edges_weights=str(folder)).model.edges is not None
 
     @pytest.mark.parametrize(
@@ -335,6 +337,6 @@ class TestOption:
             ({"edges": "closed-form", "edges_weights": "x"}, "so --edges-weights 'x' has no effect"),
         ],
     )
-    def test_wrong_usage(self, options: dict[str, str], said: str) -> None:
+    def test_invalid_options_are_refused(self, options: dict[str, str], said: str) -> None:
         with pytest.raises(UsageError, match=said):
             self.choice(**options)

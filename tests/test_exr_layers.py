@@ -68,21 +68,21 @@ def multipart(path: Path, *parts: tuple[str, Channels]) -> Path:
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(name or "one" for name, _ in value),
 )
-def test_the_picture_is_found(tmp_path: Path, parts: list[tuple[str, Channels]], layer: str) -> None:
+def test_image_layer_is_selected(tmp_path: Path, parts: list[tuple[str, Channels]], layer: str) -> None:
     path = multipart(tmp_path / "a.exr", *parts)
     picture = read_image(path, ColourSettings(layer=layer))
     assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
     assert picture.alpha is None
 
 
-def test_a_choice_among_several_is_told(tmp_path: Path) -> None:
+def test_choice_among_several_layers_is_reported(tmp_path: Path) -> None:
     both = {**colours(OTHER, "a."), **colours(PICTURE, "b.")}
     (notice,) = read_image(multipart(tmp_path / "a.exr", ("", both))).notices
     assert "has the layers a, b; a is used; give --layer to use another one" in notice
     assert not read_image(multipart(tmp_path / "b.exr", ("", colours(PICTURE, "a.")))).notices
 
 
-def test_a_layer_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
+def test_missing_layer_error_lists_available_layers(tmp_path: Path) -> None:
     one = {**colours(PICTURE), **colours(OTHER, "diffuse."), **DEPTH}
     path = multipart(tmp_path / "a.exr", ("", one))
     with pytest.raises(
@@ -105,7 +105,7 @@ def test_a_layer_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
     ],
     ids="+".join,
 )
-def test_depth_and_ids_alone_are_no_picture(icm: Icm, scene: Path, channels: Channels) -> None:
+def test_file_with_depth_and_ids_only_is_refused(icm: Icm, scene: Path, channels: Channels) -> None:
     (scene / "exr").mkdir()
     multipart(scene / "exr" / "a.exr", ("", channels))
     result = icm("--quiet", src=scene / "exr")
@@ -119,17 +119,17 @@ def test_depth_and_ids_alone_are_no_picture(icm: Icm, scene: Path, channels: Cha
 
 
 @pytest.mark.parametrize("name", ["Y", "grid", "solid", "matte", "R"])
-def test_a_single_grey_is_a_picture(tmp_path: Path, name: str) -> None:
+def test_single_grey_channel_is_an_image(tmp_path: Path, name: str) -> None:
     path = multipart(tmp_path / "a.exr", ("depth", {"depth.Z": 50 * NOISE}), ("grey", {name: PICTURE[..., 0]}))
     assert np.abs(read_image(path).rgb[..., 0].astype(int) - RGB[..., 0]).max() <= 1
 
 
-def test_a_mask_may_be_of_ids(tmp_path: Path) -> None:
+def test_mask_may_consist_of_ids(tmp_path: Path) -> None:
     stored = read_stored_pixels(multipart(tmp_path / "a.exr", ("", {"id": np.round(NOISE)})))
     assert (stored.values == np.round(NOISE)).all()
 
 
-def test_a_cryptomatte_beside_a_picture_is_passed_over(tmp_path: Path) -> None:
+def test_cryptomatte_layers_are_ignored(tmp_path: Path) -> None:
     crypto = {f"CryptoObject00.{name}": NOISE for name in "RGBA"}
     picture = read_image(multipart(tmp_path / "a.exr", ("", {**crypto, **colours(PICTURE, "out.")})))
     assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
@@ -137,12 +137,12 @@ def test_a_cryptomatte_beside_a_picture_is_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [{"matte": NOISE}, {"A": NOISE, "Z": DEPTH["Z"]}, {"Y": NOISE, "RY": 0 * NOISE}])
-def test_a_single_grey_is_read(tmp_path: Path, channels: Channels) -> None:
+def test_single_grey_channel_is_read(tmp_path: Path, channels: Channels) -> None:
     matte = read_alpha(multipart(tmp_path / "a.exr", ("", channels)))
     assert np.abs(matte / 255.0 - NOISE).max() <= 0.51 / 255
 
 
-def test_a_layer_has_its_own_alpha_and_windows(tmp_path: Path) -> None:
+def test_layer_has_its_own_alpha_and_windows(tmp_path: Path) -> None:
     small = {**colours(PICTURE[:20, :30]), "A": NOISE[:20, :30]}
     path = multipart(tmp_path / "a.exr", ("depth", DEPTH), ("rgba", small))
     picture = read_image(path)
@@ -152,7 +152,7 @@ def test_a_layer_has_its_own_alpha_and_windows(tmp_path: Path) -> None:
     assert image_size(path) == (SIDE, SIDE)
 
 
-def test_the_option_decides_the_alpha_and_is_part_of_its_digest(icm: Icm, scene: Path) -> None:
+def test_layer_option_affects_alpha_and_digest(icm: Icm, scene: Path) -> None:
     rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
     (scene / "exr").mkdir()
     multipart(scene / "exr" / "a.exr", ("", {**colours(np.full_like(rgb, 0.2)), **colours(rgb, "beauty.")}))
@@ -169,7 +169,7 @@ def test_the_option_decides_the_alpha_and_is_part_of_its_digest(icm: Icm, scene:
     assert "has no layer 'beuaty' with R, G and B; expected one of: RGB, beauty" in " ".join(result.stderr.split())
 
 
-def test_references_have_a_layer_of_their_own(icm: Icm, scene: Path) -> None:
+def test_references_have_a_separate_layer_option(icm: Icm, scene: Path) -> None:
     rgb = linear(read(scene / "ref.png")[..., 2::-1])
     ref = multipart(scene / "ref.exr", ("", colours(rgb)))
     multipart(scene / "a.exr", ("", colours(rgb, "beauty.")))

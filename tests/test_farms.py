@@ -31,7 +31,7 @@ def plates(scene: Path) -> Path:
     return folder
 
 
-def test_shards_together_make_what_one_run_makes(icm: Icm, scene: Path) -> None:
+def test_shards_together_equal_a_single_run(icm: Icm, scene: Path) -> None:
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", 7)
     assert icm(src=scene / "many", out=scene / "whole").exit_code == 0
     counts = []
@@ -43,7 +43,7 @@ def test_shards_together_make_what_one_run_makes(icm: Icm, scene: Path) -> None:
     assert alphas(scene / "out") == alphas(scene / "whole")
 
 
-def test_a_shard_may_be_empty(icm: Icm, scene: Path) -> None:
+def test_empty_shard_succeeds(icm: Icm, scene: Path) -> None:
     results = [icm("--shard", f"{number}/40", src=scene / "imgs" / "wall.jpg") for number in range(1, 41)]
     assert [result.exit_code for result in results] == [0] * 40
     assert sorted(alphas(scene / "out")) == ["wall.png"]
@@ -59,7 +59,7 @@ def test_a_shard_may_be_empty(icm: Icm, scene: Path) -> None:
         (("--include", "sh.1001.*"), "a reference or its mask (1), excluded by --include or --exclude (3)"),
     ],
 )
-def test_a_chunk_may_be_empty(icm: Icm, scene: Path, plates: Path, flags: tuple[str, str], why: str) -> None:
+def test_empty_chunk_succeeds(icm: Icm, scene: Path, plates: Path, flags: tuple[str, str], why: str) -> None:
     shutil.copy(scene / "ref.png", plates / "sh.1001.jpg")
     result = icm(*flags, ref=plates / "sh.1001.jpg", src=plates / "sh.####.jpg", report=scene / "r.json")
     assert result.exit_code == 0, result.output
@@ -69,12 +69,12 @@ def test_a_chunk_may_be_empty(icm: Icm, scene: Path, plates: Path, flags: tuple[
     assert not list((scene / "out").iterdir())
 
 
-def test_a_chunk_without_truths_to_read_is_empty_too(icm: Icm, scene: Path, plates: Path) -> None:
+def test_empty_chunk_reads_no_ground_truth(icm: Icm, scene: Path, plates: Path) -> None:
     shutil.copytree(plates, scene / "gt")
     assert icm("--exclude", "*", src=plates, gt=scene / "gt").exit_code == 0
 
 
-def test_an_alpha_of_another_source_is_not_overwritten(icm: Icm, scene: Path) -> None:
+def test_alpha_of_another_source_is_not_overwritten(icm: Icm, scene: Path) -> None:
     other = scene / "other"
     other.mkdir()
     shutil.copy(scene / "imgs" / "pad.0101.png", other / "wall.jpg")
@@ -92,7 +92,7 @@ def test_an_alpha_of_another_source_is_not_overwritten(icm: Icm, scene: Path) ->
     assert alphas(scene / "out") != before
 
 
-def test_a_folder_that_moved_is_the_same_source(icm: Icm, scene: Path) -> None:
+def test_moved_folder_is_the_same_source(icm: Icm, scene: Path) -> None:
     assert icm().exit_code == 0
     before = {path: path.stat().st_mtime_ns for path in (scene / "out").rglob("*.png")}
     (scene / "imgs").rename(scene / "moved")
@@ -103,7 +103,7 @@ def test_a_folder_that_moved_is_the_same_source(icm: Icm, scene: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (scene / "out").rglob("*.png")} == before
 
 
-def test_a_changed_turn_is_noticed_where_size_and_time_are_the_same(icm: Icm, scene: Path) -> None:
+def test_changed_orientation_is_detected_despite_equal_size_and_time(icm: Icm, scene: Path) -> None:
     picture = scene / "imgs" / "wall.jpg"
     for orientation in (1, 6):
         exif = Image.Exif()
@@ -122,7 +122,7 @@ def test_a_changed_turn_is_noticed_where_size_and_time_are_the_same(icm: Icm, sc
     assert alphas(scene / "out") != before
 
 
-def test_frames_in_and_out_keep_their_numbers(icm: Icm, scene: Path, plates: Path) -> None:
+def test_output_frames_keep_their_numbers(icm: Icm, scene: Path, plates: Path) -> None:
     result = icm(src=plates / "sh.####.jpg", out=scene / "mattes" / "sh_matte.####.exr")
     assert result.exit_code == 0, result.output
     assert "no frame 1003" in result.stderr
@@ -149,7 +149,7 @@ def test_missing_frames(icm: Icm, scene: Path, plates: Path, missing: str, code:
 
 
 @pytest.mark.parametrize("missing", ["report", "error"])
-def test_a_frame_that_is_excluded_is_not_missing(icm: Icm, scene: Path, plates: Path, missing: str) -> None:
+def test_excluded_frame_is_not_missing(icm: Icm, scene: Path, plates: Path, missing: str) -> None:
     shutil.copy(plates / "sh.1002.jpg", plates / "sh.1003.jpg")
     result = icm("--missing", missing, "--exclude", "*1004*", src=plates / "sh.####.jpg")
     assert result.exit_code == 0, result.output
@@ -159,9 +159,7 @@ def test_a_frame_that_is_excluded_is_not_missing(icm: Icm, scene: Path, plates: 
     assert icm("--missing", missing, "--exclude", "*1004*", src=plates / "sh.####.jpg").exit_code > 0
 
 
-def test_brackets_in_the_name_of_frames_stand_for_themselves_where_no_file_fits_otherwise(
-    icm: Icm, scene: Path, plates: Path
-) -> None:
+def test_brackets_in_frame_names_are_literal_if_no_glob_matches(icm: Icm, scene: Path, plates: Path) -> None:
     for path in list(plates.iterdir()):
         path.rename(path.with_name(path.name.replace("sh", "sh [a]")))
     assert icm(src=plates / "sh [a].####.jpg").exit_code == 0
@@ -169,7 +167,7 @@ def test_brackets_in_the_name_of_frames_stand_for_themselves_where_no_file_fits_
 
 
 @pytest.mark.parametrize("name", ["sh.998.jpg", "sh.-0001.jpg", "sh.00998.jpg"])
-def test_frames_whose_number_does_not_fit_are_told(icm: Icm, plates: Path, name: str) -> None:
+def test_frames_with_other_numbers_are_reported(icm: Icm, plates: Path, name: str) -> None:
     shutil.copy(plates / "sh.1002.jpg", plates / name)
     result = icm("--dry-run", src=plates / "sh.####.jpg")
     assert result.exit_code == 0, result.output
@@ -179,14 +177,14 @@ def test_frames_whose_number_does_not_fit_are_told(icm: Icm, plates: Path, name:
     assert ("negative frame numbers are not supported" in folder.stderr) == ("-" in name)
 
 
-def test_several_shots_into_one_pattern_are_refused_with_a_way_out(icm: Icm, scene: Path, plates: Path) -> None:
+def test_several_shots_into_one_pattern_are_refused(icm: Icm, scene: Path, plates: Path) -> None:
     shutil.copy(plates / "sh.1002.jpg", plates / "other.1002.jpg")
     result = icm(src=plates, out=scene / "mattes" / "m.####.png")
     assert result.exit_code == 2
     assert "give a folder as --out, not a pattern of frames" in result.stderr
 
 
-def test_a_frame_that_fails_says_that_its_earlier_alpha_stays(icm: Icm, scene: Path, plates: Path) -> None:
+def test_failed_frame_reports_that_its_earlier_alpha_is_kept(icm: Icm, scene: Path, plates: Path) -> None:
     assert icm(src=plates / "sh.####.jpg").exit_code == 0
     before = alphas(scene / "out")
     (plates / "sh.1004.jpg").write_bytes(b"")
@@ -203,7 +201,7 @@ def test_a_frame_that_fails_says_that_its_earlier_alpha_stays(icm: Icm, scene: P
     assert "no such frame; add it and run again; its earlier alpha" in missing
 
 
-def test_truths_may_be_frames(icm: Icm, scene: Path, plates: Path) -> None:
+def test_ground_truth_may_be_a_frame_pattern(icm: Icm, scene: Path, plates: Path) -> None:
     (scene / "gt").mkdir()
     assert icm(src=plates).exit_code == 0
     for number in (1001, 1004):
@@ -243,7 +241,9 @@ def test_openjd_progress(icm: Icm, scene: Path) -> None:
         (("--frames", "1-999999999"), "has too many frames; expected 10000000 at most"),
     ],
 )
-def test_wrong_usage_has_its_line_too(icm: Icm, way: tuple[str, ...], flags: tuple[str, ...], message: str) -> None:
+def test_usage_errors_are_printed_for_farms(
+    icm: Icm, way: tuple[str, ...], flags: tuple[str, ...], message: str
+) -> None:
     result = icm(*way, *flags)
     assert result.exit_code == 2
     (line,) = result.stdout.splitlines()
@@ -269,7 +269,7 @@ def test_json_progress(icm: Icm, scene: Path) -> None:
     assert icm("--progress", "jsn").exit_code == 2
 
 
-def test_a_run_that_is_interrupted_says_no_exit_code_but_the_error_s(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_run_reports_the_exit_code_of_the_error(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -282,13 +282,13 @@ def test_a_run_that_is_interrupted_says_no_exit_code_but_the_error_s(icm: Icm, m
     assert result.exit_code == 130
 
 
-def test_progress_none_tells_of_no_image(icm: Icm) -> None:
+def test_progress_none_prints_no_images(icm: Icm) -> None:
     assert "wall" in icm("--progress", "plain").stderr
     assert "wall" not in icm("--overwrite", "--progress", "none").stderr
 
 
 @pytest.mark.slow
-def test_the_openjd_template_of_the_docs_runs(scene: Path, small_model: Path) -> None:
+def test_openjd_template_of_the_docs_runs(scene: Path, small_model: Path) -> None:
     """The real checker and runner of OpenJD take it, shard after shard."""
     assert JOB is not None
     template = scene / "icm.yaml"
@@ -309,7 +309,7 @@ def test_the_openjd_template_of_the_docs_runs(scene: Path, small_model: Path) ->
     assert sorted(alphas(scene / "out")) == ["pad.0101.png", "sub/deep.png", "wall.png"]
 
 
-def test_the_slurm_script_of_the_docs_is_a_shell_script() -> None:
+def test_slurm_script_of_the_docs_is_valid() -> None:
     script = re.search(r"```sh\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs" / "farms.md").read_text(), re.DOTALL)
     assert script is not None
     assert subprocess.run(["bash", "-n"], input=script[1], text=True, check=False).returncode == 0

@@ -165,7 +165,7 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
-def test_a_bad_call_is_one_sentence_and_writes_nothing(icm: Icm, scene: Path, name: str) -> None:
+def test_invalid_call_prints_one_message_and_writes_nothing(icm: Icm, scene: Path, name: str) -> None:
     code, message, damage = BAD_CALLS[name]
     result = icm(**damage(scene))  # type: ignore[arg-type]
     assert message in sentence(result.stderr)
@@ -174,7 +174,7 @@ def test_a_bad_call_is_one_sentence_and_writes_nothing(icm: Icm, scene: Path, na
 
 
 @pytest.mark.parametrize("line", [["--bogus"], ["--workers", "0"], ["--seed", "x"]])
-def test_a_bad_option_is_code_2(icm: Icm, line: list[str]) -> None:
+def test_invalid_option_exits_with_code_2(icm: Icm, line: list[str]) -> None:
     assert icm(*line).exit_code == 2
 
 
@@ -187,7 +187,7 @@ def spoil(scene: Path) -> set[str]:
     return {"cut.jpg", "zero.jpg", "text.png"}
 
 
-def test_bad_images_are_named_and_the_others_finish(icm: Icm, scene: Path) -> None:
+def test_bad_images_are_reported_and_others_are_matted(icm: Icm, scene: Path) -> None:
     spoil(scene)
     result = icm()
     assert result.exit_code == 1
@@ -196,7 +196,7 @@ def test_bad_images_are_named_and_the_others_finish(icm: Icm, scene: Path) -> No
         assert any(name in line and reason in line for line in result.stderr.splitlines()), result.stderr
 
 
-def test_pipes_loops_and_odd_names_fail_or_pass_alone(icm: Icm, scene: Path) -> None:
+def test_pipes_link_loops_and_unusual_names_affect_no_other_image(icm: Icm, scene: Path) -> None:
     os.mkfifo(scene / "imgs" / "pipe.png")
     (scene / "imgs" / "loop.png").symlink_to(scene / "imgs" / "loop.png")
     shutil.copy(scene / "imgs" / "wall.jpg", os.fsdecode(os.fsencode(scene / "imgs") + b"/odd\xff.jpg"))
@@ -208,7 +208,7 @@ def test_pipes_loops_and_odd_names_fail_or_pass_alone(icm: Icm, scene: Path) -> 
     assert b"pipe or a device" in report
 
 
-def test_fail_fast_stops_at_the_first(icm: Icm, scene: Path) -> None:
+def test_fail_fast_stops_at_the_first_failure(icm: Icm, scene: Path) -> None:
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", 12)
     (scene / "many" / "0000.jpg").write_bytes(b"")
     result = icm("--fail-fast", src=scene / "many", report=scene / "r.csv")
@@ -218,21 +218,21 @@ def test_fail_fast_stops_at_the_first(icm: Icm, scene: Path) -> None:
     assert report.count("\n") == 13
 
 
-def test_a_listed_file_that_is_gone_fails_alone(icm: Icm, scene: Path) -> None:
+def test_missing_listed_file_fails_alone(icm: Icm, scene: Path) -> None:
     (scene / "list.txt").write_text(f"{scene}/imgs/wall.jpg\n{scene}/imgs/gone.jpg\n")
     result = icm(src=scene / "list.txt", root=scene / "imgs")
     assert result.exit_code == 1
     assert list(alphas(scene / "out")) == ["wall.png"]
 
 
-def test_an_output_folder_that_cannot_be(icm: Icm, scene: Path) -> None:
+def test_invalid_output_folder_is_an_error(icm: Icm, scene: Path) -> None:
     (scene / "file").write_text("in the way")
     result = icm(out=scene / "file" / "out")
     assert result.exit_code == 3
     assert "cannot be written" in sentence(result.stderr)
 
 
-def test_a_full_disk_keeps_what_is_whole(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_keeps_complete_alphas(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", 6)
     synced = []
     real = os.fsync
@@ -257,7 +257,9 @@ def test_a_full_disk_keeps_what_is_whole(icm: Icm, scene: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("is_from_the_start", [True, False])
-def test_a_read_only_output(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, is_from_the_start: bool) -> None:
+def test_read_only_output_folder_is_an_error(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, is_from_the_start: bool
+) -> None:
     read_only = OSError(errno.EROFS, "Read-only file system")
     if is_from_the_start:
         monkeypatch.setattr(Path, "touch", Mock(side_effect=read_only))
@@ -269,7 +271,7 @@ def test_a_read_only_output(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPat
     assert len(alphas(scene / "out")) == (0 if is_from_the_start else 1)
 
 
-def test_a_source_that_vanishes_in_mid_run_fails_alone(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_deleted_during_the_run_fails_alone(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", 9)
     real = Predictor.matte_frames
 
@@ -284,7 +286,7 @@ def test_a_source_that_vanishes_in_mid_run_fails_alone(icm: Icm, scene: Path, mo
     assert len(alphas(scene / "out")) == 8
 
 
-def test_a_lost_device_keeps_what_is_whole(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_device_keeps_complete_alphas(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", 6)
     real, seen = Predictor.matte_frames, []
 
@@ -306,7 +308,7 @@ def test_a_lost_device_keeps_what_is_whole(icm: Icm, scene: Path, monkeypatch: p
     assert len(alphas(scene / "out")) == 6
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_batch_size(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", 9)
     sizes = []
     real = Predictor.matte_frames
@@ -325,7 +327,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(icm: Icm, scene: Path, monke
     assert len(alphas(scene / "out")) == 9
 
 
-def test_an_image_that_never_fits_fails_alone(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_that_does_not_fit_in_memory_fails_alone(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Predictor.matte_frames
 
     def tight(self: Predictor, frames: list[object], reference: object) -> object:
@@ -340,9 +342,7 @@ def test_an_image_that_never_fits_fails_alone(icm: Icm, scene: Path, monkeypatch
     assert sorted(alphas(scene / "out")) == ["pad.0101.png", "sub/deep.png"]
 
 
-def test_an_error_of_the_model_that_is_no_lack_of_memory_is_not_hidden(
-    icm: Icm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_model_errors_are_raised(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a defect")
 
@@ -377,7 +377,7 @@ def start_and_stop(line: list[str], out: Path, number: signal.Signals) -> subpro
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_writes_in_hand(
+def test_signal_lets_current_writes_finish(
     long_run: tuple[list[str], Path], scene: Path, number: signal.Signals, code: int
 ) -> None:
     line, out = long_run
@@ -394,7 +394,7 @@ def test_a_signal_finishes_the_writes_in_hand(
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_completed_byte_equal(long_run: tuple[list[str], Path]) -> None:
+def test_killed_run_is_completed_with_equal_bytes(long_run: tuple[list[str], Path]) -> None:
     line, out = long_run
     assert start_and_stop(line, out, signal.SIGKILL).returncode == -signal.SIGKILL
     early = alphas(out)
@@ -410,7 +410,7 @@ def test_a_killed_run_is_completed_byte_equal(long_run: tuple[list[str], Path]) 
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_output(long_run: tuple[list[str], Path]) -> None:
+def test_two_runs_can_share_an_output_folder(long_run: tuple[list[str], Path]) -> None:
     line, out = long_run
     runs = [subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
     assert [run.wait(100) for run in runs] == [0, 0], [run.stderr.read() for run in runs if run.stderr]
@@ -420,7 +420,7 @@ def test_two_processes_share_one_output(long_run: tuple[list[str], Path]) -> Non
         run.stderr.close()
 
 
-def test_a_refusal_of_openexr_is_one_sentence_about_the_output(icm: Icm, scene: Path) -> None:
+def test_openexr_write_error_names_the_output(icm: Icm, scene: Path) -> None:
     """Files may be no larger than 500 bytes here, so OpenEXR's own writes fail."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
@@ -437,7 +437,7 @@ def test_a_refusal_of_openexr_is_one_sentence_about_the_output(icm: Icm, scene: 
 
 
 @pytest.mark.parametrize("text", ["Cannot write: No space left on device.", "write error"])
-def test_a_full_disk_is_told_for_exr_and_tiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_full_disk_is_reported_for_exr_and_tiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     broken = Mock(open=Mock(return_value=False), geterror=Mock(return_value=f"{text}\n" * 7))
     monkeypatch.setattr("icm_cli.images.writing.oiio.ImageOutput", Mock(create=Mock(return_value=broken)))
     monkeypatch.setattr(shutil, "disk_usage", Mock(return_value=Mock(free=0)))
@@ -445,7 +445,7 @@ def test_a_full_disk_is_told_for_exr_and_tiff(tmp_path: Path, monkeypatch: pytes
         write_alpha(tmp_path / "a.exr", np.zeros((9, 9), np.float32), {}, OutputFormat(format="exr"))
 
 
-def test_a_name_with_a_newline_is_one_line(icm: Icm, scene: Path) -> None:
+def test_name_with_newline_is_printed_on_one_line(icm: Icm, scene: Path) -> None:
     shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "two\nlines.jpg")
     (scene / "imgs" / "bad\nname.jpg").write_bytes(b"")
     result = icm()
@@ -457,14 +457,14 @@ def test_a_name_with_a_newline_is_one_line(icm: Icm, scene: Path) -> None:
     assert all(" -> " in line for line in plan)
 
 
-def test_a_list_may_name_what_does_not_exist(icm: Icm, scene: Path) -> None:
+def test_list_may_name_missing_files(icm: Icm, scene: Path) -> None:
     (scene / "list.txt").write_text(f"{scene}/imgs/wall.jpg\n{scene}/imgs/none.jpg\n")
     result = icm(src=scene / "list.txt", root=scene)
     assert result.exit_code == 1
     assert f"failed: {scene}/imgs/none.jpg: does not exist; check the path" in result.stderr
 
 
-def test_a_folder_in_an_alpha_s_place_is_no_earlier_alpha(icm: Icm, scene: Path) -> None:
+def test_folder_at_the_output_path_is_an_error(icm: Icm, scene: Path) -> None:
     (scene / "out" / "wall.png").mkdir(parents=True)
     failed = icm()
     assert failed.exit_code == 1
@@ -472,14 +472,14 @@ def test_a_folder_in_an_alpha_s_place_is_no_earlier_alpha(icm: Icm, scene: Path)
     assert "earlier alpha" not in failed.stderr
 
 
-def test_names_that_collide_by_a_template_are_told_so(icm: Icm) -> None:
+def test_name_collisions_of_a_template_are_reported(icm: Icm) -> None:
     refused = icm("--name", "matte")
     assert refused.exit_code == 2
     assert "use more of {stem}, {frame} and {suffix} in --name" in refused.stderr
     assert "--keep-suffix" not in refused.stderr
 
 
-def test_an_empty_model_file_is_called_empty(icm: Icm, scene: Path) -> None:
+def test_empty_model_file_is_reported_as_empty(icm: Icm, scene: Path) -> None:
     (scene / "empty.yaml").write_text("")
     refused = icm(model=scene / "empty.yaml")
     assert refused.exit_code == 3
@@ -487,7 +487,7 @@ def test_an_empty_model_file_is_called_empty(icm: Icm, scene: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["png", "exr", "tiff"])
-def test_a_picture_that_icm_did_not_make_is_not_overwritten(icm: Icm, scene: Path, form: str) -> None:
+def test_image_not_made_by_icm_is_not_overwritten(icm: Icm, scene: Path, form: str) -> None:
     out = scene / "out" / f"wall.{'tif' if form == 'tiff' else form}"
     assert icm("--format", form, src=scene / "imgs" / "wall.jpg").exit_code == 0
     made = out.read_bytes()
@@ -505,7 +505,7 @@ def test_a_picture_that_icm_did_not_make_is_not_overwritten(icm: Icm, scene: Pat
 
 
 @pytest.mark.parametrize(("side", "code"), [("target", 1), ("reference", 3)])
-def test_features_that_are_not_finite_are_told(
+def test_features_that_are_not_finite_are_reported(
     icm: Icm, scene: Path, side: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = getattr(EfficientNetLite, side)

@@ -20,7 +20,7 @@ def _forget_the_cache_folder() -> Iterator[None]:
     files.cache_folder.cache_clear()
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with contextlib.suppress(ZeroDivisionError), files.atomic_write(path) as file:
@@ -42,14 +42,14 @@ def test_only_temporaries_of_dead_processes_are_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {mine.name, fresh.name, ".other.tmp"}
 
 
-def test_the_cache_moves_where_it_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_falls_back_to_a_writable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("ICM_CACHE", str(tmp_path / "file" / "no"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert files.cache_folder() == tmp_path / "xdg" / "icm"
 
 
-def test_a_user_without_a_home_has_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_works_without_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -60,7 +60,7 @@ def test_a_user_without_a_home_has_a_cache(tmp_path: Path, monkeypatch: pytest.M
     assert files.cache_folder().parent == tmp_path
 
 
-def test_a_digest_follows_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digest_depends_on_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ICM_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "weights"
     path.write_bytes(b"one")

@@ -61,21 +61,21 @@ def write_psd(path: Path, rgb: np.ndarray) -> Path:
     return path
 
 
-def test_eight_bit_psd(tmp_path: Path) -> None:
+def test_psd_of_8_bits_is_read(tmp_path: Path) -> None:
     path = write_psd(tmp_path / "a.psd", RGB)
     assert difference(path) == 0
     assert image_size(path) == (SIDE, SIDE)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.dpx", "a.sgi", "a.jxl", "a.bmp", "a.tga", "a.jp2"])
-def test_eight_bits(tmp_path: Path, name: str) -> None:
+def test_images_of_8_bits_are_read(tmp_path: Path, name: str) -> None:
     path = written(tmp_path / name, RGB, "uint8", **({"compression": "jpegxl:100"} if name == "a.jxl" else {}))
     assert difference(path) <= (3 if name in ("a.jp2", "a.jxl") else 0)
     assert image_size(path) == (SIDE, SIDE)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.dpx"])
-def test_sixteen_bits(tmp_path: Path, name: str) -> None:
+def test_images_of_16_bits_are_read(tmp_path: Path, name: str) -> None:
     assert difference(written(tmp_path / name, DEEP, "uint16")) == 0
 
 
@@ -98,7 +98,7 @@ def negative(folder: Path, pixels: np.ndarray) -> Path:
     return path
 
 
-def test_a_negative_is_inverted(tmp_path: Path) -> None:
+def test_inverted_greyscale_is_corrected(tmp_path: Path) -> None:
     path = negative(tmp_path, 65535 - DEEP[..., :1])
     assert difference(path, expected=np.repeat(RGB[..., :1], 3, -1)) == 0
 
@@ -109,7 +109,7 @@ def test_exr_is_linear(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_one_picture_in_five_spaces_gives_one_alpha(icm: Icm, scene: Path) -> None:
+def test_image_in_five_colour_spaces_gives_one_alpha(icm: Icm, scene: Path) -> None:
     """PNG in sRGB, 16-bit TIFF, linear EXR, ACEScg EXR, LogC DPX: within 2 of 255."""
     import PyOpenColorIO
 
@@ -141,7 +141,7 @@ def test_one_picture_in_five_spaces_gives_one_alpha(icm: Icm, scene: Path) -> No
         assert np.abs(alpha - made["png"]).max() <= 2, name
 
 
-def test_a_view_and_exposure_decide(tmp_path: Path) -> None:
+def test_view_and_exposure_affect_the_alpha(tmp_path: Path) -> None:
     path = written(tmp_path / "a.exr", 4.0 * linear(RGB), "half")
     assert difference(path, ColourSettings(exposure=-2.0)) <= 1
     tone_mapped = read_image(path, ColourSettings(view="ACES 2.0 - SDR 100 nits (Rec.709)")).rgb
@@ -151,7 +151,7 @@ def test_a_view_and_exposure_decide(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("space", ["lin_rec709_scene", "ACEScg", "ARRI LogC3 (EI800)"])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_a_view_is_that_of_the_plain_processor(space: str, scale: float) -> None:
+def test_view_equals_the_ocio_processor(space: str, scale: float) -> None:
     """As OpenColorIO gives it in float, of light far above 1 too; the pixels themselves are left alone."""
     import PyOpenColorIO as ocio
 
@@ -183,7 +183,7 @@ def test_a_view_is_that_of_the_plain_processor(space: str, scale: float) -> None
         (ColourSettings(config="none.ocio"), "none.ocio cannot be used"),
     ],
 )
-def test_a_wrong_name_is_a_sentence(colour: ColourSettings, message: str) -> None:
+def test_unknown_colour_names_are_reported(colour: ColourSettings, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         colour.validate()
 
@@ -228,7 +228,7 @@ def profiled(path: Path, pixels: np.ndarray, kind: str, profile: bytes, **attrib
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16"])
-def test_a_profile_of_associated_colours_takes_the_picture_over_black(tmp_path: Path, kind: str) -> None:
+def test_profile_of_associated_alpha_composites_over_black(tmp_path: Path, kind: str) -> None:
     """Colours that are multiplied by alpha come out as the same numbers without an alpha do; alpha stays as it is."""
     half = np.where(X < SIDE // 2, 0.5, 1.0).astype(np.float32)[..., None]
     colours = RGB / np.float32(255) * half
@@ -243,7 +243,7 @@ def test_a_profile_of_associated_colours_takes_the_picture_over_black(tmp_path: 
 
 @pytest.mark.parametrize("name", ["a.tif", "a.png"])
 @pytest.mark.parametrize("kind", ["uint8", "uint16"])
-def test_a_profile_of_grey_is_applied_at_every_depth(tmp_path: Path, name: str, kind: str) -> None:
+def test_grey_profile_is_applied_at_every_bit_depth(tmp_path: Path, name: str, kind: str) -> None:
     """Linear grey: one half is 188 of sRGB."""
     path = profiled(tmp_path / name, np.full((SIDE, SIDE, 1), 0.5, np.float32), kind, linear_grey_profile())
     picture = read_image(path)
@@ -261,7 +261,7 @@ def test_icc_profiles_are_applied(tmp_path: Path) -> None:
         assert np.abs(read_alpha(tmp_path / name).astype(int) - np.asarray(image).max(axis=-1)).max() <= 3
 
 
-def test_a_broken_profile_is_told_and_left(tmp_path: Path) -> None:
+def test_broken_profile_is_reported_and_ignored(tmp_path: Path) -> None:
     Image.fromarray(RGB).save(tmp_path / "a.png", icc_profile=b"no profile")
     picture = read_image(tmp_path / "a.png")
     assert (picture.rgb == RGB).all()
@@ -282,7 +282,7 @@ def gamma_png(path: Path, pixels: np.ndarray, gamma: float, *, srgb: bool = Fals
 
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
-def test_the_gamma_of_a_png_is_minded(tmp_path: Path, depth: type) -> None:
+def test_gamma_of_a_png_is_applied(tmp_path: Path, depth: type) -> None:
     """A half is 188 of sRGB where it is linear, 146 with a gamma of 1.8, and 128 with sRGB's own of about 2.2."""
     half = np.full((SIDE, SIDE, 3), np.iinfo(depth).max // 2 + 1, depth)
     for gamma, expected, space in ((1.0, 188, "Linear"), (1.8, 146, "Gamma 1.8"), (2.2, 128, "")):
@@ -299,7 +299,7 @@ def test_the_gamma_of_a_png_is_minded(tmp_path: Path, depth: type) -> None:
 
 
 @pytest.mark.parametrize("chunk", ["text", "compressed", "profile"])
-def test_metadata_of_any_size_is_read_past(tmp_path: Path, chunk: str) -> None:
+def test_large_metadata_is_skipped(tmp_path: Path, chunk: str) -> None:
     info = PngImagePlugin.PngInfo()
     options = {}
     if chunk == "profile":
@@ -312,7 +312,7 @@ def test_metadata_of_any_size_is_read_past(tmp_path: Path, chunk: str) -> None:
     assert frame_count(tmp_path / "a.png") == 1
 
 
-def test_what_is_odd_is_told(tmp_path: Path) -> None:
+def test_unusual_files_are_reported(tmp_path: Path) -> None:
     twelve = written(tmp_path / "a.tif", RGB.astype(np.uint16) * 16, "uint16")
     assert "if it has 12 bits, give" in read_image(twelve).notices[0]
     holes = linear(RGB)
@@ -338,23 +338,25 @@ def test_what_is_odd_is_told(tmp_path: Path) -> None:
         ("a.png", "uint8", RGB, 4095),
     ],
 )
-def test_white_is_what_it_is_said_to_be(tmp_path: Path, name: str, kind: str, pixels: np.ndarray, white: float) -> None:
+def test_white_option_sets_the_white_value(
+    tmp_path: Path, name: str, kind: str, pixels: np.ndarray, white: float
+) -> None:
     path = written(tmp_path / name, pixels, kind)
     assert difference(path, ColourSettings(white=white)) <= 1
     assert not read_image(path, ColourSettings(white=white)).notices
 
 
-def test_white_of_integers_of_32_bits_is_in_their_own_numbers(tmp_path: Path) -> None:
+def test_white_of_32_bit_integers_is_in_stored_values(tmp_path: Path) -> None:
     Image.fromarray(RGB[..., 0].astype(np.int32) * 300).save(tmp_path / "a.tif")
     assert difference(tmp_path / "a.tif", ColourSettings(white=255 * 300), np.repeat(RGB[..., :1], 3, -1)) <= 1
 
 
-def test_a_twelve_bit_negative_is_inverted_at_its_white(tmp_path: Path) -> None:
+def test_twelve_bit_negative_is_inverted_at_its_white_value(tmp_path: Path) -> None:
     path = negative(tmp_path, 4080 - 16 * RGB.astype(np.uint16)[..., :1])
     assert difference(path, ColourSettings(white=4080), np.repeat(RGB[..., :1], 3, -1)) == 0
 
 
-def test_the_option_scales_sources_and_references(icm: Icm, scene: Path) -> None:
+def test_white_option_scales_sources_and_references(icm: Icm, scene: Path) -> None:
     (scene / "float").mkdir()
     for source, target in (
         (scene / "imgs" / "wall.jpg", scene / "float" / "a.tif"),
@@ -375,7 +377,7 @@ def test_the_option_scales_sources_and_references(icm: Icm, scene: Path) -> None
         assert "expected a value above 0" in result.stderr
 
 
-def test_a_picture_beyond_the_memory_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_larger_than_memory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("icm_cli.environment.available_memory_bytes", lambda: 1000)
     Image.fromarray(RGB).save(tmp_path / "a.png")
     with pytest.raises(ImageError, match="48x48, which needs about"):
@@ -389,7 +391,7 @@ def frames(path: Path, count: int, **options: object) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif", "a.avif", "a.heic"])
-def test_every_frame_is_a_job(tmp_path: Path, name: str) -> None:
+def test_every_frame_of_a_file_is_matted(tmp_path: Path, name: str) -> None:
     path = frames(tmp_path / name, 3, **({"lossless": True} if name == "a.webp" else {}))
     assert frame_count(path) == 3
     skipped_files = SkippedFiles(lambda _: None)
@@ -404,7 +406,7 @@ def test_every_frame_is_a_job(tmp_path: Path, name: str) -> None:
     assert len({job.planned.key for job in jobs}) == 3
 
 
-def test_frames_of_two_files_of_one_stem_are_all_counted(icm: Icm, scene: Path) -> None:
+def test_frames_of_two_files_with_the_same_stem_are_matted(icm: Icm, scene: Path) -> None:
     picture = Image.open(scene / "imgs" / "wall.jpg")
     (scene / "two").mkdir()
     for name in ("an.gif", "an.tif"):
@@ -416,7 +418,7 @@ def test_frames_of_two_files_of_one_stem_are_all_counted(icm: Icm, scene: Path) 
     assert report["summary"]["done"] == len(report["images"]) == len(list((scene / "out").iterdir())) == 6
 
 
-def test_exposure_and_view_leave_display_referred_pictures(tmp_path: Path) -> None:
+def test_exposure_and_view_do_not_affect_display_referred_images(tmp_path: Path) -> None:
     Image.fromarray(RGB).save(tmp_path / "a.png")
     cv2.imwrite(str(tmp_path / "deep.png"), RGB[..., ::-1].astype(np.uint16) * 257)
     written(tmp_path / "a.exr", linear(RGB), "half")
@@ -426,12 +428,12 @@ def test_exposure_and_view_leave_display_referred_pictures(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("stops", [math.nan, math.inf, -math.inf, 1e9])
-def test_an_exposure_that_is_none_is_refused(stops: float) -> None:
+def test_invalid_exposure_is_refused(stops: float) -> None:
     with pytest.raises(UsageError, match="expected -30 to 30 stops"):
         ColourSettings(exposure=stops).validate()
 
 
-def test_the_terminal_names_the_page(icm: Icm, scene: Path) -> None:
+def test_terminal_output_names_the_page(icm: Icm, scene: Path) -> None:
     frames = [Image.open(scene / "imgs" / "wall.jpg").rotate(turn) for turn in (0, 5)]
     frames[0].save(scene / "two.tif", save_all=True, append_images=frames[1:])
     ended = icm(src=scene / "two.tif")
@@ -440,7 +442,7 @@ def test_the_terminal_names_the_page(icm: Icm, scene: Path) -> None:
         assert f"two.tif page {number} " in ended.stderr
 
 
-def test_smaller_copies_are_no_frames(tmp_path: Path) -> None:
+def test_reduced_copies_are_no_frames(tmp_path: Path) -> None:
     small = Image.fromarray(RGB[::2, ::2])
     small.encoderinfo = {"tiffinfo": {254: 1}}
     Image.fromarray(RGB).save(tmp_path / "a.tif", save_all=True, append_images=[small])
@@ -466,7 +468,7 @@ THUMB = (np.zeros((9, 9, 3), np.float32), "uint8", 1)
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "half", "float"])
 @pytest.mark.parametrize("thumb_is_first", [False, True])
-def test_each_page_has_its_own_alpha(icm: Icm, scene: Path, kind: str, thumb_is_first: bool) -> None:
+def test_pages_have_their_own_alpha(icm: Icm, scene: Path, kind: str, thumb_is_first: bool) -> None:
     """Thumbnails, at the beginning or between, are no pages; pages may differ in size."""
     source = scene / "pages"
     source.mkdir()
@@ -488,7 +490,7 @@ def test_each_page_has_its_own_alpha(icm: Icm, scene: Path, kind: str, thumb_is_
         assert np.abs(alpha.astype(int) - alone).max() <= 2
 
 
-def test_content_decides_and_what_is_left_out_is_counted(icm: Icm, scene: Path) -> None:
+def test_file_type_is_detected_from_content_and_skipped_files_are_counted(icm: Icm, scene: Path) -> None:
     source = scene / "mixed"
     (source / "@eaDir").mkdir(parents=True)
     Image.fromarray(RGB).save(source / "a.png")
@@ -520,7 +522,7 @@ MOVIE = b"\0\0\0\x20ftypisom\0\0\2\0isomiso2mp41" + bytes(64)
 @pytest.mark.parametrize(
     "name", ["a.mp4", "a.mov", "a.avi", "a.mkv", "a.mpg", "a.ts", "a.flv", "a.wmv", "a.m2ts", "a.png"]
 )
-def test_a_movie_is_told_what_to_do_with(icm: Icm, scene: Path, name: str) -> None:
+def test_movie_error_explains_how_to_extract_frames(icm: Icm, scene: Path, name: str) -> None:
     movie = scene / name
     written = scene / "b.mp4" if name == "a.png" else movie
     writer = cv2.VideoWriter(
@@ -540,7 +542,7 @@ def test_a_movie_is_told_what_to_do_with(icm: Icm, scene: Path, name: str) -> No
     assert "is a movie" in " ".join(result.output.split())
 
 
-def test_a_movie_in_a_folder_is_left_out_by_its_name(icm: Icm, scene: Path) -> None:
+def test_movie_in_a_folder_is_skipped_by_its_name(icm: Icm, scene: Path) -> None:
     movie = scene / "imgs" / "b.mp4"
     movie.write_bytes(MOVIE)
     result = icm("--report", str(scene / "r.json"), out=scene / "out")
@@ -549,7 +551,7 @@ def test_a_movie_in_a_folder_is_left_out_by_its_name(icm: Icm, scene: Path) -> N
     assert json.loads((scene / "r.json").read_text())["summary"]["skipped_files"]["a movie"] == 1
 
 
-def test_a_plan_tells_what_would_fail(icm: Icm, scene: Path) -> None:
+def test_dry_run_lists_images_that_would_fail(icm: Icm, scene: Path) -> None:
     movie, gone = scene / "b.jpg", scene / "gone.png"
     movie.write_bytes(MOVIE)
     image = next((scene / "imgs").iterdir())
@@ -564,7 +566,7 @@ def test_a_plan_tells_what_would_fail(icm: Icm, scene: Path) -> None:
     assert f"would fail: {movie}: is a movie" in said
 
 
-def test_a_movies_name_is_no_place_for_alphas(icm: Icm, scene: Path) -> None:
+def test_output_named_like_a_movie_is_refused(icm: Icm, scene: Path) -> None:
     result = icm(out=scene / "a.mov")
     assert result.exit_code == 2
     assert "is named like a movie" in " ".join(result.output.split())
@@ -584,7 +586,7 @@ def test_file_types(content: bytes, kind: str) -> None:
     assert detect_file_type(content).name == kind
 
 
-def test_a_deep_picture_with_a_profile_keeps_its_alpha(tmp_path: Path) -> None:
+def test_16_bit_image_with_a_profile_keeps_its_alpha(tmp_path: Path) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     spec = oiio.ImageSpec(SIDE, SIDE, 4, "uint16")
     spec.attribute("ICCProfile", oiio.TypeDesc(f"uint8[{len(profile)}]"), np.frombuffer(profile, np.uint8))
@@ -599,7 +601,7 @@ def test_a_deep_picture_with_a_profile_keeps_its_alpha(tmp_path: Path) -> None:
     assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
 
 
-def test_a_deep_mask_of_another_format_is_read(tmp_path: Path) -> None:
+def test_16_bit_masks_of_other_formats_are_read(tmp_path: Path) -> None:
     mask = np.where(X[..., None] > SIDE // 2, 255, 0).astype(np.uint8).repeat(3, -1)
     stored = read_stored_pixels(written(tmp_path / "a.dpx", mask, "uint8"))
     assert (stored.values == mask).all()
@@ -611,9 +613,7 @@ COVERAGE = np.broadcast_to(np.linspace(0, 1, SIDE, dtype=np.float32), (SIDE, SID
 
 @pytest.mark.parametrize(("name", "kind"), [("a.tif", "uint8"), ("a.tif", "uint16"), ("a.tif", "float")])
 @pytest.mark.parametrize("straight", [0, 1])
-def test_colours_multiplied_by_their_alpha_are_the_picture_over_black(
-    tmp_path: Path, name: str, kind: str, straight: int
-) -> None:
+def test_premultiplied_colours_are_the_image_over_black(tmp_path: Path, name: str, kind: str, straight: int) -> None:
     """Neither kind is multiplied nor divided when it is read: straight colours are those below the alpha."""
     pixels = np.dstack([RGB.astype(np.float32) / 255, COVERAGE])
     picture = read_image(written(tmp_path / name, pixels, kind, oiio__UnassociatedAlpha=straight))
@@ -622,7 +622,7 @@ def test_colours_multiplied_by_their_alpha_are_the_picture_over_black(
     assert np.abs(picture.alpha / 255.0 - COVERAGE).max() <= 0.51 / 255
 
 
-def test_an_exr_with_an_alpha_is_seen_as_one_without(tmp_path: Path) -> None:
+def test_alpha_of_an_exr_does_not_affect_its_colours(tmp_path: Path) -> None:
     plain = read_image(written(tmp_path / "a.exr", linear(RGB), "half")).rgb
     covered = read_image(written(tmp_path / "b.exr", np.dstack([linear(RGB), COVERAGE]), "half")).rgb
     assert (covered == plain).all()

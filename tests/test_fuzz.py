@@ -123,7 +123,7 @@ def forget_peak() -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", KINDS)
-def test_damage_is_a_picture_or_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str) -> None:
+def test_damaged_files_are_read_or_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str) -> None:
     """And no library writes a line of its own; where there is a /proc, memory is looked at too."""
     has_peak = Path("/proc/self/clear_refs").exists()
     if has_peak:

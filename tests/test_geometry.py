@@ -25,7 +25,7 @@ def upsampled(alpha: Float, image: ImageU8) -> ImageU8:
 
 
 @given(RULES, SIDES, SIDES)
-def test_frame_lies_whole_and_unstretched_on_the_canvas(rule: CanvasRule, height: int, width: int) -> None:
+def test_frame_fits_on_the_canvas_with_its_aspect_ratio(rule: CanvasRule, height: int, width: int) -> None:
     placement = rule.placement(height, width)
     assert max(placement.content) == rule.long_side_px
     assert placement.content[0] <= placement.canvas[0]
@@ -38,7 +38,7 @@ def test_frame_lies_whole_and_unstretched_on_the_canvas(rule: CanvasRule, height
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.booleans())
-def test_alpha_comes_back_at_the_sources_size(height: int, width: int, square: bool) -> None:
+def test_alpha_has_the_size_of_the_source(height: int, width: int, square: bool) -> None:
     placement = CanvasRule(96, 32, square=square).placement(height, width)
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     alpha = at_source(placement, np.full(placement.canvas, 0.5, np.float32), image)
@@ -48,7 +48,7 @@ def test_alpha_comes_back_at_the_sources_size(height: int, width: int, square: b
 
 
 @pytest.mark.parametrize(("height", "width"), [(50, 20000), (20000, 50), (1, 1)])
-def test_extreme_shapes_return(height: int, width: int) -> None:
+def test_extreme_shapes_have_a_placement(height: int, width: int) -> None:
     placement = CanvasRule(896, 32, square=False).placement(height, width)
     image = np.zeros((height, width, 3), np.uint8)
     assert placement.to_canvas(image).shape == (*placement.canvas, 3)
@@ -84,7 +84,7 @@ def test_guided_upsampling_follows_edges_that_bilinear_blurs() -> None:
     assert error < 0.5 * np.abs(bilinear - truth).mean()
 
 
-def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processing_in_strips_has_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(3)
     image = rng.integers(0, 256, (150, 130, 3), np.uint8)
     alpha = rng.random((30, 26), np.float32)
@@ -93,5 +93,5 @@ def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (upsampled(alpha, image) == whole).all()
 
 
-def test_placement_of_the_published_canvas() -> None:
+def test_placement_equals_the_published_code() -> None:
     assert CanvasRule(768, 768, square=True).placement(1080, 1920) == Placement((1080, 1920), (432, 768), (768, 768))

@@ -68,7 +68,7 @@ LYING = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
         (0x9286, 99, 1, b"\0\0\0\0"),  # no such type
     ],
 )
-def test_odd_exif_decides_nothing_but_the_turn(tmp_path: Path, entry: tuple[int, int, int, bytes]) -> None:
+def test_unusual_exif_only_affects_the_orientation(tmp_path: Path, entry: tuple[int, int, int, bytes]) -> None:
     path = saved(tmp_path / "a.jpg", Image.fromarray(RGB), exif=exif_block(LYING, entry))
     assert read_image(path).rgb.shape == (60, 40, 3)
     assert image_size(path) == (60, 40)
@@ -78,7 +78,9 @@ def test_odd_exif_decides_nothing_but_the_turn(tmp_path: Path, entry: tuple[int,
 @given(block=st.binary(max_size=200))
 @settings(deadline=None, max_examples=50)
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_no_exif_can_fail_a_picture(tmp_path_factory: pytest.TempPathFactory, suffix: str, block: bytes) -> None:
+def test_invalid_exif_does_not_fail_an_image(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, block: bytes
+) -> None:
     path = tmp_path_factory.mktemp("exif") / f"a.{suffix}"
     saved(path, Image.fromarray(RGB), exif=b"Exif\0\0II*\0\x08\0\0\0" + block)
     assert read_image(path).rgb.shape in {(40, 60, 3), (60, 40, 3)}
@@ -109,7 +111,7 @@ def test_sixteen_bit(tmp_path: Path, channels: int, suffix: str) -> None:
     assert (picture.alpha is not None) == (channels == 4)
 
 
-def test_own_alpha_is_kept_apart(tmp_path: Path) -> None:
+def test_alpha_channel_of_an_image_is_separate(tmp_path: Path) -> None:
     rgba = np.dstack([RGB, RGB[..., 0]])
     picture = read_image(saved(tmp_path / "a.png", Image.fromarray(rgba)))
     assert (picture.rgb == RGB).all()
@@ -117,7 +119,7 @@ def test_own_alpha_is_kept_apart(tmp_path: Path) -> None:
     assert (picture.alpha == rgba[..., 3]).all()
 
 
-def test_masks_of_all_kinds_are_one_mask(tmp_path: Path) -> None:
+def test_masks_of_all_formats_are_equal(tmp_path: Path) -> None:
     mask = np.zeros((20, 30), np.uint8)
     mask[5:15, 5:20] = 255
     black, white = np.zeros((20, 30, 3), np.uint8), np.full((20, 30), 255, np.uint8)
@@ -137,7 +139,7 @@ def test_masks_of_all_kinds_are_one_mask(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "TIFF", "WEBP"]), st.floats(0, 0.98))
-def test_a_torn_file_is_named(tmp_path_factory: pytest.TempPathFactory, kind: str, kept: float) -> None:
+def test_truncated_file_is_reported(tmp_path_factory: pytest.TempPathFactory, kind: str, kept: float) -> None:
     path = tmp_path_factory.mktemp("torn") / "a.img"
     Image.fromarray(RGB).save(path, format=kind)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
@@ -161,7 +163,7 @@ def jpeg_bytes(path: Path, **options: object) -> bytes:
 
 @pytest.mark.parametrize("options", JPEG_FORMS, ids=str)
 @pytest.mark.parametrize("kept", [0, 1])
-def test_a_jpeg_that_lacks_its_end_marker_alone_is_read(tmp_path: Path, options: dict[str, object], kept: int) -> None:
+def test_jpeg_without_end_marker_is_read(tmp_path: Path, options: dict[str, object], kept: int) -> None:
     data = jpeg_bytes(tmp_path / "a.jpg", **options)
     whole = read_image(tmp_path / "a.jpg")
     assert whole.notices == ()
@@ -175,7 +177,7 @@ def test_a_jpeg_that_lacks_its_end_marker_alone_is_read(tmp_path: Path, options:
 
 @pytest.mark.parametrize("options", JPEG_FORMS, ids=str)
 @pytest.mark.parametrize("cut", [6, 20, 400, "half", "restart"])
-def test_a_jpeg_whose_rows_are_missing_is_damaged(tmp_path: Path, options: dict[str, object], cut: int | str) -> None:
+def test_jpeg_with_missing_rows_is_damaged(tmp_path: Path, options: dict[str, object], cut: int | str) -> None:
     data = jpeg_bytes(tmp_path / "a.jpg", **options)
     end = {"half": len(data) // 2, "restart": max(data.rfind(b"\xff\xd0"), len(data) // 3)}.get(cut) or len(data) - int(
         cut
@@ -186,7 +188,7 @@ def test_a_jpeg_whose_rows_are_missing_is_damaged(tmp_path: Path, options: dict[
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_progressive_jpeg_cut_between_its_scans_is_damaged(tmp_path: Path, mode: str) -> None:
+def test_progressive_jpeg_with_missing_scans_is_damaged(tmp_path: Path, mode: str) -> None:
     """All rows are there from the first scan on, but without their detail."""
     path = tmp_path / "a.jpg"
     Image.fromarray(cv2.resize(RGB, (300, 200))).convert(mode).save(path, progressive=True)
@@ -207,16 +209,14 @@ def deep_png(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("kept", [12, 8, 3, 1])
-def test_a_deep_png_without_its_end_is_whole(tmp_path: Path, kept: int) -> None:
+def test_16_bit_png_without_end_chunk_is_read(tmp_path: Path, kept: int) -> None:
     data = deep_png(tmp_path / "a.png")
     whole = read_image(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes(data[:-kept])
     assert (read_image(tmp_path / "a.png").rgb == whole.rgb).all()
 
 
-def test_a_damaged_deep_png_is_one_sentence_and_libpng_says_nothing(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_16_bit_png_prints_one_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.png"
     data = deep_png(path)
     pixels = data.index(b"IDAT")
@@ -236,7 +236,7 @@ def test_a_damaged_deep_png_is_one_sentence_and_libpng_says_nothing(
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize(("form", "kind"), [("AVIF", "avif"), ("TIFF", "tiff")])
-def test_a_torn_file_of_a_known_kind_is_not_called_no_image(tmp_path: Path, form: str, kind: str) -> None:
+def test_truncated_file_of_a_known_type_is_reported_as_damaged(tmp_path: Path, form: str, kind: str) -> None:
     options = {"compression": "tiff_lzw"} if form == "TIFF" else {}
     path = saved(tmp_path / "a.img", Image.fromarray(RGB), format=form, **options)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 5])
@@ -245,7 +245,7 @@ def test_a_torn_file_of_a_known_kind_is_not_called_no_image(tmp_path: Path, form
 
 
 @pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 2), (6, 3), (8, 1)])
-def test_heic_is_read_upright(tmp_path: Path, orientation: int, turn: int) -> None:
+def test_heic_orientation_is_applied(tmp_path: Path, orientation: int, turn: int) -> None:
     """Its own turn and EXIF's say the same, and count once."""
     flat = np.zeros((32, 64, 3), np.uint8)
     flat[:, :32], flat[:16, 32:] = (200, 40, 30), (20, 160, 60)
@@ -257,7 +257,7 @@ def test_heic_is_read_upright(tmp_path: Path, orientation: int, turn: int) -> No
     assert np.abs(read_image(path).rgb - upright).max() < 12
 
 
-def test_heic_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_error_says_which_package_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "a.heic", Image.fromarray(RGB))
     monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind != "HEIF"])
     for read in (read_image, image_size, frame_count):
@@ -265,7 +265,7 @@ def test_heic_without_its_package_says_what_to_install(tmp_path: Path, monkeypat
             read(path)
 
 
-def test_heic_of_deep_pixels_and_with_alpha_is_read(tmp_path: Path) -> None:
+def test_heic_with_10_bits_and_alpha_is_read(tmp_path: Path) -> None:
     own = np.linspace(0, 255, RGB.shape[1]).astype(np.uint8)[None].repeat(len(RGB), axis=0)
     flat = np.full_like(RGB, (200, 40, 30))
     path = saved(tmp_path / "a.heic", Image.fromarray(np.dstack([flat, own])), quality=100)
@@ -277,7 +277,7 @@ def test_heic_of_deep_pixels_and_with_alpha_is_read(tmp_path: Path) -> None:
     assert np.abs(read_image(tmp_path / "deep.heic").rgb.astype(int) - flat).max() < 4
 
 
-def test_a_decoder_s_many_lines_become_one(tmp_path: Path) -> None:
+def test_messages_of_a_decoder_become_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 65536, (400, 300, 3)).astype(np.uint16))
     path.write_bytes(path.read_bytes()[:9_000] + path.read_bytes()[-400:])
@@ -286,7 +286,7 @@ def test_a_decoder_s_many_lines_become_one(tmp_path: Path) -> None:
     assert len(str(error.value)) < len(str(path)) + 200
 
 
-def test_what_is_no_image_is_named(tmp_path: Path) -> None:
+def test_other_file_types_are_reported(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(ImageError, match="not an image"):
         read_image(tmp_path / "text.png")
@@ -296,7 +296,7 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
         read_image(tmp_path)
 
 
-def test_alpha_is_one_channel_with_its_stamp(tmp_path: Path) -> None:
+def test_alpha_has_one_channel_and_a_stamp(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "a.png"
     write_alpha(path, GREY, {"icm-digest": "abc"})
     with Image.open(path) as image:
@@ -308,7 +308,7 @@ def test_alpha_is_one_channel_with_its_stamp(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_a_damaged_alpha_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_damaged_alpha_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Cut anywhere, or one bit flipped anywhere: never taken for a finished alpha of the same digest."""
     path = tmp_path_factory.mktemp("alpha") / "a.png"
     write_alpha(path, GREY, {"icm-digest": "abc"})
@@ -321,7 +321,7 @@ def test_a_damaged_alpha_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, 
     assert read_stamp(path) != {"icm-digest": "abc"}
 
 
-def test_an_output_in_an_unwritable_place(tmp_path: Path) -> None:
+def test_unwritable_output_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="cannot be written"):
         write_alpha(tmp_path / "file" / "a.png", GREY, {})

@@ -146,7 +146,7 @@ def test_trimap_files_have_three_levels() -> None:
     assert levels.tolist() == [0.0, 0.0, 0.5, 0.5, 0.5, 1.0, 1.0]
 
 
-def test_the_laplacian_needs_64_px() -> None:
+def test_laplacian_needs_64_px() -> None:
     small = torch.rand(1, 1, 48, 64)
     with pytest.raises(ValueError, match="64 px"):
         compute_losses(small, small, small, LossConfig())

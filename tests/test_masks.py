@@ -56,7 +56,7 @@ def read(path: Path, label: str | None = None) -> tuple[Mask, list[str]]:
     ],
     ids=["grey", "16 bit", "rgb", "rgba", "no black"],
 )
-def test_a_plain_mask_is_taken_without_a_word(tmp_path: Path, picture: np.ndarray) -> None:
+def test_plain_mask_is_used_without_notice(tmp_path: Path, picture: np.ndarray) -> None:
     mask, notices = read(saved(tmp_path, picture))
     assert (mask.inside == THING).all()
     assert not mask.unknown.any()
@@ -64,19 +64,19 @@ def test_a_plain_mask_is_taken_without_a_word(tmp_path: Path, picture: np.ndarra
 
 
 @pytest.mark.parametrize("value", [1, 75, 128, 254])
-def test_one_label_on_black_is_the_thing(tmp_path: Path, value: int) -> None:
+def test_single_label_on_black_is_the_object(tmp_path: Path, value: int) -> None:
     mask, notices = read(saved(tmp_path, layers(thing=value)))
     assert (mask.inside == THING).all()
     assert bool(notices) == (value < 243)
 
 
-def test_a_16_bit_file_of_0_and_255_is_read_in_its_own_scale(tmp_path: Path) -> None:
+def test_16_bit_mask_of_0_and_255_is_scaled_correctly(tmp_path: Path) -> None:
     mask, notices = read(saved(tmp_path, layers(np.uint16, thing=255)))
     assert (mask.inside == THING).all()
     assert "one label, 255 of 65535" in notices[0]
 
 
-def test_a_palette_holds_indices_and_255_is_void(tmp_path: Path) -> None:
+def test_palette_masks_are_indices_and_255_is_void(tmp_path: Path) -> None:
     mask, _ = read(saved(tmp_path, layers(border=255, thing=8), palette=True))
     assert (mask.inside == THING).all()
     assert (mask.unknown == BORDER).all()
@@ -86,7 +86,7 @@ def test_a_palette_holds_indices_and_255_is_void(tmp_path: Path) -> None:
     assert (mask.inside == OTHER).all()
 
 
-def test_labels_are_listed_until_one_is_chosen(tmp_path: Path) -> None:
+def test_several_labels_are_listed_unless_one_is_chosen(tmp_path: Path) -> None:
     path = saved(tmp_path, layers(thing=75, other=150))
     with pytest.raises(UsageError, match=r"several labels, 75 \(18.8% of the picture\), 150 .*--mask-label 75"):
         read(path)
@@ -113,7 +113,7 @@ def test_colours_are_labels(tmp_path: Path) -> None:
             read(path, label)
 
 
-def test_a_trimap_s_unknown_is_neither(tmp_path: Path) -> None:
+def test_unknown_pixels_of_a_trimap_are_excluded(tmp_path: Path) -> None:
     mask, notices = read(saved(tmp_path, layers(border=128, thing=255)))
     assert (mask.inside == THING).all()
     assert (mask.unknown == BORDER).all()
@@ -130,7 +130,7 @@ def test_a_trimap_s_unknown_is_neither(tmp_path: Path) -> None:
 
 @given(sigma=st.floats(0.3, 6.0))
 @settings(max_examples=40, deadline=None)
-def test_soft_masks_are_cut_at_half(tmp_path_factory: pytest.TempPathFactory, sigma: float) -> None:
+def test_soft_masks_are_thresholded_at_one_half(tmp_path_factory: pytest.TempPathFactory, sigma: float) -> None:
     """Antialiased and blurred edges are no labels, whatever their width."""
     soft = cv2.GaussianBlur(layers(thing=255).astype(np.float32), (0, 0), sigma)
     picture = np.round(soft).astype(np.uint8)
@@ -139,7 +139,7 @@ def test_soft_masks_are_cut_at_half(tmp_path_factory: pytest.TempPathFactory, si
     assert not notices
 
 
-def test_what_is_odd_about_a_mask_s_file_is_told(tmp_path: Path) -> None:
+def test_unusual_mask_files_are_reported(tmp_path: Path) -> None:
     """A second page, NaN, a missing end marker; and of an alpha with a picture, which of the two was taken."""
     pages = [Image.fromarray(layers(thing=255)), Image.fromarray(layers(other=255))]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
@@ -168,7 +168,7 @@ def test_what_is_odd_about_a_mask_s_file_is_told(tmp_path: Path) -> None:
         *[(np.uint16, *pair) for pair in ((2, 1), (200, 100), (7001, 3000))],
     ],
 )
-def test_low_ids_are_labels_too(tmp_path: Path, dtype: type, thing: int, other: int) -> None:
+def test_small_ids_are_labels(tmp_path: Path, dtype: type, thing: int, other: int) -> None:
     path = saved(tmp_path, layers(dtype, thing=thing, other=other))
     with pytest.raises(UsageError, match=rf"several labels, {thing} \(.*\), {other} "):
         read(path)
@@ -176,7 +176,7 @@ def test_low_ids_are_labels_too(tmp_path: Path, dtype: type, thing: int, other: 
 
 
 @pytest.mark.parametrize("low", [1, 12])
-def test_areas_near_black_beside_white_are_black_and_told(tmp_path: Path, low: int) -> None:
+def test_nearly_black_areas_next_to_white_are_black_with_a_notice(tmp_path: Path, low: int) -> None:
     mask, notices = read(saved(tmp_path, layers(thing=255, other=low)))
     assert (mask.inside == THING).all()
     assert [f"has areas of {low} of 255 next to black and white" in each for each in notices] == [True]
@@ -184,7 +184,7 @@ def test_areas_near_black_beside_white_are_black_and_told(tmp_path: Path, low: i
 
 @pytest.mark.parametrize("kind", ["uint", "float"])
 @pytest.mark.parametrize("name", ["ids.exr", "ids.tif"])
-def test_ids_of_32_bits_are_given_as_they_are(tmp_path: Path, name: str, kind: str) -> None:
+def test_ids_of_32_bits_are_listed_unchanged(tmp_path: Path, name: str, kind: str) -> None:
     ids = layers(np.uint32, thing=70001, other=5)
     path = written(tmp_path / name, ids[..., None].astype({"uint": np.uint32, "float": np.float32}[kind]), kind)
     assert (read(path, "70001")[0].inside == THING).all()
@@ -199,13 +199,13 @@ def test_ids_of_32_bits_are_given_as_they_are(tmp_path: Path, name: str, kind: s
             read(path)
 
 
-def test_a_mask_of_floats_to_255_is_told_in_words_for_masks(tmp_path: Path) -> None:
+def test_float_mask_with_values_to_255_has_its_own_message(tmp_path: Path) -> None:
     Image.fromarray(layers(thing=255).astype(np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ImageError, match=r"values up to 255; expected 0\.\.1; save it with 1 for the object"):
         read(tmp_path / "a.tif")
 
 
-def test_a_reference_of_several_frames_says_so(tmp_path: Path) -> None:
+def test_reference_with_several_frames_gives_a_notice(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (80, 60), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "ref.gif", save_all=True, append_images=frames[1:])
     notices: list[str] = []
@@ -213,7 +213,7 @@ def test_a_reference_of_several_frames_says_so(tmp_path: Path) -> None:
     assert notices == [f"reference {tmp_path / 'ref.gif'} has 2 frames or pages; the first one is used"]
 
 
-def test_a_label_without_a_mask_is_refused(tmp_path: Path) -> None:
+def test_mask_label_without_mask_is_refused(tmp_path: Path) -> None:
     cutout = np.dstack([np.full((60, 80, 3), 90, np.uint8), layers(thing=255)])
     with pytest.raises(UsageError, match="there is no --mask"):
         read_references([saved(tmp_path, cutout)], [], lambda _: None, "75")

@@ -25,7 +25,7 @@ from icm_cli.reports import contact_sheet
 NAMES = ["pad.0101.png", "sub/deep.png", "wall.png"]
 
 
-def test_one_alpha_per_image_of_its_size(icm: Icm, scene: Path) -> None:
+def test_every_image_has_an_alpha_of_its_size(icm: Icm, scene: Path) -> None:
     result = icm()
     assert result.exit_code == 0, result.output
     assert sorted(alphas(scene / "out")) == NAMES
@@ -37,7 +37,7 @@ def test_one_alpha_per_image_of_its_size(icm: Icm, scene: Path) -> None:
     assert "done" in result.stdout
 
 
-def test_the_thing_is_in_the_alpha(icm: Icm, scene: Path) -> None:
+def test_alpha_contains_the_object(icm: Icm, scene: Path) -> None:
     """On the demo's pictures, small as they are here, the alpha covers the thing and not the rest."""
     assert icm().exit_code == 0
     for name, truth_name in (("wall", "brickwall"), ("sub/deep", "deepfield")):
@@ -46,7 +46,7 @@ def test_the_thing_is_in_the_alpha(icm: Icm, scene: Path) -> None:
         assert (alpha & truth).sum() / (alpha | truth).sum() > 0.6, name
 
 
-def test_a_second_run_makes_nothing_again(icm: Icm, scene: Path) -> None:
+def test_second_run_keeps_all_alphas(icm: Icm, scene: Path) -> None:
     icm()
     before = {path: path.stat().st_mtime_ns for path in (scene / "out").rglob("*.png")}
     result = icm()
@@ -56,7 +56,7 @@ def test_a_second_run_makes_nothing_again(icm: Icm, scene: Path) -> None:
     assert all(path.stat().st_mtime_ns > time for path, time in before.items())
 
 
-def test_a_finished_run_loads_no_model(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completed_run_loads_no_model(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
     icm()
 
     def refuse(*_: object, **__: object) -> None:
@@ -69,7 +69,7 @@ def test_a_finished_run_loads_no_model(icm: Icm, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("change", ["source", "mask", "seed", "torn"])
-def test_what_would_come_out_otherwise_is_made_again(icm: Icm, scene: Path, change: str) -> None:
+def test_changed_settings_recompute_alphas(icm: Icm, scene: Path, change: str) -> None:
     icm()
     first = alphas(scene / "out")
     wall = scene / "out" / "wall.png"
@@ -91,7 +91,7 @@ def test_what_would_come_out_otherwise_is_made_again(icm: Icm, scene: Path, chan
         assert alphas(scene / "out") == first
 
 
-def test_a_matte_does_not_depend_on_its_neighbours(icm: Icm, scene: Path) -> None:
+def test_alpha_does_not_depend_on_other_images_of_the_batch(icm: Icm, scene: Path) -> None:
     icm()
     together = alphas(scene / "out")
     icm(src=scene / "imgs" / "wall.jpg", out=scene / "alone")
@@ -102,7 +102,7 @@ def test_a_matte_does_not_depend_on_its_neighbours(icm: Icm, scene: Path) -> Non
         assert np.abs(read(alpha).astype(int) - read(scene / "out" / "wall.png")).max() <= 1
 
 
-def test_csv_report_has_a_line_for_every_image(icm: Icm, scene: Path) -> None:
+def test_csv_report_has_a_row_for_every_image(icm: Icm, scene: Path) -> None:
     (scene / "imgs" / "bad.jpg").write_bytes(b"")
     assert icm(report=scene / "r.csv").exit_code == 1
     assert icm(report=scene / "r.csv").exit_code == 1
@@ -138,7 +138,7 @@ def test_json_report_with_ground_truth(icm: Icm, scene: Path) -> None:
     assert report["summary"]["kept"] == 3
 
 
-def test_a_ground_truth_of_another_size_fails_that_image_alone(icm: Icm, scene: Path) -> None:
+def test_ground_truth_of_another_size_fails_only_its_image(icm: Icm, scene: Path) -> None:
     (scene / "gt").mkdir()
     cv2.imwrite(str(scene / "gt" / "wall.png"), np.zeros((7, 9), np.uint8))
     result = icm(gt=scene / "gt")
@@ -173,12 +173,12 @@ def test_dry_run_lists_and_writes_nothing(icm: Icm, scene: Path) -> None:
     assert not (scene / "out").exists()
 
 
-def test_quiet_prints_nothing_when_all_is_well(icm: Icm) -> None:
+def test_quiet_prints_nothing_on_success(icm: Icm) -> None:
     result = icm("--quiet")
     assert result.output == ""
 
 
-def test_without_a_terminal_lines_are_plain(icm: Icm, scene: Path) -> None:
+def test_output_without_terminal_is_plain_lines(icm: Icm, scene: Path) -> None:
     result = icm("--verbose")
     assert "\x1b" not in result.output
     assert "\r" not in result.output
@@ -186,7 +186,7 @@ def test_without_a_terminal_lines_are_plain(icm: Icm, scene: Path) -> None:
     assert "efficientnet-lite + training-free on cpu, float32" in result.stderr
 
 
-def test_on_a_terminal_there_is_a_progress_bar(scene: Path, small_model: Path) -> None:
+def test_terminal_shows_a_progress_bar(scene: Path, small_model: Path) -> None:
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 100))
     options = {"ref": scene / "ref.png", "mask": scene / "mask.png", "src": scene / "imgs", "out": scene / "out"}
@@ -205,14 +205,14 @@ def test_on_a_terminal_there_is_a_progress_bar(scene: Path, small_model: Path) -
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 900), (500, 2)])
-def test_extreme_shapes_get_their_alpha(icm: Icm, scene: Path, size: tuple[int, int]) -> None:
+def test_extreme_shapes_are_matted(icm: Icm, scene: Path, size: tuple[int, int]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     cv2.imwrite(str(scene / "odd.png"), image)
     assert icm(src=scene / "odd.png").exit_code == 0
     assert read(scene / "out" / "odd.png").shape == size
 
 
-def test_sources_of_all_kinds_get_their_alpha(icm: Icm, scene: Path) -> None:
+def test_sources_of_all_formats_are_matted(icm: Icm, scene: Path) -> None:
     source = Image.open(scene / "imgs" / "wall.jpg")
     kinds = scene / "kinds"
     kinds.mkdir()
@@ -232,7 +232,7 @@ def test_sources_of_all_kinds_get_their_alpha(icm: Icm, scene: Path) -> None:
     assert "alpha of its own" in result.stderr
 
 
-def test_several_references_and_cut_outs(icm: Icm, scene: Path) -> None:
+def test_several_references_and_rgba_references(icm: Icm, scene: Path) -> None:
     """Both references count: the alphas are those of neither alone."""
     cut = np.dstack([read(scene / "ref.png")[..., :3], read(scene / "mask.png")])
     cv2.imwrite(str(scene / "cut.png"), cut)
@@ -248,7 +248,7 @@ def test_several_references_and_cut_outs(icm: Icm, scene: Path) -> None:
     assert min(np.abs(made[2] - alone).max() for alone in made[:2]) > 8
 
 
-def test_the_api_is_the_command(icm: Icm, scene: Path, small_model: Path) -> None:
+def test_api_equals_the_command(icm: Icm, scene: Path, small_model: Path) -> None:
     icm()
     report = icm_cli.matte(
         scene / "ref.png",
@@ -262,7 +262,7 @@ def test_the_api_is_the_command(icm: Icm, scene: Path, small_model: Path) -> Non
     assert alphas(scene / "api") == alphas(scene / "out")
 
 
-def test_a_loaded_model_mattes_arrays(icm: Icm, scene: Path, small_model: Path) -> None:
+def test_loaded_model_mattes_arrays(icm: Icm, scene: Path, small_model: Path) -> None:
     icm()
     predictor = icm_cli.load(str(small_model), device="cpu")
     thing = predictor.reference([(rgb(scene / "ref.png"), read(scene / "mask.png"))])
@@ -274,7 +274,7 @@ def rgb(path: Path) -> np.ndarray:
     return np.ascontiguousarray(read(path)[..., 2::-1])
 
 
-def test_an_absent_thing_is_flagged(icm: Icm, scene: Path) -> None:
+def test_absent_object_is_reported(icm: Icm, scene: Path) -> None:
     """Grass alone: no astronaut in it."""
     (scene / "grass").mkdir()
     shrink(DEMO / "imgs" / "lawn.jpg", scene / "grass" / "a.png", 300)
@@ -286,7 +286,7 @@ def test_an_absent_thing_is_flagged(icm: Icm, scene: Path) -> None:
     assert not read(scene / "out" / "a.png").any()
 
 
-def test_sources_in_the_reference_folder(icm: Icm, scene: Path) -> None:
+def test_references_in_the_source_folder_are_skipped(icm: Icm, scene: Path) -> None:
     for name in ("ref.png", "mask.png"):
         shutil.copy(scene / name, scene / "imgs" / name)
     result = icm(ref=scene / "imgs" / "ref.png", mask=scene / "imgs" / "mask.png")
@@ -294,7 +294,7 @@ def test_sources_in_the_reference_folder(icm: Icm, scene: Path) -> None:
     assert sorted(alphas(scene / "out")) == NAMES
 
 
-def test_captions_are_legible_with_the_path_below_the_root(
+def test_captions_show_relative_paths_and_escape_missing_glyphs(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[str] = []
@@ -309,7 +309,7 @@ def test_captions_are_legible_with_the_path_below_the_root(
     assert "\uffff" not in contact_sheet._escape_missing_glyphs("\uffff\n")
 
 
-def test_reports_are_utf8_whatever_the_names(icm: Icm, scene: Path) -> None:
+def test_reports_are_utf8_for_any_file_name(icm: Icm, scene: Path) -> None:
     odd = os.fsdecode(b"caf\xe9.jpg")
     (scene / "imgs" / "wall.jpg").rename(scene / "imgs" / odd)
     for name in ("r.json", "r.csv", "r.html"):

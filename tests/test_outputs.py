@@ -42,7 +42,7 @@ def by_openimageio(path: Path) -> tuple[np.ndarray, oiio.ImageSpec]:
         *(("exr", "half", 2048), ("exr", "float", None)),
     ],
 )
-def test_other_programs_read_every_form(tmp_path: Path, name: str, depth: str, step: int | None) -> None:
+def test_other_programs_read_every_output_format(tmp_path: Path, name: str, depth: str, step: int | None) -> None:
     output = OutputFormat.from_options(
         format=name, depth=depth, channel="A", foreground="none", invert=False, trimap="none", band_px=10
     )
@@ -67,7 +67,7 @@ def test_other_programs_read_every_form(tmp_path: Path, name: str, depth: str, s
 @pytest.mark.parametrize("name", ["png", "tiff", "exr"])
 @given(cut=st.integers(1, 400))
 @settings(max_examples=15, deadline=None)
-def test_a_torn_file_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, name: str, cut: int) -> None:
+def test_truncated_file_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, name: str, cut: int) -> None:
     output = OutputFormat(format=name)  # type: ignore[arg-type]
     path = tmp_path_factory.mktemp("torn") / f"a{output.suffix}"
     write_alpha(path, np.random.default_rng(0).random((48, 64), np.float32), STAMP, output, None)
@@ -76,7 +76,7 @@ def test_a_torn_file_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, name
 
 
 @pytest.mark.parametrize("form", ["tiff", "exr"])
-def test_a_run_goes_on_in_every_form(icm: Icm, scene: Path, form: str) -> None:
+def test_run_resumes_in_every_output_format(icm: Icm, scene: Path, form: str) -> None:
     assert icm(format=form).exit_code == 0
     before = {path: path.stat().st_mtime_ns for path in (scene / "out").rglob("*.*")}
     assert len(before) == 3
@@ -84,7 +84,7 @@ def test_a_run_goes_on_in_every_form(icm: Icm, scene: Path, form: str) -> None:
     assert {path: path.stat().st_mtime_ns for path in (scene / "out").rglob("*.*")} == before
 
 
-def test_an_exr_keeps_its_windows_and_timecode(icm: Icm, scene: Path) -> None:
+def test_exr_output_keeps_windows_and_timecode(icm: Icm, scene: Path) -> None:
     source = scene / "exr"
     source.mkdir()
     rgb = read(next((scene / "imgs").glob("wall.*")))[..., 2::-1]
@@ -120,7 +120,7 @@ def blended(size: int = 160) -> tuple[Float, Float, Float]:
 
 
 @pytest.mark.parametrize("gain", [1.0, 8.0])
-def test_a_foreground_has_no_halo(gain: float) -> None:
+def test_foreground_has_no_halo(gain: float) -> None:
     """Where 0 < alpha < 1 the colours' error is at most a third of that of the source's own; HDR values are kept."""
     foreground, alpha, composite = blended()
     found = estimate_foreground(DecodedImage(composite * np.float32(gain), None, 1.0, "lin_rec709_scene"), alpha)
@@ -150,7 +150,7 @@ def test_foregrounds_are_written(icm: Icm, scene: Path, form: str, kind: str, pr
     assert (pixels[outside][:, :3].max() < 0.01) == premultiplied
 
 
-def test_a_source_s_own_alpha_is_not_multiplied_again(icm: Icm, scene: Path) -> None:
+def test_alpha_of_the_source_is_not_multiplied_twice(icm: Icm, scene: Path) -> None:
     """Premultiplied sources are the picture over black: its foreground is the same as that of a file without alpha."""
     rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
     (scene / "exr").mkdir()
@@ -164,7 +164,7 @@ def test_a_source_s_own_alpha_is_not_multiplied_again(icm: Icm, scene: Path) -> 
 
 
 @pytest.mark.parametrize(("kind", "straight"), [("premultiplied", None), ("straight", 1)])
-def test_a_tiff_says_whether_its_colours_are_multiplied(icm: Icm, scene: Path, kind: str, straight: int | None) -> None:
+def test_tiff_output_declares_its_alpha_association(icm: Icm, scene: Path, kind: str, straight: int | None) -> None:
     assert icm(foreground=kind, format="tiff").exit_code == 0
     settings = oiio.ImageSpec()
     settings.attribute("oiio:UnassociatedAlpha", 1)
@@ -177,7 +177,7 @@ def test_a_tiff_says_whether_its_colours_are_multiplied(icm: Icm, scene: Path, k
     np.testing.assert_allclose(over_black[..., :3], expected, atol=1.1 / 255)
 
 
-def test_a_foreground_has_the_depth_of_its_source(icm: Icm, scene: Path) -> None:
+def test_foreground_has_the_bit_depth_of_its_source(icm: Icm, scene: Path) -> None:
     rgb = read(next((scene / "imgs").glob("wall.*")))[..., 2::-1]
     (scene / "deep").mkdir()
     written(scene / "deep" / "a.tif", rgb.astype(np.uint16) * 257, "uint16")
@@ -186,7 +186,7 @@ def test_a_foreground_has_the_depth_of_its_source(icm: Icm, scene: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["half", "float"])
-def test_an_exr_foreground_has_the_depth_of_its_source(icm: Icm, scene: Path, kind: str) -> None:
+def test_exr_foreground_has_the_bit_depth_of_its_source(icm: Icm, scene: Path, kind: str) -> None:
     rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
     (scene / "deep").mkdir()
     written(scene / "deep" / "a.exr", rgb, kind)
@@ -204,7 +204,7 @@ def test_an_exr_foreground_has_the_depth_of_its_source(icm: Icm, scene: Path, ki
         ("Linear ARRI Wide Gamut 3", "ocio:lin_awg3_scene", None),
     ],
 )
-def test_an_exr_foreground_is_scene_linear(
+def test_exr_foreground_is_scene_linear(
     icm: Icm, scene: Path, space: str, label: str | None, red: float | None
 ) -> None:
     source = next((scene / "imgs").glob("wall.*"))
@@ -230,7 +230,7 @@ def test_an_exr_foreground_is_scene_linear(
 
 
 @pytest.mark.parametrize("form", ["tiff", "exr"])
-def test_no_file_has_the_time_of_day(icm: Icm, scene: Path, form: str) -> None:
+def test_outputs_contain_no_time_of_day(icm: Icm, scene: Path, form: str) -> None:
     """Two runs of one command give the same bytes, whenever they are."""
     assert icm(format=form, src=scene / "imgs" / "wall.jpg").exit_code == 0
     (made,) = (scene / "out").iterdir()
@@ -239,7 +239,7 @@ def test_no_file_has_the_time_of_day(icm: Icm, scene: Path, form: str) -> None:
     assert not re.search(rb"20\d\d:\d\d:\d\d", made.read_bytes())
 
 
-def test_trimaps_and_hold_outs(icm: Icm, scene: Path) -> None:
+def test_trimaps_and_inverted_alphas_are_written(icm: Icm, scene: Path) -> None:
     assert icm().exit_code == 0
     alpha = read(scene / "out" / "wall.png")
     assert icm(out=scene / "b", trimap="beside", trimap_band=6).exit_code == 0
@@ -264,7 +264,7 @@ def test_trimaps_and_hold_outs(icm: Icm, scene: Path) -> None:
 
 
 @pytest.mark.parametrize("colour", [(-0.2, 0.1, 0.4), (0.5, 3.0, 40.0), (-1.0, 0.0, 9.0)])
-def test_a_foreground_keeps_values_outside_of_0_and_1(colour: tuple[float, ...]) -> None:
+def test_foreground_keeps_values_outside_0_and_1(colour: tuple[float, ...]) -> None:
     alpha = np.zeros((40, 50), np.float32)
     alpha[10:30, 10:40] = 1.0
     pixels = np.where(alpha[..., None] > 0, np.asarray(colour, np.float32), np.float32(0.3))
@@ -273,7 +273,7 @@ def test_a_foreground_keeps_values_outside_of_0_and_1(colour: tuple[float, ...])
 
 
 @pytest.mark.parametrize(("form", "told"), [("png", True), ("tiff", False), ("exr", False)])
-def test_colours_that_a_format_cuts_are_told(icm: Icm, scene: Path, form: str, told: bool) -> None:
+def test_clipped_colours_are_reported(icm: Icm, scene: Path, form: str, told: bool) -> None:
     bright = 4 * linear(np.asarray(Image.open(scene / "imgs" / "wall.jpg")))
     (scene / "hdr").mkdir()
     for name in ("a.exr", "b.exr"):
@@ -283,7 +283,7 @@ def test_colours_that_a_format_cuts_are_told(icm: Icm, scene: Path, form: str, t
     assert done.stderr.count("are cut at 0 and 1; --format exr keeps all") == int(told)
 
 
-def test_a_wide_band_leaves_all_unknown() -> None:
+def test_wide_band_makes_everything_unknown() -> None:
     alpha = np.zeros((400, 600), np.float32)
     alpha[100:300, 200:400] = 1.0
     assert (trimap_from_alpha(alpha, 1000) == 128).all()
@@ -293,7 +293,7 @@ def test_a_wide_band_leaves_all_unknown() -> None:
 
 @given(band=st.integers(1, 12), side=st.integers(10, 60))
 @settings(max_examples=30, deadline=None)
-def test_a_trimap_is_unknown_about_the_edge(band: int, side: int) -> None:
+def test_trimap_is_unknown_around_the_edge(band: int, side: int) -> None:
     alpha = np.zeros((64, 64), np.float32)
     alpha[:, :side] = 1.0
     trimap = trimap_from_alpha(alpha, band)
@@ -312,7 +312,7 @@ def test_a_trimap_is_unknown_about_the_edge(band: int, side: int) -> None:
         ({"trimap": "instead", "format": "exr"}, "--trimap instead writes PNGs, and the format is exr"),
     ],
 )
-def test_what_does_not_fit_is_refused(options: dict[str, object], message: str) -> None:
+def test_incompatible_output_options_are_refused(options: dict[str, object], message: str) -> None:
     plain = {"format": "png", "depth": None, "channel": "A", "foreground": "none", "invert": False}
     with pytest.raises(UsageError, match=message):
         OutputFormat.from_options(**{**plain, "trimap": "none", "band_px": 10, **options})

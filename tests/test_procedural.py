@@ -47,7 +47,7 @@ def test_coverage_is_the_mean_over_a_pixel() -> None:
     assert view.alpha.sum() == pytest.approx(16 * 0.25, abs=0.05)
 
 
-def test_hair_is_fine() -> None:
+def test_hair_is_thin() -> None:
     view = draw_view(
         dataclasses.replace(make_style("hair", 3), count=400, thickness_px=0.5), 128, np.random.default_rng(0)
     )

@@ -39,7 +39,7 @@ def on_ray(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[I
 
 
 @pytest.mark.slow
-def test_actors_make_the_same_bytes_and_one_report(on_ray: Icm, icm: Icm, scene: Path) -> None:
+def test_actors_write_the_same_bytes_and_one_report(on_ray: Icm, icm: Icm, scene: Path) -> None:
     (scene / "many" / "bad.jpg").write_bytes(b"")
     result = on_ray("--progress", "json")
     assert result.exit_code == 1, result.output
@@ -55,7 +55,7 @@ def test_actors_make_the_same_bytes_and_one_report(on_ray: Icm, icm: Icm, scene:
 
 
 @pytest.mark.slow
-def test_images_of_an_actor_that_dies_are_done_again(on_ray: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_a_dead_actor_are_matted_again(on_ray: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matting, "EngineSetup", Dying)
     monkeypatch.setenv("DIED", str(scene / "died"))
     result = on_ray()
@@ -70,7 +70,7 @@ def test_images_of_an_actor_that_dies_are_done_again(on_ray: Icm, scene: Path, m
 @pytest.mark.parametrize(
     ("work", "message"), [(Dying, "Ray actors died repeatedly"), (FullDisk, "no space left on the device")]
 )
-def test_what_no_actor_can_do_ends_the_run(
+def test_error_of_all_actors_ends_the_run(
     on_ray: Icm, icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, work: type, message: str
 ) -> None:
     monkeypatch.setattr(matting, "EngineSetup", work)
@@ -85,7 +85,7 @@ def test_what_no_actor_can_do_ends_the_run(
 
 
 @pytest.mark.slow
-def test_a_node_that_sees_other_files_is_named(on_ray: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_without_the_files_is_reported(on_ray: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.Path, "write_text", lambda path, _: path.write_bytes(b"another file"))
     result = on_ray()
     assert result.exit_code == 2, result.output
@@ -102,7 +102,7 @@ def test_more_actors_than_cores_are_refused(on_ray: Icm) -> None:
 
 
 @pytest.mark.slow
-def test_a_cluster_is_joined_by_its_address_and_left_running(on_ray: Icm, scene: Path, small_model: Path) -> None:
+def test_cluster_is_joined_by_address_and_keeps_running(on_ray: Icm, scene: Path, small_model: Path) -> None:
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         address = ray.get_runtime_context().gcs_address
@@ -119,14 +119,14 @@ def test_a_cluster_is_joined_by_its_address_and_left_running(on_ray: Icm, scene:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:999999", "nowhere"])
-def test_an_address_where_no_cluster_is(icm: Icm, address: str) -> None:
+def test_address_without_cluster_is_an_error(icm: Icm, address: str) -> None:
     result = icm(device=None, ray=address)
     assert result.exit_code == 3, result.output
     assert f"--ray {address}: no cluster answers there" in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-def test_options_that_do_not_go_with_ray(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_incompatible_with_ray_are_refused(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     for options, code, message in (
         ({"ray_cpus": 2}, 2, "give --ray too, or omit --ray-cpus"),

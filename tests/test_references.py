@@ -41,14 +41,14 @@ def load(folder: Path, ref: str, mask: str | None, notices: list[str] | None = N
 
 
 @pytest.mark.parametrize(("ref", "mask"), [("ref.png", "mask.png"), ("ref.png", "soft.png"), ("cutout.png", None)])
-def test_the_thing_is_where_the_mask_is(folder: Path, ref: str, mask: str | None) -> None:
+def test_guidance_follows_the_mask(folder: Path, ref: str, mask: str | None) -> None:
     guidance = load(folder, ref, mask).guidance
     assert guidance.dtype == bool
     assert guidance.sum() == 400
     assert guidance[10:30, 20:40].all()
 
 
-def test_a_mask_of_another_size_is_resized_with_a_notice(folder: Path) -> None:
+def test_mask_of_another_size_is_resized_with_a_notice(folder: Path) -> None:
     notices: list[str] = []
     assert load(folder, "ref.png", "half.png", notices).guidance.sum() == pytest.approx(400, rel=0.1)
     assert notices == [f"mask {folder / 'half.png'} is 30x20 and its reference 60x40; the mask was resized"]
@@ -66,13 +66,13 @@ def test_a_mask_of_another_size_is_resized_with_a_notice(folder: Path) -> None:
         ("ref.png", None, "no RGBA cut-out"),
     ],
 )
-def test_refused(folder: Path, ref: str, mask: str | None, message: str) -> None:
+def test_invalid_references_are_refused(folder: Path, ref: str, mask: str | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load(folder, ref, mask)
 
 
 @pytest.mark.parametrize(("inverted", "told"), [(True, True), (False, False)])
-def test_a_mask_that_looks_inverted_is_told(folder: Path, inverted: bool, told: bool) -> None:
+def test_mask_that_looks_inverted_gives_a_notice(folder: Path, inverted: bool, told: bool) -> None:
     mask = cv2.imread(str(folder / "mask.png"), 0)
     cv2.imwrite(str(folder / "maybe.png"), 255 - mask if inverted else mask)
     notices: list[str] = []
@@ -80,7 +80,7 @@ def test_a_mask_that_looks_inverted_is_told(folder: Path, inverted: bool, told: 
     assert [f"mask {folder / 'maybe.png'} is white in 83 % of the picture" in each for each in notices] == [True] * told
 
 
-def test_counts_must_agree(folder: Path) -> None:
+def test_numbers_of_references_and_masks_must_agree(folder: Path) -> None:
     with pytest.raises(UsageError, match="2 references but 1 masks"):
         read_references([folder / "ref.png"] * 2, [folder / "mask.png"], lambda _: None)
     with pytest.raises(UsageError, match="no reference"):
@@ -126,7 +126,7 @@ def guidance_of(ref: Path, mask: Path, notices: list[str], lies: str = "auto") -
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 @pytest.mark.parametrize("mask", ["stored", "upright"])
 @pytest.mark.parametrize("half", [False, True])
-def test_a_mask_drawn_on_stored_pixels_is_known_by_its_size(
+def test_mask_in_stored_orientation_is_detected_by_its_size(
     tmp_path: Path, orientation: int, mask: str, half: bool
 ) -> None:
     notices: list[str] = []
@@ -137,7 +137,9 @@ def test_a_mask_drawn_on_stored_pixels_is_known_by_its_size(
 
 @pytest.mark.parametrize(("orientation", "square"), [(2, False), (3, False), (4, False), (6, True), (8, True)])
 @pytest.mark.parametrize("mask", ["stored", "upright"])
-def test_where_both_ways_fit_the_option_decides(tmp_path: Path, orientation: int, square: bool, mask: str) -> None:
+def test_mask_orientation_option_decides_ambiguous_cases(
+    tmp_path: Path, orientation: int, square: bool, mask: str
+) -> None:
     files = turned_reference(tmp_path, orientation, mask=mask, square=square)
     expected, notices = seen(orientation, square=square), list[str]()
     assert (guidance_of(*files, notices) == expected).all() == (mask == "upright")
@@ -148,21 +150,21 @@ def test_where_both_ways_fit_the_option_decides(tmp_path: Path, orientation: int
 
 
 @pytest.mark.parametrize("lies", ["auto", "stored"])
-def test_a_mask_with_its_reference_s_own_turn_needs_no_word(tmp_path: Path, lies: str) -> None:
+def test_mask_with_equal_orientation_gives_no_notice(tmp_path: Path, lies: str) -> None:
     notices: list[str] = []
     files = turned_reference(tmp_path, 3, mask="stored", mask_orientation=3)
     assert (guidance_of(*files, notices, lies) == seen(3)).all()
     assert not notices
 
 
-def test_an_orientation_that_nothing_reads_is_refused(folder: Path) -> None:
+def test_unused_mask_orientation_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="Did you mean 'stored'"):
         guidance_of(folder / "ref.png", folder / "mask.png", [], "stord")
     with pytest.raises(UsageError, match="there is no --mask"):
         read_references([folder / "cutout.png"], [], lambda _: None, orientation="stored")
 
 
-def test_the_command_takes_the_orientation(icm: Icm, scene: Path) -> None:
+def test_command_accepts_mask_orientation(icm: Icm, scene: Path) -> None:
     with Image.open(scene / "ref.png") as image:
         exif = Image.Exif()
         exif[0x0112] = 3
@@ -177,7 +179,7 @@ def test_the_command_takes_the_orientation(icm: Icm, scene: Path) -> None:
         assert (read(scene / "stored" / name) == read(scene / "out" / name)).all()
 
 
-def test_the_page_shows_the_reference_as_the_model_saw_it(icm: Icm, scene: Path) -> None:
+def test_page_shows_the_oriented_reference(icm: Icm, scene: Path) -> None:
     """Where the mask marks it, that is turned as the reference is: the tint lies on the thing."""
     with Image.open(scene / "mask.png") as image:
         image.rotate(180).save(scene / "mask.png")

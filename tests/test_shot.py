@@ -241,7 +241,7 @@ def propagator_of(
     return propagator, jobs, frames
 
 
-def test_the_mask_of_a_keyframe_makes_no_edge_hard() -> None:
+def test_mask_of_a_keyframe_does_not_harden_edges() -> None:
     soft = np.full((120, 160), 0.5, np.float32)
 
     class SoftEdges(GivenAlphas):
@@ -397,7 +397,7 @@ def test_alphas_of_another_order_are_recomputed(shot: Shoot, scene: Path) -> Non
         assert alphas(scene / "out") == alphas(scene / "whole")
 
 
-def test_a_reference_by_a_link_is_the_frame(shot: Shoot, scene: Path, frames: Path) -> None:
+def test_reference_by_a_symbolic_link_is_the_frame(shot: Shoot, scene: Path, frames: Path) -> None:
     assert shot(out=scene / "whole").exit_code == 0
     (scene / "link.png").symlink_to(frames / f"sh.{KEY}.png")
     (scene / "linked").symlink_to(frames)
@@ -410,7 +410,7 @@ def test_a_reference_by_a_link_is_the_frame(shot: Shoot, scene: Path, frames: Pa
             assert (read(out / name) == read(scene / "whole" / name)).all()
 
 
-def test_a_shot_is_of_one_device(shot: Shoot, scene: Path) -> None:
+def test_shot_needs_a_single_device(shot: Shoot, scene: Path) -> None:
     for flags in (("--device", "cpu,cpu"), ("--ray", "auto")):
         refused = shot(*flags)
         assert refused.exit_code == 2
@@ -418,7 +418,7 @@ def test_a_shot_is_of_one_device(shot: Shoot, scene: Path) -> None:
     assert not (scene / "out").exists()
 
 
-def test_frames_of_other_sizes_are_matted_on_their_own(shot: Shoot, frames: Path) -> None:
+def test_frames_of_other_sizes_are_matted_without_propagation(shot: Shoot, frames: Path) -> None:
     small = cv2.imread(str(frames / "sh.1006.png"))
     cv2.imwrite(str(frames / "sh.1006.png"), cv2.resize(small, (90, 150)))
     assert shot("--batch-size", "4").exit_code == 0

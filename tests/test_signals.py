@@ -9,7 +9,7 @@ from icm_cli.signals import StopSignals
 
 
 class TestStopSignals:
-    def test_a_signal_waits_for_the_end(self) -> None:
+    def test_signal_is_delayed_to_the_end(self) -> None:
         heard: list[int] = []
         before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
         try:
@@ -24,7 +24,7 @@ class TestStopSignals:
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def test_in_another_thread_it_does_nothing(self) -> None:
+    def test_signal_handling_is_disabled_in_other_threads(self) -> None:
         def run() -> None:
             with StopSignals() as stop:
                 results.append(stop.received)

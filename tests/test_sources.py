@@ -49,18 +49,18 @@ def outputs(jobs: list[Job], out: Path) -> list[str]:
     return [job.output.relative_to(out).as_posix() for job in jobs]
 
 
-def test_folder_is_mirrored_with_stems_kept(tmp_path: Path) -> None:
+def test_output_mirrors_the_source_folder(tmp_path: Path) -> None:
     src = tree(tmp_path / "in", "a/0001.jpg", "b/0001.PNG", "shot.1001.tif", "notes.txt", ".hidden.png", ".git/x.png")
     jobs = plan(src, tmp_path / "out")
     assert outputs(jobs, tmp_path / "out") == ["a/0001.png", "b/0001.png", "shot.1001.png"]
 
 
-def test_single_image(tmp_path: Path) -> None:
+def test_single_image_is_a_source(tmp_path: Path) -> None:
     src = tree(tmp_path, "in/a b.jpg") / "in" / "a b.jpg"
     assert outputs(plan(src, tmp_path / "out"), tmp_path / "out") == ["a b.png"]
 
 
-def test_a_place_depends_on_its_source_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_path_depends_only_on_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A glob mirrors below its fixed part and a list below the working directory, whatever else is in the run."""
     tree(tmp_path, "x/y/a/1.jpg", "x/y/b/2.jpg", "x/z.jpg")
     out = tmp_path / "out"
@@ -85,7 +85,7 @@ def test_sources_outside_the_root_are_refused(tmp_path: Path, monkeypatch: pytes
         plan(tmp_path / "in", tmp_path / "out", root=tmp_path / "nowhere")
 
 
-def test_folders_in_a_list_are_left_out_with_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_in_a_list_are_skipped_with_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree(tmp_path, "a/1.jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("a\na/1.jpg\n"))
@@ -94,7 +94,7 @@ def test_folders_in_a_list_are_left_out_with_a_notice(tmp_path: Path, monkeypatc
     assert "a folder in a list" in notices[0]
 
 
-def test_brackets_of_a_folder_that_exists_are_taken_literally(tmp_path: Path) -> None:
+def test_brackets_of_an_existing_folder_are_literal(tmp_path: Path) -> None:
     out = tmp_path / "out"
     tree(tmp_path, "shot[1-3]/a.0001.jpg", "shot2/a.0001.jpg")
     assert outputs(plan(str(tmp_path / "shot[1-3]/*.jpg"), out), out) == ["a.0001.png"]
@@ -112,7 +112,7 @@ def test_frame_patterns_keep_numbers_and_order(tmp_path: Path, pattern: str) -> 
     assert outputs(plan(str(src / pattern), out / "m_####.png"), out) == ["m_0998.png", "m_1000.png", "m_10000.png"]
 
 
-def test_frames_are_chosen_and_gaps_told(tmp_path: Path) -> None:
+def test_frames_are_selected_and_gaps_are_reported(tmp_path: Path) -> None:
     src, out = tree(tmp_path / "in", *(f"s.{n}.jpg" for n in (1001, 1002, 1004, 1005, 1009))), tmp_path / "out"
     pattern = str(src / "s.####.jpg")
     notices: list[str] = []
@@ -129,7 +129,7 @@ def test_frames_are_chosen_and_gaps_told(tmp_path: Path) -> None:
         plan(pattern, out, missing="error", **chosen)
 
 
-def test_names_follow_the_template(tmp_path: Path) -> None:
+def test_output_names_follow_the_template(tmp_path: Path) -> None:
     src, out = tree(tmp_path / "in", "shot.1001.jpg", "cat.jpg", "cat.png"), tmp_path / "out"
     with pytest.raises(UsageError, match=r"cat.jpg and .*cat.png to .*--keep-suffix"):
         plan(src, out)
@@ -144,9 +144,7 @@ def test_names_follow_the_template(tmp_path: Path) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 7), st.sets(st.integers(0, 99), min_size=1, max_size=30))
-def test_shards_are_a_partition_that_does_not_move(
-    tmp_path_factory: pytest.TempPathFactory, count: int, numbers: set[int]
-) -> None:
+def test_shards_are_a_stable_partition(tmp_path_factory: pytest.TempPathFactory, count: int, numbers: set[int]) -> None:
     """Every image is in one shard, and in the same one when other images come or go."""
     root = tmp_path_factory.mktemp("tree")
     tree(root / "in", "always.jpg", *(f"{number}.jpg" for number in numbers))
@@ -160,12 +158,12 @@ def test_shards_are_a_partition_that_does_not_move(
 
 
 @pytest.mark.parametrize("text", ["", "1", "0/3", "4/3", "a/b", "1/0", "-1/3"])
-def test_a_shard_that_is_none_is_refused(text: str) -> None:
+def test_invalid_shard_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--shard is"):
         parse_shard(text)
 
 
-def test_a_bracketed_name_is_a_file_before_it_is_a_glob(tmp_path: Path) -> None:
+def test_name_with_brackets_is_a_file_if_it_exists(tmp_path: Path) -> None:
     src = tree(tmp_path, "in/[a].jpg") / "in" / "[a].jpg"
     assert outputs(plan(src, tmp_path / "out"), tmp_path / "out") == ["[a].png"]
 
@@ -182,7 +180,7 @@ def test_include_and_exclude(tmp_path: Path) -> None:
         plan(tree(tmp_path / "cats", "cat.jpg"), out, frames=frozenset({1}))
 
 
-def test_output_references_and_masks_are_left_out_with_a_notice(tmp_path: Path) -> None:
+def test_outputs_references_and_masks_are_skipped_with_a_notice(tmp_path: Path) -> None:
     src = tree(tmp_path / "in", "ref.jpg", "mask.png", "1.jpg", "out/1.png", "out/2.png")
     notices: list[str] = []
     jobs = plan(src, src / "out", references=[src / "ref.jpg", src / "mask.png"], notice=notices.append)
@@ -196,7 +194,7 @@ def link(path: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("src", ["in", "in/**/*.jpg", "in/**/a.####.jpg"])
-def test_real_folders_win_over_links_whatever_their_names(tmp_path: Path, src: str) -> None:
+def test_real_folders_take_precedence_over_links(tmp_path: Path, src: str) -> None:
     """Links into the tree and loops are left out and told; a link elsewhere is a folder of its own, each time."""
     tree(tmp_path, "in/sh020/a.0001.jpg", "in/sh020/deep/a.0002.jpg", "other/a.0003.jpg", "in/.versions/a.0004.jpg")
     link(tmp_path / "in/latest", tmp_path / "in/sh020")
@@ -236,7 +234,7 @@ def test_real_folders_win_over_links_whatever_their_names(tmp_path: Path, src: s
         ([], "in/*.jpg", "out", "no file matches"),
     ],
 )
-def test_refused(tmp_path: Path, names: list[str], src: str, out: str, message: str) -> None:
+def test_invalid_sources_are_refused(tmp_path: Path, names: list[str], src: str, out: str, message: str) -> None:
     tree(tmp_path, *names)
     with pytest.raises(UsageError, match=message):
         plan(str(tmp_path / src), tmp_path / out)
@@ -256,7 +254,7 @@ NAMES = st.lists(st.text("ab/.", min_size=1, max_size=6), min_size=1, max_size=8
 
 @settings(max_examples=80, deadline=None)
 @given(NAMES)
-def test_no_two_images_share_an_output(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
+def test_images_never_share_an_output(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
     """Whatever the tree: either every image has an output of its own below --out, or nothing is planned."""
     root = tmp_path_factory.mktemp("tree")
     for name in names:

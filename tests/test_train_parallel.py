@@ -42,7 +42,7 @@ def test_gradient_accumulation_equals_one_batch(config: Path, alone: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(config: Path, alone: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one_process(config: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     line = command(config, out, "--set", "train.micro_batch_size=1")[1:]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *line]

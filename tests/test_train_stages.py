@@ -179,7 +179,7 @@ class TestMatch:
         for once, twice in zip(answers(1), answers(2), strict=True):
             torch.testing.assert_close(once, twice, atol=0.02, rtol=0)  # the null token is one of many
 
-    def test_another_head_is_refused(self, discs: Path, tmp_path: Path) -> None:
+    def test_other_heads_are_refused(self, discs: Path, tmp_path: Path) -> None:
         detail = {"name": "detail", "canvas_px": 96, "feature_channels": 8}
         config = write_config(tmp_path / "a.yaml", discs, model={**MODEL, "head": detail}, **MATCH)
         done = train(config, tmp_path / "run")
@@ -369,7 +369,7 @@ def test_uncertain_regions_fade_inside_and_appear_outside() -> None:
 
 
 class TestRefineNetwork:
-    def test_details_begin_as_nothing_and_learn(self) -> None:
+    def test_details_start_at_zero_and_learn(self) -> None:
         plain = Refine(Refine.Config(widths=(4, 6)))
         finer = Refine(Refine.Config(widths=(4, 6), details=2))
         torch.nn.init.normal_(plain.output.weight)
@@ -379,7 +379,7 @@ class TestRefineNetwork:
         finer(image, coarse).square().mean().backward()
         assert all(float(each.second.weight.grad.abs().max()) > 0 for each in finer.details)
 
-    def test_untrained_it_passes_the_coarse_alpha(self) -> None:
+    def test_untrained_network_returns_the_coarse_alpha(self) -> None:
         edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, core=0)).eval()
         coarse = np.random.default_rng(0).random((50, 70), np.float32) * 0.9 + 0.05
         rgb = np.random.default_rng(1).integers(0, 256, (50, 70, 3), np.uint8)
@@ -390,7 +390,7 @@ class TestRefineNetwork:
 
     @given(height=st.integers(1, 300), width=st.integers(1, 300))
     @settings(max_examples=30, deadline=None)
-    def test_any_size_comes_back_at_its_size(self, height: int, width: int) -> None:
+    def test_output_has_the_size_of_the_input(self, height: int, width: int) -> None:
         edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, core=0)).eval()
         level = np.full((7, 5), 0.25, np.float32)
         alpha = refine_alpha(edges, np.zeros((height, width, 3), np.uint8), level)
@@ -400,7 +400,7 @@ class TestRefineNetwork:
     @pytest.mark.parametrize(
         ("size", "second"), [((48, 60), (72, 90)), ((80, 100), (80, 100)), ((60, 75), (76, 96)), ((1, 9), (2, 14))]
     )
-    def test_a_second_look_is_larger_than_the_first(self, size: tuple[int, int], second: tuple[int, int]) -> None:
+    def test_second_pass_is_larger_than_the_first(self, size: tuple[int, int], second: tuple[int, int]) -> None:
         """Of the source's own size, or ``again`` times the first."""
         edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, again=1.5, core=0)).eval()
         tiled: list[tuple[int, ...]] = []
@@ -414,7 +414,7 @@ class TestRefineNetwork:
         assert alpha.shape == size
         np.testing.assert_allclose(alpha, 0.25, atol=1e-5)
 
-    def test_where_nothing_is_open_nothing_is_made(self) -> None:
+    def test_network_does_not_run_without_unknown_pixels(self) -> None:
         """A thing that is absent stays so, whatever the photograph shows."""
         edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, core=0)).eval()
         assert edges.output.bias is not None
@@ -427,7 +427,7 @@ class TestRefineNetwork:
         faint = np.full((9, 7), 0.03, np.float32)
         assert refine_alpha(edges, rgb[:60, :60], faint).max() < 0.031
 
-    def test_far_from_what_is_open_no_tile_changes_anything(self) -> None:
+    def test_tiles_do_not_change_pixels_far_from_unknown_ones(self) -> None:
         """A network that makes a haze of everything makes none beyond its reach, and no straight edge where it ends."""
         edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=16, reach=0.1, core=0)).eval()
         assert edges.output.bias is not None
@@ -444,7 +444,7 @@ class TestRefineNetwork:
         assert max(np.abs(np.diff(haze[:, column])).max() for column in (0, 40, 60, 70, 140, 199)) < 0.06
 
     @pytest.mark.parametrize("scale", [1, 5])
-    def test_a_core_is_solid_and_what_is_beside_it_clear(self, scale: int) -> None:
+    def test_core_is_opaque_and_its_surroundings_are_transparent(self, scale: int) -> None:
         config = Refine.Config(widths=(4, 6), whole_px=4096, tile_px=64, overlap_px=16, core=0.05)
         alpha = np.full((200, 240), 0.06, np.float32)
         alpha[60:140, 60:140] = 0.9

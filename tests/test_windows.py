@@ -70,7 +70,7 @@ def cropped(mask: np.ndarray) -> Box:
 
 
 @pytest.mark.parametrize("origin", [(0, 0), (16, -8)])
-def test_a_mask_lies_where_its_data_window_says(icm: Icm, scene: Path, origin: tuple[int, int]) -> None:
+def test_mask_is_placed_by_its_data_window(icm: Icm, scene: Path, origin: tuple[int, int]) -> None:
     mask = read(scene / "mask.png")
     roto = exr(scene / "roto.exr", (mask > 127).astype(np.float32), cropped(mask > 127), origin)
     found, notices = reference(scene / "ref.png", roto)
@@ -81,7 +81,7 @@ def test_a_mask_lies_where_its_data_window_says(icm: Icm, scene: Path, origin: t
 
 
 @pytest.mark.parametrize("box", [(-20, -10, 260, 180), (12, 30, 100, 70), (150, 0, 90, 40)])
-def test_a_mask_of_the_display_window_is_placed_on_the_reference(scene: Path, box: Box) -> None:
+def test_mask_of_the_display_window_is_aligned_with_the_reference(scene: Path, box: Box) -> None:
     """The reference has more pixels than its display window, fewer, or some of both."""
     rgb, mask = linear(read(scene / "ref.png")[..., 2::-1]), np.zeros(read(scene / "mask.png").shape, np.uint8)
     mask[20:60, 40:170] = 255
@@ -95,7 +95,7 @@ def test_a_mask_of_the_display_window_is_placed_on_the_reference(scene: Path, bo
         assert not notices
 
 
-def test_a_mask_keeps_what_lies_outside_of_the_display_window(scene: Path) -> None:
+def test_mask_keeps_pixels_outside_the_display_window(scene: Path) -> None:
     rgb = linear(read(scene / "ref.png")[..., 2::-1])
     box = (-20, -10, rgb.shape[1] + 40, rgb.shape[0] + 20)
     ref = exr(scene / "ref.exr", rgb, box)
@@ -123,7 +123,7 @@ def test_masks_of_another_size_are_scaled_by_the_display_window(scene: Path) -> 
 
 
 @given(st.data())
-def test_pixels_move_by_their_coordinates(data: st.DataObject) -> None:
+def test_pixels_are_moved_by_their_coordinates(data: st.DataObject) -> None:
     numbers = st.integers(-9, 9)
     sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
     first, second = (ImageWindows(data.draw(sizes), data.draw(st.tuples(numbers, numbers)), (5, 6)) for _ in range(2))
@@ -135,7 +135,7 @@ def test_pixels_move_by_their_coordinates(data: st.DataObject) -> None:
         assert found[row, column] == (pixels[there] if inside else 0)
 
 
-def test_alphas_and_truths_are_those_of_their_display_windows(tmp_path: Path) -> None:
+def test_alphas_and_ground_truth_cover_their_display_windows(tmp_path: Path) -> None:
     alpha = np.linspace(0, 1, 40 * 60, dtype=np.float32).reshape(40, 60)
     for box in ((10, 5, 30, 20), (-7, -5, 80, 60)):
         path = exr(tmp_path / "a.exr", alpha, box)
@@ -145,7 +145,7 @@ def test_alphas_and_truths_are_those_of_their_display_windows(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("box", [(-20, -10, 200, 130), (20, 10, 120, 80)])
-def test_what_has_no_windows_covers_the_display_window(icm: Icm, scene: Path, box: Box) -> None:
+def test_files_without_windows_cover_the_display_window(icm: Icm, scene: Path, box: Box) -> None:
     rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
     height, width = rgb.shape[:2]
     for name in ("a", "b"):
@@ -170,7 +170,7 @@ def test_what_has_no_windows_covers_the_display_window(icm: Icm, scene: Path, bo
 
 
 @pytest.mark.parametrize("form", ["png", "exr"])
-def test_truths_are_registered_by_their_windows(icm: Icm, scene: Path, form: str) -> None:
+def test_ground_truth_is_aligned_by_its_windows(icm: Icm, scene: Path, form: str) -> None:
     (scene / "gt").mkdir()
     shrink(DEMO / "alphas" / "brickwall.png", scene / "gt" / "a.png", 160)
     truth = read(scene / "gt" / "a.png")
@@ -187,7 +187,7 @@ def test_truths_are_registered_by_their_windows(icm: Icm, scene: Path, form: str
 
 
 @pytest.mark.parametrize("turn", [3, 6])
-def test_windows_of_a_turned_source_are_left_out(icm: Icm, scene: Path, turn: int) -> None:
+def test_windows_of_a_rotated_source_are_ignored(icm: Icm, scene: Path, turn: int) -> None:
     rgb = linear(read(next((scene / "imgs").glob("wall.*")))[:96, :96, 2::-1])
     source = windowed(scene / "a.exr", rgb, (9, 5), (200, 200), turn=turn)
     result = icm(src=source, format="exr")
@@ -198,7 +198,7 @@ def test_windows_of_a_turned_source_are_left_out(icm: Icm, scene: Path, turn: in
     assert (spec.x, spec.y, spec.full_width, spec.full_height) == (0, 0, 96, 96)
 
 
-def test_a_trimap_beside_an_exr_covers_the_display_window(icm: Icm, scene: Path) -> None:
+def test_trimap_of_an_exr_covers_the_display_window(icm: Icm, scene: Path) -> None:
     rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
     exr(scene / "a.exr", rgb, (20, 10, 100, 70))
     result = icm(src=scene / "a.exr", format="exr", trimap="beside")
