@@ -1,4 +1,4 @@
-"""Whole files or none, digests, the cache folder; and files below folders and of globs, by links too."""
+"""Write files atomically, compute digests, find the cache folder, and walk folders and globs."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ Paths: TypeAlias = str | Path | Sequence[str | Path]
 TEMPORARY_PREFIX = ".icm-"
 TEMPORARY_SUFFIX = ".tmp"
 STALE_AFTER_S = 3600.0
-"""A temporary file of another machine counts as left behind by a dead process after this long without a write."""
+"""Seconds without a write after which a temporary file of another machine is stale."""
 SERVICE_FOLDERS = frozenset({"@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "__MACOSX"})
-"""Folders that storage servers and archivers make for themselves: thumbnails, bins, snapshots, resource forks."""
+"""Folders that storage servers and archivers create: thumbnails, recycle bins, snapshots, resource forks."""
 HIDDEN = "hidden"
-LINKED = "a link to a folder of the same tree, whose files have their places there"
-AROUND = "a link to a folder that holds it, a loop"
+LINK_INTO_TREE = "a link to a folder of the same tree, whose files are found there"
+LINK_LOOP = "a link to a folder that contains it"
 UNREADABLE = "a folder that cannot be read"
 
 SkippedPaths: TypeAlias = dict[str, list[Path]]
-"""Everything that a walk passed by, by reason: files, links to folders, and folders that cannot be read."""
+"""Paths that a walk skips, by reason: files, links to folders, and folders that cannot be read."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a hidden temporary file beside ``path``; on success it is synced and renamed, on failure removed.
+    """Open a hidden temporary file next to ``path``. On success it is synced and renamed, on failure removed.
 
-    Raises OutputError when the file system refuses (full, read-only, no permission), ImageError when only this
-    name is refused.
+    Raises OutputError if the file system cannot be written (full, read-only, no permission), ImageError if only
+    this file name is refused.
     """
     temporary = path.parent / temporary_name()
     try:
@@ -60,27 +60,28 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def temporary_name() -> str:
-    """A name for a hidden file that a later run removes, should this process die before it does."""
+    """Return a name for a hidden file. A later run removes the file if this process dies before it does."""
     return f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
 
 
 def write_error(path: Path, error: OSError) -> ImageError | OutputError:
-    """The sentence for an output that the file system refuses; an ImageError where others could still be written."""
+    """Return the error for an output that cannot be written: an ImageError if other files could be."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
-            f"{path} cannot be written: no space left on the device; free some and run the same command again, "
-            "it goes on where it stopped"
+            f"{path} cannot be written: no space left on the device; free some space and run the same command again, "
+            "which resumes"
         )
     reason = error.strerror or str(error)
     if error.errno in (errno.ENAMETOOLONG, errno.EISDIR, errno.EILSEQ):
         return ImageError(
-            f"{path} cannot be written: {reason}; this file name is not allowed there; the other images go on"
+            f"{path} cannot be written: {reason}; the file system does not accept this name; choose other names with "
+            "--name; the other images are processed"
         )
-    return OutputError(f"{path} cannot be written: {reason}; give an output location you can write to")
+    return OutputError(f"{path} cannot be written: {reason}; give an output location that you can write to")
 
 
 def remove_stale_temporaries(folder: Path) -> int:
-    """Remove temporary files that dead processes of ours left in ``folder`` itself; returns how many."""
+    """Remove the temporary files of dead processes from ``folder`` itself, and return their number."""
     removed = 0
     for path in folder.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(FileNotFoundError):
@@ -108,7 +109,7 @@ def _is_running(pid: int) -> bool:
 
 
 def combined_digest(*parts: bytes | str) -> str:
-    """SHA-256 of the parts, each told apart from the next, as hexadecimal digits."""
+    """Return the SHA-256 of the parts as hexadecimal digits. The boundaries between parts count."""
     hasher = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -118,27 +119,27 @@ def combined_digest(*parts: bytes | str) -> str:
 
 
 def cached_file_digest(path: Path) -> str:
-    """SHA-256 of a file's content; remembered in the cache by path, size and time, as weights are gigabytes."""
+    """Return the SHA-256 of a file's content. It is cached by path, size and time, because weights are large."""
     state = path.stat()
     key = combined_digest(str(path.resolve()), str(state.st_size), str(state.st_mtime_ns), str(state.st_ino))
-    remembered = cache_folder() / "digests" / key
+    cached = cache_folder() / "digests" / key
     with contextlib.suppress(OSError):
-        digest = remembered.read_text()
+        digest = cached.read_text()
         if len(digest) == 64:
             return digest
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    with contextlib.suppress(OutputError), atomic_write(remembered) as out:
+    with contextlib.suppress(OutputError), atomic_write(cached) as out:
         out.write(digest.encode())
     return digest
 
 
 @functools.cache
 def cache_folder() -> Path:
-    """Folder of files that can be made again: $ICM_CACHE, else $XDG_CACHE_HOME/icm, else ~/.cache/icm.
+    """Return the cache folder: $ICM_CACHE, else $XDG_CACHE_HOME/icm, else ~/.cache/icm.
 
-    Falls back to a folder of this user's under the temporary directory where none of those can be written (farm
-    nodes often have no home).
+    If none of these can be written, it is a folder of this user in the temporary directory. Farm nodes often have no
+    home folder.
     """
     for folder in _cache_candidates():
         with contextlib.suppress(OSError):
@@ -149,7 +150,7 @@ def cache_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"icm-{user}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "getuid") and folder.stat().st_uid != user:
-        return Path(tempfile.mkdtemp(prefix="icm-"))  # somebody else's, perhaps put there to be run
+        return Path(tempfile.mkdtemp(prefix="icm-"))  # another user's folder, whose content is not trusted
     return folder
 
 
@@ -158,58 +159,60 @@ def _cache_candidates() -> Iterator[Path]:
         yield Path(os.environ["ICM_CACHE"])
     if os.environ.get("XDG_CACHE_HOME"):
         yield Path(os.environ["XDG_CACHE_HOME"]) / "icm"
-    with contextlib.suppress(RuntimeError):  # a user without a home, as in many containers
+    with contextlib.suppress(RuntimeError):  # a user without a home folder, as in many containers
         yield Path.home() / ".cache" / "icm"
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write ``value`` as JSON, whole or not at all."""
+    """Write ``value`` as JSON, atomically."""
     with atomic_write(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
 def as_paths(value: Paths) -> list[Path]:
-    """One or several paths -> a list."""
+    """Return one or several paths as a list."""
     return [Path(value)] if isinstance(value, (str, Path)) else [Path(one) for one in value]
 
 
 def as_path(value: str | Path | None) -> Path | None:
-    """A path where one is given."""
+    """Return a path, or None if none is given."""
     return None if value is None else Path(value)
 
 
-def walk_files(folder: Path, passed: SkippedPaths, trees: Sequence[str] = ()) -> Iterator[Path]:
-    """Every file below a folder that is not hidden.
+def walk_files(folder: Path, skipped: SkippedPaths, trees: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield every file below a folder that is not hidden, and add skipped paths to ``skipped``.
 
-    A link to a folder elsewhere is a folder of its own. One into a tree that is walked already is passed by, whatever
-    its name: the files have their real places; so is one to a folder that holds it. ``trees``: the real folders of the
-    links that led here, the first first.
+    A link to a folder outside the tree is followed. A link into a tree that is walked anyway is skipped, because its
+    files are found there. A link to a folder that contains it is skipped. ``trees``: the real folders of the links
+    that led here, outermost first.
     """
     trees = (*trees, os.path.realpath(folder))
 
     def unreadable(error: OSError) -> None:
-        passed.setdefault(UNREADABLE, []).append(Path(error.filename))
+        skipped.setdefault(UNREADABLE, []).append(Path(error.filename))
 
     for parent, folders, files in os.walk(folder, onerror=unreadable):
         for name in list(folders):
             path = Path(parent) / name
-            if reason := _why_passed(path, trees):
+            if reason := _skip_reason(path, trees):
                 folders.remove(name)
-                passed.setdefault(reason, []).extend([path] if reason in (LINKED, AROUND) else _files_below(path))
+                skipped.setdefault(reason, []).extend(
+                    [path] if reason in (LINK_INTO_TREE, LINK_LOOP) else _files_below(path)
+                )
             elif path.is_symlink():
                 folders.remove(name)
-                yield from walk_files(path, passed, trees)
-        shown = [name for name in files if not name.startswith(".")]
-        if len(shown) < len(files):
-            own = {*shown, *(name for name in files if name.startswith(TEMPORARY_PREFIX))}
-            passed.setdefault(HIDDEN, []).extend(Path(parent) / name for name in files if name not in own)
-        yield from (Path(parent) / name for name in shown)
+                yield from walk_files(path, skipped, trees)
+        visible = [name for name in files if not name.startswith(".")]
+        if len(visible) < len(files):
+            ignored = {*visible, *(name for name in files if name.startswith(TEMPORARY_PREFIX))}
+            skipped.setdefault(HIDDEN, []).extend(Path(parent) / name for name in files if name not in ignored)
+        yield from (Path(parent) / name for name in visible)
 
 
-def expand_glob(pattern: str, passed: SkippedPaths) -> Iterator[Path]:
-    """Files that a glob matches; a folder whose name has brackets and exists is taken literally.
+def expand_glob(pattern: str, skipped: SkippedPaths) -> Iterator[Path]:
+    """Yield the files that a glob matches. A folder that exists is read literally, even with brackets in its name.
 
-    ``**`` stands for any folders below, found as a walk finds them.
+    ``**`` matches any folders below, found as :func:`walk_files` finds them.
     """
     fixed, rest = split_glob(pattern)
     plain = rest[: rest.index("**")] if "**" in rest else rest
@@ -219,33 +222,33 @@ def expand_glob(pattern: str, passed: SkippedPaths) -> Iterator[Path]:
         return
     for folder in found if plain else [Path(fixed)]:
         if folder.is_dir():
-            below = walk_files(folder, passed)
-            yield from (path for path in below if _fits(path.relative_to(folder).parts, rest[len(plain) :]))
+            below = walk_files(folder, skipped)
+            yield from (path for path in below if _matches(path.relative_to(folder).parts, rest[len(plain) :]))
 
 
 def split_glob(pattern: str) -> tuple[str, tuple[str, ...]]:
-    """The folder that exists or has no wildcards, and the parts after it."""
+    """Return the leading folder without wildcards, or that exists, and the parts after it."""
     parts = Path(pattern).parts
     fixed = ""
     for number, part in enumerate(parts):
-        longer = os.path.join(fixed, part)  # noqa: PTH118  a Path would lose the empty one
+        longer = os.path.join(fixed, part)  # noqa: PTH118  a Path cannot be empty
         if glob.has_magic(part) and not os.path.lexists(longer):
             return fixed, parts[number:]
         fixed = longer
     return fixed, ()
 
 
-def _why_passed(path: Path, trees: Sequence[str]) -> str:
-    """The reason for which a folder is not walked; "" for one that is."""
+def _skip_reason(path: Path, trees: Sequence[str]) -> str:
+    """Return the reason to skip a folder; "" if it is walked."""
     if path.is_symlink():
         target = Path(os.path.realpath(path))
         if any(Path(tree).is_relative_to(target) for tree in trees):
-            return AROUND
+            return LINK_LOOP
         if any(target.is_relative_to(tree) and _is_walked(target.relative_to(tree).parts) for tree in trees):
-            return LINKED
+            return LINK_INTO_TREE
     if path.name.startswith("."):
         return HIDDEN
-    return f"in {path.name}, a folder of a storage server or archiver" if path.name in SERVICE_FOLDERS else ""
+    return f"in {path.name}, a folder that a storage server or archiver created" if path.name in SERVICE_FOLDERS else ""
 
 
 def _is_walked(parts: Iterable[str]) -> bool:
@@ -257,10 +260,10 @@ def _files_below(folder: Path) -> list[Path]:
     return [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
 
 
-def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a glob."""
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether the parts of a path match the parts of a glob."""
     if not patterns:
         return not names
     if patterns[0] == "**":
-        return any(_fits(names[skipped:], patterns[1:]) for skipped in range(len(names) + 1))
-    return bool(names) and fnmatch.fnmatch(names[0], patterns[0]) and _fits(names[1:], patterns[1:])
+        return any(_matches(names[skipped:], patterns[1:]) for skipped in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatch(names[0], patterns[0]) and _matches(names[1:], patterns[1:])

@@ -18,7 +18,7 @@ from tiny_hf import sharded, write_tiny_dino, write_tiny_vitmatte
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError, UsageError
-from icm_cli.geometry import Float, resize, trimap_of_coarse
+from icm_cli.geometry import Float, resize, trimap_from_coarse
 from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.predictor import load
 from icm_cli.model.hub.vitmatte import VitMatteEdges, VitMatteEdgesConfig
@@ -43,7 +43,7 @@ def disc(side: int, radius: float) -> Float:
 class TestTrimap:
     def test_unknown_region_is_on_both_sides_of_the_edge(self) -> None:
         coarse = disc(50, 12)
-        trimap = trimap_of_coarse(coarse, (200, 200), 0.05)
+        trimap = trimap_from_coarse(coarse, (200, 200), 0.05)
         assert set(np.unique(trimap)) == {0.0, 0.5, 1.0}
         fine = disc(200, 48)
         unknown = trimap == 0.5
@@ -56,19 +56,19 @@ class TestTrimap:
         coarse = np.zeros((100, 100), np.float32)
         coarse[40:44, 10:90] = 1.0
         coarse[60:95, 10:60] = 1.0
-        trimap = trimap_of_coarse(coarse, (100, 100), 0.1)
+        trimap = trimap_from_coarse(coarse, (100, 100), 0.1)
         assert (trimap[40:44] == 1.0).sum() > 50
         assert (trimap[60:95] == 1.0).sum() < 35 * 50 / 2  # a thick one has the whole band
 
     @pytest.mark.parametrize("level", [0.0, 1.0])
     def test_alpha_without_edge_has_no_unknown_region(self, level: float) -> None:
-        assert (trimap_of_coarse(np.full((9, 7), level, np.float32), (90, 70), 0.02) == level).all()
+        assert (trimap_from_coarse(np.full((9, 7), level, np.float32), (90, 70), 0.02) == level).all()
 
     @given(seed=st.integers(0, 2**31), height=st.integers(1, 60), width=st.integers(1, 60))
     @settings(max_examples=50, deadline=None)
     def test_known_region_agrees_with_the_coarse_alpha(self, seed: int, height: int, width: int) -> None:
         coarse = np.random.default_rng(seed).choice(np.float32([0.0, 0.05, 0.5, 0.95, 1.0]), size=(7, 9))
-        trimap = trimap_of_coarse(coarse, (height, width), 0.01)
+        trimap = trimap_from_coarse(coarse, (height, width), 0.01)
         alpha = resize(coarse, (height, width))
         assert trimap.shape == (height, width)
         assert (alpha[trimap == 1.0] > 0.9).all()
@@ -155,7 +155,7 @@ class TestVitMatte:
         rgb = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
         coarse = disc(20, 6)
         alpha = refine_alpha(edges, rgb, coarse)
-        trimap = trimap_of_coarse(coarse, size, edges.config.band)
+        trimap = trimap_from_coarse(coarse, size, edges.config.band)
         assert alpha.shape == size
         assert alpha.dtype == np.float32
         assert (alpha[trimap != 0.5] == trimap[trimap != 0.5]).all()

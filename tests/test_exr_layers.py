@@ -176,5 +176,5 @@ def test_references_have_a_separate_layer_option(icm: Icm, scene: Path) -> None:
     failed = icm(src=scene / "a.exr", ref=ref, layer="beauty")
     assert failed.exit_code == 2
     assert "reference or mask cannot be used" in failed.stderr
-    assert "it has RGB: name one of these; --ref-layer names that of the references" in failed.stderr
+    assert "expected one of: RGB; give one with --layer, for references with --ref-layer" in failed.stderr
     assert icm(src=scene / "a.exr", ref=ref, layer="beauty", ref_layer="RGB").exit_code == 0

@@ -431,7 +431,7 @@ def test_openexr_write_error_names_the_output(icm: Icm, scene: Path) -> None:
     assert result.exit_code == 3
     last = result.stderr.splitlines()[-1]
     assert last.startswith(f"icm: {scene}/out/wall.exr cannot be written: Failed OpenEXR write")
-    assert last.endswith("failed; give an output location you can write to")
+    assert last.endswith("failed; give an output location that you can write to")
     assert last.count("OpenEXR") == 1
     assert ".icm-" not in result.output
 
@@ -441,7 +441,9 @@ def test_full_disk_is_reported_for_exr_and_tiff(tmp_path: Path, monkeypatch: pyt
     broken = Mock(open=Mock(return_value=False), geterror=Mock(return_value=f"{text}\n" * 7))
     monkeypatch.setattr("icm_cli.images.writing.oiio.ImageOutput", Mock(create=Mock(return_value=broken)))
     monkeypatch.setattr(shutil, "disk_usage", Mock(return_value=Mock(free=0)))
-    with pytest.raises(OutputError, match=r"^\S*/a.exr cannot be written: no space left on the device; free some and"):
+    with pytest.raises(
+        OutputError, match=r"^\S*/a.exr cannot be written: no space left on the device; free some space and"
+    ):
         write_alpha(tmp_path / "a.exr", np.zeros((9, 9), np.float32), {}, OutputFormat(format="exr"))
 
 

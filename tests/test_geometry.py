@@ -51,14 +51,14 @@ def test_alpha_has_the_size_of_the_source(height: int, width: int, square: bool)
 def test_extreme_shapes_have_a_placement(height: int, width: int) -> None:
     placement = CanvasRule(896, 32, square=False).placement(height, width)
     image = np.zeros((height, width, 3), np.uint8)
-    assert placement.to_canvas(image).shape == (*placement.canvas, 3)
+    assert placement.fit_to_canvas(image).shape == (*placement.canvas, 3)
     assert at_source(placement, np.ones(placement.canvas, np.float32), image).min() == 255
 
 
 def test_padding_replicates_the_edge_and_is_not_valid() -> None:
     placement = CanvasRule(64, 64, square=True).placement(64, 40)
     image = np.random.default_rng(1).integers(0, 256, (64, 40, 3), np.uint8)
-    canvas = placement.to_canvas(image)
+    canvas = placement.fit_to_canvas(image)
     assert (canvas[:, :40] == image).all()
     assert (canvas[:, 40:] == image[:, 39:40]).all()
     assert placement.content_mask().sum() == 64 * 40

@@ -234,7 +234,7 @@ def propagator_of(
     jobs = [job(f"f.{number}.png") for number in range(count)]
     placement = CanvasRule(160, 32, square=False).placement(120, 160)
     images = [draw_frame(70 + 2 * number) for number in range(count)]
-    frames = [Frame(rgb, placement.to_canvas(rgb), placement) for rgb in images]
+    frames = [Frame(rgb, placement.fit_to_canvas(rgb), placement) for rgb in images]
     shot = Shot.from_examples([(jobs, keys)])
     propagator = FlowPropagator(predictor, lambda _: None, shot, notice)  # type: ignore[arg-type,return-value]
     assert list(propagator.begin_run(jobs)) == jobs

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icm_cli.errors import ImageError, UsageError
-from icm_cli.files import AROUND, LINKED
+from icm_cli.files import LINK_INTO_TREE, LINK_LOOP
 from icm_cli.matting.frames import FramePattern
 from icm_cli.matting.jobs import Job, OutputLayout, SourceFilter, parse_shard, plan_jobs
 from icm_cli.matting.sources import SkippedFiles, find_sources
@@ -215,9 +215,9 @@ def test_real_folders_take_precedence_over_links(tmp_path: Path, src: str) -> No
         "sh020/deep/a.0002.jpg",
         "version/a.0004.jpg",
     ]
-    assert skipped_files[LINKED] == 4
-    assert skipped_files[AROUND] == 3
-    assert f"{tmp_path}/in/first/across and 3 more skipped: {LINKED}" in told
+    assert skipped_files[LINK_INTO_TREE] == 4
+    assert skipped_files[LINK_LOOP] == 3
+    assert f"{tmp_path}/in/first/across and 3 more skipped: {LINK_INTO_TREE}" in told
     assert len(told) == len(+skipped_files)
 
 

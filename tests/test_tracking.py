@@ -113,7 +113,7 @@ class RedPredictor:
 
     def prepare_frame(self, rgb: np.ndarray) -> Frame:
         placement = self.rule.placement(*rgb.shape[:2])
-        return Frame(rgb, placement.to_canvas(rgb), placement)
+        return Frame(rgb, placement.fit_to_canvas(rgb), placement)
 
     def coarse_alphas(self, frames: Sequence[Frame], reference: Any) -> list[CoarseAlpha]:
         self.passes += [(reference, frame.size) for frame in frames]

@@ -135,7 +135,7 @@ class Predictor:
     def prepare_frame(self, rgb: ImageU8, windows: ImageWindows | None = None) -> Frame:
         """Scale an image, sRGB uint8 [H,W,3] of any size, to the canvas. Does not use the model: safe in threads."""
         placement = self.model.backbone.canvas.placement(*rgb.shape[:2])
-        return Frame(rgb, placement.to_canvas(rgb), placement, windows)
+        return Frame(rgb, placement.fit_to_canvas(rgb), placement, windows)
 
     def matte_frames(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[FrameAlpha]:
         """Matte frames with canvases of one size, each independently of the others."""
@@ -241,11 +241,11 @@ class Predictor:
 
     def _reference_tensors(self, reference: Reference) -> tuple[Tensor, Tensor, Tensor]:
         frame = self.prepare_frame(reference.rgb)
-        coverage = frame.placement.to_canvas(reference.guidance.astype(np.uint8) * 255)
+        coverage = frame.placement.fit_to_canvas(reference.guidance.astype(np.uint8) * 255)
         guidance = coverage > min(127, int(coverage.max()) - 1)  # an object of a few pixels must not vanish
         levels = guidance.astype(np.float32)
         if reference.unknown is not None:
-            unknown = frame.placement.to_canvas(reference.unknown.astype(np.uint8) * 255) > 0
+            unknown = frame.placement.fit_to_canvas(reference.unknown.astype(np.uint8) * 255) > 0
             levels[unknown & ~guidance] = 0.5
         return (
             self._image_batch([frame.canvas]),

@@ -131,7 +131,7 @@ def _read_reference(
             return Reference(picture.rgb, guidance, windows=picture.windows)
         raise UsageError(f"reference {ref} has no mask and is no RGBA cut-out; give --mask with the thing in white")
     except ImageError as error:
-        hint = "; --ref-layer names that of the references" if colour.layer and "has no layer" in str(error) else ""
+        hint = ", for references with --ref-layer" if colour.layer and "has no layer" in str(error) else ""
         raise UsageError(f"reference or mask cannot be used: {error}{hint}") from error
 
 

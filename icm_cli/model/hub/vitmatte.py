@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.geometry import ImageU8, trimap_of_coarse
+from icm_cli.geometry import ImageU8, trimap_from_coarse
 from icm_cli.model.contracts import Edges
 from icm_cli.model.hub.catalogue import VITMATTE
 from icm_cli.model.hub.folders import (
@@ -98,7 +98,7 @@ class VitMatteEdges(Edges):
 
     def _refine_alpha(self, rgb: ImageU8, coarse: Tensor) -> Tensor:
         size = rgb.shape[0], rgb.shape[1]
-        trimap = torch.from_numpy(trimap_of_coarse(coarse.numpy(force=True), size, self.config.band))
+        trimap = torch.from_numpy(trimap_from_coarse(coarse.numpy(force=True), size, self.config.band))
         trimap = trimap.to(coarse.device)
         tiles = split_into_tiles(size, self.config.tile_px, self.config.overlap_px)
 

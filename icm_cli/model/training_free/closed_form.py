@@ -17,7 +17,7 @@ from torch import Tensor
 from icm_cli.config import GuidedFilterConfig
 from icm_cli.errors import ConfigError
 from icm_cli.files import cache_folder
-from icm_cli.geometry import Float, ImageU8, downscaled_size, resize, trimap_of_coarse
+from icm_cli.geometry import Float, ImageU8, downscaled_size, resize, trimap_from_coarse
 from icm_cli.guided_filter import guided_upsample
 from icm_cli.model.contracts import Edges
 
@@ -67,7 +67,7 @@ class ClosedForm(Edges):
         """Solve one alpha on the CPU."""
         height, width = rgb.shape[:2]
         size = downscaled_size((height, width), self.config.solve_long_side_px)
-        small, trimap = resize(rgb, size), trimap_of_coarse(coarse, size, self.config.band)
+        small, trimap = resize(rgb, size), trimap_from_coarse(coarse, size, self.config.band)
         alpha = np.clip(solve_alpha(small / 255.0, trimap.astype(np.float64)), 0.0, 1.0).astype(np.float32)
         return alpha if size == (height, width) else guided_upsample(alpha, rgb, self.config.guided_filter)
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icm_cli.errors import ConfigError
-from icm_cli.geometry import downscaled_size, trimap_of_coarse
+from icm_cli.geometry import downscaled_size, trimap_from_coarse
 from icm_cli.model.contracts import Features, Head, Matte, ReferenceFeatures
 from icm_cli.model.similarity import ReferenceTokens, flatten_tokens, split_reference_tokens
 from icm_cli.model.training_free.closed_form import load_solver, solve_alpha
@@ -228,7 +228,7 @@ class TrainingFree(Head):
         small = F.interpolate(torch.cat([image, contrast[None]])[None], size=size, mode="area")[0]
         rgb, evidence = small[:3].permute(1, 2, 0), small[3]
         if self.config.rule == "clusters":
-            trimap = torch.from_numpy(trimap_of_coarse(evidence.numpy(), size, self.config.cluster_band))
+            trimap = torch.from_numpy(trimap_from_coarse(evidence.numpy(), size, self.config.cluster_band))
         else:
             trimap = self.make_trimap(evidence)
         alpha = trimap

@@ -130,7 +130,7 @@ class SceneMaker:
         layer = read_photograph(item)
         placement = CanvasRule(self.canvas_px, 1, square=True).placement(*layer.alpha.shape)
         valid = placement.content_mask()
-        alpha = np.where(valid, placement.to_canvas(layer.alpha), 0).astype(np.uint8)
+        alpha = np.where(valid, placement.fit_to_canvas(layer.alpha), 0).astype(np.uint8)
         if item.is_binary:
             alpha = binarize_alpha(alpha)
         trimap = None
@@ -138,8 +138,8 @@ class SceneMaker:
             size = placement.content[::-1]
             trimap = np.zeros_like(alpha)
             trimap[valid] = cv2.resize(layer.trimap, size, interpolation=cv2.INTER_NEAREST).ravel()
-        coarse = None if layer.coarse is None else placement.to_canvas(layer.coarse)
-        return Scene(placement.to_canvas(layer.rgb), alpha, valid, trimap, coarse)
+        coarse = None if layer.coarse is None else placement.fit_to_canvas(layer.coarse)
+        return Scene(placement.fit_to_canvas(layer.rgb), alpha, valid, trimap, coarse)
 
     def _place_cutout(self, layer: Cutout, largest: float, rng: Rng) -> tuple[Float, Float]:
         """Place a cut-out on the canvas at random; return colour [S,S,3], premultiplied 0..255, and alpha [S,S]."""
