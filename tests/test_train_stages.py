@@ -488,7 +488,9 @@ class TestJoint:
 
     def test_resumed_run_is_bit_equal(self, discs: Path, tmp_path: Path) -> None:
         config = write_config(
-            tmp_path / "a.yaml", discs, **{**JOINT, "match": {"max_image_px": 96, "large_views_per_group": 1}}
+            tmp_path / "a.yaml",
+            discs,
+            **{**JOINT, "batch_size": 2, "match": {"max_image_px": 96, "large_views_per_group": 1}},
         )
         assert train(config, tmp_path / "whole", "--set", "train.steps=4").exit_code == 0
         assert train(config, tmp_path / "parts", "--set", "train.steps=2").exit_code == 0

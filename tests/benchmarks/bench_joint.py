@@ -1,10 +1,9 @@
-"""Speed of the stage "joint" on a device, as a share of a matrix product's speed in the same run.
+"""Measure the speed of the stage "joint" on a device, relative to the speed of a matrix product in the same run.
 
     python tests/benchmarks/bench_joint.py data.yaml --start lite.safetensors --device cuda --seconds 60
 
-prints the seconds of making a batch's pictures and of a whole step, steps and mosaics a second, the floating-point
-operations of a step (torch's own counter, forward and backward) and the share of the speed of a product of two large
-bfloat16 matrices: the baseline.
+prints the seconds for the images of a batch and for a step, steps and mosaics per second, the floating-point operations
+of a step (torch's counter, forward and backward), and the speed relative to a product of two large bfloat16 matrices.
 """
 
 from __future__ import annotations
@@ -46,25 +45,25 @@ def main() -> None:
         offline=True,
         workers=0,
     )
-    place = learner.device.torch_device
+    device = learner.device.torch_device
     began = time.perf_counter()
     stage.prepare(learner, Path(), 0, TrainingListener())
-    print(f"{len(stage.pool)} pictures on {learner.device.description} in {time.perf_counter() - began:.1f} s")
+    print(f"{len(stage.pool)} images on {learner.device.description} in {time.perf_counter() - began:.1f} s")
     batches = stage.make_batches(learner.make_sampler(0), workers=0, pin=False)
 
     def synchronise() -> float:
-        if place.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def step() -> float:
-        """Take a step; returns the seconds until its batch was there."""
+    def take_step() -> float:
+        """Take a step and return the seconds until its batch was available."""
         before = synchronise()
         batch = next(batches)
         made = synchronise() - before
         with learner.accumulate_gradients():
-            terms = stage.compute_losses(stage.predict(learner.forward, batch), batch)
-            learner.backward(terms["total"].sum())
+            losses = stage.compute_losses(stage.predict(learner.forward, batch), batch)
+            learner.backward(losses["total"].sum())
             learner.clip_gradients()
             learner.step_optimiser()
         learner.ema.update(0)
@@ -72,34 +71,34 @@ def main() -> None:
 
     with FlopCounterMode(display=False) as counter:
         for _ in range(WARM_UP_STEPS):
-            step()
+            take_step()
     operations = counter.get_total_flops() / WARM_UP_STEPS
     began, making, steps = synchronise(), 0.0, 0
     while time.perf_counter() - began < given.seconds:
-        making += step()
+        making += take_step()
         steps += 1
     seconds = (synchronise() - began) / steps
-    limit = product_speed(place)
+    limit = measure_product_speed(device)
     size = settings.train.batch_size
-    print(f"a step {seconds:.4f} s, of it {making / steps:.4f} s to make its pictures")
+    print(f"{seconds:.4f} s per step, including {making / steps:.4f} s for its images")
     print(f"{1 / seconds:.2f} steps/s, {size / seconds:.1f} mosaics/s; peak {learner.device.peak_memory_bytes()} bytes")
     print(
-        f"{operations / 1e12:.3f} TFLOP a step: {operations / seconds / 1e12:.2f} TFLOP/s, "
+        f"{operations / 1e12:.3f} TFLOP per step: {operations / seconds / 1e12:.2f} TFLOP/s, "
         f"{operations / seconds / limit:.1%} of a bfloat16 product's {limit / 1e12:.1f} TFLOP/s"
     )
 
 
-def product_speed(place: torch.device) -> float:
-    """Operations a second of a product of two bfloat16 matrices, the best of several."""
-    side = 8192 if place.type == "cuda" else 1024
-    left, right = (torch.randn(side, side, device=place, dtype=torch.bfloat16) for _ in range(2))
+def measure_product_speed(device: torch.device) -> float:
+    """Return the operations per second of a product of two bfloat16 matrices, the best of several."""
+    side = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     best = float("inf")
     for _ in range(10):
-        if place.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         before = time.perf_counter()
         left @ right
-        if place.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - before)
     return 2.0 * side**3 / best

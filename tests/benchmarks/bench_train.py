@@ -1,11 +1,11 @@
-"""Time and memory of ``icm train``, by the command itself, each run in a process of its own.
+"""Measure time and memory of the command ``icm train``, each run in its own process.
 
     python tests/benchmarks/bench_train.py [--only lite sd21 cache data]
 
-- lite: ``configs/lite.yaml`` on the demo's pictures at several batch sizes: samples a second, waiting, peak memory;
-- sd21: ``configs/icm-sd21.yaml`` at Stable Diffusion 2.1's size on random weights (no download): the same;
-- cache: the same model without augmentation, its features from the disk against computed (the baseline) in one run;
-- data: making a sample of the lite recipe in one process, against a step's time for it.
+- lite: ``configs/train/lite-refine.yaml`` on composites at several batch sizes: samples per second, waiting, memory;
+- sd21: the same for ``configs/icm-sd21.yaml`` with Stable Diffusion 2.1's size and random weights (no download);
+- cache: the same model without augmentation, with features from the cache and computed (the baseline);
+- data: the time to make a sample of the lite recipe in one process.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def run(out: Path, config: str, batch: int, steps: int, *more: str, data: str | None = None) -> dict[str, float]:
-    """One training run: the figures of its summary and, but for a first step that warms up, its log."""
+    """Train, and return metrics of the log, without the first step, and of the summary."""
     sources = data or json.dumps([{"images": str(DEMO / "imgs"), "alphas": str(DEMO / "alphas")}])
     options = {"data.sources": sources, "data.backgrounds": json.dumps([str(DEMO / "imgs")])}
     options |= {
@@ -94,7 +94,7 @@ def show(name: str, figures: dict[str, float]) -> None:
 
 
 def cache(home: Path, weights: list[str]) -> None:
-    """Two pictures, so four encodings (each as target and as reference); a step of one sample needs two of them."""
+    """Train on two images: four encodings (each as target and as reference), of which a step needs two."""
     pair = json.dumps([{"images": str(DEMO / "imgs" / "l*.jpg"), "alphas": str(DEMO / "alphas" / "l*.png")}])
     still = [part for each in STILL for part in ("--set", each)]
     os.environ["ICM_CACHE"] = str(home / "cache")
@@ -102,16 +102,16 @@ def cache(home: Path, weights: list[str]) -> None:
     run(home / "cold", "icm-sd21", 1, 6, *weights, *still, data=pair)
     warm = run(home / "warm", "icm-sd21", 1, 6, *weights, *still, data=pair)
     show("icm-sd21, features computed (the baseline)", off)
-    show("icm-sd21, features from the disk", warm)
+    show("icm-sd21, cached features", warm)
     size = sum(path.stat().st_size for path in (home / "cache" / "features").rglob("*.safetensors"))
     print(
         f"speed-up {warm['samples_per_second'] / off['samples_per_second']:.1f} x; "
-        f"{size / 2 / 1e6:.1f} MB an image as target and as reference"
+        f"{size / 2 / 1e6:.1f} MB per image, as target and as reference"
     )
 
 
 def data() -> None:
-    """Samples of the lite recipe from the demo, made one after another in this process."""
+    """Make samples of the lite recipe in this process."""
     from icm_cli.training.data.pool import read_pool
     from icm_cli.training.settings import read_settings
     from icm_cli.training.stages.refine import EdgeMaker
@@ -125,7 +125,7 @@ def data() -> None:
     begun = time.perf_counter()
     for counter in range(20, 120):
         maker[counter]
-    print(f"data: {(time.perf_counter() - begun) / 100 * 1e3:.0f} ms a sample in one process", flush=True)
+    print(f"data: {(time.perf_counter() - begun) / 100 * 1e3:.0f} ms per sample in one process", flush=True)
 
 
 def write_sd21(folder: Path) -> Path:
