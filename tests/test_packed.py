@@ -128,7 +128,7 @@ def test_incompatible_checkpoints_are_reported(files: tuple[Path, Path], tmp_pat
     bare = tmp_path / "bare.safetensors"
     model = load_model_for_training(plain, checkpoint=None, weights=None, offline=True, seed=1)
     save_checkpoint(bare, model, plain, with_backbone=False)
-    with pytest.raises(ConfigError, match="without edges; leave --edges out"):
+    with pytest.raises(ConfigError, match="without edges; omit --edges"):
         pack_checkpoint(bare, tmp_path / "out.safetensors", edges=files[0])
     wider = parse_model_config({**MODEL, "head": {**MODEL["head"], "fused_channels": 7}}, "test")
     other = tmp_path / "wider.safetensors"

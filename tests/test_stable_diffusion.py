@@ -367,7 +367,7 @@ class TestWeights:
 
     def test_invalid_configuration_is_reported(self, broken: Path) -> None:
         (broken / "vae" / "config.json").write_text("{")
-        with pytest.raises(ConfigError, match=r"vae/config.json is not a configuration"):
+        with pytest.raises(ConfigError, match=r"vae/config.json is not a valid configuration"):
             load_backbone(broken)
 
     def test_missing_weights_error_says_what_to_download(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
