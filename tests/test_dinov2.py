@@ -90,7 +90,7 @@ def test_features_do_not_depend_on_the_batch(backbone: DinoV2Lite) -> None:
         ({"long_side_px": 100}, "multiple of 32"),
         ({"layers": ()}, "numbers from 1 to 12"),
         ({"layers": (13,)}, "numbers from 1 to 12"),
-        ({"kind_blocks": (21,)}, "numbers from 0 to 20"),
+        ({"convolution_blocks": (21,)}, "numbers from 0 to 20"),
     ],
 )
 def test_invalid_settings_are_reported(settings: dict[str, object], message: str) -> None:

@@ -17,7 +17,7 @@ def test_imagenet_classification() -> None:
     """With the published classifier, the cat of the demo is classified as a cat, so padding, names
     and scaling are right."""
     last = EfficientNetLite.load(
-        EfficientNetLiteConfig(correspondence_blocks=(20,), correspondence_shrink=(1,), scale_blocks=(14,)),
+        EfficientNetLiteConfig(correspondence_blocks=(20,), correspondence_reductions=(1,), scale_blocks=(14,)),
         None,
         offline=True,
         seed=0,

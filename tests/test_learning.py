@@ -97,8 +97,8 @@ def test_moving_object_is_learned(head: TokenMatchHead) -> None:
     assert isinstance(tuned, LearnedReferences)
     assert error(model, tuned, 24) < 0.5 * error(model, plain, 24)
     assert all(torch.equal(each, before[name]) for name, each in head.state_dict().items())
-    present = tuned.head.present.state_dict()
-    assert all(torch.equal(each, before[f"present.{name}"]) for name, each in present.items())
+    present = tuned.head.presence_mlp.state_dict()
+    assert all(torch.equal(each, before[f"presence_mlp.{name}"]) for name, each in present.items())
     assert not any(each.requires_grad for each in tuned.head.parameters())
 
 
@@ -171,7 +171,7 @@ def test_default_steps_of_a_shot(steps: int | None, shot: bool, expected: int) -
 def test_head_without_weights_cannot_learn() -> None:
     choice = _choice("lite-training-free")
     assert choice.learn_steps(None, is_shot=True) == 0
-    with pytest.raises(UsageError, match="the head of this model cannot learn the references"):
+    with pytest.raises(UsageError, match="the head of this model cannot learn references"):
         choice.learn_steps(5, is_shot=False)
     with pytest.raises(UsageError, match="--learn-steps is -1; expected 0"):
         check_learn_steps(-1, TrainingFree)

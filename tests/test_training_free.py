@@ -180,7 +180,7 @@ def test_intra_similarity_propagates_the_evidence(head):
 
 @pytest.mark.parametrize("share", [0.05, 0.15])
 def test_unknown_fraction_is_limited(share):
-    head = TrainingFree(TrainingFreeConfig(unknown_share=share))
+    head = TrainingFree(TrainingFreeConfig(unknown_fraction=share))
     contrast = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
     trimap = head.make_trimap(contrast)
     assert set(trimap.unique().tolist()) == {0.0, 0.5, 1.0}
@@ -231,12 +231,12 @@ def test_closed_form_follows_the_image_and_prints_nothing(capfd):
     ("settings", "words"),
     [
         ({"temperature": 0.0}, "temperature is 0.0; expected more than 0"),
-        ({"unknown_share": 1.0}, "unknown_share is 1.0; expected between 0 and 1"),
-        ({"instance_share": 1.5}, "instance_share is 1.5; expected 0 to 1"),
+        ({"unknown_fraction": 1.0}, "unknown_fraction is 1.0; expected between 0 and 1"),
+        ({"instance_fraction": 1.5}, "instance_fraction is 1.5; expected 0 to 1"),
         ({"solve_long_side_px": 8}, "solve_long_side_px is 8; expected at least 64"),
-        ({"group_cosine": 1.0}, "group_cosine is 1.0; expected between 0 and 1"),
-        ({"join_above": -0.1}, "join_above is -0.1; expected 0 to 1"),
-        ({"cluster_band": 0.0}, "cluster_band is 0.0; expected between 0 and 0.5"),
+        ({"min_cluster_cosine": 1.0}, "min_cluster_cosine is 1.0; expected between 0 and 1"),
+        ({"min_join_score": -0.1}, "min_join_score is -0.1; expected 0 to 1"),
+        ({"edge_band": 0.0}, "edge_band is 0.0; expected between 0 and 0.5"),
     ],
 )
 def test_settings_out_of_range_are_reported(settings, words):
@@ -328,7 +328,7 @@ class TestClusters:
         counts = [
             int(
                 segment_by_clusters(
-                    target, target, tokens, candidate_above=0.0, min_cosine=0.95, join_above=join
+                    target, target, tokens, min_candidate_cosine=0.0, min_cluster_cosine=0.95, min_join_score=join
                 ).inside.sum()
             )
             for join in (0.5, 0.7)

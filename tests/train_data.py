@@ -23,7 +23,7 @@ MODEL = {
         "name": "efficientnet-lite",
         "long_side_px": 96,
         "correspondence_blocks": [10, 12],
-        "correspondence_shrink": [1],
+        "correspondence_reductions": [1],
         "scale_blocks": [6, 3],
     },
     "head": {
@@ -36,7 +36,7 @@ MODEL = {
         "skip_channels": [48, 24],
         "decoder_channels": [8, 8],
     },
-    "edges": {"name": "refine", "widths": [4, 6], "whole_px": 64, "tile_px": 64, "overlap_px": 8},
+    "edges": {"name": "refine", "widths": [4, 6], "frame_px": 64, "tile_px": 64, "overlap_px": 8},
 }
 """The first half of the small backbone, and a narrow head."""
 RECIPE = {

@@ -250,7 +250,7 @@ def _check_devices(options: MatteOptions) -> None:
     for flag, is_given in (("--shot", sequences.shot), ("--learn-steps", bool(sequences.learn_steps))):
         if is_given:
             raise UsageError(
-                f"{flag} setups on one device, and several were given; give one --device, or divide the images "
+                f"{flag} works on one device, and several were given; give one --device, or divide the images "
                 "with --shard"
             )
 

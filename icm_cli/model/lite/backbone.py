@@ -60,7 +60,7 @@ class DinoV2LiteConfig:
     """Long side of the canvas, in px, a multiple of 32."""
     layers: tuple[int, ...] = (7, 9, 12)
     """Transformer blocks (1..12) whose outputs are correspondence features."""
-    kind_blocks: tuple[int, ...] = (14, 19, 20)
+    convolution_blocks: tuple[int, ...] = (14, 19, 20)
     """Blocks of EfficientNet-Lite2 (0..20) whose outputs are correspondence features too."""
     scale_blocks: tuple[int, ...] = (6, 3, 0)
     """Blocks of EfficientNet-Lite2 (0..20) whose outputs are the feature scales of a decoder."""
@@ -70,9 +70,10 @@ class DinoV2LiteConfig:
             raise ConfigError(f"backbone long_side_px is {self.long_side_px}; expected a multiple of {TOKEN_PX}")
         if not self.layers or any(not 1 <= layer <= DEPTH for layer in self.layers):
             raise ConfigError(f"backbone layers is {list(self.layers)}; expected numbers from 1 to {DEPTH}")
-        if not self.kind_blocks or any(not 0 <= block < BLOCK_COUNT for block in self.kind_blocks):
+        if not self.convolution_blocks or any(not 0 <= block < BLOCK_COUNT for block in self.convolution_blocks):
             raise ConfigError(
-                f"backbone kind_blocks is {list(self.kind_blocks)}; expected numbers from 0 to {BLOCK_COUNT - 1}"
+                f"backbone convolution_blocks is {list(self.convolution_blocks)}; expected numbers "
+                f"from 0 to {BLOCK_COUNT - 1}"
             )
         if any(not 0 <= block < BLOCK_COUNT for block in self.scale_blocks):
             raise ConfigError(
@@ -82,7 +83,7 @@ class DinoV2LiteConfig:
     @property
     def convolutions(self) -> EfficientNetLiteConfig:
         """Settings of the convolutions."""
-        return EfficientNetLiteConfig(correspondence_blocks=self.kind_blocks, scale_blocks=self.scale_blocks)
+        return EfficientNetLiteConfig(correspondence_blocks=self.convolution_blocks, scale_blocks=self.scale_blocks)
 
 
 class DinoV2Lite(Backbone):
@@ -143,9 +144,9 @@ class DinoV2Lite(Backbone):
         grid = [side // TOKEN_PX for side in image.shape[-2:]]
         patches = F.interpolate(half, size=[PATCH_PX * side for side in grid], mode="bilinear", align_corners=False)
         patches = ((patches - self.mean) / self.std).to(self.transformer.class_token.dtype)
-        outputs = self.convolutions.run_blocks(half, (*self.config.kind_blocks, *scale_blocks))
+        outputs = self.convolutions.run_blocks(half, (*self.config.convolution_blocks, *scale_blocks))
         layers = self.transformer(patches, self.config.layers)
-        layers += [_resize_to_grid(outputs[block].float(), grid) for block in self.config.kind_blocks]
+        layers += [_resize_to_grid(outputs[block].float(), grid) for block in self.config.convolution_blocks]
         correspondence = torch.cat([_standardise(feature.float()) for feature in layers], dim=1)
         scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
         is_valid = valid_tokens(valid, TOKEN_PX)

@@ -45,7 +45,7 @@ class EfficientNetLiteConfig:
     correspondence_blocks: tuple[int, ...] = (14, 18)
     """Blocks (0..20) whose outputs are the correspondence features, at the smallest of their
     strides."""
-    correspondence_shrink: tuple[int, ...] = (1, 2)
+    correspondence_reductions: tuple[int, ...] = (1, 2)
     """Factors by which the image is reduced for the correspondence features; larger factors give a
     wider context."""
     scale_blocks: tuple[int, ...] = (6, 14)
@@ -61,9 +61,12 @@ class EfficientNetLiteConfig:
                 raise ConfigError(f"backbone block {block} does not exist; expected 0..{BLOCK_COUNT - 1}")
         if not self.correspondence_blocks:
             raise ConfigError("backbone correspondence_blocks is empty; expected one or more blocks")
-        if not self.correspondence_shrink or any(factor < 1 or 32 % factor for factor in self.correspondence_shrink):
+        if not self.correspondence_reductions or any(
+            factor < 1 or 32 % factor for factor in self.correspondence_reductions
+        ):
             raise ConfigError(
-                f"backbone correspondence_shrink is {self.correspondence_shrink}; expected one or more divisors of 32"
+                f"backbone correspondence_reductions is {self.correspondence_reductions}; expected "
+                "one or more divisors of 32"
             )
         if self.temperature <= 0:
             raise ConfigError(f"backbone temperature is {self.temperature}; expected more than 0")
@@ -132,7 +135,7 @@ class EfficientNetLite(Backbone):
         height, width = valid.shape[1:]
         stride = image.shape[-1] // width
         parts = []
-        for factor in self.config.correspondence_shrink:
+        for factor in self.config.correspondence_reductions:
             reduced = image if factor == 1 else _reduce_image(image, factor)
             reduced_outputs = outputs if factor == 1 else self.run_blocks(reduced, self.config.correspondence_blocks)
             for block in self.config.correspondence_blocks:

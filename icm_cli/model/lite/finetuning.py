@@ -97,7 +97,7 @@ class FinetunableHead(TrainedHead, ABC):
     """A head of which a copy can be fine-tuned on references."""
 
     can_learn_references = True
-    present: nn.Module
+    presence_mlp: nn.Module
     """Layers that predict the presence of the object. They are not fine-tuned."""
 
     @property
@@ -261,7 +261,7 @@ def _train(
     either, because almost every frame of a shot contains the object.
     """
     head.requires_grad_(True)
-    head.present.requires_grad_(False)
+    head.presence_mlp.requires_grad_(False)
     weights = [each for each in head.parameters() if each.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=FINETUNING.rate, weight_decay=0.0)
     for step in range(steps):

@@ -84,9 +84,9 @@ class TokenMatchConfig:
     """Initial temperature of the comparisons, in cosine units; it is learned."""
     presence_sharpness: float = 4.0
     """Inference only: factor of the presence logit."""
-    presence_from: float = 0.0
+    presence_threshold: float = 0.0
     """Inference only: presence logit above which the object counts as present."""
-    doubt: float = 0.0
+    presence_margin: float = 0.0
     """Inference only: a presence is uncertain if its logit is closer to 0 than this. Models with
     edges then run a second pass on a crop. 0 disables it."""
     edge_radius: float = 0.03
@@ -96,7 +96,7 @@ class TokenMatchConfig:
     """Variance of a colour channel (0..1) above which the guided filter preserves an edge."""
     edge_stride: int = 4
     """The guided filter fits its coefficients at this fraction of the size: 4 for a quarter."""
-    clear: float = 0.03
+    alpha_stretch: float = 0.03
     """Inference only: amount by which alpha is stretched at both ends, so that background is 0 and
     foreground 1."""
 
@@ -118,7 +118,7 @@ class TokenMatchConfig:
         for name in ("temperature", "presence_sharpness", "edge_epsilon", "edge_stride"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"head {name} is {getattr(self, name)}; expected more than 0")
-        for name, below in (("doubt", 20), ("edge_radius", 0.5), ("clear", 0.5)):
+        for name, below in (("presence_margin", 20), ("edge_radius", 0.5), ("alpha_stretch", 0.5)):
             if not 0 <= getattr(self, name) < below:
                 raise ConfigError(f"head {name} is {getattr(self, name)}; expected 0 to below {below}")
 
@@ -142,12 +142,12 @@ class TokenMatchHead(FinetunableHead):
         self.log_sharpness = nn.Parameter(torch.full((config.comparisons, 1, 1), -math.log(config.temperature)))
         self.background_null = nn.Parameter(torch.zeros(config.comparisons, 1, 1))
         evidence = 2 * EVIDENCE_CHANNELS * config.comparisons  # of the token, and its difference from the maximum
-        self.condense = nn.Conv2d(sum(config.feature_channels), config.context_width, 1)
-        self.weigh = nn.Conv2d(evidence, config.context_width, 1)
+        self.project_features = nn.Conv2d(sum(config.feature_channels), config.context_width, 1)
+        self.project_evidence = nn.Conv2d(evidence, config.context_width, 1)
         self.context = nn.ModuleList(Context(config.context_width) for _ in range(config.context_layers))
-        self.fuse = ConvNormReLU(config.context_width + evidence, config.fused_channels)
+        self.fusion = ConvNormReLU(config.context_width + evidence, config.fused_channels)
         self.coarse = nn.Conv2d(config.fused_channels, 1, 1)
-        self.present = nn.Sequential(
+        self.presence_mlp = nn.Sequential(
             nn.Linear(PRESENCE_CHANNELS * config.comparisons + config.fused_channels, PRESENCE_WIDTH),
             nn.ReLU(),
             nn.Linear(PRESENCE_WIDTH, 1),
@@ -212,7 +212,7 @@ class TokenMatchHead(FinetunableHead):
             )
         sharpened = self.sharpen_presence(logit)
         final = self._stretch_contrast(alpha * torch.sigmoid(sharpened)[:, None, None, None])
-        presence = Presence(sharpened, self._stretch_contrast(alpha), logit.abs() < self.config.doubt)
+        presence = Presence(sharpened, self._stretch_contrast(alpha), logit.abs() < self.config.presence_margin)
         return Matte(final, *confidence_and_found(final, valid), presence)
 
     def predict_logits(
@@ -282,12 +282,12 @@ class TokenMatchHead(FinetunableHead):
         [B,fused_channels,h,w]."""
         masked = evidence.masked_fill(~target.valid[:, None], float("-inf"))
         best = masked.amax(dim=(2, 3), keepdim=True).expand_as(evidence)
-        dtype = self.condense.weight.dtype
+        dtype = self.project_features.weight.dtype
         evidence = torch.cat([evidence, evidence - best], dim=1).to(dtype)
-        x = self.condense(target.correspondence.to(dtype)) + self.weigh(evidence)
+        x = self.project_features(target.correspondence.to(dtype)) + self.project_evidence(evidence)
         for layer in self.context:
             x = layer(x, target.valid)
-        fused: Tensor = self.fuse(torch.cat([x, evidence], dim=1))
+        fused: Tensor = self.fusion(torch.cat([x, evidence], dim=1))
         return fused
 
     @without_autocast
@@ -314,13 +314,13 @@ class TokenMatchHead(FinetunableHead):
         strongest = masked.flatten(2).amax(dim=2).reshape(len(masked), -1, EVIDENCE_CHANNELS)[..., STRONGEST]
         best = fused.float().masked_fill(~valid[:, None], 0.0).amax(dim=(2, 3))
         inputs = torch.cat([similarity.flatten(1), strongest.flatten(1), best], dim=1)
-        logit: Tensor = self.present(inputs)[:, 0]
+        logit: Tensor = self.presence_mlp(inputs)[:, 0]
         return logit
 
     def sharpen_presence(self, logit: Tensor) -> Tensor:
-        """Apply ``presence_from`` and ``presence_sharpness`` to a presence logit [B], for
+        """Apply ``presence_threshold`` and ``presence_sharpness`` to a presence logit [B], for
         inference."""
-        return self.config.presence_sharpness * (logit - self.config.presence_from)
+        return self.config.presence_sharpness * (logit - self.config.presence_threshold)
 
     def decode_logit(self, fused: Tensor, target: Features, image: Tensor | None) -> Tensor:
         """Decode the logit of alpha, float32 [B,1,H',W'], at the resolution of the last decoder
@@ -369,7 +369,7 @@ class TokenMatchHead(FinetunableHead):
         return features
 
     def _stretch_contrast(self, alpha: Tensor) -> Tensor:
-        return (alpha * (1.0 + 2.0 * self.config.clear) - self.config.clear).clamp(0.0, 1.0)
+        return (alpha * (1.0 + 2.0 * self.config.alpha_stretch) - self.config.alpha_stretch).clamp(0.0, 1.0)
 
     def _unit_per_layer(self, total: Tensor) -> Tensor:
         """Normalise sums of tokens [...,C] in every layer: [...,layers,width]; sums of no tokens
@@ -417,7 +417,7 @@ class Context(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
-        self.perceptron = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, feature: Tensor, valid: Tensor) -> Tensor:
         x = flatten_tokens(feature)
@@ -425,7 +425,7 @@ class Context(nn.Module):
         mask = None if bool(valid.all()) else valid.flatten(1)[:, None, None]
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         x = x + self.project(attended.transpose(1, 2).flatten(2))
-        x = x + self.perceptron(self.norm2(x))
+        x = x + self.mlp(self.norm2(x))
         return x.transpose(1, 2).unflatten(2, feature.shape[-2:]).to(feature.dtype)
 
 

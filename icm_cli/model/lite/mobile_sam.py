@@ -1,8 +1,10 @@
-"""MobileSAM with a coarse alpha as its prompt: it completes the object and removes similar background next to it.
+"""MobileSAM with a coarse alpha as its prompt: it completes the object and removes similar
+background next to it.
 
-The head finds an object by its similarity to the reference, and misses parts that are not similar, such as a wheel or
-a blue spot. MobileSAM was trained on a billion masks and knows the extent of objects. Its mask decoder is fine-tuned by
-the stage "objects" of ``icm train`` to complete coarse alphas; the encoder is the published one (Apache-2.0).
+The head finds an object by its similarity to the reference, and misses parts that are not similar,
+such as a wheel or a blue spot. MobileSAM was trained on a billion masks and knows the extent of
+objects. Its mask decoder is fine-tuned by the stage "objects" of ``icm train`` to complete coarse
+alphas; the encoder is the published one (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -46,27 +48,29 @@ class MobileSamConfig:
 
     long_side_px: int = FULL_PX
     """Long side, in px, to which an image is scaled."""
-    least_alpha: float = 0.01
-    """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that masks can override it."""
-    ask_above: float = 0.1
+    logit_eps: float = 0.01
+    """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that masks can
+    override it."""
+    object_threshold: float = 0.1
     """A coarse alpha without a value above this is not changed: it shows no object to complete."""
-    start: Literal["lite", "published"] = "lite"
-    """Initial weights if there is no checkpoint: those of ``lite`` in this package, with a fine-tuned decoder; or the
-    published ones of MobileSAM, from a package of their own."""
+    initial_weights: Literal["lite", "published"] = "lite"
+    """Initial weights if there is no checkpoint: those of ``lite`` in this package, with a
+    fine-tuned decoder; or the published ones of MobileSAM, from a package of their own."""
 
     def __post_init__(self) -> None:
         if not CELL_PX <= self.long_side_px <= FULL_PX or self.long_side_px % CELL_PX:
             raise ConfigError(
                 f"objects long_side_px is {self.long_side_px}; expected a multiple of {CELL_PX}, at most {FULL_PX}"
             )
-        if not 0 < self.least_alpha < 0.5:
-            raise ConfigError(f"objects least_alpha is {self.least_alpha}; expected more than 0 and less than 0.5")
-        if not 0 <= self.ask_above < 1:
-            raise ConfigError(f"objects ask_above is {self.ask_above}; expected 0 to below 1")
+        if not 0 < self.logit_eps < 0.5:
+            raise ConfigError(f"objects logit_eps is {self.logit_eps}; expected more than 0 and less than 0.5")
+        if not 0 <= self.object_threshold < 1:
+            raise ConfigError(f"objects object_threshold is {self.object_threshold}; expected 0 to below 1")
 
 
 class MobileSam(Objects):
-    """Frozen encoder, mask decoder, and the weights of its masks and of the coarse alpha in the result."""
+    """Frozen encoder, mask decoder, and the weights of its masks and of the coarse alpha in the
+    result."""
 
     Config = MobileSamConfig
 
@@ -75,17 +79,17 @@ class MobileSam(Objects):
         self.config = config
         self.encoder = sam_encoder.TinyViT().requires_grad_(False)
         self.decoder = sam_decoder.MaskDecoder()
-        self.shares = nn.Parameter(torch.tensor([COARSE_SHARE, MASK_SHARE, *[0.0] * (MASKS - 1)]))
+        self.mask_weights = nn.Parameter(torch.tensor([COARSE_SHARE, MASK_SHARE, *[0.0] * (MASKS - 1)]))
         self.offset = nn.Parameter(torch.zeros(()))
 
     @classmethod
     def weights_digest(cls, config: Any) -> str:
-        return cached_file_digest(_published_path() if config.start == "published" else _lite_path())
+        return cached_file_digest(_published_path() if config.initial_weights == "published" else _lite_path())
 
     @classmethod
     def load(cls, config: Any) -> Self:
         objects = cls(config).eval()
-        if config.start == "published":
+        if config.initial_weights == "published":
             tensors = _published()
             objects.encoder.load_state_dict(sam_encoder.convert_encoder_tensors(tensors))
             objects.decoder.load_state_dict(sam_decoder.convert_decoder_tensors(tensors))
@@ -104,29 +108,31 @@ class MobileSam(Objects):
         self.decoder.set_dtype(fast_dtype)
 
     def embedding(self, image: Tensor) -> Tensor:
-        """Embed images float32 [B,3,H,W] in 0..1, with H and W multiples of 16, as [B,256,H/16,W/16]."""
+        """Embed images float32 [B,3,H,W] in 0..1, with H and W multiples of 16, as
+        [B,256,H/16,W/16]."""
         embedding: Tensor = self.encoder(image)
         return embedding
 
     def forward(self, embedding: Tensor, coarse: Tensor) -> Tensor:
-        """Decode embeddings [B,256,h,w] and coarse alphas [B,1,nh,nw] to logits float32 [B,1,4h,4w]."""
+        """Decode embeddings [B,256,h,w] and coarse alphas [B,1,nh,nw] to logits float32
+        [B,1,4h,4w]."""
         size = [MASK_SCALE * side for side in embedding.shape[-2:]]
-        logit = torch.logit(coarse.float(), eps=self.config.least_alpha)
+        logit = torch.logit(coarse.float(), eps=self.config.logit_eps)
         if list(logit.shape[-2:]) != size:
             logit = F.interpolate(logit, size, mode="bilinear", align_corners=False)
         masks = self.decoder(embedding, logit).float()
         layers = torch.cat([logit, masks], dim=1)
-        return (self.shares[:, None, None] * layers).sum(dim=1, keepdim=True) + self.offset
+        return (self.mask_weights[:, None, None] * layers).sum(dim=1, keepdim=True) + self.offset
 
     def has_object(self, coarse: Tensor) -> bool:
-        return bool(coarse.max() > self.config.ask_above)
+        return bool(coarse.max() > self.config.object_threshold)
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[ImageU8]) -> list[EmbeddedImage]:
         canvases = [self._fill_canvas(rgb) for rgb in images]
 
         def embed(batch: Sequence[tuple[Float, tuple[int, int]]]) -> list[EmbeddedImage]:
-            pixels = torch.from_numpy(np.stack([canvas for canvas, _ in batch])).to(self.shares.device)
+            pixels = torch.from_numpy(np.stack([canvas for canvas, _ in batch])).to(self.mask_weights.device)
             embeddings = torch.tensor_split(self.embedding(pixels.permute(0, 3, 1, 2)), len(batch))
             return [EmbeddedImage(each, size) for each, (_, size) in zip(embeddings, batch, strict=True)]
 
@@ -152,7 +158,8 @@ class MobileSam(Objects):
         return apply_in_batches(complete, list(zip(images, prompts, strict=True)), lambda item: item[1].shape)
 
     def _fill_canvas(self, rgb: ImageU8) -> tuple[Float, tuple[int, int]]:
-        """Place an image on the encoder's canvas, float32 [h,w,3]; return it with the size of the image's masks."""
+        """Place an image on the encoder's canvas, float32 [h,w,3]; return it with the size of the
+        image's masks."""
         scale = self.config.long_side_px / max(rgb.shape[:2])
         height, width = (max(MASK_SCALE, MASK_SCALE * round(side * scale / MASK_SCALE)) for side in rgb.shape[:2])
         canvas = np.empty((*(-(-side // CELL_PX) * CELL_PX for side in (height, width)), 3), np.float32)
@@ -172,8 +179,8 @@ def _lite_path() -> Path:
     path = packed_checkpoint("lite")
     if path is None:
         raise ConfigError(
-            "the weights of lite are not in the package, and the objects start with them; install icm again, or give a "
-            "checkpoint with objects"
+            "the weights of lite are not in the package, so the objects have no initial weights; "
+            "install icm again, or give a checkpoint with objects"
         )
     return path
 
@@ -188,7 +195,8 @@ def _published() -> Mapping[str, Tensor]:
 
 
 def _published_path() -> Path:
-    """File of the published weights of MobileSAM. Raises ConfigError if their package is not installed."""
+    """File of the published weights of MobileSAM. Raises ConfigError if their package is not
+    installed."""
     try:  # the package itself is not imported, because it imports much more
         return Path(str(importlib.metadata.distribution(PACKAGE).locate_file(FILE)))
     except importlib.metadata.PackageNotFoundError as error:

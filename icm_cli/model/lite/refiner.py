@@ -1,8 +1,10 @@
-"""Refining network: computes a fine alpha from an image and a coarse alpha. It does not depend on classes.
+"""Refining network: computes a fine alpha from an image and a coarse alpha. It does not depend on
+classes.
 
-The same network runs in two steps, as in CascadePSP (Cheng et al., CVPR 2020). The first one runs on the image at
-``RefineConfig.whole_px``, where a coarse alpha of a few hundred tokens becomes an outline. For larger sources, the
-second one runs on tiles at the size of the source, where that outline becomes an edge.
+The same network runs in two steps, as in CascadePSP (Cheng et al., CVPR 2020). The first one runs
+on the image at ``RefineConfig.frame_px``, where a coarse alpha of a few hundred tokens becomes an
+outline. For larger sources, the second one runs on tiles at the size of the source, where that
+outline becomes an edge.
 """
 
 from __future__ import annotations
@@ -34,58 +36,55 @@ class RefineConfig:
     """Settings of the refining network."""
 
     widths: tuple[int, ...] = (32, 48, 64, 96, 128)
-    """Channels of each scale; the first has half the size of the image, and each other half the size of the one
-    before."""
-    details: int = 0
+    """Channels of each scale; the first has half the size of the image, and each other half the
+    size of the one before."""
+    detail_blocks: int = 0
     """Number of residual blocks before the output, at half the size of the image."""
-    whole_px: int = 1024
+    frame_px: int = 1024
     """Long side, in px, of the image in the first step."""
     tile_px: int = 256
     """Side, in px, of the tiles of a larger source."""
     overlap_px: int = 32
     """Overlap of tiles, in px, over which they are blended."""
-    again: float = 1.0
-    """Smallest size of the second step, as a factor of the first one's; with 1, only sources larger than ``whole_px``
-    have a second step."""
-    least_alpha: float = 0.02
-    """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that the network can override
-    it."""
-    unknown: float = 0.05
+    logit_eps: float = 0.02
+    """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that the
+    network can override it."""
+    unknown_margin: float = 0.05
     """A pixel is unknown if its coarse alpha is further than this from 0 and 1."""
-    reach: float = 0.06
-    """Distance from unknown pixels beyond which the coarse alpha is not changed, as a fraction of the long side. Edges
-    of the image there belong to other objects."""
-    core: float = 0.015
-    """Distance from edges beyond which the inside of the object becomes opaque and the background transparent, as a
-    fraction of the long side; 0 disables it."""
-    core_px: int = 640
+    change_radius: float = 0.06
+    """Distance from unknown pixels beyond which the coarse alpha is not changed, as a fraction of
+    the long side. Edges of the image there belong to other objects."""
+    core_distance: float = 0.015
+    """Distance from edges beyond which the inside of the object becomes opaque and the background
+    transparent, as a fraction of the long side; 0 disables it."""
+    core_long_side_px: int = 640
     """Long side, in px, of the alpha in which these distances are measured."""
-    core_full: float = 0.8
+    core_opaque_from: float = 0.8
     """Alpha that becomes 1 far inside the object."""
-    core_empty: float = 0.15
+    core_transparent_to: float = 0.15
     """Alpha that becomes 0 far outside the object."""
     core_softness: float = 0.3
     """Change of the local extreme alpha from one half over which these two apply gradually."""
-    undecided: float = 0.01
-    """A tile is not changed if all its alphas are within this distance of 0, or all within this distance of 1."""
+    decided_margin: float = 0.01
+    """A tile is not changed if all its alphas are within this distance of 0, or all within this
+    distance of 1."""
 
     def __post_init__(self) -> None:
         multiple = self.multiple
         checks = {
-            "whole_px": (self.whole_px >= multiple and not self.whole_px % multiple, f"a multiple of {multiple}"),
+            "frame_px": (self.frame_px >= multiple and not self.frame_px % multiple, f"a multiple of {multiple}"),
             "tile_px": (self.tile_px >= multiple and not self.tile_px % multiple, f"a multiple of {multiple}"),
             "overlap_px": (0 <= self.overlap_px <= self.tile_px // 2, "0 to half of tile_px"),
-            "details": (0 <= self.details <= 64, "0 to 64"),
-            "again": (1 <= self.again <= 4, "1 to 4"),
-            "least_alpha": (0 < self.least_alpha < 0.5, "more than 0 and less than 0.5"),
-            "unknown": (0 <= self.unknown < 0.5, "0 to below 0.5"),
-            "reach": (0 < self.reach <= 2, "more than 0 and at most 2"),
-            "core": (0 <= self.core <= 0.25, "0 to 0.25"),
-            "core_px": (self.core_px >= 1, "1 or more"),
-            "core_full": (0.5 < self.core_full <= 1, "more than 0.5 and at most 1"),
-            "core_empty": (0 <= self.core_empty < 0.5, "0 to below 0.5"),
+            "detail_blocks": (0 <= self.detail_blocks <= 64, "0 to 64"),
+            "logit_eps": (0 < self.logit_eps < 0.5, "more than 0 and less than 0.5"),
+            "unknown_margin": (0 <= self.unknown_margin < 0.5, "0 to below 0.5"),
+            "change_radius": (0 < self.change_radius <= 2, "more than 0 and at most 2"),
+            "core_distance": (0 <= self.core_distance <= 0.25, "0 to 0.25"),
+            "core_long_side_px": (self.core_long_side_px >= 1, "1 or more"),
+            "core_opaque_from": (0.5 < self.core_opaque_from <= 1, "more than 0.5 and at most 1"),
+            "core_transparent_to": (0 <= self.core_transparent_to < 0.5, "0 to below 0.5"),
             "core_softness": (0 < self.core_softness <= 0.5, "more than 0 and at most 0.5"),
-            "undecided": (0 <= self.undecided < 0.5, "0 to below 0.5"),
+            "decided_margin": (0 <= self.decided_margin < 0.5, "0 to below 0.5"),
         }
         if len(self.widths) < 2 or min(self.widths) < 1:
             raise ConfigError(f"edges widths is {list(self.widths)}; expected two or more numbers of 1 or more")
@@ -100,7 +99,8 @@ class RefineConfig:
 
 
 class ConvReLU(nn.Module):
-    """3 x 3 convolution and ReLU. Without BatchNorm, because the few crops of a batch differ too much."""
+    """3 x 3 convolution and ReLU. Without BatchNorm, because the few crops of a batch differ too
+    much."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Refine(Edges):
             for before, after in itertools.pairwise(widths)
         )
         self.up = nn.ModuleList(_convolutions(coarse + fine, fine) for fine, coarse in itertools.pairwise(widths))
-        self.details = nn.Sequential(*(Residual(widths[0]) for _ in range(config.details)))
+        self.details = nn.Sequential(*(Residual(widths[0]) for _ in range(config.detail_blocks)))
         self.output = nn.Conv2d(widths[0], UNSHUFFLE**2, 3, padding=1)
         _make_zero(self.output)  # before training, the result is the coarse alpha
 
@@ -161,7 +161,7 @@ class Refine(Edges):
         Returns:
             Logits of the alphas, float32 [B,1,H,W].
         """
-        logit = torch.logit(coarse.float(), eps=self.config.least_alpha)
+        logit = torch.logit(coarse.float(), eps=self.config.logit_eps)
         dtype = self.output.weight.dtype
         x = torch.cat([4.0 * image.float() - 2.0, logit / 2.0], dim=1).to(dtype)
         x = self.stem(F.pixel_unshuffle(x, UNSHUFFLE))
@@ -176,7 +176,7 @@ class Refine(Edges):
     @torch.inference_mode()
     def refine_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
         undecided = [index for index, alpha in enumerate(coarse) if self._is_undecided(alpha)]
-        sizes = [downscaled_size(images[index].shape[:2], self.config.whole_px) for index in undecided]
+        sizes = [downscaled_size(images[index].shape[:2], self.config.frame_px) for index in undecided]
         small = [resize_alpha(coarse[index].float(), size) for index, size in zip(undecided, sizes, strict=True)]
         pixels = [resize(images[index], size) for index, size in zip(undecided, sizes, strict=True)]
         refined = {}
@@ -190,26 +190,19 @@ class Refine(Edges):
         ]
 
     def _refine_at_source(self, rgb: ImageU8, outline: Tensor, weight: Tensor) -> Tensor:
-        """Bring the result of the first step, an alpha [h,w], to the size of its image; for larger images, run the
-        second step.
+        """Bring the result of the first step, an alpha [h,w], to the size of its image; for larger
+        images, run the second step.
 
         ``weight``: float32 [h,w] in 0..1, by which the second step may change the alpha.
         """
-        config = self.config
-        height, width = rgb.shape[:2]
-        first = outline.shape
-        second = (
-            round(max(height, config.again * first[0])),
-            round(max(width, config.again * first[1])),
-        )
-        if second != tuple(first):
-            outline = self._refine_tiles(
-                resize(rgb, second), resize_alpha(outline, second), resize_alpha(weight, second)
-            )
-        return resize_alpha(outline, (height, width))
+        size = (rgb.shape[0], rgb.shape[1])
+        if size != tuple(outline.shape):
+            outline = self._refine_tiles(rgb, resize_alpha(outline, size), resize_alpha(weight, size))
+        return outline
 
     def _refine_tiles(self, rgb: ImageU8, alpha: Tensor, weight: Tensor) -> Tensor:
-        """Refine an alpha [H,W] in overlapping tiles. Tiles in which everything is decided are not changed."""
+        """Refine an alpha [H,W] in overlapping tiles. Tiles in which everything is decided are not
+        changed."""
         size = (alpha.shape[0], alpha.shape[1])
         tiles = split_into_tiles(size, self.config.tile_px, self.config.overlap_px)
         parts = [alpha[tile.index] for tile in tiles]
@@ -227,10 +220,10 @@ class Refine(Edges):
     def _clear_core(self, alpha: Tensor) -> Tensor:
         """Make an alpha [H,W] opaque far inside the object and transparent far outside it."""
         config = self.config
-        if not config.core:
+        if not config.core_distance:
             return alpha
-        small = resize_alpha(alpha, downscaled_size(alpha.shape, config.core_px)).numpy(force=True)
-        reach = max(1, round(config.core * max(small.shape)))
+        small = resize_alpha(alpha, downscaled_size(alpha.shape, config.core_long_side_px)).numpy(force=True)
+        reach = max(1, round(config.core_distance * max(small.shape)))
         disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
         least, most = (cv2.blur(each(small, disc), (reach, reach)) for each in (cv2.erode, cv2.dilate))
         inside, outside = (
@@ -238,23 +231,24 @@ class Refine(Edges):
         )
         full, empty = (
             resize_alpha(torch.from_numpy(each).to(alpha.device), alpha.shape)
-            for each in (1.0 - (1.0 - config.core_full) * inside, config.core_empty * outside)
+            for each in (1.0 - (1.0 - config.core_opaque_from) * inside, config.core_transparent_to * outside)
         )
         return ((alpha - empty) / (full - empty)).clamp(0.0, 1.0)
 
     def _is_undecided(self, coarse: Tensor) -> bool:
         """Return whether a coarse alpha has a value that is neither 0 nor 1, or has both."""
         distance = torch.minimum(coarse, 1.0 - coarse).max()
-        return bool(distance > self.config.undecided) or bool(coarse.min() < 0.5 < coarse.max())
+        return bool(distance > self.config.decided_margin) or bool(coarse.min() < 0.5 < coarse.max())
 
     def _weight_near_unknown(self, coarse: Tensor) -> Tensor:
-        """Weights [h,w]: 1 near the unknown pixels of a coarse alpha [h,w], falling to 0 at ``config.reach``."""
+        """Weights [h,w]: 1 near the unknown pixels of a coarse alpha [h,w], falling to 0 at
+        ``config.change_radius``."""
         alpha = coarse.numpy(force=True)
         inside = (alpha > 0.5).astype(np.uint8)
         edge = cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
-        is_unknown = edge | (np.minimum(alpha, 1.0 - alpha) > self.config.unknown)
+        is_unknown = edge | (np.minimum(alpha, 1.0 - alpha) > self.config.unknown_margin)
         distance = cv2.distanceTransform((~is_unknown).astype(np.uint8), cv2.DIST_L2, 5)
-        reach = self.config.reach * max(alpha.shape)
+        reach = self.config.change_radius * max(alpha.shape)
         weight = np.clip(2.0 - 2.0 * np.minimum(distance, reach) / reach, 0.0, 1.0).astype(np.float32)
         return torch.from_numpy(weight).to(coarse.device)
 

@@ -43,7 +43,7 @@ class MaskDecoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.zeros(2, WIDTH // 2))
-        self.ask = nn.Sequential(
+        self.mask_encoder = nn.Sequential(
             nn.Conv2d(1, 4, 2, 2),
             ChannelNorm(4),
             nn.GELU(),
@@ -54,16 +54,16 @@ class MaskDecoder(nn.Module):
         )
         self.tokens = nn.Parameter(torch.zeros(1 + MASKS, WIDTH))
         self.layers = nn.ModuleList(TwoWayAttention(index > 0) for index in range(LAYERS))
-        self.last = CrossAttention(WIDTH // 2)
+        self.final_attention = CrossAttention(WIDTH // 2)
         self.norm = nn.LayerNorm(WIDTH)
-        self.enlarge = nn.Sequential(
+        self.upscaling = nn.Sequential(
             nn.ConvTranspose2d(WIDTH, WIDTH // 4, 2, 2),
             ChannelNorm(WIDTH // 4),
             nn.GELU(),
             nn.ConvTranspose2d(WIDTH // 4, WIDTH // 8, 2, 2),
             nn.GELU(),
         )
-        self.weigh = nn.ModuleList(
+        self.mask_mlps = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH // 8)
             )
@@ -73,15 +73,15 @@ class MaskDecoder(nn.Module):
     def forward(self, embedding: Tensor, logit: Tensor) -> Tensor:
         dtype = self.norm.weight.dtype
         count, _, height, width = embedding.shape
-        keys = (embedding.to(dtype) + self.ask(logit.to(dtype))).flatten(2).transpose(1, 2)
+        keys = (embedding.to(dtype) + self.mask_encoder(logit.to(dtype))).flatten(2).transpose(1, 2)
         positions = self._encode_positions(height, width).to(dtype)
         prompt = self.tokens.expand(count, -1, -1)
         tokens = prompt
         for layer in self.layers:
             tokens, keys = layer(tokens, keys, prompt, positions)
-        tokens = self.norm(tokens + self.last(tokens + prompt, keys + positions, keys))
-        cells = self.enlarge(keys.transpose(1, 2).unflatten(2, (height, width)))
-        weights = torch.stack([each(tokens[:, 1 + index]) for index, each in enumerate(self.weigh)], dim=1)
+        tokens = self.norm(tokens + self.final_attention(tokens + prompt, keys + positions, keys))
+        cells = self.upscaling(keys.transpose(1, 2).unflatten(2, (height, width)))
+        weights = torch.stack([each(tokens[:, 1 + index]) for index, each in enumerate(self.mask_mlps)], dim=1)
         masks: Tensor = torch.einsum("bmc,bchw->bmhw", weights, cells)
         return masks
 
@@ -125,25 +125,25 @@ class TwoWayAttention(nn.Module):
     def __init__(self, add_prompt: bool) -> None:
         super().__init__()
         self.add_prompt = add_prompt
-        self.among = CrossAttention(WIDTH)
+        self.self_attention = CrossAttention(WIDTH)
         self.norm1 = nn.LayerNorm(WIDTH)
-        self.to_picture = CrossAttention(WIDTH // 2)
+        self.token_to_image = CrossAttention(WIDTH // 2)
         self.norm2 = nn.LayerNorm(WIDTH)
-        self.perceptron = nn.Sequential(nn.Linear(WIDTH, MLP_WIDTH), nn.ReLU(), nn.Linear(MLP_WIDTH, WIDTH))
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, MLP_WIDTH), nn.ReLU(), nn.Linear(MLP_WIDTH, WIDTH))
         self.norm3 = nn.LayerNorm(WIDTH)
-        self.to_tokens = CrossAttention(WIDTH // 2)
+        self.image_to_token = CrossAttention(WIDTH // 2)
         self.norm4 = nn.LayerNorm(WIDTH)
 
     def forward(self, tokens: Tensor, keys: Tensor, prompt: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self.add_prompt:
             queries = tokens + prompt
-            tokens = tokens + self.among(queries, queries, tokens)
+            tokens = tokens + self.self_attention(queries, queries, tokens)
         else:  # the tokens of the first layer are the prompt itself
-            tokens = self.among(tokens, tokens, tokens)
+            tokens = self.self_attention(tokens, tokens, tokens)
         tokens = self.norm1(tokens)
-        tokens = self.norm2(tokens + self.to_picture(tokens + prompt, keys + positions, keys))
-        tokens = self.norm3(tokens + self.perceptron(tokens))
-        keys = self.norm4(keys + self.to_tokens(keys + positions, tokens + prompt, tokens))
+        tokens = self.norm2(tokens + self.token_to_image(tokens + prompt, keys + positions, keys))
+        tokens = self.norm3(tokens + self.mlp(tokens))
+        keys = self.norm4(keys + self.image_to_token(keys + positions, tokens + prompt, tokens))
         return tokens, keys
 
 
@@ -157,31 +157,31 @@ def convert_decoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "tokens": torch.cat([tensors["mask_decoder.iou_token.weight"], tensors["mask_decoder.mask_tokens.weight"]]),
     }
     renamed = (
-        ("prompt_encoder.mask_downscaling.", "ask."),
-        ("mask_decoder.output_upscaling.", "enlarge."),
-        ("mask_decoder.transformer.final_attn_token_to_image.", "last."),
+        ("prompt_encoder.mask_downscaling.", "mask_encoder."),
+        ("mask_decoder.output_upscaling.", "upscaling."),
+        ("mask_decoder.transformer.final_attn_token_to_image.", "final_attention."),
         ("mask_decoder.transformer.norm_final_attn.", "norm."),
         ("mask_decoder.transformer.layers.", "layers."),
-        ("mask_decoder.output_hypernetworks_mlps.", "weigh."),
+        ("mask_decoder.output_hypernetworks_mlps.", "mask_mlps."),
     )
     parts = (
         ("q_proj", "query"),
         ("k_proj", "key"),
         ("v_proj", "value"),
         ("out_proj", "project"),
-        ("self_attn", "among"),
-        ("cross_attn_token_to_image", "to_picture"),
-        ("cross_attn_image_to_token", "to_tokens"),
-        ("mlp.lin1", "perceptron.0"),
-        ("mlp.lin2", "perceptron.2"),
+        ("self_attn", "self_attention"),
+        ("cross_attn_token_to_image", "token_to_image"),
+        ("cross_attn_image_to_token", "image_to_token"),
+        ("mlp.lin1", "mlp.0"),
+        ("mlp.lin2", "mlp.2"),
     )
     for name, tensor in tensors.items():
         ours = next((to + name.removeprefix(start) for start, to in renamed if name.startswith(start)), None)
         if ours is None:
             continue
-        if ours.startswith("weigh."):
+        if ours.startswith("mask_mlps."):
             _, mask, _, layer, kind = ours.split(".")
-            ours = f"weigh.{mask}.{2 * int(layer)}.{kind}"
+            ours = f"mask_mlps.{mask}.{2 * int(layer)}.{kind}"
         for theirs, to in parts:
             ours = ours.replace(theirs, to)
         found[ours] = tensor

@@ -8,8 +8,8 @@
 4. Other clusters are added if they are similar to the prototype and to the seed, and consist mostly
 of candidates.
 
-The published code uses 0 for ``candidate_above``, 0.6 for ``min_cosine`` and 0.2 for
-``join_above``.
+The published code uses 0 for ``min_candidate_cosine``, 0.6 for ``min_cluster_cosine`` and 0.2 for
+``min_join_score``.
 
 Letters: N tokens of the target, K reference tokens inside the guidance, M outside, C channels.
     Clustering computes
@@ -50,9 +50,9 @@ def segment_by_clusters(
     grouping: Tensor,
     reference: ReferenceTokens,
     *,
-    candidate_above: float,
-    min_cosine: float,
-    join_above: float,
+    min_candidate_cosine: float,
+    min_cluster_cosine: float,
+    min_join_score: float,
 ) -> ClusterSegments:
     """Segment the object in one target.
 
@@ -60,18 +60,18 @@ def segment_by_clusters(
         compared: Tokens that are compared with the reference, [N,C].
         grouping: Tokens that are clustered, [N,D].
         reference: Tokens of the reference, of the same features as ``compared``.
-        candidate_above: Smallest cosine of a candidate to the prototype.
-        min_cosine: Smallest mean cosine at which clusters are merged (tau in the paper).
-        join_above: Smallest score of a cluster that is added to the seed.
+        min_candidate_cosine: Smallest cosine of a candidate to the prototype.
+        min_cluster_cosine: Smallest mean cosine at which clusters are merged (tau in the paper).
+        min_join_score: Smallest score of a cluster that is added to the seed.
     """
     target, foreground = F.normalize(compared.float(), dim=-1), F.normalize(reference.foreground.float(), dim=-1)
     prototype = F.normalize(foreground.mean(dim=0), dim=0)
     similarity = target @ prototype
     background = F.normalize(reference.background.float(), dim=-1)
-    candidate = (similarity > candidate_above) & is_nearest_foreground(target, foreground, background)
+    candidate = (similarity > min_candidate_cosine) & is_nearest_foreground(target, foreground, background)
     if not candidate.any():
         return ClusterSegments(candidate, 0.0)
-    label = cluster_tokens(grouping, min_cosine)
+    label = cluster_tokens(grouping, min_cluster_cosine)
     one_hot = F.one_hot(label).to(target.dtype).T  # [clusters,N]
     size = one_hot.sum(dim=1)
     candidate_fraction = one_hot @ candidate.to(target.dtype) / size
@@ -80,7 +80,7 @@ def segment_by_clusters(
     centres = F.normalize(one_hot @ F.normalize(grouping.float(), dim=-1), dim=-1)
     candidate_fraction[seed] = 1.0
     score = (one_hot @ similarity / size) * (centres @ centres[seed]) * candidate_fraction
-    joined = score > join_above
+    joined = score > min_join_score
     joined[seed] = True
     own = float((foreground @ prototype).mean())
     return ClusterSegments(joined[label], float(similarity[label == seed].mean()) / max(own, 1e-6))
@@ -106,12 +106,12 @@ def is_nearest_foreground(target: Tensor, foreground: Tensor, background: Tensor
     return torch.cat(parts)
 
 
-def cluster_tokens(tokens: Tensor, min_cosine: float) -> Tensor:
+def cluster_tokens(tokens: Tensor, min_cluster_cosine: float) -> Tensor:
     """Cluster tokens [N,C] by average linkage, on the CPU by SciPy.
 
     Args:
         tokens: Tokens, [N,C].
-        min_cosine: Smallest mean cosine at which clusters are merged.
+        min_cluster_cosine: Smallest mean cosine at which clusters are merged.
 
     Returns:
         Index of each token's cluster, int64 [N].
@@ -123,5 +123,5 @@ def cluster_tokens(tokens: Tensor, min_cosine: float) -> Tensor:
     cosine = (unit @ unit.T).cpu()
     upper = torch.triu_indices(count, count, offset=1)
     distance = (1.0 - cosine[upper[0], upper[1]]).clamp(min=0.0).double().numpy()
-    label = fcluster(linkage(distance, "average"), 1.0 - min_cosine, criterion="distance")
+    label = fcluster(linkage(distance, "average"), 1.0 - min_cluster_cosine, criterion="distance")
     return torch.from_numpy(label.astype("int64") - 1).to(tokens.device)

@@ -42,7 +42,7 @@ class TrainingFreeConfig:
     INSID3 does."""
     temperature: float = 0.07
     """Temperature of the soft maximum over the reference's tokens, in cosine units; more than 0."""
-    likeness_temperature: float = 0.1
+    presence_temperature: float = 0.1
     """The same for the decision whether the object is present. A higher temperature requires more
     tokens to agree."""
     background_weight: float = 0.5
@@ -53,38 +53,38 @@ class TrainingFreeConfig:
     absent_below: float = 0.24
     """The object is absent if its similarity to the reference is lower than this, as a fraction of
     the similarity of the reference to itself; 0 (never absent) to 1."""
-    instance_share: float = 0.8
+    instance_fraction: float = 0.8
     """A connected region is foreground only if its strongest evidence is at least this fraction of
     the strongest evidence in the target; 0 (all regions) to 1 (only one region)."""
-    unknown_share: float = 0.15
+    unknown_fraction: float = 0.15
     """Fraction of the pixels that are unknown for closed-form matting; between 0 and 1. A larger
     fraction takes longer."""
     solve_long_side_px: int = 640
     """Largest long side at which closed-form matting is solved, in px."""
-    candidate_above: float = 0.0
+    min_candidate_cosine: float = 0.0
     """Rule "clusters": smallest cosine of a candidate to the prototype of the reference; -1 to
     1."""
-    group_cosine: float = 0.6
+    min_cluster_cosine: float = 0.6
     """Rule "clusters": smallest mean cosine at which clusters are merged (tau in the paper);
     between 0 and 1."""
-    join_above: float = 0.2
+    min_join_score: float = 0.2
     """Rule "clusters": smallest score of a cluster that is added to the seed; 0 to 1."""
-    cluster_band: float = 0.01
+    edge_band: float = 0.01
     """Rule "clusters": width of the unknown region at the edge, as a fraction of the long side;
     between 0 and 0.5."""
 
     def __post_init__(self) -> None:
-        for name in ("threshold", "unknown_share"):
+        for name in ("threshold", "unknown_fraction"):
             _require(name, getattr(self, name), 0 < getattr(self, name) < 1, "between 0 and 1")
-        for name in ("temperature", "likeness_temperature"):
+        for name in ("temperature", "presence_temperature"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
         _require("background_weight", self.background_weight, self.background_weight >= 0, "0 or more")
-        _require("instance_share", self.instance_share, 0 <= self.instance_share <= 1, "0 to 1")
+        _require("instance_fraction", self.instance_fraction, 0 <= self.instance_fraction <= 1, "0 to 1")
         _require("absent_below", self.absent_below, 0 <= self.absent_below <= 1, "0 to 1")
-        _require("candidate_above", self.candidate_above, -1 <= self.candidate_above <= 1, "-1 to 1")
-        _require("group_cosine", self.group_cosine, 0 < self.group_cosine < 1, "between 0 and 1")
-        _require("join_above", self.join_above, 0 <= self.join_above <= 1, "0 to 1")
-        _require("cluster_band", self.cluster_band, 0 < self.cluster_band < 0.5, "between 0 and 0.5")
+        _require("min_candidate_cosine", self.min_candidate_cosine, -1 <= self.min_candidate_cosine <= 1, "-1 to 1")
+        _require("min_cluster_cosine", self.min_cluster_cosine, 0 < self.min_cluster_cosine < 1, "between 0 and 1")
+        _require("min_join_score", self.min_join_score, 0 <= self.min_join_score <= 1, "0 to 1")
+        _require("edge_band", self.edge_band, 0 < self.edge_band < 0.5, "between 0 and 0.5")
         _require("solve_long_side_px", self.solve_long_side_px, self.solve_long_side_px >= 64, "at least 64")
 
 
@@ -189,9 +189,9 @@ class TrainingFree(Head):
                 compared[index, valid.flatten()],
                 grouping[index, valid.flatten()],
                 reference,
-                candidate_above=config.candidate_above,
-                min_cosine=config.group_cosine,
-                join_above=config.join_above,
+                min_candidate_cosine=config.min_candidate_cosine,
+                min_cluster_cosine=config.min_cluster_cosine,
+                min_join_score=config.min_join_score,
             )
             grid = compared.new_zeros(valid.shape)
             grid[valid] = segments.inside.to(grid.dtype)
@@ -213,8 +213,8 @@ class TrainingFree(Head):
     def _relative_similarity(self, foreground: Tensor, target: Tensor) -> float:
         """Return the similarity of tokens [N,C] to a foreground [K,C], relative to the foreground's
         similarity to itself."""
-        best = soft_max_similarity(foreground, target, self.config.likeness_temperature).max()
-        return float(best / soft_max_similarity(foreground, foreground, self.config.likeness_temperature).mean())
+        best = soft_max_similarity(foreground, target, self.config.presence_temperature).max()
+        return float(best / soft_max_similarity(foreground, foreground, self.config.presence_temperature).mean())
 
     def _solve_alpha(self, contrast: Tensor, image: Tensor) -> Tensor:
         """Compute the alpha [H,W] of one frame without padding, or its trimap if a later component
@@ -228,7 +228,7 @@ class TrainingFree(Head):
         small = F.interpolate(torch.cat([image, contrast[None]])[None], size=size, mode="area")[0]
         rgb, evidence = small[:3].permute(1, 2, 0), small[3]
         if self.config.rule == "clusters":
-            trimap = torch.from_numpy(trimap_from_coarse(evidence.numpy(), size, self.config.cluster_band))
+            trimap = torch.from_numpy(trimap_from_coarse(evidence.numpy(), size, self.config.edge_band))
         else:
             trimap = self.make_trimap(evidence)
         alpha = trimap
@@ -249,10 +249,10 @@ class TrainingFree(Head):
         strongest = contrast.max()
         threshold = self.config.threshold * strongest
         distance = (contrast - threshold).abs().masked_fill(contrast > (threshold + strongest) / 2, torch.inf).flatten()
-        unknown = distance.argsort(stable=True)[: math.floor(distance.numel() * self.config.unknown_share)]
+        unknown = distance.argsort(stable=True)[: math.floor(distance.numel() * self.config.unknown_fraction)]
         trimap = (contrast > threshold).float()
         trimap.view(-1)[unknown[distance[unknown].isfinite()]] = 0.5
-        trimap[~keep_strong_regions(contrast, trimap > 0, self.config.instance_share)] = 0.0
+        trimap[~keep_strong_regions(contrast, trimap > 0, self.config.instance_fraction)] = 0.0
         return trimap
 
 
