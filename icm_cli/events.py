@@ -84,6 +84,27 @@ class TrainingSummary:
 class TrainingListener(Listener):
     """Base class of callbacks for a training run. Every method does nothing by default."""
 
+    def on_encoding_start(self, total: int, stored: int) -> None:
+        """Called before the backbone encodes images for a training stage that stores their tokens.
+
+        ``stored`` of the ``total`` images were encoded by an earlier run.
+        """
+
+    def on_encoding_progress(self, encoded: int) -> None:
+        """Called when so many of the images are encoded, including those of an earlier run."""
+
+    def on_encoding_end(self) -> None:
+        """Called after the last image, also after an error."""
+
+    @contextlib.contextmanager
+    def encoding_images(self, total: int, stored: int) -> Iterator[None]:
+        """Context of the encoding. It calls :meth:`on_encoding_end` however it ends."""
+        self.on_encoding_start(total, stored)
+        try:
+            yield
+        finally:
+            self.on_encoding_end()
+
     def on_training_start(self, first_step: int, steps: int | None, samples: int) -> None:
         """Called before step ``first_step`` + 1.
 

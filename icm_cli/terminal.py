@@ -7,6 +7,7 @@ import io
 import os
 import shlex
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -32,6 +33,8 @@ PLAIN_WIDTH = 160
 """Width of tables if standard output is not a terminal."""
 MAX_PRINTED = 20
 """Maximum number of failures in the summary, and of problems of one kind. Reports list all of them."""
+ENCODING_LINE_INTERVAL_S = 20.0
+"""Interval of the lines about encoding images if stderr is not a terminal."""
 
 
 class Terminal(Listener):
@@ -312,8 +315,49 @@ def _escape_unprintable(line: str) -> str:
     )
 
 
+class EncodingProgress:
+    """Lines about the progress of encoding, with the estimated remaining time."""
+
+    def __init__(self, total: int, stored: int) -> None:
+        self._total = total
+        self._stored = stored
+        self._start = self._last = time.monotonic()
+
+    def line(self, encoded: int) -> str | None:
+        """Return a line for the log, None if the last one is more recent than :data:`ENCODING_LINE_INTERVAL_S`."""
+        now = time.monotonic()
+        if now - self._last < ENCODING_LINE_INTERVAL_S and encoded < self._total:
+            return None
+        self._last = now
+        seconds = (now - self._start) / max(1, encoded - self._stored) * (self._total - encoded)
+        return f"[{encoded}/{self._total}] images encoded, {_duration(seconds)} left"
+
+
+def _duration(seconds: float) -> str:
+    """For example "40 s" or "12 min"."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
 class TrainingTerminal(Terminal, TrainingListener):
     """Listener for training that prints a progress bar, or lines if stderr is not a terminal."""
+
+    def on_encoding_start(self, total: int, stored: int) -> None:
+        earlier = f"; an earlier run has encoded {stored} of {total}" if stored else ""
+        self.on_notice(f"encoding {total - stored} images with the backbone{earlier}")
+        self._encoding = EncodingProgress(total, stored)
+        if sys.stderr and sys.stderr.isatty() and self.may_show_bar:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=stored, unit="image", dynamic_ncols=True, smoothing=0.1)
+
+    def on_encoding_progress(self, encoded: int) -> None:
+        if self._bar is not None:
+            self._bar.update(encoded - self._bar.n)
+        elif not self.quiet and (line := self._encoding.line(encoded)):
+            self._print(line)
+
+    def on_encoding_end(self) -> None:
+        self.on_steps_end()
 
     def on_training_start(self, first_step: int, steps: int | None, samples: int) -> None:
         self._step_limit = "" if steps is None else f"/{steps}"

@@ -77,7 +77,7 @@ def test_resumed_run_equals_an_uninterrupted_one(config: Path, tmp_path: Path, o
 def test_resume_without_a_run_starts_one(config: Path, out: Path) -> None:
     done = train(config, out, "--resume")
     assert done.exit_code == 0
-    assert "contains no run to resume" in done.stderr
+    assert "no step is saved in" in done.stderr
 
 
 def test_resuming_a_finished_run_changes_nothing(config: Path, out: Path) -> None:

@@ -135,7 +135,7 @@ class TestMatch:
             path.unlink()
         (out / "state.pt").unlink()
         done = train(config, out, "--set", "train.steps=1", "--set", "train.pairs.composite_probability=0.9")
-        assert "images; their tokens are stored in" in done.stderr
+        assert "encoding 18 images with the backbone\n" in done.stderr
         assert not kept_digests(out) & before
 
     def test_checkpoint_of_another_stage_is_the_start_and_records_its_data(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import collections
 import itertools
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from train_data import change, log, same_weights, train, write_config
+from train_data import change, command, log, same_weights, train, write_config
 
+from icm_cli import terminal
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.settings import MatchStageConfig
 from icm_cli.training.stages import match
@@ -212,3 +216,40 @@ class TestRuns:
             assert train(config, tmp_path / "two", "--set", "train.steps=3").exit_code == 0
             assert train(config, tmp_path / "two", "--resume").exit_code == 0
         assert names == one
+
+    def test_an_interrupted_run_continues_to_encode(
+        self, large_groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ctrl-C while images are encoded keeps the encoded ones. --resume encodes only the others."""
+        config = write_config(
+            tmp_path / "a.yaml", large_groups, **{**TINY, "steps": 1, "match": {"views_per_group": 60}}
+        )
+        out = tmp_path / "run"
+        process = subprocess.Popen(command(config, out), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        while process.poll() is None and not list((out / match.TOKENS_FOLDER).glob("*.pt")):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 130, errors
+        assert "run the same command with --resume" in errors.splitlines()[-1]
+        stored = sum(
+            len(torch.load(path, weights_only=True)["views"]) for path in (out / match.TOKENS_FOLDER).iterdir()
+        )
+        assert 0 < stored < 120
+
+        encoded: list[int] = []
+        encode = match._encode_scenes
+        monkeypatch.setattr(match, "_encode_scenes", lambda *args: encoded.append(len(args[1])) or encode(*args))
+        monkeypatch.setattr(terminal, "ENCODING_LINE_INTERVAL_S", 0.0)
+        done = train(config, out, "--resume")
+        assert done.exit_code == 0, done.output
+        assert sum(encoded) == 120 - stored
+        lines = done.stderr.splitlines()
+        assert f"icm: no step is saved in {out} yet; training starts at step 1" in lines
+        assert (
+            f"icm: encoding {120 - stored} images with the backbone; an earlier run has encoded {stored} of 120"
+            in lines
+        )
+        progress = [line for line in lines if "images encoded" in line]
+        assert progress[-1] == "[120/120] images encoded, 0 s left"
+        assert len(progress) == 120 - stored

@@ -109,7 +109,7 @@ def _run_steps(
         listener.on_notice("this CPU is slower in bfloat16 than in float32, so float32 is used")
     done = begun = run.resume_run(learner) if resume else RunProgress()
     if resume and not done.step:
-        listener.on_notice(f"{run.folder} contains no run to resume; a new run starts there")
+        listener.on_notice(f"no step is saved in {run.folder} yet; training starts at step 1")
     stage.prepare(learner, run.folder, done.step, listener)
 
     listener.on_training_start(done.step, None if recipe.minutes else recipe.steps, recipe.batch_size)

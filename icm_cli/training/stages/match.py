@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -56,8 +55,6 @@ TOKENS_FOLDER = "tokens"
 """Folder of the tokens in a run's folder."""
 PCA_VIEWS = 400
 """Number of views whose principal components initialise the head's projections."""
-NOTICE_INTERVAL_S = 60.0
-"""Interval of the notices about progress while tokens are computed."""
 
 
 class MatchStage(Stage[MosaicBatch]):
@@ -93,18 +90,20 @@ class MatchStage(Stage[MosaicBatch]):
         objects = _copy_objects_for_inference(learner) if self.needs_embeddings else None
         self._encoder = _ViewEncoder(self.settings, self._makers, learner, objects, folder / TOKENS_FOLDER, listener)
         chunks = self._plan.chunks_of_set(self._plan.set_number(first_step))
-        self._load_views([*chunks, *self._plan.chunks_due(first_step)], workers=learner.workers)
+        due = [*chunks, *self._plan.chunks_due(first_step)]
+        self._views = self._encoder.prepare_views(due, learner.workers)
         if not learner.is_from_checkpoint and not first_step:
             assert isinstance(learner.model.head, TokenMatchHead)
             views = [view for chunk in chunks for view in self._views[chunk] if view is not None]
             tokens = _sample_tokens(views, self.settings.train.seed)
             learner.model.head.initialise_from_pca(tokens.to(learner.device.torch_device))
 
-    def _load_views(self, chunks: Sequence[Chunk], workers: int = 0) -> None:
+    def _load_views(self, chunks: Sequence[Chunk]) -> None:
         """Load the views of chunks from the run's folder, or encode their images."""
         assert self._encoder is not None
-        missing = [chunk for chunk in chunks if chunk not in self._views]
-        self._views |= dict(self._encoder.load_or_encode(missing, workers)) if missing else {}
+        for chunk in chunks:
+            if chunk not in self._views:
+                self._views[chunk] = self._encoder.load_or_encode(chunk)
 
     def _use_view_set_of(self, step: int) -> None:
         """Use the view set of a step, and encode what the next one needs by this step."""
@@ -206,31 +205,44 @@ class _ViewEncoder:
         if learner.is_main:
             folder.mkdir(exist_ok=True)
 
-    def load_or_encode(self, chunks: Sequence[Chunk], workers: int) -> Iterator[tuple[Chunk, list[View | None]]]:
-        """Yield the views of chunks, None for an image that cannot be read.
+    def prepare_views(self, chunks: Sequence[Chunk], workers: int) -> dict[Chunk, list[View | None]]:
+        """Return the views of chunks, None for an image that cannot be read, and report the progress.
 
-        Each chunk is stored as soon as it is encoded.
+        Each chunk is stored as soon as it is encoded, so that an interrupted run can be resumed.
         """
-        missing = []
-        for chunk in chunks:
-            if (views := load_views(self._folder / chunk.file_name, self._chunk_digest(chunk))) is None:
-                missing.append(chunk)
-            else:
-                yield chunk, views
-        count = sum(len(chunk.items) for chunk in missing)
-        if count:
-            self._listener.on_notice(f"encoding {count} images; their tokens are stored in {self._folder}")
-        done, last_notice = 0, time.monotonic()
-        for chunk, views in self._encode_chunks(missing, workers):
-            done += len(views)
-            if time.monotonic() - last_notice > NOTICE_INTERVAL_S:
-                last_notice = time.monotonic()
-                self._listener.on_notice(f"{done} of {count} images are encoded")
-            if self._learner.is_main:
-                path, digest = self._folder / chunk.file_name, self._chunk_digest(chunk)
-                save_views(path, digest, views)
-                views = load_views(path, digest) or views  # memory-mapped, so that the system can free the memory
-            yield chunk, views
+        views = {chunk: found for chunk in chunks if (found := self._load_chunk(chunk)) is not None}
+        missing = [chunk for chunk in chunks if chunk not in views]
+        if not missing:
+            return views
+        encoded = sum(len(found) for found in views.values())
+        with self._listener.encoding_images(sum(len(chunk.items) for chunk in chunks), encoded):
+
+            def report(count: int) -> None:
+                nonlocal encoded
+                encoded += count
+                self._listener.on_encoding_progress(encoded)
+
+            for chunk, found in self._encode(missing, workers, report):
+                views[chunk] = self._store_chunk(chunk, found)
+        return {chunk: views[chunk] for chunk in chunks}
+
+    def load_or_encode(self, chunk: Chunk) -> list[View | None]:
+        """Return the views of a chunk, None for an image that cannot be read."""
+        views = self._load_chunk(chunk)
+        if views is None:
+            ((_, views),) = self._encode([chunk], workers=0)
+            views = self._store_chunk(chunk, views)
+        return views
+
+    def _load_chunk(self, chunk: Chunk) -> list[View | None] | None:
+        return load_views(self._folder / chunk.file_name, self._chunk_digest(chunk))
+
+    def _store_chunk(self, chunk: Chunk, views: list[View | None]) -> list[View | None]:
+        """Write views to the run's folder, and return them memory-mapped, so that the system can free the memory."""
+        if not self._learner.is_main:
+            return views
+        save_views(self._folder / chunk.file_name, self._chunk_digest(chunk), views)
+        return self._load_chunk(chunk) or views
 
     def remove_parts_before(self, part: int) -> None:
         """Remove the files of earlier parts, which no view set needs any more."""
@@ -239,8 +251,10 @@ class _ViewEncoder:
                 if path.name.partition("-")[0].isdigit() and int(path.name.partition("-")[0]) < part:
                     path.unlink(missing_ok=True)
 
-    def _encode_chunks(self, chunks: Sequence[Chunk], workers: int) -> Iterator[tuple[Chunk, list[View | None]]]:
-        """Yield the views of chunks, encoded in batches."""
+    def _encode(
+        self, chunks: Sequence[Chunk], workers: int, report: Callable[[int], None] = lambda _: None
+    ) -> Iterator[tuple[Chunk, list[View | None]]]:
+        """Yield the views of chunks, encoded in batches. ``report`` gets the number of images of each batch."""
         learner = self._learner
         scenes = _SceneDataset(self._makers, chunks, self._seed)
         loader = DataLoader(
@@ -263,6 +277,7 @@ class _ViewEncoder:
                 found = [each for each in batch if isinstance(each, Scene)]
                 encoded = _encode_scenes(learner, found, self._objects) if found else iter(())
                 views += [None if isinstance(each, str) else next(encoded) for each in batch]
+                report(len(batch))
             yield chunk, views
 
     def _chunk_digest(self, chunk: Chunk) -> str:
