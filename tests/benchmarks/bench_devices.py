@@ -1,9 +1,9 @@
 """Throughput of two one-thread processes over one: ``python tests/benchmarks/bench_devices.py``, a few minutes.
 
-Runs ``icm matte --device cpu`` and ``--device cpu,cpu`` in turns on copies of a photograph, every process with one
-thread for the model, and compares images a second once the models are loaded. The machine's load is printed beside, for
-other work takes from two processes more than from one. What it cannot take is counted as well: the processor's seconds
-for an image, starting left out; twice their ratio is what two idle cores would give at most.
+It runs ``icm matte --device cpu`` and ``--device cpu,cpu`` alternately on copies of a photograph, with one thread per
+process, and compares the images per second after loading the model. The load of the machine is printed too, because
+other work affects two processes more than one. The CPU seconds per image, without start-up, do not depend on the load:
+twice their ratio is the upper limit of the speed-up on two idle cores.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ FEW = 4
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
 
 
-def matted(folder: Path, src: str, device: str, model: str) -> tuple[float, float]:
-    """Matte all of ``folder/src`` anew; images a second, and the processor's seconds of all processes."""
+def run_matte(folder: Path, src: str, device: str, model: str) -> tuple[float, float]:
+    """Matte all of ``folder/src`` and return the images per second and the CPU seconds of all processes."""
     out, report = folder / "out", folder / "report.json"
     options = {"ref": DEMO / "ref.jpg", "mask": DEMO / "mask.png", "src": folder / src, "out": out, "report": report}
     options |= {"device": device, "model": model, "workers": 1}
@@ -40,8 +40,8 @@ def matted(folder: Path, src: str, device: str, model: str) -> tuple[float, floa
 
 
 def cpu_seconds(folder: Path, images: int, device: str, model: str, cpu: float) -> float:
-    """The processor's seconds for an image, given those of a run over ``images``; what starting costs is left out."""
-    return (cpu - matted(folder, "few", device, model)[1]) / (images - FEW)
+    """Return the CPU seconds per image without start-up, given those of a run over ``images``."""
+    return (cpu - run_matte(folder, "few", device, model)[1]) / (images - FEW)
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
                 shutil.copy(source, folder / name / f"{number:04d}{source.suffix}")
         ratios = []
         for number in range(arguments.rounds):
-            runs = [matted(folder, "imgs", device, arguments.model) for device in DEVICES]
+            runs = [run_matte(folder, "imgs", device, arguments.model) for device in DEVICES]
             (one, _), (two, _) = runs
             ratios.append(two / one)
             rates = f"{one:.2f} and {two:.2f} images/s, {two / one:.2f} x"
@@ -68,7 +68,7 @@ def main() -> None:
             cpu_seconds(folder, arguments.images, device, arguments.model, cpu)
             for device, (_, cpu) in zip(DEVICES, runs, strict=True)
         ]
-        print(f"{costs[0]:.2f} and {costs[1]:.2f} s of the processor an image: at most {2 * costs[0] / costs[1]:.2f} x")
+        print(f"{costs[0]:.2f} and {costs[1]:.2f} CPU seconds per image: at most {2 * costs[0] / costs[1]:.2f} x")
     print(f"median of {arguments.rounds}: {statistics.median(ratios):.2f} x")
 
 

@@ -1,10 +1,11 @@
-"""What ``icm eval`` costs: the metrics against a plain SciPy and scikit-image version, and memory over many images.
+"""Time and memory of ``icm eval``.
 
     python tests/benchmarks/bench_eval.py [--only metrics memory context]
 
-``metrics``: all of MSE, SAD, GRAD, CONN and MAD of one megapixel on one core; the baseline (tests/plain_metrics.py,
-without MAD) is measured in the same run. ``memory``: ``--pred`` over 10,000 images against 500. ``context``: matting in
-context with a small canvas over 1,000 images against 100.
+- ``metrics``: MSE, SAD, GRAD, CONN and MAD of one megapixel on one core, compared with the reference implementation in
+  tests/plain_metrics.py (without MAD) in the same run;
+- ``memory``: ``--pred`` for 10,000 images compared with 500;
+- ``context``: matting on a small canvas for 1,000 images compared with 100.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -33,92 +35,95 @@ DEMO = Path(__file__).parents[1] / "composites"
 SMALL_MODEL = (
     "backbone: {name: efficientnet-lite, long_side_px: 224}\nhead: {name: training-free, solve_long_side_px: 128}\n"
 )
-PICTURE_PX = (128, 96)
-GROUP_OF = 10
+IMAGE_PX = (128, 96)
+GROUP_SIZE = 10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", choices=SIDES, default=list(SIDES))
-    for side in parser.parse_args().only:
+    parser.add_argument("--only", nargs="*", choices=BENCHMARKS, default=list(BENCHMARKS))
+    for name in parser.parse_args().only:
         with tempfile.TemporaryDirectory() as folder:
-            SIDES[side](Path(folder))
+            BENCHMARKS[name](Path(folder))
 
 
-def show_metrics(_: Path) -> None:
+def print_metrics(_: Path) -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     cv2.setNumThreads(1)
-    for name, (alpha, truth) in {"matte": a_matte(), "noise": noise()}.items():
+    for name, (alpha, truth) in {"matte": matte_pair(), "noise": noise_pair()}.items():
         for lineage in LINEAGES:
-            fast = best(5, lambda a=alpha, t=truth, k=lineage: compute_scores(a, t, k))  # type: ignore[misc]
-            everywhere = np.ones(truth.shape, bool)
-            plain = best(2, lambda a=alpha, t=truth, k=lineage, e=everywhere: plain_metrics(a, t, k, e))  # type: ignore[misc]
+            fast = best_seconds(5, partial(compute_scores, alpha, truth, lineage))
+            plain = best_seconds(2, partial(plain_metrics, alpha, truth, lineage, np.ones(truth.shape, bool)))
             print(f"metrics  {name}, {lineage}: {fast:.3f} s, plain {plain:.3f} s: {plain / fast:.1f}x", flush=True)
 
 
-def show_memory(root: Path) -> None:
-    few, many = (predictions(root / str(count), count) for count in (500, 10_000))
+def print_memory(root: Path) -> None:
+    few, many = (run_on_predictions(root / str(count), count) for count in (500, 10_000))
     print(f"memory   --pred: {few[0]:.0f} MB over 500 images, {many[0]:.0f} MB over 10,000; {many[1]:.0f} images/s")
 
 
-def show_context(root: Path) -> None:
-    few, many = (in_context(root / str(count), count) for count in (100, 1_000))
+def print_context(root: Path) -> None:
+    few, many = (run_in_context(root / str(count), count) for count in (100, 1_000))
     print(f"context  {few[0]:.0f} MB over 100 images, {many[0]:.0f} MB over 1,000; {many[1]:.1f} images/s")
 
 
-SIDES: dict[str, Callable[[Path], None]] = {"metrics": show_metrics, "memory": show_memory, "context": show_context}
+BENCHMARKS: dict[str, Callable[[Path], None]] = {
+    "metrics": print_metrics,
+    "memory": print_memory,
+    "context": print_context,
+}
 
 
-def a_matte() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """A demo alpha at one megapixel, and the same blurred and shifted."""
+def matte_pair() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return an alpha of one megapixel, blurred and shifted, and the original."""
     truth = cv2.imread(str(DEMO / "alphas" / "launchpad.png"), cv2.IMREAD_GRAYSCALE)
     truth = cv2.resize(truth, (1000, 1000), interpolation=cv2.INTER_CUBIC)
     return np.roll(cv2.GaussianBlur(truth, (0, 0), 4), 3, axis=1), truth
 
 
-def noise() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The worst for CONN: components without end."""
+def noise_pair() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return two noise images, which have very many components, the worst case of CONN."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (1000, 1000), np.uint8), rng.integers(0, 256, (1000, 1000), np.uint8)
 
 
-def best(times: int, work: Callable[[], object]) -> float:
-    spent = []
+def best_seconds(times: int, function: Callable[[], object]) -> float:
+    seconds = []
     for _ in range(times):
         start = time.perf_counter()
-        work()
-        spent.append(time.perf_counter() - start)
-    return min(spent)
+        function()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def write_dataset(root: Path, count: int) -> None:
-    """Links to the demo's pictures, in groups."""
+    """Write a dataset of links to a few small images, in groups."""
     for kind, folder, suffix in (("images", "imgs", ".jpg"), ("alphas", "alphas", ".png")):
-        made = []
+        files = []
         for path in sorted((DEMO / folder).iterdir()):
-            image = cv2.resize(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), PICTURE_PX, interpolation=cv2.INTER_AREA)
-            made.append(root / f"{path.stem}-{kind}{suffix}")
+            image = cv2.resize(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), IMAGE_PX, interpolation=cv2.INTER_AREA)
+            files.append(root / f"{path.stem}-{kind}{suffix}")
             root.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(made[-1]), image)
+            cv2.imwrite(str(files[-1]), image)
         for number in range(count):
-            link = root / kind / f"{number // GROUP_OF:04d}" / f"{number % GROUP_OF}{suffix}"
+            link = root / kind / f"{number // GROUP_SIZE:04d}" / f"{number % GROUP_SIZE}{suffix}"
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(made[number % len(made)])
+            link.symlink_to(files[number % len(files)])
 
 
-def predictions(root: Path, count: int) -> tuple[float, float]:
+def run_on_predictions(root: Path, count: int) -> tuple[float, float]:
     write_dataset(root, count)
     return run(root, ["--pred", str(root / "alphas")])
 
 
-def in_context(root: Path, count: int) -> tuple[float, float]:
+def run_in_context(root: Path, count: int) -> tuple[float, float]:
     write_dataset(root, count)
     (root / "small.yaml").write_text(SMALL_MODEL)
     return run(root, ["--model", str(root / "small.yaml"), "--device", "cpu"])
 
 
 def run(root: Path, options: list[str]) -> tuple[float, float]:
-    """Peak memory in MB and images a second, from the report."""
+    """Run ``icm eval`` and return the peak memory in MB and the images per second."""
     report = root / "report.json"
     line = [str(Path(sys.executable).with_name("icm")), "eval", "--dataset", "folder", "--data-root", str(root)]
     subprocess.run([*line, *options, "--quiet", "--report", str(report), "--report", str(root / "r.html")], check=True)

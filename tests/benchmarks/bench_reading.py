@@ -1,7 +1,7 @@
-"""Time to read 4K pictures, and where it goes: ``python tests/benchmarks/bench_reading.py``, about two minutes.
+"""Time to read 4K images, by step: ``python tests/benchmarks/bench_reading.py``, about two minutes.
 
-The former ways are written plainly here, so that before and after come from one run: every picture's channels copied
-out of what was decoded, and OpenColorIO's default processor in float, rounded by NumPy.
+For comparison, this file contains the former implementation: copying the channels of the decoded image, and the default
+processor of OpenColorIO in float with rounding by NumPy.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ REPEATS = 5
 ACES = "ACES 2.0 - SDR 100 nits (Rec.709)"
 
 
-def medians(*works: Callable[[], Any]) -> list[float]:
-    """Median seconds of each, taken in turns so that what else the machine does falls on all of them."""
+def median_seconds(*works: Callable[[], Any]) -> list[float]:
+    """Return the median seconds of each function. They run in turns, so that other load affects all of them equally."""
     times: list[list[float]] = [[] for _ in works]
     for _ in range(REPEATS):
         for work, taken in zip(works, times, strict=True):
@@ -41,8 +41,8 @@ def medians(*works: Callable[[], Any]) -> list[float]:
     return [statistics.median(taken) for taken in times]
 
 
-def picture() -> np.ndarray:
-    """Smooth light with grain, float32 [H,W,3], most of it in 0..1 and some beyond."""
+def make_image() -> np.ndarray:
+    """Return a smooth image with grain, float32 [H,W,3], mostly in 0..1."""
     rng = np.random.default_rng(0)
     coarse = cv2.resize(rng.random((135, 240, 3), np.float32), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
     return np.maximum(1.2 * coarse + rng.normal(0, 0.01, coarse.shape), 0).astype(np.float32)
@@ -58,8 +58,8 @@ def write(path: Path, pixels: np.ndarray, kind: str) -> Path:
     return path
 
 
-def decoded_alone(path: Path) -> Any:
-    """Pixels by the decoder alone, in the type that icm asks it for."""
+def decode_only(path: Path) -> Any:
+    """Return the pixels as decoded by the library, in the type that icm requests."""
     if path.suffix == ".jpg":
         with Image.open(path) as image:
             return np.asarray(image)
@@ -84,37 +84,39 @@ def former_view(decoded: DecodedImage, processor: Any) -> np.ndarray:
     return round_to_u8(values * np.float32(255.0))
 
 
-def steps(path: Path, wanted: colour.ColourSettings = colour.DEFAULT_COLOUR) -> None:
-    """Print the time of a file and the share of each step."""
+def print_steps(path: Path, wanted: colour.ColourSettings = colour.DEFAULT_COLOUR) -> None:
+    """Print the time to read a file, and the fraction of each step."""
     decoded = decode_image(path, wanted=wanted)
-    whole, alone, to_pixels, to_view = medians(
+    total, decoder, to_pixels, to_view = median_seconds(
         lambda: read_image(path, wanted),
-        lambda: decoded_alone(path),
+        lambda: decode_only(path),
         lambda: decode_image(path, wanted=wanted),
         lambda: colour.to_display_srgb(decoded.pixels, decoded.scale, decoded.space, wanted),
     )
-    parts = {"decoder": alone, "checks and channels": max(0.0, to_pixels - alone), "view": to_view}
+    parts = {"decoder": decoder, "checks and channels": max(0.0, to_pixels - decoder), "view": to_view}
     shares = ", ".join(f"{name} {part / sum(parts.values()):.0%}" for name, part in parts.items())
-    print(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB): {whole:.3f} s; {shares}")
+    print(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB): {total:.3f} s; {shares}")
 
 
-def views(path: Path, space: str, view: str) -> None:
-    """Print the time of the model's view of an EXR, the former way and now, and how far the two are apart."""
+def print_views(path: Path, space: str, view: str) -> None:
+    """Print the time of the display transform of an EXR with the former and the current code, and their difference."""
     wanted = colour.ColourSettings(space, view=view)
     decoded, processor = decode_image(path, wanted=wanted), former_processor(space, view)
-    before, after = medians(
+    before, after = median_seconds(
         lambda: former_view(decoded, processor),
         lambda: colour.to_display_srgb(decoded.pixels, decoded.scale, decoded.space, wanted),
     )
     seen = colour.to_display_srgb(decoded.pixels, decoded.scale, decoded.space, wanted).astype(int)
-    apart = np.abs(seen - former_view(decoded, processor)).max()
-    print(f"{space} by {view}: {before:.3f} s before, {after:.3f} s now ({before / after:.1f} x), {apart} of 255 apart")
+    difference = np.abs(seen - former_view(decoded, processor)).max()
+    print(
+        f"{space} by {view}: {before:.3f} s before, {after:.3f} s now ({before / after:.1f} x), differ by {difference}"
+    )
 
 
-def channels(path: Path) -> None:
-    """Print the time of taking the picture's channels from what was decoded, the former way and now."""
-    values = decoded_alone(path)
-    before, after = medians(
+def print_channels(path: Path) -> None:
+    """Print the time to select the channels of a decoded image with the former and the current code."""
+    values = decode_only(path)
+    before, after = median_seconds(
         lambda: np.ascontiguousarray(values[..., [0, 1, 2]]), lambda: np.ascontiguousarray(values[..., 0:3])
     )
     print(f"channels of {path.name}: {before:.3f} s before, {after:.3f} s now")
@@ -122,13 +124,13 @@ def channels(path: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as home:
-        folder, light = Path(home), picture()
+        folder, light = Path(home), make_image()
         Image.fromarray(round_to_u8(light * np.float32(200))).save(folder / "a.jpg", quality=95)
         files = [folder / "a.jpg", write(folder / "a.png", light * np.float32(0.75), "uint16")]
         files += [write(folder / "a.exr", light, "half")]
         for file in files:
-            steps(file)
-        channels(files[-1])
+            print_steps(file)
+        print_channels(files[-1])
         for one_space in (colour.LINEAR, "ACEScg", "ARRI LogC3 (EI800)"):
-            views(files[-1], one_space, colour.VIEW)
-        views(files[-1], "ACEScg", ACES)
+            print_views(files[-1], one_space, colour.VIEW)
+        print_views(files[-1], "ACEScg", ACES)

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_validation.py ../shared/data/validation --out OUT --baseline lite-training-free
 
-mattes every group with a model and with a baseline, and prints IoU at 0.5 and MSE (plain, distractor) or the share of
-pictures with a mean alpha of at most 0.01 (absent) of both, the worst groups, groups with masks by hand and the others
-apart, and things of 2 to 6 % of the picture.
+It mattes every group with a model and with a baseline. For "plain" and "distractor" it prints IoU at 0.5 and MSE, the
+groups with the lowest IoU, IoU by the origin of the masks, and IoU of objects that cover 2 to 6 % of the image. For
+"absent" it prints the fraction of images with a mean alpha of at most 0.01.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from icm_cli.images.reading import read_alpha, read_image
 
 PARTS = ("plain", "distractor", "absent")
 BY_HAND = "bottle cheetah dogs handbag kite monitor motorbike panda pyramid rescue_helicopter skaters statue_of_liberty"
-"""Groups of the yardstick whose masks were made by hand; the others have pseudo alphas."""
+"""Groups whose masks were made by hand. The other groups have pseudo alphas."""
 SMALL = (0.02, 0.06)
-"""Things that cover such a share of the picture are listed by themselves."""
+"""Objects that cover a fraction of the image in this range are listed separately."""
 
 
 class Row(NamedTuple):
-    """A picture: its group and name, IoU at 0.5, MSE, mean alpha, and the share of the picture that is the thing."""
+    """Result of an image: group, name, IoU at 0.5, MSE, mean alpha, and fraction of the image that is the object."""
 
     group: str
     name: str
@@ -40,10 +40,10 @@ class Row(NamedTuple):
     size: float
 
 
-def matted(
+def matte_groups(
     predictor: icm_cli.matting.predictor.Predictor, root: Path, out: Path | None, every: int
 ) -> dict[str, list[Row]]:
-    """The rows of each part."""
+    """Matte every group and return the results by part."""
     rows: dict[str, list[Row]] = collections.defaultdict(list)
     for part in PARTS:
         for group in sorted(path for path in (root / part).glob("*") if path.is_dir()):
@@ -68,7 +68,7 @@ def matted(
     return rows
 
 
-def summary(rows: list[Row], part: str) -> str:
+def summarise_part(rows: list[Row], part: str) -> str:
     overlaps, errors, means = (np.array([getattr(row, name) for row in rows]) for name in ("overlap", "error", "mean"))
     if part == "absent":
         return f"n={len(rows)} mean alpha {means.mean():.4f}, at most 0.01 in {(means <= 0.01).mean():.0%}"
@@ -79,13 +79,13 @@ def summary(rows: list[Row], part: str) -> str:
     listed = " ".join(f"{name} {value:.2f}" for value, name in worst)
     halves = [[row.overlap for row in rows if (row.group in BY_HAND.split()) == by_hand] for by_hand in (True, False)]
     small = [row for row in rows if SMALL[0] <= row.size <= SMALL[1]]
-    told = f"n={len(rows)} IoU {overlaps.mean():.3f} MSE {errors.mean():.4f}; worst: {listed}"
+    text = f"n={len(rows)} IoU {overlaps.mean():.3f} MSE {errors.mean():.4f}; worst: {listed}"
     if all(halves):
-        told += "\n  masks by hand: IoU {:.4f}, pseudo alphas: {:.4f}".format(*map(np.mean, halves))
+        text += "\n  masks by hand: IoU {:.4f}, pseudo alphas: {:.4f}".format(*map(np.mean, halves))
     if small:
         each = ", ".join(f"{row.group}/{row.name} {row.overlap:.2f}" for row in small)
-        told += f"\n  small things: n={len(small)} IoU {np.mean([row.overlap for row in small]):.3f}: {each}"
-    return told
+        text += f"\n  small objects: n={len(small)} IoU {np.mean([row.overlap for row in small]):.3f}: {each}"
+    return text
 
 
 def main() -> None:
@@ -94,18 +94,18 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--baseline", help="preset to compare with")
-    parser.add_argument("--out", type=Path, help="keep the alphas of the model here")
-    parser.add_argument("--every", type=int, default=1, help="take every so many of a group's pictures")
+    parser.add_argument("--out", type=Path, help="write the alphas of the model to this folder")
+    parser.add_argument("--every", type=int, default=1, help="use every n-th image of a group")
     arguments = parser.parse_args()
     models = {"model": icm_cli.load(arguments.model, checkpoint=arguments.checkpoint)}
     if arguments.baseline:
         models[arguments.baseline] = icm_cli.load(arguments.baseline)
     for name, predictor in models.items():
-        began = time.perf_counter()
-        rows = matted(predictor, arguments.root, arguments.out if name == "model" else None, arguments.every)
+        start = time.perf_counter()
+        rows = matte_groups(predictor, arguments.root, arguments.out if name == "model" else None, arguments.every)
         for part in PARTS:
-            print(f"{name}: {part}: {summary(rows[part], part)}")
-        print(f"{name}: {(time.perf_counter() - began) / sum(map(len, rows.values())):.2f} s an image")
+            print(f"{name}: {part}: {summarise_part(rows[part], part)}")
+        print(f"{name}: {(time.perf_counter() - start) / sum(map(len, rows.values())):.2f} s per image")
 
 
 if __name__ == "__main__":
