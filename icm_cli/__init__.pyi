@@ -131,7 +131,7 @@ def matte(
         ref_colorspace: Colour space of the references.
         layer: Layer of EXR sources: the name of a part, or a channel prefix such as beauty.
         ref_layer: Layer of EXR references.
-        ocio: OpenColorIO configuration.
+        ocio: OpenColorIO configuration: a file, or ocio:// and the name of a built-in one.
         view: OpenColorIO view that converts scene-referred images for the model.
         exposure: Exposure in stops, added before the view.
         white: Value of white in images of more than 8 bits, such as 255 for floats of 0..255.

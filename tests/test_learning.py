@@ -18,7 +18,7 @@ from icm_cli.matting.model_choice import ModelChoice
 from icm_cli.matting.predictor import check_learn_steps
 from icm_cli.model.contracts import Features, LearnedReferences
 from icm_cli.model.core import InContextMatting
-from icm_cli.model.lite.finetuning import DEFAULT_STEPS, FINETUNING, finetuning_digest_text
+from icm_cli.model.lite.finetuning import DEFAULT_STEPS, FINETUNING
 from icm_cli.model.lite.head import TokenMatchConfig, TokenMatchHead
 from icm_cli.model.similarity import SelfSimilarity, valid_tokens
 from icm_cli.model.training_free.head import TrainingFree
@@ -154,11 +154,6 @@ def test_object_that_fills_the_image_has_no_views_without_it(head: TokenMatchHea
     backbone = Colours()
     assert head.learn_references(backbone, [full], 2).prepared.background.shape[0] == 0  # type: ignore[arg-type]
     assert backbone.seen == FINETUNING.views + 1
-
-
-def test_digest_depends_on_the_steps() -> None:
-    assert finetuning_digest_text(0) == ""
-    assert finetuning_digest_text(10) != finetuning_digest_text(11)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from train_data import MODEL
 import icm_cli
 from icm_cli.config import parse_model_config
 from icm_cli.errors import ConfigError
-from icm_cli.model.checkpoint import has_backbone, read_checkpoint, save_checkpoint
+from icm_cli.model.checkpoint import has_component, read_checkpoint, save_checkpoint
 from icm_cli.model.hub import catalogue
 from icm_cli.model.hub.catalogue import packed_checkpoint
 from icm_cli.model.loading import load_model, load_model_for_training, model_digest, resolve_model
@@ -50,8 +50,8 @@ def no_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kernels_are_float16_and_statistics_float32(files: tuple[Path, Path]) -> None:
     head, packed = files
-    assert not has_backbone(head)
-    assert has_backbone(packed)
+    assert not has_component(head, "backbone")
+    assert has_component(packed, "backbone")
     tensors = load_file(packed)
     for key, tensor in tensors.items():
         if tensor.is_floating_point():

@@ -24,18 +24,19 @@ from icm_cli.evaluation.rounds import (
 )
 from icm_cli.files import cache_folder, combined_digest, remove_stale_temporaries, write_error
 from icm_cli.images.reading import read_alpha, read_source_image
-from icm_cli.matting.engine import Engine, EngineOptions, keep_finished
+from icm_cli.matting.digest import alpha_digest
+from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.model_choice import AnyModel
+from icm_cli.matting.model_choice import AnyModel, sequence_digest_parts
 from icm_cli.matting.outcome import Outcome
 from icm_cli.matting.predictor import Predictor
-from icm_cli.matting.propagation import PropagationConfig, create_matting
+from icm_cli.matting.propagation import create_matting
 from icm_cli.matting.references import Reference, make_guidance
+from icm_cli.matting.resume import keep_existing_alphas
 from icm_cli.matting.shot import Keyframe, Shot
 from icm_cli.matting.tracking import prepare_references
 from icm_cli.model.checkpoint import read_training_digests
 from icm_cli.model.contracts import PreparedReferences
-from icm_cli.model.lite.finetuning import finetuning_digest_text
 from icm_cli.reports.report import Report
 
 MAX_CACHE_AGE_S = 7 * 24 * 3600.0
@@ -94,7 +95,15 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModel, options: InContext
         evaluation.run.listener.on_run_start(len(jobs))
         workers = evaluation.run.workers
         with outcome:
-            remaining = keep_finished(shot.order if shot else jobs, digests, workers, outcome.add, shot)
+            settings = EngineOptions(digests, choice.batch_size, workers, shot=shot)
+            remaining = keep_existing_alphas(
+                shot.order if shot else jobs,
+                settings.job_digest,
+                workers=workers,
+                on_result=outcome.add,
+                notice=evaluation.run.listener.on_notice,
+                reusable_outputs=shot.reusable_outputs if shot else None,
+            )
             predictor = _load_model(choice, evaluation) if remaining else None
             with outcome.reported(evaluation.files.reports, choice.where.peak_memory_bytes):
                 if predictor is not None:
@@ -103,7 +112,6 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModel, options: InContext
                     def prepare_example(index: int) -> PreparedReferences:
                         return store.prepare(predictor, examples[index].references, steps, is_shot=options.is_shot)
 
-                    settings = EngineOptions(digests, choice.batch_size, workers, shot=shot)
                     notice = evaluation.run.listener.on_notice
                     matting = create_matting(predictor, prepare_example, shot, notice)
                     Engine(predictor, matting, settings, on_result=outcome.add, notice=notice).run(remaining)
@@ -115,9 +123,13 @@ def _example_digests(
     store: ReferenceStore, choice: AnyModel, examples: Sequence[Example], learn_steps: int, *, is_shot: bool
 ) -> list[str]:
     """Return, for every example, the digest of everything besides the source that determines its alphas."""
-    combine = choice.digester()
-    common = [*filter(None, [finetuning_digest_text(learn_steps), str(PropagationConfig()) if is_shot else ""])]
-    return [combine([*store.content_digests(example.references), *common]) for example in examples]
+    common: dict[str, str] = {str(name): value for name, value in choice.digest_parts().items()}
+    common |= {str(name): value for name, value in sequence_digest_parts(learn_steps, is_shot=is_shot).items()}
+    common["seed"] = str(choice.seed)
+    return [
+        alpha_digest({**common, "references": combined_digest(*store.content_digests(example.references))})
+        for example in examples
+    ]
 
 
 def _plan_jobs(evaluation: Evaluation, examples: Sequence[Example], folder: Path, rounds: int) -> list[Job]:

@@ -83,13 +83,15 @@ class ColourSettings:
                 f"{did_you_mean(self.view, list(config.getViews(display)))}"
             )
 
-    def digest_text(self) -> str:
-        """Return the settings in one line, for the digest of a run; "" for the default settings."""
-        if self == ColourSettings():
-            return ""
-        return (
-            f"{self.space} {_config(self.config).getCacheID()} {self.view} {self.exposure} {self.layer!r} {self.white}"
-        )
+    @property
+    def config_identity(self) -> str:
+        """Identity of the OpenColorIO configuration, which changes with its content."""
+        if path := self.config or os.environ.get("OCIO", ""):
+            try:
+                return str(_config(self.config).getCacheID())
+            except UsageError:  # images that need no configuration are matted without it
+                return f"unreadable {path}"
+        return f"{BUILT_IN} of OpenColorIO {ocio.GetVersion()}"
 
 
 DEFAULT_COLOUR = ColourSettings()

@@ -102,10 +102,6 @@ class OutputFormat:
         """Whether the colours of a foreground are multiplied by its alpha, which is the convention in EXR only."""
         return self.foreground == "premultiplied" or (self.foreground == "auto" and self.format == "exr")
 
-    def digest_text(self) -> str:
-        """Return the format in one line, for the digest of a run; "" for the default format."""
-        return "" if self == OutputFormat() else repr(self)
-
     def depth_for(self, source: DecodedImage | None) -> BitDepth:
         """Return the bit depth of the foreground of a source; of an alpha if ``source`` is None."""
         depths = DEPTHS[self.format]

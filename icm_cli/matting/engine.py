@@ -16,16 +16,15 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from icm_cli.device import is_device_lost, is_out_of_memory, release_memory
-from icm_cli.errors import DeviceError, ImageError, OutputError, UsageError
+from icm_cli.errors import DeviceError, ImageError, OutputError
 from icm_cli.geometry import Float, alpha_to_u8
 from icm_cli.images.pixels import DecodedImage, ImageWindows
 from icm_cli.images.writing import DEFAULT_OUTPUT, OutputFormat, write_alpha, write_foreground, write_trimap
 from icm_cli.matting.foreground import estimate_foreground, trimap_from_alpha
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor
-from icm_cli.matting.resume import Origin, OtherSourceError, finished, stamp
+from icm_cli.matting.resume import Origin, find_kept_result, make_stamp
 from icm_cli.matting.shot import Shot
-from icm_cli.matting.sources import MAX_LISTED_FILES
 from icm_cli.model.contracts import PreparedReferences
 from icm_cli.reports.result import ImageResult, MattingDetails
 
@@ -100,9 +99,16 @@ class EngineOptions:
     batch_size: int
     workers: int
     overwrite: bool = False
+    keep_existing: bool = False
+    """Keep every alpha that icm made from the same source, whatever made it."""
     fail_fast: bool = False
     output: OutputFormat = DEFAULT_OUTPUT
     shot: Shot | None = None
+
+    def job_digest(self, job: Job) -> str:
+        """Return the digest of everything besides the source that decides the alpha of a job."""
+        digest = self.digests[job.example]
+        return self.shot.job_digest(job, digest) if self.shot else digest
 
 
 class Engine:
@@ -189,7 +195,8 @@ class Engine:
         """Read an image and prepare it for the model; runs in a reader thread."""
         start = time.perf_counter()
         try:
-            earlier = None if self.options.overwrite else finished(job, self._digest(job))
+            keep_all, digest = self.options.keep_existing, self.options.job_digest(job)
+            earlier = None if self.options.overwrite else find_kept_result(job, digest, keep_all=keep_all)
             if earlier and not self.matting.keeps_order:
                 return earlier
             source, *origin = job.read_with_origin()
@@ -293,7 +300,8 @@ class Engine:
             "colorspace": image.colorspace,
         }
         try:
-            self._write_files(image, alpha, {**stamp(job, self._digest(job), image.origin, measured), **result.stamp})
+            stamp = make_stamp(job, self.options.job_digest(job), image.origin, measured)
+            self._write_files(image, alpha, {**stamp, **result.stamp})
         except ImageError as error:
             return _failed_result(job, str(error))
         except OutputError as error:
@@ -332,60 +340,9 @@ class Engine:
                 f"{output.format.upper()} are clipped to 0..1; --format exr keeps all colours",
             )
 
-    def _digest(self, job: Job) -> str:
-        return _job_digest(job, self.options.digests, self.options.shot)
-
-
-def _job_digest(job: Job, digests: Sequence[str], shot: Shot | None) -> str:
-    return shot.job_digest(job, digests[job.example]) if shot else digests[job.example]
-
 
 def _failed_result(job: Job, reason: str) -> ImageResult:
     return replace(job.planned, status="failed", reason=reason)
-
-
-def keep_finished(
-    jobs: Sequence[Job],
-    digests: Sequence[str],
-    workers: int,
-    on_result: Callable[[ImageResult], None],
-    shot: Shot | None = None,
-) -> list[Job]:
-    """Report images whose alphas already exist, and return the remaining jobs. Needs no model.
-
-    In a shot, a frame remains if one of the frames that it depends on does.
-
-    Args:
-        jobs: All jobs.
-        digests: For each example, the digest of everything that its alphas depend on, except their sources.
-        workers: Number of threads.
-        on_result: Called for each existing alpha.
-        shot: Order of the frames of a shot.
-
-    Raises:
-        UsageError: An existing file is the alpha of another source. Nothing is reported then.
-    """
-
-    def check(job: Job) -> ImageResult | Job | OtherSourceError:
-        try:
-            return finished(job, _job_digest(job, digests, shot)) or job
-        except OtherSourceError as error:
-            return error
-        except ImageError:
-            return job  # the engine reports what is wrong with it
-
-    with ThreadPoolExecutor(workers, "icm-check") as executor:
-        checked = list(read_ahead(executor, check, jobs, ahead=2 * workers))
-    errors = [str(each) for each in checked if isinstance(each, OtherSourceError)]
-    if errors:
-        more = f"; and {len(errors) - MAX_LISTED_FILES} more" if len(errors) > MAX_LISTED_FILES else ""
-        raise UsageError("; ".join(errors[:MAX_LISTED_FILES]) + more)
-    existing = {job.output for job, each in zip(jobs, checked, strict=True) if isinstance(each, ImageResult)}
-    kept = shot.reusable_outputs(existing) if shot else existing
-    for job, each in zip(jobs, checked, strict=True):
-        if isinstance(each, ImageResult) and job.output in kept:
-            on_result(each)
-    return [job for job in jobs if job.output not in kept]
 
 
 Item = TypeVar("Item")

@@ -14,22 +14,22 @@ from icm_cli.device import parse_devices
 from icm_cli.environment import DEFAULT_WORKERS
 from icm_cli.errors import Problem, UsageError
 from icm_cli.events import Listener
-from icm_cli.files import remove_stale_temporaries
+from icm_cli.files import combined_digest, remove_stale_temporaries
 from icm_cli.images.colour import ColourSettings
 from icm_cli.images.image_file import IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_message
 from icm_cli.images.writing import FORMAT_SUFFIXES, OutputFormat
 from icm_cli.matting.cluster import RayCluster
 from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
-from icm_cli.matting.engine import EngineOptions, keep_finished
+from icm_cli.matting.digest import alpha_digest
+from icm_cli.matting.engine import EngineOptions
 from icm_cli.matting.frames import FramePattern, parse_frame_range
 from icm_cli.matting.jobs import DEFAULT_NAME, Job, OutputLayout, SourceFilter, check_overwrites, parse_shard, plan_jobs
-from icm_cli.matting.model_choice import ModelChoice
+from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
 from icm_cli.matting.outcome import Outcome, environment_settings
-from icm_cli.matting.propagation import PropagationConfig
 from icm_cli.matting.references import Reference, read_references
+from icm_cli.matting.resume import keep_existing_alphas
 from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.matting.sources import SkippedFiles, find_sources, real_path
-from icm_cli.model.lite.finetuning import finetuning_digest_text
 from icm_cli.options import (
     ColourOptions,
     MatteOptions,
@@ -38,6 +38,7 @@ from icm_cli.options import (
     SourceOptions,
     keyword_arguments,
 )
+from icm_cli.options.definition import DigestPart
 from icm_cli.reports.report import PageImages, Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import ReportFiles
@@ -148,7 +149,7 @@ class _Run:
         self._listener = listener
         self._workers = options.resources.workers or DEFAULT_WORKERS
         self._learn_steps = choices[0].learn_steps(options.sequences.learn_steps, is_shot=options.sequences.shot)
-        self._digest = self._make_digest()
+        self._digest = run_digest(options, plan, choices[0])
 
     def matte_all(self, start: float) -> Report:
         """Keep the alphas that are up to date and matte the other images; load the model only for these.
@@ -163,7 +164,16 @@ class _Run:
         with outcome:
             remaining = list(plan.shot.order if plan.shot else plan.jobs)
             if not engine.overwrite:
-                remaining = keep_finished(remaining, engine.digests, engine.workers, outcome.add, plan.shot)
+                remaining = keep_existing_alphas(
+                    remaining,
+                    engine.job_digest,
+                    workers=engine.workers,
+                    on_result=outcome.add,
+                    notice=listener.on_notice,
+                    keep_all=engine.keep_existing,
+                    hint="; --keep-existing keeps them",
+                    reusable_outputs=plan.shot.reusable_outputs if plan.shot else None,
+                )
             with self._runner(setups, outcome.add) if remaining else contextlib.nullcontext() as runner:
                 peak = runner.peak_memory_bytes if runner else self._choices[0].where.peak_memory_bytes
                 with outcome.reported(plan.report_files, peak):
@@ -174,9 +184,15 @@ class _Run:
     def _setups(self) -> list[EngineSetup]:
         """What the engine of every device needs."""
         plan, output = self._plan, self._options.output
-        fail_fast, batch_size = self._options.sequences.fail_fast, self._choices[0].batch_size
         engine = EngineOptions(
-            [self._digest], batch_size, self._workers, output.overwrite, fail_fast, plan.output, plan.shot
+            [self._digest],
+            self._choices[0].batch_size,
+            self._workers,
+            overwrite=output.overwrite,
+            keep_existing=output.keep_existing,
+            fail_fast=self._options.sequences.fail_fast,
+            output=plan.output,
+            shot=plan.shot,
         )
         return [EngineSetup(choice, plan.references, self._learn_steps, engine) for choice in self._choices]
 
@@ -233,13 +249,18 @@ class _Run:
             "learn_steps": self._learn_steps,
         }
 
-    def _make_digest(self) -> str:
-        """Hash of everything but its source that decides an alpha."""
-        plan = self._plan
-        forms = [plan.colour.digest_text(), plan.output.digest_text(), finetuning_digest_text(self._learn_steps)]
-        forms += [str(PropagationConfig())] if self._options.sequences.shot else []
-        references = [one.digest for one in plan.references]
-        return self._choices[0].digester()([*references, *filter(None, forms)])
+
+def run_digest(options: MatteOptions, plan: Plan, choice: ModelChoice) -> str:
+    """Return the digest of everything besides the source that decides the alphas of a run."""
+    learn_steps = choice.learn_steps(options.sequences.learn_steps, is_shot=options.sequences.shot)
+    parts = {
+        **choice.digest_parts(),
+        DigestPart.REFERENCES: combined_digest(*(one.digest for one in plan.references)),
+        **sequence_digest_parts(learn_steps, is_shot=options.sequences.shot),
+        DigestPart.FORMAT: plan.output.format,
+        DigestPart.COLOUR_CONFIG: plan.colour.config_identity,
+    }
+    return alpha_digest(options.digest_values(parts))
 
 
 def _check_devices(options: MatteOptions) -> None:
@@ -348,9 +369,10 @@ def _source_filter(sources: SourceOptions, sequences: SequenceOptions) -> Source
 
 def _colours(options: ColourOptions) -> tuple[ColourSettings, ColourSettings]:
     """Return the colours of sources and of references. Raises UsageError for an unknown name."""
-    config = "" if options.ocio is None else str(options.ocio)
     layer = options.layer or ""
-    sources = ColourSettings(options.colorspace, config, options.view or "", options.exposure, layer, options.white)
+    sources = ColourSettings(
+        options.colorspace, options.ocio or "", options.view or "", options.exposure, layer, options.white
+    )
     references = replace(
         sources,
         space=options.ref_colorspace or sources.space,

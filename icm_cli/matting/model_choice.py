@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from icm_cli.config import ModelConfig, component_class
 from icm_cli.device import Device
-from icm_cli.environment import __version__
-from icm_cli.files import combined_digest
 from icm_cli.matting.predictor import Predictor, check_learn_steps
+from icm_cli.matting.propagation import PropagationConfig
 from icm_cli.model.contracts import Head
-from icm_cli.model.lite.finetuning import DEFAULT_STEPS
+from icm_cli.model.lite.finetuning import DEFAULT_STEPS, FINETUNING
 from icm_cli.model.loading import load_model, model_digest, override_edges, resolve_model, select_device
 from icm_cli.options import ModelOptions
+from icm_cli.options.definition import DigestPart
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,10 @@ class ModelChoice:
         images = where.auto_batch_size if batch_size == "auto" else batch_size
         return cls(config, path, options.weights, options.offline, options.seed, where, images)
 
-    def digester(self) -> Callable[[Sequence[str]], str]:
-        """Gives, for the digests of an example's references, the hash of all that decides an alpha beside its source.
-
-        Reads the weights' content, loads no model.
-        """
+    def digest_parts(self) -> dict[DigestPart, str]:
+        """Return what the model contributes to the digest of its alphas. Reads weights, but loads no model."""
         model = model_digest(self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline)
-        return lambda references: combined_digest(
-            __version__, model, *references, str(self.seed), self.where.dtype_name
-        )
+        return {DigestPart.MODEL: model, DigestPart.DTYPE: self.where.dtype_name}
 
     def learn_steps(self, asked: int | None, *, is_shot: bool) -> int:
         """Steps in which the head learns the references: as asked for, else the usual number in a shot where it can.
@@ -91,6 +85,8 @@ class LoadedModel:
 
     predictor: Predictor
 
+    seed = 0
+    """Seed that counts in digests; that of the loaded weights is not known."""
     checkpoint = None
     """Unknown here, so the images it was trained on are too."""
 
@@ -102,10 +98,9 @@ class LoadedModel:
     def batch_size(self) -> int:
         return self.where.auto_batch_size
 
-    def digester(self) -> Callable[[Sequence[str]], str]:
-        """As of :class:`ModelChoice`, but no two are equal."""
-        model = secrets.token_hex()
-        return lambda references: combined_digest(model, *references)
+    def digest_parts(self) -> dict[DigestPart, str]:
+        """As of :class:`ModelChoice`, but no two are equal, because the weights of a loaded model may change."""
+        return {DigestPart.MODEL: secrets.token_hex(), DigestPart.DTYPE: self.where.dtype_name}
 
     def learn_steps(self, asked: int | None, *, is_shot: bool) -> int:
         """As of :class:`ModelChoice`."""
@@ -120,6 +115,14 @@ class LoadedModel:
 
     def as_settings(self) -> dict[str, Any]:
         return {"model": self.describe(), "device": self.where.description, "batch_size": self.batch_size}
+
+
+def sequence_digest_parts(learn_steps: int, *, is_shot: bool) -> dict[DigestPart, str]:
+    """Return what fine-tuning on the references and propagation in shots contribute to the digest of alphas."""
+    return {
+        DigestPart.LEARN_STEPS: f"{learn_steps} {FINETUNING}" if learn_steps else "0",
+        DigestPart.PROPAGATION: str(PropagationConfig()) if is_shot else "none",
+    }
 
 
 def _learn_steps(asked: int | None, head: type[Head], *, is_shot: bool) -> int:

@@ -52,6 +52,8 @@ class Outcome:
 
     def add(self, result: ImageResult) -> None:
         """Take a result of the engine; it ends here once it is scored."""
+        if result.status == "done":
+            result = replace(result, matting=replace(result.matting, made_by=environment.__version__))
         if result.status == "failed" and result.output and Path(result.output).is_file():
             earlier = f"its earlier alpha {result.output} is of the former picture or settings and stays"
             result = replace(result, reason=f"{result.reason}; {earlier}")

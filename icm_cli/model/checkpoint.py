@@ -149,12 +149,12 @@ def read_config(path: Path) -> ModelConfig | None:
         return _parse_config(path, file.metadata())
 
 
-def has_backbone(path: Path) -> bool:
-    """Return whether a checkpoint contains the weights of the backbone. Tensors are not read."""
+def has_component(path: Path, name: str) -> bool:
+    """Return whether a checkpoint contains weights of a component of the model. Tensors are not read."""
     if detect_file_kind(path) == "published":
-        return False
+        return name == "head"
     with safetensors.safe_open(path, framework="pt") as file:
-        return any(key.startswith("backbone.") for key in file.keys())  # noqa: SIM118 (not a mapping)
+        return any(key.startswith(f"{name}.") for key in file.keys())  # noqa: SIM118 (not a mapping)
 
 
 def read_training_digests(path: Path) -> frozenset[str] | None:

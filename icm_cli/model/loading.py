@@ -14,7 +14,7 @@ from icm_cli.errors import ConfigError, UsageError
 from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.model.checkpoint import (
     Checkpoint,
-    has_backbone,
+    has_component,
     load_strict,
     read_checkpoint,
     read_config,
@@ -229,7 +229,7 @@ def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str |
         cls = component_class("edges", config.edges.name)
         edges = cls.weights_digest(config.edges.settings, offline=offline)
         parts += [edges] if edges else []
-    if config.objects is not None and checkpoint is None:
+    if config.objects is not None and (checkpoint is None or not has_component(checkpoint, "objects")):
         cls = component_class("objects", config.objects.name)
         parts.append(cls.weights_digest(config.objects.settings))
     return combined_digest(*parts)
@@ -245,7 +245,7 @@ def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str |
         ConfigError: ``weights`` is given, but the checkpoint contains the backbone.
     """
     backbone = component_class("backbone", config.backbone.name)
-    if checkpoint is not None and backbone.is_self_contained and has_backbone(checkpoint):
+    if checkpoint is not None and backbone.is_self_contained and has_component(checkpoint, "backbone"):
         _reject_weights(weights, checkpoint)
         return cached_file_digest(checkpoint)
     settings = config.backbone.settings

@@ -321,10 +321,10 @@ class ColourOptions(OptionGroup):
         shown_default="that of the sources",
         digest=DigestPart.REFERENCES,
     )
-    ocio: Path | None = option(
+    ocio: str | None = option(
         None,
-        help="OpenColorIO configuration.",
-        metavar="FILE",
+        help="OpenColorIO configuration: a file, or ocio:// and the name of a built-in one.",
+        metavar="PATH",
         shown_default="$OCIO, else the built-in studio configuration",
         digest=DigestPart.COLOUR_CONFIG,
     )
@@ -362,7 +362,7 @@ class ShotOptions(OptionGroup):
         False,
         help="Treat the images as frames of one shot: alphas are propagated from frame to frame along the motion, and "
         "the model learns the references first.",
-        digest=DigestPart.VALUE,
+        digest=DigestPart.PROPAGATION,
     )
     learn_steps: int | None = option(
         None,
@@ -554,7 +554,9 @@ class EvaluatedMattingOptions(ShotOptions):
 
     panel: ClassVar[Panel] = Panel.SEQUENCES
 
-    shot: bool = option(False, help="Matte every group as a shot, as icm matte --shot does.", digest=DigestPart.VALUE)
+    shot: bool = option(
+        False, help="Matte every group as a shot, as icm matte --shot does.", digest=DigestPart.PROPAGATION
+    )
     refs_per_group: int | None = option(
         None, help="Number of references of a group.", metavar="N", minimum=1, shown_default="1"
     )

@@ -55,6 +55,8 @@ class DigestPart(StrEnum):
     """The data type that the device resolves to is hashed."""
     LEARN_STEPS = "learn_steps"
     """The number of steps that the model resolves to is hashed."""
+    PROPAGATION = "propagation"
+    """The settings of the propagation in shots are hashed."""
     FORMAT = "format"
     """The resolved file format is hashed."""
     COLOUR_CONFIG = "colour_config"

@@ -60,6 +60,8 @@ class MattingDetails:
     """Confidence of the model, 0..1, as its head defines it."""
     not_found: bool | None = None
     """Whether the model did not find the object of the reference in the image."""
+    made_by: str = ""
+    """Version of icm that made the alpha; "" if icm did not make it."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ processes each view once, and only the small head is trained.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -85,12 +83,6 @@ class FinetuningConfig:
 
 FINETUNING = FinetuningConfig()
 """The settings in use."""
-
-
-def finetuning_digest_text(steps: int) -> str:
-    """Return a text for the digest of a run that contains all settings; empty if there are no
-    steps."""
-    return f"learned {steps} {json.dumps(dataclasses.asdict(FINETUNING))}" if steps else ""
 
 
 class FinetunableHead(TrainedHead, ABC):

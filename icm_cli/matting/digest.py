@@ -1,0 +1,67 @@
+"""The digest of an alpha: a hash of everything but its source that decides its pixels.
+
+It covers the version of icm, the source code of the modules that decide pixels, the configuration of all parts of the
+model, all weights, the references, and the options that their definition marks (:mod:`icm_cli.options`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+from collections.abc import Iterator, Mapping
+from importlib.resources.abc import Traversable
+
+from icm_cli.environment import __version__
+from icm_cli.files import combined_digest
+
+FINGERPRINTED = ("geometry.py", "guided_filter.py", "images", "matting", "model")
+"""Modules and packages of ``icm_cli`` that decide pixels, apart from those in ``EXCLUDED``."""
+EXCLUDED = frozenset(
+    {
+        "matting/cluster.py",
+        "matting/devices.py",
+        "matting/digest.py",
+        "matting/ground_truth.py",
+        "matting/matte.py",
+        "matting/model_choice.py",
+        "matting/outcome.py",
+        "matting/resume.py",
+        "matting/sources.py",
+        "matting/worker.py",
+        "model/hub/catalogue.py",
+        "model/packing.py",
+    }
+)
+"""Modules that find, distribute, count or list, and decide no pixel."""
+
+
+def alpha_digest(values: Mapping[str, str]) -> str:
+    """Return the digest of alphas that ``values`` decide, by name, together with the code of icm."""
+    return combined_digest(__version__, code_fingerprint(), *(f"{name}={values[name]}" for name in sorted(values)))
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """Return the fingerprint of the installed package; computed once per process."""
+    return fingerprint_package(importlib.resources.files("icm_cli"))
+
+
+def fingerprint_package(package: Traversable) -> str:
+    """Return the SHA-256 of the source files of the modules of ``icm_cli`` that decide pixels.
+
+    Where an installation has no source files (compiled or frozen packages), the version of icm stands for them.
+    """
+    parts: list[bytes | str] = []
+    for name in FINGERPRINTED:
+        files = sorted(_source_files(package.joinpath(name), name), key=lambda each: each[0])
+        parts += [part for path, source in files for part in (path, source)] or [f"{name} of {__version__}"]
+    return combined_digest(*parts)
+
+
+def _source_files(item: Traversable, path: str) -> Iterator[tuple[str, bytes]]:
+    """Yield the path below ``icm_cli`` and the text of every source file, with the same line ends on all systems."""
+    if item.is_dir():
+        for child in item.iterdir():
+            yield from _source_files(child, f"{path}/{child.name}")
+    elif item.is_file() and path.endswith(".py") and path not in EXCLUDED:
+        yield path, item.read_bytes().replace(b"\r\n", b"\n")
