@@ -98,6 +98,6 @@ class JsonTerminal(Terminal):
         _print_event("image", ended=self.ended, total=self.total, **row)
 
     def on_run_end(self, report: Report) -> None:
-        """Print the totals. The exit code of a run that was cut short follows in the event "error"."""
+        """Print the totals. If the run was interrupted, the exit code follows in the event "error"."""
         code = report.exit_code or (0 if report.is_complete else None)
         _print_event("finished", exit_code=code, **report.as_dict()["summary"])
