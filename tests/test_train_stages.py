@@ -414,6 +414,17 @@ class TestRefineNetwork:
         assert alpha.shape == size
         np.testing.assert_allclose(alpha, 0.25, atol=1e-5)
 
+    def test_images_of_a_batch_may_have_different_sizes(self) -> None:
+        """Each gets the alpha that it gets alone."""
+        edges = Refine(Refine.Config(widths=(4, 6), frame_px=64, tile_px=64, overlap_px=8)).eval()
+        torch.nn.init.normal_(edges.output.weight, std=0.1)
+        rng = np.random.default_rng(0)
+        images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((60, 50), (60, 50), (150, 90), (40, 64))]
+        coarse = [rng.random(size, np.float32) for size in ((7, 5), (9, 9), (8, 5))] + [np.zeros((3, 3), np.float32)]
+        together = edges.refine_alphas(images, [torch.from_numpy(alpha) for alpha in coarse])
+        for rgb, alpha, found in zip(images, coarse, together, strict=True):
+            np.testing.assert_allclose(found.numpy(), refine_alpha(edges, rgb, alpha), atol=1e-5)
+
     def test_network_does_not_run_without_unknown_pixels(self) -> None:
         """A thing that is absent stays so, whatever the photograph shows."""
         edges = Refine(Refine.Config(widths=(4, 6), frame_px=64, tile_px=64, overlap_px=8, core_distance=0)).eval()
