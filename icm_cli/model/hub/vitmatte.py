@@ -1,9 +1,11 @@
-"""Edges by ViTMatte: a picture and a trimap to the alpha, at the source's own size.
+"""Edges by ViTMatte: computes the alpha from an image and a trimap, at the size of the source.
 
-Yao et al., "ViTMatte: Boosting Image Matting with Pre-trained Plain Vision Transformers", Information Fusion 2024. The
-network is ``transformers``' ``VitMatteForImageMatting``. Preprocessing is that of the published processor: red, green
-and blue, 0..1, are normalised by the folder's own statistics (mean and deviation 0.5 in the processor's defaults), the
-trimap of 0, 0.5 and 1 is a fourth channel that is not, and zeros fill all four up to a multiple of 32 px.
+Yao et al., "ViTMatte: Boosting Image Matting with Pre-trained Plain Vision Transformers",
+Information Fusion 2024. The network is ``VitMatteForImageMatting`` of ``transformers``.
+Preprocessing is that of the published processor: red, green and blue in 0..1 are normalised by the
+statistics of the weights' folder, by default with mean and standard deviation 0.5. The trimap of
+0, 0.5 and 1 is a fourth channel and is not normalised. All channels are padded with zeros to a
+multiple of 32 px.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ from icm_cli.model.hub.folders import (
 from icm_cli.model.lite.tiles import blend_tiles, split_into_tiles
 
 MULTIPLE_PX = 32
-"""Pictures are filled up to a multiple of this, as by the published processor."""
-HALVES: PixelStatistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-"""PixelStatistics of the published processor, where a folder has none of its own."""
+"""Images are padded to a multiple of this, as by the published processor."""
+DEFAULT_STATISTICS: PixelStatistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""Statistics of the published processor, for folders without statistics."""
 WEIGHTS_OPTION = "--edges-weights"
 
 
@@ -43,13 +45,16 @@ class VitMatteEdgesConfig:
     """Settings of the edges by ViTMatte."""
 
     weights: str = VITMATTE
-    """Hub id or local folder, in Hugging Face's form; the command's --edges-weights goes before it."""
+    """Hub id, or local folder in the layout of Hugging Face. The option ``--edges-weights`` replaces it."""
     band: float = 0.015
-    """Width of the unknown on either side of the coarse edge, as a share of the picture's long side; 0 to 0.5."""
+    """Width of the unknown region on either side of the coarse edge, as a fraction of the image's
+    long side; between 0 and 0.5."""
     tile_px: int = 1024
-    """Side of the tiles of a larger source, a multiple of 32; its attention takes memory by the fourth power of it."""
+    """Side of the tiles of a larger source, a multiple of 32. The memory of attention grows with its
+    fourth power."""
     overlap_px: int = 256
-    """Overlap of tiles, in px, at most a third of a tile; they are blended there, below 1/255 a pixel over 256 px."""
+    """Overlap of tiles, in px, over which they are blended; at most a third of a tile. With 256 px,
+    neighbouring pixels differ by less than 1/255 because of it."""
 
     def __post_init__(self) -> None:
         if not 0 < self.band < 0.5:
@@ -61,17 +66,20 @@ class VitMatteEdgesConfig:
 
 
 class VitMatteEdges(Edges):
-    """ViTMatte, frozen, on the unknown of the trimap that the coarse alpha makes."""
+    """Frozen ViTMatte. It computes the unknown region of the trimap of the coarse alpha."""
 
     Config = VitMatteEdgesConfig
     is_trained = False
 
-    def __init__(self, config: VitMatteEdgesConfig, network: nn.Module, statistics: PixelStatistics = HALVES) -> None:
-        """``network``: a ``VitMatteForImageMatting``, or what is called like one; ``statistics``: of its pixels."""
+    def __init__(
+        self, config: VitMatteEdgesConfig, network: nn.Module, statistics: PixelStatistics = DEFAULT_STATISTICS
+    ) -> None:
+        """``network``: a ``VitMatteForImageMatting`` or a module with the same interface; ``statistics``: mean
+        and standard deviation of its pixels."""
         super().__init__()
         self.config = config
         self.network = network
-        self.mean, self.deviation = (torch.tensor(each)[:, None, None] for each in statistics)
+        self.mean, self.std = (torch.tensor(each)[:, None, None] for each in statistics)
 
     @classmethod
     def with_weights(cls, config: Any, weights: str) -> Any:
@@ -90,7 +98,7 @@ class VitMatteEdges(Edges):
         if kind != "vitmatte":
             raise ConfigError(f"{folder / CONFIG} is of a model of type {kind!r}; expected vitmatte")
         return cls(
-            config, load_pretrained(VitMatteForImageMatting, folder), read_pixel_statistics(folder, HALVES)
+            config, load_pretrained(VitMatteForImageMatting, folder), read_pixel_statistics(folder, DEFAULT_STATISTICS)
         ).eval()
 
     def refine_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
@@ -119,8 +127,8 @@ class VitMatteEdges(Edges):
         return alpha[0, 0, : rgb.shape[0], : rgb.shape[1]].float().clamp(0.0, 1.0)
 
     def _pixels(self, rgb: ImageU8, trimap: Tensor) -> Tensor:
-        """Input of the network, [1,4,H,W] float32, H and W multiples of 32."""
-        image = (torch.from_numpy(rgb.copy()).permute(2, 0, 1).float() / 255.0 - self.mean) / self.deviation
+        """Input of the network, float32 [1,4,H,W] with H and W multiples of 32."""
+        image = (torch.from_numpy(rgb.copy()).permute(2, 0, 1).float() / 255.0 - self.mean) / self.std
         joined = torch.cat([image, trimap.cpu()[None]])[None]
         below, right = (-length % MULTIPLE_PX for length in trimap.shape)
         return F.pad(joined, (0, right, 0, below))
