@@ -1,8 +1,10 @@
-"""Guided filters: a NumPy one that enlarges the alpha of a source, and a torch one that aligns a batch of soft alphas.
+"""Guided filters: a NumPy one that enlarges the alpha of a source, and a torch one that aligns a
+batch of soft alphas.
 
-Both fit alpha = a . rgb + b in every window (He, Sun & Tang, "Guided Image Filtering", TPAMI 2013, equations 14-19) at
-a reduced size, and apply the enlarged coefficients to the full image (He & Sun, "Fast Guided Filter", 2015). With the
-same windows and epsilon they give the same alpha except at the border, where one reflects and the other averages less.
+Both fit alpha = a . rgb + b in every window (He, Sun & Tang, "Guided Image Filtering", TPAMI 2013,
+equations 14-19) at a reduced size, and apply the enlarged coefficients to the full image (He & Sun,
+"Fast Guided Filter", 2015). With the same windows and epsilon they give the same alpha except at
+the border, where one reflects and the other averages less.
 """
 
 from __future__ import annotations
@@ -41,10 +43,11 @@ def alpha_at_source(alpha: Float, image: ImageU8, config: GuidedFilterConfig) ->
 
 
 def guided_upsample(alpha: Float, image: ImageU8, config: GuidedFilterConfig) -> Float:
-    """Enlarge an alpha float32 [h,w] in 0..1 along the edges of its image, sRGB uint8 [H,W,3]; return float32 [H,W].
+    """Enlarge an alpha float32 [h,w] in 0..1 along the edges of its image, sRGB uint8 [H,W,3];
+    return float32 [H,W].
 
-    The coefficients are fitted at the size of the alpha and enlarged bilinearly. Fine structures such as hair come
-    from the pixels of the full-size image.
+    The coefficients are fitted at the size of the alpha and enlarged bilinearly. Fine structures
+    such as hair come from the pixels of the full-size image.
     """
     height, width = image.shape[:2]
     guide = resize(image, (alpha.shape[0], alpha.shape[1])).astype(np.float32) / 255.0
@@ -60,7 +63,8 @@ def guided_upsample(alpha: Float, image: ImageU8, config: GuidedFilterConfig) ->
 
 
 def _fit_linear_model(guide: Float, alpha: Float, config: GuidedFilterConfig) -> Float:
-    """Coefficients [h,w,4] of alpha = a . rgb + b in each window, averaged over all windows that contain a pixel."""
+    """Coefficients [h,w,4] of alpha = a . rgb + b in each window, averaged over all windows that
+    contain a pixel."""
 
     def mean(values: Float) -> Float:
         side = 2 * config.radius_px + 1
@@ -74,7 +78,7 @@ def _fit_linear_model(guide: Float, alpha: Float, config: GuidedFilterConfig) ->
         moments[..., n] - mean_guide[..., i] * mean_guide[..., j] for n, (i, j) in enumerate(_CHANNEL_PAIRS)
     )
     rr, gg, bb = rr + config.epsilon, gg + config.epsilon, bb + config.epsilon
-    # The inverse of the symmetric 3 x 3 variance is written out, because one solve per pixel is far slower.
+    # The inverse of the symmetric 3 x 3 variance is written out: one solve per pixel is far slower.
     c_rr, c_rg, c_rb = gg * bb - gb * gb, gb * rb - rg * bb, rg * gb - gg * rb
     c_gg, c_gb, c_bb = rr * bb - rb * rb, rb * rg - rr * gb, rr * gg - rg * rg
     determinant = rr * c_rr + rg * c_rg + rb * c_rb
@@ -96,7 +100,8 @@ _CHANNEL_PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 
 
 def _upsample_rows(coefficients: Float, top: int, bottom: int, height: int, width: int) -> Float:
-    """Rows top..bottom of the coefficients after bilinear enlargement to height x width (pixel centres aligned)."""
+    """Rows top..bottom of the coefficients after bilinear enlargement to height x width (pixel
+    centres aligned)."""
     rows = coefficients.shape[0]
     y = np.clip((np.arange(top, bottom, dtype=np.float32) + 0.5) * (rows / height) - 0.5, 0, rows - 1)
     above = np.floor(y).astype(np.intp)
@@ -112,7 +117,8 @@ def align_to_edges(alpha: Tensor, image: Tensor, radius_fraction: float, epsilon
     Args:
         alpha: float32 [B,1,H,W] in 0..1.
         image: float32 [B,3,H,W] in 0..1.
-        radius_fraction: Radius of the window, as a fraction of the long side. It is wide, because edges are soft.
+        radius_fraction: Radius of the window, as a fraction of the long side. It is wide, because
+            edges are soft.
         epsilon: Variance of a colour channel above which a window counts as an edge.
         stride: The coefficients are fitted at this fraction of the size: 4 for a quarter.
 

@@ -1,4 +1,5 @@
-"""Matting on a Ray cluster: Ray Data sends jobs to actors, each with its own model, and collects their results."""
+"""Matting on a Ray cluster: Ray Data sends jobs to actors, each with its own model, and collects
+their results."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ MAX_RESTARTS = 3
 
 @dataclass(frozen=True)
 class ProcessContext:
-    """State of the driver process that relative paths and colours depend on: working directory and $OCIO."""
+    """State of the driver process that relative paths and colours depend on: working directory and
+    $OCIO."""
 
     folder: str
     ocio: str
@@ -57,12 +59,13 @@ class ProcessContext:
 class RayCluster:
     """Connection to a Ray cluster with one actor per GPU, or ``cpus`` actors with one core each.
 
-    If this process is already connected to Ray, that connection is used and stays open. Otherwise the connection is
-    closed at the end of the ``with`` block.
+    If this process is already connected to Ray, that connection is used and stays open. Otherwise
+    the connection is closed at the end of the ``with`` block.
     """
 
     def __init__(self, address: str, cpus: int | None) -> None:
-        """Connect; "auto" starts Ray on this machine if no cluster is running. Raises ConfigError."""
+        """Connect; "auto" starts Ray on this machine if no cluster is running. Raises
+        ConfigError."""
         self._owns_connection = _connect(address)
         import ray
 
@@ -90,7 +93,8 @@ class RayCluster:
 
     @classmethod
     def from_options(cls, address: str | None, cpus: int | None, device: str) -> RayCluster | None:
-        """Connect to the cluster that ``--ray`` names; None without ``--ray``. Raises UsageError or ConfigError."""
+        """Connect to the cluster that ``--ray`` names; None without ``--ray``. Raises UsageError or
+        ConfigError."""
         if address is None:
             if cpus is not None:
                 raise UsageError(f"--ray-cpus is {cpus}, and --ray is not given; give --ray too, or omit --ray-cpus")
@@ -104,7 +108,8 @@ class RayCluster:
         return cls(address, cpus)
 
     def choose_model(self, checked: Callable[..., ModelChoice]) -> ModelChoice:
-        """Call ``checked(device=...)`` on a node of the cluster and return its result. Raises what that raises."""
+        """Call ``checked(device=...)`` on a node of the cluster and return its result. Raises what
+        that raises."""
         import ray
 
         choose = ray.remote(**self._resources)(_choose_model_on_node)
@@ -120,12 +125,14 @@ class RayCluster:
     def create_runner(
         self, setup: EngineSetup, folder: Path, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]
     ) -> RayRunner:
-        """Return a runner, after a check that every node can see the output ``folder``. Raises UsageError."""
+        """Return a runner, after a check that every node can see the output ``folder``. Raises
+        UsageError."""
         self._check_nodes(folder)
         return RayRunner(setup, self._actor_count, self._resources, on_result, notice)
 
     def _check_nodes(self, folder: Path) -> None:
-        """Raises UsageError for a node without this version of icm or without the files, ConfigError without icm."""
+        """Raises UsageError for a node without this version of icm or without the files,
+        ConfigError without icm."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -155,7 +162,8 @@ class RayCluster:
 
 
 class RayRunner:
-    """Runs jobs on Ray actors, which write the alphas. Results are reported in the caller's thread."""
+    """Runs jobs on Ray actors, which write the alphas. Results are reported in the caller's
+    thread."""
 
     def __init__(
         self,
@@ -175,7 +183,8 @@ class RayRunner:
     def run(self, jobs: Sequence[Job]) -> None:
         """Matte every image. An image that fails is reported, and the run continues.
 
-        Raises OutputError if no more output can be written, DeviceError if the actors die repeatedly.
+        Raises OutputError if no more output can be written, DeviceError if the actors die
+        repeatedly.
         """
         from ray.exceptions import RayActorError
 
@@ -195,7 +204,8 @@ class RayRunner:
         return self._peak_memory_bytes
 
     def _message_rows(self, jobs: Sequence[Job]) -> Any:
-        """Ray dataset of all messages of the actors, pickled; each call of an actor takes one block of jobs."""
+        """Ray dataset of all messages of the actors, pickled; each call of an actor takes one block
+        of jobs."""
         import ray.data
 
         context = ray.data.DataContext.get_current()
@@ -240,7 +250,8 @@ class MattingActor:
         self._messages: list[Any] = []
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[bytes]]:
-        """Matte the jobs of column "job", and return the results and notices in column "message"."""
+        """Matte the jobs of column "job", and return the results and notices in column
+        "message"."""
         self._messages = []
         try:
             jobs = [pickle.loads(job) for job in block["job"]]  # noqa: S301  our own parent wrote it
@@ -259,7 +270,8 @@ class MattingActor:
         self._messages.append(message)
 
     def _clean_up_after_restart(self, jobs: Sequence[Job]) -> None:
-        """If this actor replaces one that died, report that and remove the temporary files that it left."""
+        """If this actor replaces one that died, report that and remove the temporary files that it
+        left."""
         import ray
 
         if ray.get_runtime_context().was_current_actor_reconstructed:
@@ -309,7 +321,8 @@ def _choose_model_on_node(context: ProcessContext, checked: Callable[..., ModelC
 def _find_node_problem(context: ProcessContext, probe: str, token: str, version: str) -> str:
     """Say what keeps this node from matting, "" if nothing does; runs on every node.
 
-    ``probe``: a file in the output folder that must contain ``token``. ``version``: the driver's version of icm.
+    ``probe``: a file in the output folder that must contain ``token``. ``version``: the driver's
+    version of icm.
     """
     if __version__ != version:
         return f"has icm {__version__}, and this machine has {version}; install the same version on both"

@@ -1,7 +1,8 @@
-"""The streaming engine: reader threads decode ahead, the model mattes batches, and writer threads encode.
+"""The streaming engine: reader threads decode ahead, the model mattes batches, and writer threads
+encode.
 
-Every queue is bounded, so that memory does not grow with the number of images. The model waits for the disk only if
-reading is slower than matting.
+Every queue is bounded, so that memory does not grow with the number of images. The model waits for
+the disk only if reading is slower than matting.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from icm_cli.reports.result import ImageResult, MattingDetails
 
 
 class FrameMatting(Protocol):
-    """How the frames of a run are matted: each one independently, or with the alphas of earlier frames."""
+    """How the frames of a run are matted: each one independently, or with the alphas of earlier
+    frames."""
 
     @property
     def keeps_order(self) -> bool:
-        """Whether frames must be matted in the order of the jobs, because they depend on each other."""
+        """Whether frames must be matted in the order of the jobs, because they depend on each
+        other."""
 
     def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
         """Prepare for a run over these jobs, and return them."""
@@ -42,7 +45,8 @@ class FrameMatting(Protocol):
     def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
         """Matte a batch: frames of one example with canvases of one size.
 
-        If it raises RuntimeError or MemoryError, the same frames can be matted again in smaller batches.
+        If it raises RuntimeError or MemoryError, the same frames can be matted again in smaller
+        batches.
         """
 
 
@@ -83,10 +87,12 @@ class LoadedImage:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of the engine. Except for ``shot``, none of them changes an alpha: the digests represent what does.
+    """Options of the engine. Except for ``shot``, none of them changes an alpha: the digests
+    represent what does.
 
     Attributes:
-        digests: For each example, the digest of everything that its alphas depend on, except their sources.
+        digests: For each example, the digest of everything that its alphas depend on, except their
+            sources.
         batch_size: Largest number of images per batch.
         workers: Number of reader threads, and of writer threads.
         overwrite: Matte images again even if their alphas exist.
@@ -123,7 +129,8 @@ class Engine:
         on_result: Callable[[ImageResult], None],
         notice: Callable[[str], None],
     ) -> None:
-        """``matting``: how frames are matted with the model of ``predictor``; jobs of one example are consecutive."""
+        """``matting``: how frames are matted with the model of ``predictor``; jobs of one example
+        are consecutive."""
         self.predictor = predictor
         self.matting = matting
         self.options = options
@@ -138,8 +145,8 @@ class Engine:
     def run(self, jobs: Iterable[Job]) -> None:
         """Matte every image. An image that fails is reported, and the run continues.
 
-        Raises OutputError if no more output can be written, DeviceError if the device is lost. On any exception,
-        including an interrupt, writes in progress are finished first.
+        Raises OutputError if no more output can be written, DeviceError if the device is lost. On
+        any exception, including an interrupt, writes in progress are finished first.
         """
         workers = self.options.workers
         jobs = self.matting.begin_run(jobs)
@@ -229,8 +236,8 @@ class Engine:
     def _batches(self, stream: Iterable[LoadedImage | ImageResult]) -> Iterator[list[LoadedImage]]:
         """Group images by example and canvas size.
 
-        At most two batches of images wait for others of their group. If the order must be kept, none waits while
-        images of another group are matted.
+        At most two batches of images wait for others of their group. If the order must be kept,
+        none waits while images of another group are matted.
         """
         waiting: dict[tuple[int, tuple[int, int]], list[LoadedImage]] = {}
         for item in stream:
@@ -311,7 +318,8 @@ class Engine:
         return replace(job.planned, status="done", matting=MattingDetails(seconds=round(seconds, 4), **measured))
 
     def _write_files(self, image: LoadedImage, alpha: Float, mark: dict[str, str]) -> None:
-        """Write the requested files. The image's own file is the last: it shows that the image is finished."""
+        """Write the requested files. The image's own file is the last: it shows that the image is
+        finished."""
         output, job, windows = self.options.output, image.job, image.windows
         if output.trimap != "none":
             trimap = windows.move_pixels(trimap_from_alpha(alpha, output.band_px), windows.display_window)
@@ -352,7 +360,8 @@ Result = TypeVar("Result")
 def read_ahead(
     executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """Yield results in the order of the items. At most ``ahead`` of them are computed before they are requested."""
+    """Yield results in the order of the items. At most ``ahead`` of them are computed before they
+    are requested."""
     pending: deque[Future[Result]] = deque()
     for item in items:
         pending.append(executor.submit(function, item))

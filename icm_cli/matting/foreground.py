@@ -1,4 +1,5 @@
-"""Foreground colours without the background that shines through soft edges, and trimaps for other tools."""
+"""Foreground colours without the background that shines through soft edges, and trimaps for other
+tools."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ CERTAIN = 0.05
 def estimate_foreground(source: DecodedImage, alpha: Float) -> Float:
     """Estimate the foreground colours of a source, given its alpha [H,W] in 0..1.
 
-    The method is multi-level estimation (Germer et al., "Fast Multi-Level Foreground Estimation", ICPR 2020). Where
-    alpha is 0, the colours are those of the nearest foreground, so that no compositing operation shows a halo.
+    The method is multi-level estimation (Germer et al., "Fast Multi-Level Foreground Estimation",
+    ICPR 2020). Where alpha is 0, the colours are those of the nearest foreground, so that no
+    compositing operation shows a halo.
 
     Returns:
         float32 [H,W,3] on the source's scale of 0..1, with HDR values beyond.

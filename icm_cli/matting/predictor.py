@@ -1,4 +1,5 @@
-"""A loaded model that mattes arrays: the object that ``icm_cli.load`` returns and ``icm matte`` uses."""
+"""A loaded model that mattes arrays: the object that ``icm_cli.load`` returns and ``icm matte``
+uses."""
 
 from __future__ import annotations
 
@@ -54,11 +55,14 @@ class CoarseAlpha:
     """Coarse alpha of one frame, before its edges are refined.
 
     Attributes:
-        alpha: float32 [h,w] in 0..1 on the model's device, at any resolution. It covers exactly the frame.
+        alpha: float32 [h,w] in 0..1 on the model's device, at any resolution. It covers exactly the
+            frame.
         confidence: Confidence of the head in 0..1.
         found: Whether the object appears to be in the frame.
-        presence_logit: Logit of the presence of the object; infinite if the head does not predict it.
-        alpha_if_present: Alpha under the assumption that the object is present, if its presence is uncertain.
+        presence_logit: Logit of the presence of the object; infinite if the head does not predict
+            it.
+        alpha_if_present: Alpha under the assumption that the object is present, if its presence is
+            uncertain.
         is_completed: Whether the objects of ``alpha`` are already completed.
     """
 
@@ -80,8 +84,9 @@ class FrameAlpha:
     """Alpha of one frame, after all passes of the model.
 
     Attributes:
-        alpha: float32 [h,w] in 0..1, covers exactly the frame: at the size of the source if the model has edges, else
-            at that of the coarse alpha. :meth:`Predictor.alpha_at_source` enlarges it.
+        alpha: float32 [h,w] in 0..1, covers exactly the frame: at the size of the source if the
+            model has edges, else at that of the coarse alpha. :meth:`Predictor.alpha_at_source`
+            enlarges it.
         confidence: Confidence in 0..1.
         found: Whether the object appears to be in the frame.
         stamp: Further entries for the stamp of the file, see :mod:`icm_cli.matting.resume`.
@@ -97,7 +102,8 @@ class Predictor:
     """A model on its device. ``reference`` prepares the references, ``matte`` mattes an image."""
 
     def __init__(self, model: InContextMatting, device: Device, *, is_in_training: bool = False) -> None:
-        """Move the model to its device, except in training, where it is there and its weights must not change."""
+        """Move the model to its device, except in training, where it is there and its weights must
+        not change."""
         self.device = device
         with _device_errors(device, "the model was loaded"):
             self.model = (
@@ -112,10 +118,10 @@ class Predictor:
         """Prepare references for :meth:`matte`. Their features are computed here, once.
 
         Args:
-            pairs: Images, sRGB uint8 [H,W,3], each with the mask of the object: bool, uint8 0..255 or float 0..1, of
-                the image's height and width.
-            learn_steps: Number of steps in which a copy of the head is fine-tuned on the references. Useful for images
-                of one shot or place.
+            pairs: Images, sRGB uint8 [H,W,3], each with the mask of the object: bool, uint8 0..255
+                or float 0..1, of the image's height and width.
+            learn_steps: Number of steps in which a copy of the head is fine-tuned on the
+                references. Useful for images of one shot or place.
 
         Raises:
             UsageError: A mask cannot be used, or the head cannot learn references.
@@ -133,7 +139,8 @@ class Predictor:
         return alpha_to_u8(self.alpha_at_source(frame, result))
 
     def prepare_frame(self, rgb: ImageU8, windows: ImageWindows | None = None) -> Frame:
-        """Scale an image, sRGB uint8 [H,W,3] of any size, to the canvas. Does not use the model: safe in threads."""
+        """Scale an image, sRGB uint8 [H,W,3] of any size, to the canvas. Does not use the model:
+        safe in threads."""
         placement = self.model.backbone.canvas.placement(*rgb.shape[:2])
         return Frame(rgb, placement.fit_to_canvas(rgb), placement, windows)
 
@@ -162,7 +169,8 @@ class Predictor:
 
     @torch.inference_mode()
     def refine_alphas(self, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[FrameAlpha]:
-        """Complete the objects of coarse alphas and refine their edges, as far as the model has components for it.
+        """Complete the objects of coarse alphas and refine their edges, as far as the model has
+        components for it.
 
         Coarse alphas that are not finite are returned as they are.
         """
@@ -198,7 +206,8 @@ class Predictor:
     def _decide_presence(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:
         """If the presence of the object is uncertain, run a second pass on a crop of the frame.
 
-        The presence logits of both passes are averaged, and the alpha of the more confident pass is used.
+        The presence logits of both passes are averaged, and the alpha of the more confident pass is
+        used.
         """
         candidate = coarse.alpha_if_present
         if self.model.edges is None or candidate is None or not candidate.isfinite().all():
@@ -219,8 +228,9 @@ class Predictor:
         """Matte a crop around the foreground of an alpha [h,w] of the frame.
 
         Returns:
-            Completed alpha under the assumption that the object is present, float32 [H,W] and 0 outside the crop, and
-            the presence logit; None if a crop would show no more than the frame.
+            Completed alpha under the assumption that the object is present, float32 [H,W] and 0
+            outside the crop, and the presence logit; None if a crop would show no more than the
+            frame.
         """
         config = self.model.second_pass
         box = crop_box((alpha > 0.5).numpy(force=True), frame.size, config.crop)
@@ -262,7 +272,8 @@ class Predictor:
 
 @contextlib.contextmanager
 def _device_errors(device: Device, action: str) -> Iterator[None]:
-    """Convert errors of the device: ConfigError if memory ran out during ``action``, DeviceError if it was lost."""
+    """Convert errors of the device: ConfigError if memory ran out during ``action``, DeviceError if
+    it was lost."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,4 +1,5 @@
-"""Alphas as tensors: resizing with the pixel rules of :func:`icm_cli.geometry.resize`, and batches of equal sizes."""
+"""Alphas as tensors: resizing with the pixel rules of :func:`icm_cli.geometry.resize`, and batches
+of equal sizes."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def resize_on_device(alpha: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _average_rows(alpha: Tensor, count: int) -> Tensor:
-    """Resize an alpha [h,w] to ``count`` rows, each the average of the rows that it covers, weighted by overlap."""
+    """Resize an alpha [h,w] to ``count`` rows, each the average of the rows that it covers,
+    weighted by overlap."""
     rows, columns = alpha.shape
     if count >= rows:
         return F.interpolate(alpha[None, None], size=(count, columns), mode="bilinear", align_corners=False)[0, 0]

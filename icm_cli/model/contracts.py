@@ -321,7 +321,8 @@ class TrainedHead(Head, ABC):
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """Embedding of one image by :class:`Objects`. It can be kept and used for several coarse alphas.
+    """Embedding of one image by :class:`Objects`. It can be kept and used for several coarse
+    alphas.
 
     Attributes:
         embedding: What the mask decoder needs to know of the image, [1,C,h,w].
