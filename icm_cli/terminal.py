@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from icm_cli import environment
 from icm_cli.events import Listener, TrainingListener, TrainingSummary
 from icm_cli.reports.means import format_mean, format_metric
 from icm_cli.reports.result import METRIC_TITLES, METRICS
@@ -267,6 +268,12 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
         ("done", f"{report.count('done')}{rate}"),
         ("kept", f"{report.count('kept')}"),
         ("failed", f"{len(report.failures)}"),
+    ]
+    makers = Counter(result.matting.made_by for result in report.results if result.status == "kept")
+    rows[2:2] = [
+        (f"kept, made by icm {version}", f"{count}")
+        for version, count in sorted(makers.items())
+        if version not in ("", environment.__version__)
     ]
     rows += [(f"skipped file, {reason}", f"{count}") for reason, count in sorted(report.skipped_files.items())]
     if unscored := report.count("unscored"):

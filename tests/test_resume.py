@@ -1,0 +1,177 @@
+"""Existing alphas: which are kept, which are recomputed, and what reports say about them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import pytest
+from conftest import Icm, alphas, read
+
+from icm_cli.environment import __version__
+from icm_cli.images.writing import read_stamp
+from icm_cli.matting import digest, resume
+from icm_cli.matting.digest import code_fingerprint
+
+SetVersion = Callable[..., None]
+
+
+@pytest.fixture
+def set_icm(monkeypatch: pytest.MonkeyPatch) -> SetVersion:
+    """A function that makes this icm another version, or one with other code."""
+
+    def change(version: str = __version__, code: str = "") -> None:
+        for module in (resume, digest):
+            monkeypatch.setattr(module, "__version__", version)
+            monkeypatch.setattr(module, "code_fingerprint", (lambda: code) if code else code_fingerprint)
+
+    return change
+
+
+def notices(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "another version of icm" in line]
+
+
+def statuses(report: Path) -> dict[str, tuple[str, str]]:
+    """Status and version of every image of a report, by name."""
+    images = json.loads(report.read_text())["images"]
+    return {Path(image["name"]).name: (image["status"], image["made_by"]) for image in images}
+
+
+@pytest.mark.parametrize(
+    ("version", "code", "text"), [("0.1.9", "", "0.1.9"), (__version__, "other", f"{__version__} with other code")]
+)
+def test_alphas_of_another_version_are_recomputed_with_one_notice(
+    icm: Icm, scene: Path, set_icm: SetVersion, version: str, code: str, text: str
+) -> None:
+    set_icm(version, code)
+    assert not notices(icm().stderr)
+    before = alphas(scene / "out")
+    set_icm()
+    result = icm(report=scene / "r.json")
+    assert notices(result.stderr) == [
+        f"icm: 3 alpha(s) were made by another version of icm ({text}: 3) and are recomputed; --keep-existing keeps "
+        "them"
+    ]
+    assert set(statuses(scene / "r.json").values()) == {("done", __version__)}
+    assert alphas(scene / "out") != before
+    assert not notices(icm().stderr)
+
+
+def test_keep_existing_keeps_alphas_of_any_version_and_reports_it(icm: Icm, scene: Path, set_icm: SetVersion) -> None:
+    set_icm("0.1.9")
+    icm()
+    before = alphas(scene / "out")
+    set_icm()
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "new.jpg")
+    result = icm("--keep-existing", report=[scene / "r.json", scene / "r.csv"], seed=7)
+    assert result.exit_code == 0
+    assert not notices(result.stderr)
+    after = alphas(scene / "out")
+    assert after.pop("new.png")
+    assert after == before
+    expected = {name: ("kept", "0.1.9") for name in ("wall.jpg", "pad.0101.png", "deep.png")}
+    assert statuses(scene / "r.json") == {**expected, "new.jpg": ("done", __version__)}
+    rows = {Path(row["source"]).name: row for row in csv.DictReader((scene / "r.csv").read_text().splitlines())}
+    assert rows["wall.jpg"]["made_by"] == "0.1.9"
+    assert float(rows["wall.jpg"]["foreground"]) > 0
+    assert "kept, made by icm 0.1.9" in result.stdout
+
+
+def test_keep_existing_recomputes_alphas_of_changed_sources_only(icm: Icm, scene: Path) -> None:
+    icm()
+    before = alphas(scene / "out")
+    os.utime(scene / "imgs" / "wall.jpg", ns=(1, 1))
+    changed = scene / "imgs" / "sub" / "deep.png"
+    cv2.imwrite(str(changed), 255 - read(changed))
+    assert icm("--keep-existing", report=scene / "r.json", seed=7).exit_code == 0
+    assert {name: status for name, (status, _) in statuses(scene / "r.json").items()} == {
+        "wall.jpg": "kept",  # its content is the same
+        "pad.0101.png": "kept",
+        "deep.png": "done",
+    }
+    assert alphas(scene / "out")["wall.png"] == before["wall.png"]
+
+
+def test_keep_existing_still_refuses_files_of_others(icm: Icm, scene: Path) -> None:
+    icm()
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "foreign.jpg")
+    cv2.imwrite(str(scene / "out" / "wall.png"), read(scene / "out" / "wall.png"))
+    result = icm("--keep-existing")
+    assert result.exit_code == 2
+    assert "was not made by icm" in result.stderr
+
+
+def test_keep_existing_and_overwrite_exclude_each_other(icm: Icm) -> None:
+    result = icm("--keep-existing", "--overwrite")
+    assert result.exit_code == 2
+    assert "--overwrite recomputes existing alphas and --keep-existing keeps them" in result.stderr
+
+
+def test_alphas_without_a_version_are_of_icm_0_1(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = resume.make_stamp
+
+    def without_version(*arguments: object) -> dict[str, str]:
+        stamp = made(*arguments)  # type: ignore[arg-type]
+        return {key: value for key, value in stamp.items() if key not in (resume.VERSION_KEY, resume.CODE_KEY)}
+
+    monkeypatch.setattr("icm_cli.matting.engine.make_stamp", without_version)
+    icm()
+    monkeypatch.undo()
+    icm("--keep-existing", report=scene / "r.json")
+    assert {made_by for _, made_by in statuses(scene / "r.json").values()} == {"0.1"}
+    assert "(0.1: 3)" in notices(icm(seed=1).stderr)[0]
+
+
+def test_details_that_this_version_does_not_know_are_ignored(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = resume.make_stamp
+
+    def with_more(*arguments: object) -> dict[str, str]:
+        stamp = made(*arguments)  # type: ignore[arg-type]
+        details = json.loads(stamp[resume.RESULT_KEY])
+        return {**stamp, resume.RESULT_KEY: json.dumps({**details, "sharpness": 0.5})}
+
+    monkeypatch.setattr("icm_cli.matting.engine.make_stamp", with_more)
+    icm()
+    monkeypatch.undo()
+    assert icm("--keep-existing", report=scene / "r.json").exit_code == 0
+    assert {status for status, _ in statuses(scene / "r.json").values()} == {"kept"}
+
+
+@pytest.mark.parametrize("format_", ["png", "tiff", "exr"])
+def test_every_format_records_version_code_and_digest(icm: Icm, scene: Path, format_: str) -> None:
+    assert icm(format=format_, report=scene / "r.json").exit_code == 0
+    (path,) = (scene / "out").glob("wall.*")
+    stamp = read_stamp(path)
+    assert stamp is not None
+    assert stamp[resume.VERSION_KEY] == __version__
+    assert stamp[resume.CODE_KEY] == code_fingerprint()
+    assert stamp[resume.DIGEST_KEY] == json.loads((scene / "r.json").read_text())["settings"]["digest"]
+
+
+def test_a_frame_can_be_added_in_the_middle_of_a_shot(icm: Icm, scene: Path, set_icm: SetVersion) -> None:
+    """The kept frames do not change, and the new one continues from them."""
+    frames = scene / "frames"
+    frames.mkdir()
+    image = read(scene / "imgs" / "wall.jpg")
+    for number in (1, 2, 4):
+        cv2.imwrite(str(frames / f"a.{number:04d}.png"), image)
+    set_icm("0.1.9")
+    assert icm("--shot", src=frames).exit_code == 0
+    before = alphas(scene / "out")
+    set_icm()
+    cv2.imwrite(str(frames / "a.0003.png"), image)
+    assert icm("--shot", "--keep-existing", src=frames, report=scene / "r.json").exit_code == 0
+    after = alphas(scene / "out")
+    assert {name: data for name, data in after.items() if name != "a.0003.png"} == before
+    assert statuses(scene / "r.json")["a.0003.png"] == ("done", __version__)
+    assert statuses(scene / "r.json")["a.0004.png"] == ("kept", "0.1.9")
+    assert icm("--shot", src=frames, report=scene / "r.json").exit_code == 0  # without it all are recomputed
+    assert {status for status, _ in statuses(scene / "r.json").values()} == {"done"}
