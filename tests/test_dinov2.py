@@ -16,9 +16,9 @@ from icm_cli.model.lite.backbone import (
     DinoV2Lite,
     DinoV2LiteConfig,
     VisionTransformer,
+    _onnx_path,
     _resize_to_grid,
     _transformer_weights,
-    _weights_path,
 )
 
 CONFIG = DinoV2LiteConfig(long_side_px=192, layers=(2, 3))
@@ -31,7 +31,7 @@ def backbone() -> DinoV2Lite:
 
 def test_the_transformer_equals_the_onnx_graph_of_the_package() -> None:
     """The outputs of two blocks equal those of onnxruntime with the file of the weights."""
-    path = _weights_path(None)
+    path = _onnx_path(None)
     model = onnx.load(str(path))
     wanted = {f"/backbone/encoder/layer.{layer}/Add_1" for layer in (0, 2)}
     names = [node.output[0] for node in model.graph.node if node.name in wanted]

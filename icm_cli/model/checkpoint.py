@@ -35,7 +35,7 @@ PUBLISHED_PREFIX = "in_context_decoder."
 """Prefix of all keys of the published checkpoint."""
 PLACEHOLDER_PACKAGES = ("pytorch_lightning.", "icm.")
 """Packages whose classes an old Lightning file may refer to. Placeholders replace the classes."""
-EXPECTED = "expected a checkpoint of icm (.safetensors) or the published checkpoint (.ckpt)"
+EXPECTED_CHECKPOINT = "expected a checkpoint of icm (.safetensors) or the published checkpoint (.ckpt)"
 
 PUBLISHED_NAMES = (
     ("in_context_fusion.attn_module.norm.", "inter_similarity.norm."),
@@ -150,7 +150,8 @@ def read_config(path: Path) -> ModelConfig | None:
 
 
 def has_component(path: Path, name: str) -> bool:
-    """Return whether a checkpoint contains weights of a component of the model. Tensors are not read."""
+    """Return whether a checkpoint contains weights of a component of the model. Tensors are not
+    read."""
     if detect_file_kind(path) == "published":
         return name == "head"
     with safetensors.safe_open(path, framework="pt") as file:
@@ -222,10 +223,10 @@ def _convert_name(published: str, where: str) -> str:
 
 
 def _read_published(path: Path) -> dict[str, Tensor]:
-    content = _unpickle(path)
+    content = _read_pickle(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, Mapping):
-        raise ConfigError(f"checkpoint {path} is a torch file without a 'state_dict'; {EXPECTED}")
+        raise ConfigError(f"checkpoint {path} is a torch file without a 'state_dict'; {EXPECTED_CHECKPOINT}")
     decoder = {}
     for key, tensor in state.items():
         if not str(key).startswith(PUBLISHED_PREFIX):
@@ -238,7 +239,7 @@ def _read_published(path: Path) -> dict[str, Tensor]:
     return convert_published_tensors(decoder, f"checkpoint {path}")
 
 
-def _unpickle(path: Path) -> Any:
+def _read_pickle(path: Path) -> Any:
     """Read a torch file with empty placeholders for the classes that old Lightning versions refer
     to.
 
@@ -277,7 +278,7 @@ def detect_file_kind(path: Path) -> FileKind:
         return _zip_kind(path)
     if _is_safetensors(head):
         return _safetensors_kind(path)
-    raise ConfigError(f"checkpoint {path} is {_describe_content(head)}; {EXPECTED}")
+    raise ConfigError(f"checkpoint {path} is {_describe_content(head)}; {EXPECTED_CHECKPOINT}")
 
 
 def _zip_kind(path: Path) -> FileKind:
@@ -287,7 +288,8 @@ def _zip_kind(path: Path) -> FileKind:
         if any(name.endswith("/data.pkl") for name in archive.namelist()):
             return "published"
     raise ConfigError(
-        f"checkpoint {path} is a zip archive; extract it and give the checkpoint that it contains, {EXPECTED}"
+        f"checkpoint {path} is a zip archive; extract it and give the checkpoint that it contains, "
+        f"{EXPECTED_CHECKPOINT}"
     )
 
 
@@ -299,7 +301,8 @@ def _safetensors_kind(path: Path) -> FileKind:
         raise ConfigError(f"checkpoint {path} is a damaged or truncated safetensors file; get it again") from error
     if CONFIG_KEY not in metadata:
         raise ConfigError(
-            f"checkpoint {path} is a safetensors file of another project; it has no configuration of icm. {EXPECTED}"
+            f"checkpoint {path} is a safetensors file of another project; it has no configuration "
+            f"of icm. {EXPECTED_CHECKPOINT}"
         )
     return "icm"
 

@@ -33,6 +33,12 @@ from torch import Tensor, nn
 from icm_cli.errors import UsageError
 from icm_cli.geometry import CanvasRule, ImageU8
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Mean of red, green and blue in ImageNet, on the scale 0..1. Many backbones normalise images by it."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Standard deviation of red, green and blue in ImageNet."""
+MAX_ENLARGEMENT = 2.0
+"""Largest factor by which backbones enlarge a small image to the canvas."""
 ReferenceImage: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """A reference on a canvas of its own: image [1,3,H,W], guidance [1,1,H,W] (0 outside the object, 1
 inside, 0.5 unknown), valid [1,H,W]."""

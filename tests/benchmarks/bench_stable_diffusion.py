@@ -33,7 +33,7 @@ from icm_cli.model.contracts import Features, ReferenceFeatures
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.similarity import AttentionMatrix
 from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
-from icm_cli.model.stable_diffusion.detail_head import STRIDES, DetailConfig, DetailHead, DetailReferences
+from icm_cli.model.stable_diffusion.detail_head import FUSION_STRIDES, DetailConfig, DetailHead, DetailReferences
 from icm_cli.model.stable_diffusion.unet import MeanAttention, drop_unused_layers, fold_timestep
 from icm_cli.model.stable_diffusion.weights import StableDiffusionParts
 
@@ -156,12 +156,15 @@ def published() -> dict[str, float]:
         features: dict[int, Tensor] = {}
         hooks = [
             unet.up_blocks[i].register_forward_hook(lambda *call, s=stride: features.update({s: call[2].mean(0, True)}))
-            for i, stride in enumerate(STRIDES)
+            for i, stride in enumerate(FUSION_STRIDES)
         ]
         unet(noisy, TIMESTEP, torch.randn(1, 77, 1024).expand(ENSEMBLE, -1, -1))
         for hook in hooks:
             hook.remove()
-        maps = {s: torch.stack([p.mean((0, 1)) for p in kept if p.shape[-1] == (CANVAS_PX // s) ** 2]) for s in STRIDES}
+        maps = {
+            s: torch.stack([p.mean((0, 1)) for p in kept if p.shape[-1] == (CANVAS_PX // s) ** 2])
+            for s in FUSION_STRIDES
+        }
         return features, {stride: layers.mean(0, keepdim=True) for stride, layers in maps.items()}
 
     def image_and_reference() -> None:
@@ -169,7 +172,7 @@ def published() -> dict[str, float]:
         reference = Features(extract()[0][16], grid_valid, {}, {})
         prepared = head.prepare_references([ReferenceFeatures(reference, guidance, valid)])
         features, maps = extract()
-        grids = {s: AttentionMatrix(maps[s], (CANVAS_PX // s, CANVAS_PX // s)) for s in STRIDES}
+        grids = {s: AttentionMatrix(maps[s], (CANVAS_PX // s, CANVAS_PX // s)) for s in FUSION_STRIDES}
         head(Features(features[16], grid_valid, features, grids), [prepared], image, valid)
 
     return {"image_s": seconds(image_and_reference)}
@@ -178,7 +181,7 @@ def published() -> dict[str, float]:
 def keep_probabilities(unet: Any) -> list[Tensor]:
     """Make the self-attentions at strides 32 and 16 hold their probabilities [E,H,N,N]; returns where they land."""
     kept: list[Tensor] = []
-    needed = {(CANVAS_PX // stride) ** 2 for stride in STRIDES}
+    needed = {(CANVAS_PX // stride) ** 2 for stride in FUSION_STRIDES}
 
     def attend(attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any) -> Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -205,7 +208,9 @@ def needed_flop() -> dict[Any, int]:
     model = build_ours(lambda module: module)
     backbone: Any = model.backbone
     image, valid, _ = (tensor.to("meta") for tensor in inputs())
-    masks = {stride: torch.ones(CANVAS_PX // stride, CANVAS_PX // stride, dtype=torch.bool) for stride in STRIDES}
+    masks = {
+        stride: torch.ones(CANVAS_PX // stride, CANVAS_PX // stride, dtype=torch.bool) for stride in FUSION_STRIDES
+    }
     maps = {stride: MeanAttention(mask) for stride, mask in masks.items()}
     for attention in maps.values():
         attention._sum = attention._sum.to("meta")
@@ -213,7 +218,7 @@ def needed_flop() -> dict[Any, int]:
     with FlopCounterMode(display=False) as counter:
         latents = backbone.encode_moments(image)[:, :4]
         features = backbone.mean_features(latents.expand(ENSEMBLE, -1, -1, -1), maps)
-        intra = {stride: AttentionMatrix(maps[stride].mean()[None], maps[stride].grid) for stride in STRIDES}
+        intra = {stride: AttentionMatrix(maps[stride].mean()[None], maps[stride].grid) for stride in FUSION_STRIDES}
         target = Features(features[16], masks[16][None].to("meta"), features, intra)
         model.head(target, [DetailReferences([reference_tokens])], image, valid)
     return dict(counter.get_flop_counts()["Global"])

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
-from icm_cli.model.contracts import Backbone, Features
+from icm_cli.model.contracts import IMAGENET_MEAN, IMAGENET_STD, MAX_ENLARGEMENT, Backbone, Features
 from icm_cli.model.hub.folders import (
-    CONFIG,
+    CONFIG_FILE,
     PixelStatistics,
     find_model_folder,
     load_pretrained,
@@ -44,10 +44,8 @@ CLASSES = {
     "dinov3_vit": "DINOv3ViTModel",
 }
 """``model_type`` in config.json -> class of transformers."""
-IMAGENET: PixelStatistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET: PixelStatistics = (IMAGENET_MEAN, IMAGENET_STD)
 """Pixel statistics of the published models, for folders without ``preprocessor_config.json``."""
-MAX_ENLARGEMENT = 2.0
-"""Largest factor by which a small image is enlarged to the canvas."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ class Dino(Backbone):
         return CanvasRule(self.config.long_side_px, self.config.patch_px, square=False, max_enlargement=MAX_ENLARGEMENT)
 
     def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
-        correspondence = self._comparable(self.extract_tokens(image))
+        correspondence = self._remove_positions(self.extract_tokens(image))
         return Features(correspondence, valid_tokens(valid, self.config.patch_px), {}, {})
 
     def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
@@ -143,7 +141,7 @@ class Dino(Backbone):
         found, is_valid = self.extract_tokens(image), valid_tokens(valid, stride)
         grouping = torch.cat(found, dim=1)
         intra = {stride: SelfSimilarity(grouping, is_valid, self.config.temperature)}
-        return Features(self._comparable(found), is_valid, {}, intra, grouping)
+        return Features(self._remove_positions(found), is_valid, {}, intra, grouping)
 
     @torch.no_grad()
     def extract_tokens(self, image: Tensor) -> list[Tensor]:
@@ -166,7 +164,7 @@ class Dino(Backbone):
             for layer in self.config.layers
         ]
 
-    def _comparable(self, found: list[Tensor]) -> Tensor:
+    def _remove_positions(self, found: list[Tensor]) -> Tensor:
         """Return tokens for comparisons between images, without their positional part and of unit
         length."""
         if not self.config.positional_rank:
@@ -214,7 +212,7 @@ def _load_transformer(config: DinoConfig, folder: Path) -> nn.Module:
     """Load the transformer of a folder. Raise ConfigError if it does not fit the configuration."""
     import transformers
 
-    path = folder / CONFIG
+    path = folder / CONFIG_FILE
     kind = read_json(path).get("model_type")
     if kind not in CLASSES:
         raise ConfigError(f"{path} has the model_type {kind!r}; expected one of {', '.join(CLASSES)}")

@@ -19,10 +19,10 @@ from icm_cli.errors import ConfigError
 from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.model.hub.catalogue import PUBLISHED
 
-CONFIG = "config.json"
-PREPROCESSOR = "preprocessor_config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 """Index of the files that contain the tensors, if there are several."""
 PixelStatistics: TypeAlias = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation of red, green and blue, on the scale 0..1."""
@@ -76,15 +76,15 @@ def find_model_folder(weights: str, *, offline: bool, option: str) -> Path:
     Raises:
         ConfigError: The folder is not available, incomplete or not readable.
     """
-    patterns = [CONFIG, PREPROCESSOR, "model*.safetensors", INDEX]
+    patterns = [CONFIG_FILE, PREPROCESSOR_FILE, "model*.safetensors", INDEX_FILE]
     folder = locate_folder(weights, patterns, offline=offline, option=option)
     if not os.access(folder, os.R_OK | os.X_OK):
         raise ConfigError(
             f"no permission to read the folder {folder}; change its permissions, or give another folder with {option}"
         )
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(
-            f"the folder {folder} does not contain {CONFIG}; expected a complete model in the "
+            f"the folder {folder} does not contain {CONFIG_FILE}; expected a complete model in the "
             "layout of Hugging Face, get it again"
         )
     missing = [path.name for path in _weight_files(folder) if not path.is_file()]
@@ -93,7 +93,7 @@ def find_model_folder(weights: str, *, offline: bool, option: str) -> Path:
             f"the folder {folder} does not contain {', '.join(missing)}; expected a complete model "
             "as safetensors (pickled files are not opened), get it again"
         )
-    for path in (folder / CONFIG, folder / PREPROCESSOR, *_weight_files(folder)):
+    for path in (folder / CONFIG_FILE, folder / PREPROCESSOR_FILE, *_weight_files(folder)):
         if path.is_file() and not os.access(path, os.R_OK):
             raise ConfigError(
                 f"no permission to read {path}; change its permissions, or give another folder with {option}"
@@ -103,7 +103,7 @@ def find_model_folder(weights: str, *, offline: bool, option: str) -> Path:
 
 def model_folder_digest(folder: Path) -> str:
     """Return a SHA-256 of the contents of all files of a model that decide its output."""
-    texts = [folder / name for name in (CONFIG, PREPROCESSOR) if (folder / name).is_file()]
+    texts = [folder / name for name in (CONFIG_FILE, PREPROCESSOR_FILE) if (folder / name).is_file()]
     return combined_digest(*(cached_file_digest(path) for path in [*texts, *_weight_files(folder)]))
 
 
@@ -133,7 +133,7 @@ def read_pixel_statistics(folder: Path, default: PixelStatistics) -> PixelStatis
     Raises:
         ConfigError: A value is not a list of three valid numbers.
     """
-    path = folder / PREPROCESSOR
+    path = folder / PREPROCESSOR_FILE
     if not path.is_file():
         return default
     content = read_json(path)
@@ -207,9 +207,9 @@ def _silence_transformers() -> Iterator[None]:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Files of the weights: a single file, or the index and the files that it lists."""
-    index = folder / INDEX
-    if (folder / WEIGHTS).is_file() or not index.is_file():
-        return [folder / WEIGHTS]
+    index = folder / INDEX_FILE
+    if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
+        return [folder / WEIGHTS_FILE]
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
         raise ConfigError(f"{index} has no weight_map; expected the file name of every tensor, get it again")

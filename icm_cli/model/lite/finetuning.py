@@ -33,7 +33,7 @@ DEFAULT_STEPS = 140
 """Training steps for a shot if ``--learn-steps`` is not given."""
 LOSS_TERMS = ("cross_entropy", "dice", "coarse", "comparisons", "presence")
 """Names of the losses of :func:`match_losses`."""
-MIN_ALPHA = 1e-4
+MIN_LOG_ALPHA = 1e-4
 """Smallest distance of an alpha from 0 and 1 before its logarithm is taken."""
 
 
@@ -141,13 +141,14 @@ class FinetunableHead(TrainedHead, ABC):
             ]
             originals = [_extract_view(backbone, self, each) for each in scenes]
             views = [
-                _extract_view(backbone, self, _augment(scenes[i % len(scenes)], rng)) for i in range(FINETUNING.views)
+                _extract_view(backbone, self, _augment_scene(scenes[i % len(scenes)], rng))
+                for i in range(FINETUNING.views)
             ]
             crops = [_crop_without_object(scenes[i % len(scenes)], rng) for i in range(FINETUNING.absent_views)]
             absent = [_extract_view(backbone, self, each) for each in crops if each is not None]
         student = copy.deepcopy(self).float().eval()
         with torch.enable_grad():
-            _train(student, originals, views, absent, steps, rng)
+            _train_head(student, originals, views, absent, steps, rng)
         dtypes = {name: each.dtype for name, each in self.state_dict(keep_vars=True).items()}
         for name, each in student.state_dict(keep_vars=True).items():
             each.requires_grad_(False)
@@ -178,7 +179,7 @@ def match_losses(
     fine_valid = valid.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
     truth = F.avg_pool2d(fine_truth[:, None], finer)[:, 0]
     size = valid.sum(dim=(1, 2))
-    each = (0.5 + 0.5 * transferred).clamp(MIN_ALPHA, 1.0 - MIN_ALPHA)
+    each = (0.5 + 0.5 * transferred).clamp(MIN_LOG_ALPHA, 1.0 - MIN_LOG_ALPHA)
     compared = F.binary_cross_entropy(each, truth[:, None].expand_as(each), reduction="none").mean(dim=1)
     has_object = truth.sum(dim=(1, 2)) > 1.0
     alpha = torch.sigmoid(logit) * fine_valid
@@ -239,7 +240,7 @@ class _View:
     image: Tensor | None
 
 
-def _train(
+def _train_head(
     head: FinetunableHead,
     originals: Sequence[_View],
     views: Sequence[_View],
@@ -302,7 +303,7 @@ def _extract_view(backbone: Backbone, head: FinetunableHead, scene: _Scene) -> _
     )
 
 
-def _augment(scene: _Scene, rng: np.random.Generator) -> _Scene:
+def _augment_scene(scene: _Scene, rng: np.random.Generator) -> _Scene:
     """Return a randomly transformed and recoloured view. Beyond its borders the image is
     mirrored."""
     scale = math.exp(rng.uniform(-FINETUNING.max_log_scale, FINETUNING.max_log_scale))

@@ -49,7 +49,7 @@ PRESENCE_CHANNELS = 2 + len(STRONGEST)
 strongest evidence."""
 PRESENCE_WIDTH = 64
 """Hidden units of the presence prediction."""
-MIN_ALPHA = 1e-3
+MIN_TOKEN_WEIGHT = 1e-3
 """Smallest weight of a token in the mean of the object. If nothing is found, the mean is that of
 the whole image."""
 IMAGE_CHANNELS = 3
@@ -144,7 +144,7 @@ class TokenMatchHead(FinetunableHead):
         evidence = 2 * EVIDENCE_CHANNELS * config.comparisons  # of the token, and its difference from the maximum
         self.project_features = nn.Conv2d(sum(config.feature_channels), config.context_width, 1)
         self.project_evidence = nn.Conv2d(evidence, config.context_width, 1)
-        self.context = nn.ModuleList(Context(config.context_width) for _ in range(config.context_layers))
+        self.context = nn.ModuleList(ContextLayer(config.context_width) for _ in range(config.context_layers))
         self.fusion = ConvNormReLU(config.context_width + evidence, config.fused_channels)
         self.coarse = nn.Conv2d(config.fused_channels, 1, 1)
         self.presence_mlp = nn.Sequential(
@@ -305,7 +305,9 @@ class TokenMatchHead(FinetunableHead):
         background of the reference, the strongest evidence in the image, and the maximum of every
         fused channel.
         """
-        alpha = (torch.sigmoid(self.coarse(fused.to(self.coarse.weight.dtype)).float()) + MIN_ALPHA) * valid[:, None]
+        alpha = (torch.sigmoid(self.coarse(fused.to(self.coarse.weight.dtype)).float()) + MIN_TOKEN_WEIGHT) * valid[
+            :, None
+        ]
         object_mean = self._unit_per_layer((alpha.flatten(1)[..., None] * projected).sum(dim=1))
         sides = [torch.stack([each.foreground.sum(dim=0), each.background.sum(dim=0)]) for each in references]
         similarity = (self._unit_per_layer(torch.stack(sides)) * object_mean[:, None]).sum(dim=-1)  # [B,2,layers]
@@ -408,7 +410,7 @@ class TokenMatchHead(FinetunableHead):
         return torch.cat(values, dim=2)
 
 
-class Context(nn.Module):
+class ContextLayer(nn.Module):
     """Transformer layer over the valid tokens of a target: [B,C,h,w] -> [B,C,h,w]."""
 
     def __init__(self, width: int) -> None:

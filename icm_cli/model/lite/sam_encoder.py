@@ -15,24 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icm_cli.model.contracts import IMAGENET_MEAN, IMAGENET_STD
+
 CELL_PX = 16
 """Side of a cell of the embedding, in px."""
-WIDTH = 256
+EMBED_DIM = 256
 """Channels of the embedding."""
-WIDTHS = (64, 128, 160, 320)
+STAGE_WIDTHS = (64, 128, 160, 320)
 """Channels of each stage."""
-DEPTHS = (2, 2, 6, 2)
+STAGE_DEPTHS = (2, 2, 6, 2)
 """Blocks of each stage."""
-HEADS = (2, 4, 5, 10)
+STAGE_HEADS = (2, 4, 5, 10)
 """Attention heads of each stage; the first stage has no attention."""
-WINDOWS = (7, 7, 14, 7)
+STAGE_WINDOWS = (7, 7, 14, 7)
 """Side of the attention windows of each stage, in cells."""
-STRIDES = (2, 2, 1)
+STAGE_STRIDES = (2, 2, 1)
 """Strides between the stages. A cell of the first stage is 4 px."""
-EXPANSION = 4
+EXPANSION_RATIO = 4
 """Ratio of the hidden channels of a block to its channels."""
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 
 class TinyViT(nn.Module):
@@ -42,27 +42,31 @@ class TinyViT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patches = nn.Sequential(
-            ConvNorm(3, WIDTHS[0] // 2, 3, stride=2), nn.GELU(), ConvNorm(WIDTHS[0] // 2, WIDTHS[0], 3, stride=2)
+            ConvNorm(3, STAGE_WIDTHS[0] // 2, 3, stride=2),
+            nn.GELU(),
+            ConvNorm(STAGE_WIDTHS[0] // 2, STAGE_WIDTHS[0], 3, stride=2),
         )
-        blocks: list[nn.Module] = [nn.Sequential(*(InvertedResidual(WIDTHS[0]) for _ in range(DEPTHS[0])))]
-        for width, depth, heads, window in zip(WIDTHS[1:], DEPTHS[1:], HEADS[1:], WINDOWS[1:], strict=True):
+        blocks: list[nn.Module] = [nn.Sequential(*(ConvBlock(STAGE_WIDTHS[0]) for _ in range(STAGE_DEPTHS[0])))]
+        for width, depth, heads, window in zip(
+            STAGE_WIDTHS[1:], STAGE_DEPTHS[1:], STAGE_HEADS[1:], STAGE_WINDOWS[1:], strict=True
+        ):
             blocks.append(nn.Sequential(*(WindowBlock(width, heads, window) for _ in range(depth))))
         self.stages = nn.ModuleList(blocks)
         self.steps = nn.ModuleList(
-            Merge(before, after, stride)
-            for (before, after), stride in zip(itertools.pairwise(WIDTHS), STRIDES, strict=True)
+            StageTransition(before, after, stride)
+            for (before, after), stride in zip(itertools.pairwise(STAGE_WIDTHS), STAGE_STRIDES, strict=True)
         )
         self.neck = nn.Sequential(
-            nn.Conv2d(WIDTHS[-1], WIDTH, 1, bias=False),
-            ChannelNorm(WIDTH),
-            nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False),
-            ChannelNorm(WIDTH),
+            nn.Conv2d(STAGE_WIDTHS[-1], EMBED_DIM, 1, bias=False),
+            ChannelNorm(EMBED_DIM),
+            nn.Conv2d(EMBED_DIM, EMBED_DIM, 3, padding=1, bias=False),
+            ChannelNorm(EMBED_DIM),
         )
 
     def forward(self, image: Tensor) -> Tensor:
         first = self.patches[0]
         assert isinstance(first, ConvNorm)
-        mean, std = (torch.tensor(each, device=image.device)[:, None, None] for each in (MEAN, STD))
+        mean, std = (torch.tensor(each, device=image.device)[:, None, None] for each in (IMAGENET_MEAN, IMAGENET_STD))
         x = self.patches(((image.float() - mean) / std).to(first.conv.weight.dtype))
         for index, stage in enumerate(self.stages):
             x = stage(x)
@@ -117,13 +121,13 @@ class ChannelNorm(nn.Module):
         return y.permute(0, 3, 1, 2)
 
 
-class InvertedResidual(nn.Module):
+class ConvBlock(nn.Module):
     """Inverted residual block: expansion, depthwise convolution and reduction, added to the
     input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        inner = EXPANSION * width
+        inner = EXPANSION_RATIO * width
         self.expand = ConvNorm(width, inner, 1)
         self.depthwise = ConvNorm(inner, inner, 3, groups=inner)
         self.reduce = ConvNorm(inner, width, 1)
@@ -132,7 +136,7 @@ class InvertedResidual(nn.Module):
         return F.gelu(x + self.reduce(F.gelu(self.depthwise(F.gelu(self.expand(x))))))
 
 
-class Merge(nn.Module):
+class StageTransition(nn.Module):
     """Changes the channels and resolution of one stage to those of the next."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
@@ -155,8 +159,8 @@ class WindowBlock(nn.Module):
         self.attention = WindowAttention(width, heads, window)
         self.local = ConvNorm(width, width, 3, groups=width)
         self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, EXPANSION * width)
-        self.reduce = nn.Linear(EXPANSION * width, width)
+        self.expand = nn.Linear(width, EXPANSION_RATIO * width)
+        self.reduce = nn.Linear(EXPANSION_RATIO * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._attend_in_windows(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -209,10 +213,10 @@ def convert_encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     classifier."""
     start, classifier = "image_encoder.", ("head.", "norm_head.")
     names = [name.removeprefix(start) for name in tensors if name.startswith(start)]
-    return {_convert_name(name): tensors[start + name] for name in names if not name.startswith(classifier)}
+    return {_convert_encoder_name(name): tensors[start + name] for name in names if not name.startswith(classifier)}
 
 
-def _convert_name(published: str) -> str:
+def _convert_encoder_name(published: str) -> str:
     name = published.replace(".c.", ".conv.").replace(".bn.", ".norm.")
     if name.startswith("patch_embed.seq."):
         return name.replace("patch_embed.seq.", "patches.")

@@ -2,7 +2,7 @@
 (sections 3.3 and 3.4).
 
 Shapes are given for the published widths and a canvas of 768 px. Scales are always in the order of
-:data:`STRIDES`.
+:data:`FUSION_STRIDES`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from icm_cli.model.contracts import Features, MatrixIntraSimilarity, Matte, Refe
 from icm_cli.model.decoding import ConvNormReLU, confidence_and_found, make_alpha_layers, upsample_2x
 from icm_cli.model.similarity import flatten_tokens, foreground_token_mask, inter_similarity, without_autocast
 
-STRIDES = (32, 16)
+FUSION_STRIDES = (32, 16)
 """Strides of the fused scales, 24 x 24 and 48 x 48 tokens on a canvas of 768 px."""
 IMAGE_STREAM_CHANNELS = (48, 96, 192)
 OUTPUT_CHANNELS = 16
@@ -44,8 +44,8 @@ class DetailConfig:
     """Channels after each of the four steps of the detail decoder, from stride 8 to stride 1."""
 
     def __post_init__(self) -> None:
-        if self.canvas_px < STRIDES[0] or self.canvas_px % STRIDES[0]:
-            raise ConfigError(f"head canvas_px is {self.canvas_px}; expected a multiple of {STRIDES[0]}")
+        if self.canvas_px < FUSION_STRIDES[0] or self.canvas_px % FUSION_STRIDES[0]:
+            raise ConfigError(f"head canvas_px is {self.canvas_px}; expected a multiple of {FUSION_STRIDES[0]}")
         if len(self.decoder_channels) != len(IMAGE_STREAM_CHANNELS) + 1:
             raise ConfigError(f"head decoder_channels is {list(self.decoder_channels)}; expected four values")
         for width in (self.feature_channels, self.intra_channels, self.fusion_channels, *self.decoder_channels):
@@ -76,10 +76,11 @@ class DetailHead(TrainedHead):
     def __init__(self, config: DetailConfig) -> None:
         super().__init__()
         self.config = config
-        self.canvas = CanvasRule(config.canvas_px, multiple_px=STRIDES[0], square=True)
+        self.canvas = CanvasRule(config.canvas_px, multiple_px=FUSION_STRIDES[0], square=True)
         self.inter_similarity = InterSimilarity(config.feature_channels)
         self.intra_similarity = nn.ModuleList(
-            IntraSimilarityEncoder((config.canvas_px // stride) ** 2, config.intra_channels) for stride in STRIDES
+            IntraSimilarityEncoder((config.canvas_px // stride) ** 2, config.intra_channels)
+            for stride in FUSION_STRIDES
         )
         self.fusion = Fusion(config.feature_channels, config.intra_channels, config.fusion_channels)
         self.detail_decoder = DetailDecoder(config.fusion_channels, config.decoder_channels)
@@ -95,27 +96,29 @@ class DetailHead(TrainedHead):
         return prepared
 
     def forward(self, target: Features, references: Sequence[DetailReferences], image: Tensor, valid: Tensor) -> Matte:
-        _, spread = self._similarities(target, references)
-        fused = self.fusion([target.scales[stride] for stride in STRIDES], spread)
+        _, spread = self._compute_similarities(target, references)
+        fused = self.fusion([target.scales[stride] for stride in FUSION_STRIDES], spread)
         alpha = self.detail_decoder(fused, 2.0 * image - 1.0)
         return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
 
     def similarity_maps(self, target: Features, references: Sequence[DetailReferences]) -> tuple[Tensor, Tensor]:
         """Return S, and the encoded intra-similarity averaged over channels and scales, as in the
         published code."""
-        similarity, spread = self._similarities(target, references)
+        similarity, spread = self._compute_similarities(target, references)
         size = (self.config.canvas_px, self.config.canvas_px)
         images = [F.interpolate(each.float().mean(1, keepdim=True), size, mode="bilinear") for each in spread]
         return similarity, torch.stack(images).mean(dim=0)
 
-    def _similarities(self, target: Features, references: Sequence[DetailReferences]) -> tuple[Tensor, list[Tensor]]:
+    def _compute_similarities(
+        self, target: Features, references: Sequence[DetailReferences]
+    ) -> tuple[Tensor, list[Tensor]]:
         """Compute S [B,1,h,w], and the encoded intra-similarity of each scale, [B,256,s,s]."""
         similarity = self.inter_similarity(
             [reference.tokens for reference in references], target.correspondence, target.valid
         )
         spread = [
-            layer(similarity, _matrix(target, stride))
-            for layer, stride in zip(self.intra_similarity, STRIDES, strict=True)
+            layer(similarity, _attention_matrix(target, stride))
+            for layer, stride in zip(self.intra_similarity, FUSION_STRIDES, strict=True)
         ]
         return similarity, spread
 
@@ -182,8 +185,8 @@ class Fusion(nn.Module):
 
     def __init__(self, feature_channels: int, intra_channels: int, channels: int) -> None:
         super().__init__()
-        self.project = nn.ModuleList(ConvNormReLU(feature_channels, channels) for _ in STRIDES)
-        self.join = nn.ModuleList(ConvNormReLU(channels + intra_channels, channels) for _ in STRIDES)
+        self.project = nn.ModuleList(ConvNormReLU(feature_channels, channels) for _ in FUSION_STRIDES)
+        self.join = nn.ModuleList(ConvNormReLU(channels + intra_channels, channels) for _ in FUSION_STRIDES)
         self.merge = ConvNormReLU(2 * channels, channels)
 
     def forward(self, features: Sequence[Tensor], spread: Sequence[Tensor]) -> Tensor:
@@ -225,7 +228,7 @@ class DetailDecoder(nn.Module):
         return torch.sigmoid(self.output(fused).float())
 
 
-def _matrix(target: Features, stride: int) -> Tensor:
+def _attention_matrix(target: Features, stride: int) -> Tensor:
     intra = target.intra[stride]
     assert isinstance(intra, MatrixIntraSimilarity)
     return intra.matrix()

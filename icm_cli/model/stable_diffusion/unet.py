@@ -82,20 +82,20 @@ class MeanAttention:
         """
         values = value.flatten(0, 1)
         output = torch.empty_like(values)
-        for maps, rows, probabilities in self._accumulate(query, key):
+        for maps, rows, probabilities in self._accumulate_maps(query, key):
             output[maps, rows] = probabilities.to(values.dtype) @ values[maps]
         return output.view_as(value)
 
     def add_map(self, query: Tensor, key: Tensor) -> None:
         """Add the map of a layer to the mean, without computing the output of the layer."""
-        for _ in self._accumulate(query, key):
+        for _ in self._accumulate_maps(query, key):
             pass
 
     def mean(self) -> Tensor:
         """Return A, float32 [N,N]; its rows sum to 1."""
         return self._sum / self._layers
 
-    def _accumulate(self, query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _accumulate_maps(self, query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """Choose some of a layer's E*H maps and query rows, with their probabilities [maps,rows,N]
         float32.
 

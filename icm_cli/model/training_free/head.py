@@ -28,7 +28,7 @@ from icm_cli.geometry import downscaled_size, trimap_from_coarse
 from icm_cli.model.contracts import Features, Head, Matte, ReferenceFeatures
 from icm_cli.model.similarity import ReferenceTokens, flatten_tokens, split_reference_tokens
 from icm_cli.model.training_free.closed_form import load_solver, solve_alpha
-from icm_cli.model.training_free.clusters import segment_by_clusters
+from icm_cli.model.training_free.clusters import CHUNK_TOKENS, segment_by_clusters
 
 
 @dataclass(frozen=True)
@@ -75,27 +75,26 @@ class TrainingFreeConfig:
 
     def __post_init__(self) -> None:
         for name in ("threshold", "unknown_fraction"):
-            _require(name, getattr(self, name), 0 < getattr(self, name) < 1, "between 0 and 1")
+            _require_setting(name, getattr(self, name), 0 < getattr(self, name) < 1, "between 0 and 1")
         for name in ("temperature", "presence_temperature"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
-        _require("background_weight", self.background_weight, self.background_weight >= 0, "0 or more")
-        _require("instance_fraction", self.instance_fraction, 0 <= self.instance_fraction <= 1, "0 to 1")
-        _require("absent_below", self.absent_below, 0 <= self.absent_below <= 1, "0 to 1")
-        _require("min_candidate_cosine", self.min_candidate_cosine, -1 <= self.min_candidate_cosine <= 1, "-1 to 1")
-        _require("min_cluster_cosine", self.min_cluster_cosine, 0 < self.min_cluster_cosine < 1, "between 0 and 1")
-        _require("min_join_score", self.min_join_score, 0 <= self.min_join_score <= 1, "0 to 1")
-        _require("edge_band", self.edge_band, 0 < self.edge_band < 0.5, "between 0 and 0.5")
-        _require("solve_long_side_px", self.solve_long_side_px, self.solve_long_side_px >= 64, "at least 64")
+            _require_setting(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
+        _require_setting("background_weight", self.background_weight, self.background_weight >= 0, "0 or more")
+        _require_setting("instance_fraction", self.instance_fraction, 0 <= self.instance_fraction <= 1, "0 to 1")
+        _require_setting("absent_below", self.absent_below, 0 <= self.absent_below <= 1, "0 to 1")
+        _require_setting(
+            "min_candidate_cosine", self.min_candidate_cosine, -1 <= self.min_candidate_cosine <= 1, "-1 to 1"
+        )
+        _require_setting(
+            "min_cluster_cosine", self.min_cluster_cosine, 0 < self.min_cluster_cosine < 1, "between 0 and 1"
+        )
+        _require_setting("min_join_score", self.min_join_score, 0 <= self.min_join_score <= 1, "0 to 1")
+        _require_setting("edge_band", self.edge_band, 0 < self.edge_band < 0.5, "between 0 and 0.5")
+        _require_setting("solve_long_side_px", self.solve_long_side_px, self.solve_long_side_px >= 64, "at least 64")
 
 
-def _require(name: str, value: float, holds: bool, expected: str) -> None:
+def _require_setting(name: str, value: float, holds: bool, expected: str) -> None:
     if not holds:
         raise ConfigError(f"head {name} is {value}; expected {expected}")
-
-
-CHUNK_TOKENS = 512
-"""Number of target tokens that are compared at a time, which limits the memory for many
-references."""
 
 
 @dataclass(frozen=True)
@@ -125,15 +124,15 @@ class TrainingFree(Head):
     def __init__(self, config: TrainingFreeConfig) -> None:
         super().__init__()
         self.config = config
-        self._solves = True
+        self._solves_alpha = True
 
     def disable_edge_refinement(self) -> None:
-        self._solves = False
+        self._solves_alpha = False
 
     def prepare_references(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
         """Split the tokens of the references. They are centred in :meth:`forward`, because the
         centre depends on the target."""
-        if self._solves:
+        if self._solves_alpha:
             load_solver()  # loads with the model instead of with the first image
         return split_reference_tokens(references, flatten_tokens)
 
@@ -146,7 +145,7 @@ class TrainingFree(Head):
         found = [self._is_found(evidence) for evidence in evidences]
         for index, evidence in enumerate(evidences):
             if found[index]:
-                height, width = _frame_size(valid[index])
+                height, width = _content_size(valid[index])
                 fine = _enlarge_grid(evidence.contrast, stride)[:height, :width]
                 alpha[index, 0, :height, :width] = self._solve_alpha(fine.cpu(), image[index, :, :height, :width].cpu())
         confidence = alpha.new_tensor([evidence.similarity for evidence in evidences]).clamp(0, 1)
@@ -175,7 +174,7 @@ class TrainingFree(Head):
             similarities.append(similarity)
         propagated = target.intra[stride].propagate(contrast.flatten(1)[..., None]).view(-1, height, width)
         return [
-            Evidence(grid[: _frame_size(valid)[0], : _frame_size(valid)[1]], similarity)
+            Evidence(grid[: _content_size(valid)[0], : _content_size(valid)[1]], similarity)
             for grid, valid, similarity in zip(propagated, target.valid, similarities, strict=True)
         ]
 
@@ -195,7 +194,7 @@ class TrainingFree(Head):
             )
             grid = compared.new_zeros(valid.shape)
             grid[valid] = segments.inside.to(grid.dtype)
-            evidences.append(Evidence(grid[: _frame_size(valid)[0], : _frame_size(valid)[1]], segments.similarity))
+            evidences.append(Evidence(grid[: _content_size(valid)[0], : _content_size(valid)[1]], segments.similarity))
         return evidences
 
     def _compare_tokens(self, target: Tensor, reference: ReferenceTokens) -> tuple[Tensor, float]:
@@ -232,7 +231,7 @@ class TrainingFree(Head):
         else:
             trimap = self.make_trimap(evidence)
         alpha = trimap
-        if self._solves:
+        if self._solves_alpha:
             alpha = torch.from_numpy(solve_alpha(rgb.double().numpy(), trimap.double().numpy())).float()
         return F.interpolate(alpha[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
 
@@ -303,6 +302,6 @@ def _enlarge_grid(grid: Tensor, factor: int) -> Tensor:
     return F.interpolate(grid[None, None], scale_factor=factor, mode="bicubic", align_corners=False)[0, 0]
 
 
-def _frame_size(valid: Tensor) -> tuple[int, int]:
+def _content_size(valid: Tensor) -> tuple[int, int]:
     """Return height and width of the frame, which is in the top left corner of valid [H,W]."""
     return int(valid.any(dim=1).sum()), int(valid.any(dim=0).sum())
