@@ -64,9 +64,10 @@ DOCS_HEAD = """# Options
 
 Generated from `icm_cli/options` by `python -m icm_cli.options --write`.
 
-In Python, options are keyword arguments of the same name, with `_` for `-`: `--mask-label` is `mask_label`. Repeatable
-options take one value or a list. Options marked **alpha** decide pixels: they are part of the digest that every alpha
-stores, and a change of their value recomputes the alphas.
+In Python, options are keyword arguments of the same name, with `_` for `-`: `--mask-label` is
+`mask_label`. Repeatable options take one value or a list. Options marked **alpha** decide pixels:
+they are part of the digest that every alpha stores, and a change of their value recomputes the
+alphas.
 """
 
 
