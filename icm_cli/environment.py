@@ -1,4 +1,4 @@
-"""The environment of a run: versions, processor, memory. Imports nothing heavy."""
+"""Versions, processor and memory of this machine. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ PACKAGES = (
 )
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of every package that decides a number."""
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of all packages that influence results."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
-def hardware() -> dict[str, str | int]:
-    """System, processor and number of cores this process may use."""
-    return {"system": platform.platform(), "processor": _processor(), "cores": cores()}
+def describe_hardware() -> dict[str, str | int]:
+    """Return the system, the processor and the number of cores that this process may use."""
+    return {"system": platform.platform(), "processor": _processor_name(), "cores": available_cores()}
 
 
-def cores() -> int:
-    """Count the cores that this process may use."""
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def child_environment() -> dict[str, str]:
-    """Environment variables with which a child process imports this very package."""
+    """Return environment variables with which a child process imports the same package."""
     home = str(Path(__file__).resolve().parents[1])
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process held so far.
+    """Return the peak memory of this process.
 
-    Linux's own count: what getrusage says begins, after a fork and exec, at the peak of the parent.
+    On Linux it is read from ``/proc``, because getrusage includes the peak of the parent after a fork and exec.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -59,7 +59,7 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _processor() -> str:
+def _processor_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
@@ -68,12 +68,15 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-DEFAULT_WORKERS = max(1, min(4, cores() // 2))
-"""Threads that read, as many that write, and processes that score; a few keep a model fed, more only take its cores."""
+DEFAULT_WORKERS = max(1, min(4, available_cores() // 2))
+"""Default number of threads that read, of threads that write, and of processes that score.
+
+A few keep the model busy; more would only take its cores.
+"""
 
 
 def available_memory_bytes() -> int | None:
-    """Memory that new work may take before the system swaps, None where the system does not say."""
+    """Return the memory that is available without swapping; None if the system does not report it."""
     info = Path("/proc/meminfo")
     if info.is_file():
         for line in info.read_text().splitlines():

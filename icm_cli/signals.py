@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training: the step in hand is finished and saved before they take effect."""
+"""Ctrl-C and SIGTERM: the current step or write is finished before they take effect."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Within it, a first signal is only noted; leaving it gives the signal to whoever had it before.
+    """Context that delays a first signal: it is recorded, and raised again for the former handler at the end.
 
-    A second signal takes effect at once. Outside the main thread, where signals never arrive, it does nothing.
+    A second signal takes effect immediately. Outside the main thread, which receives no signals, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if self._is_main:
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -31,7 +31,7 @@ class StopSignals:
         if self.received is not None and kind is None:
             signal.raise_signal(self.received)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _record(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self.received = signal.Signals(number)
         self._restore()
 
@@ -44,7 +44,10 @@ SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a KeyboardInterrupt; later ones let the writes in hand finish."""
+    """Context that raises KeyboardInterrupt for the first Ctrl-C or SIGTERM.
+
+    Later ones are ignored, so that writes finish.
+    """
 
     def __init__(self) -> None:
         self.exit_code = SIGNAL_EXIT_CODES[signal.SIGINT]

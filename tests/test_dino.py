@@ -363,7 +363,7 @@ def test_model_of_a_yaml_file(folders: dict[str, Path], tmp_path: Path) -> None:
     choice = model_choice(str(path))
     other = model_choice(str(path), weights=folders["dinov2"])
     assert choice.digest_parts() != other.digest_parts()
-    predictor = choice.load()
+    predictor = choice.load_predictor()
     rgb = (torch.rand(90, 140, 3, generator=torch.Generator().manual_seed(1)) * 255).byte().numpy()
     mask = torch.zeros(90, 140, dtype=torch.bool)
     mask[:50, :70] = True

@@ -191,7 +191,7 @@ def test_failed_frame_reports_that_its_earlier_alpha_is_kept(icm: Icm, scene: Pa
     (plates / "sh.1002.jpg").unlink()
     result = icm(src=plates / "sh.####.jpg", report=scene / "r.json")
     assert result.exit_code == 1
-    stays = f"; its earlier alpha {scene}/out/sh.1004.png is of the former picture or settings and stays"
+    stays = f"; the earlier alpha {scene}/out/sh.1004.png is kept, although its source or settings have changed"
     assert stays in result.stderr
     rows = {Path(row["source"]).name: row for row in json.loads((scene / "r.json").read_text())["images"]}
     assert rows["sh.1004.jpg"]["reason"].endswith(stays)

@@ -160,14 +160,14 @@ def test_object_that_fills_the_image_has_no_views_without_it(head: TokenMatchHea
     ("steps", "shot", "expected"), [(None, True, DEFAULT_STEPS), (None, False, 0), (7, False, 7), (0, True, 0)]
 )
 def test_default_steps_of_a_shot(steps: int | None, shot: bool, expected: int) -> None:
-    assert _choice("lite").learn_steps(steps, is_shot=shot) == expected
+    assert _choice("lite").resolve_learn_steps(steps, is_shot=shot) == expected
 
 
 def test_head_without_weights_cannot_learn() -> None:
     choice = _choice("lite-training-free")
-    assert choice.learn_steps(None, is_shot=True) == 0
+    assert choice.resolve_learn_steps(None, is_shot=True) == 0
     with pytest.raises(UsageError, match="the head of this model cannot learn references"):
-        choice.learn_steps(5, is_shot=False)
+        choice.resolve_learn_steps(5, is_shot=False)
     with pytest.raises(UsageError, match="--learn-steps is -1; expected 0"):
         check_learn_steps(-1, TrainingFree)
 

@@ -20,7 +20,7 @@ from icm_cli.reports.write import ReportFiles
 from icm_cli.scoring.rule import ScoringRule
 
 if TYPE_CHECKING:
-    from icm_cli.matting.model_choice import AnyModel
+    from icm_cli.matting.model_choice import AnyModelChoice
     from icm_cli.matting.predictor import Predictor
 
 MIN_SHOT_FRAMES = 3
@@ -54,7 +54,7 @@ def evaluate(
     found = _find_dataset(options)
     has_trimaps = data.dataset == "folder" and any(sample.trimap for sample in found.samples)
     rule = _make_rule(found, protocol, has_trimaps=has_trimaps)
-    workers = DEFAULT_WORKERS if protocol.pred is None else environment.cores()
+    workers = DEFAULT_WORKERS if protocol.pred is None else environment.available_cores()
     evaluation = Evaluation(
         EvaluationDataset(data.dataset, str(data.data_root or data.images), data.split, found),
         rule,
@@ -81,7 +81,7 @@ def evaluate(
     from icm_cli.matting.model_choice import LoadedModel, ModelChoice
 
     if predictor is None:
-        choice: AnyModel = ModelChoice.from_options(options.model, options.resources.batch_size)
+        choice: AnyModelChoice = ModelChoice.from_options(options.model, options.resources.batch_size)
     else:
         choice = LoadedModel(predictor)
     settings = InContextOptions(

@@ -27,7 +27,7 @@ from icm_cli.images.reading import read_alpha, read_source_image
 from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
-from icm_cli.matting.model_choice import AnyModel, sequence_digest_parts
+from icm_cli.matting.model_choice import AnyModelChoice, sequence_digest_parts
 from icm_cli.matting.outcome import Outcome
 from icm_cli.matting.predictor import Predictor
 from icm_cli.matting.propagation import create_matting
@@ -66,7 +66,7 @@ class Example:
     references: list[str]
 
 
-def matte_and_score(evaluation: Evaluation, choice: AnyModel, options: InContextOptions) -> Report:
+def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice, options: InContextOptions) -> Report:
     """Matte every target of every round and score it. Existing alphas of the same evaluation are kept.
 
     Alphas of an interrupted run stay in the cache, so that the next run continues from them.
@@ -81,7 +81,7 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModel, options: InContext
             f"{evaluation.dataset.title} has no group with two usable images, so there are no references; give "
             "--groups FILE to define groups, or --pred DIR to score existing alphas"
         )
-    steps = choice.learn_steps(options.learn_steps, is_shot=options.is_shot)
+    steps = choice.resolve_learn_steps(options.learn_steps, is_shot=options.is_shot)
     digests = _example_digests(store, choice, examples, steps, is_shot=options.is_shot)
     with _alpha_folder(evaluation, options, digests) as folder:
         jobs = _plan_jobs(evaluation, examples, folder, len(references))
@@ -105,7 +105,7 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModel, options: InContext
                 reusable_outputs=shot.reusable_outputs if shot else None,
             )
             predictor = _load_model(choice, evaluation) if remaining else None
-            with outcome.reported(evaluation.files.reports, choice.where.peak_memory_bytes):
+            with outcome.writing_reports(evaluation.files.reports, choice.device.peak_memory_bytes):
                 if predictor is not None:
 
                     @functools.lru_cache(maxsize=1)
@@ -120,7 +120,7 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModel, options: InContext
 
 
 def _example_digests(
-    store: ReferenceStore, choice: AnyModel, examples: Sequence[Example], learn_steps: int, *, is_shot: bool
+    store: ReferenceStore, choice: AnyModelChoice, examples: Sequence[Example], learn_steps: int, *, is_shot: bool
 ) -> list[str]:
     """Return, for every example, the digest of everything besides the source that determines its alphas."""
     common: dict[str, str] = {str(name): value for name, value in choice.digest_parts().items()}
@@ -154,7 +154,7 @@ def _check_outputs(evaluation: Evaluation, jobs: Sequence[Job], folder: Path) ->
 
 def _make_outcome(
     evaluation: Evaluation,
-    choice: AnyModel,
+    choice: AnyModelChoice,
     options: InContextOptions,
     jobs: Sequence[Job],
     references: ReferenceRounds,
@@ -175,9 +175,9 @@ def _make_outcome(
     )
 
 
-def _load_model(choice: AnyModel, evaluation: Evaluation) -> Predictor:
-    evaluation.run.listener.on_detail(choice.describe())
-    return choice.load()
+def _load_model(choice: AnyModelChoice, evaluation: Evaluation) -> Predictor:
+    evaluation.run.listener.on_detail(choice.description)
+    return choice.load_predictor()
 
 
 def _alpha_folder(

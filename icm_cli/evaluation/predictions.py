@@ -55,7 +55,7 @@ def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Repo
     for problem in problems:
         outcome.add_problem(problem)
     evaluation.run.listener.on_run_start(len(planned))
-    with outcome, outcome.reported(evaluation.files.reports, environment.peak_memory_bytes):
+    with outcome, outcome.writing_reports(evaluation.files.reports, environment.peak_memory_bytes):
         for result in planned:
             if result.output:
                 outcome.add(replace(result, status="done"))

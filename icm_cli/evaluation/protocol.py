@@ -194,7 +194,7 @@ class Evaluation:
     def _flicker_tasks(
         self, pairs: Sequence[tuple[Sample, Sample]], outcome: Outcome
     ) -> Iterator[tuple[tuple[int, str], FlickerTask]]:
-        scored = {result.key: result for result in outcome.scored()}
+        scored = {result.key: result for result in outcome.wait_for_scores()}
         for number in sorted({key[0] for key in scored}):
             for before, frame in pairs:
                 results = [scored.get((number, each.name)) for each in (frame, before)]

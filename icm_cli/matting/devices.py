@@ -51,7 +51,7 @@ class EngineSetup:
     def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
         """Load the model, prepare the references once, and return the engine. Raises
         ConfigError."""
-        predictor = self.choice.load()
+        predictor = self.choice.load_predictor()
         if self.learn_steps:
             notice(f"learning the references in {self.learn_steps} steps; --learn-steps 0 omits this")
         shot = self.options.shot
@@ -112,7 +112,7 @@ class WorkerPool:
         """
         try:
             for number, setup in enumerate(self._setups, 1):
-                self._workers.append(_WorkerProcess(number, setup.choice.where.torch_device, self._receive))
+                self._workers.append(_WorkerProcess(number, setup.choice.device.torch_device, self._receive))
             for worker, setup in zip(self._workers, self._setups, strict=True):
                 worker.send(setup)
             while self._is_busy and not self._error:

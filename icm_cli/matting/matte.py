@@ -148,7 +148,9 @@ class _Run:
         self._cluster = cluster
         self._listener = listener
         self._workers = options.resources.workers or DEFAULT_WORKERS
-        self._learn_steps = choices[0].learn_steps(options.sequences.learn_steps, is_shot=options.sequences.shot)
+        self._learn_steps = choices[0].resolve_learn_steps(
+            options.sequences.learn_steps, is_shot=options.sequences.shot
+        )
         self._digest = run_digest(options, plan, choices[0])
 
     def matte_all(self, start: float) -> Report:
@@ -175,8 +177,8 @@ class _Run:
                     reusable_outputs=plan.shot.reusable_outputs if plan.shot else None,
                 )
             with self._runner(setups, outcome.add) if remaining else contextlib.nullcontext() as runner:
-                peak = runner.peak_memory_bytes if runner else self._choices[0].where.peak_memory_bytes
-                with outcome.reported(plan.report_files, peak):
+                peak = runner.peak_memory_bytes if runner else self._choices[0].device.peak_memory_bytes
+                with outcome.writing_reports(plan.report_files, peak):
                     if runner:
                         runner.run(remaining)
         return outcome.report
@@ -202,7 +204,7 @@ class _Run:
         """Prepare the model in this process, in a process for each of several devices, or in a cluster."""
         notice = self._listener.on_notice
         for setup in setups:
-            self._listener.on_detail(setup.choice.describe())
+            self._listener.on_detail(setup.choice.description)
         if self._cluster:
             return contextlib.nullcontext(
                 self._cluster.create_runner(setups[0], self._plan.layout.folder, on_result, notice)
@@ -232,7 +234,7 @@ class _Run:
     def _settings(self) -> dict[str, Any]:
         """Settings that the report states."""
         given, colour = self._options.references, self._plan.colour
-        devices = [choice.where.description for choice in self._choices]
+        devices = [choice.device.description for choice in self._choices]
         devices += [self._cluster.describe()] if self._cluster else []
         return {
             "title": self._options.sources.src,
@@ -252,7 +254,7 @@ class _Run:
 
 def run_digest(options: MatteOptions, plan: Plan, choice: ModelChoice) -> str:
     """Return the digest of everything besides the source that decides the alphas of a run."""
-    learn_steps = choice.learn_steps(options.sequences.learn_steps, is_shot=options.sequences.shot)
+    learn_steps = choice.resolve_learn_steps(options.sequences.learn_steps, is_shot=options.sequences.shot)
     parts = {
         **choice.digest_parts(),
         DigestPart.REFERENCES: combined_digest(*(one.digest for one in plan.references)),

@@ -1,4 +1,4 @@
-"""Choice of the model: checked before anything slow, loaded only if there is something to matte."""
+"""Selection of the model: checked before slow work, loaded only if there are images to matte."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from icm_cli.options.definition import DigestPart
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """All that decides which model is loaded, and where it runs."""
+    """A model that can be loaded: its configuration, its weights and its device."""
 
     config: ModelConfig
     checkpoint: Path | None
     weights: str | None
     offline: bool
     seed: int
-    where: Device
+    device: Device
     batch_size: int
 
     @classmethod
@@ -40,40 +40,42 @@ class ModelChoice:
         """
         config, path = resolve_model(options.model, options.checkpoint)
         config = override_edges(config, options.edges, options.edges_weights)
-        where = select_device(config, device or options.device, options.dtype)
-        images = where.auto_batch_size if batch_size == "auto" else batch_size
-        return cls(config, path, options.weights, options.offline, options.seed, where, images)
+        selected = select_device(config, device or options.device, options.dtype)
+        images = selected.auto_batch_size if batch_size == "auto" else batch_size
+        return cls(config, path, options.weights, options.offline, options.seed, selected, images)
 
     def digest_parts(self) -> dict[DigestPart, str]:
         """Return what the model contributes to the digest of its alphas. Reads weights, but loads no model."""
         model = model_digest(self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline)
-        return {DigestPart.MODEL: model, DigestPart.DTYPE: self.where.dtype_name}
+        return {DigestPart.MODEL: model, DigestPart.DTYPE: self.device.dtype_name}
 
-    def learn_steps(self, asked: int | None, *, is_shot: bool) -> int:
-        """Steps in which the head learns the references: as asked for, else the usual number in a shot where it can.
+    def resolve_learn_steps(self, requested: int | None, *, is_shot: bool) -> int:
+        """Return the number of steps in which the head learns the references.
 
-        Raises UsageError.
+        By default it is 0; in a shot it is ``DEFAULT_STEPS`` if the head can learn. Raises UsageError.
         """
-        return _learn_steps(asked, component_class("head", self.config.head.name), is_shot=is_shot)
+        return _resolve_learn_steps(requested, component_class("head", self.config.head.name), is_shot=is_shot)
 
-    def load(self) -> Predictor:
-        """The model on its device."""
+    def load_predictor(self) -> Predictor:
+        """Load the model onto its device. Raises ConfigError."""
         model = load_model(
             self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline, seed=self.seed
         )
-        return Predictor(model, self.where)
+        return Predictor(model, self.device)
 
-    def describe(self) -> str:
+    @property
+    def description(self) -> str:
+        """Components and device, for people."""
         parts = [self.config.backbone, self.config.head, *filter(None, [self.config.edges])]
-        return f"model {' + '.join(part.name for part in parts)} on {self.where.description}"
+        return f"model {' + '.join(part.name for part in parts)} on {self.device.description}"
 
     def as_settings(self) -> dict[str, Any]:
-        """For the report."""
+        """Return the settings that reports state."""
         return {
             "model": self.config.as_dict(),
             "checkpoint": str(self.checkpoint) if self.checkpoint else None,
             "weights": self.weights,
-            "device": self.where.description,
+            "device": self.device.description,
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
@@ -81,40 +83,43 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is there already, such as one in training; nothing of an earlier run was made by it."""
+    """A model that is loaded already, such as one in training. It keeps no alphas of earlier runs."""
 
     predictor: Predictor
 
     seed = 0
-    """Seed that counts in digests; that of the loaded weights is not known."""
+    """Seed in digests; the seed of the loaded weights is unknown."""
     checkpoint = None
-    """Unknown here, so the images it was trained on are too."""
+    """Unknown, and with it the images that the model was trained on."""
 
     @property
-    def where(self) -> Device:
+    def device(self) -> Device:
         return self.predictor.device
 
     @property
     def batch_size(self) -> int:
-        return self.where.auto_batch_size
+        return self.device.auto_batch_size
 
     def digest_parts(self) -> dict[DigestPart, str]:
-        """As of :class:`ModelChoice`, but no two are equal, because the weights of a loaded model may change."""
-        return {DigestPart.MODEL: secrets.token_hex(), DigestPart.DTYPE: self.where.dtype_name}
+        """As in :class:`ModelChoice`, but different at every call, because the weights may change."""
+        return {DigestPart.MODEL: secrets.token_hex(), DigestPart.DTYPE: self.device.dtype_name}
 
-    def learn_steps(self, asked: int | None, *, is_shot: bool) -> int:
-        """As of :class:`ModelChoice`."""
-        return _learn_steps(asked, type(self.predictor.model.head), is_shot=is_shot)
+    def resolve_learn_steps(self, requested: int | None, *, is_shot: bool) -> int:
+        """As in :class:`ModelChoice`."""
+        return _resolve_learn_steps(requested, type(self.predictor.model.head), is_shot=is_shot)
 
-    def load(self) -> Predictor:
+    def load_predictor(self) -> Predictor:
+        """Return the loaded model."""
         return self.predictor
 
-    def describe(self) -> str:
+    @property
+    def description(self) -> str:
+        """Components and device, for people."""
         model = self.predictor.model
-        return f"model {type(model.backbone).__name__} + {type(model.head).__name__} on {self.where.description}"
+        return f"model {type(model.backbone).__name__} + {type(model.head).__name__} on {self.device.description}"
 
     def as_settings(self) -> dict[str, Any]:
-        return {"model": self.describe(), "device": self.where.description, "batch_size": self.batch_size}
+        return {"model": self.description, "device": self.device.description, "batch_size": self.batch_size}
 
 
 def sequence_digest_parts(learn_steps: int, *, is_shot: bool) -> dict[DigestPart, str]:
@@ -125,11 +130,11 @@ def sequence_digest_parts(learn_steps: int, *, is_shot: bool) -> dict[DigestPart
     }
 
 
-def _learn_steps(asked: int | None, head: type[Head], *, is_shot: bool) -> int:
-    if asked is None:
+def _resolve_learn_steps(requested: int | None, head: type[Head], *, is_shot: bool) -> int:
+    if requested is None:
         return DEFAULT_STEPS if is_shot and head.can_learn_references else 0
-    check_learn_steps(asked, head)
-    return asked
+    check_learn_steps(requested, head)
+    return requested
 
 
-AnyModel = ModelChoice | LoadedModel
+AnyModelChoice = ModelChoice | LoadedModel

@@ -1,4 +1,4 @@
-"""The outcome of a run: results are gathered, scored and reported, whatever happens."""
+"""The outcome of a run: results are collected, scored and reported, even if the run fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Outcome:
-    """Gathers results, has them scored beside the model, and however the run ends sees the reports written."""
+    """Collects results, has them scored in other processes, and writes the reports however the run ends.
+
+    ``start``: time at which the run began. ``trained_on``: digests of the images that the model was trained on.
+    """
 
     def __init__(
         self,
@@ -41,7 +44,7 @@ class Outcome:
         self._start = start
         self._scoring = scoring
         self._trained_on = trained_on
-        self._ended: set[tuple[int, str]] = set()
+        self._reported: set[tuple[int, str]] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -51,57 +54,58 @@ class Outcome:
             self._scoring.pool.close()
 
     def add(self, result: ImageResult) -> None:
-        """Take a result of the engine; it ends here once it is scored."""
+        """Add a result of the engine. It is reported when it has its scores, if it gets any."""
         if result.status == "done":
             result = replace(result, matting=replace(result.matting, made_by=environment.__version__))
         if result.status == "failed" and result.output and Path(result.output).is_file():
-            earlier = f"its earlier alpha {result.output} is of the former picture or settings and stays"
+            earlier = f"the earlier alpha {result.output} is kept, although its source or settings have changed"
             result = replace(result, reason=f"{result.reason}; {earlier}")
         task = self._scoring.task_for(result) if self._scoring and result.status in ("done", "kept") else None
         if task is None:
-            self._end(result)
+            self._report_result(result)
         else:
-            self._submit(task, partial(self._scored, result))
+            self._submit(task, partial(self._add_scores, result))
 
-    def scored(self) -> list[ImageResult]:
-        """The results that have scores; waits for those in hand."""
-        self._drain()
+    def wait_for_scores(self) -> list[ImageResult]:
+        """Wait until all results are scored, and return those that have scores."""
+        self._wait_for_scorer()
         return [result for result in self.report.results if result.evaluation.scores]
 
     def add_flicker(self, tasks: Sequence[tuple[tuple[int, str], FlickerTask]]) -> None:
-        """Measure the flicker of results, given by their keys."""
-        at = {result.key: number for number, result in enumerate(self.report.results)}
+        """Measure the flicker of results, which are given by their keys."""
+        numbers = {result.key: number for number, result in enumerate(self.report.results)}
         for key, task in tasks:
-            self._submit(task, partial(self._flickered, at[key]))
+            self._submit(task, partial(self._add_flicker_score, numbers[key]))
 
     def add_problem(self, problem: Problem) -> None:
+        """Add a problem of the data, and report it."""
         self.report.problems.append(problem)
         self._listener.on_problem(problem)
 
     @contextlib.contextmanager
-    def reported(self, report_files: ReportFiles, peak_memory: Callable[[], int]) -> Iterator[None]:
-        """Around the work: whatever happens in it, what is done is scored and reported."""
-        begun = time.perf_counter()
+    def writing_reports(self, report_files: ReportFiles, peak_memory: Callable[[], int]) -> Iterator[None]:
+        """Context of the matting: at its end, however it ends, the results are scored and reported."""
+        matting_start = time.perf_counter()
         try:
             yield
         except BaseException:
             with contextlib.suppress(OutputError):
-                self._finish(report_files, begun, peak_memory)
+                self._write_reports(report_files, matting_start, peak_memory)
             raise
-        self._finish(report_files, begun, peak_memory)
+        self._write_reports(report_files, matting_start, peak_memory)
 
-    def _scored(self, result: ImageResult, answer: Any) -> None:
+    def _add_scores(self, result: ImageResult, answer: Any) -> None:
         if answer is None:
             reason = (
-                f"the process that scored {result.output} died, perhaps of too little memory; run the command again"
+                f"the process that scored {result.output} died, perhaps because memory ran out; run the command again"
             )
-            self._end(replace(result, status="failed", reason=reason))
+            self._report_result(replace(result, status="failed", reason=reason))
             return
         for problem in answer.problems:
             self.add_problem(problem)
         is_seen = None if self._trained_on is None else answer.image_sha256 in self._trained_on
         foreground = answer.foreground if result.matting.foreground is None else result.matting.foreground
-        self._end(
+        self._report_result(
             replace(
                 result,
                 status=result.status if answer.evaluation.scores else "unscored",
@@ -111,15 +115,15 @@ class Outcome:
             )
         )
 
-    def _flickered(self, number: int, answer: Any) -> None:
+    def _add_flicker_score(self, number: int, answer: Any) -> None:
         if isinstance(answer, float):
             result = self.report.results[number]
             self.report.results[number] = replace(result, evaluation=replace(result.evaluation, dt_ssd=answer))
 
-    def _end(self, result: ImageResult) -> None:
-        if result.key in self._ended:
+    def _report_result(self, result: ImageResult) -> None:
+        if result.key in self._reported:
             return
-        self._ended.add(result.key)
+        self._reported.add(result.key)
         self.report.results.append(result)
         self._listener.on_image_end(result)
 
@@ -127,27 +131,31 @@ class Outcome:
         assert self._scoring
         self._scoring.pool.submit(task, then)
 
-    def _drain(self) -> None:
+    def _wait_for_scorer(self) -> None:
         if self._scoring:
             self._scoring.pool.drain()
 
-    def _finish(self, report_files: ReportFiles, begun: float, peak_memory: Callable[[], int]) -> None:
-        self._drain()
+    def _write_reports(self, report_files: ReportFiles, matting_start: float, peak_memory: Callable[[], int]) -> None:
+        self._wait_for_scorer()
         report = self.report
         report.results += [
-            replace(result, status="not reached") for result in self._planned if result.key not in self._ended
+            replace(result, status="not reached") for result in self._planned if result.key not in self._reported
         ]
         order = {result.key: number for number, result in enumerate(self._planned)}
         report.results.sort(key=lambda result: order[result.key])
         now = time.perf_counter()
-        report.totals = RunTotals(now - self._start, now - begun, peak_memory())
+        report.totals = RunTotals(now - self._start, now - matting_start, peak_memory())
         try:
             for path in report_files.write_all(report):
-                self._listener.on_notice(f"{path} is left as it was: this run was cut short")
+                self._listener.on_notice(f"{path} is unchanged, because this run was interrupted")
         finally:
             self._listener.on_run_end(report)
 
 
 def environment_settings() -> dict[str, Any]:
-    """Versions and hardware, as every report states them."""
-    return {"icm": environment.__version__, "versions": environment.versions(), "hardware": environment.hardware()}
+    """Return the versions and the hardware, which every report states."""
+    return {
+        "icm": environment.__version__,
+        "versions": environment.package_versions(),
+        "hardware": environment.describe_hardware(),
+    }
