@@ -213,7 +213,7 @@ def test_ground_truth_may_be_a_frame_pattern(icm: Icm, scene: Path, plates: Path
     assert scored == {"sh.1001.jpg": 0.0, "sh.1004.jpg": 0.0}
     for number in (1002, 1005):
         assert (
-            f"icm: missing-alpha: {plates}/sh.{number}.jpg has no true alpha in {scene}/gt/true_####" in result.stderr
+            f"icm: missing-alpha: {plates}/sh.{number}.jpg has no ground truth in {scene}/gt/true_####" in result.stderr
         )
     assert json.loads((scene / "r.json").read_text())["summary"]["problems"] == {"missing-alpha": 2}
     assert "2 (allowed)" in result.stdout

@@ -80,7 +80,7 @@ def test_palette_masks_are_indices_and_255_is_void(tmp_path: Path) -> None:
     mask, _ = read(saved(tmp_path, layers(border=255, thing=8), palette=True))
     assert (mask.inside == THING).all()
     assert (mask.unknown == BORDER).all()
-    with pytest.raises(UsageError, match=r"several labels, 8 \(.*\), 15 \(.*as in --mask-label 8"):
+    with pytest.raises(UsageError, match=r"several labels: 8 \(.*\), 15 \(.*as in --mask-label 8"):
         read(saved(tmp_path, layers(thing=8, other=15), palette=True))
     mask, _ = read(saved(tmp_path, layers(thing=8, other=15), palette=True), "15")
     assert (mask.inside == OTHER).all()
@@ -88,10 +88,10 @@ def test_palette_masks_are_indices_and_255_is_void(tmp_path: Path) -> None:
 
 def test_several_labels_are_listed_unless_one_is_chosen(tmp_path: Path) -> None:
     path = saved(tmp_path, layers(thing=75, other=150))
-    with pytest.raises(UsageError, match=r"several labels, 75 \(18.8% of the picture\), 150 .*--mask-label 75"):
+    with pytest.raises(UsageError, match=r"several labels: 75 \(18.8% of the image\), 150 .*--mask-label 75"):
         read(path)
     assert (read(path, "150")[0].inside == OTHER).all()
-    with pytest.raises(UsageError, match=r"no pixel of the label 7; it has 0 \(.*\), 75 .*150"):
+    with pytest.raises(UsageError, match=r"no pixel with the label 7; expected one of 0 \(.*\), 75 .*150"):
         read(path, "7")
     with pytest.raises(UsageError, match="has no colours"):
         read(path, "#ff0000")
@@ -105,10 +105,14 @@ def test_colours_are_labels(tmp_path: Path) -> None:
     assert (read(saved(tmp_path, colours))[0].inside == THING).all()
     colours[OTHER] = (51, 221, 255)
     path = saved(tmp_path, colours)
-    with pytest.raises(UsageError, match=r"several labels, #fa3253 .*, #33ddff .*--mask-label '#fa3253'"):
+    with pytest.raises(UsageError, match=r"several labels: #fa3253 .*, #33ddff .*--mask-label '#fa3253'"):
         read(path)
     assert (read(path, "#33ddff")[0].inside == OTHER).all()
-    for label, message in (("51", "give #rrggbb"), ("#33ddf", "is no colour"), ("#000001", "no pixel of the label")):
+    for label, message in (
+        ("51", "expected #rrggbb"),
+        ("#33ddf", "is not a colour"),
+        ("#000001", "no pixel with the label"),
+    ):
         with pytest.raises(UsageError, match=message):
             read(path, label)
 
@@ -157,7 +161,7 @@ def test_unusual_mask_files_are_reported(tmp_path: Path) -> None:
     assert "without its end marker" in read(tmp_path / "c.jpg")[1][0]
     photograph = np.random.default_rng(0).integers(0, 256, (*THING.shape, 3), np.uint8)
     mask, (told,) = read(saved(tmp_path, np.dstack([photograph, layers(thing=255)])))
-    assert "its alpha was taken, and its colours were not" in told
+    assert "its alpha is used and its colours are ignored" in told
     assert (mask.inside == THING).all()
 
 
@@ -170,7 +174,7 @@ def test_unusual_mask_files_are_reported(tmp_path: Path) -> None:
 )
 def test_small_ids_are_labels(tmp_path: Path, dtype: type, thing: int, other: int) -> None:
     path = saved(tmp_path, layers(dtype, thing=thing, other=other))
-    with pytest.raises(UsageError, match=rf"several labels, {thing} \(.*\), {other} "):
+    with pytest.raises(UsageError, match=rf"several labels: {thing} \(.*\), {other} "):
         read(path)
     assert (read(path, str(other))[0].inside == OTHER).all()
 
@@ -189,10 +193,10 @@ def test_ids_of_32_bits_are_listed_unchanged(tmp_path: Path, name: str, kind: st
     path = written(tmp_path / name, ids[..., None].astype({"uint": np.uint32, "float": np.float32}[kind]), kind)
     assert (read(path, "70001")[0].inside == THING).all()
     assert (read(path, "5")[0].inside == OTHER).all()
-    with pytest.raises(UsageError, match=r"no pixel of the label 7; it has 0 .*70001 .*, 5 "):
+    with pytest.raises(UsageError, match=r"no pixel with the label 7; expected one of 0 .*70001 .*, 5 "):
         read(path, "7")
     if kind == "uint":
-        with pytest.raises(UsageError, match=r"several labels, 70001 .*--mask-label 70001"):
+        with pytest.raises(UsageError, match=r"several labels: 70001 .*--mask-label 70001"):
             read(path)
     else:
         with pytest.raises(ImageError, match=r"values up to 70001; .*, or give the object's value with --mask-label"):

@@ -280,7 +280,7 @@ def test_clipped_colours_are_reported(icm: Icm, scene: Path, form: str, told: bo
         written(scene / "hdr" / name, bright, "half")
     done = icm("--foreground", "auto", "--format", form, src=scene / "hdr")
     assert done.exit_code == 0
-    assert done.stderr.count("are cut at 0 and 1; --format exr keeps all") == int(told)
+    assert done.stderr.count("are clipped to 0..1; --format exr keeps all") == int(told)
 
 
 def test_wide_band_makes_everything_unknown() -> None:

@@ -13,6 +13,7 @@ import pytest
 from conftest import Icm, alphas, read
 from PIL import Image, ImageOps
 
+import icm_cli
 from icm_cli.errors import UsageError
 from icm_cli.matting.references import Reference, read_references
 
@@ -51,19 +52,19 @@ def test_guidance_follows_the_mask(folder: Path, ref: str, mask: str | None) -> 
 def test_mask_of_another_size_is_resized_with_a_notice(folder: Path) -> None:
     notices: list[str] = []
     assert load(folder, "ref.png", "half.png", notices).guidance.sum() == pytest.approx(400, rel=0.1)
-    assert notices == [f"mask {folder / 'half.png'} is 30x20 and its reference 60x40; the mask was resized"]
+    assert notices == [f"mask {folder / 'half.png'} is 30x20 and its reference 60x40; the mask is resized"]
 
 
 @pytest.mark.parametrize(
     ("ref", "mask", "message"),
     [
-        ("ref.png", "square.png", "another shape"),
-        ("ref.png", "empty.png", "is empty: no pixel is above half"),
+        ("ref.png", "square.png", "expected the same aspect ratio"),
+        ("ref.png", "empty.png", "is empty: no pixel is above one half"),
         ("ref.png", "full.png", "is full"),
         ("ref.png", "torn.png", "cut short"),
         ("torn.png", "mask.png", "cut short"),
         ("none.png", "mask.png", "does not exist"),
-        ("ref.png", None, "no RGBA cut-out"),
+        ("ref.png", None, "not an RGBA cut-out"),
     ],
 )
 def test_invalid_references_are_refused(folder: Path, ref: str, mask: str | None, message: str) -> None:
@@ -77,7 +78,7 @@ def test_mask_that_looks_inverted_gives_a_notice(folder: Path, inverted: bool, t
     cv2.imwrite(str(folder / "maybe.png"), 255 - mask if inverted else mask)
     notices: list[str] = []
     load(folder, "ref.png", "maybe.png", notices)
-    assert [f"mask {folder / 'maybe.png'} is white in 83 % of the picture" in each for each in notices] == [True] * told
+    assert [f"mask {folder / 'maybe.png'} is white in 83 % of the image" in each for each in notices] == [True] * told
 
 
 def test_numbers_of_references_and_masks_must_agree(folder: Path) -> None:
@@ -132,7 +133,7 @@ def test_mask_in_stored_orientation_is_detected_by_its_size(
     notices: list[str] = []
     guidance = guidance_of(*turned_reference(tmp_path, orientation, mask=mask, half=half), notices)
     assert (guidance == seen(orientation)).all()
-    assert any("the mask was turned too" in each for each in notices) == (mask == "stored")
+    assert any("is applied to the mask too" in each for each in notices) == (mask == "stored")
 
 
 @pytest.mark.parametrize(("orientation", "square"), [(2, False), (3, False), (4, False), (6, True), (8, True)])
@@ -144,7 +145,7 @@ def test_mask_orientation_option_decides_ambiguous_cases(
     expected, notices = seen(orientation, square=square), list[str]()
     assert (guidance_of(*files, notices) == expected).all() == (mask == "upright")
     (notice,) = notices
-    assert "it was taken as seen: give --mask-orientation stored" in notice
+    assert "it is used as upright; give --mask-orientation stored" in notice
     assert (guidance_of(*files, notices, mask) == expected).all()
     assert len(notices) == 1
 
@@ -157,9 +158,9 @@ def test_mask_with_equal_orientation_gives_no_notice(tmp_path: Path, lies: str) 
     assert not notices
 
 
-def test_unused_mask_orientation_is_refused(folder: Path) -> None:
+def test_unknown_and_unused_mask_orientations_are_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="Did you mean 'stored'"):
-        guidance_of(folder / "ref.png", folder / "mask.png", [], "stord")
+        icm_cli.matte(folder / "ref.png", folder / "mask.png", src=folder, out=folder, mask_orientation="stord")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="there is no --mask"):
         read_references([folder / "cutout.png"], [], lambda _: None, orientation="stored")
 

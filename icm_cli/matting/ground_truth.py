@@ -1,4 +1,4 @@
-"""True alphas beside the images (``--gt``), and how the alphas are scored against them."""
+"""Ground truths of the images (``--gt``), and scoring against them."""
 
 from __future__ import annotations
 
@@ -17,60 +17,66 @@ from icm_cli.scoring.rule import ScoringRule
 from icm_cli.scoring.task import ScoreTask
 
 RULE = ScoringRule()
-"""Scores are over the whole image at its own size, GRAD and CONN of the composition lineage."""
+"""Scores cover the whole image at its own size, with GRAD and CONN of the composition lineage."""
 
 
 def attach_ground_truth(jobs: Sequence[Job], where: str | Path) -> tuple[list[Job], list[Path], list[Problem]]:
-    """The jobs with their true alphas, all files of these, and the images without: of a folder laid out like the
-    sources, or of a frame pattern, whose numbers are theirs.
+    """Return the jobs with their ground truths, all ground-truth files, and a problem for every image without one.
 
-    Raises UsageError if none belongs to any image.
+    ``where``: a folder with the same layout as the sources, or a frame pattern with the same frame numbers. Raises
+    UsageError if no ground truth belongs to any image.
     """
     folder = Path(where)
     if not folder.is_dir() and FramePattern.parse(str(where)) is not None:
         numbered = {
-            FrameName.from_path(path).number: path for path in find_sources(where, None, SkippedFiles(_nowhere)).files
+            FrameName.from_path(path).number: path
+            for path in find_sources(where, None, SkippedFiles(_ignore_notice)).files
         }
-        found = [_with_truth(job, numbered.get(FrameName.from_path(job.name).number)) for job in jobs]
+        found = [_add_truth(job, numbered.get(FrameName.from_path(job.name).number)) for job in jobs]
         if jobs and not any(job.planned.dataset.truth for job in found):
-            raise UsageError(f"ground truth {where} has no frame of any image, such as {jobs[0].name}")
-        return found, list(numbered.values()), _without_truth(found, where)
+            raise UsageError(
+                f"ground truth {where} has no frame number of any image, such as that of {jobs[0].name}; "
+                "expected the same frame numbers; check the pattern"
+            )
+        return found, list(numbered.values()), _missing_truth_problems(found, where)
     if not folder.is_dir():
-        fault = f"{folder} is a file" if folder.exists() else f"folder {folder} does not exist"
-        raise UsageError(f"ground truth {fault}; expected a folder of alphas named like the images")
+        problem = f"{folder} is a file" if folder.exists() else f"folder {folder} does not exist"
+        raise UsageError(f"ground truth {problem}; expected a folder of alphas with the names of the images")
     files = {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
     if jobs and not any(job.name.with_suffix("") in files for job in jobs):
         expected = jobs[0].name.with_suffix(".png")
-        raise UsageError(f"ground truth folder {folder} has no alpha named like any image, such as {expected}")
-    found = [_with_truth(job, files.get(job.name.with_suffix(""))) for job in jobs]
-    return found, list(files.values()), _without_truth(found, where)
+        raise UsageError(
+            f"ground truth folder {folder} has no alpha with the name of an image; expected names such as {expected}"
+        )
+    found = [_add_truth(job, files.get(job.name.with_suffix(""))) for job in jobs]
+    return found, list(files.values()), _missing_truth_problems(found, where)
 
 
 def ground_truth_scoring(processes: int, allowed: frozenset[str]) -> Scorer:
-    """Score every alpha whose image has a ground truth; that may be empty, for the thing need not be everywhere."""
+    """Return a scorer for alphas with a ground truth. A ground truth may be empty: not every image shows the object."""
 
-    def task_for(result: ImageResult) -> ScoreTask | None:
+    def make_task(result: ImageResult) -> ScoreTask | None:
         if not result.dataset.truth:
             return None
         truth, image = Path(result.dataset.truth), Path(result.source)
         return ScoreTask(result.source, Path(result.output), truth, RULE, image=image, allowed=allowed)
 
-    return Scorer(ScoringPool(processes), task_for)
+    return Scorer(ScoringPool(processes), make_task)
 
 
-def _nowhere(sentence: str) -> None:
-    """Tell nobody."""
+def _ignore_notice(notice: str) -> None:
+    """Ignore notices about skipped files."""
 
 
-def _without_truth(jobs: Sequence[Job], where: str | Path) -> list[Problem]:
+def _missing_truth_problems(jobs: Sequence[Job], where: str | Path) -> list[Problem]:
     return [
-        Problem("missing-alpha", job.planned.name, f"{job.source} has no true alpha in {where}, so it is not scored")
+        Problem("missing-alpha", job.planned.name, f"{job.source} has no ground truth in {where}, so it is not scored")
         for job in jobs
         if not job.planned.dataset.truth
     ]
 
 
-def _with_truth(job: Job, truth: Path | None) -> Job:
+def _add_truth(job: Job, truth: Path | None) -> Job:
     if truth is None:
         return job
     return replace(job, planned=replace(job.planned, dataset=DatasetEntry(truth=str(truth))))
