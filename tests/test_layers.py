@@ -75,6 +75,16 @@ def test_imports_have_no_cycle() -> None:
     list(graphlib.TopologicalSorter(GRAPH).static_order())  # raises CycleError, which names it
 
 
+def test_shared_model_modules_import_no_family() -> None:
+    """The core knows components by their interfaces only; ``icm_cli.config.COMPONENTS`` names the classes."""
+    families = ("model.lite", "model.stable_diffusion", "model.training_free")
+    shared = {name: others for name, others in GRAPH.items() if name.startswith("model.") and name.count(".") == 1}
+    assert "model.core" in shared
+    assert not [
+        f"{name} -> {other}" for name, others in shared.items() for other in others if other.startswith(families)
+    ]
+
+
 def test_matting_does_not_import_training_or_evaluation() -> None:
     code = "import icm_cli.matting.matte, sys; print(*sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
