@@ -79,16 +79,21 @@ def test_photographs_equal_those_made_on_the_cpu(pool: TrainingPool, number: int
         assert np.abs(alpha[0].numpy()[both].astype(int) - scene.alpha[both]).mean() < 3
 
 
+@pytest.fixture(scope="module")
+def busy_scenes(pool: TrainingPool) -> DeviceScenes:
+    """Scenes with all kinds of augmentation."""
+    return scenes(pool, PairConfig(distractor_probability=0.7), AugmentConfig(jpeg=0.5, noise=0.5, blur=0.5))
+
+
 @given(seed=st.integers(0, 2**31), count=st.integers(1, 5))
 @settings(max_examples=25, deadline=None)
-def test_scenes_do_not_depend_on_their_batch(pool: TrainingPool, seed: int, count: int) -> None:
-    on_device = scenes(pool, PairConfig(distractor_probability=0.7), AugmentConfig(jpeg=0.5, noise=0.5, blur=0.5))
+def test_scenes_do_not_depend_on_their_batch(busy_scenes: DeviceScenes, seed: int, count: int) -> None:
     rng = np.random.default_rng(seed)
-    items = list(pool)
-    plans = [on_device.plan_scene(items[rng.integers(len(items))], CANVAS_PX, rng) for _ in range(count)]
-    together = on_device.render_scenes(plans, CANVAS_PX)
+    items = list(busy_scenes.pool)
+    plans = [busy_scenes.plan_scene(items[rng.integers(len(items))], CANVAS_PX, rng) for _ in range(count)]
+    together = busy_scenes.render_scenes(plans, CANVAS_PX)
     for i, plan in enumerate(plans):
-        for layer, alone in zip(together, on_device.render_scenes([plan], CANVAS_PX), strict=True):
+        for layer, alone in zip(together, busy_scenes.render_scenes([plan], CANVAS_PX), strict=True):
             assert (layer[i].int() - alone[0].int()).abs().max() <= 1  # float sums in another order
     image, alpha, valid = together
     assert image.shape == (count, 3, CANVAS_PX, CANVAS_PX)
