@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 import shutil
@@ -52,8 +51,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def _load_once() -> Iterator[None]:
     """Read the pretrained weights of each configuration once per process, and build Typer's commands once.
 
-    Every test still gets a model of its own: a copy.
+    Every test still gets a model of its own. The state of torch's random generator after a load, which
+    decides the initial weights of further components, is that of a real load.
     """
+    import torch
+
     from icm_cli.model.lite import efficientnet
 
     load = efficientnet.EfficientNetLite.load
@@ -67,7 +69,11 @@ def _load_once() -> Iterator[None]:
     def load_copy(config: Any, weights: str | None, *, offline: bool, seed: int) -> nn.Module:
         if weights is not None:
             return load(config, weights, offline=offline, seed=seed)
-        return copy.deepcopy(load_from(efficientnet._weights_path(weights), config))
+        model = efficientnet.EfficientNetLite(config)  # draws the random numbers that a load draws
+        with torch.random.fork_rng(devices=[]):
+            loaded = load_from(efficientnet._weights_path(weights), config)
+        model.load_state_dict(loaded.state_dict())
+        return model.eval()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(efficientnet.EfficientNetLite, "load", load_copy)
