@@ -44,6 +44,7 @@ FLAGS_OF_OTHER_TOOLS = set(
         "--requeue",
         "--signal",
         "--every",
+        "--write",
     ]
 )
 
@@ -54,12 +55,14 @@ def prose_lines(text: str) -> list[str]:
     return [line for line in without_code.splitlines() if not line.startswith(("|", "!", "["))]
 
 
-@pytest.mark.slow
-def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("page", "examples"), [pytest.param("python", 10, marks=pytest.mark.slow), ("architecture", 2)]
+)
+def test_python_examples_run(page: str, examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
-    outcome = doctest.testfile(str(ROOT / "docs" / "python.md"), module_relative=False, encoding="utf-8")
-    assert outcome.attempted > 10
+    outcome = doctest.testfile(str(ROOT / "docs" / f"{page}.md"), module_relative=False, encoding="utf-8")
+    assert outcome.attempted >= examples
     assert not outcome.failed
 
 
@@ -85,18 +88,25 @@ def test_every_page_is_linked_from_readme() -> None:
 
 
 def test_every_module_is_in_the_file_map() -> None:
-    """Every file of the package is named in docs/architecture.md, and every file that it names exists."""
+    """Every file of the package is named in docs/architecture.md, and every file that it names exists.
+
+    Below a heading such as "icm_cli/images/", the first name of a row is relative to that folder, and the
+    others to the folder of the first.
+    """
     text = (ROOT / "docs" / "architecture.md").read_text()
     package = ROOT / "icm_cli"
-    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
-    rows = [re.findall(r"`([\w./-]+)`", line.split("|")[1]) for line in text.splitlines() if line.startswith("| `")]
+    modules = {path for path in package.rglob("*.py") if path.name != "__init__.py"}
     named = set()
-    for first, *others in rows:
-        for path in (ROOT / first, *((ROOT / first).parent / name for name in others)):
-            assert path.exists(), path
-            files = [path] if path.is_file() else path.rglob("*.py")
-            named |= {file.relative_to(package).as_posix() for file in files if package in file.parents}
-    assert modules <= named, sorted(modules - named)
+    for section in text.partition("\n## Files\n")[2].split("\n### ")[1:]:
+        heading, *lines = section.splitlines()
+        folder = ROOT / (re.findall(r"`([\w./]+)`", heading) or ["docs/"])[0]
+        for line in lines:
+            if line.startswith("| `"):
+                first, *others = re.findall(r"`([\w./-]+)`", line.split("|")[1])
+                paths = [folder / first, *((folder / first).parent / name for name in others)]
+                assert all(path.exists() for path in paths), paths
+                named |= {path.resolve() for path in paths}
+    assert modules <= named, sorted(str(path.relative_to(package)) for path in modules - named)
 
 
 def test_help_and_docs_name_every_dataset() -> None:
