@@ -1,7 +1,7 @@
 """Errors that end a run, and problems with input data that do not.
 
-Library code raises an :class:`IcmError` and never exits. The commands print its message and exit with its
-``exit_code``. Every message states what is wrong, what was expected, and what to do.
+Library code raises an :class:`IcmError` and never exits. The commands print its message and exit
+with its ``exit_code``. Every message states what is wrong, what was expected, and what to do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ConfigError(IcmError):
 
 
 class DeviceError(IcmError):
-    """All devices failed during the run; the argument names the last one and its error (exit code 3)."""
+    """All devices failed during the run; the argument names the last one (exit code 3)."""
 
     def __str__(self) -> str:
         return f"{self.args[0]}; all alphas written so far are complete; run the same command again to resume"
@@ -46,13 +46,13 @@ class ImageError(IcmError):
 
 
 class TrainingError(IcmError):
-    """Training cannot continue: the loss is not finite, or too many samples cannot be read (exit code 1)."""
+    """Training cannot continue, such as with an infinite loss or unreadable data (exit code 1)."""
 
     exit_code = 1
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a sentence for the end of an error message: the most similar known name, or all known names."""
+    """Return a sentence that suggests the most similar known name, or lists all known names."""
     names = sorted(known)
     nearest = get_close_matches(name, names, n=1, cutoff=0.6)
     return f"Did you mean {nearest[0]!r}?" if nearest else f"Known: {', '.join(names) or 'none'}."

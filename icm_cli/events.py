@@ -1,6 +1,7 @@
 """Callbacks that report the progress of a run.
 
-The commands pass listeners that print to the terminal. Callers of the Python API may pass their own.
+The commands pass listeners that print to the terminal. Callers of the Python API may pass their
+own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class Listener:
-    """Base class of callbacks for a run. Every method does nothing by default; override those you need."""
+    """Base class of callbacks for a run.
+
+    Every method does nothing by default; override those you need.
+    """
 
     def on_notice(self, text: str) -> None:
         """Handle a message for the user. May be called from any thread."""
@@ -108,8 +112,8 @@ class TrainingListener(Listener):
     def on_training_start(self, first_step: int, steps: int | None, samples: int) -> None:
         """Called before step ``first_step`` + 1.
 
-        ``steps`` is the number of the last step, or None for a run that is limited by time. Each step uses ``samples``
-        samples.
+        ``steps`` is the number of the last step, or None for a run that is limited by time. Each
+        step uses ``samples`` samples.
         """
 
     def on_step_end(self, step: int) -> None:
@@ -118,11 +122,15 @@ class TrainingListener(Listener):
     def on_log(self, step: int, figures: Mapping[str, float]) -> None:
         """Handle the mean figures since the previous call.
 
-        They are the loss, its terms, learning_rate, gradient_norm, samples_per_second and waiting_fraction.
+        They are the loss, its terms, learning_rate, gradient_norm, samples_per_second and
+        waiting_fraction.
         """
 
     def on_validation_end(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:
-        """Handle the metrics of ``icm eval`` after a step. Their names begin with ``validation_``."""
+        """Handle the metrics of ``icm eval`` after a step.
+
+        Their names begin with ``validation_``.
+        """
 
     def on_steps_end(self) -> None:
         """Called after the last step, also after an error."""

@@ -1,4 +1,4 @@
-"""Progress and errors for farms and other programs: lines of Open Job Description, and one JSON object per event."""
+"""Progress and errors for farms: Open Job Description lines, or one JSON object per event."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def make_terminal(display: MatteDisplayOptions) -> Terminal:
 
 
 def print_error(progress: str, text: str, exit_code: int) -> None:
-    """Print the error that ended a run on stderr and, if ``progress`` asks for it, a line for farms on stdout."""
+    """Print the error that ended a run on stderr and, depending on ``progress``, on stdout."""
     write_line(sys.stderr, f"icm: {text}")
     print_farm_error(progress, text, exit_code)
 
 
 def print_farm_error(progress: str, text: str, exit_code: int) -> None:
-    """Print an error on stdout in the form of ``progress``; nothing in forms that are for people."""
+    """Print an error on stdout if ``progress`` is a format for farms."""
     if progress == "openjd":
         _print_openjd("openjd_fail", text)
     elif progress == "json":
@@ -64,7 +64,7 @@ def _print_event(event: str, **values: Any) -> None:
 
 
 class OpenJdTerminal(Terminal):
-    """Prints progress, status and failures as Open Job Description lines, which Deadline Cloud and others parse."""
+    """Listener that prints Open Job Description lines, as parsed by Deadline Cloud."""
 
     def on_run_start(self, total: int) -> None:
         super().on_run_start(total)
@@ -82,7 +82,7 @@ class OpenJdTerminal(Terminal):
 
 
 class JsonTerminal(Terminal):
-    """Prints one JSON object per line on stdout, each with a key "event"; notices go to stderr."""
+    """Listener that prints one JSON object per event on stdout; notices go to stderr."""
 
     def on_run_start(self, total: int) -> None:
         super().on_run_start(total)
@@ -98,6 +98,9 @@ class JsonTerminal(Terminal):
         _print_event("image", ended=self.ended, total=self.total, **row)
 
     def on_run_end(self, report: Report) -> None:
-        """Print the totals. If the run was interrupted, the exit code follows in the event "error"."""
+        """Print the totals.
+
+        If the run was interrupted, the exit code follows in the event "error".
+        """
         code = report.exit_code or (0 if report.is_complete else None)
         _print_event("finished", exit_code=code, **report.as_dict()["summary"])

@@ -1,4 +1,4 @@
-"""Terminal output of ``icm``: progress, notices, summaries, and output that works on any terminal."""
+"""Terminal output of ``icm``: progress, notices, tables and summaries."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 PLAIN_WIDTH = 160
 """Width of tables if standard output is not a terminal."""
 MAX_PRINTED = 20
-"""Maximum number of failures in the summary, and of problems of one kind. Reports list all of them."""
+"""Maximum number of failures in the summary, and of problems of one kind."""
 ENCODING_LINE_INTERVAL_S = 20.0
 """Interval of the lines about encoding images if stderr is not a terminal."""
 
@@ -45,7 +45,7 @@ class Terminal(Listener):
     """
 
     def __init__(self, *, quiet: bool, verbose: bool, bar: bool = True, lines: bool = True) -> None:
-        """``bar`` enables the progress bar on terminals; ``lines`` enables the lines per image otherwise."""
+        """``bar`` enables the progress bar, and ``lines`` the lines per image without a bar."""
         self.quiet = quiet
         self.verbose = verbose and not quiet
         self.may_show_bar = bar and not (self.quiet or self.verbose)
@@ -296,9 +296,12 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
 
 
 def write_line(stream: TextIO | None, text: str) -> None:
-    """Print one line. Control characters, and characters that the stream cannot encode, are escaped.
+    """Print one line.
 
-    If the stream is closed or cannot be written, further output to it is discarded, so that the run continues.
+    Control characters, and characters that the stream cannot encode, are escaped.
+
+    If the stream is closed or cannot be written, further output to it is discarded, so that the run
+    continues.
     """
     if stream is None:
         return
@@ -331,7 +334,8 @@ class EncodingProgress:
         self._start = self._last = time.monotonic()
 
     def line(self, encoded: int) -> str | None:
-        """Return a line for the log, None if the last one is more recent than :data:`ENCODING_LINE_INTERVAL_S`."""
+        """Return a line for the log, None if the last one is more recent than
+        :data:`ENCODING_LINE_INTERVAL_S`."""
         now = time.monotonic()
         if now - self._last < ENCODING_LINE_INTERVAL_S and encoded < self._total:
             return None

@@ -1,4 +1,4 @@
-"""Fixtures and helpers of many tests: a small scene, a small model, and commands that run in this process."""
+"""Fixtures and helpers of many tests: a small scene, a small model, and commands."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """In CI (environment variable ``CI``), fail the run if a test was skipped: CI installs all that tests need."""
+    """Fail the run in CI (environment variable ``CI``) if a test was skipped."""
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
     if os.environ.get("CI") and _skipped_tests and not is_worker:
         names = "".join(f"\n  {name}" for name in _skipped_tests)
@@ -49,7 +49,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _load_once() -> Iterator[None]:
-    """Read the pretrained weights of each configuration once per process, and build Typer's commands once.
+    """Read the pretrained weights of each configuration once per process, and build Typer's
+    commands once.
 
     Every test still gets a model of its own. The state of torch's random generator after a load, which
     decides the initial weights of further components, is that of a real load.
@@ -133,7 +134,10 @@ Icm = Callable[..., Result]
 
 @pytest.fixture
 def icm(scene: Path, small_model: Path) -> Icm:
-    """A function that runs the command ``icm matte`` on the scene. Keyword arguments replace or add options."""
+    """A function that runs the command ``icm matte`` on the scene.
+
+    Keyword arguments replace or add options.
+    """
 
     def run(*flags: str, **options: str | Path | Sequence[str | Path] | None) -> Result:
         from icm_cli.cli import app
@@ -154,7 +158,7 @@ def icm(scene: Path, small_model: Path) -> Icm:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A folder dataset with groups a and b, each of three composites of a rocket with their exact alphas."""
+    """A folder dataset with groups a and b, each of three composites with exact alphas."""
     for name in EVAL_NAMES:
         for kind, source, suffix in (("images", "imgs", ".jpg"), ("alphas", "alphas", ".png")):
             target = tmp_path / "data" / kind / f"{name}{suffix}"

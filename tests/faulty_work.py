@@ -16,7 +16,7 @@ from icm_cli.reports.result import ImageResult
 
 
 class LosingSetup(EngineSetup):
-    """Setup whose device is lost at the second image of the first process, like a GPU that stops responding.
+    """Setup whose device is lost at the second image of the first process.
 
     That process creates the file named by the environment variable LOST.
     """

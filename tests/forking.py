@@ -1,8 +1,9 @@
 """Fast start of icm processes in tests: a server that has already imported torch forks them.
 
-In tests, :class:`Popen` replaces ``subprocess.Popen``. It uses the server for modules of icm that are run with
-``python -m``, and starts all other processes normally. A forked process is a child of the test process with its
-own descriptors, directory and environment. It can be waited for, signalled and killed like any other process.
+In tests, :class:`Popen` replaces ``subprocess.Popen``. It uses the server for modules of icm that
+are run with ``python -m``, and starts all other processes normally. A forked process is a child of
+the test process with its own descriptors, directory and environment. It can be waited for,
+signalled and killed like any other process.
 
 When run as a script, this file is the server.
 """
@@ -28,7 +29,7 @@ IS_POSSIBLE = sys.platform == "linux" and hasattr(subprocess.Popen, "_execute_ch
 PR_SET_CHILD_SUBREAPER = 36
 MAX_MESSAGE_BYTES = 1 << 17
 FIRST_TEMPORARY_DESCRIPTOR = 500
-"""Received descriptors are first moved to this number and above, so that they do not overlap with their targets."""
+"""Received descriptors are first moved to this number, so that they do not overlap targets."""
 PRELOADED_MODULES = (
     "icm_cli.evaluation.evaluate",
     "icm_cli.matting.engine",
@@ -98,7 +99,10 @@ def request_process(request: dict[str, Any], descriptors: list[int]) -> int:
 
 
 def start_server() -> socket.socket:
-    """Start the server and return the socket to it. Processes that it starts become children of this process."""
+    """Start the server and return the socket to it.
+
+    Processes that it starts become children of this process.
+    """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server = _Popen([sys.executable, __file__, str(its.fileno())], pass_fds=[its.fileno()])
@@ -115,7 +119,8 @@ def start_server() -> socket.socket:
 def serve_requests(link: socket.socket) -> list[str] | None:
     """Fork a process for every request.
 
-    Returns the command line in each forked process, and None in the server when the socket is closed.
+    Returns the command line in each forked process, and None in the server when the socket is
+    closed.
     """
     while True:
         message, descriptors, _, _ = socket.recv_fds(link, MAX_MESSAGE_BYTES, 32)
@@ -140,7 +145,7 @@ def serve_requests(link: socket.socket) -> list[str] | None:
 
 
 def apply_request(request: dict[str, Any], descriptors: list[int]) -> list[str]:
-    """Set descriptors, directory, environment and module paths as requested, and return the command line."""
+    """Set descriptors, directory, environment and module paths; return the command line."""
     moved = [fcntl.fcntl(each, fcntl.F_DUPFD, FIRST_TEMPORARY_DESCRIPTOR) for each in descriptors]
     os.closerange(3, FIRST_TEMPORARY_DESCRIPTOR)
     for each, number in zip(moved, request["descriptors"], strict=True):

@@ -1,4 +1,4 @@
-"""Reference implementation of the metrics with SciPy and scikit-image, for tests of the fast implementation.
+"""Reference implementation of the metrics with SciPy and scikit-image.
 
 It covers both lineages, composition and AIM. Alphas are float64 [H,W] in 0..1.
 """

@@ -1,4 +1,4 @@
-"""Metrics: golden values of the published code, a reference implementation, and properties that must hold."""
+"""Metrics: golden values of the published code, a reference implementation, and properties."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_scores_are_not_negative_and_means_at_most_one(two: tuple[np.ndarray, np
 @settings(deadline=None)
 @given(pairs(), st.integers(2, 4))
 def test_scores_of_enlarged_images(two: tuple[np.ndarray, np.ndarray], factor: int) -> None:
-    """If every pixel becomes a block, MSE and MAD stay equal, and SAD and CONN increase with the area."""
+    """If pixels become blocks, MSE and MAD stay equal, and SAD and CONN grow with the area."""
     enlarged = [np.kron(each, np.ones((factor, factor), np.uint8)) for each in two]
     small, large = compute_scores(*two)["whole"], compute_scores(*enlarged)["whole"]
     assert large.mse == pytest.approx(small.mse)
@@ -110,7 +110,7 @@ def test_scores_of_enlarged_images(two: tuple[np.ndarray, np.ndarray], factor: i
 @settings(deadline=None)
 @given(pairs())
 def test_mirrored_alphas_have_the_same_differences(two: tuple[np.ndarray, np.ndarray]) -> None:
-    """CONN is excluded: of components of equal size, the published code takes the first in reading order."""
+    """CONN is excluded, because it depends on the order of equal components."""
     here, there = (
         compute_scores(*two)["whole"],
         compute_scores(*(np.ascontiguousarray(each[:, ::-1]) for each in two))["whole"],

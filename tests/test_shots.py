@@ -36,11 +36,13 @@ def test_j_is_intersection_over_union() -> None:
 
 
 def test_known_f_of_two_squares() -> None:
-    """Compare squares with known boundaries. The diagonal of 30 x 40 is 50, so boundaries match up to a distance of 1.
+    """Compare squares with known boundaries.
 
-    The boundary of a square of n px has 4n pixels and begins one pixel above and to the left of it. If the square moves
-    by 1, all boundary pixels match. If it moves by 4, the old right side and the new left side are both in column 13,
-    rows 9..13, and 5 + 1 + 1 pixels match.
+    The diagonal of 30 x 40 is 50, so boundaries match up to a distance of 1.
+
+    The boundary of a square of n px has 4n pixels and begins one pixel above and to the left of it.
+    If the square moves by 1, all boundary pixels match. If it moves by 4, the old right side and
+    the new left side are both in column 13, rows 9..13, and 5 + 1 + 1 pixels match.
     """
     truth = mask(30, 40, 10, 10, 14, 14)
     assert boundary_accuracy(truth, truth) == 1
@@ -50,7 +52,7 @@ def test_known_f_of_two_squares() -> None:
 
 
 def test_f_is_the_harmonic_mean_of_precision_and_recall() -> None:
-    """A second square of 2 px adds 8 boundary pixels to the 16 of the true one: precision 16/24, recall 16/16."""
+    """A second square adds 8 boundary pixels to the 16 true ones: precision 16/24, recall 1."""
     truth = mask(30, 40, 10, 10, 14, 14)
     predicted = truth | mask(30, 40, 22, 30, 24, 32)
     assert boundary_accuracy(predicted, truth) == pytest.approx(2 * (16 / 24) / (16 / 24 + 1))
@@ -81,7 +83,7 @@ def frames_of(shot: str, values: list[float]) -> list[ImageResult]:
 
 
 def test_known_mean_recall_and_decay() -> None:
-    """Eight frames are divided at 1, 2.75, 4.5, 6.25 and 8, rounded 1, 3, 5, 6, 8: frames 1-3 and 6-8 count."""
+    """The bounds 1, 2.75, 4.5, 6.25 and 8 are rounded to 1, 3, 5, 6, 8: parts 1-3 and 6-8."""
     scores = compute_shot_scores(frames_of("a", [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]))["a"]
     assert scores.frames == 8
     assert scores.j_mean == pytest.approx(0.55)

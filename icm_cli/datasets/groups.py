@@ -16,7 +16,7 @@ from icm_cli.errors import Problem, UsageError
 from icm_cli.images.reading import CompositeSource
 
 GROUP_FIELDS = ("class", "sub_class", "HalfOrFull")
-"""Metadata fields that form the name of a group. Null values are omitted, as in the published code."""
+"""Metadata fields that form the name of a group. Null values are omitted."""
 CATEGORY_FIELDS = {"class": "class", "type": "type", "TransparentOrOpaque": "opacity", "source": "source"}
 """Metadata fields for which reports have a table, and the names of the tables."""
 EXPECTED_GROUPS = (
@@ -30,12 +30,13 @@ class Sample:
     """An image with its true alpha."""
 
     name: str
-    """Unique name in the dataset: the path of the alpha relative to its folder without suffix, or its number."""
+    """Unique name in the dataset: the path of the alpha relative to its folder without suffix, or
+    its number."""
     image: Path | CompositeSource
     alpha: Path
     trimap: Path | None = None
     group: str = ""
-    """Images of one group show the same kind of object; "" if the metadata does not list the image."""
+    """Images of a group show the same kind of object; "" if the metadata lacks the image."""
     categories: Mapping[str, str] = field(default_factory=dict, hash=False)
     """For example {"class": "animal", "type": "SO"}."""
 

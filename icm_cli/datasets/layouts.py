@@ -37,7 +37,7 @@ def strip_last_number(key: str) -> str:
 
 
 def strip_label_and_box(key: str) -> str:
-    """Remove label and box from the key of an Open Images mask: ``00a1_m01bjv_7f3e`` -> ``00a1``."""
+    """Remove label and box of an Open Images mask: ``00a1_m01bjv_7f3e`` -> ``00a1``."""
     return re.sub(r"_[^_/]+_[^_/]+$", "", PurePosixPath(key).name)
 
 
@@ -49,15 +49,17 @@ class Layout:
     alphas: str
     trimaps: str | None = None
     key: Callable[[str], str] = unchanged_key
-    """Maps the path of a file, relative to its folder and without suffix, to the key of image, alpha and trimap."""
+    """Maps the path of a file, relative to its folder and without suffix, to the key of image,
+    alpha and trimap."""
     image_key: Callable[[str], str] = unchanged_key
     """Maps the key of an alpha to the key of its image, for images with several alphas."""
     parent_folder: str = ""
     """A folder that contains all of these folders."""
     backgrounds_per_foreground: int = 0
-    """If above 0, ``images`` contains foregrounds, and each is composited onto this many backgrounds."""
+    """If above 0, ``images`` are foregrounds, each composited onto this many backgrounds."""
     lists: tuple[str, ...] = ()
-    """Text files. The first that exists lists the images of the dataset, one image or folder of images per line."""
+    """Text files. The first that exists lists the images of the dataset, one image or folder of
+    images per line."""
 
     def describe(self) -> str:
         """Describe the layout for error messages."""
@@ -76,14 +78,16 @@ class FileSets:
     alphas: Files
     trimaps: Files
     problems: tuple[Problem, ...] = ()
-    """Files of one kind with the same key, of which only the first is used, and listed images that do not exist."""
+    """Files of one kind with the same key, of which only the first is used, and listed images that
+    do not exist."""
 
 
 def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layout, FileSets]:
     """Return the first of the layouts that exists at ``root``, and its files.
 
-    ``root`` may also be the parent of the published root, or a folder inside it. Upper and lower case in folder names
-    are equivalent. Raises UsageError, which lists the folders found and those expected.
+    ``root`` may also be the parent of the published root, or a folder inside it. Upper and lower
+    case in folder names are equivalent. Raises UsageError, which lists the folders found and those
+    expected.
     """
     if not root.is_dir():
         raise UsageError(f"data root {root} is not a folder; expected the folder of {title}")
@@ -110,7 +114,10 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
 
 
 def find_files_by_pattern(images: str, alphas: str, trimaps: str | None) -> FileSets:
-    """Return the files of three folders or glob patterns. Raises UsageError if one contains no images."""
+    """Return the files of three folders or glob patterns.
+
+    Raises UsageError if one contains no images.
+    """
     problems: list[Problem] = []
     options = zip((images, alphas, trimaps), ("--images", "--alphas", "--trimaps"), strict=True)
     found = [_find_matching(text, option, problems) if text else {} for text, option in options]
@@ -160,7 +167,9 @@ def _make_composites(layout: Layout, files: FileSets, key: str, backgrounds: Seq
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return all images in a folder and its subfolders, sorted, without hidden files. Symbolic links are followed.
+    """Return all images in a folder and its subfolders, sorted, without hidden files.
+
+    Symbolic links are followed.
 
     Raises UsageError if a folder cannot be read.
     """
@@ -174,7 +183,10 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def _layout_files(layout: Layout, base: Path, inside: Path | None = None) -> FileSets | None:
-    """Return the files of a layout at ``base``, or None. With ``inside``, its images must be in that folder."""
+    """Return the files of a layout at ``base``, or None.
+
+    With ``inside``, its images must be in that folder.
+    """
     folders = _layout_folders(layout, base)
     if folders is None or (inside and not folders[0].is_relative_to(inside)):
         return None
@@ -189,17 +201,19 @@ def _layout_files(layout: Layout, base: Path, inside: Path | None = None) -> Fil
 
 
 def _apply_list(layout: Layout, base: Path, files: FileSets) -> FileSets:
-    """Return only the files that the list of the layout names. Listed images that do not exist become problems.
+    """Return only the files that the list of the layout names.
 
-    A line of a DAVIS list begins with an image (``/JPEGImages/480p/goat/00000.jpg``) or is a folder (``goat``).
-    Raises UsageError if the list is missing or cannot be read.
+    Listed images that do not exist become problems.
+
+    A line of a DAVIS list begins with an image (``/JPEGImages/480p/goat/00000.jpg``) or is a folder
+    (``goat``). Raises UsageError if the list is missing or cannot be read.
     """
     paths = [base / layout.parent_folder / name for name in layout.lists]
     path = next((each for each in paths if each.is_file()), None)
     if path is None:
         raise UsageError(
-            f"{base} has no list of images; expected {' or '.join(map(str, paths))} with one image or folder of images "
-            "per line; copy it from the published dataset"
+            f"{base} has no list of images; expected {' or '.join(map(str, paths))} with one image "
+            "or folder of images per line; copy it from the published dataset"
         )
     try:
         names = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -218,7 +232,7 @@ def _apply_list(layout: Layout, base: Path, files: FileSets) -> FileSets:
 
 
 def _layout_folders(layout: Layout, base: Path) -> tuple[Path, Path, Path | None] | None:
-    """Return the folders of images, alphas and trimaps at ``base``, or None if they do not exist."""
+    """Return the folders of a layout at ``base``, or None if they do not exist."""
     parent = _find_subfolder(base, layout.parent_folder)
     images, alphas = (_find_subfolder(parent, folder) if parent else None for folder in (layout.images, layout.alphas))
     if parent is None or images is None or alphas is None:
@@ -259,7 +273,10 @@ def _index_by_key(paths: Iterable[Path], root: Path, key: Callable[[str], str], 
 
 
 def _find_matching(text: str, option: str, problems: list[Problem]) -> Files:
-    """Return the files of a folder or glob pattern by key. Raises UsageError if it contains no images."""
+    """Return the files of a folder or glob pattern by key.
+
+    Raises UsageError if it contains no images.
+    """
     fixed, wildcards = split_glob(text)
     if wildcards:
         root = Path(fixed)

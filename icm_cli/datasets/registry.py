@@ -37,7 +37,10 @@ class ScoringConventions:
 
 @dataclass(frozen=True)
 class Dataset:
-    """File layouts, groups and scoring conventions of a dataset. The first layout that exists on disk is used."""
+    """File layouts, groups and scoring conventions of a dataset.
+
+    The first layout that exists on disk is used.
+    """
 
     title: str
     test: tuple[Layout, ...]
@@ -46,13 +49,15 @@ class Dataset:
     metadata: str | None = None
     """File name of the published groups in ``icm_cli/datasets/metadata``."""
     group_pattern: str | None = None
-    """Without metadata: a regular expression whose first capture group in the name of an image is its group."""
+    """Without metadata: a regular expression whose first capture group in the name of an image is
+    its group."""
     is_binary: bool = False
     """Whether the alphas are binary masks of 0 and 255."""
     has_detail_maps: bool = False
     """Whether the trimaps are detail maps, in which every pixel above 0 is unknown."""
     is_shots: bool = False
-    """Whether groups are shots with a given first frame, scored as DAVIS does. All palette indices are one object."""
+    """Whether groups are shots with a given first frame, scored as DAVIS does. All palette indices
+    are one object."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ _ADOBE = "Adobe-licensed images"
 
 
 def _davis_layout(split: str) -> Layout:
-    """Return the layout of frames at 480p, with the list of DAVIS 2016 or of the 2016 shots in DAVIS 2017."""
+    """Return the layout of frames at 480p, with the list in DAVIS 2016 or DAVIS 2017."""
     lists = tuple(f"ImageSets/{folder}/{split}.txt" for folder in ("480p", "2016"))
     return Layout("JPEGImages/480p", "Annotations/480p", lists=lists)
 
@@ -190,11 +195,13 @@ def find_dataset(
 ) -> DatasetSamples:
     """Return all samples of a dataset, and the problems with its files.
 
-    The dataset ``folder`` is given by ``images``, ``alphas`` and optionally ``trimaps`` (folders or glob patterns), or
-    by a ``root`` with subfolders of these names. All other datasets are given by ``root``.
+    The dataset ``folder`` is given by ``images``, ``alphas`` and optionally ``trimaps`` (folders or
+    glob patterns), or by a ``root`` with subfolders of these names. All other datasets are given by
+    ``root``.
 
-    ``groups`` is a JSON file in the published format. By default, the groups come from the bundled metadata. Datasets
-    without metadata are grouped by foreground or, for ``folder``, by subfolder; otherwise all images form one group.
+    ``groups`` is a JSON file in the published format. By default, the groups come from the bundled
+    metadata. Datasets without metadata are grouped by foreground or, for ``folder``, by subfolder;
+    otherwise all images form one group.
 
     If ``composite`` is false, foregrounds are returned without backgrounds. Raises UsageError.
     """
@@ -208,8 +215,8 @@ def find_dataset(
     samples, problems = pair_files(layout, files, background_files)
     if not samples:
         raise UsageError(
-            f"no image of {dataset.title} has an alpha; expected files of equal names, but images are like "
-            f"{min(files.images)} and alphas like {min(files.alphas)}"
+            f"no image of {dataset.title} has an alpha; expected files of equal names, but images "
+            f"are like {min(files.images)} and alphas like {min(files.alphas)}"
         )
     if groups is not None:
         metadata = GroupMetadata.read_file(Path(groups))
@@ -248,8 +255,9 @@ def _find_backgrounds(dataset: Dataset, layout: Layout, folder: str | Path | Non
         return []
     if folder is None:
         raise UsageError(
-            f"{dataset.title} contains only foregrounds; give --backgrounds DIR (the published test set uses images of "
-            f"PASCAL VOC); each foreground is composited onto {layout.backgrounds_per_foreground} of them"
+            f"{dataset.title} contains only foregrounds; give --backgrounds DIR (the published "
+            "test set uses images of PASCAL VOC); each foreground is composited onto "
+            f"{layout.backgrounds_per_foreground} of them"
         )
     if not Path(folder).is_dir():
         raise UsageError(f"backgrounds folder {folder} does not exist; expected images to composite foregrounds onto")

@@ -1,4 +1,4 @@
-"""``icm_cli.evaluate``, the command ``icm eval``: matte a dataset or read existing alphas, and score them."""
+"""``icm_cli.evaluate``, the command ``icm eval``: score alphas of a dataset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from icm_cli.matting.predictor import Predictor
 
 MIN_SHOT_FRAMES = 3
-"""Shortest shot of which a frame is scored: its first frame is the reference and its last one is excluded."""
+"""Minimum length of a shot: its first frame is the reference, and its last one is excluded."""
 SHOT_NOTE = "the first frame of every shot is its reference, and the last one is excluded, as in the tool of DAVIS"
 
 
@@ -32,11 +32,13 @@ SHOT_NOTE = "the first frame of every shot is its reference, and the last one is
 def evaluate(
     options: EvaluateOptions, *, predictor: Predictor | None = None, listener: Listener | None = None
 ) -> Report:
-    """Matte the images of a dataset, each group with its own references, or read alphas from ``pred``; score them.
+    """Matte a dataset, each group with its own references, or read alphas from ``pred``; score
+    them.
 
-    Options that are None default to the conventions of the dataset. ``predictor`` is a loaded model, which replaces
-    the options that select one. Problems with the data are listed in the report, and all other images are scored. The
-    ``exit_code`` of the report is then 1, unless these problems are allowed.
+    Options that are None default to the conventions of the dataset. ``predictor`` is a loaded
+    model, which replaces the options that select one. Problems with the data are listed in the
+    report, and all other images are scored. The ``exit_code`` of the report is then 1, unless these
+    problems are allowed.
 
     Raises UsageError, ConfigError or OutputError.
     """
@@ -118,7 +120,8 @@ def _find_dataset(options: EvaluateOptions) -> DatasetSamples:
 def _select_shot_frames(found: DatasetSamples) -> DatasetSamples:
     """Exclude the last frame of every shot, and mark the others as video frames.
 
-    Shots with fewer than MIN_SHOT_FRAMES frames become problems. Raises UsageError if there are no other shots.
+    Shots with fewer than MIN_SHOT_FRAMES frames become problems. Raises UsageError if there are no
+    other shots.
     """
     shots = group_samples(found.samples)
     problems = [
@@ -128,8 +131,8 @@ def _select_shot_frames(found: DatasetSamples) -> DatasetSamples:
     ]
     if len(problems) == len(shots):
         raise UsageError(
-            f"{found.dataset.title} has no shot of three frames or more; the first and last frame of a shot are not "
-            "scored, so give complete shots"
+            f"{found.dataset.title} has no shot of three frames or more; the first and last frame "
+            "of a shot are not scored, so give complete shots"
         )
     scored = [frames[:-1] for frames in shots.values() if len(frames) >= MIN_SHOT_FRAMES]
     samples = [_mark_video_frame(frame) for frames in scored for frame in frames]

@@ -1,4 +1,4 @@
-"""Matte a dataset and score the alphas: every group is matted with references of its own, by one model."""
+"""Matte a dataset, each group with its own references, and score the alphas."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ class Example:
 
 
 def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice, options: InContextOptions) -> Report:
-    """Matte every target of every round and score it. Existing alphas of the same evaluation are kept.
+    """Matte every target of every round and score it.
+
+    Existing alphas of the same evaluation are kept.
 
     Alphas of an interrupted run stay in the cache, so that the next run continues from them.
     """
@@ -78,8 +80,9 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice, options: InC
     ]
     if not examples:
         raise UsageError(
-            f"{evaluation.dataset.title} has no group with two usable images, so there are no references; give "
-            "--groups FILE to define groups, or --pred DIR to score existing alphas"
+            f"{evaluation.dataset.title} has no group with two usable images, so there are no "
+            "references; give --groups FILE to define groups, or --pred DIR to score existing "
+            "alphas"
         )
     steps = choice.resolve_learn_steps(options.learn_steps, is_shot=options.is_shot)
     digests = _example_digests(store, choice, examples, steps, is_shot=options.is_shot)
@@ -122,7 +125,7 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice, options: InC
 def _example_digests(
     store: ReferenceStore, choice: AnyModelChoice, examples: Sequence[Example], learn_steps: int, *, is_shot: bool
 ) -> list[str]:
-    """Return, for every example, the digest of everything besides the source that determines its alphas."""
+    """Return the digest of every example: everything that determines its alphas but the source."""
     common: dict[str, str] = {str(name): value for name, value in choice.digest_parts().items()}
     common |= {str(name): value for name, value in sequence_digest_parts(learn_steps, is_shot=is_shot).items()}
     common["seed"] = str(choice.seed)
@@ -265,12 +268,12 @@ class ReferenceStore:
     def prepare(
         self, predictor: Predictor, names: Sequence[str], learn_steps: int, *, is_shot: bool
     ) -> PreparedReferences:
-        """Read references, prepare them for the model, and fine-tune its head on them for ``learn_steps`` steps."""
+        """Read and prepare references, and fine-tune the head on them for ``learn_steps`` steps."""
         references = [self._read_reference(self.evaluation.dataset.by_name[name]) for name in names]
         return prepare_references(predictor, references, learn_steps, is_shot=is_shot)
 
     def order_frames(self, jobs: Sequence[Job], examples: Sequence[Example]) -> Shot:
-        """Return the order in which the frames of the shots are matted, starting from their references."""
+        """Return the order in which frames are matted, starting from their references."""
 
         def key(name: str) -> Keyframe:
             return Keyframe(Path(name), lambda: self._read_reference(self.evaluation.dataset.by_name[name]))

@@ -24,8 +24,8 @@ NamedT = TypeVar("NamedT")
 def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Report:
     """Score the alphas in ``folder``, named as by ``--save-alphas`` or by file name only.
 
-    If the evaluation has a references file, the references of each round are excluded. Otherwise every image is scored.
-    Raises UsageError if no alpha belongs to an image.
+    If the evaluation has a references file, the references of each round are excluded. Otherwise
+    every image is scored. Raises UsageError if no alpha belongs to an image.
     """
     if not folder.is_dir():
         raise UsageError(f"folder of predictions {folder} does not exist; expected alphas named like the images")
@@ -46,8 +46,8 @@ def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Repo
         has_rounds = (folder / "round-1").is_dir()
         hint = "; it has several rounds, so give --references with the report of the run that made them"
         raise UsageError(
-            f"folder of predictions {folder} has no alpha of any image, or several of the same name; "
-            f"expected names like {expected}{hint if has_rounds else ''}"
+            f"folder of predictions {folder} has no alpha of any image, or several of the same "
+            f"name; expected names like {expected}{hint if has_rounds else ''}"
         )
     evaluation.files.reports.check_no_overwrite([result.output for result in planned if result.output])
     evaluation.files.reports.check_writable()
@@ -71,7 +71,7 @@ def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Repo
 def _plan_results(
     evaluation: Evaluation, folder: Path, number: int, references: Mapping[str, list[str]]
 ) -> list[ImageResult]:
-    """Return a result with the path of its alpha, or "" if there is none, for every target of a round."""
+    """Return a result for every target of a round, with the path of its alpha if there is one."""
     dataset = evaluation.dataset
     alphas = {path.relative_to(folder).with_suffix("").as_posix(): path for path in list_images(folder)}
     alpha_by_stem = _unique_stems({path: path.stem for path in alphas.values()})

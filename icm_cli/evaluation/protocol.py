@@ -1,4 +1,4 @@
-"""Definition of an evaluation: dataset, scoring rule, files and run settings, for alphas of any origin."""
+"""Definition of an evaluation: dataset, scoring rule, files and run settings."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Evaluation:
     run: RunSettings
 
     def check_no_overwrite(self, alphas: Sequence[Path] = ()) -> None:
-        """Raise UsageError if an alpha or a report would overwrite a file of the dataset or an input."""
+        """Raise UsageError if an output would overwrite a file of the dataset or an input."""
         dataset_files = self.dataset.real_paths
         folders = {str(Path(path).parent) for path in dataset_files}
         for path in alphas:
@@ -139,7 +139,10 @@ class Evaluation:
         notes: Sequence[str] = (),
         trained_on: frozenset[str] | None = None,
     ) -> Outcome:
-        """Return the outcome that collects, scores and reports results. It has the problems of the dataset already."""
+        """Return the outcome that collects, scores and reports results.
+
+        It has the problems of the dataset already.
+        """
         protocol = self._describe_protocol(references, notes)
         report = Report(
             {
@@ -203,7 +206,10 @@ class Evaluation:
                     yield (number, frame.name), FlickerTask(files[0], files[1], self.rule)
 
     def _describe_protocol(self, references: ReferenceRounds, notes: Sequence[str]) -> dict[str, Any]:
-        """Return everything besides the alphas that affects the scores. Comparing reports requires equal values."""
+        """Return everything besides the alphas that affects the scores.
+
+        Comparing reports requires equal values.
+        """
         generated = f"0 < alpha < 1 dilated by a {self.rule.trimap_kernel_px} px square at the scored size"
         if not any(sample.trimap for sample in self.dataset.samples):
             unknown = f"generated from the alpha: {generated}"
@@ -243,14 +249,15 @@ class Evaluation:
 
 
 def round_folder(folder: Path, number: int, rounds: int) -> Path:
-    """Return the folder with the alphas of a round: ``folder`` itself if there is only one round."""
+    """Return the folder of the alphas of a round: ``folder`` if there is only one."""
     return folder / f"round-{number}" if rounds > 1 else folder
 
 
 def consecutive_frames(frames: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
-    """Return the pairs of consecutive frames: their names differ only in the number at the end, by one step.
+    """Return the pairs of consecutive frames.
 
-    The step of a shot is the smallest difference between its numbers, so that a shot may consist of every second frame.
+    Their names differ only in the number at the end, by one step. The step of a shot is the
+    smallest difference between its numbers, so that a shot may consist of every second frame.
     """
     shots: dict[str, dict[int, Sample]] = {}
     for frame in frames:

@@ -1,4 +1,7 @@
-"""References of an evaluation: chosen by name, or read from a file. A target is never its own reference."""
+"""References of an evaluation: chosen by name, or read from a file.
+
+A target is never its own reference.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,10 @@ def choose_references(
 ) -> tuple[ReferenceRounds, list[Problem]]:
     """Choose the references of every group and round.
 
-    The samples of a group are sorted by the SHA-256 of their names, or left in their order if ``in_order``. Round n
-    takes the usable samples from the n-th on and wraps around at the end. At least one image of a group remains as a
-    target. Images of groups with a single image become problems.
+    The samples of a group are sorted by the SHA-256 of their names, or left in their order if
+    ``in_order``. Round n takes the usable samples from the n-th on and wraps around at the end. At
+    least one image of a group remains as a target. Images of groups with a single image become
+    problems.
     """
     chosen: ReferenceRounds = [{} for _ in range(rounds)]
     problems = []
@@ -68,7 +72,8 @@ def _name_digest(sample: Sample) -> str:
 def read_references_file(path: Path, groups: Mapping[str, Sequence[Sample]]) -> tuple[ReferenceRounds, list[Problem]]:
     """Read the references of an earlier evaluation from a references file or a JSON report.
 
-    Names that are not in their group become problems. Raises UsageError if the format is wrong or no name is known.
+    Names that are not in their group become problems. Raises UsageError if the format is wrong or
+    no name is known.
     """
     problems: dict[str, Problem] = {}
     rounds: ReferenceRounds = []
@@ -105,28 +110,31 @@ def _parse_references_file(path: Path) -> ReferenceRounds:
 
 
 def write_references_file(path: Path, rounds: ReferenceRounds) -> None:
-    """Write references for ``--references`` of a later evaluation, atomically. Raises OutputError."""
+    """Write references for ``--references`` of a later evaluation, atomically.
+
+    Raises OutputError.
+    """
     write_json(path, {"references": rounds})
 
 
 def describe_small_groups(groups: Mapping[str, Sequence[Sample]], rounds: int, refs_per_group: int) -> list[str]:
-    """Return notes about groups that cannot provide the requested number of rounds or references."""
+    """Return notes about groups that are too small for the requested rounds or references."""
     sizes = {group: len(samples) for group, samples in groups.items() if len(samples) > 1}
     notes = []
     if set(groups) == {ONE_GROUP}:
         notes.append(
-            "the dataset has no groups, so all images form one group and a reference may show a different object than "
-            "its target; give --groups FILE to define groups"
+            "the dataset has no groups, so all images form one group and a reference may show a "
+            "different object than its target; give --groups FILE to define groups"
         )
     if small := [group for group, size in sizes.items() if size < rounds]:
         notes.append(
-            f"{len(small)} group(s), such as {small[0]}, have fewer than {rounds} images: their references repeat in "
-            "later rounds, and the standard deviation over rounds is too small"
+            f"{len(small)} group(s), such as {small[0]}, have fewer than {rounds} images: their "
+            "references repeat in later rounds, and the standard deviation over rounds is too small"
         )
     if small := [group for group, size in sizes.items() if size <= refs_per_group]:
         notes.append(
-            f"{len(small)} group(s), such as {small[0]}, have too few images for {refs_per_group} references and a "
-            "target; they use all images but one as references"
+            f"{len(small)} group(s), such as {small[0]}, have too few images for {refs_per_group} "
+            "references and a target; they use all images but one as references"
         )
     return notes
 

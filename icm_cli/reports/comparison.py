@@ -1,4 +1,4 @@
-"""Compare two JSON reports of ``icm eval`` or ``icm matte``, image by image (``icm eval --compare``)."""
+"""Compare two JSON reports image by image (``icm eval --compare``)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Comparison:
     images: dict[Region, list[ImageDifference]]
 
     def means(self, region: Region) -> dict[str, tuple[float, float]]:
-        """Return the means of every metric before and after, over the images that are in both reports."""
+        """Return the means of every metric before and after, over the images in both reports."""
         rows = self.images[region]
         return {
             metric: (

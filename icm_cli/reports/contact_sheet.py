@@ -35,7 +35,10 @@ GREY = 128
 
 
 def write_contact_sheet(path: Path, report: Report) -> None:
-    """Write the contact sheet of the images that have an alpha, at most MAX_SHEET_ROWS. Raises OutputError."""
+    """Write the contact sheet of the images that have an alpha, at most MAX_SHEET_ROWS.
+
+    Raises OutputError.
+    """
     results = select_evenly([result for result in report.results if result.has_alpha], MAX_SHEET_ROWS)
     rows = [_make_row(result, report.page_images.colour) for result in results]
     sheet = np.concatenate(rows) if rows else np.full((SHEET_CELL_PX, 3 * SHEET_CELL_PX, 3), GREY, np.uint8)

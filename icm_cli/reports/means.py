@@ -39,7 +39,7 @@ class Means:
 
 @dataclass(frozen=True)
 class ShotScores:
-    """J (region similarity) and F (boundary accuracy) of a shot, 0..1, as defined by the tool of DAVIS.
+    """J (region similarity) and F (boundary accuracy) of a shot, 0..1, as in the tool of DAVIS.
 
     A negative decay means that the scores improve towards the end of the shot.
     """
@@ -84,7 +84,10 @@ def compute_means(results: Iterable[ImageResult]) -> dict[Region, Means]:
 def compute_means_by(
     results: Sequence[ImageResult], key: Callable[[ImageResult], str | None]
 ) -> dict[str, dict[Region, Means]]:
-    """Return the means for every value of ``key``, sorted by value. Results without a value are excluded."""
+    """Return the means for every value of ``key``, sorted by value.
+
+    Results without a value are excluded.
+    """
     parts: dict[str, list[ImageResult]] = {}
     for result in results:
         if value := key(result):
@@ -95,8 +98,8 @@ def compute_means_by(
 def compute_shot_scores(results: Iterable[ImageResult]) -> dict[str, ShotScores]:
     """Return the scores of every shot, and last their mean under MEAN_OF_SHOTS.
 
-    Results are in the order of the frames. Frames without J and F are excluded. The result is empty if no frame has
-    them.
+    Results are in the order of the frames. Frames without J and F are excluded. The result is empty
+    if no frame has them.
     """
     shots: dict[str, list[tuple[float, float]]] = {}
     for result in results:

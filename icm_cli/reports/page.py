@@ -1,4 +1,7 @@
-"""HTML page of a report. It is a single file without external resources, and readable without scripts."""
+"""HTML page of a report.
+
+It is a single file without external resources, and readable without scripts.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ MASK_TINT = (255, 64, 96)
 
 @dataclass(frozen=True)
 class ImageFigure:
-    """An image on the page. ``source`` and so on are data URIs, or None if there is nothing to show."""
+    """An image on the page.
+
+    ``source`` and so on are data URIs, or None if there is nothing to show.
+    """
 
     result: ImageResult
     source: str | None

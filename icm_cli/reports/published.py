@@ -12,7 +12,10 @@ from icm_cli.reports.means import Means
 
 @dataclass(frozen=True)
 class PublishedScores:
-    """Published scores of a method on a dataset. Metrics that the paper does not report are None."""
+    """Published scores of a method on a dataset.
+
+    Metrics that the paper does not report are None.
+    """
 
     method: str
     mse: float
@@ -46,7 +49,8 @@ PUBLISHED_SCORES: dict[str, tuple[PublishedScores, ...]] = {
         PublishedScores("SDMatte", 0.0027, 14.53, 16.94, 10.95, "a mask per image (ICCV 2025)"),
     ),
 }
-"""Published scores by dataset title, from the papers In-Context Matting (CVPR 2024) and SDMatte (ICCV 2025)."""
+"""Published scores by dataset title, from the papers In-Context Matting (CVPR 2024) and SDMatte
+(ICCV 2025)."""
 
 FULL_SIZE = {"ICM-57": 232, "AIM-500": 500}
 """Number of images of the datasets."""
@@ -57,7 +61,8 @@ PAPER_LINEAGE = "composition"
 def comparison_caveats(protocol: Mapping[str, Any], means: Mapping[Region, Means]) -> list[str]:
     """Return sentences about differences that affect a comparison with published scores.
 
-    The result is empty if the dataset has no published scores. The first region of ``means`` is the one compared.
+    The result is empty if the dataset has no published scores. The first region of ``means`` is the
+    one compared.
     """
     title, size, lineage = (str(protocol.get(key, "")) for key in ("title", "size", "lineage"))
     if title not in PUBLISHED_SCORES or not means:
@@ -66,18 +71,19 @@ def comparison_caveats(protocol: Mapping[str, Any], means: Mapping[Region, Means
     notes = ["The papers do not publish their references; those of this run are listed in the report."]
     if lineage != PAPER_LINEAGE:
         notes.append(
-            f"GRAD and CONN are of the {lineage} lineage, but In-Context Matting uses the {PAPER_LINEAGE} lineage: "
-            f"do not compare these two columns, or give --lineage {PAPER_LINEAGE}."
+            f"GRAD and CONN are of the {lineage} lineage, but In-Context Matting uses the "
+            f"{PAPER_LINEAGE} lineage: do not compare these two columns, or give --lineage "
+            f"{PAPER_LINEAGE}."
         )
     if size == "square768":
         notes.append(
-            "Scores are computed on 768 px centre crops, like in the released code of In-Context Matting; that code "
-            "mattes the crop, icm mattes the whole image."
+            "Scores are computed on 768 px centre crops, like in the released code of In-Context "
+            "Matting; that code mattes the crop, icm mattes the whole image."
         )
     else:
         notes.append(
-            f"Scores are computed at size {size}, but the released code of In-Context Matting scores 768 px centre "
-            "crops. SAD, GRAD and CONN increase with the area, MSE does not."
+            f"Scores are computed at size {size}, but the released code of In-Context Matting "
+            "scores 768 px centre crops. SAD, GRAD and CONN increase with the area, MSE does not."
         )
     if region != "whole":
         notes.append(

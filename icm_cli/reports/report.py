@@ -76,7 +76,7 @@ class Report:
 
     @property
     def method_name(self) -> str:
-        """Name of the method that made the alphas: "icm", or the name of the folder of predictions."""
+        """What made the alphas: "icm", or the name of the folder of predictions."""
         return Path(self.settings["predictions"]).name if "predictions" in self.settings else "icm"
 
     @property
@@ -92,7 +92,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 if every image has an alpha and there are no problems except allowed ones, otherwise 1."""
+        """0 if no image failed and there are no problems except allowed ones, otherwise 1."""
         if self.failures or any(each.kind not in self.allowed for each in self.problems):
             return 1
         return 1 if self.count("unscored") and not self.means else 0
@@ -104,7 +104,7 @@ class Report:
 
     @property
     def means_unseen(self) -> dict[Region, Means] | None:
-        """Means over the images that the model was not trained on; None if it was trained on none of the images."""
+        """Means over the images not used for training; None if no image was used for training."""
         if not any(result.evaluation.is_seen for result in self.results):
             return None
         return compute_means([result for result in self.results if not result.evaluation.is_seen])

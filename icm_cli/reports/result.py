@@ -16,7 +16,10 @@ REGIONS: tuple[Region, ...] = get_args(Region)
 
 @dataclass(frozen=True)
 class Scores:
-    """The metrics of one image over one region. Lower is better; 0 means equal to the ground truth."""
+    """The metrics of one image over one region.
+
+    Lower is better; 0 means equal to the ground truth.
+    """
 
     mse: float
     """Mean squared error."""
@@ -53,7 +56,7 @@ class MattingDetails:
     colorspace: str = ""
     """Colour space in which the source was interpreted."""
     seconds: float | None = None
-    """Processing time from reading the source to writing the alpha, without waiting time between stages."""
+    """Processing time from reading to writing, without waiting time between stages."""
     foreground: float | None = None
     """Mean of the alpha, 0..1."""
     confidence: float | None = None
@@ -66,7 +69,10 @@ class MattingDetails:
 
 @dataclass(frozen=True)
 class ImageEvaluation:
-    """Scores of an image. ``scores`` is empty, and other values are None, if they were not computed."""
+    """Scores of an image.
+
+    ``scores`` is empty, and other values are None, if they were not computed.
+    """
 
     scores: Mapping[Region, Scores] = field(default_factory=dict)
     dt_ssd: float | None = None
@@ -78,7 +84,7 @@ class ImageEvaluation:
     was_resized: bool = False
     """Whether the alpha was resized bilinearly to the size of the ground truth for scoring."""
     is_seen: bool | None = None
-    """Whether the model was trained on this file; None if the checkpoint has no list of its training images."""
+    """Whether the model was trained on this file; None if the checkpoint does not list them."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,8 @@ class ImageResult:
     source: str
     output: str
     status: Status
-    """"kept": a complete alpha, made from the same source with the same settings, already existed. "unscored": the
-    alpha or the ground truth is bad or missing."""
+    """"kept": a complete alpha, made from the same source with the same settings, already existed.
+    "unscored": the alpha or the ground truth is bad or missing."""
     name: str = ""
     """Name in its dataset, or path relative to the root of the sources."""
     page: int = 0
@@ -111,7 +117,10 @@ class ImageResult:
         return self.dataset.round, self.name or self.source
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all values in a flat dictionary. ``scores`` and ``categories`` are dictionaries themselves."""
+        """Return all values in a flat dictionary.
+
+        ``scores`` and ``categories`` are dictionaries themselves.
+        """
         values = dataclasses.asdict(self)
         for part in ("dataset", "matting", "evaluation"):
             values |= values.pop(part)

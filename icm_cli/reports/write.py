@@ -92,7 +92,10 @@ class ReportFiles:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write a report as .csv (one row per image), .json (complete) or .html (summary page). Raises OutputError."""
+    """Write a report as .csv (one row per image), .json (complete) or .html (summary page).
+
+    Raises OutputError.
+    """
     if path.suffix.lower() == ".json":
         write_json(path, report.as_dict())
     elif path.suffix.lower() == ".html":

@@ -1,18 +1,20 @@
 """Metrics that compare an alpha with its ground truth, numerically equal to the published code.
 
-Two published implementations of GRAD and CONN (Rhemann et al., "A Perceptually Motivated Online Benchmark for
-Image Matting", CVPR 2009) give different numbers. Do not compare numbers of one lineage with numbers of the other:
+Two published implementations of GRAD and CONN (Rhemann et al., "A Perceptually Motivated Online
+Benchmark for Image Matting", CVPR 2009) give different numbers. Do not compare numbers of one
+lineage with numbers of the other:
 
 ``composition``
-    The code of Deep Image Matting, GCA and In-Context Matting. GRAD uses a derivative-of-Gaussian filter of unit
-    energy and divides by 1000. CONN takes the most frequent label as the largest component, including the label of
-    the background.
+    The code of Deep Image Matting, GCA and In-Context Matting. GRAD uses a derivative-of-Gaussian
+    filter of unit energy and divides by 1000. CONN takes the most frequent label as the largest
+    component, including the label of the background.
 ``aim``
-    The code of AIM-500, AM-2k and P3M. GRAD uses Gaussian derivatives without normalisation, rounds intermediate
-    results to float32 and divides by 10. CONN excludes the background, and its levels are float32.
+    The code of AIM-500, AM-2k and P3M. GRAD uses Gaussian derivatives without normalisation, rounds
+    intermediate results to float32 and divides by 10. CONN excludes the background, and its levels
+    are float32.
 
-J and F compare binary masks of video frames as DAVIS does (Perazzi et al., "A Benchmark Dataset and Evaluation
-Methodology for Video Object Segmentation", CVPR 2016, section 5.1).
+J and F compare binary masks of video frames as DAVIS does (Perazzi et al., "A Benchmark Dataset and
+Evaluation Methodology for Video Object Segmentation", CVPR 2016, section 5.1).
 
 Alphas are uint8 [H,W], where 255 is foreground. All metrics are computed on the scale 0..1.
 """
@@ -31,7 +33,8 @@ from icm_cli.options import Lineage, Region
 from icm_cli.reports.result import Scores
 
 UNKNOWN_RANGE = (85, 170)
-"""Trimap values that count as unknown: the first included, the second excluded. Some files use values near 128."""
+"""Trimap values that count as unknown: the first included, the second excluded. Some files use
+values near 128."""
 SIGMA = 1.4
 """Standard deviation of the Gaussian of GRAD, in pixels."""
 SMALLEST_TAP = 1e-2
@@ -52,8 +55,8 @@ def compute_scores(
 ) -> dict[Region, Scores]:
     """Compute all metrics over the whole image and, if a trimap is given, over its unknown pixels.
 
-    All images are uint8 [H,W] of the same size. The result has no "unknown" scores if no pixel of the trimap has the
-    value 128. The error maps of GRAD and CONN always come from the whole image.
+    All images are uint8 [H,W] of the same size. The result has no "unknown" scores if no pixel of
+    the trimap has the value 128. The error maps of GRAD and CONN always come from the whole image.
 
     Raises ValueError if the sizes differ.
     """
@@ -71,9 +74,10 @@ def compute_scores(
 def compute_dt_ssd(alpha: ImageU8, before: ImageU8, truth: ImageU8, truth_before: ImageU8) -> float:
     """Compute dtSSD, the flicker between a frame and the frame before it.
 
-    It is the root mean square of the difference between the change of the alpha and the change of the ground truth,
-    times 100 (Erofeev et al., "Perceptually Motivated Benchmark for Video Matting", BMVC 2015, scaled as in the code
-    of Robust Video Matting). All images are uint8 [H,W] of the same size.
+    It is the root mean square of the difference between the change of the alpha and the change of
+    the ground truth, times 100 (Erofeev et al., "Perceptually Motivated Benchmark for Video
+    Matting", BMVC 2015, scaled as in the code of Robust Video Matting). All images are uint8 [H,W]
+    of the same size.
     """
     change = (alpha.astype(np.int16) - before) - (truth.astype(np.int16) - truth_before)
     return 100 * math.sqrt(np.square(change.astype(np.int64)).mean()) / 255
@@ -109,7 +113,8 @@ class _ErrorMaps:
 def _composition_gradient(alpha: ImageU8) -> FloatMap:
     """Return the gradient magnitude of the composition lineage, float64 [H,W].
 
-    The two-dimensional filter is an outer product, so normalising both factors gives it unit energy.
+    The two-dimensional filter is an outer product, so normalising both factors gives it unit
+    energy.
     """
     halfsize = math.ceil(SIGMA * math.sqrt(-2 * math.log(math.sqrt(2 * math.pi) * SIGMA * SMALLEST_TAP)))
     gauss, derivative = _gaussian_taps(halfsize)
@@ -157,9 +162,9 @@ _THRESHOLDS_REACHED = np.searchsorted(_THRESHOLDS[1:], np.arange(256) / 255.0, s
 def _connectivity_error(alpha: ImageU8, truth: ImageU8, lineage: Lineage) -> FloatMap:
     """Return |phi(alpha) - phi(truth)|, float64 [H,W].
 
-    At each threshold, the pixels that reach it in both alphas form components. The level of a pixel is the highest
-    threshold at which it belongs to the largest component. phi is 1 where the alpha is close to this level, and
-    decreases with the distance from it.
+    At each threshold, the pixels that reach it in both alphas form components. The level of a pixel
+    is the highest threshold at which it belongs to the largest component. phi is 1 where the alpha
+    is close to this level, and decreases with the distance from it.
     """
     levels = _connectivity_levels(_THRESHOLDS_REACHED[np.minimum(alpha, truth)], lineage)
     steps = _THRESHOLDS if lineage == "composition" else _THRESHOLDS.astype(np.float32)
@@ -192,8 +197,8 @@ def _connectivity_levels(reached: ImageU8, lineage: Lineage) -> ImageU8:
 def _largest_component(mask: BoolMask, *, with_background: bool) -> BoolMask:
     """Return the largest 4-connected component of a mask that is not empty, as a mask [H,W].
 
-    Of components of equal size, it is the first in reading order. ``with_background`` adds the pixels outside the
-    mask as one more component, which is considered first.
+    Of components of equal size, it is the first in reading order. ``with_background`` adds the
+    pixels outside the mask as one more component, which is considered first.
     """
     _, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=4)
     areas = np.bincount(labels.ravel())  # twice as fast as connectedComponentsWithStats
@@ -207,9 +212,9 @@ def _largest_component(mask: BoolMask, *, with_background: bool) -> BoolMask:
 
 
 def region_similarity(alpha: ImageU8, truth: ImageU8) -> float:
-    """Return J, 0..1: the intersection over union of two alphas, uint8 [H,W], thresholded at one half.
+    """Return J, 0..1: the intersection over union of two alphas, uint8 [H,W].
 
-    J is 1 if both masks are empty.
+    Both are thresholded at one half. J is 1 if both masks are empty.
     """
     predicted, true = alpha > HALF_U8, truth > HALF_U8
     union = np.count_nonzero(predicted | true)
@@ -217,12 +222,13 @@ def region_similarity(alpha: ImageU8, truth: ImageU8) -> float:
 
 
 def boundary_accuracy(alpha: ImageU8, truth: ImageU8) -> float:
-    """Return F, 0..1: the harmonic mean of boundary precision and recall of two alphas, uint8 [H,W].
+    """Return F, 0..1: the harmonic mean of boundary precision and recall.
 
-    Both are thresholded at one half. Precision is the fraction of predicted boundary pixels that are close to the true
-    boundary; recall is the fraction of true boundary pixels that are close to the predicted one. As in the tool of
-    DAVIS, boundaries are one pixel wide, and close means within 0.8 % of the image diagonal, rounded up. If neither
-    mask has a boundary (each is empty or full), F is 1; if only one has a boundary, F is 0.
+    The alphas are uint8 [H,W]. Both are thresholded at one half. Precision is the fraction of
+    predicted boundary pixels that are close to the true boundary; recall is the fraction of true
+    boundary pixels that are close to the predicted one. As in the tool of DAVIS, boundaries are one
+    pixel wide, and close means within 0.8 % of the image diagonal, rounded up. If neither mask has
+    a boundary (each is empty or full), F is 1; if only one has a boundary, F is 0.
     """
     predicted, true = (_boundary_pixels(image > HALF_U8) for image in (alpha, truth))
     if not predicted.any() or not true.any():
@@ -234,7 +240,7 @@ def boundary_accuracy(alpha: ImageU8, truth: ImageU8) -> float:
 
 
 def _boundary_pixels(mask: BoolMask) -> BoolMask:
-    """Return the pixels [H,W] that differ from their neighbour on the right, below, or diagonally below."""
+    """Return the pixels [H,W] that differ from a neighbour on the right, below, or diagonally."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
 

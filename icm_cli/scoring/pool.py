@@ -28,9 +28,9 @@ class Task(Protocol[ResultT]):
 class ScoringPool:
     """Pool of worker processes. Callbacks run in the thread that submits tasks.
 
-    The process pools of the standard library import the ``__main__`` module of the caller again, so that a script
-    without the usual guard would run twice, and one dead worker breaks the whole pool. This pool does neither. Its
-    processes exit when the parent process exits.
+    The process pools of the standard library import the ``__main__`` module of the caller again, so
+    that a script without the usual guard would run twice, and one dead worker breaks the whole
+    pool. This pool does neither. Its processes exit when the parent process exits.
     """
 
     def __init__(self, processes: int) -> None:
@@ -44,8 +44,8 @@ class ScoringPool:
     def submit(self, task: Task[Any], callback: Callable[[Any], None]) -> None:
         """Queue a task. Blocks while too many tasks are pending, which limits memory use.
 
-        ``callback`` is called with the result of the task, or with None if its process died, for example from lack of
-        memory. After an interrupt it may be called twice with the same result.
+        ``callback`` is called with the result of the task, or with None if its process died, for
+        example from lack of memory. After an interrupt it may be called twice with the same result.
         """
         self._running.append((self._threads.submit(self._run, task), callback))
         self._collect_results(self._max_pending)
@@ -108,7 +108,10 @@ class _ScoringProcess:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores the images of a run. ``task_for`` returns the task of a finished image, or None if it is not scored."""
+    """Scores the images of a run.
+
+    ``task_for`` returns the task of a finished image, or None if it is not scored.
+    """
 
     pool: ScoringPool
     task_for: Callable[[ImageResult], ScoreTask | None]

@@ -1,4 +1,4 @@
-"""Conventions of scoring: regions, size, lineage of the metrics, and the definition of unknown pixels."""
+"""Conventions of scoring: regions, size, lineage of the metrics, and unknown pixels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ScoringRule:
     has_detail_maps: bool = False
     """The published trimaps are detail maps: every pixel above 0 is unknown."""
     is_shots: bool = False
-    """Score J and F too, accept empty frames, and treat every palette index above 0 as the object."""
+    """Score J and F, accept empty frames, and treat all palette indices above 0 as the object."""
 
     def as_protocol(self) -> dict[str, Any]:
         """Return the settings that reports compare."""
@@ -42,8 +42,9 @@ def resize_for_scoring(
 ) -> ImageU8:
     """Resize an alpha or trimap, uint8 [h,w], to the size at which it is scored.
 
-    ``original`` is the size of the ground truth. ``long1024`` scales its long side to 1024 pixels. ``square768`` crops
-    the centre square and scales it to 768 x 768 pixels, like the code of In-Context Matting.
+    ``original`` is the size of the ground truth. ``long1024`` scales its long side to 1024 pixels.
+    ``square768`` crops the centre square and scales it to 768 x 768 pixels, like the code of
+    In-Context Matting.
     """
     height, width = truth_shape
     if size == "square768":

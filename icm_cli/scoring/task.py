@@ -19,7 +19,10 @@ from icm_cli.scoring.rule import ScoringRule, make_trimap, resize_for_scoring
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Result of a :class:`ScoreTask`. ``evaluation`` has no scores if the alpha could not be scored."""
+    """Result of a :class:`ScoreTask`.
+
+    ``evaluation`` has no scores if the alpha could not be scored.
+    """
 
     evaluation: ImageEvaluation = field(default_factory=ImageEvaluation)
     problems: tuple[Problem, ...] = ()
@@ -40,7 +43,7 @@ class ScoreTask:
     image: Path | None = None
     needs_sha256: bool = False
     is_external: bool = False
-    """Whether another tool made the alpha, so that its file is checked for colour and value range."""
+    """Whether another tool made the alpha. If so, its colour and value range are checked."""
     allowed: frozenset[str] = frozenset()
     """Kinds of problems despite which the alpha is scored."""
 
@@ -80,7 +83,10 @@ class ScoreTask:
         return ScoreResult(evaluation, (*problems, *trimap_problems), digest, foreground)
 
     def _check_truth(self, truth: GroundTruthAlpha) -> list[Problem]:
-        """Return the problems of the ground truth. All of them except 16-bit values prevent scoring."""
+        """Return the problems of the ground truth.
+
+        All of them except 16-bit values prevent scoring.
+        """
         problems = []
         if self.image is not None and (size := image_size(self.image)) != truth.alpha.shape:
             problems.append(self._size_mismatch("ground truth", self.truth, truth.alpha.shape, size))
@@ -107,7 +113,10 @@ class ScoreTask:
         return Problem("size-mismatch", self.name, reason)
 
     def _load_trimap(self, resized_truth: ImageU8, shape: tuple[int, ...]) -> tuple[ImageU8 | None, list[Problem]]:
-        """Return the trimap at the scored size if a region needs it. ``shape`` is that of the original ground truth."""
+        """Return the trimap at the scored size if a region needs it.
+
+        ``shape`` is that of the original ground truth.
+        """
         if "unknown" not in self.rule.regions:
             return None, []
         if self.trimap is None:
@@ -128,7 +137,7 @@ class ScoreTask:
 
 @dataclass(frozen=True)
 class FlickerTask:
-    """Compute dtSSD between a frame and the frame before it, each a pair of (alpha, ground truth)."""
+    """Compute dtSSD between two frames, each given by the paths of its alpha and ground truth."""
 
     frame: tuple[Path, Path]
     before: tuple[Path, Path]

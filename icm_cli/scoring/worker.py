@@ -1,6 +1,7 @@
 """Main module of a worker process of the scoring pool.
 
-It reads pickled tasks from standard input and writes their results to standard output until the input ends.
+It reads pickled tasks from standard input and writes their results to standard output until the
+input ends.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import cv2
 
 
 def main() -> None:
-    """Run tasks one at a time on one core. Signals to the process group are left to the parent process."""
+    """Run tasks one at a time on one core.
+
+    Signals to the process group are left to the parent process.
+    """
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)
     cv2.setNumThreads(1)

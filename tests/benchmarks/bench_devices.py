@@ -1,9 +1,11 @@
-"""Throughput of two one-thread processes over one: ``python tests/benchmarks/bench_devices.py``, a few minutes.
+"""Throughput of two one-thread processes over one: ``python tests/benchmarks/bench_devices.py``, a
+few minutes.
 
-It runs ``icm matte --device cpu`` and ``--device cpu,cpu`` alternately on copies of a photograph, with one thread per
-process, and compares the images per second after loading the model. The load of the machine is printed too, because
-other work affects two processes more than one. The CPU seconds per image, without start-up, do not depend on the load:
-twice their ratio is the upper limit of the speed-up on two idle cores.
+It runs ``icm matte --device cpu`` and ``--device cpu,cpu`` alternately on copies of a photograph,
+with one thread per process, and compares the images per second after loading the model. The load of
+the machine is printed too, because other work affects two processes more than one. The CPU seconds
+per image, without start-up, do not depend on the load: twice their ratio is the upper limit of the
+speed-up on two idle cores.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
 
 
 def run_matte(folder: Path, src: str, device: str, model: str) -> tuple[float, float]:
-    """Matte all of ``folder/src`` and return the images per second and the CPU seconds of all processes."""
+    """Matte ``folder/src``; return images per second and CPU seconds of all processes."""
     out, report = folder / "out", folder / "report.json"
     options = {"ref": DEMO / "ref.jpg", "mask": DEMO / "mask.png", "src": folder / src, "out": out, "report": report}
     options |= {"device": device, "model": model, "workers": 1}

@@ -1,11 +1,14 @@
-"""Quality of fine edges on 60 images with exact alphas. Each image is its own reference, with its binary mask.
+"""Quality of fine edges on 60 images with exact alphas.
+
+Each image is its own reference, with its binary mask.
 
     python tests/benchmarks/bench_edges.py --data ../shared/data --keep edges/
     python tests/benchmarks/bench_edges.py --data ../shared/data --checkpoint other.safetensors
 
-The images are 20 composites of photographed objects that are not used for training, 20 images of ETH-80 with an alpha
-from a blue-screen key, and 20 procedural objects with hair, fur or wire. MSE and GRAD are computed within 12 px of the
-true edge. To measure the edge refinement alone, it is also applied to masks that were distorted by 5 px and blurred.
+The images are 20 composites of photographed objects that are not used for training, 20 images of
+ETH-80 with an alpha from a blue-screen key, and 20 procedural objects with hair, fur or wire. MSE
+and GRAD are computed within 12 px of the true edge. To measure the edge refinement alone, it is
+also applied to masks that were distorted by 5 px and blurred.
 """
 
 from __future__ import annotations
@@ -71,7 +74,8 @@ def main() -> None:
 
 
 def edge_scores(alpha: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
-    """Return MSE and GRAD in the band, and the fraction of other pixels with an alpha between 0.05 and 0.95."""
+    """Return MSE and GRAD in the band, and the fraction of other pixels with an alpha between 0.05
+    and 0.95."""
     soft = cv2.morphologyEx((truth > 127).astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
     soft |= (truth > 0) & (truth < 255)
     distance = cv2.distanceTransform((~soft).astype(np.uint8), cv2.DIST_L2, 5)
@@ -140,7 +144,7 @@ def composite_over(colour: np.ndarray, alpha: np.ndarray, background: np.ndarray
 
 
 def blue_key(rgb: np.ndarray) -> np.ndarray:
-    """Return the alpha of an object in front of a uniform blue, from the difference in blue to the border."""
+    """Return the alpha of an object in front of a uniform blue background."""
     values = rgb.astype(np.float32)
     excess = values[..., 2] - values[..., :2].max(axis=-1)
     border = np.concatenate([excess[:8].ravel(), excess[-8:].ravel(), excess[:, :8].ravel(), excess[:, -8:].ravel()])

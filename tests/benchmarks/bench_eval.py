@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_eval.py [--only metrics memory context]
 
-- ``metrics``: MSE, SAD, GRAD, CONN and MAD of one megapixel on one core, compared with the reference implementation in
-  tests/plain_metrics.py (without MAD) in the same run;
+- ``metrics``: MSE, SAD, GRAD, CONN and MAD of one megapixel on one core, compared with the
+  reference implementation in tests/plain_metrics.py (without MAD) in the same run;
 - ``memory``: ``--pred`` for 10,000 images compared with 500;
 - ``context``: matting on a small canvas for 1,000 images compared with 100.
 """

@@ -1,9 +1,11 @@
-"""Many small images, and runs that are killed: ``python tests/benchmarks/bench_kills.py``, about 20 minutes.
+"""Many small images, and runs that are killed: ``python tests/benchmarks/bench_kills.py``, about 20
+minutes.
 
 - Planning: seconds until the first image could be read.
 - Memory: peak over all images, and over 500 of them.
-- Kills: a run, and one of two parallel shards, are killed repeatedly at random moments. A final run must then complete
-  the same files with the same bytes as an uninterrupted run. No file may be truncated at any time.
+- Kills: a run, and one of two parallel shards, are killed repeatedly at random moments. A final run
+  must then complete the same files with the same bytes as an uninterrupted run. No file may be
+  truncated at any time.
 
 ``--images`` and ``--kills`` set the numbers.
 """
@@ -99,7 +101,10 @@ def count_files(folder: Path) -> int:
 def run_with_kills(
     scene: Scene, out: str, shards: Sequence[Sequence[str]], kills: int, expected: dict[str, str]
 ) -> str:
-    """Kill parallel runs at random, then complete the output. Raises AssertionError if a file is wrong."""
+    """Kill parallel runs at random, then complete the output.
+
+    Raises AssertionError if a file is wrong.
+    """
     chance, folder = random.Random(len(shards)), scene.home / out
     moments = sorted(chance.uniform(0, 0.97 * len(expected)) for _ in range(kills))
     runs = [subprocess.Popen(scene.command(out, *options), stderr=subprocess.PIPE) for options in shards]

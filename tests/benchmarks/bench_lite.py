@@ -2,8 +2,9 @@
 
     python tests/benchmarks/bench_lite.py [--only help photograph 4k memory]
 
-Every figure is measured in a separate process. Memory is compared between 500 and 50 images. Folders of 4K images
-(JPEG, 16-bit PNG and EXR) are compared with matting the same images as decoded arrays.
+Every figure is measured in a separate process. Memory is compared between 500 and 50 images.
+Folders of 4K images (JPEG, 16-bit PNG and EXR) are compared with matting the same images as decoded
+arrays.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def measure_help() -> float:
 
 
 def measure_photograph(root: Path) -> tuple[float, float, float]:
-    """Return the seconds of the first and the fastest image of one megapixel, and the peak memory in MB."""
+    """Return the seconds of the first and the fastest image of one megapixel, and the peak memory
+    in MB."""
     write_images(root / "mega", MEGAPIXEL, 7)
     report = run_icm(root / "mega", root)
     seconds = [image["seconds"] for image in report["images"]]
@@ -80,7 +82,8 @@ def measure_photograph(root: Path) -> tuple[float, float, float]:
 
 
 def measure_peak_memory(root: Path, count: int) -> float:
-    """Return the peak memory in MB for ``count`` images of a quarter megapixel, on a small canvas to save time."""
+    """Return the peak memory in MB for ``count`` images of a quarter megapixel, on a small canvas
+    to save time."""
     write_images(root / f"n{count}", (576, 432), count)
     model = root / "small.yaml"
     model.write_text(SMALL_MODEL)
@@ -88,7 +91,7 @@ def measure_peak_memory(root: Path, count: int) -> float:
 
 
 def measure_four_k(root: Path) -> tuple[float, dict[str, float]]:
-    """Return the seconds per 4K image: for decoded arrays, and for files of each type by the command."""
+    """Return the seconds per 4K image, for decoded arrays and for files of each type."""
     write_images(root / "4k-jpg", FOUR_K, 10)
     streamed = {}
     for kind in ("jpg", "png", "exr"):
@@ -132,7 +135,7 @@ def write_images(folder: Path, size: tuple[int, int], count: int) -> None:
 
 
 def convert_image(source: Path, path: Path) -> None:
-    """Convert a JPEG to a 16-bit PNG with noise in the low bits, or to a scene-linear half-float EXR."""
+    """Convert a JPEG to a 16-bit PNG with noise, or to a scene-linear half-float EXR."""
     rgb = cv2.imread(str(source))[..., ::-1].astype(np.float32) / 255
     if path.suffix == ".png":
         rgb += np.random.default_rng(0).normal(0, 1e-3, rgb.shape)

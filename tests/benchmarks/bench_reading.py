@@ -1,7 +1,7 @@
 """Time to read 4K images, by step: ``python tests/benchmarks/bench_reading.py``, about two minutes.
 
-For comparison, this file contains the former implementation: copying the channels of the decoded image, and the default
-processor of OpenColorIO in float with rounding by NumPy.
+For comparison, this file contains the former implementation: copying the channels of the decoded
+image, and the default processor of OpenColorIO in float with rounding by NumPy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ ACES = "ACES 2.0 - SDR 100 nits (Rec.709)"
 
 
 def median_seconds(*works: Callable[[], Any]) -> list[float]:
-    """Return the median seconds of each function. They run in turns, so that other load affects all of them equally."""
+    """Return the median seconds of each function.
+
+    They run in turns, so that other load affects all of them equally.
+    """
     times: list[list[float]] = [[] for _ in works]
     for _ in range(REPEATS):
         for work, taken in zip(works, times, strict=True):
@@ -99,7 +102,8 @@ def print_steps(path: Path, wanted: colour.ColourSettings = colour.DEFAULT_COLOU
 
 
 def print_views(path: Path, space: str, view: str) -> None:
-    """Print the time of the display transform of an EXR with the former and the current code, and their difference."""
+    """Print the time of the display transform of an EXR with the former and the current code, and
+    their difference."""
     wanted = colour.ColourSettings(space, view=view)
     decoded, processor = decode_image(path, wanted=wanted), former_processor(space, view)
     before, after = median_seconds(
@@ -114,7 +118,7 @@ def print_views(path: Path, space: str, view: str) -> None:
 
 
 def print_channels(path: Path) -> None:
-    """Print the time to select the channels of a decoded image with the former and the current code."""
+    """Print the time to select channels with the former and the current code."""
     values = decode_only(path)
     before, after = median_seconds(
         lambda: np.ascontiguousarray(values[..., [0, 1, 2]]), lambda: np.ascontiguousarray(values[..., 0:3])

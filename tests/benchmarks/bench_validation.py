@@ -1,10 +1,13 @@
-"""Quality on a folder of groups ``{plain,distractor,absent}/<group>/{ref.*,mask.png,src/*,alpha/*.png}``.
+"""Quality on a folder of groups
+``{plain,distractor,absent}/<group>/{ref.*,mask.png,src/*,alpha/*.png}``.
 
-    python tests/benchmarks/bench_validation.py ../shared/data/validation --out OUT --baseline lite-training-free
+    python tests/benchmarks/bench_validation.py ../shared/data/validation --out OUT --baseline
+    lite-training-free
 
-It mattes every group with a model and with a baseline. For "plain" and "distractor" it prints IoU at 0.5 and MSE, the
-groups with the lowest IoU, IoU by the origin of the masks, and IoU of objects that cover 2 to 6 % of the image. For
-"absent" it prints the fraction of images with a mean alpha of at most 0.01.
+It mattes every group with a model and with a baseline. For "plain" and "distractor" it prints IoU
+at 0.5 and MSE, the groups with the lowest IoU, IoU by the origin of the masks, and IoU of objects
+that cover 2 to 6 % of the image. For "absent" it prints the fraction of images with a mean alpha of
+at most 0.01.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ SMALL = (0.02, 0.06)
 
 
 class Row(NamedTuple):
-    """Result of an image: group, name, IoU at 0.5, MSE, mean alpha, and fraction of the image that is the object."""
+    """Result of an image: group, name, IoU at 0.5, MSE, mean alpha, and fraction of the image that
+    is the object."""
 
     group: str
     name: str
