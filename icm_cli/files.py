@@ -26,7 +26,8 @@ TEMPORARY_SUFFIX = ".tmp"
 STALE_AFTER_S = 3600.0
 """Seconds without a write after which a temporary file of another machine is stale."""
 SERVICE_FOLDERS = frozenset({"@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "__MACOSX"})
-"""Folders that storage servers and archivers create: thumbnails, recycle bins, snapshots, resource forks."""
+"""Folders that storage servers and archivers create: thumbnails, recycle bins, snapshots, resource
+forks."""
 HIDDEN = "hidden"
 LINK_INTO_TREE = "a link to a folder of the same tree, whose files are found there"
 LINK_LOOP = "a link to a folder that contains it"
@@ -38,10 +39,11 @@ SkippedPaths: TypeAlias = dict[str, list[Path]]
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a hidden temporary file next to ``path``. On success it is synced and renamed, on failure removed.
+    """Open a hidden temporary file next to ``path``. On success it is synced and renamed, on
+    failure removed.
 
-    Raises OutputError if the file system cannot be written (full, read-only, no permission), ImageError if only
-    this file name is refused.
+    Raises OutputError if the file system cannot be written (full, read-only, no permission),
+    ImageError if only this file name is refused.
     """
     temporary = path.parent / temporary_name()
     try:
@@ -60,28 +62,31 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def temporary_name() -> str:
-    """Return a name for a hidden file. A later run removes the file if this process dies before it does."""
+    """Return a name for a hidden file. A later run removes the file if this process dies before it
+    does."""
     return f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
 
 
 def write_error(path: Path, error: OSError) -> ImageError | OutputError:
-    """Return the error for an output that cannot be written: an ImageError if other files could be."""
+    """Return the error for an output that cannot be written: an ImageError if other files could
+    be."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
-            f"{path} cannot be written: no space left on the device; free some space and run the same command again, "
-            "which resumes"
+            f"{path} cannot be written: no space left on the device; free some space and run the "
+            "same command again, which resumes"
         )
     reason = error.strerror or str(error)
     if error.errno in (errno.ENAMETOOLONG, errno.EISDIR, errno.EILSEQ):
         return ImageError(
-            f"{path} cannot be written: {reason}; the file system does not accept this name; choose other names with "
-            "--name; the other images are processed"
+            f"{path} cannot be written: {reason}; the file system does not accept this name; "
+            "choose other names with --name; the other images are processed"
         )
     return OutputError(f"{path} cannot be written: {reason}; give an output location that you can write to")
 
 
 def remove_stale_temporaries(folder: Path) -> int:
-    """Remove the temporary files of dead processes from ``folder`` itself, and return their number."""
+    """Remove the temporary files of dead processes from ``folder`` itself, and return their
+    number."""
     removed = 0
     for path in folder.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(FileNotFoundError):
@@ -119,7 +124,8 @@ def combined_digest(*parts: bytes | str) -> str:
 
 
 def cached_file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's content. It is cached by path, size and time, because weights are large."""
+    """Return the SHA-256 of a file's content. It is cached by path, size and time, because weights
+    are large."""
     state = path.stat()
     key = combined_digest(str(path.resolve()), str(state.st_size), str(state.st_mtime_ns), str(state.st_ino))
     cached = cache_folder() / "digests" / key
@@ -138,8 +144,8 @@ def cached_file_digest(path: Path) -> str:
 def cache_folder() -> Path:
     """Return the cache folder: $ICM_CACHE, else $XDG_CACHE_HOME/icm, else ~/.cache/icm.
 
-    If none of these can be written, it is a folder of this user in the temporary directory. Farm nodes often have no
-    home folder.
+    If none of these can be written, it is a folder of this user in the temporary directory. Farm
+    nodes often have no home folder.
     """
     for folder in _cache_candidates():
         with contextlib.suppress(OSError):
@@ -182,16 +188,16 @@ def as_path(value: str | Path | None) -> Path | None:
 def walk_files(folder: Path, skipped: SkippedPaths, trees: Sequence[str] = ()) -> Iterator[Path]:
     """Yield every file below a folder that is not hidden, and add skipped paths to ``skipped``.
 
-    A link to a folder outside the tree is followed. A link into a tree that is walked anyway is skipped, because its
-    files are found there. A link to a folder that contains it is skipped. ``trees``: the real folders of the links
-    that led here, outermost first.
+    A link to a folder outside the tree is followed. A link into a tree that is walked anyway is
+    skipped, because its files are found there. A link to a folder that contains it is skipped.
+    ``trees``: the real folders of the links that led here, outermost first.
     """
     trees = (*trees, os.path.realpath(folder))
 
-    def unreadable(error: OSError) -> None:
+    def report_unreadable(error: OSError) -> None:
         skipped.setdefault(UNREADABLE, []).append(Path(error.filename))
 
-    for parent, folders, files in os.walk(folder, onerror=unreadable):
+    for parent, folders, files in os.walk(folder, onerror=report_unreadable):
         for name in list(folders):
             path = Path(parent) / name
             if reason := _skip_reason(path, trees):
@@ -210,7 +216,8 @@ def walk_files(folder: Path, skipped: SkippedPaths, trees: Sequence[str] = ()) -
 
 
 def expand_glob(pattern: str, skipped: SkippedPaths) -> Iterator[Path]:
-    """Yield the files that a glob matches. A folder that exists is read literally, even with brackets in its name.
+    """Yield the files that a glob matches. A folder that exists is read literally, even with
+    brackets in its name.
 
     ``**`` matches any folders below, found as :func:`walk_files` finds them.
     """
@@ -223,7 +230,7 @@ def expand_glob(pattern: str, skipped: SkippedPaths) -> Iterator[Path]:
     for folder in found if plain else [Path(fixed)]:
         if folder.is_dir():
             below = walk_files(folder, skipped)
-            yield from (path for path in below if _matches(path.relative_to(folder).parts, rest[len(plain) :]))
+            yield from (path for path in below if _matches_parts(path.relative_to(folder).parts, rest[len(plain) :]))
 
 
 def split_glob(pattern: str) -> tuple[str, tuple[str, ...]]:
@@ -260,10 +267,10 @@ def _files_below(folder: Path) -> list[Path]:
     return [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
 
 
-def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+def _matches_parts(names: Sequence[str], patterns: Sequence[str]) -> bool:
     """Whether the parts of a path match the parts of a glob."""
     if not patterns:
         return not names
     if patterns[0] == "**":
-        return any(_matches(names[skipped:], patterns[1:]) for skipped in range(len(names) + 1))
-    return bool(names) and fnmatch.fnmatch(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
+        return any(_matches_parts(names[skipped:], patterns[1:]) for skipped in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatch(names[0], patterns[0]) and _matches_parts(names[1:], patterns[1:])

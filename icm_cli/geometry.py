@@ -1,7 +1,8 @@
-"""Fit frames into the model's canvas with their aspect ratio, resize images and alphas, and make trimaps.
+"""Fit frames into the model's canvas with their aspect ratio, resize images and alphas, and make
+trimaps.
 
-A frame is neither cropped nor stretched. It fills the top left corner of the canvas. The rest is padded by replicating
-the edge, because reflection would show the object twice.
+A frame is neither cropped nor stretched. It fills the top left corner of the canvas. The rest is
+padded by replicating the edge, because reflection would show the object twice.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 ImageU8: TypeAlias = NDArray[np.uint8]
 Float: TypeAlias = NDArray[np.float32]
-Pixels = TypeVar("Pixels", ImageU8, Float)
+ImageArray = TypeVar("ImageArray", ImageU8, Float)
 
 HALF_U8 = 127
 """A uint8 alpha above this value is foreground."""
@@ -25,7 +26,7 @@ UNKNOWN = 128
 """Value of unknown pixels in a trimap."""
 ASPECT_TOLERANCE = 0.01
 """Maximum relative difference between aspect ratios that count as equal."""
-SURE = 0.1
+CERTAIN_TOLERANCE = 0.1
 """Coarse alphas this close to 0 or 1 are certain, except in a band along the uncertain pixels."""
 
 
@@ -33,8 +34,9 @@ SURE = 0.1
 class CanvasRule:
     """Canvas sizes of a backbone: the frame's long side is scaled to ``long_side_px``.
 
-    A square canvas is ``long_side_px`` on both sides; otherwise each side is rounded up to ``multiple_px``.
-    A frame is enlarged at most ``max_enlargement`` times, but its canvas has at least half of ``long_side_px``.
+    A square canvas is ``long_side_px`` on both sides; otherwise each side is rounded up to
+    ``multiple_px``. A frame is enlarged at most ``max_enlargement`` times, but its canvas has at
+    least half of ``long_side_px``.
     """
 
     long_side_px: int
@@ -70,7 +72,8 @@ class Placement:
     canvas: tuple[int, int]
 
     def fit_to_canvas(self, image: ImageU8) -> ImageU8:
-        """Resize uint8 [H,W,3] or [H,W] of the source's size to the canvas, and pad it by edge replication."""
+        """Resize uint8 [H,W,3] or [H,W] of the source's size to the canvas, and pad it by edge
+        replication."""
         small = resize(image, self.content)
         below = self.canvas[0] - self.content[0]
         right = self.canvas[1] - self.content[1]
@@ -95,15 +98,16 @@ def has_same_aspect(size: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return abs(ratio - 1) <= ASPECT_TOLERANCE
 
 
-def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
-    """Resize to (height, width): area averaging to shrink, bicubic (uint8) or bilinear (float32) to enlarge."""
+def resize(image: ImageArray, size: tuple[int, int]) -> ImageArray:
+    """Resize to (height, width): area averaging to shrink, bicubic (uint8) or bilinear (float32) to
+    enlarge."""
     if image.shape[:2] == size:
         return image
     if size[0] * size[1] < image.shape[0] * image.shape[1]:
         interpolation = cv2.INTER_AREA
     else:
         interpolation = cv2.INTER_CUBIC if image.dtype == np.uint8 else cv2.INTER_LINEAR
-    return cast(Pixels, cv2.resize(image, size[::-1], interpolation=interpolation))
+    return cast(ImageArray, cv2.resize(image, size[::-1], interpolation=interpolation))
 
 
 def downscaled_size(size: Sequence[int], long_side_px: int) -> tuple[int, int]:
@@ -128,18 +132,19 @@ def alpha_to_u8(alpha: Float) -> ImageU8:
 
 
 def trimap_from_coarse(coarse: Float, size: tuple[int, int], band_fraction: float) -> Float:
-    """Return a trimap float32 [H,W] of ``size`` from a coarse alpha: 0 background, 0.5 unknown, 1 foreground.
+    """Return a trimap float32 [H,W] of ``size`` from a coarse alpha: 0 background, 0.5 unknown, 1
+    foreground.
 
     ``coarse``: [h,w] in 0..1, of any size. Uncertain pixels are unknown. So are all pixels that are
-    closer than the band to uncertain pixels or to the other side. ``band_fraction``: width of the band
-    as a fraction of the long side. An object that is thinner than the band keeps the middle half of
-    its depth as foreground.
+    closer than the band to uncertain pixels or to the other side. ``band_fraction``: width of the
+    band as a fraction of the long side. An object that is thinner than the band keeps the middle
+    half of its depth as foreground.
     """
     alpha = resize(coarse, size)
     band = max(1.0, band_fraction * max(size))
     trimap = np.full(size, 0.5, np.float32)
-    foreground = alpha > 1.0 - SURE
-    trimap[_distance_inside(alpha < SURE) > band] = 0.0
+    foreground = alpha > 1.0 - CERTAIN_TOLERANCE
+    trimap[_distance_inside(alpha < CERTAIN_TOLERANCE) > band] = 0.0
     depth = _distance_inside(foreground)
     count, found = cv2.connectedComponents(foreground.astype(np.uint8))
     label = found.astype(np.intp)

@@ -181,7 +181,7 @@ def test_several_shots_into_one_pattern_are_refused(icm: Icm, scene: Path, plate
     shutil.copy(plates / "sh.1002.jpg", plates / "other.1002.jpg")
     result = icm(src=plates, out=scene / "mattes" / "m.####.png")
     assert result.exit_code == 2
-    assert "give a folder as --out, not a pattern of frames" in result.stderr
+    assert "give --out a folder instead of a frame pattern" in result.stderr
 
 
 def test_failed_frame_reports_that_its_earlier_alpha_is_kept(icm: Icm, scene: Path, plates: Path) -> None:
@@ -238,7 +238,7 @@ def test_openjd_progress(icm: Icm, scene: Path) -> None:
         (("--workers", "0"), "--workers is 0; expected 1 or more"),
         (("a.jpg", "b.jpg"), 'Quote globs and patterns, such as --src "imgs/*.jpg"'),
         (("--shard", "1/0"), "--shard is 1/0; expected 1 shard or more"),
-        (("--frames", "1-999999999"), "has too many frames; expected 10000000 at most"),
+        (("--frames", "1-999999999"), "has too many frames; expected at most 10000000"),
     ],
 )
 def test_usage_errors_are_printed_for_farms(

@@ -1,4 +1,5 @@
-"""Convert colours from the colour space of a file to display-referred sRGB, which the model sees."""
+"""Convert colours from the colour space of a file to display-referred sRGB, which the model
+sees."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class ColourSettings:
     """Settings for reading images: colour space, view, layer and value range."""
 
     space: str = "auto"
-    """Colour space in the configuration; "auto": the label of the file, or the default of its format."""
+    """Colour space in the configuration; "auto": the label of the file, or the default of its
+    format."""
     config: str = ""
     """OpenColorIO configuration file; "": $OCIO, or the built-in configuration."""
     view: str = ""
@@ -57,21 +59,23 @@ class ColourSettings:
     layer: str = ""
     """Layer of an EXR, by part name or channel prefix; "": selected by name."""
     white: float | None = None
-    """Value of white in images with more than 8 bits, if it differs from the maximum of their type."""
+    """Value of white in images with more than 8 bits, if it differs from the maximum of their
+    type."""
     is_matte: bool = False
     """Whether the file is a mask or an alpha, to which no option applies."""
     has_labels: bool = False
     """Whether the file is a mask whose values are labels, of any size."""
 
     def validate(self) -> None:
-        """Raise UsageError for an unknown configuration, colour space or view, or a value out of range."""
+        """Raise UsageError for an unknown configuration, colour space or view, or a value out of
+        range."""
         if self == ColourSettings():
             return
         if self.white is not None and not (0.0 < self.white < math.inf):
             raise UsageError(f"--white is {self.white:g}; expected a finite value above 0, such as 255")
         if not abs(self.exposure) <= MAX_STOPS:
             raise UsageError(f"--exposure is {self.exposure:g}; expected -{MAX_STOPS} to {MAX_STOPS} stops")
-        config, display = _config(self.config), _display_name(self.config)
+        config, display = _load_config(self.config), _display_name(self.config)
         if self.space not in ("auto", SRGB) and config.getColorSpace(self.space) is None:
             raise UsageError(
                 f"colour space {self.space!r} is not in the configuration. "
@@ -88,7 +92,7 @@ class ColourSettings:
         """Identity of the OpenColorIO configuration, which changes with its content."""
         if path := self.config or os.environ.get("OCIO", ""):
             try:
-                return str(_config(self.config).getCacheID())
+                return str(_load_config(self.config).getCacheID())
             except UsageError:  # images that need no configuration are matted without it
                 return f"unreadable {path}"
         return f"{BUILT_IN} of OpenColorIO {ocio.GetVersion()}"
@@ -98,7 +102,8 @@ DEFAULT_COLOUR = ColourSettings()
 
 
 def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: ColourSettings) -> ImageU8:
-    """Convert pixels [H,W,1] or [H,W,3] in 0..scale, or beyond it, to sRGB uint8 [H,W,3] as the model sees them.
+    """Convert pixels [H,W,1] or [H,W,3] in 0..scale, or beyond it, to sRGB uint8 [H,W,3] as the
+    model sees them.
 
     Pixels that are sRGB are only rounded. Exposure and view apply to other colour spaces.
     """
@@ -114,18 +119,22 @@ def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: Colo
     if scale != 1.0:
         values = values / np.float32(scale)
     seen = np.empty(values.shape, np.uint8)
-    _processor(colour.config, space, colour.view, colour.exposure).apply(_packed_image(values), _packed_image(seen))
+    _display_processor(colour.config, space, colour.view, colour.exposure).apply(
+        _packed_image(values), _packed_image(seen)
+    )
     return seen
 
 
 @functools.lru_cache(maxsize=8)
 def _rounding_table(scale: float) -> ImageU8:
-    """Return the 8-bit value of every 16-bit value. A table needs no float copy, which is eight times as large."""
+    """Return the 8-bit value of every 16-bit value. A table needs no float copy, which is eight
+    times as large."""
     return round_to_u8(np.arange(65536, dtype=np.float32) * np.float32(255.0 / scale))
 
 
 def _packed_image(pixels: NDArray[Any]) -> Any:
-    """Describe pixels [H,W,3], float32 or uint8, to OpenColorIO. The pixels must outlive the description."""
+    """Describe pixels [H,W,3], float32 or uint8, to OpenColorIO. The pixels must outlive the
+    description."""
     depth = ocio.BIT_DEPTH_F32 if pixels.dtype == np.float32 else ocio.BIT_DEPTH_UINT8
     height, width, _ = pixels.shape
     rows, columns, channels = pixels.strides
@@ -136,12 +145,13 @@ def find_colour_space(label: str | None, config: str) -> str | None:
     """Return the configuration's name of a colour space, None if it has no such space."""
     if not label:
         return None
-    found = _config(config).getColorSpace(label)
+    found = _load_config(config).getColorSpace(label)
     return None if found is None else str(found.getName())
 
 
 def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
-    """Return the linear space of an EXR's chromaticities (eight numbers, white last), None if they are unknown."""
+    """Return the linear space of an EXR's chromaticities (eight numbers, white last), None if they
+    are unknown."""
     for primaries, space in PRIMARIES.items():
         if np.allclose(chromaticities[:6], primaries, atol=2e-3):
             return space
@@ -149,26 +159,30 @@ def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
 
 
 def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]:
-    """Convert colours [H,W,3] on the scale 0..1 to a scene-linear space, and return them with its name.
+    """Convert colours [H,W,3] on the scale 0..1 to a scene-linear space, and return them with its
+    name.
 
-    sRGB keeps its primaries, which are those of Rec.709. Other spaces with a transfer curve are converted to the
-    configuration's ``scene_linear``. Linear spaces and data are not changed.
+    sRGB keeps its primaries, which are those of Rec.709. Other spaces with a transfer curve are
+    converted to the configuration's ``scene_linear``. Linear spaces and data are not changed.
     """
     if space == SRGB:
-        return _convert(pixels, BUILT_IN, "srgb_rec709_scene", LINEAR), LINEAR
-    found = _config(config).getColorSpace(space)
+        return _convert_colours(pixels, BUILT_IN, "srgb_rec709_scene", LINEAR), LINEAR
+    found = _load_config(config).getColorSpace(space)
     if (
         found is None
         or found.isData()
-        or _config(config).isColorSpaceLinear(found.getName(), ocio.REFERENCE_SPACE_SCENE)
+        or _load_config(config).isColorSpaceLinear(found.getName(), ocio.REFERENCE_SPACE_SCENE)
     ):
         return pixels, space
-    return _convert(pixels, config, space, "scene_linear"), str(_config(config).getColorSpace("scene_linear").getName())
+    return _convert_colours(pixels, config, space, "scene_linear"), str(
+        _load_config(config).getColorSpace("scene_linear").getName()
+    )
 
 
 def colour_space_attributes(space: str, config: str) -> dict[str, Any]:
-    """Return the attributes that label an EXR with a linear space; none for Rec.709, which is the default of EXR."""
-    found = None if space == LINEAR else _config(config).getColorSpace(space)
+    """Return the attributes that label an EXR with a linear space; none for Rec.709, which is the
+    default of EXR."""
+    found = None if space == LINEAR else _load_config(config).getColorSpace(space)
     if found is None or found.getName() == find_colour_space(LINEAR, config):
         return {}
     interop = getattr(found, "getInteropID", str)() or found.getName()
@@ -180,14 +194,15 @@ def colour_space_attributes(space: str, config: str) -> dict[str, Any]:
     return {"colorInteropID": interop, **({"chromaticities": chromaticities[0]} if chromaticities else {})}
 
 
-def _convert(pixels: Float, config: str, space: str, wanted: str) -> Float:
+def _convert_colours(pixels: Float, config: str, space: str, wanted: str) -> Float:
     values = np.array(pixels, np.float32, order="C")
-    _config(config).getProcessor(space, wanted).getDefaultCPUProcessor().apply(_packed_image(values))
+    _load_config(config).getProcessor(space, wanted).getDefaultCPUProcessor().apply(_packed_image(values))
     return values
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
-    """Convert a Pillow image from its ICC profile to sRGB. Returns None if the profile cannot be used."""
+    """Convert a Pillow image from its ICC profile to sRGB. Returns None if the profile cannot be
+    used."""
     try:
         transform = _icc_transform(profile, image.mode)
         return image if transform is None else ImageCms.applyTransform(image, transform)
@@ -205,7 +220,7 @@ def _icc_transform(profile: bytes, mode: str) -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def _config(path: str) -> Any:
+def _load_config(path: str) -> Any:
     chosen = path or os.environ.get("OCIO", "") or BUILT_IN
     try:
         if chosen.startswith("ocio://"):
@@ -219,14 +234,15 @@ def _config(path: str) -> Any:
 
 
 def _display_name(config: str) -> str:
-    displays = list(_config(config).getDisplays())
-    return DISPLAY if DISPLAY in displays else str(_config(config).getDefaultDisplay())
+    displays = list(_load_config(config).getDisplays())
+    return DISPLAY if DISPLAY in displays else str(_load_config(config).getDefaultDisplay())
 
 
 @functools.lru_cache(maxsize=64)
-def _processor(path: str, space: str, view: str, exposure: float) -> Any:
-    """Return the transform from float32 in a space to display sRGB uint8. It rounds three times as fast as NumPy."""
-    config, display = _config(path), _display_name(path)
+def _display_processor(path: str, space: str, view: str, exposure: float) -> Any:
+    """Return the transform from float32 in a space to display sRGB uint8. It rounds three times as
+    fast as NumPy."""
+    config, display = _load_config(path), _display_name(path)
     views = list(config.getViews(display))
     chosen = view or (VIEW if VIEW in views else str(config.getDefaultView(display)))
     linear = "scene_linear"

@@ -1,4 +1,5 @@
-"""Decode image files: Pillow reads common 8-bit formats, OpenImageIO reads deep, linear and VFX formats.
+"""Decode image files: Pillow reads common 8-bit formats, OpenImageIO reads deep, linear and VFX
+formats.
 
 A decoder may raise any exception. This module converts all of them to ImageError.
 """
@@ -41,7 +42,8 @@ _PILLOW_FORMATS = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """Properties of a source file that planning reads from one open handle. It keeps no file content."""
+    """Properties of a source file that planning reads from one open handle. It keeps no file
+    content."""
 
     path: Path
     type: FileType = UNKNOWN_TYPE
@@ -54,21 +56,22 @@ class SourceFile:
         """Inspect a file. A file that cannot be read is reported when it is matted, not here."""
         try:
             with ImageFile.open(path) as file:
-                state = file.state
-                try:
-                    return cls(path, file.type, frame_count(file), state)
-                except ImageError:
-                    return cls(path, file.type, 1, state)
+                frames = 1
+                if file.type.may_have_frames:
+                    with contextlib.suppress(ImageError):
+                        frames = frame_count(file)
+                return cls(path, file.type, frames, file.read_state())
         except (ImageError, OSError):
             return cls(path)
 
     def state(self) -> str:
-        """Return the state of the file now. It is read again only if size or time have changed. Raises ImageError."""
+        """Return the state of the file now. It is read again only if size or time have changed.
+        Raises ImageError."""
         with contextlib.suppress(OSError):
             if self.planned_state and has_state(self.path, self.planned_state):
                 return self.planned_state
         with open_image(self.path) as file:
-            return file.state
+            return file.read_state()
 
 
 @contextlib.contextmanager
@@ -87,8 +90,8 @@ def decode_image(
 ) -> DecodedImage:
     """Decode one frame or page of an image and apply its EXIF orientation.
 
-    A file is opened at most twice: by Python, and by OpenImageIO, which opens files by name. Raises ImageError for
-    a file that is missing, damaged, incomplete or not an image.
+    A file is opened at most twice: by Python, and by OpenImageIO, which opens files by name. Raises
+    ImageError for a file that is missing, damaged, incomplete or not an image.
     """
     with open_image(source) as file:
         if file.type.name in ("tiff", "pnm"):
@@ -104,7 +107,8 @@ def decode_image(
 
 
 def frame_count(source: Path | ImageFile) -> int:
-    """Return the number of frames or pages. Smaller copies of a page are not counted. Raises ImageError."""
+    """Return the number of frames or pages. Smaller copies of a page are not counted. Raises
+    ImageError."""
     with open_image(source) as file:
         if not file.type.may_have_frames:
             return 1
@@ -115,7 +119,8 @@ def frame_count(source: Path | ImageFile) -> int:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return height and width of an upright image, of an EXR its display window. Reads the header only.
+    """Return height and width of an upright image, of an EXR its display window. Reads the header
+    only.
 
     Raises ImageError.
     """
@@ -159,7 +164,8 @@ def as_image_errors(path: Path, file_type: FileType = UNKNOWN_TYPE) -> Iterator[
 
 
 def _decode_tiff_or_pnm(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
-    """Decode with Pillow if the file has 8 bits and straight alpha, or if OpenImageIO cannot open it."""
+    """Decode with Pillow if the file has 8 bits and straight alpha, or if OpenImageIO cannot open
+    it."""
     if file.type.name == "tiff":
         pages = containers.tiff_pages(file)
         if frame >= len(pages):
@@ -172,7 +178,8 @@ def _decode_tiff_or_pnm(file: ImageFile, frame: int, wanted: colour.ColourSettin
 
 
 def _decode_png(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
-    """Decode with Pillow if the file has 8 bits and no gamma of its own, which Pillow would ignore."""
+    """Decode with Pillow if the file has 8 bits and no gamma of its own, which Pillow would
+    ignore."""
     uses_gamma = wanted.space == "auto" and not file.type.may_have_frames
     if not containers.is_deep_png(file.head) and not (uses_gamma and containers.has_unusual_gamma(file)):
         with contextlib.suppress(ValueError):  # a PNG with more metadata than Pillow accepts
@@ -256,8 +263,8 @@ def _not_an_image(path: Path, file_type: FileType) -> str:
         return "is HEIC; to read it run: pip install 'icm-cli[heif]'"
     if file_type.name:
         return (
-            f"begins as {file_type.name} and cannot be decoded; it is damaged, cut short or of an unsupported variant; "
-            "get a complete copy"
+            f"begins as {file_type.name} and cannot be decoded; it is damaged, cut short or of an "
+            "unsupported variant; get a complete copy"
         )
     return "is not an image in a supported format; expected JPEG, PNG, TIFF, EXR, WebP or the like"
 
@@ -270,7 +277,8 @@ def _register_heif() -> None:
 
 
 def _silence_libtiff() -> None:
-    """Stop the libtiff in Pillow's wheels from printing errors; icm reports them in its own messages."""
+    """Stop the libtiff in Pillow's wheels from printing errors; icm reports them in its own
+    messages."""
     site = Path(PIL.__file__).parents[1]
     for path in (*site.glob("pillow.libs/libtiff*"), *site.glob("PIL/.dylibs/libtiff*")):
         libtiff = ctypes.CDLL(str(path))

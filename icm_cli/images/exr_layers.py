@@ -22,7 +22,8 @@ BEAUTY_NAMES = frozenset({"beauty", "combined", "rgb", "rgba"})
 
 @dataclass(frozen=True)
 class ImageLayer:
-    """The channels to read from one part: three colours or one grey channel, and perhaps an alpha."""
+    """The channels to read from one part: three colours or one grey channel, and perhaps an
+    alpha."""
 
     part: int
     colours: tuple[int, ...]
@@ -55,9 +56,10 @@ class ImageLayer:
 def select_layer(file: Any, path: Path, wanted: str, *, is_picture: bool = False) -> tuple[ImageLayer, tuple[str, ...]]:
     """Return the layer of an open EXR to read, and a notice if the choice was not obvious.
 
-    ``wanted``: the name of a part or a channel prefix. "" selects the first R, G, B without a prefix, else a layer
-    named beauty or similar, else the first layer. ``is_picture``: refuse a file that holds only depth, ids or
-    cryptomattes; a mask may hold ids. Raises ImageError, listing the layers, if there is no such layer.
+    ``wanted``: the name of a part or a channel prefix. "" selects the first R, G, B without a
+    prefix, else a layer named beauty or similar, else the first layer. ``is_picture``: refuse a
+    file that holds only depth, ids or cryptomattes; a mask may hold ids. Raises ImageError, listing
+    the layers, if there is no such layer.
     """
     found, others = _colour_layers(file)
     listed = ", ".join(dict.fromkeys(layer.name for layer in found))
@@ -65,8 +67,8 @@ def select_layer(file: Any, path: Path, wanted: str, *, is_picture: bool = False
         named = [layer for layer in found if layer.has_name(wanted)]
         if not named:
             raise ImageError(
-                f"{path} has no layer {wanted!r} with R, G and B; expected one of: {listed or 'none'}; "
-                "give one with --layer"
+                f"{path} has no layer {wanted!r} with R, G and B; expected one of: "
+                f"{listed or 'none'}; give one with --layer"
             )
         return named[0], ()
     found = [layer for layer in found if not layer.is_data] or found
@@ -126,7 +128,8 @@ def _layers_of_part(part: int, part_name: str, channels: tuple[str, ...]) -> lis
 
 
 def _grey_layer(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> ImageLayer:
-    """Return the single channel, the luminance or the alpha of a file without colours. Raises ImageError."""
+    """Return the single channel, the luminance or the alpha of a file without colours. Raises
+    ImageError."""
     for part, channels in sorted(parts, key=lambda each: _hold_only_data([each])):
         names = [channel.upper() for channel in channels]
         if len(names) == 1:

@@ -1,4 +1,5 @@
-"""Read pixels with OpenImageIO: deep, linear and VFX formats, EXR layers and windows, and the range of values."""
+"""Read pixels with OpenImageIO: deep, linear and VFX formats, EXR layers and windows, and the range
+of values."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ MAX_12_BIT = 4095
 _INTEGER_WHITE = {"uint": 2.0**32 - 1, "int": 2.0**31 - 1, "int16": 2.0**15 - 1, "int8": 2.0**7 - 1}
 """Value that OpenImageIO reads as 1.0, by its name of the integer type."""
 _SCENE_LINEAR_FORMATS = frozenset({"openexr", "hdr"})
-_WITHOUT_STRAIGHT_ALPHA = frozenset({"openexr", "hdr", "cineon"})
+_WITHOUT_STRAIGHT_ALPHA = frozenset({"openexr", "hdr", "cineon", "pnm"})
 DPX_DESCRIPTOR_OFFSET, DPX_RGB = 800, bytes([50])
 """Offset of the byte that tells which channels a DPX has, and its value for RGB."""
 MIN_IS_WHITE = 0
@@ -43,9 +44,11 @@ MIN_IS_WHITE = 0
 
 @contextlib.contextmanager
 def open_reader(file: ImageFile, *, must_open: bool = True) -> Iterator[Any]:
-    """Open a file so that its alpha is not changed. If it is not an image: raise UnidentifiedImageError, or yield None.
+    """Open a file so that its alpha is not changed. If it is not an image: raise
+    UnidentifiedImageError, or yield None.
 
-    OpenImageIO opens a file twice if it is given settings, so they are given only to files that may have an alpha.
+    OpenImageIO opens a file twice if it is given settings, so they are given only to files that may
+    have an alpha.
     """
     settings = oiio.ImageSpec()
     settings.attribute("oiio:UnassociatedAlpha", 1)
@@ -73,20 +76,23 @@ def _may_have_straight_alpha(file: ImageFile) -> bool:
 
 
 def is_plain_8_bit(spec: Any) -> bool:
-    """Whether a file has 8 bits per channel and no associated alpha, by which Pillow would divide the colours."""
+    """Whether a file has 8 bits per channel and no associated alpha, by which Pillow would divide
+    the colours."""
     is_associated = spec.alpha_channel >= 0 and not spec.getattribute("oiio:UnassociatedAlpha")
     return str(spec.format) == "uint8" and not is_associated
 
 
 def display_size(reader: Any, file: ImageFile, frame: int) -> tuple[int, int]:
-    """Return height and width of an upright image, of an EXR its display window. Raises ImageError."""
+    """Return height and width of an upright image, of an EXR its display window. Raises
+    ImageError."""
     reader.seek_subimage(_find_layer(reader, file, frame, "")[0].part, 0)
     spec = reader.spec()
     return _image_windows(spec, file.type, valid_orientation(_integer_attribute(spec, "Orientation"))).display
 
 
 def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
-    """Decode one part or page and apply its EXIF orientation. Raises ImageError, or an exception of OpenImageIO."""
+    """Decode one part or page and apply its EXIF orientation. Raises ImageError, or an exception of
+    OpenImageIO."""
     path = file.path
     layer, layer_notices = _find_layer(reader, file, frame, wanted.layer, is_picture=not wanted.is_matte)
     reader.seek_subimage(layer.part, 0)
@@ -138,7 +144,8 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
 
 
 def _image_windows(spec: Any, file_type: FileType, orientation: int) -> ImageWindows:
-    """Return the windows of an upright EXR. Other formats, and a file with an EXIF orientation, have only a size."""
+    """Return the windows of an upright EXR. Other formats, and a file with an EXIF orientation,
+    have only a size."""
     if file_type.name == "openexr" and orientation == 1:
         return ImageWindows.from_spec(spec)
     return ImageWindows.full(upright_size((spec.width, spec.height), orientation))
@@ -164,7 +171,8 @@ def _select_channels(values: NDArray[Any], channels: list[int]) -> NDArray[Any]:
 
 
 def _read_type(spec: Any, wanted: colour.ColourSettings) -> str:
-    """Return the type to read: uint8 and uint16 unchanged, others as float, which cannot hold every id of a mask."""
+    """Return the type to read: uint8 and uint16 unchanged, others as float, which cannot hold every
+    id of a mask."""
     name = str(spec.format)
     unchanged = ("uint8", "uint16", "uint") if wanted.is_matte else ("uint8", "uint16")
     return name if name in unchanged else "float"
@@ -189,7 +197,8 @@ def _white_value(spec: Any, dtype: Any, white: float | None) -> float:
 def _check_range(
     path: Path, pixels: NDArray[Any], scale: float, space: str, wanted: colour.ColourSettings
 ) -> list[str]:
-    """Return notices about the values of a deep image. Raises ImageError for a float image that is not in 0..1."""
+    """Return notices about the values of a deep image. Raises ImageError for a float image that is
+    not in 0..1."""
     largest = pixels.max()
     if wanted.has_labels:
         return []
@@ -200,8 +209,8 @@ def _check_range(
         raise ImageError(f"{path} has values up to {largest:.6g}; expected 0..{scale:g}; {remedy}")
     if pixels.dtype == np.uint16 and not (wanted.white or wanted.is_matte) and 255 < largest <= MAX_12_BIT:
         return [
-            f"{path} has 16 bits and no value above {largest}, so it is dark; if it has 12 bits, give "
-            f"--white {MAX_12_BIT}"
+            f"{path} has 16 bits and no value above {largest}, so it is dark; if it has 12 bits, "
+            f"give --white {MAX_12_BIT}"
         ]
     return []
 

@@ -1,4 +1,5 @@
-"""Decoded pixels of one frame, the windows of an EXR, EXIF orientations, and the memory limit of an image."""
+"""Decoded pixels of one frame, the windows of an EXR, EXIF orientations, and the memory limit of an
+image."""
 
 from __future__ import annotations
 
@@ -27,14 +28,16 @@ _UPRIGHT: dict[int, Any] = {
     7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
     8: lambda a: a.swapaxes(0, 1)[::-1],
 }
-"""The operation that makes an image upright, by its EXIF orientation. Orientation 1 is upright already."""
+"""The operation that makes an image upright, by its EXIF orientation. Orientation 1 is upright
+already."""
 _INVERSE = {6: 8, 8: 6}
 """Orientations that are inverse to each other. Every other one is its own inverse."""
 
 
 @dataclass(frozen=True)
 class ImageWindows:
-    """The data window and the display window of an EXR. Other images have one window of their size."""
+    """The data window and the display window of an EXR. Other images have one window of their
+    size."""
 
     size: tuple[int, int]
     """Height and width of the data window, which holds the pixels."""
@@ -65,11 +68,13 @@ class ImageWindows:
         return ImageWindows.full(self.display)
 
     def matched_to(self, other: ImageWindows | None) -> ImageWindows:
-        """Return ``other`` if its display window has the same size, else the display window of this image."""
+        """Return ``other`` if its display window has the same size, else the display window of this
+        image."""
         return other if other is not None and other.display == self.display else self.display_window
 
     def move_pixels(self, pixels: NDArray[Any], to: ImageWindows) -> NDArray[Any]:
-        """Move pixels [H,W] or [H,W,C] to another data window of the same display window; 0 outside this one."""
+        """Move pixels [H,W] or [H,W,C] to another data window of the same display window; 0 outside
+        this one."""
         if to == self:
             return pixels
         moved = np.zeros((*to.size, *pixels.shape[2:]), pixels.dtype)
@@ -84,8 +89,8 @@ class ImageWindows:
     def __str__(self) -> str:
         height, width = self.size
         return (
-            f"a data window of {width}x{height} at ({self.at[1]},{self.at[0]}) in a display window of "
-            f"{self.display[1]}x{self.display[0]}"
+            f"a data window of {width}x{height} at ({self.at[1]},{self.at[0]}) in a display window "
+            f"of {self.display[1]}x{self.display[0]}"
         )
 
 
@@ -93,7 +98,8 @@ class ImageWindows:
 class DecodedImage:
     """Upright pixels of one frame as the file stores them.
 
-    Colours that are multiplied by the alpha (associated alpha) stay so, which is the image over black.
+    Colours that are multiplied by the alpha (associated alpha) stay so, which is the image over
+    black.
     """
 
     pixels: NDArray[Any]
@@ -124,7 +130,8 @@ class DecodedImage:
         return self.own_windows or ImageWindows.full((height, width))
 
     def copy_metadata_to(self, spec: Any) -> None:
-        """Copy windows, pixel aspect ratio, timecode and frame rate to the specification of a file to write."""
+        """Copy windows, pixel aspect ratio, timecode and frame rate to the specification of a file
+        to write."""
         header = self.header
         if header is None or self.orientation in TRANSPOSING_ORIENTATIONS:
             return
@@ -136,8 +143,9 @@ class DecodedImage:
                 spec.attribute(attribute.name, attribute.type, attribute.value)
 
 
-def reorient(pixels: NDArray[Any], orientation: int, wanted: int) -> NDArray[Any]:
-    """Return pixels [H,W] or [H,W,C] with the ``wanted`` EXIF orientation applied instead of ``orientation``."""
+def reorient_pixels(pixels: NDArray[Any], orientation: int, wanted: int) -> NDArray[Any]:
+    """Return pixels [H,W] or [H,W,C] with the ``wanted`` EXIF orientation applied instead of
+    ``orientation``."""
     return np.ascontiguousarray(
         apply_orientation(apply_orientation(pixels, _INVERSE.get(orientation, orientation)), wanted)
     )
@@ -163,6 +171,6 @@ def check_memory(path: Path, width: int, height: int) -> None:
     needed, free = width * height * BYTES_PER_PIXEL, environment.available_memory_bytes()
     if free is not None and needed > free:
         raise ImageError(
-            f"{path} is {width}x{height}, which needs about {needed / 1e9:.0f} GB of memory, and only "
-            f"{free / 1e9:.0f} GB are free; free memory or scale the image down"
+            f"{path} is {width}x{height}, which needs about {needed / 1e9:.0f} GB of memory, and "
+            f"only {free / 1e9:.0f} GB are free; free memory or scale the image down"
         )

@@ -1,4 +1,5 @@
-"""Read images, masks and ground truths upright, in every common format; compose foregrounds onto backgrounds."""
+"""Read images, masks and ground truths upright, in every common format; compose foregrounds onto
+backgrounds."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from icm_cli.geometry import ImageU8, round_to_u8
 from icm_cli.images.colour import DEFAULT_COLOUR, SRGB, ColourSettings, to_display_srgb
 from icm_cli.images.decoding import as_image_errors, decode_image, frame_count, open_image
 from icm_cli.images.image_file import ImageFile
-from icm_cli.images.pixels import DecodedImage, ImageWindows, reorient
+from icm_cli.images.pixels import DecodedImage, ImageWindows, reorient_pixels
 
 GREY_TOLERANCE = 16
 """Channels of a grey image differ by at most this much, also after JPEG compression."""
@@ -47,10 +48,11 @@ class SourceImage:
         return ImageWindows.full((height, width)) if self.stored is None else self.stored.windows
 
     def to_display_window(self, target_windows: ImageWindows | None = None) -> SourceImage:
-        """Return the image in its display window, black outside its data window, without the stored pixels.
+        """Return the image in its display window, black outside its data window, without the stored
+        pixels.
 
-        ``target_windows``: the windows of another image. If both display windows have the same size, the
-        result covers the data window of that image instead.
+        ``target_windows``: the windows of another image. If both display windows have the same
+        size, the result covers the data window of that image instead.
         """
         target = self.windows.matched_to(target_windows)
         alpha = None if self.alpha is None else self.windows.move_pixels(self.alpha, target)
@@ -60,8 +62,9 @@ class SourceImage:
 def read_image(source: Path | ImageFile, colour: ColourSettings = DEFAULT_COLOUR, frame: int = 0) -> SourceImage:
     """Read an image as the model sees it: upright, display-referred sRGB.
 
-    ``colour``: the colour space of the file, and the view of scene-referred images. ``frame``: the frame or page of
-    a file with several. Raises ImageError for a file that is missing, empty, incomplete or not an image.
+    ``colour``: the colour space of the file, and the view of scene-referred images. ``frame``: the
+    frame or page of a file with several. Raises ImageError for a file that is missing, empty,
+    incomplete or not an image.
     """
     path = source.path if isinstance(source, ImageFile) else source
     decoded = decode_image(source, frame, colour)
@@ -73,10 +76,12 @@ def read_image(source: Path | ImageFile, colour: ColourSettings = DEFAULT_COLOUR
 def read_alpha(
     source: Path | ImageFile, *, has_objects: bool = False, target_windows: ImageWindows | None = None
 ) -> ImageU8:
-    """Read a mask or an alpha, uint8 [H,W]: the file's alpha channel if it varies, else its brightest channel.
+    """Read a mask or an alpha, uint8 [H,W]: the file's alpha channel if it varies, else its
+    brightest channel.
 
-    The alpha of an EXR covers its display window and is 0 outside its data window. ``target_windows`` is
-    explained at :func:`read_stored_pixels`. ``has_objects``: palette indices above 0 are objects and become
+    The alpha of an EXR covers its display window and is 0 outside its data window.
+    ``target_windows`` is explained at :func:`read_stored_pixels`. ``has_objects``: palette indices
+    above 0 are objects and become
     255. Raises ImageError as :func:`read_image` does.
     """
     image = read_image(source, RAW_VALUES)
@@ -99,20 +104,22 @@ class StoredPixels:
     notices: tuple[str, ...] = ()
     """Messages about unusual properties of the file."""
 
-    def reoriented(self, orientation: int) -> StoredPixels:
+    def reorient(self, orientation: int) -> StoredPixels:
         """Return the pixels with another EXIF orientation applied instead of the file's own."""
-        alpha = None if self.alpha is None else reorient(self.alpha, self.orientation, orientation)
-        return replace(self, values=reorient(self.values, self.orientation, orientation), alpha=alpha)
+        alpha = None if self.alpha is None else reorient_pixels(self.alpha, self.orientation, orientation)
+        return replace(self, values=reorient_pixels(self.values, self.orientation, orientation), alpha=alpha)
 
 
 def read_stored_pixels(
     path: Path, target_windows: ImageWindows | None = None, *, has_labels: bool = False
 ) -> StoredPixels:
-    """Read the values that an image file stores, with its EXIF orientation applied. Raises ImageError.
+    """Read the values that an image file stores, with its EXIF orientation applied. Raises
+    ImageError.
 
-    The pixels of an EXR cover its display window and are 0 outside its data window. ``target_windows``: the windows
-    of the image that the file belongs to. If both display windows have the same size, the pixels cover the data
-    window of that image instead. ``has_labels``: the values are labels, of any size.
+    The pixels of an EXR cover its display window and are 0 outside its data window.
+    ``target_windows``: the windows of the image that the file belongs to. If both display windows
+    have the same size, the pixels cover the data window of that image instead. ``has_labels``: the
+    values are labels, of any size.
     """
     decoded = decode_image(path, wanted=LABEL_VALUES if has_labels else RAW_VALUES)
     orientation, notices = decoded.orientation, decoded.notices
@@ -138,7 +145,8 @@ class GroundTruthAlpha:
 
 
 def read_ground_truth(path: Path, *, has_objects: bool = False) -> GroundTruthAlpha:
-    """Read a ground truth as :func:`read_alpha` does, with its unusual properties. Raises ImageError."""
+    """Read a ground truth as :func:`read_alpha` does, with its unusual properties. Raises
+    ImageError."""
     decoded = decode_image(path, wanted=RAW_VALUES)
     if has_objects and (objects := _object_mask(decoded)) is not None:
         return GroundTruthAlpha(objects, is_deep=False, has_colour=False)
@@ -172,7 +180,8 @@ def _alpha_u8(decoded: DecodedImage) -> ImageU8 | None:
 
 
 def _object_mask(decoded: DecodedImage | None) -> ImageU8 | None:
-    """Return 255 where the palette index is above 0, uint8 [H,W]; None for a file without a palette."""
+    """Return 255 where the palette index is above 0, uint8 [H,W]; None for a file without a
+    palette."""
     if decoded is None or decoded.indices is None:
         return None
     return np.where(decoded.indices > 0, 255, 0).astype(np.uint8)
@@ -209,15 +218,16 @@ def compose_image(
 ) -> SourceImage:
     """Return alpha * foreground + (1 - alpha) * background at the size of the foreground.
 
-    This follows the composition code published with Deep Image Matting: a smaller background is enlarged until it
-    covers the foreground, then its upper left part is used. Raises ImageError.
+    This follows the composition code published with Deep Image Matting: a smaller background is
+    enlarged until it covers the foreground, then its upper left part is used. Raises ImageError.
     """
     foreground, alpha = read_image(foreground_file).to_display_window().rgb, read_alpha(alpha_file)
     if foreground.shape[:2] != alpha.shape:
         paths = [file.path if isinstance(file, ImageFile) else file for file in (foreground_file, alpha_file)]
         raise ImageError(
-            f"{paths[0]} is {foreground.shape[1]}x{foreground.shape[0]} and its alpha {paths[1]} is "
-            f"{alpha.shape[1]}x{alpha.shape[0]}; expected the same size; give the alpha of this foreground"
+            f"{paths[0]} is {foreground.shape[1]}x{foreground.shape[0]} and its alpha {paths[1]} "
+            f"is {alpha.shape[1]}x{alpha.shape[0]}; expected the same size; give the alpha of this "
+            "foreground"
         )
     background = _enlarge_to_cover(read_image(background_file).to_display_window().rgb, *alpha.shape)
     weight = alpha[..., None] / np.float32(255)

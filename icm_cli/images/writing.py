@@ -1,4 +1,5 @@
-"""Write alphas, foregrounds and trimaps with a stamp of everything that decided them, and read the stamp."""
+"""Write alphas, foregrounds and trimaps with a stamp of everything that decided them, and read the
+stamp."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from icm_cli.images.image_file import OWN_MARK
 from icm_cli.images.pixels import DecodedImage
 from icm_cli.options import BitDepth, ForegroundMode, ImageFormat, TrimapMode
 
-DEPTHS: Mapping[ImageFormat, tuple[BitDepth, ...]] = {
+BIT_DEPTHS: Mapping[ImageFormat, tuple[BitDepth, ...]] = {
     "png": ("8", "16"),
     "tiff": ("8", "16", "float"),
     "exr": ("half", "float"),
@@ -35,7 +36,8 @@ DEPTHS: Mapping[ImageFormat, tuple[BitDepth, ...]] = {
 FORMAT_SUFFIXES: Mapping[ImageFormat, tuple[str, ...]] = {"png": (".png",), "tiff": (".tif", ".tiff"), "exr": (".exr",)}
 """File name suffixes of each format. The first one is written."""
 PNG_COMPRESSION = 1
-"""zlib level. An alpha is mostly flat, and higher levels take far more time for little less space."""
+"""zlib level. An alpha is mostly flat, and higher levels take far more time for little less
+space."""
 STAMP_KEY = "ImageDescription"
 """Attribute of a TIFF or EXR that holds the stamp as JSON."""
 NO_ATTRIBUTES: Mapping[str, Any] = {}
@@ -49,7 +51,8 @@ class OutputFormat:
 
     format: ImageFormat = "png"
     depth: BitDepth | None = None
-    """Bit depth; None: the default of the format for an alpha, that of the source for a foreground."""
+    """Bit depth; None: the default of the format for an alpha, that of the source for a
+    foreground."""
     channel: str = "A"
     """Name of an EXR's alpha channel."""
     foreground: ForegroundMode = "none"
@@ -60,17 +63,18 @@ class OutputFormat:
 
     @classmethod
     def from_options(cls, **options: Any) -> OutputFormat:
-        """Create the format from options of the same names. Raises UsageError if they are contradictory."""
+        """Create the format from options of the same names. Raises UsageError if they are
+        contradictory."""
         output = cls(**options)
-        if output.depth is not None and output.depth not in DEPTHS[output.format]:
-            fitting = ", ".join(DEPTHS[output.format])
+        if output.depth is not None and output.depth not in BIT_DEPTHS[output.format]:
+            fitting = ", ".join(BIT_DEPTHS[output.format])
             raise UsageError(
                 f"--depth {output.depth!r} does not fit --format {output.format}; expected one of {fitting}"
             )
         if output.channel != "A" and output.format != "exr":
             raise UsageError(
-                f"--channel {output.channel} names the channel of an EXR, and the format is {output.format}; "
-                "give --format exr, or omit --channel"
+                f"--channel {output.channel} names the channel of an EXR, and the format is "
+                f"{output.format}; give --format exr, or omit --channel"
             )
         if output.trimap == "instead" and output.format != "png":
             raise UsageError(
@@ -78,8 +82,8 @@ class OutputFormat:
             )
         if output.trimap == "none" and output.band_px != cls.band_px:
             raise UsageError(
-                f"--trimap-band is {output.band_px}, and no trimap is written; give --trimap beside or instead, "
-                "or omit --trimap-band"
+                f"--trimap-band is {output.band_px}, and no trimap is written; give --trimap "
+                "beside or instead, or omit --trimap-band"
             )
         if output.foreground != "none" and (output.invert or output.trimap == "instead"):
             raise UsageError(
@@ -99,12 +103,13 @@ class OutputFormat:
 
     @property
     def is_premultiplied(self) -> bool:
-        """Whether the colours of a foreground are multiplied by its alpha, which is the convention in EXR only."""
+        """Whether the colours of a foreground are multiplied by its alpha, which is the convention
+        in EXR only."""
         return self.foreground == "premultiplied" or (self.foreground == "auto" and self.format == "exr")
 
     def depth_for(self, source: DecodedImage | None) -> BitDepth:
         """Return the bit depth of the foreground of a source; of an alpha if ``source`` is None."""
-        depths = DEPTHS[self.format]
+        depths = BIT_DEPTHS[self.format]
         if self.depth is not None or source is None:
             return self.depth or depths[0]
         wanted: BitDepth = "8" if source.bits == 8 else "16" if source.bits == 16 else "float"
@@ -125,11 +130,11 @@ def write_alpha(
 ) -> None:
     """Write an alpha, float32 [H,W] in 0..1, atomically.
 
-    ``source``: the image from which an EXR copies its windows and timecode. Raises OutputError if nothing can be
-    written, ImageError if only this file cannot be written.
+    ``source``: the image from which an EXR copies its windows and timecode. Raises OutputError if
+    nothing can be written, ImageError if only this file cannot be written.
     """
     written = 1.0 - alpha if output.invert else alpha
-    _write(path, written[..., None], (output.channel,), stamp, output.format, output.depth_for(None), source)
+    _write_image(path, written[..., None], (output.channel,), stamp, output.format, output.depth_for(None), source)
 
 
 def write_foreground(
@@ -141,9 +146,11 @@ def write_foreground(
     source: DecodedImage,
     config: str = "",
 ) -> None:
-    """Write the colours of the object, float32 [H,W,3] on the scale 0..1 (HDR beyond 1), with its alpha.
+    """Write the colours of the object, float32 [H,W,3] on the scale 0..1 (HDR beyond 1), with its
+    alpha.
 
-    An EXR stores them scene-linear. ``config``: the OpenColorIO configuration with the colour space of the source.
+    An EXR stores them scene-linear. ``config``: the OpenColorIO configuration with the colour space
+    of the source.
     """
     label: dict[str, Any] = {}
     if output.format == "exr":
@@ -153,7 +160,7 @@ def write_foreground(
     pixels = np.concatenate([written, alpha[..., None]], axis=-1)
     names = ("R", "G", "B", "A")
     is_associated = output.is_premultiplied and output.format == "tiff"  # PNG supports straight alpha only
-    _write(
+    _write_image(
         path, pixels, names, stamp, output.format, output.depth_for(source), source, label, is_associated=is_associated
     )
 
@@ -161,11 +168,12 @@ def write_foreground(
 def write_trimap(path: Path, trimap: NDArray[np.uint8], stamp: Mapping[str, str]) -> None:
     """Write a trimap, uint8 [H,W] with 0, 128 and 255, as PNG."""
     values = trimap[..., None].astype(np.float32) / np.float32(255.0)
-    _write(path, values, ("Y",), stamp, "png", "8", None)
+    _write_image(path, values, ("Y",), stamp, "png", "8", None)
 
 
 def read_stamp(path: Path) -> dict[str, str] | None:
-    """Return the stamp of a file of icm, or the text of another PNG. Returns None for other and damaged files."""
+    """Return the stamp of a file of icm, or the text of another PNG. Returns None for other and
+    damaged files."""
     try:
         data = path.read_bytes()
         if not data.startswith(b"\x89PNG"):
@@ -197,7 +205,7 @@ def _read_openimageio_stamp(path: Path) -> dict[str, str] | None:
     return cast(dict[str, str], stamp) if isinstance(stamp, dict) else None
 
 
-def _write(
+def _write_image(
     path: Path,
     pixels: Float,
     names: tuple[str, ...],

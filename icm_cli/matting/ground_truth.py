@@ -21,10 +21,11 @@ RULE = ScoringRule()
 
 
 def attach_ground_truth(jobs: Sequence[Job], where: str | Path) -> tuple[list[Job], list[Path], list[Problem]]:
-    """Return the jobs with their ground truths, all ground-truth files, and a problem for every image without one.
+    """Return the jobs with their ground truths, all ground-truth files, and a problem for every
+    image without one.
 
-    ``where``: a folder with the same layout as the sources, or a frame pattern with the same frame numbers. Raises
-    UsageError if no ground truth belongs to any image.
+    ``where``: a folder with the same layout as the sources, or a frame pattern with the same frame
+    numbers. Raises UsageError if no ground truth belongs to any image.
     """
     folder = Path(where)
     if not folder.is_dir() and FramePattern.parse(str(where)) is not None:
@@ -35,8 +36,8 @@ def attach_ground_truth(jobs: Sequence[Job], where: str | Path) -> tuple[list[Jo
         found = [_add_truth(job, numbered.get(FrameName.from_path(job.name).number)) for job in jobs]
         if jobs and not any(job.planned.dataset.truth for job in found):
             raise UsageError(
-                f"ground truth {where} has no frame number of any image, such as that of {jobs[0].name}; "
-                "expected the same frame numbers; check the pattern"
+                f"ground truth {where} has no frame number of any image, such as that of "
+                f"{jobs[0].name}; expected the same frame numbers; check the pattern"
             )
         return found, list(numbered.values()), _missing_truth_problems(found, where)
     if not folder.is_dir():
@@ -53,7 +54,8 @@ def attach_ground_truth(jobs: Sequence[Job], where: str | Path) -> tuple[list[Jo
 
 
 def ground_truth_scoring(processes: int, allowed: frozenset[str]) -> Scorer:
-    """Return a scorer for alphas with a ground truth. A ground truth may be empty: not every image shows the object."""
+    """Return a scorer for alphas with a ground truth. A ground truth may be empty: not every image
+    shows the object."""
 
     def make_task(result: ImageResult) -> ScoreTask | None:
         if not result.dataset.truth:

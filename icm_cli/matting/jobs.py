@@ -8,7 +8,7 @@ import os
 import string
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -75,31 +75,35 @@ class Job:
         return read_source_image(self.source, self.colour, self.page)
 
     def read_with_origin(self) -> tuple[SourceImage, str, str]:
-        """Read the image, and return it with the state and the content digest of its files, from one open handle each.
+        """Read the image, and return it with the state and the content digest of its files, from
+        one open handle each.
 
         Raises ImageError.
         """
         self._check_not_missing()
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open_image(path)) for path in self.files]
-            state = _join_states([file.state for file in files])
-            digest = combined_digest(*map(_content_digest, files))
+            states = [file.read_state() for file in files]
+            state, digest = _join_states(states), combined_digest(*map(_content_digest, files, states))
             if isinstance(self.source, CompositeSource):
                 return compose_image(*files), state, digest
             return read_image(files[0], self.colour, self.page), state, digest
 
     def state(self) -> str:
-        """Return the state of the image's files: their sizes, modification times and first bytes. Raises ImageError."""
+        """Return the state of the image's files: their sizes, modification times and first bytes.
+        Raises ImageError."""
         self._check_not_missing()
         if self.inspected is not None:
             return _join_states([self.inspected.state()])
         return _join_states([SourceFile(path).state() for path in self.files])
 
     def content_digest(self) -> str:
-        """Return the SHA-256 of the content of the image's files as hexadecimal digits. Raises ImageError."""
+        """Return the SHA-256 of the content of the image's files as hexadecimal digits. Raises
+        ImageError."""
         self._check_not_missing()
         with contextlib.ExitStack() as stack:
-            return combined_digest(*(_content_digest(stack.enter_context(open_image(path))) for path in self.files))
+            files = [stack.enter_context(open_image(path)) for path in self.files]
+            return combined_digest(*(_content_digest(file, file.read_state()) for file in files))
 
     def _check_not_missing(self) -> None:
         if self.is_missing:
@@ -131,7 +135,8 @@ class OutputLayout:
             raise UsageError("--name and the frame pattern of --out both name the alphas; give only one of them")
 
     def output_path(self, name: Path) -> Path:
-        """Return the file of the alpha of an image with this name below the sources' root. Raises UsageError."""
+        """Return the file of the alpha of an image with this name below the sources' root. Raises
+        UsageError."""
         parts = FrameName.from_path(name)
         if self.pattern is None:
             stem = self.template.format(stem=parts.stem, frame=parts.frame, suffix=name.suffix)
@@ -172,9 +177,9 @@ def plan_jobs(
 ) -> list[Job]:
     """Return a job for every image that passes the filter, sorted by name.
 
-    Files in the output folder, references and masks are skipped. Missing frames are reported, or returned as jobs
-    that fail, as ``source_filter.missing`` says. A notice is given if no image is left. Raises UsageError before
-    anything is written.
+    Files in the output folder, references and masks are skipped. Missing frames are reported, or
+    returned as jobs that fail, as ``source_filter.missing`` says. A notice is given if no image is
+    left. Raises UsageError before anything is written.
     """
     root, out = sources.root, layout.folder
     if real_path(root) == real_path(out) and layout.template == DEFAULT_NAME and layout.pattern is None:
@@ -226,7 +231,8 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> None:
-    """Raise UsageError if an output is one of these files. ``what``: what the files are, for the message."""
+    """Raise UsageError if an output is one of these files. ``what``: what the files are, for the
+    message."""
     protected = {os.path.realpath(path) for path in files}
     for output in (output for job in jobs for output in job.outputs):
         if os.path.realpath(output) in protected:
@@ -234,7 +240,8 @@ def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> N
 
 
 def _select_shard(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
-    """Return the jobs of a shard. Only an image's name decides its shard, so other files never move it."""
+    """Return the jobs of a shard. Only an image's name decides its shard, so other files never move
+    it."""
     return [job for job in jobs if int(hashlib.sha256(job.planned.name.encode()).hexdigest(), 16) % count == number - 1]
 
 
@@ -246,7 +253,8 @@ def _plan_missing_frames(
     skipped_files: SkippedFiles,
     protected: set[Path],
 ) -> list[Path]:
-    """Return the files of missing frames that are to fail. Raises UsageError if no frame may be missing."""
+    """Return the files of missing frames that are to fail. Raises UsageError if no frame may be
+    missing."""
     if not sources.is_sequence and source_filter.frames is None:
         return []
     present = [*found, *(path for path in sources.files if real_path(path) in protected)]
@@ -278,9 +286,10 @@ def _join_states(states: Sequence[str]) -> str:
     return " ".join(states)
 
 
-def _content_digest(file: ImageFile) -> str:
-    """Return the content digest of an open file, which is read once for all of its pages."""
-    key = file.path, file.state
+def _content_digest(file: ImageFile, state: str) -> str:
+    """Return the content digest of an open file. A file in this state is read once for all of its
+    pages."""
+    key = file.path, state
     with _digests_lock:
         digest = _digests.get(key)
     if digest is None:
@@ -291,7 +300,8 @@ def _content_digest(file: ImageFile) -> str:
 
 
 def _is_below(folder: Path, root: Path) -> Callable[[Path], bool]:
-    """Return a test for paths below ``folder``; it is always false if ``folder`` is not below the sources' root."""
+    """Return a test for paths below ``folder``; it is always false if ``folder`` is not below the
+    sources' root."""
     inside = real_path(folder)
     if real_path(root) not in inside.parents:
         return lambda _: False
@@ -299,16 +309,17 @@ def _is_below(folder: Path, root: Path) -> Callable[[Path], bool]:
 
 
 def _is_wanted(name: Path, source_filter: SourceFilter) -> bool:
-    def matches(patterns: Sequence[str]) -> bool:
+    def matches_any(patterns: Sequence[str]) -> bool:
         return any(fnmatch(name.as_posix(), pattern) or fnmatch(name.name, pattern) for pattern in patterns)
 
-    return (not source_filter.include or matches(source_filter.include)) and not matches(source_filter.exclude)
+    return (not source_filter.include or matches_any(source_filter.include)) and not matches_any(source_filter.exclude)
 
 
 def _jobs_of_file(
     source: Path, root: Path, layout: OutputLayout, colour: ColourSettings, inspected: SourceFile | None
 ) -> list[Job]:
-    """Return one job per image of a file: name.png, or name.0001.png and following for a file with several."""
+    """Return one job per image of a file: name.png, or name.0001.png and following for a file with
+    several."""
     name = source.relative_to(root)
     count = 1 if inspected is None else inspected.frame_count
     absolute_root = os.path.abspath(root)  # noqa: PTH100  resolve() would follow links
@@ -319,24 +330,39 @@ def _jobs_of_file(
         planned = ImageResult(
             str(source), str(output), "planned", name=numbered.as_posix(), page=0 if count == 1 else page + 1
         )
-        job = Job(source, numbered, output, planned, page=page, colour=colour, root=absolute_root)
-        jobs.append(replace(job, is_missing=inspected is None, has_trimap=layout.has_trimap, inspected=inspected))
+        jobs.append(
+            Job(
+                source,
+                numbered,
+                output,
+                planned,
+                page=page,
+                colour=colour,
+                root=absolute_root,
+                is_missing=inspected is None,
+                has_trimap=layout.has_trimap,
+                inspected=inspected,
+            )
+        )
     return jobs
 
 
 def _check_filters(found: Sequence[Path], root: Path, source_filter: SourceFilter) -> None:
-    """Raise UsageError for a filter that matches no image, which is a mistake rather than a choice."""
+    """Raise UsageError for a filter that matches no image, which is a mistake rather than a
+    choice."""
     include = SourceFilter(source_filter.include)
     if source_filter.include and not any(_is_wanted(path.relative_to(root), include) for path in found):
         patterns = " and ".join(f"--include {pattern!r}" for pattern in source_filter.include)
         raise UsageError(
-            f"{patterns} matches none of the {len(found)} image(s) in {root}, such as {found[0].relative_to(root)}; "
-            "expected a glob for the path below that folder, or for the file name"
+            f"{patterns} matches none of the {len(found)} image(s) in {root}, such as "
+            f"{found[0].relative_to(root)}; expected a glob for the path below that folder, or for "
+            "the file name"
         )
     if source_filter.frames is not None and all(FrameName.from_path(path).number is None for path in found):
         raise UsageError(
-            f"--frames selects by frame number, and none of the {len(found)} image(s) in {root} has one, such as "
-            f"{found[0].relative_to(root)}; expected names such as shot.1001.exr; omit --frames"
+            f"--frames selects by frame number, and none of the {len(found)} image(s) in {root} "
+            f"has one, such as {found[0].relative_to(root)}; expected names such as shot.1001.exr; "
+            "omit --frames"
         )
 
 
@@ -357,6 +383,6 @@ def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
         elif layout.template != DEFAULT_NAME:
             remedy = "use more of {stem}, {frame} and {suffix} in --name"
         raise UsageError(
-            f"{len(shared)} file(s) would be written by several images each: {'; '.join(lines)}{more}; {remedy}, "
-            "rename some images, or skip some with --exclude"
+            f"{len(shared)} file(s) would be written by several images each: "
+            f"{'; '.join(lines)}{more}; {remedy}, rename some images, or skip some with --exclude"
         )

@@ -1,4 +1,5 @@
-"""Read the mask of a reference: black and white, soft, a trimap, label indices, or instance colours.
+"""Read the mask of a reference: black and white, soft, a trimap, label indices, or instance
+colours.
 
 If a mask has several labels, the user must name one. Only unambiguous masks are read without it.
 """
@@ -24,9 +25,11 @@ from icm_cli.options import MaskOrientation
 VOID = 255
 """Palette index of void pixels in the PNGs of PASCAL VOC."""
 END_TOLERANCE = 0.05
-"""Values this close to 0 or to the maximum, as a fraction of the scale, are background and foreground."""
+"""Values this close to 0 or to the maximum, as a fraction of the scale, are background and
+foreground."""
 MIN_FLAT_FRACTION = 1e-4
-"""Minimum fraction of pixels that are surrounded by their own value, for that value to be a label."""
+"""Minimum fraction of pixels that are surrounded by their own value, for that value to be a
+label."""
 MAX_LABELS = 64
 """An image with more values than this is a soft mask and not a label map."""
 MAX_LISTED_LABELS = 12
@@ -54,7 +57,8 @@ class MaskPlacement:
     orientation: int
     """EXIF orientation that was applied to the reference."""
     wanted: MaskOrientation
-    """Orientation of the mask: "upright" as the reference is shown, "stored" as in the reference's file, or "auto"."""
+    """Orientation of the mask: "upright" as the reference is shown, "stored" as in the reference's
+    file, or "auto"."""
 
 
 def read_mask(
@@ -66,11 +70,12 @@ def read_mask(
 ) -> Mask:
     """Read the mask of a reference.
 
-    ``label``: the value, index or colour ``#rrggbb`` of the object. ``placement``: how the mask is placed on its
-    reference; a notice says which orientation is used if both fit. ``windows``: those of the reference; a mask of
-    the same display window is cut to its data window.
+    ``label``: the value, index or colour ``#rrggbb`` of the object. ``placement``: how the mask is
+    placed on its reference; a notice says which orientation is used if both fit. ``windows``: those
+    of the reference; a mask of the same display window is cut to its data window.
 
-    Raises UsageError for an ambiguous mask, listing its labels, and ImageError for an unreadable file.
+    Raises UsageError for an ambiguous mask, listing its labels, and ImageError for an unreadable
+    file.
     """
     stored = read_stored_pixels(path, windows, has_labels=label is not None)
     for sentence in (*stored.notices, *extra_frame_notices("mask", path)):
@@ -100,7 +105,7 @@ def _orient_mask(
 ) -> StoredPixels:
     """Apply the EXIF orientation of the reference to a mask that was drawn on its stored pixels."""
     if placement.wanted != "auto":
-        return stored if placement.wanted == "upright" else stored.reoriented(placement.orientation)
+        return stored if placement.wanted == "upright" else stored.reorient(placement.orientation)
     if placement.orientation == UPRIGHT or stored.orientation != UPRIGHT:
         return stored  # both orientations are equal, or the mask has its own
     size = stored.values.shape[:2]
@@ -111,14 +116,15 @@ def _orient_mask(
         fits = [has_same_aspect(size, each) for each in (upright, as_stored)]
     if fits == [False, True]:
         notice(
-            f"mask {path} has the orientation of its reference's stored pixels; the EXIF orientation of the reference "
-            "is applied to the mask too"
+            f"mask {path} has the orientation of its reference's stored pixels; the EXIF "
+            "orientation of the reference is applied to the mask too"
         )
-        return stored.reoriented(placement.orientation)
+        return stored.reorient(placement.orientation)
     if fits == [True, True]:
         notice(
-            f"mask {path} fits its reference both upright and as stored, because EXIF changes its orientation; it is "
-            "used as upright; give --mask-orientation stored, or upright to confirm"
+            f"mask {path} fits its reference both upright and as stored, because EXIF changes its "
+            "orientation; it is used as upright; give --mask-orientation stored, or upright to "
+            "confirm"
         )
     return stored
 
@@ -156,8 +162,8 @@ def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Cal
     flat = _flat_fractions(values)
     if present[-1] >= high and (near_black := [f"{each:g}" for each in flat if each <= low]):
         notice(
-            f"mask {path} has areas of {', '.join(near_black[:MAX_LISTED_LABELS])} of {scale:g} next to black and "
-            "white; they are used as black; give --mask-label if they are labels"
+            f"mask {path} has areas of {', '.join(near_black[:MAX_LISTED_LABELS])} of {scale:g} "
+            "next to black and white; they are used as black; give --mask-label if they are labels"
         )
         flat = {each: fraction for each, fraction in flat.items() if each > low}
     if not any(each < high for each in flat):
@@ -241,8 +247,8 @@ def _mask_without_unknown(inside: NDArray[np.bool_]) -> Mask:
 
 def _ambiguous_error(path: Path, labels: dict[str, float], example: object) -> UsageError:
     return UsageError(
-        f"mask {path} has several labels: {_format_labels(labels)}; expected one object; select it, as in "
-        f"--mask-label {example}"
+        f"mask {path} has several labels: {_format_labels(labels)}; expected one object; select "
+        f"it, as in --mask-label {example}"
     )
 
 

@@ -21,7 +21,8 @@ from icm_cli.options import MaskOrientation
 FOREGROUND_THRESHOLD = 0.5
 """Pixels of a soft mask above this value are foreground, as in the published code."""
 INVERTED_FRACTION, INVERTED_BORDER = 0.6, 0.95
-"""Fractions of the image, and of its border, above which a white area is probably the background."""
+"""Fractions of the image, and of its border, above which a white area is probably the
+background."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ def read_references(
 ) -> list[Reference]:
     """Read every reference with its mask. Without masks, each reference must be an RGBA cut-out.
 
-    ``label``: the value, index or colour of the object, for masks with several labels. ``orientation``: the
-    orientation of masks whose reference has an EXIF orientation: "upright" as the reference is shown, "stored" as in
-    its file, or "auto". Raises UsageError.
+    ``label``: the value, index or colour of the object, for masks with several labels.
+    ``orientation``: the orientation of masks whose reference has an EXIF orientation: "upright" as
+    the reference is shown, "stored" as in its file, or "auto". Raises UsageError.
     """
     if not refs:
         raise UsageError("no reference was given; give --ref IMAGE and --mask MASK")
@@ -84,8 +85,9 @@ def _border_pixels(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def make_guidance(mask: ImageU8, windows: ImageWindows, name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
     """Convert a mask uint8 [h,w] to guidance bool of the size of its reference's data window.
 
-    The mask has the size of the data window or the aspect ratio of the display window of ``windows``. ``name``: what
-    messages call it. Raises UsageError if it has another aspect ratio, or is empty or full.
+    The mask has the size of the data window or the aspect ratio of the display window of
+    ``windows``. ``name``: what messages call it. Raises UsageError if it has another aspect ratio,
+    or is empty or full.
     """
     if mask.shape not in (windows.size, windows.display):
         size = windows.display
@@ -103,8 +105,8 @@ def make_guidance(mask: ImageU8, windows: ImageWindows, name: str, notice: Calla
         )
     if guidance.mean() > INVERTED_FRACTION and _border_pixels(guidance).mean() > INVERTED_BORDER:
         notice(
-            f"{name} is white in {100 * guidance.mean():.0f} % of the image and along nearly all of its border; if the "
-            "object is black, invert the mask"
+            f"{name} is white in {100 * guidance.mean():.0f} % of the image and along nearly all "
+            "of its border; if the object is black, invert the mask"
         )
     return guidance
 
@@ -149,7 +151,8 @@ def _make_reference(image: SourceImage, mask: Mask, name: str, notice: Callable[
 
 
 def _fit_to_data_window(mask: ImageU8, windows: ImageWindows) -> ImageU8:
-    """Return a mask of the data window unchanged. Resize others to the display window and cut out the data window."""
+    """Return a mask of the data window unchanged. Resize others to the display window and cut out
+    the data window."""
     if mask.shape == windows.size:
         return mask
     return windows.display_window.move_pixels(resize(mask, windows.display), windows)
@@ -158,8 +161,8 @@ def _fit_to_data_window(mask: ImageU8, windows: ImageWindows) -> ImageU8:
 def _check_aspect_ratio(mask: tuple[int, ...], reference: tuple[int, int], name: str) -> None:
     if not has_same_aspect(mask, reference):
         raise UsageError(
-            f"{name} is {_size_text(mask)} and its reference {_size_text(reference)}; expected the same aspect ratio; "
-            "give a mask that was drawn on this image"
+            f"{name} is {_size_text(mask)} and its reference {_size_text(reference)}; expected the "
+            "same aspect ratio; give a mask that was drawn on this image"
         )
 
 

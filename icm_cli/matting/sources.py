@@ -19,7 +19,7 @@ from icm_cli.images.image_file import IMAGE_SUFFIXES, movie_message
 from icm_cli.matting.frames import FramePattern
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
-EXPECTED = "expected a folder, an image, a quoted glob, a frame pattern such as shot.####.exr, a text list or -"
+EXPECTED_SOURCE = "expected a folder, an image, a quoted glob, a frame pattern such as shot.####.exr, a text list or -"
 A_MOVIE = "a movie"
 NOT_AN_IMAGE = "not an image"
 ADVICE = {A_MOVIE: "; extract its frames first, for example with ffmpeg"}
@@ -29,7 +29,8 @@ MAX_LISTED_FILES = 8
 
 
 class SkippedFiles(Counter[str]):
-    """Files that are not matted, counted by reason. A notice names the first file of each reason."""
+    """Files that are not matted, counted by reason. A notice names the first file of each
+    reason."""
 
     def __init__(self, notice: Callable[[str], None]) -> None:
         super().__init__()
@@ -71,11 +72,12 @@ class Sources:
 def find_sources(src: str | Path, root: Path | None, skipped_files: SkippedFiles) -> Sources:
     """Find the files that ``src`` names.
 
-    The root is the folder itself, the folder of a file, the part of a glob or frame pattern without wildcards, or the
-    working directory for a list. ``root`` overrides it. The root does not depend on the other files of the run, so
-    neither does an output path. Raises UsageError, also for files outside the root.
+    The root is the folder itself, the folder of a file, the part of a glob or frame pattern without
+    wildcards, or the working directory for a list. ``root`` overrides it. The root does not depend
+    on the other files of the run, so neither does an output path. Raises UsageError, also for files
+    outside the root.
     """
-    sources = _find(src, skipped_files)
+    sources = _find_files(src, skipped_files)
     if root is not None:
         if not root.is_dir():
             raise UsageError(f"--root {root} is not a folder; expected a folder that contains the sources")
@@ -92,15 +94,15 @@ def find_sources(src: str | Path, root: Path | None, skipped_files: SkippedFiles
     if outside:
         named = ", ".join(map(str, outside[:MAX_LISTED_FILES])) + (", ..." if len(outside) > MAX_LISTED_FILES else "")
         raise UsageError(
-            f"{len(outside)} of the images are outside {sources.root}, to which output paths are relative: {named}; "
-            "give --root a folder that contains all of them"
+            f"{len(outside)} of the images are outside {sources.root}, to which output paths are "
+            f"relative: {named}; give --root a folder that contains all of them"
         )
     signed = [path for path in sources.files if re.search(r"[._]-[0-9]+$", path.stem)]
     if signed:
         more = f" and {len(signed) - 1} more" if len(signed) > 1 else ""
         skipped_files.notify(
-            f"{min(signed, key=natural_sort_key)}{more}: negative frame numbers are not supported, so the - is read "
-            "as part of the name; number frames from 0"
+            f"{min(signed, key=natural_sort_key)}{more}: negative frame numbers are not supported, "
+            "so the - is read as part of the name; number frames from 0"
         )
     return replace(sources, files=sorted(set(sources.files), key=natural_sort_key))
 
@@ -118,15 +120,16 @@ def _natural_name_key(name: str) -> list[tuple[int, int, str]]:
 
 
 def real_path(path: Path) -> Path:
-    """Return the path with links followed. Unlike ``Path.resolve`` this accepts a link to itself."""
+    """Return the path with links followed. Unlike ``Path.resolve`` this accepts a link to
+    itself."""
     return Path(os.path.realpath(path))
 
 
-def _find(src: str | Path, skipped_files: SkippedFiles) -> Sources:
+def _find_files(src: str | Path, skipped_files: SkippedFiles) -> Sources:
     """Return the sources in any order, perhaps none."""
     text, path = str(src), Path(src)
     if not text:
-        raise UsageError(f"the source is empty; {EXPECTED}")
+        raise UsageError(f"the source is empty; {EXPECTED_SOURCE}")
     if text == "-":
         return _read_list(sys.stdin or (), "standard input", skipped_files)
     if path.is_dir():
@@ -146,11 +149,11 @@ def _find(src: str | Path, skipped_files: SkippedFiles) -> Sources:
         files = list(expand_glob(text, skipped))
         if not files:
             raise UsageError(
-                f"no file matches {text}; no file has this exact name, so *, ? and [] were read as wildcards; "
-                "check the path"
+                f"no file matches {text}; no file has this exact name, so *, ? and [] were read as "
+                "wildcards; check the path"
             )
         return _keep_images(Path(split_glob(text)[0]), files, skipped, skipped_files)
-    raise UsageError(f"source {text} does not exist; {EXPECTED}")
+    raise UsageError(f"source {text} does not exist; {EXPECTED_SOURCE}")
 
 
 def _keep_images(root: Path, paths: Sequence[Path], skipped: SkippedPaths, skipped_files: SkippedFiles) -> Sources:
@@ -178,8 +181,8 @@ def _find_sequence(pattern: FramePattern, text: str, skipped_files: SkippedFiles
     skipped_files.add_skipped_paths(skipped)
     if not found:
         raise UsageError(
-            f"no file matches {text}; its name was read as a frame pattern with {pattern.digits} or more digits; "
-            "check the path and the number of digits"
+            f"no file matches {text}; its name was read as a frame pattern with {pattern.digits} "
+            "or more digits; check the path and the number of digits"
         )
     return Sources(Path(split_glob(pattern.folder)[0]), found, is_sequence=True)
 
@@ -194,7 +197,8 @@ def _list_lines(path: Path) -> list[str]:
 
 
 def _read_list(lines: Iterable[str], where: str, skipped_files: SkippedFiles) -> Sources:
-    """Return the files of a list, relative to the working directory. Folders in the list are skipped."""
+    """Return the files of a list, relative to the working directory. Folders in the list are
+    skipped."""
     paths = [Path(line.strip()) for line in lines if line.strip()]
     if not paths:
         raise UsageError(f"{where} lists no images; expected one path per line")
