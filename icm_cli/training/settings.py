@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -544,8 +545,9 @@ def _apply_override(fields: Mapping[str, Any], override: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: its value is not YAML ({' '.join(str(error).split())})") from error
-    if isinstance(value, str) and _is_number(value):
-        value = float(value)  # YAML reads 1e-3 as text
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)  # YAML reads 1e-3 as text
     keys = path.split(".")
     changed: dict[str, Any] = dict(fields)
     inner = changed
@@ -556,14 +558,6 @@ def _apply_override(fields: Mapping[str, Any], override: str) -> dict[str, Any]:
         inner[key] = inner = dict(below)  # (assigned left to right: the entry, then the variable)
     inner[keys[-1]] = value
     return changed
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _to_plain(value: Any) -> Any:
