@@ -72,7 +72,7 @@ def _load_once() -> Iterator[None]:
             return load(config, weights, offline=offline, seed=seed)
         model = efficientnet.EfficientNetLite(config)  # draws the random numbers that a load draws
         with torch.random.fork_rng(devices=[]):
-            loaded = load_from(efficientnet._weights_path(weights), config)
+            loaded = load_from(efficientnet._package_weights_path(weights), config)
         model.load_state_dict(loaded.state_dict())
         return model.eval()
 
