@@ -39,6 +39,7 @@ def test_saved_alphas_have_the_same_scores_as_in_the_run_that_made_them(evaluate
     made, scored = report_of(tmp_path / "made.json"), report_of(tmp_path / "pred.json")
     assert [each["scores"] for each in made["images"]] == [each["scores"] for each in scored["images"]]
     assert made["summary"]["means"] == scored["summary"]["means"]
+    assert {each["made_by"] for each in scored["images"]} == {""}
     assert [each["foreground"] for each in made["images"]] == [each["foreground"] for each in scored["images"]]
 
 
@@ -87,6 +88,9 @@ def test_folder_without_matching_alphas_is_refused(evaluate: Evaluate, tmp_path:
     result = evaluate(pred=tmp_path / "pred")
     assert result.exit_code == 2
     assert "a/brickwall.png" in result.stderr
+    result = evaluate(pred=tmp_path / "pred", rounds=2)
+    assert result.exit_code == 2
+    assert "round-1/a/brickwall.png" in result.stderr
 
 
 def test_allowed_problems_are_no_failure_but_a_run_without_scores_is(

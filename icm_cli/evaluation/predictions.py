@@ -73,7 +73,8 @@ def _plan_results(
 ) -> list[ImageResult]:
     """Return a result for every target of a round, with the path of its alpha if there is one."""
     dataset = evaluation.dataset
-    alphas = {path.relative_to(folder).with_suffix("").as_posix(): path for path in list_images(folder)}
+    paths = list_images(folder) if folder.is_dir() else []
+    alphas = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
     alpha_by_stem = _unique_stems({path: path.stem for path in alphas.values()})
     name_by_stem = _unique_stems({sample.name: Path(sample.name).name for sample in dataset.samples})
     targets = {

@@ -55,7 +55,7 @@ class Outcome:
 
     def add(self, result: ImageResult) -> None:
         """Add a result of the engine. It is reported when it has its scores, if it gets any."""
-        if result.status == "done":
+        if result.status == "done" and "predictions" not in self.report.settings:
             result = replace(result, matting=replace(result.matting, made_by=environment.__version__))
         if result.status == "failed" and result.output and Path(result.output).is_file():
             earlier = f"the earlier alpha {result.output} is kept, although its source or settings have changed"
