@@ -80,7 +80,7 @@ def matte(
     dry_run: bool = False,
     listener: Listener | None = None,
 ) -> Report:
-    """Extract the object of the references from every image of ``src``; write one alpha each below ``out``.
+    """Extract the object of the references from every image of ``src`` as an alpha below ``out``.
 
     Args:
         ref: Reference image, repeatable. An RGBA cut-out needs no mask.
@@ -194,7 +194,7 @@ def evaluate(
     predictor: Predictor | None = None,
     listener: Listener | None = None,
 ) -> Report:
-    """Score alphas of a dataset: matted here, each group by its own references, or read from ``pred``.
+    """Score alphas of a dataset: matted here by its own references, or read from ``pred``.
 
     Args:
         dataset: Dataset, or folder for your own images.

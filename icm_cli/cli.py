@@ -1,7 +1,7 @@
 """The ``icm`` command: options, exit codes and error messages.
 
-The commands themselves are functions of the API: ``icm_cli.matte``, ``icm_cli.evaluate`` and ``icm_cli.train``. Their
-options are defined in :mod:`icm_cli.options`.
+The commands themselves are functions of the API: ``icm_cli.matte``, ``icm_cli.evaluate`` and
+``icm_cli.train``. Their options are defined in :mod:`icm_cli.options`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GLOB_HINT = ' Quote globs and patterns, such as --src "imgs/*.jpg", so that the 
 
 
 class ReportingGroup(TyperGroup):
-    """Commands that report usage errors and crashes to farms, in the form that ``--progress`` selects."""
+    """Group of commands that reports usage errors and crashes to farms as well."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["icm"] = list(args)
@@ -41,7 +41,7 @@ class ReportingGroup(TyperGroup):
 
 @contextlib.contextmanager
 def _report_crashes(arguments: Sequence[str]) -> Iterator[None]:
-    """Print a line for farms about an exception that no command has reported: wrong usage, or a fault of icm."""
+    """Print a line for farms about wrong usage or a crash, which no command has reported."""
     try:
         yield
     except (typer.Exit, typer.Abort):  # reported already
@@ -78,9 +78,10 @@ def _with_options(
     callbacks: Mapping[str, Callback] | None = None,
     rerun_hint: str = RERUN_HINT,
 ) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """Decorate the body of a command: Typer gets every option as a parameter, the body all of them in one object.
+    """Decorate the body of a command, which takes all options in one object, for Typer.
 
-    ``callbacks``: flags that do something else and exit. Errors and signals become a message and an exit code.
+    ``callbacks``: flags that do something else and exit. Errors and signals become a message and an
+    exit code.
     """
 
     def decorate(body: Callable[[Options], None]) -> Callable[..., None]:
@@ -121,7 +122,7 @@ def _typer_parameter(field: OptionField, callback: Callback | None) -> inspect.P
 
 
 def _typer_type(field: OptionField) -> Any:
-    """Type that Typer parses. Choices, and numbers that may be a word, are text: the option itself converts them."""
+    """Return the type that Typer parses: text for choices and unions, which the option converts."""
     is_text = field.choices or typing.get_origin(field.value_type) is typing.Union
     one: Any = str if is_text else field.value_type
     parsed: Any = list[one] if field.is_repeatable else one
@@ -135,7 +136,10 @@ def _is_given(ctx: typer.Context, name: str) -> bool:
 
 @contextlib.contextmanager
 def _exit_codes(progress: str, is_verbose: bool, rerun_hint: str = RERUN_HINT) -> Iterator[None]:
-    """Turn errors and signals into one message and an exit code; ``is_verbose`` prints the traceback too."""
+    """Turn errors and signals into one message and an exit code.
+
+    ``is_verbose`` prints the traceback of an error too.
+    """
     from icm_cli.progress import print_error
 
     with Interrupt() as interrupt:
@@ -193,8 +197,8 @@ def matte(options: MatteOptions) -> None:
 
     Run the same command again to resume: alphas that are up to date are kept.
 
-    Exit codes: 0 success; 1 some images failed; 2 wrong usage or input; 3 model, weights, device or output;
-    130 Ctrl-C; 143 SIGTERM.
+    Exit codes: 0 success; 1 some images failed; 2 wrong usage or input; 3 model, weights, device or
+    output; 130 Ctrl-C; 143 SIGTERM.
     """
     from icm_cli.matting.matte import matte as run_matte
     from icm_cli.progress import make_terminal
@@ -209,12 +213,12 @@ def matte(options: MatteOptions) -> None:
 @app.command("eval")
 @_with_options(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> None:
-    """Matte a published dataset in context and score the alphas, or score alphas of any tool (--pred).
+    """Matte a published dataset in context and score it, or score alphas of any tool (--pred).
 
     Run the same command again to resume.
 
-    Exit codes: 0 success; 1 bad data or failed images (the rest is scored); 2 wrong usage or input; 3 model, weights,
-    device or output; 130 Ctrl-C; 143 SIGTERM.
+    Exit codes: 0 success; 1 bad data or failed images (the rest is scored); 2 wrong usage or input;
+    3 model, weights, device or output; 130 Ctrl-C; 143 SIGTERM.
     """
     if options.reports.compare is not None:
         others = {each.name for each in options.option_fields()} - {"compare", "verbose"}
@@ -236,13 +240,13 @@ def evaluate(options: EvaluateOptions) -> None:
 @app.command()
 @_with_options(TrainOptions, rerun_hint="run the same command with --resume to continue")
 def train(options: TrainOptions) -> None:
-    """Train a model: the decoder of the paper on frozen Stable Diffusion features, or all of the small model.
+    """Train a model: the paper's decoder on frozen Stable Diffusion features, or the small model.
 
-    Ctrl-C and SIGTERM save the current step; the same command with --resume continues with the next step. On several
-    GPUs: torchrun --nproc-per-node N -m icm_cli.cli train ...
+    Ctrl-C and SIGTERM save the current step; the same command with --resume continues with the next
+    step. On several GPUs: torchrun --nproc-per-node N -m icm_cli.cli train ...
 
-    Exit codes: 0 success; 1 training failed (a NaN or infinite loss, unreadable data); 2 wrong usage or input;
-    3 configuration, weights, device or output; 130 Ctrl-C; 143 SIGTERM.
+    Exit codes: 0 success; 1 training failed (a NaN or infinite loss, unreadable data); 2 wrong
+    usage or input; 3 configuration, weights, device or output; 130 Ctrl-C; 143 SIGTERM.
     """
     from icm_cli.terminal import TrainingTerminal
     from icm_cli.training.train import train as run_train

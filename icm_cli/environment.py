@@ -48,7 +48,8 @@ def child_environment() -> dict[str, str]:
 def peak_memory_bytes() -> int:
     """Return the peak memory of this process.
 
-    On Linux it is read from ``/proc``, because getrusage includes the peak of the parent after a fork and exec.
+    On Linux it is read from ``/proc``, because getrusage includes the peak of the parent after a
+    fork and exec.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -76,7 +77,8 @@ A few keep the model busy; more would only take its cores.
 
 
 def available_memory_bytes() -> int | None:
-    """Return the memory that is available without swapping; None if the system does not report it."""
+    """Return the memory that is available without swapping; None if the system does not report
+    it."""
     info = Path("/proc/meminfo")
     if info.is_file():
         for line in info.read_text().splitlines():

@@ -11,9 +11,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Context that delays a first signal: it is recorded, and raised again for the former handler at the end.
+    """Context that delays a first signal: it is recorded, and raised again for the former handler
+    at the end.
 
-    A second signal takes effect immediately. Outside the main thread, which receives no signals, it does nothing.
+    A second signal takes effect immediately. Outside the main thread, which receives no signals, it
+    does nothing.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
 """The digest of an alpha: a hash of everything but its source that decides its pixels.
 
-It covers the version of icm, the source code of the modules that decide pixels, the configuration of all parts of the
-model, all weights, the references, and the options that their definition marks (:mod:`icm_cli.options`).
+It covers the version of icm, the source code of the modules that decide pixels, the configuration
+of all parts of the model, all weights, the references, and the options that their definition marks
+(:mod:`icm_cli.options`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ EXCLUDED = frozenset(
 
 
 def alpha_digest(values: Mapping[str, str]) -> str:
-    """Return the digest of alphas that ``values`` decide, by name, together with the code of icm."""
+    """Return the digest of alphas that ``values`` decide, by name, together with the code of
+    icm."""
     return combined_digest(__version__, code_fingerprint(), *(f"{name}={values[name]}" for name in sorted(values)))
 
 
@@ -49,7 +51,8 @@ def code_fingerprint() -> str:
 def fingerprint_package(package: Traversable) -> str:
     """Return the SHA-256 of the source files of the modules of ``icm_cli`` that decide pixels.
 
-    Where an installation has no source files (compiled or frozen packages), the version of icm stands for them.
+    Where an installation has no source files (compiled or frozen packages), the version of icm
+    stands for them.
     """
     parts: list[bytes | str] = []
     for name in FINGERPRINTED:
@@ -59,7 +62,8 @@ def fingerprint_package(package: Traversable) -> str:
 
 
 def _source_files(item: Traversable, path: str) -> Iterator[tuple[str, bytes]]:
-    """Yield the path below ``icm_cli`` and the text of every source file, with the same line ends on all systems."""
+    """Yield the path below ``icm_cli`` and the text of every source file, with the same line ends
+    on all systems."""
     if item.is_dir():
         for child in item.iterdir():
             yield from _source_files(child, f"{path}/{child.name}")

@@ -1,4 +1,5 @@
-"""``icm_cli.matte``: one reference in, a folder of alphas out. The body of the ``icm matte`` command."""
+"""``icm_cli.matte``: one reference in, a folder of alphas out. The body of the ``icm matte``
+command."""
 
 from __future__ import annotations
 
@@ -49,13 +50,15 @@ ALLOWED_PROBLEMS = frozenset({"empty-alpha", "16-bit-alpha", "missing-alpha"})
 
 @keyword_arguments(MatteOptions)
 def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
-    """Extract the object of the references from every image of ``src``; write one alpha each below ``out``.
+    """Extract the object of the references from every image of ``src``; write one alpha each below
+    ``out``.
 
-    Alphas have exactly the size of their source. An alpha that an earlier run made with the same settings from the same
-    source is kept. An image that fails is named in the report, and the other images are done.
+    Alphas have exactly the size of their source. An alpha that an earlier run made with the same
+    settings from the same source is kept. An image that fails is named in the report, and the other
+    images are done.
 
-    Returns the report. Its ``exit_code`` is 1 if an image failed or a ground truth could not be used. Raises
-    UsageError, ConfigError or OutputError.
+    Returns the report. Its ``exit_code`` is 1 if an image failed or a ground truth could not be
+    used. Raises UsageError, ConfigError or OutputError.
     """
     listener = listener or Listener()
     start = time.perf_counter()
@@ -78,7 +81,8 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before the model: references, images with their outputs, and reports."""
+    """Everything that is known before the model: references, images with their outputs, and
+    reports."""
 
     references: Sequence[Reference]
     colour: ColourSettings
@@ -96,7 +100,8 @@ class Plan:
 
 
 def make_plan(options: MatteOptions, listener: Listener) -> Plan:
-    """Read the references, find the sources and decide on their outputs. Writes nothing. Raises UsageError."""
+    """Read the references, find the sources and decide on their outputs. Writes nothing. Raises
+    UsageError."""
     given, sequences = options.references, options.sequences
     report_files = ReportFiles.from_options(options.reports.report, options.reports.contact_sheet)
     output, layout = _output_and_layout(options.output)
@@ -154,7 +159,8 @@ class _Run:
         self._digest = run_digest(options, plan, choices[0])
 
     def matte_all(self, start: float) -> Report:
-        """Keep the alphas that are up to date and matte the other images; load the model only for these.
+        """Keep the alphas that are up to date and matte the other images; load the model only for
+        these.
 
         ``start``: time at which the run began.
         """
@@ -201,7 +207,8 @@ class _Run:
     def _runner(
         self, setups: Sequence[EngineSetup], on_result: Callable[[ImageResult], None]
     ) -> contextlib.AbstractContextManager[Runner]:
-        """Prepare the model in this process, in a process for each of several devices, or in a cluster."""
+        """Prepare the model in this process, in a process for each of several devices, or in a
+        cluster."""
         notice = self._listener.on_notice
         for setup in setups:
             self._listener.on_detail(setup.choice.description)
@@ -281,7 +288,8 @@ def _check_devices(options: MatteOptions) -> None:
 def _order_as_shot(
     jobs: Sequence[Job], refs: Sequence[Path], references: Sequence[Reference], shard: str | None
 ) -> tuple[list[Job], Shot]:
-    """Return the frames of shots, or of a shard of them, by name, and the order in which they are matted.
+    """Return the frames of shots, or of a shard of them, by name, and the order in which they are
+    matted.
 
     References that are frames of a shot are its first ones. Raises UsageError.
     """
@@ -311,7 +319,8 @@ def _planned_result(job: Job) -> ImageResult:
 
 
 def _output_and_layout(options: OutputOptions) -> tuple[OutputFormat, OutputLayout]:
-    """Return the form of the outputs, and their folder and names. Raises UsageError for options that do not fit."""
+    """Return the form of the outputs, and their folder and names. Raises UsageError for options
+    that do not fit."""
     pattern, format_ = _pattern_and_format(options.out, options.format)
     output = OutputFormat.from_options(
         format=format_,
@@ -363,7 +372,8 @@ def _pattern_and_format(out: str, format_: str | None) -> tuple[FramePattern | N
 
 
 def _source_filter(sources: SourceOptions, sequences: SequenceOptions) -> SourceFilter:
-    """Return the filter of the sources; shots are divided into shards later, in their order. Raises UsageError."""
+    """Return the filter of the sources; shots are divided into shards later, in their order. Raises
+    UsageError."""
     numbers = None if sequences.frames is None else parse_frame_range(sequences.frames)
     shard = None if sequences.shard is None or sequences.shot else parse_shard(sequences.shard)
     return SourceFilter(sources.include, sources.exclude, numbers, sequences.missing, shard)

@@ -1,4 +1,4 @@
-"""Resuming: every alpha records what made it, so that later runs keep it, recompute it or refuse to overwrite it."""
+"""Resuming: alphas record what made them, so that later runs can keep or recompute them."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ class ExistingAlpha:
         return self.version == __version__ and self.code == code_fingerprint()
 
     def can_be_kept(self, job: Job, digest: str, *, keep_all: bool) -> bool:
-        """Whether the alpha is up to date; with ``keep_all``, whether it was made from the same source."""
+        """Return whether the alpha is up to date, or with ``keep_all`` of the same source."""
         if keep_all:
             return self.is_of_same_state or self.content == job.content_digest()
         return self.is_of_same_state and self.digest == digest
 
 
 def make_stamp(job: Job, digest: str, origin: Origin, measured: dict[str, Any]) -> dict[str, str]:
-    """Return the metadata of an alpha: what made it, its source and the state of the source, and its result."""
+    """Return the metadata of an alpha: what made it, its source, and its result."""
     return {
         DIGEST_KEY: digest,
         VERSION_KEY: __version__,
@@ -91,8 +91,9 @@ def make_stamp(job: Job, digest: str, origin: Origin, measured: dict[str, Any]) 
 def find_kept_result(job: Job, digest: str, *, keep_all: bool = False) -> ImageResult | None:
     """Return the result of an existing alpha that is kept; None if the job has to be done.
 
-    ``keep_all``: keep every alpha of icm that was made from the same source. Raises OtherSourceError if the output is
-    the alpha of another source, and ImageError if the source cannot be read.
+    ``keep_all``: keep every alpha of icm that was made from the same source. Raises
+    OtherSourceError if the output is the alpha of another source, and ImageError if the source
+    cannot be read.
     """
     existing = read_existing_alpha(job)
     return existing.result if existing and existing.can_be_kept(job, digest, keep_all=keep_all) else None
@@ -111,10 +112,10 @@ def keep_existing_alphas(
 ) -> list[Job]:
     """Report the images whose alpha is kept, and return the other jobs. Needs no model.
 
-    A notice counts the alphas that another version of icm made; ``hint`` is added to it. ``reusable_outputs`` returns
-    those of the outputs that depend on no other job, because frames of a shot depend on frames before them; with
-    ``keep_all`` all are kept. Raises UsageError, before anything is reported, if an output is the alpha of another
-    source.
+    A notice counts the alphas that another version of icm made; ``hint`` is added to it.
+    ``reusable_outputs`` returns those of the outputs that depend on no other job, because frames of
+    a shot depend on frames before them; with ``keep_all`` all are kept. Raises UsageError, before
+    anything is reported, if an output is the alpha of another source.
     """
 
     def inspect(job: Job) -> tuple[ExistingAlpha | OtherSourceError | None, bool]:
@@ -154,8 +155,9 @@ def _refuse_conflicts(conflicts: Sequence[OtherSourceError]) -> None:
 def read_existing_alpha(job: Job) -> ExistingAlpha | None:
     """Return the alpha that an earlier run made for a job; None without one, or if it is damaged.
 
-    Another source is one with another name below the root; or with another root and other content. Raises
-    OtherSourceError if the output belongs to one, and ImageError if the source cannot be read.
+    Another source is one with another name below the root; or with another root and other content.
+    Raises OtherSourceError if the output belongs to one, and ImageError if the source cannot be
+    read.
     """
     stamps = [_read_own_stamp(path, job) for path in job.outputs]
     stamp = stamps[0]
@@ -174,7 +176,7 @@ def read_existing_alpha(job: Job) -> ExistingAlpha | None:
 
 
 def _recorded_details(stamp: dict[str, str], version: str) -> MattingDetails:
-    """Return the details that an alpha records. Those that this version does not know are ignored."""
+    """Return the details that an alpha records, except those unknown to this version."""
     known = {field.name for field in dataclasses.fields(MattingDetails)} - {"seconds", "made_by"}
     recorded = json.loads(stamp.get(RESULT_KEY, "{}"))
     details = {name: value for name, value in recorded.items() if name in known}
@@ -186,7 +188,7 @@ def _version_text(existing: ExistingAlpha) -> str:
 
 
 def _read_own_stamp(path: Path, job: Job) -> dict[str, str]:
-    """Return the metadata of an output that icm made for this source, {} if it does not exist or is damaged.
+    """Return the metadata of an output, {} if it does not exist or is damaged.
 
     Raises OtherSourceError for a complete image of another source, or one that icm did not write.
     """
@@ -212,7 +214,7 @@ def _read_own_stamp(path: Path, job: Job) -> dict[str, str]:
 
 
 def _is_foreign_image(path: Path) -> bool:
-    """Return whether a file is a complete image that icm did not write. Damaged files may be replaced."""
+    """Return whether a file is a complete image that icm did not write."""
     try:
         if SourceFile.inspect(path).type.is_icm_output:
             return False

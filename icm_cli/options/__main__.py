@@ -1,7 +1,8 @@
-"""Writes what is generated from the options: ``docs/options.md``, and ``icm_cli/__init__.pyi`` for editors.
+"""Writes what is generated from the options: ``docs/options.md``, and ``icm_cli/__init__.pyi`` for
+editors.
 
-Run ``python -m icm_cli.options --write`` in a source tree after a change of an option. Without ``--write`` it names the
-files that are out of date.
+Run ``python -m icm_cli.options --write`` in a source tree after a change of an option. Without
+``--write`` it names the files that are out of date.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ FUNCTIONS: Mapping[str, tuple[type[CommandOptions], tuple[str, ...], str, str]] 
         options.MatteOptions,
         ("listener: Listener | None = None",),
         "Report",
-        "Extract the object of the references from every image of ``src``; write one alpha each below ``out``.",
+        "Extract the object of the references from every image of ``src`` as an alpha below ``out``.",
     ),
     "evaluate": (
         options.EvaluateOptions,
         ("predictor: Predictor | None = None", "listener: Listener | None = None"),
         "Report",
-        "Score alphas of a dataset: matted here, each group by its own references, or read from ``pred``.",
+        "Score alphas of a dataset: matted here by its own references, or read from ``pred``.",
     ),
     "train": (
         options.TrainOptions,
@@ -77,7 +78,8 @@ def generated_files() -> dict[Path, str]:
 
 
 def main() -> int:
-    """Write the files with ``--write``; else name those that are out of date. Return the exit code."""
+    """Write the files with ``--write``; else name those that are out of date. Return the exit
+    code."""
     outdated = {
         path: text
         for path, text in generated_files().items()
@@ -99,7 +101,7 @@ def _reference() -> str:
         for panel in Panel:
             fields = [each for each in options_class.option_fields() if each.panel is panel]
             if fields:
-                rows = ["| option | value | default | | |", "| --- | --- | --- | --- | --- |"]
+                rows = ["| option | value | default | description | decides |", "| --- | --- | --- | --- | --- |"]
                 title = "Everyday options" if panel is Panel.EVERYDAY else panel.value
                 parts.append("\n".join([f"### {title}\n", *rows, *map(_row, fields), ""]))
     return "\n".join(parts)
@@ -167,7 +169,8 @@ def _wrapped(text: str) -> Iterator[str]:
 
 
 def _argument(field: OptionField) -> str:
-    """An argument as a stub declares it: a path may also be text, and one value stands for a list of one."""
+    """An argument as a stub declares it: a path may also be text, and one value stands for a list
+    of one."""
     if field.is_repeatable:
         item = field.annotation.removeprefix("tuple[").partition(",")[0].replace("Path", "str | Path")
         annotation = f"{item} | Sequence[{item}]"

@@ -1,6 +1,7 @@
-"""How options are defined: a field of a frozen dataclass holds the type, default, help, checks and digest membership.
+"""Definition of options: a field of a frozen dataclass has type, default, help and checks.
 
-Commands, the Python API and the reference in ``docs/options.md`` are generated from these definitions.
+Commands, the Python API and the reference in ``docs/options.md`` are generated from these
+definitions.
 """
 
 from __future__ import annotations
@@ -88,7 +89,10 @@ class Option:
 
 
 def option(default: Any = MISSING, properties: Option | None = None, **keywords: Any) -> Any:
-    """Define an option as a dataclass field, by shared ``properties`` or by the keywords of :class:`Option`."""
+    """Define an option as a dataclass field.
+
+    ``properties`` are shared by several commands; ``keywords`` are those of :class:`Option`.
+    """
     return dataclasses.field(default=default, metadata={"option": properties or Option(**keywords)})
 
 
@@ -134,7 +138,7 @@ class OptionField:
         return typing.get_args(self.value_type) if is_literal else self.properties.choices
 
     def convert(self, value: object) -> Any:
-        """Convert a value of the command line or of Python to the option's type; None means the default.
+        """Convert a value to the option's type; None means the default.
 
         Raises UsageError for a value that the option does not allow.
         """
@@ -199,12 +203,15 @@ class CommandOptions:
 
     @classmethod
     def from_values(cls, values: Mapping[str, object], given: Iterable[str] | None = None) -> Self:
-        """Convert and check values by option name; options that are not among them keep their default.
+        """Convert and check values by option name. Other options keep their default.
 
-        ``given``: names of the options that were given; by default those whose value is not the default.
-        Raises UsageError.
+        ``given``: names of the options that were given; by default those whose value is not the
+        default. Raises UsageError.
         """
         converted = {each.name: each.convert(values.get(each.name)) for each in cls.option_fields()}
+        if unknown := values.keys() - converted.keys():
+            name = min(unknown)
+            raise TypeError(f"{name!r} is not an option. {did_you_mean(name, converted)}")
         if given is None:
             given = [each.name for each in cls.option_fields() if converted[each.name] != each.default]
         groups = {}
@@ -231,7 +238,10 @@ class CommandOptions:
                 raise UsageError(f"{why}, so {each.flag} has no effect; remove it")
 
     def digest_values(self, parts: Mapping[DigestPart, str]) -> dict[str, str]:
-        """Everything that decides pixels, by name: values of options, and ``parts`` in the place of the others."""
+        """Return everything that decides pixels, by name.
+
+        ``parts`` replace the values of the options that decide pixels through their content.
+        """
         found: dict[str, str] = {}
         for each in self.option_fields():
             part = each.properties.digest
@@ -253,8 +263,8 @@ Options = TypeVar("Options", bound=CommandOptions)
 def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Decorate a function of ``options`` so that it takes every option as an argument of its own.
 
-    The options object itself is accepted in their place, as the only positional argument. Other keyword-only
-    parameters of the function stay as they are.
+    The options object itself is accepted in their place, as the only positional argument. Other
+    keyword-only parameters of the function stay as they are.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
