@@ -1,4 +1,5 @@
-"""Several devices: a process for each, one queue, one report; the bytes of a run on one device, whoever dies."""
+"""Several devices: one worker process each, one queue and one report. Whichever worker dies, the alphas are those of
+one device."""
 
 from __future__ import annotations
 
@@ -23,12 +24,12 @@ from icm_cli.matting import matte as matting
 from icm_cli.matting.predictor import Predictor
 
 MANY = 14
-"""Images of a run in whose middle something happens."""
+"""Number of images in a run that is disturbed."""
 
 
 @pytest.fixture
-def alone(icm: Icm, scene: Path) -> dict[str, bytes]:
-    """MANY images in many/, and their alphas by one device, which must start no process."""
+def single_device_alphas(icm: Icm, scene: Path) -> dict[str, bytes]:
+    """Alphas of MANY images in many/ by one device, which must not start a worker."""
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", MANY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matting, "WorkerPool", None)
@@ -36,17 +37,17 @@ def alone(icm: Icm, scene: Path) -> dict[str, bytes]:
     return alphas(scene / "alone")
 
 
-Two = Callable[[Callable[[list[int]], object]], Result]
+DisturbedRun = Callable[[Callable[[list[int]], object]], Result]
 
 
 def worker_processes(pid: int) -> list[int]:
-    """The processes that the main thread of a process has started for its devices."""
+    """Worker processes that the main thread of a process has started."""
     children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     return [child for child in children if "icm_cli.matting.worker" in command_line(child)]
 
 
-def in_the_middle(scene: Path, pid: int, then: Callable[[list[int]], object]) -> threading.Thread:
-    """Wait in a thread for the third alpha and do something with the processes of the devices then."""
+def after_third_alpha(scene: Path, pid: int, then: Callable[[list[int]], object]) -> threading.Thread:
+    """Wait in a thread for the third alpha, then call a function with the worker processes."""
 
     def wait() -> None:
         until = time.monotonic() + 100
@@ -60,11 +61,11 @@ def in_the_middle(scene: Path, pid: int, then: Callable[[list[int]], object]) ->
 
 
 @pytest.fixture
-def two(icm: Icm, scene: Path) -> Two:
-    """Runs ``icm matte`` on two devices, and does something with their processes in its middle."""
+def run_disturbed(icm: Icm, scene: Path) -> DisturbedRun:
+    """A function that runs ``icm matte`` on two devices, and another function with their processes during the run."""
 
     def run(then: Callable[[list[int]], object]) -> Result:
-        thread = in_the_middle(scene, os.getpid(), then)
+        thread = after_third_alpha(scene, os.getpid(), then)
         try:
             return icm(src=scene / "many", device="cpu,cpu", report=scene / "r.json")
         finally:
@@ -87,12 +88,14 @@ def statuses(report: Path) -> dict[str, int]:
     return {status: found.count(status) for status in set(found)}
 
 
-def test_two_processes_write_the_same_bytes_and_one_report(icm: Icm, scene: Path, alone: dict[str, bytes]) -> None:
+def test_two_processes_write_the_same_bytes_and_one_report(
+    icm: Icm, scene: Path, single_device_alphas: dict[str, bytes]
+) -> None:
     (scene / "many" / "0003.jpg").write_bytes(b"")
     result = icm("--progress", "json", src=scene / "many", device="cpu,cpu", report=scene / "r.json")
     assert result.exit_code == 1, result.output
-    del alone["0003.png"]
-    assert alphas(scene / "out") == alone
+    del single_device_alphas["0003.png"]
+    assert alphas(scene / "out") == single_device_alphas
     assert statuses(scene / "r.json") == {"done": MANY - 1, "failed": 1}
     assert json.loads((scene / "r.json").read_text())["settings"]["device"].count("cpu") == 2
     events = [json.loads(line)["event"] for line in result.stdout.splitlines()]
@@ -104,27 +107,29 @@ def test_two_processes_write_the_same_bytes_and_one_report(icm: Icm, scene: Path
 
 
 @pytest.mark.slow
-def test_fail_fast_stops_all_processes(icm: Icm, scene: Path, alone: dict[str, bytes]) -> None:
+def test_fail_fast_stops_all_processes(icm: Icm, scene: Path, single_device_alphas: dict[str, bytes]) -> None:
     (scene / "many" / "0000.jpg").write_bytes(b"")
     result = icm("--fail-fast", src=scene / "many", device="cpu,cpu", report=scene / "r.json")
     assert result.exit_code == 1
     found = statuses(scene / "r.json")
     assert found["failed"] == 1
     assert found["not reached"] > 0
-    assert alphas(scene / "out").items() <= alone.items()
+    assert alphas(scene / "out").items() <= single_device_alphas.items()
 
 
-def test_images_of_a_killed_process_are_matted_by_the_other(scene: Path, two: Two, alone: dict[str, bytes]) -> None:
-    result = two(lambda processes: os.kill(processes[0], signal.SIGKILL))
+def test_images_of_a_killed_process_are_matted_by_the_other(
+    scene: Path, run_disturbed: DisturbedRun, single_device_alphas: dict[str, bytes]
+) -> None:
+    result = run_disturbed(lambda processes: os.kill(processes[0], signal.SIGKILL))
     assert result.exit_code == 0, result.output
     assert "process 1 on cpu is lost (killed by signal 9)" in result.stderr
-    assert alphas(scene / "out") == alone
+    assert alphas(scene / "out") == single_device_alphas
     assert statuses(scene / "r.json").get("failed") is None
 
 
 @pytest.mark.slow
 def test_images_of_a_lost_device_are_matted_by_the_other(
-    icm: Icm, scene: Path, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    icm: Icm, scene: Path, single_device_alphas: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(matting, "EngineSetup", LosingSetup)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
@@ -133,7 +138,7 @@ def test_images_of_a_lost_device_are_matted_by_the_other(
     assert result.exit_code == 0, result.output
     assert "is lost (device cpu was lost: CUDA error: unspecified launch failure)" in result.stderr
     assert "Traceback" not in result.stderr
-    assert alphas(scene / "out") == alone
+    assert alphas(scene / "out") == single_device_alphas
 
 
 @pytest.mark.slow
@@ -155,19 +160,26 @@ def test_other_errors_end_the_run(
 
 
 @pytest.mark.slow
-def test_loss_of_all_devices_is_reported(icm: Icm, scene: Path, two: Two, alone: dict[str, bytes]) -> None:
-    result = two(lambda processes: [os.kill(pid, signal.SIGKILL) for pid in processes])
+def test_loss_of_all_devices_is_reported(
+    icm: Icm, scene: Path, run_disturbed: DisturbedRun, single_device_alphas: dict[str, bytes]
+) -> None:
+    result = run_disturbed(lambda processes: [os.kill(pid, signal.SIGKILL) for pid in processes])
     assert result.exit_code == 3, result.output
     assert "no device is left (process 1 on cpu: killed by signal 9; process 2 on cpu: killed by" in result.stderr
     assert statuses(scene / "r.json")["not reached"] > 0
     assert icm(src=scene / "many").exit_code == 0
-    assert alphas(scene / "out") == alone
+    assert alphas(scene / "out") == single_device_alphas
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "is_to_all", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])
 def test_signal_lets_all_processes_finish_their_writes(
-    scene: Path, two: Two, alone: dict[str, bytes], number: signal.Signals, is_to_all: bool, code: int
+    scene: Path,
+    run_disturbed: DisturbedRun,
+    single_device_alphas: dict[str, bytes],
+    number: signal.Signals,
+    is_to_all: bool,
+    code: int,
 ) -> None:
     seen = []
 
@@ -176,19 +188,19 @@ def test_signal_lets_all_processes_finish_their_writes(
         for pid in (*(processes if is_to_all else ()), os.getpid()):
             os.kill(pid, number)
 
-    result = two(stop)
+    result = run_disturbed(stop)
     assert result.exit_code == code, result.output
     assert len(seen) == 2
     assert not any(map(is_running, seen))
     made = alphas(scene / "out")
     assert 3 <= len(made) < MANY
-    assert made.items() <= alone.items()
+    assert made.items() <= single_device_alphas.items()
     assert statuses(scene / "r.json") == {"done": len(made), "not reached": MANY - len(made)}
 
 
 @pytest.mark.slow
 def test_processes_exit_when_the_run_is_killed_and_leave_no_partial_files(
-    scene: Path, small_model: Path, alone: dict[str, bytes]
+    scene: Path, small_model: Path, single_device_alphas: dict[str, bytes]
 ) -> None:
     given = {"ref": scene / "ref.png", "mask": scene / "mask.png", "src": scene / "many", "out": scene / "out"}
     line = arguments({**given, "model": small_model, "device": "cpu,cpu"})
@@ -199,7 +211,7 @@ def test_processes_exit_when_the_run_is_killed_and_leave_no_partial_files(
         seen.extend(processes)
         run.kill()
 
-    in_the_middle(scene, run.pid, kill).join()
+    after_third_alpha(scene, run.pid, kill).join()
     assert "Traceback" not in run.communicate(timeout=100)[1]
     assert len(seen) == 2
     until = time.monotonic() + 30
@@ -208,7 +220,7 @@ def test_processes_exit_when_the_run_is_killed_and_leave_no_partial_files(
         time.sleep(0.01)
     made = alphas(scene / "out")
     assert 3 <= len(made) < MANY
-    assert made.items() <= alone.items()
+    assert made.items() <= single_device_alphas.items()
 
 
 @pytest.mark.parametrize(

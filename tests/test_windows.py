@@ -1,4 +1,4 @@
-"""Data and display windows of EXR files: pixels belong together by their place, not by the size of what is stored."""
+"""Data and display windows of EXR files: pixels are registered by their position, not by the stored size."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ Box = tuple[int, int, int, int]
 """Data window: x, y, width, height, in the pixels of the display window."""
 
 
-def on(pixels: np.ndarray, box: Box) -> np.ndarray:
-    """What of a picture lies in a box, 0 where there is none."""
+def crop_to(pixels: np.ndarray, box: Box) -> np.ndarray:
+    """Crop an image to a box; pixels outside the image are 0."""
     x, y, width, height = box
     padded = np.pad(pixels, [(height, height), (width, width), (0, 0)][: pixels.ndim])
     return padded[y + height : y + 2 * height, x + width : x + 2 * width]
 
 
-def exr(path: Path, pixels: np.ndarray, box: Box | None = None, origin: tuple[int, int] = (0, 0)) -> Path:
-    """Write of a picture, that fills its display window, what lies in a box."""
+def write_cropped_exr(path: Path, pixels: np.ndarray, box: Box | None = None, origin: tuple[int, int] = (0, 0)) -> Path:
+    """Write the part in a box of an image that fills its display window."""
     box = box or (0, 0, pixels.shape[1], pixels.shape[0])
-    return windowed(path, on(pixels, box), box[:2], pixels.shape[1::-1], origin)
+    return write_exr(path, crop_to(pixels, box), box[:2], pixels.shape[1::-1], origin)
 
 
-def windowed(
+def write_exr(
     path: Path,
     pixels: np.ndarray,
     at: tuple[int, int],
@@ -43,7 +43,7 @@ def windowed(
     origin: tuple[int, int] = (0, 0),
     turn: int = 1,
 ) -> Path:
-    """Write pixels of a data window whose top left corner lies at x, y of a display window of width, height."""
+    """Write a data window whose top left corner is at x, y of a display window of width, height."""
     stored = np.atleast_3d(pixels).astype(np.float32)
     spec = oiio.ImageSpec(stored.shape[1], stored.shape[0], stored.shape[2], "half")
     spec.channelnames = ("R", "G", "B") if stored.shape[2] == 3 else ("A",)
@@ -58,13 +58,13 @@ def windowed(
     return path
 
 
-def reference(ref: Path, mask: Path) -> tuple[Reference, list[str]]:
+def load_reference(ref: Path, mask: Path) -> tuple[Reference, list[str]]:
     notices: list[str] = []
     return read_references([ref], [mask], notices.append)[0], notices
 
 
-def cropped(mask: np.ndarray) -> Box:
-    """The box of what is not black."""
+def bounding_box(mask: np.ndarray) -> Box:
+    """Box around the pixels that are not black."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]
 
@@ -72,8 +72,8 @@ def cropped(mask: np.ndarray) -> Box:
 @pytest.mark.parametrize("origin", [(0, 0), (16, -8)])
 def test_mask_is_placed_by_its_data_window(icm: Icm, scene: Path, origin: tuple[int, int]) -> None:
     mask = read(scene / "mask.png")
-    roto = exr(scene / "roto.exr", (mask > 127).astype(np.float32), cropped(mask > 127), origin)
-    found, notices = reference(scene / "ref.png", roto)
+    roto = write_cropped_exr(scene / "roto.exr", (mask > 127).astype(np.float32), bounding_box(mask > 127), origin)
+    found, notices = load_reference(scene / "ref.png", roto)
     assert (found.guidance == (mask > 127)).all()
     assert not notices
     assert icm().exit_code == icm(mask=roto, out=scene / "other").exit_code == 0
@@ -82,44 +82,44 @@ def test_mask_is_placed_by_its_data_window(icm: Icm, scene: Path, origin: tuple[
 
 @pytest.mark.parametrize("box", [(-20, -10, 260, 180), (12, 30, 100, 70), (150, 0, 90, 40)])
 def test_mask_of_the_display_window_is_aligned_with_the_reference(scene: Path, box: Box) -> None:
-    """The reference has more pixels than its display window, fewer, or some of both."""
+    """The data window of the reference is larger than its display window, smaller, or overlaps it."""
     rgb, mask = linear(read(scene / "ref.png")[..., 2::-1]), np.zeros(read(scene / "mask.png").shape, np.uint8)
     mask[20:60, 40:170] = 255
-    ref = exr(scene / "ref.exr", rgb, box)
-    roto = exr(scene / "roto.exr", mask / 255.0)
-    overscan = exr(scene / "overscan.exr", mask / 255.0, (-30, -30, 280, 220))
+    ref = write_cropped_exr(scene / "ref.exr", rgb, box)
+    roto = write_cropped_exr(scene / "roto.exr", mask / 255.0)
+    overscan = write_cropped_exr(scene / "overscan.exr", mask / 255.0, (-30, -30, 280, 220))
     for each in (roto, overscan):
-        found, notices = reference(ref, each)
+        found, notices = load_reference(ref, each)
         assert found.rgb.shape[:2] == found.guidance.shape == (box[3], box[2])
-        assert (found.guidance == (on(mask, box) > 0)).all()
+        assert (found.guidance == (crop_to(mask, box) > 0)).all()
         assert not notices
 
 
 def test_mask_keeps_pixels_outside_the_display_window(scene: Path) -> None:
     rgb = linear(read(scene / "ref.png")[..., 2::-1])
     box = (-20, -10, rgb.shape[1] + 40, rgb.shape[0] + 20)
-    ref = exr(scene / "ref.exr", rgb, box)
+    ref = write_cropped_exr(scene / "ref.exr", rgb, box)
     mask = np.zeros((box[3], box[2]), np.float32)
     mask[:40, :40] = 1
-    roto = windowed(scene / "roto.exr", mask, box[:2], rgb.shape[1::-1])
-    assert (reference(ref, roto)[0].guidance == (mask > 0)).all()
+    roto = write_exr(scene / "roto.exr", mask, box[:2], rgb.shape[1::-1])
+    assert (load_reference(ref, roto)[0].guidance == (mask > 0)).all()
 
 
 def test_masks_of_another_size_are_scaled_by_the_display_window(scene: Path) -> None:
     rgb, mask = linear(read(scene / "ref.png")[..., 2::-1]), read(scene / "mask.png")
     height, width = mask.shape
     box = (-20, -10, width + 40, height + 20)
-    ref = exr(scene / "ref.exr", rgb, box)
+    ref = write_cropped_exr(scene / "ref.exr", rgb, box)
     twice = np.kron(mask > 127, np.ones((2, 2))).astype(np.float32)
-    found, notices = reference(ref, exr(scene / "twice.exr", twice, cropped(twice > 0)))
-    assert (found.guidance == (on(mask, box) > 127)).mean() > 0.999
+    found, notices = load_reference(ref, write_cropped_exr(scene / "twice.exr", twice, bounding_box(twice > 0)))
+    assert (found.guidance == (crop_to(mask, box) > 127)).mean() > 0.999
     assert f"is {2 * width}x{2 * height} and its reference {width}x{height}; the mask is resized" in notices[0]
     with pytest.raises(
         UsageError, match=f"is {width}x{height + 90} and its reference {width}x{height}; expected the same"
     ):
-        reference(ref, exr(scene / "other.exr", np.pad(mask, [(0, 90), (0, 0)]) / 255.0))
-    every = on(mask, box)
-    found, notices = reference(ref, exr(scene / "every.exr", every / 255.0))  # drawn on all pixels that there are
+        load_reference(ref, write_cropped_exr(scene / "other.exr", np.pad(mask, [(0, 90), (0, 0)]) / 255.0))
+    every = crop_to(mask, box)
+    found, notices = load_reference(ref, write_cropped_exr(scene / "every.exr", every / 255.0))
     assert (found.guidance == (every > 127)).all()
     assert not notices
 
@@ -140,8 +140,8 @@ def test_pixels_are_moved_by_their_coordinates(data: st.DataObject) -> None:
 def test_alphas_and_ground_truth_cover_their_display_windows(tmp_path: Path) -> None:
     alpha = np.linspace(0, 1, 40 * 60, dtype=np.float32).reshape(40, 60)
     for box in ((10, 5, 30, 20), (-7, -5, 80, 60)):
-        path = exr(tmp_path / "a.exr", alpha, box)
-        expected = on(on(alpha, box), (-box[0], -box[1], 60, 40))
+        path = write_cropped_exr(tmp_path / "a.exr", alpha, box)
+        expected = crop_to(crop_to(alpha, box), (-box[0], -box[1], 60, 40))
         for found in (read_alpha(path), read_ground_truth(path).alpha):
             np.testing.assert_allclose(found / 255.0, expected, atol=0.6 / 255)
 
@@ -151,7 +151,7 @@ def test_files_without_windows_cover_the_display_window(icm: Icm, scene: Path, b
     rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
     height, width = rgb.shape[:2]
     for name in ("a", "b"):
-        exr(scene / "exr" / f"{name}.exr", rgb, box)
+        write_cropped_exr(scene / "exr" / f"{name}.exr", rgb, box)
     assert icm(src=scene / "exr", out=scene / "windows", format="exr", depth="float").exit_code == 0
     result = icm("--quiet", src=scene / "exr", contact_sheet=scene / "sheet.png", trimap="beside")
     assert result.exit_code == 0
@@ -177,8 +177,8 @@ def test_ground_truth_is_aligned_by_its_windows(icm: Icm, scene: Path, form: str
     shrink(DEMO / "alphas" / "brickwall.png", scene / "gt" / "a.png", 160)
     truth = read(scene / "gt" / "a.png")
     rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
-    exr(scene / "exr" / "a.exr", rgb, (-20, -10, rgb.shape[1] + 40, rgb.shape[0] + 20))
-    exr(scene / "roto" / "a.exr", truth / 255.0, cropped(truth))
+    write_cropped_exr(scene / "exr" / "a.exr", rgb, (-20, -10, rgb.shape[1] + 40, rgb.shape[0] + 20))
+    write_cropped_exr(scene / "roto" / "a.exr", truth / 255.0, bounding_box(truth))
     errors = []
     for gt in ("gt", "roto"):
         report = scene / f"{gt}.json"
@@ -191,7 +191,7 @@ def test_ground_truth_is_aligned_by_its_windows(icm: Icm, scene: Path, form: str
 @pytest.mark.parametrize("turn", [3, 6])
 def test_windows_of_a_rotated_source_are_ignored(icm: Icm, scene: Path, turn: int) -> None:
     rgb = linear(read(next((scene / "imgs").glob("wall.*")))[:96, :96, 2::-1])
-    source = windowed(scene / "a.exr", rgb, (9, 5), (200, 200), turn=turn)
+    source = write_exr(scene / "a.exr", rgb, (9, 5), (200, 200), turn=turn)
     result = icm(src=source, format="exr")
     assert result.exit_code == 0
     file = oiio.ImageInput.open(str(scene / "out" / "a.exr"))
@@ -202,7 +202,7 @@ def test_windows_of_a_rotated_source_are_ignored(icm: Icm, scene: Path, turn: in
 
 def test_trimap_of_an_exr_covers_the_display_window(icm: Icm, scene: Path) -> None:
     rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
-    exr(scene / "a.exr", rgb, (20, 10, 100, 70))
+    write_cropped_exr(scene / "a.exr", rgb, (20, 10, 100, 70))
     result = icm(src=scene / "a.exr", format="exr", trimap="beside")
     assert "every trimap covers the display window" in " ".join(result.stderr.split())
     assert read(scene / "out" / "a.trimap.png").shape == rgb.shape[:2]
