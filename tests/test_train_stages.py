@@ -423,7 +423,7 @@ class TestRefineNetwork:
         coarse = [rng.random(size, np.float32) for size in ((7, 5), (9, 9), (8, 5))] + [np.zeros((3, 3), np.float32)]
         together = edges.refine_alphas(images, [torch.from_numpy(alpha) for alpha in coarse])
         for rgb, alpha, found in zip(images, coarse, together, strict=True):
-            np.testing.assert_allclose(found.numpy(), refine_alpha(edges, rgb, alpha), atol=1e-5)
+            np.testing.assert_array_equal(found.numpy(), refine_alpha(edges, rgb, alpha))
 
     def test_network_does_not_run_without_unknown_pixels(self) -> None:
         """A thing that is absent stays so, whatever the photograph shows."""

@@ -48,6 +48,15 @@ def apply_in_batches(
     return [results[index] for index in range(len(items))]
 
 
+def max_batch_size(device: torch.device) -> int | None:
+    """Largest batch of images for a network on this device; None for no limit.
+
+    On the CPU it is 1: larger batches are not faster there, and an alpha would depend, in its last
+    bits, on the other images of its batch.
+    """
+    return 1 if device.type == "cpu" else None
+
+
 def resize_alpha(alpha: Tensor, size: Sequence[int]) -> Tensor:
     """Resize an alpha: by area averaging to fewer pixels, bilinearly to more pixels.
 

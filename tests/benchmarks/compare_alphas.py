@@ -3,10 +3,11 @@
     python tests/benchmarks/compare_alphas.py ../before
     python tests/benchmarks/compare_alphas.py ../before --keep /tmp/compared --only demo shot
 
-Both checkouts matte the same sets of images: the demo, the composites, six frames of a shot with ``--shot``, the
-demo with edges by the guided filter and by closed-form matting, and images with a distractor next to the object, in
-some of which ``lite`` is uncertain and makes a second pass. The script prints one line per set. It exits with code 1
-if more than 0.1 % of the pixels of a set differ, or if any pixel differs by more than one level of 255.
+Both checkouts matte the same sets of images: the demo, the composites (one by one and in batches),
+six frames of a shot with ``--shot``, the demo with edges by the guided filter and by closed-form
+matting, and images with a distractor next to the object, in some of which ``lite`` is uncertain and
+makes a second pass. The script prints one line per set. It exits with code 1 if more than 0.1 % of
+the pixels of a set differ, or if any pixel differs by more than one level of 255.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def matte_commands(data: Path, inputs: Path) -> dict[str, list[list[str]]]:
     commands = {
         "demo": [demo],
         "composites": [composites],
+        "batches": [[*composites, "--batch-size", "4"]],
         "guided-filter": [[*demo, "--model", "lite-training-free"]],
         "closed-form": [[*demo, "--edges", "closed-form"]],
     }

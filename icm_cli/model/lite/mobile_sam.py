@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.files import cached_file_digest
 from icm_cli.geometry import Float, ImageU8, resize
-from icm_cli.model.alphas import apply_in_batches, resize_alpha
+from icm_cli.model.alphas import apply_in_batches, max_batch_size, resize_alpha
 from icm_cli.model.checkpoint import load_strict, read_checkpoint
 from icm_cli.model.contracts import IMAGENET_MEAN, EmbeddedImage, Objects
 from icm_cli.model.hub.catalogue import packed_checkpoint
@@ -136,7 +136,7 @@ class MobileSam(Objects):
             embeddings = torch.tensor_split(self.embedding(pixels.permute(0, 3, 1, 2)), len(batch))
             return [EmbeddedImage(each, size) for each, (_, size) in zip(embeddings, batch, strict=True)]
 
-        return apply_in_batches(embed, canvases, lambda item: item[0].shape)
+        return apply_in_batches(embed, canvases, lambda item: item[0].shape, max_batch_size(self.mask_weights.device))
 
     @torch.inference_mode()
     def complete_objects(self, images: Sequence[EmbeddedImage], coarse: Sequence[Tensor]) -> list[Tensor]:
@@ -155,7 +155,12 @@ class MobileSam(Objects):
                 for alpha, (image, _) in zip(alphas, batch, strict=True)
             ]
 
-        return apply_in_batches(complete, list(zip(images, prompts, strict=True)), lambda item: item[1].shape)
+        return apply_in_batches(
+            complete,
+            list(zip(images, prompts, strict=True)),
+            lambda item: item[1].shape,
+            max_batch_size(self.mask_weights.device),
+        )
 
     def _fill_canvas(self, rgb: ImageU8) -> tuple[Float, tuple[int, int]]:
         """Place an image on the encoder's canvas, float32 [h,w,3]; return it with the size of the

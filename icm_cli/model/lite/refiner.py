@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import ImageU8, downscaled_size, resize
-from icm_cli.model.alphas import apply_in_batches, resize_alpha
+from icm_cli.model.alphas import apply_in_batches, max_batch_size, resize_alpha
 from icm_cli.model.contracts import Edges
 from icm_cli.model.lite.tiles import blend_tiles, split_into_tiles
 
 UNSHUFFLE = 2
 """Side of the square of pixels that becomes channels in the first layer."""
 TILES_PER_BATCH = 4
-"""Tiles that are refined at a time."""
+"""Tiles of one image that are refined at a time."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ class Refine(Edges):
         small = [resize_alpha(coarse[index].float(), size) for index, size in zip(undecided, sizes, strict=True)]
         pixels = [resize(images[index], size) for index, size in zip(undecided, sizes, strict=True)]
         refined = {}
-        for index, before, after in zip(undecided, small, self._correct_alphas(pixels, small), strict=True):
+        corrected = self._correct_alphas(pixels, small, max_batch_size(self.output.weight.device))
+        for index, before, after in zip(undecided, small, corrected, strict=True):
             weight = self._weight_near_unknown(before)
             outline = before + weight * (after - before)
             refined[index] = self._clear_core(self._refine_at_source(images[index], outline, weight))
@@ -211,7 +212,8 @@ class Refine(Edges):
             for index, tile in enumerate(tiles)
             if bool(weight[tile.index].any()) and self._is_undecided(parts[index])
         ]
-        corrected = self._correct_alphas([rgb[tiles[n].index] for n in indices], [parts[n] for n in indices])
+        pixels = [rgb[tiles[index].index] for index in indices]
+        corrected = self._correct_alphas(pixels, [parts[index] for index in indices], TILES_PER_BATCH)
         for index, after in zip(indices, corrected, strict=True):
             before = parts[index]
             parts[index] = before + weight[tiles[index].index] * (after - before)
@@ -252,7 +254,9 @@ class Refine(Edges):
         weight = np.clip(2.0 - 2.0 * np.minimum(distance, reach) / reach, 0.0, 1.0).astype(np.float32)
         return torch.from_numpy(weight).to(coarse.device)
 
-    def _correct_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
+    def _correct_alphas(
+        self, images: Sequence[ImageU8], coarse: Sequence[Tensor], max_batch: int | None
+    ) -> list[Tensor]:
         """Run the network on images [h,w,3] and coarse alphas [h,w] of the same sizes."""
 
         def correct(batch: Sequence[tuple[ImageU8, Tensor]]) -> list[Tensor]:
@@ -264,9 +268,7 @@ class Refine(Edges):
             logit = self(image.float() / 255.0, F.pad(alpha, (0, right, 0, below), mode="replicate"))
             return list(torch.sigmoid(logit)[:, 0, :height, :width])
 
-        return apply_in_batches(
-            correct, list(zip(images, coarse, strict=True)), lambda item: item[1].shape, TILES_PER_BATCH
-        )
+        return apply_in_batches(correct, list(zip(images, coarse, strict=True)), lambda item: item[1].shape, max_batch)
 
 
 def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
