@@ -39,8 +39,9 @@ SkippedPaths: TypeAlias = dict[str, list[Path]]
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a hidden temporary file next to ``path``. On success it is synced and renamed, on
-    failure removed.
+    """Open a hidden temporary file next to ``path``.
+
+    On success it is synced and renamed, on failure removed.
 
     Raises OutputError if the file system cannot be written (full, read-only, no permission),
     ImageError if only this file name is refused.
@@ -62,14 +63,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def temporary_name() -> str:
-    """Return a name for a hidden file. A later run removes the file if this process dies before it
-    does."""
+    """Return a name for a hidden file.
+
+    A later run removes the file if this process dies before it does.
+    """
     return f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
 
 
 def write_error(path: Path, error: OSError) -> ImageError | OutputError:
-    """Return the error for an output that cannot be written: an ImageError if other files could
-    be."""
+    """Return the error for an output that cannot be written.
+
+    It is an ImageError if other files can be written.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             f"{path} cannot be written: no space left on the device; free some space and run the "
@@ -85,8 +90,7 @@ def write_error(path: Path, error: OSError) -> ImageError | OutputError:
 
 
 def remove_stale_temporaries(folder: Path) -> int:
-    """Remove the temporary files of dead processes from ``folder`` itself, and return their
-    number."""
+    """Remove temporary files of dead processes from ``folder`` itself; return their number."""
     removed = 0
     for path in folder.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(FileNotFoundError):
@@ -124,8 +128,10 @@ def combined_digest(*parts: bytes | str) -> str:
 
 
 def cached_file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's content. It is cached by path, size and time, because weights
-    are large."""
+    """Return the SHA-256 of a file's content.
+
+    It is cached by path, size and time, because weights are large.
+    """
     state = path.stat()
     key = combined_digest(str(path.resolve()), str(state.st_size), str(state.st_mtime_ns), str(state.st_ino))
     cached = cache_folder() / "digests" / key
@@ -216,8 +222,9 @@ def walk_files(folder: Path, skipped: SkippedPaths, trees: Sequence[str] = ()) -
 
 
 def expand_glob(pattern: str, skipped: SkippedPaths) -> Iterator[Path]:
-    """Yield the files that a glob matches. A folder that exists is read literally, even with
-    brackets in its name.
+    """Yield the files that a glob matches.
+
+    A folder that exists is read literally, even with brackets in its name.
 
     ``**`` matches any folders below, found as :func:`walk_files` finds them.
     """

@@ -1,5 +1,4 @@
-"""Fit frames into the model's canvas with their aspect ratio, resize images and alphas, and make
-trimaps.
+"""Fit frames into the model's canvas, resize images and alphas, and make trimaps.
 
 A frame is neither cropped nor stretched. It fills the top left corner of the canvas. The rest is
 padded by replicating the edge, because reflection would show the object twice.
@@ -72,8 +71,7 @@ class Placement:
     canvas: tuple[int, int]
 
     def fit_to_canvas(self, image: ImageU8) -> ImageU8:
-        """Resize uint8 [H,W,3] or [H,W] of the source's size to the canvas, and pad it by edge
-        replication."""
+        """Resize uint8 [H,W,3] or [H,W] to the canvas, and pad it by edge replication."""
         small = resize(image, self.content)
         below = self.canvas[0] - self.content[0]
         right = self.canvas[1] - self.content[1]
@@ -99,8 +97,10 @@ def has_same_aspect(size: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 
 
 def resize(image: ImageArray, size: tuple[int, int]) -> ImageArray:
-    """Resize to (height, width): area averaging to shrink, bicubic (uint8) or bilinear (float32) to
-    enlarge."""
+    """Resize an image or alpha to (height, width).
+
+    Area averaging shrinks; bicubic (uint8) or bilinear (float32) interpolation enlarges.
+    """
     if image.shape[:2] == size:
         return image
     if size[0] * size[1] < image.shape[0] * image.shape[1]:
@@ -132,8 +132,9 @@ def alpha_to_u8(alpha: Float) -> ImageU8:
 
 
 def trimap_from_coarse(coarse: Float, size: tuple[int, int], band_fraction: float) -> Float:
-    """Return a trimap float32 [H,W] of ``size`` from a coarse alpha: 0 background, 0.5 unknown, 1
-    foreground.
+    """Return a trimap float32 [H,W] of ``size`` from a coarse alpha.
+
+    Its values are 0 background, 0.5 unknown and 1 foreground.
 
     ``coarse``: [h,w] in 0..1, of any size. Uncertain pixels are unknown. So are all pixels that are
     closer than the band to uncertain pixels or to the other side. ``band_fraction``: width of the

@@ -1,2 +1,1 @@
-"""Read images upright in every common format, and write alphas with a stamp of everything that
-decided them."""
+"""Read images upright in every common format, and write alphas that can be traced."""

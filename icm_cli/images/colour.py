@@ -1,5 +1,4 @@
-"""Convert colours from the colour space of a file to display-referred sRGB, which the model
-sees."""
+"""Convert colours from the colour space of a file to the sRGB that the model sees."""
 
 from __future__ import annotations
 
@@ -67,8 +66,7 @@ class ColourSettings:
     """Whether the file is a mask whose values are labels, of any size."""
 
     def validate(self) -> None:
-        """Raise UsageError for an unknown configuration, colour space or view, or a value out of
-        range."""
+        """Raise UsageError for an unknown configuration, colour space or view, or a bad value."""
         if self == ColourSettings():
             return
         if self.white is not None and not (0.0 < self.white < math.inf):
@@ -102,8 +100,9 @@ DEFAULT_COLOUR = ColourSettings()
 
 
 def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: ColourSettings) -> ImageU8:
-    """Convert pixels [H,W,1] or [H,W,3] in 0..scale, or beyond it, to sRGB uint8 [H,W,3] as the
-    model sees them.
+    """Convert pixels [H,W,1] or [H,W,3] to sRGB uint8 [H,W,3] as the model sees them.
+
+    ``scale``: the value of white; floats may exceed it.
 
     Pixels that are sRGB are only rounded. Exposure and view apply to other colour spaces.
     """
@@ -127,14 +126,18 @@ def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: Colo
 
 @functools.lru_cache(maxsize=8)
 def _rounding_table(scale: float) -> ImageU8:
-    """Return the 8-bit value of every 16-bit value. A table needs no float copy, which is eight
-    times as large."""
+    """Return the 8-bit value of every 16-bit value.
+
+    A table needs no float copy, which is eight times as large.
+    """
     return round_to_u8(np.arange(65536, dtype=np.float32) * np.float32(255.0 / scale))
 
 
 def _packed_image(pixels: NDArray[Any]) -> Any:
-    """Describe pixels [H,W,3], float32 or uint8, to OpenColorIO. The pixels must outlive the
-    description."""
+    """Describe pixels [H,W,3], float32 or uint8, to OpenColorIO.
+
+    The pixels must outlive the description.
+    """
     depth = ocio.BIT_DEPTH_F32 if pixels.dtype == np.float32 else ocio.BIT_DEPTH_UINT8
     height, width, _ = pixels.shape
     rows, columns, channels = pixels.strides
@@ -150,8 +153,10 @@ def find_colour_space(label: str | None, config: str) -> str | None:
 
 
 def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
-    """Return the linear space of an EXR's chromaticities (eight numbers, white last), None if they
-    are unknown."""
+    """Return the linear space of an EXR's chromaticities, None if they are unknown.
+
+    ``chromaticities``: x and y of red, green, blue and white.
+    """
     for primaries, space in PRIMARIES.items():
         if np.allclose(chromaticities[:6], primaries, atol=2e-3):
             return space
@@ -159,8 +164,7 @@ def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
 
 
 def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]:
-    """Convert colours [H,W,3] on the scale 0..1 to a scene-linear space, and return them with its
-    name.
+    """Convert colours [H,W,3] on the scale 0..1 to a scene-linear space; return them with its name.
 
     sRGB keeps its primaries, which are those of Rec.709. Other spaces with a transfer curve are
     converted to the configuration's ``scene_linear``. Linear spaces and data are not changed.
@@ -180,8 +184,10 @@ def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]
 
 
 def colour_space_attributes(space: str, config: str) -> dict[str, Any]:
-    """Return the attributes that label an EXR with a linear space; none for Rec.709, which is the
-    default of EXR."""
+    """Return the attributes that label an EXR with a linear space.
+
+    Rec.709 needs none, because it is the default of EXR.
+    """
     found = None if space == LINEAR else _load_config(config).getColorSpace(space)
     if found is None or found.getName() == find_colour_space(LINEAR, config):
         return {}
@@ -201,8 +207,10 @@ def _convert_colours(pixels: Float, config: str, space: str, wanted: str) -> Flo
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
-    """Convert a Pillow image from its ICC profile to sRGB. Returns None if the profile cannot be
-    used."""
+    """Convert a Pillow image from its ICC profile to sRGB.
+
+    Returns None if the profile cannot be used.
+    """
     try:
         transform = _icc_transform(profile, image.mode)
         return image if transform is None else ImageCms.applyTransform(image, transform)
@@ -240,8 +248,10 @@ def _display_name(config: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _display_processor(path: str, space: str, view: str, exposure: float) -> Any:
-    """Return the transform from float32 in a space to display sRGB uint8. It rounds three times as
-    fast as NumPy."""
+    """Return the transform from float32 in a space to display sRGB uint8.
+
+    It rounds three times as fast as NumPy.
+    """
     config, display = _load_config(path), _display_name(path)
     views = list(config.getViews(display))
     chosen = view or (VIEW if VIEW in views else str(config.getDefaultView(display)))

@@ -1,5 +1,4 @@
-"""Structure of JPEG, PNG and TIFF files: what Pillow and OpenImageIO do not report, or reject too
-early.
+"""Read the structure of JPEG, PNG and TIFF files, to accept or reject damaged ones.
 
 libpng and libtiff print their complaints about a damaged file. The checks here find the damage
 first, so that icm reports it in its own messages.
@@ -57,8 +56,7 @@ MAX_TIFF_PAGES = 65535
 
 
 def complete_jpeg(file: ImageFile) -> io.BytesIO | None:
-    """Return the bytes of a JPEG with the missing end marker added, or None if more than the marker
-    is missing.
+    """Return the bytes of a JPEG with its missing end marker, None if more is missing.
 
     If all rows are present, the decoder stops before it reaches the end, so the pixels do not
     depend on what follows. If rows are missing, it decodes what follows as rows. A progressive file
@@ -75,14 +73,17 @@ def complete_jpeg(file: ImageFile) -> io.BytesIO | None:
 
 
 def is_deep_png(head: bytes) -> bool:
-    """Whether a PNG with this head has 16 bits per channel. Pillow reduces 16-bit RGB to 8 bits
-    without notice."""
+    """Whether a PNG with this head has 16 bits per channel.
+
+    Pillow reduces 16-bit RGB to 8 bits without notice.
+    """
     return head.startswith(PNG_SIGNATURE) and head[PNG_DEPTH_OFFSET : PNG_DEPTH_OFFSET + 1] == b"\x10"
 
 
 def has_unusual_gamma(file: ImageFile) -> bool:
-    """Whether a PNG's gAMA chunk differs from the gamma of sRGB (about 1/2.2) and no other chunk
-    takes precedence.
+    """Whether a PNG has a gamma that differs from that of sRGB (about 1/2.2).
+
+    A gAMA chunk is ignored if a chunk with precedence over it is present.
 
     Raises ValueError for a damaged file.
     """
@@ -96,8 +97,9 @@ def has_unusual_gamma(file: ImageFile) -> bool:
 
 
 def check_png_pixels(file: ImageFile) -> None:
-    """Raise ValueError for a PNG whose pixels are damaged or incomplete. Only the end chunk may be
-    missing.
+    """Raise ValueError for a PNG whose pixels are damaged or incomplete.
+
+    Only the end chunk may be missing.
 
     This reads the file once, which takes 2 to 3 % of the decoding time.
     """
@@ -113,15 +115,19 @@ def check_png_pixels(file: ImageFile) -> None:
 
 
 def has_png_alpha(file: ImageFile) -> bool:
-    """Whether a PNG has an alpha channel or a transparent colour. Raises ValueError for a damaged
-    file."""
+    """Whether a PNG has an alpha channel or a transparent colour.
+
+    Raises ValueError for a damaged file.
+    """
     colour_type = file.head[PNG_DEPTH_OFFSET + 1 : PNG_DEPTH_OFFSET + 2]
     return colour_type not in PNG_OPAQUE or any(name == b"tRNS" for name, _ in _png_chunks(file, stop_before=b"IDAT"))
 
 
 def tiff_pages(file: ImageFile) -> list[int]:
-    """Return the numbers of a TIFF's pages without the smaller copies of others (thumbnails,
-    pyramids)."""
+    """Return the numbers of a TIFF's pages.
+
+    Smaller copies of other pages (thumbnails, pyramids) are excluded.
+    """
     pages = [n for n, tags in enumerate(_tiff_tags(file)) if not tags.get(TIFF_SUBFILE_TYPE, 0) & TIFF_REDUCED]
     return pages or [0]
 
@@ -132,8 +138,7 @@ def has_tiff_extra_samples(file: ImageFile) -> bool:
 
 
 def _has_every_scan(data: bytes) -> bool:
-    """Whether the scans of a progressive JPEG contain every coefficient of every component to its
-    last bit."""
+    """Whether the scans of a progressive JPEG contain all bits of all coefficients."""
     components: set[int] = set()
     missing_bits: dict[tuple[int, int], int] = {}
     for marker, content in _jpeg_segments(data):
@@ -149,8 +154,10 @@ def _has_every_scan(data: bytes) -> bool:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the markers that have a length, with their content, in file order. An incomplete
-    segment ends it."""
+    """Yield the markers that have a length, with their content, in file order.
+
+    An incomplete segment ends it.
+    """
     at = 2
     while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
         marker = data[at + 1]
@@ -170,16 +177,14 @@ def _pixel_digest(data: bytes) -> bytes:
 
 
 def _noise_bytes(seed: int) -> bytes:
-    """Return bytes that decode to arbitrary rows, with every restart marker among them and an end
-    marker."""
+    """Return bytes that decode to arbitrary rows, with all restart markers and an end marker."""
     shape = (_NOISE_RUNS, _NOISE_RUN_BYTES)
     runs = np.random.default_rng(seed).integers(0, MARKER_START, shape, np.uint8)
     return b"".join(run.tobytes() + bytes([0xFF, 0xD0 + number % 8]) for number, run in enumerate(runs)) + JPEG_END
 
 
 def _png_chunks(file: ImageFile, stop_before: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-    """Yield names and content of the chunks, up to the end, an incomplete chunk, or the chunk
-    ``stop_before``.
+    """Yield name and content of the chunks before ``stop_before`` or an incomplete chunk.
 
     Raises ValueError for a damaged chunk.
     """
@@ -204,8 +209,9 @@ def _png_chunks(file: ImageFile, stop_before: bytes = b"") -> Iterator[tuple[byt
 
 
 def _tiff_tags(file: ImageFile) -> Iterator[dict[int, int]]:
-    """Yield the tags of every page, up to the first page that cannot be read. Reads TIFF and
-    BigTIFF.
+    """Yield the tags of every page, up to the first page that cannot be read.
+
+    Reads TIFF and BigTIFF.
 
     The values are right for tags with one integer; for others they may be an offset.
     """
@@ -225,6 +231,8 @@ def _tiff_tags(file: ImageFile) -> Iterator[dict[int, int]]:
 
 
 def _tiff_value(type_: int, data: bytes, byte_order: str) -> int:
-    """Return an integer of a page's entry. A short fills the first two bytes of its field, a long
-    the first four."""
+    """Return an integer of a page's entry.
+
+    A short fills the first two bytes of its field, a long the first four.
+    """
     return int(struct.unpack_from(byte_order + ("H" if type_ == TIFF_SHORT else "I"), data)[0])

@@ -1,5 +1,4 @@
-"""Decode image files: Pillow reads common 8-bit formats, OpenImageIO reads deep, linear and VFX
-formats.
+"""Decode image files: with Pillow if they have 8 bits, with OpenImageIO if they are deep or linear.
 
 A decoder may raise any exception. This module converts all of them to ImageError.
 """
@@ -42,8 +41,10 @@ _PILLOW_FORMATS = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """Properties of a source file that planning reads from one open handle. It keeps no file
-    content."""
+    """Properties of a source file that planning reads from one open handle.
+
+    It keeps no file content.
+    """
 
     path: Path
     type: FileType = UNKNOWN_TYPE
@@ -65,8 +66,10 @@ class SourceFile:
             return cls(path)
 
     def state(self) -> str:
-        """Return the state of the file now. It is read again only if size or time have changed.
-        Raises ImageError."""
+        """Return the state of the file now.
+
+        It is read again only if size or time have changed. Raises ImageError.
+        """
         with contextlib.suppress(OSError):
             if self.planned_state and has_state(self.path, self.planned_state):
                 return self.planned_state
@@ -107,8 +110,10 @@ def decode_image(
 
 
 def frame_count(source: Path | ImageFile) -> int:
-    """Return the number of frames or pages. Smaller copies of a page are not counted. Raises
-    ImageError."""
+    """Return the number of frames or pages.
+
+    Smaller copies of a page are not counted. Raises ImageError.
+    """
     with open_image(source) as file:
         if not file.type.may_have_frames:
             return 1
@@ -119,8 +124,9 @@ def frame_count(source: Path | ImageFile) -> int:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return height and width of an upright image, of an EXR its display window. Reads the header
-    only.
+    """Return height and width of an upright image, of an EXR its display window.
+
+    Reads the header only.
 
     Raises ImageError.
     """
@@ -164,8 +170,10 @@ def as_image_errors(path: Path, file_type: FileType = UNKNOWN_TYPE) -> Iterator[
 
 
 def _decode_tiff_or_pnm(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
-    """Decode with Pillow if the file has 8 bits and straight alpha, or if OpenImageIO cannot open
-    it."""
+    """Decode with Pillow if the file has 8 bits and straight alpha, else with OpenImageIO.
+
+    Pillow is also used if OpenImageIO cannot open the file.
+    """
     if file.type.name == "tiff":
         pages = containers.tiff_pages(file)
         if frame >= len(pages):
@@ -178,8 +186,7 @@ def _decode_tiff_or_pnm(file: ImageFile, frame: int, wanted: colour.ColourSettin
 
 
 def _decode_png(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
-    """Decode with Pillow if the file has 8 bits and no gamma of its own, which Pillow would
-    ignore."""
+    """Decode with Pillow if the file has 8 bits and no gamma, which Pillow would ignore."""
     uses_gamma = wanted.space == "auto" and not file.type.may_have_frames
     if not containers.is_deep_png(file.head) and not (uses_gamma and containers.has_unusual_gamma(file)):
         with contextlib.suppress(ValueError):  # a PNG with more metadata than Pillow accepts
@@ -277,8 +284,7 @@ def _register_heif() -> None:
 
 
 def _silence_libtiff() -> None:
-    """Stop the libtiff in Pillow's wheels from printing errors; icm reports them in its own
-    messages."""
+    """Stop the libtiff in Pillow's wheels from printing errors, which icm reports itself."""
     site = Path(PIL.__file__).parents[1]
     for path in (*site.glob("pillow.libs/libtiff*"), *site.glob("PIL/.dylibs/libtiff*")):
         libtiff = ctypes.CDLL(str(path))

@@ -22,8 +22,7 @@ BEAUTY_NAMES = frozenset({"beauty", "combined", "rgb", "rgba"})
 
 @dataclass(frozen=True)
 class ImageLayer:
-    """The channels to read from one part: three colours or one grey channel, and perhaps an
-    alpha."""
+    """The channels to read from one part: three colours or one grey, and perhaps an alpha."""
 
     part: int
     colours: tuple[int, ...]
@@ -53,11 +52,13 @@ class ImageLayer:
         return min(every), max(every) + 1
 
 
-def select_layer(file: Any, path: Path, wanted: str, *, is_picture: bool = False) -> tuple[ImageLayer, tuple[str, ...]]:
+def select_layer(
+    file: Any, path: Path, wanted: str, *, refuse_data: bool = False
+) -> tuple[ImageLayer, tuple[str, ...]]:
     """Return the layer of an open EXR to read, and a notice if the choice was not obvious.
 
     ``wanted``: the name of a part or a channel prefix. "" selects the first R, G, B without a
-    prefix, else a layer named beauty or similar, else the first layer. ``is_picture``: refuse a
+    prefix, else a layer named beauty or similar, else the first layer. ``refuse_data``: refuse a
     file that holds only depth, ids or cryptomattes; a mask may hold ids. Raises ImageError, listing
     the layers, if there is no such layer.
     """
@@ -72,13 +73,13 @@ def select_layer(file: Any, path: Path, wanted: str, *, is_picture: bool = False
             )
         return named[0], ()
     found = [layer for layer in found if not layer.is_data] or found
-    if is_picture and (all(layer.is_data for layer in found) if found else _hold_only_data(others)):
+    if refuse_data and (all(layer.is_data for layer in found) if found else _hold_only_data(others)):
         raise _data_error(others, path)
     if not found:
         return _grey_layer(others, path), ()
     plain = [layer for layer in found if not layer.prefix]
-    pictures = [layer for layer in found if layer.prefix.rpartition(".")[2].lower() in BEAUTY_NAMES]
-    chosen = (plain or pictures or found)[0]
+    beauties = [layer for layer in found if layer.prefix.rpartition(".")[2].lower() in BEAUTY_NAMES]
+    chosen = (plain or beauties or found)[0]
     if plain or len(found) == 1:
         return chosen, ()
     return chosen, (f"{path} has the layers {listed}; {chosen.name} is used; give --layer to use another one",)
@@ -128,8 +129,10 @@ def _layers_of_part(part: int, part_name: str, channels: tuple[str, ...]) -> lis
 
 
 def _grey_layer(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> ImageLayer:
-    """Return the single channel, the luminance or the alpha of a file without colours. Raises
-    ImageError."""
+    """Return the single channel, the luminance or the alpha of a file without colours.
+
+    Raises ImageError.
+    """
     for part, channels in sorted(parts, key=lambda each: _hold_only_data([each])):
         names = [channel.upper() for channel in channels]
         if len(names) == 1:

@@ -1,5 +1,4 @@
-"""Image files on disk: their format by content, and one open handle that serves every reader of a
-file."""
+"""Detect the type of image files, and open each file once for everything that is read from it."""
 
 from __future__ import annotations
 
@@ -116,8 +115,10 @@ class ImageFile:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path) -> Iterator[ImageFile]:
-        """Open a file. Raises OSError, and ImageError for a pipe or a device, where reading could
-        block for ever."""
+        """Open a file.
+
+        Raises OSError, and ImageError for a pipe or a device, where reading could block for ever.
+        """
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise ImageError(f"{path} is a pipe or a device; expected an image file")
@@ -135,8 +136,7 @@ class ImageFile:
         return os.fstat(self._stream.fileno()).st_size
 
     def read_state(self) -> str:
-        """Return size in bytes, modification time in nanoseconds, and a digest of the file's first
-        bytes.
+        """Return size, modification time in nanoseconds, and a digest of the file's first bytes.
 
         The first bytes contain the image's size and orientation, so that a file that was replaced
         by another one of equal size and time is noticed. A TIFF may keep these at its end, so its
@@ -150,8 +150,10 @@ class ImageFile:
         return f"{_size_and_time(status)} {hasher.hexdigest()[:STATE_DIGEST_DIGITS]}"
 
     def content_digest(self) -> str:
-        """Return the SHA-256 of the file's content as hexadecimal digits. This reads the whole
-        file."""
+        """Return the SHA-256 of the file's content as hexadecimal digits.
+
+        This reads the whole file.
+        """
         return hashlib.file_digest(self.stream, "sha256").hexdigest()
 
 

@@ -1,5 +1,4 @@
-"""Read pixels with OpenImageIO: deep, linear and VFX formats, EXR layers and windows, and the range
-of values."""
+"""Read pixels with OpenImageIO, with EXR layers and windows, and check their values."""
 
 from __future__ import annotations
 
@@ -44,8 +43,9 @@ MIN_IS_WHITE = 0
 
 @contextlib.contextmanager
 def open_reader(file: ImageFile, *, must_open: bool = True) -> Iterator[Any]:
-    """Open a file so that its alpha is not changed. If it is not an image: raise
-    UnidentifiedImageError, or yield None.
+    """Open a file so that its alpha is not changed.
+
+    If it is not an image: raise UnidentifiedImageError, or yield None.
 
     OpenImageIO opens a file twice if it is given settings, so they are given only to files that may
     have an alpha.
@@ -76,25 +76,31 @@ def _may_have_straight_alpha(file: ImageFile) -> bool:
 
 
 def is_plain_8_bit(spec: Any) -> bool:
-    """Whether a file has 8 bits per channel and no associated alpha, by which Pillow would divide
-    the colours."""
+    """Whether a file has 8 bits per channel and no associated alpha.
+
+    Pillow would divide the colours by an associated alpha.
+    """
     is_associated = spec.alpha_channel >= 0 and not spec.getattribute("oiio:UnassociatedAlpha")
     return str(spec.format) == "uint8" and not is_associated
 
 
 def display_size(reader: Any, file: ImageFile, frame: int) -> tuple[int, int]:
-    """Return height and width of an upright image, of an EXR its display window. Raises
-    ImageError."""
+    """Return height and width of an upright image, of an EXR its display window.
+
+    Raises ImageError.
+    """
     reader.seek_subimage(_find_layer(reader, file, frame, "")[0].part, 0)
     spec = reader.spec()
     return _image_windows(spec, file.type, valid_orientation(_integer_attribute(spec, "Orientation"))).display
 
 
 def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
-    """Decode one part or page and apply its EXIF orientation. Raises ImageError, or an exception of
-    OpenImageIO."""
+    """Decode one part or page and apply its EXIF orientation.
+
+    Raises ImageError, or an exception of OpenImageIO.
+    """
     path = file.path
-    layer, layer_notices = _find_layer(reader, file, frame, wanted.layer, is_picture=not wanted.is_matte)
+    layer, layer_notices = _find_layer(reader, file, frame, wanted.layer, refuse_data=not wanted.is_matte)
     reader.seek_subimage(layer.part, 0)
     spec = oiio.ImageSpec(reader.spec())
     orientation = valid_orientation(_integer_attribute(spec, "Orientation"))
@@ -144,19 +150,21 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
 
 
 def _image_windows(spec: Any, file_type: FileType, orientation: int) -> ImageWindows:
-    """Return the windows of an upright EXR. Other formats, and a file with an EXIF orientation,
-    have only a size."""
+    """Return the windows of an upright EXR.
+
+    Other formats, and a file with an EXIF orientation, have only a size.
+    """
     if file_type.name == "openexr" and orientation == 1:
         return ImageWindows.from_spec(spec)
     return ImageWindows.full(upright_size((spec.width, spec.height), orientation))
 
 
 def _find_layer(
-    reader: Any, file: ImageFile, frame: int, wanted: str, *, is_picture: bool = False
+    reader: Any, file: ImageFile, frame: int, wanted: str, *, refuse_data: bool = False
 ) -> tuple[ImageLayer, tuple[str, ...]]:
     """Return the channels to read, and notices. Only EXR has layers. Raises ImageError."""
     if file.type.name == "openexr":
-        return select_layer(reader, file.path, wanted, is_picture=is_picture)
+        return select_layer(reader, file.path, wanted, refuse_data=refuse_data)
     if not reader.seek_subimage(frame, 0):
         raise ImageError(f"{file.path} has no frame {frame + 1}")
     names = [name.upper() for name in reader.spec().channelnames]
@@ -171,8 +179,10 @@ def _select_channels(values: NDArray[Any], channels: list[int]) -> NDArray[Any]:
 
 
 def _read_type(spec: Any, wanted: colour.ColourSettings) -> str:
-    """Return the type to read: uint8 and uint16 unchanged, others as float, which cannot hold every
-    id of a mask."""
+    """Return the type to read: uint8 and uint16 unchanged, all others as float.
+
+    Masks are read as 32-bit integers too, because a float cannot hold every label.
+    """
     name = str(spec.format)
     unchanged = ("uint8", "uint16", "uint") if wanted.is_matte else ("uint8", "uint16")
     return name if name in unchanged else "float"
@@ -197,8 +207,10 @@ def _white_value(spec: Any, dtype: Any, white: float | None) -> float:
 def _check_range(
     path: Path, pixels: NDArray[Any], scale: float, space: str, wanted: colour.ColourSettings
 ) -> list[str]:
-    """Return notices about the values of a deep image. Raises ImageError for a float image that is
-    not in 0..1."""
+    """Return notices about the values of a deep image.
+
+    Raises ImageError for a float image that is not in 0..1.
+    """
     largest = pixels.max()
     if wanted.has_labels:
         return []

@@ -1,5 +1,4 @@
-"""Decoded pixels of one frame, the windows of an EXR, EXIF orientations, and the memory limit of an
-image."""
+"""Decoded pixels of one frame, their windows, EXIF orientations and the memory limit."""
 
 from __future__ import annotations
 
@@ -36,8 +35,10 @@ _INVERSE = {6: 8, 8: 6}
 
 @dataclass(frozen=True)
 class ImageWindows:
-    """The data window and the display window of an EXR. Other images have one window of their
-    size."""
+    """The data window and the display window of an EXR.
+
+    Other images have one window of their size.
+    """
 
     size: tuple[int, int]
     """Height and width of the data window, which holds the pixels."""
@@ -68,13 +69,14 @@ class ImageWindows:
         return ImageWindows.full(self.display)
 
     def matched_to(self, other: ImageWindows | None) -> ImageWindows:
-        """Return ``other`` if its display window has the same size, else the display window of this
-        image."""
+        """Return ``other`` if its display window has the same size, else this display window."""
         return other if other is not None and other.display == self.display else self.display_window
 
     def move_pixels(self, pixels: NDArray[Any], to: ImageWindows) -> NDArray[Any]:
-        """Move pixels [H,W] or [H,W,C] to another data window of the same display window; 0 outside
-        this one."""
+        """Move pixels [H,W] or [H,W,C] to another data window; new pixels are 0.
+
+        Both data windows are of the same display window.
+        """
         if to == self:
             return pixels
         moved = np.zeros((*to.size, *pixels.shape[2:]), pixels.dtype)
@@ -130,8 +132,7 @@ class DecodedImage:
         return self.own_windows or ImageWindows.full((height, width))
 
     def copy_metadata_to(self, spec: Any) -> None:
-        """Copy windows, pixel aspect ratio, timecode and frame rate to the specification of a file
-        to write."""
+        """Copy windows, pixel aspect ratio, timecode and frame rate to an output specification."""
         header = self.header
         if header is None or self.orientation in TRANSPOSING_ORIENTATIONS:
             return
@@ -144,8 +145,10 @@ class DecodedImage:
 
 
 def reorient_pixels(pixels: NDArray[Any], orientation: int, wanted: int) -> NDArray[Any]:
-    """Return pixels [H,W] or [H,W,C] with the ``wanted`` EXIF orientation applied instead of
-    ``orientation``."""
+    """Return pixels [H,W] or [H,W,C] with another EXIF orientation applied.
+
+    ``orientation``: the one that has been applied; ``wanted``: the one to apply instead.
+    """
     return np.ascontiguousarray(
         apply_orientation(apply_orientation(pixels, _INVERSE.get(orientation, orientation)), wanted)
     )

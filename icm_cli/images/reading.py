@@ -1,5 +1,4 @@
-"""Read images, masks and ground truths upright, in every common format; compose foregrounds onto
-backgrounds."""
+"""Read images, masks and ground truths upright, and compose foregrounds onto backgrounds."""
 
 from __future__ import annotations
 
@@ -48,8 +47,9 @@ class SourceImage:
         return ImageWindows.full((height, width)) if self.stored is None else self.stored.windows
 
     def to_display_window(self, target_windows: ImageWindows | None = None) -> SourceImage:
-        """Return the image in its display window, black outside its data window, without the stored
-        pixels.
+        """Return the image in its display window, black outside its data window.
+
+        The result has no stored pixels.
 
         ``target_windows``: the windows of another image. If both display windows have the same
         size, the result covers the data window of that image instead.
@@ -76,8 +76,9 @@ def read_image(source: Path | ImageFile, colour: ColourSettings = DEFAULT_COLOUR
 def read_alpha(
     source: Path | ImageFile, *, has_objects: bool = False, target_windows: ImageWindows | None = None
 ) -> ImageU8:
-    """Read a mask or an alpha, uint8 [H,W]: the file's alpha channel if it varies, else its
-    brightest channel.
+    """Read a mask or an alpha, uint8 [H,W].
+
+    It is the file's alpha channel if that varies, else its brightest channel.
 
     The alpha of an EXR covers its display window and is 0 outside its data window.
     ``target_windows`` is explained at :func:`read_stored_pixels`. ``has_objects``: palette indices
@@ -113,8 +114,9 @@ class StoredPixels:
 def read_stored_pixels(
     path: Path, target_windows: ImageWindows | None = None, *, has_labels: bool = False
 ) -> StoredPixels:
-    """Read the values that an image file stores, with its EXIF orientation applied. Raises
-    ImageError.
+    """Read the values that an image file stores, with its EXIF orientation applied.
+
+    Raises ImageError.
 
     The pixels of an EXR cover its display window and are 0 outside its data window.
     ``target_windows``: the windows of the image that the file belongs to. If both display windows
@@ -145,8 +147,10 @@ class GroundTruthAlpha:
 
 
 def read_ground_truth(path: Path, *, has_objects: bool = False) -> GroundTruthAlpha:
-    """Read a ground truth as :func:`read_alpha` does, with its unusual properties. Raises
-    ImageError."""
+    """Read a ground truth as :func:`read_alpha` does, with its unusual properties.
+
+    Raises ImageError.
+    """
     decoded = decode_image(path, wanted=RAW_VALUES)
     if has_objects and (objects := _object_mask(decoded)) is not None:
         return GroundTruthAlpha(objects, is_deep=False, has_colour=False)
@@ -180,8 +184,7 @@ def _alpha_u8(decoded: DecodedImage) -> ImageU8 | None:
 
 
 def _object_mask(decoded: DecodedImage | None) -> ImageU8 | None:
-    """Return 255 where the palette index is above 0, uint8 [H,W]; None for a file without a
-    palette."""
+    """Return 255 where the palette index is above 0, uint8 [H,W]; None without a palette."""
     if decoded is None or decoded.indices is None:
         return None
     return np.where(decoded.indices > 0, 255, 0).astype(np.uint8)

@@ -1,5 +1,4 @@
-"""Write alphas, foregrounds and trimaps with a stamp of everything that decided them, and read the
-stamp."""
+"""Write alphas, foregrounds and trimaps with a stamp of what decided them, and read it."""
 
 from __future__ import annotations
 
@@ -63,8 +62,10 @@ class OutputFormat:
 
     @classmethod
     def from_options(cls, **options: Any) -> OutputFormat:
-        """Create the format from options of the same names. Raises UsageError if they are
-        contradictory."""
+        """Create the format from options of the same names.
+
+        Raises UsageError if they are contradictory.
+        """
         output = cls(**options)
         if output.depth is not None and output.depth not in BIT_DEPTHS[output.format]:
             fitting = ", ".join(BIT_DEPTHS[output.format])
@@ -103,8 +104,7 @@ class OutputFormat:
 
     @property
     def is_premultiplied(self) -> bool:
-        """Whether the colours of a foreground are multiplied by its alpha, which is the convention
-        in EXR only."""
+        """Whether the colours of a foreground are multiplied by its alpha, as EXR does."""
         return self.foreground == "premultiplied" or (self.foreground == "auto" and self.format == "exr")
 
     def depth_for(self, source: DecodedImage | None) -> BitDepth:
@@ -146,8 +146,9 @@ def write_foreground(
     source: DecodedImage,
     config: str = "",
 ) -> None:
-    """Write the colours of the object, float32 [H,W,3] on the scale 0..1 (HDR beyond 1), with its
-    alpha.
+    """Write the colours of the object with its alpha.
+
+    ``colours``: float32 [H,W,3] on the scale 0..1; HDR exceeds 1.
 
     An EXR stores them scene-linear. ``config``: the OpenColorIO configuration with the colour space
     of the source.
@@ -172,8 +173,10 @@ def write_trimap(path: Path, trimap: NDArray[np.uint8], stamp: Mapping[str, str]
 
 
 def read_stamp(path: Path) -> dict[str, str] | None:
-    """Return the stamp of a file of icm, or the text of another PNG. Returns None for other and
-    damaged files."""
+    """Return the stamp of a file of icm, or the text of another PNG.
+
+    Returns None for other and damaged files.
+    """
     try:
         data = path.read_bytes()
         if not data.startswith(b"\x89PNG"):

@@ -1,5 +1,4 @@
-"""Frame numbers in file names, frame patterns such as ``shot.####.exr``, and ranges such as
-``1001-1100x2``."""
+"""Parse frame numbers in names, patterns (``shot.####.exr``) and ranges (``1001-1100x2``)."""
 
 from __future__ import annotations
 
@@ -22,8 +21,10 @@ _NUMBER_MARK = "\0"
 
 @dataclass(frozen=True)
 class FrameName:
-    """The parts of a file's stem: ``shot.1001`` has the stem ``shot``, the frame ``.1001`` and the
-    number 1001."""
+    """The parts of a file's stem.
+
+    ``shot.1001`` has the stem ``shot``, the frame ``.1001`` and the number 1001.
+    """
 
     stem: str
     frame: str = ""
@@ -39,8 +40,7 @@ class FrameName:
 
 @dataclass(frozen=True)
 class FramePattern:
-    """A path whose name has a placeholder for the frame number, in any notation that ``fileseq``
-    supports."""
+    """A path with a placeholder for the frame number, in any notation of ``fileseq``."""
 
     folder: str
     before: str
@@ -52,8 +52,10 @@ class FramePattern:
 
     @classmethod
     def parse(cls, text: str) -> FramePattern | None:
-        """Parse a path. Returns None if it has no placeholder. Raises UsageError if it has
-        several."""
+        """Parse a path.
+
+        Returns None if it has no placeholder. Raises UsageError if it has several.
+        """
         folder, name = str(Path(text).parent), Path(text).name
         placeholders = list(_PLACEHOLDER.finditer(name))
         if not placeholders:
@@ -67,22 +69,25 @@ class FramePattern:
         return cls(folder, name[: token.start()], name[token.end() :], max(1, sequence.zfill()))
 
     def matching_names(self, names: Iterable[str]) -> list[str]:
-        """Return the names that match the pattern. The text around the number may have
-        wildcards."""
+        """Return the names that match the pattern.
+
+        The text around the number may have wildcards.
+        """
         digits = r"\\d+" if self.digits == 1 else rf"(?:\\d{{{self.digits}}}|[1-9]\\d{{{self.digits},}})"
         expression = self._compile_expression(digits)
         return [name for name in names if expression.match(name)]
 
     def names_with_other_numbers(self, names: Iterable[str]) -> list[str]:
-        """Return the names that differ from the pattern only in the sign or the digits of their
-        number."""
+        """Return the names that differ from the pattern only in sign or digits of their number."""
         names, expression = list(names), self._compile_expression(r"-?\\d+")
         matching = set(self.matching_names(names))
         return [name for name in names if name not in matching and expression.match(name)]
 
     def _compile_expression(self, number: str) -> re.Pattern[str]:
-        """Return the expression for names. ``number``: expression for the number, with doubled
-        backslashes."""
+        """Return the expression for names.
+
+        ``number``: expression for the number, with doubled backslashes.
+        """
         expression = fnmatch.translate(self.before + _NUMBER_MARK + self.after)
         return re.compile(re.sub(r"\\?\x00", number, expression))
 
@@ -96,8 +101,10 @@ class FramePattern:
 
 
 def parse_frame_range(text: str) -> frozenset[int]:
-    """Return the numbers of a range such as ``1001-1100x2`` or ``1001,1005-1010``. Raises
-    UsageError."""
+    """Return the numbers of a range such as ``1001-1100x2`` or ``1001,1005-1010``.
+
+    Raises UsageError.
+    """
     try:
         return frozenset(int(each) for each in frameset.FrameSet(text))
     except exceptions.MaxSizeException as error:
@@ -116,8 +123,9 @@ def format_frame_ranges(numbers: Iterable[int]) -> str:
 
 
 def missing_frames(paths: Sequence[Path], wanted: frozenset[int] | None) -> dict[Path, list[int]]:
-    """Return the missing frame numbers of every sequence among ``paths``, by its pattern such as
-    ``shot.####.exr``.
+    """Return the missing frame numbers by sequence.
+
+    A sequence is named by its pattern, such as ``shot.####.exr``.
 
     ``wanted``: the expected numbers; None: all numbers between the first and the last frame of a
     sequence.

@@ -21,8 +21,9 @@ RULE = ScoringRule()
 
 
 def attach_ground_truth(jobs: Sequence[Job], where: str | Path) -> tuple[list[Job], list[Path], list[Problem]]:
-    """Return the jobs with their ground truths, all ground-truth files, and a problem for every
-    image without one.
+    """Return the jobs with their ground truths, all their files, and the problems.
+
+    An image without a ground truth is a problem.
 
     ``where``: a folder with the same layout as the sources, or a frame pattern with the same frame
     numbers. Raises UsageError if no ground truth belongs to any image.
@@ -54,8 +55,10 @@ def attach_ground_truth(jobs: Sequence[Job], where: str | Path) -> tuple[list[Jo
 
 
 def ground_truth_scoring(processes: int, allowed: frozenset[str]) -> Scorer:
-    """Return a scorer for alphas with a ground truth. A ground truth may be empty: not every image
-    shows the object."""
+    """Return a scorer for alphas with a ground truth.
+
+    A ground truth may be empty: not every image shows the object.
+    """
 
     def make_task(result: ImageResult) -> ScoreTask | None:
         if not result.dataset.truth:

@@ -75,8 +75,9 @@ class Job:
         return read_source_image(self.source, self.colour, self.page)
 
     def read_with_origin(self) -> tuple[SourceImage, str, str]:
-        """Read the image, and return it with the state and the content digest of its files, from
-        one open handle each.
+        """Read the image, and return it with the state and the content digest of its files.
+
+        Every file is opened once for all three.
 
         Raises ImageError.
         """
@@ -91,15 +92,19 @@ class Job:
 
     def state(self) -> str:
         """Return the state of the image's files: their sizes, modification times and first bytes.
-        Raises ImageError."""
+
+        Raises ImageError.
+        """
         self._check_not_missing()
         if self.inspected is not None:
             return _join_states([self.inspected.state()])
         return _join_states([SourceFile(path).state() for path in self.files])
 
     def content_digest(self) -> str:
-        """Return the SHA-256 of the content of the image's files as hexadecimal digits. Raises
-        ImageError."""
+        """Return the SHA-256 of the content of the image's files as hexadecimal digits.
+
+        Raises ImageError.
+        """
         self._check_not_missing()
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open_image(path)) for path in self.files]
@@ -135,8 +140,10 @@ class OutputLayout:
             raise UsageError("--name and the frame pattern of --out both name the alphas; give only one of them")
 
     def output_path(self, name: Path) -> Path:
-        """Return the file of the alpha of an image with this name below the sources' root. Raises
-        UsageError."""
+        """Return the file of the alpha of an image with this name below the sources' root.
+
+        Raises UsageError.
+        """
         parts = FrameName.from_path(name)
         if self.pattern is None:
             stem = self.template.format(stem=parts.stem, frame=parts.frame, suffix=name.suffix)
@@ -231,8 +238,10 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> None:
-    """Raise UsageError if an output is one of these files. ``what``: what the files are, for the
-    message."""
+    """Raise UsageError if an output is one of these files.
+
+    ``what``: what the files are, for the message.
+    """
     protected = {os.path.realpath(path) for path in files}
     for output in (output for job in jobs for output in job.outputs):
         if os.path.realpath(output) in protected:
@@ -240,8 +249,10 @@ def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> N
 
 
 def _select_shard(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
-    """Return the jobs of a shard. Only an image's name decides its shard, so other files never move
-    it."""
+    """Return the jobs of a shard.
+
+    Only an image's name decides its shard, so other files never move it.
+    """
     return [job for job in jobs if int(hashlib.sha256(job.planned.name.encode()).hexdigest(), 16) % count == number - 1]
 
 
@@ -253,8 +264,10 @@ def _plan_missing_frames(
     skipped_files: SkippedFiles,
     protected: set[Path],
 ) -> list[Path]:
-    """Return the files of missing frames that are to fail. Raises UsageError if no frame may be
-    missing."""
+    """Return the files of missing frames that are to fail.
+
+    Raises UsageError if no frame may be missing.
+    """
     if not sources.is_sequence and source_filter.frames is None:
         return []
     present = [*found, *(path for path in sources.files if real_path(path) in protected)]
@@ -287,8 +300,10 @@ def _join_states(states: Sequence[str]) -> str:
 
 
 def _content_digest(file: ImageFile, state: str) -> str:
-    """Return the content digest of an open file. A file in this state is read once for all of its
-    pages."""
+    """Return the content digest of an open file.
+
+    A file in this state is read once for all of its pages.
+    """
     key = file.path, state
     with _digests_lock:
         digest = _digests.get(key)
@@ -300,8 +315,10 @@ def _content_digest(file: ImageFile, state: str) -> str:
 
 
 def _is_below(folder: Path, root: Path) -> Callable[[Path], bool]:
-    """Return a test for paths below ``folder``; it is always false if ``folder`` is not below the
-    sources' root."""
+    """Return a test for paths below ``folder``.
+
+    It is always false if ``folder`` is not below the sources' root.
+    """
     inside = real_path(folder)
     if real_path(root) not in inside.parents:
         return lambda _: False
@@ -318,8 +335,10 @@ def _is_wanted(name: Path, source_filter: SourceFilter) -> bool:
 def _jobs_of_file(
     source: Path, root: Path, layout: OutputLayout, colour: ColourSettings, inspected: SourceFile | None
 ) -> list[Job]:
-    """Return one job per image of a file: name.png, or name.0001.png and following for a file with
-    several."""
+    """Return one job per image of a file.
+
+    The alpha is name.png, or name.0001.png and following for a file with several images.
+    """
     name = source.relative_to(root)
     count = 1 if inspected is None else inspected.frame_count
     absolute_root = os.path.abspath(root)  # noqa: PTH100  resolve() would follow links
@@ -348,8 +367,7 @@ def _jobs_of_file(
 
 
 def _check_filters(found: Sequence[Path], root: Path, source_filter: SourceFilter) -> None:
-    """Raise UsageError for a filter that matches no image, which is a mistake rather than a
-    choice."""
+    """Raise UsageError for a filter that matches no image, which is a mistake."""
     include = SourceFilter(source_filter.include)
     if source_filter.include and not any(_is_wanted(path.relative_to(root), include) for path in found):
         patterns = " and ".join(f"--include {pattern!r}" for pattern in source_filter.include)

@@ -1,5 +1,4 @@
-"""Read the mask of a reference: black and white, soft, a trimap, label indices, or instance
-colours.
+"""Read the mask of a reference: binary, soft, a trimap, label indices or instance colours.
 
 If a mask has several labels, the user must name one. Only unambiguous masks are read without it.
 """

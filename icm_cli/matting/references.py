@@ -151,8 +151,10 @@ def _make_reference(image: SourceImage, mask: Mask, name: str, notice: Callable[
 
 
 def _fit_to_data_window(mask: ImageU8, windows: ImageWindows) -> ImageU8:
-    """Return a mask of the data window unchanged. Resize others to the display window and cut out
-    the data window."""
+    """Return a mask of the data window unchanged.
+
+    Resize others to the display window and cut out the data window.
+    """
     if mask.shape == windows.size:
         return mask
     return windows.display_window.move_pixels(resize(mask, windows.display), windows)

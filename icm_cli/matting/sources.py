@@ -29,8 +29,10 @@ MAX_LISTED_FILES = 8
 
 
 class SkippedFiles(Counter[str]):
-    """Files that are not matted, counted by reason. A notice names the first file of each
-    reason."""
+    """Files that are not matted, counted by reason.
+
+    A notice names the first file of each reason.
+    """
 
     def __init__(self, notice: Callable[[str], None]) -> None:
         super().__init__()
@@ -120,8 +122,10 @@ def _natural_name_key(name: str) -> list[tuple[int, int, str]]:
 
 
 def real_path(path: Path) -> Path:
-    """Return the path with links followed. Unlike ``Path.resolve`` this accepts a link to
-    itself."""
+    """Return the path with links followed.
+
+    Unlike ``Path.resolve`` this accepts a link to itself.
+    """
     return Path(os.path.realpath(path))
 
 
@@ -197,8 +201,10 @@ def _list_lines(path: Path) -> list[str]:
 
 
 def _read_list(lines: Iterable[str], where: str, skipped_files: SkippedFiles) -> Sources:
-    """Return the files of a list, relative to the working directory. Folders in the list are
-    skipped."""
+    """Return the files of a list, relative to the working directory.
+
+    Folders in the list are skipped.
+    """
     paths = [Path(line.strip()) for line in lines if line.strip()]
     if not paths:
         raise UsageError(f"{where} lists no images; expected one path per line")
