@@ -80,7 +80,8 @@ class CropSettings:
     min_side: float = 0.2
     """Smallest height and width of a crop, as fractions of the frame's height and width."""
     cut_fraction: float = 0.02
-    """A side of a crop cuts the object if at least this fraction of its pixels belongs to the object."""
+    """A side of a crop cuts the object if at least this fraction of its pixels belongs to the
+    object."""
     growth: float = 0.5
     """Enlargement at a side that cuts the object, as a fraction of the crop's height or width."""
     max_crops: int = 4
@@ -93,19 +94,23 @@ class SecondPassConfig:
 
     crop: CropSettings = CropSettings(margin=0.25, min_side=0.1, max_crops=3)
     max_area: float = 0.9
-    """Largest area of a crop, as a fraction of the frame's: a larger crop shows no more than the frame does."""
+    """Largest area of a crop, as a fraction of the frame's: a larger crop shows no more than the
+    frame does."""
     fade: float = 0.05
-    """The alpha of a crop fades to 0 over this fraction of the crop's side, so that no border is visible."""
+    """The alpha of a crop fades to 0 over this fraction of the crop's side, so that no border is
+    visible."""
 
 
 @dataclass(frozen=True)
 class GuidedFilterConfig:
-    """Guided filter that enlarges alphas to the size of their source, along the edges of the image."""
+    """Guided filter that enlarges alphas to the size of their source, along the edges of the
+    image."""
 
     radius_px: int = 2
     """Radius of the window, in pixels of the alpha before it is enlarged."""
     epsilon: float = 1e-4
-    """Regularisation: variance of a colour channel in 0..1 above which a window counts as an edge."""
+    """Regularisation: variance of a colour channel in 0..1 above which a window counts as an
+    edge."""
 
 
 @dataclass(frozen=True)

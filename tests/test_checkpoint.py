@@ -1,4 +1,5 @@
-"""Checkpoints: round trips, strict loading, the published file, other files, and no execution of pickled code."""
+"""Checkpoints: round trips, strict loading, the published file, other files, and no execution of
+pickled code."""
 
 from __future__ import annotations
 

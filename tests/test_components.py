@@ -1,4 +1,5 @@
-"""The registry of model components: every entry exists, and wrong names and entries are reported."""
+"""The registry of model components: every entry exists, and wrong names and entries are
+reported."""
 
 from __future__ import annotations
 

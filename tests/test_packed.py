@@ -33,7 +33,8 @@ CONFIG = parse_model_config(MODEL, "test")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint with the head only, as icm train saves it for a frozen backbone, and the same checkpoint packed."""
+    """A checkpoint with the head only, as icm train saves it for a frozen backbone, and the same
+    checkpoint packed."""
     folder = tmp_path_factory.mktemp("packed")
     model = load_model_for_training(CONFIG, checkpoint=None, weights=None, offline=True, seed=0)
     head, packed = folder / "head.safetensors", folder / "weights" / "lite.safetensors"
@@ -144,7 +145,8 @@ def test_incompatible_checkpoints_are_reported(files: tuple[Path, Path], tmp_pat
 )
 @settings(deadline=None)
 def test_matrices_of_the_backbone_have_8_bits(tmp_path_factory: pytest.TempPathFactory, matrix: np.ndarray) -> None:
-    """The error is at most half a quantisation step of the row, which is its largest value divided by 127."""
+    """The error is at most half a quantisation step of the row, which is its largest value divided
+    by 127."""
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
     module = nn.ModuleDict({"backbone": nn.Linear(matrix.shape[1], matrix.shape[0])})
     module["backbone"].weight.data = torch.from_numpy(matrix.copy())

@@ -20,7 +20,8 @@ TEMPERATURE = 0.2
 
 
 def scene() -> tuple[Tensor, Tensor]:
-    """Return features [2,8,5,6] and their valid tokens; the second image has a padded column and row."""
+    """Return features [2,8,5,6] and their valid tokens; the second image has a padded column and
+    row."""
     feature = torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(0))
     valid = torch.ones(2, 5, 6, dtype=torch.bool)
     valid[1, 4:] = False
@@ -90,7 +91,8 @@ def test_inter_similarity_sums_to_the_number_of_reference_tokens() -> None:
 
 
 def test_a_narrow_unknown_band_does_not_exclude_a_cell() -> None:
-    """Cells have 8 px. A foreground cell with one unknown column counts, and a cell that is mostly unknown does not.
+    """Cells have 8 px. A foreground cell with one unknown column counts, and a cell that is mostly
+    unknown does not.
 
     Without unknown pixels the rule is the published one: all pixels of a cell must be foreground.
     """

@@ -27,9 +27,11 @@ COLOURS = torch.tensor([[0.2, 0.3, 0.8], [0.9, 0.2, 0.1], [0.9, 0.8, 0.1], [0.2,
 
 
 def features(kinds: Tensor, valid: Tensor, seed: int = 0) -> Features:
-    """Return tokens of an image whose cells [h,w] have the given classes: one direction per class, and noise.
+    """Return tokens of an image whose cells [h,w] have the given classes: one direction per class,
+    and noise.
 
-    Ball and cube are opposite, backdrop and meadow too: as unlike as centred features of unlike things are.
+    Ball and cube are opposite, backdrop and meadow too: as unlike as centred features of unlike
+    things are.
     """
     noise = torch.randn(16, *kinds.shape, generator=torch.Generator().manual_seed(seed))
     axes = torch.eye(16)
@@ -245,7 +247,8 @@ def test_settings_out_of_range_are_reported(settings, words):
 
 
 def test_reference_selects_an_object_with_efficientnet(head):
-    """A chequered and a striped disc on gravel, with the pretrained weights; the reference shows one of them."""
+    """A chequered and a striped disc on gravel, with the pretrained weights; the reference shows
+    one of them."""
     backbone = EfficientNetLite.load(EfficientNetLiteConfig(long_side_px=448), None, offline=True, seed=0)
     model = InContextMatting(backbone, head).eval()
     rows, columns = torch.meshgrid(torch.arange(320), torch.arange(448), indexing="ij")
@@ -263,10 +266,11 @@ def test_reference_selects_an_object_with_efficientnet(head):
 
 
 def test_importing_the_solver_does_not_change_the_number_of_threads():
-    """The import of pymatting sets the number of OpenMP threads, which farms limit and results depend on."""
+    """The import of pymatting sets the number of OpenMP threads, which farms limit and results
+    depend on."""
     code = (
-        "import torch; torch.set_num_threads(1); from icm_cli.model.training_free.closed_form import load_solver;"
-        "load_solver(); import sys; sys.exit(torch.get_num_threads() != 1)"
+        "import torch; torch.set_num_threads(1); from icm_cli.model.training_free.closed_form "
+        "import load_solver;load_solver(); import sys; sys.exit(torch.get_num_threads() != 1)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -306,7 +310,8 @@ class TestClusters:
         assert torch.equal(results[0].alpha[..., :160], results[1].alpha[..., :160])
 
     def test_tokens_are_clustered_by_the_grouping_features(self, by_clusters):
-        """Half of the ball matches the reference; the grouping features make both halves one cluster."""
+        """Half of the ball matches the reference; the grouping features make both halves one
+        cluster."""
         kinds = scene((BALL, 1))
         target = features(kinds, whole(kinds))
         spoiled = target.correspondence.clone()

@@ -34,7 +34,8 @@ from icm_cli.errors import UsageError
 from icm_cli.geometry import CanvasRule, ImageU8
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Mean of red, green and blue in ImageNet, on the scale 0..1. Many backbones normalise images by it."""
+"""Mean of red, green and blue in ImageNet, on the scale 0..1. Many backbones normalise images by
+it."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Standard deviation of red, green and blue in ImageNet."""
 MAX_ENLARGEMENT = 2.0
