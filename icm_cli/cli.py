@@ -10,17 +10,16 @@ import contextlib
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Optional, TypeVar
+from typing import Annotated, Any, Optional
 
 import typer
 from typer.core import TyperGroup
 
 from icm_cli.errors import IcmError
 from icm_cli.options import EvaluateOptions, MatteOptions, TrainOptions
-from icm_cli.options.definition import CommandOptions, OptionField, Panel
+from icm_cli.options.definition import OptionField, Options, Panel
 from icm_cli.signals import Interrupt
 
-Options = TypeVar("Options", bound=CommandOptions)
 Callback = Callable[[bool], None]
 RERUN_HINT = "run the same command again to resume"
 GLOB_HINT = ' Quote globs and patterns, such as --src "imgs/*.jpg", so that the shell does not expand them.'
@@ -222,7 +221,7 @@ def evaluate(options: EvaluateOptions) -> None:
     """
     if options.reports.compare is not None:
         others = {each.name for each in options.option_fields()} - {"compare", "verbose"}
-        options.refuse(others, "--compare only prints the differences between two reports")
+        options.refuse_given(others, "--compare only prints the differences between two reports")
         from icm_cli.reports.comparison import compare_reports
         from icm_cli.terminal import print_comparison
 
@@ -252,7 +251,7 @@ def train(options: TrainOptions) -> None:
     from icm_cli.training.train import train as run_train
 
     if options.training.preview:
-        options.refuse(["resume", "pack"], "--preview trains nothing")
+        options.refuse_given(["resume", "pack"], "--preview trains nothing")
     display = options.display
     run_train(options, listener=TrainingTerminal(quiet=display.quiet, verbose=display.verbose))
 

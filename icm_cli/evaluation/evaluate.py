@@ -48,7 +48,7 @@ def evaluate(
     if data.dataset is None:
         raise UsageError("--dataset is missing; expected a name, or folder for your own images (or --compare A B)")
     if protocol.pred is not None:
-        options.refuse(options.matting_names(), "--pred scores existing alphas")
+        options.refuse_given(options.matting_names(), "--pred scores existing alphas")
         if predictor is not None:
             raise UsageError("pred scores existing alphas, so predictor has no effect; remove it")
     if protocol.references and (protocol.rounds or matting.refs_per_group):
@@ -108,7 +108,7 @@ def _find_dataset(options: EvaluateOptions) -> DatasetSamples:
     )
     if found.dataset.is_shots:
         reason = f"the first frame of every shot of {found.dataset.title} is its only reference"
-        options.refuse(("rounds", "refs_per_group", "groups", "video"), reason)
+        options.refuse_given(("rounds", "refs_per_group", "groups", "video"), reason)
         found = _select_shot_frames(found)
     if options.matting.shot and not (found.dataset.is_shots or data.video):
         raise UsageError("--shot requires frames of shots; give --dataset davis16, or --video if the groups are videos")

@@ -50,8 +50,7 @@ ALLOWED_PROBLEMS = frozenset({"empty-alpha", "16-bit-alpha", "missing-alpha"})
 
 @keyword_arguments(MatteOptions)
 def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
-    """Extract the object of the references from every image of ``src``; write one alpha each below
-    ``out``.
+    """Extract the object of the references from every image of ``src`` as an alpha below ``out``.
 
     Alphas have exactly the size of their source. An alpha that an earlier run made with the same
     settings from the same source is kept. An image that fails is named in the report, and the other
@@ -75,18 +74,17 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
             return Report(settings={}, results=[_planned_result(job) for job in plan.jobs])
         plan.report_files.check_writable(plan.layout.folder)
         _remove_temporaries(plan, listener)
-        run = _Run(options, plan, choices, cluster, listener)
+        run = _MattingRun(options, plan, choices, cluster, listener)
         return run.matte_all(start)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that is known before the model: references, images with their outputs, and
-    reports."""
+class MattingPlan:
+    """Everything that a run knows before the model: references, images, outputs and reports."""
 
     references: Sequence[Reference]
     colour: ColourSettings
-    """ColourSettings of the sources."""
+    """Colour settings of the sources."""
     output: OutputFormat
     layout: OutputLayout
     report_files: ReportFiles
@@ -99,9 +97,11 @@ class Plan:
     """Images without a ground truth."""
 
 
-def make_plan(options: MatteOptions, listener: Listener) -> Plan:
-    """Read the references, find the sources and decide on their outputs. Writes nothing. Raises
-    UsageError."""
+def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
+    """Read the references, find the sources and choose their outputs, without writing anything.
+
+    Raises UsageError.
+    """
     given, sequences = options.references, options.sequences
     report_files = ReportFiles.from_options(options.reports.report, options.reports.contact_sheet)
     output, layout = _output_and_layout(options.output)
@@ -133,16 +133,16 @@ def make_plan(options: MatteOptions, listener: Listener) -> Plan:
         shot = shot and shot.with_jobs(jobs)
     files = [path for job in jobs for path in (job.source, *job.outputs)]
     report_files.check_no_overwrite([*protected, *truths, *map(str, files)])
-    return Plan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths, problems)
+    return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths, problems)
 
 
-class _Run:
+class _MattingRun:
     """A run whose plan and model are decided: what it reports, and the devices that do the work."""
 
     def __init__(
         self,
         options: MatteOptions,
-        plan: Plan,
+        plan: MattingPlan,
         choices: Sequence[ModelChoice],
         cluster: RayCluster | None,
         listener: Listener,
@@ -259,7 +259,7 @@ class _Run:
         }
 
 
-def run_digest(options: MatteOptions, plan: Plan, choice: ModelChoice) -> str:
+def run_digest(options: MatteOptions, plan: MattingPlan, choice: ModelChoice) -> str:
     """Return the digest of everything besides the source that decides the alphas of a run."""
     learn_steps = choice.resolve_learn_steps(options.sequences.learn_steps, is_shot=options.sequences.shot)
     parts = {
@@ -395,7 +395,7 @@ def _colours(options: ColourOptions) -> tuple[ColourSettings, ColourSettings]:
     return sources, references
 
 
-def _remove_temporaries(plan: Plan, listener: Listener) -> None:
+def _remove_temporaries(plan: MattingPlan, listener: Listener) -> None:
     """Remove temporary files of killed runs from the folders that this run writes to."""
     folders = {*(job.output.parent for job in plan.jobs), *(path.parent for path in plan.report_files.paths)}
     removed = sum(remove_stale_temporaries(folder) for folder in folders)

@@ -192,7 +192,7 @@ class OutputOptions(OptionGroup):
         help="Keep every alpha that icm made from the same source, even if another version or other settings made it.",
     )
 
-    def check(self) -> None:
+    def check_conflicts(self) -> None:
         if not self.out:
             raise UsageError("--out is empty; expected a folder for the alphas")
         if self.overwrite and self.keep_existing:
@@ -641,7 +641,7 @@ class TrainingOptions(OptionGroup):
         None, help="Also write the result with its backbone into one small .safetensors file.", metavar="FILE"
     )
 
-    def check(self) -> None:
+    def check_conflicts(self) -> None:
         if self.out == "":
             raise UsageError("--out is empty; expected a folder for checkpoints and logs")
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from icm_cli.errors import UsageError, did_you_mean
 
-Result = TypeVar("Result")
+Returned = TypeVar("Returned")
 NO_LIMIT = math.inf
 
 
@@ -137,7 +137,7 @@ class OptionField:
         is_literal = typing.get_origin(self.value_type) is Literal
         return typing.get_args(self.value_type) if is_literal else self.properties.choices
 
-    def convert(self, value: object) -> Any:
+    def convert_value(self, value: object) -> Any:
         """Convert a value to the option's type; None means the default.
 
         Raises UsageError for a value that the option does not allow.
@@ -174,7 +174,7 @@ class OptionGroup:
 
     panel: ClassVar[Panel]
 
-    def check(self) -> None:
+    def check_conflicts(self) -> None:
         """Raise UsageError for options of this group that exclude one another."""
 
 
@@ -208,7 +208,7 @@ class CommandOptions:
         ``given``: names of the options that were given; by default those whose value is not the
         default. Raises UsageError.
         """
-        converted = {each.name: each.convert(values.get(each.name)) for each in cls.option_fields()}
+        converted = {each.name: each.convert_value(values.get(each.name)) for each in cls.option_fields()}
         if unknown := values.keys() - converted.keys():
             name = min(unknown)
             raise TypeError(f"{name!r} is not an option. {did_you_mean(name, converted)}")
@@ -217,7 +217,7 @@ class CommandOptions:
         groups = {}
         for name, group in cls._groups().items():
             groups[name] = group(**{field.name: converted[field.name] for field in dataclasses.fields(group)})
-            groups[name].check()
+            groups[name].check_conflicts()
         return cls(given=frozenset(given), **groups)
 
     @classmethod
@@ -226,12 +226,12 @@ class CommandOptions:
         fields = [each for each in cls.option_fields() if each.properties.is_in_api]
         return sorted(fields, key=lambda each: each.name not in cls.positional)
 
-    def value(self, name: str) -> Any:
+    def get_value(self, name: str) -> Any:
         """Value of an option by its name."""
         group = next(each.group for each in self.option_fields() if each.name == name)
         return getattr(getattr(self, group), name)
 
-    def refuse(self, names: Iterable[str], why: str) -> None:
+    def refuse_given(self, names: Iterable[str], why: str) -> None:
         """Raise UsageError if any of these options was given; ``why`` begins the sentence."""
         for each in self.option_fields():
             if each.name in names and each.name in self.given:
@@ -246,7 +246,7 @@ class CommandOptions:
         for each in self.option_fields():
             part = each.properties.digest
             if part is DigestPart.VALUE:
-                found[each.name] = repr(self.value(each.name))
+                found[each.name] = repr(self.get_value(each.name))
             elif part is not None:
                 found[part] = parts[part]
         return found
@@ -260,14 +260,14 @@ class CommandOptions:
 Options = TypeVar("Options", bound=CommandOptions)
 
 
-def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., Returned]], Callable[..., Returned]]:
     """Decorate a function of ``options`` so that it takes every option as an argument of its own.
 
     The options object itself is accepted in their place, as the only positional argument. Other
     keyword-only parameters of the function stay as they are.
     """
 
-    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
+    def decorate(function: Callable[..., Returned]) -> Callable[..., Returned]:
         own = [each for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
         others = {each.name for each in own}
         parameters = [
@@ -276,7 +276,7 @@ def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., R
         signature = inspect.Signature([*parameters, *own], return_annotation=function.__annotations__.get("return"))
 
         @functools.wraps(function)
-        def call(*arguments: Any, **keywords: Any) -> Result:
+        def call(*arguments: Any, **keywords: Any) -> Returned:
             if len(arguments) == 1 and isinstance(arguments[0], options_class):
                 return function(*arguments, **keywords)
             values = signature.bind(*arguments, **keywords).arguments
