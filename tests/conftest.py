@@ -63,8 +63,8 @@ def _load_once() -> Iterator[None]:
     build_command = functools.cache(typer.testing._get_command)
 
     @functools.cache
-    def load_from(path: Path, config: Any) -> nn.Module:
-        del path
+    def load_from(digest: str, config: Any) -> nn.Module:
+        del digest
         return load(config, None, offline=True, seed=0)
 
     def load_copy(config: Any, weights: str | None, *, offline: bool, seed: int) -> nn.Module:
@@ -72,7 +72,8 @@ def _load_once() -> Iterator[None]:
             return load(config, weights, offline=offline, seed=seed)
         model = efficientnet.EfficientNetLite(config)  # draws the random numbers that a load draws
         with torch.random.fork_rng(devices=[]):
-            loaded = load_from(efficientnet._package_weights_path(weights), config)
+            digest = efficientnet.EfficientNetLite.weights_digest(config, weights, offline=offline)
+            loaded = load_from(digest, config)
         model.load_state_dict(loaded.state_dict())
         return model.eval()
 
