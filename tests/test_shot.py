@@ -21,10 +21,18 @@ from icm_cli.errors import UsageError
 from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.geometry import CanvasRule, Float, alpha_to_u8
 from icm_cli.images.pixels import ImageWindows
-from icm_cli.images.writing import read_stamp
+from icm_cli.images.writing import read_stamp, write_alpha
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor
-from icm_cli.matting.propagation import PROPAGATED_KEY, FlowField, FlowPropagator, FrameMemory, PropagationConfig
+from icm_cli.matting.propagation import (
+    EARLIER_KEY,
+    PROPAGATED_KEY,
+    FlowField,
+    FlowPropagator,
+    FrameMemory,
+    PropagationConfig,
+    encode_alpha,
+)
 from icm_cli.matting.references import Reference
 from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.reports.result import ImageResult
@@ -294,6 +302,22 @@ def test_a_frame_without_the_object_is_skipped(found: bool, filled: bool) -> Non
     without, last = propagator.matte(jobs[1:], frames[1:])
     assert without.alpha.max() == 0
     assert (float(last.alpha[65:85, 60:88].min()) > 0.5) == filled
+
+
+@pytest.mark.parametrize("key", [PROPAGATED_KEY, EARLIER_KEY])
+def test_existing_alphas_are_propagated_whatever_version_wrote_them(tmp_path: Path, key: str) -> None:
+    cv2.imwrite(str(tmp_path / "f.0.png"), draw_frame(70)[..., ::-1])
+    alpha = alpha_to_u8(disc(70))
+    output = tmp_path / "alpha.png"
+    planned = ImageResult("f.0.png", str(output), "planned")
+    propagator, *_ = propagator_of(GivenAlphas(), 0)
+    existing = Job(tmp_path / "f.0.png", Path("f.0.png"), output, planned)
+    assert propagator._read_existing(existing) is None
+    write_alpha(output, disc(70), {key: encode_alpha(alpha)})
+    memory = propagator._read_existing(existing)
+    assert memory is not None
+    assert (memory.alpha == alpha).all()
+    assert (memory.rgb == draw_frame(70)).all()
 
 
 def test_propagation_starts_at_a_keyframe_in_both_directions(shot: Shoot, scene: Path) -> None:

@@ -317,13 +317,13 @@ class Engine:
         seconds = image.seconds + model_seconds + time.perf_counter() - start
         return replace(job.planned, status="done", matting=MattingDetails(seconds=round(seconds, 4), **measured))
 
-    def _write_files(self, image: LoadedImage, alpha: Float, mark: dict[str, str]) -> None:
+    def _write_files(self, image: LoadedImage, alpha: Float, stamp: dict[str, str]) -> None:
         """Write the requested files. The image's own file is the last: it shows that the image is
         finished."""
         output, job, windows = self.options.output, image.job, image.windows
         if output.trimap != "none":
             trimap = windows.move_pixels(trimap_from_alpha(alpha, output.band_px), windows.display_window)
-            write_trimap(job.trimap if output.trimap == "beside" else job.output, trimap, mark)
+            write_trimap(job.trimap if output.trimap == "beside" else job.output, trimap, stamp)
         if output.trimap == "instead":
             return
         if output.foreground != "none":
@@ -331,10 +331,10 @@ class Engine:
             self._report_clipping(image, colours)
             if not output.has_windows:
                 colours, alpha = (windows.move_pixels(each, windows.display_window) for each in (colours, alpha))
-            write_foreground(job.output, colours, alpha, mark, output, image.stored, job.colour.config)
+            write_foreground(job.output, colours, alpha, stamp, output, image.stored, job.colour.config)
         else:
             alpha = alpha if output.has_windows else windows.move_pixels(alpha, windows.display_window)
-            write_alpha(job.output, alpha, mark, output, image.stored)
+            write_alpha(job.output, alpha, stamp, output, image.stored)
 
     def _report_clipping(self, image: LoadedImage, colours: Float) -> None:
         """Report once if an integer format clips colours outside 0..1."""

@@ -34,6 +34,8 @@ from icm_cli.model.contracts import PreparedReferences
 
 PROPAGATED_KEY = "icm-propagated"
 """Entry of a file's stamp: the alpha that the next frame uses."""
+EARLIER_KEY = "icm-carried"
+"""Name of this entry in alphas of icm 0.1."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,8 @@ class FlowPropagator:
         """Read the alpha of a frame that an earlier run matted; None if there is none to
         propagate."""
         try:
-            text = (read_stamp(job.output) or {}).get(PROPAGATED_KEY, "")
+            stamp = read_stamp(job.output) or {}
+            text = stamp.get(PROPAGATED_KEY) or stamp.get(EARLIER_KEY, "")
             data = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
             alpha = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
             if alpha is None:
