@@ -108,7 +108,7 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "torn ref": (2, "empty", file_at("torn.png", b"", "ref")),
     "mask is text": (2, "not an image", file_at("m.png", b"hello", "mask")),
     "counts differ": (2, "2 references but 1 masks", option(ref=["@ref.png", "@ref.png"])),
-    "no mask, no cut-out": (2, "no RGBA cut-out", option(mask=None)),
+    "no mask, no cut-out": (2, "not an RGBA cut-out", option(mask=None)),
     "empty mask": (2, "is empty", flat_mask(0)),
     "full mask": (2, "is full", flat_mask(255)),
     "mask of another shape": (2, "expected the same aspect ratio", wrong_shape),
@@ -120,8 +120,8 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "output over the mask": (2, "mask.png would be written over a reference", over_the_mask),
     "output over a truth": (2, "wall.png would be written over a ground truth", over_a_truth),
     "trimap over an alpha": (2, "each: the trimap of ", trimap_collision),
-    "report suffix": (2, "none of .csv, .json, .html", option(report="@r.txt")),
-    "contact sheet suffix": (2, "is no .png", option(contact_sheet="@c.jpg")),
+    "report suffix": (2, "expected one of .csv, .json, .html", option(report="@r.txt")),
+    "contact sheet suffix": (2, "is not a .png file", option(contact_sheet="@c.jpg")),
     "report over a source": (2, "is an input or an alpha of this run", option(contact_sheet="@imgs/pad.0101.png")),
     "sheet over the mask": (2, "is an input or an alpha of this run", option(contact_sheet="@mask.png")),
     "sheet over an alpha": (2, "is an input or an alpha of this run", option(contact_sheet="@out/wall.png")),
@@ -510,6 +510,7 @@ def test_image_not_made_by_icm_is_not_overwritten(icm: Icm, scene: Path, form: s
 def test_features_that_are_not_finite_are_reported(
     icm: Icm, scene: Path, side: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    side = f"{side}_features"
     seen = getattr(EfficientNetLite, side)
 
     def broken(self: EfficientNetLite, *given: object) -> Features:
