@@ -1,4 +1,4 @@
-"""The command's surface: help, version, and what it may not import."""
+"""The command line: help, version, options and imports."""
 
 from __future__ import annotations
 
@@ -27,12 +27,10 @@ ROOT = Path(__file__).parent.parent
 
 def test_help_does_not_import_torch() -> None:
     code = (
-        "import sys; from icm_cli.cli import app\n"
-        "for command in ('matte', 'eval', 'train'):\n"
-        "    try: app([command, '--help'])\n"
-        "    except SystemExit: pass\n"
-        "heavy = {'torch', 'diffusers', 'cv2', 'numpy', 'PIL', 'transformers', 'pymatting'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
+        "import sys; from icm_cli.cli import app\nfor command in ('matte', 'eval', 'train'):\n    "
+        "try: app([command, '--help'])\n    except SystemExit: pass\nheavy = {'torch', "
+        "'diffusers', 'cv2', 'numpy', 'PIL', 'transformers', 'pymatting'} & "
+        "set(sys.modules)\nsys.exit(f'imported {heavy}' if heavy else 0)"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -91,7 +89,7 @@ def test_generated_files_are_up_to_date() -> None:
 
 
 def test_no_option_is_defined_twice() -> None:
-    """Options of several commands share one definition, unless they mean something else there."""
+    """Options of several commands have one definition, unless their meaning differs."""
     others = {"device", "checkpoint", "out", "workers", "references", "shot"}
     found: dict[str, set[str]] = {}
     for options in COMMANDS.values():
@@ -172,7 +170,7 @@ def test_help_text_is_not_interpreted_as_markup() -> None:
 
 
 def listed(**environment: str) -> dict[str, tuple[str, str]]:
-    """Each model's state and needs, as printed without torch, --ref and --src."""
+    """Models are listed with state and requirements, without torch, --ref and --src."""
     code = (
         "import sys; from icm_cli.cli import app\n"
         "try: app(['matte', '--list-models'])\n"
@@ -188,7 +186,7 @@ def listed(**environment: str) -> dict[str, tuple[str, str]]:
 
 
 def test_models_are_listed_with_their_state(tmp_path: Path) -> None:
-    """A repository in the hub's cache is here."""
+    """A repository in the cache of the hub is available."""
     models = listed(HF_HOME=str(tmp_path))
     assert set(models) == {*preset_paths(), "any, with --edges vitmatte"}
     assert models["lite"] == ("available", "needs nothing; 50 MB, in the package; MIT and Apache-2.0")
@@ -289,7 +287,8 @@ def test_predictions_refuse_model_options(name: str) -> None:
 
 
 def test_eval_options_declare_whether_a_model_uses_them() -> None:
-    """A new option must be put on one side or the other; those here are read with --pred too."""
+    """Every option declares whether a model uses it. The options listed here also apply to
+    --pred."""
     read = {"dataset", "data_root", "images", "alphas", "trimaps", "groups", "backgrounds", "split", "video", "pred"}
     read |= {"references", "rounds", "region", "size", "lineage", "trimap_kernel"}
     read |= {"workers", "note", "report", "allow", "quiet", "verbose", "compare"}

@@ -1,4 +1,4 @@
-"""The model in the package: complete, small, and accurate on images that it was not trained on."""
+"""The model in the package: complete, small, and accurate on images not used for training."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_statistics_are_float32_and_the_origin_is_recorded(weights: Path) -> Non
 
 @pytest.mark.parametrize("shape", [(40, 2000), (2000, 40), (2, 3), (8, 300)])
 def test_images_of_any_shape_are_matted(shape: tuple[int, int]) -> None:
-    """Targets and references may have any shape."""
+    """Targets and references of any shape are accepted."""
     predictor = icm_cli.load(device="cpu", offline=True)
     picture = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
     mask = np.zeros(shape, bool)

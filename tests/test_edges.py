@@ -1,4 +1,4 @@
-"""Edges for any coarse alpha: trimaps, tiles, closed-form matting, ViTMatte from a tiny random folder."""
+"""Edge refinement: trimaps, tiles, closed-form matting, and ViTMatte with random weights."""
 
 from __future__ import annotations
 
@@ -116,7 +116,8 @@ class AlternatingNetwork(nn.Module):
 
 class TestVitMatte:
     def test_seams_are_below_one_level_of_8_bits(self) -> None:
-        """The default tiles, a network that answers 0 and 1 in turns, everything unknown but for the corners."""
+        """Default tiles, a network that returns 0 and 1 alternately, and unknown pixels except in
+        the corners."""
         edges = VitMatteEdges(VitMatteEdgesConfig(), AlternatingNetwork())
         coarse = np.full((30, 40), 0.5, np.float32)
         alpha = refine_alpha(edges, np.zeros((1500, 2000, 3), np.uint8), coarse)
@@ -135,7 +136,7 @@ class TestVitMatte:
         assert alpha[200:].max() == 0.0
 
     def test_preprocessing_equals_the_published_processor(self, folder: Path) -> None:
-        """Against transformers' own NumPy processor: statistics, the trimap's channel, zeros up to 32 px."""
+        """Statistics, trimap channel and padding equal the NumPy processor of transformers."""
         try:
             from transformers.models.vitmatte.image_processing_pil_vitmatte import VitMatteImageProcessorPil
         except ImportError:  # transformers 4 has only this class
@@ -210,7 +211,7 @@ class TestVitMatte:
 class TestClosedForm:
     @pytest.mark.parametrize("solve", [64, 256])
     def test_alpha_follows_the_edge_in_the_image(self, solve: int) -> None:
-        """A disc of another colour than its ground; the coarse alpha is a few pixels off."""
+        """A disc on another colour, with a coarse alpha that is a few pixels too large."""
         truth = disc(240, 80)
         rgb = np.where(truth[..., None] > 0, np.uint8([220, 120, 30]), np.uint8([20, 60, 90])).astype(np.uint8)
         coarse = np.roll(disc(40, 13), (1, 0), (0, 1))
@@ -250,7 +251,7 @@ class TestOption:
             assert read(scene / each / name).shape == read(scene / "imgs" / "wall.jpg").shape[:2]
 
     def test_sharded_weights_give_the_same_alphas(self, icm: Icm, scene: Path, folder: Path) -> None:
-        """Transformer and ViTMatte of two files each, with an index, by the options of the command."""
+        """Transformer and ViTMatte are stored in two files each with an index."""
         dino = write_tiny_dino(scene / "dino")
         model = scene / "dino.yaml"
         model.write_text(
@@ -266,7 +267,7 @@ class TestOption:
         assert made.std() > 0
 
     def test_eval_accepts_the_edges_options(self, evaluate: Icm, folder: Path, tmp_path: Path) -> None:
-        """Other edges give other scores, and the reports name them."""
+        """Other edges give other scores, and reports name the edges."""
         given: dict[str, dict[str, Any]] = {"model": {}, "closed": {"edges": "closed-form"}}
         given["vitmatte"] = {"edges": "vitmatte", "edges_weights": folder}
         errors = []

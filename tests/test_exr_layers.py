@@ -1,4 +1,4 @@
-"""Layers and parts of EXR files: which of them is the picture."""
+"""Layers and parts of EXR files: which of them is used as the image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import read_alpha, read_image, read_stored_pixels
 
 Channels = Mapping[str, np.ndarray]
-"""Pixels [H,W] by the name of their channel."""
+"""Return pixels [H,W] by channel name."""
 NOISE = np.random.default_rng(0).random((SIDE, SIDE)).astype(np.float32)
 DEPTH = {"Z": 50 * NOISE, "id": np.round(9 * NOISE)}
 
@@ -32,7 +32,7 @@ OTHER = linear(RGB[::-1])
 
 
 def multipart(path: Path, *parts: tuple[str, Channels]) -> Path:
-    """Write parts, of names and channels, whose display window is the first one's."""
+    """Write parts of (name, channels) with the display window of the first part."""
     specs: list[oiio.ImageSpec] = []
     for name, channels in parts:
         height, width = next(iter(channels.values())).shape

@@ -1,4 +1,4 @@
-"""Work of a farm: shards on one folder, alphas of other sources, frames, progress for programs, the scripts."""
+"""Farm use: shards, alphas of other sources, frame sequences, progress output and scripts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JOB = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "farms.md").read_text(), 
 
 @pytest.fixture
 def plates(scene: Path) -> Path:
-    """Frames 1001 to 1005 of a shot, 1003 missing."""
+    """Write frames 1001 to 1005 of a shot without 1003."""
     folder = scene / "plates"
     folder.mkdir()
     for number in (1001, 1002, 1004, 1005):
@@ -289,7 +289,7 @@ def test_progress_none_prints_no_images(icm: Icm) -> None:
 
 @pytest.mark.slow
 def test_openjd_template_of_the_docs_runs(scene: Path, small_model: Path) -> None:
-    """The real checker and runner of OpenJD take it, shard after shard."""
+    """The checker and runner of Open Job Description accept it and run every shard."""
     assert JOB is not None
     template = scene / "icm.yaml"
     template.write_text(JOB[1])

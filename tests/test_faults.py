@@ -1,4 +1,4 @@
-"""Bad input and bad luck: the exit code, one sentence, nothing lost, no torn file."""
+"""Bad input and failures: exit code, one message, no lost and no truncated file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from icm_cli.model.lite.efficientnet import EfficientNetLite
 
 
 def sentence(stderr: str) -> str:
-    """The one line that says what is wrong."""
+    """Return the only line of the error message."""
     lines = [line for line in stderr.splitlines() if line.strip()]
     assert len(lines) == 1, stderr
     assert lines[0].startswith("icm: ")
@@ -38,7 +38,7 @@ def sentence(stderr: str) -> str:
 
 
 LONG = 16
-"""Images of a run that is stopped in its middle."""
+"""Number of images of a run that is interrupted."""
 Damage = Callable[[Path], dict[str, object]]
 
 
@@ -179,7 +179,7 @@ def test_invalid_option_exits_with_code_2(icm: Icm, line: list[str]) -> None:
 
 
 def spoil(scene: Path) -> set[str]:
-    """Three images that cannot be read."""
+    """Write three images that cannot be read."""
     wall = (scene / "imgs" / "wall.jpg").read_bytes()
     (scene / "imgs" / "cut.jpg").write_bytes(wall[: len(wall) // 2])
     (scene / "imgs" / "zero.jpg").write_bytes(b"")
@@ -353,7 +353,7 @@ def test_other_model_errors_are_raised(icm: Icm, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def long_run(scene: Path, small_model: Path) -> tuple[list[str], Path]:
-    """A command line of LONG images, and its output folder."""
+    """Return a command that mattes LONG images, and its output folder."""
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", LONG)
     options = {
         "ref": scene / "ref.png",
@@ -367,7 +367,7 @@ def long_run(scene: Path, small_model: Path) -> tuple[list[str], Path]:
 
 
 def start_and_stop(line: list[str], out: Path, number: signal.Signals) -> subprocess.CompletedProcess[str]:
-    """Send the signal as soon as the third alpha is there."""
+    """Send the signal when the third alpha exists."""
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while len(list(out.glob("*.png"))) < 3 and process.poll() is None:
         time.sleep(0.005)
@@ -421,7 +421,7 @@ def test_two_runs_can_share_an_output_folder(long_run: tuple[list[str], Path]) -
 
 
 def test_openexr_write_error_names_the_output(icm: Icm, scene: Path) -> None:
-    """Files may be no larger than 500 bytes here, so OpenEXR's own writes fail."""
+    """The file size limit is 500 bytes, so that the writes of OpenEXR fail."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
     try:
@@ -501,7 +501,7 @@ def test_image_not_made_by_icm_is_not_overwritten(icm: Icm, scene: Path, form: s
     assert out.read_bytes() == retouched
     assert icm("--format", form, "--overwrite", src=scene / "imgs" / "wall.jpg").exit_code == 0
     assert out.read_bytes() == made
-    out.write_bytes(made[: len(made) // 2])  # what is damaged is made again
+    out.write_bytes(made[: len(made) // 2])  # damaged alphas are recomputed
     assert icm("--format", form, src=scene / "imgs" / "wall.jpg").exit_code == 0
     assert out.read_bytes() == made
 

@@ -1,4 +1,4 @@
-"""Whole files or none, and a cache that can always be written."""
+"""Atomic writes, and a cache folder that is always writable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formats, depths and colour spaces of the trade: the same picture comes out of each of them."""
+"""Image formats, bit depths and colour spaces: the same image is read from each of them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ DEEP = RGB.astype(np.uint16) * 257
 
 
 def write_psd(path: Path, rgb: np.ndarray) -> Path:
-    """Write a Photoshop file that holds only the merged image. OpenImageIO and Pillow cannot write PSD."""
+    """Write a Photoshop file that holds only the merged image. OpenImageIO and Pillow cannot write
+    PSD."""
     height, width, channels = rgb.shape
     header = struct.pack(">4sH6xHIIHH", b"8BPS", 1, channels, height, width, 8, 3)
     no_palette_resources_or_layers = bytes(12)
@@ -89,7 +90,7 @@ def test_planar_tiff(tmp_path: Path) -> None:
 
 
 def negative(folder: Path, pixels: np.ndarray) -> Path:
-    """A TIFF of 16 bits whose least value is white."""
+    """Write a 16-bit TIFF in which 0 is white."""
     path = written(folder / "a.tif", pixels, "uint16")
     data = bytearray(path.read_bytes())
     at = data.index(b"\x06\x01\x03\x00\x01\x00\x00\x00")  # the tag of the photometric interpretation
@@ -110,7 +111,8 @@ def test_exr_is_linear(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.slow
 def test_image_in_five_colour_spaces_gives_one_alpha(icm: Icm, scene: Path) -> None:
-    """PNG in sRGB, 16-bit TIFF, linear EXR, ACEScg EXR, LogC DPX: within 2 of 255."""
+    """The spaces are sRGB PNG, 16-bit TIFF, linear EXR, ACEScg EXR and LogC DPX; the tolerance is 2
+    of 255."""
     import PyOpenColorIO
 
     picture = read(next((scene / "imgs").glob("wall.*")))[..., 2::-1]
@@ -146,13 +148,14 @@ def test_view_and_exposure_affect_the_alpha(tmp_path: Path) -> None:
     assert difference(path, ColourSettings(exposure=-2.0)) <= 1
     tone_mapped = read_image(path, ColourSettings(view="ACES 2.0 - SDR 100 nits (Rec.709)")).rgb
     clipped = read_image(path).rgb
-    assert (clipped == 255).mean() > 2 * (tone_mapped == 255).mean()  # values above 1 reach the view
+    assert (clipped == 255).mean() > 2 * (tone_mapped == 255).mean()  # the view gets values above 1
 
 
 @pytest.mark.parametrize("space", ["lin_rec709_scene", "ACEScg", "ARRI LogC3 (EI800)"])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_view_equals_the_ocio_processor(space: str, scale: float) -> None:
-    """As OpenColorIO gives it in float, of light far above 1 too; the pixels themselves are left alone."""
+    """The result equals that of OpenColorIO in float, also above 1, and the stored pixels do not
+    change."""
     import PyOpenColorIO as ocio
 
     config = ocio.Config.CreateFromBuiltinConfig("studio-config-latest")
@@ -169,7 +172,7 @@ def test_view_equals_the_ocio_processor(space: str, scale: float) -> None:
     expected = values.copy()
     config.getProcessor(group).getDefaultCPUProcessor().applyRGB(expected)
     wide = np.repeat(values * np.float32(scale), 2, axis=1)
-    given = wide[:, ::2]  # not in one piece
+    given = wide[:, ::2]  # not contiguous
     seen = to_display_srgb(given, scale, space, ColourSettings(exposure=1.0))
     assert np.abs(seen - np.clip(expected * 255, 0, 255)).max() <= 0.51
     assert (given == values * np.float32(scale)).all()
@@ -189,7 +192,7 @@ def test_unknown_colour_names_are_reported(colour: ColourSettings, message: str)
 
 
 def swapped_profile() -> bytes:
-    """A profile whose red and blue are swapped."""
+    """Return an ICC profile with red and blue swapped."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     red, blue = profile.index(b"rXYZ"), profile.index(b"bXYZ")
     profile[red : red + 4], profile[blue : blue + 4] = b"bXYZ", b"rXYZ"
@@ -197,7 +200,7 @@ def swapped_profile() -> bytes:
 
 
 def linear_grey_profile() -> bytes:
-    """The smallest ICC profile of version 2 of a grey without a curve."""
+    """Return a minimal linear grey ICC profile of version 2."""
     white = struct.pack(">iii", 63190, 65536, 54061)  # D50, in 1/65536
     tags = {
         b"desc": b"desc" + struct.pack(">4xI", 5) + b"grey\0" + bytes(81),
@@ -215,7 +218,7 @@ def linear_grey_profile() -> bytes:
 
 
 def profiled(path: Path, pixels: np.ndarray, kind: str, profile: bytes, **attributes: object) -> Path:
-    """A file that OpenImageIO writes with an ICC profile; a fourth channel is its alpha."""
+    """Write a file with an ICC profile by OpenImageIO. A fourth channel is its alpha."""
     spec = oiio.ImageSpec(pixels.shape[1], pixels.shape[0], pixels.shape[2], kind)
     for name, value in attributes.items():
         spec.attribute(name.replace("__", ":"), value)
@@ -229,7 +232,8 @@ def profiled(path: Path, pixels: np.ndarray, kind: str, profile: bytes, **attrib
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16"])
 def test_profile_of_associated_alpha_composites_over_black(tmp_path: Path, kind: str) -> None:
-    """Colours that are multiplied by alpha come out as the same numbers without an alpha do; alpha stays as it is."""
+    """Premultiplied colours are read like the same values without alpha, and the alpha is
+    unchanged."""
     half = np.where(X < SIDE // 2, 0.5, 1.0).astype(np.float32)[..., None]
     colours = RGB / np.float32(255) * half
     plain = profiled(tmp_path / "plain.tif", colours, kind, swapped_profile())
@@ -244,7 +248,7 @@ def test_profile_of_associated_alpha_composites_over_black(tmp_path: Path, kind:
 @pytest.mark.parametrize("name", ["a.tif", "a.png"])
 @pytest.mark.parametrize("kind", ["uint8", "uint16"])
 def test_grey_profile_is_applied_at_every_bit_depth(tmp_path: Path, name: str, kind: str) -> None:
-    """Linear grey: one half is 188 of sRGB."""
+    """In linear grey, one half is 188 in sRGB."""
     path = profiled(tmp_path / name, np.full((SIDE, SIDE, 1), 0.5, np.float32), kind, linear_grey_profile())
     picture = read_image(path)
     assert np.abs(picture.rgb.astype(int) - 188).max() <= 1
@@ -252,7 +256,7 @@ def test_grey_profile_is_applied_at_every_bit_depth(tmp_path: Path, name: str, k
 
 
 def test_icc_profiles_are_applied(tmp_path: Path) -> None:
-    """The picture comes out with red and blue swapped back."""
+    """Applying the profile swaps red and blue back."""
     described = swapped_profile()
     for name, image in (("a.png", Image.fromarray(RGB)), ("a.jpg", Image.new("RGB", (SIDE, SIDE), (200, 40, 90)))):
         image.save(tmp_path / name, icc_profile=described)
@@ -269,7 +273,8 @@ def test_broken_profile_is_reported_and_ignored(tmp_path: Path) -> None:
 
 
 def gamma_png(path: Path, pixels: np.ndarray, gamma: float, *, srgb: bool = False) -> Path:
-    """A PNG whose gAMA chunk says an exponent of ``1 / gamma``; ``srgb``: beside the chunk that goes before it."""
+    """Write a PNG with a gAMA chunk of ``1 / gamma``, and with ``srgb`` an sRGB chunk, which takes
+    precedence."""
     cv2.imwrite(str(path), pixels)
     data = path.read_bytes()
 
@@ -283,7 +288,8 @@ def gamma_png(path: Path, pixels: np.ndarray, gamma: float, *, srgb: bool = Fals
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
 def test_gamma_of_a_png_is_applied(tmp_path: Path, depth: type) -> None:
-    """A half is 188 of sRGB where it is linear, 146 with a gamma of 1.8, and 128 with sRGB's own of about 2.2."""
+    """One half is 188 in sRGB if it is linear, 146 with a gamma of 1.8, and 128 with the gamma of
+    sRGB."""
     half = np.full((SIDE, SIDE, 3), np.iinfo(depth).max // 2 + 1, depth)
     for gamma, expected, space in ((1.0, 188, "Linear"), (1.8, 146, "Gamma 1.8"), (2.2, 128, "")):
         picture = read_image(gamma_png(tmp_path / "a.png", half, gamma))
@@ -450,7 +456,7 @@ def test_reduced_copies_are_no_frames(tmp_path: Path) -> None:
 
 
 def pages(path: Path, *made: tuple[np.ndarray, str, int]) -> Path:
-    """Write a TIFF of pages: pixels 0..1, the type of their numbers, and TIFF's subfile type."""
+    """Write a TIFF with pages of (pixels 0..1, number type, subfile type)."""
     file = oiio.ImageOutput.create(str(path))
     specs = []
     for pixels, kind, subfile in made:
@@ -469,7 +475,7 @@ THUMB = (np.zeros((9, 9, 3), np.float32), "uint8", 1)
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "half", "float"])
 @pytest.mark.parametrize("thumb_is_first", [False, True])
 def test_pages_have_their_own_alpha(icm: Icm, scene: Path, kind: str, thumb_is_first: bool) -> None:
-    """Thumbnails, at the beginning or between, are no pages; pages may differ in size."""
+    """Thumbnails are not counted as pages. Pages may differ in size."""
     source = scene / "pages"
     source.mkdir()
     names = ("imgs/wall.jpg", "imgs/pad.0101.png", "imgs/sub/deep.png")
@@ -608,13 +614,13 @@ def test_16_bit_masks_of_other_formats_are_read(tmp_path: Path) -> None:
 
 
 COVERAGE = np.broadcast_to(np.linspace(0, 1, SIDE, dtype=np.float32), (SIDE, SIDE))
-"""Alpha from 0, where colours are not black (a glow), to 1."""
+"""Alpha from 0 to 1. Colours are not black where it is 0, as in a glow."""
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.tif", "uint8"), ("a.tif", "uint16"), ("a.tif", "float")])
 @pytest.mark.parametrize("straight", [0, 1])
 def test_premultiplied_colours_are_the_image_over_black(tmp_path: Path, name: str, kind: str, straight: int) -> None:
-    """Neither kind is multiplied nor divided when it is read: straight colours are those below the alpha."""
+    """Colours are neither multiplied nor divided by alpha when they are read."""
     pixels = np.dstack([RGB.astype(np.float32) / 255, COVERAGE])
     picture = read_image(written(tmp_path / name, pixels, kind, oiio__UnassociatedAlpha=straight))
     assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1

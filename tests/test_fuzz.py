@@ -1,6 +1,6 @@
-"""Damaged files of every format that is read: a picture or one sentence, never anything else.
+"""Damaged files of all formats give an image or an error message, and nothing else.
 
-``python tests/test_fuzz.py 5000`` makes as many damages of each format and prints what came of them.
+``python tests/test_fuzz.py 5000`` tests this many damaged files per format and prints the results.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from icm_cli.images.reading import read_alpha, read_image, read_stored_pixels
 
 LONGEST_S = 10.0
 MOST_BYTES = 2_000_000_000
-"""Memory that all readings of a kind may take together, above what the process had before."""
+"""Maximum increase in memory over all files of a format."""
 RGB = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
 BY_PILLOW: dict[str, tuple[str, dict[str, object]]] = {
     **{kind: (kind, {}) for kind in ("jpeg", "png", "gif", "webp", "bmp", "tiff", "avif", "heif", "ppm", "tga")},
@@ -32,7 +32,7 @@ BY_PILLOW: dict[str, tuple[str, dict[str, object]]] = {
     **{f"{name}.tif": ("tiff", {"compression": name}) for name in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits")},
     "group4.tif": ("tiff", {"compression": "group4"}),
 }
-"""Kinds -> Pillow's format and options."""
+"""Format and options of Pillow by kind."""
 BY_OPENIMAGEIO = (
     ("deep.png", "uint16", "zip"),
     ("deep.tif", "uint16", "lzw"),
@@ -49,7 +49,7 @@ KINDS = (*BY_PILLOW, *(name for name, *_ in BY_OPENIMAGEIO))
 
 
 def whole(kind: str, folder: Path) -> bytes:
-    """A good file of a kind."""
+    """Write a valid file of this kind."""
     if kind in BY_PILLOW:
         memory = io.BytesIO()
         form, options = BY_PILLOW[kind]
@@ -70,7 +70,7 @@ def whole(kind: str, folder: Path) -> bytes:
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
-    """A file cut short, with bytes changed, left out or doubled."""
+    """Return the data truncated, or with bytes changed, removed or repeated."""
     torn = bytearray(data)
     way = rng.integers(4)
     if way == 0:
@@ -87,13 +87,13 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def outcomes(kind: str, count: int, folder: Path) -> collections.Counter[str]:
-    """Read so many damages in every way; returns how many were pictures and how many failed."""
+    """Read ``count`` damaged files in every way and return the numbers of images and errors."""
     data, rng = whole(kind, folder), np.random.default_rng(1)
     found: collections.Counter[str] = collections.Counter()
     for number in range(count):
         path = folder / f"{number % 8}-{kind if '.' in kind else f'a.{kind}'}"
         path.write_bytes(damaged(data, rng))
-        began = time.process_time()  # what else the machine does is no hang
+        began = time.process_time()  # other load of the machine is not a hang
         for read in (read_image, read_alpha, read_stored_pixels, image_size, frame_count):
             sentence = failure_of(read, path)
             assert len(sentence.splitlines()) <= 1
@@ -103,7 +103,7 @@ def outcomes(kind: str, count: int, folder: Path) -> collections.Counter[str]:
 
 
 def failure_of(read: Callable[[Path], object], path: Path) -> str:
-    """The sentence with which a file is refused, "" where it is read."""
+    """Return the error message for a file, or "" if it can be read."""
     try:
         read(path)
     except ImageError as error:
@@ -112,7 +112,8 @@ def failure_of(read: Callable[[Path], object], path: Path) -> str:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory, now ("VmRSS") or at most since :func:`forget_peak` ("VmHWM")."""
+    """Return the memory of this process: current ("VmRSS") or peak since :func:`forget_peak`
+    ("VmHWM")."""
     line = next(each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith(field))
     return 1024 * int(line.split()[1])
 
@@ -124,7 +125,7 @@ def forget_peak() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_read_or_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str) -> None:
-    """And no library writes a line of its own; where there is a /proc, memory is looked at too."""
+    """No library prints a line of its own. Memory is checked too if /proc exists."""
     has_peak = Path("/proc/self/clear_refs").exists()
     if has_peak:
         forget_peak()

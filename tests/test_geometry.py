@@ -1,4 +1,4 @@
-"""Every pixel, at the source's size."""
+"""Geometry: canvas placement and the return to the size of the source."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_alpha_has_the_size_of_the_source(height: int, width: int, square: bool)
     alpha = at_source(placement, np.full(placement.canvas, 0.5, np.float32), image)
     assert alpha.shape == (height, width)
     assert alpha.dtype == np.uint8
-    assert abs(alpha.astype(int) - 128).max() <= 1  # a constant alpha stays what it is, whatever the image
+    assert abs(alpha.astype(int) - 128).max() <= 1  # a constant alpha is unchanged for any image
 
 
 @pytest.mark.parametrize(("height", "width"), [(50, 20000), (20000, 50), (1, 1)])
@@ -73,7 +73,8 @@ def test_source_of_the_canvas_size_is_not_refined() -> None:
 
 
 def test_guided_upsampling_follows_edges_that_bilinear_blurs() -> None:
-    """A disc eight times larger than its alpha: the error falls to less than half of bilinear's."""
+    """For a disc eight times larger than its alpha, the error is less than half that of bilinear
+    scaling."""
     truth = np.zeros((800, 800), np.uint8)
     cv2.circle(truth, (410, 395), 230, 255, -1, cv2.LINE_AA)
     image = np.where(truth[..., None] > 127, np.uint8([200, 120, 40]), np.uint8([30, 60, 110]))

@@ -1,4 +1,4 @@
-"""Pictures and masks of every usual kind, and every way a file can be bad."""
+"""Images and masks in all common formats, and damaged files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def test_exif_rotation(tmp_path: Path, orientation: int) -> None:
 
 
 def exif_block(*entries: tuple[int, int, int, bytes]) -> bytes:
-    """EXIF with one directory of (tag, type, count, four bytes of value), whatever they are."""
+    """Return EXIF with one directory of (tag, type, count, four bytes of value), which may be
+    invalid."""
     body = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries)
     return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + body + b"\0\0\0\0"
 
@@ -57,15 +58,15 @@ def exif_block(*entries: tuple[int, int, int, bytes]) -> bytes:
 LYING = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow says that it finds the EXIF odd
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow warns about invalid EXIF
 @pytest.mark.parametrize(
     "entry",
     [
         (0x011A, 3, 1, struct.pack("<f", 72.5)),  # a resolution in the wrong type
-        (0x011A, 10, 1, b"\xff\xff\xff\xff"),  # a rational that lies outside of the block
-        (0x8769, 2, 4, b"abc\0"),  # text where the offset of a directory belongs
+        (0x011A, 10, 1, b"\xff\xff\xff\xff"),  # a rational outside the block
+        (0x8769, 2, 4, b"abc\0"),  # text instead of the offset of a directory
         (0x8769, 5, 1, b"\x08\0\0\0"),
-        (0x9286, 99, 1, b"\0\0\0\0"),  # no such type
+        (0x9286, 99, 1, b"\0\0\0\0"),  # unknown type
     ],
 )
 def test_unusual_exif_only_affects_the_orientation(tmp_path: Path, entry: tuple[int, int, int, bytes]) -> None:
@@ -74,7 +75,7 @@ def test_unusual_exif_only_affects_the_orientation(tmp_path: Path, entry: tuple[
     assert image_size(path) == (60, 40)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow says that it finds the EXIF odd
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow warns about invalid EXIF
 @given(block=st.binary(max_size=200))
 @settings(deadline=None, max_examples=50)
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
@@ -171,7 +172,7 @@ def test_jpeg_without_end_marker_is_read(tmp_path: Path, options: dict[str, obje
     picture = read_image(tmp_path / "a.jpg")
     assert (picture.rgb == whole.rgb).all()
     assert picture.notices == (
-        f"{tmp_path / 'a.jpg'} is a JPEG without its end marker; all rows are present, so the image is used",
+        (f"{tmp_path / 'a.jpg'} is a JPEG without its end marker; all rows are present, so the image is used"),
     )
 
 
@@ -189,7 +190,7 @@ def test_jpeg_with_missing_rows_is_damaged(tmp_path: Path, options: dict[str, ob
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_progressive_jpeg_with_missing_scans_is_damaged(tmp_path: Path, mode: str) -> None:
-    """All rows are there from the first scan on, but without their detail."""
+    """After the first scan, all rows exist without detail."""
     path = tmp_path / "a.jpg"
     Image.fromarray(cv2.resize(RGB, (300, 200))).convert(mode).save(path, progressive=True)
     data = path.read_bytes()
@@ -246,7 +247,7 @@ def test_truncated_file_of_a_known_type_is_reported_as_damaged(tmp_path: Path, f
 
 @pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 2), (6, 3), (8, 1)])
 def test_heic_orientation_is_applied(tmp_path: Path, orientation: int, turn: int) -> None:
-    """Its own turn and EXIF's say the same, and count once."""
+    """The orientation in the container and in EXIF are the same, and are applied once."""
     flat = np.zeros((32, 64, 3), np.uint8)
     flat[:, :32], flat[:16, 32:] = (200, 40, 30), (20, 160, 60)
     exif = Image.Exif()
@@ -309,7 +310,7 @@ def test_alpha_has_one_channel_and_a_stamp(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_damaged_alpha_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Cut anywhere, or one bit flipped anywhere: never taken for a finished alpha of the same digest."""
+    """An alpha that is truncated or has a flipped bit is never accepted as complete."""
     path = tmp_path_factory.mktemp("alpha") / "a.png"
     write_alpha(path, GREY, {"icm-digest": "abc"})
     whole = path.read_bytes()

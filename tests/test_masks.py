@@ -1,4 +1,5 @@
-"""Masks as people have them: what is beyond doubt is taken, what is not is asked for."""
+"""Masks in common formats: unambiguous ones are used, and ambiguous ones are refused with a
+hint."""
 
 from __future__ import annotations
 
@@ -135,7 +136,7 @@ def test_unknown_pixels_of_a_trimap_are_excluded(tmp_path: Path) -> None:
 @given(sigma=st.floats(0.3, 6.0))
 @settings(max_examples=40, deadline=None)
 def test_soft_masks_are_thresholded_at_one_half(tmp_path_factory: pytest.TempPathFactory, sigma: float) -> None:
-    """Antialiased and blurred edges are no labels, whatever their width."""
+    """Antialiased and blurred edges of any width are not labels."""
     soft = cv2.GaussianBlur(layers(thing=255).astype(np.float32), (0, 0), sigma)
     picture = np.round(soft).astype(np.uint8)
     mask, notices = read(saved(tmp_path_factory.mktemp("soft"), picture))
@@ -144,7 +145,8 @@ def test_soft_masks_are_thresholded_at_one_half(tmp_path_factory: pytest.TempPat
 
 
 def test_unusual_mask_files_are_reported(tmp_path: Path) -> None:
-    """A second page, NaN, a missing end marker; and of an alpha with a picture, which of the two was taken."""
+    """Notices report a second page, NaN, a missing end marker, and which of alpha and colours is
+    used."""
     pages = [Image.fromarray(layers(thing=255)), Image.fromarray(layers(other=255))]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     mask, (told,) = read(tmp_path / "a.tif")

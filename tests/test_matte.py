@@ -1,4 +1,4 @@
-"""``icm matte`` through the command itself, on a small model: what comes out, and what is kept."""
+"""``icm matte`` with a small model: its outputs, and which alphas are kept."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_image_has_an_alpha_of_its_size(icm: Icm, scene: Path) -> None:
 
 
 def test_alpha_contains_the_object(icm: Icm, scene: Path) -> None:
-    """On the demo's pictures, small as they are here, the alpha covers the thing and not the rest."""
+    """The alpha of small images covers the object and not the background."""
     assert icm().exit_code == 0
     for name, truth_name in (("wall", "brickwall"), ("sub/deep", "deepfield")):
         alpha = read(scene / "out" / f"{name}.png") > 127
@@ -124,7 +124,7 @@ def test_json_report_with_ground_truth(icm: Icm, scene: Path) -> None:
     (scene / "gt").mkdir()
     truth = cv2.resize(read(DEMO / "alphas" / "brickwall.png"), read(scene / "imgs" / "wall.jpg").shape[1::-1])
     cv2.imwrite(str(scene / "gt" / "wall.png"), truth)
-    for _ in range(2):  # made, then skipped: scored either way
+    for _ in range(2):  # the alphas are scored whether they are new or kept
         assert icm(report=scene / "r.json", gt=scene / "gt").exit_code == 0
         report = json.loads((scene / "r.json").read_text())
         lines = {Path(line["source"]).name: line for line in report["images"]}
@@ -148,7 +148,7 @@ def test_ground_truth_of_another_size_fails_only_its_image(icm: Icm, scene: Path
 
 
 def test_contact_sheet(icm: Icm, scene: Path) -> None:
-    """Source, alpha and cut-out of each image, in the order of their names."""
+    """The sheet has source, alpha and object of each image, sorted by name."""
     assert icm(contact_sheet=scene / "sheet.png").exit_code == 0
     sheet = read(scene / "sheet.png")
     assert sheet.shape == (3 * 258, 3 * 240, 3)
@@ -194,7 +194,7 @@ def test_terminal_shows_a_progress_bar(scene: Path, small_model: Path) -> None:
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=slave)
     os.close(slave)
     shown = b""
-    with contextlib.suppress(OSError):  # the terminal goes away with the process
+    with contextlib.suppress(OSError):  # the terminal is closed when the process exits
         while part := os.read(master, 4096):
             shown += part
     os.close(master)
@@ -233,7 +233,7 @@ def test_sources_of_all_formats_are_matted(icm: Icm, scene: Path) -> None:
 
 
 def test_several_references_and_rgba_references(icm: Icm, scene: Path) -> None:
-    """Both references count: the alphas are those of neither alone."""
+    """Both references are used: the alphas differ from those with either one."""
     cut = np.dstack([read(scene / "ref.png")[..., :3], read(scene / "mask.png")])
     cv2.imwrite(str(scene / "cut.png"), cut)
     picture, alpha = (read(next((DEMO / kind).glob("brickwall.*"))) for kind in ("imgs", "alphas"))
@@ -275,7 +275,7 @@ def rgb(path: Path) -> np.ndarray:
 
 
 def test_absent_object_is_reported(icm: Icm, scene: Path) -> None:
-    """Grass alone: no astronaut in it."""
+    """The image shows grass without the object."""
     (scene / "grass").mkdir()
     shrink(DEMO / "imgs" / "lawn.jpg", scene / "grass" / "a.png", 300)
     lawn = read(scene / "grass" / "a.png")
@@ -316,4 +316,4 @@ def test_reports_are_utf8_for_any_file_name(icm: Icm, scene: Path) -> None:
         assert icm("--report", str(scene / name)).exit_code == 0
         assert "caf" in (scene / name).read_text(encoding="utf-8")
     sources = [image["source"] for image in json.loads((scene / "r.json").read_text(encoding="utf-8"))["images"]]
-    assert str(scene / "imgs" / odd) in sources  # the very name comes back
+    assert str(scene / "imgs" / odd) in sources  # the name is unchanged

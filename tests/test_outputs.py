@@ -1,4 +1,5 @@
-"""Forms of output: formats, depths, foregrounds without a halo, trimaps, hold-outs; other programs read them."""
+"""Outputs: formats, bit depths, foregrounds, trimaps and inverted alphas, as read by other
+programs."""
 
 from __future__ import annotations
 
@@ -106,7 +107,7 @@ def test_exr_output_keeps_windows_and_timecode(icm: Icm, scene: Path) -> None:
 
 
 def blended(size: int = 160) -> tuple[Float, Float, Float]:
-    """Exact foreground, alpha with a wide edge, and their composite on a background of another colour."""
+    """Return a foreground, an alpha with a wide edge, and their composite on another colour."""
     rng = np.random.default_rng(0)
     foreground = np.empty((size, size, 3), np.float32)
     foreground[:] = (0.8, 0.3, 0.2)
@@ -121,7 +122,8 @@ def blended(size: int = 160) -> tuple[Float, Float, Float]:
 
 @pytest.mark.parametrize("gain", [1.0, 8.0])
 def test_foreground_has_no_halo(gain: float) -> None:
-    """Where 0 < alpha < 1 the colours' error is at most a third of that of the source's own; HDR values are kept."""
+    """Where 0 < alpha < 1, the colour error is at most a third of that of the source. HDR values
+    are kept."""
     foreground, alpha, composite = blended()
     found = estimate_foreground(DecodedImage(composite * np.float32(gain), None, 1.0, "lin_rec709_scene"), alpha)
     edge = (alpha > 0.02) & (alpha < 0.98)
@@ -151,7 +153,8 @@ def test_foregrounds_are_written(icm: Icm, scene: Path, form: str, kind: str, pr
 
 
 def test_alpha_of_the_source_is_not_multiplied_twice(icm: Icm, scene: Path) -> None:
-    """Premultiplied sources are the picture over black: its foreground is the same as that of a file without alpha."""
+    """A premultiplied source is an image over black and has the same foreground as without
+    alpha."""
     rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
     (scene / "exr").mkdir()
     written(scene / "exr" / "plain.exr", rgb, "half")
@@ -172,7 +175,7 @@ def test_tiff_output_declares_its_alpha_association(icm: Icm, scene: Path, kind:
     assert file.spec().getattribute("oiio:UnassociatedAlpha") == straight
     pixels = file.read_image(0, 0, 0, 4, "float")
     file.close()
-    over_black, _ = by_openimageio(scene / "out" / "wall.tif")  # as a compositor that follows the label has it
+    over_black, _ = by_openimageio(scene / "out" / "wall.tif")  # as read by a compositor that follows the label
     expected = pixels[..., :3] * (pixels[..., 3:] if straight else 1)
     np.testing.assert_allclose(over_black[..., :3], expected, atol=1.1 / 255)
 
@@ -216,12 +219,12 @@ def test_exr_foreground_is_scene_linear(
     chromaticities = spec.getattribute("chromaticities")
     assert (chromaticities and round(chromaticities[0], 4)) == red
     inside = coded[..., 3] > 250
-    grey = inside & (np.ptp(coded[..., :3].astype(int), axis=-1) <= 1)  # the same in all primaries
+    grey = inside & (np.ptp(coded[..., :3].astype(int), axis=-1) <= 1)  # independent of the primaries
     value = coded[grey][:, :3].mean(axis=-1) / 255.0
     if space == "auto":
         np.testing.assert_allclose(pixels[inside][:, :3], linear(coded[inside][:, :3]), atol=0.006)
     elif "LogC3" in space:
-        light = (10 ** ((value - 0.385537) / 0.247190) - 0.052272) / 5.555556  # ARRI's formula
+        light = (10 ** ((value - 0.385537) / 0.247190) - 0.052272) / 5.555556  # formula of ARRI
         expected = np.where(value > 0.149658, light, (value - 0.092809) / 5.367655)
         np.testing.assert_allclose(pixels[grey][:, :3].mean(axis=-1), expected, rtol=0.02, atol=0.001)
     else:
@@ -231,7 +234,7 @@ def test_exr_foreground_is_scene_linear(
 
 @pytest.mark.parametrize("form", ["tiff", "exr"])
 def test_outputs_contain_no_time_of_day(icm: Icm, scene: Path, form: str) -> None:
-    """Two runs of one command give the same bytes, whenever they are."""
+    """Two runs of a command write the same bytes at any time."""
     assert icm(format=form, src=scene / "imgs" / "wall.jpg").exit_code == 0
     (made,) = (scene / "out").iterdir()
     _, spec = by_openimageio(made)
@@ -250,7 +253,7 @@ def test_trimaps_and_inverted_alphas_are_written(icm: Icm, scene: Path) -> None:
     assert (alpha[trimap == 0] < 15).all()
     (scene / "b" / "wall.trimap.png").unlink()
     assert icm(out=scene / "b", trimap="beside", trimap_band=6).exit_code == 0
-    assert (scene / "b" / "wall.trimap.png").exists()  # made again with its alpha
+    assert (scene / "b" / "wall.trimap.png").exists()  # recomputed with its alpha
     shutil.copy(scene / "imgs" / "wall.jpg", scene / "wall.trimap.jpg")
     other = icm(src=scene / "wall.trimap.jpg", out=scene / "e")
     assert other.exit_code == 0

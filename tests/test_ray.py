@@ -1,4 +1,4 @@
-"""Matting on a Ray cluster that the tests start: the same alphas as a plain run, failing actors, refused options."""
+"""Matting on a Ray cluster: the alphas of a plain run, failing actors, and refused options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture
 def on_ray(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Icm]:
-    """Runs ``icm matte`` over MANY images with two actors, whose processes find the modules of the tests."""
+    """A function that mattes MANY images with two actors, which can import the test modules."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
     copy_many(scene / "imgs" / "wall.jpg", scene / "many", MANY)
     assert icm(src=scene / "many", out=scene / "alone").exit_code == 0
@@ -35,7 +35,7 @@ def on_ray(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[I
         return icm(*flags, **(given | options))
 
     yield run
-    assert not ray.is_initialized()  # what a run starts it ends
+    assert not ray.is_initialized()  # a run stops the cluster that it started
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_actors_write_the_same_bytes_and_one_report(on_ray: Icm, icm: Icm, scene
     events = [json.loads(line)["event"] for line in result.stdout.splitlines()]
     assert events == ["started", *["image"] * (MANY + 1), "finished"]
     (scene / "many" / "bad.jpg").unlink()
-    assert " 8" in icm(src=scene / "many").stdout.splitlines()[1]  # a plain run keeps what actors made
+    assert " 8" in icm(src=scene / "many").stdout.splitlines()[1]  # a plain run keeps the alphas of actors
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_cluster_is_joined_by_address_and_keeps_running(on_ray: Icm, scene: Path
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         assert alphas(scene / "out") == alphas(scene / "alone")
-        assert on_ray(src=scene / "imgs" / "wall.jpg", ray_cpus=1).exit_code == 0  # by the connection there is
+        assert on_ray(src=scene / "imgs" / "wall.jpg", ray_cpus=1).exit_code == 0  # over the existing connection
         assert ray.is_initialized()
     finally:
         ray.shutdown()

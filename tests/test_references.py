@@ -1,4 +1,4 @@
-"""References and masks: what is taken, what is refused, and in which words."""
+"""References and masks: which are accepted, and the messages about others."""
 
 from __future__ import annotations
 
@@ -90,13 +90,13 @@ def test_numbers_of_references_and_masks_must_agree(folder: Path) -> None:
 
 TURNED = np.random.default_rng(1).integers(0, 256, (40, 60, 3), np.uint8)
 THING = np.zeros((40, 60), np.uint8)
-THING[4:20, 8:20] = 255  # in one corner of what is stored
+THING[4:20, 8:20] = 255  # in a corner of the stored image
 
 
 def turned_reference(
     folder: Path, orientation: int, *, mask: str, square: bool = False, mask_orientation: int = 1, half: bool = False
 ) -> tuple[Path, Path]:
-    """A reference that EXIF turns, and its mask drawn as it is stored or upright."""
+    """Write a reference with EXIF orientation, and its mask in stored or upright orientation."""
     rgb, thing = (TURNED[:, :40], THING[:, :40]) if square else (TURNED, THING)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -114,7 +114,7 @@ def turned_reference(
 
 
 def seen(orientation: int, *, square: bool = False) -> np.ndarray:
-    """The thing as a viewer shows it."""
+    """Return the object in upright orientation."""
     image = Image.fromarray(THING[:, :40] if square else THING)
     image.getexif()[0x0112] = orientation
     return np.asarray(ImageOps.exif_transpose(image)) > 127
@@ -181,7 +181,7 @@ def test_command_accepts_mask_orientation(icm: Icm, scene: Path) -> None:
 
 
 def test_page_shows_the_oriented_reference(icm: Icm, scene: Path) -> None:
-    """Where the mask marks it, that is turned as the reference is: the tint lies on the thing."""
+    """The mask is rotated with the reference, so that the tint covers the object."""
     with Image.open(scene / "mask.png") as image:
         image.rotate(180).save(scene / "mask.png")
     with Image.open(scene / "ref.png") as image:

@@ -23,7 +23,7 @@ SetVersion = Callable[..., None]
 
 @pytest.fixture
 def set_icm(monkeypatch: pytest.MonkeyPatch) -> SetVersion:
-    """A function that makes this icm another version, or one with other code."""
+    """Return a function that changes the version or the code fingerprint of icm."""
 
     def change(version: str = __version__, code: str = "") -> None:
         for module in (resume, digest):
@@ -38,7 +38,7 @@ def notices(text: str) -> list[str]:
 
 
 def statuses(report: Path) -> dict[str, tuple[str, str]]:
-    """Status and version of every image of a report, by name."""
+    """Return status and version of every image of a report by name."""
     images = json.loads(report.read_text())["images"]
     return {Path(image["name"]).name: (image["status"], image["made_by"]) for image in images}
 
@@ -55,8 +55,8 @@ def test_alphas_of_another_version_are_recomputed_with_one_notice(
     set_icm()
     result = icm(report=scene / "r.json")
     assert notices(result.stderr) == [
-        f"icm: 3 alpha(s) were made by another version of icm ({text}: 3) and are recomputed; --keep-existing keeps "
-        "them"
+        f"icm: 3 alpha(s) were made by another version of icm ({text}: 3) and are recomputed; "
+        "--keep-existing keeps them"
     ]
     assert set(statuses(scene / "r.json").values()) == {("done", __version__)}
     assert alphas(scene / "out") != before

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training."""
+"""Ctrl-C and SIGTERM during training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TestStopSignals:
                 signal.raise_signal(signal.SIGTERM)
                 assert stop.received == signal.SIGTERM
                 assert not heard
-                signal.raise_signal(signal.SIGTERM)  # the second takes effect at once
+                signal.raise_signal(signal.SIGTERM)  # the second signal has an immediate effect
                 assert heard == [signal.SIGTERM]
             assert heard == [signal.SIGTERM] * 2
         finally:

@@ -1,4 +1,4 @@
-"""Which images are found, where their alphas go, and what is refused before the first write."""
+"""Source images, output paths, and what is refused before anything is written."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def test_single_image_is_a_source(tmp_path: Path) -> None:
 
 
 def test_output_path_depends_only_on_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A glob mirrors below its fixed part and a list below the working directory, whatever else is in the run."""
+    """Outputs mirror the fixed part of a glob, and the working directory for a list, for any other
+    sources."""
     tree(tmp_path, "x/y/a/1.jpg", "x/y/b/2.jpg", "x/z.jpg")
     out = tmp_path / "out"
     assert outputs(plan(str(tmp_path / "x/y/*/*.jpg"), out), out) == ["a/1.png", "b/2.png"]
@@ -145,7 +146,7 @@ def test_output_names_follow_the_template(tmp_path: Path) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 7), st.sets(st.integers(0, 99), min_size=1, max_size=30))
 def test_shards_are_a_stable_partition(tmp_path_factory: pytest.TempPathFactory, count: int, numbers: set[int]) -> None:
-    """Every image is in one shard, and in the same one when other images come or go."""
+    """Every image is in one shard, which does not depend on other images."""
     root = tmp_path_factory.mktemp("tree")
     tree(root / "in", "always.jpg", *(f"{number}.jpg" for number in numbers))
     parts = [plan(root / "in", root / "out", shard=(i, count)) for i in range(1, count + 1)]
@@ -195,7 +196,8 @@ def link(path: Path, target: Path) -> None:
 
 @pytest.mark.parametrize("src", ["in", "in/**/*.jpg", "in/**/a.####.jpg"])
 def test_real_folders_take_precedence_over_links(tmp_path: Path, src: str) -> None:
-    """Links into the tree and loops are left out and told; a link elsewhere is a folder of its own, each time."""
+    """Links into the tree and loops are skipped with a notice. Other links are followed each
+    time."""
     tree(tmp_path, "in/sh020/a.0001.jpg", "in/sh020/deep/a.0002.jpg", "other/a.0003.jpg", "in/.versions/a.0004.jpg")
     link(tmp_path / "in/latest", tmp_path / "in/sh020")
     link(tmp_path / "in/zz", tmp_path / "in/sh020/deep")
@@ -255,7 +257,7 @@ NAMES = st.lists(st.text("ab/.", min_size=1, max_size=6), min_size=1, max_size=8
 @settings(max_examples=80, deadline=None)
 @given(NAMES)
 def test_images_never_share_an_output(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
-    """Whatever the tree: either every image has an output of its own below --out, or nothing is planned."""
+    """For any tree, either every image has its own output in --out, or nothing is planned."""
     root = tmp_path_factory.mktemp("tree")
     for name in names:
         path = root / "in" / "x" / (name.replace("..", "b").strip("/") + ".jpg")
