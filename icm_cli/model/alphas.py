@@ -15,16 +15,16 @@ from torch import Tensor
 
 from icm_cli.geometry import resize
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 def apply_in_batches(
-    function: Callable[[Sequence[Item]], Sequence[Result]],
-    items: Sequence[Item],
-    size_of: Callable[[Item], Hashable],
+    function: Callable[[Sequence[ItemT]], Sequence[ResultT]],
+    items: Sequence[ItemT],
+    size_of: Callable[[ItemT], Hashable],
     max_batch: int | None = None,
-) -> list[Result]:
+) -> list[ResultT]:
     """Apply a function of a batch to items of any sizes: those of equal size in one batch.
 
     Args:
@@ -39,7 +39,7 @@ def apply_in_batches(
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for index, item in enumerate(items):
         groups[size_of(item)].append(index)
-    results: dict[int, Result] = {}
+    results: dict[int, ResultT] = {}
     for indices in groups.values():
         step = max_batch or len(indices)
         for start in range(0, len(indices), step):

@@ -38,7 +38,7 @@ PUBLISHED_DIGEST = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d
 """SHA-256 of the published weights of MobileSAM in that package."""
 FULL_PX = CELL_PX * FULL_CELLS
 """Largest long side of an image on the canvas."""
-COARSE_SHARE, MASK_SHARE = 1.0, 0.25
+COARSE_WEIGHT, MASK_WEIGHT = 1.0, 0.25
 """Weights of the coarse alpha's logit and of the first mask's in the result, before training."""
 
 
@@ -79,7 +79,7 @@ class MobileSam(Objects):
         self.config = config
         self.encoder = sam_encoder.TinyViT().requires_grad_(False)
         self.decoder = sam_decoder.MaskDecoder()
-        self.mask_weights = nn.Parameter(torch.tensor([COARSE_SHARE, MASK_SHARE, *[0.0] * (MASKS - 1)]))
+        self.mask_weights = nn.Parameter(torch.tensor([COARSE_WEIGHT, MASK_WEIGHT, *[0.0] * (MASKS - 1)]))
         self.offset = nn.Parameter(torch.zeros(()))
 
     @classmethod
@@ -94,10 +94,8 @@ class MobileSam(Objects):
             objects.encoder.load_state_dict(sam_encoder.convert_encoder_tensors(tensors))
             objects.decoder.load_state_dict(sam_decoder.convert_decoder_tensors(tensors))
         else:
-            part = "objects."
-            tensors = read_checkpoint(_lite_path()).tensors
-            own = {name.removeprefix(part): each for name, each in tensors.items() if name.startswith(part)}
-            load_strict(objects, own, str(_lite_path()))
+            path = _lite_path()
+            load_strict(objects, read_checkpoint(path).component("objects"), f"checkpoint {path}")
         return objects
 
     def optimise_for_inference(self) -> None:
