@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import read
 
+import icm_cli
 from icm_cli.options import EvaluateOptions, MatteOptions, TrainOptions
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +66,18 @@ def test_python_examples_run(page: str, examples: int, tmp_path: Path, monkeypat
     outcome = doctest.testfile(str(ROOT / "docs" / f"{page}.md"), module_relative=False, encoding="utf-8")
     assert outcome.attempted >= examples
     assert not outcome.failed
+
+
+@pytest.mark.slow
+def test_docstring_examples_of_the_api_run(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with a reference, its mask and images, in the order in which a user would call the functions."""
+    monkeypatch.chdir(scene)
+    rgb = read(scene / "ref.png")[..., ::-1].copy()
+    names = {"icm_cli": icm_cli, "reference_rgb": rgb, "rgb": rgb, "mask": read(scene / "mask.png")}
+    for function in (icm_cli.matte, icm_cli.evaluate, icm_cli.load):
+        test = doctest.DocTestParser().get_doctest(function.__doc__, names, function.__name__, None, 0)
+        assert test.examples
+        assert not doctest.DocTestRunner().run(test).failed
 
 
 @pytest.mark.parametrize("page", PAGES)

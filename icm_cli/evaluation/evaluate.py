@@ -41,6 +41,10 @@ def evaluate(
     problems are allowed.
 
     Raises UsageError, ConfigError or OutputError.
+
+    >>> report = icm_cli.evaluate("folder", images="imgs", alphas="alphas", pred="alphas")
+    >>> report.means["whole"].metrics["mse"].mean
+    0.0
     """
     listener = listener or Listener()
     start = time.perf_counter()

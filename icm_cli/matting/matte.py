@@ -58,6 +58,10 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
 
     Returns the report. Its ``exit_code`` is 1 if an image failed or a ground truth could not be
     used. Raises UsageError, ConfigError or OutputError.
+
+    >>> report = icm_cli.matte("ref.png", "mask.png", src="imgs", out="alphas")
+    >>> report.exit_code
+    0
     """
     listener = listener or Listener()
     start = time.perf_counter()

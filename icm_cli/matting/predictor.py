@@ -303,8 +303,10 @@ def load(options: LoadOptions) -> Predictor:
     """Load a model that mattes arrays; the arguments are options of ``icm matte``.
 
     >>> predictor = icm_cli.load()
-    >>> cup = predictor.reference([(reference_rgb, mask)])
-    >>> alpha = predictor.matte(rgb, cup)
+    >>> reference = predictor.reference([(reference_rgb, mask)])
+    >>> alpha = predictor.matte(rgb, reference)
+    >>> alpha.shape == rgb.shape[:2]
+    True
 
     Raises:
         ConfigError: The model, its weights or the device cannot be used.
