@@ -50,10 +50,10 @@ def test_statistics_are_float32_and_the_origin_is_recorded(weights: Path) -> Non
 def test_images_of_any_shape_are_matted(shape: tuple[int, int]) -> None:
     """Targets and references of any shape are accepted."""
     predictor = icm_cli.load(device="cpu", offline=True)
-    picture = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
     mask = np.zeros(shape, bool)
     mask[: shape[0] // 2 + 1, : shape[1] // 2 + 1] = True
-    assert predictor.matte(picture, predictor.reference([(picture, mask)])).shape == shape
+    assert predictor.matte(image, predictor.reference([(image, mask)])).shape == shape
 
 
 @pytest.mark.parametrize(

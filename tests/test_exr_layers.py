@@ -70,9 +70,9 @@ def multipart(path: Path, *parts: tuple[str, Channels]) -> Path:
 )
 def test_image_layer_is_selected(tmp_path: Path, parts: list[tuple[str, Channels]], layer: str) -> None:
     path = multipart(tmp_path / "a.exr", *parts)
-    picture = read_image(path, ColourSettings(layer=layer))
-    assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
-    assert picture.alpha is None
+    image = read_image(path, ColourSettings(layer=layer))
+    assert np.abs(image.rgb.astype(int) - RGB).max() <= 1
+    assert image.alpha is None
 
 
 def test_choice_among_several_layers_is_reported(tmp_path: Path) -> None:
@@ -131,9 +131,9 @@ def test_mask_may_consist_of_ids(tmp_path: Path) -> None:
 
 def test_cryptomatte_layers_are_ignored(tmp_path: Path) -> None:
     crypto = {f"CryptoObject00.{name}": NOISE for name in "RGBA"}
-    picture = read_image(multipart(tmp_path / "a.exr", ("", {**crypto, **colours(PICTURE, "out.")})))
-    assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
-    assert not picture.notices
+    image = read_image(multipart(tmp_path / "a.exr", ("", {**crypto, **colours(PICTURE, "out.")})))
+    assert np.abs(image.rgb.astype(int) - RGB).max() <= 1
+    assert not image.notices
 
 
 @pytest.mark.parametrize("channels", [{"matte": NOISE}, {"A": NOISE, "Z": DEPTH["Z"]}, {"Y": NOISE, "RY": 0 * NOISE}])
@@ -145,10 +145,10 @@ def test_single_grey_channel_is_read(tmp_path: Path, channels: Channels) -> None
 def test_layer_has_its_own_alpha_and_windows(tmp_path: Path) -> None:
     small = {**colours(PICTURE[:20, :30]), "A": NOISE[:20, :30]}
     path = multipart(tmp_path / "a.exr", ("depth", DEPTH), ("rgba", small))
-    picture = read_image(path)
-    assert picture.alpha is not None
-    assert np.abs(picture.alpha / 255.0 - NOISE[:20, :30]).max() <= 0.51 / 255
-    assert picture.windows == ImageWindows((20, 30), (0, 0), (SIDE, SIDE))
+    image = read_image(path)
+    assert image.alpha is not None
+    assert np.abs(image.alpha / 255.0 - NOISE[:20, :30]).max() <= 0.51 / 255
+    assert image.windows == ImageWindows((20, 30), (0, 0), (SIDE, SIDE))
     assert image_size(path) == (SIDE, SIDE)
 
 

@@ -104,7 +104,7 @@ def test_moved_folder_is_the_same_source(icm: Icm, scene: Path) -> None:
 
 
 def test_changed_orientation_is_detected_despite_equal_size_and_time(icm: Icm, scene: Path) -> None:
-    picture = scene / "imgs" / "wall.jpg"
+    source = scene / "imgs" / "wall.jpg"
     for orientation in (1, 6):
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -112,13 +112,13 @@ def test_changed_orientation_is_detected_despite_equal_size_and_time(icm: Icm, s
             image.convert("RGB").save(scene / f"{orientation}.jpg", exif=exif)
     first, second = (scene / f"{orientation}.jpg" for orientation in (1, 6))
     assert first.stat().st_size == second.stat().st_size
-    shutil.copy(first, picture)
-    times = (picture.stat().st_atime_ns, picture.stat().st_mtime_ns)
-    assert icm(src=picture).exit_code == 0
+    shutil.copy(first, source)
+    times = (source.stat().st_atime_ns, source.stat().st_mtime_ns)
+    assert icm(src=source).exit_code == 0
     before = alphas(scene / "out")
-    shutil.copy(second, picture)
-    os.utime(picture, ns=times)
-    assert icm(src=picture).exit_code == 0
+    shutil.copy(second, source)
+    os.utime(source, ns=times)
+    assert icm(src=source).exit_code == 0
     assert alphas(scene / "out") != before
 
 

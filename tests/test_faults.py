@@ -183,7 +183,7 @@ def spoil(scene: Path) -> set[str]:
     wall = (scene / "imgs" / "wall.jpg").read_bytes()
     (scene / "imgs" / "cut.jpg").write_bytes(wall[: len(wall) // 2])
     (scene / "imgs" / "zero.jpg").write_bytes(b"")
-    (scene / "imgs" / "text.png").write_text("not a picture")
+    (scene / "imgs" / "text.png").write_text("not an image")
     return {"cut.jpg", "zero.jpg", "text.png"}
 
 

@@ -115,20 +115,20 @@ def test_image_in_five_colour_spaces_gives_one_alpha(icm: Icm, scene: Path) -> N
     of 255."""
     import PyOpenColorIO
 
-    picture = read(next((scene / "imgs").glob("wall.*")))[..., 2::-1]
+    image = read(next((scene / "imgs").glob("wall.*")))[..., 2::-1]
     config = PyOpenColorIO.Config.CreateFromBuiltinConfig("studio-config-latest")
 
     def moved(space: str) -> np.ndarray:
-        values = np.ascontiguousarray(linear(picture))
+        values = np.ascontiguousarray(linear(image))
         config.getProcessor("lin_rec709_scene", space).getDefaultCPUProcessor().applyRGB(values)
         return values
 
     folders = {name: scene / name for name in ("png", "tif", "exr", "acescg", "logc")}
     for folder in folders.values():
         folder.mkdir()
-    Image.fromarray(picture).save(folders["png"] / "a.png")
-    written(folders["tif"] / "a.tif", picture.astype(np.uint16) * 257, "uint16")
-    written(folders["exr"] / "a.exr", linear(picture), "half")
+    Image.fromarray(image).save(folders["png"] / "a.png")
+    written(folders["tif"] / "a.tif", image.astype(np.uint16) * 257, "uint16")
+    written(folders["exr"] / "a.exr", linear(image), "half")
     written(folders["acescg"] / "a.exr", moved("ACEScg"), "half")
     logc = np.clip(moved("ARRI LogC3 (EI800)"), 0, 1)
     written(folders["logc"] / "a.dpx", (logc * 65535 + 0.5).astype(np.uint16), "uint16")
@@ -238,11 +238,11 @@ def test_profile_of_associated_alpha_composites_over_black(tmp_path: Path, kind:
     colours = RGB / np.float32(255) * half
     plain = profiled(tmp_path / "plain.tif", colours, kind, swapped_profile())
     path = profiled(tmp_path / "a.tif", np.dstack([colours, half]), kind, swapped_profile())
-    picture = read_image(path)
-    assert (picture.rgb == read_image(plain).rgb).all()
-    assert np.abs(picture.rgb[..., ::-1].astype(int) - colours * 255).mean() < 3
-    assert picture.alpha is not None
-    assert sorted(np.unique(picture.alpha)) == [128, 255]
+    image = read_image(path)
+    assert (image.rgb == read_image(plain).rgb).all()
+    assert np.abs(image.rgb[..., ::-1].astype(int) - colours * 255).mean() < 3
+    assert image.alpha is not None
+    assert sorted(np.unique(image.alpha)) == [128, 255]
 
 
 @pytest.mark.parametrize("name", ["a.tif", "a.png"])
@@ -250,9 +250,9 @@ def test_profile_of_associated_alpha_composites_over_black(tmp_path: Path, kind:
 def test_grey_profile_is_applied_at_every_bit_depth(tmp_path: Path, name: str, kind: str) -> None:
     """In linear grey, one half is 188 in sRGB."""
     path = profiled(tmp_path / name, np.full((SIDE, SIDE, 1), 0.5, np.float32), kind, linear_grey_profile())
-    picture = read_image(path)
-    assert np.abs(picture.rgb.astype(int) - 188).max() <= 1
-    assert picture.notices == ()
+    image = read_image(path)
+    assert np.abs(image.rgb.astype(int) - 188).max() <= 1
+    assert image.notices == ()
 
 
 def test_icc_profiles_are_applied(tmp_path: Path) -> None:
@@ -267,9 +267,9 @@ def test_icc_profiles_are_applied(tmp_path: Path) -> None:
 
 def test_broken_profile_is_reported_and_ignored(tmp_path: Path) -> None:
     Image.fromarray(RGB).save(tmp_path / "a.png", icc_profile=b"no profile")
-    picture = read_image(tmp_path / "a.png")
-    assert (picture.rgb == RGB).all()
-    assert "ICC profile cannot be used" in picture.notices[0]
+    image = read_image(tmp_path / "a.png")
+    assert (image.rgb == RGB).all()
+    assert "ICC profile cannot be used" in image.notices[0]
 
 
 def gamma_png(path: Path, pixels: np.ndarray, gamma: float, *, srgb: bool = False) -> Path:
@@ -292,15 +292,15 @@ def test_gamma_of_a_png_is_applied(tmp_path: Path, depth: type) -> None:
     sRGB."""
     half = np.full((SIDE, SIDE, 3), np.iinfo(depth).max // 2 + 1, depth)
     for gamma, expected, space in ((1.0, 188, "Linear"), (1.8, 146, "Gamma 1.8"), (2.2, 128, "")):
-        picture = read_image(gamma_png(tmp_path / "a.png", half, gamma))
-        assert np.abs(picture.rgb.astype(int) - expected).max() <= 1
-        assert space in picture.space
-        assert picture.notices == ()
+        image = read_image(gamma_png(tmp_path / "a.png", half, gamma))
+        assert np.abs(image.rgb.astype(int) - expected).max() <= 1
+        assert space in image.space
+        assert image.notices == ()
         assert image_size(tmp_path / "a.png") == (SIDE, SIDE)
     assert (read_image(gamma_png(tmp_path / "b.png", half, 1.0, srgb=True)).rgb == 128).all()
     assert (read_image(gamma_png(tmp_path / "c.png", half, 1.0), ColourSettings("sRGB")).rgb == 128).all()
-    picture = read_image(gamma_png(tmp_path / "d.png", half, 1.4))
-    assert "a gamma of 1.4, which matches no known colour space; it is read as sRGB" in picture.notices[0]
+    image = read_image(gamma_png(tmp_path / "d.png", half, 1.4))
+    assert "a gamma of 1.4, which matches no known colour space; it is read as sRGB" in image.notices[0]
     assert (read_alpha(gamma_png(tmp_path / "e.png", half, 1.0)) == 128).all()
 
 
@@ -323,9 +323,9 @@ def test_unusual_files_are_reported(tmp_path: Path) -> None:
     assert "if it has 12 bits, give" in read_image(twelve).notices[0]
     holes = linear(RGB)
     holes[3, 3] = np.nan
-    picture = read_image(written(tmp_path / "a.exr", holes, "float"))
-    assert "NaN" in picture.notices[0]
-    assert (picture.rgb[3, 3] == 0).all()
+    image = read_image(written(tmp_path / "a.exr", holes, "float"))
+    assert "NaN" in image.notices[0]
+    assert (image.rgb[3, 3] == 0).all()
     with pytest.raises(
         ImageError, match=r"values up to 235; expected 0\.\.1; give the value of white, as in --white 255"
     ):
@@ -391,8 +391,8 @@ def test_image_larger_than_memory_is_reported(tmp_path: Path, monkeypatch: pytes
 
 
 def frames(path: Path, count: int, **options: object) -> Path:
-    pictures = [Image.fromarray(np.roll(RGB, 7 * number, axis=1)) for number in range(count)]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], **options)
+    images = [Image.fromarray(np.roll(RGB, 7 * number, axis=1)) for number in range(count)]
+    images[0].save(path, save_all=True, append_images=images[1:], **options)
     return path
 
 
@@ -405,18 +405,18 @@ def test_every_frame_of_a_file_is_matted(tmp_path: Path, name: str) -> None:
         find_sources(tmp_path, None, skipped_files), OutputLayout(tmp_path / "out"), skipped_files=skipped_files
     )
     assert [job.output.name for job in jobs] == ["a.0001.png", "a.0002.png", "a.0003.png"]
-    pictures = [job.read_image().rgb.astype(int) for job in jobs]
-    for number, picture in enumerate(pictures):
+    images = [job.read_image().rgb.astype(int) for job in jobs]
+    for number, image in enumerate(images):
         expected = np.roll(RGB, 7 * number, axis=1)
-        assert np.abs(picture - expected).mean() < 12
+        assert np.abs(image - expected).mean() < 12
     assert len({job.planned.key for job in jobs}) == 3
 
 
 def test_frames_of_two_files_with_the_same_stem_are_matted(icm: Icm, scene: Path) -> None:
-    picture = Image.open(scene / "imgs" / "wall.jpg")
+    image = Image.open(scene / "imgs" / "wall.jpg")
     (scene / "two").mkdir()
     for name in ("an.gif", "an.tif"):
-        turned = [picture.rotate(turn) for turn in (0, 5, 10)]
+        turned = [image.rotate(turn) for turn in (0, 5, 10)]
         turned[0].save(scene / "two" / name, save_all=True, append_images=turned[1:])
     ended = icm("--keep-suffix", src=scene / "two", report=scene / "r.json")
     assert ended.exit_code == 0, ended.output
@@ -479,11 +479,11 @@ def test_pages_have_their_own_alpha(icm: Icm, scene: Path, kind: str, thumb_is_f
     source = scene / "pages"
     source.mkdir()
     names = ("imgs/wall.jpg", "imgs/pad.0101.png", "imgs/sub/deep.png")
-    pictures = [read(scene / name)[..., 2::-1].astype(np.float32) / 255 for name in names]
-    first, *others = [(picture, kind, 0) for picture in pictures]
+    images = [read(scene / name)[..., 2::-1].astype(np.float32) / 255 for name in names]
+    first, *others = [(image, kind, 0) for image in images]
     path = pages(source / "a.tif", *([THUMB] if thumb_is_first else []), first, THUMB, *others, THUMB)
     assert frame_count(path) == 3
-    assert image_size(path) == pictures[0].shape[:2]
+    assert image_size(path) == images[0].shape[:2]
     result = icm(src=source)
     assert result.exit_code == 0, result.output
     assert icm(out=scene / "single").exit_code == 0
@@ -503,7 +503,7 @@ def test_file_type_is_detected_from_content_and_skipped_files_are_counted(icm: I
     Image.fromarray(RGB).save(source / "@eaDir" / "thumb.png")
     (source / "without-ending").write_bytes((source / "a.png").read_bytes())
     (source / "b.jpg_large").write_bytes(next((DEMO / "imgs").glob("*.jpg")).read_bytes())
-    (source / "notes.txt").write_text("no picture")
+    (source / "notes.txt").write_text("no image")
     (source / ".hidden.png").write_bytes(b"")
     (source / ".cache").mkdir()
     (source / ".cache" / "b.png").write_bytes(b"")
@@ -601,10 +601,10 @@ def test_16_bit_image_with_a_profile_keeps_its_alpha(tmp_path: Path) -> None:
     assert file.open(str(tmp_path / "a.png"), spec)
     assert file.write_image(np.dstack([DEEP, DEEP[..., 0]]))
     file.close()
-    picture = read_image(tmp_path / "a.png")
-    assert picture.alpha is not None
-    assert np.abs(picture.alpha.astype(int) - RGB[..., 0]).max() <= 1
-    assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
+    image = read_image(tmp_path / "a.png")
+    assert image.alpha is not None
+    assert np.abs(image.alpha.astype(int) - RGB[..., 0]).max() <= 1
+    assert np.abs(image.rgb.astype(int) - RGB).max() <= 1
 
 
 def test_16_bit_masks_of_other_formats_are_read(tmp_path: Path) -> None:
@@ -622,10 +622,10 @@ COVERAGE = np.broadcast_to(np.linspace(0, 1, SIDE, dtype=np.float32), (SIDE, SID
 def test_premultiplied_colours_are_the_image_over_black(tmp_path: Path, name: str, kind: str, straight: int) -> None:
     """Colours are neither multiplied nor divided by alpha when they are read."""
     pixels = np.dstack([RGB.astype(np.float32) / 255, COVERAGE])
-    picture = read_image(written(tmp_path / name, pixels, kind, oiio__UnassociatedAlpha=straight))
-    assert np.abs(picture.rgb.astype(int) - RGB).max() <= 1
-    assert picture.alpha is not None
-    assert np.abs(picture.alpha / 255.0 - COVERAGE).max() <= 0.51 / 255
+    image = read_image(written(tmp_path / name, pixels, kind, oiio__UnassociatedAlpha=straight))
+    assert np.abs(image.rgb.astype(int) - RGB).max() <= 1
+    assert image.alpha is not None
+    assert np.abs(image.alpha / 255.0 - COVERAGE).max() <= 0.51 / 255
 
 
 def test_alpha_of_an_exr_does_not_affect_its_colours(tmp_path: Path) -> None:

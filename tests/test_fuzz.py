@@ -53,8 +53,8 @@ def whole(kind: str, folder: Path) -> bytes:
     if kind in BY_PILLOW:
         memory = io.BytesIO()
         form, options = BY_PILLOW[kind]
-        picture = Image.fromarray(RGB)
-        (picture.convert("1") if kind == "group4.tif" else picture).save(memory, format=form.upper(), **options)
+        image = Image.fromarray(RGB)
+        (image.convert("1") if kind == "group4.tif" else image).save(memory, format=form.upper(), **options)
         return memory.getvalue()
     depth, compression = next(rest for name, *rest in BY_OPENIMAGEIO if name == kind)
     writer = oiio.ImageOutput.create(kind)

@@ -29,9 +29,9 @@ def saved(path: Path, image: Image.Image, **options: object) -> Path:
 
 
 def test_rgb(tmp_path: Path) -> None:
-    picture = read_image(saved(tmp_path / "名 前 é.png", Image.fromarray(RGB)))
-    assert (picture.rgb == RGB).all()
-    assert picture.alpha is None
+    image = read_image(saved(tmp_path / "名 前 é.png", Image.fromarray(RGB)))
+    assert (image.rgb == RGB).all()
+    assert image.alpha is None
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -40,9 +40,9 @@ def test_exif_rotation(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     corner = np.zeros((40, 60, 3), np.uint8)
     corner[:10, :10] = 255  # the stored top left corner
-    picture = read_image(saved(tmp_path / "a.png", Image.fromarray(corner), exif=exif))
-    assert picture.rgb.shape == ((60, 40, 3) if orientation >= 5 else (40, 60, 3))
-    rows, columns = np.nonzero(picture.rgb[..., 0])
+    image = read_image(saved(tmp_path / "a.png", Image.fromarray(corner), exif=exif))
+    assert image.rgb.shape == ((60, 40, 3) if orientation >= 5 else (40, 60, 3))
+    rows, columns = np.nonzero(image.rgb[..., 0])
     top, left = rows.min() == 0, columns.min() == 0
     expected = {1: (1, 1), 2: (1, 0), 3: (0, 0), 4: (0, 1), 5: (1, 1), 6: (1, 0), 7: (0, 0), 8: (0, 1)}
     assert (top, left) == expected[orientation]
@@ -106,18 +106,18 @@ def test_greyscale_and_palette(tmp_path: Path) -> None:
 def test_sixteen_bit(tmp_path: Path, channels: int, suffix: str) -> None:
     deep = np.random.default_rng(1).integers(0, 65536, (20, 30, channels)).astype(np.uint16)
     cv2.imwrite(str(tmp_path / f"a.{suffix}"), deep)
-    picture = read_image(tmp_path / f"a.{suffix}")
+    image = read_image(tmp_path / f"a.{suffix}")
     expected = deep[..., 2::-1] if channels > 1 else np.repeat(deep, 3, -1)
-    assert np.abs(picture.rgb.astype(float) - expected / 257).max() <= 1
-    assert (picture.alpha is not None) == (channels == 4)
+    assert np.abs(image.rgb.astype(float) - expected / 257).max() <= 1
+    assert (image.alpha is not None) == (channels == 4)
 
 
 def test_alpha_channel_of_an_image_is_separate(tmp_path: Path) -> None:
     rgba = np.dstack([RGB, RGB[..., 0]])
-    picture = read_image(saved(tmp_path / "a.png", Image.fromarray(rgba)))
-    assert (picture.rgb == RGB).all()
-    assert picture.alpha is not None
-    assert (picture.alpha == rgba[..., 3]).all()
+    image = read_image(saved(tmp_path / "a.png", Image.fromarray(rgba)))
+    assert (image.rgb == RGB).all()
+    assert image.alpha is not None
+    assert (image.alpha == rgba[..., 3]).all()
 
 
 def test_masks_of_all_formats_are_equal(tmp_path: Path) -> None:
@@ -169,9 +169,9 @@ def test_jpeg_without_end_marker_is_read(tmp_path: Path, options: dict[str, obje
     whole = read_image(tmp_path / "a.jpg")
     assert whole.notices == ()
     (tmp_path / "a.jpg").write_bytes(data[: len(data) - 2 + kept])
-    picture = read_image(tmp_path / "a.jpg")
-    assert (picture.rgb == whole.rgb).all()
-    assert picture.notices == (
+    repaired = read_image(tmp_path / "a.jpg")
+    assert (repaired.rgb == whole.rgb).all()
+    assert repaired.notices == (
         (f"{tmp_path / 'a.jpg'} is a JPEG without its end marker; all rows are present, so the image is used"),
     )
 

@@ -17,25 +17,25 @@ from icm_cli.errors import ImageError, UsageError
 from icm_cli.matting.masks import Mask, read_mask
 from icm_cli.matting.references import read_references
 
-THING = np.zeros((60, 80), np.bool_)
-THING[10:40, 20:50] = True
-OTHER = np.zeros_like(THING)
+TARGET = np.zeros((60, 80), np.bool_)
+TARGET[10:40, 20:50] = True
+OTHER = np.zeros_like(TARGET)
 OTHER[45:58, 60:75] = True
-BORDER = cv2.dilate(THING.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool) & ~THING
+BORDER = cv2.dilate(TARGET.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool) & ~TARGET
 
 
 def layers(dtype: type = np.uint8, background: int = 0, **values: int) -> np.ndarray:
-    picture = np.full(THING.shape, background, dtype)
+    image = np.full(TARGET.shape, background, dtype)
     for name, value in values.items():
-        picture[{"thing": THING, "other": OTHER, "border": BORDER}[name]] = value
-    return picture
+        image[{"target": TARGET, "other": OTHER, "border": BORDER}[name]] = value
+    return image
 
 
-def saved(folder: Path, picture: np.ndarray, *, palette: bool = False) -> Path:
+def saved(folder: Path, pixels: np.ndarray, *, palette: bool = False) -> Path:
     path = folder / "mask.png"
-    image = Image.fromarray(picture)
+    image = Image.fromarray(pixels)
     if palette:
-        image = Image.frombytes("P", picture.shape[::-1], picture.tobytes())
+        image = Image.frombytes("P", pixels.shape[::-1], pixels.tobytes())
         image.putpalette([(37 * n + c * 91) % 256 for n in range(256) for c in range(3)])
     image.save(path)
     return path
@@ -47,48 +47,48 @@ def read(path: Path, label: str | None = None) -> tuple[Mask, list[str]]:
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [
-        layers(thing=255),
-        layers(np.uint16, thing=65535),
-        np.dstack([layers(thing=255)] * 3),
-        np.dstack([np.full((60, 80, 3), 90, np.uint8), layers(thing=255)]),
-        layers(thing=140, background=110),
+        layers(target=255),
+        layers(np.uint16, target=65535),
+        np.dstack([layers(target=255)] * 3),
+        np.dstack([np.full((60, 80, 3), 90, np.uint8), layers(target=255)]),
+        layers(target=140, background=110),
     ],
     ids=["grey", "16 bit", "rgb", "rgba", "no black"],
 )
-def test_plain_mask_is_used_without_notice(tmp_path: Path, picture: np.ndarray) -> None:
-    mask, notices = read(saved(tmp_path, picture))
-    assert (mask.inside == THING).all()
+def test_plain_mask_is_used_without_notice(tmp_path: Path, image: np.ndarray) -> None:
+    mask, notices = read(saved(tmp_path, image))
+    assert (mask.inside == TARGET).all()
     assert not mask.unknown.any()
     assert not notices
 
 
 @pytest.mark.parametrize("value", [1, 75, 128, 254])
 def test_single_label_on_black_is_the_object(tmp_path: Path, value: int) -> None:
-    mask, notices = read(saved(tmp_path, layers(thing=value)))
-    assert (mask.inside == THING).all()
+    mask, notices = read(saved(tmp_path, layers(target=value)))
+    assert (mask.inside == TARGET).all()
     assert bool(notices) == (value < 243)
 
 
 def test_16_bit_mask_of_0_and_255_is_scaled_correctly(tmp_path: Path) -> None:
-    mask, notices = read(saved(tmp_path, layers(np.uint16, thing=255)))
-    assert (mask.inside == THING).all()
+    mask, notices = read(saved(tmp_path, layers(np.uint16, target=255)))
+    assert (mask.inside == TARGET).all()
     assert "one label, 255 of 65535" in notices[0]
 
 
 def test_palette_masks_are_indices_and_255_is_void(tmp_path: Path) -> None:
-    mask, _ = read(saved(tmp_path, layers(border=255, thing=8), palette=True))
-    assert (mask.inside == THING).all()
+    mask, _ = read(saved(tmp_path, layers(border=255, target=8), palette=True))
+    assert (mask.inside == TARGET).all()
     assert (mask.unknown == BORDER).all()
     with pytest.raises(UsageError, match=r"several labels: 8 \(.*\), 15 \(.*as in --mask-label 8"):
-        read(saved(tmp_path, layers(thing=8, other=15), palette=True))
-    mask, _ = read(saved(tmp_path, layers(thing=8, other=15), palette=True), "15")
+        read(saved(tmp_path, layers(target=8, other=15), palette=True))
+    mask, _ = read(saved(tmp_path, layers(target=8, other=15), palette=True), "15")
     assert (mask.inside == OTHER).all()
 
 
 def test_several_labels_are_listed_unless_one_is_chosen(tmp_path: Path) -> None:
-    path = saved(tmp_path, layers(thing=75, other=150))
+    path = saved(tmp_path, layers(target=75, other=150))
     with pytest.raises(UsageError, match=r"several labels: 75 \(18.8% of the image\), 150 .*--mask-label 75"):
         read(path)
     assert (read(path, "150")[0].inside == OTHER).all()
@@ -101,9 +101,9 @@ def test_several_labels_are_listed_unless_one_is_chosen(tmp_path: Path) -> None:
 
 
 def test_colours_are_labels(tmp_path: Path) -> None:
-    colours = np.zeros((*THING.shape, 3), np.uint8)
-    colours[THING] = (250, 50, 83)
-    assert (read(saved(tmp_path, colours))[0].inside == THING).all()
+    colours = np.zeros((*TARGET.shape, 3), np.uint8)
+    colours[TARGET] = (250, 50, 83)
+    assert (read(saved(tmp_path, colours))[0].inside == TARGET).all()
     colours[OTHER] = (51, 221, 255)
     path = saved(tmp_path, colours)
     with pytest.raises(UsageError, match=r"several labels: #fa3253 .*, #33ddff .*--mask-label '#fa3253'"):
@@ -119,16 +119,16 @@ def test_colours_are_labels(tmp_path: Path) -> None:
 
 
 def test_unknown_pixels_of_a_trimap_are_excluded(tmp_path: Path) -> None:
-    mask, notices = read(saved(tmp_path, layers(border=128, thing=255)))
-    assert (mask.inside == THING).all()
+    mask, notices = read(saved(tmp_path, layers(border=128, target=255)))
+    assert (mask.inside == TARGET).all()
     assert (mask.unknown == BORDER).all()
     assert "is a trimap" in notices[0]
-    rgb = np.random.default_rng(0).integers(0, 256, (*THING.shape, 3), np.uint8)
+    rgb = np.random.default_rng(0).integers(0, 256, (*TARGET.shape, 3), np.uint8)
     Image.fromarray(rgb).save(tmp_path / "ref.png")
     (reference,) = read_references([tmp_path / "ref.png"], [tmp_path / "mask.png"], lambda _: None)
     assert reference.unknown is not None
     assert (reference.unknown == BORDER).all()
-    plain = saved(tmp_path, layers(thing=255))
+    plain = saved(tmp_path, layers(target=255))
     (other,) = read_references([tmp_path / "ref.png"], [plain], lambda _: None)
     assert reference.digest != other.digest
 
@@ -137,63 +137,63 @@ def test_unknown_pixels_of_a_trimap_are_excluded(tmp_path: Path) -> None:
 @settings(max_examples=40, deadline=None)
 def test_soft_masks_are_thresholded_at_one_half(tmp_path_factory: pytest.TempPathFactory, sigma: float) -> None:
     """Antialiased and blurred edges of any width are not labels."""
-    soft = cv2.GaussianBlur(layers(thing=255).astype(np.float32), (0, 0), sigma)
-    picture = np.round(soft).astype(np.uint8)
-    mask, notices = read(saved(tmp_path_factory.mktemp("soft"), picture))
-    assert (mask.inside == (picture > 127)).mean() > 0.99
+    soft = cv2.GaussianBlur(layers(target=255).astype(np.float32), (0, 0), sigma)
+    image = np.round(soft).astype(np.uint8)
+    mask, notices = read(saved(tmp_path_factory.mktemp("soft"), image))
+    assert (mask.inside == (image > 127)).mean() > 0.99
     assert not notices
 
 
 def test_unusual_mask_files_are_reported(tmp_path: Path) -> None:
     """Notices report a second page, NaN, a missing end marker, and which of alpha and colours is
     used."""
-    pages = [Image.fromarray(layers(thing=255)), Image.fromarray(layers(other=255))]
+    pages = [Image.fromarray(layers(target=255)), Image.fromarray(layers(other=255))]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
-    mask, (told,) = read(tmp_path / "a.tif")
-    assert told == f"mask {tmp_path / 'a.tif'} has 2 frames or pages; the first one is used"
-    assert (mask.inside == THING).all()
-    broken = (layers(thing=255) / 255).astype(np.float32)
+    mask, (notice,) = read(tmp_path / "a.tif")
+    assert notice == f"mask {tmp_path / 'a.tif'} has 2 frames or pages; the first one is used"
+    assert (mask.inside == TARGET).all()
+    broken = (layers(target=255) / 255).astype(np.float32)
     broken[0, 0] = np.nan
     Image.fromarray(broken).save(tmp_path / "b.tif")
-    mask, (told,) = read(tmp_path / "b.tif")
-    assert "NaN" in told
-    assert (mask.inside == THING).all()
-    Image.fromarray(layers(thing=255)).save(tmp_path / "c.jpg", quality=100)
+    mask, (notice,) = read(tmp_path / "b.tif")
+    assert "NaN" in notice
+    assert (mask.inside == TARGET).all()
+    Image.fromarray(layers(target=255)).save(tmp_path / "c.jpg", quality=100)
     (tmp_path / "c.jpg").write_bytes((tmp_path / "c.jpg").read_bytes()[:-2])
     assert "without its end marker" in read(tmp_path / "c.jpg")[1][0]
-    photograph = np.random.default_rng(0).integers(0, 256, (*THING.shape, 3), np.uint8)
-    mask, (told,) = read(saved(tmp_path, np.dstack([photograph, layers(thing=255)])))
-    assert "its alpha is used and its colours are ignored" in told
-    assert (mask.inside == THING).all()
+    photograph = np.random.default_rng(0).integers(0, 256, (*TARGET.shape, 3), np.uint8)
+    mask, (notice,) = read(saved(tmp_path, np.dstack([photograph, layers(target=255)])))
+    assert "its alpha is used and its colours are ignored" in notice
+    assert (mask.inside == TARGET).all()
 
 
 @pytest.mark.parametrize(
-    ("dtype", "thing", "other"),
+    ("dtype", "target", "other"),
     [
         *[(np.uint8, *pair) for pair in ((2, 1), (11, 10), (200, 5), (20, 1))],
         *[(np.uint16, *pair) for pair in ((2, 1), (200, 100), (7001, 3000))],
     ],
 )
-def test_small_ids_are_labels(tmp_path: Path, dtype: type, thing: int, other: int) -> None:
-    path = saved(tmp_path, layers(dtype, thing=thing, other=other))
-    with pytest.raises(UsageError, match=rf"several labels: {thing} \(.*\), {other} "):
+def test_small_ids_are_labels(tmp_path: Path, dtype: type, target: int, other: int) -> None:
+    path = saved(tmp_path, layers(dtype, target=target, other=other))
+    with pytest.raises(UsageError, match=rf"several labels: {target} \(.*\), {other} "):
         read(path)
     assert (read(path, str(other))[0].inside == OTHER).all()
 
 
 @pytest.mark.parametrize("low", [1, 12])
 def test_nearly_black_areas_next_to_white_are_black_with_a_notice(tmp_path: Path, low: int) -> None:
-    mask, notices = read(saved(tmp_path, layers(thing=255, other=low)))
-    assert (mask.inside == THING).all()
+    mask, notices = read(saved(tmp_path, layers(target=255, other=low)))
+    assert (mask.inside == TARGET).all()
     assert [f"has areas of {low} of 255 next to black and white" in each for each in notices] == [True]
 
 
 @pytest.mark.parametrize("kind", ["uint", "float"])
 @pytest.mark.parametrize("name", ["ids.exr", "ids.tif"])
 def test_ids_of_32_bits_are_listed_unchanged(tmp_path: Path, name: str, kind: str) -> None:
-    ids = layers(np.uint32, thing=70001, other=5)
+    ids = layers(np.uint32, target=70001, other=5)
     path = written(tmp_path / name, ids[..., None].astype({"uint": np.uint32, "float": np.float32}[kind]), kind)
-    assert (read(path, "70001")[0].inside == THING).all()
+    assert (read(path, "70001")[0].inside == TARGET).all()
     assert (read(path, "5")[0].inside == OTHER).all()
     with pytest.raises(UsageError, match=r"no pixel with the label 7; expected one of 0 .*70001 .*, 5 "):
         read(path, "7")
@@ -206,7 +206,7 @@ def test_ids_of_32_bits_are_listed_unchanged(tmp_path: Path, name: str, kind: st
 
 
 def test_float_mask_with_values_to_255_has_its_own_message(tmp_path: Path) -> None:
-    Image.fromarray(layers(thing=255).astype(np.float32)).save(tmp_path / "a.tif")
+    Image.fromarray(layers(target=255).astype(np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ImageError, match=r"values up to 255; expected 0\.\.1; save it with 1 for the object"):
         read(tmp_path / "a.tif")
 
@@ -215,11 +215,11 @@ def test_reference_with_several_frames_gives_a_notice(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (80, 60), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "ref.gif", save_all=True, append_images=frames[1:])
     notices: list[str] = []
-    read_references([tmp_path / "ref.gif"], [saved(tmp_path, layers(thing=255))], notices.append)
+    read_references([tmp_path / "ref.gif"], [saved(tmp_path, layers(target=255))], notices.append)
     assert notices == [f"reference {tmp_path / 'ref.gif'} has 2 frames or pages; the first one is used"]
 
 
 def test_mask_label_without_mask_is_refused(tmp_path: Path) -> None:
-    cutout = np.dstack([np.full((60, 80, 3), 90, np.uint8), layers(thing=255)])
+    cutout = np.dstack([np.full((60, 80, 3), 90, np.uint8), layers(target=255)])
     with pytest.raises(UsageError, match="there is no --mask"):
         read_references([saved(tmp_path, cutout)], [], lambda _: None, "75")

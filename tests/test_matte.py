@@ -155,10 +155,10 @@ def test_contact_sheet(icm: Icm, scene: Path) -> None:
     for row, name in enumerate(NAMES):
         alpha = read(scene / "out" / name)
         source = read(next((scene / "imgs").glob(f"{name.removesuffix('.png')}.*")))[..., :3]
-        for column, picture in enumerate((source, np.repeat(alpha[..., None], 3, -1))):
+        for column, pixels in enumerate((source, np.repeat(alpha[..., None], 3, -1))):
             scale = min(1.0, 236 / max(alpha.shape))
             height, width = (round(side * scale) for side in alpha.shape)
-            expected = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+            expected = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
             top, left = row * 258 + (240 - height) // 2, column * 240 + (240 - width) // 2
             shown = sheet[top : top + height, left : left + width]
             assert np.abs(shown.astype(int) - expected).mean() < 4, (name, column)
@@ -236,8 +236,8 @@ def test_several_references_and_rgba_references(icm: Icm, scene: Path) -> None:
     """Both references are used: the alphas differ from those with either one."""
     cut = np.dstack([read(scene / "ref.png")[..., :3], read(scene / "mask.png")])
     cv2.imwrite(str(scene / "cut.png"), cut)
-    picture, alpha = (read(next((DEMO / kind).glob("brickwall.*"))) for kind in ("imgs", "alphas"))
-    cv2.imwrite(str(scene / "whole.png"), np.dstack([picture[..., :3], alpha]))
+    image, alpha = (read(next((DEMO / kind).glob("brickwall.*"))) for kind in ("imgs", "alphas"))
+    cv2.imwrite(str(scene / "whole.png"), np.dstack([image[..., :3], alpha]))
     shrink(scene / "whole.png", scene / "other.png", 160)
     made = []
     for number, references in enumerate((["cut.png"], ["other.png"], ["cut.png", "other.png"])):

@@ -275,7 +275,7 @@ class TestWholeModel:
         torch.testing.assert_close(packed[name], stored.tensors[name] + 0.5, atol=1e-3, rtol=0)
 
     def test_alphas_pass_through_the_objects_stage(self, matched: Path) -> None:
-        """A picture is matted with the objects between head and edges."""
+        """An image is matted with the objects between head and edges."""
         predictor = icm_cli.load(checkpoint=matched, device="cpu", offline=True)
         rgb = np.full((96, 96, 3), 90, np.uint8)
         mask = np.zeros((96, 96), np.uint8)

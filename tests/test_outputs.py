@@ -275,15 +275,15 @@ def test_foreground_keeps_values_outside_0_and_1(colour: tuple[float, ...]) -> N
     np.testing.assert_allclose(found[alpha > 0], np.broadcast_to(colour, (600, 3)), atol=1e-3)
 
 
-@pytest.mark.parametrize(("form", "told"), [("png", True), ("tiff", False), ("exr", False)])
-def test_clipped_colours_are_reported(icm: Icm, scene: Path, form: str, told: bool) -> None:
+@pytest.mark.parametrize(("form", "is_reported"), [("png", True), ("tiff", False), ("exr", False)])
+def test_clipped_colours_are_reported(icm: Icm, scene: Path, form: str, is_reported: bool) -> None:
     bright = 4 * linear(np.asarray(Image.open(scene / "imgs" / "wall.jpg")))
     (scene / "hdr").mkdir()
     for name in ("a.exr", "b.exr"):
         written(scene / "hdr" / name, bright, "half")
     done = icm("--foreground", "auto", "--format", form, src=scene / "hdr")
     assert done.exit_code == 0
-    assert done.stderr.count("are clipped to 0..1; --format exr keeps all") == int(told)
+    assert done.stderr.count("are clipped to 0..1; --format exr keeps all") == int(is_reported)
 
 
 def test_wide_band_makes_everything_unknown() -> None:

@@ -163,10 +163,10 @@ def test_matrices_of_the_backbone_have_8_bits(tmp_path_factory: pytest.TempPathF
 def test_packed_model_needs_no_other_weights(files: tuple[Path, Path]) -> None:
     head, packed = files
     predictor = icm_cli.load(checkpoint=packed)
-    picture = np.random.default_rng(0).integers(0, 255, (80, 96, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (80, 96, 3), dtype=np.uint8)
     mask = np.zeros((80, 96), bool)
     mask[20:60, 20:60] = True
-    alpha = predictor.matte(picture, predictor.reference([(picture, mask)]))
+    alpha = predictor.matte(image, predictor.reference([(image, mask)]))
     assert alpha.shape == (80, 96)
     with pytest.raises(ConfigError, match=r"pip install efficientnet-lite2"):
         icm_cli.load(checkpoint=head)

@@ -72,13 +72,15 @@ def test_invalid_references_are_refused(folder: Path, ref: str, mask: str | None
         load(folder, ref, mask)
 
 
-@pytest.mark.parametrize(("inverted", "told"), [(True, True), (False, False)])
-def test_mask_that_looks_inverted_gives_a_notice(folder: Path, inverted: bool, told: bool) -> None:
+@pytest.mark.parametrize(("inverted", "is_reported"), [(True, True), (False, False)])
+def test_mask_that_looks_inverted_gives_a_notice(folder: Path, inverted: bool, is_reported: bool) -> None:
     mask = cv2.imread(str(folder / "mask.png"), 0)
     cv2.imwrite(str(folder / "maybe.png"), 255 - mask if inverted else mask)
     notices: list[str] = []
     load(folder, "ref.png", "maybe.png", notices)
-    assert [f"mask {folder / 'maybe.png'} is white in 83 % of the image" in each for each in notices] == [True] * told
+    assert [f"mask {folder / 'maybe.png'} is white in 83 % of the image" in each for each in notices] == [
+        True
+    ] * is_reported
 
 
 def test_numbers_of_references_and_masks_must_agree(folder: Path) -> None:
@@ -191,8 +193,8 @@ def test_page_shows_the_oriented_reference(icm: Icm, scene: Path) -> None:
     assert icm(mask_orientation="stored", report=scene / "r.html").exit_code == 0
     (reference,) = read_references([scene / "ref.png"], [scene / "mask.png"], lambda _: None, orientation="stored")
     pages = re.findall("data:image/webp;base64,([^\"']+)", (scene / "r.html").read_text())
-    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))).astype(int) for each in pages]
+    images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))).astype(int) for each in pages]
     size = reference.guidance.shape
     tint = np.array([255, 64, 96])
     expected = np.where(reference.guidance[..., None], 0.6 * reference.rgb + 0.4 * tint, 0.45 * reference.rgb)
-    assert any(each.shape[:2] == size and np.abs(each - expected).mean() < 6 for each in pictures)
+    assert any(each.shape[:2] == size and np.abs(each - expected).mean() < 6 for each in images)

@@ -48,10 +48,10 @@ def frames(scene: Path) -> Path:
     """Frames 1001 to 1008 of a shot in which all moves by a few pixels a frame; 1004 is the reference."""
     folder = scene / "plates"
     folder.mkdir()
-    picture, mask = cv2.imread(str(scene / "ref.png")), cv2.imread(str(scene / "mask.png"), 0)
+    image, mask = cv2.imread(str(scene / "ref.png")), cv2.imread(str(scene / "mask.png"), 0)
     for number in FRAMES:
         step = 3 * (number - KEY)
-        cv2.imwrite(str(folder / f"sh.{number}.png"), np.roll(picture, (step // 2, step), (0, 1)))
+        cv2.imwrite(str(folder / f"sh.{number}.png"), np.roll(image, (step // 2, step), (0, 1)))
     cv2.imwrite(str(scene / "key.png"), mask)
     return folder
 
@@ -269,9 +269,9 @@ def test_a_frame_of_another_size_is_reported_once_and_skipped_by_the_propagation
     shrink(scene / "plates" / "sh.1006.png", scene / "plates" / "sh.1006.png", 50)
     done = shot()
     assert done.exit_code == 0, done.output
-    told = [line for line in done.stderr.splitlines() if "another size or aspect ratio" in line]
-    assert len(told) == 1
-    assert "sh.1006.png has another size or aspect ratio than sh.1005.png" in told[0]
+    messages = [line for line in done.stderr.splitlines() if "another size or aspect ratio" in line]
+    assert len(messages) == 1
+    assert "sh.1006.png has another size or aspect ratio than sh.1005.png" in messages[0]
 
 
 def test_frames_are_registered_by_their_display_windows() -> None:
@@ -325,8 +325,8 @@ def test_propagation_starts_at_a_keyframe_in_both_directions(shot: Shoot, scene:
     assert planned.exit_code == 0
     done = shot("--progress", "plain", report=scene / "r.json")
     assert done.exit_code == 0, done.output
-    told = [line for line in done.stderr.splitlines() if "done" in line and "plates" in line]
-    assert [line.split("sh.")[1][:4] for line in told] == ["1005", "1006", "1007", "1008", "1003", "1002", "1001"]
+    messages = [line for line in done.stderr.splitlines() if "done" in line and "plates" in line]
+    assert [line.split("sh.")[1][:4] for line in messages] == ["1005", "1006", "1007", "1008", "1003", "1002", "1001"]
     report = json.loads((scene / "r.json").read_text())
     assert (report["settings"]["shot"], report["settings"]["learn_steps"]) == (True, 0)
     assert [Path(image["source"]).name[3:7] for image in report["images"]] == [

@@ -207,8 +207,8 @@ def test_real_folders_take_precedence_over_links(tmp_path: Path, src: str) -> No
     link(tmp_path / "other/up", tmp_path)
     link(tmp_path / "other/across", tmp_path / "in/sh020")
     link(tmp_path / "in/version", tmp_path / "in/.versions")
-    told: list[str] = []
-    skipped_files = SkippedFiles(told.append)
+    messages: list[str] = []
+    skipped_files = SkippedFiles(messages.append)
     sources = find_sources(str(tmp_path / src), None, skipped_files)
     assert [path.relative_to(tmp_path / "in").as_posix() for path in sources.files] == [
         "first/a.0003.jpg",
@@ -219,8 +219,8 @@ def test_real_folders_take_precedence_over_links(tmp_path: Path, src: str) -> No
     ]
     assert skipped_files[LINK_INTO_TREE] == 4
     assert skipped_files[LINK_LOOP] == 3
-    assert f"{tmp_path}/in/first/across and 3 more skipped: {LINK_INTO_TREE}" in told
-    assert len(told) == len(+skipped_files)
+    assert f"{tmp_path}/in/first/across and 3 more skipped: {LINK_INTO_TREE}" in messages
+    assert len(messages) == len(+skipped_files)
 
 
 @pytest.mark.parametrize(

@@ -125,11 +125,11 @@ class TestFeatures:
         assert not features.intra
 
     def test_features_do_not_depend_on_the_batch(self, backbone: StableDiffusion) -> None:
-        pictures, valid = images(3), all_valid(3)
-        together = backbone.target_features(pictures, valid, TARGET * 3)
-        turned = backbone.target_features(pictures.flip(0), valid, TARGET * 3)
+        sources, valid = images(3), all_valid(3)
+        together = backbone.target_features(sources, valid, TARGET * 3)
+        turned = backbone.target_features(sources.flip(0), valid, TARGET * 3)
         assert torch.equal(together.correspondence, turned.correspondence.flip(0))
-        alone = backbone.target_features(pictures[1:2], valid[1:2], TARGET)
+        alone = backbone.target_features(sources[1:2], valid[1:2], TARGET)
         assert torch.equal(together.correspondence[1:2], alone.correspondence)
         assert torch.equal(matrix(together)[2], matrix(turned)[0])
 
@@ -247,9 +247,9 @@ class TestWholeModel:
         assert torch.equal(*pair)
 
     def test_batch_size_changes_a_matte_by_one_level_at_most(self, model: InContextMatting) -> None:
-        reference, pictures = prepared(model), images(3)
-        together = model.infer(pictures, all_valid(3), reference).alpha
-        single = torch.cat([model.infer(pictures[i : i + 1], all_valid(1), reference).alpha for i in range(3)])
+        reference, sources = prepared(model), images(3)
+        together = model.infer(sources, all_valid(3), reference).alpha
+        single = torch.cat([model.infer(sources[i : i + 1], all_valid(1), reference).alpha for i in range(3)])
         assert (together - single).abs().max() <= 1 / 255
 
     def test_references_are_weighted_equally(self, model: InContextMatting) -> None:

@@ -251,9 +251,9 @@ def test_a_resumed_run_writes_the_same_bytes(icm: Icm, scene: Path) -> None:
     """With the model of the package, whose head learns the references."""
     frames = scene / "plates"
     frames.mkdir()
-    picture, mask = cv2.imread(str(scene / "ref.png")), cv2.imread(str(scene / "mask.png"), 0)
+    image, mask = cv2.imread(str(scene / "ref.png")), cv2.imread(str(scene / "mask.png"), 0)
     for number in range(4):
-        cv2.imwrite(str(frames / f"sh.{number}.png"), np.roll(picture, 3 * number, 1))
+        cv2.imwrite(str(frames / f"sh.{number}.png"), np.roll(image, 3 * number, 1))
     cv2.imwrite(str(scene / "key.png"), mask)
     given = {"ref": frames / "sh.0.png", "mask": scene / "key.png", "src": frames / "sh.#.png", "model": "lite"}
     assert icm("--shot", **given, learn_steps=3).exit_code == 0

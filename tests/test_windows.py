@@ -160,11 +160,11 @@ def test_files_without_windows_cover_the_display_window(icm: Icm, scene: Path, b
     assert np.abs(alpha.astype(int) - read_alpha(scene / "windows" / "a.exr")).max() <= 1
     assert alpha.max() > 200
     before = (scene / "out" / "a.png").stat().st_mtime_ns
-    told = " ".join(icm(src=scene / "exr", out=scene / "told", foreground="straight").stderr.split())
-    assert told.count("every PNG covers the display window") == 1
+    messages = " ".join(icm(src=scene / "exr", out=scene / "messages", foreground="straight").stderr.split())
+    assert messages.count("every PNG covers the display window") == 1
     said = f"a data window of {box[2]}x{box[3]} at ({box[0]},{box[1]}) in a display window of {width}x{height}"
-    assert said in told
-    assert read(scene / "told" / "a.png").shape == (height, width, 4)
+    assert said in messages
+    assert read(scene / "messages" / "a.png").shape == (height, width, 4)
     assert icm(src=scene / "exr", trimap="beside").exit_code == 0
     assert (scene / "out" / "a.png").stat().st_mtime_ns == before
     assert icm("--invert", src=scene / "exr", out=scene / "inverted").exit_code == 0
