@@ -198,7 +198,7 @@ def test_failed_frame_reports_that_its_earlier_alpha_is_kept(icm: Icm, scene: Pa
     assert f"has no frame 1002-1003; its earlier alpha {scene}/out/sh.1002.png is kept" in result.stderr
     assert alphas(scene / "out") == before
     missing = icm("--missing", "report", src=plates / "sh.####.jpg").stderr
-    assert "no such frame; add it and run again; its earlier alpha" in missing
+    assert "no such frame; add it and run again; the earlier alpha" in missing
 
 
 def test_ground_truth_may_be_a_frame_pattern(icm: Icm, scene: Path, plates: Path) -> None:

@@ -300,7 +300,7 @@ def test_lost_device_keeps_complete_alphas(icm: Icm, scene: Path, monkeypatch: p
     result = icm("--quiet", src=scene / "many", report=scene / "r.csv")
     assert result.exit_code == 3
     said = sentence(result.stderr)
-    assert "device cpu was lost: CUDA error: an illegal memory access was encountered; every alpha" in said
+    assert "device cpu was lost: CUDA error: an illegal memory access was encountered; all alphas" in said
     assert len(alphas(scene / "out")) == 2
     assert (scene / "r.csv").read_text().count(",not reached,") == 4
     monkeypatch.undo()
@@ -497,7 +497,7 @@ def test_image_not_made_by_icm_is_not_overwritten(icm: Icm, scene: Path, form: s
     retouched = out.read_bytes()
     refused = icm("--format", form)
     assert refused.exit_code == 2
-    assert f"{out} was not made by icm and would be written over" in refused.stderr
+    assert f"{out} was not made by icm and would be overwritten" in refused.stderr
     assert out.read_bytes() == retouched
     assert icm("--format", form, "--overwrite", src=scene / "imgs" / "wall.jpg").exit_code == 0
     assert out.read_bytes() == made
