@@ -200,7 +200,7 @@ def test_alphas_with_other_steps_are_recomputed(icm: Icm, scene: Path) -> None:
 
     (plain_text, plain), (text, tuned), (kept_text, kept) = run(0), run(3), run(3)
     assert "learning" not in plain_text
-    assert "learning the references, 3 steps; --learn-steps 0 leaves that out" in text
+    assert "learning the references in 3 steps; --learn-steps 0 omits this" in text
     assert all(tuned[path] != plain[path] for path in plain)
     assert "learning" not in kept_text  # nothing is left to matte
     assert kept == tuned
