@@ -110,8 +110,8 @@ def test_file_with_depth_and_ids_only_is_refused(icm: Icm, scene: Path, channels
     multipart(scene / "exr" / "a.exr", ("", channels))
     result = icm("--quiet", src=scene / "exr")
     assert result.exit_code == 1
-    said = " ".join(result.stderr.split())
-    assert said.endswith(
+    message = " ".join(result.stderr.split())
+    assert message.endswith(
         f"a.exr: has only depth, ids or cryptomattes ({', '.join(channels)}); expected colours; "
         "give an image with R, G, B"
     )

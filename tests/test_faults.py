@@ -299,8 +299,8 @@ def test_lost_device_keeps_complete_alphas(icm: Icm, scene: Path, monkeypatch: p
     monkeypatch.setattr(Predictor, "matte_frames", lost_at_the_third)
     result = icm("--quiet", src=scene / "many", report=scene / "r.csv")
     assert result.exit_code == 3
-    said = sentence(result.stderr)
-    assert "device cpu was lost: CUDA error: an illegal memory access was encountered; all alphas" in said
+    message = sentence(result.stderr)
+    assert "device cpu was lost: CUDA error: an illegal memory access was encountered; all alphas" in message
     assert len(alphas(scene / "out")) == 2
     assert (scene / "r.csv").read_text().count(",not reached,") == 4
     monkeypatch.undo()

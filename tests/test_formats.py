@@ -542,8 +542,8 @@ def test_movie_error_explains_how_to_extract_frames(icm: Icm, scene: Path, name:
     assert movie.stat().st_size
     result = icm(src=movie, out=scene / "out")
     assert result.exit_code == 2
-    said = " ".join(result.output.split())
-    assert f"source {movie} is a movie, and icm reads images only; extract its frames first" in said
+    output = " ".join(result.output.split())
+    assert f"source {movie} is a movie, and icm reads images only; extract its frames first" in output
     result = icm(ref=movie)
     assert result.exit_code == 2
     assert "is a movie" in " ".join(result.output.split())
@@ -566,11 +566,11 @@ def test_dry_run_lists_images_that_would_fail(icm: Icm, scene: Path) -> None:
     listed.write_text(f"{image}\n{movie}\n{gone}\n")
     result = icm("--dry-run", "--root", str(scene), src=listed, out=scene / "out")
     assert result.exit_code == 1
-    said = " ".join(result.output.split())
-    assert f"{image} ->" in said
-    assert f"{movie} ->" not in said
-    assert f"would fail: {gone} does not exist" in said
-    assert f"would fail: {movie}: is a movie" in said
+    output = " ".join(result.output.split())
+    assert f"{image} ->" in output
+    assert f"{movie} ->" not in output
+    assert f"would fail: {gone} does not exist" in output
+    assert f"would fail: {movie}: is a movie" in output
 
 
 def test_output_named_like_a_movie_is_refused(icm: Icm, scene: Path) -> None:

@@ -48,7 +48,7 @@ BY_OPENIMAGEIO = (
 KINDS = (*BY_PILLOW, *(name for name, *_ in BY_OPENIMAGEIO))
 
 
-def whole(kind: str, folder: Path) -> bytes:
+def complete_file(kind: str, folder: Path) -> bytes:
     """Write a valid file of this kind."""
     if kind in BY_PILLOW:
         memory = io.BytesIO()
@@ -62,7 +62,7 @@ def whole(kind: str, folder: Path) -> bytes:
     spec = oiio.ImageSpec(RGB.shape[1], RGB.shape[0], 3, depth)
     if compression:
         spec.attribute("compression", compression)
-    path = folder / f"whole-{kind}"
+    path = folder / f"complete-{kind}"
     assert writer.open(str(path), spec), writer.geterror()
     assert writer.write_image(RGB.astype(np.float32) / 255)
     writer.close()
@@ -88,7 +88,7 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
 
 def outcomes(kind: str, count: int, folder: Path) -> collections.Counter[str]:
     """Read ``count`` damaged files in every way and return the numbers of images and errors."""
-    data, rng = whole(kind, folder), np.random.default_rng(1)
+    data, rng = complete_file(kind, folder), np.random.default_rng(1)
     found: collections.Counter[str] = collections.Counter()
     for number in range(count):
         path = folder / f"{number % 8}-{kind if '.' in kind else f'a.{kind}'}"

@@ -89,9 +89,9 @@ def test_processing_in_strips_has_no_effect(monkeypatch: pytest.MonkeyPatch) -> 
     rng = np.random.default_rng(3)
     image = rng.integers(0, 256, (150, 130, 3), np.uint8)
     alpha = rng.random((30, 26), np.float32)
-    whole = upsampled(alpha, image)
+    complete = upsampled(alpha, image)
     monkeypatch.setattr("icm_cli.guided_filter.STRIP_PIXELS", 7 * 130)
-    assert (upsampled(alpha, image) == whole).all()
+    assert (upsampled(alpha, image) == complete).all()
 
 
 def test_placement_equals_the_published_code() -> None:

@@ -166,11 +166,11 @@ def jpeg_bytes(path: Path, **options: object) -> bytes:
 @pytest.mark.parametrize("kept", [0, 1])
 def test_jpeg_without_end_marker_is_read(tmp_path: Path, options: dict[str, object], kept: int) -> None:
     data = jpeg_bytes(tmp_path / "a.jpg", **options)
-    whole = read_image(tmp_path / "a.jpg")
-    assert whole.notices == ()
+    complete = read_image(tmp_path / "a.jpg")
+    assert complete.notices == ()
     (tmp_path / "a.jpg").write_bytes(data[: len(data) - 2 + kept])
     repaired = read_image(tmp_path / "a.jpg")
-    assert (repaired.rgb == whole.rgb).all()
+    assert (repaired.rgb == complete.rgb).all()
     assert repaired.notices == (
         (f"{tmp_path / 'a.jpg'} is a JPEG without its end marker; all rows are present, so the image is used"),
     )
@@ -212,9 +212,9 @@ def deep_png(path: Path) -> bytes:
 @pytest.mark.parametrize("kept", [12, 8, 3, 1])
 def test_16_bit_png_without_end_chunk_is_read(tmp_path: Path, kept: int) -> None:
     data = deep_png(tmp_path / "a.png")
-    whole = read_image(tmp_path / "a.png")
+    complete = read_image(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes(data[:-kept])
-    assert (read_image(tmp_path / "a.png").rgb == whole.rgb).all()
+    assert (read_image(tmp_path / "a.png").rgb == complete.rgb).all()
 
 
 def test_damaged_16_bit_png_prints_one_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -222,7 +222,7 @@ def test_damaged_16_bit_png_prints_one_message(tmp_path: Path, capfd: pytest.Cap
     data = deep_png(path)
     pixels = data.index(b"IDAT")
     changed = data[: pixels + 40] + bytes([data[pixels + 40] ^ 1]) + data[pixels + 41 :]
-    for content, said in (
+    for content, reason in (
         (changed, "the checksum of its chunk IDAT is wrong"),
         (data[: len(data) // 2], "it ends before its pixels do"),
         (data.replace(b"IDAT", b"ID\0T"), "it has a chunk named 49440054"),
@@ -230,7 +230,9 @@ def test_damaged_16_bit_png_prints_one_message(tmp_path: Path, capfd: pytest.Cap
     ):
         path.write_bytes(content)
         for read in (read_image, image_size):
-            with pytest.raises(ImageError, match=re.escape(f"{path} is damaged or cut short ({said}); get a complete")):
+            with pytest.raises(
+                ImageError, match=re.escape(f"{path} is damaged or cut short ({reason}); get a complete")
+            ):
                 read(path)
     assert capfd.readouterr() == ("", "")
 
@@ -273,8 +275,8 @@ def test_heic_with_10_bits_and_alpha_is_read(tmp_path: Path) -> None:
     assert np.abs(read_image(path).rgb.astype(int) - flat).max() < 4
     assert np.abs(read_alpha(path).astype(int) - own).max() < 8
     deep = (flat.astype(np.uint16) * 257).tobytes()
-    whole = pillow_heif.from_bytes(mode="RGB;16", size=flat.shape[1::-1], data=deep)
-    whole.save(tmp_path / "deep.heic", quality=100)
+    complete = pillow_heif.from_bytes(mode="RGB;16", size=flat.shape[1::-1], data=deep)
+    complete.save(tmp_path / "deep.heic", quality=100)
     assert np.abs(read_image(tmp_path / "deep.heic").rgb.astype(int) - flat).max() < 4
 
 
@@ -313,12 +315,14 @@ def test_damaged_alpha_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, da
     """An alpha that is truncated or has a flipped bit is never accepted as complete."""
     path = tmp_path_factory.mktemp("alpha") / "a.png"
     write_alpha(path, GREY, {"icm-digest": "abc"})
-    whole = path.read_bytes()
-    at = data.draw(st.integers(0, len(whole) - 1))
+    complete = path.read_bytes()
+    at = data.draw(st.integers(0, len(complete) - 1))
     if data.draw(st.booleans()):
-        path.write_bytes(whole[:at])
+        path.write_bytes(complete[:at])
     else:
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << data.draw(st.integers(0, 7)))]) + whole[at + 1 :])
+        path.write_bytes(
+            complete[:at] + bytes([complete[at] ^ (1 << data.draw(st.integers(0, 7)))]) + complete[at + 1 :]
+        )
     assert read_stamp(path) != {"icm-digest": "abc"}
 
 

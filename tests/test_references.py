@@ -122,8 +122,8 @@ def seen(orientation: int, *, square: bool = False) -> np.ndarray:
     return np.asarray(ImageOps.exif_transpose(image)) > 127
 
 
-def guidance_of(ref: Path, mask: Path, notices: list[str], lies: str = "auto") -> np.ndarray:
-    return read_references([ref], [mask], notices.append, orientation=lies)[0].guidance
+def guidance_of(ref: Path, mask: Path, notices: list[str], mask_orientation: str = "auto") -> np.ndarray:
+    return read_references([ref], [mask], notices.append, orientation=mask_orientation)[0].guidance
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
@@ -152,11 +152,11 @@ def test_mask_orientation_option_decides_ambiguous_cases(
     assert len(notices) == 1
 
 
-@pytest.mark.parametrize("lies", ["auto", "stored"])
-def test_mask_with_equal_orientation_gives_no_notice(tmp_path: Path, lies: str) -> None:
+@pytest.mark.parametrize("mask_orientation", ["auto", "stored"])
+def test_mask_with_equal_orientation_gives_no_notice(tmp_path: Path, mask_orientation: str) -> None:
     notices: list[str] = []
     files = turned_reference(tmp_path, 3, mask="stored", mask_orientation=3)
-    assert (guidance_of(*files, notices, lies) == seen(3)).all()
+    assert (guidance_of(*files, notices, mask_orientation) == seen(3)).all()
     assert not notices
 
 

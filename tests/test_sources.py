@@ -34,14 +34,14 @@ def plan(
     references: Sequence[Path] = (),
     notice: Callable[[str], None] = lambda _: None,
     template: str = "{stem}{frame}",
-    **choice: Any,
+    **source_filter: Any,
 ) -> list[Job]:
     skipped_files = SkippedFiles(notice)
     pattern = FramePattern.parse(str(out))
-    place = OutputLayout(Path(out if pattern is None else pattern.folder), template, pattern=pattern)
+    layout = OutputLayout(Path(out if pattern is None else pattern.folder), template, pattern=pattern)
     sources = find_sources(src, root, skipped_files)
     return plan_jobs(
-        sources, place, source_filter=SourceFilter(**choice), references=references, skipped_files=skipped_files
+        sources, layout, source_filter=SourceFilter(**source_filter), references=references, skipped_files=skipped_files
     )
 
 

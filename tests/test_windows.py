@@ -162,8 +162,8 @@ def test_files_without_windows_cover_the_display_window(icm: Icm, scene: Path, b
     before = (scene / "out" / "a.png").stat().st_mtime_ns
     messages = " ".join(icm(src=scene / "exr", out=scene / "messages", foreground="straight").stderr.split())
     assert messages.count("every PNG covers the display window") == 1
-    said = f"a data window of {box[2]}x{box[3]} at ({box[0]},{box[1]}) in a display window of {width}x{height}"
-    assert said in messages
+    description = f"a data window of {box[2]}x{box[3]} at ({box[0]},{box[1]}) in a display window of {width}x{height}"
+    assert description in messages
     assert read(scene / "messages" / "a.png").shape == (height, width, 4)
     assert icm(src=scene / "exr", trimap="beside").exit_code == 0
     assert (scene / "out" / "a.png").stat().st_mtime_ns == before
