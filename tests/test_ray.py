@@ -138,3 +138,13 @@ def test_options_incompatible_with_ray_are_refused(icm: Icm, monkeypatch: pytest
         assert result.exit_code == code, result.output
         assert message in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_node_with_other_code_of_icm_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "probe").write_text("token")
+    context = cluster.ProcessContext.current()
+    build = cluster.describe_build()
+    assert not cluster._find_node_problem(context, str(tmp_path / "probe"), "token", build)
+    assert "install the same version on both" in cluster._find_node_problem(
+        context, str(tmp_path / "probe"), "token", f"{build} changed"
+    )

@@ -20,10 +20,10 @@ from typing import Any, Self
 
 import cv2
 
-from icm_cli.environment import __version__
 from icm_cli.errors import ConfigError, DeviceError, IcmError, UsageError
 from icm_cli.files import remove_stale_temporaries, temporary_name, write_error
 from icm_cli.matting.devices import EngineSetup, WorkerIdle
+from icm_cli.matting.digest import describe_build
 from icm_cli.matting.engine import Engine
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import ModelChoice
@@ -143,7 +143,7 @@ class RayCluster:
             check = ray.remote(num_cpus=0)(_find_node_problem)
             pending = [
                 check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                    ProcessContext.current(), str(probe), token, __version__
+                    ProcessContext.current(), str(probe), token, describe_build()
                 )
                 for node in nodes
             ]
@@ -318,14 +318,14 @@ def _choose_model_on_node(context: ProcessContext, checked: Callable[..., ModelC
     return checked(device=device)
 
 
-def _find_node_problem(context: ProcessContext, probe: str, token: str, version: str) -> str:
+def _find_node_problem(context: ProcessContext, probe: str, token: str, build: str) -> str:
     """Say what keeps this node from matting, "" if nothing does; runs on every node.
 
-    ``probe``: a file in the output folder that must contain ``token``. ``version``: the driver's
-    version of icm.
+    ``probe``: a file in the output folder that must contain ``token``. ``build``: version and
+    code of icm on the driver.
     """
-    if __version__ != version:
-        return f"has icm {__version__}, and this machine has {version}; install the same version on both"
+    if describe_build() != build:
+        return f"has icm {describe_build()}, and this machine has {build}; install the same version on both"
     content = None
     with contextlib.suppress(OSError):
         Path(context.folder).stat()

@@ -42,6 +42,11 @@ def alpha_digest(values: Mapping[str, str]) -> str:
     return combined_digest(__version__, code_fingerprint(), *(f"{name}={values[name]}" for name in sorted(values)))
 
 
+def describe_build() -> str:
+    """Return the version of icm and the beginning of the fingerprint of its code, for people."""
+    return f"{__version__} (code {code_fingerprint()[:8]})"
+
+
 @functools.cache
 def code_fingerprint() -> str:
     """Return the fingerprint of the installed package; computed once per process."""
