@@ -16,13 +16,13 @@ from icm_cli.environment import child_environment
 from icm_cli.reports.result import ImageResult
 from icm_cli.scoring.task import ScoreTask
 
-ResultT = TypeVar("ResultT", covariant=True)
+TaskResultT = TypeVar("TaskResultT", covariant=True)
 
 
-class Task(Protocol[ResultT]):
+class Task(Protocol[TaskResultT]):
     """A picklable object that a worker process runs."""
 
-    def run(self) -> ResultT: ...
+    def run(self) -> TaskResultT: ...
 
 
 class ScoringPool:
@@ -93,12 +93,12 @@ class _ScoringProcess:
             env=child_environment(),
         )
 
-    def run(self, task: Task[ResultT]) -> ResultT:
+    def run(self, task: Task[TaskResultT]) -> TaskResultT:
         assert self._popen.stdin
         assert self._popen.stdout
         pickle.dump(task, self._popen.stdin)
         self._popen.stdin.flush()
-        result: ResultT = pickle.load(self._popen.stdout)  # noqa: S301  written by our own process
+        result: TaskResultT = pickle.load(self._popen.stdout)  # noqa: S301  written by our own process
         return result
 
     def close(self) -> None:
