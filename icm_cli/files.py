@@ -59,7 +59,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
     except OSError as error:
-        raise write_error(path, error) from error
+        raise error_for_failed_write(path, error) from error
 
 
 def temporary_name() -> str:
@@ -70,7 +70,7 @@ def temporary_name() -> str:
     return f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
 
 
-def write_error(path: Path, error: OSError) -> ImageError | OutputError:
+def error_for_failed_write(path: Path, error: OSError) -> ImageError | OutputError:
     """Return the error for an output that cannot be written.
 
     It is an ImageError if other files can be written.

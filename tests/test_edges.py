@@ -146,7 +146,7 @@ class TestVitMatte:
         rgb = rng.integers(0, 256, (45, 70, 3), np.uint8)
         trimap = rng.choice(np.float32([0.0, 0.5, 1.0]), size=(45, 70))
         theirs = processor(images=rgb, trimaps=np.round(trimap * 255).astype(np.uint8), return_tensors="pt")
-        ours = network(folder)._pixels(rgb, torch.from_numpy(trimap))
+        ours = network(folder)._network_input(rgb, torch.from_numpy(trimap))
         assert ours.shape == (1, 4, 64, 96)
         torch.testing.assert_close(ours, theirs["pixel_values"].float(), atol=3e-3, rtol=0)  # 128 of 255 is unknown
 

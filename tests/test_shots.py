@@ -13,7 +13,7 @@ from PIL import Image
 
 from icm_cli.reports.means import MEAN_OF_SHOTS, compute_shot_scores
 from icm_cli.reports.result import DatasetEntry, ImageEvaluation, ImageResult
-from icm_cli.scoring.metrics import boundary_accuracy, region_similarity
+from icm_cli.scoring.metrics import compute_boundary_f, compute_jaccard
 
 SHOTS = ("cow", "dog")
 FRAMES = 4
@@ -28,11 +28,11 @@ def mask(height: int, width: int, top: int, left: int, bottom: int, right: int) 
 
 def test_j_is_intersection_over_union() -> None:
     one, other = mask(8, 8, 0, 0, 4, 4), mask(8, 8, 2, 2, 6, 6)
-    assert region_similarity(one, other) == 4 / 28  # 16 + 16 - 4
-    assert region_similarity(one, np.zeros_like(one)) == 0
-    assert region_similarity(np.zeros_like(one), np.zeros_like(one)) == 1
-    assert region_similarity(np.full((2, 2), 128, np.uint8), np.full((2, 2), 255, np.uint8)) == 1
-    assert region_similarity(np.full((2, 2), 127, np.uint8), np.full((2, 2), 255, np.uint8)) == 0
+    assert compute_jaccard(one, other) == 4 / 28  # 16 + 16 - 4
+    assert compute_jaccard(one, np.zeros_like(one)) == 0
+    assert compute_jaccard(np.zeros_like(one), np.zeros_like(one)) == 1
+    assert compute_jaccard(np.full((2, 2), 128, np.uint8), np.full((2, 2), 255, np.uint8)) == 1
+    assert compute_jaccard(np.full((2, 2), 127, np.uint8), np.full((2, 2), 255, np.uint8)) == 0
 
 
 def test_known_f_of_two_squares() -> None:
@@ -45,27 +45,27 @@ def test_known_f_of_two_squares() -> None:
     the new left side are both in column 13, rows 9..13, and 5 + 1 + 1 pixels match.
     """
     truth = mask(30, 40, 10, 10, 14, 14)
-    assert boundary_accuracy(truth, truth) == 1
-    assert boundary_accuracy(mask(30, 40, 10, 11, 14, 15), truth) == 1
-    assert boundary_accuracy(mask(30, 40, 10, 14, 14, 18), truth) == pytest.approx(7 / 16)
-    assert boundary_accuracy(mask(30, 40, 20, 30, 24, 34), truth) == 0
+    assert compute_boundary_f(truth, truth) == 1
+    assert compute_boundary_f(mask(30, 40, 10, 11, 14, 15), truth) == 1
+    assert compute_boundary_f(mask(30, 40, 10, 14, 14, 18), truth) == pytest.approx(7 / 16)
+    assert compute_boundary_f(mask(30, 40, 20, 30, 24, 34), truth) == 0
 
 
 def test_f_is_the_harmonic_mean_of_precision_and_recall() -> None:
     """A second square adds 8 boundary pixels to the 16 true ones: precision 16/24, recall 1."""
     truth = mask(30, 40, 10, 10, 14, 14)
     predicted = truth | mask(30, 40, 22, 30, 24, 32)
-    assert boundary_accuracy(predicted, truth) == pytest.approx(2 * (16 / 24) / (16 / 24 + 1))
+    assert compute_boundary_f(predicted, truth) == pytest.approx(2 * (16 / 24) / (16 / 24 + 1))
 
 
 def test_f_ignores_the_image_border_and_is_1_without_boundaries() -> None:
     """Half of an image of 30 x 40 pixels has a boundary of 30 pixels."""
     empty, full = np.zeros((30, 40), np.uint8), np.full((30, 40), 255, np.uint8)
-    assert boundary_accuracy(empty, empty) == boundary_accuracy(full, empty) == 1
-    assert boundary_accuracy(mask(30, 40, 10, 10, 14, 14), empty) == 0
-    assert boundary_accuracy(empty, mask(30, 40, 10, 10, 14, 14)) == 0
+    assert compute_boundary_f(empty, empty) == compute_boundary_f(full, empty) == 1
+    assert compute_boundary_f(mask(30, 40, 10, 10, 14, 14), empty) == 0
+    assert compute_boundary_f(empty, mask(30, 40, 10, 10, 14, 14)) == 0
     half = mask(30, 40, 0, 0, 30, 20)
-    assert boundary_accuracy(half | mask(30, 40, 20, 30, 24, 34), half) == pytest.approx(2 * (30 / 46) / (30 / 46 + 1))
+    assert compute_boundary_f(half | mask(30, 40, 20, 30, 24, 34), half) == pytest.approx(2 * (30 / 46) / (30 / 46 + 1))
 
 
 def frames_of(shot: str, values: list[float]) -> list[ImageResult]:
@@ -135,8 +135,8 @@ def test_first_frame_is_the_reference_and_last_frame_is_excluded(evaluate: Icm, 
     assert list(by_name(report)) == [name for shot in SHOTS for name in middle(shot)]
     for name, image in by_name(report).items():
         alpha, truth = read(tmp_path / "out" / f"{name}.png"), read(davis / "Annotations" / "480p" / f"{name}.png")
-        assert image["jaccard"] == region_similarity(alpha, truth)
-        assert image["boundary_f"] == boundary_accuracy(alpha, truth)
+        assert image["jaccard"] == compute_jaccard(alpha, truth)
+        assert image["boundary_f"] == compute_boundary_f(alpha, truth)
         assert image["jaccard"] > 0.5
         assert (image["dt_ssd"] is not None) == name.endswith("2")
     shots = report["summary"]["shots"]
@@ -159,7 +159,7 @@ def test_predictions_are_scored_over_the_same_frames(evaluate: Icm, davis: Path,
     report = report_of(tmp_path / "r.json")
     assert list(by_name(report)) == [name for shot in SHOTS for name in middle(shot)]
     first, second = (read(davis / "Annotations" / "480p" / "cow" / f"0000{n}.png") for n in (1, 2))
-    assert by_name(report)["cow/00001"]["jaccard"] == region_similarity(second, first) < 1
+    assert by_name(report)["cow/00001"]["jaccard"] == compute_jaccard(second, first) < 1
 
 
 def test_davis_2017_with_the_2016_list_and_palettes(evaluate: Icm, davis: Path, tmp_path: Path) -> None:

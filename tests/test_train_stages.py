@@ -32,7 +32,7 @@ from icm_cli.training.data.degradation import (
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
 from icm_cli.training.settings import MatchStageConfig, TrainConfig, read_settings
 from icm_cli.training.stages import match, refine
-from icm_cli.training.stages.mosaics import Mosaic, MosaicBatch, TokenMatcher, draw_mosaic
+from icm_cli.training.stages.mosaics import Mosaic, MosaicBatch, TokenMatcher, sample_mosaic
 from icm_cli.training.stages.refine import EdgeBatch, EdgeMaker, EdgeSample, RefineStage
 
 COLOURS = {"red": (20, 20, 220), "green": (20, 200, 20), "white": (240, 240, 240)}
@@ -213,7 +213,7 @@ class TestMatch:
         rng = np.random.default_rng(0)
 
         def draw() -> Mosaic[TrainingItem]:
-            return draw_mosaic(pool, config, 4, 1, rng, as_target=lambda each: each, as_reference=lambda each: each)
+            return sample_mosaic(pool, config, 4, 1, rng, as_target=lambda each: each, as_reference=lambda each: each)
 
         mosaics = [draw() for _ in range(200)]
         for each in mosaics:

@@ -19,7 +19,7 @@ from icm_cli import terminal
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.settings import MatchStageConfig
 from icm_cli.training.stages import match
-from icm_cli.training.stages.mosaics import Mosaic, View, draw_mosaic
+from icm_cli.training.stages.mosaics import Mosaic, View, sample_mosaic
 from icm_cli.training.stages.view_sets import ViewPlan, ViewSet
 
 SIZES = {"two": 2, "eight": 8, "forty": 40, "many": 300}
@@ -131,7 +131,7 @@ class TestDraws:
         rng = np.random.default_rng(0)
 
         def draw() -> Mosaic[View]:
-            return draw_mosaic(
+            return sample_mosaic(
                 targets.pool,
                 config,
                 2,

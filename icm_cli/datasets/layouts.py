@@ -116,7 +116,7 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
 def find_files_by_pattern(images: str, alphas: str, trimaps: str | None) -> FileSets:
     """Return the files of three folders or glob patterns.
 
-    Raises UsageError if one contains no images.
+    Raises UsageError if a folder has no images or a pattern matches none.
     """
     problems: list[Problem] = []
     options = zip((images, alphas, trimaps), ("--images", "--alphas", "--trimaps"), strict=True)

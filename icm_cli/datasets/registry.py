@@ -55,7 +55,7 @@ class Dataset:
     """Whether the alphas are binary masks of 0 and 255."""
     has_detail_maps: bool = False
     """Whether the trimaps are detail maps, in which every pixel above 0 is unknown."""
-    is_shots: bool = False
+    has_shots: bool = False
     """Whether groups are shots with a given first frame, scored as DAVIS does. All palette indices
     are one object."""
 
@@ -162,7 +162,7 @@ DATASETS: dict[DatasetName, Dataset] = {
         (_davis_layout("train"),),
         group_pattern=FOLDER_PATTERN,
         is_binary=True,
-        is_shots=True,
+        has_shots=True,
     ),
     "openimages": Dataset(
         "Open Images",

@@ -110,11 +110,11 @@ def _find_dataset(options: EvaluateOptions) -> DatasetSamples:
         groups=data.groups,
         backgrounds=data.backgrounds,
     )
-    if found.dataset.is_shots:
+    if found.dataset.has_shots:
         reason = f"the first frame of every shot of {found.dataset.title} is its only reference"
         options.refuse_given(("rounds", "refs_per_group", "groups", "video"), reason)
         found = _select_shot_frames(found)
-    if options.matting.shot and not (found.dataset.is_shots or data.video):
+    if options.matting.shot and not (found.dataset.has_shots or data.video):
         raise UsageError("--shot requires frames of shots; give --dataset davis16, or --video if the groups are videos")
     if data.video:
         found = replace(found, samples=[_mark_video_frame(sample) for sample in found.samples])
@@ -160,7 +160,7 @@ def _make_rule(found: DatasetSamples, options: ProtocolOptions, *, has_trimaps: 
         options.lineage or dataset.conventions.lineage,
         options.trimap_kernel or ScoringRule.trimap_kernel_px,
         dataset.has_detail_maps,
-        dataset.is_shots,
+        dataset.has_shots,
     )
 
 

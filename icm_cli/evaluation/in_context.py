@@ -22,7 +22,7 @@ from icm_cli.evaluation.rounds import (
     select_targets,
     write_references_file,
 )
-from icm_cli.files import cache_folder, combined_digest, remove_stale_temporaries, write_error
+from icm_cli.files import cache_folder, combined_digest, error_for_failed_write, remove_stale_temporaries
 from icm_cli.images.reading import read_alpha, read_source_image
 from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import Engine, EngineOptions
@@ -199,7 +199,7 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_suffix(".lock").open("w")
     except OSError as error:
-        raise write_error(folder, error) from error
+        raise error_for_failed_write(folder, error) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         yield folder
@@ -256,7 +256,7 @@ class ReferenceStore:
                 rounds=rounds,
                 refs_per_group=refs_per_group,
                 is_usable=self._is_usable,
-                in_order=self.evaluation.rule.is_shots,
+                in_order=self.evaluation.rule.has_shots,
             )
         problems += [Problem("bad-reference", name, error) for name, error in self._errors.items()]
         return references, problems
@@ -296,7 +296,7 @@ class ReferenceStore:
     def _read_reference(self, sample: Sample) -> Reference:
         """Read a sample as a reference: its image, and its alpha above one half as guidance."""
         image = read_source_image(sample.image)
-        mask = read_alpha(sample.alpha, has_objects=self.evaluation.rule.is_shots, target_windows=image.windows)
+        mask = read_alpha(sample.alpha, is_label_map=self.evaluation.rule.has_shots, target_windows=image.windows)
         notice = self.evaluation.run.listener.on_notice
         guidance = make_guidance(mask, image.windows, f"alpha {sample.alpha}", notice)
         return Reference(image.rgb, guidance, windows=image.windows)

@@ -34,7 +34,7 @@ def score_predictions(evaluation: Evaluation, folder: Path, rounds: int) -> Repo
     problems: list[Problem] = []
     if evaluation.files.references:
         references, problems = read_references_file(evaluation.files.references, dataset.groups)
-    elif evaluation.rule.is_shots:
+    elif evaluation.rule.has_shots:
         references = choose_first_frames(dataset.groups)
     planned = [
         result

@@ -17,8 +17,8 @@ from icm_cli.errors import ImageError
 HEAD_BYTES = 4096
 """Number of bytes at the start of a file that decide its type and are part of its state."""
 STATE_DIGEST_DIGITS = 16
-OWN_MARK = b"icm-digest"
-OWN_SHEET_MARK = b"icm-sheet"
+ICM_ALPHA_MARK = b"icm-digest"
+ICM_SHEET_MARK = b"icm-sheet"
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".cin", ".dds", ".dib", ".dpx", ".exr", ".gif", ".hdr", ".heic", ".j2c", ".j2k", ".jfif", ".jp2"}
     | {".jpe", ".jpeg", ".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".sgi"}
@@ -95,7 +95,7 @@ def detect_file_type(head: bytes) -> FileType:
     """Return the type of a file that begins with these bytes."""
     name = _image_format(head)
     may_have_frames = name in _MULTI_FRAME or (name == "png" and b"acTL" in head)
-    is_icm_output = name in ("png", "tiff", "openexr") and (OWN_MARK in head or OWN_SHEET_MARK in head)
+    is_icm_output = name in ("png", "tiff", "openexr") and (ICM_ALPHA_MARK in head or ICM_SHEET_MARK in head)
     return FileType(name, may_have_frames, is_icm_output, is_movie=not name and _is_movie(head))
 
 

@@ -74,19 +74,19 @@ def read_image(source: Path | ImageFile, colour: ColourSettings = DEFAULT_COLOUR
 
 
 def read_alpha(
-    source: Path | ImageFile, *, has_objects: bool = False, target_windows: ImageWindows | None = None
+    source: Path | ImageFile, *, is_label_map: bool = False, target_windows: ImageWindows | None = None
 ) -> ImageU8:
     """Read a mask or an alpha, uint8 [H,W].
 
     It is the file's alpha channel if that varies, else its brightest channel.
 
     The alpha of an EXR covers its display window and is 0 outside its data window.
-    ``target_windows`` is explained at :func:`read_stored_pixels`. ``has_objects``: palette indices
+    ``target_windows`` is explained at :func:`read_stored_pixels`. ``is_label_map``: palette indices
     above 0 are objects and become
     255. Raises ImageError as :func:`read_image` does.
     """
     image = read_image(source, RAW_VALUES)
-    objects = _object_mask(image.stored) if has_objects else None
+    objects = _object_mask(image.stored) if is_label_map else None
     return _alpha_or_brightest(image.to_display_window(target_windows)) if objects is None else objects
 
 
@@ -146,13 +146,13 @@ class GroundTruthAlpha:
     """Whether the channels differ, so that it is not clear which one is the alpha."""
 
 
-def read_ground_truth(path: Path, *, has_objects: bool = False) -> GroundTruthAlpha:
+def read_ground_truth(path: Path, *, is_label_map: bool = False) -> GroundTruthAlpha:
     """Read a ground truth as :func:`read_alpha` does, with its unusual properties.
 
     Raises ImageError.
     """
     decoded = decode_image(path, wanted=RAW_VALUES)
-    if has_objects and (objects := _object_mask(decoded)) is not None:
+    if is_label_map and (objects := _object_mask(decoded)) is not None:
         return GroundTruthAlpha(objects, is_deep=False, has_colour=False)
     rgb = to_display_srgb(decoded.pixels, decoded.scale, SRGB, RAW_VALUES)
     image = SourceImage(rgb, _alpha_u8(decoded), stored=decoded).to_display_window()

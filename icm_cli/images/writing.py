@@ -22,7 +22,7 @@ from icm_cli.files import atomic_write
 from icm_cli.geometry import Float, round_to_u8
 from icm_cli.images.colour import colour_space_attributes, to_scene_linear
 from icm_cli.images.decoding import DECODE_ERRORS
-from icm_cli.images.image_file import OWN_MARK
+from icm_cli.images.image_file import ICM_ALPHA_MARK
 from icm_cli.images.pixels import DecodedImage
 from icm_cli.options import BitDepth, ForegroundMode, ImageFormat, TrimapMode
 
@@ -180,7 +180,7 @@ def read_stamp(path: Path) -> dict[str, str] | None:
     try:
         data = path.read_bytes()
         if not data.startswith(b"\x89PNG"):
-            return _read_openimageio_stamp(path) if OWN_MARK in data else None
+            return _read_openimageio_stamp(path) if ICM_ALPHA_MARK in data else None
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             stamp = dict(image.info)
             image.verify()  # checks the checksum of every chunk except the last one

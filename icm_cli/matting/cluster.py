@@ -21,7 +21,7 @@ from typing import Any, Self
 import cv2
 
 from icm_cli.errors import ConfigError, DeviceError, IcmError, UsageError
-from icm_cli.files import remove_stale_temporaries, temporary_name, write_error
+from icm_cli.files import error_for_failed_write, remove_stale_temporaries, temporary_name
 from icm_cli.matting.devices import EngineSetup, WorkerIdle
 from icm_cli.matting.digest import describe_build
 from icm_cli.matting.engine import Engine
@@ -153,7 +153,7 @@ class RayCluster:
                 f"a node of the Ray cluster cannot run icm: {error.cause}; install icm on every node"
             ) from None
         except OSError as error:
-            raise write_error(folder, error) from error
+            raise error_for_failed_write(folder, error) from error
         finally:
             probe.unlink(missing_ok=True)
         for node, problem in zip(nodes, problems, strict=True):

@@ -95,13 +95,13 @@ def matte_in_crops(
     matte_crop: Callable[[CropBox], tuple[CropResult, Tensor] | None],
     settings: CropSettings,
 ) -> tuple[CropResult, Tensor, CropBox] | None:
-    """Matte a crop of a frame of ``size``, and larger crops as long as they cut the object.
+    """Matte a crop of a frame. While the border of the crop cuts the object, repeat with a larger crop.
 
     Args:
         box: First crop.
         size: Height and width of the frame.
         matte_crop: Returns a result and the alpha [h,w] of a crop, or None to give up.
-        settings: Rules for larger crops, and their largest number.
+        settings: Rules for enlarging crops, and the maximum number of crops.
 
     Returns:
         Result, alpha and box of the last crop; None if ``matte_crop`` gave up.

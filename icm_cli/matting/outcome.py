@@ -107,7 +107,7 @@ class Outcome:
         for problem in answer.problems:
             self.add_problem(problem)
         is_seen = None if self._trained_on is None else answer.image_sha256 in self._trained_on
-        foreground = answer.foreground if result.matting.foreground is None else result.matting.foreground
+        foreground = answer.mean_alpha if result.matting.foreground is None else result.matting.foreground
         self._report_result(
             replace(
                 result,

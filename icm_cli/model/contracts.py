@@ -226,8 +226,8 @@ class Backbone(nn.Module, ABC):
         """
 
     def optimise_for_inference(self) -> None:
-        """Rearrange the weights for speed, once, before inference. The model can then not be
-        trained or saved.
+        """Rearrange the weights for speed, once, before inference. After that, the
+        backbone can no longer be trained or saved.
 
         The default implementation does nothing.
         """
@@ -363,8 +363,8 @@ class Objects(nn.Module, ABC):
         are not available."""
 
     def optimise_for_inference(self) -> None:
-        """Rearrange the weights for speed, once, before inference. It can then not be trained or
-        saved.
+        """Rearrange the weights for speed, once, before inference. After that, it can no longer
+        be trained or saved.
 
         The default implementation does nothing.
         """
@@ -463,8 +463,8 @@ class Edges(nn.Module, ABC):
         return cls(config)
 
     def optimise_for_inference(self) -> None:
-        """Rearrange the weights for speed, once, before inference. It can then not be trained or
-        saved.
+        """Rearrange the weights for speed, once, before inference. After that, it can no longer
+        be trained or saved.
 
         The default implementation does nothing.
         """

@@ -66,9 +66,9 @@ DOCS_HEAD = """# Options
 Generated from `icm_cli/options` by `python -m icm_cli.options --write`.
 
 In Python, options are keyword arguments of the same name, with `_` for `-`: `--mask-label` is
-`mask_label`. Repeatable options take one value or a list. Options marked **alpha** decide pixels:
-they are part of the digest that every alpha stores, and a change of their value recomputes the
-alphas.
+`mask_label`. Repeatable options take one value or a list. The last column marks options that
+decide pixels: they are part of the digest that every alpha stores, so a change of their value
+recomputes the alphas.
 """
 
 
@@ -101,7 +101,10 @@ def _reference() -> str:
         for panel in Panel:
             fields = [each for each in options_class.option_fields() if each.panel is panel]
             if fields:
-                rows = ["| option | value | default | description | decides |", "| --- | --- | --- | --- | --- |"]
+                rows = [
+                    "| option | value | default | description | part of digest |",
+                    "| --- | --- | --- | --- | --- |",
+                ]
                 title = "Everyday options" if panel is Panel.EVERYDAY else panel.value
                 parts.append("\n".join([f"### {title}\n", *rows, *map(_row, fields), ""]))
     return "\n".join(parts)
@@ -110,7 +113,7 @@ def _reference() -> str:
 def _row(field: OptionField) -> str:
     properties = field.properties
     names = ", ".join(f"`{flag}`" for flag in properties.flags or (field.flag,))
-    cells = [names, _value(field), _default(field), properties.help, "alpha" if properties.digest else ""]
+    cells = [names, _value(field), _default(field), properties.help, "yes" if properties.digest else ""]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -133,7 +136,7 @@ def _default(field: OptionField) -> str:
 
 def _stub() -> str:
     """Text of ``icm_cli/__init__.pyi``: the API with the types of all arguments."""
-    functions = "\n".join(_function(name, *parts) for name, parts in FUNCTIONS.items())
+    functions = "\n".join(_function_stub(name, *parts) for name, parts in FUNCTIONS.items())
     aliases = sorted(name for name in vars(options) if _is_alias(name) and re.search(rf"\b{name}\b", functions))
     head = STUB_HEAD.format(aliases="\n".join(f"    {name}," for name in aliases))
     return f"{head}\n{functions}"
@@ -143,19 +146,19 @@ def _is_alias(name: str) -> bool:
     return name[0].isupper() and bool(get_args(getattr(options, name)))
 
 
-def _function(
-    name: str, options_class: type[CommandOptions], others: tuple[str, ...], result: str, summary: str
+def _function_stub(
+    name: str, options_class: type[CommandOptions], extra_arguments: tuple[str, ...], return_type: str, summary: str
 ) -> str:
     fields = options_class.api_fields()
     by_position = [_argument(each) for each in fields if each.name in options_class.positional]
     by_name = [_argument(each) for each in fields if each.name not in options_class.positional]
-    arguments = [*by_position, "*", *by_name, *others]
-    lines = [f"def {name}(", *(f"    {each}," for each in arguments), f") -> {result}:"]
-    lines += [f'    """{summary}', "", *_wrapped(describe_arguments(options_class)), '    """', ""]
+    arguments = [*by_position, "*", *by_name, *extra_arguments]
+    lines = [f"def {name}(", *(f"    {each}," for each in arguments), f") -> {return_type}:"]
+    lines += [f'    """{summary}', "", *_wrap_arguments(describe_arguments(options_class)), '    """', ""]
     return "\n".join(lines)
 
 
-def _wrapped(text: str) -> Iterator[str]:
+def _wrap_arguments(text: str) -> Iterator[str]:
     for line in text.splitlines():
         indent = " " * (len(line) - len(line.lstrip()) + 4)
         yield from textwrap.wrap(

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from icm_cli.files import atomic_write
 from icm_cli.geometry import ImageU8, round_to_u8
 from icm_cli.images.colour import ColourSettings
-from icm_cli.images.image_file import OWN_SHEET_MARK
+from icm_cli.images.image_file import ICM_SHEET_MARK
 from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult
@@ -44,7 +44,7 @@ def write_contact_sheet(path: Path, report: Report) -> None:
     sheet = np.concatenate(rows) if rows else np.full((SHEET_CELL_PX, 3 * SHEET_CELL_PX, 3), GREY, np.uint8)
     with atomic_write(path) as file:
         mark = PngImagePlugin.PngInfo()
-        mark.add_text(OWN_SHEET_MARK.decode(), "contact sheet")
+        mark.add_text(ICM_SHEET_MARK.decode(), "contact sheet")
         Image.fromarray(sheet).save(file, format="PNG", optimize=True, pnginfo=mark)
 
 

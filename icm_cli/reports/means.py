@@ -96,10 +96,10 @@ def compute_means_by(
 
 
 def compute_shot_scores(results: Iterable[ImageResult]) -> dict[str, ShotScores]:
-    """Return the scores of every shot, and last their mean under MEAN_OF_SHOTS.
+    """Return the scores of every shot, followed by their mean under the key MEAN_OF_SHOTS.
 
-    Results are in the order of the frames. Frames without J and F are excluded. The result is empty
-    if no frame has them.
+    ``results`` must be in the order of the frames. Frames that lack J or F are excluded. The result
+    is empty if no frame has both.
     """
     shots: dict[str, list[tuple[float, float]]] = {}
     for result in results:

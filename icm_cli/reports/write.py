@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icm_cli.errors import UsageError
-from icm_cli.files import Paths, as_path, as_paths, atomic_write, temporary_name, write_error, write_json
+from icm_cli.files import Paths, as_path, as_paths, atomic_write, error_for_failed_write, temporary_name, write_json
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import METRICS, REGIONS, RESULT_FIELDS
 
@@ -73,7 +73,7 @@ class ReportFiles:
                 probe.touch()
                 probe.unlink()
             except OSError as error:
-                raise write_error(folder, error) from error
+                raise error_for_failed_write(folder, error) from error
 
     def write_all(self, report: Report) -> list[Path]:
         """Write all files except the list of references. Raises OutputError.

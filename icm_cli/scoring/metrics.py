@@ -211,7 +211,7 @@ def _largest_component(mask: BoolMask, *, with_background: bool) -> BoolMask:
     return cast(BoolMask, labels == best[0])
 
 
-def region_similarity(alpha: ImageU8, truth: ImageU8) -> float:
+def compute_jaccard(alpha: ImageU8, truth: ImageU8) -> float:
     """Return J, 0..1: the intersection over union of two alphas, uint8 [H,W].
 
     Both are thresholded at one half. J is 1 if both masks are empty.
@@ -221,7 +221,7 @@ def region_similarity(alpha: ImageU8, truth: ImageU8) -> float:
     return np.count_nonzero(predicted & true) / union if union else 1.0
 
 
-def boundary_accuracy(alpha: ImageU8, truth: ImageU8) -> float:
+def compute_boundary_f(alpha: ImageU8, truth: ImageU8) -> float:
     """Return F, 0..1: the harmonic mean of boundary precision and recall.
 
     The alphas are uint8 [H,W]. Both are thresholded at one half. Precision is the fraction of

@@ -29,7 +29,7 @@ class ScoringRule:
     """
     has_detail_maps: bool = False
     """The published trimaps are detail maps: every pixel above 0 is unknown."""
-    is_shots: bool = False
+    has_shots: bool = False
     """Score J and F, accept empty frames, and treat all palette indices above 0 as the object."""
 
     def as_protocol(self) -> dict[str, Any]:

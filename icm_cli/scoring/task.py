@@ -13,7 +13,7 @@ from icm_cli.geometry import UNKNOWN, ImageU8, has_same_aspect
 from icm_cli.images.decoding import image_size
 from icm_cli.images.reading import GroundTruthAlpha, file_digest, read_alpha, read_ground_truth
 from icm_cli.reports.result import ImageEvaluation
-from icm_cli.scoring.metrics import boundary_accuracy, compute_dt_ssd, compute_scores, region_similarity
+from icm_cli.scoring.metrics import compute_boundary_f, compute_dt_ssd, compute_jaccard, compute_scores
 from icm_cli.scoring.rule import ScoringRule, make_trimap, resize_for_scoring
 
 
@@ -27,7 +27,7 @@ class ScoreResult:
     evaluation: ImageEvaluation = field(default_factory=ImageEvaluation)
     problems: tuple[Problem, ...] = ()
     image_sha256: str | None = None
-    foreground: float | None = None
+    mean_alpha: float | None = None
     """Mean of the alpha at its own size, 0..1."""
 
 
@@ -53,8 +53,8 @@ class ScoreTask:
         try:
             if self.needs_sha256 and self.image:
                 digest = file_digest(self.image)
-            truth = read_ground_truth(self.truth, has_objects=self.rule.is_shots)
-            predicted = read_ground_truth(self.alpha, has_objects=self.rule.is_shots)
+            truth = read_ground_truth(self.truth, is_label_map=self.rule.has_shots)
+            predicted = read_ground_truth(self.alpha, is_label_map=self.rule.has_shots)
             problems = self._check_truth(truth) + (
                 self._check_values(self.alpha, predicted) if self.is_external else []
             )
@@ -75,12 +75,12 @@ class ScoreTask:
             trimap_problems.append(Problem("no-unknown", self.name, reason))
         evaluation = ImageEvaluation(
             {region: scores[region] for region in self.rule.regions if region in scores},
-            jaccard=region_similarity(resized_alpha, resized_truth) if self.rule.is_shots else None,
-            boundary_f=boundary_accuracy(resized_alpha, resized_truth) if self.rule.is_shots else None,
+            jaccard=compute_jaccard(resized_alpha, resized_truth) if self.rule.has_shots else None,
+            boundary_f=compute_boundary_f(resized_alpha, resized_truth) if self.rule.has_shots else None,
             was_resized=alpha.shape != truth.alpha.shape,
         )
-        foreground = round(float(alpha.mean()) / 255.0, 6)
-        return ScoreResult(evaluation, (*problems, *trimap_problems), digest, foreground)
+        mean_alpha = round(float(alpha.mean()) / 255.0, 6)
+        return ScoreResult(evaluation, (*problems, *trimap_problems), digest, mean_alpha)
 
     def _check_truth(self, truth: GroundTruthAlpha) -> list[Problem]:
         """Return the problems of the ground truth.
@@ -91,7 +91,7 @@ class ScoreTask:
         if self.image is not None and (size := image_size(self.image)) != truth.alpha.shape:
             problems.append(self._size_mismatch("ground truth", self.truth, truth.alpha.shape, size))
         problems += self._check_values(self.truth, truth)
-        if not (truth.alpha.any() or self.rule.is_shots or "empty-alpha" in self.allowed):
+        if not (truth.alpha.any() or self.rule.has_shots or "empty-alpha" in self.allowed):
             reason = f"ground truth {self.truth} has no foreground; give --allow empty-alpha to score it anyway"
             problems.append(Problem("empty-alpha", self.name, reason))
         if truth.is_deep and "16-bit-alpha" not in self.allowed:
@@ -156,4 +156,4 @@ class FlickerTask:
         return compute_dt_ssd(alpha, alpha_before, truth, truth_before)
 
     def _read_alpha(self, path: Path) -> ImageU8:
-        return read_alpha(path, has_objects=self.rule.is_shots)
+        return read_alpha(path, is_label_map=self.rule.has_shots)

@@ -44,7 +44,7 @@ class FeatureCache:
         entries = [(path, path.stat()) for path in self._folder.parent.glob("*/*.safetensors")]
         self._free_bytes = limit_bytes - sum(state.st_size for _, state in entries)
         others = [(path, state) for path, state in entries if path.parent != self._folder]
-        self._other_entries = sorted(others, key=lambda entry: entry[1].st_mtime, reverse=True)
+        self._entries_of_other_backbones = sorted(others, key=lambda entry: entry[1].st_mtime, reverse=True)
         self._notice = notice
         self._is_full = False
 
@@ -95,7 +95,7 @@ class FeatureCache:
 
     def _write_entry(self, path: Path, data: bytes) -> None:
         """Write an entry if there is space. A failure is reported and ends caching, but not the run."""
-        if self._is_full or not self._free_space(len(data)):
+        if self._is_full or not self._make_room(len(data)):
             self._stop_writing("the feature cache is full")
             return
         try:
@@ -105,14 +105,14 @@ class FeatureCache:
         except (OutputError, ImageError) as error:
             self._stop_writing(str(error))
 
-    def _free_space(self, size: int) -> bool:
-        """Delete entries of other backbones until ``size`` bytes are free; return whether they are."""
-        while self._free_bytes < size and self._other_entries:
-            path, state = self._other_entries.pop()
+    def _make_room(self, needed_bytes: int) -> bool:
+        """Delete entries of other backbones until ``needed_bytes`` are free; return whether they are."""
+        while self._free_bytes < needed_bytes and self._entries_of_other_backbones:
+            path, stat = self._entries_of_other_backbones.pop()
             with contextlib.suppress(OSError):
                 path.unlink()
-                self._free_bytes += state.st_size
-        return self._free_bytes >= size
+                self._free_bytes += stat.st_size
+        return self._free_bytes >= needed_bytes
 
     def _stop_writing(self, reason: str) -> None:
         if not self._is_full:

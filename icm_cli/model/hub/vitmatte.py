@@ -111,12 +111,12 @@ class VitMatteEdges(Edges):
         trimap = trimap.to(coarse.device)
         tiles = split_into_tiles(size, self.config.tile_px, self.config.overlap_px)
 
-        def alphas() -> Iterator[Tensor]:
+        def solve_tiles() -> Iterator[Tensor]:
             for tile in tiles:
                 part = trimap[tile.index]
                 yield self.solve(rgb[tile.index], part) if bool((part == 0.5).any()) else part
 
-        alpha = blend_tiles(size, tiles, alphas(), trimap.device)
+        alpha = blend_tiles(size, tiles, solve_tiles(), trimap.device)
         return torch.where(trimap == 0.5, alpha, trimap)
 
     @torch.inference_mode()
@@ -124,11 +124,11 @@ class VitMatteEdges(Edges):
         """Run the network on an image, sRGB uint8 [H,W,3], and its trimap [H,W] of 0, 0.5 and 1;
         return [H,W]."""
         weight = next(self.network.parameters())
-        pixels = self._pixels(rgb, trimap).to(weight.device, weight.dtype)
+        pixels = self._network_input(rgb, trimap).to(weight.device, weight.dtype)
         alpha: Tensor = self.network(pixel_values=pixels).alphas
         return alpha[0, 0, : rgb.shape[0], : rgb.shape[1]].float().clamp(0.0, 1.0)
 
-    def _pixels(self, rgb: ImageU8, trimap: Tensor) -> Tensor:
+    def _network_input(self, rgb: ImageU8, trimap: Tensor) -> Tensor:
         """Input of the network, float32 [1,4,H,W] with H and W multiples of 32."""
         image = (torch.from_numpy(rgb.copy()).permute(2, 0, 1).float() / 255.0 - self.mean) / self.std
         joined = torch.cat([image, trimap.cpu()[None]])[None]

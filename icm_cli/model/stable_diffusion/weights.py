@@ -94,7 +94,7 @@ def load_parts(folder: Path, *, timestep: int) -> StableDiffusionParts:
     Raises:
         ConfigError: A file is damaged or of another model.
     """
-    prompt = _prompt_embedding(folder)
+    prompt = _load_empty_prompt_embedding(folder)
     unet = _load_unet(folder)
     if prompt.shape[-1] != unet.config["cross_attention_dim"]:
         raise ConfigError(
@@ -172,10 +172,10 @@ def _current_name(name: str) -> str:
     return name
 
 
-def _prompt_embedding(folder: Path) -> Tensor:
+def _load_empty_prompt_embedding(folder: Path) -> Tensor:
     """Return the embedding of the empty prompt, float32 [1,77,1024].
 
-    It is cached by the digest of its source files, so the text encoder runs once per machine.
+    It is cached under the digest of its source files, so the text encoder runs once per machine.
     """
     digest = combined_digest(*(cached_file_digest(folder / name) for name in PROMPT_FILES))
     cached = cache_folder() / "prompts" / f"{digest}.safetensors"

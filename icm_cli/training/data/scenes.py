@@ -177,7 +177,10 @@ def require_foreground(scene: Scene, item: TrainingItem) -> Scene:
 
 
 def _cover_scene(scene: Scene, colour: Float, weight: Float) -> Scene:
-    """Composite a premultiplied layer onto a scene and remove what it hides from the alpha and the trimap."""
+    """Composite a premultiplied layer over a scene.
+
+    Parts of the object that the layer hides are removed from the alpha and the trimap. The coarse alpha is dropped.
+    """
     alpha = round_to_u8(scene.alpha * (1 - weight))
     trimap = scene.trimap
     if trimap is not None:

@@ -34,10 +34,10 @@ from icm_cli.training.stages.mosaics import (
     TokenMatcher,
     collate_mosaics,
     draw_layout,
-    draw_mosaic,
     encode_views,
     render_mosaics,
     require_token_match_head,
+    sample_mosaic,
 )
 
 
@@ -160,7 +160,7 @@ class JointStage(Stage[ImageBatch]):
             return scenes.plan_scene(item, canvas_px, rng) if item in scenes.items else None
 
         mosaics = [
-            draw_mosaic(
+            sample_mosaic(
                 self.pool,
                 config,
                 rows * columns,

@@ -44,10 +44,10 @@ from icm_cli.training.stages.mosaics import (
     add_feature_noise,
     collate_mosaics,
     draw_layout,
-    draw_mosaic,
     encode_views,
     render_mosaics,
     require_token_match_head,
+    sample_mosaic,
 )
 from icm_cli.training.stages.view_sets import Chunk, ViewPlan, ViewSet, load_views, save_views
 
@@ -167,7 +167,7 @@ class MatchStage(Stage[MosaicBatch]):
             return view if view is not None and view.alpha.max() > 0.5 else None
 
         mosaics = [
-            draw_mosaic(
+            sample_mosaic(
                 targets.pool,
                 config,
                 rows * columns,

@@ -33,7 +33,7 @@ NOISE_REGION = 6
 """Side, in tokens, of the regions that share a part of their noise."""
 FURTHER_PROBABILITY = 0.7
 """Probability that a further tile shows the object, in mosaics where several tiles may show it."""
-MAX_DRAWS = 1000
+MAX_ATTEMPTS = 1000
 """Number of draws for one tile of a mosaic after which training ends."""
 MAX_PARTNER_DRAWS = 20
 """Number of draws for one reference after which another target is drawn."""
@@ -140,64 +140,66 @@ def draw_layout(config: MatchStageConfig, rng: np.random.Generator) -> tuple[int
     return rows, columns, _draw_index(config.reference_count_weights, rng) + 1
 
 
-def draw_mosaic(
+def sample_mosaic(
     pool: TrainingPool,
     config: MatchStageConfig,
-    tiles: int,
-    references: int,
+    tile_count: int,
+    reference_count: int,
     rng: np.random.Generator,
     *,
     as_target: Callable[[TrainingItem], Image | None],
     as_reference: Callable[[TrainingItem], Image | None],
     reference_pool: TrainingPool | None = None,
 ) -> Mosaic[Image]:
-    """Draw a mosaic of ``tiles`` images from ``pool``, and its references from ``reference_pool`` (default: ``pool``).
+    """Sample a mosaic of ``tile_count`` images from ``pool``, and its references from ``reference_pool``.
 
-    The functions return the image of an item, or None if it cannot be used. Raises TrainingError if the
-    images do not suffice for a mosaic.
+    ``reference_pool`` defaults to ``pool``. ``as_target`` and ``as_reference`` return the image of an item, or
+    None if it cannot be used. Raises TrainingError if there are not enough usable images.
     """
     if reference_pool is None:
         reference_pool = pool
-    for _ in range(MAX_DRAWS):
+    for _ in range(MAX_ATTEMPTS):
         failure = "almost no training image could be read; repair the data, or exclude files with 'exclude'"
-        item, target = _draw_tile(pool, rng, as_target, lambda _: True, failure)
-        partners = [_draw_partner(reference_pool, config, rng, item, target, as_reference) for _ in range(references)]
+        item, target = _sample_tile(pool, rng, as_target, lambda _: True, failure)
+        partners = [
+            _sample_reference(reference_pool, config, rng, item, target, as_reference) for _ in range(reference_count)
+        ]
         found = [each for each in partners if each is not None]
-        if len(found) < references:
+        if len(found) < reference_count:
             continue
-        guides = [image for _, image in found]
+        reference_images = [image for _, image in found]
         positives: dict[int, Image] = {}
         if rng.random() >= config.negative_probability:
-            first = int(rng.integers(tiles))
-            further = _draw_further_positives(pool, config, rng, item, first, tiles, as_target, guides)
+            first = int(rng.integers(tile_count))
+            further = _draw_further_positives(pool, config, rng, item, first, tile_count, as_target, reference_images)
             positives = {first: target, **further}
         failure = f"there is no image without the object of {item.image}; expected more than one group"
         images = [
-            positives[i] if i in positives else _draw_tile(pool, rng, as_target, item.is_negative_for, failure)[1]
-            for i in range(tiles)
+            positives[i] if i in positives else _sample_tile(pool, rng, as_target, item.is_negative_for, failure)[1]
+            for i in range(tile_count)
         ]
-        return Mosaic(f"{item.name} by {found[0][0].name}", guides, images, tuple(positives))
+        return Mosaic(f"{item.name} by {found[0][0].name}", reference_images, images, tuple(positives))
     raise TrainingError(
         "no group has two readable views; increase train.match.views_per_group, or give more images of each object"
     )
 
 
-def _draw_tile(
+def _sample_tile(
     pool: TrainingPool,
     rng: np.random.Generator,
     as_target: Callable[[TrainingItem], Image | None],
     is_usable: Callable[[TrainingItem], bool],
-    failure: str,
+    failure_message: str,
 ) -> tuple[TrainingItem, Image]:
-    """Draw a usable item and its image. Raises TrainingError with the message ``failure`` if there is none."""
-    for _ in range(MAX_DRAWS):
+    """Sample a usable item and its image. Raises TrainingError(failure_message) if there is none."""
+    for _ in range(MAX_ATTEMPTS):
         item = pool.draw_item(rng)
         if is_usable(item) and (image := as_target(item)) is not None:
             return item, image
-    raise TrainingError(failure)
+    raise TrainingError(failure_message)
 
 
-def _draw_partner(
+def _sample_reference(
     pool: TrainingPool,
     config: MatchStageConfig,
     rng: np.random.Generator,
@@ -205,7 +207,7 @@ def _draw_partner(
     target: Image,
     as_reference: Callable[[TrainingItem], Image | None],
 ) -> tuple[TrainingItem, Image] | None:
-    """Draw a reference for ``item`` that is not the image ``target``; None if its group has no other one."""
+    """Sample a reference for ``item`` that is not the image ``target``; None if its group has no other one."""
     for _ in range(MAX_PARTNER_DRAWS):
         partner = pool.draw_partner(item, rng, config.same_image_probability)
         if (image := as_reference(partner)) is not None and image is not target:
@@ -219,19 +221,19 @@ def _draw_further_positives(
     rng: np.random.Generator,
     item: TrainingItem,
     first: int,
-    tiles: int,
+    tile_count: int,
     as_target: Callable[[TrainingItem], Image | None],
-    guides: Sequence[Image],
+    reference_images: Sequence[Image],
 ) -> dict[int, Image]:
-    """Draw further tiles that show the object, and their images, none of which is one of the references."""
+    """Draw further tile_count that show the object, and their images, none of which is one of the references."""
     if not config.multiple_probability or rng.random() >= config.multiple_probability:
         return {}
-    further = [tile for tile in range(tiles) if tile != first and rng.random() < FURTHER_PROBABILITY]
+    further = [tile for tile in range(tile_count) if tile != first and rng.random() < FURTHER_PROBABILITY]
     drawn = {tile: as_target(pool.draw_partner(item, rng, config.same_image_probability)) for tile in further}
     return {
         tile: image
         for tile, image in drawn.items()
-        if image is not None and not any(image is guide for guide in guides)
+        if image is not None and not any(image is guide for guide in reference_images)
     }
 
 
