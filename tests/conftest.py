@@ -88,7 +88,7 @@ EVAL_NAMES = [f"{group}/{name}" for group in ("a", "b") for name in ("brickwall"
 DEMO = Path(__file__).parent / "composites"
 
 SMALL_MODEL = """
-backbone: {name: efficientnet-lite, long_side_px: 224}
+backbone: {name: efficientnet-lite, long_side_px: 160}
 head: {name: training-free, solve_long_side_px: 128}
 """
 
