@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from icm_cli.matting.model_choice import ModelChoice
     from icm_cli.model.contracts import Edges
 
-os.environ["OMP_NUM_THREADS"] = "1"  # several tests run in parallel, and waiting OpenMP threads use CPU time
+os.environ["OMP_NUM_THREADS"] = "1"  # waiting OpenMP threads use CPU time
 if forking.IS_POSSIBLE:
     subprocess.Popen = forking.Popen  # type: ignore[misc]
 
@@ -52,8 +52,8 @@ def _load_once() -> Iterator[None]:
     """Read the pretrained weights of each configuration once per process, and build Typer's
     commands once.
 
-    Every test still gets a model of its own. The state of torch's random generator after a load, which
-    decides the initial weights of further components, is that of a real load.
+    Every test still gets a model of its own. The state of torch's random generator after a load,
+    which decides the initial weights of further components, is that of a real load.
     """
     import torch
 

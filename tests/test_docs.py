@@ -1,4 +1,4 @@
-"""The documentation: its examples run, its links lead to files, its pages have the agreed size and line length."""
+"""The documentation: its examples run, its links lead to files, its pages are short and wrapped."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_python_examples_run(page: str, examples: int, tmp_path: Path, monkeypat
 
 @pytest.mark.slow
 def test_docstring_examples_of_the_api_run(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder with a reference, its mask and images, in the order in which a user would call the functions."""
+    """Run the examples in a folder with a reference, its mask and images."""
     monkeypatch.chdir(scene)
     rgb = read(scene / "ref.png")[..., ::-1].copy()
     names = {"icm_cli": icm_cli, "reference_rgb": rgb, "rgb": rgb, "mask": read(scene / "mask.png")}
@@ -102,10 +102,10 @@ def test_every_page_is_linked_from_readme() -> None:
 
 
 def test_every_module_is_in_the_file_map() -> None:
-    """Every file of the package is named in docs/architecture.md, and every file that it names exists.
+    """Every module is named in docs/architecture.md, and every file that it names exists.
 
-    Below a heading such as "icm_cli/images/", the first name of a row is relative to that folder, and the
-    others to the folder of the first.
+    Below a heading such as "icm_cli/images/", the first name of a row is relative to that folder, and
+    the others to the folder of the first.
     """
     text = (ROOT / "docs" / "architecture.md").read_text()
     package = ROOT / "icm_cli"
