@@ -119,8 +119,9 @@ def test_resume_ignores_settings_of_other_stages(config: Path, out: Path) -> Non
 class TestRecordedRun:
     """A run folder of two steps, written by commit 4c0bcdb (version 0.1).
 
-    It was trained with ``golden/recorded_run/train.yaml`` (the names of keys and tensors were converted since), on the
-    dataset of conftest in the working directory, with ``--device cpu --workers 0``.
+    It was trained with ``golden/recorded_run/train.yaml`` on the dataset of conftest in the working directory, with
+    ``--device cpu --workers 0``. Since then, keys and tensors were renamed in the recorded files, and model settings
+    that did not exist were added with their defaults.
     """
 
     @pytest.fixture

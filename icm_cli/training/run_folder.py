@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from icm_cli.config import MODEL_SECTIONS, parse_model_config
 from icm_cli.device import is_main_process
 from icm_cli.environment import __version__
 from icm_cli.errors import ConfigError, UsageError
@@ -31,7 +30,7 @@ from icm_cli.reports.write import ReportFiles
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import TrainingPool
 from icm_cli.training.learner import Learner
-from icm_cli.training.settings import DataConfig, Settings, list_differences, upgrade_training_settings
+from icm_cli.training.settings import DataConfig, Settings, list_differences
 
 LAST_NAME = "last.safetensors"
 BEST_NAME = "best.safetensors"
@@ -240,24 +239,13 @@ def _check_same_run(path: Path, saved: str, given: Mapping[str, Any], *, has_sch
     """Compare a saved run's settings (JSON) with the given ones. Raises UsageError that lists every difference."""
     changeable = CHANGEABLE_SETTINGS - ({"train.steps"} if has_schedule else set())
     unread = tuple(prefix for stage, prefix in STAGE_SETTINGS.items() if stage != given["train"]["stage"])
-    lines = [
-        line for line in list_differences(_upgrade_settings(json.loads(saved)), given) if not line.startswith(unread)
-    ]
+    lines = [line for line in list_differences(json.loads(saved), given) if not line.startswith(unread)]
     changed = [line for line in lines if line.partition(":")[0].rstrip() not in changeable]
     if changed:
         raise UsageError(
             f"{path} belongs to a run with other settings, so it cannot be resumed: {'; '.join(changed)}. Give the "
             "same configuration, data and --set options again, or another --out"
         )
-
-
-def _upgrade_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert settings saved by an earlier version: new names of training settings, defaults of new model settings."""
-    upgraded = {**saved, "train": upgrade_training_settings(saved["train"])}
-    with contextlib.suppress(ConfigError):  # a model that this version does not know; the comparison reports it
-        model = parse_model_config({part: saved[part] for part in MODEL_SECTIONS if part in saved}, "")
-        upgraded |= json.loads(json.dumps(model.as_dict()))
-    return upgraded
 
 
 def _read_original_digests(data: DataConfig) -> list[str]:

@@ -36,43 +36,6 @@ REFINE_LOSS_NAMES = ("l1", "cross_entropy", "gradient", "laplacian")
 """Losses of the stage "refine", named like the settings of their weights."""
 MAX_SEED = 1 << 62
 """Seeds are smaller than this, so that the step can be added to them."""
-RENAMED_KEYS = {
-    "rate": "learning_rate",
-    "backbone_rate": "backbone_learning_rate",
-    "decay": "schedule",
-    "ema": "ema_decay",
-    "trimap_kernel": "trimap_kernel_px",
-    "pairs.composite_share": "pairs.composite_probability",
-    "pairs.same_image_share": "pairs.same_image_probability",
-    "pairs.distractor_share": "pairs.distractor_probability",
-    "pairs.distractors": "pairs.max_distractors",
-    "pairs.reference_distractor_share": "pairs.reference_distractor_probability",
-    "pairs.negative_share": "pairs.negative_probability",
-    "pairs.scribble_share": "pairs.scribble_probability",
-    "pairs.point_share": "pairs.point_probability",
-    "pairs.mask_jitter": "pairs.mask_jitter_probability",
-    "match.views": "match.views_per_group",
-    "match.large_views": "match.large_views_per_group",
-    "match.most_views": "match.max_views_per_image",
-    "match.negative_share": "match.negative_probability",
-    "match.several_share": "match.multiple_probability",
-    "match.same_image_share": "match.same_image_probability",
-    "match.reference_shares": "match.reference_count_weights",
-    "match.layout_shares": "match.layout_weights",
-    "match.presence": "match.presence_weight",
-    "match.kept_px": "match.max_image_px",
-    "refine.crops": "refine.crops_per_image",
-    "refine.token_share": "refine.token_probability",
-    "refine.object_share": "refine.object_probability",
-    "refine.doubt_share": "refine.uncertain_probability",
-    "refine.made_share": "refine.predicted_probability",
-    "refine.photograph_share": "refine.photograph_probability",
-    "refine.band_weight": "refine.edge_weight",
-    "refine.open_weight": "refine.unknown_weight",
-}
-"""Key of version 0.1 below ``train`` -> its name since version 0.2."""
-REMOVED_KEYS = ("match.live_blocks", "refine.again_share")
-"""Keys of version 0.1 below ``train`` that no longer exist."""
 
 
 @dataclass(frozen=True)
@@ -482,7 +445,6 @@ def read_settings(config: str | Path, data: str | Path | None = None, overrides:
     reject_unknown_keys(fields, MODEL_KEYS, where)
     model = parse_model_config({key: fields[key] for key in MODEL_SECTIONS if key in fields}, where)
     train = fields.get("train") or {}
-    _reject_earlier_keys(train, where)
     return Settings(
         model,
         parse_dataclass(TrainConfig, train, f"{where}: train"),
@@ -495,16 +457,6 @@ def read_data(path: str | Path) -> DataConfig:
     return parse_dataclass(DataConfig, read_yaml(Path(path)), str(path))
 
 
-def upgrade_training_settings(train: Mapping[str, Any]) -> dict[str, Any]:
-    """Return training settings saved by version 0.1 or later, with the current names of the keys."""
-    upgraded: dict[str, Any] = {}
-    for name, value in _flatten(train).items():
-        if name not in REMOVED_KEYS:
-            section, _, key = RENAMED_KEYS.get(name, name).rpartition(".")
-            (upgraded.setdefault(section, {}) if section else upgraded)[key] = value
-    return upgraded
-
-
 def list_differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
     """Return the differences of two mappings of settings, one line each: "train.steps: 100 -> 200"."""
     lines = []
@@ -515,25 +467,6 @@ def list_differences(before: Mapping[str, Any], after: Mapping[str, Any], path: 
         elif old != new:
             lines.append(f"{path}{key}: {old!r} -> {new!r}")
     return lines
-
-
-def _reject_earlier_keys(train: Any, where: str) -> None:
-    """Raise ConfigError for a key of version 0.1 that was renamed or removed."""
-    for name in _flatten(train) if isinstance(train, Mapping) else ():
-        if name in RENAMED_KEYS:
-            raise ConfigError(f"{where}: train.{name} was renamed in version 0.2; use train.{RENAMED_KEYS[name]}")
-        if name in REMOVED_KEYS:
-            raise ConfigError(f"{where}: train.{name} was removed in version 0.2; delete it")
-
-
-def _flatten(train: Mapping[str, Any]) -> dict[str, Any]:
-    """Return training settings with one level of keys; those of sections become "pairs.max_distractors"."""
-    flat: dict[str, Any] = {}
-    for key, value in train.items():
-        flat |= (
-            {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, Mapping) else {key: value}
-        )
-    return flat
 
 
 def _apply_override(fields: Mapping[str, Any], override: str) -> dict[str, Any]:
