@@ -9,9 +9,9 @@ import resource
 import sys
 from pathlib import Path
 
-__version__ = importlib.metadata.version("icm-cli")
+__version__ = "0.2.0"
+"""Version of the code that runs; the package takes its version from here."""
 PACKAGES = (
-    "icm-cli",
     "torch",
     "diffusers",
     "transformers",
@@ -25,7 +25,8 @@ PACKAGES = (
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of all packages that influence results."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "icm-cli": __version__, **versions}
 
 
 def describe_hardware() -> dict[str, str | int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -46,12 +47,11 @@ def find_progress_mode(arguments: Sequence[str]) -> str:
 
     The command line may be invalid, so it is searched and not parsed.
     """
-    pairs = [argument.partition("=") for argument in arguments]
-    values = [
-        value if equals else following
-        for (name, equals, value), following in zip(pairs, [*arguments[1:], ""], strict=True)
-        if name == "--progress"
-    ]
+    values = []
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        name, equals, value = argument.partition("=")
+        if name == "--progress":
+            values.append(value if equals else following)
     return values[-1] if values else ""
 
 

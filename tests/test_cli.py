@@ -36,6 +36,16 @@ def test_help_does_not_import_torch() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.parametrize("arguments", [[], ["matte"], ["--progress"], ["matte", "--progress"]])
+def test_incomplete_command_line_is_wrong_usage(arguments: list[str]) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "icm_cli.cli", *arguments], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert "Usage: icm" in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 @pytest.mark.parametrize("missing", ["accelerate", "tensorboard"])
 def test_missing_training_packages_are_reported(missing: str) -> None:
     code = (

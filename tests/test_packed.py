@@ -120,7 +120,7 @@ def test_settings_of_another_configuration_are_packed(files: tuple[Path, Path], 
     with pytest.raises(ConfigError, match="another backbone"):
         pack_checkpoint(files[0], packed, model=str(preset))
     preset.write_text(yaml.safe_dump({key: value for key, value in used.items() if key != "edges"}))
-    with pytest.raises(ConfigError, match="must either both have edges, or neither"):
+    with pytest.raises(ConfigError, match="must both have edges, or both have none"):
         pack_checkpoint(files[0], packed, model=str(preset))
 
 

@@ -17,7 +17,7 @@ from icm_cli.errors import ConfigError
 from icm_cli.files import cache_folder
 from icm_cli.model.checkpoint import save_checkpoint
 from icm_cli.model.contracts import Features, MatrixIntraSimilarity
-from icm_cli.model.core import TARGET_NOISE, InContextMatting, reference_noise
+from icm_cli.model.core import TARGET_NOISE, InContextMatting, reference_noise_key
 from icm_cli.model.loading import load_model, model_digest, resolve_model
 from icm_cli.model.stable_diffusion import weights as sd_weights
 from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
@@ -84,7 +84,7 @@ def low(trained: tuple[Path, ModelConfig]) -> InContextMatting:
     return load_trained(trained[0], torch.bfloat16)
 
 
-TARGET, REFERENCE = [TARGET_NOISE], [reference_noise(0)]
+TARGET, REFERENCE = [TARGET_NOISE], [reference_noise_key(0)]
 
 
 def images(count: int, seed: int = 0) -> Tensor:

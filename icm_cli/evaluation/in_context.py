@@ -88,7 +88,7 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice, options: InC
     digests = _example_digests(store, choice, examples, steps, is_shot=options.is_shot)
     with _alpha_folder(evaluation, options, digests) as folder:
         jobs = _plan_jobs(evaluation, examples, folder, len(references))
-        shot = store.order_frames(jobs, examples) if options.is_shot else None
+        shot = store.plan_shot(jobs, examples) if options.is_shot else None
         _check_outputs(evaluation, jobs, folder)
         if evaluation.files.reports.references:
             write_references_file(evaluation.files.reports.references, references)
@@ -272,7 +272,7 @@ class ReferenceStore:
         references = [self._read_reference(self.evaluation.dataset.by_name[name]) for name in names]
         return prepare_references(predictor, references, learn_steps, is_shot=is_shot)
 
-    def order_frames(self, jobs: Sequence[Job], examples: Sequence[Example]) -> Shot:
+    def plan_shot(self, jobs: Sequence[Job], examples: Sequence[Example]) -> Shot:
         """Return the order in which frames are matted, starting from their references."""
 
         def key(name: str) -> Keyframe:

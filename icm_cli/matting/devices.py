@@ -207,7 +207,7 @@ class WorkerPool:
                 self._stop_workers()
             case str():
                 self._notice(message)
-            case None:
+            case None:  # the process has ended
                 self._reap_worker(worker)
 
     def _reap_worker(self, worker: _WorkerProcess) -> None:

@@ -206,7 +206,7 @@ class Engine:
             earlier = None if self.options.overwrite else find_kept_result(job, digest, keep_all=keep_all)
             if earlier and not self.matting.keeps_order:
                 return earlier
-            source, *origin = job.read_with_origin()
+            source, *origin = job.read_with_digest()
             if source.alpha is not None:
                 self._notice_once("alpha", f"{job.source} has an alpha of its own; alphas of sources are ignored")
             for sentence in source.notices:
@@ -236,8 +236,8 @@ class Engine:
     def _batches(self, stream: Iterable[LoadedImage | ImageResult]) -> Iterator[list[LoadedImage]]:
         """Group images by example and canvas size.
 
-        At most two batches of images wait for others of their group. If the order must be kept,
-        none waits while images of another group are matted.
+        At most ``2 * batch_size`` images are held back until their batch is full. If the order must
+        be kept, the waiting batch is yielded as soon as an image of another group arrives.
         """
         waiting: dict[tuple[int, tuple[int, int]], list[LoadedImage]] = {}
         for item in stream:

@@ -74,14 +74,14 @@ class Job:
         """Read the image. Raises ImageError."""
         return read_source_image(self.source, self.colour, self.page)
 
-    def read_with_origin(self) -> tuple[SourceImage, str, str]:
+    def read_with_digest(self) -> tuple[SourceImage, str, str]:
         """Read the image, and return it with the state and the content digest of its files.
 
-        Every file is opened once for all three.
+        Every file is opened only once.
 
         Raises ImageError.
         """
-        self._check_not_missing()
+        self._check_exists()
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open_image(path)) for path in self.files]
             states = [file.read_state() for file in files]
@@ -95,7 +95,7 @@ class Job:
 
         Raises ImageError.
         """
-        self._check_not_missing()
+        self._check_exists()
         if self.inspected is not None:
             return _join_states([self.inspected.state()])
         return _join_states([SourceFile(path).state() for path in self.files])
@@ -105,12 +105,12 @@ class Job:
 
         Raises ImageError.
         """
-        self._check_not_missing()
+        self._check_exists()
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open_image(path)) for path in self.files]
             return combined_digest(*(_content_digest(file, file.read_state()) for file in files))
 
-    def _check_not_missing(self) -> None:
+    def _check_exists(self) -> None:
         if self.is_missing:
             raise ImageError(f"{self.source} is missing: the sequence has no such frame; add it and run again")
 

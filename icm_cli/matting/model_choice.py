@@ -34,15 +34,15 @@ class ModelChoice:
     def from_options(
         cls, options: ModelOptions, batch_size: int | Literal["auto"], *, device: str | None = None
     ) -> ModelChoice:
-        """Return the choice that the options make; ``device`` replaces theirs. Reads no weights.
+        """Return the choice that the options describe; ``device`` overrides theirs. Reads no weights.
 
         Raises UsageError or ConfigError.
         """
         config, path = resolve_model(options.model, options.checkpoint)
         config = override_edges(config, options.edges, options.edges_weights)
         selected = select_device(config, device or options.device, options.dtype)
-        images = selected.auto_batch_size if batch_size == "auto" else batch_size
-        return cls(config, path, options.weights, options.offline, options.seed, selected, images)
+        resolved_batch_size = selected.auto_batch_size if batch_size == "auto" else batch_size
+        return cls(config, path, options.weights, options.offline, options.seed, selected, resolved_batch_size)
 
     def digest_parts(self) -> dict[DigestPart, str]:
         """Return what the model contributes to the digest of its alphas. Reads weights, but loads

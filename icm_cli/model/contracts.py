@@ -244,18 +244,18 @@ class Backbone(nn.Module, ABC):
         """Rule for the sizes of the canvas."""
 
     @abstractmethod
-    def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
+    def reference_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
         """Extract the correspondence features of a batch of references.
 
         Args:
             image: float32 [B,3,H,W].
             valid: bool [B,H,W].
-            noise: Key of each image's noise, for backbones that draw noise. Equal keys give equal
+            noise_keys: Key of each image's noise, for backbones that draw noise. Equal keys give equal
                 noise.
         """
 
     @abstractmethod
-    def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
+    def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
         """Extract all features of a batch of targets, each independently of the others in the
         batch.
 

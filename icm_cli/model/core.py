@@ -31,7 +31,7 @@ TARGET_NOISE = "target"
 run."""
 
 
-def reference_noise(index: int) -> str:
+def reference_noise_key(index: int) -> str:
     """Return the noise key of the reference with this index."""
     return f"reference {index}"
 
@@ -46,8 +46,8 @@ class Pairs:
         reference_image: References, float32 sRGB [B,3,H,W] in 0..1.
         guidance: Masks of the references, float32 [B,1,H,W], 0 or 1.
         reference_valid: bool [B,H,W], False in the padding of the references.
-        target_noise: Noise key of each target.
-        reference_noise: Noise key of each reference.
+        target_noise_keys: Noise key of each target.
+        reference_noise_keys: Noise key of each reference.
     """
 
     image: Tensor
@@ -55,8 +55,8 @@ class Pairs:
     reference_image: Tensor
     guidance: Tensor
     reference_valid: Tensor
-    target_noise: Sequence[str]
-    reference_noise: Sequence[str]
+    target_noise_keys: Sequence[str]
+    reference_noise_keys: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,9 @@ class InContextMatting(nn.Module):
             ConfigError: The features of a reference are not finite.
         """
         features = [
-            ReferenceFeatures(self.backbone.reference_features(image, valid, [reference_noise(index)]), guidance, valid)
+            ReferenceFeatures(
+                self.backbone.reference_features(image, valid, [reference_noise_key(index)]), guidance, valid
+            )
             for index, (image, guidance, valid) in enumerate(references)
         ]
         if not all(bool(each.features.correspondence.isfinite().all()) for each in features):
@@ -173,7 +175,7 @@ class InContextMatting(nn.Module):
         return self.head.prepare_references(features)
 
     def forward(self, pairs: Pairs, features: PairFeatures | None = None) -> Matte:
-        """Matte each target by its reference, with gradients.
+        """Matte each target with its reference; gradients are kept.
 
         Args:
             pairs: Targets and references.
@@ -186,8 +188,8 @@ class InContextMatting(nn.Module):
     def extract_features(self, pairs: Pairs) -> PairFeatures:
         """Run the backbone on targets and references."""
         return PairFeatures(
-            self.backbone.target_features(pairs.image, pairs.valid, pairs.target_noise),
-            self.backbone.reference_features(pairs.reference_image, pairs.reference_valid, pairs.reference_noise),
+            self.backbone.target_features(pairs.image, pairs.valid, pairs.target_noise_keys),
+            self.backbone.reference_features(pairs.reference_image, pairs.reference_valid, pairs.reference_noise_keys),
         )
 
     def prepare_pairs(self, pairs: Pairs, features: PairFeatures) -> list[PreparedReferences]:

@@ -98,7 +98,7 @@ def _replace_settings(packed: InContextMatting, config: ModelConfig, model: str)
     requested = load_model_config(model)
     if (requested.backbone, requested.objects) != (config.backbone, config.objects):
         raise ConfigError(
-            f"--model {model} has another backbone or other objects than the checkpoints; only "
+            f"--model {model} and the checkpoints differ in their sections 'backbone' or 'objects'; only "
             "the settings of head and edges can be replaced"
         )
     head = component_class("head", requested.head.name)(requested.head.settings)
@@ -111,7 +111,7 @@ def _replace_settings(packed: InContextMatting, config: ModelConfig, model: str)
         load_strict(edges, packed.edges.state_dict(), where)
         packed.edges = edges
     elif (requested.edges is None) != (packed.edges is None):
-        raise ConfigError(f"--model {model} and the checkpoints must either both have edges, or neither")
+        raise ConfigError(f"--model {model} and the checkpoints must both have edges, or both have none")
     return requested
 
 

@@ -49,13 +49,16 @@ class FeatureCache:
         self._is_full = False
 
     def pair_features(self, model: InContextMatting, batch: PairBatch, pairs: Pairs) -> PairFeatures:
-        """Return the features of a batch of unchanged images; the backbone encodes those that are not cached."""
+        """Return the features of a batch without augmentation; the backbone encodes what is not cached."""
         backbone = model.backbone
         targets = [
             self._load_or_encode(
                 ("target", batch.rgb[i], batch.valid[i]),
                 partial(
-                    backbone.target_features, pairs.image[i : i + 1], pairs.valid[i : i + 1], pairs.target_noise[:1]
+                    backbone.target_features,
+                    pairs.image[i : i + 1],
+                    pairs.valid[i : i + 1],
+                    pairs.target_noise_keys[:1],
                 ),
                 pairs.image,
             )
@@ -68,7 +71,7 @@ class FeatureCache:
                     backbone.reference_features,
                     pairs.reference_image[i : i + 1],
                     pairs.reference_valid[i : i + 1],
-                    pairs.reference_noise[:1],
+                    pairs.reference_noise_keys[:1],
                 ),
                 pairs.image,
             )

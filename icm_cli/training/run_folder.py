@@ -238,8 +238,8 @@ def _load_state(path: Path) -> dict[str, Any]:
 def _check_same_run(path: Path, saved: str, given: Mapping[str, Any], *, has_schedule: bool) -> None:
     """Compare a saved run's settings (JSON) with the given ones. Raises UsageError that lists every difference."""
     changeable = CHANGEABLE_SETTINGS - ({"train.steps"} if has_schedule else set())
-    unread = tuple(prefix for stage, prefix in STAGE_SETTINGS.items() if stage != given["train"]["stage"])
-    lines = [line for line in list_differences(json.loads(saved), given) if not line.startswith(unread)]
+    other_stage_prefixes = tuple(prefix for stage, prefix in STAGE_SETTINGS.items() if stage != given["train"]["stage"])
+    lines = [line for line in list_differences(json.loads(saved), given) if not line.startswith(other_stage_prefixes)]
     changed = [line for line in lines if line.partition(":")[0].rstrip() not in changeable]
     if changed:
         raise UsageError(

@@ -132,11 +132,11 @@ class Dino(Backbone):
     def canvas(self) -> CanvasRule:
         return CanvasRule(self.config.long_side_px, self.config.patch_px, square=False, max_enlargement=MAX_ENLARGEMENT)
 
-    def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
+    def reference_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:  # noqa: ARG002
         correspondence = self._remove_positions(self.extract_tokens(image))
         return Features(correspondence, valid_tokens(valid, self.config.patch_px), {}, {})
 
-    def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
+    def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:  # noqa: ARG002
         stride = self.config.patch_px
         found, is_valid = self.extract_tokens(image), valid_tokens(valid, stride)
         grouping = torch.cat(found, dim=1)

@@ -129,10 +129,10 @@ class DinoV2Lite(Backbone):
             self.config.long_side_px, TOKEN_PX, square=False, max_enlargement=MAX_ENLARGEMENT, min_side_px=MIN_CANVAS_PX
         )
 
-    def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
+    def reference_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:  # noqa: ARG002
         return self._extract_features(image, valid, ())
 
-    def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
+    def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:  # noqa: ARG002
         return self._extract_features(image, valid, self.config.scale_blocks)
 
     def _extract_features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:

@@ -107,10 +107,10 @@ class EfficientNetLite(Backbone):
     def canvas(self) -> CanvasRule:
         return CanvasRule(long_side_px=self.config.long_side_px, multiple_px=32, square=False)
 
-    def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
+    def reference_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:  # noqa: ARG002
         return self._extract_features(image, valid, scale_blocks=())
 
-    def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:  # noqa: ARG002
+    def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:  # noqa: ARG002
         return self._extract_features(image, valid, self.config.scale_blocks)
 
     def _extract_features(self, image: Tensor, valid: Tensor, scale_blocks: tuple[int, ...]) -> Features:

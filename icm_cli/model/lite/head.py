@@ -39,9 +39,9 @@ from icm_cli.model.similarity import (
 
 EVIDENCE_CHANNELS = 8
 """Evidence values per token and comparison."""
-TRANSFERRED = 6
+FIRST_TRANSFERRED = 6
 """Index of the evidence value that is the transferred guidance."""
-STRONGEST = (0, 1, TRANSFERRED)
+STRONGEST = (0, 1, FIRST_TRANSFERRED)
 """Indices of the evidence values whose maximum over the image is an input of the presence
 prediction."""
 PRESENCE_CHANNELS = 2 + len(STRONGEST)
@@ -226,7 +226,7 @@ class TokenMatchHead(FinetunableHead):
         return (
             self.coarse(fused)[:, 0].float(),
             fine,
-            evidence[:, TRANSFERRED::EVIDENCE_CHANNELS],
+            evidence[:, FIRST_TRANSFERRED::EVIDENCE_CHANNELS],
             presence,
         )
 
@@ -236,7 +236,7 @@ class TokenMatchHead(FinetunableHead):
         evidence = self.compute_evidence(self.project_tokens(target.correspondence), target.valid, references)
         grid = evidence.shape[2:]
         evidence = evidence.reshape(len(evidence), self.config.comparisons, EVIDENCE_CHANNELS, *grid).mean(dim=1)
-        return evidence[:, TRANSFERRED : TRANSFERRED + 1], evidence[:, -1:]
+        return evidence[:, FIRST_TRANSFERRED : FIRST_TRANSFERRED + 1], evidence[:, -1:]
 
     def project_tokens(self, feature: Tensor) -> Tensor:
         """Project features [B,C,h,w] to tokens float32 [B,N,layers*width] of unit length in every
@@ -273,7 +273,7 @@ class TokenMatchHead(FinetunableHead):
         )
         grid = projected.transpose(1, 2).reshape(len(projected), -1, height, width)
         intra_similarity = SelfSimilarity(grid, valid, self.config.temperature)
-        propagated = intra_similarity.propagate(compared[..., TRANSFERRED].transpose(1, 2))
+        propagated = intra_similarity.propagate(compared[..., FIRST_TRANSFERRED].transpose(1, 2))
         evidence = torch.cat([compared, propagated.transpose(1, 2)[..., None]], dim=-1)  # [B,comparisons,N,8]
         return evidence.transpose(2, 3).reshape(len(evidence), -1, height, width)
 

@@ -41,8 +41,10 @@ def split_into_tiles(size: tuple[int, int], tile_px: int, overlap_px: int) -> li
 
 
 def blend_tiles(size: tuple[int, int], tiles: Sequence[Tile], alphas: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Blend the alphas [h,w] of all tiles of an image of ``size``, in order, to one float32
-    [H,W]."""
+    """Blend the alphas of an image's tiles into one alpha, float32 [H,W] of ``size``.
+
+    ``alphas``: one [h,w] for each tile, in the order of ``tiles``.
+    """
     total, weights = (torch.zeros(size, dtype=torch.float32, device=device) for _ in range(2))
     for tile, alpha in zip(tiles, alphas, strict=True):
         weight = tile.weight.to(device)

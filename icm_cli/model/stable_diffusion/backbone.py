@@ -98,18 +98,18 @@ class StableDiffusion(Backbone):
         return CanvasRule(self.config.canvas_px, CANVAS_MULTIPLE_PX, square=True)
 
     @torch.no_grad()
-    def reference_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
+    def reference_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
         singles = [
             self.mean_features(self.noisy_latents(self.encode_moments(image[i : i + 1]), name))[CORRESPONDENCE_STRIDE]
-            for i, name in enumerate(noise)
+            for i, name in enumerate(noise_keys)
         ]
         return Features(torch.cat(singles), valid_tokens(valid, CORRESPONDENCE_STRIDE), {}, {})
 
     @torch.no_grad()
-    def target_features(self, image: Tensor, valid: Tensor, noise: Sequence[str]) -> Features:
+    def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
         token_masks = {stride: valid_tokens(valid, stride) for stride in FEATURE_STRIDES}
         singles = []
-        for i, name in enumerate(noise):
+        for i, name in enumerate(noise_keys):
             maps = {stride: MeanAttention(mask[i]) for stride, mask in token_masks.items()}
             noisy = self.noisy_latents(self.encode_moments(image[i : i + 1]), name)
             singles.append((self.mean_features(noisy, maps), maps))

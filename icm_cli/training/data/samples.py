@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from icm_cli.errors import ImageError, TrainingError
 from icm_cli.geometry import ImageU8, binarize_alpha
-from icm_cli.model.core import TARGET_NOISE, Pairs, reference_noise
+from icm_cli.model.core import TARGET_NOISE, Pairs, reference_noise_key
 from icm_cli.scoring.rule import make_trimap
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.augment import Rng, draw_guidance
@@ -179,7 +179,7 @@ class PairBatch(Batch):
     def to_pairs(self, *, fixed_noise: bool) -> Pairs:
         """Return the inputs of the model. The noise depends on the sample number, or is that of inference (fixed)."""
         if fixed_noise:
-            noise = [TARGET_NOISE] * len(self.names), [reference_noise(0)] * len(self.names)
+            noise = [TARGET_NOISE] * len(self.names), [reference_noise_key(0)] * len(self.names)
         else:
             noise = [f"target {n}" for n in self.counters], [f"reference {n}" for n in self.counters]
         return Pairs(

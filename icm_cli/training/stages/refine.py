@@ -79,7 +79,7 @@ class EdgeMaker(Dataset["EdgeSample | str"]):
     def __init__(self, pool: TrainingPool, config: TrainConfig) -> None:
         self.pool = pool
         self.config = config
-        self._scenes = SceneMaker(config.canvas_px, config.augment)
+        self._scene_maker = SceneMaker(config.canvas_px, config.augment)
 
     def __getitem__(self, counter: int) -> EdgeSample | str:
         skipped: list[str] = []
@@ -87,12 +87,12 @@ class EdgeMaker(Dataset["EdgeSample | str"]):
             rng = np.random.default_rng((self.config.seed, counter, attempt))
             try:
                 item = self.pool.draw_item(rng)
-                scene, is_exact = self._make_scene(item, rng)
+                scene, has_exact_alpha = self._make_scene(item, rng)
             except ImageError as error:
                 skipped.append(str(error))
                 continue
-            scene = self._scenes.augment_colours(scene, rng)
-            return self._make_sample(item.name, counter, tuple(skipped), scene, rng, is_exact)
+            scene = self._scene_maker.augment_colours(scene, rng)
+            return self._make_sample(item.name, counter, tuple(skipped), scene, rng, has_exact_alpha)
         return (
             f"sample {counter} could not be made in {MAX_ATTEMPTS} draws; the last reason: {skipped[-1]}. Repair the "
             "data, or exclude files with 'exclude'"
@@ -103,14 +103,14 @@ class EdgeMaker(Dataset["EdgeSample | str"]):
         wants_photograph = rng.random() < self.config.refine.photograph_probability
         backgrounds = self.pool.backgrounds
         if item.is_binary or (wants_photograph and not item.is_foreground) or not (backgrounds or item.is_foreground):
-            return self._scenes.make_photograph(item, rng), False
+            return self._scene_maker.make_photograph(item, rng), False
         others = [each for each in (self.pool.draw_item(rng) for _ in range(8)) if not each.is_foreground]
         if others and (rng.random() < PHOTOGRAPH_BACKGROUND_PROBABILITY or not backgrounds):
-            behind = self._scenes.make_photograph(others[0], rng)
+            behind = self._scene_maker.make_photograph(others[0], rng)
             behind = Scene(behind.rgb, np.zeros_like(behind.alpha), np.ones_like(behind.valid))
         else:
-            behind = self._scenes.make_background(backgrounds[rng.integers(len(backgrounds))], rng)
-        return self._scenes.make_composite(item, behind, rng), True
+            behind = self._scene_maker.make_background(backgrounds[rng.integers(len(backgrounds))], rng)
+        return self._scene_maker.make_composite(item, behind, rng), True
 
     def _make_sample(
         self,
@@ -119,7 +119,7 @@ class EdgeMaker(Dataset["EdgeSample | str"]):
         skipped: tuple[str, ...],
         scene: Scene,
         rng: np.random.Generator,
-        is_exact: bool,
+        has_exact_alpha: bool,
     ) -> EdgeSample:
         """Draw a coarse alpha for a scene and crop both."""
         config = self.config.refine
@@ -131,7 +131,7 @@ class EdgeMaker(Dataset["EdgeSample | str"]):
         if rng.random() < config.uncertain_probability:
             coarse = add_uncertain_regions(coarse, scene.rgb, truth, rng)
         weight = scene.valid.astype(np.float32)
-        if not is_exact:
+        if not has_exact_alpha:
             is_edge = ((truth > EDGE_ALPHAS[0]) & (truth < EDGE_ALPHAS[1])).astype(np.uint8)
             weight[cv2.dilate(is_edge, np.ones((3, 3), np.uint8)) > 0] *= config.edge_weight
         boxes = [_draw_crop(truth, coarse, config.crop_px, rng) for _ in range(config.crops_per_image)]

@@ -63,12 +63,15 @@ class ViewPlan:
         return [chunk for part in parts for chunk in self.chunks_of_part(part)]
 
     def chunks_due(self, step: int) -> list[Chunk]:
-        """Return the chunks of the next part to be computed by a step, which spreads the work evenly over the steps."""
-        every = self._config.rotate_every
-        if not every:
+        """Return the chunks of the next part that must be computed when ``step`` ends.
+
+        Their number grows evenly from step to step.
+        """
+        interval = self._config.rotate_every
+        if not interval:
             return []
-        chunks = self.chunks_of_part(step // every + self._config.rotation_parts)
-        return chunks[: -(-len(chunks) * (step % every + 1) // every)]
+        chunks = self.chunks_of_part(step // interval + self._config.rotation_parts)
+        return chunks[: -(-len(chunks) * (step % interval + 1) // interval)]
 
     def chunks_of_part(self, part: int) -> list[Chunk]:
         """Return the chunks of a part."""
