@@ -29,6 +29,8 @@ MODEL_SECTIONS = (*COMPONENT_KEYS, *PASS_KEYS)
 """Sections of a configuration file that :func:`parse_model_config` reads."""
 MODEL_KEYS = {*MODEL_SECTIONS, *TRAINING_KEYS}
 """All sections of a configuration file."""
+MERGE_TAG = "tag:yaml.org,2002:merge"
+"""Tag of the YAML key ``<<``, which copies the keys of another mapping."""
 COMPONENTS: dict[ComponentKind, dict[str, str]] = {
     "backbone": {
         "dinov2-lite": "lite.backbone:DinoV2Lite",
@@ -222,16 +224,60 @@ def read_yaml(path: Path) -> object:
     """Read a YAML file.
 
     Raises:
-        ConfigError: The file cannot be read or is not YAML.
+        ConfigError: The file cannot be read, is not YAML, or has a key twice.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"configuration {path} cannot be read: {error.strerror}; give a preset or an existing file"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"configuration {path} is not YAML: {error}; save it as UTF-8 text") from error
+    return parse_yaml(text, f"configuration {path}")
+
+
+def parse_yaml(text: str, where: str) -> object:
+    """Parse YAML in which every mapping has each key once.
+
+    Args:
+        text: One YAML document.
+        where: Origin of the text, for error messages.
+
+    Raises:
+        ConfigError: The text is not YAML, or a mapping has a key twice.
+    """
+    try:
+        return yaml.load(text, _StrictLoader)  # a subclass of SafeLoader
+    except _DuplicateKeyError as error:
+        raise ConfigError(f"{where} {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
+class _DuplicateKeyError(yaml.YAMLError):
+    """A mapping has a key twice."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Loader that refuses a key that a mapping has twice. ``yaml.SafeLoader`` keeps the later value."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a mapping, and check its keys before ``<<`` merges those of other mappings."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[object, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            key = key_node.value if key_node.tag == MERGE_TAG else self.construct_object(key_node)
+            line = key_node.start_mark.line + 1
+            if key in lines:
+                raise _DuplicateKeyError(
+                    f"has the key {key!r} twice, in line {lines[key]} and in line {line}; "
+                    "expected each key once in a section; remove or rename one of the two"
+                )
+            lines[key] = line
+        return node
 
 
 def preset_paths() -> dict[str, Path]:

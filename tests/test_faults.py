@@ -134,6 +134,17 @@ BAD_CALLS: dict[str, tuple[int, str, Damage]] = {
     "unknown model": (3, "Did you mean 'lite'", option(model="light")),
     "config missing": (3, "cannot be read", option(model="@none.yaml")),
     "config not yaml": (3, "is not YAML", file_at("m.yaml", b"a: [", "model")),
+    "config bad date": (3, "is not YAML", file_at("m.yaml", b"a: 2026-13-45", "model")),
+    "config duplicate section": (
+        3,
+        "the key 'head' twice, in line 1 and in line 2",
+        file_at("m.yaml", b"head: {name: training-free}\nhead: {name: token-match}\n", "model"),
+    ),
+    "config duplicate nested key": (
+        3,
+        "the key 'name' twice, in line 2 and in line 4",
+        file_at("m.yaml", b'head:\n  name: a\n  other: 1\n  "name": b\n', "model"),
+    ),
     "unknown key": (3, "Did you mean 'backbone'", file_at("m.yaml", b"backbon: {name: x}", "model")),
     "unknown nested key": (
         3,

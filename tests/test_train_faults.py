@@ -57,6 +57,7 @@ def out(tmp_path: Path) -> Path:
         (["--set", "data.validation={images: none, alphas: none}"], 2, "data: validation: --images none"),
         (["--set", "data.validation={images: DATA/images/a/l*n.jpg, alphas: DATA/alphas/a/l*n.png}"], 2,
          "no group has two images"),
+        (["--set", "head={name: detail, name: detail}"], 3, "the key 'name' twice, in line 1 and in line 1"),
         (["--out", ""], 2, "--out is empty"),
         (["--device", "cuda:77"], 3, "this machine has no device"),
         (["--checkpoint", "none.safetensors"], 3, "cannot be read"),
@@ -72,6 +73,36 @@ def test_invalid_option_gives_one_message(
     assert len(said) == 1, done.stderr
     assert message in said[0]
     assert not (out / "last.safetensors").exists()
+
+
+DUPLICATES = {
+    "data": ("sources: [{images: none, alphas: none}]\nbackgrounds: []\nsources: []\n", "'sources'", 1, 3),
+    "data entry": ("sources:\n- images: none\n  alphas: none\n  images: other\n", "'images'", 2, 4),
+    "equal after parsing": ("1: a\n0x1: b\n", "1", 1, 2),
+    "two merges": ("a: &a {x: 1}\nb:\n  <<: *a\n  <<: *a\n", "'<<'", 3, 4),
+}
+
+
+@pytest.mark.parametrize("option", ["--data", "--config"])
+@pytest.mark.parametrize(("text", "key", "first", "second"), DUPLICATES.values(), ids=DUPLICATES)
+def test_duplicate_key_is_refused_with_both_lines(
+    config: Path, out: Path, option: str, text: str, key: str, first: int, second: int
+) -> None:
+    duplicate = config.with_name("duplicate.yaml")
+    duplicate.write_text(text)
+    done = train(config, out, option, str(duplicate))
+    assert done.exit_code == 3, done.output
+    assert f"{duplicate} has the key {key} twice, in line {first} and in line {second};" in done.stderr
+    assert not (out / "last.safetensors").exists()
+
+
+def test_merged_keys_may_be_replaced(config: Path, out: Path, data: Path) -> None:
+    """A key next to ``<<`` takes precedence over the merged key; that is not a duplicate."""
+    merged = config.with_name("data.yaml")
+    entry = f"&first {{images: {data}/images, alphas: {data}/alphas, licence: CC0}}"
+    merged.write_text(f"sources:\n- {entry}\n- &second {{<<: *first, licence: MIT}}\n- {{<<: *second, licence: CC0}}\n")
+    done = train(config, out, "--data", str(merged), "--set", "train.steps=1")
+    assert done.exit_code == 0, done.output
 
 
 def poisoned(bad_step: int):

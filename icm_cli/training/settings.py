@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from icm_cli.config import (
     MODEL_KEYS,
     MODEL_SECTIONS,
     ModelConfig,
     parse_dataclass,
     parse_model_config,
+    parse_yaml,
     read_config_mapping,
     read_yaml,
     reject_unknown_keys,
@@ -474,10 +473,7 @@ def _apply_override(fields: Mapping[str, Any], override: str) -> dict[str, Any]:
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         raise ConfigError(f"--set {override} cannot be parsed; expected key=value, as in --set train.steps=500")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: its value is not YAML ({' '.join(str(error).split())})") from error
+    value = parse_yaml(text, f"--set {override}: the value")
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML reads 1e-3 as text
