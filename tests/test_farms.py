@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import tracemalloc
 from pathlib import Path
 
 import OpenImageIO as oiio
@@ -146,6 +148,53 @@ def test_missing_frames(icm: Icm, scene: Path, plates: Path, missing: str, code:
             "sh.1004.jpg": "done",
         }
         assert "sh.1003.jpg: is missing: the sequence has no such frame" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("numbers", "gaps"),
+    [
+        (("1", "2000000"), "2-1999999"),
+        (
+            ("1403636579763555584", "1403636579813555456", "1403636579863555584"),
+            "1403636579763555585-1403636579813555455,1403636579813555457-1403636579863555583",
+        ),
+        (("1", "9" * 40), f"2-{'9' * 39}8"),
+    ],
+)
+@pytest.mark.parametrize("missing", ["skip", "report", "error"])
+def test_large_gaps_cost_nothing(
+    icm: Icm, scene: Path, plates: Path, numbers: tuple[str, ...], gaps: str, missing: str
+) -> None:
+    digits = len(numbers[-1])
+    for number in numbers:
+        shutil.copy(plates / "sh.1001.jpg", plates / f"big_{number.zfill(digits)}.jpg")
+    earlier = scene / "out" / f"big_{'3'.zfill(digits)}.png"
+    earlier.parent.mkdir(exist_ok=True)
+    shutil.copy(scene / "imgs" / "wall.jpg", earlier)
+    tracemalloc.start()
+    started = time.process_time()
+    result = icm("--dry-run", "--missing", missing, src=plates / "big_%d.jpg")
+    seconds, peak = time.process_time() - started, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result.exit_code == (0 if missing == "skip" else 2), result.output
+    assert f"big_{'#' * digits}.jpg has no frame {gaps}" in result.stderr
+    if missing == "report":
+        assert "--missing report lists at most 10000 missing frames" in result.stderr
+    if missing == "skip":
+        kept = f"its earlier alpha {earlier} is kept" if digits != 19 else "no alpha is written"
+        assert f"{gaps}; {kept}" in result.stderr
+    assert seconds < 10
+    assert peak < 100e6
+
+
+@pytest.mark.parametrize(
+    "frames", ["1-9999999", "1001-9000000x2,1002-9000000x3", "1404000000000000000-1404000000009000000,1001"]
+)
+def test_large_frame_ranges_cost_nothing(icm: Icm, plates: Path, frames: str) -> None:
+    result = icm("--dry-run", "--frames", frames, src=plates / "sh.####.jpg")
+    assert result.exit_code == 0, result.output
+    assert "sh.1001.jpg" in result.stdout
+    assert "has no frame" in result.stderr
 
 
 @pytest.mark.parametrize("missing", ["report", "error"])

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fileseq.frameset import FrameSet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.files import LINK_INTO_TREE, LINK_LOOP
-from icm_cli.matting.frames import FramePattern
+from icm_cli.matting.frames import FramePattern, parse_frame_range
 from icm_cli.matting.jobs import Job, OutputLayout, SourceFilter, parse_shard, plan_jobs
 from icm_cli.matting.sources import SkippedFiles, find_sources
 
@@ -119,7 +120,7 @@ def test_frames_are_selected_and_gaps_are_reported(tmp_path: Path) -> None:
     notices: list[str] = []
     assert len(plan(pattern, out, notice=notices.append)) == 5
     assert "has no frame 1003,1006-1008" in notices[0]
-    chosen = {"frames": frozenset({1001, 1003, 1005})}
+    chosen = {"frames": parse_frame_range("1001,1003,1005")}
     assert outputs(plan(pattern, out, **chosen), out) == ["s.1001.png", "s.1005.png"]
     assert outputs(plan(src, out, **chosen), out) == ["s.1001.png", "s.1005.png"]
     reported = plan(pattern, out, missing="report", **chosen)
@@ -128,6 +129,26 @@ def test_frames_are_selected_and_gaps_are_reported(tmp_path: Path) -> None:
         reported[1].read_image()
     with pytest.raises(UsageError, match=r"has no frame 1003; nothing was written"):
         plan(pattern, out, missing="error", **chosen)
+
+
+_PARTS = st.tuples(st.integers(0, 60), st.integers(0, 60), st.sampled_from(["", "x", "y", ":"]), st.integers(1, 9))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(_PARTS, min_size=1, max_size=4), st.sets(st.integers(0, 60)))
+def test_frame_ranges_equal_the_sets_of_fileseq(parts: list[tuple[int, int, str, int]], present: set[int]) -> None:
+    text = ",".join(f"{first}-{last}" + (f"{mode}{step}" if mode else "") for first, last, mode, step in parts)
+    expected = {int(number) for each in text.split(",") for number in FrameSet(each)}
+    ranges = parse_frame_range(text)
+    assert sorted(ranges) == sorted(expected)
+    assert ranges.count == len(expected)
+    assert sorted(ranges.without(present)) == sorted(expected - present)
+
+
+@pytest.mark.parametrize("text", ["1-10x0", "a", "1-", "1.5", "1-2-3", "\uff11"])
+def test_text_that_is_no_frame_range_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a frame range"):
+        parse_frame_range(text)
 
 
 def test_output_names_follow_the_template(tmp_path: Path) -> None:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import itertools
+import math
 import re
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fileseq import constants, exceptions, filesequence, frameset
+from fileseq import constants, filesequence, frameset
 
 from icm_cli.errors import UsageError
 
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<frame>[._-]?(?P<number>\d+))", re.DOTALL)
 _PLACEHOLDER = re.compile(r"#+|@+|%0?\d*d|\$F\d*")
+_RANGE = re.compile(r"(?P<first>-?[0-9]{1,99})(?:-(?P<last>-?[0-9]{1,99})(?:(?P<mode>[xy:])-?(?P<step>[0-9]{1,99}))?)?")
 _NUMBER_MARK = "\0"
 """Replaces the number while wildcards are translated. No file name contains it."""
+
+MAX_LISTED_RANGES = 12
+"""Maximum number of ranges that a message lists."""
+MAX_EXPANDED_FRAMES = 10_000
+"""Maximum number of frames that are enumerated one by one."""
 
 
 @dataclass(frozen=True)
@@ -99,47 +108,149 @@ class FramePattern:
         """Return the file name of a frame."""
         return f"{self.before}{number:0{self.digits}d}{self.after}"
 
+    def __str__(self) -> str:
+        return str(Path(self.folder, f"{self.before}{'#' * self.digits}{self.after}"))
 
-def parse_frame_range(text: str) -> frozenset[int]:
+
+@dataclass(frozen=True)
+class FrameRanges:
+    """Frame numbers as disjoint ranges, so that their cost does not depend on how many they are."""
+
+    ranges: tuple[range, ...] = ()
+    """Ascending ranges without common numbers."""
+
+    def __contains__(self, number: int | None) -> bool:
+        return number is not None and any(number in each for each in self.ranges)
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain.from_iterable(self.ranges)
+
+    @property
+    def count(self) -> int:
+        """Number of frames. It may be too large for len()."""
+        return sum((each.stop - each.start + each.step - 1) // each.step for each in self.ranges)
+
+    def without(self, numbers: Iterable[int]) -> FrameRanges:
+        """Return the ranges without these numbers."""
+        ordered = sorted(set(numbers))
+        return FrameRanges(tuple(part for each in self.ranges for part in _split_range(each, ordered)))
+
+    def __str__(self) -> str:
+        """Return the numbers as text: ``1001-1003,1010``; of many ranges only the first ones."""
+        if self.count <= MAX_EXPANDED_FRAMES:
+            parts = str(frameset.FrameSet.framesToFrameRange(sorted(self))).split(",")
+        else:
+            parts = [_format_range(each) for each in sorted(self.ranges, key=lambda each: each.start)]
+        more = f" and {len(parts) - MAX_LISTED_RANGES} more ranges" if len(parts) > MAX_LISTED_RANGES else ""
+        return ",".join(parts[:MAX_LISTED_RANGES]) + more
+
+
+def parse_frame_range(text: str) -> FrameRanges:
     """Return the numbers of a range such as ``1001-1100x2`` or ``1001,1005-1010``.
 
     Raises UsageError.
     """
-    try:
-        return frozenset(int(each) for each in frameset.FrameSet(text))
-    except exceptions.MaxSizeException as error:
+    ranges: list[range] = []
+    for part in filter(None, "".join(text.split()).split(",")):
+        match = _RANGE.fullmatch(part)
+        first, last = (int(match["first"]), int(match["last"] or match["first"])) if match else (0, 0)
+        step = int(match["step"] or 1) if match else 0
+        if match is None or step < 1:
+            raise UsageError(
+                f"--frames {text!r} is not a frame range; expected a range such as 1001-1100 or 1001-1100x2"
+            )
+        low, high = min(first, last), max(first, last)
+        every = range(low, high + 1)
+        chosen = every if match["mode"] in (None, ":") else every[::step] if first == low else every[::-1][::step][::-1]
+        added = _subtract_range(every, chosen, text) if match["mode"] == "y" else [chosen]
+        for other in tuple(ranges):
+            added = [rest for each in added for rest in _subtract_range(each, other, text)]
+        ranges += added
+    frames = FrameRanges(tuple(ranges))
+    if frames.count > constants.MAX_FRAME_SIZE:
         raise UsageError(
             f"--frames {text!r} has too many frames; expected at most {constants.MAX_FRAME_SIZE}; give a smaller range"
-        ) from error
-    except (exceptions.ParseException, ValueError, TypeError) as error:
-        raise UsageError(
-            f"--frames {text!r} is not a frame range; expected a range such as 1001-1100 or 1001-1100x2"
-        ) from error
+        )
+    return frames
 
 
-def format_frame_ranges(numbers: Iterable[int]) -> str:
-    """Return numbers as ranges: ``1001-1003,1010``."""
-    return str(frameset.FrameSet.framesToFrameRange(sorted(numbers)))
+def _split_range(frames: range, numbers: Sequence[int]) -> list[range]:
+    """Return a range without some of its numbers, which are in ascending order."""
+    parts, start = [], 0
+    for number in numbers[bisect_left(numbers, frames.start) : bisect_right(numbers, frames[-1])]:
+        if number in frames:
+            at = frames.index(number)
+            parts.append(frames[start:at])
+            start = at + 1
+    return [each for each in (*parts, frames[start:]) if each]
 
 
-def missing_frames(paths: Sequence[Path], wanted: frozenset[int] | None) -> dict[Path, list[int]]:
+def _subtract_range(frames: range, other: range, text: str) -> list[range]:
+    """Return the numbers of ``frames`` that are not in ``other``.
+
+    Raises UsageError for ranges that differ in too many places. ``text``: the ranges, for the
+    message.
+    """
+    common = _common_frames(frames, other)
+    if not common:
+        return [frames]
+    start, end = frames.index(common[0]), frames.index(common[-1])
+    period = common.step // frames.step
+    count = (common[-1] - common[0]) // common.step + 1
+    if min(period, count) > MAX_EXPANDED_FRAMES:
+        raise UsageError(f"--frames {text!r} has too many separate ranges; give fewer or simpler ranges")
+    if count <= period:
+        return _split_range(frames, list(common))
+    between = [frames[start + offset : end : period] for offset in range(1, period)]
+    return [each for each in (frames[:start], *between, frames[end + 1 :]) if each]
+
+
+def _common_frames(one: range, other: range) -> range:
+    """Return the numbers that are in both ranges."""
+    divisor = math.gcd(one.step, other.step)
+    if (other.start - one.start) % divisor:
+        return range(0)
+    period = other.step // divisor
+    offset = (other.start - one.start) // divisor * pow(one.step // divisor, -1, period) % period
+    first, step = one.start + offset * one.step, one.step * period
+    first += max(0, -((first - max(one.start, other.start)) // step)) * step
+    return range(first, min(one.stop, other.stop), step)
+
+
+def _format_range(frames: range) -> str:
+    if frames[0] == frames[-1]:
+        return f"{frames[0]}"
+    return f"{frames[0]}-{frames[-1]}" + (f"x{frames.step}" if frames.step > 1 else "")
+
+
+def missing_frames(
+    paths: Sequence[Path], wanted: FrameRanges | None, ignored: Sequence[Path] = ()
+) -> dict[FramePattern, FrameRanges]:
     """Return the missing frame numbers by sequence.
 
     A sequence is named by its pattern, such as ``shot.####.exr``.
 
     ``wanted``: the expected numbers; None: all numbers between the first and the last frame of a
-    sequence.
+    sequence. ``ignored``: files whose numbers are not missing, although they are not in ``paths``.
     """
-    sequences: dict[Path, set[int]] = {}
+    missing = {}
+    excluded = _group_numbers(ignored)
+    for pattern, numbers in _group_numbers(paths).items():
+        expected = FrameRanges((range(min(numbers), max(numbers) + 1),)) if wanted is None else wanted
+        absent = expected.without(numbers | excluded.get(pattern, set()))
+        if absent.ranges:
+            missing[pattern] = absent
+    return missing
+
+
+def _group_numbers(paths: Sequence[Path]) -> dict[FramePattern, set[int]]:
+    """Return the frame numbers of each sequence."""
+    sequences: dict[FramePattern, set[int]] = {}
     for path in paths:
         name = FrameName.from_path(path)
         if name.number is not None:
             digits = len(name.frame.lstrip("._-"))
-            pattern = path.with_name(f"{name.stem}{name.frame[: len(name.frame) - digits]}{'#' * digits}{path.suffix}")
+            before = name.stem + name.frame[: len(name.frame) - digits]
+            pattern = FramePattern(str(path.parent), before, path.suffix, digits)
             sequences.setdefault(pattern, set()).add(name.number)
-    missing = {}
-    for pattern, numbers in sequences.items():
-        expected = set(range(min(numbers), max(numbers))) if wanted is None else wanted
-        if absent := sorted(expected - numbers):
-            missing[pattern] = absent
-    return missing
+    return sequences

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import string
 import threading
 from collections.abc import Callable, Sequence
@@ -20,12 +21,14 @@ from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.decoding import SourceFile, open_image
 from icm_cli.images.image_file import ImageFile
 from icm_cli.images.reading import CompositeSource, SourceImage, compose_image, read_image, read_source_image
-from icm_cli.matting.frames import FrameName, FramePattern, format_frame_ranges, missing_frames
+from icm_cli.matting.frames import FrameName, FramePattern, FrameRanges, missing_frames
 from icm_cli.matting.sources import MAX_LISTED_FILES, SkippedFiles, Sources, natural_sort_key, real_path
 from icm_cli.options import MissingPolicy
 from icm_cli.reports.result import ImageResult
 
 DEFAULT_NAME = "{stem}{frame}"
+MAX_MISSING_JOBS = 10_000
+"""Maximum number of missing frames that are reported one by one."""
 NAME_FIELDS = ("stem", "frame", "suffix")
 _digests: cachetools.LRUCache[tuple[Path, str], str] = cachetools.LRUCache(maxsize=64)
 """Content digests by path and state, because the pages of a file and composites share files."""
@@ -163,7 +166,7 @@ class SourceFilter:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     """Globs that are matched against the path below the sources' root and against the file name."""
-    frames: frozenset[int] | None = None
+    frames: FrameRanges | None = None
     """Frame numbers; None: all."""
     missing: MissingPolicy = "skip"
     shard: tuple[int, int] | None = None
@@ -271,28 +274,46 @@ def _plan_missing_frames(
     if not sources.is_sequence and source_filter.frames is None:
         return []
     present = [*found, *(path for path in sources.files if real_path(path) in protected)]
-    excluded = set(sources.files) - set(present)
+    kept = set(present)
+    excluded = [path for path in sources.files if path not in kept]
     files: list[Path] = []
-    for pattern_path, absent in missing_frames(present, source_filter.frames).items():
-        pattern = FramePattern.parse(pattern_path.name)
-        if pattern is None:
-            continue
-        numbers = [number for number in absent if pattern_path.with_name(pattern.frame_name(number)) not in excluded]
-        if not numbers:
-            continue
-        of_pattern = [pattern_path.with_name(pattern.frame_name(number)) for number in numbers]
-        files += of_pattern
-        text = f"{pattern_path} has no frame {format_frame_ranges(numbers)}"
+    for pattern, frames in missing_frames(present, source_filter.frames, excluded).items():
+        text = f"{pattern} has no frame {frames}"
         if source_filter.missing == "error":
             raise UsageError(f"{text}; nothing was written, as --missing error demands; add the frames and run again")
         if source_filter.missing == "skip":
-            alphas = [layout.output_path(file.relative_to(sources.root)) for file in of_pattern]
-            kept = [str(alpha) for alpha in alphas if alpha.exists()]
-            more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
+            alphas = _earlier_alphas(pattern, frames, sources.root, layout)
+            more = f" and {len(alphas) - 1} more" if len(alphas) > 1 else ""
             skipped_files.notify(
-                f"{text}; " + (f"its earlier alpha {kept[0]}{more} is kept" if kept else "no alpha is written")
+                f"{text}; " + (f"its earlier alpha {alphas[0]}{more} is kept" if alphas else "no alpha is written")
             )
-    return [] if source_filter.missing == "skip" else files
+            continue
+        if len(files) + frames.count > MAX_MISSING_JOBS:
+            raise UsageError(
+                f"{text}, which are {frames.count} frames; --missing report lists at most {MAX_MISSING_JOBS} "
+                "missing frames; select frames with --frames, or give --missing skip"
+            )
+        files += [Path(pattern.folder, pattern.frame_name(number)) for number in frames]
+    return files
+
+
+def _earlier_alphas(pattern: FramePattern, frames: FrameRanges, root: Path, layout: OutputLayout) -> list[Path]:
+    """Return the existing alphas of missing frames, in the order of their numbers.
+
+    The cost depends on the number of files in the output folder, and not on that of the frames.
+    """
+
+    def alpha_of(number: int) -> Path:
+        return layout.output_path(Path(pattern.folder, pattern.frame_name(number)).relative_to(root))
+
+    folder = alpha_of(frames.ranges[0].start).parent
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if frames.count <= len(names):
+        numbers = set(frames)
+    else:
+        candidates = {int(digits) for name in names for digits in re.findall("[0-9]+", name)}
+        numbers = {number for number in candidates if number in frames}
+    return [alpha for alpha in map(alpha_of, sorted(numbers)) if alpha.name in names]
 
 
 def _join_states(states: Sequence[str]) -> str:
