@@ -102,6 +102,23 @@ def test_alpha_does_not_depend_on_other_images_of_the_batch(icm: Icm, scene: Pat
         assert np.abs(read(alpha).astype(int) - read(scene / "out" / "wall.png")).max() <= 1
 
 
+def test_csv_report_escapes_formulas(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text that a spreadsheet would run starts with an apostrophe. JSON keeps the names."""
+    (scene / "names").mkdir()
+    names = ["=1+1.jpg", "+1.jpg", "-1.jpg", "@SUM(A1).jpg", "\tx.jpg", "\rx.jpg", "a=1.jpg"]
+    for name in names:
+        shutil.copy(scene / "imgs" / "wall.jpg", scene / "names" / name)
+    monkeypatch.chdir(scene / "names")
+    result = icm(src=".", report=[scene / "r.csv", scene / "r.json"])
+    assert result.exit_code == 0, result.stderr
+    with (scene / "r.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["source"] for row in rows} == {"a=1.jpg", *(f"'{name}" for name in names[:-1])}
+    assert all(0 <= float(row["foreground"]) <= 1 for row in rows)
+    images = json.loads((scene / "r.json").read_text())["images"]
+    assert {image["source"] for image in images} == set(names)
+
+
 def test_csv_report_has_a_row_for_every_image(icm: Icm, scene: Path) -> None:
     (scene / "imgs" / "bad.jpg").write_bytes(b"")
     assert icm(report=scene / "r.csv").exit_code == 1

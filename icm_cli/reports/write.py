@@ -15,6 +15,8 @@ from icm_cli.reports.report import Report
 from icm_cli.reports.result import METRICS, REGIONS, RESULT_FIELDS
 
 REPORT_SUFFIXES = (".csv", ".json", ".html")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""First characters of text that a spreadsheet may run as a formula."""
 
 
 def check_report_paths(paths: list[Path]) -> None:
@@ -117,6 +119,14 @@ def _write_csv(path: Path, report: Report) -> None:
     text = io.StringIO()
     table = csv.DictWriter(text, columns)
     table.writeheader()
-    table.writerows(rows)
+    table.writerows({column: _escape_formula(value) for column, value in row.items()} for row in rows)
     with atomic_write(path) as file:
         file.write(text.getvalue().encode(errors="backslashreplace"))  # names need not be UTF-8
+
+
+def _escape_formula(value: object) -> object:
+    """Return a cell in which text that a spreadsheet may run as a formula starts with an apostrophe.
+
+    Numbers are returned as they are.
+    """
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
