@@ -89,11 +89,11 @@ def _with_options(
             with _exit_codes(str(values.get("progress")), bool(values["verbose"]), rerun_hint):
                 body(options_class.from_values(values, given))
 
-        fields = sorted(options_class.option_fields(), key=lambda each: each.panel is not Panel.EVERYDAY)
-        parameters = [_typer_parameter(each, (callbacks or {}).get(each.name)) for each in fields]
+        fields = sorted(options_class.option_fields(), key=lambda field: field.panel is not Panel.EVERYDAY)
+        parameters = [_typer_parameter(field, (callbacks or {}).get(field.name)) for field in fields]
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
         command.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
-        command.__annotations__ = {each.name: each.annotation for each in [context, *parameters]}
+        command.__annotations__ = {field.name: field.annotation for field in [context, *parameters]}
         command.__name__, command.__doc__ = body.__name__, body.__doc__
         return command
 
@@ -220,8 +220,8 @@ def evaluate(options: EvaluateOptions) -> None:
     3 model, weights, device or output; 130 Ctrl-C; 143 SIGTERM.
     """
     if options.reports.compare is not None:
-        others = {each.name for each in options.option_fields()} - {"compare", "verbose"}
-        options.refuse_given(others, "--compare only prints the differences between two reports")
+        other_options = {field.name for field in options.option_fields()} - {"compare", "verbose"}
+        options.refuse_given(other_options, "--compare only prints the differences between two reports")
         from icm_cli.reports.comparison import compare_reports
         from icm_cli.terminal import print_comparison
 

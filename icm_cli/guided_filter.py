@@ -146,5 +146,5 @@ def align_to_edges(alpha: Tensor, image: Tensor, radius_fraction: float, epsilon
     return ((fit[:, :3] * image).sum(dim=1, keepdim=True) + fit[:, 3:]).clamp(0.0, 1.0)
 
 
-def _cross(one: Tensor, other: Tensor) -> Tensor:
-    return torch.linalg.cross(one, other, dim=1)
+def _cross(first: Tensor, second: Tensor) -> Tensor:
+    return torch.linalg.cross(first, second, dim=1)

@@ -110,9 +110,9 @@ def print_plan(report: Report) -> None:
 
 def print_models(models: Sequence[ListedModel]) -> None:
     """Print two lines per model: name and state; requirements, size and licence."""
-    for each in models:
-        write_line(sys.stdout, f"{each.name}: {each.state}")
-        write_line(sys.stdout, f"    needs {each.needs}; {each.size}; {each.licence}")
+    for model in models:
+        write_line(sys.stdout, f"{model.name}: {model.state}")
+        write_line(sys.stdout, f"    needs {model.needs}; {model.size}; {model.licence}")
 
 
 def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
@@ -321,7 +321,8 @@ def _escape_unprintable(line: str) -> str:
     if line.isprintable():
         return line
     return "".join(
-        each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in line
+        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in line
     )
 
 

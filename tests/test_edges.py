@@ -96,7 +96,7 @@ class TestTiles:
     def test_tiles_that_agree_give_the_image(self) -> None:
         image = torch.rand(333, 210, generator=torch.Generator().manual_seed(0))
         tiles = split_into_tiles((333, 210), 96, 32)
-        blended = blend_tiles((333, 210), tiles, (image[tile.index] for tile in tiles), image.device)
+        blended = blend_tiles((333, 210), tiles, (image[tile.slices] for tile in tiles), image.device)
         torch.testing.assert_close(blended, image, atol=1e-6, rtol=0)
 
 

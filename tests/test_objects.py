@@ -121,7 +121,7 @@ class TestCompleted:
         embedded = objects.embed_images(images[:1])
         for alpha in coarse[:2]:
             expected = objects.complete_alphas(images[:1], [alpha])
-            torch.testing.assert_close(objects.complete_objects(embedded, [alpha]), expected)
+            torch.testing.assert_close(objects.complete_embedded_alphas(embedded, [alpha]), expected)
 
     def test_masks_with_zero_weight_keep_the_coarse_alpha(self) -> None:
         objects = small_objects()

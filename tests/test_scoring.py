@@ -39,7 +39,7 @@ def task(tmp_path: Path) -> ScoreTask:
 def test_alphas_are_scored_at_the_given_size(task: ScoreTask, size: str, shape: tuple[int, int]) -> None:
     alpha, truth = (resize_for_scoring(soft_square(90, 150, shift), (90, 150), size) for shift in (5, 0))  # type: ignore[arg-type]
     assert alpha.shape == shape
-    scored = replace(task, rule=ScoringRule(size=size)).run()  # type: ignore[arg-type]
+    scored = replace(task, rule=ScoringRule(scored_size=size)).run()  # type: ignore[arg-type]
     assert scored.problems == ()
     assert scored.evaluation.scores["whole"] == compute_scores(alpha, truth)["whole"]
 
@@ -70,7 +70,7 @@ def test_published_trimaps_and_detail_maps_define_the_unknown_region(task: Score
     trimap[60:, :] = 255
     cv2.imwrite(str(tmp_path / "t.png"), trimap)
     both = ("whole", "unknown")
-    with_trimap = replace(task, trimap=tmp_path / "t.png", rule=ScoringRule(regions=both))
+    with_trimap = replace(task, trimap_path=tmp_path / "t.png", rule=ScoringRule(regions=both))
     alpha, truth = soft_square(90, 150, 5), soft_square(90, 150)
     assert with_trimap.run().evaluation.scores == compute_scores(alpha, truth, trimap=trimap)
     detail = np.where(trimap > 0, 128, 0).astype(np.uint8)
@@ -91,13 +91,13 @@ def test_unusable_trimap_is_reported_and_the_whole_image_is_scored(
     task: ScoreTask, tmp_path: Path, trimap: np.ndarray, kind: str
 ) -> None:
     cv2.imwrite(str(tmp_path / "t.png"), trimap)
-    scored = replace(task, trimap=tmp_path / "t.png", rule=ScoringRule(regions=("whole", "unknown"))).run()
+    scored = replace(task, trimap_path=tmp_path / "t.png", rule=ScoringRule(regions=("whole", "unknown"))).run()
     assert set(scored.evaluation.scores) == {"whole"}
     assert [problem.kind for problem in scored.problems] == [kind]
 
 
 def test_nearly_empty_alpha_of_icm_is_scored_but_not_that_of_another_tool(task: ScoreTask) -> None:
-    cv2.imwrite(str(task.alpha), np.eye(90, 150, dtype=np.uint8))  # values of 1 out of 255
+    cv2.imwrite(str(task.alpha_path), np.eye(90, 150, dtype=np.uint8))  # values of 1 out of 255
     assert task.run().evaluation.scores
     foreign = replace(task, is_external=True)
     assert [problem.kind for problem in foreign.run().problems] == ["unscaled-alpha"]
@@ -107,7 +107,7 @@ def test_nearly_empty_alpha_of_icm_is_scored_but_not_that_of_another_tool(task: 
 
 
 def test_missing_image_is_reported(task: ScoreTask, tmp_path: Path) -> None:
-    (problem,) = replace(task, image=tmp_path / "gone.jpg", needs_sha256=True).run().problems
+    (problem,) = replace(task, image_path=tmp_path / "gone.jpg", needs_sha256=True).run().problems
     assert problem.kind == "unreadable"
     assert "gone.jpg does not exist" in problem.reason
 
@@ -118,7 +118,7 @@ def test_size_of_an_image_respects_exif_orientation(task: ScoreTask, tmp_path: P
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (90, 150)).save(tmp_path / "turned.jpg", exif=exif)  # stored 90 wide, shown 150 wide
-    assert replace(task, image=tmp_path / "turned.jpg").run().problems == ()
+    assert replace(task, image_path=tmp_path / "turned.jpg").run().problems == ()
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,9 @@ def test_a_box_contains_the_object_and_its_margin(height: int, width: int, data:
     assert box.area == box.crop(mask).size
     from_larger_mask = crop_box(mask.repeat(2, 0).repeat(2, 1), (height, width), SETTINGS)
     assert from_larger_mask is not None
-    assert all(abs(one.start - other.start) <= 1 for one, other in zip(box.index, from_larger_mask.index, strict=True))
+    assert all(
+        abs(one.start - other.start) <= 1 for one, other in zip(box.slices, from_larger_mask.slices, strict=True)
+    )
 
 
 def test_a_box_is_relative_to_the_data_window() -> None:
@@ -54,7 +56,7 @@ def test_a_box_is_relative_to_the_data_window() -> None:
     in_data_window = crop_box(mask, (80, 150), SETTINGS, ImageWindows((80, 150), (10, 30), (100, 200)))
     in_display_window = crop_box(mask, (100, 200), SETTINGS)
     assert in_display_window is not None
-    rows, columns = in_display_window.index
+    rows, columns = in_display_window.slices
     assert in_data_window == CropBox(
         slice(rows.start - 10, rows.stop - 10), slice(columns.start - 30, columns.stop - 30)
     )
@@ -68,12 +70,12 @@ def test_a_pasted_crop_fades_inside_the_frame_only(top: int, left: int, down: in
     box = CropBox(slice(top, top + 100), slice(left, left + 120))
     frame = paste_crop(torch.ones(100, 120), box, size, FADE).numpy()
     assert frame.shape == size
-    assert (frame[box.index][6:-6, 7:-7] == 1).all()
+    assert (frame[box.slices][6:-6, 7:-7] == 1).all()
     steps = max(np.abs(np.diff(frame, axis=axis)).max() for axis in (0, 1))
     assert steps <= 1 / (FADE * 100) + 1e-6
     for border, is_inside in ((frame[0], top), (frame[-1], down), (frame[:, 0], left), (frame[:, -1], right)):
         assert border.max() == (0 if is_inside else 1)
-    assert (paste_crop(torch.ones(100, 120), box, size)[box.index] == 1).all()
+    assert (paste_crop(torch.ones(100, 120), box, size)[box.slices] == 1).all()
 
 
 @given(st.tuples(sides, sides), st.tuples(sides, sides), st.integers(0, 2**31))
@@ -223,7 +225,7 @@ def test_an_enlarged_box_contains_the_box_and_is_inside_the_frame(height: int, w
     assert enlarge_box(box, mask, (height, width), SETTINGS) == box
     mask[:] = True
     enlarged = enlarge_box(box, mask, (height, width), SETTINGS)
-    for side, before, size in zip(enlarged.index, box.index, (height, width), strict=True):
+    for side, before, size in zip(enlarged.slices, box.slices, (height, width), strict=True):
         assert 0 <= side.start <= before.start
         assert before.stop <= side.stop <= size
         assert side != before or (before.start, before.stop) == (0, size)

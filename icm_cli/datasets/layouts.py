@@ -245,10 +245,10 @@ def _first_empty(folders: Sequence[Path | None]) -> Path:
     return next(folder for folder in folders if folder and not list_images(folder))
 
 
-def _find_subfolder(base: Path, folders: str) -> Path | None:
+def _find_subfolder(base: Path, relative_path: str) -> Path | None:
     """Return a subfolder, ignoring the case of its name, or None if it does not exist."""
     try:
-        for name in PurePosixPath(folders).parts:
+        for name in PurePosixPath(relative_path).parts:
             path = base / name
             if not path.is_dir():
                 path = next((each for each in base.iterdir() if each.name.lower() == name.lower()), path)

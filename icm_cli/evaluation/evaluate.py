@@ -57,12 +57,12 @@ def evaluate(
             raise UsageError("pred scores existing alphas, so predictor has no effect; remove it")
     if protocol.references and (protocol.rounds or matting.refs_per_group):
         raise UsageError("--references fixes rounds and references; remove --rounds and --refs-per-group")
-    found = _find_dataset(options)
-    has_trimaps = data.dataset == "folder" and any(sample.trimap for sample in found.samples)
-    rule = _make_rule(found, protocol, has_trimaps=has_trimaps)
+    dataset_samples = _find_dataset(options)
+    has_trimaps = data.dataset == "folder" and any(sample.trimap for sample in dataset_samples.samples)
+    rule = _make_rule(dataset_samples, protocol, has_trimaps=has_trimaps)
     workers = DEFAULT_WORKERS if protocol.pred is None else environment.available_cores()
     evaluation = Evaluation(
-        EvaluationDataset(data.dataset, str(data.data_root or data.images), data.split, found),
+        EvaluationDataset(data.dataset, str(data.data_root or data.images), data.split, dataset_samples),
         rule,
         EvaluationFiles(
             ReportFiles.from_options(options.reports.report, references=matting.write_references),
@@ -100,7 +100,7 @@ def _find_dataset(options: EvaluateOptions) -> DatasetSamples:
     """Return the samples of the dataset, with video frames marked. Raises UsageError."""
     data = options.dataset
     assert data.dataset is not None
-    found = find_dataset(
+    dataset_samples = find_dataset(
         data.dataset,
         data.data_root,
         split=data.split,
@@ -110,24 +110,26 @@ def _find_dataset(options: EvaluateOptions) -> DatasetSamples:
         groups=data.groups,
         backgrounds=data.backgrounds,
     )
-    if found.dataset.has_shots:
-        reason = f"the first frame of every shot of {found.dataset.title} is its only reference"
+    if dataset_samples.dataset.has_shots:
+        reason = f"the first frame of every shot of {dataset_samples.dataset.title} is its only reference"
         options.refuse_given(("rounds", "refs_per_group", "groups", "video"), reason)
-        found = _select_shot_frames(found)
-    if options.matting.shot and not (found.dataset.has_shots or data.video):
+        dataset_samples = _select_shot_frames(dataset_samples)
+    if options.matting.shot and not (dataset_samples.dataset.has_shots or data.video):
         raise UsageError("--shot requires frames of shots; give --dataset davis16, or --video if the groups are videos")
     if data.video:
-        found = replace(found, samples=[_mark_video_frame(sample) for sample in found.samples])
-    return found
+        dataset_samples = replace(
+            dataset_samples, samples=[_mark_video_frame(sample) for sample in dataset_samples.samples]
+        )
+    return dataset_samples
 
 
-def _select_shot_frames(found: DatasetSamples) -> DatasetSamples:
+def _select_shot_frames(dataset_samples: DatasetSamples) -> DatasetSamples:
     """Exclude the last frame of every shot, and mark the others as video frames.
 
     Shots with fewer than MIN_SHOT_FRAMES frames become problems. Raises UsageError if there are no
     other shots.
     """
-    shots = group_samples(found.samples)
+    shots = group_samples(dataset_samples.samples)
     problems = [
         Problem("lone-image", shot, f"shot {shot} has {len(frames)} frame(s), and the first and last are not scored")
         for shot, frames in shots.items()
@@ -135,27 +137,32 @@ def _select_shot_frames(found: DatasetSamples) -> DatasetSamples:
     ]
     if len(problems) == len(shots):
         raise UsageError(
-            f"{found.dataset.title} has no shot of three frames or more; the first and last frame "
+            f"{dataset_samples.dataset.title} has no shot of three frames or more; the first and last frame "
             "of a shot are not scored, so give complete shots"
         )
     scored = [frames[:-1] for frames in shots.values() if len(frames) >= MIN_SHOT_FRAMES]
     samples = [_mark_video_frame(frame) for frames in scored for frame in frames]
-    return replace(found, samples=samples, notes=[*found.notes, SHOT_NOTE], problems=[*found.problems, *problems])
+    return replace(
+        dataset_samples,
+        samples=samples,
+        notes=[*dataset_samples.notes, SHOT_NOTE],
+        problems=[*dataset_samples.problems, *problems],
+    )
 
 
-def _make_rule(found: DatasetSamples, options: ProtocolOptions, *, has_trimaps: bool) -> ScoringRule:
+def _make_rule(dataset_samples: DatasetSamples, options: ProtocolOptions, *, has_trimaps: bool) -> ScoringRule:
     """Return the scoring rule from the options, which default to the conventions of the dataset.
 
     Images of the dataset ``folder`` with trimaps are scored over both regions by default.
     """
-    dataset = found.dataset
+    dataset = dataset_samples.dataset
     regions = options.region or (REGIONS if has_trimaps else dataset.conventions.regions)
     if options.trimap_kernel is not None and "unknown" not in regions:
         raise UsageError(
             "--trimap-kernel has no effect: the unknown region is not scored; remove it, or give --region unknown"
         )
     return ScoringRule(
-        tuple(each for each in REGIONS if each in regions),
+        tuple(region for region in REGIONS if region in regions),
         options.size or dataset.conventions.size,
         options.lineage or dataset.conventions.lineage,
         options.trimap_kernel or ScoringRule.trimap_kernel_px,

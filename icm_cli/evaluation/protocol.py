@@ -161,11 +161,11 @@ class Evaluation:
             sample = self.dataset.by_name[result.name]
             return ScoreTask(
                 name=result.name,
-                alpha=Path(result.output),
-                truth=sample.alpha,
+                alpha_path=Path(result.output),
+                truth_path=sample.alpha,
                 rule=self.rule,
-                trimap=sample.trimap,
-                image=sample.file,
+                trimap_path=sample.trimap,
+                image_path=sample.file,
                 needs_sha256=trained_on is not None,
                 is_external="predictions" in settings,
                 allowed=self.run.allowed,
@@ -200,7 +200,7 @@ class Evaluation:
         scored = {result.key: result for result in outcome.wait_for_scores()}
         for number in sorted({key[0] for key in scored}):
             for before, frame in pairs:
-                results = [scored.get((number, each.name)) for each in (frame, before)]
+                results = [scored.get((number, sample.name)) for sample in (frame, before)]
                 files = [(Path(result.output), Path(result.dataset.truth)) for result in results if result]
                 if len(files) == 2:
                     yield (number, frame.name), FlickerTask(files[0], files[1], self.rule)

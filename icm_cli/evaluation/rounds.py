@@ -80,11 +80,11 @@ def read_references_file(path: Path, groups: Mapping[str, Sequence[Sample]]) -> 
     for names_by_group in _parse_references_file(path):
         references: dict[str, list[str]] = {}
         for group, names in names_by_group.items():
-            known = {sample.name for sample in groups.get(group, ())}
-            if found := [name for name in dict.fromkeys(names) if name in known]:
-                references[group] = found
+            group_names = {sample.name for sample in groups.get(group, ())}
+            if known_names := [name for name in dict.fromkeys(names) if name in group_names]:
+                references[group] = known_names
             for name in names:
-                if name not in known:
+                if name not in group_names:
                     reason = f"{path} names {name} as a reference of group {group}, but this group has no such image"
                     problems[name] = Problem("absent-file", name, reason)
         rounds.append(references)

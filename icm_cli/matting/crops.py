@@ -28,7 +28,7 @@ class CropBox:
     columns: slice
 
     @property
-    def index(self) -> tuple[slice, slice]:
+    def slices(self) -> tuple[slice, slice]:
         """Index of the crop in an array [H,W,...] of the frame."""
         return self.rows, self.columns
 
@@ -39,7 +39,7 @@ class CropBox:
 
     def crop(self, pixels: Pixels) -> Pixels:
         """Copy the crop out of an array [H,W,...] of the frame."""
-        return np.ascontiguousarray(pixels[self.index])  # type: ignore[return-value]
+        return np.ascontiguousarray(pixels[self.slices])  # type: ignore[return-value]
 
 
 def crop_box(
@@ -82,7 +82,7 @@ def enlarge_box(box: CropBox, mask: NDArray[np.bool_], size: tuple[int, int], se
         settings: Rules for sides that cut the object.
     """
     sides = []
-    for side, along, length in zip(box.index, (mask, mask.T), size, strict=True):
+    for side, along, length in zip(box.slices, (mask, mask.T), size, strict=True):
         growth = math.ceil(settings.growth * (side.stop - side.start))
         cuts_first, cuts_last = (along[edge].mean() >= settings.cut_fraction for edge in (0, -1))
         sides.append(slice(max(0, side.start - growth * cuts_first), min(length, side.stop + growth * cuts_last)))
@@ -133,10 +133,10 @@ def paste_crop(alpha: Tensor, box: CropBox, size: tuple[int, int], fade: float =
     frame = torch.zeros(size, dtype=torch.float32, device=alpha.device)
     if fade:
         rows, columns = (
-            _fade_weights(side, length, fade).to(alpha.device) for side, length in zip(box.index, size, strict=True)
+            _fade_weights(side, length, fade).to(alpha.device) for side, length in zip(box.slices, size, strict=True)
         )
         alpha = alpha * rows[:, None] * columns
-    frame[box.index] = alpha
+    frame[box.slices] = alpha
     return frame
 
 

@@ -64,7 +64,7 @@ def ground_truth_scoring(processes: int, allowed: frozenset[str]) -> Scorer:
         if not result.dataset.truth:
             return None
         truth, image = Path(result.dataset.truth), Path(result.source)
-        return ScoreTask(result.source, Path(result.output), truth, RULE, image=image, allowed=allowed)
+        return ScoreTask(result.source, Path(result.output), truth, RULE, image_path=image, allowed=allowed)
 
     return Scorer(ScoringPool(processes), make_task)
 

@@ -70,7 +70,7 @@ class Checkpoint:
         """Return the tensors of "head", "backbone", "objects" or "edges" by their names in that
         component."""
         prefix = f"{name}."
-        return {key.removeprefix(prefix): each for key, each in self.tensors.items() if key.startswith(prefix)}
+        return {key.removeprefix(prefix): tensor for key, tensor in self.tensors.items() if key.startswith(prefix)}
 
 
 def save_checkpoint(

@@ -401,7 +401,7 @@ class Objects(nn.Module, ABC):
         """Embed images of any sizes, sRGB uint8 [H,W,3]; those of equal size in one batch."""
 
     @abstractmethod
-    def complete_objects(self, images: Sequence[EmbeddedImage], coarse: Sequence[Tensor]) -> list[Tensor]:
+    def complete_embedded_alphas(self, images: Sequence[EmbeddedImage], coarse: Sequence[Tensor]) -> list[Tensor]:
         """Complete the objects of coarse alphas.
 
         Args:
@@ -420,13 +420,13 @@ class Objects(nn.Module, ABC):
 
         Args:
             images: sRGB uint8 [H,W,3] each.
-            coarse: As for :meth:`complete_objects`.
+            coarse: As for :meth:`complete_embedded_alphas`.
         """
         completed = list(coarse)
         indices = [index for index, alpha in enumerate(coarse) if self.has_object(alpha)]
         embedded = self.embed_images([images[index] for index in indices])
-        found = self.complete_objects(embedded, [coarse[index] for index in indices])
-        for index, alpha in zip(indices, found, strict=True):
+        completed_alphas = self.complete_embedded_alphas(embedded, [coarse[index] for index in indices])
+        for index, alpha in zip(indices, completed_alphas, strict=True):
             completed[index] = alpha
         return completed
 

@@ -275,10 +275,10 @@ def _reject_weights(weights: str | None, checkpoint: Path | None) -> None:
 def _describe_difference(stored: ModelConfig, requested: ModelConfig) -> str:
     """Describe the first setting in which two configurations differ."""
     ours, theirs = stored.as_dict(), requested.as_dict()
-    for part in {**ours, **theirs}:
-        settings = ours.get(part, {})
-        for key in {**settings, **theirs.get(part, {})}:
-            other = theirs.get(part, {}).get(key)
-            if settings.get(key) != other:
-                return f"its {part} has {key} {settings.get(key)!r}, not {other!r}"
+    for component in {**ours, **theirs}:
+        settings = ours.get(component, {})
+        for key in {**settings, **theirs.get(component, {})}:
+            requested_value = theirs.get(component, {}).get(key)
+            if settings.get(key) != requested_value:
+                return f"its {component} has {key} {settings.get(key)!r}, not {requested_value!r}"
     raise AssertionError("equal configurations have no difference")

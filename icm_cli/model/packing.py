@@ -122,19 +122,19 @@ def _replace_objects(
     trained: Sequence[Checkpoint],
 ) -> ModelConfig:
     """Replace the objects by the mean of several trainings. Return the configuration."""
-    part = _require_config(objects[0]).objects
-    if part is None:
+    objects_config = _require_config(objects[0]).objects
+    if objects_config is None:
         raise ConfigError(
             f"--objects {objects[0]} is of a model without objects; give a checkpoint with trained objects"
         )
     for path in objects[1:]:
-        if _require_config(path).objects != part:
+        if _require_config(path).objects != objects_config:
             raise ConfigError(f"{path} has other objects than {objects[0]}; give checkpoints of one configuration")
-    packed.objects = component_class("objects", part.name).load(part.settings)
-    complete = [{**packed.objects.state_dict(), **each.component("objects")} for each in trained]
+    packed.objects = component_class("objects", objects_config.name).load(objects_config.settings)
+    complete = [{**packed.objects.state_dict(), **checkpoint.component("objects")} for checkpoint in trained]
     where = f"the objects of {', '.join(map(str, objects))}"
     load_strict(packed.objects, _average_tensors(complete), where)
-    return replace(config, objects=part)
+    return replace(config, objects=objects_config)
 
 
 def _require_config(checkpoint: Path) -> ModelConfig:
@@ -144,23 +144,29 @@ def _require_config(checkpoint: Path) -> ModelConfig:
     return config
 
 
-def _average_tensors(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _average_tensors(components: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the mean of tensors of the same name. Integers, such as counters, are those of the
     last part."""
     return {
-        name: torch.stack([part[name].float() for part in parts]).mean(dim=0) if last.is_floating_point() else last
-        for name, last in parts[-1].items()
+        name: torch.stack([mapping[name].float() for mapping in components]).mean(dim=0)
+        if last.is_floating_point()
+        else last
+        for name, last in components[-1].items()
     }
 
 
-def _merge_metadata(parts: Sequence[Checkpoint]) -> dict[str, str]:
+def _merge_metadata(checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
     """Return the metadata of the first checkpoint, with the training images and licences of all."""
-    metadata = dict(parts[0].metadata)
-    images = {image for part in parts for image in json.loads(part.metadata.get(TRAINED_ON_KEY, "[]"))}
+    metadata = dict(checkpoints[0].metadata)
+    images = {
+        image for checkpoint in checkpoints for image in json.loads(checkpoint.metadata.get(TRAINED_ON_KEY, "[]"))
+    }
     if images:
         metadata[TRAINED_ON_KEY] = json.dumps(sorted(images))
     licences = {
-        name: each for part in parts for name, each in json.loads(part.metadata.get(LICENCES_KEY, "{}")).items()
+        name: licence
+        for checkpoint in checkpoints
+        for name, licence in json.loads(checkpoint.metadata.get(LICENCES_KEY, "{}")).items()
     }
     if licences:
         metadata[LICENCES_KEY] = json.dumps(licences)

@@ -603,8 +603,8 @@ class EvaluateOptions(CommandOptions):
     def matting_names(cls) -> list[str]:
         """Names of the options that only matting reads, so that they have no effect with
         ``--pred``."""
-        of_groups = [each.name for each in cls.option_fields() if each.group in ("model", "resources", "matting")]
-        return [name for name in of_groups if name != "workers"]
+        names = [field.name for field in cls.option_fields() if field.group in ("model", "resources", "matting")]
+        return [name for name in names if name != "workers"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,7 @@ def _reference() -> str:
     for command, options_class in COMMANDS.items():
         parts.append(f"## `{command}`\n")
         for panel in Panel:
-            fields = [each for each in options_class.option_fields() if each.panel is panel]
+            fields = [field for field in options_class.option_fields() if field.panel is panel]
             if fields:
                 rows = [
                     "| option | value | default | description | part of digest |",
@@ -150,10 +150,10 @@ def _function_stub(
     name: str, options_class: type[CommandOptions], extra_arguments: tuple[str, ...], return_type: str, summary: str
 ) -> str:
     fields = options_class.api_fields()
-    by_position = [_argument(each) for each in fields if each.name in options_class.positional]
-    by_name = [_argument(each) for each in fields if each.name not in options_class.positional]
+    by_position = [_argument(field) for field in fields if field.name in options_class.positional]
+    by_name = [_argument(field) for field in fields if field.name not in options_class.positional]
     arguments = [*by_position, "*", *by_name, *extra_arguments]
-    lines = [f"def {name}(", *(f"    {each}," for each in arguments), f") -> {return_type}:"]
+    lines = [f"def {name}(", *(f"    {argument}," for argument in arguments), f") -> {return_type}:"]
     lines += [f'    """{summary}', "", *_wrap_arguments(describe_arguments(options_class)), '    """', ""]
     return "\n".join(lines)
 

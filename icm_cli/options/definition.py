@@ -149,7 +149,7 @@ class OptionField:
         if self.is_repeatable:
             is_single = isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable)
             values = [value] if is_single else list(typing.cast(Iterable[object], value))
-            return tuple(self._convert_one(each) for each in values)
+            return tuple(self._convert_one(item) for item in values)
         return self._convert_one(value)
 
     def _convert_one(self, value: object) -> Any:
@@ -191,15 +191,15 @@ class CommandOptions:
     @functools.cache
     def option_fields(cls) -> tuple[OptionField, ...]:
         """All options, in the order of their groups."""
-        found = []
+        fields = []
         for name, group in cls._groups().items():
             hints = typing.get_type_hints(group)
             for field in dataclasses.fields(group):
                 properties: Option = field.metadata["option"]
                 panel = Panel.EVERYDAY if properties.is_everyday else group.panel
                 hint, annotation = hints[field.name], str(field.type)
-                found.append(OptionField(field.name, name, panel, hint, annotation, field.default, properties))
-        return tuple(found)
+                fields.append(OptionField(field.name, name, panel, hint, annotation, field.default, properties))
+        return tuple(fields)
 
     @classmethod
     def from_values(cls, values: Mapping[str, object], given: Iterable[str] | None = None) -> Self:
@@ -208,12 +208,12 @@ class CommandOptions:
         ``given``: names of the options that were given; by default those whose value is not the
         default. Raises UsageError.
         """
-        converted = {each.name: each.convert_value(values.get(each.name)) for each in cls.option_fields()}
+        converted = {option.name: option.convert_value(values.get(option.name)) for option in cls.option_fields()}
         if unknown := values.keys() - converted.keys():
             name = min(unknown)
             raise TypeError(f"{name!r} is not an option. {did_you_mean(name, converted)}")
         if given is None:
-            given = [each.name for each in cls.option_fields() if converted[each.name] != each.default]
+            given = [option.name for option in cls.option_fields() if converted[option.name] != option.default]
         groups = {}
         for name, group in cls._groups().items():
             groups[name] = group(**{field.name: converted[field.name] for field in dataclasses.fields(group)})
@@ -223,33 +223,33 @@ class CommandOptions:
     @classmethod
     def api_fields(cls) -> list[OptionField]:
         """Options that are arguments in Python, those that may be given by position first."""
-        fields = [each for each in cls.option_fields() if each.properties.is_in_api]
-        return sorted(fields, key=lambda each: each.name not in cls.positional)
+        fields = [field for field in cls.option_fields() if field.properties.is_in_api]
+        return sorted(fields, key=lambda field: field.name not in cls.positional)
 
     def get_value(self, name: str) -> Any:
         """Value of an option by its name."""
-        group = next(each.group for each in self.option_fields() if each.name == name)
+        group = next(field.group for field in self.option_fields() if field.name == name)
         return getattr(getattr(self, group), name)
 
     def refuse_given(self, names: Iterable[str], why: str) -> None:
         """Raise UsageError if any of these options was given; ``why`` begins the sentence."""
-        for each in self.option_fields():
-            if each.name in names and each.name in self.given:
-                raise UsageError(f"{why}, so {each.flag} has no effect; remove it")
+        for field in self.option_fields():
+            if field.name in names and field.name in self.given:
+                raise UsageError(f"{why}, so {field.flag} has no effect; remove it")
 
     def digest_values(self, parts: Mapping[DigestPart, str]) -> dict[str, str]:
         """Return everything that decides pixels, by name.
 
         ``parts`` replace the values of the options that decide pixels through their content.
         """
-        found: dict[str, str] = {}
-        for each in self.option_fields():
-            part = each.properties.digest
+        digested: dict[str, str] = {}
+        for field in self.option_fields():
+            part = field.properties.digest
             if part is DigestPart.VALUE:
-                found[each.name] = repr(self.get_value(each.name))
+                digested[field.name] = repr(self.get_value(field.name))
             elif part is not None:
-                found[part] = parts[part]
-        return found
+                digested[part] = parts[part]
+        return digested
 
     @classmethod
     def _groups(cls) -> dict[str, type[OptionGroup]]:
@@ -292,7 +292,7 @@ def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., R
 
 def describe_arguments(options_class: type[CommandOptions]) -> str:
     """Section "Args" of a docstring: every option that is an argument in Python, with its help."""
-    lines = [f"    {each.name}: {each.properties.help}" for each in options_class.api_fields()]
+    lines = [f"    {field.name}: {field.properties.help}" for field in options_class.api_fields()]
     return "\n".join(["Args:", *lines])
 
 
@@ -306,8 +306,8 @@ def _without_none(hint: Any) -> Any:
     """Type without ``None``; a union of several others stays one."""
     if typing.get_origin(hint) not in (types.UnionType, typing.Union):
         return hint
-    others = tuple(each for each in typing.get_args(hint) if each is not type(None))
-    return others[0] if len(others) == 1 else typing.Union[others]  # noqa: UP007 (a runtime value)
+    members = tuple(member for member in typing.get_args(hint) if member is not type(None))
+    return members[0] if len(members) == 1 else typing.Union[members]  # noqa: UP007 (a runtime value)
 
 
 def _convert(value: object, hint: Any, flag: str) -> Any:
@@ -336,7 +336,7 @@ def _is_number(value: object, kind: type) -> bool:
 
 
 def _convert_number_or_word(value: object, hint: Any, flag: str) -> int | str:
-    words = [word for each in typing.get_args(hint) for word in typing.get_args(each)]
+    words = [word for member in typing.get_args(hint) for word in typing.get_args(member)]
     number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
     if isinstance(value, str) and value in words:
         return value
@@ -348,7 +348,7 @@ def _convert_number_or_word(value: object, hint: Any, flag: str) -> int | str:
 def _convert_tuple(value: object, hints: Sequence[Any], flag: str) -> tuple[Any, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(hints):
         raise UsageError(f"{flag} is {value!r}; expected {len(hints)} values")
-    return tuple(_convert(each, hint, flag) for each, hint in zip(value, hints, strict=True))
+    return tuple(_convert(item, hint, flag) for item, hint in zip(value, hints, strict=True))
 
 
 _EXPECTED: Mapping[Any, str] = {

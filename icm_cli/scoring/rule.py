@@ -20,7 +20,7 @@ class ScoringRule:
     """The conventions that a score depends on. Every report states them."""
 
     regions: tuple[Region, ...] = ("whole",)
-    size: ScoredSize = "original"
+    scored_size: ScoredSize = "original"
     lineage: Lineage = "composition"
     trimap_kernel_px: int = 25
     """Side of the square that dilates 0 < alpha < 1 to the unknown region, at the scored size.
@@ -34,7 +34,7 @@ class ScoringRule:
 
     def as_protocol(self) -> dict[str, Any]:
         """Return the settings that reports compare."""
-        return {"regions": list(self.regions), "size": self.size, "lineage": self.lineage}
+        return {"regions": list(self.regions), "size": self.scored_size, "lineage": self.lineage}
 
 
 def resize_for_scoring(

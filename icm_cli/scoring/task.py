@@ -33,14 +33,14 @@ class ScoreResult:
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """An alpha to score. Of ``image``, only the size and, if requested, the digest are read."""
+    """An alpha to score. Of the image, only the size and, if requested, the digest are read."""
 
     name: str
-    alpha: Path
-    truth: Path
+    alpha_path: Path
+    truth_path: Path
     rule: ScoringRule
-    trimap: Path | None = None
-    image: Path | None = None
+    trimap_path: Path | None = None
+    image_path: Path | None = None
     needs_sha256: bool = False
     is_external: bool = False
     """Whether another tool made the alpha. If so, its colour and value range are checked."""
@@ -51,12 +51,12 @@ class ScoreTask:
         """Read the files and compute the scores. Problems with the files are part of the result."""
         digest = None
         try:
-            if self.needs_sha256 and self.image:
-                digest = file_digest(self.image)
-            truth = read_ground_truth(self.truth, is_label_map=self.rule.has_shots)
-            predicted = read_ground_truth(self.alpha, is_label_map=self.rule.has_shots)
+            if self.needs_sha256 and self.image_path:
+                digest = file_digest(self.image_path)
+            truth = read_ground_truth(self.truth_path, is_label_map=self.rule.has_shots)
+            predicted = read_ground_truth(self.alpha_path, is_label_map=self.rule.has_shots)
             problems = self._check_truth(truth) + (
-                self._check_values(self.alpha, predicted) if self.is_external else []
+                self._check_values(self.alpha_path, predicted) if self.is_external else []
             )
             if any(problem.kind != "16-bit-alpha" for problem in problems):
                 return ScoreResult(problems=tuple(problems), image_sha256=digest)
@@ -64,14 +64,14 @@ class ScoreTask:
         except ImageError as error:
             return ScoreResult(problems=(Problem("unreadable", self.name, str(error)),), image_sha256=digest)
         if not has_same_aspect(alpha.shape, truth.alpha.shape):
-            problems.append(self._size_mismatch("alpha", self.alpha, alpha.shape, truth.alpha.shape))
+            problems.append(self._size_mismatch("alpha", self.alpha_path, alpha.shape, truth.alpha.shape))
             return ScoreResult(problems=tuple(problems), image_sha256=digest)
-        resized_truth = resize_for_scoring(truth.alpha, truth.alpha.shape, self.rule.size)
+        resized_truth = resize_for_scoring(truth.alpha, truth.alpha.shape, self.rule.scored_size)
         trimap, trimap_problems = self._load_trimap(resized_truth, truth.alpha.shape)
-        resized_alpha = resize_for_scoring(alpha, truth.alpha.shape, self.rule.size)
+        resized_alpha = resize_for_scoring(alpha, truth.alpha.shape, self.rule.scored_size)
         scores = compute_scores(resized_alpha, resized_truth, self.rule.lineage, trimap)
         if trimap is not None and "unknown" not in scores:
-            reason = f"{self.trimap or self.truth} has no unknown pixel; expected some pixels of value 128"
+            reason = f"{self.trimap_path or self.truth_path} has no unknown pixel; expected some pixels of value 128"
             trimap_problems.append(Problem("no-unknown", self.name, reason))
         evaluation = ImageEvaluation(
             {region: scores[region] for region in self.rule.regions if region in scores},
@@ -88,14 +88,14 @@ class ScoreTask:
         All of them except 16-bit values prevent scoring.
         """
         problems = []
-        if self.image is not None and (size := image_size(self.image)) != truth.alpha.shape:
-            problems.append(self._size_mismatch("ground truth", self.truth, truth.alpha.shape, size))
-        problems += self._check_values(self.truth, truth)
+        if self.image_path is not None and (size := image_size(self.image_path)) != truth.alpha.shape:
+            problems.append(self._size_mismatch("ground truth", self.truth_path, truth.alpha.shape, size))
+        problems += self._check_values(self.truth_path, truth)
         if not (truth.alpha.any() or self.rule.has_shots or "empty-alpha" in self.allowed):
-            reason = f"ground truth {self.truth} has no foreground; give --allow empty-alpha to score it anyway"
+            reason = f"ground truth {self.truth_path} has no foreground; give --allow empty-alpha to score it anyway"
             problems.append(Problem("empty-alpha", self.name, reason))
         if truth.is_deep and "16-bit-alpha" not in self.allowed:
-            reason = f"ground truth {self.truth} has 16 bits; it is rounded to 8 bits before scoring"
+            reason = f"ground truth {self.truth_path} has 16 bits; it is rounded to 8 bits before scoring"
             problems.append(Problem("16-bit-alpha", self.name, reason))
         return problems
 
@@ -119,20 +119,20 @@ class ScoreTask:
         """
         if "unknown" not in self.rule.regions:
             return None, []
-        if self.trimap is None:
+        if self.trimap_path is None:
             return make_trimap(resized_truth, self.rule.trimap_kernel_px), []
         try:
-            trimap = read_alpha(self.trimap)
+            trimap = read_alpha(self.trimap_path)
         except ImageError as error:
             return None, [Problem("unreadable", self.name, str(error))]
         if trimap.shape != shape:
-            return None, [self._size_mismatch("trimap", self.trimap, trimap.shape, shape)]
+            return None, [self._size_mismatch("trimap", self.trimap_path, trimap.shape, shape)]
         if self.rule.has_detail_maps:
             trimap = np.where(trimap > 0, UNKNOWN, 0).astype(np.uint8)
         elif not np.isin(trimap, (0, UNKNOWN, 255)).all():
-            reason = f"trimap {self.trimap} has other values than 0, 128 and 255; expected only these"
+            reason = f"trimap {self.trimap_path} has other values than 0, 128 and 255; expected only these"
             return None, [Problem("bad-trimap", self.name, reason)]
-        return resize_for_scoring(trimap, shape, self.rule.size, cv2.INTER_NEAREST), []
+        return resize_for_scoring(trimap, shape, self.rule.scored_size, cv2.INTER_NEAREST), []
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class FlickerTask:
         try:
             shape = self._read_alpha(self.frame[1]).shape
             alpha, truth, alpha_before, truth_before = (
-                resize_for_scoring(self._read_alpha(path), shape, self.rule.size)
+                resize_for_scoring(self._read_alpha(path), shape, self.rule.scored_size)
                 for path in (*self.frame, *self.before)
             )
         except ImageError:

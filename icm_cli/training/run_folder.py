@@ -253,12 +253,12 @@ def _read_original_digests(data: DataConfig) -> list[str]:
     if data.copies_of is None:
         return []
     try:
-        found = json.loads(Path(data.copies_of).read_text(encoding="utf-8"))
-        if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        digests = json.loads(Path(data.copies_of).read_text(encoding="utf-8"))
+        if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
             raise ValueError("it is not a list of strings")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"data: copies_of {data.copies_of} cannot be read ({error}); expected a JSON list of SHA-256 digests, as "
             "icm_cli.training.data.export writes it"
         ) from error
-    return found
+    return digests

@@ -491,5 +491,5 @@ def _apply_override(fields: Mapping[str, Any], override: str) -> dict[str, Any]:
 
 def _to_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _to_plain(each) for key, each in value.items()}
-    return [_to_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {key: _to_plain(item) for key, item in value.items()}
+    return [_to_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -121,7 +121,7 @@ def _list_model(name: str, sections: Mapping[str, Any]) -> ListedModel:
     if packed is not None:
         size = PublishedWeights(round(packed.stat().st_size / 1e6), PACKED_LICENCE).size
         return ListedModel(name, "nothing", f"{size}, in the package", PACKED_LICENCE, "available")
-    needs, known, missing = [], [], []
+    needs, published_weights, missing = [], [], []
     for part in (sections.get("backbone"), sections.get("edges")):
         if part is None:
             continue
@@ -135,13 +135,13 @@ def _list_model(name: str, sections: Mapping[str, Any]) -> ListedModel:
             is_available = _is_downloaded(weights, REQUIRED_FILES[component])
         step = " (gated: accept the licence first)" if published and published.is_gated else ""
         needs.append(f"{weights}{step}")
-        known += [published] if published else []
+        published_weights += [published] if published else []
         missing += [] if is_available else [weights]
     if sections.get("head", {}).get("name") == CHECKPOINT_HEAD:
         needs.append("the published checkpoint, --checkpoint FILE")
         missing.append("--checkpoint FILE")
-    total = PublishedWeights(sum(each.megabytes for each in known), "").size
-    licences = ", ".join(dict.fromkeys(each.licence for each in known))
+    total = PublishedWeights(sum(published.megabytes for published in published_weights), "").size
+    licences = ", ".join(dict.fromkeys(published.licence for published in published_weights))
     state = f"missing: {', '.join(missing)}" if missing else "available"
     return ListedModel(name, " + ".join(needs), total, licences, state)
 

@@ -137,16 +137,16 @@ def read_pixel_statistics(folder: Path, default: PixelStatistics) -> PixelStatis
     if not path.is_file():
         return default
     content = read_json(path)
-    found = []
+    statistics = []
     for key, fallback in zip(("image_mean", "image_std"), default, strict=True):
         values = content.get(key, fallback)
         is_list = isinstance(values, (list, tuple))
-        if not is_list or [isinstance(each, (int, float)) for each in values] != [True] * 3:
+        if not is_list or [isinstance(number, (int, float)) for number in values] != [True] * 3:
             raise ConfigError(f"{path}: {key} is {values!r}; expected three numbers, get the file again")
-        found.append((float(values[0]), float(values[1]), float(values[2])))
-    if min(found[1]) <= 0:
-        raise ConfigError(f"{path}: image_std is {list(found[1])}; expected numbers above 0, get the file again")
-    return found[0], found[1]
+        statistics.append((float(values[0]), float(values[1]), float(values[2])))
+    if min(statistics[1]) <= 0:
+        raise ConfigError(f"{path}: image_std is {list(statistics[1])}; expected numbers above 0, get the file again")
+    return statistics[0], statistics[1]
 
 
 def load_pretrained(cls: Any, folder: Path) -> Any:

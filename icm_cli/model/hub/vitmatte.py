@@ -113,8 +113,8 @@ class VitMatteEdges(Edges):
 
         def solve_tiles() -> Iterator[Tensor]:
             for tile in tiles:
-                part = trimap[tile.index]
-                yield self.solve(rgb[tile.index], part) if bool((part == 0.5).any()) else part
+                part = trimap[tile.slices]
+                yield self.solve(rgb[tile.slices], part) if bool((part == 0.5).any()) else part
 
         alpha = blend_tiles(size, tiles, solve_tiles(), trimap.device)
         return torch.where(trimap == 0.5, alpha, trimap)

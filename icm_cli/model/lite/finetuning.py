@@ -179,8 +179,10 @@ def match_losses(
     fine_valid = valid.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
     truth = F.avg_pool2d(fine_truth[:, None], finer)[:, 0]
     size = valid.sum(dim=(1, 2))
-    each = (0.5 + 0.5 * transferred).clamp(MIN_LOG_ALPHA, 1.0 - MIN_LOG_ALPHA)
-    compared = F.binary_cross_entropy(each, truth[:, None].expand_as(each), reduction="none").mean(dim=1)
+    transferred_alpha = (0.5 + 0.5 * transferred).clamp(MIN_LOG_ALPHA, 1.0 - MIN_LOG_ALPHA)
+    comparison_loss = F.binary_cross_entropy(
+        transferred_alpha, truth[:, None].expand_as(transferred_alpha), reduction="none"
+    ).mean(dim=1)
     has_object = truth.sum(dim=(1, 2)) > 1.0
     alpha = torch.sigmoid(logit) * fine_valid
     common, sizes = (alpha * fine_truth).mean(dim=(1, 2)), (alpha + fine_truth).mean(dim=(1, 2))
@@ -190,7 +192,7 @@ def match_losses(
         "cross_entropy": _mean_cross_entropy(logit, fine_truth, fine_valid),
         "dice": (1.0 - (2.0 * common + 1.0) / (sizes + 1.0)) * has_object,
         "coarse": _mean_cross_entropy(coarse, truth, valid) if finer > 1 else torch.zeros_like(is_present),
-        "comparisons": (compared * valid).sum(dim=(1, 2)) / size,
+        "comparisons": (comparison_loss * valid).sum(dim=(1, 2)) / size,
         "presence": presence_weight * F.binary_cross_entropy_with_logits(presence, is_present, reduction="none"),
     }
     return {**terms, "total": torch.stack(list(terms.values())).sum(dim=0)}
@@ -198,8 +200,8 @@ def match_losses(
 
 def _mean_cross_entropy(logit: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     """Return the mean cross-entropy [B] over the valid cells of [B,H,W]."""
-    each = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
-    return (each * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))
+    cross_entropy = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
+    return (cross_entropy * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def _train_head(
     """
     head.requires_grad_(True)
     head.presence_mlp.requires_grad_(False)
-    weights = [each for each in head.parameters() if each.requires_grad]
+    weights = [weight for weight in head.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=FINETUNING.rate, weight_decay=0.0)
     for step in range(steps):
         warmup = min(1.0, (step + 1) / FINETUNING.warmup_steps)
@@ -292,7 +294,7 @@ def _extract_view(backbone: Backbone, head: FinetunableHead, scene: _Scene) -> _
         Features(
             features.correspondence,
             features.valid,
-            {each: scale.float() for each, scale in features.scales.items()},
+            {level: scale.float() for level, scale in features.scales.items()},
             {},
         ),
         foreground_token_mask(levels, scene.valid, token_px)[0],
@@ -372,7 +374,7 @@ class _Change:
         """
         forward = np.eye(3)
         forward[:2, :2], forward[:2, 2] = self.matrix, self.target - self.matrix @ self.source
-        width, height = (int(each) for each in _frame_size(scene))
+        width, height = (int(side) for side in _frame_size(scene))
         pixels = [
             [2.0 / width, 0.0, 1.0 / width - 1.0],
             [0.0, 2.0 / height, 1.0 / height - 1.0],
@@ -394,7 +396,7 @@ def _apply_change(scene: _Scene, change: _Change) -> _Scene:
 def _sample_layers(scene: _Scene, layers: Sequence[Tensor], grid: Tensor) -> Tensor:
     """Sample layers [1,C,H,W] of the scene at the points of a grid, [1,C,h,w]; beyond the borders
     they are mirrored."""
-    width, height = (int(each) for each in _frame_size(scene))
+    width, height = (int(side) for side in _frame_size(scene))
     frame = torch.cat(list(layers), dim=1)[..., :height, :width]
     return F.grid_sample(frame, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 

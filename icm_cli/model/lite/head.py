@@ -351,10 +351,10 @@ class TokenMatchHead(FinetunableHead):
             size = (height << level, width << level)
             scale = next((each for each in target.scales.values() if each.shape[-2:] == size), None)
             if scale is None or scale.shape[1] != channels:
-                found = "no features" if scale is None else f"{scale.shape[1]} channels"
+                actual = "no features" if scale is None else f"{scale.shape[1]} channels"
                 raise ConfigError(
                     f"head skip_channels is {channels} at {1 << level} times the tokens' "
-                    f"resolution, where the backbone has {found}; set skip_channels to the "
+                    f"resolution, where the backbone has {actual}; set skip_channels to the "
                     "channels of its scale_blocks"
                 )
             features.append(scale)
@@ -383,16 +383,16 @@ class TokenMatchHead(FinetunableHead):
         """Compare the tokens of one target: [comparisons,N,7], all values of
         :meth:`compute_evidence` but the last."""
         sharpness = self.log_sharpness.exp().clamp(max=100.0)
-        inside, outside, each = (
+        inside, outside, tokens = (
             part.reshape(len(part), len(self.config.feature_channels), self.config.width).transpose(0, 1)
             for part in (reference.foreground, reference.background, target)
         )
-        foreground = _append_mean_layer(each @ inside.transpose(1, 2))
+        foreground = _append_mean_layer(tokens @ inside.transpose(1, 2))
         # The null is a background token with the same learned similarity to all tokens: a reference
         # may have no background. It counts as often as there are foreground tokens, or a finer grid
         # would outweigh it.
         null = (self.background_null + _log_count(foreground) / sharpness).expand(-1, len(target), 1)
-        background = torch.cat([_append_mean_layer(each @ outside.transpose(1, 2)), null], dim=2)
+        background = torch.cat([_append_mean_layer(tokens @ outside.transpose(1, 2)), null], dim=2)
         soft_foreground, soft_background = (
             (sharpness * similarity).logsumexp(dim=2, keepdim=True) / sharpness
             for similarity in (foreground, background)

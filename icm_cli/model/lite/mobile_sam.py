@@ -132,20 +132,21 @@ class MobileSam(Objects):
         def embed(batch: Sequence[tuple[Float, tuple[int, int]]]) -> list[EmbeddedImage]:
             pixels = torch.from_numpy(np.stack([canvas for canvas, _ in batch])).to(self.mask_weights.device)
             embeddings = torch.tensor_split(self.embedding(pixels.permute(0, 3, 1, 2)), len(batch))
-            return [EmbeddedImage(each, size) for each, (_, size) in zip(embeddings, batch, strict=True)]
+            return [EmbeddedImage(embedding, size) for embedding, (_, size) in zip(embeddings, batch, strict=True)]
 
         return apply_in_batches(embed, canvases, lambda item: item[0].shape, max_batch_size(self.mask_weights.device))
 
     @torch.inference_mode()
-    def complete_objects(self, images: Sequence[EmbeddedImage], coarse: Sequence[Tensor]) -> list[Tensor]:
-        prompts = [
+    def complete_embedded_alphas(self, images: Sequence[EmbeddedImage], coarse: Sequence[Tensor]) -> list[Tensor]:
+        mask_prompts = [
             F.pad(resize_alpha(alpha, image.mask_size), _mask_padding(image))
             for image, alpha in zip(images, coarse, strict=True)
         ]
 
         def complete(batch: Sequence[tuple[EmbeddedImage, Tensor]]) -> list[Tensor]:
             logit = self(
-                torch.cat([image.embedding for image, _ in batch]), torch.stack([each for _, each in batch])[:, None]
+                torch.cat([image.embedding for image, _ in batch]),
+                torch.stack([prompt for _, prompt in batch])[:, None],
             )
             alphas = torch.sigmoid(logit)[:, 0]
             return [
@@ -155,7 +156,7 @@ class MobileSam(Objects):
 
         return apply_in_batches(
             complete,
-            list(zip(images, prompts, strict=True)),
+            list(zip(images, mask_prompts, strict=True)),
             lambda item: item[1].shape,
             max_batch_size(self.mask_weights.device),
         )

@@ -206,18 +206,18 @@ class Refine(Edges):
         changed."""
         size = (alpha.shape[0], alpha.shape[1])
         tiles = split_into_tiles(size, self.config.tile_px, self.config.overlap_px)
-        parts = [alpha[tile.index] for tile in tiles]
+        alphas = [alpha[tile.slices] for tile in tiles]
         indices = [
             index
             for index, tile in enumerate(tiles)
-            if bool(weight[tile.index].any()) and self._is_undecided(parts[index])
+            if bool(weight[tile.slices].any()) and self._is_undecided(alphas[index])
         ]
-        pixels = [rgb[tiles[index].index] for index in indices]
-        corrected = self._correct_alphas(pixels, [parts[index] for index in indices], TILES_PER_BATCH)
-        for index, after in zip(indices, corrected, strict=True):
-            before = parts[index]
-            parts[index] = before + weight[tiles[index].index] * (after - before)
-        return blend_tiles(size, tiles, parts, alpha.device)
+        pixels = [rgb[tiles[index].slices] for index in indices]
+        corrected = self._correct_alphas(pixels, [alphas[index] for index in indices], TILES_PER_BATCH)
+        for index, corrected_alpha in zip(indices, corrected, strict=True):
+            coarse_alpha = alphas[index]
+            alphas[index] = coarse_alpha + weight[tiles[index].slices] * (corrected_alpha - coarse_alpha)
+        return blend_tiles(size, tiles, alphas, alpha.device)
 
     def _clear_core(self, alpha: Tensor) -> Tensor:
         """Make an alpha [H,W] opaque far inside the object and transparent far outside it."""
@@ -264,7 +264,7 @@ class Refine(Edges):
             below, right = (-length % self.config.multiple for length in (height, width))
             padded = [np.pad(rgb, ((0, below), (0, right), (0, 0)), mode="edge") for rgb, _ in batch]
             image = torch.from_numpy(np.stack(padded)).to(self.output.weight.device).permute(0, 3, 1, 2)
-            alpha = torch.stack([each for _, each in batch])[:, None].to(self.output.weight.device)
+            alpha = torch.stack([alpha for _, alpha in batch])[:, None].to(self.output.weight.device)
             logit = self(image.float() / 255.0, F.pad(alpha, (0, right, 0, below), mode="replicate"))
             return list(torch.sigmoid(logit)[:, 0, :height, :width])
 

@@ -156,11 +156,11 @@ def convert_decoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Tensors for points, boxes and quality prediction are not included.
     """
-    found = {
+    converted = {
         "frequencies": tensors["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"],
         "tokens": torch.cat([tensors["mask_decoder.iou_token.weight"], tensors["mask_decoder.mask_tokens.weight"]]),
     }
-    renamed = (
+    renamed_modules = (
         ("prompt_encoder.mask_downscaling.", "mask_encoder."),
         ("mask_decoder.output_upscaling.", "upscaling."),
         ("mask_decoder.transformer.final_attn_token_to_image.", "final_attention."),
@@ -168,7 +168,7 @@ def convert_decoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ("mask_decoder.transformer.layers.", "layers."),
         ("mask_decoder.output_hypernetworks_mlps.", "mask_mlps."),
     )
-    parts = (
+    renamed_parts = (
         ("q_proj", "query"),
         ("k_proj", "key"),
         ("v_proj", "value"),
@@ -180,13 +180,13 @@ def convert_decoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ("mlp.lin2", "mlp.2"),
     )
     for name, tensor in tensors.items():
-        ours = next((to + name.removeprefix(start) for start, to in renamed if name.startswith(start)), None)
+        ours = next((to + name.removeprefix(start) for start, to in renamed_modules if name.startswith(start)), None)
         if ours is None:
             continue
         if ours.startswith("mask_mlps."):
             _, mask, _, layer, kind = ours.split(".")
             ours = f"mask_mlps.{mask}.{2 * int(layer)}.{kind}"
-        for theirs, to in parts:
+        for theirs, to in renamed_parts:
             ours = ours.replace(theirs, to)
-        found[ours] = tensor
-    return found
+        converted[ours] = tensor
+    return converted

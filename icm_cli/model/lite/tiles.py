@@ -21,7 +21,7 @@ class Tile:
     weight: Tensor
 
     @property
-    def index(self) -> tuple[slice, slice]:
+    def slices(self) -> tuple[slice, slice]:
         """Index of the tile in an array [H,W,...] of the image."""
         return self.rows, self.columns
 
@@ -48,8 +48,8 @@ def blend_tiles(size: tuple[int, int], tiles: Sequence[Tile], alphas: Iterable[T
     total, weights = (torch.zeros(size, dtype=torch.float32, device=device) for _ in range(2))
     for tile, alpha in zip(tiles, alphas, strict=True):
         weight = tile.weight.to(device)
-        total[tile.index] += alpha * weight
-        weights[tile.index] += weight
+        total[tile.slices] += alpha * weight
+        weights[tile.slices] += weight
     return total / weights
 
 

@@ -142,14 +142,14 @@ class TrainingFree(Head):
         alpha = torch.zeros_like(image[:, :1])
         stride = image.shape[-1] // target.correspondence.shape[-1]
         evidences = self.compute_evidence(target, references, stride)
-        found = [self._is_found(evidence) for evidence in evidences]
+        is_found = [self._is_found(evidence) for evidence in evidences]
         for index, evidence in enumerate(evidences):
-            if found[index]:
+            if is_found[index]:
                 height, width = _content_size(valid[index])
                 fine = _enlarge_grid(evidence.contrast, stride)[:height, :width]
                 alpha[index, 0, :height, :width] = self._solve_alpha(fine.cpu(), image[index, :, :height, :width].cpu())
         confidence = alpha.new_tensor([evidence.similarity for evidence in evidences]).clamp(0, 1)
-        return Matte(alpha, confidence, torch.tensor(found, device=alpha.device))
+        return Matte(alpha, confidence, torch.tensor(is_found, device=alpha.device))
 
     def _is_found(self, evidence: Evidence) -> bool:
         return evidence.similarity >= self.config.absent_below and bool(evidence.contrast.max() > 0)

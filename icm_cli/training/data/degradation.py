@@ -138,10 +138,10 @@ def _warp_outline(alpha: Float, reach: float, rng: Rng) -> Float:
 
 def _draw_colour_region(colours: ImageU8, candidates: np.ndarray, rng: Rng) -> Float:
     """Draw a pixel of ``candidates``, bool [h,w]; return 1 where its colour extends around it within them, else 0."""
-    found = np.flatnonzero(candidates)
-    if not len(found):
+    indices = np.flatnonzero(candidates)
+    if not len(indices):
         return np.zeros(candidates.shape, np.float32)
-    y, x = divmod(int(found[rng.integers(len(found))]), candidates.shape[1])
+    y, x = divmod(int(indices[rng.integers(len(indices))]), candidates.shape[1])
     filled = np.zeros((candidates.shape[0] + 2, candidates.shape[1] + 2), np.uint8)
     difference = (float(rng.uniform(8.0, 40.0)),) * 3
     flags = 4 | cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE | 1 << 8

@@ -230,9 +230,9 @@ class DeviceScenes:
         assert self.backgrounds is not None
         index = int(rng.integers(len(self.backgrounds.sizes)))
         height, width = (int(each) for each in self.backgrounds.sizes[index])
-        part = min(height, width) * rng.uniform(0.5, 1.0)
-        top, left = (rng.uniform(0.0, length - part) for length in (height, width))
-        scale = canvas_px / part
+        crop_side = min(height, width) * rng.uniform(0.5, 1.0)
+        top, left = (rng.uniform(0.0, length - crop_side) for length in (height, width))
+        scale = canvas_px / crop_side
         mirror = -1.0 if rng.random() < self.config.augment.flip else 1.0
         x = -left * scale if mirror > 0 else canvas_px + left * scale
         return PlacedImage(index, np.array([[mirror * scale, 0.0, x], [0.0, scale, -top * scale]]))
@@ -373,8 +373,8 @@ def _draw_augmentation(augment: AugmentConfig, rng: Rng) -> tuple[NDArray[np.flo
     return colours, blur, noise, quality, int(rng.integers(2**31))
 
 
-def _halve_size(part: Tensor) -> Tensor:
-    return _to_u8(F.avg_pool2d(part.float(), 2))
+def _halve_size(images: Tensor) -> Tensor:
+    return _to_u8(F.avg_pool2d(images.float(), 2))
 
 
 def _to_u8(values: Tensor) -> Tensor:

@@ -101,12 +101,12 @@ def _item_folders(number: int, items: tuple[TrainingItem, ...]) -> list[str]:
 
 def _describe_source(number: int, source: SourceConfig, are_foregrounds: bool, *, has_classes: bool) -> dict[str, Any]:
     """Return the entry of a source in the exported ``data.yaml``, without ``soften_px``, which is already applied."""
-    kept = {"weight": source.weight, "licence": source.licence, "binary": source.binary}
+    properties = {"weight": source.weight, "licence": source.licence, "binary": source.binary}
     if are_foregrounds:
         where: dict[str, Any] = {"dataset": CUTOUTS, "root": f"images/{number}"}
     else:
         where = {"images": f"images/{number}/*/*.webp", "alphas": f"alphas/{number}/*/*.png"}
-    return {**where, **({"classes": "classes.json"} if has_classes else {}), **kept}
+    return {**where, **({"classes": "classes.json"} if has_classes else {}), **properties}
 
 
 def _encode_item(item: TrainingItem, long_side_px: int) -> dict[str, bytes]:

@@ -28,7 +28,7 @@ VISIBLE_U8 = 8
 
 def _size_bytes(layer: object) -> int:
     arrays = [layer] if isinstance(layer, np.ndarray) else vars(layer).values()
-    return sum(each.nbytes for each in arrays if isinstance(each, np.ndarray))
+    return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
 
 @dataclass(frozen=True)

@@ -107,9 +107,9 @@ class TrainingPool:
 
         Returns the item itself with a probability, or if its group has no other image.
         """
-        others = [each for each in self.groups.get(item.group, ()) if each.image != item.image]
+        candidates = [candidate for candidate in self.groups.get(item.group, ()) if candidate.image != item.image]
         is_same_image = rng.random() < same_image_probability
-        return item if is_same_image or not others else others[rng.integers(len(others))]
+        return item if is_same_image or not candidates else candidates[rng.integers(len(candidates))]
 
     def draw_negative(self, item: TrainingItem, rng: np.random.Generator, *, for_cutout: bool) -> TrainingItem | None:
         """Draw an item that shows another object; None if (almost) no item does.
@@ -117,9 +117,9 @@ class TrainingPool:
         With ``for_cutout``, binary masks are excluded, because a cut-out would have a hard edge.
         """
         for _ in range(20):
-            other = self.draw_item(rng)
-            if other.is_negative_for(item) and not (for_cutout and other.is_binary):
-                return other
+            candidate = self.draw_item(rng)
+            if candidate.is_negative_for(item) and not (for_cutout and candidate.is_binary):
+                return candidate
         return None
 
 
@@ -149,20 +149,23 @@ def read_pool(data: DataConfig, pairs: PairConfig) -> TrainingPool:
 
 def _find_items(number: int, source: SourceConfig, problems: list[Problem]) -> tuple[TrainingItem, ...]:
     try:
-        found = _find_cutouts(source) if source.dataset == CUTOUTS else _find_dataset_items(source, problems)
+        items = _find_cutouts(source) if source.dataset == CUTOUTS else _find_dataset_items(source, problems)
     except UsageError as error:
         raise UsageError(f"data: source {number + 1}: {error}") from error
     if source.coarse is not None and not Path(source.coarse).is_dir():
         raise UsageError(f"data: coarse folder {source.coarse} of {source.title} does not exist; expected alphas")
-    kept = [item for item in found if not any(fnmatch(item.name, pattern) for pattern in source.exclude)]
-    if not kept:
+    included = [item for item in items if not any(fnmatch(item.name, pattern) for pattern in source.exclude)]
+    if not included:
         raise UsageError(f"data: {source.title} has no image left to train on; expected images with alphas")
     classes = _read_classes(source.classes)
-    if source.classes and (bad := next((each for each in kept if _find_classes(each, classes) is None), None)):
+    if source.classes and (
+        without_class := next((item for item in included if _find_classes(item, classes) is None), None)
+    ):
         raise ConfigError(
-            f"data: classes {source.classes} has no entry for {bad.image.parent}; expected every folder of the source"
+            f"data: classes {source.classes} has no entry for {without_class.image.parent}; "
+            "expected every folder of the source"
         )
-    return tuple(_complete_item(item, number, source, classes) for item in kept)
+    return tuple(_complete_item(item, number, source, classes) for item in included)
 
 
 def _complete_item(
@@ -199,15 +202,17 @@ def _read_classes(path: str | None) -> dict[str, list[str]]:
         return {}
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = {folder: [each] if isinstance(each, str) else list(each) for folder, each in stored.items()}
-        if not all(isinstance(name, str) for each in found.values() for name in each):
+        classes_by_folder = {
+            folder: [names] if isinstance(names, str) else list(names) for folder, names in stored.items()
+        }
+        if not all(isinstance(name, str) for names in classes_by_folder.values() for name in names):
             raise ValueError("a class is not a string")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"data: classes {path} cannot be read ({error}); expected a JSON object that maps each "
             "folder to a class or a list of classes"
         ) from error
-    return found
+    return classes_by_folder
 
 
 def _find_cutouts(source: SourceConfig) -> list[TrainingItem]:
@@ -223,25 +228,25 @@ def _find_cutouts(source: SourceConfig) -> list[TrainingItem]:
 
 
 def _find_dataset_items(source: SourceConfig, problems: list[Problem]) -> list[TrainingItem]:
-    found = find_dataset(
+    dataset_samples = find_dataset(
         source.dataset,
         source.root,
         split=source.split or ("train" if get_dataset(source.dataset).train else "test"),
         **source.path_options,
         composite=False,
     )
-    problems += found.problems
+    problems += dataset_samples.problems
     return [
         TrainingItem(
             sample.name,
             sample.file,
             sample.alpha,
-            None if found.dataset.has_detail_maps else sample.trimap,
-            sample.name if found.are_foregrounds else sample.group or sample.name,
-            is_foreground=found.are_foregrounds,
-            is_binary=found.dataset.is_binary,
+            None if dataset_samples.dataset.has_detail_maps else sample.trimap,
+            sample.name if dataset_samples.are_foregrounds else sample.group or sample.name,
+            is_foreground=dataset_samples.are_foregrounds,
+            is_binary=dataset_samples.dataset.is_binary,
         )
-        for sample in found.samples
+        for sample in dataset_samples.samples
     ]
 
 
@@ -249,8 +254,8 @@ def _find_images(folder: Path, kind: str) -> list[Path]:
     """Return the readable images of a folder; ``kind`` names it in messages. Raises UsageError."""
     if not folder.is_dir():
         raise UsageError(f"{kind} folder {folder} does not exist; expected a folder of images")
-    found = [path for path in list_images(folder) if os.access(path, os.R_OK)]
-    if not found:
+    images = [path for path in list_images(folder) if os.access(path, os.R_OK)]
+    if not images:
         raise UsageError(f"{kind} folder {folder} contains no readable images; expected at least one")
 
-    return found
+    return images

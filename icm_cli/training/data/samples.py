@@ -64,10 +64,10 @@ class SampleMaker(Dataset["TrainingSample | str"]):
 
     def make_sample(self, counter: int) -> TrainingSample:
         """Make sample number ``counter``. Raises TrainingError if all draws are unreadable."""
-        made = self[counter]
-        if isinstance(made, str):
-            raise TrainingError(made)
-        return made
+        sample = self[counter]
+        if isinstance(sample, str):
+            raise TrainingError(sample)
+        return sample
 
     def __getitem__(self, counter: int) -> TrainingSample | str:
         skipped: list[str] = []
@@ -127,14 +127,14 @@ class SampleMaker(Dataset["TrainingSample | str"]):
     def _make_negative(self, reference: TrainingItem, rng: Rng) -> tuple[Scene, str]:
         """Make a scene without the reference's object, with an alpha of 0; return it and its name."""
         backgrounds = self.pool.backgrounds
-        other = self.pool.draw_negative(reference, rng, for_cutout=False)
-        if backgrounds and (other is None or rng.random() < BACKGROUND_PROBABILITY):
+        negative = self.pool.draw_negative(reference, rng, for_cutout=False)
+        if backgrounds and (negative is None or rng.random() < BACKGROUND_PROBABILITY):
             path = backgrounds[rng.integers(len(backgrounds))]
             scene, name = self._scenes.make_background(path, rng), path.name
-        elif other is None:
+        elif negative is None:
             raise ImageError(f"there is no image without the object of {reference.image}")
         else:
-            scene, name = self._make_scene(other, rng), other.name
+            scene, name = self._make_scene(negative, rng), negative.name
         return replace(scene, alpha=np.zeros_like(scene.alpha), trimap=None), f"{name} (absent)"
 
     def _draw_distractors(self, item: TrainingItem, rng: Rng) -> list[TrainingItem]:
@@ -144,7 +144,7 @@ class SampleMaker(Dataset["TrainingSample | str"]):
             return []
         count = int(rng.integers(1, pairs.max_distractors + 1))
         drawn = (self.pool.draw_negative(item, rng, for_cutout=True) for _ in range(count))
-        return [each for each in drawn if each is not None]
+        return [distractor for distractor in drawn if distractor is not None]
 
     def _make_trimap(self, alpha: ImageU8, published: ImageU8 | None) -> ImageU8:
         """Return the published trimap; without one, a trimap whose unknown region is 0 < alpha < 1, dilated."""
@@ -168,7 +168,9 @@ class PairBatch(Batch):
     @classmethod
     def from_samples(cls, samples: Sequence[TrainingSample]) -> Self:
         """Stack samples into a batch."""
-        arrays = {name: torch.from_numpy(np.stack([getattr(each, name) for each in samples])) for name in TENSOR_NAMES}
+        arrays = {
+            name: torch.from_numpy(np.stack([getattr(sample, name) for sample in samples])) for name in TENSOR_NAMES
+        }
         return cls(
             tuple(sample.name for sample in samples),
             tuple(sample.counter for sample in samples),
@@ -205,9 +207,9 @@ TENSOR_NAMES = tuple(each.name for each in fields(PairBatch) if each.name not in
 
 def collate_pairs(samples: list[TrainingSample | str]) -> PairBatch | str:
     """Stack samples into a batch, or return the reason why one of them could not be made."""
-    if failure := next((each for each in samples if isinstance(each, str)), None):
+    if failure := next((sample for sample in samples if isinstance(sample, str)), None):
         return failure
-    return PairBatch.from_samples([each for each in samples if isinstance(each, TrainingSample)])
+    return PairBatch.from_samples([sample for sample in samples if isinstance(sample, TrainingSample)])
 
 
 def _to_image_tensor(rgb: Tensor) -> Tensor:

@@ -86,10 +86,10 @@ class SceneMaker:
         """Crop a square of a background image; the alpha is 0. Raises ImageError."""
         rgb = read_background(path, 2 * self.canvas_px)
         side = min(rgb.shape[:2])
-        part = round(side * rng.uniform(0.5, 1.0))
-        top, left = (int(rng.integers(length - part + 1)) for length in rgb.shape[:2])
-        square = rgb[top : top + part, left : left + part]
-        interpolation = cv2.INTER_AREA if part > self.canvas_px else cv2.INTER_LINEAR
+        crop_side = round(side * rng.uniform(0.5, 1.0))
+        top, left = (int(rng.integers(length - crop_side + 1)) for length in rgb.shape[:2])
+        square = rgb[top : top + crop_side, left : left + crop_side]
+        interpolation = cv2.INTER_AREA if crop_side > self.canvas_px else cv2.INTER_LINEAR
         size = (self.canvas_px, self.canvas_px)
         canvas = np.asarray(cv2.resize(square, size, interpolation=interpolation), np.uint8)
         if rng.random() < self.augment.flip:
@@ -176,19 +176,19 @@ def require_foreground(scene: Scene, item: TrainingItem) -> Scene:
     return scene
 
 
-def _cover_scene(scene: Scene, colour: Float, weight: Float) -> Scene:
+def _cover_scene(scene: Scene, colour: Float, layer_alpha: Float) -> Scene:
     """Composite a premultiplied layer over a scene.
 
     Parts of the object that the layer hides are removed from the alpha and the trimap. The coarse alpha is dropped.
     """
-    alpha = round_to_u8(scene.alpha * (1 - weight))
+    alpha = round_to_u8(scene.alpha * (1 - layer_alpha))
     trimap = scene.trimap
     if trimap is not None:
-        soft_edge = (weight > 0) & (weight < 1) & (trimap > 0)
-        trimap = np.where(weight >= 1, 0, np.where(soft_edge, 128, trimap)).astype(np.uint8)
-    return replace(scene, rgb=_composite_over(colour, weight, scene.rgb), alpha=alpha, trimap=trimap, coarse=None)
+        soft_edge = (layer_alpha > 0) & (layer_alpha < 1) & (trimap > 0)
+        trimap = np.where(layer_alpha >= 1, 0, np.where(soft_edge, 128, trimap)).astype(np.uint8)
+    return replace(scene, rgb=_composite_over(colour, layer_alpha, scene.rgb), alpha=alpha, trimap=trimap, coarse=None)
 
 
-def _composite_over(colour: Float, weight: Float, behind: ImageU8) -> ImageU8:
+def _composite_over(colour: Float, layer_alpha: Float, behind: ImageU8) -> ImageU8:
     """Composite a premultiplied layer, colour [S,S,3] 0..255 and alpha [S,S], onto an image uint8 [S,S,3]."""
-    return round_to_u8(colour + behind * (1 - weight[..., None]))
+    return round_to_u8(colour + behind * (1 - layer_alpha[..., None]))

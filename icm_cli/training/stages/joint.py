@@ -171,17 +171,19 @@ class JointStage(Stage[ImageBatch]):
             )
             for _ in counters
         ]
-        image, alpha, valid = scenes.render_scenes([plan for each in mosaics for plan in each.tiles], tile_px)
-        references_shown = scenes.render_scenes([plan for each in mosaics for plan in each.references], reference_px)
+        image, alpha, valid = scenes.render_scenes([plan for mosaic in mosaics for plan in mosaic.tiles], tile_px)
+        references_shown = scenes.render_scenes(
+            [plan for mosaic in mosaics for plan in mosaic.references], reference_px
+        )
         reference_image, reference_alpha, reference_valid = references_shown
         count = len(mosaics)
         return ImageBatch(
-            tuple(each.name for each in mosaics),
+            tuple(mosaic.name for mosaic in mosaics),
             tuple(counters),
             (),
             rows,
             columns,
-            tuple(each.positive_tiles for each in mosaics),
+            tuple(mosaic.positive_tiles for mosaic in mosaics),
             _group_by_mosaic(image, count),
             _group_by_mosaic(alpha, count),
             _group_by_mosaic(valid, count),

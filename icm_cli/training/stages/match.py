@@ -113,7 +113,7 @@ class MatchStage(Stage[MosaicBatch]):
             return
         chunks = self._plan.chunks_of_set(number)
         self._load_views(chunks)
-        for chunk in [each for each in self._views if each.part < number]:
+        for chunk in [stored for stored in self._views if stored.part < number]:
             del self._views[chunk]
         self._small, self._large = (
             ViewSet(self.pool, {chunk: self._views[chunk] for chunk in chunks if chunk.is_large == is_large})
@@ -210,11 +210,11 @@ class _ViewEncoder:
 
         Each chunk is stored as soon as it is encoded, so that an interrupted run can be resumed.
         """
-        views = {chunk: found for chunk in chunks if (found := self._load_chunk(chunk)) is not None}
+        views = {chunk: chunk_views for chunk in chunks if (chunk_views := self._load_chunk(chunk)) is not None}
         missing = [chunk for chunk in chunks if chunk not in views]
         if not missing:
             return views
-        encoded = sum(len(found) for found in views.values())
+        encoded = sum(len(chunk_views) for chunk_views in views.values())
         with self._listener.encoding_images(sum(len(chunk.items) for chunk in chunks), encoded):
 
             def report(count: int) -> None:
@@ -222,8 +222,8 @@ class _ViewEncoder:
                 encoded += count
                 self._listener.on_encoding_progress(encoded)
 
-            for chunk, found in self._encode(missing, workers, report):
-                views[chunk] = self._store_chunk(chunk, found)
+            for chunk, chunk_views in self._encode(missing, workers, report):
+                views[chunk] = self._store_chunk(chunk, chunk_views)
         return {chunk: views[chunk] for chunk in chunks}
 
     def load_or_encode(self, chunk: Chunk) -> list[View | None]:
@@ -271,12 +271,12 @@ class _ViewEncoder:
             views: list[View | None] = []
             while len(views) < len(chunk.items):
                 batch = next(batches)
-                for each in batch:
-                    if isinstance(each, str):
-                        self._listener.on_notice(f"skipped: {each}")
-                found = [each for each in batch if isinstance(each, Scene)]
-                encoded = _encode_scenes(learner, found, self._objects) if found else iter(())
-                views += [None if isinstance(each, str) else next(encoded) for each in batch]
+                for scene in batch:
+                    if isinstance(scene, str):
+                        self._listener.on_notice(f"skipped: {scene}")
+                readable = [scene for scene in batch if isinstance(scene, Scene)]
+                encoded = _encode_scenes(learner, readable, self._objects) if readable else iter(())
+                views += [None if isinstance(scene, str) else next(encoded) for scene in batch]
                 report(len(batch))
             yield chunk, views
 
@@ -341,7 +341,7 @@ def _encode_scenes(learner: Learner, scenes: Sequence[Scene], objects: Objects |
     """Yield the views of scenes, in half precision on the CPU."""
     device = learner.device.torch_device
     rgb, alpha, valid = (
-        torch.from_numpy(np.stack([getattr(each, name) for each in scenes])).to(device)
+        torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes])).to(device)
         for name in ("rgb", "alpha", "valid")
     )
     image, alpha = rgb.permute(0, 3, 1, 2).float() / 255.0, alpha[:, None].float() / 255.0

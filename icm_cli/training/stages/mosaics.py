@@ -112,8 +112,8 @@ class TokenMatcher(nn.Module):
         projected = head.project_tokens(batch.reference_feature.flatten(0, 1).float())
         projected = projected.reshape(len(batch.feature), -1, projected.shape[-1])
         references = [
-            ReferenceTokens(each[inside.flatten()], each[outside.flatten()])
-            for each, inside, outside in zip(projected, batch.inside, batch.outside, strict=True)
+            ReferenceTokens(tokens[inside.flatten()], tokens[outside.flatten()])
+            for tokens, inside, outside in zip(projected, batch.inside, batch.outside, strict=True)
         ]
         return head.predict_logits(target, references, None)
 
@@ -164,10 +164,10 @@ def sample_mosaic(
         partners = [
             _sample_reference(reference_pool, config, rng, item, target, as_reference) for _ in range(reference_count)
         ]
-        found = [each for each in partners if each is not None]
-        if len(found) < reference_count:
+        usable = [partner for partner in partners if partner is not None]
+        if len(usable) < reference_count:
             continue
-        reference_images = [image for _, image in found]
+        reference_images = [image for _, image in usable]
         positives: dict[int, Image] = {}
         if rng.random() >= config.negative_probability:
             first = int(rng.integers(tile_count))
@@ -178,7 +178,7 @@ def sample_mosaic(
             positives[i] if i in positives else _sample_tile(pool, rng, as_target, item.is_negative_for, failure)[1]
             for i in range(tile_count)
         ]
-        return Mosaic(f"{item.name} by {found[0][0].name}", reference_images, images, tuple(positives))
+        return Mosaic(f"{item.name} by {usable[0][0].name}", reference_images, images, tuple(positives))
     raise TrainingError(
         "no group has two readable views; increase train.match.views_per_group, or give more images of each object"
     )
@@ -237,31 +237,33 @@ def _draw_further_positives(
     }
 
 
-def collate_mosaics(samples: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, columns: int) -> MosaicBatch:
+def collate_mosaics(mosaics: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, columns: int) -> MosaicBatch:
     """Stack mosaics of the same layout and number of references into a batch."""
     feature, alpha, valid, embedding = (
-        torch.stack([lay_out_tiles([getattr(view, name) for view in each.tiles], rows, columns) for each in samples])
+        torch.stack(
+            [lay_out_tiles([getattr(view, name) for view in mosaic.tiles], rows, columns) for mosaic in mosaics]
+        )
         for name in ("feature", "alpha", "valid", "embedding")
     )
     scales = tuple(
-        torch.stack([lay_out_tiles([view.scales[level] for view in each.tiles], rows, columns) for each in samples])
-        for level in range(len(samples[0].references[0].scales))
+        torch.stack([lay_out_tiles([view.scales[level] for view in mosaic.tiles], rows, columns) for mosaic in mosaics])
+        for level in range(len(mosaics[0].references[0].scales))
     )
     is_positive = torch.stack(
         [
             lay_out_tiles(
-                [torch.full_like(view.alpha, float(i in each.positive_tiles)) for i, view in enumerate(each.tiles)],
+                [torch.full_like(view.alpha, float(i in mosaic.positive_tiles)) for i, view in enumerate(mosaic.tiles)],
                 rows,
                 columns,
             )
-            for each in samples
+            for mosaic in mosaics
         ]
     )
     reference_feature, inside, outside = (
-        torch.stack([torch.stack([getattr(view, name) for view in each.references]) for each in samples])
+        torch.stack([torch.stack([getattr(view, name) for view in mosaic.references]) for mosaic in mosaics])
         for name in ("feature", "inside", "outside")
     )
-    names = tuple(each.name for each in samples)
+    names = tuple(mosaic.name for mosaic in mosaics)
     return MosaicBatch(
         names,
         tuple(counters),
@@ -308,7 +310,7 @@ def render_mosaics(alpha: Tensor, prediction: Prediction) -> ImageU8:
     _, logit, similarity, _ = prediction
     layers = (alpha, torch.sigmoid(logit), resize_bilinear(0.5 + 0.5 * similarity[:, -1:], logit.shape[-2:])[:, 0])
     return image_grid(
-        [[grey_to_rgb(alpha_to_u8(each[i].float().cpu().numpy())) for each in layers] for i in range(len(alpha))]
+        [[grey_to_rgb(alpha_to_u8(layer[i].float().cpu().numpy())) for layer in layers] for i in range(len(alpha))]
     )
 
 
@@ -328,13 +330,13 @@ def encode_views(
     guidance = (alpha > 0.5).float()
     embeddings = None if objects is None else objects.embedding(image)
     for i in range(len(image)):
-        one = slice(i, i + 1)
+        index = slice(i, i + 1)
         yield View(
             features.correspondence[i],
             tuple(scale[i] for scale in scales),
             mean_alpha[i],
-            foreground_token_mask(guidance[one], valid[one], stride)[0][0],
-            background_token_mask(guidance[one], valid[one], stride)[0],
+            foreground_token_mask(guidance[index], valid[index], stride)[0][0],
+            background_token_mask(guidance[index], valid[index], stride)[0],
             features.valid[i],
             image.new_zeros(0, 0, 0) if embeddings is None else embeddings[i],
         )

@@ -82,8 +82,8 @@ class ObjectsStage(MatchStage):
         few = batch.first_samples(PANEL_ROWS)
         logit, coarse = self.predict(self.select_module(learner.model), few)
         layers = [
-            F.interpolate(each[:, None].float(), logit.shape[-2:], mode="nearest")[:, 0]
-            for each in (few.alpha, coarse, torch.sigmoid(logit))
+            F.interpolate(layer_alpha[:, None].float(), logit.shape[-2:], mode="nearest")[:, 0]
+            for layer_alpha in (few.alpha, coarse, torch.sigmoid(logit))
         ]
         return image_grid(
             [[grey_to_rgb(alpha_to_u8(layer[i].cpu().numpy())) for layer in layers] for i in range(len(few.alpha))]

@@ -104,9 +104,13 @@ class EdgeMaker(Dataset["EdgeSample | str"]):
         backgrounds = self.pool.backgrounds
         if item.is_binary or (wants_photograph and not item.is_foreground) or not (backgrounds or item.is_foreground):
             return self._scene_maker.make_photograph(item, rng), False
-        others = [each for each in (self.pool.draw_item(rng) for _ in range(8)) if not each.is_foreground]
-        if others and (rng.random() < PHOTOGRAPH_BACKGROUND_PROBABILITY or not backgrounds):
-            behind = self._scene_maker.make_photograph(others[0], rng)
+        background_items = [
+            background_item
+            for background_item in (self.pool.draw_item(rng) for _ in range(8))
+            if not background_item.is_foreground
+        ]
+        if background_items and (rng.random() < PHOTOGRAPH_BACKGROUND_PROBABILITY or not backgrounds):
+            behind = self._scene_maker.make_photograph(background_items[0], rng)
             behind = Scene(behind.rgb, np.zeros_like(behind.alpha), np.ones_like(behind.valid))
         else:
             behind = self._scene_maker.make_background(backgrounds[rng.integers(len(backgrounds))], rng)
@@ -225,17 +229,17 @@ class RefineStage(Stage[EdgeBatch]):
 
 def collate_crops(samples: list[EdgeSample | str]) -> EdgeBatch | str:
     """Stack samples into a batch, or return the reason why one of them could not be made."""
-    if failure := next((each for each in samples if isinstance(each, str)), None):
+    if failure := next((sample for sample in samples if isinstance(sample, str)), None):
         return failure
-    made = [each for each in samples if isinstance(each, EdgeSample)]
+    crops = [sample for sample in samples if isinstance(sample, EdgeSample)]
     rgb, coarse, truth, weight = (
-        torch.from_numpy(np.stack([getattr(each, name) for each in made]))
+        torch.from_numpy(np.stack([getattr(sample, name) for sample in crops]))
         for name in ("rgb", "coarse", "truth", "weight")
     )
     return EdgeBatch(
-        tuple(each.name for each in made),
-        tuple(each.counter for each in made),
-        tuple(reason for each in made for reason in each.skipped),
+        tuple(sample.name for sample in crops),
+        tuple(sample.counter for sample in crops),
+        tuple(reason for sample in crops for reason in sample.skipped),
         rgb,
         coarse,
         truth,

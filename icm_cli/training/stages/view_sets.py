@@ -130,7 +130,7 @@ class ViewSet:
 
 def save_views(path: Path, digest: str, views: list[View | None]) -> None:
     """Write the views of a chunk atomically. Raises OutputError."""
-    tensors = [tuple(getattr(view, each.name) for each in fields(View)) if view else None for view in views]
+    tensors = [tuple(getattr(view, field.name) for field in fields(View)) if view else None for view in views]
     with atomic_write(path) as file:
         torch.save({"digest": digest, "views": tensors}, file)
 
