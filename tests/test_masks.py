@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import Icm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -85,6 +86,41 @@ def test_palette_masks_are_indices_and_255_is_void(tmp_path: Path) -> None:
         read(saved(tmp_path, layers(target=8, other=15), palette=True))
     mask, _ = read(saved(tmp_path, layers(target=8, other=15), palette=True), "15")
     assert (mask.inside == OTHER).all()
+
+
+@pytest.mark.parametrize("name", ["mask.gif", "mask.png"])
+@pytest.mark.parametrize("greys", [(0, 255), (255, 0), tuple(range(256)), tuple(range(255, -1, -1))])
+@pytest.mark.parametrize("is_soft", [False, True])
+def test_grey_palettes_are_read_by_colour(
+    tmp_path: Path, icm: Icm, scene: Path, name: str, greys: tuple[int, ...], is_soft: bool
+) -> None:
+    with Image.open(scene / "mask.png") as image:
+        plain = np.asarray(image.convert("L"))
+    if not is_soft or len(greys) == 2:
+        plain = np.where(plain > 127, 255, 0).astype(np.uint8)
+    indices = np.zeros_like(plain)
+    for index, grey in enumerate(greys):
+        indices[plain == grey] = index
+    image = Image.frombytes("P", plain.shape[::-1], indices.tobytes())
+    image.putpalette([grey for grey in greys for _ in range(3)])
+    image.save(tmp_path / name, optimize=False)
+    mask, _ = read(tmp_path / name)
+    assert (mask.inside == (plain > 127)).all()
+    assert not mask.unknown.any()
+    Image.fromarray(plain).save(tmp_path / "plain.png")
+    for folder, path in (("a", tmp_path / "plain.png"), ("b", tmp_path / name)):
+        if greys == (255, 0):
+            assert icm(mask=path, src=scene / "imgs" / "wall.jpg", out=scene / folder).exit_code == 0
+    if greys == (255, 0):
+        one, other = (Image.open(scene / folder / "wall.png") for folder in "ab")
+        assert (np.asarray(one) == np.asarray(other)).all()
+
+
+def test_black_palette_is_read_by_index(tmp_path: Path) -> None:
+    image = Image.frombytes("P", TARGET.shape[::-1], layers(target=1).tobytes())
+    image.putpalette([0, 0, 0] * 2)
+    image.save(tmp_path / "mask.png")
+    assert (read(tmp_path / "mask.png")[0].inside == TARGET).all()
 
 
 def test_several_labels_are_listed_unless_one_is_chosen(tmp_path: Path) -> None:

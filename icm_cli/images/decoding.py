@@ -228,9 +228,11 @@ def _decode_with_pillow(
             values = apply_orientation(np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None], orientation)
             scale = wanted.white or (1.0 if image.mode == "F" else 65535.0)
             return DecodedImage(values, None, scale, space, bits=32, orientation=orientation)
-        indices = None
+        indices, has_grey_palette = None, False
         if image.mode == "P" and alpha is None:
             indices = np.ascontiguousarray(apply_orientation(np.asarray(image), orientation))
+            palette = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
+            has_grey_palette = bool((palette == palette[:, :1]).all() and (palette != palette[0]).any())
         if colours.mode in ("RGBA", "P", "PA", "LA"):
             colours = colours.convert("RGB")
         elif colours.mode == "1":
@@ -241,7 +243,16 @@ def _decode_with_pillow(
             colours = converted or colours
         pixels = np.asarray(colours)[..., None] if colours.mode == "L" else np.asarray(colours.convert("RGB"))
     pixels = np.ascontiguousarray(apply_orientation(pixels, orientation))
-    return DecodedImage(pixels, alpha, 255.0, space, tuple(notices), indices=indices, orientation=orientation)
+    return DecodedImage(
+        pixels,
+        alpha,
+        255.0,
+        space,
+        tuple(notices),
+        indices=indices,
+        has_grey_palette=has_grey_palette,
+        orientation=orientation,
+    )
 
 
 def _size_by_pillow(file: ImageFile, frame: int) -> tuple[int, int]:

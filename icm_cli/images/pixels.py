@@ -117,6 +117,8 @@ class DecodedImage:
     bits: int = 8
     indices: NDArray[Any] | None = None
     """Palette indices [H,W], if the file has a palette without transparency."""
+    has_grey_palette: bool = False
+    """Whether the file has ``indices``, and its palette has several greys and no other colours."""
     header: Any = None
     """OpenImageIO's specification of the file, if it has read the file."""
     orientation: int = 1

@@ -125,6 +125,9 @@ def read_stored_pixels(
     """
     decoded = decode_image(path, wanted=LABEL_VALUES if has_labels else RAW_VALUES)
     orientation, notices = decoded.orientation, decoded.notices
+    if decoded.indices is not None and decoded.has_grey_palette:  # a mask in greys, in any order of the palette
+        greys = decoded.pixels[..., 0]
+        return StoredPixels(greys, None, 255.0, is_palette=False, orientation=orientation, notices=notices)
     if decoded.indices is not None:
         return StoredPixels(decoded.indices, None, 255.0, is_palette=True, orientation=orientation, notices=notices)
     windows = decoded.windows
