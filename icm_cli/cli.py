@@ -129,6 +129,7 @@ def _typer_type(field: OptionField) -> Any:
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:
+    """Return whether an option was given, rather than left at its default."""
     source = ctx.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 

@@ -258,14 +258,15 @@ def _skip_reason(path: Path, trees: Sequence[str]) -> str:
         target = Path(os.path.realpath(path))
         if any(Path(tree).is_relative_to(target) for tree in trees):
             return LINK_LOOP
-        if any(target.is_relative_to(tree) and _is_walked(target.relative_to(tree).parts) for tree in trees):
+        if any(target.is_relative_to(tree) and _is_searched(target.relative_to(tree).parts) for tree in trees):
             return LINK_INTO_TREE
     if path.name.startswith("."):
         return HIDDEN
     return f"in {path.name}, a folder that a storage server or archiver created" if path.name in SERVICE_FOLDERS else ""
 
 
-def _is_walked(parts: Iterable[str]) -> bool:
+def _is_searched(parts: Iterable[str]) -> bool:
+    """Return whether no part of a path is hidden or a service folder."""
     return not any(part.startswith(".") or part in SERVICE_FOLDERS for part in parts)
 
 

@@ -138,7 +138,7 @@ def align_to_edges(alpha: Tensor, image: Tensor, radius_fraction: float, epsilon
     variance = variance - mean_guide[:, :, None] * mean_guide[:, None]
     variance = variance + epsilon * torch.eye(3, device=image.device)[..., None, None]
     red, green, blue = variance.unbind(dim=1)
-    inverse = torch.stack([_cross(green, blue), _cross(blue, red), _cross(red, green)], dim=1)
+    inverse = torch.stack([_cross_product(green, blue), _cross_product(blue, red), _cross_product(red, green)], dim=1)
     determinant = (red * inverse[:, 0]).sum(dim=1, keepdim=True)
     a = (inverse * covariance[:, :, None]).sum(dim=1) / determinant
     b = mean_soft - (a * mean_guide).sum(dim=1, keepdim=True)
@@ -146,5 +146,6 @@ def align_to_edges(alpha: Tensor, image: Tensor, radius_fraction: float, epsilon
     return ((fit[:, :3] * image).sum(dim=1, keepdim=True) + fit[:, 3:]).clamp(0.0, 1.0)
 
 
-def _cross(first: Tensor, second: Tensor) -> Tensor:
+def _cross_product(first: Tensor, second: Tensor) -> Tensor:
+    """Cross product of vectors [B,3,H,W]."""
     return torch.linalg.cross(first, second, dim=1)

@@ -24,20 +24,20 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if self._is_main:
-            self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._record_signal) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._is_main:
-            self._restore()
+            self._restore_handlers()
         if self.received is not None and kind is None:
             signal.raise_signal(self.received)
 
-    def _record(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _record_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self.received = signal.Signals(number)
-        self._restore()
+        self._restore_handlers()
 
-    def _restore(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -56,14 +56,14 @@ class Interrupt:
         self._is_raised = False
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNAL_EXIT_CODES}
+        self._before = {number: signal.signal(number, self._receive_signal) for number in SIGNAL_EXIT_CODES}
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _receive_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self._is_raised:
             return
         self._is_raised = True

@@ -342,10 +342,10 @@ class EncodingProgress:
             return None
         self._last = now
         seconds = (now - self._start) / max(1, encoded - self._stored) * (self._total - encoded)
-        return f"[{encoded}/{self._total}] images encoded, {_duration(seconds)} left"
+        return f"[{encoded}/{self._total}] images encoded, {_format_duration(seconds)} left"
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     """For example "40 s" or "12 min"."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 

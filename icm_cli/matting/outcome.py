@@ -66,7 +66,7 @@ class Outcome:
         if task is None:
             self._report_result(result)
         else:
-            self._submit(task, partial(self._add_scores, result))
+            self._submit_task(task, partial(self._add_scores, result))
 
     def wait_for_scores(self) -> list[ImageResult]:
         """Wait until all results are scored, and return those that have scores."""
@@ -77,7 +77,7 @@ class Outcome:
         """Measure the flicker of results, which are given by their keys."""
         numbers = {result.key: number for number, result in enumerate(self.report.results)}
         for key, task in tasks:
-            self._submit(task, partial(self._add_flicker_score, numbers[key]))
+            self._submit_task(task, partial(self._add_flicker_score, numbers[key]))
 
     def add_problem(self, problem: Problem) -> None:
         """Add a problem of the data, and report it."""
@@ -130,7 +130,7 @@ class Outcome:
         self.report.results.append(result)
         self._listener.on_image_end(result)
 
-    def _submit(self, task: ScoreTask | FlickerTask, then: Callable[[Any], None]) -> None:
+    def _submit_task(self, task: ScoreTask | FlickerTask, then: Callable[[Any], None]) -> None:
         assert self._scoring
         self._scoring.pool.submit(task, then)
 

@@ -82,8 +82,7 @@ def resize_on_device(alpha: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _average_rows(alpha: Tensor, count: int) -> Tensor:
-    """Resize an alpha [h,w] to ``count`` rows, each the average of the rows that it covers,
-    weighted by overlap."""
+    """Resize an alpha [h,w] to ``count`` rows, which average those that they overlap."""
     rows, columns = alpha.shape
     if count >= rows:
         return F.interpolate(alpha[None, None], size=(count, columns), mode="bilinear", align_corners=False)[0, 0]

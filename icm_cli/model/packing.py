@@ -145,8 +145,7 @@ def _require_config(checkpoint: Path) -> ModelConfig:
 
 
 def _average_tensors(components: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the mean of tensors of the same name. Integers, such as counters, are those of the
-    last part."""
+    """Return the mean of tensors of the same name; integers are those of the last component."""
     return {
         name: torch.stack([mapping[name].float() for mapping in components]).mean(dim=0)
         if last.is_floating_point()

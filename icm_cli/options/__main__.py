@@ -74,7 +74,7 @@ recomputes the alphas.
 
 def generated_files() -> dict[Path, str]:
     """Return the content of every generated file of the source tree."""
-    return {HOME / "docs" / "options.md": _reference(), HOME / "icm_cli" / "__init__.pyi": _stub()}
+    return {HOME / "docs" / "options.md": _options_page(), HOME / "icm_cli" / "__init__.pyi": _stub_file()}
 
 
 def main() -> int:
@@ -93,7 +93,7 @@ def main() -> int:
     return 0 if "--write" in sys.argv[1:] else int(bool(outdated))
 
 
-def _reference() -> str:
+def _options_page() -> str:
     """Text of ``docs/options.md``: a table per command and panel."""
     parts = [DOCS_HEAD]
     for command, options_class in COMMANDS.items():
@@ -106,18 +106,18 @@ def _reference() -> str:
                     "| --- | --- | --- | --- | --- |",
                 ]
                 title = "Everyday options" if panel is Panel.EVERYDAY else panel.value
-                parts.append("\n".join([f"### {title}\n", *rows, *map(_row, fields), ""]))
+                parts.append("\n".join([f"### {title}\n", *rows, *map(_table_row, fields), ""]))
     return "\n".join(parts)
 
 
-def _row(field: OptionField) -> str:
+def _table_row(field: OptionField) -> str:
     properties = field.properties
     names = ", ".join(f"`{flag}`" for flag in properties.flags or (field.flag,))
-    cells = [names, _value(field), _default(field), properties.help, "yes" if properties.digest else ""]
+    cells = [names, _value_cell(field), _default_cell(field), properties.help, "yes" if properties.digest else ""]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _value(field: OptionField) -> str:
+def _value_cell(field: OptionField) -> str:
     if field.value_type is bool:
         return ""
     values = ", ".join(f"`{choice}`" for choice in field.choices)
@@ -125,7 +125,7 @@ def _value(field: OptionField) -> str:
     return f"{name}, repeatable" if field.is_repeatable else name
 
 
-def _default(field: OptionField) -> str:
+def _default_cell(field: OptionField) -> str:
     if field.is_required:
         return "required"
     if field.properties.shown_default is not None:
@@ -134,7 +134,7 @@ def _default(field: OptionField) -> str:
     return "" if is_empty else f"`{field.default}`"
 
 
-def _stub() -> str:
+def _stub_file() -> str:
     """Text of ``icm_cli/__init__.pyi``: the API with the types of all arguments."""
     functions = "\n".join(_function_stub(name, *parts) for name, parts in FUNCTIONS.items())
     aliases = sorted(name for name in vars(options) if _is_alias(name) and re.search(rf"\b{name}\b", functions))

@@ -192,7 +192,7 @@ class CommandOptions:
     def option_fields(cls) -> tuple[OptionField, ...]:
         """All options, in the order of their groups."""
         fields = []
-        for name, group in cls._groups().items():
+        for name, group in cls._group_classes().items():
             hints = typing.get_type_hints(group)
             for field in dataclasses.fields(group):
                 properties: Option = field.metadata["option"]
@@ -215,7 +215,7 @@ class CommandOptions:
         if given is None:
             given = [option.name for option in cls.option_fields() if converted[option.name] != option.default]
         groups = {}
-        for name, group in cls._groups().items():
+        for name, group in cls._group_classes().items():
             groups[name] = group(**{field.name: converted[field.name] for field in dataclasses.fields(group)})
             groups[name].check_conflicts()
         return cls(given=frozenset(given), **groups)
@@ -252,7 +252,7 @@ class CommandOptions:
         return digested
 
     @classmethod
-    def _groups(cls) -> dict[str, type[OptionGroup]]:
+    def _group_classes(cls) -> dict[str, type[OptionGroup]]:
         hints = typing.get_type_hints(cls)
         return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.name != "given"}
 
@@ -271,7 +271,8 @@ def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., R
         own = [each for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
         others = {each.name for each in own}
         parameters = [
-            _parameter(each, is_positional=each.name in options_class.positional) for each in options_class.api_fields()
+            _signature_parameter(each, is_positional=each.name in options_class.positional)
+            for each in options_class.api_fields()
         ]
         signature = inspect.Signature([*parameters, *own], return_annotation=function.__annotations__.get("return"))
 
@@ -296,7 +297,7 @@ def describe_arguments(options_class: type[CommandOptions]) -> str:
     return "\n".join(["Args:", *lines])
 
 
-def _parameter(field: OptionField, *, is_positional: bool) -> inspect.Parameter:
+def _signature_parameter(field: OptionField, *, is_positional: bool) -> inspect.Parameter:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if is_positional else inspect.Parameter.KEYWORD_ONLY
     default = inspect.Parameter.empty if field.is_required else field.default
     return inspect.Parameter(field.name, kind, default=default, annotation=field.annotation)

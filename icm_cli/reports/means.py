@@ -132,7 +132,9 @@ def _mean_over_rounds(rounds: Sequence[Sequence[float]]) -> Mean:
 
 def _score_shot(frames: Sequence[tuple[float, float]]) -> ShotScores:
     scores = [
-        score for values in zip(*frames, strict=True) for score in (_average(values), _recall(values), _decay(values))
+        score
+        for values in zip(*frames, strict=True)
+        for score in (_average(values), _compute_recall(values), _compute_decay(values))
     ]
     return ShotScores(len(frames), *scores)
 
@@ -146,11 +148,11 @@ def _average(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _recall(values: Sequence[float]) -> float:
+def _compute_recall(values: Sequence[float]) -> float:
     return sum(value > RECALL_THRESHOLD for value in values) / len(values)
 
 
-def _decay(values: Sequence[float]) -> float:
+def _compute_decay(values: Sequence[float]) -> float:
     """Return the mean over the first quarter minus the mean over the last quarter.
 
     As in the tool of DAVIS, neighbouring quarters share a frame.

@@ -47,7 +47,7 @@ class ScoringPool:
         ``callback`` is called with the result of the task, or with None if its process died, for
         example from lack of memory. After an interrupt it may be called twice with the same result.
         """
-        self._running.append((self._threads.submit(self._run, task), callback))
+        self._running.append((self._threads.submit(self._run_task, task), callback))
         self._collect_results(self._max_pending)
 
     def drain(self) -> None:
@@ -68,7 +68,7 @@ class ScoringPool:
             callback(future.result())
             self._running.popleft()  # after the callback, so that an interrupt loses no result
 
-    def _run(self, task: Task[Any]) -> Any:
+    def _run_task(self, task: Task[Any]) -> Any:
         process = self._idle.get()
         try:
             process = process or _ScoringProcess()

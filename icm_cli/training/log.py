@@ -51,7 +51,7 @@ class RunLog:
         self._notice = notice
         self._is_on = is_main
         self._writer: Any = None
-        self._try_writing(lambda: self._open(folder, first_step))
+        self._try_writing(lambda: self._open_files(folder, first_step))
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +68,7 @@ class RunLog:
         """Log an image, uint8 [H,W,3], to TensorBoard."""
         self._try_writing(lambda: self._writer.add_image("samples", image, step, dataformats="HWC"))
 
-    def _open(self, folder: Path, first_step: int) -> None:
+    def _open_files(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         rows = [row for row in _read_rows(self._path) if int(row["step"]) <= first_step]

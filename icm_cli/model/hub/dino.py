@@ -165,8 +165,7 @@ class Dino(Backbone):
         ]
 
     def _remove_positions(self, found: list[Tensor]) -> Tensor:
-        """Return tokens for comparisons between images, without their positional part and of unit
-        length."""
+        """Return tokens of unit length without their positional part."""
         if not self.config.positional_rank:
             return torch.cat(found, dim=1)
         if self._bases is None:
@@ -174,8 +173,7 @@ class Dino(Backbone):
         return torch.cat([project_out_subspace(*pair) for pair in zip(found, self._bases, strict=True)], dim=1)
 
     def _positional_bases(self, device: torch.device) -> list[Tensor]:
-        """Compute a basis of the positional subspace of each block, from a black image,
-        [C,rank]."""
+        """Compute the positional subspace of each block, [C,rank], from a black image."""
         side = self.config.long_side_px
         blank = torch.zeros(1, 3, side, side, device=device)
         return [positional_subspace(tokens, self.config.positional_rank) for tokens in self.extract_tokens(blank)]

@@ -143,7 +143,7 @@ class DinoV2Lite(Backbone):
         outputs = self.convolutions.run_blocks(half, (*self.config.convolution_blocks, *scale_blocks))
         layers = self.transformer(patches, self.config.layers)
         layers += [_resize_to_grid(outputs[block].float(), grid) for block in self.config.convolution_blocks]
-        correspondence = torch.cat([_standardise(feature.float()) for feature in layers], dim=1)
+        correspondence = torch.cat([_standardise_tokens(feature.float()) for feature in layers], dim=1)
         scales = {image.shape[-1] // outputs[block].shape[-1]: outputs[block] for block in scale_blocks}
         is_valid = valid_tokens(valid, TOKEN_PX)
         intra = {TOKEN_PX: SelfSimilarity(correspondence, is_valid, TEMPERATURE)}
@@ -162,9 +162,8 @@ def _resize_to_grid(feature: Tensor, grid: Sequence[int]) -> Tensor:
     return F.interpolate(feature, size=size, mode="bilinear", align_corners=False)[..., : grid[0], : grid[1]]
 
 
-def _standardise(feature: Tensor) -> Tensor:
-    """Scale each token of [B,C,h,w] to mean 0 and variance 1 over its channels, so that no layer or
-    outlier dominates."""
+def _standardise_tokens(feature: Tensor) -> Tensor:
+    """Scale each token of [B,C,h,w] to mean 0 and variance 1 over its channels."""
     return F.layer_norm(feature.permute(0, 2, 3, 1), (feature.shape[1],)).permute(0, 3, 1, 2)
 
 
@@ -184,12 +183,7 @@ def _onnx_path(weights: str | None) -> Path:
 
 
 def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
-    """Read the transformer's tensors from the ONNX file of the package, by their names in this
-    module.
-
-    Raises:
-        ConfigError: The package onnx is not installed.
-    """
+    """Read the transformer's tensors from the ONNX file. Raises ConfigError without onnx."""
     try:
         import onnx
         from onnx import numpy_helper

@@ -201,16 +201,14 @@ class EfficientNetBlock(nn.Module):
 
 
 def _downscale_image(image: Tensor, factor: int) -> Tensor:
-    """Reduce an image [B,3,H,W] by area averaging, and pad its sides to a multiple of 32 by
-    replication."""
+    """Reduce an image [B,3,H,W] by averaging, and pad its sides to a multiple of 32."""
     small = F.avg_pool2d(image, factor)
     below, right = (-side % 32 for side in small.shape[-2:])
     return F.pad(small, (0, right, 0, below), mode="replicate")
 
 
 def _normalise_energy(feature: Tensor, valid: Tensor) -> Tensor:
-    """Scale the features [B,C,h,w] of each image so that the mean squared length of its valid
-    tokens is 1."""
+    """Scale features [B,C,h,w] to a mean squared token length of 1 per image."""
     energy = (feature.square().sum(dim=1) * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))
     return feature / energy.sqrt().clamp(min=1e-12)[:, None, None, None]
 

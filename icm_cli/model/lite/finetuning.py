@@ -306,8 +306,7 @@ def _extract_view(backbone: Backbone, head: FinetunableHead, scene: _Scene) -> _
 
 
 def _augment_scene(scene: _Scene, rng: np.random.Generator) -> _Scene:
-    """Return a randomly transformed and recoloured view. Beyond its borders the image is
-    mirrored."""
+    """Return a randomly transformed and recoloured view, mirrored beyond its borders."""
     scale = math.exp(rng.uniform(-FINETUNING.max_log_scale, FINETUNING.max_log_scale))
     size = _frame_size(scene)
     to = size * rng.uniform(FINETUNING.border, 1.0 - FINETUNING.border, 2)
@@ -394,8 +393,7 @@ def _apply_change(scene: _Scene, change: _Change) -> _Scene:
 
 
 def _sample_layers(scene: _Scene, layers: Sequence[Tensor], grid: Tensor) -> Tensor:
-    """Sample layers [1,C,H,W] of the scene at the points of a grid, [1,C,h,w]; beyond the borders
-    they are mirrored."""
+    """Sample layers [1,C,H,W] at a grid, [1,C,h,w]; they are mirrored at their borders."""
     width, height = (int(side) for side in _frame_size(scene))
     frame = torch.cat(list(layers), dim=1)[..., :height, :width]
     return F.grid_sample(frame, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

@@ -343,8 +343,7 @@ class TokenMatchHead(FinetunableHead):
         return logit
 
     def _skip_features(self, target: Features, image: Tensor | None) -> list[Tensor]:
-        """Inputs of each decoder step: the backbone's scales from coarse to fine, then the
-        image."""
+        """Inputs of each decoder step: the backbone's scales, then the image."""
         features = []
         height, width = target.valid.shape[-2:]
         for level, channels in enumerate(self.config.skip_channels, start=1):
@@ -374,8 +373,7 @@ class TokenMatchHead(FinetunableHead):
         return (alpha * (1.0 + 2.0 * self.config.alpha_stretch) - self.config.alpha_stretch).clamp(0.0, 1.0)
 
     def _unit_per_layer(self, total: Tensor) -> Tensor:
-        """Normalise sums of tokens [...,C] in every layer: [...,layers,width]; sums of no tokens
-        stay 0."""
+        """Normalise sums of tokens [...,C] per layer: [...,layers,width]; 0 stays 0."""
         return F.normalize(total.reshape(*total.shape[:-1], -1, self.config.width), dim=-1)
 
     @without_autocast

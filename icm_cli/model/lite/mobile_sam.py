@@ -162,8 +162,7 @@ class MobileSam(Objects):
         )
 
     def _fill_canvas(self, rgb: ImageU8) -> tuple[Float, tuple[int, int]]:
-        """Place an image on the encoder's canvas, float32 [h,w,3]; return it with the size of the
-        image's masks."""
+        """Return an image on the encoder's canvas, float32 [h,w,3], and its mask size."""
         scale = self.config.long_side_px / max(rgb.shape[:2])
         height, width = (max(MASK_SCALE, MASK_SCALE * round(side * scale / MASK_SCALE)) for side in rgb.shape[:2])
         canvas = np.empty((*(-(-side // CELL_PX) * CELL_PX for side in (height, width)), 3), np.float32)
@@ -199,8 +198,7 @@ def _published() -> Mapping[str, Tensor]:
 
 
 def _published_path() -> Path:
-    """File of the published weights of MobileSAM. Raises ConfigError if their package is not
-    installed."""
+    """File of the published weights. Raises ConfigError if it is not installed."""
     try:  # the package itself is not imported, because it imports much more
         return Path(str(importlib.metadata.distribution(PACKAGE).locate_file(FILE)))
     except importlib.metadata.PackageNotFoundError as error:

@@ -202,8 +202,7 @@ class Refine(Edges):
         return outline
 
     def _refine_tiles(self, rgb: ImageU8, alpha: Tensor, weight: Tensor) -> Tensor:
-        """Refine an alpha [H,W] in overlapping tiles. Tiles in which everything is decided are not
-        changed."""
+        """Refine an alpha [H,W] in overlapping tiles, except tiles without unknown pixels."""
         size = (alpha.shape[0], alpha.shape[1])
         tiles = split_into_tiles(size, self.config.tile_px, self.config.overlap_px)
         alphas = [alpha[tile.slices] for tile in tiles]
@@ -243,8 +242,7 @@ class Refine(Edges):
         return bool(distance > self.config.decided_margin) or bool(coarse.min() < 0.5 < coarse.max())
 
     def _weight_near_unknown(self, coarse: Tensor) -> Tensor:
-        """Weights [h,w]: 1 near the unknown pixels of a coarse alpha [h,w], falling to 0 at
-        ``config.change_radius``."""
+        """Weights [h,w]: 1 near unknown pixels, falling to 0 at ``config.change_radius``."""
         alpha = coarse.numpy(force=True)
         inside = (alpha > 0.5).astype(np.uint8)
         edge = cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0

@@ -170,8 +170,7 @@ class WindowBlock(nn.Module):
         return cells.permute(0, 3, 1, 2)
 
     def _attend_in_windows(self, x: Tensor) -> Tensor:
-        """Compute the attention of [B,h,w,C]. Windows beyond the last cells are padded with zeros,
-        as in training."""
+        """Compute the attention of [B,h,w,C] in windows, padded with zeros."""
         count, height, width, channels = x.shape
         side = self.window
         x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))

@@ -165,8 +165,7 @@ class StableDiffusion(Backbone):
         return {stride: feature.float().mean(dim=0, keepdim=True) for stride, feature in features.items()}
 
     def _draw_noise(self, shape: torch.Size, key: str) -> Tensor:
-        """Draw posterior noise and diffusion noise, float32 [E,2,4,h,w], on the CPU. They depend on
-        the key and the seed."""
+        """Draw posterior and diffusion noise, float32 [E,2,4,h,w], from the key and the seed."""
         draws = []
         for draw in range(self.config.ensemble):
             digest = combined_digest(str(self._seed), key, str(draw))

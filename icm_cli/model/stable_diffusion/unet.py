@@ -187,8 +187,7 @@ def _norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _block_layers(block: Any) -> Iterator[tuple[ResnetBlock2D, Any]]:
-    """Yield the residual blocks of a level with their transformers, None on levels without
-    transformers."""
+    """Yield the residual blocks of a level, each with its transformer or None."""
     transformers = getattr(block, "attentions", [None] * len(block.resnets))
     return zip(block.resnets, transformers, strict=True)
 
@@ -204,8 +203,7 @@ def _run_up_block(
 
 
 def _run_transformer(transformer: Any, x: Tensor, prompt: Tensor, maps: Mapping[Grid, MeanAttention] | None) -> Tensor:
-    """Run a transformer on [E,C,h,w]. One without values, of which only the attention map is
-    needed, returns ``x``."""
+    """Run a transformer on [E,C,h,w]. One without values returns ``x``."""
     if transformer is None:
         return x
     grid = (x.shape[2], x.shape[3])
@@ -222,8 +220,7 @@ def _run_transformer(transformer: Any, x: Tensor, prompt: Tensor, maps: Mapping[
 
 
 def _self_attention(attn: Any, tokens: Tensor, record: MeanAttention | None) -> Tensor | None:
-    """Run self-attention on tokens [E,N,C]. Return None if its values were removed and only the map
-    is needed."""
+    """Run self-attention on tokens [E,N,C]. Return None if only its map is needed."""
     query, key = _split_heads(attn.to_q(tokens), attn.heads), _split_heads(attn.to_k(tokens), attn.heads)
     if attn.to_v is None:
         if record is not None:
@@ -235,8 +232,7 @@ def _self_attention(attn: Any, tokens: Tensor, record: MeanAttention | None) -> 
 
 
 def _cross_attention(attn: Any, tokens: Tensor, prompt: Tensor) -> Tensor:
-    """Run cross-attention of tokens [E,N,C] to the prompt [1,77,1024], which is the same for every
-    noise sample."""
+    """Run cross-attention of tokens [E,N,C] to the prompt [1,77,1024]."""
     query = _split_heads(attn.to_q(tokens), attn.heads)
     key, value = (
         _split_heads(project(prompt), attn.heads).expand(len(query), -1, -1, -1) for project in (attn.to_k, attn.to_v)

@@ -117,8 +117,7 @@ def load_foreground_estimator() -> Callable[..., NDArray[np.float64]]:
 
 
 def _import_pymatting() -> ModuleType:
-    """Import pymatting without changing the number of OpenMP threads, which its import sets for
-    torch too."""
+    """Import pymatting without changing the number of OpenMP threads."""
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
     threads = torch.get_num_threads()
     with contextlib.redirect_stdout(io.StringIO()):

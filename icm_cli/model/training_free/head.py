@@ -210,8 +210,7 @@ class TrainingFree(Head):
         return contrast, self._relative_similarity(foreground, unit)
 
     def _relative_similarity(self, foreground: Tensor, target: Tensor) -> float:
-        """Return the similarity of tokens [N,C] to a foreground [K,C], relative to the foreground's
-        similarity to itself."""
+        """Return the similarity of tokens to a foreground [K,C], relative to its own."""
         best = soft_max_similarity(foreground, target, self.config.presence_temperature).max()
         return float(best / soft_max_similarity(foreground, foreground, self.config.presence_temperature).mean())
 

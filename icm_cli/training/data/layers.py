@@ -27,6 +27,7 @@ VISIBLE_U8 = 8
 
 
 def _size_bytes(layer: object) -> int:
+    """Return the memory of the arrays of a layer."""
     arrays = [layer] if isinstance(layer, np.ndarray) else vars(layer).values()
     return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
