@@ -84,12 +84,13 @@ def matte(
 
     Args:
         ref: Reference image, repeatable. An RGBA cut-out needs no mask.
-        mask: Mask of the reference: white on the object, black elsewhere. Give one for each --ref.
-        mask_label: Label of the object in a mask with several labels: a number, or a colour
-            #rrggbb.
-        mask_orientation: How masks of references with an EXIF orientation are stored: upright as
-            the reference is displayed, stored as its pixels are stored, or auto, which decides by
-            size.
+        mask: Mask of the reference, repeatable: white on the object, black elsewhere. Give one for
+            each --ref.
+        mask_label: Label of the object in a mask with several labels: a number, or a colour such as
+            #fa3253.
+        mask_orientation: Orientation of the mask, if the reference has an EXIF orientation: upright
+            (the mask matches the reference as displayed), stored (it matches the pixels as stored),
+            or auto (decided by the size of the mask).
         src: Images to matte: a folder (searched recursively), an image, a quoted glob, frames such
             as shot.####.exr, a text file with one path per line, or - to read paths from standard
             input.
@@ -100,8 +101,9 @@ def matte(
             out/matte.####.exr.
         name: Template of the file names, with {stem}, {frame} and {suffix}, such as
             {stem}_matte{frame}.
-        keep_suffix: Keep the extension of the image in the file name: a.jpg.png.
-        format: File format.
+        keep_suffix: Keep the extension of the image in the name of its alpha, such as a.jpg.png for
+            a.jpg.
+        format: File format of the alphas.
         depth: Bit depth: 8 or 16 for PNG; 8, 16 or float for TIFF; half or float for EXR.
         channel: Name of the alpha channel in EXR files.
         foreground: Write RGBA: the colours of the object without the background, straight or
@@ -122,32 +124,36 @@ def matte(
             cuda:0,cuda:1 or cuda:all.
         dtype: Data type of the computation.
         seed: Seed of the noise that Stable Diffusion backbones add.
-        offline: Do not use the network.
+        offline: Do not download anything.
         batch_size: Number of images per batch on each device. It is halved when memory runs out.
-        workers: Number of threads that read, of threads that write, and of processes that score.
+        workers: Number of reader threads; also the number of writer threads and of scoring
+            processes.
         colorspace: Colour space of the sources: a name of the OpenColorIO configuration such as
             ACEScg, or auto. auto takes the label of the file, else linear Rec.709 for EXR and HDR
             and sRGB for other formats.
         ref_colorspace: Colour space of the references.
         layer: Layer of EXR sources: the name of a part, or a channel prefix such as beauty.
         ref_layer: Layer of EXR references.
-        ocio: OpenColorIO configuration: a file, or ocio:// and the name of a built-in one.
+        ocio: OpenColorIO configuration: a file, or ocio:// followed by the name of a built-in
+            configuration.
         view: OpenColorIO view that converts scene-referred images for the model.
-        exposure: Exposure in stops, added before the view.
-        white: Value of white in images of more than 8 bits, such as 255 for floats of 0..255.
+        exposure: Exposure change of scene-referred images in stops, applied before the view.
+        white: Value that is white in images of more than 8 bits, such as 255 for floats from 0 to
+            255.
         shot: Treat the images as frames of one shot: alphas are propagated from frame to frame
             along the motion, and the model learns the references first.
         learn_steps: Number of steps in which the model learns the references before matting.
-        frames: Frames to matte, such as 1001-1100 or 1001-1100x2.
-        missing: Handling of missing frames: skip them with a notice, report them as failed, or stop
-            with an error before the first write.
-        shard: Part of the images that this machine mattes, such as 2/8.
+        frames: Frames to matte, such as 1001-1100, or 1001-1100x2 for every second frame.
+        missing: What to do about missing frames: skip them with a notice, report them as failed
+            images, or stop with an error before anything is written.
+        shard: Part of the images that this machine mattes, such as 2/8 for the second of eight
+            parts.
         fail_fast: Stop at the first image that fails.
         ray: Matte on a Ray cluster, one model per GPU: auto, or the address of the cluster. Needs
             the extra 'ray'.
         ray_cpus: With --ray: number of CPU cores to use instead of GPUs.
-        report: Write a report, repeatable: .csv has a row per image, .json has everything, .html is
-            a page to read.
+        report: Write a report, repeatable. The extension sets the format: .csv (one row per image),
+            .json (all results and settings) or .html (a page with images).
         contact_sheet: Write a contact sheet (.png) with source, alpha and cut-out of every image.
         gt: Ground-truth alphas: a folder, or frames such as gt.####.png. Adds MSE, SAD, GRAD, CONN
             and MAD.
@@ -197,25 +203,27 @@ def evaluate(
     """Score alphas of a dataset: matted here by its own references, or read from ``pred``.
 
     Args:
-        dataset: Dataset, or folder for your own images.
+        dataset: Name of a published dataset, or the word folder for your own images.
         data_root: Folder that contains the dataset.
-        images: Images of dataset folder: a folder or a quoted glob.
-        alphas: Ground-truth alphas of dataset folder, named like the images.
-        trimaps: Trimaps of dataset folder, named like the images.
-        groups: JSON file in the published schema that groups images of the same object or class.
+        images: With --dataset folder: images, as a folder or a quoted glob.
+        alphas: With --dataset folder: ground-truth alphas, named like the images.
+        trimaps: With --dataset folder: trimaps, named like the images.
+        groups: JSON file that lists which images show the same object or class, in the schema of
+            the groups of ICM-57.
         backgrounds: Background images for datasets that contain only foregrounds.
-        split: Split of the dataset.
-        video: Treat every group as a video, and add dtSSD.
+        split: Split of the dataset that is scored.
+        video: Treat every group as a video, and score the flicker (dtSSD).
         pred: Score the alphas in this folder, made by any tool, instead of matting.
         references: Use the references of an earlier run: its JSON report, or a file of
             --write-references.
-        rounds: Number of rounds, each with other references. Reports give mean and spread over the
-            rounds.
+        rounds: Number of rounds, each with other references. Reports give the mean and the standard
+            deviation over the rounds.
         region: Region that is scored, repeatable.
         size: Size at which alphas are scored.
-        lineage: Implementation of GRAD and CONN.
-        trimap_kernel: Side in pixels of the square that dilates 0 < alpha < 1 where no trimap is
-            published.
+        lineage: Variant of the metrics GRAD and CONN: that of the Composition-1k code, or that of
+            the AIM-500 code.
+        trimap_kernel: Size of the unknown region if there is no published trimap: side in pixels of
+            the square that dilates the pixels with 0 < alpha < 1.
         allow: Kind of bad data that does not count as a failure, such as empty-alpha, repeatable.
         model: Model: a name that icm matte --list-models prints, such as lite, or a .yaml file.
         checkpoint: Trained weights: the published .ckpt, or a .safetensors file of icm.
@@ -226,18 +234,20 @@ def evaluate(
         device: Device: auto, cpu, cuda, cuda:N or mps.
         dtype: Data type of the computation.
         seed: Seed of the noise that Stable Diffusion backbones add.
-        offline: Do not use the network.
+        offline: Do not download anything.
         batch_size: Number of images per batch on each device. It is halved when memory runs out.
-        workers: Number of threads that read, of threads that write, and of processes that score.
+        workers: Number of reader threads; also the number of writer threads and of scoring
+            processes.
         shot: Matte every group as a shot, as icm matte --shot does.
         learn_steps: Number of steps in which the model learns the references before matting.
-        refs_per_group: Number of references of a group.
-        write_references: Write the references to this .json file.
-        save_alphas: Folder for the alphas. Without it they are kept in the cache until the run
-            ends.
-        report: Write a report, repeatable: .csv has a row per image, .json has everything, .html is
-            a page to read.
-        note: Sentence that every report repeats.
+        refs_per_group: Number of references for each group.
+        write_references: Write the references of the run to this .json file, for --references of a
+            later run.
+        save_alphas: Folder for the alphas. Without this option, they are deleted at the end of the
+            run.
+        report: Write a report, repeatable. The extension sets the format: .csv (one row per image),
+            .json (all results and settings) or .html (a page with images).
+        note: Text that is added to every report.
     """
 
 def train(
@@ -260,17 +270,18 @@ def train(
 
     Args:
         config: Model and training recipe: a .yaml file, or a preset such as lite or icm-sd21.
-        data: .yaml file of sources, backgrounds and validation data.
+        data: A .yaml file that lists the training sources, the backgrounds and the validation data.
         out: Folder for checkpoints and logs.
-        resume: Continue the run in --out if there is one.
-        checkpoint: Start from these weights instead of random ones.
-        overrides: Override a setting, such as train.steps=500, repeatable.
-        preview: Write a contact sheet of N training samples, and exit.
-        pack: Also write the result with its backbone into one small .safetensors file.
+        resume: Continue the run in the folder --out, if there is one.
+        checkpoint: Initial weights, instead of random ones.
+        overrides: Override a setting of --config, such as train.steps=500, repeatable.
+        preview: Write a contact sheet of N training samples (preview.png), and exit.
+        pack: Also write the trained model, with its backbone, into one small .safetensors file.
         weights: Weights of the backbone: a folder, or a repository of the Hugging Face hub.
         device: Device: auto, cpu, cuda, cuda:N or mps.
-        workers: Number of processes that make training samples; 0 makes them in the main process.
-        offline: Do not use the network.
+        workers: Number of processes that prepare training samples. With 0, the main process
+            prepares them.
+        offline: Do not download anything.
     """
 
 def load(
@@ -297,5 +308,5 @@ def load(
         device: Device: auto, cpu, cuda, cuda:N or mps.
         dtype: Data type of the computation.
         seed: Seed of the noise that Stable Diffusion backbones add.
-        offline: Do not use the network.
+        offline: Do not download anything.
     """

@@ -70,11 +70,11 @@ def _device_names() -> Sequence[str]:
 WEIGHTS = Option(
     help="Weights of the backbone: a folder, or a repository of the Hugging Face hub.",
     metavar="DIR|ID",
-    shown_default="the model's",
+    shown_default="those that the model names",
     digest=DigestPart.MODEL,
 )
 DEVICE = Option(help="Device: auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE", suggestions=_device_names)
-OFFLINE = Option(help="Do not use the network.")
+OFFLINE = Option(help="Do not download anything.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,21 +91,21 @@ class ReferenceOptions(OptionGroup):
     )
     mask: tuple[Path, ...] = option(
         (),
-        help="Mask of the reference: white on the object, black elsewhere. Give one for each --ref.",
+        help="Mask of the reference, repeatable: white on the object, black elsewhere. Give one for each --ref.",
         metavar="FILE",
         digest=DigestPart.REFERENCES,
         is_everyday=True,
     )
     mask_label: str | None = option(
         None,
-        help="Label of the object in a mask with several labels: a number, or a colour #rrggbb.",
+        help="Label of the object in a mask with several labels: a number, or a colour such as #fa3253.",
         metavar="LABEL",
         digest=DigestPart.REFERENCES,
     )
     mask_orientation: MaskOrientation = option(
         "auto",
-        help="How masks of references with an EXIF orientation are stored: upright as the reference is displayed, "
-        "stored as its pixels are stored, or auto, which decides by size.",
+        help="Orientation of the mask, if the reference has an EXIF orientation: upright (the mask matches the "
+        "reference as displayed), stored (it matches the pixels as stored), or auto (decided by the size of the mask).",
         digest=DigestPart.REFERENCES,
     )
 
@@ -126,7 +126,7 @@ class SourceOptions(OptionGroup):
         None,
         help="Folder whose tree the output mirrors.",
         metavar="DIR",
-        shown_default="the source folder; the fixed part of a glob; the working directory for a list",
+        shown_default="the source folder; for a glob, its part without wildcards; for a list, the working directory",
     )
     include: tuple[str, ...] = option(
         (), help="Matte only images whose path or name matches this glob, repeatable.", metavar="GLOB"
@@ -153,10 +153,12 @@ class OutputOptions(OptionGroup):
         metavar="TEMPLATE",
         shown_default="{stem}{frame}",
     )
-    keep_suffix: bool = option(False, help="Keep the extension of the image in the file name: a.jpg.png.")
+    keep_suffix: bool = option(
+        False, help="Keep the extension of the image in the name of its alpha, such as a.jpg.png for a.jpg."
+    )
     format: ImageFormat | None = option(
         None,
-        help="File format.",
+        help="File format of the alphas.",
         shown_default="from the extension of --out, else png",
         digest=DigestPart.FORMAT,
     )
@@ -239,8 +241,7 @@ class ModelOptions(OptionGroup):
     dtype: DtypeName = option(
         "auto",
         help="Data type of the computation.",
-        shown_default="auto: float16 on CUDA, else float32, with transformers in bfloat16 on CPUs that are faster in "
-        "it",
+        shown_default="auto: float16 on CUDA, else float32; transformers use bfloat16 on CPUs where it is faster",
         digest=DigestPart.DTYPE,
     )
     seed: int = option(
@@ -281,7 +282,7 @@ class ResourceOptions(OptionGroup):
     )
     workers: int | None = option(
         None,
-        help="Number of threads that read, of threads that write, and of processes that score.",
+        help="Number of reader threads; also the number of writer threads and of scoring processes.",
         metavar="N",
         minimum=1,
         shown_default="half of the cores, at most 4",
@@ -312,7 +313,7 @@ class ColourOptions(OptionGroup):
         None,
         help="Layer of EXR sources: the name of a part, or a channel prefix such as beauty.",
         metavar="NAME",
-        shown_default="R,G,B of the first part that has them",
+        shown_default="the channels R, G and B of the first part that has them",
         digest=DigestPart.VALUE,
     )
     ref_layer: str | None = option(
@@ -324,7 +325,7 @@ class ColourOptions(OptionGroup):
     )
     ocio: str | None = option(
         None,
-        help="OpenColorIO configuration: a file, or ocio:// and the name of a built-in one.",
+        help="OpenColorIO configuration: a file, or ocio:// followed by the name of a built-in configuration.",
         metavar="PATH",
         shown_default="$OCIO, else the built-in studio configuration",
         digest=DigestPart.COLOUR_CONFIG,
@@ -338,7 +339,7 @@ class ColourOptions(OptionGroup):
     )
     exposure: float = option(
         0.0,
-        help="Exposure in stops, added before the view.",
+        help="Exposure change of scene-referred images in stops, applied before the view.",
         metavar="STOPS",
         minimum=-30,
         maximum=30,
@@ -346,7 +347,7 @@ class ColourOptions(OptionGroup):
     )
     white: float | None = option(
         None,
-        help="Value of white in images of more than 8 bits, such as 255 for floats of 0..255.",
+        help="Value that is white in images of more than 8 bits, such as 255 for floats from 0 to 255.",
         metavar="VALUE",
         shown_default="the maximum of the integer type; 1 for floats",
         digest=DigestPart.VALUE,
@@ -380,15 +381,21 @@ class SequenceOptions(ShotOptions):
     """Frames, shots, and runs on several machines."""
 
     frames: str | None = option(
-        None, help="Frames to matte, such as 1001-1100 or 1001-1100x2.", metavar="RANGE", shown_default="all"
+        None,
+        help="Frames to matte, such as 1001-1100, or 1001-1100x2 for every second frame.",
+        metavar="RANGE",
+        shown_default="all",
     )
     missing: MissingPolicy = option(
         "skip",
-        help="Handling of missing frames: skip them with a notice, report them as failed, or stop with an error "
-        "before the first write.",
+        help="What to do about missing frames: skip them with a notice, report them as failed images, or stop with an "
+        "error before anything is written.",
     )
     shard: str | None = option(
-        None, help="Part of the images that this machine mattes, such as 2/8.", metavar="I/N", shown_default="all"
+        None,
+        help="Part of the images that this machine mattes, such as 2/8 for the second of eight parts.",
+        metavar="I/N",
+        shown_default="all",
     )
     fail_fast: bool = option(False, help="Stop at the first image that fails.")
     ray: str | None = option(
@@ -402,7 +409,8 @@ class SequenceOptions(ShotOptions):
 
 
 REPORT = Option(
-    help="Write a report, repeatable: .csv has a row per image, .json has everything, .html is a page to read.",
+    help="Write a report, repeatable. The extension sets the format: .csv (one row per image), .json (all results and "
+    "settings) or .html (a page with images).",
     metavar="FILE",
 )
 
@@ -483,26 +491,28 @@ class DatasetOptions(OptionGroup):
 
     dataset: DatasetName | None = option(
         None,
-        help="Dataset, or folder for your own images.",
+        help="Name of a published dataset, or the word folder for your own images.",
         is_everyday=True,
     )
     data_root: Path | None = option(None, help="Folder that contains the dataset.", metavar="DIR", is_everyday=True)
-    images: str | None = option(None, help="Images of dataset folder: a folder or a quoted glob.", metavar="PATH")
-    alphas: str | None = option(
-        None, help="Ground-truth alphas of dataset folder, named like the images.", metavar="PATH"
+    images: str | None = option(
+        None, help="With --dataset folder: images, as a folder or a quoted glob.", metavar="PATH"
     )
-    trimaps: str | None = option(None, help="Trimaps of dataset folder, named like the images.", metavar="PATH")
+    alphas: str | None = option(
+        None, help="With --dataset folder: ground-truth alphas, named like the images.", metavar="PATH"
+    )
+    trimaps: str | None = option(None, help="With --dataset folder: trimaps, named like the images.", metavar="PATH")
     groups: Path | None = option(
         None,
-        help="JSON file in the published schema that groups images of the same object or class.",
+        help="JSON file that lists which images show the same object or class, in the schema of the groups of ICM-57.",
         metavar="FILE",
-        shown_default="the published groups",
+        shown_default="the published groups, if there are any",
     )
     backgrounds: Path | None = option(
         None, help="Background images for datasets that contain only foregrounds.", metavar="DIR"
     )
-    split: Split = option("test", help="Split of the dataset.")
-    video: bool = option(False, help="Treat every group as a video, and add dtSSD.")
+    split: Split = option("test", help="Split of the dataset that is scored.")
+    video: bool = option(False, help="Treat every group as a video, and score the flicker (dtSSD).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -524,7 +534,8 @@ class ProtocolOptions(OptionGroup):
     )
     rounds: int | None = option(
         None,
-        help="Number of rounds, each with other references. Reports give mean and spread over the rounds.",
+        help="Number of rounds, each with other references. Reports give the mean and the standard deviation over "
+        "the rounds.",
         metavar="N",
         minimum=1,
         shown_default="1",
@@ -533,10 +544,15 @@ class ProtocolOptions(OptionGroup):
         (), help="Region that is scored, repeatable.", shown_default="that of the dataset"
     )
     size: ScoredSize | None = option(None, help="Size at which alphas are scored.", shown_default="that of the dataset")
-    lineage: Lineage | None = option(None, help="Implementation of GRAD and CONN.", shown_default="that of the dataset")
+    lineage: Lineage | None = option(
+        None,
+        help="Variant of the metrics GRAD and CONN: that of the Composition-1k code, or that of the AIM-500 code.",
+        shown_default="that of the dataset",
+    )
     trimap_kernel: int | None = option(
         None,
-        help="Side in pixels of the square that dilates 0 < alpha < 1 where no trimap is published.",
+        help="Size of the unknown region if there is no published trimap: side in pixels of the square that dilates "
+        "the pixels with 0 < alpha < 1.",
         metavar="PX",
         minimum=1,
         shown_default="25",
@@ -559,12 +575,16 @@ class EvaluatedMattingOptions(ShotOptions):
         False, help="Matte every group as a shot, as icm matte --shot does.", digest=DigestPart.PROPAGATION
     )
     refs_per_group: int | None = option(
-        None, help="Number of references of a group.", metavar="N", minimum=1, shown_default="1"
+        None, help="Number of references for each group.", metavar="N", minimum=1, shown_default="1"
     )
-    write_references: Path | None = option(None, help="Write the references to this .json file.", metavar="FILE")
+    write_references: Path | None = option(
+        None,
+        help="Write the references of the run to this .json file, for --references of a later run.",
+        metavar="FILE",
+    )
     save_alphas: Path | None = option(
         None,
-        help="Folder for the alphas. Without it they are kept in the cache until the run ends.",
+        help="Folder for the alphas. Without this option, they are deleted at the end of the run.",
         metavar="DIR",
     )
 
@@ -576,7 +596,7 @@ class EvaluationReportOptions(OptionGroup):
     panel: ClassVar[Panel] = Panel.REPORTS
 
     report: tuple[Path, ...] = option((), REPORT)
-    note: str | None = option(None, help="Sentence that every report repeats.", metavar="TEXT")
+    note: str | None = option(None, help="Text that is added to every report.", metavar="TEXT")
     compare: tuple[Path, Path] | None = option(
         None,
         help="Compare two JSON reports image by image, and exit.",
@@ -621,24 +641,29 @@ class TrainingOptions(OptionGroup):
     )
     data: Path | None = option(
         None,
-        help=".yaml file of sources, backgrounds and validation data.",
+        help="A .yaml file that lists the training sources, the backgrounds and the validation data.",
         metavar="FILE",
-        shown_default="section data of --config",
+        shown_default="the section data of --config",
         is_everyday=True,
     )
     out: str | None = option(
         None, help="Folder for checkpoints and logs.", metavar="DIR", shown_default="runs/CONFIG", is_everyday=True
     )
-    resume: bool = option(False, help="Continue the run in --out if there is one.", is_everyday=True)
+    resume: bool = option(False, help="Continue the run in the folder --out, if there is one.", is_everyday=True)
     checkpoint: Path | None = option(
-        None, help="Start from these weights instead of random ones.", metavar="FILE", shown_default="none"
+        None, help="Initial weights, instead of random ones.", metavar="FILE", shown_default="none"
     )
     overrides: tuple[str, ...] = option(
-        (), help="Override a setting, such as train.steps=500, repeatable.", flags=("--set",), metavar="KEY=VALUE"
+        (),
+        help="Override a setting of --config, such as train.steps=500, repeatable.",
+        flags=("--set",),
+        metavar="KEY=VALUE",
     )
-    preview: int = option(0, help="Write a contact sheet of N training samples, and exit.", metavar="N", minimum=0)
+    preview: int = option(
+        0, help="Write a contact sheet of N training samples (preview.png), and exit.", metavar="N", minimum=0
+    )
     pack: Path | None = option(
-        None, help="Also write the result with its backbone into one small .safetensors file.", metavar="FILE"
+        None, help="Also write the trained model, with its backbone, into one small .safetensors file.", metavar="FILE"
     )
 
     def check_conflicts(self) -> None:
@@ -656,7 +681,7 @@ class TrainingDeviceOptions(OptionGroup):
     device: str = option("auto", DEVICE)
     workers: int | None = option(
         None,
-        help="Number of processes that make training samples; 0 makes them in the main process.",
+        help="Number of processes that prepare training samples. With 0, the main process prepares them.",
         metavar="N",
         minimum=0,
         shown_default="half of the cores, at most 4",

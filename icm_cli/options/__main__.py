@@ -66,9 +66,10 @@ DOCS_HEAD = """# Options
 Generated from `icm_cli/options` by `python -m icm_cli.options --write`.
 
 In Python, options are keyword arguments of the same name, with `_` for `-`: `--mask-label` is
-`mask_label`. Repeatable options take one value or a list. The last column marks options that
-decide pixels: they are part of the digest that every alpha stores, so a change of their value
-recomputes the alphas.
+`mask_label`. Repeatable options take one value or a list.
+
+The last column marks the options that affect the pixels of an alpha. Their values are part of the
+digest that every alpha stores. If such a value changes, the alphas are recomputed.
 """
 
 
