@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Icm
 from fileseq.frameset import FrameSet
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -291,3 +292,33 @@ def test_images_never_share_an_output(tmp_path_factory: pytest.TempPathFactory, 
         return
     assert len({job.output for job in jobs}) == len(jobs)
     assert all((root / "out") in job.output.parents and job.output.suffix == ".png" for job in jobs)
+
+
+@pytest.mark.parametrize("stem", ["icon@2x", "take#1", "C#", "a##b", "100%done", "$Final"])
+def test_signs_in_names_are_ordinary_characters(icm: Icm, scene: Path, stem: str) -> None:
+    """Frames, a glob and an output folder with ``@``, ``#``, ``%d`` or ``$F`` in their names."""
+    for number in ("0001", "0003"):
+        tree(scene, f"at/{stem}.{number}.png")
+    for src in (f"{stem}.%04d.png", f"{stem}.####.png", f"{stem}.*.png"):
+        result = icm("--dry-run", src=scene / "at" / src)
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout.count(f"{stem}.000") >= 2
+    result = icm("--dry-run", src=scene / "at", frames="1-3")
+    assert result.exit_code == 0, result.stderr
+    assert f"{stem}.####.png has no frame 2" in result.stderr
+
+
+@pytest.mark.parametrize("folder", ["mattes@v1.2", "issue#42.v1", "a##v1.2", "100%done.v2", "v1.0#"])
+def test_output_folder_may_have_signs_in_its_name(icm: Icm, scene: Path, folder: str) -> None:
+    result = icm("--dry-run", out=scene / folder)
+    assert result.exit_code == 0, result.stderr
+    assert f"{folder}/wall.png" in result.stdout
+    with_extension = icm("--dry-run", out=scene / "m.####.txt")
+    assert with_extension.exit_code == 2
+    assert "frame pattern with extension .txt" in with_extension.stderr
+
+
+def test_equally_plausible_placeholders_are_refused(icm: Icm, scene: Path) -> None:
+    result = icm("--dry-run", src=scene / "a.####.b.####.png")
+    assert result.exit_code == 2
+    assert "2 placeholders for a frame number" in result.stderr

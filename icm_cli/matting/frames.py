@@ -17,7 +17,12 @@ from fileseq import constants, filesequence, frameset
 from icm_cli.errors import UsageError
 
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<frame>[._-]?(?P<number>\d+))", re.DOTALL)
-_PLACEHOLDER = re.compile(r"#+|@+|%0?\d*d|\$F\d*")
+_PLACEHOLDER = re.compile(
+    r"##+|@@+"
+    r"|[#@](?![^\W_])"  # icon@2x and take#1 are names
+    r"|%\d+d|%d(?![^\W\d_])"  # 100%done is a name
+    r"|\$F\d+|\$F(?![^\W\d_])"  # $Final is a name
+)
 _RANGE = re.compile(r"(?P<first>-?[0-9]{1,99})(?:-(?P<last>-?[0-9]{1,99})(?:(?P<mode>[xy:])-?(?P<step>[0-9]{1,99}))?)?")
 _NUMBER_MARK = "\0"
 """Replaces the number while wildcards are translated. No file name contains it."""
@@ -63,17 +68,21 @@ class FramePattern:
     def parse(cls, text: str) -> FramePattern | None:
         """Parse a path.
 
-        Returns None if it has no placeholder. Raises UsageError if it has several.
+        Returns None if it has no placeholder. ``#`` and ``@`` that are part of a name, as in
+        ``icon@2x.####.png``, are ordinary characters. Raises UsageError if several placeholders are
+        equally plausible.
         """
         folder, name = str(Path(text).parent), Path(text).name
         placeholders = list(_PLACEHOLDER.finditer(name))
         if not placeholders:
             return None
-        if len(placeholders) > 1:
+        ranks = [_placeholder_rank(name, placeholder) for placeholder in placeholders]
+        if ranks.count(max(ranks)) > 1:
             raise UsageError(
-                f"{text} has {len(placeholders)} placeholders for a frame number; expected one, as in shot.####.exr"
+                f"{text} has {ranks.count(max(ranks))} placeholders for a frame number; expected one, as in "
+                "shot.####.exr"
             )
-        token = placeholders[0]
+        token = placeholders[ranks.index(max(ranks))]
         sequence = filesequence.FileSequence(f"x.{token[0]}.x", pad_style=constants.PAD_STYLE_HASH1)
         return cls(folder, name[: token.start()], name[token.end() :], max(1, sequence.zfill()))
 
@@ -254,3 +263,11 @@ def _group_numbers(paths: Sequence[Path]) -> dict[FramePattern, set[int]]:
             pattern = FramePattern(str(path.parent), before, path.suffix, digits)
             sequences.setdefault(pattern, set()).add(name.number)
     return sequences
+
+
+def _placeholder_rank(name: str, placeholder: re.Match[str]) -> tuple[bool, bool, int]:
+    """Return a rank that is highest for the most plausible placeholder in a name."""
+    text, before, after = placeholder[0], name[: placeholder.start()][-1:], name[placeholder.end() :][:1]
+    is_separate = before in {"", ".", "_", "-"} and after in {"", ".", "_", "-"}
+    is_explicit = text[0] in "%$"
+    return is_explicit, is_separate, 0 if is_explicit else len(text)

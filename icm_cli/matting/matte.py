@@ -366,6 +366,8 @@ def _pattern_and_format(out: str, format_: str | None) -> tuple[FramePattern | N
     if not suffix:
         return None, format_ or "png"
     fitting = next((name for name, suffixes in FORMAT_SUFFIXES.items() if suffix in suffixes), None)
+    if fitting is None and suffix[1:].isdigit():
+        return None, format_ or "png"  # a version: mattes##v1.2
     if fitting is None:
         raise UsageError(f"--out {out} is a frame pattern with extension {suffix}; expected .png, .tif, .tiff or .exr")
     if format_ not in (None, fitting):

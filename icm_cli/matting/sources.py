@@ -146,11 +146,11 @@ def _find_files(src: str | Path, skipped_files: SkippedFiles) -> Sources:
         if file.type.is_movie:
             raise UsageError(f"source {path} {movie_message(path)}")
         return Sources(path.parent, [path], inspected={path: file})
-    if (pattern := FramePattern.parse(text)) is not None:
+    skipped = {}
+    files = list(expand_glob(text, skipped)) if glob.has_magic(text) else []
+    if not files and (pattern := FramePattern.parse(text)) is not None:
         return _find_sequence(pattern, text, skipped_files)
     if glob.has_magic(text):
-        skipped = {}
-        files = list(expand_glob(text, skipped))
         if not files:
             raise UsageError(
                 f"no file matches {text}; no file has this exact name, so *, ? and [] were read as "
