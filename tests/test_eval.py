@@ -250,7 +250,7 @@ def test_sigterm_scores_and_reports_finished_images(data: Path, small_model: Pat
     report = report_of(tmp_path / "r.json")
     assert not report["summary"]["complete"]
     assert "earlier" in (tmp_path / "r.html").read_text()  # an interrupted run does not replace a report
-    assert "left as it was" in rest
+    assert "is unchanged" in rest
     for image in report["images"]:
         assert bool(image["scores"]) == (image["status"] == "done")
         assert Path(image["output"]).exists() == (image["status"] == "done")
