@@ -2,7 +2,7 @@
 
 It is evidence in addition to the coarse alpha of the model, so that it works with any backbone,
 head and edges. The final alpha is then stabilised: it is moved towards that of the frame before, so
-that details that are decided anew in every frame do not flicker. If the frame before failed or does
+that details that are recomputed in every frame do not flicker. If the frame before failed or does
 not show the object, an earlier frame is used.
 """
 
