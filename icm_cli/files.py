@@ -1,4 +1,5 @@
-"""Write files atomically, compute digests, find the cache folder, and walk folders and globs."""
+"""Write files atomically, retry and describe system errors, compute digests, find the cache folder,
+and walk folders and globs."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ import secrets
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import BinaryIO, TypeAlias, TypeVar
 
 from icm_cli.errors import ImageError, OutputError
 
@@ -35,6 +36,71 @@ UNREADABLE = "a folder that cannot be read"
 
 SkippedPaths: TypeAlias = dict[str, list[Path]]
 """Paths that a walk skips, by reason: files, links to folders, and folders that cannot be read."""
+RETRY_DELAYS_S = (0.1, 0.4, 1.0)
+"""Seconds to wait before each further attempt after a transient error."""
+MAX_WASTED_S = 30.0
+"""Seconds that a process waits for operations that fail all the same, after which it waits no longer."""
+Result = TypeVar("Result")
+
+
+def _error_numbers(*names: str) -> frozenset[int]:
+    """Return the numbers of errors; systems without one of them never report it."""
+    return frozenset(getattr(errno, name) for name in names if hasattr(errno, name))
+
+
+_DRIVE_ERRORS = _error_numbers(
+    *("EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "ENOTCONN", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED"),
+    *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET", "ENOLINK", "ESHUTDOWN"),
+)
+_BUSY_ERRORS = _error_numbers("EAGAIN", "EINTR", "EBUSY", "ETXTBSY", "EDEADLK")
+_OPEN_FILES_ERRORS = _error_numbers("EMFILE", "ENFILE")
+_PERMISSION_ERRORS = _error_numbers("EACCES", "EPERM", "EKEYEXPIRED", "EKEYREVOKED", "EKEYREJECTED", "ENOKEY")
+_ERROR_ADVICE = {
+    _DRIVE_ERRORS: "the drive or the network did not answer; check it and run the same command again, which resumes",
+    _BUSY_ERRORS: "another program uses it; run the same command again, which resumes",
+    _OPEN_FILES_ERRORS: "raise the limit, as with ulimit -n 4096, or give fewer --workers",
+    _PERMISSION_ERRORS: "give this user permission",
+    _error_numbers("ENOMEM"): "free memory, and run the same command again, which resumes",
+    _error_numbers("ELOOP"): "the path is a link to itself; check the link",
+    _error_numbers("ENAMETOOLONG"): "the path is too long for this file system; use a shorter one",
+}
+_wasted_s = 0.0
+"""Seconds waited for operations that failed all the same, since a retry last helped."""
+
+
+def is_transient(error: OSError) -> bool:
+    """Return whether an error may go away: the drive did not answer, or too many files are open."""
+    return error.errno in _DRIVE_ERRORS | _BUSY_ERRORS | _OPEN_FILES_ERRORS
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return what the system reports, with advice: the end of a message about a file."""
+    reason = error.strerror or str(error) or type(error).__name__
+    advice = next((text for numbers, text in _ERROR_ADVICE.items() if error.errno in numbers), "")
+    return f"{reason}; {advice}" if advice else reason
+
+
+def retry_transient(operation: Callable[[], Result]) -> Result:
+    """Return the result of an operation, which is repeated up to three times after a transient error.
+
+    Raises the last OSError. While a drive is gone, this does not wait for each of its files.
+    """
+    global _wasted_s
+    delays, waited = iter(RETRY_DELAYS_S), 0.0
+    while True:
+        try:
+            result = operation()
+        except OSError as error:
+            delay = next(delays, None)
+            if delay is None or not is_transient(error) or _wasted_s + waited >= MAX_WASTED_S:
+                _wasted_s += waited
+                raise
+            time.sleep(delay)
+            waited += delay
+        else:
+            if waited:
+                _wasted_s = 0.0
+            return result
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,3 +71,49 @@ def test_digest_depends_on_the_content(tmp_path: Path, monkeypatch: pytest.Monke
     path.write_bytes(b"two!")
     assert files.cached_file_digest(path) != first
     assert files.combined_digest("ab", "c") != files.combined_digest("a", "bc")
+
+
+def test_a_transient_error_is_retried_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+    failures = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EMFILE, "Too many open files")]
+
+    def read() -> str:
+        if failures:
+            raise failures.pop()
+        return "content"
+
+    assert files.retry_transient(read) == "content"
+    assert waits == list(files.RETRY_DELAYS_S[:2])
+    failures[:] = [PermissionError(errno.EACCES, "Permission denied")]
+    with pytest.raises(PermissionError):
+        files.retry_transient(read)
+    assert len(waits) == 2
+
+
+def test_a_drive_that_is_gone_is_not_waited_for_at_each_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(files, "_wasted_s", 0.0)
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+
+    def read() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    for _ in range(100):
+        with pytest.raises(OSError, match="Input/output"):
+            files.retry_transient(read)
+    assert files.MAX_WASTED_S <= sum(waits) < files.MAX_WASTED_S + sum(files.RETRY_DELAYS_S)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ESTALE, "the drive or the network did not answer"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EACCES, "give this user permission"),
+    ],
+)
+def test_system_errors_are_described_with_advice(number: int, advice: str) -> None:
+    assert re.match(
+        f"{re.escape(os.strerror(number))}; .*{advice}", files.describe_os_error(OSError(number, os.strerror(number)))
+    )
