@@ -17,7 +17,7 @@ from PIL import Image
 from icm_cli.errors import ImageError, OutputError
 from icm_cli.images.decoding import frame_count, image_size
 from icm_cli.images.reading import read_alpha, read_image
-from icm_cli.images.writing import read_stamp, write_alpha
+from icm_cli.images.writing import has_changed_pixels, read_stamp, write_alpha
 
 RGB = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 GREY = RGB[..., 0].astype(np.float32) / np.float32(255.0)
@@ -305,7 +305,7 @@ def test_alpha_has_one_channel_and_a_stamp(tmp_path: Path) -> None:
     with Image.open(path) as image:
         assert image.mode == "L"
     assert (read_alpha(path) == RGB[..., 0]).all()
-    assert read_stamp(path) == {"icm-digest": "abc"}
+    assert (read_stamp(path) or {})["icm-digest"] == "abc"
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]
 
 
@@ -323,7 +323,8 @@ def test_damaged_alpha_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, da
         path.write_bytes(
             complete[:at] + bytes([complete[at] ^ (1 << data.draw(st.integers(0, 7)))]) + complete[at + 1 :]
         )
-    assert read_stamp(path) != {"icm-digest": "abc"}
+    stamp = read_stamp(path)
+    assert stamp is None or has_changed_pixels(path, stamp)
 
 
 def test_unwritable_output_is_reported(tmp_path: Path) -> None:

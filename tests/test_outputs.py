@@ -14,14 +14,21 @@ import pytest
 from conftest import Icm, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from test_formats import linear, written
 
 from icm_cli.errors import UsageError
 from icm_cli.geometry import Float
 from icm_cli.images.decoding import decode_image
 from icm_cli.images.pixels import DecodedImage
-from icm_cli.images.writing import OutputFormat, read_stamp, write_alpha
+from icm_cli.images.writing import (
+    BIT_DEPTHS,
+    OutputFormat,
+    has_changed_pixels,
+    read_stamp,
+    write_alpha,
+    write_foreground,
+)
 from icm_cli.matting.foreground import estimate_foreground, trimap_from_alpha
 
 ALPHA = np.linspace(0, 1, 48 * 64, dtype=np.float32).reshape(48, 64)
@@ -63,6 +70,54 @@ def test_other_programs_read_every_output_format(tmp_path: Path, name: str, dept
             assert image.size == (64, 48)
     np.testing.assert_allclose(found, ALPHA, atol=tolerance)
     assert {key: value for key, value in (read_stamp(path) or {}).items() if key in STAMP} == STAMP
+
+
+WRITTEN = [
+    OutputFormat(form, depth, foreground=foreground)
+    for form, depths in BIT_DEPTHS.items()
+    for depth in depths
+    for foreground in ("none", "straight", "premultiplied")
+    if (form, foreground) != ("png", "premultiplied")
+]
+
+
+@pytest.mark.parametrize("output", WRITTEN, ids=lambda output: f"{output.format}-{output.depth}-{output.foreground}")
+def test_changed_pixels_are_recognised_in_every_output_format(tmp_path: Path, output: OutputFormat) -> None:
+    path, other = tmp_path / f"a{output.suffix}", tmp_path / f"b{output.suffix}"
+    rng = np.random.default_rng(0)
+    source = DecodedImage(rng.random((48, 64, 3), np.float32), None, 1.0, "sRGB")
+    alpha = rng.random((48, 64), np.float32)
+    changed = alpha.copy()
+    changed[20, 30] = 1 - changed[20, 30]
+    for file, values in ((path, alpha), (other, changed)):
+        if output.foreground == "none":
+            write_alpha(file, values, STAMP, output, source)
+        else:
+            write_foreground(file, source.pixels, values, STAMP, output, source)
+    stamp = read_stamp(path)
+    assert stamp is not None
+    assert not has_changed_pixels(path, stamp)
+    for file in (path, other):  # another program saves the file
+        file.write_bytes(re.sub(rb"(?s).{4}tEXticm-file.{69}", b"", file.read_bytes()))
+    assert not has_changed_pixels(path, stamp)
+    assert has_changed_pixels(other, stamp)
+    assert not has_changed_pixels(other, {key: value for key, value in stamp.items() if key != "icm-pixels"})
+
+
+def test_png_that_another_program_saved_unchanged_is_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    write_alpha(path, ALPHA, STAMP)
+    stamp = read_stamp(path) or {}
+    texts = PngImagePlugin.PngInfo()
+    for key, value in stamp.items():
+        texts.add_text(key, value)
+    with Image.open(path) as image:
+        pixels = np.array(image)
+    Image.fromarray(pixels).save(path, pnginfo=texts, optimize=True)
+    assert not has_changed_pixels(path, read_stamp(path) or {})
+    pixels[20, 30] ^= 1
+    Image.fromarray(pixels).save(path, pnginfo=texts)
+    assert has_changed_pixels(path, read_stamp(path) or {})
 
 
 @pytest.mark.parametrize("name", ["png", "tiff", "exr"])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
 import shutil
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +24,10 @@ from icm_cli.errors import UsageError
 from icm_cli.files import atomic_write
 from icm_cli.geometry import Float, round_to_u8
 from icm_cli.images.colour import colour_space_attributes, to_scene_linear
-from icm_cli.images.decoding import DECODE_ERRORS
+from icm_cli.images.decoding import DECODE_ERRORS, decode_image, open_image
 from icm_cli.images.image_file import ICM_ALPHA_MARK
 from icm_cli.images.pixels import DecodedImage
+from icm_cli.images.reading import LABEL_VALUES
 from icm_cli.options import BitDepth, ForegroundMode, ImageFormat, TrimapMode
 
 BIT_DEPTHS: Mapping[ImageFormat, tuple[BitDepth, ...]] = {
@@ -40,7 +44,11 @@ space."""
 STAMP_KEY = "ImageDescription"
 """Attribute of a TIFF or EXR that holds the stamp as JSON."""
 NO_ATTRIBUTES: Mapping[str, Any] = {}
+PIXELS_KEY = "icm-pixels"
+"""Key of the digest of the pixels, by which a retouched alpha is recognised."""
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+_PNG_SEAL_BYTES = 85 + len(_PNG_END)
+"""Size of the chunk that :func:`_sealed_png` adds, and of the end."""
 _OIIO_TYPES: Mapping[BitDepth, str] = {"8": "uint8", "16": "uint16", "half": "half", "float": "float"}
 
 
@@ -153,23 +161,21 @@ def write_foreground(
     An EXR stores them scene-linear. ``config``: the OpenColorIO configuration with the colour space
     of the source.
     """
-    label: dict[str, Any] = {}
+    attributes: Mapping[str, Any] = NO_ATTRIBUTES
     if output.format == "exr":
         colours, space = to_scene_linear(colours, source.space, config)
-        label = colour_space_attributes(space, config)
+        attributes = colour_space_attributes(space, config)
     written = colours * alpha[..., None] if output.is_premultiplied else colours
     pixels = np.concatenate([written, alpha[..., None]], axis=-1)
-    names = ("R", "G", "B", "A")
     is_associated = output.is_premultiplied and output.format == "tiff"  # PNG supports straight alpha only
-    _write_image(
-        path, pixels, names, stamp, output.format, output.depth_for(source), source, label, is_associated=is_associated
-    )
+    depth, channels = output.depth_for(source), ("R", "G", "B", "A")
+    _write_image(path, pixels, channels, stamp, output.format, depth, source, attributes, is_associated=is_associated)
 
 
 def write_trimap(path: Path, trimap: NDArray[np.uint8], stamp: Mapping[str, str]) -> None:
     """Write a trimap, uint8 [H,W] with 0, 128 and 255, as PNG."""
     values = trimap[..., None].astype(np.float32) / np.float32(255.0)
-    _write_image(path, values, ("Y",), stamp, "png", "8", None)
+    _write_image(path, values, ("Y",), stamp, "png", "8")
 
 
 def read_stamp(path: Path) -> dict[str, str] | None:
@@ -189,6 +195,25 @@ def read_stamp(path: Path) -> dict[str, str] | None:
     if not data.endswith(_PNG_END):
         return None
     return {str(key): value for key, value in stamp.items() if isinstance(value, str)}
+
+
+def has_changed_pixels(path: Path, stamp: Mapping[str, str]) -> bool:
+    """Whether the pixels of a file with this stamp are not those that icm wrote: it was retouched.
+
+    False for files of icm 0.1, which have no digest of their pixels. A PNG that is unchanged is not
+    decoded. Raises ImageError.
+    """
+    expected = stamp.get(PIXELS_KEY)
+    if expected is None:
+        return False
+    with open_image(path) as file:
+        if file.type.name == "png":
+            content = file.stream.read()
+            if content == _sealed_png(content[:-_PNG_SEAL_BYTES]):
+                return False
+        decoded = decode_image(file, wanted=LABEL_VALUES)
+    channels = [decoded.pixels] if decoded.alpha is None else [decoded.pixels, decoded.alpha[..., None]]
+    return _pixel_digest(np.concatenate(channels, axis=-1)) != expected
 
 
 def _read_openimageio_stamp(path: Path) -> dict[str, str] | None:
@@ -211,65 +236,73 @@ def _read_openimageio_stamp(path: Path) -> dict[str, str] | None:
 def _write_image(
     path: Path,
     pixels: Float,
-    names: tuple[str, ...],
+    channels: tuple[str, ...],
     stamp: Mapping[str, str],
     format_: ImageFormat,
     depth: BitDepth,
-    source: DecodedImage | None,
-    label: Mapping[str, Any] = NO_ATTRIBUTES,
+    source: DecodedImage | None = None,
+    attributes: Mapping[str, Any] = NO_ATTRIBUTES,
     *,
     is_associated: bool = False,
 ) -> None:
+    """Write pixels [H,W,C] on the scale 0..1. ``attributes``: further ones of an EXR."""
+    values = _quantize(pixels, depth)
+    stamp = {**stamp, PIXELS_KEY: _pixel_digest(values)}
     with atomic_write(path) as file:
-        if format_ == "png":
+        if format_ == "png" and (depth == "8" or len(channels) == 1):
             info = PngImagePlugin.PngInfo()
             for key, value in stamp.items():
                 info.add_text(key, value)
-            options = {"format": "PNG", "compress_level": PNG_COMPRESSION, "pnginfo": info}
-            if depth == "8" or len(names) == 1:
-                values = round_to_u8(pixels * np.float32(255.0)) if depth == "8" else _to_16_bits(pixels)
-                Image.fromarray(values if len(names) > 1 else values[..., 0]).save(file, **options)  # type: ignore[arg-type]
-                return
-        _write_with_openimageio(
-            Path(file.name), pixels, names, stamp, format_, depth, source, label, int(not is_associated)
-        )
+            encoded = io.BytesIO()
+            image = Image.fromarray(values if len(channels) > 1 else values[..., 0])
+            image.save(encoded, format="PNG", compress_level=PNG_COMPRESSION, pnginfo=info)
+            file.write(_sealed_png(encoded.getvalue().removesuffix(_PNG_END)))
+            return
+        spec = oiio.ImageSpec(values.shape[1], values.shape[0], len(channels), _OIIO_TYPES[depth])
+        spec.channelnames = channels
+        if "A" in channels:
+            spec.alpha_channel = channels.index("A")
+        # Without DateTime, OpenImageIO would write the time of day, and equal alphas would differ.
+        in_description = {STAMP_KEY: json.dumps(stamp), "DateTime": "", **attributes}
+        for key, value in (stamp if format_ == "png" else in_description).items():
+            spec.attribute(key, *((f"float[{len(value)}]", value) if isinstance(value, tuple) else (value,)))
+        spec.attribute("compression", "zip")
+        spec.attribute("oiio:UnassociatedAlpha", int(not is_associated))  # describes the pixels, which stay unchanged
+        if format_ == "exr" and source is not None:
+            source.copy_metadata_to(spec)
+        writer = oiio.ImageOutput.create(format_)
+        assert writer is not None
+        if not (writer.open(file.name, spec) and writer.write_image(values) and writer.close()):
+            raise _write_failure(Path(file.name), writer.geterror(), values.nbytes)
 
 
-def _write_with_openimageio(
-    path: Path,
-    pixels: Float,
-    names: tuple[str, ...],
-    stamp: Mapping[str, str],
-    format_: ImageFormat,
-    depth: BitDepth,
-    source: DecodedImage | None,
-    label: Mapping[str, Any],
-    straight: int,
-) -> None:
-    height, width = pixels.shape[:2]
-    spec = oiio.ImageSpec(width, height, len(names), _OIIO_TYPES[depth])
-    spec.channelnames = names
-    if "A" in names:
-        spec.alpha_channel = names.index("A")
-    if format_ == "png":
-        for key, value in stamp.items():
-            spec.attribute(key, value)
-    else:
-        spec.attribute(STAMP_KEY, json.dumps(dict(stamp)))
-        spec.attribute("DateTime", "")  # OpenImageIO would write the time of day, and equal alphas would differ
-    for key, value in label.items():
-        spec.attribute(key, *((f"float[{len(value)}]", value) if isinstance(value, tuple) else (value,)))
-    spec.attribute("compression", "zip")
-    spec.attribute("oiio:UnassociatedAlpha", straight)  # describes the pixels, which are written unchanged
-    if format_ == "exr" and source is not None:
-        source.copy_metadata_to(spec)
-    values: NDArray[Any] = pixels
-    if depth in ("8", "16"):
-        values = round_to_u8(pixels * np.float32(255.0)) if depth == "8" else _to_16_bits(pixels)
-    writer = oiio.ImageOutput.create(format_)
-    assert writer is not None
-    if not (writer.open(str(path), spec) and writer.write_image(np.ascontiguousarray(values)) and writer.close()):
-        raise _write_failure(path, writer.geterror(), values.nbytes)
+def _quantize(pixels: Float, depth: BitDepth) -> NDArray[Any]:
+    """Return pixels on the scale 0..1 as the values that a file of this depth stores."""
+    if depth == "8":
+        return round_to_u8(pixels * np.float32(255.0))
+    if depth == "16":
+        return np.clip(pixels * np.float32(65535.0) + 0.5, 0, 65535).astype(np.uint16)
+    with np.errstate(over="ignore"):  # values above 65504 are infinite in a half
+        return np.ascontiguousarray(pixels, np.float16 if depth == "half" else np.float32)
+
+
+def _pixel_digest(values: NDArray[Any]) -> str:
+    """Return the SHA-256 of the stored values [H,W,C] as hexadecimal digits.
+
+    It is equal for halves and floats of equal values.
+    """
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)  # as they are read
+    hasher = hashlib.sha256(f"{values.dtype} {values.shape}".encode())
+    hasher.update(np.ascontiguousarray(values))
+    return hasher.hexdigest()
+
+
+def _sealed_png(content: bytes) -> bytes:
+    """Return a PNG, given without its end, with a digest of its bytes: an unchanged file needs no decoding."""
+    name_and_text = b"tEXticm-file\0" + hashlib.sha256(content).hexdigest().encode()
+    chunk = struct.pack(">I", len(name_and_text) - 4) + name_and_text + struct.pack(">I", zlib.crc32(name_and_text))
+    return content + chunk + _PNG_END
 
 
 def _write_failure(path: Path, text: str, size: int) -> OSError:
@@ -280,7 +313,3 @@ def _write_failure(path: Path, text: str, size: int) -> OSError:
     if shutil.disk_usage(path.parent).free < size:  # libtiff gives no reason
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return OSError((text.strip().splitlines() or ["unknown reason"])[0].replace(str(path), "the file").rstrip("."))
-
-
-def _to_16_bits(pixels: Float) -> NDArray[np.uint16]:
-    return np.clip(pixels * np.float32(65535.0) + 0.5, 0, 65535).astype(np.uint16)
