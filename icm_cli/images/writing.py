@@ -294,7 +294,7 @@ def _pixel_digest(values: NDArray[Any]) -> str:
     if values.dtype.kind == "f":
         values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)  # as they are read
     hasher = hashlib.sha256(f"{values.dtype} {values.shape}".encode())
-    hasher.update(np.ascontiguousarray(values))
+    hasher.update(np.ascontiguousarray(values).data)
     return hasher.hexdigest()
 
 
