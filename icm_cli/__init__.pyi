@@ -13,8 +13,8 @@ from icm_cli.options import (
     EdgeMethod,
     ForegroundMode,
     ImageFormat,
-    Lineage,
     MaskOrientation,
+    MetricVariant,
     MissingPolicy,
     Region,
     ScoredSize,
@@ -109,7 +109,8 @@ def matte(
         foreground: Write RGBA: the colours of the object without the background, straight or
             premultiplied. auto is premultiplied for EXR and straight otherwise.
         invert: Write the holdout matte, 1 - alpha.
-        trimap: Write a trimap next to the alpha (name.trimap.png), or instead of it.
+        trimap: Write a trimap: also (next to the alpha, as NAME.trimap.png), or instead of the
+            alpha.
         trimap_band: Distance from the edge, in pixels, within which the trimap is unknown.
         overwrite: Recompute alphas that exist, and replace files that icm did not write.
         keep_existing: Keep every alpha that icm made from the same source, even if another version
@@ -176,7 +177,7 @@ def evaluate(
     rounds: int | None = None,
     region: Region | Sequence[Region] = (),
     size: ScoredSize | None = None,
-    lineage: Lineage | None = None,
+    metric_variant: MetricVariant | None = None,
     trimap_kernel: int | None = None,
     allow: str | Sequence[str] = (),
     model: str | None = None,
@@ -220,8 +221,8 @@ def evaluate(
             deviation over the rounds.
         region: Region that is scored, repeatable.
         size: Size at which alphas are scored.
-        lineage: Variant of the metrics GRAD and CONN: that of the Composition-1k code, or that of
-            the AIM-500 code.
+        metric_variant: Variant of the metrics GRAD and CONN: composition (code of Composition-1k)
+            or aim (code of AIM-500).
         trimap_kernel: Size of the unknown region if there is no published trimap: side in pixels of
             the square that dilates the pixels with 0 < alpha < 1.
         allow: Kind of bad data that does not count as a failure, such as empty-alpha, repeatable.

@@ -255,7 +255,7 @@ def _protocol_line(protocol: Mapping[str, Any], note: str | None) -> str | None:
     parts = [
         protocol["title"],
         f"size {protocol['size']}",
-        f"GRAD and CONN of the {protocol['lineage']} lineage",
+        f"GRAD and CONN of the {protocol['metric_variant']} variant",
         "1 round" if protocol["rounds"] == 1 else f"{protocol['rounds']} rounds",
         f"references per group: {protocol['refs_per_group']}" if protocol["refs_per_group"] else "no references",
     ]

@@ -1,6 +1,6 @@
 """Reference implementation of the metrics with SciPy and scikit-image.
 
-It covers both lineages, composition and AIM. Alphas are float64 [H,W] in 0..1.
+It covers both variants, composition and AIM. Alphas are float64 [H,W] in 0..1.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ STEP = 0.1
 SIGMA = 1.4
 
 
-def plain_metrics(pred: NDArray[np.uint8], truth: NDArray[np.uint8], lineage: str, inside: NDArray[np.bool_]) -> Map:
+def plain_metrics(pred: NDArray[np.uint8], truth: NDArray[np.uint8], variant: str, inside: NDArray[np.bool_]) -> Map:
     """Return [MSE, SAD, GRAD, CONN] over the pixels ``inside``."""
     a, b = pred / 255.0, truth / 255.0
     gradient, connectivity = {
         "composition": (composition_gradient, composition_connectivity),
         "aim": (aim_gradient, aim_connectivity),
-    }[lineage]
+    }[variant]
     return np.array(
         [
             np.square(a - b)[inside].mean(),

@@ -270,7 +270,7 @@ VALUES = {
     **dict.fromkeys(
         ("--rounds", "--refs-per-group", "--trimap-kernel", "--batch-size", "--seed", "--workers", "--learn-steps"), "2"
     ),
-    **{"--region": "whole", "--size": "original", "--lineage": "aim", "--split": "test", "--dtype": "auto"},
+    **{"--region": "whole", "--size": "original", "--metric-variant": "aim", "--split": "test", "--dtype": "auto"},
     "--edges": "vitmatte",
     **{"--device": "auto", "--allow": "empty-alpha", "--dataset": "folder"},
 }
@@ -300,7 +300,7 @@ def test_eval_options_declare_whether_a_model_uses_them() -> None:
     """Every option declares whether a model uses it. The options listed here also apply to
     --pred."""
     read = {"dataset", "data_root", "images", "alphas", "trimaps", "groups", "backgrounds", "split", "video", "pred"}
-    read |= {"references", "rounds", "region", "size", "lineage", "trimap_kernel"}
+    read |= {"references", "rounds", "region", "size", "metric_variant", "trimap_kernel"}
     read |= {"workers", "note", "report", "allow", "quiet", "verbose", "compare"}
     assert set(EVALUATE_OPTIONS) - read == set(EvaluateOptions.matting_names())
 

@@ -190,12 +190,12 @@ def test_dt_ssd_is_computed_between_consecutive_frames(tmp_path: Path) -> None:
 
 def test_reports_state_the_protocol(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     copy_alphas(data, tmp_path / "pred")
-    options = {"region": ["unknown", "whole"], "size": "long1024", "lineage": "aim", "trimap_kernel": 9}
+    options = {"region": ["unknown", "whole"], "size": "long1024", "metric_variant": "aim", "trimap_kernel": 9}
     pages = [tmp_path / "r.json", tmp_path / "r.html"]
     result = evaluate(pred=tmp_path / "pred", report=pages, note="alphas are pseudo", **options)
     protocol = report_of(tmp_path / "r.json")["settings"]["protocol"]
     assert protocol["regions"] == ["whole", "unknown"]
-    assert (protocol["size"], protocol["lineage"]) == ("long1024", "aim")
+    assert (protocol["size"], protocol["metric_variant"]) == ("long1024", "aim")
     assert "9 px" in protocol["unknown_region"]
     for text in (result.stdout, (tmp_path / "r.html").read_text()):
         assert "long1024" in text
@@ -210,7 +210,7 @@ def test_reports_state_the_protocol(evaluate: Evaluate, data: Path, tmp_path: Pa
         ({"dataset": None}, "--dataset"),
         ({"region": "hole"}, "Did you mean 'whole'"),
         ({"size": "long2048"}, "Did you mean 'long1024'"),
-        ({"lineage": "dim"}, "aim"),
+        ({"metric_variant": "dim"}, "aim"),
         ({"allow": "empty"}, "empty-alpha"),
         ({"rounds": 0}, "1 or more"),
         ({"refs_per_group": 0}, "1 or more"),

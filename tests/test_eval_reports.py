@@ -82,7 +82,7 @@ def test_csv_has_a_row_for_every_image(evaluate: Evaluate, tmp_path: Path) -> No
     for metric in ("mse", "sad", "grad", "conn", "mad"):
         assert all(float(line[f"{region}_{metric}"]) >= 0 for line in lines for region in ("whole", "unknown"))
     assert {line["group"] for line in lines} == {"a", "b"}
-    assert {(line["scored_size"], line["scored_lineage"]) for line in lines} == {("original", "composition")}
+    assert {(line["scored_size"], line["scored_metric_variant"]) for line in lines} == {("original", "composition")}
 
 
 def test_json_contains_versions_hardware_and_timing(evaluate: Evaluate, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_matte_writes_the_same_page(data: Path, tmp_path: Path, small_model: Pat
     assert result.exit_code == 0
     text = (tmp_path / "r.html").read_text()
     assert "Worst images" in text
-    assert "lineage" in text
+    assert "metric_variant" in text
     for image in report_of(tmp_path / "r.json")["images"]:
         alpha, truth = read(Path(image["output"])), read(data / "alphas" / "a" / Path(image["output"]).name)
         assert image["scores"]["whole"]["grad"] == compute_scores(alpha, truth)["whole"].grad

@@ -62,7 +62,7 @@ def collision(scene: Path) -> dict[str, object]:
 
 def trimap_collision(scene: Path) -> dict[str, object]:
     shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "wall.trimap.jpg")
-    return {"trimap": "beside"}
+    return {"trimap": "also"}
 
 
 def over_the_mask(scene: Path) -> dict[str, object]:

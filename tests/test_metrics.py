@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from plain_metrics import plain_metrics
 
-from icm_cli.options import Lineage
-from icm_cli.reports.result import LINEAGES, Scores
+from icm_cli.options import MetricVariant
+from icm_cli.reports.result import METRIC_VARIANTS, Scores
 from icm_cli.scoring.metrics import compute_dt_ssd, compute_scores
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
@@ -64,32 +64,34 @@ def test_aim_scores_over_the_unknown_region(i: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(pairs(), st.sampled_from(LINEAGES))
-def test_equal_to_the_reference_implementation(two: tuple[np.ndarray, np.ndarray], lineage: Lineage) -> None:
+@given(pairs(), st.sampled_from(METRIC_VARIANTS))
+def test_equal_to_the_reference_implementation(two: tuple[np.ndarray, np.ndarray], variant: MetricVariant) -> None:
     pred, truth = two
-    expected = plain_metrics(pred, truth, lineage, np.ones(pred.shape, bool))
+    expected = plain_metrics(pred, truth, variant, np.ones(pred.shape, bool))
     np.testing.assert_allclose(
-        four_scores(compute_scores(pred, truth, lineage)["whole"]), expected, rtol=1e-6, atol=1e-12
+        four_scores(compute_scores(pred, truth, variant)["whole"]), expected, rtol=1e-6, atol=1e-12
     )
 
 
 @settings(deadline=None)
-@given(alpha, st.sampled_from(LINEAGES))
-def test_scores_of_the_ground_truth_are_zero(truth: np.ndarray, lineage: Lineage) -> None:
-    assert dataclasses.astuple(compute_scores(truth, truth, lineage)["whole"]) == (0, 0, 0, 0, 0)
+@given(alpha, st.sampled_from(METRIC_VARIANTS))
+def test_scores_of_the_ground_truth_are_zero(truth: np.ndarray, variant: MetricVariant) -> None:
+    assert dataclasses.astuple(compute_scores(truth, truth, variant)["whole"]) == (0, 0, 0, 0, 0)
 
 
 @settings(deadline=None)
-@given(pairs(), st.sampled_from(LINEAGES))
-def test_symmetric_in_alpha_and_truth(two: tuple[np.ndarray, np.ndarray], lineage: Lineage) -> None:
+@given(pairs(), st.sampled_from(METRIC_VARIANTS))
+def test_symmetric_in_alpha_and_truth(two: tuple[np.ndarray, np.ndarray], variant: MetricVariant) -> None:
     a, b = two
-    assert compute_scores(a, b, lineage) == compute_scores(b, a, lineage)
+    assert compute_scores(a, b, variant) == compute_scores(b, a, variant)
 
 
 @settings(deadline=None)
-@given(pairs(), st.sampled_from(LINEAGES))
-def test_scores_are_not_negative_and_means_at_most_one(two: tuple[np.ndarray, np.ndarray], lineage: Lineage) -> None:
-    scores = compute_scores(*two, lineage)["whole"]
+@given(pairs(), st.sampled_from(METRIC_VARIANTS))
+def test_scores_are_not_negative_and_means_at_most_one(
+    two: tuple[np.ndarray, np.ndarray], variant: MetricVariant
+) -> None:
+    scores = compute_scores(*two, variant)["whole"]
     assert all(value >= 0 for value in dataclasses.astuple(scores))
     assert scores.mse <= scores.mad <= 1
     assert scores.sad * 1000 == pytest.approx(scores.mad * two[0].size)
@@ -129,11 +131,11 @@ def test_different_sizes_are_refused() -> None:
         compute_scores(np.zeros((4, 5), np.uint8), np.zeros((5, 4), np.uint8))
 
 
-def test_lineages_differ_if_the_background_is_the_largest_component() -> None:
+def test_variants_differ_if_the_background_is_the_largest_component() -> None:
     truth = np.zeros((60, 60), np.uint8)
     cv2.circle(truth, (30, 30), 9, 255, -1)
     pred = cv2.GaussianBlur(truth, (0, 0), 3)
-    composition, aim = (compute_scores(pred, truth, lineage)["whole"] for lineage in LINEAGES)
+    composition, aim = (compute_scores(pred, truth, variant)["whole"] for variant in METRIC_VARIANTS)
     assert composition.mse == aim.mse
     assert composition.conn != aim.conn
     assert composition.grad != aim.grad

@@ -300,19 +300,19 @@ def test_outputs_contain_no_time_of_day(icm: Icm, scene: Path, form: str) -> Non
 def test_trimaps_and_inverted_alphas_are_written(icm: Icm, scene: Path) -> None:
     assert icm().exit_code == 0
     alpha = read(scene / "out" / "wall.png")
-    assert icm(out=scene / "b", trimap="beside", trimap_band=6).exit_code == 0
+    assert icm(out=scene / "b", trimap="also", trimap_band=6).exit_code == 0
     assert (read(scene / "b" / "wall.png") == alpha).all()
     trimap = read(scene / "b" / "wall.trimap.png")
     assert set(np.unique(trimap)) == {0, 128, 255}
     assert (alpha[trimap == 255] > 240).all()
     assert (alpha[trimap == 0] < 15).all()
     (scene / "b" / "wall.trimap.png").unlink()
-    assert icm(out=scene / "b", trimap="beside", trimap_band=6).exit_code == 0
+    assert icm(out=scene / "b", trimap="also", trimap_band=6).exit_code == 0
     assert (scene / "b" / "wall.trimap.png").exists()  # recomputed with its alpha
     shutil.copy(scene / "imgs" / "wall.jpg", scene / "wall.trimap.jpg")
     other = icm(src=scene / "wall.trimap.jpg", out=scene / "e")
     assert other.exit_code == 0
-    refused = icm(src=scene / "imgs" / "wall.jpg", out=scene / "e", trimap="beside")
+    refused = icm(src=scene / "imgs" / "wall.jpg", out=scene / "e", trimap="also")
     assert refused.exit_code == 2
     assert "wall.trimap.png is the alpha of" in refused.stderr
     assert icm(out=scene / "c", trimap="instead", trimap_band=6).exit_code == 0

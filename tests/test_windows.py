@@ -154,7 +154,7 @@ def test_files_without_windows_cover_the_display_window(icm: Icm, scene: Path, s
     for name in ("a", "b"):
         write_cropped_exr(scene / "exr" / f"{name}.exr", rgb, box)
     assert icm(src=scene / "exr", out=scene / "windows", format="exr", depth="float").exit_code == 0
-    result = icm("--quiet", src=scene / "exr", contact_sheet=scene / "sheet.png", trimap="beside")
+    result = icm("--quiet", src=scene / "exr", contact_sheet=scene / "sheet.png", trimap="also")
     assert result.exit_code == 0
     alpha = read(scene / "out" / "a.png")
     assert alpha.shape == read(scene / "out" / "a.trimap.png").shape == (height, width)
@@ -166,7 +166,7 @@ def test_files_without_windows_cover_the_display_window(icm: Icm, scene: Path, s
     description = f"a data window of {box[2]}x{box[3]} at ({box[0]},{box[1]}) in a display window of {width}x{height}"
     assert description in messages
     assert read(scene / "messages" / "a.png").shape == (height, width, 4)
-    assert icm(src=scene / "exr", trimap="beside").exit_code == 0
+    assert icm(src=scene / "exr", trimap="also").exit_code == 0
     assert (scene / "out" / "a.png").stat().st_mtime_ns == before
     assert icm("--invert", src=scene / "exr", out=scene / "inverted").exit_code == 0
     assert np.abs(read(scene / "inverted" / "a.png").astype(int) + alpha - 255).max() <= 1
@@ -204,7 +204,7 @@ def test_windows_of_a_rotated_source_are_ignored(icm: Icm, scene: Path, turn: in
 def test_trimap_of_an_exr_covers_the_display_window(icm: Icm, scene: Path) -> None:
     rgb = linear(read(next((scene / "imgs").glob("wall.*")))[..., 2::-1])
     write_cropped_exr(scene / "a.exr", rgb, (20, 10, 100, 70))
-    result = icm(src=scene / "a.exr", format="exr", trimap="beside")
+    result = icm(src=scene / "a.exr", format="exr", trimap="also")
     assert "every trimap covers the display window" in " ".join(result.stderr.split())
     assert read(scene / "out" / "a.trimap.png").shape == rgb.shape[:2]
     assert read_alpha(scene / "out" / "a.exr").shape == rgb.shape[:2]

@@ -20,7 +20,7 @@ from icm_cli.datasets.layouts import (
     strip_last_number,
 )
 from icm_cli.errors import Problem, UsageError, did_you_mean
-from icm_cli.options import DatasetName, Lineage, Region, ScoredSize, Split
+from icm_cli.options import DatasetName, MetricVariant, Region, ScoredSize, Split
 
 ONE_GROUP = "all"
 """Group of all images of a dataset without published groups."""
@@ -32,7 +32,7 @@ class ScoringConventions:
 
     regions: tuple[Region, ...] = ("whole",)
     size: ScoredSize = "original"
-    lineage: Lineage = "composition"
+    metric_variant: MetricVariant = "composition"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class DatasetSamples:
     """Whether the images are foregrounds that must be composited onto backgrounds."""
 
 
-AIM = ScoringConventions(("whole", "unknown"), lineage="aim")
+AIM = ScoringConventions(("whole", "unknown"), metric_variant="aim")
 COMPOSITION = ScoringConventions(("unknown",))
 FOREGROUND_PATTERN = r"(.+)_\d+$"
 """Names of composites are FOREGROUND_NUMBER."""

@@ -164,7 +164,7 @@ def _make_rule(dataset_samples: DatasetSamples, options: ProtocolOptions, *, has
     return ScoringRule(
         tuple(region for region in REGIONS if region in regions),
         options.size or dataset.conventions.size,
-        options.lineage or dataset.conventions.lineage,
+        options.metric_variant or dataset.conventions.metric_variant,
         options.trimap_kernel or ScoringRule.trimap_kernel_px,
         dataset.has_detail_maps,
         dataset.has_shots,

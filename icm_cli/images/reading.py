@@ -204,7 +204,7 @@ def _alpha_or_brightest(image: SourceImage) -> ImageU8:
 class CompositeSource:
     """A foreground, its alpha and a background, from which an image is composed in memory.
 
-    The test sets of the composition lineage are made in this way.
+    The test sets of the composition variant are made in this way.
     """
 
     foreground: Path

@@ -92,7 +92,7 @@ class OutputFormat:
         if output.trimap == "none" and output.band_px != cls.band_px:
             raise UsageError(
                 f"--trimap-band is {output.band_px}, and no trimap is written; give --trimap "
-                "beside or instead, or omit --trimap-band"
+                "also or instead, or omit --trimap-band"
             )
         if output.foreground != "none" and (output.invert or output.trimap == "instead"):
             raise UsageError(

@@ -323,7 +323,7 @@ class Engine:
         output, job, windows = self.options.output, image.job, image.windows
         if output.trimap != "none":
             trimap = windows.move_pixels(trimap_from_alpha(alpha, output.band_px), windows.display_window)
-            write_trimap(job.trimap if output.trimap == "beside" else job.output, trimap, stamp)
+            write_trimap(job.trimap if output.trimap == "also" else job.output, trimap, stamp)
         if output.trimap == "instead":
             return
         if output.foreground != "none":

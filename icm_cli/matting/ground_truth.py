@@ -17,7 +17,7 @@ from icm_cli.scoring.rule import ScoringRule
 from icm_cli.scoring.task import ScoreTask
 
 RULE = ScoringRule()
-"""Scores cover the whole image at its own size, with GRAD and CONN of the composition lineage."""
+"""Scores cover the whole image at its own size, with GRAD and CONN of the composition variant."""
 
 
 def attach_ground_truth(jobs: Sequence[Job], where: str | Path) -> tuple[list[Job], list[Path], list[Problem]]:

@@ -343,7 +343,7 @@ def _output_and_layout(options: OutputOptions) -> tuple[OutputFormat, OutputLayo
     if options.keep_suffix:
         template = "{stem}{frame}{suffix}"
     folder = Path(options.out if pattern is None else pattern.folder)
-    return output, OutputLayout(folder, template, output.suffix, pattern, has_trimap=output.trimap == "beside")
+    return output, OutputLayout(folder, template, output.suffix, pattern, has_trimap=output.trimap == "also")
 
 
 def _pattern_and_format(out: str, format_: str | None) -> tuple[FramePattern | None, str]:

@@ -32,13 +32,13 @@ DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 ImageFormat = Literal["png", "tiff", "exr"]
 BitDepth = Literal["8", "16", "half", "float"]
 ForegroundMode = Literal["none", "auto", "straight", "premultiplied"]
-TrimapMode = Literal["none", "beside", "instead"]
+TrimapMode = Literal["none", "also", "instead"]
 MissingPolicy = Literal["skip", "report", "error"]
 ProgressMode = Literal["auto", "plain", "none", "json", "openjd"]
 Split = Literal["test", "train"]
 ScoredSize = Literal["original", "long1024", "square768"]
 Region = Literal["whole", "unknown"]
-Lineage = Literal["composition", "aim"]
+MetricVariant = Literal["composition", "aim"]
 DatasetName = Literal[
     "aim500",
     "icm57",
@@ -178,7 +178,7 @@ class OutputOptions(OptionGroup):
     invert: bool = option(False, help="Write the holdout matte, 1 - alpha.", digest=DigestPart.VALUE)
     trimap: TrimapMode = option(
         "none",
-        help="Write a trimap next to the alpha (name.trimap.png), or instead of it.",
+        help="Write a trimap: also (next to the alpha, as NAME.trimap.png), or instead of the alpha.",
         digest=DigestPart.VALUE,
     )
     trimap_band: int = option(
@@ -544,9 +544,9 @@ class ProtocolOptions(OptionGroup):
         (), help="Region that is scored, repeatable.", shown_default="that of the dataset"
     )
     size: ScoredSize | None = option(None, help="Size at which alphas are scored.", shown_default="that of the dataset")
-    lineage: Lineage | None = option(
+    metric_variant: MetricVariant | None = option(
         None,
-        help="Variant of the metrics GRAD and CONN: that of the Composition-1k code, or that of the AIM-500 code.",
+        help="Variant of the metrics GRAD and CONN: composition (code of Composition-1k) or aim (code of AIM-500).",
         shown_default="that of the dataset",
     )
     trimap_kernel: int | None = option(

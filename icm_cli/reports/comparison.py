@@ -14,7 +14,7 @@ from icm_cli.options import Region
 from icm_cli.reports.result import METRICS, REGIONS
 
 ImageKey = tuple[int, str]
-PROTOCOL_KEYS = ("dataset", "split", "regions", "size", "lineage", "unknown_region", "rounds", "refs_per_group")
+PROTOCOL_KEYS = ("dataset", "split", "regions", "size", "metric_variant", "unknown_region", "rounds", "refs_per_group")
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,8 @@ PUBLISHED_SCORES: dict[str, tuple[PublishedScores, ...]] = {
 
 FULL_SIZE = {"ICM-57": 232, "AIM-500": 500}
 """Number of images of the datasets."""
-PAPER_LINEAGE = "composition"
-"""Lineage of GRAD and CONN in the paper In-Context Matting."""
+PAPER_VARIANT = "composition"
+"""Variant of GRAD and CONN in the paper In-Context Matting."""
 
 
 def comparison_caveats(protocol: Mapping[str, Any], means: Mapping[Region, Means]) -> list[str]:
@@ -64,16 +64,16 @@ def comparison_caveats(protocol: Mapping[str, Any], means: Mapping[Region, Means
     The result is empty if the dataset has no published scores. The first region of ``means`` is the
     one compared.
     """
-    title, size, lineage = (str(protocol.get(key, "")) for key in ("title", "size", "lineage"))
+    title, size, metric_variant = (str(protocol.get(key, "")) for key in ("title", "size", "metric_variant"))
     if title not in PUBLISHED_SCORES or not means:
         return []
     region, first = next(iter(means.items()))
     notes = ["The papers do not publish their references; those of this run are listed in the report."]
-    if lineage != PAPER_LINEAGE:
+    if metric_variant != PAPER_VARIANT:
         notes.append(
-            f"GRAD and CONN are of the {lineage} lineage, but In-Context Matting uses the "
-            f"{PAPER_LINEAGE} lineage: do not compare these two columns, or give --lineage "
-            f"{PAPER_LINEAGE}."
+            f"GRAD and CONN are of the {metric_variant} variant, but In-Context Matting uses the "
+            f"{PAPER_VARIANT} variant: do not compare these two columns, or give --metric-variant "
+            f"{PAPER_VARIANT}."
         )
     if size == "square768":
         notes.append(

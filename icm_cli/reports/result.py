@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from icm_cli.options import Lineage, Region
+from icm_cli.options import MetricVariant, Region
 
 Status = Literal["done", "kept", "unscored", "failed", "planned", "not reached"]
-LINEAGES: tuple[Lineage, ...] = get_args(Lineage)
+METRIC_VARIANTS: tuple[MetricVariant, ...] = get_args(MetricVariant)
 REGIONS: tuple[Region, ...] = get_args(Region)
 
 
@@ -26,7 +26,7 @@ class Scores:
     sad: float
     """Sum of absolute differences, in thousands."""
     grad: float
-    """Sum of squared differences of the gradient magnitude, scaled as in its lineage."""
+    """Sum of squared differences of the gradient magnitude, scaled as in its variant."""
     conn: float
     """Sum of differences in connectivity, in thousands."""
     mad: float

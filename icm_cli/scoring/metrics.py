@@ -2,7 +2,7 @@
 
 Two published implementations of GRAD and CONN (Rhemann et al., "A Perceptually Motivated Online
 Benchmark for Image Matting", CVPR 2009) give different numbers. Do not compare numbers of one
-lineage with numbers of the other:
+variant with numbers of the other:
 
 ``composition``
     The code of Deep Image Matting, GCA and In-Context Matting. GRAD uses a derivative-of-Gaussian
@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.geometry import HALF_U8, UNKNOWN, ImageU8
-from icm_cli.options import Lineage, Region
+from icm_cli.options import MetricVariant, Region
 from icm_cli.reports.result import Scores
 
 UNKNOWN_RANGE = (85, 170)
@@ -38,9 +38,9 @@ values near 128."""
 SIGMA = 1.4
 """Standard deviation of the Gaussian of GRAD, in pixels."""
 SMALLEST_TAP = 1e-2
-"""The filter of the composition lineage is truncated where the Gaussian falls below this value."""
+"""The filter of the composition variant is truncated where the Gaussian falls below this value."""
 AIM_RADIUS_PX = int(4 * SIGMA + 0.5)
-"""Filter radius of the aim lineage: four standard deviations, the default of SciPy."""
+"""Filter radius of the aim variant: four standard deviations, the default of SciPy."""
 SMALLEST_DROP = 0.15
 """CONN: a pixel counts as fully connected if it is less than this above its level."""
 BOUNDARY_TOLERANCE = 0.008
@@ -51,7 +51,7 @@ BoolMask = NDArray[np.bool_]
 
 
 def compute_scores(
-    alpha: ImageU8, truth: ImageU8, lineage: Lineage = "composition", trimap: ImageU8 | None = None
+    alpha: ImageU8, truth: ImageU8, variant: MetricVariant = "composition", trimap: ImageU8 | None = None
 ) -> dict[Region, Scores]:
     """Compute all metrics over the whole image and, if a trimap is given, over its unknown pixels.
 
@@ -64,7 +64,7 @@ def compute_scores(
         raise ValueError(
             f"alpha is {alpha.shape} and ground truth {truth.shape}; expected alpha, truth and trimap of one size"
         )
-    maps = _ErrorMaps(alpha, truth, lineage)
+    maps = _ErrorMaps(alpha, truth, variant)
     scores: dict[Region, Scores] = {"whole": maps.scores()}
     if trimap is not None and (unknown := trimap == UNKNOWN).any():
         scores["unknown"] = maps.scores(unknown)
@@ -86,13 +86,13 @@ def compute_dt_ssd(alpha: ImageU8, before: ImageU8, truth: ImageU8, truth_before
 class _ErrorMaps:
     """Error maps [H,W] of one image, from which the scores of every region are summed."""
 
-    def __init__(self, alpha: ImageU8, truth: ImageU8, lineage: Lineage) -> None:
+    def __init__(self, alpha: ImageU8, truth: ImageU8, variant: MetricVariant) -> None:
         self.difference = cv2.absdiff(alpha, truth)
-        composition = lineage == "composition"
+        composition = variant == "composition"
         gradient_magnitude = _composition_gradient if composition else _aim_gradient
         self.gradient = np.square(gradient_magnitude(alpha) - gradient_magnitude(truth))
         self.gradient_divisor = 1000 if composition else 10
-        self.connectivity = _connectivity_error(alpha, truth, lineage)
+        self.connectivity = _connectivity_error(alpha, truth, variant)
 
     def scores(self, region: BoolMask | None = None) -> Scores:
         """Return the metrics over the pixels of ``region`` [H,W], or over all pixels."""
@@ -104,14 +104,14 @@ class _ErrorMaps:
         return Scores(
             mse=squared / difference.size,
             sad=absolute / 1000,
-            grad=float(gradient.sum() / self.gradient_divisor),  # the sum of the aim lineage is float32
+            grad=float(gradient.sum() / self.gradient_divisor),  # the sum of the aim variant is float32
             conn=float(connectivity.sum()) / 1000,
             mad=absolute / difference.size,
         )
 
 
 def _composition_gradient(alpha: ImageU8) -> FloatMap:
-    """Return the gradient magnitude of the composition lineage, float64 [H,W].
+    """Return the gradient magnitude of the composition variant, float64 [H,W].
 
     The two-dimensional filter is an outer product, so normalising both factors gives it unit
     energy.
@@ -126,7 +126,7 @@ def _composition_gradient(alpha: ImageU8) -> FloatMap:
 
 
 def _aim_gradient(alpha: ImageU8) -> NDArray[np.float32]:
-    """Return the gradient magnitude of the aim lineage, float32 [H,W].
+    """Return the gradient magnitude of the aim variant, float32 [H,W].
 
     Like SciPy, it filters rows before columns and rounds to float32 after each pass.
     """
@@ -159,22 +159,22 @@ _THRESHOLDS_REACHED = np.searchsorted(_THRESHOLDS[1:], np.arange(256) / 255.0, s
 """For every alpha value 0..255, the number of thresholds above 0 that it reaches."""
 
 
-def _connectivity_error(alpha: ImageU8, truth: ImageU8, lineage: Lineage) -> FloatMap:
+def _connectivity_error(alpha: ImageU8, truth: ImageU8, variant: MetricVariant) -> FloatMap:
     """Return |phi(alpha) - phi(truth)|, float64 [H,W].
 
     At each threshold, the pixels that reach it in both alphas form components. The level of a pixel
     is the highest threshold at which it belongs to the largest component. phi is 1 where the alpha
     is close to this level, and decreases with the distance from it.
     """
-    levels = _connectivity_levels(_THRESHOLDS_REACHED[np.minimum(alpha, truth)], lineage)
-    steps = _THRESHOLDS if lineage == "composition" else _THRESHOLDS.astype(np.float32)
+    levels = _connectivity_levels(_THRESHOLDS_REACHED[np.minimum(alpha, truth)], variant)
+    steps = _THRESHOLDS if variant == "composition" else _THRESHOLDS.astype(np.float32)
     above = np.arange(256) / 255.0 - steps[:, None]
     phi = (1 - above * (above >= SMALLEST_DROP)).ravel()
     row = levels.astype(np.uint16) << 8
     return np.abs(phi[row | alpha] - phi[row | truth])
 
 
-def _connectivity_levels(reached: ImageU8, lineage: Lineage) -> ImageU8:
+def _connectivity_levels(reached: ImageU8, variant: MetricVariant) -> ImageU8:
     """Return the level of each pixel as an index into the thresholds, uint8 [H,W] 0..10.
 
     ``reached`` is the number of thresholds that each pixel reaches in both alphas.
@@ -188,7 +188,7 @@ def _connectivity_levels(reached: ImageU8, lineage: Lineage) -> ImageU8:
             continue  # the same pixels as for the previous threshold
         if not counts[step:].any():
             break  # no pixel is left: the published code sets no level
-        in_largest = _largest_component(reached >= step, with_background=lineage == "composition")
+        in_largest = _largest_component(reached >= step, with_background=variant == "composition")
         levels[is_undecided & ~in_largest] = step - 1
         is_undecided &= in_largest
     return levels

@@ -1,4 +1,4 @@
-"""Conventions of scoring: regions, size, lineage of the metrics, and unknown pixels."""
+"""Conventions of scoring: regions, size, variant of the metrics, and unknown pixels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from icm_cli.geometry import UNKNOWN, ImageU8
-from icm_cli.options import Lineage, Region, ScoredSize
+from icm_cli.options import MetricVariant, Region, ScoredSize
 
 LONG_SIDE_PX = 1024
 SQUARE_PX = 768
@@ -21,7 +21,7 @@ class ScoringRule:
 
     regions: tuple[Region, ...] = ("whole",)
     scored_size: ScoredSize = "original"
-    lineage: Lineage = "composition"
+    metric_variant: MetricVariant = "composition"
     trimap_kernel_px: int = 25
     """Side of the square that dilates 0 < alpha < 1 to the unknown region, at the scored size.
 
@@ -34,7 +34,7 @@ class ScoringRule:
 
     def as_protocol(self) -> dict[str, Any]:
         """Return the settings that reports compare."""
-        return {"regions": list(self.regions), "size": self.scored_size, "lineage": self.lineage}
+        return {"regions": list(self.regions), "size": self.scored_size, "metric_variant": self.metric_variant}
 
 
 def resize_for_scoring(

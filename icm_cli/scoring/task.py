@@ -69,7 +69,7 @@ class ScoreTask:
         resized_truth = resize_for_scoring(truth.alpha, truth.alpha.shape, self.rule.scored_size)
         trimap, trimap_problems = self._load_trimap(resized_truth, truth.alpha.shape)
         resized_alpha = resize_for_scoring(alpha, truth.alpha.shape, self.rule.scored_size)
-        scores = compute_scores(resized_alpha, resized_truth, self.rule.lineage, trimap)
+        scores = compute_scores(resized_alpha, resized_truth, self.rule.metric_variant, trimap)
         if trimap is not None and "unknown" not in scores:
             reason = f"{self.trimap_path or self.truth_path} has no unknown pixel; expected some pixels of value 128"
             trimap_problems.append(Problem("no-unknown", self.name, reason))

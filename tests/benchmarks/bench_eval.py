@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from plain_metrics import plain_metrics
 
-from icm_cli.reports.result import LINEAGES
+from icm_cli.reports.result import METRIC_VARIANTS
 from icm_cli.scoring.metrics import compute_scores
 
 DEMO = Path(__file__).parents[1] / "composites"
@@ -51,10 +51,10 @@ def print_metrics(_: Path) -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     cv2.setNumThreads(1)
     for name, (alpha, truth) in {"matte": matte_pair(), "noise": noise_pair()}.items():
-        for lineage in LINEAGES:
-            fast = best_seconds(5, partial(compute_scores, alpha, truth, lineage))
-            plain = best_seconds(2, partial(plain_metrics, alpha, truth, lineage, np.ones(truth.shape, bool)))
-            print(f"metrics  {name}, {lineage}: {fast:.3f} s, plain {plain:.3f} s: {plain / fast:.1f}x", flush=True)
+        for variant in METRIC_VARIANTS:
+            fast = best_seconds(5, partial(compute_scores, alpha, truth, variant))
+            plain = best_seconds(2, partial(plain_metrics, alpha, truth, variant, np.ones(truth.shape, bool)))
+            print(f"metrics  {name}, {variant}: {fast:.3f} s, plain {plain:.3f} s: {plain / fast:.1f}x", flush=True)
 
 
 def print_memory(root: Path) -> None:
