@@ -119,7 +119,7 @@ def test_matte_writes_the_same_page(data: Path, tmp_path: Path, small_model: Pat
     assert result.exit_code == 0
     text = (tmp_path / "r.html").read_text()
     assert "Worst images" in text
-    assert "metric_variant" in text
+    assert "metric variant" in text
     for image in report_of(tmp_path / "r.json")["images"]:
         alpha, truth = read(Path(image["output"])), read(data / "alphas" / "a" / Path(image["output"]).name)
         assert image["scores"]["whole"]["grad"] == compute_scores(alpha, truth)["whole"].grad
