@@ -25,12 +25,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from icm_cli.errors import UsageError
+from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.geometry import CanvasRule, ImageU8
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -177,11 +179,48 @@ class LearnedReferences:
         return notices
 
 
-class Backbone(nn.Module, ABC):
-    """Extracts :class:`Features` from images on the canvas."""
+class Component(nn.Module, ABC):
+    """A part of a model: built from settings, and from weights if it has any."""
 
     Config: ClassVar[type[Any]]
-    """Frozen dataclass of the backbone's settings."""
+    """Frozen dataclass of the settings."""
+
+    @classmethod
+    def weight_files(cls, config: Any, weights: str | None = None, *, offline: bool) -> list[Path]:  # noqa: ARG003
+        """Return the files of the pretrained weights that ``load`` reads; an empty list if there
+        are none.
+
+        Args:
+            config: Settings, an instance of ``Config``.
+            weights: Local folder or hub id that replaces the one of the configuration; None for the
+                latter.
+            offline: Do not access the network.
+
+        Raises:
+            ConfigError: The weights are not available. The message says what to fetch and where to
+                put it.
+        """
+        return []
+
+    @classmethod
+    def weights_digest(cls, config: Any, weights: str | None = None, *, offline: bool) -> str:
+        """Return a hash of the content of :meth:`weight_files`; empty if there are none."""
+        files = cls.weight_files(config, weights, offline=offline)
+        return combined_digest(*map(cached_file_digest, files)) if files else ""
+
+    def optimise_for_inference(self) -> None:
+        """Rearrange the weights for speed, once, before inference. After that, the component can
+        no longer be trained or saved."""
+
+    def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
+        """Convert the weights for inference to ``dtype``. Parts that are accurate enough, such as
+        transformers, take ``fast_dtype``; see ``Device``."""
+        del fast_dtype
+        self.to(dtype)
+
+
+class Backbone(Component):
+    """Extracts :class:`Features` from images on the canvas."""
 
     has_attention_matrix: ClassVar[bool]
     """Whether ``Features.intra`` holds :class:`MatrixIntraSimilarity` objects."""
@@ -204,39 +243,12 @@ class Backbone(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
-        """Return a hash of the pretrained weights that :meth:`load` would read, without loading
-        them."""
-
-    @classmethod
-    @abstractmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
         """Build the backbone with its pretrained weights, on the CPU in float32.
 
-        Args:
-            config: Settings, an instance of ``Config``.
-            weights: Local folder or hub id that replaces the one of the configuration; None for the
-                latter.
-            offline: Do not access the network.
-            seed: Seed of the noise, for backbones that draw noise.
-
-        Raises:
-            ConfigError: The weights are not available. The message says what to fetch and where to
-                put it.
+        The arguments are those of :meth:`weight_files`, and the seed of the noise, for backbones
+        that draw noise.
         """
-
-    def optimise_for_inference(self) -> None:
-        """Rearrange the weights for speed, once, before inference. After that, the
-        backbone can no longer be trained or saved.
-
-        The default implementation does nothing.
-        """
-
-    def set_dtype(self, dtype: torch.dtype, transformer_dtype: torch.dtype) -> None:
-        """Convert the weights for inference: those of a separate transformer to
-        ``transformer_dtype``, others to ``dtype``."""
-        del transformer_dtype
-        self.to(dtype)
 
     @property
     @abstractmethod
@@ -263,11 +275,8 @@ class Backbone(nn.Module, ABC):
         """
 
 
-class Head(nn.Module, ABC):
+class Head(Component):
     """Computes a coarse alpha from the features of a target and the prepared references."""
-
-    Config: ClassVar[type[Any]]
-    """Frozen dataclass of the head's settings."""
 
     needs_attention_matrix: ClassVar[bool]
     """Whether it reads ``MatrixIntraSimilarity.matrix()``."""
@@ -340,40 +349,18 @@ class EmbeddedImage:
     mask_size: tuple[int, int]
 
 
-class Objects(nn.Module, ABC):
+class Objects(Component):
     """Completes the objects of coarse alphas before their edges are refined. It does not depend on
     the references or on classes.
 
     ``icm train`` trains it; a checkpoint contains all of its weights.
     """
 
-    Config: ClassVar[type[Any]]
-    """Frozen dataclass of its settings."""
-
-    @classmethod
-    @abstractmethod
-    def weights_digest(cls, config: Any) -> str:
-        """Return a hash of the pretrained weights that :meth:`load` would read. Raises
-        ConfigError."""
-
     @classmethod
     @abstractmethod
     def load(cls, config: Any) -> Self:
         """Build it with its pretrained weights, on the CPU in float32. Raises ConfigError if they
         are not available."""
-
-    def optimise_for_inference(self) -> None:
-        """Rearrange the weights for speed, once, before inference. After that, it can no longer
-        be trained or saved.
-
-        The default implementation does nothing.
-        """
-
-    def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
-        """Convert the weights to ``dtype``, or to ``fast_dtype`` if that is accurate enough; see
-        ``Device``."""
-        del fast_dtype
-        self.to(dtype)
 
     @abstractmethod
     def embedding(self, image: Tensor) -> Tensor:
@@ -431,12 +418,9 @@ class Objects(nn.Module, ABC):
         return completed
 
 
-class Edges(nn.Module, ABC):
+class Edges(Component):
     """Refines the edges of coarse alphas at the size of their sources. It does not depend on the
     references or on classes."""
-
-    Config: ClassVar[type[Any]]
-    """Frozen dataclass of its settings."""
 
     is_trained: ClassVar[bool]
     """Whether it has weights that ``icm train`` trains and a checkpoint contains."""
@@ -451,29 +435,10 @@ class Edges(nn.Module, ABC):
         )
 
     @classmethod
-    def weights_digest(cls, config: Any, *, offline: bool) -> str:  # noqa: ARG003
-        """Return a hash of the pretrained weights that :meth:`load` would read; empty if there are
-        none."""
-        return ""
-
-    @classmethod
     def load(cls, config: Any, *, offline: bool) -> Self:  # noqa: ARG003
         """Build it, on the CPU in float32, with its pretrained weights if it has any. Raises
         ConfigError."""
         return cls(config)
-
-    def optimise_for_inference(self) -> None:
-        """Rearrange the weights for speed, once, before inference. After that, it can no longer
-        be trained or saved.
-
-        The default implementation does nothing.
-        """
-
-    def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
-        """Convert the weights to ``dtype``, or to ``fast_dtype`` if that is accurate enough; see
-        ``Device``."""
-        del fast_dtype
-        self.to(dtype)
 
     @abstractmethod
     def refine_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:

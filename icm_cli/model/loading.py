@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,9 +21,10 @@ from icm_cli.model.checkpoint import (
     read_checkpoint,
     read_config,
 )
-from icm_cli.model.contracts import Backbone, Edges, Objects
+from icm_cli.model.contracts import Backbone, Component, Edges, Objects
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.hub.catalogue import packed_checkpoint
+from icm_cli.model.hub.folders import WeightsNotFoundError
 
 DEFAULT_MODEL = "lite"
 PUBLISHED_MODEL = "icm-sd21"
@@ -223,16 +226,52 @@ def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str |
     The arguments are those of :func:`load_model`.
     """
     content = "none" if checkpoint is None else cached_file_digest(checkpoint)
-    pretrained = backbone_digest(config, checkpoint, weights, offline=offline)
-    parts = [json.dumps(config.as_dict(), sort_keys=True), pretrained, content]
+    pretrained = [
+        cls.weights_digest(settings, source, offline=offline)
+        for cls, settings, source in _pretrained_components(config, checkpoint, weights)
+    ]
+    return combined_digest(json.dumps(config.as_dict(), sort_keys=True), content, *pretrained)
+
+
+def check_weights_exist(
+    config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool
+) -> list[str]:
+    """Check that all weights of a model can be loaded, without reading or downloading them.
+
+    The arguments are those of :func:`load_model`.
+
+    Returns:
+        The weights that :func:`load_model` will download, for example
+        "facebook/dinov2-large (1.2 GB)".
+
+    Raises:
+        ConfigError: Weights are missing, incomplete or refused.
+    """
+    downloads = []
+    for cls, settings, source in _pretrained_components(config, checkpoint, weights):
+        try:
+            cls.weight_files(settings, source, offline=True)
+        except WeightsNotFoundError as error:
+            if offline:
+                raise
+            downloads.append(error.downloads)
+    return downloads
+
+
+def _pretrained_components(
+    config: ModelConfig, checkpoint: Path | None, weights: str | None
+) -> Iterator[tuple[type[Component], Any, str | None]]:
+    """Yield class, settings and source of the components whose pretrained weights are loaded,
+    because the checkpoint does not contain them."""
+    backbone = component_class("backbone", config.backbone.name)
+    if checkpoint is not None and backbone.is_self_contained and has_component(checkpoint, "backbone"):
+        _reject_weights(weights, checkpoint)
+    else:
+        yield backbone, config.backbone.settings, weights
     if config.edges is not None:
-        cls = component_class("edges", config.edges.name)
-        edges = cls.weights_digest(config.edges.settings, offline=offline)
-        parts += [edges] if edges else []
+        yield component_class("edges", config.edges.name), config.edges.settings, None
     if config.objects is not None and (checkpoint is None or not has_component(checkpoint, "objects")):
-        cls = component_class("objects", config.objects.name)
-        parts.append(cls.weights_digest(config.objects.settings))
-    return combined_digest(*parts)
+        yield component_class("objects", config.objects.name), config.objects.settings, None
 
 
 def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str | None, *, offline: bool) -> str:

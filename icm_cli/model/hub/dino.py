@@ -30,9 +30,8 @@ from icm_cli.model.contracts import IMAGENET_MEAN, IMAGENET_STD, MAX_ENLARGEMENT
 from icm_cli.model.hub.folders import (
     CONFIG_FILE,
     PixelStatistics,
-    find_model_folder,
+    find_model_files,
     load_pretrained,
-    model_folder_digest,
     read_json,
     read_pixel_statistics,
 )
@@ -117,16 +116,17 @@ class Dino(Backbone):
         return dtype
 
     @classmethod
-    def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
-        return model_folder_digest(find_model_folder(weights or config.weights, offline=offline, option="--weights"))
+    def weight_files(cls, config: Any, weights: str | None = None, *, offline: bool) -> list[Path]:
+        source = config.weights if weights is None else weights
+        return find_model_files(source, DinoConfig.weights, offline=offline, option="--weights")
 
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:  # noqa: ARG003
-        folder = find_model_folder(weights or config.weights, offline=offline, option="--weights")
+        folder = cls.weight_files(config, weights, offline=offline)[0].parent
         return cls(config, _load_transformer(config, folder), read_pixel_statistics(folder, IMAGENET)).eval()
 
-    def set_dtype(self, dtype: torch.dtype, transformer_dtype: torch.dtype) -> None:  # noqa: ARG002
-        self.transformer.to(transformer_dtype)
+    def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:  # noqa: ARG002
+        self.transformer.to(fast_dtype)
 
     @property
     def canvas(self) -> CanvasRule:

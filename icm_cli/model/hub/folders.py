@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
 from icm_cli.errors import ConfigError
-from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.model.hub.catalogue import PUBLISHED
 
 CONFIG_FILE = "config.json"
@@ -28,11 +28,29 @@ PixelStatistics: TypeAlias = tuple[tuple[float, float, float], tuple[float, floa
 """Mean and standard deviation of red, green and blue, on the scale 0..1."""
 
 
-def locate_folder(weights: str, patterns: Sequence[str], *, offline: bool, option: str) -> Path:
-    """Return a local folder, or download the files of a hub repository.
+class WeightsNotFoundError(ConfigError):
+    """Weights of the hub that are not on this machine. ``downloads`` describes them."""
+
+    def __init__(self, message: str, downloads: str) -> None:
+        super().__init__(message)
+        self.downloads = downloads
+
+
+def find_weight_files(
+    weights: str,
+    default: str,
+    list_files: Callable[[Path], Sequence[Path]],
+    patterns: Sequence[str],
+    *,
+    offline: bool,
+    option: str,
+) -> list[Path]:
+    """Return the files of a model in a local folder, or download them from the hub.
 
     Args:
         weights: Path of a folder, or id of a hub repository.
+        default: Hub id of weights that fit, for the message about an incomplete folder.
+        list_files: Function that returns the files that a folder must contain.
         patterns: Glob patterns of the files to download.
         offline: Do not access the network; use files that are already on this machine.
         option: Option of the command that selects a folder, for error messages.
@@ -41,20 +59,58 @@ def locate_folder(weights: str, patterns: Sequence[str], *, offline: bool, optio
         ConfigError: The files are not available. The message says what to download, where to put
             it, and which licence to accept if the repository is gated.
     """
-    folder = Path(weights).expanduser()
-    if folder.is_dir():
-        return folder
+    folder, is_local = Path(weights), False
+    with contextlib.suppress(OSError, RuntimeError):  # a name that is too long; an unknown user after "~"
+        folder = folder.expanduser()
+        if folder.is_file():
+            raise ConfigError(f"{option} {weights!r} is a file; expected the folder of a complete model")
+        is_local = bool(weights) and folder.is_dir()
+    if not is_local:
+        if _looks_like_path(weights):
+            raise ConfigError(
+                f"{option} {weights!r}: no such folder; give an existing folder, or the id of a hub repository "
+                f"such as {default}"
+            )
+        folder = _download(weights, patterns, offline=offline, option=option)
+    elif not os.access(folder, os.R_OK | os.X_OK):
+        raise ConfigError(
+            f"no permission to read the folder {folder}; change its permissions, or give another folder with {option}"
+        )
+    files = list_files(folder)
+    missing = ", ".join(path.relative_to(folder).as_posix() for path in files if not path.is_file())
+    if missing:
+        target, source = (folder, default) if is_local else ("FOLDER", weights)
+        message = (
+            f"the folder {folder} does not contain {missing}; expected a complete model as safetensors (pickled "
+            f"files are not opened), get it with: hf download {source} --local-dir {target}"
+        )
+        raise ConfigError(message) if is_local else WeightsNotFoundError(message, _describe_download(weights))
+    for path in files:
+        if not os.access(path, os.R_OK):
+            raise ConfigError(
+                f"no permission to read {path}; change its permissions, or give another folder with {option}"
+            )
+    return list(files)
+
+
+def _looks_like_path(weights: str) -> bool:
+    """Return whether a text cannot be the id of a hub repository, which is ``owner/name``."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights, re.ASCII) is None
+
+
+def _describe_download(weights: str) -> str:
+    known = PUBLISHED.get(weights)
+    return f"{weights} ({known.size})" if known else weights
+
+
+def _download(weights: str, patterns: Sequence[str], *, offline: bool, option: str) -> Path:
+    """Return the folder of a hub repository on this machine, after a download if needed."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError
 
     try:
         return Path(snapshot_download(weights, allow_patterns=list(patterns), local_files_only=offline))
-    except HFValidationError as error:
-        raise ConfigError(
-            f"weights {weights!r} are neither an existing folder nor the id of a hub repository; "
-            f"give one of these with {option}"
-        ) from error
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         reason = "offline" if offline else (str(error) or type(error).__name__).splitlines()[0]
         known = PUBLISHED.get(weights)
         size = f" Their size is about {known.size}." if known else ""
@@ -62,49 +118,34 @@ def locate_folder(weights: str, patterns: Sequence[str], *, offline: bool, optio
         licence = f"their licence ({known.licence})" if known else "their licence"
         login = f"accept {licence} at https://huggingface.co/{weights}, run: hf auth login, then: "
         step = login if is_gated else "run: "
-        raise ConfigError(
-            f"the weights {weights!r} are not on this machine and cannot be downloaded ({reason})."
-            f"{size} On a machine with network access, {step}hf download {weights} "
+        raise WeightsNotFoundError(
+            f"the weights {weights!r} are not on this machine and cannot be downloaded ({reason}); there is no such "
+            f"folder either.{size} On a machine with network access, {step}hf download {weights} "
             "--local-dir FOLDER (older versions: huggingface-cli). Copy FOLDER to this machine and "
-            f"give it with {option} FOLDER"
+            f"give it with {option} FOLDER",
+            _describe_download(weights),
         ) from error
 
 
-def find_model_folder(weights: str, *, offline: bool, option: str) -> Path:
-    """Return the folder of a complete model, see :func:`locate_folder`.
-
-    Raises:
-        ConfigError: The folder is not available, incomplete or not readable.
-    """
+def find_model_files(weights: str, default: str, *, offline: bool, option: str) -> list[Path]:
+    """Return the files of a complete model of ``transformers``; see :func:`find_weight_files`. The
+    first one is its configuration."""
     patterns = [CONFIG_FILE, PREPROCESSOR_FILE, "model*.safetensors", INDEX_FILE]
-    folder = locate_folder(weights, patterns, offline=offline, option=option)
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise ConfigError(
-            f"no permission to read the folder {folder}; change its permissions, or give another folder with {option}"
-        )
-    if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(
-            f"the folder {folder} does not contain {CONFIG_FILE}; expected a complete model in the "
-            "layout of Hugging Face, get it again"
-        )
-    missing = [path.name for path in _weight_files(folder) if not path.is_file()]
-    if missing:
-        raise ConfigError(
-            f"the folder {folder} does not contain {', '.join(missing)}; expected a complete model "
-            "as safetensors (pickled files are not opened), get it again"
-        )
-    for path in (folder / CONFIG_FILE, folder / PREPROCESSOR_FILE, *_weight_files(folder)):
-        if path.is_file() and not os.access(path, os.R_OK):
-            raise ConfigError(
-                f"no permission to read {path}; change its permissions, or give another folder with {option}"
-            )
-    return folder
+    return find_weight_files(weights, default, _list_model_files, patterns, offline=offline, option=option)
 
 
-def model_folder_digest(folder: Path) -> str:
-    """Return a SHA-256 of the contents of all files of a model that decide its output."""
-    texts = [folder / name for name in (CONFIG_FILE, PREPROCESSOR_FILE) if (folder / name).is_file()]
-    return combined_digest(*(cached_file_digest(path) for path in [*texts, *_weight_files(folder)]))
+def _list_model_files(folder: Path) -> list[Path]:
+    """Configuration, statistics if there are any, and weights: one file, or an index and its files."""
+    files = [folder / CONFIG_FILE]
+    if (folder / PREPROCESSOR_FILE).is_file():
+        files.append(folder / PREPROCESSOR_FILE)
+    index = folder / INDEX_FILE
+    if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
+        return [*files, folder / WEIGHTS_FILE]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ConfigError(f"{index} has no weight_map; expected the file name of every tensor, get it again")
+    return [*files, index, *(folder / Path(str(name)).name for name in sorted(set(map(str, names.values()))))]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -117,7 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); get the file again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON ({error}); get the file again") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a configuration; expected keys with values, get the file again")
@@ -203,14 +244,3 @@ def _silence_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bar:
             logging.enable_progress_bar()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Files of the weights: a single file, or the index and the files that it lists."""
-    index = folder / INDEX_FILE
-    if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
-        return [folder / WEIGHTS_FILE]
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict):
-        raise ConfigError(f"{index} has no weight_map; expected the file name of every tensor, get it again")
-    return [index, *(folder / Path(str(name)).name for name in sorted(set(names.values())))]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -25,9 +26,8 @@ from icm_cli.model.hub.catalogue import VITMATTE
 from icm_cli.model.hub.folders import (
     CONFIG_FILE,
     PixelStatistics,
-    find_model_folder,
+    find_model_files,
     load_pretrained,
-    model_folder_digest,
     read_json,
     read_pixel_statistics,
 )
@@ -37,7 +37,6 @@ MULTIPLE_PX = 32
 """Images are padded to a multiple of this, as by the published processor."""
 DEFAULT_STATISTICS: PixelStatistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """Statistics of the published processor, for folders without statistics."""
-WEIGHTS_OPTION = "--edges-weights"
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,14 @@ class VitMatteEdges(Edges):
         return replace(config, weights=weights)
 
     @classmethod
-    def weights_digest(cls, config: Any, *, offline: bool) -> str:
-        return model_folder_digest(find_model_folder(config.weights, offline=offline, option=WEIGHTS_OPTION))
+    def weight_files(cls, config: Any, weights: str | None = None, *, offline: bool) -> list[Path]:  # noqa: ARG003
+        return find_model_files(config.weights, VITMATTE, offline=offline, option="--edges-weights")
 
     @classmethod
     def load(cls, config: Any, *, offline: bool) -> Self:
         from transformers import VitMatteForImageMatting
 
-        folder = find_model_folder(config.weights, offline=offline, option=WEIGHTS_OPTION)
+        folder = cls.weight_files(config, offline=offline)[0].parent
         kind = read_json(folder / CONFIG_FILE).get("model_type")
         if kind != "vitmatte":
             raise ConfigError(f"{folder / CONFIG_FILE} is of a model of type {kind!r}; expected vitmatte")

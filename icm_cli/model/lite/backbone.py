@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import IMAGENET_MEAN, IMAGENET_STD, MAX_ENLARGEMENT, Backbone, Features
 from icm_cli.model.lite.efficientnet import BLOCK_COUNT, EfficientNetLite, EfficientNetLiteConfig
@@ -102,9 +101,11 @@ class DinoV2Lite(Backbone):
         self.std: Tensor
 
     @classmethod
-    def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
-        convolutions = EfficientNetLite.weights_digest(config.convolutions, weights, offline=offline)
-        return combined_digest(cached_file_digest(_onnx_path(weights)), convolutions)
+    def weight_files(cls, config: Any, weights: str | None = None, *, offline: bool) -> list[Path]:
+        return [
+            _onnx_path(weights),
+            *EfficientNetLite.weight_files(config.convolutions, weights, offline=offline),
+        ]
 
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
@@ -119,9 +120,9 @@ class DinoV2Lite(Backbone):
     def optimise_for_inference(self) -> None:
         self.convolutions.optimise_for_inference()
 
-    def set_dtype(self, dtype: torch.dtype, transformer_dtype: torch.dtype) -> None:
+    def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
         self.to(dtype)
-        self.transformer.to(transformer_dtype)
+        self.transformer.to(fast_dtype)
 
     @property
     def canvas(self) -> CanvasRule:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from icm_cli.errors import ConfigError
-from icm_cli.files import cached_file_digest
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Features
 from icm_cli.model.similarity import SelfSimilarity, valid_tokens
@@ -88,8 +87,8 @@ class EfficientNetLite(Backbone):
         self.blocks = nn.ModuleList(_make_blocks()[: last + 1])
 
     @classmethod
-    def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:  # noqa: ARG003
-        return cached_file_digest(_package_weights_path(weights))
+    def weight_files(cls, config: Any, weights: str | None = None, *, offline: bool) -> list[Path]:  # noqa: ARG003
+        return [_package_weights_path(weights)]
 
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:  # noqa: ARG003

@@ -83,8 +83,8 @@ class MobileSam(Objects):
         self.offset = nn.Parameter(torch.zeros(()))
 
     @classmethod
-    def weights_digest(cls, config: Any) -> str:
-        return cached_file_digest(_published_path() if config.initial_weights == "published" else _lite_path())
+    def weight_files(cls, config: Any, weights: str | None = None, *, offline: bool = True) -> list[Path]:  # noqa: ARG003
+        return [_published_path() if config.initial_weights == "published" else _lite_path()]
 
     @classmethod
     def load(cls, config: Any) -> Self:

