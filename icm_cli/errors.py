@@ -45,6 +45,13 @@ class ImageError(IcmError):
     exit_code = 1
 
 
+class FileAccessError(ImageError):
+    """The system does not let an image be read: the drive fails, or the permission is missing."""
+
+    is_transient = False
+    """Whether the image may be readable later."""
+
+
 class TrainingError(IcmError):
     """Training cannot continue, such as with an infinite loss or unreadable data (exit code 1)."""
 

@@ -73,6 +73,11 @@ def is_transient(error: OSError) -> bool:
     return error.errno in _DRIVE_ERRORS | _BUSY_ERRORS | _OPEN_FILES_ERRORS
 
 
+def is_system_error(error: BaseException) -> bool:
+    """Return whether the system reported an error; decoders raise OSError for damaged files too."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # EINVAL: an offset in the file
+
+
 def describe_os_error(error: OSError) -> str:
     """Return what the system reports, with advice: the end of a message about a file."""
     reason = error.strerror or str(error) or type(error).__name__

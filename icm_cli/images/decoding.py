@@ -9,20 +9,20 @@ import contextlib
 import ctypes
 import io
 import logging
-import struct
 import warnings
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import PIL
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from icm_cli.errors import ImageError
+from icm_cli.errors import FileAccessError, ImageError
+from icm_cli.files import describe_os_error, is_system_error, is_transient
 from icm_cli.images import colour, containers, openimageio
-from icm_cli.images.image_file import UNKNOWN_TYPE, FileType, ImageFile, has_state, movie_message
+from icm_cli.images.image_file import UNKNOWN_TYPE, FileType, ImageFile, check_readable, has_state, movie_message
 from icm_cli.images.pixels import (
     BAD_PROFILE,
     DecodedImage,
@@ -35,7 +35,7 @@ from icm_cli.images.pixels import (
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # icm reports damaged files itself
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 Image.MAX_IMAGE_PIXELS = None  # check_memory limits the size by the free memory instead
-DECODE_ERRORS = (OSError, SyntaxError, UserWarning, ValueError, EOFError, IndexError, struct.error, zlib.error)
+Result = TypeVar("Result")
 _PILLOW_FORMATS = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic", ""})
 
 
@@ -51,19 +51,27 @@ class SourceFile:
     frame_count: int = 1
     planned_state: str = ""
     """State at planning; "" if the file could not be read."""
+    error: FileAccessError | None = None
+    """Why the file could not be read, if the system did not allow it."""
 
     @classmethod
     def inspect(cls, path: Path) -> SourceFile:
         """Inspect a file. A file that cannot be read is reported when it is matted, not here."""
         try:
-            with ImageFile.open(path) as file:
-                frames = 1
-                if file.type.may_have_frames:
-                    with contextlib.suppress(ImageError):
-                        frames = frame_count(file)
-                return cls(path, file.type, frames, file.read_state())
-        except (ImageError, OSError):
+            with open_image(path) as file:
+                return cls(path, file.type, _frame_count_or_one(file), file.read_state())
+        except FileAccessError as error:
+            return cls(path, error=error)
+        except ImageError:
             return cls(path)
+
+    def check_frame_count(self, file: ImageFile) -> None:
+        """Raise ImageError if a file with several frames could not be read when the run was planned."""
+        if self.error and frame_count(file) > 1:
+            raise FileAccessError(
+                f"{self.path} has several frames, and it could not be read when the run was planned; run the same "
+                "command again"
+            )
 
     def state(self) -> str:
         """Return the state of the file now.
@@ -97,16 +105,36 @@ def decode_image(
     ImageError for a file that is missing, damaged, incomplete or not an image.
     """
     with open_image(source) as file:
-        if file.type.name in ("tiff", "pnm"):
-            return _decode_tiff_or_pnm(file, frame, wanted)
-        if file.type.name == "png":
-            return _decode_png(file, frame, wanted)
-        if file.type.name == "jpeg":
-            return _decode_jpeg(file, frame, wanted)
-        if file.type.name in _PILLOW_FORMATS:
-            return _decode_with_pillow(file, frame, wanted)
-        with openimageio.open_reader(file) as reader:
-            return openimageio.read_pixels(reader, file, frame, wanted)
+        return retry_decoding(file, lambda: _decode(file, frame, wanted))
+
+
+def retry_decoding(file: ImageFile, decode: Callable[[], Result]) -> Result:
+    """Return ``decode()``. If it fails, the file is read through, and decoded again if that succeeds.
+
+    Libraries that read files themselves hide the errors of the system. Raises OSError.
+    """
+    try:
+        return decode()
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        if is_system_error(error):
+            raise
+        check_readable(file.path)
+    return decode()
+
+
+def _decode(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
+    if file.type.name in ("tiff", "pnm"):
+        return _decode_tiff_or_pnm(file, frame, wanted)
+    if file.type.name == "png":
+        return _decode_png(file, frame, wanted)
+    if file.type.name == "jpeg":
+        return _decode_jpeg(file, frame, wanted)
+    if file.type.name in _PILLOW_FORMATS:
+        return _decode_with_pillow(file, frame, wanted)
+    with openimageio.open_reader(file) as reader:
+        return openimageio.read_pixels(reader, file, frame, wanted)
 
 
 def frame_count(source: Path | ImageFile) -> int:
@@ -123,6 +151,15 @@ def frame_count(source: Path | ImageFile) -> int:
             return int(getattr(image, "n_frames", 1))
 
 
+def _frame_count_or_one(file: ImageFile) -> int:
+    try:
+        return frame_count(file)
+    except FileAccessError:
+        raise
+    except ImageError:  # a damaged file fails when it is matted
+        return 1
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Return height and width of an upright image, of an EXR its display window.
 
@@ -131,19 +168,23 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises ImageError.
     """
     with open_image(path) as file:
-        frame = containers.tiff_pages(file)[0] if file.type.name == "tiff" else 0
-        if file.type.name in _PILLOW_FORMATS or (file.type.name == "png" and not containers.is_deep_png(file.head)):
-            try:
-                return _size_by_pillow(file, frame)
-            except ValueError:  # a PNG with more metadata than Pillow accepts
-                if file.type.name != "png":
-                    raise
-        if file.type.name == "png":
-            containers.check_png_pixels(file)
-        with openimageio.open_reader(file, must_open=file.type.name not in ("tiff", "pnm")) as reader:
-            if reader is None or not reader.seek_subimage(frame, 0):
-                return _size_by_pillow(file, frame)
-            return openimageio.display_size(reader, file, frame)
+        return retry_decoding(file, lambda: _read_size(file))
+
+
+def _read_size(file: ImageFile) -> tuple[int, int]:
+    frame = containers.tiff_pages(file)[0] if file.type.name == "tiff" else 0
+    if file.type.name in _PILLOW_FORMATS or (file.type.name == "png" and not containers.is_deep_png(file.head)):
+        try:
+            return _size_by_pillow(file, frame)
+        except ValueError:  # a PNG with more metadata than Pillow accepts
+            if file.type.name != "png":
+                raise
+    if file.type.name == "png":
+        containers.check_png_pixels(file)
+    with openimageio.open_reader(file, must_open=file.type.name not in ("tiff", "pnm")) as reader:
+        if reader is None or not reader.seek_subimage(frame, 0):
+            return _size_by_pillow(file, frame)
+        return openimageio.display_size(reader, file, frame)
 
 
 @contextlib.contextmanager
@@ -157,13 +198,15 @@ def as_image_errors(path: Path, file_type: FileType = UNKNOWN_TYPE) -> Iterator[
         raise ImageError(f"{path} does not exist; check the path") from None
     except IsADirectoryError:
         raise ImageError(f"{path} is a folder; expected an image file") from None
-    except PermissionError:
-        raise ImageError(f"{path} cannot be read: permission denied; allow this user to read it") from None
     except UnidentifiedImageError:
         raise ImageError(f"{path} {_not_an_image(path, file_type)}") from None
     except MemoryError:
         raise ImageError(f"{path} is too large for this machine's memory") from None
     except Exception as error:  # noqa: BLE001  decoders raise anything
+        if isinstance(error, OSError) and is_system_error(error):
+            failure = FileAccessError(f"{path} cannot be read: {describe_os_error(error)}")
+            failure.is_transient = is_transient(error)
+            raise failure from None
         lines = str(error).splitlines()  # OpenImageIO adds a line for every strip
         reason = " ".join((lines[0] if lines else type(error).__name__).split())
         raise ImageError(f"{path} is damaged or cut short ({reason}); get a complete copy") from None
@@ -200,8 +243,8 @@ def _decode_jpeg(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> 
     """Decode a JPEG. One that lacks nothing but its end marker is decoded with a notice."""
     try:
         return _decode_with_pillow(file, frame, wanted)
-    except OSError:
-        content = containers.complete_jpeg(file)
+    except OSError as error:
+        content = None if is_system_error(error) else containers.complete_jpeg(file)
         if content is None:
             raise
         decoded = _decode_with_pillow(file, frame, wanted, content)
@@ -266,8 +309,10 @@ def _exif_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation; 1 (upright) if there is none or the EXIF data cannot be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # noqa: BLE001  damaged EXIF data must never fail an image
-        return 1
+    except Exception as error:
+        if is_system_error(error):
+            raise
+        return 1  # damaged EXIF data must never fail an image
     return valid_orientation(orientation)
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import Any, TypeVar
 
 from icm_cli.errors import ImageError
+from icm_cli.files import retry_transient
 
 HEAD_BYTES = 4096
 """Number of bytes at the start of a file that decide its type and are part of its state."""
 STATE_DIGEST_DIGITS = 16
+_READ_BYTES = 1 << 20
 ICM_ALPHA_MARK = b"icm-digest"
 ICM_SHEET_MARK = b"icm-sheet"
 IMAGE_SUFFIXES = frozenset(
@@ -99,6 +103,44 @@ def detect_file_type(head: bytes) -> FileType:
     return FileType(name, may_have_frames, is_icm_output, is_movie=not name and _is_movie(head))
 
 
+Result = TypeVar("Result")
+
+
+class ReopeningFile(io.FileIO):
+    """A file that is opened again and read on after a transient error, such as a stale handle."""
+
+    def __init__(self, path: Path) -> None:
+        retry_transient(lambda: super(ReopeningFile, self).__init__(path))
+        self._path = path
+        self._state = _size_and_time(os.fstat(self.fileno()))
+
+    def readinto(self, buffer: Any, /) -> int:
+        return self._retry(lambda: super(ReopeningFile, self).readinto(buffer))
+
+    def readall(self) -> bytes:
+        return self._retry(super().readall)
+
+    def _retry(self, read: Callable[[], Result]) -> Result:
+        position = self.tell()
+
+        def read_or_reopen() -> Result:
+            try:
+                return read()
+            except OSError:
+                self._reopen(position)
+                raise
+
+        return retry_transient(read_or_reopen)
+
+    def _reopen(self, position: int) -> None:
+        """Open the file again under the same descriptor. Raises ImageError if it was replaced."""
+        with contextlib.suppress(OSError), self._path.open("rb", buffering=0) as file:
+            if _size_and_time(os.fstat(file.fileno())) != self._state:
+                raise ImageError(f"{self._path} was replaced while it was read; run the same command again")
+            os.dup2(file.fileno(), self.fileno(), inheritable=False)
+            self.seek(position)
+
+
 class ImageFile:
     """An image file that is open for reading.
 
@@ -106,7 +148,7 @@ class ImageFile:
     read from a stream.
     """
 
-    def __init__(self, path: Path, stream: BufferedReader) -> None:
+    def __init__(self, path: Path, stream: BufferedReader[Any]) -> None:
         self.path = path
         self._stream = stream
         self.head = stream.read(HEAD_BYTES)
@@ -119,14 +161,14 @@ class ImageFile:
 
         Raises OSError, and ImageError for a pipe or a device, where reading could block for ever.
         """
-        mode = path.stat().st_mode
+        mode = retry_transient(path.stat).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise ImageError(f"{path} is a pipe or a device; expected an image file")
-        with path.open("rb") as stream:
+        with BufferedReader(ReopeningFile(path)) as stream:
             yield cls(path, stream)
 
     @property
-    def stream(self) -> BufferedReader:
+    def stream(self) -> BufferedReader[Any]:
         """The open handle, rewound to the start of the file."""
         self._stream.seek(0)
         return self._stream
@@ -155,6 +197,13 @@ class ImageFile:
         This reads the whole file.
         """
         return hashlib.file_digest(self.stream, "sha256").hexdigest()
+
+
+def check_readable(path: Path) -> None:
+    """Read a file to its end, to find out whether the system lets it be read. Raises OSError."""
+    with ImageFile.open(path) as file:
+        while file._stream.read(_READ_BYTES):
+            pass
 
 
 def has_state(path: Path, state: str) -> bool:

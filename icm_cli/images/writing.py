@@ -13,19 +13,20 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import OpenImageIO as oiio
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from icm_cli.errors import UsageError
+from icm_cli.errors import FileAccessError, ImageError, UsageError
 from icm_cli.files import atomic_write
 from icm_cli.geometry import Float, round_to_u8
+from icm_cli.images import openimageio
 from icm_cli.images.colour import colour_space_attributes, to_scene_linear
-from icm_cli.images.decoding import DECODE_ERRORS, decode_image, open_image
-from icm_cli.images.image_file import ICM_ALPHA_MARK
+from icm_cli.images.decoding import decode_image, open_image, retry_decoding
+from icm_cli.images.image_file import ICM_ALPHA_MARK, ImageFile
 from icm_cli.images.pixels import DecodedImage
 from icm_cli.images.reading import LABEL_VALUES
 from icm_cli.options import BitDepth, ForegroundMode, ImageFormat, TrimapMode
@@ -181,16 +182,19 @@ def write_trimap(path: Path, trimap: NDArray[np.uint8], stamp: Mapping[str, str]
 def read_stamp(path: Path) -> dict[str, str] | None:
     """Return the stamp of a file of icm, or the text of another PNG.
 
-    Returns None for other and damaged files.
+    Returns None for other and damaged files, and if there is no file. Raises FileAccessError.
     """
     try:
-        data = path.read_bytes()
-        if not data.startswith(b"\x89PNG"):
-            return _read_openimageio_stamp(path) if ICM_ALPHA_MARK in data else None
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            stamp = dict(image.info)
-            image.verify()  # checks the checksum of every chunk except the last one
-    except DECODE_ERRORS:
+        with open_image(path) as file:
+            data = file.stream.read()
+            if file.type.name != "png":
+                return _read_openimageio_stamp(file) if ICM_ALPHA_MARK in data else None
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+                stamp = dict(image.info)
+                image.verify()  # checks the checksum of every chunk except the last one
+    except FileAccessError:
+        raise
+    except ImageError:
         return None
     if not data.endswith(_PNG_END):
         return None
@@ -216,21 +220,19 @@ def has_changed_pixels(path: Path, stamp: Mapping[str, str]) -> bool:
     return _pixel_digest(np.concatenate(channels, axis=-1)) != expected
 
 
-def _read_openimageio_stamp(path: Path) -> dict[str, str] | None:
-    file = oiio.ImageInput.open(str(path))
-    if file is None:
-        oiio.geterror()
-        return None
-    try:
-        is_complete = file.read_image(0, 0, 0, file.spec().nchannels, "half") is not None and not file.has_error
-        text = file.spec().getattribute(STAMP_KEY)
-        stamp = json.loads(text) if is_complete and isinstance(text, str) else None
-    except ValueError:
-        return None
-    finally:
-        file.geterror()
-        file.close()
-    return cast(dict[str, str], stamp) if isinstance(stamp, dict) else None
+def _read_openimageio_stamp(file: ImageFile) -> dict[str, str]:
+    """Return the stamp of a TIFF or EXR. Raises ValueError if its pixels are incomplete."""
+
+    def read() -> Any:
+        with openimageio.open_reader(file) as reader:
+            if reader.read_image(0, 0, 0, reader.spec().nchannels, "half") is None or reader.has_error:
+                raise ValueError(reader.geterror())
+            return json.loads(reader.spec().getattribute(STAMP_KEY))
+
+    stamp = retry_decoding(file, read)
+    if not isinstance(stamp, dict):
+        raise ValueError(f"its {STAMP_KEY} is not a JSON object")
+    return stamp
 
 
 def _write_image(

@@ -87,6 +87,8 @@ class Job:
         self._check_exists()
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open_image(path)) for path in self.files]
+            if self.inspected is not None:
+                self.inspected.check_frame_count(files[0])
             states = [file.read_state() for file in files]
             state, digest = _join_states(states), combined_digest(*map(_content_digest, files, states))
             if isinstance(self.source, CompositeSource):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli.environment import __version__
-from icm_cli.errors import ImageError, UsageError
+from icm_cli.errors import FileAccessError, ImageError, UsageError
 from icm_cli.images.decoding import SourceFile
 from icm_cli.images.reading import read_stored_pixels
 from icm_cli.images.writing import read_stamp
@@ -219,7 +219,9 @@ def _is_foreign_image(path: Path) -> bool:
         if SourceFile.inspect(path).type.is_icm_output:
             return False
         read_stored_pixels(path)
-    except (ImageError, OSError):
+    except FileAccessError:
+        raise
+    except ImageError:
         return False
     return True
 

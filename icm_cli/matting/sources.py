@@ -22,6 +22,7 @@ LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 EXPECTED_SOURCE = "expected a folder, an image, a quoted glob, a frame pattern such as shot.####.exr, a text list or -"
 A_MOVIE = "a movie"
 NOT_AN_IMAGE = "not an image"
+UNREADABLE_FILE = "not readable for this user"
 ADVICE = {A_MOVIE: "; extract its frames first, for example with ffmpeg"}
 """Advice about skipped files, by reason."""
 MAX_LISTED_FILES = 8
@@ -164,7 +165,9 @@ def _keep_images(root: Path, paths: Sequence[Path], skipped: SkippedPaths, skipp
     """Return the images among the files of a walk. Files without an image suffix are inspected."""
     skipped_files.add_skipped_paths(skipped)
     inspected = {path: SourceFile.inspect(path) for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES}
-    types = {path: file.type for path, file in inspected.items()}
+    is_locked = {path: file.error is not None and not file.error.is_transient for path, file in inspected.items()}
+    paths = skipped_files.exclude(paths, lambda path: is_locked.get(path, False), UNREADABLE_FILE)
+    types = {path: file.type for path, file in inspected.items() if file.error is None}
     kept = skipped_files.exclude(paths, lambda path: path in types and types[path].is_movie, A_MOVIE)
     kept = skipped_files.exclude(kept, lambda path: path in types and not types[path].name, NOT_AN_IMAGE)
     return Sources(root, kept, inspected={path: inspected[path] for path in kept if path in inspected})
