@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from icm_cli.config import ComponentConfig, ModelConfig, component_class, load_model_config
 from icm_cli.device import Device, resolve_device
@@ -16,6 +17,7 @@ from icm_cli.errors import ConfigError, UsageError
 from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.model.checkpoint import (
     Checkpoint,
+    check_tensor_shapes,
     has_component,
     load_strict,
     read_checkpoint,
@@ -163,8 +165,11 @@ def _build_model(
     config: ModelConfig, path: Path | None, weights: str | None, *, offline: bool, seed: int
 ) -> InContextMatting:
     """Build the model and load its weights. The head comes first, so that a seed decides it."""
-    head = component_class("head", config.head.name)(config.head.settings)
     checkpoint = None if path is None else read_checkpoint(path)
+    head_class, settings = component_class("head", config.head.name), config.head.settings
+    if checkpoint is not None:
+        _check_shapes(head_class, settings, checkpoint.component("head"), f"checkpoint {path}")
+    head = head_class(settings)
     if checkpoint is not None:
         load_strict(head, checkpoint.component("head"), f"checkpoint {path}")
     backbone = _build_backbone(config, checkpoint, path, weights, offline=offline, seed=seed)
@@ -173,6 +178,13 @@ def _build_model(
     return InContextMatting(
         backbone, head, edges, objects, second_pass=config.second_pass, guided_filter=config.guided_filter
     )
+
+
+def _check_shapes(cls: type[Component], settings: Any, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Check the shapes of tensors before their module, which may be too large, takes memory."""
+    with torch.device("meta"):
+        expected = cls(settings).state_dict()
+    check_tensor_shapes(expected, {key: tensor.shape for key, tensor in tensors.items()}, where)
 
 
 def _build_backbone(
@@ -201,9 +213,11 @@ def _build_edges(
 ) -> Edges | None:
     if config.edges is None:
         return None
-    cls = component_class("edges", config.edges.name)
-    edges: Edges = cls.load(config.edges.settings, offline=offline)
-    if checkpoint is not None and edges.is_trained:
+    cls, settings = component_class("edges", config.edges.name), config.edges.settings
+    if checkpoint is not None and cls.is_trained:
+        _check_shapes(cls, settings, checkpoint.component("edges"), f"checkpoint {path}")
+    edges: Edges = cls.load(settings, offline=offline)
+    if checkpoint is not None and cls.is_trained:
         load_strict(edges, checkpoint.component("edges"), f"checkpoint {path}")
     return edges
 

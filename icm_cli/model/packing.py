@@ -29,6 +29,7 @@ from icm_cli.model.checkpoint import (
     TRAINED_ON_KEY,
     Checkpoint,
     load_strict,
+    parse_json,
     read_checkpoint,
     read_config,
     save_checkpoint,
@@ -158,14 +159,16 @@ def _merge_metadata(checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
     """Return the metadata of the first checkpoint, with the training images and licences of all."""
     metadata = dict(checkpoints[0].metadata)
     images = {
-        image for checkpoint in checkpoints for image in json.loads(checkpoint.metadata.get(TRAINED_ON_KEY, "[]"))
+        str(image)
+        for checkpoint in checkpoints
+        for image in parse_json(checkpoint.metadata, TRAINED_ON_KEY, list, "a checkpoint") or ()
     }
     if images:
         metadata[TRAINED_ON_KEY] = json.dumps(sorted(images))
     licences = {
         name: licence
         for checkpoint in checkpoints
-        for name, licence in json.loads(checkpoint.metadata.get(LICENCES_KEY, "{}")).items()
+        for name, licence in (parse_json(checkpoint.metadata, LICENCES_KEY, dict, "a checkpoint") or {}).items()
     }
     if licences:
         metadata[LICENCES_KEY] = json.dumps(licences)

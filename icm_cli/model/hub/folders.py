@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 
 from icm_cli.errors import ConfigError
+from icm_cli.model.checkpoint import check_tensor_values
 from icm_cli.model.hub.catalogue import PUBLISHED
 
 CONFIG_FILE = "config.json"
@@ -226,6 +227,8 @@ def load_pretrained(cls: Any, folder: Path) -> Any:
                 f"the weights in {folder} {problem.format(repr(name))}; expected a complete "
                 f"{cls.__name__}, get them again"
             )
+    tensors = model.state_dict()
+    check_tensor_values(tensors, tensors, f"the weights in {folder}")
     return model.eval().requires_grad_(False)
 
 

@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
+from icm_cli.model.checkpoint import load_strict
 from icm_cli.model.contracts import Backbone, Features
 from icm_cli.model.similarity import SelfSimilarity, valid_tokens
 
@@ -93,8 +94,11 @@ class EfficientNetLite(Backbone):
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:  # noqa: ARG003
         backbone = cls(config)
-        published = torch.load(_package_weights_path(weights), map_location="cpu", weights_only=True)
-        backbone.load_state_dict({key: published[_published_name(key)] for key in backbone.state_dict()})
+        path = _package_weights_path(weights)
+        published = torch.load(path, map_location="cpu", weights_only=True)
+        load_strict(
+            backbone, {key: published[_published_name(key)] for key in backbone.state_dict()}, f"weights {path}"
+        )
         return backbone.eval()
 
     def optimise_for_inference(self) -> None:

@@ -113,8 +113,8 @@ class TokenMatchConfig:
             raise ConfigError(f"head has a layer of {bad[0]} channels; expected 1 or more")
         if self.context_width % ATTENTION_HEADS:
             raise ConfigError(f"head context_width is {self.context_width}; expected a multiple of {ATTENTION_HEADS}")
-        if self.context_layers < 0:
-            raise ConfigError(f"head context_layers is {self.context_layers}; expected 0 or more")
+        if not 0 <= self.context_layers <= 64:
+            raise ConfigError(f"head context_layers is {self.context_layers}; expected 0 to 64")
         for name in ("temperature", "presence_sharpness", "edge_epsilon", "edge_stride"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"head {name} is {getattr(self, name)}; expected more than 0")

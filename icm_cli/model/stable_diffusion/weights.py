@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.files import atomic_write, cache_folder, cached_file_digest, combined_digest
-from icm_cli.model.checkpoint import check_tensor_shapes
+from icm_cli.model.checkpoint import check_tensor_shapes, check_tensor_values
 from icm_cli.model.hub.folders import find_weight_files
 from icm_cli.model.stable_diffusion.unet import drop_unused_layers, fold_timestep
 
@@ -147,11 +147,12 @@ def _load_tensors(module: nn.Module, published: Mapping[str, Tensor], path: Path
         with safetensors.safe_open(path, framework="pt") as file:
             names = {_current_name(name): name for name in file.keys()}  # noqa: SIM118 (not a mapping)
             shapes = {ours: torch.Size(file.get_slice(name).get_shape()) for ours, name in names.items()}
-            check_tensor_shapes({key: tensor.shape for key, tensor in published.items()}, shapes, f"weights {path}")
-            tensors = {key: file.get_tensor(names[key]).float() for key in module.state_dict()}
+            check_tensor_shapes(published, shapes, f"weights {path}")
+            tensors = {key: file.get_tensor(names[key]) for key in module.state_dict()}
     except safetensors.SafetensorError as error:
         raise ConfigError(f"weights {path} are damaged or truncated ({error}); get the file again") from error
-    module.load_state_dict(tensors, strict=True, assign=True)
+    check_tensor_values(published, tensors, f"weights {path}")
+    module.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, strict=True, assign=True)
 
 
 def _current_name(name: str) -> str:
