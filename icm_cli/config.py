@@ -131,6 +131,12 @@ class ModelConfig:
     guided_filter: GuidedFilterConfig = GuidedFilterConfig()
     """Enlarges the head's alpha to the size of the source; used by models without edges."""
 
+    @property
+    def title(self) -> str:
+        """Names of all components, such as "dinov2-lite + token-match + mobile-sam + refine"."""
+        parts = (self.backbone, self.head, self.objects, self.edges)
+        return " + ".join(part.name for part in parts if part is not None)
+
     def as_dict(self) -> dict[str, Any]:
         """Return a mapping that :func:`parse_model_config` converts back to an equal
         configuration."""

@@ -65,6 +65,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"Did you mean {nearest[0]!r}?" if nearest else f"Known: {', '.join(names) or 'none'}."
 
 
+def format_count(count: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 image" or "2 images"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 PROBLEM_KINDS: Mapping[str, str] = {
     "missing-image": "an alpha has no image",
     "missing-alpha": "an image has no alpha",

@@ -17,9 +17,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, TypeAlias, TypeVar
+from typing import Any, BinaryIO, TypeAlias, TypeVar
 
-from icm_cli.errors import ImageError, OutputError
+from icm_cli.errors import ImageError, OutputError, UsageError
 
 Paths: TypeAlias = str | Path | Sequence[str | Path]
 TEMPORARY_PREFIX = ".icm-"
@@ -250,6 +250,23 @@ def write_json(path: Path, value: object) -> None:
     """Write ``value`` as JSON, atomically."""
     with atomic_write(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+
+
+def read_json(path: Path, kind: str, expected: str) -> Any:
+    """Return the content of a JSON file in UTF-8, UTF-16 or UTF-32.
+
+    Raises UsageError, which names the ``kind`` of file and what was ``expected``.
+    """
+    try:
+        if not path.is_file():
+            state = "is not a file" if path.exists() else "does not exist"
+            raise UsageError(f"{kind} {path} {state}; {expected}")
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise UsageError(f"{kind} {path} cannot be read (it is nested too deeply); {expected}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{kind} {path} cannot be read ({reason}); {expected}") from error
 
 
 def as_paths(value: Paths) -> list[Path]:

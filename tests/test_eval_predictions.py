@@ -276,7 +276,7 @@ def test_compare_prints_every_image_and_warns_about_different_protocols(
     rounds["images"] += [image | {"round": 2} for image in rounds["images"]]
     (tmp_path / "d.json").write_text(json.dumps(rounds))
     second = CliRunner().invoke(app, [*line[:-1], str(tmp_path / "d.json")]).stderr
-    assert f"6 image(s) have scores only in {tmp_path}/d.json, such as a/brickwall in round 2" in second
+    assert f"6 images have scores only in {tmp_path}/d.json, such as a/brickwall in round 2" in second
     rows = [row for row in differs.stdout.splitlines() if re.search(r"[ab]/\w+", row)]
     assert len(rows) == 5
     assert "b/lawn" in rows[0]  # sorted by change, worst first

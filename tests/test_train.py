@@ -213,6 +213,27 @@ def test_validation_is_logged_and_the_best_model_saved(config: Path, out: Path, 
     assert f"--checkpoint {out / 'best.safetensors'}" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache")
+def test_validation_equals_an_evaluation_of_the_checkpoint(
+    tmp_path: Path, data: Path, out: Path, evaluate: Icm
+) -> None:
+    """Equal although training has other dtypes than matting, and another seed of the backbone's noise."""
+    model = yaml.safe_load(tiny_detail_yaml(tmp_path / "m.yaml", write_tiny_sd(tmp_path / "sd")).read_text())
+    recipe = {"canvas_px": 128, "backbone_learning_rate": 0, "precision": "bf16", "seed": 5, "validate_every": 2}
+    config = write_config(tmp_path / "t.yaml", data, model, **recipe)
+    validation = {"images": str(data / "images"), "alphas": str(data / "alphas"), "rounds": 2}
+    done = train(change(config, validation=validation), out, "--set", "train.steps=3")
+    assert done.exit_code == 0, done.output
+    step = metadata(out / "best.safetensors")["icm.step"]
+    (row,) = (row for row in log(out) if row["step"] == step and row["validation_mse"])
+    evaluated = evaluate(checkpoint=out / "best.safetensors", model=None, rounds=2, report=tmp_path / "r.json")
+    assert evaluated.exit_code == 0, evaluated.output
+    metrics = json.loads((tmp_path / "r.json").read_text())["summary"]["means"]["whole"]["metrics"]
+    for name in ("mse", "sad", "grad", "conn", "mad"):
+        assert float(row[f"validation_{name}"]) == pytest.approx(metrics[name]["mean"], rel=1e-6)
+
+
 def test_tensorboard_shows_images_and_scalars(config: Path, out: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

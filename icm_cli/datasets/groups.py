@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli.errors import Problem, UsageError
+from icm_cli.files import read_json
 from icm_cli.images.reading import CompositeSource
 
 GROUP_FIELDS = ("class", "sub_class", "HalfOrFull")
@@ -77,10 +78,7 @@ class GroupMetadata:
     @classmethod
     def read_file(cls, path: Path) -> GroupMetadata:
         """Read a metadata file. Raises UsageError if its format is wrong."""
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"groups file {path} cannot be read ({error}); {EXPECTED_GROUPS}") from error
+        entries = read_json(path, "groups file", EXPECTED_GROUPS)
         if not isinstance(entries, dict) or not entries:
             raise UsageError(f"groups file {path} names no images; {EXPECTED_GROUPS}")
         for name, entry in entries.items():

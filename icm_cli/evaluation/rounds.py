@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,7 +14,8 @@ from pathlib import Path
 from icm_cli.datasets.groups import Sample
 from icm_cli.datasets.registry import ONE_GROUP
 from icm_cli.errors import Problem, UsageError
-from icm_cli.files import write_json
+from icm_cli.files import read_json, write_json
+from icm_cli.reports.report import parse_references
 
 ReferenceRounds = list[dict[str, list[str]]]
 """For every round, the names of the references by group."""
@@ -77,7 +77,12 @@ def read_references_file(path: Path, groups: Mapping[str, Sequence[Sample]]) -> 
     """
     problems: dict[str, Problem] = {}
     rounds: ReferenceRounds = []
-    for names_by_group in _parse_references_file(path):
+    content = read_json(path, "references file", EXPECTED_REFERENCES)
+    try:
+        names_by_round = parse_references(content["references"])
+    except (TypeError, LookupError, ValueError) as error:
+        raise UsageError(f"references file {path} has the wrong format; {EXPECTED_REFERENCES}") from error
+    for names_by_group in names_by_round:
         references: dict[str, list[str]] = {}
         for group, names in names_by_group.items():
             group_names = {sample.name for sample in groups.get(group, ())}
@@ -91,22 +96,6 @@ def read_references_file(path: Path, groups: Mapping[str, Sequence[Sample]]) -> 
     if not any(rounds):
         raise UsageError(f"references file {path} names no image of this dataset in its group; {EXPECTED_REFERENCES}")
     return rounds, list(problems.values())
-
-
-def _parse_references_file(path: Path) -> ReferenceRounds:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"references file {path} cannot be read ({error}); {EXPECTED_REFERENCES}") from error
-    rounds = content.get("references") if isinstance(content, dict) else None
-    is_valid = isinstance(rounds, list) and all(
-        isinstance(groups, dict)
-        and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in groups.values())
-        for groups in rounds
-    )
-    if not is_valid:
-        raise UsageError(f"references file {path} has the wrong format; {EXPECTED_REFERENCES}")
-    return list(rounds or [])
 
 
 def write_references_file(path: Path, rounds: ReferenceRounds) -> None:

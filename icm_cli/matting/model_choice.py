@@ -68,12 +68,12 @@ class ModelChoice:
     @property
     def description(self) -> str:
         """Components and device, for people."""
-        parts = [self.config.backbone, self.config.head, *filter(None, [self.config.edges])]
-        return f"model {' + '.join(part.name for part in parts)} on {self.device.description}"
+        return f"model {self.config.title} on {self.device.description}"
 
     def as_settings(self) -> dict[str, Any]:
         """Return the settings that reports state."""
         return {
+            "model_name": self.config.title,
             "model": self.config.as_dict(),
             "checkpoint": str(self.checkpoint) if self.checkpoint else None,
             "weights": self.weights,
@@ -119,11 +119,17 @@ class LoadedModel:
     @property
     def description(self) -> str:
         """Components and device, for people."""
+        return f"model {self._title} on {self.device.description}"
+
+    @property
+    def _title(self) -> str:
+        """Classes of all components."""
         model = self.predictor.model
-        return f"model {type(model.backbone).__name__} + {type(model.head).__name__} on {self.device.description}"
+        parts = (model.backbone, model.head, model.objects, model.edges)
+        return " + ".join(type(part).__name__ for part in parts if part is not None)
 
     def as_settings(self) -> dict[str, Any]:
-        return {"model": self.description, "device": self.device.description, "batch_size": self.batch_size}
+        return {"model_name": self._title, "device": self.device.description, "batch_size": self.batch_size}
 
 
 def sequence_digest_parts(learn_steps: int, *, is_shot: bool) -> dict[DigestPart, str]:

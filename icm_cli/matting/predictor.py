@@ -101,16 +101,11 @@ class FrameAlpha:
 class Predictor:
     """A model on its device. ``reference`` prepares the references, ``matte`` mattes an image."""
 
-    def __init__(self, model: InContextMatting, device: Device, *, is_in_training: bool = False) -> None:
-        """Move the model to its device, except in training, where it is there and its weights must
-        not change."""
+    def __init__(self, model: InContextMatting, device: Device) -> None:
+        """Move the model to its device."""
         self.device = device
         with _device_errors(device, "the model was loaded"):
-            self.model = (
-                model
-                if is_in_training
-                else model.to_device(device.torch_device, device.dtype, device.transformer_dtype)
-            )
+            self.model = model.to_device(device.torch_device, device.dtype, device.transformer_dtype)
 
     def reference(
         self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]], *, learn_steps: int = 0

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from icm_cli.errors import ImageError
 from icm_cli.files import atomic_write
-from icm_cli.geometry import ImageU8, round_to_u8
-from icm_cli.images.colour import ColourSettings
+from icm_cli.geometry import ImageU8, resize, round_to_u8
 from icm_cli.images.image_file import ICM_SHEET_MARK
-from icm_cli.images.reading import read_alpha, read_image
-from icm_cli.reports.report import Report
+from icm_cli.images.reading import read_alpha
+from icm_cli.reports.report import Report, shrink_image
 from icm_cli.reports.result import ImageResult
 
 MAX_SHEET_ROWS = 48
@@ -40,7 +40,7 @@ def write_contact_sheet(path: Path, report: Report) -> None:
     Raises OutputError.
     """
     results = select_evenly([result for result in report.results if result.has_alpha], MAX_SHEET_ROWS)
-    rows = [_make_row(result, report.page_images.colour) for result in results]
+    rows = [_make_row(result, report.page_images.read_source(result)) for result in results]
     sheet = np.concatenate(rows) if rows else np.full((SHEET_CELL_PX, 3 * SHEET_CELL_PX, 3), GREY, np.uint8)
     with atomic_write(path) as file:
         mark = PngImagePlugin.PngInfo()
@@ -54,11 +54,25 @@ def composite_on_grey(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
     return round_to_u8(rgb * weight + GREY * (1 - weight))
 
 
-def _make_row(result: ImageResult, colour: ColourSettings) -> ImageU8:
-    rgb = make_thumbnail(read_image(Path(result.source), colour, max(0, result.page - 1)).to_display_window().rgb)
-    alpha = make_thumbnail(read_alpha(Path(result.output)))
+def _make_row(result: ImageResult, source: ImageU8 | None) -> ImageU8:
+    """Return the row of a result. Files that can no longer be read are left blank."""
+    alpha = read_alpha_or_none(result.output)
+    blank = np.full((1, 1, 3), GREY, np.uint8)
+    cells = [blank if source is None else make_thumbnail(source), blank, blank]
+    if alpha is not None:
+        cells[1] = np.repeat(make_thumbnail(alpha)[..., None], 3, -1)
+    if source is not None and alpha is not None:
+        cells[2] = composite_on_grey(cells[0], resize(alpha, cells[0].shape[:2]))
     caption = (result.name or Path(result.source).name) + ("   object not found" if result.matting.not_found else "")
-    return make_captioned_row([rgb, np.repeat(alpha[..., None], 3, -1), composite_on_grey(rgb, alpha)], caption)
+    return make_captioned_row(cells, caption)
+
+
+def read_alpha_or_none(path: str) -> ImageU8 | None:
+    """Read an alpha, uint8 [H,W]; None if there is none or it cannot be read."""
+    try:
+        return read_alpha(Path(path)) if path else None
+    except ImageError:
+        return None
 
 
 def make_captioned_row(cells: Sequence[ImageU8], caption: str) -> ImageU8:
@@ -101,9 +115,7 @@ def _has_glyph(character: str) -> bool:
 
 def make_thumbnail(image: ImageU8) -> ImageU8:
     """Shrink an image to fit a cell."""
-    small = Image.fromarray(image)
-    small.thumbnail((SHEET_CELL_PX - 4, SHEET_CELL_PX - 4), Image.Resampling.BOX)
-    return np.asarray(small)
+    return shrink_image(image, SHEET_CELL_PX - 4)
 
 
 def select_evenly(results: Sequence[ImageResult], count: int) -> list[ImageResult]:

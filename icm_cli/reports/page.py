@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import datetime
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,15 +20,14 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from icm_cli.errors import ImageError
+from icm_cli.errors import format_count
 from icm_cli.files import atomic_write
-from icm_cli.geometry import ImageU8
-from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
-from icm_cli.images.reading import CompositeSource, read_alpha, read_source_image
+from icm_cli.geometry import ImageU8, resize
 from icm_cli.options import Region
-from icm_cli.reports.contact_sheet import select_evenly
+from icm_cli.reports.contact_sheet import read_alpha_or_none, select_evenly
 from icm_cli.reports.means import SHOT_SCORE_TITLES, Means, compute_means_by, format_mean, format_metric
 from icm_cli.reports.published import PUBLISHED_SCORES, comparison_caveats
+from icm_cli.reports.report import PREVIEW_PX, shrink_image
 from icm_cli.reports.result import METRIC_TITLES, METRICS
 
 if TYPE_CHECKING:
@@ -42,8 +42,10 @@ MAX_UNSCORED = 12
 """Number of images references for a run without ground truth, selected at even intervals."""
 MAX_TABLE_ROWS = 500
 """Maximum number of rows in the table of all images. The CSV report has no limit."""
-PAGE_IMAGE_PX = 420
-"""Long side of an image on the page."""
+MAX_LISTED = 500
+"""Maximum number of failures and of problems on the page."""
+MAX_OPEN = 20
+"""A longer list of problems is folded."""
 HISTOGRAM_BINS = 24
 HISTOGRAM_DECADES = 5
 """Scores that are this many powers of ten below the largest score are counted in the first bin."""
@@ -89,7 +91,7 @@ def write_page(path: Path, report: Report) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": format_metric, "mean": format_mean}
+    environment.filters |= {"number": format_metric, "mean": format_mean, "count": format_count}
     text = environment.get_template("page.html").render(_template_context(report))
     with atomic_write(path) as file:
         file.write(text.encode(errors="replace"))  # names need not be UTF-8
@@ -105,6 +107,7 @@ def _template_context(report: Report) -> dict[str, Any]:
     worst_first = sorted(scored, key=lambda result: -_region_mse(result, main)) if main else []
     best = worst_first[::-1][: min(MAX_BEST, len(scored) // 3)]
     worst = worst_first[: min(MAX_WORST, len(scored) - len(best))]
+    others = [each for each in report.results if not each.evaluation.scores and each.status != "failed"]
     unscored = [] if scored else select_evenly([each for each in report.results if each.has_alpha], MAX_UNSCORED)
     figure = partial(_make_figure, report)
     return {
@@ -125,8 +128,10 @@ def _template_context(report: Report) -> dict[str, Any]:
         "worst": map(figure, worst),
         "best": map(figure, best),
         "unscored": map(figure, unscored),
-        "rows": (worst_first or report.results)[:MAX_TABLE_ROWS],
-        "row_count": len(worst_first or report.results),
+        "rows": [*report.failures, *worst_first, *others][:MAX_TABLE_ROWS],
+        "problem_kinds": Counter(each.kind for each in report.problems),
+        "max_listed": MAX_LISTED,
+        "max_open": MAX_OPEN,
         "report": report,
     }
 
@@ -162,18 +167,17 @@ def _make_histogram(scored: Sequence[ImageResult], region: Region, metric: str) 
 def _make_figure(report: Report, result: ImageResult) -> ImageFigure:
     """Return the images to show for a result. Files that can no longer be read are omitted."""
     images = report.page_images
-    source = images.composites.get(result.name, Path(result.source))
-    alpha, truth = _read_alpha_or_none(result.output), _read_alpha_or_none(result.dataset.truth)
+    alpha, truth = read_alpha_or_none(result.output), read_alpha_or_none(result.dataset.truth)
     if alpha is not None and truth is not None and alpha.shape != truth.shape:
         alpha = np.asarray(cv2.resize(alpha, truth.shape[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
     references = [_tint_object(rgb, np.asarray(mask * 255, np.uint8)) for rgb, mask in images.references_with_masks]
     for reference, mask_path in images.references.get((result.dataset.round, result.dataset.group), ()):
-        rgb, mask_u8 = _read_source_or_none(reference), _read_alpha_or_none(str(mask_path))
+        rgb, mask_u8 = images.read_preview(reference), read_alpha_or_none(str(mask_path))
         if rgb is not None and mask_u8 is not None:
             references.append(_tint_object(rgb, mask_u8))
     return ImageFigure(
         result,
-        source=_encode_data_uri(_read_source_or_none(source, images.colour, max(0, result.page - 1))),
+        source=_encode_data_uri(images.read_source(result)),
         references=[uri for each in references if (uri := _encode_data_uri(each))],
         alpha=_encode_data_uri(alpha),
         truth=_encode_data_uri(truth),
@@ -185,45 +189,21 @@ def _error_map(alpha: ImageU8 | None, truth: ImageU8 | None) -> ImageU8 | None:
     """Return the absolute error as colours from black (0) to yellow (1), uint8 [H,W,3]."""
     if alpha is None or truth is None:
         return None
-    error = _shrink(np.asarray(cv2.absdiff(alpha, truth), np.uint8))
+    error = shrink_image(np.asarray(cv2.absdiff(alpha, truth), np.uint8), PREVIEW_PX)
     return np.asarray(cv2.cvtColor(cv2.applyColorMap(error, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB), np.uint8)
-
-
-def _read_source_or_none(
-    source: Path | CompositeSource, colour: ColourSettings = DEFAULT_COLOUR, frame: int = 0
-) -> ImageU8 | None:
-    try:
-        return read_source_image(source, colour, frame).to_display_window().rgb
-    except ImageError:
-        return None
-
-
-def _read_alpha_or_none(path: str) -> ImageU8 | None:
-    try:
-        return read_alpha(Path(path)) if path else None
-    except ImageError:
-        return None
 
 
 def _tint_object(rgb: ImageU8, mask: ImageU8) -> ImageU8:
     """Tint the object of a reference, and darken the rest."""
-    rgb = _shrink(rgb)
-    weight = cv2.resize(mask, rgb.shape[1::-1], interpolation=cv2.INTER_AREA)[..., None] / 255.0
+    rgb = shrink_image(rgb, PREVIEW_PX)
+    weight = resize(mask, rgb.shape[:2])[..., None] / 255.0
     inside, outside = 0.6 * rgb + 0.4 * np.array(MASK_TINT), 0.45 * rgb
     return np.asarray(inside * weight + outside * (1 - weight), np.uint8)
-
-
-def _shrink(image: ImageU8) -> ImageU8:
-    scale = PAGE_IMAGE_PX / max(image.shape[:2])
-    if scale >= 1:
-        return image
-    size = [max(1, round(length * scale)) for length in image.shape[1::-1]]
-    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _encode_data_uri(image: ImageU8 | None) -> str | None:
     if image is None:
         return None
     data = io.BytesIO()
-    Image.fromarray(_shrink(image)).save(data, format="WEBP", quality=85)
+    Image.fromarray(shrink_image(image, PREVIEW_PX)).save(data, format="WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.errors import Problem
-from icm_cli.geometry import ImageU8
+from icm_cli.errors import ImageError, Problem
+from icm_cli.geometry import ImageU8, downscaled_size, resize
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
-from icm_cli.images.reading import CompositeSource
+from icm_cli.images.reading import CompositeSource, read_source_image
 from icm_cli.options import Region
 from icm_cli.reports.means import Means, ShotScores, compute_means, compute_shot_scores
 from icm_cli.reports.result import ImageResult, Status
+
+PREVIEW_PX = 420
+"""Long side of the images on pages and contact sheets."""
+SCHEMA_VERSION = 2
+"""Version of the JSON report: raised when a value changes its name, type or meaning. Reports of icm 0.1.0, which
+do not state it, have version 1."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,24 @@ class PageImages:
     colour: ColourSettings = DEFAULT_COLOUR
     composites: Mapping[str, CompositeSource] = field(default_factory=dict)
     """Composites that are sources, by the name of their result."""
+    _previews: dict[tuple[Path | CompositeSource, int], ImageU8 | None] = field(default_factory=dict, repr=False)
+
+    def read_preview(self, source: Path | CompositeSource, frame: int = 0) -> ImageU8 | None:
+        """Return an image of at most PREVIEW_PX, sRGB uint8 [H,W,3]; None if it cannot be read.
+
+        Every image is read only once, for all pages and contact sheets.
+        """
+        if (source, frame) not in self._previews:
+            preview = None
+            with contextlib.suppress(ImageError):
+                image = read_source_image(source, self.colour, frame)
+                preview = shrink_image(image.to_display_window().rgb, PREVIEW_PX)
+            self._previews[source, frame] = preview
+        return self._previews[source, frame]
+
+    def read_source(self, result: ImageResult) -> ImageU8 | None:
+        """Return the preview of the source of a result."""
+        return self.read_preview(self.composites.get(result.name, Path(result.source)), max(0, result.page - 1))
 
 
 @dataclass(frozen=True)
@@ -118,6 +143,7 @@ class Report:
         """Return the complete report as JSON values."""
         statuses: tuple[Status, ...] = ("done", "kept", "unscored", "failed", "not reached")
         return {
+            "schema_version": SCHEMA_VERSION,
             "settings": self.settings,
             "references": self.references,
             "summary": {
@@ -146,3 +172,20 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _to_json(each) for key, each in value.items()}
     return value
+
+
+def shrink_image(image: ImageU8, long_side_px: int) -> ImageU8:
+    """Scale an image down to at most this long side."""
+    return resize(image, downscaled_size(image.shape[:2], long_side_px))
+
+
+def parse_references(value: Any) -> list[dict[str, list[str]]]:
+    """Return the names of the references by group, for every round, from JSON. Raises ValueError."""
+    is_valid = isinstance(value, list) and all(
+        isinstance(groups, dict)
+        and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in groups.values())
+        for groups in value
+    )
+    if not is_valid:
+        raise ValueError("references is not a list of objects that list the names of each group")
+    return list(value)

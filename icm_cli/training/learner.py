@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from icm_cli.device import is_out_of_memory, make_accelerator, process_count
 from icm_cli.errors import ConfigError, TrainingError
 from icm_cli.geometry import CanvasRule
-from icm_cli.matting.predictor import Predictor
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.loading import backbone_digest, load_model_for_training
 from icm_cli.training.batches import StepSampler
@@ -46,6 +45,7 @@ class Learner:
         self.workers = workers
         """Number of processes that make samples."""
         self.is_from_checkpoint = checkpoint is not None
+        self.offline = offline
         processes, micro_batch = split_batch(config)
         self.micro_batch = micro_batch
         self.accumulation = config.batch_size // (processes * micro_batch)
@@ -65,6 +65,9 @@ class Learner:
             )
         self.weights_digest = backbone_digest(settings.model, checkpoint, weights, offline=offline)
         """Digest of the backbone's initial weights."""
+        is_saved = self.trains_backbone and self.model.backbone.is_self_contained
+        self.separate_weights = None if is_saved else weights
+        """Option ``--weights`` for the checkpoints of this run; None if they contain the backbone."""
         if not self.trains_backbone:
             self.model.backbone.requires_grad_(False)
             self.model.backbone.set_dtype(self.device.dtype, self.device.transformer_dtype)
@@ -111,12 +114,12 @@ class Learner:
                 module.eval()
 
     @contextlib.contextmanager
-    def inference_mode(self) -> Iterator[Predictor]:
+    def inference_mode(self) -> Iterator[None]:
         """Set the model up for inference or saving inside the context, with the moving average of its weights."""
         with self.ema.swap_into_model(), self.accelerator.autocast():
             self.model.eval()
             try:
-                yield Predictor(self.model, self.device, is_in_training=True)
+                yield
             finally:
                 self.set_training_mode()
 

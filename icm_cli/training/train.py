@@ -230,7 +230,8 @@ def _validate(
     """Score the model on the validation data, if there are any, and save it if it is the best so far."""
     if settings.data.validation is None:
         return
-    scores = validate(settings.data.validation, learner, is_stopped=lambda: stop.received is not None)
+    checkpoint = run.folder / LAST_NAME
+    scores = validate(settings.data.validation, checkpoint, learner, is_stopped=lambda: stop.received is not None)
     if scores is None:
         listener.on_notice(f"step {done.step}: validation was interrupted or scored no image")
         return

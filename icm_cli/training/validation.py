@@ -47,23 +47,28 @@ def _can_be_scored(samples: Sequence[Sample]) -> bool:
     return False
 
 
-def validate(config: ValidationConfig, learner: Learner, *, is_stopped: Callable[[], bool]) -> dict[str, float] | None:
-    """Score the model with the moving average of its weights; return the mean metrics ("mse", "sad", ...).
+def validate(
+    config: ValidationConfig, checkpoint: Path, learner: Learner, *, is_stopped: Callable[[], bool]
+) -> dict[str, float] | None:
+    """Score a checkpoint as ``icm eval --checkpoint`` does; return the mean metrics ("mse", "sad", ...).
 
-    They are those of the first region. Returns None if no image was scored or validation was interrupted.
+    The model in training is not used, because its dtypes and its noise may differ from those of ``icm eval``. The
+    metrics are those of the first region. Returns None if no image was scored or validation was interrupted.
     """
     try:
-        with learner.inference_mode() as predictor:
-            report = evaluate(
-                config.dataset,
-                config.root,
-                **config.path_options,
-                split=config.split,
-                size=config.size,
-                rounds=config.rounds,
-                predictor=predictor,
-                listener=_InterruptingListener(is_stopped),
-            )
+        report = evaluate(
+            config.dataset,
+            config.root,
+            **config.path_options,
+            split=config.split,
+            size=config.size,
+            rounds=config.rounds,
+            checkpoint=checkpoint,
+            weights=learner.separate_weights,
+            device=str(learner.device.torch_device),
+            offline=learner.offline,
+            listener=_InterruptingListener(is_stopped),
+        )
     except _Stopped:
         return None
     means = next(iter(report.means.values()), None)
