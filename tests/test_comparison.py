@@ -28,7 +28,7 @@ PROTOCOL = {
     "split": "test",
     "regions": ["whole"],
     "size": "original",
-    "lineage": "composition",
+    "metric_variant": "composition",
     "unknown_region": "not scored",
     "rounds": 1,
     "refs_per_group": 1,
@@ -163,10 +163,13 @@ def test_report_of_another_command_is_refused(good: Path, tmp_path: Path) -> Non
 def test_reports_in_other_encodings_and_of_version_0_1_are_compared(good: Path, tmp_path: Path) -> None:
     report = make_report(0.3)
     del report["schema_version"]
+    protocol = report["settings"]["protocol"]
+    protocol["lineage"] = protocol.pop("metric_variant")  # its name in version 0.1
     for encoding in ("utf-8-sig", "utf-16"):
         (tmp_path / "other.json").write_text(json.dumps(report), encoding=encoding)
         done = compare(good, tmp_path / "other.json")
         assert done.exit_code == 0, done.output
+        assert done.stderr == ""
         assert "+0.20000" in done.stdout
 
 

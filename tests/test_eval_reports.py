@@ -5,13 +5,22 @@ from __future__ import annotations
 import csv
 import re
 import shutil
+import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
-from conftest import DEMO, arguments, read, shrink
+import cv2
+import numpy as np
+from conftest import DEMO, Icm, arguments, read, shrink
 from eval_data import Evaluate, report_of
 from typer.testing import CliRunner
 
+import icm_cli
+from icm_cli.config import load_model_config
+from icm_cli.reports.contact_sheet import write_contact_sheet
+from icm_cli.reports.report import Report
+from icm_cli.reports.result import ImageResult
 from icm_cli.scoring.metrics import compute_scores
 
 
@@ -123,3 +132,59 @@ def test_matte_writes_the_same_page(data: Path, tmp_path: Path, small_model: Pat
     for image in report_of(tmp_path / "r.json")["images"]:
         alpha, truth = read(Path(image["output"])), read(data / "alphas" / "a" / Path(image["output"]).name)
         assert image["scores"]["whole"]["grad"] == compute_scores(alpha, truth)["whole"].grad
+
+
+def test_page_shows_failures_first_and_counts_them(icm: Icm, scene: Path) -> None:
+    (scene / "imgs" / "torn<b>.jpg").write_bytes((scene / "imgs" / "wall.jpg").read_bytes()[:300])
+    shutil.copytree(scene / "imgs", scene / "gt")
+    (scene / "gt" / "sub" / "deep.png").unlink()
+    for options in ({}, {"gt": scene / "gt"}):
+        assert icm("--overwrite", report=scene / "r.html", **options).exit_code == 1
+        text = (scene / "r.html").read_text()
+        page = Page(text)
+        assert page.open == []
+        assert page.headings[1:3] == ["Summary", "Failed images"]
+        assert '<b class="mark">1 failed</b>' in text
+        before_fold = text[: text.index("<details")]
+        assert "<li><b>torn&lt;b&gt;.jpg</b>: " in before_fold
+        assert "is damaged" in before_fold
+        assert "torn&lt;b&gt;.jpg" in text[text.index("All images") :]
+        assert "(s)" not in text
+    assert "missing-alpha" in before_fold
+    assert page.headings[3] == "Problems with the data"
+
+
+def test_report_names_all_components_of_the_model(data: Path, tmp_path: Path, small_model: Path) -> None:
+    predictor = icm_cli.load(model=str(small_model), edges="closed-form", device="cpu")
+    icm_cli.evaluate("folder", data, predictor=predictor, report=[tmp_path / "r.html", tmp_path / "r.json"])
+    assert report_of(tmp_path / "r.json")["settings"]["model_name"].count(" + ") == 2
+    assert "<dt>model name</dt>" in (tmp_path / "r.html").read_text()
+    config = load_model_config("lite")
+    assert config.title == "dinov2-lite + token-match + mobile-sam + refine"
+
+
+def test_sources_are_opened_at_most_three_times(icm: Icm, scene: Path) -> None:
+    opened: Counter[str] = Counter()
+    is_listening = True
+
+    def count_open(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and is_listening and isinstance(arguments[0], str) and arguments[0].startswith(str(scene)):
+            opened[arguments[0]] += 1
+
+    sys.addaudithook(count_open)
+    try:
+        assert icm(report=[scene / "r.html", scene / "r.json"], contact_sheet=scene / "s.png").exit_code == 0
+    finally:
+        is_listening = False
+    counts = {name: count for name, count in opened.items() if name.startswith(str(scene / "imgs"))}
+    assert len(counts) == 3
+    assert max(counts.values()) <= 3, counts
+
+
+def test_contact_sheet_leaves_unreadable_files_blank(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((300, 600), 200, np.uint8))
+    paths = {"alpha": str(tmp_path / "a.png"), "gone": str(tmp_path / "gone.png")}
+    results = [ImageResult(source, output, "done") for source in paths.values() for output in paths.values()]
+    write_contact_sheet(tmp_path / "s.png", Report({}, results))
+    sheet = read(tmp_path / "s.png").reshape(4, -1, 3, 240, 3)[:, 118:122, :, 118:122].mean(axis=(1, 3, 4))
+    assert (sheet.round() == [[200, 200, 184], [200, 24, 24], [24, 200, 24], [24, 24, 24]]).all(), sheet

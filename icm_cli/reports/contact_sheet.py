@@ -32,6 +32,7 @@ FONTS = (
 """Fonts that cover many scripts. The first one that exists is used."""
 NO_CHARACTER = "\uffff"
 GREY = 128
+BACKGROUND = 24
 
 
 def write_contact_sheet(path: Path, report: Report) -> None:
@@ -57,7 +58,7 @@ def composite_on_grey(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
 def _make_row(result: ImageResult, source: ImageU8 | None) -> ImageU8:
     """Return the row of a result. Files that can no longer be read are left blank."""
     alpha = read_alpha_or_none(result.output)
-    blank = np.full((1, 1, 3), GREY, np.uint8)
+    blank = np.full((1, 1, 3), BACKGROUND, np.uint8)
     cells = [blank if source is None else make_thumbnail(source), blank, blank]
     if alpha is not None:
         cells[1] = np.repeat(make_thumbnail(alpha)[..., None], 3, -1)
@@ -77,7 +78,7 @@ def read_alpha_or_none(path: str) -> ImageU8 | None:
 
 def make_captioned_row(cells: Sequence[ImageU8], caption: str) -> ImageU8:
     """Return a row of images of at most SHEET_CELL_PX, all uint8 [H,W,3], with a caption below."""
-    row = Image.new("RGB", (len(cells) * SHEET_CELL_PX, SHEET_CELL_PX + CAPTION_PX), (24, 24, 24))
+    row = Image.new("RGB", (len(cells) * SHEET_CELL_PX, SHEET_CELL_PX + CAPTION_PX), (BACKGROUND,) * 3)
     for column, cell in enumerate(cells):
         left, top = (SHEET_CELL_PX - cell.shape[1]) // 2, (SHEET_CELL_PX - cell.shape[0]) // 2
         row.paste(Image.fromarray(cell), (column * SHEET_CELL_PX + left, top))
