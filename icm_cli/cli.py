@@ -15,6 +15,7 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperGroup
 
+from icm_cli.environment import resource_errors
 from icm_cli.errors import IcmError
 from icm_cli.options import EvaluateOptions, MatteOptions, TrainOptions
 from icm_cli.options.definition import OptionField, Options, Panel
@@ -144,7 +145,8 @@ def _exit_codes(progress: str, is_verbose: bool, rerun_hint: str = RERUN_HINT) -
 
     with Interrupt() as interrupt:
         try:
-            yield
+            with resource_errors("icm was running"):
+                yield
         except IcmError as error:
             if is_verbose:
                 import traceback

@@ -215,15 +215,7 @@ def available_devices() -> list[str]:
     return [*gpus, *mps, f"cpu ({torch.get_num_threads()} threads)"]
 
 
-def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Return whether an error means that memory ran out, on any device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error)
-    return "out of memory" in text or "can't allocate memory" in text
-
-
-def is_device_lost(error: RuntimeError | MemoryError) -> bool:
+def is_device_lost(error: Exception) -> bool:
     """Return whether an error means that this process can no longer use the device."""
     lost = getattr(torch, "AcceleratorError", None)
     return (lost is not None and isinstance(error, lost)) or str(error).startswith("CUDA error")

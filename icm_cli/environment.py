@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.metadata
+import math
 import os
 import platform
+import re
 import resource
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from icm_cli.errors import IcmError, ResourceError
 
 __version__ = "0.2.0"
 """Version of the code that runs; the package takes its version from here."""
+ROOT = Path("/")
+"""Folder that contains ``proc`` and the mounted cgroups."""
 PACKAGES = (
     "torch",
     "diffusers",
@@ -35,8 +45,10 @@ def describe_hardware() -> dict[str, str | int]:
 
 
 def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores of this process: those of its affinity, within the CPU quotas of
+    its cgroups."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *map(math.ceil, cpu_quotas())]))
 
 
 def child_environment() -> dict[str, str]:
@@ -52,17 +64,15 @@ def peak_memory_bytes() -> int:
     On Linux it is read from ``/proc``, because getrusage includes the peak of the parent after a
     fork and exec.
     """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    peak = _read_table(ROOT / "proc/self/status").get("VmHWM:")
+    if peak is not None:
+        return peak * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
+    cpuinfo = ROOT / "proc/cpuinfo"
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
@@ -70,19 +80,203 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@dataclass(frozen=True)
+class FreeMemory:
+    """Memory that this process can still allocate.
+
+    Attributes:
+        size: In bytes; infinite if the system does not report it.
+        where: What limits it, in words.
+    """
+
+    size: float
+    where: str
+
+    def __str__(self) -> str:
+        return (
+            "the free memory is unknown" if math.isinf(self.size) else f"{format_gb(self.size)} are free {self.where}"
+        )
+
+
+def format_gb(size: float) -> str:
+    """Return a number of bytes as text, for example "1.5 GB"."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e9:.3f} GB"
+
+
+def free_memory() -> FreeMemory:
+    """Return the memory that is free on the machine, in every cgroup of this process and within its resource limits,
+    whichever is least. Memory that caches files counts as free."""
+    found = [FreeMemory(math.inf, "")]
+    available = _read_table(ROOT / "proc/meminfo").get("MemAvailable:")
+    if available is not None:
+        found.append(FreeMemory(available * 1024, "on this machine"))
+    for folder in cgroup_folders("memory"):
+        caches = _read_table(folder / "memory.stat")
+        cached = sum(
+            caches.get(f"total_{name}", caches.get(name, 0))
+            for name in ("inactive_file", "active_file")  # total_: with the cgroups below, in version 1
+        )
+        limits = [_read_number(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+        used = _read_number(folder / "memory.current") or _read_number(folder / "memory.usage_in_bytes") or 0
+        for limit in limits:
+            if limit is not None:
+                where = f"within the memory limit of {format_gb(limit)} of the container or cgroup"
+                found.append(FreeMemory(max(0, limit - used + min(cached, used)), where))
+    status = _read_table(ROOT / "proc/self/status")
+    for kind, used_name, flag in ((resource.RLIMIT_AS, "VmSize:", "-v"), (resource.RLIMIT_DATA, "VmData:", "-d")):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY and used_name in status:
+            where = f"within the limit of {format_gb(limit)} of ulimit {flag}"
+            found.append(FreeMemory(max(0, limit - status[used_name] * 1024), where))
+    return min(found, key=lambda each: each.size)
+
+
+def free_threads() -> float:
+    """Return how many further threads and processes this process may start; infinite without a limit."""
+    free = [math.inf]
+    for folder in cgroup_folders("pids"):
+        limit, used = _read_number(folder / "pids.max"), _read_number(folder / "pids.current")
+        if limit is not None and used is not None:
+            free.append(limit - used)
+    limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if limit != resource.RLIM_INFINITY and os.getuid():  # root may exceed it
+        free.append(limit - _count_threads_of_user())
+    return max(0, min(free))
+
+
+def cpu_quotas() -> list[float]:
+    """Return the CPU quotas of all cgroups of this process, in cores."""
+    quotas = []
+    for folder in cgroup_folders("cpu"):
+        words = _read_text(folder / "cpu.max").split()
+        words = words or [_read_text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+        if all(word.strip().isdigit() for word in words) and int(words[1]):
+            quotas.append(int(words[0]) / int(words[1]))
+    return quotas
+
+
+def cgroup_folders(controller: str) -> list[Path]:
+    """Return the folders of the cgroups that may limit this process: its own and those above, of
+    version 1 and 2."""
+    paths: dict[str, str] = {}
+    for line in _read_text(ROOT / "proc/self/cgroup").splitlines():
+        number, names, path = line.split(":", 2)
+        paths["" if number == "0" else controller if controller in names.split(",") else names] = path
+    folders: list[Path] = []
+    for line in _read_text(ROOT / "proc/self/mountinfo").splitlines():
+        before, _, after = line.partition(" - ")
+        kind, _, options = after.split(" ", 2)
+        is_v1 = kind == "cgroup" and controller in options.split(",")
+        own = paths.get(controller if is_v1 else "")
+        if own is None or not (is_v1 or kind == "cgroup2"):
+            continue
+        top, mount = (part.encode().decode("unicode_escape") for part in before.split(" ")[3:5])
+        below = PurePosixPath(own)
+        inside = below.relative_to(top) if below.is_relative_to(top) else PurePosixPath()  # a cgroup namespace
+        folder = ROOT / mount.lstrip("/")
+        folders += [folder.joinpath(*inside.parts[:count]) for count in range(len(inside.parts), -1, -1)]
+    return folders
+
+
+def _count_threads_of_user() -> int:
+    count, own = 0, os.getuid()
+    for entry in (ROOT / "proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if entry.stat().st_uid == own:
+                count += len(list((entry / "task").iterdir()))
+    return count
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _read_number(path: Path) -> int | None:
+    """Read a number; None if the file does not exist or states no limit."""
+    text = _read_text(path).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _read_table(path: Path) -> dict[str, int]:
+    """Read lines of a name and a whole number, such as those of ``/proc/meminfo``."""
+    rows = (line.split() for line in _read_text(path).splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
+@contextlib.contextmanager
+def limited_threads() -> Iterator[None]:
+    """Context in which torch and OpenCV use no more threads than there are cores, and than this process may start.
+
+    A number of threads that the environment fixes is lowered only if they could not be started, which would end the
+    process.
+    """
+    import cv2
+    import torch
+
+    wanted = torch.get_num_threads(), cv2.getNumThreads()
+    most = 1 + free_threads() // 3  # readers, writers and other processes need some too
+    if "OMP_NUM_THREADS" not in os.environ:
+        most = min(most, available_cores())
+    changed = [int(min(each, most)) for each in wanted]
+    if changed[0] < wanted[0]:
+        torch.set_num_threads(changed[0])
+    if changed[1] < wanted[1]:
+        cv2.setNumThreads(changed[1])
+    try:
+        yield
+    finally:
+        if changed[0] < wanted[0]:
+            torch.set_num_threads(wanted[0])
+        if changed[1] < wanted[1]:
+            cv2.setNumThreads(wanted[1])
+
+
+OUT_OF_MEMORY = "needs more memory than could be allocated; {}; free memory, raise the limit or scale the image down"
+"""End of a message about an image. The field is the free memory."""
+_NO_MEMORY = re.compile(
+    r"out of memory|(can't|cannot) allocate memory|(failed|unable) to allocate|bad_alloc|ALLOC_FAILED|"
+    r"insufficient memory|failed to map segment|could not (create a primitive|create a memory object|execute a "
+    r"primitive)$",
+    re.IGNORECASE,
+)
+"""Messages of torch, oneDNN, CUDA, OpenCV, NumPy, the C++ library and the dynamic linker."""
+_NO_THREADS = re.compile("can't start new thread|resource temporarily unavailable", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of any library means that memory ran out, on any device."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    is_memory_error = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # of torch
+    return is_memory_error or bool(_NO_MEMORY.search(str(error).strip()))
+
+
+@contextlib.contextmanager
+def resource_errors(action: str) -> Iterator[None]:
+    """Convert errors about memory, threads and processes during ``action`` to ResourceError."""
+    try:
+        yield
+    except IcmError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise ResourceError(
+                f"memory ran out while {action}; {free_memory()}; raise the limit, end other programs, or choose a "
+                "smaller model"
+            ) from error
+        if getattr(error, "errno", None) == errno.EAGAIN or _NO_THREADS.search(str(error)):
+            raise ResourceError(
+                f"no further thread or process can be started while {action}; raise the limit (ulimit -u, or the limit "
+                "of processes of the container), or give fewer --workers"
+            ) from error
+        raise
+
+
 DEFAULT_WORKERS = max(1, min(4, available_cores() // 2))
 """Default number of threads that read, of threads that write, and of processes that score.
 
 A few keep the model busy; more would only take its cores.
 """
-
-
-def available_memory_bytes() -> int | None:
-    """Return the memory that is available without swapping; None if the system does not report
-    it."""
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None

@@ -52,6 +52,10 @@ class FileAccessError(ImageError):
     """Whether the image may be readable later."""
 
 
+class ResourceError(IcmError):
+    """Memory or threads ran out outside of a single image (exit code 3)."""
+
+
 class TrainingError(IcmError):
     """Training cannot continue, such as with an infinite loss or unreadable data (exit code 1)."""
 

@@ -16,6 +16,7 @@ import pytest
 from conftest import DEMO, Icm, read
 from PIL import Image, ImageCms, PngImagePlugin
 
+from icm_cli.environment import FreeMemory
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.images.colour import ColourSettings, to_display_srgb
 from icm_cli.images.decoding import frame_count, image_size
@@ -385,7 +386,7 @@ def test_white_option_scales_sources_and_references(icm: Icm, scene: Path) -> No
 
 
 def test_image_larger_than_memory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("icm_cli.environment.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("icm_cli.images.pixels.free_memory", lambda: FreeMemory(1000, "on this machine"))
     Image.fromarray(RGB).save(tmp_path / "a.png")
     with pytest.raises(ImageError, match="48x48, which needs about"):
         read_image(tmp_path / "a.png")

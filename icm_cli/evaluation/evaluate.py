@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from icm_cli import environment
 from icm_cli.datasets.groups import Sample, group_samples
 from icm_cli.datasets.registry import DatasetSamples, find_dataset
-from icm_cli.environment import DEFAULT_WORKERS
+from icm_cli.environment import DEFAULT_WORKERS, limited_threads
 from icm_cli.errors import Problem, UsageError
 from icm_cli.evaluation.protocol import Evaluation, EvaluationDataset, EvaluationFiles, RunSettings
 from icm_cli.events import Listener
@@ -29,6 +29,7 @@ SHOT_NOTE = "the first frame of every shot is its reference, and the last one is
 
 
 @keyword_arguments(EvaluateOptions)
+@limited_threads()
 def evaluate(
     options: EvaluateOptions, *, predictor: Predictor | None = None, listener: Listener | None = None
 ) -> Report:

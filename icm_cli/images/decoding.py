@@ -19,6 +19,7 @@ import numpy as np
 import PIL
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from icm_cli.environment import OUT_OF_MEMORY, free_memory, is_out_of_memory
 from icm_cli.errors import FileAccessError, ImageError
 from icm_cli.files import describe_os_error, is_system_error, is_transient
 from icm_cli.images import colour, containers, openimageio
@@ -200,9 +201,9 @@ def as_image_errors(path: Path, file_type: FileType = UNKNOWN_TYPE) -> Iterator[
         raise ImageError(f"{path} is a folder; expected an image file") from None
     except UnidentifiedImageError:
         raise ImageError(f"{path} {_not_an_image(path, file_type)}") from None
-    except MemoryError:
-        raise ImageError(f"{path} is too large for this machine's memory") from None
     except Exception as error:  # noqa: BLE001  decoders raise anything
+        if is_out_of_memory(error):
+            raise ImageError(f"{path} {OUT_OF_MEMORY.format(free_memory())}") from None
         if isinstance(error, OSError) and is_system_error(error):
             failure = FileAccessError(f"{path} cannot be read: {describe_os_error(error)}")
             failure.is_transient = is_transient(error)

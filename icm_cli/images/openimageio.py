@@ -105,7 +105,7 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
     spec = oiio.ImageSpec(reader.spec())
     orientation = valid_orientation(_integer_attribute(spec, "Orientation"))
     windows = _image_windows(spec, file.type, orientation)
-    for height, width in (windows.size, windows.display):
+    for height, width in {windows.size, windows.display}:
         check_memory(path, width, height)
     first, end = layer.channels
     values = reader.read_image(layer.part, 0, first, end, _read_type(spec, wanted))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli import environment
+from icm_cli.environment import FreeMemory, format_gb, free_memory
 from icm_cli.errors import ImageError
 
 BYTES_PER_PIXEL = 24
@@ -171,11 +173,23 @@ def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     return size if orientation in TRANSPOSING_ORIENTATIONS else (size[1], size[0])
 
 
+reserve_memory: ContextVar[Callable[[Path, int, int], None] | None] = ContextVar("reserve_memory", default=None)
+"""Replaces :func:`check_memory` in a thread that reads images while others are matted and written."""
+
+
 def check_memory(path: Path, width: int, height: int) -> None:
-    """Raise ImageError for an image that does not fit into the free memory."""
-    needed, free = width * height * BYTES_PER_PIXEL, environment.available_memory_bytes()
-    if free is not None and needed > free:
-        raise ImageError(
-            f"{path} is {width}x{height}, which needs about {needed / 1e9:.0f} GB of memory, and "
-            f"only {free / 1e9:.0f} GB are free; free memory or scale the image down"
-        )
+    """Raise ImageError for an image that does not fit into the free memory.
+
+    Decoders call it when they know the size of an image, before they decode it.
+    """
+    if reserve := reserve_memory.get():
+        reserve(path, width, height)
+    elif width * height * BYTES_PER_PIXEL > (free := free_memory()).size:
+        raise ImageError(too_large_message(path, width, height, free))
+
+
+def too_large_message(path: Path, width: int, height: int, free: FreeMemory) -> str:
+    return (
+        f"{path} is {width}x{height}, which needs about {format_gb(width * height * BYTES_PER_PIXEL)} of memory, and "
+        f"only {free}; free memory, raise the limit or scale the image down"
+    )

@@ -7,19 +7,29 @@ the disk only if reading is slower than matting.
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from icm_cli.device import is_device_lost, is_out_of_memory, release_memory
+from icm_cli.device import is_device_lost, release_memory
+from icm_cli.environment import OUT_OF_MEMORY, FreeMemory, free_memory, free_threads, is_out_of_memory
 from icm_cli.errors import DeviceError, ImageError, OutputError
 from icm_cli.geometry import Float, alpha_to_u8
-from icm_cli.images.pixels import DecodedImage, ImageWindows
+from icm_cli.images.pixels import (
+    BYTES_PER_PIXEL,
+    DecodedImage,
+    ImageWindows,
+    reserve_memory,
+    too_large_message,
+)
 from icm_cli.images.writing import DEFAULT_OUTPUT, OutputFormat, write_alpha, write_foreground, write_trimap
 from icm_cli.matting.foreground import estimate_foreground, trimap_from_alpha
 from icm_cli.matting.jobs import Job
@@ -45,8 +55,7 @@ class FrameMatting(Protocol):
     def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
         """Matte a batch: frames of one example with canvases of one size.
 
-        If it raises RuntimeError or MemoryError, the same frames can be matted again in smaller
-        batches.
+        If memory runs out, the same frames can be matted again in smaller batches.
         """
 
 
@@ -110,11 +119,93 @@ class EngineOptions:
     fail_fast: bool = False
     output: OutputFormat = DEFAULT_OUTPUT
     shot: Shot | None = None
+    processes: int = 1
+    """Number of processes that share the memory of this machine."""
 
     def job_digest(self, job: Job) -> str:
         """Return the digest of everything besides the source that decides the alpha of a job."""
         digest = self.digests[job.example]
         return self.shot.job_digest(job, digest) if self.shot else digest
+
+
+WORKING_BYTES = 150_000_000
+"""Memory that the default model needs for each image of a batch while it runs on the CPU; other models need more."""
+
+
+class MemoryBudget:
+    """Memory that the images of a run may use at once, each from its decoding until it is written.
+
+    Images reserve memory in the order of their jobs, so that none waits for a later one. An image that fits into the
+    free memory only alone waits until it is alone.
+    """
+
+    def __init__(self, measure: Callable[[], FreeMemory]) -> None:
+        """``measure``: returns the free memory, without that of images."""
+        self._measure = measure
+        self._free = measure()
+        self._queue: deque[Job] = deque()
+        self._reserved: dict[int, int] = {}
+        self._condition = threading.Condition()
+        self._is_waiting = self._is_closed = False
+
+    def add_job(self, job: Job) -> None:
+        """Add a job; its image is the next one that may reserve memory after those of the jobs before."""
+        self._queue.append(job)
+
+    def reserve(self, job: Job, path: Path, width: int, height: int) -> None:
+        """Reserve memory for an image of a job; wait until there is enough.
+
+        Raises ImageError if the image is too large even when it is alone.
+        """
+        needed = width * height * BYTES_PER_PIXEL
+        with self._condition:
+            if job in self._queue:  # else it is a further image of the same job
+                self._condition.wait_for(lambda: self._is_closed or self._queue[0] is job)
+                self._is_waiting = True
+                self._condition.notify_all()
+                self._condition.wait_for(lambda: self._is_closed or not self._reserved or self._fits(needed))
+                self._is_waiting = False
+                if self._is_closed:
+                    raise ImageError(f"{path} was not read, because the run ended")
+                if not self._reserved and not self._fits(needed):
+                    self._free = self._measure()
+                    if not self._fits(needed):
+                        raise ImageError(too_large_message(path, width, height, self._free))
+                self._queue.remove(job)
+            self._reserved[id(job)] = self._reserved.get(id(job), 0) + needed
+            self._condition.notify_all()
+
+    def _fits(self, needed: int) -> bool:
+        return sum(self._reserved.values()) + needed <= self._free.size
+
+    def end_reading(self, job: Job) -> None:
+        """Let the images of later jobs reserve memory, if this one failed before it did."""
+        with self._condition:
+            if job in self._queue:
+                self._queue.remove(job)
+            self._condition.notify_all()
+
+    def release(self, job: Job) -> None:
+        """Release the memory of a job."""
+        with self._condition:
+            self._reserved.pop(id(job), None)
+            self._condition.notify_all()
+
+    def wait_for(self, reading: Future[Any]) -> bool:
+        """Wait for an image that is being read; return False as soon as it waits for the memory of others."""
+        reading.add_done_callback(lambda _: self._notify())
+        with self._condition:
+            self._condition.wait_for(lambda: reading.done() or self._is_waiting)
+        return reading.done()
+
+    def close(self) -> None:
+        """End all waiting."""
+        self._is_closed = True
+        self._notify()
+
+    def _notify(self) -> None:
+        with self._condition:
+            self._condition.notify_all()
 
 
 class Engine:
@@ -141,6 +232,7 @@ class Engine:
         self._has_failed = False
         self._is_stopped = False
         self._reported: set[str] = set()
+        self._memory = MemoryBudget(self._free_memory)
 
     def run(self, jobs: Iterable[Job]) -> None:
         """Matte every image. An image that fails is reported, and the run continues.
@@ -148,25 +240,56 @@ class Engine:
         Raises OutputError if no more output can be written, DeviceError if the device is lost. On
         any exception, including an interrupt, writes in progress are finished first.
         """
-        workers = self.options.workers
+        workers = int(max(1, min(self.options.workers, free_threads() // 4)))
         jobs = self.matting.begin_run(jobs)
         readers = ThreadPoolExecutor(workers, "icm-read")
         writers = ThreadPoolExecutor(workers, "icm-write")
         writing: deque[Future[ImageResult]] = deque()
+        self._limit_batch_size()
+        self._memory = MemoryBudget(self._free_memory)
         try:
-            loaded = read_ahead(readers, self._read, jobs, ahead=workers + self.batch_size)
-            for batch in self._batches(loaded):
+            for batch in self._batches(self._read_ahead(readers, jobs, ahead=workers + self.batch_size)):
                 for image, alpha, seconds in self._matte_batch(batch):
                     writing.append(writers.submit(self._write, image, alpha, seconds))
+                    del image, alpha
+                del batch
                 self._report_written(writing, max_pending=workers + self.batch_size)
                 if self._must_stop():
                     break
         finally:
+            self._memory.close()
             readers.shutdown(wait=False, cancel_futures=True)
             self._report_written(writing, max_pending=0)
             writers.shutdown()
         if self._fatal:
             raise self._fatal
+
+    def _limit_batch_size(self) -> None:
+        """Choose smaller batches if the free memory cannot be enough for the given size."""
+        free = free_memory()
+        most = max(1, free.size / self.options.processes // (2 * WORKING_BYTES))
+        if self.batch_size > most and self.predictor.device.torch_device.type == "cpu":
+            self.batch_size = int(most)
+            self._notice(f"images are matted in batches of {self.batch_size}, because only {free}")
+
+    def _free_memory(self) -> FreeMemory:
+        """Memory that is free for images: without that which the model needs to run."""
+        free = free_memory()
+        working = WORKING_BYTES * self.batch_size if self.predictor.device.torch_device.type == "cpu" else 0
+        return FreeMemory(max(0.0, free.size / self.options.processes - working), free.where)
+
+    def _read_ahead(
+        self, readers: ThreadPoolExecutor, jobs: Iterable[Job], ahead: int
+    ) -> Iterator[Future[LoadedImage | ImageResult]]:
+        """Yield the images that reader threads read, in the order of the jobs, before at most ``ahead`` are ready."""
+        pending: deque[Future[LoadedImage | ImageResult]] = deque()
+        for job in jobs:
+            self._memory.add_job(job)
+            pending.append(readers.submit(self._read, job))
+            if len(pending) >= ahead:
+                yield pending.popleft()
+        while pending:
+            yield pending.popleft()
 
     def stop(self) -> None:
         """End the run after the current batch; can be called from any thread."""
@@ -200,23 +323,35 @@ class Engine:
 
     def _read(self, job: Job) -> LoadedImage | ImageResult:
         """Read an image and prepare it for the model; runs in a reader thread."""
-        start = time.perf_counter()
+        reserve_memory.set(functools.partial(self._memory.reserve, job))
+        result: LoadedImage | ImageResult
         try:
-            keep_all, digest = self.options.keep_existing, self.options.job_digest(job)
-            earlier = None if self.options.overwrite else find_kept_result(job, digest, keep_all=keep_all)
+            result = self._load(job)
+        except ImageError as error:
+            result = _failed_result(job, str(error))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            result = _failed_result(job, f"{job.source} {OUT_OF_MEMORY.format(free_memory())}")
+        self._memory.end_reading(job)
+        if isinstance(result, ImageResult):
+            self._memory.release(job)
+        return result
+
+    def _load(self, job: Job) -> LoadedImage | ImageResult:
+        start = time.perf_counter()
+        digest = self.options.job_digest(job)
+        if not self.options.overwrite:
+            earlier = find_kept_result(job, digest, keep_all=self.options.keep_existing)
             if earlier and not self.matting.keeps_order:
                 return earlier
-            source, *origin = job.read_with_digest()
-            if source.alpha is not None:
-                self._notice_once("alpha", f"{job.source} has an alpha of its own; alphas of sources are ignored")
-            for sentence in source.notices:
-                self._notice(sentence)
-            stored = source.stored or DecodedImage(source.rgb, None, 255.0, source.space)
-            frame = self.predictor.prepare_frame(source.rgb, stored.windows)
-        except ImageError as error:
-            return _failed_result(job, str(error))
-        except MemoryError:
-            return _failed_result(job, f"{job.source} is too large for this machine's memory")
+        source, *origin = job.read_with_digest()
+        if source.alpha is not None:
+            self._notice_once("alpha", f"{job.source} has an alpha of its own; alphas of sources are ignored")
+        for sentence in source.notices:
+            self._notice(sentence)
+        stored = source.stored or DecodedImage(source.rgb, None, 255.0, source.space)
+        frame = self.predictor.prepare_frame(source.rgb, stored.windows)
         self._report_windows(job, source.windows)
         return LoadedImage(job, frame, Origin(*origin), source.space, stored, time.perf_counter() - start)
 
@@ -233,14 +368,18 @@ class Engine:
             f"and missing pixels are 0{remedy}",
         )
 
-    def _batches(self, stream: Iterable[LoadedImage | ImageResult]) -> Iterator[list[LoadedImage]]:
+    def _batches(self, stream: Iterable[Future[LoadedImage | ImageResult]]) -> Iterator[list[LoadedImage]]:
         """Group images by example and canvas size.
 
-        At most ``2 * batch_size`` images are held back until their batch is full. If the order must
-        be kept, the waiting batch is yielded as soon as an image of another group arrives.
+        At most ``2 * batch_size`` images are held back until their batch is full, and none if the
+        next image needs their memory. If the order must be kept, the waiting batch is yielded as
+        soon as an image of another group arrives.
         """
         waiting: dict[tuple[int, tuple[int, int]], list[LoadedImage]] = {}
-        for item in stream:
+        for reading in stream:
+            while waiting and not self._memory.wait_for(reading):
+                yield waiting.pop(next(iter(waiting)))
+            item = reading.result()
             if isinstance(item, ImageResult):
                 self._report(item)
                 if self._must_stop():
@@ -266,23 +405,26 @@ class Engine:
             alphas = self._try_matte(batch)
             if alphas is not None:
                 seconds = (time.perf_counter() - start) / len(batch)
-                yield from ((image, alpha, seconds) for image, alpha in zip(batch, alphas, strict=True))
                 images = images[len(batch) :]
+                for image in batch:
+                    yield image, alphas.pop(0), seconds
                 continue
             release_memory(self.predictor.device)
             if len(batch) > 1:
                 self.batch_size = len(batch) // 2
                 self._notice(f"out of memory with batches of {len(batch)} images; continuing with {self.batch_size}")
             else:
-                device = self.predictor.device.description
-                self._report(_failed_result(batch[0].job, f"{batch[0].job.source} ran out of memory on {device}"))
+                device, job = self.predictor.device, batch[0].job
+                free = f"; {free_memory()}" if device.torch_device.type == "cpu" else ""
+                self._report(_failed_result(job, f"{job.source} ran out of memory on {device.description}{free}"))
+                self._memory.release(job)
                 images = images[1:]
 
     def _try_matte(self, batch: list[LoadedImage]) -> list[FrameAlpha] | None:
         """Matte a batch; None if memory ran out. Raises DeviceError if the device is lost."""
         try:
             return self.matting.matte([image.job for image in batch], [image.frame for image in batch])
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             if is_out_of_memory(error):
                 return None
             if is_device_lost(error):
@@ -292,6 +434,21 @@ class Engine:
 
     def _write(self, image: LoadedImage, result: FrameAlpha, model_seconds: float) -> ImageResult:
         """Bring the alpha to the size of the source and write it; runs in a writer thread."""
+        try:
+            return self._write_alpha(image, result, model_seconds)
+        except ImageError as error:
+            return _failed_result(image.job, str(error))
+        except OutputError as error:
+            self._fatal = error
+            return _failed_result(image.job, str(error))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return _failed_result(image.job, f"{image.job.source} {OUT_OF_MEMORY.format(free_memory())}")
+        finally:
+            self._memory.release(image.job)
+
+    def _write_alpha(self, image: LoadedImage, result: FrameAlpha, model_seconds: float) -> ImageResult:
         start = time.perf_counter()
         job = image.job
         if not np.isfinite(result.alpha).all():
@@ -306,14 +463,8 @@ class Engine:
             "not_found": not result.found,
             "colorspace": image.colorspace,
         }
-        try:
-            stamp = make_stamp(job, self.options.job_digest(job), image.origin, measured)
-            self._write_files(image, alpha, {**stamp, **result.stamp})
-        except ImageError as error:
-            return _failed_result(job, str(error))
-        except OutputError as error:
-            self._fatal = error
-            return _failed_result(job, str(error))
+        stamp = make_stamp(job, self.options.job_digest(job), image.origin, measured)
+        self._write_files(image, alpha, {**stamp, **result.stamp})
         seconds = image.seconds + model_seconds + time.perf_counter() - start
         return replace(job.planned, status="done", matting=MattingDetails(seconds=round(seconds, 4), **measured))
 
@@ -351,21 +502,3 @@ class Engine:
 
 def _failed_result(job: Job, reason: str) -> ImageResult:
     return replace(job.planned, status="failed", reason=reason)
-
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def read_ahead(
-    executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
-) -> Iterator[Result]:
-    """Yield results in the order of the items. At most ``ahead`` of them are computed before they
-    are requested."""
-    pending: deque[Future[Result]] = deque()
-    for item in items:
-        pending.append(executor.submit(function, item))
-        if len(pending) >= ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()

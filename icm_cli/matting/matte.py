@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli.device import parse_devices
-from icm_cli.environment import DEFAULT_WORKERS
+from icm_cli.environment import DEFAULT_WORKERS, limited_threads
 from icm_cli.errors import Problem, UsageError
 from icm_cli.events import Listener
 from icm_cli.files import combined_digest, remove_stale_temporaries
@@ -49,6 +49,7 @@ ALLOWED_PROBLEMS = frozenset({"empty-alpha", "16-bit-alpha", "missing-alpha"})
 
 
 @keyword_arguments(MatteOptions)
+@limited_threads()
 def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
     """Extract the object of the references from every image of ``src`` as an alpha below ``out``.
 
@@ -205,6 +206,7 @@ class _MattingRun:
             fail_fast=self._options.sequences.fail_fast,
             output=plan.output,
             shot=plan.shot,
+            processes=len(self._choices),
         )
         return [EngineSetup(choice, plan.references, self._learn_steps, engine) for choice in self._choices]
 

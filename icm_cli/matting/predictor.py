@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from icm_cli.device import Device, is_device_lost, is_out_of_memory
+from icm_cli.device import Device, is_device_lost
+from icm_cli.environment import free_memory, is_out_of_memory
 from icm_cli.errors import ConfigError, DeviceError, UsageError
 from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8
 from icm_cli.guided_filter import alpha_at_source
@@ -271,11 +272,12 @@ def _device_errors(device: Device, action: str) -> Iterator[None]:
     it was lost."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if is_out_of_memory(error):
+            free = "" if device.torch_device.type == "cuda" else f"; {free_memory()}"
             raise ConfigError(
-                f"memory ran out on {device.description} while {action}; end other programs on it, or choose another "
-                "--device, a smaller --dtype or a smaller model"
+                f"memory ran out on {device.description} while {action}{free}; end other programs on it, or choose "
+                "another --device, a smaller --dtype or a smaller model"
             ) from error
         if is_device_lost(error):
             raise DeviceError(f"device {device.torch_device} was lost: {str(error).splitlines()[0]}") from error

@@ -206,7 +206,7 @@ class FlowPropagator:
                 return [self._matte_frame(job, frame, references) for job, frame in zip(jobs, frames, strict=True)]
             coarse = self._predictor.coarse_alphas(frames, references)
             return [self._matte_frame(*each) for each in zip(jobs, frames, coarse, strict=True)]
-        except (RuntimeError, MemoryError):
+        except Exception:
             self._memories = memories
             raise
 

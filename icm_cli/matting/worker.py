@@ -25,18 +25,20 @@ def main() -> None:
     """
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)
+    from icm_cli.environment import limited_threads, resource_errors
     from icm_cli.errors import IcmError
     from icm_cli.matting.devices import StartRun, WorkerIdle
 
     inbox, outbox = map(int, sys.argv[1:])
     parent = ParentConnection(Connection(inbox, writable=False), Connection(outbox, readable=False))
     try:
-        engine = parent.setup.create_engine(parent.send, parent.send)
-        parent.start_receiving(engine)
-        parent.send(WorkerIdle(engine.peak_memory_bytes()))
-        while isinstance(parent.next_message(), StartRun):
-            engine.run(parent.request_jobs())
+        with limited_threads(), resource_errors("a worker process was running"):
+            engine = parent.setup.create_engine(parent.send, parent.send)
+            parent.start_receiving(engine)
             parent.send(WorkerIdle(engine.peak_memory_bytes()))
+            while isinstance(parent.next_message(), StartRun):
+                engine.run(parent.request_jobs())
+                parent.send(WorkerIdle(engine.peak_memory_bytes()))
     except IcmError as error:
         parent.send(error)
 

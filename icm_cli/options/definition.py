@@ -6,21 +6,24 @@ definitions.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import math
 import numbers
 import os
+import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from icm_cli.errors import UsageError, did_you_mean
+from icm_cli.environment import resource_errors
+from icm_cli.errors import IcmError, UsageError, did_you_mean
 
 Returned = TypeVar("Returned")
 NO_LIMIT = math.inf
@@ -116,9 +119,14 @@ class OptionField:
         return self.default is MISSING
 
     @property
+    def flags(self) -> tuple[str, ...]:
+        """Names on the command line."""
+        return self.properties.flags or (f"--{self.name.replace('_', '-')}",)
+
+    @property
     def flag(self) -> str:
         """First name on the command line."""
-        return self.properties.flags[0] if self.properties.flags else f"--{self.name.replace('_', '-')}"
+        return self.flags[0]
 
     @property
     def value_type(self) -> Any:
@@ -153,6 +161,10 @@ class OptionField:
         return self._convert_one(value)
 
     def _convert_one(self, value: object) -> Any:
+        if _is_number(value, int) and str(value) in self.choices:  # depth=16 is depth="16"
+            value = str(value)
+        if self.choices and not isinstance(value, str):
+            raise UsageError(f"{self.flag} is {value!r}; expected one of {', '.join(map(repr, self.choices))}")
         converted = _convert(value, self.value_type, self.flag)
         if self.choices and converted not in self.choices:
             raise UsageError(f"{self.flag} {converted!r} is not known. {did_you_mean(str(converted), self.choices)}")
@@ -264,7 +276,8 @@ def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., R
     """Decorate a function of ``options`` so that it takes every option as an argument of its own.
 
     The options object itself is accepted in their place, as the only positional argument. Other
-    keyword-only parameters of the function stay as they are.
+    keyword-only parameters of the function stay as they are. Messages of errors name the arguments,
+    not the flags of the command.
     """
 
     def decorate(function: Callable[..., Returned]) -> Callable[..., Returned]:
@@ -282,13 +295,26 @@ def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., R
                 return function(*arguments, **keywords)
             values = signature.bind(*arguments, **keywords).arguments
             kept = {name: values.pop(name) for name in others & values.keys()}
-            return function(options_class.from_values(values), **kept)
+            with argument_names(options_class), resource_errors(f"icm_cli.{function.__name__} was running"):
+                return function(options_class.from_values(values), **kept)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         call.__doc__ = f"{inspect.getdoc(function)}\n\n{describe_arguments(options_class)}"
         return call
 
     return decorate
+
+
+@contextlib.contextmanager
+def argument_names(options_class: type[CommandOptions]) -> Iterator[None]:
+    """Name arguments in the messages of errors, such as ``depth=``, instead of the flags of the command."""
+    try:
+        yield
+    except IcmError as error:
+        names = {flag: field.name for field in options_class.option_fields() for flag in field.flags}
+        pattern = re.compile(f"(?<![\\w-])({'|'.join(names)})(?![\\w-])")
+        error.args = tuple(pattern.sub(lambda found: f"{names[found[0]]}=", str(each)) for each in error.args)
+        raise
 
 
 def describe_arguments(options_class: type[CommandOptions]) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icm_cli.device import is_out_of_memory, make_accelerator, process_count
+from icm_cli.device import make_accelerator, process_count
+from icm_cli.environment import is_out_of_memory
 from icm_cli.errors import ConfigError, TrainingError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.core import InContextMatting

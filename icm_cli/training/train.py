@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from icm_cli.environment import DEFAULT_WORKERS
+from icm_cli.environment import DEFAULT_WORKERS, limited_threads
 from icm_cli.errors import TrainingError
 from icm_cli.events import BestStep, SecondaryProcessListener, TrainingListener, TrainingStatistics, TrainingSummary
 from icm_cli.files import atomic_write
@@ -42,6 +42,7 @@ MIN_DRAWS_TO_JUDGE = 100
 
 
 @keyword_arguments(TrainOptions)
+@limited_threads()
 def train(options: TrainOptions, *, listener: TrainingListener | None = None) -> TrainingSummary:
     """Train a model by the recipe of a configuration (Guo et al. 2024, section 4), saving regularly.
 

@@ -205,21 +205,23 @@ class Refine(Edges):
         """Refine an alpha [H,W] in overlapping tiles, except tiles without unknown pixels."""
         size = (alpha.shape[0], alpha.shape[1])
         tiles = split_into_tiles(size, self.config.tile_px, self.config.overlap_px)
-        alphas = [alpha[tile.slices] for tile in tiles]
-        indices = [
-            index
-            for index, tile in enumerate(tiles)
-            if bool(weight[tile.slices].any()) and self._is_undecided(alphas[index])
-        ]
-        pixels = [rgb[tiles[index].slices] for index in indices]
-        corrected = self._correct_alphas(pixels, [alphas[index] for index in indices], TILES_PER_BATCH)
-        for index, corrected_alpha in zip(indices, corrected, strict=True):
-            coarse_alpha = alphas[index]
-            alphas[index] = coarse_alpha + weight[tiles[index].slices] * (corrected_alpha - coarse_alpha)
-        return blend_tiles(size, tiles, alphas, alpha.device)
+        is_changed = [bool(weight[tile.slices].any()) and self._is_undecided(alpha[tile.slices]) for tile in tiles]
+        changed = list(itertools.compress(tiles, is_changed))
+        batches = (changed[start : start + TILES_PER_BATCH] for start in range(0, len(changed), TILES_PER_BATCH))
+        corrected = itertools.chain.from_iterable(
+            self._correct_alphas([rgb[tile.slices] for tile in batch], [alpha[tile.slices] for tile in batch], None)
+            for batch in batches
+        )
+        refined = (
+            alpha[tile.slices] + weight[tile.slices] * (next(corrected) - alpha[tile.slices])
+            if change
+            else alpha[tile.slices]
+            for tile, change in zip(tiles, is_changed, strict=True)
+        )
+        return blend_tiles(size, tiles, refined, alpha.device)
 
     def _clear_core(self, alpha: Tensor) -> Tensor:
-        """Make an alpha [H,W] opaque far inside the object and transparent far outside it."""
+        """Make an alpha [H,W] opaque far inside the object and transparent far outside it, in place."""
         config = self.config
         if not config.core_distance:
             return alpha
@@ -234,7 +236,7 @@ class Refine(Edges):
             resize_alpha(torch.from_numpy(each).to(alpha.device), alpha.shape)
             for each in (1.0 - (1.0 - config.core_opaque_from) * inside, config.core_transparent_to * outside)
         )
-        return ((alpha - empty) / (full - empty)).clamp(0.0, 1.0)
+        return alpha.sub_(empty).div_(full.sub_(empty)).clamp_(0.0, 1.0)
 
     def _is_undecided(self, coarse: Tensor) -> bool:
         """Return whether a coarse alpha has a value that is neither 0 nor 1, or has both."""

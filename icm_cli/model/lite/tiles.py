@@ -13,12 +13,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a tile, and the weight of its pixels where tiles overlap, float32
-    [h,w]."""
+    """Rows and columns of a tile, and their weights where tiles overlap, float32 [h] and [w]."""
 
     rows: slice
     columns: slice
-    weight: Tensor
+    row_weights: Tensor
+    column_weights: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of each pixel, float32 [h,w]."""
+        return self.row_weights[:, None] * self.column_weights
 
     @property
     def slices(self) -> tuple[slice, slice]:
@@ -35,7 +40,7 @@ def split_into_tiles(size: tuple[int, int], tile_px: int, overlap_px: int) -> li
     """
     sides = (_split_side(length, tile_px, overlap_px) for length in size)
     return [
-        Tile(slice(top, top + len(down)), slice(left, left + len(across)), down[:, None] * across)
+        Tile(slice(top, top + len(down)), slice(left, left + len(across)), down, across)
         for (top, down), (left, across) in itertools.product(*sides)
     ]
 
@@ -50,7 +55,7 @@ def blend_tiles(size: tuple[int, int], tiles: Sequence[Tile], alphas: Iterable[T
         weight = tile.weight.to(device)
         total[tile.slices] += alpha * weight
         weights[tile.slices] += weight
-    return total / weights
+    return total.div_(weights)
 
 
 def _split_side(length: int, tile: int, overlap: int) -> list[tuple[int, Tensor]]:
