@@ -461,7 +461,7 @@ def test_a_frame_of_another_size_is_skipped_like_a_damaged_one(shot: Shoot, scen
 
 def test_shots_of_a_dataset_are_propagated_and_reported(data: Path, small_model: Path) -> None:
     given = {"dataset": "folder", "images": data / "images", "alphas": data / "alphas", "model": str(small_model)}
-    with pytest.raises(UsageError, match="--shot requires frames of shots"):
+    with pytest.raises(UsageError, match="shot= requires frames of shots"):
         evaluate(**given, shot=True)
     alone, together = (evaluate(**given, video=True, shot=shot) for shot in (False, True))
     assert (alone.settings["shot"], together.settings["shot"]) == (False, True)
