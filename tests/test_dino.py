@@ -63,19 +63,19 @@ def test_tokens_are_those_of_the_model(folders: dict[str, Path], kind: str) -> N
     backbone = load(folders[kind], config(kind))
     image, valid = make_images(kind)
     features = backbone.target_features(image, valid, [])
-    assert features.correspondence.shape == (2, 2 * WIDTH, 6, 8)
+    assert features.correspondence_features.shape == (2, 2 * WIDTH, 6, 8)
     assert features.valid.shape == (2, 6, 8)
-    assert not features.scales
+    assert not features.scale_features
     pixels = (image - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
         :, None, None
     ]
     with torch.no_grad():
         own = backbone.transformer(pixel_values=pixels).last_hidden_state[:, -48:]
     expected = F.normalize(own, dim=-1).transpose(1, 2).unflatten(2, (6, 8))
-    torch.testing.assert_close(features.correspondence[:, WIDTH:], expected)
+    torch.testing.assert_close(features.correspondence_features[:, WIDTH:], expected)
     reference = backbone.reference_features(image, valid, [])
-    torch.testing.assert_close(reference.correspondence, features.correspondence)
-    assert not reference.intra
+    torch.testing.assert_close(reference.correspondence_features, features.correspondence_features)
+    assert not reference.intra_similarity
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,7 +84,9 @@ def test_features_do_not_depend_on_the_batch(folders: dict[str, Path], kind: str
     image, valid = make_images(kind)
     together = backbone.target_features(image, valid, [])
     alone = backbone.target_features(image[1:], valid[1:], [])
-    torch.testing.assert_close(together.correspondence[1:], alone.correspondence, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        together.correspondence_features[1:], alone.correspondence_features, atol=1e-5, rtol=1e-4
+    )
 
 
 def test_the_transformer_equals_vision_transformer_with_the_weights_of_lite(tmp_path: Path) -> None:
@@ -122,15 +124,15 @@ class TestPositionalSubspace:
         plain = load(folders["dinov3_vit"], config("dinov3_vit")).target_features(image, valid, [])
         backbone = load(folders["dinov3_vit"], config("dinov3_vit", positional_rank=6))
         debiased = backbone.target_features(image, valid, [])
-        torch.testing.assert_close(debiased.grouping, plain.grouping)
-        torch.testing.assert_close(debiased.intra[16].feature, plain.grouping)
-        assert (debiased.correspondence - plain.correspondence).abs().max() > 0.01
+        torch.testing.assert_close(debiased.grouping_features, plain.grouping_features)
+        torch.testing.assert_close(debiased.intra_similarity[16].feature, plain.grouping_features)
+        assert (debiased.correspondence_features - plain.correspondence_features).abs().max() > 0.01
         torch.testing.assert_close(
-            backbone.reference_features(image, valid, []).correspondence, debiased.correspondence
+            backbone.reference_features(image, valid, []).correspondence_features, debiased.correspondence_features
         )
         for number, tokens in enumerate(backbone.extract_tokens(torch.zeros(1, 3, 128, 128))):
             basis = positional_subspace(tokens, 6)
-            part = debiased.correspondence[:, number * WIDTH : (number + 1) * WIDTH].flatten(2)
+            part = debiased.correspondence_features[:, number * WIDTH : (number + 1) * WIDTH].flatten(2)
             assert (basis.T @ part).abs().max() < 1e-5
             torch.testing.assert_close(part.norm(dim=1), torch.ones(2, 48))
 
@@ -180,8 +182,8 @@ def test_low_precision_applies_to_the_transformer_only(folders: dict[str, Path],
     ).to_device(torch.device("cpu"), torch.float32, dtype)
     low: Features = model.backbone.target_features(image, valid, [])
     assert {each.dtype for each in model.backbone.parameters()} == {dtype}
-    assert low.correspondence.dtype == torch.float32
-    assert (low.grouping * exact.grouping).sum(dim=1).mean() > 1.98  # two blocks, cosines near 1
+    assert low.correspondence_features.dtype == torch.float32
+    assert (low.grouping_features * exact.grouping_features).sum(dim=1).mean() > 1.98  # two blocks, cosines near 1
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ class TestWeights:
         pair = [
             load(each, config("dinov3_vit")).target_features(image, valid, []) for each in (copy, folders["dinov3_vit"])
         ]
-        assert torch.equal(pair[0].correspondence, pair[1].correspondence)
+        assert torch.equal(pair[0].correspondence_features, pair[1].correspondence_features)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_weights_in_two_files(self, folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
@@ -267,7 +269,7 @@ class TestWeights:
         assert len(list(parts.glob("*.safetensors"))) == 2
         image, valid = make_images(kind)
         pair = [load(each, config(kind)).target_features(image, valid, []) for each in (parts, folders[kind])]
-        assert torch.equal(pair[0].correspondence, pair[1].correspondence)
+        assert torch.equal(pair[0].correspondence_features, pair[1].correspondence_features)
 
     def test_all_weight_files_are_required_and_in_the_digest(self, folders: dict[str, Path], tmp_path: Path) -> None:
         parts = sharded(folders["dinov2"], tmp_path / "parts")

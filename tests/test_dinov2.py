@@ -53,14 +53,14 @@ def test_grids_and_channels(backbone: DinoV2Lite) -> None:
     with torch.inference_mode():
         target = backbone.target_features(image, valid, ["", ""])
         reference = backbone.reference_features(image, valid, ["", ""])
-    assert target.correspondence.shape == (2, 2 * 384 + 120 + 208 + 352, 4, 6)
-    assert {stride: scale.shape[1:] for stride, scale in target.scales.items()} == {
+    assert target.correspondence_features.shape == (2, 2 * 384 + 120 + 208 + 352, 4, 6)
+    assert {stride: scale.shape[1:] for stride, scale in target.scale_features.items()} == {
         16: (48, 8, 12),
         8: (24, 16, 24),
         4: (16, 32, 48),
     }
-    assert not reference.scales
-    torch.testing.assert_close(reference.correspondence, target.correspondence)
+    assert not reference.scale_features
+    torch.testing.assert_close(reference.correspondence_features, target.correspondence_features)
 
 
 @pytest.mark.parametrize(("cells", "grid"), [(6, 12), (7, 13), (12, 12), (1, 1)])
@@ -79,9 +79,11 @@ def test_features_do_not_depend_on_the_batch(backbone: DinoV2Lite) -> None:
     with torch.inference_mode():
         together = backbone.target_features(image, valid, ["", ""])
         alone = backbone.target_features(image[1:], valid[1:], [""])
-    torch.testing.assert_close(together.correspondence[1:], alone.correspondence, atol=1e-4, rtol=1e-4)
-    for stride, scale in alone.scales.items():
-        torch.testing.assert_close(together.scales[stride][1:], scale, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        together.correspondence_features[1:], alone.correspondence_features, atol=1e-4, rtol=1e-4
+    )
+    for stride, scale in alone.scale_features.items():
+        torch.testing.assert_close(together.scale_features[stride][1:], scale, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

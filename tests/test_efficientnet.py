@@ -38,9 +38,9 @@ def test_folding_batch_norm_does_not_change_the_features() -> None:
     image = torch.rand(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
     valid = torch.ones(1, 96, 64, dtype=torch.bool)
     with torch.inference_mode():
-        plain = backbone.target_features(image, valid, ["target"]).correspondence
+        plain = backbone.target_features(image, valid, ["target"]).correspondence_features
         backbone.optimise_for_inference()
-        folded = backbone.target_features(image, valid, ["target"]).correspondence
+        folded = backbone.target_features(image, valid, ["target"]).correspondence_features
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules())
     torch.testing.assert_close(folded, plain, atol=1e-4, rtol=1e-3)
 
@@ -54,8 +54,11 @@ def test_grids_of_a_canvas_that_is_padded_after_reduction() -> None:
     features = backbone.target_features(
         torch.rand(2, 3, 96, 160, generator=torch.Generator().manual_seed(1)), valid, ["target"] * 2
     )
-    assert features.correspondence.shape[2:] == (6, 10)
+    assert features.correspondence_features.shape[2:] == (6, 10)
     assert features.valid.shape == (2, 6, 10)
     assert not features.valid[1, 5:].any()
-    assert {stride: tuple(scale.shape[2:]) for stride, scale in features.scales.items()} == {8: (12, 20), 16: (6, 10)}
-    assert features.intra[16].grid == (6, 10)
+    assert {stride: tuple(scale.shape[2:]) for stride, scale in features.scale_features.items()} == {
+        8: (12, 20),
+        16: (6, 10),
+    }
+    assert features.intra_similarity[16].grid == (6, 10)

@@ -526,7 +526,7 @@ def test_features_that_are_not_finite_are_reported(
 
     def broken(self: EfficientNetLite, *given: object) -> Features:
         features = seen(self, *given)
-        return replace(features, correspondence=features.correspondence * float("nan"))
+        return replace(features, correspondence_features=features.correspondence_features * float("nan"))
 
     monkeypatch.setattr(EfficientNetLite, side, broken)
     ended = icm(src=scene / "imgs" / "wall.jpg")

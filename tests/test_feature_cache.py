@@ -28,10 +28,10 @@ def test_cached_features_equal_the_features() -> None:
     )  # each tensor is stored once
     assert all(tensor.dtype in (torch.float16, torch.bool) for tensor in tensors.values())
     back = unpack_features(tensors, texts, torch.device("cpu"))
-    torch.testing.assert_close(back.correspondence, feature, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(back.correspondence_features, feature, rtol=1e-3, atol=1e-4)
     assert torch.equal(back.valid, valid)
-    assert back.scales[16] is back.correspondence
-    kept, true = back.intra[16], intra[16]
+    assert back.scale_features[16] is back.correspondence_features
+    kept, true = back.intra_similarity[16], intra[16]
     assert isinstance(kept, AttentionMatrix)
     assert isinstance(true, AttentionMatrix)
     large = true.matrix() > 1e-7
@@ -40,10 +40,12 @@ def test_cached_features_equal_the_features() -> None:
     error = ((kept.matrix() - true.matrix()).abs() / true.matrix())[large]
     assert error.max() < 2e-3  # without scaling, small values would have errors above 10 %
     values = torch.rand(1, 144, 2)
-    torch.testing.assert_close(back.intra[32].propagate(values), intra[32].propagate(values), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        back.intra_similarity[32].propagate(values), intra[32].propagate(values), rtol=1e-2, atol=1e-2
+    )
     two = concatenate_features([back, back])
-    assert two.correspondence.shape == (2, 8, 24, 24)
-    assert two.intra[32].propagate(values.expand(2, -1, -1)).shape == (2, 144, 2)
+    assert two.correspondence_features.shape == (2, 8, 24, 24)
+    assert two.intra_similarity[32].propagate(values.expand(2, -1, -1)).shape == (2, 144, 2)
 
 
 def test_similarities_stay_float32_under_mixed_precision() -> None:

@@ -70,7 +70,7 @@ def test_detail_head(decoder: tuple[DetailHead, dict[str, Tensor]]) -> None:
         guidance = (pair["guidance"] > 0.5).float()
         prepared = head.prepare_references([ReferenceFeatures(feature, guidance, valid)])
         target = target_features(pair)
-        similarity = head.inter_similarity([prepared.tokens], target.correspondence, target.valid)
+        similarity = head.inter_similarity([prepared.tokens], target.correspondence_features, target.valid)
         assert_close(similarity, pair["inter_similarity"])
         inter, intra = head.similarity_maps(target, [prepared])
         assert_close(inter, similarity)
@@ -87,7 +87,7 @@ def extractor(tmp_path_factory: pytest.TempPathFactory) -> tuple[StableDiffusion
         _overwrite(folder / part, settings[part], golden, f"{part}.")
     config = StableDiffusionConfig(canvas_px=128, timestep=settings["timestep"], ensemble=settings["ensemble"])
     backbone = StableDiffusion.load(config, str(folder), offline=True, seed=0)
-    backbone.prompt.copy_(golden["prompt_embeds"])
+    backbone.prompt_embedding.copy_(golden["prompt_embeds"])
     return backbone, golden
 
 

@@ -125,7 +125,7 @@ def test_unknown_pixels_are_not_learned(head: TokenMatchHead) -> None:
 
     def blue(shown: tuple[Tensor, Tensor, Tensor]) -> float:
         tuned = head.learn_references(backbone, [shown], 150)  # type: ignore[arg-type]
-        fine = tuned.head.predict_logits(backbone.target_features(image, valid, [""]), [tuned.prepared], None)[1]  # type: ignore[attr-defined]
+        fine = tuned.head.predict_match(backbone.target_features(image, valid, [""]), [tuned.prepared], None).fine_logit  # type: ignore[attr-defined]
         return float(torch.sigmoid(fine[:, 7:9, 10:12]).mean())
 
     assert blue(scene(unknown=True, decoy=False)) > blue(_without_blue()) + 0.1

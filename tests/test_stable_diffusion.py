@@ -110,27 +110,27 @@ def prepared(model: InContextMatting) -> DetailReferences:
 class TestFeatures:
     def test_shapes(self, backbone: StableDiffusion) -> None:
         features = backbone.target_features(images(2), all_valid(2), TARGET * 2)
-        assert features.correspondence.shape == (2, 32, SIDE // 16, SIDE // 16)
+        assert features.correspondence_features.shape == (2, 32, SIDE // 16, SIDE // 16)
         assert features.valid.shape == (2, SIDE // 16, SIDE // 16)
-        assert {s: tuple(f.shape) for s, f in features.scales.items()} == {32: (2, 32, 4, 4), 16: (2, 32, 8, 8)}
-        for stride, intra in features.intra.items():
+        assert {s: tuple(f.shape) for s, f in features.scale_features.items()} == {32: (2, 32, 4, 4), 16: (2, 32, 8, 8)}
+        for stride, intra in features.intra_similarity.items():
             assert isinstance(intra, MatrixIntraSimilarity)
             assert intra.grid == (SIDE // stride, SIDE // stride)
             torch.testing.assert_close(intra.matrix().sum(-1), torch.ones(2, (SIDE // stride) ** 2))
 
     def test_reference_features_contain_correspondence_only(self, backbone: StableDiffusion) -> None:
         features = backbone.reference_features(images(1), all_valid(1), REFERENCE)
-        assert features.correspondence.shape == (1, 32, 8, 8)
-        assert not features.scales
-        assert not features.intra
+        assert features.correspondence_features.shape == (1, 32, 8, 8)
+        assert not features.scale_features
+        assert not features.intra_similarity
 
     def test_features_do_not_depend_on_the_batch(self, backbone: StableDiffusion) -> None:
         sources, valid = images(3), all_valid(3)
         together = backbone.target_features(sources, valid, TARGET * 3)
         turned = backbone.target_features(sources.flip(0), valid, TARGET * 3)
-        assert torch.equal(together.correspondence, turned.correspondence.flip(0))
+        assert torch.equal(together.correspondence_features, turned.correspondence_features.flip(0))
         alone = backbone.target_features(sources[1:2], valid[1:2], TARGET)
-        assert torch.equal(together.correspondence[1:2], alone.correspondence)
+        assert torch.equal(together.correspondence_features[1:2], alone.correspondence_features)
         assert torch.equal(matrix(together)[2], matrix(turned)[0])
 
     def test_noise_depends_on_seed_key_and_sample(self, backbone: StableDiffusion, folder: Path) -> None:
@@ -143,7 +143,7 @@ class TestFeatures:
 
 
 def matrix(features: Features) -> Tensor:
-    intra = features.intra[16]
+    intra = features.intra_similarity[16]
     assert isinstance(intra, MatrixIntraSimilarity)
     return intra.matrix()
 
@@ -163,7 +163,7 @@ class TestPadding:
             backbone.target_features(images(1), all_valid(1), TARGET),
             backbone.target_features(images(1), valid, TARGET),
         )
-        torch.testing.assert_close(whole.correspondence, padded.correspondence)
+        torch.testing.assert_close(whole.correspondence_features, padded.correspondence_features)
 
     def test_masked_map_is_the_softmax_over_valid_keys(self) -> None:
         torch.manual_seed(0)
@@ -288,8 +288,8 @@ class TestWholeModel:
 class TestLowPrecision:
     def test_similarities_stay_float32(self, low: InContextMatting) -> None:
         features = low.backbone.target_features(images(1), all_valid(1), TARGET)
-        assert matrix(features).dtype == features.correspondence.dtype == torch.float32
-        assert features.scales[16].dtype == torch.bfloat16
+        assert matrix(features).dtype == features.correspondence_features.dtype == torch.float32
+        assert features.scale_features[16].dtype == torch.bfloat16
         (tokens,) = prepared(low).tokens
         assert tokens.dtype == torch.float32
         dtypes = {module: {p.dtype for p in module.parameters(recurse=False)} for module in low.head.modules()}
@@ -321,9 +321,9 @@ class TestConfidence:
 
 class TestWeights:
     def test_prompt_is_encoded_once(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        first = load_backbone(folder).prompt
+        first = load_backbone(folder).prompt_embedding
         monkeypatch.setattr(sd_weights, "_encode_empty_prompt", lambda _: pytest.fail("the text encoder was loaded"))
-        assert torch.equal(load_backbone(folder).prompt, first)
+        assert torch.equal(load_backbone(folder).prompt_embedding, first)
         assert first.shape == (1, 77, 24)
 
     def test_old_vae_names(self, backbone: StableDiffusion, broken: Path) -> None:

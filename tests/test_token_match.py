@@ -62,8 +62,8 @@ class TestTokenMatch:
         turned = head(target, prepared[::-1], image, valid)
         assert not torch.allclose(together.alpha, turned.alpha)
         for i in range(2):
-            scales = {stride: scale[i : i + 1] for stride, scale in target.scales.items()}
-            alone = replace(target.correspondence_only(i), scales=scales)
+            scales = {stride: scale[i : i + 1] for stride, scale in target.scale_features.items()}
+            alone = replace(target.select_correspondence(i), scale_features=scales)
             single = head(alone, prepared[i : i + 1], image[i : i + 1], valid[i : i + 1])
             torch.testing.assert_close(single.alpha[0], together.alpha[i], atol=1e-5, rtol=1e-4)
 
@@ -71,7 +71,7 @@ class TestTokenMatch:
         prepared = head.prepare_references([reference(1, everything=True)])
         assert prepared.background.shape[0] == 0
         target = features(3)
-        numbers = head.compute_evidence(head.project_tokens(target.correspondence), target.valid, [prepared])
+        numbers = head.compute_evidence(head.project_tokens(target.correspondence_features), target.valid, [prepared])
         assert numbers.shape == (1, 24, 4, 4)
         assert numbers.isfinite().all()
         image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
@@ -96,7 +96,7 @@ class TestTokenMatch:
         prepared = head.prepare_references([reference(seed), reference(seed + 1)])
         turned = head.prepare_references([reference(seed + 1), reference(seed)])
         target = features(5)
-        projected = head.project_tokens(target.correspondence)
+        projected = head.project_tokens(target.correspondence_features)
         ours, theirs = (head.compute_evidence(projected, target.valid, [each]) for each in (prepared, turned))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
@@ -104,7 +104,7 @@ class TestTokenMatch:
         """If the target is the reference, more guidance is transferred to the tokens inside it than
         to those outside."""
         shown = reference(4)
-        target = Features(shown.features.correspondence, shown.features.valid, features(4).scales, {})
+        target = Features(shown.features.correspondence_features, shown.features.valid, features(4).scale_features, {})
         inter, intra = head.similarity_maps(target, [head.prepare_references([shown])])
         inside = torch.zeros(4, 4, dtype=torch.bool)
         inside[:2, :2] = True
@@ -147,7 +147,7 @@ class TestTokenMatch:
             ({"alpha_stretch": -0.1}, "0 to below 0.5"),
             ({"decoder_channels": (6, 5)}, "as many values as skip_channels has, 3"),
             ({"context_width": 6}, "multiple of 4"),
-            ({"context_layers": -1}, "0 or more"),
+            ({"context_layers": -1}, "expected 0 to 64"),
             ({"width": 0}, "expected 1 or more"),
             ({"temperature": 0.0}, "more than 0"),
         ],
@@ -167,7 +167,7 @@ class TestTokenMatch:
 
     def test_missing_feature_scale_is_reported(self, head: TokenMatchHead) -> None:
         target = features(1)
-        lacking = Features(target.correspondence, target.valid, {8: target.scales[8]}, {})
+        lacking = Features(target.correspondence_features, target.valid, {8: target.scale_features[8]}, {})
         image, valid = torch.rand(1, 3, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
         with pytest.raises(
             ConfigError, match="skip_channels is 5 at 4 times the tokens' resolution, where the backbone has"

@@ -96,10 +96,10 @@ def test_alpha_and_confidence_have_their_shapes_and_ranges(head):
     valid = whole(kinds).expand(2, -1, -1)
     one = features(kinds, whole(kinds))
     two = Features(
-        one.correspondence.expand(2, -1, -1, -1),
+        one.correspondence_features.expand(2, -1, -1, -1),
         one.valid.expand(2, -1, -1),
         {},
-        {STRIDE: SelfSimilarity(one.correspondence.expand(2, -1, -1, -1), one.valid.expand(2, -1, -1), 0.15)},
+        {STRIDE: SelfSimilarity(one.correspondence_features.expand(2, -1, -1, -1), one.valid.expand(2, -1, -1), 0.15)},
     )
     image = picture(kinds).expand(2, -1, -1, -1)
     result = head(two, [head.prepare_references([reference(scene((BALL, 5)), BALL)])] * 2, image, valid)
@@ -174,7 +174,7 @@ def test_guidance_smaller_than_a_token_gives_a_notice(head):
 def test_intra_similarity_propagates_the_evidence(head):
     kinds = scene((BALL, 1), (CUBE, 8))
     flat = AttentionMatrix(torch.full((1, kinds.numel(), kinds.numel()), 1 / kinds.numel()), tuple(kinds.shape))
-    target = dataclasses.replace(features(kinds, whole(kinds)), intra={STRIDE: flat})
+    target = dataclasses.replace(features(kinds, whole(kinds)), intra_similarity={STRIDE: flat})
     prepared = head.prepare_references([reference(scene((BALL, 5)), BALL)])
     contrast = head.compute_evidence(target, [prepared], STRIDE)[0].contrast
     assert contrast.std() < 1e-6  # all tokens are equal, so the result is the mean
@@ -314,10 +314,10 @@ class TestClusters:
         cluster."""
         kinds = scene((BALL, 1))
         target = features(kinds, whole(kinds))
-        spoiled = target.correspondence.clone()
+        spoiled = target.correspondence_features.clone()
         spoiled[:, :, 3:7, 3:5] = spoiled[:, :, 3:7, 3:5] * 0.3 + 0.2 * torch.eye(16)[5][None, :, None, None]
-        alone = dataclasses.replace(target, correspondence=spoiled)
-        together = dataclasses.replace(alone, grouping=target.correspondence)
+        alone = dataclasses.replace(target, correspondence_features=spoiled)
+        together = dataclasses.replace(alone, grouping_features=target.correspondence_features)
         prepared = [by_clusters.prepare_references([reference(scene((BALL, 5)), BALL)])]
         found = [
             int(by_clusters.compute_evidence(each, prepared, STRIDE)[0].contrast.sum()) for each in (alone, together)

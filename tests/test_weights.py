@@ -313,9 +313,8 @@ def test_damaged_list_of_training_images(tiny: Path, tmp_path: Path, text: str) 
         read_training_digests(path)
 
 
-@pytest.mark.slow
 @given(data=st.data())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=150)
 def test_mutated_checkpoint_loads_or_gives_a_message(
     tiny: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

@@ -113,7 +113,7 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
     raise UsageError(f"data root {root} does not contain {title}: expected {expected}; found {_list_folder(root)}")
 
 
-def find_files_by_pattern(images: str, alphas: str, trimaps: str | None) -> FileSets:
+def find_file_sets(images: str, alphas: str, trimaps: str | None) -> FileSets:
     """Return the files of three folders or glob patterns.
 
     Raises UsageError if a folder has no images or a pattern matches none.

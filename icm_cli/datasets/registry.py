@@ -12,7 +12,7 @@ from icm_cli.datasets.layouts import (
     FileSets,
     Layout,
     find_files,
-    find_files_by_pattern,
+    find_file_sets,
     leading_number,
     list_images,
     pair_files,
@@ -238,7 +238,7 @@ def _locate_files(
     if any(patterns) and root is not None:
         raise UsageError("--data-root cannot be combined with --images, --alphas and --trimaps; give only one of them")
     if images and alphas:
-        return dataset.test[0], find_files_by_pattern(images, alphas, trimaps)
+        return dataset.test[0], find_file_sets(images, alphas, trimaps)
     if any(patterns) or root is None:
         options = "--images and --alphas, or --data-root" if name == "folder" else "its folder as --data-root"
         raise UsageError(f"the location of {dataset.title} is missing; give {options}")

@@ -79,27 +79,27 @@ class Features:
     """Features that a backbone extracts from a batch of images.
 
     Attributes:
-        correspondence: Features that are compared between reference and target, float32 [B,C,h,w],
-            not normalised.
+        correspondence_features: Features that are compared between reference and target, float32
+            [B,C,h,w], not normalised.
         valid: True for tokens whose cell contains at least one pixel of the frame, bool [B,h,w].
-        scales: Features for decoders: stride in canvas pixels -> [B,C_s,H/s,W/s], in the backbone's
-            dtype. Empty for references.
-        intra: Intra-similarities: stride -> operator on the grid of that stride. Empty for
-            references.
-        grouping: Features that distinguish the tokens of one image, float32 [B,C,h,w]; None if
-            ``correspondence`` serves this purpose too.
+        scale_features: Features for decoders: stride in canvas pixels -> [B,C_s,H/s,W/s], in the
+            backbone's dtype. Empty for references.
+        intra_similarity: Stride -> similarity between the tokens of the grid of that stride. Empty
+            for references.
+        grouping_features: Features that distinguish the tokens of one image, float32 [B,C,h,w];
+            None if the correspondence features serve this purpose too.
     """
 
-    correspondence: Tensor
+    correspondence_features: Tensor
     valid: Tensor
-    scales: Mapping[int, Tensor]
-    intra: Mapping[int, IntraSimilarity]
-    grouping: Tensor | None = None
+    scale_features: Mapping[int, Tensor]
+    intra_similarity: Mapping[int, IntraSimilarity]
+    grouping_features: Tensor | None = None
 
-    def correspondence_only(self, index: int) -> Features:
-        """Return the correspondence features of one image as a batch of one, without the other
-        features."""
-        return Features(self.correspondence[index : index + 1], self.valid[index : index + 1], {}, {})
+    def select_correspondence(self, index: int) -> Features:
+        """Return the correspondence features of one image as a batch of one."""
+        image = slice(index, index + 1)
+        return Features(self.correspondence_features[image], self.valid[image], {}, {})
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Backbone(Component):
     """Extracts :class:`Features` from images on the canvas."""
 
     has_attention_matrix: ClassVar[bool]
-    """Whether ``Features.intra`` holds :class:`MatrixIntraSimilarity` objects."""
+    """Whether ``Features.intra_similarity`` holds :class:`MatrixIntraSimilarity` objects."""
 
     is_self_contained: ClassVar[bool]
     """Whether a checkpoint with its weights is the only file that is needed to build it."""

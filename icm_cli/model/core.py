@@ -164,7 +164,7 @@ class InContextMatting(nn.Module):
             )
             for index, (image, guidance, valid) in enumerate(references)
         ]
-        if not all(bool(each.features.correspondence.isfinite().all()) for each in features):
+        if not all(bool(each.features.correspondence_features.isfinite().all()) for each in features):
             raise ConfigError(
                 "the backbone computed features of a reference that are not finite: its weights "
                 "are damaged, or the range of the dtype is too small; use --dtype float32, or get "
@@ -198,7 +198,7 @@ class InContextMatting(nn.Module):
             self.head.prepare_references(
                 [
                     ReferenceFeatures(
-                        features.reference.correspondence_only(i),
+                        features.reference.select_correspondence(i),
                         pairs.guidance[i : i + 1],
                         pairs.reference_valid[i : i + 1],
                     )
@@ -225,7 +225,7 @@ class InContextMatting(nn.Module):
         if isinstance(reference, LearnedReferences):
             head, reference = reference.head, reference.prepared
         matte: Matte = head(features, [reference] * count, image, valid)
-        is_finite = features.correspondence.isfinite().flatten(1).all(dim=1)
+        is_finite = features.correspondence_features.isfinite().flatten(1).all(dim=1)
         if bool(is_finite.all()):
             return matte
         return replace(matte, alpha=matte.alpha.masked_fill(~is_finite[:, None, None, None], float("nan")))

@@ -160,7 +160,7 @@ def split_reference_tokens(
     """
     foregrounds, backgrounds, notices = [], [], []
     for reference in references:
-        feature = reference.features.correspondence
+        feature = reference.features.correspondence_features
         stride = reference.guidance.shape[-1] // feature.shape[-1]
         inside, notice = foreground_token_mask(reference.guidance, reference.valid, stride)
         outside = background_token_mask(reference.guidance, reference.valid, stride)

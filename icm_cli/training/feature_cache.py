@@ -129,10 +129,10 @@ def pack_features(features: Features) -> tuple[dict[str, Tensor], dict[str, str]
     A tensor that is used several times is stored once. Attention is multiplied by the number N of tokens,
     because its mean, 1/N, is near the smallest half-precision number.
     """
-    named = {"correspondence": features.correspondence, "valid": features.valid}
-    named |= {f"scale.{stride}": feature for stride, feature in features.scales.items()}
+    named = {"correspondence": features.correspondence_features, "valid": features.valid}
+    named |= {f"scale.{stride}": feature for stride, feature in features.scale_features.items()}
     texts = {}
-    for stride, intra in features.intra.items():
+    for stride, intra in features.intra_similarity.items():
         texts[f"grid.{stride}"] = json.dumps(intra.grid)
         if isinstance(intra, SelfSimilarity):
             named |= {f"feature.{stride}": intra.feature, f"feature_valid.{stride}": intra.valid}
@@ -166,10 +166,13 @@ def unpack_features(tensors: Mapping[str, Tensor], texts: Mapping[str, str], dev
 def concatenate_features(singles: Sequence[Features]) -> Features:
     """Concatenate features of single images into those of a batch; all must have the same strides and grids."""
     return Features(
-        torch.cat([each.correspondence for each in singles]),
+        torch.cat([each.correspondence_features for each in singles]),
         torch.cat([each.valid for each in singles]),
-        {stride: torch.cat([each.scales[stride] for each in singles]) for stride in singles[0].scales},
-        {stride: _concatenate_intra([each.intra[stride] for each in singles]) for stride in singles[0].intra},
+        {stride: torch.cat([each.scale_features[stride] for each in singles]) for stride in singles[0].scale_features},
+        {
+            stride: _concatenate_intra([each.intra_similarity[stride] for each in singles])
+            for stride in singles[0].intra_similarity
+        },
     )
 
 

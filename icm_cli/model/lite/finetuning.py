@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -85,6 +86,23 @@ FINETUNING = FinetuningConfig()
 """The settings in use."""
 
 
+class MatchPrediction(NamedTuple):
+    """Outputs of a :class:`FinetunableHead` that the losses use.
+
+    Attributes:
+        coarse_logit: Logit of the coarse alpha, float32 [B,h,w].
+        fine_logit: Logit of the decoded alpha, float32 [B,nh,nw].
+        transferred_guidance: Guidance that each comparison transfers to the target, float32
+            [B,comparisons,h,w] in -1..1.
+        presence_logit: Logit of the presence of the object, float32 [B].
+    """
+
+    coarse_logit: Tensor
+    fine_logit: Tensor
+    transferred_guidance: Tensor
+    presence_logit: Tensor
+
+
 class FinetunableHead(TrainedHead, ABC):
     """A head of which a copy can be fine-tuned on references."""
 
@@ -108,22 +126,15 @@ class FinetunableHead(TrainedHead, ABC):
         float32."""
 
     @abstractmethod
-    def predict_logits(
+    def predict_match(
         self, target: Features, references: Sequence[ReferenceTokens], image: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Compute the logits that :func:`match_losses` compares with the ground truth.
+    ) -> MatchPrediction:
+        """Compute what :func:`match_losses` compares with the ground truth.
 
         Args:
             target: Features of B targets.
             references: For each target its references.
             image: The targets, float32 [B,3,H,W]; None if the decoder does not use the image.
-
-        Returns:
-            - Logit of the coarse alpha, float32 [B,h,w].
-            - Logit of the decoded alpha, float32 [B,nh,nw].
-            - Guidance that each comparison transfers to the target, float32 [B,comparisons,h,w] in
-              -1..1.
-            - Logit of the presence of the object, float32 [B].
         """
 
     def learn_references(
@@ -161,12 +172,12 @@ class FinetunableHead(TrainedHead, ABC):
 
 
 def match_losses(
-    logits: Sequence[Tensor], fine_truth: Tensor, valid: Tensor, presence_weight: float
+    prediction: Sequence[Tensor], fine_truth: Tensor, valid: Tensor, presence_weight: float
 ) -> dict[str, Tensor]:
-    """Compute the losses of the logits of :meth:`FinetunableHead.predict_logits`.
+    """Compute the losses of a prediction.
 
     Args:
-        logits: Result of ``predict_logits``.
+        prediction: The fields of a :class:`MatchPrediction`.
         fine_truth: True alpha at the resolution of the decoder, float32 [B,nh,nw] in 0..1.
         valid: Tokens that count, bool [B,h,w].
         presence_weight: Weight of the presence loss.
@@ -174,7 +185,7 @@ def match_losses(
     Returns:
         Each loss of :data:`LOSS_TERMS`, and their sum as "total", float32 [B].
     """
-    coarse, logit, transferred, presence = logits
+    coarse, logit, transferred, presence = prediction
     finer = logit.shape[-1] // coarse.shape[-1]
     fine_valid = valid.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
     truth = F.avg_pool2d(fine_truth[:, None], finer)[:, 0]
@@ -274,10 +285,10 @@ def _train_head(
 
 
 def _compute_loss(head: FinetunableHead, reference: _View, target: _View) -> Tensor:
-    tokens = head.project_tokens(reference.features.correspondence)
+    tokens = head.project_tokens(reference.features.correspondence_features)
     prepared = ReferenceTokens(tokens[reference.inside.flatten(1)], tokens[reference.outside.flatten(1)])
-    logits = head.predict_logits(target.features, [prepared], target.image)
-    return match_losses(logits, target.alpha, target.known, presence_weight=0.0)["total"].mean()
+    prediction = head.predict_match(target.features, [prepared], target.image)
+    return match_losses(prediction, target.alpha, target.known, presence_weight=0.0)["total"].mean()
 
 
 def _draw_view(views: Sequence[_View], rng: np.random.Generator) -> _View:
@@ -287,14 +298,14 @@ def _draw_view(views: Sequence[_View], rng: np.random.Generator) -> _View:
 def _extract_view(backbone: Backbone, head: FinetunableHead, scene: _Scene) -> _View:
     """Run the backbone on a scene and reduce its guidance to tokens."""
     features = backbone.target_features(scene.image, scene.valid, [""])
-    token_px = scene.image.shape[-1] // features.correspondence.shape[-1]
+    token_px = scene.image.shape[-1] // features.correspondence_features.shape[-1]
     known = features.valid & (F.avg_pool2d(scene.known, token_px)[:, 0] > 0.5)
     levels = scene.guidance * scene.known + 0.5 * (1.0 - scene.known)
     return _View(
         Features(
-            features.correspondence,
+            features.correspondence_features,
             features.valid,
-            {level: scale.float() for level, scale in features.scales.items()},
+            {level: scale.float() for level, scale in features.scale_features.items()},
             {},
         ),
         foreground_token_mask(levels, scene.valid, token_px)[0],

@@ -28,7 +28,7 @@ from icm_cli.model.decoding import (
     resize_bilinear,
     upsample_2x,
 )
-from icm_cli.model.lite.finetuning import FinetunableHead
+from icm_cli.model.lite.finetuning import FinetunableHead, MatchPrediction
 from icm_cli.model.similarity import (
     ReferenceTokens,
     SelfSimilarity,
@@ -198,7 +198,7 @@ class TokenMatchHead(FinetunableHead):
         return split_reference_tokens(references, self.project_tokens)
 
     def forward(self, target: Features, references: Sequence[ReferenceTokens], image: Tensor, valid: Tensor) -> Matte:
-        projected = self.project_tokens(target.correspondence)
+        projected = self.project_tokens(target.correspondence_features)
         evidence = self.compute_evidence(projected, target.valid, references)
         fused = self.fuse_features(target, evidence)
         logit = self.presence_logit(fused, projected, evidence, target.valid, references)
@@ -215,25 +215,21 @@ class TokenMatchHead(FinetunableHead):
         presence = Presence(sharpened, self._stretch_contrast(alpha), logit.abs() < self.config.presence_margin)
         return Matte(final, *confidence_and_found(final, valid), presence)
 
-    def predict_logits(
+    def predict_match(
         self, target: Features, references: Sequence[ReferenceTokens], image: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        projected = self.project_tokens(target.correspondence)
+    ) -> MatchPrediction:
+        projected = self.project_tokens(target.correspondence_features)
         evidence = self.compute_evidence(projected, target.valid, references)
         fused = self.fuse_features(target, evidence)
         presence = self.presence_logit(fused, projected, evidence, target.valid, references)
         fine = self.decode_logit(fused, target, image)[:, 0]
-        return (
-            self.coarse(fused)[:, 0].float(),
-            fine,
-            evidence[:, FIRST_TRANSFERRED::EVIDENCE_CHANNELS],
-            presence,
-        )
+        transferred = evidence[:, FIRST_TRANSFERRED::EVIDENCE_CHANNELS]
+        return MatchPrediction(self._coarse_logit(fused)[:, 0], fine, transferred, presence)
 
     def similarity_maps(self, target: Features, references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
         """Return the transferred guidance, and the same propagated by intra-similarity, float32
         [B,1,h,w]."""
-        evidence = self.compute_evidence(self.project_tokens(target.correspondence), target.valid, references)
+        evidence = self.compute_evidence(self.project_tokens(target.correspondence_features), target.valid, references)
         grid = evidence.shape[2:]
         evidence = evidence.reshape(len(evidence), self.config.comparisons, EVIDENCE_CHANNELS, *grid).mean(dim=1)
         return evidence[:, FIRST_TRANSFERRED : FIRST_TRANSFERRED + 1], evidence[:, -1:]
@@ -284,7 +280,7 @@ class TokenMatchHead(FinetunableHead):
         best = masked.amax(dim=(2, 3), keepdim=True).expand_as(evidence)
         dtype = self.project_features.weight.dtype
         evidence = torch.cat([evidence, evidence - best], dim=1).to(dtype)
-        x = self.project_features(target.correspondence.to(dtype)) + self.project_evidence(evidence)
+        x = self.project_features(target.correspondence_features.to(dtype)) + self.project_evidence(evidence)
         for layer in self.context:
             x = layer(x, target.valid)
         fused: Tensor = self.fusion(torch.cat([x, evidence], dim=1))
@@ -305,9 +301,7 @@ class TokenMatchHead(FinetunableHead):
         background of the reference, the strongest evidence in the image, and the maximum of every
         fused channel.
         """
-        alpha = (torch.sigmoid(self.coarse(fused.to(self.coarse.weight.dtype)).float()) + MIN_TOKEN_WEIGHT) * valid[
-            :, None
-        ]
+        alpha = (torch.sigmoid(self._coarse_logit(fused)) + MIN_TOKEN_WEIGHT) * valid[:, None]
         object_mean = self._unit_per_layer((alpha.flatten(1)[..., None] * projected).sum(dim=1))
         sides = [torch.stack([each.foreground.sum(dim=0), each.background.sum(dim=0)]) for each in references]
         similarity = (self._unit_per_layer(torch.stack(sides)) * object_mean[:, None]).sum(dim=-1)  # [B,2,layers]
@@ -334,12 +328,16 @@ class TokenMatchHead(FinetunableHead):
             image: float32 [B,3,H,W]; None if ``decoder_uses_image`` is false.
         """
         if not self.config.decoder_channels:
-            coarse: Tensor = self.coarse(fused).float()
-            return coarse
+            return self._coarse_logit(fused)
         x = fused
         for step, detail in zip(self.steps, self._skip_features(target, image), strict=True):
             x = step(torch.cat([upsample_2x(x), detail.to(x.dtype)], dim=1))
         logit: Tensor = self.output(x).float()
+        return logit
+
+    def _coarse_logit(self, fused: Tensor) -> Tensor:
+        """Logit of the coarse alpha, float32 [B,1,h,w]."""
+        logit: Tensor = self.coarse(fused.to(self.coarse.weight.dtype)).float()
         return logit
 
     def _skip_features(self, target: Features, image: Tensor | None) -> list[Tensor]:
@@ -348,7 +346,7 @@ class TokenMatchHead(FinetunableHead):
         height, width = target.valid.shape[-2:]
         for level, channels in enumerate(self.config.skip_channels, start=1):
             size = (height << level, width << level)
-            scale = next((each for each in target.scales.values() if each.shape[-2:] == size), None)
+            scale = next((scale for scale in target.scale_features.values() if scale.shape[-2:] == size), None)
             if scale is None or scale.shape[1] != channels:
                 actual = "no features" if scale is None else f"{scale.shape[1]} channels"
                 raise ConfigError(

@@ -79,11 +79,10 @@ class MaskDecoder(nn.Module):
         count, _, height, width = embedding.shape
         keys = (embedding.to(dtype) + self.mask_encoder(logit.to(dtype))).flatten(2).transpose(1, 2)
         positions = self._encode_positions(height, width).to(dtype)
-        prompt = self.tokens.expand(count, -1, -1)
-        tokens = prompt
+        tokens = initial_tokens = self.tokens.expand(count, -1, -1)
         for layer in self.layers:
-            tokens, keys = layer(tokens, keys, prompt, positions)
-        tokens = self.norm(tokens + self.final_attention(tokens + prompt, keys + positions, keys))
+            tokens, keys = layer(tokens, keys, initial_tokens, positions)
+        tokens = self.norm(tokens + self.final_attention(tokens + initial_tokens, keys + positions, keys))
         cells = self.upscaling(keys.transpose(1, 2).unflatten(2, (height, width)))
         weights = torch.stack([each(tokens[:, 1 + index]) for index, each in enumerate(self.mask_mlps)], dim=1)
         masks: Tensor = torch.einsum("bmc,bchw->bmhw", weights, cells)
@@ -126,9 +125,9 @@ class TwoWayAttention(nn.Module):
     """Two-way attention layer: tokens attend to each other, then to the image, and the image
     attends to the tokens."""
 
-    def __init__(self, add_prompt: bool) -> None:
+    def __init__(self, adds_initial_tokens: bool) -> None:
         super().__init__()
-        self.add_prompt = add_prompt
+        self.adds_initial_tokens = adds_initial_tokens
         self.self_attention = CrossAttention(EMBED_DIM)
         self.norm1 = nn.LayerNorm(EMBED_DIM)
         self.token_to_image = CrossAttention(EMBED_DIM // 2)
@@ -138,16 +137,16 @@ class TwoWayAttention(nn.Module):
         self.image_to_token = CrossAttention(EMBED_DIM // 2)
         self.norm4 = nn.LayerNorm(EMBED_DIM)
 
-    def forward(self, tokens: Tensor, keys: Tensor, prompt: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if self.add_prompt:
-            queries = tokens + prompt
+    def forward(self, tokens: Tensor, keys: Tensor, initial_tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if self.adds_initial_tokens:
+            queries = tokens + initial_tokens
             tokens = tokens + self.self_attention(queries, queries, tokens)
-        else:  # the tokens of the first layer are the prompt itself
+        else:  # the tokens of the first layer are the initial tokens
             tokens = self.self_attention(tokens, tokens, tokens)
         tokens = self.norm1(tokens)
-        tokens = self.norm2(tokens + self.token_to_image(tokens + prompt, keys + positions, keys))
+        tokens = self.norm2(tokens + self.token_to_image(tokens + initial_tokens, keys + positions, keys))
         tokens = self.norm3(tokens + self.mlp(tokens))
-        keys = self.norm4(keys + self.image_to_token(keys + positions, tokens + prompt, tokens))
+        keys = self.norm4(keys + self.image_to_token(keys + positions, tokens + initial_tokens, tokens))
         return tokens, keys
 
 

@@ -78,8 +78,8 @@ class StableDiffusion(Backbone):
         self.unet = parts.unet
         self.encoder = parts.encoder
         self.quant_conv = parts.quant_conv
-        self.register_buffer("prompt", parts.prompt)
-        self.prompt: Tensor
+        self.register_buffer("prompt_embedding", parts.prompt_embedding)
+        self.prompt_embedding: Tensor
         self._scheduler = parts.scheduler
         self._latent_scale = parts.latent_scale
         self._seed = seed
@@ -116,10 +116,10 @@ class StableDiffusion(Backbone):
             singles.append((self.mean_features(noisy, maps), maps))
         scales = {stride: torch.cat([features[stride] for features, _ in singles]) for stride in FEATURE_STRIDES}
         return Features(
-            correspondence=scales[CORRESPONDENCE_STRIDE],
+            correspondence_features=scales[CORRESPONDENCE_STRIDE],
             valid=token_masks[CORRESPONDENCE_STRIDE],
-            scales={stride: feature.to(self.prompt.dtype) for stride, feature in scales.items()},
-            intra={
+            scale_features={stride: feature.to(self.prompt_embedding.dtype) for stride, feature in scales.items()},
+            intra_similarity={
                 stride: AttentionMatrix(torch.stack([maps[stride].mean() for _, maps in singles]), maps[stride].grid)
                 for stride in FEATURE_STRIDES
             },
@@ -128,7 +128,7 @@ class StableDiffusion(Backbone):
     def encode_moments(self, image: Tensor) -> Tensor:
         """Return mean and log variance of the VAE's posterior, float32 [1,8,H/8,W/8], of an image
         [1,3,H,W] in 0..1."""
-        return encode_image(self.encoder, self.quant_conv, (2.0 * image - 1.0).to(self.prompt.dtype))
+        return encode_image(self.encoder, self.quant_conv, (2.0 * image - 1.0).to(self.prompt_embedding.dtype))
 
     def noisy_latents(self, moments: Tensor, key: str) -> Tensor:
         """Draw E samples from the posterior and add the noise of the configured timestep.
@@ -162,7 +162,7 @@ class StableDiffusion(Backbone):
             Stride -> features, float32 [1,C,h,w].
         """
         by_grid = None if maps is None else {attention.grid: attention for attention in maps.values()}
-        features = run_unet(self.unet, noisy.to(self.prompt.dtype), self.prompt, by_grid)
+        features = run_unet(self.unet, noisy.to(self.prompt_embedding.dtype), self.prompt_embedding, by_grid)
         return {stride: feature.float().mean(dim=0, keepdim=True) for stride, feature in features.items()}
 
     def _draw_noise(self, shape: torch.Size, key: str) -> Tensor:

@@ -88,7 +88,7 @@ class DetailHead(TrainedHead):
     def prepare_references(self, references: Sequence[ReferenceFeatures]) -> DetailReferences:
         prepared = DetailReferences([])
         for reference in references:
-            feature = reference.features.correspondence
+            feature = reference.features.correspondence_features
             stride = reference.guidance.shape[-1] // feature.shape[-1]
             inside, notice = foreground_token_mask(reference.guidance, reference.valid, stride)
             prepared.tokens.append(self.inter_similarity.normalised_tokens(feature)[inside.flatten(1)])
@@ -97,7 +97,7 @@ class DetailHead(TrainedHead):
 
     def forward(self, target: Features, references: Sequence[DetailReferences], image: Tensor, valid: Tensor) -> Matte:
         _, spread = self._compute_similarities(target, references)
-        fused = self.fusion([target.scales[stride] for stride in FUSION_STRIDES], spread)
+        fused = self.fusion([target.scale_features[stride] for stride in FUSION_STRIDES], spread)
         alpha = self.detail_decoder(fused, 2.0 * image - 1.0)
         return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
 
@@ -114,7 +114,7 @@ class DetailHead(TrainedHead):
     ) -> tuple[Tensor, list[Tensor]]:
         """Compute S [B,1,h,w], and the encoded intra-similarity of each scale, [B,256,s,s]."""
         similarity = self.inter_similarity(
-            [reference.tokens for reference in references], target.correspondence, target.valid
+            [reference.tokens for reference in references], target.correspondence_features, target.valid
         )
         spread = [
             layer(similarity, _attention_matrix(target, stride))
@@ -229,6 +229,6 @@ class DetailDecoder(nn.Module):
 
 
 def _attention_matrix(target: Features, stride: int) -> Tensor:
-    intra = target.intra[stride]
+    intra = target.intra_similarity[stride]
     assert isinstance(intra, MatrixIntraSimilarity)
     return intra.matrix()

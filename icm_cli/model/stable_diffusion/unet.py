@@ -125,14 +125,14 @@ class MeanAttention:
 
 
 def run_unet(
-    unet: Any, noisy: Tensor, prompt: Tensor, maps: Mapping[Grid, MeanAttention] | None = None
+    unet: Any, noisy: Tensor, prompt_embedding: Tensor, maps: Mapping[Grid, MeanAttention] | None = None
 ) -> dict[int, Tensor]:
     """Run the U-Net up to the last output that is needed.
 
     Args:
         unet: U-Net of diffusers after :func:`drop_unused_layers` and :func:`fold_timestep`.
         noisy: Noisy latents, [E,4,h,w].
-        prompt: Embedding of the prompt, [1,77,1024].
+        prompt_embedding: Embedding of the prompt, [1,77,1024].
         maps: Grid -> accumulator of the self-attention on that grid; None to skip the attention
             maps.
 
@@ -143,19 +143,19 @@ def run_unet(
     skips = [x]
     for block in unet.down_blocks:
         for resnet, transformer in _block_layers(block):
-            x = _run_transformer(transformer, run_residual_block(resnet, x), prompt, maps)
+            x = _run_transformer(transformer, run_residual_block(resnet, x), prompt_embedding, maps)
             skips.append(x)
         if block.downsamplers is not None:
             x = block.downsamplers[0](x)
             skips.append(x)
     middle = unet.mid_block
-    x = _run_transformer(middle.attentions[0], run_residual_block(middle.resnets[0], x), prompt, None)
+    x = _run_transformer(middle.attentions[0], run_residual_block(middle.resnets[0], x), prompt_embedding, None)
     x = run_residual_block(middle.resnets[1], x)
     features = {}
     for stride, block in zip(FEATURE_STRIDES, unet.up_blocks, strict=False):
-        x = features[stride] = block.upsamplers[0](_run_up_block(block, x, skips, prompt, maps))
+        x = features[stride] = block.upsamplers[0](_run_up_block(block, x, skips, prompt_embedding, maps))
     if maps is not None:
-        _run_up_block(unet.up_blocks[2], x, skips, prompt, maps)
+        _run_up_block(unet.up_blocks[2], x, skips, prompt_embedding, maps)
     return features
 
 
@@ -193,16 +193,18 @@ def _block_layers(block: Any) -> Iterator[tuple[ResnetBlock2D, Any]]:
 
 
 def _run_up_block(
-    block: Any, x: Tensor, skips: list[Tensor], prompt: Tensor, maps: Mapping[Grid, MeanAttention] | None
+    block: Any, x: Tensor, skips: list[Tensor], prompt_embedding: Tensor, maps: Mapping[Grid, MeanAttention] | None
 ) -> Tensor:
     """Run the layers of an up block. Its skip connections are removed from the end of ``skips``."""
     for resnet, transformer in _block_layers(block):
         x = run_residual_block(resnet, torch.cat([x, skips.pop()], dim=1))
-        x = _run_transformer(transformer, x, prompt, maps)
+        x = _run_transformer(transformer, x, prompt_embedding, maps)
     return x
 
 
-def _run_transformer(transformer: Any, x: Tensor, prompt: Tensor, maps: Mapping[Grid, MeanAttention] | None) -> Tensor:
+def _run_transformer(
+    transformer: Any, x: Tensor, prompt_embedding: Tensor, maps: Mapping[Grid, MeanAttention] | None
+) -> Tensor:
     """Run a transformer on [E,C,h,w]. One without values returns ``x``."""
     if transformer is None:
         return x
@@ -214,7 +216,7 @@ def _run_transformer(transformer: Any, x: Tensor, prompt: Tensor, maps: Mapping[
         if attended is None:
             return x
         tokens = attended.add_(tokens)
-        tokens = _cross_attention(block.attn2, block.norm2(tokens), prompt).add_(tokens)
+        tokens = _cross_attention(block.attn2, block.norm2(tokens), prompt_embedding).add_(tokens)
         tokens = _feed_forward(block.ff, block.norm3(tokens)).add_(tokens)
     return transformer.proj_out(tokens).unflatten(1, grid).permute(0, 3, 1, 2).add_(x)
 
@@ -231,11 +233,12 @@ def _self_attention(attn: Any, tokens: Tensor, record: MeanAttention | None) -> 
     return _join_heads(attn, attend(query, key, value))
 
 
-def _cross_attention(attn: Any, tokens: Tensor, prompt: Tensor) -> Tensor:
-    """Run cross-attention of tokens [E,N,C] to the prompt [1,77,1024]."""
+def _cross_attention(attn: Any, tokens: Tensor, prompt_embedding: Tensor) -> Tensor:
+    """Run cross-attention of tokens [E,N,C] to the embedded prompt [1,77,1024]."""
     query = _split_heads(attn.to_q(tokens), attn.heads)
     key, value = (
-        _split_heads(project(prompt), attn.heads).expand(len(query), -1, -1, -1) for project in (attn.to_k, attn.to_v)
+        _split_heads(project(prompt_embedding), attn.heads).expand(len(query), -1, -1, -1)
+        for project in (attn.to_k, attn.to_v)
     )
     return _join_heads(attn, F.scaled_dot_product_attention(query, key, value))
 

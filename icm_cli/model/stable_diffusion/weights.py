@@ -53,7 +53,7 @@ class StableDiffusionParts:
         quant_conv: Last convolution of the encoder.
         scheduler: Noise schedule.
         latent_scale: Factor of the latents.
-        prompt: Embedding of the empty prompt, [1,77,1024].
+        prompt_embedding: Embedding of the empty prompt, [1,77,1024].
     """
 
     unet: nn.Module
@@ -61,7 +61,7 @@ class StableDiffusionParts:
     quant_conv: nn.Module
     scheduler: Any
     latent_scale: float
-    prompt: Tensor
+    prompt_embedding: Tensor
 
 
 def find_diffusers_files(weights: str, *, offline: bool) -> list[Path]:
@@ -82,11 +82,11 @@ def load_parts(folder: Path, *, timestep: int) -> StableDiffusionParts:
     Raises:
         ConfigError: A file is damaged or of another model.
     """
-    prompt = _load_empty_prompt_embedding(folder)
+    embedding = _load_empty_prompt_embedding(folder)
     unet = _load_unet(folder)
-    if prompt.shape[-1] != unet.config["cross_attention_dim"]:
+    if embedding.shape[-1] != unet.config["cross_attention_dim"]:
         raise ConfigError(
-            f"in {folder}, the text encoder has {prompt.shape[-1]} channels, but the U-Net expects "
+            f"in {folder}, the text encoder has {embedding.shape[-1]} channels, but the U-Net expects "
             f"{unet.config['cross_attention_dim']}; they belong to different models, get the "
             "folder again"
         )
@@ -98,7 +98,7 @@ def load_parts(folder: Path, *, timestep: int) -> StableDiffusionParts:
         quant_conv=vae.quant_conv,
         scheduler=_from_config(DDIMScheduler, folder / "scheduler/scheduler_config.json"),
         latent_scale=float(vae.config["scaling_factor"]),
-        prompt=prompt,
+        prompt_embedding=embedding,
     )
 
 
@@ -170,10 +170,10 @@ def _load_empty_prompt_embedding(folder: Path) -> Tensor:
     cached = cache_folder() / "prompts" / f"{digest}.safetensors"
     with contextlib.suppress(OSError, safetensors.SafetensorError):
         return load_file(cached)["prompt"]
-    prompt = _encode_empty_prompt(folder)
+    embedding = _encode_empty_prompt(folder)
     with atomic_write(cached) as file:
-        file.write(save({"prompt": prompt}))
-    return prompt
+        file.write(save({"prompt": embedding}))
+    return embedding
 
 
 @torch.no_grad()

@@ -140,7 +140,7 @@ class TrainingFree(Head):
         """Matte each target independently. The confidence is the similarity of :class:`Evidence`,
         at most 1."""
         alpha = torch.zeros_like(image[:, :1])
-        stride = image.shape[-1] // target.correspondence.shape[-1]
+        stride = image.shape[-1] // target.correspondence_features.shape[-1]
         evidences = self.compute_evidence(target, references, stride)
         is_found = [self._is_found(evidence) for evidence in evidences]
         for index, evidence in enumerate(evidences):
@@ -165,14 +165,14 @@ class TrainingFree(Head):
         if self.config.rule == "clusters":
             return self._evidence_by_clusters(target, references)
         height, width = target.valid.shape[1:]
-        contrast = target.correspondence.new_zeros(target.valid.shape)
-        all_tokens = flatten_tokens(target.correspondence)
+        contrast = target.correspondence_features.new_zeros(target.valid.shape)
+        all_tokens = flatten_tokens(target.correspondence_features)
         similarities = []
         for index, (valid, reference) in enumerate(zip(target.valid, references, strict=True)):
             values, similarity = self._compare_tokens(all_tokens[index, valid.flatten()], reference)
             contrast[index, valid] = values
             similarities.append(similarity)
-        propagated = target.intra[stride].propagate(contrast.flatten(1)[..., None]).view(-1, height, width)
+        propagated = target.intra_similarity[stride].propagate(contrast.flatten(1)[..., None]).view(-1, height, width)
         return [
             Evidence(grid[: _content_size(valid)[0], : _content_size(valid)[1]], similarity)
             for grid, valid, similarity in zip(propagated, target.valid, similarities, strict=True)
@@ -180,8 +180,8 @@ class TrainingFree(Head):
 
     def _evidence_by_clusters(self, target: Features, references: Sequence[ReferenceTokens]) -> list[Evidence]:
         """Compute the evidence of each target by clusters."""
-        config, compared = self.config, flatten_tokens(target.correspondence)
-        grouping = compared if target.grouping is None else flatten_tokens(target.grouping)
+        config, compared = self.config, flatten_tokens(target.correspondence_features)
+        grouping = compared if target.grouping_features is None else flatten_tokens(target.grouping_features)
         evidences = []
         for index, (valid, reference) in enumerate(zip(target.valid, references, strict=True)):
             segments = segment_by_clusters(

@@ -115,7 +115,7 @@ class TokenMatcher(nn.Module):
             ReferenceTokens(tokens[inside.flatten()], tokens[outside.flatten()])
             for tokens, inside, outside in zip(projected, batch.inside, batch.outside, strict=True)
         ]
-        return head.predict_logits(target, references, None)
+        return head.predict_match(target, references, None)
 
 
 def require_token_match_head(model: InContextMatting, stage: str) -> TokenMatchHead:
@@ -324,15 +324,15 @@ def encode_views(
 ) -> Iterator[View]:
     """Yield the tokens of images: image [N,3,S,S] sRGB 0..1, alpha float32 [N,1,S,S] 0..1, valid bool [N,S,S]."""
     features = backbone.target_features(image, valid, [""] * len(image))
-    stride = image.shape[-1] // features.correspondence.shape[-1]
+    stride = image.shape[-1] // features.correspondence_features.shape[-1]
     mean_alpha = F.avg_pool2d(alpha, stride >> len(head.config.decoder_channels))[:, 0]
-    scales = [features.scales[stride >> level + 1] for level in range(len(head.config.skip_channels))]
+    scales = [features.scale_features[stride >> level + 1] for level in range(len(head.config.skip_channels))]
     guidance = (alpha > 0.5).float()
     embeddings = None if objects is None else objects.embedding(image)
     for i in range(len(image)):
         index = slice(i, i + 1)
         yield View(
-            features.correspondence[i],
+            features.correspondence_features[i],
             tuple(scale[i] for scale in scales),
             mean_alpha[i],
             foreground_token_mask(guidance[index], valid[index], stride)[0][0],
