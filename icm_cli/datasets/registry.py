@@ -11,8 +11,8 @@ from icm_cli.datasets.groups import GroupMetadata, Sample
 from icm_cli.datasets.layouts import (
     FileSets,
     Layout,
-    find_files,
     find_file_sets,
+    find_files,
     leading_number,
     list_images,
     pair_files,
