@@ -78,9 +78,11 @@ def test_predictions_are_resized_to_the_ground_truth_and_counted(
     assert "resized for scoring" in result.stdout
     image = by_name(report_of(tmp_path / "r.json"))["a/lawn"]
     truth = read(data / "alphas" / "a" / "lawn.png")
-    expected = compute_scores(cv2.resize(half, truth.shape[::-1], interpolation=cv2.INTER_LINEAR), truth)["whole"]
+    resized = cv2.resize(half / 255.0, truth.shape[::-1], interpolation=cv2.INTER_LINEAR)  # not rounded to 8 bits
     assert image["was_resized"]
-    assert image["scores"]["whole"]["mse"] == expected.mse
+    assert image["scores"]["whole"] == pytest.approx(vars(compute_scores(resized, truth)["whole"]), rel=1e-4)
+    rounded = compute_scores(resized.round(2), truth)["whole"]
+    assert image["scores"]["whole"]["mad"] != pytest.approx(rounded.mad, rel=1e-4)
 
 
 def test_folder_without_matching_alphas_is_refused(evaluate: Evaluate, tmp_path: Path) -> None:

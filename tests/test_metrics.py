@@ -15,7 +15,7 @@ from plain_metrics import plain_metrics
 
 from icm_cli.options import MetricVariant
 from icm_cli.reports.result import METRIC_VARIANTS, Scores
-from icm_cli.scoring.metrics import compute_dt_ssd, compute_scores
+from icm_cli.scoring.metrics import compute_boundary_f, compute_dt_ssd, compute_jaccard, compute_scores
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 CASES = range(4)
@@ -71,6 +71,17 @@ def test_equal_to_the_reference_implementation(two: tuple[np.ndarray, np.ndarray
     np.testing.assert_allclose(
         four_scores(compute_scores(pred, truth, variant)["whole"]), expected, rtol=1e-6, atol=1e-12
     )
+
+
+@settings(max_examples=60, deadline=None)
+@given(pairs(), st.sampled_from(METRIC_VARIANTS))
+def test_floating_point_alphas_have_the_scores_of_8_bit_alphas(
+    two: tuple[np.ndarray, np.ndarray], variant: MetricVariant
+) -> None:
+    floats = [each / 255.0 for each in two]
+    assert compute_scores(*floats, variant) == compute_scores(*two, variant)
+    assert compute_jaccard(*floats) == compute_jaccard(*two)
+    assert compute_boundary_f(*floats) == compute_boundary_f(*two)
 
 
 @settings(deadline=None)

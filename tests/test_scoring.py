@@ -13,6 +13,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from icm_cli.scoring.metrics import compute_scores
 from icm_cli.scoring.pool import ScoringPool
@@ -37,11 +39,24 @@ def task(tmp_path: Path) -> ScoreTask:
     ("size", "shape"), [("original", (90, 150)), ("long1024", (614, 1024)), ("square768", (768, 768))]
 )
 def test_alphas_are_scored_at_the_given_size(task: ScoreTask, size: str, shape: tuple[int, int]) -> None:
-    alpha, truth = (resize_for_scoring(soft_square(90, 150, shift), (90, 150), size) for shift in (5, 0))  # type: ignore[arg-type]
+    alpha, truth = (resize_for_scoring(soft_square(90, 150, shift) / 255.0, (90, 150), size) for shift in (5, 0))  # type: ignore[arg-type]
     assert alpha.shape == shape
     scored = replace(task, rule=ScoringRule(scored_size=size)).run()  # type: ignore[arg-type]
     assert scored.problems == ()
     assert scored.evaluation.scores["whole"] == compute_scores(alpha, truth)["whole"]
+
+
+@given(st.integers(0, 255), st.integers(1, 40), st.integers(1, 40))
+def test_resized_alphas_are_not_rounded_and_constant_regions_keep_their_value(
+    value: int, height: int, width: int
+) -> None:
+    constant = np.full((height, width), value / 255.0)
+    for size in ("original", "long1024", "square768"):
+        assert np.abs(resize_for_scoring(constant, (50, 60), size) - value / 255.0).max() <= 5e-7  # type: ignore[arg-type]
+    for value in (0.0, 1.0):
+        assert (resize_for_scoring(np.full((height, width), value), (50, 60), "original") == value).all()
+    ramp = np.linspace(0, 1, 2)[None]
+    assert len(np.unique(resize_for_scoring(ramp, (1, 1000), "original"))) > 400  # more than 8 bits
 
 
 def test_square768_crops_the_centre() -> None:

@@ -143,7 +143,7 @@ class Evaluation:
 
         It has the problems of the dataset already.
         """
-        protocol = self._describe_protocol(references, notes)
+        protocol = self._describe_protocol(planned, references, notes)
         report = Report(
             {
                 "title": protocol["title"],
@@ -205,7 +205,9 @@ class Evaluation:
                 if len(files) == 2:
                     yield (number, frame.name), FlickerTask(files[0], files[1], self.rule)
 
-    def _describe_protocol(self, references: ReferenceRounds, notes: Sequence[str]) -> dict[str, Any]:
+    def _describe_protocol(
+        self, planned: Sequence[ImageResult], references: ReferenceRounds, notes: Sequence[str]
+    ) -> dict[str, Any]:
         """Return everything besides the alphas that affects the scores.
 
         Comparing reports requires equal values.
@@ -223,7 +225,7 @@ class Evaluation:
             "title": self.dataset.title,
             "location": self.dataset.location,
             "split": self.dataset.split,
-            "images": len(self.dataset.samples),
+            "images": len({result.name for result in planned}),
             **self.rule.as_protocol(),
             "unknown_region": unknown if "unknown" in self.rule.regions else "not scored",
             "rounds": len(references),

@@ -16,7 +16,8 @@ variant with numbers of the other:
 J and F compare binary masks of video frames as DAVIS does (Perazzi et al., "A Benchmark Dataset and
 Evaluation Methodology for Video Object Segmentation", CVPR 2016, section 5.1).
 
-Alphas are uint8 [H,W], where 255 is foreground. All metrics are computed on the scale 0..1.
+Alphas are [H,W]: uint8, where 255 is foreground, or floating point in 0..1. All metrics are
+computed in float64 on the scale 0..1.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.geometry import HALF_U8, UNKNOWN, ImageU8
+from icm_cli.geometry import UNKNOWN, ImageU8
 from icm_cli.options import MetricVariant, Region
 from icm_cli.reports.result import Scores
 
@@ -47,16 +48,17 @@ BOUNDARY_TOLERANCE = 0.008
 """F: maximum distance between matching boundary pixels, as a fraction of the image diagonal."""
 
 FloatMap = NDArray[np.float64]
+AnyAlpha = ImageU8 | FloatMap
 BoolMask = NDArray[np.bool_]
 
 
 def compute_scores(
-    alpha: ImageU8, truth: ImageU8, variant: MetricVariant = "composition", trimap: ImageU8 | None = None
+    alpha: AnyAlpha, truth: AnyAlpha, variant: MetricVariant = "composition", trimap: ImageU8 | None = None
 ) -> dict[Region, Scores]:
     """Compute all metrics over the whole image and, if a trimap is given, over its unknown pixels.
 
-    All images are uint8 [H,W] of the same size. The result has no "unknown" scores if no pixel of
-    the trimap has the value 128. The error maps of GRAD and CONN always come from the whole image.
+    All images have the same size. The result has no "unknown" scores if no pixel of the trimap has
+    the value 128. The error maps of GRAD and CONN always come from the whole image.
 
     Raises ValueError if the sizes differ.
     """
@@ -64,30 +66,35 @@ def compute_scores(
         raise ValueError(
             f"alpha is {alpha.shape} and ground truth {truth.shape}; expected alpha, truth and trimap of one size"
         )
-    maps = _ErrorMaps(alpha, truth, variant)
+    maps = _ErrorMaps(as_unit_range(alpha), as_unit_range(truth), variant)
     scores: dict[Region, Scores] = {"whole": maps.scores()}
     if trimap is not None and (unknown := trimap == UNKNOWN).any():
         scores["unknown"] = maps.scores(unknown)
     return scores
 
 
-def compute_dt_ssd(alpha: ImageU8, before: ImageU8, truth: ImageU8, truth_before: ImageU8) -> float:
+def compute_dt_ssd(alpha: AnyAlpha, before: AnyAlpha, truth: AnyAlpha, truth_before: AnyAlpha) -> float:
     """Compute dtSSD, the flicker between a frame and the frame before it.
 
     It is the root mean square of the difference between the change of the alpha and the change of
     the ground truth, times 100 (Erofeev et al., "Perceptually Motivated Benchmark for Video
-    Matting", BMVC 2015, scaled as in the code of Robust Video Matting). All images are uint8 [H,W]
-    of the same size.
+    Matting", BMVC 2015, scaled as in the code of Robust Video Matting). All images have the same
+    size.
     """
-    change = (alpha.astype(np.int16) - before) - (truth.astype(np.int16) - truth_before)
-    return 100 * math.sqrt(np.square(change.astype(np.int64)).mean()) / 255
+    frame, earlier, true, true_earlier = map(as_unit_range, (alpha, before, truth, truth_before))
+    return 100 * math.sqrt(np.square((frame - earlier) - (true - true_earlier)).mean())
+
+
+def as_unit_range(alpha: AnyAlpha) -> FloatMap:
+    """Return an alpha as float64 in 0..1."""
+    return alpha / 255.0 if alpha.dtype == np.uint8 else alpha.astype(np.float64)
 
 
 class _ErrorMaps:
     """Error maps [H,W] of one image, from which the scores of every region are summed."""
 
-    def __init__(self, alpha: ImageU8, truth: ImageU8, variant: MetricVariant) -> None:
-        self.difference = cv2.absdiff(alpha, truth)
+    def __init__(self, alpha: FloatMap, truth: FloatMap, variant: MetricVariant) -> None:
+        self.difference = np.abs(alpha - truth)
         composition = variant == "composition"
         gradient_magnitude = _composition_gradient if composition else _aim_gradient
         self.gradient = np.square(gradient_magnitude(alpha) - gradient_magnitude(truth))
@@ -99,10 +106,9 @@ class _ErrorMaps:
         difference, gradient, connectivity = (
             each if region is None else each[region] for each in (self.difference, self.gradient, self.connectivity)
         )
-        absolute = int(difference.sum(dtype=np.int64)) / 255
-        squared = int(np.square(difference, dtype=np.uint16).sum(dtype=np.int64)) / 255**2
+        absolute = float(difference.sum())
         return Scores(
-            mse=squared / difference.size,
+            mse=float(np.square(difference).mean()),
             sad=absolute / 1000,
             grad=float(gradient.sum() / self.gradient_divisor),  # the sum of the aim variant is float32
             conn=float(connectivity.sum()) / 1000,
@@ -110,7 +116,7 @@ class _ErrorMaps:
         )
 
 
-def _composition_gradient(alpha: ImageU8) -> FloatMap:
+def _composition_gradient(alpha: FloatMap) -> FloatMap:
     """Return the gradient magnitude of the composition variant, float64 [H,W].
 
     The two-dimensional filter is an outer product, so normalising both factors gives it unit
@@ -119,13 +125,12 @@ def _composition_gradient(alpha: ImageU8) -> FloatMap:
     halfsize = math.ceil(SIGMA * math.sqrt(-2 * math.log(math.sqrt(2 * math.pi) * SIGMA * SMALLEST_TAP)))
     gauss, derivative = _gaussian_taps(halfsize)
     gauss, derivative = (taps / np.linalg.norm(taps) for taps in (gauss, derivative))
-    unit = alpha / 255.0
-    across = cv2.sepFilter2D(unit, cv2.CV_64F, derivative, gauss, borderType=cv2.BORDER_REPLICATE)
-    down = cv2.sepFilter2D(unit, cv2.CV_64F, gauss, derivative, borderType=cv2.BORDER_REPLICATE)
+    across = cv2.sepFilter2D(alpha, cv2.CV_64F, derivative, gauss, borderType=cv2.BORDER_REPLICATE)
+    down = cv2.sepFilter2D(alpha, cv2.CV_64F, gauss, derivative, borderType=cv2.BORDER_REPLICATE)
     return cast(FloatMap, np.sqrt(across * across + down * down))  # cv2.magnitude depends on alignment
 
 
-def _aim_gradient(alpha: ImageU8) -> NDArray[np.float32]:
+def _aim_gradient(alpha: FloatMap) -> NDArray[np.float32]:
     """Return the gradient magnitude of the aim variant, float32 [H,W].
 
     Like SciPy, it filters rows before columns and rounds to float32 after each pass.
@@ -140,9 +145,8 @@ def _aim_gradient(alpha: ImageU8) -> NDArray[np.float32]:
             image = filtered.astype(np.float32)
         return cast(NDArray[np.float32], image)
 
-    unit = alpha / 255.0
-    across = filter_rows_then_columns(unit, derivative, gauss)
-    down = filter_rows_then_columns(unit, gauss, derivative)
+    across = filter_rows_then_columns(alpha, derivative, gauss)
+    down = filter_rows_then_columns(alpha, gauss, derivative)
     return cast(NDArray[np.float32], np.sqrt(across**2 + down**2))
 
 
@@ -155,23 +159,24 @@ def _gaussian_taps(halfsize: int) -> tuple[FloatMap, FloatMap]:
 
 _THRESHOLDS = np.arange(0, 1.1, 0.1)
 """The published thresholds. Their rounding matters: the seventh is above 153/255."""
-_THRESHOLDS_REACHED = np.searchsorted(_THRESHOLDS[1:], np.arange(256) / 255.0, side="right").astype(np.uint8)
-"""For every alpha value 0..255, the number of thresholds above 0 that it reaches."""
 
 
-def _connectivity_error(alpha: ImageU8, truth: ImageU8, variant: MetricVariant) -> FloatMap:
+def _connectivity_error(alpha: FloatMap, truth: FloatMap, variant: MetricVariant) -> FloatMap:
     """Return |phi(alpha) - phi(truth)|, float64 [H,W].
 
     At each threshold, the pixels that reach it in both alphas form components. The level of a pixel
     is the highest threshold at which it belongs to the largest component. phi is 1 where the alpha
     is close to this level, and decreases with the distance from it.
     """
-    levels = _connectivity_levels(_THRESHOLDS_REACHED[np.minimum(alpha, truth)], variant)
+    reached = np.searchsorted(_THRESHOLDS[1:], np.minimum(alpha, truth), side="right").astype(np.uint8)
     steps = _THRESHOLDS if variant == "composition" else _THRESHOLDS.astype(np.float32)
-    above = np.arange(256) / 255.0 - steps[:, None]
-    phi = (1 - above * (above >= SMALLEST_DROP)).ravel()
-    row = levels.astype(np.uint16) << 8
-    return np.abs(phi[row | alpha] - phi[row | truth])
+    level = steps[_connectivity_levels(reached, variant)]
+
+    def phi(image: FloatMap) -> FloatMap:
+        above = image - level
+        return 1 - above * (above >= SMALLEST_DROP)
+
+    return np.abs(phi(alpha) - phi(truth))
 
 
 def _connectivity_levels(reached: ImageU8, variant: MetricVariant) -> ImageU8:
@@ -211,26 +216,26 @@ def _largest_component(mask: BoolMask, *, with_background: bool) -> BoolMask:
     return cast(BoolMask, labels == best[0])
 
 
-def compute_jaccard(alpha: ImageU8, truth: ImageU8) -> float:
-    """Return J, 0..1: the intersection over union of two alphas, uint8 [H,W].
+def compute_jaccard(alpha: AnyAlpha, truth: AnyAlpha) -> float:
+    """Return J, 0..1: the intersection over union of two alphas.
 
     Both are thresholded at one half. J is 1 if both masks are empty.
     """
-    predicted, true = alpha > HALF_U8, truth > HALF_U8
+    predicted, true = (as_unit_range(image) > 0.5 for image in (alpha, truth))
     union = np.count_nonzero(predicted | true)
     return np.count_nonzero(predicted & true) / union if union else 1.0
 
 
-def compute_boundary_f(alpha: ImageU8, truth: ImageU8) -> float:
+def compute_boundary_f(alpha: AnyAlpha, truth: AnyAlpha) -> float:
     """Return F, 0..1: the harmonic mean of boundary precision and recall.
 
-    The alphas are uint8 [H,W]. Both are thresholded at one half. Precision is the fraction of
+    Both alphas are thresholded at one half. Precision is the fraction of
     predicted boundary pixels that are close to the true boundary; recall is the fraction of true
     boundary pixels that are close to the predicted one. As in the tool of DAVIS, boundaries are one
     pixel wide, and close means within 0.8 % of the image diagonal, rounded up. If neither mask has
     a boundary (each is empty or full), F is 1; if only one has a boundary, F is 0.
     """
-    predicted, true = (_boundary_pixels(image > HALF_U8) for image in (alpha, truth))
+    predicted, true = (_boundary_pixels(as_unit_range(image) > 0.5) for image in (alpha, truth))
     if not predicted.any() or not true.any():
         return float(predicted.any() == true.any())
     radius = math.ceil(BOUNDARY_TOLERANCE * math.hypot(*truth.shape))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from icm_cli.geometry import UNKNOWN, ImageU8
 from icm_cli.options import MetricVariant, Region, ScoredSize
 
+ImageT = TypeVar("ImageT", ImageU8, NDArray[np.float64])
 LONG_SIDE_PX = 1024
 SQUARE_PX = 768
+DECIMALS = 6
+"""Resized alphas in 0..1 are rounded to this many decimals, which are finer than 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,9 @@ class ScoringRule:
 
 
 def resize_for_scoring(
-    image: ImageU8, truth_shape: tuple[int, ...], size: ScoredSize, interpolation: int = cv2.INTER_LINEAR
-) -> ImageU8:
-    """Resize an alpha or trimap, uint8 [h,w], to the size at which it is scored.
+    image: ImageT, truth_shape: tuple[int, ...], size: ScoredSize, interpolation: int = cv2.INTER_LINEAR
+) -> ImageT:
+    """Resize an alpha or trimap [h,w] to the size at which it is scored. Floats are not rounded to 8 bits.
 
     ``original`` is the size of the ground truth. ``long1024`` scales its long side to 1024 pixels.
     ``square768`` crops the centre square and scales it to 768 x 768 pixels, like the code of
@@ -57,7 +61,8 @@ def resize_for_scoring(
         height, width = (max(1, round(length * scale)) for length in truth_shape)
     if image.shape == (height, width):
         return image
-    return np.asarray(cv2.resize(image, (width, height), interpolation=interpolation), np.uint8)
+    resized = cv2.resize(image, (width, height), interpolation=interpolation)
+    return cast(ImageT, resized.round(DECIMALS))  # so that constant regions keep their value
 
 
 def make_trimap(truth: ImageU8, kernel_px: int) -> ImageU8:

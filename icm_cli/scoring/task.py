@@ -13,7 +13,7 @@ from icm_cli.geometry import UNKNOWN, ImageU8, has_same_aspect
 from icm_cli.images.decoding import image_size
 from icm_cli.images.reading import GroundTruthAlpha, file_digest, read_alpha, read_ground_truth
 from icm_cli.reports.result import ImageEvaluation
-from icm_cli.scoring.metrics import compute_boundary_f, compute_dt_ssd, compute_jaccard, compute_scores
+from icm_cli.scoring.metrics import as_unit_range, compute_boundary_f, compute_dt_ssd, compute_jaccard, compute_scores
 from icm_cli.scoring.rule import ScoringRule, make_trimap, resize_for_scoring
 
 
@@ -66,9 +66,11 @@ class ScoreTask:
         if not has_same_aspect(alpha.shape, truth.alpha.shape):
             problems.append(self._size_mismatch("alpha", self.alpha_path, alpha.shape, truth.alpha.shape))
             return ScoreResult(problems=tuple(problems), image_sha256=digest)
-        resized_truth = resize_for_scoring(truth.alpha, truth.alpha.shape, self.rule.scored_size)
-        trimap, trimap_problems = self._load_trimap(resized_truth, truth.alpha.shape)
-        resized_alpha = resize_for_scoring(alpha, truth.alpha.shape, self.rule.scored_size)
+        resized_truth, resized_alpha = (
+            resize_for_scoring(as_unit_range(each), truth.alpha.shape, self.rule.scored_size)
+            for each in (truth.alpha, alpha)
+        )
+        trimap, trimap_problems = self._load_trimap(truth.alpha)
         scores = compute_scores(resized_alpha, resized_truth, self.rule.metric_variant, trimap)
         if trimap is not None and "unknown" not in scores:
             reason = f"{self.trimap_path or self.truth_path} has no unknown pixel; expected some pixels of value 128"
@@ -112,15 +114,13 @@ class ScoreTask:
         reason = f"{kind} {path} is {size[1]}x{size[0]}; expected {expected[1]}x{expected[0]}"
         return Problem("size-mismatch", self.name, reason)
 
-    def _load_trimap(self, resized_truth: ImageU8, shape: tuple[int, ...]) -> tuple[ImageU8 | None, list[Problem]]:
-        """Return the trimap at the scored size if a region needs it.
-
-        ``shape`` is that of the original ground truth.
-        """
+    def _load_trimap(self, truth: ImageU8) -> tuple[ImageU8 | None, list[Problem]]:
+        """Return the trimap at the scored size if a region needs it."""
         if "unknown" not in self.rule.regions:
             return None, []
+        shape, size = truth.shape, self.rule.scored_size
         if self.trimap_path is None:
-            return make_trimap(resized_truth, self.rule.trimap_kernel_px), []
+            return make_trimap(resize_for_scoring(truth, shape, size), self.rule.trimap_kernel_px), []
         try:
             trimap = read_alpha(self.trimap_path)
         except ImageError as error:
@@ -132,7 +132,7 @@ class ScoreTask:
         elif not np.isin(trimap, (0, UNKNOWN, 255)).all():
             reason = f"trimap {self.trimap_path} has other values than 0, 128 and 255; expected only these"
             return None, [Problem("bad-trimap", self.name, reason)]
-        return resize_for_scoring(trimap, shape, self.rule.scored_size, cv2.INTER_NEAREST), []
+        return resize_for_scoring(trimap, shape, size, cv2.INTER_NEAREST), []
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class FlickerTask:
         try:
             shape = self._read_alpha(self.frame[1]).shape
             alpha, truth, alpha_before, truth_before = (
-                resize_for_scoring(self._read_alpha(path), shape, self.rule.scored_size)
+                resize_for_scoring(as_unit_range(self._read_alpha(path)), shape, self.rule.scored_size)
                 for path in (*self.frame, *self.before)
             )
         except ImageError:
