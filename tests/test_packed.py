@@ -69,7 +69,7 @@ def test_mean_of_several_trainings_is_packed(files: tuple[Path, Path], tmp_path:
     """The metadata contains the training images and licences of all trainings."""
     other, joined = tmp_path / "other.safetensors", tmp_path / "joined.safetensors"
     model = load_model_for_training(CONFIG, checkpoint=None, weights=None, offline=True, seed=1)
-    metadata = {"icm.trained_on": '["b", "a"]', "icm.licences": '{"x": "MIT"}', "icm.step": "9"}
+    metadata = {"icm.trained_on": '["b", "a"]', "icm.sources": '{"x": {"images": 2}}', "icm.step": "9"}
     save_checkpoint(other, model, CONFIG, with_backbone=False, metadata=metadata)
     command = [sys.executable, "-m", "icm_cli.model.packing", str(joined), str(files[0]), str(other)]
     assert subprocess.run(command, check=False, timeout=120).returncode == 0
@@ -82,7 +82,7 @@ def test_mean_of_several_trainings_is_packed(files: tuple[Path, Path], tmp_path:
     with safe_open(joined, framework="pt") as file:
         found = file.metadata()
     assert json.loads(found["icm.trained_on"]) == ["a", "b"]
-    assert json.loads(found["icm.licences"]) == {"x": "MIT"}
+    assert json.loads(found["icm.sources"]) == {"x": {"images": 2}}
     assert found["icm.step"] == "7"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -152,12 +153,87 @@ class TestRecordedRun:
             assert images[name]["foreground"] == pytest.approx(foreground, abs=2e-3)
 
 
-def test_resume_with_other_images_is_refused(config: Path, out: Path, data: Path) -> None:
-    train(config, out, *ONE_STEP)
-    (data / "images" / "a" / "lawn.jpg").unlink()
-    again = train(config, out, *ONE_STEP, "--resume")
-    assert again.exit_code == 2
-    assert "found.items: 6 -> 5" in again.stderr
+class TestChangedData:
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [("images/a/lawn.jpg", "changed"), ("alphas/a/lawn.png", "changed"), ("images/a/lawn.jpg", "removed")],
+    )
+    def test_resume_is_refused_and_names_the_changes(
+        self, config: Path, out: Path, data: Path, name: str, kind: str
+    ) -> None:
+        assert train(config, out, *ONE_STEP).exit_code == 0
+        before = (out / "last.safetensors").read_bytes(), (out / "data.json").read_bytes()
+        if kind == "removed":
+            (data / name).unlink()
+        else:
+            cv2.imwrite(str(data / name), 255 - read(data / name))
+        for _ in range(2):  # the refused resume leaves the run as it is
+            again = train(config, out, "--set", "train.steps=2", "--resume")
+            assert again.exit_code == 2, again.output
+            last = again.stderr.splitlines()[-1]
+            assert f"the training data changed since the run in {out} started: " in last
+            assert f" {kind} ({data / name}" in last
+            assert f"--checkpoint {out / 'last.safetensors'}" in last
+        assert ((out / "last.safetensors").read_bytes(), (out / "data.json").read_bytes()) == before
+
+    def test_further_files_and_their_numbers_are_reported(self, config: Path, out: Path, data: Path) -> None:
+        """Images, alphas, trimaps, predicted alphas and lists all decide what is learned."""
+        for kind in ("trimaps", "coarse"):
+            shutil.copytree(data / "alphas", data / kind)
+        classes = data / "classes.json"
+        classes.write_text('{"a": "animal", "b": "plant"}')
+        (source,) = yaml.safe_load(config.read_text())["data"]["sources"]
+        further = {"trimaps": str(data / "trimaps"), "coarse": str(data / "coarse"), "classes": str(classes)}
+        change(config, sources=[source | further])
+        assert train(config, out, *ONE_STEP).exit_code == 0
+        for path in [*(data / "trimaps" / "a").iterdir(), data / "coarse" / "b" / "lawn.png"]:
+            cv2.imwrite(str(path), 255 - read(path))
+        classes.write_text('{"a": "animal", "b": "animal"}')
+        shutil.copy(data / "images" / "a" / "lawn.jpg", data / "images" / "a" / "lawn2.jpg")
+        shutil.copy(data / "alphas" / "a" / "lawn.png", data / "alphas" / "a" / "lawn2.png")
+        again = train(config, out, *ONE_STEP, "--resume")
+        assert again.exit_code == 2
+        assert "5 changed (" in again.stderr
+        assert " and 2 more), 2 added (" in again.stderr
+
+    def test_files_with_the_same_content_are_no_change(self, config: Path, out: Path, data: Path) -> None:
+        """Only files whose size or time differs are read again, and their content decides."""
+        assert train(config, out, *ONE_STEP).exit_code == 0
+        for path in data.rglob("*.*"):
+            os.utime(path, (1e9, 1e9))
+        assert train(config, out, "--set", "train.steps=2", "--resume").exit_code == 0
+
+    def test_change_is_found_without_the_record(self, config: Path, out: Path, data: Path) -> None:
+        assert train(config, out, *ONE_STEP).exit_code == 0
+        (out / "data.json").write_text("{")
+        assert train(config, out, *ONE_STEP, "--resume").exit_code == 0
+        cv2.imwrite(str(data / "images" / "a" / "lawn.jpg"), 255 - read(data / "images" / "a" / "lawn.jpg"))
+        (out / "data.json").unlink()
+        again = train(config, out, *ONE_STEP, "--resume")
+        assert again.exit_code == 2
+        assert "data_digest: " in again.stderr
+
+    def test_tokens_of_changed_images_are_computed_again(self, tmp_path: Path, out: Path, data: Path) -> None:
+        """An interrupted run whose first step is not done has learned nothing, so it starts with the new data."""
+        recipe = {"stage": "match", "backbone_learning_rate": 0, "steps": 1, "match": {"views_per_group": 3}}
+        config = write_config(tmp_path / "match.yaml", data, **recipe)
+        assert train(config, out).exit_code == 0
+        tokens = {path.name: path.read_bytes() for path in (out / "tokens").iterdir()}
+        for path in (out / "state.pt", out / "last.safetensors"):
+            path.unlink()  # as if the run was interrupted before its first step
+        unchanged = train(config, out, "--resume")
+        assert "images with the backbone" not in unchanged.stderr
+        for path in (out / "state.pt", out / "last.safetensors"):
+            path.unlink()
+        changed = data / "images" / "a" / "lawn.jpg"
+        cv2.imwrite(str(changed), 255 - read(changed))
+        done = train(config, out, "--resume")
+        assert done.exit_code == 0, done.output
+        assert f"was interrupted: 1 changed ({changed})" in done.stderr
+        assert "encoding 6 images with the backbone" in done.stderr
+        assert {path.name: path.read_bytes() for path in (out / "tokens").iterdir()} != tokens
+        recorded = json.loads(metadata(out / "last.safetensors")["icm.trained_on"])
+        assert hashlib.sha256(changed.read_bytes()).hexdigest() in recorded
 
 
 def test_checkpoint_records_its_origin(config: Path, out: Path, data: Path) -> None:
@@ -165,12 +241,25 @@ def test_checkpoint_records_its_origin(config: Path, out: Path, data: Path) -> N
     recorded = metadata(out / "last.safetensors")
     files = sorted({hashlib.sha256(path.read_bytes()).hexdigest() for path in (data / "images").rglob("*.jpg")})
     assert json.loads(recorded["icm.trained_on"]) == files
-    assert list(json.loads(recorded["icm.licences"]).values()) == ["CC0"]
+    sources = json.loads(recorded["icm.sources"])
+    assert sources[f"folder ({data / 'images'})"] == {"licence": "CC0", "groups": 2, "images": 6}
+    assert sources[f"backgrounds ({data / 'images'})"] == {"images": 6}
     assert json.loads(recorded["icm.overrides"]) == ["train.seed=7"]
     assert json.loads(recorded["icm.training"])["train"]["seed"] == 7
     assert recorded["icm.command"].startswith("icm train --config ")
     assert recorded["icm.command"].endswith("--set train.seed=7")
     assert recorded["icm.step"] == "4"
+
+
+def test_checkpoint_records_the_sources_of_the_initial_checkpoint(config: Path, out: Path, data: Path) -> None:
+    train(config, out, *ONE_STEP)
+    own = {"images": str(data / "images" / "a"), "alphas": str(data / "alphas" / "a"), "licence": "MIT"}
+    change(config, sources=[own], backgrounds=[str(data / "images" / "b")])
+    done = train(config, out.with_name("second"), *ONE_STEP, checkpoint=out / "last.safetensors")
+    assert done.exit_code == 0, done.output
+    sources = json.loads(metadata(out.with_name("second") / "last.safetensors")["icm.sources"])
+    licences = {title: source["licence"] for title, source in sources.items() if title.startswith("folder")}
+    assert licences == {f"folder ({data / 'images'})": "CC0", f"folder ({data / 'images' / 'a'})": "MIT"}
 
 
 def test_eval_marks_images_that_were_trained_on(config: Path, out: Path, evaluate: Icm, tmp_path: Path) -> None:

@@ -29,6 +29,10 @@ CONFIG_KEY = "icm.config"
 """Metadata key of the model configuration, as JSON."""
 TRAINED_ON_KEY = "icm.trained_on"
 """Metadata key of the SHA-256 of every image file that the model was trained on, as a JSON list."""
+SOURCES_KEY = "icm.sources"
+"""Metadata key of the sources of these images, as JSON: title -> licence, numbers of groups and images."""
+LICENCES_KEY = "icm.licences"
+"""Metadata key of earlier versions: title of a source -> licence, as JSON."""
 ROW_SCALE = ".row_scale"
 """Suffix of the tensor with the scales of an 8-bit matrix, float32 [rows]."""
 PUBLISHED_PREFIX = "in_context_decoder."
@@ -188,6 +192,16 @@ def parse_json(metadata: Mapping[str, str], key: str, kind: type[T], where: str)
     if not isinstance(value, kind):
         raise ConfigError(f"{where}: its metadata {key!r} is not JSON with a {kind.__name__}; {DAMAGED}")
     return value
+
+
+def read_training_sources(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what a checkpoint was trained on: title of a source -> its entry in :data:`SOURCES_KEY`."""
+    header, where = _read_header(path), f"checkpoint {path}"
+    if header is None:
+        return {}
+    licences = parse_json(header.metadata, LICENCES_KEY, dict, where) or {}
+    earlier = {title: {"licence": licence} for title, licence in licences.items()}
+    return earlier | (parse_json(header.metadata, SOURCES_KEY, dict, where) or {})
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -26,6 +26,8 @@ from torch import Tensor
 from icm_cli.config import ModelConfig, component_class, load_model_config
 from icm_cli.errors import ConfigError, IcmError
 from icm_cli.model.checkpoint import (
+    LICENCES_KEY,
+    SOURCES_KEY,
     TRAINED_ON_KEY,
     Checkpoint,
     load_strict,
@@ -36,9 +38,6 @@ from icm_cli.model.checkpoint import (
 )
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.loading import load_model
-
-LICENCES_KEY = "icm.licences"
-"""Metadata key of the licences of the training data: source -> licence, as JSON."""
 
 
 def pack_checkpoint(
@@ -165,13 +164,12 @@ def _merge_metadata(checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
     }
     if images:
         metadata[TRAINED_ON_KEY] = json.dumps(sorted(images))
-    licences = {
-        name: licence
-        for checkpoint in checkpoints
-        for name, licence in (parse_json(checkpoint.metadata, LICENCES_KEY, dict, "a checkpoint") or {}).items()
-    }
-    if licences:
-        metadata[LICENCES_KEY] = json.dumps(licences)
+    for key in (SOURCES_KEY, LICENCES_KEY):
+        entries: dict[str, object] = {}
+        for checkpoint in checkpoints:
+            entries |= parse_json(checkpoint.metadata, key, dict, "a checkpoint") or {}
+        if entries:
+            metadata[key] = json.dumps(entries)
     return metadata
 
 

@@ -14,7 +14,6 @@ import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,18 @@ from safetensors.torch import save
 from icm_cli.device import is_main_process
 from icm_cli.environment import __version__
 from icm_cli.errors import ConfigError, UsageError
-from icm_cli.files import atomic_write, cached_file_digest, combined_digest, remove_stale_temporaries
-from icm_cli.model.checkpoint import TRAINED_ON_KEY, read_training_digests, save_checkpoint
+from icm_cli.files import atomic_write, cached_file_digest, remove_stale_temporaries
+from icm_cli.model.checkpoint import (
+    SOURCES_KEY,
+    TRAINED_ON_KEY,
+    read_training_digests,
+    read_training_sources,
+    save_checkpoint,
+)
 from icm_cli.reports.write import ReportFiles
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import TrainingPool
+from icm_cli.training.data.record import DataRecord
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import DataConfig, Settings, list_differences
 
@@ -77,6 +83,8 @@ class RunFolder:
         self._overrides = list(overrides)
         self._pool = pool
         self._image_digests: list[str] = []
+        self._data_digest = ""
+        self._sources: dict[str, dict[str, Any]] = {}
         self.best: dict[str, float] | None = None
         """Step and MSE of the best model so far."""
 
@@ -116,16 +124,30 @@ class RunFolder:
                 pass
             yield
 
-    def hash_images(self, notice: Callable[[str], None]) -> None:
-        """Compute the digest of every training image, for the checkpoints; report unreadable ones and skip them."""
-        digests = []
-        for path in self._pool.image_paths:
-            try:
-                digests.append(cached_file_digest(path))
-            except OSError as error:
-                notice(f"{path} cannot be read ({error.strerror}); it is not recorded as trained on")
+    def record_data(self, notice: Callable[[str], None]) -> None:
+        """Record the files of the training data, for the checkpoints and for a later resume.
+
+        If they changed since the first step of the run in the folder, raises UsageError that names the
+        changes. If they changed before its first step, this is reported with ``notice``.
+        """
+        before = DataRecord.load(self.folder)
+        now = DataRecord.from_files(self._pool.files, before, notice)
+        if before is not None and (changes := before.list_changes(now)):
+            has_steps = (self.folder / STATE_NAME).exists()
+            if has_steps:
+                raise UsageError(
+                    f"the training data changed since the run in {self.folder} started: {changes}. Restore the files "
+                    f"to resume, or train a new run into another --out, which can start from the weights of this one "
+                    f"with --checkpoint {self.folder / LAST_NAME}"
+                )
+            notice(f"the training data changed since the run in {self.folder} was interrupted: {changes}")
+        if before is None or before.states != now.states:
+            now.save(self.folder)
+        self._data_digest = now.digest
         earlier = read_training_digests(self._checkpoint) if self._checkpoint else None
-        self._image_digests = sorted({*digests, *(earlier or ()), *_read_original_digests(self._settings.data)})
+        images = {now.states[str(path)].sha256 for path in self._pool.image_paths} - {""}
+        self._image_digests = sorted({*images, *(earlier or ()), *_read_original_digests(self._settings.data)})
+        self._sources = self._describe_sources()
 
     def resume_run(self, learner: Learner) -> RunProgress:
         """Load the saved state into ``learner`` and return its progress; zero progress if there is no state.
@@ -183,7 +205,6 @@ class RunFolder:
 
     def _provenance(self, step: int) -> dict[str, str]:
         """Metadata of a checkpoint: what it was trained on, and how."""
-        licences = {source.title: source.licence for source in self._settings.data.sources}
         return {
             TRAINED_ON_KEY: json.dumps(self._image_digests),
             "icm.version": __version__,
@@ -191,25 +212,29 @@ class RunFolder:
             "icm.command": self._command,
             "icm.training": json.dumps(self._settings.as_dict()),
             "icm.overrides": json.dumps(self._overrides),
-            "icm.licences": json.dumps(licences),
+            SOURCES_KEY: json.dumps(self._sources),
             "icm.best": json.dumps(self.best),
             "icm.started_from": str(self._checkpoint or ""),
         }
 
+    def _describe_sources(self) -> dict[str, dict[str, Any]]:
+        """Return licence and numbers of groups and images of every source, also of those of the initial checkpoint."""
+        described = read_training_sources(self._checkpoint) if self._checkpoint else {}
+        for items, source in zip(self._pool.sources, self._settings.data.sources, strict=True):
+            groups, images = ({getattr(item, name) for item in items} for name in ("group", "image"))
+            described[source.title] = {"licence": source.licence, "groups": len(groups), "images": len(images)}
+        if self._pool.backgrounds:
+            title = f"backgrounds ({', '.join(self._settings.data.backgrounds)})"
+            described[title] = {"images": len(self._pool.backgrounds)}
+        return described
+
     def _run_identity(self, learner: Learner) -> dict[str, Any]:
         """Settings and data that must be unchanged when a run resumes."""
-        return {**self._settings.as_dict(), "found": self._found_data, "weights": learner.weights_digest}
-
-    @cached_property
-    def _found_data(self) -> dict[str, Any]:
-        """The training data and the initial checkpoint as found on disk."""
-        names = [f"{item.group} {item.name}" for item in self._pool]
-        started = cached_file_digest(self._checkpoint) if self._checkpoint else None
         return {
-            "items": len(names),
-            "names": combined_digest(*names),
-            "backgrounds": len(self._pool.backgrounds),
-            "started_from": started,
+            **self._settings.as_dict(),
+            "data_digest": self._data_digest,
+            "weights": learner.weights_digest,
+            "started_from": cached_file_digest(self._checkpoint) if self._checkpoint else None,
         }
 
 
@@ -239,7 +264,10 @@ def _check_same_run(path: Path, saved: str, given: Mapping[str, Any], *, has_sch
     """Compare a saved run's settings (JSON) with the given ones. Raises UsageError that lists every difference."""
     changeable = CHANGEABLE_SETTINGS - ({"train.steps"} if has_schedule else set())
     other_stage_prefixes = tuple(prefix for stage, prefix in STAGE_SETTINGS.items() if stage != given["train"]["stage"])
-    lines = [line for line in list_differences(json.loads(saved), given) if not line.startswith(other_stage_prefixes)]
+    before = json.loads(saved)
+    if "data_digest" not in before:  # saved by an earlier version, which did not record the data
+        before |= {"data_digest": given["data_digest"], "started_from": before.pop("found")["started_from"]}
+    lines = [line for line in list_differences(before, given) if not line.startswith(other_stage_prefixes)]
     changed = [line for line in lines if line.partition(":")[0].rstrip() not in changeable]
     if changed:
         raise UsageError(

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from icm_cli.device import is_main_process
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
 from icm_cli.errors import TrainingError
 from icm_cli.events import BestStep, SecondaryProcessListener, TrainingListener, TrainingStatistics, TrainingSummary
@@ -58,6 +59,9 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
     folder = Path(training.out or f"runs/{Path(training.config).stem}")
     pool = read_pool(settings.data, settings.train.pairs)
     stage = make_stage(settings, pool)
+    if is_main_process():
+        for problem in pool.problems:
+            listener.on_problem(problem)
     if training.preview:
         _write_preview(folder / "preview.png", stage, training.preview)
         summary = TrainingSummary(folder, preview=folder / "preview.png")
@@ -73,6 +77,8 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
     )
     run.check_folder(resume=training.resume)
     with run.lock():
+        if is_main_process():
+            _check_data(settings, pool, run, listener)
         learner = Learner(
             settings,
             stage.trainable_parts,
@@ -84,7 +90,7 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
             workers=DEFAULT_WORKERS if options.device.workers is None else options.device.workers,
         )
         process_listener = listener if learner.is_main else SecondaryProcessListener(listener)
-        summary = _run_steps(settings, stage, pool, learner, run, process_listener, resume=training.resume)
+        summary = _run_steps(settings, stage, learner, run, process_listener, resume=training.resume)
         if training.pack is not None and summary.checkpoint is not None and learner.is_main:
             pack_checkpoint(summary.checkpoint, training.pack)
             summary = replace(summary, pack=training.pack)
@@ -96,7 +102,6 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
 def _run_steps(
     settings: Settings,
     stage: AnyStage,
-    pool: TrainingPool,
     learner: Learner,
     run: RunFolder,
     listener: TrainingListener,
@@ -105,7 +110,6 @@ def _run_steps(
 ) -> TrainingSummary:
     """Train from the first step not done yet until the run is finished or a signal arrives."""
     recipe = settings.train
-    _check_data(settings, pool, learner, run, listener)
     if learner.accelerator.mixed_precision != recipe.precision:
         listener.on_notice("this CPU is slower in bfloat16 than in float32, so float32 is used")
     done = begun = run.resume_run(learner) if resume else RunProgress()
@@ -243,18 +247,12 @@ def _validate(
     listener.on_validation_end(done.step, metrics, is_best=is_best)
 
 
-def _check_data(
-    settings: Settings, pool: TrainingPool, learner: Learner, run: RunFolder, listener: TrainingListener
-) -> None:
-    """Report problems of the data and compute the images' digests, in the main process. Raises UsageError."""
-    if not learner.is_main:
-        return
-    for problem in pool.problems:
-        listener.on_problem(problem)
+def _check_data(settings: Settings, pool: TrainingPool, run: RunFolder, listener: TrainingListener) -> None:
+    """Check the validation data, and record the training data. Raises UsageError."""
     if settings.data.validation is not None:
         check_validation(settings.data.validation, pool.image_paths, listener.on_notice)
-    listener.on_detail(f"hashing {len(pool.image_paths)} training images")
-    run.hash_images(listener.on_notice)
+    listener.on_detail("computing the digests of the training images and alphas")
+    run.record_data(listener.on_notice)
 
 
 def _report_skipped(batch: Batch, skipped: int, learner: Learner, listener: TrainingListener) -> int:

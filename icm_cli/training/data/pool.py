@@ -55,6 +55,8 @@ class TrainingPool:
     backgrounds: tuple[Path, ...]
     problems: tuple[Problem, ...] = ()
     """Problems found in the sources; images with problems are not among the items."""
+    lists: tuple[Path, ...] = ()
+    """JSON files that list the groups, the classes, or the original files of the data."""
 
     @cached_property
     def groups(self) -> dict[str, tuple[TrainingItem, ...]]:
@@ -87,6 +89,12 @@ class TrainingPool:
     def image_paths(self) -> list[Path]:
         """Every image file that can be part of a sample, once."""
         return list(dict.fromkeys([*(item.image for item in self), *self.backgrounds]))
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that decides the samples, once."""
+        further = (path for item in self for path in (item.alpha, item.trimap, item.coarse) if path is not None)
+        return list(dict.fromkeys([*self.image_paths, *further, *self.lists]))
 
     def restrict_to(self, items: Container[TrainingItem]) -> TrainingPool:
         """Return the pool of some of its items; sources without any of them are removed."""
@@ -133,7 +141,14 @@ def read_pool(data: DataConfig, pairs: PairConfig) -> TrainingPool:
     problems: list[Problem] = []
     sources = [_find_items(number, source, problems) for number, source in enumerate(data.sources)]
     backgrounds = tuple(path for folder in data.backgrounds for path in _find_images(Path(folder), "backgrounds"))
-    pool = TrainingPool(tuple(sources), tuple(source.weight for source in data.sources), backgrounds, tuple(problems))
+    lists = [data.copies_of, *(path for source in data.sources for path in (source.groups, source.classes))]
+    pool = TrainingPool(
+        tuple(sources),
+        tuple(source.weight for source in data.sources),
+        backgrounds,
+        tuple(problems),
+        tuple(Path(path) for path in lists if path is not None),
+    )
     if not backgrounds and any(item.is_foreground for item in pool):
         raise ConfigError(
             "some sources contain foregrounds, and there are no backgrounds to put them on; add data: backgrounds"

@@ -31,6 +31,7 @@ from icm_cli.model.lite.finetuning import LOSS_TERMS, match_losses
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.batches import StepSampler, initialise_worker
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
+from icm_cli.training.data.record import DataRecord
 from icm_cli.training.data.samples import SampleMaker
 from icm_cli.training.data.scenes import Scene
 from icm_cli.training.learner import Learner
@@ -201,7 +202,8 @@ class _ViewEncoder:
         self._objects = objects
         self._folder = folder
         self._listener = listener
-        self._recipe = recipe_digest(settings, learner.weights_digest, needs_embeddings=objects is not None)
+        data = DataRecord.from_files(makers[0].pool.files, DataRecord.load(folder.parent))
+        self._recipe = _recipe_digest(settings, learner, data, needs_embeddings=objects is not None)
         if learner.is_main:
             folder.mkdir(exist_ok=True)
 
@@ -312,19 +314,21 @@ class _SceneDataset(Dataset["Scene | str"]):
         return replace(scene, trimap=None, coarse=None)
 
 
-def recipe_digest(settings: Settings, weights_digest: str, *, needs_embeddings: bool = False) -> str:
+def _recipe_digest(settings: Settings, learner: Learner, data: DataRecord, *, needs_embeddings: bool) -> str:
     """Return a digest of everything that determines a view, except its item and seed.
 
-    That is the backbone, the inputs of the head's decoder, and the recipe of the scenes.
+    That is the backbone, the inputs of the head's decoder, the recipe of the scenes, and the files of the data.
     """
     model, train = settings.model.as_dict(), settings.as_dict()["train"]
     decoder = [len(model["head"][name]) for name in ("skip_channels", "decoder_channels")]
     recipe = [
-        *(model["backbone"], decoder, weights_digest),
+        *(model["backbone"], decoder, learner.weights_digest, data.digest),
         *(train[name] for name in ("canvas_px", "pairs", "augment", "seed")),
         model["objects"] if needs_embeddings else None,
     ]
-    return combined_digest(json.dumps(recipe, sort_keys=True))
+    encoder = learner.model.objects if needs_embeddings else None
+    frozen = () if encoder is None else (each for each in encoder.parameters() if not each.requires_grad)
+    return combined_digest(json.dumps(recipe, sort_keys=True), *(each.cpu().numpy().tobytes() for each in frozen))
 
 
 def _copy_objects_for_inference(learner: Learner) -> Objects | None:
