@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from icm_cli.training.data.pool import read_pool
 from icm_cli.training.data.procedural import DRAW_FUNCTIONS, ObjectStyle, _average_down, draw_view, main
-from icm_cli.training.settings import DataConfig, PairConfig, SourceConfig
+from icm_cli.training.settings import DataConfig, SourceConfig
 
 
 def make_style(kind: str, seed: int) -> ObjectStyle:
@@ -67,6 +67,5 @@ def test_generated_folder_is_a_source(tmp_path: Path) -> None:
     cv2.imwrite(str(backgrounds / "grey.png"), np.full((64, 64, 3), 90, np.uint8))
     pool = read_pool(
         DataConfig((SourceConfig(dataset="cutouts", root=str(tmp_path), exclude=("behind/*",)),), (str(backgrounds),)),
-        PairConfig(),
     )
     assert len({item.group for item in pool}) == 3

@@ -341,13 +341,25 @@ def test_tensorboard_shows_images_and_scalars(config: Path, out: Path) -> None:
     assert image.std() > 10
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_tensorboard_shows_images_at_the_first_validation(config: Path, out: Path, steps: int) -> None:
+    """Also in a run that ends before the first step with images (``image_every``)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = train(config, out, "--set", f"train.steps={steps}", "--set", "train.validate_every=2")
+    assert done.exit_code == 0, done.output
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Images("samples")] == [min(steps, 2)]
+
+
 def test_preview_writes_a_contact_sheet_only(config: Path, out: Path) -> None:
     done = train(config, out, preview=3)
     assert done.exit_code == 0, done.output
     sheet = read(out / "preview.png")
     assert sheet.shape == (3 * 258, 5 * 240, 3)
     settings = read_settings(str(config))
-    stage = make_stage(settings, read_pool(settings.data, settings.train.pairs))
+    stage = make_stage(settings, read_pool(settings.data))
     for row in range(3):
         for column, cell in enumerate(stage.preview_sample(row)[1]):
             shown = sheet[row * 258 :][72:168, column * 240 + 72 : column * 240 + 168]  # the central 96 px of a cell

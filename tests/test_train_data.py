@@ -31,6 +31,7 @@ from icm_cli.training.settings import (
     list_differences,
     read_settings,
 )
+from icm_cli.training.stages.matte import MatteStage
 
 SIDE = 96
 STILL = AugmentConfig(flip=0, zoom=1, rotate_degrees=0, stretch=0, colour=0, jpeg=0, blur=0, noise=0)
@@ -87,7 +88,7 @@ def maker(
 ) -> SampleMaker:
     data = DataConfig((source(root), *more), (str(root / "backgrounds"),))
     config = replace(TrainConfig(canvas_px=SIDE, pairs=pairs, augment=augment), **change)  # type: ignore[arg-type]
-    return SampleMaker(read_pool(data, pairs), config)
+    return SampleMaker(read_pool(data), config)
 
 
 def main_colour(sample: TrainingSample) -> str:
@@ -170,7 +171,7 @@ def test_single_image_is_paired_with_another_view_of_itself(discs: Path) -> None
     pairs = replace(ALONE, composite_probability=1.0)
     alone = source(discs, group_by="image")
     made = SampleMaker(
-        read_pool(DataConfig((alone,), (str(discs / "backgrounds"),)), pairs),
+        read_pool(DataConfig((alone,), (str(discs / "backgrounds"),))),
         TrainConfig(canvas_px=SIDE, pairs=pairs, augment=STILL),
     ).make_sample(0)
     target, shown = made.name.split(" by ")
@@ -193,7 +194,7 @@ def test_composites_have_no_halo(discs: Path, counter: int) -> None:
 
 
 def test_cutouts_have_foreground_colours(discs: Path) -> None:
-    item = next(iter(read_pool(DataConfig((source(discs),)), ALONE)))
+    item = next(iter(read_pool(DataConfig((source(discs),)))))
     layer = read_cutout(item, SIDE)
     soft = (layer.alpha > 0.1) & (layer.alpha < 0.9)
     straight = layer.colour[soft] / layer.alpha[soft][:, None]
@@ -202,7 +203,7 @@ def test_cutouts_have_foreground_colours(discs: Path) -> None:
 
 def test_rgba_cutouts_are_composited_onto_backgrounds(discs: Path) -> None:
     cutouts = SourceConfig(dataset="cutouts", root=str(discs / "cutouts"))
-    pool = read_pool(DataConfig((cutouts,), (str(discs / "backgrounds"),)), ALONE)
+    pool = read_pool(DataConfig((cutouts,), (str(discs / "backgrounds"),)))
     assert [(item.group, item.is_foreground) for item in pool] == [("0:yellow", True)] * 2
     sample = SampleMaker(pool, TrainConfig(canvas_px=SIDE, pairs=ALONE, augment=STILL)).make_sample(0)
     inside = sample.rgb[sample.alpha == 255]
@@ -213,7 +214,7 @@ def test_rgba_cutouts_are_composited_onto_backgrounds(discs: Path) -> None:
 
 def test_sources_are_drawn_by_weight(discs: Path) -> None:
     rare = replace(SourceConfig(dataset="cutouts", root=str(discs / "cutouts")), weight=0.25)
-    pool = read_pool(DataConfig((source(discs), rare), (str(discs / "backgrounds"),)), ALONE)
+    pool = read_pool(DataConfig((source(discs), rare), (str(discs / "backgrounds"),)))
     rng = np.random.default_rng(0)
     drawn = Counter(pool.draw_item(rng).is_foreground for _ in range(4000))
     assert drawn[True] / 4000 == pytest.approx(0.2, abs=0.03)
@@ -226,7 +227,7 @@ def test_open_images_masks_stay_binary(discs: Path, tmp_path: Path) -> None:
         small = cv2.resize(alpha, (77, 77), interpolation=cv2.INTER_NEAREST)
         write(tmp_path / "masks" / f"00a{number}_m01bjv_77fe.png", (small > 127).astype(np.uint8) * 255)
     masks = SourceConfig(dataset="openimages", root=str(tmp_path))
-    pool = read_pool(DataConfig((masks,), (str(discs / "backgrounds"),)), ALONE)
+    pool = read_pool(DataConfig((masks,), (str(discs / "backgrounds"),)))
     assert [item.group for item in pool] == ["0:m01bjv"] * 2
     busy = replace(ALONE, composite_probability=1.0, distractor_probability=1.0)
     made = SampleMaker(pool, TrainConfig(canvas_px=SIDE, pairs=busy, augment=AugmentConfig()))
@@ -245,14 +246,14 @@ def test_published_trimaps_are_transformed_with_their_images(discs: Path, tmp_pa
             write(tmp_path / group / f"{number}.png", trimap)
     data = DataConfig((source(discs, trimaps=str(tmp_path)),))
     config = TrainConfig(canvas_px=SIDE, pairs=ALONE, augment=replace(STILL, zoom=1.5, rotate_degrees=20))
-    made = SampleMaker(read_pool(data, ALONE), config)
+    made = SampleMaker(read_pool(data), config)
     for counter in range(5):
         sample = made.make_sample(counter)
         assert set(np.unique(sample.trimap)) == {0, 128, 255}
         inside = sample.trimap == 255
         assert (sample.alpha[inside] == 255).all()
         assert 0.02 < inside.mean() < 0.12
-    whole = SampleMaker(read_pool(data, ALONE), replace(config, augment=STILL)).make_sample(0)
+    whole = SampleMaker(read_pool(data), replace(config, augment=STILL)).make_sample(0)
     assert (whole.trimap == 255).mean() == pytest.approx((20 / 120) ** 2, rel=0.15)
 
 
@@ -295,7 +296,7 @@ def test_jittered_masks_are_similar_to_the_mask() -> None:
 
 def test_zoomed_view_shows_enough_of_the_object(discs: Path) -> None:
     scenes = SceneMaker(SIDE, replace(AugmentConfig(), zoom=4.0))
-    item = next(iter(read_pool(DataConfig((source(discs),)), ALONE)))
+    item = next(iter(read_pool(DataConfig((source(discs),)))))
     for seed in range(20):
         scene = scenes.make_photograph(item, np.random.default_rng(seed))
         assert (scene.alpha > 127).mean() > 0.1
@@ -328,7 +329,7 @@ class TestUnreadable:
             maker(torn[1].parents[2]).make_sample(0)
 
     def test_alpha_of_another_size_is_refused(self, discs: Path) -> None:
-        item = next(iter(read_pool(DataConfig((source(discs),)), ALONE)))
+        item = next(iter(read_pool(DataConfig((source(discs),)))))
         wrong = replace(item, image=next((discs / "backgrounds").iterdir()))
         with pytest.raises(ImageError, match=r"200x140 .* 120x120; expected the same size"):
             SceneMaker(SIDE, STILL).make_photograph(wrong, np.random.default_rng(0))
@@ -366,7 +367,7 @@ def write_dataset(root: Path, **groups: int) -> Path:
 class TestGroups:
     def pool(self, root: Path, **source: object) -> TrainingPool:
         sources = (SourceConfig(images=str(root / "images"), alphas=str(root / "alphas"), **source),)  # type: ignore[arg-type]
-        return read_pool(DataConfig(sources), PairConfig(negative_probability=0))
+        return read_pool(DataConfig(sources))
 
     def test_groups_are_drawn_evenly(self, tmp_path: Path) -> None:
         pool = self.pool(write_dataset(tmp_path, small=1, large=9))
@@ -397,7 +398,7 @@ class TestGroups:
     def test_invalid_class_files_are_refused(self, tmp_path: Path, content: str, message: str) -> None:
         classes = tmp_path / "classes.json"
         classes.write_text(content)
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UsageError, match=message):
             self.pool(write_dataset(tmp_path, a=1, b=1), classes=str(classes))
 
     def test_hard_masks_are_softened(self, tmp_path: Path) -> None:
@@ -410,7 +411,7 @@ class TestGroups:
         alpha = layers.read_photograph(soft).alpha
         assert 0 < alpha[12, 11] < 128 < alpha[12, 12] < 255
         assert alpha[12, 0] == 0
-        with pytest.raises(ConfigError, match="0 for binary masks"):
+        with pytest.raises(UsageError, match="0 for binary masks"):
             SourceConfig(soften_px=1.0, binary=True)
 
 
@@ -459,7 +460,7 @@ class TestSettings:
             ("train.learning_rate=.nan", "rate is nan; expected a number"),
             ("train.learning_rate=.inf", "rate is inf; expected a number"),
             ("train.optimiser=sgd", "expected 'adam' or 'adamw'"),
-            ("train.seed=99999999999999999999", "expected less than"),
+            ("train.seed=99999999999999999999", "expected 0 to"),
             ("data.sources=im", "sources is 'im'; expected a list"),
             ("data.sources=[null]", "sources 1 is empty; expected keys with values"),
             ("data.validation={rounds: 0}", "rounds is 0; expected 1 or more"),
@@ -469,7 +470,7 @@ class TestSettings:
         ],
     )
     def test_invalid_settings_are_refused(self, tmp_path: Path, override: str, message: str) -> None:
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UsageError if override.startswith("data.") else ConfigError) as error:
             read_settings(self.config(tmp_path / "a.yaml"), overrides=[override])
         assert message in str(error.value)
 
@@ -479,22 +480,23 @@ class TestSettings:
         assert (lite.stage, lite.minutes) == ("match", 60)
 
     def test_incomplete_data_are_refused(self, discs: Path, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="nothing to train on"):
-            read_pool(DataConfig(), PairConfig())
-        with pytest.raises(ConfigError, match="no backgrounds to put them on"):
-            read_pool(DataConfig((SourceConfig(dataset="cutouts", root=str(discs / "cutouts")),)), ALONE)
+        with pytest.raises(UsageError, match="nothing to train on"):
+            read_pool(DataConfig())
+        with pytest.raises(UsageError, match="no backgrounds to put them on"):
+            read_pool(DataConfig((SourceConfig(dataset="cutouts", root=str(discs / "cutouts")),)))
         one = SourceConfig(images=str(discs / "images" / "red"), alphas=str(discs / "alphas" / "red"))
-        with pytest.raises(ConfigError, match="negative_probability"):
-            read_pool(DataConfig((one,)), PairConfig())
-        assert len(read_pool(DataConfig((one,), (str(discs / "backgrounds"),)), PairConfig())) == 3
+        settings = read_settings(self.config(tmp_path / "a.yaml"))
+        with pytest.raises(UsageError, match="negative_probability"):
+            MatteStage(settings, read_pool(DataConfig((one,))))
+        MatteStage(settings, read_pool(DataConfig((one,), (str(discs / "backgrounds"),))))
         with pytest.raises(UsageError, match="no image left"):
-            read_pool(DataConfig((source(discs, exclude=("*",)),)), ALONE)
+            read_pool(DataConfig((source(discs, exclude=("*",)),)))
         with pytest.raises(UsageError, match="does not exist"):
-            read_pool(DataConfig((source(discs),), (str(tmp_path / "none"),)), ALONE)
+            read_pool(DataConfig((source(discs),), (str(tmp_path / "none"),)))
 
 
 def test_excluded_images_are_not_in_the_pool(discs: Path) -> None:
-    pool: TrainingPool = read_pool(DataConfig((source(discs, exclude=("red/*",)),)), ALONE)
+    pool: TrainingPool = read_pool(DataConfig((source(discs, exclude=("red/*",)),)))
     names: list[TrainingItem] = list(pool)
     assert [item.name for item in names] == ["green/0", "green/1", "green/2"]
 

@@ -179,7 +179,7 @@ def test_exported_copies_equal_their_originals(tmp_path: Path, monkeypatch: pyte
             archive.extractall(tmp_path / "there", filter="data")
     monkeypatch.chdir(tmp_path / "there")
     config = read_data("data.yaml")
-    copies, originals = read_pool(config, PairConfig()), read_pool(read_data(data), PairConfig())
+    copies, originals = read_pool(config), read_pool(read_data(data))
     assert len(copies) == len(originals) == 12
     assert copies.weights == originals.weights
     assert [len(each) for each in copies.groups.values()] == [len(each) for each in originals.groups.values()]

@@ -16,7 +16,7 @@ from conftest import refine_alpha
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from train_data import MODEL, log, metadata, same_weights, train, write_config
+from train_data import MODEL, PLAIN, change, log, metadata, same_weights, train, write_config
 
 from icm_cli.config import parse_model_config
 from icm_cli.errors import ConfigError
@@ -194,17 +194,85 @@ class TestMatch:
         assert done.exit_code == 3
         assert "large_views_per_group is 1" in done.stderr
 
-    def test_single_group_cannot_make_mosaics(self, discs: Path, tmp_path: Path) -> None:
-        config = write_config(tmp_path / "a.yaml", discs, **MATCH)
-        content = yaml.safe_load(config.read_text())
-        content["data"]["sources"][0] |= {
-            "images": str(discs / "images" / "red" / "*.png"),
-            "alphas": str(discs / "alphas" / "red" / "*.png"),
-        }
-        config.write_text(json.dumps(content))
+    def one_group(self, discs: Path, path: Path, **sources: object) -> Path:
+        """Return a configuration that trains on the red discs only."""
+        red = {kind: str(discs / kind / "red" / "*.png") for kind in ("images", "alphas")}
+        return change(write_config(path, discs, **{**MATCH, "steps": 2}), sources=[red | sources])
+
+    def test_single_group_trains_on_mosaics_that_show_the_object(self, discs: Path, tmp_path: Path) -> None:
+        done = train(self.one_group(discs, tmp_path / "a.yaml"), tmp_path / "run")
+        assert done.exit_code == 0, done.output
+        notices = [line for line in done.stderr.splitlines() if "all images belong to one group or class" in line]
+        assert len(notices) == 1
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [({"views_per_group": 1}, "no group has two views"), ({"max_views_per_image": 1}, "no group has two views")],
+    )
+    def test_groups_that_are_too_small_are_refused(
+        self, discs: Path, tmp_path: Path, settings: dict[str, int], message: str
+    ) -> None:
+        config = self.one_group(discs, tmp_path / "a.yaml", group_by="image")
+        done = train(config, tmp_path / "run", f"--set=train.match={json.dumps(settings)}")
+        assert done.exit_code == 2
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+    def test_group_without_negatives_is_refused(self, discs: Path, tmp_path: Path) -> None:
+        classes = tmp_path / "classes.json"
+        classes.write_text(json.dumps({"red": ["a", "b"], "green": "a", "white": "b"}))
+        source = {kind: str(discs / kind) for kind in ("images", "alphas")} | {"classes": str(classes)}
+        config = change(write_config(tmp_path / "a.yaml", discs, **MATCH), sources=[source])
         done = train(config, tmp_path / "run")
-        assert done.exit_code == 1
-        assert "there is no image without the object of" in done.stderr.splitlines()[-1]
+        assert done.exit_code == 2
+        assert f"no image without the object of {discs / 'images' / 'red'}" in done.stderr
+
+    @pytest.mark.parametrize("stage", ["match", "objects", "joint"])
+    def test_preview_shows_references_mosaic_and_truth_of_several_groups(
+        self, discs: Path, tmp_path: Path, stage: str
+    ) -> None:
+        """The alpha is white where the mosaic shows the object of the reference."""
+        config = write_config(
+            tmp_path / "a.yaml",
+            discs,
+            **{**MATCH, **PLAIN, "stage": stage, "match": {"reference_count_weights": [1, 1]}},
+        )
+        done = train(config, tmp_path / "run", preview=8)
+        assert done.exit_code == 0, done.output
+        assert f"the preview of samples is {tmp_path / 'run' / 'preview.png'}" in done.stdout
+        sheet = cv2.imread(str(tmp_path / "run" / "preview.png")).astype(int)
+        assert sheet.shape == (8 * 258, 3 * 240, 3)
+        found = set()
+        for row in range(8):
+            reference, mosaic, alpha = (
+                sheet[row * 258 :][:240, column * 240 : (column + 1) * 240] for column in range(3)
+            )
+            bright = reference[(reference.max(axis=-1) > 180)]
+            colour = {name: np.array(value) for name, value in COLOURS.items()}
+            shown = min(colour, key=lambda name: np.abs(np.median(bright, axis=0) - colour[name]).sum())
+            found.add(shown)
+            inside = alpha.min(axis=-1) > 250
+            if inside.any():
+                assert np.abs(np.median(mosaic[inside], axis=0) - colour[shown]).max() < 12, row
+        assert len(found) > 1
+
+    def test_preview_shows_the_samples_of_the_training(
+        self, discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = write_config(tmp_path / "a.yaml", discs, **{**MATCH, "steps": 2, "batch_size": 3})
+        names: list[str] = []
+        original = match.MatchStage.make_batch
+
+        def note_names(stage: match.MatchStage, counters: list[int]) -> MosaicBatch:
+            batch = original(stage, counters)
+            names.extend(batch.names)
+            return batch
+
+        monkeypatch.setattr(match.MatchStage, "make_batch", note_names)
+        assert train(config, tmp_path / "run").exit_code == 0
+        recipe = read_settings(config)
+        stage = match.MatchStage(recipe, read_pool(recipe.data))
+        assert [stage.preview_sample(counter)[0] for counter in range(6)] == names[:6]
 
     @pytest.mark.parametrize("share", [0.0, 1.0])
     def test_number_of_tiles_that_show_the_object(self, share: float) -> None:
@@ -213,7 +281,9 @@ class TestMatch:
         rng = np.random.default_rng(0)
 
         def draw() -> Mosaic[TrainingItem]:
-            return sample_mosaic(pool, config, 4, 1, rng, as_target=lambda each: each, as_reference=lambda each: each)
+            return sample_mosaic(
+                pool, config, (2, 2, 1), rng, as_target=lambda each: each, as_reference=lambda each: each
+            )
 
         mosaics = [draw() for _ in range(200)]
         for each in mosaics:
@@ -276,7 +346,7 @@ class TestRefine:
         content["data"]["sources"][0]["coarse"] = str(discs / "alphas")
         config.write_text(json.dumps(content))
         recipe = read_settings(config)
-        maker = EdgeMaker(read_pool(recipe.data, recipe.train.pairs), recipe.train)
+        maker = EdgeMaker(read_pool(recipe.data), recipe.train)
         photographs = [sample for counter in range(20) if isinstance(sample := maker[counter], EdgeSample)]
         same = [bool((sample.coarse == sample.truth).all()) for sample in photographs]
         assert 0.2 < np.mean(same) < 0.9  # the other samples are composites
@@ -311,7 +381,7 @@ class TestRefine:
         shares = {}
         for weight in (1.0, 4.0):
             recipe = read_settings(config, overrides=[f"train.refine.unknown_weight={weight}"])
-            stage = RefineStage(recipe, read_pool(recipe.data, recipe.train.pairs))
+            stage = RefineStage(recipe, read_pool(recipe.data))
             logit = torch.full_like(truth, -30.0)
             logit[..., :32] = 30.0  # wrong in the unknown half
             shares[weight] = float(stage.compute_losses((logit,), batch)["l1"])

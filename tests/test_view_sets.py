@@ -45,14 +45,14 @@ def group_of(name: str, count: int) -> tuple[TrainingItem, ...]:
 
 def view_set(pool: TrainingPool, plan: ViewPlan, number: int, *, is_large: bool) -> ViewSet:
     """Return a view set of a plan, in which a view is a number in a tensor."""
-    chunks = [chunk for chunk in plan.chunks_of_set(number) if chunk.is_large == is_large]
+    files = [file for file in plan.files_of_set(number) if file.is_large == is_large]
     counter = itertools.count()
     none = torch.zeros(0)
 
     def view() -> View:
         return View(torch.tensor(float(next(counter))), (), none, none, none, none, none)
 
-    return ViewSet(pool, {chunk: [view() for _ in chunk.items] for chunk in chunks})
+    return ViewSet(pool, {file: [view() for _ in file.items] for file in files})
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ class TestPlan:
             MatchStageConfig(views_per_group=9, max_views_per_image=3),
             seed=0,
         )
-        shown = collections.Counter(item for chunk in plan.chunks_of_set(0) for item in chunk.items)
+        shown = collections.Counter(item for file in plan.files_of_set(0) for item in file.items)
         assert {shown[item] for item in few} == {3}
         assert sum(shown[item] for item in many) == 9
         assert max(shown[item] for item in many) == 1
@@ -93,9 +93,9 @@ class TestPlan:
         )
         shown: dict[bool, set[TrainingItem]] = {False: set(), True: set()}
         for step in range(0, 150 * 10, 10):
-            chunks = plan.chunks_of_set(plan.set_number(step))
+            files = plan.files_of_set(plan.set_number(step))
             for is_large in (False, True):
-                items = [item for chunk in chunks if chunk.is_large == is_large for item in chunk.items]
+                items = [item for file in files if file.is_large == is_large for item in file.items]
                 counts = collections.Counter(item.group for item in items)
                 assert counts == {name: min(3 if is_large else 8, 3 * size) for name, size in SIZES.items()}
                 shown[is_large] |= set(items)
@@ -109,13 +109,13 @@ class TestPlan:
             MatchStageConfig(views_per_group=8, large_views_per_group=4, rotate_every=20, rotation_parts=4),
             seed=0,
         )
-        due = [len(plan.chunks_due(step)) for step in range(20)]
+        due = [len(plan.files_due(step)) for step in range(20)]
         assert due == sorted(due)
         assert 0 < due[0] < 5
-        assert plan.chunks_due(19) == plan.chunks_of_part(4)
-        assert plan.chunks_due(20)[0].part == 5
-        assert set(plan.chunks_of_set(1)) == set(plan.chunks_of_set(0)) - set(plan.chunks_of_part(0)) | set(
-            plan.chunks_of_part(4)
+        assert plan.files_due(19) == plan.files_of_part(4)
+        assert plan.files_due(20)[0].rotation_part == 5
+        assert set(plan.files_of_set(1)) == set(plan.files_of_set(0)) - set(plan.files_of_part(0)) | set(
+            plan.files_of_part(4)
         )
 
 
@@ -134,8 +134,7 @@ class TestDraws:
             return sample_mosaic(
                 targets.pool,
                 config,
-                2,
-                references,
+                (1, 2, references),
                 rng,
                 as_target=lambda item: targets.draw_view(item, rng),
                 as_reference=lambda item: guides.draw_view(item, rng),

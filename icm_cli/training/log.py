@@ -51,6 +51,8 @@ class RunLog:
         self._notice = notice
         self._is_on = is_main
         self._writer: Any = None
+        self.has_image = False
+        """Whether an image was logged since the log was opened."""
         self._try_writing(lambda: self._open_files(folder, first_step))
 
     def __enter__(self) -> Self:
@@ -66,6 +68,7 @@ class RunLog:
 
     def write_image(self, step: int, image: NDArray[np.uint8]) -> None:
         """Log an image, uint8 [H,W,3], to TensorBoard."""
+        self.has_image = True
         self._try_writing(lambda: self._writer.add_image("samples", image, step, dataformats="HWC"))
 
     def _open_files(self, folder: Path, first_step: int) -> None:

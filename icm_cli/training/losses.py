@@ -6,17 +6,14 @@ total is their sum over the batch. All values are float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icm_cli.errors import ConfigError
 from icm_cli.scoring.metrics import UNKNOWN_RANGE
-
-BinaryRule = Literal["binary", "constant"]
+from icm_cli.training.settings import BinaryRule, LossConfig
 
 REGION_SCALE = 512.0 * 512.0
 """The mean of a region loss is multiplied by this over the region's number of pixels, for any image size."""
@@ -29,40 +26,8 @@ UNKNOWN_LEVEL = 0.5
 """Value of unknown pixels in a trimap of floats."""
 
 
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights of the losses. A loss of weight 0 is not computed. The defaults are the published recipe."""
-
-    unknown_l1: float = 1.0
-    """L1 over the trimap's unknown pixels."""
-    known_l1: float = 1.0
-    """L1 over all other pixels."""
-    known_smooth_l1: float = 1.0
-    """Smooth L1 over the known pixels of a binary sample, whose edge is not worth learning."""
-    laplacian: float = 1.0
-    """L1 between Laplacian pyramids of five levels; needs images of 64 px or more."""
-    gradient_penalty: float = 1.0
-    """L1 between Sobel gradients over the unknown pixels, and smoothness there."""
-    cross_entropy: float = 0.0
-    """Binary cross-entropy, mean over the image; for binary samples, too."""
-    dice: float = 0.0
-    """1 - Dice coefficient of the soft masks; for binary samples, too. 0 if nothing is foreground."""
-    l1: float = 0.0
-    """L1, mean over the image; for binary samples, too."""
-    binary_rule: BinaryRule = "binary"
-    """Which samples are binary. Of the published losses, they only take known_smooth_l1. "binary": each
-    pixel is 0 or 1 (the paper). "constant": all pixels are 0, or all are 1 (the released code)."""
-
-    def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in LOSS_NAMES}
-        for name, weight in weights.items():
-            if weight < 0:
-                raise ConfigError(f"train: loss: {name} is {weight}; expected 0 or more")
-        if not any(weights.values()):
-            raise ConfigError("train: loss: all weights are 0, so nothing would be learned; expected one above 0")
-
-
-LOSS_NAMES = tuple(field.name for field in fields(LossConfig) if field.name != "binary_rule")
+LOSS_NAMES = tuple(field.name for field in fields(LossConfig) if field.metadata)
+"""Names of the losses, which are also the settings of their weights."""
 SOFT_LOSS_NAMES = ("unknown_l1", "known_l1", "laplacian", "gradient_penalty")
 """Published losses that binary samples do not take."""
 

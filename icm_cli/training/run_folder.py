@@ -277,7 +277,7 @@ def _check_same_run(path: Path, saved: str, given: Mapping[str, Any], *, has_sch
 
 
 def _read_original_digests(data: DataConfig) -> list[str]:
-    """Return the SHA-256 digests of the files that the data are copies of. Raises ConfigError."""
+    """Return the SHA-256 digests of the files that the data are copies of. Raises UsageError."""
     if data.copies_of is None:
         return []
     try:
@@ -285,7 +285,7 @@ def _read_original_digests(data: DataConfig) -> list[str]:
         if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
             raise ValueError("it is not a list of strings")
     except (OSError, ValueError) as error:
-        raise ConfigError(
+        raise UsageError(
             f"data: copies_of {data.copies_of} cannot be read ({error}); expected a JSON list of SHA-256 digests, as "
             "icm_cli.training.data.export writes it"
         ) from error

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from icm_cli.config import (
     MODEL_KEYS,
@@ -17,24 +17,49 @@ from icm_cli.config import (
     parse_model_config,
     parse_yaml,
     read_config_mapping,
-    read_yaml,
     reject_unknown_keys,
     require_mapping,
 )
 from icm_cli.datasets.registry import DATASETS
-from icm_cli.errors import ConfigError, did_you_mean
+from icm_cli.errors import ConfigError, UsageError, did_you_mean
 from icm_cli.options import ScoredSize, Split
-from icm_cli.training.losses import LossConfig
 
+BinaryRule = Literal["binary", "constant"]
 CUTOUTS = "cutouts"
 """Name of the dataset that is a folder of RGBA foregrounds."""
 LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
 """Rows and columns of the mosaics that the stages "match", "joint" and "objects" train on."""
+EXPECTED_DATA = "expected a YAML file with 'sources', given by --data FILE (docs/train.md shows one)"
 MIN_CROP_PX = 64
 REFINE_LOSS_NAMES = ("l1", "cross_entropy", "gradient", "laplacian")
 """Losses of the stage "refine", named like the settings of their weights."""
 MAX_SEED = 1 << 62
-"""Seeds are smaller than this, so that the step can be added to them."""
+"""Largest seed, so that the step can be added to it."""
+
+
+def limited(default: Any, least: float = 0, most: float | None = None, *, is_open: bool = False) -> Any:
+    """Return a field whose value, unless it is None, must be in ``least`` to ``most``, both excluded if open."""
+    return field(default=default, metadata={"least": least, "most": most, "is_open": is_open})
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base class of settings. Values outside the limits of their field raise ConfigError."""
+
+    title: ClassVar[str]
+    """Name of the section in messages."""
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if "least" not in each.metadata or value is None:
+                continue
+            least, most, is_open = (each.metadata[name] for name in ("least", "most", "is_open"))
+            if value < least or (most is not None and value > most) or (is_open and value in (least, most)):
+                expected = f"more than {least:g}" if is_open else f"{least:g} or more"
+                if most is not None:
+                    expected = f"between {least:g} and {most:g}" if is_open else f"{least:g} to {most:g}"
+                raise ConfigError(f"{self.title}: {each.name} is {value}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -88,13 +113,13 @@ class SourceConfig(FilesConfig):
     def __post_init__(self) -> None:
         known = {*DATASETS, CUTOUTS}
         if self.dataset not in known:
-            raise ConfigError(f"data: unknown dataset {self.dataset!r}. {did_you_mean(self.dataset, known)}")
+            raise UsageError(f"data: unknown dataset {self.dataset!r}. {did_you_mean(self.dataset, known)}")
         if self.soften_px < 0 or (self.soften_px and self.binary):
-            raise ConfigError(
+            raise UsageError(
                 f"data: soften_px of {self.title} is {self.soften_px}; expected 0 or more, and 0 for binary masks"
             )
         if not self.weight > 0:
-            raise ConfigError(f"data: weight of {self.title} is {self.weight}; expected more than 0")
+            raise UsageError(f"data: weight of {self.title} is {self.weight}; expected more than 0")
 
     @property
     def title(self) -> str:
@@ -113,11 +138,11 @@ class ValidationConfig(FilesConfig):
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
-            raise ConfigError(
+            raise UsageError(
                 f"data: validation: unknown dataset {self.dataset!r}. {did_you_mean(self.dataset, DATASETS)}"
             )
         if self.rounds < 1:
-            raise ConfigError(f"data: validation: rounds is {self.rounds}; expected 1 or more")
+            raise UsageError(f"data: validation: rounds is {self.rounds}; expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -134,39 +159,37 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class PairConfig:
+class PairConfig(Section):
     """How target and reference of a training sample are composed. Probabilities are in 0..1."""
 
-    composite_probability: float = 0.5
+    title: ClassVar[str] = "train: pairs"
+
+    composite_probability: float = limited(0.5, 0, 1)
     """A photograph with an alpha is composited onto another background. Foregrounds always are."""
-    same_image_probability: float = 0.2
+    same_image_probability: float = limited(0.2, 0, 1)
     """The reference is another view of the target's own image, even if its group has other images."""
-    distractor_probability: float = 0.5
+    distractor_probability: float = limited(0.5, 0, 1)
     """Other objects are pasted into the target, so that only the reference tells which one is wanted."""
-    max_distractors: int = 2
+    max_distractors: int = limited(2)
     """Largest number of pasted objects."""
-    reference_distractor_probability: float = 0.5
+    reference_distractor_probability: float = limited(0.5, 0, 1)
     """In samples with distractors: the first one is pasted into the reference, too."""
-    negative_probability: float = 0.1
+    negative_probability: float = limited(0.1, 0, 1)
     """The target does not show the reference's object; its alpha is 0."""
-    scribble_probability: float = 0.0
+    scribble_probability: float = limited(0.0, 0, 1)
     """The guidance is a stroke inside the object instead of its mask."""
-    point_probability: float = 0.0
+    point_probability: float = limited(0.0, 0, 1)
     """The guidance is a spot inside the object."""
-    mask_jitter_probability: float = 0.2
+    mask_jitter_probability: float = limited(0.2, 0, 1)
     """A guidance mask is slightly dilated, eroded or shifted."""
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if name != "max_distractors" and not 0 <= value <= 1:
-                raise ConfigError(f"train: pairs: {name} is {value}; expected 0 to 1")
+        super().__post_init__()
         if self.scribble_probability + self.point_probability > 1:
             raise ConfigError(
                 f"train: pairs: scribble_probability and point_probability are {self.scribble_probability} and "
                 f"{self.point_probability}; expected a sum of at most 1"
             )
-        if self.max_distractors < 0:
-            raise ConfigError(f"train: pairs: max_distractors is {self.max_distractors}; expected 0 or more")
 
     @property
     def changes_pixels(self) -> bool:
@@ -175,35 +198,27 @@ class PairConfig:
 
 
 @dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Section):
     """Augmentation of reference and target, drawn independently. With all values 0 and zoom 1 images are unchanged."""
 
-    flip: float = 0.5
-    """Probability of mirroring."""
-    zoom: float = 1.6
-    """Images are enlarged by up to this factor and cropped to the canvas; 1 keeps the whole image."""
-    rotate_degrees: float = 10.0
-    """Largest rotation in either direction."""
-    stretch: float = 0.1
-    """Largest relative change of aspect ratio and shear."""
-    colour: float = 0.2
-    """Largest relative change of brightness, contrast, saturation and white balance."""
-    jpeg: float = 0.3
-    """Probability of JPEG compression."""
-    blur: float = 0.1
-    """Probability of blur."""
-    noise: float = 0.2
-    """Probability of sensor noise."""
+    title: ClassVar[str] = "train: augment"
 
-    def __post_init__(self) -> None:
-        for name in ("flip", "jpeg", "blur", "noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"train: augment: {name} is {getattr(self, name)}; expected 0 to 1")
-        for name, most in (("rotate_degrees", 180.0), ("stretch", 0.9), ("colour", 0.9)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ConfigError(f"train: augment: {name} is {getattr(self, name)}; expected 0 to {most:g}")
-        if self.zoom < 1:
-            raise ConfigError(f"train: augment: zoom is {self.zoom}; expected 1 or more")
+    flip: float = limited(0.5, 0, 1)
+    """Probability of mirroring."""
+    zoom: float = limited(1.6, 1)
+    """Images are enlarged by up to this factor and cropped to the canvas; 1 keeps the whole image."""
+    rotate_degrees: float = limited(10.0, 0, 180)
+    """Largest rotation in either direction."""
+    stretch: float = limited(0.1, 0, 0.9)
+    """Largest relative change of aspect ratio and shear."""
+    colour: float = limited(0.2, 0, 0.9)
+    """Largest relative change of brightness, contrast, saturation and white balance."""
+    jpeg: float = limited(0.3, 0, 1)
+    """Probability of JPEG compression."""
+    blur: float = limited(0.1, 0, 1)
+    """Probability of blur."""
+    noise: float = limited(0.2, 0, 1)
+    """Probability of sensor noise."""
 
     @property
     def moves_pixels(self) -> bool:
@@ -215,54 +230,83 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
-class MatchStageConfig:
+class LossConfig(Section):
+    """Weights of the losses of the stage "matte". A loss of weight 0 is not computed.
+
+    The defaults are the published recipe.
+    """
+
+    title: ClassVar[str] = "train: loss"
+
+    unknown_l1: float = limited(1.0)
+    """L1 over the trimap's unknown pixels."""
+    known_l1: float = limited(1.0)
+    """L1 over all other pixels."""
+    known_smooth_l1: float = limited(1.0)
+    """Smooth L1 over the known pixels of a binary sample, whose edge is not worth learning."""
+    laplacian: float = limited(1.0)
+    """L1 between Laplacian pyramids of five levels; needs images of 64 px or more."""
+    gradient_penalty: float = limited(1.0)
+    """L1 between Sobel gradients over the unknown pixels, and smoothness there."""
+    cross_entropy: float = limited(0.0)
+    """Binary cross-entropy, mean over the image; for binary samples, too."""
+    dice: float = limited(0.0)
+    """1 - Dice coefficient of the soft masks; for binary samples, too. 0 if nothing is foreground."""
+    l1: float = limited(0.0)
+    """L1, mean over the image; for binary samples, too."""
+    binary_rule: BinaryRule = "binary"
+    """Which samples are binary. Of the published losses, they only take known_smooth_l1. "binary": each
+    pixel is 0 or 1 (the paper). "constant": all pixels are 0, or all are 1 (the released code)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not any(getattr(self, each.name) for each in dataclasses.fields(self) if each.metadata):
+            raise ConfigError("train: loss: all weights are 0, so nothing would be learned; expected one above 0")
+
+
+@dataclass(frozen=True)
+class MatchStageConfig(Section):
     """Samples of the stages "match", "joint" and "objects": mosaics of images.
 
     The reference's object is in one tile of a mosaic, in several, or in none. The stage "joint" stores
     no views; of the numbers of views it only checks whether ``large_views_per_group`` is 0.
     """
 
-    views_per_group: int = 12
+    title: ClassVar[str] = "train: match"
+
+    views_per_group: int = limited(12, 1)
     """Number of views of a group whose tokens are computed, at canvas size; drawn by the seed."""
-    large_views_per_group: int = 0
+    large_views_per_group: int = limited(0)
     """Number of views computed at twice that size in addition. They are used for mosaics of one image and
     for half of the references, so that all mosaics have about the same number of tokens. 0: none."""
-    max_views_per_image: int = 3
+    max_views_per_image: int = limited(3, 1)
     """Largest number of views of one image, for small groups."""
-    rotate_every: int = 0
+    rotate_every: int = limited(0)
     """Number of steps after which "match" and "objects" replace a part of every group's views by views of
     its next images, so that in time all images are used. The next part is encoded gradually during these
     steps. 0: views are never replaced."""
-    rotation_parts: int = 4
+    rotation_parts: int = limited(4, 1)
     """Number of parts of the views; each rotation replaces one of them."""
-    negative_probability: float = 0.2
+    negative_probability: float = limited(0.2, 0, 1)
     """The reference's object is in no tile."""
-    multiple_probability: float = 0.0
+    multiple_probability: float = limited(0.0, 0, 1)
     """In mosaics of several tiles with the object: further tiles may show it, too."""
-    same_image_probability: float = 0.1
+    same_image_probability: float = limited(0.1, 0, 1)
     """The reference is another view of the target's own image, even if its group has other images."""
     reference_count_weights: tuple[float, ...] = (1.0,)
     """Sampling weights of batches with one reference per mosaic, two, and so on."""
     layout_weights: tuple[float, ...] = (0.3, 0.4, 0.25, 0.05)
     """Sampling weights of mosaics of one image, two in a row, two in a column, and two by two."""
-    presence_weight: float = 0.3
+    presence_weight: float = limited(0.3)
     """Weight of the cross-entropy of whether the object is present."""
-    feature_noise: float = 0.0
+    feature_noise: float = limited(0.0)
     """Largest standard deviation of the noise added to the features that "match" and "objects" compare.
     The features themselves have a standard deviation of 1."""
     max_image_px: int = 512
     """Largest long side of the images that "joint" stores on the training device."""
 
     def __post_init__(self) -> None:
-        for name in ("views_per_group", "max_views_per_image", "rotation_parts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 1 or more")
-        for name in ("large_views_per_group", "rotate_every", "presence_weight", "feature_noise"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("negative_probability", "multiple_probability", "same_image_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"train: match: {name} is {getattr(self, name)}; expected 0 to 1")
+        super().__post_init__()
         if len(self.layout_weights) != len(LAYOUTS):
             raise ConfigError(
                 f"train: match: layout_weights is {list(self.layout_weights)}; expected {len(LAYOUTS)} numbers"
@@ -281,60 +325,51 @@ def _check_weights(name: str, weights: Sequence[float]) -> None:
 
 
 @dataclass(frozen=True)
-class RefineStageConfig:
+class RefineStageConfig(Section):
     """Samples and losses of the stage "refine": crops of scenes with degraded true alphas as coarse alphas."""
 
-    crop_px: int = 160
+    title: ClassVar[str] = "train: refine"
+
+    crop_px: int = limited(160, MIN_CROP_PX)
     """Side of a crop, in px of the canvas."""
-    crops_per_image: int = 4
-    token_probability: float = 0.35
+    crops_per_image: int = limited(4, 1)
+    token_probability: float = limited(0.35, 0, 1)
     """The coarse alpha is degraded like the output of a head that works on a grid of tokens."""
-    object_probability: float = 0.0
+    object_probability: float = limited(0.0, 0, 1)
     """The coarse alpha is degraded like an object mask: a smooth outline without hair. All other coarse
     alphas have an outline that is displaced or blurred."""
-    uncertain_probability: float = 0.5
+    uncertain_probability: float = limited(0.5, 0, 1)
     """In addition the coarse alpha is uncertain about some regions, inside and outside the object."""
-    predicted_probability: float = 0.7
+    predicted_probability: float = limited(0.7, 0, 1)
     """For sources with ``coarse``: the alpha that a first stage predicted is used as the coarse alpha."""
-    photograph_probability: float = 0.5
+    photograph_probability: float = limited(0.5, 0, 1)
     """An image with a soft alpha is shown as it is instead of as a composite."""
-    edge_weight: float = 0.5
+    edge_weight: float = limited(0.5, 0, 1)
     """Weight of pixels at the edge of an alpha that is not exact. Only alphas of composites are exact."""
-    unknown_weight: float = 4.0
+    unknown_weight: float = limited(4.0, 1)
     """Weight of unknown pixels, at edges and where the coarse alpha is wrong; other pixels have weight 1."""
-    l1: float = 1.0
-    cross_entropy: float = 0.5
-    gradient: float = 2.0
+    l1: float = limited(1.0)
+    cross_entropy: float = limited(0.5)
+    gradient: float = limited(2.0)
     """Weight of the L1 between differences of neighbouring pixels."""
-    laplacian: float = 0.05
+    laplacian: float = limited(0.05)
 
     def __post_init__(self) -> None:
-        if self.crop_px < MIN_CROP_PX:
-            raise ConfigError(f"train: refine: crop_px is {self.crop_px}; expected {MIN_CROP_PX} or more")
-        if self.crops_per_image < 1:
-            raise ConfigError(f"train: refine: crops_per_image is {self.crops_per_image}; expected 1 or more")
-        for name in ("token", "object", "uncertain", "predicted", "photograph"):
-            if not 0 <= (value := getattr(self, f"{name}_probability")) <= 1:
-                raise ConfigError(f"train: refine: {name}_probability is {value}; expected 0 to 1")
-        if not 0 <= self.edge_weight <= 1:
-            raise ConfigError(f"train: refine: edge_weight is {self.edge_weight}; expected 0 to 1")
+        super().__post_init__()
         if self.token_probability + self.object_probability > 1:
             raise ConfigError(
                 f"train: refine: token_probability and object_probability are {self.token_probability} and "
                 f"{self.object_probability}; expected a sum of at most 1"
             )
-        if self.unknown_weight < 1:
-            raise ConfigError(f"train: refine: unknown_weight is {self.unknown_weight}; expected 1 or more")
-        weights = [getattr(self, name) for name in REFINE_LOSS_NAMES]
-        if min(weights) < 0 or not any(weights):
-            raise ConfigError(
-                f"train: refine: the weights of the losses are {weights}; expected 0 or more, and not all 0"
-            )
+        if not any(getattr(self, name) for name in REFINE_LOSS_NAMES):
+            raise ConfigError("train: refine: the weights of all losses are 0; expected one above 0")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """The recipe. The defaults are those of the released code (Guo et al. 2024), with the paper's batch and steps."""
+
+    title: ClassVar[str] = "train"
 
     stage: Literal["matte", "match", "joint", "objects", "refine"] = "matte"
     """What is trained. "matte": the head, and the backbone if it is trainable, on pairs of images.
@@ -342,71 +377,55 @@ class TrainConfig:
     "joint" (experimental, for GPUs): the token-match head and the backbone, on images that are made on
     the training device. "objects": the object model, on the predictions of a trained head. "refine": the
     edges, which need no pairs."""
-    minutes: float | None = None
+    minutes: float | None = limited(None, is_open=True)
     """The run ends after this many minutes of steps, instead of after ``steps``; so does a cosine schedule."""
-    steps: int = 20_000
-    batch_size: int = 8
+    steps: int = limited(20_000, 1)
+    batch_size: int = limited(8, 1)
     """Samples per step, over all processes."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = limited(None, 1)
     """Samples that a process takes at a time; gradients are accumulated. Default: its whole part of the batch."""
-    canvas_px: int = 768
+    canvas_px: int = limited(768, 64)
     """Side of the square canvas to which reference and target are resized."""
     optimiser: Literal["adam", "adamw"] = "adam"
-    learning_rate: float = 4e-4
+    learning_rate: float = limited(4e-4)
     """Learning rate of all parts except the backbone."""
-    backbone_learning_rate: float = 0.0
+    backbone_learning_rate: float = limited(0.0)
     """Learning rate of the backbone; 0 keeps it frozen."""
-    weight_decay: float = 0.0
-    warmup_steps: int = 250
+    weight_decay: float = limited(0.0)
+    warmup_steps: int = limited(250)
     """Number of steps in which the learning rate grows linearly, from 1e-6 of its value."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up; "cosine" falls to 0 at the end of the run."""
-    clip_norm: float | None = None
+    clip_norm: float | None = limited(None, is_open=True)
     """Largest norm of the gradients of all weights together; larger gradients are scaled down."""
-    ema_decay: float | None = None
+    ema_decay: float | None = limited(None, 0, 1, is_open=True)
     """Decay per step of the exponential moving average of the weights, which is validated and saved."""
     batch_norm: Literal["batch", "fixed"] = "batch"
     """Statistics of the head's BatchNorm layers: "batch", those of each process's micro-batch, as
     published; "fixed", their running averages. The backbone always uses its running averages."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
-    seed: int = 0
-    log_every: int = 10
-    image_every: int = 500
-    validate_every: int = 1000
-    save_every: int = 500
-    feature_cache_gb: float = 20.0
+    seed: int = limited(0, 0, MAX_SEED)
+    log_every: int = limited(10, 1)
+    image_every: int = limited(500, 1)
+    validate_every: int = limited(1000, 1)
+    save_every: int = limited(500, 1)
+    feature_cache_gb: float = limited(20.0)
     """Disk space for the features of a frozen backbone, if no augmentation changes pixels; 0: no cache."""
     loss: LossConfig = field(default_factory=LossConfig)
     pairs: PairConfig = field(default_factory=PairConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     match: MatchStageConfig = field(default_factory=MatchStageConfig)
     refine: RefineStageConfig = field(default_factory=RefineStageConfig)
-    trimap_kernel_px: int = 25
+    trimap_kernel_px: int = limited(25, 1)
     """Side of the square that dilates 0 < alpha < 1 to the unknown region, if the data have no trimaps."""
 
     def __post_init__(self) -> None:
-        at_least = {"steps": 1, "batch_size": 1, "canvas_px": 64, "log_every": 1, "image_every": 1}
-        at_least |= {"validate_every": 1, "save_every": 1, "warmup_steps": 0, "learning_rate": 0}
-        at_least |= {"backbone_learning_rate": 0, "weight_decay": 0, "feature_cache_gb": 0, "seed": 0}
-        at_least |= {"trimap_kernel_px": 1}
-        if self.seed >= MAX_SEED:
-            raise ConfigError(f"train: seed is {self.seed}; expected less than {MAX_SEED}")
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"train: {name} is {getattr(self, name)}; expected {least} or more")
-        if self.minutes is not None and self.minutes <= 0:
-            raise ConfigError(f"train: minutes is {self.minutes}; expected more than 0")
+        super().__post_init__()
         if self.stage == "refine" and self.refine.crop_px > self.canvas_px:
             raise ConfigError(
                 f"train: refine: crop_px is {self.refine.crop_px}; expected at most canvas_px, {self.canvas_px}"
             )
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ConfigError(f"train: micro_batch_size is {self.micro_batch_size}; expected 1 or more")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ConfigError(f"train: clip_norm is {self.clip_norm}; expected more than 0")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ConfigError(f"train: ema_decay is {self.ema_decay}; expected between 0 and 1")
 
     @property
     def changes_pixels(self) -> bool:
@@ -433,27 +452,43 @@ class Settings:
 def read_settings(config: str | Path, data: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
     """Read settings from a YAML file (or a preset's name); ``--data`` and ``--set key=value`` take precedence.
 
-    Keys of overrides are paths such as ``train.loss.dice``. Raises ConfigError.
+    Keys of overrides are paths such as ``train.loss.dice``. Raises ConfigError, or UsageError for the data.
     """
     where, mapping = read_config_mapping(str(config))
     fields = dict(require_mapping(mapping, where))
+    data_title = f"{where}: data"
     if data is not None:
-        fields["data"] = read_yaml(Path(data))
+        fields["data"], data_title = _read_data_file(Path(data)), f"data file {data}"
     for override in overrides:
         fields = _apply_override(fields, override)
     reject_unknown_keys(fields, MODEL_KEYS, where)
     model = parse_model_config({key: fields[key] for key in MODEL_SECTIONS if key in fields}, where)
-    train = fields.get("train") or {}
-    return Settings(
-        model,
-        parse_dataclass(TrainConfig, train, f"{where}: train"),
-        parse_dataclass(DataConfig, fields.get("data") or {}, f"{data or where}: data" if data is None else str(data)),
-    )
+    train = parse_dataclass(TrainConfig, fields.get("train") or {}, f"{where}: train")
+    return Settings(model, train, _parse_data(fields.get("data"), data_title))
 
 
 def read_data(path: str | Path) -> DataConfig:
-    """Read the data section of a YAML file, as ``--data`` takes it. Raises ConfigError."""
-    return parse_dataclass(DataConfig, read_yaml(Path(path)), str(path))
+    """Read a data file, as ``--data`` takes it. Raises UsageError."""
+    return _parse_data(_read_data_file(Path(path)), f"data file {path}")
+
+
+def _read_data_file(path: Path) -> object:
+    """Return the content of a data file. Raises UsageError."""
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"), f"data file {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"data file {path} cannot be read: {reason}; {EXPECTED_DATA}") from error
+    except ConfigError as error:
+        raise UsageError(f"{error}; {EXPECTED_DATA}") from error
+
+
+def _parse_data(content: object, where: str) -> DataConfig:
+    """Convert the section "data". Raises UsageError."""
+    try:
+        return parse_dataclass(DataConfig, {} if content is None else content, where)
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
 
 
 def list_differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:

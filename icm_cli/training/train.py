@@ -57,7 +57,7 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
     training = options.training
     settings = read_settings(training.config, training.data, training.overrides)
     folder = Path(training.out or f"runs/{Path(training.config).stem}")
-    pool = read_pool(settings.data, settings.train.pairs)
+    pool = read_pool(settings.data)
     stage = make_stage(settings, pool)
     if is_main_process():
         for problem in pool.problems:
@@ -138,10 +138,10 @@ def _run_steps(
                 log.write_metrics(done.step, metrics)
                 listener.on_log(done.step, metrics)
             with stats.pause():
-                if learner.is_main and done.step % recipe.image_every == 0:
+                is_due = done.step % recipe.validate_every == 0 or (is_last and not is_stopped)
+                if learner.is_main and (done.step % recipe.image_every == 0 or (is_due and not log.has_image)):
                     with learner.inference_mode():
                         log.write_image(done.step, stage.render_panel(learner, batch))
-                is_due = done.step % recipe.validate_every == 0 or (is_last and not is_stopped)
                 if learner.is_main and (done.step % recipe.save_every == 0 or is_due or is_last):
                     run.save_progress(learner, done)
                 if learner.is_main and is_due and stop.received is None:

@@ -14,6 +14,7 @@ from icm_cli.events import Listener
 from icm_cli.geometry import HALF_U8
 from icm_cli.images.reading import read_alpha
 from icm_cli.reports.result import ImageResult
+from icm_cli.training.data.pool import explain_data_error
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import ValidationConfig
 
@@ -23,7 +24,7 @@ def check_validation(config: ValidationConfig, images: Sequence[Path], notice: C
     try:
         found = find_dataset(config.dataset, config.root, split=config.split, composite=False, **config.path_options)
     except UsageError as error:
-        raise UsageError(f"data: validation: {error}") from error
+        raise explain_data_error("validation", error) from error
     if not any(_can_be_scored(samples) for samples in group_samples(found.samples).values()):
         raise UsageError(
             "data: validation: no group has two images, one of which could be a reference (its alpha is not empty); "

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     given = parser.parse_args()
     settings = read_settings(RECIPE, given.data, given.set)
-    stage = make_stage(settings, read_pool(settings.data, settings.train.pairs))
+    stage = make_stage(settings, read_pool(settings.data))
     learner = Learner(
         settings,
         stage.trainable_parts,

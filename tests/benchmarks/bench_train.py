@@ -119,7 +119,7 @@ def data() -> None:
     sources = json.dumps([{"images": str(DEMO / "imgs"), "alphas": str(DEMO / "alphas")}])
     lines = [f"data.sources={sources}", f"data.backgrounds=[{DEMO / 'imgs'}]", "train.pairs.negative_probability=0"]
     settings = read_settings("configs/train/lite-refine.yaml", overrides=lines)
-    maker = EdgeMaker(read_pool(settings.data, settings.train.pairs), settings.train)
+    maker = EdgeMaker(read_pool(settings.data), settings.train)
     for counter in range(20):
         maker[counter]
     begun = time.perf_counter()

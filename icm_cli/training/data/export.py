@@ -30,7 +30,7 @@ from icm_cli.geometry import ImageU8, downscaled_size, resize
 from icm_cli.images.reading import read_image
 from icm_cli.training.data.layers import read_photograph
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
-from icm_cli.training.settings import CUTOUTS, DataConfig, PairConfig, SourceConfig, read_data
+from icm_cli.training.settings import CUTOUTS, DataConfig, SourceConfig, read_data
 
 IMAGE_QUALITY = 88
 LOSSLESS = 101
@@ -40,10 +40,10 @@ LOSSLESS = 101
 def export_shards(data: str | Path, out: Path, *, long_side_px: int, shard_bytes: int) -> list[Path]:
     """Write the tar files ``out-0.tar``, ``out-1.tar`` ..., each atomically, and return their paths.
 
-    Raises ConfigError or UsageError if the data cannot be trained on, ImageError if an image cannot be read.
+    Raises UsageError if the data cannot be trained on, ImageError if an image cannot be read.
     """
     config = read_data(data)
-    pool = read_pool(config, PairConfig())
+    pool = read_pool(config)
     shards: list[Path] = []
     members: list[tuple[str, bytes]] = []
 

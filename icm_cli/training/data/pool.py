@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -14,8 +15,8 @@ import numpy as np
 
 from icm_cli.datasets.layouts import list_images
 from icm_cli.datasets.registry import find_dataset, get_dataset
-from icm_cli.errors import ConfigError, Problem, UsageError
-from icm_cli.training.settings import CUTOUTS, DataConfig, PairConfig, SourceConfig
+from icm_cli.errors import Problem, UsageError
+from icm_cli.training.settings import CUTOUTS, EXPECTED_DATA, DataConfig, SourceConfig
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,10 @@ class TrainingPool:
         return None
 
 
-def read_pool(data: DataConfig, pairs: PairConfig) -> TrainingPool:
-    """Find the items of all sources. Raises UsageError or ConfigError if training on them is not possible."""
+def read_pool(data: DataConfig) -> TrainingPool:
+    """Find the items of all sources. Raises UsageError if training on them is not possible."""
     if not data.sources:
-        raise ConfigError(
-            "there is nothing to train on: the configuration names no data; add a section 'data' with 'sources', or "
-            "give one with --data FILE (docs/train.md)"
-        )
+        raise UsageError(f"there is nothing to train on: no 'sources' are given; {EXPECTED_DATA}")
     problems: list[Problem] = []
     sources = [_find_items(number, source, problems) for number, source in enumerate(data.sources)]
     backgrounds = tuple(path for folder in data.backgrounds for path in _find_images(Path(folder), "backgrounds"))
@@ -150,23 +148,23 @@ def read_pool(data: DataConfig, pairs: PairConfig) -> TrainingPool:
         tuple(Path(path) for path in lists if path is not None),
     )
     if not backgrounds and any(item.is_foreground for item in pool):
-        raise ConfigError(
+        raise UsageError(
             "some sources contain foregrounds, and there are no backgrounds to put them on; add data: backgrounds"
         )
-    if pairs.negative_probability and len(pool.groups) < 2 and not backgrounds:
-        raise ConfigError(
-            "there is only one group and no background, so every image shows the reference's object; add data: "
-            "backgrounds, or give the images of each object with 'groups' or subfolders, or set "
-            "train.pairs.negative_probability=0"
-        )
     return pool
+
+
+def explain_data_error(where: str, error: UsageError) -> UsageError:
+    """Return an error about a dataset that names the keys of the data file instead of the options of ``icm eval``."""
+    text = str(error).replace("--data-root", "'root'")
+    return UsageError(f"data: {where}: " + re.sub(r"--(dataset|images|alphas|trimaps|groups)\b", r"'\1'", text))
 
 
 def _find_items(number: int, source: SourceConfig, problems: list[Problem]) -> tuple[TrainingItem, ...]:
     try:
         items = _find_cutouts(source) if source.dataset == CUTOUTS else _find_dataset_items(source, problems)
     except UsageError as error:
-        raise UsageError(f"data: source {number + 1}: {error}") from error
+        raise explain_data_error(f"source {number + 1}", error) from error
     if source.coarse is not None and not Path(source.coarse).is_dir():
         raise UsageError(f"data: coarse folder {source.coarse} of {source.title} does not exist; expected alphas")
     included = [item for item in items if not any(fnmatch(item.name, pattern) for pattern in source.exclude)]
@@ -176,7 +174,7 @@ def _find_items(number: int, source: SourceConfig, problems: list[Problem]) -> t
     if source.classes and (
         without_class := next((item for item in included if _find_classes(item, classes) is None), None)
     ):
-        raise ConfigError(
+        raise UsageError(
             f"data: classes {source.classes} has no entry for {without_class.image.parent}; "
             "expected every folder of the source"
         )
@@ -212,7 +210,7 @@ def _find_classes(item: TrainingItem, classes: Mapping[str, Sequence[str]]) -> S
 
 
 def _read_classes(path: str | None) -> dict[str, list[str]]:
-    """Read the file of :attr:`SourceConfig.classes`: folder -> classes. Raises ConfigError."""
+    """Read the file of :attr:`SourceConfig.classes`: folder -> classes. Raises UsageError."""
     if path is None:
         return {}
     try:
@@ -223,7 +221,7 @@ def _read_classes(path: str | None) -> dict[str, list[str]]:
         if not all(isinstance(name, str) for names in classes_by_folder.values() for name in names):
             raise ValueError("a class is not a string")
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(
+        raise UsageError(
             f"data: classes {path} cannot be read ({error}); expected a JSON object that maps each "
             "folder to a class or a list of classes"
         ) from error
@@ -232,7 +230,7 @@ def _read_classes(path: str | None) -> dict[str, list[str]]:
 
 def _find_cutouts(source: SourceConfig) -> list[TrainingItem]:
     if source.root is None:
-        raise ConfigError("data: a source with 'dataset: cutouts' has no 'root'; expected the folder of RGBA images")
+        raise UsageError("data: a source with 'dataset: cutouts' has no 'root'; expected the folder of RGBA images")
     root = Path(source.root)
     items = []
     for path in _find_images(root, "cutouts"):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, TypeAlias
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from icm_cli.events import TrainingListener
@@ -22,6 +23,8 @@ from icm_cli.training.settings import Settings
 PANEL_ROWS = 4
 """Largest number of samples that a panel shows."""
 PANEL_CELL_PX = 256
+OUTSIDE_BRIGHTNESS = 0.35
+"""Brightness of a reference outside its guidance, in panels and previews."""
 Prediction: TypeAlias = tuple[Tensor, ...]
 """Outputs of the model for a batch, [B,...] each, with gradients."""
 
@@ -85,6 +88,11 @@ def image_grid(rows: Sequence[Sequence[ImageU8]]) -> ImageU8:
             for cells in rows
         ]
     )
+
+
+def darken_outside(rgb: ImageU8, guidance: NDArray[np.bool_]) -> ImageU8:
+    """Darken a reference, uint8 [H,W,3], outside its guidance, bool [H,W]."""
+    return np.where(guidance[..., None], rgb, (rgb * OUTSIDE_BRIGHTNESS).astype(np.uint8)).astype(np.uint8)
 
 
 def grey_to_rgb(values: ImageU8) -> ImageU8:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from icm_cli.errors import ImageError
 from icm_cli.events import TrainingListener
 from icm_cli.geometry import ImageU8
 from icm_cli.model.contracts import Backbone
@@ -25,9 +26,10 @@ from icm_cli.training.batches import Batch, StepSampler
 from icm_cli.training.data.device_scenes import DeviceScenes, ScenePlan
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.samples import SampleMaker
+from icm_cli.training.data.scenes import Scene
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
-from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, Stage, grey_to_rgb
+from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, Stage
 from icm_cli.training.stages.mosaics import (
     LARGE_FACTOR,
     Mosaic,
@@ -35,7 +37,9 @@ from icm_cli.training.stages.mosaics import (
     collate_mosaics,
     draw_layout,
     encode_views,
+    fit_config_to_groups,
     render_mosaics,
+    render_preview,
     require_token_match_head,
     sample_mosaic,
 )
@@ -82,6 +86,8 @@ class JointMatcher(nn.Module):
         mosaics = [
             Mosaic(
                 name,
+                batch.rows,
+                batch.columns,
                 references[i * reference_count : (i + 1) * reference_count],
                 tiles[i * tile_count : (i + 1) * tile_count],
                 positive_tiles,
@@ -89,7 +95,7 @@ class JointMatcher(nn.Module):
             # (first_samples() shortens the names, but not positive_tiles)
             for i, (name, positive_tiles) in enumerate(zip(batch.names, batch.positive_tiles, strict=False))
         ]
-        tokens = collate_mosaics(mosaics, batch.counters, batch.rows, batch.columns)
+        tokens = collate_mosaics(mosaics, batch.counters)
         return (*TokenMatcher(self.head)(tokens), tokens.alpha, tokens.valid)
 
 
@@ -101,6 +107,7 @@ class JointStage(Stage[ImageBatch]):
 
     def __init__(self, settings: Settings, pool: TrainingPool) -> None:
         super().__init__(settings, pool)
+        self._config, self._notice = fit_config_to_groups(settings.train.match, pool)
         self._scenes: DeviceScenes | None = None
 
     def select_module(self, model: InContextMatting) -> nn.Module:
@@ -108,6 +115,8 @@ class JointStage(Stage[ImageBatch]):
 
     def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
         del folder, first_step
+        if self._notice and learner.is_main:
+            listener.on_notice(self._notice)
         train = self.settings.train
         self._scenes = DeviceScenes(
             self.pool, train, learner.device.torch_device, side_px=train.match.max_image_px, notice=listener.on_notice
@@ -135,12 +144,22 @@ class JointStage(Stage[ImageBatch]):
         return render_mosaics(truth, tuple(outputs))
 
     def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
-        """Return an image and its alpha, made on the CPU as for the other stages."""
-        items = list(self.pool)
-        item = items[counter % len(items)]
-        seed = (self.settings.train.seed, counter)
-        scene = SampleMaker(self.pool, self.settings.train).make_view(item, np.random.default_rng(seed))
-        return f"{item.group} {item.name}", [scene.rgb, grey_to_rgb(scene.alpha)]
+        """Return the references, the mosaic and its true alpha of a sample like those of the training.
+
+        Its images are made on the CPU, as for the stage "match".
+        """
+        train = self.settings.train
+        maker, rng = SampleMaker(self.pool, train), np.random.default_rng((train.seed, 1, counter))
+
+        def make_scene(item: TrainingItem) -> Scene | None:
+            try:
+                return maker.make_view(item, rng)
+            except ImageError:
+                return None
+
+        layout = draw_layout(self._config, rng)
+        mosaic = sample_mosaic(self.pool, self._config, layout, rng, as_target=make_scene, as_reference=make_scene)
+        return mosaic.name, render_preview(mosaic)
 
     def make_batch(self, counters: Sequence[int]) -> ImageBatch:
         """Make samples number ``counters``, which are the same in every run with the same seed.
@@ -149,9 +168,9 @@ class JointStage(Stage[ImageBatch]):
         """
         assert self._scenes is not None
         scenes, train = self._scenes, self.settings.train
-        config = train.match
+        config = self._config
         rng = np.random.default_rng((train.seed, 1, counters[0]))
-        rows, columns, references = draw_layout(config, rng)
+        layout = rows, columns, _ = draw_layout(config, rng)
         large = LARGE_FACTOR * train.canvas_px if config.large_views_per_group else train.canvas_px
         tile_px = large if (rows, columns) == (1, 1) else train.canvas_px
         reference_px = large if rng.random() < 0.5 else train.canvas_px
@@ -163,8 +182,7 @@ class JointStage(Stage[ImageBatch]):
             sample_mosaic(
                 self.pool,
                 config,
-                rows * columns,
-                references,
+                layout,
                 rng,
                 as_target=lambda item: plan_scene(item, tile_px),
                 as_reference=lambda item: plan_scene(item, reference_px),

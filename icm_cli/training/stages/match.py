@@ -10,6 +10,7 @@ images have their tokens stored, and when they are replaced, is decided by
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from icm_cli.errors import ConfigError, ImageError
+from icm_cli.errors import ConfigError, ImageError, UsageError
 from icm_cli.events import TrainingListener
 from icm_cli.files import combined_digest
-from icm_cli.geometry import ImageU8
+from icm_cli.geometry import HALF_U8, ImageU8
 from icm_cli.model.contracts import Objects
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.lite.finetuning import LOSS_TERMS, match_losses
@@ -36,9 +37,11 @@ from icm_cli.training.data.samples import SampleMaker
 from icm_cli.training.data.scenes import Scene
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
-from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, Stage, grey_to_rgb
+from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, Stage
 from icm_cli.training.stages.mosaics import (
     LARGE_FACTOR,
+    Image,
+    Mosaic,
     MosaicBatch,
     TokenMatcher,
     View,
@@ -46,11 +49,13 @@ from icm_cli.training.stages.mosaics import (
     collate_mosaics,
     draw_layout,
     encode_views,
+    fit_config_to_groups,
     render_mosaics,
+    render_preview,
     require_token_match_head,
     sample_mosaic,
 )
-from icm_cli.training.stages.view_sets import Chunk, ViewPlan, ViewSet, load_views, save_views
+from icm_cli.training.stages.view_sets import AnyView, ViewFile, ViewPlan, ViewSet, load_views, save_views
 
 TOKENS_FOLDER = "tokens"
 """Folder of the tokens in a run's folder."""
@@ -68,7 +73,16 @@ class MatchStage(Stage[MosaicBatch]):
 
     def __init__(self, settings: Settings, pool: TrainingPool) -> None:
         super().__init__(settings, pool)
-        config = settings.train.match
+        config, self._notice = fit_config_to_groups(settings.train.match, pool)
+        self._config = config
+        if (
+            max(min(config.views_per_group, config.max_views_per_image * len(items)) for items in pool.groups.values())
+            < 2
+        ):
+            raise UsageError(
+                "no group has two views, a target and a reference; expected train.match.views_per_group of 2 or more, "
+                "and train.match.max_views_per_image of 2 or more or groups of several images"
+            )
         if config.large_views_per_group == 1 and config.layout_weights[0]:
             raise ConfigError(
                 "train: match: large_views_per_group is 1, but a mosaic of one image needs another view as its "
@@ -78,46 +92,50 @@ class MatchStage(Stage[MosaicBatch]):
         self._makers = (SampleMaker(pool, settings.train), SampleMaker(pool, large))
         self._plan = ViewPlan(pool, config, settings.train.seed)
         self._encoder: _ViewEncoder | None = None
-        self._views: dict[Chunk, list[View | None]] = {}
-        """Views of the chunks of the current view set and the next one."""
+        self._views: dict[ViewFile, list[View | None]] = {}
+        """Views of the files of the current view set and the next one."""
         self._set_number: int | None = None
         """Number of the current view set."""
-        self._small = self._large = ViewSet(pool, {})
+        self._small = self._large = ViewSet[View](pool, {})
+        self._previews: dict[int, list[Mosaic[Scene]]] = {}
+        """The mosaics of the last batch of the preview, by the number of its first sample."""
 
     def select_module(self, model: InContextMatting) -> nn.Module:
         return TokenMatcher(require_token_match_head(model, "match"))
 
     def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
+        if self._notice and learner.is_main:
+            listener.on_notice(self._notice)
         objects = _copy_objects_for_inference(learner) if self.needs_embeddings else None
         self._encoder = _ViewEncoder(self.settings, self._makers, learner, objects, folder / TOKENS_FOLDER, listener)
-        chunks = self._plan.chunks_of_set(self._plan.set_number(first_step))
-        due = [*chunks, *self._plan.chunks_due(first_step)]
+        files = self._plan.files_of_set(self._plan.set_number(first_step))
+        due = [*files, *self._plan.files_due(first_step)]
         self._views = self._encoder.prepare_views(due, learner.workers)
         if not learner.is_from_checkpoint and not first_step:
             assert isinstance(learner.model.head, TokenMatchHead)
-            views = [view for chunk in chunks for view in self._views[chunk] if view is not None]
+            views = [view for file in files for view in self._views[file] if view is not None]
             tokens = _sample_tokens(views, self.settings.train.seed)
             learner.model.head.initialise_from_pca(tokens.to(learner.device.torch_device))
 
-    def _load_views(self, chunks: Sequence[Chunk]) -> None:
-        """Load the views of chunks from the run's folder, or encode their images."""
+    def _load_views(self, files: Sequence[ViewFile]) -> None:
+        """Load the views of files from the run's folder, or encode their images."""
         assert self._encoder is not None
-        for chunk in chunks:
-            if chunk not in self._views:
-                self._views[chunk] = self._encoder.load_or_encode(chunk)
+        for file in files:
+            if file not in self._views:
+                self._views[file] = self._encoder.load_or_encode(file)
 
     def _use_view_set_of(self, step: int) -> None:
         """Use the view set of a step, and encode what the next one needs by this step."""
-        self._load_views(self._plan.chunks_due(step))
+        self._load_views(self._plan.files_due(step))
         number = self._plan.set_number(step)
         if number == self._set_number:
             return
-        chunks = self._plan.chunks_of_set(number)
-        self._load_views(chunks)
-        for chunk in [stored for stored in self._views if stored.part < number]:
-            del self._views[chunk]
+        files = self._plan.files_of_set(number)
+        self._load_views(files)
+        for file in [stored for stored in self._views if stored.rotation_part < number]:
+            del self._views[file]
         self._small, self._large = (
-            ViewSet(self.pool, {chunk: self._views[chunk] for chunk in chunks if chunk.is_large == is_large})
+            ViewSet(self.pool, {file: self._views[file] for file in files if file.is_large == is_large})
             for is_large in (False, True)
         )
         if self._set_number is not None and self._encoder is not None:
@@ -145,43 +163,84 @@ class MatchStage(Stage[MosaicBatch]):
         return render_mosaics(few.alpha, self.predict(self.select_module(learner.model), few))
 
     def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
-        """Return an image whose tokens are used, and its alpha."""
-        items = [item for chunk in self._plan.chunks_of_set(0) if not chunk.is_large for item in chunk.items]
-        item = items[counter % len(items)]
-        scene = self._makers[False].make_view(item, np.random.default_rng((self.settings.train.seed, counter)))
-        return f"{item.group} {item.name}", [scene.rgb, grey_to_rgb(scene.alpha)]
+        """Return the references, the mosaic and its true alpha of a sample of the training."""
+        size = self.settings.train.micro_batch_size or self.settings.train.batch_size
+        first = counter - counter % size
+        if first not in self._previews:
+            self._previews = {first: self._draw_scenes(range(first, first + size))}
+        mosaic = self._previews[first][counter - first]
+        return mosaic.name, render_preview(mosaic)
+
+    def _draw_scenes(self, counters: Sequence[int]) -> list[Mosaic[Scene]]:
+        """Draw the mosaics of a batch, of scenes instead of tokens."""
+        files = self._plan.files_of_set(self._plan.set_number(counters[0] // self.settings.train.batch_size))
+        small, large = (
+            ViewSet(
+                self.pool,
+                {file: [(file, i) for i in range(len(file.items))] for file in files if file.is_large == is_large},
+            )
+            for is_large in (False, True)
+        )
+
+        @functools.cache
+        def make_scene(view: tuple[ViewFile, int]) -> Scene | None:
+            file, index = view
+            scene = _SceneDataset(self._makers, [file], self.settings.train.seed)[0, index]
+            return scene if isinstance(scene, Scene) else None
+
+        rng = self._batch_rng(counters)
+        return self._draw_mosaics(counters, small, large, rng, make_scene, lambda scene: scene.alpha.max() > HALF_U8)
 
     def make_batch(self, counters: Sequence[int]) -> MosaicBatch:
         """Make samples number ``counters``, which are the same in every run with the same seed.
 
         All of them have the same layout. Raises TrainingError if the images do not suffice for a mosaic.
         """
-        train, config = self.settings.train, self.settings.train.match
-        self._use_view_set_of(counters[0] // train.batch_size)
-        rng = np.random.default_rng((train.seed, 1, counters[0]))
-        rows, columns, references = draw_layout(config, rng)
-        targets = self._large if self._large and (rows, columns) == (1, 1) else self._small
-        guides = self._large if self._large and rng.random() < 0.5 else self._small
+        self._use_view_set_of(counters[0] // self.settings.train.batch_size)
+        rng = self._batch_rng(counters)
+        mosaics = self._draw_mosaics(
+            counters, self._small, self._large, rng, lambda view: view, lambda view: bool(view.alpha.max() > 0.5)
+        )
+        batch = collate_mosaics(mosaics, counters)
+        return add_feature_noise(batch, self._config.feature_noise, rng) if self._config.feature_noise else batch
 
-        def as_reference(item: TrainingItem) -> View | None:
-            view = guides.draw_view(item, rng)
-            return view if view is not None and view.alpha.max() > 0.5 else None
+    def _batch_rng(self, counters: Sequence[int]) -> np.random.Generator:
+        return np.random.default_rng((self.settings.train.seed, 1, counters[0]))
 
-        mosaics = [
+    def _draw_mosaics(
+        self,
+        counters: Sequence[int],
+        small: ViewSet[AnyView],
+        large: ViewSet[AnyView],
+        rng: np.random.Generator,
+        load: Callable[[AnyView], Image | None],
+        has_object: Callable[[Image], bool],
+    ) -> list[Mosaic[Image]]:
+        """Draw mosaics of the same layout. ``load`` returns the image of a view, or None if it cannot be read."""
+        layout = draw_layout(self._config, rng)
+        targets = large if large and layout[:2] == (1, 1) else small
+        guides = large if large and rng.random() < 0.5 else small
+
+        def draw_image(views: ViewSet[AnyView], item: TrainingItem) -> Image | None:
+            view = views.draw_view(item, rng)
+            return None if view is None else load(view)
+
+        def draw_reference(item: TrainingItem) -> Image | None:
+            image = draw_image(guides, item)
+            return image if image is not None and has_object(image) else None
+
+        return [
             sample_mosaic(
                 targets.pool,
-                config,
-                rows * columns,
-                references,
+                self._config,
+                layout,
                 rng,
-                as_target=lambda item: targets.draw_view(item, rng),
-                as_reference=as_reference,
+                as_target=lambda item: draw_image(targets, item),
+                as_reference=draw_reference,
                 reference_pool=guides.pool,
             )
             for _ in counters
         ]
-        batch = collate_mosaics(mosaics, counters, rows, columns)
-        return add_feature_noise(batch, config.feature_noise, rng) if config.feature_noise else batch
 
 
 class _ViewEncoder:
@@ -207,44 +266,44 @@ class _ViewEncoder:
         if learner.is_main:
             folder.mkdir(exist_ok=True)
 
-    def prepare_views(self, chunks: Sequence[Chunk], workers: int) -> dict[Chunk, list[View | None]]:
-        """Return the views of chunks, None for an image that cannot be read, and report the progress.
+    def prepare_views(self, files: Sequence[ViewFile], workers: int) -> dict[ViewFile, list[View | None]]:
+        """Return the views of files, None for an image that cannot be read, and report the progress.
 
-        Each chunk is stored as soon as it is encoded, so that an interrupted run can be resumed.
+        Each file is stored as soon as it is encoded, so that an interrupted run can be resumed.
         """
-        views = {chunk: chunk_views for chunk in chunks if (chunk_views := self._load_chunk(chunk)) is not None}
-        missing = [chunk for chunk in chunks if chunk not in views]
+        views = {file: file_views for file in files if (file_views := self._load_file(file)) is not None}
+        missing = [file for file in files if file not in views]
         if not missing:
             return views
-        encoded = sum(len(chunk_views) for chunk_views in views.values())
-        with self._listener.encoding_images(sum(len(chunk.items) for chunk in chunks), encoded):
+        encoded = sum(len(file_views) for file_views in views.values())
+        with self._listener.encoding_images(sum(len(file.items) for file in files), encoded):
 
             def report(count: int) -> None:
                 nonlocal encoded
                 encoded += count
                 self._listener.on_encoding_progress(encoded)
 
-            for chunk, chunk_views in self._encode(missing, workers, report):
-                views[chunk] = self._store_chunk(chunk, chunk_views)
-        return {chunk: views[chunk] for chunk in chunks}
+            for file, file_views in self._encode(missing, workers, report):
+                views[file] = self._store_file(file, file_views)
+        return {file: views[file] for file in files}
 
-    def load_or_encode(self, chunk: Chunk) -> list[View | None]:
-        """Return the views of a chunk, None for an image that cannot be read."""
-        views = self._load_chunk(chunk)
+    def load_or_encode(self, file: ViewFile) -> list[View | None]:
+        """Return the views of a file, None for an image that cannot be read."""
+        views = self._load_file(file)
         if views is None:
-            ((_, views),) = self._encode([chunk], workers=0)
-            views = self._store_chunk(chunk, views)
+            ((_, views),) = self._encode([file], workers=0)
+            views = self._store_file(file, views)
         return views
 
-    def _load_chunk(self, chunk: Chunk) -> list[View | None] | None:
-        return load_views(self._folder / chunk.file_name, self._chunk_digest(chunk))
+    def _load_file(self, file: ViewFile) -> list[View | None] | None:
+        return load_views(self._folder / file.name, self._file_digest(file))
 
-    def _store_chunk(self, chunk: Chunk, views: list[View | None]) -> list[View | None]:
+    def _store_file(self, file: ViewFile, views: list[View | None]) -> list[View | None]:
         """Write views to the run's folder, and return them memory-mapped, so that the system can free the memory."""
         if not self._learner.is_main:
             return views
-        save_views(self._folder / chunk.file_name, self._chunk_digest(chunk), views)
-        return self._load_chunk(chunk) or views
+        save_views(self._folder / file.name, self._file_digest(file), views)
+        return self._load_file(file) or views
 
     def remove_parts_before(self, part: int) -> None:
         """Remove the files of earlier parts, which no view set needs any more."""
@@ -254,11 +313,11 @@ class _ViewEncoder:
                     path.unlink(missing_ok=True)
 
     def _encode(
-        self, chunks: Sequence[Chunk], workers: int, report: Callable[[int], None] = lambda _: None
-    ) -> Iterator[tuple[Chunk, list[View | None]]]:
-        """Yield the views of chunks, encoded in batches. ``report`` gets the number of images of each batch."""
+        self, files: Sequence[ViewFile], workers: int, report: Callable[[int], None] = lambda _: None
+    ) -> Iterator[tuple[ViewFile, list[View | None]]]:
+        """Yield the views of files, encoded in batches. ``report`` gets the number of images of each batch."""
         learner = self._learner
-        scenes = _SceneDataset(self._makers, chunks, self._seed)
+        scenes = _SceneDataset(self._makers, files, self._seed)
         loader = DataLoader(
             scenes,
             batch_sampler=scenes.list_batches(learner.device.auto_batch_size),
@@ -269,9 +328,9 @@ class _ViewEncoder:
             generator=torch.Generator(),  # leaves the default generator to the model
         )
         batches = iter(loader)
-        for chunk in chunks:
+        for file in files:
             views: list[View | None] = []
-            while len(views) < len(chunk.items):
+            while len(views) < len(file.items):
                 batch = next(batches)
                 for scene in batch:
                     if isinstance(scene, str):
@@ -280,35 +339,35 @@ class _ViewEncoder:
                 encoded = _encode_scenes(learner, readable, self._objects) if readable else iter(())
                 views += [None if isinstance(scene, str) else next(encoded) for scene in batch]
                 report(len(batch))
-            yield chunk, views
+            yield file, views
 
-    def _chunk_digest(self, chunk: Chunk) -> str:
-        seed = chunk.scene_seed(self._seed, 0)
-        return combined_digest(self._recipe, str(seed), *(f"{item.group} {item.name}" for item in chunk.items))
+    def _file_digest(self, file: ViewFile) -> str:
+        seed = file.scene_seed(self._seed, 0)
+        return combined_digest(self._recipe, str(seed), *(f"{item.group} {item.name}" for item in file.items))
 
 
 class _SceneDataset(Dataset["Scene | str"]):
-    """Scenes of the items of chunks, with random distractors; for an unreadable item, a str with the reason."""
+    """Scenes of the items of files, with random distractors; for an unreadable item, a str with the reason."""
 
-    def __init__(self, makers: tuple[SampleMaker, SampleMaker], chunks: Sequence[Chunk], seed: int) -> None:
+    def __init__(self, makers: tuple[SampleMaker, SampleMaker], files: Sequence[ViewFile], seed: int) -> None:
         self._makers = makers
-        self._chunks = chunks
+        self._files = files
         self._seed = seed
 
     def list_batches(self, size: int) -> list[list[tuple[int, int]]]:
-        """Return batches of (chunk number, item number), of at most ``size`` items of the same chunk."""
+        """Return batches of (file number, item number), of at most ``size`` items of the same file."""
         return [
-            [(number, index) for index in range(start, min(start + size, len(chunk.items)))]
-            for number, chunk in enumerate(self._chunks)
-            for start in range(0, len(chunk.items), size)
+            [(number, index) for index in range(start, min(start + size, len(file.items)))]
+            for number, file in enumerate(self._files)
+            for start in range(0, len(file.items), size)
         ]
 
     def __getitem__(self, numbers: tuple[int, int]) -> Scene | str:
-        chunk_number, index = numbers
-        chunk = self._chunks[chunk_number]
-        rng = np.random.default_rng(chunk.scene_seed(self._seed, index))
+        file_number, index = numbers
+        file = self._files[file_number]
+        rng = np.random.default_rng(file.scene_seed(self._seed, index))
         try:
-            scene = self._makers[chunk.is_large].make_view(chunk.items[index], rng)
+            scene = self._makers[file.is_large].make_view(file.items[index], rng)
         except ImageError as error:
             return str(error)
         return replace(scene, trimap=None, coarse=None)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from icm_cli.errors import UsageError
 from icm_cli.events import TrainingListener
 from icm_cli.files import combined_digest
 from icm_cli.geometry import ImageU8, alpha_to_u8
@@ -24,10 +25,7 @@ from icm_cli.training.feature_cache import FeatureCache
 from icm_cli.training.learner import Learner
 from icm_cli.training.losses import LOSS_NAMES, compute_losses
 from icm_cli.training.settings import Settings
-from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, Stage, grey_to_rgb, image_grid
-
-OUTSIDE_BRIGHTNESS = 0.35
-"""Brightness of a reference outside its guidance, in panels and previews."""
+from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, Stage, darken_outside, grey_to_rgb, image_grid
 
 
 class MatteStage(Stage[PairBatch]):
@@ -38,6 +36,12 @@ class MatteStage(Stage[PairBatch]):
 
     def __init__(self, settings: Settings, pool: TrainingPool) -> None:
         super().__init__(settings, pool)
+        if settings.train.pairs.negative_probability and len(pool.groups) < 2 and not pool.backgrounds:
+            raise UsageError(
+                "there is only one group and no background, so every image shows the reference's object; add data: "
+                "backgrounds, or give the images of each object with 'groups' or subfolders, or set "
+                "train.pairs.negative_probability=0"
+            )
         self.maker = SampleMaker(pool, settings.train)
         self._model: InContextMatting | None = None
         self._cache: FeatureCache | None = None
@@ -91,7 +95,7 @@ class MatteStage(Stage[PairBatch]):
             [
                 [
                     few.rgb[i].cpu().numpy(),
-                    _darken_outside(few.reference_rgb[i].cpu().numpy(), few.guidance[i].cpu().numpy()),
+                    darken_outside(few.reference_rgb[i].cpu().numpy(), few.guidance[i].cpu().numpy()),
                     grey_to_rgb(few.alpha[i].cpu().numpy()),
                     grey_to_rgb(alpha_to_u8(predicted[i, 0].float().cpu().numpy())),
                     _heat_map(inter[i, 0]),
@@ -105,17 +109,12 @@ class MatteStage(Stage[PairBatch]):
         """Return reference, target, alpha, trimap and the object cut out of the target."""
         sample = self.maker.make_sample(counter)
         return sample.name, [
-            _darken_outside(sample.reference_rgb, sample.guidance),
+            darken_outside(sample.reference_rgb, sample.guidance),
             sample.rgb,
             grey_to_rgb(sample.alpha),
             grey_to_rgb(sample.trimap),
             composite_on_grey(sample.rgb, sample.alpha),
         ]
-
-
-def _darken_outside(rgb: ImageU8, guidance: np.ndarray) -> ImageU8:
-    """Darken a reference, uint8 [H,W,3], outside its guidance, bool [H,W]."""
-    return np.where(guidance[..., None], rgb, (rgb * OUTSIDE_BRIGHTNESS).astype(np.uint8)).astype(np.uint8)
 
 
 def _heat_map(values: Tensor) -> ImageU8:

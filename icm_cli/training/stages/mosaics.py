@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icm_cli.errors import ConfigError, TrainingError
-from icm_cli.geometry import ImageU8, alpha_to_u8
+from icm_cli.errors import ConfigError, TrainingError, UsageError
+from icm_cli.geometry import HALF_U8, UNKNOWN, ImageU8, alpha_to_u8
 from icm_cli.model.contracts import Backbone, Features, Objects
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import resize_bilinear
@@ -24,8 +24,9 @@ from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.model.similarity import ReferenceTokens, background_token_mask, foreground_token_mask
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
+from icm_cli.training.data.scenes import Scene
 from icm_cli.training.settings import LAYOUTS, MatchStageConfig
-from icm_cli.training.stages.contract import Prediction, grey_to_rgb, image_grid
+from icm_cli.training.stages.contract import Prediction, darken_outside, grey_to_rgb, image_grid
 
 LARGE_FACTOR = 2
 """Side of a large view, as a multiple of a view's side."""
@@ -66,6 +67,8 @@ class Mosaic(Generic[Image]):
     """Tiles, row by row, and the references that show the target object."""
 
     name: str
+    rows: int
+    columns: int
     references: Sequence[Image]
     tiles: Sequence[Image]
     positive_tiles: tuple[int, ...]
@@ -134,6 +137,28 @@ def require_token_match_head(model: InContextMatting, stage: str) -> TokenMatchH
     return model.head
 
 
+def fit_config_to_groups(config: MatchStageConfig, pool: TrainingPool) -> tuple[MatchStageConfig, str]:
+    """Return the settings for the mosaics of a pool, and a notice if they differ from ``config``, else "".
+
+    If all images show the same object, mosaics are single images that show it. Raises UsageError if only
+    some of the groups have negatives.
+    """
+    firsts = [items[0] for items in pool.groups.values()]
+    without_negative = [item for item in firsts if not any(item.is_negative_for(other) for other in firsts)]
+    if not without_negative or not (config.negative_probability or any(config.layout_weights[1:])):
+        return config, ""
+    if len(without_negative) < len(firsts):
+        raise UsageError(
+            f"data: there is no image without the object of {without_negative[0].image}, because every other group "
+            "has a class in common with it; correct 'classes', or add images of other classes"
+        )
+    notice = (
+        "all images belong to one group or class, so every mosaic is a single image that shows the object; add images "
+        "of other objects, from which the model learns to tell objects apart"
+    )
+    return replace(config, negative_probability=0.0, layout_weights=(1.0, 0.0, 0.0, 0.0)), notice
+
+
 def draw_layout(config: MatchStageConfig, rng: np.random.Generator) -> tuple[int, int, int]:
     """Draw rows, columns and number of references of a batch's mosaics."""
     rows, columns = LAYOUTS[_draw_index(config.layout_weights, rng)]
@@ -143,21 +168,23 @@ def draw_layout(config: MatchStageConfig, rng: np.random.Generator) -> tuple[int
 def sample_mosaic(
     pool: TrainingPool,
     config: MatchStageConfig,
-    tile_count: int,
-    reference_count: int,
+    layout: tuple[int, int, int],
     rng: np.random.Generator,
     *,
     as_target: Callable[[TrainingItem], Image | None],
     as_reference: Callable[[TrainingItem], Image | None],
     reference_pool: TrainingPool | None = None,
 ) -> Mosaic[Image]:
-    """Sample a mosaic of ``tile_count`` images from ``pool``, and its references from ``reference_pool``.
+    """Sample a mosaic of images from ``pool``, and its references from ``reference_pool``.
 
-    ``reference_pool`` defaults to ``pool``. ``as_target`` and ``as_reference`` return the image of an item, or
-    None if it cannot be used. Raises TrainingError if there are not enough usable images.
+    ``layout`` is the result of :func:`draw_layout`; ``reference_pool`` defaults to ``pool``. ``as_target``
+    and ``as_reference`` return the image of an item, or None if it cannot be used. Raises TrainingError if
+    there are not enough usable images.
     """
     if reference_pool is None:
         reference_pool = pool
+    rows, columns, reference_count = layout
+    tile_count = rows * columns
     for _ in range(MAX_ATTEMPTS):
         failure = "almost no training image could be read; repair the data, or exclude files with 'exclude'"
         item, target = _sample_tile(pool, rng, as_target, lambda _: True, failure)
@@ -178,7 +205,9 @@ def sample_mosaic(
             positives[i] if i in positives else _sample_tile(pool, rng, as_target, item.is_negative_for, failure)[1]
             for i in range(tile_count)
         ]
-        return Mosaic(f"{item.name} by {usable[0][0].name}", reference_images, images, tuple(positives))
+        absent = "" if positives else " (absent)"
+        name = f"{item.name} by {usable[0][0].name}{absent}"
+        return Mosaic(name, rows, columns, reference_images, images, tuple(positives))
     raise TrainingError(
         "no group has two readable views; increase train.match.views_per_group, or give more images of each object"
     )
@@ -237,8 +266,9 @@ def _draw_further_positives(
     }
 
 
-def collate_mosaics(mosaics: Sequence[Mosaic[View]], counters: Sequence[int], rows: int, columns: int) -> MosaicBatch:
+def collate_mosaics(mosaics: Sequence[Mosaic[View]], counters: Sequence[int]) -> MosaicBatch:
     """Stack mosaics of the same layout and number of references into a batch."""
+    rows, columns = mosaics[0].rows, mosaics[0].columns
     feature, alpha, valid, embedding = (
         torch.stack(
             [lay_out_tiles([getattr(view, name) for view in mosaic.tiles], rows, columns) for mosaic in mosaics]
@@ -312,6 +342,24 @@ def render_mosaics(alpha: Tensor, prediction: Prediction) -> ImageU8:
     return image_grid(
         [[grey_to_rgb(alpha_to_u8(layer[i].float().cpu().numpy())) for layer in layers] for i in range(len(alpha))]
     )
+
+
+def render_preview(mosaic: Mosaic[Scene]) -> list[ImageU8]:
+    """Return images of the references, the mosaic, and its true alpha, uint8 [h,w,3] each.
+
+    References are dark outside their masks. Several references are arranged in two columns.
+    """
+    references = [darken_outside(scene.rgb, scene.alpha > HALF_U8) for scene in mosaic.references]
+    width = 1 if len(references) == 1 else 2
+    references += [np.full_like(references[0], UNKNOWN)] * (-len(references) % width)
+    alphas = [
+        grey_to_rgb(scene.alpha * np.uint8(tile in mosaic.positive_tiles)) for tile, scene in enumerate(mosaic.tiles)
+    ]
+    images = [scene.rgb for scene in mosaic.tiles]
+    return [
+        np.concatenate([np.concatenate(tiles[i : i + count], axis=1) for i in range(0, len(tiles), count)])
+        for tiles, count in ((references, width), (images, mosaic.columns), (alphas, mosaic.columns))
+    ]
 
 
 def encode_views(

@@ -8,11 +8,11 @@ the seed, so a resumed run has the same view sets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -22,26 +22,26 @@ from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.settings import MatchStageConfig
 from icm_cli.training.stages.mosaics import LARGE_FACTOR, View
 
-CHUNK_VIEWS = 64
+VIEWS_PER_FILE = 64
 """Largest number of views in a file; files of large views contain fewer, as these have more tokens."""
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ViewFile:
     """Views whose tokens are computed together and stored in one file."""
 
-    part: int
+    rotation_part: int
     number: int
     is_large: bool
     items: tuple[TrainingItem, ...]
 
     @property
-    def file_name(self) -> str:
-        return f"{self.part:05d}-{'large' if self.is_large else 'small'}-{self.number:03d}.pt"
+    def name(self) -> str:
+        return f"{self.rotation_part:05d}-{'large' if self.is_large else 'small'}-{self.number:03d}.pt"
 
     def scene_seed(self, seed: int, index: int) -> tuple[int, ...]:
         """Return the seed of the scene of item number ``index``."""
-        return (seed, 3, self.part, int(self.is_large), self.number, index)
+        return (seed, 3, self.rotation_part, int(self.is_large), self.number, index)
 
 
 class ViewPlan:
@@ -51,41 +51,41 @@ class ViewPlan:
         self._pool = pool
         self._config = config
         self._seed = seed
-        self._chunks: dict[int, list[Chunk]] = {}
+        self._files: dict[int, list[ViewFile]] = {}
 
     def set_number(self, step: int) -> int:
         """Return the number of the view set that a step (from 0) uses."""
         return step // self._config.rotate_every if self._config.rotate_every else 0
 
-    def chunks_of_set(self, number: int) -> list[Chunk]:
-        """Return the chunks of a view set."""
+    def files_of_set(self, number: int) -> list[ViewFile]:
+        """Return the files of a view set."""
         parts = range(number, number + self._config.rotation_parts)
-        return [chunk for part in parts for chunk in self.chunks_of_part(part)]
+        return [file for part in parts for file in self.files_of_part(part)]
 
-    def chunks_due(self, step: int) -> list[Chunk]:
-        """Return the chunks of the next part that must be computed when ``step`` ends.
+    def files_due(self, step: int) -> list[ViewFile]:
+        """Return the files of the next part that must be computed when ``step`` ends.
 
         Their number grows evenly from step to step.
         """
         interval = self._config.rotate_every
         if not interval:
             return []
-        chunks = self.chunks_of_part(step // interval + self._config.rotation_parts)
-        return chunks[: -(-len(chunks) * (step % interval + 1) // interval)]
+        files = self.files_of_part(step // interval + self._config.rotation_parts)
+        return files[: -(-len(files) * (step % interval + 1) // interval)]
 
-    def chunks_of_part(self, part: int) -> list[Chunk]:
-        """Return the chunks of a part."""
-        if part not in self._chunks:
-            self._chunks[part] = [
-                chunk for is_large in (False, True) for chunk in self._split_part(part, is_large=is_large)
+    def files_of_part(self, part: int) -> list[ViewFile]:
+        """Return the files of a part."""
+        if part not in self._files:
+            self._files[part] = [
+                file for is_large in (False, True) for file in self._split_part(part, is_large=is_large)
             ]
-        return self._chunks[part]
+        return self._files[part]
 
-    def _split_part(self, part: int, *, is_large: bool) -> Iterator[Chunk]:
+    def _split_part(self, part: int, *, is_large: bool) -> Iterator[ViewFile]:
         items = self._items_of_part(part, is_large=is_large)
-        size = CHUNK_VIEWS // LARGE_FACTOR**2 if is_large else CHUNK_VIEWS
+        size = VIEWS_PER_FILE // LARGE_FACTOR**2 if is_large else VIEWS_PER_FILE
         for start in range(0, len(items), size):
-            yield Chunk(part, start // size, is_large, tuple(items[start : start + size]))
+            yield ViewFile(part, start // size, is_large, tuple(items[start : start + size]))
 
     def _items_of_part(self, part: int, *, is_large: bool) -> list[TrainingItem]:
         """Return the items of a part: the next ones of each group, in its shuffled order."""
@@ -108,13 +108,16 @@ class ViewPlan:
         )
 
 
-class ViewSet:
+AnyView = TypeVar("AnyView")
+
+
+class ViewSet(Generic[AnyView]):
     """The views of one size, by item, and the pool of the items that have views."""
 
-    def __init__(self, pool: TrainingPool, chunks: Mapping[Chunk, list[View | None]]) -> None:
-        self._views: dict[TrainingItem, list[View]] = {}
-        for chunk, views in chunks.items():
-            for item, view in zip(chunk.items, views, strict=True):
+    def __init__(self, pool: TrainingPool, files: Mapping[ViewFile, Sequence[AnyView | None]]) -> None:
+        self._views: dict[TrainingItem, list[AnyView]] = {}
+        for file, views in files.items():
+            for item, view in zip(file.items, views, strict=True):
                 if view is not None:
                     self._views.setdefault(item, []).append(view)
         self.pool = pool.restrict_to(self._views)
@@ -122,14 +125,14 @@ class ViewSet:
     def __bool__(self) -> bool:
         return bool(self._views)
 
-    def draw_view(self, item: TrainingItem, rng: np.random.Generator) -> View | None:
+    def draw_view(self, item: TrainingItem, rng: np.random.Generator) -> AnyView | None:
         """Draw one of an item's views; None if it has none."""
         views = self._views.get(item)
         return views[int(rng.integers(len(views)))] if views else None
 
 
 def save_views(path: Path, digest: str, views: list[View | None]) -> None:
-    """Write the views of a chunk atomically. Raises OutputError."""
+    """Write the views of a file atomically. Raises OutputError."""
     tensors = [tuple(getattr(view, field.name) for field in fields(View)) if view else None for view in views]
     with atomic_write(path) as file:
         torch.save({"digest": digest, "views": tensors}, file)
