@@ -153,6 +153,28 @@ class TestRecordedRun:
             assert images[name]["foreground"] == pytest.approx(foreground, abs=2e-3)
 
 
+@pytest.mark.parametrize("stage", ["match", "matte", "refine"])
+def test_smallest_data_file_of_the_documentation_trains(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Two folders with two images and their alphas each, without backgrounds."""
+    page = (Path(__file__).parents[1] / "docs" / "train.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("data.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    for group in ("a", "b"):
+        folder = Path("photos", group)
+        folder.mkdir(parents=True)
+        for number, name in enumerate(("lawn", "launchpad"), 1):
+            shutil.copy(data / "images" / group / f"{name}.jpg", folder / f"{number}.jpg")
+            shutil.copy(data / "alphas" / group / f"{name}.png", folder / f"{number}.png")
+    recipe = {"stage": stage, "steps": 2, "backbone_learning_rate": 0, "refine": {"crop_px": 64}}
+    config = write_config(tmp_path / "train.yaml", data, **recipe)
+    done = train(config, Path("run"), data="data.yaml")
+    assert done.exit_code == 0, done.output
+    sources = json.loads(metadata(Path("run", "last.safetensors"))["icm.sources"])
+    assert list(sources.values()) == [{"licence": "", "groups": 2, "images": 4}]
+
+
 class TestChangedData:
     @pytest.mark.parametrize(
         ("name", "kind"),

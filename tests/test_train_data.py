@@ -262,9 +262,7 @@ def test_composition_datasets_provide_foregrounds(discs: Path, tmp_path: Path) -
         image, alpha = disc(RED, RED)
         write(tmp_path / "Train" / "FG" / f"{number}.png", image)
         write(tmp_path / "Train" / "GT" / f"{number}.png", alpha)
-    pool = read_pool(
-        DataConfig((SourceConfig(dataset="d646", root=str(tmp_path)),), (str(discs / "backgrounds"),)), ALONE
-    )
+    pool = read_pool(DataConfig((SourceConfig(dataset="d646", root=str(tmp_path)),), (str(discs / "backgrounds"),)))
     assert [(item.name, item.group, item.is_foreground) for item in pool] == [("0", "0:0", True), ("1", "0:1", True)]
 
 

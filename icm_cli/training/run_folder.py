@@ -130,6 +130,7 @@ class RunFolder:
         If they changed since the first step of the run in the folder, raises UsageError that names the
         changes. If they changed before its first step, this is reported with ``notice``.
         """
+        originals = _read_original_digests(self._settings.data)
         before = DataRecord.load(self.folder)
         now = DataRecord.from_files(self._pool.files, before, notice)
         if before is not None and (changes := before.list_changes(now)):
@@ -146,7 +147,7 @@ class RunFolder:
         self._data_digest = now.digest
         earlier = read_training_digests(self._checkpoint) if self._checkpoint else None
         images = {now.states[str(path)].sha256 for path in self._pool.image_paths} - {""}
-        self._image_digests = sorted({*images, *(earlier or ()), *_read_original_digests(self._settings.data)})
+        self._image_digests = sorted({*images, *(earlier or ()), *originals})
         self._sources = self._describe_sources()
 
     def resume_run(self, learner: Learner) -> RunProgress:

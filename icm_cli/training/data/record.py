@@ -58,7 +58,7 @@ class DataRecord:
                         digest = hashlib.file_digest(file, "sha256").hexdigest()
                     state = FileState(stat.st_size, stat.st_mtime_ns, digest)
             except OSError as error:
-                notice(f"{path} cannot be read ({error.strerror}); it is not recorded as trained on")
+                notice(f"{path} cannot be read ({error.strerror}), so its content is not recorded")
                 state = FileState(0, 0, "")
             states[str(path)] = state
         return cls(states)
