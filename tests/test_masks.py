@@ -3,6 +3,8 @@ hint."""
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -259,3 +261,154 @@ def test_mask_label_without_mask_is_refused(tmp_path: Path) -> None:
     cutout = np.dstack([np.full((60, 80, 3), 90, np.uint8), layers(target=255)])
     with pytest.raises(UsageError, match="there is no --mask"):
         read_references([saved(tmp_path, cutout)], [], lambda _: None, "75")
+
+
+LABELS: dict[str, int] = {"uint8": 100, "uint16": 300, "uint": 70001, "int8": 60, "int16": 300, "int": 70001}
+
+
+@pytest.mark.parametrize(("kind", "label"), LABELS.items())
+@pytest.mark.parametrize("suffix", ["tif", "exr", "png"])
+def test_every_integer_type_holds_labels_as_written(tmp_path: Path, suffix: str, kind: str, label: int) -> None:
+    if kind not in {"exr": ("uint",), "png": ("uint8", "uint16")}.get(suffix, LABELS):
+        return
+    dtype = np.dtype({"uint": "uint32", "int": "int32"}.get(kind, kind)).type
+    path = written(tmp_path / f"mask.{suffix}", layers(dtype, target=label, other=label + 1)[..., None], kind)
+    with pytest.raises(UsageError, match=rf"several labels: {label} \(18.8% of the image\), {label + 1} \("):
+        read(path)
+    assert (read(path, str(label + 1))[0].inside == OTHER).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int16", "int"])
+def test_negative_labels(tmp_path: Path, kind: str) -> None:
+    dtype = np.dtype({"int": "int32"}.get(kind, kind)).type
+    path = written(tmp_path / "mask.tif", layers(dtype, target=-1, other=5)[..., None], kind)
+    with pytest.raises(UsageError, match=r"several labels: -1 \(18.8% of the image\), 5 \(.*--mask-label -1"):
+        read(path)
+    assert (read(path, "-1")[0].inside == TARGET).all()
+    mask, notices = read(written(tmp_path / "one.tif", layers(dtype, target=-1)[..., None], kind))
+    assert (mask.inside == TARGET).all()
+    assert "one label, -1 of" in notices[0]
+
+
+def test_negative_label_is_an_option_value(icm: Icm, scene: Path) -> None:
+    path = written(scene / "mask.tif", layers(np.int16, target=-1, other=5)[..., None], "int16")
+    with Image.open(scene / "ref.png") as image:
+        image.resize((80, 60)).save(scene / "small.png")
+    assert icm("--mask-label", "-1", mask=path, ref=scene / "small.png", src=scene / "imgs" / "wall.jpg").exit_code == 0
+
+
+def test_64_bit_integers_are_refused_with_advice(tmp_path: Path) -> None:
+    image = layers(np.int64, target=1)
+    tags = {256: 80, 257: 60, 258: 64, 259: 1, 262: 1, 273: 134, 277: 1, 278: 60, 279: image.nbytes, 339: 2}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    assert len(header) == tags[273]
+    (tmp_path / "mask.tif").write_bytes(header + image.tobytes())
+    with pytest.raises(ImageError, match="has integers of 64 bits; expected at most 32 bits; save it with 32-bit"):
+        read(tmp_path / "mask.tif")
+
+
+@pytest.mark.parametrize("white", [3, 15, 255, 300, 4095, 65535])
+def test_pgm_labels_are_those_of_the_file(tmp_path: Path, white: int) -> None:
+    path = tmp_path / "mask.pgm"
+    image = layers(np.dtype("u1" if white < 256 else ">u2").type, target=1, other=2)
+    path.write_bytes(b"P5\n# a comment\n80 60\n%d\n" % white + (image.byteswap() if white > 255 else image).tobytes())
+    with pytest.raises(UsageError, match=r"several labels: 1 \(18.8% of the image\), 2 \("):
+        read(path)
+    assert (read(path, "2")[0].inside == OTHER).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_png_of_few_bits_has_the_labels_of_the_file(tmp_path: Path, bits: int) -> None:
+    image = layers(target=1, other=2)
+    per_byte = 8 // bits
+    rows = sum(image[:, n::per_byte].astype(int) << (8 - bits * (n + 1)) for n in range(per_byte)).astype(np.uint8)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    header = struct.pack(">IIBBBBB", 80, 60, bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
+    body = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    with pytest.raises(UsageError, match=r"several labels: 1 \(18.8% of the image\), 2 \("):
+        read(tmp_path / "mask.png")
+    assert (read(tmp_path / "mask.png", "2")[0].inside == OTHER).all()
+
+
+def test_soft_mask_of_8_bits_in_a_wider_type_is_soft(tmp_path: Path) -> None:
+    soft = cv2.GaussianBlur(layers(target=255), (0, 0), 3)
+    for kind, dtype in (("uint16", np.uint16), ("int", np.int32)):
+        mask, notices = read(written(tmp_path / f"{kind}.tif", soft.astype(dtype)[..., None], kind))
+        assert (mask.inside == (soft > 127)).all()
+        assert "255 is used as white" in notices[0]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_many_labels_are_not_a_soft_mask(tmp_path: Path, dtype: type) -> None:
+    """Instance segmentation numbers its objects, which may be more than 64."""
+    ids = np.random.default_rng(0).permutation(250)[:100].reshape(10, 10) + 1
+    image = np.kron(ids, np.ones((12, 16))).astype(dtype)
+    image[::12] = image[:, ::16] = 0
+    with pytest.raises(UsageError, match=r"several labels: .* and 88 more; expected one object"):
+        read(saved(tmp_path, image))
+
+
+def with_palette(path: Path, indices: np.ndarray, colours: list[tuple[int, int, int]], transparent: int | None) -> Path:
+    image = Image.frombytes("P", indices.shape[::-1], indices.astype(np.uint8).tobytes())
+    image.putpalette([value for colour in colours for value in colour])
+    image.save(path, optimize=False, **({} if transparent is None else {"transparency": transparent}))
+    return path
+
+
+BLACK, WHITE, RED, GREEN = (0, 0, 0), (255, 255, 255), (200, 0, 0), (0, 150, 0)
+
+
+@pytest.mark.parametrize("name", ["mask.gif", "mask.png", "mask.bmp", "mask.tif", "mask.tga"])
+@pytest.mark.parametrize(
+    ("colours", "background", "target", "transparent"),
+    [
+        ([BLACK, WHITE], 0, 1, 0),
+        ([WHITE, BLACK], 1, 0, 1),
+        ([WHITE, BLACK, RED], 1, 0, 2),  # the transparent colour is not used
+        ([WHITE, BLACK, RED], 1, 0, None),  # nor is red, as in palettes that are filled up
+        ([BLACK, RED], 0, 1, 0),
+        ([RED, BLACK], 1, 0, 1),
+        ([RED, BLACK], 1, 0, None),
+        ([GREEN, RED], 0, 1, 0),
+    ],
+)
+def test_palettes_in_any_order_and_with_transparency(
+    tmp_path: Path,
+    name: str,
+    colours: list[tuple[int, int, int]],
+    background: int,
+    target: int,
+    transparent: int | None,
+) -> None:
+    if transparent is not None and name not in ("mask.gif", "mask.png"):
+        return  # only these formats have a transparent colour
+    path = with_palette(tmp_path / name, np.where(TARGET, target, background), colours, transparent)
+    assert (read(path)[0].inside == TARGET).all()
+
+
+@pytest.mark.parametrize("name", ["mask.gif", "mask.png"])
+def test_transparent_palettes_that_are_ambiguous_are_refused(tmp_path: Path, name: str) -> None:
+    path = with_palette(tmp_path / name, TARGET, [BLACK, WHITE], 1)
+    with pytest.raises(UsageError, match=r"transparent white and opaque black.*save the mask without transparency"):
+        read(path)
+    path = with_palette(tmp_path / name, layers(target=1, other=2), [BLACK, RED, GREEN], 0)
+    with pytest.raises(UsageError, match=r"several labels: 1 \(18.8% of the image\), 2"):
+        read(path)
+    assert (read(path, "2")[0].inside == OTHER).all()
+    assert (read(path, "#009600")[0].inside == OTHER).all()
+
+
+def test_areas_of_dark_colours_are_reported_or_labels(tmp_path: Path) -> None:
+    """Panoptic masks store ids as colours, which are nearly black for small ids."""
+    image = np.zeros((60, 80, 3), np.uint8)
+    image[TARGET] = 5, 0, 0
+    assert (read(saved(tmp_path, image))[0].inside == TARGET).all()
+    image[OTHER] = 200, 0, 0
+    mask, notices = read(saved(tmp_path, image))
+    assert (mask.inside == OTHER).all()
+    assert "has areas of #050000 next to brighter ones; they are used as black" in notices[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -47,7 +48,12 @@ SRGB_GAMMA = 45455
 INFLATED_BYTES = 1 << 20
 """Number of bytes that are inflated at a time."""
 
+BMP_BITS_OFFSET, BMP_COLOURS_OFFSET = 28, 46
+PNM_HEADER = re.compile(rb"P[2356](?:\s+|#[^\n]*\n)+(?:\d+(?:\s+|#[^\n]*\n)+){2}(\d+)")
+"""Header of a PGM or PPM; the group is its value of white."""
+
 TIFF_SUBFILE_TYPE = 254
+TIFF_BITS, TIFF_SAMPLES, TIFF_SAMPLE_FORMAT = 258, 277, 339
 TIFF_EXTRA_SAMPLES = 338
 TIFF_SHORT = 3
 TIFF_REDUCED = 1
@@ -112,6 +118,45 @@ def check_png_pixels(file: ImageFile) -> None:
             data = inflater.unconsumed_tail
     if not inflater.eof:
         raise ValueError("it ends before its pixels do")
+
+
+def png_grey_white(file: ImageFile) -> int | None:
+    """Return the largest value of a grey PNG with less than 8 bits, None for other PNGs."""
+    bits, colour_type = file.head[PNG_DEPTH_OFFSET], file.head[PNG_DEPTH_OFFSET + 1]
+    return 2**bits - 1 if bits < 8 and colour_type == 0 else None
+
+
+def pnm_white(file: ImageFile) -> int | None:
+    """Return the value of white in the header of a PGM or PPM, None for other PNMs."""
+    match = PNM_HEADER.match(file.head)
+    return int(match[1]) if match else None
+
+
+def is_black_and_white_bmp(head: bytes) -> bool:
+    """Whether a file begins as a BMP of 4 or 8 bits with only black and white in its palette.
+
+    Pillow reads its pixels as single bits.
+    """
+    if not head.startswith(b"BM") or len(head) < BMP_COLOURS_OFFSET + 4:
+        return False
+    (header_bytes,), (bits,) = struct.unpack_from("<I", head, 14), struct.unpack_from("<H", head, BMP_BITS_OFFSET)
+    (colours,) = struct.unpack_from("<I", head, BMP_COLOURS_OFFSET)
+    palette = head[14 + header_bytes :][:8]
+    return (
+        header_bytes >= 40 and bits in (4, 8) and colours == 2 and palette[:3] + palette[4:7] == bytes(3) + b"\xff" * 3
+    )
+
+
+def tiff_grey_white(file: ImageFile) -> int | None:
+    """Return the largest value of a grey TIFF with less than 8 bits, None for other TIFFs."""
+    tags = next(_tiff_tags(file), {})
+    bits = tags.get(TIFF_BITS, 8)
+    return 2**bits - 1 if bits < 8 and tags.get(TIFF_SAMPLES, 1) == 1 else None
+
+
+def has_64_bit_integers(file: ImageFile) -> bool:
+    """Whether a TIFF stores integers of 64 bits, which no decoder supports."""
+    return any(tags.get(TIFF_BITS) == 64 and tags.get(TIFF_SAMPLE_FORMAT, 1) in (1, 2) for tags in _tiff_tags(file))
 
 
 def has_png_alpha(file: ImageFile) -> bool:

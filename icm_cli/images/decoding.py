@@ -13,10 +13,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from icm_cli.environment import OUT_OF_MEMORY, free_memory, is_out_of_memory
@@ -26,6 +27,7 @@ from icm_cli.images import colour, containers, openimageio
 from icm_cli.images.image_file import UNKNOWN_TYPE, FileType, ImageFile, check_readable, has_state, movie_message
 from icm_cli.images.pixels import (
     BAD_PROFILE,
+    GREY_TOLERANCE,
     DecodedImage,
     apply_orientation,
     check_memory,
@@ -37,6 +39,11 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)  # icm reports damaged files
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 Image.MAX_IMAGE_PIXELS = None  # check_memory limits the size by the free memory instead
 Result = TypeVar("Result")
+_FILE_WHITE = {
+    "png": containers.png_grey_white,
+    "tiff": containers.tiff_grey_white,
+    "pnm": containers.pnm_white,
+}
 _PILLOW_FORMATS = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic", ""})
 
 
@@ -132,7 +139,7 @@ def _decode(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> Decod
         return _decode_png(file, frame, wanted)
     if file.type.name == "jpeg":
         return _decode_jpeg(file, frame, wanted)
-    if file.type.name in _PILLOW_FORMATS:
+    if file.type.name in _PILLOW_FORMATS and not containers.is_black_and_white_bmp(file.head):
         return _decode_with_pillow(file, frame, wanted)
     with openimageio.open_reader(file) as reader:
         return openimageio.read_pixels(reader, file, frame, wanted)
@@ -226,6 +233,8 @@ def _decode_tiff_or_pnm(file: ImageFile, frame: int, wanted: colour.ColourSettin
     with openimageio.open_reader(file, must_open=False) as reader:
         if reader is not None and reader.seek_subimage(frame, 0) and not openimageio.is_plain_8_bit(reader.spec()):
             return openimageio.read_pixels(reader, file, frame, wanted)
+    if file.type.name == "tiff" and containers.has_64_bit_integers(file):
+        raise ImageError(f"{file.path} has integers of 64 bits; expected at most 32 bits; save it with 32-bit integers")
     return _decode_with_pillow(file, frame, wanted)
 
 
@@ -273,10 +282,10 @@ def _decode_with_pillow(
             scale = wanted.white or (1.0 if image.mode == "F" else 65535.0)
             return DecodedImage(values, None, scale, space, bits=32, orientation=orientation)
         indices, has_grey_palette = None, False
-        if image.mode == "P" and alpha is None:
+        if image.mode == "P":
             indices = np.ascontiguousarray(apply_orientation(np.asarray(image), orientation))
             palette = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
-            has_grey_palette = bool((palette == palette[:, :1]).all() and (palette != palette[0]).any())
+            has_grey_palette = _is_grey_palette(palette, np.unique(indices))
         if colours.mode in ("RGBA", "P", "PA", "LA"):
             colours = colours.convert("RGB")
         elif colours.mode == "1":
@@ -295,8 +304,24 @@ def _decode_with_pillow(
         tuple(notices),
         indices=indices,
         has_grey_palette=has_grey_palette,
+        file_white=_FILE_WHITE[file.type.name](file) if file.type.name in _FILE_WHITE else None,
         orientation=orientation,
     )
+
+
+def _is_grey_palette(palette: NDArray[Any], used: NDArray[Any]) -> bool:
+    """Return whether a palette, uint8 [N,3], has several greys and no other colours; or only greys
+    with black and white among its ``used`` indices.
+
+    Programs fill unused entries with any colours.
+    """
+    used_colours = palette[used[used < len(palette)]]
+    for colours in (palette, used_colours):
+        is_grey = np.ptp(colours, axis=-1).max() <= GREY_TOLERANCE
+        has_ends = colours.min() <= GREY_TOLERANCE and colours.max() >= 255 - GREY_TOLERANCE
+        if is_grey and (has_ends or (colours is palette and (colours != colours[0]).any())):
+            return True
+    return False
 
 
 def _size_by_pillow(file: ImageFile, frame: int) -> tuple[int, int]:

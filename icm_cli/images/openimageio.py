@@ -31,6 +31,7 @@ oiio.attribute("threads", 1)  # icm reads several files at once in threads of it
 MAX_DISPLAY_VALUE = 1.5
 """A float image that is not scene-linear and has larger values is not on the scale 0..1."""
 MAX_12_BIT = 4095
+_INTEGER_TYPES = ("uint8", "uint16", "uint", "int8", "int16", "int")
 _INTEGER_WHITE = {"uint": 2.0**32 - 1, "int": 2.0**31 - 1, "int16": 2.0**15 - 1, "int8": 2.0**7 - 1}
 """Value that OpenImageIO reads as 1.0, by its name of the integer type."""
 _SCENE_LINEAR_FORMATS = frozenset({"openexr", "hdr"})
@@ -142,6 +143,7 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
         space,
         tuple(notices),
         bits=8 * values.dtype.itemsize,
+        file_white=_file_white(spec, file, values.dtype),
         header=spec,
         orientation=orientation,
         is_half=all(str(channel_formats[channel]) == "half" for channel in layer.colours),
@@ -181,11 +183,10 @@ def _select_channels(values: NDArray[Any], channels: list[int]) -> NDArray[Any]:
 def _read_type(spec: Any, wanted: colour.ColourSettings) -> str:
     """Return the type to read: uint8 and uint16 unchanged, all others as float.
 
-    Masks are read as 32-bit integers too, because a float cannot hold every label.
+    Masks are read as the integers that they store, because a float cannot hold every label.
     """
     name = str(spec.format)
-    unchanged = ("uint8", "uint16", "uint") if wanted.is_matte else ("uint8", "uint16")
-    return name if name in unchanged else "float"
+    return name if name in (_INTEGER_TYPES if wanted.is_matte else ("uint8", "uint16")) else "float"
 
 
 def _integer_attribute(spec: Any, name: str, default: int = 1) -> int:
@@ -197,11 +198,17 @@ def _white_value(spec: Any, dtype: Any, white: float | None) -> float:
     """Return the value of white, or opaque, on the scale of the pixels that are read."""
     if dtype == np.uint8:
         return 255.0
-    if dtype == np.uint16:
-        return white or 65535.0
-    if dtype == np.uint32:
-        return _INTEGER_WHITE["uint"]
+    if dtype.kind in "iu":
+        return white or float(np.iinfo(dtype).max)
     return (white or _INTEGER_WHITE.get(str(spec.format), 1.0)) / _INTEGER_WHITE.get(str(spec.format), 1.0)
+
+
+def _file_white(spec: Any, file: ImageFile, dtype: Any) -> int | None:
+    """Return the file's own value of white if OpenImageIO has scaled fewer bits to a full type."""
+    bits = _integer_attribute(spec, "oiio:BitsPerSample", 0)
+    if file.type.name == "pnm":
+        return containers.pnm_white(file)
+    return 2**bits - 1 if dtype.kind == "u" and 0 < bits < 8 * dtype.itemsize else None
 
 
 def _check_range(

@@ -18,6 +18,8 @@ BYTES_PER_PIXEL = 24
 """Memory that an image needs per pixel while it is read, matted and written."""
 COPIED_ATTRIBUTES = frozenset({"PixelAspectRatio", "smpte:TimeCode", "smpte:KeyCode", "FramesPerSecond", "captureRate"})
 BAD_PROFILE = "its ICC profile cannot be used, so its colours are read as sRGB; embed another profile to change this"
+GREY_TOLERANCE = 16
+"""Channels of a grey image differ by at most this much, also after JPEG compression."""
 TRANSPOSING_ORIENTATIONS = frozenset({5, 6, 7, 8})
 """EXIF orientations that swap height and width."""
 _UPRIGHT: dict[int, Any] = {
@@ -107,7 +109,7 @@ class DecodedImage:
     """
 
     pixels: NDArray[Any]
-    """[H,W,1] or [H,W,3] in 0..``scale``; floats may exceed it."""
+    """[H,W,1] or [H,W,3] in 0..``scale``; floats may exceed it, and signed integers may be negative."""
     alpha: NDArray[Any] | None
     """[H,W] in 0..``scale``; None if the file has no alpha."""
     scale: float
@@ -117,10 +119,12 @@ class DecodedImage:
     notices: tuple[str, ...] = ()
     """Messages about unusual properties of the file."""
     bits: int = 8
+    file_white: int | None = None
+    """Value of white in the file, if the decoder has scaled integers of fewer bits to ``scale``."""
     indices: NDArray[Any] | None = None
-    """Palette indices [H,W], if the file has a palette without transparency."""
+    """Palette indices [H,W], if the file has a palette."""
     has_grey_palette: bool = False
-    """Whether the file has ``indices``, and its palette has several greys and no other colours."""
+    """Whether the colours of the palette, or those that are used, are greys: the file is no label map."""
     header: Any = None
     """OpenImageIO's specification of the file, if it has read the file."""
     orientation: int = 1

@@ -16,10 +16,8 @@ from icm_cli.geometry import ImageU8, round_to_u8
 from icm_cli.images.colour import DEFAULT_COLOUR, SRGB, ColourSettings, to_display_srgb
 from icm_cli.images.decoding import as_image_errors, decode_image, frame_count, open_image
 from icm_cli.images.image_file import ImageFile
-from icm_cli.images.pixels import DecodedImage, ImageWindows, reorient_pixels
+from icm_cli.images.pixels import GREY_TOLERANCE, DecodedImage, ImageWindows, reorient_pixels
 
-GREY_TOLERANCE = 16
-"""Channels of a grey image differ by at most this much, also after JPEG compression."""
 RAW_VALUES = ColourSettings(space=SRGB, is_matte=True)
 """Settings for alphas: no colour profile and no transfer curve is applied."""
 LABEL_VALUES = replace(RAW_VALUES, has_labels=True)
@@ -95,20 +93,32 @@ class StoredPixels:
     """The values that a file stores, upright."""
 
     values: NDArray[Any]
-    """[H,W] or [H,W,3] in 0..``scale``; palette indices if ``is_palette``."""
+    """[H,W] or [H,W,3] in 0..``scale``; labels may exceed it."""
     alpha: NDArray[Any] | None
     """[H,W] in 0..``scale``; None if the file has no alpha."""
     scale: float
-    is_palette: bool
+    """Value of white in the file."""
+    indices: NDArray[Any] | None = None
+    """Palette indices [H,W], if the file has a palette."""
+    has_grey_palette: bool = False
     orientation: int = 1
     """EXIF orientation, which has been applied."""
     notices: tuple[str, ...] = ()
     """Messages about unusual properties of the file."""
 
+    @property
+    def has_label_palette(self) -> bool:
+        """Whether the palette indices are labels."""
+        return self.indices is not None and not self.has_grey_palette
+
     def reorient(self, orientation: int) -> StoredPixels:
         """Return the pixels with another EXIF orientation applied instead of the file's own."""
-        alpha = None if self.alpha is None else reorient_pixels(self.alpha, self.orientation, orientation)
-        return replace(self, values=reorient_pixels(self.values, self.orientation, orientation), alpha=alpha)
+        values, alpha, indices = (
+            None if plane is None else reorient_pixels(plane, self.orientation, orientation)
+            for plane in (self.values, self.alpha, self.indices)
+        )
+        assert values is not None
+        return replace(self, values=values, alpha=alpha, indices=indices)
 
 
 def read_stored_pixels(
@@ -124,17 +134,18 @@ def read_stored_pixels(
     values are labels, of any size.
     """
     decoded = decode_image(path, wanted=LABEL_VALUES if has_labels else RAW_VALUES)
-    orientation, notices = decoded.orientation, decoded.notices
-    if decoded.indices is not None and decoded.has_grey_palette:  # a mask in greys, in any order of the palette
-        greys = decoded.pixels[..., 0]
-        return StoredPixels(greys, None, 255.0, is_palette=False, orientation=orientation, notices=notices)
-    if decoded.indices is not None:
-        return StoredPixels(decoded.indices, None, 255.0, is_palette=True, orientation=orientation, notices=notices)
-    windows = decoded.windows
-    target = windows.matched_to(target_windows)
-    values = windows.move_pixels(decoded.pixels[..., 0] if decoded.pixels.shape[-1] == 1 else decoded.pixels, target)
-    alpha = None if decoded.alpha is None else windows.move_pixels(decoded.alpha, target)
-    return StoredPixels(values, alpha, decoded.scale, is_palette=False, orientation=orientation, notices=notices)
+    target = decoded.windows.matched_to(target_windows)
+    values, alpha, indices = (
+        None if plane is None else decoded.windows.move_pixels(plane, target)
+        for plane in (decoded.pixels, decoded.alpha, decoded.indices)
+    )
+    assert values is not None
+    values, scale = values[..., 0] if values.shape[-1] == 1 else values, decoded.scale
+    if decoded.file_white is not None:  # the decoder has scaled the values
+        values = np.round(values * (decoded.file_white / scale)).astype(values.dtype)
+        alpha = None if alpha is None else alpha * (decoded.file_white / scale)
+        scale = float(decoded.file_white)
+    return StoredPixels(values, alpha, scale, indices, decoded.has_grey_palette, decoded.orientation, decoded.notices)
 
 
 @dataclass(frozen=True)
@@ -187,10 +198,14 @@ def _alpha_u8(decoded: DecodedImage) -> ImageU8 | None:
 
 
 def _object_mask(decoded: DecodedImage | None) -> ImageU8 | None:
-    """Return 255 where the palette index is above 0, uint8 [H,W]; None without a palette."""
+    """Return 255 where a palette shows an object, uint8 [H,W]; None without a palette.
+
+    An object is what is not black in a grey palette, and what has an index above 0 in others.
+    """
     if decoded is None or decoded.indices is None:
         return None
-    return np.where(decoded.indices > 0, 255, 0).astype(np.uint8)
+    is_object = (decoded.pixels[..., 0] if decoded.has_grey_palette else decoded.indices) > 0
+    return np.where(is_object if decoded.alpha is None else is_object & (decoded.alpha > 0), 255, 0).astype(np.uint8)
 
 
 def _alpha_or_brightest(image: SourceImage) -> ImageU8:

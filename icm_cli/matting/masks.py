@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from icm_cli.errors import UsageError
 from icm_cli.geometry import has_same_aspect
-from icm_cli.images.pixels import TRANSPOSING_ORIENTATIONS, ImageWindows
-from icm_cli.images.reading import GREY_TOLERANCE, StoredPixels, extra_frame_notices, read_stored_pixels
+from icm_cli.images.pixels import GREY_TOLERANCE, TRANSPOSING_ORIENTATIONS, ImageWindows
+from icm_cli.images.reading import StoredPixels, extra_frame_notices, read_stored_pixels
 from icm_cli.options import MaskOrientation
 
 VOID = 255
@@ -31,6 +31,10 @@ MIN_FLAT_FRACTION = 1e-4
 label."""
 MAX_LABELS = 64
 """An image with more values than this is a soft mask and not a label map."""
+EIGHT_BITS, TWELVE_BITS = 255.0, 4095.0
+"""Values of white of soft masks that are stored in integers of more bits."""
+MAX_SOFT_STEP = 2
+"""Largest usual difference of neighbouring pixels of a wide gradient."""
 MAX_LISTED_LABELS = 12
 """Maximum number of labels that a message lists."""
 UPRIGHT = 1
@@ -83,18 +87,21 @@ def read_mask(
         stored = _orient_mask(stored, placement, path, notice)
     if label is not None:
         return _select_label(stored, label, path)
+    values, opaque = stored.values, None
     if stored.alpha is not None and stored.alpha.min() != stored.alpha.max():
-        visible = stored.values[stored.alpha > 0]
-        if (visible != visible[0]).any():
-            notice(f"mask {path} has an alpha and colours that vary; its alpha is used and its colours are ignored")
-        return _mask_without_unknown(stored.alpha > 0.5 * stored.scale)
-    if stored.is_palette:
-        return _mask_from_indices(stored.values, path)
-    values = stored.values
+        opaque = stored.alpha > 0.5 * stored.scale
+        if stored.indices is None or len(np.unique(stored.indices)) > MAX_LABELS or not opaque.any():
+            return _mask_from_alpha(stored, path, notice)
+    if stored.has_label_palette:
+        return _mask_from_indices(stored, opaque, path)
+    if opaque is not None:
+        _check_transparency(stored, opaque, path)
+        notice(f"mask {path} has a palette with a transparent colour, which is used as black")
+        values = np.where(opaque[..., None], values, 0)
     if values.ndim == 3:
         spread = values.max(axis=-1) - values.min(axis=-1)
         if spread.max() > GREY_TOLERANCE * stored.scale / 255.0:
-            return _mask_from_colours(values, stored.scale, path)
+            return _mask_from_colours(values, stored.scale, path, notice)
         values = values.max(axis=-1)
     return _mask_from_greys(values, stored.scale, path, notice)
 
@@ -128,20 +135,52 @@ def _orient_mask(
     return stored
 
 
-def _mask_from_indices(values: NDArray[Any], path: Path) -> Mask:
-    labels = [int(each) for each in np.unique(values) if each not in (0, VOID)]
+def _mask_from_alpha(stored: StoredPixels, path: Path, notice: Callable[[str], None]) -> Mask:
+    assert stored.alpha is not None
+    visible = stored.values[stored.alpha > 0]
+    if (visible != visible[0]).any():
+        notice(f"mask {path} has an alpha and colours that vary; its alpha is used and its colours are ignored")
+    return _mask_without_unknown(stored.alpha > 0.5 * stored.scale)
+
+
+def _check_transparency(stored: StoredPixels, opaque: NDArray[np.bool_], path: Path) -> None:
+    """Raise UsageError if the white pixels of a grey palette are transparent, and the black ones not."""
+    is_white = stored.values.max(axis=-1) > 0.5 * stored.scale
+    if is_white[~opaque].any() and not is_white[opaque].any():
+        raise UsageError(
+            f"mask {path} has transparent white and opaque black, so that its colours and its transparency mark "
+            "opposite areas; expected the object in white; save the mask without transparency"
+        )
+
+
+def _mask_from_indices(stored: StoredPixels, opaque: NDArray[np.bool_] | None, path: Path) -> Mask:
+    """Return the mask of a palette of labels.
+
+    Index 0 and transparent pixels are the background; black pixels are if index 0 has a colour.
+    """
+    indices, is_black = stored.indices, (stored.values == 0).all(axis=-1)
+    assert indices is not None
+    background = indices == 0
+    if is_black.any() and not is_black.all() and not is_black[background].any():
+        background = is_black
+    background = background if opaque is None else background | ~opaque
+    labels = [int(each) for each in np.unique(indices[~background]) if each != VOID]
     if len(labels) > 1:
-        raise _ambiguous_error(path, {str(each): float((values == each).mean()) for each in labels}, labels[0])
-    inside = values == (labels[0] if labels else VOID)  # black and white, as a palette of two colours
-    return Mask(inside, (values == VOID) & ~inside)
+        raise _ambiguous_error(path, {str(each): float((indices == each).mean()) for each in labels}, labels[0])
+    inside = (indices == (labels[0] if labels else VOID)) & ~background
+    return Mask(inside, (indices == VOID) & ~inside & ~background)
 
 
-def _mask_from_colours(values: NDArray[Any], scale: float, path: Path) -> Mask:
+def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
     colours = (values.astype(np.float32) * (255.0 / scale) + 0.5).astype(np.uint32)
     packed = (colours[..., 0] << 16) | (colours[..., 1] << 8) | colours[..., 2]
-    flat = {
-        each: fraction for each, fraction in _flat_fractions(packed).items() if _max_channel(each) > END_TOLERANCE * 255
-    }
+    every = _flat_fractions(packed)
+    flat = {each: fraction for each, fraction in every.items() if _max_channel(each) > END_TOLERANCE * 255} or every
+    if near_black := [f"#{int(each):06x}" for each in every if each not in flat]:
+        notice(
+            f"mask {path} has areas of {', '.join(near_black[:MAX_LISTED_LABELS])} next to brighter ones; they are "
+            "used as black; give --mask-label if they are labels"
+        )
     if len(flat) > 1:
         raise _ambiguous_error(
             path, {f"#{int(each):06x}": fraction for each, fraction in flat.items()}, f"'#{next(iter(flat)):06x}'"
@@ -151,11 +190,22 @@ def _mask_from_colours(values: NDArray[Any], scale: float, path: Path) -> Mask:
 
 
 def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
-    low, high = END_TOLERANCE * scale, (1.0 - END_TOLERANCE) * scale
     present = np.unique(values)
-    if len(present) == 3 and present[0] <= low and abs(present[1] / scale - 0.5) < END_TOLERANCE and present[2] >= high:
+    if len(present) > MAX_LABELS or _is_trimap(present, EIGHT_BITS):
+        white = next((white for white in (EIGHT_BITS, TWELVE_BITS) if present[-1] <= white), scale)
+        if white < scale and values.dtype.kind in "iu":
+            notice(
+                f"mask {path} has values up to {_label_text(present[-1])} of {scale:.10g}; {white:.10g} is used as "
+                "white; give --mask-label if the values are labels"
+            )
+            scale = white
+    low, high = END_TOLERANCE * scale, (1.0 - END_TOLERANCE) * scale
+    if _is_trimap(present, scale):
         notice(f"mask {path} is a trimap; its unknown pixels are neither object nor background")
         return Mask(values > high, (values > low) & (values <= high))
+    if len(present) > MAX_LABELS and values.dtype.kind in "iu" and _has_label_areas(values, high):
+        labels = {_label_text(each): fraction for each, fraction in _flat_fractions(values).items()}
+        raise _ambiguous_error(path, labels, next(iter(labels)))
     if len(present) > MAX_LABELS or present[0] > low:  # a soft mask, or one without black
         return _mask_without_unknown(values > 0.5 * scale)
     flat = _flat_fractions(values)
@@ -170,14 +220,25 @@ def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Cal
     if len(flat) == 1:
         (only,) = flat
         notice(f"mask {path} has one label, {_label_text(only)} of {scale:.10g}; it is used as the object")
-        return _mask_without_unknown(values > 0.5 * float(only))
+        half = 0.5 * float(only)
+        return _mask_without_unknown(values < half if half < 0 else values > half)
     labels = {_label_text(each): fraction for each, fraction in flat.items()}
     raise _ambiguous_error(path, labels, next(iter(labels)))
 
 
+def _is_trimap(present: NDArray[Any], scale: float) -> bool:
+    """Whether the sorted values of an image are black, one half and white."""
+    if len(present) != 3:
+        return False
+    low, middle, high = (float(each) / scale for each in present)
+    return abs(low) <= END_TOLERANCE and abs(middle - 0.5) < END_TOLERANCE and abs(high - 1.0) <= END_TOLERANCE
+
+
 def _select_label(stored: StoredPixels, label: str, path: Path) -> Mask:
-    values = stored.values
-    unknown = values == VOID if stored.is_palette and label != str(VOID) else np.zeros(values.shape[:2], np.bool_)
+    values, unknown = stored.values, np.zeros(stored.values.shape[:2], np.bool_)
+    if stored.indices is not None and stored.has_label_palette and not label.startswith("#"):
+        values = stored.indices
+        unknown = values == VOID
     if label.startswith("#"):
         if values.ndim == 2:
             raise UsageError(f"mask {path} has no colours, and --mask-label is {label}; expected a number")
@@ -186,12 +247,11 @@ def _select_label(stored: StoredPixels, label: str, path: Path) -> Mask:
         colour = np.array([int(label[at : at + 2], 16) for at in (1, 3, 5)])
         inside = (np.abs(values * (255.0 / stored.scale) - colour) < 1.0).all(axis=-1)
     else:
-        try:
-            number = float(label)
-        except ValueError:
+        number = float(label) if re.fullmatch(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", label, re.ASCII) else None
+        if number is None:
             raise UsageError(
                 f"--mask-label {label!r} is neither a number nor a colour; expected a label such as 1 or '#fa3253'"
-            ) from None
+            )
         if values.ndim == 3 and (values.max(axis=-1) != values.min(axis=-1)).any():
             raise UsageError(f"mask {path} has colours, and --mask-label is the number {label}; expected #rrggbb")
         inside = (values if values.ndim == 2 else values[..., 0]) == number
@@ -203,7 +263,7 @@ def _select_label(stored: StoredPixels, label: str, path: Path) -> Mask:
 
 
 def _all_labels(stored: StoredPixels) -> dict[str, float]:
-    values = stored.values
+    values = stored.indices if stored.indices is not None and stored.has_label_palette else stored.values
     if values.ndim == 2:
         return {_label_text(each): fraction for each, fraction in _value_fractions(values).items()}
     colours = (values.astype(np.float32) * (255.0 / stored.scale) + 0.5).astype(np.uint32)
@@ -227,6 +287,19 @@ def _flat_fractions(values: NDArray[Any]) -> dict[Any, float]:
     found = _value_fractions(values[middle], values.size)
     every = _value_fractions(values)
     return {each: every[each] for each, fraction in found.items() if each != 0 and fraction >= MIN_FLAT_FRACTION}
+
+
+def _has_label_areas(values: NDArray[Any], white: float) -> bool:
+    """Whether the integers between black and white fill flat areas with steps between them.
+
+    A soft mask has either no flat areas or small steps.
+    """
+    numbers = values.astype(np.float64)
+    kernel = np.ones((3, 3), np.uint8)
+    is_flat = cv2.dilate(numbers, kernel) == cv2.erode(numbers, kernel)
+    is_between = (values != 0) & (values < white)
+    steps = np.abs(np.diff(numbers, axis=1))
+    return bool(is_between.any() and is_flat[is_between].mean() > 0.5 and np.median(steps[steps > 0]) > MAX_SOFT_STEP)
 
 
 def _value_fractions(values: NDArray[Any], total: int | None = None) -> dict[Any, float]:
