@@ -161,16 +161,30 @@ def component_class(kind: ComponentKind, name: str) -> Any:
     """
     registered = COMPONENTS[kind]
     if name not in registered:
-        raise ConfigError(f"{kind} {name!r} is unknown. {did_you_mean(name, registered)}")
-    module_name, _, class_name = registered[name].partition(":")
-    component = getattr(importlib.import_module(f"icm_cli.model.{module_name}"), class_name, None)
-    if component is None:
         raise ConfigError(
-            f"{kind} {name!r} is registered as {registered[name]!r}, but "
-            f"icm_cli.model.{module_name} has no class {class_name!r}; correct the entry in "
-            "icm_cli.config.COMPONENTS"
+            f"{kind} {name!r} is unknown. {did_you_mean(name, registered)} A new {kind} needs an entry in COMPONENTS "
+            f"in {__file__}, see CONTRIBUTING.md"
         )
-    return component
+    module_name, _, class_name = registered[name].partition(":")
+    module = f"icm_cli.model.{module_name}"
+    try:
+        component = getattr(importlib.import_module(module), class_name, None)
+    except ImportError as error:
+        problem = f"{module} cannot be imported ({error})"
+    else:
+        missing = ", ".join(sorted(getattr(component, "__abstractmethods__", ())))
+        if component is None:
+            problem = f"{module} has no class {class_name!r}"
+        elif missing:
+            problem = f"the class does not define {missing}"
+        elif not dataclasses.is_dataclass(getattr(component, "Config", None)):
+            problem = "the class has no dataclass 'Config' for its settings"
+        else:
+            return component
+    raise ConfigError(
+        f"{kind} {name!r} is registered as {registered[name]!r}, but {problem}; correct the class, or its entry in "
+        f"COMPONENTS in {__file__}"
+    )
 
 
 def parse_model_config(mapping: object, where: str) -> ModelConfig:

@@ -4,6 +4,12 @@ reported."""
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +39,49 @@ def test_missing_class_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(COMPONENTS["head"], "mine", "lite.head:Mine")
     with pytest.raises(ConfigError, match=r"'lite\.head:Mine', but icm_cli\.model\.lite\.head has no class 'Mine'"):
         component_class("head", "mine")
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("lite.mine:Mine", r"icm_cli\.model\.lite\.mine cannot be imported \(No module named"),
+        ("contracts:Head", "the class does not define forward, prepare_references"),
+        ("contracts:Component", "the class has no dataclass 'Config'"),
+    ],
+)
+def test_unusable_class_is_reported(monkeypatch: pytest.MonkeyPatch, entry: str, said: str) -> None:
+    monkeypatch.setitem(COMPONENTS["head"], "mine", entry)
+    with pytest.raises(ConfigError, match=said):
+        component_class("head", "mine")
+
+
+@pytest.mark.slow
+def test_new_backbone_by_the_steps_of_contributing(scene: Path, tmp_path: Path) -> None:
+    """The example of CONTRIBUTING.md runs in a copy of the package; without its entry, a sentence says what to do."""
+    root = Path(__file__).parents[1]
+    text = (root / "CONTRIBUTING.md").read_text()
+    code, entry = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    (model,) = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    (file,) = re.findall(r"Save it as `(icm_cli/[\w/]+\.py)`", text)
+    package = tmp_path / "copy" / "icm_cli"
+    shutil.copytree(root / "icm_cli", package, ignore=shutil.ignore_patterns("weights", "__pycache__"))
+    (package.parent / "configs").symlink_to(root / "configs")
+    (package.parent / file).write_text(code)
+    (tmp_path / "colour.yaml").write_text(model)
+
+    def run() -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-c", "from icm_cli.cli import main; main()", "matte", "--device", "cpu", "--quiet"]
+        line += ["--ref", "ref.png", "--mask", "mask.png", "--src", "imgs", "--out", "out"]
+        line += ["--model", str(tmp_path / "colour.yaml")]
+        environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+        return subprocess.run(line, cwd=scene, env=environment, capture_output=True, text=True, check=False)
+
+    ended = run()
+    assert ended.returncode == 3
+    assert "backbone 'colour' is unknown" in ended.stderr
+    config = package / "config.py"
+    assert f"needs an entry in COMPONENTS in {config}" in ended.stderr
+    config.write_text(config.read_text().replace('"backbone": {\n', f'"backbone": {{\n        {entry}', 1))
+    ended = run()
+    assert ended.returncode == 0, ended.stderr
+    assert len(list((scene / "out").rglob("*.png"))) == 3

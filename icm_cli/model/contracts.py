@@ -16,8 +16,7 @@ Conventions:
   right of and below the frame and replicates its edge.
 - Backbones normalise images, and heads normalise features.
 
-To add a component, write a subclass of its interface in a module of this package. Then register it
-in ``icm_cli.config.COMPONENTS`` under the ``name`` that configurations use.
+CONTRIBUTING.md shows how to add a component.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from icm_cli.errors import UsageError
+from icm_cli.errors import ConfigError, UsageError
 from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.geometry import CanvasRule, ImageU8
 
@@ -200,6 +199,8 @@ class Component(nn.Module, ABC):
             ConfigError: The weights are not available. The message says what to fetch and where to
                 put it.
         """
+        if weights is not None:
+            raise ConfigError(f"--weights {weights!r} has no effect: {cls.__name__} has no pretrained weights; omit it")
         return []
 
     @classmethod
@@ -222,13 +223,13 @@ class Component(nn.Module, ABC):
 class Backbone(Component):
     """Extracts :class:`Features` from images on the canvas."""
 
-    has_attention_matrix: ClassVar[bool]
+    has_attention_matrix: ClassVar[bool] = False
     """Whether ``Features.intra_similarity`` holds :class:`MatrixIntraSimilarity` objects."""
 
-    is_self_contained: ClassVar[bool]
+    is_self_contained: ClassVar[bool] = False
     """Whether a checkpoint with its weights is the only file that is needed to build it."""
 
-    is_trainable: ClassVar[bool]
+    is_trainable: ClassVar[bool] = False
     """Whether training may change its weights. A backbone that is not trainable runs without
     gradients."""
 
@@ -278,10 +279,10 @@ class Backbone(Component):
 class Head(Component):
     """Computes a coarse alpha from the features of a target and the prepared references."""
 
-    needs_attention_matrix: ClassVar[bool]
+    needs_attention_matrix: ClassVar[bool] = False
     """Whether it reads ``MatrixIntraSimilarity.matrix()``."""
 
-    is_trained: ClassVar[bool]
+    is_trained: ClassVar[bool] = False
     """Whether it has weights that must come from a checkpoint."""
 
     can_learn_references: ClassVar[bool] = False
@@ -422,7 +423,7 @@ class Edges(Component):
     """Refines the edges of coarse alphas at the size of their sources. It does not depend on the
     references or on classes."""
 
-    is_trained: ClassVar[bool]
+    is_trained: ClassVar[bool] = False
     """Whether it has weights that ``icm train`` trains and a checkpoint contains."""
 
     @classmethod

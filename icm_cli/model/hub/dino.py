@@ -98,9 +98,6 @@ class Dino(Backbone):
     """
 
     Config = DinoConfig
-    has_attention_matrix = False
-    is_self_contained = False
-    is_trainable = False
     has_transformer = True
 
     def __init__(self, config: DinoConfig, transformer: nn.Module, statistics: PixelStatistics = IMAGENET) -> None:

@@ -69,7 +69,6 @@ class VitMatteEdges(Edges):
     """Frozen ViTMatte. It computes the unknown region of the trimap of the coarse alpha."""
 
     Config = VitMatteEdgesConfig
-    is_trained = False
 
     def __init__(
         self, config: VitMatteEdgesConfig, network: nn.Module, statistics: PixelStatistics = DEFAULT_STATISTICS

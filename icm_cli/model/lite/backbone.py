@@ -85,7 +85,6 @@ class DinoV2Lite(Backbone):
     """Concatenated tokens of a vision transformer and of frozen convolutions."""
 
     Config = DinoV2LiteConfig
-    has_attention_matrix = False
     is_self_contained = True
     is_trainable = True
     has_transformer = True

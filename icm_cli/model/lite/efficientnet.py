@@ -76,7 +76,6 @@ class EfficientNetLite(Backbone):
     """EfficientNet-Lite2 up to the last block whose output is used."""
 
     Config = EfficientNetLiteConfig
-    has_attention_matrix = False
     is_self_contained = True
     is_trainable = True
 

@@ -133,7 +133,6 @@ class TokenMatchHead(FinetunableHead):
     result."""
 
     Config = TokenMatchConfig
-    needs_attention_matrix = False
 
     def __init__(self, config: TokenMatchConfig) -> None:
         super().__init__()

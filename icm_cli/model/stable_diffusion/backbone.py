@@ -69,8 +69,6 @@ class StableDiffusion(Backbone):
 
     Config = StableDiffusionConfig
     has_attention_matrix = True
-    is_self_contained = False
-    is_trainable = False
 
     def __init__(self, config: StableDiffusionConfig, parts: StableDiffusionParts, seed: int) -> None:
         super().__init__()

@@ -51,7 +51,6 @@ class ClosedForm(Edges):
     weights."""
 
     Config = ClosedFormConfig
-    is_trained = False
 
     def __init__(self, config: ClosedFormConfig) -> None:
         super().__init__()

@@ -118,8 +118,6 @@ class TrainingFree(Head):
     has no weights."""
 
     Config = TrainingFreeConfig
-    needs_attention_matrix = False
-    is_trained = False
 
     def __init__(self, config: TrainingFreeConfig) -> None:
         super().__init__()
