@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,13 +15,17 @@ import cv2
 import numpy as np
 from conftest import DEMO, Icm, arguments, read, shrink
 from eval_data import Evaluate, report_of
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import icm_cli
 from icm_cli.config import load_model_config
+from icm_cli.errors import Problem
 from icm_cli.reports.contact_sheet import write_contact_sheet
 from icm_cli.reports.report import Report
-from icm_cli.reports.result import ImageResult
+from icm_cli.reports.result import DatasetEntry, ImageEvaluation, ImageResult, Scores
+from icm_cli.reports.write import _escape_formula, write_report
 from icm_cli.scoring.metrics import compute_scores
 
 
@@ -188,3 +193,40 @@ def test_contact_sheet_leaves_unreadable_files_blank(tmp_path: Path) -> None:
     write_contact_sheet(tmp_path / "s.png", Report({}, results))
     sheet = read(tmp_path / "s.png").reshape(4, -1, 3, 240, 3)[:, 118:122, :, 118:122].mean(axis=(1, 3, 4))
     assert (sheet.round() == [[200, 200, 184], [200, 24, 24], [24, 200, 24], [24, 24, 24]]).all(), sheet
+
+
+@given(st.text(st.sampled_from("=+-@＝＠;,\"'\t\r\n a1\u200b")))
+def test_no_csv_cell_starts_as_a_formula(text: str) -> None:
+    escaped = str(_escape_formula(text))
+    for cell in escaped.split(";"):
+        assert not cell.lstrip(" \n\r\t\u200b").startswith(tuple("=+-@＝＠"))
+        assert not cell.startswith(("\t", "\r", "\n"))
+    assert escaped.replace("'", "") == text.replace("'", "")
+
+
+def test_page_escapes_text_wherever_it_appears(tmp_path: Path) -> None:
+    text = "\"><img src=x onerror=alert(1)>'{{ 7 * 7 }}</script>\u202e"
+    result = ImageResult(
+        *(f"{text}{number}" for number in (1, 2)),
+        "failed",
+        name=text,
+        dataset=DatasetEntry(text, {text: text}, truth=text),
+        evaluation=ImageEvaluation({"whole": Scores(0.1, 1, 1, 1, 0.1)}),
+        reason=text,
+    )
+    others = [replace(result, name=f"{text} {number}", status="done", reason="") for number in range(4)]
+    names = ("title", "note", "predictions", "model_name", "device", "checkpoint", "weights", "icm")
+    settings = {name: text for name in names} | {
+        "hardware": {text: text},
+        "versions": {text: text},
+        "protocol": {"title": text, "notes": [text], "size": text, "metric_variant": text},
+    }
+    report = Report(settings, [result, *others], [Problem("unreadable", text, text)], references=[{text: [text]}] * 2)
+    write_report(tmp_path / "r.html", report)
+    html = (tmp_path / "r.html").read_text()
+    assert html.count("onerror") > 30
+    assert "49" not in html.replace("2049", "")
+    page = Page(html)
+    assert page.open == []
+    assert page.references == []
+    assert html.count("<script>") == html.count("</script>") == 1

@@ -105,7 +105,7 @@ def test_alpha_does_not_depend_on_other_images_of_the_batch(icm: Icm, scene: Pat
 def test_csv_report_escapes_formulas(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text that a spreadsheet would run starts with an apostrophe. JSON keeps the names."""
     (scene / "names").mkdir()
-    names = ["=1+1.jpg", "+1.jpg", "-1.jpg", "@SUM(A1).jpg", "\tx.jpg", "\rx.jpg", "a=1.jpg"]
+    names = ["=1+1.jpg", "+1.jpg", "-1.jpg", "@SUM(A1).jpg", "\tx.jpg", "\rx.jpg", " =2.jpg", "＝1.jpg", "a=1.jpg"]
     for name in names:
         shutil.copy(scene / "imgs" / "wall.jpg", scene / "names" / name)
     monkeypatch.chdir(scene / "names")

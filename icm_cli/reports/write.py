@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from icm_cli.reports.report import Report
 from icm_cli.reports.result import METRICS, REGIONS, RESULT_FIELDS
 
 REPORT_SUFFIXES = (".csv", ".json", ".html")
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
-"""First characters of text that a spreadsheet may run as a formula."""
+FORMULA_START = re.compile(r"(?:^|(?<=;))(?=[\t\r\n]|[\s\x00-\x1f\u200b\ufeff]*[=+\-@＝＋－＠])")
+"""Start of text that a spreadsheet may run as a formula, also after invisible characters. Some
+spreadsheets separate columns by semicolons."""
 
 
 def check_report_paths(paths: list[Path]) -> None:
@@ -129,4 +131,4 @@ def _escape_formula(value: object) -> object:
 
     Numbers are returned as they are.
     """
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
+    return FORMULA_START.sub("'", value) if isinstance(value, str) else value
