@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -181,9 +182,12 @@ class StepStats:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the complete rows of a log; the last row may have been cut off."""
+    """Read the complete rows of a log up to the first damage; the last row may have been cut off."""
+    rows: list[dict[str, Any]] = []
     if not path.is_file():
-        return []
+        return rows
     with path.open(encoding="utf-8", errors="replace", newline="") as file, contextlib.suppress(csv.Error):
-        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit() and None not in row.values()]
-    return []
+        for row in csv.DictReader(file):
+            if re.fullmatch("[0-9]{1,15}", row.get("step") or "") and None not in row.values():
+                rows.append(row)
+    return rows
