@@ -39,6 +39,10 @@ class OutputError(IcmError):
     """An output cannot be written, so the run cannot continue (exit code 3)."""
 
 
+class FileWriteError(OutputError):
+    """One output cannot be written; others may be (exit code 3 unless it is that of an image)."""
+
+
 class ImageError(IcmError):
     """An image cannot be read or matted; the run continues with the other images (exit code 1)."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import fnmatch
 import functools
 import glob
@@ -19,13 +20,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, TypeVar
 
-from icm_cli.errors import ImageError, OutputError, UsageError
+from icm_cli.errors import FileWriteError, OutputError, UsageError
 
 Paths: TypeAlias = str | Path | Sequence[str | Path]
 TEMPORARY_PREFIX = ".icm-"
 TEMPORARY_SUFFIX = ".tmp"
 STALE_AFTER_S = 3600.0
-"""Seconds without a write after which a temporary file of another machine is stale."""
+"""Seconds without a write after which a temporary file of another machine or container is stale."""
+LOCK_TIMEOUT_S = 10.0
+"""Seconds to wait for the lock of a folder, which another process holds while it renames a file."""
+LOCK_INTERVAL_S = 0.01
+MAX_NAME_BYTES = 255
+MAX_PATH_BYTES = 4095
+MAX_SHOWN_CHARACTERS = 100
+"""Maximum number of characters of a wrong path that a message shows."""
 SERVICE_FOLDERS = frozenset({"@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "__MACOSX"})
 """Folders that storage servers and archivers create: thumbnails, recycle bins, snapshots, resource
 forks."""
@@ -34,6 +42,10 @@ LINK_INTO_TREE = "a link to a folder of the same tree, whose files are found the
 LINK_LOOP = "a link to a folder that contains it"
 UNREADABLE = "a folder that cannot be read"
 
+WriteCheck: TypeAlias = Callable[[], None]
+"""Function that raises an error if a file must not be replaced."""
+FileIdentity: TypeAlias = tuple[int, int, int]
+"""Number, size and modification time of a file, which change if it is replaced or written."""
 SkippedPaths: TypeAlias = dict[str, list[Path]]
 """Paths that a walk skips, by reason: files, links to folders, and folders that cannot be read."""
 RETRY_DELAYS_S = (0.1, 0.4, 1.0)
@@ -55,6 +67,7 @@ _DRIVE_ERRORS = _error_numbers(
 _BUSY_ERRORS = _error_numbers("EAGAIN", "EINTR", "EBUSY", "ETXTBSY", "EDEADLK")
 _OPEN_FILES_ERRORS = _error_numbers("EMFILE", "ENFILE")
 _PERMISSION_ERRORS = _error_numbers("EACCES", "EPERM", "EKEYEXPIRED", "EKEYREVOKED", "EKEYREJECTED", "ENOKEY")
+_UNSUPPORTED_ERRORS = _error_numbers("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "ENOTTY")
 _ERROR_ADVICE = {
     _DRIVE_ERRORS: "the drive or the network did not answer; check it and run the same command again, which resumes",
     _BUSY_ERRORS: "another program uses it; run the same command again, which resumes",
@@ -109,23 +122,25 @@ def retry_transient(operation: Callable[[], Result]) -> Result:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, check: WriteCheck | None = None) -> Iterator[BinaryIO]:
     """Open a hidden temporary file next to ``path``.
 
-    On success it is synced and renamed, on failure removed.
+    On success it is synced and renamed, on failure removed. It is locked while it is written.
+    ``check`` is called immediately before the rename, and raises an error to prevent it. No other
+    process of icm writes ``path`` between the two.
 
-    Raises OutputError if the file system cannot be written (full, read-only, no permission),
-    ImageError if only this file name is refused.
+    Raises OutputError if the disk is full, FileWriteError if this file cannot be written.
     """
     temporary = path.parent / temporary_name()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        retry_transient(lambda: path.parent.mkdir(parents=True, exist_ok=True))
         try:
-            with temporary.open("xb") as file:
+            with retry_transient(lambda: temporary.open("xb")) as file:
+                _lock(file.fileno())
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+                _sync(file.fileno())
+            _rename(temporary, path, check)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
@@ -138,33 +153,64 @@ def temporary_name() -> str:
 
     A later run removes the file if this process dies before it does.
     """
-    return f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    return f"{TEMPORARY_PREFIX}{_process_space()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
 
 
-def error_for_failed_write(path: Path, error: OSError) -> ImageError | OutputError:
+def error_for_failed_write(path: Path, error: OSError) -> OutputError:
     """Return the error for an output that cannot be written.
 
-    It is an ImageError if other files can be written.
+    It is a FileWriteError if other files may be written.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             f"{path} cannot be written: no space left on the device; free some space and run the "
             "same command again, which resumes"
         )
-    reason = error.strerror or str(error)
     if error.errno in (errno.ENAMETOOLONG, errno.EISDIR, errno.EILSEQ):
-        return ImageError(
-            f"{path} cannot be written: {reason}; the file system does not accept this name; "
-            "choose other names with --name; the other images are processed"
-        )
-    return OutputError(f"{path} cannot be written: {reason}; give an output location that you can write to")
+        reason = f"{error.strerror}; the file system does not accept this name; choose other names with --name"
+        return FileWriteError(f"{path} cannot be written: {reason}")
+    reason = describe_os_error(error)
+    if reason in (error.strerror, str(error)):  # without advice
+        reason += "; give an output location that you can write to"
+    return FileWriteError(f"{path} cannot be written: {reason}")
+
+
+def check_writable(folder: Path) -> None:
+    """Create a folder and a temporary file in it.
+
+    Raises OutputError, or FileWriteError as :func:`error_for_failed_write` does.
+    """
+    probe = folder / temporary_name()
+    try:
+        retry_transient(lambda: folder.mkdir(parents=True, exist_ok=True))
+        retry_transient(probe.touch)
+        probe.unlink()
+    except OSError as error:
+        raise error_for_failed_write(folder, error) from error
+
+
+def is_writable(folder: Path) -> bool:
+    """Return whether a file can be created in a folder."""
+    try:
+        check_writable(folder)
+    except OutputError:
+        return False
+    return True
+
+
+def check_would_be_writable(folder: Path) -> None:
+    """Raise OutputError if a folder cannot be created or written. Writes nothing."""
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        number = errno.EACCES if nearest.is_dir() else errno.ENOTDIR
+        raise error_for_failed_write(folder, OSError(number, os.strerror(number)))
 
 
 def remove_stale_temporaries(folder: Path) -> int:
     """Remove temporary files of dead processes from ``folder`` itself; return their number."""
     removed = 0
     for path in folder.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if _is_stale(path):
                 path.unlink()
                 removed += 1
@@ -172,10 +218,40 @@ def remove_stale_temporaries(folder: Path) -> int:
 
 
 def _is_stale(path: Path) -> bool:
-    host, _, rest = path.name.removeprefix(TEMPORARY_PREFIX).rpartition("-")[0].rpartition("-")
-    if host == socket.gethostname() and rest.isdigit():
-        return not _is_running(int(rest))
-    return time.time() - path.stat().st_mtime > STALE_AFTER_S
+    """Return whether a temporary file was left behind by a process that has died.
+
+    A process that writes the file holds its lock. Some network drives ignore locks. So the process
+    must also be dead, or if it ran elsewhere, the file must be old.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if _lock(descriptor, is_shared=True) is False:
+            return False
+    finally:
+        os.close(descriptor)
+    space, _, pid = path.name.removeprefix(TEMPORARY_PREFIX).rpartition("-")[0].rpartition("-")
+    if space == _process_space() and pid.isdigit():
+        return not _is_running(int(pid))
+    return time.time() - path.stat().st_mtime > STALE_AFTER_S and _age_on_drive_s(path) > STALE_AFTER_S
+
+
+def _age_on_drive_s(path: Path) -> float:
+    """Return the seconds since the last write by the clock of the drive, which may differ from ours."""
+    probe = path.parent / temporary_name()
+    probe.touch()
+    try:
+        return probe.stat().st_mtime - path.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+@functools.cache
+def _process_space() -> str:
+    """Return a name of the space in which process ids are unique: machine, boot and container."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # other systems have no containers that share the host's name
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return combined_digest(*parts)[:16]
 
 
 def _is_running(pid: int) -> bool:
@@ -186,6 +262,76 @@ def _is_running(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _lock(descriptor: int, *, is_shared: bool = False, timeout_s: float = 0.0) -> bool | None:
+    """Lock an open file or folder.
+
+    Returns False if another process holds the lock, None if the drive has no locks.
+    """
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(LOCK_INTERVAL_S)
+        except OSError:
+            return None
+        else:
+            return True
+
+
+def _sync(descriptor: int) -> None:
+    """Write a file to the disk, if its drive can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED_ERRORS:
+            raise
+
+
+def _rename(temporary: Path, path: Path, check: WriteCheck | None) -> None:
+    """Rename a finished file.
+
+    With a check, the folder is locked. Where this is impossible, a new file is published as a hard
+    link, which never replaces another file.
+    """
+
+    def replace() -> None:
+        retry_transient(lambda: temporary.replace(path))
+
+    if check is None:
+        replace()
+        return
+    with _locked_folder(path.parent) as is_locked:
+        is_new = not os.path.lexists(path)
+        check()
+        if is_locked or not is_new:
+            replace()
+            return
+        try:
+            os.link(temporary, path)
+        except FileExistsError:  # of another machine, since the check
+            check()
+            replace()
+        except OSError:  # the drive has no hard links
+            replace()
+
+
+@contextlib.contextmanager
+def _locked_folder(folder: Path) -> Iterator[bool]:
+    """Lock a folder against other processes of icm; False if that is impossible."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _lock(descriptor, timeout_s=LOCK_TIMEOUT_S) is True
+    finally:
+        os.close(descriptor)
 
 
 def combined_digest(*parts: bytes | str) -> str:
@@ -267,6 +413,29 @@ def read_json(path: Path, kind: str, expected: str) -> Any:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{kind} {path} cannot be read ({reason}); {expected}") from error
+
+
+def check_path(text: str | Path, name: str) -> None:
+    """Raise UsageError for a text that is no path on any drive.
+
+    ``name``: the option whose value it is, for the message.
+    """
+    text = str(text)
+    short = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
+    try:
+        data = os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name} {short!r} has characters that no file name has ({error.reason})") from error
+    if b"\0" in data:
+        raise UsageError(f"{name} {short!r} has a NUL character; expected a path")
+    longest = max(map(len, data.split(os.sep.encode())))
+    if longest > MAX_NAME_BYTES or len(data) > MAX_PATH_BYTES:
+        has_lines = len(text.split()) > 1
+        remedy = "; give several files as a text list, or as lines on standard input" if has_lines else ""
+        raise UsageError(
+            f"{name} {short!r} is too long for a path: it has {len(data)} bytes, and its longest name {longest}; "
+            f"expected at most {MAX_PATH_BYTES}, and {MAX_NAME_BYTES} in a name{remedy}"
+        )
 
 
 def as_paths(value: Paths) -> list[Path]:

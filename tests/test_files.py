@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from icm_cli import files
+from icm_cli.errors import FileWriteError
 
 
 @pytest.fixture(autouse=True)
@@ -32,16 +39,105 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.iterdir()] == ["a.txt"]
 
 
+def temporary_of(pid: int, space: str = "") -> str:
+    """Return the name of a temporary file of a process; ``space``: that of another machine or container."""
+    ours, _, rest = files.temporary_name().removeprefix(files.TEMPORARY_PREFIX).partition("-")
+    return f"{files.TEMPORARY_PREFIX}{space or ours}-{pid}-{rest.partition('-')[2]}"
+
+
 def test_only_temporaries_of_dead_processes_are_removed(tmp_path: Path) -> None:
-    host = os.uname().nodename
-    mine, dead = tmp_path / f".icm-{host}-{os.getpid()}-aa.tmp", tmp_path / f".icm-{host}-999999999-bb.tmp"
-    fresh, stale = tmp_path / ".icm-other-host-1-cc.tmp", tmp_path / ".icm-other-host-1-dd.tmp"
-    for path in (mine, dead, fresh, stale, tmp_path / ".other.tmp"):
+    mine, dead = tmp_path / temporary_of(os.getpid()), tmp_path / temporary_of(999999999)
+    fresh, stale = tmp_path / temporary_of(999999999, "other"), tmp_path / temporary_of(1, "other")
+    earlier = tmp_path / ".icm-some-host-1-dd.tmp"  # of icm 0.1
+    for path in (mine, dead, fresh, stale, earlier, tmp_path / ".other.tmp"):
         path.touch()
     long_ago = time.time() - 2 * files.STALE_AFTER_S
-    os.utime(stale, (long_ago, long_ago))
-    assert files.remove_stale_temporaries(tmp_path) == 2
+    for path in (stale, earlier):
+        os.utime(path, (long_ago, long_ago))
+    assert files.remove_stale_temporaries(tmp_path) == 3
     assert {path.name for path in tmp_path.iterdir()} == {mine.name, fresh.name, ".other.tmp"}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from icm_cli.files import atomic_write
+with atomic_write(Path(sys.argv[1])) as file:
+    file.write(b"all")
+    print("writing", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_temporary_file_of_a_running_process_is_kept(tmp_path: Path, is_killed: bool) -> None:
+    """The file is old and its process appears dead, as for another container on a slow drive."""
+    line = [sys.executable, "-c", WRITER, str(tmp_path / "a")]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "writing\n"
+        (path,) = tmp_path.iterdir()
+        path = path.rename(tmp_path / temporary_of(999999999)) if is_killed else path
+        os.utime(path, (1, 1))
+        assert files.remove_stale_temporaries(tmp_path) == 0
+        if is_killed:
+            process.kill()
+            process.wait()
+            assert files.remove_stale_temporaries(tmp_path) == 1
+            return
+        process.communicate("\n")
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]
+
+
+def test_temporary_file_is_kept_by_the_clock_of_its_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / temporary_of(1, "other")
+    path.touch()
+    monkeypatch.setattr(time, "time", lambda: path.stat().st_mtime + 9 * files.STALE_AFTER_S)
+    assert files.remove_stale_temporaries(tmp_path) == 0
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_drives_without_fsync_locks_or_links_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    unsupported = Mock(side_effect=OSError(number, os.strerror(number)))
+    for module, name in ((os, "fsync"), (os, "link"), (fcntl, "flock")):
+        monkeypatch.setattr(module, name, unsupported)
+    for check in (None, lambda: None):
+        with files.atomic_write(tmp_path / "a", check) as file:
+            file.write(b"all")
+        assert (tmp_path / "a").read_bytes() == b"all"
+        (tmp_path / "a").unlink()
+    assert unsupported.call_count >= 4
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_check_and_rename_are_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_locks: bool) -> None:
+    """Many threads write one file, which must not be replaced: exactly one of them succeeds."""
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "no locks")))
+    path, start = tmp_path / "a", threading.Barrier(8)
+
+    def check() -> None:
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "exists")
+        time.sleep(0.01)
+
+    def write(number: int) -> bool:
+        start.wait()
+        try:
+            with files.atomic_write(path, check) as file:
+                file.write(str(number).encode())
+        except FileWriteError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as executor:
+        wins = list(executor.map(write, range(8)))
+    assert wins.count(True) == 1
+    assert path.read_text() == str(wins.index(True))
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]
 
 
 def test_cache_falls_back_to_a_writable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_keep_existing_keeps_alphas_of_any_version_and_reports_it(icm: Icm, scen
     shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "new.jpg")
     result = icm("--keep-existing", report=[scene / "r.json", scene / "r.csv"], seed=7)
     assert result.exit_code == 0
-    assert not notices(result.stderr)
+    assert notices(result.stderr) == ["icm: 3 alpha(s) were made by another version of icm (0.1.9: 3) and are kept"]
     after = alphas(scene / "out")
     assert after.pop("new.png")
     assert after == before

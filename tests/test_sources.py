@@ -268,9 +268,12 @@ def test_empty_and_binary_lists_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(UsageError, match="lists no images"):
         plan(tmp_path / "empty.txt", tmp_path / "out")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\xd8")
-    with pytest.raises(UsageError, match="cannot be read"):
-        plan(tmp_path / "binary.txt", tmp_path / "out")
+    (tmp_path / "utf16.txt").write_text("a.png\n", encoding="utf-16")
+    with pytest.raises(UsageError, match="is UTF-16 text; expected UTF-8"):
+        plan(tmp_path / "utf16.txt", tmp_path / "out")
+    (tmp_path / "nul.txt").write_bytes(b"a.png\0b.png\0")
+    with pytest.raises(UsageError, match="NUL characters in every line"):
+        plan(tmp_path / "nul.txt", tmp_path / "out")
 
 
 NAMES = st.lists(st.text("ab/.", min_size=1, max_size=6), min_size=1, max_size=8)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from icm_cli.errors import FileAccessError, ImageError, UsageError
-from icm_cli.files import atomic_write
+from icm_cli.files import WriteCheck, atomic_write
 from icm_cli.geometry import Float, round_to_u8
 from icm_cli.images import openimageio
 from icm_cli.images.colour import colour_space_attributes, to_scene_linear
@@ -136,14 +136,17 @@ def write_alpha(
     stamp: Mapping[str, str],
     output: OutputFormat = DEFAULT_OUTPUT,
     source: DecodedImage | None = None,
+    check: WriteCheck | None = None,
 ) -> None:
     """Write an alpha, float32 [H,W] in 0..1, atomically.
 
-    ``source``: the image from which an EXR copies its windows and timecode. Raises OutputError if
+    ``source``: the image from which an EXR copies its windows and timecode. ``check``: see
+    :func:`~icm_cli.files.atomic_write`. Raises OutputError if
     nothing can be written, ImageError if only this file cannot be written.
     """
     written = 1.0 - alpha if output.invert else alpha
-    _write_image(path, written[..., None], (output.channel,), stamp, output.format, output.depth_for(None), source)
+    depth = output.depth_for(None)
+    _write_image(path, written[..., None], (output.channel,), stamp, output.format, depth, source, check=check)
 
 
 def write_foreground(
@@ -154,6 +157,7 @@ def write_foreground(
     output: OutputFormat,
     source: DecodedImage,
     config: str = "",
+    check: WriteCheck | None = None,
 ) -> None:
     """Write the colours of the object with its alpha.
 
@@ -170,13 +174,26 @@ def write_foreground(
     pixels = np.concatenate([written, alpha[..., None]], axis=-1)
     is_associated = output.is_premultiplied and output.format == "tiff"  # PNG supports straight alpha only
     depth, channels = output.depth_for(source), ("R", "G", "B", "A")
-    _write_image(path, pixels, channels, stamp, output.format, depth, source, attributes, is_associated=is_associated)
+    _write_image(
+        path,
+        pixels,
+        channels,
+        stamp,
+        output.format,
+        depth,
+        source,
+        attributes,
+        check=check,
+        is_associated=is_associated,
+    )
 
 
-def write_trimap(path: Path, trimap: NDArray[np.uint8], stamp: Mapping[str, str]) -> None:
+def write_trimap(
+    path: Path, trimap: NDArray[np.uint8], stamp: Mapping[str, str], check: WriteCheck | None = None
+) -> None:
     """Write a trimap, uint8 [H,W] with 0, 128 and 255, as PNG."""
     values = trimap[..., None].astype(np.float32) / np.float32(255.0)
-    _write_image(path, values, ("Y",), stamp, "png", "8")
+    _write_image(path, values, ("Y",), stamp, "png", "8", check=check)
 
 
 def read_stamp(path: Path) -> dict[str, str] | None:
@@ -245,12 +262,13 @@ def _write_image(
     source: DecodedImage | None = None,
     attributes: Mapping[str, Any] = NO_ATTRIBUTES,
     *,
+    check: WriteCheck | None = None,
     is_associated: bool = False,
 ) -> None:
     """Write pixels [H,W,C] on the scale 0..1. ``attributes``: further ones of an EXR."""
     values = _quantize(pixels, depth)
     stamp = {**stamp, PIXELS_KEY: _pixel_digest(values)}
-    with atomic_write(path) as file:
+    with atomic_write(path, check) as file:
         if format_ == "png" and (depth == "8" or len(channels) == 1):
             info = PngImagePlugin.PngInfo()
             for key, value in stamp.items():

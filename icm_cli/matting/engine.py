@@ -7,13 +7,13 @@ the disk only if reading is slower than matting.
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,8 @@ import numpy as np
 
 from icm_cli.device import is_device_lost, release_memory
 from icm_cli.environment import OUT_OF_MEMORY, FreeMemory, free_memory, free_threads, is_out_of_memory
-from icm_cli.errors import DeviceError, ImageError, OutputError
+from icm_cli.errors import DeviceError, FileWriteError, ImageError, OutputError
+from icm_cli.files import FileIdentity, is_writable
 from icm_cli.geometry import Float, alpha_to_u8
 from icm_cli.images.pixels import (
     BYTES_PER_PIXEL,
@@ -34,7 +35,7 @@ from icm_cli.images.writing import DEFAULT_OUTPUT, OutputFormat, write_alpha, wr
 from icm_cli.matting.foreground import estimate_foreground, trimap_from_alpha
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor
-from icm_cli.matting.resume import Origin, find_kept_result, make_stamp
+from icm_cli.matting.resume import Origin, check_unchanged, file_identities, find_kept_result, make_stamp
 from icm_cli.matting.shot import Shot
 from icm_cli.model.contracts import PreparedReferences
 from icm_cli.reports.result import ImageResult, MattingDetails
@@ -83,6 +84,8 @@ class LoadedImage:
     job: Job
     frame: Frame
     origin: Origin
+    replaceable: Mapping[Path, FileIdentity]
+    """Existing outputs, which the run replaces unless another run changes them."""
     colorspace: str
     stored: DecodedImage
     """Pixels of the source as they are stored."""
@@ -323,7 +326,7 @@ class Engine:
 
     def _read(self, job: Job) -> LoadedImage | ImageResult:
         """Read an image and prepare it for the model; runs in a reader thread."""
-        reserve_memory.set(functools.partial(self._memory.reserve, job))
+        reserve_memory.set(partial(self._memory.reserve, job))
         result: LoadedImage | ImageResult
         try:
             result = self._load(job)
@@ -341,6 +344,7 @@ class Engine:
     def _load(self, job: Job) -> LoadedImage | ImageResult:
         start = time.perf_counter()
         digest = self.options.job_digest(job)
+        replaceable = job.replaceable if self.options.overwrite else file_identities(job)
         if not self.options.overwrite:
             earlier = find_kept_result(job, digest, keep_all=self.options.keep_existing)
             if earlier and not self.matting.keeps_order:
@@ -353,7 +357,7 @@ class Engine:
         stored = source.stored or DecodedImage(source.rgb, None, 255.0, source.space)
         frame = self.predictor.prepare_frame(source.rgb, stored.windows)
         self._report_windows(job, source.windows)
-        return LoadedImage(job, frame, Origin(*origin), source.space, stored, time.perf_counter() - start)
+        return LoadedImage(job, frame, Origin(*origin), replaceable, source.space, stored, time.perf_counter() - start)
 
     def _report_windows(self, job: Job, windows: ImageWindows) -> None:
         """Report once if the output format cannot store the data and display windows of an EXR."""
@@ -439,7 +443,8 @@ class Engine:
         except ImageError as error:
             return _failed_result(image.job, str(error))
         except OutputError as error:
-            self._fatal = error
+            if not isinstance(error, FileWriteError) or not is_writable(image.job.output_folder):
+                self._fatal = error
             return _failed_result(image.job, str(error))
         except Exception as error:
             if not is_out_of_memory(error):
@@ -472,9 +477,12 @@ class Engine:
         """Write the requested files. The image's own file is the last: it shows that the image is
         finished."""
         output, job, windows = self.options.output, image.job, image.windows
+        digest = self.options.job_digest(job)
+        check = partial(check_unchanged, job=job, digest=digest, replaceable=image.replaceable)
         if output.trimap != "none":
             trimap = windows.move_pixels(trimap_from_alpha(alpha, output.band_px), windows.display_window)
-            write_trimap(job.trimap if output.trimap == "also" else job.output, trimap, stamp)
+            path = job.trimap if output.trimap == "also" else job.output
+            write_trimap(path, trimap, stamp, partial(check, path))
         if output.trimap == "instead":
             return
         if output.foreground != "none":
@@ -482,10 +490,13 @@ class Engine:
             self._report_clipping(image, colours)
             if not output.has_windows:
                 colours, alpha = (windows.move_pixels(each, windows.display_window) for each in (colours, alpha))
-            write_foreground(job.output, colours, alpha, stamp, output, image.stored, job.colour.config)
+            config = job.colour.config
+            write_foreground(
+                job.output, colours, alpha, stamp, output, image.stored, config, partial(check, job.output)
+            )
         else:
             alpha = alpha if output.has_windows else windows.move_pixels(alpha, windows.display_window)
-            write_alpha(job.output, alpha, stamp, output, image.stored)
+            write_alpha(job.output, alpha, stamp, output, image.stored, partial(check, job.output))
 
     def _report_clipping(self, image: LoadedImage, colours: Float) -> None:
         """Report once if an integer format clips colours outside 0..1."""

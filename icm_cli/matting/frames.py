@@ -15,13 +15,14 @@ from pathlib import Path
 from fileseq import constants, filesequence, frameset
 
 from icm_cli.errors import UsageError
+from icm_cli.files import MAX_NAME_BYTES
 
-_NUMBERED = re.compile(r"(?P<stem>.*?)(?P<frame>[._-]?(?P<number>\d+))", re.DOTALL)
+_NUMBERED = re.compile(r"(?P<stem>.*?)(?P<frame>[._-]?(?P<number>[0-9]{1,255}))", re.DOTALL)
 _PLACEHOLDER = re.compile(
     r"##+|@@+"
     r"|[#@](?![^\W_])"  # icon@2x and take#1 are names
-    r"|%\d+d|%d(?![^\W\d_])"  # 100%done is a name
-    r"|\$F\d+|\$F(?![^\W\d_])"  # $Final is a name
+    r"|%[0-9]+d|%d(?![^\W\d_])"  # 100%done is a name
+    r"|\$F[0-9]+|\$F(?![^\W\d_])"  # $Final is a name
 )
 _RANGE = re.compile(r"(?P<first>-?[0-9]{1,99})(?:-(?P<last>-?[0-9]{1,99})(?:(?P<mode>[xy:])-?(?P<step>[0-9]{1,99}))?)?")
 _NUMBER_MARK = "\0"
@@ -84,7 +85,10 @@ class FramePattern:
             )
         token = placeholders[ranks.index(max(ranks))]
         sequence = filesequence.FileSequence(f"x.{token[0]}.x", pad_style=constants.PAD_STYLE_HASH1)
-        return cls(folder, name[: token.start()], name[token.end() :], max(1, sequence.zfill()))
+        digits = max(1, sequence.zfill())
+        if digits > MAX_NAME_BYTES:
+            raise UsageError(f"{text} has a frame number of {digits} digits; expected at most {MAX_NAME_BYTES}")
+        return cls(folder, name[: token.start()], name[token.end() :], digits)
 
     def matching_names(self, names: Iterable[str]) -> list[str]:
         """Return the names that match the pattern.
@@ -175,6 +179,8 @@ def parse_frame_range(text: str) -> FrameRanges:
         for other in tuple(ranges):
             added = [rest for each in added for rest in _subtract_range(each, other, text)]
         ranges += added
+    if not text.strip(" ,"):
+        raise UsageError(f"--frames {text!r} has no frames; expected a range such as 1001-1100 or 1001-1100x2")
     frames = FrameRanges(tuple(ranges))
     if frames.count > constants.MAX_FRAME_SIZE:
         raise UsageError(
@@ -242,27 +248,43 @@ def missing_frames(
     ``wanted``: the expected numbers; None: all numbers between the first and the last frame of a
     sequence. ``ignored``: files whose numbers are not missing, although they are not in ``paths``.
     """
+    patterns = _find_patterns([*paths, *ignored])
+    known: dict[FramePattern, set[int]] = {}
+    for pattern, number in patterns.values():
+        known.setdefault(pattern, set()).add(number)
+    present: dict[FramePattern, list[int]] = {}
+    for pattern, number in (patterns[path] for path in paths if path in patterns):
+        present.setdefault(pattern, []).append(number)
     missing = {}
-    excluded = _group_numbers(ignored)
-    for pattern, numbers in _group_numbers(paths).items():
+    for pattern, numbers in present.items():
         expected = FrameRanges((range(min(numbers), max(numbers) + 1),)) if wanted is None else wanted
-        absent = expected.without(numbers | excluded.get(pattern, set()))
+        absent = expected.without(known[pattern])
         if absent.ranges:
             missing[pattern] = absent
     return missing
 
 
-def _group_numbers(paths: Sequence[Path]) -> dict[FramePattern, set[int]]:
-    """Return the frame numbers of each sequence."""
-    sequences: dict[FramePattern, set[int]] = {}
+def _find_patterns(paths: Sequence[Path]) -> dict[Path, tuple[FramePattern, int]]:
+    """Return the sequence and the frame number of each numbered path.
+
+    Leading zeros tell the number of digits. Numbers without them, such as 9 and 10, are one
+    sequence.
+    """
+    families: dict[tuple[str, str, str], list[tuple[Path, str]]] = {}
     for path in paths:
         name = FrameName.from_path(path)
         if name.number is not None:
-            digits = len(name.frame.lstrip("._-"))
-            before = name.stem + name.frame[: len(name.frame) - digits]
-            pattern = FramePattern(str(path.parent), before, path.suffix, digits)
-            sequences.setdefault(pattern, set()).add(name.number)
-    return sequences
+            digits = name.frame.lstrip("._-")
+            before = name.stem + name.frame.removesuffix(digits)
+            families.setdefault((str(path.parent), before, path.suffix), []).append((path, digits))
+    patterns = {}
+    for family, members in families.items():
+        padded = {len(digits) for _, digits in members if digits.startswith("0")} - {1}
+        least = min(len(digits) for _, digits in members)
+        for path, digits in members:
+            width = max((each for each in padded if each <= len(digits)), default=least)
+            patterns[path] = FramePattern(*family, width), int(digits)
+    return patterns
 
 
 def _placeholder_rank(name: str, placeholder: re.Match[str]) -> tuple[bool, bool, int]:

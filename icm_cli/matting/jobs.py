@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
 import string
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from itertools import combinations
 from pathlib import Path
 
 import cachetools
 
 from icm_cli.errors import ImageError, UsageError
-from icm_cli.files import TEMPORARY_PREFIX, combined_digest
+from icm_cli.files import (
+    MAX_NAME_BYTES,
+    TEMPORARY_PREFIX,
+    TEMPORARY_SUFFIX,
+    FileIdentity,
+    combined_digest,
+    temporary_name,
+)
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.decoding import SourceFile, open_image
 from icm_cli.images.image_file import ImageFile
@@ -57,6 +67,8 @@ class Job:
     """Whether a trimap is written next to the alpha."""
     inspected: SourceFile | None = None
     """Properties of the file that planning has read; None for composites and missing frames."""
+    replaceable: Mapping[Path, FileIdentity] = field(default_factory=dict, compare=False)
+    """Files that ``--overwrite`` replaces: outputs that existed before the run."""
 
     @property
     def trimap(self) -> Path:
@@ -67,6 +79,11 @@ class Job:
     def outputs(self) -> Sequence[Path]:
         """All files that are written for this image."""
         return (self.output, self.trimap) if self.has_trimap else (self.output,)
+
+    @property
+    def output_folder(self) -> Path:
+        """Folder of all outputs of the run, below which the tree of the sources is mirrored."""
+        return self.output.parents[len(self.name.parts) - 1]
 
     @property
     def files(self) -> Sequence[Path]:
@@ -133,14 +150,9 @@ class OutputLayout:
     """Whether a trimap is written next to every alpha."""
 
     def __post_init__(self) -> None:
-        try:
-            fields = [field for _, field, *_ in string.Formatter().parse(self.template) if field is not None]
-        except ValueError as error:
-            raise UsageError(f"--name {self.template!r} is not a valid template ({error}); {_EXPECTED_NAME}") from error
-        if unknown := [field for field in fields if field not in NAME_FIELDS]:
-            raise UsageError(f"--name {self.template!r} has the unknown field {{{unknown[0]}}}; {_EXPECTED_NAME}")
-        if not self.template or "/" in self.template or os.sep in self.template:
-            raise UsageError(f"--name {self.template!r} is not a file name; {_EXPECTED_NAME}")
+        problem = _find_template_problem(self.template)
+        if problem:
+            raise UsageError(f"--name {self.template!r} {problem}; {_EXPECTED_NAME}")
         if self.pattern is not None and self.template != DEFAULT_NAME:
             raise UsageError("--name and the frame pattern of --out both name the alphas; give only one of them")
 
@@ -156,6 +168,24 @@ class OutputLayout:
         if parts.number is None:
             raise UsageError(f"{name} has no frame number, which the pattern of --out needs; give --out a folder")
         return self.folder / name.with_name(self.pattern.frame_name(parts.number))
+
+
+def _find_template_problem(template: str) -> str:
+    """Return what is wrong with a template of file names, "" if nothing is."""
+    if not template or "/" in template or os.sep in template or "\0" in template:
+        return "is not a file name"
+    if len(os.fsencode(template)) > MAX_NAME_BYTES:
+        return f"is longer than a file name, which has at most {MAX_NAME_BYTES} bytes"
+    try:
+        fields = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError:
+        return "has an unpaired { or }"
+    for name, form, conversion in fields:
+        if name not in NAME_FIELDS:
+            return f"has the unknown field {{{name}}}"
+        if form or conversion:
+            return f"has a format for {{{name}}}; fields are inserted unchanged"
+    return ""
 
 
 _EXPECTED_NAME = "expected a file name with {stem}, {frame} and {suffix}, such as '{stem}_matte{frame}'"
@@ -227,6 +257,8 @@ def plan_jobs(
     check_overwrites(jobs, [path for job in jobs for path in job.files], "a source image")
     check_overwrites(jobs, references, "a reference or its mask")
     _check_collisions(jobs, layout)
+    _check_folders(jobs)
+    _check_similar_names(jobs, layout)
     return jobs if source_filter.shard is None else _select_shard(jobs, *source_filter.shard)
 
 
@@ -427,3 +459,73 @@ def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
             f"{len(shared)} file(s) would be written by several images each: "
             f"{'; '.join(lines)}{more}; {remedy}, rename some images, or skip some with --exclude"
         )
+
+
+def _check_folders(jobs: Sequence[Job]) -> None:
+    """Raise UsageError if an output is also the folder of another output."""
+    writers = {output: job for job in jobs for output in job.outputs}
+    for job in jobs:
+        for parent in job.output.relative_to(job.output_folder).parents:
+            if (other := writers.get(job.output_folder / parent)) is not None:
+                raise UsageError(
+                    f"{job.output_folder / parent} would be the alpha of {other.source} and also the folder of the "
+                    f"alpha of {job.source}; give --keep-suffix or --name, or rename one of the two"
+                )
+
+
+def _check_similar_names(jobs: Sequence[Job], layout: OutputLayout) -> None:
+    """Raise UsageError if the drive does not distinguish the names of two outputs.
+
+    Many drives ignore upper and lower case, or how accents are encoded.
+    """
+    groups: dict[str, dict[Path, Job]] = {}
+    for job in jobs:
+        for output in job.outputs:
+            groups.setdefault(_fold_name(str(output.relative_to(layout.folder))), {})[output] = job
+    similar = [list(group.items()) for group in groups.values() if len(group) > 1]
+    if not similar:
+        return
+    is_same_name = functools.cache(functools.partial(_is_same_name, layout.folder))
+    try:
+        with _existing_folder(layout.folder):
+            for (output, job), (other, other_job) in (pair for group in similar for pair in combinations(group, 2)):
+                names = zip(output.parts, other.parts, strict=True)
+                if all(is_same_name(*pair) for pair in names if pair[0] != pair[1]):
+                    raise UsageError(
+                        f"{job.source} and {other_job.source} would be written to the same file: {layout.folder} does "
+                        f"not distinguish {output} from {other}, whose names differ only by case or by the encoding "
+                        "of accents; rename one of the images, or skip it with --exclude"
+                    )
+    except OSError:  # the folder cannot be written, which the run reports
+        return
+
+
+def _fold_name(name: str) -> str:
+    """Return a name without differences that some drives ignore."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+@contextlib.contextmanager
+def _existing_folder(folder: Path) -> Iterator[None]:
+    """Create a folder, and afterwards remove what was created."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for path in created:
+                path.rmdir()
+
+
+def _is_same_name(folder: Path, name: str, other: str) -> bool:
+    """Return whether the drive of a folder takes two names as one; False if this cannot be found out."""
+    start = temporary_name().removesuffix(TEMPORARY_SUFFIX)
+    probe = folder / f"{start}{name}{TEMPORARY_SUFFIX}"
+    with contextlib.suppress(OSError):
+        probe.touch()
+        try:
+            return (folder / f"{start}{other}{TEMPORARY_SUFFIX}").exists()
+        finally:
+            probe.unlink()
+    return False

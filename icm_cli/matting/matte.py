@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from icm_cli.device import parse_devices
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
 from icm_cli.errors import Problem, UsageError
 from icm_cli.events import Listener
-from icm_cli.files import combined_digest, remove_stale_temporaries
+from icm_cli.files import check_would_be_writable, combined_digest, remove_stale_temporaries
 from icm_cli.images.colour import ColourSettings
 from icm_cli.images.image_file import IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_message
 from icm_cli.images.writing import FORMAT_SUFFIXES, OutputFormat
@@ -28,7 +30,7 @@ from icm_cli.matting.jobs import DEFAULT_NAME, Job, OutputLayout, SourceFilter, 
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.references import Reference, read_references
-from icm_cli.matting.resume import keep_existing_alphas
+from icm_cli.matting.resume import file_identities, keep_existing_alphas
 from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.matting.sources import SkippedFiles, find_sources, real_path
 from icm_cli.options import (
@@ -44,6 +46,8 @@ from icm_cli.reports.report import PageImages, Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import ReportFiles
 
+_VERSION_SUFFIX = re.compile(r"\.([^\W_]?)[0-9]+")
+"""End of the name of a folder with a version, such as mattes##v1.2 and mattes#.v2."""
 ALLOWED_PROBLEMS = frozenset({"empty-alpha", "16-bit-alpha", "missing-alpha"})
 """Kinds of bad or missing ground truths that do not count as failures in a matting run."""
 
@@ -75,11 +79,13 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
             choices = [cluster.choose_model(select_model)]
         else:
             choices = [select_model(device=name) for name in parse_devices(options.model.device)]
-        if options.reports.dry_run:
+        if options.reports.dry_run and _is_missing_weights(plan, choices[0], listener):
             return Report(settings={}, results=[_planned_result(job) for job in plan.jobs])
+        run = _MattingRun(options, plan, choices, cluster, listener)
+        if options.reports.dry_run:
+            return run.preview()
         plan.report_files.check_writable(plan.layout.folder)
         _remove_temporaries(plan, listener)
-        run = _MattingRun(options, plan, choices, cluster, listener)
         return run.matte_all(start)
 
 
@@ -175,24 +181,50 @@ class _MattingRun:
         outcome = self._outcome(start)
         listener.on_run_start(len(plan.jobs))
         with outcome:
-            remaining = list(plan.shot.order if plan.shot else plan.jobs)
-            if not engine.overwrite:
-                remaining = keep_existing_alphas(
-                    remaining,
-                    engine.job_digest,
-                    workers=engine.workers,
-                    on_result=outcome.add,
-                    notice=listener.on_notice,
-                    keep_all=engine.keep_existing,
-                    hint="; --keep-existing keeps them",
-                    reusable_outputs=plan.shot.reusable_outputs if plan.shot else None,
-                )
+            remaining = self._select_remaining(engine, outcome.add)
             with self._runner(setups, outcome.add) if remaining else contextlib.nullcontext() as runner:
                 peak = runner.peak_memory_bytes if runner else self._choices[0].device.peak_memory_bytes
                 with outcome.writing_reports(plan.report_files, peak):
                     if runner:
                         runner.run(remaining)
         return outcome.report
+
+    def preview(self) -> Report:
+        """Return a report of what the run would do, without writing anything, and print the counts.
+
+        Raises UsageError if an output must not be replaced.
+        """
+        plan = self._plan
+        kept: dict[Path, ImageResult] = {}
+        remaining = self._select_remaining(
+            self._setups()[0].options, lambda result: kept.update({Path(result.output): result})
+        )
+        results = [kept.get(job.output) or _planned_result(job) for job in plan.jobs]
+        failing = {result.output for result in results if result.status == "failed"}
+        planned = [job for job in remaining if str(job.output) not in failing]
+        recomputed = sum(os.path.lexists(job.output) for job in planned)
+        self._listener.on_notice(
+            f"{len(results)} image(s): {len(planned) - recomputed} new, {recomputed} to be recomputed, "
+            f"{len(kept)} kept, {len(failing)} that cannot be read"
+        )
+        return Report(settings={}, results=results)
+
+    def _select_remaining(self, engine: EngineOptions, on_result: Callable[[ImageResult], None]) -> list[Job]:
+        """Report the alphas that are kept, and return the other jobs. Raises UsageError."""
+        shot = self._plan.shot
+        jobs = list(shot.order if shot else self._plan.jobs)
+        if engine.overwrite:
+            return [replace(job, replaceable=file_identities(job)) for job in jobs]
+        return keep_existing_alphas(
+            jobs,
+            engine.job_digest,
+            workers=engine.workers,
+            on_result=on_result,
+            notice=self._listener.on_notice,
+            keep_all=engine.keep_existing,
+            hint="; --keep-existing keeps them",
+            reusable_outputs=shot.reusable_outputs if shot else None,
+        )
 
     def _setups(self) -> list[EngineSetup]:
         """What the engine of every device needs."""
@@ -278,6 +310,18 @@ def run_digest(options: MatteOptions, plan: MattingPlan, choice: ModelChoice) ->
     return alpha_digest(options.digest_values(parts))
 
 
+def _is_missing_weights(plan: MattingPlan, choice: ModelChoice, listener: Listener) -> bool:
+    """Return whether the run would download weights first, with a notice.
+
+    Raises ConfigError or OutputError if the run would stop because of its weights or folders.
+    """
+    for folder in {plan.layout.folder, *(path.parent for path in plan.report_files.paths)}:
+        check_would_be_writable(folder)
+    if downloads := choice.check_weights():
+        listener.on_notice(f"would download {', '.join(downloads)}; which alphas are kept is not known before that")
+    return bool(downloads)
+
+
 def _check_devices(options: MatteOptions) -> None:
     """Raise UsageError for options that need a single device and several that were given."""
     sequences = options.sequences
@@ -317,7 +361,7 @@ def _planned_result(job: Job) -> ImageResult:
     """Return the result of a job in a dry run: failed if its source cannot be an image."""
     source = job.source
     assert isinstance(source, Path)
-    if not source.exists():
+    if not os.path.exists(source):  # noqa: PTH110  Path.exists raises an error for names that are too long
         return replace(job.planned, status="failed", reason=f"{source} does not exist")
     if job.inspected is not None and job.inspected.type.is_movie:
         return replace(job.planned, status="failed", reason=f"{source}: {movie_message(source)}")
@@ -368,8 +412,8 @@ def _pattern_and_format(out: str, format_: str | None) -> tuple[FramePattern | N
     if not suffix:
         return None, format_ or "png"
     fitting = next((name for name, suffixes in FORMAT_SUFFIXES.items() if suffix in suffixes), None)
-    if fitting is None and suffix[1:].isdigit():
-        return None, format_ or "png"  # a version: mattes##v1.2
+    if fitting is None and _VERSION_SUFFIX.fullmatch(suffix):
+        return None, format_ or "png"
     if fitting is None:
         raise UsageError(f"--out {out} is a frame pattern with extension {suffix}; expected .png, .tif, .tiff or .exr")
     if format_ not in (None, fitting):

@@ -13,7 +13,14 @@ from icm_cli.matting.predictor import Predictor, check_learn_steps
 from icm_cli.matting.propagation import PropagationConfig
 from icm_cli.model.contracts import Head
 from icm_cli.model.lite.finetuning import DEFAULT_STEPS, FINETUNING
-from icm_cli.model.loading import load_model, model_digest, override_edges, resolve_model, select_device
+from icm_cli.model.loading import (
+    check_weights_exist,
+    load_model,
+    model_digest,
+    override_edges,
+    resolve_model,
+    select_device,
+)
 from icm_cli.options import ModelOptions
 from icm_cli.options.definition import DigestPart
 
@@ -49,6 +56,11 @@ class ModelChoice:
         no model."""
         model = model_digest(self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline)
         return {DigestPart.MODEL: model, DigestPart.DTYPE: self.device.dtype_name}
+
+    def check_weights(self) -> list[str]:
+        """Return the weights that must be downloaded, without downloading them. Raises ConfigError
+        for missing or refused weights."""
+        return check_weights_exist(self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline)
 
     def resolve_learn_steps(self, requested: int | None, *, is_shot: bool) -> int:
         """Return the number of steps in which the head learns the references.

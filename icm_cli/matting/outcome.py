@@ -59,7 +59,8 @@ class Outcome:
         """Add a result of the engine. It is reported when it has its scores, if it gets any."""
         if result.status == "done" and "predictions" not in self.report.settings:
             result = replace(result, matting=replace(result.matting, made_by=environment.__version__))
-        if result.status == "failed" and result.output and Path(result.output).is_file():
+        is_named = result.output in result.reason  # the reason says already what happens to the file
+        if result.status == "failed" and result.output and not is_named and Path(result.output).is_file():
             earlier = f"the earlier alpha {result.output} is kept, although its source or settings have changed"
             result = replace(result, reason=f"{result.reason}; {earlier}")
         task = self._scoring.task_for(result) if self._scoring and result.status in ("done", "kept") else None

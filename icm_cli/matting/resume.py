@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +15,10 @@ from typing import Any
 
 from icm_cli.environment import __version__
 from icm_cli.errors import FileAccessError, ImageError, UsageError
+from icm_cli.files import FileIdentity
 from icm_cli.images.decoding import SourceFile
 from icm_cli.images.reading import read_stored_pixels
-from icm_cli.images.writing import read_stamp
+from icm_cli.images.writing import has_changed_pixels, read_stamp
 from icm_cli.matting.digest import code_fingerprint
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.sources import MAX_LISTED_FILES
@@ -61,6 +64,8 @@ class ExistingAlpha:
     """Whether the source has the same state as when the alpha was made."""
     content: str
     """SHA-256 of the source's files when the alpha was made."""
+    retouched: Path | None
+    """File whose pixels were changed after icm wrote it."""
 
     @property
     def is_of_this_icm(self) -> bool:
@@ -92,11 +97,46 @@ def find_kept_result(job: Job, digest: str, *, keep_all: bool = False) -> ImageR
     """Return the result of an existing alpha that is kept; None if the job has to be done.
 
     ``keep_all``: keep every alpha of icm that was made from the same source. Raises
-    OtherSourceError if the output is the alpha of another source, and ImageError if the source
-    cannot be read.
+    OtherSourceError if the output is the alpha of another source or was retouched, and ImageError
+    if the source or the output cannot be read.
     """
     existing = read_existing_alpha(job)
-    return existing.result if existing and existing.can_be_kept(job, digest, keep_all=keep_all) else None
+    if existing is None:
+        return None
+    if existing.can_be_kept(job, digest, keep_all=keep_all):
+        return existing.result
+    if existing.retouched is not None:
+        raise _retouched_error(existing.retouched, job)
+    return None
+
+
+def file_identities(job: Job) -> dict[Path, FileIdentity]:
+    """Return the identities of the outputs that exist."""
+    identities = {}
+    for path in job.outputs:
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            identities[path] = status.st_ino, status.st_size, status.st_mtime_ns
+    return identities
+
+
+def check_unchanged(path: Path, job: Job, digest: str, replaceable: Mapping[Path, FileIdentity]) -> None:
+    """Raise OtherSourceError if an output must not be replaced, because another run has written it.
+
+    ``replaceable``: identities of the outputs that this run replaces. A newer output may be
+    replaced too if it is damaged, or equal because it has the same source and digest.
+    """
+    current = file_identities(job).get(path)
+    if current is None or current == replaceable.get(path):
+        return
+    stamp = _read_own_stamp(path, job)
+    if stamp and has_changed_pixels(path, stamp):
+        raise _retouched_error(path, job)
+    if stamp and stamp[DIGEST_KEY] != digest:
+        raise OtherSourceError(
+            f"{path} was written by another run with other settings during this run, and is not overwritten; "
+            "run again when the other run has ended"
+        )
 
 
 def keep_existing_alphas(
@@ -112,10 +152,12 @@ def keep_existing_alphas(
 ) -> list[Job]:
     """Report the images whose alpha is kept, and return the other jobs. Needs no model.
 
-    A notice counts the alphas that another version of icm made; ``hint`` is added to it.
+    Notices count the alphas that another version of icm made, to which ``hint`` is added, those
+    that ``keep_all`` keeps despite other settings, and those that were retouched.
     ``reusable_outputs`` returns those of the outputs that depend on no other job, because frames of
     a shot depend on frames before them; with ``keep_all`` all are kept. Raises UsageError, before
-    anything is reported, if an output is the alpha of another source.
+    anything is reported, if an output that would be replaced is the alpha of another source or was
+    retouched.
     """
 
     def inspect(job: Job) -> tuple[ExistingAlpha | OtherSourceError | None, bool]:
@@ -129,24 +171,52 @@ def keep_existing_alphas(
 
     with ThreadPoolExecutor(workers, "icm-inspect") as executor:
         inspected = list(zip(jobs, executor.map(inspect, jobs), strict=True))
-    _refuse_conflicts([existing for _, (existing, _) in inspected if isinstance(existing, OtherSourceError)])
     kept = {job.output for job, (_, is_kept) in inspected if is_kept}
     if reusable_outputs is not None and not keep_all:
         kept = reusable_outputs(kept)
-    existing_alphas = [(job, existing) for job, (existing, _) in inspected if isinstance(existing, ExistingAlpha)]
-    for job, existing in existing_alphas:
-        if job.output in kept:
-            on_result(existing.result)
-    outdated = [existing for job, existing in existing_alphas if job.output not in kept]
-    versions = Counter(_version_text(existing) for existing in outdated if not existing.is_of_this_icm)
-    if versions:
-        counts = ", ".join(f"{version}: {count}" for version, count in sorted(versions.items()))
-        notice(f"{versions.total()} alpha(s) were made by another version of icm ({counts}) and are recomputed{hint}")
+    alphas = [(job, existing) for job, (existing, _) in inspected if isinstance(existing, ExistingAlpha)]
+    outdated = [(job, existing) for job, existing in alphas if job.output not in kept]
+    conflicts = [existing for _, (existing, _) in inspected if isinstance(existing, OtherSourceError)]
+    conflicts += [_retouched_error(existing.retouched, job) for job, existing in outdated if existing.retouched]
+    _refuse_conflicts(conflicts)
+    _report_kept([each for each in alphas if each[0].output in kept], digest_for, on_result, notice)
+    if versions := _version_counts(outdated):
+        notice(f"{_describe_versions(versions)} and are recomputed{hint}")
     return [job for job in jobs if job.output not in kept]
 
 
+def _report_kept(
+    kept: Sequence[tuple[Job, ExistingAlpha]],
+    digest_for: Callable[[Job], str],
+    on_result: Callable[[ImageResult], None],
+    notice: Callable[[str], None],
+) -> None:
+    """Report kept alphas, and count those with other settings, of other versions, and with
+    retouched pixels."""
+    for _, existing in kept:
+        on_result(existing.result)
+    if versions := _version_counts(kept):
+        notice(f"{_describe_versions(versions)} and are kept")
+    others = [job for job, existing in kept if existing.is_of_this_icm and existing.digest != digest_for(job)]
+    if others:
+        notice(f"{len(others)} alpha(s) were made with other settings and are kept, such as {others[0].output}")
+    retouched = [existing.retouched for _, existing in kept if existing.retouched is not None]
+    if retouched:
+        notice(f"{len(retouched)} alpha(s) were changed after icm wrote them and are kept, such as {retouched[0]}")
+
+
+def _version_counts(alphas: Sequence[tuple[Job, ExistingAlpha]]) -> Counter[str]:
+    """Return the number of alphas of each other version of icm."""
+    return Counter(_version_text(existing) for _, existing in alphas if not existing.is_of_this_icm)
+
+
+def _describe_versions(versions: Counter[str]) -> str:
+    counts = ", ".join(f"{version}: {count}" for version, count in sorted(versions.items()))
+    return f"{versions.total()} alpha(s) were made by another version of icm ({counts})"
+
+
 def _refuse_conflicts(conflicts: Sequence[OtherSourceError]) -> None:
-    """Raise UsageError if there are outputs that belong to other sources."""
+    """Raise UsageError if there are outputs that must not be replaced."""
     if conflicts:
         more = f"; and {len(conflicts) - MAX_LISTED_FILES} more" if len(conflicts) > MAX_LISTED_FILES else ""
         raise UsageError("; ".join(map(str, conflicts[:MAX_LISTED_FILES])) + more)
@@ -156,13 +226,16 @@ def read_existing_alpha(job: Job) -> ExistingAlpha | None:
     """Return the alpha that an earlier run made for a job; None without one, or if it is damaged.
 
     Another source is one with another name below the root; or with another root and other content.
-    Raises OtherSourceError if the output belongs to one, and ImageError if the source cannot be
-    read.
+    Raises OtherSourceError if the output belongs to one, and ImageError if the source or the output
+    cannot be read.
     """
-    stamps = [_read_own_stamp(path, job) for path in job.outputs]
-    stamp = stamps[0]
-    if not stamp or not all(path.exists() for path in job.outputs):
+    stamps = {path: _read_own_stamp(path, job) for path in job.outputs}
+    retouched = next((path for path, stamp in stamps.items() if stamp and has_changed_pixels(path, stamp)), None)
+    if not all(stamps.values()):
+        if retouched is not None:
+            raise _retouched_error(retouched, job)
         return None
+    stamp = stamps[job.output]
     is_same_root = stamp.get(ROOT_KEY) == _to_text(job.root)
     version = stamp.get(VERSION_KEY, UNRECORDED_VERSION)
     return ExistingAlpha(
@@ -172,6 +245,18 @@ def read_existing_alpha(job: Job) -> ExistingAlpha | None:
         stamp.get(CODE_KEY, ""),
         not is_same_root or stamp.get(SOURCE_KEY) == job.state(),  # under another root the content was compared
         stamp.get(CONTENT_KEY, ""),
+        retouched,
+    )
+
+
+def _retouched_error(path: Path, job: Job) -> OtherSourceError:
+    return OtherSourceError(f"{path} was changed after icm wrote it and would be overwritten; {_keep_advice(job)}")
+
+
+def _keep_advice(job: Job) -> str:
+    return (
+        "give another folder or name, or, to icm matte, --overwrite to replace it or "
+        f"--exclude {job.name.name} to keep it"
     )
 
 
@@ -190,17 +275,15 @@ def _version_text(existing: ExistingAlpha) -> str:
 def _read_own_stamp(path: Path, job: Job) -> dict[str, str]:
     """Return the metadata of an output, {} if it does not exist or is damaged.
 
-    Raises OtherSourceError for a complete image of another source, or one that icm did not write.
+    Raises OtherSourceError for a complete image of another source, or one that icm did not write,
+    and ImageError if the output cannot be read.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  Path.is_file raises an error for names that are too long
         return {}
     stamp = read_stamp(path)
     is_foreign = DIGEST_KEY not in stamp if stamp is not None else _is_foreign_image(path)
     if is_foreign:
-        raise OtherSourceError(
-            f"{path} was not made by icm and would be overwritten; give another folder or name, or, to icm matte, "
-            f"--overwrite to replace it or --exclude {job.name.name} to keep it"
-        )
+        raise OtherSourceError(f"{path} was not made by icm and would be overwritten; {_keep_advice(job)}")
     if not stamp or NAME_KEY not in stamp:
         return {}
     is_same_root = stamp.get(ROOT_KEY) == _to_text(job.root)

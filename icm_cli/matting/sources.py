@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import glob
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from icm_cli.errors import UsageError
-from icm_cli.files import SkippedPaths, expand_glob, split_glob, walk_files
+from icm_cli.files import SkippedPaths, describe_os_error, expand_glob, retry_transient, split_glob, walk_files
 from icm_cli.images.decoding import SourceFile
 from icm_cli.images.image_file import IMAGE_SUFFIXES, movie_message
 from icm_cli.matting.frames import FramePattern
@@ -25,6 +26,8 @@ NOT_AN_IMAGE = "not an image"
 UNREADABLE_FILE = "not readable for this user"
 ADVICE = {A_MOVIE: "; extract its frames first, for example with ffmpeg"}
 """Advice about skipped files, by reason."""
+NUL_PICTURE = "\u2400"
+"""Replaces NUL characters in lists, which no file name contains."""
 MAX_LISTED_FILES = 8
 """Maximum number of files that an error lists."""
 
@@ -110,16 +113,19 @@ def find_sources(src: str | Path, root: Path | None, skipped_files: SkippedFiles
     return replace(sources, files=sorted(set(sources.files), key=natural_sort_key))
 
 
-def natural_sort_key(path: Path) -> list[list[tuple[int, int, str]]]:
+def natural_sort_key(path: Path) -> list[list[tuple[int, int, str, str]]]:
     """Return a sort key in which numbers are compared as numbers, so that a9 comes before a10."""
     return [_natural_name_key(name) for name in path.parts]
 
 
 @functools.lru_cache(maxsize=1024)
-def _natural_name_key(name: str) -> list[tuple[int, int, str]]:
+def _natural_name_key(name: str) -> list[tuple[int, int, str, str]]:
     """Return the key of one part of a path. It is cached because folders have many files."""
-    parts = [part for part in re.split(r"(\d+)", name) if part]
-    return [(0, int(part), part) if part.isascii() and part.isdigit() else (1, 0, part) for part in parts]
+    keys = []
+    for part in filter(None, re.split("([0-9]+)", name)):
+        digits = part.lstrip("0") if part[0] in "0123456789" else None  # compared by their length, then as text
+        keys.append((1, 0, part, "") if digits is None else (0, len(digits), digits, part))
+    return keys
 
 
 def real_path(path: Path) -> Path:
@@ -136,12 +142,12 @@ def _find_files(src: str | Path, skipped_files: SkippedFiles) -> Sources:
     if not text:
         raise UsageError(f"the source is empty; {EXPECTED_SOURCE}")
     if text == "-":
-        return _read_list(sys.stdin or (), "standard input", skipped_files)
+        return _read_list(_read_standard_input(), "standard input", skipped_files)
     if path.is_dir():
         skipped: SkippedPaths = {}
         return _keep_images(path, list(walk_files(path, skipped)), skipped, skipped_files)
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
-        return _read_list(_list_lines(path), str(path), skipped_files)
+        return _read_list(_read_list_file(path), str(path), skipped_files)
     if path.is_file():
         file = SourceFile.inspect(path)
         if file.type.is_movie:
@@ -159,6 +165,20 @@ def _find_files(src: str | Path, skipped_files: SkippedFiles) -> Sources:
             )
         return _keep_images(Path(split_glob(text)[0]), files, skipped, skipped_files)
     raise UsageError(f"source {text} does not exist; {EXPECTED_SOURCE}")
+
+
+def _read_list_file(path: Path) -> bytes:
+    try:
+        return retry_transient(path.read_bytes)
+    except OSError as error:
+        raise UsageError(f"the list {path} cannot be read: {describe_os_error(error)}") from error
+
+
+def _read_standard_input() -> bytes:
+    if sys.stdin is None:  # the process was started without one
+        return b""
+    stream = getattr(sys.stdin, "buffer", None)
+    return os.fsencode(sys.stdin.read()) if stream is None else stream.read()
 
 
 def _keep_images(root: Path, paths: Sequence[Path], skipped: SkippedPaths, skipped_files: SkippedFiles) -> Sources:
@@ -194,25 +214,22 @@ def _find_sequence(pattern: FramePattern, text: str, skipped_files: SkippedFiles
     return Sources(Path(split_glob(pattern.folder)[0]), found, is_sequence=True)
 
 
-def _list_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"the list {path} cannot be read ({error}); expected UTF-8 text with one path per line"
-        ) from error
-
-
-def _read_list(lines: Iterable[str], where: str, skipped_files: SkippedFiles) -> Sources:
+def _read_list(data: bytes, where: str, skipped_files: SkippedFiles) -> Sources:
     """Return the files of a list, relative to the working directory.
 
-    Folders in the list are skipped.
+    Folders in the list are skipped. A line that is no path is kept, so that it fails alone.
     """
-    paths = [Path(line.strip()) for line in lines if line.strip()]
-    if not paths:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UsageError(f"{where} is UTF-16 text; expected UTF-8 with one path per line; save it as UTF-8")
+    lines = [line.strip() for line in os.fsdecode(data.removeprefix(codecs.BOM_UTF8)).split("\n")]
+    lines = [line for line in lines if line]
+    if not lines:
         raise UsageError(f"{where} lists no images; expected one path per line")
-    if any("\0" in str(path) for path in paths):
-        raise UsageError(f"{where} has NUL characters; expected one path per line; use find -print, not -print0")
-    absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100  resolve() follows links
-    files = skipped_files.exclude(absolute, Path.is_dir, "a folder in a list; list its files instead")
+    if all("\0" in line for line in lines):
+        raise UsageError(
+            f"{where} has NUL characters in every line; expected UTF-8 text with one path per line; "
+            "use find -print, not -print0"
+        )
+    absolute = [Path(os.path.abspath(line.replace("\0", NUL_PICTURE))) for line in lines]  # noqa: PTH100
+    files = skipped_files.exclude(absolute, os.path.isdir, "a folder in a list; list its files instead")
     return Sources(Path.cwd(), files)

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from icm_cli.environment import resource_errors
 from icm_cli.errors import IcmError, UsageError, did_you_mean
+from icm_cli.files import check_path
 
 Returned = TypeVar("Returned")
 NO_LIMIT = math.inf
@@ -170,6 +171,8 @@ class OptionField:
             raise UsageError(f"{self.flag} {converted!r} is not known. {did_you_mean(str(converted), self.choices)}")
         if isinstance(converted, (int, float)) and not isinstance(converted, bool):
             self._check_range(converted)
+        if isinstance(converted, str) and _PATH_METAVARS & {*(self.properties.metavar or "").split("|")}:
+            check_path(converted, self.flag)
         return converted
 
     def _check_range(self, value: float) -> None:
@@ -344,7 +347,9 @@ def _convert(value: object, hint: Any, flag: str) -> Any:
     if typing.get_origin(hint) is tuple:
         return _convert_tuple(value, typing.get_args(hint), flag)
     if hint is Path and isinstance(value, (str, os.PathLike)):
-        return Path(value)
+        path = Path(value)
+        check_path(path, flag)
+        return path
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     if hint is bool and isinstance(value, bool):
@@ -378,6 +383,8 @@ def _convert_tuple(value: object, hints: Sequence[Any], flag: str) -> tuple[Any,
     return tuple(_convert(item, hint, flag) for item, hint in zip(value, hints, strict=True))
 
 
+_PATH_METAVARS = frozenset({"PATH", "FILE", "DIR"})
+"""Words that say in the metavar of an option that its text may be a path."""
 _EXPECTED: Mapping[Any, str] = {
     int: "a whole number",
     float: "a number",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icm_cli.errors import UsageError
-from icm_cli.files import Paths, as_path, as_paths, atomic_write, error_for_failed_write, temporary_name, write_json
+from icm_cli.files import Paths, as_path, as_paths, atomic_write, check_writable, write_json
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import METRICS, REGIONS, RESULT_FIELDS
 
@@ -71,13 +71,7 @@ class ReportFiles:
     def check_writable(self, *folders: Path) -> None:
         """Create the folders. Raises OutputError if a file cannot be created in one of them."""
         for folder in {*folders, *(path.parent for path in self.paths)}:
-            probe = folder / temporary_name()
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                probe.touch()
-                probe.unlink()
-            except OSError as error:
-                raise error_for_failed_write(folder, error) from error
+            check_writable(folder)
 
     def write_all(self, report: Report) -> list[Path]:
         """Write all files except the list of references. Raises OutputError.

@@ -1,0 +1,256 @@
+"""Files are never overwritten by accident: equal names, runs at the same time, and retouched alphas."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import OpenImageIO as oiio
+import pytest
+from conftest import Icm, alphas, arguments, copy_many, read
+from PIL import Image, PngImagePlugin
+
+from icm_cli.images.image_file import ReopeningFile
+from icm_cli.images.writing import read_stamp
+from icm_cli.matting import resume
+from icm_cli.matting.predictor import Predictor
+
+
+def fold_names(monkeypatch: pytest.MonkeyPatch, folder: Path, fold: Callable[[str], str]) -> None:
+    """Let the drive of a folder take names as one that ``fold`` makes equal."""
+
+    def folded(path: Any) -> Any:
+        text = os.fspath(path)
+        start = f"{folder}{os.sep}"
+        return start + fold(text.removeprefix(start)) if text.startswith(start) else path
+
+    def patch(name: str) -> None:
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda path, *given, **named: real(folded(path), *given, **named))
+
+    for name in ("open", "stat", "lstat", "unlink", "mkdir", "rmdir"):
+        patch(name)
+
+
+@pytest.mark.parametrize(
+    ("names", "fold"),
+    [
+        (("Wall.jpg", "wall.jpg"), str.lower),
+        (("Up/wall.jpg", "up/wall.jpg"), str.lower),
+        (("é.jpg", "e\u0301.jpg"), lambda name: unicodedata.normalize("NFD", name)),
+    ],
+)
+@pytest.mark.parametrize("is_existing", [False, True])
+def test_names_that_the_drive_does_not_distinguish_are_refused(
+    icm: Icm,
+    scene: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    names: tuple[str, str],
+    fold: Callable[[str], str],
+    is_existing: bool,
+) -> None:
+    for name in names:
+        (scene / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(scene / "imgs" / "wall.jpg", scene / "src" / name)
+    if is_existing:
+        (scene / "out").mkdir()
+    with monkeypatch.context() as patch:
+        fold_names(patch, scene / "out", fold)
+        for flags in ((), ("--shard", "1/2"), ("--dry-run",)):
+            result = icm(*flags, src=scene / "src")
+            assert result.exit_code == 2
+            assert all(str(scene / "src" / name) in result.stderr for name in names)
+            assert "does not distinguish" in result.stderr
+    assert (scene / "out").exists() == is_existing
+    assert not list((scene / "out").glob("*"))
+    assert icm(src=scene / "src").exit_code == 0  # this drive distinguishes them
+    assert len(alphas(scene / "out")) == 2
+
+
+def test_output_that_is_also_an_output_folder_is_refused(icm: Icm, scene: Path) -> None:
+    (scene / "imgs" / "b.png").mkdir()
+    shutil.copy(scene / "imgs" / "pad.0101.png", scene / "imgs" / "b.png" / "x.png")
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "b.jpg")
+    result = icm()
+    assert result.exit_code == 2
+    assert f"{scene}/out/b.png would be the alpha of {scene}/imgs/b.jpg and also the folder" in result.stderr
+    assert not (scene / "out").exists()
+    assert icm("--keep-suffix").exit_code == 0
+
+
+def during_the_run(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Call ``action`` once, after the first image was read and before its alpha is written."""
+    real, calls = Predictor.matte_frames, []
+
+    def matte(self: Predictor, *given: Any) -> Any:
+        if not calls:
+            calls.append(given)
+            action()
+        return real(self, *given)
+
+    monkeypatch.setattr(Predictor, "matte_frames", matte)
+
+
+@pytest.mark.parametrize("lacking", [(), ((fcntl, "flock"),), ((fcntl, "flock"), (os, "link"))])
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_run_does_not_replace_the_alphas_of_a_run_at_the_same_time(
+    icm: Icm,
+    scene: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lacking: tuple[tuple[Any, str], ...],
+    flags: tuple[str, ...],
+) -> None:
+    """On drives with and without locks and hard links."""
+    for module, name in lacking:
+        monkeypatch.setattr(module, name, Mock(side_effect=OSError(errno.ENOTSUP, "not supported")))
+    for folder, source in (("a", "wall.jpg"), ("b", "sub/deep.png")):
+        copy_many(scene / "imgs" / source, scene / folder, 2)
+    results = []
+    during_the_run(monkeypatch, lambda: results.append(icm(src=scene / "b")))
+    first = icm(*flags, src=scene / "a", report=scene / "r.json")
+    assert [each.exit_code for each in results] == [0]
+    assert first.exit_code == 1
+    assert f"{scene}/out/0000.png is the alpha of {scene}/b/0000.png and would be overwritten" in first.stderr
+    stamps = [read_stamp(path) for path in sorted((scene / "out").iterdir())]
+    assert [stamp and stamp[resume.ROOT_KEY] for stamp in stamps] == [str(scene / "b")] * 2
+
+
+@pytest.mark.parametrize(("seed", "code"), [(0, 0), (3, 1)])
+def test_run_with_other_settings_at_the_same_time_fails(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, seed: int, code: int
+) -> None:
+    """A run with the same settings writes the same alphas."""
+    during_the_run(monkeypatch, lambda: icm(src=scene / "imgs" / "wall.jpg"))
+    result = icm(src=scene / "imgs" / "wall.jpg", seed=seed)
+    assert result.exit_code == code
+    assert ("written by another run with other settings" in result.stderr) == bool(code)
+    monkeypatch.undo()
+    before = alphas(scene / "out")
+    assert icm(src=scene / "imgs" / "wall.jpg").exit_code == 0
+    assert alphas(scene / "out") == before
+
+
+def test_file_that_appears_during_the_run_is_not_replaced(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = (scene / "imgs" / "pad.0101.png").read_bytes()
+    during_the_run(monkeypatch, lambda: (scene / "out" / "wall.png").write_bytes(foreign))
+    result = icm("--overwrite", src=scene / "imgs" / "wall.jpg")
+    assert result.exit_code == 1
+    assert "wall.png was not made by icm" in result.stderr
+    assert (scene / "out" / "wall.png").read_bytes() == foreign
+
+
+@pytest.mark.slow
+def test_two_processes_with_different_sources_share_an_output_folder(scene: Path, small_model: Path) -> None:
+    runs = []
+    for number, source in enumerate(("wall.jpg", "sub/deep.png")):
+        copy_many(scene / "imgs" / source, scene / f"{number}", 8)
+        options = {"ref": scene / "ref.png", "mask": scene / "mask.png", "model": small_model, "out": scene / "out"}
+        options |= {"src": scene / f"{number}", "report": scene / f"{number}.json"}
+        line = [sys.executable, "-m", "icm_cli.cli", "matte", *arguments(options)]
+        runs.append(subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    codes = [run.wait(200) for run in runs]
+    assert set(codes) <= {0, 1, 2}
+    assert codes != [0, 0]
+    done = {}
+    for number in (0, 1):
+        if (scene / f"{number}.json").exists():  # one that starts late is refused and writes no report
+            images = json.loads((scene / f"{number}.json").read_text())["images"]
+            done.update(
+                {Path(image["output"]): str(scene / f"{number}") for image in images if image["status"] == "done"}
+            )
+            assert len(images) == 8
+    found = {path: (read_stamp(path) or {})[resume.ROOT_KEY] for path in (scene / "out").iterdir()}
+    assert found == done
+    assert len(found) == 8
+
+
+def retouch(path: Path) -> None:
+    """Change pixels, and keep the metadata as ImageMagick does."""
+    if path.suffix == ".png":
+        image = Image.open(path)
+        info = PngImagePlugin.PngInfo()
+        for key, value in image.text.items():  # type: ignore[attr-defined]
+            info.add_text(key, value)
+        Image.fromarray(np.full_like(np.asarray(image), 77)).save(path, pnginfo=info)
+        return
+    buffer = oiio.ImageBuf(str(path))
+    pixels = buffer.get_pixels("float")
+    changed = oiio.ImageBuf(buffer.spec())
+    changed.set_pixels(oiio.ROI(), np.full_like(pixels, 0.25))
+    assert changed.write(str(path))
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "tiff"}, {"format": "exr"}, {"foreground": "auto"}])
+def test_retouched_alpha_is_replaced_only_on_request(icm: Icm, scene: Path, options: dict[str, str]) -> None:
+    icm(**options)
+    (path,) = (scene / "out").glob("wall.*")
+    retouch(path)
+    before = path.read_bytes()
+    kept = icm(**options, report=scene / "r.json")
+    assert kept.exit_code == 0
+    assert f"1 alpha(s) were changed after icm wrote them and are kept, such as {path}" in kept.stderr
+    assert json.loads((scene / "r.json").read_text())["summary"]["kept"] == 3
+    refused = icm(**options, seed=3)
+    assert refused.exit_code == 2
+    assert f"{path} was changed after icm wrote it and would be overwritten" in refused.stderr
+    assert "--exclude wall.jpg" in refused.stderr
+    kept = icm("--keep-existing", **options, seed=3)
+    assert kept.exit_code == 0
+    assert "1 alpha(s) were changed" in kept.stderr
+    assert "3 alpha(s) were made with other settings and are kept" in kept.stderr
+    assert path.read_bytes() == before
+    assert icm("--exclude", "wall.jpg", **options, seed=3).exit_code == 0
+    assert path.read_bytes() == before
+    assert icm("--overwrite", **options).exit_code == 0
+    assert path.read_bytes() != before
+
+
+def test_retouched_trimap_is_not_replaced(icm: Icm, scene: Path) -> None:
+    icm(trimap="also")
+    path = scene / "out" / "wall.trimap.png"
+    retouch(path)
+    (scene / "out" / "wall.png").unlink()
+    refused = icm(trimap="also")
+    assert refused.exit_code == 2
+    assert f"{path} was changed after icm wrote it" in refused.stderr
+    assert (read(path) == 77).all()
+
+
+def test_alpha_retouched_during_the_run_is_not_replaced(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    icm(src=scene / "imgs" / "wall.jpg")
+    during_the_run(monkeypatch, lambda: retouch(scene / "out" / "wall.png"))
+    result = icm(src=scene / "imgs" / "wall.jpg", seed=3)
+    assert result.exit_code == 1
+    assert "wall.png was changed after icm wrote it" in result.stderr
+    assert (read(scene / "out" / "wall.png") == 77).all()
+
+
+def test_output_that_cannot_be_read_is_not_replaced(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    icm()
+    before, real = alphas(scene / "out"), ReopeningFile.__init__
+
+    def open_file(self: ReopeningFile, path: Path) -> None:
+        if path == scene / "out" / "wall.png":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        real(self, path)
+
+    monkeypatch.setattr(ReopeningFile, "__init__", open_file)
+    result = icm(seed=3)
+    monkeypatch.undo()
+    assert result.exit_code == 1, result.stderr
+    assert f"{scene}/out/wall.png cannot be read: Permission denied" in result.stderr
+    after = alphas(scene / "out")
+    assert [name for name in before if after[name] == before[name]] == ["wall.png"]
