@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import OpenImageIO as oiio
+import PyOpenColorIO as ocio
 import pytest
 from conftest import DEMO, Icm, read
 from PIL import Image, ImageCms, PngImagePlugin
@@ -273,18 +274,111 @@ def test_broken_profile_is_reported_and_ignored(tmp_path: Path) -> None:
     assert "ICC profile cannot be used" in image.notices[0]
 
 
+def add_png_chunks(path: Path, **chunks: bytes) -> Path:
+    """Insert chunks after the header of a PNG."""
+    data = path.read_bytes()
+    more = b""
+    for name, content in chunks.items():
+        named = name.encode() + content
+        more += struct.pack(">I", len(content)) + named + struct.pack(">I", zlib.crc32(named))
+    path.write_bytes(data[:33] + more + data[33:])
+    return path
+
+
 def gamma_png(path: Path, pixels: np.ndarray, gamma: float, *, srgb: bool = False) -> Path:
     """Write a PNG with a gAMA chunk of ``1 / gamma``, and with ``srgb`` an sRGB chunk, which takes
     precedence."""
     cv2.imwrite(str(path), pixels)
+    chunks = {"sRGB": b"\0"} if srgb else {}
+    return add_png_chunks(path, **chunks, gAMA=struct.pack(">I", round(1e5 / gamma)))
+
+
+def encode(space: str, gain: float) -> np.ndarray:
+    """Return ``RGB`` in a display colour space of OpenColorIO, scaled by ``gain`` in linear light; float32."""
+    config = ocio.Config.CreateFromBuiltinConfig("studio-config-latest")
+    group = ocio.GroupTransform()
+    group.appendTransform(ocio.ColorSpaceTransform("srgb_rec709_display", "lin_rec709_scene"))
+    group.appendTransform(ocio.MatrixTransform.Scale([gain, gain, gain, 1.0]))
+    group.appendTransform(ocio.ColorSpaceTransform("lin_rec709_scene", space))
+    values = RGB.astype(np.float32) / 255
+    config.getProcessor(group).getDefaultCPUProcessor().applyRGB(values)
+    return values
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    ("codes", "space", "gain"),
+    [
+        ((9, 16), "Rec.2100-PQ - Display", 2.03),
+        ((9, 18), "Rec.2100-HLG - Display", 2.03),
+        ((12, 16), "ST2084-P3-D65 - Display", 2.03),
+        ((12, 13), "Display P3 - Display", 1.0),
+        ((1, 1), "Rec.1886 Rec.709 - Display", 1.0),
+    ],
+)
+def test_code_points_of_a_png_are_its_colour_space(
+    tmp_path: Path, depth: type, codes: tuple[int, int], space: str, gain: float
+) -> None:
+    largest = np.iinfo(depth).max
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), np.round(encode(space, gain) * largest).astype(depth)[..., ::-1])
+    stored = read_image(path).rgb
+    add_png_chunks(path, cICP=bytes([*codes, 0, 1]), gAMA=struct.pack(">I", 100000))
+    image = read_image(path)
+    assert image.space == space
+    assert image.notices == ()
+    assert np.abs(image.rgb.astype(int) - RGB).mean() < (2 if depth == np.uint8 else 0.5)
+    assert read_image(path, ColourSettings(space="sRGB")).space == "sRGB"
+    assert (read_alpha(path) == stored.max(axis=-1)).all()
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+def test_code_points_have_precedence_over_the_profile_of_a_png(tmp_path: Path, depth: type) -> None:
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), RGB[..., ::-1].astype(depth))
+    profile = zlib.compress(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes())
+    add_png_chunks(path, iCCP=b"icc\0\0" + profile, cICP=bytes([12, 13, 0, 1]))
+    assert read_image(path).space == "Display P3 - Display"
+    assert read_image(path).notices == ()
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    ("codes", "notice"),
+    [
+        ((9, 14, 0, 1), "has the colour space 9/14 of ITU-T H.273, which icm does not know, and is read as sRGB"),
+        ((9, 16, 0, 0), "has the colour space 9/16 of ITU-T H.273 with the narrow range of video, which icm does not"),
+        ((2, 2, 0, 1), ""),
+        ((1, 13, 0, 1), ""),
+    ],
+)
+def test_unknown_code_points_give_a_notice(tmp_path: Path, depth: type, codes: tuple[int, ...], notice: str) -> None:
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), RGB[..., ::-1].astype(depth) * (np.iinfo(depth).max // 255))
+    image = read_image(add_png_chunks(path, cICP=bytes(codes)))
+    assert (image.rgb == RGB).all()
+    assert image.space == "sRGB"
+    assert len(image.notices) == bool(notice)
+    assert notice in "".join(image.notices)
+
+
+@pytest.mark.parametrize("suffix", ["avif", "heic"])
+def test_code_points_of_avif_and_heic_are_their_colour_space(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.round(encode("Rec.2100-PQ - Display", 2.03) * 255).astype(np.uint8)).save(path, quality=100)
     data = path.read_bytes()
+    at = data.index(b"colrnclx") + 8
+    path.write_bytes(data[:at] + struct.pack(">HH", 9, 16) + data[at + 4 :])
+    image = read_image(path)
+    assert image.space == "Rec.2100-PQ - Display"
+    assert np.abs(image.rgb.astype(int) - RGB).mean() < 6
 
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    more = chunk(b"sRGB", b"\0") if srgb else b""
-    path.write_bytes(data[:33] + more + chunk(b"gAMA", struct.pack(">I", round(1e5 / gamma))) + data[33:])
-    return path
+def test_reports_state_the_colour_space_of_code_points(icm: Icm, scene: Path) -> None:
+    path = scene / "imgs" / "pad.0101.png"
+    add_png_chunks(path, cICP=bytes([9, 16, 0, 1]))
+    assert icm("--report", str(scene / "r.json"), src=path).exit_code == 0
+    assert json.loads((scene / "r.json").read_text())["images"][0]["colorspace"] == "Rec.2100-PQ - Display"
 
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])

@@ -35,6 +35,24 @@ PRIMARIES = {
     (0.680, 0.320, 0.265, 0.690, 0.150, 0.060): "lin_p3d65_scene",
 }
 """Colour space by the chromaticities of an EXR: x and y of red, green and blue."""
+CICP_SPACES = {
+    **{(1, transfer): "g24_rec709_display" for transfer in (1, 6, 14, 15)},
+    (1, 4): "g22_rec709_display",
+    (1, 8): "lin_rec709_scene",
+    (1, 13): SRGB,
+    (9, 8): "lin_rec2020_scene",
+    (9, 16): "pq_rec2020_display",
+    (9, 18): "hlg_rec2020_display",
+    (12, 8): "lin_p3d65_scene",
+    (12, 13): "srgb_p3d65_display",
+    (12, 16): "pq_p3d65_display",
+    (12, 17): "g26_p3d65_display",
+}
+"""Colour space by the codes of ITU-T H.273 for primaries and transfer function."""
+CICP_UNSPECIFIED = 2
+HDR_SPACES = ("pq_rec2020_display", "hlg_rec2020_display", "pq_p3d65_display")
+HDR_WHITE = 2.03
+"""Reference white of HDR, 203 cd/m2 (ITU-R BT.2408), relative to that of sRGB."""
 MAX_STOPS = 30
 ACES = frozenset({"lin_ap0_scene", "lin_ap1_scene"})
 ACES_WHITE = 0.32168, 0.33767
@@ -152,6 +170,32 @@ def find_colour_space(label: str | None, config: str) -> str | None:
     return None if found is None else str(found.getName())
 
 
+@dataclass(frozen=True)
+class CodePoints:
+    """Colour space of a PNG (chunk cICP), AVIF or HEIC (box nclx), by the codes of ITU-T H.273."""
+
+    primaries: int
+    transfer: int
+    is_full_range: bool = True
+    """Whether black is 0 and white the largest value, unlike in video."""
+
+    def find_space(self, config: str) -> tuple[str | None, str]:
+        """Return the configuration's name of the colour space; or None, and the end of a notice.
+
+        The notice is "" if the codes specify nothing.
+        """
+        codes = self.primaries, self.transfer
+        label = CICP_SPACES.get(codes)
+        space = SRGB if label == SRGB else find_colour_space(label, config)
+        if space is not None and self.is_full_range:
+            return space, ""
+        if CICP_UNSPECIFIED in codes:
+            return None, ""
+        what = f"the colour space {self.primaries}/{self.transfer} of ITU-T H.273"
+        what += "" if self.is_full_range else " with the narrow range of video"
+        return None, f"{what}, which icm does not know, and is read as sRGB; give --colorspace if it has another one"
+
+
 def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
     """Return the linear space of an EXR's chromaticities, None if they are unknown.
 
@@ -258,8 +302,9 @@ def _display_processor(path: str, space: str, view: str, exposure: float) -> Any
     linear = "scene_linear"
     group = ocio.GroupTransform()
     group.appendTransform(ocio.ColorSpaceTransform(src=space, dst=linear))
-    if exposure:
-        gain = 2.0**exposure
+    hdr_names = [str(found.getName()) for label in HDR_SPACES if (found := config.getColorSpace(label))]
+    gain = 2.0**exposure / (HDR_WHITE if str(config.getColorSpace(space).getName()) in hdr_names else 1.0)
+    if gain != 1.0:
         group.appendTransform(ocio.MatrixTransform.Scale([gain, gain, gain, 1.0]))
     group.appendTransform(ocio.DisplayViewTransform(src=linear, display=display, view=chosen))
     return config.getProcessor(group).getOptimizedCPUProcessor(

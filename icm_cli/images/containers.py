@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from icm_cli.images.colour import CodePoints
 from icm_cli.images.image_file import ImageFile
 
 JPEG_END = b"\xff\xd9"
@@ -41,6 +42,8 @@ PNG_OPAQUE = frozenset({b"\0", b"\2"})
 """Colour types without alpha and palette: grey and RGB."""
 CRITICAL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
 """Chunks that the pixels depend on. The others hold metadata, which may be damaged."""
+ISOBMFF_PROPERTY_BYTES = 1 << 16
+"""Bytes at the start of an AVIF or HEIC that are searched for its colour space."""
 CHUNKS_BEFORE_GAMMA = frozenset({b"sRGB", b"iCCP", b"cICP"})
 """Chunks that take precedence over gAMA."""
 SRGB_GAMMA = 45455
@@ -89,9 +92,8 @@ def is_deep_png(head: bytes) -> bool:
 def has_unusual_gamma(file: ImageFile) -> bool:
     """Whether a PNG has a gamma that differs from that of sRGB (about 1/2.2).
 
-    A gAMA chunk is ignored if a chunk with precedence over it is present.
-
-    Raises ValueError for a damaged file.
+    A gAMA chunk is ignored if a chunk with precedence over it is present. Raises ValueError for a
+    damaged file.
     """
     gamma = 0
     for name, data in _png_chunks(file, stop_before=b"IDAT"):
@@ -100,6 +102,23 @@ def has_unusual_gamma(file: ImageFile) -> bool:
         if name == b"gAMA" and len(data) == 4:
             gamma = int.from_bytes(data, "big")
     return gamma > 0 and abs(gamma - SRGB_GAMMA) > SRGB_GAMMA // 50
+
+
+def read_code_points(file: ImageFile) -> CodePoints | None:
+    """Return the colour space that a PNG, AVIF or HEIC states by code points; None for other files.
+
+    Raises ValueError for a damaged PNG.
+    """
+    if file.type.name == "png":
+        for name, data in _png_chunks(file, stop_before=b"IDAT"):
+            if name == b"cICP" and len(data) == 4:
+                return CodePoints(data[0], data[1], bool(data[3]))
+    if file.type.name in ("avif", "heic"):
+        _, _, codes = file.stream.read(ISOBMFF_PROPERTY_BYTES).partition(b"colrnclx")
+        if len(codes) >= 7:
+            primaries, transfer = struct.unpack_from(">HH", codes)
+            return CodePoints(primaries, transfer)  # decoders expand the range
+    return None
 
 
 def check_png_pixels(file: ImageFile) -> None:

@@ -271,8 +271,13 @@ def _decode_with_pillow(
             image.seek(frame)
         image.load()
         orientation, profile = _exif_orientation(image), image.info.get("icc_profile")
-        space = wanted.space if wanted.space != "auto" else colour.SRGB
-        alpha, notices = None, []
+        space, notices = wanted.space, []
+        if space == "auto":
+            found, notice = _space_of_code_points(file, profile, wanted.config)
+            profile = None if found else profile
+            space = found or colour.SRGB
+            notices += [f"{file.path} has {notice}"] if notice else []
+        alpha = None
         colours: Image.Image = image
         if image.has_transparency_data:
             colours = image.convert("RGBA")
@@ -322,6 +327,18 @@ def _is_grey_palette(palette: NDArray[Any], used: NDArray[Any]) -> bool:
         if is_grey and (has_ends or (colours is palette and (colours != colours[0]).any())):
             return True
     return False
+
+
+def _space_of_code_points(file: ImageFile, profile: bytes | None, config: str) -> tuple[str | None, str]:
+    """Return the colour space that a PNG, AVIF or HEIC states by code points, or None and a notice.
+
+    In a PNG they have precedence over an ICC profile, in AVIF and HEIC the profile has.
+    """
+    code_points = containers.read_code_points(file)
+    if code_points is None or (profile and file.type.name != "png"):
+        return None, ""
+    space, notice = code_points.find_space(config)
+    return space, "" if profile else notice
 
 
 def _size_by_pillow(file: ImageFile, frame: int) -> tuple[int, int]:

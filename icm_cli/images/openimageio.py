@@ -121,12 +121,14 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
     if values.dtype == np.float32 and not np.isfinite(pixels).all():
         notices.append(f"{path} has pixels that are NaN or infinite; they are set to 0")
         pixels = np.nan_to_num(pixels, nan=0.0, posinf=0.0, neginf=0.0)
-    space = wanted.space if wanted.space != "auto" else _file_colour_space(spec, file.type, wanted.config)
+    profile, space = spec.getattribute("ICCProfile"), wanted.space
+    if space == "auto":
+        space, notice = _file_colour_space(spec, file.type, wanted.config)
+        notices += [f"{path} has {notice}"] if notice and profile is None else []
     notices += _check_range(path, pixels, scale, space, wanted)
-    profile = spec.getattribute("ICCProfile")
     if profile is None and wanted.space == "auto" and space == colour.SRGB and (gamma := _file_gamma(spec)):
         notices.append(f"{path} has a gamma of {gamma:.4g}, which matches no known colour space; it is read as sRGB")
-    if profile is not None and wanted.space == "auto":
+    if profile is not None and wanted.space == "auto" and (file.type.name != "png" or space == colour.SRGB):
         eight = _to_8_bits(pixels, scale)
         converted = colour.to_srgb(Image.fromarray(eight if eight.shape[-1] == 3 else eight[..., 0]), bytes(profile))
         if converted is None:
@@ -244,15 +246,22 @@ def _file_gamma(spec: Any) -> float | None:
     return float(gamma) if isinstance(gamma, float) else None
 
 
-def _file_colour_space(spec: Any, file_type: FileType, config: str) -> str:
-    """Return the colour space that a file is labelled with, else the usual one of its format."""
+def _file_colour_space(spec: Any, file_type: FileType, config: str) -> tuple[str, str]:
+    """Return the colour space that a file is labelled with, else the usual one of its format.
+
+    A notice about unknown code points is returned with it.
+    """
+    codes = spec.getattribute("CICP")
+    if codes is not None:
+        found, notice = colour.CodePoints(codes[0], codes[1], bool(codes[3])).find_space(config)
+        return found or colour.SRGB, notice
     for key in ("colorInteropID", "oiio:ColorSpace"):
         label = spec.getattribute(key)
         if label in ("srgb_rec709_scene", "srgb_rec709_display"):
-            return colour.SRGB
+            return colour.SRGB, ""
         if found := colour.find_colour_space(label, config):
-            return found
+            return found, ""
     primaries = spec.getattribute("chromaticities")
     if primaries is not None and (found := colour.space_of_primaries(tuple(primaries))):
-        return colour.find_colour_space(found, config) or found
-    return colour.LINEAR if file_type.name in _SCENE_LINEAR_FORMATS else colour.SRGB
+        return colour.find_colour_space(found, config) or found, ""
+    return colour.LINEAR if file_type.name in _SCENE_LINEAR_FORMATS else colour.SRGB, ""
