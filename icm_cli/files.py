@@ -46,6 +46,17 @@ WriteCheck: TypeAlias = Callable[[], None]
 """Function that raises an error if a file must not be replaced."""
 FileIdentity: TypeAlias = tuple[int, int, int]
 """Number, size and modification time of a file, which change if it is replaced or written."""
+JSON_TYPES = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+"""Names of the types of JSON values. A boolean is not an integer."""
+
 SkippedPaths: TypeAlias = dict[str, list[Path]]
 """Paths that a walk skips, by reason: files, links to folders, and folders that cannot be read."""
 RETRY_DELAYS_S = (0.1, 0.4, 1.0)
@@ -398,21 +409,49 @@ def write_json(path: Path, value: object) -> None:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
-def read_json(path: Path, kind: str, expected: str) -> Any:
-    """Return the content of a JSON file in UTF-8, UTF-16 or UTF-32.
+def read_json(path: Path, kind: str, shape: Any, expected: str) -> Any:
+    """Return the content of a JSON file that has this shape.
 
-    Raises UsageError, which names the ``kind`` of file and what was ``expected``.
+    A shape is a type, a tuple of types, ``[shape]`` for a list, or a dict with a shape for each key.
+    A key that ends in "?" is optional, and the key "*" stands for all keys.
+
+    Raises UsageError, which names the ``kind`` of file, the first wrong value and what was ``expected``.
     """
     try:
         if not path.is_file():
-            state = "is not a file" if path.exists() else "does not exist"
-            raise UsageError(f"{kind} {path} {state}; {expected}")
-        return json.loads(path.read_bytes())
+            raise UsageError(f"{kind} {path} {'is not a file' if path.exists() else 'does not exist'}; {expected}")
+        content = json.loads(path.read_bytes())
+        _check_shape(content, shape, "")
     except RecursionError as error:
-        raise UsageError(f"{kind} {path} cannot be read (it is nested too deeply); {expected}") from error
+        raise UsageError(f"{kind} {path} cannot be read: it is nested too deeply; {expected}") from error
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{kind} {path} cannot be read ({reason}); {expected}") from error
+        raise UsageError(
+            f"{kind} {path} cannot be read: {getattr(error, 'strerror', 0) or error}; {expected}"
+        ) from error
+    return content
+
+
+def format_json(value: Any) -> str:
+    """Return a value as JSON for messages, truncated if it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
+
+
+def _check_shape(value: Any, shape: Any, name: str) -> None:
+    """Raise ValueError if a JSON value does not have the shape; see :func:`read_json`."""
+    kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
+    if type(value) not in kinds:
+        types = " or ".join(JSON_TYPES[each] for each in kinds)
+        raise ValueError(f"{name or 'its content'} is {format_json(value)} instead of {types}")
+    if isinstance(shape, list):
+        for number, each in enumerate(value):
+            _check_shape(each, shape[0], f"{name}[{number}]")
+    for key, inner in shape.items() if isinstance(shape, dict) else ():
+        required = key.removesuffix("?")
+        if key == required != "*" and key not in value:
+            raise ValueError(f"{name}.{key}".lstrip(".") + " is missing")
+        for found in value if key == "*" else [required] if required in value else []:
+            _check_shape(value[found], inner, f"{name}.{found}".lstrip("."))
 
 
 def check_path(text: str | Path, name: str) -> None:

@@ -20,7 +20,7 @@ from icm_cli.datasets.groups import GroupMetadata, Sample
 from icm_cli.errors import UsageError
 from icm_cli.evaluation.rounds import read_references_file
 from icm_cli.reports.report import Report
-from icm_cli.reports.result import DatasetEntry, ImageEvaluation, ImageResult, Scores
+from icm_cli.reports.result import METRICS, DatasetEntry, ImageEvaluation, ImageResult, Scores
 
 PROTOCOL = {
     "dataset": "folder",
@@ -92,13 +92,13 @@ def change(report: dict[str, Any], path: str, value: Any) -> str:
         ("settings.protocol", [1], "settings.protocol is [1] instead of an object"),
         ("settings.protocol", ..., "icm matte without --gt"),
         ("settings.protocol.rounds", {"a": 1}, "settings.protocol.rounds is"),
-        ("settings.protocol.regions", [3], "settings.protocol.regions is 3 instead of a string"),
+        ("settings.protocol.regions", [3], "settings.protocol.regions[0] is 3 instead of a string"),
         ("settings.learn_steps", "abc", 'learn_steps is "abc" instead of an integer'),
         ("settings.shot", 3, "settings.shot is 3"),
         ("summary", None, "summary is null instead of an object"),
         ("summary.complete", "yes", 'summary.complete is "yes" instead of true or false'),
-        ("references", 3, "references is not a list"),
-        ("references", [{"g": "c"}], "references is not a list"),
+        ("references", 3, "references is 3 instead of a list"),
+        ("references", [{"g": "c"}], 'references[0].g is "c" instead of a list'),
         ("images", {"a": 1}, 'images is {"a": 1} instead of a list'),
         ("images.1", 3, "images[1] is 3"),
         ("images.1.name", ["x"], 'images[1].name is ["x"]'),
@@ -108,7 +108,7 @@ def change(report: dict[str, Any], path: str, value: Any) -> str:
         ("images.1.name", "a", 'images[1] repeats image "a"'),
         ("images.1.scores", [], "images[1].scores is []"),
         ("images.1.scores.whole", None, "images[1].scores.whole is null"),
-        ("images.1.scores.hole", {}, 'has the region "hole"; expected whole or unknown'),
+        ("images.1.scores.hole", dict.fromkeys(METRICS, 0), 'has the region "hole"; expected whole or unknown'),
         ("images.1.scores.whole.mse", "0", 'images[1].scores.whole.mse is "0" instead of an integer or a number'),
         ("images.1.scores.whole.mse", float("nan"), "images[1].scores.whole.mse is NaN"),
         ("images.1.scores.whole.mse", 10**400, "images[1].scores.whole.mse is 1000"),
@@ -121,7 +121,7 @@ def change(report: dict[str, Any], path: str, value: Any) -> str:
 def test_wrong_value_is_named(good: Path, tmp_path: Path, path: str, value: Any, message: str) -> None:
     (tmp_path / "bad.json").write_text(change(make_report(), path, value))
     for pair in ((good, tmp_path / "bad.json"), (tmp_path / "bad.json", good)):
-        assert_refused(compare(*pair), "bad.json", message, "expected a JSON report of icm eval; write it again")
+        assert_refused(compare(*pair), "bad.json", message, "; expected a JSON report of icm eval; write it again")
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,17 @@ def test_file_that_is_no_report_is_refused(good: Path, tmp_path: Path, content: 
     assert_refused(compare(good, tmp_path / "bad.json"), "bad.json", "expected a JSON report of icm eval")
 
 
-@pytest.mark.parametrize("name", ["none.json", "folder", "x" * 300])
-def test_path_without_a_report_is_refused(good: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.json", "none.json does not exist; expected a JSON report of icm eval"),
+        ("folder", "folder is not a file; expected a JSON report of icm eval"),
+        ("x" * 300, "too long"),
+    ],
+)
+def test_path_without_a_report_is_refused(good: Path, tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "folder").mkdir()
-    assert_refused(compare(good, tmp_path / name), name, "expected a JSON report of icm eval")
+    assert_refused(compare(good, tmp_path / name), message)
 
 
 def test_report_of_another_command_is_refused(good: Path, tmp_path: Path) -> None:
@@ -195,7 +202,7 @@ def damaged(draw: st.DrawFn, content: Any) -> bytes:
         parent, key = draw(st.sampled_from(places))
         action = draw(st.sampled_from(["replace", "remove", "duplicate"]))
         if action == "replace":
-            parent[key] = draw(VALUES)
+            parent[key] = copy.deepcopy(draw(VALUES))
         elif action == "remove":
             del parent[key]
         elif isinstance(parent, list):

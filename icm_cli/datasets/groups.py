@@ -20,6 +20,7 @@ GROUP_FIELDS = ("class", "sub_class", "HalfOrFull")
 """Metadata fields that form the name of a group. Null values are omitted."""
 CATEGORY_FIELDS = {"class": "class", "type": "type", "TransparentOrOpaque": "opacity", "source": "source"}
 """Metadata fields for which reports have a table, and the names of the tables."""
+GROUPS_SHAPE = {"*": {"class": str, **{f"{key}?": (str, type(None)) for key in (*GROUP_FIELDS, *CATEGORY_FIELDS)}}}
 EXPECTED_GROUPS = (
     'expected a JSON object such as {"cat_01": {"class": "cat", "sub_class": null, "HalfOrFull": "full", '
     '"type": "instance"}}; "type": "video" marks frames of a video'
@@ -78,15 +79,11 @@ class GroupMetadata:
     @classmethod
     def read_file(cls, path: Path) -> GroupMetadata:
         """Read a metadata file. Raises UsageError if its format is wrong."""
-        entries = read_json(path, "groups file", EXPECTED_GROUPS)
-        if not isinstance(entries, dict) or not entries:
+        entries = read_json(path, "groups file", GROUPS_SHAPE, EXPECTED_GROUPS)
+        if not entries:
             raise UsageError(f"groups file {path} names no images; {EXPECTED_GROUPS}")
-        for name, entry in entries.items():
-            if not isinstance(entry, dict) or not entry.get("class"):
-                raise UsageError(f"groups file {path}: {name!r} has no class; {EXPECTED_GROUPS}")
-            for key in {*GROUP_FIELDS, *CATEGORY_FIELDS}:
-                if not isinstance(entry.get(key), str | None):
-                    raise UsageError(f"groups file {path}: {key} of {name!r} is not a string; {EXPECTED_GROUPS}")
+        if without := [name for name, entry in entries.items() if not entry["class"]]:
+            raise UsageError(f"groups file {path}: {without[0]!r} has no class; {EXPECTED_GROUPS}")
         return cls(f"groups file {path}", entries)
 
     def assign_groups(self, samples: Iterable[Sample]) -> tuple[list[Sample], list[Problem]]:

@@ -15,7 +15,7 @@ from icm_cli.datasets.groups import Sample
 from icm_cli.datasets.registry import ONE_GROUP
 from icm_cli.errors import Problem, UsageError
 from icm_cli.files import read_json, write_json
-from icm_cli.reports.report import parse_references
+from icm_cli.reports.report import REFERENCES_SHAPE
 
 ReferenceRounds = list[dict[str, list[str]]]
 """For every round, the names of the references by group."""
@@ -77,12 +77,8 @@ def read_references_file(path: Path, groups: Mapping[str, Sequence[Sample]]) -> 
     """
     problems: dict[str, Problem] = {}
     rounds: ReferenceRounds = []
-    content = read_json(path, "references file", EXPECTED_REFERENCES)
-    try:
-        names_by_round = parse_references(content["references"])
-    except (TypeError, LookupError, ValueError) as error:
-        raise UsageError(f"references file {path} has the wrong format; {EXPECTED_REFERENCES}") from error
-    for names_by_group in names_by_round:
+    shape = {"references": REFERENCES_SHAPE}
+    for names_by_group in read_json(path, "references file", shape, EXPECTED_REFERENCES)["references"]:
         references: dict[str, list[str]] = {}
         for group, names in names_by_group.items():
             group_names = {sample.name for sample in groups.get(group, ())}

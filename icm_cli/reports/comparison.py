@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from icm_cli.errors import UsageError
-from icm_cli.files import read_json
+from icm_cli.files import format_json, read_json
 from icm_cli.options import Region
-from icm_cli.reports.report import SCHEMA_VERSION, parse_references
+from icm_cli.reports.report import REFERENCES_SHAPE, SCHEMA_VERSION
 from icm_cli.reports.result import METRICS, REGIONS
 
 ImageKey = tuple[int, str]
-Scores = dict[Region, dict[ImageKey, dict[str, float]]]
+Scores = dict[Region, dict[ImageKey, Mapping[str, float]]]
 PROTOCOL_KEYS = ("dataset", "split", "regions", "size", "metric_variant", "unknown_region", "rounds", "refs_per_group")
 EXPECTED_REPORT = "expected a JSON report of icm eval; write it again with icm eval ... --report FILE.json"
+NONE = type(None)
+REPORT_SHAPE = {
+    "schema_version?": int,
+    "settings": {
+        "protocol?": {
+            "regions?": [str],
+            **{f"{key}?": (str, int, NONE) for key in (*PROTOCOL_KEYS, "lineage") if key != "regions"},
+        },
+        "shot?": (bool, NONE),
+        "learn_steps?": (int, NONE),
+    },
+    "references?": REFERENCES_SHAPE,
+    "summary?": {"complete?": bool},
+    "images": [
+        {"round?": int, "name?": str, "source?": str, "scores?": {"*": dict.fromkeys(METRICS, (int, float))}},
+    ],
+}
 MAX_SCORE = 1e15
 MAX_ROUND = 10**6
-MAX_VALUE_CHARACTERS = 200
-"""Longer values are truncated in messages."""
 
 
 @dataclass(frozen=True)
@@ -122,115 +136,51 @@ def _differences(kind: str, first: Mapping[str, Any], second: Mapping[str, Any])
 
 
 def _format_value(value: Any) -> str:
-    return _truncate(", ".join(value) if isinstance(value, list) else str(value))
-
-
-def _format_json(value: Any) -> str:
-    return _truncate(json.dumps(value))
-
-
-def _truncate(text: str) -> str:
-    return text if len(text) <= MAX_VALUE_CHARACTERS else f"{text[:MAX_VALUE_CHARACTERS]}..."
+    return format_json(", ".join(value) if isinstance(value, list) else value).strip('"')
 
 
 def _read_report(path: Path) -> _ScoredReport:
     """Read and check a report. Raises UsageError that names the first wrong value."""
-    content = read_json(path, "report", EXPECTED_REPORT)
+    content = read_json(path, "report", REPORT_SHAPE, EXPECTED_REPORT)
+    settings = content["settings"]
     try:
-        return _parse_report(content)
-    except (ValueError, RecursionError) as error:
+        if not 1 <= (version := content.get("schema_version", 1)) <= SCHEMA_VERSION:
+            raise ValueError(
+                f"schema_version is {format_json(version)}, but this version of icm reads 1..{SCHEMA_VERSION}; use "
+                "the version of icm that wrote it"
+            )
+        if (protocol := settings.get("protocol")) is None:
+            raise ValueError("it has no scores, like a report of icm matte without --gt")
+        scores = _collect_scores(content["images"])
+    except ValueError as error:
         raise UsageError(f"report {path} cannot be compared: {error}; {EXPECTED_REPORT}") from error
-
-
-def _parse_report(content: Any) -> _ScoredReport:
-    _check_type(content, "its content", dict)
-    if not 1 <= (version := _take(content, "schema_version", int, default=1)) <= SCHEMA_VERSION:
-        raise ValueError(
-            f"schema_version is {_format_json(version)}, but this version of icm reads 1..{SCHEMA_VERSION}; use the "
-            "version of icm that wrote it"
-        )
-    settings = _take(content, "settings", dict)
-    if "protocol" not in settings:
-        raise ValueError("it has no scores, like a report of icm matte without --gt")
-    protocol = _take(settings, "protocol", dict, where="settings.")
-    if "lineage" in protocol:  # its name in version 1
-        protocol = {"metric_variant": protocol["lineage"], **protocol}
-    protocol = {
-        key: _take(protocol, key, str, int, list, type(None), default=None, where="settings.protocol.")
-        for key in PROTOCOL_KEYS
-    }
-    for key, value in protocol.items():
-        for item in value if isinstance(value, list) else ():
-            _check_type(item, f"settings.protocol.{key}", str)
+    protocol = {"metric_variant": protocol.get("lineage"), **protocol}  # its name in version 1
     return _ScoredReport(
-        protocol,
-        {
-            "shot": bool(_take(settings, "shot", bool, type(None), default=None, where="settings.")),
-            "learn_steps": _take(settings, "learn_steps", int, type(None), default=None, where="settings.") or 0,
-        },
-        parse_references(content.get("references", [])),
-        _take(_take(content, "summary", dict, default={}), "complete", bool, default=True, where="summary."),
-        _parse_scores(_take(content, "images", list)),
+        {key: protocol.get(key) for key in PROTOCOL_KEYS},
+        {"shot": bool(settings.get("shot")), "learn_steps": settings.get("learn_steps") or 0},
+        content.get("references", []),
+        content.get("summary", {}).get("complete", True),
+        scores,
     )
 
 
-def _parse_scores(images: list[Any]) -> Scores:
+def _collect_scores(images: Sequence[Mapping[str, Any]]) -> Scores:
+    """Return the scores of all images. Raises ValueError for a wrong round, name, region or score."""
     scores: Scores = {region: {} for region in REGIONS}
     for number, image in enumerate(images):
-        where = f"images[{number}]"
-        _check_type(image, where, dict)
-        round_number = _take(image, "round", int, default=0, where=f"{where}.")
-        if not 0 <= round_number <= MAX_ROUND:
-            raise ValueError(f"{where}.round is {_format_json(round_number)}; expected 0..{MAX_ROUND}")
-        name = _take(image, "name", str, default="", where=f"{where}.") or _take(
-            image, "source", str, where=f"{where}."
-        )
-        for region, metrics in _take(image, "scores", dict, default={}, where=f"{where}.").items():
+        where, key = f"images[{number}]", (image.get("round", 0), image.get("name") or image.get("source", ""))
+        if not 0 <= key[0] <= MAX_ROUND:
+            raise ValueError(f"{where}.round is {format_json(key[0])}; expected 0..{MAX_ROUND}")
+        for region, metrics in image.get("scores", {}).items():
             if region not in REGIONS:
                 raise ValueError(
-                    f"{where}.scores has the region {_format_json(region)}; expected {' or '.join(REGIONS)}"
+                    f"{where}.scores has the region {format_json(region)}; expected {' or '.join(REGIONS)}"
                 )
-            by_image = scores[cast(Region, region)]
-            if (round_number, name) in by_image:
-                raise ValueError(f"{where} repeats image {_format_json(name)} of round {round_number}")
-            by_image[round_number, name] = _parse_metrics(metrics, f"{where}.scores.{region}")
+            if key in scores[region]:
+                raise ValueError(f"{where} repeats image {format_json(key[1])} of round {key[0]}")
+            for metric in METRICS:
+                if not 0 <= metrics[metric] <= MAX_SCORE:  # also true for NaN
+                    score = format_json(metrics[metric])
+                    raise ValueError(f"{where}.scores.{region}.{metric} is {score}; expected a number of 0 or more")
+            scores[region][key] = metrics
     return scores
-
-
-def _parse_metrics(metrics: Any, where: str) -> dict[str, float]:
-    _check_type(metrics, where, dict)
-    values = {metric: _take(metrics, metric, int, float, where=f"{where}.") for metric in METRICS}
-    for metric, value in values.items():
-        if not 0 <= value <= MAX_SCORE:  # also false for NaN
-            raise ValueError(f"{where}.{metric} is {_format_json(value)}; expected a number of 0 or more")
-    return values
-
-
-_REQUIRED: Any = object()
-
-
-def _take(parent: Mapping[str, Any], key: str, *types: type, default: Any = _REQUIRED, where: str = "") -> Any:
-    """Return a value, which must be of one of the JSON types. Raises ValueError."""
-    value = parent.get(key, default)
-    if value is _REQUIRED:
-        raise ValueError(f"{where}{key} is missing")
-    _check_type(value, f"{where}{key}", *types)
-    return value
-
-
-TYPE_NAMES = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}
-
-
-def _check_type(value: Any, name: str, *types: type) -> None:
-    """Raise ValueError if a value is of none of the types. A boolean is not an integer."""
-    if type(value) not in types:
-        expected = " or ".join(TYPE_NAMES[each] for each in types)
-        raise ValueError(f"{name} is {_format_json(value)} instead of {expected}")

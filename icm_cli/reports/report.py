@@ -21,6 +21,8 @@ from icm_cli.options import Region
 from icm_cli.reports.means import Means, ShotScores, compute_means, compute_shot_scores
 from icm_cli.reports.result import ImageResult, Status
 
+REFERENCES_SHAPE = [{"*": [str]}]
+"""Shape of the references in JSON: for every round, the names of the references by group."""
 PREVIEW_PX = 420
 """Long side of the images on pages and contact sheets."""
 SCHEMA_VERSION = 2
@@ -177,15 +179,3 @@ def _to_json(value: Any) -> Any:
 def shrink_image(image: ImageU8, long_side_px: int) -> ImageU8:
     """Scale an image down to at most this long side."""
     return resize(image, downscaled_size(image.shape[:2], long_side_px))
-
-
-def parse_references(value: Any) -> list[dict[str, list[str]]]:
-    """Return the names of the references by group, for every round, from JSON. Raises ValueError."""
-    is_valid = isinstance(value, list) and all(
-        isinstance(groups, dict)
-        and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in groups.values())
-        for groups in value
-    )
-    if not is_valid:
-        raise ValueError("references is not a list of objects that list the names of each group")
-    return list(value)
