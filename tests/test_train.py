@@ -121,8 +121,8 @@ class TestRecordedRun:
     """A run folder of two steps, written by commit 4c0bcdb (version 0.1).
 
     It was trained with ``golden/recorded_run/train.yaml`` on the dataset of conftest in the working directory, with
-    ``--device cpu --workers 0``. Since then, keys and tensors were renamed in the recorded files, and model settings
-    that did not exist were added with their defaults.
+    ``--device cpu --workers 0``. Since then, keys and tensors were renamed in the recorded files, model settings that
+    did not exist were added with their defaults, and the digest of the weights was replaced by that of 0.2.0.
     """
 
     @pytest.fixture
