@@ -68,6 +68,8 @@ def write_images(folder: Path, rgb: np.ndarray) -> list[str]:
         assert file.open(str(folder / name), spec), file.geterror()
         file.write_image(rgb.astype(np.float32) / np.float32(255))
         file.close()
+    image.save(folder / "two.jp2")
+    image.save(folder / "three.j2k")
     image.save(folder / "pages.tif", save_all=True, append_images=[image])
     (folder / "no_suffix").write_bytes((folder / "jpg_8.jpg").read_bytes())
     return sorted(path.name for path in folder.iterdir())

@@ -51,6 +51,8 @@ SRGB_GAMMA = 45455
 INFLATED_BYTES = 1 << 20
 """Number of bytes that are inflated at a time."""
 
+JPEG2000_SIZES, JPEG2000_COMPONENTS_OFFSET = b"\xff\x4f\xff\x51", 40
+"""Markers at the start of a codestream, and the offset of the number of components from there."""
 BMP_BITS_OFFSET, BMP_COLOURS_OFFSET = 28, 46
 PNM_HEADER = re.compile(rb"P[2356](?:\s+|#[^\n]*\n)+(?:\d+(?:\s+|#[^\n]*\n)+){2}(\d+)")
 """Header of a PGM or PPM; the group is its value of white."""
@@ -164,6 +166,13 @@ def is_black_and_white_bmp(head: bytes) -> bool:
     return (
         header_bytes >= 40 and bits in (4, 8) and colours == 2 and palette[:3] + palette[4:7] == bytes(3) + b"\xff" * 3
     )
+
+
+def may_have_jpeg2000_alpha(head: bytes) -> bool:
+    """Whether a JPEG 2000 has 2 or more than 3 components, or too much metadata to find out."""
+    at = head.find(JPEG2000_SIZES)
+    components = head[at + JPEG2000_COMPONENTS_OFFSET :][:2] if at >= 0 else b""
+    return components not in (b"\0\1", b"\0\3")
 
 
 def tiff_grey_white(file: ImageFile) -> int | None:

@@ -71,6 +71,8 @@ def _may_have_straight_alpha(file: ImageFile) -> bool:
         return containers.has_png_alpha(file)
     if file.type.name == "tiff":
         return containers.has_tiff_extra_samples(file)
+    if file.type.name == "jpeg2000":
+        return containers.may_have_jpeg2000_alpha(file.head)
     if file.type.name == "dpx":
         return file.head[DPX_DESCRIPTOR_OFFSET : DPX_DESCRIPTOR_OFFSET + 1] != DPX_RGB
     return file.type.name not in _WITHOUT_STRAIGHT_ALPHA
