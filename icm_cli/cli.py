@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from icm_cli.environment import resource_errors
 from icm_cli.errors import IcmError
+from icm_cli.files import describe_os_error, is_system_error
 from icm_cli.options import EvaluateOptions, MatteOptions, TrainOptions
 from icm_cli.options.definition import OptionField, Options, Panel
 from icm_cli.signals import Interrupt
@@ -147,13 +148,20 @@ def _exit_codes(progress: str, is_verbose: bool, rerun_hint: str = RERUN_HINT) -
         try:
             with resource_errors("icm was running"):
                 yield
-        except IcmError as error:
+        except (IcmError, OSError) as error:
+            if isinstance(error, OSError) and not (error.filename and is_system_error(error)):
+                raise
+            message, exit_code = str(error), IcmError.exit_code
+            if isinstance(error, OSError):
+                message = f"{error.filename} cannot be accessed: {describe_os_error(error)}"
+            else:
+                exit_code = error.exit_code
             if is_verbose:
                 import traceback
 
                 traceback.print_exc()
-            print_error(progress, str(error), error.exit_code)
-            raise typer.Exit(error.exit_code) from None
+            print_error(progress, message, exit_code)
+            raise typer.Exit(exit_code) from None
         except KeyboardInterrupt:
             print_error(progress, f"interrupted; {rerun_hint}", interrupt.exit_code)
             raise typer.Exit(interrupt.exit_code) from None

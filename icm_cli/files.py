@@ -497,6 +497,8 @@ def walk_files(folder: Path, skipped: SkippedPaths, trees: Sequence[str] = ()) -
     trees = (*trees, os.path.realpath(folder))
 
     def report_unreadable(error: OSError) -> None:
+        if is_transient(error):  # the images in it are expected to be matted
+            raise error
         skipped.setdefault(UNREADABLE, []).append(Path(error.filename))
 
     for parent, folders, files in os.walk(folder, onerror=report_unreadable):

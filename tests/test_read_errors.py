@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import DEMO, shrink
+from conftest import DEMO, Icm, shrink
 
 from icm_cli import files
 from icm_cli.errors import FileAccessError, ImageError
@@ -160,3 +160,26 @@ def test_stale_handle_is_opened_again_where_it_was(tmp_path: Path, monkeypatch: 
         with pytest.raises(ImageError, match="was replaced while it was read; run the same command again"):
             file.readall()
         os.close(stale)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_sources_on_a_drive_that_fails_end_the_run_with_one_message(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    scan = os.scandir
+
+    def fail_to_scan(path: str) -> object:
+        if "drive" in str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return scan(path)
+
+    (scene / "imgs" / "drive").mkdir()
+    monkeypatch.setattr(os, "scandir", fail_to_scan)
+    result = icm()
+    if number == errno.EACCES:
+        assert result.exit_code == 0
+        assert "drive skipped: a folder that cannot be read" in result.output
+    else:
+        assert result.exit_code == 3
+        assert "drive cannot be accessed: Input/output error; the drive or the network did not" in result.output

@@ -114,6 +114,12 @@ class ReopeningFile(io.FileIO):
         self._path = path
         self._state = _size_and_time(os.fstat(self.fileno()))
 
+    def seekable(self) -> bool:
+        return True  # FileIO finds out by a call that may fail
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return retry_transient(lambda: super(ReopeningFile, self).seek(offset, whence))
+
     def readinto(self, buffer: Any, /) -> int:
         return self._retry(lambda: super(ReopeningFile, self).readinto(buffer))
 
@@ -121,7 +127,7 @@ class ReopeningFile(io.FileIO):
         return self._retry(super().readall)
 
     def _retry(self, read: Callable[[], Result]) -> Result:
-        position = self.tell()
+        position = self.seek(0, os.SEEK_CUR)
 
         def read_or_reopen() -> Result:
             try:

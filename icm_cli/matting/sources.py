@@ -143,7 +143,7 @@ def _find_files(src: str | Path, skipped_files: SkippedFiles) -> Sources:
         raise UsageError(f"the source is empty; {EXPECTED_SOURCE}")
     if text == "-":
         return _read_list(_read_standard_input(), "standard input", skipped_files)
-    if path.is_dir():
+    if retry_transient(path.is_dir):
         skipped: SkippedPaths = {}
         return _keep_images(path, list(walk_files(path, skipped)), skipped, skipped_files)
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
