@@ -180,8 +180,9 @@ def error_for_failed_write(path: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENAMETOOLONG, errno.EISDIR, errno.EILSEQ):
         reason = f"{error.strerror}; the file system does not accept this name; choose other names with --name"
         return FileWriteError(f"{path} cannot be written: {reason}")
-    reason = describe_os_error(error)
-    if reason in (error.strerror, str(error)):  # without advice
+    is_file_in_the_way = error.errno in (errno.EEXIST, errno.ENOTDIR)
+    reason = "a file has the name of its folder" if is_file_in_the_way else describe_os_error(error)
+    if is_file_in_the_way or reason in (error.strerror, str(error)):  # without advice
         reason += "; give an output location that you can write to"
     return FileWriteError(f"{path} cannot be written: {reason}")
 
@@ -220,7 +221,8 @@ def check_would_be_writable(folder: Path) -> None:
 def remove_stale_temporaries(folder: Path) -> int:
     """Remove temporary files of dead processes from ``folder`` itself; return their number."""
     removed = 0
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"):
+    for name in glob.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}", root_dir=folder):
+        path = folder / name
         with contextlib.suppress(OSError):
             if _is_stale(path):
                 path.unlink()
@@ -454,13 +456,23 @@ def _check_shape(value: Any, shape: Any, name: str) -> None:
             _check_shape(value[found], inner, f"{name}.{found}".lstrip("."))
 
 
+def shorten(text: str) -> str:
+    """Return the start of a wrong value for a message."""
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
+
+
+def is_file(path: str | Path) -> bool:
+    """Return whether a path is a file; False for a path that cannot be one, such as a name that is too long."""
+    return os.path.isfile(path)  # noqa: PTH113  Path.is_file raises errors
+
+
 def check_path(text: str | Path, name: str) -> None:
     """Raise UsageError for a text that is no path on any drive.
 
     ``name``: the option whose value it is, for the message.
     """
     text = str(text)
-    short = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
+    short = shorten(text)
     try:
         data = os.fsencode(text)
     except UnicodeEncodeError as error:

@@ -254,3 +254,111 @@ def test_output_that_cannot_be_read_is_not_replaced(icm: Icm, scene: Path, monke
     assert f"{scene}/out/wall.png cannot be read: Permission denied" in result.stderr
     after = alphas(scene / "out")
     assert [name for name in before if after[name] == before[name]] == ["wall.png"]
+
+
+STOPS: dict[str, tuple[int, str, Callable[[Path], dict[str, object]]]] = {
+    "foreign file": (2, "was not made by icm", lambda scene: put(scene / "out" / "wall.png", scene / "mask.png")),
+    "weights": (3, "--weights is", lambda scene: {"model": None, "weights": scene / "imgs"}),
+    "edges": (3, "are not on this machine", lambda _: {"edges": "vitmatte", "offline": ""}),
+    "report folder": (3, "a file has the name of its folder", lambda scene: {"report": scene / "ref.png" / "r.csv"}),
+    "output folder": (3, "a file has the name of its folder", lambda scene: {"out": scene / "ref.png" / "out"}),
+    "truth": (2, "ground truth folder", lambda scene: {"gt": scene / "none"}),
+    "device": (3, "is unknown", lambda _: {"device": "gpu"}),
+    "learning": (2, "--learn-steps", lambda _: {"learn_steps": 9}),
+}
+
+
+def put(path: Path, source: Path) -> dict[str, object]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, path)
+    return {}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_dry_run_stops_where_the_run_stops(icm: Icm, scene: Path, name: str) -> None:
+    code, message, prepare = STOPS[name]
+    options = prepare(scene)
+    flags = ["--offline"] if options.pop("offline", None) == "" else []
+    before = alphas(scene)
+    results = [icm(*flags, *extra, **options) for extra in (["--dry-run"], [])]  # type: ignore[arg-type]
+    for result in results:
+        assert result.exit_code == code, result.output
+        assert message in result.stderr
+    assert results[0].stderr == results[1].stderr
+    assert alphas(scene) == before
+
+
+def test_dry_run_counts_alphas(icm: Icm, scene: Path) -> None:
+    assert "icm: 3 image(s): 3 new, 0 to be recomputed, 0 kept" in icm("--dry-run").stderr
+    assert not (scene / "out").exists()
+    icm(src=scene / "imgs" / "wall.jpg")
+    icm("--overwrite", src=scene / "imgs" / "pad.0101.png", seed=5)
+    before = alphas(scene / "out")
+    result = icm("--dry-run")
+    assert "icm: 3 image(s): 1 new, 1 to be recomputed, 1 kept, 0 that cannot be read" in result.stderr
+    assert "icm: 3 image(s): 1 new, 2 to be recomputed, 0 kept" in icm("--dry-run", "--overwrite").stderr
+    assert "icm: 3 image(s): 1 new, 0 to be recomputed, 2 kept" in icm("--dry-run", "--keep-existing").stderr
+    assert alphas(scene / "out") == before
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENAMETOOLONG, errno.EROFS, errno.EIO, errno.ESTALE]
+)
+@pytest.mark.parametrize("step", ["mkdir", "open", "replace"])
+def test_output_that_cannot_be_written_fails_alone(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, number: int, step: str
+) -> None:
+    """Whether its folder, its temporary file or its final name is refused."""
+    monkeypatch.setattr("icm_cli.files.RETRY_DELAYS_S", (0.01, 0.01))
+    real = getattr(Path, step)
+    folder = scene / "out" / "sub"
+
+    def call(self: Path, *given: Any, **named: Any) -> Any:
+        if (self == folder or folder in self.parents) and (step != "open" or "x" in given[0]):
+            raise OSError(number, os.strerror(number))
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(Path, step, call)
+    result = icm(report=scene / "r.csv")
+    assert result.exit_code == 1
+    assert f"failed: {scene}/imgs/sub/deep.png: {scene}/out/sub/deep.png cannot be written: " in result.stderr
+    assert os.strerror(number) in result.stderr
+    assert sorted(alphas(scene / "out")) == ["pad.0101.png", "wall.png"]
+    assert (scene / "r.csv").read_text().count(",done,") == 2
+
+
+def test_transient_errors_of_writing_are_retried(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icm_cli.files.RETRY_DELAYS_S", (0.01, 0.01))
+    real, failures = Path.replace, []
+
+    def replace(self: Path, target: Path) -> Path:
+        if target.name == "wall.png" and len(failures) < 2:
+            failures.append(target)
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    assert icm().exit_code == 0
+    assert len(failures) == 2
+    assert len(alphas(scene / "out")) == 3
+
+
+def test_source_that_disappears_after_its_alpha_fails_nothing(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_many(scene / "imgs" / "wall.jpg", scene / "many", 4)
+    real = Predictor.matte_frames
+
+    def matte(self: Predictor, *given: Any) -> Any:
+        for path in (scene / "many").iterdir():
+            if (scene / "out" / path.name).with_suffix(".png").exists():
+                path.unlink()
+        return real(self, *given)
+
+    monkeypatch.setattr(Predictor, "matte_frames", matte)
+    reports = [scene / f"r.{suffix}" for suffix in ("csv", "json", "html")]
+    result = icm(src=scene / "many", report=reports, contact_sheet=scene / "c.png", workers=1)
+    assert result.exit_code == 0, result.stderr
+    assert len(alphas(scene / "out")) == 4
+    assert len(list((scene / "many").iterdir())) < 4
+    assert all(path.stat().st_size for path in (*reports, scene / "c.png"))

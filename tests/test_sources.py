@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,12 @@ from fileseq.frameset import FrameSet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import icm_cli
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.files import LINK_INTO_TREE, LINK_LOOP
-from icm_cli.matting.frames import FramePattern, parse_frame_range
+from icm_cli.matting.frames import FramePattern, missing_frames, parse_frame_range
 from icm_cli.matting.jobs import Job, OutputLayout, SourceFilter, parse_shard, plan_jobs
-from icm_cli.matting.sources import SkippedFiles, find_sources
+from icm_cli.matting.sources import SkippedFiles, find_sources, natural_sort_key
 
 
 def tree(root: Path, *names: str) -> Path:
@@ -311,7 +315,9 @@ def test_signs_in_names_are_ordinary_characters(icm: Icm, scene: Path, stem: str
     assert f"{stem}.####.png has no frame 2" in result.stderr
 
 
-@pytest.mark.parametrize("folder", ["mattes@v1.2", "issue#42.v1", "a##v1.2", "100%done.v2", "v1.0#"])
+@pytest.mark.parametrize(
+    "folder", ["mattes@v1.2", "issue#42.v1", "a##v1.2", "100%done.v2", "v1.0#", "mattes#.v2", "m@.3"]
+)
 def test_output_folder_may_have_signs_in_its_name(icm: Icm, scene: Path, folder: str) -> None:
     result = icm("--dry-run", out=scene / folder)
     assert result.exit_code == 0, result.stderr
@@ -325,3 +331,164 @@ def test_equally_plausible_placeholders_are_refused(icm: Icm, scene: Path) -> No
     result = icm("--dry-run", src=scene / "a.####.b.####.png")
     assert result.exit_code == 2
     assert "2 placeholders for a frame number" in result.stderr
+
+
+LONG_PATHS = {
+    "src": "x" * 300,
+    "out": "folder/" + "é" * 200,
+    "ref": "y/" * 2100,
+    "mask": "x" * 256,
+    "root": "x" * 300,
+    "gt": "x" * 300,
+    "report": "x" * 300 + ".csv",
+    "contact_sheet": "x" * 300 + ".png",
+    "ocio": "x" * 300,
+    "checkpoint": "x" * 300,
+    "model": "x" * 300,
+}
+
+
+@pytest.mark.parametrize("option", LONG_PATHS)
+def test_long_paths_are_refused_with_one_message(icm: Icm, scene: Path, option: str) -> None:
+    result = icm(**{option: LONG_PATHS[option]})
+    assert result.exit_code == 2
+    flag = f"--{option.replace('_', '-')}"
+    assert result.stderr.startswith(f"icm: {flag} ")
+    assert "is too long for a path" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert len(result.stderr) < 500
+    assert not (scene / "out").exists()
+
+
+@pytest.mark.parametrize("option", LONG_PATHS)
+def test_paths_with_nul_are_refused(scene: Path, option: str) -> None:
+    given = {"ref": scene / "ref.png", "mask": scene / "mask.png", "src": scene / "imgs", "out": scene / "out"}
+    with pytest.raises(UsageError, match="NUL character"):
+        icm_cli.matte(**{**given, option: "a\0b"})  # type: ignore[arg-type]
+
+
+def test_list_in_one_text_is_explained(icm: Icm, scene: Path) -> None:
+    result = icm(src="\n".join(f"{scene}/imgs/{number}.png" for number in range(200)))
+    assert result.exit_code == 2
+    assert "give several files as a text list, or as lines on standard input" in result.stderr
+
+
+BAD_LINES = [
+    b"x" * 300,
+    b"9" * 5000,
+    b"y/" * 3000,
+    b"nul\0.png",
+    b"latin-\xe9.png",
+    b"gone.png",
+    "\udc80".encode(errors="surrogatepass"),
+]
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+@pytest.mark.parametrize("is_piped", [False, True])
+def test_bad_line_of_a_list_fails_alone(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, is_piped: bool
+) -> None:
+    monkeypatch.chdir(scene)
+    data = b"imgs/wall.jpg\r\n" + line + b"\n\nimgs/pad.0101.png"
+    (scene / "list.txt").write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    dry = icm("--dry-run", src="list.txt")
+    assert dry.exit_code == 1
+    assert "would fail: " in dry.stderr
+    if is_piped:
+        line_ = [sys.executable, "-m", "icm_cli.cli", "matte", "--ref", "ref.png", "--mask", "mask.png", "--src", "-"]
+        line_ += ["--out", "out", "--model", str(scene.parent / "small.yaml"), "--device", "cpu"]
+        result = subprocess.run(line_, input=data, capture_output=True, check=False)
+        code, text = result.returncode, result.stderr.decode()
+    else:
+        run = icm(src="list.txt", report=scene / "r.csv")
+        code, text = run.exit_code, run.stderr
+    assert code == 1, text
+    assert "Traceback" not in text
+    assert sum(part.startswith("icm: failed: ") for part in text.splitlines()) == 1
+    assert sorted(path.name for path in (scene / "out").rglob("*.png")) == ["pad.0101.png", "wall.png"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{stem", "has an unpaired { or }"),
+        ("stem}", "has an unpaired { or }"),
+        ("{}", "has the unknown field {}"),
+        ("{0}", "has the unknown field {0}"),
+        ("{stem.upper}", "has the unknown field {stem.upper}"),
+        ("{stem[0]}", "has the unknown field {stem[0]}"),
+        ("{stem!r}", "has a format for {stem}"),
+        ("{frame:04d}", "has a format for {frame}"),
+        ("{stem:{frame}}", "has a format for {stem}"),
+        ("a/b", "is not a file name"),
+        ("", "is not a file name"),
+        ("x" * 300, "is longer than a file name"),
+    ],
+)
+def test_bad_templates_are_refused_with_the_fields(icm: Icm, template: str, message: str) -> None:
+    result = icm("--dry-run", "--name", template)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr) < 500
+    assert "expected a file name with {stem}, {frame} and {suffix}" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_names_that_become_too_long_fail_alone(icm: Icm, scene: Path) -> None:
+    shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / f"{'w' * 240}.jpg")
+    result = icm("--name", "{stem}" + "_matte" * 5 + "{frame}")
+    assert result.exit_code == 1
+    assert "the file system does not accept this name; choose other names with --name" in result.stderr
+    assert len(list((scene / "out").rglob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("frames", ["", ",", "1" * 5000, "1-", "x", "1-3x0", "\u0661"])
+def test_bad_frame_ranges_are_refused(icm: Icm, frames: str) -> None:
+    result = icm(frames=frames)
+    assert result.exit_code == 2
+    assert "--frames" in result.stderr
+    assert len(result.stderr) < 500
+
+
+@pytest.mark.parametrize("token", ["%0999999999d", "$F99999", "%300d"])
+def test_placeholders_with_many_digits_are_refused(icm: Icm, scene: Path, token: str) -> None:
+    for options in ({"src": f"{scene}/a.{token}.png"}, {"out": f"{scene}/a.{token}.png"}):
+        result = icm(**options)
+        assert result.exit_code == 2
+        assert "digits; expected at most 255" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "expected"),
+    [
+        (["s.9", "s.11"], None, {"s.#.png": "10"}),
+        (["s.8", "s.9", "s.10", "s.12"], None, {"s.#.png": "11"}),
+        (["s.98", "s.101"], None, {"s.##.png": "99-100"}),
+        (["s.0998", "s.1000", "s.10001"], "998-1001", {"s.####.png": "999,1001"}),
+        (["s.01", "s.03", "s.0001", "s.0003"], None, {"s.##.png": "2", "s.####.png": "2"}),
+        (["s.001", "s.003", "s.9", "s.11"], None, {"s.###.png": "2", "s.#.png": "10"}),
+    ],
+)
+def test_leading_zeros_tell_sequences_apart(
+    tmp_path: Path, names: list[str], wanted: str | None, expected: dict[str, str]
+) -> None:
+    paths = [tmp_path / f"{name}.png" for name in names]
+    missing = missing_frames(paths, (wanted and parse_frame_range(wanted)) or None)
+    assert {Path(str(pattern)).name: str(frames) for pattern, frames in missing.items()} == expected
+
+
+def test_excluded_frames_of_an_unpadded_sequence_are_not_missing(icm: Icm, scene: Path) -> None:
+    for number in (8, 9, 10, 11):
+        shutil.copy(scene / "imgs" / "wall.jpg", scene / f"s.{number}.jpg")
+    result = icm("--exclude", "s.10.jpg", src=scene / "s.#.jpg", missing="error")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_numbers_sort_by_value(tmp_path: Path) -> None:
+    names = ["a9", "a10", "a010", "a99999999999999999999", f"a{'9' * 200}", "b"]
+    paths = [tmp_path / name for name in names]
+    assert sorted(paths[::-1], key=natural_sort_key) == [
+        tmp_path / name for name in (names[0], "a010", "a10", *names[3:])
+    ]

@@ -15,7 +15,7 @@ from pathlib import Path
 from fileseq import constants, filesequence, frameset
 
 from icm_cli.errors import UsageError
-from icm_cli.files import MAX_NAME_BYTES
+from icm_cli.files import MAX_NAME_BYTES, shorten
 
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<frame>[._-]?(?P<number>[0-9]{1,255}))", re.DOTALL)
 _PLACEHOLDER = re.compile(
@@ -164,27 +164,28 @@ def parse_frame_range(text: str) -> FrameRanges:
     Raises UsageError.
     """
     ranges: list[range] = []
+    shown = shorten(text)
     for part in filter(None, "".join(text.split()).split(",")):
         match = _RANGE.fullmatch(part)
         first, last = (int(match["first"]), int(match["last"] or match["first"])) if match else (0, 0)
         step = int(match["step"] or 1) if match else 0
         if match is None or step < 1:
             raise UsageError(
-                f"--frames {text!r} is not a frame range; expected a range such as 1001-1100 or 1001-1100x2"
+                f"--frames {shown!r} is not a frame range; expected a range such as 1001-1100 or 1001-1100x2"
             )
         low, high = min(first, last), max(first, last)
         every = range(low, high + 1)
         chosen = every if match["mode"] in (None, ":") else every[::step] if first == low else every[::-1][::step][::-1]
-        added = _subtract_range(every, chosen, text) if match["mode"] == "y" else [chosen]
+        added = _subtract_range(every, chosen, shown) if match["mode"] == "y" else [chosen]
         for other in tuple(ranges):
-            added = [rest for each in added for rest in _subtract_range(each, other, text)]
+            added = [rest for each in added for rest in _subtract_range(each, other, shown)]
         ranges += added
     if not text.strip(" ,"):
-        raise UsageError(f"--frames {text!r} has no frames; expected a range such as 1001-1100 or 1001-1100x2")
+        raise UsageError(f"--frames {shown!r} has no frames; expected a range such as 1001-1100 or 1001-1100x2")
     frames = FrameRanges(tuple(ranges))
     if frames.count > constants.MAX_FRAME_SIZE:
         raise UsageError(
-            f"--frames {text!r} has too many frames; expected at most {constants.MAX_FRAME_SIZE}; give a smaller range"
+            f"--frames {shown!r} has too many frames; expected at most {constants.MAX_FRAME_SIZE}; give a smaller range"
         )
     return frames
 

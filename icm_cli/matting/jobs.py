@@ -25,6 +25,7 @@ from icm_cli.files import (
     TEMPORARY_SUFFIX,
     FileIdentity,
     combined_digest,
+    shorten,
     temporary_name,
 )
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
@@ -152,7 +153,7 @@ class OutputLayout:
     def __post_init__(self) -> None:
         problem = _find_template_problem(self.template)
         if problem:
-            raise UsageError(f"--name {self.template!r} {problem}; {_EXPECTED_NAME}")
+            raise UsageError(f"--name {shorten(self.template)!r} {problem}; {_EXPECTED_NAME}")
         if self.pattern is not None and self.template != DEFAULT_NAME:
             raise UsageError("--name and the frame pattern of --out both name the alphas; give only one of them")
 

@@ -361,7 +361,7 @@ def _planned_result(job: Job) -> ImageResult:
     """Return the result of a job in a dry run: failed if its source cannot be an image."""
     source = job.source
     assert isinstance(source, Path)
-    if not os.path.exists(source):  # noqa: PTH110  Path.exists raises an error for names that are too long
+    if not os.path.exists(source):  # noqa: PTH110  Path.exists raises errors
         return replace(job.planned, status="failed", reason=f"{source} does not exist")
     if job.inspected is not None and job.inspected.type.is_movie:
         return replace(job.planned, status="failed", reason=f"{source}: {movie_message(source)}")

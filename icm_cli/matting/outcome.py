@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from icm_cli import environment
 from icm_cli.errors import OutputError, Problem
 from icm_cli.events import Listener
+from icm_cli.files import is_file
 from icm_cli.reports.report import Report, RunTotals
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import ReportFiles
@@ -60,7 +60,7 @@ class Outcome:
         if result.status == "done" and "predictions" not in self.report.settings:
             result = replace(result, matting=replace(result.matting, made_by=environment.__version__))
         is_named = result.output in result.reason  # the reason says already what happens to the file
-        if result.status == "failed" and result.output and not is_named and Path(result.output).is_file():
+        if result.status == "failed" and result.output and not is_named and is_file(result.output):
             earlier = f"the earlier alpha {result.output} is kept, although its source or settings have changed"
             result = replace(result, reason=f"{result.reason}; {earlier}")
         task = self._scoring.task_for(result) if self._scoring and result.status in ("done", "kept") else None

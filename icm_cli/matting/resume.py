@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import Any
 
 from icm_cli.environment import __version__
 from icm_cli.errors import FileAccessError, ImageError, UsageError
-from icm_cli.files import FileIdentity
+from icm_cli.files import FileIdentity, is_file
 from icm_cli.images.decoding import SourceFile
 from icm_cli.images.reading import read_stored_pixels
 from icm_cli.images.writing import has_changed_pixels, read_stamp
@@ -278,7 +277,7 @@ def _read_own_stamp(path: Path, job: Job) -> dict[str, str]:
     Raises OtherSourceError for a complete image of another source, or one that icm did not write,
     and ImageError if the output cannot be read.
     """
-    if not os.path.isfile(path):  # noqa: PTH113  Path.is_file raises an error for names that are too long
+    if not is_file(path):
         return {}
     stamp = read_stamp(path)
     is_foreign = DIGEST_KEY not in stamp if stamp is not None else _is_foreign_image(path)
