@@ -1,5 +1,4 @@
-"""Alphas as tensors: resizing with the pixel rules of :func:`icm_cli.geometry.resize`, and batches
-of equal sizes."""
+"""Alphas as tensors: resizing with the pixel rules of :func:`icm_cli.geometry.resize`, and batches of equal sizes."""
 
 from __future__ import annotations
 
@@ -51,8 +50,8 @@ def apply_in_batches(
 def max_batch_size(device: torch.device) -> int | None:
     """Largest batch of images for a network on this device; None for no limit.
 
-    On the CPU it is 1: larger batches are not faster there, and an alpha would depend, in its last
-    bits, on the other images of its batch.
+    On the CPU it is 1: larger batches are not faster there, and an alpha would depend, in its last bits, on the other
+    images of its batch.
     """
     return 1 if device.type == "cpu" else None
 

@@ -1,5 +1,5 @@
-"""Read and write checkpoints: safetensors files of icm, which contain the configuration, and the
-published Lightning file.
+"""Read and write checkpoints: safetensors files of icm, which contain the configuration, and the published Lightning
+file.
 
 Pickled files are read only with ``weights_only``.
 """
@@ -52,8 +52,7 @@ PUBLISHED_NAMES = (
     *((f"detail_decoder.fusion_blks.{i}.conv.", f"detail_decoder.steps.{i}.") for i in range(4)),
     ("detail_decoder.matting_head.matting_convs.", "detail_decoder.output."),
 )
-"""Module names in the published checkpoint -> names in this package. In addition, "bn" and "ln"
-become "norm"."""
+"""Module names in the published checkpoint -> names in this package. In addition, "bn" and "ln" become "norm"."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,7 @@ class Checkpoint:
     """Content of a checkpoint.
 
     Attributes:
-        tensors: Tensors by their name in :class:`~icm_cli.model.core.InContextMatting`, for example
-            "head.coarse.bias".
+        tensors: Tensors by their name in :class:`~icm_cli.model.core.InContextMatting`, for example "head.coarse.bias".
         config: Configuration of the model; None for the published file, which contains none.
         metadata: Metadata of the safetensors file.
     """
@@ -72,8 +70,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
 
     def component(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of "head", "backbone", "objects" or "edges" by their names in that
-        component."""
+        """Return the tensors of "head", "backbone", "objects" or "edges" by their names in that component."""
         prefix = f"{name}."
         return {key.removeprefix(prefix): tensor for key, tensor in self.tensors.items() if key.startswith(prefix)}
 
@@ -93,11 +90,10 @@ def save_checkpoint(
         path: File to write.
         model: Model whose tensors are saved.
         config: Configuration of the model.
-        with_backbone: Include the backbone. Without it, the weights of the backbone are loaded from
-            the source in its configuration.
-        small: Compress the tensors for distribution. Convolution kernels become float16. Matrices
-            of the backbone and the objects become 8-bit integers with a scale per row. Vectors stay
-            float32.
+        with_backbone: Include the backbone. Without it, the weights of the backbone are loaded from the source in its
+            configuration.
+        small: Compress the tensors for distribution. Convolution kernels become float16. Matrices of the backbone and
+            the objects become 8-bit integers with a scale per row. Vectors stay float32.
         metadata: Additional metadata.
     """
     tensors = {
@@ -156,22 +152,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_config(path: Path) -> ModelConfig | None:
-    """Return the configuration in a checkpoint of icm, or None for the published file. Tensors are
-    not read."""
+    """Return the configuration in a checkpoint of icm, or None for the published file. Tensors are not read."""
     header = _read_header(path)
     return None if header is None else _parse_config(path, header.metadata)
 
 
 def has_component(path: Path, name: str) -> bool:
-    """Return whether a checkpoint contains weights of a component of the model. Tensors are not
-    read."""
+    """Return whether a checkpoint contains weights of a component of the model. Tensors are not read."""
     header = _read_header(path)
     return name == "head" if header is None else any(key.startswith(f"{name}.") for key in header.keys)
 
 
 def read_training_digests(path: Path) -> frozenset[str] | None:
-    """Return the SHA-256 of the image files that a checkpoint was trained on; None if they are not
-    recorded."""
+    """Return the SHA-256 of the image files that a checkpoint was trained on; None if they are not recorded."""
     header = _read_header(path)
     digests = None if header is None else parse_json(header.metadata, TRAINED_ON_KEY, list, f"checkpoint {path}")
     return None if digests is None else frozenset(map(str, digests))
@@ -208,8 +201,8 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     """Load a state dict whose tensors must be exactly those of the module, with finite values.
 
     Raises:
-        ConfigError: A tensor is missing, unknown, of another shape or type, or not finite.
-            ``where`` names the file in the message.
+        ConfigError: A tensor is missing, unknown, of another shape or type, or not finite. ``where`` names the file in
+            the message.
     """
     expected = module.state_dict()
     check_tensor_shapes(expected, {key: tensor.shape for key, tensor in tensors.items()}, where)
@@ -221,8 +214,7 @@ def check_tensor_shapes(expected: Mapping[str, Tensor], found: Mapping[str, torc
     """Check that tensors have exactly the expected names and shapes.
 
     Raises:
-        ConfigError: A tensor is missing, unknown or of another shape. ``where`` names the file in
-            the message.
+        ConfigError: A tensor is missing, unknown or of another shape. ``where`` names the file in the message.
     """
     for key in expected:
         if key not in found:
@@ -300,11 +292,9 @@ def _read_published(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> Any:
-    """Read a torch file with empty placeholders for the classes that old Lightning versions refer
-    to.
+    """Read a torch file with empty placeholders for the classes that old Lightning versions refer to.
 
-    Lightning before 2.0 uses class objects as keys of its "callbacks", which ``weights_only``
-    refuses.
+    Lightning before 2.0 uses class objects as keys of its "callbacks", which ``weights_only`` refuses.
     """
     try:
         refused = torch.serialization.get_unsafe_globals_in_checkpoint(path)

@@ -1,7 +1,6 @@
 """Interfaces of the model's components and the data that they exchange.
 
-A model is a :class:`Backbone` and a :class:`Head`, optionally followed by :class:`Objects` and
-:class:`Edges`.
+A model is a :class:`Backbone` and a :class:`Head`, optionally followed by :class:`Objects` and :class:`Edges`.
 
 Letters as in the paper (Guo et al., "In-Context Matting", CVPR 2024):
 
@@ -12,8 +11,8 @@ Letters as in the paper (Guo et al., "In-Context Matting", CVPR 2024):
 Conventions:
 
 - An *image* is float32 sRGB [B,3,H,W] in 0..1 on the backbone's canvas.
-- *valid* is bool [B,H,W], True at the pixels of the frame and False in the padding. The padding is
-  right of and below the frame and replicates its edge.
+- *valid* is bool [B,H,W], True at the pixels of the frame and False in the padding. The padding is right of and below
+  the frame and replicates its edge.
 - Backbones normalise images, and heads normalise features.
 
 CONTRIBUTING.md shows how to add a component.
@@ -35,38 +34,35 @@ from icm_cli.files import cached_file_digest, combined_digest
 from icm_cli.geometry import CanvasRule, ImageU8
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Mean of red, green and blue in ImageNet, on the scale 0..1. Many backbones normalise images by
-it."""
+"""Mean of red, green and blue in ImageNet, on the scale 0..1. Many backbones normalise images by it."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Standard deviation of red, green and blue in ImageNet."""
 MAX_ENLARGEMENT = 2.0
 """Largest factor by which backbones enlarge a small image to the canvas."""
 ReferenceImage: TypeAlias = tuple[Tensor, Tensor, Tensor]
-"""A reference on a canvas of its own: image [1,3,H,W], guidance [1,1,H,W] (0 outside the object, 1
-inside, 0.5 unknown), valid [1,H,W]."""
+"""A reference on a canvas of its own: image [1,3,H,W], guidance [1,1,H,W] (0 outside the object, 1 inside, 0.5
+unknown), valid [1,H,W]."""
 
 
 @runtime_checkable
 class IntraSimilarity(Protocol):
     """Similarity between the tokens of one target, as an operator (paper, section 3.3).
 
-    Each row of the underlying matrix is a softmax over the valid tokens: non-negative, summing to
-    1, zero in the padding.
+    Each row of the underlying matrix is a softmax over the valid tokens: non-negative, summing to 1, zero in the
+    padding.
     """
 
     grid: tuple[int, int]
     """Grid (h, w) of the tokens; N = h*w."""
 
     def propagate(self, values: Tensor) -> Tensor:
-        """Propagate ``values`` [B,N,c] to similar tokens: the product A @ values, float32
-        [B,N,c]."""
+        """Propagate ``values`` [B,N,c] to similar tokens: the product A @ values, float32 [B,N,c]."""
         ...
 
 
 @runtime_checkable
 class MatrixIntraSimilarity(IntraSimilarity, Protocol):
-    """An intra-similarity that also provides its matrix, such as Stable Diffusion's mean
-    self-attention."""
+    """An intra-similarity that also provides its matrix, such as Stable Diffusion's mean self-attention."""
 
     def matrix(self) -> Tensor:
         """Return A, float32 [B,N,N]; axis 1 is the query, axis 2 the key."""
@@ -78,15 +74,14 @@ class Features:
     """Features that a backbone extracts from a batch of images.
 
     Attributes:
-        correspondence_features: Features that are compared between reference and target, float32
-            [B,C,h,w], not normalised.
+        correspondence_features: Features that are compared between reference and target, float32 [B,C,h,w], not
+            normalised.
         valid: True for tokens whose cell contains at least one pixel of the frame, bool [B,h,w].
-        scale_features: Features for decoders: stride in canvas pixels -> [B,C_s,H/s,W/s], in the
-            backbone's dtype. Empty for references.
-        intra_similarity: Stride -> similarity between the tokens of the grid of that stride. Empty
-            for references.
-        grouping_features: Features that distinguish the tokens of one image, float32 [B,C,h,w];
-            None if the correspondence features serve this purpose too.
+        scale_features: Features for decoders: stride in canvas pixels -> [B,C_s,H/s,W/s], in the backbone's dtype.
+            Empty for references.
+        intra_similarity: Stride -> similarity between the tokens of the grid of that stride. Empty for references.
+        grouping_features: Features that distinguish the tokens of one image, float32 [B,C,h,w]; None if the
+            correspondence features serve this purpose too.
     """
 
     correspondence_features: Tensor
@@ -138,12 +133,10 @@ class Presence:
     """Prediction whether the target object is in the image at all, for a batch of B targets.
 
     Attributes:
-        logit: Logit of the presence, float32 [B]. ``Matte.alpha`` is already multiplied by its
-            sigmoid.
-        alpha_if_present: Alpha under the assumption that the object is present, float32 [B,1,H,W]
-            in 0..1.
-        is_uncertain: Whether the presence is too uncertain to decide from the whole image, bool
-            [B]. A second pass over a crop may decide.
+        logit: Logit of the presence, float32 [B]. ``Matte.alpha`` is already multiplied by its sigmoid.
+        alpha_if_present: Alpha under the assumption that the object is present, float32 [B,1,H,W] in 0..1.
+        is_uncertain: Whether the presence is too uncertain to decide from the whole image, bool [B]. A second pass over
+            a crop may decide.
     """
 
     logit: Tensor
@@ -186,18 +179,15 @@ class Component(nn.Module, ABC):
 
     @classmethod
     def weight_files(cls, config: Any, weights: str | None = None, *, offline: bool) -> list[Path]:  # noqa: ARG003
-        """Return the files of the pretrained weights that ``load`` reads; an empty list if there
-        are none.
+        """Return the files of the pretrained weights that ``load`` reads; an empty list if there are none.
 
         Args:
             config: Settings, an instance of ``Config``.
-            weights: Local folder or hub id that replaces the one of the configuration; None for the
-                latter.
+            weights: Local folder or hub id that replaces the one of the configuration; None for the latter.
             offline: Do not access the network.
 
         Raises:
-            ConfigError: The weights are not available. The message says what to fetch and where to
-                put it.
+            ConfigError: The weights are not available. The message says what to fetch and where to put it.
         """
         if weights is not None:
             raise ConfigError(f"--weights {weights!r} has no effect: {cls.__name__} has no pretrained weights; omit it")
@@ -210,12 +200,12 @@ class Component(nn.Module, ABC):
         return combined_digest(*map(cached_file_digest, files)) if files else ""
 
     def optimise_for_inference(self) -> None:
-        """Rearrange the weights for speed, once, before inference. After that, the component can
-        no longer be trained or saved."""
+        """Rearrange the weights for speed, once, before inference. After that, the component can no longer be trained
+        or saved."""
 
     def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
-        """Convert the weights for inference to ``dtype``. Parts that are accurate enough, such as
-        transformers, take ``fast_dtype``; see ``Device``."""
+        """Convert the weights for inference to ``dtype``. Parts that are accurate enough, such as transformers, take
+        ``fast_dtype``; see ``Device``."""
         del fast_dtype
         self.to(dtype)
 
@@ -230,16 +220,14 @@ class Backbone(Component):
     """Whether a checkpoint with its weights is the only file that is needed to build it."""
 
     is_trainable: ClassVar[bool] = False
-    """Whether training may change its weights. A backbone that is not trainable runs without
-    gradients."""
+    """Whether training may change its weights. A backbone that is not trainable runs without gradients."""
 
     has_transformer: ClassVar[bool] = False
     """Whether it contains a transformer with a dtype of its own, see :meth:`set_dtype`."""
 
     @classmethod
     def preferred_transformer_dtype(cls, config: Any) -> str:  # noqa: ARG003
-        """Return the name of the transformer's default dtype, or "auto" for the default of the
-        device."""
+        """Return the name of the transformer's default dtype, or "auto" for the default of the device."""
         return "auto"
 
     @classmethod
@@ -247,8 +235,7 @@ class Backbone(Component):
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:
         """Build the backbone with its pretrained weights, on the CPU in float32.
 
-        The arguments are those of :meth:`weight_files`, and the seed of the noise, for backbones
-        that draw noise.
+        The arguments are those of :meth:`weight_files`, and the seed of the noise, for backbones that draw noise.
         """
 
     @property
@@ -263,14 +250,12 @@ class Backbone(Component):
         Args:
             image: float32 [B,3,H,W].
             valid: bool [B,H,W].
-            noise_keys: Key of each image's noise, for backbones that draw noise. Equal keys give equal
-                noise.
+            noise_keys: Key of each image's noise, for backbones that draw noise. Equal keys give equal noise.
         """
 
     @abstractmethod
     def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
-        """Extract all features of a batch of targets, each independently of the others in the
-        batch.
+        """Extract all features of a batch of targets, each independently of the others in the batch.
 
         The arguments are those of :meth:`reference_features`.
         """
@@ -329,8 +314,7 @@ class TrainedHead(Head, ABC):
 
     @abstractmethod
     def similarity_maps(self, target: Features, references: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Return inter- and intra-similarity as images, float32 [B,1,h,w] each, on a grid and scale
-        of their own.
+        """Return inter- and intra-similarity as images, float32 [B,1,h,w] each, on a grid and scale of their own.
 
         They are shown during training; nothing is computed from them.
         """
@@ -338,8 +322,7 @@ class TrainedHead(Head, ABC):
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """Embedding of one image by :class:`Objects`. It can be kept and used for several coarse
-    alphas.
+    """Embedding of one image by :class:`Objects`. It can be kept and used for several coarse alphas.
 
     Attributes:
         embedding: What the mask decoder needs to know of the image, [1,C,h,w].
@@ -351,8 +334,8 @@ class EmbeddedImage:
 
 
 class Objects(Component):
-    """Completes the objects of coarse alphas before their edges are refined. It does not depend on
-    the references or on classes.
+    """Completes the objects of coarse alphas before their edges are refined. It does not depend on the references or on
+    classes.
 
     ``icm train`` trains it; a checkpoint contains all of its weights.
     """
@@ -360,8 +343,7 @@ class Objects(Component):
     @classmethod
     @abstractmethod
     def load(cls, config: Any) -> Self:
-        """Build it with its pretrained weights, on the CPU in float32. Raises ConfigError if they
-        are not available."""
+        """Build it with its pretrained weights, on the CPU in float32. Raises ConfigError if they are not available."""
 
     @abstractmethod
     def embedding(self, image: Tensor) -> Tensor:
@@ -376,8 +358,7 @@ class Objects(Component):
             coarse: Coarse alphas, float32 [B,1,h',w'] in 0..1.
 
         Returns:
-            Logits of the completed alphas, float32 [B,1,nh,nw] with n cells per cell of the
-            embedding.
+            Logits of the completed alphas, float32 [B,1,nh,nw] with n cells per cell of the embedding.
         """
 
     @abstractmethod
@@ -394,8 +375,7 @@ class Objects(Component):
 
         Args:
             images: Embedding of each image.
-            coarse: Coarse alpha of each image, float32 [h,w] in 0..1 of any size, covers exactly
-                the image.
+            coarse: Coarse alpha of each image, float32 [h,w] in 0..1 of any size, covers exactly the image.
 
         Returns:
             Completed alpha of each image, float32 [h',w'] in 0..1.
@@ -403,8 +383,7 @@ class Objects(Component):
 
     @torch.inference_mode()
     def complete_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
-        """Embed images and complete their coarse alphas; those without an object are returned as
-        they are.
+        """Embed images and complete their coarse alphas; those without an object are returned as they are.
 
         Args:
             images: sRGB uint8 [H,W,3] each.
@@ -420,16 +399,15 @@ class Objects(Component):
 
 
 class Edges(Component):
-    """Refines the edges of coarse alphas at the size of their sources. It does not depend on the
-    references or on classes."""
+    """Refines the edges of coarse alphas at the size of their sources. It does not depend on the references or on
+    classes."""
 
     is_trained: ClassVar[bool] = False
     """Whether it has weights that ``icm train`` trains and a checkpoint contains."""
 
     @classmethod
     def with_weights(cls, config: Any, weights: str) -> Any:  # noqa: ARG003
-        """Return settings that take the pretrained weights from ``weights``, a folder or hub id.
-        Raises UsageError."""
+        """Return settings that take the pretrained weights from ``weights``, a folder or hub id. Raises UsageError."""
         raise UsageError(
             f"the edges have no pretrained weights, so --edges-weights {weights!r} has "
             "no effect; omit it, or give --edges vitmatte"
@@ -437,8 +415,7 @@ class Edges(Component):
 
     @classmethod
     def load(cls, config: Any, *, offline: bool) -> Self:  # noqa: ARG003
-        """Build it, on the CPU in float32, with its pretrained weights if it has any. Raises
-        ConfigError."""
+        """Build it, on the CPU in float32, with its pretrained weights if it has any. Raises ConfigError."""
         return cls(config)
 
     @abstractmethod
@@ -447,8 +424,7 @@ class Edges(Component):
 
         Args:
             images: sRGB uint8 [H,W,3] each.
-            coarse: Coarse alpha of each image, float32 [h,w] in 0..1 of any size, covers exactly
-                the image.
+            coarse: Coarse alpha of each image, float32 [h,w] in 0..1 of any size, covers exactly the image.
 
         Returns:
             Alpha of each image, float32 [H,W] in 0..1, on the device of the coarse alpha.

@@ -1,5 +1,4 @@
-"""The model of ``icm matte``, ``eval`` and ``train``: a backbone and a head, optionally with
-objects and edges."""
+"""The model of ``icm matte``, ``eval`` and ``train``: a backbone and a head, optionally with objects and edges."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ from icm_cli.model.contracts import (
 )
 
 TARGET_NOISE = "target"
-"""Noise key of every target in inference, so that an alpha does not depend on the other images of a
-run."""
+"""Noise key of every target in inference, so that an alpha does not depend on the other images of a run."""
 
 
 def reference_noise_key(index: int) -> str:
@@ -75,16 +73,13 @@ class FixedCanvas(Protocol):
 
 
 class InContextMatting(nn.Module):
-    """In-context matting: references with masks define the object that is matted in every target
-    (paper, section 3).
+    """In-context matting: references with masks define the object that is matted in every target (paper, section 3).
 
     Args:
         backbone: Extracts features.
         head: Computes coarse alphas from features.
-        edges: Refines coarse alphas at the size of the source; None to leave this to a guided
-            filter.
-        objects: Completes the objects of coarse alphas before their edges are refined; None to skip
-            this step.
+        edges: Refines coarse alphas at the size of the source; None to leave this to a guided filter.
+        objects: Completes the objects of coarse alphas before their edges are refined; None to skip this step.
         second_pass: Settings of the second pass over a crop.
         guided_filter: Settings of the guided filter, for models without ``edges``.
 
@@ -139,8 +134,7 @@ class InContextMatting(nn.Module):
         return self
 
     def use_channels_last(self) -> None:
-        """Store convolution weights in channels-last order, which attention needs too: nothing is
-        then reordered."""
+        """Store convolution weights in channels-last order, which attention needs too: nothing is then reordered."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
@@ -152,8 +146,8 @@ class InContextMatting(nn.Module):
 
         Args:
             references: References, each on a canvas of its own.
-            learn_steps: Fine-tune a copy of the head on the references for so many steps; 0 to skip
-                this. The head must have ``can_learn_references``.
+            learn_steps: Fine-tune a copy of the head on the references for so many steps; 0 to skip this. The head must
+                have ``can_learn_references``.
 
         Raises:
             ConfigError: The features of a reference are not finite.

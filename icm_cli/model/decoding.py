@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 VISIBLE_ALPHA = 0.05
-"""Pixels with a lower alpha do not count for the confidence: a large background says nothing about
-the object."""
+"""Pixels with a lower alpha do not count for the confidence: a large background says nothing about the object."""
 FOUND_FRACTION = 5e-4
-"""Fraction of the frame that must be foreground (alpha over 0.5) for the object to count as
-found."""
+"""Fraction of the frame that must be foreground (alpha over 0.5) for the object to count as found."""
 
 
 class ConvNormReLU(nn.Module):
@@ -25,8 +23,7 @@ class ConvNormReLU(nn.Module):
         self.norm: nn.Module = nn.BatchNorm2d(outputs)
 
     def fold_norm(self) -> None:
-        """Fold the BatchNorm into the convolution, for inference. The module can then not be
-        trained or saved."""
+        """Fold the BatchNorm into the convolution, for inference. The module can then not be trained or saved."""
         if isinstance(self.norm, nn.BatchNorm2d):
             self.conv = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
             self.norm = nn.Identity()
@@ -36,8 +33,7 @@ class ConvNormReLU(nn.Module):
 
 
 def make_alpha_layers(inputs: int, channels: int) -> nn.Sequential:
-    """Return the last layers of a decoder, which compute the logit of alpha: [B,inputs,H,W] ->
-    [B,1,H,W]."""
+    """Return the last layers of a decoder, which compute the logit of alpha: [B,inputs,H,W] -> [B,1,H,W]."""
     return nn.Sequential(
         nn.Conv2d(inputs, channels, 3, padding=1),
         nn.BatchNorm2d(channels),
@@ -47,14 +43,12 @@ def make_alpha_layers(inputs: int, channels: int) -> nn.Sequential:
 
 
 def upsample_2x(x: Tensor) -> Tensor:
-    """Double height and width of [B,C,h,w] bilinearly; pixel centres are aligned as in
-    ``align_corners=False``."""
+    """Double height and width of [B,C,h,w] bilinearly; pixel centres are aligned as in ``align_corners=False``."""
     return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
 def resize_bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize [B,C,h,w] bilinearly to (height, width) ``size``; return ``x`` itself if it has this
-    size."""
+    """Resize [B,C,h,w] bilinearly to (height, width) ``size``; return ``x`` itself if it has this size."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
@@ -63,9 +57,8 @@ def resize_bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
 def confidence_and_found(alpha: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the confidence of alphas, and whether they contain an object.
 
-    The confidence is the mean of |2a - 1| over the pixels that are not background, and 0 if there
-    are none. Inter-similarity sums to K whether the object is present or not, so only an empty
-    alpha shows its absence.
+    The confidence is the mean of |2a - 1| over the pixels that are not background, and 0 if there are none.
+    Inter-similarity sums to K whether the object is present or not, so only an empty alpha shows its absence.
 
     Args:
         alpha: float32 [B,1,H,W] in 0..1.

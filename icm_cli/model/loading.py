@@ -40,11 +40,10 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
     The weights are not read.
 
     Args:
-        model: Name of a preset, or path of a YAML file. None selects the configuration in the
-            checkpoint, the preset of the published checkpoint, or :data:`DEFAULT_MODEL` if there is
-            no checkpoint.
-        checkpoint: File with the weights. None selects the file that the package contains for the
-            preset, if there is one.
+        model: Name of a preset, or path of a YAML file. None selects the configuration in the checkpoint, the preset of
+            the published checkpoint, or :data:`DEFAULT_MODEL` if there is no checkpoint.
+        checkpoint: File with the weights. None selects the file that the package contains for the preset, if there is
+            one.
 
     Raises:
         ConfigError: Model and checkpoint do not belong together, or weights are missing.
@@ -146,8 +145,8 @@ def load_model_for_training(
 ) -> InContextMatting:
     """Load a model for training.
 
-    The arguments are those of :func:`load_model`. Without a checkpoint, the weights of the head are
-    random and depend on ``seed``.
+    The arguments are those of :func:`load_model`. Without a checkpoint, the weights of the head are random and depend
+    on ``seed``.
 
     Raises:
         ConfigError: As :func:`load_model`, or the head has no weights to train.
@@ -255,8 +254,7 @@ def check_weights_exist(
     The arguments are those of :func:`load_model`.
 
     Returns:
-        The weights that :func:`load_model` will download, for example
-        "facebook/dinov2-large (1.2 GB)".
+        The weights that :func:`load_model` will download, for example "facebook/dinov2-large (1.2 GB)".
 
     Raises:
         ConfigError: Weights are missing, incomplete or refused.
@@ -275,8 +273,8 @@ def check_weights_exist(
 def _pretrained_components(
     config: ModelConfig, checkpoint: Path | None, weights: str | None
 ) -> Iterator[tuple[type[Component], Any, str | None]]:
-    """Yield class, settings and source of the components whose pretrained weights are loaded,
-    because the checkpoint does not contain them."""
+    """Yield class, settings and source of the components whose pretrained weights are loaded, because the checkpoint
+    does not contain them."""
     backbone = component_class("backbone", config.backbone.name)
     if checkpoint is not None and backbone.is_self_contained and has_component(checkpoint, "backbone"):
         _reject_weights(weights, checkpoint)
@@ -289,8 +287,7 @@ def _pretrained_components(
 
 
 def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str | None, *, offline: bool) -> str:
-    """Return a hash of the backbone's initial weights: those in the checkpoint, or the pretrained
-    ones.
+    """Return a hash of the backbone's initial weights: those in the checkpoint, or the pretrained ones.
 
     The arguments are those of :func:`load_model`.
 

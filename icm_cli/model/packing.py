@@ -3,12 +3,12 @@
     python -m icm_cli.model.packing OUT HEAD.safetensors [HEAD2.safetensors ...] --objects OBJECTS
     --edges EDGES
 
-packs the mean of the heads of several trainings, with the objects and the edges of other
-trainings. Repeat ``--objects`` to use the mean of several. ``--model`` sets the settings of the
-packed model, if they differ from those of the training.
+packs the mean of the heads of several trainings, with the objects and the edges of other trainings. Repeat
+``--objects`` to use the mean of several. ``--model`` sets the settings of the packed model, if they differ from those
+of the training.
 
-The file is compressed: see ``small`` of :func:`~icm_cli.model.checkpoint.save_checkpoint`. The
-weights inside the package are made in this way.
+The file is compressed: see ``small`` of :func:`~icm_cli.model.checkpoint.save_checkpoint`. The weights inside the
+package are made in this way.
 """
 
 from __future__ import annotations
@@ -55,11 +55,10 @@ def pack_checkpoint(
         checkpoint: Checkpoint to pack.
         out: File to write.
         heads: Further checkpoints of the same head. The mean of all weights is used.
-        objects: Checkpoints whose objects replace those of ``checkpoint``. The mean of their
-            weights is used. They may contain the trained tensors only.
+        objects: Checkpoints whose objects replace those of ``checkpoint``. The mean of their weights is used. They may
+            contain the trained tensors only.
         edges: Checkpoint whose edges replace those of ``checkpoint``.
-        model: Preset or YAML file with the settings of the packed model; None for those of the
-            checkpoints.
+        model: Preset or YAML file with the settings of the packed model; None for those of the checkpoints.
 
     Raises:
         ConfigError: A file is not a checkpoint of icm, or is of another model.

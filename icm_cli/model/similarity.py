@@ -1,8 +1,7 @@
-"""Tokens of features, the masks that select them, and inter- and intra-similarity (paper, section
-3.3).
+"""Tokens of features, the masks that select them, and inter- and intra-similarity (paper, section 3.3).
 
-All similarities are computed in float32, whatever the dtype of the backbone: the products S * A are
-close to the smallest float16 numbers.
+All similarities are computed in float32, whatever the dtype of the backbone: the products S * A are close to the
+smallest float16 numbers.
 """
 
 from __future__ import annotations
@@ -47,9 +46,9 @@ def valid_tokens(valid: Tensor, stride: int) -> Tensor:
 def inter_similarity(reference_tokens: Tensor, target_tokens: Tensor, target_valid: Tensor) -> Tensor:
     """Compute the inter-similarity S (paper, equation 3), as a sum over reference tokens.
 
-    Each reference token distributes a softmax over the valid target tokens, so S sums to K over the
-    target. It says where the object is, but not whether it is present. The paper averages over the
-    reference tokens; the published code and checkpoint use the sum.
+    Each reference token distributes a softmax over the valid target tokens, so S sums to K over the target. It says
+    where the object is, but not whether it is present. The paper averages over the reference tokens; the published code
+    and checkpoint use the sum.
 
     Args:
         reference_tokens: [K,C].
@@ -66,8 +65,7 @@ def inter_similarity(reference_tokens: Tensor, target_tokens: Tensor, target_val
 
 
 class AttentionMatrix:
-    """Intra-similarity with its matrix A, float32 [B,N,N]; each row is a softmax over the valid
-    tokens."""
+    """Intra-similarity with its matrix A, float32 [B,N,N]; each row is a softmax over the valid tokens."""
 
     def __init__(self, attention: Tensor, grid: tuple[int, int]) -> None:
         self.grid = grid
@@ -82,12 +80,10 @@ class AttentionMatrix:
 
 
 class SelfSimilarity:
-    """Intra-similarity that is computed from features by memory-efficient attention, without an N x
-    N matrix.
+    """Intra-similarity that is computed from features by memory-efficient attention, without an N x N matrix.
 
-    A[q,k] is the softmax over the valid k of cosine(f_q - m, f_k - m) / temperature. m is the mean
-    of the valid
-    tokens: what all tokens have in common does not distinguish them. Gradients flow through the
+    A[q,k] is the softmax over the valid k of cosine(f_q - m, f_k - m) / temperature. m is the mean of the valid tokens:
+    what all tokens have in common does not distinguish them. Gradients flow through the
         propagated values, not
     through A.
 
@@ -121,8 +117,7 @@ class SelfSimilarity:
 
     @torch.no_grad()
     def _matrix(self) -> Tensor:
-        """Compute A [B,N,N], for training: its canvases are small, and gradients of the kernels are
-        much slower."""
+        """Compute A [B,N,N], for training: its canvases are small, and gradients of the kernels are much slower."""
         unit = self._unit_tokens()
         logits = unit @ unit.transpose(1, 2) / self.temperature
         return logits.masked_fill(~self.valid.flatten(1)[:, None], float("-inf")).softmax(dim=-1)
@@ -174,9 +169,9 @@ def split_reference_tokens(
 def foreground_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> tuple[Tensor, str | None]:
     """Return which tokens are inside the guidance.
 
-    As in the published code, a token is inside if its whole cell is foreground. Unknown pixels are
-    allowed in a cell that is mostly foreground and contains no background. If no cell qualifies,
-    the cells that are mostly foreground are used, or else the one cell with most foreground.
+    As in the published code, a token is inside if its whole cell is foreground. Unknown pixels are allowed in a cell
+    that is mostly foreground and contains no background. If no cell qualifies, the cells that are mostly foreground are
+    used, or else the one cell with most foreground.
 
     Args:
         guidance: float32 [1,1,H,W]: 0 outside, 0.5 unknown, 1 inside; not empty.
@@ -184,8 +179,8 @@ def foreground_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> tuple
         stride: Side of a cell, in px.
 
     Returns:
-        The mask, bool [1,h,w], in which at least one token is True; and a notice if the guidance is
-        too small to contain a whole cell.
+        The mask, bool [1,h,w], in which at least one token is True; and a notice if the guidance is too small to
+        contain a whole cell.
     """
     inside = ((guidance > 0.75) & valid[:, None]).float()
     fraction = F.avg_pool2d(inside, stride)[:, 0]
@@ -209,11 +204,10 @@ def foreground_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> tuple
 
 
 def background_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> Tensor:
-    """Return which tokens are outside the guidance and contain a pixel of the frame, bool [1,h,w];
-    possibly none.
+    """Return which tokens are outside the guidance and contain a pixel of the frame, bool [1,h,w]; possibly none.
 
-    Unknown pixels are allowed in a cell that is mostly background and contains no foreground. The
-    arguments are those of :func:`foreground_token_mask`.
+    Unknown pixels are allowed in a cell that is mostly background and contains no foreground. The arguments are those
+    of :func:`foreground_token_mask`.
     """
     inside = F.max_pool2d((guidance * valid[:, None]).float(), stride)[:, 0] > 0.75
     unknown = F.avg_pool2d((((guidance - 0.5).abs() < 0.25) & valid[:, None]).float(), stride)[:, 0]

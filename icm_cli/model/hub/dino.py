@@ -1,16 +1,14 @@
-"""The dino backbone: DINOv2, DINOv2 with registers, or DINOv3, of any size, from the Hugging Face
-hub.
+"""The dino backbone: DINOv2, DINOv2 with registers, or DINOv3, of any size, from the Hugging Face hub.
 
 Sources: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023); Darcet
     et al., "Vision
-Transformers Need Registers" (ICLR 2024); Siméoni et al., "DINOv3" (2025). The transformer is that
-of ``transformers`` and is frozen.
+Transformers Need Registers" (ICLR 2024); Siméoni et al., "DINOv3" (2025). The transformer is that of ``transformers``
+and is frozen.
 
-The tokens of DINOv3 depend on their position in the image, which misleads comparisons between
-images: tokens at the left of one image are similar to all tokens at the left of another. INSID3
-(Cuttano et al., CVPR 2026, arXiv 2603.28480, section 3.2) estimates this positional subspace from
-an empty image, and removes it for comparisons between images. The tokens of one image are grouped
-without this step.
+The tokens of DINOv3 depend on their position in the image, which misleads comparisons between images: tokens at the
+left of one image are similar to all tokens at the left of another. INSID3 (Cuttano et al., CVPR 2026, arXiv 2603.28480,
+section 3.2) estimates this positional subspace from an empty image, and removes it for comparisons between images. The
+tokens of one image are grouped without this step.
 """
 
 from __future__ import annotations
@@ -60,13 +58,13 @@ class DinoConfig:
     layers: tuple[int, ...] = (24,)
     """Blocks, counted from 1, whose outputs are the correspondence features."""
     positional_rank: int = 0
-    """Dimensions of the positional subspace that is removed before images are compared; 0 removes
-    nothing. The paper uses 500 of the 1024 dimensions of DINOv3 ViT-L."""
+    """Dimensions of the positional subspace that is removed before images are compared; 0 removes nothing. The paper
+    uses 500 of the 1024 dimensions of DINOv3 ViT-L."""
     temperature: float = 0.15
     """Temperature of the intra-similarity, in cosine units; more than 0."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Dtype of the transformer if ``--dtype`` is "auto"; "auto" selects that of the device. DINOv3
-    does not support float16."""
+    """Dtype of the transformer if ``--dtype`` is "auto"; "auto" selects that of the device. DINOv3 does not support
+    float16."""
 
     def __post_init__(self) -> None:
         if self.patch_px < 1:
@@ -88,8 +86,7 @@ class DinoConfig:
 class Dino(Backbone):
     """Tokens of selected blocks of a frozen vision transformer.
 
-    Attention uses PyTorch's fused kernels, and intra-similarity is an operator, so no N x N matrix
-    is in memory.
+    Attention uses PyTorch's fused kernels, and intra-similarity is an operator, so no N x N matrix is in memory.
 
     Args:
         config: Settings of the backbone.
@@ -177,11 +174,10 @@ class Dino(Backbone):
 
 
 def positional_subspace(tokens: Tensor, rank: int) -> Tensor:
-    """Compute the principal directions of the tokens of an empty image, which differ by their
-    position only.
+    """Compute the principal directions of the tokens of an empty image, which differ by their position only.
 
-    These are the left singular vectors of the centred tokens (INSID3, section 3.2). They are
-    computed on the CPU, because not every device supports the decomposition.
+    These are the left singular vectors of the centred tokens (INSID3, section 3.2). They are computed on the CPU,
+    because not every device supports the decomposition.
 
     Args:
         tokens: Tokens of unit length, [1,C,h,w].
@@ -196,8 +192,7 @@ def positional_subspace(tokens: Tensor, rank: int) -> Tensor:
 
 
 def project_out_subspace(tokens: Tensor, basis: Tensor) -> Tensor:
-    """Project tokens [B,C,h,w] onto the orthogonal complement of ``basis`` [C,rank], and normalise
-    them."""
+    """Project tokens [B,C,h,w] onto the orthogonal complement of ``basis`` [C,rank], and normalise them."""
     columns = tokens.flatten(2)
     rest = columns - basis @ (basis.T @ columns)
     return F.normalize(rest, dim=1).view_as(tokens)

@@ -1,7 +1,7 @@
 """Weights in the layout of Hugging Face: locate or download them, and load models from them.
 
-A folder contains ``config.json``, ``model.safetensors`` (or several files with an index) and
-usually ``preprocessor_config.json``. Pickled files are never opened.
+A folder contains ``config.json``, ``model.safetensors`` (or several files with an index) and usually
+``preprocessor_config.json``. Pickled files are never opened.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def find_weight_files(
         option: Option of the command that selects a folder, for error messages.
 
     Raises:
-        ConfigError: The files are not available. The message says what to download, where to put
-            it, and which licence to accept if the repository is gated.
+        ConfigError: The files are not available. The message says what to download, where to put it, and which licence
+            to accept if the repository is gated.
     """
     folder, is_local = Path(weights), False
     with contextlib.suppress(OSError, RuntimeError):  # a name that is too long; an unknown user after "~"
@@ -129,8 +129,8 @@ def _download(weights: str, patterns: Sequence[str], *, offline: bool, option: s
 
 
 def find_model_files(weights: str, default: str, *, offline: bool, option: str) -> list[Path]:
-    """Return the files of a complete model of ``transformers``; see :func:`find_weight_files`. The
-    first one is its configuration."""
+    """Return the files of a complete model of ``transformers``; see :func:`find_weight_files`. The first one is its
+    configuration."""
     patterns = [CONFIG_FILE, PREPROCESSOR_FILE, "model*.safetensors", INDEX_FILE]
     return find_weight_files(weights, default, _list_model_files, patterns, offline=offline, option=option)
 
@@ -169,8 +169,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_pixel_statistics(folder: Path, default: PixelStatistics) -> PixelStatistics:
     """Return the statistics with which a model normalises pixels.
 
-    As in ``transformers``, they are ``image_mean`` and ``image_std`` in
-    ``preprocessor_config.json``. ``default`` is used if the file or a key is missing.
+    As in ``transformers``, they are ``image_mean`` and ``image_std`` in ``preprocessor_config.json``. ``default`` is
+    used if the file or a key is missing.
 
     Raises:
         ConfigError: A value is not a list of three valid numbers.
@@ -199,8 +199,7 @@ def load_pretrained(cls: Any, folder: Path) -> Any:
         folder: Folder of the model.
 
     Raises:
-        ConfigError: The weights cannot be read, or their tensors are not exactly those of the
-            model.
+        ConfigError: The weights cannot be read, or their tensors are not exactly those of the model.
     """
     with _silence_transformers():
         try:

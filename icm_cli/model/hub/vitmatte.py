@@ -1,10 +1,9 @@
 """Edges by ViTMatte: computes the alpha from an image and a trimap, at the size of the source.
 
-Yao et al., "ViTMatte: Boosting Image Matting with Pre-trained Plain Vision Transformers",
-Information Fusion 2024. The network is ``VitMatteForImageMatting`` of ``transformers``.
-Preprocessing is that of the published processor: red, green and blue in 0..1 are normalised by the
-statistics of the weights' folder, by default with mean and standard deviation 0.5. The trimap of
-0, 0.5 and 1 is a fourth channel and is not normalised. All channels are padded with zeros to a
+Yao et al., "ViTMatte: Boosting Image Matting with Pre-trained Plain Vision Transformers", Information Fusion 2024. The
+network is ``VitMatteForImageMatting`` of ``transformers``. Preprocessing is that of the published processor: red, green
+and blue in 0..1 are normalised by the statistics of the weights' folder, by default with mean and standard deviation
+0.5. The trimap of 0, 0.5 and 1 is a fourth channel and is not normalised. All channels are padded with zeros to a
 multiple of 32 px.
 """
 
@@ -44,17 +43,15 @@ class VitMatteEdgesConfig:
     """Settings of the edges by ViTMatte."""
 
     weights: str = VITMATTE
-    """Hub id, or local folder in the layout of Hugging Face. The option ``--edges-weights``
-    replaces it."""
+    """Hub id, or local folder in the layout of Hugging Face. The option ``--edges-weights`` replaces it."""
     band: float = 0.015
-    """Width of the unknown region on either side of the coarse edge, as a fraction of the image's
-    long side; between 0 and 0.5."""
+    """Width of the unknown region on either side of the coarse edge, as a fraction of the image's long side; between 0
+    and 0.5."""
     tile_px: int = 1024
-    """Side of the tiles of a larger source, a multiple of 32. The memory of attention grows with
-    its fourth power."""
+    """Side of the tiles of a larger source, a multiple of 32. The memory of attention grows with its fourth power."""
     overlap_px: int = 256
-    """Overlap of tiles, in px, over which they are blended; at most a third of a tile. With 256 px,
-    neighbouring pixels differ by less than 1/255 because of it."""
+    """Overlap of tiles, in px, over which they are blended; at most a third of a tile. With 256 px, neighbouring pixels
+    differ by less than 1/255 because of it."""
 
     def __post_init__(self) -> None:
         if not 0 < self.band < 0.5:
@@ -73,8 +70,8 @@ class VitMatteEdges(Edges):
     def __init__(
         self, config: VitMatteEdgesConfig, network: nn.Module, statistics: PixelStatistics = DEFAULT_STATISTICS
     ) -> None:
-        """``network``: a ``VitMatteForImageMatting`` or a module with the same interface;
-        ``statistics``: mean and standard deviation of its pixels."""
+        """``network``: a ``VitMatteForImageMatting`` or a module with the same interface; ``statistics``: mean and
+        standard deviation of its pixels."""
         super().__init__()
         self.config = config
         self.network = network
@@ -119,8 +116,7 @@ class VitMatteEdges(Edges):
 
     @torch.inference_mode()
     def solve(self, rgb: ImageU8, trimap: Tensor) -> Tensor:
-        """Run the network on an image, sRGB uint8 [H,W,3], and its trimap [H,W] of 0, 0.5 and 1;
-        return [H,W]."""
+        """Run the network on an image, sRGB uint8 [H,W,3], and its trimap [H,W] of 0, 0.5 and 1; return [H,W]."""
         weight = next(self.network.parameters())
         pixels = self._network_input(rgb, trimap).to(weight.device, weight.dtype)
         alpha: Tensor = self.network(pixel_values=pixels).alphas

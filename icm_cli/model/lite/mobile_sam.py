@@ -1,10 +1,8 @@
-"""MobileSAM with a coarse alpha as its prompt: it completes the object and removes similar
-background next to it.
+"""MobileSAM with a coarse alpha as its prompt: it completes the object and removes similar background next to it.
 
-The head finds an object by its similarity to the reference, and misses parts that are not similar,
-such as a wheel or a blue spot. MobileSAM was trained on a billion masks and knows the extent of
-objects. Its mask decoder is fine-tuned by the stage "objects" of ``icm train`` to complete coarse
-alphas; the encoder is the published one (Apache-2.0).
+The head finds an object by its similarity to the reference, and misses parts that are not similar, such as a wheel or a
+blue spot. MobileSAM was trained on a billion masks and knows the extent of objects. Its mask decoder is fine-tuned by
+the stage "objects" of ``icm train`` to complete coarse alphas; the encoder is the published one (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -49,13 +47,12 @@ class MobileSamConfig:
     long_side_px: int = FULL_PX
     """Long side, in px, to which an image is scaled."""
     logit_eps: float = 0.01
-    """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that masks can
-    override it."""
+    """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that masks can override it."""
     object_threshold: float = 0.1
     """A coarse alpha without a value above this is not changed: it shows no object to complete."""
     initial_weights: Literal["lite", "published"] = "lite"
-    """Initial weights if there is no checkpoint: those of ``lite`` in this package, with a
-    fine-tuned decoder; or the published ones of MobileSAM, from a package of their own."""
+    """Initial weights if there is no checkpoint: those of ``lite`` in this package, with a fine-tuned decoder; or the
+    published ones of MobileSAM, from a package of their own."""
 
     def __post_init__(self) -> None:
         if not CELL_PX <= self.long_side_px <= FULL_PX or self.long_side_px % CELL_PX:
@@ -69,8 +66,7 @@ class MobileSamConfig:
 
 
 class MobileSam(Objects):
-    """Frozen encoder, mask decoder, and the weights of its masks and of the coarse alpha in the
-    result."""
+    """Frozen encoder, mask decoder, and the weights of its masks and of the coarse alpha in the result."""
 
     Config = MobileSamConfig
 
@@ -106,14 +102,12 @@ class MobileSam(Objects):
         self.decoder.set_dtype(fast_dtype)
 
     def embedding(self, image: Tensor) -> Tensor:
-        """Embed images float32 [B,3,H,W] in 0..1, with H and W multiples of 16, as
-        [B,256,H/16,W/16]."""
+        """Embed images float32 [B,3,H,W] in 0..1, with H and W multiples of 16, as [B,256,H/16,W/16]."""
         embedding: Tensor = self.encoder(image)
         return embedding
 
     def forward(self, embedding: Tensor, coarse: Tensor) -> Tensor:
-        """Decode embeddings [B,256,h,w] and coarse alphas [B,1,nh,nw] to logits float32
-        [B,1,4h,4w]."""
+        """Decode embeddings [B,256,h,w] and coarse alphas [B,1,nh,nw] to logits float32 [B,1,4h,4w]."""
         size = [MASK_SCALE * side for side in embedding.shape[-2:]]
         logit = torch.logit(coarse.float(), eps=self.config.logit_eps)
         if list(logit.shape[-2:]) != size:

@@ -1,10 +1,8 @@
-"""Refining network: computes a fine alpha from an image and a coarse alpha. It does not depend on
-classes.
+"""Refining network: computes a fine alpha from an image and a coarse alpha. It does not depend on classes.
 
-The same network runs in two steps, as in CascadePSP (Cheng et al., CVPR 2020). The first one runs
-on the image at ``RefineConfig.frame_px``, where a coarse alpha of a few hundred tokens becomes an
-outline. For larger sources, the second one runs on tiles at the size of the source, where that
-outline becomes an edge.
+The same network runs in two steps, as in CascadePSP (Cheng et al., CVPR 2020). The first one runs on the image at
+``RefineConfig.frame_px``, where a coarse alpha of a few hundred tokens becomes an outline. For larger sources, the
+second one runs on tiles at the size of the source, where that outline becomes an edge.
 """
 
 from __future__ import annotations
@@ -36,8 +34,8 @@ class RefineConfig:
     """Settings of the refining network."""
 
     widths: tuple[int, ...] = (32, 48, 64, 96, 128)
-    """Channels of each scale; the first has half the size of the image, and each other half the
-    size of the one before."""
+    """Channels of each scale; the first has half the size of the image, and each other half the size of the one
+    before."""
     detail_blocks: int = 0
     """Number of residual blocks before the output, at half the size of the image."""
     frame_px: int = 1024
@@ -47,16 +45,16 @@ class RefineConfig:
     overlap_px: int = 32
     """Overlap of tiles, in px, over which they are blended."""
     logit_eps: float = 0.02
-    """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that the
-    network can override it."""
+    """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that the network can override
+    it."""
     unknown_margin: float = 0.05
     """A pixel is unknown if its coarse alpha is further than this from 0 and 1."""
     change_radius: float = 0.06
-    """Distance from unknown pixels beyond which the coarse alpha is not changed, as a fraction of
-    the long side. Edges of the image there belong to other objects."""
+    """Distance from unknown pixels beyond which the coarse alpha is not changed, as a fraction of the long side. Edges
+    of the image there belong to other objects."""
     core_distance: float = 0.015
-    """Distance from edges beyond which the inside of the object becomes opaque and the background
-    transparent, as a fraction of the long side; 0 disables it."""
+    """Distance from edges beyond which the inside of the object becomes opaque and the background transparent, as a
+    fraction of the long side; 0 disables it."""
     core_long_side_px: int = 640
     """Long side, in px, of the alpha in which these distances are measured."""
     core_opaque_from: float = 0.8
@@ -66,8 +64,7 @@ class RefineConfig:
     core_softness: float = 0.3
     """Change of the local extreme alpha from one half over which these two apply gradually."""
     decided_margin: float = 0.01
-    """A tile is not changed if all its alphas are within this distance of 0, or all within this
-    distance of 1."""
+    """A tile is not changed if all its alphas are within this distance of 0, or all within this distance of 1."""
 
     def __post_init__(self) -> None:
         multiple = self.multiple
@@ -99,8 +96,7 @@ class RefineConfig:
 
 
 class ConvReLU(nn.Module):
-    """3 x 3 convolution and ReLU. Without BatchNorm, because the few crops of a batch differ too
-    much."""
+    """3 x 3 convolution and ReLU. Without BatchNorm, because the few crops of a batch differ too much."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -191,8 +187,8 @@ class Refine(Edges):
         ]
 
     def _refine_at_source(self, rgb: ImageU8, outline: Tensor, weight: Tensor) -> Tensor:
-        """Bring the result of the first step, an alpha [h,w], to the size of its image; for larger
-        images, run the second step.
+        """Bring the result of the first step, an alpha [h,w], to the size of its image; for larger images, run the
+        second step.
 
         ``weight``: float32 [h,w] in 0..1, by which the second step may change the alpha.
         """

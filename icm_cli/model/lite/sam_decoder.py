@@ -2,8 +2,8 @@
 
 Source: Kirillov et al., "Segment Anything" (ICCV 2023), section 3 and appendix A. The embedding of
     the mask is added to
-that of the image. The result and a few tokens then attend to each other, and each token produces a
-mask. Point and box prompts are not implemented.
+that of the image. The result and a few tokens then attend to each other, and each token produces a mask. Point and box
+prompts are not implemented.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ FULL_CELLS = 64
 class MaskDecoder(nn.Module):
     """Computes the logits of masks, [B,4,4h,4w].
 
-    Its inputs are the embedding of the image, [B,256,h,w], and the logit of a coarse alpha,
-    [B,1,4h,4w].
+    Its inputs are the embedding of the image, [B,256,h,w], and the logit of a coarse alpha, [B,1,4h,4w].
     """
 
     frequencies: Tensor
@@ -122,8 +121,7 @@ class CrossAttention(nn.Module):
 
 
 class TwoWayAttention(nn.Module):
-    """Two-way attention layer: tokens attend to each other, then to the image, and the image
-    attends to the tokens."""
+    """Two-way attention layer: tokens attend to each other, then to the image, and the image attends to the tokens."""
 
     def __init__(self, adds_initial_tokens: bool) -> None:
         super().__init__()

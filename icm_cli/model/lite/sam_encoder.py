@@ -2,8 +2,8 @@
 
 Sources: Zhang et al., "Faster Segment Anything: Towards Lightweight SAM for Mobile Applications"
     (2023), section 3; Wu
-et al., "TinyViT: Fast Pretraining Distillation for Small Vision Transformers" (ECCV 2022). The last
-stage does not reduce the resolution, so a cell is 16 px.
+et al., "TinyViT: Fast Pretraining Distillation for Small Vision Transformers" (ECCV 2022). The last stage does not
+reduce the resolution, so a cell is 16 px.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ EXPANSION_RATIO = 4
 
 
 class TinyViT(nn.Module):
-    """Computes the embedding [B,256,H/16,W/16] of images, sRGB [B,3,H,W] in 0..1; H and W are
-    multiples of 16."""
+    """Computes the embedding [B,256,H/16,W/16] of images, sRGB [B,3,H,W] in 0..1; H and W are multiples of 16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,8 +121,7 @@ class ChannelNorm(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Inverted residual block: expansion, depthwise convolution and reduction, added to the
-    input."""
+    """Inverted residual block: expansion, depthwise convolution and reduction, added to the input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -208,8 +206,7 @@ class WindowAttention(nn.Module):
 
 
 def convert_encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of MobileSAM's encoder by their names in this module, without the unused
-    classifier."""
+    """Return the tensors of MobileSAM's encoder by their names in this module, without the unused classifier."""
     start, classifier = "image_encoder.", ("head.", "norm_head.")
     names = [name.removeprefix(start) for name in tensors if name.startswith(start)]
     return {_convert_encoder_name(name): tensors[start + name] for name in names if not name.startswith(classifier)}

@@ -34,9 +34,9 @@ class Tile:
 def split_into_tiles(size: tuple[int, int], tile_px: int, overlap_px: int) -> list[Tile]:
     """Split an image of ``size`` (height, width) into tiles with sides of at most ``tile_px``.
 
-    The weights of neighbours rise and fall linearly over ``overlap_px``. If that is at most a third
-    of a tile, two tiles that disagree completely (0 and 1) differ by at most 1 / ``overlap_px``
-    from one pixel to the next. With 256 px that is less than 1/255.
+    The weights of neighbours rise and fall linearly over ``overlap_px``. If that is at most a third of a tile, two
+    tiles that disagree completely (0 and 1) differ by at most 1 / ``overlap_px`` from one pixel to the next. With 256
+    px that is less than 1/255.
     """
     sides = (_split_side(length, tile_px, overlap_px) for length in size)
     return [
@@ -59,11 +59,9 @@ def blend_tiles(size: tuple[int, int], tiles: Sequence[Tile], alphas: Iterable[T
 
 
 def _split_side(length: int, tile: int, overlap: int) -> list[tuple[int, Tensor]]:
-    """Start and weights of each tile along a side of ``length`` px; the last tile ends at the end
-    of the side.
+    """Start and weights of each tile along a side of ``length`` px; the last tile ends at the end of the side.
 
-    Weights rise over the overlap with the tile before, are 1 in the middle, and fall over that with
-    the tile after.
+    Weights rise over the overlap with the tile before, are 1 in the middle, and fall over that with the tile after.
     """
     if length <= tile:
         return [(0, torch.ones(length))]

@@ -1,5 +1,4 @@
-"""The stable-diffusion backbone of the paper (section 3.2): frozen, with features and attention of
-one noised pass.
+"""The stable-diffusion backbone of the paper (section 3.2): frozen, with features and attention of one noised pass.
 
 ``weights.py`` loads the weights, and ``unet.py`` contains the part of the U-Net that runs.
 """
@@ -38,16 +37,14 @@ SCHEDULE_STEPS = 1000
 
 @dataclass(frozen=True)
 class StableDiffusionConfig:
-    """Settings of the stable-diffusion backbone. The defaults are those of the published
-    checkpoint."""
+    """Settings of the stable-diffusion backbone. The defaults are those of the published checkpoint."""
 
     weights: str = DEFAULT_WEIGHTS
     """Hub id or local folder in the layout of diffusers. ``--weights`` overrides it."""
     canvas_px: int = 768
     """Side of the square canvas, in px, a multiple of 64."""
     timestep: int = 200
-    """Timestep of the noise in the latents, 0..999. The paper says 0, the published code uses
-    200."""
+    """Timestep of the noise in the latents, 0..999. The paper says 0, the published code uses 200."""
     ensemble: int = 4
     """Number E of noise samples whose features and attention maps are averaged."""
 
@@ -63,8 +60,8 @@ class StableDiffusionConfig:
 class StableDiffusion(Backbone):
     """Features and mean self-attention of a frozen Stable Diffusion.
 
-    Images are processed one at a time. The E noise samples of an image are a batch that is large
-    enough for a GPU, and the features of an image cannot depend on other images.
+    Images are processed one at a time. The E noise samples of an image are a batch that is large enough for a GPU, and
+    the features of an image cannot depend on other images.
     """
 
     Config = StableDiffusionConfig
@@ -124,8 +121,7 @@ class StableDiffusion(Backbone):
         )
 
     def encode_moments(self, image: Tensor) -> Tensor:
-        """Return mean and log variance of the VAE's posterior, float32 [1,8,H/8,W/8], of an image
-        [1,3,H,W] in 0..1."""
+        """Return mean and log variance of the VAE's posterior, float32 [1,8,H/8,W/8], of an image [1,3,H,W] in 0..1."""
         return encode_image(self.encoder, self.quant_conv, (2.0 * image - 1.0).to(self.prompt_embedding.dtype))
 
     def noisy_latents(self, moments: Tensor, key: str) -> Tensor:
@@ -153,8 +149,7 @@ class StableDiffusion(Backbone):
 
         Args:
             noisy: Noisy latents, [E,4,h,w].
-            maps: Stride -> accumulator of the self-attention; None for references, which do not
-                need it.
+            maps: Stride -> accumulator of the self-attention; None for references, which do not need it.
 
         Returns:
             Stride -> features, float32 [1,C,h,w].

@@ -1,5 +1,4 @@
-"""The detail head of the paper: inter-similarity, intra-similarity, fusion and detail decoder
-(sections 3.3 and 3.4).
+"""The detail head of the paper: inter-similarity, intra-similarity, fusion and detail decoder (sections 3.3 and 3.4).
 
 Shapes are given for the published widths and a canvas of 768 px. Scales are always in the order of
 :data:`FUSION_STRIDES`.
@@ -32,8 +31,7 @@ class DetailConfig:
     """Settings of the detail head. The defaults are those of the published checkpoint."""
 
     canvas_px: int = 768
-    """Side of the square canvas, in px. The channels of the intra-similarity are absolute positions
-    on it."""
+    """Side of the square canvas, in px. The channels of the intra-similarity are absolute positions on it."""
     feature_channels: int = 1280
     """Channels of the backbone's features at both strides."""
     intra_channels: int = 256
@@ -67,8 +65,7 @@ class DetailReferences:
 
 
 class DetailHead(TrainedHead):
-    """Locates the object by inter-similarity, extends it by intra-similarity, and decodes it at
-    full resolution."""
+    """Locates the object by inter-similarity, extends it by intra-similarity, and decodes it at full resolution."""
 
     Config = DetailConfig
     needs_attention_matrix = True
@@ -102,8 +99,7 @@ class DetailHead(TrainedHead):
         return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
 
     def similarity_maps(self, target: Features, references: Sequence[DetailReferences]) -> tuple[Tensor, Tensor]:
-        """Return S, and the encoded intra-similarity averaged over channels and scales, as in the
-        published code."""
+        """Return S, and the encoded intra-similarity averaged over channels and scales, as in the published code."""
         similarity, spread = self._compute_similarities(target, references)
         size = (self.config.canvas_px, self.config.canvas_px)
         images = [F.interpolate(each.float().mean(1, keepdim=True), size, mode="bilinear") for each in spread]
@@ -124,8 +120,7 @@ class DetailHead(TrainedHead):
 
 
 class InterSimilarity(nn.Module):
-    """Inter-similarity S of the target and the foreground of the references, with one LayerNorm for
-    both."""
+    """Inter-similarity S of the target and the foreground of the references, with one LayerNorm for both."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -137,8 +132,7 @@ class InterSimilarity(nn.Module):
         return normalised
 
     def forward(self, references: Sequence[Sequence[Tensor]], feature: Tensor, valid: Tensor) -> Tensor:
-        """Compute S, float32 [B,1,h,w]. Several references are averaged; one reference gives the
-        published rule.
+        """Compute S, float32 [B,1,h,w]. Several references are averaged; one reference gives the published rule.
 
         Args:
             references: For each target the tokens [K,C] of its references.
@@ -154,8 +148,7 @@ class InterSimilarity(nn.Module):
 
 
 class IntraSimilarityEncoder(nn.Module):
-    """Encodes the products S[k] * A[q,k] of one scale: the similarity of each token q to the tokens
-    k that S selects.
+    """Encodes the products S[k] * A[q,k] of one scale: the similarity of each token q to the tokens k that S selects.
 
     The keys k are the input channels of a convolution over the queries q.
     """
@@ -190,8 +183,7 @@ class Fusion(nn.Module):
         self.merge = ConvNormReLU(2 * channels, channels)
 
     def forward(self, features: Sequence[Tensor], spread: Sequence[Tensor]) -> Tensor:
-        """Fuse features [B,1280,s,s] and intra-similarities [B,256,s,s] for s = 24, 48 to
-        [B,320,48,48]."""
+        """Fuse features [B,1280,s,s] and intra-similarities [B,256,s,s] for s = 24, 48 to [B,320,48,48]."""
         coarse, fine = (
             join(torch.cat([project(feature), similarity], dim=1))
             for project, join, feature, similarity in zip(self.project, self.join, features, spread, strict=True)
@@ -201,8 +193,7 @@ class Fusion(nn.Module):
 
 
 class DetailDecoder(nn.Module):
-    """The detail capture module of ViTMatte (Yao et al. 2024): image features are added at every
-    doubling."""
+    """The detail capture module of ViTMatte (Yao et al. 2024): image features are added at every doubling."""
 
     def __init__(self, inputs: int, channels: Sequence[int]) -> None:
         super().__init__()
@@ -218,8 +209,7 @@ class DetailDecoder(nn.Module):
         self.output = make_alpha_layers(channels[-1], OUTPUT_CHANNELS)
 
     def forward(self, fused: Tensor, image: Tensor) -> Tensor:
-        """Decode fused features [B,320,48,48] and an image [B,3,768,768] in -1..1 to alpha, float32
-        [B,1,768,768]."""
+        """Decode fused features [B,320,48,48] and an image [B,3,768,768] in -1..1 to alpha, float32 [B,1,768,768]."""
         details = [image.to(fused.dtype)]
         for layer in self.image_stream:
             details.append(layer(details[-1]))

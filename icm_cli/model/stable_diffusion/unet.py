@@ -1,8 +1,7 @@
-"""The part of Stable Diffusion that computes the features and attention maps, on the modules of
-diffusers.
+"""The part of Stable Diffusion that computes the features and attention maps, on the modules of diffusers.
 
-Layers after the last output are not loaded, see :func:`drop_unused_layers`. The timestep is fixed,
-so its embedding is added to the bias of the first convolution of every residual block.
+Layers after the last output are not loaded, see :func:`drop_unused_layers`. The timestep is fixed, so its embedding is
+added to the bias of the first convolution of every residual block.
 
 Letters: E noise samples of one image (the batch), H heads, N = h*w tokens, C channels.
 """
@@ -25,13 +24,12 @@ FEATURE_STRIDES = (32, 16)
 Grid: TypeAlias = tuple[int, int]
 """Size (h, w) of a feature grid."""
 CHUNK_BYTES = 1 << 24
-"""Largest size of a float32 chunk of attention probabilities, and of a chunk of a feed-forward
-layer."""
+"""Largest size of a float32 chunk of attention probabilities, and of a chunk of a feed-forward layer."""
 
 
 def drop_unused_layers(unet: Any) -> None:
-    """Remove the layers of a diffusers U-Net after its last output: query and key of the last
-    self-attention in ``up_blocks[2]``."""
+    """Remove the layers of a diffusers U-Net after its last output: query and key of the last self-attention in
+    ``up_blocks[2]``."""
     del unet.up_blocks[3]
     unet.up_blocks[2].upsamplers = None
     unet.conv_norm_out = unet.conv_act = unet.conv_out = None
@@ -44,8 +42,7 @@ def drop_unused_layers(unet: Any) -> None:
 
 @torch.no_grad()
 def fold_timestep(unet: Any, timestep: int) -> None:
-    """Add the embedding of the timestep to the bias of the first convolution of each residual
-    block."""
+    """Add the embedding of the timestep to the bias of the first convolution of each residual block."""
     embedding = F.silu(unet.time_embedding(unet.time_proj(torch.tensor([timestep]))))
     for block in unet.modules():
         if isinstance(block, ResnetBlock2D):
@@ -59,8 +56,7 @@ def _add_to_bias(block: Any, embedding: Tensor) -> None:
 
 
 class MeanAttention:
-    """Running mean A of the self-attention maps of one grid over heads, noise samples and layers,
-    float32 [N,N].
+    """Running mean A of the self-attention maps of one grid over heads, noise samples and layers, float32 [N,N].
 
     Only one chunk of a layer's probabilities is in memory at a time.
 
@@ -77,8 +73,8 @@ class MeanAttention:
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute the attention of one layer, and add its map to the mean.
 
-        As in the published code, the output attends to every token; only the map excludes the
-        padding. All tensors are [E,H,N,d].
+        As in the published code, the output attends to every token; only the map excludes the padding. All tensors are
+        [E,H,N,d].
         """
         values = value.flatten(0, 1)
         output = torch.empty_like(values)
@@ -96,8 +92,7 @@ class MeanAttention:
         return self._sum / self._layers
 
     def _accumulate_maps(self, query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Choose some of a layer's E*H maps and query rows, with their probabilities [maps,rows,N]
-        float32.
+        """Choose some of a layer's E*H maps and query rows, with their probabilities [maps,rows,N] float32.
 
         A chunk's probabilities last until the next chunk.
         """
@@ -133,8 +128,7 @@ def run_unet(
         unet: U-Net of diffusers after :func:`drop_unused_layers` and :func:`fold_timestep`.
         noisy: Noisy latents, [E,4,h,w].
         prompt_embedding: Embedding of the prompt, [1,77,1024].
-        maps: Grid -> accumulator of the self-attention on that grid; None to skip the attention
-            maps.
+        maps: Grid -> accumulator of the self-attention on that grid; None to skip the attention maps.
 
     Returns:
         Features: stride -> output of ``up_blocks[0]`` or ``up_blocks[1]``, [E,C,h,w].
@@ -160,8 +154,7 @@ def run_unet(
 
 
 def encode_image(encoder: Any, quant_conv: nn.Module, image: Tensor) -> Tensor:
-    """Return the moments of the VAE's posterior, float32 [B,8,H/8,W/8], for images [B,3,H,W] in
-    -1..1."""
+    """Return the moments of the VAE's posterior, float32 [B,8,H/8,W/8], for images [B,3,H,W] in -1..1."""
     x = encoder.conv_in(image)
     for block in encoder.down_blocks:
         for resnet in block.resnets:

@@ -1,8 +1,8 @@
 """Locate and load the weights of Stable Diffusion 2.1.
 
-Only the weights that affect the features are loaded: the VAE encoder, and the U-Net up to its last
-attention map. They are read directly from the safetensors files into modules without values. The
-text encoder runs once, and its embedding of the empty prompt is cached.
+Only the weights that affect the features are loaded: the VAE encoder, and the U-Net up to its last attention map. They
+are read directly from the safetensors files into modules without values. The text encoder runs once, and its embedding
+of the empty prompt is cached.
 """
 
 from __future__ import annotations
@@ -76,8 +76,7 @@ def find_diffusers_files(weights: str, *, offline: bool) -> list[Path]:
 
 
 def load_parts(folder: Path, *, timestep: int) -> StableDiffusionParts:
-    """Load the parts from the folder of :func:`find_diffusers_files`, with the U-Net fixed to one
-    timestep.
+    """Load the parts from the folder of :func:`find_diffusers_files`, with the U-Net fixed to one timestep.
 
     Raises:
         ConfigError: A file is damaged or of another model.

@@ -22,8 +22,7 @@ from icm_cli.guided_filter import guided_upsample
 from icm_cli.model.contracts import Edges
 
 RELATIVE_TOLERANCE = 1e-4
-"""Relative residual at which the conjugate gradient method stops. It is exact to a hundredth of an
-8-bit level."""
+"""Relative residual at which the conjugate gradient method stops. It is exact to a hundredth of an 8-bit level."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,10 @@ class ClosedFormConfig:
     """Settings of the closed-form edges."""
 
     band: float = 0.015
-    """Width of the unknown region on either side of the coarse edge, as a fraction of the image's
-    long side; between 0 and 0.5."""
+    """Width of the unknown region on either side of the coarse edge, as a fraction of the image's long side; between 0
+    and 0.5."""
     solve_long_side_px: int = 1024
-    """Largest long side at which the alpha is solved, in px. A guided filter enlarges it to the
-    size of the source."""
+    """Largest long side at which the alpha is solved, in px. A guided filter enlarges it to the size of the source."""
     guided_filter: GuidedFilterConfig = field(default_factory=GuidedFilterConfig)
     """Settings of that guided filter."""
 
@@ -47,8 +45,7 @@ class ClosedFormConfig:
 
 
 class ClosedForm(Edges):
-    """Edges by closed-form matting: a sparse linear system per image, on the CPU. It has no
-    weights."""
+    """Edges by closed-form matting: a sparse linear system per image, on the CPU. It has no weights."""
 
     Config = ClosedFormConfig
 
@@ -74,8 +71,8 @@ class ClosedForm(Edges):
 def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArray[np.float64]:
     """Solve the alpha of an image and a trimap.
 
-    If the trimap contains no foreground or no background, the unknown pixels belong to the other
-    side. If it contains no unknown pixels, it is the alpha.
+    If the trimap contains no foreground or no background, the unknown pixels belong to the other side. If it contains
+    no unknown pixels, it is the alpha.
 
     Args:
         rgb: sRGB, float64 [h,w,3] in 0..1.
@@ -99,8 +96,8 @@ def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArra
 def load_solver() -> Callable[..., NDArray[np.float64]]:
     """Import pymatting and return its solver.
 
-    This takes 2 s, and 40 s when it is compiled on a machine for the first time. The compiled code
-    is stored in the user's cache folder.
+    This takes 2 s, and 40 s when it is compiled on a machine for the first time. The compiled code is stored in the
+    user's cache folder.
     """
     solver: Callable[..., NDArray[np.float64]] = _import_pymatting().estimate_alpha_cf
     return solver

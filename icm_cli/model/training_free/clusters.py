@@ -1,15 +1,13 @@
-"""Segmentation by clusters of tokens, the method of INSID3 (Cuttano et al., CVPR 2026, section
-3.3).
+"""Segmentation by clusters of tokens, the method of INSID3 (Cuttano et al., CVPR 2026, section 3.3).
 
-1. A token is a candidate if it is similar to the prototype of the reference, and if its nearest
-   reference token is inside the mask.
+1. A token is a candidate if it is similar to the prototype of the reference, and if its nearest reference token is
+   inside the mask.
 2. The tokens of the target are clustered by average linkage.
 3. The seed is the cluster with candidates that is most similar to the prototype.
 4. Other clusters are added if they are similar to the prototype and to the seed, and consist mostly
 of candidates.
 
-The published code uses 0 for ``min_candidate_cosine``, 0.6 for ``min_cluster_cosine`` and 0.2 for
-``min_join_score``.
+The published code uses 0 for ``min_candidate_cosine``, 0.6 for ``min_cluster_cosine`` and 0.2 for ``min_join_score``.
 
 Letters: N tokens of the target, K reference tokens inside the guidance, M outside, C channels.
     Clustering computes
@@ -37,8 +35,8 @@ class ClusterSegments:
 
     Attributes:
         inside: Tokens of the object, bool [N]; all False if it is absent.
-        similarity: Similarity of the seed to the prototype, as a fraction of the similarity of the
-            reference's own tokens; 0 if there is no seed.
+        similarity: Similarity of the seed to the prototype, as a fraction of the similarity of the reference's own
+            tokens; 0 if there is no seed.
     """
 
     inside: Tensor
@@ -87,8 +85,7 @@ def segment_by_clusters(
 
 
 def is_nearest_foreground(target: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
-    """Return for each target token whether its nearest reference token is inside the mask, bool
-    [N].
+    """Return for each target token whether its nearest reference token is inside the mask, bool [N].
 
     Without background tokens, the result is True for all tokens.
 

@@ -1,13 +1,11 @@
 """The training-free head: evidence by token comparison, a trimap, and closed-form matting.
 
-Every token of the target is compared with the reference's tokens inside and outside the guidance.
-Unlike the softmax S of the paper (equation 3), which always sums to K, these similarities are not
-normalised over the target. They can therefore show that the object is absent. Intra-similarity
-propagates them to similar tokens (section 3.3). Pixels near the decision threshold become the
-unknown region of a trimap, which closed-form matting solves.
+Every token of the target is compared with the reference's tokens inside and outside the guidance. Unlike the softmax S
+of the paper (equation 3), which always sums to K, these similarities are not normalised over the target. They can
+therefore show that the object is absent. Intra-similarity propagates them to similar tokens (section 3.3). Pixels near
+the decision threshold become the unknown region of a trimap, which closed-form matting solves.
 
-A second rule segments the target by clusters of its tokens, see
-``icm_cli.model.training_free.clusters``.
+A second rule segments the target by clusters of its tokens, see ``icm_cli.model.training_free.clusters``.
 """
 
 from __future__ import annotations
@@ -33,45 +31,38 @@ from icm_cli.model.training_free.clusters import CHUNK_TOKENS, segment_by_cluste
 
 @dataclass(frozen=True)
 class TrainingFreeConfig:
-    """Settings of the training-free head. Similarities are cosines; the rule "contrast" centres the
-    features first."""
+    """Settings of the training-free head. Similarities are cosines; the rule "contrast" centres the features first."""
 
     rule: Literal["contrast", "clusters"] = "contrast"
-    """Rule that decides which tokens belong to the object. "contrast" compares each token with the
-    reference's tokens inside and outside the guidance. "clusters" decides by clusters of tokens, as
-    INSID3 does."""
+    """Rule that decides which tokens belong to the object. "contrast" compares each token with the reference's tokens
+    inside and outside the guidance. "clusters" decides by clusters of tokens, as INSID3 does."""
     temperature: float = 0.07
     """Temperature of the soft maximum over the reference's tokens, in cosine units; more than 0."""
     presence_temperature: float = 0.1
-    """The same for the decision whether the object is present. A higher temperature requires more
-    tokens to agree."""
+    """The same for the decision whether the object is present. A higher temperature requires more tokens to agree."""
     background_weight: float = 0.5
     """Weight of the similarity to the reference's background, which is subtracted; 0 or more."""
     threshold: float = 0.25
-    """Evidence above which a pixel is foreground, as a fraction of the strongest evidence; between
-    0 and 1."""
+    """Evidence above which a pixel is foreground, as a fraction of the strongest evidence; between 0 and 1."""
     absent_below: float = 0.24
-    """The object is absent if its similarity to the reference is lower than this, as a fraction of
-    the similarity of the reference to itself; 0 (never absent) to 1."""
+    """The object is absent if its similarity to the reference is lower than this, as a fraction of the similarity of
+    the reference to itself; 0 (never absent) to 1."""
     instance_fraction: float = 0.8
-    """A connected region is foreground only if its strongest evidence is at least this fraction of
-    the strongest evidence in the target; 0 (all regions) to 1 (only one region)."""
+    """A connected region is foreground only if its strongest evidence is at least this fraction of the strongest
+    evidence in the target; 0 (all regions) to 1 (only one region)."""
     unknown_fraction: float = 0.15
-    """Fraction of the pixels that are unknown for closed-form matting; between 0 and 1. A larger
-    fraction takes longer."""
+    """Fraction of the pixels that are unknown for closed-form matting; between 0 and 1. A larger fraction takes
+    longer."""
     solve_long_side_px: int = 640
     """Largest long side at which closed-form matting is solved, in px."""
     min_candidate_cosine: float = 0.0
-    """Rule "clusters": smallest cosine of a candidate to the prototype of the reference; -1 to
-    1."""
+    """Rule "clusters": smallest cosine of a candidate to the prototype of the reference; -1 to 1."""
     min_cluster_cosine: float = 0.6
-    """Rule "clusters": smallest mean cosine at which clusters are merged (tau in the paper);
-    between 0 and 1."""
+    """Rule "clusters": smallest mean cosine at which clusters are merged (tau in the paper); between 0 and 1."""
     min_join_score: float = 0.2
     """Rule "clusters": smallest score of a cluster that is added to the seed; 0 to 1."""
     edge_band: float = 0.01
-    """Rule "clusters": width of the unknown region at the edge, as a fraction of the long side;
-    between 0 and 0.5."""
+    """Rule "clusters": width of the unknown region at the edge, as a fraction of the long side; between 0 and 0.5."""
 
     def __post_init__(self) -> None:
         for name in ("threshold", "unknown_fraction"):
@@ -102,11 +93,10 @@ class Evidence:
     """Evidence for the object in one target.
 
     Attributes:
-        contrast: Similarity to the foreground minus weighted similarity to the background,
-            propagated by intra-similarity, [h,w]. With the rule "clusters", 1 inside the object and
-            0 outside.
-        similarity: Similarity of the target to the reference's foreground, as a fraction of the
-            foreground's similarity to itself.
+        contrast: Similarity to the foreground minus weighted similarity to the background, propagated by
+            intra-similarity, [h,w]. With the rule "clusters", 1 inside the object and 0 outside.
+        similarity: Similarity of the target to the reference's foreground, as a fraction of the foreground's similarity
+            to itself.
     """
 
     contrast: Tensor
@@ -114,8 +104,7 @@ class Evidence:
 
 
 class TrainingFree(Head):
-    """Computes evidence by comparison of tokens, and an alpha from it by closed-form matting. It
-    has no weights."""
+    """Computes evidence by comparison of tokens, and an alpha from it by closed-form matting. It has no weights."""
 
     Config = TrainingFreeConfig
 
@@ -128,15 +117,14 @@ class TrainingFree(Head):
         self._solves_alpha = False
 
     def prepare_references(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
-        """Split the tokens of the references. They are centred in :meth:`forward`, because the
-        centre depends on the target."""
+        """Split the tokens of the references. They are centred in :meth:`forward`, because the centre depends on the
+        target."""
         if self._solves_alpha:
             load_solver()  # loads with the model instead of with the first image
         return split_reference_tokens(references, flatten_tokens)
 
     def forward(self, target: Features, references: Sequence[Any], image: Tensor, valid: Tensor) -> Matte:
-        """Matte each target independently. The confidence is the similarity of :class:`Evidence`,
-        at most 1."""
+        """Matte each target independently. The confidence is the similarity of :class:`Evidence`, at most 1."""
         alpha = torch.zeros_like(image[:, :1])
         stride = image.shape[-1] // target.correspondence_features.shape[-1]
         evidences = self.compute_evidence(target, references, stride)
@@ -213,8 +201,7 @@ class TrainingFree(Head):
         return float(best / soft_max_similarity(foreground, foreground, self.config.presence_temperature).mean())
 
     def _solve_alpha(self, contrast: Tensor, image: Tensor) -> Tensor:
-        """Compute the alpha [H,W] of one frame without padding, or its trimap if a later component
-        refines the edges.
+        """Compute the alpha [H,W] of one frame without padding, or its trimap if a later component refines the edges.
 
         Args:
             contrast: float32 [H,W], on the CPU.
@@ -233,11 +220,10 @@ class TrainingFree(Head):
         return F.interpolate(alpha[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
 
     def make_trimap(self, contrast: Tensor) -> Tensor:
-        """Return a trimap [H,W] of 0, 0.5 and 1, in which the pixels closest to the threshold are
-        unknown.
+        """Return a trimap [H,W] of 0, 0.5 and 1, in which the pixels closest to the threshold are unknown.
 
-        Pixels in the upper half of the contrast above the threshold are never unknown, so small
-        objects keep some foreground.
+        Pixels in the upper half of the contrast above the threshold are never unknown, so small objects keep some
+        foreground.
 
         Args:
             contrast: float32 [H,W].
@@ -253,8 +239,7 @@ class TrainingFree(Head):
 
 
 def keep_strong_regions(evidence: Tensor, inside: Tensor, fraction: float) -> Tensor:
-    """Keep the connected regions whose strongest evidence is at least a fraction of the strongest
-    evidence.
+    """Keep the connected regions whose strongest evidence is at least a fraction of the strongest evidence.
 
     Other objects often form separate regions that are slightly similar to the reference.
 
