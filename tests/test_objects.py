@@ -19,7 +19,7 @@ from icm_cli.config import ComponentConfig, parse_model_config
 from icm_cli.errors import ConfigError
 from icm_cli.model.checkpoint import read_checkpoint, save_checkpoint
 from icm_cli.model.contracts import IMAGENET_MEAN
-from icm_cli.model.lite import mobile_sam, sam_decoder, sam_encoder
+from icm_cli.model.lite import mobile_sam, sam
 from icm_cli.model.lite.mobile_sam import MobileSam
 from icm_cli.model.loading import load_model_for_training, model_digest
 from icm_cli.model.packing import pack_checkpoint
@@ -60,11 +60,11 @@ class TestPublished:
         golden = np.load(GOLDEN)
         names = {name: json.loads(shape) for name, shape in zip(golden["names"], golden["shapes"], strict=True)}
         tensors = published_like(names)
-        encoder, decoder = sam_encoder.TinyViT().eval(), sam_decoder.MaskDecoder().eval()
-        missing = encoder.load_state_dict(sam_encoder.convert_encoder_tensors(tensors), strict=False)
+        encoder, decoder = sam.TinyViT().eval(), sam.MaskDecoder().eval()
+        missing = encoder.load_state_dict(sam.convert_encoder_tensors(tensors), strict=False)
         assert not missing.unexpected_keys
         assert all(key.endswith("num_batches_tracked") for key in missing.missing_keys)
-        decoder.load_state_dict(sam_decoder.convert_decoder_tensors(tensors))
+        decoder.load_state_dict(sam.convert_decoder_tensors(tensors))
         rng = np.random.default_rng(1)
         image = torch.from_numpy(rng.random((1, 3, 1024, 1024), dtype=np.float32))
         logit = torch.from_numpy(rng.standard_normal((1, 1, 256, 256), dtype=np.float32) * 3)

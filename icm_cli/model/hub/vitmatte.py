@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import ImageU8, trimap_from_coarse
+from icm_cli.model.alphas import blend_tiles, split_into_tiles
 from icm_cli.model.contracts import Edges
 from icm_cli.model.hub.catalogue import VITMATTE
 from icm_cli.model.hub.folders import (
@@ -30,7 +31,6 @@ from icm_cli.model.hub.folders import (
     read_json,
     read_pixel_statistics,
 )
-from icm_cli.model.lite.tiles import blend_tiles, split_into_tiles
 
 MULTIPLE_PX = 32
 """Images are padded to a multiple of this, as by the published processor."""

@@ -48,11 +48,10 @@ class FinetuningConfig:
     absent_fraction: float = 0.15
     """Fraction of the steps whose target is a view without the object."""
     original_fraction: float = 0.7
-    """Fraction of the steps whose reference is an original reference; in the other steps it is a view."""
+    """Fraction of the steps whose reference is an original reference instead of a view."""
     rate: float = 3e-4
-    """Highest learning rate; it decays along a cosine."""
+    """Highest learning rate; it rises linearly over ``warmup_steps`` and decays along a cosine."""
     warmup_steps: int = 10
-    """Steps in which the learning rate increases linearly."""
     clip_norm: float = 5.0
     """Largest norm of the gradients."""
     max_log_scale: float = 0.4
@@ -60,7 +59,6 @@ class FinetuningConfig:
     max_angle: float = 15.0
     """Largest rotation of a view, in degrees."""
     max_shear: float = 0.15
-    """Largest shear of a view."""
     border: float = 0.25
     """Smallest distance of the object's centre from the borders of a view, as a fraction of its sides."""
     max_absent_log_scale: float = 0.7
@@ -76,7 +74,6 @@ class FinetuningConfig:
     preview_px: int = 16
     """Sampling distance, in px, of the first check whether a crop contains the object."""
     seed: int = 0
-    """Seed of all random numbers."""
 
 
 FINETUNING = FinetuningConfig()
@@ -146,23 +143,21 @@ class FinetunableHead(TrainedHead, ABC):
                 _Scene(image, guidance, ((guidance - 0.5).abs() > 0.25).float(), valid)
                 for image, guidance, valid in references
             ]
-            originals = [_extract_view(backbone, self, each) for each in scenes]
-            views = [
-                _extract_view(backbone, self, _augment_scene(scenes[i % len(scenes)], rng))
-                for i in range(FINETUNING.views)
-            ]
+            originals = [_extract_view(backbone, self, scene) for scene in scenes]
+            drawn = (_augment_scene(scenes[i % len(scenes)], rng) for i in range(FINETUNING.views))
+            views = [_extract_view(backbone, self, scene) for scene in drawn]
             crops = [_crop_without_object(scenes[i % len(scenes)], rng) for i in range(FINETUNING.absent_views)]
-            absent = [_extract_view(backbone, self, each) for each in crops if each is not None]
+            absent = [_extract_view(backbone, self, crop) for crop in crops if crop is not None]
         student = copy.deepcopy(self).float().eval()
         with torch.enable_grad():
             _train_head(student, originals, views, absent, steps, rng)
-        dtypes = {name: each.dtype for name, each in self.state_dict(keep_vars=True).items()}
-        for name, each in student.state_dict(keep_vars=True).items():
-            each.requires_grad_(False)
-            each.data = each.data.to(dtypes[name])
+        dtypes = {name: tensor.dtype for name, tensor in self.state_dict(keep_vars=True).items()}
+        for name, tensor in student.state_dict(keep_vars=True).items():
+            tensor.requires_grad_(False)
+            tensor.data = tensor.data.to(dtypes[name])
         features = [
-            ReferenceFeatures(each.features, guidance, valid)
-            for each, (_, guidance, valid) in zip(originals, references, strict=True)
+            ReferenceFeatures(view.features, guidance, valid)
+            for view, (_, guidance, valid) in zip(originals, references, strict=True)
         ]
         return LearnedReferences(student, student.prepare_references(features))
 
@@ -213,40 +208,33 @@ def _mean_cross_entropy(logit: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Scene:
-    """A reference or an augmented view of one, on the canvas.
-
-    Attributes:
-        image: float32 sRGB [1,3,H,W] in 0..1.
-        guidance: float32 [1,1,H,W] in 0..1.
-        known: float32 [1,1,H,W], 0 where the guidance is unknown, else 1.
-        valid: bool [1,H,W].
-    """
+    """A reference or an augmented view of one, on the canvas."""
 
     image: Tensor
+    """float32 sRGB [1,3,H,W] in 0..1."""
     guidance: Tensor
+    """float32 [1,1,H,W] in 0..1."""
     known: Tensor
+    """float32 [1,1,H,W], 0 where the guidance is unknown, else 1."""
     valid: Tensor
+    """bool [1,H,W]."""
 
 
 @dataclass(frozen=True)
 class _View:
-    """Features and labels of a scene, for its use as a reference or as a target.
-
-    Attributes:
-        features: Features of the scene, a batch of one.
-        inside: Tokens inside the guidance, bool [1,h,w], for references.
-        outside: Tokens outside the guidance, bool [1,h,w], for references.
-        alpha: Alpha at the resolution of the decoder, float32 [1,nh,nw] in 0..1, for targets.
-        known: Tokens whose alpha is known, bool [1,h,w], for targets.
-        image: float32 [1,3,H,W] if the decoder uses the image, else None.
-    """
+    """Features and labels of a scene, for its use as a reference or as a target. All are batches of one."""
 
     features: Features
     inside: Tensor
+    """Of a reference: tokens inside the guidance, bool [1,h,w]."""
     outside: Tensor
+    """Of a reference: tokens outside the guidance, bool [1,h,w]."""
     alpha: Tensor
+    """Of a target: alpha at the resolution of the decoder, float32 [1,nh,nw] in 0..1."""
     known: Tensor
+    """Of a target: tokens whose alpha is known, bool [1,h,w]."""
     image: Tensor | None
+    """float32 [1,3,H,W] if the decoder uses the image."""
 
 
 def _train_head(
@@ -257,11 +245,8 @@ def _train_head(
     steps: int,
     rng: np.random.Generator,
 ) -> None:
-    """Train the head in place.
-
-    The statistics of normalisation layers are not changed. The presence layers are not changed either, because almost
-    every frame of a shot contains the object.
-    """
+    """Train the head in place, except the statistics of its normalisation layers and its presence layers: almost every
+    frame of a shot contains the object."""
     head.requires_grad_(True)
     head.presence_mlp.requires_grad_(False)
     weights = [weight for weight in head.parameters() if weight.requires_grad]
@@ -273,18 +258,14 @@ def _train_head(
         reference = _draw_view(originals if rng.random() < FINETUNING.original_fraction else views, rng)
         use_absent = absent and rng.random() < FINETUNING.absent_fraction
         target = _draw_view(absent if use_absent else [*originals, *views], rng)
-        loss = _compute_loss(head, reference, target)
+        tokens = head.project_tokens(reference.features.correspondence_features)
+        prepared = ReferenceTokens(tokens[reference.inside.flatten(1)], tokens[reference.outside.flatten(1)])
+        prediction = head.predict_match(target.features, [prepared], target.image)
+        loss = match_losses(prediction, target.alpha, target.known, presence_weight=0.0)["total"].mean()
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(weights, FINETUNING.clip_norm)
         optimiser.step()
-
-
-def _compute_loss(head: FinetunableHead, reference: _View, target: _View) -> Tensor:
-    tokens = head.project_tokens(reference.features.correspondence_features)
-    prepared = ReferenceTokens(tokens[reference.inside.flatten(1)], tokens[reference.outside.flatten(1)])
-    prediction = head.predict_match(target.features, [prepared], target.image)
-    return match_losses(prediction, target.alpha, target.known, presence_weight=0.0)["total"].mean()
 
 
 def _draw_view(views: Sequence[_View], rng: np.random.Generator) -> _View:
@@ -297,13 +278,9 @@ def _extract_view(backbone: Backbone, head: FinetunableHead, scene: _Scene) -> _
     token_px = scene.image.shape[-1] // features.correspondence_features.shape[-1]
     known = features.valid & (F.avg_pool2d(scene.known, token_px)[:, 0] > 0.5)
     levels = scene.guidance * scene.known + 0.5 * (1.0 - scene.known)
+    scale_features = {stride: feature.float() for stride, feature in features.scale_features.items()}
     return _View(
-        Features(
-            features.correspondence_features,
-            features.valid,
-            {level: scale.float() for level, scale in features.scale_features.items()},
-            {},
-        ),
+        Features(features.correspondence_features, features.valid, scale_features, {}),
         foreground_token_mask(levels, scene.valid, token_px)[0],
         background_token_mask(levels, scene.valid, token_px),
         F.avg_pool2d(scene.guidance, token_px >> head.decoder_steps)[:, 0],
@@ -315,9 +292,10 @@ def _extract_view(backbone: Backbone, head: FinetunableHead, scene: _Scene) -> _
 def _augment_scene(scene: _Scene, rng: np.random.Generator) -> _Scene:
     """Return a randomly transformed and recoloured view, mirrored beyond its borders."""
     scale = math.exp(rng.uniform(-FINETUNING.max_log_scale, FINETUNING.max_log_scale))
-    size = _frame_size(scene)
-    to = size * rng.uniform(FINETUNING.border, 1.0 - FINETUNING.border, 2)
-    return _apply_change(scene, _Change.draw(scale, _object_centre(scene), to, rng))
+    target = _frame_size(scene) * rng.uniform(FINETUNING.border, 1.0 - FINETUNING.border, 2)
+    rows, columns = torch.nonzero(scene.guidance[0, 0] > 0.75, as_tuple=True)
+    centre = np.array([float(columns.float().mean()), float(rows.float().mean())])
+    return _Change.draw(scale, centre, target, rng).apply(scene)
 
 
 def _crop_without_object(scene: _Scene, rng: np.random.Generator) -> _Scene | None:
@@ -326,93 +304,63 @@ def _crop_without_object(scene: _Scene, rng: np.random.Generator) -> _Scene | No
     for _ in range(FINETUNING.attempts):
         scale = math.exp(rng.uniform(0.0, FINETUNING.max_absent_log_scale))
         change = _Change.draw(scale, size * rng.uniform(0.0, 1.0, 2), size / 2, rng)
-        preview = _sample_layers(scene, [scene.guidance], change.sampling_grid(scene, FINETUNING.preview_px))
-        if float(preview.max()) >= FINETUNING.max_absent_guidance:
-            continue
-        crop = _apply_change(scene, change)
-        if float(crop.guidance.max()) < FINETUNING.max_absent_guidance:
-            return crop
+        if float(change.sample(scene, [scene.guidance], FINETUNING.preview_px).max()) < FINETUNING.max_absent_guidance:
+            crop = change.apply(scene)
+            if float(crop.guidance.max()) < FINETUNING.max_absent_guidance:
+                return crop
     return None
 
 
 @dataclass(frozen=True)
 class _Change:
-    """A geometric and a colour transformation of a scene.
-
-    Attributes:
-        matrix: Scale, rotation, shear and optional mirroring, [2,2].
-        source: Point (x, y) of the scene that the transformation moves to ``target``, in px.
-        target: Point (x, y) of the view, in px.
-        gain: Factor of each channel, [3,1,1].
-        offset: Value that is added to all channels.
-    """
+    """A geometric and a colour transformation of a scene."""
 
     matrix: np.ndarray
+    """Scale, rotation, shear and optional mirroring, [2,2]."""
     source: np.ndarray
+    """Point (x, y) of the scene that the transformation moves to ``target``, in px."""
     target: np.ndarray
     gain: np.ndarray
+    """Factor of each channel, [3,1,1]."""
     offset: float
+    """Value that is added to all channels."""
 
     @classmethod
     def draw(cls, scale: float, source: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> _Change:
         """Draw a random change with a given scale that moves ``source`` to ``target``."""
-        max_angle, max_shear, max_gain = (
-            FINETUNING.max_angle,
-            FINETUNING.max_shear,
-            FINETUNING.max_gain,
-        )
-        angle, flip = math.radians(rng.uniform(-max_angle, max_angle)), rng.choice([-1.0, 1.0])
+        max_gain, max_shear = FINETUNING.max_gain, FINETUNING.max_shear
+        angle = math.radians(rng.uniform(-FINETUNING.max_angle, FINETUNING.max_angle))
+        flip = rng.choice([-1.0, 1.0])
         cos, sin, shear = math.cos(angle), math.sin(angle), rng.uniform(-max_shear, max_shear)
         matrix = np.array([[scale * flip * cos, shear - scale * sin], [scale * flip * sin, scale * cos]])
         gain = rng.uniform(1.0 - max_gain, 1.0 + max_gain, (3, 1, 1)) * rng.uniform(1.0 - max_gain, 1.0 + max_gain)
-        return cls(
-            matrix,
-            source,
-            target,
-            gain,
-            float(rng.uniform(-FINETUNING.max_offset, FINETUNING.max_offset)),
-        )
+        offset = float(rng.uniform(-FINETUNING.max_offset, FINETUNING.max_offset))
+        return cls(matrix, source, target, gain, offset)
 
-    def sampling_grid(self, scene: _Scene, px: int = 1) -> Tensor:
-        """Return where to sample the scene for every square of ``px`` px of the view.
+    def apply(self, scene: _Scene) -> _Scene:
+        """Return the changed scene."""
+        layers = self.sample(scene, [scene.image, scene.guidance, scene.known])
+        bottom, right = (scene.image.shape[-2:][axis] - layers.shape[-2:][axis] for axis in (0, 1))
+        layers = F.pad(layers, (0, right, 0, bottom), mode="replicate")
+        image = layers[:, :3] * torch.from_numpy(self.gain).float().to(layers.device) + self.offset
+        return _Scene(image.clamp(0.0, 1.0), layers[:, 3:4] * scene.valid[:, None], layers[:, 4:], scene.valid)
 
-        The result is float32 [1,h,w,2] in the coordinates of ``F.grid_sample``.
-        """
+    def sample(self, scene: _Scene, layers: Sequence[Tensor], px: int = 1) -> Tensor:
+        """Sample layers [1,C,H,W] of the scene for every square of ``px`` px of the view, [1,C,h,w]."""
         forward = np.eye(3)
         forward[:2, :2], forward[:2, 2] = self.matrix, self.target - self.matrix @ self.source
         width, height = (int(side) for side in _frame_size(scene))
-        pixels = [
-            [2.0 / width, 0.0, 1.0 / width - 1.0],
-            [0.0, 2.0 / height, 1.0 / height - 1.0],
-            [0.0, 0.0, 1.0],
-        ]
-        back = (np.array(pixels) @ np.linalg.inv(forward) @ np.linalg.inv(np.array(pixels)))[:2]
-        back = torch.from_numpy(back[None]).float().to(scene.image.device)
-        return F.affine_grid(back, [1, 1, -(-height // px), -(-width // px)], align_corners=False)
-
-
-def _apply_change(scene: _Scene, change: _Change) -> _Scene:
-    layers = _sample_layers(scene, [scene.image, scene.guidance, scene.known], change.sampling_grid(scene))
-    bottom, right = (scene.image.shape[-2:][n] - layers.shape[-2:][n] for n in (0, 1))
-    layers = F.pad(layers, (0, right, 0, bottom), mode="replicate")
-    image = (layers[:, :3] * torch.from_numpy(change.gain).float().to(layers.device) + change.offset).clamp(0.0, 1.0)
-    return _Scene(image, layers[:, 3:4] * scene.valid[:, None], layers[:, 4:], scene.valid)
-
-
-def _sample_layers(scene: _Scene, layers: Sequence[Tensor], grid: Tensor) -> Tensor:
-    """Sample layers [1,C,H,W] at a grid, [1,C,h,w]; they are mirrored at their borders."""
-    width, height = (int(side) for side in _frame_size(scene))
-    frame = torch.cat(list(layers), dim=1)[..., :height, :width]
-    return F.grid_sample(frame, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        pixels = np.array(
+            [[2.0 / width, 0.0, 1.0 / width - 1.0], [0.0, 2.0 / height, 1.0 / height - 1.0], [0.0, 0.0, 1.0]]
+        )
+        back = (pixels @ np.linalg.inv(forward) @ np.linalg.inv(pixels))[:2]
+        matrix = torch.from_numpy(back[None]).float().to(scene.image.device)
+        grid = F.affine_grid(matrix, [1, 1, -(-height // px), -(-width // px)], align_corners=False)
+        frame = torch.cat(list(layers), dim=1)[..., :height, :width]
+        return F.grid_sample(frame, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def _frame_size(scene: _Scene) -> np.ndarray:
     """Width and height of the frame on its canvas, in px."""
     valid = scene.valid[0]
     return np.array([float(valid[0].sum()), float(valid[:, 0].sum())])
-
-
-def _object_centre(scene: _Scene) -> np.ndarray:
-    """Centre of gravity (x, y) of the object, in px."""
-    rows, columns = torch.nonzero(scene.guidance[0, 0] > 0.75, as_tuple=True)
-    return np.array([float(columns.float().mean()), float(rows.float().mean())])

