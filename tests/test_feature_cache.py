@@ -34,10 +34,10 @@ def test_cached_features_equal_the_features() -> None:
     kept, true = back.intra_similarity[16], intra[16]
     assert isinstance(kept, AttentionMatrix)
     assert isinstance(true, AttentionMatrix)
-    large = true.matrix() > 1e-7
-    assert true.matrix()[large].min() < 6e-6
-    assert (true.matrix() < 6e-5).float().mean() > 0.2
-    error = ((kept.matrix() - true.matrix()).abs() / true.matrix())[large]
+    large = true.matrix > 1e-7
+    assert true.matrix[large].min() < 6e-6
+    assert (true.matrix < 6e-5).float().mean() > 0.2
+    error = ((kept.matrix - true.matrix).abs() / true.matrix)[large]
     assert error.max() < 2e-3  # without scaling, small values would have errors above 10 %
     values = torch.rand(1, 144, 2)
     torch.testing.assert_close(

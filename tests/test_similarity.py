@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import profile
 
-from icm_cli.model.contracts import IntraSimilarity, MatrixIntraSimilarity
+from icm_cli.model.contracts import IntraSimilarity
 from icm_cli.model.similarity import (
     AttentionMatrix,
     SelfSimilarity,
@@ -75,8 +75,8 @@ def test_both_classes_implement_the_interface() -> None:
     similarity = SelfSimilarity(feature, valid, TEMPERATURE)
     held = AttentionMatrix(reference_matrix(feature, valid), (5, 6))
     assert isinstance(similarity, IntraSimilarity)
-    assert not isinstance(similarity, MatrixIntraSimilarity)
-    assert isinstance(held, MatrixIntraSimilarity)
+    assert not isinstance(similarity, AttentionMatrix)
+    assert isinstance(held, AttentionMatrix)
     values = torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(held.propagate(values), similarity.propagate(values), atol=1e-5, rtol=1e-5)
 

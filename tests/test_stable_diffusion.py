@@ -16,9 +16,10 @@ from icm_cli.config import ModelConfig, load_model_config
 from icm_cli.errors import ConfigError
 from icm_cli.files import cache_folder
 from icm_cli.model.checkpoint import save_checkpoint
-from icm_cli.model.contracts import Features, MatrixIntraSimilarity
+from icm_cli.model.contracts import Features
 from icm_cli.model.core import TARGET_NOISE, InContextMatting, reference_noise_key
 from icm_cli.model.loading import load_model, model_digest, resolve_model
+from icm_cli.model.similarity import AttentionMatrix
 from icm_cli.model.stable_diffusion import weights as sd_weights
 from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
 from icm_cli.model.stable_diffusion.detail_head import DetailHead, DetailReferences, confidence_and_found
@@ -114,9 +115,9 @@ class TestFeatures:
         assert features.valid.shape == (2, SIDE // 16, SIDE // 16)
         assert {s: tuple(f.shape) for s, f in features.scale_features.items()} == {32: (2, 32, 4, 4), 16: (2, 32, 8, 8)}
         for stride, intra in features.intra_similarity.items():
-            assert isinstance(intra, MatrixIntraSimilarity)
+            assert isinstance(intra, AttentionMatrix)
             assert intra.grid == (SIDE // stride, SIDE // stride)
-            torch.testing.assert_close(intra.matrix().sum(-1), torch.ones(2, (SIDE // stride) ** 2))
+            torch.testing.assert_close(intra.matrix.sum(-1), torch.ones(2, (SIDE // stride) ** 2))
 
     def test_reference_features_contain_correspondence_only(self, backbone: StableDiffusion) -> None:
         features = backbone.reference_features(images(1), all_valid(1), REFERENCE)
@@ -144,8 +145,8 @@ class TestFeatures:
 
 def matrix(features: Features) -> Tensor:
     intra = features.intra_similarity[16]
-    assert isinstance(intra, MatrixIntraSimilarity)
-    return intra.matrix()
+    assert isinstance(intra, AttentionMatrix)
+    return intra.matrix
 
 
 class TestPadding:

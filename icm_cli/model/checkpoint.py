@@ -281,9 +281,8 @@ def _read_published(path: Path) -> dict[str, Tensor]:
     for key, tensor in state.items():
         if not str(key).startswith(PUBLISHED_PREFIX):
             raise ConfigError(
-                f"checkpoint {path} has the key {key!r}, so it is of another project; expected "
-                f"keys that start with {PUBLISHED_PREFIX!r}, as in the published In-Context "
-                "Matting checkpoint"
+                f"checkpoint {path} has the key {key!r}, so it is of another project; expected keys that start with "
+                f"{PUBLISHED_PREFIX!r}, as in the published In-Context Matting checkpoint"
             )
         if not isinstance(tensor, Tensor):
             raise ConfigError(f"checkpoint {path}: {key!r} is not a tensor; {DAMAGED}")
@@ -301,9 +300,8 @@ def _read_pickle(path: Path) -> Any:
         foreign = [name for name in refused if not name.startswith(PLACEHOLDER_PACKAGES)]
         if foreign:
             raise ConfigError(
-                f"checkpoint {path} refers to {foreign[0]!r}, which could run code and is not part "
-                "of the published checkpoint; it was not opened. Get the file from where "
-                "In-Context Matting was published"
+                f"checkpoint {path} refers to {foreign[0]!r}, which could run code and is not part of the published "
+                "checkpoint; it was not opened. Get the file from where In-Context Matting was published"
             )
         placeholders = [(type(name.rpartition(".")[2], (), {}), name) for name in refused]
         with torch.serialization.safe_globals(placeholders):  # type: ignore[arg-type]

@@ -40,55 +40,39 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_ENLARGEMENT = 2.0
 """Largest factor by which backbones enlarge a small image to the canvas."""
 ReferenceImage: TypeAlias = tuple[Tensor, Tensor, Tensor]
-"""A reference on a canvas of its own: image [1,3,H,W], guidance [1,1,H,W] (0 outside the object, 1 inside, 0.5
+"""A reference on a canvas of its own: image [1,3,H,W], guidance [1,1,H,W] (0 outside, 1 inside the object, 0.5
 unknown), valid [1,H,W]."""
 
 
 @runtime_checkable
 class IntraSimilarity(Protocol):
-    """Similarity between the tokens of one target, as an operator (paper, section 3.3).
-
-    Each row of the underlying matrix is a softmax over the valid tokens: non-negative, summing to 1, zero in the
-    padding.
-    """
+    """Similarity between the tokens of one target, as an operator A (paper, section 3.3). Each row is a softmax over
+    the valid tokens: it sums to 1, and is 0 in the padding."""
 
     grid: tuple[int, int]
     """Grid (h, w) of the tokens; N = h*w."""
 
     def propagate(self, values: Tensor) -> Tensor:
-        """Propagate ``values`` [B,N,c] to similar tokens: the product A @ values, float32 [B,N,c]."""
-        ...
-
-
-@runtime_checkable
-class MatrixIntraSimilarity(IntraSimilarity, Protocol):
-    """An intra-similarity that also provides its matrix, such as Stable Diffusion's mean self-attention."""
-
-    def matrix(self) -> Tensor:
-        """Return A, float32 [B,N,N]; axis 1 is the query, axis 2 the key."""
+        """Propagate ``values`` [B,N,c] to similar tokens: A @ values, float32 [B,N,c]."""
         ...
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features that a backbone extracts from a batch of images.
-
-    Attributes:
-        correspondence_features: Features that are compared between reference and target, float32 [B,C,h,w], not
-            normalised.
-        valid: True for tokens whose cell contains at least one pixel of the frame, bool [B,h,w].
-        scale_features: Features for decoders: stride in canvas pixels -> [B,C_s,H/s,W/s], in the backbone's dtype.
-            Empty for references.
-        intra_similarity: Stride -> similarity between the tokens of the grid of that stride. Empty for references.
-        grouping_features: Features that distinguish the tokens of one image, float32 [B,C,h,w]; None if the
-            correspondence features serve this purpose too.
-    """
+    """Features that a backbone extracts from a batch of images."""
 
     correspondence_features: Tensor
+    """Features that are compared between reference and target, float32 [B,C,h,w], not normalised."""
     valid: Tensor
+    """True for tokens whose cell contains at least one pixel of the frame, bool [B,h,w]."""
     scale_features: Mapping[int, Tensor]
+    """Features for decoders: stride in canvas pixels -> [B,C_s,H/s,W/s], in the backbone's dtype. Empty for
+    references."""
     intra_similarity: Mapping[int, IntraSimilarity]
+    """Stride -> similarity between the tokens of the grid of that stride. Empty for references."""
     grouping_features: Tensor | None = None
+    """Features that distinguish the tokens of one image, float32 [B,C,h,w]; None if the correspondence features serve
+    this purpose too."""
 
     def select_correspondence(self, index: int) -> Features:
         """Return the correspondence features of one image as a batch of one."""
@@ -98,50 +82,40 @@ class Features:
 
 @dataclass(frozen=True)
 class ReferenceFeatures:
-    """One reference as a head receives it.
-
-    Attributes:
-        features: Features of the reference, a batch of one.
-        guidance: Mask of the object, float32 [1,1,H,W]: 1 inside, 0 outside, 0.5 unknown.
-        valid: bool [1,H,W].
-    """
+    """One reference as a head receives it."""
 
     features: Features
+    """A batch of one."""
     guidance: Tensor
+    """Mask of the object, float32 [1,1,H,W]: 1 inside, 0 outside, 0.5 unknown."""
     valid: Tensor
+    """bool [1,H,W]."""
 
 
 @dataclass(frozen=True)
 class Matte:
-    """Result of a head for a batch of B targets.
-
-    Attributes:
-        alpha: Coarse alpha on the canvas, float32 [B,1,H,W] in 0..1; undefined in the padding.
-        confidence: Confidence of the head in its foreground, float32 [B] in 0..1.
-        found: Whether the target object appears to be in the image, bool [B].
-        presence: Presence of the target object, from heads that predict it; None from the others.
-    """
+    """Result of a head for a batch of B targets."""
 
     alpha: Tensor
+    """Coarse alpha on the canvas, float32 [B,1,H,W] in 0..1; undefined in the padding."""
     confidence: Tensor
+    """Confidence of the head in its foreground, float32 [B] in 0..1."""
     found: Tensor
+    """Whether the target object appears to be in the image, bool [B]."""
     presence: Presence | None = None
+    """Of heads that predict it."""
 
 
 @dataclass(frozen=True)
 class Presence:
-    """Prediction whether the target object is in the image at all, for a batch of B targets.
-
-    Attributes:
-        logit: Logit of the presence, float32 [B]. ``Matte.alpha`` is already multiplied by its sigmoid.
-        alpha_if_present: Alpha under the assumption that the object is present, float32 [B,1,H,W] in 0..1.
-        is_uncertain: Whether the presence is too uncertain to decide from the whole image, bool [B]. A second pass over
-            a crop may decide.
-    """
+    """Prediction whether the target object is in the image at all, for a batch of B targets."""
 
     logit: Tensor
+    """float32 [B]. ``Matte.alpha`` is already multiplied by its sigmoid."""
     alpha_if_present: Tensor
+    """Alpha under the assumption that the object is present, float32 [B,1,H,W] in 0..1."""
     is_uncertain: Tensor
+    """Whether a second pass over a crop should decide, bool [B]."""
 
 
 class PreparedReferences(Protocol):
@@ -155,12 +129,7 @@ class PreparedReferences(Protocol):
 
 @dataclass(frozen=True)
 class LearnedReferences:
-    """References together with a copy of the head that was fine-tuned on them.
-
-    Attributes:
-        head: The fine-tuned head.
-        prepared: The references, prepared by that head.
-    """
+    """References together with a copy of the head that was fine-tuned on them, and that prepared them."""
 
     head: Head
     prepared: Any
@@ -214,14 +183,11 @@ class Backbone(Component):
     """Extracts :class:`Features` from images on the canvas."""
 
     has_attention_matrix: ClassVar[bool] = False
-    """Whether ``Features.intra_similarity`` holds :class:`MatrixIntraSimilarity` objects."""
-
+    """Whether ``Features.intra_similarity`` holds matrices, see :class:`~icm_cli.model.similarity.AttentionMatrix`."""
     is_self_contained: ClassVar[bool] = False
     """Whether a checkpoint with its weights is the only file that is needed to build it."""
-
     is_trainable: ClassVar[bool] = False
     """Whether training may change its weights. A backbone that is not trainable runs without gradients."""
-
     has_transformer: ClassVar[bool] = False
     """Whether it contains a transformer with a dtype of its own, see :meth:`set_dtype`."""
 
@@ -265,19 +231,14 @@ class Head(Component):
     """Computes a coarse alpha from the features of a target and the prepared references."""
 
     needs_attention_matrix: ClassVar[bool] = False
-    """Whether it reads ``MatrixIntraSimilarity.matrix()``."""
-
+    """Whether it needs a backbone with ``has_attention_matrix``."""
     is_trained: ClassVar[bool] = False
     """Whether it has weights that must come from a checkpoint."""
-
     can_learn_references: ClassVar[bool] = False
     """Whether :meth:`learn_references` is implemented."""
 
     def disable_edge_refinement(self) -> None:
-        """Return coarse alphas from now on, because a later component refines their edges.
-
-        The default implementation does nothing.
-        """
+        """Return coarse alphas from now on, because a later component refines their edges."""
 
     @abstractmethod
     def prepare_references(self, references: Sequence[ReferenceFeatures]) -> PreparedReferences:
@@ -288,10 +249,7 @@ class Head(Component):
     ) -> LearnedReferences:
         """Fine-tune a copy of this head on the references, for heads with ``can_learn_references``.
 
-        Args:
-            backbone: The backbone of the same model; it is not changed.
-            references: References of the run.
-            steps: Number of training steps, 1 or more.
+        ``backbone``, of the same model, is not changed. ``steps``: training steps, 1 or more.
         """
         raise NotImplementedError
 
@@ -314,28 +272,22 @@ class TrainedHead(Head, ABC):
 
     @abstractmethod
     def similarity_maps(self, target: Features, references: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Return inter- and intra-similarity as images, float32 [B,1,h,w] each, on a grid and scale of their own.
-
-        They are shown during training; nothing is computed from them.
-        """
+        """Return inter- and intra-similarity as images to show during training, float32 [B,1,h,w] each, on a grid and
+        scale of their own."""
 
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """Embedding of one image by :class:`Objects`. It can be kept and used for several coarse alphas.
-
-    Attributes:
-        embedding: What the mask decoder needs to know of the image, [1,C,h,w].
-        mask_size: Height and width of the completed alpha, which covers exactly the image.
-    """
+    """Embedding of one image by :class:`Objects`. It can be kept and used for several coarse alphas."""
 
     embedding: Tensor
+    """What the mask decoder needs to know of the image, [1,C,h,w]."""
     mask_size: tuple[int, int]
+    """Height and width of the completed alpha, which covers exactly the image."""
 
 
 class Objects(Component):
-    """Completes the objects of coarse alphas before their edges are refined. It does not depend on the references or on
-    classes.
+    """Completes the objects of coarse alphas before their edges are refined, whatever the references show.
 
     ``icm train`` trains it; a checkpoint contains all of its weights.
     """
@@ -351,15 +303,8 @@ class Objects(Component):
 
     @abstractmethod
     def forward(self, embedding: Tensor, coarse: Tensor) -> Tensor:
-        """Decode completed alphas.
-
-        Args:
-            embedding: Embeddings of the images, [B,C,h,w].
-            coarse: Coarse alphas, float32 [B,1,h',w'] in 0..1.
-
-        Returns:
-            Logits of the completed alphas, float32 [B,1,nh,nw] with n cells per cell of the embedding.
-        """
+        """Decode the logits of completed alphas, float32 [B,1,nh,nw], from embeddings [B,C,h,w] and coarse alphas,
+        float32 [B,1,h',w'] in 0..1."""
 
     @abstractmethod
     def has_object(self, coarse: Tensor) -> bool:
@@ -371,24 +316,13 @@ class Objects(Component):
 
     @abstractmethod
     def complete_embedded_alphas(self, images: Sequence[EmbeddedImage], coarse: Sequence[Tensor]) -> list[Tensor]:
-        """Complete the objects of coarse alphas.
-
-        Args:
-            images: Embedding of each image.
-            coarse: Coarse alpha of each image, float32 [h,w] in 0..1 of any size, covers exactly the image.
-
-        Returns:
-            Completed alpha of each image, float32 [h',w'] in 0..1.
-        """
+        """Complete the objects of coarse alphas, one of any size for each image: float32 [h,w] in 0..1, which covers
+        exactly the image. The results are float32 [h',w'] in 0..1."""
 
     @torch.inference_mode()
     def complete_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
-        """Embed images and complete their coarse alphas; those without an object are returned as they are.
-
-        Args:
-            images: sRGB uint8 [H,W,3] each.
-            coarse: As for :meth:`complete_embedded_alphas`.
-        """
+        """Embed images, sRGB uint8 [H,W,3], and complete their coarse alphas, except those without an object. See
+        :meth:`complete_embedded_alphas`."""
         completed = list(coarse)
         indices = [index for index, alpha in enumerate(coarse) if self.has_object(alpha)]
         embedded = self.embed_images([images[index] for index in indices])
@@ -399,8 +333,7 @@ class Objects(Component):
 
 
 class Edges(Component):
-    """Refines the edges of coarse alphas at the size of their sources. It does not depend on the references or on
-    classes."""
+    """Refines the edges of coarse alphas at the size of their sources, whatever the references show."""
 
     is_trained: ClassVar[bool] = False
     """Whether it has weights that ``icm train`` trains and a checkpoint contains."""

@@ -160,9 +160,8 @@ class InContextMatting(nn.Module):
         ]
         if not all(bool(each.features.correspondence_features.isfinite().all()) for each in features):
             raise ConfigError(
-                "the backbone computed features of a reference that are not finite: its weights "
-                "are damaged, or the range of the dtype is too small; use --dtype float32, or get "
-                "the weights again"
+                "the backbone computed features of a reference that are not finite: its weights are damaged, or the "
+                "range of the dtype is too small; use --dtype float32, or get the weights again"
             )
         if learn_steps:
             return self.head.learn_references(self.backbone, references, learn_steps)
@@ -229,9 +228,8 @@ def _check_compatibility(backbone: Backbone, head: Head) -> None:
     """Raise ConfigError if the head cannot use the features of the backbone."""
     if head.needs_attention_matrix and not backbone.has_attention_matrix:
         raise ConfigError(
-            f"head {type(head).__name__} needs an attention matrix, which backbone "
-            f"{type(backbone).__name__} does not provide; use the stable-diffusion backbone or the "
-            "training-free head"
+            f"head {type(head).__name__} needs an attention matrix, which backbone {type(backbone).__name__} does not "
+            "provide; use the stable-diffusion backbone or the training-free head"
         )
     if isinstance(head, FixedCanvas) and head.canvas.long_side_px != backbone.canvas.long_side_px:
         raise ConfigError(

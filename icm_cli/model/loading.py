@@ -59,8 +59,7 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
     if stored is not None and requested is not None and stored != requested:
         raise ConfigError(
             f"checkpoint {checkpoint} has another configuration than --model {model}: "
-            f"{_describe_difference(stored, requested)}; omit --model to use the configuration in "
-            "the checkpoint"
+            f"{_describe_difference(stored, requested)}; omit --model to use the configuration in the checkpoint"
         )
     config = stored or requested or load_model_config(PUBLISHED_MODEL)
     if not component_class("head", config.head.name).is_trained:
@@ -307,9 +306,8 @@ def _require_checkpoint(config: ModelConfig) -> None:
     """Raise ConfigError if the head has weights, because there is no checkpoint."""
     if component_class("head", config.head.name).is_trained:
         raise ConfigError(
-            f"head {config.head.name!r} needs trained weights; give them with --checkpoint FILE "
-            "(the published .ckpt, or a file that icm trained), or use a model without trained "
-            f"weights: --model {UNTRAINED_MODELS}"
+            f"head {config.head.name!r} needs trained weights; give them with --checkpoint FILE (the published .ckpt, "
+            f"or a file that icm trained), or use a model without trained weights: --model {UNTRAINED_MODELS}"
         )
 
 

@@ -64,33 +64,25 @@ def inter_similarity(reference_tokens: Tensor, target_tokens: Tensor, target_val
     return logits.softmax(dim=-1).sum(dim=1)
 
 
+@dataclass
 class AttentionMatrix:
-    """Intra-similarity with its matrix A, float32 [B,N,N]; each row is a softmax over the valid tokens."""
+    """Intra-similarity with its matrix A."""
 
-    def __init__(self, attention: Tensor, grid: tuple[int, int]) -> None:
-        self.grid = grid
-        self._attention = attention
-
-    def matrix(self) -> Tensor:
-        return self._attention
+    matrix: Tensor
+    """float32 [B,N,N]; axis 1 is the query, axis 2 the key. Each row is a softmax over the valid tokens."""
+    grid: tuple[int, int]
 
     @without_autocast
     def propagate(self, values: Tensor) -> Tensor:
-        return self._attention @ values.float()
+        return self.matrix @ values.float()
 
 
 class SelfSimilarity:
     """Intra-similarity that is computed from features by memory-efficient attention, without an N x N matrix.
 
     A[q,k] is the softmax over the valid k of cosine(f_q - m, f_k - m) / temperature. m is the mean of the valid tokens:
-    what all tokens have in common does not distinguish them. Gradients flow through the
-        propagated values, not
-    through A.
-
-    Args:
-        feature: [B,C,h,w].
-        valid: bool [B,h,w].
-        temperature: Temperature in cosine units, more than 0.
+    what all tokens have in common does not distinguish them. Gradients flow through the propagated values, not through
+    A. Feature [B,C,h,w]; valid bool [B,h,w]; temperature in cosine units, more than 0.
     """
 
     def __init__(self, feature: Tensor, valid: Tensor, temperature: float) -> None:
@@ -191,9 +183,8 @@ def foreground_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> tuple
     most = fraction > 0.5
     if most.any():
         return most, (
-            "the mask of the reference covers no token of the model completely; tokens that it "
-            "covers by more than half are used. A reference in which the object is larger works "
-            "better"
+            "the mask of the reference covers no token of the model completely; tokens that it covers by more than "
+            "half are used. A reference in which the object is larger works better"
         )
     best = torch.zeros_like(full)
     best.view(-1)[fraction.view(-1).argmax()] = True

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from icm_cli.errors import ImageError, OutputError
 from icm_cli.files import atomic_write, cache_folder, combined_digest
-from icm_cli.model.contracts import Features, IntraSimilarity, MatrixIntraSimilarity
+from icm_cli.model.contracts import Features, IntraSimilarity
 from icm_cli.model.core import InContextMatting, PairFeatures, Pairs
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity
 from icm_cli.training.data.samples import PairBatch
@@ -137,8 +137,8 @@ def pack_features(features: Features) -> tuple[dict[str, Tensor], dict[str, str]
         if isinstance(intra, SelfSimilarity):
             named |= {f"feature.{stride}": intra.feature, f"feature_valid.{stride}": intra.valid}
             texts[f"temperature.{stride}"] = str(intra.temperature)
-        elif isinstance(intra, MatrixIntraSimilarity):
-            matrix = intra.matrix()
+        elif isinstance(intra, AttentionMatrix):
+            matrix = intra.matrix
             named[f"matrix.{stride}"] = matrix * matrix.shape[-1]
     first: dict[int, str] = {}
     for name, tensor in named.items():
@@ -181,7 +181,7 @@ def _concatenate_intra(singles: Sequence[IntraSimilarity]) -> IntraSimilarity:
     if from_features:
         features, valid = (torch.cat([getattr(each, name) for each in from_features]) for name in ("feature", "valid"))
         return SelfSimilarity(features, valid, from_features[0].temperature)
-    matrices = [each.matrix() for each in singles if isinstance(each, MatrixIntraSimilarity)]
+    matrices = [each.matrix for each in singles if isinstance(each, AttentionMatrix)]
     return AttentionMatrix(torch.cat(matrices), singles[0].grid)
 
 

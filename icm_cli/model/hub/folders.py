@@ -121,9 +121,8 @@ def _download(weights: str, patterns: Sequence[str], *, offline: bool, option: s
         step = login if is_gated else "run: "
         raise WeightsNotFoundError(
             f"the weights {weights!r} are not on this machine and cannot be downloaded ({reason}); there is no such "
-            f"folder either.{size} On a machine with network access, {step}hf download {weights} "
-            "--local-dir FOLDER (older versions: huggingface-cli). Copy FOLDER to this machine and "
-            f"give it with {option} FOLDER",
+            f"folder either.{size} On a machine with network access, {step}hf download {weights} --local-dir FOLDER "
+            f"(older versions: huggingface-cli). Copy FOLDER to this machine and give it with {option} FOLDER",
             _describe_download(weights),
         ) from error
 

@@ -333,9 +333,8 @@ class TokenMatchHead(FinetunableHead):
             if scale is None or scale.shape[1] != channels:
                 actual = "no features" if scale is None else f"{scale.shape[1]} channels"
                 raise ConfigError(
-                    f"head skip_channels is {channels} at {1 << level} times the tokens' "
-                    f"resolution, where the backbone has {actual}; set skip_channels to the "
-                    "channels of its scale_blocks"
+                    f"head skip_channels is {channels} at {1 << level} times the tokens' resolution, where the "
+                    f"backbone has {actual}; set skip_channels to the channels of its scale_blocks"
                 )
             features.append(scale)
         for level in range(len(features) + 1, len(self.steps) + 1):
@@ -343,9 +342,8 @@ class TokenMatchHead(FinetunableHead):
             cell_px = image.shape[-1] / (width << level)
             if cell_px < 1 or cell_px % 1:
                 raise ConfigError(
-                    f"head decoder_channels has {len(self.steps)} steps, which is more than the "
-                    f"backbone's tokens of {image.shape[-1] // width} px allow; expected at most "
-                    "one step per doubling"
+                    f"head decoder_channels has {len(self.steps)} steps, which is more than the backbone's tokens of "
+                    f"{image.shape[-1] // width} px allow; expected at most one step per doubling"
                 )
             features.append(4.0 * (image if cell_px == 1 else F.avg_pool2d(image, int(cell_px))) - 2.0)
         return features

@@ -16,9 +16,15 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
-from icm_cli.model.contracts import Features, MatrixIntraSimilarity, Matte, ReferenceFeatures, TrainedHead
+from icm_cli.model.contracts import Features, Matte, ReferenceFeatures, TrainedHead
 from icm_cli.model.decoding import ConvNormReLU, confidence_and_found, make_alpha_layers, upsample_2x
-from icm_cli.model.similarity import flatten_tokens, foreground_token_mask, inter_similarity, without_autocast
+from icm_cli.model.similarity import (
+    AttentionMatrix,
+    flatten_tokens,
+    foreground_token_mask,
+    inter_similarity,
+    without_autocast,
+)
 
 FUSION_STRIDES = (32, 16)
 """Strides of the fused scales, 24 x 24 and 48 x 48 tokens on a canvas of 768 px."""
@@ -219,6 +225,6 @@ class DetailDecoder(nn.Module):
 
 
 def _attention_matrix(target: Features, stride: int) -> Tensor:
-    intra = target.intra_similarity[stride]
-    assert isinstance(intra, MatrixIntraSimilarity)
-    return intra.matrix()
+    similarity = target.intra_similarity[stride]
+    assert isinstance(similarity, AttentionMatrix)
+    return similarity.matrix

@@ -86,8 +86,7 @@ def load_parts(folder: Path, *, timestep: int) -> StableDiffusionParts:
     if embedding.shape[-1] != unet.config["cross_attention_dim"]:
         raise ConfigError(
             f"in {folder}, the text encoder has {embedding.shape[-1]} channels, but the U-Net expects "
-            f"{unet.config['cross_attention_dim']}; they belong to different models, get the "
-            "folder again"
+            f"{unet.config['cross_attention_dim']}; they belong to different models, get the folder again"
         )
     fold_timestep(unet, timestep)
     vae = _load_vae_encoder(folder)
