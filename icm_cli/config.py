@@ -21,7 +21,7 @@ ComponentKind = Literal["backbone", "head", "objects", "edges"]
 T = TypeVar("T")
 TRAINING_KEYS = ("train", "data")
 """Sections of a configuration file that only ``icm train`` reads."""
-COMPONENT_KEYS = ("backbone", "head", "objects", "edges")
+COMPONENT_KEYS: tuple[ComponentKind, ...] = ("backbone", "head", "objects", "edges")
 """Sections of a configuration file that define the model."""
 PASS_KEYS = ("second_pass", "guided_filter")
 """Optional sections of a configuration file for the passes around the components."""

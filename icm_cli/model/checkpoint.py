@@ -57,17 +57,15 @@ PUBLISHED_NAMES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Content of a checkpoint.
-
-    Attributes:
-        tensors: Tensors by their name in :class:`~icm_cli.model.core.InContextMatting`, for example "head.coarse.bias".
-        config: Configuration of the model; None for the published file, which contains none.
-        metadata: Metadata of the safetensors file.
-    """
+    """Content of a checkpoint."""
 
     tensors: Mapping[str, Tensor]
+    """Tensors by their name in :class:`~icm_cli.model.core.InContextMatting`, for example "head.coarse.bias"."""
     config: ModelConfig | None
+    """None for the published file, which contains none."""
     metadata: Mapping[str, str]
+    where: str
+    """Describes the file in error messages."""
 
     def component(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of "head", "backbone", "objects" or "edges" by their names in that component."""
@@ -132,7 +130,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     header = _read_header(path)
     if header is None:
-        return Checkpoint(_read_published(path), None, {})
+        return Checkpoint(_read_published(path), None, {}, f"checkpoint {path}")
     config = _parse_config(path, header.metadata)
     for key in header.keys:
         if key.partition(".")[0] not in COMPONENT_KEYS:
@@ -148,7 +146,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 f"{name!r} with as many rows; {DAMAGED}"
             )
         tensors[name] = matrix.float() * scale[:, None]
-    return Checkpoint(tensors, config, header.metadata)
+    return Checkpoint(tensors, config, header.metadata, f"checkpoint {path}")
 
 
 def read_config(path: Path) -> ModelConfig | None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from icm_cli.config import ComponentConfig, ModelConfig, component_class, load_model_config
+from icm_cli.config import (
+    COMPONENT_KEYS,
+    ComponentConfig,
+    ComponentKind,
+    ModelConfig,
+    component_class,
+    load_model_config,
+)
 from icm_cli.device import Device, resolve_device
 from icm_cli.errors import ConfigError, UsageError
 from icm_cli.files import cached_file_digest, combined_digest
@@ -23,7 +29,7 @@ from icm_cli.model.checkpoint import (
     read_checkpoint,
     read_config,
 )
-from icm_cli.model.contracts import Backbone, Component, Edges, Objects
+from icm_cli.model.contracts import Backbone, Component
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.hub.catalogue import packed_checkpoint
 from icm_cli.model.hub.folders import WeightsNotFoundError
@@ -73,13 +79,7 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
 def override_edges(config: ModelConfig, edges: str, weights: str | None) -> ModelConfig:
     """Return the configuration with the edges of ``--edges`` and ``--edges-weights``.
 
-    Args:
-        config: Configuration of the model.
-        edges: A value of ``--edges``.
-        weights: Folder or hub id of the edges' pretrained weights; None for the configured one.
-
-    Raises:
-        UsageError: No edges would use ``weights``.
+    Raises UsageError if no edges would use ``weights``.
     """
     part = config.edges
     if edges != "model" and (part is None or part.name != edges):
@@ -93,15 +93,9 @@ def override_edges(config: ModelConfig, edges: str, weights: str | None) -> Mode
 
 
 def select_device(config: ModelConfig, device: str, dtype: str) -> Device:
-    """Return the device and dtypes of a model.
+    """Return the device and dtypes of a model from ``--device`` and ``--dtype``. The backbone may prefer a dtype.
 
-    Args:
-        config: Configuration of the model, whose backbone may prefer a dtype.
-        device: Value of ``--device``.
-        dtype: Value of ``--dtype``.
-
-    Raises:
-        ConfigError: The device or dtype is unknown or not available.
+    Raises ConfigError.
     """
     backbone = component_class("backbone", config.backbone.name)
     preferred = backbone.preferred_transformer_dtype(config.backbone.settings)
@@ -110,12 +104,7 @@ def select_device(config: ModelConfig, device: str, dtype: str) -> Device:
 
 
 def load_model(
-    config: ModelConfig,
-    *,
-    checkpoint: Path | None,
-    weights: str | None,
-    offline: bool,
-    seed: int,
+    config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool, seed: int
 ) -> InContextMatting:
     """Load a model with its weights, on the CPU in float32 and in evaluation mode.
 
@@ -131,112 +120,63 @@ def load_model(
     """
     if checkpoint is None:
         _require_checkpoint(config)
-    return _build_model(config, checkpoint, weights, offline=offline, seed=seed).eval()
+    stored = None if checkpoint is None else read_checkpoint(checkpoint)
+    return build_model(config, stored, weights, offline=offline, seed=seed).eval()
 
 
 def load_model_for_training(
-    config: ModelConfig,
-    *,
-    checkpoint: Path | None,
-    weights: str | None,
-    offline: bool,
-    seed: int,
+    config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool, seed: int
 ) -> InContextMatting:
-    """Load a model for training.
-
-    The arguments are those of :func:`load_model`. Without a checkpoint, the weights of the head are random and depend
-    on ``seed``.
-
-    Raises:
-        ConfigError: As :func:`load_model`, or the head has no weights to train.
-    """
+    """Load a model for training; see :func:`load_model`. Without a checkpoint, the weights of the head are random and
+    depend on ``seed``. Raises ConfigError, also if the head has no weights to train."""
     if not component_class("head", config.head.name).is_trained:
         raise ConfigError(
             f"head {config.head.name!r} has no weights to train; use another head, for example token-match"
         )
+    stored = None if checkpoint is None else read_checkpoint(checkpoint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _build_model(config, checkpoint, weights, offline=offline, seed=seed)
+        return build_model(config, stored, weights, offline=offline, seed=seed)
 
 
-def _build_model(
-    config: ModelConfig, path: Path | None, weights: str | None, *, offline: bool, seed: int
+def build_model(
+    config: ModelConfig, checkpoint: Checkpoint | None, weights: str | None, *, offline: bool, seed: int
 ) -> InContextMatting:
-    """Build the model and load its weights. The head comes first, so that a seed decides it."""
-    checkpoint = None if path is None else read_checkpoint(path)
-    head_class, settings = component_class("head", config.head.name), config.head.settings
-    if checkpoint is not None:
-        _check_shapes(head_class, settings, checkpoint.component("head"), f"checkpoint {path}")
-    head = head_class(settings)
-    if checkpoint is not None:
-        load_strict(head, checkpoint.component("head"), f"checkpoint {path}")
-    backbone = _build_backbone(config, checkpoint, path, weights, offline=offline, seed=seed)
-    edges = _build_edges(config, checkpoint, path, offline=offline)
-    objects = _build_objects(config, checkpoint, path)
-    return InContextMatting(
+    """Build a model and load its weights; see :func:`load_model`. The head comes first, so that a seed decides it."""
+    tensors = {kind: {} if checkpoint is None else checkpoint.component(kind) for kind in COMPONENT_KEYS}
+    where = "" if checkpoint is None else checkpoint.where
+    kinds: tuple[ComponentKind, ...] = ("head", "edges")
+    classes = {kind: component_class(kind, part.name) for kind in kinds if (part := getattr(config, kind)) is not None}
+    required = {kind for kind, cls in classes.items() if checkpoint is not None and cls.is_trained}
+    for kind in required:  # before a module that is too large takes memory
+        with torch.device("meta"):
+            expected = classes[kind](getattr(config, kind).settings).state_dict()
+        check_tensor_shapes(expected, {name: tensor.shape for name, tensor in tensors[kind].items()}, where)
+
+    head = classes["head"](config.head.settings)
+    backbone_class, settings = component_class("backbone", config.backbone.name), config.backbone.settings
+    if tensors["backbone"] and backbone_class.is_self_contained:
+        _reject_weights(weights, where)
+        backbone = backbone_class(settings).eval()
+    else:
+        backbone = backbone_class.load(settings, weights, offline=offline, seed=seed)
+    edges = None if config.edges is None else classes["edges"].load(config.edges.settings, offline=offline)
+    objects = None
+    if config.objects is not None:
+        cls, settings = component_class("objects", config.objects.name), config.objects.settings
+        objects = (cls(settings) if tensors["objects"] else cls.load(settings)).eval()
+    model = InContextMatting(
         backbone, head, edges, objects, second_pass=config.second_pass, guided_filter=config.guided_filter
     )
-
-
-def _check_shapes(cls: type[Component], settings: Any, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Check the shapes of tensors before their module, which may be too large, takes memory."""
-    with torch.device("meta"):
-        expected = cls(settings).state_dict()
-    check_tensor_shapes(expected, {key: tensor.shape for key, tensor in tensors.items()}, where)
-
-
-def _build_backbone(
-    config: ModelConfig,
-    checkpoint: Checkpoint | None,
-    path: Path | None,
-    weights: str | None,
-    *,
-    offline: bool,
-    seed: int,
-) -> Backbone:
-    cls, settings = component_class("backbone", config.backbone.name), config.backbone.settings
-    tensors = None if checkpoint is None else checkpoint.component("backbone")
-    if tensors and cls.is_self_contained:
-        _reject_weights(weights, path)
-        backbone: Backbone = cls(settings).eval()
-    else:
-        backbone = cls.load(settings, weights, offline=offline, seed=seed)
-    if tensors:
-        load_strict(backbone, tensors, f"checkpoint {path}")
-    return backbone
-
-
-def _build_edges(
-    config: ModelConfig, checkpoint: Checkpoint | None, path: Path | None, *, offline: bool
-) -> Edges | None:
-    if config.edges is None:
-        return None
-    cls, settings = component_class("edges", config.edges.name), config.edges.settings
-    if checkpoint is not None and cls.is_trained:
-        _check_shapes(cls, settings, checkpoint.component("edges"), f"checkpoint {path}")
-    edges: Edges = cls.load(settings, offline=offline)
-    if checkpoint is not None and cls.is_trained:
-        load_strict(edges, checkpoint.component("edges"), f"checkpoint {path}")
-    return edges
-
-
-def _build_objects(config: ModelConfig, checkpoint: Checkpoint | None, path: Path | None) -> Objects | None:
-    """Build the objects with the checkpoint's weights, or else with the pretrained ones."""
-    if config.objects is None:
-        return None
-    cls, settings = component_class("objects", config.objects.name), config.objects.settings
-    tensors = {} if checkpoint is None else checkpoint.component("objects")
-    objects: Objects = cls(settings) if tensors else cls.load(settings)
-    if tensors:
-        load_strict(objects, tensors, f"checkpoint {path}")
-    return objects.eval()
+    for kind in COMPONENT_KEYS:
+        component = getattr(model, kind)
+        if kind in required or (kind in ("backbone", "objects") and component is not None and tensors[kind]):
+            load_strict(component, tensors[kind], where)
+    return model
 
 
 def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool) -> str:
-    """Return a hash of the configuration and of all weights, without loading the model.
-
-    The arguments are those of :func:`load_model`.
-    """
+    """Return a hash of the configuration and of all weights, without loading the model; see :func:`load_model`."""
     content = "none" if checkpoint is None else cached_file_digest(checkpoint)
     pretrained = [
         cls.weights_digest(settings, source, offline=offline)
@@ -248,15 +188,10 @@ def model_digest(config: ModelConfig, *, checkpoint: Path | None, weights: str |
 def check_weights_exist(
     config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool
 ) -> list[str]:
-    """Check that all weights of a model can be loaded, without reading or downloading them.
+    """Check that :func:`load_model` will find all weights, without reading or downloading them.
 
-    The arguments are those of :func:`load_model`.
-
-    Returns:
-        The weights that :func:`load_model` will download, for example "facebook/dinov2-large (1.2 GB)".
-
-    Raises:
-        ConfigError: Weights are missing, incomplete or refused.
+    Returns the weights that it will download, for example "facebook/dinov2-large (1.2 GB)". Raises ConfigError if
+    weights are missing, incomplete or refused.
     """
     downloads = []
     for cls, settings, source in _pretrained_components(config, checkpoint, weights):
@@ -275,9 +210,7 @@ def _pretrained_components(
     """Yield class, settings and source of the components whose pretrained weights are loaded, because the checkpoint
     does not contain them."""
     backbone = component_class("backbone", config.backbone.name)
-    if checkpoint is not None and backbone.is_self_contained and has_component(checkpoint, "backbone"):
-        _reject_weights(weights, checkpoint)
-    else:
+    if checkpoint is None or not _contains_backbone(checkpoint, backbone, weights):
         yield backbone, config.backbone.settings, weights
     if config.edges is not None:
         yield component_class("edges", config.edges.name), config.edges.settings, None
@@ -286,20 +219,22 @@ def _pretrained_components(
 
 
 def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str | None, *, offline: bool) -> str:
-    """Return a hash of the backbone's initial weights: those in the checkpoint, or the pretrained ones.
-
-    The arguments are those of :func:`load_model`.
-
-    Raises:
-        ConfigError: ``weights`` is given, but the checkpoint contains the backbone.
-    """
+    """Return a hash of the backbone's initial weights: those in the checkpoint, or the pretrained ones. The arguments
+    are those of :func:`load_model`."""
     backbone = component_class("backbone", config.backbone.name)
-    if checkpoint is not None and backbone.is_self_contained and has_component(checkpoint, "backbone"):
-        _reject_weights(weights, checkpoint)
+    if checkpoint is not None and _contains_backbone(checkpoint, backbone, weights):
         return cached_file_digest(checkpoint)
-    settings = config.backbone.settings
-    digest: str = backbone.weights_digest(settings, weights, offline=offline)
+    digest: str = backbone.weights_digest(config.backbone.settings, weights, offline=offline)
     return digest
+
+
+def _contains_backbone(checkpoint: Path, backbone: type[Backbone], weights: str | None) -> bool:
+    """Return whether a checkpoint replaces the pretrained weights of the backbone. Raises ConfigError if other weights
+    are given too."""
+    is_contained = backbone.is_self_contained and has_component(checkpoint, "backbone")
+    if is_contained:
+        _reject_weights(weights, f"checkpoint {checkpoint}")
+    return is_contained
 
 
 def _require_checkpoint(config: ModelConfig) -> None:
@@ -311,12 +246,10 @@ def _require_checkpoint(config: ModelConfig) -> None:
         )
 
 
-def _reject_weights(weights: str | None, checkpoint: Path | None) -> None:
-    """Raise ConfigError if weights are given, because the checkpoint contains the backbone."""
+def _reject_weights(weights: str | None, where: str) -> None:
     if weights is not None:
         raise ConfigError(
-            f"--weights is {weights!r}, but checkpoint {checkpoint} already contains the weights "
-            "of the backbone; omit --weights"
+            f"--weights is {weights!r}, but {where} already contains the weights of the backbone; omit --weights"
         )
 
 

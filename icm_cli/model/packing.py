@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -23,21 +23,18 @@ import torch
 import typer
 from torch import Tensor
 
-from icm_cli.config import ModelConfig, component_class, load_model_config
+from icm_cli.config import ComponentConfig, ModelConfig, component_class, load_model_config
 from icm_cli.errors import ConfigError, IcmError
 from icm_cli.model.checkpoint import (
     LICENCES_KEY,
     SOURCES_KEY,
     TRAINED_ON_KEY,
     Checkpoint,
-    load_strict,
     parse_json,
     read_checkpoint,
-    read_config,
     save_checkpoint,
 )
-from icm_cli.model.core import InContextMatting
-from icm_cli.model.loading import load_model
+from icm_cli.model.loading import build_model
 
 
 def pack_checkpoint(
@@ -63,93 +60,85 @@ def pack_checkpoint(
     Raises:
         ConfigError: A file is not a checkpoint of icm, or is of another model.
     """
-    config = _require_config(checkpoint)
-    packed = load_model(config, checkpoint=checkpoint, weights=None, offline=True, seed=0)
-    parts = [read_checkpoint(path) for path in (checkpoint, *heads)]
-    for path in heads:
-        if _require_config(path).head != config.head:
+    parts = [_read_trained(path) for path in (checkpoint, *heads)]
+    tensors, config = dict(parts[0].tensors), parts[0].config
+    for path, part in zip(heads, parts[1:], strict=True):
+        if part.config.head != config.head:
             raise ConfigError(f"{path} has another head than {checkpoint}; give checkpoints of one configuration")
     if heads:
-        mean = _average_tensors([part.component("head") for part in parts])
-        load_strict(packed.head, mean, f"the mean of {len(parts)} heads")
+        tensors |= _average_tensors(parts, "head")
     if objects:
-        trained = [read_checkpoint(path) for path in objects]
+        trained = [_read_trained(path) for path in objects]
         parts += trained
-        config = _replace_objects(packed, config, objects, trained)
+        objects_config = _shared_objects(objects, trained)
+        initial = component_class("objects", objects_config.name).load(objects_config.settings).state_dict()
+        tensors |= {f"objects.{name}": tensor for name, tensor in initial.items()} | _average_tensors(
+            trained, "objects"
+        )
+        config = replace(config, objects=objects_config)
     if edges is not None:
-        if packed.edges is None:
+        if config.edges is None:
             raise ConfigError(f"{checkpoint} is of a model without edges; omit --edges")
-        part = _require_config(edges).edges
-        if part is None:
+        parts.append(_read_trained(edges))
+        if parts[-1].config.edges is None:
             raise ConfigError(f"--edges {edges} is of a model without edges; give a checkpoint with trained edges")
-        parts.append(read_checkpoint(edges))
-        config = replace(config, edges=part)
-        packed.edges = component_class("edges", part.name).load(part.settings, offline=True)
-        load_strict(packed.edges, parts[-1].component("edges"), f"checkpoint {edges}")
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("edges.")}
+        tensors |= {f"edges.{name}": tensor for name, tensor in parts[-1].component("edges").items()}
+        config = replace(config, edges=parts[-1].config.edges)
     if model is not None:
-        config = _replace_settings(packed, config, model)
+        config = _replaced_settings(config, model)
+    merged = Checkpoint(tensors, config, _merge_metadata(parts), f"the model packed from {checkpoint}")
+    packed = build_model(config, merged, None, offline=True, seed=0).eval()
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(out, packed, config, with_backbone=True, small=True, metadata=_merge_metadata(parts))
+    save_checkpoint(out, packed, config, with_backbone=True, small=True, metadata=merged.metadata)
 
 
-def _replace_settings(packed: InContextMatting, config: ModelConfig, model: str) -> ModelConfig:
-    """Rebuild head and edges with other settings and the same weights. Return the configuration."""
+def _shared_objects(paths: Sequence[Path], checkpoints: Sequence[_TrainedCheckpoint]) -> ComponentConfig:
+    """Return the objects of checkpoints, which must be equal. Raises ConfigError."""
+    shared = checkpoints[0].config.objects
+    if shared is None:
+        raise ConfigError(f"--objects {paths[0]} is of a model without objects; give a checkpoint with trained objects")
+    for path, checkpoint in zip(paths, checkpoints, strict=True):
+        if checkpoint.config.objects != shared:
+            raise ConfigError(f"{path} has other objects than {paths[0]}; give checkpoints of one configuration")
+    return shared
+
+
+def _replaced_settings(config: ModelConfig, model: str) -> ModelConfig:
+    """Return the configuration ``model``, which may differ in the settings of head and edges. Raises ConfigError."""
     requested = load_model_config(model)
     if (requested.backbone, requested.objects) != (config.backbone, config.objects):
         raise ConfigError(
-            f"--model {model} and the checkpoints differ in their sections 'backbone' or 'objects'; only "
-            "the settings of head and edges can be replaced"
+            f"--model {model} and the checkpoints differ in their sections 'backbone' or 'objects'; only the "
+            "settings of head and edges can be replaced"
         )
-    head = component_class("head", requested.head.name)(requested.head.settings)
-    load_strict(head, packed.head.state_dict(), f"--model {model}: the head of the checkpoints")
-    packed.head = head.eval()
-    if requested.edges is not None and packed.edges is not None:
-        cls = component_class("edges", requested.edges.name)
-        edges = cls.load(requested.edges.settings, offline=True)
-        where = f"--model {model}: the edges of the checkpoints"
-        load_strict(edges, packed.edges.state_dict(), where)
-        packed.edges = edges
-    elif (requested.edges is None) != (packed.edges is None):
+    if (requested.edges is None) != (config.edges is None):
         raise ConfigError(f"--model {model} and the checkpoints must both have edges, or both have none")
     return requested
 
 
-def _replace_objects(
-    packed: InContextMatting,
-    config: ModelConfig,
-    objects: Sequence[Path],
-    trained: Sequence[Checkpoint],
-) -> ModelConfig:
-    """Replace the objects by the mean of several trainings. Return the configuration."""
-    objects_config = _require_config(objects[0]).objects
-    if objects_config is None:
-        raise ConfigError(
-            f"--objects {objects[0]} is of a model without objects; give a checkpoint with trained objects"
-        )
-    for path in objects[1:]:
-        if _require_config(path).objects != objects_config:
-            raise ConfigError(f"{path} has other objects than {objects[0]}; give checkpoints of one configuration")
-    packed.objects = component_class("objects", objects_config.name).load(objects_config.settings)
-    complete = [{**packed.objects.state_dict(), **checkpoint.component("objects")} for checkpoint in trained]
-    where = f"the objects of {', '.join(map(str, objects))}"
-    load_strict(packed.objects, _average_tensors(complete), where)
-    return replace(config, objects=objects_config)
+@dataclass(frozen=True)
+class _TrainedCheckpoint(Checkpoint):
+    config: ModelConfig
 
 
-def _require_config(checkpoint: Path) -> ModelConfig:
-    config = read_config(checkpoint)
-    if config is None:
-        raise ConfigError(f"checkpoint {checkpoint} contains no configuration; give one that icm trained")
-    return config
+def _read_trained(path: Path) -> _TrainedCheckpoint:
+    """Read a checkpoint that icm trained. Raises ConfigError for the published one."""
+    checkpoint = read_checkpoint(path)
+    if checkpoint.config is None:
+        raise ConfigError(f"checkpoint {path} contains no configuration; give one that icm trained")
+    return _TrainedCheckpoint(checkpoint.tensors, checkpoint.config, checkpoint.metadata, checkpoint.where)
 
 
-def _average_tensors(components: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the mean of tensors of the same name; integers are those of the last component."""
+def _average_tensors(checkpoints: Sequence[Checkpoint], component: str) -> dict[str, Tensor]:
+    """Return the mean of the tensors of a component; integers are those of the last checkpoint."""
     return {
-        name: torch.stack([mapping[name].float() for mapping in components]).mean(dim=0)
+        f"{component}.{name}": torch.stack([each.component(component)[name].float() for each in checkpoints]).mean(
+            dim=0
+        )
         if last.is_floating_point()
         else last
-        for name, last in components[-1].items()
+        for name, last in checkpoints[-1].component(component).items()
     }
 
 
