@@ -146,7 +146,7 @@ def _exit_codes(progress: str, is_verbose: bool, rerun_hint: str = RERUN_HINT) -
 
     with Interrupt() as interrupt:
         try:
-            with resource_errors("icm was running"):
+            with resource_errors():
                 yield
         except (IcmError, OSError) as error:
             if isinstance(error, OSError) and not (error.filename and is_system_error(error)):

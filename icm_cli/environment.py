@@ -255,8 +255,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def resource_errors(action: str) -> Iterator[None]:
-    """Convert errors about memory, threads and processes during ``action`` to ResourceError."""
+def resource_errors() -> Iterator[None]:
+    """Convert errors about memory, threads and processes to ResourceError."""
     try:
         yield
     except IcmError:
@@ -264,12 +264,11 @@ def resource_errors(action: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise ResourceError(
-                f"memory ran out while {action}; {free_memory()}; raise the limit, end other programs, or choose a "
-                "smaller model"
+                f"memory ran out; {free_memory()}; raise the limit, end other programs, or choose a smaller model"
             ) from error
         if getattr(error, "errno", None) == errno.EAGAIN or _NO_THREADS.search(str(error)):
             raise ResourceError(
-                f"no further thread or process can be started while {action}; raise the limit (ulimit -u, or the limit "
+                "no further thread or process can be started; raise the limit (ulimit -u, or the limit "
                 "of processes of the container), or give fewer --workers"
             ) from error
         raise

@@ -56,6 +56,10 @@ class FileAccessError(ImageError):
     """Whether the image may be readable later."""
 
 
+class ImageMemoryError(ImageError):
+    """An image needs more memory than is free."""
+
+
 class ResourceError(IcmError):
     """Memory or threads ran out outside of a single image (exit code 3)."""
 

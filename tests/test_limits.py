@@ -146,16 +146,16 @@ class TestProcessor:
 def test_errors_about_memory(error: Exception) -> None:
     assert is_out_of_memory(error)
     with (
-        pytest.raises(ResourceError, match="memory ran out while a test was running"),
-        resource_errors("a test was running"),
+        pytest.raises(ResourceError, match="memory ran out; "),
+        resource_errors(),
     ):
         raise error
 
 
 def test_other_errors_stay() -> None:
-    with pytest.raises(RuntimeError, match="could not create a primitive descriptor for"), resource_errors("it ran"):
+    with pytest.raises(RuntimeError, match="could not create a primitive descriptor for"), resource_errors():
         raise RuntimeError("could not create a primitive descriptor for the matmul primitive")
-    with pytest.raises(ResourceError, match="no further thread or process"), resource_errors("it ran"):
+    with pytest.raises(ResourceError, match="no further thread or process"), resource_errors():
         raise RuntimeError("can't start new thread")
 
 
@@ -202,7 +202,7 @@ class TestRuns:
         monkeypatch.setattr("icm_cli.matting.model_choice.load_model", fail)
         result = icm()
         assert result.exit_code == 3
-        assert result.stderr.startswith("icm: memory ran out while")
+        assert result.stderr.startswith("icm: memory ran out; ")
         assert result.stderr.count("\n") == 1
 
     @pytest.mark.slow

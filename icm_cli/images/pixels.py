@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.environment import FreeMemory, format_gb, free_memory
-from icm_cli.errors import ImageError
+from icm_cli.errors import ImageMemoryError
 
 BYTES_PER_PIXEL = 24
 """Memory that an image needs per pixel while it is read, matted and written."""
@@ -182,14 +182,14 @@ reserve_memory: ContextVar[Callable[[Path, int, int], None] | None] = ContextVar
 
 
 def check_memory(path: Path, width: int, height: int) -> None:
-    """Raise ImageError for an image that does not fit into the free memory.
+    """Raise ImageMemoryError for an image that does not fit into the free memory.
 
     Decoders call it when they know the size of an image, before they decode it.
     """
     if reserve := reserve_memory.get():
         reserve(path, width, height)
     elif width * height * BYTES_PER_PIXEL > (free := free_memory()).size:
-        raise ImageError(too_large_message(path, width, height, free))
+        raise ImageMemoryError(too_large_message(path, width, height, free))
 
 
 def too_large_message(path: Path, width: int, height: int, free: FreeMemory) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 
 from icm_cli.device import is_device_lost, release_memory
 from icm_cli.environment import OUT_OF_MEMORY, FreeMemory, free_memory, free_threads, is_out_of_memory
-from icm_cli.errors import DeviceError, FileWriteError, ImageError, OutputError
+from icm_cli.errors import DeviceError, FileWriteError, ImageError, ImageMemoryError, OutputError
 from icm_cli.files import FileIdentity, is_writable
 from icm_cli.geometry import Float, alpha_to_u8
 from icm_cli.images.pixels import (
@@ -158,7 +158,7 @@ class MemoryBudget:
     def reserve(self, job: Job, path: Path, width: int, height: int) -> None:
         """Reserve memory for an image of a job; wait until there is enough.
 
-        Raises ImageError if the image is too large even when it is alone.
+        Raises ImageMemoryError if the image is too large even when it is alone.
         """
         needed = width * height * BYTES_PER_PIXEL
         with self._condition:
@@ -173,7 +173,7 @@ class MemoryBudget:
                 if not self._reserved and not self._fits(needed):
                     self._free = self._measure()
                     if not self._fits(needed):
-                        raise ImageError(too_large_message(path, width, height, self._free))
+                        raise ImageMemoryError(too_large_message(path, width, height, self._free))
                 self._queue.remove(job)
             self._reserved[id(job)] = self._reserved.get(id(job), 0) + needed
             self._condition.notify_all()

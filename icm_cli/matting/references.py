@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from icm_cli.errors import ImageError, UsageError
+from icm_cli.errors import ImageError, ImageMemoryError, ResourceError, UsageError
 from icm_cli.files import combined_digest
 from icm_cli.geometry import ImageU8, has_same_aspect, resize
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
@@ -137,6 +137,8 @@ def _read_reference(
         raise UsageError(
             f"reference {ref} has no mask and is not an RGBA cut-out; give --mask with the object in white"
         )
+    except ImageMemoryError as error:
+        raise ResourceError(f"reference or mask cannot be read: {error}") from error
     except ImageError as error:
         hint = ", for references with --ref-layer" if colour.layer and "has no layer" in str(error) else ""
         raise UsageError(f"reference or mask cannot be used: {error}{hint}") from error

@@ -32,7 +32,7 @@ def main() -> None:
     inbox, outbox = map(int, sys.argv[1:])
     parent = ParentConnection(Connection(inbox, writable=False), Connection(outbox, readable=False))
     try:
-        with limited_threads(), resource_errors("a worker process was running"):
+        with limited_threads(), resource_errors():
             engine = parent.setup.create_engine(parent.send, parent.send)
             parent.start_receiving(engine)
             parent.send(WorkerIdle(engine.peak_memory_bytes()))

@@ -298,7 +298,7 @@ def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., R
                 return function(*arguments, **keywords)
             values = signature.bind(*arguments, **keywords).arguments
             kept = {name: values.pop(name) for name in others & values.keys()}
-            with argument_names(options_class), resource_errors(f"icm_cli.{function.__name__} was running"):
+            with argument_names(options_class), resource_errors():
                 return function(options_class.from_values(values), **kept)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
