@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from icm_cli.errors import IcmError, ResourceError
+from icm_cli.errors import IcmError, ResourceError, UsageError
 
 __version__ = "0.2.0"
 """Version of the code that runs; the package takes its version from here."""
@@ -206,6 +206,23 @@ def _read_table(path: Path) -> dict[str, int]:
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
+_model_process: int | None = None
+"""Process in which the first model was loaded."""
+
+
+def check_not_forked(*, loads_model: bool = False) -> None:
+    """Raise UsageError in a process that was forked after a model was loaded: it would wait for ever
+    for threads that only the former process has."""
+    global _model_process
+    if _model_process not in (None, os.getpid()):
+        raise UsageError(
+            "this process was forked from one in which icm had loaded a model, and the threads of the model do not "
+            "exist here; start the process with the method 'spawn' of multiprocessing, or load models only in it"
+        )
+    if loads_model:
+        _model_process = os.getpid()
+
+
 @contextlib.contextmanager
 def limited_threads() -> Iterator[None]:
     """Context in which torch and OpenCV use no more threads than there are cores, and than this process may start.
@@ -216,6 +233,7 @@ def limited_threads() -> Iterator[None]:
     import cv2
     import torch
 
+    check_not_forked()
     wanted = torch.get_num_threads(), cv2.getNumThreads()
     most = 1 + free_threads() // 3  # readers, writers and other processes need some too
     if "OMP_NUM_THREADS" not in os.environ:
@@ -246,12 +264,17 @@ _NO_MEMORY = re.compile(
 _NO_THREADS = re.compile("can't start new thread|resource temporarily unavailable", re.IGNORECASE)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error of any library means that memory ran out, on any device."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno == errno.ENOMEM
-    is_memory_error = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # of torch
-    return is_memory_error or bool(_NO_MEMORY.search(str(error).strip()))
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error of any library, or an error that led to it, means that memory ran
+    out, on any device."""
+    while error is not None:
+        is_memory_error = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # of torch
+        if isinstance(error, OSError) and error.errno is not None:
+            is_memory_error = error.errno == errno.ENOMEM
+        if is_memory_error or _NO_MEMORY.search(str(error).strip()):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextlib.contextmanager

@@ -10,7 +10,9 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from icm_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from icm_cli.errors import Problem
@@ -41,6 +43,24 @@ class Listener:
 
     def on_run_end(self, report: Report) -> None:
         """Called at the end of the run, also after an interrupt."""
+
+
+Expected = TypeVar("Expected")
+
+
+def check_argument(value: object, expected: type[Expected], name: str) -> Expected:
+    """Return the argument ``name`` of a function of the API; None means a new instance.
+
+    Raises UsageError if it is of another class than ``expected``.
+    """
+    if value is None:
+        return expected()
+    if not isinstance(value, expected):
+        raise UsageError(
+            f"{name}= is {value!r}; expected an instance of {expected.__module__}.{expected.__qualname__} or of a "
+            "subclass"
+        )
+    return value
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from icm_cli.datasets.registry import DatasetSamples, find_dataset
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
 from icm_cli.errors import Problem, UsageError
 from icm_cli.evaluation.protocol import Evaluation, EvaluationDataset, EvaluationFiles, RunSettings
-from icm_cli.events import Listener
+from icm_cli.events import Listener, check_argument
 from icm_cli.options import EvaluateOptions, ProtocolOptions, keyword_arguments
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import REGIONS
@@ -47,7 +47,7 @@ def evaluate(
     >>> report.means["whole"].metrics["mse"].mean
     0.0
     """
-    listener = listener or Listener()
+    listener = check_argument(listener, Listener, "listener")
     start = time.perf_counter()
     data, protocol, matting = options.dataset, options.protocol, options.matting
     if data.dataset is None:
@@ -86,11 +86,12 @@ def evaluate(
         return score_predictions(evaluation, protocol.pred, rounds)
     from icm_cli.evaluation.in_context import InContextOptions, matte_and_score
     from icm_cli.matting.model_choice import LoadedModel, ModelChoice
+    from icm_cli.matting.predictor import Predictor
 
     if predictor is None:
         choice: AnyModelChoice = ModelChoice.from_options(options.model, options.resources.batch_size)
     else:
-        choice = LoadedModel(predictor)
+        choice = LoadedModel(check_argument(predictor, Predictor, "predictor"))
     settings = InContextOptions(
         rounds, matting.refs_per_group or 1, matting.save_alphas, matting.shot, matting.learn_steps
     )

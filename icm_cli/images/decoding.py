@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import OpenImageIO as oiio
 import PIL
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -35,9 +38,6 @@ from icm_cli.images.pixels import (
     valid_orientation,
 )
 
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # icm reports damaged files itself
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-Image.MAX_IMAGE_PIXELS = None  # check_memory limits the size by the free memory instead
 Result = TypeVar("Result")
 _FILE_WHITE = {
     "png": containers.png_grey_white,
@@ -93,14 +93,69 @@ class SourceFile:
             return file.read_state()
 
 
+_settings_lock = threading.Lock()
+_settings = contextlib.ExitStack()
+_threads_with_settings = 0
+
+
+@contextlib.contextmanager
+def library_settings() -> Iterator[None]:
+    """Context in which image libraries neither limit sizes nor print; OpenImageIO uses one thread.
+
+    These settings are global. They are restored when the last thread leaves the context.
+    """
+    global _threads_with_settings
+    with _settings_lock:
+        _threads_with_settings += 1
+        if _threads_with_settings == 1:
+            _change_settings(_settings)
+    try:
+        yield
+    finally:
+        with _settings_lock:
+            _threads_with_settings -= 1
+            if not _threads_with_settings:
+                _settings.close()
+
+
+def _change_settings(restored: contextlib.ExitStack) -> None:
+    """Change settings, and register their restoration."""
+    logger, pixels, threads = logging.getLogger("PIL"), Image.MAX_IMAGE_PIXELS, oiio.get_int_attribute("threads")
+    restored.callback(logger.setLevel, logger.level)
+    logger.setLevel(logging.CRITICAL)  # icm reports damaged files itself
+    restored.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+    restored.callback(setattr, Image, "MAX_IMAGE_PIXELS", pixels)
+    Image.MAX_IMAGE_PIXELS = None  # check_memory limits the size by the free memory instead
+    restored.callback(oiio.attribute, "threads", threads)
+    oiio.attribute("threads", 1)  # icm reads several files at once in threads of its own
+    for libtiff in _pillow_libtiffs():
+        for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+            set_handler = getattr(libtiff, name)
+            set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            restored.callback(set_handler, set_handler(None))
+
+
+@functools.cache
+def _pillow_libtiffs() -> list[ctypes.CDLL]:
+    """Return the libtiff of Pillow's wheel, which prints errors."""
+    site = Path(PIL.__file__).parents[1]
+    return [ctypes.CDLL(str(path)) for path in (*site.glob("pillow.libs/libtiff*"), *site.glob("PIL/.dylibs/libtiff*"))]
+
+
 @contextlib.contextmanager
 def open_image(source: Path | ImageFile) -> Iterator[ImageFile]:
     """Open an image file, or use one that is open. Every exception inside becomes an ImageError."""
     if isinstance(source, ImageFile):
-        with as_image_errors(source.path, source.type):
+        with library_settings(), as_image_errors(source.path, source.type):
             yield source
         return
-    with as_image_errors(source), ImageFile.open(source) as file, as_image_errors(source, file.type):
+    with (
+        library_settings(),
+        as_image_errors(source),
+        ImageFile.open(source) as file,
+        as_image_errors(source, file.type),
+    ):
         yield file
 
 
@@ -155,7 +210,7 @@ def frame_count(source: Path | ImageFile) -> int:
             return 1
         if file.type.name == "tiff":
             return len(containers.tiff_pages(file))
-        with Image.open(file.stream) as image:
+        with _open_with_pillow(file) as image:
             return int(getattr(image, "n_frames", 1))
 
 
@@ -265,7 +320,7 @@ def _decode_with_pillow(
     file: ImageFile, frame: int, wanted: colour.ColourSettings, content: io.BytesIO | None = None
 ) -> DecodedImage:
     """Decode with Pillow. ``content`` replaces the content of the file."""
-    with Image.open(content or file.stream) as image:
+    with _open_with_pillow(file, content) as image:
         check_memory(file.path, *image.size)
         if frame:
             image.seek(frame)
@@ -341,8 +396,17 @@ def _space_of_code_points(file: ImageFile, profile: bytes | None, config: str) -
     return space, "" if profile else notice
 
 
+def _open_with_pillow(file: ImageFile, content: io.BytesIO | None = None) -> Image.Image:
+    if file.type.name == "heic":  # the plugin of Pillow is not registered, which would be global
+        with contextlib.suppress(ImportError):
+            from pillow_heif import HeifImageFile
+
+            return HeifImageFile(file.stream)  # type: ignore[no-untyped-call]
+    return Image.open(content or file.stream)
+
+
 def _size_by_pillow(file: ImageFile, frame: int) -> tuple[int, int]:
-    with Image.open(file.stream) as image:
+    with _open_with_pillow(file) as image:
         if frame:
             image.seek(frame)
         return upright_size(image.size, _exif_orientation(image))
@@ -373,23 +437,3 @@ def _not_an_image(path: Path, file_type: FileType) -> str:
             "unsupported variant; get a complete copy"
         )
     return "is not an image in a supported format; expected JPEG, PNG, TIFF, EXR, WebP or the like"
-
-
-def _register_heif() -> None:
-    with contextlib.suppress(ImportError):
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-
-
-def _silence_libtiff() -> None:
-    """Stop the libtiff in Pillow's wheels from printing errors, which icm reports itself."""
-    site = Path(PIL.__file__).parents[1]
-    for path in (*site.glob("pillow.libs/libtiff*"), *site.glob("PIL/.dylibs/libtiff*")):
-        libtiff = ctypes.CDLL(str(path))
-        libtiff.TIFFSetErrorHandler(None)
-        libtiff.TIFFSetWarningHandler(None)
-
-
-_register_heif()
-_silence_libtiff()

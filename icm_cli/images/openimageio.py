@@ -27,7 +27,6 @@ from icm_cli.images.pixels import (
     valid_orientation,
 )
 
-oiio.attribute("threads", 1)  # icm reads several files at once in threads of its own
 MAX_DISPLAY_VALUE = 1.5
 """A float image that is not scene-linear and has larger values is not on the scale 0..1."""
 MAX_12_BIT = 4095

@@ -25,7 +25,7 @@ from icm_cli.files import WriteCheck, atomic_write
 from icm_cli.geometry import Float, round_to_u8
 from icm_cli.images import openimageio
 from icm_cli.images.colour import colour_space_attributes, to_scene_linear
-from icm_cli.images.decoding import decode_image, open_image, retry_decoding
+from icm_cli.images.decoding import decode_image, library_settings, open_image, retry_decoding
 from icm_cli.images.image_file import ICM_ALPHA_MARK, ImageFile
 from icm_cli.images.pixels import DecodedImage
 from icm_cli.images.reading import LABEL_VALUES
@@ -292,7 +292,9 @@ def _write_image(
             source.copy_metadata_to(spec)
         writer = oiio.ImageOutput.create(format_)
         assert writer is not None
-        if not (writer.open(file.name, spec) and writer.write_image(values) and writer.close()):
+        with library_settings():
+            is_written = writer.open(file.name, spec) and writer.write_image(values) and writer.close()
+        if not is_written:
             raise _write_failure(Path(file.name), writer.geterror(), values.nbytes)
 
 

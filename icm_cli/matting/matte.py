@@ -16,7 +16,7 @@ from typing import Any
 from icm_cli.device import parse_devices
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
 from icm_cli.errors import Problem, UsageError
-from icm_cli.events import Listener
+from icm_cli.events import Listener, check_argument
 from icm_cli.files import check_would_be_writable, combined_digest, remove_stale_temporaries
 from icm_cli.images.colour import ColourSettings
 from icm_cli.images.image_file import IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_message
@@ -68,7 +68,7 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
     >>> report.exit_code
     0
     """
-    listener = listener or Listener()
+    listener = check_argument(listener, Listener, "listener")
     start = time.perf_counter()
     _check_devices(options)
     plan = make_plan(options, listener)

@@ -4,7 +4,9 @@ uses."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import numbers
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from icm_cli.device import Device, is_device_lost
-from icm_cli.environment import free_memory, is_out_of_memory
+from icm_cli.environment import check_not_forked, free_memory, is_out_of_memory
 from icm_cli.errors import ConfigError, DeviceError, UsageError
 from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8
 from icm_cli.guided_filter import alpha_at_source
@@ -26,7 +28,8 @@ from icm_cli.model.contracts import Head, PreparedReferences
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import confidence_and_found
 from icm_cli.model.loading import load_model, override_edges, resolve_model, select_device
-from icm_cli.options import LoadOptions, keyword_arguments
+from icm_cli.options import LoadOptions, MatteOptions, keyword_arguments
+from icm_cli.options.definition import argument_names
 
 
 @dataclass(frozen=True)
@@ -104,35 +107,48 @@ class Predictor:
 
     def __init__(self, model: InContextMatting, device: Device) -> None:
         """Move the model to its device."""
+        check_not_forked(loads_model=True)
         self.device = device
         with _device_errors(device, "the model was loaded"):
             self.model = model.to_device(device.torch_device, device.dtype, device.transformer_dtype)
 
     def reference(
-        self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]], *, learn_steps: int = 0
+        self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]], *, learn_steps: int | None = None
     ) -> PreparedReferences:
         """Prepare references for :meth:`matte`. Their features are computed here, once.
 
         Args:
-            pairs: Images, sRGB uint8 [H,W,3], each with the mask of the object: bool, uint8 0..255
-                or float 0..1, of the image's height and width.
+            pairs: One pair or several: an image, sRGB uint8 [H,W,3] or grey [H,W], and the mask of
+                the object, [H,W]: bool, uint8 0..255 or float 0..1.
             learn_steps: Number of steps in which a copy of the head is fine-tuned on the
-                references. Useful for images of one shot or place.
+                references. Useful for images of one shot or place. None for 0.
 
         Raises:
-            UsageError: A mask cannot be used, or the head cannot learn references.
+            UsageError: An array has another type, shape or range, a mask is empty or full, or the
+                head cannot learn references.
         """
-        check_learn_steps(learn_steps, type(self.model.head))
+        check_not_forked()
+        with argument_names(MatteOptions):
+            check_learn_steps(learn_steps or 0, type(self.model.head))
+        references = _as_references(pairs)
         action = f"the references were learned in {learn_steps} steps" if learn_steps else "references were prepared"
         with _device_errors(self.device, action), torch.no_grad():
-            tensors = [self._reference_tensors(_as_reference(pair)) for pair in pairs]
-            return self.model.prepare_references(tensors, learn_steps=learn_steps)
+            tensors = [self._reference_tensors(reference) for reference in references]
+            return self.model.prepare_references(tensors, learn_steps=learn_steps or 0)
 
     def matte(self, rgb: ImageU8, reference: PreparedReferences) -> ImageU8:
-        """Return the alpha, uint8 [H,W], of an image, sRGB uint8 [H,W,3]."""
-        frame = self.prepare_frame(rgb)
-        (result,) = self.matte_frames([frame], reference)
-        return alpha_to_u8(self.alpha_at_source(frame, result))
+        """Return the alpha, uint8 [H,W], of an image, sRGB uint8 [H,W,3] or grey [H,W].
+
+        ``reference`` is the result of :meth:`reference`. Raises UsageError for an array of another
+        type or shape, ConfigError if memory runs out.
+        """
+        check_not_forked()
+        if not hasattr(reference, "notices"):
+            raise UsageError(f"reference is {_describe(reference)}; expected the result of Predictor.reference")
+        frame = self.prepare_frame(_as_rgb(rgb, "image"))
+        with _device_errors(self.device, "an image was matted"):
+            (result,) = self.matte_frames([frame], reference)
+            return alpha_to_u8(self.alpha_at_source(frame, result))
 
     def prepare_frame(self, rgb: ImageU8, windows: ImageWindows | None = None) -> Frame:
         """Scale an image, sRGB uint8 [H,W,3] of any size, to the canvas. Does not use the model:
@@ -286,6 +302,8 @@ def _device_errors(device: Device, action: str) -> Iterator[None]:
 
 def check_learn_steps(steps: int, head: type[Head]) -> None:
     """Raises UsageError for a negative number, and for a head that cannot learn references."""
+    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
+        raise UsageError(f"--learn-steps is {steps!r}; expected a whole number of 0 or more")
     if steps < 0:
         raise UsageError(f"--learn-steps is {steps}; expected 0 (do not learn) or more")
     if steps and not head.can_learn_references:
@@ -309,6 +327,7 @@ def load(options: LoadOptions) -> Predictor:
         ConfigError: The model, its weights or the device cannot be used.
         UsageError: An argument is invalid.
     """
+    check_not_forked()
     choice = options.model
     config, checkpoint = resolve_model(choice.model, choice.checkpoint)
     config = override_edges(config, choice.edges, choice.edges_weights)
@@ -317,11 +336,71 @@ def load(options: LoadOptions) -> Predictor:
     return Predictor(model, device)
 
 
-def _as_reference(pair: Reference | tuple[ImageU8, NDArray[Any]]) -> Reference:
-    if isinstance(pair, Reference):
-        return pair
-    rgb, mask = pair
-    u8 = mask if mask.dtype == np.uint8 else alpha_to_u8(mask.astype(np.float32))
-    return Reference(
-        rgb, make_guidance(u8, ImageWindows.full((rgb.shape[0], rgb.shape[1])), "the mask", notice=lambda _: None)
-    )
+def _as_references(pairs: Any) -> list[Reference]:
+    """Return the references of ``pairs``, which may be a single pair. Raises UsageError."""
+    expected = "expected pairs of image and mask, such as [(image, mask)]"
+    is_pair = isinstance(pairs, tuple) and len(pairs) == 2 and all(isinstance(each, np.ndarray) for each in pairs)
+    if isinstance(pairs, Reference) or is_pair:
+        pairs = [pairs]
+    if isinstance(pairs, (str, bytes, np.ndarray)) or not isinstance(pairs, Iterable):
+        raise UsageError(f"the references are {_describe(pairs)}; {expected}")
+    references = []
+    for number, pair in enumerate(pairs, 1):
+        if isinstance(pair, Reference):
+            references.append(pair)
+        elif isinstance(pair, (tuple, list)) and len(pair) == 2:
+            references.append(_as_reference(pair[0], pair[1], f"of reference {number}"))
+        else:
+            raise UsageError(f"reference {number} is {_describe(pair)}; {expected}")
+    if not references:
+        raise UsageError(f"no reference was given; {expected}")
+    return references
+
+
+def _as_reference(image: Any, mask: Any, of_which: str) -> Reference:
+    rgb, name = _as_rgb(image, f"the image {of_which}"), f"the mask {of_which}"
+    expected = f"expected bool, uint8 0..255 or float 0..1, {list(rgb.shape[:2])} as its image"
+    if not isinstance(mask, np.ndarray) or (mask.dtype.kind not in "bf" and mask.dtype != np.uint8):
+        raise UsageError(f"{name} is {_describe(mask)}; {expected}")
+    mask = mask[..., 0] if mask.ndim == 3 and mask.shape[-1] == 1 else mask
+    if mask.shape != rgb.shape[:2]:
+        raise UsageError(f"{name} is {_describe(mask)}; {expected}")
+    if mask.dtype == np.uint8:
+        if mask.max() == 1:
+            raise UsageError(f"{name} has no values but 0 and 1, and is uint8; {expected}; give mask.astype(bool)")
+        u8 = mask
+    else:
+        values = mask.astype(np.float32)
+        if not (values.min() >= 0 and values.max() <= 1):  # also for NaN
+            raise UsageError(f"{name} has values from {values.min():g} to {values.max():g}; {expected}")
+        u8 = alpha_to_u8(values)
+    windows = ImageWindows.full((rgb.shape[0], rgb.shape[1]))
+    return Reference(rgb, make_guidance(u8, windows, name, notice=lambda text: warnings.warn(text, stacklevel=5)))
+
+
+def _as_rgb(image: Any, name: str) -> ImageU8:
+    """Return an image that may be grey as contiguous uint8 [H,W,3]. Raises UsageError."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or not image.size:
+        remedy = ""
+        if isinstance(image, np.ndarray) and image.dtype.kind == "f":
+            remedy = "; convert sRGB values in 0..1 with (255 * image + 0.5).astype(numpy.uint8)"
+        elif isinstance(image, np.ndarray) and image.dtype == np.uint16:
+            remedy = "; convert 16-bit values with (image / 257 + 0.5).astype(numpy.uint8)"
+        raise UsageError(f"{name} is {_describe(image)}; expected sRGB, uint8 [H,W,3]{remedy}")
+    if image.ndim == 2 or (image.ndim == 3 and image.shape[-1] == 1):
+        image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=-1)
+    if image.ndim != 3 or image.shape[-1] != 3:
+        remedy = ""
+        if image.ndim == 3 and image.shape[-1] == 4:
+            remedy = "; give image[..., :3] if the fourth channel is an alpha"
+        elif image.ndim == 3 and image.shape[0] == 3:
+            remedy = "; give image.transpose(1, 2, 0) if the channels are first"
+        raise UsageError(f"{name} is {_describe(image)}; expected sRGB, uint8 [H,W,3]{remedy}")
+    return np.ascontiguousarray(image)
+
+
+def _describe(value: Any) -> str:
+    """Return the type of a value, of an array its dtype and shape, for a message."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    return "None" if value is None else f"of type {type(value).__module__}.{type(value).__qualname__}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from icm_cli.config import (
     COMPONENT_KEYS,
@@ -121,7 +122,8 @@ def load_model(
     if checkpoint is None:
         _require_checkpoint(config)
     stored = None if checkpoint is None else read_checkpoint(checkpoint)
-    return build_model(config, stored, weights, offline=offline, seed=seed).eval()
+    with torch.random.fork_rng(devices=[]):  # the random numbers of the caller stay as they are
+        return build_model(config, stored, weights, offline=offline, seed=seed).eval()
 
 
 def load_model_for_training(
@@ -139,6 +141,18 @@ def load_model_for_training(
         return build_model(config, stored, weights, offline=offline, seed=seed)
 
 
+class _WithoutRandomWeights(TorchFunctionMode):
+    """Mode in which initial weights are not drawn. On the meta device this would import torch's
+    compiler, which takes seconds and sets environment variables."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0]
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def build_model(
     config: ModelConfig, checkpoint: Checkpoint | None, weights: str | None, *, offline: bool, seed: int
 ) -> InContextMatting:
@@ -149,7 +163,7 @@ def build_model(
     classes = {kind: component_class(kind, part.name) for kind in kinds if (part := getattr(config, kind)) is not None}
     required = {kind for kind, cls in classes.items() if checkpoint is not None and cls.is_trained}
     for kind in required:  # before a module that is too large takes memory
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutRandomWeights():
             expected = classes[kind](getattr(config, kind).settings).state_dict()
         check_tensor_shapes(expected, {name: tensor.shape for name, tensor in tensors[kind].items()}, where)
 

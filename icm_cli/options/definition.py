@@ -16,6 +16,7 @@ import os
 import re
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from enum import StrEnum
@@ -298,7 +299,7 @@ def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., R
                 return function(*arguments, **keywords)
             values = signature.bind(*arguments, **keywords).arguments
             kept = {name: values.pop(name) for name in others & values.keys()}
-            with argument_names(options_class), resource_errors():
+            with argument_names(options_class), resource_errors(), warnings.catch_warnings(), _kept_environment():
                 return function(options_class.from_values(values), **kept)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
@@ -318,6 +319,20 @@ def argument_names(options_class: type[CommandOptions]) -> Iterator[None]:
         pattern = re.compile(f"(?<![\\w-])({'|'.join(names)})(?![\\w-])")
         error.args = tuple(pattern.sub(lambda found: f"{names[found[0]]}=", str(each)) for each in error.args)
         raise
+
+
+@contextlib.contextmanager
+def _kept_environment() -> Iterator[None]:
+    """Restore the environment variables, which libraries set when they are first used."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in {**before, **os.environ}:
+            if name not in before:
+                del os.environ[name]
+            elif os.environ.get(name) != before[name]:
+                os.environ[name] = before[name]
 
 
 def describe_arguments(options_class: type[CommandOptions]) -> str:

@@ -16,7 +16,14 @@ from torch import Tensor
 from icm_cli.device import is_main_process
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
 from icm_cli.errors import TrainingError
-from icm_cli.events import BestStep, SecondaryProcessListener, TrainingListener, TrainingStatistics, TrainingSummary
+from icm_cli.events import (
+    BestStep,
+    SecondaryProcessListener,
+    TrainingListener,
+    TrainingStatistics,
+    TrainingSummary,
+    check_argument,
+)
 from icm_cli.files import atomic_write
 from icm_cli.model.packing import pack_checkpoint
 from icm_cli.options import TrainOptions, keyword_arguments
@@ -53,7 +60,7 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
 
     Raises UsageError, ConfigError or OutputError, and TrainingError if training cannot continue.
     """
-    listener = listener or TrainingListener()
+    listener = check_argument(listener, TrainingListener, "listener")
     training = options.training
     settings = read_settings(training.config, training.data, training.overrides)
     folder = Path(training.out or f"runs/{Path(training.config).stem}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,12 +113,18 @@ def load_foreground_estimator() -> Callable[..., NDArray[np.float64]]:
 
 
 def _import_pymatting() -> ModuleType:
-    """Import pymatting without changing the number of OpenMP threads."""
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
-    threads = torch.get_num_threads()
-    with contextlib.redirect_stdout(io.StringIO()):
-        import pymatting
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    """Import pymatting, which caches compiled functions, without changing global settings."""
+    import numba
+
+    config: Any = numba.config
+    threads, folder = torch.get_num_threads(), config.CACHE_DIR
+    config.CACHE_DIR = folder or str(cache_folder() / "numba")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            import pymatting
+    finally:
+        config.CACHE_DIR = folder
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
     module: ModuleType = pymatting
     return module

@@ -1,0 +1,214 @@
+"""The Python API: checks of arrays and arguments, and what it leaves as it was in the host program."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import DEMO, read
+
+import icm_cli
+from icm_cli.errors import UsageError
+from icm_cli.matting.predictor import Predictor
+from icm_cli.model.contracts import PreparedReferences
+
+RGB = np.ascontiguousarray(read(DEMO / "ref.jpg")[::4, ::4, ::-1])
+MASK = np.ascontiguousarray(read(DEMO / "mask.png")[::4, ::4])
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    from conftest import SMALL_MODEL
+
+    path = tmp_path_factory.mktemp("model") / "small.yaml"
+    path.write_text(SMALL_MODEL)
+    return icm_cli.load(str(path), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def reference(predictor: Predictor) -> PreparedReferences:
+    return predictor.reference([(RGB, MASK)])
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (RGB / np.float32(255), "image is float32 [H,W,3]; expected sRGB, uint8 [H,W,3]; convert sRGB values in 0..1"),
+        (RGB / 255, "image is float64 [H,W,3]; expected sRGB, uint8"),
+        (RGB.astype(np.uint16) * 257, "image is uint16 [H,W,3]; expected sRGB, uint8 [H,W,3]; convert 16-bit values"),
+        (RGB.astype(np.int32), "image is int32"),
+        (RGB > 100, "image is bool"),
+        (RGB[:0], "expected sRGB, uint8"),
+        (np.dstack([RGB, MASK]), "give image[..., :3] if the fourth channel is an alpha"),
+        (np.ascontiguousarray(RGB.transpose(2, 0, 1)), "give image.transpose(1, 2, 0) if the channels are first"),
+        (RGB[None], "expected sRGB, uint8 [H,W,3]"),
+        (RGB.tolist(), "image is of type builtins.list; expected"),
+        ("image.png", "image is of type builtins.str; expected"),
+        (None, "image is None; expected"),
+    ],
+)
+def test_images_of_another_type_or_shape_are_refused(
+    predictor: Predictor, reference: PreparedReferences, image: object, message: str
+) -> None:
+    size = f"[{RGB.shape[0]}, {RGB.shape[1]}, 3]"
+    message = message.replace("[H,W,3];", f"{size};", 1) if message.startswith("image is") else message
+    with pytest.raises(UsageError, match=re.escape(message)):
+        predictor.matte(image, reference)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=re.escape(message.replace("image is", "the image of reference 1 is"))):
+        predictor.reference([(image, MASK)])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (MASK[:-1], "the mask of reference 1 is uint8"),
+        (np.dstack([MASK] * 3), "the mask of reference 1 is uint8"),
+        (MASK.astype(np.int64), "the mask of reference 1 is int64"),
+        (MASK.astype(np.float32), "has values from 0 to 255; expected bool, uint8 0..255 or float 0..1"),
+        (np.where(MASK > 0, np.nan, 0.0), "has values from nan to nan"),
+        (MASK // 255, "has no values but 0 and 1, and is uint8"),
+        (MASK * 0, "the mask of reference 1 is empty"),
+        (None, "the mask of reference 1 is None; expected bool"),
+    ],
+)
+def test_masks_of_another_type_shape_or_range_are_refused(predictor: Predictor, mask: object, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        predictor.reference([(RGB, mask)])  # type: ignore[list-item]
+
+
+def test_arrays_with_one_meaning_are_converted(predictor: Predictor, reference: PreparedReferences) -> None:
+    alpha = predictor.matte(RGB, reference)
+    inside = MASK > 127
+    masks = (inside, inside.astype(np.float64), inside.astype(np.float16)[..., None], np.uint8(255) * inside)
+    for mask in masks:
+        assert (predictor.matte(RGB, predictor.reference((RGB, mask))) == alpha).all()
+    grey = RGB[..., 1]
+    expected = predictor.matte(np.dstack([grey] * 3), reference)
+    assert (predictor.matte(grey, reference) == expected).all()
+    assert (predictor.matte(grey[..., None], reference) == expected).all()
+    assert (predictor.matte(RGB[..., ::-1][..., ::-1], reference) == alpha).all()  # not contiguous
+
+
+@pytest.mark.parametrize("pairs", [[], None, RGB, "ref.png", [RGB], [(RGB,)], [(RGB, MASK, MASK)], 3])
+def test_references_must_be_pairs(predictor: Predictor, pairs: object) -> None:
+    with pytest.raises(UsageError, match=re.escape("expected pairs of image and mask, such as [(image, mask)]")):
+        predictor.reference(pairs)  # type: ignore[arg-type]
+
+
+def test_other_arguments_are_checked(predictor: Predictor) -> None:
+    with pytest.raises(UsageError, match="reference is None; expected the result of"):
+        predictor.matte(RGB, None)  # type: ignore[arg-type]
+    for steps in (1.5, True, "3", -1):
+        with pytest.raises(UsageError, match=f"learn_steps= is {steps!r}; expected"):
+            predictor.reference([(RGB, MASK)], learn_steps=steps)  # type: ignore[arg-type]
+    assert predictor.reference([(RGB, MASK)], learn_steps=None) is not None
+    for run in (
+        lambda: icm_cli.matte("r.png", "m.png", src="i", out="o", listener=print),  # type: ignore[arg-type]
+        lambda: icm_cli.evaluate("folder", images="i", alphas="a", listener=print),  # type: ignore[arg-type]
+        lambda: icm_cli.train("lite", data="d.yaml", listener=print),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(UsageError, match="listener= is <built-in function print>; expected an instance of"):
+            run()
+
+
+SNAPSHOT = """
+import locale, logging, os, signal, sys, threading, warnings
+import cv2, numba, numpy as np, OpenImageIO as oiio, PIL.Image, PIL.ImageFile, torch
+
+PIL.Image.init()
+
+def snapshot():
+    umask = os.umask(0)
+    os.umask(umask)
+    return {
+        "pillow": (PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES, sorted(PIL.Image.OPEN)),
+        "warnings": [str(each) for each in warnings.filters],
+        "logging": (logging.root.level, logging.root.handlers[:], logging.getLogger("PIL").level),
+        "environment": dict(os.environ),
+        "process": (umask, os.getcwd(), locale.setlocale(locale.LC_ALL), sys.excepthook, sys.stdout, sys.stderr),
+        "signals": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)],
+        "torch": (
+            torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(), torch.backends.cudnn.benchmark,
+            torch.random.get_rng_state().tolist(),
+        ),
+        "numpy": (str(np.random.get_state()), np.geterr()),
+        "opencv": (cv2.getNumThreads(), cv2.ocl.useOpenCL()),
+        "others": (oiio.get_int_attribute("threads"), numba.config.CACHE_DIR),
+        "threads": [each.name for each in threading.enumerate()],
+    }
+
+def check(what):
+    after = snapshot()
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    assert not changed, (what, changed)
+
+before = snapshot()
+import icm_cli
+icm_cli.matte, icm_cli.evaluate, icm_cli.train, icm_cli.load
+check("import")
+demo, out = sys.argv[1:]
+predictor = icm_cli.load(device="cpu", offline=True)
+check("load")
+files = {"images": f"{demo}/imgs", "alphas": f"{demo}/alphas"}
+options = {"include": "cat*", "foreground": "auto", "format": "exr", "edges": "closed-form"}
+report = icm_cli.matte(f"{demo}/ref.jpg", f"{demo}/mask.png", src=f"{demo}/imgs", out=out, **options)
+assert report.exit_code == 0, report.failures
+check("matte")
+assert icm_cli.evaluate("folder", **files, pred=f"{demo}/alphas").exit_code == 0
+check("evaluate")
+"""
+
+
+@pytest.mark.slow
+def test_host_program_is_not_changed(tmp_path: Path) -> None:
+    """Neither an import nor a run changes global settings of the process."""
+    line = [sys.executable, "-c", SNAPSHOT, str(DEMO), str(tmp_path / "out")]
+    run = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+FORK = """
+import multiprocessing, sys
+import numpy as np, icm_cli
+from icm_cli.errors import UsageError
+
+predictor = icm_cli.load(sys.argv[1], device="cpu")
+rgb = np.random.default_rng(0).integers(0, 255, (160, 160, 3), np.uint8)
+mask = np.zeros((160, 160), bool)
+mask[40:90, 50:120] = True
+reference = predictor.reference([(rgb, mask)])
+predictor.matte(rgb, reference)
+
+def work(queue):
+    for action in (
+        lambda: predictor.matte(rgb, reference),
+        lambda: predictor.reference([(rgb, mask)]),
+        lambda: icm_cli.load(sys.argv[1], device="cpu"),
+        lambda: icm_cli.matte("ref.png", "mask.png", src="imgs", out="out"),
+    ):
+        try:
+            queue.put(str(action()))
+        except UsageError as error:
+            queue.put(str(error))
+
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+process = context.Process(target=work, args=(queue,))
+process.start()
+for _ in range(4):
+    assert "was forked" in queue.get(timeout=60)
+process.join()
+"""
+
+
+@pytest.mark.slow
+def test_use_after_fork_is_refused(small_model: Path) -> None:
+    """Threads of torch would never answer in the forked process."""
+    line = [sys.executable, "-W", "ignore", "-c", FORK, str(small_model)]
+    run = subprocess.run(line, capture_output=True, text=True, check=False, env={"OMP_NUM_THREADS": "2"}, timeout=100)
+    assert run.returncode == 0, run.stderr
