@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import OpenImageIO as oiio
+import pillow_heif
 import PyOpenColorIO as ocio
 import pytest
 from conftest import DEMO, Icm, read
@@ -25,6 +26,8 @@ from icm_cli.images.image_file import detect_file_type
 from icm_cli.images.reading import read_alpha, read_image, read_stored_pixels
 from icm_cli.matting.jobs import OutputLayout, plan_jobs
 from icm_cli.matting.sources import SkippedFiles, find_sources
+
+pillow_heif.register_heif_opener()  # to write files; icm does not register it
 
 SIDE = 48
 X, Y = np.meshgrid(np.arange(SIDE), np.arange(SIDE))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+import sys
 from pathlib import Path
 
 import cv2
@@ -18,6 +19,8 @@ from icm_cli.errors import ImageError, OutputError
 from icm_cli.images.decoding import frame_count, image_size
 from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.images.writing import has_changed_pixels, read_stamp, write_alpha
+
+pillow_heif.register_heif_opener()  # to write files; icm does not register it
 
 RGB = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 GREY = RGB[..., 0].astype(np.float32) / np.float32(255.0)
@@ -263,6 +266,7 @@ def test_heic_orientation_is_applied(tmp_path: Path, orientation: int, turn: int
 def test_heic_error_says_which_package_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "a.heic", Image.fromarray(RGB))
     monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind != "HEIF"])
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
     for read in (read_image, image_size, frame_count):
         with pytest.raises(ImageError, match=re.escape("a.heic is HEIC; to read it run: pip install 'icm-cli[heif]'")):
             read(path)
