@@ -145,7 +145,7 @@ class _WithoutRandomWeights(TorchFunctionMode):
     """Mode in which initial weights are not drawn. On the meta device this would import torch's
     compiler, which takes seconds and sets environment variables."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
             return args[0]
         if getattr(function, "__module__", "") == "torch.nn.init":
