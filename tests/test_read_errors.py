@@ -170,7 +170,7 @@ def test_sources_on_a_drive_that_fails_end_the_run_with_one_message(
     scan = os.scandir
 
     def fail_to_scan(path: str) -> object:
-        if "drive" in str(path):
+        if str(path).endswith("/drive"):
             raise OSError(number, os.strerror(number), str(path))
         return scan(path)
 
