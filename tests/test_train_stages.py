@@ -31,8 +31,8 @@ from icm_cli.training.data.degradation import (
 )
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
 from icm_cli.training.settings import MatchStageConfig, TrainConfig, read_settings
-from icm_cli.training.stages import match, refine
-from icm_cli.training.stages.mosaics import Mosaic, MosaicBatch, TokenMatcher, sample_mosaic
+from icm_cli.training.stages import match, refine, view_sets
+from icm_cli.training.stages.mosaics import MosaicBatch, MosaicSampler, TokenMatcher
 from icm_cli.training.stages.refine import EdgeBatch, EdgeMaker, EdgeSample, RefineStage
 
 COLOURS = {"red": (20, 20, 220), "green": (20, 200, 20), "white": (240, 240, 240)}
@@ -80,7 +80,7 @@ def changed_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor
 
 def kept_digests(run: Path) -> set[str]:
     """Return the digests of the token files in a run's folder."""
-    return {torch.load(path, weights_only=True)["digest"] for path in (run / match.TOKENS_FOLDER).iterdir()}
+    return {torch.load(path, weights_only=True)["digest"] for path in (run / view_sets.TOKENS_FOLDER).iterdir()}
 
 
 def untrained() -> dict[str, torch.Tensor]:
@@ -121,7 +121,7 @@ class TestMatch:
     ) -> None:
         config, whole = matched
         assert train(config, tmp_path / "run", "--set", "train.steps=15").exit_code == 0
-        monkeypatch.setattr(match, "_encode_scenes", None)
+        monkeypatch.setattr(view_sets, "_encode_scenes", None)
         done = train(config, tmp_path / "run", "--resume")
         assert done.exit_code == 0, done.output
         assert same_weights(tmp_path / "run" / "last.safetensors", whole / "last.safetensors")
@@ -280,12 +280,8 @@ class TestMatch:
         config = MatchStageConfig(multiple_probability=share, negative_probability=0.25)
         rng = np.random.default_rng(0)
 
-        def draw() -> Mosaic[TrainingItem]:
-            return sample_mosaic(
-                pool, config, (2, 2, 1), rng, as_target=lambda each: each, as_reference=lambda each: each
-            )
-
-        mosaics = [draw() for _ in range(200)]
+        sampler = MosaicSampler(pool, pool, config, (2, 2, 1), rng, lambda item: item, lambda item: item)
+        mosaics = [sampler.sample() for _ in range(200)]
         for each in mosaics:
             group = each.references[0].group
             assert set(each.positive_tiles) == {place for place, item in enumerate(each.tiles) if item.group == group}

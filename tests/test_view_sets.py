@@ -18,8 +18,8 @@ from train_data import change, command, log, same_weights, train, write_config
 from icm_cli import terminal
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.settings import MatchStageConfig
-from icm_cli.training.stages import match
-from icm_cli.training.stages.mosaics import Mosaic, View, sample_mosaic
+from icm_cli.training.stages import match, view_sets
+from icm_cli.training.stages.mosaics import MosaicSampler, View
 from icm_cli.training.stages.view_sets import ViewPlan, ViewSet
 
 SIZES = {"two": 2, "eight": 8, "forty": 40, "many": 300}
@@ -130,18 +130,16 @@ class TestDraws:
         guides = view_set(pool, plan, 0, is_large=False)
         rng = np.random.default_rng(0)
 
-        def draw() -> Mosaic[View]:
-            return sample_mosaic(
-                targets.pool,
-                config,
-                (1, 2, references),
-                rng,
-                as_target=lambda item: targets.draw_view(item, rng),
-                as_reference=lambda item: guides.draw_view(item, rng),
-                reference_pool=guides.pool,
-            )
-
-        counts = collections.Counter(draw().name.split()[0] for _ in range(2000))
+        sampler = MosaicSampler(
+            targets.pool,
+            guides.pool,
+            config,
+            (1, 2, references),
+            rng,
+            lambda item: targets.draw_view(item, rng),
+            lambda item: guides.draw_view(item, rng),
+        )
+        counts = collections.Counter(sampler.sample().name.split()[0] for _ in range(2000))
         assert counts.keys() == SIZES.keys()
         assert min(counts.values()) > 430
         assert max(counts.values()) < 570
@@ -177,7 +175,7 @@ class TestRuns:
         config = write_config(tmp_path / "a.yaml", large_groups, **ROTATING)
         unbroken = train(config, tmp_path / "unbroken")
         assert unbroken.exit_code == 0, unbroken.output
-        parts = {path.name.partition("-")[0] for path in (tmp_path / "unbroken" / match.TOKENS_FOLDER).iterdir()}
+        parts = {path.name.partition("-")[0] for path in (tmp_path / "unbroken" / view_sets.TOKENS_FOLDER).iterdir()}
         assert parts == {"00001", "00002", "00003", "00004"}  # the current set, the part before it, and the next part
         assert train(config, tmp_path / "run", "--set", "train.steps=6").exit_code == 0
         done = train(config, tmp_path / "run", "--resume")
@@ -186,11 +184,11 @@ class TestRuns:
 
         # A run that was interrupted during a rotation encodes only what is missing.
         seen: list[int] = []
-        read = match._encode_scenes
-        monkeypatch.setattr(match, "_encode_scenes", lambda *args: seen.append(len(args[1])) or read(*args))
+        read = view_sets._encode_scenes
+        monkeypatch.setattr(view_sets, "_encode_scenes", lambda *args: seen.append(len(args[1])) or read(*args))
         assert train(config, tmp_path / "third", "--set", "train.steps=5").exit_code == 0
         before = sum(seen)
-        for path in (tmp_path / "third" / match.TOKENS_FOLDER).glob("00002-large-*.pt"):
+        for path in (tmp_path / "third" / view_sets.TOKENS_FOLDER).glob("00002-large-*.pt"):
             path.unlink()
         assert train(config, tmp_path / "third", "--resume").exit_code == 0
         assert sum(seen) - before == 2 + 2 + 6  # the removed file, the rest of part 3, and part 4
@@ -225,20 +223,20 @@ class TestRuns:
         )
         out = tmp_path / "run"
         process = subprocess.Popen(command(config, out), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        while process.poll() is None and not list((out / match.TOKENS_FOLDER).glob("*.pt")):
+        while process.poll() is None and not list((out / view_sets.TOKENS_FOLDER).glob("*.pt")):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=100)
         assert process.returncode == 130, errors
         assert "run the same command with --resume" in errors.splitlines()[-1]
         stored = sum(
-            len(torch.load(path, weights_only=True)["views"]) for path in (out / match.TOKENS_FOLDER).iterdir()
+            len(torch.load(path, weights_only=True)["views"]) for path in (out / view_sets.TOKENS_FOLDER).iterdir()
         )
         assert 0 < stored < 120
 
         encoded: list[int] = []
-        encode = match._encode_scenes
-        monkeypatch.setattr(match, "_encode_scenes", lambda *args: encoded.append(len(args[1])) or encode(*args))
+        encode = view_sets._encode_scenes
+        monkeypatch.setattr(view_sets, "_encode_scenes", lambda *args: encoded.append(len(args[1])) or encode(*args))
         monkeypatch.setattr(terminal, "ENCODING_LINE_INTERVAL_S", 0.0)
         done = train(config, out, "--resume")
         assert done.exit_code == 0, done.output

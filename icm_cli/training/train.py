@@ -35,8 +35,7 @@ from icm_cli.training.learner import Learner
 from icm_cli.training.log import RunLog, StepStats
 from icm_cli.training.run_folder import BEST_NAME, LAST_NAME, RunFolder, RunProgress
 from icm_cli.training.settings import Settings, TrainConfig, read_settings
-from icm_cli.training.stages import make_stage
-from icm_cli.training.stages.contract import AnyStage
+from icm_cli.training.stages import AnyStage, make_stage
 from icm_cli.training.validation import check_validation, validate
 
 MAX_REPORTED_SKIPS = 20

@@ -3,10 +3,78 @@
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeAlias
 
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from icm_cli.events import TrainingListener
+from icm_cli.geometry import ImageU8, alpha_to_u8
+from icm_cli.model.core import InContextMatting
+from icm_cli.training.batches import BatchT, StepSampler
 from icm_cli.training.data.pool import TrainingPool
+from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
-from icm_cli.training.stages.contract import AnyStage
+
+PANEL_ROWS = 4
+"""Largest number of samples that a panel shows."""
+PANEL_CELL_PX = 256
+OUTSIDE_BRIGHTNESS = 0.35
+"""Brightness of a reference outside its guidance, in panels and previews."""
+Prediction: TypeAlias = tuple[Tensor, ...]
+"""Outputs of the model for a batch, [B,...] each, with gradients."""
+
+
+class Stage(ABC, Generic[BatchT]):
+    """A kind of training. The loop takes its batches, predicts, computes the losses, and updates the weights."""
+
+    trainable_parts: ClassVar[tuple[str, ...]]
+    """Parts of the model whose weights may change: "backbone", "head", "objects", "edges"."""
+    loss_names: ClassVar[tuple[str, ...]]
+    """Names of the losses in the log."""
+
+    def __init__(self, settings: Settings, pool: TrainingPool) -> None:
+        self.settings = settings
+        self.pool = pool
+
+    @abstractmethod
+    def select_module(self, model: InContextMatting) -> nn.Module:
+        """Return the module that runs with gradients. Raises ConfigError if the model lacks it."""
+
+    def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
+        """Prepare for the batch of ``first_step`` (from 0), after the learner's state is loaded."""
+
+    @abstractmethod
+    def make_batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[BatchT]:
+        """Yield batches in the order of the sampler. Raises TrainingError if a batch cannot be made."""
+
+    @abstractmethod
+    def predict(self, forward: nn.Module, batch: BatchT) -> Prediction:
+        """Run the selected module, as wrapped by the accelerator, on a batch."""
+
+    @abstractmethod
+    def compute_losses(self, prediction: Prediction, batch: BatchT) -> dict[str, Tensor]:
+        """Return every loss, weighted, [B] each, and their sum as "total"."""
+
+    @abstractmethod
+    def render_panel(self, learner: Learner, batch: BatchT) -> ImageU8:
+        """Render samples of a batch with the predictions, uint8 [H,W,3]. The model is in evaluation mode."""
+
+    @abstractmethod
+    def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
+        """Return a caption and images, uint8 [h,w,3], of sample number ``counter``.
+
+        Raises TrainingError or ImageError.
+        """
+
+
+AnyStage: TypeAlias = Stage[Any]
 
 
 def make_stage(settings: Settings, pool: TrainingPool) -> AnyStage:
@@ -14,3 +82,42 @@ def make_stage(settings: Settings, pool: TrainingPool) -> AnyStage:
     module = importlib.import_module(f"icm_cli.training.stages.{settings.train.stage}")
     stage: AnyStage = module.STAGE(settings, pool)
     return stage
+
+
+def add_total(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return losses, [B] each, with their sum as "total"."""
+    return {**losses, "total": torch.stack(list(losses.values())).sum(dim=0)}
+
+
+def image_grid(rows: Sequence[Sequence[ImageU8]]) -> ImageU8:
+    """Arrange images, uint8 [h,w,3], in rows; each is resized to PANEL_CELL_PX."""
+    size = (PANEL_CELL_PX, PANEL_CELL_PX)
+    return np.concatenate(
+        [
+            np.concatenate([cv2.resize(cell, size, interpolation=cv2.INTER_AREA) for cell in cells], axis=1)
+            for cells in rows
+        ]
+    )
+
+
+def render_layers(layers: Sequence[Tensor], rgb: Tensor | None = None) -> ImageU8:
+    """Show samples in rows: an image of ``rgb``, uint8 [B,h,w,3], and ``layers``, [B,h,w] 0..1 each."""
+    return image_grid(
+        [
+            [
+                *([] if rgb is None else [rgb[i].cpu().numpy()]),
+                *(grey_to_rgb(alpha_to_u8(layer[i].float().cpu().numpy())) for layer in layers),
+            ]
+            for i in range(len(layers[0]))
+        ]
+    )
+
+
+def darken_outside(rgb: ImageU8, guidance: NDArray[np.bool_]) -> ImageU8:
+    """Darken a reference, uint8 [H,W,3], outside its guidance, bool [H,W]."""
+    return np.where(guidance[..., None], rgb, (rgb * OUTSIDE_BRIGHTNESS).astype(np.uint8)).astype(np.uint8)
+
+
+def grey_to_rgb(values: ImageU8) -> ImageU8:
+    """Convert a layer, uint8 [h,w], to an RGB image, uint8 [h,w,3]."""
+    return np.repeat(values[..., None], 3, axis=-1)

@@ -29,10 +29,11 @@ from icm_cli.training.data.samples import SampleMaker
 from icm_cli.training.data.scenes import Scene
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
-from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, Stage
+from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage
 from icm_cli.training.stages.mosaics import (
     LARGE_FACTOR,
     Mosaic,
+    MosaicSampler,
     TokenMatcher,
     collate_mosaics,
     draw_layout,
@@ -41,7 +42,6 @@ from icm_cli.training.stages.mosaics import (
     render_mosaics,
     render_preview,
     require_token_match_head,
-    sample_mosaic,
 )
 
 
@@ -158,7 +158,7 @@ class JointStage(Stage[ImageBatch]):
                 return None
 
         layout = draw_layout(self._config, rng)
-        mosaic = sample_mosaic(self.pool, self._config, layout, rng, as_target=make_scene, as_reference=make_scene)
+        mosaic = MosaicSampler(self.pool, self.pool, self._config, layout, rng, make_scene, make_scene).sample()
         return mosaic.name, render_preview(mosaic)
 
     def make_batch(self, counters: Sequence[int]) -> ImageBatch:
@@ -178,23 +178,19 @@ class JointStage(Stage[ImageBatch]):
         def plan_scene(item: TrainingItem, canvas_px: int) -> ScenePlan | None:
             return scenes.plan_scene(item, canvas_px, rng) if item in scenes.items else None
 
-        mosaics = [
-            sample_mosaic(
-                self.pool,
-                config,
-                layout,
-                rng,
-                as_target=lambda item: plan_scene(item, tile_px),
-                as_reference=lambda item: plan_scene(item, reference_px),
-            )
-            for _ in counters
-        ]
-        image, alpha, valid = scenes.render_scenes([plan for mosaic in mosaics for plan in mosaic.tiles], tile_px)
-        references_shown = scenes.render_scenes(
-            [plan for mosaic in mosaics for plan in mosaic.references], reference_px
+        sampler = MosaicSampler(
+            self.pool,
+            self.pool,
+            config,
+            layout,
+            rng,
+            lambda item: plan_scene(item, tile_px),
+            lambda item: plan_scene(item, reference_px),
         )
-        reference_image, reference_alpha, reference_valid = references_shown
-        count = len(mosaics)
+        mosaics = [sampler.sample() for _ in counters]
+        image, alpha, valid = scenes.render_scenes([plan for mosaic in mosaics for plan in mosaic.tiles], tile_px)
+        references = scenes.render_scenes([plan for mosaic in mosaics for plan in mosaic.references], reference_px)
+        layers = (layer.reshape(len(mosaics), -1, *layer.shape[1:]) for layer in (image, alpha, valid, *references))
         return ImageBatch(
             tuple(mosaic.name for mosaic in mosaics),
             tuple(counters),
@@ -202,18 +198,8 @@ class JointStage(Stage[ImageBatch]):
             rows,
             columns,
             tuple(mosaic.positive_tiles for mosaic in mosaics),
-            _group_by_mosaic(image, count),
-            _group_by_mosaic(alpha, count),
-            _group_by_mosaic(valid, count),
-            _group_by_mosaic(reference_image, count),
-            _group_by_mosaic(reference_alpha, count),
-            _group_by_mosaic(reference_valid, count),
+            *layers,
         )
-
-
-def _group_by_mosaic(layer: Tensor, count: int) -> Tensor:
-    """Reshape [N,...] to [count,N/count,...]."""
-    return layer.reshape(count, -1, *layer.shape[1:])
 
 
 def _flatten_images(image: Tensor, alpha: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:

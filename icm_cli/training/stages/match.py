@@ -9,56 +9,44 @@ images have their tokens stored, and when they are replaced, is decided by
 
 from __future__ import annotations
 
-import copy
 import functools
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from icm_cli.errors import ConfigError, ImageError, UsageError
+from icm_cli.errors import ConfigError, UsageError
 from icm_cli.events import TrainingListener
-from icm_cli.files import combined_digest
 from icm_cli.geometry import HALF_U8, ImageU8
-from icm_cli.model.contracts import Objects
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.lite.finetuning import LOSS_TERMS, match_losses
 from icm_cli.model.lite.head import TokenMatchHead
-from icm_cli.training.batches import StepSampler, initialise_worker
+from icm_cli.training.batches import StepSampler
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
-from icm_cli.training.data.record import DataRecord
-from icm_cli.training.data.samples import SampleMaker
 from icm_cli.training.data.scenes import Scene
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
-from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, Stage
+from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage
 from icm_cli.training.stages.mosaics import (
-    LARGE_FACTOR,
     Image,
     Mosaic,
     MosaicBatch,
+    MosaicSampler,
     TokenMatcher,
     View,
     add_feature_noise,
     collate_mosaics,
     draw_layout,
-    encode_views,
     fit_config_to_groups,
     render_mosaics,
     render_preview,
     require_token_match_head,
-    sample_mosaic,
 )
-from icm_cli.training.stages.view_sets import AnyView, ViewFile, ViewPlan, ViewSet, load_views, save_views
+from icm_cli.training.stages.view_sets import AnyView, SceneDataset, ViewEncoder, ViewFile, ViewPlan, Views, ViewSet
 
-TOKENS_FOLDER = "tokens"
-"""Folder of the tokens in a run's folder."""
 PCA_VIEWS = 400
 """Number of views whose principal components initialise the head's projections."""
 
@@ -73,12 +61,10 @@ class MatchStage(Stage[MosaicBatch]):
 
     def __init__(self, settings: Settings, pool: TrainingPool) -> None:
         super().__init__(settings, pool)
-        config, self._notice = fit_config_to_groups(settings.train.match, pool)
-        self._config = config
-        if (
-            max(min(config.views_per_group, config.max_views_per_image * len(items)) for items in pool.groups.values())
-            < 2
-        ):
+        self._config, self._notice = fit_config_to_groups(settings.train.match, pool)
+        config = self._config
+        group_sizes = [len(items) for items in pool.groups.values()]
+        if min(config.views_per_group, config.max_views_per_image * max(group_sizes)) < 2:
             raise UsageError(
                 "no group has two views, a target and a reference; expected train.match.views_per_group of 2 or more, "
                 "and train.match.max_views_per_image of 2 or more or groups of several images"
@@ -88,11 +74,9 @@ class MatchStage(Stage[MosaicBatch]):
                 "train: match: large_views_per_group is 1, but a mosaic of one image needs another view as its "
                 "reference; expected 2 or more, or 0, or 0 as the first of layout_weights"
             )
-        large = replace(settings.train, canvas_px=LARGE_FACTOR * settings.train.canvas_px)
-        self._makers = (SampleMaker(pool, settings.train), SampleMaker(pool, large))
         self._plan = ViewPlan(pool, config, settings.train.seed)
-        self._encoder: _ViewEncoder | None = None
-        self._views: dict[ViewFile, list[View | None]] = {}
+        self._encoder: ViewEncoder | None = None
+        self._views: dict[ViewFile, Views] = {}
         """Views of the files of the current view set and the next one."""
         self._set_number: int | None = None
         """Number of the current view set."""
@@ -106,23 +90,22 @@ class MatchStage(Stage[MosaicBatch]):
     def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
         if self._notice and learner.is_main:
             listener.on_notice(self._notice)
-        objects = _copy_objects_for_inference(learner) if self.needs_embeddings else None
-        self._encoder = _ViewEncoder(self.settings, self._makers, learner, objects, folder / TOKENS_FOLDER, listener)
+        self._encoder = ViewEncoder(
+            self.pool, self.settings, learner, folder, listener, needs_embeddings=self.needs_embeddings
+        )
         files = self._plan.files_of_set(self._plan.set_number(first_step))
         due = [*files, *self._plan.files_due(first_step)]
-        self._views = self._encoder.prepare_views(due, learner.workers)
+        self._views = self._encoder.load_views(due, learner.workers, is_start=True)
         if not learner.is_from_checkpoint and not first_step:
             assert isinstance(learner.model.head, TokenMatchHead)
             views = [view for file in files for view in self._views[file] if view is not None]
-            tokens = _sample_tokens(views, self.settings.train.seed)
+            drawn = np.random.default_rng(self.settings.train.seed).permutation(len(views))[:PCA_VIEWS]
+            tokens = torch.cat([views[index].feature.flatten(1).T.float() for index in drawn])
             learner.model.head.initialise_from_pca(tokens.to(learner.device.torch_device))
 
     def _load_views(self, files: Sequence[ViewFile]) -> None:
-        """Load the views of files from the run's folder, or encode their images."""
         assert self._encoder is not None
-        for file in files:
-            if file not in self._views:
-                self._views[file] = self._encoder.load_or_encode(file)
+        self._views |= self._encoder.load_views([file for file in files if file not in self._views])
 
     def _use_view_set_of(self, step: int) -> None:
         """Use the view set of a step, and encode what the next one needs by this step."""
@@ -132,12 +115,8 @@ class MatchStage(Stage[MosaicBatch]):
             return
         files = self._plan.files_of_set(number)
         self._load_views(files)
-        for file in [stored for stored in self._views if stored.rotation_part < number]:
-            del self._views[file]
-        self._small, self._large = (
-            ViewSet(self.pool, {file: self._views[file] for file in files if file.is_large == is_large})
-            for is_large in (False, True)
-        )
+        self._views = {file: views for file, views in self._views.items() if file.rotation_part >= number}
+        self._small, self._large = _split_by_size(self.pool, {file: self._views[file] for file in files})
         if self._set_number is not None and self._encoder is not None:
             self._encoder.remove_parts_before(number - 1)  # a resumed run may start from an earlier state
         self._set_number = number
@@ -149,12 +128,25 @@ class MatchStage(Stage[MosaicBatch]):
             batch = self.make_batch(counters)
             yield batch.pin_memory() if pin else batch
 
+    def make_batch(self, counters: Sequence[int]) -> MosaicBatch:
+        """Make samples number ``counters``, which are the same in every run with the same seed.
+
+        All of them have the same layout. Raises TrainingError if the images do not suffice for a mosaic.
+        """
+        self._use_view_set_of(counters[0] // self.settings.train.batch_size)
+        rng = self._batch_rng(counters)
+        mosaics = self._draw_mosaics(
+            counters, self._small, self._large, rng, lambda view: view, lambda view: bool(view.alpha.max() > 0.5)
+        )
+        batch = collate_mosaics(mosaics, counters)
+        return add_feature_noise(batch, self._config.feature_noise, rng) if self._config.feature_noise else batch
+
     def predict(self, forward: nn.Module, batch: MosaicBatch) -> Prediction:
         prediction: Prediction = forward(batch)
         return prediction
 
     def compute_losses(self, prediction: Prediction, batch: MosaicBatch) -> dict[str, Tensor]:
-        return match_losses(prediction, batch.alpha, batch.valid, self.settings.train.match.presence_weight)
+        return match_losses(prediction, batch.alpha, batch.valid, self._config.presence_weight)
 
     @torch.no_grad()
     def render_panel(self, learner: Learner, batch: MosaicBatch) -> ImageU8:
@@ -174,35 +166,16 @@ class MatchStage(Stage[MosaicBatch]):
     def _draw_scenes(self, counters: Sequence[int]) -> list[Mosaic[Scene]]:
         """Draw the mosaics of a batch, of scenes instead of tokens."""
         files = self._plan.files_of_set(self._plan.set_number(counters[0] // self.settings.train.batch_size))
-        small, large = (
-            ViewSet(
-                self.pool,
-                {file: [(file, i) for i in range(len(file.items))] for file in files if file.is_large == is_large},
-            )
-            for is_large in (False, True)
-        )
+        scenes = SceneDataset(self.pool, self.settings, files)
+        numbers = {file: [(n, i) for i in range(len(file.items))] for n, file in enumerate(files)}
 
         @functools.cache
-        def make_scene(view: tuple[ViewFile, int]) -> Scene | None:
-            file, index = view
-            scene = _SceneDataset(self._makers, [file], self.settings.train.seed)[0, index]
+        def make_scene(view: tuple[int, int]) -> Scene | None:
+            scene = scenes[view]
             return scene if isinstance(scene, Scene) else None
 
-        rng = self._batch_rng(counters)
-        return self._draw_mosaics(counters, small, large, rng, make_scene, lambda scene: scene.alpha.max() > HALF_U8)
-
-    def make_batch(self, counters: Sequence[int]) -> MosaicBatch:
-        """Make samples number ``counters``, which are the same in every run with the same seed.
-
-        All of them have the same layout. Raises TrainingError if the images do not suffice for a mosaic.
-        """
-        self._use_view_set_of(counters[0] // self.settings.train.batch_size)
-        rng = self._batch_rng(counters)
-        mosaics = self._draw_mosaics(
-            counters, self._small, self._large, rng, lambda view: view, lambda view: bool(view.alpha.max() > 0.5)
-        )
-        batch = collate_mosaics(mosaics, counters)
-        return add_feature_noise(batch, self._config.feature_noise, rng) if self._config.feature_noise else batch
+        rng, sets = self._batch_rng(counters), _split_by_size(self.pool, numbers)
+        return self._draw_mosaics(counters, *sets, rng, make_scene, lambda scene: scene.alpha.max() > HALF_U8)
 
     def _batch_rng(self, counters: Sequence[int]) -> np.random.Generator:
         return np.random.default_rng((self.settings.train.seed, 1, counters[0]))
@@ -229,203 +202,21 @@ class MatchStage(Stage[MosaicBatch]):
             image = draw_image(guides, item)
             return image if image is not None and has_object(image) else None
 
-        return [
-            sample_mosaic(
-                targets.pool,
-                self._config,
-                layout,
-                rng,
-                as_target=lambda item: draw_image(targets, item),
-                as_reference=draw_reference,
-                reference_pool=guides.pool,
-            )
-            for _ in counters
-        ]
-
-
-class _ViewEncoder:
-    """Encodes images with the backbone and stores their views in a run's folder."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        makers: tuple[SampleMaker, SampleMaker],
-        learner: Learner,
-        objects: Objects | None,
-        folder: Path,
-        listener: TrainingListener,
-    ) -> None:
-        self._seed = settings.train.seed
-        self._makers = makers
-        self._learner = learner
-        self._objects = objects
-        self._folder = folder
-        self._listener = listener
-        data = DataRecord.from_files(makers[0].pool.files, DataRecord.load(folder.parent))
-        self._recipe = _recipe_digest(settings, learner, data, needs_embeddings=objects is not None)
-        if learner.is_main:
-            folder.mkdir(exist_ok=True)
-
-    def prepare_views(self, files: Sequence[ViewFile], workers: int) -> dict[ViewFile, list[View | None]]:
-        """Return the views of files, None for an image that cannot be read, and report the progress.
-
-        Each file is stored as soon as it is encoded, so that an interrupted run can be resumed.
-        """
-        views = {file: file_views for file in files if (file_views := self._load_file(file)) is not None}
-        missing = [file for file in files if file not in views]
-        if not missing:
-            return views
-        encoded = sum(len(file_views) for file_views in views.values())
-        with self._listener.encoding_images(sum(len(file.items) for file in files), encoded):
-
-            def report(count: int) -> None:
-                nonlocal encoded
-                encoded += count
-                self._listener.on_encoding_progress(encoded)
-
-            for file, file_views in self._encode(missing, workers, report):
-                views[file] = self._store_file(file, file_views)
-        return {file: views[file] for file in files}
-
-    def load_or_encode(self, file: ViewFile) -> list[View | None]:
-        """Return the views of a file, None for an image that cannot be read."""
-        views = self._load_file(file)
-        if views is None:
-            ((_, views),) = self._encode([file], workers=0)
-            views = self._store_file(file, views)
-        return views
-
-    def _load_file(self, file: ViewFile) -> list[View | None] | None:
-        return load_views(self._folder / file.name, self._file_digest(file))
-
-    def _store_file(self, file: ViewFile, views: list[View | None]) -> list[View | None]:
-        """Write views to the run's folder, and return them memory-mapped, so that the system can free the memory."""
-        if not self._learner.is_main:
-            return views
-        save_views(self._folder / file.name, self._file_digest(file), views)
-        return self._load_file(file) or views
-
-    def remove_parts_before(self, part: int) -> None:
-        """Remove the files of earlier parts, which no view set needs any more."""
-        if self._learner.is_main:
-            for path in self._folder.glob("*.pt"):
-                if path.name.partition("-")[0].isdigit() and int(path.name.partition("-")[0]) < part:
-                    path.unlink(missing_ok=True)
-
-    def _encode(
-        self, files: Sequence[ViewFile], workers: int, report: Callable[[int], None] = lambda _: None
-    ) -> Iterator[tuple[ViewFile, list[View | None]]]:
-        """Yield the views of files, encoded in batches. ``report`` gets the number of images of each batch."""
-        learner = self._learner
-        scenes = _SceneDataset(self._makers, files, self._seed)
-        loader = DataLoader(
-            scenes,
-            batch_sampler=scenes.list_batches(learner.device.auto_batch_size),
-            collate_fn=list,
-            num_workers=workers,
-            worker_init_fn=initialise_worker if workers else None,
-            multiprocessing_context="spawn" if workers else None,
-            generator=torch.Generator(),  # leaves the default generator to the model
+        sampler = MosaicSampler(
+            targets.pool, guides.pool, self._config, layout, rng, lambda item: draw_image(targets, item), draw_reference
         )
-        batches = iter(loader)
-        for file in files:
-            views: list[View | None] = []
-            while len(views) < len(file.items):
-                batch = next(batches)
-                for scene in batch:
-                    if isinstance(scene, str):
-                        self._listener.on_notice(f"skipped: {scene}")
-                readable = [scene for scene in batch if isinstance(scene, Scene)]
-                encoded = _encode_scenes(learner, readable, self._objects) if readable else iter(())
-                views += [None if isinstance(scene, str) else next(encoded) for scene in batch]
-                report(len(batch))
-            yield file, views
-
-    def _file_digest(self, file: ViewFile) -> str:
-        seed = file.scene_seed(self._seed, 0)
-        return combined_digest(self._recipe, str(seed), *(f"{item.group} {item.name}" for item in file.items))
+        return [sampler.sample() for _ in counters]
 
 
-class _SceneDataset(Dataset["Scene | str"]):
-    """Scenes of the items of files, with random distractors; for an unreadable item, a str with the reason."""
-
-    def __init__(self, makers: tuple[SampleMaker, SampleMaker], files: Sequence[ViewFile], seed: int) -> None:
-        self._makers = makers
-        self._files = files
-        self._seed = seed
-
-    def list_batches(self, size: int) -> list[list[tuple[int, int]]]:
-        """Return batches of (file number, item number), of at most ``size`` items of the same file."""
-        return [
-            [(number, index) for index in range(start, min(start + size, len(file.items)))]
-            for number, file in enumerate(self._files)
-            for start in range(0, len(file.items), size)
-        ]
-
-    def __getitem__(self, numbers: tuple[int, int]) -> Scene | str:
-        file_number, index = numbers
-        file = self._files[file_number]
-        rng = np.random.default_rng(file.scene_seed(self._seed, index))
-        try:
-            scene = self._makers[file.is_large].make_view(file.items[index], rng)
-        except ImageError as error:
-            return str(error)
-        return replace(scene, trimap=None, coarse=None)
-
-
-def _recipe_digest(settings: Settings, learner: Learner, data: DataRecord, *, needs_embeddings: bool) -> str:
-    """Return a digest of everything that determines a view, except its item and seed.
-
-    That is the backbone, the inputs of the head's decoder, the recipe of the scenes, and the files of the data.
-    """
-    model, train = settings.model.as_dict(), settings.as_dict()["train"]
-    decoder = [len(model["head"][name]) for name in ("skip_channels", "decoder_channels")]
-    recipe = [
-        *(model["backbone"], decoder, learner.weights_digest, data.digest),
-        *(train[name] for name in ("canvas_px", "pairs", "augment", "seed")),
-        model["objects"] if needs_embeddings else None,
-    ]
-    encoder = learner.model.objects if needs_embeddings else None
-    frozen = () if encoder is None else (each for each in encoder.parameters() if not each.requires_grad)
-    return combined_digest(json.dumps(recipe, sort_keys=True), *(each.cpu().numpy().tobytes() for each in frozen))
-
-
-def _copy_objects_for_inference(learner: Learner) -> Objects | None:
-    """Return a copy of the object model that is optimised for inference, several times faster."""
-    objects = copy.deepcopy(learner.model.objects)
-    if objects is not None:
-        objects.optimise_for_inference()
-        objects.set_dtype(learner.device.dtype, learner.device.transformer_dtype)
-    return objects
-
-
-@torch.no_grad()
-def _encode_scenes(learner: Learner, scenes: Sequence[Scene], objects: Objects | None) -> Iterator[View]:
-    """Yield the views of scenes, in half precision on the CPU."""
-    device = learner.device.torch_device
-    rgb, alpha, valid = (
-        torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes])).to(device)
-        for name in ("rgb", "alpha", "valid")
+def _split_by_size(
+    pool: TrainingPool, files: Mapping[ViewFile, Sequence[AnyView | None]]
+) -> tuple[ViewSet[AnyView], ViewSet[AnyView]]:
+    """Return the sets of small and of large views."""
+    small, large = (
+        ViewSet[AnyView](pool, {file: views for file, views in files.items() if file.is_large == is_large})
+        for is_large in (False, True)
     )
-    image, alpha = rgb.permute(0, 3, 1, 2).float() / 255.0, alpha[:, None].float() / 255.0
-    head = learner.model.head
-    assert isinstance(head, TokenMatchHead)
-    for view in encode_views(learner.model.backbone, head, image, alpha, valid, objects):
-        yield View(
-            view.feature.half().cpu(),
-            tuple(scale.half().cpu() for scale in view.scales),
-            view.alpha.half().cpu(),
-            view.inside.cpu(),
-            view.outside.cpu(),
-            view.valid.cpu(),
-            view.embedding.half().cpu(),
-        )
-
-
-def _sample_tokens(views: Sequence[View], seed: int) -> Tensor:
-    """Return the tokens, float32 [N,C], of views drawn with ``seed``."""
-    drawn = np.random.default_rng(seed).permutation(len(views))[:PCA_VIEWS]
-    return torch.cat([views[index].feature.flatten(1).T.float() for index in drawn])
+    return small, large
 
 
 STAGE = MatchStage

@@ -25,7 +25,7 @@ from icm_cli.training.feature_cache import FeatureCache
 from icm_cli.training.learner import Learner
 from icm_cli.training.losses import LOSS_NAMES, compute_losses
 from icm_cli.training.settings import Settings
-from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, Stage, darken_outside, grey_to_rgb, image_grid
+from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage, darken_outside, grey_to_rgb, image_grid
 
 
 class MatteStage(Stage[PairBatch]):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError, TrainingError, UsageError
-from icm_cli.geometry import HALF_U8, UNKNOWN, ImageU8, alpha_to_u8
+from icm_cli.geometry import HALF_U8, UNKNOWN, ImageU8
 from icm_cli.model.contracts import Backbone, Features, Objects
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import resize_bilinear
@@ -26,7 +26,7 @@ from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene
 from icm_cli.training.settings import LAYOUTS, MatchStageConfig
-from icm_cli.training.stages.contract import Prediction, darken_outside, grey_to_rgb, image_grid
+from icm_cli.training.stages import Prediction, darken_outside, grey_to_rgb, render_layers
 
 LARGE_FACTOR = 2
 """Side of a large view, as a multiple of a view's side."""
@@ -165,149 +165,116 @@ def draw_layout(config: MatchStageConfig, rng: np.random.Generator) -> tuple[int
     return rows, columns, _draw_index(config.reference_count_weights, rng) + 1
 
 
-def sample_mosaic(
-    pool: TrainingPool,
-    config: MatchStageConfig,
-    layout: tuple[int, int, int],
-    rng: np.random.Generator,
-    *,
-    as_target: Callable[[TrainingItem], Image | None],
-    as_reference: Callable[[TrainingItem], Image | None],
-    reference_pool: TrainingPool | None = None,
-) -> Mosaic[Image]:
-    """Sample a mosaic of images from ``pool``, and its references from ``reference_pool``.
+@dataclass(frozen=True)
+class MosaicSampler(Generic[Image]):
+    """Samples mosaics of images of ``pool``, with references of ``reference_pool``.
 
-    ``layout`` is the result of :func:`draw_layout`; ``reference_pool`` defaults to ``pool``. ``as_target``
-    and ``as_reference`` return the image of an item, or None if it cannot be used. Raises TrainingError if
-    there are not enough usable images.
+    ``load_target`` and ``load_reference`` return the image of an item, or None if it cannot be used.
     """
-    if reference_pool is None:
-        reference_pool = pool
-    rows, columns, reference_count = layout
-    tile_count = rows * columns
-    for _ in range(MAX_ATTEMPTS):
-        failure = "almost no training image could be read; repair the data, or exclude files with 'exclude'"
-        item, target = _sample_tile(pool, rng, as_target, lambda _: True, failure)
-        partners = [
-            _sample_reference(reference_pool, config, rng, item, target, as_reference) for _ in range(reference_count)
-        ]
-        usable = [partner for partner in partners if partner is not None]
-        if len(usable) < reference_count:
-            continue
-        reference_images = [image for _, image in usable]
-        positives: dict[int, Image] = {}
-        if rng.random() >= config.negative_probability:
-            first = int(rng.integers(tile_count))
-            further = _draw_further_positives(pool, config, rng, item, first, tile_count, as_target, reference_images)
-            positives = {first: target, **further}
-        failure = f"there is no image without the object of {item.image}; expected more than one group"
-        images = [
-            positives[i] if i in positives else _sample_tile(pool, rng, as_target, item.is_negative_for, failure)[1]
-            for i in range(tile_count)
-        ]
-        absent = "" if positives else " (absent)"
-        name = f"{item.name} by {usable[0][0].name}{absent}"
-        return Mosaic(name, rows, columns, reference_images, images, tuple(positives))
-    raise TrainingError(
-        "no group has two readable views; increase train.match.views_per_group, or give more images of each object"
-    )
 
+    pool: TrainingPool
+    reference_pool: TrainingPool
+    config: MatchStageConfig
+    layout: tuple[int, int, int]
+    """The result of :func:`draw_layout`."""
+    rng: np.random.Generator
+    load_target: Callable[[TrainingItem], Image | None]
+    load_reference: Callable[[TrainingItem], Image | None]
 
-def _sample_tile(
-    pool: TrainingPool,
-    rng: np.random.Generator,
-    as_target: Callable[[TrainingItem], Image | None],
-    is_usable: Callable[[TrainingItem], bool],
-    failure_message: str,
-) -> tuple[TrainingItem, Image]:
-    """Sample a usable item and its image. Raises TrainingError(failure_message) if there is none."""
-    for _ in range(MAX_ATTEMPTS):
-        item = pool.draw_item(rng)
-        if is_usable(item) and (image := as_target(item)) is not None:
-            return item, image
-    raise TrainingError(failure_message)
+    def sample(self) -> Mosaic[Image]:
+        """Sample a mosaic. Raises TrainingError if there are not enough usable images."""
+        rows, columns, reference_count = self.layout
+        for _ in range(MAX_ATTEMPTS):
+            item, target = self._sample_tile()
+            sampled = [self._sample_reference(item, target) for _ in range(reference_count)]
+            references = [each for each in sampled if each is not None]
+            if len(references) < reference_count:
+                continue
+            images = [image for _, image in references]
+            positives = self._sample_positives(item, target, rows * columns, images)
+            tiles = [
+                positives[i] if i in positives else self._sample_tile(without=item)[1] for i in range(rows * columns)
+            ]
+            name = f"{item.name} by {references[0][0].name}{'' if positives else ' (absent)'}"
+            return Mosaic(name, rows, columns, images, tiles, tuple(positives))
+        raise TrainingError(
+            "no group has two readable views; increase train.match.views_per_group, or give more images of each object"
+        )
 
+    def _sample_tile(self, without: TrainingItem | None = None) -> tuple[TrainingItem, Image]:
+        """Sample a usable item and its image, which does not show the object of the item ``without``."""
+        for _ in range(MAX_ATTEMPTS):
+            item = self.pool.draw_item(self.rng)
+            is_usable = without is None or without.is_negative_for(item)
+            if is_usable and (image := self.load_target(item)) is not None:
+                return item, image
+        if without is None:
+            raise TrainingError(
+                "almost no training image could be read; repair the data, or exclude files with 'exclude'"
+            )
+        raise TrainingError(f"no readable image lacks the object of {without.image}; add images of other objects")
 
-def _sample_reference(
-    pool: TrainingPool,
-    config: MatchStageConfig,
-    rng: np.random.Generator,
-    item: TrainingItem,
-    target: Image,
-    as_reference: Callable[[TrainingItem], Image | None],
-) -> tuple[TrainingItem, Image] | None:
-    """Sample a reference for ``item`` that is not the image ``target``; None if its group has no other one."""
-    for _ in range(MAX_PARTNER_DRAWS):
-        partner = pool.draw_partner(item, rng, config.same_image_probability)
-        if (image := as_reference(partner)) is not None and image is not target:
-            return partner, image
-    return None
+    def _sample_reference(self, item: TrainingItem, target: Image) -> tuple[TrainingItem, Image] | None:
+        """Sample a reference for ``item`` that is not the image ``target``; None if its group has no other one."""
+        for _ in range(MAX_PARTNER_DRAWS):
+            partner = self.reference_pool.draw_partner(item, self.rng, self.config.same_image_probability)
+            if (image := self.load_reference(partner)) is not None and image is not target:
+                return partner, image
+        return None
 
-
-def _draw_further_positives(
-    pool: TrainingPool,
-    config: MatchStageConfig,
-    rng: np.random.Generator,
-    item: TrainingItem,
-    first: int,
-    tile_count: int,
-    as_target: Callable[[TrainingItem], Image | None],
-    reference_images: Sequence[Image],
-) -> dict[int, Image]:
-    """Draw further tile_count that show the object, and their images, none of which is one of the references."""
-    if not config.multiple_probability or rng.random() >= config.multiple_probability:
-        return {}
-    further = [tile for tile in range(tile_count) if tile != first and rng.random() < FURTHER_PROBABILITY]
-    drawn = {tile: as_target(pool.draw_partner(item, rng, config.same_image_probability)) for tile in further}
-    return {
-        tile: image
-        for tile, image in drawn.items()
-        if image is not None and not any(image is guide for guide in reference_images)
-    }
+    def _sample_positives(
+        self, item: TrainingItem, target: Image, tile_count: int, references: Sequence[Image]
+    ) -> dict[int, Image]:
+        """Draw the tiles that show the object of ``item``, and their images, none of which is a reference."""
+        rng, config = self.rng, self.config
+        if rng.random() < config.negative_probability:
+            return {}
+        positives = {int(rng.integers(tile_count)): target}
+        if config.multiple_probability and rng.random() < config.multiple_probability:
+            further = [
+                tile for tile in range(tile_count) if tile not in positives and rng.random() < FURTHER_PROBABILITY
+            ]
+            for tile in further:
+                image = self.load_target(self.pool.draw_partner(item, rng, config.same_image_probability))
+                if image is not None and not any(image is reference for reference in references):
+                    positives[tile] = image
+        return positives
 
 
 def collate_mosaics(mosaics: Sequence[Mosaic[View]], counters: Sequence[int]) -> MosaicBatch:
     """Stack mosaics of the same layout and number of references into a batch."""
     rows, columns = mosaics[0].rows, mosaics[0].columns
-    feature, alpha, valid, embedding = (
-        torch.stack(
-            [lay_out_tiles([getattr(view, name) for view in mosaic.tiles], rows, columns) for mosaic in mosaics]
-        )
-        for name in ("feature", "alpha", "valid", "embedding")
-    )
-    scales = tuple(
-        torch.stack([lay_out_tiles([view.scales[level] for view in mosaic.tiles], rows, columns) for mosaic in mosaics])
-        for level in range(len(mosaics[0].references[0].scales))
-    )
-    is_positive = torch.stack(
+    tiles = [
         [
-            lay_out_tiles(
-                [torch.full_like(view.alpha, float(i in mosaic.positive_tiles)) for i, view in enumerate(mosaic.tiles)],
-                rows,
-                columns,
-            )
-            for mosaic in mosaics
+            view if i in mosaic.positive_tiles else replace(view, alpha=torch.zeros_like(view.alpha))
+            for i, view in enumerate(mosaic.tiles)
         ]
-    )
-    reference_feature, inside, outside = (
-        torch.stack([torch.stack([getattr(view, name) for view in mosaic.references]) for mosaic in mosaics])
-        for name in ("feature", "inside", "outside")
-    )
-    names = tuple(mosaic.name for mosaic in mosaics)
+        for mosaic in mosaics
+    ]
+
+    def stack_tiles(name: str, level: int | None = None) -> Tensor:
+        layers = [[getattr(view, name) for view in views] for views in tiles]
+        if level is not None:
+            layers = [[layer[level] for layer in each] for each in layers]
+        return torch.stack([lay_out_tiles(each, rows, columns) for each in layers])
+
+    def stack_references(name: str) -> Tensor:
+        return torch.stack([torch.stack([getattr(view, name) for view in mosaic.references]) for mosaic in mosaics])
+
     return MosaicBatch(
-        names,
-        tuple(counters),
-        (),
-        rows,
-        columns,
-        feature,
-        scales,
-        (alpha * is_positive).float(),
-        valid,
-        reference_feature,
-        inside,
-        outside,
-        embedding,
+        names=tuple(mosaic.name for mosaic in mosaics),
+        counters=tuple(counters),
+        skipped=(),
+        rows=rows,
+        columns=columns,
+        feature=stack_tiles("feature"),
+        scales=tuple(stack_tiles("scales", level) for level in range(len(mosaics[0].references[0].scales))),
+        alpha=stack_tiles("alpha").float(),
+        valid=stack_tiles("valid"),
+        reference_feature=stack_references("feature"),
+        inside=stack_references("inside"),
+        outside=stack_references("outside"),
+        embedding=stack_tiles("embedding"),
     )
 
 
@@ -339,9 +306,7 @@ def render_mosaics(alpha: Tensor, prediction: Prediction) -> ImageU8:
     """Show for each mosaic: true alpha [B,nH,nW], predicted alpha, and the combined similarity map."""
     _, logit, similarity, _ = prediction
     layers = (alpha, torch.sigmoid(logit), resize_bilinear(0.5 + 0.5 * similarity[:, -1:], logit.shape[-2:])[:, 0])
-    return image_grid(
-        [[grey_to_rgb(alpha_to_u8(layer[i].float().cpu().numpy())) for layer in layers] for i in range(len(alpha))]
-    )
+    return render_layers(layers)
 
 
 def render_preview(mosaic: Mosaic[Scene]) -> list[ImageU8]:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.events import TrainingListener
-from icm_cli.geometry import ImageU8, alpha_to_u8
+from icm_cli.geometry import ImageU8
 from icm_cli.model.contracts import Objects
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.learner import Learner
-from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, grey_to_rgb, image_grid
+from icm_cli.training.stages import PANEL_ROWS, Prediction, add_total, render_layers
 from icm_cli.training.stages.match import MatchStage
 from icm_cli.training.stages.mosaics import MosaicBatch, TokenMatcher, require_token_match_head
 
@@ -70,24 +70,20 @@ class ObjectsStage(MatchStage):
         is_present = (truth.sum(dim=(1, 2)) > 1.0).float()
         common, sizes = (alpha * truth).sum(dim=(1, 2)), (alpha + truth).sum(dim=(1, 2))
         entropy = F.binary_cross_entropy_with_logits(logit, truth, reduction="none").mean(dim=(1, 2))
-        losses = {
-            "cross_entropy": CROSS_ENTROPY_WEIGHT * entropy,
-            "dice": (1.0 - (2.0 * common + 1.0) / (sizes + 1.0)) * is_present,
-        }
-        return {**losses, "total": torch.stack(list(losses.values())).sum(dim=0)}
+        return add_total(
+            {
+                "cross_entropy": CROSS_ENTROPY_WEIGHT * entropy,
+                "dice": (1.0 - (2.0 * common + 1.0) / (sizes + 1.0)) * is_present,
+            }
+        )
 
     @torch.no_grad()
     def render_panel(self, learner: Learner, batch: MosaicBatch) -> ImageU8:
         """Show for each mosaic: true alpha, coarse alpha, and the alpha of the object model."""
         few = batch.first_samples(PANEL_ROWS)
         logit, coarse = self.predict(self.select_module(learner.model), few)
-        layers = [
-            F.interpolate(layer_alpha[:, None].float(), logit.shape[-2:], mode="nearest")[:, 0]
-            for layer_alpha in (few.alpha, coarse, torch.sigmoid(logit))
-        ]
-        return image_grid(
-            [[grey_to_rgb(alpha_to_u8(layer[i].cpu().numpy())) for layer in layers] for i in range(len(few.alpha))]
-        )
+        layers = (few.alpha, coarse, torch.sigmoid(logit))
+        return render_layers([F.interpolate(layer[:, None].float(), logit.shape[-2:])[:, 0] for layer in layers])
 
 
 STAGE = ObjectsStage

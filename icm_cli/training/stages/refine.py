@@ -34,7 +34,7 @@ from icm_cli.training.data.scenes import Scene, SceneMaker
 from icm_cli.training.learner import Learner
 from icm_cli.training.losses import laplacian_loss
 from icm_cli.training.settings import REFINE_LOSS_NAMES, RefineStageConfig, Settings, TrainConfig
-from icm_cli.training.stages.contract import PANEL_ROWS, Prediction, Stage, grey_to_rgb, image_grid
+from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage, grey_to_rgb, image_grid
 
 PHOTOGRAPH_BACKGROUND_PROBABILITY = 0.7
 """Probability that a composite has another item's photograph as its background instead of a background image."""

@@ -1,29 +1,48 @@
 """View sets of the stage "match": the images whose tokens are stored, and their replacement during training.
 
-The images of each group are shuffled with the seed. Part number n of the views takes the next images in
-that order, and starts again at its end. A view set is a window of :attr:`MatchStageConfig.rotation_parts`
-parts. Every :attr:`MatchStageConfig.rotate_every` steps the window moves by one part. The parts depend only on
-the seed, so a resumed run has the same view sets.
+The images of each group are shuffled with the seed. Rotation part number n of the views takes the next
+images in that order, and starts again at its end. A view set is a window of
+:attr:`MatchStageConfig.rotation_parts` parts. Every :attr:`MatchStageConfig.rotate_every` steps the window
+moves by one part. The parts depend only on the seed, so a resumed run has the same view sets.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from icm_cli.files import atomic_write
+from icm_cli.errors import ImageError
+from icm_cli.events import TrainingListener
+from icm_cli.files import atomic_write, combined_digest
+from icm_cli.model.contracts import Objects
+from icm_cli.model.lite.head import TokenMatchHead
+from icm_cli.training.batches import initialise_worker
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
-from icm_cli.training.settings import MatchStageConfig
-from icm_cli.training.stages.mosaics import LARGE_FACTOR, View
+from icm_cli.training.data.record import DataRecord
+from icm_cli.training.data.samples import SampleMaker
+from icm_cli.training.data.scenes import Scene
+from icm_cli.training.learner import Learner
+from icm_cli.training.settings import MatchStageConfig, Settings
+from icm_cli.training.stages.mosaics import LARGE_FACTOR, View, encode_views
 
+TOKENS_FOLDER = "tokens"
+"""Folder of the tokens in a run's folder."""
 VIEWS_PER_FILE = 64
 """Largest number of views in a file; files of large views contain fewer, as these have more tokens."""
+AnyView = TypeVar("AnyView")
+Views: TypeAlias = list[View | None]
+"""The views of a file; None for an image that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +64,7 @@ class ViewFile:
 
 
 class ViewPlan:
-    """Decides which views belong to each part, and which parts each step uses."""
+    """Decides which views belong to each rotation part, and which parts each step uses."""
 
     def __init__(self, pool: TrainingPool, config: MatchStageConfig, seed: int) -> None:
         self._pool = pool
@@ -63,10 +82,7 @@ class ViewPlan:
         return [file for part in parts for file in self.files_of_part(part)]
 
     def files_due(self, step: int) -> list[ViewFile]:
-        """Return the files of the next part that must be computed when ``step`` ends.
-
-        Their number grows evenly from step to step.
-        """
+        """Return the files of the next part that must be computed when ``step`` ends; their number grows evenly."""
         interval = self._config.rotate_every
         if not interval:
             return []
@@ -74,18 +90,15 @@ class ViewPlan:
         return files[: -(-len(files) * (step % interval + 1) // interval)]
 
     def files_of_part(self, part: int) -> list[ViewFile]:
-        """Return the files of a part."""
+        """Return the files of a rotation part."""
         if part not in self._files:
             self._files[part] = [
-                file for is_large in (False, True) for file in self._split_part(part, is_large=is_large)
+                ViewFile(part, start // size, is_large, tuple(items[start : start + size]))
+                for is_large, size in ((False, VIEWS_PER_FILE), (True, VIEWS_PER_FILE // LARGE_FACTOR**2))
+                for items in [self._items_of_part(part, is_large=is_large)]
+                for start in range(0, len(items), size)
             ]
         return self._files[part]
-
-    def _split_part(self, part: int, *, is_large: bool) -> Iterator[ViewFile]:
-        items = self._items_of_part(part, is_large=is_large)
-        size = VIEWS_PER_FILE // LARGE_FACTOR**2 if is_large else VIEWS_PER_FILE
-        for start in range(0, len(items), size):
-            yield ViewFile(part, start // size, is_large, tuple(items[start : start + size]))
 
     def _items_of_part(self, part: int, *, is_large: bool) -> list[TrainingItem]:
         """Return the items of a part: the next ones of each group, in its shuffled order."""
@@ -98,17 +111,13 @@ class ViewPlan:
         return items
 
     @cached_property
-    def _shuffled_items(self) -> tuple[list[list[TrainingItem]], list[list[TrainingItem]]]:
+    def _shuffled_items(self) -> list[list[list[TrainingItem]]]:
         """The shuffled items of every group, for small and for large views."""
-        small, large = (np.random.default_rng((self._seed + offset, 2)) for offset in (0, 1))
-        groups = self._pool.groups.values()
-        return (
-            [[items[index] for index in small.permutation(len(items))] for items in groups],
-            [[items[index] for index in large.permutation(len(items))] for items in groups],
-        )
-
-
-AnyView = TypeVar("AnyView")
+        generators = [np.random.default_rng((self._seed + offset, 2)) for offset in (0, 1)]
+        return [
+            [[items[index] for index in rng.permutation(len(items))] for items in self._pool.groups.values()]
+            for rng in generators
+        ]
 
 
 class ViewSet(Generic[AnyView]):
@@ -131,17 +140,167 @@ class ViewSet(Generic[AnyView]):
         return views[int(rng.integers(len(views)))] if views else None
 
 
-def save_views(path: Path, digest: str, views: list[View | None]) -> None:
-    """Write the views of a file atomically. Raises OutputError."""
-    tensors = [tuple(getattr(view, field.name) for field in fields(View)) if view else None for view in views]
-    with atomic_write(path) as file:
-        torch.save({"digest": digest, "views": tensors}, file)
+class SceneDataset(Dataset["Scene | str"]):
+    """Scenes of the items of files, with random distractors; for an unreadable item, a str with the reason."""
+
+    def __init__(self, pool: TrainingPool, settings: Settings, files: Sequence[ViewFile]) -> None:
+        train = settings.train
+        large = replace(train, canvas_px=LARGE_FACTOR * train.canvas_px)
+        self._makers = SampleMaker(pool, train), SampleMaker(pool, large)
+        self._seed = train.seed
+        self._files = files
+
+    def __getitem__(self, numbers: tuple[int, int]) -> Scene | str:
+        file, index = self._files[numbers[0]], numbers[1]
+        rng = np.random.default_rng(file.scene_seed(self._seed, index))
+        try:
+            scene = self._makers[file.is_large].make_view(file.items[index], rng)
+        except ImageError as error:
+            return str(error)
+        return replace(scene, trimap=None, coarse=None)
 
 
-def load_views(path: Path, digest: str) -> list[View | None] | None:
-    """Read what :func:`save_views` wrote; None if there is no file, or if it has another digest."""
-    try:
-        stored: dict[str, Any] = torch.load(path, weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError):
-        return None
-    return [View(*view) if view else None for view in stored["views"]] if stored["digest"] == digest else None
+class ViewEncoder:
+    """Encodes images with the backbone and stores their views in a run's folder."""
+
+    def __init__(
+        self,
+        pool: TrainingPool,
+        settings: Settings,
+        learner: Learner,
+        run_folder: Path,
+        listener: TrainingListener,
+        *,
+        needs_embeddings: bool,
+    ) -> None:
+        self._pool = pool
+        self._settings = settings
+        self._learner = learner
+        self._listener = listener
+        self._folder = run_folder / TOKENS_FOLDER
+        self._objects = _copy_objects_for_inference(learner) if needs_embeddings else None
+        data = DataRecord.from_files(pool.files, DataRecord.load(run_folder))
+        self._recipe = _recipe_digest(settings, learner, data, needs_embeddings=needs_embeddings)
+        if learner.is_main:
+            self._folder.mkdir(exist_ok=True)
+
+    def load_views(
+        self, files: Sequence[ViewFile], workers: int = 0, *, is_start: bool = False
+    ) -> dict[ViewFile, Views]:
+        """Return the views of files. Images that are not stored yet are encoded; at the start, with their progress.
+
+        Each file is stored as soon as it is encoded, so that an interrupted run can be resumed.
+        """
+        views = {file: stored for file in files if (stored := self._load_file(file)) is not None}
+        missing = [file for file in files if file not in views]
+        encoded, pending = sum(map(len, views.values())), Views()
+        total = sum(len(file.items) for file in files)
+        with self._listener.encoding_images(total, encoded) if missing and is_start else contextlib.nullcontext():
+            for file, batch in self._encode_files(missing, workers):
+                pending += batch
+                encoded += len(batch)
+                if is_start:
+                    self._listener.on_encoding_progress(encoded)
+                if len(pending) == len(file.items):
+                    views[file], pending = self._store_file(file, pending), []
+        return {file: views[file] for file in files}
+
+    def remove_parts_before(self, part: int) -> None:
+        """Remove the files of earlier rotation parts, which no view set needs any more."""
+        if self._learner.is_main:
+            for path in self._folder.glob("*.pt"):
+                if path.name.partition("-")[0].isdigit() and int(path.name.partition("-")[0]) < part:
+                    path.unlink(missing_ok=True)
+
+    def _encode_files(self, files: Sequence[ViewFile], workers: int) -> Iterator[tuple[ViewFile, Views]]:
+        """Yield the views of files, in batches of images of the same file."""
+        size = self._learner.device.auto_batch_size
+        batches = [
+            [(number, index) for index in range(start, min(start + size, len(file.items)))]
+            for number, file in enumerate(files)
+            for start in range(0, len(file.items), size)
+        ]
+        loader = DataLoader(
+            SceneDataset(self._pool, self._settings, files),
+            batch_sampler=batches,
+            collate_fn=list,
+            num_workers=workers,
+            worker_init_fn=initialise_worker if workers else None,
+            multiprocessing_context="spawn" if workers else None,
+            generator=torch.Generator(),  # leaves the default generator to the model
+        )
+        for numbers, scenes in zip(batches, loader, strict=True):
+            for scene in scenes:
+                if isinstance(scene, str):
+                    self._listener.on_notice(f"skipped: {scene}")
+            readable = [scene for scene in scenes if isinstance(scene, Scene)]
+            views = _encode_scenes(self._learner, readable, self._objects) if readable else iter(())
+            yield files[numbers[0][0]], [None if isinstance(scene, str) else next(views) for scene in scenes]
+
+    def _load_file(self, file: ViewFile) -> Views | None:
+        """Return the stored views of a file, memory-mapped; None if there are none, or if they have another digest."""
+        try:
+            stored: dict[str, Any] = torch.load(self._folder / file.name, weights_only=True, mmap=True)
+        except (OSError, RuntimeError, EOFError):
+            return None
+        if stored["digest"] != self._file_digest(file):
+            return None
+        return [View(*view) if view else None for view in stored["views"]]
+
+    def _store_file(self, file: ViewFile, views: Views) -> Views:
+        """Write views to the run's folder, and return them memory-mapped, so that the system can free the memory."""
+        if not self._learner.is_main:
+            return views
+        tensors = [tuple(getattr(view, each.name) for each in fields(View)) if view else None for view in views]
+        with atomic_write(self._folder / file.name) as output:
+            torch.save({"digest": self._file_digest(file), "views": tensors}, output)
+        return self._load_file(file) or views
+
+    def _file_digest(self, file: ViewFile) -> str:
+        seed = file.scene_seed(self._settings.train.seed, 0)
+        return combined_digest(self._recipe, str(seed), *(f"{item.group} {item.name}" for item in file.items))
+
+
+def _recipe_digest(settings: Settings, learner: Learner, data: DataRecord, *, needs_embeddings: bool) -> str:
+    """Return a digest of everything that determines a view, except its item and seed.
+
+    That is the backbone, the inputs of the head's decoder, the recipe of the scenes, and the files of the data.
+    """
+    model, train = settings.model.as_dict(), settings.as_dict()["train"]
+    decoder = [len(model["head"][name]) for name in ("skip_channels", "decoder_channels")]
+    recipe = [
+        *(model["backbone"], decoder, learner.weights_digest, data.digest),
+        *(train[name] for name in ("canvas_px", "pairs", "augment", "seed")),
+        model["objects"] if needs_embeddings else None,
+    ]
+    encoder = learner.model.objects if needs_embeddings else None
+    frozen = () if encoder is None else (each for each in encoder.parameters() if not each.requires_grad)
+    return combined_digest(json.dumps(recipe, sort_keys=True), *(each.cpu().numpy().tobytes() for each in frozen))
+
+
+def _copy_objects_for_inference(learner: Learner) -> Objects | None:
+    """Return a copy of the object model that is optimised for inference, several times faster."""
+    objects = copy.deepcopy(learner.model.objects)
+    if objects is not None:
+        objects.optimise_for_inference()
+        objects.set_dtype(learner.device.dtype, learner.device.transformer_dtype)
+    return objects
+
+
+@torch.no_grad()
+def _encode_scenes(learner: Learner, scenes: Sequence[Scene], objects: Objects | None) -> Iterator[View]:
+    """Yield the views of scenes, in half precision on the CPU."""
+    rgb, alpha, valid = (
+        torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes])).to(learner.device.torch_device)
+        for name in ("rgb", "alpha", "valid")
+    )
+    image, alpha = rgb.permute(0, 3, 1, 2).float() / 255.0, alpha[:, None].float() / 255.0
+    head = learner.model.head
+    assert isinstance(head, TokenMatchHead)
+
+    def store(tensor: Tensor) -> Tensor:
+        return (tensor.half() if tensor.is_floating_point() else tensor).cpu()
+
+    for view in encode_views(learner.model.backbone, head, image, alpha, valid, objects):
+        layers = {each.name: store(getattr(view, each.name)) for each in fields(View) if each.name != "scales"}
+        yield View(**layers, scales=tuple(store(scale) for scale in view.scales))
