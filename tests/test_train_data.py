@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from train_data import MODEL
 
 from icm_cli.errors import ConfigError, ImageError, TrainingError, UsageError
-from icm_cli.training.batches import StepSampler
+from icm_cli.training.batches import StepSampler, collate_samples
 from icm_cli.training.data import layers
 from icm_cli.training.data.augment import draw_guidance
 from icm_cli.training.data.layers import read_cutout
@@ -318,7 +318,9 @@ class TestUnreadable:
         assert 2 <= len(skipped) < 20
         assert all(str(torn[1]) in reason and "cut short" in reason for reason in skipped)
         assert not any("red/1" in sample.name for sample in samples)
-        assert PairBatch.from_samples(samples).skipped == tuple(skipped)
+        batch = collate_samples(PairBatch, samples)
+        assert isinstance(batch, PairBatch)
+        assert batch.skipped == tuple(skipped)
 
     def test_unreadable_data_raise_an_error(self, torn: tuple[SampleMaker, Path]) -> None:
         for path in torn[1].parents[1].rglob("*.png"):

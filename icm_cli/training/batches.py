@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, Generic, Self, TypeVar
 
 import cv2
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from icm_cli.errors import TrainingError
+from icm_cli.errors import ImageError, TrainingError
 
 WORKER_NICENESS = 15
+MAX_ATTEMPTS = 10
+"""Number of unreadable draws for one sample after which training ends."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,9 @@ class Batch:
     def named_tensors(self) -> dict[str, Tensor]:
         """Return the tensors by field name; tensors of a tuple are numbered ("scales.0")."""
         found: dict[str, Tensor] = {}
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, Tensor):
-                found[each.name] = value
-            elif isinstance(value, tuple):
-                found.update({f"{each.name}.{i}": part for i, part in enumerate(value) if isinstance(part, Tensor)})
+        for name, value in vars(self).items():
+            parts = {f"{name}.{i}": part for i, part in enumerate(value)} if isinstance(value, tuple) else {name: value}
+            found |= {key: part for key, part in parts.items() if isinstance(part, Tensor)}
         return found
 
     def first_samples(self, count: int) -> Self:
@@ -53,16 +54,77 @@ class Batch:
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
         changed: dict[str, Any] = {}
-        for each in fields(self):
-            value = getattr(self, each.name)
+        for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                changed[each.name] = change(value)
-            elif isinstance(value, tuple) and value and all(isinstance(part, Tensor) for part in value):
-                changed[each.name] = tuple(change(part) for part in value)
+                changed[name] = change(value)
+            elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+                changed[name] = tuple(change(part) for part in value)
         return replace(self, **changed)
 
 
 BatchT = TypeVar("BatchT", bound=Batch)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A training sample. Each stage adds its arrays, named like the tensors of its batches."""
+
+    name: str
+    counter: int
+    skipped: tuple[str, ...] = field(default=(), kw_only=True)
+    """For each earlier draw that could not be read: the reason."""
+
+
+SampleT = TypeVar("SampleT", bound=Sample)
+
+
+class SampleDataset(Dataset["SampleT | str"], Generic[SampleT]):
+    """Makes sample number ``counter``, which is the same in every run, process and worker with the same seed.
+
+    If no sample can be made, the item is a str with the reason (an exception would lose its type between
+    processes).
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def draw_sample(self, counter: int, rng: np.random.Generator) -> SampleT:
+        """Draw a sample. Raises ImageError if an image cannot be read."""
+        raise NotImplementedError
+
+    def __getitem__(self, counter: int) -> SampleT | str:
+        skipped: list[str] = []
+        for attempt in range(MAX_ATTEMPTS):
+            rng = np.random.default_rng((self._seed, counter, attempt))
+            try:
+                return replace(self.draw_sample(counter, rng), skipped=tuple(skipped))
+            except ImageError as error:
+                skipped.append(str(error))
+        return (
+            f"sample {counter} could not be made in {MAX_ATTEMPTS} draws; the last reason: {skipped[-1]}. Repair the "
+            "data, or exclude files with 'exclude'"
+        )
+
+    def make_sample(self, counter: int) -> SampleT:
+        """Make sample number ``counter``. Raises TrainingError if all draws are unreadable."""
+        sample = self[counter]
+        if isinstance(sample, str):
+            raise TrainingError(sample)
+        return sample
+
+
+def collate_samples(batch_class: type[BatchT], samples: Sequence[Sample | str]) -> BatchT | str:
+    """Stack samples into a batch, or return the reason why one of them could not be made."""
+    made = [sample for sample in samples if isinstance(sample, Sample)]
+    if len(made) < len(samples):
+        return next(sample for sample in samples if isinstance(sample, str))
+    arrays = {each.name for each in fields(batch_class)} - {each.name for each in fields(Batch)}
+    return batch_class(
+        tuple(sample.name for sample in made),
+        tuple(sample.counter for sample in made),
+        tuple(reason for sample in made for reason in sample.skipped),
+        **{name: torch.from_numpy(np.stack([getattr(sample, name) for sample in made])) for name in arrays},
+    )
 
 
 @dataclass(frozen=True)
@@ -91,23 +153,17 @@ class StepSampler(Sampler[list[int]]):
 
 
 def load_batches(
-    maker: Dataset[Any],
-    sampler: StepSampler,
-    collate: Callable[[list[Any]], BatchT | str],
-    *,
-    workers: int,
-    pin: bool,
+    dataset: SampleDataset[Any], sampler: StepSampler, batch_class: type[BatchT], *, workers: int, pin: bool
 ) -> Iterator[BatchT]:
     """Yield batches in the order of ``sampler``, loaded ahead by ``workers`` processes.
 
-    With 0 workers each batch is made in this process when it is requested. ``collate`` joins samples
-    into a batch. It returns a str if the batch cannot be made; the str is raised as a TrainingError
-    (an exception would lose its type between processes).
+    With 0 workers each batch is made in this process when it is requested. Raises TrainingError if a
+    sample cannot be made.
     """
     loader = DataLoader(
-        maker,
+        dataset,
         batch_sampler=sampler,
-        collate_fn=collate,
+        collate_fn=partial(collate_samples, batch_class),
         num_workers=workers,
         worker_init_fn=initialise_worker if workers else None,
         multiprocessing_context="spawn" if workers else None,  # fork would copy the model's threads in any state

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,53 +47,45 @@ class FeatureCache:
         self._notice = notice
         self._is_full = False
 
+    @torch.no_grad()
     def pair_features(self, model: InContextMatting, batch: PairBatch, pairs: Pairs) -> PairFeatures:
         """Return the features of a batch without augmentation; the backbone encodes what is not cached."""
-        backbone = model.backbone
-        targets = [
+        backbone, keys = model.backbone, (pairs.target_noise_keys, pairs.reference_noise_keys)
+        target_files = self._entry_paths("target", batch.rgb, batch.valid)
+        reference_files = self._entry_paths("reference", batch.reference_rgb, batch.reference_valid)
+        return PairFeatures(
+            self._load_or_encode(target_files, backbone.target_features, pairs.image, pairs.valid, keys[0]),
             self._load_or_encode(
-                ("target", batch.rgb[i], batch.valid[i]),
-                partial(
-                    backbone.target_features,
-                    pairs.image[i : i + 1],
-                    pairs.valid[i : i + 1],
-                    pairs.target_noise_keys[:1],
-                ),
-                pairs.image,
-            )
-            for i in range(len(batch.names))
-        ]
-        references = [
-            self._load_or_encode(
-                ("reference", batch.reference_rgb[i], batch.reference_valid[i]),
-                partial(
-                    backbone.reference_features,
-                    pairs.reference_image[i : i + 1],
-                    pairs.reference_valid[i : i + 1],
-                    pairs.reference_noise_keys[:1],
-                ),
-                pairs.image,
-            )
-            for i in range(len(batch.names))
-        ]
-        return PairFeatures(concatenate_features(targets), concatenate_features(references))
-
-    @torch.no_grad()
-    def _load_or_encode(
-        self, content: tuple[str, Tensor, Tensor], encode: Callable[[], Features], like: Tensor
-    ) -> Features:
-        """Return one image's features, on the device of ``like``; ``content`` is its role, pixels and padding mask."""
-        role, rgb, valid = content
-        digest = combined_digest(
-            FORMAT, role, rgb.cpu().numpy().tobytes(), valid.cpu().numpy().tobytes(), str(tuple(rgb.shape))
+                reference_files, backbone.reference_features, pairs.reference_image, pairs.reference_valid, keys[1]
+            ),
         )
-        path = self._folder / f"{digest}.safetensors"
-        with contextlib.suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return unpack_features(tensors, file.metadata(), like.device)
-        tensors, texts = pack_features(encode())
-        self._write_entry(path, save(tensors, texts))
-        return unpack_features(tensors, texts, like.device)
+
+    def _entry_paths(self, role: str, rgb: Tensor, valid: Tensor) -> list[Path]:
+        """Return the entry of each image, for its role, pixels and padding mask."""
+        digests = [
+            combined_digest(
+                FORMAT, role, *(layer.cpu().numpy().tobytes() for layer in layers), str(tuple(rgb.shape[1:]))
+            )
+            for layers in zip(rgb, valid, strict=True)
+        ]
+        return [self._folder / f"{digest}.safetensors" for digest in digests]
+
+    def _load_or_encode(
+        self,
+        paths: Sequence[Path],
+        encode: Callable[[Tensor, Tensor, Sequence[str]], Features],
+        image: Tensor,
+        valid: Tensor,
+        noise_keys: Sequence[str],
+    ) -> Features:
+        singles = []
+        for i, path in enumerate(paths):
+            packed = _read_entry(path)
+            if packed is None:
+                packed = pack_features(encode(image[i : i + 1], valid[i : i + 1], noise_keys[:1]))
+                self._write_entry(path, save(*packed))
+            singles.append(unpack_features(*packed, image.device))
+        return concatenate_features(singles)
 
     def _write_entry(self, path: Path, data: bytes) -> None:
         """Write an entry if there is space. A failure is reported and ends caching, but not the run."""
@@ -123,6 +114,13 @@ class FeatureCache:
             self._notice(f"{reason}; features of further images are not cached but computed whenever they are used")
 
 
+def _read_entry(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Return tensors and texts of an entry; None if there is none, or if it is damaged."""
+    with contextlib.suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    return None
+
+
 def pack_features(features: Features) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return one image's features as tensors, in half precision on the CPU, and text metadata for a file.
 
@@ -143,12 +141,16 @@ def pack_features(features: Features) -> tuple[dict[str, Tensor], dict[str, str]
     first: dict[int, str] = {}
     for name, tensor in named.items():
         texts[f"stored_as.{name}"] = first.setdefault(id(tensor), name)
-    return {name: _to_half(named[name]).cpu().contiguous() for name in first.values()}, texts
+    halves = {name: named[name].half() if named[name].is_floating_point() else named[name] for name in first.values()}
+    return {name: tensor.cpu().contiguous() for name, tensor in halves.items()}, texts
 
 
 def unpack_features(tensors: Mapping[str, Tensor], texts: Mapping[str, str], device: torch.device) -> Features:
     """Return the features that :func:`pack_features` packed, in float32 on ``device``."""
-    on_device = {name: _to_float(tensor.to(device)) for name, tensor in tensors.items()}
+    on_device = {
+        name: tensor.to(device).float() if tensor.is_floating_point() else tensor.to(device)
+        for name, tensor in tensors.items()
+    }
     prefix = "stored_as."
     named = {key.removeprefix(prefix): on_device[name] for key, name in texts.items() if key.startswith(prefix)}
     intra: dict[int, IntraSimilarity] = {}
@@ -193,11 +195,3 @@ def _items_by_stride(named: Mapping[str, Value], kind: str) -> Iterator[tuple[in
     for name, value in named.items():
         if name.startswith(f"{kind}."):
             yield int(name.removeprefix(f"{kind}.")), value
-
-
-def _to_half(tensor: Tensor) -> Tensor:
-    return tensor.half() if tensor.is_floating_point() else tensor
-
-
-def _to_float(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor

@@ -20,7 +20,7 @@ from icm_cli.model.core import InContextMatting
 from icm_cli.reports.contact_sheet import composite_on_grey
 from icm_cli.training.batches import StepSampler, load_batches
 from icm_cli.training.data.pool import TrainingPool
-from icm_cli.training.data.samples import PairBatch, SampleMaker, collate_pairs
+from icm_cli.training.data.samples import PairBatch, SampleMaker
 from icm_cli.training.feature_cache import FeatureCache
 from icm_cli.training.learner import Learner
 from icm_cli.training.losses import LOSS_NAMES, compute_losses
@@ -66,7 +66,7 @@ class MatteStage(Stage[PairBatch]):
         self._cache = FeatureCache(digest, limit_bytes, notice=listener.on_notice)
 
     def make_batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[PairBatch]:
-        return load_batches(self.maker, sampler, collate_pairs, workers=workers, pin=pin)
+        return load_batches(self.maker, sampler, PairBatch, workers=workers, pin=pin)
 
     def predict(self, forward: nn.Module, batch: PairBatch) -> Prediction:
         """Predict the alpha, float32 [B,1,S,S]. At padding it is the true alpha, so that padding has no loss."""

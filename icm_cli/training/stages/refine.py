@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from icm_cli.errors import ConfigError, ImageError, TrainingError
+from icm_cli.errors import ConfigError
 from icm_cli.geometry import Float, ImageU8, alpha_to_u8
 from icm_cli.model.core import InContextMatting
-from icm_cli.training.batches import Batch, StepSampler, load_batches
+from icm_cli.training.batches import Batch, Sample, SampleDataset, StepSampler, load_batches
 from icm_cli.training.data.degradation import (
     add_uncertain_regions,
     degrade_outline,
@@ -29,12 +28,11 @@ from icm_cli.training.data.degradation import (
     degrade_to_tokens,
 )
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
-from icm_cli.training.data.samples import MAX_ATTEMPTS
 from icm_cli.training.data.scenes import Scene, SceneMaker
 from icm_cli.training.learner import Learner
 from icm_cli.training.losses import laplacian_loss
 from icm_cli.training.settings import REFINE_LOSS_NAMES, RefineStageConfig, Settings, TrainConfig
-from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage, grey_to_rgb, image_grid
+from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage, add_total, grey_to_rgb, render_layers
 
 PHOTOGRAPH_BACKGROUND_PROBABILITY = 0.7
 """Probability that a composite has another item's photograph as its background instead of a background image."""
@@ -48,12 +46,9 @@ by more."""
 
 
 @dataclass(frozen=True)
-class EdgeSample:
+class EdgeSample(Sample):
     """Crops of a scene: rgb uint8 [n,S,S,3]; coarse alpha, true alpha and weight float16 [n,S,S]."""
 
-    name: str
-    counter: int
-    skipped: tuple[str, ...]
     rgb: ImageU8
     coarse: NDArray[np.float16]
     truth: NDArray[np.float16]
@@ -70,37 +65,38 @@ class EdgeBatch(Batch):
     weight: Tensor
 
 
-class EdgeMaker(Dataset["EdgeSample | str"]):
-    """Makes sample number ``counter``, which is the same in every run, process and worker with the same seed.
-
-    If no sample can be made, the item is a str with the reason.
-    """
+class EdgeMaker(SampleDataset[EdgeSample]):
+    """Makes crops of scenes, with degraded coarse alphas."""
 
     def __init__(self, pool: TrainingPool, config: TrainConfig) -> None:
+        super().__init__(config.seed)
         self.pool = pool
-        self.config = config
+        self.config = config.refine
         self._scene_maker = SceneMaker(config.canvas_px, config.augment)
 
-    def __getitem__(self, counter: int) -> EdgeSample | str:
-        skipped: list[str] = []
-        for attempt in range(MAX_ATTEMPTS):
-            rng = np.random.default_rng((self.config.seed, counter, attempt))
-            try:
-                item = self.pool.draw_item(rng)
-                scene, has_exact_alpha = self._make_scene(item, rng)
-            except ImageError as error:
-                skipped.append(str(error))
-                continue
-            scene = self._scene_maker.augment_colours(scene, rng)
-            return self._make_sample(item.name, counter, tuple(skipped), scene, rng, has_exact_alpha)
-        return (
-            f"sample {counter} could not be made in {MAX_ATTEMPTS} draws; the last reason: {skipped[-1]}. Repair the "
-            "data, or exclude files with 'exclude'"
-        )
+    def draw_sample(self, counter: int, rng: np.random.Generator) -> EdgeSample:
+        """Draw a scene and a coarse alpha, and crop both."""
+        config, item = self.config, self.pool.draw_item(rng)
+        scene, has_exact_alpha = self._make_scene(item, rng)
+        scene = self._scene_maker.augment_colours(scene, rng)
+        truth = scene.alpha.astype(np.float32) / 255.0
+        if scene.coarse is not None and rng.random() < config.predicted_probability:
+            coarse = scene.coarse.astype(np.float32) / 255.0
+        else:
+            coarse = _draw_degradation(config, rng)(truth, rng)
+        if rng.random() < config.uncertain_probability:
+            coarse = add_uncertain_regions(coarse, scene.rgb, truth, rng)
+        weight = scene.valid.astype(np.float32)
+        if not has_exact_alpha:
+            is_edge = ((truth > EDGE_ALPHAS[0]) & (truth < EDGE_ALPHAS[1])).astype(np.uint8)
+            weight[cv2.dilate(is_edge, np.ones((3, 3), np.uint8)) > 0] *= config.edge_weight
+        boxes = [_draw_crop(truth, coarse, config.crop_px, rng) for _ in range(config.crops_per_image)]
+        layers = [np.stack([layer[box] for box in boxes]).astype(np.float16) for layer in (coarse, truth, weight)]
+        return EdgeSample(item.name, counter, np.stack([scene.rgb[box] for box in boxes]), *layers)
 
     def _make_scene(self, item: TrainingItem, rng: np.random.Generator) -> tuple[Scene, bool]:
         """Make a scene of an item; return it and whether its alpha is exact."""
-        wants_photograph = rng.random() < self.config.refine.photograph_probability
+        wants_photograph = rng.random() < self.config.photograph_probability
         backgrounds = self.pool.backgrounds
         if item.is_binary or (wants_photograph and not item.is_foreground) or not (backgrounds or item.is_foreground):
             return self._scene_maker.make_photograph(item, rng), False
@@ -116,34 +112,6 @@ class EdgeMaker(Dataset["EdgeSample | str"]):
             behind = self._scene_maker.make_background(backgrounds[rng.integers(len(backgrounds))], rng)
         return self._scene_maker.make_composite(item, behind, rng), True
 
-    def _make_sample(
-        self,
-        name: str,
-        counter: int,
-        skipped: tuple[str, ...],
-        scene: Scene,
-        rng: np.random.Generator,
-        has_exact_alpha: bool,
-    ) -> EdgeSample:
-        """Draw a coarse alpha for a scene and crop both."""
-        config = self.config.refine
-        truth = scene.alpha.astype(np.float32) / 255.0
-        if scene.coarse is not None and rng.random() < config.predicted_probability:
-            coarse = scene.coarse.astype(np.float32) / 255.0
-        else:
-            coarse = _draw_degradation(config, rng)(truth, rng)
-        if rng.random() < config.uncertain_probability:
-            coarse = add_uncertain_regions(coarse, scene.rgb, truth, rng)
-        weight = scene.valid.astype(np.float32)
-        if not has_exact_alpha:
-            is_edge = ((truth > EDGE_ALPHAS[0]) & (truth < EDGE_ALPHAS[1])).astype(np.uint8)
-            weight[cv2.dilate(is_edge, np.ones((3, 3), np.uint8)) > 0] *= config.edge_weight
-        boxes = [_draw_crop(truth, coarse, config.crop_px, rng) for _ in range(config.crops_per_image)]
-        half = [np.stack([layer[box] for box in boxes]).astype(np.float16) for layer in (coarse, truth, weight)]
-        return EdgeSample(
-            name, counter, skipped, np.stack([scene.rgb[box] for box in boxes]), half[0], half[1], half[2]
-        )
-
 
 class RefineStage(Stage[EdgeBatch]):
     """Predicts alphas with fine edges from images and coarse alphas."""
@@ -156,18 +124,14 @@ class RefineStage(Stage[EdgeBatch]):
         self.maker = EdgeMaker(pool, settings.train)
 
     def select_module(self, model: InContextMatting) -> nn.Module:
-        if model.edges is None:
+        if model.edges is None or not model.edges.is_trained:
             raise ConfigError(
-                "train: stage is refine, but the model has no edges to train; add a section 'edges' with 'name: refine'"
-            )
-        if not model.edges.is_trained:
-            raise ConfigError(
-                "train: stage is refine, but the model's edges have no weights to train; use 'edges: {name: refine}'"
+                "train: stage is refine, but the model has no edges to train; expected 'edges: {name: refine}'"
             )
         return model.edges
 
     def make_batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[EdgeBatch]:
-        return load_batches(self.maker, sampler, collate_crops, workers=workers, pin=pin)
+        return load_batches(self.maker, sampler, EdgeBatch, workers=workers, pin=pin)
 
     def predict(self, forward: nn.Module, batch: EdgeBatch) -> Prediction:
         """Predict the logit of the alpha, float32 [B,n,S,S]."""
@@ -197,7 +161,7 @@ class RefineStage(Stage[EdgeBatch]):
             "laplacian": laplacian.reshape(truth.shape[:2]).mean(dim=1),
         }
         losses = {name: getattr(config, name) * value for name, value in values.items() if getattr(config, name)}
-        return {**losses, "total": torch.stack(list(losses.values())).sum(dim=0)}
+        return add_total(losses)
 
     @torch.no_grad()
     def render_panel(self, learner: Learner, batch: EdgeBatch) -> ImageU8:
@@ -205,46 +169,16 @@ class RefineStage(Stage[EdgeBatch]):
         few = batch.first_samples(PANEL_ROWS)
         (logit,) = self.predict(self.select_module(learner.model), few)
         layers = (few.coarse, few.truth, torch.sigmoid(logit))
-        return image_grid(
-            [
-                [
-                    few.rgb[i, 0].cpu().numpy(),
-                    *(grey_to_rgb(alpha_to_u8(layer[i, 0].float().cpu().numpy())) for layer in layers),
-                ]
-                for i in range(len(few.names))
-            ]
-        )
+        return render_layers([layer[:, 0] for layer in layers], few.rgb[:, 0])
 
     def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
         """Return the first crop of a scene: image, coarse alpha, true alpha and weight."""
-        sample = self.maker[counter]
-        if isinstance(sample, str):
-            raise TrainingError(sample)
+        sample = self.maker.make_sample(counter)
         layers = (sample.coarse, sample.truth, sample.weight)
         return sample.name, [
             sample.rgb[0],
             *(grey_to_rgb(alpha_to_u8(layer[0].astype(np.float32))) for layer in layers),
         ]
-
-
-def collate_crops(samples: list[EdgeSample | str]) -> EdgeBatch | str:
-    """Stack samples into a batch, or return the reason why one of them could not be made."""
-    if failure := next((sample for sample in samples if isinstance(sample, str)), None):
-        return failure
-    crops = [sample for sample in samples if isinstance(sample, EdgeSample)]
-    rgb, coarse, truth, weight = (
-        torch.from_numpy(np.stack([getattr(sample, name) for sample in crops]))
-        for name in ("rgb", "coarse", "truth", "weight")
-    )
-    return EdgeBatch(
-        tuple(sample.name for sample in crops),
-        tuple(sample.counter for sample in crops),
-        tuple(reason for sample in crops for reason in sample.skipped),
-        rgb,
-        coarse,
-        truth,
-        weight,
-    )
 
 
 def _draw_degradation(
