@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from icm_cli.errors import ConfigError
+from icm_cli.training.learner import learning_rate_factor
 from icm_cli.training.losses import LOSS_NAMES, compute_losses, quantise_trimap
-from icm_cli.training.optimisation import learning_rate_factor
 from icm_cli.training.settings import LossConfig, TrainConfig
 
 GOLDEN = Path(__file__).parent / "golden"

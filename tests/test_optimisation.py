@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icm_cli.training.optimisation import MovingAverage
+from icm_cli.training.learner import MovingAverage
 
 
 @given(values=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=8), decay=st.floats(0.5, 0.99))

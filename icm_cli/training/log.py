@@ -109,35 +109,32 @@ class RunLog:
 
 
 class StepStats:
-    """Accumulates losses and times of the steps since the last log row.
-
-    Waiting time is the time in which the model had no samples to train on.
-    """
+    """Accumulates losses and times of the steps since the last log row, and over all steps."""
 
     def __init__(self) -> None:
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._samples = 0
-        self._steps = 0
+        self.samples = 0
+        """Samples of all steps."""
+        self.waiting = 0.0
+        """Seconds of all steps in which the model had no samples to train on."""
         self._start = time.perf_counter()
-        self._waiting = 0.0
         self._paused = 0.0
-        self.total_samples = 0
-        self.total_waiting = 0.0
-        self.total_seconds = 0.0
-        """Seconds of the steps, without validation, saving and logging, up to the last log row."""
+        self._steps = 0
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._logged = (0, 0.0, 0.0)
+        """Samples, waiting time and seconds at the last log row."""
 
     def take_next_batch(self, batches: Iterator[Batch]) -> Batch:
         """Return the next batch; the time until it is available counts as waiting time."""
         before = time.perf_counter()
         batch = next(batches)
-        self._waiting += time.perf_counter() - before
+        self.waiting += time.perf_counter() - before
         return batch
 
     def add_losses(self, losses: Mapping[str, Tensor]) -> None:
         """Add the losses of a micro-batch, [B] each."""
         for name, values in losses.items():
             self._sums["loss" if name == "total" else name] += float(values.detach().sum())
-        self._samples += len(losses["total"])
+        self.samples += len(losses["total"])
 
     def finish_step(self, gradient_norm: float) -> None:
         """Count a step and its gradient norm."""
@@ -155,30 +152,25 @@ class StepStats:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the steps so far, without validation, saving and logging."""
-        return self.total_seconds + time.perf_counter() - self._start - self._paused
+        """Seconds of all steps, without validation, saving and logging."""
+        return time.perf_counter() - self._start - self._paused
 
     def take_metrics(self, learning_rate: float) -> dict[str, float]:
         """Return the means since the last call, named like the log's columns, and reset them."""
-        seconds = max(1e-9, time.perf_counter() - self._start - self._paused)
-        self.total_samples += self._samples
-        self.total_waiting += self._waiting
-        self.total_seconds += seconds
+        now = self.samples, self.waiting, self.seconds
+        samples, waiting, seconds = (after - before for after, before in zip(now, self._logged, strict=True))
+        seconds = max(1e-9, seconds)
         metrics = {
-            name: value / (self._steps if name == "gradient_norm" else self._samples)
-            for name, value in self._sums.items()
-        }
-        metrics |= {
-            "learning_rate": learning_rate,
-            "samples_per_second": self._samples / seconds,
-            "waiting_fraction": self._waiting / seconds,
-            "seconds": seconds,
+            name: value / (self._steps if name == "gradient_norm" else samples) for name, value in self._sums.items()
         }
         self._sums.clear()
-        self._samples = self._steps = 0
-        self._waiting = self._paused = 0.0
-        self._start = time.perf_counter()
-        return metrics
+        self._logged, self._steps = now, 0
+        return metrics | {
+            "learning_rate": learning_rate,
+            "samples_per_second": samples / seconds,
+            "waiting_fraction": waiting / seconds,
+            "seconds": seconds,
+        }
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,11 +30,11 @@ from icm_cli.options import TrainOptions, keyword_arguments
 from icm_cli.reports.contact_sheet import make_captioned_row, make_thumbnail
 from icm_cli.signals import StopSignals
 from icm_cli.training.batches import Batch
-from icm_cli.training.data.pool import TrainingPool, read_pool
+from icm_cli.training.data.pool import read_pool
 from icm_cli.training.learner import Learner
 from icm_cli.training.log import RunLog, StepStats
 from icm_cli.training.run_folder import BEST_NAME, LAST_NAME, RunFolder, RunProgress
-from icm_cli.training.settings import Settings, TrainConfig, read_settings
+from icm_cli.training.settings import Settings, read_settings
 from icm_cli.training.stages import AnyStage, make_stage
 from icm_cli.training.validation import check_validation, validate
 
@@ -84,7 +84,10 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
     run.check_folder(resume=training.resume)
     with run.lock():
         if is_main_process():
-            _check_data(settings, pool, run, listener)
+            if settings.data.validation is not None:
+                check_validation(settings.data.validation, pool.image_paths, listener.on_notice)
+            listener.on_detail("computing the digests of the training images and alphas")
+            run.record_data(listener.on_notice)
         learner = Learner(
             settings,
             stage.trainable_parts,
@@ -96,7 +99,7 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
             workers=DEFAULT_WORKERS if options.device.workers is None else options.device.workers,
         )
         process_listener = listener if learner.is_main else SecondaryProcessListener(listener)
-        summary = _run_steps(settings, stage, learner, run, process_listener, resume=training.resume)
+        summary = _TrainingLoop(settings, stage, learner, run, process_listener).run_steps(resume=training.resume)
         if training.pack is not None and summary.checkpoint is not None and learner.is_main:
             pack_checkpoint(summary.checkpoint, training.pack)
             summary = replace(summary, pack=training.pack)
@@ -105,207 +108,172 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
     return summary
 
 
-def _run_steps(
-    settings: Settings,
-    stage: AnyStage,
-    learner: Learner,
-    run: RunFolder,
-    listener: TrainingListener,
-    *,
-    resume: bool,
-) -> TrainingSummary:
-    """Train from the first step not done yet until the run is finished or a signal arrives."""
-    recipe = settings.train
-    if learner.accelerator.mixed_precision != recipe.precision:
-        listener.on_notice("this CPU is slower in bfloat16 than in float32, so float32 is used")
-    done = begun = run.resume_run(learner) if resume else RunProgress()
-    if resume and not done.step:
-        listener.on_notice(f"no step is saved in {run.folder} yet; training starts at step 1")
-    stage.prepare(learner, run.folder, done.step, listener)
+class _TrainingLoop:
+    """Trains from the first step not done yet until the run is finished or a signal arrives."""
 
-    listener.on_training_start(done.step, None if recipe.minutes else recipe.steps, recipe.batch_size)
-    batches = stage.make_batches(
-        learner.make_sampler(done.step), workers=learner.workers, pin=learner.device.torch_device.type == "cuda"
-    )
-    stats, loss = StepStats(), None
-    log = RunLog(run.folder, stage.loss_names, done.step, listener.on_notice, is_main=learner.is_main)
-    with StopSignals() as stop, log, learner.explain_errors(), listener.training_steps():
-        is_last = learner.is_true_anywhere(_is_finished(recipe, done))
-        while not is_last:
-            learning_rate = learner.set_learning_rates(done.step, _elapsed_fraction(recipe, done))
-            skipped, batch = _train_step(stage, learner, batches, stats, run, done, listener)
-            done = RunProgress(done.step + 1, skipped, begun.seconds + stats.seconds)
-            is_stopped = learner.is_true_anywhere(stop.received is not None)
-            is_last = is_stopped or learner.is_true_anywhere(_is_finished(recipe, done))
-            listener.on_step_end(done.step)
-            if done.step % recipe.log_every == 0 or is_last:
-                metrics = learner.average_over_processes(stats.take_metrics(learning_rate))
-                loss = metrics["loss"]
-                log.write_metrics(done.step, metrics)
-                listener.on_log(done.step, metrics)
-            with stats.pause():
-                is_due = done.step % recipe.validate_every == 0 or (is_last and not is_stopped)
-                if learner.is_main and (done.step % recipe.image_every == 0 or (is_due and not log.has_image)):
-                    with learner.inference_mode():
-                        log.write_image(done.step, stage.render_panel(learner, batch))
-                if learner.is_main and (done.step % recipe.save_every == 0 or is_due or is_last):
-                    run.save_progress(learner, done)
-                if learner.is_main and is_due and stop.received is None:
-                    _validate(settings, learner, run, done, log, stop, listener)
-    return _summarise(run, learner, stats, done, loss)
+    def __init__(
+        self, settings: Settings, stage: AnyStage, learner: Learner, run: RunFolder, listener: TrainingListener
+    ) -> None:
+        self._settings = settings
+        self._recipe = settings.train
+        self._stage = stage
+        self._learner = learner
+        self._run = run
+        self._listener = listener
+        self._done = RunProgress()
+        self._loss: float | None = None
+        """Mean loss of the last logged steps."""
 
+    def run_steps(self, *, resume: bool) -> TrainingSummary:
+        """Take all steps, and log, validate and save in between."""
+        recipe, learner, run, listener = self._recipe, self._learner, self._run, self._listener
+        if learner.accelerator.mixed_precision != recipe.precision:
+            listener.on_notice("this CPU is slower in bfloat16 than in float32, so float32 is used")
+        begun = self._done = run.resume_run(learner) if resume else RunProgress()
+        if resume and not begun.step:
+            listener.on_notice(f"no step is saved in {run.folder} yet; training starts at step 1")
+        is_last = learner.is_true_anywhere(self._is_finished)
+        if is_last:
+            listener.on_notice(f"all {begun.step} steps of the run in {run.folder} are done; nothing is left to train")
+        else:
+            self._stage.prepare(learner, run.folder, begun.step, listener)
+            listener.on_training_start(begun.step, None if recipe.minutes else recipe.steps, recipe.batch_size)
+        pin = learner.device.torch_device.type == "cuda"
+        batches = self._stage.make_batches(learner.make_sampler(begun.step), workers=learner.workers, pin=pin)
+        self._stats = stats = StepStats()
+        self._log = log = RunLog(
+            run.folder, self._stage.loss_names, begun.step, listener.on_notice, is_main=learner.is_main
+        )
+        with StopSignals() as stop, log, learner.explain_errors(), listener.training_steps():
+            while not is_last:
+                learning_rate = learner.set_learning_rates(self._done.step, self._elapsed_fraction)
+                skipped, batch = self._take_step(batches)
+                step = self._done.step + 1
+                self._done = RunProgress(step, skipped, begun.seconds + stats.seconds)
+                is_stopped = learner.is_true_anywhere(stop.received is not None)
+                is_last = is_stopped or learner.is_true_anywhere(self._is_finished)
+                listener.on_step_end(step)
+                if step % recipe.log_every == 0 or is_last:
+                    metrics = learner.average_over_processes(stats.take_metrics(learning_rate))
+                    self._loss = metrics["loss"]
+                    log.write_metrics(step, metrics)
+                    listener.on_log(step, metrics)
+                with stats.pause():
+                    is_due = step % recipe.validate_every == 0 or (is_last and not is_stopped)
+                    if learner.is_main and (step % recipe.image_every == 0 or (is_due and not log.has_image)):
+                        with learner.inference_mode():
+                            log.write_image(step, self._stage.render_panel(learner, batch))
+                    if learner.is_main and (step % recipe.save_every == 0 or is_due or is_last):
+                        run.save_progress(learner, self._done)
+                    if learner.is_main and is_due and stop.received is None:
+                        self._validate(stop)
+        return self._summarise()
 
-def _train_step(
-    stage: AnyStage,
-    learner: Learner,
-    batches: Iterator[Batch],
-    stats: StepStats,
-    run: RunFolder,
-    done: RunProgress,
-    listener: TrainingListener,
-) -> tuple[int, Batch]:
-    """Take one step over all of its micro-batches; return the draws skipped so far and the last micro-batch."""
-    step, skipped, norm = done.step + 1, done.skipped, 0.0
-    torch.manual_seed(learner.config.seed + done.step)  # for models that draw random numbers themselves
-    for _ in range(learner.accumulation):
-        batch = stats.take_next_batch(batches).to(learner.device.torch_device)
-        skipped = _report_skipped(batch, skipped, learner, listener)
-        with learner.accumulate_gradients():
-            prediction = stage.predict(learner.forward, batch)
-            _check_predictions(prediction, batch, step, run)
-            losses = stage.compute_losses(prediction, batch)
-            _check_losses(losses, batch, step, run)
-            learner.backward(losses["total"].sum())
-            norm += learner.clip_gradients()  # 0 until the gradients are complete
-            _check_gradients(norm, batch, step, run, has_scaler=learner.has_scaler)
-            learner.step_optimiser()
-        stats.add_losses(losses)
-    learner.ema.update(done.step)
-    stats.finish_step(norm)
-    return skipped, batch
+    def _take_step(self, batches: Iterator[Batch]) -> tuple[int, Batch]:
+        """Take one step over all of its micro-batches; return the draws skipped so far and the last micro-batch."""
+        learner, stage, skipped, norm = self._learner, self._stage, self._done.skipped, 0.0
+        torch.manual_seed(self._recipe.seed + self._done.step)  # for models that draw random numbers themselves
+        for _ in range(learner.accumulation):
+            batch = self._stats.take_next_batch(batches).to(learner.device.torch_device)
+            skipped = self._report_skipped(batch, skipped)
+            with learner.accumulate_gradients():
+                prediction = stage.predict(learner.forward, batch)
+                self._check_predictions(prediction, batch)
+                losses = stage.compute_losses(prediction, batch)
+                self._check_losses(losses["total"].detach(), batch)
+                learner.backward(losses["total"].sum())
+                norm += learner.clip_gradients()  # 0 until the gradients are complete
+                if not math.isfinite(norm) and not learner.has_scaler:  # with a scaler (fp16) such steps are skipped
+                    advice = "reduce train.learning_rate or set train.precision to no"
+                    raise self._divergence("the gradients are NaN or infinite", batch.names, batch, advice)
+                learner.step_optimiser()
+            self._stats.add_losses(losses)
+        learner.ema.update(self._done.step)
+        self._stats.finish_step(norm)
+        return skipped, batch
 
+    def _check_predictions(self, predictions: Sequence[Tensor], batch: Batch) -> None:
+        """Check that the model's outputs, [B,...] each, are finite. Raises TrainingError."""
+        rows = (each.detach()[:, None] if each.ndim == 1 else each.detach() for each in predictions)
+        is_bad = torch.stack([~each.isfinite().flatten(1).all(dim=1) for each in rows]).any(dim=0)
+        if bool(is_bad.any()):
+            names = [batch.names[i] for i in torch.nonzero(is_bad).flatten().tolist()]
+            advice = "reduce train.learning_rate or set train.clip_norm"
+            raise self._divergence("the model's output is NaN or infinite", names, batch, advice)
 
-def _check_predictions(predictions: Sequence[Tensor], batch: Batch, step: int, run: RunFolder) -> None:
-    """Check that the model's outputs, [B,...] each, are finite.
+    def _check_losses(self, total: Tensor, batch: Batch) -> None:
+        """Check that the total loss of every sample, [B], is at most MAX_LOSS and not NaN. Raises TrainingError."""
+        is_bad = ~(total <= MAX_LOSS)  # also true for NaN
+        if bool(is_bad.any()):
+            names = [f"{batch.names[i]} ({float(total[i]):g})" for i in torch.nonzero(is_bad).flatten().tolist()]
+            advice = "inspect these samples, or reduce train.learning_rate"
+            raise self._divergence(f"the loss is NaN or above {MAX_LOSS:g}", names, batch, advice)
 
-    Otherwise saves the batch and raises TrainingError that names the step and the samples.
-    """
-    rows = (each.detach()[:, None] if each.ndim == 1 else each.detach() for each in predictions)
-    is_bad = torch.stack([~each.isfinite().flatten(1).all(dim=1) for each in rows]).any(dim=0)
-    if bool(is_bad.any()):
-        bad_names = [batch.names[i] for i in torch.nonzero(is_bad).flatten().tolist()]
-        raise TrainingError(
-            f"step {step}: the model's output is NaN or infinite for {'; '.join(bad_names)}, so training diverged. The "
-            f"batch is in {run.save_batch(batch, step)}, and the last saved state is kept; reduce train.learning_rate "
-            "or set train.clip_norm"
+    def _divergence(self, problem: str, names: Sequence[str], batch: Batch, advice: str) -> TrainingError:
+        """Save a batch, and return the error that names the step and the samples."""
+        step = self._done.step + 1
+        return TrainingError(
+            f"step {step}: {problem} for {'; '.join(names)}. The batch is in {self._run.save_batch(batch, step)}, and "
+            f"the last saved state is kept; {advice}"
         )
 
-
-def _check_losses(losses: Mapping[str, Tensor], batch: Batch, step: int, run: RunFolder) -> None:
-    """Check that the total loss of every sample is at most MAX_LOSS and not NaN.
-
-    Otherwise saves the batch and raises TrainingError that names the step and the samples.
-    """
-    total = losses["total"].detach()
-    is_bad = ~(total <= MAX_LOSS)  # also true for NaN
-    if not bool(is_bad.any()):
-        return
-    bad_names = [f"{batch.names[i]} ({float(total[i]):g})" for i in torch.nonzero(is_bad).flatten().tolist()]
-    raise TrainingError(
-        f"step {step}: the loss is NaN or above {MAX_LOSS:g} for {'; '.join(bad_names)}. The batch is in "
-        f"{run.save_batch(batch, step)}, and the last saved state is kept; inspect these samples, or reduce "
-        "train.learning_rate"
-    )
-
-
-def _check_gradients(norm: float, batch: Batch, step: int, run: RunFolder, *, has_scaler: bool) -> None:
-    """Check that the gradients are finite. Raises TrainingError; with a scaler (fp16) such steps are skipped."""
-    if math.isfinite(norm) or has_scaler:
-        return
-    raise TrainingError(
-        f"step {step}: the gradients are NaN or infinite for {'; '.join(batch.names)}. The batch is in "
-        f"{run.save_batch(batch, step)}, and the last saved state is kept; reduce train.learning_rate or set "
-        "train.precision to no"
-    )
-
-
-def _validate(
-    settings: Settings,
-    learner: Learner,
-    run: RunFolder,
-    done: RunProgress,
-    log: RunLog,
-    stop: StopSignals,
-    listener: TrainingListener,
-) -> None:
-    """Score the model on the validation data, if there are any, and save it if it is the best so far."""
-    if settings.data.validation is None:
-        return
-    checkpoint = run.folder / LAST_NAME
-    scores = validate(settings.data.validation, checkpoint, learner, is_stopped=lambda: stop.received is not None)
-    if scores is None:
-        listener.on_notice(f"step {done.step}: validation was interrupted or scored no image")
-        return
-    metrics = {f"validation_{name}": value for name, value in scores.items()}
-    log.write_metrics(done.step, metrics)
-    is_best = run.save_best(learner, done.step, scores["mse"])
-    run.save_progress(learner, done)
-    listener.on_validation_end(done.step, metrics, is_best=is_best)
-
-
-def _check_data(settings: Settings, pool: TrainingPool, run: RunFolder, listener: TrainingListener) -> None:
-    """Check the validation data, and record the training data. Raises UsageError."""
-    if settings.data.validation is not None:
-        check_validation(settings.data.validation, pool.image_paths, listener.on_notice)
-    listener.on_detail("computing the digests of the training images and alphas")
-    run.record_data(listener.on_notice)
-
-
-def _report_skipped(batch: Batch, skipped: int, learner: Learner, listener: TrainingListener) -> int:
-    """Report unreadable draws and return their number so far. Raises TrainingError if there are too many."""
-    for reason in batch.skipped:
-        skipped += 1
-        if skipped <= MAX_REPORTED_SKIPS:
-            listener.on_notice(f"skipped: {reason}")
-    if batch.skipped:
-        drawn = (max(batch.counters) + 1) // learner.accelerator.num_processes + skipped
-        if drawn >= MIN_DRAWS_TO_JUDGE and skipped > MAX_SKIPPED_FRACTION * drawn:
+    def _report_skipped(self, batch: Batch, skipped: int) -> int:
+        """Report unreadable draws and return their number so far. Raises TrainingError if there are too many."""
+        for reason in batch.skipped:
+            skipped += 1
+            if skipped <= MAX_REPORTED_SKIPS:
+                self._listener.on_notice(f"skipped: {reason}")
+        drawn = (max(batch.counters) + 1) // self._learner.accelerator.num_processes + skipped
+        if batch.skipped and drawn >= MIN_DRAWS_TO_JUDGE and skipped > MAX_SKIPPED_FRACTION * drawn:
             raise TrainingError(
                 f"{skipped} of {drawn} draws could not be read, more than {MAX_SKIPPED_FRACTION:.0%}; the last: "
                 f"{batch.skipped[-1]}. Repair the data, or exclude files with 'exclude'"
             )
-    return skipped
+        return skipped
 
+    def _validate(self, stop: StopSignals) -> None:
+        """Score the last checkpoint on the validation data, if there are any; keep it if it is the best so far."""
+        config, run, done = self._settings.data.validation, self._run, self._done
+        if config is None:
+            return
+        scores = validate(config, run.folder / LAST_NAME, self._learner, is_stopped=lambda: stop.received is not None)
+        if scores is None:
+            self._listener.on_notice(f"step {done.step}: validation was interrupted or scored no image")
+            return
+        metrics = {f"validation_{name}": value for name, value in scores.items()}
+        self._log.write_metrics(done.step, metrics)
+        is_best = run.save_best(self._learner, done.step, scores["mse"])
+        run.save_progress(self._learner, done)
+        self._listener.on_validation_end(done.step, metrics, is_best=is_best)
 
-def _elapsed_fraction(recipe: TrainConfig, done: RunProgress) -> float | None:
-    """Fraction (0..1) of the run's time limit that has passed, None without a time limit."""
-    return None if recipe.minutes is None else min(1.0, done.seconds / (60.0 * recipe.minutes))
+    @property
+    def _elapsed_fraction(self) -> float | None:
+        """Fraction (0..1) of the run's time limit that has passed, None without a time limit."""
+        minutes = self._recipe.minutes
+        return None if minutes is None else min(1.0, self._done.seconds / (60.0 * minutes))
 
+    @property
+    def _is_finished(self) -> bool:
+        elapsed = self._elapsed_fraction
+        return self._done.step >= self._recipe.steps if elapsed is None else elapsed >= 1.0
 
-def _is_finished(recipe: TrainConfig, done: RunProgress) -> bool:
-    elapsed = _elapsed_fraction(recipe, done)
-    return done.step >= recipe.steps if elapsed is None else elapsed >= 1.0
-
-
-def _summarise(
-    run: RunFolder, learner: Learner, stats: StepStats, done: RunProgress, loss: float | None
-) -> TrainingSummary:
-    """Return the summary of a run that ended."""
-    path = run.folder / (BEST_NAME if run.best else LAST_NAME)
-    return TrainingSummary(
-        folder=run.folder,
-        steps=done.step,
-        loss=loss,
-        best=BestStep(int(run.best["step"]), run.best["mse"]) if run.best else None,
-        statistics=TrainingStatistics(
-            seconds=stats.total_seconds,
-            samples_per_second=stats.total_samples * learner.accelerator.num_processes / max(1e-9, stats.total_seconds),
-            waiting_fraction=stats.total_waiting / max(1e-9, stats.total_seconds),
-            skipped=done.skipped,
-            peak_memory_bytes=learner.device.peak_memory_bytes(),
-        ),
-        checkpoint=path if path.exists() else None,
-    )
+    def _summarise(self) -> TrainingSummary:
+        run, stats, learner = self._run, self._stats, self._learner
+        path, seconds = run.folder / (BEST_NAME if run.best else LAST_NAME), max(1e-9, stats.seconds)
+        return TrainingSummary(
+            folder=run.folder,
+            steps=self._done.step,
+            loss=self._loss,
+            best=BestStep(int(run.best["step"]), run.best["mse"]) if run.best else None,
+            statistics=TrainingStatistics(
+                seconds=stats.seconds,
+                samples_per_second=stats.samples * learner.accelerator.num_processes / seconds,
+                waiting_fraction=stats.waiting / seconds,
+                skipped=self._done.skipped,
+                peak_memory_bytes=learner.device.peak_memory_bytes(),
+            ),
+            checkpoint=path if path.exists() else None,
+        )
 
 
 def _command_line(options: TrainOptions, folder: Path) -> str:
