@@ -8,54 +8,106 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from icm_cli.environment import resource_errors
-from icm_cli.errors import IcmError
+from icm_cli.errors import IcmError, UsageError
 from icm_cli.files import describe_os_error, is_system_error
 from icm_cli.options import EvaluateOptions, MatteOptions, TrainOptions
 from icm_cli.options.definition import OptionField, Options, Panel
 from icm_cli.signals import Interrupt
 
 Callback = Callable[[bool], None]
-RERUN_HINT = "run the same command again to resume"
-GLOB_HINT = ' Quote globs and patterns, such as --src "imgs/*.jpg", so that the shell does not expand them.'
+GLOB_HINT = 'quote globs and patterns, such as --src "imgs/*.jpg", so that the shell does not expand them'
+ARGUMENTS, IS_VERBOSE = "icm.arguments", "icm.is_verbose"
+"""Keys of what the context of a command line knows."""
 
 
 class ReportingGroup(TyperGroup):
-    """Group of commands that reports usage errors and crashes to farms as well."""
+    """Group of commands that reports every error as one message, to farms as well."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.meta["icm"] = list(args)
-        with _report_crashes(ctx.meta["icm"]):
+        ctx.meta[ARGUMENTS] = list(args)
+        with _exit_codes(ctx):
+            given, words, _ = self.make_parser(ctx).parse_args(list(args))
+            if words and (exiting := given.keys() - {"help"}):
+                flag = exiting.pop().replace("_", "-")
+                raise UsageError(f"--{flag} exits at once, so {words[0]!r} has no effect; remove it")
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        with _report_crashes(ctx.meta["icm"]):
+        with _exit_codes(ctx):
             return super().invoke(ctx)
 
 
-@contextlib.contextmanager
-def _report_crashes(arguments: Sequence[str]) -> Iterator[None]:
-    """Print a line for farms about wrong usage or a crash, which no command has reported."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort):  # reported already
-        raise
-    except Exception as error:
-        from icm_cli.progress import find_progress_mode, print_farm_error
+class StrictCommand(TyperCommand):
+    """Command that names all missing options, or all unexpected words, in one message."""
 
-        if "unexpected extra argument" in getattr(error, "message", ""):
-            error.message += f".{GLOB_HINT}"  # type: ignore[attr-defined]
-        is_usage = hasattr(error, "format_message")
-        text = error.format_message() if is_usage else f"{type(error).__name__}: {error}"  # type: ignore[attr-defined]
-        print_farm_error(find_progress_mode(arguments), text, 2 if is_usage else 1)
-        raise
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # completion in a shell
+            return super().parse_args(ctx, args)
+        given, words, _ = self.make_parser(ctx).parse_args(list(args))
+        missing = [each.opts[0] for each in self.params if each.required and each.name not in given]
+        if words and "help" not in given:
+            raise UsageError(f"unexpected words: {' '.join(words)}; {GLOB_HINT}")
+        if missing and not any(each.name in given and each.is_eager for each in self.get_params(ctx)):
+            plural = "s" if len(missing) > 1 else ""
+            raise UsageError(f"missing option{plural}: {', '.join(missing)}; see {ctx.command_path} --help")
+        return super().parse_args(ctx, args)
+
+
+@contextlib.contextmanager
+def _exit_codes(ctx: Any) -> Iterator[None]:
+    """Turn errors and signals into one message and an exit code."""
+    from icm_cli.progress import find_progress_mode, print_error, print_farm_error
+
+    progress = find_progress_mode(ctx.meta[ARGUMENTS])
+    with Interrupt() as interrupt:
+        try:
+            with resource_errors():
+                yield
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            rerun = "with --resume to continue" if ctx.invoked_subcommand == "train" else "again to resume"
+            message, exit_code = f"interrupted; run the same command {rerun}", interrupt.exit_code
+        except Exception as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                typer.echo(str(error), err=True, nl=False)
+                print_farm_error(progress, "no command was given", 2)
+                raise typer.Exit(2) from None
+            described = _describe_error(ctx, error)
+            if described is None:
+                print_farm_error(progress, f"{type(error).__name__}: {error}", 1)
+                raise
+            message, exit_code = described
+            if ctx.meta.get(IS_VERBOSE) and exit_code != UsageError.exit_code:
+                import traceback
+
+                traceback.print_exc()
+        else:
+            return
+    print_error(progress, message, exit_code)
+    raise typer.Exit(exit_code)
+
+
+def _describe_error(ctx: Any, error: Exception) -> tuple[str, int] | None:
+    """Return message and exit code of an error that is not a fault of icm."""
+    if isinstance(error, IcmError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.filename and is_system_error(error):
+        return f"{error.filename} cannot be accessed: {describe_os_error(error)}", IcmError.exit_code
+    if hasattr(error, "format_message"):  # of the parser
+        text = error.format_message().rstrip(".")
+        command = " ".join(filter(None, (ctx.command_path, ctx.invoked_subcommand)))
+        return f"{text[0].lower()}{text[1:]}; see {command} --help", UsageError.exit_code
+    return None
 
 
 app = typer.Typer(
@@ -69,15 +121,16 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the ``icm`` script."""
-    app()
+    """Run the ``icm`` script. Raises KeyboardInterrupt for a Ctrl-C before a command has begun."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except typer.Abort:
+        raise KeyboardInterrupt from None
 
 
 def _with_options(
     options_class: type[Options],
-    *,
     callbacks: Mapping[str, Callback] | None = None,
-    rerun_hint: str = RERUN_HINT,
 ) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Decorate the body of a command, which takes all options in one object, for Typer.
 
@@ -87,9 +140,10 @@ def _with_options(
 
     def decorate(body: Callable[[Options], None]) -> Callable[..., None]:
         def command(ctx: typer.Context, **values: Any) -> None:
+            ctx.meta[IS_VERBOSE] = values["verbose"]
             given = [name for name in values if _is_given(ctx, name)]
-            with _exit_codes(str(values.get("progress")), bool(values["verbose"]), rerun_hint):
-                body(options_class.from_values(values, given))
+            texts = {field.name: field.parse_text(values[field.name]) for field in options_class.option_fields()}
+            body(options_class.from_values(texts, given))
 
         fields = sorted(options_class.option_fields(), key=lambda field: field.panel is not Panel.EVERYDAY)
         parameters = [_typer_parameter(field, (callbacks or {}).get(field.name)) for field in fields]
@@ -123,9 +177,8 @@ def _typer_parameter(field: OptionField, callback: Callback | None) -> inspect.P
 
 
 def _typer_type(field: OptionField) -> Any:
-    """Return the type that Typer parses: text for choices and unions, which the option converts."""
-    is_text = field.choices or typing.get_origin(field.value_type) is typing.Union
-    one: Any = str if is_text else field.value_type
+    """Return the type that Typer parses: text, which the option converts, so that its message is ours."""
+    one: Any = field.value_type if field.value_type in (bool, tuple[Path, Path]) else str
     parsed: Any = list[one] if field.is_repeatable else one
     return Optional[parsed] if field.default in (None, ()) else parsed
 
@@ -134,37 +187,6 @@ def _is_given(ctx: typer.Context, name: str) -> bool:
     """Return whether an option was given, rather than left at its default."""
     source = ctx.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
-
-
-@contextlib.contextmanager
-def _exit_codes(progress: str, is_verbose: bool, rerun_hint: str = RERUN_HINT) -> Iterator[None]:
-    """Turn errors and signals into one message and an exit code.
-
-    ``is_verbose`` prints the traceback of an error too.
-    """
-    from icm_cli.progress import print_error
-
-    with Interrupt() as interrupt:
-        try:
-            with resource_errors():
-                yield
-        except (IcmError, OSError) as error:
-            if isinstance(error, OSError) and not (error.filename and is_system_error(error)):
-                raise
-            message, exit_code = str(error), IcmError.exit_code
-            if isinstance(error, OSError):
-                message = f"{error.filename} cannot be accessed: {describe_os_error(error)}"
-            else:
-                exit_code = error.exit_code
-            if is_verbose:
-                import traceback
-
-                traceback.print_exc()
-            print_error(progress, message, exit_code)
-            raise typer.Exit(exit_code) from None
-        except KeyboardInterrupt:
-            print_error(progress, f"interrupted; {rerun_hint}", interrupt.exit_code)
-            raise typer.Exit(interrupt.exit_code) from None
 
 
 def _print_version(is_given: bool) -> None:
@@ -182,11 +204,10 @@ def _print_version(is_given: bool) -> None:
 def _print_models(is_given: bool) -> None:
     if not is_given:
         return
-    with _exit_codes("none", is_verbose=False):
-        from icm_cli.model.hub.catalogue import list_models
-        from icm_cli.terminal import print_models
+    from icm_cli.model.hub.catalogue import list_models
+    from icm_cli.terminal import print_models
 
-        print_models(list_models())
+    print_models(list_models())
     raise typer.Exit
 
 
@@ -200,7 +221,7 @@ def icm(
     pass
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 @_with_options(MatteOptions, callbacks={"list_models": _print_models})
 def matte(options: MatteOptions) -> None:
     """Extract the reference object from every image: one alpha matte per image, of the same size.
@@ -220,7 +241,7 @@ def matte(options: MatteOptions) -> None:
     raise typer.Exit(report.exit_code)
 
 
-@app.command("eval")
+@app.command("eval", cls=StrictCommand)
 @_with_options(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> None:
     """Matte a published dataset in context and score it, or score alphas of any tool (--pred).
@@ -247,8 +268,8 @@ def evaluate(options: EvaluateOptions) -> None:
     raise typer.Exit(report.exit_code)
 
 
-@app.command()
-@_with_options(TrainOptions, rerun_hint="run the same command with --resume to continue")
+@app.command(cls=StrictCommand)
+@_with_options(TrainOptions)
 def train(options: TrainOptions) -> None:
     """Train a model: the paper's decoder on frozen Stable Diffusion features, or the small model.
 

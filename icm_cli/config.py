@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from icm_cli.errors import ConfigError, did_you_mean
+from icm_cli.errors import ConfigError, UsageError, did_you_mean, quote_value
 
 ComponentKind = Literal["backbone", "head", "objects", "edges"]
 T = TypeVar("T")
@@ -29,6 +29,7 @@ MODEL_SECTIONS = (*COMPONENT_KEYS, *PASS_KEYS)
 """Sections of a configuration file that :func:`parse_model_config` reads."""
 MODEL_KEYS = {*MODEL_SECTIONS, *TRAINING_KEYS}
 """All sections of a configuration file."""
+EXPECTED_YAML = "expected lines 'key: value', indented by spaces, with all brackets and quotes closed"
 MERGE_TAG = "tag:yaml.org,2002:merge"
 """Tag of the YAML key ``<<``, which copies the keys of another mapping."""
 COMPONENTS: dict[ComponentKind, dict[str, str]] = {
@@ -216,7 +217,8 @@ def load_model_config(model: str) -> ModelConfig:
     """Load the configuration of a preset or YAML file.
 
     Raises:
-        ConfigError: The preset does not exist, or the file is invalid.
+        UsageError: The preset does not exist.
+        ConfigError: The file is invalid.
     """
     where, mapping = read_config_mapping(model)
     fields = require_mapping(mapping, where)
@@ -228,7 +230,8 @@ def read_config_mapping(config: str) -> tuple[str, object]:
     """Read a preset or YAML file. Return its path and its content.
 
     Raises:
-        ConfigError: The preset does not exist, or the file is not YAML.
+        UsageError: The preset does not exist.
+        ConfigError: The file is not YAML.
     """
     presets = preset_paths()
     if config in presets:
@@ -236,7 +239,9 @@ def read_config_mapping(config: str) -> tuple[str, object]:
     else:
         path = Path(config)
         if path.suffix not in {".yaml", ".yml"}:
-            raise ConfigError(f"model {config!r} is neither a preset nor a .yaml file. {did_you_mean(config, presets)}")
+            raise UsageError(
+                f"model {quote_value(config)} is neither a preset nor a .yaml file. {did_you_mean(config, presets)}"
+            )
     return str(path), read_yaml(path)
 
 
@@ -253,7 +258,7 @@ def read_yaml(path: Path) -> object:
             f"configuration {path} cannot be read: {error.strerror}; give a preset or an existing file"
         ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"configuration {path} is not YAML: {error}; save it as UTF-8 text") from error
+        raise ConfigError(f"configuration {path} is not YAML; save it as UTF-8 text") from error
     return parse_yaml(text, f"configuration {path}")
 
 
@@ -272,7 +277,9 @@ def parse_yaml(text: str, where: str) -> object:
     except _DuplicateKeyError as error:
         raise ConfigError(f"{where} {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None)
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{where} is not YAML{place}; {EXPECTED_YAML}") from error
 
 
 class _DuplicateKeyError(yaml.YAMLError):

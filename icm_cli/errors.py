@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import ClassVar
 
+LONGEST_QUOTE = 120
+"""Maximum number of characters of a value in a message."""
+
 
 class IcmError(Exception):
     """Base class of all errors that icm raises on purpose."""
@@ -80,6 +83,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def format_count(count: int, noun: str) -> str:
     """Return a number with its noun, such as "1 image" or "2 images"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def join_words(words: Iterable[str]) -> str:
+    """Return words as a sentence lists alternatives: "png, tiff or exr"."""
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def quote_value(value: object) -> str:
+    """Return a value as messages show it: its repr, shortened in the middle if it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_QUOTE else f"{text[: LONGEST_QUOTE - 30]} ... {text[-20:]}"
 
 
 PROBLEM_KINDS: Mapping[str, str] = {

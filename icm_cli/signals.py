@@ -42,13 +42,16 @@ class StopSignals:
             signal.signal(number, handler)
 
 
+IMPORT_POLL_S = 0.05
+"""Interval in which a signal that came during an import is sent again."""
 SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class Interrupt:
     """Context that raises KeyboardInterrupt for the first Ctrl-C or SIGTERM.
 
-    Later ones are ignored, so that writes finish.
+    During an import it waits for its end: some libraries hide the exception there and stay
+    incomplete. Later signals are ignored, so that writes finish.
     """
 
     def __init__(self) -> None:
@@ -63,9 +66,19 @@ class Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _receive_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _receive_signal(self, number: int, frame: FrameType | None) -> None:
         if self._is_raised:
+            return
+        if _is_importing(frame):
+            main_thread = threading.main_thread().ident
+            threading.Timer(IMPORT_POLL_S, signal.pthread_kill, [main_thread, number]).start()
             return
         self._is_raised = True
         self.exit_code = SIGNAL_EXIT_CODES[signal.Signals(number)]
         raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None

@@ -333,7 +333,7 @@ class TestOption:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"edges": "vitmate"}, "--edges 'vitmate' is not known. Did you mean 'vitmatte'"),
+            ({"edges": "vitmate"}, "--edges is 'vitmate'; expected model, closed-form or vitmatte"),
             ({"edges_weights": "x"}, "the model has no edges, so --edges-weights 'x' has no effect"),
             ({"edges": "closed-form", "edges_weights": "x"}, "so --edges-weights 'x' has no effect"),
         ],

@@ -283,9 +283,9 @@ def test_openjd_progress(icm: Icm, scene: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--bogus",), "No such option: --bogus"),
-        (("--workers", "0"), "--workers is 0; expected 1 or more"),
-        (("a.jpg", "b.jpg"), 'Quote globs and patterns, such as --src "imgs/*.jpg"'),
+        (("--bogus",), "no such option: --bogus"),
+        (("--workers", "0"), "--workers is 0; expected a whole number from 1 to 256"),
+        (("a.jpg", "b.jpg"), 'quote globs and patterns, such as --src "imgs/*.jpg"'),
         (("--shard", "1/0"), "--shard is 1/0; expected 1 shard or more"),
         (("--frames", "1-999999999"), "has too many frames; expected at most 10000000"),
     ],

@@ -27,6 +27,7 @@ LAYERS = (
     ("terminal",),
     ("progress",),
     ("cli", "__init__"),
+    ("__main__",),
 )
 """From the lowest to the highest layer. Packages of the same layer do not import each other."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -131,7 +131,11 @@ def test_options_incompatible_with_ray_are_refused(icm: Icm, monkeypatch: pytest
     for options, code, message in (
         ({"ray_cpus": 2}, 2, "give --ray too, or omit --ray-cpus"),
         ({"ray": "auto"}, 2, "--device is cpu; omit --device or omit --ray"),
-        ({"ray": "auto", "device": None, "ray_cpus": 0}, 2, "--ray-cpus is 0; expected 1 or more"),
+        (
+            {"ray": "auto", "device": None, "ray_cpus": 0},
+            2,
+            "--ray-cpus is 0; expected a whole number",
+        ),
         ({"ray": "auto", "device": None}, 3, "pip install 'icm-cli[ray]'"),
     ):
         result = icm(**options)

@@ -161,7 +161,7 @@ def test_mask_with_equal_orientation_gives_no_notice(tmp_path: Path, mask_orient
 
 
 def test_unknown_and_unused_mask_orientations_are_refused(folder: Path) -> None:
-    with pytest.raises(UsageError, match="Did you mean 'stored'"):
+    with pytest.raises(UsageError, match="is 'stord'; expected auto, upright or stored"):
         icm_cli.matte(folder / "ref.png", folder / "mask.png", src=folder, out=folder, mask_orientation="stord")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="there is no --mask"):
         read_references([folder / "cutout.png"], [], lambda _: None, orientation="stored")

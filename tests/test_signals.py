@@ -1,11 +1,16 @@
-"""Ctrl-C and SIGTERM during training."""
+"""Ctrl-C and SIGTERM during imports and during training."""
 
 from __future__ import annotations
 
+import importlib
 import signal
 import threading
+import time
+from pathlib import Path
 
-from icm_cli.signals import StopSignals
+import pytest
+
+from icm_cli.signals import Interrupt, StopSignals
 
 
 class TestStopSignals:
@@ -34,3 +39,19 @@ class TestStopSignals:
         thread.start()
         thread.join()
         assert results == [None]
+
+
+def test_interrupt_waits_for_the_end_of_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some libraries, such as torch, continue without numpy after an exception in its import."""
+    (tmp_path / "half_imported.py").write_text(
+        "import signal, time\n"
+        "try:\n    signal.raise_signal(signal.SIGINT)\n    time.sleep(0.2)\n    is_complete = True\n"
+        "except KeyboardInterrupt:\n    is_complete = False\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with Interrupt() as interrupt:
+        module = importlib.import_module("half_imported")
+        assert module.is_complete
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10)
+    assert interrupt.exit_code == 130

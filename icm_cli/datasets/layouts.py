@@ -218,7 +218,8 @@ def _apply_list(layout: Layout, base: Path, files: FileSets) -> FileSets:
     try:
         names = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise UsageError(f"list {path} cannot be read ({error}); expected one image or folder per line") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"list {path} cannot be read ({reason}); expected one image or folder per line") from error
     names = [name.strip("/").removeprefix(f"{layout.images}/") for name in names]
     wanted = {str(PurePosixPath(name).with_suffix("")) if "/" in name else name for name in names}
     absent = wanted - {name for key in {*files.images, *files.alphas} for name in (key, key.split("/")[0])}

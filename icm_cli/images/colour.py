@@ -278,10 +278,14 @@ def _load_config(path: str) -> Any:
         if chosen.startswith("ocio://"):
             return ocio.Config.CreateFromBuiltinConfig(chosen.removeprefix("ocio://"))
         return ocio.Config.CreateFromFile(str(Path(chosen)))
-    except (ocio.Exception, ocio.ExceptionMissingFile) as error:
-        reason = " ".join(str(error).split())
+    except (ocio.Exception, ocio.ExceptionMissingFile, TypeError) as error:  # TypeError: a path that is not UTF-8
+        reason = f"is not an OpenColorIO configuration ({' '.join(str(error).split())})"
+        if chosen.startswith("ocio://"):
+            reason = f"is not built into OpenColorIO {ocio.GetVersion()}"
+        elif not Path(chosen).exists():
+            reason = "does not exist"
         raise UsageError(
-            f"the OpenColorIO configuration {chosen} cannot be used: {reason}; give another file with --ocio or $OCIO"
+            f"the OpenColorIO configuration {chosen} {reason}; give another one with --ocio or $OCIO"
         ) from error
 
 

@@ -73,7 +73,14 @@ WEIGHTS = Option(
     shown_default="those that the model names",
     digest=DigestPart.MODEL,
 )
-DEVICE = Option(help="Device: auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE", suggestions=_device_names)
+ONE_DEVICE = "(cpu|cuda|mps)(:[0-9]{1,3})?"
+DEVICE = Option(
+    help="Device: auto, cpu, cuda, cuda:N or mps.",
+    metavar="DEVICE",
+    pattern=f"auto|{ONE_DEVICE}",
+    expected="auto, cpu, cuda, cuda:N or mps",
+    suggestions=_device_names,
+)
 OFFLINE = Option(help="Do not download anything.")
 
 
@@ -186,6 +193,7 @@ class OutputOptions(OptionGroup):
         help="Distance from the edge, in pixels, within which the trimap is unknown.",
         metavar="PX",
         minimum=1,
+        maximum=10_000,
         digest=DigestPart.VALUE,
     )
     overwrite: bool = option(False, help="Recompute alphas that exist, and replace files that icm did not write.")
@@ -195,8 +203,6 @@ class OutputOptions(OptionGroup):
     )
 
     def check_conflicts(self) -> None:
-        if not self.out:
-            raise UsageError("--out is empty; expected a folder for the alphas")
         if self.overwrite and self.keep_existing:
             raise UsageError(
                 "--overwrite recomputes existing alphas and --keep-existing keeps them; give only one of the two"
@@ -245,7 +251,12 @@ class ModelOptions(OptionGroup):
         digest=DigestPart.DTYPE,
     )
     seed: int = option(
-        0, help="Seed of the noise that Stable Diffusion backbones add.", metavar="N", digest=DigestPart.VALUE
+        0,
+        help="Seed of the noise that Stable Diffusion backbones add.",
+        metavar="N",
+        minimum=0,
+        maximum=2**32 - 1,
+        digest=DigestPart.VALUE,
     )
     offline: bool = option(False, OFFLINE)
 
@@ -258,6 +269,8 @@ class MatteModelOptions(ModelOptions):
         "auto",
         help="Device: auto, cpu, cuda, cuda:N or mps; or several of one kind, such as cuda:0,cuda:1 or cuda:all.",
         metavar="DEVICE",
+        pattern=f"auto|cuda:all|{ONE_DEVICE}( *, *{ONE_DEVICE})*",
+        expected="auto, cpu, cuda, cuda:N, cuda:all or mps, or several such as cuda:0,cuda:1",
         suggestions=_device_names,
     )
     list_models: bool = option(
@@ -278,6 +291,7 @@ class ResourceOptions(OptionGroup):
         help="Number of images per batch on each device. It is halved when memory runs out.",
         metavar="N|auto",
         minimum=1,
+        maximum=1024,
         shown_default="auto: 8 on CUDA, else 1",
     )
     workers: int | None = option(
@@ -285,6 +299,7 @@ class ResourceOptions(OptionGroup):
         help="Number of reader threads; also the number of writer threads and of scoring processes.",
         metavar="N",
         minimum=1,
+        maximum=256,
         shown_default="half of the cores, at most 4",
     )
 
@@ -349,6 +364,9 @@ class ColourOptions(OptionGroup):
         None,
         help="Value that is white in images of more than 8 bits, such as 255 for floats from 0 to 255.",
         metavar="VALUE",
+        minimum=1e-6,
+        maximum=1e12,
+        expected="a number above 0",
         shown_default="the maximum of the integer type; 1 for floats",
         digest=DigestPart.VALUE,
     )
@@ -371,6 +389,7 @@ class ShotOptions(OptionGroup):
         help="Number of steps in which the model learns the references before matting.",
         metavar="N",
         minimum=0,
+        maximum=100_000,
         shown_default="140 with --shot if the model can learn, else 0",
         digest=DigestPart.LEARN_STEPS,
     )
@@ -402,9 +421,11 @@ class SequenceOptions(ShotOptions):
         None,
         help="Matte on a Ray cluster, one model per GPU: auto, or the address of the cluster. Needs the extra 'ray'.",
         metavar="auto|ADDRESS",
+        pattern=r"auto|(\[[0-9A-Fa-f:.]+\]|[\w.-]+):[0-9]{1,5}",
+        expected="auto, or an address such as 10.0.0.1:6379",
     )
     ray_cpus: int | None = option(
-        None, help="With --ray: number of CPU cores to use instead of GPUs.", metavar="N", minimum=1
+        None, help="With --ray: number of CPU cores to use instead of GPUs.", metavar="N", minimum=1, maximum=100_000
     )
 
 
@@ -443,6 +464,10 @@ class DisplayOptions(OptionGroup):
     verbose: bool = option(
         False, help="Print details, and a line for every image.", flags=("--verbose", "-v"), is_in_api=False
     )
+
+    def check_conflicts(self) -> None:
+        if self.quiet and self.verbose:
+            raise UsageError("--quiet prints errors only and --verbose prints details; give only one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -538,6 +563,7 @@ class ProtocolOptions(OptionGroup):
         "the rounds.",
         metavar="N",
         minimum=1,
+        maximum=1000,
         shown_default="1",
     )
     region: tuple[Region, ...] = option(
@@ -555,6 +581,7 @@ class ProtocolOptions(OptionGroup):
         "the pixels with 0 < alpha < 1.",
         metavar="PX",
         minimum=1,
+        maximum=1000,
         shown_default="25",
     )
     allow: tuple[str, ...] = option(
@@ -575,7 +602,7 @@ class EvaluatedMattingOptions(ShotOptions):
         False, help="Matte every group as a shot, as icm matte --shot does.", digest=DigestPart.PROPAGATION
     )
     refs_per_group: int | None = option(
-        None, help="Number of references for each group.", metavar="N", minimum=1, shown_default="1"
+        None, help="Number of references for each group.", metavar="N", minimum=1, maximum=1000, shown_default="1"
     )
     write_references: Path | None = option(
         None,
@@ -601,6 +628,7 @@ class EvaluationReportOptions(OptionGroup):
         None,
         help="Compare two JSON reports image by image, and exit.",
         metavar="A.json B.json",
+        expected="two JSON reports",
         is_in_api=False,
     )
 
@@ -658,17 +686,19 @@ class TrainingOptions(OptionGroup):
         help="Override a setting of --config, such as train.steps=500, repeatable.",
         flags=("--set",),
         metavar="KEY=VALUE",
+        pattern=r"\w+(\.\w+)*=.*",
+        expected="KEY=VALUE, such as train.steps=500",
     )
     preview: int = option(
-        0, help="Write a contact sheet of N training samples (preview.png), and exit.", metavar="N", minimum=0
+        0,
+        help="Write a contact sheet of N training samples (preview.png), and exit.",
+        metavar="N",
+        minimum=0,
+        maximum=1000,
     )
     pack: Path | None = option(
         None, help="Also write the trained model, with its backbone, into one small .safetensors file.", metavar="FILE"
     )
-
-    def check_conflicts(self) -> None:
-        if self.out == "":
-            raise UsageError("--out is empty; expected a folder for checkpoints and logs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -684,6 +714,7 @@ class TrainingDeviceOptions(OptionGroup):
         help="Number of processes that prepare training samples. With 0, the main process prepares them.",
         metavar="N",
         minimum=0,
+        maximum=256,
         shown_default="half of the cores, at most 4",
     )
     offline: bool = option(False, OFFLINE)

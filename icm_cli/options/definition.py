@@ -24,11 +24,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from icm_cli.environment import resource_errors
-from icm_cli.errors import IcmError, UsageError, did_you_mean
+from icm_cli.errors import IcmError, UsageError, did_you_mean, join_words, quote_value
 from icm_cli.files import check_path
 
 Returned = TypeVar("Returned")
 NO_LIMIT = math.inf
+LONGEST_TEXT = 4096
+"""Maximum number of characters of a text other than a path."""
+_WHOLE_NUMBER = re.compile("[+-]?[0-9]{1,4000}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
 class Panel(StrEnum):
@@ -81,6 +85,10 @@ class Option:
     """Default as help texts show it, where the value itself says too little."""
     choices: tuple[str, ...] = ()
     """Allowed values, where the type is not a Literal."""
+    pattern: str = ""
+    """Regular expression that a text must match; empty: any text is allowed."""
+    expected: str = ""
+    """What a value is, for error messages; empty: derived from the type."""
     suggestions: Callable[[], Sequence[str]] | None = None
     """Values that shell completion offers; others are allowed too."""
     minimum: float = -NO_LIMIT
@@ -147,41 +155,73 @@ class OptionField:
         is_literal = typing.get_origin(self.value_type) is Literal
         return typing.get_args(self.value_type) if is_literal else self.properties.choices
 
+    @property
+    def is_path(self) -> bool:
+        is_text_path = re.search("FILE|DIR|PATH", self.properties.metavar or "") is not None
+        return is_text_path or Path in (self.value_type, *typing.get_args(self.value_type))
+
+    @property
+    def expected(self) -> str:
+        """What a value is, for error messages."""
+        if self.choices or self.properties.expected:
+            return self.properties.expected or join_words(self.choices)
+        least, most = self.properties.minimum, self.properties.maximum
+        limits = "" if least == -NO_LIMIT else f" from {least} to {most}"
+        if typing.get_origin(self.value_type) is typing.Union:  # a number, or a word in its place
+            return f"{join_words(_words(self.value_type))}, or a whole number{limits}"
+        kinds = {int: "a whole number", float: "a number", bool: "True or False"}
+        if self.value_type in kinds:
+            return kinds[self.value_type] + limits
+        return "a path" if self.is_path else f"text of 1 to {LONGEST_TEXT} printable characters"
+
+    def parse_text(self, text: object) -> object:
+        """Return the number that a text of the command line stands for; other values as they are."""
+        types_ = typing.get_args(self.value_type) or (self.value_type,)
+        if isinstance(text, str) and int in types_ and _WHOLE_NUMBER.fullmatch(text):
+            return int(text)
+        if isinstance(text, str) and float in types_ and _NUMBER.fullmatch(text):
+            return float(text)
+        return text
+
     def convert_value(self, value: object) -> Any:
         """Convert a value to the option's type; None means the default.
 
         Raises UsageError for a value that the option does not allow.
         """
-        if value is None:
-            if self.is_required:
-                raise UsageError(f"{self.flag} is None; expected a value")
+        if value is None and not self.is_required:
             return self.default
-        if self.is_repeatable:
+        if self.is_repeatable and value is not None:
             is_single = isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable)
             values = [value] if is_single else list(typing.cast(Iterable[object], value))
             return tuple(self._convert_one(item) for item in values)
         return self._convert_one(value)
 
     def _convert_one(self, value: object) -> Any:
-        if _is_number(value, int) and str(value) in self.choices:  # depth=16 is depth="16"
-            value = str(value)
-        if self.choices and not isinstance(value, str):
-            raise UsageError(f"{self.flag} is {value!r}; expected one of {', '.join(map(repr, self.choices))}")
-        converted = _convert(value, self.value_type, self.flag)
-        if self.choices and converted not in self.choices:
-            raise UsageError(f"{self.flag} {converted!r} is not known. {did_you_mean(str(converted), self.choices)}")
-        if isinstance(converted, (int, float)) and not isinstance(converted, bool):
-            self._check_range(converted)
-        if isinstance(converted, str) and _PATH_METAVARS & {*(self.properties.metavar or "").split("|")}:
-            check_path(converted, self.flag)
+        try:
+            is_number_choice = _is_number(value, int) and str(value) in self.choices  # depth=16 is depth="16"
+            converted = _convert(str(value) if is_number_choice else value, self.value_type)
+            for part in converted if isinstance(converted, tuple) else [converted]:
+                self._check(part)
+        except (ValueError, TypeError, OverflowError):
+            raise UsageError(f"{self.flag} is {quote_value(value)}; expected {self.expected}") from None
         return converted
 
-    def _check_range(self, value: float) -> None:
-        least, most = self.properties.minimum, self.properties.maximum
-        if least <= value <= most:
-            return
-        expected = f"{least:g} or more" if most == NO_LIMIT else f"{least:g} to {most:g}"
-        raise UsageError(f"{self.flag} is {value:g}; expected {expected}")
+    def _check(self, value: object) -> None:
+        """Raise ValueError for a value that is not allowed, and UsageError for a text that is no path."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            is_allowed = self.properties.minimum <= value <= self.properties.maximum
+        elif isinstance(value, str) and self.choices:
+            is_allowed = value in self.choices
+        elif self.is_path:
+            is_allowed = value != ""
+            check_path(str(value), self.flag)
+        elif isinstance(value, str):
+            is_text = value.isprintable() and not value.isspace() and 0 < len(value) <= LONGEST_TEXT
+            is_allowed = is_text and re.fullmatch(self.properties.pattern or ".*", value, re.ASCII) is not None
+        else:
+            is_allowed = True
+        if not is_allowed:
+            raise ValueError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,54 +395,29 @@ def _without_none(hint: Any) -> Any:
     return members[0] if len(members) == 1 else typing.Union[members]  # noqa: UP007 (a runtime value)
 
 
-def _convert(value: object, hint: Any, flag: str) -> Any:
-    """Convert one value to a type. Raises UsageError for another kind of value."""
-    if typing.get_origin(hint) is typing.Union:  # a number, or a word in its place
-        return _convert_number_or_word(value, hint, flag)
-    if typing.get_origin(hint) is tuple:
-        return _convert_tuple(value, typing.get_args(hint), flag)
-    if hint is Path and isinstance(value, (str, os.PathLike)):
-        path = Path(value)
-        check_path(path, flag)
-        return path
+def _convert(value: object, hint: Any) -> Any:
+    """Convert one value to a type. Raises ValueError for another kind of value."""
+    if typing.get_origin(hint) is typing.Union and value not in _words(hint):
+        hint = int
+    if typing.get_origin(hint) is tuple and isinstance(value, (tuple, list)):
+        return tuple(_convert(item, item_hint) for item, item_hint in zip(value, typing.get_args(hint), strict=True))
+    if hint is Path and isinstance(value, (str, os.PathLike)) and str(value) != "":
+        return Path(value)
     if hint is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hint is bool and isinstance(value, bool):
-        return value
+        value = os.fspath(value)
     if hint is float and _is_number(value, numbers.Real) and math.isfinite(typing.cast(float, value)):
         return float(typing.cast(float, value))
     if hint is int and _is_number(value, numbers.Integral):
         return int(typing.cast(int, value))
-    if (hint is str or typing.get_origin(hint) is Literal) and isinstance(value, str):
+    if isinstance(value, bool if hint is bool else str) and hint not in (int, float, Path):
         return value
-    raise UsageError(f"{flag} is {value!r}; expected {_EXPECTED.get(hint, 'text')}")
+    raise ValueError
 
 
 def _is_number(value: object, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _convert_number_or_word(value: object, hint: Any, flag: str) -> int | str:
-    words = [word for member in typing.get_args(hint) for word in typing.get_args(member)]
-    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
-    if isinstance(value, str) and value in words:
-        return value
-    if _is_number(number, numbers.Integral):
-        return int(typing.cast(int, number))
-    raise UsageError(f"{flag} is {value!r}; expected {' or '.join(words)}, or a whole number")
-
-
-def _convert_tuple(value: object, hints: Sequence[Any], flag: str) -> tuple[Any, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(hints):
-        raise UsageError(f"{flag} is {value!r}; expected {len(hints)} values")
-    return tuple(_convert(item, hint, flag) for item, hint in zip(value, hints, strict=True))
-
-
-_PATH_METAVARS = frozenset({"PATH", "FILE", "DIR"})
-"""Words that say in the metavar of an option that its text may be a path."""
-_EXPECTED: Mapping[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "True or False",
-    Path: "a path",
-}
+def _words(hint: Any) -> list[str]:
+    """Words that a union of a number and a Literal allows."""
+    return [word for member in typing.get_args(hint) for word in typing.get_args(member)]

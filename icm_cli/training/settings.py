@@ -509,7 +509,7 @@ def _apply_override(fields: Mapping[str, Any], override: str) -> dict[str, Any]:
     if not equals or not all(path.split(".")):
         raise ConfigError(f"--set {override} cannot be parsed; expected key=value, as in --set train.steps=500")
     value = parse_yaml(text, f"--set {override}: the value")
-    if isinstance(value, str):
+    if isinstance(value, str) and value.isascii():
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML reads 1e-3 as text
     keys = path.split(".")
