@@ -373,6 +373,15 @@ def _describe_type(hint: Any) -> str:
     return {int: "an integer", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
 
 
+def check_setting(section: str, settings: Any, name: str, is_valid: bool, expected: str) -> None:
+    """Raise ConfigError if a setting of a section is not valid."""
+    if not is_valid:
+        value = getattr(settings, name)
+        raise ConfigError(
+            f"{section} {name} is {list(value) if isinstance(value, tuple) else value}; expected {expected}"
+        )
+
+
 def require_mapping(value: object, where: str) -> Mapping[str, Any]:
     """Return a section of a configuration; raise ConfigError if it is not a mapping."""
     if not isinstance(value, Mapping):

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icm_cli.config import check_setting
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import IMAGENET_MEAN, IMAGENET_STD, MAX_ENLARGEMENT, Backbone, Features
@@ -67,20 +68,15 @@ class DinoConfig:
     float16."""
 
     def __post_init__(self) -> None:
-        if self.patch_px < 1:
-            raise ConfigError(f"backbone patch_px is {self.patch_px}; expected 1 or more")
-        if self.long_side_px < self.patch_px or self.long_side_px % self.patch_px:
-            raise ConfigError(f"backbone long_side_px is {self.long_side_px}; expected a multiple of {self.patch_px}")
-        if not self.layers or min(self.layers) < 1 or len(set(self.layers)) < len(self.layers):
-            raise ConfigError(f"backbone layers is {list(self.layers)}; expected distinct numbers of 1 or more")
-        max_rank = (self.long_side_px // self.patch_px) ** 2 - 1
-        if not 0 <= self.positional_rank <= max_rank:
-            raise ConfigError(
-                f"backbone positional_rank is {self.positional_rank}; expected 0 to {max_rank}, "
-                "less than the number of tokens of the canvas"
-            )
-        if self.temperature <= 0:
-            raise ConfigError(f"backbone temperature is {self.temperature}; expected more than 0")
+        patch, side, layers = self.patch_px, self.long_side_px, self.layers
+        check_setting("backbone", self, "patch_px", patch >= 1, "1 or more")
+        check_setting("backbone", self, "long_side_px", side >= patch and not side % patch, f"a multiple of {patch}")
+        is_distinct = bool(layers) and min(layers) >= 1 and len(set(layers)) == len(layers)
+        check_setting("backbone", self, "layers", is_distinct, "distinct numbers of 1 or more")
+        max_rank = (side // patch) ** 2 - 1
+        expected = f"0 to {max_rank}, less than the number of tokens of the canvas"
+        check_setting("backbone", self, "positional_rank", 0 <= self.positional_rank <= max_rank, expected)
+        check_setting("backbone", self, "temperature", self.temperature > 0, "more than 0")
 
 
 class Dino(Backbone):

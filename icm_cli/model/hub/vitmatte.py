@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icm_cli.config import check_setting
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import ImageU8, trimap_from_coarse
 from icm_cli.model.alphas import blend_tiles, split_into_tiles
@@ -54,12 +55,11 @@ class VitMatteEdgesConfig:
     differ by less than 1/255 because of it."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.band < 0.5:
-            raise ConfigError(f"edges band is {self.band}; expected above 0 and below 0.5")
-        if self.tile_px < MULTIPLE_PX or self.tile_px % MULTIPLE_PX:
-            raise ConfigError(f"edges tile_px is {self.tile_px}; expected a multiple of {MULTIPLE_PX}")
-        if not 0 <= self.overlap_px <= self.tile_px // 3:
-            raise ConfigError(f"edges overlap_px is {self.overlap_px}; expected 0 to a third of tile_px")
+        tile = self.tile_px
+        check_setting("edges", self, "band", 0 < self.band < 0.5, "above 0 and below 0.5")
+        is_multiple = tile >= MULTIPLE_PX and not tile % MULTIPLE_PX
+        check_setting("edges", self, "tile_px", is_multiple, f"a multiple of {MULTIPLE_PX}")
+        check_setting("edges", self, "overlap_px", 0 <= self.overlap_px <= tile // 3, "0 to a third of tile_px")
 
 
 class VitMatteEdges(Edges):

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icm_cli.config import check_setting
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import IMAGENET_MEAN, IMAGENET_STD, MAX_ENLARGEMENT, Backbone, Features
@@ -60,19 +61,16 @@ class DinoV2LiteConfig:
     """Blocks of EfficientNet-Lite2 (0..20) whose outputs are the feature scales of a decoder."""
 
     def __post_init__(self) -> None:
-        if self.long_side_px < TOKEN_PX or self.long_side_px % TOKEN_PX:
-            raise ConfigError(f"backbone long_side_px is {self.long_side_px}; expected a multiple of {TOKEN_PX}")
-        if not self.layers or any(not 1 <= layer <= TRANSFORMER_DEPTH for layer in self.layers):
-            raise ConfigError(f"backbone layers is {list(self.layers)}; expected numbers from 1 to {TRANSFORMER_DEPTH}")
-        if not self.convolution_blocks or any(not 0 <= block < BLOCK_COUNT for block in self.convolution_blocks):
-            raise ConfigError(
-                f"backbone convolution_blocks is {list(self.convolution_blocks)}; expected numbers "
-                f"from 0 to {BLOCK_COUNT - 1}"
-            )
-        if any(not 0 <= block < BLOCK_COUNT for block in self.scale_blocks):
-            raise ConfigError(
-                f"backbone scale_blocks is {list(self.scale_blocks)}; expected numbers from 0 to {BLOCK_COUNT - 1}"
-            )
+        side, layers, blocks = self.long_side_px, self.layers, self.convolution_blocks
+        is_multiple = side >= TOKEN_PX and not side % TOKEN_PX
+        check_setting("backbone", self, "long_side_px", is_multiple, f"a multiple of {TOKEN_PX}")
+        is_valid = bool(layers) and all(1 <= layer <= TRANSFORMER_DEPTH for layer in layers)
+        check_setting("backbone", self, "layers", is_valid, f"numbers from 1 to {TRANSFORMER_DEPTH}")
+        expected = f"numbers from 0 to {BLOCK_COUNT - 1}"
+        is_valid = bool(blocks) and all(0 <= block < BLOCK_COUNT for block in blocks)
+        check_setting("backbone", self, "convolution_blocks", is_valid, expected)
+        is_valid = all(0 <= block < BLOCK_COUNT for block in self.scale_blocks)
+        check_setting("backbone", self, "scale_blocks", is_valid, expected)
 
     @property
     def convolutions(self) -> EfficientNetLiteConfig:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from icm_cli.config import check_setting
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.checkpoint import load_strict
@@ -51,22 +52,15 @@ class EfficientNetLiteConfig:
     """Temperature of the intra-similarity, in cosine units."""
 
     def __post_init__(self) -> None:
-        if self.long_side_px < 32 or self.long_side_px % 32:
-            raise ConfigError(f"backbone long_side_px is {self.long_side_px}; expected a multiple of 32")
-        for block in (*self.correspondence_blocks, *self.scale_blocks):
-            if not 0 <= block < BLOCK_COUNT:
-                raise ConfigError(f"backbone block {block} does not exist; expected 0..{BLOCK_COUNT - 1}")
-        if not self.correspondence_blocks:
-            raise ConfigError("backbone correspondence_blocks is empty; expected one or more blocks")
-        if not self.correspondence_reductions or any(
-            factor < 1 or 32 % factor for factor in self.correspondence_reductions
-        ):
-            raise ConfigError(
-                f"backbone correspondence_reductions is {self.correspondence_reductions}; expected "
-                "one or more divisors of 32"
-            )
-        if self.temperature <= 0:
-            raise ConfigError(f"backbone temperature is {self.temperature}; expected more than 0")
+        side, factors = self.long_side_px, self.correspondence_reductions
+        check_setting("backbone", self, "long_side_px", side >= 32 and not side % 32, "a multiple of 32")
+        for name in ("correspondence_blocks", "scale_blocks"):
+            is_valid = all(0 <= block < BLOCK_COUNT for block in getattr(self, name))
+            check_setting("backbone", self, name, is_valid, f"numbers from 0 to {BLOCK_COUNT - 1}")
+        check_setting("backbone", self, "correspondence_blocks", bool(self.correspondence_blocks), "one or more blocks")
+        is_valid = bool(factors) and all(factor >= 1 and not 32 % factor for factor in factors)
+        check_setting("backbone", self, "correspondence_reductions", is_valid, "one or more divisors of 32")
+        check_setting("backbone", self, "temperature", self.temperature > 0, "more than 0")
 
 
 class EfficientNetLite(Backbone):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icm_cli.config import check_setting
 from icm_cli.errors import ConfigError
 from icm_cli.guided_filter import align_to_edges
 from icm_cli.model.contracts import Features, Matte, Presence, ReferenceFeatures
@@ -93,26 +94,22 @@ class TokenMatchConfig:
     """Inference only: amount by which alpha is stretched at both ends, so that background is 0 and foreground 1."""
 
     def __post_init__(self) -> None:
-        if not self.feature_channels:
-            raise ConfigError("head feature_channels is empty; expected at least one value")
-        if self.decoder_channels and len(self.decoder_channels) < len(self.skip_channels):
-            raise ConfigError(
-                f"head decoder_channels is {list(self.decoder_channels)}; expected at least as "
-                f"many values as skip_channels has, {len(self.skip_channels)}, or an empty list"
-            )
-        widths = (*self.feature_channels, self.width, self.context_width, self.fused_channels)
-        if bad := [width for width in (*widths, *self.skip_channels, *self.decoder_channels) if width < 1]:
-            raise ConfigError(f"head has a layer of {bad[0]} channels; expected 1 or more")
-        if self.context_width % ATTENTION_HEADS:
-            raise ConfigError(f"head context_width is {self.context_width}; expected a multiple of {ATTENTION_HEADS}")
-        if not 0 <= self.context_layers <= 64:
-            raise ConfigError(f"head context_layers is {self.context_layers}; expected 0 to 64")
+        check_setting("head", self, "feature_channels", bool(self.feature_channels), "at least one value")
+        if self.decoder_channels:
+            is_valid = len(self.decoder_channels) >= len(self.skip_channels)
+            expected = f"at least as many values as skip_channels has, {len(self.skip_channels)}, or an empty list"
+            check_setting("head", self, "decoder_channels", is_valid, expected)
+        for name in ("feature_channels", "skip_channels", "decoder_channels"):
+            check_setting("head", self, name, min(getattr(self, name), default=1) >= 1, "numbers of 1 or more")
+        for name in ("width", "context_width", "fused_channels"):
+            check_setting("head", self, name, getattr(self, name) >= 1, "1 or more")
+        is_multiple = not self.context_width % ATTENTION_HEADS
+        check_setting("head", self, "context_width", is_multiple, f"a multiple of {ATTENTION_HEADS}")
+        check_setting("head", self, "context_layers", 0 <= self.context_layers <= 64, "0 to 64")
         for name in ("temperature", "presence_sharpness", "edge_epsilon", "edge_stride"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"head {name} is {getattr(self, name)}; expected more than 0")
+            check_setting("head", self, name, getattr(self, name) > 0, "more than 0")
         for name, below in (("presence_margin", 20), ("edge_radius", 0.5), ("alpha_stretch", 0.5)):
-            if not 0 <= getattr(self, name) < below:
-                raise ConfigError(f"head {name} is {getattr(self, name)}; expected 0 to below {below}")
+            check_setting("head", self, name, 0 <= getattr(self, name) < below, f"0 to below {below}")
 
     @property
     def comparisons(self) -> int:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icm_cli.config import check_setting
 from icm_cli.errors import ConfigError
 from icm_cli.files import cached_file_digest
 from icm_cli.geometry import Float, ImageU8, resize
@@ -54,14 +55,10 @@ class MobileSamConfig:
     published ones of MobileSAM, from a package of their own."""
 
     def __post_init__(self) -> None:
-        if not CELL_PX <= self.long_side_px <= FULL_PX or self.long_side_px % CELL_PX:
-            raise ConfigError(
-                f"objects long_side_px is {self.long_side_px}; expected a multiple of {CELL_PX}, at most {FULL_PX}"
-            )
-        if not 0 < self.logit_eps < 0.5:
-            raise ConfigError(f"objects logit_eps is {self.logit_eps}; expected more than 0 and less than 0.5")
-        if not 0 <= self.object_threshold < 1:
-            raise ConfigError(f"objects object_threshold is {self.object_threshold}; expected 0 to below 1")
+        is_multiple = CELL_PX <= self.long_side_px <= FULL_PX and not self.long_side_px % CELL_PX
+        check_setting("objects", self, "long_side_px", is_multiple, f"a multiple of {CELL_PX}, at most {FULL_PX}")
+        check_setting("objects", self, "logit_eps", 0 < self.logit_eps < 0.5, "more than 0 and less than 0.5")
+        check_setting("objects", self, "object_threshold", 0 <= self.object_threshold < 1, "0 to below 1")
 
 
 class MobileSam(Objects):

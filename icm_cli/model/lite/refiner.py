@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icm_cli.errors import ConfigError
+from icm_cli.config import check_setting
 from icm_cli.geometry import ImageU8, downscaled_size, resize
 from icm_cli.model.alphas import apply_in_batches, blend_tiles, max_batch_size, resize_alpha, split_into_tiles
 from icm_cli.model.contracts import Edges
@@ -66,8 +66,9 @@ class RefineConfig:
     """A tile is not changed if all its alphas are within this distance of 0, or all within this distance of 1."""
 
     def __post_init__(self) -> None:
-        multiple = self.multiple
+        multiple, widths = self.multiple, self.widths
         checks = {
+            "widths": (len(widths) >= 2 and min(widths) >= 1, "two or more numbers of 1 or more"),
             "frame_px": (self.frame_px >= multiple and not self.frame_px % multiple, f"a multiple of {multiple}"),
             "tile_px": (self.tile_px >= multiple and not self.tile_px % multiple, f"a multiple of {multiple}"),
             "overlap_px": (0 <= self.overlap_px <= self.tile_px // 2, "0 to half of tile_px"),
@@ -82,16 +83,13 @@ class RefineConfig:
             "core_softness": (0 < self.core_softness <= 0.5, "more than 0 and at most 0.5"),
             "decided_margin": (0 <= self.decided_margin < 0.5, "0 to below 0.5"),
         }
-        if len(self.widths) < 2 or min(self.widths) < 1:
-            raise ConfigError(f"edges widths is {list(self.widths)}; expected two or more numbers of 1 or more")
         for name, (is_valid, expected) in checks.items():
-            if not is_valid:
-                raise ConfigError(f"edges {name} is {getattr(self, name)}; expected {expected}")
+            check_setting("edges", self, name, is_valid, expected)
 
     @property
     def multiple(self) -> int:
         """Images are padded to a multiple of this, in px."""
-        return UNSHUFFLE * 2 ** (len(self.widths) - 1)
+        return UNSHUFFLE * 2 ** max(0, len(self.widths) - 1)
 
 
 class ConvReLU(nn.Module):

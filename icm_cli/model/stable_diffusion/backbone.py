@@ -14,7 +14,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from icm_cli.errors import ConfigError
+from icm_cli.config import check_setting
 from icm_cli.files import combined_digest
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Backbone, Features
@@ -49,12 +49,11 @@ class StableDiffusionConfig:
     """Number E of noise samples whose features and attention maps are averaged."""
 
     def __post_init__(self) -> None:
-        if self.canvas_px < CANVAS_MULTIPLE_PX or self.canvas_px % CANVAS_MULTIPLE_PX:
-            raise ConfigError(f"backbone canvas_px is {self.canvas_px}; expected a multiple of {CANVAS_MULTIPLE_PX}")
-        if not 0 <= self.timestep < SCHEDULE_STEPS:
-            raise ConfigError(f"backbone timestep is {self.timestep}; expected 0..{SCHEDULE_STEPS - 1}")
-        if self.ensemble < 1:
-            raise ConfigError(f"backbone ensemble is {self.ensemble}; expected 1 or more")
+        side = self.canvas_px
+        is_multiple = side >= CANVAS_MULTIPLE_PX and not side % CANVAS_MULTIPLE_PX
+        check_setting("backbone", self, "canvas_px", is_multiple, f"a multiple of {CANVAS_MULTIPLE_PX}")
+        check_setting("backbone", self, "timestep", 0 <= self.timestep < SCHEDULE_STEPS, f"0..{SCHEDULE_STEPS - 1}")
+        check_setting("backbone", self, "ensemble", self.ensemble >= 1, "1 or more")
 
 
 class StableDiffusion(Backbone):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icm_cli.errors import ConfigError
+from icm_cli.config import check_setting
 from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Features, Matte, ReferenceFeatures, TrainedHead
 from icm_cli.model.decoding import ConvNormReLU, confidence_and_found, make_alpha_layers, upsample_2x
@@ -48,13 +48,13 @@ class DetailConfig:
     """Channels after each of the four steps of the detail decoder, from stride 8 to stride 1."""
 
     def __post_init__(self) -> None:
-        if self.canvas_px < FUSION_STRIDES[0] or self.canvas_px % FUSION_STRIDES[0]:
-            raise ConfigError(f"head canvas_px is {self.canvas_px}; expected a multiple of {FUSION_STRIDES[0]}")
-        if len(self.decoder_channels) != len(IMAGE_STREAM_CHANNELS) + 1:
-            raise ConfigError(f"head decoder_channels is {list(self.decoder_channels)}; expected four values")
-        for width in (self.feature_channels, self.intra_channels, self.fusion_channels, *self.decoder_channels):
-            if width < 1:
-                raise ConfigError(f"head has a layer of {width} channels; expected 1 or more")
+        multiple = FUSION_STRIDES[0]
+        is_multiple = self.canvas_px >= multiple and not self.canvas_px % multiple
+        check_setting("head", self, "canvas_px", is_multiple, f"a multiple of {multiple}")
+        is_valid = len(self.decoder_channels) == len(IMAGE_STREAM_CHANNELS) + 1 and min(self.decoder_channels) >= 1
+        check_setting("head", self, "decoder_channels", is_valid, "four values of 1 or more")
+        for name in ("feature_channels", "intra_channels", "fusion_channels"):
+            check_setting("head", self, name, getattr(self, name) >= 1, "1 or more")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from icm_cli.config import GuidedFilterConfig
-from icm_cli.errors import ConfigError
+from icm_cli.config import GuidedFilterConfig, check_setting
 from icm_cli.files import cache_folder
 from icm_cli.geometry import Float, ImageU8, downscaled_size, resize, trimap_from_coarse
 from icm_cli.guided_filter import guided_upsample
@@ -38,10 +37,8 @@ class ClosedFormConfig:
     """Settings of that guided filter."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.band < 0.5:
-            raise ConfigError(f"edges band is {self.band}; expected above 0 and below 0.5")
-        if self.solve_long_side_px < 64:
-            raise ConfigError(f"edges solve_long_side_px is {self.solve_long_side_px}; expected at least 64")
+        check_setting("edges", self, "band", 0 < self.band < 0.5, "above 0 and below 0.5")
+        check_setting("edges", self, "solve_long_side_px", self.solve_long_side_px >= 64, "at least 64")
 
 
 class ClosedForm(Edges):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icm_cli.errors import ConfigError
+from icm_cli.config import check_setting
 from icm_cli.geometry import downscaled_size, trimap_from_coarse
 from icm_cli.model.contracts import Features, Head, Matte, ReferenceFeatures
 from icm_cli.model.similarity import ReferenceTokens, flatten_tokens, split_reference_tokens
@@ -65,27 +65,22 @@ class TrainingFreeConfig:
     """Rule "clusters": width of the unknown region at the edge, as a fraction of the long side; between 0 and 0.5."""
 
     def __post_init__(self) -> None:
-        for name in ("threshold", "unknown_fraction"):
-            _require_setting(name, getattr(self, name), 0 < getattr(self, name) < 1, "between 0 and 1")
-        for name in ("temperature", "presence_temperature"):
-            _require_setting(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
-        _require_setting("background_weight", self.background_weight, self.background_weight >= 0, "0 or more")
-        _require_setting("instance_fraction", self.instance_fraction, 0 <= self.instance_fraction <= 1, "0 to 1")
-        _require_setting("absent_below", self.absent_below, 0 <= self.absent_below <= 1, "0 to 1")
-        _require_setting(
-            "min_candidate_cosine", self.min_candidate_cosine, -1 <= self.min_candidate_cosine <= 1, "-1 to 1"
-        )
-        _require_setting(
-            "min_cluster_cosine", self.min_cluster_cosine, 0 < self.min_cluster_cosine < 1, "between 0 and 1"
-        )
-        _require_setting("min_join_score", self.min_join_score, 0 <= self.min_join_score <= 1, "0 to 1")
-        _require_setting("edge_band", self.edge_band, 0 < self.edge_band < 0.5, "between 0 and 0.5")
-        _require_setting("solve_long_side_px", self.solve_long_side_px, self.solve_long_side_px >= 64, "at least 64")
-
-
-def _require_setting(name: str, value: float, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"head {name} is {value}; expected {expected}")
+        checks = {
+            "temperature": (self.temperature > 0, "more than 0"),
+            "presence_temperature": (self.presence_temperature > 0, "more than 0"),
+            "background_weight": (self.background_weight >= 0, "0 or more"),
+            "threshold": (0 < self.threshold < 1, "between 0 and 1"),
+            "absent_below": (0 <= self.absent_below <= 1, "0 to 1"),
+            "instance_fraction": (0 <= self.instance_fraction <= 1, "0 to 1"),
+            "unknown_fraction": (0 < self.unknown_fraction < 1, "between 0 and 1"),
+            "solve_long_side_px": (self.solve_long_side_px >= 64, "at least 64"),
+            "min_candidate_cosine": (-1 <= self.min_candidate_cosine <= 1, "-1 to 1"),
+            "min_cluster_cosine": (0 < self.min_cluster_cosine < 1, "between 0 and 1"),
+            "min_join_score": (0 <= self.min_join_score <= 1, "0 to 1"),
+            "edge_band": (0 < self.edge_band < 0.5, "between 0 and 0.5"),
+        }
+        for name, (is_valid, expected) in checks.items():
+            check_setting("head", self, name, is_valid, expected)
 
 
 @dataclass(frozen=True)
