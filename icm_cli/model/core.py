@@ -36,25 +36,22 @@ def reference_noise_key(index: int) -> str:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A training batch of B targets with one reference each, all on canvases of one size.
-
-    Attributes:
-        image: Targets, float32 sRGB [B,3,H,W] in 0..1.
-        valid: bool [B,H,W], False in the padding of the targets.
-        reference_image: References, float32 sRGB [B,3,H,W] in 0..1.
-        guidance: Masks of the references, float32 [B,1,H,W], 0 or 1.
-        reference_valid: bool [B,H,W], False in the padding of the references.
-        target_noise_keys: Noise key of each target.
-        reference_noise_keys: Noise key of each reference.
-    """
+    """A training batch of B targets with one reference each, all on canvases of one size."""
 
     image: Tensor
+    """Targets, float32 sRGB [B,3,H,W] in 0..1."""
     valid: Tensor
+    """bool [B,H,W], False in the padding of the targets."""
     reference_image: Tensor
+    """References, float32 sRGB [B,3,H,W] in 0..1."""
     guidance: Tensor
+    """Masks of the references, float32 [B,1,H,W], 0 or 1."""
     reference_valid: Tensor
+    """bool [B,H,W], False in the padding of the references."""
     target_noise_keys: Sequence[str]
+    """Noise key of each target."""
     reference_noise_keys: Sequence[str]
+    """Noise key of each reference."""
 
 
 @dataclass(frozen=True)

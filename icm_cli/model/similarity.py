@@ -123,17 +123,14 @@ class SelfSimilarity:
 
 @dataclass(frozen=True)
 class ReferenceTokens:
-    """Tokens of all references together.
-
-    Attributes:
-        foreground: Tokens inside the guidance, [K,C].
-        background: Tokens outside the guidance, [M,C]; M may be 0.
-        notices: Notices for the user about unsuitable references.
-    """
+    """Tokens of all references together."""
 
     foreground: Tensor
+    """Tokens inside the guidance, [K,C]."""
     background: Tensor
+    """Tokens outside the guidance, [M,C]; M may be 0."""
     notices: list[str] = field(default_factory=list)
+    """Notices for the user about unsuitable references."""
 
 
 def split_reference_tokens(

@@ -16,17 +16,14 @@ from icm_cli.config import preset_paths, read_config_mapping, require_mapping
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """Weights of one hub repository or package.
-
-    Attributes:
-        megabytes: Size of the download.
-        licence: Name of the licence.
-        is_gated: Whether the licence must be accepted before the download.
-    """
+    """Weights of one hub repository or package."""
 
     megabytes: int
+    """Size of the download."""
     licence: str
+    """Name of the licence."""
     is_gated: bool = False
+    """Whether the licence must be accepted before the download."""
 
     @property
     def size(self) -> str:
@@ -79,21 +76,18 @@ CHECKPOINT_HEAD = "detail"
 
 @dataclass(frozen=True)
 class ListedModel:
-    """An entry of ``icm matte --list-models``.
-
-    Attributes:
-        name: Value of ``--model``.
-        needs: Weights that the model needs.
-        size: Their size.
-        licence: Their licences.
-        state: "available", or what is missing.
-    """
+    """An entry of ``icm matte --list-models``."""
 
     name: str
+    """Value of ``--model``."""
     needs: str
+    """Weights that the model needs."""
     size: str
+    """Their size."""
     licence: str
+    """Their licences."""
     state: str
+    """Either "available", or what is missing."""
 
 
 def list_models() -> list[ListedModel]:

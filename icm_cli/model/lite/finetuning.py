@@ -81,20 +81,16 @@ FINETUNING = FinetuningConfig()
 
 
 class MatchPrediction(NamedTuple):
-    """Outputs of a :class:`FinetunableHead` that the losses use.
-
-    Attributes:
-        coarse_logit: Logit of the coarse alpha, float32 [B,h,w].
-        fine_logit: Logit of the decoded alpha, float32 [B,nh,nw].
-        transferred_guidance: Guidance that each comparison transfers to the target, float32 [B,comparisons,h,w] in
-            -1..1.
-        presence_logit: Logit of the presence of the object, float32 [B].
-    """
+    """Outputs of a :class:`FinetunableHead` that the losses use."""
 
     coarse_logit: Tensor
+    """Logit of the coarse alpha, float32 [B,h,w]."""
     fine_logit: Tensor
+    """Logit of the decoded alpha, float32 [B,nh,nw]."""
     transferred_guidance: Tensor
+    """Guidance that each comparison transfers to the target, float32 [B,comparisons,h,w] in -1..1."""
     presence_logit: Tensor
+    """Logit of the presence of the object, float32 [B]."""
 
 
 class FinetunableHead(TrainedHead, ABC):

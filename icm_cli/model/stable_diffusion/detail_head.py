@@ -59,15 +59,12 @@ class DetailConfig:
 
 @dataclass(frozen=True)
 class DetailReferences:
-    """References as the detail head prepares them.
-
-    Attributes:
-        tokens: For each reference the normalised tokens inside its guidance, float32 [K,C].
-        notices: Notices about references whose guidance covers no whole token.
-    """
+    """References as the detail head prepares them."""
 
     tokens: list[Tensor]
+    """For each reference the normalised tokens inside its guidance, float32 [K,C]."""
     notices: list[str] = field(default_factory=list)
+    """Notices about references whose guidance covers no whole token."""
 
 
 class DetailHead(TrainedHead):

@@ -45,23 +45,20 @@ OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".
 
 @dataclass(frozen=True)
 class StableDiffusionParts:
-    """Parts of Stable Diffusion, on the CPU in float32.
-
-    Attributes:
-        unet: U-Net without unused layers.
-        encoder: Encoder of the VAE.
-        quant_conv: Last convolution of the encoder.
-        scheduler: Noise schedule.
-        latent_scale: Factor of the latents.
-        prompt_embedding: Embedding of the empty prompt, [1,77,1024].
-    """
+    """Parts of Stable Diffusion, on the CPU in float32."""
 
     unet: nn.Module
+    """U-Net without unused layers."""
     encoder: nn.Module
+    """Encoder of the VAE."""
     quant_conv: nn.Module
+    """Last convolution of the encoder."""
     scheduler: Any
+    """Noise schedule."""
     latent_scale: float
+    """Factor of the latents."""
     prompt_embedding: Tensor
+    """Embedding of the empty prompt, [1,77,1024]."""
 
 
 def find_diffusers_files(weights: str, *, offline: bool) -> list[Path]:

@@ -31,16 +31,13 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True)
 class ClusterSegments:
-    """Result of :func:`segment_by_clusters`.
-
-    Attributes:
-        inside: Tokens of the object, bool [N]; all False if it is absent.
-        similarity: Similarity of the seed to the prototype, as a fraction of the similarity of the reference's own
-            tokens; 0 if there is no seed.
-    """
+    """Result of :func:`segment_by_clusters`."""
 
     inside: Tensor
+    """Tokens of the object, bool [N]; all False if it is absent."""
     similarity: float
+    """Similarity of the seed to the prototype, as a fraction of the similarity of the reference's own tokens; 0 if
+    there is no seed."""
 
 
 def segment_by_clusters(

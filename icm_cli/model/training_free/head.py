@@ -85,17 +85,14 @@ class TrainingFreeConfig:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Evidence for the object in one target.
-
-    Attributes:
-        contrast: Similarity to the foreground minus weighted similarity to the background, propagated by
-            intra-similarity, [h,w]. With the rule "clusters", 1 inside the object and 0 outside.
-        similarity: Similarity of the target to the reference's foreground, as a fraction of the foreground's similarity
-            to itself.
-    """
+    """Evidence for the object in one target."""
 
     contrast: Tensor
+    """Similarity to the foreground minus weighted similarity to the background, propagated by intra-similarity,
+    [h,w]. With the rule "clusters", 1 inside the object and 0 outside."""
     similarity: float
+    """Similarity of the target to the reference's foreground, as a fraction of the foreground's similarity to
+    itself."""
 
 
 class TrainingFree(Head):
