@@ -26,17 +26,8 @@ def apply_in_batches(
     size_of: Callable[[ItemT], Hashable],
     max_batch: int | None = None,
 ) -> list[ResultT]:
-    """Apply a function of a batch to items of any sizes: those of equal size in one batch.
-
-    Args:
-        function: Returns one result for each item of a batch.
-        items: Items in any order.
-        size_of: Size of an item; items of one batch have equal sizes.
-        max_batch: Largest batch; None for no limit.
-
-    Returns:
-        Results in the order of the items.
-    """
+    """Apply a function of a batch to items of any sizes: those of equal size in one batch of at most ``max_batch``
+    items. Return the results in the order of the items."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for index, item in enumerate(items):
         groups[size_of(item)].append(index)
@@ -59,14 +50,8 @@ def max_batch_size(device: torch.device) -> int | None:
 
 
 def resize_alpha(alpha: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize an alpha: by area averaging to fewer pixels, bilinearly to more pixels.
-
-    On the CPU this is done by OpenCV, which is several times faster there.
-
-    Args:
-        alpha: float32 [h,w].
-        size: Height and width of the result.
-    """
+    """Resize an alpha float32 [h,w] to (height, width): by area averaging to fewer pixels, bilinearly to more
+    pixels. On the CPU, OpenCV is several times faster than torch."""
     height, width = alpha.shape
     if (height, width) == tuple(size):
         return alpha
@@ -100,7 +85,7 @@ def _average_rows(alpha: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a tile, and their weights where tiles overlap, float32 [h] and [w]."""
+    """Rows and columns of a tile, and the weight of its pixels where tiles overlap, float32 [h,w]."""
 
     rows: slice
     columns: slice
@@ -133,10 +118,7 @@ def split_into_tiles(size: tuple[int, int], tile_px: int, overlap_px: int) -> li
 
 
 def blend_tiles(size: tuple[int, int], tiles: Sequence[Tile], alphas: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Blend the alphas of an image's tiles into one alpha, float32 [H,W] of ``size``.
-
-    ``alphas``: one [h,w] for each tile, in the order of ``tiles``.
-    """
+    """Blend the alphas [h,w] of an image's tiles into one alpha, float32 [H,W] of ``size``."""
     total, weights = (torch.zeros(size, dtype=torch.float32, device=device) for _ in range(2))
     for tile, alpha in zip(tiles, alphas, strict=True):
         weight = tile.weight.to(device)
@@ -146,10 +128,8 @@ def blend_tiles(size: tuple[int, int], tiles: Sequence[Tile], alphas: Iterable[T
 
 
 def _split_side(length: int, tile: int, overlap: int) -> list[tuple[int, Tensor]]:
-    """Start and weights of each tile along a side of ``length`` px; the last tile ends at the end of the side.
-
-    Weights rise over the overlap with the tile before, are 1 in the middle, and fall over that with the tile after.
-    """
+    """Start and weights of each tile along a side; the last tile ends at its end. Weights rise over the overlap with
+    the tile before, are 1 in the middle, and fall over that with the tile after."""
     if length <= tile:
         return [(0, torch.ones(length))]
     count = math.ceil((length - overlap) / (tile - overlap))

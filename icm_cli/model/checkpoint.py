@@ -1,8 +1,5 @@
 """Read and write checkpoints: safetensors files of icm, which contain the configuration, and the published Lightning
-file.
-
-Pickled files are read only with ``weights_only``.
-"""
+file. Pickled files are read only with ``weights_only``."""
 
 from __future__ import annotations
 
@@ -82,17 +79,11 @@ def save_checkpoint(
     small: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model as safetensors with its configuration, atomically.
+    """Write a model as safetensors with its configuration and further metadata, atomically.
 
-    Args:
-        path: File to write.
-        model: Model whose tensors are saved.
-        config: Configuration of the model.
-        with_backbone: Include the backbone. Without it, the weights of the backbone are loaded from the source in its
-            configuration.
-        small: Compress the tensors for distribution. Convolution kernels become float16. Matrices of the backbone and
-            the objects become 8-bit integers with a scale per row. Vectors stay float32.
-        metadata: Additional metadata.
+    Without the backbone, its weights are loaded from the source in its configuration. ``small`` compresses the tensors
+    for distribution: convolution kernels become float16, and matrices of the backbone and the objects become 8-bit
+    integers with a scale per row. Vectors stay float32.
     """
     tensors = {
         key: tensor.detach().cpu().contiguous()
@@ -123,11 +114,8 @@ def _compress_tensor(key: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint of icm or the published checkpoint.
-
-    Raises:
-        ConfigError: The file is something else, or damaged; the message says what it is.
-    """
+    """Read a checkpoint of icm or the published checkpoint. Raises ConfigError, which says what the file is, if it
+    is something else or damaged."""
     header = _read_header(path)
     if header is None:
         return Checkpoint(_read_published(path), None, {}, f"checkpoint {path}")
@@ -169,11 +157,8 @@ def read_training_digests(path: Path) -> frozenset[str] | None:
 
 
 def parse_json(metadata: Mapping[str, str], key: str, kind: type[T], where: str) -> T | None:
-    """Return a value of the metadata of a checkpoint, which is JSON; None if there is none.
-
-    Raises:
-        ConfigError: The text is not JSON of the expected kind. ``where`` names the file.
-    """
+    """Return a value of the metadata of a checkpoint, which is JSON of a kind; None if there is none. Raises
+    ConfigError."""
     if key not in metadata:
         return None
     try:
@@ -196,12 +181,8 @@ def read_training_sources(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load a state dict whose tensors must be exactly those of the module, with finite values.
-
-    Raises:
-        ConfigError: A tensor is missing, unknown, of another shape or type, or not finite. ``where`` names the file in
-            the message.
-    """
+    """Load a state dict whose tensors must be exactly those of the module, with finite values. Raises ConfigError,
+    with ``where`` as the name of the file."""
     expected = module.state_dict()
     check_tensor_shapes(expected, {key: tensor.shape for key, tensor in tensors.items()}, where)
     check_tensor_values(expected, tensors, where)
@@ -209,11 +190,8 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
 
 
 def check_tensor_shapes(expected: Mapping[str, Tensor], found: Mapping[str, torch.Size], where: str) -> None:
-    """Check that tensors have exactly the expected names and shapes.
-
-    Raises:
-        ConfigError: A tensor is missing, unknown or of another shape. ``where`` names the file in the message.
-    """
+    """Check that tensors have exactly the expected names and shapes. Raises ConfigError, with ``where`` as the name
+    of the file."""
     for key in expected:
         if key not in found:
             raise ConfigError(
@@ -230,13 +208,8 @@ def check_tensor_shapes(expected: Mapping[str, Tensor], found: Mapping[str, torc
 
 
 def check_tensor_values(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
-    """Check that tensors are of the same kind as those expected, and finite.
-
-    This takes about 2 ms per million weights.
-
-    Raises:
-        ConfigError: A tensor has another kind of values, NaN or infinity. ``where`` names the file.
-    """
+    """Check that tensors are of the same kind as those expected, and finite: 2 ms per million weights. Raises
+    ConfigError."""
     for key, tensor in found.items():
         is_float = tensor.is_floating_point()
         if is_float != expected[key].is_floating_point() or tensor.is_complex() or tensor.layout != torch.strided:
@@ -251,11 +224,8 @@ def check_tensor_values(expected: Mapping[str, Tensor], found: Mapping[str, Tens
 
 
 def convert_published_tensors(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Return the tensors of the published decoder by their names in this package, "head.*".
-
-    Raises:
-        ConfigError: A name is unknown.
-    """
+    """Return the tensors of the published decoder by their names in this package, "head.*". Raises ConfigError if a
+    name is unknown."""
     return {f"head.{_convert_name(key, where)}": tensor for key, tensor in tensors.items()}
 
 
@@ -289,10 +259,8 @@ def _read_published(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> Any:
-    """Read a torch file with empty placeholders for the classes that old Lightning versions refer to.
-
-    Lightning before 2.0 uses class objects as keys of its "callbacks", which ``weights_only`` refuses.
-    """
+    """Read a torch file with empty placeholders for classes of old Lightning versions, which are keys of its
+    "callbacks" and which ``weights_only`` refuses."""
     try:
         refused = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         foreign = [name for name in refused if not name.startswith(PLACEHOLDER_PACKAGES)]
@@ -319,11 +287,8 @@ class _Header:
 
 
 def _read_header(path: Path) -> _Header | None:
-    """Return the header of a checkpoint of icm, or None for a torch file.
-
-    Raises:
-        ConfigError: The file is something else; the message says what it is.
-    """
+    """Return the header of a checkpoint of icm, or None for a torch file. Raises ConfigError, which says what the
+    file is."""
     if path.is_dir():
         raise ConfigError(f"checkpoint {path} is a folder; give the file in it")
     try:

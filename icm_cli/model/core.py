@@ -72,16 +72,8 @@ class FixedCanvas(Protocol):
 class InContextMatting(nn.Module):
     """In-context matting: references with masks define the object that is matted in every target (paper, section 3).
 
-    Args:
-        backbone: Extracts features.
-        head: Computes coarse alphas from features.
-        edges: Refines coarse alphas at the size of the source; None to leave this to a guided filter.
-        objects: Completes the objects of coarse alphas before their edges are refined; None to skip this step.
-        second_pass: Settings of the second pass over a crop.
-        guided_filter: Settings of the guided filter, for models without ``edges``.
-
-    Raises:
-        ConfigError: Backbone and head do not fit together.
+    Without ``edges``, a guided filter brings alphas to the size of the source. Without ``objects``, no objects are
+    completed. Raises ConfigError if backbone and head do not fit together.
     """
 
     def __init__(
@@ -106,15 +98,9 @@ class InContextMatting(nn.Module):
             head.disable_edge_refinement()
 
     def to_device(self, device: torch.device, dtype: torch.dtype, transformer_dtype: torch.dtype | None = None) -> Self:
-        """Move the model to a device for inference and set its dtypes.
-
-        The LayerNorms of the head stay in float32, as do the similarities between them.
-
-        Args:
-            device: Device of all weights.
-            dtype: Dtype of convolutions and projections.
-            transformer_dtype: Dtype of the backbone's transformer; None for ``dtype``.
-        """
+        """Move the model to a device for inference. Convolutions and projections get ``dtype``, and the backbone's
+        transformer ``transformer_dtype``, by default ``dtype``. The LayerNorms of the head stay in float32, as do
+        the similarities between them."""
         self.eval()
         self.backbone.optimise_for_inference()
         self.to(device)
@@ -141,13 +127,8 @@ class InContextMatting(nn.Module):
     ) -> PreparedReferences | LearnedReferences:
         """Extract and prepare the references, once per run, for :meth:`infer`.
 
-        Args:
-            references: References, each on a canvas of its own.
-            learn_steps: Fine-tune a copy of the head on the references for so many steps; 0 to skip this. The head must
-                have ``can_learn_references``.
-
-        Raises:
-            ConfigError: The features of a reference are not finite.
+        With ``learn_steps``, a copy of the head is fine-tuned on the references in so many steps. The head must have
+        ``can_learn_references``. Raises ConfigError if the features of a reference are not finite.
         """
         features = [
             ReferenceFeatures(
@@ -165,12 +146,7 @@ class InContextMatting(nn.Module):
         return self.head.prepare_references(features)
 
     def forward(self, pairs: Pairs, features: PairFeatures | None = None) -> Matte:
-        """Matte each target with its reference; gradients are kept.
-
-        Args:
-            pairs: Targets and references.
-            features: Features of ``pairs``; None to extract them.
-        """
+        """Matte each target with its reference; gradients are kept. Without ``features``, they are extracted."""
         features = features or self.extract_features(pairs)
         matte: Matte = self.head(features.target, self.prepare_pairs(pairs, features), pairs.image, pairs.valid)
         return matte
@@ -199,15 +175,10 @@ class InContextMatting(nn.Module):
 
     @torch.inference_mode()
     def infer(self, image: Tensor, valid: Tensor, reference: PreparedReferences | LearnedReferences) -> Matte:
-        """Matte a batch of targets on canvases of one size.
+        """Matte a batch of targets on canvases of one size: image float32 sRGB [B,3,H,W] in 0..1, valid bool [B,H,W],
+        False in the padding. ``reference`` is the result of :meth:`prepare_references`.
 
-        Args:
-            image: Targets, float32 sRGB [B,3,H,W] in 0..1.
-            valid: bool [B,H,W], False in the padding.
-            reference: The result of :meth:`prepare_references`, used for every target.
-
-        Returns:
-            The coarse mattes. The alpha of a target whose features are not finite is NaN.
+        Returns coarse mattes. The alpha of a target whose features are not finite is NaN.
         """
         count = len(image)
         features = self.backbone.target_features(image, valid, [TARGET_NOISE] * count)

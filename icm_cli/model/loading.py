@@ -42,18 +42,14 @@ UNTRAINED_MODELS = "lite-training-free or sd21-training-free"
 
 
 def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConfig, Path | None]:
-    """Return the configuration and the checkpoint that ``--model`` and ``--checkpoint`` select.
+    """Return the configuration and the checkpoint that ``--model`` and ``--checkpoint`` select. The weights are not
+    read.
 
-    The weights are not read.
+    ``model`` is the name of a preset or the path of a YAML file. None selects the configuration in the checkpoint, the
+    preset of the published checkpoint, or :data:`DEFAULT_MODEL` if there is no checkpoint. Without a checkpoint, it is
+    the file that the package contains for the preset, if there is one.
 
-    Args:
-        model: Name of a preset, or path of a YAML file. None selects the configuration in the checkpoint, the preset of
-            the published checkpoint, or :data:`DEFAULT_MODEL` if there is no checkpoint.
-        checkpoint: File with the weights. None selects the file that the package contains for the preset, if there is
-            one.
-
-    Raises:
-        ConfigError: Model and checkpoint do not belong together, or weights are missing.
+    Raises ConfigError if model and checkpoint do not belong together, or weights are missing.
     """
     if checkpoint is None:
         name = model or DEFAULT_MODEL
@@ -109,15 +105,9 @@ def load_model(
 ) -> InContextMatting:
     """Load a model with its weights, on the CPU in float32 and in evaluation mode.
 
-    Args:
-        config: Configuration of the model.
-        checkpoint: File with the weights; None for models without trained weights.
-        weights: Folder or hub id of the backbone's weights; None for the configured one.
-        offline: Do not access the network.
-        seed: Seed of the backbone's noise.
-
-    Raises:
-        ConfigError: Weights are missing or do not fit the configuration.
+    ``checkpoint`` is None for models without trained weights. ``weights`` is the folder or hub id of the backbone's
+    weights, None for the configured one. ``seed`` is that of the backbone's noise. Raises ConfigError if weights are
+    missing or do not fit the configuration.
     """
     if checkpoint is None:
         _require_checkpoint(config)

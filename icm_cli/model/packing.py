@@ -48,17 +48,11 @@ def pack_checkpoint(
 ) -> None:
     """Write a compressed checkpoint that contains all components, atomically.
 
-    Args:
-        checkpoint: Checkpoint to pack.
-        out: File to write.
-        heads: Further checkpoints of the same head. The mean of all weights is used.
-        objects: Checkpoints whose objects replace those of ``checkpoint``. The mean of their weights is used. They may
-            contain the trained tensors only.
-        edges: Checkpoint whose edges replace those of ``checkpoint``.
-        model: Preset or YAML file with the settings of the packed model; None for those of the checkpoints.
+    ``heads`` are further checkpoints of the same head; the mean of all weights is used. The objects of ``objects``
+    (their mean; they may contain the trained tensors only) and the edges of ``edges`` replace those of ``checkpoint``.
+    ``model`` is a preset or YAML file with the settings of the packed model; None for those of the checkpoints.
 
-    Raises:
-        ConfigError: A file is not a checkpoint of icm, or is of another model.
+    Raises ConfigError if a file is not a checkpoint of icm, or is of another model.
     """
     parts = [_read_trained(path) for path in (checkpoint, *heads)]
     tensors, config = dict(parts[0].tensors), parts[0].config

@@ -44,19 +44,12 @@ def valid_tokens(valid: Tensor, stride: int) -> Tensor:
 
 @without_autocast
 def inter_similarity(reference_tokens: Tensor, target_tokens: Tensor, target_valid: Tensor) -> Tensor:
-    """Compute the inter-similarity S (paper, equation 3), as a sum over reference tokens.
+    """Compute the inter-similarity S (paper, equation 3), float32 [B,N], of reference tokens [K,C] and target tokens
+    [B,N,C], of which ``target_valid`` bool [B,N] count.
 
-    Each reference token distributes a softmax over the valid target tokens, so S sums to K over the target. It says
-    where the object is, but not whether it is present. The paper averages over the reference tokens; the published code
-    and checkpoint use the sum.
-
-    Args:
-        reference_tokens: [K,C].
-        target_tokens: [B,N,C].
-        target_valid: bool [B,N].
-
-    Returns:
-        S, float32 [B,N], 0 or more.
+    Each reference token distributes a softmax over the target tokens, so S sums to K. It says where the object is, but
+    not whether it is present. The paper averages over the reference tokens; the published code and checkpoint use the
+    sum.
     """
     scale = reference_tokens.shape[-1] ** -0.5
     logits = torch.einsum("kc,bnc->bkn", reference_tokens.float(), target_tokens.float()) * scale
@@ -136,12 +129,8 @@ class ReferenceTokens:
 def split_reference_tokens(
     references: Sequence[ReferenceFeatures], make_tokens: Callable[[Tensor], Tensor]
 ) -> ReferenceTokens:
-    """Split the tokens of references by their guidance.
-
-    Args:
-        references: The references.
-        make_tokens: Function from correspondence features [1,C,h,w] to tokens [1,N,D].
-    """
+    """Split the tokens of references by their guidance. ``make_tokens`` converts correspondence features [1,C,h,w]
+    to tokens [1,N,D]."""
     foregrounds, backgrounds, notices = [], [], []
     for reference in references:
         feature = reference.features.correspondence_features
@@ -156,20 +145,13 @@ def split_reference_tokens(
 
 
 def foreground_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> tuple[Tensor, str | None]:
-    """Return which tokens are inside the guidance.
+    """Return which tokens, cells of ``stride`` px, are inside the guidance [1,1,H,W] (0 outside, 0.5 unknown, 1 inside;
+    not empty): bool [1,h,w], with at least one True. Also return a notice if the guidance is too small to contain a
+    whole cell.
 
     As in the published code, a token is inside if its whole cell is foreground. Unknown pixels are allowed in a cell
     that is mostly foreground and contains no background. If no cell qualifies, the cells that are mostly foreground are
     used, or else the one cell with most foreground.
-
-    Args:
-        guidance: float32 [1,1,H,W]: 0 outside, 0.5 unknown, 1 inside; not empty.
-        valid: bool [1,H,W].
-        stride: Side of a cell, in px.
-
-    Returns:
-        The mask, bool [1,h,w], in which at least one token is True; and a notice if the guidance is too small to
-        contain a whole cell.
     """
     inside = ((guidance > 0.75) & valid[:, None]).float()
     fraction = F.avg_pool2d(inside, stride)[:, 0]
@@ -192,10 +174,10 @@ def foreground_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> tuple
 
 
 def background_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> Tensor:
-    """Return which tokens are outside the guidance and contain a pixel of the frame, bool [1,h,w]; possibly none.
+    """Return which tokens are outside the guidance and contain a pixel of the frame, bool [1,h,w]; possibly none. See
+    :func:`foreground_token_mask`.
 
-    Unknown pixels are allowed in a cell that is mostly background and contains no foreground. The arguments are those
-    of :func:`foreground_token_mask`.
+    Unknown pixels are allowed in a cell that is mostly background and contains no foreground.
     """
     inside = F.max_pool2d((guidance * valid[:, None]).float(), stride)[:, 0] > 0.75
     unknown = F.avg_pool2d((((guidance - 0.5).abs() < 0.25) & valid[:, None]).float(), stride)[:, 0]

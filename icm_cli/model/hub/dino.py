@@ -1,14 +1,9 @@
-"""The dino backbone: DINOv2, DINOv2 with registers, or DINOv3, of any size, from the Hugging Face hub.
+"""The dino backbone: DINOv2 (Oquab et al., 2023), with registers (Darcet et al., ICLR 2024), or DINOv3 (Siméoni et al.,
+2025), of any size, from the Hugging Face hub. The transformer is that of ``transformers`` and is frozen.
 
-Sources: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023); Darcet
-    et al., "Vision
-Transformers Need Registers" (ICLR 2024); Siméoni et al., "DINOv3" (2025). The transformer is that of ``transformers``
-and is frozen.
-
-The tokens of DINOv3 depend on their position in the image, which misleads comparisons between images: tokens at the
-left of one image are similar to all tokens at the left of another. INSID3 (Cuttano et al., CVPR 2026, arXiv 2603.28480,
-section 3.2) estimates this positional subspace from an empty image, and removes it for comparisons between images. The
-tokens of one image are grouped without this step.
+The tokens of DINOv3 depend on their position, which misleads comparisons between images. As in INSID3 (Cuttano et al.,
+CVPR 2026, arXiv 2603.28480, section 3.2), this positional subspace is estimated from an empty image and removed for
+these comparisons. The tokens of one image are grouped without this step.
 """
 
 from __future__ import annotations
@@ -80,15 +75,8 @@ class DinoConfig:
 
 
 class Dino(Backbone):
-    """Tokens of selected blocks of a frozen vision transformer.
-
-    Attention uses PyTorch's fused kernels, and intra-similarity is an operator, so no N x N matrix is in memory.
-
-    Args:
-        config: Settings of the backbone.
-        transformer: An instance of one of :data:`CLASSES`.
-        statistics: PixelStatistics of the pixels that the transformer was trained on.
-    """
+    """Tokens of selected blocks of a frozen vision transformer, an instance of one of :data:`CLASSES`.
+    ``statistics`` are those of the pixels that it was trained on."""
 
     Config = DinoConfig
     has_transformer = True
@@ -135,14 +123,8 @@ class Dino(Backbone):
 
     @torch.no_grad()
     def extract_tokens(self, image: Tensor) -> list[Tensor]:
-        """Return the tokens of each configured block after the last LayerNorm of the model.
-
-        Args:
-            image: float32 sRGB [B,3,H,W] in 0..1; H and W are multiples of ``patch_px``.
-
-        Returns:
-            For each block tokens of unit length, float32 [B,C,h,w].
-        """
+        """Return the tokens of each configured block after the last LayerNorm of the model, of unit length, float32
+        [B,C,h,w], for an image float32 sRGB [B,3,H,W] in 0..1; H and W are multiples of ``patch_px``."""
         model: Any = self.transformer
         norm = model.layernorm if hasattr(model, "layernorm") else model.norm
         pixels = (image - self.mean.to(image.device)) / self.std.to(image.device)
@@ -170,17 +152,11 @@ class Dino(Backbone):
 
 
 def positional_subspace(tokens: Tensor, rank: int) -> Tensor:
-    """Compute the principal directions of the tokens of an empty image, which differ by their position only.
+    """Compute the principal directions of the tokens [1,C,h,w] of an empty image, which differ by their position only:
+    orthonormal columns, float32 [C,rank].
 
     These are the left singular vectors of the centred tokens (INSID3, section 3.2). They are computed on the CPU,
     because not every device supports the decomposition.
-
-    Args:
-        tokens: Tokens of unit length, [1,C,h,w].
-        rank: Number of directions.
-
-    Returns:
-        Orthonormal columns, float32 [C,rank].
     """
     columns = tokens[0].flatten(1).cpu()
     vectors = torch.linalg.svd(columns - columns.mean(dim=1, keepdim=True), full_matrices=False).U
@@ -195,7 +171,7 @@ def project_out_subspace(tokens: Tensor, basis: Tensor) -> Tensor:
 
 
 def _load_transformer(config: DinoConfig, folder: Path) -> nn.Module:
-    """Load the transformer of a folder. Raise ConfigError if it does not fit the configuration."""
+    """Load the transformer of a folder. Raises ConfigError if it does not fit the configuration."""
     import transformers
 
     path = folder / CONFIG_FILE

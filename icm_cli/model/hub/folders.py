@@ -1,8 +1,5 @@
-"""Weights in the layout of Hugging Face: locate or download them, and load models from them.
-
-A folder contains ``config.json``, ``model.safetensors`` (or several files with an index) and usually
-``preprocessor_config.json``. Pickled files are never opened.
-"""
+"""Weights in the layout of Hugging Face: locate or download them, and load models from them. Pickled files are never
+opened."""
 
 from __future__ import annotations
 
@@ -48,17 +45,12 @@ def find_weight_files(
 ) -> list[Path]:
     """Return the files of a model in a local folder, or download them from the hub.
 
-    Args:
-        weights: Path of a folder, or id of a hub repository.
-        default: Hub id of weights that fit, for the message about an incomplete folder.
-        list_files: Function that returns the files that a folder must contain.
-        patterns: Glob patterns of the files to download.
-        offline: Do not access the network; use files that are already on this machine.
-        option: Option of the command that selects a folder, for error messages.
+    ``weights`` is the path of a folder or the id of a hub repository, and ``default`` an id for error messages.
+    ``list_files`` returns the files that a folder must contain, and ``patterns`` select what is downloaded. ``option``
+    is the option that selects a folder. ``offline``: use files that are already on this machine.
 
-    Raises:
-        ConfigError: The files are not available. The message says what to download, where to put it, and which licence
-            to accept if the repository is gated.
+    Raises ConfigError if files are not available. It says what to download, where to put it, and which licence to
+    accept if the repository is gated.
     """
     folder, is_local = Path(weights), False
     with contextlib.suppress(OSError, RuntimeError):  # a name that is too long; an unknown user after "~"
@@ -149,11 +141,7 @@ def _list_model_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a configuration in JSON.
-
-    Raises:
-        ConfigError: The file cannot be read or does not contain a mapping.
-    """
+    """Read a configuration in JSON. Raises ConfigError if the file cannot be read or does not contain a mapping."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -166,14 +154,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_pixel_statistics(folder: Path, default: PixelStatistics) -> PixelStatistics:
-    """Return the statistics with which a model normalises pixels.
-
-    As in ``transformers``, they are ``image_mean`` and ``image_std`` in ``preprocessor_config.json``. ``default`` is
-    used if the file or a key is missing.
-
-    Raises:
-        ConfigError: A value is not a list of three valid numbers.
-    """
+    """Return the statistics with which a model normalises pixels: ``image_mean`` and ``image_std`` in
+    ``preprocessor_config.json``, as in ``transformers``, or ``default`` if the file or a key is missing. Raises
+    ConfigError."""
     path = folder / PREPROCESSOR_FILE
     if not path.is_file():
         return default
@@ -191,14 +174,9 @@ def read_pixel_statistics(folder: Path, default: PixelStatistics) -> PixelStatis
 
 
 def load_pretrained(cls: Any, folder: Path) -> Any:
-    """Load a ``transformers`` model, frozen, on the CPU in float32 and in evaluation mode.
+    """Load a ``transformers`` model of class ``cls``, frozen, on the CPU in float32 and in evaluation mode.
 
-    Args:
-        cls: Class of the model in ``transformers``.
-        folder: Folder of the model.
-
-    Raises:
-        ConfigError: The weights cannot be read, or their tensors are not exactly those of the model.
+    Raises ConfigError if the weights cannot be read, are not finite, or are not exactly those of the model.
     """
     with _silence_transformers():
         try:

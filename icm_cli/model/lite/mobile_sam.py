@@ -1,8 +1,8 @@
 """MobileSAM with a coarse alpha as its prompt: it completes the object and removes similar background next to it.
 
 The head finds an object by its similarity to the reference, and misses parts that are not similar, such as a wheel or a
-blue spot. MobileSAM was trained on a billion masks and knows the extent of objects. Its mask decoder is fine-tuned by
-the stage "objects" of ``icm train`` to complete coarse alphas; the encoder is the published one (Apache-2.0).
+blue spot. MobileSAM was trained on a billion masks and knows the extent of objects. The stage "objects" of ``icm
+train`` fine-tunes its mask decoder; the encoder is the published one (Apache-2.0).
 """
 
 from __future__ import annotations

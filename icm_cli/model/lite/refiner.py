@@ -1,4 +1,4 @@
-"""Refining network: computes a fine alpha from an image and a coarse alpha. It does not depend on classes.
+"""Refining network: computes a fine alpha from an image and a coarse alpha, whatever the object.
 
 The same network runs in two steps, as in CascadePSP (Cheng et al., CVPR 2020). The first one runs on the image at
 ``RefineConfig.frame_px``, where a coarse alpha of a few hundred tokens becomes an outline. For larger sources, the
@@ -145,15 +145,8 @@ class Refine(Edges):
         self.to(fast_dtype)
 
     def forward(self, image: Tensor, coarse: Tensor) -> Tensor:
-        """Correct coarse alphas.
-
-        Args:
-            image: sRGB float32 [B,3,H,W] in 0..1, with H and W multiples of ``config.multiple``.
-            coarse: float32 [B,1,H,W] in 0..1.
-
-        Returns:
-            Logits of the alphas, float32 [B,1,H,W].
-        """
+        """Return the logits of corrected alphas, float32 [B,1,H,W], for sRGB images [B,3,H,W] in 0..1 and coarse
+        alphas [B,1,H,W]; H and W are multiples of ``config.multiple``."""
         logit = torch.logit(coarse.float(), eps=self.config.logit_eps)
         dtype = self.output.weight.dtype
         x = torch.cat([4.0 * image.float() - 2.0, logit / 2.0], dim=1).to(dtype)
@@ -184,11 +177,8 @@ class Refine(Edges):
         ]
 
     def _refine_at_source(self, rgb: ImageU8, outline: Tensor, weight: Tensor) -> Tensor:
-        """Bring the result of the first step, an alpha [h,w], to the size of its image; for larger images, run the
-        second step.
-
-        ``weight``: float32 [h,w] in 0..1, by which the second step may change the alpha.
-        """
+        """Bring the result of the first step, an alpha [h,w], to the size of its image. For larger images, run the
+        second step, which may change the alpha by ``weight`` [h,w] in 0..1."""
         size = (rgb.shape[0], rgb.shape[1])
         if size != tuple(outline.shape):
             outline = self._refine_tiles(rgb, resize_alpha(outline, size), resize_alpha(weight, size))

@@ -1,7 +1,4 @@
-"""The stable-diffusion backbone of the paper (section 3.2): frozen, with features and attention of one noised pass.
-
-``weights.py`` loads the weights, and ``unet.py`` contains the part of the U-Net that runs.
-"""
+"""The stable-diffusion backbone of the paper (section 3.2): frozen, with features and attention of one noised pass."""
 
 from __future__ import annotations
 
@@ -59,8 +56,7 @@ class StableDiffusionConfig:
 class StableDiffusion(Backbone):
     """Features and mean self-attention of a frozen Stable Diffusion.
 
-    Images are processed one at a time. The E noise samples of an image are a batch that is large enough for a GPU, and
-    the features of an image cannot depend on other images.
+    Images are processed one at a time: the E noise samples of an image are a batch that is large enough for a GPU.
     """
 
     Config = StableDiffusionConfig
@@ -124,15 +120,8 @@ class StableDiffusion(Backbone):
         return encode_image(self.encoder, self.quant_conv, (2.0 * image - 1.0).to(self.prompt_embedding.dtype))
 
     def noisy_latents(self, moments: Tensor, key: str) -> Tensor:
-        """Draw E samples from the posterior and add the noise of the configured timestep.
-
-        Args:
-            moments: Result of :meth:`encode_moments`, [1,8,h,w].
-            key: Noise key of the image.
-
-        Returns:
-            Noisy latents, float32 [E,4,h,w].
-        """
+        """Draw E samples from the posterior of :meth:`encode_moments`, and add the noise of the configured timestep:
+        float32 [E,4,h,w]. ``key`` is the noise key of the image."""
         distribution = DiagonalGaussianDistribution(moments)
         posterior_noise, noise = self._draw_noise(distribution.mean.shape[1:], key).to(moments.device).unbind(1)
         latents = (distribution.mean + distribution.std * posterior_noise) * self._latent_scale
@@ -144,15 +133,8 @@ class StableDiffusion(Backbone):
         return noisy
 
     def mean_features(self, noisy: Tensor, maps: Mapping[int, MeanAttention] | None = None) -> dict[int, Tensor]:
-        """Compute the features of one image, averaged over its noise samples.
-
-        Args:
-            noisy: Noisy latents, [E,4,h,w].
-            maps: Stride -> accumulator of the self-attention; None for references, which do not need it.
-
-        Returns:
-            Stride -> features, float32 [1,C,h,w].
-        """
+        """Compute the features of one image, averaged over its noisy latents [E,4,h,w]: stride -> float32 [1,C,h,w].
+        ``maps`` accumulate the self-attention of each stride; references do not need it."""
         by_grid = None if maps is None else {attention.grid: attention for attention in maps.values()}
         features = run_unet(self.unet, noisy.to(self.prompt_embedding.dtype), self.prompt_embedding, by_grid)
         return {stride: feature.float().mean(dim=0, keepdim=True) for stride, feature in features.items()}

@@ -1,7 +1,6 @@
 """The part of Stable Diffusion that computes the features and attention maps, on the modules of diffusers.
 
-Layers after the last output are not loaded, see :func:`drop_unused_layers`. The timestep is fixed, so its embedding is
-added to the bias of the first convolution of every residual block.
+The timestep is fixed, so its embedding is added to the bias of the first convolution of every residual block.
 
 Letters: E noise samples of one image (the batch), H heads, N = h*w tokens, C channels.
 """
@@ -57,12 +56,8 @@ def _add_to_bias(block: Any, embedding: Tensor) -> None:
 
 class MeanAttention:
     """Running mean A of the self-attention maps of one grid over heads, noise samples and layers, float32 [N,N].
-
-    Only one chunk of a layer's probabilities is in memory at a time.
-
-    Args:
-        valid: bool [h,w]; tokens in the padding are masked as keys.
-    """
+    Tokens in the padding, where ``valid`` [h,w] is False, are masked as keys. Only one chunk of a layer's
+    probabilities is in memory at a time."""
 
     def __init__(self, valid: Tensor) -> None:
         self.grid = (valid.shape[0], valid.shape[1])
@@ -71,11 +66,8 @@ class MeanAttention:
         self._layers = 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Compute the attention of one layer, and add its map to the mean.
-
-        As in the published code, the output attends to every token; only the map excludes the padding. All tensors are
-        [E,H,N,d].
-        """
+        """Compute the attention of one layer, and add its map to the mean. All tensors are [E,H,N,d]. As in the
+        published code, the output attends to every token; only the map excludes the padding."""
         values = value.flatten(0, 1)
         output = torch.empty_like(values)
         for maps, rows, probabilities in self._accumulate_maps(query, key):
@@ -92,10 +84,8 @@ class MeanAttention:
         return self._sum / self._layers
 
     def _accumulate_maps(self, query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Choose some of a layer's E*H maps and query rows, with their probabilities [maps,rows,N] float32.
-
-        A chunk's probabilities last until the next chunk.
-        """
+        """Yield chunks of a layer's E*H maps and query rows with their probabilities float32 [maps,rows,N], which
+        are valid until the next chunk."""
         queries = query.flatten(0, 1).float() * query.shape[-1] ** -0.5
         key_columns = key.flatten(0, 1).float().transpose(-1, -2)
         count, tokens = queries.shape[:2]
@@ -122,16 +112,11 @@ class MeanAttention:
 def run_unet(
     unet: Any, noisy: Tensor, prompt_embedding: Tensor, maps: Mapping[Grid, MeanAttention] | None = None
 ) -> dict[int, Tensor]:
-    """Run the U-Net up to the last output that is needed.
+    """Run the U-Net after :func:`drop_unused_layers` and :func:`fold_timestep` on noisy latents [E,4,h,w] and the
+    embedded prompt [1,77,1024].
 
-    Args:
-        unet: U-Net of diffusers after :func:`drop_unused_layers` and :func:`fold_timestep`.
-        noisy: Noisy latents, [E,4,h,w].
-        prompt_embedding: Embedding of the prompt, [1,77,1024].
-        maps: Grid -> accumulator of the self-attention on that grid; None to skip the attention maps.
-
-    Returns:
-        Features: stride -> output of ``up_blocks[0]`` or ``up_blocks[1]``, [E,C,h,w].
+    ``maps`` accumulate the self-attention of each grid. Returns the features: stride -> output of ``up_blocks[0]`` or
+    ``up_blocks[1]``, [E,C,h,w].
     """
     x = unet.conv_in(noisy)
     skips = [x]

@@ -1,9 +1,5 @@
-"""Locate and load the weights of Stable Diffusion 2.1.
-
-Only the weights that affect the features are loaded: the VAE encoder, and the U-Net up to its last attention map. They
-are read directly from the safetensors files into modules without values. The text encoder runs once, and its embedding
-of the empty prompt is cached.
-"""
+"""Locate and load the weights of Stable Diffusion 2.1 that affect the features: the VAE encoder, and the U-Net up to
+its last attention map. The text encoder runs once, and its embedding of the empty prompt is cached."""
 
 from __future__ import annotations
 
@@ -73,11 +69,8 @@ def find_diffusers_files(weights: str, *, offline: bool) -> list[Path]:
 
 
 def load_parts(folder: Path, *, timestep: int) -> StableDiffusionParts:
-    """Load the parts from the folder of :func:`find_diffusers_files`, with the U-Net fixed to one timestep.
-
-    Raises:
-        ConfigError: A file is damaged or of another model.
-    """
+    """Load the parts from the folder of :func:`find_diffusers_files`, with the U-Net fixed to one timestep. Raises
+    ConfigError."""
     embedding = _load_empty_prompt_embedding(folder)
     unet = _load_unet(folder)
     if embedding.shape[-1] != unet.config["cross_attention_dim"]:
@@ -131,13 +124,8 @@ def _from_config(cls: Any, path: Path) -> Any:
 
 
 def _load_tensors(module: nn.Module, published: Mapping[str, Tensor], path: Path) -> None:
-    """Load the values of a module that was built without values.
-
-    Args:
-        module: Module whose tensors are loaded.
-        published: State dict of the complete model. The file must contain exactly these tensors.
-        path: Safetensors file.
-    """
+    """Load the tensors of a module that was built without values from a safetensors file, which must contain exactly
+    those of the complete model, ``published``."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = {_current_name(name): name for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -157,10 +145,7 @@ def _current_name(name: str) -> str:
 
 
 def _load_empty_prompt_embedding(folder: Path) -> Tensor:
-    """Return the embedding of the empty prompt, float32 [1,77,1024].
-
-    It is cached under the digest of its source files, so the text encoder runs once per machine.
-    """
+    """Return the embedding of the empty prompt, float32 [1,77,1024], cached under the digest of its source files."""
     digest = combined_digest(*(cached_file_digest(folder / name) for name in PROMPT_FILES))
     cached = cache_folder() / "prompts" / f"{digest}.safetensors"
     with contextlib.suppress(OSError, safetensors.SafetensorError):

@@ -66,17 +66,11 @@ class ClosedForm(Edges):
 
 
 def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Solve the alpha of an image and a trimap.
+    """Solve the alpha float64 [h,w] of an sRGB image float64 [h,w,3] in 0..1 and a trimap [h,w]: 0 background, 1
+    foreground, other values unknown.
 
     If the trimap contains no foreground or no background, the unknown pixels belong to the other side. If it contains
     no unknown pixels, it is the alpha.
-
-    Args:
-        rgb: sRGB, float64 [h,w,3] in 0..1.
-        trimap: float64 [h,w]: 0 background, 1 foreground, other values unknown.
-
-    Returns:
-        float64 [h,w].
     """
     if not (trimap == 1).any():
         return np.zeros_like(trimap)
@@ -91,20 +85,15 @@ def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArra
 
 
 def load_solver() -> Callable[..., NDArray[np.float64]]:
-    """Import pymatting and return its solver.
-
-    This takes 2 s, and 40 s when it is compiled on a machine for the first time. The compiled code is stored in the
-    user's cache folder.
-    """
+    """Import pymatting and return its solver. This takes 2 s, and 40 s when it is compiled on a machine for the
+    first time. The compiled code is stored in the user's cache folder."""
     solver: Callable[..., NDArray[np.float64]] = _import_pymatting().estimate_alpha_cf
     return solver
 
 
 def load_foreground_estimator() -> Callable[..., NDArray[np.float64]]:
-    """Import pymatting and return its foreground estimator, see :func:`load_solver`.
-
-    The estimator computes colours [h,w,3] from an image [h,w,3] and its alpha [h,w], all in 0..1.
-    """
+    """Import pymatting and return its foreground estimator, see :func:`load_solver`. It computes colours [h,w,3]
+    from an image [h,w,3] and its alpha [h,w], all in 0..1."""
     estimator: Callable[..., NDArray[np.float64]] = _import_pymatting().estimate_foreground_ml
     return estimator
 

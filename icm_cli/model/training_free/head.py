@@ -1,11 +1,9 @@
 """The training-free head: evidence by token comparison, a trimap, and closed-form matting.
 
 Every token of the target is compared with the reference's tokens inside and outside the guidance. Unlike the softmax S
-of the paper (equation 3), which always sums to K, these similarities are not normalised over the target. They can
-therefore show that the object is absent. Intra-similarity propagates them to similar tokens (section 3.3). Pixels near
-the decision threshold become the unknown region of a trimap, which closed-form matting solves.
-
-A second rule segments the target by clusters of its tokens, see ``icm_cli.model.training_free.clusters``.
+of the paper (equation 3), which always sums to K, these similarities can show that the object is absent.
+Intra-similarity propagates them to similar tokens (section 3.3). Pixels near the decision threshold become the unknown
+region of a trimap, which closed-form matting solves. A second rule segments the target by clusters of its tokens.
 """
 
 from __future__ import annotations
@@ -133,13 +131,7 @@ class TrainingFree(Head):
         return evidence.similarity >= self.config.absent_below and bool(evidence.contrast.max() > 0)
 
     def compute_evidence(self, target: Features, references: Sequence[ReferenceTokens], stride: int) -> list[Evidence]:
-        """Compute the evidence of each target.
-
-        Args:
-            target: Features of the targets.
-            references: For each target its references.
-            stride: Stride of the correspondence features, in px.
-        """
+        """Compute the evidence of each target. ``stride`` is that of the correspondence features, in px."""
         if self.config.rule == "clusters":
             return self._evidence_by_clusters(target, references)
         height, width = target.valid.shape[1:]
@@ -193,12 +185,8 @@ class TrainingFree(Head):
         return float(best / soft_max_similarity(foreground, foreground, self.config.presence_temperature).mean())
 
     def _solve_alpha(self, contrast: Tensor, image: Tensor) -> Tensor:
-        """Compute the alpha [H,W] of one frame without padding, or its trimap if a later component refines the edges.
-
-        Args:
-            contrast: float32 [H,W], on the CPU.
-            image: float32 sRGB [3,H,W] in 0..1, on the CPU.
-        """
+        """Compute the alpha [H,W] of one frame without padding, or its trimap if a later component refines the
+        edges, from its contrast [H,W] and sRGB image [3,H,W] on the CPU."""
         size = downscaled_size(image.shape[1:], self.config.solve_long_side_px)
         small = F.interpolate(torch.cat([image, contrast[None]])[None], size=size, mode="area")[0]
         rgb, evidence = small[:3].permute(1, 2, 0), small[3]
@@ -212,13 +200,11 @@ class TrainingFree(Head):
         return F.interpolate(alpha[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
 
     def make_trimap(self, contrast: Tensor) -> Tensor:
-        """Return a trimap [H,W] of 0, 0.5 and 1, in which the pixels closest to the threshold are unknown.
+        """Return a trimap [H,W] of 0, 0.5 and 1 of a contrast, in which the pixels closest to the threshold are
+        unknown.
 
         Pixels in the upper half of the contrast above the threshold are never unknown, so small objects keep some
         foreground.
-
-        Args:
-            contrast: float32 [H,W].
         """
         strongest = contrast.max()
         threshold = self.config.threshold * strongest
@@ -231,18 +217,8 @@ class TrainingFree(Head):
 
 
 def keep_strong_regions(evidence: Tensor, inside: Tensor, fraction: float) -> Tensor:
-    """Keep the connected regions whose strongest evidence is at least a fraction of the strongest evidence.
-
-    Other objects often form separate regions that are slightly similar to the reference.
-
-    Args:
-        evidence: float32 [H,W].
-        inside: Regions, bool [H,W].
-        fraction: Fraction of the strongest evidence, 0..1.
-
-    Returns:
-        The remaining regions, bool [H,W].
-    """
+    """Keep the connected regions of ``inside`` [H,W] whose strongest evidence is at least a fraction of the
+    strongest evidence. Other objects often form separate regions that are slightly similar to the reference."""
     count, label = cv2.connectedComponents(inside.numpy().astype(np.uint8))
     region = torch.from_numpy(label).long().flatten()
     best = evidence.new_full((count,), -torch.inf).scatter_reduce(0, region, evidence.flatten(), "amax")
@@ -252,18 +228,8 @@ def keep_strong_regions(evidence: Tensor, inside: Tensor, fraction: float) -> Te
 
 
 def soft_max_similarity(reference: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Compute the soft maximum of the similarity of each target token to the reference's tokens.
-
-    It is temperature * log mean exp(cosine / temperature), and 0 if there are no reference tokens.
-
-    Args:
-        reference: Tokens of unit length, [K,C].
-        target: Tokens of unit length, [N,C].
-        temperature: Temperature in cosine units.
-
-    Returns:
-        float32 [N].
-    """
+    """Compute the soft maximum of the similarity of each target token [N,C] to the reference's tokens [K,C], all of
+    unit length: temperature * log mean exp(cosine / temperature), float32 [N]; 0 if there are no reference tokens."""
     if not len(reference):
         return target.new_zeros(len(target))
     parts = torch.split(target, CHUNK_TOKENS)
