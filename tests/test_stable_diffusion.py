@@ -20,7 +20,7 @@ from icm_cli.model.contracts import Features
 from icm_cli.model.core import TARGET_NOISE, InContextMatting, reference_noise_key
 from icm_cli.model.loading import load_model, model_digest, resolve_model
 from icm_cli.model.similarity import AttentionMatrix
-from icm_cli.model.stable_diffusion import weights as sd_weights
+from icm_cli.model.stable_diffusion import backbone as sd_backbone
 from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
 from icm_cli.model.stable_diffusion.detail_head import DetailHead, DetailReferences, confidence_and_found
 from icm_cli.model.stable_diffusion.unet import MeanAttention
@@ -323,7 +323,7 @@ class TestConfidence:
 class TestWeights:
     def test_prompt_is_encoded_once(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first = load_backbone(folder).prompt_embedding
-        monkeypatch.setattr(sd_weights, "_encode_empty_prompt", lambda _: pytest.fail("the text encoder was loaded"))
+        monkeypatch.setattr(sd_backbone, "_encode_empty_prompt", lambda _: pytest.fail("the text encoder was loaded"))
         assert torch.equal(load_backbone(folder).prompt_embedding, first)
         assert first.shape == (1, 77, 24)
 

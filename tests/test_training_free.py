@@ -18,8 +18,15 @@ from icm_cli.model.core import InContextMatting
 from icm_cli.model.lite.efficientnet import EfficientNetLite, EfficientNetLiteConfig
 from icm_cli.model.similarity import AttentionMatrix, ReferenceTokens, SelfSimilarity, valid_tokens
 from icm_cli.model.training_free.closed_form import solve_alpha
-from icm_cli.model.training_free.clusters import cluster_tokens, is_nearest_foreground, segment_by_clusters
-from icm_cli.model.training_free.head import TrainingFree, TrainingFreeConfig, keep_strong_regions, soft_max_similarity
+from icm_cli.model.training_free.head import (
+    TrainingFree,
+    TrainingFreeConfig,
+    cluster_tokens,
+    is_nearest_foreground,
+    keep_strong_regions,
+    segment_by_clusters,
+    soft_max_similarity,
+)
 
 STRIDE = 16
 BACKDROP, BALL, CUBE, MEADOW = range(4)

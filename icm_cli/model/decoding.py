@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 VISIBLE_ALPHA = 0.05
 """Pixels with a lower alpha do not count for the confidence: a large background says nothing about the object."""
@@ -20,13 +19,7 @@ class ConvNormReLU(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.norm: nn.Module = nn.BatchNorm2d(outputs)
-
-    def fold_norm(self) -> None:
-        """Fold the BatchNorm into the convolution, for inference. The module can then not be trained or saved."""
-        if isinstance(self.norm, nn.BatchNorm2d):
-            self.conv = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
-            self.norm = nn.Identity()
+        self.norm = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.norm(self.conv(x)), inplace=True)

@@ -32,10 +32,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from icm_cli.model.contracts import Features, ReferenceFeatures
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.similarity import AttentionMatrix
-from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
+from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig, StableDiffusionParts
 from icm_cli.model.stable_diffusion.detail_head import FUSION_STRIDES, DetailConfig, DetailHead, DetailReferences
 from icm_cli.model.stable_diffusion.unet import MeanAttention, drop_unused_layers, fold_timestep
-from icm_cli.model.stable_diffusion.weights import StableDiffusionParts
 
 SIDES = ("limit", "ours", "published")
 CANVAS_PX = 768
