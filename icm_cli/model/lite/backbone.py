@@ -97,10 +97,7 @@ class DinoV2Lite(Backbone):
 
     @classmethod
     def weight_files(cls, config: Any, weights: str | None = None, *, offline: bool) -> list[Path]:
-        return [
-            _onnx_path(weights),
-            *EfficientNetLite.weight_files(config.convolutions, weights, offline=offline),
-        ]
+        return [_onnx_path(weights), *EfficientNetLite.weight_files(config.convolutions, weights, offline=offline)]
 
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:

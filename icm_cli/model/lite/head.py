@@ -21,13 +21,7 @@ from icm_cli.config import check_setting
 from icm_cli.errors import ConfigError
 from icm_cli.guided_filter import align_to_edges
 from icm_cli.model.contracts import Features, Matte, Presence, ReferenceFeatures
-from icm_cli.model.decoding import (
-    ConvNormReLU,
-    confidence_and_found,
-    make_alpha_layers,
-    resize_bilinear,
-    upsample_2x,
-)
+from icm_cli.model.decoding import ConvNormReLU, confidence_and_found, make_alpha_layers, resize_bilinear, upsample_2x
 from icm_cli.model.lite.finetuning import FinetunableHead, MatchPrediction
 from icm_cli.model.similarity import (
     ReferenceTokens,
@@ -145,9 +139,7 @@ class TokenMatchHead(FinetunableHead):
         self.steps = nn.ModuleList(
             ConvNormReLU(before + detail, after)
             for (before, after), detail in zip(
-                itertools.pairwise((config.fused_channels, *config.decoder_channels)),
-                details,
-                strict=True,
+                itertools.pairwise((config.fused_channels, *config.decoder_channels)), details, strict=True
             )
         )
         if config.decoder_channels:
@@ -166,9 +158,7 @@ class TokenMatchHead(FinetunableHead):
         """Initialise the token projections with the principal components of sample tokens [N,C]: what all tokens
         have in common is removed, so that similarity is meaningful before training."""
         for project, layer in zip(
-            self.project,
-            torch.split(samples, list(self.config.feature_channels), dim=1),
-            strict=True,
+            self.project, torch.split(samples, list(self.config.feature_channels), dim=1), strict=True
         ):
             assert isinstance(project, nn.Linear)
             mean = layer.mean(dim=0)
@@ -228,8 +218,7 @@ class TokenMatchHead(FinetunableHead):
             )
         layers = torch.split(flatten_tokens(feature), list(self.config.feature_channels), dim=-1)
         return torch.cat(
-            [F.normalize(project(layer), dim=-1) for project, layer in zip(self.project, layers, strict=True)],
-            dim=-1,
+            [F.normalize(project(layer), dim=-1) for project, layer in zip(self.project, layers, strict=True)], dim=-1
         )
 
     def compute_evidence(self, projected: Tensor, valid: Tensor, references: Sequence[ReferenceTokens]) -> Tensor:
@@ -263,12 +252,7 @@ class TokenMatchHead(FinetunableHead):
 
     @without_autocast
     def presence_logit(
-        self,
-        fused: Tensor,
-        projected: Tensor,
-        evidence: Tensor,
-        valid: Tensor,
-        references: Sequence[ReferenceTokens],
+        self, fused: Tensor, projected: Tensor, evidence: Tensor, valid: Tensor, references: Sequence[ReferenceTokens]
     ) -> Tensor:
         """Predict whether the object is in the image at all, as a logit, float32 [B].
 
