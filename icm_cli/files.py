@@ -411,13 +411,13 @@ def write_json(path: Path, value: object) -> None:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
-def read_json(path: Path, kind: str, shape: Any, expected: str) -> Any:
+def read_json(path: Path, kind: str, shape: Any, expected: str, *, use: str = "read") -> Any:
     """Return the content of a JSON file that has this shape.
 
     A shape is a type, a tuple of types, ``[shape]`` for a list, or a dict with a shape for each key.
     A key that ends in "?" is optional, and the key "*" stands for all keys.
 
-    Raises UsageError, which names the ``kind`` of file, the first wrong value and what was ``expected``.
+    Raises UsageError ("``kind`` FILE cannot be ``use``"), which names the first wrong value and what was ``expected``.
     """
     try:
         if not path.is_file():
@@ -425,10 +425,10 @@ def read_json(path: Path, kind: str, shape: Any, expected: str) -> Any:
         content = json.loads(path.read_bytes())
         _check_shape(content, shape, "")
     except RecursionError as error:
-        raise UsageError(f"{kind} {path} cannot be read: it is nested too deeply; {expected}") from error
+        raise UsageError(f"{kind} {path} cannot be {use}: it is nested too deeply; {expected}") from error
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{kind} {path} cannot be read: {getattr(error, 'strerror', 0) or error}; {expected}"
+            f"{kind} {path} cannot be {use}: {getattr(error, 'strerror', 0) or error}; {expected}"
         ) from error
     return content
 

@@ -141,7 +141,7 @@ def _format_value(value: Any) -> str:
 
 def _read_report(path: Path) -> _ScoredReport:
     """Read and check a report. Raises UsageError that names the first wrong value."""
-    content = read_json(path, "report", REPORT_SHAPE, EXPECTED_REPORT)
+    content = read_json(path, "report", REPORT_SHAPE, EXPECTED_REPORT, use="compared")
     settings = content["settings"]
     try:
         if not 1 <= (version := content.get("schema_version", 1)) <= SCHEMA_VERSION:
