@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 from conftest import DEMO, Icm, arguments, read, shrink
 from eval_data import Evaluate, report_of
 from hypothesis import given
@@ -21,11 +22,11 @@ from typer.testing import CliRunner
 
 import icm_cli
 from icm_cli.config import load_model_config
-from icm_cli.errors import Problem
+from icm_cli.errors import OutputError, Problem
 from icm_cli.reports.contact_sheet import write_contact_sheet
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import DatasetEntry, ImageEvaluation, ImageResult, Scores
-from icm_cli.reports.write import _escape_formula, write_report
+from icm_cli.reports.write import ReportFiles, _escape_formula, write_report
 from icm_cli.scoring.metrics import compute_scores
 
 
@@ -225,8 +226,17 @@ def test_page_escapes_text_wherever_it_appears(tmp_path: Path) -> None:
     write_report(tmp_path / "r.html", report)
     html = (tmp_path / "r.html").read_text()
     assert html.count("onerror") > 30
-    assert "49" not in html.replace("2049", "")
+    assert "&#39;49" not in html
     page = Page(html)
     assert page.open == []
     assert page.references == []
     assert html.count("<script>") == html.count("</script>") == 1
+
+
+def test_report_that_cannot_be_written_does_not_affect_the_others(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").mkdir()
+    report = Report({"title": "x", "icm": "0", "hardware": {}, "versions": {}}, [ImageResult("a.png", "", "failed")])
+    paths = [tmp_path / f"r.{suffix}" for suffix in ("csv", "json", "html")]
+    with pytest.raises(OutputError, match=r"r\.csv cannot be written"):
+        ReportFiles.from_options(paths, tmp_path / "s.png").write_all(report)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.csv", "r.html", "r.json", "s.png"]

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from icm_cli.scoring.metrics import compute_scores
 from icm_cli.scoring.pool import ScoringPool
-from icm_cli.scoring.rule import ScoringRule, make_trimap, resize_for_scoring
-from icm_cli.scoring.task import ScoreTask
+from icm_cli.scoring.task import ScoreTask, ScoringRule, make_trimap, resize_for_scoring
 
 
 def soft_square(height: int, width: int, shift: int = 0) -> np.ndarray:
@@ -178,8 +177,7 @@ def test_worker_processes_exit_when_the_run_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys, time, os\n"
         "from icm_cli.scoring.pool import ScoringPool\n"
-        "from icm_cli.scoring.rule import ScoringRule\n"
-        "from icm_cli.scoring.task import ScoreTask\n"
+        "from icm_cli.scoring.task import ScoreTask, ScoringRule\n"
         "from pathlib import Path\n"
         "pool = ScoringPool(1)\n"
         f"task = ScoreTask('x', Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), ScoringRule())\n"

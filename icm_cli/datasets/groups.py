@@ -1,7 +1,4 @@
-"""Samples of a dataset, and their groups: images that show the same object.
-
-Groups are read from metadata in the format published with In-Context Matting.
-"""
+"""Samples of a dataset and their groups: images that show the same object, by the metadata of In-Context Matting."""
 
 from __future__ import annotations
 
@@ -32,8 +29,7 @@ class Sample:
     """An image with its true alpha."""
 
     name: str
-    """Unique name in the dataset: the path of the alpha relative to its folder without suffix, or
-    its number."""
+    """Unique name in the dataset: the path of the alpha relative to its folder without suffix, or its number."""
     image: Path | CompositeSource
     alpha: Path
     trimap: Path | None = None
@@ -87,10 +83,7 @@ class GroupMetadata:
         return cls(f"groups file {path}", entries)
 
     def assign_groups(self, samples: Iterable[Sample]) -> tuple[list[Sample], list[Problem]]:
-        """Return the samples with group and categories.
-
-        Samples without metadata, and metadata without a sample, become problems.
-        """
+        """Return the samples with group and categories, and problems of samples and metadata without a counterpart."""
         grouped, problems, used = [], [], set()
         for sample in samples:
             key = sample.name if sample.name in self.entries else Path(sample.name).name
@@ -100,18 +93,12 @@ class GroupMetadata:
                 grouped.append(sample)
                 continue
             used.add(key)
-            grouped.append(replace(sample, group=_group_name(entry), categories=_categories(entry)))
+            group = "-".join(str(entry[field]) for field in GROUP_FIELDS if entry.get(field))
+            categories = {name: str(entry[field]) for field, name in CATEGORY_FIELDS.items() if entry.get(field)}
+            grouped.append(replace(sample, group=group, categories=categories))
         problems += [
             Problem("absent-file", name, f"{self.origin} lists {name}, but this image does not exist")
             for name in self.entries
             if name not in used
         ]
         return grouped, problems
-
-
-def _group_name(entry: Mapping[str, Any]) -> str:
-    return "-".join(str(entry[key]) for key in GROUP_FIELDS if entry.get(key))
-
-
-def _categories(entry: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(entry[key]) for key, name in CATEGORY_FIELDS.items() if entry.get(key)}

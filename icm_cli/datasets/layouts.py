@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -20,27 +20,6 @@ Files = dict[str, Path]
 """Files by the key that an image shares with its alpha and its trimap."""
 
 
-def unchanged_key(key: str) -> str:
-    """Return the key itself: images, alphas and trimaps have the same names."""
-    return key
-
-
-def leading_number(key: str) -> str:
-    """Return the number at the start of a key: ``00012_input`` -> ``00012``."""
-    found = re.match(r"\d+", key)
-    return found[0] if found else key
-
-
-def strip_last_number(key: str) -> str:
-    """Remove the number of an alpha from the key of its image: ``street_2`` -> ``street``."""
-    return re.sub(r"_\d+$", "", key)
-
-
-def strip_label_and_box(key: str) -> str:
-    """Remove label and box of an Open Images mask: ``00a1_m01bjv_7f3e`` -> ``00a1``."""
-    return re.sub(r"_[^_/]+_[^_/]+$", "", PurePosixPath(key).name)
-
-
 @dataclass(frozen=True)
 class Layout:
     """Folders of a dataset, relative to its root. ``trimaps`` is optional on disk."""
@@ -48,18 +27,17 @@ class Layout:
     images: str
     alphas: str
     trimaps: str | None = None
-    key: Callable[[str], str] = unchanged_key
-    """Maps the path of a file, relative to its folder and without suffix, to the key of image,
-    alpha and trimap."""
-    image_key: Callable[[str], str] = unchanged_key
-    """Maps the key of an alpha to the key of its image, for images with several alphas."""
+    key_pattern: str = ".+"
+    """The key of an image, alpha or trimap is the part of its path, relative to its folder and without suffix, that
+    matches at the start."""
+    alpha_suffix: str = "$"
+    """The key of an alpha without this pattern is the key of its image, for images with several alphas."""
     parent_folder: str = ""
     """A folder that contains all of these folders."""
     backgrounds_per_foreground: int = 0
     """If above 0, ``images`` are foregrounds, each composited onto this many backgrounds."""
     lists: tuple[str, ...] = ()
-    """Text files. The first that exists lists the images of the dataset, one image or folder of
-    images per line."""
+    """Text files. The first that exists lists the images of the dataset, one image or folder of images per line."""
 
     def describe(self) -> str:
         """Describe the layout for error messages."""
@@ -78,16 +56,13 @@ class FileSets:
     alphas: Files
     trimaps: Files
     problems: tuple[Problem, ...] = ()
-    """Files of one kind with the same key, of which only the first is used, and listed images that
-    do not exist."""
+    """Files of one kind with the same key, of which only the first is used, and listed images that do not exist."""
 
 
 def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layout, FileSets]:
-    """Return the first of the layouts that exists at ``root``, and its files.
+    """Return the first of the layouts that exists at ``root``, in a folder of it or around it, and its files.
 
-    ``root`` may also be the parent of the published root, or a folder inside it. Upper and lower
-    case in folder names are equivalent. Raises UsageError, which lists the folders found and those
-    expected.
+    The case of folder names is ignored. Raises UsageError, which lists the folders found and those expected.
     """
     if not root.is_dir():
         raise UsageError(f"data root {root} is not a folder; expected the folder of {title}")
@@ -106,18 +81,15 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
         for base in list(root.parents)[:3]:
             if found := _layout_files(layout, base, inside=root):
                 return layout, found
-    for layout in layouts:
-        if folders := _layout_folders(layout, root):
-            raise UsageError(f"data root {root} does not contain {title}: {_first_empty(folders)} contains no images")
+    folders = (folder for layout in layouts for folder in _layout_folders(layout, root) or () if folder)
+    if empty := next((folder for folder in folders if not list_images(folder)), None):
+        raise UsageError(f"data root {root} does not contain {title}: {empty} contains no images")
     expected = "; or ".join(layout.describe() for layout in layouts)
     raise UsageError(f"data root {root} does not contain {title}: expected {expected}; found {_list_folder(root)}")
 
 
 def find_file_sets(images: str, alphas: str, trimaps: str | None) -> FileSets:
-    """Return the files of three folders or glob patterns.
-
-    Raises UsageError if a folder has no images or a pattern matches none.
-    """
+    """Return the files of three folders or glob patterns. Raises UsageError if one has no images."""
     problems: list[Problem] = []
     options = zip((images, alphas, trimaps), ("--images", "--alphas", "--trimaps"), strict=True)
     found = [_find_matching(text, option, problems) if text else {} for text, option in options]
@@ -130,14 +102,14 @@ def pair_files(layout: Layout, files: FileSets, backgrounds: Sequence[Path] = ()
     samples: list[Sample] = []
     used: set[str] = set()
     for key, alpha in sorted(files.alphas.items()):
-        image_key = layout.image_key(key)
+        image_key = re.sub(layout.alpha_suffix, "", key)
         image = files.images.get(image_key)
         if image is None:
             problems.append(Problem("missing-image", key, f"{alpha} has no image; expected one named {image_key}"))
             continue
         used.add(image_key)
         samples += (
-            _make_composites(layout, files, key, backgrounds)
+            _make_composites(layout, files, key, image, backgrounds)
             if layout.backgrounds_per_foreground
             else [Sample(key, image, alpha, files.trimaps.get(key))]
         )
@@ -155,21 +127,21 @@ def pair_files(layout: Layout, files: FileSets, backgrounds: Sequence[Path] = ()
     return samples, problems
 
 
-def _make_composites(layout: Layout, files: FileSets, key: str, backgrounds: Sequence[Path]) -> Iterator[Sample]:
+def _make_composites(
+    layout: Layout, files: FileSets, key: str, image: Path, backgrounds: Sequence[Path]
+) -> Iterator[Sample]:
     """Yield the composites of a foreground. Consecutive foregrounds use consecutive backgrounds."""
     count = layout.backgrounds_per_foreground
     first = sorted(files.alphas).index(key) * count
     for number in range(count):
         background = backgrounds[(first + number) % len(backgrounds)]
         name = f"{key}_{number}"
-        composite = CompositeSource(files.images[layout.image_key(key)], files.alphas[key], background)
+        composite = CompositeSource(image, files.alphas[key], background)
         yield Sample(name, composite, files.alphas[key], files.trimaps.get(name) or files.trimaps.get(key))
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return all images in a folder and its subfolders, sorted, without hidden files.
-
-    Symbolic links are followed.
+    """Return all images in a folder and its subfolders, sorted, without hidden files; follow symbolic links.
 
     Raises UsageError if a folder cannot be read.
     """
@@ -183,16 +155,13 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def _layout_files(layout: Layout, base: Path, inside: Path | None = None) -> FileSets | None:
-    """Return the files of a layout at ``base``, or None.
-
-    With ``inside``, its images must be in that folder.
-    """
+    """Return the files of a layout at ``base``, whose images must be ``inside`` a folder if given; None without any."""
     folders = _layout_folders(layout, base)
     if folders is None or (inside and not folders[0].is_relative_to(inside)):
         return None
     problems: list[Problem] = []
     images, alphas, trimaps = (
-        _index_by_key(list_images(folder), folder, layout.key, problems) if folder else {} for folder in folders
+        _index_by_key(list_images(folder), folder, layout.key_pattern, problems) if folder else {} for folder in folders
     )
     found = FileSets(images, alphas, trimaps, tuple(problems))
     if layout.lists:
@@ -201,12 +170,9 @@ def _layout_files(layout: Layout, base: Path, inside: Path | None = None) -> Fil
 
 
 def _apply_list(layout: Layout, base: Path, files: FileSets) -> FileSets:
-    """Return only the files that the list of the layout names.
+    """Return only the files that the list of the layout names. Raises UsageError if it cannot be read.
 
-    Listed images that do not exist become problems.
-
-    A line of a DAVIS list begins with an image (``/JPEGImages/480p/goat/00000.jpg``) or is a folder
-    (``goat``). Raises UsageError if the list is missing or cannot be read.
+    A line of a DAVIS list begins with an image (``/JPEGImages/480p/goat/00000.jpg``) or is a folder (``goat``).
     """
     paths = [base / layout.parent_folder / name for name in layout.lists]
     path = next((each for each in paths if each.is_file()), None)
@@ -241,11 +207,6 @@ def _layout_folders(layout: Layout, base: Path) -> tuple[Path, Path, Path | None
     return images, alphas, _find_subfolder(parent, layout.trimaps) if layout.trimaps else None
 
 
-def _first_empty(folders: Sequence[Path | None]) -> Path:
-    """Return the first folder that contains no images."""
-    return next(folder for folder in folders if folder and not list_images(folder))
-
-
 def _find_subfolder(base: Path, relative_path: str) -> Path | None:
     """Return a subfolder, ignoring the case of its name, or None if it does not exist."""
     try:
@@ -261,11 +222,12 @@ def _find_subfolder(base: Path, relative_path: str) -> Path | None:
     return base
 
 
-def _index_by_key(paths: Iterable[Path], root: Path, key: Callable[[str], str], problems: list[Problem]) -> Files:
+def _index_by_key(paths: Iterable[Path], root: Path, pattern: str, problems: list[Problem]) -> Files:
     """Return the files by key. Files with the key of an earlier file are added to ``problems``."""
     files: Files = {}
     for path in paths:
-        name = key(path.relative_to(root).with_suffix("").as_posix())
+        name = path.relative_to(root).with_suffix("").as_posix()
+        name = match[0] if (match := re.match(pattern, name)) else name
         if (first := files.setdefault(name, path)) != path:
             problems.append(
                 Problem("same-name", name, f"{first} and {path} have the same name; only the first is used")
@@ -274,10 +236,7 @@ def _index_by_key(paths: Iterable[Path], root: Path, key: Callable[[str], str], 
 
 
 def _find_matching(text: str, option: str, problems: list[Problem]) -> Files:
-    """Return the files of a folder or glob pattern by key.
-
-    Raises UsageError if it contains no images.
-    """
+    """Return the files of a folder or glob pattern by key. Raises UsageError if it contains no images."""
     fixed, wildcards = split_glob(text)
     if wildcards:
         root = Path(fixed)
@@ -289,7 +248,7 @@ def _find_matching(text: str, option: str, problems: list[Problem]) -> Files:
         paths = list_images(root)
     if not paths:
         raise UsageError(f"{option} {text} contains no images; expected a folder of images or a quoted glob")
-    return _index_by_key(paths, root, unchanged_key, problems)
+    return _index_by_key(paths, root, Layout.key_pattern, problems)
 
 
 def _is_image_file(path: Path) -> bool:

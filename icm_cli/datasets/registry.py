@@ -13,11 +13,8 @@ from icm_cli.datasets.layouts import (
     Layout,
     find_file_sets,
     find_files,
-    leading_number,
     list_images,
     pair_files,
-    strip_label_and_box,
-    strip_last_number,
 )
 from icm_cli.errors import Problem, UsageError, did_you_mean
 from icm_cli.options import DatasetName, MetricVariant, Region, ScoredSize, Split
@@ -37,10 +34,7 @@ class ScoringConventions:
 
 @dataclass(frozen=True)
 class Dataset:
-    """File layouts, groups and scoring conventions of a dataset.
-
-    The first layout that exists on disk is used.
-    """
+    """File layouts, of which the first that exists on disk is used, groups and scoring conventions."""
 
     title: str
     test: tuple[Layout, ...]
@@ -49,15 +43,13 @@ class Dataset:
     metadata: str | None = None
     """File name of the published groups in ``icm_cli/datasets/metadata``."""
     group_pattern: str | None = None
-    """Without metadata: a regular expression whose first capture group in the name of an image is
-    its group."""
+    """Without metadata: a regular expression whose first capture group in the name of an image is its group."""
     is_binary: bool = False
     """Whether the alphas are binary masks of 0 and 255."""
     has_detail_maps: bool = False
     """Whether the trimaps are detail maps, in which every pixel above 0 is unknown."""
     has_shots: bool = False
-    """Whether groups are shots with a given first frame, scored as DAVIS does. All palette indices
-    are one object."""
+    """Whether groups are shots with a given first frame, scored as DAVIS does. All palette indices are one object."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +115,11 @@ DATASETS: dict[DatasetName, Dataset] = {
     ),
     "rwp636": Dataset(
         "RWP-636",
-        (Layout("image", "alpha", "detailmap", key=leading_number),),
+        (Layout("image", "alpha", "detailmap", key_pattern=r"\d+"),),
         conventions=ScoringConventions(("whole", "unknown")),
         has_detail_maps=True,
     ),
-    "rw100": Dataset("RefMatte-RW100", (Layout("image", "mask", image_key=strip_last_number),)),
+    "rw100": Dataset("RefMatte-RW100", (Layout("image", "mask", alpha_suffix=r"_\d+$"),)),
     "composition1k": Dataset(
         "Composition-1k",
         (
@@ -166,7 +158,7 @@ DATASETS: dict[DatasetName, Dataset] = {
     ),
     "openimages": Dataset(
         "Open Images",
-        (Layout("images", "masks", image_key=strip_label_and_box),),
+        (Layout("images", "masks", alpha_suffix=r"^.*/|_[^_/]+_[^_/]+$"),),
         group_pattern=r"(?:.*/)?[^_/]+_([^_/]+)_[^_/]+$",
         is_binary=True,
     ),
@@ -193,17 +185,13 @@ def find_dataset(
     backgrounds: str | Path | None = None,
     composite: bool = True,
 ) -> DatasetSamples:
-    """Return all samples of a dataset, and the problems with its files.
+    """Return all samples of a dataset, and the problems with its files. Raises UsageError.
 
-    The dataset ``folder`` is given by ``images``, ``alphas`` and optionally ``trimaps`` (folders or
-    glob patterns), or by a ``root`` with subfolders of these names. All other datasets are given by
-    ``root``.
+    The dataset ``folder`` is given by ``images``, ``alphas`` and optionally ``trimaps`` (folders or glob patterns), or
+    by a ``root`` with subfolders of these names. All other datasets are given by ``root``.
 
-    ``groups`` is a JSON file in the published format. By default, the groups come from the bundled
-    metadata. Datasets without metadata are grouped by foreground or, for ``folder``, by subfolder;
-    otherwise all images form one group.
-
-    If ``composite`` is false, foregrounds are returned without backgrounds. Raises UsageError.
+    ``groups`` is a JSON file in the published format. By default, the groups come from the bundled metadata, or else
+    from the names of the images. If ``composite`` is false, foregrounds are returned without backgrounds.
     """
     dataset = get_dataset(name)
     layout, files = _locate_files(name, dataset, root, split, (images, alphas, trimaps))
@@ -211,7 +199,9 @@ def find_dataset(
     if are_foregrounds:
         layout = replace(layout, backgrounds_per_foreground=0)
     background_files = _find_backgrounds(dataset, layout, backgrounds)
-    notes = _background_notes(layout, files, background_files)
+    wanted = layout.backgrounds_per_foreground * len(files.alphas)
+    is_reused = len(background_files) < wanted
+    notes = [f"{len(background_files)} backgrounds are reused for {wanted} composites"] if is_reused else []
     samples, problems = pair_files(layout, files, background_files)
     if not samples:
         raise UsageError(
@@ -223,8 +213,9 @@ def find_dataset(
     elif dataset.metadata:
         metadata = GroupMetadata.load_bundled(dataset.metadata)
     else:
-        grouped = [replace(each, group=_group_from_name(dataset, each.name)) for each in samples]
-        return DatasetSamples(dataset, grouped, problems, notes, are_foregrounds)
+        matches = [re.match(dataset.group_pattern, each.name) if dataset.group_pattern else None for each in samples]
+        samples = [replace(each, group=m[1] if m else ONE_GROUP) for each, m in zip(samples, matches, strict=True)]
+        return DatasetSamples(dataset, samples, problems, notes, are_foregrounds)
     samples, group_problems = metadata.assign_groups(samples)
     return DatasetSamples(dataset, samples, problems + group_problems, notes, are_foregrounds)
 
@@ -259,23 +250,9 @@ def _find_backgrounds(dataset: Dataset, layout: Layout, folder: str | Path | Non
             "test set uses images of PASCAL VOC); each foreground is composited onto "
             f"{layout.backgrounds_per_foreground} of them"
         )
-    if not Path(folder).is_dir():
-        raise UsageError(f"backgrounds folder {folder} does not exist; expected images to composite foregrounds onto")
-    backgrounds = list_images(Path(folder))
+    is_folder = Path(folder).is_dir()
+    backgrounds = list_images(Path(folder)) if is_folder else []
     if not backgrounds:
-        raise UsageError(
-            f"backgrounds folder {folder} contains no images; expected images to composite foregrounds onto"
-        )
+        state = "contains no images" if is_folder else "does not exist"
+        raise UsageError(f"backgrounds folder {folder} {state}; expected images to composite foregrounds onto")
     return backgrounds
-
-
-def _background_notes(layout: Layout, files: FileSets, backgrounds: Sequence[Path]) -> list[str]:
-    wanted = layout.backgrounds_per_foreground * len(files.alphas)
-    if len(backgrounds) >= wanted:
-        return []
-    return [f"{len(backgrounds)} backgrounds are reused for {wanted} composites"]
-
-
-def _group_from_name(dataset: Dataset, name: str) -> str:
-    match = re.match(dataset.group_pattern, name) if dataset.group_pattern else None
-    return match[1] if match else ONE_GROUP

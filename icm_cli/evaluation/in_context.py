@@ -20,9 +20,8 @@ from icm_cli.evaluation.rounds import (
     describe_small_groups,
     read_references_file,
     select_targets,
-    write_references_file,
 )
-from icm_cli.files import cache_folder, combined_digest, error_for_failed_write, remove_stale_temporaries
+from icm_cli.files import cache_folder, combined_digest, error_for_failed_write, remove_stale_temporaries, write_json
 from icm_cli.images.reading import read_alpha, read_source_image
 from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import Engine, EngineOptions
@@ -44,19 +43,6 @@ MAX_CACHE_AGE_S = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
-class InContextOptions:
-    """Options of matting in an evaluation."""
-
-    rounds: int = 1
-    refs_per_group: int = 1
-    save_alphas: Path | None = None
-    """Folder for the alphas. By default, they are in the cache until the run succeeds."""
-    is_shot: bool = False
-    """Whether groups are shots, in which objects are propagated from frame to frame."""
-    learn_steps: int | None = None
-
-
-@dataclass(frozen=True)
 class Example:
     """The references of a group in a round. Jobs refer to it by its index."""
 
@@ -66,56 +52,58 @@ class Example:
     references: list[str]
 
 
-def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice, options: InContextOptions) -> Report:
-    """Matte every target of every round and score it.
-
-    Existing alphas of the same evaluation are kept.
+def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
+    """Matte every target of every round and score it. Existing alphas of the same evaluation are kept.
 
     Alphas of an interrupted run stay in the cache, so that the next run continues from them.
     """
+    options, listener = evaluation.options.matting, evaluation.listener
     store = ReferenceStore(evaluation)
-    references, problems = store.select_references(options.rounds, options.refs_per_group)
+    references, problems = store.select_references(evaluation.options.protocol.rounds or 1, options.refs_per_group or 1)
     examples = [
         Example(number, group, names) for number, groups in enumerate(references, 1) for group, names in groups.items()
     ]
     if not examples:
         raise UsageError(
-            f"{evaluation.dataset.title} has no group with two usable images, so there are no "
-            "references; give --groups FILE to define groups, or --pred DIR to score existing "
-            "alphas"
+            f"{evaluation.title} has no group with two usable images, so there are no references; give --groups FILE "
+            "to define groups, or --pred DIR to score existing alphas"
         )
-    steps = choice.resolve_learn_steps(options.learn_steps, is_shot=options.is_shot)
-    digests = _example_digests(store, choice, examples, steps, is_shot=options.is_shot)
-    with _alpha_folder(evaluation, options, digests) as folder:
+    steps = choice.resolve_learn_steps(options.learn_steps, is_shot=options.shot)
+    digests = _example_digests(store, choice, examples, steps, is_shot=options.shot)
+    with _alpha_folder(evaluation, digests) as folder:
         jobs = _plan_jobs(evaluation, examples, folder, len(references))
-        shot = store.plan_shot(jobs, examples) if options.is_shot else None
-        _check_outputs(evaluation, jobs, folder)
-        if evaluation.files.reports.references:
-            write_references_file(evaluation.files.reports.references, references)
-        outcome = _make_outcome(evaluation, choice, options, jobs, references, steps)
+        shot = store.plan_shot(jobs, examples) if options.shot else None
+        evaluation.check_no_overwrite([job.output for job in jobs])
+        evaluation.reports.check_writable(folder)
+        for parent in {job.output.parent for job in jobs}:
+            remove_stale_temporaries(parent)
+        if evaluation.reports.references:
+            write_json(evaluation.reports.references, {"references": references})
+        outcome = _make_outcome(evaluation, choice, jobs, references, steps)
         for problem in problems:
             outcome.add_problem(problem)
-        evaluation.run.listener.on_run_start(len(jobs))
-        workers = evaluation.run.workers
+        listener.on_run_start(len(jobs))
         with outcome:
-            settings = EngineOptions(digests, choice.batch_size, workers, shot=shot)
+            settings = EngineOptions(digests, choice.batch_size, evaluation.workers, shot=shot)
             remaining = keep_existing_alphas(
                 shot.order if shot else jobs,
                 settings.job_digest,
-                workers=workers,
+                workers=evaluation.workers,
                 on_result=outcome.add,
-                notice=evaluation.run.listener.on_notice,
+                notice=listener.on_notice,
                 reusable_outputs=shot.reusable_outputs if shot else None,
             )
-            predictor = _load_model(choice, evaluation) if remaining else None
-            with outcome.writing_reports(evaluation.files.reports, choice.device.peak_memory_bytes):
+            if remaining:
+                listener.on_detail(choice.description)
+            predictor = choice.load_predictor() if remaining else None
+            with outcome.writing_reports(evaluation.reports, choice.device.peak_memory_bytes):
                 if predictor is not None:
 
                     @functools.lru_cache(maxsize=1)
                     def prepare_example(index: int) -> PreparedReferences:
-                        return store.prepare(predictor, examples[index].references, steps, is_shot=options.is_shot)
+                        return store.prepare(predictor, examples[index].references, steps, is_shot=options.shot)
 
-                    notice = evaluation.run.listener.on_notice
+                    notice = listener.on_notice
                     matting = create_matting(predictor, prepare_example, shot, notice)
                     Engine(predictor, matting, settings, on_result=outcome.add, notice=notice).run(remaining)
                 evaluation.score_flicker(outcome)
@@ -130,7 +118,7 @@ def _example_digests(
     common |= {str(name): value for name, value in sequence_digest_parts(learn_steps, is_shot=is_shot).items()}
     common["seed"] = str(choice.seed)
     return [
-        alpha_digest({**common, "references": combined_digest(*store.content_digests(example.references))})
+        alpha_digest({**common, "references": combined_digest(*(store.digests[name] for name in example.references))})
         for example in examples
     ]
 
@@ -140,37 +128,25 @@ def _plan_jobs(evaluation: Evaluation, examples: Sequence[Example], folder: Path
     jobs = []
     for index, example in enumerate(examples):
         round_path = round_folder(folder, example.round, rounds)
-        for sample in select_targets(evaluation.dataset.groups[example.group], example.references):
+        for sample in select_targets(evaluation.groups[example.group], example.references):
             output = round_path / f"{sample.name}.png"
             planned = evaluation.plan_result(sample, output, example.round)
             jobs.append(Job(sample.image, Path(sample.name), output, planned, index))
     return jobs
 
 
-def _check_outputs(evaluation: Evaluation, jobs: Sequence[Job], folder: Path) -> None:
-    """Check that all outputs can be written, and remove temporary files of earlier runs."""
-    evaluation.check_no_overwrite([job.output for job in jobs])
-    evaluation.files.reports.check_writable(folder)
-    for parent in {job.output.parent for job in jobs}:
-        remove_stale_temporaries(parent)
-
-
 def _make_outcome(
-    evaluation: Evaluation,
-    choice: AnyModelChoice,
-    options: InContextOptions,
-    jobs: Sequence[Job],
-    references: ReferenceRounds,
-    learn_steps: int,
+    evaluation: Evaluation, choice: AnyModelChoice, jobs: Sequence[Job], references: ReferenceRounds, learn_steps: int
 ) -> Outcome:
-    notes = describe_small_groups(evaluation.dataset.groups, len(references), options.refs_per_group)
+    options = evaluation.options.matting
+    notes = describe_small_groups(evaluation.groups, len(references), options.refs_per_group or 1)
     trained_on = read_training_digests(choice.checkpoint) if choice.checkpoint else None
     if choice.checkpoint and trained_on is None:
         notes.append(f"{choice.checkpoint} does not list its training images; they may include images of this dataset")
     settings = {
         **choice.as_settings(),
         "alphas": str(options.save_alphas) if options.save_alphas else None,
-        "shot": options.is_shot,
+        "shot": options.shot,
         "learn_steps": learn_steps,
     }
     return evaluation.make_outcome(
@@ -178,18 +154,10 @@ def _make_outcome(
     )
 
 
-def _load_model(choice: AnyModelChoice, evaluation: Evaluation) -> Predictor:
-    evaluation.run.listener.on_detail(choice.description)
-    return choice.load_predictor()
-
-
-def _alpha_folder(
-    evaluation: Evaluation, options: InContextOptions, digests: Sequence[str]
-) -> contextlib.AbstractContextManager[Path]:
+def _alpha_folder(evaluation: Evaluation, digests: Sequence[str]) -> contextlib.AbstractContextManager[Path]:
     """Return a context with the folder for the alphas."""
-    if options.save_alphas:
-        return contextlib.nullcontext(options.save_alphas)
-    return _temporary_folder(_cache_folder(evaluation, digests))
+    folder = evaluation.options.matting.save_alphas
+    return contextlib.nullcontext(folder) if folder else _temporary_folder(_cache_folder(evaluation, digests))
 
 
 @contextlib.contextmanager
@@ -217,27 +185,21 @@ def _cache_folder(evaluation: Evaluation, digests: Sequence[str]) -> Path:
             if time.time() - lock.stat().st_mtime > MAX_CACHE_AGE_S:
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink()
-    files = [str(sample.file.resolve()) for sample in evaluation.dataset.samples]
+    files = [str(sample.file.resolve()) for sample in evaluation.found.samples]
     return root / combined_digest(*digests, *(path.encode(errors="surrogateescape") for path in files))[:32]
 
 
 @dataclass
 class ReferenceStore:
-    """Reads references and remembers their digests, and the errors of those that cannot be used.
-
-    Images are not kept, so that memory use does not depend on the number of references.
-    """
+    """Reads references and remembers their digests, and the errors of those that cannot be used; keeps no images."""
 
     evaluation: Evaluation
-    _digests: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     _errors: dict[str, str] = field(default_factory=dict)
 
     def select_references(self, rounds: int, refs_per_group: int) -> tuple[ReferenceRounds, list[Problem]]:
-        """Return the references of every round: those of the references file, or chosen by name.
-
-        References that cannot be used become problems.
-        """
-        path, dataset = self.evaluation.files.references, self.evaluation.dataset
+        """Return the references of every round, from a file or chosen by name, and those that cannot be used."""
+        path, dataset = self.evaluation.options.protocol.references, self.evaluation
         if path:
             references, problems = read_references_file(path, dataset.groups)
             for names_by_group in references:
@@ -261,22 +223,18 @@ class ReferenceStore:
         problems += [Problem("bad-reference", name, error) for name, error in self._errors.items()]
         return references, problems
 
-    def content_digests(self, names: Sequence[str]) -> list[str]:
-        """Return the digests of the contents of usable references."""
-        return [self._digests[name] for name in names]
-
     def prepare(
         self, predictor: Predictor, names: Sequence[str], learn_steps: int, *, is_shot: bool
     ) -> PreparedReferences:
         """Read and prepare references, and fine-tune the head on them for ``learn_steps`` steps."""
-        references = [self._read_reference(self.evaluation.dataset.by_name[name]) for name in names]
+        references = [self._read_reference(self.evaluation.by_name[name]) for name in names]
         return prepare_references(predictor, references, learn_steps, is_shot=is_shot)
 
     def plan_shot(self, jobs: Sequence[Job], examples: Sequence[Example]) -> Shot:
         """Return the order in which frames are matted, starting from their references."""
 
         def key(name: str) -> Keyframe:
-            return Keyframe(Path(name), lambda: self._read_reference(self.evaluation.dataset.by_name[name]))
+            return Keyframe(Path(name), lambda: self._read_reference(self.evaluation.by_name[name]))
 
         return Shot.from_examples(
             ([job for job in jobs if job.example == index], [key(name) for name in example.references])
@@ -284,10 +242,10 @@ class ReferenceStore:
         )
 
     def _is_usable(self, sample: Sample) -> bool:
-        if sample.name in self._digests:
+        if sample.name in self.digests:
             return True
         try:
-            self._digests[sample.name] = self._read_reference(sample).digest
+            self.digests[sample.name] = self._read_reference(sample).digest
         except (ImageError, UsageError) as error:
             self._errors[sample.name] = str(error)
             return False
@@ -297,6 +255,6 @@ class ReferenceStore:
         """Read a sample as a reference: its image, and its alpha above one half as guidance."""
         image = read_source_image(sample.image)
         mask = read_alpha(sample.alpha, is_label_map=self.evaluation.rule.has_shots, target_windows=image.windows)
-        notice = self.evaluation.run.listener.on_notice
+        notice = self.evaluation.listener.on_notice
         guidance = make_guidance(mask, image.windows, f"alpha {sample.alpha}", notice)
         return Reference(image.rgb, guidance, windows=image.windows)

@@ -1,4 +1,4 @@
-"""Definition of an evaluation: dataset, scoring rule, files and run settings."""
+"""Definition of an evaluation: options, dataset, scoring rule and report files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from icm_cli.datasets.groups import Sample, group_samples
 from icm_cli.datasets.registry import DatasetSamples
+from icm_cli.environment import DEFAULT_WORKERS, available_cores
 from icm_cli.errors import UsageError
 from icm_cli.evaluation.rounds import ReferenceRounds
 from icm_cli.events import Listener
@@ -20,105 +21,69 @@ from icm_cli.images.reading import CompositeSource
 from icm_cli.images.writing import read_stamp
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.resume import DIGEST_KEY
+from icm_cli.options import EvaluateOptions
 from icm_cli.reports.report import PageImages, Report
 from icm_cli.reports.result import DatasetEntry, ImageResult
 from icm_cli.reports.write import ReportFiles
 from icm_cli.scoring.pool import Scorer, ScoringPool
-from icm_cli.scoring.rule import ScoringRule
-from icm_cli.scoring.task import FlickerTask, ScoreTask
-
-
-@dataclass(frozen=True)
-class EvaluationDataset:
-    """The dataset of an evaluation."""
-
-    name: str
-    """Name in the registry."""
-    location: str
-    """Data root, or the images of the dataset ``folder``."""
-    split: str
-    found: DatasetSamples
-
-    @property
-    def title(self) -> str:
-        """Title for reports; the location for the dataset ``folder``."""
-        return self.location if self.name == "folder" else self.found.dataset.title
-
-    @property
-    def samples(self) -> list[Sample]:
-        """All samples."""
-        return self.found.samples
-
-    @cached_property
-    def groups(self) -> dict[str, list[Sample]]:
-        """Samples by group. Samples without a group are excluded."""
-        return group_samples(self.samples)
-
-    @cached_property
-    def by_name(self) -> dict[str, Sample]:
-        """All samples by name."""
-        return {sample.name: sample for sample in self.samples}
-
-    @cached_property
-    def real_paths(self) -> set[str]:
-        """Paths of all files of the dataset, with symbolic links resolved."""
-        return {
-            os.path.realpath(path)
-            for sample in self.samples
-            for path in (sample.file, sample.alpha, sample.trimap)
-            if path is not None
-        }
-
-
-@dataclass(frozen=True)
-class EvaluationFiles:
-    """Files that an evaluation reads and writes, besides the dataset and the alphas."""
-
-    reports: ReportFiles
-    references: Path | None = None
-    """File with the references to use."""
-    groups: Path | None = None
-
-    @property
-    def inputs(self) -> list[Path]:
-        """Input files, which must not be overwritten."""
-        return [path for path in (self.groups, self.references) if path is not None]
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """Settings of an evaluation run that do not affect the scores."""
-
-    listener: Listener
-    start: float
-    """Value of ``time.perf_counter`` at the start of the run."""
-    workers: int
-    note: str | None = None
-    """Comment for the reports."""
-    allowed: frozenset[str] = frozenset()
-    """Kinds of problems that do not affect the exit code."""
+from icm_cli.scoring.task import FlickerTask, ScoreTask, ScoringRule
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation: what is scored, by which rule, and which files are read and written."""
+    """What is scored, by which rule, and which files are written."""
 
-    dataset: EvaluationDataset
+    options: EvaluateOptions
+    found: DatasetSamples
     rule: ScoringRule
-    files: EvaluationFiles
-    run: RunSettings
+    reports: ReportFiles
+    listener: Listener
+    start: float
+    """Value of ``time.perf_counter`` at the start of the run."""
+
+    @property
+    def location(self) -> str:
+        """Data root, or the images of the dataset ``folder``."""
+        return str(self.options.dataset.data_root or self.options.dataset.images)
+
+    @property
+    def title(self) -> str:
+        """Title for reports; the location for the dataset ``folder``."""
+        return self.location if self.options.dataset.dataset == "folder" else self.found.dataset.title
+
+    @property
+    def workers(self) -> int:
+        """Number of reader threads and of scoring processes. Scoring alone uses every core."""
+        is_scoring_only = self.options.protocol.pred is not None
+        return self.options.resources.workers or (available_cores() if is_scoring_only else DEFAULT_WORKERS)
+
+    @cached_property
+    def groups(self) -> dict[str, list[Sample]]:
+        """Samples by group. Samples without a group are excluded."""
+        return group_samples(self.found.samples)
+
+    @cached_property
+    def by_name(self) -> dict[str, Sample]:
+        """All samples by name."""
+        return {sample.name: sample for sample in self.found.samples}
+
+    @cached_property
+    def _dataset_files(self) -> set[str]:
+        """Real paths of all files of the dataset."""
+        files = (path for each in self.found.samples for path in (each.file, each.alpha, each.trimap) if path)
+        return set(map(os.path.realpath, files))
 
     def check_no_overwrite(self, alphas: Sequence[Path] = ()) -> None:
         """Raise UsageError if an output would overwrite a file of the dataset or an input."""
-        dataset_files = self.dataset.real_paths
-        folders = {str(Path(path).parent) for path in dataset_files}
+        folders = {str(Path(path).parent) for path in self._dataset_files}
         for path in alphas:
             if os.path.realpath(path.parent) in folders:
                 raise UsageError(f"{path} is in a folder of the dataset; give --save-alphas another folder")
         for path in {path.parent: path for path in alphas if path.exists()}.values():  # one existing alpha per folder
             if (stamp := read_stamp(path)) is not None and DIGEST_KEY not in stamp:
                 raise UsageError(f"{path} exists and was not made by icm; give --save-alphas another folder")
-        self.files.reports.check_no_overwrite([*dataset_files, *alphas, *self.files.inputs])
+        inputs = filter(None, (self.options.dataset.groups, self.options.protocol.references))
+        self.reports.check_no_overwrite([*self._dataset_files, *alphas, *inputs])
 
     def plan_result(self, sample: Sample, output: Path, number: int) -> ImageResult:
         """Return the result of a sample in round ``number`` before it is matted."""
@@ -139,26 +104,24 @@ class Evaluation:
         notes: Sequence[str] = (),
         trained_on: frozenset[str] | None = None,
     ) -> Outcome:
-        """Return the outcome that collects, scores and reports results.
-
-        It has the problems of the dataset already.
-        """
+        """Return the outcome that collects, scores and reports results, with the problems of the dataset."""
+        allowed = frozenset(self.options.protocol.allow)
         protocol = self._describe_protocol(planned, references, notes)
         report = Report(
             {
                 "title": protocol["title"],
-                "note": self.run.note,
+                "note": self.options.reports.note,
                 **environment_settings(),
                 "protocol": protocol,
                 **settings,
             },
-            allowed=self.run.allowed,
+            allowed=allowed,
             references=references,
             page_images=self._page_images(references),
         )
 
         def task_for(result: ImageResult) -> ScoreTask:
-            sample = self.dataset.by_name[result.name]
+            sample = self.by_name[result.name]
             return ScoreTask(
                 name=result.name,
                 alpha_path=Path(result.output),
@@ -168,29 +131,29 @@ class Evaluation:
                 image_path=sample.file,
                 needs_sha256=trained_on is not None,
                 is_external="predictions" in settings,
-                allowed=self.run.allowed,
+                allowed=allowed,
             )
 
         outcome = Outcome(
             report,
             planned,
-            self.run.listener,
-            start=self.run.start,
-            scoring=Scorer(ScoringPool(self.run.workers), task_for),
+            self.listener,
+            start=self.start,
+            scoring=Scorer(ScoringPool(self.workers), task_for),
             trained_on=trained_on,
         )
-        for problem in self.dataset.found.problems:
+        for problem in self.found.problems:
             outcome.add_problem(problem)
         for note in protocol["notes"]:
-            self.run.listener.on_notice(note)
+            self.listener.on_notice(note)
         return outcome
 
     def score_flicker(self, outcome: Outcome) -> None:
         """Compute dtSSD between all consecutive frames of videos that have an alpha."""
-        videos = [frames for frames in self.dataset.groups.values() if frames[0].is_video_frame]
+        videos = [frames for frames in self.groups.values() if frames[0].is_video_frame]
         pairs = [pair for frames in videos for pair in consecutive_frames(frames)]
         if videos and not pairs:
-            self.run.listener.on_notice("dtSSD is not computed: no two frame names end in consecutive numbers")
+            self.listener.on_notice("dtSSD is not computed: no two frame names end in consecutive numbers")
         if pairs:
             outcome.add_flicker(list(self._flicker_tasks(pairs, outcome)))
 
@@ -208,12 +171,9 @@ class Evaluation:
     def _describe_protocol(
         self, planned: Sequence[ImageResult], references: ReferenceRounds, notes: Sequence[str]
     ) -> dict[str, Any]:
-        """Return everything besides the alphas that affects the scores.
-
-        Comparing reports requires equal values.
-        """
+        """Return everything besides the alphas that affects the scores."""
         generated = f"0 < alpha < 1 dilated by a {self.rule.trimap_kernel_px} px square at the scored size"
-        if not any(sample.trimap for sample in self.dataset.samples):
+        if not any(sample.trimap for sample in self.found.samples):
             unknown = f"generated from the alpha: {generated}"
         elif self.rule.has_detail_maps:
             unknown = "published detail maps above 0"
@@ -221,32 +181,28 @@ class Evaluation:
             unknown = f"published trimaps at 128; images without a trimap: {generated}"
         refs_per_group = max((len(names) for groups in references for names in groups.values()), default=0)
         return {
-            "dataset": self.dataset.name,
-            "title": self.dataset.title,
-            "location": self.dataset.location,
-            "split": self.dataset.split,
+            "dataset": self.options.dataset.dataset,
+            "title": self.title,
+            "location": self.location,
+            "split": self.options.dataset.split,
             "images": len({result.name for result in planned}),
             **self.rule.as_protocol(),
             "unknown_region": unknown if "unknown" in self.rule.regions else "not scored",
             "rounds": len(references),
             "refs_per_group": refs_per_group,
             "mean": "over images, then over rounds; ± is the sample standard deviation over rounds",
-            "notes": [*self.dataset.found.notes, *notes],
+            "notes": [*self.found.notes, *notes],
         }
 
     def _page_images(self, references: ReferenceRounds) -> PageImages:
-        by_name = self.dataset.by_name
+        samples = self.by_name
         return PageImages(
             references={
-                (number, group): [(by_name[name].image, by_name[name].alpha) for name in names]
+                (number, group): [(samples[name].image, samples[name].alpha) for name in names]
                 for number, groups in enumerate(references, 1)
                 for group, names in groups.items()
             },
-            composites={
-                sample.name: sample.image
-                for sample in self.dataset.samples
-                if isinstance(sample.image, CompositeSource)
-            },
+            composites={name: each.image for name, each in samples.items() if isinstance(each.image, CompositeSource)},
         )
 
 
@@ -256,10 +212,9 @@ def round_folder(folder: Path, number: int, rounds: int) -> Path:
 
 
 def consecutive_frames(frames: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
-    """Return the pairs of consecutive frames.
+    """Return the pairs of frames whose names differ only in the number at the end, by one step of the shot.
 
-    Their names differ only in the number at the end, by one step. The step of a shot is the
-    smallest difference between its numbers, so that a shot may consist of every second frame.
+    The step is the smallest difference between the numbers of a shot.
     """
     shots: dict[str, dict[int, Sample]] = {}
     for frame in frames:

@@ -1,20 +1,18 @@
-"""References of an evaluation: chosen by name, or read from a file.
-
-A target is never its own reference.
-"""
+"""References of an evaluation: chosen by name, or read from a file. A target is never its own reference."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 from icm_cli.datasets.groups import Sample
 from icm_cli.datasets.registry import ONE_GROUP
-from icm_cli.errors import Problem, UsageError
-from icm_cli.files import read_json, write_json
+from icm_cli.errors import Problem, UsageError, format_count
+from icm_cli.files import read_json
 from icm_cli.reports.report import REFERENCES_SHAPE
 
 ReferenceRounds = list[dict[str, list[str]]]
@@ -33,12 +31,10 @@ def choose_references(
     is_usable: Callable[[Sample], bool],
     in_order: bool = False,
 ) -> tuple[ReferenceRounds, list[Problem]]:
-    """Choose the references of every group and round.
+    """Choose the references of every group and round, and return the problems of groups with a single image.
 
-    The samples of a group are sorted by the SHA-256 of their names, or left in their order if
-    ``in_order``. Round n takes the usable samples from the n-th on and wraps around at the end. At
-    least one image of a group remains as a target. Images of groups with a single image become
-    problems.
+    The samples of a group are sorted by the SHA-256 of their names, or left in their order if ``in_order``. Round n
+    takes the usable samples from the n-th on and wraps around. At least one image of a group remains as a target.
     """
     chosen: ReferenceRounds = [{} for _ in range(rounds)]
     problems = []
@@ -49,7 +45,11 @@ def choose_references(
                 for each in samples
             ]
             continue
-        ordered = list(samples) if in_order else sorted(samples, key=_name_digest)
+        ordered = (
+            list(samples)
+            if in_order
+            else sorted(samples, key=lambda each: hashlib.sha256(os.fsencode(each.name)).hexdigest())
+        )
         usable = functools.cache(is_usable)
         for number, names in enumerate(chosen):
             first = number % len(ordered)
@@ -60,20 +60,10 @@ def choose_references(
     return chosen, problems
 
 
-def choose_first_frames(groups: Mapping[str, Sequence[Sample]]) -> ReferenceRounds:
-    """Choose the first frame of every shot as its reference, in a single round."""
-    return [{shot: [frames[0].name] for shot, frames in groups.items()}]
-
-
-def _name_digest(sample: Sample) -> str:
-    return hashlib.sha256(sample.name.encode(errors="surrogateescape")).hexdigest()
-
-
 def read_references_file(path: Path, groups: Mapping[str, Sequence[Sample]]) -> tuple[ReferenceRounds, list[Problem]]:
-    """Read the references of an earlier evaluation from a references file or a JSON report.
+    """Read references from a references file or a JSON report. Names that are not in their group become problems.
 
-    Names that are not in their group become problems. Raises UsageError if the format is wrong or
-    no name is known.
+    Raises UsageError if the format is wrong or no name is known.
     """
     problems: dict[str, Problem] = {}
     rounds: ReferenceRounds = []
@@ -94,14 +84,6 @@ def read_references_file(path: Path, groups: Mapping[str, Sequence[Sample]]) -> 
     return rounds, list(problems.values())
 
 
-def write_references_file(path: Path, rounds: ReferenceRounds) -> None:
-    """Write references for ``--references`` of a later evaluation, atomically.
-
-    Raises OutputError.
-    """
-    write_json(path, {"references": rounds})
-
-
 def describe_small_groups(groups: Mapping[str, Sequence[Sample]], rounds: int, refs_per_group: int) -> list[str]:
     """Return notes about groups that are too small for the requested rounds or references."""
     sizes = {group: len(samples) for group, samples in groups.items() if len(samples) > 1}
@@ -113,21 +95,18 @@ def describe_small_groups(groups: Mapping[str, Sequence[Sample]], rounds: int, r
         )
     if small := [group for group, size in sizes.items() if size < rounds]:
         notes.append(
-            f"{len(small)} group(s), such as {small[0]}, have fewer than {rounds} images: their "
+            f"fewer than {rounds} images in {format_count(len(small), 'group')}, such as {small[0]}: their "
             "references repeat in later rounds, and the standard deviation over rounds is too small"
         )
     if small := [group for group, size in sizes.items() if size <= refs_per_group]:
         notes.append(
-            f"{len(small)} group(s), such as {small[0]}, have too few images for {refs_per_group} "
-            "references and a target; they use all images but one as references"
+            f"too few images for {refs_per_group} references and a target in {format_count(len(small), 'group')}, "
+            f"such as {small[0]}: all images but one are references"
         )
     return notes
 
 
 def select_targets(samples: Sequence[Sample], references: Sequence[str]) -> list[Sample]:
-    """Return the samples of a group that are matted with these references.
-
-    Samples that share their image with a reference are excluded.
-    """
+    """Return the samples of a group, without those that share their image with a reference."""
     reference_images = {sample.image for sample in samples if sample.name in references}
     return [sample for sample in samples if sample.image not in reference_images]

@@ -13,8 +13,7 @@ from icm_cli.matting.jobs import Job
 from icm_cli.matting.sources import SkippedFiles, find_sources
 from icm_cli.reports.result import DatasetEntry, ImageResult
 from icm_cli.scoring.pool import Scorer, ScoringPool
-from icm_cli.scoring.rule import ScoringRule
-from icm_cli.scoring.task import ScoreTask
+from icm_cli.scoring.task import ScoreTask, ScoringRule
 
 RULE = ScoringRule()
 """Scores cover the whole image at its own size, with GRAD and CONN of the composition variant."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from statistics import fmean, stdev
 
 from icm_cli.options import Region
 from icm_cli.reports.result import METRICS, REGIONS, ImageEvaluation, ImageResult
@@ -39,10 +39,7 @@ class Means:
 
 @dataclass(frozen=True)
 class ShotScores:
-    """J (region similarity) and F (boundary accuracy) of a shot, 0..1, as in the tool of DAVIS.
-
-    A negative decay means that the scores improve towards the end of the shot.
-    """
+    """J (region similarity) and F (boundary accuracy) of a shot, 0..1, as in the tool of DAVIS."""
 
     frames: int
     j_mean: float
@@ -84,10 +81,7 @@ def compute_means(results: Iterable[ImageResult]) -> dict[Region, Means]:
 def compute_means_by(
     results: Sequence[ImageResult], key: Callable[[ImageResult], str | None]
 ) -> dict[str, dict[Region, Means]]:
-    """Return the means for every value of ``key``, sorted by value.
-
-    Results without a value are excluded.
-    """
+    """Return the means for every value of ``key``, sorted by value, without results that have no value."""
     parts: dict[str, list[ImageResult]] = {}
     for result in results:
         if value := key(result):
@@ -98,8 +92,7 @@ def compute_means_by(
 def compute_shot_scores(results: Iterable[ImageResult]) -> dict[str, ShotScores]:
     """Return the scores of every shot, followed by their mean under the key MEAN_OF_SHOTS.
 
-    ``results`` must be in the order of the frames. Frames that lack J or F are excluded. The result
-    is empty if no frame has both.
+    ``results`` must be in the order of the frames. Frames that lack J or F are excluded.
     """
     shots: dict[str, list[tuple[float, float]]] = {}
     for result in results:
@@ -107,7 +100,10 @@ def compute_shot_scores(results: Iterable[ImageResult]) -> dict[str, ShotScores]
         if jaccard is not None and boundary_f is not None:
             shots.setdefault(result.dataset.group, []).append((jaccard, boundary_f))
     scores = {shot: _score_shot(frames) for shot, frames in shots.items()}
-    return scores | ({MEAN_OF_SHOTS: _mean_of_shots(list(scores.values()))} if scores else {})
+    if scores:
+        means = [fmean(getattr(shot, name) for shot in scores.values()) for name in SHOT_SCORE_TITLES]
+        scores[MEAN_OF_SHOTS] = ShotScores(sum(shot.frames for shot in scores.values()), *means)
+    return scores
 
 
 def format_metric(value: float | None, metric: str) -> str:
@@ -126,37 +122,20 @@ def format_mean(mean: Mean | None, metric: str) -> str:
 
 
 def _mean_over_rounds(rounds: Sequence[Sequence[float]]) -> Mean:
-    means = [_average(values) for values in rounds]
-    return Mean(_average(means), statistics.stdev(means) if len(means) > 1 else None)
+    means = [fmean(values) for values in rounds]
+    return Mean(fmean(means), stdev(means) if len(means) > 1 else None)
 
 
 def _score_shot(frames: Sequence[tuple[float, float]]) -> ShotScores:
-    scores = [
-        score
-        for values in zip(*frames, strict=True)
-        for score in (_average(values), _compute_recall(values), _compute_decay(values))
-    ]
+    scores: list[float] = []
+    for values in zip(*frames, strict=True):
+        recall = fmean(value > RECALL_THRESHOLD for value in values)
+        scores += fmean(values), recall, _compute_decay(values)
     return ShotScores(len(frames), *scores)
 
 
-def _mean_of_shots(shots: Sequence[ShotScores]) -> ShotScores:
-    means = [_average([getattr(shot, name) for shot in shots]) for name in SHOT_SCORE_TITLES]
-    return ShotScores(sum(shot.frames for shot in shots), *means)
-
-
-def _average(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _compute_recall(values: Sequence[float]) -> float:
-    return sum(value > RECALL_THRESHOLD for value in values) / len(values)
-
-
 def _compute_decay(values: Sequence[float]) -> float:
-    """Return the mean over the first quarter minus the mean over the last quarter.
-
-    As in the tool of DAVIS, neighbouring quarters share a frame.
-    """
+    """Return the mean of the first quarter minus that of the last. As in the tool of DAVIS, quarters share a frame."""
     last = len(values) - 1
     bounds = [math.floor(1 + last * part / SHOT_PARTS + 0.5 + 1e-10) - 1 for part in range(SHOT_PARTS + 1)]
-    return _average(values[: bounds[1] + 1]) - _average(values[bounds[-2] :])
+    return fmean(values[: bounds[1] + 1]) - fmean(values[bounds[-2] :])

@@ -1,7 +1,4 @@
-"""HTML page of a report.
-
-It is a single file without external resources, and readable without scripts.
-"""
+"""HTML page of a report: a single file without external resources, readable without scripts."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import datetime
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,11 +31,9 @@ if TYPE_CHECKING:
     from icm_cli.reports.result import ImageResult
 
 MAX_WORST = 8
-"""Number of worst images references."""
 MAX_BEST = 4
-"""Number of best images references."""
 MAX_UNSCORED = 12
-"""Number of images references for a run without ground truth, selected at even intervals."""
+"""Number of images shown for a run without ground truth, selected at even intervals."""
 MAX_TABLE_ROWS = 500
 """Maximum number of rows in the table of all images. The CSV report has no limit."""
 MAX_LISTED = 500
@@ -50,36 +44,6 @@ HISTOGRAM_BINS = 24
 HISTOGRAM_DECADES = 5
 """Scores that are this many powers of ten below the largest score are counted in the first bin."""
 MASK_TINT = (255, 64, 96)
-
-
-@dataclass(frozen=True)
-class ImageFigure:
-    """An image on the page.
-
-    ``source`` and so on are data URIs, or None if there is nothing to show.
-    """
-
-    result: ImageResult
-    source: str | None
-    references: list[str]
-    alpha: str | None
-    truth: str | None
-    error: str | None
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Histogram of a metric over the images, on a logarithmic axis."""
-
-    title: str
-    counts: list[int]
-    lowest: float
-    highest: float
-
-    @property
-    def max_count(self) -> int:
-        """Count of the highest bin."""
-        return max(self.counts)
 
 
 def write_page(path: Path, report: Report) -> None:
@@ -144,28 +108,29 @@ def _region_mse(result: ImageResult, region: Region | None) -> float:
 def _breakdown_tables(scored: Sequence[ImageResult]) -> dict[str, dict[str, dict[Region, Means]]]:
     """Return the means by group and by category, if there are several."""
     categories = sorted({name for result in scored for name in result.dataset.categories})
-    tables = {name: compute_means_by(scored, partial(_category, name)) for name in categories}
+    tables = {
+        name: compute_means_by(scored, lambda result, name=name: result.dataset.categories.get(name))  # type: ignore[misc]
+        for name in categories
+    }
     tables["group"] = compute_means_by(scored, lambda result: result.dataset.group)
     return {name: rows for name, rows in tables.items() if len(rows) > 1}
 
 
-def _category(name: str, result: ImageResult) -> str | None:
-    return result.dataset.categories.get(name)
-
-
-def _make_histogram(scored: Sequence[ImageResult], region: Region, metric: str) -> Histogram:
+def _make_histogram(scored: Sequence[ImageResult], region: Region, metric: str) -> dict[str, Any]:
+    """Return the histogram of a metric over the images, on a logarithmic axis."""
     values = [
         getattr(result.evaluation.scores[region], metric) for result in scored if region in result.evaluation.scores
     ]
     largest = max(values) or 1.0
     logarithms = np.log10(np.maximum(values, largest * 10.0**-HISTOGRAM_DECADES))
     lowest, highest = float(np.floor(logarithms.min())), float(np.ceil(logarithms.max() + 1e-9))
-    counts, _ = np.histogram(logarithms, HISTOGRAM_BINS, (lowest, max(highest, lowest + 1)))
-    return Histogram(METRIC_TITLES[metric], counts.tolist(), 10**lowest, 10 ** max(highest, lowest + 1))
+    highest = max(highest, lowest + 1)
+    counts, _ = np.histogram(logarithms, HISTOGRAM_BINS, (lowest, highest))
+    return {"metric": METRIC_TITLES[metric], "counts": counts.tolist(), "lowest": 10**lowest, "highest": 10**highest}
 
 
-def _make_figure(report: Report, result: ImageResult) -> ImageFigure:
-    """Return the images to show for a result. Files that can no longer be read are omitted."""
+def _make_figure(report: Report, result: ImageResult) -> dict[str, Any]:
+    """Return the images of a result as data URIs, None if there is nothing to show or a file cannot be read."""
     images = report.page_images
     alpha, truth = read_alpha_or_none(result.output), read_alpha_or_none(result.dataset.truth)
     if alpha is not None and truth is not None and alpha.shape != truth.shape:
@@ -175,14 +140,14 @@ def _make_figure(report: Report, result: ImageResult) -> ImageFigure:
         rgb, mask_u8 = images.read_preview(reference), read_alpha_or_none(str(mask_path))
         if rgb is not None and mask_u8 is not None:
             references.append(_tint_object(rgb, mask_u8))
-    return ImageFigure(
-        result,
-        source=_encode_data_uri(images.read_source(result)),
-        references=[uri for each in references if (uri := _encode_data_uri(each))],
-        alpha=_encode_data_uri(alpha),
-        truth=_encode_data_uri(truth),
-        error=_encode_data_uri(_error_map(alpha, truth)),
-    )
+    return {
+        "result": result,
+        "source": _encode_data_uri(images.read_source(result)),
+        "references": list(map(_encode_data_uri, references)),
+        "alpha": _encode_data_uri(alpha),
+        "truth": _encode_data_uri(truth),
+        "error": _encode_data_uri(_error_map(alpha, truth)),
+    }
 
 
 def _error_map(alpha: ImageU8 | None, truth: ImageU8 | None) -> ImageU8 | None:

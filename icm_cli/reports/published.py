@@ -12,10 +12,7 @@ from icm_cli.reports.means import Means
 
 @dataclass(frozen=True)
 class PublishedScores:
-    """Published scores of a method on a dataset.
-
-    Metrics that the paper does not report are None.
-    """
+    """Published scores of a method on a dataset, None if the paper does not report them."""
 
     method: str
     mse: float
@@ -49,8 +46,7 @@ PUBLISHED_SCORES: dict[str, tuple[PublishedScores, ...]] = {
         PublishedScores("SDMatte", 0.0027, 14.53, 16.94, 10.95, "a mask per image (ICCV 2025)"),
     ),
 }
-"""Published scores by dataset title, from the papers In-Context Matting (CVPR 2024) and SDMatte
-(ICCV 2025)."""
+"""Published scores by dataset title, from the papers In-Context Matting (CVPR 2024) and SDMatte (ICCV 2025)."""
 
 FULL_SIZE = {"ICM-57": 232, "AIM-500": 500}
 """Number of images of the datasets."""
@@ -59,10 +55,9 @@ PAPER_VARIANT = "composition"
 
 
 def comparison_caveats(protocol: Mapping[str, Any], means: Mapping[Region, Means]) -> list[str]:
-    """Return sentences about differences that affect a comparison with published scores.
+    """Return sentences about differences between published scores and the first region of ``means``.
 
-    The result is empty if the dataset has no published scores. The first region of ``means`` is the
-    one compared.
+    The result is empty if the dataset has no published scores.
     """
     title, size, metric_variant = (str(protocol.get(key, "")) for key in ("title", "size", "metric_variant"))
     if title not in PUBLISHED_SCORES or not means:

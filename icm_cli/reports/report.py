@@ -41,20 +41,21 @@ class PageImages:
     colour: ColourSettings = DEFAULT_COLOUR
     composites: Mapping[str, CompositeSource] = field(default_factory=dict)
     """Composites that are sources, by the name of their result."""
-    _previews: dict[tuple[Path | CompositeSource, int], ImageU8 | None] = field(default_factory=dict, repr=False)
+    previews: dict[tuple[Path | CompositeSource, int], ImageU8 | None] = field(default_factory=dict, repr=False)
+    """Images that were read for the page or the contact sheet, by source and frame."""
 
     def read_preview(self, source: Path | CompositeSource, frame: int = 0) -> ImageU8 | None:
         """Return an image of at most PREVIEW_PX, sRGB uint8 [H,W,3]; None if it cannot be read.
 
         Every image is read only once, for all pages and contact sheets.
         """
-        if (source, frame) not in self._previews:
+        if (source, frame) not in self.previews:
             preview = None
             with contextlib.suppress(ImageError):
                 image = read_source_image(source, self.colour, frame)
                 preview = shrink_image(image.to_display_window().rgb, PREVIEW_PX)
-            self._previews[source, frame] = preview
-        return self._previews[source, frame]
+            self.previews[source, frame] = preview
+        return self.previews[source, frame]
 
     def read_source(self, result: ImageResult) -> ImageU8 | None:
         """Return the preview of the source of a result."""
@@ -156,9 +157,9 @@ class Report:
                 "matting_seconds": self.totals.matting_seconds,
                 "images_per_second": self.images_per_second,
                 "peak_memory_bytes": self.totals.peak_memory_bytes,
-                "means": _to_json(self.means),
-                "means_without_images_trained_on": _to_json(self.means_unseen),
-                "shots": _to_json(self.shots),
+                "means": _as_dicts(self.means),
+                "means_without_images_trained_on": _as_dicts(self.means_unseen),
+                "shots": _as_dicts(self.shots),
                 "problems": dict(Counter(each.kind for each in self.problems)),
                 "allowed_problems": sorted(self.allowed),
             },
@@ -167,13 +168,8 @@ class Report:
         }
 
 
-def _to_json(value: Any) -> Any:
-    """Convert dataclasses and mappings to dictionaries recursively."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _to_json(getattr(value, each.name)) for each in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _to_json(each) for key, each in value.items()}
-    return value
+def _as_dicts(values: Mapping[Any, Means | ShotScores] | None) -> dict[str, Any] | None:
+    return None if values is None else {key: dataclasses.asdict(value) for key, value in values.items()}
 
 
 def shrink_image(image: ImageU8, long_side_px: int) -> ImageU8:

@@ -16,10 +16,7 @@ REGIONS: tuple[Region, ...] = get_args(Region)
 
 @dataclass(frozen=True)
 class Scores:
-    """The metrics of one image over one region.
-
-    Lower is better; 0 means equal to the ground truth.
-    """
+    """The metrics of one image over one region. Lower is better; 0 means equal to the ground truth."""
 
     mse: float
     """Mean squared error."""
@@ -69,10 +66,7 @@ class MattingDetails:
 
 @dataclass(frozen=True)
 class ImageEvaluation:
-    """Scores of an image.
-
-    ``scores`` is empty, and other values are None, if they were not computed.
-    """
+    """Scores of an image. Values that were not computed are empty or None."""
 
     scores: Mapping[Region, Scores] = field(default_factory=dict)
     dt_ssd: float | None = None
@@ -117,10 +111,7 @@ class ImageResult:
         return self.dataset.round, self.name or self.source
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all values in a flat dictionary.
-
-        ``scores`` and ``categories`` are dictionaries themselves.
-        """
+        """Return all values in a flat dictionary, in which ``scores`` and ``categories`` are dictionaries."""
         values = dataclasses.asdict(self)
         for part in ("dataset", "matting", "evaluation"):
             values |= values.pop(part)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from icm_cli.errors import UsageError
+from icm_cli.errors import OutputError, UsageError
 from icm_cli.files import Paths, as_path, as_paths, atomic_write, check_writable, write_json
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import METRICS, REGIONS, RESULT_FIELDS
@@ -76,30 +76,38 @@ class ReportFiles:
     def write_all(self, report: Report) -> list[Path]:
         """Write all files except the list of references. Raises OutputError.
 
-        An interrupted run does not replace existing files; their paths are returned.
+        An interrupted run does not replace existing files, and returns their paths.
         """
         unchanged = [] if report.is_complete else [path for path in self.paths if path.exists()]
-        for path in self.reports:
-            if path not in unchanged:
-                write_report(path, report)
-        if self.contact_sheet and self.contact_sheet not in unchanged:
-            from icm_cli.reports.contact_sheet import write_contact_sheet
-
-            write_contact_sheet(self.contact_sheet, report)
+        errors: list[OutputError] = []
+        for path in (*self.reports, *filter(None, [self.contact_sheet])):
+            try:
+                if path not in unchanged:
+                    write_report(path, report)
+            except OutputError as error:  # the other files are written
+                errors.append(error)
+        report.page_images.previews.clear()
+        if errors:
+            raise errors[0]
         return unchanged
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write a report as .csv (one row per image), .json (complete) or .html (summary page).
+    """Write a report as .csv (one row per image), .json (complete), .html (page) or .png (contact sheet).
 
     Raises OutputError.
     """
-    if path.suffix.lower() == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         write_json(path, report.as_dict())
-    elif path.suffix.lower() == ".html":
+    elif suffix == ".html":
         from icm_cli.reports.page import write_page
 
         write_page(path, report)
+    elif suffix == ".png":
+        from icm_cli.reports.contact_sheet import write_contact_sheet
+
+        write_contact_sheet(path, report)
     else:
         _write_csv(path, report)
 
@@ -121,8 +129,5 @@ def _write_csv(path: Path, report: Report) -> None:
 
 
 def _escape_formula(value: object) -> object:
-    """Return a cell in which text that a spreadsheet may run as a formula starts with an apostrophe.
-
-    Numbers are returned as they are.
-    """
+    """Return a cell in which text that a spreadsheet may run as a formula starts with an apostrophe."""
     return FORMULA_START.sub("'", value) if isinstance(value, str) else value

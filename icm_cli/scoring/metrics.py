@@ -55,12 +55,9 @@ BoolMask = NDArray[np.bool_]
 def compute_scores(
     alpha: AnyAlpha, truth: AnyAlpha, variant: MetricVariant = "composition", trimap: ImageU8 | None = None
 ) -> dict[Region, Scores]:
-    """Compute all metrics over the whole image and, if a trimap is given, over its unknown pixels.
+    """Compute all metrics over the whole image and over the pixels of value 128 in a trimap, if there are any.
 
-    All images have the same size. The result has no "unknown" scores if no pixel of the trimap has
-    the value 128. The error maps of GRAD and CONN always come from the whole image.
-
-    Raises ValueError if the sizes differ.
+    The error maps of GRAD and CONN always come from the whole image. Raises ValueError if the sizes differ.
     """
     if not alpha.shape == truth.shape == (truth if trimap is None else trimap).shape:
         raise ValueError(
@@ -74,12 +71,11 @@ def compute_scores(
 
 
 def compute_dt_ssd(alpha: AnyAlpha, before: AnyAlpha, truth: AnyAlpha, truth_before: AnyAlpha) -> float:
-    """Compute dtSSD, the flicker between a frame and the frame before it.
+    """Compute dtSSD, the flicker between a frame and the frame before it, all of one size.
 
-    It is the root mean square of the difference between the change of the alpha and the change of
-    the ground truth, times 100 (Erofeev et al., "Perceptually Motivated Benchmark for Video
-    Matting", BMVC 2015, scaled as in the code of Robust Video Matting). All images have the same
-    size.
+    It is the root mean square of the difference between the change of the alpha and that of the ground truth, times
+    100 (Erofeev et al., "Perceptually Motivated Benchmark for Video Matting", BMVC 2015, scaled as in the code of
+    Robust Video Matting).
     """
     frame, earlier, true, true_earlier = map(as_unit_range, (alpha, before, truth, truth_before))
     return 100 * math.sqrt(np.square((frame - earlier) - (true - true_earlier)).mean())
@@ -117,11 +113,7 @@ class _ErrorMaps:
 
 
 def _composition_gradient(alpha: FloatMap) -> FloatMap:
-    """Return the gradient magnitude of the composition variant, float64 [H,W].
-
-    The two-dimensional filter is an outer product, so normalising both factors gives it unit
-    energy.
-    """
+    """Return the gradient magnitude, float64 [H,W]. Normalising both factors gives the filter unit energy."""
     halfsize = math.ceil(SIGMA * math.sqrt(-2 * math.log(math.sqrt(2 * math.pi) * SIGMA * SMALLEST_TAP)))
     gauss, derivative = _gaussian_taps(halfsize)
     gauss, derivative = (taps / np.linalg.norm(taps) for taps in (gauss, derivative))
@@ -131,10 +123,7 @@ def _composition_gradient(alpha: FloatMap) -> FloatMap:
 
 
 def _aim_gradient(alpha: FloatMap) -> NDArray[np.float32]:
-    """Return the gradient magnitude of the aim variant, float32 [H,W].
-
-    Like SciPy, it filters rows before columns and rounds to float32 after each pass.
-    """
+    """Return the gradient magnitude, float32 [H,W]. Like SciPy, filter rows first and round after each pass."""
     gauss, derivative = _gaussian_taps(AIM_RADIUS_PX)
     gauss, derivative = gauss / gauss.sum(), derivative / gauss.sum()
     one = np.ones(1)
@@ -164,9 +153,8 @@ _THRESHOLDS = np.arange(0, 1.1, 0.1)
 def _connectivity_error(alpha: FloatMap, truth: FloatMap, variant: MetricVariant) -> FloatMap:
     """Return |phi(alpha) - phi(truth)|, float64 [H,W].
 
-    At each threshold, the pixels that reach it in both alphas form components. The level of a pixel
-    is the highest threshold at which it belongs to the largest component. phi is 1 where the alpha
-    is close to this level, and decreases with the distance from it.
+    At each threshold, the pixels that reach it in both alphas form components. The level of a pixel is the highest
+    threshold at which it belongs to the largest component. phi decreases with the distance from this level.
     """
     reached = np.searchsorted(_THRESHOLDS[1:], np.minimum(alpha, truth), side="right").astype(np.uint8)
     steps = _THRESHOLDS if variant == "composition" else _THRESHOLDS.astype(np.float32)
@@ -180,10 +168,7 @@ def _connectivity_error(alpha: FloatMap, truth: FloatMap, variant: MetricVariant
 
 
 def _connectivity_levels(reached: ImageU8, variant: MetricVariant) -> ImageU8:
-    """Return the level of each pixel as an index into the thresholds, uint8 [H,W] 0..10.
-
-    ``reached`` is the number of thresholds that each pixel reaches in both alphas.
-    """
+    """Return levels as indices of thresholds, from the number of thresholds that are ``reached``, uint8 [H,W] 0..10."""
     highest = len(_THRESHOLDS) - 1
     levels = np.full(reached.shape, highest, np.uint8)
     is_undecided = np.ones(reached.shape, bool)
@@ -200,10 +185,9 @@ def _connectivity_levels(reached: ImageU8, variant: MetricVariant) -> ImageU8:
 
 
 def _largest_component(mask: BoolMask, *, with_background: bool) -> BoolMask:
-    """Return the largest 4-connected component of a mask that is not empty, as a mask [H,W].
+    """Return the largest 4-connected component of a mask, the first in reading order if several are equal.
 
-    Of components of equal size, it is the first in reading order. ``with_background`` adds the
-    pixels outside the mask as one more component, which is considered first.
+    ``with_background`` adds the pixels outside the mask as one more component, which is considered first.
     """
     _, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=4)
     areas = np.bincount(labels.ravel())  # twice as fast as connectedComponentsWithStats
@@ -217,23 +201,17 @@ def _largest_component(mask: BoolMask, *, with_background: bool) -> BoolMask:
 
 
 def compute_jaccard(alpha: AnyAlpha, truth: AnyAlpha) -> float:
-    """Return J, 0..1: the intersection over union of two alphas.
-
-    Both are thresholded at one half. J is 1 if both masks are empty.
-    """
+    """Return J, 0..1: the intersection over union of two alphas above one half; 1 if both masks are empty."""
     predicted, true = (as_unit_range(image) > 0.5 for image in (alpha, truth))
     union = np.count_nonzero(predicted | true)
     return np.count_nonzero(predicted & true) / union if union else 1.0
 
 
 def compute_boundary_f(alpha: AnyAlpha, truth: AnyAlpha) -> float:
-    """Return F, 0..1: the harmonic mean of boundary precision and recall.
+    """Return F, 0..1: the harmonic mean of precision and recall of the boundary pixels of two alphas above one half.
 
-    Both alphas are thresholded at one half. Precision is the fraction of
-    predicted boundary pixels that are close to the true boundary; recall is the fraction of true
-    boundary pixels that are close to the predicted one. As in the tool of DAVIS, boundaries are one
-    pixel wide, and close means within 0.8 % of the image diagonal, rounded up. If neither mask has
-    a boundary (each is empty or full), F is 1; if only one has a boundary, F is 0.
+    As in the tool of DAVIS, boundaries are one pixel wide, and match within 0.8 % of the image diagonal, rounded up.
+    If neither mask has a boundary (each is empty or full), F is 1; if only one has a boundary, F is 0.
     """
     predicted, true = (_boundary_pixels(as_unit_range(image) > 0.5) for image in (alpha, truth))
     if not predicted.any() or not true.any():

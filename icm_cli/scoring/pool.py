@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -11,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
+
+import cv2
 
 from icm_cli.environment import child_environment
 from icm_cli.reports.result import ImageResult
@@ -26,11 +30,10 @@ class Task(Protocol[TaskResultT]):
 
 
 class ScoringPool:
-    """Pool of worker processes. Callbacks run in the thread that submits tasks.
+    """Pool of worker processes that exit with their parent process. Callbacks run in the thread that submits tasks.
 
-    The process pools of the standard library import the ``__main__`` module of the caller again, so
-    that a script without the usual guard would run twice, and one dead worker breaks the whole
-    pool. This pool does neither. Its processes exit when the parent process exits.
+    Unlike the pools of the standard library, it does not import the ``__main__`` module of the caller again, and one
+    dead worker does not break it.
     """
 
     def __init__(self, processes: int) -> None:
@@ -42,10 +45,10 @@ class ScoringPool:
         self._max_pending = 4 * processes
 
     def submit(self, task: Task[Any], callback: Callable[[Any], None]) -> None:
-        """Queue a task. Blocks while too many tasks are pending, which limits memory use.
+        """Queue a task. Blocks while too many tasks are pending.
 
-        ``callback`` is called with the result of the task, or with None if its process died, for
-        example from lack of memory. After an interrupt it may be called twice with the same result.
+        ``callback`` is called with the result of the task, or with None if its process died, for example from lack of
+        memory. After an interrupt it may be called twice with the same result.
         """
         self._running.append((self._threads.submit(self._run_task, task), callback))
         self._collect_results(self._max_pending)
@@ -87,7 +90,7 @@ class _ScoringProcess:
 
     def __init__(self) -> None:
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "icm_cli.scoring.worker"],
+            [sys.executable, "-m", "icm_cli.scoring.pool"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=child_environment(),
@@ -108,10 +111,28 @@ class _ScoringProcess:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores the images of a run.
-
-    ``task_for`` returns the task of a finished image, or None if it is not scored.
-    """
+    """Scores the images of a run. ``task_for`` returns the task of a finished image, None if it is not scored."""
 
     pool: ScoringPool
     task_for: Callable[[ImageResult], ScoreTask | None]
+
+
+def _run_tasks() -> None:
+    """Run pickled tasks from standard input, one at a time on one core, until the input ends.
+
+    Signals to the process group are left to the parent process.
+    """
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+    results = sys.stdout.buffer
+    sys.stdout = sys.stderr
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            task = pickle.load(sys.stdin.buffer)  # noqa: S301  written by our own parent process
+            pickle.dump(task.run(), results)
+            results.flush()
+
+
+if __name__ == "__main__":
+    _run_tasks()

@@ -14,7 +14,7 @@ from torch import Tensor
 from icm_cli.errors import ImageError
 from icm_cli.geometry import ImageU8, binarize_alpha
 from icm_cli.model.core import TARGET_NOISE, Pairs, reference_noise_key
-from icm_cli.scoring.rule import make_trimap
+from icm_cli.scoring.task import make_trimap
 from icm_cli.training.batches import Batch, Sample, SampleDataset
 from icm_cli.training.data.augment import Rng, draw_guidance
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
