@@ -435,7 +435,7 @@ def read_json(path: Path, kind: str, shape: Any, expected: str, *, use: str = "r
 
 def format_json(value: Any) -> str:
     """Return a value as JSON for messages, truncated if it is long."""
-    text = json.dumps(value)
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 

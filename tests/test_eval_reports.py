@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shutil
 import sys
@@ -174,8 +175,8 @@ def test_sources_are_opened_at_most_three_times(icm: Icm, scene: Path) -> None:
     is_listening = True
 
     def count_open(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "open" and is_listening and isinstance(arguments[0], str) and arguments[0].startswith(str(scene)):
-            opened[arguments[0]] += 1
+        if event == "open" and is_listening and isinstance(arguments[0], (str, os.PathLike)):
+            opened[os.fspath(arguments[0])] += 1
 
     sys.addaudithook(count_open)
     try:

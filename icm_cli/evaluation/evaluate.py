@@ -25,6 +25,7 @@ from icm_cli.reports.write import ReportFiles
 from icm_cli.scoring.task import ScoringRule
 
 if TYPE_CHECKING:
+    from icm_cli.matting.model_choice import AnyModelChoice
     from icm_cli.matting.predictor import Predictor
 
 NamedT = TypeVar("NamedT")
@@ -34,7 +35,6 @@ SHOT_NOTE = "the first frame of every shot is its reference, and the last one is
 
 
 @keyword_arguments(EvaluateOptions)
-@limited_threads()
 def evaluate(
     options: EvaluateOptions, *, predictor: Predictor | None = None, listener: Listener | None = None
 ) -> Report:
@@ -61,9 +61,9 @@ def evaluate(
             raise UsageError("pred scores existing alphas, so predictor has no effect; remove it")
     if protocol.references and (protocol.rounds or matting.refs_per_group):
         raise UsageError("--references fixes rounds and references; remove --rounds and --refs-per-group")
-    found = _find_dataset(options)
+    dataset_samples = _find_dataset(options)
     reports = ReportFiles.from_options(options.reports.report, references=matting.write_references)
-    evaluation = Evaluation(options, found, _make_rule(found, options), reports, listener, start)
+    evaluation = Evaluation(options, dataset_samples, _make_rule(dataset_samples, options), reports, listener, start)
     evaluation.check_no_overwrite()
     if protocol.pred is not None:
         return _score_predictions(evaluation, protocol.pred)
@@ -71,9 +71,12 @@ def evaluate(
     from icm_cli.matting.model_choice import LoadedModel, ModelChoice
     from icm_cli.matting.predictor import Predictor
 
-    if predictor is not None:
-        return matte_and_score(evaluation, LoadedModel(check_argument(predictor, Predictor, "predictor")))
-    return matte_and_score(evaluation, ModelChoice.from_options(options.model, options.resources.batch_size))
+    if predictor is None:
+        choice: AnyModelChoice = ModelChoice.from_options(options.model, options.resources.batch_size)
+    else:
+        choice = LoadedModel(check_argument(predictor, Predictor, "predictor"))
+    with limited_threads():
+        return matte_and_score(evaluation, choice)
 
 
 def _find_dataset(options: EvaluateOptions) -> DatasetSamples:
@@ -81,22 +84,22 @@ def _find_dataset(options: EvaluateOptions) -> DatasetSamples:
     data = options.dataset
     assert data.dataset is not None
     files = {name: getattr(data, name) for name in ("split", "images", "alphas", "trimaps", "groups", "backgrounds")}
-    found = find_dataset(data.dataset, data.data_root, **files)
-    if found.dataset.has_shots:
-        reason = f"the first frame of every shot of {found.dataset.title} is its only reference"
+    dataset_samples = find_dataset(data.dataset, data.data_root, **files)
+    if dataset_samples.dataset.has_shots:
+        reason = f"the first frame of every shot of {dataset_samples.dataset.title} is its only reference"
         options.refuse_given(("rounds", "refs_per_group", "groups", "video"), reason)
-        found = _select_shot_frames(found)
-    if options.matting.shot and not (found.dataset.has_shots or data.video):
+        dataset_samples = _select_shot_frames(dataset_samples)
+    if options.matting.shot and not (dataset_samples.dataset.has_shots or data.video):
         raise UsageError("--shot requires frames of shots; give --dataset davis16, or --video if the groups are videos")
-    if found.dataset.has_shots or data.video:
-        frames = [replace(each, categories={**each.categories, "type": "video"}) for each in found.samples]
-        found = replace(found, samples=frames)
-    return found
+    if dataset_samples.dataset.has_shots or data.video:
+        frames = [replace(each, categories={**each.categories, "type": "video"}) for each in dataset_samples.samples]
+        dataset_samples = replace(dataset_samples, samples=frames)
+    return dataset_samples
 
 
-def _select_shot_frames(found: DatasetSamples) -> DatasetSamples:
+def _select_shot_frames(dataset_samples: DatasetSamples) -> DatasetSamples:
     """Exclude the last frame of every shot. Raises UsageError if all shots are shorter than MIN_SHOT_FRAMES."""
-    shots = group_samples(found.samples)
+    shots = group_samples(dataset_samples.samples)
     lengths = {shot: len(frames) for shot, frames in shots.items()}
     problems = [
         Problem(
@@ -107,21 +110,21 @@ def _select_shot_frames(found: DatasetSamples) -> DatasetSamples:
     ]
     if len(problems) == len(shots):
         raise UsageError(
-            f"{found.dataset.title} has no shot of three frames or more; the first and last frame "
+            f"{dataset_samples.dataset.title} has no shot of three frames or more; the first and last frame "
             "of a shot are not scored, so give complete shots"
         )
     samples = [frame for shot, frames in shots.items() if lengths[shot] >= MIN_SHOT_FRAMES for frame in frames[:-1]]
-    notes = [*found.notes, SHOT_NOTE]
-    return replace(found, samples=samples, notes=notes, problems=[*found.problems, *problems])
+    notes = [*dataset_samples.notes, SHOT_NOTE]
+    return replace(dataset_samples, samples=samples, notes=notes, problems=[*dataset_samples.problems, *problems])
 
 
-def _make_rule(found: DatasetSamples, options: EvaluateOptions) -> ScoringRule:
+def _make_rule(dataset_samples: DatasetSamples, options: EvaluateOptions) -> ScoringRule:
     """Return the scoring rule from the options, which default to the conventions of the dataset.
 
     Images of the dataset ``folder`` with trimaps are scored over both regions by default.
     """
-    dataset, protocol, defaults = found.dataset, options.protocol, found.dataset.conventions
-    has_trimaps = options.dataset.dataset == "folder" and any(sample.trimap for sample in found.samples)
+    dataset, protocol, defaults = dataset_samples.dataset, options.protocol, dataset_samples.dataset.conventions
+    has_trimaps = options.dataset.dataset == "folder" and any(sample.trimap for sample in dataset_samples.samples)
     regions = protocol.region or (REGIONS if has_trimaps else defaults.regions)
     if protocol.trimap_kernel is not None and "unknown" not in regions:
         raise UsageError(
@@ -154,7 +157,7 @@ def _score_predictions(evaluation: Evaluation, folder: Path) -> Report:
         for result in _plan_results(evaluation, round_folder(folder, number, len(references)), number, names)
     ]
     if not any(result.output for result in planned):
-        expected = f"{round_folder(folder, 1, len(references)) / evaluation.found.samples[0].name}.png"
+        expected = f"{round_folder(folder, 1, len(references)) / evaluation.data.samples[0].name}.png"
         has_rounds = (folder / "round-1").is_dir()
         hint = "; it has several rounds, so give --references with the report of the run that made them"
         raise UsageError(
@@ -184,7 +187,7 @@ def _plan_results(
     evaluation: Evaluation, folder: Path, number: int, references: Mapping[str, list[str]]
 ) -> list[ImageResult]:
     """Return a result for every target of a round, with the path of its alpha if there is one."""
-    samples = evaluation.found.samples
+    samples = evaluation.data.samples
     paths = list_images(folder) if folder.is_dir() else []
     alphas = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
     alpha_by_stem = _unique_stems({path: path.stem for path in alphas.values()})

@@ -169,9 +169,10 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise error_for_failed_write(folder, error) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_SH)
         yield folder
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
             folder.with_suffix(".lock").unlink(missing_ok=True)
@@ -185,7 +186,7 @@ def _cache_folder(evaluation: Evaluation, digests: Sequence[str]) -> Path:
             if time.time() - lock.stat().st_mtime > MAX_CACHE_AGE_S:
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink()
-    files = [str(sample.file.resolve()) for sample in evaluation.found.samples]
+    files = [str(sample.file.resolve()) for sample in evaluation.data.samples]
     return root / combined_digest(*digests, *(path.encode(errors="surrogateescape") for path in files))[:32]
 
 

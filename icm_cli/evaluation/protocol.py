@@ -34,7 +34,7 @@ class Evaluation:
     """What is scored, by which rule, and which files are written."""
 
     options: EvaluateOptions
-    found: DatasetSamples
+    data: DatasetSamples
     rule: ScoringRule
     reports: ReportFiles
     listener: Listener
@@ -49,7 +49,7 @@ class Evaluation:
     @property
     def title(self) -> str:
         """Title for reports; the location for the dataset ``folder``."""
-        return self.location if self.options.dataset.dataset == "folder" else self.found.dataset.title
+        return self.location if self.options.dataset.dataset == "folder" else self.data.dataset.title
 
     @property
     def workers(self) -> int:
@@ -60,17 +60,17 @@ class Evaluation:
     @cached_property
     def groups(self) -> dict[str, list[Sample]]:
         """Samples by group. Samples without a group are excluded."""
-        return group_samples(self.found.samples)
+        return group_samples(self.data.samples)
 
     @cached_property
     def by_name(self) -> dict[str, Sample]:
         """All samples by name."""
-        return {sample.name: sample for sample in self.found.samples}
+        return {sample.name: sample for sample in self.data.samples}
 
     @cached_property
     def _dataset_files(self) -> set[str]:
         """Real paths of all files of the dataset."""
-        files = (path for each in self.found.samples for path in (each.file, each.alpha, each.trimap) if path)
+        files = (path for each in self.data.samples for path in (each.file, each.alpha, each.trimap) if path)
         return set(map(os.path.realpath, files))
 
     def check_no_overwrite(self, alphas: Sequence[Path] = ()) -> None:
@@ -142,7 +142,7 @@ class Evaluation:
             scoring=Scorer(ScoringPool(self.workers), task_for),
             trained_on=trained_on,
         )
-        for problem in self.found.problems:
+        for problem in self.data.problems:
             outcome.add_problem(problem)
         for note in protocol["notes"]:
             self.listener.on_notice(note)
@@ -173,7 +173,7 @@ class Evaluation:
     ) -> dict[str, Any]:
         """Return everything besides the alphas that affects the scores."""
         generated = f"0 < alpha < 1 dilated by a {self.rule.trimap_kernel_px} px square at the scored size"
-        if not any(sample.trimap for sample in self.found.samples):
+        if not any(sample.trimap for sample in self.data.samples):
             unknown = f"generated from the alpha: {generated}"
         elif self.rule.has_detail_maps:
             unknown = "published detail maps above 0"
@@ -191,7 +191,7 @@ class Evaluation:
             "rounds": len(references),
             "refs_per_group": refs_per_group,
             "mean": "over images, then over rounds; ± is the sample standard deviation over rounds",
-            "notes": [*self.found.notes, *notes],
+            "notes": [*self.data.notes, *notes],
         }
 
     def _page_images(self, references: ReferenceRounds) -> PageImages:

@@ -136,7 +136,7 @@ def _differences(kind: str, first: Mapping[str, Any], second: Mapping[str, Any])
 
 
 def _format_value(value: Any) -> str:
-    return format_json(", ".join(value) if isinstance(value, list) else value).strip('"')
+    return format_json(", ".join(value) if isinstance(value, list) else str(value)).strip('"')
 
 
 def _read_report(path: Path) -> _ScoredReport:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import queue
-import signal
 import subprocess
 import sys
 from collections import deque
@@ -13,8 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
-
-import cv2
 
 from icm_cli.environment import child_environment
 from icm_cli.reports.result import ImageResult
@@ -90,7 +86,7 @@ class _ScoringProcess:
 
     def __init__(self) -> None:
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "icm_cli.scoring.pool"],
+            [sys.executable, "-m", "icm_cli.scoring.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=child_environment(),
@@ -115,24 +111,3 @@ class Scorer:
 
     pool: ScoringPool
     task_for: Callable[[ImageResult], ScoreTask | None]
-
-
-def _run_tasks() -> None:
-    """Run pickled tasks from standard input, one at a time on one core, until the input ends.
-
-    Signals to the process group are left to the parent process.
-    """
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.SIG_IGN)
-    cv2.setNumThreads(1)
-    results = sys.stdout.buffer
-    sys.stdout = sys.stderr
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        while True:
-            task = pickle.load(sys.stdin.buffer)  # noqa: S301  written by our own parent process
-            pickle.dump(task.run(), results)
-            results.flush()
-
-
-if __name__ == "__main__":
-    _run_tasks()
