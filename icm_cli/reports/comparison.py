@@ -90,8 +90,7 @@ class _ScoredReport:
 def compare_reports(before: str | Path, after: str | Path) -> Comparison:
     """Compare two reports. Differences in protocol or settings result in warnings, not errors.
 
-    Raises UsageError for a file that is not a JSON report with scores, and for reports of different
-    commands.
+    Raises UsageError for a file that is not a JSON report with scores, and for reports of different commands.
     """
     first, second = _read_report(Path(before)), _read_report(Path(after))
     if first.command != second.command:

@@ -21,13 +21,6 @@ FORMULA_START = re.compile(r"(?:^|(?<=;))(?=[\t\r\n]|[\s\x00-\x1f\u200b\ufeff]*[
 spreadsheets separate columns by semicolons."""
 
 
-def check_report_paths(paths: list[Path]) -> None:
-    """Raise UsageError for a report without a known suffix."""
-    for path in paths:
-        if path.suffix.lower() not in REPORT_SUFFIXES:
-            raise UsageError(f"report {path} has an unknown suffix; expected one of {', '.join(REPORT_SUFFIXES)}")
-
-
 @dataclass(frozen=True)
 class ReportFiles:
     """Paths of the files that a run writes in addition to the alphas."""
@@ -43,7 +36,9 @@ class ReportFiles:
     ) -> ReportFiles:
         """Check the paths. Raises UsageError for a path with the wrong suffix."""
         files = cls(tuple(as_paths(reports)), as_path(contact_sheet), as_path(references))
-        check_report_paths(list(files.reports))
+        for path in files.reports:
+            if path.suffix.lower() not in REPORT_SUFFIXES:
+                raise UsageError(f"report {path} has an unknown suffix; expected one of {', '.join(REPORT_SUFFIXES)}")
         if files.contact_sheet and files.contact_sheet.suffix.lower() != ".png":
             raise UsageError(f"contact sheet {contact_sheet} is not a .png file; give it the suffix .png")
         if files.references and files.references.suffix.lower() != ".json":

@@ -34,8 +34,7 @@ from icm_cli.options import MetricVariant, Region
 from icm_cli.reports.result import Scores
 
 UNKNOWN_RANGE = (85, 170)
-"""Trimap values that count as unknown: the first included, the second excluded. Some files use
-values near 128."""
+"""Trimap values that count as unknown: the first included, the second excluded. Some files use values near 128."""
 SIGMA = 1.4
 """Standard deviation of the Gaussian of GRAD, in pixels."""
 SMALLEST_TAP = 1e-2

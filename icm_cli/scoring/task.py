@@ -49,9 +49,8 @@ def resize_for_scoring(
 ) -> ImageT:
     """Resize an alpha or trimap [h,w] to the size at which it is scored. Floats are not rounded to 8 bits.
 
-    ``original`` is the size of the ground truth. ``long1024`` scales its long side to 1024 pixels.
-    ``square768`` crops the centre square and scales it to 768 x 768 pixels, like the code of
-    In-Context Matting.
+    ``original`` is the size of the ground truth. ``long1024`` scales its long side to 1024 pixels. ``square768`` crops
+    the centre square and scales it to 768 x 768 pixels, like the code of In-Context Matting.
     """
     height, width = truth_shape
     if size == "square768":
