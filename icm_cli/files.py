@@ -423,7 +423,7 @@ def read_json(path: Path, kind: str, shape: Any, expected: str, *, use: str = "r
         if not path.is_file():
             raise UsageError(f"{kind} {path} {'is not a file' if path.exists() else 'does not exist'}; {expected}")
         content = json.loads(path.read_bytes())
-        _check_shape(content, shape, "")
+        check_shape(content, shape, "")
     except RecursionError as error:
         raise UsageError(f"{kind} {path} cannot be {use}: it is nested too deeply; {expected}") from error
     except (OSError, ValueError) as error:
@@ -439,7 +439,7 @@ def format_json(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
-def _check_shape(value: Any, shape: Any, name: str) -> None:
+def check_shape(value: Any, shape: Any, name: str) -> None:
     """Raise ValueError if a JSON value does not have the shape; see :func:`read_json`."""
     kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
     if type(value) not in kinds:
@@ -447,13 +447,13 @@ def _check_shape(value: Any, shape: Any, name: str) -> None:
         raise ValueError(f"{name or 'its content'} is {format_json(value)} instead of {types}")
     if isinstance(shape, list):
         for number, each in enumerate(value):
-            _check_shape(each, shape[0], f"{name}[{number}]")
+            check_shape(each, shape[0], f"{name}[{number}]")
     for key, inner in shape.items() if isinstance(shape, dict) else ():
         required = key.removesuffix("?")
         if key == required != "*" and key not in value:
             raise ValueError(f"{name}.{key}".lstrip(".") + " is missing")
         for found in value if key == "*" else [required] if required in value else []:
-            _check_shape(value[found], inner, f"{name}.{found}".lstrip("."))
+            check_shape(value[found], inner, f"{name}.{found}".lstrip("."))
 
 
 def shorten(text: str) -> str:

@@ -128,20 +128,19 @@ def test_alphas_without_a_version_are_of_icm_0_1(icm: Icm, scene: Path, monkeypa
     assert "(0.1: 3)" in notices(icm(seed=1).stderr)[0]
 
 
-def test_details_that_this_version_does_not_know_are_ignored(
-    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("details", ['{"sharpness": 0.5}', "{", "[1]", '{"confidence": "x"}', "[" * 100_000])
+def test_details_that_are_damaged_or_of_another_version_are_ignored(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, details: str
 ) -> None:
     made = resume.make_stamp
 
-    def with_more(*arguments: object) -> dict[str, str]:
-        stamp = made(*arguments)  # type: ignore[arg-type]
-        details = json.loads(stamp[resume.RESULT_KEY])
-        return {**stamp, resume.RESULT_KEY: json.dumps({**details, "sharpness": 0.5})}
+    def with_other(*arguments: object) -> dict[str, str]:
+        return {**made(*arguments), resume.RESULT_KEY: details}  # type: ignore[arg-type]
 
-    monkeypatch.setattr("icm_cli.matting.engine.make_stamp", with_more)
+    monkeypatch.setattr("icm_cli.matting.engine.make_stamp", with_other)
     icm()
     monkeypatch.undo()
-    assert icm("--keep-existing", report=scene / "r.json").exit_code == 0
+    assert icm("--keep-existing", report=[scene / "r.json", scene / "r.html"]).exit_code == 0
     assert {status for status, _ in statuses(scene / "r.json").values()} == {"kept"}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 from icm_cli.environment import __version__
 from icm_cli.errors import FileAccessError, ImageError, UsageError
-from icm_cli.files import FileIdentity, is_file
+from icm_cli.files import FileIdentity, check_shape, is_file
 from icm_cli.images.decoding import SourceFile
 from icm_cli.images.reading import read_stored_pixels
 from icm_cli.images.writing import has_changed_pixels, read_stamp
@@ -31,6 +30,9 @@ NAME_KEY = "icm-name"
 ROOT_KEY = "icm-root"
 CONTENT_KEY = "icm-sha256"
 RESULT_KEY = "icm-result"
+NUMBER = (float, int, type(None))
+DETAILS_SHAPE = {"colorspace?": str, "foreground?": NUMBER, "confidence?": NUMBER, "not_found?": (bool, type(None))}
+"""Shape of the values under RESULT_KEY; see :func:`icm_cli.files.check_shape`."""
 UNRECORDED_VERSION = "0.1"
 """Version of alphas that do not record one: those of icm 0.1.x."""
 
@@ -260,10 +262,12 @@ def _keep_advice(job: Job) -> str:
 
 
 def _recorded_details(stamp: dict[str, str], version: str) -> MattingDetails:
-    """Return the details that an alpha records, except those unknown to this version."""
-    known = {field.name for field in dataclasses.fields(MattingDetails)} - {"seconds", "made_by"}
-    recorded = json.loads(stamp.get(RESULT_KEY, "{}"))
-    details = {name: value for name, value in recorded.items() if name in known}
+    """Return the details that an alpha records, except those that are damaged or unknown to this version."""
+    details = {}
+    with contextlib.suppress(ValueError, RecursionError):
+        recorded = json.loads(stamp.get(RESULT_KEY, "{}"))
+        check_shape(recorded, DETAILS_SHAPE, RESULT_KEY)
+        details = {name: value for name, value in recorded.items() if f"{name}?" in DETAILS_SHAPE}
     return MattingDetails(seconds=0.0, made_by=version, **details)
 
 
