@@ -18,7 +18,7 @@ from PIL import Image
 from icm_cli.errors import ImageError, OutputError
 from icm_cli.images.decoding import frame_count, image_size
 from icm_cli.images.reading import read_alpha, read_image
-from icm_cli.images.writing import has_changed_pixels, read_stamp, write_alpha
+from icm_cli.images.writing import has_changed_pixels, read_provenance, write_alpha
 
 pillow_heif.register_heif_opener()  # to write files; icm does not register it
 
@@ -303,19 +303,19 @@ def test_other_file_types_are_reported(tmp_path: Path) -> None:
         read_image(tmp_path)
 
 
-def test_alpha_has_one_channel_and_a_stamp(tmp_path: Path) -> None:
+def test_alpha_has_one_channel_and_its_provenance(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "a.png"
     write_alpha(path, GREY, {"icm-digest": "abc"})
     with Image.open(path) as image:
         assert image.mode == "L"
     assert (read_alpha(path) == RGB[..., 0]).all()
-    assert (read_stamp(path) or {})["icm-digest"] == "abc"
+    assert (read_provenance(path) or {})["icm-digest"] == "abc"
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_damaged_alpha_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_damaged_alpha_has_no_provenance(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """An alpha that is truncated or has a flipped bit is never accepted as complete."""
     path = tmp_path_factory.mktemp("alpha") / "a.png"
     write_alpha(path, GREY, {"icm-digest": "abc"})
@@ -327,8 +327,8 @@ def test_damaged_alpha_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, da
         path.write_bytes(
             complete[:at] + bytes([complete[at] ^ (1 << data.draw(st.integers(0, 7)))]) + complete[at + 1 :]
         )
-    stamp = read_stamp(path)
-    assert stamp is None or has_changed_pixels(path, stamp)
+    provenance = read_provenance(path)
+    assert provenance is None or has_changed_pixels(path, provenance)
 
 
 def test_unwritable_output_is_reported(tmp_path: Path) -> None:

@@ -25,14 +25,14 @@ from icm_cli.images.writing import (
     BIT_DEPTHS,
     OutputFormat,
     has_changed_pixels,
-    read_stamp,
+    read_provenance,
     write_alpha,
     write_foreground,
 )
 from icm_cli.matting.foreground import estimate_foreground, trimap_from_alpha
 
 ALPHA = np.linspace(0, 1, 48 * 64, dtype=np.float32).reshape(48, 64)
-STAMP = {"icm-digest": "d", "icm-source": "s", "icm-result": "{}"}
+PROVENANCE = {"icm-digest": "d", "icm-source": "s", "icm-result": "{}"}
 
 
 def by_openimageio(path: Path) -> tuple[np.ndarray, oiio.ImageSpec]:
@@ -55,7 +55,7 @@ def test_other_programs_read_every_output_format(tmp_path: Path, name: str, dept
         format=name, depth=depth, channel="A", foreground="none", invert=False, trimap="none", band_px=10
     )
     path = tmp_path / f"a{output.suffix}"
-    write_alpha(path, ALPHA, STAMP, output, None)
+    write_alpha(path, ALPHA, PROVENANCE, output, None)
     tolerance = 0.51 / step if step else 1e-6
     if name == "exr":
         pixels, spec = by_openimageio(path)
@@ -69,7 +69,7 @@ def test_other_programs_read_every_output_format(tmp_path: Path, name: str, dept
         with Image.open(path) as image:
             assert image.size == (64, 48)
     np.testing.assert_allclose(found, ALPHA, atol=tolerance)
-    assert {key: value for key, value in (read_stamp(path) or {}).items() if key in STAMP} == STAMP
+    assert {key: value for key, value in (read_provenance(path) or {}).items() if key in PROVENANCE} == PROVENANCE
 
 
 WRITTEN = [
@@ -91,44 +91,44 @@ def test_changed_pixels_are_recognised_in_every_output_format(tmp_path: Path, ou
     changed[20, 30] = 1 - changed[20, 30]
     for file, values in ((path, alpha), (other, changed)):
         if output.foreground == "none":
-            write_alpha(file, values, STAMP, output, source)
+            write_alpha(file, values, PROVENANCE, output, source)
         else:
-            write_foreground(file, source.pixels, values, STAMP, output, source)
-    stamp = read_stamp(path)
-    assert stamp is not None
-    assert not has_changed_pixels(path, stamp)
+            write_foreground(file, source.pixels, values, PROVENANCE, output, source)
+    provenance = read_provenance(path)
+    assert provenance is not None
+    assert not has_changed_pixels(path, provenance)
     for file in (path, other):  # another program saves the file
         file.write_bytes(re.sub(rb"(?s).{4}tEXticm-file.{69}", b"", file.read_bytes()))
-    assert not has_changed_pixels(path, stamp)
-    assert has_changed_pixels(other, stamp)
-    assert not has_changed_pixels(other, {key: value for key, value in stamp.items() if key != "icm-pixels"})
+    assert not has_changed_pixels(path, provenance)
+    assert has_changed_pixels(other, provenance)
+    assert not has_changed_pixels(other, {key: value for key, value in provenance.items() if key != "icm-pixels"})
 
 
 def test_png_that_another_program_saved_unchanged_is_decoded(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    write_alpha(path, ALPHA, STAMP)
-    stamp = read_stamp(path) or {}
+    write_alpha(path, ALPHA, PROVENANCE)
+    provenance = read_provenance(path) or {}
     texts = PngImagePlugin.PngInfo()
-    for key, value in stamp.items():
+    for key, value in provenance.items():
         texts.add_text(key, value)
     with Image.open(path) as image:
         pixels = np.array(image)
     Image.fromarray(pixels).save(path, pnginfo=texts, optimize=True)
-    assert not has_changed_pixels(path, read_stamp(path) or {})
+    assert not has_changed_pixels(path, read_provenance(path) or {})
     pixels[20, 30] ^= 1
     Image.fromarray(pixels).save(path, pnginfo=texts)
-    assert has_changed_pixels(path, read_stamp(path) or {})
+    assert has_changed_pixels(path, read_provenance(path) or {})
 
 
 @pytest.mark.parametrize("name", ["png", "tiff", "exr"])
 @given(cut=st.integers(1, 400))
 @settings(max_examples=15, deadline=None)
-def test_truncated_file_has_no_stamp(tmp_path_factory: pytest.TempPathFactory, name: str, cut: int) -> None:
+def test_truncated_file_has_no_provenance(tmp_path_factory: pytest.TempPathFactory, name: str, cut: int) -> None:
     output = OutputFormat(format=name)  # type: ignore[arg-type]
     path = tmp_path_factory.mktemp("torn") / f"a{output.suffix}"
-    write_alpha(path, np.random.default_rng(0).random((48, 64), np.float32), STAMP, output, None)
+    write_alpha(path, np.random.default_rng(0).random((48, 64), np.float32), PROVENANCE, output, None)
     path.write_bytes(path.read_bytes()[:-cut])
-    assert read_stamp(path) is None
+    assert read_provenance(path) is None
 
 
 @pytest.mark.parametrize("form", ["tiff", "exr"])

@@ -22,7 +22,7 @@ from conftest import Icm, alphas, arguments, copy_many, read
 from PIL import Image, PngImagePlugin
 
 from icm_cli.images.image_file import ReopeningFile
-from icm_cli.images.writing import read_stamp
+from icm_cli.images.writing import read_provenance
 from icm_cli.matting import resume
 from icm_cli.matting.predictor import Predictor
 
@@ -122,8 +122,8 @@ def test_run_does_not_replace_the_alphas_of_a_run_at_the_same_time(
     assert [each.exit_code for each in results] == [0]
     assert first.exit_code == 1
     assert f"{scene}/out/0000.png is the alpha of {scene}/b/0000.png and would be overwritten" in first.stderr
-    stamps = [read_stamp(path) for path in sorted((scene / "out").iterdir())]
-    assert [stamp and stamp[resume.ROOT_KEY] for stamp in stamps] == [str(scene / "b")] * 2
+    provenances = [read_provenance(path) for path in sorted((scene / "out").iterdir())]
+    assert [provenance and provenance[resume.ROOT_KEY] for provenance in provenances] == [str(scene / "b")] * 2
 
 
 @pytest.mark.parametrize(("seed", "code"), [(0, 0), (3, 1)])
@@ -172,7 +172,7 @@ def test_two_processes_with_different_sources_share_an_output_folder(scene: Path
                 {Path(image["output"]): str(scene / f"{number}") for image in images if image["status"] == "done"}
             )
             assert len(images) == 8
-    found = {path: (read_stamp(path) or {})[resume.ROOT_KEY] for path in (scene / "out").iterdir()}
+    found = {path: (read_provenance(path) or {})[resume.ROOT_KEY] for path in (scene / "out").iterdir()}
     assert found == done
     assert len(found) == 8
 

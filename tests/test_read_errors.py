@@ -20,7 +20,7 @@ from icm_cli import files
 from icm_cli.errors import FileAccessError, ImageError
 from icm_cli.images.image_file import ReopeningFile
 from icm_cli.images.reading import read_alpha
-from icm_cli.images.writing import OutputFormat, read_stamp, write_alpha
+from icm_cli.images.writing import OutputFormat, read_provenance, write_alpha
 
 SHIM = r"""
 #define _GNU_SOURCE
@@ -140,7 +140,7 @@ def test_too_many_open_files_are_reported(
         with pytest.raises(FileAccessError, match=r"Too many open files; raise the limit, as with ulimit -n 4096"):
             read_alpha(path)
         with pytest.raises(FileAccessError):  # an alpha that cannot be read now is not one that may be replaced
-            read_stamp(path)
+            read_provenance(path)
 
 
 def test_stale_handle_is_opened_again_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

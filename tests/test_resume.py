@@ -14,7 +14,7 @@ import pytest
 from conftest import Icm, alphas, read
 
 from icm_cli.environment import __version__
-from icm_cli.images.writing import read_stamp
+from icm_cli.images.writing import read_provenance
 from icm_cli.matting import digest, resume
 from icm_cli.matting.digest import code_fingerprint
 
@@ -114,13 +114,13 @@ def test_keep_existing_and_overwrite_exclude_each_other(icm: Icm) -> None:
 
 
 def test_alphas_without_a_version_are_of_icm_0_1(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = resume.make_stamp
+    made = resume.make_provenance
 
     def without_version(*arguments: object) -> dict[str, str]:
-        stamp = made(*arguments)  # type: ignore[arg-type]
-        return {key: value for key, value in stamp.items() if key not in (resume.VERSION_KEY, resume.CODE_KEY)}
+        provenance = made(*arguments)  # type: ignore[arg-type]
+        return {key: value for key, value in provenance.items() if key not in (resume.VERSION_KEY, resume.CODE_KEY)}
 
-    monkeypatch.setattr("icm_cli.matting.engine.make_stamp", without_version)
+    monkeypatch.setattr("icm_cli.matting.engine.make_provenance", without_version)
     icm()
     monkeypatch.undo()
     icm("--keep-existing", report=scene / "r.json")
@@ -132,12 +132,12 @@ def test_alphas_without_a_version_are_of_icm_0_1(icm: Icm, scene: Path, monkeypa
 def test_details_that_are_damaged_or_of_another_version_are_ignored(
     icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, details: str
 ) -> None:
-    made = resume.make_stamp
+    made = resume.make_provenance
 
     def with_other(*arguments: object) -> dict[str, str]:
         return {**made(*arguments), resume.RESULT_KEY: details}  # type: ignore[arg-type]
 
-    monkeypatch.setattr("icm_cli.matting.engine.make_stamp", with_other)
+    monkeypatch.setattr("icm_cli.matting.engine.make_provenance", with_other)
     icm()
     monkeypatch.undo()
     assert icm("--keep-existing", report=[scene / "r.json", scene / "r.html"]).exit_code == 0
@@ -148,11 +148,11 @@ def test_details_that_are_damaged_or_of_another_version_are_ignored(
 def test_every_format_records_version_code_and_digest(icm: Icm, scene: Path, format_: str) -> None:
     assert icm(format=format_, report=scene / "r.json").exit_code == 0
     (path,) = (scene / "out").glob("wall.*")
-    stamp = read_stamp(path)
-    assert stamp is not None
-    assert stamp[resume.VERSION_KEY] == __version__
-    assert stamp[resume.CODE_KEY] == code_fingerprint()
-    assert stamp[resume.DIGEST_KEY] == json.loads((scene / "r.json").read_text())["settings"]["digest"]
+    provenance = read_provenance(path)
+    assert provenance is not None
+    assert provenance[resume.VERSION_KEY] == __version__
+    assert provenance[resume.CODE_KEY] == code_fingerprint()
+    assert provenance[resume.DIGEST_KEY] == json.loads((scene / "r.json").read_text())["settings"]["digest"]
 
 
 def test_a_frame_can_be_added_in_the_middle_of_a_shot(icm: Icm, scene: Path, set_icm: SetVersion) -> None:

@@ -21,7 +21,7 @@ from icm_cli.errors import UsageError
 from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.geometry import CanvasRule, Float, alpha_to_u8
 from icm_cli.images.pixels import ImageWindows
-from icm_cli.images.writing import read_stamp, write_alpha
+from icm_cli.images.writing import read_provenance, write_alpha
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor
 from icm_cli.matting.propagation import (
@@ -298,7 +298,7 @@ def test_a_frame_without_the_object_is_skipped(found: bool, filled: bool) -> Non
     predictor = GivenAlphas(disc(70), np.zeros((120, 160), np.float32), hole, found=[found, False, True])
     propagator, jobs, frames = propagator_of(predictor, 3)
     (first,) = propagator.matte(jobs[:1], frames[:1])
-    assert (PROPAGATED_KEY in first.stamp) == found
+    assert (PROPAGATED_KEY in first.provenance) == found
     without, last = propagator.matte(jobs[1:], frames[1:])
     assert without.alpha.max() == 0
     assert (float(last.alpha[65:85, 60:88].min()) > 0.5) == filled
@@ -332,7 +332,7 @@ def test_propagation_starts_at_a_keyframe_in_both_directions(shot: Shoot, scene:
     assert [Path(image["source"]).name[3:7] for image in report["images"]] == [
         *("1001", "1002", "1003", "1005", "1006", "1007", "1008")
     ]
-    assert all(PROPAGATED_KEY in (read_stamp(path) or {}) for path in (scene / "out").iterdir())
+    assert all(PROPAGATED_KEY in (read_provenance(path) or {}) for path in (scene / "out").iterdir())
 
 
 def test_propagation_changes_alphas_and_the_digest(shot: Shoot, icm: Icm, scene: Path) -> None:

@@ -18,7 +18,7 @@ from icm_cli.errors import UsageError
 from icm_cli.evaluation.rounds import ReferenceRounds
 from icm_cli.events import Listener
 from icm_cli.images.reading import CompositeSource
-from icm_cli.images.writing import read_stamp
+from icm_cli.images.writing import read_provenance
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.resume import DIGEST_KEY
 from icm_cli.options import EvaluateOptions
@@ -80,7 +80,7 @@ class Evaluation:
             if os.path.realpath(path.parent) in folders:
                 raise UsageError(f"{path} is in a folder of the dataset; give --save-alphas another folder")
         for path in {path.parent: path for path in alphas if path.exists()}.values():  # one existing alpha per folder
-            if (stamp := read_stamp(path)) is not None and DIGEST_KEY not in stamp:
+            if (provenance := read_provenance(path)) is not None and DIGEST_KEY not in provenance:
                 raise UsageError(f"{path} exists and was not made by icm; give --save-alphas another folder")
         inputs = filter(None, (self.options.dataset.groups, self.options.protocol.references))
         self.reports.check_no_overwrite([*self._dataset_files, *alphas, *inputs])

@@ -1,4 +1,4 @@
-"""Write alphas, foregrounds and trimaps with a stamp of what decided them, and read it."""
+"""Write alphas, foregrounds and trimaps with a provenance of what decided them, and read it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ FORMAT_SUFFIXES: Mapping[ImageFormat, tuple[str, ...]] = {"png": (".png",), "tif
 PNG_COMPRESSION = 1
 """zlib level. An alpha is mostly flat, and higher levels take far more time for little less
 space."""
-STAMP_KEY = "ImageDescription"
-"""Attribute of a TIFF or EXR that holds the stamp as JSON."""
+PROVENANCE_KEY = "ImageDescription"
+"""Attribute of a TIFF or EXR that holds the provenance as JSON."""
 NO_ATTRIBUTES: Mapping[str, Any] = {}
 PIXELS_KEY = "icm-pixels"
 """Key of the digest of the pixels, by which a retouched alpha is recognised."""
@@ -133,7 +133,7 @@ DEFAULT_OUTPUT = OutputFormat()
 def write_alpha(
     path: Path,
     alpha: Float,
-    stamp: Mapping[str, str],
+    provenance: Mapping[str, str],
     output: OutputFormat = DEFAULT_OUTPUT,
     source: DecodedImage | None = None,
     check: WriteCheck | None = None,
@@ -146,14 +146,14 @@ def write_alpha(
     """
     written = 1.0 - alpha if output.invert else alpha
     depth = output.depth_for(None)
-    _write_image(path, written[..., None], (output.channel,), stamp, output.format, depth, source, check=check)
+    _write_image(path, written[..., None], (output.channel,), provenance, output.format, depth, source, check=check)
 
 
 def write_foreground(
     path: Path,
     colours: Float,
     alpha: Float,
-    stamp: Mapping[str, str],
+    provenance: Mapping[str, str],
     output: OutputFormat,
     source: DecodedImage,
     config: str = "",
@@ -178,7 +178,7 @@ def write_foreground(
         path,
         pixels,
         channels,
-        stamp,
+        provenance,
         output.format,
         depth,
         source,
@@ -189,15 +189,15 @@ def write_foreground(
 
 
 def write_trimap(
-    path: Path, trimap: NDArray[np.uint8], stamp: Mapping[str, str], check: WriteCheck | None = None
+    path: Path, trimap: NDArray[np.uint8], provenance: Mapping[str, str], check: WriteCheck | None = None
 ) -> None:
     """Write a trimap, uint8 [H,W] with 0, 128 and 255, as PNG."""
     values = trimap[..., None].astype(np.float32) / np.float32(255.0)
-    _write_image(path, values, ("Y",), stamp, "png", "8", check=check)
+    _write_image(path, values, ("Y",), provenance, "png", "8", check=check)
 
 
-def read_stamp(path: Path) -> dict[str, str] | None:
-    """Return the stamp of a file of icm, or the text of another PNG.
+def read_provenance(path: Path) -> dict[str, str] | None:
+    """Return the provenance of a file of icm, or the text of another PNG.
 
     Returns None for other and damaged files, and if there is no file. Raises FileAccessError.
     """
@@ -205,9 +205,9 @@ def read_stamp(path: Path) -> dict[str, str] | None:
         with open_image(path) as file:
             data = file.stream.read()
             if file.type.name != "png":
-                return _read_openimageio_stamp(file) if ICM_ALPHA_MARK in data else None
+                return _read_openimageio_provenance(file) if ICM_ALPHA_MARK in data else None
             with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-                stamp = dict(image.info)
+                provenance = dict(image.info)
                 image.verify()  # checks the checksum of every chunk except the last one
     except FileAccessError:
         raise
@@ -215,16 +215,16 @@ def read_stamp(path: Path) -> dict[str, str] | None:
         return None
     if not data.endswith(_PNG_END):
         return None
-    return {str(key): value for key, value in stamp.items() if isinstance(value, str)}
+    return {str(key): value for key, value in provenance.items() if isinstance(value, str)}
 
 
-def has_changed_pixels(path: Path, stamp: Mapping[str, str]) -> bool:
-    """Whether the pixels of a file with this stamp are not those that icm wrote: it was retouched.
+def has_changed_pixels(path: Path, provenance: Mapping[str, str]) -> bool:
+    """Whether the pixels of a file with this provenance are not those that icm wrote: it was retouched.
 
     False for files of icm 0.1, which have no digest of their pixels. A PNG that is unchanged is not
     decoded. Raises ImageError.
     """
-    expected = stamp.get(PIXELS_KEY)
+    expected = provenance.get(PIXELS_KEY)
     if expected is None:
         return False
     with open_image(path) as file:
@@ -237,26 +237,26 @@ def has_changed_pixels(path: Path, stamp: Mapping[str, str]) -> bool:
     return _pixel_digest(np.concatenate(channels, axis=-1)) != expected
 
 
-def _read_openimageio_stamp(file: ImageFile) -> dict[str, str]:
-    """Return the stamp of a TIFF or EXR. Raises ValueError if its pixels are incomplete."""
+def _read_openimageio_provenance(file: ImageFile) -> dict[str, str]:
+    """Return the provenance of a TIFF or EXR. Raises ValueError if its pixels are incomplete."""
 
     def read() -> Any:
         with openimageio.open_reader(file) as reader:
             if reader.read_image(0, 0, 0, reader.spec().nchannels, "half") is None or reader.has_error:
                 raise ValueError(reader.geterror())
-            return json.loads(reader.spec().getattribute(STAMP_KEY))
+            return json.loads(reader.spec().getattribute(PROVENANCE_KEY))
 
-    stamp = retry_decoding(file, read)
-    if not isinstance(stamp, dict):
-        raise ValueError(f"its {STAMP_KEY} is not a JSON object")
-    return stamp
+    provenance = retry_decoding(file, read)
+    if not isinstance(provenance, dict):
+        raise ValueError(f"its {PROVENANCE_KEY} is not a JSON object")
+    return provenance
 
 
 def _write_image(
     path: Path,
     pixels: Float,
     channels: tuple[str, ...],
-    stamp: Mapping[str, str],
+    provenance: Mapping[str, str],
     format_: ImageFormat,
     depth: BitDepth,
     source: DecodedImage | None = None,
@@ -267,11 +267,11 @@ def _write_image(
 ) -> None:
     """Write pixels [H,W,C] on the scale 0..1. ``attributes``: further ones of an EXR."""
     values = _quantize(pixels, depth)
-    stamp = {**stamp, PIXELS_KEY: _pixel_digest(values)}
+    provenance = {**provenance, PIXELS_KEY: _pixel_digest(values)}
     with atomic_write(path, check) as file:
         if format_ == "png" and (depth == "8" or len(channels) == 1):
             info = PngImagePlugin.PngInfo()
-            for key, value in stamp.items():
+            for key, value in provenance.items():
                 info.add_text(key, value)
             encoded = io.BytesIO()
             image = Image.fromarray(values if len(channels) > 1 else values[..., 0])
@@ -283,8 +283,8 @@ def _write_image(
         if "A" in channels:
             spec.alpha_channel = channels.index("A")
         # Without DateTime, OpenImageIO would write the time of day, and equal alphas would differ.
-        in_description = {STAMP_KEY: json.dumps(stamp), "DateTime": "", **attributes}
-        for key, value in (stamp if format_ == "png" else in_description).items():
+        in_description = {PROVENANCE_KEY: json.dumps(provenance), "DateTime": "", **attributes}
+        for key, value in (provenance if format_ == "png" else in_description).items():
             spec.attribute(key, *((f"float[{len(value)}]", value) if isinstance(value, tuple) else (value,)))
         spec.attribute("compression", "zip")
         spec.attribute("oiio:UnassociatedAlpha", int(not is_associated))  # describes the pixels, which stay unchanged

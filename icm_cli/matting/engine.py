@@ -35,7 +35,7 @@ from icm_cli.images.writing import DEFAULT_OUTPUT, OutputFormat, write_alpha, wr
 from icm_cli.matting.foreground import estimate_foreground, trimap_from_alpha
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor
-from icm_cli.matting.resume import Origin, check_unchanged, file_identities, find_kept_result, make_stamp
+from icm_cli.matting.resume import Origin, check_unchanged, file_identities, find_kept_result, make_provenance
 from icm_cli.matting.shot import Shot
 from icm_cli.model.contracts import PreparedReferences
 from icm_cli.reports.result import ImageResult, MattingDetails
@@ -468,12 +468,12 @@ class Engine:
             "not_found": not result.found,
             "colorspace": image.colorspace,
         }
-        stamp = make_stamp(job, self.options.job_digest(job), image.origin, measured)
-        self._write_files(image, alpha, {**stamp, **result.stamp})
+        provenance = make_provenance(job, self.options.job_digest(job), image.origin, measured)
+        self._write_files(image, alpha, {**provenance, **result.provenance})
         seconds = image.seconds + model_seconds + time.perf_counter() - start
         return replace(job.planned, status="done", matting=MattingDetails(seconds=round(seconds, 4), **measured))
 
-    def _write_files(self, image: LoadedImage, alpha: Float, stamp: dict[str, str]) -> None:
+    def _write_files(self, image: LoadedImage, alpha: Float, provenance: dict[str, str]) -> None:
         """Write the requested files. The image's own file is the last: it shows that the image is
         finished."""
         output, job, windows = self.options.output, image.job, image.windows
@@ -482,7 +482,7 @@ class Engine:
         if output.trimap != "none":
             trimap = windows.move_pixels(trimap_from_alpha(alpha, output.band_px), windows.display_window)
             path = job.trimap if output.trimap == "also" else job.output
-            write_trimap(path, trimap, stamp, partial(check, path))
+            write_trimap(path, trimap, provenance, partial(check, path))
         if output.trimap == "instead":
             return
         if output.foreground != "none":
@@ -492,11 +492,11 @@ class Engine:
                 colours, alpha = (windows.move_pixels(each, windows.display_window) for each in (colours, alpha))
             config = job.colour.config
             write_foreground(
-                job.output, colours, alpha, stamp, output, image.stored, config, partial(check, job.output)
+                job.output, colours, alpha, provenance, output, image.stored, config, partial(check, job.output)
             )
         else:
             alpha = alpha if output.has_windows else windows.move_pixels(alpha, windows.display_window)
-            write_alpha(job.output, alpha, stamp, output, image.stored, partial(check, job.output))
+            write_alpha(job.output, alpha, provenance, output, image.stored, partial(check, job.output))
 
     def _report_clipping(self, image: LoadedImage, colours: Float) -> None:
         """Report once if an integer format clips colours outside 0..1."""

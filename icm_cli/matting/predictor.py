@@ -93,13 +93,13 @@ class FrameAlpha:
             enlarges it.
         confidence: Confidence in 0..1.
         found: Whether the object appears to be in the frame.
-        stamp: Further entries for the stamp of the file, see :mod:`icm_cli.matting.resume`.
+        provenance: Further entries for the provenance of the file, see :mod:`icm_cli.matting.resume`.
     """
 
     alpha: Float
     confidence: float
     found: bool
-    stamp: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
 
 class Predictor:

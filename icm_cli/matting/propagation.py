@@ -23,7 +23,7 @@ from torch import Tensor
 from icm_cli.errors import ImageError
 from icm_cli.geometry import Float, ImageU8, alpha_to_u8, downscaled_size, resize
 from icm_cli.images.pixels import ImageWindows
-from icm_cli.images.writing import read_stamp
+from icm_cli.images.writing import read_provenance
 from icm_cli.matting.engine import FrameMatting, IndependentMatting
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor
@@ -33,7 +33,7 @@ from icm_cli.matting.tracking import TrackingConfig, TrackingReferences
 from icm_cli.model.contracts import PreparedReferences
 
 PROPAGATED_KEY = "icm-propagated"
-"""Entry of a file's stamp: the alpha that the next frame uses."""
+"""Entry of a file's provenance: the alpha that the next frame uses."""
 EARLIER_KEY = "icm-carried"
 """Name of this entry in alphas of icm 0.1."""
 
@@ -233,7 +233,7 @@ class FlowPropagator:
         self._memories[job.output] = memory
         while len(self._memories) > self._config.max_frames_back:
             del self._memories[next(iter(self._memories))]
-        return replace(result, stamp={PROPAGATED_KEY: encode_alpha(memory.alpha)})
+        return replace(result, provenance={PROPAGATED_KEY: encode_alpha(memory.alpha)})
 
     def _find_earlier(self, job: Job, size: tuple[int, ...]) -> FrameMemory | None:
         """Find the nearest earlier frame with an alpha and a reduced image of this size."""
@@ -271,8 +271,8 @@ class FlowPropagator:
         """Read the alpha of a frame that an earlier run matted; None if there is none to
         propagate."""
         try:
-            stamp = read_stamp(job.output) or {}
-            text = stamp.get(PROPAGATED_KEY) or stamp.get(EARLIER_KEY, "")
+            provenance = read_provenance(job.output) or {}
+            text = provenance.get(PROPAGATED_KEY) or provenance.get(EARLIER_KEY, "")
             data = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
             alpha = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
             if alpha is None:

@@ -16,7 +16,7 @@ from icm_cli.errors import FileAccessError, ImageError, UsageError
 from icm_cli.files import FileIdentity, check_shape, is_file
 from icm_cli.images.decoding import SourceFile
 from icm_cli.images.reading import read_stored_pixels
-from icm_cli.images.writing import has_changed_pixels, read_stamp
+from icm_cli.images.writing import has_changed_pixels, read_provenance
 from icm_cli.matting.digest import code_fingerprint
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.sources import MAX_LISTED_FILES
@@ -80,7 +80,7 @@ class ExistingAlpha:
         return self.is_of_same_state and self.digest == digest
 
 
-def make_stamp(job: Job, digest: str, origin: Origin, measured: dict[str, Any]) -> dict[str, str]:
+def make_provenance(job: Job, digest: str, origin: Origin, measured: dict[str, Any]) -> dict[str, str]:
     """Return the metadata of an alpha: what made it, its source, and its result."""
     return {
         DIGEST_KEY: digest,
@@ -130,10 +130,10 @@ def check_unchanged(path: Path, job: Job, digest: str, replaceable: Mapping[Path
     current = file_identities(job).get(path)
     if current is None or current == replaceable.get(path):
         return
-    stamp = _read_own_stamp(path, job)
-    if stamp and has_changed_pixels(path, stamp):
+    provenance = _read_own_provenance(path, job)
+    if provenance and has_changed_pixels(path, provenance):
         raise _retouched_error(path, job)
-    if stamp and stamp[DIGEST_KEY] != digest:
+    if provenance and provenance[DIGEST_KEY] != digest:
         raise OtherSourceError(
             f"{path} was written by another run with other settings during this run, and is not overwritten; "
             "run again when the other run has ended"
@@ -230,22 +230,22 @@ def read_existing_alpha(job: Job) -> ExistingAlpha | None:
     Raises OtherSourceError if the output belongs to one, and ImageError if the source or the output
     cannot be read.
     """
-    stamps = {path: _read_own_stamp(path, job) for path in job.outputs}
-    retouched = next((path for path, stamp in stamps.items() if stamp and has_changed_pixels(path, stamp)), None)
-    if not all(stamps.values()):
+    provenances = {path: _read_own_provenance(path, job) for path in job.outputs}
+    retouched = next((path for path, provenance in provenances.items() if provenance and has_changed_pixels(path, provenance)), None)
+    if not all(provenances.values()):
         if retouched is not None:
             raise _retouched_error(retouched, job)
         return None
-    stamp = stamps[job.output]
-    is_same_root = stamp.get(ROOT_KEY) == _to_text(job.root)
-    version = stamp.get(VERSION_KEY, UNRECORDED_VERSION)
+    provenance = provenances[job.output]
+    is_same_root = provenance.get(ROOT_KEY) == _to_text(job.root)
+    version = provenance.get(VERSION_KEY, UNRECORDED_VERSION)
     return ExistingAlpha(
-        replace(job.planned, status="kept", matting=_recorded_details(stamp, version)),
-        stamp[DIGEST_KEY],
+        replace(job.planned, status="kept", matting=_recorded_details(provenance, version)),
+        provenance[DIGEST_KEY],
         version,
-        stamp.get(CODE_KEY, ""),
-        not is_same_root or stamp.get(SOURCE_KEY) == job.state(),  # under another root the content was compared
-        stamp.get(CONTENT_KEY, ""),
+        provenance.get(CODE_KEY, ""),
+        not is_same_root or provenance.get(SOURCE_KEY) == job.state(),  # under another root the content was compared
+        provenance.get(CONTENT_KEY, ""),
         retouched,
     )
 
@@ -261,11 +261,11 @@ def _keep_advice(job: Job) -> str:
     )
 
 
-def _recorded_details(stamp: dict[str, str], version: str) -> MattingDetails:
+def _recorded_details(provenance: dict[str, str], version: str) -> MattingDetails:
     """Return the details that an alpha records, except those that are damaged or unknown to this version."""
     details = {}
     with contextlib.suppress(ValueError, RecursionError):
-        recorded = json.loads(stamp.get(RESULT_KEY, "{}"))
+        recorded = json.loads(provenance.get(RESULT_KEY, "{}"))
         check_shape(recorded, DETAILS_SHAPE, RESULT_KEY)
         details = {name: value for name, value in recorded.items() if f"{name}?" in DETAILS_SHAPE}
     return MattingDetails(seconds=0.0, made_by=version, **details)
@@ -275,7 +275,7 @@ def _version_text(existing: ExistingAlpha) -> str:
     return f"{existing.version} with other code" if existing.version == __version__ else existing.version
 
 
-def _read_own_stamp(path: Path, job: Job) -> dict[str, str]:
+def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:
     """Return the metadata of an output, {} if it does not exist or is damaged.
 
     Raises OtherSourceError for a complete image of another source, or one that icm did not write,
@@ -283,20 +283,20 @@ def _read_own_stamp(path: Path, job: Job) -> dict[str, str]:
     """
     if not is_file(path):
         return {}
-    stamp = read_stamp(path)
-    is_foreign = DIGEST_KEY not in stamp if stamp is not None else _is_foreign_image(path)
+    provenance = read_provenance(path)
+    is_foreign = DIGEST_KEY not in provenance if provenance is not None else _is_foreign_image(path)
     if is_foreign:
         raise OtherSourceError(f"{path} was not made by icm and would be overwritten; {_keep_advice(job)}")
-    if not stamp or NAME_KEY not in stamp:
+    if not provenance or NAME_KEY not in provenance:
         return {}
-    is_same_root = stamp.get(ROOT_KEY) == _to_text(job.root)
-    is_same_name = stamp[NAME_KEY] == _to_text(job.planned.name)
-    if not (is_same_name and (is_same_root or stamp.get(CONTENT_KEY) == job.content_digest())):
+    is_same_root = provenance.get(ROOT_KEY) == _to_text(job.root)
+    is_same_name = provenance[NAME_KEY] == _to_text(job.planned.name)
+    if not (is_same_name and (is_same_root or provenance.get(CONTENT_KEY) == job.content_digest())):
         raise OtherSourceError(
-            f"{path} is the alpha of {stamp.get(ROOT_KEY)}/{stamp[NAME_KEY]} and would be overwritten by that of "
+            f"{path} is the alpha of {provenance.get(ROOT_KEY)}/{provenance[NAME_KEY]} and would be overwritten by that of "
             f"{job.source}; give another --out or --name, or --overwrite to replace it"
         )
-    return stamp
+    return provenance
 
 
 def _is_foreign_image(path: Path) -> bool:
