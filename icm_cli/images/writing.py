@@ -1,4 +1,4 @@
-"""Write alphas, foregrounds and trimaps with a provenance of what decided them, and read it."""
+"""Write alphas, foregrounds and trimaps with their provenance (what made them), and read it."""
 
 from __future__ import annotations
 
