@@ -231,7 +231,9 @@ def read_existing_alpha(job: Job) -> ExistingAlpha | None:
     cannot be read.
     """
     provenances = {path: _read_own_provenance(path, job) for path in job.outputs}
-    retouched = next((path for path, provenance in provenances.items() if provenance and has_changed_pixels(path, provenance)), None)
+    retouched = next(
+        (path for path, provenance in provenances.items() if provenance and has_changed_pixels(path, provenance)), None
+    )
     if not all(provenances.values()):
         if retouched is not None:
             raise _retouched_error(retouched, job)
@@ -293,8 +295,8 @@ def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:
     is_same_name = provenance[NAME_KEY] == _to_text(job.planned.name)
     if not (is_same_name and (is_same_root or provenance.get(CONTENT_KEY) == job.content_digest())):
         raise OtherSourceError(
-            f"{path} is the alpha of {provenance.get(ROOT_KEY)}/{provenance[NAME_KEY]} and would be overwritten by that of "
-            f"{job.source}; give another --out or --name, or --overwrite to replace it"
+            f"{path} is the alpha of {provenance.get(ROOT_KEY)}/{provenance[NAME_KEY]} and would be overwritten by "
+            f"that of {job.source}; give another --out or --name, or --overwrite to replace it"
         )
     return provenance
 
