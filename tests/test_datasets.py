@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -381,3 +383,23 @@ def test_root_with_two_matching_folders_is_refused(tmp_path: Path) -> None:
         write_images(tmp_path / home, "image/a.jpg", "matte/a.jpg")
     with pytest.raises(UsageError, match=r"one.* and in .*two"):
         find_dataset("ppm100", tmp_path)
+
+
+def test_data_root_that_cannot_be_read_gives_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path == tmp_path:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(UsageError, match=r"cannot be read: Stale file handle; expected the folder of PPM-100"):
+        find_dataset("ppm100", tmp_path)
+
+
+def test_names_may_contain_line_breaks(tmp_path: Path) -> None:
+    write_images(tmp_path, "images/a\nb.jpg", "alphas/a\nb.jpg", "images/a\nc.jpg", "alphas/a\nc.jpg")
+    dataset = find_dataset("folder", tmp_path)
+    assert [sample.name for sample in dataset.samples] == ["a\nb", "a\nc"]
+    assert dataset.problems == []

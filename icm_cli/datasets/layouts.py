@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -27,7 +27,7 @@ class Layout:
     images: str
     alphas: str
     trimaps: str | None = None
-    key_pattern: str = ".+"
+    key_pattern: str = "(?s).+"
     """The key of an image, alpha or trimap is the part of its path, relative to its folder and without suffix, that
     matches at the start."""
     alpha_suffix: str = "$"
@@ -67,7 +67,12 @@ def find_files(layouts: Sequence[Layout], root: Path, title: str) -> tuple[Layou
     if not root.is_dir():
         raise UsageError(f"data root {root} is not a folder; expected the folder of {title}")
     root = root.resolve()
-    subfolders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    try:
+        subfolders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UsageError(
+            f"data root {root} cannot be read: {error.strerror}; expected the folder of {title}"
+        ) from error
     for layout in layouts:
         if found := _layout_files(layout, root):
             return layout, found
@@ -101,18 +106,19 @@ def pair_files(layout: Layout, files: FileSets, backgrounds: Sequence[Path] = ()
     problems = list(files.problems)
     samples: list[Sample] = []
     used: set[str] = set()
-    for key, alpha in sorted(files.alphas.items()):
+    for number, (key, alpha) in enumerate(sorted(files.alphas.items())):
         image_key = re.sub(layout.alpha_suffix, "", key)
         image = files.images.get(image_key)
         if image is None:
             problems.append(Problem("missing-image", key, f"{alpha} has no image; expected one named {image_key}"))
             continue
         used.add(image_key)
-        samples += (
-            _make_composites(layout, files, key, image, backgrounds)
-            if layout.backgrounds_per_foreground
-            else [Sample(key, image, alpha, files.trimaps.get(key))]
-        )
+        count = layout.backgrounds_per_foreground
+        samples += [] if count else [Sample(key, image, alpha, files.trimaps.get(key))]
+        for index in range(count):  # consecutive foregrounds use consecutive backgrounds
+            composite = CompositeSource(image, alpha, backgrounds[(number * count + index) % len(backgrounds)])
+            trimap = files.trimaps.get(f"{key}_{index}") or files.trimaps.get(key)
+            samples.append(Sample(f"{key}_{index}", composite, alpha, trimap))
     problems += [
         Problem("missing-alpha", key, f"{image} has no alpha; expected one named {key}")
         for key, image in sorted(files.images.items())
@@ -125,19 +131,6 @@ def pair_files(layout: Layout, files: FileSets, backgrounds: Sequence[Path] = ()
             if sample.trimap is None
         ]
     return samples, problems
-
-
-def _make_composites(
-    layout: Layout, files: FileSets, key: str, image: Path, backgrounds: Sequence[Path]
-) -> Iterator[Sample]:
-    """Yield the composites of a foreground. Consecutive foregrounds use consecutive backgrounds."""
-    count = layout.backgrounds_per_foreground
-    first = sorted(files.alphas).index(key) * count
-    for number in range(count):
-        background = backgrounds[(first + number) % len(backgrounds)]
-        name = f"{key}_{number}"
-        composite = CompositeSource(image, files.alphas[key], background)
-        yield Sample(name, composite, files.alphas[key], files.trimaps.get(name) or files.trimaps.get(key))
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -217,7 +210,7 @@ def _find_subfolder(base: Path, relative_path: str) -> Path | None:
             if not path.is_dir():
                 return None
             base = path
-    except PermissionError:  # such as lost+found next to the dataset
+    except OSError:  # no permission, such as lost+found next to the dataset
         return None
     return base
 
