@@ -112,7 +112,8 @@ def matte(
         trimap: Write a trimap: also (next to the alpha, as NAME.trimap.png), or instead of the
             alpha.
         trimap_band: Distance from the edge, in pixels, within which the trimap is unknown.
-        overwrite: Recompute alphas that exist, and replace files that icm did not write.
+        overwrite: Recompute alphas that exist, and replace retouched alphas and files that icm did
+            not write.
         keep_existing: Keep every alpha that icm made from the same source, even if another version
             or other settings made it.
         model: Model: a name that icm matte --list-models prints, such as lite, or a .yaml file.
@@ -158,7 +159,8 @@ def matte(
         contact_sheet: Write a contact sheet (.png) with source, alpha and cut-out of every image.
         gt: Ground-truth alphas: a folder, or frames such as gt.####.png. Adds MSE, SAD, GRAD, CONN
             and MAD.
-        dry_run: List every source with its output, and exit.
+        dry_run: List every source with its output, count the alphas that are new, recomputed or
+            kept, and exit.
     """
 
 def evaluate(

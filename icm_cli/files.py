@@ -44,8 +44,8 @@ UNREADABLE = "a folder that cannot be read"
 
 WriteCheck: TypeAlias = Callable[[], None]
 """Function that raises an error if a file must not be replaced."""
-FileIdentity: TypeAlias = tuple[int, int, int]
-"""Number, size and modification time of a file, which change if it is replaced or written."""
+FileIdentity: TypeAlias = tuple[int, int]
+"""Size and modification time of a file, which change if it is replaced or written."""
 JSON_TYPES = {
     dict: "an object",
     list: "a list",
@@ -233,18 +233,21 @@ def remove_stale_temporaries(folder: Path) -> int:
 def _is_stale(path: Path) -> bool:
     """Return whether a temporary file was left behind by a process that has died.
 
-    A process that writes the file holds its lock. Some network drives ignore locks. So the process
-    must also be dead, or if it ran elsewhere, the file must be old.
+    A process that writes the file holds its lock. As some network drives ignore locks, its process
+    must also be dead, or the file must be old: process ids tell nothing about other machines and
+    containers, and are used again.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        if _lock(descriptor, is_shared=True) is False:
-            return False
+        is_free = _lock(descriptor, is_shared=True)
     finally:
         os.close(descriptor)
     space, _, pid = path.name.removeprefix(TEMPORARY_PREFIX).rpartition("-")[0].rpartition("-")
-    if space == _process_space() and pid.isdigit():
-        return not _is_running(int(pid))
+    is_ours = space == _process_space() and pid.isdigit()
+    if is_free is False or (is_ours and is_free is None and _is_running(int(pid))):
+        return False
+    if is_ours and not _is_running(int(pid)):
+        return True
     return time.time() - path.stat().st_mtime > STALE_AFTER_S and _age_on_drive_s(path) > STALE_AFTER_S
 
 

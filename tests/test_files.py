@@ -49,12 +49,13 @@ def test_only_temporaries_of_dead_processes_are_removed(tmp_path: Path) -> None:
     mine, dead = tmp_path / temporary_of(os.getpid()), tmp_path / temporary_of(999999999)
     fresh, stale = tmp_path / temporary_of(999999999, "other"), tmp_path / temporary_of(1, "other")
     earlier = tmp_path / ".icm-some-host-1-dd.tmp"  # of icm 0.1
-    for path in (mine, dead, fresh, stale, earlier, tmp_path / ".other.tmp"):
+    reused = tmp_path / temporary_of(os.getpid())  # of an earlier process with our id, as in containers
+    for path in (mine, dead, fresh, stale, earlier, reused, tmp_path / ".other.tmp"):
         path.touch()
     long_ago = time.time() - 2 * files.STALE_AFTER_S
-    for path in (stale, earlier):
+    for path in (stale, earlier, reused):
         os.utime(path, (long_ago, long_ago))
-    assert files.remove_stale_temporaries(tmp_path) == 3
+    assert files.remove_stale_temporaries(tmp_path) == 4
     assert {path.name for path in tmp_path.iterdir()} == {mine.name, fresh.name, ".other.tmp"}
 
 

@@ -117,7 +117,7 @@ def file_identities(job: Job) -> dict[Path, FileIdentity]:
     for path in job.outputs:
         with contextlib.suppress(OSError):
             status = path.stat()
-            identities[path] = status.st_ino, status.st_size, status.st_mtime_ns
+            identities[path] = status.st_size, status.st_mtime_ns
     return identities
 
 

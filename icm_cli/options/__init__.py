@@ -196,7 +196,9 @@ class OutputOptions(OptionGroup):
         maximum=10_000,
         digest=DigestPart.VALUE,
     )
-    overwrite: bool = option(False, help="Recompute alphas that exist, and replace files that icm did not write.")
+    overwrite: bool = option(
+        False, help="Recompute alphas that exist, and replace retouched alphas and files that icm did not write."
+    )
     keep_existing: bool = option(
         False,
         help="Keep every alpha that icm made from the same source, even if another version or other settings made it.",
@@ -451,7 +453,9 @@ class MatteReportOptions(OptionGroup):
         help="Ground-truth alphas: a folder, or frames such as gt.####.png. Adds MSE, SAD, GRAD, CONN and MAD.",
         metavar="PATH",
     )
-    dry_run: bool = option(False, help="List every source with its output, and exit.")
+    dry_run: bool = option(
+        False, help="List every source with its output, count the alphas that are new, recomputed or kept, and exit."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
