@@ -243,10 +243,11 @@ def _is_stale(path: Path) -> bool:
     finally:
         os.close(descriptor)
     space, _, pid = path.name.removeprefix(TEMPORARY_PREFIX).rpartition("-")[0].rpartition("-")
-    is_ours = space == _process_space() and pid.isdigit()
-    if is_free is False or (is_ours and is_free is None and _is_running(int(pid))):
+    is_known = space == _process_space() and pid.isdigit()
+    is_alive = is_known and _is_running(int(pid))
+    if is_free is False or (is_alive and is_free is None):
         return False
-    if is_ours and not _is_running(int(pid)):
+    if is_known and not is_alive:
         return True
     return time.time() - path.stat().st_mtime > STALE_AFTER_S and _age_on_drive_s(path) > STALE_AFTER_S
 
@@ -273,10 +274,8 @@ def _process_space() -> str:
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # a process of another user
     return True
 
 
@@ -309,31 +308,25 @@ def _sync(descriptor: int) -> None:
 
 
 def _rename(temporary: Path, path: Path, check: WriteCheck | None) -> None:
-    """Rename a finished file.
+    """Rename a finished file; with a check, under a lock of the folder.
 
-    With a check, the folder is locked. Where this is impossible, a new file is published as a hard
-    link, which never replaces another file.
+    Where folders cannot be locked, a new file is published as a hard link, which never replaces
+    another file.
     """
-
-    def replace() -> None:
-        retry_transient(lambda: temporary.replace(path))
-
-    if check is None:
-        replace()
-        return
-    with _locked_folder(path.parent) as is_locked:
+    with contextlib.nullcontext(True) if check is None else _locked_folder(path.parent) as is_safe:
+        check = check or (lambda: None)
         is_new = not os.path.lexists(path)
         check()
-        if is_locked or not is_new:
-            replace()
-            return
-        try:
-            os.link(temporary, path)
-        except FileExistsError:  # of another machine, since the check
-            check()
-            replace()
-        except OSError:  # the drive has no hard links
-            replace()
+        if is_new and not is_safe:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:  # another machine has written it since the check
+                check()
+            except OSError:  # the drive has no hard links
+                pass
+            else:
+                return
+        retry_transient(lambda: temporary.replace(path))
 
 
 @contextlib.contextmanager
@@ -354,7 +347,7 @@ def combined_digest(*parts: bytes | str) -> str:
     """Return the SHA-256 of the parts as hexadecimal digits. The boundaries between parts count."""
     hasher = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode(errors="surrogateescape") if isinstance(part, str) else part
         hasher.update(len(data).to_bytes(8, "little"))
         hasher.update(data)
     return hasher.hexdigest()
@@ -391,12 +384,10 @@ def cache_folder() -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 return folder
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    folder = Path(tempfile.gettempdir()) / f"icm-{user}"
+    folder = Path(tempfile.gettempdir()) / f"icm-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if hasattr(os, "getuid") and folder.stat().st_uid != user:
-        return Path(tempfile.mkdtemp(prefix="icm-"))  # another user's folder, whose content is not trusted
-    return folder
+    is_own = folder.stat().st_uid == os.getuid()  # the content of another user's folder is not trusted
+    return folder if is_own else Path(tempfile.mkdtemp(prefix="icm-"))
 
 
 def _cache_candidates() -> Iterator[Path]:

@@ -108,7 +108,7 @@ class Job:
             if self.inspected is not None:
                 self.inspected.check_frame_count(files[0])
             states = [file.read_state() for file in files]
-            state, digest = _join_states(states), combined_digest(*map(_content_digest, files, states))
+            state, digest = " ".join(states), combined_digest(*map(_content_digest, files, states))
             if isinstance(self.source, CompositeSource):
                 return compose_image(*files), state, digest
             return read_image(files[0], self.colour, self.page), state, digest
@@ -120,8 +120,8 @@ class Job:
         """
         self._check_exists()
         if self.inspected is not None:
-            return _join_states([self.inspected.state()])
-        return _join_states([SourceFile(path).state() for path in self.files])
+            return self.inspected.state()
+        return " ".join(SourceFile(path).state() for path in self.files)
 
     def content_digest(self) -> str:
         """Return the SHA-256 of the content of the image's files as hexadecimal digits.
@@ -258,21 +258,19 @@ def plan_jobs(
     check_overwrites(jobs, [path for job in jobs for path in job.files], "a source image")
     check_overwrites(jobs, references, "a reference or its mask")
     _check_collisions(jobs, layout)
-    _check_folders(jobs)
-    _check_similar_names(jobs, layout)
     return jobs if source_filter.shard is None else _select_shard(jobs, *source_filter.shard)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
     """Parse ``i/n``. Raises UsageError."""
-    number, _, count = text.partition("/")
-    if not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit()):
-        raise UsageError(f"--shard is {text!r}; expected i/n, such as 1/8 for the first of eight")
-    if int(count) < 1:
-        raise UsageError(f"--shard is {text}; expected 1 shard or more, such as 1/8 for the first of eight")
-    if not 1 <= int(number) <= int(count):
-        raise UsageError(f"--shard is {text}; expected a number from 1 to {count}, and the number of shards")
-    return int(number), int(count)
+    match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise UsageError(
+            f"--shard is {shorten(text)!r}; expected the number of a shard from 1 to the number of shards, such as "
+            "1/8 for the first of eight"
+        )
+    return number, count
 
 
 def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> None:
@@ -287,11 +285,12 @@ def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> N
 
 
 def _select_shard(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
-    """Return the jobs of a shard.
-
-    Only an image's name decides its shard, so other files never move it.
-    """
-    return [job for job in jobs if int(hashlib.sha256(job.planned.name.encode()).hexdigest(), 16) % count == number - 1]
+    """Return the jobs of a shard. Only the name of an image decides its shard."""
+    return [
+        job
+        for job in jobs
+        if int(hashlib.sha256(job.planned.name.encode(errors="surrogateescape")).hexdigest(), 16) % count == number - 1
+    ]
 
 
 def _plan_missing_frames(
@@ -349,10 +348,6 @@ def _earlier_alphas(pattern: FramePattern, frames: FrameRanges, root: Path, layo
         candidates = {int(digits) for name in names for digits in re.findall("[0-9]+", name)}
         numbers = {number for number in candidates if number in frames}
     return [alpha for alpha in map(alpha_of, sorted(numbers)) if alpha.name in names]
-
-
-def _join_states(states: Sequence[str]) -> str:
-    return " ".join(states)
 
 
 def _content_digest(file: ImageFile, state: str) -> str:
@@ -441,12 +436,12 @@ def _check_filters(found: Sequence[Path], root: Path, source_filter: SourceFilte
 
 
 def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
-    """Raise UsageError if several images have the same output file."""
+    """Raise UsageError if two outputs are one file, or one is the folder of another."""
     writers: dict[Path, list[str]] = {}
     for job in jobs:
-        for output in job.outputs:
-            writer = str(job.source) if output == job.output else f"the trimap of {job.source}"
-            writers.setdefault(output, []).append(writer)
+        writers.setdefault(job.output, []).append(str(job.source))
+        if job.has_trimap:
+            writers.setdefault(job.trimap, []).append(f"the trimap of {job.source}")
     shared = {output: found for output, found in writers.items() if len(found) > 1}
     if shared:
         lines = [f"{' and '.join(found)} to {output}" for output, found in list(shared.items())[:MAX_LISTED_FILES]]
@@ -460,45 +455,40 @@ def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
             f"{len(shared)} file(s) would be written by several images each: "
             f"{'; '.join(lines)}{more}; {remedy}, rename some images, or skip some with --exclude"
         )
-
-
-def _check_folders(jobs: Sequence[Job]) -> None:
-    """Raise UsageError if an output is also the folder of another output."""
-    writers = {output: job for job in jobs for output in job.outputs}
-    for job in jobs:
-        for parent in job.output.relative_to(job.output_folder).parents:
-            if (other := writers.get(job.output_folder / parent)) is not None:
+    for output, (source,) in writers.items():
+        for parent in output.parents:
+            if parent in writers:
                 raise UsageError(
-                    f"{job.output_folder / parent} would be the alpha of {other.source} and also the folder of the "
-                    f"alpha of {job.source}; give --keep-suffix or --name, or rename one of the two"
+                    f"{parent} would be the alpha of {writers[parent][0]} and also the folder of the alpha of "
+                    f"{source}; give --keep-suffix or --name, or rename one of the two"
                 )
+            if parent == layout.folder:
+                break
+    _check_similar_names({output: source for output, (source,) in writers.items()}, layout.folder)
 
 
-def _check_similar_names(jobs: Sequence[Job], layout: OutputLayout) -> None:
-    """Raise UsageError if the drive does not distinguish the names of two outputs.
+def _check_similar_names(writers: Mapping[Path, str], folder: Path) -> None:
+    """Raise UsageError if the drive takes two outputs as one, because it ignores case or how
+    accents are encoded.
 
-    Many drives ignore upper and lower case, or how accents are encoded.
+    ``writers``: source of each output. ``folder``: the folder of all outputs.
     """
-    groups: dict[str, dict[Path, Job]] = {}
-    for job in jobs:
-        for output in job.outputs:
-            groups.setdefault(_fold_name(str(output.relative_to(layout.folder))), {})[output] = job
-    similar = [list(group.items()) for group in groups.values() if len(group) > 1]
+    groups: dict[str, list[Path]] = {}
+    for output in writers:
+        groups.setdefault(_fold_name(str(output.relative_to(folder))), []).append(output)
+    similar = [pair for group in groups.values() for pair in combinations(group, 2)]
     if not similar:
         return
-    is_same_name = functools.cache(functools.partial(_is_same_name, layout.folder))
-    try:
-        with _existing_folder(layout.folder):
-            for (output, job), (other, other_job) in (pair for group in similar for pair in combinations(group, 2)):
-                names = zip(output.parts, other.parts, strict=True)
-                if all(is_same_name(*pair) for pair in names if pair[0] != pair[1]):
-                    raise UsageError(
-                        f"{job.source} and {other_job.source} would be written to the same file: {layout.folder} does "
-                        f"not distinguish {output} from {other}, whose names differ only by case or by the encoding "
-                        "of accents; rename one of the images, or skip it with --exclude"
-                    )
-    except OSError:  # the folder cannot be written, which the run reports
-        return
+    is_same_name = functools.cache(functools.partial(_is_same_name, folder))
+    with contextlib.suppress(OSError), _existing_folder(folder):  # the run reports a folder that cannot be created
+        for output, other in similar:
+            pairs = [pair for pair in zip(output.parts, other.parts, strict=True) if pair[0] != pair[1]]
+            if all(is_same_name(*pair) for pair in pairs):
+                raise UsageError(
+                    f"{writers[output]} and {writers[other]} would be written to the same file: {folder} does not "
+                    f"distinguish {output} from {other}, whose names differ only by case or by the encoding of "
+                    "accents; rename one of the images, or skip it with --exclude"
+                )
 
 
 def _fold_name(name: str) -> str:
