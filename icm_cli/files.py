@@ -160,18 +160,12 @@ def atomic_write(path: Path, check: WriteCheck | None = None) -> Iterator[Binary
 
 
 def temporary_name() -> str:
-    """Return a name for a hidden file.
-
-    A later run removes the file if this process dies before it does.
-    """
+    """Return a name for a hidden file, which a later run removes if this process dies."""
     return f"{TEMPORARY_PREFIX}{_process_space()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
 
 
 def error_for_failed_write(path: Path, error: OSError) -> OutputError:
-    """Return the error for an output that cannot be written.
-
-    It is a FileWriteError if other files may be written.
-    """
+    """Return the error for an output that cannot be written: a FileWriteError if others may be."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             f"{path} cannot be written: no space left on the device; free some space and run the "
@@ -188,10 +182,7 @@ def error_for_failed_write(path: Path, error: OSError) -> OutputError:
 
 
 def check_writable(folder: Path) -> None:
-    """Create a folder and a temporary file in it.
-
-    Raises OutputError, or FileWriteError as :func:`error_for_failed_write` does.
-    """
+    """Create a folder and a temporary file in it. Raises OutputError."""
     probe = folder / temporary_name()
     try:
         retry_transient(lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -231,11 +222,11 @@ def remove_stale_temporaries(folder: Path) -> int:
 
 
 def _is_stale(path: Path) -> bool:
-    """Return whether a temporary file was left behind by a process that has died.
+    """Return whether the process that wrote a temporary file has died.
 
-    A process that writes the file holds its lock. As some network drives ignore locks, its process
-    must also be dead, or the file must be old: process ids tell nothing about other machines and
-    containers, and are used again.
+    A process holds the lock of the file that it writes. Some network drives ignore locks, so the
+    process must also be dead, or the file old: ids of processes tell nothing about other
+    containers.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -280,10 +271,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _lock(descriptor: int, *, is_shared: bool = False, timeout_s: float = 0.0) -> bool | None:
-    """Lock an open file or folder.
-
-    Returns False if another process holds the lock, None if the drive has no locks.
-    """
+    """Lock an open file or folder; False if another process holds the lock, None if the drive has no locks."""
     end = time.monotonic() + timeout_s
     while True:
         try:
@@ -354,10 +342,7 @@ def combined_digest(*parts: bytes | str) -> str:
 
 
 def cached_file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's content.
-
-    It is cached by path, size and time, because weights are large.
-    """
+    """Return the SHA-256 of a file. It is cached by path, size and time, because weights are large."""
     state = path.stat()
     key = combined_digest(str(path.resolve()), str(state.st_size), str(state.st_mtime_ns), str(state.st_ino))
     cached = cache_folder() / "digests" / key
@@ -374,11 +359,8 @@ def cached_file_digest(path: Path) -> str:
 
 @functools.cache
 def cache_folder() -> Path:
-    """Return the cache folder: $ICM_CACHE, else $XDG_CACHE_HOME/icm, else ~/.cache/icm.
-
-    If none of these can be written, it is a folder of this user in the temporary directory. Farm
-    nodes often have no home folder.
-    """
+    """Return the cache folder: $ICM_CACHE, else $XDG_CACHE_HOME/icm, else ~/.cache/icm, else a
+    folder of this user in the temporary directory."""
     for folder in _cache_candidates():
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -461,10 +443,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def check_path(text: str | Path, name: str) -> None:
-    """Raise UsageError for a text that is no path on any drive.
-
-    ``name``: the option whose value it is, for the message.
-    """
+    """Raise UsageError for a text that is no path on any drive. ``name``: its option, for the message."""
     text = str(text)
     short = shorten(text)
     try:
@@ -526,11 +505,9 @@ def walk_files(folder: Path, skipped: SkippedPaths, trees: Sequence[str] = ()) -
 
 
 def expand_glob(pattern: str, skipped: SkippedPaths) -> Iterator[Path]:
-    """Yield the files that a glob matches.
+    """Yield the files that a glob matches. ``**`` matches folders as :func:`walk_files` finds them.
 
     A folder that exists is read literally, even with brackets in its name.
-
-    ``**`` matches any folders below, found as :func:`walk_files` finds them.
     """
     fixed, rest = split_glob(pattern)
     plain = rest[: rest.index("**")] if "**" in rest else rest

@@ -286,7 +286,7 @@ def test_openjd_progress(icm: Icm, scene: Path) -> None:
         (("--bogus",), "no such option: --bogus"),
         (("--workers", "0"), "--workers is 0; expected a whole number from 1 to 256"),
         (("a.jpg", "b.jpg"), 'quote globs and patterns, such as --src "imgs/*.jpg"'),
-        (("--shard", "1/0"), "--shard is 1/0; expected 1 shard or more"),
+        (("--shard", "1/0"), "--shard is '1/0'; expected the number of a shard"),
         (("--frames", "1-999999999"), "has too many frames; expected at most 10000000"),
     ],
 )

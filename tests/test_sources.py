@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -184,7 +185,7 @@ def test_shards_are_a_stable_partition(tmp_path_factory: pytest.TempPathFactory,
     assert [job.name.name for job in plan(root / "in", root / "out", shard=(alone + 1, count))] == ["always.jpg"]
 
 
-@pytest.mark.parametrize("text", ["", "1", "0/3", "4/3", "a/b", "1/0", "-1/3"])
+@pytest.mark.parametrize("text", ["", "1", "0/3", "4/3", "a/b", "1/0", "-1/3", "1/" + "9" * 5000, "\u0661/3"])
 def test_invalid_shard_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--shard is"):
         parse_shard(text)
@@ -492,3 +493,10 @@ def test_numbers_sort_by_value(tmp_path: Path) -> None:
     assert sorted(paths[::-1], key=natural_sort_key) == [
         tmp_path / name for name in (names[0], "a010", "a10", *names[3:])
     ]
+
+
+def test_names_that_are_not_utf_8_have_a_shard(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/odd\xff.jpg")).touch()
+    parts = [plan(tmp_path / "in", tmp_path / "out", shard=(number, 2)) for number in (1, 2)]
+    assert sorted(map(len, parts)) == [0, 1]

@@ -39,8 +39,7 @@ MAX_RESTARTS = 3
 
 @dataclass(frozen=True)
 class ProcessContext:
-    """State of the driver process that relative paths and colours depend on: working directory and
-    $OCIO."""
+    """State of the driver that relative paths and colours depend on: working directory and $OCIO."""
 
     folder: str
     ocio: str
@@ -64,8 +63,7 @@ class RayCluster:
     """
 
     def __init__(self, address: str, cpus: int | None) -> None:
-        """Connect; "auto" starts Ray on this machine if no cluster is running. Raises
-        ConfigError."""
+        """Connect; "auto" starts Ray on this machine if no cluster is running. Raises ConfigError."""
         self._owns_connection = _connect(address)
         import ray
 
@@ -93,8 +91,7 @@ class RayCluster:
 
     @classmethod
     def from_options(cls, address: str | None, cpus: int | None, device: str) -> RayCluster | None:
-        """Connect to the cluster that ``--ray`` names; None without ``--ray``. Raises UsageError or
-        ConfigError."""
+        """Connect to the cluster of ``--ray``, if it is given. Raises UsageError or ConfigError."""
         if address is None:
             if cpus is not None:
                 raise UsageError(f"--ray-cpus is {cpus}, and --ray is not given; give --ray too, or omit --ray-cpus")
@@ -108,8 +105,7 @@ class RayCluster:
         return cls(address, cpus)
 
     def choose_model(self, checked: Callable[..., ModelChoice]) -> ModelChoice:
-        """Call ``checked(device=...)`` on a node of the cluster and return its result. Raises what
-        that raises."""
+        """Call ``checked(device=...)`` on a node of the cluster and return its result."""
         import ray
 
         choose = ray.remote(**self._resources)(_choose_model_on_node)
@@ -125,14 +121,12 @@ class RayCluster:
     def create_runner(
         self, setup: EngineSetup, folder: Path, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]
     ) -> RayRunner:
-        """Return a runner, after a check that every node can see the output ``folder``. Raises
-        UsageError."""
+        """Return a runner. Raises UsageError if a node cannot see the output ``folder``."""
         self._check_nodes(folder)
         return RayRunner(setup, self._actor_count, self._resources, on_result, notice)
 
     def _check_nodes(self, folder: Path) -> None:
-        """Raises UsageError for a node without this version of icm or without the files,
-        ConfigError without icm."""
+        """Raise UsageError for a node with another icm or without the files, ConfigError without icm."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -162,8 +156,7 @@ class RayCluster:
 
 
 class RayRunner:
-    """Runs jobs on Ray actors, which write the alphas. Results are reported in the caller's
-    thread."""
+    """Runs jobs on Ray actors, which write the alphas. Results are reported in the caller's thread."""
 
     def __init__(
         self,
@@ -204,8 +197,7 @@ class RayRunner:
         return self._peak_memory_bytes
 
     def _message_rows(self, jobs: Sequence[Job]) -> Any:
-        """Ray dataset of all messages of the actors, pickled; each call of an actor takes one block
-        of jobs."""
+        """Dataset of the pickled messages of all actors; each call of one takes a block of jobs."""
         import ray.data
 
         context = ray.data.DataContext.get_current()
@@ -250,8 +242,7 @@ class MattingActor:
         self._messages: list[Any] = []
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[bytes]]:
-        """Matte the jobs of column "job", and return the results and notices in column
-        "message"."""
+        """Matte the jobs of column "job", and return results and notices in column "message"."""
         self._messages = []
         try:
             jobs = [pickle.loads(job) for job in block["job"]]  # noqa: S301  our own parent wrote it
@@ -270,8 +261,7 @@ class MattingActor:
         self._messages.append(message)
 
     def _clean_up_after_restart(self, jobs: Sequence[Job]) -> None:
-        """If this actor replaces one that died, report that and remove the temporary files that it
-        left."""
+        """If this actor replaces one that died, report that and remove its temporary files."""
         import ray
 
         if ray.get_runtime_context().was_current_actor_reconstructed:
@@ -319,11 +309,7 @@ def _choose_model_on_node(context: ProcessContext, checked: Callable[..., ModelC
 
 
 def _find_node_problem(context: ProcessContext, probe: str, token: str, build: str) -> str:
-    """Say what keeps this node from matting, "" if nothing does; runs on every node.
-
-    ``probe``: a file in the output folder that must contain ``token``. ``build``: version and
-    code of icm on the driver.
-    """
+    """Return what keeps this node from matting, "" if nothing does. ``probe``: a file with ``token``."""
     if describe_build() != build:
         return f"has icm {describe_build()}, and this machine has {build}; install the same version on both"
     content = None

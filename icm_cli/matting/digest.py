@@ -37,8 +37,7 @@ EXCLUDED = frozenset(
 
 
 def alpha_digest(values: Mapping[str, str]) -> str:
-    """Return the digest of alphas that ``values`` decide, by name, together with the code of
-    icm."""
+    """Return the digest of alphas that the code of icm and ``values``, by name, decide."""
     return combined_digest(__version__, code_fingerprint(), *(f"{name}={values[name]}" for name in sorted(values)))
 
 
@@ -54,11 +53,7 @@ def code_fingerprint() -> str:
 
 
 def fingerprint_package(package: Traversable) -> str:
-    """Return the SHA-256 of the source files of the modules of ``icm_cli`` that decide pixels.
-
-    Where an installation has no source files (compiled or frozen packages), the version of icm
-    stands for them.
-    """
+    """Return the SHA-256 of the sources that decide pixels; where there are none, of the version."""
     parts: list[bytes | str] = []
     for name in FINGERPRINTED:
         files = sorted(_source_files(package.joinpath(name), name), key=lambda each: each[0])
@@ -67,8 +62,7 @@ def fingerprint_package(package: Traversable) -> str:
 
 
 def _source_files(item: Traversable, path: str) -> Iterator[tuple[str, bytes]]:
-    """Yield the path below ``icm_cli`` and the text of every source file, with the same line ends
-    on all systems."""
+    """Yield path and text of every source file, with equal line ends on all systems."""
     if item.is_dir():
         for child in item.iterdir():
             yield from _source_files(child, f"{path}/{child.name}")

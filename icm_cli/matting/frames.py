@@ -91,10 +91,7 @@ class FramePattern:
         return cls(folder, name[: token.start()], name[token.end() :], digits)
 
     def matching_names(self, names: Iterable[str]) -> list[str]:
-        """Return the names that match the pattern.
-
-        The text around the number may have wildcards.
-        """
+        """Return the names that match. The text around the number may have wildcards."""
         digits = r"\\d+" if self.digits == 1 else rf"(?:\\d{{{self.digits}}}|[1-9]\\d{{{self.digits},}})"
         expression = self._compile_expression(digits)
         return [name for name in names if expression.match(name)]
@@ -106,10 +103,7 @@ class FramePattern:
         return [name for name in names if name not in matching and expression.match(name)]
 
     def _compile_expression(self, number: str) -> re.Pattern[str]:
-        """Return the expression for names.
-
-        ``number``: expression for the number, with doubled backslashes.
-        """
+        """Return the expression for names. ``number``: that for the number, with doubled backslashes."""
         expression = fnmatch.translate(self.before + _NUMBER_MARK + self.after)
         return re.compile(re.sub(r"\\?\x00", number, expression))
 
@@ -159,10 +153,7 @@ class FrameRanges:
 
 
 def parse_frame_range(text: str) -> FrameRanges:
-    """Return the numbers of a range such as ``1001-1100x2`` or ``1001,1005-1010``.
-
-    Raises UsageError.
-    """
+    """Return the numbers of ``1001-1100x2`` or ``1001,1005-1010``. Raises UsageError."""
     ranges: list[range] = []
     shown = shorten(text)
     for part in filter(None, "".join(text.split()).split(",")):
@@ -202,11 +193,7 @@ def _split_range(frames: range, numbers: Sequence[int]) -> list[range]:
 
 
 def _subtract_range(frames: range, other: range, text: str) -> list[range]:
-    """Return the numbers of ``frames`` that are not in ``other``.
-
-    Raises UsageError for ranges that differ in too many places. ``text``: the ranges, for the
-    message.
-    """
+    """Return ``frames`` without ``other``. Raises UsageError if too many ranges are left."""
     common = _common_frames(frames, other)
     if not common:
         return [frames]
@@ -266,11 +253,8 @@ def missing_frames(
 
 
 def _find_patterns(paths: Sequence[Path]) -> dict[Path, tuple[FramePattern, int]]:
-    """Return the sequence and the frame number of each numbered path.
-
-    Leading zeros tell the number of digits. Numbers without them, such as 9 and 10, are one
-    sequence.
-    """
+    """Return sequence and number of each numbered path. Only leading zeros fix the number of
+    digits, so 9 and 10 are one sequence."""
     families: dict[tuple[str, str, str], list[tuple[Path, str]]] = {}
     for path in paths:
         name = FrameName.from_path(path)

@@ -54,10 +54,7 @@ def attach_ground_truth(jobs: Sequence[Job], where: str | Path) -> tuple[list[Jo
 
 
 def ground_truth_scoring(processes: int, allowed: frozenset[str]) -> Scorer:
-    """Return a scorer for alphas with a ground truth.
-
-    A ground truth may be empty: not every image shows the object.
-    """
+    """Return a scorer for alphas with a ground truth, which may be empty."""
 
     def make_task(result: ImageResult) -> ScoreTask | None:
         if not result.dataset.truth:

@@ -10,7 +10,7 @@ import re
 import string
 import threading
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from itertools import combinations
@@ -96,15 +96,12 @@ class Job:
         return read_source_image(self.source, self.colour, self.page)
 
     def read_with_digest(self) -> tuple[SourceImage, str, str]:
-        """Read the image, and return it with the state and the content digest of its files.
-
-        Every file is opened only once.
+        """Read the image; return it with the state and the content digest of its files, each opened
+        once.
 
         Raises ImageError.
         """
-        self._check_exists()
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open_image(path)) for path in self.files]
+        with self._open_files() as files:
             if self.inspected is not None:
                 self.inspected.check_frame_count(files[0])
             states = [file.read_state() for file in files]
@@ -114,28 +111,23 @@ class Job:
             return read_image(files[0], self.colour, self.page), state, digest
 
     def state(self) -> str:
-        """Return the state of the image's files: their sizes, modification times and first bytes.
-
-        Raises ImageError.
-        """
-        self._check_exists()
+        """Return the sizes, modification times and first bytes of the image's files. Raises ImageError."""
         if self.inspected is not None:
             return self.inspected.state()
-        return " ".join(SourceFile(path).state() for path in self.files)
+        with self._open_files() as files:
+            return " ".join(file.read_state() for file in files)
 
     def content_digest(self) -> str:
-        """Return the SHA-256 of the content of the image's files as hexadecimal digits.
-
-        Raises ImageError.
-        """
-        self._check_exists()
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open_image(path)) for path in self.files]
+        """Return the SHA-256 of the content of the image's files. Raises ImageError."""
+        with self._open_files() as files:
             return combined_digest(*(_content_digest(file, file.read_state()) for file in files))
 
-    def _check_exists(self) -> None:
+    @contextlib.contextmanager
+    def _open_files(self) -> Iterator[Sequence[ImageFile]]:
         if self.is_missing:
             raise ImageError(f"{self.source} is missing: the sequence has no such frame; add it and run again")
+        with contextlib.ExitStack() as stack:
+            yield [stack.enter_context(open_image(path)) for path in self.files]
 
 
 @dataclass(frozen=True)
@@ -158,10 +150,7 @@ class OutputLayout:
             raise UsageError("--name and the frame pattern of --out both name the alphas; give only one of them")
 
     def output_path(self, name: Path) -> Path:
-        """Return the file of the alpha of an image with this name below the sources' root.
-
-        Raises UsageError.
-        """
+        """Return the file of the alpha of an image with this name below the root. Raises UsageError."""
         parts = FrameName.from_path(name)
         if self.pattern is None:
             stem = self.template.format(stem=parts.stem, frame=parts.frame, suffix=name.suffix)
@@ -224,13 +213,13 @@ def plan_jobs(
     returned as jobs that fail, as ``source_filter.missing`` says. A notice is given if no image is
     left. Raises UsageError before anything is written.
     """
-    root, out = sources.root, layout.folder
-    if real_path(root) == real_path(out) and layout.template == DEFAULT_NAME and layout.pattern is None:
+    root, found = sources.root, sources.files
+    real_root, real_out = real_path(root), real_path(layout.folder)
+    if real_root == real_out and layout.template == DEFAULT_NAME and layout.pattern is None:
         raise UsageError(f"the source folder {root} is also the output folder; give --out another folder")
-    found = sources.files
     _check_filters(found, root, source_filter)
-    if real_path(root) != real_path(out):
-        found = skipped_files.exclude(found, _is_below(out, root), "in the output folder")
+    if real_root in real_out.parents:
+        found = skipped_files.exclude(found, lambda path: real_out in real_path(path).parents, "in the output folder")
     protected = {real_path(path) for path in references}
     found = skipped_files.exclude(found, lambda path: real_path(path) in protected, "a reference or its mask")
     found = [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
@@ -274,10 +263,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> None:
-    """Raise UsageError if an output is one of these files.
-
-    ``what``: what the files are, for the message.
-    """
+    """Raise UsageError if an output is one of these files. ``what``: what they are, for the message."""
     protected = {os.path.realpath(path) for path in files}
     for output in (output for job in jobs for output in job.outputs):
         if os.path.realpath(output) in protected:
@@ -301,10 +287,7 @@ def _plan_missing_frames(
     skipped_files: SkippedFiles,
     protected: set[Path],
 ) -> list[Path]:
-    """Return the files of missing frames that are to fail.
-
-    Raises UsageError if no frame may be missing.
-    """
+    """Return the files of missing frames that are to fail. Raises UsageError if none may be missing."""
     if not sources.is_sequence and source_filter.frames is None:
         return []
     present = [*found, *(path for path in sources.files if real_path(path) in protected)]
@@ -332,10 +315,7 @@ def _plan_missing_frames(
 
 
 def _earlier_alphas(pattern: FramePattern, frames: FrameRanges, root: Path, layout: OutputLayout) -> list[Path]:
-    """Return the existing alphas of missing frames, in the order of their numbers.
-
-    The cost depends on the number of files in the output folder, and not on that of the frames.
-    """
+    """Return the existing alphas of missing frames in order. The number of frames costs nothing."""
 
     def alpha_of(number: int) -> Path:
         return layout.output_path(Path(pattern.folder, pattern.frame_name(number)).relative_to(root))
@@ -351,10 +331,7 @@ def _earlier_alphas(pattern: FramePattern, frames: FrameRanges, root: Path, layo
 
 
 def _content_digest(file: ImageFile, state: str) -> str:
-    """Return the content digest of an open file.
-
-    A file in this state is read once for all of its pages.
-    """
+    """Return the content digest of an open file, which is read once for all of its pages."""
     key = file.path, state
     with _digests_lock:
         digest = _digests.get(key)
@@ -363,17 +340,6 @@ def _content_digest(file: ImageFile, state: str) -> str:
         with _digests_lock:
             _digests[key] = digest
     return digest
-
-
-def _is_below(folder: Path, root: Path) -> Callable[[Path], bool]:
-    """Return a test for paths below ``folder``.
-
-    It is always false if ``folder`` is not below the sources' root.
-    """
-    inside = real_path(folder)
-    if real_path(root) not in inside.parents:
-        return lambda _: False
-    return lambda path: inside in real_path(path).parents
 
 
 def _is_wanted(name: Path, source_filter: SourceFilter) -> bool:
@@ -386,10 +352,7 @@ def _is_wanted(name: Path, source_filter: SourceFilter) -> bool:
 def _jobs_of_file(
     source: Path, root: Path, layout: OutputLayout, colour: ColourSettings, inspected: SourceFile | None
 ) -> list[Job]:
-    """Return one job per image of a file.
-
-    The alpha is name.png, or name.0001.png and following for a file with several images.
-    """
+    """Return one job per image of a file: name.png, or name.0001.png and following."""
     name = source.relative_to(root)
     count = 1 if inspected is None else inspected.frame_count
     absolute_root = os.path.abspath(root)  # noqa: PTH100  resolve() would follow links
@@ -469,10 +432,7 @@ def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
 
 def _check_similar_names(writers: Mapping[Path, str], folder: Path) -> None:
     """Raise UsageError if the drive takes two outputs as one, because it ignores case or how
-    accents are encoded.
-
-    ``writers``: source of each output. ``folder``: the folder of all outputs.
-    """
+    accents are encoded. ``writers``: source of each output."""
     groups: dict[str, list[Path]] = {}
     for output in writers:
         groups.setdefault(_fold_name(str(output.relative_to(folder))), []).append(output)

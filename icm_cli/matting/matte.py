@@ -81,7 +81,7 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
             choices = [select_model(device=name) for name in parse_devices(options.model.device)]
         if options.reports.dry_run and _is_missing_weights(plan, choices[0], listener):
             return Report(settings={}, results=[_planned_result(job) for job in plan.jobs])
-        run = _MattingRun(options, plan, choices, cluster, listener)
+        run = _MattingRun(options, plan, _make_setups(options, plan, choices), cluster, listener)
         if options.reports.dry_run:
             return run.preview()
         plan.report_files.check_writable(plan.layout.folder)
@@ -147,58 +147,36 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths, problems)
 
 
+@dataclass(frozen=True)
 class _MattingRun:
     """A run whose plan and model are decided: what it reports, and the devices that do the work."""
 
-    def __init__(
-        self,
-        options: MatteOptions,
-        plan: MattingPlan,
-        choices: Sequence[ModelChoice],
-        cluster: RayCluster | None,
-        listener: Listener,
-    ) -> None:
-        self._options = options
-        self._plan = plan
-        self._choices = choices
-        self._cluster = cluster
-        self._listener = listener
-        self._workers = options.resources.workers or DEFAULT_WORKERS
-        self._learn_steps = choices[0].resolve_learn_steps(
-            options.sequences.learn_steps, is_shot=options.sequences.shot
-        )
-        self._digest = run_digest(options, plan, choices[0])
+    _options: MatteOptions
+    _plan: MattingPlan
+    _setups: Sequence[EngineSetup]
+    """What the engine of every device needs."""
+    _cluster: RayCluster | None
+    _listener: Listener
 
     def matte_all(self, start: float) -> Report:
-        """Keep the alphas that are up to date and matte the other images; load the model only for
-        these.
-
-        ``start``: time at which the run began.
-        """
+        """Keep the alphas that are up to date, and matte the other images."""
         plan, listener = self._plan, self._listener
-        setups = self._setups()
-        engine = setups[0].options
         outcome = self._outcome(start)
         listener.on_run_start(len(plan.jobs))
         with outcome:
-            remaining = self._select_remaining(engine, outcome.add)
-            with self._runner(setups, outcome.add) if remaining else contextlib.nullcontext() as runner:
-                peak = runner.peak_memory_bytes if runner else self._choices[0].device.peak_memory_bytes
+            remaining = self._select_remaining(outcome.add)
+            with self._runner(outcome.add) if remaining else contextlib.nullcontext() as runner:
+                peak = runner.peak_memory_bytes if runner else self._setups[0].choice.device.peak_memory_bytes
                 with outcome.writing_reports(plan.report_files, peak):
                     if runner:
                         runner.run(remaining)
         return outcome.report
 
     def preview(self) -> Report:
-        """Return a report of what the run would do, without writing anything, and print the counts.
-
-        Raises UsageError if an output must not be replaced.
-        """
+        """Return what the run would do, and print the counts. Raises UsageError as a run does."""
         plan = self._plan
         kept: dict[Path, ImageResult] = {}
-        remaining = self._select_remaining(
-            self._setups()[0].options, lambda result: kept.update({Path(result.output): result})
-        )
+        remaining = self._select_remaining(lambda result: kept.update({Path(result.output): result}))
         results = [kept.get(job.output) or _planned_result(job) for job in plan.jobs]
         failing = {result.output for result in results if result.status == "failed"}
         planned = [job for job in remaining if str(job.output) not in failing]
@@ -209,9 +187,9 @@ class _MattingRun:
         )
         return Report(settings={}, results=results)
 
-    def _select_remaining(self, engine: EngineOptions, on_result: Callable[[ImageResult], None]) -> list[Job]:
+    def _select_remaining(self, on_result: Callable[[ImageResult], None]) -> list[Job]:
         """Report the alphas that are kept, and return the other jobs. Raises UsageError."""
-        shot = self._plan.shot
+        shot, engine = self._plan.shot, self._setups[0].options
         jobs = list(shot.order if shot else self._plan.jobs)
         if engine.overwrite:
             return [replace(job, replaceable=file_identities(job)) for job in jobs]
@@ -226,28 +204,9 @@ class _MattingRun:
             reusable_outputs=shot.reusable_outputs if shot else None,
         )
 
-    def _setups(self) -> list[EngineSetup]:
-        """What the engine of every device needs."""
-        plan, output = self._plan, self._options.output
-        engine = EngineOptions(
-            [self._digest],
-            self._choices[0].batch_size,
-            self._workers,
-            overwrite=output.overwrite,
-            keep_existing=output.keep_existing,
-            fail_fast=self._options.sequences.fail_fast,
-            output=plan.output,
-            shot=plan.shot,
-            processes=len(self._choices),
-        )
-        return [EngineSetup(choice, plan.references, self._learn_steps, engine) for choice in self._choices]
-
-    def _runner(
-        self, setups: Sequence[EngineSetup], on_result: Callable[[ImageResult], None]
-    ) -> contextlib.AbstractContextManager[Runner]:
-        """Prepare the model in this process, in a process for each of several devices, or in a
-        cluster."""
-        notice = self._listener.on_notice
+    def _runner(self, on_result: Callable[[ImageResult], None]) -> contextlib.AbstractContextManager[Runner]:
+        """Prepare the model in this process, in a process for each device, or in a cluster."""
+        setups, notice = self._setups, self._listener.on_notice
         for setup in setups:
             self._listener.on_detail(setup.choice.description)
         if self._cluster:
@@ -263,7 +222,7 @@ class _MattingRun:
         if plan.truths:
             from icm_cli.matting.ground_truth import RULE, ground_truth_scoring
 
-            scoring = ground_truth_scoring(self._workers, ALLOWED_PROBLEMS)
+            scoring = ground_truth_scoring(self._setups[0].options.workers, ALLOWED_PROBLEMS)
             rounds = {"rounds": 1, "refs_per_group": len(plan.references)}
             settings["protocol"] = {"title": settings["title"], **RULE.as_protocol(), **rounds}
         page_images = PageImages(
@@ -279,21 +238,21 @@ class _MattingRun:
     def _settings(self) -> dict[str, Any]:
         """Settings that the report states."""
         given, colour = self._options.references, self._plan.colour
-        devices = [choice.device.description for choice in self._choices]
+        devices = [setup.choice.device.description for setup in self._setups]
         devices += [self._cluster.describe()] if self._cluster else []
         return {
             "title": self._options.sources.src,
             **environment_settings(),
-            **self._choices[0].as_settings(),
+            **self._setups[0].choice.as_settings(),
             "references": [str(path) for path in given.ref],
             "masks": [str(path) for path in given.mask],
             "colorspace": colour.space,
             "layer": colour.layer,
             "white": colour.white,
-            "digest": self._digest,
+            "digest": self._setups[0].options.digests[0],
             "device": "; ".join(devices),
             "shot": self._options.sequences.shot,
-            "learn_steps": self._learn_steps,
+            "learn_steps": self._setups[0].learn_steps,
         }
 
 
@@ -310,11 +269,25 @@ def run_digest(options: MatteOptions, plan: MattingPlan, choice: ModelChoice) ->
     return alpha_digest(options.digest_values(parts))
 
 
-def _is_missing_weights(plan: MattingPlan, choice: ModelChoice, listener: Listener) -> bool:
-    """Return whether the run would download weights first, with a notice.
+def _make_setups(options: MatteOptions, plan: MattingPlan, choices: Sequence[ModelChoice]) -> list[EngineSetup]:
+    """Return what the engine of every device needs. Raises UsageError or ConfigError."""
+    engine = EngineOptions(
+        [run_digest(options, plan, choices[0])],
+        choices[0].batch_size,
+        options.resources.workers or DEFAULT_WORKERS,
+        overwrite=options.output.overwrite,
+        keep_existing=options.output.keep_existing,
+        fail_fast=options.sequences.fail_fast,
+        output=plan.output,
+        shot=plan.shot,
+        processes=len(choices),
+    )
+    steps = choices[0].resolve_learn_steps(options.sequences.learn_steps, is_shot=options.sequences.shot)
+    return [EngineSetup(choice, plan.references, steps, engine) for choice in choices]
 
-    Raises ConfigError or OutputError if the run would stop because of its weights or folders.
-    """
+
+def _is_missing_weights(plan: MattingPlan, choice: ModelChoice, listener: Listener) -> bool:
+    """Return whether the run would download weights. Raises ConfigError or OutputError if it would stop."""
     for folder in {plan.layout.folder, *(path.parent for path in plan.report_files.paths)}:
         check_would_be_writable(folder)
     if downloads := choice.check_weights():
@@ -338,11 +311,8 @@ def _check_devices(options: MatteOptions) -> None:
 def _order_as_shot(
     jobs: Sequence[Job], refs: Sequence[Path], references: Sequence[Reference], shard: str | None
 ) -> tuple[list[Job], Shot]:
-    """Return the frames of shots, or of a shard of them, by name, and the order in which they are
-    matted.
-
-    References that are frames of a shot are its first ones. Raises UsageError.
-    """
+    """Return the frames of shots, or of a shard of them, by name and in the order of matting.
+    References that are frames come first."""
     folders = {real_path(Path(job.root) / job.name.parent): job.name.parent for job in jobs}
     keys = []
     for number, ref in enumerate(refs):
@@ -369,8 +339,7 @@ def _planned_result(job: Job) -> ImageResult:
 
 
 def _output_and_layout(options: OutputOptions) -> tuple[OutputFormat, OutputLayout]:
-    """Return the form of the outputs, and their folder and names. Raises UsageError for options
-    that do not fit."""
+    """Return the form of the outputs, and their folder and names. Raises UsageError."""
     pattern, format_ = _pattern_and_format(options.out, options.format)
     output = OutputFormat.from_options(
         format=format_,
@@ -424,8 +393,7 @@ def _pattern_and_format(out: str, format_: str | None) -> tuple[FramePattern | N
 
 
 def _source_filter(sources: SourceOptions, sequences: SequenceOptions) -> SourceFilter:
-    """Return the filter of the sources; shots are divided into shards later, in their order. Raises
-    UsageError."""
+    """Return the filter of the sources. Shots are divided into shards later, in their order."""
     numbers = None if sequences.frames is None else parse_frame_range(sequences.frames)
     shard = None if sequences.shard is None or sequences.shot else parse_shard(sequences.shard)
     return SourceFilter(sources.include, sources.exclude, numbers, sequences.missing, shard)

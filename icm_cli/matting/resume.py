@@ -192,8 +192,7 @@ def _report_kept(
     on_result: Callable[[ImageResult], None],
     notice: Callable[[str], None],
 ) -> None:
-    """Report kept alphas, and count those with other settings, of other versions, and with
-    retouched pixels."""
+    """Report kept alphas; count those of other settings or versions, and retouched ones."""
     for _, existing in kept:
         on_result(existing.result)
     if versions := _version_counts(kept):
@@ -280,8 +279,7 @@ def _version_text(existing: ExistingAlpha) -> str:
 def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:
     """Return the metadata of an output, {} if it does not exist or is damaged.
 
-    Raises OtherSourceError for a complete image of another source, or one that icm did not write,
-    and ImageError if the output cannot be read.
+    Raises OtherSourceError for a complete image of another source or program, and ImageError.
     """
     if not is_file(path):
         return {}

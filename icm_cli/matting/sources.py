@@ -33,10 +33,7 @@ MAX_LISTED_FILES = 8
 
 
 class SkippedFiles(Counter[str]):
-    """Files that are not matted, counted by reason.
-
-    A notice names the first file of each reason.
-    """
+    """Files that are not matted, counted by reason. A notice names the first file of each reason."""
 
     def __init__(self, notice: Callable[[str], None]) -> None:
         super().__init__()
@@ -129,10 +126,7 @@ def _natural_name_key(name: str) -> list[tuple[int, int, str, str]]:
 
 
 def real_path(path: Path) -> Path:
-    """Return the path with links followed.
-
-    Unlike ``Path.resolve`` this accepts a link to itself.
-    """
+    """Return the path with links followed. Unlike ``Path.resolve`` this accepts a link to itself."""
     return Path(os.path.realpath(path))
 
 
@@ -141,44 +135,39 @@ def _find_files(src: str | Path, skipped_files: SkippedFiles) -> Sources:
     text, path = str(src), Path(src)
     if not text:
         raise UsageError(f"the source is empty; {EXPECTED_SOURCE}")
+    skipped: SkippedPaths = {}
     if text == "-":
-        return _read_list(_read_standard_input(), "standard input", skipped_files)
+        stream = getattr(sys.stdin, "buffer", sys.stdin)  # None if the process was started without one
+        return _read_list(os.fsencode(stream.read()) if stream else b"", "standard input", skipped_files)
     if retry_transient(path.is_dir):
-        skipped: SkippedPaths = {}
         return _keep_images(path, list(walk_files(path, skipped)), skipped, skipped_files)
-    if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
-        return _read_list(_read_list_file(path), str(path), skipped_files)
     if path.is_file():
-        file = SourceFile.inspect(path)
-        if file.type.is_movie:
-            raise UsageError(f"source {path} {movie_message(path)}")
-        return Sources(path.parent, [path], inspected={path: file})
-    skipped = {}
+        return _read_file(path, skipped_files)
     files = list(expand_glob(text, skipped)) if glob.has_magic(text) else []
-    if not files and (pattern := FramePattern.parse(text)) is not None:
+    if files:
+        return _keep_images(Path(split_glob(text)[0]), files, skipped, skipped_files)
+    if (pattern := FramePattern.parse(text)) is not None:
         return _find_sequence(pattern, text, skipped_files)
     if glob.has_magic(text):
-        if not files:
-            raise UsageError(
-                f"no file matches {text}; no file has this exact name, so *, ? and [] were read as "
-                "wildcards; check the path"
-            )
-        return _keep_images(Path(split_glob(text)[0]), files, skipped, skipped_files)
+        raise UsageError(
+            f"no file matches {text}; no file has this exact name, so *, ? and [] were read as "
+            "wildcards; check the path"
+        )
     raise UsageError(f"source {text} does not exist; {EXPECTED_SOURCE}")
 
 
-def _read_list_file(path: Path) -> bytes:
-    try:
-        return retry_transient(path.read_bytes)
-    except OSError as error:
-        raise UsageError(f"the list {path} cannot be read: {describe_os_error(error)}") from error
-
-
-def _read_standard_input() -> bytes:
-    if sys.stdin is None:  # the process was started without one
-        return b""
-    stream = getattr(sys.stdin, "buffer", None)
-    return os.fsencode(sys.stdin.read()) if stream is None else stream.read()
+def _read_file(path: Path, skipped_files: SkippedFiles) -> Sources:
+    """Return a single image, or the files of a list."""
+    if path.suffix.lower() in LIST_SUFFIXES:
+        try:
+            data = retry_transient(path.read_bytes)
+        except OSError as error:
+            raise UsageError(f"the list {path} cannot be read: {describe_os_error(error)}") from error
+        return _read_list(data, str(path), skipped_files)
+    file = SourceFile.inspect(path)
+    if file.type.is_movie:
+        raise UsageError(f"source {path} {movie_message(path)}")
+    return Sources(path.parent, [path], inspected={path: file})
 
 
 def _keep_images(root: Path, paths: Sequence[Path], skipped: SkippedPaths, skipped_files: SkippedFiles) -> Sources:
@@ -215,10 +204,7 @@ def _find_sequence(pattern: FramePattern, text: str, skipped_files: SkippedFiles
 
 
 def _read_list(data: bytes, where: str, skipped_files: SkippedFiles) -> Sources:
-    """Return the files of a list, relative to the working directory.
-
-    Folders in the list are skipped. A line that is no path is kept, so that it fails alone.
-    """
+    """Return the files of a list, without folders. A line that is no path is kept, so that it fails alone."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UsageError(f"{where} is UTF-16 text; expected UTF-8 with one path per line; save it as UTF-8")
     lines = [line.strip() for line in os.fsdecode(data.removeprefix(codecs.BOM_UTF8)).split("\n")]
