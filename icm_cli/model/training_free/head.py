@@ -121,54 +121,40 @@ class TrainingFree(Head):
         alpha = torch.zeros_like(image[:, :1])
         stride = image.shape[-1] // target.correspondence_features.shape[-1]
         evidences = self.compute_evidence(target, references, stride)
-        is_found = [self._is_found(evidence) for evidence in evidences]
+        is_found = [
+            evidence.similarity >= self.config.absent_below and bool(evidence.contrast.max() > 0)
+            for evidence in evidences
+        ]
         for index, evidence in enumerate(evidences):
             if is_found[index]:
                 height, width = _content_size(valid[index])
-                fine = _enlarge_grid(evidence.contrast, stride)[:height, :width]
+                grid = evidence.contrast[None, None]
+                fine = F.interpolate(grid, scale_factor=stride, mode="bicubic", align_corners=False)[0, 0]
+                fine = fine[:height, :width]
                 alpha[index, 0, :height, :width] = self._solve_alpha(fine.cpu(), image[index, :, :height, :width].cpu())
         confidence = alpha.new_tensor([evidence.similarity for evidence in evidences]).clamp(0, 1)
         return Matte(alpha, confidence, torch.tensor(is_found, device=alpha.device))
 
-    def _is_found(self, evidence: Evidence) -> bool:
-        return evidence.similarity >= self.config.absent_below and bool(evidence.contrast.max() > 0)
-
     def compute_evidence(self, target: Features, references: Sequence[ReferenceTokens], stride: int) -> list[Evidence]:
         """Compute the evidence of each target. ``stride`` is that of the correspondence features, in px."""
-        if self.config.rule == "clusters":
-            return self._evidence_by_clusters(target, references)
-        height, width = target.valid.shape[1:]
-        contrast = target.correspondence_features.new_zeros(target.valid.shape)
-        all_tokens = flatten_tokens(target.correspondence_features)
-        similarities = []
+        compared = flatten_tokens(target.correspondence_features)
+        grouping = compared if target.grouping_features is None else flatten_tokens(target.grouping_features)
+        contrast, similarities = compared.new_zeros(target.valid.shape), []
+        by_clusters = self.config.rule == "clusters"
         for index, (valid, reference) in enumerate(zip(target.valid, references, strict=True)):
-            values, similarity = self._compare_tokens(all_tokens[index, valid.flatten()], reference)
-            contrast[index, valid] = values
+            tokens = compared[index, valid.flatten()]
+            contrast[index, valid], similarity = (
+                segment_by_clusters(tokens, grouping[index, valid.flatten()], reference, self.config)
+                if by_clusters
+                else self._compare_tokens(tokens, reference)
+            )
             similarities.append(similarity)
-        propagated = target.intra_similarity[stride].propagate(contrast.flatten(1)[..., None]).view(-1, height, width)
+        if not by_clusters:
+            contrast = target.intra_similarity[stride].propagate(contrast.flatten(1)[..., None]).view_as(contrast)
         return [
             Evidence(grid[: _content_size(valid)[0], : _content_size(valid)[1]], similarity)
-            for grid, valid, similarity in zip(propagated, target.valid, similarities, strict=True)
+            for grid, valid, similarity in zip(contrast, target.valid, similarities, strict=True)
         ]
-
-    def _evidence_by_clusters(self, target: Features, references: Sequence[ReferenceTokens]) -> list[Evidence]:
-        """Compute the evidence of each target by clusters."""
-        config, compared = self.config, flatten_tokens(target.correspondence_features)
-        grouping = compared if target.grouping_features is None else flatten_tokens(target.grouping_features)
-        evidences = []
-        for index, (valid, reference) in enumerate(zip(target.valid, references, strict=True)):
-            segments = segment_by_clusters(
-                compared[index, valid.flatten()],
-                grouping[index, valid.flatten()],
-                reference,
-                min_candidate_cosine=config.min_candidate_cosine,
-                min_cluster_cosine=config.min_cluster_cosine,
-                min_join_score=config.min_join_score,
-            )
-            grid = compared.new_zeros(valid.shape)
-            grid[valid] = segments.inside.to(grid.dtype)
-            evidences.append(Evidence(grid[: _content_size(valid)[0], : _content_size(valid)[1]], segments.similarity))
-        return evidences
 
     def _compare_tokens(self, target: Tensor, reference: ReferenceTokens) -> tuple[Tensor, float]:
         """Return contrast [N] and similarity of the valid tokens [N,C] of one target."""
@@ -180,12 +166,9 @@ class TrainingFree(Head):
         to_foreground = soft_max_similarity(foreground, unit, self.config.temperature)
         to_background = soft_max_similarity(background, unit, self.config.temperature)
         contrast = to_foreground - self.config.background_weight * to_background
-        return contrast, self._relative_similarity(foreground, unit)
-
-    def _relative_similarity(self, foreground: Tensor, target: Tensor) -> float:
-        """Return the similarity of tokens to a foreground [K,C], relative to its own."""
-        best = soft_max_similarity(foreground, target, self.config.presence_temperature).max()
-        return float(best / soft_max_similarity(foreground, foreground, self.config.presence_temperature).mean())
+        best = soft_max_similarity(foreground, unit, self.config.presence_temperature).max()
+        own = soft_max_similarity(foreground, foreground, self.config.presence_temperature).mean()
+        return contrast, float(best / own)
 
     def _solve_alpha(self, contrast: Tensor, image: Tensor) -> Tensor:
         """Compute the alpha [H,W] of one frame without padding, or its trimap if a later component refines the
@@ -240,36 +223,14 @@ def soft_max_similarity(reference: Tensor, target: Tensor, temperature: float) -
     return temperature * (torch.cat(sums) - math.log(len(reference)))
 
 
-def _enlarge_grid(grid: Tensor, factor: int) -> Tensor:
-    """Enlarge a grid [h,w] to [h*factor,w*factor] bicubically."""
-    return F.interpolate(grid[None, None], scale_factor=factor, mode="bicubic", align_corners=False)[0, 0]
-
-
 def _content_size(valid: Tensor) -> tuple[int, int]:
     """Return height and width of the frame, which is in the top left corner of valid [H,W]."""
     return int(valid.any(dim=1).sum()), int(valid.any(dim=0).sum())
 
 
-@dataclass(frozen=True)
-class ClusterSegments:
-    """Result of :func:`segment_by_clusters`."""
-
-    inside: Tensor
-    """Tokens of the object, bool [N]; all False if it is absent."""
-    similarity: float
-    """Similarity of the seed to the prototype, as a fraction of the similarity of the reference's own tokens; 0 if
-    there is no seed."""
-
-
 def segment_by_clusters(
-    compared: Tensor,
-    grouping: Tensor,
-    reference: ReferenceTokens,
-    *,
-    min_candidate_cosine: float,
-    min_cluster_cosine: float,
-    min_join_score: float,
-) -> ClusterSegments:
+    compared: Tensor, grouping: Tensor, reference: ReferenceTokens, config: TrainingFreeConfig
+) -> tuple[Tensor, float]:
     """Segment the object in one target, as INSID3 does (Cuttano et al., CVPR 2026, section 3.3).
 
     A token is a candidate if it is similar to the prototype of the reference, and if its nearest reference token is
@@ -278,18 +239,17 @@ def segment_by_clusters(
     computes N * (N - 1) / 2 distances of 8 bytes, 67 MB for 64 x 64 tokens.
 
     ``compared`` [N,C] are the tokens that are compared with the reference, and ``grouping`` [N,D] those that are
-    clustered. ``min_candidate_cosine`` is the smallest cosine of a candidate to the prototype, ``min_cluster_cosine``
-    the smallest mean cosine at which clusters are merged (tau in the paper), and ``min_join_score`` the smallest score
-    of a cluster that is added to the seed. The published values are 0, 0.6 and 0.2.
+    clustered. Returns the tokens of the object, float32 [N], 0 or 1; and the similarity of the seed to the prototype,
+    as a fraction of that of the reference's own tokens, 0 if there is no seed.
     """
     target, foreground = F.normalize(compared.float(), dim=-1), F.normalize(reference.foreground.float(), dim=-1)
     prototype = F.normalize(foreground.mean(dim=0), dim=0)
     similarity = target @ prototype
     background = F.normalize(reference.background.float(), dim=-1)
-    candidate = (similarity > min_candidate_cosine) & is_nearest_foreground(target, foreground, background)
+    candidate = (similarity > config.min_candidate_cosine) & is_nearest_foreground(target, foreground, background)
     if not candidate.any():
-        return ClusterSegments(candidate, 0.0)
-    label = cluster_tokens(grouping, min_cluster_cosine)
+        return candidate.float(), 0.0
+    label = cluster_tokens(grouping, config.min_cluster_cosine)
     one_hot = F.one_hot(label).to(target.dtype).T  # [clusters,N]
     size = one_hot.sum(dim=1)
     candidate_fraction = one_hot @ candidate.to(target.dtype) / size
@@ -298,10 +258,10 @@ def segment_by_clusters(
     centres = F.normalize(one_hot @ F.normalize(grouping.float(), dim=-1), dim=-1)
     candidate_fraction[seed] = 1.0
     score = (one_hot @ similarity / size) * (centres @ centres[seed]) * candidate_fraction
-    joined = score > min_join_score
+    joined = score > config.min_join_score
     joined[seed] = True
     own = float((foreground @ prototype).mean())
-    return ClusterSegments(joined[label], float(similarity[label == seed].mean()) / max(own, 1e-6))
+    return joined[label].float(), float(similarity[label == seed].mean()) / max(own, 1e-6)
 
 
 def is_nearest_foreground(target: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
