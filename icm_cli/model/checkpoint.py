@@ -92,7 +92,9 @@ def save_checkpoint(
     }
     if small:
         tensors = {
-            name: each for key, tensor in tensors.items() for name, each in _compress_tensor(key, tensor).items()
+            name: compressed
+            for key, tensor in tensors.items()
+            for name, compressed in _compress_tensor(key, tensor).items()
         }
     texts = {**(metadata or {}), CONFIG_KEY: json.dumps(config.as_dict())}
     with atomic_write(path) as file:
@@ -226,18 +228,19 @@ def check_tensor_values(expected: Mapping[str, Tensor], found: Mapping[str, Tens
 def convert_published_tensors(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Return the tensors of the published decoder by their names in this package, "head.*". Raises ConfigError if a
     name is unknown."""
-    return {f"head.{_convert_name(key, where)}": tensor for key, tensor in tensors.items()}
-
-
-def _convert_name(published: str, where: str) -> str:
-    for theirs, ours in PUBLISHED_NAMES:
-        if published.startswith(theirs):
-            rest = published.removeprefix(theirs)
-            return ours + rest.replace("bn.", "norm.").replace("ln.", "norm.")
-    raise ConfigError(
-        f"{where} has an unknown key {PUBLISHED_PREFIX + published!r}; expected the state dict of "
-        "the published In-Context Matting checkpoint"
-    )
+    converted = {}
+    for published, tensor in tensors.items():
+        for theirs, ours in PUBLISHED_NAMES:
+            if published.startswith(theirs):
+                rest = published.removeprefix(theirs).replace("bn.", "norm.").replace("ln.", "norm.")
+                converted[f"head.{ours}{rest}"] = tensor
+                break
+        else:
+            raise ConfigError(
+                f"{where} has an unknown key {PUBLISHED_PREFIX + published!r}; expected the state dict of the "
+                "published In-Context Matting checkpoint"
+            )
+    return converted
 
 
 def _read_published(path: Path) -> dict[str, Tensor]:
@@ -345,10 +348,7 @@ FORMATS = (
     (b"\x1f\x8b", "a gzip archive"),
     (b"7z\xbc\xaf", "a 7z archive"),
     (b"Rar!", "a RAR archive"),
-    (b"\x80\x02", "a bare pickle"),
-    (b"\x80\x03", "a bare pickle"),
-    (b"\x80\x04", "a bare pickle"),
-    (b"\x80\x05", "a bare pickle"),
+    *((bytes((0x80, protocol)), "a bare pickle") for protocol in range(2, 6)),
 )
 """First bytes of files that are often given by mistake -> description."""
 

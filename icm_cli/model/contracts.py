@@ -234,6 +234,8 @@ class Head(Component):
     """Whether it needs a backbone with ``has_attention_matrix``."""
     is_trained: ClassVar[bool] = False
     """Whether it has weights that must come from a checkpoint."""
+    canvas_px: int | None = None
+    """Long side of the only canvas on which it works, if its weights are for absolute positions."""
     can_learn_references: ClassVar[bool] = False
     """Whether :meth:`learn_references` is implemented."""
 

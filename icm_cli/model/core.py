@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self, runtime_checkable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from icm_cli.config import GuidedFilterConfig, SecondPassConfig
 from icm_cli.errors import ConfigError
-from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import (
     Backbone,
     Edges,
@@ -62,13 +61,6 @@ class PairFeatures:
     reference: Features
 
 
-@runtime_checkable
-class FixedCanvas(Protocol):
-    """A head with weights for absolute positions on one canvas."""
-
-    canvas: CanvasRule
-
-
 class InContextMatting(nn.Module):
     """In-context matting: references with masks define the object that is matted in every target (paper, section 3).
 
@@ -105,10 +97,10 @@ class InContextMatting(nn.Module):
         self.backbone.optimise_for_inference()
         self.to(device)
         self.backbone.set_dtype(dtype, transformer_dtype or dtype)
-        for part in (self.objects, self.edges):
-            if part is not None:
-                part.optimise_for_inference()
-                part.set_dtype(dtype, transformer_dtype or dtype)
+        for component in (self.objects, self.edges):
+            if component is not None:
+                component.optimise_for_inference()
+                component.set_dtype(dtype, transformer_dtype or dtype)
         for module in self.head.modules():
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
                 module.to(dtype)
@@ -136,7 +128,7 @@ class InContextMatting(nn.Module):
             )
             for index, (image, guidance, valid) in enumerate(references)
         ]
-        if not all(bool(each.features.correspondence_features.isfinite().all()) for each in features):
+        if not all(bool(reference.features.correspondence_features.isfinite().all()) for reference in features):
             raise ConfigError(
                 "the backbone computed features of a reference that are not finite: its weights are damaged, or the "
                 "range of the dtype is too small; use --dtype float32, or get the weights again"
@@ -199,9 +191,9 @@ def _check_compatibility(backbone: Backbone, head: Head) -> None:
             f"head {type(head).__name__} needs an attention matrix, which backbone {type(backbone).__name__} does not "
             "provide; use the stable-diffusion backbone or the training-free head"
         )
-    if isinstance(head, FixedCanvas) and head.canvas.long_side_px != backbone.canvas.long_side_px:
+    if head.canvas_px not in (None, backbone.canvas.long_side_px):
         raise ConfigError(
-            f"head canvas_px is {head.canvas.long_side_px}, but the canvas of the backbone is "
+            f"head canvas_px is {head.canvas_px}, but the canvas of the backbone is "
             f"{backbone.canvas.long_side_px} px; set both to the same value, because the head has "
             "weights for positions on the canvas"
         )

@@ -78,15 +78,15 @@ def override_edges(config: ModelConfig, edges: str, weights: str | None) -> Mode
 
     Raises UsageError if no edges would use ``weights``.
     """
-    part = config.edges
-    if edges != "model" and (part is None or part.name != edges):
-        part = ComponentConfig(edges, component_class("edges", edges).Config())
+    chosen = config.edges
+    if edges != "model" and (chosen is None or chosen.name != edges):
+        chosen = ComponentConfig(edges, component_class("edges", edges).Config())
     if weights is None:
-        return replace(config, edges=part)
-    if part is None:
+        return replace(config, edges=chosen)
+    if chosen is None:
         raise UsageError(f"the model has no edges, so --edges-weights {weights!r} has no effect; give --edges vitmatte")
-    settings = component_class("edges", part.name).with_weights(part.settings, weights)
-    return replace(config, edges=ComponentConfig(part.name, settings))
+    settings = component_class("edges", chosen.name).with_weights(chosen.settings, weights)
+    return replace(config, edges=ComponentConfig(chosen.name, settings))
 
 
 def select_device(config: ModelConfig, device: str, dtype: str) -> Device:

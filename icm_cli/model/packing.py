@@ -54,16 +54,16 @@ def pack_checkpoint(
 
     Raises ConfigError if a file is not a checkpoint of icm, or is of another model.
     """
-    parts = [_read_trained(path) for path in (checkpoint, *heads)]
-    tensors, config = dict(parts[0].tensors), parts[0].config
-    for path, part in zip(heads, parts[1:], strict=True):
-        if part.config.head != config.head:
+    sources = [_read_trained(path) for path in (checkpoint, *heads)]
+    tensors, config = dict(sources[0].tensors), sources[0].config
+    for path, source in zip(heads, sources[1:], strict=True):
+        if source.config.head != config.head:
             raise ConfigError(f"{path} has another head than {checkpoint}; give checkpoints of one configuration")
     if heads:
-        tensors |= _average_tensors(parts, "head")
+        tensors |= _average_tensors(sources, "head")
     if objects:
         trained = [_read_trained(path) for path in objects]
-        parts += trained
+        sources += trained
         objects_config = _shared_objects(objects, trained)
         initial = component_class("objects", objects_config.name).load(objects_config.settings).state_dict()
         tensors |= {f"objects.{name}": tensor for name, tensor in initial.items()} | _average_tensors(
@@ -73,15 +73,15 @@ def pack_checkpoint(
     if edges is not None:
         if config.edges is None:
             raise ConfigError(f"{checkpoint} is of a model without edges; omit --edges")
-        parts.append(_read_trained(edges))
-        if parts[-1].config.edges is None:
+        sources.append(_read_trained(edges))
+        if sources[-1].config.edges is None:
             raise ConfigError(f"--edges {edges} is of a model without edges; give a checkpoint with trained edges")
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("edges.")}
-        tensors |= {f"edges.{name}": tensor for name, tensor in parts[-1].component("edges").items()}
-        config = replace(config, edges=parts[-1].config.edges)
+        tensors |= {f"edges.{name}": tensor for name, tensor in sources[-1].component("edges").items()}
+        config = replace(config, edges=sources[-1].config.edges)
     if model is not None:
         config = _replaced_settings(config, model)
-    merged = Checkpoint(tensors, config, _merge_metadata(parts), f"the model packed from {checkpoint}")
+    merged = Checkpoint(tensors, config, _merge_metadata(sources), f"the model packed from {checkpoint}")
     packed = build_model(config, merged, None, offline=True, seed=0).eval()
     out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out, packed, config, with_backbone=True, small=True, metadata=merged.metadata)
@@ -127,9 +127,9 @@ def _read_trained(path: Path) -> _TrainedCheckpoint:
 def _average_tensors(checkpoints: Sequence[Checkpoint], component: str) -> dict[str, Tensor]:
     """Return the mean of the tensors of a component; integers are those of the last checkpoint."""
     return {
-        f"{component}.{name}": torch.stack([each.component(component)[name].float() for each in checkpoints]).mean(
-            dim=0
-        )
+        f"{component}.{name}": torch.stack(
+            [checkpoint.component(component)[name].float() for checkpoint in checkpoints]
+        ).mean(dim=0)
         if last.is_floating_point()
         else last
         for name, last in checkpoints[-1].component(component).items()

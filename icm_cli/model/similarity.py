@@ -95,8 +95,8 @@ class SelfSimilarity:
         # innermost.
         padded = F.pad(values.float()[:, None], (0, -values.shape[-1] % width))
         propagated = [
-            F.scaled_dot_product_attention(query, query, part, attn_mask=mask, scale=1.0 / self.temperature)
-            for part in torch.split(padded, width, dim=-1)
+            F.scaled_dot_product_attention(query, query, channels, attn_mask=mask, scale=1.0 / self.temperature)
+            for channels in torch.split(padded, width, dim=-1)
         ]
         return torch.cat(propagated, dim=-1)[:, 0, :, : values.shape[-1]]
 

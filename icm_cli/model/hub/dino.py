@@ -81,7 +81,7 @@ class Dino(Backbone):
         super().__init__()
         self.config = config
         self.transformer = transformer
-        self.mean, self.std = (torch.tensor(each)[:, None, None] for each in statistics)
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in statistics)
         self._bases: list[Tensor] | None = None
 
     @classmethod
@@ -137,14 +137,11 @@ class Dino(Backbone):
         if not self.config.positional_rank:
             return torch.cat(found, dim=1)
         if self._bases is None:
-            self._bases = self._positional_bases(found[0].device)
+            side = self.config.long_side_px
+            blank = torch.zeros(1, 3, side, side, device=found[0].device)
+            rank = self.config.positional_rank
+            self._bases = [positional_subspace(tokens, rank) for tokens in self.extract_tokens(blank)]
         return torch.cat([project_out_subspace(*pair) for pair in zip(found, self._bases, strict=True)], dim=1)
-
-    def _positional_bases(self, device: torch.device) -> list[Tensor]:
-        """Compute the positional subspace of each block, [C,rank], from a black image."""
-        side = self.config.long_side_px
-        blank = torch.zeros(1, 3, side, side, device=device)
-        return [positional_subspace(tokens, self.config.positional_rank) for tokens in self.extract_tokens(blank)]
 
 
 def positional_subspace(tokens: Tensor, rank: int) -> Tensor:

@@ -198,7 +198,7 @@ def load_pretrained(cls: Any, folder: Path) -> Any:
         ("unexpected_keys", "contain {}, which the model does not have"),
     ):
         if report[key]:
-            name = sorted(str(each[0] if isinstance(each, tuple) else each) for each in report[key])[0]
+            name = min(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report[key])
             raise ConfigError(
                 f"the weights in {folder} {problem.format(repr(name))}; expected a complete "
                 f"{cls.__name__}, get them again"

@@ -72,7 +72,7 @@ class VitMatteEdges(Edges):
         super().__init__()
         self.config = config
         self.network = network
-        self.mean, self.std = (torch.tensor(each)[:, None, None] for each in statistics)
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in statistics)
 
     @classmethod
     def with_weights(cls, config: Any, weights: str) -> Any:
@@ -105,8 +105,8 @@ class VitMatteEdges(Edges):
 
         def solve_tiles() -> Iterator[Tensor]:
             for tile in tiles:
-                part = trimap[tile.slices]
-                yield self.solve(rgb[tile.slices], part) if bool((part == 0.5).any()) else part
+                known = trimap[tile.slices]
+                yield self.solve(rgb[tile.slices], known) if bool((known == 0.5).any()) else known
 
         alpha = blend_tiles(size, tiles, solve_tiles(), trimap.device)
         return torch.where(trimap == 0.5, alpha, trimap)

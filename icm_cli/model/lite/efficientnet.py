@@ -240,7 +240,7 @@ def _published_name(name: str) -> str:
     """Return the name of a tensor in the file of the package."""
     if name.startswith("stem."):
         return name.replace("stem.conv", "_conv_stem").replace("stem.norm", "_bn0")
-    _, number, part, kind, field = name.split(".")
-    convolution = {"expand": "_expand_conv", "depthwise": "_depthwise_conv", "project": "_project_conv"}[part]
-    norm = {"expand": "_bn0", "depthwise": "_bn1", "project": "_bn2"}[part]
+    _, number, layer, kind, field = name.split(".")
+    convolution = {"expand": "_expand_conv", "depthwise": "_depthwise_conv", "project": "_project_conv"}[layer]
+    norm = {"expand": "_bn0", "depthwise": "_bn1", "project": "_bn2"}[layer]
     return f"_blocks.{number}.{convolution if kind == 'conv' else norm}.{field}"

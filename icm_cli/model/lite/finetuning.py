@@ -100,15 +100,10 @@ class FinetunableHead(TrainedHead, ABC):
     presence_mlp: nn.Module
     """Layers that predict the presence of the object. They are not fine-tuned."""
 
-    @property
-    @abstractmethod
-    def decoder_steps(self) -> int:
-        """Number of times that the decoder doubles the resolution of the tokens."""
-
-    @property
-    @abstractmethod
-    def decoder_uses_image(self) -> bool:
-        """Whether the decoder reads the image in addition to the features."""
+    decoder_steps: int
+    """Number of times that the decoder doubles the resolution of the tokens."""
+    decoder_uses_image: bool
+    """Whether the decoder reads the image in addition to the features."""
 
     @abstractmethod
     def project_tokens(self, feature: Tensor) -> Tensor:

@@ -134,7 +134,9 @@ class TokenMatchHead(FinetunableHead):
             nn.Linear(PRESENCE_WIDTH, 1),
         )
 
-        images = len(config.decoder_channels) - len(config.skip_channels)
+        self.decoder_steps = len(config.decoder_channels)
+        images = self.decoder_steps - len(config.skip_channels)
+        self.decoder_uses_image = images > 0
         details = (*config.skip_channels, *[IMAGE_CHANNELS] * images) if config.decoder_channels else ()
         self.steps = nn.ModuleList(
             ConvNormReLU(before + detail, after)
@@ -144,14 +146,6 @@ class TokenMatchHead(FinetunableHead):
         )
         if config.decoder_channels:
             self.output = make_alpha_layers(config.decoder_channels[-1], config.decoder_channels[-1])
-
-    @property
-    def decoder_steps(self) -> int:
-        return len(self.config.decoder_channels)
-
-    @property
-    def decoder_uses_image(self) -> bool:
-        return len(self.config.decoder_channels) > len(self.config.skip_channels)
 
     @torch.no_grad()
     def initialise_from_pca(self, samples: Tensor) -> None:
@@ -261,7 +255,9 @@ class TokenMatchHead(FinetunableHead):
         """
         alpha = (torch.sigmoid(self._coarse_logit(fused)) + MIN_TOKEN_WEIGHT) * valid[:, None]
         object_mean = self._unit_per_layer((alpha.flatten(1)[..., None] * projected).sum(dim=1))
-        sides = [torch.stack([each.foreground.sum(dim=0), each.background.sum(dim=0)]) for each in references]
+        sides = [
+            torch.stack([side.sum(dim=0) for side in (tokens.foreground, tokens.background)]) for tokens in references
+        ]
         similarity = (self._unit_per_layer(torch.stack(sides)) * object_mean[:, None]).sum(dim=-1)  # [B,2,layers]
         similarity = torch.cat([similarity, similarity.mean(dim=-1, keepdim=True)], dim=-1)
         masked = evidence.masked_fill(~valid[:, None], float("-inf"))
@@ -328,8 +324,8 @@ class TokenMatchHead(FinetunableHead):
         """Compare the tokens of one target: [comparisons,N,7], all values of :meth:`compute_evidence` but the last."""
         sharpness = self.log_sharpness.exp().clamp(max=100.0)
         inside, outside, tokens = (
-            part.reshape(len(part), len(self.config.feature_channels), self.config.width).transpose(0, 1)
-            for part in (reference.foreground, reference.background, target)
+            side.reshape(len(side), len(self.config.feature_channels), self.config.width).transpose(0, 1)
+            for side in (reference.foreground, reference.background, target)
         )
         foreground = _append_mean_layer(tokens @ inside.transpose(1, 2))
         # The null is a background token with the same learned similarity to all tokens: a reference

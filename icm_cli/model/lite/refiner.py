@@ -170,22 +170,17 @@ class Refine(Edges):
         for index, before, after in zip(undecided, small, corrected, strict=True):
             weight = self._weight_near_unknown(before)
             outline = before + weight * (after - before)
-            refined[index] = self._clear_core(self._refine_at_source(images[index], outline, weight))
+            size = images[index].shape[0], images[index].shape[1]
+            if size != tuple(outline.shape):
+                outline = self._refine_tiles(images[index], resize_alpha(outline, size), resize_alpha(weight, size))
+            refined[index] = self._clear_core(outline)
         return [
             refined[index] if index in refined else resize_alpha(alpha.float(), images[index].shape[:2])
             for index, alpha in enumerate(coarse)
         ]
 
-    def _refine_at_source(self, rgb: ImageU8, outline: Tensor, weight: Tensor) -> Tensor:
-        """Bring the result of the first step, an alpha [h,w], to the size of its image. For larger images, run the
-        second step, which may change the alpha by ``weight`` [h,w] in 0..1."""
-        size = (rgb.shape[0], rgb.shape[1])
-        if size != tuple(outline.shape):
-            outline = self._refine_tiles(rgb, resize_alpha(outline, size), resize_alpha(weight, size))
-        return outline
-
     def _refine_tiles(self, rgb: ImageU8, alpha: Tensor, weight: Tensor) -> Tensor:
-        """Refine an alpha [H,W] in overlapping tiles, except tiles without unknown pixels."""
+        """Refine an alpha [H,W] in overlapping tiles, except tiles without unknown pixels, by at most ``weight``."""
         size = (alpha.shape[0], alpha.shape[1])
         tiles = split_into_tiles(size, self.config.tile_px, self.config.overlap_px)
         is_changed = [bool(weight[tile.slices].any()) and self._is_undecided(alpha[tile.slices]) for tile in tiles]
@@ -211,13 +206,14 @@ class Refine(Edges):
         small = resize_alpha(alpha, downscaled_size(alpha.shape, config.core_long_side_px)).numpy(force=True)
         reach = max(1, round(config.core_distance * max(small.shape)))
         disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
-        least, most = (cv2.blur(each(small, disc), (reach, reach)) for each in (cv2.erode, cv2.dilate))
+        least, most = (cv2.blur(filtered(small, disc), (reach, reach)) for filtered in (cv2.erode, cv2.dilate))
         inside, outside = (
-            np.clip((each - 0.5) / config.core_softness, 0.0, 1.0).astype(np.float32) for each in (least, 1.0 - most)
+            np.clip((extreme - 0.5) / config.core_softness, 0.0, 1.0).astype(np.float32)
+            for extreme in (least, 1.0 - most)
         )
         full, empty = (
-            resize_alpha(torch.from_numpy(each).to(alpha.device), alpha.shape)
-            for each in (1.0 - (1.0 - config.core_opaque_from) * inside, config.core_transparent_to * outside)
+            resize_alpha(torch.from_numpy(limit).to(alpha.device), alpha.shape)
+            for limit in (1.0 - (1.0 - config.core_opaque_from) * inside, config.core_transparent_to * outside)
         )
         return alpha.sub_(empty).div_(full.sub_(empty)).clamp_(0.0, 1.0)
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.config import check_setting
-from icm_cli.geometry import CanvasRule
 from icm_cli.model.contracts import Features, Matte, ReferenceFeatures, TrainedHead
 from icm_cli.model.decoding import ConvNormReLU, confidence_and_found, make_alpha_layers, upsample_2x
 from icm_cli.model.similarity import (
@@ -74,7 +73,7 @@ class DetailHead(TrainedHead):
     def __init__(self, config: DetailConfig) -> None:
         super().__init__()
         self.config = config
-        self.canvas = CanvasRule(config.canvas_px, multiple_px=FUSION_STRIDES[0], square=True)
+        self.canvas_px = config.canvas_px
         self.inter_similarity = InterSimilarity(config.feature_channels)
         self.intra_similarity = nn.ModuleList(
             IntraSimilarityEncoder((config.canvas_px // stride) ** 2, config.intra_channels)
@@ -103,7 +102,7 @@ class DetailHead(TrainedHead):
         """Return S, and the encoded intra-similarity averaged over channels and scales, as in the published code."""
         similarity, spread = self._compute_similarities(target, references)
         size = (self.config.canvas_px, self.config.canvas_px)
-        images = [F.interpolate(each.float().mean(1, keepdim=True), size, mode="bilinear") for each in spread]
+        images = [F.interpolate(maps.float().mean(1, keepdim=True), size, mode="bilinear") for maps in spread]
         return similarity, torch.stack(images).mean(dim=0)
 
     def _compute_similarities(

@@ -45,13 +45,9 @@ def fold_timestep(unet: Any, timestep: int) -> None:
     embedding = F.silu(unet.time_embedding(unet.time_proj(torch.tensor([timestep]))))
     for block in unet.modules():
         if isinstance(block, ResnetBlock2D):
-            _add_to_bias(block, embedding)
+            block.conv1.bias = nn.Parameter(block.conv1.bias + block.time_emb_proj(embedding)[0])
+            block.time_emb_proj = None  # type: ignore[assignment]
     unet.time_embedding = unet.time_proj = None
-
-
-def _add_to_bias(block: Any, embedding: Tensor) -> None:
-    block.conv1.bias = nn.Parameter(block.conv1.bias + block.time_emb_proj(embedding)[0])
-    block.time_emb_proj = None
 
 
 class MeanAttention:
@@ -100,13 +96,10 @@ class MeanAttention:
                 torch.bmm(queries[maps, rows], key_columns[maps], out=chunk)
                 masked = None if self._padding is None else chunk.masked_fill(self._padding, float("-inf")).softmax(-1)
                 torch.softmax(chunk, dim=-1, out=chunk)
-                self._add_to_sum(rows, chunk if masked is None else masked, count)
+                for matrix in chunk if masked is None else masked:
+                    self._sum[rows].add_(matrix, alpha=1 / count)
                 yield maps, rows, chunk
         self._layers += 1
-
-    def _add_to_sum(self, rows: slice, maps: Tensor, count: int) -> None:
-        for matrix in maps:
-            self._sum[rows].add_(matrix, alpha=1 / count)
 
 
 def run_unet(

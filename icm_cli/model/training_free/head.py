@@ -161,7 +161,7 @@ class TrainingFree(Head):
         tokens = torch.cat([reference.foreground, reference.background])
         centre = (target.mean(dim=0) + tokens.mean(dim=0)) / 2
         unit, foreground, background = (
-            F.normalize(part - centre, dim=-1) for part in (target, reference.foreground, reference.background)
+            F.normalize(tokens - centre, dim=-1) for tokens in (target, reference.foreground, reference.background)
         )
         to_foreground = soft_max_similarity(foreground, unit, self.config.temperature)
         to_background = soft_max_similarity(background, unit, self.config.temperature)
@@ -218,8 +218,7 @@ def soft_max_similarity(reference: Tensor, target: Tensor, temperature: float) -
     unit length: temperature * log mean exp(cosine / temperature), float32 [N]; 0 if there are no reference tokens."""
     if not len(reference):
         return target.new_zeros(len(target))
-    parts = torch.split(target, CHUNK_TOKENS)
-    sums = [(part @ reference.T / temperature).logsumexp(dim=1) for part in parts]
+    sums = [(chunk @ reference.T / temperature).logsumexp(dim=1) for chunk in torch.split(target, CHUNK_TOKENS)]
     return temperature * (torch.cat(sums) - math.log(len(reference)))
 
 
@@ -269,11 +268,8 @@ def is_nearest_foreground(target: Tensor, foreground: Tensor, background: Tensor
     without background. All tokens have unit length."""
     if not len(background):
         return torch.ones(len(target), dtype=torch.bool, device=target.device)
-    parts = [
-        (part @ foreground.T).amax(dim=1) >= (part @ background.T).amax(dim=1)
-        for part in torch.split(target, CHUNK_TOKENS)
-    ]
-    return torch.cat(parts)
+    chunks = torch.split(target, CHUNK_TOKENS)
+    return torch.cat([(tokens @ foreground.T).amax(dim=1) >= (tokens @ background.T).amax(dim=1) for tokens in chunks])
 
 
 def cluster_tokens(tokens: Tensor, min_cluster_cosine: float) -> Tensor:
