@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from icm_cli.config import CropSettings
 from icm_cli.geometry import CanvasRule
 from icm_cli.images.pixels import ImageWindows
+from icm_cli.matting import tracking
 from icm_cli.matting.crops import CropBox, crop_box, enlarge_box, paste_crop
 from icm_cli.matting.predictor import CoarseAlpha, Frame, Predictor
 from icm_cli.matting.references import Reference
@@ -232,20 +233,26 @@ def test_an_enlarged_box_contains_the_box_and_is_inside_the_frame(height: int, w
 
 
 @pytest.mark.parametrize(("steps", "is_shot", "both"), [(2, True, True), (0, True, False), (2, False, False)])
-def test_references_are_learned_in_crops_for_shots(steps: int, is_shot: bool, both: bool) -> None:
-    calls = []
+def test_references_are_learned_in_crops_for_shots(
+    steps: int, is_shot: bool, both: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, notices = [], list[str]()
+    monkeypatch.setattr(tracking, "PROGRESS_INTERVAL_S", 0.0)
 
     class Recorder:
-        def reference(self, references: Sequence[Reference], *, learn_steps: int = 0) -> str:
+        def reference(self, references: Sequence[Reference], *, learn_steps: int = 0, on_progress: Any = None) -> str:
             calls.append((references[0].rgb.shape[:2], learn_steps))
+            if learn_steps:
+                on_progress(0.5)
             return "prepared"
 
     predictor: Predictor = Recorder()  # type: ignore[assignment]
-    prepared = prepare_references(predictor, [Reference(*draw_scene())], steps, is_shot=is_shot)
+    prepared = prepare_references(predictor, [Reference(*draw_scene())], steps, notices.append, is_shot=is_shot)
     assert isinstance(prepared, TrackingReferences) == both
     assert [count for _, count in calls] == ([steps, 0] if both else [steps])
     assert (240, 320) in [size for size, _ in calls]
     assert len({size for size, _ in calls}) == len(calls)
+    assert [each.split(",")[0] for each in notices[1:]] == (["learning the references: 50%"] if steps else [])
 
 
 @pytest.mark.slow

@@ -229,7 +229,9 @@ class ReferenceStore:
     ) -> PreparedReferences:
         """Read and prepare references, and fine-tune the head on them for ``learn_steps`` steps."""
         references = [self._read_reference(self.evaluation.by_name[name]) for name in names]
-        return prepare_references(predictor, references, learn_steps, is_shot=is_shot)
+        return prepare_references(
+            predictor, references, learn_steps, self.evaluation.listener.on_notice, is_shot=is_shot
+        )
 
     def plan_shot(self, jobs: Sequence[Job], examples: Sequence[Example]) -> Shot:
         """Return the order in which frames are matted, starting from their references."""

@@ -52,10 +52,8 @@ class EngineSetup:
         """Load the model, prepare the references once, and return the engine. Raises
         ConfigError."""
         predictor = self.choice.load_predictor()
-        if self.learn_steps:
-            notice(f"learning the references in {self.learn_steps} steps; --learn-steps 0 omits this")
         shot = self.options.shot
-        prepared = prepare_references(predictor, self.references, self.learn_steps, is_shot=shot is not None)
+        prepared = prepare_references(predictor, self.references, self.learn_steps, notice, is_shot=shot is not None)
         for sentence in prepared.notices:
             notice(sentence)
         matting = create_matting(predictor, lambda _: prepared, shot, notice)

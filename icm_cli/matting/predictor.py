@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import numbers
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.model.alphas import resize_alpha
-from icm_cli.model.contracts import Head, PreparedReferences
+from icm_cli.model.contracts import Head, PreparedReferences, ignore_progress
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import confidence_and_found
 from icm_cli.model.loading import load_model, override_edges, resolve_model, select_device
@@ -113,7 +113,11 @@ class Predictor:
             self.model = model.to_device(device.torch_device, device.dtype, device.transformer_dtype)
 
     def reference(
-        self, pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]], *, learn_steps: int | None = None
+        self,
+        pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]],
+        *,
+        learn_steps: int | None = None,
+        on_progress: Callable[[float], None] = ignore_progress,
     ) -> PreparedReferences:
         """Prepare references for :meth:`matte`. Their features are computed here, once.
 
@@ -122,6 +126,7 @@ class Predictor:
                 the object, [H,W]: bool, uint8 0..255 or float 0..1.
             learn_steps: Number of steps in which a copy of the head is fine-tuned on the
                 references. Useful for images of one shot or place. None for 0.
+            on_progress: Called with the finished fraction of this fine-tuning, 0..1.
 
         Raises:
             UsageError: An array has another type, shape or range, a mask is empty or full, or the
@@ -134,7 +139,7 @@ class Predictor:
         action = f"the references were learned in {learn_steps} steps" if learn_steps else "references were prepared"
         with _device_errors(self.device, action), torch.no_grad():
             tensors = [self._reference_tensors(reference) for reference in references]
-            return self.model.prepare_references(tensors, learn_steps=learn_steps or 0)
+            return self.model.prepare_references(tensors, learn_steps=learn_steps or 0, on_progress=on_progress)
 
     def matte(self, rgb: ImageU8, reference: PreparedReferences) -> ImageU8:
         """Return the alpha, uint8 [H,W], of an image, sRGB uint8 [H,W,3] or grey [H,W].

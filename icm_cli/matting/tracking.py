@@ -8,7 +8,8 @@ matted to find it again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,6 +22,9 @@ from icm_cli.matting.predictor import CoarseAlpha, Frame, Predictor
 from icm_cli.matting.references import Reference
 from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import PreparedReferences
+
+PROGRESS_INTERVAL_S = 10.0
+"""Interval of the notices about the progress of learning."""
 
 
 @dataclass(frozen=True)
@@ -90,17 +94,42 @@ class TrackingReferences:
 
 
 def prepare_references(
-    predictor: Predictor, references: Sequence[Reference], learn_steps: int, *, is_shot: bool
+    predictor: Predictor,
+    references: Sequence[Reference],
+    learn_steps: int,
+    notice: Callable[[str], None],
+    *,
+    is_shot: bool,
 ) -> PreparedReferences:
     """Prepare references; for a shot with learned references, both in full and cropped.
 
-    Raises UsageError, ConfigError and DeviceError as :meth:`Predictor.reference` does.
+    ``notice`` receives the progress of learning. Raises UsageError, ConfigError and DeviceError as
+    :meth:`Predictor.reference` does.
     """
-    if not (is_shot and learn_steps):
-        return predictor.reference(references, learn_steps=learn_steps)
-    settings = TrackingConfig().crop
-    cropped = predictor.reference([crop_reference(each, settings) for each in references], learn_steps=learn_steps)
+    if not learn_steps:
+        return predictor.reference(references)
+    notice(f"learning the references in {learn_steps} steps; --learn-steps 0 omits this")
+    report = _LearningProgress(notice)
+    if not is_shot:
+        return predictor.reference(references, learn_steps=learn_steps, on_progress=report)
+    crops = [crop_reference(each, TrackingConfig().crop) for each in references]
+    cropped = predictor.reference(crops, learn_steps=learn_steps, on_progress=report)
     return TrackingReferences(predictor.reference(references), cropped)
+
+
+class _LearningProgress:
+    """Reports the progress of learning from time to time."""
+
+    def __init__(self, notice: Callable[[str], None]) -> None:
+        self._notice = notice
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, fraction: float) -> None:
+        now = time.monotonic()
+        if now - self._last >= PROGRESS_INTERVAL_S:
+            self._last = now
+            seconds = (now - self._start) * (1.0 - fraction) / fraction
+            self._notice(f"learning the references: {fraction:.0%}, about {seconds:.0f} s left")
 
 
 def crop_reference(reference: Reference, settings: CropSettings) -> Reference:

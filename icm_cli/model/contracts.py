@@ -21,7 +21,7 @@ CONTRIBUTING.md shows how to add a component.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeAlias, runtime_checkable
@@ -125,6 +125,10 @@ class PreparedReferences(Protocol):
     def notices(self) -> Sequence[str]:
         """Notices for the user about unsuitable references."""
         ...
+
+
+def ignore_progress(fraction: float) -> None:
+    """Do nothing with the progress of learning."""
 
 
 @dataclass(frozen=True)
@@ -247,11 +251,16 @@ class Head(Component):
         """Reduce the references to what :meth:`forward` needs. Called once per run."""
 
     def learn_references(
-        self, backbone: Backbone, references: Sequence[ReferenceImage], steps: int
+        self,
+        backbone: Backbone,
+        references: Sequence[ReferenceImage],
+        steps: int,
+        on_progress: Callable[[float], None] = ignore_progress,
     ) -> LearnedReferences:
         """Fine-tune a copy of this head on the references, for heads with ``can_learn_references``.
 
         ``backbone``, of the same model, is not changed. ``steps``: training steps, 1 or more.
+        ``on_progress`` is called with the finished fraction of the work.
         """
         raise NotImplementedError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -22,6 +22,7 @@ from icm_cli.model.contracts import (
     PreparedReferences,
     ReferenceFeatures,
     ReferenceImage,
+    ignore_progress,
 )
 
 TARGET_NOISE = "target"
@@ -115,12 +116,17 @@ class InContextMatting(nn.Module):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
     def prepare_references(
-        self, references: Sequence[ReferenceImage], *, learn_steps: int = 0
+        self,
+        references: Sequence[ReferenceImage],
+        *,
+        learn_steps: int = 0,
+        on_progress: Callable[[float], None] = ignore_progress,
     ) -> PreparedReferences | LearnedReferences:
         """Extract and prepare the references, once per run, for :meth:`infer`.
 
         With ``learn_steps``, a copy of the head is fine-tuned on the references in so many steps. The head must have
-        ``can_learn_references``. Raises ConfigError if the features of a reference are not finite.
+        ``can_learn_references``; ``on_progress`` is called with the finished fraction. Raises ConfigError if the
+        features of a reference are not finite.
         """
         features = [
             ReferenceFeatures(
@@ -134,7 +140,7 @@ class InContextMatting(nn.Module):
                 "range of the dtype is too small; use --dtype float32, or get the weights again"
             )
         if learn_steps:
-            return self.head.learn_references(self.backbone, references, learn_steps)
+            return self.head.learn_references(self.backbone, references, learn_steps, on_progress)
         return self.head.prepare_references(features)
 
     def forward(self, pairs: Pairs, features: PairFeatures | None = None) -> Matte:

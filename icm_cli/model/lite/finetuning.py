@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from icm_cli.model.contracts import (
     ReferenceFeatures,
     ReferenceImage,
     TrainedHead,
+    ignore_progress,
 )
 from icm_cli.model.similarity import ReferenceTokens, background_token_mask, foreground_token_mask
 
@@ -117,7 +118,11 @@ class FinetunableHead(TrainedHead, ABC):
         decoder does not use it."""
 
     def learn_references(
-        self, backbone: Backbone, references: Sequence[ReferenceImage], steps: int
+        self,
+        backbone: Backbone,
+        references: Sequence[ReferenceImage],
+        steps: int,
+        on_progress: Callable[[float], None] = ignore_progress,
     ) -> LearnedReferences:
         """Fine-tune a copy of this head on the references. This head is not changed.
 
@@ -130,13 +135,15 @@ class FinetunableHead(TrainedHead, ABC):
                 for image, guidance, valid in references
             ]
             originals = [_extract_view(backbone, self, scene) for scene in scenes]
-            drawn = (_augment_scene(scenes[i % len(scenes)], rng) for i in range(FINETUNING.views))
-            views = [_extract_view(backbone, self, scene) for scene in drawn]
+            views = []
+            for i in range(FINETUNING.views):
+                views.append(_extract_view(backbone, self, _augment_scene(scenes[i % len(scenes)], rng)))
+                on_progress(0.5 * (i + 1) / FINETUNING.views)
             crops = [_crop_without_object(scenes[i % len(scenes)], rng) for i in range(FINETUNING.absent_views)]
             absent = [_extract_view(backbone, self, crop) for crop in crops if crop is not None]
         student = copy.deepcopy(self).float().eval()
         with torch.enable_grad():
-            _train_head(student, originals, views, absent, steps, rng)
+            _train_head(student, originals, views, absent, steps, rng, on_progress)
         dtypes = {name: tensor.dtype for name, tensor in self.state_dict(keep_vars=True).items()}
         for name, tensor in student.state_dict(keep_vars=True).items():
             tensor.requires_grad_(False)
@@ -224,6 +231,7 @@ def _train_head(
     absent: Sequence[_View],
     steps: int,
     rng: np.random.Generator,
+    on_progress: Callable[[float], None],
 ) -> None:
     """Train the head in place, except the statistics of its normalisation layers and its presence layers: almost every
     frame of a shot contains the object."""
@@ -246,6 +254,7 @@ def _train_head(
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(weights, FINETUNING.clip_norm)
         optimiser.step()
+        on_progress(0.5 + 0.5 * (step + 1) / steps)
 
 
 def _draw_view(views: Sequence[_View], rng: np.random.Generator) -> _View:
