@@ -44,14 +44,15 @@ def test_gradient_accumulation_equals_one_batch(config: Path, alone: Path, tmp_p
 @pytest.mark.slow
 def test_two_processes_equal_one_process(config: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    line = command(config, out, "--set", "train.micro_batch_size=1")[1:]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *line]
-    done = subprocess.run(
-        launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("icm: training from step 1 to 3") == 1
-    assert done.stdout.count("best step") == 1
+    for steps, flags in ((2, []), (3, ["--resume"])):
+        line = command(config, out, "--set", "train.micro_batch_size=1", "--set", f"train.steps={steps}", *flags)[1:]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *line]
+        done = subprocess.run(
+            launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("icm: training from step") == 1
+        assert done.stdout.count("best step") == 1
     assert_equal(out, alone)
     with pytest.raises(AssertionError):
         assert_equal(out, other_seed(config, tmp_path))

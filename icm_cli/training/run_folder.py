@@ -82,9 +82,8 @@ class RunFolder:
         self._checkpoint = checkpoint
         self._overrides = list(overrides)
         self._pool = pool
-        self._image_digests: list[str] = []
-        self._data_digest = ""
-        self._sources: dict[str, dict[str, Any]] = {}
+        self._provenance: dict[str, str] = {}
+        """Metadata of the checkpoints: what they are trained on, and how."""
         self.best: dict[str, float] | None = None
         """Step and MSE of the best model so far."""
 
@@ -134,8 +133,7 @@ class RunFolder:
         before = DataRecord.load(self.folder)
         now = DataRecord.from_files(self._pool.files, before, notice)
         if before is not None and (changes := before.list_changes(now)):
-            has_steps = (self.folder / STATE_NAME).exists()
-            if has_steps:
+            if (self.folder / STATE_NAME).exists():
                 raise UsageError(
                     f"the training data changed since the run in {self.folder} started: {changes}. Restore the files "
                     f"to resume, or train a new run into another --out, which can start from the weights of this one "
@@ -144,11 +142,17 @@ class RunFolder:
             notice(f"the training data changed since the run in {self.folder} was interrupted: {changes}")
         if before is None or before.states != now.states:
             now.save(self.folder)
-        self._data_digest = now.digest
         earlier = read_training_digests(self._checkpoint) if self._checkpoint else None
         images = {now.states[str(path)].sha256 for path in self._pool.image_paths} - {""}
-        self._image_digests = sorted({*images, *(earlier or ()), *originals})
-        self._sources = self._describe_sources()
+        self._provenance = {
+            TRAINED_ON_KEY: json.dumps(sorted({*images, *(earlier or ()), *originals})),
+            SOURCES_KEY: json.dumps(self._describe_sources()),
+            "icm.version": __version__,
+            "icm.command": self._command,
+            "icm.training": json.dumps(self._settings.as_dict()),
+            "icm.overrides": json.dumps(self._overrides),
+            "icm.started_from": str(self._checkpoint or ""),
+        }
 
     def resume_run(self, learner: Learner) -> RunProgress:
         """Load the saved state into ``learner`` and return its progress; zero progress if there is no state.
@@ -159,24 +163,37 @@ class RunFolder:
         if not path.exists():
             return RunProgress()
         state = _load_state(path)
-        _check_same_run(
-            path,
-            state["settings"],
-            self._run_identity(learner),
-            has_schedule=self._settings.train.schedule != "constant",
-        )
+        self._check_same_run(path, json.loads(state["settings"]), self._run_identity(learner))
         learner.load_state(state)
         self.best = state["best"]
         return RunProgress(state["step"], state["skipped"], state["seconds"])
+
+    def _check_same_run(self, path: Path, before: dict[str, Any], now: Mapping[str, Any]) -> None:
+        """Raise UsageError that lists every difference of the settings that may not differ."""
+        if "data_digest" not in before:  # saved by an earlier version, which did not record the data
+            before |= {"data_digest": now["data_digest"], "started_from": before.pop("found")["started_from"]}
+        train = self._settings.train
+        changeable = CHANGEABLE_SETTINGS - ({"train.steps"} if train.schedule != "constant" else set())
+        other_stages = tuple(prefix for stage, prefix in STAGE_SETTINGS.items() if stage != train.stage)
+        changed = [
+            line
+            for line in list_differences(before, now)
+            if not line.startswith(other_stages) and line.partition(":")[0] not in changeable
+        ]
+        if changed:
+            raise UsageError(
+                f"{path} belongs to a run with other settings, so it cannot be resumed: {'; '.join(changed)}. Give the "
+                "same configuration, data and --set options again, or another --out"
+            )
 
     def save_progress(self, learner: Learner, done: RunProgress) -> None:
         """Write the last checkpoint and the state after a step. Raises OutputError; earlier files are kept then."""
         self._save_checkpoint(learner, LAST_NAME, done.step)
         settings = json.dumps(self._run_identity(learner))
-        _save_state(
-            self.folder / STATE_NAME,
-            {**asdict(done), "best": self.best, "settings": settings, **learner.export_state()},
-        )
+        content = io.BytesIO()  # in memory first, because torch.save hides errors of the file system
+        torch.save({**asdict(done), "best": self.best, "settings": settings, **learner.export_state()}, content)
+        with atomic_write(self.folder / STATE_NAME) as file:
+            file.write(content.getbuffer())
 
     def save_best(self, learner: Learner, step: int, mse: float) -> bool:
         """Write the best checkpoint if the model is the best so far; return whether it is."""
@@ -201,22 +218,8 @@ class RunFolder:
                 learner.model,
                 self._settings.model,
                 with_backbone=learner.trains_backbone,
-                metadata=self._provenance(step),
+                metadata={**self._provenance, "icm.step": str(step), "icm.best": json.dumps(self.best)},
             )
-
-    def _provenance(self, step: int) -> dict[str, str]:
-        """Metadata of a checkpoint: what it was trained on, and how."""
-        return {
-            TRAINED_ON_KEY: json.dumps(self._image_digests),
-            "icm.version": __version__,
-            "icm.step": str(step),
-            "icm.command": self._command,
-            "icm.training": json.dumps(self._settings.as_dict()),
-            "icm.overrides": json.dumps(self._overrides),
-            SOURCES_KEY: json.dumps(self._sources),
-            "icm.best": json.dumps(self.best),
-            "icm.started_from": str(self._checkpoint or ""),
-        }
 
     def _describe_sources(self) -> dict[str, dict[str, Any]]:
         """Return licence and numbers of groups and images of every source, also of those of the initial checkpoint."""
@@ -231,24 +234,17 @@ class RunFolder:
 
     def _run_identity(self, learner: Learner) -> dict[str, Any]:
         """Settings and data that must be unchanged when a run resumes."""
+        record = DataRecord.load(self.folder)
         return {
             **self._settings.as_dict(),
-            "data_digest": self._data_digest,
+            "data_digest": record.digest if record is not None else "",
             "weights": learner.weights_digest,
             "started_from": cached_file_digest(self._checkpoint) if self._checkpoint else None,
         }
 
 
-def _save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a training state atomically. Raises OutputError."""
-    content = io.BytesIO()  # in memory first, because torch.save hides errors of the file system
-    torch.save(dict(state), content)
-    with atomic_write(path) as file:
-        file.write(content.getbuffer())
-
-
 def _load_state(path: Path) -> dict[str, Any]:
-    """Read what :func:`_save_state` wrote. Raises ConfigError."""
+    """Read a state. Raises ConfigError."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -259,22 +255,6 @@ def _load_state(path: Path) -> dict[str, Any]:
             f"--out, if you like with --checkpoint {path.parent / LAST_NAME}"
         ) from error
     return state
-
-
-def _check_same_run(path: Path, saved: str, given: Mapping[str, Any], *, has_schedule: bool) -> None:
-    """Compare a saved run's settings (JSON) with the given ones. Raises UsageError that lists every difference."""
-    changeable = CHANGEABLE_SETTINGS - ({"train.steps"} if has_schedule else set())
-    other_stage_prefixes = tuple(prefix for stage, prefix in STAGE_SETTINGS.items() if stage != given["train"]["stage"])
-    before = json.loads(saved)
-    if "data_digest" not in before:  # saved by an earlier version, which did not record the data
-        before |= {"data_digest": given["data_digest"], "started_from": before.pop("found")["started_from"]}
-    lines = [line for line in list_differences(before, given) if not line.startswith(other_stage_prefixes)]
-    changed = [line for line in lines if line.partition(":")[0].rstrip() not in changeable]
-    if changed:
-        raise UsageError(
-            f"{path} belongs to a run with other settings, so it cannot be resumed: {'; '.join(changed)}. Give the "
-            "same configuration, data and --set options again, or another --out"
-        )
 
 
 def _read_original_digests(data: DataConfig) -> list[str]:
