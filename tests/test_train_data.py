@@ -393,7 +393,12 @@ class TestGroups:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [("{", "cannot be read"), ('{"a": [1]}', "not a string"), ('{"a": "x"}', "no entry for")],
+        [
+            ("{", "it is not JSON"),
+            ("[]", "expected a JSON object"),
+            ('{"a": [1]}', "expected a JSON object"),
+            ('{"a": "x"}', "no entry for"),
+        ],
     )
     def test_invalid_class_files_are_refused(self, tmp_path: Path, content: str, message: str) -> None:
         classes = tmp_path / "classes.json"

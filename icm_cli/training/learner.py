@@ -40,10 +40,9 @@ class Learner:
         offline: bool,
         workers: int,
     ) -> None:
-        """Load the model and prepare the first step. Raises ConfigError.
+        """Load the model. Raises ConfigError.
 
-        ``trainable_parts`` names the parts of the model whose weights may change; ``select_module``
-        returns the module that runs with gradients.
+        The weights of ``trainable_parts`` may change; ``select_module`` returns the module with gradients.
         """
         config = self.config = settings.train
         self.workers = workers

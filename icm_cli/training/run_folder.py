@@ -36,7 +36,7 @@ from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import TrainingPool
 from icm_cli.training.data.record import DataRecord
 from icm_cli.training.learner import Learner
-from icm_cli.training.settings import DataConfig, Settings, list_differences
+from icm_cli.training.settings import Settings, list_differences
 
 LAST_NAME = "last.safetensors"
 BEST_NAME = "best.safetensors"
@@ -129,7 +129,6 @@ class RunFolder:
         If they changed since the first step of the run in the folder, raises UsageError that names the
         changes. If they changed before its first step, this is reported with ``notice``.
         """
-        originals = _read_original_digests(self._settings.data)
         before = DataRecord.load(self.folder)
         now = DataRecord.from_files(self._pool.files, before, notice)
         if before is not None and (changes := before.list_changes(now)):
@@ -145,7 +144,7 @@ class RunFolder:
         earlier = read_training_digests(self._checkpoint) if self._checkpoint else None
         images = {now.states[str(path)].sha256 for path in self._pool.image_paths} - {""}
         self._provenance = {
-            TRAINED_ON_KEY: json.dumps(sorted({*images, *(earlier or ()), *originals})),
+            TRAINED_ON_KEY: json.dumps(sorted({*images, *(earlier or ()), *self._pool.original_digests})),
             SOURCES_KEY: json.dumps(self._describe_sources()),
             "icm.version": __version__,
             "icm.command": self._command,
@@ -255,19 +254,3 @@ def _load_state(path: Path) -> dict[str, Any]:
             f"--out, if you like with --checkpoint {path.parent / LAST_NAME}"
         ) from error
     return state
-
-
-def _read_original_digests(data: DataConfig) -> list[str]:
-    """Return the SHA-256 digests of the files that the data are copies of. Raises UsageError."""
-    if data.copies_of is None:
-        return []
-    try:
-        digests = json.loads(Path(data.copies_of).read_text(encoding="utf-8"))
-        if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
-            raise ValueError("it is not a list of strings")
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"data: copies_of {data.copies_of} cannot be read ({error}); expected a JSON list of SHA-256 digests, as "
-            "icm_cli.training.data.export writes it"
-        ) from error
-    return digests

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,8 @@ class TrainingPool:
     """Problems found in the sources; images with problems are not among the items."""
     lists: tuple[Path, ...] = ()
     """JSON files that list the groups, the classes, or the original files of the data."""
+    original_digests: tuple[str, ...] = ()
+    """SHA-256 of the files that the data are copies of."""
 
     @cached_property
     def groups(self) -> dict[str, tuple[TrainingItem, ...]]:
@@ -65,12 +68,6 @@ class TrainingPool:
         for item in self:
             groups.setdefault(item.group, []).append(item)
         return {group: tuple(items) for group, items in groups.items()}
-
-    @cached_property
-    def _source_probabilities(self) -> np.ndarray:
-        """Probability of drawing each source."""
-        weights = np.asarray(self.weights)
-        return weights / weights.sum()
 
     def __iter__(self) -> Iterator[TrainingItem]:
         return (item for source in self.sources for item in source)
@@ -100,14 +97,14 @@ class TrainingPool:
     def restrict_to(self, items: Container[TrainingItem]) -> TrainingPool:
         """Return the pool of some of its items; sources without any of them are removed."""
         kept = [tuple(item for item in source if item in items) for source in self.sources]
-        sources = [(source, weight) for source, weight in zip(kept, self.weights, strict=True) if source]
-        return replace(
-            self, sources=tuple(source for source, _ in sources), weights=tuple(weight for _, weight in sources)
-        )
+        weights = [weight for source, weight in zip(kept, self.weights, strict=True) if source]
+        return replace(self, sources=tuple(source for source in kept if source), weights=tuple(weights))
 
     def draw_item(self, rng: np.random.Generator) -> TrainingItem:
         """Draw a source by its weight, then one of its groups, then one of the group's items, both evenly."""
-        groups = self._groups_of_sources[rng.choice(len(self.sources), p=self._source_probabilities)]
+        groups = self._groups_of_sources[
+            rng.choice(len(self.sources), p=np.asarray(self.weights) / np.sum(self.weights))
+        ]
         group = groups[rng.integers(len(groups))]
         return group[rng.integers(len(group))]
 
@@ -139,19 +136,22 @@ def read_pool(data: DataConfig) -> TrainingPool:
     problems: list[Problem] = []
     sources = [_find_items(number, source, problems) for number, source in enumerate(data.sources)]
     backgrounds = tuple(path for folder in data.backgrounds for path in _find_images(Path(folder), "backgrounds"))
+    if not backgrounds and any(item.is_foreground for source in sources for item in source):
+        raise UsageError(
+            "some sources contain foregrounds, and there are no backgrounds to put them on; add data: backgrounds"
+        )
     lists = [data.copies_of, *(path for source in data.sources for path in (source.groups, source.classes))]
-    pool = TrainingPool(
+    originals = [] if data.copies_of is None else _read_json("copies_of", data.copies_of, "a list of SHA-256 digests")
+    if not (isinstance(originals, list) and all(isinstance(digest, str) for digest in originals)):
+        raise UsageError(f"data: copies_of {data.copies_of} has another content; expected a list of SHA-256 digests")
+    return TrainingPool(
         tuple(sources),
         tuple(source.weight for source in data.sources),
         backgrounds,
         tuple(problems),
         tuple(Path(path) for path in lists if path is not None),
+        tuple(originals),
     )
-    if not backgrounds and any(item.is_foreground for item in pool):
-        raise UsageError(
-            "some sources contain foregrounds, and there are no backgrounds to put them on; add data: backgrounds"
-        )
-    return pool
 
 
 def explain_data_error(where: str, error: UsageError) -> UsageError:
@@ -171,36 +171,26 @@ def _find_items(number: int, source: SourceConfig, problems: list[Problem]) -> t
     if not included:
         raise UsageError(f"data: {source.title} has no image left to train on; expected images with alphas")
     classes = _read_classes(source.classes)
-    if source.classes and (
-        without_class := next((item for item in included if _find_classes(item, classes) is None), None)
-    ):
-        raise UsageError(
-            f"data: classes {source.classes} has no entry for {without_class.image.parent}; "
-            "expected every folder of the source"
+    completed = []
+    for item in included:
+        item_classes = _find_classes(item, classes)
+        if source.classes and item_classes is None:
+            raise UsageError(
+                f"data: classes {source.classes} has no entry for {item.image.parent}; expected every folder of the "
+                "source"
+            )
+        coarse = None if source.coarse is None else Path(source.coarse) / f"{item.name}.png"
+        completed.append(
+            replace(
+                item,
+                group=f"{number}:{item.name if source.group_by == 'image' else item.group}",
+                is_binary=source.binary or item.is_binary,
+                classes=frozenset(item_classes or ()),
+                soften_px=source.soften_px,
+                coarse=coarse if coarse is not None and coarse.is_file() else None,
+            )
         )
-    return tuple(_complete_item(item, number, source, classes) for item in included)
-
-
-def _complete_item(
-    item: TrainingItem, number: int, source: SourceConfig, classes: Mapping[str, Sequence[str]]
-) -> TrainingItem:
-    """Return an item with the properties that its source's configuration gives it."""
-    group = item.name if source.group_by == "image" else item.group
-    is_binary = source.binary or item.is_binary
-    return replace(
-        item,
-        group=f"{number}:{group}",
-        is_binary=is_binary,
-        classes=frozenset(_find_classes(item, classes) or ()),
-        soften_px=source.soften_px,
-        coarse=_find_coarse(item, source),
-    )
-
-
-def _find_coarse(item: TrainingItem, source: SourceConfig) -> Path | None:
-    """Return the path of an item's predicted alpha, None if there is none."""
-    path = None if source.coarse is None else Path(source.coarse) / f"{item.name}.png"
-    return path if path is not None and path.is_file() else None
+    return tuple(completed)
 
 
 def _find_classes(item: TrainingItem, classes: Mapping[str, Sequence[str]]) -> Sequence[str] | None:
@@ -213,19 +203,25 @@ def _read_classes(path: str | None) -> dict[str, list[str]]:
     """Read the file of :attr:`SourceConfig.classes`: folder -> classes. Raises UsageError."""
     if path is None:
         return {}
+    expected = "a JSON object that maps each folder to a class or a list of classes"
+    stored = _read_json("classes", path, expected)
+    entries: dict[str, Any] = stored if isinstance(stored, dict) else {"": None}
+    classes: dict[str, Any] = {
+        folder: [names] if isinstance(names, str) else names for folder, names in entries.items()
+    }
+    for folder, names in classes.items():
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise UsageError(f"data: classes {path}: the entry {folder!r} is {names!r}; expected {expected}")
+    return classes
+
+
+def _read_json(key: str, path: str, expected: str) -> Any:
+    """Read a JSON file that is the value of a key of the data. Raises UsageError."""
     try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        classes_by_folder = {
-            folder: [names] if isinstance(names, str) else list(names) for folder, names in stored.items()
-        }
-        if not all(isinstance(name, str) for names in classes_by_folder.values() for name in names):
-            raise ValueError("a class is not a string")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"data: classes {path} cannot be read ({error}); expected a JSON object that maps each "
-            "folder to a class or a list of classes"
-        ) from error
-    return classes_by_folder
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise UsageError(f"data: {key} {path} cannot be read: {reason}; expected {expected}") from error
 
 
 def _find_cutouts(source: SourceConfig) -> list[TrainingItem]:
@@ -270,5 +266,4 @@ def _find_images(folder: Path, kind: str) -> list[Path]:
     images = [path for path in list_images(folder) if os.access(path, os.R_OK)]
     if not images:
         raise UsageError(f"{kind} folder {folder} contains no readable images; expected at least one")
-
     return images
