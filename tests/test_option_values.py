@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from conftest import Icm
 from typer.testing import CliRunner
 
 from icm_cli.cli import app
@@ -94,3 +96,15 @@ def test_wrong_command_line_gives_one_message(line: str, message: str) -> None:
     assert result.stderr.startswith(f"icm: {message}")
     assert result.stderr.count("\n") == 1
     assert not result.stdout
+
+
+def test_reports_state_every_option_that_decides_outputs(icm: Icm, evaluate: Icm, tmp_path: Path) -> None:
+    assert icm("--invert", depth="16", exclude=["a", "b"], report=tmp_path / "matte.json").exit_code == 0
+    assert evaluate(report=tmp_path / "eval.json").exit_code == 0
+    for options, path in ((MatteOptions, "matte.json"), (EvaluateOptions, "eval.json")):
+        settings = json.loads((tmp_path / path).read_text())["settings"]
+        stated = {field.name for field in options.api_fields() if field.group != "reports" or field.properties.digest}
+        assert stated <= set(settings)
+    settings = json.loads((tmp_path / "matte.json").read_text())["settings"]
+    assert (settings["invert"], settings["depth"], settings["format"]) == (True, "16", "png")
+    assert (settings["exclude"], settings["mask_label"], settings["trimap_band"]) == (["a", "b"], None, 10)

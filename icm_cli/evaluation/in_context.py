@@ -143,12 +143,7 @@ def _make_outcome(
     trained_on = read_training_digests(choice.checkpoint) if choice.checkpoint else None
     if choice.checkpoint and trained_on is None:
         notes.append(f"{choice.checkpoint} does not list its training images; they may include images of this dataset")
-    settings = {
-        **choice.as_settings(),
-        "alphas": str(options.save_alphas) if options.save_alphas else None,
-        "shot": options.shot,
-        "learn_steps": learn_steps,
-    }
+    settings = {**choice.as_settings(), "learn_steps": learn_steps}
     return evaluation.make_outcome(
         [job.planned for job in jobs], settings, references, notes=notes, trained_on=trained_on
     )

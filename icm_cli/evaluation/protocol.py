@@ -107,12 +107,14 @@ class Evaluation:
         """Return the outcome that collects, scores and reports results, with the problems of the dataset."""
         allowed = frozenset(self.options.protocol.allow)
         protocol = self._describe_protocol(planned, references, notes)
+        unused = [] if self.options.protocol.pred is None else self.options.matting_names()
         report = Report(
             {
                 "title": protocol["title"],
                 "note": self.options.reports.note,
                 **environment_settings(),
                 "protocol": protocol,
+                **self.options.as_settings(unused),
                 **settings,
             },
             allowed=allowed,

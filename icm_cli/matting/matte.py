@@ -237,21 +237,20 @@ class _MattingRun:
 
     def _settings(self) -> dict[str, Any]:
         """Settings that the report states."""
-        given, colour = self._options.references, self._plan.colour
+        colour = self._plan.colour
         devices = [setup.choice.device.description for setup in self._setups]
         devices += [self._cluster.describe()] if self._cluster else []
         return {
             "title": self._options.sources.src,
             **environment_settings(),
+            **self._options.as_settings(),
             **self._setups[0].choice.as_settings(),
-            "references": [str(path) for path in given.ref],
-            "masks": [str(path) for path in given.mask],
+            "format": self._plan.output.format,
             "colorspace": colour.space,
             "layer": colour.layer,
             "white": colour.white,
             "digest": self._setups[0].options.digests[0],
             "device": "; ".join(devices),
-            "shot": self._options.sequences.shot,
             "learn_steps": self._setups[0].learn_steps,
         }
 

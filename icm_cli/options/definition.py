@@ -287,6 +287,12 @@ class CommandOptions:
         group = next(field.group for field in self.option_fields() if field.name == name)
         return getattr(getattr(self, group), name)
 
+    def as_settings(self, without: Iterable[str] = ()) -> dict[str, Any]:
+        """Return the options that decide outputs, as values of JSON, for reports."""
+        fields = [field for field in self.api_fields() if field.group not in ("reports", "display")]
+        values = {field.name: self.get_value(field.name) for field in fields if field.name not in without}
+        return {name: _to_plain(value) for name, value in values.items()}
+
     def refuse_given(self, names: Iterable[str], why: str) -> None:
         """Raise UsageError if any of these options was given; ``why`` begins the sentence."""
         for field in self.option_fields():
@@ -412,6 +418,12 @@ def _convert(value: object, hint: Any) -> Any:
     if isinstance(value, bool if hint is bool else str) and hint not in (int, float, Path):
         return value
     raise ValueError
+
+
+def _to_plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _is_number(value: object, kind: type) -> bool:
