@@ -16,6 +16,7 @@ import pytest
 from icm_cli.config import COMPONENTS, component_class, parse_model_config
 from icm_cli.errors import ConfigError
 from icm_cli.model.contracts import Backbone, Edges, Head, Objects
+from icm_cli.model.hub import catalogue
 
 INTERFACES = {"backbone": Backbone, "head": Head, "objects": Objects, "edges": Edges}
 
@@ -53,6 +54,13 @@ def test_unusable_class_is_reported(monkeypatch: pytest.MonkeyPatch, entry: str,
     monkeypatch.setitem(COMPONENTS["head"], "mine", entry)
     with pytest.raises(ConfigError, match=said):
         component_class("head", "mine")
+
+
+def test_preset_without_pretrained_weights_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "colour.yaml"
+    path.write_text("backbone: {name: colour}\nhead: {name: training-free}\n")
+    monkeypatch.setattr(catalogue, "preset_paths", lambda: {str(path): path})
+    assert catalogue.list_models()[0].state == "available"
 
 
 @pytest.mark.slow

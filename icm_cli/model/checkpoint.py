@@ -91,11 +91,8 @@ def save_checkpoint(
         if with_backbone or not key.startswith("backbone.")
     }
     if small:
-        tensors = {
-            name: compressed
-            for key, tensor in tensors.items()
-            for name, compressed in _compress_tensor(key, tensor).items()
-        }
+        compressed = [_compress_tensor(key, tensor) for key, tensor in tensors.items()]
+        tensors = {name: tensor for entries in compressed for name, tensor in entries.items()}
     texts = {**(metadata or {}), CONFIG_KEY: json.dumps(config.as_dict())}
     with atomic_write(path) as file:
         file.write(save(tensors, texts))

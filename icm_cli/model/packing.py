@@ -126,14 +126,15 @@ def _read_trained(path: Path) -> _TrainedCheckpoint:
 
 def _average_tensors(checkpoints: Sequence[Checkpoint], component: str) -> dict[str, Tensor]:
     """Return the mean of the tensors of a component; integers are those of the last checkpoint."""
+    states = [checkpoint.component(component) for checkpoint in checkpoints]
     return {
-        f"{component}.{name}": torch.stack(
-            [checkpoint.component(component)[name].float() for checkpoint in checkpoints]
-        ).mean(dim=0)
-        if last.is_floating_point()
-        else last
-        for name, last in checkpoints[-1].component(component).items()
+        f"{component}.{name}": _average([state[name] for state in states]) if last.is_floating_point() else last
+        for name, last in states[-1].items()
     }
+
+
+def _average(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([tensor.float() for tensor in tensors]).mean(dim=0)
 
 
 def _merge_metadata(checkpoints: Sequence[Checkpoint]) -> dict[str, str]:

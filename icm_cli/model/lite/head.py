@@ -255,9 +255,7 @@ class TokenMatchHead(FinetunableHead):
         """
         alpha = (torch.sigmoid(self._coarse_logit(fused)) + MIN_TOKEN_WEIGHT) * valid[:, None]
         object_mean = self._unit_per_layer((alpha.flatten(1)[..., None] * projected).sum(dim=1))
-        sides = [
-            torch.stack([side.sum(dim=0) for side in (tokens.foreground, tokens.background)]) for tokens in references
-        ]
+        sides = [torch.stack([tokens.foreground.sum(dim=0), tokens.background.sum(dim=0)]) for tokens in references]
         similarity = (self._unit_per_layer(torch.stack(sides)) * object_mean[:, None]).sum(dim=-1)  # [B,2,layers]
         similarity = torch.cat([similarity, similarity.mean(dim=-1, keepdim=True)], dim=-1)
         masked = evidence.masked_fill(~valid[:, None], float("-inf"))

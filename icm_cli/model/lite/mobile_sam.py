@@ -8,7 +8,7 @@ train`` fine-tunes its mask decoder; the encoder is the published one (Apache-2.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -82,7 +82,10 @@ class MobileSam(Objects):
     def load(cls, config: Any) -> Self:
         objects = cls(config).eval()
         if config.initial_weights == "published":
-            tensors = _published()
+            path = _published_path()
+            if cached_file_digest(path) != PUBLISHED_DIGEST:
+                raise ConfigError(f"{path} is not the published mobile_sam.pt; install {PACKAGE} {VERSION} again")
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
             objects.encoder.load_state_dict(sam.convert_encoder_tensors(tensors))
             objects.decoder.load_state_dict(sam.convert_decoder_tensors(tensors))
         else:
@@ -128,28 +131,22 @@ class MobileSam(Objects):
 
     @torch.inference_mode()
     def complete_embedded_alphas(self, images: Sequence[EmbeddedImage], coarse: Sequence[Tensor]) -> list[Tensor]:
-        mask_prompts = [
-            F.pad(resize_alpha(alpha, image.mask_size), _mask_padding(image))
-            for image, alpha in zip(images, coarse, strict=True)
-        ]
+        mask_prompts = []
+        for image, alpha in zip(images, coarse, strict=True):
+            height, width = (MASK_SCALE * side for side in image.embedding.shape[-2:])
+            padding = (0, width - image.mask_size[1], 0, height - image.mask_size[0])
+            mask_prompts.append(F.pad(resize_alpha(alpha, image.mask_size), padding))
 
         def complete(batch: Sequence[tuple[EmbeddedImage, Tensor]]) -> list[Tensor]:
-            logit = self(
-                torch.cat([image.embedding for image, _ in batch]),
-                torch.stack([prompt for _, prompt in batch])[:, None],
-            )
-            alphas = torch.sigmoid(logit)[:, 0]
+            embeddings = torch.cat([image.embedding for image, _ in batch])
+            logit = self(embeddings, torch.stack([prompt for _, prompt in batch])[:, None])
+            sizes = [image.mask_size for image, _ in batch]
             return [
-                alpha[: image.mask_size[0], : image.mask_size[1]]
-                for alpha, (image, _) in zip(alphas, batch, strict=True)
+                alpha[:height, :width] for alpha, (height, width) in zip(torch.sigmoid(logit)[:, 0], sizes, strict=True)
             ]
 
-        return apply_in_batches(
-            complete,
-            list(zip(images, mask_prompts, strict=True)),
-            lambda item: item[1].shape,
-            max_batch_size(self.mask_weights.device),
-        )
+        items = list(zip(images, mask_prompts, strict=True))
+        return apply_in_batches(complete, items, lambda item: item[1].shape, max_batch_size(self.mask_weights.device))
 
     def _fill_canvas(self, rgb: ImageU8) -> tuple[Float, tuple[int, int]]:
         """Return an image on the encoder's canvas, float32 [h,w,3], and its mask size."""
@@ -161,12 +158,6 @@ class MobileSam(Objects):
         return canvas, (height // MASK_SCALE, width // MASK_SCALE)
 
 
-def _mask_padding(image: EmbeddedImage) -> tuple[int, int, int, int]:
-    """Padding (left, right, top, bottom) from the masks of an image to those of its canvas."""
-    height, width = (MASK_SCALE * side for side in image.embedding.shape[-2:])
-    return 0, width - image.mask_size[1], 0, height - image.mask_size[0]
-
-
 def _lite_path() -> Path:
     """Checkpoint of ``lite`` in this package. Raises ConfigError if it was removed."""
     path = packed_checkpoint("lite")
@@ -176,15 +167,6 @@ def _lite_path() -> Path:
             "install icm again, or give a checkpoint with objects"
         )
     return path
-
-
-def _published() -> Mapping[str, Tensor]:
-    """Published tensors of MobileSAM. Raises ConfigError."""
-    path = _published_path()
-    if cached_file_digest(path) != PUBLISHED_DIGEST:
-        raise ConfigError(f"{path} is not the published mobile_sam.pt; install {PACKAGE} {VERSION} again")
-    tensors: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return tensors
 
 
 def _published_path() -> Path:
