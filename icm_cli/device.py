@@ -123,9 +123,8 @@ def _cpu_is_faster_in_bfloat16() -> bool:
 
     Measured: an Intel CPU with these instructions but without AMX takes twice as long as in
         float32, and a CPU with
-    AVX2 alone ten times as long. AMD CPUs are assumed to be faster by their instruction set. The
-    decision depends on the type of the CPU only, so that all processes of a run on one machine
-    agree.
+    AVX2 alone ten times as long. AMD CPUs are assumed to be faster by their instruction set. The decision depends on
+    the type of the CPU only, so that all processes of a run on one machine agree.
     """
     has_matrices, has_products = (
         getattr(torch.cpu, name, lambda: False) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -149,8 +148,7 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 
 def process_count() -> int:
-    """Return the number of processes of a data-parallel run (torchrun, accelerate launch), else
-    1."""
+    """Return the number of processes of a data-parallel run (torchrun, accelerate launch), else 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -162,9 +160,8 @@ def is_main_process() -> bool:
 def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[Any, Device]:
     """Return an ``accelerate.Accelerator`` for training, and its device.
 
-    In a data-parallel run (torchrun, accelerate launch), every process has its own device of the
-    given type. On a CPU that is not faster in bfloat16, training uses float32, and the
-    accelerator's ``mixed_precision`` is "no".
+    In a data-parallel run (torchrun, accelerate launch), every process has its own device of the given type. On a CPU
+    that is not faster in bfloat16, training uses float32, and the accelerator's ``mixed_precision`` is "no".
 
     Args:
         device: Value of ``--device``.
@@ -208,8 +205,7 @@ def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[An
 
 
 def available_devices() -> list[str]:
-    """Return the devices of this machine, best first, for example ["cuda:0 (NVIDIA H200)", "cpu (2
-    threads)"]."""
+    """Return the devices of this machine, best first, for example ["cuda:0 (NVIDIA H200)", "cpu (2 threads)"]."""
     gpus = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     mps = ["mps"] if torch.backends.mps.is_available() else []
     return [*gpus, *mps, f"cpu ({torch.get_num_threads()} threads)"]

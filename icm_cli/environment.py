@@ -45,8 +45,7 @@ def describe_hardware() -> dict[str, str | int]:
 
 
 def available_cores() -> int:
-    """Return the number of cores of this process: those of its affinity, within the CPU quotas of
-    its cgroups."""
+    """Return the number of cores of this process: those of its affinity, within the CPU quotas of its cgroups."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *map(math.ceil, cpu_quotas())]))
 
@@ -61,8 +60,7 @@ def child_environment() -> dict[str, str]:
 def peak_memory_bytes() -> int:
     """Return the peak memory of this process.
 
-    On Linux it is read from ``/proc``, because getrusage includes the peak of the parent after a
-    fork and exec.
+    On Linux it is read from ``/proc``, because getrusage includes the peak of the parent after a fork and exec.
     """
     peak = _read_table(ROOT / "proc/self/status").get("VmHWM:")
     if peak is not None:
@@ -156,8 +154,7 @@ def cpu_quotas() -> list[float]:
 
 
 def cgroup_folders(controller: str) -> list[Path]:
-    """Return the folders of the cgroups that may limit this process: its own and those above, of
-    version 1 and 2."""
+    """Return the folders of the cgroups that may limit this process: its own and those above, of version 1 and 2."""
     paths: dict[str, str] = {}
     for line in _read_text(ROOT / "proc/self/cgroup").splitlines():
         number, names, path = line.split(":", 2)
@@ -211,8 +208,8 @@ _model_process: int | None = None
 
 
 def check_not_forked(*, loads_model: bool = False) -> None:
-    """Raise UsageError in a process that was forked after a model was loaded: it would wait for ever
-    for threads that only the former process has."""
+    """Raise UsageError in a process that was forked after a model was loaded: it would wait for ever for threads
+    that only the former process has."""
     global _model_process
     if _model_process not in (None, os.getpid()):
         raise UsageError(
@@ -265,8 +262,7 @@ _NO_THREADS = re.compile("can't start new thread|resource temporarily unavailabl
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an error of any library, or an error that led to it, means that memory ran
-    out, on any device."""
+    """Return whether an error of any library, or an error that led to it, means that memory ran out, on any device."""
     while error is not None:
         is_memory_error = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # of torch
         if isinstance(error, OSError) and error.errno is not None:

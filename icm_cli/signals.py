@@ -11,11 +11,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Context that delays a first signal: it is recorded, and raised again for the former handler
-    at the end.
+    """Context that delays a first signal: it is recorded, and raised again for the former handler at the end.
 
-    A second signal takes effect immediately. Outside the main thread, which receives no signals, it
-    does nothing.
+    A second signal takes effect immediately. Outside the main thread, which receives no signals, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -50,8 +48,8 @@ SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 class Interrupt:
     """Context that raises KeyboardInterrupt for the first Ctrl-C or SIGTERM.
 
-    During an import it waits for its end: some libraries hide the exception there and stay
-    incomplete. Later signals are ignored, so that writes finish.
+    During an import it waits for its end: some libraries hide the exception there and stay incomplete. Later signals
+    are ignored, so that writes finish.
     """
 
     def __init__(self) -> None:

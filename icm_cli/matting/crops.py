@@ -1,5 +1,4 @@
-"""Crops of frames around an object, in which the object gets the full token grid of the
-backbone."""
+"""Crops of frames around an object, in which the object gets the full token grid of the backbone."""
 
 from __future__ import annotations
 
@@ -45,12 +44,10 @@ class CropBox:
 def crop_box(
     mask: NDArray[np.bool_], size: tuple[int, int], settings: CropSettings, windows: ImageWindows | None = None
 ) -> CropBox | None:
-    """Return the box around an object in a frame of ``size``; None without an object, or if it is
-    outside the frame.
+    """Return the box around an object in a frame of ``size``; None without an object, or if it is outside the frame.
 
     Args:
-        mask: The object, bool [h,w]. It covers the frame, or its display window if ``windows`` are
-            given.
+        mask: The object, bool [h,w]. It covers the frame, or its display window if ``windows`` are given.
         size: Height and width of the frame.
         settings: Margin and smallest side of the box.
         windows: Position of the frame in its display window.
@@ -124,8 +121,7 @@ def paste_crop(alpha: Tensor, box: CropBox, size: tuple[int, int], fade: float =
         alpha: float32 [h,w] of the crop.
         box: Position of the crop.
         size: Height and width of the frame.
-        fade: The alpha fades to 0 over this fraction of the crop's side, at the sides inside the
-            frame.
+        fade: The alpha fades to 0 over this fraction of the crop's side, at the sides inside the frame.
 
     Returns:
         float32 [H,W] on the device of ``alpha``.
@@ -141,8 +137,7 @@ def paste_crop(alpha: Tensor, box: CropBox, size: tuple[int, int], fade: float =
 
 
 def _fade_weights(side: slice, frame_length: int, fade: float) -> Tensor:
-    """Weights of the pixels along a side of a crop: 1, falling to 0 at the ends that are inside the
-    frame."""
+    """Weights of the pixels along a side of a crop: 1, falling to 0 at the ends that are inside the frame."""
     length = side.stop - side.start
     ramp = torch.clamp(torch.arange(length, dtype=torch.float32) / max(1.0, fade * length), max=1.0)
     weights = torch.ones(length)

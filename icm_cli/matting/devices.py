@@ -1,5 +1,4 @@
-"""Matting on several devices: one worker process per device, one queue of jobs, results collected
-in this process."""
+"""Matting on several devices: one worker process per device, one queue of jobs, results collected in this process."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ from icm_cli.reports.result import ImageResult
 
 
 class Runner(Protocol):
-    """Runs jobs: the engine of this process, the workers of several devices, or the actors of a Ray
-    cluster."""
+    """Runs jobs: the engine of this process, the workers of several devices, or the actors of a Ray cluster."""
 
     def run(self, jobs: Sequence[Job], /) -> None:
         """Matte every image and report each result when it is ready."""
@@ -40,8 +38,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class EngineSetup:
-    """Everything that a process needs to build an engine: model, device, references and options. It
-    can be pickled."""
+    """Everything that a process needs to build an engine: model, device, references and options. It can be pickled."""
 
     choice: ModelChoice
     references: Sequence[Reference]
@@ -49,8 +46,7 @@ class EngineSetup:
     options: EngineOptions
 
     def create_engine(self, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]) -> Engine:
-        """Load the model, prepare the references once, and return the engine. Raises
-        ConfigError."""
+        """Load the model, prepare the references once, and return the engine. Raises ConfigError."""
         predictor = self.choice.load_predictor()
         shot = self.options.shot
         prepared = prepare_references(predictor, self.references, self.learn_steps, notice, is_shot=shot is not None)
@@ -83,11 +79,9 @@ class NoJobsLeft:
 
 
 class WorkerPool:
-    """Mattes images in one worker process per device; ``on_result`` is called in the caller's
-    thread.
+    """Mattes images in one worker process per device; ``on_result`` is called in the caller's thread.
 
-    If a device is lost or its process dies, a notice names it and the other workers take over its
-    jobs.
+    If a device is lost or its process dies, a notice names it and the other workers take over its jobs.
     """
 
     def __init__(
@@ -125,11 +119,10 @@ class WorkerPool:
         self._kill_workers()
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Matte every image; may be called once. An image that fails is reported, and the run
-        continues.
+        """Matte every image; may be called once. An image that fails is reported, and the run continues.
 
-        Raises OutputError if no more output can be written, DeviceError if no device is left. On
-        any exception, including an interrupt, writes in progress are finished first.
+        Raises OutputError if no more output can be written, DeviceError if no device is left. On any exception,
+        including an interrupt, writes in progress are finished first.
         """
         self._waiting.extend(jobs)
         try:
@@ -177,8 +170,7 @@ class WorkerPool:
         self._has_message.set()
 
     def _handle_next_message(self) -> None:
-        """Wait for a message and handle it. After an interrupt a result may be handled twice, but
-        none is lost."""
+        """Wait for a message and handle it. After an interrupt a result may be handled twice, but none is lost."""
         while not self._messages:
             self._has_message.wait()
             self._has_message.clear()
@@ -209,8 +201,7 @@ class WorkerPool:
                 self._reap_worker(worker)
 
     def _reap_worker(self, worker: _WorkerProcess) -> None:
-        """Put the jobs of a worker that has ended back into the queue; report it if it ended by
-        itself."""
+        """Put the jobs of a worker that has ended back into the queue; report it if it ended by itself."""
         worker.is_alive = False
         status = worker.wait_for_exit()
         worker.end_reason = worker.end_reason or status
@@ -238,11 +229,9 @@ class _WorkerProcess:
     """The worker process of one device, with the jobs that it has taken and not finished."""
 
     def __init__(self, number: int, device: torch.device, receive: Callable[[_WorkerProcess, Any], None]) -> None:
-        """Start worker ``number``, counted from 1. The first message to it must be an
-        :class:`EngineSetup`.
+        """Start worker ``number``, counted from 1. The first message to it must be an :class:`EngineSetup`.
 
-        A thread passes every message of the worker to ``receive``, and None when the worker has
-        ended.
+        A thread passes every message of the worker to ``receive``, and None when the worker has ended.
         """
         self.name = f"process {number} on {device}"
         self.jobs: dict[tuple[int, str], Job] = {}
@@ -265,8 +254,7 @@ class _WorkerProcess:
         threading.Thread(target=self._receive_messages, args=(receive,), daemon=True).start()
 
     def send(self, message: Any) -> None:
-        """Send a message; it is lost if the worker has died, which :meth:`_receive_messages`
-        reports."""
+        """Send a message; it is lost if the worker has died, which :meth:`_receive_messages` reports."""
         with contextlib.suppress(OSError):
             self._outbox.send(message)
 

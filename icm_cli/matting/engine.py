@@ -1,8 +1,7 @@
-"""The streaming engine: reader threads decode ahead, the model mattes batches, and writer threads
-encode.
+"""The streaming engine: reader threads decode ahead, the model mattes batches, and writer threads encode.
 
-Every queue is bounded, so that memory does not grow with the number of images. The model waits for
-the disk only if reading is slower than matting.
+Every queue is bounded, so that memory does not grow with the number of images. The model waits for the disk only if
+reading is slower than matting.
 """
 
 from __future__ import annotations
@@ -42,13 +41,11 @@ from icm_cli.reports.result import ImageResult, MattingDetails
 
 
 class FrameMatting(Protocol):
-    """How the frames of a run are matted: each one independently, or with the alphas of earlier
-    frames."""
+    """How the frames of a run are matted: each one independently, or with the alphas of earlier frames."""
 
     @property
     def keeps_order(self) -> bool:
-        """Whether frames must be matted in the order of the jobs, because they depend on each
-        other."""
+        """Whether frames must be matted in the order of the jobs, because they depend on each other."""
 
     def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
         """Prepare for a run over these jobs, and return them."""
@@ -99,12 +96,10 @@ class LoadedImage:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of the engine. Except for ``shot``, none of them changes an alpha: the digests
-    represent what does.
+    """Options of the engine. Except for ``shot``, none of them changes an alpha: the digests represent what does.
 
     Attributes:
-        digests: For each example, the digest of everything that its alphas depend on, except their
-            sources.
+        digests: For each example, the digest of everything that its alphas depend on, except their sources.
         batch_size: Largest number of images per batch.
         workers: Number of reader threads, and of writer threads.
         overwrite: Matte images again even if their alphas exist.
@@ -223,8 +218,7 @@ class Engine:
         on_result: Callable[[ImageResult], None],
         notice: Callable[[str], None],
     ) -> None:
-        """``matting``: how frames are matted with the model of ``predictor``; jobs of one example
-        are consecutive."""
+        """``matting``: how frames are matted with the model of ``predictor``; jobs of one example are consecutive."""
         self.predictor = predictor
         self.matting = matting
         self.options = options
@@ -240,8 +234,8 @@ class Engine:
     def run(self, jobs: Iterable[Job]) -> None:
         """Matte every image. An image that fails is reported, and the run continues.
 
-        Raises OutputError if no more output can be written, DeviceError if the device is lost. On
-        any exception, including an interrupt, writes in progress are finished first.
+        Raises OutputError if no more output can be written, DeviceError if the device is lost. On any exception,
+        including an interrupt, writes in progress are finished first.
         """
         workers = int(max(1, min(self.options.workers, free_threads() // 4)))
         jobs = self.matting.begin_run(jobs)
@@ -375,9 +369,9 @@ class Engine:
     def _batches(self, stream: Iterable[Future[LoadedImage | ImageResult]]) -> Iterator[list[LoadedImage]]:
         """Group images by example and canvas size.
 
-        At most ``2 * batch_size`` images are held back until their batch is full, and none if the
-        next image needs their memory. If the order must be kept, the waiting batch is yielded as
-        soon as an image of another group arrives.
+        At most ``2 * batch_size`` images are held back until their batch is full, and none if the next image needs
+        their memory. If the order must be kept, the waiting batch is yielded as soon as an image of another group
+        arrives.
         """
         waiting: dict[tuple[int, tuple[int, int]], list[LoadedImage]] = {}
         for reading in stream:
@@ -474,8 +468,7 @@ class Engine:
         return replace(job.planned, status="done", matting=MattingDetails(seconds=round(seconds, 4), **measured))
 
     def _write_files(self, image: LoadedImage, alpha: Float, provenance: dict[str, str]) -> None:
-        """Write the requested files. The image's own file is the last: it shows that the image is
-        finished."""
+        """Write the requested files. The image's own file is the last: it shows that the image is finished."""
         output, job, windows = self.options.output, image.job, image.windows
         digest = self.options.job_digest(job)
         check = partial(check_unchanged, job=job, digest=digest, replaceable=image.replaceable)

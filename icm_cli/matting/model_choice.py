@@ -52,21 +52,19 @@ class ModelChoice:
         return cls(config, path, options.weights, options.offline, options.seed, selected, resolved_batch_size)
 
     def digest_parts(self) -> dict[DigestPart, str]:
-        """Return what the model contributes to the digest of its alphas. Reads weights, but loads
-        no model."""
+        """Return what the model contributes to the digest of its alphas. Reads weights, but loads no model."""
         model = model_digest(self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline)
         return {DigestPart.MODEL: model, DigestPart.DTYPE: self.device.dtype_name}
 
     def check_weights(self) -> list[str]:
-        """Return the weights that must be downloaded, without downloading them. Raises ConfigError
-        for missing or refused weights."""
+        """Return the weights that must be downloaded, without downloading them. Raises ConfigError for missing or
+        refused weights."""
         return check_weights_exist(self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline)
 
     def resolve_learn_steps(self, requested: int | None, *, is_shot: bool) -> int:
         """Return the number of steps in which the head learns the references.
 
-        By default it is 0; in a shot it is ``DEFAULT_STEPS`` if the head can learn. Raises
-        UsageError.
+        By default it is 0; in a shot it is ``DEFAULT_STEPS`` if the head can learn. Raises UsageError.
         """
         return _resolve_learn_steps(requested, component_class("head", self.config.head.name), is_shot=is_shot)
 
@@ -97,8 +95,7 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is loaded already, such as one in training. It keeps no alphas of earlier
-    runs."""
+    """A model that is loaded already, such as one in training. It keeps no alphas of earlier runs."""
 
     predictor: Predictor
 
@@ -116,8 +113,7 @@ class LoadedModel:
         return self.device.auto_batch_size
 
     def digest_parts(self) -> dict[DigestPart, str]:
-        """As in :class:`ModelChoice`, but different at every call, because the weights may
-        change."""
+        """As in :class:`ModelChoice`, but different at every call, because the weights may change."""
         return {DigestPart.MODEL: secrets.token_hex(), DigestPart.DTYPE: self.device.dtype_name}
 
     def resolve_learn_steps(self, requested: int | None, *, is_shot: bool) -> int:
@@ -145,8 +141,7 @@ class LoadedModel:
 
 
 def sequence_digest_parts(learn_steps: int, *, is_shot: bool) -> dict[DigestPart, str]:
-    """Return what fine-tuning on the references and propagation in shots contribute to the digest
-    of alphas."""
+    """Return what fine-tuning on the references and propagation in shots contribute to the digest of alphas."""
     return {
         DigestPart.LEARN_STEPS: f"{learn_steps} {FINETUNING}" if learn_steps else "0",
         DigestPart.PROPAGATION: str(PropagationConfig()) if is_shot else "none",

@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 
 
 class Outcome:
-    """Collects results, has them scored in other processes, and writes the reports however the run
-    ends.
+    """Collects results, has them scored in other processes, and writes the reports however the run ends.
 
-    ``start``: time at which the run began. ``trained_on``: digests of the images that the model was
-    trained on.
+    ``start``: time at which the run began. ``trained_on``: digests of the images that the model was trained on.
     """
 
     def __init__(
@@ -87,8 +85,7 @@ class Outcome:
 
     @contextlib.contextmanager
     def writing_reports(self, report_files: ReportFiles, peak_memory: Callable[[], int]) -> Iterator[None]:
-        """Context of the matting: at its end, however it ends, the results are scored and
-        reported."""
+        """Context of the matting: at its end, however it ends, the results are scored and reported."""
         matting_start = time.perf_counter()
         try:
             yield

@@ -1,5 +1,4 @@
-"""A loaded model that mattes arrays: the object that ``icm_cli.load`` returns and ``icm matte``
-uses."""
+"""A loaded model that mattes arrays: the object that ``icm_cli.load`` returns and ``icm matte`` uses."""
 
 from __future__ import annotations
 
@@ -59,14 +58,11 @@ class CoarseAlpha:
     """Coarse alpha of one frame, before its edges are refined.
 
     Attributes:
-        alpha: float32 [h,w] in 0..1 on the model's device, at any resolution. It covers exactly the
-            frame.
+        alpha: float32 [h,w] in 0..1 on the model's device, at any resolution. It covers exactly the frame.
         confidence: Confidence of the head in 0..1.
         found: Whether the object appears to be in the frame.
-        presence_logit: Logit of the presence of the object; infinite if the head does not predict
-            it.
-        alpha_if_present: Alpha under the assumption that the object is present, if its presence is
-            uncertain.
+        presence_logit: Logit of the presence of the object; infinite if the head does not predict it.
+        alpha_if_present: Alpha under the assumption that the object is present, if its presence is uncertain.
         is_completed: Whether the objects of ``alpha`` are already completed.
     """
 
@@ -88,9 +84,8 @@ class FrameAlpha:
     """Alpha of one frame, after all passes of the model.
 
     Attributes:
-        alpha: float32 [h,w] in 0..1, covers exactly the frame: at the size of the source if the
-            model has edges, else at that of the coarse alpha. :meth:`Predictor.alpha_at_source`
-            enlarges it.
+        alpha: float32 [h,w] in 0..1, covers exactly the frame: at the size of the source if the model has edges, else
+            at that of the coarse alpha. :meth:`Predictor.alpha_at_source` enlarges it.
         confidence: Confidence in 0..1.
         found: Whether the object appears to be in the frame.
         provenance: Further entries for the provenance of the file, see :mod:`icm_cli.matting.resume`.
@@ -122,15 +117,15 @@ class Predictor:
         """Prepare references for :meth:`matte`. Their features are computed here, once.
 
         Args:
-            pairs: One pair or several: an image, sRGB uint8 [H,W,3] or grey [H,W], and the mask of
-                the object, [H,W]: bool, uint8 0..255 or float 0..1.
-            learn_steps: Number of steps in which a copy of the head is fine-tuned on the
-                references. Useful for images of one shot or place. None for 0.
+            pairs: One pair or several: an image, sRGB uint8 [H,W,3] or grey [H,W], and the mask of the object, [H,W]:
+                bool, uint8 0..255 or float 0..1.
+            learn_steps: Number of steps in which a copy of the head is fine-tuned on the references. Useful for images
+                of one shot or place. None for 0.
             on_progress: Called with the finished fraction of this fine-tuning, 0..1.
 
         Raises:
-            UsageError: An array has another type, shape or range, a mask is empty or full, or the
-                head cannot learn references.
+            UsageError: An array has another type, shape or range, a mask is empty or full, or the head cannot learn
+                references.
         """
         check_not_forked()
         with argument_names(MatteOptions):
@@ -144,8 +139,8 @@ class Predictor:
     def matte(self, rgb: ImageU8, reference: PreparedReferences) -> ImageU8:
         """Return the alpha, uint8 [H,W], of an image, sRGB uint8 [H,W,3] or grey [H,W].
 
-        ``reference`` is the result of :meth:`reference`. Raises UsageError for an array of another
-        type or shape, ConfigError if memory runs out.
+        ``reference`` is the result of :meth:`reference`. Raises UsageError for an array of another type or shape,
+        ConfigError if memory runs out.
         """
         check_not_forked()
         if not hasattr(reference, "notices"):
@@ -156,8 +151,7 @@ class Predictor:
             return alpha_to_u8(self.alpha_at_source(frame, result))
 
     def prepare_frame(self, rgb: ImageU8, windows: ImageWindows | None = None) -> Frame:
-        """Scale an image, sRGB uint8 [H,W,3] of any size, to the canvas. Does not use the model:
-        safe in threads."""
+        """Scale an image, sRGB uint8 [H,W,3] of any size, to the canvas. Does not use the model: safe in threads."""
         placement = self.model.backbone.canvas.placement(*rgb.shape[:2])
         return Frame(rgb, placement.fit_to_canvas(rgb), placement, windows)
 
@@ -186,8 +180,7 @@ class Predictor:
 
     @torch.inference_mode()
     def refine_alphas(self, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[FrameAlpha]:
-        """Complete the objects of coarse alphas and refine their edges, as far as the model has
-        components for it.
+        """Complete the objects of coarse alphas and refine their edges, as far as the model has components for it.
 
         Coarse alphas that are not finite are returned as they are.
         """
@@ -223,8 +216,7 @@ class Predictor:
     def _decide_presence(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:
         """If the presence of the object is uncertain, run a second pass on a crop of the frame.
 
-        The presence logits of both passes are averaged, and the alpha of the more confident pass is
-        used.
+        The presence logits of both passes are averaged, and the alpha of the more confident pass is used.
         """
         candidate = coarse.alpha_if_present
         if self.model.edges is None or candidate is None or not candidate.isfinite().all():
@@ -245,9 +237,8 @@ class Predictor:
         """Matte a crop around the foreground of an alpha [h,w] of the frame.
 
         Returns:
-            Completed alpha under the assumption that the object is present, float32 [H,W] and 0
-            outside the crop, and the presence logit; None if a crop would show no more than the
-            frame.
+            Completed alpha under the assumption that the object is present, float32 [H,W] and 0 outside the crop, and
+            the presence logit; None if a crop would show no more than the frame.
         """
         config = self.model.second_pass
         box = crop_box((alpha > 0.5).numpy(force=True), frame.size, config.crop)
@@ -289,8 +280,7 @@ class Predictor:
 
 @contextlib.contextmanager
 def _device_errors(device: Device, action: str) -> Iterator[None]:
-    """Convert errors of the device: ConfigError if memory ran out during ``action``, DeviceError if
-    it was lost."""
+    """Convert errors of the device: ConfigError if memory ran out during ``action``, DeviceError if it was lost."""
     try:
         yield
     except Exception as error:

@@ -1,9 +1,8 @@
 """Propagation in shots: the alpha of a frame is moved along the optical flow to the next frame.
 
-It is evidence in addition to the coarse alpha of the model, so that it works with any backbone,
-head and edges. The final alpha is then stabilised: it is moved towards that of the frame before, so
-that details that are recomputed in every frame do not flicker. If the frame before failed or does
-not show the object, an earlier frame is used.
+It is evidence in addition to the coarse alpha of the model, so that it works with any backbone, head and edges. The
+final alpha is then stabilised: it is moved towards that of the frame before, so that details that are recomputed in
+every frame do not flicker. If the frame before failed or does not show the object, an earlier frame is used.
 """
 
 from __future__ import annotations
@@ -45,19 +44,16 @@ class PropagationConfig:
     flow_px: int = 432
     """Long side, in px, of the images between which the flow is computed."""
     min_flow_px: int = 128
-    """Both sides of these images are padded to at least this, because the flow uses an image
-    pyramid."""
+    """Both sides of these images are padded to at least this, because the flow uses an image pyramid."""
     max_logit: float = 3.0
     """Largest logit of a propagated alpha."""
     min_alpha: float = 0.02
-    """Smallest distance of an alpha from 0 and 1, so that propagated evidence and the model can
-    override each other."""
+    """Smallest distance of an alpha from 0 and 1, so that propagated evidence and the model can override each other."""
     colour_tolerance: float = 15.0
-    """Colour difference along the flow, in levels of 255, at which the weight of the frame before
-    is 1/e. The flow is unreliable at large differences."""
+    """Colour difference along the flow, in levels of 255, at which the weight of the frame before is 1/e. The flow
+    is unreliable at large differences."""
     stabilisation: float = 0.5
-    """Fraction of the difference from the moved alpha of the frame before that is removed where
-    colours agree."""
+    """Fraction of the difference from the moved alpha of the frame before that is removed where colours agree."""
     max_frames_back: int = 3
     """An alpha is propagated from at most this many frames before."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -81,8 +77,7 @@ class FrameMemory:
     def from_frame(
         cls, rgb: ImageU8, alpha: Float, config: PropagationConfig, windows: ImageWindows | None = None
     ) -> FrameMemory:
-        """Reduce an image [H,W,3] and its alpha in 0..1, of any size; ``windows``: their
-        position."""
+        """Reduce an image [H,W,3] and its alpha in 0..1, of any size; ``windows``: their position."""
         small = _reduce_image(rgb, windows, config)
         if windows is not None and not windows.is_full:
             at_size: Float = resize(alpha, windows.size)
@@ -112,8 +107,7 @@ class FlowField:
     def estimate(
         cls, earlier: FrameMemory, rgb: ImageU8, config: PropagationConfig, windows: ImageWindows | None = None
     ) -> FlowField:
-        """Estimate the flow of an image, sRGB uint8 [H,W,3]; its display window has the size of the
-        earlier one."""
+        """Estimate the flow of an image, sRGB uint8 [H,W,3]; its display window has the size of the earlier one."""
         now = _reduce_image(rgb, windows, config)
         flow = _compute_flow(now, earlier.rgb, config)
         difference = np.abs(_warp(earlier.rgb.astype(np.float32), flow) - now).mean(axis=-1)
@@ -123,8 +117,7 @@ class FlowField:
     def propagate(self, coarse: Tensor) -> Tensor:
         """Add the evidence of the earlier frame to a coarse alpha [h,w] in 0..1.
 
-        The logits are added. That of the earlier frame is moved along the flow and weighted by the
-        agreement.
+        The logits are added. That of the earlier frame is moved along the flow and weighted by the agreement.
         """
         config = self.config
         evidence = np.clip(_logit(self.earlier.alpha, config.min_alpha), -config.max_logit, config.max_logit)
@@ -148,8 +141,7 @@ class FlowField:
         return np.asarray(np.clip(alpha + change, 0.0, 1.0), np.float32)
 
     def _crop_to_frame(self, values: Float, size: tuple[int, int]) -> Float:
-        """Crop values [h,w] of the display window to the frame's pixels, and resize them to
-        ``size``."""
+        """Crop values [h,w] of the display window to the frame's pixels, and resize them to ``size``."""
         windows = self.windows
         if windows is None or windows.is_full:
             return resize(values, size)
@@ -167,8 +159,7 @@ class FlowField:
 class FlowPropagator:
     """Mattes the frames of a shot in its order, each with the alpha of an earlier frame.
 
-    An implementation of :class:`~icm_cli.matting.engine.FrameMatting`. It holds only a few reduced
-    frames.
+    An implementation of :class:`~icm_cli.matting.engine.FrameMatting`. It holds only a few reduced frames.
     """
 
     keeps_order = True
@@ -191,8 +182,7 @@ class FlowPropagator:
         self._memories: dict[Path, FrameMemory] = {}
 
     def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
-        """Remember which frames are matted in this run; the existing alphas of the other frames are
-        read."""
+        """Remember which frames are matted in this run; the existing alphas of the other frames are read."""
         jobs = list(jobs)
         self._planned = {job.output for job in jobs}
         return jobs
@@ -211,8 +201,7 @@ class FlowPropagator:
             raise
 
     def _matte_frame(self, job: Job, frame: Frame, source: TrackingReferences | CoarseAlpha) -> FrameAlpha:
-        """Matte one frame from its coarse alpha, or by tracking, and remember its alpha for the
-        next frame.
+        """Matte one frame from its coarse alpha, or by tracking, and remember its alpha for the next frame.
 
         If the object is not found, the alpha is not changed and not propagated.
         """
@@ -268,8 +257,7 @@ class FlowPropagator:
         return replace(memory, is_mask=True)
 
     def _read_existing(self, job: Job) -> FrameMemory | None:
-        """Read the alpha of a frame that an earlier run matted; None if there is none to
-        propagate."""
+        """Read the alpha of a frame that an earlier run matted; None if there is none to propagate."""
         try:
             provenance = read_provenance(job.output) or {}
             text = provenance.get(PROPAGATED_KEY) or provenance.get(EARLIER_KEY, "")
@@ -304,8 +292,7 @@ def encode_alpha(alpha: ImageU8) -> str:
 
 
 def _move_to_display(pixels: NDArray[Any], windows: ImageWindows | None) -> NDArray[Any]:
-    """Move pixels [H,W] or [H,W,3] of a data window to the display window; pixels without a source
-    are 0."""
+    """Move pixels [H,W] or [H,W,3] of a data window to the display window; pixels without a source are 0."""
     return pixels if windows is None else windows.move_pixels(pixels, windows.display_window)
 
 
@@ -316,8 +303,7 @@ def _reduce_image(rgb: ImageU8, windows: ImageWindows | None, config: Propagatio
 
 
 def _compute_flow(now: ImageU8, earlier: ImageU8, config: PropagationConfig) -> Float:
-    """For every pixel of an image uint8 [h,w,3], its offset (x, y) to the earlier image,
-    [h,w,2]."""
+    """For every pixel of an image uint8 [h,w,3], its offset (x, y) to the earlier image, [h,w,2]."""
     height, width = now.shape[:2]
     below, right = max(0, config.min_flow_px - height), max(0, config.min_flow_px - width)
     grey = [
@@ -329,8 +315,7 @@ def _compute_flow(now: ImageU8, earlier: ImageU8, config: PropagationConfig) -> 
 
 
 def _warp(values: Float, flow: Float) -> Float:
-    """Move values [h,w] or [h,w,C] of the earlier image to the positions that the flow [h,w,2]
-    gives."""
+    """Move values [h,w] or [h,w,C] of the earlier image to the positions that the flow [h,w,2] gives."""
     height, width = flow.shape[:2]
     x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
     return np.asarray(

@@ -1,5 +1,4 @@
-"""Order of the frames of shots: which frame is matted when, and from which earlier frame its alpha
-is propagated."""
+"""Order of the frames of shots: which frame is matted when, and from which earlier frame its alpha is propagated."""
 
 from __future__ import annotations
 
@@ -15,14 +14,12 @@ from icm_cli.matting.references import Reference
 from icm_cli.matting.sources import natural_sort_key
 
 MIN_FRAMES = 2
-"""Files of one folder with different names before their numbers are separate shots if each has this
-many frames."""
+"""Files of one folder with different names before their numbers are separate shots if each has this many frames."""
 
 
 @dataclass(frozen=True)
 class Keyframe:
-    """A reference that is a frame of the shot: its name relative to the sources' root, and a
-    function that reads it."""
+    """A reference that is a frame of the shot: its name relative to the sources' root, and a function that reads it."""
 
     name: Path
     read: Callable[[], Reference]
@@ -48,9 +45,9 @@ class Shot:
     def from_examples(cls, examples: Iterable[tuple[Sequence[Job], Sequence[Keyframe]]]) -> Shot:
         """Sort the frames of each example, given with the references that are frames of it.
 
-        The order starts at the first keyframe and goes forward to the end; each later keyframe
-        starts a new propagation. Then it goes from the first keyframe back to the beginning.
-        Without a keyframe, frames are sorted by name.
+        The order starts at the first keyframe and goes forward to the end; each later keyframe starts a new
+        propagation. Then it goes from the first keyframe back to the beginning. Without a keyframe, frames are sorted
+        by name.
         """
         order: list[Job] = []
         previous: dict[Path, Job] = {}
@@ -72,11 +69,9 @@ class Shot:
         return cls(order, previous, keyframes, sorted(dict.fromkeys(names), key=natural_sort_key))
 
     def shard(self, number: int, count: int) -> Shot:
-        """Return shard ``number``, counted from 1, of ``count``: consecutive frames that depend on
-        no other shard.
+        """Return shard ``number``, counted from 1, of ``count``: consecutive frames that depend on no other shard.
 
-        Keyframes count as frames, so that shards with different references split the shot in the
-        same places.
+        Keyframes count as frames, so that shards with different references split the shot in the same places.
         """
         begin, end = (len(self.names) * each // count for each in (number - 1, number))
         names = set(self.names[begin:end])
@@ -87,8 +82,7 @@ class Shot:
         return Shot(order, previous, keyframes, self.names[begin:end])
 
     def job_digest(self, job: Job, digest: str) -> str:
-        """Return the digest of a frame: that of the run, and the frame or keyframe from which it is
-        propagated."""
+        """Return the digest of a frame: that of the run, and the frame or keyframe from which it is propagated."""
         previous, keyframe = self.previous.get(job.output), self.keyframes.get(job.output)
         if previous is not None:
             return combined_digest(digest, previous.planned.name)
@@ -116,8 +110,8 @@ class Shot:
 def split_shots(jobs: Sequence[Job], keys: Sequence[Keyframe]) -> list[tuple[list[Job], list[Keyframe]]]:
     """Split frames and keyframes into shots.
 
-    Each folder is one shot. If the names of its files differ before their numbers and each such
-    name has at least ``MIN_FRAMES`` frames, each of them is a shot.
+    Each folder is one shot. If the names of its files differ before their numbers and each such name has at least
+    ``MIN_FRAMES`` frames, each of them is a shot.
     """
     folders: dict[Path, dict[str, list[Job | Keyframe]]] = {}
     frames: list[Job | Keyframe] = [*jobs, *keys]

@@ -1,9 +1,8 @@
 """Tracking of the object of a shot: each frame is cropped around the object of the frame before.
 
-A small object then gets the full token grid, and similar objects elsewhere in the frame do not
-matter. The head has learned the references in crops too. A crop that cuts the object is enlarged.
-If the object has no known position, or the crop shows only a small part of it, the full frame is
-matted to find it again.
+A small object then gets the full token grid, and similar objects elsewhere in the frame do not matter. The head has
+learned the references in crops too. A crop that cuts the object is enlarged. If the object has no known position, or
+the crop shows only a small part of it, the full frame is matted to find it again.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ class TrackingConfig:
 
     crop: CropSettings = field(default_factory=CropSettings)
     min_area_ratio: float = 0.5
-    """If a crop shows less than this fraction of the object's area in the frame before, the full
-    frame is matted."""
+    """If a crop shows less than this fraction of the object's area in the frame before, the full frame is matted."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,7 @@ class TrackingReferences:
         Args:
             predictor: The model.
             frame: The frame.
-            previous_alpha: Alpha of an earlier frame, uint8 [h,w] of its display window; None if
-                there is none.
+            previous_alpha: Alpha of an earlier frame, uint8 [h,w] of its display window; None if there is none.
             config: Settings of the crops.
         """
         position = np.zeros(frame.size, np.bool_) if previous_alpha is None else previous_alpha > HALF_U8

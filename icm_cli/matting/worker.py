@@ -1,5 +1,4 @@
-"""A worker process: mattes on one device, requests job after job, and sends every result to its
-parent process."""
+"""A worker process: mattes on one device, requests job after job, and sends every result to its parent process."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Serve the parent process until it closes the connection; the arguments are the file
-    descriptors of two pipes.
+    """Serve the parent process until it closes the connection; the arguments are the file descriptors of two pipes.
 
     Signals that stop the process group are ignored here: the parent process handles them.
     """
@@ -44,8 +42,7 @@ def main() -> None:
 
 
 class ParentConnection:
-    """Connection to the parent process. When the parent closes it, the current batch is the last
-    one."""
+    """Connection to the parent process. When the parent closes it, the current batch is the last one."""
 
     def __init__(self, inbox: Connection, outbox: Connection) -> None:
         """Wait for the first message, the :class:`~icm_cli.matting.devices.EngineSetup`."""
