@@ -29,11 +29,10 @@ from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import AnyModelChoice, sequence_digest_parts
 from icm_cli.matting.outcome import Outcome
 from icm_cli.matting.predictor import Predictor
-from icm_cli.matting.propagation import create_matting
+from icm_cli.matting.propagation import create_matting, prepare_references
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.matting.resume import keep_existing_alphas
 from icm_cli.matting.shot import Keyframe, Shot
-from icm_cli.matting.tracking import prepare_references
 from icm_cli.model.checkpoint import read_training_digests
 from icm_cli.model.contracts import PreparedReferences
 from icm_cli.reports.report import Report
@@ -235,7 +234,7 @@ class ReferenceStore:
             return Keyframe(Path(name), lambda: self._read_reference(self.evaluation.by_name[name]))
 
         return Shot.from_examples(
-            ([job for job in jobs if job.example == index], [key(name) for name in example.references])
+            ([job for job in jobs if job.example_index == index], [key(name) for name in example.references])
             for index, example in enumerate(examples)
         )
 

@@ -71,7 +71,7 @@ class IndependentMatting:
         return jobs
 
     def matte(self, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
-        return self._predictor.matte_frames(frames, self._references(jobs[0].example))
+        return self._predictor.matte_frames(frames, self._references(jobs[0].example_index))
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class EngineOptions:
 
     def job_digest(self, job: Job) -> str:
         """Return the digest of everything besides the source that decides the alpha of a job."""
-        digest = self.digests[job.example]
+        digest = self.digests[job.example_index]
         return self.shot.job_digest(job, digest) if self.shot else digest
 
 
@@ -383,7 +383,7 @@ class Engine:
                 if self._must_stop():
                     return
                 continue
-            group = item.job.example, item.frame.placement.canvas
+            group = item.job.example_index, item.frame.placement.canvas
             for other in list(waiting):
                 if other[0] != group[0] or (self.matting.keeps_order and other != group):
                     yield waiting.pop(other)

@@ -55,7 +55,7 @@ class Job:
     output: Path
     planned: ImageResult
     """The result as far as it is known beforehand."""
-    example: int = 0
+    example_index: int = 0
     """Index of the references that show the object."""
     page: int = 0
     """Index of the frame or page in a file with several."""
