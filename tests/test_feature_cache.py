@@ -7,7 +7,7 @@ from torch import Tensor
 
 from icm_cli.model.contracts import Features
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity, inter_similarity
-from icm_cli.training.feature_cache import concatenate_features, pack_features, unpack_features
+from icm_cli.training.stages.matte import concatenate_features, pack_features, unpack_features
 
 
 def attention(tokens: int, seed: int) -> Tensor:

@@ -16,12 +16,11 @@ from train_data import MODEL
 
 from icm_cli.errors import ConfigError, ImageError, TrainingError, UsageError
 from icm_cli.training.batches import StepSampler, collate_samples
-from icm_cli.training.data import layers
+from icm_cli.training.data import scenes as scene_module
 from icm_cli.training.data.augment import draw_guidance
-from icm_cli.training.data.layers import read_cutout
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
 from icm_cli.training.data.samples import PairBatch, SampleMaker, TrainingSample
-from icm_cli.training.data.scenes import SceneMaker
+from icm_cli.training.data.scenes import SceneMaker, read_cutout
 from icm_cli.training.settings import (
     AugmentConfig,
     DataConfig,
@@ -412,8 +411,8 @@ class TestGroups:
         mask[:, 12:] = 255
         cv2.imwrite(str(root / "alphas" / "a" / "1.png"), mask)
         plain, soft = (self.pool(root, soften_px=px).sources[0][1] for px in (0.0, 0.8))
-        assert set(np.unique(layers.read_photograph(plain).alpha)) == {0, 255}
-        alpha = layers.read_photograph(soft).alpha
+        assert set(np.unique(scene_module.read_photograph(plain).alpha)) == {0, 255}
+        alpha = scene_module.read_photograph(soft).alpha
         assert 0 < alpha[12, 11] < 128 < alpha[12, 12] < 255
         assert alpha[12, 0] == 0
         with pytest.raises(UsageError, match="0 for binary masks"):
@@ -515,10 +514,10 @@ def test_decoded_images_are_cached(tmp_path: Path) -> None:
         TrainingItem(name, tmp_path / name, tmp_path / "alpha.png", None, "group", is_foreground=False, is_binary=False)
         for name in ("a.png", "b.png")
     ]
-    layers.read_cached_photograph.cache.clear()
-    first, second = (layers.read_cached_photograph(item, 64) for item in items)
-    assert layers.read_cached_photograph(items[0], 64) is first
-    assert layers.read_cached_photograph(items[1], 64) is second
+    scene_module.read_cached_photograph.cache.clear()
+    first, second = (scene_module.read_cached_photograph(item, 64) for item in items)
+    assert scene_module.read_cached_photograph(items[0], 64) is first
+    assert scene_module.read_cached_photograph(items[1], 64) is second
     size = first.rgb.nbytes + first.alpha.nbytes
-    assert layers.read_cached_photograph.cache.currsize == 2 * size
-    assert layers.read_cached_photograph.cache.maxsize == layers.CACHE_BYTES
+    assert scene_module.read_cached_photograph.cache.currsize == 2 * size
+    assert scene_module.read_cached_photograph.cache.maxsize == scene_module.CACHE_BYTES

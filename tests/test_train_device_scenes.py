@@ -20,9 +20,8 @@ from icm_cli.files import cached_file_digest
 from icm_cli.training.data.augment import degrade_image
 from icm_cli.training.data.device_scenes import DeviceScenes, _quantise_jpeg, composite_over
 from icm_cli.training.data.export import export_shards
-from icm_cli.training.data.layers import read_photograph
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
-from icm_cli.training.data.scenes import SceneMaker
+from icm_cli.training.data.scenes import SceneMaker, read_photograph
 from icm_cli.training.settings import AugmentConfig, PairConfig, TrainConfig, read_data
 
 CANVAS_PX = 96

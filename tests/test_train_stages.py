@@ -23,17 +23,20 @@ from icm_cli.errors import ConfigError
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.model.lite.refiner import Refine
 from icm_cli.model.loading import load_model_for_training
-from icm_cli.training.data.degradation import (
+from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
+from icm_cli.training.settings import MatchStageConfig, TrainConfig, read_settings
+from icm_cli.training.stages import match, refine, view_sets
+from icm_cli.training.stages.mosaics import MosaicBatch, MosaicSampler, TokenMatcher
+from icm_cli.training.stages.refine import (
+    EdgeBatch,
+    EdgeMaker,
+    EdgeSample,
+    RefineStage,
     add_uncertain_regions,
     degrade_outline,
     degrade_to_object_mask,
     degrade_to_tokens,
 )
-from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
-from icm_cli.training.settings import MatchStageConfig, TrainConfig, read_settings
-from icm_cli.training.stages import match, refine, view_sets
-from icm_cli.training.stages.mosaics import MosaicBatch, MosaicSampler, TokenMatcher
-from icm_cli.training.stages.refine import EdgeBatch, EdgeMaker, EdgeSample, RefineStage
 
 COLOURS = {"red": (20, 20, 220), "green": (20, 200, 20), "white": (240, 240, 240)}
 MATCH = {

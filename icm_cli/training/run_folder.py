@@ -2,17 +2,19 @@
 
 ``last.safetensors`` and ``best.safetensors`` are checkpoints for ``icm matte``; they hold the moving
 average of the weights, if the run has one. ``state.pt`` alone contains everything that the next step
-depends on, so that a run resumes correctly after being killed between two writes.
+depends on, so that a run resumes correctly after being killed between two writes. ``data.json`` records
+the files of the training data, by which a resumed run detects that data changed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from safetensors.torch import save
 from icm_cli.device import is_main_process
 from icm_cli.environment import __version__
 from icm_cli.errors import ConfigError, UsageError
-from icm_cli.files import atomic_write, cached_file_digest, remove_stale_temporaries
+from icm_cli.files import atomic_write, cached_file_digest, combined_digest, remove_stale_temporaries, write_json
 from icm_cli.model.checkpoint import (
     SOURCES_KEY,
     TRAINED_ON_KEY,
@@ -34,10 +36,12 @@ from icm_cli.model.checkpoint import (
 from icm_cli.reports.write import ReportFiles
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import TrainingPool
-from icm_cli.training.data.record import DataRecord
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings, list_differences
 
+RECORD_NAME = "data.json"
+MAX_LISTED_FILES = 3
+"""Number of files of each kind of change that a message names."""
 LAST_NAME = "last.safetensors"
 BEST_NAME = "best.safetensors"
 STATE_NAME = "state.pt"
@@ -51,6 +55,78 @@ CHANGEABLE_SETTINGS = frozenset(
 """
 STAGE_SETTINGS = {"match": "train.match.", "refine": "train.refine."}
 """Stage -> prefix of the settings that no other stage reads."""
+
+
+@dataclass(frozen=True)
+class FileState:
+    """Size in bytes, modification time in ns and SHA-256 of a file; the SHA-256 is "" if it cannot be read."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+class DataRecord:
+    """The state of every file of the training data, by path."""
+
+    def __init__(self, states: Mapping[str, FileState]) -> None:
+        self.states = dict(states)
+
+    @classmethod
+    def load(cls, folder: Path) -> DataRecord | None:
+        """Read the record of a run's folder; None if there is none, or if it is damaged."""
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            stored = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+            return cls({path: FileState(**state) for path, state in stored.items()})
+        return None
+
+    @classmethod
+    def from_files(
+        cls, paths: Iterable[Path], earlier: DataRecord | None, notice: Callable[[str], None] = lambda _: None
+    ) -> DataRecord:
+        """Record files. Only those whose size or time differs from the ``earlier`` record are read.
+
+        Files that cannot be read are reported with ``notice``.
+        """
+        known = {} if earlier is None else earlier.states
+        states = {}
+        for path in paths:
+            try:
+                stat = path.stat()
+                state = known.get(str(path))
+                if state is None or (stat.st_size, stat.st_mtime_ns) != (state.size, state.mtime_ns):
+                    with path.open("rb") as file:
+                        digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    state = FileState(stat.st_size, stat.st_mtime_ns, digest)
+            except OSError as error:
+                notice(f"{path} cannot be read ({error.strerror}), so its content is not recorded")
+                state = FileState(0, 0, "")
+            states[str(path)] = state
+        return cls(states)
+
+    def save(self, folder: Path) -> None:
+        """Write the record to a run's folder, atomically. Raises OutputError."""
+        write_json(folder / RECORD_NAME, {path: asdict(state) for path, state in self.states.items()})
+
+    @property
+    def digest(self) -> str:
+        """Digest of the paths and contents of all files."""
+        return combined_digest(*(part for path, state in sorted(self.states.items()) for part in (path, state.sha256)))
+
+    def list_changes(self, now: DataRecord) -> str:
+        """Describe which files changed, were added or were removed until ``now``; "" if none did."""
+        before, after = self.states, now.states
+        changes = {
+            "changed": [path for path in before if path in after and before[path].sha256 != after[path].sha256],
+            "added": [path for path in after if path not in before],
+            "removed": [path for path in before if path not in after],
+        }
+        return ", ".join(f"{len(paths)} {kind} ({_list_first(paths)})" for kind, paths in changes.items() if paths)
+
+
+def _list_first(paths: list[str]) -> str:
+    more = len(paths) - MAX_LISTED_FILES
+    return ", ".join(paths[:MAX_LISTED_FILES]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)

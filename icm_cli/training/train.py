@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from icm_cli.datasets.groups import Sample, group_samples
+from icm_cli.datasets.registry import find_dataset
 from icm_cli.device import is_main_process
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
-from icm_cli.errors import TrainingError
+from icm_cli.errors import ImageError, TrainingError, UsageError
+from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.events import (
     BestStep,
+    Listener,
     SecondaryProcessListener,
     TrainingListener,
     TrainingStatistics,
@@ -25,18 +30,20 @@ from icm_cli.events import (
     check_argument,
 )
 from icm_cli.files import atomic_write
+from icm_cli.geometry import HALF_U8
+from icm_cli.images.reading import read_alpha
 from icm_cli.model.packing import pack_checkpoint
 from icm_cli.options import TrainOptions, keyword_arguments
 from icm_cli.reports.contact_sheet import make_captioned_row, make_thumbnail
+from icm_cli.reports.result import ImageResult
 from icm_cli.signals import StopSignals
 from icm_cli.training.batches import Batch
-from icm_cli.training.data.pool import read_pool
+from icm_cli.training.data.pool import explain_data_error, read_pool
 from icm_cli.training.learner import Learner
 from icm_cli.training.log import RunLog, StepStats
 from icm_cli.training.run_folder import BEST_NAME, LAST_NAME, RunFolder, RunProgress
-from icm_cli.training.settings import Settings, read_settings
+from icm_cli.training.settings import Settings, ValidationConfig, read_settings
 from icm_cli.training.stages import AnyStage, make_stage
-from icm_cli.training.validation import check_validation, validate
 
 MAX_REPORTED_SKIPS = 20
 """Number of unreadable draws that are reported one by one."""
@@ -293,3 +300,75 @@ def _write_preview(path: Path, stage: AnyStage, count: int) -> None:
         rows.append(make_captioned_row([make_thumbnail(cell) for cell in cells], f"{counter}: {name}"))
     with atomic_write(path) as file:
         Image.fromarray(np.concatenate(rows)).save(file, format="PNG")
+
+
+def check_validation(config: ValidationConfig, images: Sequence[Path], notice: Callable[[str], None]) -> None:
+    """Check that images can be scored, and report those that are also trained on. Raises UsageError."""
+    try:
+        found = find_dataset(config.dataset, config.root, split=config.split, composite=False, **config.path_options)
+    except UsageError as error:
+        raise explain_data_error("validation", error) from error
+    if not any(_can_be_scored(samples) for samples in group_samples(found.samples).values()):
+        raise UsageError(
+            "data: validation: no group has two images, one of which could be a reference (its alpha is not empty); "
+            "expected a subfolder with several images for each object, or 'groups' that list the images of each object"
+        )
+    trained_on = {path.resolve() for path in images}
+    shared = sum(sample.file.resolve() in trained_on for sample in found.samples)
+    if shared:
+        notice(
+            f"{shared} of the {len(found.samples)} validation images are also trained on, so their scores are too good"
+        )
+
+
+def _can_be_scored(samples: Sequence[Sample]) -> bool:
+    if len({sample.image for sample in samples}) < 2:
+        return False
+    for sample in samples:
+        with contextlib.suppress(ImageError):
+            if (read_alpha(sample.alpha) > HALF_U8).any():
+                return True
+    return False
+
+
+def validate(
+    config: ValidationConfig, checkpoint: Path, learner: Learner, *, is_stopped: Callable[[], bool]
+) -> dict[str, float] | None:
+    """Score a checkpoint as ``icm eval --checkpoint`` does; return the mean metrics ("mse", "sad", ...).
+
+    The model in training is not used, because its dtypes and its noise may differ from those of ``icm eval``. The
+    metrics are those of the first region. Returns None if no image was scored or validation was interrupted.
+    """
+    try:
+        report = evaluate(
+            config.dataset,
+            config.root,
+            **config.path_options,
+            split=config.split,
+            size=config.size,
+            rounds=config.rounds,
+            checkpoint=checkpoint,
+            weights=learner.separate_weights,
+            device=str(learner.device.torch_device),
+            offline=learner.offline,
+            listener=_InterruptingListener(is_stopped),
+        )
+    except _Stopped:
+        return None
+    means = next(iter(report.means.values()), None)
+    return None if means is None else {name: mean.mean for name, mean in means.metrics.items() if name != "dt_ssd"}
+
+
+class _Stopped(KeyboardInterrupt):
+    """Interrupts validation after a signal. As with KeyboardInterrupt, writes in progress are completed."""
+
+
+class _InterruptingListener(Listener):
+    def __init__(self, is_stopped: Callable[[], bool]) -> None:
+        self._is_stopped = is_stopped
+        self._has_raised = False
+
+    def on_image_end(self, result: ImageResult) -> None:  # noqa: ARG002
+        if self._is_stopped() and not self._has_raised:
+            self._has_raised = True
+            raise _Stopped

@@ -27,9 +27,15 @@ from icm_cli.errors import ImageError, TrainingError
 from icm_cli.geometry import ImageU8, downscaled_size, resize, round_to_u8
 from icm_cli.images.reading import read_image
 from icm_cli.training.data.augment import Affine, Rng, draw_cutout_transform, draw_photograph_transform
-from icm_cli.training.data.layers import VISIBLE_U8, read_photograph
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
-from icm_cli.training.data.scenes import MAX_DISTRACTOR_SIDE, MAX_OBJECT_SIDE, MAX_PLACEMENTS, MIN_VISIBLE_FRACTION
+from icm_cli.training.data.scenes import (
+    MAX_DISTRACTOR_SIDE,
+    MAX_OBJECT_SIDE,
+    MAX_PLACEMENTS,
+    MIN_VISIBLE_FRACTION,
+    VISIBLE_U8,
+    read_photograph,
+)
 from icm_cli.training.settings import AugmentConfig, TrainConfig
 
 PYRAMID_LEVELS = 3

@@ -28,8 +28,8 @@ from icm_cli.errors import IcmError, ImageError
 from icm_cli.files import atomic_write, cached_file_digest
 from icm_cli.geometry import ImageU8, downscaled_size, resize
 from icm_cli.images.reading import read_image
-from icm_cli.training.data.layers import read_photograph
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
+from icm_cli.training.data.scenes import read_photograph
 from icm_cli.training.settings import CUTOUTS, DataConfig, SourceConfig, read_data
 
 IMAGE_QUALITY = 88

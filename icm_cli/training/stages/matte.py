@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
+import safetensors
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from icm_cli.errors import UsageError
+from icm_cli.errors import ImageError, OutputError, UsageError
 from icm_cli.events import TrainingListener
-from icm_cli.files import combined_digest
+from icm_cli.files import atomic_write, cache_folder, combined_digest
 from icm_cli.geometry import ImageU8, alpha_to_u8
-from icm_cli.model.contracts import TrainedHead
-from icm_cli.model.core import InContextMatting
+from icm_cli.model.contracts import Features, IntraSimilarity, TrainedHead
+from icm_cli.model.core import InContextMatting, PairFeatures, Pairs
+from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity
 from icm_cli.reports.contact_sheet import composite_on_grey
 from icm_cli.training.batches import StepSampler, load_batches
 from icm_cli.training.data.pool import TrainingPool
 from icm_cli.training.data.samples import PairBatch, SampleMaker
-from icm_cli.training.feature_cache import FeatureCache
 from icm_cli.training.learner import Learner
 from icm_cli.training.losses import LOSS_NAMES, compute_losses
 from icm_cli.training.settings import Settings
 from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage, darken_outside, grey_to_rgb, image_grid
+
+FORMAT = "2"
+"""Version of the entries; part of their names."""
 
 
 class MatteStage(Stage[PairBatch]):
@@ -122,6 +129,179 @@ def _heat_map(values: Tensor) -> ImageU8:
     scaled = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
     coloured = cv2.applyColorMap(alpha_to_u8(scaled.float().cpu().numpy()), cv2.COLORMAP_INFERNO)
     return np.asarray(coloured[..., ::-1], np.uint8)
+
+
+class FeatureCache:
+    """A disk cache of a frozen backbone's features, so that every image is encoded only once.
+
+    The name of an entry is the digest of the canvas, its padding mask, and everything that determines the
+    backbone. Entries are in half precision. Newly computed features are rounded to half precision, too, so
+    that the results of a run do not depend on the contents of the cache.
+    """
+
+    def __init__(
+        self, backbone_digest: str, limit_bytes: int, *, notice: Callable[[str], None], root: Path | None = None
+    ) -> None:
+        """Open the cache. ``limit_bytes`` bounds all entries in ``root``.
+
+        Entries of other backbones are deleted, oldest first, if space is needed.
+        """
+        self._folder = (root or cache_folder() / "features") / backbone_digest[:32]
+        entries = [(path, path.stat()) for path in self._folder.parent.glob("*/*.safetensors")]
+        self._free_bytes = limit_bytes - sum(state.st_size for _, state in entries)
+        others = [(path, state) for path, state in entries if path.parent != self._folder]
+        self._entries_of_other_backbones = sorted(others, key=lambda entry: entry[1].st_mtime, reverse=True)
+        self._notice = notice
+        self._is_full = False
+
+    @torch.no_grad()
+    def pair_features(self, model: InContextMatting, batch: PairBatch, pairs: Pairs) -> PairFeatures:
+        """Return the features of a batch without augmentation; the backbone encodes what is not cached."""
+        backbone, keys = model.backbone, (pairs.target_noise_keys, pairs.reference_noise_keys)
+        target_files = self._entry_paths("target", batch.rgb, batch.valid)
+        reference_files = self._entry_paths("reference", batch.reference_rgb, batch.reference_valid)
+        return PairFeatures(
+            self._load_or_encode(target_files, backbone.target_features, pairs.image, pairs.valid, keys[0]),
+            self._load_or_encode(
+                reference_files, backbone.reference_features, pairs.reference_image, pairs.reference_valid, keys[1]
+            ),
+        )
+
+    def _entry_paths(self, role: str, rgb: Tensor, valid: Tensor) -> list[Path]:
+        """Return the entry of each image, for its role, pixels and padding mask."""
+        digests = [
+            combined_digest(
+                FORMAT, role, *(layer.cpu().numpy().tobytes() for layer in layers), str(tuple(rgb.shape[1:]))
+            )
+            for layers in zip(rgb, valid, strict=True)
+        ]
+        return [self._folder / f"{digest}.safetensors" for digest in digests]
+
+    def _load_or_encode(
+        self,
+        paths: Sequence[Path],
+        encode: Callable[[Tensor, Tensor, Sequence[str]], Features],
+        image: Tensor,
+        valid: Tensor,
+        noise_keys: Sequence[str],
+    ) -> Features:
+        singles = []
+        for i, path in enumerate(paths):
+            packed = _read_entry(path)
+            if packed is None:
+                packed = pack_features(encode(image[i : i + 1], valid[i : i + 1], noise_keys[:1]))
+                self._write_entry(path, save(*packed))
+            singles.append(unpack_features(*packed, image.device))
+        return concatenate_features(singles)
+
+    def _write_entry(self, path: Path, data: bytes) -> None:
+        """Write an entry if there is space. A failure is reported and ends caching, but not the run."""
+        if self._is_full or not self._make_room(len(data)):
+            self._stop_writing("the feature cache is full")
+            return
+        try:
+            with atomic_write(path) as file:
+                file.write(data)
+            self._free_bytes -= len(data)
+        except (OutputError, ImageError) as error:
+            self._stop_writing(str(error))
+
+    def _make_room(self, needed_bytes: int) -> bool:
+        """Delete entries of other backbones until ``needed_bytes`` are free; return whether they are."""
+        while self._free_bytes < needed_bytes and self._entries_of_other_backbones:
+            path, stat = self._entries_of_other_backbones.pop()
+            with contextlib.suppress(OSError):
+                path.unlink()
+                self._free_bytes += stat.st_size
+        return self._free_bytes >= needed_bytes
+
+    def _stop_writing(self, reason: str) -> None:
+        if not self._is_full:
+            self._is_full = True
+            self._notice(f"{reason}; features of further images are not cached but computed whenever they are used")
+
+
+def _read_entry(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Return tensors and texts of an entry; None if there is none, or if it is damaged."""
+    with contextlib.suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    return None
+
+
+def pack_features(features: Features) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return one image's features as tensors, in half precision on the CPU, and text metadata for a file.
+
+    A tensor that is used several times is stored once. Attention is multiplied by the number N of tokens,
+    because its mean, 1/N, is near the smallest half-precision number.
+    """
+    named = {"correspondence": features.correspondence_features, "valid": features.valid}
+    named |= {f"scale.{stride}": feature for stride, feature in features.scale_features.items()}
+    texts = {}
+    for stride, intra in features.intra_similarity.items():
+        texts[f"grid.{stride}"] = json.dumps(intra.grid)
+        if isinstance(intra, SelfSimilarity):
+            named |= {f"feature.{stride}": intra.feature, f"feature_valid.{stride}": intra.valid}
+            texts[f"temperature.{stride}"] = str(intra.temperature)
+        elif isinstance(intra, AttentionMatrix):
+            matrix = intra.matrix
+            named[f"matrix.{stride}"] = matrix * matrix.shape[-1]
+    first: dict[int, str] = {}
+    for name, tensor in named.items():
+        texts[f"stored_as.{name}"] = first.setdefault(id(tensor), name)
+    halves = {name: named[name].half() if named[name].is_floating_point() else named[name] for name in first.values()}
+    return {name: tensor.cpu().contiguous() for name, tensor in halves.items()}, texts
+
+
+def unpack_features(tensors: Mapping[str, Tensor], texts: Mapping[str, str], device: torch.device) -> Features:
+    """Return the features that :func:`pack_features` packed, in float32 on ``device``."""
+    on_device = {
+        name: tensor.to(device).float() if tensor.is_floating_point() else tensor.to(device)
+        for name, tensor in tensors.items()
+    }
+    prefix = "stored_as."
+    named = {key.removeprefix(prefix): on_device[name] for key, name in texts.items() if key.startswith(prefix)}
+    intra: dict[int, IntraSimilarity] = {}
+    for stride, grid in _items_by_stride(texts, "grid"):
+        if f"temperature.{stride}" in texts:
+            temperature = float(texts[f"temperature.{stride}"])
+            intra[stride] = SelfSimilarity(named[f"feature.{stride}"], named[f"feature_valid.{stride}"], temperature)
+        else:
+            scaled = named[f"matrix.{stride}"]
+            height, width = json.loads(grid)
+            intra[stride] = AttentionMatrix(scaled / scaled.shape[-1], (height, width))
+    return Features(named["correspondence"], named["valid"], dict(_items_by_stride(named, "scale")), intra)
+
+
+def concatenate_features(singles: Sequence[Features]) -> Features:
+    """Concatenate features of single images into those of a batch; all must have the same strides and grids."""
+    return Features(
+        torch.cat([each.correspondence_features for each in singles]),
+        torch.cat([each.valid for each in singles]),
+        {stride: torch.cat([each.scale_features[stride] for each in singles]) for stride in singles[0].scale_features},
+        {
+            stride: _concatenate_intra([each.intra_similarity[stride] for each in singles])
+            for stride in singles[0].intra_similarity
+        },
+    )
+
+
+def _concatenate_intra(singles: Sequence[IntraSimilarity]) -> IntraSimilarity:
+    from_features = [each for each in singles if isinstance(each, SelfSimilarity)]
+    if from_features:
+        features, valid = (torch.cat([getattr(each, name) for each in from_features]) for name in ("feature", "valid"))
+        return SelfSimilarity(features, valid, from_features[0].temperature)
+    matrices = [each.matrix for each in singles if isinstance(each, AttentionMatrix)]
+    return AttentionMatrix(torch.cat(matrices), singles[0].grid)
+
+
+Value = TypeVar("Value")
+
+
+def _items_by_stride(named: Mapping[str, Value], kind: str) -> Iterator[tuple[int, Value]]:
+    """Yield stride and value of the entries named "kind.stride"."""
+    for name, value in named.items():
+        if name.startswith(f"{kind}."):
+            yield int(name.removeprefix(f"{kind}.")), value
 
 
 STAGE = MatteStage

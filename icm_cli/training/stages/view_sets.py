@@ -29,10 +29,10 @@ from icm_cli.model.contracts import Objects
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.batches import initialise_worker
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
-from icm_cli.training.data.record import DataRecord
 from icm_cli.training.data.samples import SampleMaker
 from icm_cli.training.data.scenes import Scene
 from icm_cli.training.learner import Learner
+from icm_cli.training.run_folder import DataRecord
 from icm_cli.training.settings import MatchStageConfig, Settings
 from icm_cli.training.stages.mosaics import LARGE_FACTOR, View, encode_views
 
