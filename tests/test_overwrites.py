@@ -263,7 +263,7 @@ STOPS: dict[str, tuple[int, str, Callable[[Path], dict[str, object]]]] = {
     "report folder": (3, "a file has the name of its folder", lambda scene: {"report": scene / "ref.png" / "r.csv"}),
     "output folder": (3, "a file has the name of its folder", lambda scene: {"out": scene / "ref.png" / "out"}),
     "truth": (2, "ground truth folder", lambda scene: {"gt": scene / "none"}),
-    "device": (3, "is unknown", lambda _: {"device": "gpu"}),
+    "device": (2, "--device is 'gpu'", lambda _: {"device": "gpu"}),
     "learning": (2, "--learn-steps", lambda _: {"learn_steps": 9}),
 }
 
