@@ -22,7 +22,6 @@ EXCLUDED = frozenset(
         "matting/cluster.py",
         "matting/devices.py",
         "matting/digest.py",
-        "matting/ground_truth.py",
         "matting/matte.py",
         "matting/model_choice.py",
         "matting/outcome.py",

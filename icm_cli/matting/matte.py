@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from icm_cli.device import parse_devices
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
@@ -25,7 +25,7 @@ from icm_cli.matting.cluster import RayCluster
 from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
 from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import EngineOptions
-from icm_cli.matting.frames import FramePattern, parse_frame_range
+from icm_cli.matting.frames import FrameName, FramePattern, parse_frame_range
 from icm_cli.matting.jobs import DEFAULT_NAME, Job, OutputLayout, SourceFilter, check_overwrites, parse_shard, plan_jobs
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
 from icm_cli.matting.outcome import Outcome, environment_settings
@@ -43,8 +43,12 @@ from icm_cli.options import (
 )
 from icm_cli.options.definition import DigestPart
 from icm_cli.reports.report import PageImages, Report
-from icm_cli.reports.result import ImageResult
+from icm_cli.reports.result import DatasetEntry, ImageResult
 from icm_cli.reports.write import ReportFiles
+
+if TYPE_CHECKING:
+    from icm_cli.scoring.pool import Scorer
+    from icm_cli.scoring.task import ScoringRule
 
 _VERSION_SUFFIX = re.compile(r"\.([^\W_]?)[0-9]+")
 """End of the name of a folder with a version, such as mattes##v1.2 and mattes#.v2."""
@@ -104,8 +108,6 @@ class MattingPlan:
     skipped_files: SkippedFiles
     truths: Sequence[Path]
     """Files of all ground truths."""
-    problems: Sequence[Problem]
-    """Images without a ground truth."""
 
 
 def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
@@ -135,16 +137,13 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     if sequences.shot:
         jobs, shot = _order_as_shot(jobs, given.ref, references, sequences.shard)
     truths: list[Path] = []
-    problems: list[Problem] = []
     if options.reports.gt is not None:
-        from icm_cli.matting.ground_truth import attach_ground_truth
-
-        jobs, truths, problems = attach_ground_truth(jobs, options.reports.gt)
+        jobs, truths = _add_ground_truth(jobs, options.reports.gt)
         check_overwrites(jobs, truths, "a ground truth")
         shot = shot and shot.with_jobs(jobs)
     files = [path for job in jobs for path in (job.source, *job.outputs)]
     report_files.check_no_overwrite([*protected, *truths, *map(str, files)])
-    return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths, problems)
+    return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths)
 
 
 @dataclass(frozen=True)
@@ -220,19 +219,19 @@ class _MattingRun:
     def _outcome(self, start: float) -> Outcome:
         plan, settings, scoring = self._plan, self._settings(), None
         if plan.truths:
-            from icm_cli.matting.ground_truth import RULE, ground_truth_scoring
-
-            scoring = ground_truth_scoring(self._setups[0].options.workers, ALLOWED_PROBLEMS)
+            scoring, rule = _make_scorer(self._setups[0].options.workers)
             rounds = {"rounds": 1, "refs_per_group": len(plan.references)}
-            settings["protocol"] = {"title": settings["title"], **RULE.as_protocol(), **rounds}
+            settings["protocol"] = {"title": settings["title"], **rule.as_protocol(), **rounds}
         page_images = PageImages(
             references_with_masks=[(one.rgb, one.guidance) for one in plan.references], colour=plan.colour
         )
         report = Report(settings, allowed=ALLOWED_PROBLEMS, skipped_files=+plan.skipped_files, page_images=page_images)
         planned = [job.planned for job in plan.jobs]
         outcome = Outcome(report, planned, self._listener, start=start, scoring=scoring)
-        for problem in plan.problems:
-            outcome.add_problem(problem)
+        for job in plan.jobs if plan.truths else ():
+            if not job.planned.dataset.truth:
+                reason = f"{job.source} has no ground truth in {self._options.reports.gt}, so it is not scored"
+                outcome.add_problem(Problem("missing-alpha", job.planned.name, reason))
         return outcome
 
     def _settings(self) -> dict[str, Any]:
@@ -305,6 +304,56 @@ def _check_devices(options: MatteOptions) -> None:
                 f"{flag} works on one device, and several were given; give one --device, or divide the images "
                 "with --shard"
             )
+
+
+def _add_ground_truth(jobs: Sequence[Job], where: str) -> tuple[list[Job], list[Path]]:
+    """Return the jobs with their ground truths, and the files of all ground truths.
+
+    ``where``: a folder with the same layout as the sources, or a frame pattern with the same frame
+    numbers. Raises UsageError if no ground truth belongs to any image.
+    """
+    folder, truths = Path(where), dict[Any, Path]()
+    has_numbers = not folder.is_dir() and FramePattern.parse(where) is not None
+
+    def key_of(name: Path) -> Path | int | None:
+        return FrameName.from_path(name).number if has_numbers else name.with_suffix("")
+
+    if has_numbers:
+        truths = {key_of(path): path for path in find_sources(where, None, SkippedFiles(lambda _: None)).files}
+        lacking = "has no frame number of any image, such as that of {0}; expected the same frame numbers"
+    elif folder.is_dir():
+        from icm_cli.datasets.layouts import list_images
+
+        truths = {key_of(path.relative_to(folder)): path for path in list_images(folder)}
+        lacking = "has no alpha with the name of an image; expected names such as {1}"
+    else:
+        problem = f"{folder} is a file" if folder.exists() else f"folder {folder} does not exist"
+        raise UsageError(f"ground truth {problem}; expected a folder of alphas with the names of the images")
+    found = []
+    for job in jobs:
+        truth = truths.get(key_of(job.name))
+        dataset = DatasetEntry(truth=str(truth or ""))
+        found.append(replace(job, planned=replace(job.planned, dataset=dataset)))
+    if jobs and not any(job.planned.dataset.truth for job in found):
+        name = jobs[0].name
+        raise UsageError(f"ground truth {where} {lacking.format(name, name.with_suffix('.png'))}; check the path")
+    return found, list(truths.values())
+
+
+def _make_scorer(processes: int) -> tuple[Scorer, ScoringRule]:
+    """Return a scorer for alphas with a ground truth, which may be empty, and its rule."""
+    from icm_cli.scoring.pool import Scorer, ScoringPool
+    from icm_cli.scoring.task import ScoreTask, ScoringRule
+
+    rule = ScoringRule()  # the whole image at its own size
+
+    def make_task(result: ImageResult) -> ScoreTask | None:
+        if not result.dataset.truth:
+            return None
+        truth, image = Path(result.dataset.truth), Path(result.source)
+        return ScoreTask(result.source, Path(result.output), truth, rule, image_path=image, allowed=ALLOWED_PROBLEMS)
+
+    return Scorer(ScoringPool(processes), make_task), rule
 
 
 def _order_as_shot(
