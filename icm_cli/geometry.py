@@ -25,6 +25,8 @@ UNKNOWN = 128
 """Value of unknown pixels in a trimap."""
 ASPECT_TOLERANCE = 0.01
 """Maximum relative difference between aspect ratios that count as equal."""
+CERTAIN = 0.05
+"""Alphas within this distance of 0 or 1 count as background or foreground in a written trimap."""
 CERTAIN_TOLERANCE = 0.1
 """Coarse alphas this close to 0 or 1 are certain, except in a band along the uncertain pixels."""
 
@@ -152,6 +154,21 @@ def trimap_from_coarse(coarse: Float, size: tuple[int, int], band_fraction: floa
     deepest = np.zeros(count, np.float32)
     np.maximum.at(deepest, label, depth)
     trimap[foreground & (depth > np.minimum(band, deepest[label] / 2))] = 1.0
+    return trimap
+
+
+def trimap_from_alpha(alpha: Float, band_px: int) -> NDArray[np.uint8]:
+    """Return the trimap, uint8 [H,W] of 0, 128 and 255, of an alpha [H,W] in 0..1.
+
+    Pixels within ``band_px`` of an uncertain pixel are unknown.
+    """
+    trimap = np.full(alpha.shape, UNKNOWN, np.uint8)
+    for value, certain in ((255, alpha > 1.0 - CERTAIN), (0, alpha < CERTAIN)):
+        if certain.all():
+            trimap[:] = value
+            continue
+        distance = cv2.distanceTransform(certain.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        trimap[distance > band_px] = value
     return trimap
 
 

@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from test_formats import linear, written
 
 from icm_cli.errors import UsageError
-from icm_cli.geometry import Float
+from icm_cli.geometry import Float, trimap_from_alpha
 from icm_cli.images.decoding import decode_image
 from icm_cli.images.pixels import DecodedImage
 from icm_cli.images.writing import (
@@ -29,7 +29,7 @@ from icm_cli.images.writing import (
     write_alpha,
     write_foreground,
 )
-from icm_cli.matting.foreground import estimate_foreground, trimap_from_alpha
+from icm_cli.model.training_free.closed_form import estimate_foreground
 
 ALPHA = np.linspace(0, 1, 48 * 64, dtype=np.float32).reshape(48, 64)
 PROVENANCE = {"icm-digest": "d", "icm-source": "s", "icm-result": "{}"}

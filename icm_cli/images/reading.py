@@ -74,18 +74,12 @@ def read_image(source: Path | ImageFile, colour: ColourSettings = DEFAULT_COLOUR
 def read_alpha(
     source: Path | ImageFile, *, is_label_map: bool = False, target_windows: ImageWindows | None = None
 ) -> ImageU8:
-    """Read a mask or an alpha, uint8 [H,W].
+    """Read a mask or an alpha, uint8 [H,W]: the file's alpha channel if that varies, else its brightest channel.
 
-    It is the file's alpha channel if that varies, else its brightest channel.
-
-    The alpha of an EXR covers its display window and is 0 outside its data window.
-    ``target_windows`` is explained at :func:`read_stored_pixels`. ``is_label_map``: palette indices
-    above 0 are objects and become
-    255. Raises ImageError as :func:`read_image` does.
+    The alpha of an EXR covers its display window and is 0 outside its data window. ``target_windows`` is explained at
+    :func:`read_stored_pixels`. ``is_label_map``: all objects of a palette become 255. Raises ImageError.
     """
-    image = read_image(source, RAW_VALUES)
-    objects = _object_mask(image.stored) if is_label_map else None
-    return _alpha_or_brightest(image.to_display_window(target_windows)) if objects is None else objects
+    return read_ground_truth(source, is_label_map=is_label_map, target_windows=target_windows).alpha
 
 
 @dataclass(frozen=True)
@@ -160,20 +154,21 @@ class GroundTruthAlpha:
     """Whether the channels differ, so that it is not clear which one is the alpha."""
 
 
-def read_ground_truth(path: Path, *, is_label_map: bool = False) -> GroundTruthAlpha:
-    """Read a ground truth as :func:`read_alpha` does, with its unusual properties.
-
-    Raises ImageError.
-    """
-    decoded = decode_image(path, wanted=RAW_VALUES)
-    if is_label_map and (objects := _object_mask(decoded)) is not None:
+def read_ground_truth(
+    source: Path | ImageFile, *, is_label_map: bool = False, target_windows: ImageWindows | None = None
+) -> GroundTruthAlpha:
+    """Read a ground truth as :func:`read_alpha` does, with its unusual properties. Raises ImageError."""
+    image = read_image(source, RAW_VALUES)
+    assert image.stored is not None
+    if is_label_map and (objects := _object_mask(image.stored)) is not None:
         return GroundTruthAlpha(objects, is_deep=False, has_colour=False)
-    rgb = to_display_srgb(decoded.pixels, decoded.scale, SRGB, RAW_VALUES)
-    image = SourceImage(rgb, _alpha_u8(decoded), stored=decoded).to_display_window()
-    alpha = _alpha_or_brightest(image)
-    spread = alpha - image.rgb.min(axis=-1)  # of the channels, if the alpha is the brightest one
-    has_colour = alpha is not image.alpha and bool(spread.max() > GREY_TOLERANCE)
-    return GroundTruthAlpha(alpha, decoded.bits > 8, has_colour)
+    bits, image = image.stored.bits, image.to_display_window(target_windows)
+    if image.alpha is not None and image.alpha.min() != image.alpha.max():
+        return GroundTruthAlpha(image.alpha, bits > 8, has_colour=False)
+    red, green, blue = (image.rgb[..., channel] for channel in range(3))
+    alpha = np.maximum(np.maximum(red, green), blue)  # ten times as fast as max(axis=-1)
+    spread = alpha - np.minimum(np.minimum(red, green), blue)
+    return GroundTruthAlpha(alpha, bits > 8, bool(spread.max() > GREY_TOLERANCE))
 
 
 def extra_frame_notices(what: str, path: Path) -> list[str]:
@@ -197,22 +192,12 @@ def _alpha_u8(decoded: DecodedImage) -> ImageU8 | None:
     return round_to_u8(decoded.alpha.astype(np.float32) * np.float32(255.0 / decoded.scale))
 
 
-def _object_mask(decoded: DecodedImage | None) -> ImageU8 | None:
-    """Return 255 where a palette shows an object, uint8 [H,W]; None without a palette.
-
-    An object is what is not black in a grey palette, and what has an index above 0 in others.
-    """
-    if decoded is None or decoded.indices is None:
+def _object_mask(decoded: DecodedImage) -> ImageU8 | None:
+    """Return 255 where a palette shows an object (grey ones: not black, others: not index 0), uint8 [H,W]."""
+    if decoded.indices is None:
         return None
     is_object = (decoded.pixels[..., 0] if decoded.has_grey_palette else decoded.indices) > 0
     return np.where(is_object if decoded.alpha is None else is_object & (decoded.alpha > 0), 255, 0).astype(np.uint8)
-
-
-def _alpha_or_brightest(image: SourceImage) -> ImageU8:
-    if image.alpha is not None and image.alpha.min() != image.alpha.max():
-        return image.alpha
-    red, green, blue = (image.rgb[..., channel] for channel in range(3))
-    return np.maximum(np.maximum(red, green), blue)  # ten times as fast as max(axis=-1)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from icm_cli.device import is_device_lost, release_memory
 from icm_cli.environment import OUT_OF_MEMORY, FreeMemory, free_memory, free_threads, is_out_of_memory
 from icm_cli.errors import DeviceError, FileWriteError, ImageError, ImageMemoryError, OutputError
 from icm_cli.files import FileIdentity, is_writable
-from icm_cli.geometry import Float, alpha_to_u8
+from icm_cli.geometry import Float, alpha_to_u8, trimap_from_alpha
 from icm_cli.images.pixels import (
     BYTES_PER_PIXEL,
     DecodedImage,
@@ -31,12 +31,12 @@ from icm_cli.images.pixels import (
     too_large_message,
 )
 from icm_cli.images.writing import DEFAULT_OUTPUT, OutputFormat, write_alpha, write_foreground, write_trimap
-from icm_cli.matting.foreground import estimate_foreground, trimap_from_alpha
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor
 from icm_cli.matting.resume import Origin, check_unchanged, file_identities, find_kept_result, make_provenance
 from icm_cli.matting.shot import Shot
 from icm_cli.model.contracts import PreparedReferences
+from icm_cli.model.training_free.closed_form import estimate_foreground
 from icm_cli.reports.result import ImageResult, MattingDetails
 
 

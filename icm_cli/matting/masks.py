@@ -172,8 +172,7 @@ def _mask_from_indices(stored: StoredPixels, opaque: NDArray[np.bool_] | None, p
 
 
 def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
-    colours = (values.astype(np.float32) * (255.0 / scale) + 0.5).astype(np.uint32)
-    packed = (colours[..., 0] << 16) | (colours[..., 1] << 8) | colours[..., 2]
+    packed = _pack_colours(values, scale)
     every = _flat_fractions(packed)
     flat = {each: fraction for each, fraction in every.items() if _max_channel(each) > END_TOLERANCE * 255} or every
     if near_black := [f"#{int(each):06x}" for each in every if each not in flat]:
@@ -186,7 +185,8 @@ def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: C
             path, {f"#{int(each):06x}": fraction for each, fraction in flat.items()}, f"'#{next(iter(flat)):06x}'"
         )
     top = max((_max_channel(each) for each in flat), default=255)
-    return _mask_without_unknown(colours.max(axis=-1) > 0.5 * top)
+    brightest = (values.max(axis=-1).astype(np.float32) * (255.0 / scale) + 0.5).astype(np.uint32)
+    return _mask_without_unknown(brightest > 0.5 * top)
 
 
 def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
@@ -266,9 +266,14 @@ def _all_labels(stored: StoredPixels) -> dict[str, float]:
     values = stored.indices if stored.indices is not None and stored.has_label_palette else stored.values
     if values.ndim == 2:
         return {_label_text(each): fraction for each, fraction in _value_fractions(values).items()}
-    colours = (values.astype(np.float32) * (255.0 / stored.scale) + 0.5).astype(np.uint32)
-    packed = (colours[..., 0] << 16) | (colours[..., 1] << 8) | colours[..., 2]
+    packed = _pack_colours(values, stored.scale)
     return {f"#{int(each):06x}": fraction for each, fraction in _value_fractions(packed).items()}
+
+
+def _pack_colours(values: NDArray[Any], scale: float) -> NDArray[np.uint32]:
+    """Return colours [H,W,3] in 0..``scale`` as numbers 0xrrggbb."""
+    colours = (values.astype(np.float32) * (255.0 / scale) + 0.5).astype(np.uint32)
+    return (colours[..., 0] << 16) | (colours[..., 1] << 8) | colours[..., 2]
 
 
 def _label_text(label: Any) -> str:
@@ -277,28 +282,21 @@ def _label_text(label: Any) -> str:
 
 
 def _flat_fractions(values: NDArray[Any]) -> dict[Any, float]:
-    """Return the fraction of pixels of every value except 0 that fills areas.
-
-    The values of antialiased edges fill no areas.
-    """
-    numbers = np.asarray(values, np.float64)
-    kernel = np.ones((3, 3), np.uint8)
-    middle = cv2.dilate(numbers, kernel) == cv2.erode(numbers, kernel)
-    found = _value_fractions(values[middle], values.size)
-    every = _value_fractions(values)
+    """Return the fraction of pixels of every value except 0 that fills areas, unlike those of antialiased edges."""
+    found, every = _value_fractions(values[_is_flat(values)], values.size), _value_fractions(values)
     return {each: every[each] for each, fraction in found.items() if each != 0 and fraction >= MIN_FLAT_FRACTION}
 
 
-def _has_label_areas(values: NDArray[Any], white: float) -> bool:
-    """Whether the integers between black and white fill flat areas with steps between them.
+def _is_flat(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether all neighbours of a pixel have its value, bool [H,W]."""
+    numbers, kernel = np.asarray(values, np.float64), np.ones((3, 3), np.uint8)
+    return np.asarray(cv2.dilate(numbers, kernel) == cv2.erode(numbers, kernel))
 
-    A soft mask has either no flat areas or small steps.
-    """
-    numbers = values.astype(np.float64)
-    kernel = np.ones((3, 3), np.uint8)
-    is_flat = cv2.dilate(numbers, kernel) == cv2.erode(numbers, kernel)
-    is_between = (values != 0) & (values < white)
-    steps = np.abs(np.diff(numbers, axis=1))
+
+def _has_label_areas(values: NDArray[Any], white: float) -> bool:
+    """Whether integers between black and white fill areas with large steps between them, unlike a soft mask."""
+    is_flat, is_between = _is_flat(values), (values != 0) & (values < white)
+    steps = np.abs(np.diff(values.astype(np.float64), axis=1))
     return bool(is_between.any() and is_flat[is_between].mean() > 0.5 and np.median(steps[steps > 0]) > MAX_SOFT_STEP)
 
 

@@ -18,6 +18,7 @@ from icm_cli.config import GuidedFilterConfig, check_setting
 from icm_cli.files import cache_folder
 from icm_cli.geometry import Float, ImageU8, downscaled_size, resize, trimap_from_coarse
 from icm_cli.guided_filter import guided_upsample
+from icm_cli.images.pixels import DecodedImage
 from icm_cli.model.contracts import Edges
 
 RELATIVE_TOLERANCE = 1e-4
@@ -96,6 +97,25 @@ def load_foreground_estimator() -> Callable[..., NDArray[np.float64]]:
     from an image [h,w,3] and its alpha [h,w], all in 0..1."""
     estimator: Callable[..., NDArray[np.float64]] = _import_pymatting().estimate_foreground_ml
     return estimator
+
+
+def estimate_foreground(source: DecodedImage, alpha: Float) -> Float:
+    """Estimate the foreground colours of a source, given its alpha [H,W] in 0..1.
+
+    The method is multi-level estimation (Germer et al., "Fast Multi-Level Foreground Estimation",
+    ICPR 2020). Where alpha is 0, the colours are those of the nearest foreground, so that no
+    compositing operation shows a halo.
+
+    Returns:
+        float32 [H,W,3] on the source's scale of 0..1, with HDR values beyond.
+    """
+    pixels = source.pixels.astype(np.float32) / np.float32(source.scale)
+    if pixels.shape[-1] == 1:
+        pixels = np.repeat(pixels, 3, axis=-1)
+    least, largest = min(0.0, float(pixels.min())), max(1.0, float(pixels.max()))  # the estimator clips to 0..1
+    scaled = (pixels.astype(np.float64) - least) / (largest - least)
+    colours = load_foreground_estimator()(scaled, alpha.astype(np.float64))
+    return np.asarray(colours * (largest - least) + least, np.float32)
 
 
 def _import_pymatting() -> ModuleType:
