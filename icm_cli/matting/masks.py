@@ -273,7 +273,7 @@ def _all_labels(stored: StoredPixels) -> dict[str, float]:
 def _pack_colours(values: NDArray[Any], scale: float) -> NDArray[np.uint32]:
     """Return colours [H,W,3] in 0..``scale`` as numbers 0xrrggbb."""
     colours = (values.astype(np.float32) * (255.0 / scale) + 0.5).astype(np.uint32)
-    return (colours[..., 0] << 16) | (colours[..., 1] << 8) | colours[..., 2]
+    return np.asarray((colours[..., 0] << 16) | (colours[..., 1] << 8) | colours[..., 2], np.uint32)
 
 
 def _label_text(label: Any) -> str:
