@@ -43,12 +43,9 @@ def alpha_at_source(alpha: Float, image: ImageU8, config: GuidedFilterConfig) ->
 
 
 def guided_upsample(alpha: Float, image: ImageU8, config: GuidedFilterConfig) -> Float:
-    """Enlarge an alpha float32 [h,w] in 0..1 along the edges of its image, sRGB uint8 [H,W,3];
-    return float32 [H,W].
-
-    The coefficients are fitted at the size of the alpha and enlarged bilinearly. Fine structures
-    such as hair come from the pixels of the full-size image.
-    """
+    """Enlarge an alpha float32 [h,w] in 0..1 along the edges of its image, sRGB uint8 [H,W,3]; return float32 [H,W].
+    The coefficients are fitted at the size of the alpha and enlarged bilinearly. Fine structures such as hair come from
+    the pixels of the full-size image."""
     height, width = image.shape[:2]
     guide = resize(image, (alpha.shape[0], alpha.shape[1])).astype(np.float32) / 255.0
     coefficients = _fit_linear_model(guide, alpha, config)
@@ -63,8 +60,7 @@ def guided_upsample(alpha: Float, image: ImageU8, config: GuidedFilterConfig) ->
 
 
 def _fit_linear_model(guide: Float, alpha: Float, config: GuidedFilterConfig) -> Float:
-    """Coefficients [h,w,4] of alpha = a . rgb + b in each window, averaged over all windows that
-    contain a pixel."""
+    """Coefficients [h,w,4] of alpha = a . rgb + b in each window, averaged over all windows that contain a pixel."""
 
     def mean(values: Float) -> Float:
         side = 2 * config.radius_px + 1
@@ -100,8 +96,7 @@ _CHANNEL_PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 
 
 def _upsample_rows(coefficients: Float, top: int, bottom: int, height: int, width: int) -> Float:
-    """Rows top..bottom of the coefficients after bilinear enlargement to height x width (pixel
-    centres aligned)."""
+    """Rows top..bottom of the coefficients after bilinear enlargement to height x width (pixel centres aligned)."""
     rows = coefficients.shape[0]
     y = np.clip((np.arange(top, bottom, dtype=np.float32) + 0.5) * (rows / height) - 0.5, 0, rows - 1)
     above = np.floor(y).astype(np.intp)

@@ -188,7 +188,7 @@ def test_view_equals_the_ocio_processor(space: str, scale: float) -> None:
     [
         (ColourSettings("ACEScq"), "Did you mean 'ACEScg'"),
         (ColourSettings(view="Filmic"), "is not a view of"),
-        (ColourSettings(config="none.ocio"), "none.ocio cannot be used"),
+        (ColourSettings(config="none.ocio"), "none.ocio does not exist"),
     ],
 )
 def test_unknown_colour_names_are_reported(colour: ColourSettings, message: str) -> None:
@@ -475,7 +475,7 @@ def test_white_option_scales_sources_and_references(icm: Icm, scene: Path) -> No
     changed = icm("-v", white=250, **options)
     assert changed.exit_code == 0
     assert re.search(r"kept +0\b", changed.output)
-    expected = "expected a finite value above 0"
+    expected = "expected a number above 0"
     for wrong, message in ((0, expected), (-1, expected), ("inf", "--white is inf; expected a number")):
         result = icm(white=wrong, **options)
         assert result.exit_code == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,6 @@ CICP_UNSPECIFIED = 2
 HDR_SPACES = ("pq_rec2020_display", "hlg_rec2020_display", "pq_p3d65_display")
 HDR_WHITE = 2.03
 """Reference white of HDR, 203 cd/m2 (ITU-R BT.2408), relative to that of sRGB."""
-MAX_STOPS = 30
 ACES = frozenset({"lin_ap0_scene", "lin_ap1_scene"})
 ACES_WHITE = 0.32168, 0.33767
 D65 = 0.3127, 0.3290
@@ -65,8 +63,7 @@ class ColourSettings:
     """Settings for reading images: colour space, view, layer and value range."""
 
     space: str = "auto"
-    """Colour space in the configuration; "auto": the label of the file, or the default of its
-    format."""
+    """Colour space in the configuration; "auto": the label of the file, or the default of its format."""
     config: str = ""
     """OpenColorIO configuration file; "": $OCIO, or the built-in configuration."""
     view: str = ""
@@ -76,21 +73,16 @@ class ColourSettings:
     layer: str = ""
     """Layer of an EXR, by part name or channel prefix; "": selected by name."""
     white: float | None = None
-    """Value of white in images with more than 8 bits, if it differs from the maximum of their
-    type."""
+    """Value of white in images with more than 8 bits, if it differs from the maximum of their type."""
     is_matte: bool = False
     """Whether the file is a mask or an alpha, to which no option applies."""
     has_labels: bool = False
     """Whether the file is a mask whose values are labels, of any size."""
 
     def validate(self) -> None:
-        """Raise UsageError for an unknown configuration, colour space or view, or a bad value."""
+        """Raise UsageError for an unknown configuration, colour space or view."""
         if self == ColourSettings():
             return
-        if self.white is not None and not (0.0 < self.white < math.inf):
-            raise UsageError(f"--white is {self.white:g}; expected a finite value above 0, such as 255")
-        if not abs(self.exposure) <= MAX_STOPS:
-            raise UsageError(f"--exposure is {self.exposure:g}; expected -{MAX_STOPS} to {MAX_STOPS} stops")
         config, display = _load_config(self.config), _display_name(self.config)
         if self.space not in ("auto", SRGB) and config.getColorSpace(self.space) is None:
             raise UsageError(
@@ -118,12 +110,8 @@ DEFAULT_COLOUR = ColourSettings()
 
 
 def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: ColourSettings) -> ImageU8:
-    """Convert pixels [H,W,1] or [H,W,3] to sRGB uint8 [H,W,3] as the model sees them.
-
-    ``scale``: the value of white; floats may exceed it.
-
-    Pixels that are sRGB are only rounded. Exposure and view apply to other colour spaces.
-    """
+    """Convert pixels [H,W,1] or [H,W,3] to sRGB uint8 [H,W,3] as the model sees them. ``scale``: the value of white;
+    floats may exceed it. Pixels that are sRGB are only rounded. Exposure and view apply to other colour spaces."""
     if pixels.shape[-1] == 1:
         pixels = np.repeat(pixels, 3, axis=-1)
     if space == SRGB:
@@ -144,18 +132,12 @@ def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: Colo
 
 @functools.lru_cache(maxsize=8)
 def _rounding_table(scale: float) -> ImageU8:
-    """Return the 8-bit value of every 16-bit value.
-
-    A table needs no float copy, which is eight times as large.
-    """
+    """Return the 8-bit value of every 16-bit value. A table needs no float copy, which is eight times as large."""
     return round_to_u8(np.arange(65536, dtype=np.float32) * np.float32(255.0 / scale))
 
 
 def _packed_image(pixels: NDArray[Any]) -> Any:
-    """Describe pixels [H,W,3], float32 or uint8, to OpenColorIO.
-
-    The pixels must outlive the description.
-    """
+    """Describe pixels [H,W,3], float32 or uint8, to OpenColorIO. The pixels must outlive the description."""
     depth = ocio.BIT_DEPTH_F32 if pixels.dtype == np.float32 else ocio.BIT_DEPTH_UINT8
     height, width, _ = pixels.shape
     rows, columns, channels = pixels.strides
@@ -180,10 +162,8 @@ class CodePoints:
     """Whether black is 0 and white the largest value, unlike in video."""
 
     def find_space(self, config: str) -> tuple[str | None, str]:
-        """Return the configuration's name of the colour space; or None, and the end of a notice.
-
-        The notice is "" if the codes specify nothing.
-        """
+        """Return the configuration's name of the colour space; or None, and the end of a notice. The notice is "" if
+        the codes specify nothing."""
         codes = self.primaries, self.transfer
         label = CICP_SPACES.get(codes)
         space = SRGB if label == SRGB else find_colour_space(label, config)
@@ -197,10 +177,8 @@ class CodePoints:
 
 
 def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
-    """Return the linear space of an EXR's chromaticities, None if they are unknown.
-
-    ``chromaticities``: x and y of red, green, blue and white.
-    """
+    """Return the linear space of an EXR's chromaticities, None if they are unknown. ``chromaticities``: x and y of red,
+    green, blue and white."""
     for primaries, space in PRIMARIES.items():
         if np.allclose(chromaticities[:6], primaries, atol=2e-3):
             return space
@@ -208,11 +186,9 @@ def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
 
 
 def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]:
-    """Convert colours [H,W,3] on the scale 0..1 to a scene-linear space; return them with its name.
-
-    sRGB keeps its primaries, which are those of Rec.709. Other spaces with a transfer curve are
-    converted to the configuration's ``scene_linear``. Linear spaces and data are not changed.
-    """
+    """Convert colours [H,W,3] on the scale 0..1 to a scene-linear space; return them with its name. sRGB keeps its
+    primaries, which are those of Rec.709. Other spaces with a transfer curve are converted to the configuration's
+    ``scene_linear``. Linear spaces and data are not changed."""
     if space == SRGB:
         return _convert_colours(pixels, BUILT_IN, "srgb_rec709_scene", LINEAR), LINEAR
     found = _load_config(config).getColorSpace(space)
@@ -228,10 +204,8 @@ def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]
 
 
 def colour_space_attributes(space: str, config: str) -> dict[str, Any]:
-    """Return the attributes that label an EXR with a linear space.
-
-    Rec.709 needs none, because it is the default of EXR.
-    """
+    """Return the attributes that label an EXR with a linear space. Rec.709 needs none, because it is the default of
+    EXR."""
     found = None if space == LINEAR else _load_config(config).getColorSpace(space)
     if found is None or found.getName() == find_colour_space(LINEAR, config):
         return {}
@@ -251,10 +225,7 @@ def _convert_colours(pixels: Float, config: str, space: str, wanted: str) -> Flo
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
-    """Convert a Pillow image from its ICC profile to sRGB.
-
-    Returns None if the profile cannot be used.
-    """
+    """Convert a Pillow image from its ICC profile to sRGB. Returns None if the profile cannot be used."""
     try:
         transform = _icc_transform(profile, image.mode)
         return image if transform is None else ImageCms.applyTransform(image, transform)
@@ -296,10 +267,7 @@ def _display_name(config: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _display_processor(path: str, space: str, view: str, exposure: float) -> Any:
-    """Return the transform from float32 in a space to display sRGB uint8.
-
-    It rounds three times as fast as NumPy.
-    """
+    """Return the transform from float32 in a space to display sRGB uint8. It rounds three times as fast as NumPy."""
     config, display = _load_config(path), _display_name(path)
     views = list(config.getViews(display))
     chosen = view or (VIEW if VIEW in views else str(config.getDefaultView(display)))

@@ -67,12 +67,9 @@ MAX_TIFF_PAGES = 65535
 
 
 def complete_jpeg(file: ImageFile) -> io.BytesIO | None:
-    """Return the bytes of a JPEG with its missing end marker, None if more is missing.
-
-    If all rows are present, the decoder stops before it reaches the end, so the pixels do not
-    depend on what follows. If rows are missing, it decodes what follows as rows. A progressive file
-    has all its rows after the first scan, so its scans are counted as well. Raises OSError.
-    """
+    """Return the bytes of a JPEG with its missing end marker, None if more is missing. If rows are missing, the pixels
+    depend on the bytes that follow. A progressive file has all its rows after the first scan, so its scans are counted
+    as well. Raises OSError."""
     data = file.stream.read().rstrip(b"\xff")
     if not _has_every_scan(data):
         return None
@@ -84,19 +81,13 @@ def complete_jpeg(file: ImageFile) -> io.BytesIO | None:
 
 
 def is_deep_png(head: bytes) -> bool:
-    """Whether a PNG with this head has 16 bits per channel.
-
-    Pillow reduces 16-bit RGB to 8 bits without notice.
-    """
+    """Whether a PNG with this head has 16 bits per channel. Pillow reduces 16-bit RGB to 8 bits without notice."""
     return head.startswith(PNG_SIGNATURE) and head[PNG_DEPTH_OFFSET : PNG_DEPTH_OFFSET + 1] == b"\x10"
 
 
 def has_unusual_gamma(file: ImageFile) -> bool:
-    """Whether a PNG has a gamma that differs from that of sRGB (about 1/2.2).
-
-    A gAMA chunk is ignored if a chunk with precedence over it is present. Raises ValueError for a
-    damaged file.
-    """
+    """Whether a PNG has a gamma that differs from that of sRGB (about 1/2.2). A gAMA chunk is ignored if a chunk with
+    precedence over it is present. Raises ValueError for a damaged file."""
     gamma = 0
     for name, data in _png_chunks(file, stop_before=b"IDAT"):
         if name in CHUNKS_BEFORE_GAMMA:
@@ -107,10 +98,8 @@ def has_unusual_gamma(file: ImageFile) -> bool:
 
 
 def read_code_points(file: ImageFile) -> CodePoints | None:
-    """Return the colour space that a PNG, AVIF or HEIC states by code points; None for other files.
-
-    Raises ValueError for a damaged PNG.
-    """
+    """Return the colour space that a PNG, AVIF or HEIC states by code points; None for other files. Raises ValueError
+    for a damaged PNG."""
     if file.type.name == "png":
         for name, data in _png_chunks(file, stop_before=b"IDAT"):
             if name == b"cICP" and len(data) == 4:
@@ -124,12 +113,7 @@ def read_code_points(file: ImageFile) -> CodePoints | None:
 
 
 def check_png_pixels(file: ImageFile) -> None:
-    """Raise ValueError for a PNG whose pixels are damaged or incomplete.
-
-    Only the end chunk may be missing.
-
-    This reads the file once, which takes 2 to 3 % of the decoding time.
-    """
+    """Raise ValueError for a PNG whose pixels are damaged or incomplete; only its end chunk may be missing."""
     if any(name == b"IEND" for name, _ in _png_chunks(file)):
         return
     inflater = zlib.decompressobj()
@@ -154,10 +138,8 @@ def pnm_white(file: ImageFile) -> int | None:
 
 
 def is_black_and_white_bmp(head: bytes) -> bool:
-    """Whether a file begins as a BMP of 4 or 8 bits with only black and white in its palette.
-
-    Pillow reads its pixels as single bits.
-    """
+    """Whether a file begins as a BMP of 4 or 8 bits with only black and white in its palette. Pillow reads its pixels
+    as single bits."""
     if not head.startswith(b"BM") or len(head) < BMP_COLOURS_OFFSET + 4:
         return False
     (header_bytes,), (bits,) = struct.unpack_from("<I", head, 14), struct.unpack_from("<H", head, BMP_BITS_OFFSET)
@@ -188,19 +170,13 @@ def has_64_bit_integers(file: ImageFile) -> bool:
 
 
 def has_png_alpha(file: ImageFile) -> bool:
-    """Whether a PNG has an alpha channel or a transparent colour.
-
-    Raises ValueError for a damaged file.
-    """
+    """Whether a PNG has an alpha channel or a transparent colour. Raises ValueError for a damaged file."""
     colour_type = file.head[PNG_DEPTH_OFFSET + 1 : PNG_DEPTH_OFFSET + 2]
     return colour_type not in PNG_OPAQUE or any(name == b"tRNS" for name, _ in _png_chunks(file, stop_before=b"IDAT"))
 
 
 def tiff_pages(file: ImageFile) -> list[int]:
-    """Return the numbers of a TIFF's pages.
-
-    Smaller copies of other pages (thumbnails, pyramids) are excluded.
-    """
+    """Return the numbers of a TIFF's pages. Smaller copies of other pages (thumbnails, pyramids) are excluded."""
     pages = [n for n, tags in enumerate(_tiff_tags(file)) if not tags.get(TIFF_SUBFILE_TYPE, 0) & TIFF_REDUCED]
     return pages or [0]
 
@@ -227,10 +203,7 @@ def _has_every_scan(data: bytes) -> bool:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the markers that have a length, with their content, in file order.
-
-    An incomplete segment ends it.
-    """
+    """Yield the complete segments of markers that have a length, with their content."""
     at = 2
     while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
         marker = data[at + 1]
@@ -257,10 +230,8 @@ def _noise_bytes(seed: int) -> bytes:
 
 
 def _png_chunks(file: ImageFile, stop_before: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-    """Yield name and content of the chunks before ``stop_before`` or an incomplete chunk.
-
-    Raises ValueError for a damaged chunk.
-    """
+    """Yield name and content of the chunks before ``stop_before`` or an incomplete chunk. Raises ValueError for a
+    damaged chunk."""
     stream = file.stream
     stream.seek(len(PNG_SIGNATURE))
     while len(head := stream.read(8)) == 8:
@@ -282,12 +253,7 @@ def _png_chunks(file: ImageFile, stop_before: bytes = b"") -> Iterator[tuple[byt
 
 
 def _tiff_tags(file: ImageFile) -> Iterator[dict[int, int]]:
-    """Yield the tags of every page, up to the first page that cannot be read.
-
-    Reads TIFF and BigTIFF.
-
-    The values are right for tags with one integer; for others they may be an offset.
-    """
+    """Yield the tags of every readable page of a TIFF or BigTIFF. Values are right for tags with one integer."""
     stream, byte_order = file.stream, "<" if file.head.startswith(b"II") else ">"
     is_big = b"+" in file.head[2:4]
     layouts = ("Q", "Q", "HHQ8s") if is_big else ("I", "H", "HHI4s")
@@ -304,8 +270,5 @@ def _tiff_tags(file: ImageFile) -> Iterator[dict[int, int]]:
 
 
 def _tiff_value(type_: int, data: bytes, byte_order: str) -> int:
-    """Return an integer of a page's entry.
-
-    A short fills the first two bytes of its field, a long the first four.
-    """
+    """Return the integer in a field of a page, which begins with it."""
     return int(struct.unpack_from(byte_order + ("H" if type_ == TIFF_SHORT else "I"), data)[0])

@@ -49,10 +49,7 @@ _PILLOW_FORMATS = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """Properties of a source file that planning reads from one open handle.
-
-    It keeps no file content.
-    """
+    """Properties of a source file that planning reads from one open handle. It keeps no file content."""
 
     path: Path
     type: FileType = UNKNOWN_TYPE
@@ -82,10 +79,7 @@ class SourceFile:
             )
 
     def state(self) -> str:
-        """Return the state of the file now.
-
-        It is read again only if size or time have changed. Raises ImageError.
-        """
+        """Return the state of the file now. It is read again only if size or time have changed. Raises ImageError."""
         with contextlib.suppress(OSError):
             if self.planned_state and has_state(self.path, self.planned_state):
                 return self.planned_state
@@ -100,10 +94,8 @@ _threads_with_settings = 0
 
 @contextlib.contextmanager
 def library_settings() -> Iterator[None]:
-    """Context in which image libraries neither limit sizes nor print; OpenImageIO uses one thread.
-
-    These settings are global. They are restored when the last thread leaves the context.
-    """
+    """Context in which image libraries neither limit sizes nor print; OpenImageIO uses one thread. These settings are
+    global. They are restored when the last thread leaves the context."""
     global _threads_with_settings
     with _settings_lock:
         _threads_with_settings += 1
@@ -162,20 +154,16 @@ def open_image(source: Path | ImageFile) -> Iterator[ImageFile]:
 def decode_image(
     source: Path | ImageFile, frame: int = 0, wanted: colour.ColourSettings = colour.DEFAULT_COLOUR
 ) -> DecodedImage:
-    """Decode one frame or page of an image and apply its EXIF orientation.
-
-    A file is opened at most twice: by Python, and by OpenImageIO, which opens files by name. Raises
-    ImageError for a file that is missing, damaged, incomplete or not an image.
-    """
+    """Decode one frame or page of an image and apply its EXIF orientation. A file is opened at most twice: by Python,
+    and by OpenImageIO, which opens files by name. Raises ImageError for a file that is missing, damaged, incomplete or
+    not an image."""
     with open_image(source) as file:
         return retry_decoding(file, lambda: _decode(file, frame, wanted))
 
 
 def retry_decoding(file: ImageFile, decode: Callable[[], Result]) -> Result:
-    """Return ``decode()``. If it fails, the file is read through, and decoded again if that succeeds.
-
-    Libraries that read files themselves hide the errors of the system. Raises OSError.
-    """
+    """Return ``decode()``. If it fails, the file is read through, and decoded again if that succeeds. Libraries that
+    read files themselves hide the errors of the system. Raises OSError."""
     try:
         return decode()
     except (ImageError, MemoryError):
@@ -201,10 +189,7 @@ def _decode(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> Decod
 
 
 def frame_count(source: Path | ImageFile) -> int:
-    """Return the number of frames or pages.
-
-    Smaller copies of a page are not counted. Raises ImageError.
-    """
+    """Return the number of frames or pages. Smaller copies of a page are not counted. Raises ImageError."""
     with open_image(source) as file:
         if not file.type.may_have_frames:
             return 1
@@ -224,12 +209,8 @@ def _frame_count_or_one(file: ImageFile) -> int:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return height and width of an upright image, of an EXR its display window.
-
-    Reads the header only.
-
-    Raises ImageError.
-    """
+    """Return height and width of an upright image, of an EXR its display window. Reads the header only. Raises
+    ImageError."""
     with open_image(path) as file:
         return retry_decoding(file, lambda: _read_size(file))
 
@@ -276,10 +257,8 @@ def as_image_errors(path: Path, file_type: FileType = UNKNOWN_TYPE) -> Iterator[
 
 
 def _decode_tiff_or_pnm(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
-    """Decode with Pillow if the file has 8 bits and straight alpha, else with OpenImageIO.
-
-    Pillow is also used if OpenImageIO cannot open the file.
-    """
+    """Decode with Pillow if the file has 8 bits and straight alpha, else with OpenImageIO. Pillow is also used if
+    OpenImageIO cannot open the file."""
     if file.type.name == "tiff":
         pages = containers.tiff_pages(file)
         if frame >= len(pages):
@@ -370,11 +349,8 @@ def _decode_with_pillow(
 
 
 def _is_grey_palette(palette: NDArray[Any], used: NDArray[Any]) -> bool:
-    """Return whether a palette, uint8 [N,3], has several greys and no other colours; or only greys
-    with black and white among its ``used`` indices.
-
-    Programs fill unused entries with any colours.
-    """
+    """Return whether a palette, uint8 [N,3], has several greys and no other colours; or only greys with black and white
+    among its ``used`` indices. Programs fill unused entries with any colours."""
     used_colours = palette[used[used < len(palette)]]
     for colours in (palette, used_colours):
         is_grey = np.ptp(colours, axis=-1).max() <= GREY_TOLERANCE
@@ -385,10 +361,8 @@ def _is_grey_palette(palette: NDArray[Any], used: NDArray[Any]) -> bool:
 
 
 def _space_of_code_points(file: ImageFile, profile: bytes | None, config: str) -> tuple[str | None, str]:
-    """Return the colour space that a PNG, AVIF or HEIC states by code points, or None and a notice.
-
-    In a PNG they have precedence over an ICC profile, in AVIF and HEIC the profile has.
-    """
+    """Return the colour space that a PNG, AVIF or HEIC states by code points, or None and a notice. In a PNG they have
+    precedence over an ICC profile, in AVIF and HEIC the profile has."""
     code_points = containers.read_code_points(file)
     if code_points is None or (profile and file.type.name != "png"):
         return None, ""

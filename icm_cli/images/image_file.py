@@ -28,9 +28,8 @@ IMAGE_SUFFIXES = frozenset(
     | {".jpe", ".jpeg", ".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".sgi"}
     | {".tga", ".tif", ".tiff", ".webp"}
 )
-"""File name suffixes of images. A file with one of these suffixes is always treated as an image, so
-that a damaged image is reported. Files with other suffixes are images only if their content is
-one."""
+"""File name suffixes of images. A file with one of these suffixes is always treated as an image, so that a damaged
+image is reported. Files with other suffixes are images only if their content is one."""
 _SIGNATURES = (
     (b"\xff\xd8\xff", "jpeg"),
     (b"\x89PNG\r\n\x1a\n", "png"),
@@ -148,11 +147,8 @@ class ReopeningFile(io.FileIO):
 
 
 class ImageFile:
-    """An image file that is open for reading.
-
-    One handle gives the type, the state and the digest of the file, and serves the decoders that
-    read from a stream.
-    """
+    """An image file that is open for reading. One handle gives the type, the state and the digest of the file, and
+    serves the decoders that read from a stream."""
 
     def __init__(self, path: Path, stream: BufferedReader[Any]) -> None:
         self.path = path
@@ -163,10 +159,7 @@ class ImageFile:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path) -> Iterator[ImageFile]:
-        """Open a file.
-
-        Raises OSError, and ImageError for a pipe or a device, where reading could block for ever.
-        """
+        """Open a file. Raises OSError, and ImageError for a pipe or a device, where reading could block for ever."""
         mode = retry_transient(path.stat).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise ImageError(f"{path} is a pipe or a device; expected an image file")
@@ -184,12 +177,8 @@ class ImageFile:
         return os.fstat(self._stream.fileno()).st_size
 
     def read_state(self) -> str:
-        """Return size, modification time in nanoseconds, and a digest of the file's first bytes.
-
-        The first bytes contain the image's size and orientation, so that a file that was replaced
-        by another one of equal size and time is noticed. A TIFF may keep these at its end, so its
-        last bytes are included.
-        """
+        """Return size, modification time in nanoseconds, and a digest of the file's first bytes. They contain the
+        image's size and orientation, of a TIFF perhaps the last bytes, which are included."""
         status = os.fstat(self._stream.fileno())
         hasher = hashlib.sha256(self.head)
         if self.type.name == "tiff":
@@ -198,10 +187,7 @@ class ImageFile:
         return f"{_size_and_time(status)} {hasher.hexdigest()[:STATE_DIGEST_DIGITS]}"
 
     def content_digest(self) -> str:
-        """Return the SHA-256 of the file's content as hexadecimal digits.
-
-        This reads the whole file.
-        """
+        """Return the SHA-256 of the file's content as hexadecimal digits. This reads the whole file."""
         return hashlib.file_digest(self.stream, "sha256").hexdigest()
 
 

@@ -54,14 +54,8 @@ BEAUTY_NAMES = frozenset({"beauty", "combined", "rgb", "rgba"})
 
 @contextlib.contextmanager
 def open_reader(file: ImageFile, *, must_open: bool = True) -> Iterator[Any]:
-    """Open a file so that its alpha is not changed.
-
-    If it is not an image: raise UnidentifiedImageError, or yield None.
-
-    OpenImageIO opens a file twice if it is given settings, so they are given only to files that may
-    have an alpha.
-    """
-    settings = oiio.ImageSpec()
+    """Open a file so that its alpha is not changed. If that fails: raise UnidentifiedImageError, or yield None."""
+    settings = oiio.ImageSpec()  # given only to files that may have an alpha, because the file is then opened twice
     settings.attribute("oiio:UnassociatedAlpha", 1)
     reader = oiio.ImageInput.open(str(file.path), *([settings] if _may_have_straight_alpha(file) else []))
     if reader is None:
@@ -89,29 +83,21 @@ def _may_have_straight_alpha(file: ImageFile) -> bool:
 
 
 def is_plain_8_bit(spec: Any) -> bool:
-    """Whether a file has 8 bits per channel and no associated alpha.
-
-    Pillow would divide the colours by an associated alpha.
-    """
+    """Whether a file has 8 bits per channel and no associated alpha. Pillow would divide the colours by an associated
+    alpha."""
     is_associated = spec.alpha_channel >= 0 and not spec.getattribute("oiio:UnassociatedAlpha")
     return str(spec.format) == "uint8" and not is_associated
 
 
 def display_size(reader: Any, file: ImageFile, frame: int) -> tuple[int, int]:
-    """Return height and width of an upright image, of an EXR its display window.
-
-    Raises ImageError.
-    """
+    """Return height and width of an upright image, of an EXR its display window. Raises ImageError."""
     reader.seek_subimage(_find_layer(reader, file, frame, "")[0].part, 0)
     spec = reader.spec()
     return _image_windows(spec, file.type, valid_orientation(_integer_attribute(spec, "Orientation"))).display
 
 
 def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
-    """Decode one part or page and apply its EXIF orientation.
-
-    Raises ImageError, or an exception of OpenImageIO.
-    """
+    """Decode one part or page and apply its EXIF orientation. Raises ImageError, or an exception of OpenImageIO."""
     path = file.path
     layer, layer_notices = _find_layer(reader, file, frame, wanted.layer, refuse_data=not wanted.is_matte)
     reader.seek_subimage(layer.part, 0)
@@ -166,10 +152,7 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
 
 
 def _image_windows(spec: Any, file_type: FileType, orientation: int) -> ImageWindows:
-    """Return the windows of an upright EXR.
-
-    Other formats, and a file with an EXIF orientation, have only a size.
-    """
+    """Return the windows of an upright EXR. Other formats, and a file with an EXIF orientation, have only a size."""
     if file_type.name == "openexr" and orientation == 1:
         return ImageWindows.from_spec(spec)
     return ImageWindows.full(upright_size((spec.width, spec.height), orientation))
@@ -195,10 +178,8 @@ def _select_channels(values: NDArray[Any], channels: list[int]) -> NDArray[Any]:
 
 
 def _read_type(spec: Any, wanted: colour.ColourSettings) -> str:
-    """Return the type to read: uint8 and uint16 unchanged, all others as float.
-
-    Masks are read as the integers that they store, because a float cannot hold every label.
-    """
+    """Return the type to read: uint8 and uint16 unchanged, all others as float. Masks are read as the integers that
+    they store, because a float cannot hold every label."""
     name = str(spec.format)
     return name if name in (_INTEGER_TYPES if wanted.is_matte else ("uint8", "uint16")) else "float"
 
@@ -228,10 +209,7 @@ def _file_white(spec: Any, file: ImageFile, dtype: Any) -> int | None:
 def _check_range(
     path: Path, pixels: NDArray[Any], scale: float, space: str, wanted: colour.ColourSettings
 ) -> list[str]:
-    """Return notices about the values of a deep image.
-
-    Raises ImageError for a float image that is not in 0..1.
-    """
+    """Return notices about the values of a deep image. Raises ImageError for a float image that is not in 0..1."""
     largest = pixels.max()
     if wanted.has_labels:
         return []
@@ -259,10 +237,8 @@ def _file_gamma(spec: Any) -> float | None:
 
 
 def _file_colour_space(spec: Any, file_type: FileType, config: str) -> tuple[str, str]:
-    """Return the colour space that a file is labelled with, else the usual one of its format.
-
-    A notice about unknown code points is returned with it.
-    """
+    """Return the colour space that a file is labelled with, else the usual one of its format. A notice about unknown
+    code points is returned with it."""
     codes = spec.getattribute("CICP")
     if codes is not None:
         found, notice = colour.CodePoints(codes[0], codes[1], bool(codes[3])).find_space(config)
@@ -314,13 +290,10 @@ class ImageLayer:
 def select_layer(
     file: Any, path: Path, wanted: str, *, refuse_data: bool = False
 ) -> tuple[ImageLayer, tuple[str, ...]]:
-    """Return the layer of an open EXR to read, and a notice if the choice was not obvious.
-
-    ``wanted``: the name of a part or a channel prefix. "" selects the first R, G, B without a
-    prefix, else a layer named beauty or similar, else the first layer. ``refuse_data``: refuse a
-    file that holds only depth, ids or cryptomattes; a mask may hold ids. Raises ImageError, listing
-    the layers, if there is no such layer.
-    """
+    """Return the layer of an open EXR to read, and a notice if the choice was not obvious. ``wanted``: the name of a
+    part or a channel prefix. "" selects the first R, G, B without a prefix, else a layer named beauty or similar, else
+    the first layer. ``refuse_data``: refuse a file that holds only depth, ids or cryptomattes; a mask may hold ids.
+    Raises ImageError, listing the layers, if there is no such layer."""
     found, others = _colour_layers(file)
     listed = ", ".join(dict.fromkeys(layer.name for layer in found))
     if wanted:
@@ -388,10 +361,7 @@ def _layers_of_part(part: int, part_name: str, channels: tuple[str, ...]) -> lis
 
 
 def _grey_layer(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> ImageLayer:
-    """Return the single channel, the luminance or the alpha of a file without colours.
-
-    Raises ImageError.
-    """
+    """Return the single channel, the luminance or the alpha of a file without colours. Raises ImageError."""
     for part, channels in sorted(parts, key=lambda each: _hold_only_data([each])):
         names = [channel.upper() for channel in channels]
         if len(names) == 1:

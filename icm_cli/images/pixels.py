@@ -31,18 +31,14 @@ _UPRIGHT: dict[int, Any] = {
     7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
     8: lambda a: a.swapaxes(0, 1)[::-1],
 }
-"""The operation that makes an image upright, by its EXIF orientation. Orientation 1 is upright
-already."""
+"""The operation that makes an image upright, by its EXIF orientation. Orientation 1 is upright already."""
 _INVERSE = {6: 8, 8: 6}
 """Orientations that are inverse to each other. Every other one is its own inverse."""
 
 
 @dataclass(frozen=True)
 class ImageWindows:
-    """The data window and the display window of an EXR.
-
-    Other images have one window of their size.
-    """
+    """The data window and the display window of an EXR. Other images have one window of their size."""
 
     size: tuple[int, int]
     """Height and width of the data window, which holds the pixels."""
@@ -77,10 +73,8 @@ class ImageWindows:
         return other if other is not None and other.display == self.display else self.display_window
 
     def move_pixels(self, pixels: NDArray[Any], to: ImageWindows) -> NDArray[Any]:
-        """Move pixels [H,W] or [H,W,C] to another data window; new pixels are 0.
-
-        Both data windows are of the same display window.
-        """
+        """Move pixels [H,W] or [H,W,C] to another data window; new pixels are 0. Both data windows are of the same
+        display window."""
         if to == self:
             return pixels
         moved = np.zeros((*to.size, *pixels.shape[2:]), pixels.dtype)
@@ -102,11 +96,8 @@ class ImageWindows:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """Upright pixels of one frame as the file stores them.
-
-    Colours that are multiplied by the alpha (associated alpha) stay so, which is the image over
-    black.
-    """
+    """Upright pixels of one frame as the file stores them. Colours that are multiplied by the alpha (associated alpha)
+    stay so, which is the image over black."""
 
     pixels: NDArray[Any]
     """[H,W,1] or [H,W,3] in 0..``scale``; floats may exceed it, and signed integers may be negative."""
@@ -153,10 +144,8 @@ class DecodedImage:
 
 
 def reorient_pixels(pixels: NDArray[Any], orientation: int, wanted: int) -> NDArray[Any]:
-    """Return pixels [H,W] or [H,W,C] with another EXIF orientation applied.
-
-    ``orientation``: the one that has been applied; ``wanted``: the one to apply instead.
-    """
+    """Return pixels [H,W] or [H,W,C] with another EXIF orientation applied. ``orientation``: the one that has been
+    applied; ``wanted``: the one to apply instead."""
     return np.ascontiguousarray(
         apply_orientation(apply_orientation(pixels, _INVERSE.get(orientation, orientation)), wanted)
     )
@@ -182,10 +171,8 @@ reserve_memory: ContextVar[Callable[[Path, int, int], None] | None] = ContextVar
 
 
 def check_memory(path: Path, width: int, height: int) -> None:
-    """Raise ImageMemoryError for an image that does not fit into the free memory.
-
-    Decoders call it when they know the size of an image, before they decode it.
-    """
+    """Raise ImageMemoryError for an image that does not fit into the free memory. Decoders call it when they know the
+    size of an image, before they decode it."""
     if reserve := reserve_memory.get():
         reserve(path, width, height)
     elif width * height * BYTES_PER_PIXEL > (free := free_memory()).size:

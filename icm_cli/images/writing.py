@@ -40,8 +40,7 @@ BIT_DEPTHS: Mapping[ImageFormat, tuple[BitDepth, ...]] = {
 FORMAT_SUFFIXES: Mapping[ImageFormat, tuple[str, ...]] = {"png": (".png",), "tiff": (".tif", ".tiff"), "exr": (".exr",)}
 """File name suffixes of each format. The first one is written."""
 PNG_COMPRESSION = 1
-"""zlib level. An alpha is mostly flat, and higher levels take far more time for little less
-space."""
+"""zlib level. An alpha is mostly flat, and higher levels take far more time for little less space."""
 PROVENANCE_KEY = "ImageDescription"
 """Attribute of a TIFF or EXR that holds the provenance as JSON."""
 NO_ATTRIBUTES: Mapping[str, Any] = {}
@@ -59,8 +58,7 @@ class OutputFormat:
 
     format: ImageFormat = "png"
     depth: BitDepth | None = None
-    """Bit depth; None: the default of the format for an alpha, that of the source for a
-    foreground."""
+    """Bit depth; None: the default of the format for an alpha, that of the source for a foreground."""
     channel: str = "A"
     """Name of an EXR's alpha channel."""
     foreground: ForegroundMode = "none"
@@ -71,10 +69,7 @@ class OutputFormat:
 
     @classmethod
     def from_options(cls, **options: Any) -> OutputFormat:
-        """Create the format from options of the same names.
-
-        Raises UsageError if they are contradictory.
-        """
+        """Create the format from options of the same names. Raises UsageError if they are contradictory."""
         output = cls(**options)
         if output.depth is not None and output.depth not in BIT_DEPTHS[output.format]:
             fitting = ", ".join(BIT_DEPTHS[output.format])
@@ -138,12 +133,9 @@ def write_alpha(
     source: DecodedImage | None = None,
     check: WriteCheck | None = None,
 ) -> None:
-    """Write an alpha, float32 [H,W] in 0..1, atomically.
-
-    ``source``: the image from which an EXR copies its windows and timecode. ``check``: see
-    :func:`~icm_cli.files.atomic_write`. Raises OutputError if
-    nothing can be written, ImageError if only this file cannot be written.
-    """
+    """Write an alpha, float32 [H,W] in 0..1, atomically. ``source``: the image from which an EXR copies its windows and
+    timecode. ``check``: see :func:`~icm_cli.files.atomic_write`. Raises OutputError if nothing can be written,
+    ImageError if only this file cannot be written."""
     written = 1.0 - alpha if output.invert else alpha
     depth = output.depth_for(None)
     _write_image(path, written[..., None], (output.channel,), provenance, output.format, depth, source, check=check)
@@ -159,13 +151,8 @@ def write_foreground(
     config: str = "",
     check: WriteCheck | None = None,
 ) -> None:
-    """Write the colours of the object with its alpha.
-
-    ``colours``: float32 [H,W,3] on the scale 0..1; HDR exceeds 1.
-
-    An EXR stores them scene-linear. ``config``: the OpenColorIO configuration with the colour space
-    of the source.
-    """
+    """Write the colours of the object with its alpha. ``colours``: float32 [H,W,3] on the scale 0..1; HDR exceeds 1. An
+    EXR stores them scene-linear. ``config``: the OpenColorIO configuration with the colour space of the source."""
     attributes: Mapping[str, Any] = NO_ATTRIBUTES
     if output.format == "exr":
         colours, space = to_scene_linear(colours, source.space, config)
@@ -197,10 +184,8 @@ def write_trimap(
 
 
 def read_provenance(path: Path) -> dict[str, str] | None:
-    """Return the provenance of a file of icm, or the text of another PNG.
-
-    Returns None for other and damaged files, and if there is no file. Raises FileAccessError.
-    """
+    """Return the provenance of a file of icm, or the text of another PNG. Returns None for other and damaged files, and
+    if there is no file. Raises FileAccessError."""
     try:
         with open_image(path) as file:
             data = file.stream.read()
@@ -219,11 +204,8 @@ def read_provenance(path: Path) -> dict[str, str] | None:
 
 
 def has_changed_pixels(path: Path, provenance: Mapping[str, str]) -> bool:
-    """Whether the pixels of a file with this provenance are not those that icm wrote: it was retouched.
-
-    False for files of icm 0.1, which have no digest of their pixels. A PNG that is unchanged is not
-    decoded. Raises ImageError.
-    """
+    """Whether the pixels of a file with this provenance are not those that icm wrote: it was retouched. False for files
+    of icm 0.1, which have no digest of their pixels. A PNG that is unchanged is not decoded. Raises ImageError."""
     expected = provenance.get(PIXELS_KEY)
     if expected is None:
         return False
@@ -309,10 +291,8 @@ def _quantize(pixels: Float, depth: BitDepth) -> NDArray[Any]:
 
 
 def _pixel_digest(values: NDArray[Any]) -> str:
-    """Return the SHA-256 of the stored values [H,W,C] as hexadecimal digits.
-
-    It is equal for halves and floats of equal values.
-    """
+    """Return the SHA-256 of the stored values [H,W,C] as hexadecimal digits. It is equal for halves and floats of equal
+    values."""
     if values.dtype.kind == "f":
         values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)  # as they are read
     hasher = hashlib.sha256(f"{values.dtype} {values.shape}".encode())

@@ -24,11 +24,9 @@ from icm_cli.options import MaskOrientation
 VOID = 255
 """Palette index of void pixels in the PNGs of PASCAL VOC."""
 END_TOLERANCE = 0.05
-"""Values this close to 0 or to the maximum, as a fraction of the scale, are background and
-foreground."""
+"""Values this close to 0 or to the maximum, as a fraction of the scale, are background and foreground."""
 MIN_FLAT_FRACTION = 1e-4
-"""Minimum fraction of pixels that are surrounded by their own value, for that value to be a
-label."""
+"""Minimum fraction of pixels that are surrounded by their own value, for that value to be a label."""
 MAX_LABELS = 64
 """An image with more values than this is a soft mask and not a label map."""
 EIGHT_BITS, TWELVE_BITS = 255.0, 4095.0
@@ -60,8 +58,7 @@ class MaskPlacement:
     orientation: int
     """EXIF orientation that was applied to the reference."""
     wanted: MaskOrientation
-    """Orientation of the mask: "upright" as the reference is shown, "stored" as in the reference's
-    file, or "auto"."""
+    """Orientation of the mask: "upright" as the reference is shown, "stored" as in the reference's file, or "auto"."""
 
 
 def read_mask(
@@ -71,15 +68,10 @@ def read_mask(
     placement: MaskPlacement | None = None,
     windows: ImageWindows | None = None,
 ) -> Mask:
-    """Read the mask of a reference.
-
-    ``label``: the value, index or colour ``#rrggbb`` of the object. ``placement``: how the mask is
-    placed on its reference; a notice says which orientation is used if both fit. ``windows``: those
-    of the reference; a mask of the same display window is cut to its data window.
-
-    Raises UsageError for an ambiguous mask, listing its labels, and ImageError for an unreadable
-    file.
-    """
+    """Read the mask of a reference. ``label``: the value, index or colour ``#rrggbb`` of the object. ``placement``: how
+    the mask is placed on its reference; a notice says which orientation is used if both fit. ``windows``: those of the
+    reference; a mask of the same display window is cut to its data window. Raises UsageError for an ambiguous mask,
+    listing its labels, and ImageError for an unreadable file."""
     stored = read_stored_pixels(path, windows, has_labels=label is not None)
     for sentence in (*stored.notices, *extra_frame_notices("mask", path)):
         notice(sentence)
@@ -154,10 +146,8 @@ def _check_transparency(stored: StoredPixels, opaque: NDArray[np.bool_], path: P
 
 
 def _mask_from_indices(stored: StoredPixels, opaque: NDArray[np.bool_] | None, path: Path) -> Mask:
-    """Return the mask of a palette of labels.
-
-    Index 0 and transparent pixels are the background; black pixels are if index 0 has a colour.
-    """
+    """Return the mask of a palette of labels. Index 0 and transparent pixels are the background; black pixels are if
+    index 0 has a colour."""
     indices, is_black = stored.indices, (stored.values == 0).all(axis=-1)
     assert indices is not None
     background = indices == 0

@@ -21,8 +21,7 @@ from icm_cli.options import MaskOrientation
 FOREGROUND_THRESHOLD = 0.5
 """Pixels of a soft mask above this value are foreground, as in the published code."""
 INVERTED_FRACTION, INVERTED_BORDER = 0.6, 0.95
-"""Fractions of the image, and of its border, above which a white area is probably the
-background."""
+"""Fractions of the image, and of its border, above which a white area is probably the background."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,10 @@ def read_references(
     colour: ColourSettings = DEFAULT_COLOUR,
     orientation: MaskOrientation = "auto",
 ) -> list[Reference]:
-    """Read every reference with its mask. Without masks, each reference must be an RGBA cut-out.
-
-    ``label``: the value, index or colour of the object, for masks with several labels.
-    ``orientation``: the orientation of masks whose reference has an EXIF orientation: "upright" as
-    the reference is shown, "stored" as in its file, or "auto". Raises UsageError.
-    """
+    """Read every reference with its mask. Without masks, each reference must be an RGBA cut-out. ``label``: the value,
+    index or colour of the object, for masks with several labels. ``orientation``: the orientation of masks whose
+    reference has an EXIF orientation: "upright" as the reference is shown, "stored" as in its file, or "auto". Raises
+    UsageError."""
     if not refs:
         raise UsageError("no reference was given; give --ref IMAGE and --mask MASK")
     if masks and len(masks) != len(refs):
@@ -83,12 +80,9 @@ def _border_pixels(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def make_guidance(mask: ImageU8, windows: ImageWindows, name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
-    """Convert a mask uint8 [h,w] to guidance bool of the size of its reference's data window.
-
-    The mask has the size of the data window or the aspect ratio of the display window of
-    ``windows``. ``name``: what messages call it. Raises UsageError if it has another aspect ratio,
-    or is empty or full.
-    """
+    """Convert a mask uint8 [h,w] to guidance bool of the size of its reference's data window. The mask has the size of
+    the data window or the aspect ratio of the display window of ``windows``. ``name``: what messages call it. Raises
+    UsageError if it has another aspect ratio, or is empty or full."""
     if mask.shape not in (windows.size, windows.display):
         size = windows.display
         _check_aspect_ratio(mask.shape, size, name)
@@ -153,10 +147,7 @@ def _make_reference(image: SourceImage, mask: Mask, name: str, notice: Callable[
 
 
 def _fit_to_data_window(mask: ImageU8, windows: ImageWindows) -> ImageU8:
-    """Return a mask of the data window unchanged.
-
-    Resize others to the display window and cut out the data window.
-    """
+    """Return a mask of the data window unchanged. Resize others to the display window and cut out the data window."""
     if mask.shape == windows.size:
         return mask
     return windows.display_window.move_pixels(resize(mask, windows.display), windows)
