@@ -475,11 +475,10 @@ def test_white_option_scales_sources_and_references(icm: Icm, scene: Path) -> No
     changed = icm("-v", white=250, **options)
     assert changed.exit_code == 0
     assert re.search(r"kept +0\b", changed.output)
-    expected = "expected a number above 0"
-    for wrong, message in ((0, expected), (-1, expected), ("inf", "--white is inf; expected a number")):
+    for wrong in (0, -1, "inf"):
         result = icm(white=wrong, **options)
         assert result.exit_code == 2
-        assert message in result.stderr
+        assert "expected a number above 0" in result.stderr
 
 
 def test_image_larger_than_memory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,9 +532,10 @@ def test_exposure_and_view_do_not_affect_display_referred_images(tmp_path: Path)
 
 
 @pytest.mark.parametrize("stops", [math.nan, math.inf, -math.inf, 1e9])
-def test_invalid_exposure_is_refused(stops: float) -> None:
-    with pytest.raises(UsageError, match="expected -30 to 30 stops"):
-        ColourSettings(exposure=stops).validate()
+def test_invalid_exposure_is_refused(icm: Icm, stops: float) -> None:
+    result = icm("--exposure", str(stops))
+    assert result.exit_code == 2
+    assert "expected a number from -30 to 30" in result.stderr
 
 
 def test_terminal_output_names_the_page(icm: Icm, scene: Path) -> None:
