@@ -18,7 +18,7 @@ __all__ = ["__version__", "evaluate", "load", "matte", "train"]
 
 _MODULES = {
     "evaluate": "icm_cli.evaluation.evaluate",
-    "load": "icm_cli.matting.predictor",
+    "load": "icm_cli.matting.model_choice",
     "matte": "icm_cli.matting.matte",
     "train": "icm_cli.training.train",
 }

@@ -21,13 +21,7 @@ CUDA_BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Device:
-    """Device and dtypes of a model.
-
-    Attributes:
-        torch_device: Device of all weights.
-        dtype: Dtype of convolutions and projections.
-        transformer_dtype: Dtype of transformers.
-    """
+    """Device of a model, the dtype of its convolutions and projections, and that of its transformers."""
 
     torch_device: torch.device
     dtype: torch.dtype
@@ -119,13 +113,8 @@ def _fast_transformer_dtype(device: torch.device) -> torch.dtype:
 
 
 def _cpu_is_faster_in_bfloat16() -> bool:
-    """Return whether the CPU has AMX, or is an AMD CPU with the bfloat16 instructions of AVX-512.
-
-    Measured: an Intel CPU with these instructions but without AMX takes twice as long as in
-        float32, and a CPU with
-    AVX2 alone ten times as long. AMD CPUs are assumed to be faster by their instruction set. The decision depends on
-    the type of the CPU only, so that all processes of a run on one machine agree.
-    """
+    """Return whether the CPU has AMX, or is an AMD CPU with the bfloat16 instructions of AVX-512. Others are slower
+    (measured). The type of the CPU alone decides, so that all processes of a run on one machine agree."""
     has_matrices, has_products = (
         getattr(torch.cpu, name, lambda: False) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     )
@@ -158,18 +147,13 @@ def is_main_process() -> bool:
 
 
 def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[Any, Device]:
-    """Return an ``accelerate.Accelerator`` for training, and its device.
+    """Return an ``accelerate.Accelerator`` for training on a device of the type ``device``, and its device.
 
-    In a data-parallel run (torchrun, accelerate launch), every process has its own device of the given type. On a CPU
-    that is not faster in bfloat16, training uses float32, and the accelerator's ``mixed_precision`` is "no".
+    In a data-parallel run (torchrun, accelerate launch), every process has its own device. On a CPU that is not faster
+    in bfloat16, training uses float32, and the accelerator's ``mixed_precision`` is "no". ``precision``: a name in
+    :data:`PRECISIONS`. ``accumulation``: number of batches whose gradients are accumulated per step.
 
-    Args:
-        device: Value of ``--device``.
-        precision: A name in :data:`PRECISIONS`.
-        accumulation: Number of batches whose gradients are accumulated per step.
-
-    Raises:
-        ConfigError: The device is not available, or does not support the precision.
+    Raises ConfigError if the device is not available, or does not support the precision.
     """
     from datetime import timedelta
 

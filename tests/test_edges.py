@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError, UsageError
 from icm_cli.geometry import Float, resize, trimap_from_coarse
-from icm_cli.matting.model_choice import ModelChoice
-from icm_cli.matting.predictor import load
+from icm_cli.matting.model_choice import ModelChoice, load
 from icm_cli.model.alphas import blend_tiles, split_into_tiles
 from icm_cli.model.hub.vitmatte import VitMatteEdges, VitMatteEdgesConfig
 from icm_cli.model.training_free.closed_form import ClosedForm, ClosedFormConfig

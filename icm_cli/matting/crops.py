@@ -46,11 +46,7 @@ def crop_box(
 ) -> CropBox | None:
     """Return the box around an object in a frame of ``size``; None without an object, or if it is outside the frame.
 
-    Args:
-        mask: The object, bool [h,w]. It covers the frame, or its display window if ``windows`` are given.
-        size: Height and width of the frame.
-        settings: Margin and smallest side of the box.
-        windows: Position of the frame in its display window.
+    ``mask``: the object, bool [h,w]; it covers the frame, or its display window if ``windows`` are given.
     """
     if not mask.any():
         return None
@@ -70,14 +66,7 @@ def crop_box(
 
 
 def enlarge_box(box: CropBox, mask: NDArray[np.bool_], size: tuple[int, int], settings: CropSettings) -> CropBox:
-    """Enlarge a box at each side that cuts the object; return an equal box if no side does.
-
-    Args:
-        box: Box in a frame of ``size``.
-        mask: The object in the crop, bool [h,w].
-        size: Height and width of the frame.
-        settings: Rules for sides that cut the object.
-    """
+    """Enlarge a box in a frame of ``size`` at each side that cuts the object, ``mask`` bool [h,w] of the crop."""
     sides = []
     for side, along, length in zip(box.slices, (mask, mask.T), size, strict=True):
         growth = math.ceil(settings.growth * (side.stop - side.start))
@@ -92,16 +81,10 @@ def matte_in_crops(
     matte_crop: Callable[[CropBox], tuple[CropResult, Tensor] | None],
     settings: CropSettings,
 ) -> tuple[CropResult, Tensor, CropBox] | None:
-    """Matte a crop of a frame. While the border of the crop cuts the object, repeat with a larger crop.
+    """Matte a crop of a frame of ``size``. While the border of the crop cuts the object, repeat with a larger crop.
 
-    Args:
-        box: First crop.
-        size: Height and width of the frame.
-        matte_crop: Returns a result and the alpha [h,w] of a crop, or None to give up.
-        settings: Rules for enlarging crops, and the maximum number of crops.
-
-    Returns:
-        Result, alpha and box of the last crop; None if ``matte_crop`` gave up.
+    ``matte_crop`` returns a result and the alpha [h,w] of a crop, or None to give up. Returns result, alpha and box of
+    the last crop; None if ``matte_crop`` gave up.
     """
     for number in range(1, settings.max_crops + 1):
         if (found := matte_crop(box)) is None:
@@ -115,16 +98,9 @@ def matte_in_crops(
 
 
 def paste_crop(alpha: Tensor, box: CropBox, size: tuple[int, int], fade: float = 0.0) -> Tensor:
-    """Paste the alpha of a crop into a frame of ``size`` that is 0 elsewhere.
+    """Paste the alpha of a crop, float32 [h,w], into a frame of ``size`` that is 0 elsewhere; return float32 [H,W].
 
-    Args:
-        alpha: float32 [h,w] of the crop.
-        box: Position of the crop.
-        size: Height and width of the frame.
-        fade: The alpha fades to 0 over this fraction of the crop's side, at the sides inside the frame.
-
-    Returns:
-        float32 [H,W] on the device of ``alpha``.
+    It fades to 0 over the fraction ``fade`` of the crop's side, at the sides inside the frame.
     """
     frame = torch.zeros(size, dtype=torch.float32, device=alpha.device)
     if fade:

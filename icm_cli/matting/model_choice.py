@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from icm_cli.config import ModelConfig, component_class
 from icm_cli.device import Device
+from icm_cli.environment import check_not_forked
 from icm_cli.matting.predictor import Predictor, check_learn_steps
 from icm_cli.matting.propagation import PropagationConfig
 from icm_cli.model.contracts import Head
@@ -21,7 +22,7 @@ from icm_cli.model.loading import (
     resolve_model,
     select_device,
 )
-from icm_cli.options import ModelOptions
+from icm_cli.options import LoadOptions, ModelOptions, keyword_arguments
 from icm_cli.options.definition import DigestPart
 
 
@@ -153,6 +154,20 @@ def _resolve_learn_steps(requested: int | None, head: type[Head], *, is_shot: bo
         return DEFAULT_STEPS if is_shot and head.can_learn_references else 0
     check_learn_steps(requested, head)
     return requested
+
+
+@keyword_arguments(LoadOptions)
+def load(options: LoadOptions) -> Predictor:
+    """Load a model that mattes arrays; the arguments are options of ``icm matte``.
+
+    >>> predictor = icm_cli.load()
+    >>> reference = predictor.reference([(reference_rgb, mask)])
+    >>> alpha = predictor.matte(rgb, reference)
+
+    Raises ConfigError if the model, its weights or the device cannot be used, UsageError for an invalid argument.
+    """
+    check_not_forked()
+    return ModelChoice.from_options(options.model, "auto").load_predictor()
 
 
 AnyModelChoice = ModelChoice | LoadedModel

@@ -26,8 +26,7 @@ from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import Head, PreparedReferences, ignore_progress
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import confidence_and_found
-from icm_cli.model.loading import load_model, override_edges, resolve_model, select_device
-from icm_cli.options import LoadOptions, MatteOptions, keyword_arguments
+from icm_cli.options import MatteOptions
 from icm_cli.options.definition import argument_names
 
 
@@ -59,8 +58,6 @@ class CoarseAlpha:
 
     Attributes:
         alpha: float32 [h,w] in 0..1 on the model's device, at any resolution. It covers exactly the frame.
-        confidence: Confidence of the head in 0..1.
-        found: Whether the object appears to be in the frame.
         presence_logit: Logit of the presence of the object; infinite if the head does not predict it.
         alpha_if_present: Alpha under the assumption that the object is present, if its presence is uncertain.
         is_completed: Whether the objects of ``alpha`` are already completed.
@@ -214,10 +211,8 @@ class Predictor:
 
     @torch.inference_mode()
     def _decide_presence(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:
-        """If the presence of the object is uncertain, run a second pass on a crop of the frame.
-
-        The presence logits of both passes are averaged, and the alpha of the more confident pass is used.
-        """
+        """Decide an uncertain presence by a second pass on a crop: its logit is averaged with that of the first one,
+        and the alpha of the more confident pass is used."""
         candidate = coarse.alpha_if_present
         if self.model.edges is None or candidate is None or not candidate.isfinite().all():
             return coarse
@@ -234,12 +229,8 @@ class Predictor:
         return CoarseAlpha(alpha, float(confidence), bool(found), is_completed=True)
 
     def _matte_crop_of(self, frame: Frame, alpha: Tensor, reference: PreparedReferences) -> tuple[Tensor, float] | None:
-        """Matte a crop around the foreground of an alpha [h,w] of the frame.
-
-        Returns:
-            Completed alpha under the assumption that the object is present, float32 [H,W] and 0 outside the crop, and
-            the presence logit; None if a crop would show no more than the frame.
-        """
+        """Return the completed alpha, float32 [H,W] and 0 outside a crop around the foreground of ``alpha`` [h,w], if
+        the object is present, and its presence logit; None if a crop would show no more than the frame."""
         config = self.model.second_pass
         box = crop_box((alpha > 0.5).numpy(force=True), frame.size, config.crop)
 
@@ -306,29 +297,6 @@ def check_learn_steps(steps: int, head: type[Head]) -> None:
             f"--learn-steps is {steps}, but the head of this model cannot learn references; omit --learn-steps, or "
             "choose a model with the token-match head, such as lite"
         )
-
-
-@keyword_arguments(LoadOptions)
-def load(options: LoadOptions) -> Predictor:
-    """Load a model that mattes arrays; the arguments are options of ``icm matte``.
-
-    >>> predictor = icm_cli.load()
-    >>> reference = predictor.reference([(reference_rgb, mask)])
-    >>> alpha = predictor.matte(rgb, reference)
-    >>> alpha.shape == rgb.shape[:2]
-    True
-
-    Raises:
-        ConfigError: The model, its weights or the device cannot be used.
-        UsageError: An argument is invalid.
-    """
-    check_not_forked()
-    choice = options.model
-    config, checkpoint = resolve_model(choice.model, choice.checkpoint)
-    config = override_edges(config, choice.edges, choice.edges_weights)
-    device = select_device(config, choice.device, choice.dtype)
-    model = load_model(config, checkpoint=checkpoint, weights=choice.weights, offline=choice.offline, seed=choice.seed)
-    return Predictor(model, device)
 
 
 def _as_references(pairs: Any) -> list[Reference]:

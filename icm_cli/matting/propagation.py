@@ -219,10 +219,7 @@ class FlowPropagator:
             raise
 
     def _matte_frame(self, job: Job, frame: Frame, source: TrackingReferences | CoarseAlpha) -> FrameAlpha:
-        """Matte one frame from its coarse alpha, or by tracking, and remember its alpha for the next frame.
-
-        If the object is not found, the alpha is not changed and not propagated.
-        """
+        """Matte one frame from its coarse alpha, or by tracking; remember its alpha if the object is found."""
         earlier = self._find_earlier(job, _reduce_image(frame.rgb, frame.windows, self._config).shape)
         coarse = source
         if isinstance(coarse, TrackingReferences):
@@ -291,12 +288,7 @@ class FlowPropagator:
 
 @dataclass(frozen=True)
 class TrackingReferences:
-    """References of a shot in two forms.
-
-    Attributes:
-        full: References as they are given.
-        cropped: References cropped around their objects, which the head has learned.
-    """
+    """References of a shot as they are given, and cropped around their objects, which the head has learned."""
 
     full: PreparedReferences
     cropped: PreparedReferences
@@ -310,11 +302,7 @@ class TrackingReferences:
     ) -> CoarseAlpha:
         """Return the coarse alpha of a frame.
 
-        Args:
-            predictor: The model.
-            frame: The frame.
-            previous_alpha: Alpha of an earlier frame, uint8 [h,w] of its display window; None if there is none.
-            config: Settings of the crops.
+        ``previous_alpha``: that of an earlier frame, uint8 [h,w] of its display window; None if there is none.
         """
         position = np.zeros(frame.size, np.bool_) if previous_alpha is None else previous_alpha > HALF_U8
         box = crop_box(position, frame.size, config.crop, frame.windows)
