@@ -201,7 +201,7 @@ def test_retouched_alpha_is_replaced_only_on_request(icm: Icm, scene: Path, opti
     before = path.read_bytes()
     kept = icm(**options, report=scene / "r.json")
     assert kept.exit_code == 0
-    assert f"1 alpha(s) were changed after icm wrote them and are kept, such as {path}" in kept.stderr
+    assert f"kept 1 alpha with pixels changed by another program, such as {path}" in kept.stderr
     assert json.loads((scene / "r.json").read_text())["summary"]["kept"] == 3
     refused = icm(**options, seed=3)
     assert refused.exit_code == 2
@@ -209,8 +209,8 @@ def test_retouched_alpha_is_replaced_only_on_request(icm: Icm, scene: Path, opti
     assert "--exclude wall.jpg" in refused.stderr
     kept = icm("--keep-existing", **options, seed=3)
     assert kept.exit_code == 0
-    assert "1 alpha(s) were changed" in kept.stderr
-    assert "3 alpha(s) were made with other settings and are kept" in kept.stderr
+    assert "kept 1 alpha with pixels changed" in kept.stderr
+    assert "kept 3 alphas made with other settings" in kept.stderr
     assert path.read_bytes() == before
     assert icm("--exclude", "wall.jpg", **options, seed=3).exit_code == 0
     assert path.read_bytes() == before
@@ -289,15 +289,15 @@ def test_dry_run_stops_where_the_run_stops(icm: Icm, scene: Path, name: str) -> 
 
 
 def test_dry_run_counts_alphas(icm: Icm, scene: Path) -> None:
-    assert "icm: 3 image(s): 3 new, 0 to be recomputed, 0 kept" in icm("--dry-run").stderr
+    assert "icm: 3 images: 3 new, 0 to be recomputed, 0 kept" in icm("--dry-run").stderr
     assert not (scene / "out").exists()
     icm(src=scene / "imgs" / "wall.jpg")
     icm("--overwrite", src=scene / "imgs" / "pad.0101.png", seed=5)
     before = alphas(scene / "out")
     result = icm("--dry-run")
-    assert "icm: 3 image(s): 1 new, 1 to be recomputed, 1 kept, 0 that cannot be read" in result.stderr
-    assert "icm: 3 image(s): 1 new, 2 to be recomputed, 0 kept" in icm("--dry-run", "--overwrite").stderr
-    assert "icm: 3 image(s): 1 new, 0 to be recomputed, 2 kept" in icm("--dry-run", "--keep-existing").stderr
+    assert "icm: 3 images: 1 new, 1 to be recomputed, 1 kept, 0 that cannot be read" in result.stderr
+    assert "icm: 3 images: 1 new, 2 to be recomputed, 0 kept" in icm("--dry-run", "--overwrite").stderr
+    assert "icm: 3 images: 1 new, 0 to be recomputed, 2 kept" in icm("--dry-run", "--keep-existing").stderr
     assert alphas(scene / "out") == before
 
 

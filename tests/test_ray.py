@@ -46,7 +46,7 @@ def test_actors_write_the_same_bytes_and_one_report(on_ray: Icm, icm: Icm, scene
     assert alphas(scene / "out") == alphas(scene / "alone")
     report = json.loads((scene / "r.json").read_text())
     assert [row["status"] for row in report["images"]] == ["done"] * MANY + ["failed"]
-    assert report["settings"]["device"] == "cpu, float32; 2 Ray actor(s)"
+    assert report["settings"]["device"] == "cpu, float32; 2 Ray actors"
     assert report["summary"]["peak_memory_bytes"] > 1e8
     events = [json.loads(line)["event"] for line in result.stdout.splitlines()]
     assert events == ["started", *["image"] * (MANY + 1), "finished"]

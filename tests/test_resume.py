@@ -55,8 +55,7 @@ def test_alphas_of_another_version_are_recomputed_with_one_notice(
     set_icm()
     result = icm(report=scene / "r.json")
     assert notices(result.stderr) == [
-        f"icm: 3 alpha(s) were made by another version of icm ({text}: 3) and are recomputed; "
-        "--keep-existing keeps them"
+        f"icm: recomputing 3 alphas made by another version of icm ({text}: 3); --keep-existing keeps them"
     ]
     assert set(statuses(scene / "r.json").values()) == {("done", __version__)}
     assert alphas(scene / "out") != before
@@ -71,7 +70,7 @@ def test_keep_existing_keeps_alphas_of_any_version_and_reports_it(icm: Icm, scen
     shutil.copy(scene / "imgs" / "wall.jpg", scene / "imgs" / "new.jpg")
     result = icm("--keep-existing", report=[scene / "r.json", scene / "r.csv"], seed=7)
     assert result.exit_code == 0
-    assert notices(result.stderr) == ["icm: 3 alpha(s) were made by another version of icm (0.1.9: 3) and are kept"]
+    assert notices(result.stderr) == ["icm: kept 3 alphas made by another version of icm (0.1.9: 3)"]
     after = alphas(scene / "out")
     assert after.pop("new.png")
     assert after == before

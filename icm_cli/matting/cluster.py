@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import cv2
 
-from icm_cli.errors import ConfigError, DeviceError, IcmError, UsageError
+from icm_cli.errors import ConfigError, DeviceError, IcmError, UsageError, format_count
 from icm_cli.files import error_for_failed_write, remove_stale_temporaries, temporary_name
 from icm_cli.matting.devices import EngineSetup, WorkerIdle
 from icm_cli.matting.digest import describe_build
@@ -74,7 +74,8 @@ class RayCluster:
             raise ConfigError(
                 "the Ray cluster has no GPU; give --ray-cpus N to matte on N of its cores"
                 if cpus is None
-                else f"--ray-cpus is {cpus}, and the Ray cluster has {available} core(s); give {available} or fewer"
+                else f"--ray-cpus is {cpus}, and the Ray cluster has {format_count(available, 'core')}; "
+                f"give {available} or fewer"
             )
         self._actor_count = cpus or available
         self._device = "cpu" if cpus else "cuda"
@@ -116,7 +117,7 @@ class RayCluster:
         return choice
 
     def describe(self) -> str:
-        return f"{self._actor_count} Ray actor(s)"
+        return f"{format_count(self._actor_count, 'Ray actor')}"
 
     def create_runner(
         self, setup: EngineSetup, folder: Path, on_result: Callable[[ImageResult], None], notice: Callable[[str], None]

@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from icm_cli.environment import child_environment
-from icm_cli.errors import DeviceError, IcmError
+from icm_cli.errors import DeviceError, IcmError, format_count
 from icm_cli.files import remove_stale_temporaries
 from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
@@ -210,7 +210,7 @@ class WorkerPool:
             remove_stale_temporaries(folder)
         self._waiting.extend(worker.jobs.values())  # at the end, because one of them may be the cause
         self._notice(
-            f"{worker.name} is lost ({worker.end_reason}); {len(worker.jobs)} of its image(s) are queued again"
+            f"{worker.name} is lost ({worker.end_reason}); {format_count(len(worker.jobs), 'image')} queued again"
         )
         worker.jobs.clear()
 

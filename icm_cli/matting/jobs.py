@@ -18,7 +18,7 @@ from pathlib import Path
 
 import cachetools
 
-from icm_cli.errors import ImageError, UsageError
+from icm_cli.errors import ImageError, UsageError, format_count
 from icm_cli.files import (
     MAX_NAME_BYTES,
     TEMPORARY_PREFIX,
@@ -386,13 +386,13 @@ def _check_filters(found: Sequence[Path], root: Path, source_filter: SourceFilte
     if source_filter.include and not any(_is_wanted(path.relative_to(root), include) for path in found):
         patterns = " and ".join(f"--include {pattern!r}" for pattern in source_filter.include)
         raise UsageError(
-            f"{patterns} matches none of the {len(found)} image(s) in {root}, such as "
+            f"{patterns} matches none of the {format_count(len(found), 'image')} in {root}, such as "
             f"{found[0].relative_to(root)}; expected a glob for the path below that folder, or for "
             "the file name"
         )
     if source_filter.frames is not None and all(FrameName.from_path(path).number is None for path in found):
         raise UsageError(
-            f"--frames selects by frame number, and none of the {len(found)} image(s) in {root} "
+            f"--frames selects by frame number, and none of the {format_count(len(found), 'image')} in {root} "
             f"has one, such as {found[0].relative_to(root)}; expected names such as shot.1001.exr; "
             "omit --frames"
         )
@@ -415,7 +415,7 @@ def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
         elif layout.template != DEFAULT_NAME:
             remedy = "use more of {stem}, {frame} and {suffix} in --name"
         raise UsageError(
-            f"{len(shared)} file(s) would be written by several images each: "
+            f"{format_count(len(shared), 'file')} would be written by several images each: "
             f"{'; '.join(lines)}{more}; {remedy}, rename some images, or skip some with --exclude"
         )
     for output, (source,) in writers.items():

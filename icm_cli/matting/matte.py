@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from icm_cli.device import parse_devices
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
-from icm_cli.errors import Problem, UsageError
+from icm_cli.errors import Problem, UsageError, format_count
 from icm_cli.events import Listener, check_argument
 from icm_cli.files import check_would_be_writable, combined_digest, remove_stale_temporaries
 from icm_cli.images.colour import ColourSettings
@@ -181,7 +181,7 @@ class _MattingRun:
         planned = [job for job in remaining if str(job.output) not in failing]
         recomputed = sum(os.path.lexists(job.output) for job in planned)
         self._listener.on_notice(
-            f"{len(results)} image(s): {len(planned) - recomputed} new, {recomputed} to be recomputed, "
+            f"{format_count(len(results), 'image')}: {len(planned) - recomputed} new, {recomputed} to be recomputed, "
             f"{len(kept)} kept, {len(failing)} that cannot be read"
         )
         return Report(settings={}, results=results)
@@ -468,4 +468,4 @@ def _remove_temporaries(plan: MattingPlan, listener: Listener) -> None:
     folders = {*(job.output.parent for job in plan.jobs), *(path.parent for path in plan.report_files.paths)}
     removed = sum(remove_stale_temporaries(folder) for folder in folders)
     if removed:
-        listener.on_notice(f"removed {removed} temporary file(s) that a killed run left behind")
+        listener.on_notice(f"removed {format_count(removed, 'temporary file')} of killed runs")

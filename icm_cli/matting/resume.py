@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli.environment import __version__
-from icm_cli.errors import FileAccessError, ImageError, UsageError
+from icm_cli.errors import FileAccessError, ImageError, UsageError, format_count
 from icm_cli.files import FileIdentity, check_shape, is_file
 from icm_cli.images.decoding import SourceFile
 from icm_cli.images.reading import read_stored_pixels
@@ -182,7 +182,7 @@ def keep_existing_alphas(
     _refuse_conflicts(conflicts)
     _report_kept([each for each in alphas if each[0].output in kept], digest_for, on_result, notice)
     if versions := _version_counts(outdated):
-        notice(f"{_describe_versions(versions)} and are recomputed{hint}")
+        notice(f"recomputing {_describe_versions(versions)}{hint}")
     return [job for job in jobs if job.output not in kept]
 
 
@@ -196,13 +196,14 @@ def _report_kept(
     for _, existing in kept:
         on_result(existing.result)
     if versions := _version_counts(kept):
-        notice(f"{_describe_versions(versions)} and are kept")
+        notice(f"kept {_describe_versions(versions)}")
     others = [job for job, existing in kept if existing.is_of_this_icm and existing.digest != digest_for(job)]
     if others:
-        notice(f"{len(others)} alpha(s) were made with other settings and are kept, such as {others[0].output}")
+        notice(f"kept {format_count(len(others), 'alpha')} made with other settings, such as {others[0].output}")
     retouched = [existing.retouched for _, existing in kept if existing.retouched is not None]
     if retouched:
-        notice(f"{len(retouched)} alpha(s) were changed after icm wrote them and are kept, such as {retouched[0]}")
+        count = format_count(len(retouched), "alpha")
+        notice(f"kept {count} with pixels changed by another program, such as {retouched[0]}")
 
 
 def _version_counts(alphas: Sequence[tuple[Job, ExistingAlpha]]) -> Counter[str]:
@@ -212,7 +213,7 @@ def _version_counts(alphas: Sequence[tuple[Job, ExistingAlpha]]) -> Counter[str]
 
 def _describe_versions(versions: Counter[str]) -> str:
     counts = ", ".join(f"{version}: {count}" for version, count in sorted(versions.items()))
-    return f"{versions.total()} alpha(s) were made by another version of icm ({counts})"
+    return f"{format_count(versions.total(), 'alpha')} made by another version of icm ({counts})"
 
 
 def _refuse_conflicts(conflicts: Sequence[OtherSourceError]) -> None:
