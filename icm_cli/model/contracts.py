@@ -1,21 +1,12 @@
-"""Interfaces of the model's components and the data that they exchange.
+"""Interfaces of the model's components and the data that they exchange. CONTRIBUTING.md shows how to add a component.
 
-A model is a :class:`Backbone` and a :class:`Head`, optionally followed by :class:`Objects` and :class:`Edges`.
-
-Letters as in the paper (Guo et al., "In-Context Matting", CVPR 2024):
-
-- B: batch, C: channels;
-- (h, w): feature grid, N = h*w: its tokens in row-major order;
-- R: references, K: reference tokens inside the guidance.
-
-Conventions:
+Letters as in the paper (Guo et al., "In-Context Matting", CVPR 2024): B batch, C channels, (h, w) feature grid, N = h*w
+its tokens in row-major order, R references, K reference tokens inside the guidance.
 
 - An *image* is float32 sRGB [B,3,H,W] in 0..1 on the backbone's canvas.
 - *valid* is bool [B,H,W], True at the pixels of the frame and False in the padding. The padding is right of and below
   the frame and replicates its edge.
 - Backbones normalise images, and heads normalise features.
-
-CONTRIBUTING.md shows how to add a component.
 """
 
 from __future__ import annotations
@@ -154,13 +145,9 @@ class Component(nn.Module, ABC):
     def weight_files(cls, config: Any, weights: str | None = None, *, offline: bool) -> list[Path]:  # noqa: ARG003
         """Return the files of the pretrained weights that ``load`` reads; an empty list if there are none.
 
-        Args:
-            config: Settings, an instance of ``Config``.
-            weights: Local folder or hub id that replaces the one of the configuration; None for the latter.
-            offline: Do not access the network.
-
-        Raises:
-            ConfigError: The weights are not available. The message says what to fetch and where to put it.
+        ``weights`` is a local folder or hub id that replaces the one of the settings ``config``. With ``offline``, the
+        network is not accessed. Raises ConfigError, which says what to fetch and where to put it, if weights are not
+        available.
         """
         if weights is not None:
             raise ConfigError(f"--weights {weights!r} has no effect: {cls.__name__} has no pretrained weights; omit it")
@@ -215,20 +202,13 @@ class Backbone(Component):
 
     @abstractmethod
     def reference_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
-        """Extract the correspondence features of a batch of references.
-
-        Args:
-            image: float32 [B,3,H,W].
-            valid: bool [B,H,W].
-            noise_keys: Key of each image's noise, for backbones that draw noise. Equal keys give equal noise.
-        """
+        """Extract the correspondence features of a batch of references: image float32 [B,3,H,W], valid bool [B,H,W].
+        Equal ``noise_keys`` give equal noise, in backbones that draw noise."""
 
     @abstractmethod
     def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
-        """Extract all features of a batch of targets, each independently of the others in the batch.
-
-        The arguments are those of :meth:`reference_features`.
-        """
+        """Extract all features of a batch of targets, each independently of the others; see
+        :meth:`reference_features`."""
 
 
 class Head(Component):
@@ -266,14 +246,8 @@ class Head(Component):
 
     @abstractmethod
     def forward(self, target: Features, references: Sequence[Any], image: Tensor, valid: Tensor) -> Matte:
-        """Matte a batch of targets.
-
-        Args:
-            target: Features of the targets.
-            references: For each target the result of :meth:`prepare_references`.
-            image: The targets, float32 [B,3,H,W].
-            valid: bool [B,H,W].
-        """
+        """Matte a batch of targets, float32 [B,3,H,W], by their features. ``references`` has for each target the
+        result of :meth:`prepare_references`; valid is bool [B,H,W]."""
 
 
 class TrainedHead(Head, ABC):
@@ -364,12 +338,5 @@ class Edges(Component):
 
     @abstractmethod
     def refine_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
-        """Refine the edges of a batch of coarse alphas; the images may have different sizes.
-
-        Args:
-            images: sRGB uint8 [H,W,3] each.
-            coarse: Coarse alpha of each image, float32 [h,w] in 0..1 of any size, covers exactly the image.
-
-        Returns:
-            Alpha of each image, float32 [H,W] in 0..1, on the device of the coarse alpha.
-        """
+        """Refine the edges of a batch of coarse alphas. Each is float32 [h,w] in 0..1 of any size and covers exactly
+        its image, sRGB uint8 [H,W,3]. The results are float32 [H,W] in 0..1, on the device of the coarse alpha."""
