@@ -157,6 +157,26 @@ def test_bad_ground_truth_is_reported_and_others_are_scored(
     assert evaluate(pred=tmp_path / "pred", allow=kind).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(float("nan"), "pixels that are NaN or infinite; expected"), (255.0, "values up to 255; expected 0..1")],
+)
+def test_float_prediction_out_of_range_is_reported(
+    evaluate: Evaluate, data: Path, tmp_path: Path, value: float, message: str
+) -> None:
+    copy_alphas(data, tmp_path / "pred")
+    alpha = read(tmp_path / "pred" / "a" / "lawn.png") / np.float32(255)
+    alpha[3, 5] = 1.1
+    (tmp_path / "pred" / "a" / "lawn.png").unlink()
+    Image.fromarray(alpha).save(tmp_path / "pred" / "a" / "lawn.tif")
+    assert evaluate(pred=tmp_path / "pred").exit_code == 0
+    alpha[3, 5] = value
+    Image.fromarray(alpha).save(tmp_path / "pred" / "a" / "lawn.tif")
+    result = evaluate(pred=tmp_path / "pred")
+    assert result.exit_code == 1
+    assert f"lawn.tif has {message}" in result.stderr
+
+
 def test_16_bit_ground_truth_is_rounded_to_8_bits(evaluate: Evaluate, data: Path, tmp_path: Path) -> None:
     copy_alphas(data, tmp_path / "pred")
     evaluate(pred=tmp_path / "pred", report=tmp_path / "8.json")

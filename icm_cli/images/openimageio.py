@@ -28,6 +28,7 @@ from icm_cli.images.pixels import (
     valid_orientation,
 )
 
+NOT_FINITE = "pixels that are NaN or infinite"
 MAX_DISPLAY_VALUE = 1.5
 """A float image that is not scene-linear and has larger values is not on the scale 0..1."""
 MAX_12_BIT = 4095
@@ -116,9 +117,11 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
     notices = list(layer_notices)
     if _integer_attribute(spec, "tiff:PhotometricInterpretation", -1) == MIN_IS_WHITE:
         pixels = np.asarray(np.maximum(scale - pixels, 0), values.dtype)
-    if values.dtype == np.float32 and not np.isfinite(pixels).all():
-        notices.append(f"{path} has pixels that are NaN or infinite; they are set to 0")
-        pixels = np.nan_to_num(pixels, nan=0.0, posinf=0.0, neginf=0.0)
+    channels = [pixels] if alpha is None else [pixels, alpha]
+    if values.dtype == np.float32 and not all(np.isfinite(each).all() for each in channels):
+        notices.append(f"{path} has {NOT_FINITE}; they are set to 0")
+        pixels, *alphas = (np.nan_to_num(each, nan=0.0, posinf=0.0, neginf=0.0) for each in channels)
+        alpha = alphas[0] if alphas else None
     profile, space = spec.getattribute("ICCProfile"), wanted.space
     if space == "auto":
         space, notice = _file_colour_space(spec, file.type, wanted.config)

@@ -16,6 +16,7 @@ from icm_cli.geometry import ImageU8, round_to_u8
 from icm_cli.images.colour import DEFAULT_COLOUR, SRGB, ColourSettings, to_display_srgb
 from icm_cli.images.decoding import as_image_errors, decode_image, frame_count, open_image
 from icm_cli.images.image_file import ImageFile
+from icm_cli.images.openimageio import NOT_FINITE
 from icm_cli.images.pixels import GREY_TOLERANCE, DecodedImage, ImageWindows, reorient_pixels
 
 RAW_VALUES = ColourSettings(space=SRGB, is_matte=True)
@@ -142,9 +143,15 @@ class GroundTruthAlpha:
 def read_ground_truth(
     source: Path | ImageFile, *, is_label_map: bool = False, target_windows: ImageWindows | None = None
 ) -> GroundTruthAlpha:
-    """Read a ground truth as :func:`read_alpha` does, with its unusual properties. Raises ImageError."""
+    """Read a ground truth as :func:`read_alpha` does, with its unusual properties.
+
+    Raises ImageError, also for values that are not finite.
+    """
     image = read_image(source, RAW_VALUES)
     assert image.stored is not None
+    if any(NOT_FINITE in notice for notice in image.notices):
+        path = source.path if isinstance(source, ImageFile) else source
+        raise ImageError(f"{path} has {NOT_FINITE}; expected an alpha with values of 0..1; write it again")
     if is_label_map and (objects := _object_mask(image.stored)) is not None:
         return GroundTruthAlpha(objects, is_deep=False, has_colour=False)
     bits, image = image.stored.bits, image.to_display_window(target_windows)
