@@ -84,10 +84,6 @@ class Placement:
         mask[: self.content[0], : self.content[1]] = True
         return mask
 
-    def crop_to_content(self, alpha: Float) -> Float:
-        """Return an alpha on the canvas without the padding."""
-        return np.ascontiguousarray(alpha[: self.content[0], : self.content[1]])
-
 
 def has_same_aspect(size: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     """Whether (height, width) has the aspect ratio of ``expected``, except for rounding."""

@@ -121,7 +121,10 @@ class RedPredictor:
     def coarse_alphas(self, frames: Sequence[Frame], reference: Any) -> list[CoarseAlpha]:
         self.passes += [(reference, frame.size) for frame in frames]
         found = reference in self.known
-        red = [frame.placement.crop_to_content(frame.canvas[..., 0] > 127) * np.float32(found) for frame in frames]
+        red = []
+        for frame in frames:
+            height, width = frame.placement.content
+            red.append((frame.canvas[:height, :width, 0] > 127) * np.float32(found))
         return [CoarseAlpha(torch.from_numpy(alpha), 0.9, found) for alpha in red]
 
     @property

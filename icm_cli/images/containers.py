@@ -125,16 +125,18 @@ def check_png_pixels(file: ImageFile) -> None:
         raise ValueError("it ends before its pixels do")
 
 
-def png_grey_white(file: ImageFile) -> int | None:
-    """Return the largest value of a grey PNG with less than 8 bits, None for other PNGs."""
-    bits, colour_type = file.head[PNG_DEPTH_OFFSET], file.head[PNG_DEPTH_OFFSET + 1]
-    return 2**bits - 1 if bits < 8 and colour_type == 0 else None
-
-
-def pnm_white(file: ImageFile) -> int | None:
-    """Return the value of white in the header of a PGM or PPM, None for other PNMs."""
-    match = PNM_HEADER.match(file.head)
-    return int(match[1]) if match else None
+def file_white(file: ImageFile) -> int | None:
+    """Return the value of white in a PGM, PPM, or grey PNG or TIFF of less than 8 bits; None for other files."""
+    if file.type.name == "pnm":
+        match = PNM_HEADER.match(file.head)
+        return int(match[1]) if match else None
+    bits, is_grey = 8, True
+    if file.type.name == "png":
+        bits, is_grey = file.head[PNG_DEPTH_OFFSET], file.head[PNG_DEPTH_OFFSET + 1] == 0
+    elif file.type.name == "tiff":
+        tags = next(_tiff_tags(file), {})
+        bits, is_grey = tags.get(TIFF_BITS, 8), tags.get(TIFF_SAMPLES, 1) == 1
+    return 2**bits - 1 if bits < 8 and is_grey else None
 
 
 def is_black_and_white_bmp(head: bytes) -> bool:
@@ -155,13 +157,6 @@ def may_have_jpeg2000_alpha(head: bytes) -> bool:
     at = head.find(JPEG2000_SIZES)
     components = head[at + JPEG2000_COMPONENTS_OFFSET :][:2] if at >= 0 else b""
     return components not in (b"\0\1", b"\0\3")
-
-
-def tiff_grey_white(file: ImageFile) -> int | None:
-    """Return the largest value of a grey TIFF with less than 8 bits, None for other TIFFs."""
-    tags = next(_tiff_tags(file), {})
-    bits = tags.get(TIFF_BITS, 8)
-    return 2**bits - 1 if bits < 8 and tags.get(TIFF_SAMPLES, 1) == 1 else None
 
 
 def has_64_bit_integers(file: ImageFile) -> bool:

@@ -39,11 +39,6 @@ from icm_cli.images.pixels import (
 )
 
 Result = TypeVar("Result")
-_FILE_WHITE = {
-    "png": containers.png_grey_white,
-    "tiff": containers.tiff_grey_white,
-    "pnm": containers.pnm_white,
-}
 _PILLOW_FORMATS = frozenset({"jpeg", "gif", "webp", "bmp", "dib", "avif", "heic", ""})
 
 
@@ -343,7 +338,7 @@ def _decode_with_pillow(
         tuple(notices),
         indices=indices,
         has_grey_palette=has_grey_palette,
-        file_white=_FILE_WHITE[file.type.name](file) if file.type.name in _FILE_WHITE else None,
+        file_white=containers.file_white(file),
         orientation=orientation,
     )
 

@@ -112,7 +112,9 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
     if values is None or reader.has_error:
         raise ValueError(reader.geterror() or "no pixels")
     alpha = None if layer.alpha is None else values[..., layer.alpha - first]
-    pixels = _select_channels(values, [channel - first for channel in layer.colours])
+    red, blue = layer.colours[0] - first, layer.colours[-1] - first
+    is_adjacent = layer.colours == tuple(range(layer.colours[0], layer.colours[-1] + 1))  # is not copied
+    pixels = values[..., red : blue + 1] if is_adjacent else values[..., [each - first for each in layer.colours]]
     scale = _white_value(spec, values.dtype, wanted.white)
     notices = list(layer_notices)
     if _integer_attribute(spec, "tiff:PhotometricInterpretation", -1) == MIN_IS_WHITE:
@@ -127,7 +129,8 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
         space, notice = _file_colour_space(spec, file.type, wanted.config)
         notices += [f"{path} has {notice}"] if notice and profile is None else []
     notices += _check_range(path, pixels, scale, space, wanted)
-    if profile is None and wanted.space == "auto" and space == colour.SRGB and (gamma := _file_gamma(spec)):
+    gamma = spec.getattribute("oiio:Gamma")  # of a labelled gamma space such as g20_rec709_scene
+    if profile is None and wanted.space == "auto" and space == colour.SRGB and isinstance(gamma, float) and gamma:
         notices.append(f"{path} has a gamma of {gamma:.4g}, which matches no known colour space; it is read as sRGB")
     if profile is not None and wanted.space == "auto" and (file.type.name != "png" or space == colour.SRGB):
         eight = _to_8_bits(pixels, scale)
@@ -174,12 +177,6 @@ def _find_layer(
     return ImageLayer(frame, colours, names.index("A") if "A" in names else None), ()
 
 
-def _select_channels(values: NDArray[Any], channels: list[int]) -> NDArray[Any]:
-    """Return channels of pixels [H,W,C]; adjacent channels are not copied."""
-    first, end = channels[0], channels[-1] + 1
-    return values[..., first:end] if channels == list(range(first, end)) else values[..., channels]
-
-
 def _read_type(spec: Any, wanted: colour.ColourSettings) -> str:
     """Return the type to read: uint8 and uint16 unchanged, all others as float. Masks are read as the integers that
     they store, because a float cannot hold every label."""
@@ -203,9 +200,9 @@ def _white_value(spec: Any, dtype: Any, white: float | None) -> float:
 
 def _file_white(spec: Any, file: ImageFile, dtype: Any) -> int | None:
     """Return the file's own value of white if OpenImageIO has scaled fewer bits to a full type."""
-    bits = _integer_attribute(spec, "oiio:BitsPerSample", 0)
     if file.type.name == "pnm":
-        return containers.pnm_white(file)
+        return containers.file_white(file)
+    bits = _integer_attribute(spec, "oiio:BitsPerSample", 0)
     return 2**bits - 1 if dtype.kind == "u" and 0 < bits < 8 * dtype.itemsize else None
 
 
@@ -231,12 +228,6 @@ def _check_range(
 
 def _to_8_bits(values: NDArray[Any], scale: float) -> ImageU8:
     return round_to_u8(values.astype(np.float32) * np.float32(255.0 / scale))
-
-
-def _file_gamma(spec: Any) -> float | None:
-    """Return the exponent of a labelled gamma space such as g20_rec709_scene, None without one."""
-    gamma = spec.getattribute("oiio:Gamma")
-    return float(gamma) if isinstance(gamma, float) else None
 
 
 def _file_colour_space(spec: Any, file_type: FileType, config: str) -> tuple[str, str]:

@@ -74,18 +74,17 @@ def read_references(
     ]
 
 
-def _border_pixels(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return the outermost pixels."""
-    return np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-
-
 def make_guidance(mask: ImageU8, windows: ImageWindows, name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
     """Convert a mask uint8 [h,w] to guidance bool of the size of its reference's data window. The mask has the size of
     the data window or the aspect ratio of the display window of ``windows``. ``name``: what messages call it. Raises
     UsageError if it has another aspect ratio, or is empty or full."""
     if mask.shape not in (windows.size, windows.display):
         size = windows.display
-        _check_aspect_ratio(mask.shape, size, name)
+        if not has_same_aspect(mask.shape, size):
+            raise UsageError(
+                f"{name} is {_size_text(mask.shape)} and its reference {_size_text(size)}; expected the same aspect "
+                "ratio; give a mask that was drawn on this image"
+            )
         notice(f"{name} is {_size_text(mask.shape)} and its reference {_size_text(size)}; the mask is resized")
     mask = _fit_to_data_window(mask, windows)
     guidance: NDArray[np.bool_] = mask > FOREGROUND_THRESHOLD * 255
@@ -97,7 +96,8 @@ def make_guidance(mask: ImageU8, windows: ImageWindows, name: str, notice: Calla
         raise UsageError(
             f"{name} is full: every pixel is above one half; expected only the object in white; give another mask"
         )
-    if guidance.mean() > INVERTED_FRACTION and _border_pixels(guidance).mean() > INVERTED_BORDER:
+    border = np.concatenate([guidance[0], guidance[-1], guidance[:, 0], guidance[:, -1]])
+    if guidance.mean() > INVERTED_FRACTION and border.mean() > INVERTED_BORDER:
         notice(
             f"{name} is white in {100 * guidance.mean():.0f} % of the image and along nearly all "
             "of its border; if the object is black, invert the mask"
@@ -151,14 +151,6 @@ def _fit_to_data_window(mask: ImageU8, windows: ImageWindows) -> ImageU8:
     if mask.shape == windows.size:
         return mask
     return windows.display_window.move_pixels(resize(mask, windows.display), windows)
-
-
-def _check_aspect_ratio(mask: tuple[int, ...], reference: tuple[int, int], name: str) -> None:
-    if not has_same_aspect(mask, reference):
-        raise UsageError(
-            f"{name} is {_size_text(mask)} and its reference {_size_text(reference)}; expected the "
-            "same aspect ratio; give a mask that was drawn on this image"
-        )
 
 
 def _size_text(shape: tuple[int, ...]) -> str:
