@@ -129,8 +129,7 @@ def main() -> None:
 
 
 def _with_options(
-    options_class: type[Options],
-    callbacks: Mapping[str, Callback] | None = None,
+    options_class: type[Options], callbacks: Mapping[str, Callback] | None = None
 ) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Decorate the body of a command, which takes all options in one object, for Typer.
 
@@ -164,7 +163,7 @@ def _typer_parameter(field: OptionField, callback: Callback | None) -> inspect.P
     option = typer.Option(
         *(properties.flags or (field.flag,)),
         help=properties.help,
-        metavar=properties.metavar or "|".join(field.choices) or None,
+        metavar=field.metavar or "|".join(field.choices) or None,
         show_default=properties.shown_default or True,
         rich_help_panel=None if is_default_panel else field.panel.value,
         autocompletion=(lambda: list(suggestions())) if suggestions else None,

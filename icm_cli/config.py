@@ -44,9 +44,7 @@ COMPONENTS: dict[ComponentKind, dict[str, str]] = {
         "detail": "stable_diffusion.detail_head:DetailHead",
         "training-free": "training_free.head:TrainingFree",
     },
-    "objects": {
-        "mobile-sam": "lite.mobile_sam:MobileSam",
-    },
+    "objects": {"mobile-sam": "lite.mobile_sam:MobileSam"},
     "edges": {
         "refine": "lite.refiner:Refine",
         "vitmatte": "hub.vitmatte:VitMatteEdges",

@@ -72,25 +72,32 @@ class Terminal(Listener):
 
     def on_run_start(self, total: int) -> None:
         self.total = total
-        if sys.stderr and sys.stderr.isatty() and self.may_show_bar:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, unit="image", dynamic_ncols=True, smoothing=0.1)
+        self._start_bar("image", total)
 
     def on_image_end(self, result: ImageResult) -> None:
         self.ended += 1
         if result.status == "failed":
-            self._print(f"icm: failed: {_source_text(result)}: {_without_prefix(result)}")
+            self._print(f"icm: {_failure_text(result)}")
         if self._bar is not None:
             self._bar.update()
         elif self.has_lines and result.status != "failed":
             self._print(f"[{self.ended}/{self.total}] {result.status} {_source_text(result)}{_format_result(result)}")
 
     def on_run_end(self, report: Report) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._close_bar()
         if not self.quiet:
             _print_summary(report)
+
+    def _start_bar(self, unit: str, total: int | None, initial: int = 0) -> None:
+        if sys.stderr and sys.stderr.isatty() and self.may_show_bar:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True, smoothing=0.1)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def _print(self, text: str) -> None:
         if self._bar is not None:
@@ -151,9 +158,8 @@ def _format_result(result: ImageResult) -> str:
     return "".join(parts)
 
 
-def _without_prefix(result: ImageResult) -> str:
-    """Return the reason without the path of the source at its start."""
-    return result.reason.removeprefix(result.source).lstrip(": ")
+def _failure_text(result: ImageResult) -> str:
+    return f"failed: {_source_text(result)}: {result.reason.removeprefix(result.source).lstrip(': ')}"
 
 
 def _print_parts(*parts: Table | str) -> None:
@@ -194,7 +200,7 @@ def _print_summary(report: Report) -> None:
         _print_parts(_scores_table(report), *(f"- {note}" for note in notes), "")
     if report.shots:
         _print_parts(_shots_table(report), "")
-    failures = [f"failed: {_source_text(result)}: {_without_prefix(result)}" for result in report.failures]
+    failures = [_failure_text(result) for result in report.failures]
     if len(failures) > MAX_PRINTED:
         failures[MAX_PRINTED:] = [f"... and {len(failures) - MAX_PRINTED} more failures"]
     print_table(_summary_rows(report), *failures)
@@ -326,59 +332,36 @@ def _escape_unprintable(line: str) -> str:
     )
 
 
-class EncodingProgress:
-    """Lines about the progress of encoding, with the estimated remaining time."""
-
-    def __init__(self, total: int, stored: int) -> None:
-        self._total = total
-        self._stored = stored
-        self._start = self._last = time.monotonic()
-
-    def line(self, encoded: int) -> str | None:
-        """Return a line for the log, None if the last one is more recent than
-        :data:`ENCODING_LINE_INTERVAL_S`."""
-        now = time.monotonic()
-        if now - self._last < ENCODING_LINE_INTERVAL_S and encoded < self._total:
-            return None
-        self._last = now
-        seconds = (now - self._start) / max(1, encoded - self._stored) * (self._total - encoded)
-        return f"[{encoded}/{self._total}] images encoded, {_format_duration(seconds)} left"
-
-
-def _format_duration(seconds: float) -> str:
-    """For example "40 s" or "12 min"."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
 class TrainingTerminal(Terminal, TrainingListener):
     """Listener for training that prints a progress bar, or lines if stderr is not a terminal."""
 
     def on_encoding_start(self, total: int, stored: int) -> None:
         earlier = f"; an earlier run has encoded {stored} of {total}" if stored else ""
         self.on_notice(f"encoding {total - stored} images with the backbone{earlier}")
-        self._encoding = EncodingProgress(total, stored)
-        if sys.stderr and sys.stderr.isatty() and self.may_show_bar:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=stored, unit="image", dynamic_ncols=True, smoothing=0.1)
+        self._images, self._stored = total, stored
+        self._encoding_start = self._last_line = time.monotonic()
+        self._start_bar("image", total, stored)
 
     def on_encoding_progress(self, encoded: int) -> None:
         if self._bar is not None:
             self._bar.update(encoded - self._bar.n)
-        elif not self.quiet and (line := self._encoding.line(encoded)):
-            self._print(line)
+            return
+        now = time.monotonic()
+        if self.quiet or (now - self._last_line < ENCODING_LINE_INTERVAL_S and encoded < self._images):
+            return
+        self._last_line = now
+        seconds = (now - self._encoding_start) / max(1, encoded - self._stored) * (self._images - encoded)
+        left = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+        self._print(f"[{encoded}/{self._images}] images encoded, {left} left")
 
     def on_encoding_end(self) -> None:
-        self.on_steps_end()
+        self._close_bar()
 
     def on_training_start(self, first_step: int, steps: int | None, samples: int) -> None:
         self._step_limit = "" if steps is None else f"/{steps}"
         end = "the time limit" if steps is None else steps
         self.on_notice(f"training from step {first_step + 1} to {end}, {samples} samples per step")
-        if sys.stderr and sys.stderr.isatty() and self.may_show_bar:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._start_bar("step", steps, first_step)
 
     def on_step_end(self, step: int) -> None:
         if self._bar is not None:
@@ -402,9 +385,7 @@ class TrainingTerminal(Terminal, TrainingListener):
         self.on_notice(f"step {step}: validation {text}{' (best so far)' if is_best else ''}")
 
     def on_steps_end(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._close_bar()
 
     def on_training_end(self, summary: TrainingSummary) -> None:
         """Print the summary of the run, and the command to matte with its model."""

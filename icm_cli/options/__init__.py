@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from icm_cli.errors import PROBLEM_KINDS, UsageError
-from icm_cli.options.definition import (
-    CommandOptions,
-    DigestPart,
-    Option,
-    OptionGroup,
-    Panel,
-    keyword_arguments,
-    option,
-)
+from icm_cli.options.definition import CommandOptions, DigestPart, Option, OptionGroup, Panel, keyword_arguments, option
 
 __all__ = ["EvaluateOptions", "LoadOptions", "MatteOptions", "TrainOptions", "keyword_arguments"]
 
@@ -92,14 +84,12 @@ class ReferenceOptions(OptionGroup):
 
     ref: tuple[Path, ...] = option(
         help="Reference image, repeatable. An RGBA cut-out needs no mask.",
-        metavar="FILE",
         digest=DigestPart.REFERENCES,
         is_everyday=True,
     )
     mask: tuple[Path, ...] = option(
         (),
         help="Mask of the reference, repeatable: white on the object, black elsewhere. Give one for each --ref.",
-        metavar="FILE",
         digest=DigestPart.REFERENCES,
         is_everyday=True,
     )
@@ -227,10 +217,7 @@ class ModelOptions(OptionGroup):
         is_everyday=True,
     )
     checkpoint: Path | None = option(
-        None,
-        help="Trained weights: the published .ckpt, or a .safetensors file of icm.",
-        metavar="FILE",
-        digest=DigestPart.MODEL,
+        None, help="Trained weights: the published .ckpt, or a .safetensors file of icm.", digest=DigestPart.MODEL
     )
     weights: str | None = option(None, WEIGHTS)
     edges: EdgeMethod = option(
@@ -255,7 +242,6 @@ class ModelOptions(OptionGroup):
     seed: int = option(
         0,
         help="Seed of the noise that Stable Diffusion backbones add.",
-        metavar="N",
         minimum=0,
         maximum=2**32 - 1,
         digest=DigestPart.VALUE,
@@ -276,9 +262,7 @@ class MatteModelOptions(ModelOptions):
         suggestions=_device_names,
     )
     list_models: bool = option(
-        False,
-        help="List the models with their requirements and licences, and exit.",
-        is_in_api=False,
+        False, help="List the models with their requirements and licences, and exit.", is_in_api=False
     )
 
 
@@ -299,7 +283,6 @@ class ResourceOptions(OptionGroup):
     workers: int | None = option(
         None,
         help="Number of reader threads; also the number of writer threads and of scoring processes.",
-        metavar="N",
         minimum=1,
         maximum=256,
         shown_default="half of the cores, at most 4",
@@ -389,7 +372,6 @@ class ShotOptions(OptionGroup):
     learn_steps: int | None = option(
         None,
         help="Number of steps in which the model learns the references before matting.",
-        metavar="N",
         minimum=0,
         maximum=100_000,
         shown_default="140 with --shot if the model can learn, else 0",
@@ -427,14 +409,13 @@ class SequenceOptions(ShotOptions):
         expected="auto, or an address such as 10.0.0.1:6379",
     )
     ray_cpus: int | None = option(
-        None, help="With --ray: number of CPU cores to use instead of GPUs.", metavar="N", minimum=1, maximum=100_000
+        None, help="With --ray: number of CPU cores to use instead of GPUs.", minimum=1, maximum=100_000
     )
 
 
 REPORT = Option(
     help="Write a report, repeatable. The extension sets the format: .csv (one row per image), .json (all results and "
-    "settings) or .html (a page with images).",
-    metavar="FILE",
+    "settings) or .html (a page with images)."
 )
 
 
@@ -446,7 +427,7 @@ class MatteReportOptions(OptionGroup):
 
     report: tuple[Path, ...] = option((), REPORT)
     contact_sheet: Path | None = option(
-        None, help="Write a contact sheet (.png) with source, alpha and cut-out of every image.", metavar="FILE"
+        None, help="Write a contact sheet (.png) with source, alpha and cut-out of every image."
     )
     gt: str | None = option(
         None,
@@ -519,9 +500,7 @@ class DatasetOptions(OptionGroup):
     panel: ClassVar[Panel] = Panel.DATASET
 
     dataset: DatasetName | None = option(
-        None,
-        help="Name of a published dataset, or the word folder for your own images.",
-        is_everyday=True,
+        None, help="Name of a published dataset, or the word folder for your own images.", is_everyday=True
     )
     data_root: Path | None = option(None, help="Folder that contains the dataset.", metavar="DIR", is_everyday=True)
     images: str | None = option(
@@ -534,7 +513,6 @@ class DatasetOptions(OptionGroup):
     groups: Path | None = option(
         None,
         help="JSON file that lists which images show the same object or class, in the schema of the groups of ICM-57.",
-        metavar="FILE",
         shown_default="the published groups, if there are any",
     )
     backgrounds: Path | None = option(
@@ -557,15 +535,12 @@ class ProtocolOptions(OptionGroup):
         is_everyday=True,
     )
     references: Path | None = option(
-        None,
-        help="Use the references of an earlier run: its JSON report, or a file of --write-references.",
-        metavar="FILE",
+        None, help="Use the references of an earlier run: its JSON report, or a file of --write-references."
     )
     rounds: int | None = option(
         None,
         help="Number of rounds, each with other references. Reports give the mean and the standard deviation over "
         "the rounds.",
-        metavar="N",
         minimum=1,
         maximum=1000,
         shown_default="1",
@@ -606,17 +581,13 @@ class EvaluatedMattingOptions(ShotOptions):
         False, help="Matte every group as a shot, as icm matte --shot does.", digest=DigestPart.PROPAGATION
     )
     refs_per_group: int | None = option(
-        None, help="Number of references for each group.", metavar="N", minimum=1, maximum=1000, shown_default="1"
+        None, help="Number of references for each group.", minimum=1, maximum=1000, shown_default="1"
     )
     write_references: Path | None = option(
-        None,
-        help="Write the references of the run to this .json file, for --references of a later run.",
-        metavar="FILE",
+        None, help="Write the references of the run to this .json file, for --references of a later run."
     )
     save_alphas: Path | None = option(
-        None,
-        help="Folder for the alphas. Without this option, they are deleted at the end of the run.",
-        metavar="DIR",
+        None, help="Folder for the alphas. Without this option, they are deleted at the end of the run.", metavar="DIR"
     )
 
 
@@ -674,7 +645,6 @@ class TrainingOptions(OptionGroup):
     data: Path | None = option(
         None,
         help="A .yaml file that lists the training sources, the backgrounds and the validation data.",
-        metavar="FILE",
         shown_default="the section data of --config",
         is_everyday=True,
     )
@@ -682,9 +652,7 @@ class TrainingOptions(OptionGroup):
         None, help="Folder for checkpoints and logs.", metavar="DIR", shown_default="runs/CONFIG", is_everyday=True
     )
     resume: bool = option(False, help="Continue the run in the folder --out, if there is one.", is_everyday=True)
-    checkpoint: Path | None = option(
-        None, help="Initial weights, instead of random ones.", metavar="FILE", shown_default="none"
-    )
+    checkpoint: Path | None = option(None, help="Initial weights, instead of random ones.", shown_default="none")
     overrides: tuple[str, ...] = option(
         (),
         help="Override a setting of --config, such as train.steps=500, repeatable.",
@@ -694,14 +662,10 @@ class TrainingOptions(OptionGroup):
         expected="KEY=VALUE, such as train.steps=500",
     )
     preview: int = option(
-        0,
-        help="Write a contact sheet of N training samples (preview.png), and exit.",
-        metavar="N",
-        minimum=0,
-        maximum=1000,
+        0, help="Write a contact sheet of N training samples (preview.png), and exit.", minimum=0, maximum=1000
     )
     pack: Path | None = option(
-        None, help="Also write the trained model, with its backbone, into one small .safetensors file.", metavar="FILE"
+        None, help="Also write the trained model, with its backbone, into one small .safetensors file."
     )
 
 
@@ -716,7 +680,6 @@ class TrainingDeviceOptions(OptionGroup):
     workers: int | None = option(
         None,
         help="Number of processes that prepare training samples. With 0, the main process prepares them.",
-        metavar="N",
         minimum=0,
         maximum=256,
         shown_default="half of the cores, at most 4",

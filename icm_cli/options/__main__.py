@@ -122,7 +122,7 @@ def _value_cell(field: OptionField) -> str:
     if field.value_type is bool:
         return ""
     values = ", ".join(f"`{choice}`" for choice in field.choices)
-    name = f"`{field.properties.metavar}`" if field.properties.metavar else values
+    name = f"`{field.metavar}`" if field.metavar else values
     return f"{name}, repeatable" if field.is_repeatable else name
 
 

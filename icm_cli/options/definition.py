@@ -156,8 +156,14 @@ class OptionField:
         return typing.get_args(self.value_type) if is_literal else self.properties.choices
 
     @property
+    def metavar(self) -> str:
+        """Stands for a value in help texts; empty for choices and flags."""
+        default = {int: "N", Path: "FILE"}.get(self.value_type, "")
+        return self.properties.metavar or default
+
+    @property
     def is_path(self) -> bool:
-        is_text_path = re.search("FILE|DIR|PATH", self.properties.metavar or "") is not None
+        is_text_path = re.search("FILE|DIR|PATH", self.metavar) is not None
         return is_text_path or Path in (self.value_type, *typing.get_args(self.value_type))
 
     @property
