@@ -56,28 +56,23 @@ class ExistingAlpha:
 
     result: ImageResult
     """Result if the alpha is kept."""
-    digest: str
-    version: str
-    """Version of icm that made it."""
-    code: str
-    """Fingerprint of the code that made it; "" if it is not recorded."""
+    provenance: Mapping[str, str]
     is_of_same_state: bool
     """Whether the source has the same state as when the alpha was made."""
-    content: str
-    """SHA-256 of the source's files when the alpha was made."""
     retouched: Path | None
     """File whose pixels were changed after icm wrote it."""
 
     @property
     def is_of_this_icm(self) -> bool:
         """Whether this version of icm, with this code, made it."""
-        return self.version == __version__ and self.code == code_fingerprint()
+        made_by = self.provenance.get(VERSION_KEY), self.provenance.get(CODE_KEY)
+        return made_by == (__version__, code_fingerprint())
 
     def can_be_kept(self, job: Job, digest: str, *, keep_all: bool) -> bool:
         """Return whether the alpha is up to date, or with ``keep_all`` of the same source."""
         if keep_all:
-            return self.is_of_same_state or self.content == job.content_digest()
-        return self.is_of_same_state and self.digest == digest
+            return self.is_of_same_state or self.provenance.get(CONTENT_KEY) == job.content_digest()
+        return self.is_of_same_state and self.provenance[DIGEST_KEY] == digest
 
 
 def make_provenance(job: Job, digest: str, origin: Origin, measured: dict[str, Any]) -> dict[str, str]:
@@ -179,10 +174,11 @@ def keep_existing_alphas(
     outdated = [(job, existing) for job, existing in alphas if job.output not in kept]
     conflicts = [existing for _, (existing, _) in inspected if isinstance(existing, OtherSourceError)]
     conflicts += [_retouched_error(existing.retouched, job) for job, existing in outdated if existing.retouched]
-    _refuse_conflicts(conflicts)
+    if conflicts:
+        more = f"; and {len(conflicts) - MAX_LISTED_FILES} more" if len(conflicts) > MAX_LISTED_FILES else ""
+        raise UsageError("; ".join(map(str, conflicts[:MAX_LISTED_FILES])) + more)
     _report_kept([each for each in alphas if each[0].output in kept], digest_for, on_result, notice)
-    if versions := _version_counts(outdated):
-        notice(f"recomputing {_describe_versions(versions)}{hint}")
+    _count_versions([existing for _, existing in outdated], "recomputing", hint, notice)
     return [job for job in jobs if job.output not in kept]
 
 
@@ -195,9 +191,9 @@ def _report_kept(
     """Report kept alphas; count those of other settings or versions, and retouched ones."""
     for _, existing in kept:
         on_result(existing.result)
-    if versions := _version_counts(kept):
-        notice(f"kept {_describe_versions(versions)}")
-    others = [job for job, existing in kept if existing.is_of_this_icm and existing.digest != digest_for(job)]
+    _count_versions([existing for _, existing in kept], "kept", "", notice)
+    own = [(job, existing.provenance[DIGEST_KEY]) for job, existing in kept if existing.is_of_this_icm]
+    others = [job for job, digest in own if digest != digest_for(job)]
     if others:
         notice(f"kept {format_count(len(others), 'alpha')} made with other settings, such as {others[0].output}")
     retouched = [existing.retouched for _, existing in kept if existing.retouched is not None]
@@ -206,21 +202,13 @@ def _report_kept(
         notice(f"kept {count} with pixels changed by another program, such as {retouched[0]}")
 
 
-def _version_counts(alphas: Sequence[tuple[Job, ExistingAlpha]]) -> Counter[str]:
-    """Return the number of alphas of each other version of icm."""
-    return Counter(_version_text(existing) for _, existing in alphas if not existing.is_of_this_icm)
-
-
-def _describe_versions(versions: Counter[str]) -> str:
-    counts = ", ".join(f"{version}: {count}" for version, count in sorted(versions.items()))
-    return f"{format_count(versions.total(), 'alpha')} made by another version of icm ({counts})"
-
-
-def _refuse_conflicts(conflicts: Sequence[OtherSourceError]) -> None:
-    """Raise UsageError if there are outputs that must not be replaced."""
-    if conflicts:
-        more = f"; and {len(conflicts) - MAX_LISTED_FILES} more" if len(conflicts) > MAX_LISTED_FILES else ""
-        raise UsageError("; ".join(map(str, conflicts[:MAX_LISTED_FILES])) + more)
+def _count_versions(alphas: Sequence[ExistingAlpha], action: str, hint: str, notice: Callable[[str], None]) -> None:
+    """Print a notice that counts the alphas of other versions of icm."""
+    others = [existing.result.matting.made_by for existing in alphas if not existing.is_of_this_icm]
+    versions = Counter(f"{one} with other code" if one == __version__ else one for one in others)
+    if versions:
+        counts = ", ".join(f"{version}: {count}" for version, count in sorted(versions.items()))
+        notice(f"{action} {format_count(len(others), 'alpha')} made by another version of icm ({counts}){hint}")
 
 
 def read_existing_alpha(job: Job) -> ExistingAlpha | None:
@@ -240,14 +228,10 @@ def read_existing_alpha(job: Job) -> ExistingAlpha | None:
         return None
     provenance = provenances[job.output]
     is_same_root = provenance.get(ROOT_KEY) == _to_text(job.root)
-    version = provenance.get(VERSION_KEY, UNRECORDED_VERSION)
     return ExistingAlpha(
-        replace(job.planned, status="kept", matting=_recorded_details(provenance, version)),
-        provenance[DIGEST_KEY],
-        version,
-        provenance.get(CODE_KEY, ""),
+        replace(job.planned, status="kept", matting=_recorded_details(provenance)),
+        provenance,
         not is_same_root or provenance.get(SOURCE_KEY) == job.state(),  # under another root the content was compared
-        provenance.get(CONTENT_KEY, ""),
         retouched,
     )
 
@@ -263,18 +247,14 @@ def _keep_advice(job: Job) -> str:
     )
 
 
-def _recorded_details(provenance: dict[str, str], version: str) -> MattingDetails:
+def _recorded_details(provenance: Mapping[str, str]) -> MattingDetails:
     """Return the details that an alpha records, except those that are damaged or unknown to this version."""
     details = {}
     with contextlib.suppress(ValueError, RecursionError):
         recorded = json.loads(provenance.get(RESULT_KEY, "{}"))
         check_shape(recorded, DETAILS_SHAPE, RESULT_KEY)
         details = {name: value for name, value in recorded.items() if f"{name}?" in DETAILS_SHAPE}
-    return MattingDetails(seconds=0.0, made_by=version, **details)
-
-
-def _version_text(existing: ExistingAlpha) -> str:
-    return f"{existing.version} with other code" if existing.version == __version__ else existing.version
+    return MattingDetails(seconds=0.0, made_by=provenance.get(VERSION_KEY, UNRECORDED_VERSION), **details)
 
 
 def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:
