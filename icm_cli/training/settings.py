@@ -480,7 +480,7 @@ def _read_data_file(path: Path) -> object:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"data file {path} cannot be read: {reason}; {EXPECTED_DATA}") from error
     except ConfigError as error:
-        raise UsageError(f"{error}; {EXPECTED_DATA}") from error
+        raise UsageError(f"{error}; docs/train.md shows a data file") from error
 
 
 def _parse_data(content: object, where: str) -> DataConfig:
