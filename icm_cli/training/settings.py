@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -443,9 +444,8 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-compatible mappings, which :func:`read_settings` reads back."""
-        plain: dict[str, Any] = _to_plain(
-            {**self.model.as_dict(), "train": dataclasses.asdict(self.train), "data": dataclasses.asdict(self.data)}
-        )
+        train, data = dataclasses.asdict(self.train), dataclasses.asdict(self.data)
+        plain: dict[str, Any] = json.loads(json.dumps({**self.model.as_dict(), "train": train, "data": data}))
         return plain
 
 
@@ -522,9 +522,3 @@ def _apply_override(fields: Mapping[str, Any], override: str) -> dict[str, Any]:
         inner[key] = inner = dict(below)  # (assigned left to right: the entry, then the variable)
     inner[keys[-1]] = value
     return changed
-
-
-def _to_plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _to_plain(item) for key, item in value.items()}
-    return [_to_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

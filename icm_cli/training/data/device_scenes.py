@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,6 +41,8 @@ PYRAMID_LEVELS = 3
 """Number of sizes in which each image is stored, each half as large as the one before."""
 THUMBNAIL_PX = 16
 """Side of the thumbnails from which the CPU computes how much of an object is visible."""
+CELL_CENTRES = (np.indices((THUMBNAIL_PX, THUMBNAIL_PX)).reshape(2, -1)[::-1].T + 0.5) / THUMBNAIL_PX
+"""Centres (x, y) of a thumbnail's cells, as fractions of the image's sides, [T*T,2]."""
 EXTRAPOLATION_PX = 4.0
 """Standard deviation of the blur that extrapolates a cut-out's colours beyond its alpha."""
 FOREGROUND_RADII = (12, 3)
@@ -94,7 +95,8 @@ class DeviceImages:
             thumbnails.append(resize(alpha, (THUMBNAIL_PX, THUMBNAIL_PX)).astype(np.float32) / 255.0)
         levels = [squares]
         for _ in range(PYRAMID_LEVELS - 1):
-            levels.append(torch.cat([_halve_size(part) for part in torch.split(levels[-1], 64)]))
+            halves = [_to_u8(F.avg_pool2d(part.float(), 2)) for part in torch.split(levels[-1], 64)]
+            levels.append(torch.cat(halves))
         return cls(tuple(levels), np.array(sizes), np.array(boxes), np.stack(thumbnails))
 
 
@@ -220,16 +222,10 @@ class DeviceScenes:
         """Fraction of an object that is on the canvas."""
         height, width = self.images.sizes[index]
         weight = self.images.thumbnails[index]
-        x, y = (self._cell_centres * [width, height]).T
+        x, y = (CELL_CENTRES * [width, height]).T
         on_canvas = affine[:, :2] @ np.stack([x, y]) + affine[:, 2:]
         inside = ((on_canvas >= 0) & (on_canvas <= canvas_px)).all(axis=0)
         return float((weight.ravel() * inside).sum() / max(1e-6, float(weight.sum())))
-
-    @cached_property
-    def _cell_centres(self) -> NDArray[np.float64]:
-        """Centres (x, y) of a thumbnail's cells, as fractions of the image's sides."""
-        y, x = np.mgrid[:THUMBNAIL_PX, :THUMBNAIL_PX]
-        return (np.stack([x.ravel(), y.ravel()], axis=-1) + 0.5) / THUMBNAIL_PX
 
     def _place_background(self, canvas_px: int, rng: Rng) -> PlacedImage:
         """Draw a background and a square part of it, which covers the canvas."""
@@ -377,10 +373,6 @@ def _draw_augmentation(augment: AugmentConfig, rng: Rng) -> tuple[NDArray[np.flo
     noise = float(rng.uniform(1, 10)) if rng.random() < augment.noise else 0.0
     quality = int(rng.integers(40, 95)) if rng.random() < augment.jpeg else None
     return colours, blur, noise, quality, int(rng.integers(2**31))
-
-
-def _halve_size(images: Tensor) -> Tensor:
-    return _to_u8(F.avg_pool2d(images.float(), 2))
 
 
 def _to_u8(values: Tensor) -> Tensor:
