@@ -124,15 +124,15 @@ class StableDiffusion(Backbone):
     @classmethod
     def weight_files(cls, config: Any, weights: str | None = None, *, offline: bool) -> list[Path]:
         """Return the files of a folder in the layout of diffusers. The first one is ``unet/config.json``."""
-
-        def list_files(folder: Path) -> list[Path]:
-            return [folder / name for name in (*FEATURE_FILES, *PROMPT_FILES)]
-
-        source, patterns = (
+        names = (*FEATURE_FILES, *PROMPT_FILES)
+        return find_weight_files(
             config.weights if weights is None else weights,
-            [*FEATURE_FILES, *PROMPT_FILES, "tokenizer/*.json"],
+            DEFAULT_WEIGHTS,
+            lambda folder: [folder / name for name in names],
+            [*names, "tokenizer/*.json"],
+            offline=offline,
+            option="--weights",
         )
-        return find_weight_files(source, DEFAULT_WEIGHTS, list_files, patterns, offline=offline, option="--weights")
 
     @classmethod
     def load(cls, config: Any, weights: str | None, *, offline: bool, seed: int) -> Self:

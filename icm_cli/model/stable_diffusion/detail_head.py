@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,7 @@ class DetailHead(TrainedHead):
             [reference.tokens for reference in references], target.correspondence_features, target.valid
         )
         spread = [
-            layer(similarity, _attention_matrix(target, stride))
+            layer(similarity, cast(AttentionMatrix, target.intra_similarity[stride]).matrix)
             for layer, stride in zip(self.intra_similarity, FUSION_STRIDES, strict=True)
         ]
         return similarity, spread
@@ -209,9 +210,3 @@ class DetailDecoder(nn.Module):
         for step in self.steps:
             fused = step(torch.cat([details.pop(), upsample_2x(fused)], dim=1))
         return torch.sigmoid(self.output(fused).float())
-
-
-def _attention_matrix(target: Features, stride: int) -> Tensor:
-    similarity = target.intra_similarity[stride]
-    assert isinstance(similarity, AttentionMatrix)
-    return similarity.matrix
