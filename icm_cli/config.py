@@ -148,15 +148,9 @@ class ModelConfig:
 
 
 def component_class(kind: ComponentKind, name: str) -> Any:
-    """Import and return the class that implements a component.
+    """Import and return the class of a component, such as ``component_class("head", "token-match")``.
 
-    Args:
-        kind: Section of the configuration, for example ``"head"``.
-        name: Value of the section's key ``name``, for example ``"token-match"``.
-
-    Raises:
-        ConfigError: ``name`` is not registered in :data:`COMPONENTS`, or its entry refers to a
-            missing class.
+    Raises ConfigError for a name that is not in :data:`COMPONENTS`, and for a wrong entry there.
     """
     registered = COMPONENTS[kind]
     if name not in registered:
@@ -187,14 +181,9 @@ def component_class(kind: ComponentKind, name: str) -> Any:
 
 
 def parse_model_config(mapping: object, where: str) -> ModelConfig:
-    """Convert a mapping with the sections of a model to a configuration.
+    """Convert a mapping with the sections of a model, from the file or checkpoint ``where``.
 
-    Args:
-        mapping: Content of the file or checkpoint.
-        where: Origin of the mapping, for error messages.
-
-    Raises:
-        ConfigError: A section or key is missing, unknown or has an invalid value.
+    Raises ConfigError for a section or key that is missing, unknown or invalid.
     """
     fields = require_mapping(mapping, where)
     reject_unknown_keys(fields, set(MODEL_SECTIONS), where)
@@ -212,12 +201,7 @@ def parse_model_config(mapping: object, where: str) -> ModelConfig:
 
 
 def load_model_config(model: str) -> ModelConfig:
-    """Load the configuration of a preset or YAML file.
-
-    Raises:
-        UsageError: The preset does not exist.
-        ConfigError: The file is invalid.
-    """
+    """Load the configuration of a preset or YAML file. Raises UsageError or ConfigError."""
     where, mapping = read_config_mapping(model)
     fields = require_mapping(mapping, where)
     reject_unknown_keys(fields, MODEL_KEYS, where)
@@ -227,28 +211,14 @@ def load_model_config(model: str) -> ModelConfig:
 def read_config_mapping(config: str) -> tuple[str, object]:
     """Read a preset or YAML file. Return its path and its content.
 
-    Raises:
-        UsageError: The preset does not exist.
-        ConfigError: The file is not YAML.
+    Raises UsageError for an unknown preset, and ConfigError for a file that cannot be read.
     """
     presets = preset_paths()
-    if config in presets:
-        path = presets[config]
-    else:
-        path = Path(config)
-        if path.suffix not in {".yaml", ".yml"}:
-            raise UsageError(
-                f"model {quote_value(config)} is neither a preset nor a .yaml file. {did_you_mean(config, presets)}"
-            )
-    return str(path), read_yaml(path)
-
-
-def read_yaml(path: Path) -> object:
-    """Read a YAML file.
-
-    Raises:
-        ConfigError: The file cannot be read, is not YAML, or has a key twice.
-    """
+    path = presets.get(config, Path(config))
+    if path.suffix not in {".yaml", ".yml"}:
+        raise UsageError(
+            f"model {quote_value(config)} is neither a preset nor a .yaml file. {did_you_mean(config, presets)}"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -257,19 +227,11 @@ def read_yaml(path: Path) -> object:
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"configuration {path} is not YAML; save it as UTF-8 text") from error
-    return parse_yaml(text, f"configuration {path}")
+    return str(path), parse_yaml(text, f"configuration {path}")
 
 
 def parse_yaml(text: str, where: str) -> object:
-    """Parse YAML in which every mapping has each key once.
-
-    Args:
-        text: One YAML document.
-        where: Origin of the text, for error messages.
-
-    Raises:
-        ConfigError: The text is not YAML, or a mapping has a key twice.
-    """
+    """Parse a YAML document from the file or option ``where``. Raises ConfigError, also for a key given twice."""
     try:
         return yaml.load(text, _StrictLoader)  # a subclass of SafeLoader
     except _DuplicateKeyError as error:
