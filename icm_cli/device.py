@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from icm_cli import environment
-from icm_cli.errors import ConfigError, UsageError, did_you_mean
+from icm_cli.errors import ConfigError, UsageError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CUDA_BATCH_SIZE = 8
@@ -57,15 +57,10 @@ class Device:
 
 
 def resolve_device(device: str = "auto", dtype: str = "auto", *, transformer_dtype: str = "auto") -> Device:
-    """Return the device of ``--device`` and ``--dtype``.
+    """Return the device of the options ``--device``, without "cuda:all", and ``--dtype``.
 
-    Args:
-        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        dtype: "auto", or a name in :data:`DTYPES`.
-        transformer_dtype: Dtype that the model's transformers prefer if ``dtype`` is "auto".
-
-    Raises:
-        ConfigError: The device or dtype is unknown, or the machine has no such device.
+    ``transformer_dtype``: dtype that the model's transformers prefer if ``dtype`` is "auto". Raises ConfigError if the
+    machine has no such device.
     """
     target = _best_device() if device == "auto" else _named_device(device)
     if dtype == "auto" and transformer_dtype != "auto":
@@ -74,23 +69,22 @@ def resolve_device(device: str = "auto", dtype: str = "auto", *, transformer_dty
         if target.type == "cuda":
             return Device(target, torch.float16, torch.float16)
         return Device(target, torch.float32, _fast_transformer_dtype(target))
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype!r} is unknown. {did_you_mean(dtype, ['auto', *DTYPES])}")
     return Device(target, DTYPES[dtype], DTYPES[dtype])
 
 
 def parse_devices(text: str) -> list[str]:
-    """Return the names of the devices in a list such as "cuda:0,cuda:1".
+    """Return the names of the devices in a list such as "cuda:0,cuda:1"; "cuda:all" selects every GPU, and "cpu,cpu"
+    two processes on the CPU.
 
-    "cuda:all" selects every GPU. "cpu,cpu" selects two processes on the CPU.
-
-    Raises:
-        ConfigError: A device is unknown, or the machine has no such device.
-        UsageError: The devices are of several types, or a GPU is given twice.
+    Raises ConfigError if the machine has no such device, UsageError if the devices are of several types or a GPU is
+    given twice.
     """
     if text == "cuda:all":
         if not (count := torch.cuda.device_count()):
-            raise ConfigError(f"--device is 'cuda:all', but this machine has no GPU; {_available_text()}")
+            raise ConfigError(
+                "--device is 'cuda:all', but this machine has no GPU; available devices: "
+                f"{', '.join(available_devices())}"
+            )
         return [f"cuda:{number}" for number in range(count)]
     names = [name.strip() for name in text.split(",")]
     if len(names) == 1:
@@ -215,22 +209,10 @@ def _best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _available_text() -> str:
-    return f"available devices: {', '.join(available_devices())}"
-
-
 def _named_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps") from None
-    available = {
-        "cpu": True,
-        "cuda": (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if device.type not in available:
-        raise ConfigError(f"device {name!r} is not supported; expected auto, cpu, cuda, cuda:N or mps")
-    if not available[device.type]:
-        raise ConfigError(f"this machine has no device {name!r}; {_available_text()}")
-    return torch.device("cuda:0") if name == "cuda" else device
+    """Return the device of a name that the option allows. Raises ConfigError if the machine has none of this number."""
+    kind, _, number = name.partition(":")
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if int(number or 0) >= counts.get(kind, 1):
+        raise ConfigError(f"this machine has no device {name!r}; available devices: {', '.join(available_devices())}")
+    return torch.device("cuda:0") if name == "cuda" else torch.device(name)

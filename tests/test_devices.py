@@ -227,8 +227,8 @@ def test_processes_exit_when_the_run_is_killed_and_leave_no_partial_files(
     ("device", "code", "message"),
     [
         ("cpu,cuda:7", 3, "this machine has no device 'cuda:7'"),
-        ("cpu,", 3, "device '' is unknown"),
-        ("cpu,auto", 3, "device 'auto' is unknown"),
+        ("cpu,", 2, "--device is 'cpu,'; expected auto, cpu"),
+        ("cpu,auto", 2, "--device is 'cpu,auto'; expected auto, cpu"),
         ("cuda:0,cpu", 2, "mixes types of devices"),
         ("cuda,cuda:0", 2, "contains a device twice"),
     ],
