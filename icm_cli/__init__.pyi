@@ -203,7 +203,7 @@ def evaluate(
     predictor: Predictor | None = None,
     listener: Listener | None = None,
 ) -> Report:
-    """Score alphas of a dataset: matted here by its own references, or read from ``pred``.
+    """Matte a dataset, each group with its own references, or read alphas from ``pred``, and score them.
 
     Args:
         dataset: Name of a published dataset, or the word folder for your own images.
@@ -269,7 +269,7 @@ def train(
     offline: bool = False,
     listener: TrainingListener | None = None,
 ) -> TrainingSummary:
-    """Train a model by the recipe of a configuration, and save it at intervals.
+    """Train a model by the recipe of a configuration (Guo et al. 2024, section 4), saving regularly.
 
     Args:
         config: Model and training recipe: a .yaml file, or a preset such as lite or icm-sd21.
@@ -299,7 +299,7 @@ def load(
     seed: int = 0,
     offline: bool = False,
 ) -> Predictor:
-    """Load a model to matte arrays with.
+    """Load a model that mattes arrays; the arguments are options of ``icm matte``.
 
     Args:
         model: Model: a name that icm matte --list-models prints, such as lite, or a .yaml file.
