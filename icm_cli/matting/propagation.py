@@ -241,7 +241,7 @@ class FlowPropagator:
 
     def _find_earlier(self, job: Job, size: tuple[int, ...]) -> FrameMemory | None:
         """Find the nearest earlier frame with an alpha and a reduced image of this size."""
-        source, other_sizes = job.source, list[str]()
+        source, mismatched = job.source, list[str]()
         memory: FrameMemory | None
         for _ in range(self._config.max_frames_back):
             keyframe, previous = self._shot.keyframes.get(job.output), self._shot.previous.get(job.output)
@@ -255,12 +255,12 @@ class FlowPropagator:
                 break
             if memory is not None and memory.rgb.shape == size:
                 return memory
-            other_sizes += [name.name] if memory is not None else []
+            mismatched += [name.name] if memory is not None else []
             if keyframe is not None:
                 break
-        if other_sizes:
+        if mismatched:
             self._notice(
-                f"{source} has another size or aspect ratio than {other_sizes[0]}; its alpha is not propagated"
+                f"the alpha of {mismatched[0]} is not propagated to {source}, because its size or aspect ratio differs"
             )
         return None
 

@@ -55,7 +55,7 @@ def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConf
         name = model or DEFAULT_MODEL
         config, packed = load_model_config(name), packed_checkpoint(name)
         if packed is None:
-            _require_checkpoint(config)
+            _check_needs_no_checkpoint(config)
         return config, packed
     requested = None if model is None else load_model_config(model)
     stored = read_config(checkpoint)
@@ -110,7 +110,7 @@ def load_model(
     missing or do not fit the configuration.
     """
     if checkpoint is None:
-        _require_checkpoint(config)
+        _check_needs_no_checkpoint(config)
     stored = None if checkpoint is None else read_checkpoint(checkpoint)
     with torch.random.fork_rng(devices=[]):  # the random numbers of the caller stay as they are
         return build_model(config, stored, weights, offline=offline, seed=seed).eval()
@@ -241,7 +241,7 @@ def _contains_backbone(checkpoint: Path, backbone: type[Backbone], weights: str 
     return is_contained
 
 
-def _require_checkpoint(config: ModelConfig) -> None:
+def _check_needs_no_checkpoint(config: ModelConfig) -> None:
     """Raise ConfigError if the head has weights, because there is no checkpoint."""
     if component_class("head", config.head.name).is_trained:
         raise ConfigError(

@@ -29,7 +29,7 @@ from icm_cli.files import check_path
 
 Returned = TypeVar("Returned")
 NO_LIMIT = math.inf
-LONGEST_TEXT = 4096
+MAX_TEXT_LENGTH = 4096
 """Maximum number of characters of a text other than a path."""
 _WHOLE_NUMBER = re.compile("[+-]?[0-9]{1,4000}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
@@ -178,7 +178,7 @@ class OptionField:
         kinds = {int: "a whole number", float: "a number", bool: "True or False"}
         if self.value_type in kinds:
             return kinds[self.value_type] + limits
-        return "a path" if self.is_path else f"text of 1 to {LONGEST_TEXT} printable characters"
+        return "a path" if self.is_path else f"text of 1 to {MAX_TEXT_LENGTH} printable characters"
 
     def parse_text(self, text: object) -> object:
         """Return the number that a text of the command line stands for; other values as they are."""
@@ -222,7 +222,7 @@ class OptionField:
             is_allowed = value != ""
             check_path(str(value), self.flag)
         elif isinstance(value, str):
-            is_text = value.isprintable() and not value.isspace() and 0 < len(value) <= LONGEST_TEXT
+            is_text = value.isprintable() and not value.isspace() and 0 < len(value) <= MAX_TEXT_LENGTH
             is_allowed = is_text and re.fullmatch(self.properties.pattern or ".*", value, re.ASCII) is not None
         else:
             is_allowed = True

@@ -188,19 +188,23 @@ class ScoreTask:
 
 @dataclass(frozen=True)
 class FlickerTask:
-    """Compute dtSSD between two frames, each given by the paths of its alpha and ground truth."""
+    """Compute dtSSD between a frame and the frame before it.
+
+    ``frame`` and ``previous_frame`` are the paths of an alpha and its ground truth.
+    """
 
     frame: tuple[Path, Path]
-    before: tuple[Path, Path]
+    previous_frame: tuple[Path, Path]
     rule: ScoringRule
 
     def run(self) -> float | None:
         """Return dtSSD, or None if a file cannot be read."""
         try:
-            shape = self._read_alpha(self.frame[1]).shape
+            _, truth_path = self.frame
+            shape = self._read_alpha(truth_path).shape
             alpha, truth, alpha_before, truth_before = (
                 resize_for_scoring(as_unit_range(self._read_alpha(path)), shape, self.rule.scored_size)
-                for path in (*self.frame, *self.before)
+                for path in (*self.frame, *self.previous_frame)
             )
         except ImageError:
             return None

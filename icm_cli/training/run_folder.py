@@ -163,10 +163,10 @@ class RunFolder:
         self.best: dict[str, float] | None = None
         """Step and MSE of the best model so far."""
 
-    def check_folder(self, *, resume: bool) -> None:
-        """Check that the run can start or resume in the folder.
+    def prepare_folder(self, *, resume: bool) -> None:
+        """Check that the run can start or resume in the folder, and remove temporary files of killed runs from it.
 
-        Raises UsageError if the folder contains a run that cannot be resumed (or ``resume`` is False),
+        Raises UsageError if the folder contains a run, and it cannot be resumed or ``resume`` is False;
         OutputError if the folder is not writable.
         """
         existing = [name for name in (STATE_NAME, LAST_NAME, BEST_NAME) if (self.folder / name).exists()]

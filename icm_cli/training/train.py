@@ -88,7 +88,7 @@ def train(options: TrainOptions, *, listener: TrainingListener | None = None) ->
         checkpoint=training.checkpoint,
         command=_command_line(options, folder),
     )
-    run.check_folder(resume=training.resume)
+    run.prepare_folder(resume=training.resume)
     with run.lock():
         if is_main_process():
             if settings.data.validation is not None:

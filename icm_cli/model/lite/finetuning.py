@@ -158,30 +158,30 @@ class FinetunableHead(TrainedHead, ABC):
 def match_losses(
     prediction: Sequence[Tensor], fine_truth: Tensor, valid: Tensor, presence_weight: float
 ) -> dict[str, Tensor]:
-    """Compute the losses of a prediction, the fields of a :class:`MatchPrediction`.
+    """Compute the losses of a prediction, a tuple of the fields of :class:`MatchPrediction`.
 
     ``fine_truth`` is the true alpha at the resolution of the decoder, float32 [B,nh,nw] in 0..1. ``valid``: tokens that
     count, bool [B,h,w]. Returns each loss of :data:`LOSS_TERMS`, and their sum as "total", float32 [B].
     """
     coarse, logit, transferred, presence = prediction
-    finer = logit.shape[-1] // coarse.shape[-1]
-    fine_valid = valid.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
-    truth = F.avg_pool2d(fine_truth[:, None], finer)[:, 0]
-    size = valid.sum(dim=(1, 2))
+    upsampling = logit.shape[-1] // coarse.shape[-1]
+    fine_valid = valid.repeat_interleave(upsampling, 1).repeat_interleave(upsampling, 2)
+    truth = F.avg_pool2d(fine_truth[:, None], upsampling)[:, 0]
+    valid_count = valid.sum(dim=(1, 2))
     transferred_alpha = (0.5 + 0.5 * transferred).clamp(MIN_LOG_ALPHA, 1.0 - MIN_LOG_ALPHA)
     comparison_loss = F.binary_cross_entropy(
         transferred_alpha, truth[:, None].expand_as(transferred_alpha), reduction="none"
     ).mean(dim=1)
-    has_object = truth.sum(dim=(1, 2)) > 1.0
+    has_area = truth.sum(dim=(1, 2)) > 1.0
     alpha = torch.sigmoid(logit) * fine_valid
-    common, sizes = (alpha * fine_truth).mean(dim=(1, 2)), (alpha + fine_truth).mean(dim=(1, 2))
-    common, sizes = common * size, sizes * size
+    intersection, sum_of_areas = (alpha * fine_truth).mean(dim=(1, 2)), (alpha + fine_truth).mean(dim=(1, 2))
+    intersection, sum_of_areas = intersection * valid_count, sum_of_areas * valid_count
     is_present = (truth.amax(dim=(1, 2)) > 0.5).float()
     terms = {
         "cross_entropy": _mean_cross_entropy(logit, fine_truth, fine_valid),
-        "dice": (1.0 - (2.0 * common + 1.0) / (sizes + 1.0)) * has_object,
-        "coarse": _mean_cross_entropy(coarse, truth, valid) if finer > 1 else torch.zeros_like(is_present),
-        "comparisons": (comparison_loss * valid).sum(dim=(1, 2)) / size,
+        "dice": (1.0 - (2.0 * intersection + 1.0) / (sum_of_areas + 1.0)) * has_area,
+        "coarse": _mean_cross_entropy(coarse, truth, valid) if upsampling > 1 else torch.zeros_like(is_present),
+        "comparisons": (comparison_loss * valid).sum(dim=(1, 2)) / valid_count,
         "presence": presence_weight * F.binary_cross_entropy_with_logits(presence, is_present, reduction="none"),
     }
     return {**terms, "total": torch.stack(list(terms.values())).sum(dim=0)}

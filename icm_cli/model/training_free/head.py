@@ -234,12 +234,13 @@ def segment_by_clusters(
 
     A token is a candidate if it is similar to the prototype of the reference, and if its nearest reference token is
     inside the mask. The seed is the cluster with candidates that is most similar to the prototype. Other clusters are
-    added if they are similar to the prototype and to the seed, and consist mostly of candidates. Clustering N tokens
+    added if the product of their similarity to the prototype, their similarity to the seed and their fraction of
+    candidates is above ``min_join_score``. Clustering N tokens
     computes N * (N - 1) / 2 distances of 8 bytes, 67 MB for 64 x 64 tokens.
 
     ``compared`` [N,C] are the tokens that are compared with the reference, and ``grouping`` [N,D] those that are
     clustered. Returns the tokens of the object, float32 [N], 0 or 1; and the similarity of the seed to the prototype,
-    as a fraction of that of the reference's own tokens, 0 if there is no seed.
+    divided by that of the reference's foreground tokens; 0 if there is no seed.
     """
     target, foreground = F.normalize(compared.float(), dim=-1), F.normalize(reference.foreground.float(), dim=-1)
     prototype = F.normalize(foreground.mean(dim=0), dim=0)
@@ -255,12 +256,11 @@ def segment_by_clusters(
     to_prototype = F.normalize(one_hot @ target, dim=-1) @ prototype
     seed = int(to_prototype.masked_fill(candidate_fraction == 0, -torch.inf).argmax())
     centres = F.normalize(one_hot @ F.normalize(grouping.float(), dim=-1), dim=-1)
-    candidate_fraction[seed] = 1.0
     score = (one_hot @ similarity / size) * (centres @ centres[seed]) * candidate_fraction
     joined = score > config.min_join_score
     joined[seed] = True
-    own = float((foreground @ prototype).mean())
-    return joined[label].float(), float(similarity[label == seed].mean()) / max(own, 1e-6)
+    reference_similarity = float((foreground @ prototype).mean())
+    return joined[label].float(), float(similarity[label == seed].mean()) / max(reference_similarity, 1e-6)
 
 
 def is_nearest_foreground(target: Tensor, foreground: Tensor, background: Tensor) -> Tensor:

@@ -196,13 +196,13 @@ def _draw_outline(radius: float, roundness: float, rng: Rng) -> Points:
 
 
 def _draw_strand(root: Points, outward: Points, down: Points, length: float, curl: float, rng: Rng) -> Points:
-    """Draw a wavy curve, [CURVE_POINTS,2], that starts outward and bends down."""
+    """Return the points [CURVE_POINTS,2] of a random wavy curve that starts outward and bends down."""
     pull = rng.uniform(0.5, 1.5)
     along = np.linspace(0.0, 1.0, CURVE_POINTS)[:, None]
-    step = length * rng.uniform(0.4, 1.1)
+    reach = length * rng.uniform(0.4, 1.1)
     side = np.array([-outward[1], outward[0]])
     wave = np.sin(along * rng.uniform(3.0, 12.0) + rng.uniform(0.0, 6.3)) * along * curl * 0.12
-    return root + step * (along * outward + pull * along**2 * down * 0.7 + wave * side)
+    return root + reach * (along * outward + pull * along**2 * down * 0.7 + wave * side)
 
 
 def _bezier_curve(start: Points, middle: Points, end: Points) -> Points:
