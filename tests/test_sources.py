@@ -424,7 +424,6 @@ def test_bad_line_of_a_list_fails_alone(
         ("{frame:04d}", "has a format for {frame}"),
         ("{stem:{frame}}", "has a format for {stem}"),
         ("a/b", "is not a file name"),
-        ("", "is not a file name"),
         ("x" * 300, "is longer than a file name"),
     ],
 )
@@ -435,6 +434,16 @@ def test_bad_templates_are_refused_with_the_fields(icm: Icm, template: str, mess
     assert len(result.stderr) < 500
     assert "expected a file name with {stem}, {frame} and {suffix}" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_template_that_makes_no_name_is_refused(icm: Icm, scene: Path) -> None:
+    empty = icm("--name", "")
+    assert empty.exit_code == 2
+    assert empty.stderr == "icm: --name is ''; expected text of 1 to 4096 printable characters\n"
+    result = icm("--name", "{frame}")
+    assert result.exit_code == 2
+    assert "--name '{frame}' makes no name for " in result.stderr
+    assert icm("--name", "{frame}", src=scene / "imgs" / "pad.0101.png").exit_code == 0
 
 
 def test_names_that_become_too_long_fail_alone(icm: Icm, scene: Path) -> None:

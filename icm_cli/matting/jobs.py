@@ -154,6 +154,8 @@ class OutputLayout:
         parts = FrameName.from_path(name)
         if self.pattern is None:
             stem = self.template.format(stem=parts.stem, frame=parts.frame, suffix=name.suffix)
+            if not stem:
+                raise UsageError(f"--name {self.template!r} makes no name for {name}; {_EXPECTED_NAME}")
             return self.folder / name.with_name(stem + self.suffix)
         if parts.number is None:
             raise UsageError(f"{name} has no frame number, which the pattern of --out needs; give --out a folder")
