@@ -425,10 +425,12 @@ def check_shape(value: Any, shape: Any, name: str) -> None:
         for number, each in enumerate(value):
             check_shape(each, shape[0], f"{name}[{number}]")
     for key, inner in shape.items() if isinstance(shape, dict) else ():
-        required = key.removesuffix("?")
-        if key == required != "*" and key not in value:
-            raise ValueError(f"{name}.{key}".lstrip(".") + " is missing")
-        for found in value if key == "*" else [required] if required in value else []:
+        field = key.removesuffix("?")
+        is_required = key != "*" and key == field
+        if is_required and field not in value:
+            raise ValueError(f"{name}.{field}".lstrip(".") + " is missing")
+        present = value if key == "*" else {field} & set(value)
+        for found in present:
             check_shape(value[found], inner, f"{name}.{found}".lstrip("."))
 
 

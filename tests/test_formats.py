@@ -350,7 +350,7 @@ def test_code_points_have_precedence_over_the_profile_of_a_png(tmp_path: Path, d
     ("codes", "notice"),
     [
         ((9, 14, 0, 1), "has the colour space 9/14 of ITU-T H.273, which icm does not know, and is read as sRGB"),
-        ((9, 16, 0, 0), "has the colour space 9/16 of ITU-T H.273 with the narrow range of video, which icm does not"),
+        ((9, 16, 0, 0), "has the colour space 9/16 of ITU-T H.273, whose narrow range of video icm does not support"),
         ((2, 2, 0, 1), ""),
         ((1, 13, 0, 1), ""),
     ],

@@ -201,7 +201,7 @@ def test_short_shot_is_reported_and_others_are_scored(evaluate: Icm, davis: Path
         path.unlink()
     result = evaluate(dataset="davis16", data_root=davis, report=tmp_path / "r.json")
     assert result.exit_code == 1
-    assert "lone-image: shot dog has 1 frame; its first and last are not scored" in result.stderr
+    assert "lone-image: shot dog has 1 frame; no frame is scored, because the first and last never are" in result.stderr
     report = report_of(tmp_path / "r.json")
     assert report["summary"]["problems"] == {"lone-image": 1}
     assert list(by_name(report)) == middle("cow")

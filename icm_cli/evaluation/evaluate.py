@@ -98,12 +98,18 @@ def _find_dataset(options: EvaluateOptions) -> DatasetSamples:
 
 
 def _select_shot_frames(dataset_samples: DatasetSamples) -> DatasetSamples:
-    """Exclude the last frame of every shot. Raises UsageError if all shots are shorter than MIN_SHOT_FRAMES."""
+    """Exclude the last frame of every shot, and all frames of shots shorter than MIN_SHOT_FRAMES, which are problems.
+
+    Raises UsageError if all shots are shorter.
+    """
     shots = group_samples(dataset_samples.samples)
     lengths = {shot: len(frames) for shot, frames in shots.items()}
     problems = [
         Problem(
-            "lone-image", shot, f"shot {shot} has {format_count(length, 'frame')}; its first and last are not scored"
+            "lone-image",
+            shot,
+            f"shot {shot} has {format_count(length, 'frame')}; no frame is scored, because the first and last"
+            " never are",
         )
         for shot, length in lengths.items()
         if length < MIN_SHOT_FRAMES

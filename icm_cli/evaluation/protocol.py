@@ -173,14 +173,14 @@ class Evaluation:
     def _describe_protocol(
         self, planned: Sequence[ImageResult], references: ReferenceRounds, notes: Sequence[str]
     ) -> dict[str, Any]:
-        """Return everything besides the alphas that affects the scores."""
+        """Return what the scores depend on, apart from the alphas."""
         generated = f"0 < alpha < 1 dilated by a {self.rule.trimap_kernel_px} px square at the scored size"
         if not any(sample.trimap for sample in self.data.samples):
             unknown = f"generated from the alpha: {generated}"
         elif self.rule.has_detail_maps:
             unknown = "published detail maps above 0"
         else:
-            unknown = f"published trimaps at 128; images without a trimap: {generated}"
+            unknown = f"pixels of value 128 in the published trimaps; images without a trimap: {generated}"
         refs_per_group = max((len(names) for groups in references for names in groups.values()), default=0)
         return {
             "dataset": self.options.dataset.dataset,

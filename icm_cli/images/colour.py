@@ -162,8 +162,8 @@ class CodePoints:
     """Whether black is 0 and white the largest value, unlike in video."""
 
     def find_space(self, config: str) -> tuple[str | None, str]:
-        """Return the configuration's name of the colour space; or None, and the end of a notice. The notice is "" if
-        the codes specify nothing."""
+        """Return the configuration's name of the colour space and ""; None and "" if the codes specify nothing; else
+        None and the end of a notice."""
         codes = self.primaries, self.transfer
         label = CICP_SPACES.get(codes)
         space = SRGB if label == SRGB else find_colour_space(label, config)
@@ -172,8 +172,10 @@ class CodePoints:
         if CICP_UNSPECIFIED in codes:
             return None, ""
         what = f"the colour space {self.primaries}/{self.transfer} of ITU-T H.273"
-        what += "" if self.is_full_range else " with the narrow range of video"
-        return None, f"{what}, which icm does not know, and is read as sRGB; give --colorspace if it has another one"
+        problem = (
+            "which icm does not know" if self.is_full_range else "whose narrow range of video icm does not support"
+        )
+        return None, f"{what}, {problem}, and is read as sRGB; give --colorspace if it has another one"
 
 
 def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:

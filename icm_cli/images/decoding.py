@@ -157,8 +157,8 @@ def decode_image(
 
 
 def retry_decoding(file: ImageFile, decode: Callable[[], Result]) -> Result:
-    """Return ``decode()``. If it fails, the file is read through, and decoded again if that succeeds. Libraries that
-    read files themselves hide the errors of the system. Raises OSError."""
+    """Return ``decode()``. After an error that may hide one of the system, read the whole file, which raises OSError if
+    the system fails, and decode once more. All other errors are raised at once."""
     try:
         return decode()
     except (ImageError, MemoryError):

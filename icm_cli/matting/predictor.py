@@ -217,7 +217,7 @@ class Predictor:
         if self.model.edges is None or candidate is None or not candidate.isfinite().all():
             return coarse
         (first,) = self._complete_objects([frame], [candidate])
-        second = self._matte_crop_of(frame, first, reference)
+        second = self._coarse_alpha_from_crop(frame, first, reference)
         if second is None:
             return coarse
         in_crop, crop_logit = second
@@ -228,7 +228,9 @@ class Predictor:
         confidence, found = confidence_and_found(alpha[None, None], everywhere[None])
         return CoarseAlpha(alpha, float(confidence), bool(found), is_completed=True)
 
-    def _matte_crop_of(self, frame: Frame, alpha: Tensor, reference: PreparedReferences) -> tuple[Tensor, float] | None:
+    def _coarse_alpha_from_crop(
+        self, frame: Frame, alpha: Tensor, reference: PreparedReferences
+    ) -> tuple[Tensor, float] | None:
         """Return the completed alpha, float32 [H,W] and 0 outside a crop around the foreground of ``alpha`` [h,w], if
         the object is present, and its presence logit; None if a crop would show no more than the frame."""
         config = self.model.second_pass
@@ -245,8 +247,8 @@ class Predictor:
 
         if box is None or (found := matte_in_crops(box, frame.size, matte_crop, config.crop)) is None:
             return None
-        coarse, in_crop, box = found
-        return paste_crop(in_crop, box, frame.size, config.fade), coarse.presence_logit
+        coarse, in_crop, final_box = found
+        return paste_crop(in_crop, final_box, frame.size, config.fade), coarse.presence_logit
 
     def _reference_tensors(self, reference: Reference) -> tuple[Tensor, Tensor, Tensor]:
         frame = self.prepare_frame(reference.rgb)

@@ -113,8 +113,8 @@ def _compress_tensor(key: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint of icm or the published checkpoint. Raises ConfigError, which says what the file is, if it
-    is something else or damaged."""
+    """Read a checkpoint of icm, or the one that the authors of the paper published. Raises ConfigError if the file is
+    damaged or anything else; its message says what it is."""
     header = _read_header(path)
     if header is None:
         return Checkpoint(_read_published(path), None, {}, f"checkpoint {path}")

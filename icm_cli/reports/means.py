@@ -90,7 +90,8 @@ def compute_means_by(
 
 
 def compute_shot_scores(results: Iterable[ImageResult]) -> dict[str, ShotScores]:
-    """Return the scores of every shot, followed by their mean under the key MEAN_OF_SHOTS.
+    """Return the scores of every shot, followed by their mean under the key MEAN_OF_SHOTS, with the total number of
+    frames.
 
     ``results`` must be in the order of the frames. Frames that lack J or F are excluded.
     """

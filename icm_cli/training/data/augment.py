@@ -24,8 +24,8 @@ STROKE_WIDTH = 1 / 40
 def draw_photograph_transform(size: tuple[int, int], canvas_px: int, config: AugmentConfig, rng: Rng) -> Affine:
     """Draw a transform of a photograph of ``size`` (height, width) to the canvas.
 
-    Its long side becomes at least as long as the canvas. A longer side is cropped at a random position,
-    a shorter one is placed at a random position.
+    Its long side becomes at least as long as the canvas. A side that is longer than the canvas is
+    cropped at a random position, a side that is shorter is placed at a random position.
     """
     zoom = config.zoom ** rng.random()
     scale = canvas_px / max(size) * zoom
