@@ -105,10 +105,11 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
     spec = oiio.ImageSpec(reader.spec())
     orientation = valid_orientation(_integer_attribute(spec, "Orientation"))
     windows = _image_windows(spec, file.type, orientation)
+    read_type = _read_type(spec, wanted)
     for height, width in {windows.size, windows.display}:
-        check_memory(path, width, height)
+        check_memory(path, width, height, 4 if read_type == "float" else np.dtype(read_type).itemsize)
     first, end = layer.channels
-    values = reader.read_image(layer.part, 0, first, end, _read_type(spec, wanted))
+    values = reader.read_image(layer.part, 0, first, end, read_type)
     if values is None or reader.has_error:
         raise ValueError(reader.geterror() or "no pixels")
     alpha = None if layer.alpha is None else values[..., layer.alpha - first]

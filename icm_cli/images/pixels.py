@@ -15,7 +15,7 @@ from icm_cli.environment import FreeMemory, format_gb, free_memory
 from icm_cli.errors import ImageMemoryError
 
 BYTES_PER_PIXEL = 24
-"""Memory that an image needs per pixel while it is read, matted and written."""
+"""Memory that an image of 8 bits needs per pixel while it is read, matted and written."""
 COPIED_ATTRIBUTES = frozenset({"PixelAspectRatio", "smpte:TimeCode", "smpte:KeyCode", "FramesPerSecond", "captureRate"})
 BAD_PROFILE = "its ICC profile cannot be used, so its colours are read as sRGB; embed another profile to change this"
 GREY_TOLERANCE = 16
@@ -166,21 +166,25 @@ def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     return size if orientation in TRANSPOSING_ORIENTATIONS else (size[1], size[0])
 
 
-reserve_memory: ContextVar[Callable[[Path, int, int], None] | None] = ContextVar("reserve_memory", default=None)
+reserve_memory: ContextVar[Callable[[Path, str, int], None] | None] = ContextVar("reserve_memory", default=None)
 """Replaces :func:`check_memory` in a thread that reads images while others are matted and written."""
 
 
-def check_memory(path: Path, width: int, height: int) -> None:
-    """Raise ImageMemoryError for an image that does not fit into the free memory. Decoders call it when they know the
-    size of an image, before they decode it."""
+def check_memory(path: Path, width: int, height: int, sample_bytes: int = 1) -> None:
+    """Raise ImageMemoryError for an image that does not fit into the free memory.
+
+    Decoders call it when they know the size of an image, before they decode it. ``sample_bytes``: bytes of a decoded
+    value.
+    """
+    needed = width * height * (BYTES_PER_PIXEL + 3 * (sample_bytes - 1))
     if reserve := reserve_memory.get():
-        reserve(path, width, height)
-    elif width * height * BYTES_PER_PIXEL > (free := free_memory()).size:
-        raise ImageMemoryError(too_large_message(path, width, height, free))
+        reserve(path, f"{width}x{height}", needed)
+    elif needed > (free := free_memory()).size:
+        raise ImageMemoryError(too_large_message(path, f"{width}x{height}", needed, free))
 
 
-def too_large_message(path: Path, width: int, height: int, free: FreeMemory) -> str:
+def too_large_message(path: Path, size: str, needed: int, free: FreeMemory) -> str:
     return (
-        f"{path} is {width}x{height}, which needs about {format_gb(width * height * BYTES_PER_PIXEL)} of memory, and "
-        f"only {free}; free memory, raise the limit or scale the image down"
+        f"{path} is {size}, which needs about {format_gb(needed)} of memory, and only {free}; free memory, raise the "
+        "limit or scale the image down"
     )

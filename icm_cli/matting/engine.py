@@ -24,7 +24,6 @@ from icm_cli.errors import DeviceError, FileWriteError, ImageError, ImageMemoryE
 from icm_cli.files import FileIdentity, is_writable
 from icm_cli.geometry import Float, alpha_to_u8, trimap_from_alpha
 from icm_cli.images.pixels import (
-    BYTES_PER_PIXEL,
     DecodedImage,
     ImageWindows,
     reserve_memory,
@@ -150,12 +149,11 @@ class MemoryBudget:
         """Add a job; its image is the next one that may reserve memory after those of the jobs before."""
         self._queue.append(job)
 
-    def reserve(self, job: Job, path: Path, width: int, height: int) -> None:
-        """Reserve memory for an image of a job; wait until there is enough.
+    def reserve(self, job: Job, path: Path, size: str, needed: int) -> None:
+        """Reserve ``needed`` bytes for an image of a job; wait until there is enough.
 
         Raises ImageMemoryError if the image is too large even when it is alone.
         """
-        needed = width * height * BYTES_PER_PIXEL
         with self._condition:
             if job in self._queue:  # else it is a further image of the same job
                 self._condition.wait_for(lambda: self._is_closed or self._queue[0] is job)
@@ -168,7 +166,7 @@ class MemoryBudget:
                 if not self._reserved and not self._fits(needed):
                     self._free = self._measure()
                     if not self._fits(needed):
-                        raise ImageMemoryError(too_large_message(path, width, height, self._free))
+                        raise ImageMemoryError(too_large_message(path, size, needed, self._free))
                 self._queue.remove(job)
             self._reserved[id(job)] = self._reserved.get(id(job), 0) + needed
             self._condition.notify_all()
