@@ -1,7 +1,7 @@
 """The ``icm`` command: options, exit codes and error messages.
 
-The commands themselves are functions of the API: ``icm_cli.matte``, ``icm_cli.evaluate`` and
-``icm_cli.train``. Their options are defined in :mod:`icm_cli.options`.
+The commands themselves are functions of the API: ``icm_cli.matte``, ``icm_cli.evaluate`` and ``icm_cli.train``. Their
+options are defined in :mod:`icm_cli.options`.
 """
 
 from __future__ import annotations
@@ -133,8 +133,7 @@ def _with_options(
 ) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Decorate the body of a command, which takes all options in one object, for Typer.
 
-    ``callbacks``: flags that do something else and exit. Errors and signals become a message and an
-    exit code.
+    ``callbacks``: flags that do something else and exit. Errors and signals become a message and an exit code.
     """
 
     def decorate(body: Callable[[Options], None]) -> Callable[..., None]:
@@ -227,8 +226,8 @@ def matte(options: MatteOptions) -> None:
 
     Run the same command again to resume: alphas that are up to date are kept.
 
-    Exit codes: 0 success; 1 some images failed; 2 wrong usage or input; 3 model, weights, device or
-    output; 130 Ctrl-C; 143 SIGTERM.
+    Exit codes: 0 success; 1 some images failed; 2 wrong usage or input; 3 model, weights, device or output; 130 Ctrl-C;
+    143 SIGTERM.
     """
     from icm_cli.matting.matte import matte as run_matte
     from icm_cli.progress import make_terminal
@@ -247,8 +246,8 @@ def evaluate(options: EvaluateOptions) -> None:
 
     Run the same command again to resume.
 
-    Exit codes: 0 success; 1 bad data or failed images (the rest is scored); 2 wrong usage or input;
-    3 model, weights, device or output; 130 Ctrl-C; 143 SIGTERM.
+    Exit codes: 0 success; 1 bad data or failed images (the rest is scored); 2 wrong usage or input; 3 model, weights,
+    device or output; 130 Ctrl-C; 143 SIGTERM.
     """
     if options.reports.compare is not None:
         other_options = {field.name for field in options.option_fields()} - {"compare", "verbose"}
@@ -272,11 +271,11 @@ def evaluate(options: EvaluateOptions) -> None:
 def train(options: TrainOptions) -> None:
     """Train a model: the paper's decoder on frozen Stable Diffusion features, or the small model.
 
-    Ctrl-C and SIGTERM save the current step; the same command with --resume continues with the next
-    step. On several GPUs: torchrun --nproc-per-node N -m icm_cli.cli train ...
+    Ctrl-C and SIGTERM save the current step; the same command with --resume continues with the next step. On several
+    GPUs: torchrun --nproc-per-node N -m icm_cli.cli train ...
 
-    Exit codes: 0 success; 1 training failed (a NaN or infinite loss, unreadable data); 2 wrong
-    usage or input; 3 configuration, weights, device or output; 130 Ctrl-C; 143 SIGTERM.
+    Exit codes: 0 success; 1 training failed (a NaN or infinite loss, unreadable data); 2 wrong usage or input; 3
+    configuration, weights, device or output; 130 Ctrl-C; 143 SIGTERM.
     """
     from icm_cli.terminal import TrainingTerminal
     from icm_cli.training.train import train as run_train

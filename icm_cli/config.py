@@ -1,5 +1,4 @@
-"""Model configurations: frozen dataclasses that are read from YAML, and the presets of the
-package."""
+"""Model configurations: frozen dataclasses that are read from YAML, and the presets of the package."""
 
 from __future__ import annotations
 
@@ -51,11 +50,9 @@ COMPONENTS: dict[ComponentKind, dict[str, str]] = {
         "closed-form": "training_free.closed_form:ClosedForm",
     },
 }
-"""Registry of model components: section -> ``name`` in a configuration -> ``module:Class`` below
-``icm_cli.model``.
+"""Registry of model components: section -> ``name`` in a configuration -> ``module:Class`` below ``icm_cli.model``.
 
-A new component is a module there with a subclass of its contract (see ``icm_cli.model.contracts``),
-and a line here.
+A new component is a module there with a subclass of its contract (see ``icm_cli.model.contracts``), and a line here.
 """
 
 
@@ -81,8 +78,7 @@ class CropSettings:
     min_side: float = 0.2
     """Smallest height and width of a crop, as fractions of the frame's height and width."""
     cut_fraction: float = 0.02
-    """A side of a crop cuts the object if at least this fraction of its pixels belongs to the
-    object."""
+    """A side of a crop cuts the object if at least this fraction of its pixels belongs to the object."""
     growth: float = 0.5
     """Enlargement at a side that cuts the object, as a fraction of the crop's height or width."""
     max_crops: int = 4
@@ -95,23 +91,19 @@ class SecondPassConfig:
 
     crop: CropSettings = CropSettings(margin=0.25, min_side=0.1, max_crops=3)
     max_area: float = 0.9
-    """Largest area of a crop, as a fraction of the frame's: a larger crop shows no more than the
-    frame does."""
+    """Largest area of a crop, as a fraction of the frame's: a larger crop shows no more than the frame does."""
     fade: float = 0.05
-    """The alpha of a crop fades to 0 over this fraction of the crop's side, so that no border is
-    visible."""
+    """The alpha of a crop fades to 0 over this fraction of the crop's side, so that no border is visible."""
 
 
 @dataclass(frozen=True)
 class GuidedFilterConfig:
-    """Guided filter that enlarges alphas to the size of their source, along the edges of the
-    image."""
+    """Guided filter that enlarges alphas to the size of their source, along the edges of the image."""
 
     radius_px: int = 2
     """Radius of the window, in pixels of the alpha before it is enlarged."""
     epsilon: float = 1e-4
-    """Regularisation: variance of a colour channel in 0..1 above which a window counts as an
-    edge."""
+    """Regularisation: variance of a colour channel in 0..1 above which a window counts as an edge."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +113,7 @@ class ModelConfig:
     backbone: ComponentConfig
     head: ComponentConfig
     edges: ComponentConfig | None = None
-    """Component that refines the edges at the size of the source; without it, a guided filter is
-    used."""
+    """Component that refines the edges at the size of the source; without it, a guided filter is used."""
     objects: ComponentConfig | None = None
     """Component that completes the objects of a coarse alpha before their edges are refined."""
     second_pass: SecondPassConfig = SecondPassConfig()
@@ -137,8 +128,7 @@ class ModelConfig:
         return " + ".join(part.name for part in parts if part is not None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return a mapping that :func:`parse_model_config` converts back to an equal
-        configuration."""
+        """Return a mapping that :func:`parse_model_config` converts back to an equal configuration."""
         components = {
             kind: {"name": part.name, **dataclasses.asdict(part.settings)}
             for kind in COMPONENT_KEYS
@@ -291,8 +281,7 @@ def parse_dataclass(cls: type[T], mapping: object, where: str) -> T:
     """Convert a mapping to a dataclass.
 
     Raises:
-        ConfigError: A key is not a field of the dataclass, or a value has another type than its
-            field.
+        ConfigError: A key is not a field of the dataclass, or a value has another type than its field.
     """
     fields = require_mapping(mapping, where)
     hints = typing.get_type_hints(cls)
@@ -350,8 +339,7 @@ def require_mapping(value: object, where: str) -> Mapping[str, Any]:
 
 
 def reject_unknown_keys(fields: Mapping[str, object], known: set[str], where: str) -> None:
-    """Raise ConfigError for the first key that is not in ``known``, and suggest the nearest known
-    key."""
+    """Raise ConfigError for the first key that is not in ``known``, and suggest the nearest known key."""
     for key in fields:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), known)}")

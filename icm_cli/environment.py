@@ -208,8 +208,8 @@ _model_process: int | None = None
 
 
 def check_not_forked(*, loads_model: bool = False) -> None:
-    """Raise UsageError in a process that was forked after a model was loaded: it would wait for ever for threads
-    that only the former process has."""
+    """Raise UsageError in a process that was forked after a model was loaded: it would wait for ever for threads that
+    only the former process has."""
     global _model_process
     if _model_process not in (None, os.getpid()):
         raise UsageError(

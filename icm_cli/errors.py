@@ -1,7 +1,7 @@
 """Errors that end a run, and problems with input data that do not.
 
-Library code raises an :class:`IcmError` and never exits. The commands print its message and exit
-with its ``exit_code``. Every message states what is wrong, what was expected, and what to do.
+Library code raises an :class:`IcmError` and never exits. The commands print its message and exit with its
+``exit_code``. Every message states what is wrong, what was expected, and what to do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Callbacks that report the progress of a run.
 
-The commands pass listeners that print to the terminal. Callers of the Python API may pass their
-own.
+The commands pass listeners that print to the terminal. Callers of the Python API may pass their own.
 """
 
 from __future__ import annotations
@@ -132,8 +131,8 @@ class TrainingListener(Listener):
     def on_training_start(self, first_step: int, steps: int | None, samples: int) -> None:
         """Called before step ``first_step`` + 1.
 
-        ``steps`` is the number of the last step, or None for a run that is limited by time. Each
-        step uses ``samples`` samples.
+        ``steps`` is the number of the last step, or None for a run that is limited by time. Each step uses ``samples``
+        samples.
         """
 
     def on_step_end(self, step: int) -> None:
@@ -142,8 +141,7 @@ class TrainingListener(Listener):
     def on_log(self, step: int, figures: Mapping[str, float]) -> None:
         """Handle the mean figures since the previous call.
 
-        They are the loss, its terms, learning_rate, gradient_norm, samples_per_second and
-        waiting_fraction.
+        They are the loss, its terms, learning_rate, gradient_norm, samples_per_second and waiting_fraction.
         """
 
     def on_validation_end(self, step: int, figures: Mapping[str, float], *, is_best: bool) -> None:

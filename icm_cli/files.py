@@ -1,5 +1,5 @@
-"""Write files atomically, retry and describe system errors, compute digests, find the cache folder,
-and walk folders and globs."""
+"""Write files atomically, retry and describe system errors, compute digests, find the cache folder, and walk folders
+and globs."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ MAX_PATH_BYTES = 4095
 MAX_SHOWN_CHARACTERS = 100
 """Maximum number of characters of a wrong path that a message shows."""
 SERVICE_FOLDERS = frozenset({"@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "__MACOSX"})
-"""Folders that storage servers and archivers create: thumbnails, recycle bins, snapshots, resource
-forks."""
+"""Folders that storage servers and archivers create: thumbnails, recycle bins, snapshots, resource forks."""
 HIDDEN = "hidden"
 LINK_INTO_TREE = "a link to a folder of the same tree, whose files are found there"
 LINK_LOOP = "a link to a folder that contains it"
@@ -136,9 +135,9 @@ def retry_transient(operation: Callable[[], Result]) -> Result:
 def atomic_write(path: Path, check: WriteCheck | None = None) -> Iterator[BinaryIO]:
     """Open a hidden temporary file next to ``path``.
 
-    On success it is synced and renamed, on failure removed. It is locked while it is written.
-    ``check`` is called immediately before the rename, and raises an error to prevent it. No other
-    process of icm writes ``path`` between the two.
+    On success it is synced and renamed, on failure removed. It is locked while it is written. ``check`` is called
+    immediately before the rename, and raises an error to prevent it. No other process of icm writes ``path`` between
+    the two.
 
     Raises OutputError if the disk is full, FileWriteError if this file cannot be written.
     """
@@ -224,9 +223,8 @@ def remove_stale_temporaries(folder: Path) -> int:
 def _is_stale(path: Path) -> bool:
     """Return whether the process that wrote a temporary file has died.
 
-    A process holds the lock of the file that it writes. Some network drives ignore locks, so the
-    process must also be dead, or the file old: ids of processes tell nothing about other
-    containers.
+    A process holds the lock of the file that it writes. Some network drives ignore locks, so the process must also be
+    dead, or the file old: ids of processes tell nothing about other containers.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -298,8 +296,7 @@ def _sync(descriptor: int) -> None:
 def _rename(temporary: Path, path: Path, check: WriteCheck | None) -> None:
     """Rename a finished file; with a check, under a lock of the folder.
 
-    Where folders cannot be locked, a new file is published as a hard link, which never replaces
-    another file.
+    Where folders cannot be locked, a new file is published as a hard link, which never replaces another file.
     """
     with contextlib.nullcontext(True) if check is None else _locked_folder(path.parent) as is_safe:
         check = check or (lambda: None)
@@ -359,8 +356,8 @@ def cached_file_digest(path: Path) -> str:
 
 @functools.cache
 def cache_folder() -> Path:
-    """Return the cache folder: $ICM_CACHE, else $XDG_CACHE_HOME/icm, else ~/.cache/icm, else a
-    folder of this user in the temporary directory."""
+    """Return the cache folder: $ICM_CACHE, else $XDG_CACHE_HOME/icm, else ~/.cache/icm, else a folder of this user in
+    the temporary directory."""
     for folder in _cache_candidates():
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -390,8 +387,8 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path, kind: str, shape: Any, expected: str, *, use: str = "read") -> Any:
     """Return the content of a JSON file that has this shape.
 
-    A shape is a type, a tuple of types, ``[shape]`` for a list, or a dict with a shape for each key.
-    A key that ends in "?" is optional, and the key "*" stands for all keys.
+    A shape is a type, a tuple of types, ``[shape]`` for a list, or a dict with a shape for each key. A key that ends in
+    "?" is optional, and the key "*" stands for all keys.
 
     Raises UsageError ("``kind`` FILE cannot be ``use``"), which names the first wrong value and what was ``expected``.
     """
@@ -477,9 +474,9 @@ def as_path(value: str | Path | None) -> Path | None:
 def walk_files(folder: Path, skipped: SkippedPaths, trees: Sequence[str] = ()) -> Iterator[Path]:
     """Yield every file below a folder that is not hidden, and add skipped paths to ``skipped``.
 
-    A link to a folder outside the tree is followed. A link into a tree that is walked anyway is
-    skipped, because its files are found there. A link to a folder that contains it is skipped.
-    ``trees``: the real folders of the links that led here, outermost first.
+    A link to a folder outside the tree is followed. A link into a tree that is walked anyway is skipped, because its
+    files are found there. A link to a folder that contains it is skipped. ``trees``: the real folders of the links that
+    led here, outermost first.
     """
     trees = (*trees, os.path.realpath(folder))
 

@@ -1,7 +1,7 @@
 """Fit frames into the model's canvas, resize images and alphas, and make trimaps.
 
-A frame is neither cropped nor stretched. It fills the top left corner of the canvas. The rest is
-padded by replicating the edge, because reflection would show the object twice.
+A frame is neither cropped nor stretched. It fills the top left corner of the canvas. The rest is padded by replicating
+the edge, because reflection would show the object twice.
 """
 
 from __future__ import annotations

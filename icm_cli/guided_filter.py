@@ -1,10 +1,8 @@
-"""Guided filters: a NumPy one that enlarges the alpha of a source, and a torch one that aligns a
-batch of soft alphas.
+"""Guided filters: a NumPy one that enlarges the alpha of a source, and a torch one that aligns a batch of soft alphas.
 
-Both fit alpha = a . rgb + b in every window (He, Sun & Tang, "Guided Image Filtering", TPAMI 2013,
-equations 14-19) at a reduced size, and apply the enlarged coefficients to the full image (He & Sun,
-"Fast Guided Filter", 2015). With the same windows and epsilon they give the same alpha except at
-the border, where one reflects and the other averages less.
+Both fit alpha = a . rgb + b in every window (He, Sun & Tang, "Guided Image Filtering", TPAMI 2013, equations 14-19) at
+a reduced size, and apply the enlarged coefficients to the full image (He & Sun, "Fast Guided Filter", 2015). With the
+same windows and epsilon they give the same alpha except at the border, where one reflects and the other averages less.
 """
 
 from __future__ import annotations
@@ -112,8 +110,7 @@ def align_to_edges(alpha: Tensor, image: Tensor, radius_fraction: float, epsilon
     Args:
         alpha: float32 [B,1,H,W] in 0..1.
         image: float32 [B,3,H,W] in 0..1.
-        radius_fraction: Radius of the window, as a fraction of the long side. It is wide, because
-            edges are soft.
+        radius_fraction: Radius of the window, as a fraction of the long side. It is wide, because edges are soft.
         epsilon: Variance of a colour channel above which a window counts as an edge.
         stride: The coefficients are fitted at this fraction of the size: 4 for a quarter.
 

@@ -306,8 +306,7 @@ def write_line(stream: TextIO | None, text: str) -> None:
 
     Control characters, and characters that the stream cannot encode, are escaped.
 
-    If the stream is closed or cannot be written, further output to it is discarded, so that the run
-    continues.
+    If the stream is closed or cannot be written, further output to it is discarded, so that the run continues.
     """
     if stream is None:
         return

@@ -40,8 +40,8 @@ def evaluate(
 ) -> Report:
     """Matte a dataset, each group with its own references, or read alphas from ``pred``, and score them.
 
-    Options that are None default to the conventions of the dataset. ``predictor`` is a loaded model, which replaces
-    the options that select one. Problems with the data are listed in the report, and all other images are scored. The
+    Options that are None default to the conventions of the dataset. ``predictor`` is a loaded model, which replaces the
+    options that select one. Problems with the data are listed in the report, and all other images are scored. The
     ``exit_code`` of the report is then 1, unless these problems are allowed.
 
     Raises UsageError, ConfigError or OutputError.

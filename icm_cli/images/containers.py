@@ -1,7 +1,7 @@
 """Read the structure of JPEG, PNG and TIFF files, to accept or reject damaged ones.
 
-libpng and libtiff print their complaints about a damaged file. The checks here find the damage
-first, so that icm reports it in its own messages.
+libpng and libtiff print their complaints about a damaged file. The checks here find the damage first, so that icm
+reports it in its own messages.
 """
 
 from __future__ import annotations
@@ -67,10 +67,12 @@ MAX_TIFF_PAGES = 65535
 
 
 def complete_jpeg(file: ImageFile) -> io.BytesIO | None:
-    """Return the bytes of a JPEG with its missing end marker, None if more is missing. If rows are missing, the pixels
-    depend on the bytes that follow. A progressive file has all its rows after the first scan, so its scans are counted
-    as well. Raises OSError."""
-    data = file.stream.read().rstrip(b"\xff")
+    """Return the bytes of a JPEG with its missing end marker, None if more is missing.
+
+    The file is decoded with several endings; if the pixels differ, rows are missing. A progressive file has all its
+    rows after the first scan, so its scans are counted as well. Raises OSError.
+    """
+    data = file.stream.read().rstrip(b"\xff")  # half of a marker
     if not _has_every_scan(data):
         return None
     try:
@@ -113,13 +115,16 @@ def read_code_points(file: ImageFile) -> CodePoints | None:
 
 
 def check_png_pixels(file: ImageFile) -> None:
-    """Raise ValueError for a PNG whose pixels are damaged or incomplete; only its end chunk may be missing."""
+    """Raise ValueError for a PNG without an end chunk whose pixels are damaged or incomplete."""
     if any(name == b"IEND" for name, _ in _png_chunks(file)):
         return
     inflater = zlib.decompressobj()
     for name, data in _png_chunks(file):
         while name == b"IDAT" and data:
-            inflater.decompress(data, INFLATED_BYTES)
+            try:
+                inflater.decompress(data, INFLATED_BYTES)
+            except zlib.error as error:
+                raise ValueError("its pixels are damaged") from error
             data = inflater.unconsumed_tail
     if not inflater.eof:
         raise ValueError("it ends before its pixels do")

@@ -1,5 +1,4 @@
-"""Matting on a Ray cluster: Ray Data sends jobs to actors, each with its own model, and collects
-their results."""
+"""Matting on a Ray cluster: Ray Data sends jobs to actors, each with its own model, and collects their results."""
 
 from __future__ import annotations
 
@@ -58,8 +57,8 @@ class ProcessContext:
 class RayCluster:
     """Connection to a Ray cluster with one actor per GPU, or ``cpus`` actors with one core each.
 
-    If this process is already connected to Ray, that connection is used and stays open. Otherwise
-    the connection is closed at the end of the ``with`` block.
+    If this process is already connected to Ray, that connection is used and stays open. Otherwise the connection is
+    closed at the end of the ``with`` block.
     """
 
     def __init__(self, address: str, cpus: int | None) -> None:
@@ -177,8 +176,7 @@ class RayRunner:
     def run(self, jobs: Sequence[Job]) -> None:
         """Matte every image. An image that fails is reported, and the run continues.
 
-        Raises OutputError if no more output can be written, DeviceError if the actors die
-        repeatedly.
+        Raises OutputError if no more output can be written, DeviceError if the actors die repeatedly.
         """
         from ray.exceptions import RayActorError
 

@@ -1,8 +1,7 @@
 """The digest of an alpha: a hash of everything but its source that decides its pixels.
 
-It covers the version of icm, the source code of the modules that decide pixels, the configuration
-of all parts of the model, all weights, the references, and the options that their definition marks
-(:mod:`icm_cli.options`).
+It covers the version of icm, the source code of the modules that decide pixels, the configuration of all parts of the
+model, all weights, the references, and the options that their definition marks (:mod:`icm_cli.options`).
 """
 
 from __future__ import annotations

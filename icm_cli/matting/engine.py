@@ -137,7 +137,7 @@ class MemoryBudget:
     """
 
     def __init__(self, measure: Callable[[], FreeMemory]) -> None:
-        """``measure``: returns the free memory, without that of images."""
+        """``measure``: returns the memory that is free while no image is being processed."""
         self._measure = measure
         self._free = measure()
         self._queue: deque[Job] = deque()

@@ -69,9 +69,8 @@ class FramePattern:
     def parse(cls, text: str) -> FramePattern | None:
         """Parse a path.
 
-        Returns None if it has no placeholder. ``#`` and ``@`` that are part of a name, as in
-        ``icon@2x.####.png``, are ordinary characters. Raises UsageError if several placeholders are
-        equally plausible.
+        Returns None if it has no placeholder. ``#`` and ``@`` that are part of a name, as in ``icon@2x.####.png``, are
+        ordinary characters. Raises UsageError if several placeholders are equally plausible.
         """
         folder, name = str(Path(text).parent), Path(text).name
         placeholders = list(_PLACEHOLDER.finditer(name))
@@ -233,8 +232,8 @@ def missing_frames(
 
     A sequence is named by its pattern, such as ``shot.####.exr``.
 
-    ``wanted``: the expected numbers; None: all numbers between the first and the last frame of a
-    sequence. ``ignored``: files whose numbers are not missing, although they are not in ``paths``.
+    ``wanted``: the expected numbers; None: all numbers between the first and the last frame of a sequence. ``ignored``:
+    files whose numbers are not missing, although they are not in ``paths``.
     """
     patterns = _find_patterns([*paths, *ignored])
     known: dict[FramePattern, set[int]] = {}
@@ -253,8 +252,8 @@ def missing_frames(
 
 
 def _find_patterns(paths: Sequence[Path]) -> dict[Path, tuple[FramePattern, int]]:
-    """Return sequence and number of each numbered path. Only leading zeros fix the number of
-    digits, so 9 and 10 are one sequence."""
+    """Return sequence and number of each numbered path. Only leading zeros fix the number of digits, so 9 and 10 are
+    one sequence."""
     families: dict[tuple[str, str, str], list[tuple[Path, str]]] = {}
     for path in paths:
         name = FrameName.from_path(path)

@@ -96,8 +96,7 @@ class Job:
         return read_source_image(self.source, self.colour, self.page)
 
     def read_with_digest(self) -> tuple[SourceImage, str, str]:
-        """Read the image; return it with the state and the content digest of its files, each opened
-        once.
+        """Read the image; return it with the state and the content digest of its files, each opened once.
 
         Raises ImageError.
         """
@@ -211,9 +210,9 @@ def plan_jobs(
 ) -> list[Job]:
     """Return a job for every image that passes the filter, sorted by name.
 
-    Files in the output folder, references and masks are skipped. Missing frames are reported, or
-    returned as jobs that fail, as ``source_filter.missing`` says. A notice is given if no image is
-    left. Raises UsageError before anything is written.
+    Files in the output folder, references and masks are skipped. Missing frames are reported, or returned as jobs that
+    fail, as ``source_filter.missing`` says. A notice is given if no image is left. Raises UsageError before anything is
+    written.
     """
     root, found = sources.root, sources.files
     real_root, real_out = real_path(root), real_path(layout.folder)
@@ -433,8 +432,8 @@ def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
 
 
 def _check_similar_names(writers: Mapping[Path, str], folder: Path) -> None:
-    """Raise UsageError if the drive takes two outputs as one, because it ignores case or how
-    accents are encoded. ``writers``: source of each output."""
+    """Raise UsageError if the drive takes two outputs as one, because it ignores case or how accents are encoded.
+    ``writers``: source of each output."""
     groups: dict[str, list[Path]] = {}
     for output in writers:
         groups.setdefault(_fold_name(str(output.relative_to(folder))), []).append(output)

@@ -1,5 +1,4 @@
-"""``icm_cli.matte``: one reference in, a folder of alphas out. The body of the ``icm matte``
-command."""
+"""``icm_cli.matte``: one reference in, a folder of alphas out. The body of the ``icm matte`` command."""
 
 from __future__ import annotations
 
@@ -61,12 +60,11 @@ ALLOWED_PROBLEMS = frozenset({"empty-alpha", "16-bit-alpha", "missing-alpha"})
 def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
     """Extract the object of the references from every image of ``src`` as an alpha below ``out``.
 
-    Alphas have exactly the size of their source. An alpha that an earlier run made with the same
-    settings from the same source is kept. An image that fails is named in the report, and the other
-    images are done.
+    Alphas have exactly the size of their source. An alpha that an earlier run made with the same settings from the same
+    source is kept. An image that fails is named in the report, and the other images are done.
 
-    Returns the report. Its ``exit_code`` is 1 if an image failed or a ground truth could not be
-    used. Raises UsageError, ConfigError or OutputError.
+    Returns the report. Its ``exit_code`` is 1 if an image failed or a ground truth could not be used. Raises
+    UsageError, ConfigError or OutputError.
 
     >>> report = icm_cli.matte("ref.png", "mask.png", src="imgs", out="alphas")
     >>> report.exit_code
@@ -309,8 +307,8 @@ def _check_devices(options: MatteOptions) -> None:
 def _add_ground_truth(jobs: Sequence[Job], where: str) -> tuple[list[Job], list[Path]]:
     """Return the jobs with their ground truths, and the files of all ground truths.
 
-    ``where``: a folder with the same layout as the sources, or a frame pattern with the same frame
-    numbers. Raises UsageError if no ground truth belongs to any image.
+    ``where``: a folder with the same layout as the sources, or a frame pattern with the same frame numbers. Raises
+    UsageError if no ground truth belongs to any image.
     """
     folder, truths = Path(where), dict[Any, Path]()
     has_numbers = not folder.is_dir() and FramePattern.parse(where) is not None
@@ -359,8 +357,8 @@ def _make_scorer(processes: int) -> tuple[Scorer, ScoringRule]:
 def _order_as_shot(
     jobs: Sequence[Job], refs: Sequence[Path], references: Sequence[Reference], shard: str | None
 ) -> tuple[list[Job], Shot]:
-    """Return the frames of shots, or of a shard of them, by name and in the order of matting.
-    References that are frames come first."""
+    """Return the frames of shots, or of a shard of them, by name and in the order of matting. References that are
+    frames come first."""
     folders = {real_path(Path(job.root) / job.name.parent): job.name.parent for job in jobs}
     keys = []
     for number, ref in enumerate(refs):

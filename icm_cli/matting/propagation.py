@@ -68,8 +68,8 @@ class PropagationConfig:
     min_alpha: float = 0.02
     """Smallest distance of an alpha from 0 and 1, so that propagated evidence and the model can override each other."""
     colour_tolerance: float = 15.0
-    """Colour difference along the flow, in levels of 255, at which the weight of the frame before is 1/e. The flow
-    is unreliable at large differences."""
+    """Colour difference along the flow, in levels of 255, at which the weight of the frame before is 1/e. The flow is
+    unreliable at large differences."""
     stabilisation: float = 0.5
     """Fraction of the difference from the moved alpha of the frame before that is removed where colours agree."""
     max_frames_back: int = 3
@@ -140,7 +140,7 @@ class FlowField:
         config = self.config
         evidence = np.clip(_logit(self.earlier.alpha, config.min_alpha), -config.max_logit, config.max_logit)
         weighted = np.asarray(_warp(evidence, self.flow) * self.agreement, np.float32)
-        logit = torch.from_numpy(self._crop_to_frame(weighted, (coarse.shape[0], coarse.shape[1]))).to(coarse.device)
+        logit = torch.from_numpy(self._resize_to_frame(weighted, (coarse.shape[0], coarse.shape[1]))).to(coarse.device)
         margin = config.min_alpha * logit.abs().clamp(max=1.0)
         alpha = torch.minimum(torch.maximum(coarse, margin), 1.0 - margin)
         odds = alpha * logit.exp()
@@ -153,12 +153,12 @@ class FlowField:
         """
         config = self.config
         now = FrameMemory.from_frame(rgb, alpha, config, self.windows).alpha / np.float32(255)
-        earlier = _warp(self.earlier.alpha.astype(np.float32), self.flow) / np.float32(255)
-        change = np.asarray(config.stabilisation * self.agreement * (earlier - now), np.float32)
-        change = self._crop_to_frame(change, (alpha.shape[0], alpha.shape[1]))
+        warped = _warp(self.earlier.alpha.astype(np.float32), self.flow) / np.float32(255)
+        change = np.asarray(config.stabilisation * self.agreement * (warped - now), np.float32)
+        change = self._resize_to_frame(change, (alpha.shape[0], alpha.shape[1]))
         return np.asarray(np.clip(alpha + change, 0.0, 1.0), np.float32)
 
-    def _crop_to_frame(self, values: Float, size: tuple[int, int]) -> Float:
+    def _resize_to_frame(self, values: Float, size: tuple[int, int]) -> Float:
         """Crop values [h,w] of the display window to the frame's pixels, and resize them to ``size``."""
         windows = self.windows
         if windows is None or windows.is_full:

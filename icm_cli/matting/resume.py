@@ -92,9 +92,8 @@ def make_provenance(job: Job, digest: str, origin: Origin, measured: dict[str, A
 def find_kept_result(job: Job, digest: str, *, keep_all: bool = False) -> ImageResult | None:
     """Return the result of an existing alpha that is kept; None if the job has to be done.
 
-    ``keep_all``: keep every alpha of icm that was made from the same source. Raises
-    OtherSourceError if the output is the alpha of another source or was retouched, and ImageError
-    if the source or the output cannot be read.
+    ``keep_all``: keep every alpha of icm that was made from the same source. Raises OtherSourceError if the output is
+    the alpha of another source or was retouched, and ImageError if the source or the output cannot be read.
     """
     existing = read_existing_alpha(job)
     if existing is None:
@@ -119,8 +118,8 @@ def file_identities(job: Job) -> dict[Path, FileIdentity]:
 def check_unchanged(path: Path, job: Job, digest: str, replaceable: Mapping[Path, FileIdentity]) -> None:
     """Raise OtherSourceError if an output must not be replaced, because another run has written it.
 
-    ``replaceable``: identities of the outputs that this run replaces. A newer output may be
-    replaced too if it is damaged, or equal because it has the same source and digest.
+    ``replaceable``: identities of the outputs that this run replaces. A newer output may be replaced too if it is
+    damaged, or equal because it has the same source and digest.
     """
     current = file_identities(job).get(path)
     if current is None or current == replaceable.get(path):
@@ -148,11 +147,10 @@ def keep_existing_alphas(
 ) -> list[Job]:
     """Report the images whose alpha is kept, and return the other jobs. Needs no model.
 
-    Notices count the alphas that another version of icm made, to which ``hint`` is added, those
-    that ``keep_all`` keeps despite other settings, and those that were retouched.
-    ``reusable_outputs`` returns those of the outputs that depend on no other job, because frames of
-    a shot depend on frames before them; with ``keep_all`` all are kept. Raises UsageError, before
-    anything is reported, if an output that would be replaced is the alpha of another source or was
+    Notices count the alphas that another version of icm made, to which ``hint`` is added, those that ``keep_all`` keeps
+    despite other settings, and those that were retouched. ``reusable_outputs`` returns those of the outputs that depend
+    on no other job, because frames of a shot depend on frames before them; with ``keep_all`` all are kept. Raises
+    UsageError, before anything is reported, if an output that would be replaced is the alpha of another source or was
     retouched.
     """
 
@@ -214,9 +212,8 @@ def _count_versions(alphas: Sequence[ExistingAlpha], action: str, hint: str, not
 def read_existing_alpha(job: Job) -> ExistingAlpha | None:
     """Return the alpha that an earlier run made for a job; None without one, or if it is damaged.
 
-    Another source is one with another name below the root; or with another root and other content.
-    Raises OtherSourceError if the output belongs to one, and ImageError if the source or the output
-    cannot be read.
+    Another source is one with another name below the root; or with another root and other content. Raises
+    OtherSourceError if the output belongs to one, and ImageError if the source or the output cannot be read.
     """
     provenances = {path: _read_own_provenance(path, job) for path in job.outputs}
     retouched = next(

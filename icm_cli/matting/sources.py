@@ -75,10 +75,9 @@ class Sources:
 def find_sources(src: str | Path, root: Path | None, skipped_files: SkippedFiles) -> Sources:
     """Find the files that ``src`` names.
 
-    The root is the folder itself, the folder of a file, the part of a glob or frame pattern without
-    wildcards, or the working directory for a list. ``root`` overrides it. The root does not depend
-    on the other files of the run, so neither does an output path. Raises UsageError, also for files
-    outside the root.
+    The root is the folder itself, the folder of a file, the part of a glob or frame pattern without wildcards, or the
+    working directory for a list. ``root`` overrides it. The root does not depend on the other files of the run, so
+    neither does an output path. Raises UsageError, also for files outside the root.
     """
     sources = _find_files(src, skipped_files)
     if root is not None:

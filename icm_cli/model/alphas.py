@@ -50,8 +50,8 @@ def max_batch_size(device: torch.device) -> int | None:
 
 
 def resize_alpha(alpha: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize an alpha float32 [h,w] to (height, width): by area averaging to fewer pixels, bilinearly to more
-    pixels. On the CPU, OpenCV is several times faster than torch."""
+    """Resize an alpha float32 [h,w] to (height, width): by area averaging to fewer pixels, bilinearly to more pixels.
+    On the CPU, OpenCV is several times faster than torch."""
     height, width = alpha.shape
     if (height, width) == tuple(size):
         return alpha

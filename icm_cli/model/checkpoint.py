@@ -180,8 +180,8 @@ def read_training_sources(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load a state dict whose tensors must be exactly those of the module, with finite values. Raises ConfigError,
-    with ``where`` as the name of the file."""
+    """Load a state dict whose tensors must be exactly those of the module, with finite values. Raises ConfigError, with
+    ``where`` as the name of the file."""
     expected = module.state_dict()
     check_tensor_shapes(expected, {key: tensor.shape for key, tensor in tensors.items()}, where)
     check_tensor_values(expected, tensors, where)
@@ -189,8 +189,8 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
 
 
 def check_tensor_shapes(expected: Mapping[str, Tensor], found: Mapping[str, torch.Size], where: str) -> None:
-    """Check that tensors have exactly the expected names and shapes. Raises ConfigError, with ``where`` as the name
-    of the file."""
+    """Check that tensors have exactly the expected names and shapes. Raises ConfigError, with ``where`` as the name of
+    the file."""
     for key in expected:
         if key not in found:
             raise ConfigError(
@@ -287,8 +287,8 @@ class _Header:
 
 
 def _read_header(path: Path) -> _Header | None:
-    """Return the header of a checkpoint of icm, or None for a torch file. Raises ConfigError, which says what the
-    file is."""
+    """Return the header of a checkpoint of icm, or None for a torch file. Raises ConfigError, which says what the file
+    is."""
     if path.is_dir():
         raise ConfigError(f"checkpoint {path} is a folder; give the file in it")
     try:

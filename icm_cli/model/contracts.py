@@ -57,8 +57,8 @@ class Features:
     valid: Tensor
     """True for tokens whose cell contains at least one pixel of the frame, bool [B,h,w]."""
     scale_features: Mapping[int, Tensor]
-    """Features for decoders: stride in canvas pixels -> [B,C_s,H/s,W/s], in the backbone's dtype. Empty for
-    references."""
+    """Features for decoders: stride in canvas pixels -> [B,C_s,H/s,W/s], in the backbone's dtype. Empty for references.
+    """
     intra_similarity: Mapping[int, IntraSimilarity]
     """Stride -> similarity between the tokens of the grid of that stride. Empty for references."""
     grouping_features: Tensor | None = None
@@ -207,8 +207,10 @@ class Backbone(Component):
 
     @abstractmethod
     def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
-        """Extract all features of a batch of targets, each independently of the others; see
-        :meth:`reference_features`."""
+        """Extract all features of a batch of targets, each independently of the others.
+
+        See :meth:`reference_features`.
+        """
 
 
 class Head(Component):
@@ -239,15 +241,15 @@ class Head(Component):
     ) -> LearnedReferences:
         """Fine-tune a copy of this head on the references, for heads with ``can_learn_references``.
 
-        ``backbone``, of the same model, is not changed. ``steps``: training steps, 1 or more.
-        ``on_progress`` is called with the finished fraction of the work.
+        ``backbone``, of the same model, is not changed. ``steps``: training steps, 1 or more. ``on_progress`` is called
+        with the finished fraction of the work.
         """
         raise NotImplementedError
 
     @abstractmethod
     def forward(self, target: Features, references: Sequence[Any], image: Tensor, valid: Tensor) -> Matte:
-        """Matte a batch of targets, float32 [B,3,H,W], by their features. ``references`` has for each target the
-        result of :meth:`prepare_references`; valid is bool [B,H,W]."""
+        """Matte a batch of targets, float32 [B,3,H,W], by their features. ``references`` has for each target the result
+        of :meth:`prepare_references`; valid is bool [B,H,W]."""
 
 
 class TrainedHead(Head, ABC):

@@ -132,8 +132,8 @@ def load_model_for_training(
 
 
 class _WithoutRandomWeights(TorchFunctionMode):
-    """Mode in which initial weights are not drawn. On the meta device this would import torch's
-    compiler, which takes seconds and sets environment variables."""
+    """Mode in which initial weights are not drawn. On the meta device this would import torch's compiler, which takes
+    seconds and sets environment variables."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (torch.Tensor.normal_, torch.Tensor.uniform_):

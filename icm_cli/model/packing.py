@@ -1,7 +1,6 @@
 """Pack a trained checkpoint with its backbone into one small file, as ``icm train --pack`` does.
 
-    python -m icm_cli.model.packing OUT HEAD.safetensors [HEAD2.safetensors ...] --objects OBJECTS
-    --edges EDGES
+    python -m icm_cli.model.packing OUT HEAD.safetensors [HEAD2.safetensors ...] --objects OBJECTS --edges EDGES
 
 packs the mean of the heads of several trainings, with the objects and the edges of other trainings. Repeat
 ``--objects`` to use the mean of several. ``--model`` sets the settings of the packed model, if they differ from those

@@ -129,8 +129,8 @@ class ReferenceTokens:
 def split_reference_tokens(
     references: Sequence[ReferenceFeatures], make_tokens: Callable[[Tensor], Tensor]
 ) -> ReferenceTokens:
-    """Split the tokens of references by their guidance. ``make_tokens`` converts correspondence features [1,C,h,w]
-    to tokens [1,N,D]."""
+    """Split the tokens of references by their guidance. ``make_tokens`` converts correspondence features [1,C,h,w] to
+    tokens [1,N,D]."""
     foregrounds, backgrounds, notices = [], [], []
     for reference in references:
         feature = reference.features.correspondence_features

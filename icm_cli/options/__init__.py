@@ -1,9 +1,8 @@
 """Every option of ``icm`` and of its Python API, defined once, in groups.
 
-A command's options are one frozen dataclass whose fields are groups. The command line, the
-arguments in Python, checks, help, digest membership and ``docs/options.md`` come from these
-definitions; :mod:`icm_cli.options.definition` says how. Imports nothing heavy, so that ``icm
---help`` stays fast.
+A command's options are one frozen dataclass whose fields are groups. The command line, the arguments in Python, checks,
+help, digest membership and ``docs/options.md`` come from these definitions; :mod:`icm_cli.options.definition` says how.
+Imports nothing heavy, so that ``icm --help`` stays fast.
 """
 
 from __future__ import annotations
@@ -624,8 +623,7 @@ class EvaluateOptions(CommandOptions):
 
     @classmethod
     def matting_names(cls) -> list[str]:
-        """Names of the options that only matting reads, so that they have no effect with
-        ``--pred``."""
+        """Names of the options that only matting reads, so that they have no effect with ``--pred``."""
         names = [field.name for field in cls.option_fields() if field.group in ("model", "resources", "matting")]
         return [name for name in names if name != "workers"]
 

@@ -1,8 +1,7 @@
-"""Writes what is generated from the options: ``docs/options.md``, and ``icm_cli/__init__.pyi`` for
-editors.
+"""Writes what is generated from the options: ``docs/options.md``, and ``icm_cli/__init__.pyi`` for editors.
 
-Run ``python -m icm_cli.options --write`` in a source tree after a change of an option. Without
-``--write`` it names the files that are out of date.
+Run ``python -m icm_cli.options --write`` in a source tree after a change of an option. Without ``--write`` it names the
+files that are out of date.
 """
 
 from __future__ import annotations
@@ -66,8 +65,7 @@ def generated_files() -> dict[Path, str]:
 
 
 def main() -> int:
-    """Write the files with ``--write``; else name those that are out of date. Return the exit
-    code."""
+    """Write the files with ``--write``; else name those that are out of date. Return the exit code."""
     outdated = {
         path: text
         for path, text in generated_files().items()
@@ -162,8 +160,7 @@ def _wrap_arguments(text: str) -> Iterator[str]:
 
 
 def _argument(field: OptionField) -> str:
-    """An argument as a stub declares it: a path may also be text, and one value stands for a list
-    of one."""
+    """An argument as a stub declares it: a path may also be text, and one value stands for a list of one."""
     if field.is_repeatable:
         item = field.annotation.removeprefix("tuple[").partition(",")[0].replace("Path", "str | Path")
         annotation = f"{item} | Sequence[{item}]"

@@ -1,7 +1,6 @@
 """Definition of options: a field of a frozen dataclass has type, default, help and checks.
 
-Commands, the Python API and the reference in ``docs/options.md`` are generated from these
-definitions.
+Commands, the Python API and the reference in ``docs/options.md`` are generated from these definitions.
 """
 
 from __future__ import annotations
@@ -267,8 +266,8 @@ class CommandOptions:
     def from_values(cls, values: Mapping[str, object], given: Iterable[str] | None = None) -> Self:
         """Convert and check values by option name. Other options keep their default.
 
-        ``given``: names of the options that were given; by default those whose value is not the
-        default. Raises UsageError.
+        ``given``: names of the options that were given; by default those whose value is not the default. Raises
+        UsageError.
         """
         converted = {option.name: option.convert_value(values.get(option.name)) for option in cls.option_fields()}
         if unknown := values.keys() - converted.keys():
@@ -331,9 +330,8 @@ Options = TypeVar("Options", bound=CommandOptions)
 def keyword_arguments(options_class: type[Options]) -> Callable[[Callable[..., Returned]], Callable[..., Returned]]:
     """Decorate a function of ``options`` so that it takes every option as an argument of its own.
 
-    The options object itself is accepted in their place, as the only positional argument. Other
-    keyword-only parameters of the function stay as they are. Messages of errors name the arguments,
-    not the flags of the command.
+    The options object itself is accepted in their place, as the only positional argument. Other keyword-only parameters
+    of the function stay as they are. Messages of errors name the arguments, not the flags of the command.
     """
 
     def decorate(function: Callable[..., Returned]) -> Callable[..., Returned]:

@@ -26,8 +26,8 @@ REFERENCES_SHAPE = [{"*": [str]}]
 PREVIEW_PX = 420
 """Long side of the images on pages and contact sheets."""
 SCHEMA_VERSION = 2
-"""Version of the JSON report: raised when a value changes its name, type or meaning. Reports of icm 0.1.0, which
-do not state it, have version 1."""
+"""Version of the JSON report: raised when a value changes its name, type or meaning. Reports of icm 0.1.0, which do not
+state it, have version 1."""
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,8 @@ class ImageResult:
     source: str
     output: str
     status: Status
-    """"kept": a complete alpha, made from the same source with the same settings, already existed.
-    "unscored": the alpha or the ground truth is bad or missing."""
+    """"kept": a complete alpha, made from the same source with the same settings, already existed. "unscored": the
+    alpha or the ground truth is bad or missing."""
     name: str = ""
     """Name in its dataset, or path relative to the root of the sources."""
     page: int = 0

@@ -17,8 +17,8 @@ from icm_cli.reports.result import METRICS, REGIONS, RESULT_FIELDS
 
 REPORT_SUFFIXES = (".csv", ".json", ".html")
 FORMULA_START = re.compile(r"(?:^|(?<=;))(?=[\t\r\n]|[\s\x00-\x1f\u200b\ufeff]*[=+\-@＝＋－＠])")
-"""Start of text that a spreadsheet may run as a formula, also after invisible characters. Some
-spreadsheets separate columns by semicolons."""
+"""Start of text that a spreadsheet may run as a formula, also after invisible characters. Some spreadsheets separate
+columns by semicolons."""
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,21 @@
 """Metrics that compare an alpha with its ground truth, numerically equal to the published code.
 
-Two published implementations of GRAD and CONN (Rhemann et al., "A Perceptually Motivated Online
-Benchmark for Image Matting", CVPR 2009) give different numbers. Do not compare numbers of one
-variant with numbers of the other:
+Two published implementations of GRAD and CONN (Rhemann et al., "A Perceptually Motivated Online Benchmark for Image
+Matting", CVPR 2009) give different numbers. Do not compare numbers of one variant with numbers of the other:
 
 ``composition``
-    The code of Deep Image Matting, GCA and In-Context Matting. GRAD uses a derivative-of-Gaussian
-    filter of unit energy and divides by 1000. CONN takes the most frequent label as the largest
-    component, including the label of the background.
+    The code of Deep Image Matting, GCA and In-Context Matting. GRAD uses a derivative-of-Gaussian filter of unit energy
+    and divides by 1000. CONN takes the most frequent label as the largest component, including the label of the
+    background.
 ``aim``
-    The code of AIM-500, AM-2k and P3M. GRAD uses Gaussian derivatives without normalisation, rounds
-    intermediate results to float32 and divides by 10. CONN excludes the background, and its levels
-    are float32.
+    The code of AIM-500, AM-2k and P3M. GRAD uses Gaussian derivatives without normalisation, rounds intermediate
+    results to float32 and divides by 10. CONN excludes the background, and its levels are float32.
 
-J and F compare binary masks of video frames as DAVIS does (Perazzi et al., "A Benchmark Dataset and
-Evaluation Methodology for Video Object Segmentation", CVPR 2016, section 5.1).
+J and F compare binary masks of video frames as DAVIS does (Perazzi et al., "A Benchmark Dataset and Evaluation
+Methodology for Video Object Segmentation", CVPR 2016, section 5.1).
 
-Alphas are [H,W]: uint8, where 255 is foreground, or floating point in 0..1. All metrics are
-computed in float64 on the scale 0..1.
+Alphas are [H,W]: uint8, where 255 is foreground, or floating point in 0..1. All metrics are computed in float64 on the
+scale 0..1.
 """
 
 from __future__ import annotations
@@ -72,9 +70,9 @@ def compute_scores(
 def compute_dt_ssd(alpha: AnyAlpha, before: AnyAlpha, truth: AnyAlpha, truth_before: AnyAlpha) -> float:
     """Compute dtSSD, the flicker between a frame and the frame before it, all of one size.
 
-    It is the root mean square of the difference between the change of the alpha and that of the ground truth, times
-    100 (Erofeev et al., "Perceptually Motivated Benchmark for Video Matting", BMVC 2015, scaled as in the code of
-    Robust Video Matting).
+    It is the root mean square of the difference between the change of the alpha and that of the ground truth, times 100
+    (Erofeev et al., "Perceptually Motivated Benchmark for Video Matting", BMVC 2015, scaled as in the code of Robust
+    Video Matting).
     """
     frame, earlier, true, true_earlier = map(as_unit_range, (alpha, before, truth, truth_before))
     return 100 * math.sqrt(np.square((frame - earlier) - (true - true_earlier)).mean())
@@ -209,8 +207,8 @@ def compute_jaccard(alpha: AnyAlpha, truth: AnyAlpha) -> float:
 def compute_boundary_f(alpha: AnyAlpha, truth: AnyAlpha) -> float:
     """Return F, 0..1: the harmonic mean of precision and recall of the boundary pixels of two alphas above one half.
 
-    As in the tool of DAVIS, boundaries are one pixel wide, and match within 0.8 % of the image diagonal, rounded up.
-    If neither mask has a boundary (each is empty or full), F is 1; if only one has a boundary, F is 0.
+    As in the tool of DAVIS, boundaries are one pixel wide, and match within 0.8 % of the image diagonal, rounded up. If
+    neither mask has a boundary (each is empty or full), F is 1; if only one has a boundary, F is 0.
     """
     predicted, true = (_boundary_pixels(as_unit_range(image) > 0.5) for image in (alpha, truth))
     if not predicted.any() or not true.any():

@@ -81,8 +81,7 @@ SampleT = TypeVar("SampleT", bound=Sample)
 class SampleDataset(Dataset["SampleT | str"], Generic[SampleT]):
     """Makes sample number ``counter``, which is the same in every run, process and worker with the same seed.
 
-    If no sample can be made, the item is a str with the reason (an exception would lose its type between
-    processes).
+    If no sample can be made, the item is a str with the reason (an exception would lose its type between processes).
     """
 
     def __init__(self, seed: int) -> None:
@@ -131,8 +130,8 @@ def collate_samples(batch_class: type[BatchT], samples: Sequence[Sample | str]) 
 class StepSampler(Sampler[list[int]]):
     """Sample numbers of this process, one micro-batch at a time, from ``first_step`` to the end.
 
-    Step s consists of samples s * batch_size to (s + 1) * batch_size - 1, whatever the number of
-    processes and micro-batches.
+    Step s consists of samples s * batch_size to (s + 1) * batch_size - 1, whatever the number of processes and
+    micro-batches.
     """
 
     batch_size: int
@@ -157,8 +156,8 @@ def load_batches(
 ) -> Iterator[BatchT]:
     """Yield batches in the order of ``sampler``, loaded ahead by ``workers`` processes.
 
-    With 0 workers each batch is made in this process when it is requested. Raises TrainingError if a
-    sample cannot be made.
+    With 0 workers each batch is made in this process when it is requested. Raises TrainingError if a sample cannot be
+    made.
     """
     loader = DataLoader(
         dataset,
@@ -186,8 +185,8 @@ def load_batches(
 def initialise_worker(_: int) -> None:
     """Initialise a worker process: a single thread, low priority, and no handling of Ctrl-C.
 
-    The priority is low because on a CPU the model's threads need the same cores, and one delayed
-    thread delays all others. The main process handles the signals.
+    The priority is low because on a CPU the model's threads need the same cores, and one delayed thread delays all
+    others. The main process handles the signals.
     """
     import os
     import signal

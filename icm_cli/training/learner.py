@@ -107,8 +107,8 @@ class Learner:
     def set_training_mode(self) -> None:
         """Set the model to training mode.
 
-        BatchNorm layers of the backbone, those with frozen weights, and with ``batch_norm: fixed`` all
-        others too, keep their statistics.
+        BatchNorm layers of the backbone, those with frozen weights, and with ``batch_norm: fixed`` all others too, keep
+        their statistics.
         """
         self.model.train()
         self.model.backbone.eval()
@@ -134,8 +134,8 @@ class Learner:
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of a micro-batch's summed loss.
 
-        Gradients are averaged over micro-batches and processes. The loss is multiplied by their number,
-        so that the result equals the published sum over the batch.
+        Gradients are averaged over micro-batches and processes. The loss is multiplied by their number, so that the
+        result equals the published sum over the batch.
         """
         self.accelerator.backward(loss * (self.accumulation * self.accelerator.num_processes))
 
@@ -281,8 +281,8 @@ def _copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def learning_rate_factor(step: int, config: TrainConfig, elapsed_fraction: float | None = None) -> float:
     """Return the factor of the learning rates at ``step`` (from 0): linear warm-up, then constant or cosine.
 
-    The cosine reaches 0 at the last step. If the run has a time limit, it reaches 0 at the end of
-    that time, of which ``elapsed_fraction`` (0..1) has passed.
+    The cosine reaches 0 at the last step. If the run has a time limit, it reaches 0 at the end of that time, of which
+    ``elapsed_fraction`` (0..1) has passed.
     """
     if step < config.warmup_steps:
         return START_FACTOR + (1.0 - START_FACTOR) * step / config.warmup_steps
@@ -297,8 +297,8 @@ def learning_rate_factor(step: int, config: TrainConfig, elapsed_fraction: float
 class MovingAverage:
     """Exponential moving average (EMA) of tensors; with ``decay`` None it is the tensors themselves.
 
-    At step n the decay is at most (1 + n) / (10 + n), so that the average soon forgets the initial
-    weights. Integer tensors, such as BatchNorm's counters, are copied.
+    At step n the decay is at most (1 + n) / (10 + n), so that the average soon forgets the initial weights. Integer
+    tensors, such as BatchNorm's counters, are copied.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], decay: float | None) -> None:

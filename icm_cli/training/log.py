@@ -43,8 +43,8 @@ class RunLog:
     ) -> None:
         """Open the logs in ``folder``. Only the main process (``is_main``) writes.
 
-        Rows and scalars after ``first_step`` are removed: an interrupted run may have logged steps
-        after its last saved state.
+        Rows and scalars after ``first_step`` are removed: an interrupted run may have logged steps after its last saved
+        state.
         """
         self._path = folder / LOG_NAME
         self._loss_names = loss_names
@@ -174,7 +174,7 @@ class StepStats:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the complete rows of a log up to the first damage; the last row may have been cut off."""
+    """Read the complete rows of a log. Damaged rows are skipped; reading stops where the file is no CSV."""
     rows: list[dict[str, Any]] = []
     if not path.is_file():
         return rows

@@ -1,7 +1,7 @@
 """The losses of the stage "matte", equal to the published code (Guo et al. 2024, section 4).
 
-Its losses on trimap regions are those of ViTMatte. A loss has one value per sample, [B]; the published
-total is their sum over the batch. All values are float32.
+Its losses on trimap regions are those of ViTMatte. A loss has one value per sample, [B]; the published total is their
+sum over the batch. All values are float32.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ SOFT_LOSS_NAMES = ("unknown_l1", "known_l1", "laplacian", "gradient_penalty")
 
 
 def compute_losses(alpha: Tensor, truth: Tensor, trimap: Tensor, config: LossConfig) -> dict[str, Tensor]:
-    """Return every loss with a weight, weighted, [B] each, and their sum as "total".
+    """Return every loss whose weight is not 0, multiplied by its weight, [B] each, and their sum as "total".
 
-    alpha, truth and trimap are float32 [B,1,H,W] in 0..1; a trimap's unknown pixels are exactly 0.5
-    (see :func:`quantise_trimap`). A sample takes either known_smooth_l1 or the losses of SOFT_LOSS_NAMES.
+    alpha, truth and trimap are float32 [B,1,H,W] in 0..1; a trimap's unknown pixels are exactly 0.5 (see
+    :func:`quantise_trimap`). known_smooth_l1 is 0 for samples that are not binary, the losses of SOFT_LOSS_NAMES for
+    those that are.
     """
     unknown = (trimap == UNKNOWN_LEVEL).float()
     is_binary = _is_binary(truth, config.binary_rule).float()

@@ -1,9 +1,9 @@
 """The folder of a run: checkpoints that record their origin, and the state from which a run resumes.
 
-``last.safetensors`` and ``best.safetensors`` are checkpoints for ``icm matte``; they hold the moving
-average of the weights, if the run has one. ``state.pt`` alone contains everything that the next step
-depends on, so that a run resumes correctly after being killed between two writes. ``data.json`` records
-the files of the training data, by which a resumed run detects that data changed.
+``last.safetensors`` and ``best.safetensors`` are checkpoints for ``icm matte``; they hold the moving average of the
+weights, if the run has one. ``state.pt`` alone contains everything that the next step depends on, so that a run resumes
+correctly after being killed between two writes. ``data.json`` records the files of the training data, by which a
+resumed run detects that data changed.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ class RunFolder:
     def prepare_folder(self, *, resume: bool) -> None:
         """Check that the run can start or resume in the folder, and remove temporary files of killed runs from it.
 
-        Raises UsageError if the folder contains a run, and it cannot be resumed or ``resume`` is False;
-        OutputError if the folder is not writable.
+        Raises UsageError if the folder contains a run, and it cannot be resumed or ``resume`` is False; OutputError if
+        the folder is not writable.
         """
         existing = [name for name in (STATE_NAME, LAST_NAME, BEST_NAME) if (self.folder / name).exists()]
         if existing and not resume:
@@ -202,8 +202,8 @@ class RunFolder:
     def record_data(self, notice: Callable[[str], None]) -> None:
         """Record the files of the training data, for the checkpoints and for a later resume.
 
-        If they changed since the first step of the run in the folder, raises UsageError that names the
-        changes. If they changed before its first step, this is reported with ``notice``.
+        If they changed since the first step of the run in the folder, raises UsageError that names the changes. If they
+        changed before its first step, this is reported with ``notice``.
         """
         before = DataRecord.load(self.folder)
         now = DataRecord.from_files(self._pool.files, before, notice)

@@ -98,12 +98,12 @@ class SourceConfig(FilesConfig):
     exclude: tuple[str, ...] = ()
     """Globs of image names that are excluded."""
     classes: str | None = None
-    """JSON file with the class, or list of classes, of each group, by the folder of its images (the last
-    parts of the path suffice). An image is used as a negative only if it shares no class with the
-    reference's group, in all sources."""
+    """JSON file with the class, or list of classes, of each group, by the folder of its images (the last parts of the
+    path suffice). An image is used as a negative only if it shares no class with the reference's group, in all sources.
+    """
     coarse: str | None = None
-    """Folder of alphas predicted for these images by a first stage (``icm eval --save-alphas``). The
-    stage "refine" trains on them in addition to degraded true alphas."""
+    """Folder of alphas predicted for these images by a first stage (``icm eval --save-alphas``). The stage "refine"
+    trains on them in addition to degraded true alphas."""
     soften_px: float = 0.0
     """Standard deviation, in px of the file, of the blur that softens hard masks."""
     weight: float = 1.0
@@ -155,8 +155,8 @@ class DataConfig:
     """Folders of images that foregrounds are composited onto."""
     validation: ValidationConfig | None = None
     copies_of: str | None = None
-    """JSON list of the SHA-256 digests of the original files, if the data are reduced copies. Checkpoints
-    record the originals as trained on, too."""
+    """JSON list of the SHA-256 digests of the original files, if the data are reduced copies. Checkpoints record the
+    originals as trained on, too."""
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,8 @@ class LossConfig(Section):
     l1: float = limited(0.0)
     """L1, mean over the image; for binary samples, too."""
     binary_rule: BinaryRule = "binary"
-    """Which samples are binary. Of the published losses, they only take known_smooth_l1. "binary": each
-    pixel is 0 or 1 (the paper). "constant": all pixels are 0, or all are 1 (the released code)."""
+    """Which samples are binary. Of the published losses, they only take known_smooth_l1. "binary": each pixel is 0 or 1
+    (the paper). "constant": all pixels are 0, or all are 1 (the released code)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -269,8 +269,8 @@ class LossConfig(Section):
 class MatchStageConfig(Section):
     """Samples of the stages "match", "joint" and "objects": mosaics of images.
 
-    The reference's object is in one tile of a mosaic, in several, or in none. The stage "joint" stores
-    no views; of the numbers of views it only checks whether ``large_views_per_group`` is 0.
+    The reference's object is in one tile of a mosaic, in several, or in none. The stage "joint" stores no views; of the
+    numbers of views it only checks whether ``large_views_per_group`` is 0.
     """
 
     title: ClassVar[str] = "train: match"
@@ -278,14 +278,14 @@ class MatchStageConfig(Section):
     views_per_group: int = limited(12, 1)
     """Number of views of a group whose tokens are computed, at canvas size; drawn by the seed."""
     large_views_per_group: int = limited(0)
-    """Number of views computed at twice that size in addition. They are used for mosaics of one image and
-    for half of the references, so that all mosaics have about the same number of tokens. 0: none."""
+    """Number of views computed at twice that size in addition. They are used for mosaics of one image and for half of
+    the references, so that all mosaics have about the same number of tokens. 0: none."""
     max_views_per_image: int = limited(3, 1)
     """Largest number of views of one image, for small groups."""
     rotate_every: int = limited(0)
-    """Number of steps after which "match" and "objects" replace a part of every group's views by views of
-    its next images, so that in time all images are used. The next part is encoded gradually during these
-    steps. 0: views are never replaced."""
+    """Number of steps after which "match" and "objects" replace a part of every group's views by views of its next
+    images, so that in time all images are used. The next part is encoded gradually during these steps. 0: views are
+    never replaced."""
     rotation_parts: int = limited(4, 1)
     """Number of parts of the views; each rotation replaces one of them."""
     negative_probability: float = limited(0.2, 0, 1)
@@ -301,8 +301,8 @@ class MatchStageConfig(Section):
     presence_weight: float = limited(0.3)
     """Weight of the cross-entropy of whether the object is present."""
     feature_noise: float = limited(0.0)
-    """Largest standard deviation of the noise added to the features that "match" and "objects" compare.
-    The features themselves have a standard deviation of 1."""
+    """Largest standard deviation of the noise added to the features that "match" and "objects" compare. The features
+    themselves have a standard deviation of 1."""
     max_image_px: int = 512
     """Largest long side of the images that "joint" stores on the training device."""
 
@@ -337,8 +337,8 @@ class RefineStageConfig(Section):
     token_probability: float = limited(0.35, 0, 1)
     """The coarse alpha is degraded like the output of a head that works on a grid of tokens."""
     object_probability: float = limited(0.0, 0, 1)
-    """The coarse alpha is degraded like an object mask: a smooth outline without hair. All other coarse
-    alphas have an outline that is displaced or blurred."""
+    """The coarse alpha is degraded like an object mask: a smooth outline without hair. All other coarse alphas have an
+    outline that is displaced or blurred."""
     uncertain_probability: float = limited(0.5, 0, 1)
     """In addition the coarse alpha is uncertain about some regions, inside and outside the object."""
     predicted_probability: float = limited(0.7, 0, 1)
@@ -373,11 +373,10 @@ class TrainConfig(Section):
     title: ClassVar[str] = "train"
 
     stage: Literal["matte", "match", "joint", "objects", "refine"] = "matte"
-    """What is trained. "matte": the head, and the backbone if it is trainable, on pairs of images.
-    "match": a token-match head on precomputed tokens, which is hundreds of times faster per sample.
-    "joint" (experimental, for GPUs): the token-match head and the backbone, on images that are made on
-    the training device. "objects": the object model, on the predictions of a trained head. "refine": the
-    edges, which need no pairs."""
+    """What is trained. "matte": the head, and the backbone if it is trainable, on pairs of images. "match": a
+    token-match head on precomputed tokens, which is hundreds of times faster per sample. "joint" (experimental, for
+    GPUs): the token-match head and the backbone, on images that are made on the training device. "objects": the object
+    model, on the predictions of a trained head. "refine": the edges, which need no pairs."""
     minutes: float | None = limited(None, is_open=True)
     """The run ends after this many minutes of steps, instead of after ``steps``; so does a cosine schedule."""
     steps: int = limited(20_000, 1)
@@ -402,8 +401,8 @@ class TrainConfig(Section):
     ema_decay: float | None = limited(None, 0, 1, is_open=True)
     """Decay per step of the exponential moving average of the weights, which is validated and saved."""
     batch_norm: Literal["batch", "fixed"] = "batch"
-    """Statistics of the head's BatchNorm layers: "batch", those of each process's micro-batch, as
-    published; "fixed", their running averages. The backbone always uses its running averages."""
+    """Statistics of the head's BatchNorm layers: "batch", those of each process's micro-batch, as published; "fixed",
+    their running averages. The backbone always uses its running averages."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
     seed: int = limited(0, 0, MAX_SEED)

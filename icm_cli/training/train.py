@@ -60,9 +60,9 @@ MIN_DRAWS_TO_JUDGE = 100
 def train(options: TrainOptions, *, listener: TrainingListener | None = None) -> TrainingSummary:
     """Train a model by the recipe of a configuration (Guo et al. 2024, section 4), saving regularly.
 
-    ``overrides`` are settings such as ``train.steps=500``. With ``preview`` above 0 a contact sheet of
-    that many samples is written and nothing is trained. A signal (Ctrl-C, SIGTERM) ends the run after
-    the current step is saved; ``resume`` continues with the next step.
+    ``overrides`` are settings such as ``train.steps=500``. With ``preview`` above 0 a contact sheet of that many
+    samples is written and nothing is trained. A signal (Ctrl-C, SIGTERM) ends the run after the current step is saved;
+    ``resume`` continues with the next step.
 
     Raises UsageError, ConfigError or OutputError, and TrainingError if training cannot continue.
     """

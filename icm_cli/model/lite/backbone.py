@@ -149,8 +149,8 @@ class DinoV2Lite(Backbone):
 
 
 def _resize_to_grid(feature: Tensor, grid: Sequence[int]) -> Tensor:
-    """Resize features [B,C,h,w] of the convolutions to the grid of the tokens. Their cells begin at the top left
-    corner of the canvas, and the last ones may extend beyond it."""
+    """Resize features [B,C,h,w] of the convolutions to the grid of the tokens. Their cells begin at the top left corner
+    of the canvas, and the last ones may extend beyond it."""
     cells = -(-grid[0] // feature.shape[-2]), -(-grid[1] // feature.shape[-1])
     if cells == (1, 1):
         return feature
@@ -225,8 +225,8 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
 
     def forward(self, image: Tensor, layers: Collection[int]) -> list[Tensor]:
-        """Return the patch tokens [B,C,h,w] after the blocks ``layers`` (from 1) of a normalised image
-        [B,3,14h,14w], in ascending order, without LayerNorm."""
+        """Return the patch tokens [B,C,h,w] after the blocks ``layers`` (from 1) of a normalised image [B,3,14h,14w],
+        in ascending order, without LayerNorm."""
         x = self.patches(image)
         grid = x.shape[-2:]
         positions = F.interpolate(self.positions.float(), size=grid, mode="bicubic", align_corners=False)

@@ -149,8 +149,8 @@ class TokenMatchHead(FinetunableHead):
 
     @torch.no_grad()
     def initialise_from_pca(self, samples: Tensor) -> None:
-        """Initialise the token projections with the principal components of sample tokens [N,C]: what all tokens
-        have in common is removed, so that similarity is meaningful before training."""
+        """Initialise the token projections with the principal components of sample tokens [N,C]: what all tokens have
+        in common is removed, so that similarity is meaningful before training."""
         for project, layer in zip(
             self.project, torch.split(samples, list(self.config.feature_channels), dim=1), strict=True
         ):

@@ -33,8 +33,8 @@ class RefineConfig:
     """Settings of the refining network."""
 
     widths: tuple[int, ...] = (32, 48, 64, 96, 128)
-    """Channels of each scale; the first has half the size of the image, and each other half the size of the one
-    before."""
+    """Channels of each scale; the first has half the size of the image, and each other half the size of the one before.
+    """
     detail_blocks: int = 0
     """Number of residual blocks before the output, at half the size of the image."""
     frame_px: int = 1024
@@ -44,8 +44,8 @@ class RefineConfig:
     overlap_px: int = 32
     """Overlap of tiles, in px, over which they are blended."""
     logit_eps: float = 0.02
-    """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that the network can override
-    it."""
+    """Smallest distance of a coarse alpha from 0 and 1 before its logit is taken, so that the network can override it.
+    """
     unknown_margin: float = 0.05
     """A pixel is unknown if its coarse alpha is further than this from 0 and 1."""
     change_radius: float = 0.06
@@ -145,8 +145,8 @@ class Refine(Edges):
         self.to(fast_dtype)
 
     def forward(self, image: Tensor, coarse: Tensor) -> Tensor:
-        """Return the logits of corrected alphas, float32 [B,1,H,W], for sRGB images [B,3,H,W] in 0..1 and coarse
-        alphas [B,1,H,W]; H and W are multiples of ``config.multiple``."""
+        """Return the logits of corrected alphas, float32 [B,1,H,W], for sRGB images [B,3,H,W] in 0..1 and coarse alphas
+        [B,1,H,W]; H and W are multiples of ``config.multiple``."""
         logit = torch.logit(coarse.float(), eps=self.config.logit_eps)
         dtype = self.output.weight.dtype
         x = torch.cat([4.0 * image.float() - 2.0, logit / 2.0], dim=1).to(dtype)

@@ -234,18 +234,18 @@ def _load_unet(folder: Path) -> Any:
     blocks = [*config["down_block_types"]], [*config["up_block_types"]]
     if blocks != (DOWN_BLOCKS, UP_BLOCKS) or not config["use_linear_projection"] or config["in_channels"] != 4:
         raise ConfigError(f"{path} is not the U-Net of a Stable Diffusion 2; expected a folder of Stable Diffusion 2.1")
-    published = unet.state_dict()
+    expected = unet.state_dict()
     drop_unused_layers(unet)
-    _load_tensors(unet, published, folder / UNET_WEIGHTS)
+    _load_tensors(unet, expected, folder / UNET_WEIGHTS)
     return unet
 
 
 def _load_vae_encoder(folder: Path) -> Any:
     with torch.device("meta"):
         vae = _from_config(AutoencoderKL, folder / "vae/config.json")
-    published = vae.state_dict()
+    expected = vae.state_dict()
     vae.decoder = vae.post_quant_conv = None
-    _load_tensors(vae, published, folder / VAE_WEIGHTS)
+    _load_tensors(vae, expected, folder / VAE_WEIGHTS)
     return vae
 
 
@@ -259,18 +259,18 @@ def _from_config(cls: Any, path: Path) -> Any:
         ) from error
 
 
-def _load_tensors(module: nn.Module, published: Mapping[str, Tensor], path: Path) -> None:
+def _load_tensors(module: nn.Module, expected: Mapping[str, Tensor], path: Path) -> None:
     """Load the tensors of a module that was built without values from a safetensors file, which must contain exactly
-    those of the complete model, ``published``."""
+    those of the complete model, ``expected``."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = {_current_name(name): name for name in file.keys()}  # noqa: SIM118 (not a mapping)
             shapes = {ours: torch.Size(file.get_slice(name).get_shape()) for ours, name in names.items()}
-            check_tensor_shapes(published, shapes, f"weights {path}")
+            check_tensor_shapes(expected, shapes, f"weights {path}")
             tensors = {key: file.get_tensor(names[key]) for key in module.state_dict()}
     except safetensors.SafetensorError as error:
         raise ConfigError(f"weights {path} are damaged or truncated ({error}); get the file again") from error
-    check_tensor_values(published, tensors, f"weights {path}")
+    check_tensor_values(expected, tensors, f"weights {path}")
     module.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, strict=True, assign=True)
 
 

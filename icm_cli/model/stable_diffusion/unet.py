@@ -51,9 +51,9 @@ def fold_timestep(unet: Any, timestep: int) -> None:
 
 
 class MeanAttention:
-    """Running mean A of the self-attention maps of one grid over heads, noise samples and layers, float32 [N,N].
-    Tokens in the padding, where ``valid`` [h,w] is False, are masked as keys. Only one chunk of a layer's
-    probabilities is in memory at a time."""
+    """Running mean A of the self-attention maps of one grid over heads, noise samples and layers, float32 [N,N]. Tokens
+    in the padding, where ``valid`` [h,w] is False, are masked as keys. Only one chunk of a layer's probabilities is in
+    memory at a time."""
 
     def __init__(self, valid: Tensor) -> None:
         self.grid = (valid.shape[0], valid.shape[1])
@@ -80,8 +80,8 @@ class MeanAttention:
         return self._sum / self._layers
 
     def _accumulate_maps(self, query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield chunks of a layer's E*H maps and query rows with their probabilities float32 [maps,rows,N], which
-        are valid until the next chunk."""
+        """Yield chunks of a layer's E*H maps and query rows with their probabilities float32 [maps,rows,N], which are
+        valid until the next chunk."""
         queries = query.flatten(0, 1).float() * query.shape[-1] ** -0.5
         key_columns = key.flatten(0, 1).float().transpose(-1, -2)
         count, tokens = queries.shape[:2]

@@ -86,15 +86,15 @@ def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArra
 
 
 def load_solver() -> Callable[..., NDArray[np.float64]]:
-    """Import pymatting and return its solver. This takes 2 s, and 40 s when it is compiled on a machine for the
-    first time. The compiled code is stored in the user's cache folder."""
+    """Import pymatting and return its solver. This takes 2 s, and 40 s when it is compiled on a machine for the first
+    time. The compiled code is stored in the user's cache folder."""
     solver: Callable[..., NDArray[np.float64]] = _import_pymatting().estimate_alpha_cf
     return solver
 
 
 def load_foreground_estimator() -> Callable[..., NDArray[np.float64]]:
-    """Import pymatting and return its foreground estimator, see :func:`load_solver`. It computes colours [h,w,3]
-    from an image [h,w,3] and its alpha [h,w], all in 0..1."""
+    """Import pymatting and return its foreground estimator, see :func:`load_solver`. It computes colours [h,w,3] from
+    an image [h,w,3] and its alpha [h,w], all in 0..1."""
     estimator: Callable[..., NDArray[np.float64]] = _import_pymatting().estimate_foreground_ml
     return estimator
 
@@ -102,9 +102,8 @@ def load_foreground_estimator() -> Callable[..., NDArray[np.float64]]:
 def estimate_foreground(source: DecodedImage, alpha: Float) -> Float:
     """Estimate the foreground colours of a source, given its alpha [H,W] in 0..1.
 
-    The method is multi-level estimation (Germer et al., "Fast Multi-Level Foreground Estimation",
-    ICPR 2020). Where alpha is 0, the colours are those of the nearest foreground, so that no
-    compositing operation shows a halo.
+    The method is multi-level estimation (Germer et al., "Fast Multi-Level Foreground Estimation", ICPR 2020). Where
+    alpha is 0, the colours are those of the nearest foreground, so that no compositing operation shows a halo.
 
     Returns:
         float32 [H,W,3] on the source's scale of 0..1, with HDR values beyond.

@@ -52,8 +52,8 @@ class TrainingFreeConfig:
     """A connected region is foreground only if its strongest evidence is at least this fraction of the strongest
     evidence in the target; 0 (all regions) to 1 (only one region)."""
     unknown_fraction: float = 0.15
-    """Fraction of the pixels that are unknown for closed-form matting; between 0 and 1. A larger fraction takes
-    longer."""
+    """Fraction of the pixels that are unknown for closed-form matting; between 0 and 1. A larger fraction takes longer.
+    """
     solve_long_side_px: int = 640
     """Largest long side at which closed-form matting is solved, in px."""
     min_candidate_cosine: float = 0.0
@@ -89,11 +89,11 @@ class Evidence:
     """Evidence for the object in one target."""
 
     contrast: Tensor
-    """Similarity to the foreground minus weighted similarity to the background, propagated by intra-similarity,
-    [h,w]. With the rule "clusters", 1 inside the object and 0 outside."""
+    """Similarity to the foreground minus weighted similarity to the background, propagated by intra-similarity, [h,w].
+    With the rule "clusters", 1 inside the object and 0 outside."""
     similarity: float
-    """Similarity of the target to the reference's foreground, as a fraction of the foreground's similarity to
-    itself."""
+    """Similarity of the target to the reference's foreground, as a fraction of the foreground's similarity to itself.
+    """
 
 
 class TrainingFree(Head):
@@ -171,8 +171,8 @@ class TrainingFree(Head):
         return contrast, float(best / own)
 
     def _solve_alpha(self, contrast: Tensor, image: Tensor) -> Tensor:
-        """Compute the alpha [H,W] of one frame without padding, or its trimap if a later component refines the
-        edges, from its contrast [H,W] and sRGB image [3,H,W] on the CPU."""
+        """Compute the alpha [H,W] of one frame without padding, or its trimap if a later component refines the edges,
+        from its contrast [H,W] and sRGB image [3,H,W] on the CPU."""
         size = downscaled_size(image.shape[1:], self.config.solve_long_side_px)
         small = F.interpolate(torch.cat([image, contrast[None]])[None], size=size, mode="area")[0]
         rgb, evidence = small[:3].permute(1, 2, 0), small[3]
@@ -203,8 +203,8 @@ class TrainingFree(Head):
 
 
 def keep_strong_regions(evidence: Tensor, inside: Tensor, fraction: float) -> Tensor:
-    """Keep the connected regions of ``inside`` [H,W] whose strongest evidence is at least a fraction of the
-    strongest evidence. Other objects often form separate regions that are slightly similar to the reference."""
+    """Keep the connected regions of ``inside`` [H,W] whose strongest evidence is at least a fraction of the strongest
+    evidence. Other objects often form separate regions that are slightly similar to the reference."""
     count, label = cv2.connectedComponents(inside.numpy().astype(np.uint8))
     region = torch.from_numpy(label).long().flatten()
     best = evidence.new_full((count,), -torch.inf).scatter_reduce(0, region, evidence.flatten(), "amax")
@@ -235,8 +235,8 @@ def segment_by_clusters(
     A token is a candidate if it is similar to the prototype of the reference, and if its nearest reference token is
     inside the mask. The seed is the cluster with candidates that is most similar to the prototype. Other clusters are
     added if the product of their similarity to the prototype, their similarity to the seed and their fraction of
-    candidates is above ``min_join_score``. Clustering N tokens
-    computes N * (N - 1) / 2 distances of 8 bytes, 67 MB for 64 x 64 tokens.
+    candidates is above ``min_join_score``. Clustering N tokens computes N * (N - 1) / 2 distances of 8 bytes, 67 MB for
+    64 x 64 tokens.
 
     ``compared`` [N,C] are the tokens that are compared with the reference, and ``grouping`` [N,D] those that are
     clustered. Returns the tokens of the object, float32 [N], 0 or 1; and the similarity of the seed to the prototype,
@@ -264,8 +264,8 @@ def segment_by_clusters(
 
 
 def is_nearest_foreground(target: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
-    """Return for each target token [N,C] whether its nearest reference token is inside the mask, bool [N]; True
-    without background. All tokens have unit length."""
+    """Return for each target token [N,C] whether its nearest reference token is inside the mask, bool [N]; True without
+    background. All tokens have unit length."""
     if not len(background):
         return torch.ones(len(target), dtype=torch.bool, device=target.device)
     chunks = torch.split(target, CHUNK_TOKENS)

@@ -24,8 +24,8 @@ STROKE_WIDTH = 1 / 40
 def draw_photograph_transform(size: tuple[int, int], canvas_px: int, config: AugmentConfig, rng: Rng) -> Affine:
     """Draw a transform of a photograph of ``size`` (height, width) to the canvas.
 
-    Its long side becomes at least as long as the canvas. A side that is longer than the canvas is
-    cropped at a random position, a side that is shorter is placed at a random position.
+    Its long side becomes at least as long as the canvas. A side that is longer than the canvas is cropped at a random
+    position, a side that is shorter is placed at a random position.
     """
     zoom = config.zoom ** rng.random()
     scale = canvas_px / max(size) * zoom
@@ -40,8 +40,8 @@ def draw_cutout_transform(
 ) -> Affine:
     """Draw a transform of a cut-out of ``size`` (height, width) to the canvas.
 
-    Its long side becomes a quarter to ``largest`` of the canvas' side. At most a tenth of each side is
-    outside the canvas.
+    Its long side becomes a quarter to ``largest`` of the canvas' side. At most a tenth of each side is outside the
+    canvas.
     """
     long_side = canvas_px * rng.uniform(0.25, largest)
     scale = long_side / max(size)
@@ -89,8 +89,8 @@ def degrade_image(rgb: ImageU8, config: AugmentConfig, rng: Rng) -> ImageU8:
 def draw_guidance(alpha: ImageU8, config: PairConfig, rng: Rng) -> NDArray[np.bool_]:
     """Return the guidance, bool [H,W], for a reference's alpha, uint8 [H,W].
 
-    It is the mask, which may be jittered, or a scribble or a point inside it. It is not empty if any
-    pixel of the alpha is above one half.
+    It is the mask, which may be jittered, or a scribble or a point inside it. It is not empty if any pixel of the alpha
+    is above one half.
     """
     mask = (alpha > HALF_U8).astype(np.uint8)
     kind = rng.random()

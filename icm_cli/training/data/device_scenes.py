@@ -1,9 +1,8 @@
 """Scenes made on the training device, for the stage "joint". Experimental: never measured on a GPU.
 
-All images are stored on the device as uint8 and are warped and composited there in batches; the CPU only
-draws random numbers. The scenes equal those of :mod:`icm_cli.training.data.scenes`, with two exceptions:
-foreground colours at soft edges are estimated by another method, and JPEG compression is reduced to the
-quantisation of its cosine transform.
+All images are stored on the device as uint8 and are warped and composited there in batches; the CPU only draws random
+numbers. The scenes equal those of :mod:`icm_cli.training.data.scenes`, with two exceptions: foreground colours at soft
+edges are estimated by another method, and JPEG compression is reduced to the quantisation of its cosine transform.
 """
 
 from __future__ import annotations
@@ -65,10 +64,9 @@ Source = TypeVar("Source")
 class DeviceImages:
     """Images stored on a device, each in the top left corner of a square that is padded by edge replication.
 
-    levels: uint8 [N,4,S,S], [N,4,S/2,S/2] ..., colours and alpha, on the device. On the CPU: sizes, int
-    [N,2], height and width of each image in px; boxes, int [N,4], the bounding box of the visible alpha
-    (first and end row, first and end column); thumbnails, float32 [N,T,T], mean alphas of the cells of
-    each image.
+    levels: uint8 [N,4,S,S], [N,4,S/2,S/2] ..., colours and alpha, on the device. On the CPU: sizes, int [N,2], height
+    and width of each image in px; boxes, int [N,4], the bounding box of the visible alpha (first and end row, first and
+    end column); thumbnails, float32 [N,T,T], mean alphas of the cells of each image.
     """
 
     levels: tuple[Tensor, ...]
@@ -244,8 +242,8 @@ class DeviceScenes:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Warp images to the canvas.
 
-        Returns rgb float32 [N,3,S,S] 0..255, alpha float32 [N,1,S,S] 0..1, and valid bool [N,S,S], True
-        where the image covers the canvas.
+        Returns rgb float32 [N,3,S,S] 0..255, alpha float32 [N,1,S,S] 0..1, and valid bool [N,S,S], True where the image
+        covers the canvas.
         """
         count = len(placed)
         rgba = torch.empty((count, 4, canvas_px, canvas_px), device=self.device)
@@ -305,8 +303,8 @@ class DeviceScenes:
 def composite_over(colour: Tensor, alpha: Tensor, behind: Tensor) -> Tensor:
     """Composite objects onto scenes; colours [N,3,S,S] 0..255, alpha [N,1,S,S] 0..1.
 
-    The foreground colours at soft edges are estimated by means over windows (Forte and Pitie, "F, B,
-    Alpha Matting", 2020; Forte, "Approximate Fast Foreground Colour Estimation", 2021).
+    The foreground colours at soft edges are estimated by means over windows (Forte and Pitie, "F, B, Alpha Matting",
+    2020; Forte, "Approximate Fast Foreground Colour Estimation", 2021).
     """
     foreground, background = colour, colour
     for radius in FOREGROUND_RADII:

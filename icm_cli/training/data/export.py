@@ -2,10 +2,9 @@
 
     python -m icm_cli.training.data.export OUT --data configs/data/lite.yaml --px 384 --shard-mb 50
 
-writes every image and alpha, reduced to at most 384 px, to tar files of at most 50 MB each. Unpacked into
-one folder they contain ``data.yaml``; run ``icm train --data data.yaml`` in that folder. Images are
-compressed as WebP, alphas without loss. ``copies_of.json`` contains the SHA-256 digests of the original
-files, so that checkpoints record them.
+writes every image and alpha, reduced to at most 384 px, to tar files of at most 50 MB each. Unpacked into one folder
+they contain ``data.yaml``; run ``icm train --data data.yaml`` in that folder. Images are compressed as WebP, alphas
+without loss. ``copies_of.json`` contains the SHA-256 digests of the original files, so that checkpoints record them.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class TrainingPool:
     def draw_partner(self, item: TrainingItem, rng: np.random.Generator, same_image_probability: float) -> TrainingItem:
         """Draw an item of the same group with another image.
 
-        Returns the item itself with a probability, or if its group has no other image.
+        Returns the item itself with ``same_image_probability``, or if its group has no other image.
         """
         candidates = [candidate for candidate in self.groups.get(item.group, ()) if candidate.image != item.image]
         is_same_image = rng.random() < same_image_probability

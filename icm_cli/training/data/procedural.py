@@ -2,9 +2,9 @@
 
     python -m icm_cli.training.data.procedural OUT --groups 120 --seed 0
 
-writes RGBA cut-outs, with a folder for each object that contains two views of it. ``icm train`` reads
-them with a source ``dataset: cutouts``. Strands are opaque curves drawn at several times the final size;
-the mean over the area of each pixel then gives exact colour and coverage, as in a camera.
+writes RGBA cut-outs, with a folder for each object that contains two views of it. ``icm train`` reads them with a
+source ``dataset: cutouts``. Strands are opaque curves drawn at several times the final size; the mean over the area of
+each pixel then gives exact colour and coverage, as in a camera.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Scenes: an image on the canvas with its alpha. A photograph or a composite, with distractors pasted in.
 
-Sizes are (height, width). The colours of a cut-out are premultiplied, so that warping adds no colour
-from outside the object.
+Sizes are (height, width). The colours of a cut-out are premultiplied, so that warping adds no colour from outside the
+object.
 """
 
 from __future__ import annotations
@@ -66,8 +66,7 @@ def _size_bytes(layer: object) -> int:
 class Photograph:
     """An image, uint8 [h,w,3], with its alpha, uint8 [h,w].
 
-    If the data have them: a trimap, uint8 [h,w] of 0, 128 and 255, and a first stage's coarse alpha,
-    uint8 [h,w].
+    If the data have them: a trimap, uint8 [h,w] of 0, 128 and 255, and a first stage's coarse alpha, uint8 [h,w].
     """
 
     rgb: ImageU8
@@ -104,9 +103,9 @@ def read_photograph(item: TrainingItem, long_side_px: int | None = None) -> Phot
 def read_cutout(item: TrainingItem, long_side_px: int) -> Cutout:
     """Cut out an item's object, with its bounding box reduced to at most ``long_side_px``. Raises ImageError.
 
-    The foreground colours of a photograph are estimated first (Germer et al., "Fast Multi-Level
-    Foreground Estimation", 2020). Otherwise the old background, visible through soft edges, would become
-    a halo on a new background, and the model would learn it.
+    The foreground colours of a photograph are estimated first (Germer et al., "Fast Multi-Level Foreground Estimation",
+    2020). Otherwise the old background, visible through soft edges, would become a halo on a new background, and the
+    model would learn it.
     """
     rgb, alpha = _read_image_and_alpha(item)
     rows, columns = (np.flatnonzero((alpha > VISIBLE_U8).any(axis=axis)) for axis in (1, 0))
@@ -188,8 +187,8 @@ class SceneMaker:
     def make_photograph(self, item: TrainingItem, rng: Rng) -> Scene:
         """Place an item's image on the canvas by a random transform. Raises ImageError.
 
-        The image fits the canvas untransformed if the augmentation moves no pixels, or if no random
-        transform leaves enough of the object visible.
+        The image fits the canvas untransformed if the augmentation moves no pixels, or if no random transform leaves
+        enough of the object visible.
         """
         if not self.augment.moves_pixels:
             return self._fit_photograph(item)

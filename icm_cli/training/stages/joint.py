@@ -1,8 +1,8 @@
 """The stage "joint": train the token-match head and the backbone on mosaics. Experimental: never measured on a GPU.
 
-The mosaics are those of the stage "match", but every image is made and encoded for its step, so that no
-view is seen twice and gradients reach the backbone. The stage is for GPUs: all images are stored on the
-training device, and samples are made there (:mod:`icm_cli.training.data.device_scenes`).
+The mosaics are those of the stage "match", but every image is made and encoded for its step, so that no view is seen
+twice and gradients reach the backbone. The stage is for GPUs: all images are stored on the training device, and samples
+are made there (:mod:`icm_cli.training.data.device_scenes`).
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from icm_cli.training.stages.mosaics import (
 class ImageBatch(Batch):
     """Images of mosaics of ``rows`` times ``columns`` = T tiles, with R references each.
 
-    image uint8 [B,T,3,S,S], alpha uint8 and valid bool [B,T,S,S]; the same for the references,
-    [B,R,...,S',S']; positive_tiles: for each mosaic the tiles that show the references' object.
+    image uint8 [B,T,3,S,S], alpha uint8 and valid bool [B,T,S,S]; the same for the references, [B,R,...,S',S'];
+    positive_tiles: for each mosaic the tiles that show the references' object.
     """
 
     rows: int

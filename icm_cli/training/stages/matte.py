@@ -134,9 +134,9 @@ def _heat_map(values: Tensor) -> ImageU8:
 class FeatureCache:
     """A disk cache of a frozen backbone's features, so that every image is encoded only once.
 
-    The name of an entry is the digest of the canvas, its padding mask, and everything that determines the
-    backbone. Entries are in half precision. Newly computed features are rounded to half precision, too, so
-    that the results of a run do not depend on the contents of the cache.
+    The name of an entry is the digest of the canvas, its padding mask, and everything that determines the backbone.
+    Entries are in half precision. Newly computed features are rounded to half precision, too, so that the results of a
+    run do not depend on the contents of the cache.
     """
 
     def __init__(
@@ -231,8 +231,8 @@ def _read_entry(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
 def pack_features(features: Features) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return one image's features as tensors, in half precision on the CPU, and text metadata for a file.
 
-    A tensor that is used several times is stored once. Attention is multiplied by the number N of tokens,
-    because its mean, 1/N, is near the smallest half-precision number.
+    A tensor that is used several times is stored once. Attention is multiplied by the number N of tokens, because its
+    mean, 1/N, is near the smallest half-precision number.
     """
     named = {"correspondence": features.correspondence_features, "valid": features.valid}
     named |= {f"scale.{stride}": feature for stride, feature in features.scale_features.items()}

@@ -1,7 +1,7 @@
 """Mosaics of the tokens of images, of which one, several or none show the reference's object.
 
-The stages that train a token-match head use them: "match" and "objects" on stored tokens, "joint" on
-images that are made for each step.
+The stages that train a token-match head use them: "match" and "objects" on stored tokens, "joint" on images that are
+made for each step.
 """
 
 from __future__ import annotations
@@ -46,11 +46,10 @@ Image = TypeVar("Image")
 class View:
     """Tokens of an image.
 
-    feature: correspondence features [C,h,w]; scales: inputs of the head's decoder, from coarse to fine,
-    [C',2h,2w], [C",4h,4w] ...; alpha: mean of the alpha in each cell of the decoder's output, [nh,nw];
-    inside, outside: tokens inside and outside the guidance, bool [h,w]; valid: tokens of the image instead
-    of padding, bool [h,w]; embedding: image embedding of the object model, [E,mh,mw], or [0,0,0] if it is
-    not trained.
+    feature: correspondence features [C,h,w]; scales: inputs of the head's decoder, from coarse to fine, [C',2h,2w],
+    [C",4h,4w] ...; alpha: mean of the alpha in each cell of the decoder's output, [nh,nw]; inside, outside: tokens
+    inside and outside the guidance, bool [h,w]; valid: tokens of the image instead of padding, bool [h,w]; embedding:
+    image embedding of the object model, [E,mh,mw], or [0,0,0] if it is not trained.
     """
 
     feature: Tensor
@@ -79,9 +78,9 @@ class Mosaic(Generic[Image]):
 class MosaicBatch(Batch):
     """A batch of mosaics with R references each.
 
-    Of the mosaics: feature [B,C,H,W], valid bool [B,H,W], scales [B,C',2H,2W] ..., alpha float32
-    [B,nH,nW], and embedding [B,E,mH,mW] if the object model is trained. Of the references:
-    reference_feature [B,R,C,h,w], inside and outside bool [B,R,h,w].
+    Of the mosaics: feature [B,C,H,W], valid bool [B,H,W], scales [B,C',2H,2W] ..., alpha float32 [B,nH,nW], and
+    embedding [B,E,mH,mW] if the object model is trained. Of the references: reference_feature [B,R,C,h,w], inside and
+    outside bool [B,R,h,w].
     """
 
     rows: int
@@ -106,8 +105,8 @@ class TokenMatcher(nn.Module):
     def forward(self, batch: MosaicBatch) -> Prediction:
         """Return the head's outputs.
 
-        They are the logit of the coarse alpha [B,H,W], the logit of the decoder's alpha [B,nH,nW], the
-        similarity maps of all comparisons [B,comparisons,H,W] in -1..1, and the presence logit [B].
+        They are the logit of the coarse alpha [B,H,W], the logit of the decoder's alpha [B,nH,nW], the similarity maps
+        of all comparisons [B,comparisons,H,W] in -1..1, and the presence logit [B].
         """
         head = self.head
         scales = {-level: scale.float() for level, scale in enumerate(batch.scales)}
@@ -140,8 +139,8 @@ def require_token_match_head(model: InContextMatting, stage: str) -> TokenMatchH
 def fit_config_to_groups(config: MatchStageConfig, pool: TrainingPool) -> tuple[MatchStageConfig, str]:
     """Return the settings for the mosaics of a pool, and a notice if they differ from ``config``, else "".
 
-    If all images show the same object, mosaics are single images that show it. Raises UsageError if only
-    some of the groups have negatives.
+    If all images show the same object, mosaics are single images that show it. Raises UsageError if only some of the
+    groups have negatives.
     """
     firsts = [items[0] for items in pool.groups.values()]
     without_negative = [item for item in firsts if not any(item.is_negative_for(other) for other in firsts)]
@@ -281,8 +280,8 @@ def collate_mosaics(mosaics: Sequence[Mosaic[View]], counters: Sequence[int]) ->
 def add_feature_noise(batch: MosaicBatch, max_std: float, rng: np.random.Generator) -> MosaicBatch:
     """Add noise to the features that are compared, so that the head errs as it does on images it never saw.
 
-    Each image has noise of its own strength, with a standard deviation of up to ``max_std``: partly per
-    token, partly in larger regions. The features themselves have a variance of 1.
+    Each image has noise of its own strength, with a standard deviation of up to ``max_std``: partly per token, partly
+    in larger regions. The features themselves have a variance of 1.
     """
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
 

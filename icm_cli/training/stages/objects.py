@@ -1,7 +1,7 @@
 """The stage "objects": train the object model to complete coarse alphas, on mosaics of stored tokens.
 
-The mosaics are those of the stage "match". A trained head, which stays frozen, predicts coarse alphas for
-them. With these uncertain or wrong alphas as its input, the object model learns to predict the true ones.
+The mosaics are those of the stage "match". A trained head, which stays frozen, predicts coarse alphas for them. With
+these uncertain or wrong alphas as its input, the object model learns to predict the true ones.
 """
 
 from __future__ import annotations

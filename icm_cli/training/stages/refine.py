@@ -1,9 +1,8 @@
 """The stage "refine": train the edges on images with a mask or an alpha, and degraded coarse alphas.
 
-It needs no pairs: any image with a mask or an alpha can be used. Alphas of composites are exact, so all
-their pixels count fully. Outlines drawn by hand locate the edge but not its softness, so pixels at their
-edges have a smaller weight. Coarse alphas are degraded true ones, like those that a first stage or a hasty
-user would give.
+It needs no pairs: any image with a mask or an alpha can be used. Alphas of composites are exact, so all their pixels
+count fully. Outlines drawn by hand locate the edge but not its softness, so pixels at their edges have a smaller
+weight. Coarse alphas are degraded true ones, like those that a first stage or a hasty user would give.
 """
 
 from __future__ import annotations
@@ -37,15 +36,14 @@ EDGE_CROP_PROBABILITY = 0.85
 EDGE_ALPHAS = (0.1, 0.9)
 """Pixels with an alpha between these, and their neighbours, are edge pixels."""
 UNKNOWN_TOLERANCE = 0.05
-"""A pixel is unknown if its coarse or true alpha is further than this from 0 and 1, or if the two differ
-by more."""
+"""A pixel is unknown if its coarse or true alpha is further than this from 0 and 1, or if the two differ by more."""
 TOKEN_CELL = (1 / 52, 1 / 14)
 """Side of a token's cell, as a fraction of the image's long side."""
 OBJECT_CELL = (1 / 256, 1 / 128)
 """Side of an object mask's cell, as a fraction of the image's long side."""
 OBJECT_BLUR = (0.4, 3.0)
-"""Standard deviation, in cells, of the blur of an object mask's outline. A network trained with larger
-ones distrusts masks that are correct."""
+"""Standard deviation, in cells, of the blur of an object mask's outline. A network trained with larger ones distrusts
+masks that are correct."""
 CERTAIN_LOGIT = 4.0
 """Smallest distance below 0 of an object mask's logit far from the object."""
 MAX_REGION_FRACTION = 0.12
@@ -265,8 +263,7 @@ def degrade_outline(alpha: Float, rng: Rng) -> Float:
 def degrade_to_object_mask(alpha: Float, rng: Rng) -> Float:
     """Degrade an alpha, [H,W] 0..1, to the output of an object segmentation model.
 
-    The outline is smooth and confident on both sides. Hair extends beyond it, or the gaps between
-    strands are closed.
+    The outline is smooth and confident on both sides. Hair extends beyond it, or the gaps between strands are closed.
     """
     height, width = alpha.shape
     longest = max(height, width)
@@ -284,8 +281,8 @@ def degrade_to_object_mask(alpha: Float, rng: Rng) -> Float:
 def add_uncertain_regions(coarse: Float, rgb: ImageU8, truth: Float, rng: Rng) -> Float:
     """Make a coarse alpha, [H,W] 0..1, uncertain about one to three regions of similar colour.
 
-    Regions of the object fade and regions of the background appear, as with a first stage that judges
-    by appearance. ``rgb`` is the image, uint8 [H,W,3].
+    Regions of the object fade and regions of the background appear, as with a first stage that judges by appearance.
+    ``rgb`` is the image, uint8 [H,W,3].
     """
     height, width = truth.shape
     scale = min(1.0, 160 / max(height, width))

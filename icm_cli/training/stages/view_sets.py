@@ -1,9 +1,9 @@
 """View sets of the stage "match": the images whose tokens are stored, and their replacement during training.
 
-The images of each group are shuffled with the seed. Rotation part number n of the views takes the next
-images in that order, and starts again at its end. A view set is a window of
-:attr:`MatchStageConfig.rotation_parts` parts. Every :attr:`MatchStageConfig.rotate_every` steps the window
-moves by one part. The parts depend only on the seed, so a resumed run has the same view sets.
+The images of each group are shuffled with the seed. Rotation part number n of the views takes the next images in that
+order, and starts again at its end. A view set is a window of :attr:`MatchStageConfig.rotation_parts` parts. Every
+:attr:`MatchStageConfig.rotate_every` steps the window moves by one part. The parts depend only on the seed, so a
+resumed run has the same view sets.
 """
 
 from __future__ import annotations
