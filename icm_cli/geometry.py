@@ -70,7 +70,7 @@ class Placement:
     canvas: tuple[int, int]
 
     def fit_to_canvas(self, image: ImageU8) -> ImageU8:
-        """Resize uint8 [H,W,3] or [H,W] to the canvas, and pad it by edge replication."""
+        """Resize uint8 [H,W,3] or [H,W] to ``content``, and pad it to the canvas by edge replication."""
         small = resize(image, self.content)
         below = self.canvas[0] - self.content[0]
         right = self.canvas[1] - self.content[1]

@@ -222,9 +222,11 @@ def _scores_table(report: Report) -> Table:
     table.add_column("images", justify="right")
     for suffix, by_region in (("", report.means), (", not trained on", report.means_unseen or {})):
         for region, means in by_region.items():
-            cut = "" if report.is_complete else f" (incomplete, {len(report.results)} in total)"
+            incomplete_note = "" if report.is_complete else f" (incomplete, {len(report.results)} images so far)"
             table.add_row(
-                f"{report.method_name}, {region}{suffix}{cut}", *_mean_cells(means, metrics), f"{means.images}"
+                f"{report.method_name}, {region}{suffix}{incomplete_note}",
+                *_mean_cells(means, metrics),
+                f"{means.images}",
             )
     published = PUBLISHED_SCORES.get(protocol.get("title", ""), ())
     if published:

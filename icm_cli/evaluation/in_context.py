@@ -17,7 +17,7 @@ from icm_cli.evaluation.protocol import Evaluation, round_folder
 from icm_cli.evaluation.rounds import (
     ReferenceRounds,
     choose_references,
-    describe_small_groups,
+    describe_group_problems,
     read_references_file,
     select_targets,
 )
@@ -138,7 +138,7 @@ def _make_outcome(
     evaluation: Evaluation, choice: AnyModelChoice, jobs: Sequence[Job], references: ReferenceRounds, learn_steps: int
 ) -> Outcome:
     options = evaluation.options.matting
-    notes = describe_small_groups(evaluation.groups, len(references), options.refs_per_group or 1)
+    notes = describe_group_problems(evaluation.groups, len(references), options.refs_per_group or 1)
     trained_on = read_training_digests(choice.checkpoint) if choice.checkpoint else None
     if choice.checkpoint and trained_on is None:
         notes.append(f"{choice.checkpoint} does not list its training images; they may include images of this dataset")

@@ -84,8 +84,8 @@ def read_references_file(path: Path, groups: Mapping[str, Sequence[Sample]]) -> 
     return rounds, list(problems.values())
 
 
-def describe_small_groups(groups: Mapping[str, Sequence[Sample]], rounds: int, refs_per_group: int) -> list[str]:
-    """Return notes about groups that are too small for the requested rounds or references."""
+def describe_group_problems(groups: Mapping[str, Sequence[Sample]], rounds: int, refs_per_group: int) -> list[str]:
+    """Return notes about missing groups, and about groups too small for the requested rounds or references."""
     sizes = {group: len(samples) for group, samples in groups.items() if len(samples) > 1}
     notes = []
     if set(groups) == {ONE_GROUP}:

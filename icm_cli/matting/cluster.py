@@ -174,7 +174,7 @@ class RayRunner:
         self._peak_memory_bytes = 0
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Matte every image. An image that fails is reported, and the run continues.
+        """Matte every image. An image that fails is reported, and the run continues unless ``fail_fast`` is set.
 
         Raises OutputError if no more output can be written, DeviceError if the actors die repeatedly.
         """
@@ -196,7 +196,7 @@ class RayRunner:
         return self._peak_memory_bytes
 
     def _message_rows(self, jobs: Sequence[Job]) -> Any:
-        """Dataset of the pickled messages of all actors; each call of one takes a block of jobs."""
+        """Dataset of the pickled messages of all actors; each call of an actor processes a block of jobs."""
         import ray.data
 
         context = ray.data.DataContext.get_current()

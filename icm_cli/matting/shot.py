@@ -110,17 +110,17 @@ class Shot:
 def split_shots(jobs: Sequence[Job], keys: Sequence[Keyframe]) -> list[tuple[list[Job], list[Keyframe]]]:
     """Split frames and keyframes into shots.
 
-    Each folder is one shot. If the names of its files differ before their numbers and each such name has at least
-    ``MIN_FRAMES`` frames, each of them is a shot.
+    A folder is one shot, unless its files have several prefixes before the frame number and each prefix has at least
+    ``MIN_FRAMES`` frames, or keyframes only; then each prefix is a shot.
     """
     folders: dict[Path, dict[str, list[Job | Keyframe]]] = {}
     frames: list[Job | Keyframe] = [*jobs, *keys]
     for each in frames:
-        stem = FrameName.from_path(each.name).stem
-        folders.setdefault(each.name.parent, {}).setdefault(stem, []).append(each)
+        prefix = FrameName.from_path(each.name).stem
+        folders.setdefault(each.name.parent, {}).setdefault(prefix, []).append(each)
     shots = []
-    for stems in folders.values():
-        parts = list(stems.values())
+    for frames_by_prefix in folders.values():
+        parts = list(frames_by_prefix.values())  # in each, keyframes follow the jobs
         are_shots = all(len(part) >= MIN_FRAMES or isinstance(part[0], Keyframe) for part in parts)
         shots += parts if are_shots else [[each for part in parts for each in part]]
     return [

@@ -267,7 +267,7 @@ class CommandOptions:
         """Convert and check values by option name. Other options keep their default.
 
         ``given``: names of the options that were given; by default those whose value is not the default. Raises
-        UsageError.
+        UsageError for a wrong value, TypeError for an unknown name.
         """
         converted = {option.name: option.convert_value(values.get(option.name)) for option in cls.option_fields()}
         if unknown := values.keys() - converted.keys():

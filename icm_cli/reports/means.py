@@ -102,8 +102,8 @@ def compute_shot_scores(results: Iterable[ImageResult]) -> dict[str, ShotScores]
             shots.setdefault(result.dataset.group, []).append((jaccard, boundary_f))
     scores = {shot: _score_shot(frames) for shot, frames in shots.items()}
     if scores:
-        means = [fmean(getattr(shot, name) for shot in scores.values()) for name in SHOT_SCORE_TITLES]
-        scores[MEAN_OF_SHOTS] = ShotScores(sum(shot.frames for shot in scores.values()), *means)
+        means = [fmean(getattr(score, name) for score in scores.values()) for name in SHOT_SCORE_TITLES]
+        scores[MEAN_OF_SHOTS] = ShotScores(sum(score.frames for score in scores.values()), *means)
     return scores
 
 

@@ -262,16 +262,16 @@ def _draw_view(views: Sequence[_View], rng: np.random.Generator) -> _View:
 
 
 def _extract_view(backbone: Backbone, head: FinetunableHead, scene: _Scene) -> _View:
-    """Run the backbone on a scene and reduce its guidance to tokens."""
+    """Run the backbone on a scene, and reduce its guidance to the grids of tokens and of the decoder."""
     features = backbone.target_features(scene.image, scene.valid, [""])
     token_px = scene.image.shape[-1] // features.correspondence_features.shape[-1]
     known = features.valid & (F.avg_pool2d(scene.known, token_px)[:, 0] > 0.5)
-    levels = scene.guidance * scene.known + 0.5 * (1.0 - scene.known)
+    guidance_or_half = scene.guidance * scene.known + 0.5 * (1.0 - scene.known)
     scale_features = {stride: feature.float() for stride, feature in features.scale_features.items()}
     return _View(
         Features(features.correspondence_features, features.valid, scale_features, {}),
-        foreground_token_mask(levels, scene.valid, token_px)[0],
-        background_token_mask(levels, scene.valid, token_px),
+        foreground_token_mask(guidance_or_half, scene.valid, token_px)[0],
+        background_token_mask(guidance_or_half, scene.valid, token_px),
         F.avg_pool2d(scene.guidance, token_px >> head.decoder_steps)[:, 0],
         known if bool(known.any()) else features.valid,
         scene.image if head.decoder_uses_image else None,

@@ -233,15 +233,15 @@ class TokenMatchHead(FinetunableHead):
         return evidence.transpose(2, 3).reshape(len(evidence), -1, height, width)
 
     def fuse_features(self, target: Features, evidence: Tensor) -> Tensor:
-        """Fuse the target's features with the result of :meth:`compute_evidence`: [B,fused_channels,h,w]."""
+        """Return the target's features fused with the evidence of :meth:`compute_evidence`, [B,fused_channels,h,w]."""
         masked = evidence.masked_fill(~target.valid[:, None], float("-inf"))
         best = masked.amax(dim=(2, 3), keepdim=True).expand_as(evidence)
         dtype = self.project_features.weight.dtype
-        evidence = torch.cat([evidence, evidence - best], dim=1).to(dtype)
-        x = self.project_features(target.correspondence_features.to(dtype)) + self.project_evidence(evidence)
+        evidence_and_margin = torch.cat([evidence, evidence - best], dim=1).to(dtype)
+        x = self.project_features(target.correspondence_features.to(dtype)) + self.project_evidence(evidence_and_margin)
         for layer in self.context:
             x = layer(x, target.valid)
-        fused: Tensor = self.fusion(torch.cat([x, evidence], dim=1))
+        fused: Tensor = self.fusion(torch.cat([x, evidence_and_margin], dim=1))
         return fused
 
     @without_autocast
