@@ -260,7 +260,7 @@ class FlowPropagator:
                 break
         if mismatched:
             self._notice(
-                f"the alpha of {mismatched[0]} is not propagated to {source}, because its size or aspect ratio differs"
+                f"{source} has another size or aspect ratio than {mismatched[0]}, whose alpha is not propagated to it"
             )
         return None
 
