@@ -118,8 +118,16 @@ def test_cluster_is_joined_by_address_and_keeps_running(on_ray: Icm, scene: Path
         ray.shutdown()
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:999999", "nowhere"])
-def test_address_without_cluster_is_an_error(icm: Icm, address: str) -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1:999999", "nowhere"])
+def test_a_text_that_is_no_address_is_refused(icm: Icm, address: str) -> None:
+    result = icm(device=None, ray=address)
+    assert result.exit_code == 2, result.output
+    assert f"--ray is '{address}'; expected auto, or an address such as 10.0.0.1:6379" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_address_without_cluster_is_an_error(icm: Icm) -> None:
+    address = "127.0.0.1:1"
     result = icm(device=None, ray=address)
     assert result.exit_code == 3, result.output
     assert f"--ray {address}: no cluster answers there" in result.stderr
