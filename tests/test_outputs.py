@@ -365,6 +365,7 @@ def test_trimap_is_unknown_around_the_edge(band: int, side: int) -> None:
     [
         ({"depth": "half"}, "does not fit --format png; expected one of 8, 16"),
         ({"channel": "matte"}, "give --format exr, or omit"),
+        ({"channel": "matte", "format": "exr", "foreground": "auto"}, "--foreground writes R, G, B and A"),
         ({"band_px": 5}, "--trimap-band is 5, and no trimap is written"),
         ({"foreground": "auto", "invert": True}, "omit --invert"),
         ({"trimap": "instead", "format": "exr"}, "--trimap instead writes PNGs, and the format is exr"),

@@ -81,6 +81,11 @@ class OutputFormat:
                 f"--channel {output.channel} names the channel of an EXR, and the format is "
                 f"{output.format}; give --format exr, or omit --channel"
             )
+        if output.channel != "A" and output.foreground != "none":
+            raise UsageError(
+                f"--channel {output.channel} names the channel of an alpha, and --foreground writes R, G, B and A; "
+                "omit one of the two"
+            )
         if output.trimap == "instead" and output.format != "png":
             raise UsageError(
                 f"--trimap instead writes PNGs, and the format is {output.format}; give --format png, or omit --format"
