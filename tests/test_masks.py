@@ -285,9 +285,11 @@ def test_negative_labels(tmp_path: Path, kind: str) -> None:
     with pytest.raises(UsageError, match=r"several labels: -1 \(18.8% of the image\), 5 \(.*--mask-label -1"):
         read(path)
     assert (read(path, "-1")[0].inside == TARGET).all()
-    mask, notices = read(written(tmp_path / "one.tif", layers(dtype, target=-1)[..., None], kind))
-    assert (mask.inside == TARGET).all()
-    assert "one label, -1 of" in notices[0]
+    path = written(tmp_path / "one.tif", layers(dtype, background=-1, target=0)[..., None], kind)
+    with pytest.raises(UsageError, match=r"several labels: -1 \(81.2% .*\), 0 \(18.8% .*as in --mask-label 0"):
+        read(path)
+    assert (read(path, "0")[0].inside == TARGET).all()
+    assert (read(path, "-1")[0].inside == ~TARGET).all()
 
 
 def test_negative_label_is_an_option_value(icm: Icm, scene: Path) -> None:
@@ -341,6 +343,46 @@ def test_soft_mask_of_8_bits_in_a_wider_type_is_soft(tmp_path: Path) -> None:
         mask, notices = read(written(tmp_path / f"{kind}.tif", soft.astype(dtype)[..., None], kind))
         assert (mask.inside == (soft > 127)).all()
         assert "255 is used as white" in notices[0]
+
+
+@pytest.mark.parametrize(("top", "white"), [(1022, 1023), (1023, 1023), (900, 1023), (4095, 4095), (16383, 16383)])
+def test_soft_mask_of_few_bits_in_16_bits_is_soft(tmp_path: Path, top: int, white: int) -> None:
+    soft = cv2.GaussianBlur(layers(np.uint16, target=top), (0, 0), 3)
+    mask, (notice,) = read(saved(tmp_path, soft))
+    assert (mask.inside == (soft > white / 2)).all()
+    assert f"{white} is used as white" in notice
+
+
+def test_soft_mask_that_is_too_dark_states_its_largest_value(tmp_path: Path) -> None:
+    soft = cv2.GaussianBlur(layers(np.uint16, target=400), (0, 0), 3)
+    with pytest.raises(UsageError, match=r"is empty: its largest value is 400, and 1023 is used as white; .*rescale"):
+        read(saved(tmp_path, soft))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+@pytest.mark.parametrize("quality", [60, 85])
+def test_noise_of_lossy_files_is_not_a_label(tmp_path: Path, suffix: str, quality: int) -> None:
+    size = (640, 480)
+    target, other = (cv2.resize(each.astype(np.uint8), size, interpolation=0) > 0 for each in (TARGET, OTHER))
+    colours = np.zeros((480, 640, 3), np.uint8)
+    colours[target] = 255, 0, 0
+    path = tmp_path / f"mask.{suffix}"
+    Image.fromarray(colours).save(path, quality=quality)
+    mask, notices = read(path)
+    assert (mask.inside == target).mean() > 0.99
+    assert not notices
+    assert (read(path, "#ff0000")[0].inside == target).mean() > 0.98
+    colours[other] = 0, 255, 0
+    Image.fromarray(colours).save(path, quality=quality)
+    with pytest.raises(UsageError, match=r"several labels: #f\w+ \(\S+ of the image\), #\w+ \([^,]*\); expected one"):
+        read(path)
+
+
+def test_similar_colours_of_lossless_files_are_labels(tmp_path: Path) -> None:
+    image = np.zeros((60, 80, 3), np.uint8)
+    image[TARGET], image[OTHER] = (200, 0, 0), (201, 0, 0)
+    with pytest.raises(UsageError, match=r"several labels: #c80000 .*, #c90000 "):
+        read(saved(tmp_path, image))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -412,3 +454,27 @@ def test_areas_of_dark_colours_are_reported_or_labels(tmp_path: Path) -> None:
     mask, notices = read(saved(tmp_path, image))
     assert (mask.inside == OTHER).all()
     assert "has areas of #050000 next to brighter ones; they are used as black" in notices[0]
+
+
+def test_transparent_white_and_opaque_black_are_refused_in_all_kinds_of_masks(icm: Icm, scene: Path) -> None:
+    with Image.open(scene / "mask.png") as image:
+        grey = np.where(np.asarray(image.convert("L")) > 127, 255, 0).astype(np.uint8)
+    Image.fromarray(np.dstack([grey, 255 - grey])).save(scene / "la.png")
+    Image.fromarray(np.dstack([grey, grey, grey, 255 - grey])).save(scene / "rgba.png")
+    Image.fromarray(grey).save(scene / "grey.png", transparency=255)
+    for name in ("la.png", "rgba.png", "grey.png"):
+        result = icm(mask=scene / name)
+        assert result.exit_code == 2
+        assert "has transparent white and opaque black" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("visible", "hidden", "has_notice"),
+    [(0, 0, False), (255, 0, False), (255, 255, False), (90, 0, False), (90, 255, True), (0, 90, True)],
+)
+def test_alpha_of_one_colour_is_the_mask(tmp_path: Path, visible: int, hidden: int, has_notice: bool) -> None:
+    colour = np.where(TARGET, visible, hidden).astype(np.uint8)
+    for image in (np.dstack([colour, layers(target=255)]), np.dstack([colour] * 3 + [layers(target=255)])):
+        mask, notices = read(saved(tmp_path, image))
+        assert (mask.inside == TARGET).all()
+        assert bool(notices) == has_notice

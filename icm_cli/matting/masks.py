@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from icm_cli.errors import UsageError
 from icm_cli.geometry import has_same_aspect
+from icm_cli.images.decoding import open_image
 from icm_cli.images.pixels import GREY_TOLERANCE, TRANSPOSING_ORIENTATIONS, ImageWindows
 from icm_cli.images.reading import StoredPixels, extra_frame_notices, read_stored_pixels
 from icm_cli.options import MaskOrientation
@@ -29,8 +30,10 @@ MIN_FLAT_FRACTION = 1e-4
 """Minimum fraction of pixels that are surrounded by their own value, for that value to be a label."""
 MAX_LABELS = 64
 """An image with more values than this is a soft mask and not a label map."""
-EIGHT_BITS, TWELVE_BITS = 255.0, 4095.0
-"""Values of white of soft masks that are stored in integers of more bits."""
+WHITES = 255.0, 1023.0, 4095.0, 16383.0
+"""Values of white of soft masks of 8, 10, 12 and 14 bits that are stored in integers of more bits."""
+LOSSY_TYPES = frozenset({"jpeg", "avif", "heic"})
+"""Types of files whose values have noise. WebP may be lossy."""
 MAX_SOFT_STEP = 2
 """Largest usual difference of neighbouring pixels of a wide gradient."""
 MAX_LISTED_LABELS = 12
@@ -87,7 +90,7 @@ def read_mask(
     if stored.has_label_palette:
         return _mask_from_indices(stored, opaque, path)
     if opaque is not None:
-        _check_transparency(stored, opaque, path)
+        _check_transparency(stored, path)
         notice(f"mask {path} has a palette with a transparent colour, which is used as black")
         values = np.where(opaque[..., None], values, 0)
     if values.ndim == 3:
@@ -129,16 +132,23 @@ def _orient_mask(
 
 def _mask_from_alpha(stored: StoredPixels, path: Path, notice: Callable[[str], None]) -> Mask:
     assert stored.alpha is not None
-    visible = stored.values[stored.alpha > 0]
-    if (visible != visible[0]).any():
+    _check_transparency(stored, path)
+    is_visible, values = stored.alpha > 0, stored.values
+    visible, hidden = values[is_visible], values[~is_visible]
+    is_uniform = not (visible != visible[0]).any()
+    if not is_uniform or ((hidden != visible[0]).any() and hidden.max() > 0.5 * visible.max()):
         notice(f"mask {path} has an alpha and colours that vary; its alpha is used and its colours are ignored")
     return _mask_without_unknown(stored.alpha > 0.5 * stored.scale)
 
 
-def _check_transparency(stored: StoredPixels, opaque: NDArray[np.bool_], path: Path) -> None:
-    """Raise UsageError if the white pixels of a grey palette are transparent, and the black ones not."""
-    is_white = stored.values.max(axis=-1) > 0.5 * stored.scale
-    if is_white[~opaque].any() and not is_white[opaque].any():
+def _check_transparency(stored: StoredPixels, path: Path) -> None:
+    """Raise UsageError if the opaque pixels are black, and transparent ones white."""
+    assert stored.alpha is not None
+    opaque = stored.alpha > 0.5 * stored.scale
+    brightness = stored.values if stored.values.ndim == 2 else stored.values.max(axis=-1)
+    visible, hidden = brightness[opaque], brightness[~opaque]
+    half, low = 0.5 * stored.scale, END_TOLERANCE * stored.scale
+    if visible.size and visible.max() <= half and np.median(visible) <= low and (hidden > half).any():
         raise UsageError(
             f"mask {path} has transparent white and opaque black, so that its colours and its transparency mark "
             "opposite areas; expected the object in white; save the mask without transparency"
@@ -163,7 +173,7 @@ def _mask_from_indices(stored: StoredPixels, opaque: NDArray[np.bool_] | None, p
 
 def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
     packed = _pack_colours(values, scale)
-    every = _flat_fractions(packed)
+    every = _merge_noise(_flat_fractions(packed), path)
     flat = {each: fraction for each, fraction in every.items() if _max_channel(each) > END_TOLERANCE * 255} or every
     if near_black := [f"#{int(each):06x}" for each in every if each not in flat]:
         notice(
@@ -181,8 +191,8 @@ def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: C
 
 def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Callable[[str], None]) -> Mask:
     present = np.unique(values)
-    if len(present) > MAX_LABELS or _is_trimap(present, EIGHT_BITS):
-        white = next((white for white in (EIGHT_BITS, TWELVE_BITS) if present[-1] <= white), scale)
+    if len(present) > MAX_LABELS or _is_trimap(present, WHITES[0]):
+        white = next((white for white in WHITES if present[-1] <= white), scale)
         if white < scale and values.dtype.kind in "iu":
             notice(
                 f"mask {path} has values up to {_label_text(present[-1])} of {scale:.10g}; {white:.10g} is used as "
@@ -193,27 +203,47 @@ def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Cal
     if _is_trimap(present, scale):
         notice(f"mask {path} is a trimap; its unknown pixels are neither object nor background")
         return Mask(values > high, (values > low) & (values <= high))
-    if len(present) > MAX_LABELS and values.dtype.kind in "iu" and _has_label_areas(values, high):
-        labels = {_label_text(each): fraction for each, fraction in _flat_fractions(values).items()}
-        raise _ambiguous_error(path, labels, next(iter(labels)))
-    if len(present) > MAX_LABELS or present[0] > low:  # a soft mask, or one without black
+    if len(present) > MAX_LABELS:
+        return _mask_from_soft_values(values, scale, path)
+    if present[0] > low:  # without black
         return _mask_without_unknown(values > 0.5 * scale)
-    flat = _flat_fractions(values)
+    flat = _merge_noise(_flat_fractions(values), path)
     if present[-1] >= high and (near_black := [f"{each:g}" for each in flat if each <= low]):
         notice(
             f"mask {path} has areas of {', '.join(near_black[:MAX_LISTED_LABELS])} of {scale:g} "
             "next to black and white; they are used as black; give --mask-label if they are labels"
         )
         flat = {each: fraction for each, fraction in flat.items() if each > low}
-    if not any(each < high for each in flat):
+    if not any(each < high for each in flat) or present[0] == present[-1] < 0:
         return _mask_without_unknown(values > 0.5 * scale)
-    if len(flat) == 1:
+    if len(flat) == 1 and next(iter(flat)) > 0:
         (only,) = flat
         notice(f"mask {path} has one label, {_label_text(only)} of {scale:.10g}; it is used as the object")
-        half = 0.5 * float(only)
-        return _mask_without_unknown(values < half if half < 0 else values > half)
+        return _mask_without_unknown(values > 0.5 * float(only))
     labels = {_label_text(each): fraction for each, fraction in flat.items()}
-    raise _ambiguous_error(path, labels, next(iter(labels)))
+    if present[0] < 0 and (values == 0).any():  # 0 may be an object on a negative background
+        labels["0"] = float((values == 0).mean())
+    raise _ambiguous_error(path, labels, "0" if len(flat) == 1 and "0" in labels else next(iter(labels)))
+
+
+def _mask_from_soft_values(values: NDArray[Any], scale: float, path: Path) -> Mask:
+    """Return the mask of an image with many values. Raise UsageError if they are labels, or if none is above half."""
+    if values.dtype.kind in "iu" and _has_label_areas(values, (1.0 - END_TOLERANCE) * scale):
+        labels = _merge_noise(_flat_fractions(values), path)
+        if len(labels) > 1:
+            raise _ambiguous_error(
+                path,
+                {_label_text(each): fraction for each, fraction in labels.items()},
+                _label_text(next(iter(labels))),
+            )
+    inside = values > 0.5 * scale
+    if not inside.any():
+        raise UsageError(
+            f"mask {path} is empty: its largest value is {_label_text(values.max())}, and {scale:.10g} is used as "
+            "white; expected values above one half in the object; rescale the values, or give --mask-label if they "
+            "are labels"
+        )
+    return _mask_without_unknown(inside)
 
 
 def _is_trimap(present: NDArray[Any], scale: float) -> bool:
@@ -226,6 +256,7 @@ def _is_trimap(present: NDArray[Any], scale: float) -> bool:
 
 def _select_label(stored: StoredPixels, label: str, path: Path) -> Mask:
     values, unknown = stored.values, np.zeros(stored.values.shape[:2], np.bool_)
+    tolerance = GREY_TOLERANCE if _is_lossy(path) else 0
     if stored.indices is not None and stored.has_label_palette and not label.startswith("#"):
         values = stored.indices
         unknown = values == VOID
@@ -235,7 +266,7 @@ def _select_label(stored: StoredPixels, label: str, path: Path) -> Mask:
         if not re.fullmatch("#[0-9a-fA-F]{6}", label):
             raise UsageError(f"--mask-label {label!r} is not a colour; expected #rrggbb, such as '#fa3253'")
         colour = np.array([int(label[at : at + 2], 16) for at in (1, 3, 5)])
-        inside = (np.abs(values * (255.0 / stored.scale) - colour) < 1.0).all(axis=-1)
+        inside = (np.abs(values * (255.0 / stored.scale) - colour) < tolerance + 1.0).all(axis=-1)
     else:
         number = float(label) if re.fullmatch(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", label, re.ASCII) else None
         if number is None:
@@ -244,7 +275,7 @@ def _select_label(stored: StoredPixels, label: str, path: Path) -> Mask:
             )
         if values.ndim == 3 and (values.max(axis=-1) != values.min(axis=-1)).any():
             raise UsageError(f"mask {path} has colours, and --mask-label is the number {label}; expected #rrggbb")
-        inside = (values if values.ndim == 2 else values[..., 0]) == number
+        inside = np.abs((values if values.ndim == 2 else values[..., 0]).astype(np.float64) - number) <= tolerance
     if not inside.any():
         raise UsageError(
             f"mask {path} has no pixel with the label {label}; expected one of {_format_labels(_all_labels(stored))}"
@@ -275,6 +306,27 @@ def _flat_fractions(values: NDArray[Any]) -> dict[Any, float]:
     """Return the fraction of pixels of every value except 0 that fills areas, unlike those of antialiased edges."""
     found, every = _value_fractions(values[_is_flat(values)], values.size), _value_fractions(values)
     return {each: every[each] for each, fraction in found.items() if each != 0 and fraction >= MIN_FLAT_FRACTION}
+
+
+def _merge_noise(labels: dict[Any, float], path: Path) -> dict[Any, float]:
+    """Add the labels of a lossy file to the more frequent ones, or black, from which they differ by noise only."""
+    if len(labels) < 2 or not _is_lossy(path):
+        return labels
+    merged: dict[Any, float] = {0: 0.0}
+    for label, fraction in labels.items():
+        near = next((each for each in merged if _differs_by_noise(int(each), int(label))), label)
+        merged[near] = merged.get(near, 0.0) + fraction
+    del merged[0]
+    return merged or labels
+
+
+def _differs_by_noise(one: int, other: int) -> bool:
+    return all(abs((one >> shift & 255) - (other >> shift & 255)) <= GREY_TOLERANCE for shift in (0, 8, 16))
+
+
+def _is_lossy(path: Path) -> bool:
+    with open_image(path) as file:
+        return file.type.name in LOSSY_TYPES or (file.type.name == "webp" and b"VP8L" not in file.head)
 
 
 def _is_flat(values: NDArray[Any]) -> NDArray[np.bool_]:
