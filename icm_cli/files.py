@@ -451,14 +451,19 @@ def check_path(text: str | Path, name: str) -> None:
         raise UsageError(f"{name} {short!r} has characters that no file name has ({error.reason})") from error
     if b"\0" in data:
         raise UsageError(f"{name} {short!r} has a NUL character; expected a path")
-    longest = max(map(len, data.split(os.sep.encode())))
-    if longest > MAX_NAME_BYTES or len(data) > MAX_PATH_BYTES:
+    if is_too_long(data):
+        longest = max(map(len, data.split(os.sep.encode())))
         has_lines = len(text.split()) > 1
         remedy = "; give several files as a text list, or as lines on standard input" if has_lines else ""
         raise UsageError(
             f"{name} {short!r} is too long for a path: it has {len(data)} bytes, and its longest name {longest}; "
             f"expected at most {MAX_PATH_BYTES}, and {MAX_NAME_BYTES} in a name{remedy}"
         )
+
+
+def is_too_long(path: bytes) -> bool:
+    """Return whether no drive has a file of this path."""
+    return len(path) > MAX_PATH_BYTES or max(map(len, path.split(os.sep.encode()))) > MAX_NAME_BYTES
 
 
 def as_paths(value: Paths) -> list[Path]:

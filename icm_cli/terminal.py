@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from icm_cli import environment
 from icm_cli.events import Listener, TrainingListener, TrainingSummary
+from icm_cli.files import is_too_long, shorten
 from icm_cli.reports.means import format_mean, format_metric
 from icm_cli.reports.result import METRIC_TITLES, METRICS
 
@@ -112,7 +113,9 @@ def print_plan(report: Report) -> None:
             write_line(sys.stdout, f"{result.source} -> {result.output}")
     for result in report.results:
         if result.status == "failed":
-            write_line(sys.stderr, f"icm: would fail: {result.reason}")
+            reason = result.reason.removeprefix(result.source)
+            source = "" if reason == result.reason else _shown_source(result)
+            write_line(sys.stderr, f"icm: would fail: {source}{reason}")
 
 
 def print_models(models: Sequence[ListedModel]) -> None:
@@ -145,7 +148,12 @@ def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
 
 def _source_text(result: ImageResult) -> str:
     """Return the source, with its page if the file has several images."""
-    return f"{result.source} page {result.page}" if result.page else result.source
+    return f"{_shown_source(result)} page {result.page}" if result.page else _shown_source(result)
+
+
+def _shown_source(result: ImageResult) -> str:
+    """Return the source; its start if it is a line of a list that cannot be a path."""
+    return shorten(result.source) if is_too_long(os.fsencode(result.source)) else result.source
 
 
 def _format_result(result: ImageResult) -> str:

@@ -48,6 +48,7 @@ def reference(predictor: Predictor) -> PreparedReferences:
         (RGB[None], "expected sRGB, uint8 [H,W,3]"),
         (RGB.tolist(), "image is of type builtins.list; expected"),
         ("image.png", "image is of type builtins.str; expected"),
+        (np.ma.masked_equal(RGB, 0), "image is a masked array"),
         (None, "image is None; expected"),
     ],
 )
@@ -66,6 +67,7 @@ def test_images_of_another_type_or_shape_are_refused(
     ("mask", "message"),
     [
         (MASK[:-1], "the mask of reference 1 is uint8"),
+        (np.ma.masked_equal(MASK, 0), "the mask of reference 1 is a masked array"),
         (np.dstack([MASK] * 3), "the mask of reference 1 is uint8"),
         (MASK.astype(np.int64), "the mask of reference 1 is int64"),
         (MASK.astype(np.float32), "has values from 0 to 255; expected bool, uint8 0..255 or float 0..1"),
@@ -102,7 +104,7 @@ def test_references_must_be_pairs(predictor: Predictor, pairs: object) -> None:
 def test_other_arguments_are_checked(predictor: Predictor) -> None:
     with pytest.raises(UsageError, match="reference is None; expected the result of"):
         predictor.matte(RGB, None)  # type: ignore[arg-type]
-    for steps in (1.5, True, "3", -1):
+    for steps in (1.5, True, "3", -1, 10**9):
         with pytest.raises(UsageError, match=f"learn_steps= is {steps!r}; expected"):
             predictor.reference([(RGB, MASK)], learn_steps=steps)  # type: ignore[arg-type]
     assert predictor.reference([(RGB, MASK)], learn_steps=None) is not None

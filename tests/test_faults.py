@@ -217,7 +217,7 @@ def test_pipes_link_loops_and_unusual_names_affect_no_other_image(icm: Icm, scen
     report = (scene / "r.csv").read_bytes()
     assert report.count(b",done,") == 4
     assert report.count(b",failed,") == 2
-    assert b"pipe or a device" in report
+    assert b"is a pipe; expected an image file" in report
 
 
 def test_fail_fast_stops_at_the_first_failure(icm: Icm, scene: Path) -> None:

@@ -169,7 +169,7 @@ def test_head_without_weights_cannot_learn() -> None:
     assert choice.resolve_learn_steps(None, is_shot=True) == 0
     with pytest.raises(UsageError, match="the head of this model cannot learn references"):
         choice.resolve_learn_steps(5, is_shot=False)
-    with pytest.raises(UsageError, match="--learn-steps is -1; expected 0"):
+    with pytest.raises(UsageError, match="--learn-steps is -1; expected a whole number from 0 to 100000"):
         check_learn_steps(-1, TrainingFree)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -85,8 +87,9 @@ def test_output_path_depends_only_on_the_source(tmp_path: Path, monkeypatch: pyt
 
 def test_sources_outside_the_root_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree(tmp_path, "in/1.jpg", "elsewhere/2.jpg")
+    (tmp_path / "elsewhere/2.jpg").write_bytes(b"\xff\xd8\xff\xe0")
     monkeypatch.chdir(tmp_path / "in")
-    monkeypatch.setattr("sys.stdin", io.StringIO("1.jpg\n../elsewhere/2.jpg\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("1.jpg\n../elsewhere/2.jpg\n../elsewhere/3.jpg\n"))
     with pytest.raises(UsageError, match=r"1 of the images are outside .*elsewhere/2.jpg; give --root"):
         plan("-", tmp_path / "out")
     with pytest.raises(UsageError, match="is not a folder"):
@@ -372,6 +375,46 @@ def test_list_in_one_text_is_explained(icm: Icm, scene: Path) -> None:
     result = icm(src="\n".join(f"{scene}/imgs/{number}.png" for number in range(200)))
     assert result.exit_code == 2
     assert "give several files as a text list, or as lines on standard input" in result.stderr
+
+
+def test_lines_outside_the_root_that_are_no_images_fail_alone(
+    icm: Icm, scene: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "notes").write_text("no image")
+    (outside / "empty.png").touch()
+    os.mkfifo(outside / "pipe.png")
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as server:
+        monkeypatch.chdir(outside)
+        server.bind("socket.png")
+    bad = ["/nope/x.0001.png", "/dev/zero", f"/{'z' * 5000}", *map(str, sorted(outside.iterdir()))]
+    monkeypatch.chdir(scene)
+    (scene / "list.txt").write_text("\n".join(["imgs/wall.jpg", *bad]))
+    dry = icm("--dry-run", src="list.txt")
+    assert dry.exit_code == 1
+    for reason in (
+        "/nope/x.0001.png does not exist",
+        "/dev/zero is a device",
+        "zzz... does not exist",
+        "pipe.png is a pipe",
+        "socket.png is a socket",
+        "empty.png is empty (0 bytes)",
+    ):
+        assert reason in dry.stderr
+    assert "2 new, 0 to be recomputed, 0 kept, 6 that cannot be read" in dry.stderr  # notes are found out by decoding
+    run = icm(src="list.txt", report=scene / "r.json")
+    assert run.exit_code == 1
+    assert sum(line.startswith("icm: failed: ") for line in run.stderr.splitlines()) == len(bad)
+    assert "z" * 200 not in dry.output + run.output
+    assert [path.name for path in (scene / "out").rglob("*.png")] == ["wall.png"]
+
+
+def test_special_files_are_no_source(icm: Icm, scene: Path) -> None:
+    os.mkfifo(scene / "pipe.png")
+    for src, kind in (("/dev/zero", "a device"), (scene / "pipe.png", "a pipe")):
+        result = icm(src=src)
+        assert result.exit_code == 2
+        assert f"source {src} is {kind}; expected a folder, an image" in " ".join(result.stderr.split())
 
 
 BAD_LINES = [

@@ -27,7 +27,15 @@ from icm_cli.environment import OUT_OF_MEMORY, free_memory, is_out_of_memory
 from icm_cli.errors import FileAccessError, ImageError, ImageMemoryError
 from icm_cli.files import describe_os_error, is_system_error, is_transient
 from icm_cli.images import colour, containers, openimageio
-from icm_cli.images.image_file import UNKNOWN_TYPE, FileType, ImageFile, check_readable, has_state, movie_message
+from icm_cli.images.image_file import (
+    EMPTY_FILE,
+    UNKNOWN_TYPE,
+    FileType,
+    ImageFile,
+    check_readable,
+    has_state,
+    movie_message,
+)
 from icm_cli.images.pixels import (
     BAD_PROFILE,
     GREY_TOLERANCE,
@@ -395,7 +403,7 @@ def _exif_orientation(image: Image.Image) -> int:
 def _not_an_image(path: Path, file_type: FileType) -> str:
     """Return the end of a message about a file that no decoder accepts."""
     if path.stat().st_size == 0:
-        return "is empty (0 bytes); get a complete copy"
+        return EMPTY_FILE
     if file_type.is_movie:
         return movie_message(path)
     if file_type.name == "heic":

@@ -21,6 +21,7 @@ HEAD_BYTES = 4096
 """Number of bytes at the start of a file that decide its type and are part of its state."""
 STATE_DIGEST_DIGITS = 16
 _READ_BYTES = 1 << 20
+EMPTY_FILE = "is empty (0 bytes); get a complete copy"
 ICM_ALPHA_MARK = b"icm-digest"
 ICM_SHEET_MARK = b"icm-sheet"
 IMAGE_SUFFIXES = frozenset(
@@ -159,10 +160,10 @@ class ImageFile:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path) -> Iterator[ImageFile]:
-        """Open a file. Raises OSError, and ImageError for a pipe or a device, where reading could block for ever."""
+        """Open a file. Raises OSError, and ImageError for a pipe, socket or device, where reading could block."""
         mode = retry_transient(path.stat).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise ImageError(f"{path} is a pipe or a device; expected an image file")
+        if kind := special_file_kind(mode):
+            raise ImageError(f"{path} is {kind}; expected an image file")
         with BufferedReader(ReopeningFile(path)) as stream:
             yield cls(path, stream)
 
@@ -196,6 +197,13 @@ def check_readable(path: Path) -> None:
     with ImageFile.open(path) as file:
         while file._stream.read(_READ_BYTES):
             pass
+
+
+def special_file_kind(mode: int) -> str:
+    """Return what a file with this mode is; "" for a regular file or folder."""
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return ""
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 def has_state(path: Path, state: str) -> bool:

@@ -33,7 +33,7 @@ from icm_cli.images.decoding import SourceFile, open_image
 from icm_cli.images.image_file import ImageFile
 from icm_cli.images.reading import CompositeSource, SourceImage, compose_image, read_image, read_source_image
 from icm_cli.matting.frames import FrameName, FramePattern, FrameRanges, missing_frames
-from icm_cli.matting.sources import MAX_LISTED_FILES, SkippedFiles, Sources, natural_sort_key, real_path
+from icm_cli.matting.sources import MAX_LISTED_FILES, SkippedFiles, Sources, name_below, natural_sort_key, real_path
 from icm_cli.options import MissingPolicy
 from icm_cli.reports.result import ImageResult
 
@@ -226,7 +226,7 @@ def plan_jobs(
     found = [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
     found = skipped_files.exclude(
         found,
-        lambda path: not _is_wanted(path.relative_to(root), source_filter),
+        lambda path: not _is_wanted(name_below(path, root), source_filter),
         "excluded by --include or --exclude",
         is_reported=False,
     )
@@ -319,7 +319,7 @@ def _earlier_alphas(pattern: FramePattern, frames: FrameRanges, root: Path, layo
     """Return the existing alphas of missing frames in order. The number of frames costs nothing."""
 
     def alpha_of(number: int) -> Path:
-        return layout.output_path(Path(pattern.folder, pattern.frame_name(number)).relative_to(root))
+        return layout.output_path(name_below(Path(pattern.folder, pattern.frame_name(number)), root))
 
     folder = alpha_of(frames.ranges[0].start).parent
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -354,7 +354,7 @@ def _jobs_of_file(
     source: Path, root: Path, layout: OutputLayout, colour: ColourSettings, inspected: SourceFile | None
 ) -> list[Job]:
     """Return one job per image of a file: name.png, or name.0001.png and following."""
-    name = source.relative_to(root)
+    name = name_below(source, root)
     count = 1 if inspected is None else inspected.frame_count
     absolute_root = os.path.abspath(root)  # noqa: PTH100  resolve() would follow links
     jobs = []
@@ -384,17 +384,17 @@ def _jobs_of_file(
 def _check_filters(found: Sequence[Path], root: Path, source_filter: SourceFilter) -> None:
     """Raise UsageError for a filter that matches no image, which is a mistake."""
     include = SourceFilter(source_filter.include)
-    if source_filter.include and not any(_is_wanted(path.relative_to(root), include) for path in found):
+    if source_filter.include and not any(_is_wanted(name_below(path, root), include) for path in found):
         patterns = " and ".join(f"--include {pattern!r}" for pattern in source_filter.include)
         raise UsageError(
             f"{patterns} matches none of the {format_count(len(found), 'image')} in {root}, such as "
-            f"{found[0].relative_to(root)}; expected a glob for the path below that folder, or for "
+            f"{name_below(found[0], root)}; expected a glob for the path below that folder, or for "
             "the file name"
         )
     if source_filter.frames is not None and all(FrameName.from_path(path).number is None for path in found):
         raise UsageError(
             f"--frames selects by frame number, and none of the {format_count(len(found), 'image')} in {root} "
-            f"has one, such as {found[0].relative_to(root)}; expected names such as shot.1001.exr; "
+            f"has one, such as {name_below(found[0], root)}; expected names such as shot.1001.exr; "
             "omit --frames"
         )
 

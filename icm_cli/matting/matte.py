@@ -18,7 +18,7 @@ from icm_cli.errors import Problem, UsageError, format_count
 from icm_cli.events import Listener, check_argument
 from icm_cli.files import check_would_be_writable, combined_digest, remove_stale_temporaries
 from icm_cli.images.colour import ColourSettings
-from icm_cli.images.image_file import IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_message
+from icm_cli.images.image_file import EMPTY_FILE, IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_message, special_file_kind
 from icm_cli.images.writing import FORMAT_SUFFIXES, OutputFormat
 from icm_cli.matting.cluster import RayCluster
 from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
@@ -377,11 +377,18 @@ def _planned_result(job: Job) -> ImageResult:
     """Return the result of a job in a dry run: failed if its source cannot be an image."""
     source = job.source
     assert isinstance(source, Path)
+    inspected, reason = job.inspected, ""
     if not os.path.exists(source):  # noqa: PTH110  Path.exists raises errors
-        return replace(job.planned, status="failed", reason=f"{source} does not exist")
-    if job.inspected is not None and job.inspected.type.is_movie:
-        return replace(job.planned, status="failed", reason=f"{source}: {movie_message(source)}")
-    return job.planned
+        reason = f"{source} does not exist"
+    elif kind := special_file_kind(source.stat().st_mode):
+        reason = f"{source} is {kind}; expected an image file"
+    elif source.is_file() and source.stat().st_size == 0:
+        reason = f"{source} {EMPTY_FILE}"
+    elif inspected is not None and inspected.type.is_movie:
+        reason = f"{source}: {movie_message(source)}"
+    elif inspected is not None and inspected.error is not None and not inspected.error.is_transient:
+        reason = str(inspected.error)
+    return replace(job.planned, status="failed", reason=reason) if reason else job.planned
 
 
 def _output_and_layout(options: OutputOptions) -> tuple[OutputFormat, OutputLayout]:

@@ -26,7 +26,7 @@ from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import Head, PreparedReferences, ignore_progress
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import confidence_and_found
-from icm_cli.options import MatteOptions
+from icm_cli.options import MAX_LEARN_STEPS, MatteOptions
 from icm_cli.options.definition import argument_names
 
 
@@ -289,11 +289,10 @@ def _device_errors(device: Device, action: str) -> Iterator[None]:
 
 
 def check_learn_steps(steps: int, head: type[Head]) -> None:
-    """Raises UsageError for a negative number, and for a head that cannot learn references."""
-    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
-        raise UsageError(f"--learn-steps is {steps!r}; expected a whole number of 0 or more")
-    if steps < 0:
-        raise UsageError(f"--learn-steps is {steps}; expected 0 (do not learn) or more")
+    """Raises UsageError for a number that the option refuses, and for a head that cannot learn references."""
+    is_whole = isinstance(steps, numbers.Integral) and not isinstance(steps, bool)
+    if not is_whole or not 0 <= steps <= MAX_LEARN_STEPS:
+        raise UsageError(f"--learn-steps is {steps!r}; expected a whole number from 0 to {MAX_LEARN_STEPS}")
     if steps and not head.can_learn_references:
         raise UsageError(
             f"--learn-steps is {steps}, but the head of this model cannot learn references; omit --learn-steps, or "
@@ -325,6 +324,7 @@ def _as_references(pairs: Any) -> list[Reference]:
 def _as_reference(image: Any, mask: Any, of_which: str) -> Reference:
     rgb, name = _as_rgb(image, f"the image {of_which}"), f"the mask {of_which}"
     expected = f"expected bool, uint8 0..255 or float 0..1, {list(rgb.shape[:2])} as its image"
+    _refuse_masked_array(mask, name)
     if not isinstance(mask, np.ndarray) or (mask.dtype.kind not in "bf" and mask.dtype != np.uint8):
         raise UsageError(f"{name} is {_describe(mask)}; {expected}")
     mask = mask[..., 0] if mask.ndim == 3 and mask.shape[-1] == 1 else mask
@@ -345,6 +345,7 @@ def _as_reference(image: Any, mask: Any, of_which: str) -> Reference:
 
 def _as_rgb(image: Any, name: str) -> ImageU8:
     """Return an image that may be grey as contiguous uint8 [H,W,3]. Raises UsageError."""
+    _refuse_masked_array(image, name)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or not image.size:
         remedy = ""
         if isinstance(image, np.ndarray) and image.dtype.kind == "f":
@@ -362,6 +363,14 @@ def _as_rgb(image: Any, name: str) -> ImageU8:
             remedy = "; give image.transpose(1, 2, 0) if the channels are first"
         raise UsageError(f"{name} is {_describe(image)}; expected sRGB, uint8 [H,W,3]{remedy}")
     return np.ascontiguousarray(image)
+
+
+def _refuse_masked_array(array: Any, name: str) -> None:
+    if isinstance(array, np.ma.MaskedArray):
+        raise UsageError(
+            f"{name} is a masked array, whose masked values have no meaning here; give array.filled(value), or "
+            "array.data to use all values"
+        )
 
 
 def _describe(value: Any) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from icm_cli.errors import UsageError
 from icm_cli.files import SkippedPaths, describe_os_error, expand_glob, retry_transient, split_glob, walk_files
 from icm_cli.images.decoding import SourceFile
-from icm_cli.images.image_file import IMAGE_SUFFIXES, movie_message
+from icm_cli.images.image_file import IMAGE_SUFFIXES, movie_message, special_file_kind
 from icm_cli.matting.frames import FramePattern
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
@@ -77,7 +77,7 @@ def find_sources(src: str | Path, root: Path | None, skipped_files: SkippedFiles
 
     The root is the folder itself, the folder of a file, the part of a glob or frame pattern without wildcards, or the
     working directory for a list. ``root`` overrides it. The root does not depend on the other files of the run, so
-    neither does an output path. Raises UsageError, also for files outside the root.
+    neither does an output path. Raises UsageError, also for images outside the root.
     """
     sources = _find_files(src, skipped_files)
     if root is not None:
@@ -93,6 +93,8 @@ def find_sources(src: str | Path, root: Path | None, skipped_files: SkippedFiles
             f"{', '.join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))}"
         )
     outside = [path for path in sources.files if not path.is_relative_to(sources.root)]
+    inspected = {path: sources.inspected.get(path) or SourceFile.inspect(path) for path in outside}
+    outside = [path for path in outside if _may_be_image(inspected[path])]
     if outside:
         named = ", ".join(map(str, outside[:MAX_LISTED_FILES])) + (", ..." if len(outside) > MAX_LISTED_FILES else "")
         raise UsageError(
@@ -106,7 +108,21 @@ def find_sources(src: str | Path, root: Path | None, skipped_files: SkippedFiles
             f"{min(signed, key=natural_sort_key)}{more}: negative frame numbers are not supported, "
             "so the - is read as part of the name; number frames from 0"
         )
-    return replace(sources, files=sorted(set(sources.files), key=natural_sort_key))
+    files = sorted(set(sources.files), key=natural_sort_key)
+    return replace(sources, files=files, inspected={**sources.inspected, **inspected})
+
+
+def _may_be_image(file: SourceFile) -> bool:
+    """Return whether a file exists and may be an image: by its content, or its name if it cannot be told by that."""
+    has_image_suffix = file.path.suffix.lower() in IMAGE_SUFFIXES
+    is_unreadable_image = file.error is not None and has_image_suffix and os.path.exists(file.path)  # noqa: PTH110
+    is_targa = bool(file.planned_state) and file.path.suffix.lower() == ".tga"  # the only format without a signature
+    return bool(file.type.name) or is_unreadable_image or is_targa
+
+
+def name_below(path: Path, root: Path) -> Path:
+    """Return the path relative to the root; of a path outside, which will fail, its parts without the leading /."""
+    return path.relative_to(root) if path.is_relative_to(root) else path.relative_to(path.anchor)
 
 
 def natural_sort_key(path: Path) -> list[list[tuple[int, int, str, str]]]:
@@ -142,6 +158,8 @@ def _find_files(src: str | Path, skipped_files: SkippedFiles) -> Sources:
         return _keep_images(path, list(walk_files(path, skipped)), skipped, skipped_files)
     if path.is_file():
         return _read_file(path, skipped_files)
+    if kind := special_file_kind(path.stat().st_mode) if path.exists() else "":
+        raise UsageError(f"source {text} is {kind}; {EXPECTED_SOURCE}")
     files = list(expand_glob(text, skipped)) if glob.has_magic(text) else []
     if files:
         return _keep_images(Path(split_glob(text)[0]), files, skipped, skipped_files)

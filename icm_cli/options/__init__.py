@@ -64,6 +64,7 @@ WEIGHTS = Option(
     shown_default="those that the model names",
     digest=DigestPart.MODEL,
 )
+MAX_LEARN_STEPS = 100_000
 ONE_DEVICE = "(cpu|cuda|mps)(:[0-9]{1,3})?"
 DEVICE = Option(
     help="Device: auto, cpu, cuda, cuda:N or mps.",
@@ -372,7 +373,7 @@ class ShotOptions(OptionGroup):
         None,
         help="Number of steps in which the model learns the references before matting.",
         minimum=0,
-        maximum=100_000,
+        maximum=MAX_LEARN_STEPS,
         shown_default="140 with --shot if the model can learn, else 0",
         digest=DigestPart.LEARN_STEPS,
     )
