@@ -378,6 +378,13 @@ def test_noise_of_lossy_files_is_not_a_label(tmp_path: Path, suffix: str, qualit
         read(path)
 
 
+def test_fractional_labels_of_floats_are_selected(tmp_path: Path) -> None:
+    image = np.where(TARGET, 0.3, np.where(OTHER, 0.7, 0.0)).astype(np.float32)
+    path = written(tmp_path / "mask.tif", image[..., None], "float")
+    assert (read(path, "0.3")[0].inside == TARGET).all()
+    assert (read(path, "0.7")[0].inside == OTHER).all()
+
+
 def test_similar_colours_of_lossless_files_are_labels(tmp_path: Path) -> None:
     image = np.zeros((60, 80, 3), np.uint8)
     image[TARGET], image[OTHER] = (200, 0, 0), (201, 0, 0)

@@ -273,9 +273,10 @@ def _select_label(stored: StoredPixels, label: str, path: Path) -> Mask:
             raise UsageError(
                 f"--mask-label {label!r} is neither a number nor a colour; expected a label such as 1 or '#fa3253'"
             )
-        if values.ndim == 3 and (values.max(axis=-1) != values.min(axis=-1)).any():
+        if values.ndim == 3 and np.ptp(values, axis=-1).max() > tolerance:
             raise UsageError(f"mask {path} has colours, and --mask-label is the number {label}; expected #rrggbb")
-        inside = np.abs((values if values.ndim == 2 else values[..., 0]).astype(np.float64) - number) <= tolerance
+        numbers = values if values.ndim == 2 else values[..., 0]
+        inside = np.abs(numbers.astype(np.float64) - number) <= tolerance if tolerance else numbers == number
     if not inside.any():
         raise UsageError(
             f"mask {path} has no pixel with the label {label}; expected one of {_format_labels(_all_labels(stored))}"
