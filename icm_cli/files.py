@@ -441,6 +441,15 @@ def is_file(path: str | Path) -> bool:
     return os.path.isfile(path)  # noqa: PTH113  Path.is_file raises errors
 
 
+def describe_obstacle(path: str | Path) -> str:
+    """Return what a path is that is no file and that a write must not replace, such as "a folder"; "" for others."""
+    if is_file(path) or not os.path.lexists(path):
+        return ""
+    if os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises errors
+        return "a folder"
+    return "a pipe, a socket or a device" if os.path.exists(path) else "a link to a file that does not exist"  # noqa: PTH110
+
+
 def check_path(text: str | Path, name: str) -> None:
     """Raise UsageError for a text that is no path on any drive. ``name``: its option, for the message."""
     text = str(text)

@@ -152,6 +152,112 @@ def test_file_that_appears_during_the_run_is_not_replaced(
     assert (scene / "out" / "wall.png").read_bytes() == foreign
 
 
+TEXT = b"notes of an artist\n"
+
+
+@pytest.mark.parametrize("flags", [("--exclude", "pad*"), ("--frames", "7"), ("--shard", "{shard}")])
+def test_contact_sheet_does_not_replace_images_that_the_run_excludes(
+    icm: Icm, scene: Path, flags: tuple[str, ...]
+) -> None:
+    assert icm().exit_code == 0
+    copy_many(scene / "imgs" / "wall.jpg", scene / "imgs" / "more", 7)
+    (scene / "imgs" / "more" / "0006.jpg").rename(scene / "imgs" / "more" / "x.0007.jpg")
+    shutil.copy(scene / "mask.png", scene / "photo.png")
+    for shard in ("1/2", "2/2"):
+        given = [flag.format(shard=shard) for flag in flags]
+        for path in (scene / "imgs" / "pad.0101.png", scene / "out" / "pad.0101.png", scene / "photo.png"):
+            before = alphas(scene)
+            result = icm(*given, contact_sheet=path)
+            assert result.exit_code == 2, result.output
+            assert str(path) in result.stderr
+            assert alphas(scene) == before
+    result = icm(*given, contact_sheet=scene / "photo.png")
+    assert f"{scene}/photo.png exists and is no contact sheet that icm wrote; give another name" in result.stderr
+
+
+def test_reports_replace_only_files_of_icm(icm: Icm, scene: Path) -> None:
+    reports = [scene / f"r.{suffix}" for suffix in ("json", "csv", "html")]
+    files = [*reports, scene / "sheet.png"]
+    for path in files:
+        path.write_bytes(TEXT)
+        result = icm(report=reports, contact_sheet=scene / "sheet.png")
+        assert result.exit_code == 2
+        assert f"{path} exists and is no {'contact sheet' if path.suffix == '.png' else 'report'}" in result.stderr
+        assert path.read_bytes() == TEXT
+        assert not (scene / "out").exists()
+        path.write_bytes(b"")
+    for _ in range(2):  # over empty files, and over its own
+        result = icm(report=reports, contact_sheet=scene / "sheet.png")
+        assert result.exit_code == 0, result.stderr
+        assert all(path.stat().st_size for path in files)
+    for path in files:
+        path.write_bytes(TEXT)
+    assert icm("--overwrite", report=reports, contact_sheet=scene / "sheet.png").exit_code == 0
+    assert TEXT not in [path.read_bytes() for path in files]
+
+
+def test_eval_replaces_only_its_own_files(evaluate: Icm, tmp_path: Path) -> None:
+    report, references = tmp_path / "r.json", tmp_path / "refs.json"
+    for path in (report, references):
+        path.write_bytes(TEXT)
+        result = evaluate(report=report, write_references=references)
+        assert result.exit_code == 2
+        assert f"{path} exists and is no report that icm wrote; give another name, or remove the file" in result.stderr
+        assert path.read_bytes() == TEXT
+        path.unlink()
+    for _ in range(2):
+        assert evaluate(report=report, write_references=references).exit_code == 0
+
+
+@pytest.mark.parametrize("kind", ["text", "torn image", "torn alpha", "empty"])
+def test_only_damaged_files_of_icm_are_replaced(
+    icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    wall, source = scene / "out" / "wall.png", scene / "imgs" / "wall.jpg"
+    assert icm(src=source).exit_code == 0
+    made, image = wall.read_bytes(), (scene / "imgs" / "pad.0101.png").read_bytes()
+    left = {"text": TEXT, "torn image": image[:-40], "torn alpha": made[: len(made) // 2], "empty": b""}[kind]
+    wall.write_bytes(left)
+    is_kept = kind in ("text", "torn image")
+    result = icm(src=source)
+    assert result.exit_code == (2 if is_kept else 0)
+    assert ("wall.png was not made by icm" in result.stderr) == is_kept
+    assert wall.read_bytes() == (left if is_kept else made)
+    assert icm("--overwrite", src=source).exit_code == 0
+    wall.unlink()
+    during_the_run(monkeypatch, lambda: wall.write_bytes(left))
+    assert icm(src=source).exit_code == is_kept
+    assert wall.read_bytes() == (left if is_kept else made)
+
+
+OBSTACLES: dict[str, Callable[[Path], object]] = {
+    "a folder": Path.mkdir,
+    "a pipe, a socket or a device": os.mkfifo,
+    "a link to a file that does not exist": lambda path: path.symlink_to("none"),
+}
+
+
+@pytest.mark.parametrize("what", OBSTACLES)
+def test_what_is_no_file_is_not_replaced(icm: Icm, scene: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    path = scene / "out" / "wall.png"
+    path.parent.mkdir()
+    OBSTACLES[what](path)
+    before = path.lstat()
+    for flags in ((), ("--overwrite",), ("--dry-run",)):
+        result = icm(*flags)
+        assert result.exit_code == 2
+        assert f"{path} is {what}" in result.stderr
+        assert [each.name for each in path.parent.iterdir()] == ["wall.png"]
+    assert path.lstat().st_ino == before.st_ino
+    sheet = icm(out=scene / "other", contact_sheet=path)
+    assert sheet.exit_code == 2
+    assert f"{path} is {what}" in sheet.stderr
+    during_the_run(monkeypatch, lambda: OBSTACLES[what](scene / "new" / "wall.png"))
+    result = icm(src=scene / "imgs" / "wall.jpg", out=scene / "new")
+    assert result.exit_code == 1
+    assert f"wall.png is {what}" in result.stderr
+
+
 @pytest.mark.slow
 def test_two_processes_with_different_sources_share_an_output_folder(scene: Path, small_model: Path) -> None:
     runs = []

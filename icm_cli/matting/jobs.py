@@ -25,6 +25,7 @@ from icm_cli.files import (
     TEMPORARY_SUFFIX,
     FileIdentity,
     combined_digest,
+    describe_obstacle,
     shorten,
     temporary_name,
 )
@@ -38,6 +39,7 @@ from icm_cli.options import MissingPolicy
 from icm_cli.reports.result import ImageResult
 
 DEFAULT_NAME = "{stem}{frame}"
+OBSTACLE_ADVICE = "remove it, or give another folder or name"
 MAX_MISSING_JOBS = 10_000
 """Maximum number of missing frames that are reported one by one."""
 NAME_FIELDS = ("stem", "frame", "suffix")
@@ -269,6 +271,15 @@ def check_overwrites(jobs: Sequence[Job], files: Sequence[Path], what: str) -> N
     for output in (output for job in jobs for output in job.outputs):
         if os.path.realpath(output) in protected:
             raise UsageError(f"{output} would be written over {what}; give --out another folder")
+
+
+def check_obstacles(jobs: Sequence[Job]) -> None:
+    """Raise UsageError if an output path is a folder, a pipe or another thing that is no file."""
+    obstacles = [(path, what) for job in jobs for path in job.outputs if (what := describe_obstacle(path))]
+    if obstacles:
+        path, what = obstacles[0]
+        more = f"; and {len(obstacles) - 1} more" if len(obstacles) > 1 else ""
+        raise UsageError(f"{path} is {what}, and an alpha would be written there; {OBSTACLE_ADVICE}{more}")
 
 
 def _select_shard(jobs: Sequence[Job], number: int, count: int) -> list[Job]:

@@ -25,7 +25,16 @@ from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
 from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import EngineOptions
 from icm_cli.matting.frames import FrameName, FramePattern, parse_frame_range
-from icm_cli.matting.jobs import DEFAULT_NAME, Job, OutputLayout, SourceFilter, check_overwrites, parse_shard, plan_jobs
+from icm_cli.matting.jobs import (
+    DEFAULT_NAME,
+    Job,
+    OutputLayout,
+    SourceFilter,
+    check_obstacles,
+    check_overwrites,
+    parse_shard,
+    plan_jobs,
+)
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
 from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.references import Reference, read_references
@@ -140,7 +149,9 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
         check_overwrites(jobs, truths, "a ground truth")
         shot = shot and shot.with_jobs(jobs)
     files = [path for job in jobs for path in (job.source, *job.outputs)]
-    report_files.check_no_overwrite([*protected, *truths, *map(str, files)])
+    check_obstacles(jobs)
+    remedy = None if options.output.overwrite else "give another name, or --overwrite to replace it"
+    report_files.check_no_overwrite([*protected, *truths, *map(str, files)], remedy)
     return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths)
 
 

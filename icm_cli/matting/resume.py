@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from icm_cli.environment import __version__
-from icm_cli.errors import FileAccessError, ImageError, UsageError, format_count
-from icm_cli.files import FileIdentity, check_shape, is_file
-from icm_cli.images.decoding import SourceFile
-from icm_cli.images.reading import read_stored_pixels
+from icm_cli.errors import ImageError, UsageError, format_count
+from icm_cli.files import FileIdentity, check_shape, describe_obstacle, is_file
+from icm_cli.images.decoding import open_image
+from icm_cli.images.image_file import ICM_ALPHA_MARK
 from icm_cli.images.writing import has_changed_pixels, read_provenance
 from icm_cli.matting.digest import code_fingerprint
-from icm_cli.matting.jobs import Job
+from icm_cli.matting.jobs import OBSTACLE_ADVICE, Job
 from icm_cli.matting.sources import MAX_LISTED_FILES
 from icm_cli.reports.result import ImageResult, MattingDetails
 
@@ -122,7 +122,7 @@ def check_unchanged(path: Path, job: Job, digest: str, replaceable: Mapping[Path
     damaged, or equal because it has the same source and digest.
     """
     current = file_identities(job).get(path)
-    if current is None or current == replaceable.get(path):
+    if current == replaceable.get(path) and not describe_obstacle(path):
         return
     provenance = _read_own_provenance(path, job)
     if provenance and has_changed_pixels(path, provenance):
@@ -255,14 +255,16 @@ def _recorded_details(provenance: Mapping[str, str]) -> MattingDetails:
 
 
 def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:
-    """Return the metadata of an output, {} if it does not exist or is damaged.
+    """Return the metadata of an output, {} if it does not exist or is a damaged file of icm.
 
-    Raises OtherSourceError for a complete image of another source or program, and ImageError.
+    Raises OtherSourceError for an image of another source and for everything that icm did not write, and ImageError.
     """
+    if what := describe_obstacle(path):
+        raise OtherSourceError(f"{path} is {what}, and an alpha would be written there; {OBSTACLE_ADVICE}")
     if not is_file(path):
         return {}
     provenance = read_provenance(path)
-    is_foreign = DIGEST_KEY not in provenance if provenance is not None else _is_foreign_image(path)
+    is_foreign = DIGEST_KEY not in provenance if provenance is not None else _is_foreign_file(path)
     if is_foreign:
         raise OtherSourceError(f"{path} was not made by icm and would be overwritten; {_keep_advice(job)}")
     if not provenance or NAME_KEY not in provenance:
@@ -277,17 +279,10 @@ def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:
     return provenance
 
 
-def _is_foreign_image(path: Path) -> bool:
-    """Return whether a file is a complete image that icm did not write."""
-    try:
-        if SourceFile.inspect(path).type.is_icm_output:
-            return False
-        read_stored_pixels(path)
-    except FileAccessError:
-        raise
-    except ImageError:
-        return False
-    return True
+def _is_foreign_file(path: Path) -> bool:
+    """Return whether a file is neither empty nor begins as an alpha of icm. Raises ImageError."""
+    with open_image(path) as file:
+        return file.size_bytes > 0 and not (file.type.is_icm_output and ICM_ALPHA_MARK in file.head)
 
 
 def _to_text(path: str) -> str:

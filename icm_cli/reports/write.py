@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -11,11 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icm_cli.errors import OutputError, UsageError
-from icm_cli.files import Paths, as_path, as_paths, atomic_write, check_writable, write_json
+from icm_cli.files import (
+    Paths,
+    as_path,
+    as_paths,
+    atomic_write,
+    check_writable,
+    describe_obstacle,
+    is_file,
+    write_json,
+)
+from icm_cli.images.image_file import HEAD_BYTES, ICM_SHEET_MARK, detect_file_type
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import METRICS, REGIONS, RESULT_FIELDS
 
 REPORT_SUFFIXES = (".csv", ".json", ".html")
+OWN_COLUMNS, OWN_KEYS = frozenset({"source", "output", "status"}), frozenset({"settings", "summary", "images"})
+"""Columns and keys by which the reports of icm are recognised."""
+OWN_TITLE_END = " – icm</title>".encode()
 FORMULA_START = re.compile(r"(?:^|(?<=;))(?=[\t\r\n]|[\s\x00-\x1f\u200b\ufeff]*[=+\-@＝＋－＠])")
 """Start of text that a spreadsheet may run as a formula, also after invisible characters. Some spreadsheets separate
 columns by semicolons."""
@@ -50,18 +65,28 @@ class ReportFiles:
         """All paths."""
         return [*self.reports, *filter(None, [self.contact_sheet, self.references])]
 
-    def check_no_overwrite(self, other_files: Sequence[str | Path]) -> None:
-        """Raise UsageError if a path is a folder, one of ``other_files``, or given twice."""
+    def check_no_overwrite(
+        self,
+        other_files: Sequence[str | Path],
+        remedy: str | None = "give another name, or remove the file",
+    ) -> None:
+        """Raise UsageError if a path is no file, one of ``other_files``, given twice, or a file that icm did not write.
+
+        ``remedy``: advice for a file that icm did not write; None: it may be replaced.
+        """
         others = {os.path.realpath(path) for path in other_files} if self.paths else set()
         for number, path in enumerate(self.paths):
             if os.path.realpath(path) in {os.path.realpath(other) for other in self.paths[:number]}:
                 raise UsageError(f"{path} is given for two outputs; give each output its own path")
-            if path.is_dir():
-                raise UsageError(f"{path} is a folder; expected the path of a file")
+            if obstacle := describe_obstacle(path):
+                raise UsageError(f"{path} is {obstacle}; expected the path of a file")
             if os.path.realpath(path) in others:
                 raise UsageError(
                     f"{path} is an input or an alpha of this run and would be overwritten; give another path"
                 )
+            if remedy is not None and is_file(path) and not _is_own_file(path, is_references=path == self.references):
+                kind = "contact sheet" if path == self.contact_sheet else "report"
+                raise UsageError(f"{path} exists and is no {kind} that icm wrote; {remedy}")
 
     def check_writable(self, *folders: Path) -> None:
         """Create the folders. Raises OutputError if a file cannot be created in one of them."""
@@ -105,6 +130,27 @@ def write_report(path: Path, report: Report) -> None:
         write_contact_sheet(path, report)
     else:
         _write_csv(path, report)
+
+
+def _is_own_file(path: Path, *, is_references: bool) -> bool:
+    """Return whether a file is empty, or a report, contact sheet or list of references that icm wrote."""
+    suffix = path.suffix.lower()
+    with contextlib.suppress(OSError, ValueError, RecursionError), path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return True
+        if suffix == ".csv":
+            columns = file.readline(1 << 20).decode("utf-8-sig").strip().split(",")
+            return OWN_COLUMNS.issubset(columns)
+        content = file.read()
+        if suffix == ".png":
+            return detect_file_type(content[:HEAD_BYTES]).name == "png" and ICM_SHEET_MARK in content[:HEAD_BYTES]
+        if suffix == ".html":
+            return OWN_TITLE_END in content
+        value = json.loads(content)
+        return isinstance(value, dict) and (
+            OWN_KEYS.issubset(value) or (is_references and set(value) == {"references"})
+        )
+    return False
 
 
 def _write_csv(path: Path, report: Report) -> None:
