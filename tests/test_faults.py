@@ -491,10 +491,10 @@ def test_list_may_name_missing_files(icm: Icm, scene: Path) -> None:
 
 def test_folder_at_the_output_path_is_an_error(icm: Icm, scene: Path) -> None:
     (scene / "out" / "wall.png").mkdir(parents=True)
-    failed = icm()
-    assert failed.exit_code == 1
-    assert "wall.png" in failed.stderr
-    assert "earlier alpha" not in failed.stderr
+    refused = icm()
+    assert refused.exit_code == 2
+    assert "wall.png" in refused.stderr
+    assert list((scene / "out").rglob("*")) == [scene / "out" / "wall.png"], "nothing may be written"
 
 
 def test_name_collisions_of_a_template_are_reported(icm: Icm) -> None:
