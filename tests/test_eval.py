@@ -239,7 +239,7 @@ def test_sigterm_scores_and_reports_finished_images(data: Path, small_model: Pat
         *arguments({"dataset": "folder", "data-root": data, "model": small_model, "report": tmp_path / "r.json"}),
         *("--rounds", "100", "--save-alphas", str(tmp_path / "out"), "--report", str(tmp_path / "r.html")),
     ]
-    (tmp_path / "r.html").write_text("an earlier page")
+    (tmp_path / "r.html").write_text("<title>an earlier page – icm</title>")
     with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
         assert run.stderr
         assert next(text for text in run.stderr if text.startswith("[2/"))
