@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -408,8 +409,7 @@ def read_json(path: Path, kind: str, shape: Any, expected: str, *, use: str = "r
 
 def format_json(value: Any) -> str:
     """Return a value as JSON for messages, truncated if it is long."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
+    return shorten(json.dumps(value, ensure_ascii=False))
 
 
 def check_shape(value: Any, shape: Any, name: str) -> None:
@@ -441,13 +441,22 @@ def is_file(path: str | Path) -> bool:
     return os.path.isfile(path)  # noqa: PTH113  Path.is_file raises errors
 
 
+def special_file_kind(mode: int) -> str:
+    """Return what a file with this mode is; "" for a regular file or folder."""
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return ""
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
 def describe_obstacle(path: str | Path) -> str:
     """Return what a path is that is no file and that a write must not replace, such as "a folder"; "" for others."""
     if is_file(path) or not os.path.lexists(path):
         return ""
     if os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises errors
         return "a folder"
-    return "a pipe, a socket or a device" if os.path.exists(path) else "a link to a file that does not exist"  # noqa: PTH110
+    if not os.path.exists(path):  # noqa: PTH110  Path.exists raises errors
+        return "a link to a file that does not exist"
+    return special_file_kind(os.stat(path).st_mode)  # noqa: PTH116
 
 
 def check_path(text: str | Path, name: str) -> None:

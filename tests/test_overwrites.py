@@ -232,7 +232,7 @@ def test_only_damaged_files_of_icm_are_replaced(
 
 OBSTACLES: dict[str, Callable[[Path], object]] = {
     "a folder": Path.mkdir,
-    "a pipe, a socket or a device": os.mkfifo,
+    "a pipe": os.mkfifo,
     "a link to a file that does not exist": lambda path: path.symlink_to("none"),
 }
 

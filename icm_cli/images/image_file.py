@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from icm_cli.errors import ImageError
-from icm_cli.files import retry_transient
+from icm_cli.files import retry_transient, special_file_kind
 
 HEAD_BYTES = 4096
 """Number of bytes at the start of a file that decide its type and are part of its state."""
@@ -197,13 +196,6 @@ def check_readable(path: Path) -> None:
     with ImageFile.open(path) as file:
         while file._stream.read(_READ_BYTES):
             pass
-
-
-def special_file_kind(mode: int) -> str:
-    """Return what a file with this mode is; "" for a regular file or folder."""
-    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-        return ""
-    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 def has_state(path: Path, state: str) -> bool:

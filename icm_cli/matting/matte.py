@@ -16,9 +16,9 @@ from icm_cli.device import parse_devices
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
 from icm_cli.errors import Problem, UsageError, format_count
 from icm_cli.events import Listener, check_argument
-from icm_cli.files import check_would_be_writable, combined_digest, remove_stale_temporaries
+from icm_cli.files import check_would_be_writable, combined_digest, remove_stale_temporaries, special_file_kind
 from icm_cli.images.colour import ColourSettings
-from icm_cli.images.image_file import EMPTY_FILE, IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_message, special_file_kind
+from icm_cli.images.image_file import EMPTY_FILE, IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_message
 from icm_cli.images.writing import FORMAT_SUFFIXES, OutputFormat
 from icm_cli.matting.cluster import RayCluster
 from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
@@ -90,8 +90,13 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
             choices = [cluster.choose_model(select_model)]
         else:
             choices = [select_model(device=name) for name in parse_devices(options.model.device)]
-        if options.reports.dry_run and _is_missing_weights(plan, choices[0], listener):
-            return Report(settings={}, results=[_planned_result(job) for job in plan.jobs])
+        if options.reports.dry_run:
+            _check_folders_without_writing(plan)
+            if downloads := choices[0].check_weights():  # without these weights, digests are unknown
+                listener.on_notice(
+                    f"would download {', '.join(downloads)}; which alphas are kept is not known before that"
+                )
+                return Report(settings={}, results=[_planned_result(job) for job in plan.jobs])
         run = _MattingRun(options, plan, _make_setups(options, plan, choices), cluster, listener)
         if options.reports.dry_run:
             return run.preview()
@@ -293,13 +298,10 @@ def _make_setups(options: MatteOptions, plan: MattingPlan, choices: Sequence[Mod
     return [EngineSetup(choice, plan.references, steps, engine) for choice in choices]
 
 
-def _is_missing_weights(plan: MattingPlan, choice: ModelChoice, listener: Listener) -> bool:
-    """Return whether the run would download weights. Raises ConfigError or OutputError if it would stop."""
+def _check_folders_without_writing(plan: MattingPlan) -> None:
+    """Raise OutputError if a folder of the run could not be created or written."""
     for folder in {plan.layout.folder, *(path.parent for path in plan.report_files.paths)}:
         check_would_be_writable(folder)
-    if downloads := choice.check_weights():
-        listener.on_notice(f"would download {', '.join(downloads)}; which alphas are kept is not known before that")
-    return bool(downloads)
 
 
 def _check_devices(options: MatteOptions) -> None:

@@ -239,8 +239,8 @@ def _retouched_error(path: Path, job: Job) -> OtherSourceError:
 
 def _keep_advice(job: Job) -> str:
     return (
-        "give another folder or name, or, to icm matte, --overwrite to replace it or "
-        f"--exclude {job.name.name} to keep it"
+        "give another folder or name; with icm matte, --overwrite replaces this file, and "
+        f"--exclude {job.name.name} keeps it"
     )
 
 

@@ -14,9 +14,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from icm_cli.errors import UsageError
-from icm_cli.files import SkippedPaths, describe_os_error, expand_glob, retry_transient, split_glob, walk_files
+from icm_cli.files import (
+    SkippedPaths,
+    describe_os_error,
+    expand_glob,
+    retry_transient,
+    special_file_kind,
+    split_glob,
+    walk_files,
+)
 from icm_cli.images.decoding import SourceFile
-from icm_cli.images.image_file import IMAGE_SUFFIXES, movie_message, special_file_kind
+from icm_cli.images.image_file import IMAGE_SUFFIXES, movie_message
 from icm_cli.matting.frames import FramePattern
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
