@@ -107,8 +107,11 @@ def _fast_transformer_dtype(device: torch.device) -> torch.dtype:
 
 
 def _cpu_is_faster_in_bfloat16() -> bool:
-    """Return whether the CPU has AMX, or is an AMD CPU with the bfloat16 instructions of AVX-512. Others are slower
-    (measured). The type of the CPU alone decides, so that all processes of a run on one machine agree."""
+    """Return whether the CPU has AMX, or is an AMD CPU with the bfloat16 instructions of AVX-512.
+
+    Others are slower (measured). The type of the CPU alone decides, so that all processes of a run on one machine
+    agree.
+    """
     has_matrices, has_products = (
         getattr(torch.cpu, name, lambda: False) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     )

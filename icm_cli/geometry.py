@@ -33,9 +33,11 @@ CERTAIN_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class CanvasRule:
-    """Canvas sizes of a backbone: the frame's long side is scaled to ``long_side_px``. A square canvas is
-    ``long_side_px`` on both sides; otherwise each side is rounded up to ``multiple_px``. A frame is enlarged at most
-    ``max_enlargement`` times, but its canvas has at least half of ``long_side_px``."""
+    """Canvas sizes of a backbone: the frame's long side is scaled to ``long_side_px``.
+
+    A square canvas is ``long_side_px`` on both sides; otherwise each side is rounded up to ``multiple_px``. A frame is
+    enlarged at most ``max_enlargement`` times, but its canvas has at least half of ``long_side_px``.
+    """
 
     long_side_px: int
     multiple_px: int
@@ -92,8 +94,10 @@ def has_same_aspect(size: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 
 
 def resize(image: ImageArray, size: tuple[int, int]) -> ImageArray:
-    """Resize an image or alpha to (height, width). Area averaging shrinks; bicubic (uint8) or bilinear (float32)
-    interpolation enlarges."""
+    """Resize an image or alpha to (height, width).
+
+    Area averaging shrinks; bicubic (uint8) or bilinear (float32) interpolation enlarges.
+    """
     if image.shape[:2] == size:
         return image
     if size[0] * size[1] < image.shape[0] * image.shape[1]:
@@ -125,10 +129,13 @@ def alpha_to_u8(alpha: Float) -> ImageU8:
 
 
 def trimap_from_coarse(coarse: Float, size: tuple[int, int], band_fraction: float) -> Float:
-    """Return a trimap float32 [H,W] of ``size`` from a coarse alpha. Its values are 0 background, 0.5 unknown and 1
-    foreground. ``coarse``: [h,w] in 0..1, of any size. Uncertain pixels are unknown. So are all pixels that are closer
-    than the band to uncertain pixels or to the other side. ``band_fraction``: width of the band as a fraction of the
-    long side. An object that is thinner than the band keeps the middle half of its depth as foreground."""
+    """Return a trimap float32 [H,W] of ``size`` from a coarse alpha.
+
+    Its values are 0 background, 0.5 unknown and 1 foreground. ``coarse``: [h,w] in 0..1, of any size. Uncertain pixels
+    are unknown. So are all pixels that are closer than the band to uncertain pixels or to the other side.
+    ``band_fraction``: width of the band as a fraction of the long side. An object that is thinner than the band keeps
+    the middle half of its depth as foreground.
+    """
     alpha = resize(coarse, size)
     band = max(1.0, band_fraction * max(size))
     trimap = np.full(size, 0.5, np.float32)
@@ -144,8 +151,10 @@ def trimap_from_coarse(coarse: Float, size: tuple[int, int], band_fraction: floa
 
 
 def trimap_from_alpha(alpha: Float, band_px: int) -> NDArray[np.uint8]:
-    """Return the trimap, uint8 [H,W] of 0, 128 and 255, of an alpha [H,W] in 0..1. Pixels within ``band_px`` of an
-    uncertain pixel are unknown."""
+    """Return the trimap, uint8 [H,W] of 0, 128 and 255, of an alpha [H,W] in 0..1.
+
+    Pixels within ``band_px`` of an uncertain pixel are unknown.
+    """
     trimap = np.full(alpha.shape, UNKNOWN, np.uint8)
     for value, certain in ((255, alpha > 1.0 - CERTAIN), (0, alpha < CERTAIN)):
         if certain.all():
@@ -161,8 +170,10 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _distance_inside(inside: NDArray[np.bool_]) -> Float:
-    """Return the distance in px of every pixel of ``inside`` [H,W] to the nearest pixel outside it. Pixels beyond the
-    image count as inside."""
+    """Return the distance in px of every pixel of ``inside`` [H,W] to the nearest pixel outside it.
+
+    Pixels beyond the image count as inside.
+    """
     if inside.all():
         return np.full(inside.shape, np.inf, np.float32)
     return cast(Float, cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE))

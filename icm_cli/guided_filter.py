@@ -42,8 +42,10 @@ def alpha_at_source(alpha: Float, image: ImageU8, config: GuidedFilterConfig) ->
 
 def guided_upsample(alpha: Float, image: ImageU8, config: GuidedFilterConfig) -> Float:
     """Enlarge an alpha float32 [h,w] in 0..1 along the edges of its image, sRGB uint8 [H,W,3]; return float32 [H,W].
+
     The coefficients are fitted at the size of the alpha and enlarged bilinearly. Fine structures such as hair come from
-    the pixels of the full-size image."""
+    the pixels of the full-size image.
+    """
     height, width = image.shape[:2]
     guide = resize(image, (alpha.shape[0], alpha.shape[1])).astype(np.float32) / 255.0
     coefficients = _fit_linear_model(guide, alpha, config)

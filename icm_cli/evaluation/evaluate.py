@@ -172,21 +172,21 @@ def _score_predictions(evaluation: Evaluation, folder: Path) -> Report:
         )
     evaluation.reports.check_no_overwrite([result.output for result in planned if result.output])
     evaluation.reports.check_writable()
-    outcome = evaluation.make_outcome(planned, {"predictions": str(folder)}, references)
+    collector = evaluation.make_collector(planned, {"predictions": str(folder)}, references)
     for problem in problems:
-        outcome.add_problem(problem)
+        collector.add_problem(problem)
     evaluation.listener.on_run_start(len(planned))
-    with outcome, outcome.writing_reports(evaluation.reports, peak_memory_bytes):
+    with collector, collector.writing_reports(evaluation.reports, peak_memory_bytes):
         for result in planned:
             if result.output:
-                outcome.add(replace(result, status="done"))
+                collector.add(replace(result, status="done"))
                 continue
             searched = round_folder(folder, result.dataset.round, len(references))
             reason = f"{result.source} has no unique alpha in {searched}; expected a file named {result.name}"
-            outcome.add_problem(Problem("missing-prediction", result.name, reason))
-            outcome.add(replace(result, status="unscored", reason=reason))
-        evaluation.score_flicker(outcome)
-    return outcome.report
+            collector.add_problem(Problem("missing-prediction", result.name, reason))
+            collector.add(replace(result, status="unscored", reason=reason))
+        evaluation.score_flicker(collector)
+    return collector.report
 
 
 def _plan_results(

@@ -27,10 +27,10 @@ from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import AnyModelChoice, sequence_digest_parts
-from icm_cli.matting.outcome import Outcome
 from icm_cli.matting.predictor import Predictor
 from icm_cli.matting.propagation import create_matting, prepare_references
 from icm_cli.matting.references import Reference, make_guidance
+from icm_cli.matting.result_collector import ResultCollector
 from icm_cli.matting.resume import keep_existing_alphas
 from icm_cli.matting.shot import Keyframe, Shot
 from icm_cli.model.checkpoint import read_training_digests
@@ -78,24 +78,24 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
             remove_stale_temporaries(parent)
         if evaluation.reports.references:
             write_json(evaluation.reports.references, {"references": references})
-        outcome = _make_outcome(evaluation, choice, jobs, references, steps)
+        collector = _make_collector(evaluation, choice, jobs, references, steps)
         for problem in problems:
-            outcome.add_problem(problem)
+            collector.add_problem(problem)
         listener.on_run_start(len(jobs))
-        with outcome:
+        with collector:
             settings = EngineOptions(digests, choice.batch_size, evaluation.workers, shot=shot)
             remaining = keep_existing_alphas(
                 shot.order if shot else jobs,
                 settings.job_digest,
                 workers=evaluation.workers,
-                on_result=outcome.add,
+                on_result=collector.add,
                 notice=listener.on_notice,
                 reusable_outputs=shot.reusable_outputs if shot else None,
             )
             if remaining:
                 listener.on_detail(choice.description)
             predictor = choice.load_predictor() if remaining else None
-            with outcome.writing_reports(evaluation.reports, choice.device.peak_memory_bytes):
+            with collector.writing_reports(evaluation.reports, choice.device.peak_memory_bytes):
                 if predictor is not None:
 
                     @functools.lru_cache(maxsize=1)
@@ -104,9 +104,9 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
 
                     notice = listener.on_notice
                     matting = create_matting(predictor, prepare_example, shot, notice)
-                    Engine(predictor, matting, settings, on_result=outcome.add, notice=notice).run(remaining)
-                evaluation.score_flicker(outcome)
-    return outcome.report
+                    Engine(predictor, matting, settings, on_result=collector.add, notice=notice).run(remaining)
+                evaluation.score_flicker(collector)
+    return collector.report
 
 
 def _example_digests(
@@ -134,16 +134,16 @@ def _plan_jobs(evaluation: Evaluation, examples: Sequence[Example], folder: Path
     return jobs
 
 
-def _make_outcome(
+def _make_collector(
     evaluation: Evaluation, choice: AnyModelChoice, jobs: Sequence[Job], references: ReferenceRounds, learn_steps: int
-) -> Outcome:
+) -> ResultCollector:
     options = evaluation.options.matting
     notes = describe_group_problems(evaluation.groups, len(references), options.refs_per_group or 1)
     trained_on = read_training_digests(choice.checkpoint) if choice.checkpoint else None
     if choice.checkpoint and trained_on is None:
         notes.append(f"{choice.checkpoint} does not list its training images; they may include images of this dataset")
     settings = {**choice.as_settings(), "learn_steps": learn_steps}
-    return evaluation.make_outcome(
+    return evaluation.make_collector(
         [job.planned for job in jobs], settings, references, notes=notes, trained_on=trained_on
     )
 

@@ -19,7 +19,7 @@ from icm_cli.evaluation.rounds import ReferenceRounds
 from icm_cli.events import Listener
 from icm_cli.images.reading import CompositeSource
 from icm_cli.images.writing import read_provenance
-from icm_cli.matting.outcome import Outcome, environment_settings
+from icm_cli.matting.result_collector import ResultCollector, environment_settings
 from icm_cli.matting.resume import DIGEST_KEY
 from icm_cli.options import EvaluateOptions
 from icm_cli.reports.report import PageImages, Report
@@ -95,7 +95,7 @@ class Evaluation:
             dataset=DatasetEntry(sample.group, sample.categories, number, str(sample.alpha)),
         )
 
-    def make_outcome(
+    def make_collector(
         self,
         planned: Sequence[ImageResult],
         settings: Mapping[str, Any],
@@ -103,8 +103,8 @@ class Evaluation:
         *,
         notes: Sequence[str] = (),
         trained_on: frozenset[str] | None = None,
-    ) -> Outcome:
-        """Return the outcome that collects, scores and reports results, with the problems of the dataset."""
+    ) -> ResultCollector:
+        """Return a collector that scores and reports results, with the problems of the dataset."""
         allowed = frozenset(self.options.protocol.allow)
         protocol = self._describe_protocol(planned, references, notes)
         unused = [] if self.options.protocol.pred is None else self.options.matting_names()
@@ -136,7 +136,7 @@ class Evaluation:
                 allowed=allowed,
             )
 
-        outcome = Outcome(
+        collector = ResultCollector(
             report,
             planned,
             self.listener,
@@ -145,24 +145,24 @@ class Evaluation:
             trained_on=trained_on,
         )
         for problem in self.data.problems:
-            outcome.add_problem(problem)
+            collector.add_problem(problem)
         for note in protocol["notes"]:
             self.listener.on_notice(note)
-        return outcome
+        return collector
 
-    def score_flicker(self, outcome: Outcome) -> None:
+    def score_flicker(self, collector: ResultCollector) -> None:
         """Compute dtSSD between all consecutive frames of videos that have an alpha."""
         videos = [frames for frames in self.groups.values() if frames[0].is_video_frame]
         pairs = [pair for frames in videos for pair in consecutive_frames(frames)]
         if videos and not pairs:
             self.listener.on_notice("dtSSD is not computed: no two frame names end in consecutive numbers")
         if pairs:
-            outcome.add_flicker(list(self._flicker_tasks(pairs, outcome)))
+            collector.add_flicker(list(self._flicker_tasks(pairs, collector)))
 
     def _flicker_tasks(
-        self, pairs: Sequence[tuple[Sample, Sample]], outcome: Outcome
+        self, pairs: Sequence[tuple[Sample, Sample]], collector: ResultCollector
     ) -> Iterator[tuple[tuple[int, str], FlickerTask]]:
-        scored = {result.key: result for result in outcome.wait_for_scores()}
+        scored = {result.key: result for result in collector.wait_for_scores()}
         for number in sorted({key[0] for key in scored}):
             for before, frame in pairs:
                 results = [scored.get((number, sample.name)) for sample in (frame, before)]

@@ -110,8 +110,11 @@ DEFAULT_COLOUR = ColourSettings()
 
 
 def to_display_srgb(pixels: NDArray[Any], scale: float, space: str, colour: ColourSettings) -> ImageU8:
-    """Convert pixels [H,W,1] or [H,W,3] to sRGB uint8 [H,W,3] as the model sees them. ``scale``: the value of white;
-    floats may exceed it. Pixels that are sRGB are only rounded. Exposure and view apply to other colour spaces."""
+    """Convert pixels [H,W,1] or [H,W,3] to sRGB uint8 [H,W,3] as the model sees them.
+
+    ``scale``: the value of white; floats may exceed it. Pixels that are sRGB are only rounded. Exposure and view apply
+    to other colour spaces.
+    """
     if pixels.shape[-1] == 1:
         pixels = np.repeat(pixels, 3, axis=-1)
     if space == SRGB:
@@ -179,8 +182,10 @@ class CodePoints:
 
 
 def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
-    """Return the linear space of an EXR's chromaticities, None if they are unknown. ``chromaticities``: x and y of red,
-    green, blue and white."""
+    """Return the linear space of an EXR's chromaticities, None if they are unknown.
+
+    ``chromaticities``: x and y of red, green, blue and white.
+    """
     for primaries, space in PRIMARIES.items():
         if np.allclose(chromaticities[:6], primaries, atol=2e-3):
             return space
@@ -206,8 +211,10 @@ def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]
 
 
 def colour_space_attributes(space: str, config: str) -> dict[str, Any]:
-    """Return the attributes that label an EXR with a linear space. Rec.709 needs none, because it is the default of
-    EXR."""
+    """Return the attributes that label an EXR with a linear space.
+
+    Rec.709 needs none, because it is the default of EXR.
+    """
     found = None if space == LINEAR else _load_config(config).getColorSpace(space)
     if found is None or found.getName() == find_colour_space(LINEAR, config):
         return {}

@@ -88,8 +88,10 @@ def is_deep_png(head: bytes) -> bool:
 
 
 def has_unusual_gamma(file: ImageFile) -> bool:
-    """Whether a PNG has a gamma that differs from that of sRGB (about 1/2.2). A gAMA chunk is ignored if a chunk with
-    precedence over it is present. Raises ValueError for a damaged file."""
+    """Whether a PNG has a gamma that differs from that of sRGB (about 1/2.2).
+
+    A gAMA chunk is ignored if a chunk with precedence over it is present. Raises ValueError for a damaged file.
+    """
     gamma = 0
     for name, data in _png_chunks(file, stop_before=b"IDAT"):
         if name in CHUNKS_BEFORE_GAMMA:
@@ -100,8 +102,10 @@ def has_unusual_gamma(file: ImageFile) -> bool:
 
 
 def read_code_points(file: ImageFile) -> CodePoints | None:
-    """Return the colour space that a PNG, AVIF or HEIC states by code points; None for other files. Raises ValueError
-    for a damaged PNG."""
+    """Return the colour space that a PNG, AVIF or HEIC states by code points; None for other files.
+
+    Raises ValueError for a damaged PNG.
+    """
     if file.type.name == "png":
         for name, data in _png_chunks(file, stop_before=b"IDAT"):
             if name == b"cICP" and len(data) == 4:
@@ -145,8 +149,10 @@ def file_white(file: ImageFile) -> int | None:
 
 
 def is_black_and_white_bmp(head: bytes) -> bool:
-    """Whether a file begins as a BMP of 4 or 8 bits with only black and white in its palette. Pillow reads its pixels
-    as single bits."""
+    """Whether a file begins as a BMP of 4 or 8 bits with only black and white in its palette.
+
+    Pillow reads its pixels as single bits.
+    """
     if not head.startswith(b"BM") or len(head) < BMP_COLOURS_OFFSET + 4:
         return False
     (header_bytes,), (bits,) = struct.unpack_from("<I", head, 14), struct.unpack_from("<H", head, BMP_BITS_OFFSET)
@@ -230,8 +236,10 @@ def _noise_bytes(seed: int) -> bytes:
 
 
 def _png_chunks(file: ImageFile, stop_before: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-    """Yield name and content of the chunks before ``stop_before`` or an incomplete chunk. Raises ValueError for a
-    damaged chunk."""
+    """Yield name and content of the chunks before ``stop_before`` or an incomplete chunk.
+
+    Raises ValueError for a damaged chunk.
+    """
     stream = file.stream
     stream.seek(len(PNG_SIGNATURE))
     while len(head := stream.read(8)) == 8:

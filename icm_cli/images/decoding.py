@@ -97,8 +97,10 @@ _threads_with_settings = 0
 
 @contextlib.contextmanager
 def library_settings() -> Iterator[None]:
-    """Context in which image libraries neither limit sizes nor print; OpenImageIO uses one thread. These settings are
-    global. They are restored when the last thread leaves the context."""
+    """Context in which image libraries neither limit sizes nor print; OpenImageIO uses one thread.
+
+    These settings are global. They are restored when the last thread leaves the context.
+    """
     global _threads_with_settings
     with _settings_lock:
         _threads_with_settings += 1
@@ -157,16 +159,21 @@ def open_image(source: Path | ImageFile) -> Iterator[ImageFile]:
 def decode_image(
     source: Path | ImageFile, frame: int = 0, wanted: colour.ColourSettings = colour.DEFAULT_COLOUR
 ) -> DecodedImage:
-    """Decode one frame or page of an image and apply its EXIF orientation. A file is opened at most twice: by Python,
-    and by OpenImageIO, which opens files by name. Raises ImageError for a file that is missing, damaged, incomplete or
-    not an image."""
+    """Decode one frame or page of an image and apply its EXIF orientation.
+
+    A file is opened at most twice: by Python, and by OpenImageIO, which opens files by name. Raises ImageError for a
+    file that is missing, damaged, incomplete or not an image.
+    """
     with open_image(source) as file:
         return retry_decoding(file, lambda: _decode(file, frame, wanted))
 
 
 def retry_decoding(file: ImageFile, decode: Callable[[], Result]) -> Result:
-    """Return ``decode()``. After an error that may hide one of the system, read the whole file, which raises OSError if
-    the system fails, and decode once more. All other errors are raised at once."""
+    """Return ``decode()``.
+
+    After an error that may hide one of the system, read the whole file, which raises OSError if the system fails, and
+    decode once more. All other errors are raised at once.
+    """
     try:
         return decode()
     except (ImageError, MemoryError):
@@ -212,8 +219,10 @@ def _frame_count_or_one(file: ImageFile) -> int:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return height and width of an upright image, of an EXR its display window. Reads the header only. Raises
-    ImageError."""
+    """Return height and width of an upright image, of an EXR its display window.
+
+    Reads the header only. Raises ImageError.
+    """
     with open_image(path) as file:
         return retry_decoding(file, lambda: _read_size(file))
 
@@ -260,8 +269,10 @@ def as_image_errors(path: Path, file_type: FileType = UNKNOWN_TYPE) -> Iterator[
 
 
 def _decode_tiff_or_pnm(file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
-    """Decode with Pillow if the file has 8 bits and straight alpha, else with OpenImageIO. Pillow is also used if
-    OpenImageIO cannot open the file."""
+    """Decode with Pillow if the file has 8 bits and straight alpha, else with OpenImageIO.
+
+    Pillow is also used if OpenImageIO cannot open the file.
+    """
     if file.type.name == "tiff":
         pages = containers.tiff_pages(file)
         if frame >= len(pages):
@@ -364,8 +375,10 @@ def _is_grey_palette(palette: NDArray[Any], used: NDArray[Any]) -> bool:
 
 
 def _space_of_code_points(file: ImageFile, profile: bytes | None, config: str) -> tuple[str | None, str]:
-    """Return the colour space that a PNG, AVIF or HEIC states by code points, or None and a notice. In a PNG they have
-    precedence over an ICC profile, in AVIF and HEIC the profile has."""
+    """Return the colour space that a PNG, AVIF or HEIC states by code points, or None and a notice.
+
+    In a PNG they have precedence over an ICC profile, in AVIF and HEIC the profile has.
+    """
     code_points = containers.read_code_points(file)
     if code_points is None or (profile and file.type.name != "png"):
         return None, ""

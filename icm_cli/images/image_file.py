@@ -147,8 +147,10 @@ class ReopeningFile(io.FileIO):
 
 
 class ImageFile:
-    """An image file that is open for reading. One handle gives the type, the state and the digest of the file, and
-    serves the decoders that read from a stream."""
+    """An image file that is open for reading.
+
+    One handle gives the type, the state and the digest of the file, and serves the decoders that read from a stream.
+    """
 
     def __init__(self, path: Path, stream: BufferedReader[Any]) -> None:
         self.path = path
@@ -177,8 +179,10 @@ class ImageFile:
         return os.fstat(self._stream.fileno()).st_size
 
     def read_state(self) -> str:
-        """Return size, modification time in nanoseconds, and a digest of the file's first bytes. They contain the
-        image's size and orientation, of a TIFF perhaps the last bytes, which are included."""
+        """Return size, modification time in nanoseconds, and a digest of the file's first bytes.
+
+        They contain the image's size and orientation, of a TIFF perhaps the last bytes, which are included.
+        """
         status = os.fstat(self._stream.fileno())
         hasher = hashlib.sha256(self.head)
         if self.type.name == "tiff":

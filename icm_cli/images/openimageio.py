@@ -84,8 +84,10 @@ def _may_have_straight_alpha(file: ImageFile) -> bool:
 
 
 def is_plain_8_bit(spec: Any) -> bool:
-    """Whether a file has 8 bits per channel and no associated alpha. Pillow would divide the colours by an associated
-    alpha."""
+    """Whether a file has 8 bits per channel and no associated alpha.
+
+    Pillow would divide the colours by an associated alpha.
+    """
     is_associated = spec.alpha_channel >= 0 and not spec.getattribute("oiio:UnassociatedAlpha")
     return str(spec.format) == "uint8" and not is_associated
 
@@ -179,8 +181,10 @@ def _find_layer(
 
 
 def _read_type(spec: Any, wanted: colour.ColourSettings) -> str:
-    """Return the type to read: uint8 and uint16 unchanged, all others as float. Masks are read as the integers that
-    they store, because a float cannot hold every label."""
+    """Return the type to read: uint8 and uint16 unchanged, all others as float.
+
+    Masks are read as the integers that they store, because a float cannot hold every label.
+    """
     name = str(spec.format)
     return name if name in (_INTEGER_TYPES if wanted.is_matte else ("uint8", "uint16")) else "float"
 
@@ -232,8 +236,10 @@ def _to_8_bits(values: NDArray[Any], scale: float) -> ImageU8:
 
 
 def _file_colour_space(spec: Any, file_type: FileType, config: str) -> tuple[str, str]:
-    """Return the colour space that a file is labelled with, else the usual one of its format. A notice about unknown
-    code points is returned with it."""
+    """Return the colour space that a file is labelled with, else the usual one of its format.
+
+    A notice about unknown code points is returned with it.
+    """
     codes = spec.getattribute("CICP")
     if codes is not None:
         found, notice = colour.CodePoints(codes[0], codes[1], bool(codes[3])).find_space(config)
@@ -285,10 +291,12 @@ class ImageLayer:
 def select_layer(
     file: Any, path: Path, wanted: str, *, refuse_data: bool = False
 ) -> tuple[ImageLayer, tuple[str, ...]]:
-    """Return the layer of an open EXR to read, and a notice if the choice was not obvious. ``wanted``: the name of a
-    part or a channel prefix. "" selects the first R, G, B without a prefix, else a layer named beauty or similar, else
-    the first layer. ``refuse_data``: refuse a file that holds only depth, ids or cryptomattes; a mask may hold ids.
-    Raises ImageError, listing the layers, if there is no such layer."""
+    """Return the layer of an open EXR to read, and a notice if the choice was not obvious.
+
+    ``wanted``: the name of a part or a channel prefix. "" selects the first R, G, B without a prefix, else a layer
+    named beauty or similar, else the first layer. ``refuse_data``: refuse a file that holds only depth, ids or
+    cryptomattes; a mask may hold ids. Raises ImageError, listing the layers, if there is no such layer.
+    """
     found, others = _colour_layers(file)
     listed = ", ".join(dict.fromkeys(layer.name for layer in found))
     if wanted:

@@ -73,8 +73,10 @@ class ImageWindows:
         return other if other is not None and other.display == self.display else self.display_window
 
     def move_pixels(self, pixels: NDArray[Any], to: ImageWindows) -> NDArray[Any]:
-        """Move pixels [H,W] or [H,W,C] to another data window; new pixels are 0. Both data windows are of the same
-        display window."""
+        """Move pixels [H,W] or [H,W,C] to another data window; new pixels are 0.
+
+        Both data windows are of the same display window.
+        """
         if to == self:
             return pixels
         moved = np.zeros((*to.size, *pixels.shape[2:]), pixels.dtype)
@@ -96,8 +98,10 @@ class ImageWindows:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """Upright pixels of one frame as the file stores them. Colours that are multiplied by the alpha (associated alpha)
-    stay so, which is the image over black."""
+    """Upright pixels of one frame as the file stores them.
+
+    Colours that are multiplied by the alpha (associated alpha) stay so, which is the image over black.
+    """
 
     pixels: NDArray[Any]
     """[H,W,1] or [H,W,3] in 0..``scale``; floats may exceed it, and signed integers may be negative."""
@@ -144,8 +148,10 @@ class DecodedImage:
 
 
 def reorient_pixels(pixels: NDArray[Any], orientation: int, wanted: int) -> NDArray[Any]:
-    """Return pixels [H,W] or [H,W,C] with another EXIF orientation applied. ``orientation``: the one that has been
-    applied; ``wanted``: the one to apply instead."""
+    """Return pixels [H,W] or [H,W,C] with another EXIF orientation applied.
+
+    ``orientation``: the one that has been applied; ``wanted``: the one to apply instead.
+    """
     return np.ascontiguousarray(
         apply_orientation(apply_orientation(pixels, _INVERSE.get(orientation, orientation)), wanted)
     )

@@ -46,17 +46,21 @@ class SourceImage:
         return ImageWindows.full((height, width)) if self.stored is None else self.stored.windows
 
     def to_display_window(self, target_windows: ImageWindows | None = None) -> SourceImage:
-        """Return the image in its display window, black outside its data window, without stored pixels. If
-        ``target_windows`` of another image have a display window of this size, the result covers their data window."""
+        """Return the image in its display window, black outside its data window, without stored pixels.
+
+        If ``target_windows`` of another image have a display window of this size, the result covers their data window.
+        """
         target = self.windows.matched_to(target_windows)
         alpha = None if self.alpha is None else self.windows.move_pixels(self.alpha, target)
         return replace(self, rgb=self.windows.move_pixels(self.rgb, target), alpha=alpha, stored=None)
 
 
 def read_image(source: Path | ImageFile, colour: ColourSettings = DEFAULT_COLOUR, frame: int = 0) -> SourceImage:
-    """Read an image as the model sees it: upright, display-referred sRGB. ``colour``: the colour space of the file, and
-    the view of scene-referred images. ``frame``: the frame or page of a file with several. Raises ImageError for a file
-    that is missing, empty, incomplete or not an image."""
+    """Read an image as the model sees it: upright, display-referred sRGB.
+
+    ``colour``: the colour space of the file, and the view of scene-referred images. ``frame``: the frame or page of a
+    file with several. Raises ImageError for a file that is missing, empty, incomplete or not an image.
+    """
     path = source.path if isinstance(source, ImageFile) else source
     decoded = decode_image(source, frame, colour)
     with as_image_errors(path):
@@ -67,9 +71,11 @@ def read_image(source: Path | ImageFile, colour: ColourSettings = DEFAULT_COLOUR
 def read_alpha(
     source: Path | ImageFile, *, is_label_map: bool = False, target_windows: ImageWindows | None = None
 ) -> ImageU8:
-    """Read a mask or an alpha, uint8 [H,W]: the file's alpha channel if that varies, else its brightest channel. The
-    alpha of an EXR covers its display window and is 0 outside its data window. ``target_windows`` is explained at
-    :func:`read_stored_pixels`. ``is_label_map``: all objects of a palette become 255. Raises ImageError."""
+    """Read a mask or an alpha, uint8 [H,W]: the file's alpha channel if that varies, else its brightest channel.
+
+    The alpha of an EXR covers its display window and is 0 outside its data window. ``target_windows`` is explained at
+    :func:`read_stored_pixels`. ``is_label_map``: all objects of a palette become 255. Raises ImageError.
+    """
     return read_ground_truth(source, is_label_map=is_label_map, target_windows=target_windows).alpha
 
 
@@ -109,10 +115,12 @@ class StoredPixels:
 def read_stored_pixels(
     path: Path, target_windows: ImageWindows | None = None, *, has_labels: bool = False
 ) -> StoredPixels:
-    """Read the values that an image file stores, with its EXIF orientation applied. Raises ImageError. The pixels of an
-    EXR cover its display window and are 0 outside its data window. If ``target_windows`` of the image that the file
-    belongs to have a display window of this size, they cover the data window of that image. ``has_labels``: the values
-    are labels, of any size."""
+    """Read the values that an image file stores, with its EXIF orientation applied.
+
+    Raises ImageError. The pixels of an EXR cover its display window and are 0 outside its data window. If
+    ``target_windows`` of the image that the file belongs to have a display window of this size, they cover the data
+    window of that image. ``has_labels``: the values are labels, of any size.
+    """
     decoded = decode_image(path, wanted=LABEL_VALUES if has_labels else RAW_VALUES)
     target = decoded.windows.matched_to(target_windows)
     values, alpha, indices = (
@@ -164,8 +172,10 @@ def read_ground_truth(
 
 
 def extra_frame_notices(what: str, path: Path) -> list[str]:
-    """Return a notice if a file of which only one image is used has several. Raises ImageError. ``what``: what the file
-    is used as, such as "mask"."""
+    """Return a notice if a file of which only one image is used has several.
+
+    Raises ImageError. ``what``: what the file is used as, such as "mask".
+    """
     frames = frame_count(path)
     return [f"{what} {path} has {frames} frames or pages; the first one is used"] if frames > 1 else []
 
@@ -192,8 +202,10 @@ def _object_mask(decoded: DecodedImage) -> ImageU8 | None:
 
 @dataclass(frozen=True)
 class CompositeSource:
-    """A foreground, its alpha and a background, from which an image is composed in memory. The test sets of the
-    composition variant are made in this way."""
+    """A foreground, its alpha and a background, from which an image is composed in memory.
+
+    The test sets of the composition variant are made in this way.
+    """
 
     foreground: Path
     alpha: Path
@@ -210,9 +222,11 @@ class CompositeSource:
 def compose_image(
     foreground_file: Path | ImageFile, alpha_file: Path | ImageFile, background_file: Path | ImageFile
 ) -> SourceImage:
-    """Return alpha * foreground + (1 - alpha) * background at the size of the foreground. This follows the composition
-    code published with Deep Image Matting: a smaller background is enlarged until it covers the foreground, then its
-    upper left part is used. Raises ImageError."""
+    """Return alpha * foreground + (1 - alpha) * background at the size of the foreground.
+
+    This follows the composition code published with Deep Image Matting: a smaller background is enlarged until it
+    covers the foreground, then its upper left part is used. Raises ImageError.
+    """
     foreground, alpha = read_image(foreground_file).to_display_window().rgb, read_alpha(alpha_file)
     if foreground.shape[:2] != alpha.shape:
         paths = [file.path if isinstance(file, ImageFile) else file for file in (foreground_file, alpha_file)]

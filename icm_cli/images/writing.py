@@ -138,9 +138,11 @@ def write_alpha(
     source: DecodedImage | None = None,
     check: WriteCheck | None = None,
 ) -> None:
-    """Write an alpha, float32 [H,W] in 0..1, atomically. ``source``: the image from which an EXR copies its windows and
-    timecode. ``check``: see :func:`~icm_cli.files.atomic_write`. Raises OutputError if nothing can be written,
-    ImageError if only this file cannot be written."""
+    """Write an alpha, float32 [H,W] in 0..1, atomically.
+
+    ``source``: the image from which an EXR copies its windows and timecode. ``check``: see
+    :func:`~icm_cli.files.atomic_write`. Raises OutputError, and FileWriteError if only this file cannot be written.
+    """
     written = 1.0 - alpha if output.invert else alpha
     depth = output.depth_for(None)
     _write_image(path, written[..., None], (output.channel,), provenance, output.format, depth, source, check=check)
@@ -156,8 +158,11 @@ def write_foreground(
     config: str = "",
     check: WriteCheck | None = None,
 ) -> None:
-    """Write the colours of the object with its alpha. ``colours``: float32 [H,W,3] on the scale 0..1; HDR exceeds 1. An
-    EXR stores them scene-linear. ``config``: the OpenColorIO configuration with the colour space of the source."""
+    """Write the colours of the object with its alpha.
+
+    ``colours``: float32 [H,W,3] on the scale 0..1; HDR exceeds 1. An EXR stores them scene-linear. ``config``: the
+    OpenColorIO configuration with the colour space of the source.
+    """
     attributes: Mapping[str, Any] = NO_ATTRIBUTES
     if output.format == "exr":
         colours, space = to_scene_linear(colours, source.space, config)
@@ -189,8 +194,10 @@ def write_trimap(
 
 
 def read_provenance(path: Path) -> dict[str, str] | None:
-    """Return the provenance of a file of icm, or the text of another PNG. Returns None for other and damaged files, and
-    if there is no file. Raises FileAccessError."""
+    """Return the provenance of a file of icm, or the text of another PNG.
+
+    Returns None for other and damaged files, and if there is no file. Raises FileAccessError.
+    """
     try:
         with open_image(path) as file:
             data = file.stream.read()
@@ -209,8 +216,11 @@ def read_provenance(path: Path) -> dict[str, str] | None:
 
 
 def has_changed_pixels(path: Path, provenance: Mapping[str, str]) -> bool:
-    """Whether the pixels of a file with this provenance are not those that icm wrote: it was retouched. False for files
-    of icm 0.1, which have no digest of their pixels. A PNG that is unchanged is not decoded. Raises ImageError."""
+    """Whether the pixels of a file with this provenance are not those that icm wrote: it was retouched.
+
+    False for files of icm 0.1, which have no digest of their pixels. A PNG that is unchanged is not decoded. Raises
+    ImageError.
+    """
     expected = provenance.get(PIXELS_KEY)
     if expected is None:
         return False
@@ -296,8 +306,10 @@ def _quantize(pixels: Float, depth: BitDepth) -> NDArray[Any]:
 
 
 def _pixel_digest(values: NDArray[Any]) -> str:
-    """Return the SHA-256 of the stored values [H,W,C] as hexadecimal digits. It is equal for halves and floats of equal
-    values."""
+    """Return the SHA-256 of the stored values [H,W,C] as hexadecimal digits.
+
+    It is equal for halves and floats of equal values.
+    """
     if values.dtype.kind == "f":
         values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)  # as they are read
     hasher = hashlib.sha256(f"{values.dtype} {values.shape}".encode())

@@ -23,7 +23,7 @@ EXCLUDED = frozenset(
         "matting/digest.py",
         "matting/matte.py",
         "matting/model_choice.py",
-        "matting/outcome.py",
+        "matting/result_collector.py",
         "matting/resume.py",
         "matting/sources.py",
         "matting/worker.py",

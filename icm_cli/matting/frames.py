@@ -252,8 +252,10 @@ def missing_frames(
 
 
 def _find_patterns(paths: Sequence[Path]) -> dict[Path, tuple[FramePattern, int]]:
-    """Return sequence and number of each numbered path. Only leading zeros fix the number of digits, so 9 and 10 are
-    one sequence."""
+    """Return sequence and number of each numbered path.
+
+    Only leading zeros fix the number of digits, so 9 and 10 are one sequence.
+    """
     families: dict[tuple[str, str, str], list[tuple[Path, str]]] = {}
     for path in paths:
         name = FrameName.from_path(path)

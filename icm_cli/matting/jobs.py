@@ -444,7 +444,9 @@ def _check_collisions(jobs: Sequence[Job], layout: OutputLayout) -> None:
 
 def _check_similar_names(writers: Mapping[Path, str], folder: Path) -> None:
     """Raise UsageError if the drive takes two outputs as one, because it ignores case or how accents are encoded.
-    ``writers``: source of each output."""
+
+    ``writers``: source of each output.
+    """
     groups: dict[str, list[Path]] = {}
     for output in writers:
         groups.setdefault(_fold_name(str(output.relative_to(folder))), []).append(output)

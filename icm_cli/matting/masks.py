@@ -71,10 +71,13 @@ def read_mask(
     placement: MaskPlacement | None = None,
     windows: ImageWindows | None = None,
 ) -> Mask:
-    """Read the mask of a reference. ``label``: the value, index or colour ``#rrggbb`` of the object. ``placement``: how
-    the mask is placed on its reference; a notice says which orientation is used if both fit. ``windows``: those of the
-    reference; a mask of the same display window is cut to its data window. Raises UsageError for an ambiguous mask,
-    listing its labels, and ImageError for an unreadable file."""
+    """Read the mask of a reference.
+
+    ``label``: the value, index or colour ``#rrggbb`` of the object. ``placement``: how the mask is placed on its
+    reference; a notice says which orientation is used if both fit. ``windows``: those of the reference; a mask of the
+    same display window is cut to its data window. Raises UsageError for an ambiguous mask, listing its labels, and
+    ImageError for an unreadable file.
+    """
     stored = read_stored_pixels(path, windows, has_labels=label is not None)
     for sentence in (*stored.notices, *extra_frame_notices("mask", path)):
         notice(sentence)
@@ -156,8 +159,10 @@ def _check_transparency(stored: StoredPixels, path: Path) -> None:
 
 
 def _mask_from_indices(stored: StoredPixels, opaque: NDArray[np.bool_] | None, path: Path) -> Mask:
-    """Return the mask of a palette of labels. Index 0 and transparent pixels are the background; black pixels are if
-    index 0 has a colour."""
+    """Return the mask of a palette of labels.
+
+    Index 0 and transparent pixels are the background; black pixels are if index 0 has a colour.
+    """
     indices, is_black = stored.indices, (stored.values == 0).all(axis=-1)
     assert indices is not None
     background = indices == 0

@@ -36,8 +36,8 @@ from icm_cli.matting.jobs import (
     plan_jobs,
 )
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
-from icm_cli.matting.outcome import Outcome, environment_settings
 from icm_cli.matting.references import Reference, read_references
+from icm_cli.matting.result_collector import ResultCollector, environment_settings
 from icm_cli.matting.resume import file_identities, keep_existing_alphas
 from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.matting.sources import SkippedFiles, find_sources, real_path
@@ -174,16 +174,16 @@ class _MattingRun:
     def matte_all(self, start: float) -> Report:
         """Keep the alphas that are up to date, and matte the other images."""
         plan, listener = self._plan, self._listener
-        outcome = self._outcome(start)
+        collector = self._make_collector(start)
         listener.on_run_start(len(plan.jobs))
-        with outcome:
-            remaining = self._select_remaining(outcome.add)
-            with self._runner(outcome.add) if remaining else contextlib.nullcontext() as runner:
-                peak = runner.peak_memory_bytes if runner else self._setups[0].choice.device.peak_memory_bytes
-                with outcome.writing_reports(plan.report_files, peak):
+        with collector:
+            remaining = self._select_remaining(collector.add)
+            with self._runner(collector.add) if remaining else contextlib.nullcontext() as runner:
+                read_peak = runner.peak_memory_bytes if runner else self._setups[0].choice.device.peak_memory_bytes
+                with collector.writing_reports(plan.report_files, read_peak):
                     if runner:
                         runner.run(remaining)
-        return outcome.report
+        return collector.report
 
     def preview(self) -> Report:
         """Return what the run would do, and print the counts. Raises UsageError as a run does."""
@@ -230,7 +230,7 @@ class _MattingRun:
             return WorkerPool(setups, on_result=on_result, notice=notice)
         return contextlib.nullcontext(setups[0].create_engine(on_result, notice))
 
-    def _outcome(self, start: float) -> Outcome:
+    def _make_collector(self, start: float) -> ResultCollector:
         plan, settings, scoring = self._plan, self._settings(), None
         if plan.truths:
             scoring, rule = _make_scorer(self._setups[0].options.workers)
@@ -241,12 +241,12 @@ class _MattingRun:
         )
         report = Report(settings, allowed=ALLOWED_PROBLEMS, skipped_files=+plan.skipped_files, page_images=page_images)
         planned = [job.planned for job in plan.jobs]
-        outcome = Outcome(report, planned, self._listener, start=start, scoring=scoring)
+        collector = ResultCollector(report, planned, self._listener, start=start, scoring=scoring)
         for job in plan.jobs if plan.truths else ():
             if not job.planned.dataset.truth:
                 reason = f"{job.source} has no ground truth in {self._options.reports.gt}, so it is not scored"
-                outcome.add_problem(Problem("missing-alpha", job.planned.name, reason))
-        return outcome
+                collector.add_problem(Problem("missing-alpha", job.planned.name, reason))
+        return collector
 
     def _settings(self) -> dict[str, Any]:
         """Settings that the report states."""
@@ -370,8 +370,10 @@ def _make_scorer(processes: int) -> tuple[Scorer, ScoringRule]:
 def _order_as_shot(
     jobs: Sequence[Job], refs: Sequence[Path], references: Sequence[Reference], shard: str | None
 ) -> tuple[list[Job], Shot]:
-    """Return the frames of shots, or of a shard of them, by name and in the order of matting. References that are
-    frames come first."""
+    """Return the frames of shots, or of a shard of them, by name and in the order of matting.
+
+    References that are frames come first.
+    """
     folders = {real_path(Path(job.root) / job.name.parent): job.name.parent for job in jobs}
     keys = []
     for number, ref in enumerate(refs):

@@ -58,8 +58,10 @@ class ModelChoice:
         return {DigestPart.MODEL: model, DigestPart.DTYPE: self.device.dtype_name}
 
     def check_weights(self) -> list[str]:
-        """Return the weights that must be downloaded, without downloading them. Raises ConfigError for missing or
-        refused weights."""
+        """Return the weights that must be downloaded, without downloading them.
+
+        Raises ConfigError for missing or refused weights.
+        """
         return check_weights_exist(self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline)
 
     def resolve_learn_steps(self, requested: int | None, *, is_shot: bool) -> int:

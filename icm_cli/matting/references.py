@@ -52,10 +52,12 @@ def read_references(
     colour: ColourSettings = DEFAULT_COLOUR,
     orientation: MaskOrientation = "auto",
 ) -> list[Reference]:
-    """Read every reference with its mask. Without masks, each reference must be an RGBA cut-out. ``label``: the value,
-    index or colour of the object, for masks with several labels. ``orientation``: the orientation of masks whose
-    reference has an EXIF orientation: "upright" as the reference is shown, "stored" as in its file, or "auto". Raises
-    UsageError."""
+    """Read every reference with its mask.
+
+    Without masks, each reference must be an RGBA cut-out. ``label``: the value, index or colour of the object, for
+    masks with several labels. ``orientation``: the orientation of masks whose reference has an EXIF orientation:
+    "upright" as the reference is shown, "stored" as in its file, or "auto". Raises UsageError.
+    """
     if not refs:
         raise UsageError("no reference was given; give --ref IMAGE and --mask MASK")
     if masks and len(masks) != len(refs):
@@ -75,9 +77,11 @@ def read_references(
 
 
 def make_guidance(mask: ImageU8, windows: ImageWindows, name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
-    """Convert a mask uint8 [h,w] to guidance bool of the size of its reference's data window. The mask has the size of
-    the data window or the aspect ratio of the display window of ``windows``. ``name``: what messages call it. Raises
-    UsageError if it has another aspect ratio, or is empty or full."""
+    """Convert a mask uint8 [h,w] to guidance bool of the size of its reference's data window.
+
+    The mask has the size of the data window or the aspect ratio of the display window of ``windows``. ``name``: what
+    messages call it. Raises UsageError if it has another aspect ratio, or is empty or full.
+    """
     if mask.shape not in (windows.size, windows.display):
         size = windows.display
         if not has_same_aspect(mask.shape, size):

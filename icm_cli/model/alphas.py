@@ -51,7 +51,9 @@ def max_batch_size(device: torch.device) -> int | None:
 
 def resize_alpha(alpha: Tensor, size: Sequence[int]) -> Tensor:
     """Resize an alpha float32 [h,w] to (height, width): by area averaging to fewer pixels, bilinearly to more pixels.
-    On the CPU, OpenCV is several times faster than torch."""
+
+    On the CPU, OpenCV is several times faster than torch.
+    """
     height, width = alpha.shape
     if (height, width) == tuple(size):
         return alpha
@@ -128,8 +130,10 @@ def blend_tiles(size: tuple[int, int], tiles: Sequence[Tile], alphas: Iterable[T
 
 
 def _split_side(length: int, tile: int, overlap: int) -> list[tuple[int, Tensor]]:
-    """Start and weights of each tile along a side; the last tile ends at its end. Weights rise over the overlap with
-    the tile before, are 1 in the middle, and fall over that with the tile after."""
+    """Start and weights of each tile along a side; the last tile ends at its end.
+
+    Weights rise over the overlap with the tile before, are 1 in the middle, and fall over that with the tile after.
+    """
     if length <= tile:
         return [(0, torch.ones(length))]
     count = math.ceil((length - overlap) / (tile - overlap))

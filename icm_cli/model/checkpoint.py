@@ -113,8 +113,10 @@ def _compress_tensor(key: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint of icm, or the one that the authors of the paper published. Raises ConfigError if the file is
-    damaged or anything else; its message says what it is."""
+    """Read a checkpoint of icm, or the one that the authors of the paper published.
+
+    Raises ConfigError if the file is damaged or anything else; its message says what it is.
+    """
     header = _read_header(path)
     if header is None:
         return Checkpoint(_read_published(path), None, {}, f"checkpoint {path}")
@@ -156,8 +158,10 @@ def read_training_digests(path: Path) -> frozenset[str] | None:
 
 
 def parse_json(metadata: Mapping[str, str], key: str, kind: type[T], where: str) -> T | None:
-    """Return a value of the metadata of a checkpoint, which is JSON of a kind; None if there is none. Raises
-    ConfigError."""
+    """Return a value of the metadata of a checkpoint, which is JSON of a kind; None if there is none.
+
+    Raises ConfigError.
+    """
     if key not in metadata:
         return None
     try:
@@ -180,8 +184,10 @@ def read_training_sources(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load a state dict whose tensors must be exactly those of the module, with finite values. Raises ConfigError, with
-    ``where`` as the name of the file."""
+    """Load a state dict whose tensors must be exactly those of the module, with finite values.
+
+    Raises ConfigError, with ``where`` as the name of the file.
+    """
     expected = module.state_dict()
     check_tensor_shapes(expected, {key: tensor.shape for key, tensor in tensors.items()}, where)
     check_tensor_values(expected, tensors, where)
@@ -189,8 +195,10 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
 
 
 def check_tensor_shapes(expected: Mapping[str, Tensor], found: Mapping[str, torch.Size], where: str) -> None:
-    """Check that tensors have exactly the expected names and shapes. Raises ConfigError, with ``where`` as the name of
-    the file."""
+    """Check that tensors have exactly the expected names and shapes.
+
+    Raises ConfigError, with ``where`` as the name of the file.
+    """
     for key in expected:
         if key not in found:
             raise ConfigError(
@@ -207,8 +215,10 @@ def check_tensor_shapes(expected: Mapping[str, Tensor], found: Mapping[str, torc
 
 
 def check_tensor_values(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
-    """Check that tensors are of the same kind as those expected, and finite: 2 ms per million weights. Raises
-    ConfigError."""
+    """Check that tensors are of the same kind as those expected, and finite: 2 ms per million weights.
+
+    Raises ConfigError.
+    """
     for key, tensor in found.items():
         is_float = tensor.is_floating_point()
         if is_float != expected[key].is_floating_point() or tensor.is_complex() or tensor.layout != torch.strided:
@@ -223,8 +233,10 @@ def check_tensor_values(expected: Mapping[str, Tensor], found: Mapping[str, Tens
 
 
 def convert_published_tensors(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Return the tensors of the published decoder by their names in this package, "head.*". Raises ConfigError if a
-    name is unknown."""
+    """Return the tensors of the published decoder by their names in this package, "head.*".
+
+    Raises ConfigError if a name is unknown.
+    """
     converted = {}
     for published, tensor in tensors.items():
         for theirs, ours in PUBLISHED_NAMES:
@@ -287,8 +299,10 @@ class _Header:
 
 
 def _read_header(path: Path) -> _Header | None:
-    """Return the header of a checkpoint of icm, or None for a torch file. Raises ConfigError, which says what the file
-    is."""
+    """Return the header of a checkpoint of icm, or None for a torch file.
+
+    Raises ConfigError, which says what the file is.
+    """
     if path.is_dir():
         raise ConfigError(f"checkpoint {path} is a folder; give the file in it")
     try:

@@ -37,8 +37,10 @@ unknown), valid [1,H,W]."""
 
 @runtime_checkable
 class IntraSimilarity(Protocol):
-    """Similarity between the tokens of one target, as an operator A (paper, section 3.3). Each row is a softmax over
-    the valid tokens: it sums to 1, and is 0 in the padding."""
+    """Similarity between the tokens of one target, as an operator A (paper, section 3.3).
+
+    Each row is a softmax over the valid tokens: it sums to 1, and is 0 in the padding.
+    """
 
     grid: tuple[int, int]
     """Grid (h, w) of the tokens; N = h*w."""
@@ -160,12 +162,16 @@ class Component(nn.Module, ABC):
         return combined_digest(*map(cached_file_digest, files)) if files else ""
 
     def optimise_for_inference(self) -> None:
-        """Rearrange the weights for speed, once, before inference. After that, the component can no longer be trained
-        or saved."""
+        """Rearrange the weights for speed, once, before inference.
+
+        After that, the component can no longer be trained or saved.
+        """
 
     def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:
-        """Convert the weights for inference to ``dtype``. Parts that are accurate enough, such as transformers, take
-        ``fast_dtype``; see ``Device``."""
+        """Convert the weights for inference to ``dtype``.
+
+        Parts that are accurate enough, such as transformers, take ``fast_dtype``; see ``Device``.
+        """
         del fast_dtype
         self.to(dtype)
 
@@ -203,7 +209,9 @@ class Backbone(Component):
     @abstractmethod
     def reference_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
         """Extract the correspondence features of a batch of references: image float32 [B,3,H,W], valid bool [B,H,W].
-        Equal ``noise_keys`` give equal noise, in backbones that draw noise."""
+
+        Equal ``noise_keys`` give equal noise, in backbones that draw noise.
+        """
 
     @abstractmethod
     def target_features(self, image: Tensor, valid: Tensor, noise_keys: Sequence[str]) -> Features:
@@ -248,8 +256,10 @@ class Head(Component):
 
     @abstractmethod
     def forward(self, target: Features, references: Sequence[Any], image: Tensor, valid: Tensor) -> Matte:
-        """Matte a batch of targets, float32 [B,3,H,W], by their features. ``references`` has for each target the result
-        of :meth:`prepare_references`; valid is bool [B,H,W]."""
+        """Matte a batch of targets, float32 [B,3,H,W], by their features.
+
+        ``references`` has for each target the result of :meth:`prepare_references`; valid is bool [B,H,W].
+        """
 
 
 class TrainedHead(Head, ABC):
@@ -308,8 +318,10 @@ class Objects(Component):
 
     @torch.inference_mode()
     def complete_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
-        """Embed images, sRGB uint8 [H,W,3], and complete their coarse alphas, except those without an object. See
-        :meth:`complete_embedded_alphas`."""
+        """Embed images, sRGB uint8 [H,W,3], and complete their coarse alphas, except those without an object.
+
+        See :meth:`complete_embedded_alphas`.
+        """
         completed = list(coarse)
         indices = [index for index, alpha in enumerate(coarse) if self.has_object(alpha)]
         embedded = self.embed_images([images[index] for index in indices])
@@ -340,5 +352,8 @@ class Edges(Component):
 
     @abstractmethod
     def refine_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
-        """Refine the edges of a batch of coarse alphas. Each is float32 [h,w] in 0..1 of any size and covers exactly
-        its image, sRGB uint8 [H,W,3]. The results are float32 [H,W] in 0..1, on the device of the coarse alpha."""
+        """Refine the edges of a batch of coarse alphas.
+
+        Each is float32 [h,w] in 0..1 of any size and covers exactly its image, sRGB uint8 [H,W,3]. The results are
+        float32 [H,W] in 0..1, on the device of the coarse alpha.
+        """

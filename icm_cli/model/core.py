@@ -91,9 +91,11 @@ class InContextMatting(nn.Module):
             head.disable_edge_refinement()
 
     def to_device(self, device: torch.device, dtype: torch.dtype, transformer_dtype: torch.dtype | None = None) -> Self:
-        """Move the model to a device for inference. Convolutions and projections get ``dtype``, and the backbone's
-        transformer ``transformer_dtype``, by default ``dtype``. The LayerNorms of the head stay in float32, as do the
-        similarities between them."""
+        """Move the model to a device for inference.
+
+        Convolutions and projections get ``dtype``, and the backbone's transformer ``transformer_dtype``, by default
+        ``dtype``. The LayerNorms of the head stay in float32, as do the similarities between them.
+        """
         self.eval()
         self.backbone.optimise_for_inference()
         self.to(device)

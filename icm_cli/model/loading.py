@@ -42,8 +42,9 @@ UNTRAINED_MODELS = "lite-training-free or sd21-training-free"
 
 
 def resolve_model(model: str | None, checkpoint: Path | None) -> tuple[ModelConfig, Path | None]:
-    """Return the configuration and the checkpoint that ``--model`` and ``--checkpoint`` select. The weights are not
-    read.
+    """Return the configuration and the checkpoint that ``--model`` and ``--checkpoint`` select.
+
+    The weights are not read.
 
     ``model`` is the name of a preset or the path of a YAML file. None selects the configuration in the checkpoint, the
     preset of the published checkpoint, or :data:`DEFAULT_MODEL` if there is no checkpoint. Without a checkpoint, it is
@@ -119,8 +120,11 @@ def load_model(
 def load_model_for_training(
     config: ModelConfig, *, checkpoint: Path | None, weights: str | None, offline: bool, seed: int
 ) -> InContextMatting:
-    """Load a model for training; see :func:`load_model`. Without a checkpoint, the weights of the head are random and
-    depend on ``seed``. Raises ConfigError, also if the head has no weights to train."""
+    """Load a model for training; see :func:`load_model`.
+
+    Without a checkpoint, the weights of the head are random and depend on ``seed``. Raises ConfigError, also if the
+    head has no weights to train.
+    """
     if not component_class("head", config.head.name).is_trained:
         raise ConfigError(
             f"head {config.head.name!r} has no weights to train; use another head, for example token-match"
@@ -132,8 +136,10 @@ def load_model_for_training(
 
 
 class _WithoutRandomWeights(TorchFunctionMode):
-    """Mode in which initial weights are not drawn. On the meta device this would import torch's compiler, which takes
-    seconds and sets environment variables."""
+    """Mode in which initial weights are not drawn.
+
+    On the meta device this would import torch's compiler, which takes seconds and sets environment variables.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
@@ -223,8 +229,10 @@ def _pretrained_components(
 
 
 def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str | None, *, offline: bool) -> str:
-    """Return a hash of the backbone's initial weights: those in the checkpoint, or the pretrained ones. The arguments
-    are those of :func:`load_model`."""
+    """Return a hash of the backbone's initial weights: those in the checkpoint, or the pretrained ones.
+
+    The arguments are those of :func:`load_model`.
+    """
     backbone = component_class("backbone", config.backbone.name)
     if checkpoint is not None and _contains_backbone(checkpoint, backbone, weights):
         return cached_file_digest(checkpoint)
@@ -233,8 +241,10 @@ def backbone_digest(config: ModelConfig, checkpoint: Path | None, weights: str |
 
 
 def _contains_backbone(checkpoint: Path, backbone: type[Backbone], weights: str | None) -> bool:
-    """Return whether a checkpoint replaces the pretrained weights of the backbone. Raises ConfigError if other weights
-    are given too."""
+    """Return whether a checkpoint replaces the pretrained weights of the backbone.
+
+    Raises ConfigError if other weights are given too.
+    """
     is_contained = backbone.is_self_contained and has_component(checkpoint, "backbone")
     if is_contained:
         _reject_weights(weights, f"checkpoint {checkpoint}")

@@ -129,8 +129,10 @@ class ReferenceTokens:
 def split_reference_tokens(
     references: Sequence[ReferenceFeatures], make_tokens: Callable[[Tensor], Tensor]
 ) -> ReferenceTokens:
-    """Split the tokens of references by their guidance. ``make_tokens`` converts correspondence features [1,C,h,w] to
-    tokens [1,N,D]."""
+    """Split the tokens of references by their guidance.
+
+    ``make_tokens`` converts correspondence features [1,C,h,w] to tokens [1,N,D].
+    """
     foregrounds, backgrounds, notices = [], [], []
     for reference in references:
         feature = reference.features.correspondence_features
@@ -174,8 +176,9 @@ def foreground_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> tuple
 
 
 def background_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> Tensor:
-    """Return which tokens are outside the guidance and contain a pixel of the frame, bool [1,h,w]; possibly none. See
-    :func:`foreground_token_mask`.
+    """Return which tokens are outside the guidance and contain a pixel of the frame, bool [1,h,w]; possibly none.
+
+    See :func:`foreground_token_mask`.
 
     Unknown pixels are allowed in a cell that is mostly background and contains no foreground.
     """

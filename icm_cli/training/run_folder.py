@@ -297,8 +297,10 @@ class RunFolder:
             )
 
     def _describe_sources(self) -> dict[str, dict[str, Any]]:
-        """Return licence and numbers of groups and images of every source of this run and of its initial checkpoint. Of
-        backgrounds, only the number of images is known."""
+        """Return licence and numbers of groups and images of every source of this run and of its initial checkpoint.
+
+        Of backgrounds, only the number of images is known.
+        """
         described = read_training_sources(self._checkpoint) if self._checkpoint else {}
         for items, source in zip(self._pool.sources, self._settings.data.sources, strict=True):
             groups, images = ({getattr(item, name) for item in items} for name in ("group", "image"))

@@ -88,8 +88,10 @@ class ListedModel:
 
 
 def list_models() -> list[ListedModel]:
-    """List the presets and ViTMatte's edges, which can be used with any preset. Weights are not read, and the network
-    is not accessed. Raises ConfigError."""
+    """List the presets and ViTMatte's edges, which can be used with any preset.
+
+    Weights are not read, and the network is not accessed. Raises ConfigError.
+    """
     models = [_list_model(name, require_mapping(read_config_mapping(name)[1], name)) for name in preset_paths()]
     edges = {"edges": {"name": "vitmatte", "weights": VITMATTE}}
     return [*models, _list_model("any, with --edges vitmatte", edges)]

@@ -71,8 +71,10 @@ class DinoConfig:
 
 
 class Dino(Backbone):
-    """Tokens of selected blocks of a frozen vision transformer, an instance of one of :data:`CLASSES`. ``statistics``
-    are those of the pixels that it was trained on."""
+    """Tokens of selected blocks of a frozen vision transformer, an instance of one of :data:`CLASSES`.
+
+    ``statistics`` are those of the pixels that it was trained on.
+    """
 
     Config = DinoConfig
     has_transformer = True

@@ -1,5 +1,7 @@
-"""Weights in the layout of Hugging Face: locate or download them, and load models from them. Pickled files are never
-opened."""
+"""Weights in the layout of Hugging Face: locate or download them, and load models from them.
+
+Pickled files are never opened.
+"""
 
 from __future__ import annotations
 
@@ -120,8 +122,10 @@ def _download(weights: str, patterns: Sequence[str], *, offline: bool, option: s
 
 
 def find_model_files(weights: str, default: str, *, offline: bool, option: str) -> list[Path]:
-    """Return the files of a complete model of ``transformers``; see :func:`find_weight_files`. The first one is its
-    configuration."""
+    """Return the files of a complete model of ``transformers``; see :func:`find_weight_files`.
+
+    The first one is its configuration.
+    """
     patterns = [CONFIG_FILE, PREPROCESSOR_FILE, "model*.safetensors", INDEX_FILE]
     return find_weight_files(weights, default, _list_model_files, patterns, offline=offline, option=option)
 

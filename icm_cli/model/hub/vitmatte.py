@@ -61,8 +61,10 @@ class VitMatteEdgesConfig:
 
 
 class VitMatteEdges(Edges):
-    """Frozen ViTMatte, or a module with the same interface. It computes the unknown region of the trimap of the coarse
-    alpha."""
+    """Frozen ViTMatte, or a module with the same interface.
+
+    It computes the unknown region of the trimap of the coarse alpha.
+    """
 
     Config = VitMatteEdgesConfig
 

@@ -149,8 +149,10 @@ class DinoV2Lite(Backbone):
 
 
 def _resize_to_grid(feature: Tensor, grid: Sequence[int]) -> Tensor:
-    """Resize features [B,C,h,w] of the convolutions to the grid of the tokens. Their cells begin at the top left corner
-    of the canvas, and the last ones may extend beyond it."""
+    """Resize features [B,C,h,w] of the convolutions to the grid of the tokens.
+
+    Their cells begin at the top left corner of the canvas, and the last ones may extend beyond it.
+    """
     cells = -(-grid[0] // feature.shape[-2]), -(-grid[1] // feature.shape[-1])
     if cells == (1, 1):
         return feature

@@ -120,8 +120,10 @@ class EfficientNetLite(Backbone):
         return Features(correspondence, valid_tokens(valid, stride), scales, intra)
 
     def _correspondence_features(self, image: Tensor, outputs: dict[int, Tensor], valid: Tensor) -> Tensor:
-        """Concatenate the correspondence blocks of the image at all sizes, on the grid of valid [B,h,w]. All are scaled
-        to the same mean energy, so that no block dominates."""
+        """Concatenate the correspondence blocks of the image at all sizes, on the grid of valid [B,h,w].
+
+        All are scaled to the same mean energy, so that no block dominates.
+        """
         height, width = valid.shape[1:]
         stride = image.shape[-1] // width
         parts = []

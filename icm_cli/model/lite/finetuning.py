@@ -114,8 +114,10 @@ class FinetunableHead(TrainedHead, ABC):
     def predict_match(
         self, target: Features, references: Sequence[ReferenceTokens], image: Tensor | None
     ) -> MatchPrediction:
-        """Compute what :func:`match_losses` compares with the ground truth. ``image`` [B,3,H,W] may be None if the
-        decoder does not use it."""
+        """Compute what :func:`match_losses` compares with the ground truth.
+
+        ``image`` [B,3,H,W] may be None if the decoder does not use it.
+        """
 
     def learn_references(
         self,

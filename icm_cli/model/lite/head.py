@@ -270,8 +270,10 @@ class TokenMatchHead(FinetunableHead):
         return self.config.presence_sharpness * (logit - self.config.presence_threshold)
 
     def decode_logit(self, fused: Tensor, target: Features, image: Tensor | None) -> Tensor:
-        """Decode the logit of alpha, float32 [B,1,H',W'], at the resolution of the last decoder step. ``image``
-        [B,3,H,W] may be None if ``decoder_uses_image`` is false."""
+        """Decode the logit of alpha, float32 [B,1,H',W'], at the resolution of the last decoder step.
+
+        ``image`` [B,3,H,W] may be None if ``decoder_uses_image`` is false.
+        """
         if not self.config.decoder_channels:
             return self._coarse_logit(fused)
         x = fused

@@ -189,7 +189,9 @@ class StableDiffusion(Backbone):
 
     def mean_features(self, noisy: Tensor, maps: Mapping[int, MeanAttention] | None = None) -> dict[int, Tensor]:
         """Compute the features of one image, averaged over its noisy latents [E,4,h,w]: stride -> float32 [1,C,h,w].
-        ``maps`` accumulate the self-attention of each stride; references do not need it."""
+
+        ``maps`` accumulate the self-attention of each stride; references do not need it.
+        """
         by_grid = None if maps is None else {attention.grid: attention for attention in maps.values()}
         features = run_unet(self.unet, noisy.to(self.prompt_embedding.dtype), self.prompt_embedding, by_grid)
         return {stride: feature.float().mean(dim=0, keepdim=True) for stride, feature in features.items()}
@@ -205,8 +207,10 @@ class StableDiffusion(Backbone):
 
 
 def load_parts(folder: Path, *, timestep: int) -> StableDiffusionParts:
-    """Load the parts from a folder in the layout of diffusers, with the U-Net fixed to one timestep. Raises
-    ConfigError."""
+    """Load the parts from a folder in the layout of diffusers, with the U-Net fixed to one timestep.
+
+    Raises ConfigError.
+    """
     embedding = _load_empty_prompt_embedding(folder)
     unet = _load_unet(folder)
     if embedding.shape[-1] != unet.config["cross_attention_dim"]:

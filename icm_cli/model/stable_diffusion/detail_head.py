@@ -1,5 +1,7 @@
 """The detail head of the paper: inter-similarity, intra-similarity, fusion and detail decoder (sections 3.3 and 3.4).
-Shapes are given for the published widths and a canvas of 768 px. Scales are in the order of :data:`FUSION_STRIDES`."""
+
+Shapes are given for the published widths and a canvas of 768 px. Scales are in the order of :data:`FUSION_STRIDES`.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,9 @@ class InterSimilarity(nn.Module):
 
     def forward(self, references: Sequence[Sequence[Tensor]], feature: Tensor, valid: Tensor) -> Tensor:
         """Compute S, float32 [B,1,h,w], of features [B,C,h,w] and, for each target, the tokens [K,C] of its references.
-        Several references are averaged; one reference gives the published rule."""
+
+        Several references are averaged; one reference gives the published rule.
+        """
         target, real = self.normalised_tokens(feature), valid.flatten(1)
         means = []
         for i, of_image in enumerate(references):
@@ -144,7 +148,9 @@ class InterSimilarity(nn.Module):
 
 class IntraSimilarityEncoder(nn.Module):
     """Encodes the products S[k] * A[q,k] of one scale: the similarity of each token q to the tokens k that S selects.
-    The keys k are the input channels of a convolution over the queries q."""
+
+    The keys k are the input channels of a convolution over the queries q.
+    """
 
     def __init__(self, token_count: int, channels: int) -> None:
         super().__init__()

@@ -51,9 +51,11 @@ def fold_timestep(unet: Any, timestep: int) -> None:
 
 
 class MeanAttention:
-    """Running mean A of the self-attention maps of one grid over heads, noise samples and layers, float32 [N,N]. Tokens
-    in the padding, where ``valid`` [h,w] is False, are masked as keys. Only one chunk of a layer's probabilities is in
-    memory at a time."""
+    """Running mean A of the self-attention maps of one grid over heads, noise samples and layers, float32 [N,N].
+
+    Tokens in the padding, where ``valid`` [h,w] is False, are masked as keys. Only one chunk of a layer's probabilities
+    is in memory at a time.
+    """
 
     def __init__(self, valid: Tensor) -> None:
         self.grid = (valid.shape[0], valid.shape[1])
@@ -62,8 +64,11 @@ class MeanAttention:
         self._layers = 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Compute the attention of one layer, and add its map to the mean. All tensors are [E,H,N,d]. As in the
-        published code, the output attends to every token; only the map excludes the padding."""
+        """Compute the attention of one layer, and add its map to the mean.
+
+        All tensors are [E,H,N,d]. As in the published code, the output attends to every token; only the map excludes
+        the padding.
+        """
         values = value.flatten(0, 1)
         output = torch.empty_like(values)
         for maps, rows, probabilities in self._accumulate_maps(query, key):

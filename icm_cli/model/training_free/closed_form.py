@@ -86,15 +86,20 @@ def solve_alpha(rgb: NDArray[np.float64], trimap: NDArray[np.float64]) -> NDArra
 
 
 def load_solver() -> Callable[..., NDArray[np.float64]]:
-    """Import pymatting and return its solver. This takes 2 s, and 40 s when it is compiled on a machine for the first
-    time. The compiled code is stored in the user's cache folder."""
+    """Import pymatting and return its solver.
+
+    This takes 2 s, and 40 s when it is compiled on a machine for the first time. The compiled code is stored in the
+    user's cache folder.
+    """
     solver: Callable[..., NDArray[np.float64]] = _import_pymatting().estimate_alpha_cf
     return solver
 
 
 def load_foreground_estimator() -> Callable[..., NDArray[np.float64]]:
-    """Import pymatting and return its foreground estimator, see :func:`load_solver`. It computes colours [h,w,3] from
-    an image [h,w,3] and its alpha [h,w], all in 0..1."""
+    """Import pymatting and return its foreground estimator, see :func:`load_solver`.
+
+    It computes colours [h,w,3] from an image [h,w,3] and its alpha [h,w], all in 0..1.
+    """
     estimator: Callable[..., NDArray[np.float64]] = _import_pymatting().estimate_foreground_ml
     return estimator
 

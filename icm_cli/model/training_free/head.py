@@ -110,8 +110,10 @@ class TrainingFree(Head):
         self._solves_alpha = False
 
     def prepare_references(self, references: Sequence[ReferenceFeatures]) -> ReferenceTokens:
-        """Split the tokens of the references. They are centred in :meth:`forward`, because the centre depends on the
-        target."""
+        """Split the tokens of the references.
+
+        They are centred in :meth:`forward`, because the centre depends on the target.
+        """
         if self._solves_alpha:
             load_solver()  # loads with the model instead of with the first image
         return split_reference_tokens(references, flatten_tokens)

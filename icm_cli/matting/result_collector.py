@@ -1,4 +1,4 @@
-"""The outcome of a run: results are collected, scored and reported, even if the run fails."""
+"""Collect, score and report the results of a run, even if the run fails."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from icm_cli.scoring.task import FlickerTask, ScoreTask
 
 
-class Outcome:
+class ResultCollector:
     """Collects results, has them scored in other processes, and writes the reports however the run ends.
 
     ``start``: time at which the run began. ``trained_on``: digests of the images that the model was trained on.
