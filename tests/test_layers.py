@@ -17,6 +17,7 @@ LAYERS = (
     ("options",),
     ("geometry", "device"),
     ("guided_filter", "images"),
+    ("guidance",),
     ("model", "reports"),
     ("events",),
     ("datasets",),
