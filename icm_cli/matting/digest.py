@@ -14,7 +14,7 @@ from importlib.resources.abc import Traversable
 from icm_cli.environment import __version__
 from icm_cli.files import combined_digest
 
-FINGERPRINTED = ("geometry.py", "guided_filter.py", "images", "matting", "model")
+FINGERPRINTED = ("geometry.py", "guidance", "guided_filter.py", "images", "matting", "model")
 """Modules and packages of ``icm_cli`` that decide pixels, apart from those in ``EXCLUDED``."""
 EXCLUDED = frozenset(
     {
