@@ -93,6 +93,11 @@ def has_same_aspect(size: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return abs(ratio - 1) <= ASPECT_TOLERANCE
 
 
+def format_size(shape: Sequence[int]) -> str:
+    """Return the shape (height, width, ...) of an image as messages show it: WIDTHxHEIGHT."""
+    return f"{shape[1]}x{shape[0]}"
+
+
 def resize(image: ImageArray, size: tuple[int, int]) -> ImageArray:
     """Resize an image or alpha to (height, width).
 

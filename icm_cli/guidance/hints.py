@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TypeAlias
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from icm_cli.errors import UsageError
 from icm_cli.files import combined_digest
+from icm_cli.geometry import format_size
 
 Point: TypeAlias = tuple[float, float]
 """x and y in pixels of the displayed image: from its top left corner, x to the right and y down."""
@@ -23,6 +25,12 @@ MAX_AREA_POINTS = 8
 """Largest number of points that stand for an area."""
 MIN_POINT_DISTANCE = 4.0
 """Points of an area that are closer than this many of its half widths to a chosen one are not chosen."""
+MAX_CELLS = 512
+"""Largest number of cells along a side of the grid on which the points of an area are searched."""
+RIDGE_TOLERANCE = 0.5
+"""A pixel is on a centre line if no neighbour is deeper inside the area by this much, in px."""
+MIN_WIDTH_RATIO = 0.5
+"""Smallest width of a place for a point, relative to the widest place of the same connected area."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,8 @@ class Hints:
     """Pixels whose final alpha is 1."""
     drop: Area | None = None
     """Pixels whose final alpha is 0."""
+    is_outlined: bool = False
+    """Whether ``object_area`` is the whole object, such as an outline or a mask, and not strokes on it."""
 
     @property
     def digest(self) -> str:
@@ -81,27 +91,79 @@ class Hints:
             x0, y0, x1, y1 = box
             if not (0 <= min(x0, x1) < max(x0, x1) <= width and 0 <= min(y0, y1) < max(y0, y1) <= height):
                 raise UsageError(f"box {x0:g},{y0:g},{x1:g},{y1:g} is empty or not inside the image, {width}x{height}")
+        for name in ("object_area", "background_area", "keep", "drop"):
+            area = getattr(self, name)
+            if area is not None and area.shape != self.size:
+                raise UsageError(f"{name} is {format_size(area.shape)} and the image {format_size(self.size)}")
+        self._check_contradictions()
+
+    def _check_contradictions(self) -> None:
         pixels = {(int(x), int(y)) for x, y in self.points}
         for x, y in self.not_points:
             if (int(x), int(y)) in pixels:
                 raise UsageError(f"point {x:g},{y:g} is given both on the object and off it; give one of the two")
-        for name in ("object_area", "background_area", "keep", "drop"):
-            area = getattr(self, name)
-            if area is not None and area.shape != self.size:
-                raise UsageError(f"{name} is {area.shape[1]}x{area.shape[0]} and the image {width}x{height}")
+            if self.keep is not None and self.keep[int(y), int(x)]:
+                raise UsageError(f"point {x:g},{y:g} is off the object and in an area to keep; give one of the two")
+        for x, y in self.points:
+            if self.drop is not None and self.drop[int(y), int(x)]:
+                raise UsageError(f"point {x:g},{y:g} is on the object and in an area to drop; give one of the two")
+        if self.keep is not None and self.drop is not None and (self.keep & self.drop).any():
+            row, column = np.argwhere(self.keep & self.drop)[0]
+            raise UsageError(f"pixel {column},{row} is in an area to keep and in one to drop; give one of the two")
 
 
 def area_points(area: Area | None) -> list[Point]:
-    """Return points that stand for an area: on the centre lines of its strokes, widest first, far from each other."""
+    """Return points that stand for an area: on the centre lines of its strokes and spread over all of them.
+
+    The first point is where the area is widest. Each further one is as far as possible from the points before it. Every
+    point is inside the area.
+    """
     if area is None or not area.any():
         return []
-    padded = np.pad(area.astype(np.uint8), 1)
-    depth = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    rows, columns = (np.flatnonzero(area.any(axis=axis)) for axis in (1, 0))
+    top, left = int(rows[0]), int(columns[0])
+    inside = area[top : rows[-1] + 1, left : columns[-1] + 1]
+    cell_px = math.ceil(max(inside.shape) / MAX_CELLS)
+    inside = np.pad(inside, [(0, -side % cell_px) for side in inside.shape])
+    grid = inside.shape[0] // cell_px, inside.shape[1] // cell_px
+    cells: Area = np.asarray(inside.reshape(grid[0], cell_px, grid[1], cell_px).any(axis=(1, 3)))
+    centres, widths = _find_centre_line(cells)
+    nearest, is_free = np.full(len(centres), np.inf), np.ones(len(centres), np.bool_)
+    chosen = int(widths.argmax())
     points: list[Point] = []
-    rows, columns = np.indices(area.shape)
-    while len(points) < MAX_AREA_POINTS and depth.max() > 0:
-        row, column = np.unravel_index(int(depth.argmax()), depth.shape)
-        radius = max(MIN_POINT_DISTANCE * float(depth[row, column]), 1.0)
-        points.append((float(column) + 0.5, float(row) + 0.5))
-        depth[(rows - row) ** 2 + (columns - column) ** 2 < radius**2] = 0
+    while is_free.any() and len(points) < MAX_AREA_POINTS:
+        row, column = _find_deepest_pixel(inside, centres[chosen].tolist(), cell_px)
+        points.append((left + column + 0.5, top + row + 0.5))
+        distance = np.hypot(*(centres - centres[chosen]).T)
+        is_free &= distance >= np.maximum(MIN_POINT_DISTANCE * np.maximum(widths, widths[chosen]), 1.0)
+        nearest = np.minimum(nearest, distance)
+        chosen = int(np.where(is_free, nearest, -1.0).argmax())
     return points
+
+
+def _find_centre_line(cells: Area) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Return row and column of every cell on a centre line, [N,2], and half the width of the area there, [N]."""
+    depth = _depths(cells)
+    count, labels = cv2.connectedComponents(cells.astype(np.uint8))
+    deepest = np.zeros(count, np.float32)
+    np.maximum.at(deepest, labels.astype(np.intp), depth)
+    is_ridge = depth > cv2.dilate(depth, np.ones((3, 3), np.uint8)) - RIDGE_TOLERANCE
+    is_centre = cells & is_ridge & (depth >= MIN_WIDTH_RATIO * deepest[labels])
+    return np.argwhere(is_centre), depth[is_centre]
+
+
+def _find_deepest_pixel(inside: Area, cell: Sequence[int], cell_px: int) -> tuple[int, int]:
+    """Return the pixel of a cell (row, column) that is furthest from the pixels outside the area."""
+    row, column = cell
+    first = max(0, (row - 1) * cell_px), max(0, (column - 1) * cell_px)
+    depth = _depths(inside[first[0] : (row + 2) * cell_px, first[1] : (column + 2) * cell_px])
+    at = row * cell_px - first[0], column * cell_px - first[1]
+    depth = depth[at[0] : at[0] + cell_px, at[1] : at[1] + cell_px]
+    deepest = np.unravel_index(int(depth.argmax()), depth.shape)
+    return row * cell_px + int(deepest[0]), column * cell_px + int(deepest[1])
+
+
+def _depths(area: Area) -> NDArray[np.float32]:
+    """Return the distance of every pixel to the nearest one outside the area or the array, float32 [H,W]."""
+    padded = np.pad(area.astype(np.uint8), 1)
+    return np.asarray(cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1], np.float32)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError, ImageMemoryError, ResourceError, UsageError
 from icm_cli.files import combined_digest
-from icm_cli.geometry import ImageU8, has_same_aspect, resize
+from icm_cli.geometry import ImageU8, format_size, has_same_aspect, resize
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import SourceImage, extra_frame_notices, read_image
@@ -86,10 +86,10 @@ def make_guidance(mask: ImageU8, windows: ImageWindows, name: str, notice: Calla
         size = windows.display
         if not has_same_aspect(mask.shape, size):
             raise UsageError(
-                f"{name} is {_size_text(mask.shape)} and its reference {_size_text(size)}; expected the same aspect "
+                f"{name} is {format_size(mask.shape)} and its reference {format_size(size)}; expected the same aspect "
                 "ratio; give a mask that was drawn on this image"
             )
-        notice(f"{name} is {_size_text(mask.shape)} and its reference {_size_text(size)}; the mask is resized")
+        notice(f"{name} is {format_size(mask.shape)} and its reference {format_size(size)}; the mask is resized")
     mask = _fit_to_data_window(mask, windows)
     guidance: NDArray[np.bool_] = mask > FOREGROUND_THRESHOLD * 255
     if not guidance.any():
@@ -155,7 +155,3 @@ def _fit_to_data_window(mask: ImageU8, windows: ImageWindows) -> ImageU8:
     if mask.shape == windows.size:
         return mask
     return windows.display_window.move_pixels(resize(mask, windows.display), windows)
-
-
-def _size_text(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]}x{shape[0]}"

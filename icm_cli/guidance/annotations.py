@@ -1,0 +1,340 @@
+"""Read hints from files: annotations in the JSON of labelme or COCO, and painted images.
+
+In an annotation, the label ``fg`` marks the object, ``bg`` what is not the object, and ``keep`` and ``drop`` the areas
+whose final alpha is 1 and 0. If no label is one of these words and there is only one label, it marks the object.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from icm_cli.errors import UsageError
+from icm_cli.files import check_shape, format_json, read_json
+from icm_cli.geometry import format_size
+from icm_cli.guidance.hints import Area, Box, Hints, Point
+from icm_cli.guidance.scribbles import read_scribble
+
+AREA_NAMES = {"fg": "object_area", "bg": "background_area", "keep": "keep", "drop": "drop"}
+"""Label of a shape -> field of :class:`Hints` that its area is added to."""
+POINT_COUNTS: dict[str, tuple[int, float]] = {
+    "point": (1, 1),
+    "points": (1, math.inf),
+    "line": (2, 2),
+    "linestrip": (2, math.inf),
+    "rectangle": (2, 2),
+    "polygon": (3, math.inf),
+    "circle": (2, 2),
+    "mask": (2, 2),
+}
+"""Type of a shape -> smallest and largest number of its points."""
+STROKE_THICKNESS = 2
+"""Thickness of a line for OpenCV, which draws 3 px if coordinates have fractional bits."""
+CIRCLE_CORNERS = 720
+"""Corners of the polygon that stands for a circle."""
+BORDER_TOLERANCE_PX = 1.0
+"""Corners that are further than this outside the image are refused. Tools round coordinates at its border."""
+MAX_COUNT_BITS = 40
+"""Largest number of bits of a count in a compressed run-length encoding."""
+SUBPIXEL_BITS = 4
+"""Fractional bits of the coordinates that OpenCV draws."""
+MAX_LISTED = 8
+"""Largest number of names or labels that a message lists."""
+NUMBER = int, float
+EXPECTED = "expected the JSON of labelme or COCO"
+LABELME = {
+    "shapes": [{"label": str, "points": [[NUMBER]], "shape_type?": (str, NoneType), "mask?": (str, NoneType)}],
+    "imageHeight?": (int, NoneType),
+    "imageWidth?": (int, NoneType),
+}
+COCO = {
+    "images": [{"id": (int, str), "file_name": str, "height?": int, "width?": int}],
+    "annotations": [
+        {
+            "image_id": (int, str),
+            "category_id?": (int, str),
+            "segmentation?": (list, dict, NoneType),
+            "bbox?": (list, NoneType),
+        }
+    ],
+    "categories?": [{"id": (int, str), "name": str}],
+}
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """One shape of an annotation: its points, or the pixels of a mask."""
+
+    name: str
+    """What messages call it."""
+    kind: str
+    """A key of :data:`POINT_COUNTS`."""
+    label: str
+    points: Sequence[Point]
+    mask: Area | None = None
+    label_id: str = ""
+    """Another name of the label."""
+
+
+def read_hints(
+    path: Path, size: tuple[int, int], *, image: Path | None = None, label: str | None = None, can_select: bool = False
+) -> Hints:
+    """Read what a file says about an image of ``size`` (height, width).
+
+    A file that ends in ``.json`` is an annotation of labelme or COCO; others are painted images, see
+    :func:`~icm_cli.guidance.scribbles.read_scribble`. ``image``: the image, whose name COCO files contain. ``label``:
+    the label of the object, instead of ``fg``. ``can_select``: whether the user can give a label. Raises UsageError.
+    """
+    try:
+        if path.suffix.lower() != ".json":
+            return read_scribble(path, size)
+        content = read_json(path, "annotation", {}, EXPECTED)
+        if "shapes" in content:
+            check_shape(content, LABELME, "")
+            shapes = list(_labelme_shapes(content, size))
+        elif "annotations" in content:
+            check_shape(content, COCO, "")
+            shapes = list(_coco_shapes(content, size, image))
+        else:
+            raise ValueError(f"it has neither shapes nor annotations; {EXPECTED}")
+        return _combine_shapes(_select_shapes(shapes, label, can_select=can_select), size)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"annotation {path} cannot be used: {error}") from error
+
+
+def fill_polygon(points: Sequence[Point], size: tuple[int, int]) -> Area:
+    """Return the pixels whose centres are inside a polygon by the even-odd rule, bool [H,W] of ``size``."""
+    height, width = size
+    toggles = np.zeros((height, width + 1), np.bool_)
+    for start, end in zip(points, [*points[1:], points[0]], strict=True):
+        (x0, y0), (x1, y1) = sorted((start, end), key=lambda point: point[1])
+        rows = np.arange(*(math.ceil(min(max(y - 0.5, 0), height)) for y in (y0, y1)))
+        if len(rows):
+            crossings = x0 + (x1 - x0) * ((rows + 0.5 - y0) / (y1 - y0))
+            toggles[rows, np.clip(np.ceil(crossings - 0.5), 0, width).astype(int)] ^= True
+    inside: Area = np.logical_xor.accumulate(toggles[:, :width], axis=1)
+    return inside
+
+
+def _labelme_shapes(content: dict[str, Any], size: tuple[int, int]) -> Iterator[_Shape]:
+    _check_size(content.get("imageHeight"), content.get("imageWidth"), size)
+    for number, shape in enumerate(content["shapes"]):
+        kind, name, points = shape.get("shape_type") or "polygon", f"shapes[{number}]", shape["points"]
+        if kind not in POINT_COUNTS:
+            raise ValueError(f"{name} is of type {format_json(kind)}; expected one of {', '.join(POINT_COUNTS)}")
+        least, most = POINT_COUNTS[kind]
+        if not least <= len(points) <= most:
+            expected = f"{least}" if least == most else f"{least} or more"
+            raise ValueError(f"{name} is a {kind} with {len(points)} points; expected {expected}")
+        points = [_clip_point(point, size, name) for point in points]
+        mask = _decode_mask(shape.get("mask"), points, size, name) if kind == "mask" else None
+        yield _Shape(name, kind, shape["label"], points, mask)
+
+
+def _coco_shapes(content: dict[str, Any], size: tuple[int, int], image: Path | None) -> Iterator[_Shape]:
+    entry = _find_coco_image(content["images"], image)
+    _check_size(entry.get("height"), entry.get("width"), size)
+    names = {each["id"]: each["name"] for each in content.get("categories", [])}
+    for number, annotation in enumerate(content["annotations"]):
+        if annotation["image_id"] != entry["id"]:
+            continue
+        name, category = f"annotations[{number}]", annotation.get("category_id", "")
+        label = names.get(category, str(category))
+        outlines, box = annotation.get("segmentation"), annotation.get("bbox")
+        if isinstance(outlines, dict):
+            yield _Shape(name, "mask", label, [], _decode_runs(outlines, size, name), str(category))
+        elif outlines:
+            check_shape(outlines, [[NUMBER]], f"{name}.segmentation")
+            for values in outlines:
+                if len(values) < 6 or len(values) % 2:
+                    raise ValueError(
+                        f"{name} has a polygon of {len(values)} numbers; expected x and y of 3 or more points"
+                    )
+                points = [_clip_point(values[at : at + 2], size, name) for at in range(0, len(values), 2)]
+                yield _Shape(name, "polygon", label, points, label_id=str(category))
+        elif box:
+            check_shape(box, [NUMBER], f"{name}.bbox")
+            if len(box) != 4:
+                raise ValueError(f"{name} has a bbox of {len(box)} numbers; expected x, y, width and height")
+            corners = [box[:2], [box[0] + box[2], box[1] + box[3]]]
+            points = [_clip_point(corner, size, name) for corner in corners]
+            yield _Shape(name, "rectangle", label, points, label_id=str(category))
+        else:
+            raise ValueError(f"{name} has neither a segmentation nor a bbox; expected one of them")
+
+
+def _find_coco_image(entries: Sequence[dict[str, Any]], image: Path | None) -> dict[str, Any]:
+    """Return the entry of an image: by its name, else by its name without suffix."""
+    found = list(entries)
+    if image is not None:
+        names = [Path(each["file_name"]) for each in entries]
+        is_named = [name.name == image.name for name in names]
+        if sum(is_named) > 1:  # images of the same name in several folders
+            is_named = [image.parts[-len(name.parts) :] == name.parts for name in names]
+        is_named = is_named if any(is_named) else [name.stem == image.stem for name in names]
+        found = [each for each, matches in zip(entries, is_named, strict=True) if matches]
+    if len(found) != 1:
+        listed = ", ".join(format_json(each["file_name"]) for each in entries[:MAX_LISTED])
+        more = ", ..." if len(entries) > MAX_LISTED else ""
+        name = "" if image is None else f" of the name {image.name}"
+        raise ValueError(f"it has {len(found)} images{name}; expected one; it lists {listed or 'none'}{more}")
+    return found[0]
+
+
+def _check_size(height: int | None, width: int | None, size: tuple[int, int]) -> None:
+    stated = height or size[0], width or size[1]
+    if stated != size:
+        raise ValueError(
+            f"it is of an image of {format_size(stated)}, and the image is {format_size(size)}; give the annotation of "
+            "this image, in the orientation in which it is displayed"
+        )
+
+
+def _clip_point(values: Sequence[Any], size: tuple[int, int], name: str) -> Point:
+    """Return a point with x in 0..width and y in 0..height."""
+    if len(values) != 2:
+        raise ValueError(f"{name} has the point {format_json(values)}; expected x and y")
+    x, y = values
+    if not all(
+        -BORDER_TOLERANCE_PX <= value <= side + BORDER_TOLERANCE_PX for value, side in ((x, size[1]), (y, size[0]))
+    ):
+        raise ValueError(
+            f"{name} has the point {format_json(values)}, which is outside the image, {format_size(size)}; give the "
+            "annotation of this image"
+        )
+    return min(max(float(x), 0.0), float(size[1])), min(max(float(y), 0.0), float(size[0]))
+
+
+def _decode_mask(text: str | None, corners: Sequence[Point], size: tuple[int, int], name: str) -> Area:
+    """Return the mask of a PNG in base64 whose pixels begin at the upper left one of two corners."""
+    (left, top), (right, bottom) = (
+        tuple(int(each(values)) for values in zip(*corners, strict=True)) for each in (min, max)
+    )
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text or "", validate=True)), formats=["PNG"]) as image:
+            width, height = image.size
+            if not (right - left <= width <= right - left + 1 and bottom - top <= height <= bottom - top + 1):
+                raise ValueError(f"it is {width}x{height}")
+            values = np.asarray(image.convert("L"))
+    except Exception as error:  # decoders raise anything
+        size_text = f"{right - left + 1}x{bottom - top + 1}"
+        raise ValueError(
+            f"the mask of {name} is no PNG of {size_text} in base64 ({error}); write the file again"
+        ) from error
+    mask = np.zeros(size, np.bool_)
+    mask[top : top + height, left : left + width] = values[: size[0] - top, : size[1] - left] > 0
+    return mask
+
+
+def _decode_runs(encoded: dict[str, Any], size: tuple[int, int], name: str) -> Area:
+    """Return the mask of a run-length encoding of COCO: counts of 0 and 1 in turn, column by column."""
+    check_shape(encoded, {"size": [int], "counts": (list, str)}, f"{name}.segmentation")
+    if encoded["size"] != list(size):
+        raise ValueError(
+            f"{name} has a mask of size {format_json(encoded['size'])}; expected {list(size)}, height and width"
+        )
+    counts = encoded["counts"]
+    if isinstance(counts, str):
+        counts = _decompress_counts(counts, name)
+    check_shape(counts, [int], f"{name}.segmentation.counts")
+    pixels = size[0] * size[1]
+    if min(counts, default=0) < 0 or sum(counts) != pixels:
+        raise ValueError(f"the counts of {name} are negative or do not add up to {pixels} pixels; write the file again")
+    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    return np.ascontiguousarray(flat.reshape(size[::-1]).T)
+
+
+def _decompress_counts(text: str, name: str) -> list[int]:
+    """Return the counts of a compressed run-length encoding, as in the code published with COCO (maskApi.c)."""
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or shift > MAX_COUNT_BITS:
+            raise ValueError(f"the counts of {name} have the character {format_json(character)}; write the file again")
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:  # the last character of a count
+            value -= (1 << shift) if code & 16 else 0
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError(f"the counts of {name} are cut short; write the file again")
+    return counts
+
+
+def _select_shapes(shapes: Sequence[_Shape], label: str | None, *, can_select: bool) -> list[tuple[str, _Shape]]:
+    """Return the shapes that say something about the object, each with a key of :data:`AREA_NAMES`."""
+    counts = Counter(shape.label for shape in shapes)
+    listed = ", ".join(f"{format_json(each)} ({count})" for each, count in counts.most_common(MAX_LISTED))
+    if label is not None:
+        if not any(label in (shape.label, shape.label_id) for shape in shapes):
+            raise ValueError(f"no shape has the label {label}; expected one of {listed or 'the labels in the file'}")
+        meanings = {shape.label: "fg" for shape in shapes if label in (shape.label, shape.label_id)}
+        words = {each: each for each in AREA_NAMES if each != "fg"}
+    else:
+        words = {each: each for each in AREA_NAMES}
+        others = [each for each in counts if each.lower() not in words]
+        meanings = dict.fromkeys(others, "fg")
+        if others and len(counts) > 1:
+            selection = f"; select one, as in --mask-label {others[0]}" if can_select else ""
+            raise ValueError(f"it has several labels: {listed}; expected {', '.join(words)}, or one label{selection}")
+    meanings = {**{each: words[each.lower()] for each in counts if each.lower() in words}, **meanings}
+    return [(meanings[shape.label], shape) for shape in shapes if shape.label in meanings]
+
+
+def _combine_shapes(shapes: Sequence[tuple[str, _Shape]], size: tuple[int, int]) -> Hints:
+    """Return the hints of shapes. Lines and boxes off the object become areas."""
+    points: dict[bool, list[Point]] = {True: [], False: []}
+    boxes: list[Box] = []
+    areas: dict[str, NDArray[np.uint8]] = {}
+    for meaning, shape in shapes:
+        if shape.kind in ("point", "points"):
+            points[meaning in ("fg", "keep")] += shape.points
+        elif shape.kind == "rectangle" and meaning == "fg":
+            boxes.append((*shape.points[0], *shape.points[1]))
+        else:
+            area = areas.setdefault(AREA_NAMES[meaning], np.zeros(size, np.uint8))
+            _add_area(shape, area)
+    found = {name: area.astype(np.bool_) for name, area in areas.items()}
+    if "object_area" in found and "background_area" in found:
+        found["object_area"] &= ~found["background_area"]  # such as a hole
+    is_outlined = any(meaning == "fg" and shape.kind in ("polygon", "circle", "mask") for meaning, shape in shapes)
+    try:
+        hints = Hints(
+            size=size, points=points[True], not_points=points[False], boxes=boxes, is_outlined=is_outlined, **found
+        )
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+    if hints.is_empty:
+        raise ValueError("it marks no pixel; expected a point, a box, a stroke or an area with the label fg")
+    return hints
+
+
+def _add_area(shape: _Shape, area: NDArray[np.uint8]) -> None:
+    """Add the pixels of a shape to an area, uint8 [H,W]."""
+    size, points = (area.shape[0], area.shape[1]), shape.points
+    if shape.kind in ("line", "linestrip"):
+        line = np.round((np.array(points) - 0.5) * 2**SUBPIXEL_BITS).astype(np.int32)
+        cv2.polylines(area, [line], isClosed=False, color=1, thickness=STROKE_THICKNESS, shift=SUBPIXEL_BITS)
+        return
+    if shape.kind == "circle":
+        (x, y), rim = points
+        radius, angles = math.dist(points[0], rim), np.linspace(0, 2 * math.pi, CIRCLE_CORNERS, endpoint=False)
+        points = [(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in angles]
+    elif shape.kind == "rectangle":
+        (x0, y0), (x1, y1) = points
+        points = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+    area |= fill_polygon(points, size) if shape.mask is None else shape.mask

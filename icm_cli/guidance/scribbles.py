@@ -1,0 +1,70 @@
+"""Read painted images: strokes or rough masks that mark the object and what is not the object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from icm_cli.errors import ImageError, UsageError
+from icm_cli.geometry import format_size
+from icm_cli.guidance.hints import Hints
+from icm_cli.images.reading import StoredPixels, read_stored_pixels
+
+DARK, BRIGHT = 0.25, 0.75
+"""A colour whose channels are all below ``DARK`` is black, and above ``BRIGHT`` white."""
+MIN_CHROMA = 0.3
+"""Difference of the largest channel from the next one above which a colour is red or green."""
+MAX_CANVAS_FRACTION = 0.5
+"""Fraction of the image above which black or white next to coloured strokes is a canvas, and no stroke."""
+EXPECTED = (
+    "expected white or green where the object is, black or red where it is not, and transparent or mid-grey elsewhere"
+)
+
+
+def read_scribble(path: Path, size: tuple[int, int]) -> Hints:
+    """Read an image with white or green strokes on the object, black or red strokes off it, and transparent or
+    mid-grey pixels elsewhere.
+
+    ``size``: height and width of the image that it is about. A rough mask is read in the same way. Raises UsageError
+    for a file that cannot be read, has another size, other colours or no stroke.
+    """
+    try:
+        stored = read_stored_pixels(path)
+    except ImageError as error:
+        raise UsageError(f"scribble cannot be used: {error}") from error
+    if stored.values.shape[:2] != size:
+        raise UsageError(
+            f"scribble {path} is {format_size(stored.values.shape)}, and the image is {format_size(size)}; give "
+            "strokes that were drawn on this image"
+        )
+    is_object, is_background = _classify(stored, path)
+    if not (is_object.any() or is_background.any()):
+        raise UsageError(f"scribble {path} has no stroke; {EXPECTED}")
+    is_complete = bool((is_object | is_background).all())
+    return Hints(size=size, object_area=is_object, background_area=is_background, is_outlined=is_complete)
+
+
+def _classify(stored: StoredPixels, path: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return the pixels on the object and off it, bool [H,W]."""
+    values = stored.values if stored.values.ndim == 3 else stored.values[..., None]
+    colours = np.broadcast_to(values.astype(np.float32) / np.float32(stored.scale), (*values.shape[:2], 3))
+    red, green, blue = (colours[..., channel] for channel in range(3))
+    opaque: Any = True if stored.alpha is None else stored.alpha > 0.5 * stored.scale
+    is_green = opaque & (green - np.maximum(red, blue) > MIN_CHROMA)
+    is_red = opaque & (red - np.maximum(green, blue) > MIN_CHROMA)
+    is_white = opaque & (colours.min(axis=-1) > BRIGHT)
+    is_black = opaque & (colours.max(axis=-1) < DARK)
+    is_other = opaque & (colours.max(axis=-1) - colours.min(axis=-1) > MIN_CHROMA) & ~is_green & ~is_red
+    flat = cv2.erode(is_other.astype(np.uint8), np.ones((3, 3), np.uint8))  # without the mixed pixels between strokes
+    if flat.any():
+        row, column = np.unravel_index(int(flat.argmax()), flat.shape)
+        colour = "".join(f"{round(255 * min(max(float(each), 0), 1)):02x}" for each in colours[row, column])
+        raise UsageError(f"scribble {path} has the colour #{colour} at {column},{row}; {EXPECTED}")
+    if (is_green.any() or is_red.any()) and max(is_white.mean(), is_black.mean()) > MAX_CANVAS_FRACTION:
+        canvas = "white" if is_white.mean() > MAX_CANVAS_FRACTION else "black"
+        raise UsageError(f"scribble {path} has red or green strokes, and is {canvas} elsewhere; {EXPECTED}")
+    return is_white | is_green, is_black | is_red
