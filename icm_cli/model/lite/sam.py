@@ -2,7 +2,7 @@
 
 Sources: Zhang et al., "Faster Segment Anything: Towards Lightweight SAM for Mobile Applications" (2023), section 3; Wu
 et al., "TinyViT" (ECCV 2022), whose last stage does not reduce the resolution here; Kirillov et al., "Segment Anything"
-(ICCV 2023), section 3 and appendix A. The prompt is a coarse alpha; points and boxes are not implemented.
+(ICCV 2023), section 3 and appendix A. Prompts are a coarse alpha, points and boxes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ MASK_SCALE = 4
 """Resolution of the masks and of the coarse alpha, relative to the embedding."""
 MASKS = 4
 """Number of masks."""
+POINT_LABELS = 4
+"""Number of labels of a point: 0 off the object, 1 on it, 2 and 3 the first and the last corner of a box."""
+NO_POINT = -1
+"""Label of a point that means nothing. It completes the points of an image without a box, as in the published code."""
 DECODER_LAYERS = 2
 DECODER_HEADS = 8
 MLP_WIDTH = 2048
@@ -199,10 +203,10 @@ class WindowAttention(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Computes the logits of masks [B,4,4h,4w] from the embedding of an image and the logit of a coarse alpha.
+    """Computes the logits of masks [B,4,4h,4w] from the embedding of an image, the logit of a coarse alpha, and points.
 
-    The embedding of the coarse alpha is added to that of the image. The result and a few tokens attend to each other,
-    and each token produces a mask.
+    The embedding of the coarse alpha is added to that of the image. The result and a few tokens attend to each other;
+    some of these tokens produce a mask each, one predicts the IoU of the masks, and the others are the points.
     """
 
     frequencies: Tensor
@@ -219,6 +223,9 @@ class MaskDecoder(nn.Module):
             nn.GELU(),
             nn.Conv2d(16, EMBED_DIM, 1),
         )
+        self.no_mask = nn.Parameter(torch.zeros(EMBED_DIM))
+        self.point_labels = nn.Parameter(torch.zeros(POINT_LABELS, EMBED_DIM))
+        self.no_point = nn.Parameter(torch.zeros(EMBED_DIM))
         self.tokens = nn.Parameter(torch.zeros(1 + MASKS, EMBED_DIM))
         self.layers = nn.ModuleList(TwoWayAttention(index > 0) for index in range(DECODER_LAYERS))
         self.final_attention = CrossAttention(EMBED_DIM // 2)
@@ -230,31 +237,36 @@ class MaskDecoder(nn.Module):
             nn.ConvTranspose2d(EMBED_DIM // 4, EMBED_DIM // 8, 2, 2),
             nn.GELU(),
         )
-        self.mask_mlps = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(EMBED_DIM, EMBED_DIM),
-                nn.ReLU(),
-                nn.Linear(EMBED_DIM, EMBED_DIM),
-                nn.ReLU(),
-                nn.Linear(EMBED_DIM, EMBED_DIM // 8),
-            )
-            for _ in range(MASKS)
-        )
+        self.mask_mlps = nn.ModuleList(_make_mlp(EMBED_DIM // 8) for _ in range(MASKS))
+        self.iou_mlp = _make_mlp(MASKS)
 
     def forward(self, embedding: Tensor, logit: Tensor) -> Tensor:
         """Decode an embedding [B,256,h,w] and a logit [B,1,4h,4w]."""
+        return self.decode(embedding, logit)[0]
+
+    def decode(
+        self, embedding: Tensor, logit: Tensor | None, points: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Decode the masks, and their predicted IoU [B,4].
+
+        ``logit`` is None without a coarse alpha. ``points`` are the positions float32 [B,N,2], x and y as fractions of
+        the largest image (FULL_CELLS), and the labels int64 [B,N], see POINT_LABELS.
+        """
         dtype = self.norm.weight.dtype
         count, _, height, width = embedding.shape
-        keys = (embedding.to(dtype) + self.mask_encoder(logit.to(dtype))).flatten(2).transpose(1, 2)
-        positions = self._encode_positions(height, width).to(dtype)
-        tokens = initial_tokens = self.tokens.expand(count, -1, -1)
+        dense = self.no_mask[:, None, None] if logit is None else self.mask_encoder(logit.to(dtype))
+        keys = (embedding.to(dtype) + dense).flatten(2).transpose(1, 2)
+        positions = self._encode_cells(height, width).to(dtype)
+        tokens = self.tokens.expand(count, -1, -1)
+        if points is not None:
+            tokens = torch.cat([tokens, self._embed_points(*points).to(dtype)], dim=1)
+        initial_tokens = tokens
         for layer in self.layers:
             tokens, keys = layer(tokens, keys, initial_tokens, positions)
         tokens = self.norm(tokens + self.final_attention(tokens + initial_tokens, keys + positions, keys))
         cells = self.upscaling(keys.transpose(1, 2).unflatten(2, (height, width)))
         weights = torch.stack([mlp(tokens[:, 1 + index]) for index, mlp in enumerate(self.mask_mlps)], dim=1)
-        masks: Tensor = torch.einsum("bmc,bchw->bmhw", weights, cells)
-        return masks
+        return torch.einsum("bmc,bchw->bmhw", weights, cells), self.iou_mlp(tokens[:, 0])
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Convert the weights to ``dtype``. The frequencies of the positions stay float32."""
@@ -262,15 +274,34 @@ class MaskDecoder(nn.Module):
         self.to(dtype)
         self.frequencies = frequencies
 
-    def _encode_positions(self, height: int, width: int) -> Tensor:
+    def _encode_cells(self, height: int, width: int) -> Tensor:
         """Return the Fourier features of the cell centres, [h*w,256]."""
         rows, columns = (
-            (torch.arange(cells, device=self.frequencies.device) + 0.5) / FULL_CELLS * 2.0 - 1.0
-            for cells in (height, width)
+            (torch.arange(cells, device=self.frequencies.device) + 0.5) / FULL_CELLS for cells in (height, width)
         )
-        grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).reshape(-1, 2)
-        angles = 2.0 * math.pi * grid @ self.frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+        return self._encode_positions(torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).reshape(-1, 2))
+
+    def _encode_positions(self, positions: Tensor) -> Tensor:
+        """Return the Fourier features of positions (x, y) in 0..1, [...,2], as [...,256]."""
+        angles = 2.0 * math.pi * (positions * 2.0 - 1.0) @ self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    def _embed_points(self, positions: Tensor, labels: Tensor) -> Tensor:
+        """Return the tokens of points, [B,N,256]; those labelled NO_POINT have no position."""
+        is_point = (labels != NO_POINT)[..., None]
+        tokens = self._encode_positions(positions) + self.point_labels[labels.clamp(min=0)]
+        return torch.where(is_point, tokens, self.no_point)
+
+
+def _make_mlp(outputs: int) -> nn.Sequential:
+    """Return an MLP of three layers, from a token to ``outputs`` values."""
+    return nn.Sequential(
+        nn.Linear(EMBED_DIM, EMBED_DIM),
+        nn.ReLU(),
+        nn.Linear(EMBED_DIM, EMBED_DIM),
+        nn.ReLU(),
+        nn.Linear(EMBED_DIM, outputs),
+    )
 
 
 class CrossAttention(nn.Module):
@@ -338,6 +369,7 @@ DECODER_MODULES = {
     "mask_decoder.transformer.norm_final_attn.": "norm.",
     "mask_decoder.transformer.layers.": "layers.",
     "mask_decoder.output_hypernetworks_mlps.": "mask_mlps.",
+    "mask_decoder.iou_prediction_head.": "iou_mlp.",
 }
 DECODER_PARTS = {
     "q_proj": "query",
@@ -371,9 +403,12 @@ def convert_encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_decoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the published tensors of the prompt encoder and mask decoder by their names in this module, without those
-    for points, boxes and quality prediction."""
+    """Return the published tensors of the prompt encoder and mask decoder by their names in this module."""
+    points = [tensors[f"prompt_encoder.point_embeddings.{label}.weight"] for label in range(POINT_LABELS)]
     converted = {
+        "no_mask": tensors["prompt_encoder.no_mask_embed.weight"][0],
+        "no_point": tensors["prompt_encoder.not_a_point_embed.weight"][0],
+        "point_labels": torch.cat(points),
         "frequencies": tensors["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"],
         "tokens": torch.cat([tensors["mask_decoder.iou_token.weight"], tensors["mask_decoder.mask_tokens.weight"]]),
     }
@@ -381,9 +416,10 @@ def convert_decoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for start, ours in DECODER_MODULES.items():
             if published.startswith(start):
                 name = _replace_parts(ours + published.removeprefix(start), DECODER_PARTS)
-                if ours == "mask_mlps.":
-                    _, mask, _, layer, kind = name.split(".")
-                    name = f"mask_mlps.{mask}.{2 * int(layer)}.{kind}"
+                if ours in ("mask_mlps.", "iou_mlp."):  # the published layers are numbered without their activations
+                    mlp, _, rest = name.partition(".layers.")
+                    layer, _, kind = rest.partition(".")
+                    name = f"{mlp}.{2 * int(layer)}.{kind}"
                 converted[name] = tensor
     return converted
 
