@@ -264,7 +264,7 @@ class MaskDecoder(nn.Module):
         for layer in self.layers:
             tokens, keys = layer(tokens, keys, initial_tokens, positions)
         tokens = self.norm(tokens + self.final_attention(tokens + initial_tokens, keys + positions, keys))
-        cells = self.upscaling(keys.transpose(1, 2).unflatten(2, (height, width)))
+        cells = self.upscaling(keys.transpose(1, 2).unflatten(2, (height, width)))  # type: ignore[no-untyped-call]
         weights = torch.stack([mlp(tokens[:, 1 + index]) for index, mlp in enumerate(self.mask_mlps)], dim=1)
         return torch.einsum("bmc,bchw->bmhw", weights, cells), self.iou_mlp(tokens[:, 0])
 
