@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,14 +19,17 @@ from icm_cli.device import Device, is_device_lost
 from icm_cli.environment import check_not_forked, free_memory, is_out_of_memory
 from icm_cli.errors import ConfigError, DeviceError, UsageError
 from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8
+from icm_cli.guidance.hints import Hints
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
+from icm_cli.matting.hinting import bind_alpha, edit_coarse_alpha, make_prompts, says_present
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.model.alphas import resize_alpha
-from icm_cli.model.contracts import Head, PreparedReferences, ignore_progress
+from icm_cli.model.contracts import Head, Objects, PreparedReferences, ignore_progress
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import confidence_and_found
+from icm_cli.model.lite.mobile_sam import MobileSam
 from icm_cli.options import MAX_LEARN_STEPS, MatteOptions
 from icm_cli.options.definition import argument_names
 
@@ -39,17 +43,24 @@ class Frame:
         canvas: The same on the canvas of the backbone.
         placement: Position of the frame on the canvas.
         windows: Position of the pixels in the display window; None if they fill it.
+        hints: What a person says about the object in these pixels.
     """
 
     rgb: ImageU8
     canvas: ImageU8
     placement: Placement
     windows: ImageWindows | None = None
+    hints: Hints | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the source."""
         return self.rgb.shape[0], self.rgb.shape[1]
+
+    @property
+    def shows_object(self) -> bool:
+        """Whether a hint says that the object is present."""
+        return self.hints is not None and says_present(self.hints)
 
 
 @dataclass(frozen=True)
@@ -81,8 +92,8 @@ class FrameAlpha:
     """Alpha of one frame, after all passes of the model.
 
     Attributes:
-        alpha: float32 [h,w] in 0..1, covers exactly the frame: at the size of the source if the model has edges, else
-            at that of the coarse alpha. :meth:`Predictor.alpha_at_source` enlarges it.
+        alpha: float32 [h,w] in 0..1, covers exactly the frame: at the size of the source if the model has edges or the
+            frame has hints, else at that of the coarse alpha. :meth:`Predictor.alpha_at_source` enlarges it.
         confidence: Confidence in 0..1.
         found: Whether the object appears to be in the frame.
         provenance: Further entries for the provenance of the file, see :mod:`icm_cli.matting.resume`.
@@ -133,24 +144,25 @@ class Predictor:
             tensors = [self._reference_tensors(reference) for reference in references]
             return self.model.prepare_references(tensors, learn_steps=learn_steps or 0, on_progress=on_progress)
 
-    def matte(self, rgb: ImageU8, reference: PreparedReferences) -> ImageU8:
+    def matte(self, rgb: ImageU8, reference: PreparedReferences, hints: Hints | None = None) -> ImageU8:
         """Return the alpha, uint8 [H,W], of an image, sRGB uint8 [H,W,3] or grey [H,W].
 
-        ``reference`` is the result of :meth:`reference`. Raises UsageError for an array of another type or shape,
-        ConfigError if memory runs out.
+        ``reference`` is the result of :meth:`reference`. The alpha follows the ``hints`` about this image. Raises
+        UsageError for an array of another type or shape, or hints for another size, ConfigError if memory runs out.
         """
         check_not_forked()
         if not hasattr(reference, "notices"):
             raise UsageError(f"reference is {_describe(reference)}; expected the result of Predictor.reference")
-        frame = self.prepare_frame(_as_rgb(rgb, "image"))
+        pixels = _as_rgb(rgb, "image")
+        frame = self.prepare_frame(pixels, hints=_check_hints(hints, pixels))
         with _device_errors(self.device, "an image was matted"):
             (result,) = self.matte_frames([frame], reference)
             return alpha_to_u8(self.alpha_at_source(frame, result))
 
-    def prepare_frame(self, rgb: ImageU8, windows: ImageWindows | None = None) -> Frame:
+    def prepare_frame(self, rgb: ImageU8, windows: ImageWindows | None = None, hints: Hints | None = None) -> Frame:
         """Scale an image, sRGB uint8 [H,W,3] of any size, to the canvas. Does not use the model: safe in threads."""
         placement = self.model.backbone.canvas.placement(*rgb.shape[:2])
-        return Frame(rgb, placement.fit_to_canvas(rgb), placement, windows)
+        return Frame(rgb, placement.fit_to_canvas(rgb), placement, windows, hints)
 
     def matte_frames(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[FrameAlpha]:
         """Matte frames with canvases of one size, each independently of the others."""
@@ -160,7 +172,10 @@ class Predictor:
 
     @torch.inference_mode()
     def coarse_alphas(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[CoarseAlpha]:
-        """Run backbone and head on frames with canvases of one size."""
+        """Run backbone and head on frames with canvases of one size.
+
+        An object that a hint marks is present, whatever the head predicts.
+        """
         valid = self._to_device(np.stack([frame.placement.content_mask() for frame in frames]))
         matte = self.model.infer(self._image_batch([frame.canvas for frame in frames]), valid, reference)
         found = []
@@ -168,7 +183,13 @@ class Predictor:
             height, width = frame.placement.content
             alpha = matte.alpha[index, 0, :height, :width].float().contiguous()
             coarse = CoarseAlpha(alpha, float(matte.confidence[index]), bool(matte.found[index]))
-            if (presence := matte.presence) is not None:
+            presence = matte.presence
+            if frame.shows_object:
+                if presence is not None:
+                    alpha = presence.alpha_if_present[index, 0, :height, :width].float().contiguous()
+                confidence = float(confidence_and_found(alpha[None, None], torch.ones_like(alpha[None]).bool())[0])
+                coarse = CoarseAlpha(alpha, confidence, found=True)
+            elif presence is not None:
                 coarse = replace(coarse, presence_logit=float(presence.logit[index]))
                 if presence.is_uncertain[index]:
                     coarse = replace(coarse, alpha_if_present=presence.alpha_if_present[index, 0, :height, :width])
@@ -179,12 +200,13 @@ class Predictor:
     def refine_alphas(self, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[FrameAlpha]:
         """Complete the objects of coarse alphas and refine their edges, as far as the model has components for it.
 
-        Coarse alphas that are not finite are returned as they are.
+        The alphas of frames with hints follow them. Coarse alphas that are not finite are returned as they are.
         """
         alphas = [each.alpha for each in coarse]
+        finite = [index for index, alpha in enumerate(alphas) if bool(alpha.isfinite().all())]
+        prompted = [index for index in finite if self._complete_by_hints(frames[index], alphas, index)]
         if self.model.edges is not None:
-            finite = [index for index, alpha in enumerate(alphas) if bool(alpha.isfinite().all())]
-            unfinished = [index for index in finite if not coarse[index].is_completed]
+            unfinished = [index for index in finite if not coarse[index].is_completed and index not in prompted]
             completed = self._complete_objects([frames[n] for n in unfinished], [alphas[n] for n in unfinished])
             for index, alpha in zip(unfinished, completed, strict=True):
                 alphas[index] = alpha
@@ -193,9 +215,47 @@ class Predictor:
             for index, alpha in zip(finite, refined, strict=True):
                 alphas[index] = alpha
         return [
-            FrameAlpha(alpha.numpy(force=True), each.confidence, each.found)
-            for alpha, each in zip(alphas, coarse, strict=True)
+            self._bind_to_hints(frame, FrameAlpha(alpha.numpy(force=True), each.confidence, each.found))
+            for frame, alpha, each in zip(frames, alphas, coarse, strict=True)
         ]
+
+    def _complete_by_hints(self, frame: Frame, alphas: list[Tensor], index: int) -> bool:
+        """Edit the coarse alpha of a frame as its hints say, and complete it by their prompts, in place.
+
+        Returns whether there were prompts, so that the alpha is complete.
+        """
+        if (hints := frame.hints) is None:
+            return False
+        alphas[index] = edit_coarse_alpha(alphas[index], hints)
+        if (prompts := make_prompts(hints)) is None:
+            return False
+        objects = self.prompted_objects
+        if not (frame.shows_object or objects.has_object(alphas[index])):
+            return False
+        embedded = objects.embed_images([frame.rgb])
+        (alphas[index],) = objects.complete_embedded_alphas(embedded, [alphas[index]], [prompts])
+        return True
+
+    def _bind_to_hints(self, frame: Frame, result: FrameAlpha) -> FrameAlpha:
+        """Return the alpha at the size of the source such that the hints hold in it; unchanged without hints."""
+        if frame.hints is None or not np.isfinite(result.alpha).all():
+            return result
+        return replace(result, alpha=bind_alpha(self.alpha_at_source(frame, result), frame.hints))
+
+    @functools.cached_property
+    def prompted_objects(self) -> Objects:
+        """Part that completes objects by points and boxes: that of the model, or else that of ``lite``.
+
+        The latter is loaded from the package when it is used first. Raises ConfigError if it is not there.
+        """
+        if self.model.objects is not None:
+            return self.model.objects
+        device = self.device
+        with torch.random.fork_rng(devices=[]):  # the random numbers of the caller stay as they are
+            objects = MobileSam.load(MobileSam.Config()).to(device.torch_device)
+        objects.optimise_for_inference()
+        objects.set_dtype(device.dtype, device.transformer_dtype)
+        return objects
 
     def alpha_at_source(self, frame: Frame, result: FrameAlpha) -> Float:
         """Return the alpha, float32 [H,W] in 0..1, at the size of the source. Safe in threads.
@@ -363,6 +423,19 @@ def _as_rgb(image: Any, name: str) -> ImageU8:
             remedy = "; give image.transpose(1, 2, 0) if the channels are first"
         raise UsageError(f"{name} is {_describe(image)}; expected sRGB, uint8 [H,W,3]{remedy}")
     return np.ascontiguousarray(image)
+
+
+def _check_hints(hints: Any, image: Any) -> Hints | None:
+    """Return the hints about an image. Raises UsageError for another object, and for hints of another size."""
+    if hints is not None and not isinstance(hints, Hints):
+        raise UsageError(f"hints are {_describe(hints)}; expected icm_cli.guidance.hints.Hints or None")
+    if hints is not None and hints.size != image.shape[:2]:
+        height, width = image.shape[:2]
+        raise UsageError(
+            f"the hints are for an image of {hints.size[1]}x{hints.size[0]} and the image is {width}x{height}; "
+            "give Hints with the size (height, width) of this image"
+        )
+    return hints
 
 
 def _refuse_masked_array(array: Any, name: str) -> None:

@@ -1,0 +1,149 @@
+"""Follow the hints of a person about one image: in its coarse alpha, as prompts of the decoder, and in its alpha."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from icm_cli.errors import UsageError
+from icm_cli.geometry import Float, resize
+from icm_cli.guidance.hints import Area, Box, Hints, Point, area_points
+from icm_cli.images.pixels import ImageWindows
+from icm_cli.model.contracts import PointPrompts
+
+BORDER_PX = 3.0
+"""Distance over which a corrected point and the border of an area fade into the alpha."""
+MIN_DIFFERENCE = 1 / 255
+"""Smallest difference from one half of the alpha at a point, so that it is on its side in every file format too."""
+OFF_OBJECT, ON_OBJECT, BOX_START, BOX_END = range(4)
+"""Labels of :class:`~icm_cli.model.contracts.PointPrompts`."""
+
+
+def says_present(hints: Hints) -> bool:
+    """Return whether the hints mark a part of the object, so that it must be in the image."""
+    areas = (hints.object_area, hints.keep)
+    return bool(hints.points or hints.boxes) or any(area is not None and bool(area.any()) for area in areas)
+
+
+def move_hints(hints: Hints, windows: ImageWindows) -> Hints:
+    """Move hints from the display window of an image to its data window.
+
+    Areas are cut off at the data window, and so are points off the object, because the alpha is 0 outside of it. Raises
+    UsageError if a point on the object or a box is outside of it.
+    """
+    if windows.is_full:
+        return hints
+    height, width = windows.size
+    top, left = windows.at
+
+    def is_inside(x: float, y: float) -> bool:
+        return 0 <= x < width and 0 <= y < height
+
+    def move_points(points: list[Point]) -> list[Point]:
+        return [(x - left, y - top) for x, y in points]
+
+    def clip_box(box: Box) -> Box:
+        (x0, x1), (y0, y1) = (
+            np.clip(sorted((box[n] - at, box[n + 2] - at)), 0, end).tolist()
+            for n, at, end in ((0, left, width), (1, top, height))
+        )
+        if x0 >= x1 or y0 >= y1:
+            raise UsageError(f"box {','.join(f'{each:g}' for each in box)} is outside the data window: {windows}")
+        return x0, y0, x1, y1
+
+    def move_area(area: Area | None) -> Area | None:
+        return None if area is None else windows.display_window.move_pixels(area, windows)
+
+    points = move_points(list(hints.points))
+    for (x, y), moved in zip(hints.points, points, strict=True):
+        if not is_inside(*moved):
+            raise UsageError(f"point {x:g},{y:g} on the object is outside the data window: {windows}")
+    return replace(
+        hints,
+        size=windows.size,
+        points=points,
+        not_points=[point for point in move_points(list(hints.not_points)) if is_inside(*point)],
+        boxes=[clip_box(box) for box in hints.boxes],
+        **{name: move_area(getattr(hints, name)) for name in ("object_area", "background_area", "keep", "drop")},
+    )
+
+
+def edit_coarse_alpha(alpha: Tensor, hints: Hints) -> Tensor:
+    """Set a coarse alpha, float32 [h,w] of any size, to 1 in the object area and to 0 in the background area."""
+    for area, value in ((hints.object_area, 1.0), (hints.background_area, 0.0)):
+        if area is not None:
+            fraction = resize(area.astype(np.float32), (alpha.shape[0], alpha.shape[1]))
+            alpha = alpha + torch.from_numpy(fraction).to(alpha) * (value - alpha)
+    return alpha
+
+
+def make_prompts(hints: Hints) -> PointPrompts | None:
+    """Return the points and the boxes of hints as prompts; None if there are none.
+
+    Several boxes are one prompt, their common bounding box, because the decoder knows objects with one box.
+    """
+    on, off = hints.binding_points()
+    coordinates = [*on, *off]
+    labels = [ON_OBJECT] * len(on) + [OFF_OBJECT] * len(off)
+    if hints.boxes:
+        corners = np.reshape(hints.boxes, (-1, 2))
+        coordinates += [tuple(corners.min(axis=0)), tuple(corners.max(axis=0))]
+        labels += [BOX_START, BOX_END]
+    if not labels:
+        return None
+    height, width = hints.size
+    fractions = torch.tensor(np.asarray(coordinates) / (width, height), dtype=torch.float32)
+    return PointPrompts(fractions, torch.tensor(labels))
+
+
+def bind_alpha(alpha: Float, hints: Hints) -> Float:
+    """Return the final alpha, float32 [H,W] of the size of the hints, such that the hints hold in it.
+
+    It is above one half at points on the object and below at points off it, also after rounding to 8 bits, 1 in
+    ``keep`` and 0 in ``drop``. Only pixels closer than ``BORDER_PX`` to a point that does not hold, or to an area,
+    change.
+    """
+    bound, wanted = alpha.copy(), dict[tuple[int, int], bool]()
+    areas = area_points(hints.object_area), area_points(hints.background_area)
+    for points, is_on in ((areas[0], True), (areas[1], False), (hints.points, True), (hints.not_points, False)):
+        wanted |= {(int(y), int(x)): is_on for x, y in points}
+    fixed = [(area, value) for area, value in ((hints.drop, 0), (hints.keep, 1)) if area is not None]
+    wanted = {pixel: is_on for pixel, is_on in wanted.items() if not any(area[pixel] for area, _ in fixed)}
+    for pixel, is_on in wanted.items():
+        if not _holds(bound[pixel], is_on):
+            _correct_around(bound, pixel, is_on)
+    for area, value in fixed:
+        fade = _fade(area)
+        bound = np.maximum(bound, fade) if value else np.minimum(bound, 1 - fade)
+    for pixel, is_on in wanted.items():  # a correction or the border of an area nearby may have changed it again
+        if not _holds(bound[pixel], is_on):
+            bound[pixel] = 0.5 + (2 if is_on else -2) * MIN_DIFFERENCE
+    for area, value in fixed:
+        bound[area] = value
+    return bound
+
+
+def _holds(value: np.float32, is_on: bool) -> bool:
+    return bool(value >= 0.5 + MIN_DIFFERENCE if is_on else value <= 0.5 - MIN_DIFFERENCE)
+
+
+def _correct_around(alpha: Float, pixel: tuple[int, int], is_on: bool) -> None:
+    """Draw a soft dot of 1 or 0 at a pixel of an alpha [H,W], in place."""
+    rows, columns = (slice(max(0, int(at - BORDER_PX)), int(at + BORDER_PX) + 1) for at in pixel)
+    part = alpha[rows, columns]
+    y, x = np.indices(part.shape)
+    distance = np.hypot(y + rows.start - pixel[0], x + columns.start - pixel[1])
+    weight = np.clip(1 - distance / BORDER_PX, 0, 1)
+    part[:] = np.maximum(part, weight) if is_on else np.minimum(part, 1 - weight)
+
+
+def _fade(area: Area) -> Float:
+    """Return 1 in an area, falling to 0 over ``BORDER_PX`` outside of it, float32 [H,W]."""
+    if not area.any():
+        return np.zeros(area.shape, np.float32)
+    distance = cv2.distanceTransform((~area).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.asarray(np.clip(1 - distance / BORDER_PX, 0, 1), np.float32)

@@ -1,0 +1,231 @@
+"""Hints about an image: its alpha follows them, whatever the model computes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import model_choice
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from icm_cli.errors import UsageError
+from icm_cli.geometry import Float, alpha_to_u8
+from icm_cli.guidance.hints import Area, Hints
+from icm_cli.images.pixels import ImageWindows
+from icm_cli.matting.hinting import BORDER_PX, bind_alpha, edit_coarse_alpha, make_prompts, move_hints, says_present
+from icm_cli.matting.predictor import Frame, Predictor
+from icm_cli.model.contracts import Matte, Presence
+
+SIZES = st.tuples(st.integers(1, 24), st.integers(1, 24))
+
+
+@st.composite
+def hints_and_alphas(draw: st.DrawFn) -> tuple[Hints, Float]:
+    """Hints that do not contradict each other, and an alpha with many values near one half."""
+    height, width = size = draw(SIZES)
+    pixels = st.tuples(st.integers(0, height - 1), st.integers(0, width - 1))
+    drawn = draw(st.lists(pixels, unique=True, max_size=6))
+    side = draw(st.lists(st.booleans(), min_size=len(drawn), max_size=len(drawn)))
+    keep, drop, on, off = (draw(arrays.arrays(np.bool_, size, fill=st.just(False))) for _ in range(4))
+    keep &= ~drop
+    off &= ~on
+    for pixel, is_on in zip(drawn, side, strict=True):
+        (drop if is_on else keep)[pixel] = False
+    centres = [(column + 0.5, row + 0.5) for row, column in drawn]
+    hints = Hints(
+        size=size,
+        points=[point for point, is_on in zip(centres, side, strict=True) if is_on],
+        not_points=[point for point, is_on in zip(centres, side, strict=True) if not is_on],
+        **{name: area for name, area in (("keep", keep), ("drop", drop)) if area.any()},
+        object_area=on,
+        background_area=off,
+    )
+    values = st.sampled_from([0.0, 0.3, 127 / 255, 0.499999, 0.5, 0.500001, 128 / 255, 0.7, 1.0])
+    return hints, draw(arrays.arrays(np.float32, size, elements=values.map(np.float32).map(float), fill=values))
+
+
+@given(hints_and_alphas())
+@settings(max_examples=150, deadline=None)
+def test_points_and_areas_hold_in_the_bound_alpha(case: tuple[Hints, Float]) -> None:
+    hints, alpha = case
+    before = alpha.copy()
+    bound = bind_alpha(alpha, hints)
+    assert np.array_equal(alpha, before)
+    assert bound.dtype == np.float32
+    assert 0 <= bound.min() <= bound.max() <= 1
+    for written in (bound, alpha_to_u8(bound) / 255, bound.astype(np.float16), np.round(bound * 65535) / 65535):
+        for x, y in hints.points:
+            assert written[int(y), int(x)] > 0.5
+        for x, y in hints.not_points:
+            assert written[int(y), int(x)] < 0.5
+    none = np.zeros(hints.size, np.bool_)
+    keep, drop = (none if area is None else area for area in (hints.keep, hints.drop))
+    assert (bound[keep] == 1).all()
+    assert (bound[drop] == 0).all()
+    touched = keep | drop
+    for points in hints.binding_points():
+        for x, y in points:
+            touched[int(y), int(x)] = True
+    distance = cv2.distanceTransform((~touched).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    far = distance >= BORDER_PX if touched.any() else np.ones(hints.size, np.bool_)
+    assert np.array_equal(bound[far], alpha[far])
+    assert np.array_equal(bind_alpha(bound, hints), bound), "what is bound stays as it is"
+
+
+def test_a_point_that_holds_changes_nothing() -> None:
+    alpha = np.full((9, 9), 0.8, np.float32)
+    assert np.array_equal(bind_alpha(alpha, Hints(size=(9, 9), points=[(4.5, 4.5)])), alpha)
+
+
+def test_a_correction_is_small_and_soft() -> None:
+    bound = bind_alpha(np.zeros((20, 20), np.float32), Hints(size=(20, 20), points=[(10.2, 10.9)]))
+    assert bound[10, 10] == 1
+    assert (bound > 0).sum() < 30
+    assert np.abs(np.diff(bound[10])).max() < 0.4
+
+
+def test_border_of_an_area_is_soft() -> None:
+    area = np.zeros((20, 20), np.bool_)
+    area[5:15, 5:15] = True
+    for name, value in (("keep", 1.0), ("drop", 0.0)):
+        bound = bind_alpha(np.full((20, 20), 1 - value, np.float32), Hints(size=(20, 20), **{name: area}))
+        assert (bound[area] == value).all()
+        np.testing.assert_allclose(np.abs(bound[10, :6] - (1 - value)), [0, 0, 0, 1 / 3, 2 / 3, 1], atol=1e-6)
+
+
+def test_areas_edit_the_coarse_alpha() -> None:
+    left, right = np.zeros((40, 40), np.bool_), np.zeros((40, 40), np.bool_)
+    left[:, :10], right[:, 30:] = True, True
+    edited = edit_coarse_alpha(torch.full((4, 4), 0.5), Hints(size=(40, 40), object_area=left, background_area=right))
+    assert edited.tolist() == [[1.0, 0.5, 0.5, 0.0]] * 4
+
+
+def test_prompts_are_fractions_of_the_frame() -> None:
+    hints = Hints(
+        size=(50, 100), points=[(10, 10)], not_points=[(100 - 1, 25)], boxes=[(60, 40, 20, 5), (0, 30, 9, 50)]
+    )
+    prompts = make_prompts(hints)
+    assert prompts is not None
+    assert prompts.labels.tolist() == [1, 0, 2, 3]
+    expected = [[0.1, 0.2], [0.99, 0.5], [0, 0.1], [0.6, 1]]
+    torch.testing.assert_close(prompts.coordinates, torch.tensor(expected))
+    assert make_prompts(Hints(size=(5, 5), keep=np.ones((5, 5), np.bool_))) is None
+
+
+def test_what_says_that_the_object_is_present() -> None:
+    area, none = np.ones((5, 5), np.bool_), np.zeros((5, 5), np.bool_)
+    for positive in ({"points": [(1, 1)]}, {"boxes": [(1, 1, 3, 3)]}, {"object_area": area}, {"keep": area}):
+        assert says_present(Hints(size=(5, 5), **positive))
+    for negative in ({"not_points": [(1, 1)]}, {"background_area": area}, {"drop": area}, {"object_area": none}):
+        assert not says_present(Hints(size=(5, 5), **negative))
+
+
+def test_hints_are_moved_to_the_data_window() -> None:
+    windows = ImageWindows((10, 20), (5, -3), (30, 40))
+    area = np.zeros((30, 40), np.bool_)
+    area[4:7, 0:2] = True
+    hints = Hints(size=(30, 40), points=[(2, 6)], not_points=[(1, 5), (30, 20)], boxes=[(10, 8, 0, 0)], drop=area)
+    moved = move_hints(hints, windows)
+    assert moved.size == (10, 20)
+    assert (moved.points, moved.not_points, moved.boxes) == ([(5, 1)], [(4, 0)], [(3, 0, 13, 3)])
+    assert moved.drop is not None
+    assert np.argwhere(moved.drop).tolist() == [[0, 3], [0, 4], [1, 3], [1, 4]]
+    assert move_hints(hints, ImageWindows.full((30, 40))) is hints
+    with pytest.raises(UsageError, match="point 30,20 on the object is outside the data window"):
+        move_hints(replace(hints, not_points=[], points=[(30, 20)]), windows)
+    with pytest.raises(UsageError, match="box 30,20,35,25 is outside the data window"):
+        move_hints(replace(hints, boxes=[(30, 20, 35, 25)]), windows)
+
+
+SIZE = (96, 128)
+DISC = (40, 48)
+"""Centre of the only object, x and y; its radius is 24."""
+
+
+def image() -> np.ndarray:
+    rgb = np.full((*SIZE, 3), 60, np.uint8)
+    cv2.circle(rgb, DISC, 24, (230, 90, 40), -1)
+    return rgb
+
+
+@functools.cache
+def predictor() -> Predictor:
+    return model_choice("lite").load_predictor()
+
+
+@functools.cache
+def prepared() -> object:
+    return predictor().reference([(image(), image()[..., 0] > 100)])
+
+
+def iou(alpha: np.ndarray, area: Area) -> float:
+    inside = alpha > 127
+    return float((inside & area).sum() / max(1, (inside | area).sum()))
+
+
+@pytest.mark.slow
+class TestPredictor:
+    def test_points_hold_wherever_they_are(self) -> None:
+        rng = np.random.default_rng(0)
+        for _ in range(4):
+            points = [(float(x), float(y)) for x, y in rng.uniform(0, 1, (4, 2)) * SIZE[::-1]]
+            hints = Hints(size=SIZE, points=points[:2], not_points=points[2:])
+            alpha = predictor().matte(image(), prepared(), hints)
+            assert all(alpha[int(y), int(x)] > 127 for x, y in hints.points)
+            assert all(alpha[int(y), int(x)] < 128 for x, y in hints.not_points)
+
+    def test_a_click_selects_an_object_that_the_head_takes_for_absent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The head says that the object is not there at all; so does the image without a positive hint."""
+
+        def infer(batch: torch.Tensor, *_: object) -> Matte:
+            nothing = torch.zeros((len(batch), 1, *batch.shape[-2:]))
+            certainly = torch.tensor([-9.0] * len(batch))
+            absent = Presence(certainly, nothing + 0.05, certainly > 0)
+            return Matte(nothing, nothing[:, 0, 0, 0], certainly > 0, absent)
+
+        monkeypatch.setattr(predictor().model, "infer", infer)
+        x, y = DISC
+        click, no_click = Hints(size=SIZE, points=[(x, y)]), Hints(size=SIZE, not_points=[(5, 5)])
+        found, absent = (
+            predictor().matte_frames([predictor().prepare_frame(image(), hints=hints)], prepared())[0]  # type: ignore[arg-type]
+            for hints in (click, no_click)
+        )
+        assert (found.found, absent.found) == (True, False)
+        assert iou(alpha_to_u8(found.alpha), image()[..., 0] > 100) > 0.9
+        assert absent.alpha.max() < 0.1
+
+    def test_a_frame_without_hints_has_the_same_bytes_in_a_batch_with_hints(self) -> None:
+        plain: Frame = predictor().prepare_frame(image())
+        hinted = replace(plain, hints=Hints(size=SIZE, not_points=[DISC]))
+        alone = predictor().matte_frames([plain], prepared())[0]  # type: ignore[arg-type]
+        first, second = predictor().matte_frames([hinted, plain], prepared())  # type: ignore[arg-type]
+        assert second.alpha.tobytes() == alone.alpha.tobytes()
+        assert first.alpha[DISC[1], DISC[0]] < 0.5
+
+    def test_hints_must_be_of_this_image(self) -> None:
+        with pytest.raises(UsageError, match="hints are for an image of 9x5 and the image is 128x96"):
+            predictor().matte(image(), prepared(), Hints(size=(5, 9)))
+        with pytest.raises(UsageError, match=r"hints are of type builtins\.dict; expected"):
+            predictor().matte(image(), prepared(), {})  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_model_without_decoder_uses_that_of_lite() -> None:
+    other = model_choice("lite-training-free").load_predictor()
+    assert other.model.objects is None
+    reference = other.reference([(image(), image()[..., 0] > 100)])
+    drop = np.zeros(SIZE, np.bool_)
+    drop[:, :30] = True
+    before = other.matte(image(), reference)
+    assert before[48, 20] > 127
+    assert "prompted_objects" not in vars(other)
+    alpha = other.matte(image(), reference, Hints(size=SIZE, points=[(40, 48)], not_points=[(50, 48)], drop=drop))
+    assert not alpha[drop].any()
+    assert alpha[48, 40] > 127 > alpha[48, 50]
+    assert vars(other)["prompted_objects"] is other.prompted_objects
