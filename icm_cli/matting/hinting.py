@@ -68,7 +68,10 @@ def move_hints(hints: Hints, windows: ImageWindows) -> Hints:
         points=points,
         not_points=[point for point in move_points(list(hints.not_points)) if is_inside(*point)],
         boxes=[clip_box(box) for box in hints.boxes],
-        **{name: move_area(getattr(hints, name)) for name in ("object_area", "background_area", "keep", "drop")},
+        object_area=move_area(hints.object_area),
+        background_area=move_area(hints.background_area),
+        keep=move_area(hints.keep),
+        drop=move_area(hints.drop),
     )
 
 
