@@ -26,7 +26,7 @@ from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
 from icm_cli.matting.hinting import bind_alpha, edit_coarse_alpha, make_prompts, says_present
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.model.alphas import resize_alpha
-from icm_cli.model.contracts import Head, Objects, PreparedReferences, ignore_progress
+from icm_cli.model.contracts import EmbeddedImage, Head, Matte, Objects, PreparedReferences, ignore_progress
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import confidence_and_found
 from icm_cli.model.lite.mobile_sam import MobileSam
@@ -44,6 +44,7 @@ class Frame:
         placement: Position of the frame on the canvas.
         windows: Position of the pixels in the display window; None if they fill it.
         hints: What a person says about the object in these pixels.
+        embedded: Embedding of the pixels by the object decoder, if it was kept.
     """
 
     rgb: ImageU8
@@ -51,6 +52,7 @@ class Frame:
     placement: Placement
     windows: ImageWindows | None = None
     hints: Hints | None = None
+    embedded: EmbeddedImage | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -105,6 +107,47 @@ class FrameAlpha:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
 
+class Session:
+    """One image, about which a person gives hints one after another; see :meth:`Predictor.session`.
+
+    Not for use in several threads at a time.
+    """
+
+    def __init__(self, predictor: Predictor, frame: Frame, reference: PreparedReferences) -> None:
+        self._predictor, self._reference = predictor, reference
+        (embedded,) = predictor.prompted_objects.embed_images([frame.rgb])
+        self._frame = replace(frame, embedded=embedded)
+        self._matte = predictor.infer([frame], reference)
+        self._decided: dict[bool, CoarseAlpha] = {}
+
+    def coarse(self, hints: Hints | None = None) -> ImageU8:
+        """Return the alpha, uint8 [H,W], without refined edges. The hints hold in it too, and it takes less time."""
+        predictor, frame = self._predictor, self._frame_with_hints(hints)
+        with _device_errors(predictor.device, "an image was matted"):
+            (completed,) = predictor.complete_alphas([frame], [self._coarse_alpha(frame)])
+            alpha = resize_alpha(completed, frame.size).numpy(force=True)
+            return alpha_to_u8(alpha if hints is None else bind_alpha(alpha, hints))
+
+    def matte(self, hints: Hints | None = None) -> ImageU8:
+        """Return the alpha, uint8 [H,W]: the same as :meth:`Predictor.matte` for this image and these hints."""
+        predictor, frame = self._predictor, self._frame_with_hints(hints)
+        with _device_errors(predictor.device, "an image was matted"):
+            (result,) = predictor.refine_alphas([frame], [self._coarse_alpha(frame)])
+            return alpha_to_u8(predictor.alpha_at_source(frame, result))
+
+    def _frame_with_hints(self, hints: Hints | None) -> Frame:
+        check_not_forked()
+        return replace(self._frame, hints=_check_hints(hints, self._frame.rgb))
+
+    def _coarse_alpha(self, frame: Frame) -> CoarseAlpha:
+        """Coarse alpha of the frame. It depends only on whether a hint says that the object is present."""
+        if frame.shows_object not in self._decided:
+            coarse = _coarse_alpha_of(self._matte, 0, frame)
+            decided = self._predictor.decide_presence(frame, coarse, self._reference)
+            self._decided[frame.shows_object] = decided
+        return self._decided[frame.shows_object]
+
+
 class Predictor:
     """A model on its device. ``reference`` prepares the references, ``matte`` mattes an image."""
 
@@ -150,14 +193,26 @@ class Predictor:
         ``reference`` is the result of :meth:`reference`. The alpha follows the ``hints`` about this image. Raises
         UsageError for an array of another type or shape, or hints for another size, ConfigError if memory runs out.
         """
-        check_not_forked()
-        if not hasattr(reference, "notices"):
-            raise UsageError(f"reference is {_describe(reference)}; expected the result of Predictor.reference")
-        pixels = _as_rgb(rgb, "image")
-        frame = self.prepare_frame(pixels, hints=_check_hints(hints, pixels))
+        frame = self._check_arguments(rgb, reference)
+        frame = replace(frame, hints=_check_hints(hints, frame.rgb))
         with _device_errors(self.device, "an image was matted"):
             (result,) = self.matte_frames([frame], reference)
             return alpha_to_u8(self.alpha_at_source(frame, result))
+
+    def session(self, rgb: ImageU8, reference: PreparedReferences) -> Session:
+        """Return a session in which a person corrects the alpha of one image by hints, one after another.
+
+        What does not depend on the hints is computed here, once. Arguments and errors are those of :meth:`matte`.
+        """
+        frame = self._check_arguments(rgb, reference)
+        with _device_errors(self.device, "an image was matted"):
+            return Session(self, frame, reference)
+
+    def _check_arguments(self, rgb: Any, reference: Any) -> Frame:
+        check_not_forked()
+        if not hasattr(reference, "notices"):
+            raise UsageError(f"reference is {_describe(reference)}; expected the result of Predictor.reference")
+        return self.prepare_frame(_as_rgb(rgb, "image"))
 
     def prepare_frame(self, rgb: ImageU8, windows: ImageWindows | None = None, hints: Hints | None = None) -> Frame:
         """Scale an image, sRGB uint8 [H,W,3] of any size, to the canvas. Does not use the model: safe in threads."""
@@ -167,7 +222,7 @@ class Predictor:
     def matte_frames(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[FrameAlpha]:
         """Matte frames with canvases of one size, each independently of the others."""
         coarse = self.coarse_alphas(frames, reference)
-        decided = [self._decide_presence(frame, each, reference) for frame, each in zip(frames, coarse, strict=True)]
+        decided = [self.decide_presence(frame, each, reference) for frame, each in zip(frames, coarse, strict=True)]
         return self.refine_alphas(frames, decided)
 
     @torch.inference_mode()
@@ -176,25 +231,13 @@ class Predictor:
 
         An object that a hint marks is present, whatever the head predicts.
         """
+        matte = self.infer(frames, reference)
+        return [_coarse_alpha_of(matte, index, frame) for index, frame in enumerate(frames)]
+
+    def infer(self, frames: Sequence[Frame], reference: PreparedReferences) -> Matte:
+        """Run backbone and head on frames with canvases of one size, whatever their hints say."""
         valid = self._to_device(np.stack([frame.placement.content_mask() for frame in frames]))
-        matte = self.model.infer(self._image_batch([frame.canvas for frame in frames]), valid, reference)
-        found = []
-        for index, frame in enumerate(frames):
-            height, width = frame.placement.content
-            alpha = matte.alpha[index, 0, :height, :width].float().contiguous()
-            coarse = CoarseAlpha(alpha, float(matte.confidence[index]), bool(matte.found[index]))
-            presence = matte.presence
-            if frame.shows_object:
-                if presence is not None:
-                    alpha = presence.alpha_if_present[index, 0, :height, :width].float().contiguous()
-                confidence = float(confidence_and_found(alpha[None, None], torch.ones_like(alpha[None]).bool())[0])
-                coarse = CoarseAlpha(alpha, confidence, found=True)
-            elif presence is not None:
-                coarse = replace(coarse, presence_logit=float(presence.logit[index]))
-                if presence.is_uncertain[index]:
-                    coarse = replace(coarse, alpha_if_present=presence.alpha_if_present[index, 0, :height, :width])
-            found.append(coarse)
-        return found
+        return self.model.infer(self._image_batch([frame.canvas for frame in frames]), valid, reference)
 
     @torch.inference_mode()
     def refine_alphas(self, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[FrameAlpha]:
@@ -202,14 +245,9 @@ class Predictor:
 
         The alphas of frames with hints follow them. Coarse alphas that are not finite are returned as they are.
         """
-        alphas = [each.alpha for each in coarse]
-        finite = [index for index, alpha in enumerate(alphas) if bool(alpha.isfinite().all())]
-        prompted = [index for index in finite if self._complete_by_hints(frames[index], alphas, index)]
+        alphas = self.complete_alphas(frames, coarse)
         if self.model.edges is not None:
-            unfinished = [index for index in finite if not coarse[index].is_completed and index not in prompted]
-            completed = self._complete_objects([frames[n] for n in unfinished], [alphas[n] for n in unfinished])
-            for index, alpha in zip(unfinished, completed, strict=True):
-                alphas[index] = alpha
+            finite = [index for index, alpha in enumerate(alphas) if bool(alpha.isfinite().all())]
             images = [frames[index].rgb for index in finite]
             refined = self.model.edges.refine_alphas(images, [alphas[index] for index in finite])
             for index, alpha in zip(finite, refined, strict=True):
@@ -218,6 +256,20 @@ class Predictor:
             self._bind_to_hints(frame, FrameAlpha(alpha.numpy(force=True), each.confidence, each.found))
             for frame, alpha, each in zip(frames, alphas, coarse, strict=True)
         ]
+
+    @torch.inference_mode()
+    def complete_alphas(self, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[Tensor]:
+        """Complete the objects of coarse alphas, and return alphas float32 [h,w] of any size; see
+        :meth:`refine_alphas`."""
+        alphas = [each.alpha for each in coarse]
+        finite = [index for index, alpha in enumerate(alphas) if bool(alpha.isfinite().all())]
+        prompted = [index for index in finite if self._complete_by_hints(frames[index], alphas, index)]
+        if self.model.edges is not None:
+            unfinished = [index for index in finite if not coarse[index].is_completed and index not in prompted]
+            completed = self._complete_objects([frames[n] for n in unfinished], [alphas[n] for n in unfinished])
+            for index, alpha in zip(unfinished, completed, strict=True):
+                alphas[index] = alpha
+        return alphas
 
     def _complete_by_hints(self, frame: Frame, alphas: list[Tensor], index: int) -> bool:
         """Edit the coarse alpha of a frame as its hints say, and complete it by their prompts, in place.
@@ -232,8 +284,8 @@ class Predictor:
         objects = self.prompted_objects
         if not (frame.shows_object or objects.has_object(alphas[index])):
             return False
-        embedded = objects.embed_images([frame.rgb])
-        (alphas[index],) = objects.complete_embedded_alphas(embedded, [alphas[index]], [prompts])
+        embedded = frame.embedded or objects.embed_images([frame.rgb])[0]
+        (alphas[index],) = objects.complete_embedded_alphas([embedded], [alphas[index]], [prompts])
         return True
 
     def _bind_to_hints(self, frame: Frame, result: FrameAlpha) -> FrameAlpha:
@@ -267,10 +319,12 @@ class Predictor:
     def _complete_objects(self, frames: Sequence[Frame], coarse: Sequence[Tensor]) -> list[Tensor]:
         """Complete the objects of coarse alphas [h,w], if the model has a component for it."""
         objects = self.model.objects
-        return list(coarse) if objects is None else objects.complete_alphas([frame.rgb for frame in frames], coarse)
+        if objects is None:
+            return list(coarse)
+        return objects.complete_alphas([frame.embedded or frame.rgb for frame in frames], coarse)
 
     @torch.inference_mode()
-    def _decide_presence(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:
+    def decide_presence(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:
         """Decide an uncertain presence by a second pass on a crop: its logit is averaged with that of the first one,
         and the alpha of the more confident pass is used."""
         candidate = coarse.alpha_if_present
@@ -358,6 +412,24 @@ def check_learn_steps(steps: int, head: type[Head]) -> None:
             f"--learn-steps is {steps}, but the head of this model cannot learn references; omit --learn-steps, or "
             "choose a model with the token-match head, such as lite"
         )
+
+
+def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
+    """Coarse alpha of one frame of a batch. An object that a hint marks is present, whatever the head predicts."""
+    height, width = frame.placement.content
+    alpha = matte.alpha[index, 0, :height, :width].float().contiguous()
+    coarse = CoarseAlpha(alpha, float(matte.confidence[index]), bool(matte.found[index]))
+    presence = matte.presence
+    if frame.shows_object:
+        if presence is not None:
+            alpha = presence.alpha_if_present[index, 0, :height, :width].float().contiguous()
+        confidence = float(confidence_and_found(alpha[None, None], torch.ones_like(alpha[None]).bool())[0])
+        return CoarseAlpha(alpha, confidence, found=True)
+    if presence is not None:
+        coarse = replace(coarse, presence_logit=float(presence.logit[index]))
+        if presence.is_uncertain[index]:
+            coarse = replace(coarse, alpha_if_present=presence.alpha_if_present[index, 0, :height, :width])
+    return coarse
 
 
 def _as_references(pairs: Any) -> list[Reference]:

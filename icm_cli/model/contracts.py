@@ -338,16 +338,17 @@ class Objects(Component):
         """
 
     @torch.inference_mode()
-    def complete_alphas(self, images: Sequence[ImageU8], coarse: Sequence[Tensor]) -> list[Tensor]:
-        """Embed images, sRGB uint8 [H,W,3], and complete their coarse alphas, except those without an object.
-
-        See :meth:`complete_embedded_alphas`.
+    def complete_alphas(self, images: Sequence[ImageU8 | EmbeddedImage], coarse: Sequence[Tensor]) -> list[Tensor]:
+        """Embed images, sRGB uint8 [H,W,3], that are not embedded yet, and complete their coarse alphas, except those
+        without an object. See :meth:`complete_embedded_alphas`.
         """
         completed = list(coarse)
         indices = [index for index, alpha in enumerate(coarse) if self.has_object(alpha)]
-        embedded = self.embed_images([images[index] for index in indices])
-        completed_alphas = self.complete_embedded_alphas(embedded, [coarse[index] for index in indices])
-        for index, alpha in zip(indices, completed_alphas, strict=True):
+        embedded = {index: image for index in indices if isinstance(image := images[index], EmbeddedImage)}
+        pixels = {index: image for index in indices if not isinstance(image := images[index], EmbeddedImage)}
+        embedded |= zip(pixels, self.embed_images(list(pixels.values())), strict=True)
+        alphas = self.complete_embedded_alphas([embedded[index] for index in indices], [coarse[n] for n in indices])
+        for index, alpha in zip(indices, alphas, strict=True):
             completed[index] = alpha
         return completed
 
