@@ -101,6 +101,20 @@ def test_references_must_be_pairs(predictor: Predictor, pairs: object) -> None:
         predictor.reference(pairs)  # type: ignore[arg-type]
 
 
+def test_arguments_of_a_session_are_checked(predictor: Predictor, reference: PreparedReferences) -> None:
+    with pytest.raises(UsageError, match="image is float64"):
+        predictor.session(RGB / 255, reference)
+    with pytest.raises(UsageError, match="reference is None; expected the result of"):
+        predictor.session(RGB, None)  # type: ignore[arg-type]
+    session = predictor.session(RGB, reference)
+    height, width = MASK.shape
+    for answer in (session.coarse, session.matte):
+        with pytest.raises(UsageError, match=f"the hints are for an image of 9x5 and the image is {width}x{height}"):
+            answer(icm_cli.Hints(size=(5, 9)))
+        with pytest.raises(UsageError, match=r"hints are of type builtins\.list; expected icm_cli.Hints or None"):
+            answer([(1.0, 2.0)])  # type: ignore[arg-type]
+
+
 def test_other_arguments_are_checked(predictor: Predictor) -> None:
     with pytest.raises(UsageError, match="reference is None; expected the result of"):
         predictor.matte(RGB, None)  # type: ignore[arg-type]

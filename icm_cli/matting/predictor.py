@@ -500,7 +500,7 @@ def _as_rgb(image: Any, name: str) -> ImageU8:
 def _check_hints(hints: Any, image: Any) -> Hints | None:
     """Return the hints about an image. Raises UsageError for another object, and for hints of another size."""
     if hints is not None and not isinstance(hints, Hints):
-        raise UsageError(f"hints are {_describe(hints)}; expected icm_cli.guidance.hints.Hints or None")
+        raise UsageError(f"hints are {_describe(hints)}; expected icm_cli.Hints or None")
     if hints is not None and hints.size != image.shape[:2]:
         height, width = image.shape[:2]
         raise UsageError(

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Literal
 
 from icm_cli.events import Listener, TrainingListener, TrainingSummary
+from icm_cli.guidance.hints import Hints as Hints
 from icm_cli.matting.predictor import Predictor
 from icm_cli.options import (
 {aliases}
