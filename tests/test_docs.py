@@ -58,7 +58,7 @@ def prose_lines(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("page", "examples"), [pytest.param("python", 10, marks=pytest.mark.slow), ("architecture", 2)]
+    ("page", "examples"), [pytest.param("python", 18, marks=pytest.mark.slow), ("architecture", 2)]
 )
 def test_python_examples_run(page: str, examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tests").symlink_to(ROOT / "tests")
