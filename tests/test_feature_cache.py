@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from icm_cli.model.contracts import Features
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity, inter_similarity
-from icm_cli.training.stages.matte import concatenate_features, pack_features, unpack_features
+from icm_cli.training.stages.matte import _read_entry, halve_features, join_features
 
 
 def attention(tokens: int, seed: int) -> Tensor:
@@ -16,21 +18,22 @@ def attention(tokens: int, seed: int) -> Tensor:
     return logits.softmax(-1)
 
 
-def test_cached_features_equal_the_features() -> None:
+def test_cached_features_equal_the_features(tmp_path: Path) -> None:
     feature = torch.randn(1, 8, 24, 24, generator=torch.Generator().manual_seed(0))
     valid = torch.rand(1, 24, 24) > 0.2
     coarse = torch.randn(1, 8, 12, 12)
     intra = {16: AttentionMatrix(attention(576, 1), (24, 24)), 32: SelfSimilarity(coarse, valid[:, ::2, ::2], 0.15)}
     features = Features(feature, valid, {16: feature, 32: coarse}, intra)  # type: ignore[arg-type]
-    tensors, texts = pack_features(features)
-    assert {"correspondence", "valid", "scale.32", "feature_valid.32", "matrix.16"} == set(
-        tensors
-    )  # each tensor is stored once
-    assert all(tensor.dtype in (torch.float16, torch.bool) for tensor in tensors.values())
-    back = unpack_features(tensors, texts, torch.device("cpu"))
+    torch.save(halve_features(features), tmp_path / "entry.pt")
+    elements = feature.numel() + coarse.numel() + 576 * 576
+    assert (
+        tmp_path / "entry.pt"
+    ).stat().st_size < 2 * elements + 20_000  # each tensor is stored once, in half precision
+    stored = _read_entry(tmp_path / "entry.pt")
+    assert stored is not None
+    back = join_features([stored], torch.device("cpu"))
     torch.testing.assert_close(back.correspondence_features, feature, rtol=1e-3, atol=1e-4)
     assert torch.equal(back.valid, valid)
-    assert back.scale_features[16] is back.correspondence_features
     kept, true = back.intra_similarity[16], intra[16]
     assert isinstance(kept, AttentionMatrix)
     assert isinstance(true, AttentionMatrix)
@@ -43,7 +46,7 @@ def test_cached_features_equal_the_features() -> None:
     torch.testing.assert_close(
         back.intra_similarity[32].propagate(values), intra[32].propagate(values), rtol=1e-2, atol=1e-2
     )
-    two = concatenate_features([back, back])
+    two = join_features([stored, stored], torch.device("cpu"))
     assert two.correspondence_features.shape == (2, 8, 24, 24)
     assert two.intra_similarity[32].propagate(values.expand(2, -1, -1)).shape == (2, 144, 2)
 

@@ -405,7 +405,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_features_of_a_frozen_backbone_are_cached(tmp_path: Path, data: Path, out: Path, own_cache: Path) -> None:
     config = write_config(tmp_path / "t.yaml", data, backbone_learning_rate=0, **PLAIN)
     assert train(config, out).exit_code == 0
-    entries = list((own_cache / "features").rglob("*.safetensors"))
+    entries = list((own_cache / "features").rglob("*.pt"))
     assert entries
     entries[0].write_bytes(entries[0].read_bytes()[:99])  # damaged entries are replaced
     assert train(config, tmp_path / "again").exit_code == 0
@@ -448,17 +448,17 @@ class TestStableDiffusion:
         assert done.exit_code == 0, done.output
         assert "cached on disk" in done.stderr
         assert "the noise is the same in every step" in done.stderr
-        entries = list((own_cache / "features").rglob("*.safetensors"))
+        entries = list((own_cache / "features").rglob("*.pt"))
         assert 2 <= len(entries) <= 12  # six images, as target and as reference
         again = train(sd_config, tmp_path / "again", *options)
         assert again.exit_code == 0
-        assert set((own_cache / "features").rglob("*.safetensors")) == set(entries)
+        assert set((own_cache / "features").rglob("*.pt")) == set(entries)
         assert same_weights(out / "last.safetensors", tmp_path / "again" / "last.safetensors")
         shutil.rmtree(own_cache / "features")
         bounded = train(sd_config, tmp_path / "bounded", *options, "--set", "train.feature_cache_gb=1e-9")
         assert bounded.exit_code == 0
         assert "the feature cache is full" in bounded.stderr
-        assert not list((own_cache / "features").rglob("*.safetensors"))
+        assert not list((own_cache / "features").rglob("*.pt"))
         assert same_weights(out / "last.safetensors", tmp_path / "bounded" / "last.safetensors")
 
     def test_bfloat16_losses_are_close_to_float32(

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from train_data import MODEL
 
 from icm_cli.errors import ConfigError, ImageError, TrainingError, UsageError
-from icm_cli.training.batches import StepSampler, collate_samples
+from icm_cli.training.batches import StepSampler
 from icm_cli.training.data import scenes as scene_module
 from icm_cli.training.data.augment import draw_guidance
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
-from icm_cli.training.data.samples import PairBatch, SampleMaker, TrainingSample
+from icm_cli.training.data.samples import PairBatch, PairMaker, PairSample
 from icm_cli.training.data.scenes import SceneMaker, read_cutout
 from icm_cli.training.settings import (
     AugmentConfig,
@@ -84,18 +84,18 @@ def source(root: Path, **change: object) -> SourceConfig:
 
 def maker(
     root: Path, pairs: PairConfig = ALONE, augment: AugmentConfig = STILL, *more: SourceConfig, **change: object
-) -> SampleMaker:
+) -> PairMaker:
     data = DataConfig((source(root), *more), (str(root / "backgrounds"),))
     config = replace(TrainConfig(canvas_px=SIDE, pairs=pairs, augment=augment), **change)  # type: ignore[arg-type]
-    return SampleMaker(read_pool(data), config)
+    return PairMaker(read_pool(data), config)
 
 
-def main_colour(sample: TrainingSample) -> str:
+def main_colour(sample: PairSample) -> str:
     """Return the colour of the reference object."""
     return ("red", "green", "blue")[int(sample.reference_rgb[sample.guidance].mean(axis=0).argmax())]
 
 
-def equal(one: TrainingSample, other: TrainingSample) -> bool:
+def equal(one: PairSample, other: PairSample) -> bool:
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in one.__dataclass_fields__)
 
 
@@ -169,7 +169,7 @@ def test_negatives_do_not_show_the_object(discs: Path) -> None:
 def test_single_image_is_paired_with_another_view_of_itself(discs: Path) -> None:
     pairs = replace(ALONE, composite_probability=1.0)
     alone = source(discs, group_by="image")
-    made = SampleMaker(
+    made = PairMaker(
         read_pool(DataConfig((alone,), (str(discs / "backgrounds"),))),
         TrainConfig(canvas_px=SIDE, pairs=pairs, augment=STILL),
     ).make_sample(0)
@@ -204,7 +204,7 @@ def test_rgba_cutouts_are_composited_onto_backgrounds(discs: Path) -> None:
     cutouts = SourceConfig(dataset="cutouts", root=str(discs / "cutouts"))
     pool = read_pool(DataConfig((cutouts,), (str(discs / "backgrounds"),)))
     assert [(item.group, item.is_foreground) for item in pool] == [("0:yellow", True)] * 2
-    sample = SampleMaker(pool, TrainConfig(canvas_px=SIDE, pairs=ALONE, augment=STILL)).make_sample(0)
+    sample = PairMaker(pool, TrainConfig(canvas_px=SIDE, pairs=ALONE, augment=STILL)).make_sample(0)
     inside = sample.rgb[sample.alpha == 255]
     assert np.abs(inside - np.array((220, 220, 0))).max() <= 3
     dark = sample.rgb.astype(int).sum(axis=-1) < 100
@@ -229,7 +229,7 @@ def test_open_images_masks_stay_binary(discs: Path, tmp_path: Path) -> None:
     pool = read_pool(DataConfig((masks,), (str(discs / "backgrounds"),)))
     assert [item.group for item in pool] == ["0:m01bjv"] * 2
     busy = replace(ALONE, composite_probability=1.0, distractor_probability=1.0)
-    made = SampleMaker(pool, TrainConfig(canvas_px=SIDE, pairs=busy, augment=AugmentConfig()))
+    made = PairMaker(pool, TrainConfig(canvas_px=SIDE, pairs=busy, augment=AugmentConfig()))
     for counter in range(8):
         sample = made.make_sample(counter)
         assert set(np.unique(sample.alpha)) == {0, 255}
@@ -245,14 +245,14 @@ def test_published_trimaps_are_transformed_with_their_images(discs: Path, tmp_pa
             write(tmp_path / group / f"{number}.png", trimap)
     data = DataConfig((source(discs, trimaps=str(tmp_path)),))
     config = TrainConfig(canvas_px=SIDE, pairs=ALONE, augment=replace(STILL, zoom=1.5, rotate_degrees=20))
-    made = SampleMaker(read_pool(data), config)
+    made = PairMaker(read_pool(data), config)
     for counter in range(5):
         sample = made.make_sample(counter)
         assert set(np.unique(sample.trimap)) == {0, 128, 255}
         inside = sample.trimap == 255
         assert (sample.alpha[inside] == 255).all()
         assert 0.02 < inside.mean() < 0.12
-    whole = SampleMaker(read_pool(data), replace(config, augment=STILL)).make_sample(0)
+    whole = PairMaker(read_pool(data), replace(config, augment=STILL)).make_sample(0)
     assert (whole.trimap == 255).mean() == pytest.approx((20 / 120) ** 2, rel=0.15)
 
 
@@ -292,8 +292,9 @@ def test_jittered_masks_are_similar_to_the_mask() -> None:
 
 
 def test_zoomed_view_shows_enough_of_the_object(discs: Path) -> None:
-    scenes = SceneMaker(SIDE, replace(AugmentConfig(), zoom=4.0))
-    item = next(iter(read_pool(DataConfig((source(discs),)))))
+    pool = read_pool(DataConfig((source(discs),)))
+    scenes = SceneMaker(pool, TrainConfig(canvas_px=SIDE, augment=replace(AugmentConfig(), zoom=4.0)))
+    item = next(iter(pool))
     for seed in range(20):
         scene = scenes.make_photograph(item, np.random.default_rng(seed))
         assert (scene.alpha > 127).mean() > 0.1
@@ -302,7 +303,7 @@ def test_zoomed_view_shows_enough_of_the_object(discs: Path) -> None:
 
 class TestUnreadable:
     @pytest.fixture
-    def torn(self, discs: Path, tmp_path: Path) -> tuple[SampleMaker, Path]:
+    def torn(self, discs: Path, tmp_path: Path) -> tuple[PairMaker, Path]:
         """A dataset of six images, one of which is cut off."""
         import shutil
 
@@ -311,27 +312,30 @@ class TestUnreadable:
         bad.write_bytes(bad.read_bytes()[:100])
         return maker(tmp_path / "discs"), bad
 
-    def test_unreadable_draw_is_replaced_and_reported(self, torn: tuple[SampleMaker, Path]) -> None:
+    def test_unreadable_draw_is_replaced_and_reported(self, torn: tuple[PairMaker, Path]) -> None:
         samples = [torn[0].make_sample(counter) for counter in range(20)]
         skipped = [reason for sample in samples for reason in sample.skipped]
         assert 2 <= len(skipped) < 20
         assert all(str(torn[1]) in reason and "cut short" in reason for reason in skipped)
         assert not any("red/1" in sample.name for sample in samples)
-        batch = collate_samples(PairBatch, samples)
+        batch = torn[0].make_batch(range(20))
         assert isinstance(batch, PairBatch)
         assert batch.skipped == tuple(skipped)
 
-    def test_unreadable_data_raise_an_error(self, torn: tuple[SampleMaker, Path]) -> None:
+    def test_unreadable_data_raise_an_error(self, torn: tuple[PairMaker, Path]) -> None:
         for path in torn[1].parents[1].rglob("*.png"):
             path.write_bytes(b"")
         with pytest.raises(TrainingError, match="could not be made in 10 draws"):
             maker(torn[1].parents[2]).make_sample(0)
 
     def test_alpha_of_another_size_is_refused(self, discs: Path) -> None:
-        item = next(iter(read_pool(DataConfig((source(discs),)))))
+        pool = read_pool(DataConfig((source(discs),)))
+        item = next(iter(pool))
         wrong = replace(item, image=next((discs / "backgrounds").iterdir()))
         with pytest.raises(ImageError, match=r"200x140 .* 120x120; expected the same size"):
-            SceneMaker(SIDE, STILL).make_photograph(wrong, np.random.default_rng(0))
+            SceneMaker(pool, TrainConfig(canvas_px=SIDE, augment=STILL)).make_photograph(
+                wrong, np.random.default_rng(0)
+            )
 
 
 @given(

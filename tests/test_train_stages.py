@@ -1,10 +1,10 @@
-"""The stages "match", "refine" and "joint": samples, learning, and bit-equal resume."""
+"""The stages "match", "refine" and "end-to-end": samples, learning, and bit-equal resume."""
 
 from __future__ import annotations
 
 import collections
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -100,6 +100,24 @@ def group_of(name: str, count: int) -> tuple[TrainingItem, ...]:
         TrainingItem(f"{name}{i}", Path(f"{name}{i}.png"), None, None, name, is_foreground=False, is_binary=False)
         for i in range(count)
     )
+
+
+@dataclass(frozen=True)
+class GroupImage:
+    """An image that only says which group it shows."""
+
+    group: str
+    has_object: bool = True
+
+
+@dataclass(frozen=True)
+class ItemSource:
+    """A source of images for mosaics."""
+
+    pool: TrainingPool
+
+    def draw_image(self, item: TrainingItem, _: np.random.Generator) -> GroupImage:
+        return GroupImage(item.group)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +248,7 @@ class TestMatch:
         assert done.exit_code == 2
         assert f"no image without the object of {discs / 'images' / 'red'}" in done.stderr
 
-    @pytest.mark.parametrize("stage", ["match", "objects", "joint"])
+    @pytest.mark.parametrize("stage", ["match", "objects", "end-to-end"])
     def test_preview_shows_references_mosaic_and_truth_of_several_groups(
         self, discs: Path, tmp_path: Path, stage: str
     ) -> None:
@@ -283,11 +301,11 @@ class TestMatch:
         config = MatchStageConfig(multiple_probability=share, negative_probability=0.25)
         rng = np.random.default_rng(0)
 
-        sampler = MosaicSampler(pool, pool, config, (2, 2, 1), rng, lambda item: item, lambda item: item)
+        sampler = MosaicSampler(*(ItemSource(pool),) * 2, config, 2, 2, 1, rng)
         mosaics = [sampler.sample() for _ in range(200)]
         for each in mosaics:
             group = each.references[0].group
-            assert set(each.positive_tiles) == {place for place, item in enumerate(each.tiles) if item.group == group}
+            assert set(each.positive_tiles) == {place for place, tile in enumerate(each.tiles) if tile.group == group}
         counts = collections.Counter(len(each.positive_tiles) for each in mosaics)
         assert 30 < counts[0] < 70
         assert (set(counts) == {0, 1}) if share == 0 else (counts[3] + counts[4] > counts[1])
@@ -346,7 +364,7 @@ class TestRefine:
         config.write_text(json.dumps(content))
         recipe = read_settings(config)
         maker = EdgeMaker(read_pool(recipe.data), recipe.train)
-        photographs = [sample for counter in range(20) if isinstance(sample := maker[counter], EdgeSample)]
+        photographs = [maker.make_sample(counter) for counter in range(20)]
         same = [bool((sample.coarse == sample.truth).all()) for sample in photographs]
         assert 0.2 < np.mean(same) < 0.9  # the other samples are composites
         content["data"]["sources"][0]["coarse"] = str(tmp_path / "none")
@@ -363,7 +381,7 @@ class TestRefine:
             for path in sorted((discs / "images").rglob("*.png"))
         )
         config = TrainConfig(canvas_px=96, **{"refine": TrainConfig().refine.__class__(crop_px=64)})
-        one, other = (EdgeMaker(TrainingPool((items,), (1.0,), ()), config)[7] for _ in range(2))
+        one, other = (EdgeMaker(TrainingPool((items,), (1.0,), ()), config).make_sample(7) for _ in range(2))
         assert isinstance(one, EdgeSample)
         assert isinstance(other, EdgeSample)
         assert (one.coarse == other.coarse).all()
@@ -557,13 +575,13 @@ class TestRefineNetwork:
         np.testing.assert_allclose(alpha, 1 / (1 + np.exp(-1.4)), atol=1e-5)  # once whole, once in tiles
 
 
-JOINT = {**MATCH, "stage": "joint", "steps": 20, "log_every": 10, "batch_size": 4, "match": {"max_image_px": 96}}
+END_TO_END = {**MATCH, "stage": "end-to-end", "steps": 20, "log_every": 10, "batch_size": 4}
 
 
-class TestJoint:
+class TestEndToEnd:
     @pytest.mark.slow
     def test_training_changes_backbone_and_head(self, discs: Path, tmp_path: Path) -> None:
-        config = write_config(tmp_path / "a.yaml", discs, **{**JOINT, "backbone_learning_rate": 1e-4})
+        config = write_config(tmp_path / "a.yaml", discs, **{**END_TO_END, "backbone_learning_rate": 1e-4})
         done = train(config, tmp_path / "run", "--set", "train.image_every=10")
         assert done.exit_code == 0, done.output
         first, last = log(tmp_path / "run")
@@ -574,7 +592,7 @@ class TestJoint:
         config = write_config(
             tmp_path / "a.yaml",
             discs,
-            **{**JOINT, "batch_size": 2, "match": {"max_image_px": 96, "large_views_per_group": 1}},
+            **{**END_TO_END, "batch_size": 2, "match": {"large_views_per_group": 1}},
         )
         assert train(config, tmp_path / "whole", "--set", "train.steps=4").exit_code == 0
         assert train(config, tmp_path / "parts", "--set", "train.steps=2").exit_code == 0

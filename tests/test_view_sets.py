@@ -50,9 +50,9 @@ def view_set(pool: TrainingPool, plan: ViewPlan, number: int, *, is_large: bool)
     none = torch.zeros(0)
 
     def view() -> View:
-        return View(torch.tensor(float(next(counter))), (), none, none, none, none, none)
+        return View(torch.tensor(float(next(counter))), (), torch.ones(1), none, none, none, none)
 
-    return ViewSet(pool, {file: [view() for _ in file.items] for file in files})
+    return ViewSet(pool, {file: [view() for _ in file.items] for file in files}, lambda view: view)
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +130,7 @@ class TestDraws:
         guides = view_set(pool, plan, 0, is_large=False)
         rng = np.random.default_rng(0)
 
-        sampler = MosaicSampler(
-            targets.pool,
-            guides.pool,
-            config,
-            (1, 2, references),
-            rng,
-            lambda item: targets.draw_view(item, rng),
-            lambda item: guides.draw_view(item, rng),
-        )
+        sampler = MosaicSampler(targets, guides, config, 1, 2, references, rng)
         counts = collections.Counter(sampler.sample().name.split()[0] for _ in range(2000))
         assert counts.keys() == SIZES.keys()
         assert min(counts.values()) > 430

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import os
+import signal
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
 import cv2
@@ -62,9 +65,6 @@ class Batch:
         return replace(self, **changed)
 
 
-BatchT = TypeVar("BatchT", bound=Batch)
-
-
 @dataclass(frozen=True)
 class Sample:
     """A training sample. Each stage adds its arrays, named like the tensors of its batches."""
@@ -75,23 +75,39 @@ class Sample:
     """For each earlier draw that could not be read: the reason."""
 
 
+BatchT = TypeVar("BatchT", bound=Batch)
 SampleT = TypeVar("SampleT", bound=Sample)
 
 
-class SampleDataset(Dataset["SampleT | str"], Generic[SampleT]):
-    """Makes sample number ``counter``, which is the same in every run, process and worker with the same seed.
+class BatchMaker(Dataset[Any], ABC, Generic[BatchT]):
+    """Makes batches that depend only on the numbers of their samples and on the seed of the run."""
 
-    If no sample can be made, the item is a str with the reason (an exception would lose its type between processes).
-    """
+    @abstractmethod
+    def make_batch(self, counters: Sequence[int]) -> BatchT:
+        """Make the batch of some samples. Raises TrainingError if a sample cannot be made."""
+
+    def __getitems__(self, counters: Sequence[int]) -> BatchT | str:
+        """Make a batch for DataLoader, or return the error's text: its type would get lost between processes."""
+        try:
+            return self.make_batch(counters)
+        except TrainingError as error:
+            return str(error)
+
+
+class SampleMaker(BatchMaker[BatchT], Generic[SampleT, BatchT]):
+    """Makes batches of samples that do not depend on each other."""
+
+    batch_class: type[BatchT]
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
+    @abstractmethod
     def draw_sample(self, counter: int, rng: np.random.Generator) -> SampleT:
         """Draw a sample. Raises ImageError if an image cannot be read."""
-        raise NotImplementedError
 
-    def __getitem__(self, counter: int) -> SampleT | str:
+    def make_sample(self, counter: int) -> SampleT:
+        """Make sample number ``counter``. If it cannot be read, another one is drawn. Raises TrainingError."""
         skipped: list[str] = []
         for attempt in range(MAX_ATTEMPTS):
             rng = np.random.default_rng((self._seed, counter, attempt))
@@ -99,31 +115,20 @@ class SampleDataset(Dataset["SampleT | str"], Generic[SampleT]):
                 return replace(self.draw_sample(counter, rng), skipped=tuple(skipped))
             except ImageError as error:
                 skipped.append(str(error))
-        return (
+        raise TrainingError(
             f"sample {counter} could not be made in {MAX_ATTEMPTS} draws; the last reason: {skipped[-1]}. Repair the "
             "data, or exclude files with 'exclude'"
         )
 
-    def make_sample(self, counter: int) -> SampleT:
-        """Make sample number ``counter``. Raises TrainingError if all draws are unreadable."""
-        sample = self[counter]
-        if isinstance(sample, str):
-            raise TrainingError(sample)
-        return sample
-
-
-def collate_samples(batch_class: type[BatchT], samples: Sequence[Sample | str]) -> BatchT | str:
-    """Stack samples into a batch, or return the reason why one of them could not be made."""
-    made = [sample for sample in samples if isinstance(sample, Sample)]
-    if len(made) < len(samples):
-        return next(sample for sample in samples if isinstance(sample, str))
-    arrays = {each.name for each in fields(batch_class)} - {each.name for each in fields(Batch)}
-    return batch_class(
-        tuple(sample.name for sample in made),
-        tuple(sample.counter for sample in made),
-        tuple(reason for sample in made for reason in sample.skipped),
-        **{name: torch.from_numpy(np.stack([getattr(sample, name) for sample in made])) for name in arrays},
-    )
+    def make_batch(self, counters: Sequence[int]) -> BatchT:
+        samples = [self.make_sample(counter) for counter in counters]
+        arrays = {each.name for each in fields(self.batch_class)} - {each.name for each in fields(Batch)}
+        return self.batch_class(
+            tuple(sample.name for sample in samples),
+            tuple(sample.counter for sample in samples),
+            tuple(itertools.chain.from_iterable(sample.skipped for sample in samples)),
+            **{name: torch.from_numpy(np.stack([getattr(sample, name) for sample in samples])) for name in arrays},
+        )
 
 
 @dataclass(frozen=True)
@@ -151,24 +156,13 @@ class StepSampler(Sampler[list[int]]):
             start += stride
 
 
-def load_batches(
-    dataset: SampleDataset[Any], sampler: StepSampler, batch_class: type[BatchT], *, workers: int, pin: bool
-) -> Iterator[BatchT]:
-    """Yield batches in the order of ``sampler``, loaded ahead by ``workers`` processes.
+def load_batches(maker: BatchMaker[BatchT], sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[BatchT]:
+    """Yield batches in the order of ``sampler``, made ahead of time by ``workers`` processes.
 
     With 0 workers each batch is made in this process when it is requested. Raises TrainingError if a sample cannot be
     made.
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=partial(collate_samples, batch_class),
-        num_workers=workers,
-        worker_init_fn=initialise_worker if workers else None,
-        multiprocessing_context="spawn" if workers else None,  # fork would copy the model's threads in any state
-        pin_memory=pin,
-        prefetch_factor=4 if workers else None,
-    )
+    loader = DataLoader(maker, batch_sampler=sampler, collate_fn=_unchanged, pin_memory=pin, **worker_options(workers))
     batches = iter(loader)
     try:
         for batch in batches:
@@ -182,17 +176,29 @@ def load_batches(
             getattr(batches, "_shutdown_workers", lambda: None)()
 
 
-def initialise_worker(_: int) -> None:
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def worker_options(workers: int) -> dict[str, Any]:
+    """Return the arguments of DataLoader for a number of worker processes."""
+    if not workers:
+        return {}
+    return {
+        "num_workers": workers,
+        "worker_init_fn": _initialise_worker,
+        "multiprocessing_context": "spawn",  # fork would copy the model's threads in any state
+        "prefetch_factor": 4,
+    }
+
+
+def _initialise_worker(_: int) -> None:
     """Initialise a worker process: a single thread, low priority, and no handling of Ctrl-C.
 
     The priority is low because on a CPU the model's threads need the same cores, and one delayed thread delays all
     others. The main process handles the signals.
     """
-    import os
-    import signal
-
-    if hasattr(os, "nice"):
-        os.nice(WORKER_NICENESS)
+    os.nice(WORKER_NICENESS)
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

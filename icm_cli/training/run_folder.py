@@ -47,14 +47,17 @@ BEST_NAME = "best.safetensors"
 STATE_NAME = "state.pt"
 LOCK_NAME = ".icm-train.lock"
 CHANGEABLE_SETTINGS = frozenset(
-    {"train.log_every", "train.image_every", "train.save_every", "train.feature_cache_gb", "train.steps"}
+    {
+        *("train.log_every", "train.image_every", "train.save_every", "train.feature_cache_gb", "train.steps"),
+        "train.match.max_image_px",  # of earlier versions
+    }
 )
 """Settings that may differ when a run resumes, as they change no step already taken.
 
 ``steps`` is among them only if the learning rate is constant.
 """
-STAGE_SETTINGS = {"match": "train.match.", "refine": "train.refine."}
-"""Stage -> prefix of the settings that no other stage reads."""
+STAGE_SETTINGS = {"train.match.": ("match", "end-to-end", "objects"), "train.refine.": ("refine",)}
+"""Prefix of settings -> the stages that read them."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,7 @@ class RunFolder:
             before |= {"data_digest": now["data_digest"], "started_from": before.pop("found")["started_from"]}
         train = self._settings.train
         changeable = CHANGEABLE_SETTINGS - ({"train.steps"} if train.schedule != "constant" else set())
-        other_stages = tuple(prefix for stage, prefix in STAGE_SETTINGS.items() if stage != train.stage)
+        other_stages = tuple(prefix for prefix, stages in STAGE_SETTINGS.items() if train.stage not in stages)
         changed = [
             line
             for line in list_differences(before, now)

@@ -29,7 +29,7 @@ BinaryRule = Literal["binary", "constant"]
 CUTOUTS = "cutouts"
 """Name of the dataset that is a folder of RGBA foregrounds."""
 LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2))
-"""Rows and columns of the mosaics that the stages "match", "joint" and "objects" train on."""
+"""Rows and columns of the mosaics that the stages "match", "end-to-end" and "objects" train on."""
 EXPECTED_DATA = "expected a YAML file with 'sources', given by --data FILE (docs/train.md shows one)"
 MIN_CROP_PX = 64
 REFINE_LOSS_NAMES = ("l1", "cross_entropy", "gradient", "laplacian")
@@ -267,10 +267,10 @@ class LossConfig(Section):
 
 @dataclass(frozen=True)
 class MatchStageConfig(Section):
-    """Samples of the stages "match", "joint" and "objects": mosaics of images.
+    """Samples of the stages "match", "end-to-end" and "objects": mosaics of images.
 
-    The reference's object is in one tile of a mosaic, in several, or in none. The stage "joint" stores no views; of the
-    numbers of views it only checks whether ``large_views_per_group`` is 0.
+    The reference's object is in one tile of a mosaic, in several, or in none. The stage "end-to-end" stores no views;
+    of the numbers of views it only checks whether ``large_views_per_group`` is 0.
     """
 
     title: ClassVar[str] = "train: match"
@@ -303,8 +303,6 @@ class MatchStageConfig(Section):
     feature_noise: float = limited(0.0)
     """Largest standard deviation of the noise added to the features that "match" and "objects" compare. The features
     themselves have a standard deviation of 1."""
-    max_image_px: int = 512
-    """Largest long side of the images that "joint" stores on the training device."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -314,10 +312,6 @@ class MatchStageConfig(Section):
             )
         _check_weights("layout_weights", self.layout_weights)
         _check_weights("reference_count_weights", self.reference_count_weights)
-        if self.max_image_px < MIN_CROP_PX or self.max_image_px % 4:
-            raise ConfigError(
-                f"train: match: max_image_px is {self.max_image_px}; expected a multiple of 4 of at least {MIN_CROP_PX}"
-            )
 
 
 def _check_weights(name: str, weights: Sequence[float]) -> None:
@@ -372,11 +366,11 @@ class TrainConfig(Section):
 
     title: ClassVar[str] = "train"
 
-    stage: Literal["matte", "match", "joint", "objects", "refine"] = "matte"
+    stage: Literal["matte", "match", "end-to-end", "objects", "refine"] = "matte"
     """What is trained. "matte": the head, and the backbone if it is trainable, on pairs of images. "match": a
-    token-match head on precomputed tokens, which is hundreds of times faster per sample. "joint" (experimental, for
-    GPUs): the token-match head and the backbone, on images that are made on the training device. "objects": the object
-    model, on the predictions of a trained head. "refine": the edges, which need no pairs."""
+    token-match head on precomputed tokens, which is hundreds of times faster per sample. "end-to-end" (experimental,
+    for GPUs): the token-match head and the backbone, on images. "objects": the object model, on the predictions of a
+    trained head. "refine": the edges, which need no pairs."""
     minutes: float | None = limited(None, is_open=True)
     """The run ends after this many minutes of steps, instead of after ``steps``; so does a cosine schedule."""
     steps: int = limited(20_000, 1)

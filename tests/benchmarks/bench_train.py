@@ -103,7 +103,7 @@ def cache(home: Path, weights: list[str]) -> None:
     warm = run(home / "warm", "icm-sd21", 1, 6, *weights, *still, data=pair)
     show("icm-sd21, features computed (the baseline)", off)
     show("icm-sd21, cached features", warm)
-    size = sum(path.stat().st_size for path in (home / "cache" / "features").rglob("*.safetensors"))
+    size = sum(path.stat().st_size for path in (home / "cache" / "features").rglob("*.pt"))
     print(
         f"speed-up {warm['samples_per_second'] / off['samples_per_second']:.1f} x; "
         f"{size / 2 / 1e6:.1f} MB per image, as target and as reference"
@@ -121,10 +121,10 @@ def data() -> None:
     settings = read_settings("configs/train/lite-refine.yaml", overrides=lines)
     maker = EdgeMaker(read_pool(settings.data), settings.train)
     for counter in range(20):
-        maker[counter]
+        maker.make_sample(counter)
     begun = time.perf_counter()
     for counter in range(20, 120):
-        maker[counter]
+        maker.make_sample(counter)
     print(f"data: {(time.perf_counter() - begun) / 100 * 1e3:.0f} ms per sample in one process", flush=True)
 
 

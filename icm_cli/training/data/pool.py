@@ -108,6 +108,10 @@ class TrainingPool:
         group = groups[rng.integers(len(groups))]
         return group[rng.integers(len(group))]
 
+    def draw_background(self, rng: np.random.Generator) -> Path:
+        """Draw a background image."""
+        return self.backgrounds[rng.integers(len(self.backgrounds))]
+
     def draw_partner(self, item: TrainingItem, rng: np.random.Generator, same_image_probability: float) -> TrainingItem:
         """Draw an item of the same group with another image.
 

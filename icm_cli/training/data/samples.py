@@ -1,7 +1,4 @@
-"""Training samples of the stage "matte": a target with its alpha, and a reference that shows the object.
-
-A sample depends only on the seed and its number.
-"""
+"""Samples of the stage "matte": a target with its alpha, and a reference that shows the object."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from icm_cli.errors import ImageError
 from icm_cli.geometry import ImageU8, binarize_alpha
 from icm_cli.model.core import TARGET_NOISE, Pairs, reference_noise_key
 from icm_cli.scoring.task import make_trimap
-from icm_cli.training.batches import Batch, Sample, SampleDataset
+from icm_cli.training.batches import Batch, Sample, SampleMaker
 from icm_cli.training.data.augment import Rng, draw_guidance
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
-from icm_cli.training.data.scenes import Scene, SceneMaker, require_foreground
+from icm_cli.training.data.scenes import Scene, SceneMaker
 from icm_cli.training.losses import quantise_trimap
 from icm_cli.training.settings import TrainConfig
 
@@ -28,7 +25,7 @@ Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class TrainingSample(Sample):
+class PairSample(Sample):
     """A pair on the canvas: rgb uint8 [S,S,3], alpha and trimap uint8 [S,S], guidance and valid bool [S,S]."""
 
     rgb: ImageU8
@@ -40,83 +37,9 @@ class TrainingSample(Sample):
     reference_valid: Bools
 
 
-class SampleMaker(SampleDataset[TrainingSample]):
-    """Makes pairs, and single scenes."""
-
-    def __init__(self, pool: TrainingPool, config: TrainConfig) -> None:
-        super().__init__(config.seed)
-        self.pool = pool
-        self.config = config
-        self._scenes = SceneMaker(config.canvas_px, config.augment)
-
-    def make_view(self, item: TrainingItem, rng: Rng) -> Scene:
-        """Make a scene of an item as a target or a reference, with random distractors. Raises ImageError."""
-        scene = self._scenes.add_distractors(self._make_scene(item, rng), self._draw_distractors(item, rng), rng)
-        return self._scenes.augment_colours(scene, rng)
-
-    def draw_sample(self, counter: int, rng: Rng) -> TrainingSample:
-        pairs, pool = self.config.pairs, self.pool
-        item = pool.draw_item(rng)
-        partner = pool.draw_partner(item, rng, pairs.same_image_probability)
-        is_negative = rng.random() < pairs.negative_probability
-        distractors = self._draw_distractors(item, rng)
-        if is_negative:
-            target, name = self._make_negative(partner, rng)
-        else:
-            target, name = self._make_scene(item, rng), item.name
-        target = self._scenes.augment_colours(self._scenes.add_distractors(target, distractors, rng), rng)
-        reference = self._make_scene(partner, rng)
-        if distractors and rng.random() < pairs.reference_distractor_probability:
-            reference = self._scenes.add_distractors(reference, distractors[:1], rng)
-        reference = self._scenes.augment_colours(require_foreground(reference, partner), rng)
-        alpha = binarize_alpha(target.alpha) if item.is_binary else target.alpha
-        return TrainingSample(
-            name=f"{name} by {partner.name}",
-            counter=counter,
-            rgb=target.rgb,
-            alpha=alpha,
-            trimap=make_trimap(alpha, self.config.trimap_kernel_px) if target.trimap is None else target.trimap,
-            valid=target.valid,
-            reference_rgb=reference.rgb,
-            guidance=draw_guidance(reference.alpha, pairs, rng),
-            reference_valid=reference.valid,
-        )
-
-    def _make_scene(self, item: TrainingItem, rng: Rng) -> Scene:
-        """Make a scene of an item: its photograph, or its object on another background."""
-        backgrounds = self.pool.backgrounds
-        can_composite = bool(backgrounds) and not item.is_binary
-        if item.is_foreground or (rng.random() < self.config.pairs.composite_probability and can_composite):
-            behind = self._scenes.make_background(backgrounds[rng.integers(len(backgrounds))], rng)
-            return self._scenes.make_composite(item, behind, rng)
-        return self._scenes.make_photograph(item, rng)
-
-    def _make_negative(self, reference: TrainingItem, rng: Rng) -> tuple[Scene, str]:
-        """Make a scene without the reference's object, with an alpha of 0; return it and its name."""
-        backgrounds = self.pool.backgrounds
-        negative = self.pool.draw_negative(reference, rng, for_cutout=False)
-        if backgrounds and (negative is None or rng.random() < BACKGROUND_PROBABILITY):
-            path = backgrounds[rng.integers(len(backgrounds))]
-            scene, name = self._scenes.make_background(path, rng), path.name
-        elif negative is None:
-            raise ImageError(f"there is no image without the object of {reference.image}")
-        else:
-            scene, name = self._make_scene(negative, rng), negative.name
-        return replace(scene, alpha=np.zeros_like(scene.alpha), trimap=None), f"{name} (absent)"
-
-    def _draw_distractors(self, item: TrainingItem, rng: Rng) -> list[TrainingItem]:
-        """Draw items whose objects are pasted into a scene of ``item``."""
-        pairs = self.config.pairs
-        if rng.random() >= pairs.distractor_probability or not pairs.max_distractors:
-            return []
-        count = int(rng.integers(1, pairs.max_distractors + 1))
-        drawn = (self.pool.draw_negative(item, rng, for_cutout=True) for _ in range(count))
-        return [distractor for distractor in drawn if distractor is not None]
-
-
 @dataclass(frozen=True)
 class PairBatch(Batch):
-    """A batch of pairs: images uint8 [B,S,S,3], alpha and trimap uint8 [B,S,S], guidance and valid bool [B,S,S]."""
+    """A batch of pairs: the arrays of :class:`PairSample` as tensors [B,...]."""
 
     rgb: Tensor
     alpha: Tensor
@@ -148,6 +71,60 @@ class PairBatch(Batch):
     def trimap_levels(self) -> Tensor:
         """Return the trimap, float32 [B,1,S,S] of 0, 0.5 (unknown) and 1."""
         return quantise_trimap(self.trimap[:, None])
+
+
+class PairMaker(SampleMaker[PairSample, PairBatch]):
+    """Makes pairs of a target and a reference."""
+
+    batch_class = PairBatch
+
+    def __init__(self, pool: TrainingPool, config: TrainConfig) -> None:
+        super().__init__(config.seed)
+        self.pool = pool
+        self.config = config
+        self._scenes = SceneMaker(pool, config)
+
+    def draw_sample(self, counter: int, rng: Rng) -> PairSample:
+        pairs, scenes = self.config.pairs, self._scenes
+        item = self.pool.draw_item(rng)
+        partner = self.pool.draw_partner(item, rng, pairs.same_image_probability)
+        is_negative = rng.random() < pairs.negative_probability
+        distractors = scenes.draw_distractors(item, rng)
+        if is_negative:
+            target, name = self._make_negative(partner, rng)
+        else:
+            target, name = scenes.make_scene(item, rng), item.name
+        target = scenes.augment_colours(scenes.add_distractors(target, distractors, rng), rng)
+        reference = scenes.make_scene(partner, rng)
+        if distractors and rng.random() < pairs.reference_distractor_probability:
+            reference = scenes.add_distractors(reference, distractors[:1], rng)
+        if not reference.has_object:
+            raise ImageError(f"the alpha of {partner.image} has no pixel above one half, so it cannot be a reference")
+        reference = scenes.augment_colours(reference, rng)
+        alpha = binarize_alpha(target.alpha) if item.is_binary else target.alpha
+        return PairSample(
+            name=f"{name} by {partner.name}",
+            counter=counter,
+            rgb=target.rgb,
+            alpha=alpha,
+            trimap=make_trimap(alpha, self.config.trimap_kernel_px) if target.trimap is None else target.trimap,
+            valid=target.valid,
+            reference_rgb=reference.rgb,
+            guidance=draw_guidance(reference.alpha, pairs, rng),
+            reference_valid=reference.valid,
+        )
+
+    def _make_negative(self, reference: TrainingItem, rng: Rng) -> tuple[Scene, str]:
+        """Make a scene without the reference's object, with an alpha of 0; return it and its name."""
+        negative = self.pool.draw_negative(reference, rng, for_cutout=False)
+        if self.pool.backgrounds and (negative is None or rng.random() < BACKGROUND_PROBABILITY):
+            path = self.pool.draw_background(rng)
+            scene, name = self._scenes.make_background(path, rng), path.name
+        elif negative is None:
+            raise ImageError(f"there is no image without the object of {reference.image}")
+        else:
+            scene, name = self._scenes.make_scene(negative, rng), negative.name
+        return replace(scene, alpha=np.zeros_like(scene.alpha), trimap=None), f"{name} (absent)"
 
 
 def _to_image_tensor(rgb: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ from icm_cli.training.data.augment import (
     draw_photograph_transform,
     jitter_colours,
 )
-from icm_cli.training.data.pool import TrainingItem
-from icm_cli.training.settings import AugmentConfig
+from icm_cli.training.data.pool import TrainingItem, TrainingPool
+from icm_cli.training.settings import TrainConfig
 
 CACHE_BYTES = 500_000_000
 """Memory of each cache of decoded items, per process."""
@@ -175,24 +175,46 @@ class Scene:
     trimap: ImageU8 | None = None
     coarse: ImageU8 | None = None
 
+    @property
+    def has_object(self) -> bool:
+        """Whether any pixel of the alpha is above one half."""
+        return bool((self.alpha > HALF_U8).any())
+
 
 class SceneMaker:
-    """Makes scenes of one canvas size, which depend only on the arguments and the random generator."""
+    """Makes scenes of one canvas size, which depend only on the arguments and the random generator.
 
-    def __init__(self, canvas_px: int, augment: AugmentConfig) -> None:
-        self.canvas_px = canvas_px
-        self.augment = augment
-        self._photograph_px = round(canvas_px * augment.zoom)
+    Methods that read an image raise ImageError.
+    """
+
+    def __init__(self, pool: TrainingPool, config: TrainConfig, canvas_px: int | None = None) -> None:
+        """``canvas_px`` replaces that of the settings."""
+        self.pool = pool
+        self.pairs = config.pairs
+        self.augment = config.augment
+        self.canvas_px = config.canvas_px if canvas_px is None else canvas_px
+
+    def make_view(self, item: TrainingItem, rng: Rng) -> Scene:
+        """Make a complete scene of an item, as a target or a reference, with random distractors."""
+        scene = self.make_scene(item, rng)
+        return self.augment_colours(self.add_distractors(scene, self.draw_distractors(item, rng), rng), rng)
+
+    def make_scene(self, item: TrainingItem, rng: Rng) -> Scene:
+        """Make a scene of an item: its photograph, or its object on another background."""
+        can_composite = bool(self.pool.backgrounds) and not item.is_binary
+        if item.is_foreground or (rng.random() < self.pairs.composite_probability and can_composite):
+            return self.make_composite(item, self.make_background(self.pool.draw_background(rng), rng).rgb, rng)
+        return self.make_photograph(item, rng)
 
     def make_photograph(self, item: TrainingItem, rng: Rng) -> Scene:
-        """Place an item's image on the canvas by a random transform. Raises ImageError.
+        """Place an item's image on the canvas by a random transform.
 
         The image fits the canvas untransformed if the augmentation moves no pixels, or if no random transform leaves
         enough of the object visible.
         """
         if not self.augment.moves_pixels:
             return self._fit_photograph(item)
-        layer = read_cached_photograph(item, self._photograph_px)
+        layer = read_cached_photograph(item, round(self.canvas_px * self.augment.zoom))
         total = max(1.0, float(layer.alpha.sum()))
         for _ in range(MAX_PLACEMENTS):
             affine = draw_photograph_transform(layer.alpha.shape, self.canvas_px, self.augment, rng)
@@ -210,7 +232,7 @@ class SceneMaker:
         return Scene(rgb, alpha, inside, trimap, coarse)
 
     def make_background(self, path: Path, rng: Rng) -> Scene:
-        """Crop a square of a background image; the alpha is 0. Raises ImageError."""
+        """Crop a square of a background image; the alpha is 0."""
         rgb = read_background(path, 2 * self.canvas_px)
         side = min(rgb.shape[:2])
         crop_side = round(side * rng.uniform(0.5, 1.0))
@@ -224,19 +246,22 @@ class SceneMaker:
         alpha = np.zeros(canvas.shape[:2], np.uint8)
         return Scene(canvas, alpha, np.ones(alpha.shape, np.bool_))
 
-    def make_composite(self, item: TrainingItem, behind: Scene, rng: Rng) -> Scene:
-        """Composite an item's object onto another scene, whose own alpha is ignored. Raises ImageError."""
+    def make_composite(self, item: TrainingItem, behind: ImageU8, rng: Rng) -> Scene:
+        """Composite an item's object onto an image, uint8 [S,S,3]."""
         colour, weight = self._place_cutout(read_cutout(item, self.canvas_px), MAX_OBJECT_SIDE, rng)
-        return replace(
-            behind,
-            rgb=_composite_over(colour, weight, behind.rgb),
-            alpha=round_to_u8(weight * 255),
-            trimap=None,
-            coarse=None,
-        )
+        rgb = _composite_over(colour, weight, behind)
+        return Scene(rgb, round_to_u8(weight * 255), np.ones(weight.shape, np.bool_))
+
+    def draw_distractors(self, item: TrainingItem, rng: Rng) -> list[TrainingItem]:
+        """Draw items whose objects are pasted into a scene of ``item``."""
+        if rng.random() >= self.pairs.distractor_probability or not self.pairs.max_distractors:
+            return []
+        count = int(rng.integers(1, self.pairs.max_distractors + 1))
+        drawn = (self.pool.draw_negative(item, rng, for_cutout=True) for _ in range(count))
+        return [distractor for distractor in drawn if distractor is not None]
 
     def add_distractors(self, scene: Scene, items: Sequence[TrainingItem], rng: Rng) -> Scene:
-        """Paste other objects onto a scene; each hides only a part of the target object. Raises ImageError."""
+        """Paste other objects onto a scene; each hides only a part of the target object."""
         for item in items:
             layer = read_cutout(item, self.canvas_px)
             total = max(1.0, float(scene.alpha.sum()))
@@ -294,13 +319,6 @@ class SceneMaker:
         shifted[:, 2] += affine[:, :2] @ [0.5, 0.5] - 0.5
         size = (self.canvas_px, self.canvas_px)
         return np.asarray(cv2.warpAffine(layer, shifted, size, flags=interpolation, borderMode=border))
-
-
-def require_foreground(scene: Scene, item: TrainingItem) -> Scene:
-    """Return the scene. Raises ImageError if no pixel of its alpha is above one half."""
-    if not (scene.alpha > HALF_U8).any():
-        raise ImageError(f"the alpha of {item.image} has no pixel above one half, so it cannot be a reference")
-    return scene
 
 
 def _cover_scene(scene: Scene, colour: Float, layer_alpha: Float) -> Scene:

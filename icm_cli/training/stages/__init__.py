@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from icm_cli.events import TrainingListener
 from icm_cli.geometry import ImageU8, alpha_to_u8
 from icm_cli.model.core import InContextMatting
-from icm_cli.training.batches import BatchT, StepSampler
+from icm_cli.training.batches import BatchMaker, BatchT, StepSampler, load_batches
 from icm_cli.training.data.pool import TrainingPool
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
@@ -38,6 +38,8 @@ class Stage(ABC, Generic[BatchT]):
     """Parts of the model whose weights may change: "backbone", "head", "objects", "edges"."""
     loss_names: ClassVar[tuple[str, ...]]
     """Names of the losses in the log."""
+    maker: BatchMaker[BatchT]
+    """Makes the batches, if worker processes can make them."""
 
     def __init__(self, settings: Settings, pool: TrainingPool) -> None:
         self.settings = settings
@@ -50,13 +52,14 @@ class Stage(ABC, Generic[BatchT]):
     def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
         """Prepare for the batch of ``first_step`` (from 0), after the learner's state is loaded."""
 
-    @abstractmethod
     def make_batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[BatchT]:
         """Yield batches in the order of the sampler. Raises TrainingError if a batch cannot be made."""
+        return load_batches(self.maker, sampler, workers=workers, pin=pin)
 
-    @abstractmethod
     def predict(self, forward: nn.Module, batch: BatchT) -> Prediction:
         """Run the selected module, as wrapped by the accelerator, on a batch."""
+        prediction: Prediction = forward(batch)
+        return prediction
 
     @abstractmethod
     def compute_losses(self, prediction: Prediction, batch: BatchT) -> dict[str, Tensor]:
@@ -79,7 +82,7 @@ AnyStage: TypeAlias = Stage[Any]
 
 def make_stage(settings: Settings, pool: TrainingPool) -> AnyStage:
     """Create the stage that ``train.stage`` names. It does not need the model yet."""
-    module = importlib.import_module(f"icm_cli.training.stages.{settings.train.stage}")
+    module = importlib.import_module(f"icm_cli.training.stages.{settings.train.stage.replace('-', '_')}")
     stage: AnyStage = module.STAGE(settings, pool)
     return stage
 

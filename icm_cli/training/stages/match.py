@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,48 +19,44 @@ from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError, UsageError
 from icm_cli.events import TrainingListener
-from icm_cli.geometry import HALF_U8, ImageU8
+from icm_cli.geometry import ImageU8
 from icm_cli.model.core import InContextMatting
-from icm_cli.model.lite.finetuning import LOSS_TERMS, match_losses
+from icm_cli.model.lite.finetuning import match_losses
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.batches import StepSampler
-from icm_cli.training.data.pool import TrainingItem, TrainingPool
+from icm_cli.training.data.pool import TrainingPool
 from icm_cli.training.data.scenes import Scene
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
-from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage
+from icm_cli.training.stages import PANEL_ROWS, Prediction
 from icm_cli.training.stages.mosaics import (
     Image,
     Mosaic,
     MosaicBatch,
-    MosaicSampler,
+    MosaicStage,
     TokenMatcher,
     View,
     add_feature_noise,
     collate_mosaics,
-    draw_layout,
-    fit_config_to_groups,
+    draw_mosaics,
     render_mosaics,
-    render_preview,
     require_token_match_head,
 )
-from icm_cli.training.stages.view_sets import AnyView, SceneDataset, ViewEncoder, ViewFile, ViewPlan, Views, ViewSet
+from icm_cli.training.stages.view_sets import SceneDataset, ViewEncoder, ViewFile, ViewPlan, Views, ViewSet
 
 PCA_VIEWS = 400
 """Number of views whose principal components initialise the head's projections."""
 
 
-class MatchStage(Stage[MosaicBatch]):
+class MatchStage(MosaicStage[MosaicBatch]):
     """Predicts on mosaics of stored tokens where the reference's object is."""
 
     trainable_parts: ClassVar[tuple[str, ...]] = ("head",)
-    loss_names: ClassVar[tuple[str, ...]] = LOSS_TERMS
     needs_embeddings: ClassVar[bool] = False
     """Whether views contain the object model's embedding of the image."""
 
     def __init__(self, settings: Settings, pool: TrainingPool) -> None:
         super().__init__(settings, pool)
-        self._config, self._notice = fit_config_to_groups(settings.train.match, pool)
         config = self._config
         group_sizes = [len(items) for items in pool.groups.values()]
         if min(config.views_per_group, config.max_views_per_image * max(group_sizes)) < 2:
@@ -79,16 +75,14 @@ class MatchStage(Stage[MosaicBatch]):
         """Views of the files of the current view set and the next one."""
         self._set_number: int | None = None
         """Number of the current view set."""
-        self._small = self._large = ViewSet[View](pool, {})
-        self._previews: dict[int, list[Mosaic[Scene]]] = {}
-        """The mosaics of the last batch of the preview, by the number of its first sample."""
+        self._sources: tuple[ViewSet[View], ViewSet[View] | None] | None = None
+        """Small and large views of the current view set."""
 
     def select_module(self, model: InContextMatting) -> nn.Module:
         return TokenMatcher(require_token_match_head(model, "match"))
 
     def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
-        if self._notice and learner.is_main:
-            listener.on_notice(self._notice)
+        super().prepare(learner, folder, first_step, listener)
         self._encoder = ViewEncoder(
             self.pool, self.settings, learner, folder, listener, needs_embeddings=self.needs_embeddings
         )
@@ -115,7 +109,7 @@ class MatchStage(Stage[MosaicBatch]):
         files = self._plan.files_of_set(number)
         self._load_views(files)
         self._views = {file: views for file, views in self._views.items() if file.rotation_part >= number}
-        self._small, self._large = _split_by_size(self.pool, {file: self._views[file] for file in files})
+        self._sources = _split_by_size(self.pool, {file: self._views[file] for file in files}, lambda view: view)
         if self._set_number is not None and self._encoder is not None:
             self._encoder.remove_parts_before(number - 1)  # a resumed run may start from an earlier state
         self._set_number = number
@@ -133,16 +127,10 @@ class MatchStage(Stage[MosaicBatch]):
         All of them have the same layout. Raises TrainingError if the images do not suffice for a mosaic.
         """
         self._use_view_set_of(counters[0] // self.settings.train.batch_size)
+        assert self._sources is not None
         rng = self._batch_rng(counters)
-        mosaics = self._draw_mosaics(
-            counters, self._small, self._large, rng, lambda view: view, lambda view: bool(view.alpha.max() > 0.5)
-        )
-        batch = collate_mosaics(mosaics, counters)
+        batch = collate_mosaics(draw_mosaics(self._config, *self._sources, len(counters), rng), counters)
         return add_feature_noise(batch, self._config.feature_noise, rng) if self._config.feature_noise else batch
-
-    def predict(self, forward: nn.Module, batch: MosaicBatch) -> Prediction:
-        prediction: Prediction = forward(batch)
-        return prediction
 
     def compute_losses(self, prediction: Prediction, batch: MosaicBatch) -> dict[str, Tensor]:
         return match_losses(prediction, batch.alpha, batch.valid, self._config.presence_weight)
@@ -153,69 +141,32 @@ class MatchStage(Stage[MosaicBatch]):
         few = batch.first_samples(PANEL_ROWS)
         return render_mosaics(few.alpha, self.predict(self.select_module(learner.model), few))
 
-    def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
-        """Return the references, the mosaic and its true alpha of a sample of the training."""
-        size = self.settings.train.micro_batch_size or self.settings.train.batch_size
-        first = counter - counter % size
-        if first not in self._previews:
-            self._previews = {first: self._draw_scenes(range(first, first + size))}
-        mosaic = self._previews[first][counter - first]
-        return mosaic.name, render_preview(mosaic)
-
-    def _draw_scenes(self, counters: Sequence[int]) -> list[Mosaic[Scene]]:
-        """Draw the mosaics of a batch, of scenes instead of tokens."""
+    def draw_scenes(self, counters: Sequence[int]) -> list[Mosaic[Scene]]:
         files = self._plan.files_of_set(self._plan.set_number(counters[0] // self.settings.train.batch_size))
         scenes = SceneDataset(self.pool, self.settings, files)
         numbers = {file: [(n, i) for i in range(len(file.items))] for n, file in enumerate(files)}
 
         @functools.cache
-        def make_scene(view: tuple[int, int]) -> Scene | None:
-            scene = scenes[view]
+        def make_scene(number: tuple[int, int]) -> Scene | None:
+            scene = scenes[number]
             return scene if isinstance(scene, Scene) else None
 
-        rng, sets = self._batch_rng(counters), _split_by_size(self.pool, numbers)
-        return self._draw_mosaics(counters, *sets, rng, make_scene, lambda scene: scene.alpha.max() > HALF_U8)
+        sources = _split_by_size(self.pool, numbers, make_scene)
+        return draw_mosaics(self._config, *sources, len(counters), self._batch_rng(counters))
 
     def _batch_rng(self, counters: Sequence[int]) -> np.random.Generator:
         return np.random.default_rng((self.settings.train.seed, 1, counters[0]))
 
-    def _draw_mosaics(
-        self,
-        counters: Sequence[int],
-        small: ViewSet[AnyView],
-        large: ViewSet[AnyView],
-        rng: np.random.Generator,
-        load: Callable[[AnyView], Image | None],
-        has_object: Callable[[Image], bool],
-    ) -> list[Mosaic[Image]]:
-        """Draw mosaics of the same layout. ``load`` returns the image of a view, or None if it cannot be read."""
-        layout = draw_layout(self._config, rng)
-        targets = large if large and layout[:2] == (1, 1) else small
-        guides = large if large and rng.random() < 0.5 else small
-
-        def draw_image(views: ViewSet[AnyView], item: TrainingItem) -> Image | None:
-            view = views.draw_view(item, rng)
-            return None if view is None else load(view)
-
-        def draw_reference(item: TrainingItem) -> Image | None:
-            image = draw_image(guides, item)
-            return image if image is not None and has_object(image) else None
-
-        sampler = MosaicSampler(
-            targets.pool, guides.pool, self._config, layout, rng, lambda item: draw_image(targets, item), draw_reference
-        )
-        return [sampler.sample() for _ in counters]
-
 
 def _split_by_size(
-    pool: TrainingPool, files: Mapping[ViewFile, Sequence[AnyView | None]]
-) -> tuple[ViewSet[AnyView], ViewSet[AnyView]]:
-    """Return the sets of small and of large views."""
+    pool: TrainingPool, files: Mapping[ViewFile, Sequence[Any]], load: Callable[[Any], Image | None]
+) -> tuple[ViewSet[Image], ViewSet[Image] | None]:
+    """Return the set of small views, and that of large views if there are any."""
     small, large = (
-        ViewSet[AnyView](pool, {file: views for file, views in files.items() if file.is_large == is_large})
+        ViewSet(pool, {file: views for file, views in files.items() if file.is_large == is_large}, load)
         for is_large in (False, True)
     )
-    return small, large
+    return small, large if len(large.pool) else None
 
 
 STAGE = MatchStage

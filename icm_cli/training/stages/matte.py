@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
-import safetensors
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from icm_cli.errors import ImageError, OutputError, UsageError
@@ -23,15 +24,14 @@ from icm_cli.model.contracts import Features, IntraSimilarity, TrainedHead
 from icm_cli.model.core import InContextMatting, PairFeatures, Pairs
 from icm_cli.model.similarity import AttentionMatrix, SelfSimilarity
 from icm_cli.reports.contact_sheet import composite_on_grey
-from icm_cli.training.batches import StepSampler, load_batches
 from icm_cli.training.data.pool import TrainingPool
-from icm_cli.training.data.samples import PairBatch, SampleMaker
+from icm_cli.training.data.samples import PairBatch, PairMaker
 from icm_cli.training.learner import Learner
 from icm_cli.training.losses import LOSS_NAMES, compute_losses
 from icm_cli.training.settings import Settings
 from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage, darken_outside, grey_to_rgb, image_grid
 
-FORMAT = "2"
+FORMAT = "3"
 """Version of the entries; part of their names."""
 
 
@@ -49,7 +49,7 @@ class MatteStage(Stage[PairBatch]):
                 "backgrounds, or give the images of each object with 'groups' or subfolders, or set "
                 "train.pairs.negative_probability=0"
             )
-        self.maker = SampleMaker(pool, settings.train)
+        self.maker: PairMaker = PairMaker(pool, settings.train)
         self._model: InContextMatting | None = None
         self._cache: FeatureCache | None = None
 
@@ -71,9 +71,6 @@ class MatteStage(Stage[PairBatch]):
         digest = combined_digest(*backbone, str(config.seed), learner.device.dtype_name)
         limit_bytes = int(config.feature_cache_gb * 1e9) // learner.accelerator.num_processes
         self._cache = FeatureCache(digest, limit_bytes, notice=listener.on_notice)
-
-    def make_batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[PairBatch]:
-        return load_batches(self.maker, sampler, PairBatch, workers=workers, pin=pin)
 
     def predict(self, forward: nn.Module, batch: PairBatch) -> Prediction:
         """Predict the alpha, float32 [B,1,S,S]. At padding it is the true alpha, so that padding has no loss."""
@@ -147,7 +144,7 @@ class FeatureCache:
         Entries of other backbones are deleted, oldest first, if space is needed.
         """
         self._folder = (root or cache_folder() / "features") / backbone_digest[:32]
-        entries = [(path, path.stat()) for path in self._folder.parent.glob("*/*.safetensors")]
+        entries = [(path, path.stat()) for path in self._folder.parent.glob("*/*.pt")]
         self._free_bytes = limit_bytes - sum(state.st_size for _, state in entries)
         others = [(path, state) for path, state in entries if path.parent != self._folder]
         self._entries_of_other_backbones = sorted(others, key=lambda entry: entry[1].st_mtime, reverse=True)
@@ -175,7 +172,7 @@ class FeatureCache:
             )
             for layers in zip(rgb, valid, strict=True)
         ]
-        return [self._folder / f"{digest}.safetensors" for digest in digests]
+        return [self._folder / f"{digest}.pt" for digest in digests]
 
     def _load_or_encode(
         self,
@@ -187,12 +184,14 @@ class FeatureCache:
     ) -> Features:
         singles = []
         for i, path in enumerate(paths):
-            packed = _read_entry(path)
-            if packed is None:
-                packed = pack_features(encode(image[i : i + 1], valid[i : i + 1], noise_keys[:1]))
-                self._write_entry(path, save(*packed))
-            singles.append(unpack_features(*packed, image.device))
-        return concatenate_features(singles)
+            single = _read_entry(path)
+            if single is None:
+                single = halve_features(encode(image[i : i + 1], valid[i : i + 1], noise_keys[:1]))
+                content = io.BytesIO()
+                torch.save(single, content)
+                self._write_entry(path, content.getvalue())
+            singles.append(single)
+        return join_features(singles, image.device)
 
     def _write_entry(self, path: Path, data: bytes) -> None:
         """Write an entry if there is space. A failure is reported and ends caching, but not the run."""
@@ -221,87 +220,64 @@ class FeatureCache:
             self._notice(f"{reason}; features of further images are not cached but computed whenever they are used")
 
 
-def _read_entry(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Return tensors and texts of an entry; None if there is none, or if it is damaged."""
-    with contextlib.suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    return None
+def _read_entry(path: Path) -> Features | None:
+    """Return the features of an entry; None if there is none, or if it is damaged."""
+    try:
+        with torch.serialization.safe_globals([Features, SelfSimilarity, AttentionMatrix]):
+            features: Features = torch.load(path, weights_only=True)
+            return features
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return None
 
 
-def pack_features(features: Features) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return one image's features as tensors, in half precision on the CPU, and text metadata for a file.
+def halve_features(features: Features) -> Features:
+    """Return features in half precision on the CPU; a tensor that is used several times is converted once.
 
-    A tensor that is used several times is stored once. Attention is multiplied by the number N of tokens, because its
-    mean, 1/N, is near the smallest half-precision number.
+    Attention is multiplied by the number N of tokens: its mean, 1/N, is near the smallest half-precision number.
     """
-    named = {"correspondence": features.correspondence_features, "valid": features.valid}
-    named |= {f"scale.{stride}": feature for stride, feature in features.scale_features.items()}
-    texts = {}
-    for stride, intra in features.intra_similarity.items():
-        texts[f"grid.{stride}"] = json.dumps(intra.grid)
-        if isinstance(intra, SelfSimilarity):
-            named |= {f"feature.{stride}": intra.feature, f"feature_valid.{stride}": intra.valid}
-            texts[f"temperature.{stride}"] = str(intra.temperature)
-        elif isinstance(intra, AttentionMatrix):
-            matrix = intra.matrix
-            named[f"matrix.{stride}"] = matrix * matrix.shape[-1]
-    first: dict[int, str] = {}
-    for name, tensor in named.items():
-        texts[f"stored_as.{name}"] = first.setdefault(id(tensor), name)
-    halves = {name: named[name].half() if named[name].is_floating_point() else named[name] for name in first.values()}
-    return {name: tensor.cpu().contiguous() for name, tensor in halves.items()}, texts
 
+    @functools.cache
+    def halve(tensor: Tensor) -> Tensor:
+        return (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
 
-def unpack_features(tensors: Mapping[str, Tensor], texts: Mapping[str, str], device: torch.device) -> Features:
-    """Return the features that :func:`pack_features` packed, in float32 on ``device``."""
-    on_device = {
-        name: tensor.to(device).float() if tensor.is_floating_point() else tensor.to(device)
-        for name, tensor in tensors.items()
-    }
-    prefix = "stored_as."
-    named = {key.removeprefix(prefix): on_device[name] for key, name in texts.items() if key.startswith(prefix)}
-    intra: dict[int, IntraSimilarity] = {}
-    for stride, grid in _items_by_stride(texts, "grid"):
-        if f"temperature.{stride}" in texts:
-            temperature = float(texts[f"temperature.{stride}"])
-            intra[stride] = SelfSimilarity(named[f"feature.{stride}"], named[f"feature_valid.{stride}"], temperature)
-        else:
-            scaled = named[f"matrix.{stride}"]
-            height, width = json.loads(grid)
-            intra[stride] = AttentionMatrix(scaled / scaled.shape[-1], (height, width))
-    return Features(named["correspondence"], named["valid"], dict(_items_by_stride(named, "scale")), intra)
-
-
-def concatenate_features(singles: Sequence[Features]) -> Features:
-    """Concatenate features of single images into those of a batch; all must have the same strides and grids."""
-    return Features(
-        torch.cat([each.correspondence_features for each in singles]),
-        torch.cat([each.valid for each in singles]),
-        {stride: torch.cat([each.scale_features[stride] for each in singles]) for stride in singles[0].scale_features},
-        {
-            stride: _concatenate_intra([each.intra_similarity[stride] for each in singles])
-            for stride in singles[0].intra_similarity
-        },
+    return _combine_features(
+        [features], lambda tensors: halve(tensors[0]), lambda matrices: halve(matrices[0] * matrices[0].shape[-1])
     )
 
 
-def _concatenate_intra(singles: Sequence[IntraSimilarity]) -> IntraSimilarity:
-    from_features = [each for each in singles if isinstance(each, SelfSimilarity)]
-    if from_features:
-        features, valid = (torch.cat([getattr(each, name) for each in from_features]) for name in ("feature", "valid"))
-        return SelfSimilarity(features, valid, from_features[0].temperature)
-    matrices = [each.matrix for each in singles if isinstance(each, AttentionMatrix)]
-    return AttentionMatrix(torch.cat(matrices), singles[0].grid)
+def join_features(singles: Sequence[Features], device: torch.device) -> Features:
+    """Join the results of :func:`halve_features` to those of a batch, in float32 on a device."""
+
+    def join(tensors: Sequence[Tensor]) -> Tensor:
+        joined = torch.cat([tensor.to(device) for tensor in tensors])
+        return joined.float() if joined.is_floating_point() else joined
+
+    return _combine_features(singles, join, lambda matrices: join(matrices) / matrices[0].shape[-1])
 
 
-Value = TypeVar("Value")
+def _combine_features(
+    singles: Sequence[Features],
+    combine: Callable[[Sequence[Tensor]], Tensor],
+    combine_attention: Callable[[Sequence[Tensor]], Tensor],
+) -> Features:
+    """Combine each tensor of several features of the same grids to one."""
 
+    def combine_intra(parts: Sequence[Any]) -> IntraSimilarity:
+        if isinstance(parts[0], AttentionMatrix):
+            return AttentionMatrix(combine_attention([part.matrix for part in parts]), parts[0].grid)
+        feature, valid = (combine([getattr(part, name) for part in parts]) for name in ("feature", "valid"))
+        return SelfSimilarity(feature, valid, parts[0].temperature)
 
-def _items_by_stride(named: Mapping[str, Value], kind: str) -> Iterator[tuple[int, Value]]:
-    """Yield stride and value of the entries named "kind.stride"."""
-    for name, value in named.items():
-        if name.startswith(f"{kind}."):
-            yield int(name.removeprefix(f"{kind}.")), value
+    correspondence, valid = (
+        combine([getattr(each, name) for each in singles]) for name in ("correspondence_features", "valid")
+    )
+    strides = singles[0].scale_features, singles[0].intra_similarity
+    return Features(
+        correspondence,
+        valid,
+        {stride: combine([each.scale_features[stride] for each in singles]) for stride in strides[0]},
+        {stride: combine_intra([each.intra_similarity[stride] for each in singles]) for stride in strides[1]},
+    )
 
 
 STAGE = MatteStage

@@ -1,14 +1,16 @@
 """Mosaics of the tokens of images, of which one, several or none show the reference's object.
 
-The stages that train a token-match head use them: "match" and "objects" on stored tokens, "joint" on images that are
-made for each step.
+The stages that train a token-match head use them: "match" and "objects" on stored tokens, "end-to-end" on images that
+are made for each step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from pathlib import Path
+from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,17 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError, TrainingError, UsageError
+from icm_cli.events import TrainingListener
 from icm_cli.geometry import HALF_U8, UNKNOWN, ImageU8
 from icm_cli.model.contracts import Backbone, Features, Objects
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import resize_bilinear
+from icm_cli.model.lite.finetuning import LOSS_TERMS
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.model.similarity import ReferenceTokens, background_token_mask, foreground_token_mask
-from icm_cli.training.batches import Batch
+from icm_cli.training.batches import Batch, BatchT
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene
-from icm_cli.training.settings import LAYOUTS, MatchStageConfig
-from icm_cli.training.stages import Prediction, darken_outside, grey_to_rgb, render_layers
+from icm_cli.training.learner import Learner
+from icm_cli.training.settings import LAYOUTS, MatchStageConfig, Settings
+from icm_cli.training.stages import Prediction, Stage, darken_outside, grey_to_rgb, render_layers
 
 LARGE_FACTOR = 2
 """Side of a large view, as a multiple of a view's side."""
@@ -38,13 +43,10 @@ MAX_ATTEMPTS = 1000
 """Number of draws for one tile of a mosaic after which training ends."""
 MAX_PARTNER_DRAWS = 20
 """Number of draws for one reference after which another target is drawn."""
-Image = TypeVar("Image")
-"""An image of a mosaic: its tokens, or what they are computed from."""
 
 
-@dataclass(frozen=True)
-class View:
-    """Tokens of an image.
+class View(NamedTuple):
+    """Tokens of an image, or of N images if all tensors have a further first axis.
 
     feature: correspondence features [C,h,w]; scales: inputs of the head's decoder, from coarse to fine, [C',2h,2w],
     [C",4h,4w] ...; alpha: mean of the alpha in each cell of the decoder's output, [nh,nw]; inside, outside: tokens
@@ -59,6 +61,39 @@ class View:
     outside: Tensor
     valid: Tensor
     embedding: Tensor
+
+    @property
+    def has_object(self) -> bool:
+        """Whether the mean alpha of any cell is above one half."""
+        return bool(self.alpha.max() > 0.5)
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> View:
+        """Return the view with changed tensors."""
+        return View._make(tuple(map(change, part)) if isinstance(part, tuple) else change(part) for part in self)
+
+
+class MosaicImage(Protocol):
+    """An image of a mosaic: its tokens (:class:`View`), or what they are computed from (:class:`Scene`)."""
+
+    @property
+    def has_object(self) -> bool: ...
+
+
+Image = TypeVar("Image", bound=MosaicImage)
+ImageT_co = TypeVar("ImageT_co", bound=MosaicImage, covariant=True)
+
+
+class ImageSource(Protocol[ImageT_co]):
+    """Images of one size from which mosaics are made."""
+
+    @property
+    def pool(self) -> TrainingPool:
+        """The items that have an image."""
+        ...
+
+    def draw_image(self, item: TrainingItem, rng: np.random.Generator) -> ImageT_co | None:
+        """Draw an image of an item; None if it has none, or if it cannot be read."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -158,44 +193,51 @@ def fit_config_to_groups(config: MatchStageConfig, pool: TrainingPool) -> tuple[
     return replace(config, negative_probability=0.0, layout_weights=(1.0, 0.0, 0.0, 0.0)), notice
 
 
-def draw_layout(config: MatchStageConfig, rng: np.random.Generator) -> tuple[int, int, int]:
-    """Draw rows, columns and number of references of a batch's mosaics."""
+def draw_mosaics(
+    config: MatchStageConfig,
+    small: ImageSource[Image],
+    large: ImageSource[Image] | None,
+    count: int,
+    rng: np.random.Generator,
+) -> list[Mosaic[Image]]:
+    """Draw mosaics of the same layout and number of references. Raises TrainingError.
+
+    ``large``: images of LARGE_FACTOR times the size, for mosaics of one image and for half of the references.
+    """
     rows, columns = LAYOUTS[_draw_index(config.layout_weights, rng)]
-    return rows, columns, _draw_index(config.reference_count_weights, rng) + 1
+    reference_count = _draw_index(config.reference_count_weights, rng) + 1
+    targets = large if large is not None and rows == columns == 1 else small
+    references = large if large is not None and rng.random() < 0.5 else small
+    sampler = MosaicSampler(targets, references, config, rows, columns, reference_count, rng)
+    return [sampler.sample() for _ in range(count)]
 
 
 @dataclass(frozen=True)
 class MosaicSampler(Generic[Image]):
-    """Samples mosaics of images of ``pool``, with references of ``reference_pool``.
+    """Samples mosaics of one layout."""
 
-    ``load_target`` and ``load_reference`` return the image of an item, or None if it cannot be used.
-    """
-
-    pool: TrainingPool
-    reference_pool: TrainingPool
+    targets: ImageSource[Image]
+    references: ImageSource[Image]
     config: MatchStageConfig
-    layout: tuple[int, int, int]
-    """The result of :func:`draw_layout`."""
+    rows: int
+    columns: int
+    reference_count: int
     rng: np.random.Generator
-    load_target: Callable[[TrainingItem], Image | None]
-    load_reference: Callable[[TrainingItem], Image | None]
 
     def sample(self) -> Mosaic[Image]:
         """Sample a mosaic. Raises TrainingError if there are not enough usable images."""
-        rows, columns, reference_count = self.layout
+        tile_count = self.rows * self.columns
         for _ in range(MAX_ATTEMPTS):
             item, target = self._sample_tile()
-            sampled = [self._sample_reference(item, target) for _ in range(reference_count)]
+            sampled = [self._sample_reference(item, target) for _ in range(self.reference_count)]
             references = [each for each in sampled if each is not None]
-            if len(references) < reference_count:
+            if len(references) < self.reference_count:
                 continue
             images = [image for _, image in references]
-            positives = self._sample_positives(item, target, rows * columns, images)
-            tiles = [
-                positives[i] if i in positives else self._sample_tile(without=item)[1] for i in range(rows * columns)
-            ]
+            positives = self._sample_positives(item, target, tile_count, images)
+            tiles = [positives[i] if i in positives else self._sample_tile(without=item)[1] for i in range(tile_count)]
             name = f"{item.name} by {references[0][0].name}{'' if positives else ' (absent)'}"
-            return Mosaic(name, rows, columns, images, tiles, tuple(positives))
+            return Mosaic(name, self.rows, self.columns, images, tiles, tuple(positives))
         raise TrainingError(
             "no group has two readable views; increase train.match.views_per_group, or give more images of each object"
         )
@@ -203,9 +245,9 @@ class MosaicSampler(Generic[Image]):
     def _sample_tile(self, without: TrainingItem | None = None) -> tuple[TrainingItem, Image]:
         """Sample a usable item and its image, which does not show the object of the item ``without``."""
         for _ in range(MAX_ATTEMPTS):
-            item = self.pool.draw_item(self.rng)
+            item = self.targets.pool.draw_item(self.rng)
             is_usable = without is None or without.is_negative_for(item)
-            if is_usable and (image := self.load_target(item)) is not None:
+            if is_usable and (image := self.targets.draw_image(item, self.rng)) is not None:
                 return item, image
         if without is None:
             raise TrainingError(
@@ -216,8 +258,9 @@ class MosaicSampler(Generic[Image]):
     def _sample_reference(self, item: TrainingItem, target: Image) -> tuple[TrainingItem, Image] | None:
         """Sample a reference for ``item`` that is not the image ``target``; None if its group has no other one."""
         for _ in range(MAX_PARTNER_DRAWS):
-            partner = self.reference_pool.draw_partner(item, self.rng, self.config.same_image_probability)
-            if (image := self.load_reference(partner)) is not None and image is not target:
+            partner = self.references.pool.draw_partner(item, self.rng, self.config.same_image_probability)
+            image = self.references.draw_image(partner, self.rng)
+            if image is not None and image.has_object and image is not target:
                 return partner, image
         return None
 
@@ -234,7 +277,8 @@ class MosaicSampler(Generic[Image]):
                 tile for tile in range(tile_count) if tile not in positives and rng.random() < FURTHER_PROBABILITY
             ]
             for tile in further:
-                image = self.load_target(self.pool.draw_partner(item, rng, config.same_image_probability))
+                partner = self.targets.pool.draw_partner(item, rng, config.same_image_probability)
+                image = self.targets.draw_image(partner, rng)
                 if image is not None and not any(image is reference for reference in references):
                     positives[tile] = image
         return positives
@@ -242,38 +286,53 @@ class MosaicSampler(Generic[Image]):
 
 def collate_mosaics(mosaics: Sequence[Mosaic[View]], counters: Sequence[int]) -> MosaicBatch:
     """Stack mosaics of the same layout and number of references into a batch."""
-    rows, columns = mosaics[0].rows, mosaics[0].columns
     tiles = [
-        [
-            view if i in mosaic.positive_tiles else replace(view, alpha=torch.zeros_like(view.alpha))
-            for i, view in enumerate(mosaic.tiles)
-        ]
+        view if i in mosaic.positive_tiles else view._replace(alpha=torch.zeros_like(view.alpha))
         for mosaic in mosaics
+        for i, view in enumerate(mosaic.tiles)
     ]
+    references = [view for mosaic in mosaics for view in mosaic.references]
+    names = [mosaic.name for mosaic in mosaics]
+    return join_tiles(
+        names, counters, mosaics[0].rows, mosaics[0].columns, _stack_views(tiles), _stack_views(references)
+    )
 
-    def stack_tiles(name: str, level: int | None = None) -> Tensor:
-        layers = [[getattr(view, name) for view in views] for views in tiles]
-        if level is not None:
-            layers = [[layer[level] for layer in each] for each in layers]
-        return torch.stack([lay_out_tiles(each, rows, columns) for each in layers])
 
-    def stack_references(name: str) -> Tensor:
-        return torch.stack([torch.stack([getattr(view, name) for view in mosaic.references]) for mosaic in mosaics])
+def join_tiles(
+    names: Sequence[str], counters: Sequence[int], rows: int, columns: int, tiles: View, references: View
+) -> MosaicBatch:
+    """Join B * T tiles, of T = ``rows`` * ``columns`` in each mosaic, and B * R references to a batch of mosaics."""
 
+    def lay_out(tensor: Tensor) -> Tensor:
+        grid = tensor.reshape(len(names), rows, columns, *tensor.shape[1:])
+        return grid.movedim((1, 2), (-4, -2)).flatten(-4, -3).flatten(-2)  # from [B,...,rows,h,columns,w]
+
+    mosaics = tiles.map_tensors(lay_out)
+    references = references.map_tensors(
+        lambda tensor: tensor.reshape(len(names), len(tensor) // len(names), *tensor.shape[1:])
+    )
     return MosaicBatch(
-        names=tuple(mosaic.name for mosaic in mosaics),
+        names=tuple(names),
         counters=tuple(counters),
         skipped=(),
         rows=rows,
         columns=columns,
-        feature=stack_tiles("feature"),
-        scales=tuple(stack_tiles("scales", level) for level in range(len(mosaics[0].references[0].scales))),
-        alpha=stack_tiles("alpha").float(),
-        valid=stack_tiles("valid"),
-        reference_feature=stack_references("feature"),
-        inside=stack_references("inside"),
-        outside=stack_references("outside"),
-        embedding=stack_tiles("embedding"),
+        feature=mosaics.feature,
+        scales=mosaics.scales,
+        alpha=mosaics.alpha.float(),
+        valid=mosaics.valid,
+        reference_feature=references.feature,
+        inside=references.inside,
+        outside=references.outside,
+        embedding=mosaics.embedding,
+    )
+
+
+def _stack_views(views: Sequence[View]) -> View:
+    """Stack the views of N images to one with tensors [N,...]."""
+    return View._make(
+        tuple(map(torch.stack, zip(*parts, strict=True))) if isinstance(parts[0], tuple) else torch.stack(parts)
+        for parts in zip(*views, strict=True)
     )
 
 
@@ -308,7 +367,7 @@ def render_mosaics(alpha: Tensor, prediction: Prediction) -> ImageU8:
     return render_layers(layers)
 
 
-def render_preview(mosaic: Mosaic[Scene]) -> list[ImageU8]:
+def _render_preview(mosaic: Mosaic[Scene]) -> list[ImageU8]:
     """Return images of the references, the mosaic, and its true alpha, uint8 [h,w,3] each.
 
     References are dark outside their masks. Several references are arranged in two columns.
@@ -326,38 +385,61 @@ def render_preview(mosaic: Mosaic[Scene]) -> list[ImageU8]:
     ]
 
 
-def encode_views(
-    backbone: Backbone,
-    head: TokenMatchHead,
-    image: Tensor,
-    alpha: Tensor,
-    valid: Tensor,
-    objects: Objects | None = None,
-) -> Iterator[View]:
-    """Yield the tokens of images: image [N,3,S,S] sRGB 0..1, alpha float32 [N,1,S,S] 0..1, valid bool [N,S,S]."""
+def stack_scenes(scenes: Sequence[Scene]) -> list[Tensor]:
+    """Return the layers of N scenes: rgb uint8 [N,S,S,3], alpha uint8 [N,S,S] and valid bool [N,S,S]."""
+    return [
+        torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes])) for name in ("rgb", "alpha", "valid")
+    ]
+
+
+def encode_scenes(
+    backbone: Backbone, head: TokenMatchHead, layers: Sequence[Tensor], objects: Objects | None = None
+) -> View:
+    """Encode the layers of N scenes, see :func:`stack_scenes`, to their tokens."""
+    rgb, alpha_u8, valid = layers
+    image, alpha = rgb.permute(0, 3, 1, 2).float() / 255.0, alpha_u8[:, None].float() / 255.0
     features = backbone.target_features(image, valid, [""] * len(image))
     stride = image.shape[-1] // features.correspondence_features.shape[-1]
-    mean_alpha = F.avg_pool2d(alpha, stride >> len(head.config.decoder_channels))[:, 0]
-    scales = [features.scale_features[stride >> level + 1] for level in range(len(head.config.skip_channels))]
-    guidance = (alpha > 0.5).float()
-    embeddings = None if objects is None else objects.embedding(image)
-    for i in range(len(image)):
-        index = slice(i, i + 1)
-        yield View(
-            features.correspondence_features[i],
-            tuple(scale[i] for scale in scales),
-            mean_alpha[i],
-            foreground_token_mask(guidance[index], valid[index], stride)[0][0],
-            background_token_mask(guidance[index], valid[index], stride)[0],
-            features.valid[i],
-            image.new_zeros(0, 0, 0) if embeddings is None else embeddings[i],
-        )
+    guidance = [((layer > 0.5).float()[None], mask[None], stride) for layer, mask in zip(alpha, valid, strict=True)]
+    return View(
+        features.correspondence_features,
+        tuple(features.scale_features[stride >> level + 1] for level in range(len(head.config.skip_channels))),
+        F.avg_pool2d(alpha, stride >> len(head.config.decoder_channels))[:, 0],
+        torch.cat([foreground_token_mask(*each)[0] for each in guidance]),
+        torch.cat([background_token_mask(*each) for each in guidance]),
+        features.valid,
+        image.new_zeros(len(image), 0, 0, 0) if objects is None else objects.embedding(image),
+    )
 
 
-def lay_out_tiles(tiles: Sequence[Tensor], rows: int, columns: int) -> Tensor:
-    """Concatenate tiles, [...,h,w] row by row, to one tensor [...,H,W]."""
-    lines = [torch.cat(list(tiles[row * columns : (row + 1) * columns]), dim=-1) for row in range(rows)]
-    return torch.cat(lines, dim=-2)
+class MosaicStage(Stage[BatchT]):
+    """A stage whose samples are mosaics. Its preview shows their images."""
+
+    loss_names: ClassVar[tuple[str, ...]] = LOSS_TERMS
+
+    def __init__(self, settings: Settings, pool: TrainingPool) -> None:
+        super().__init__(settings, pool)
+        self._config, self._notice = fit_config_to_groups(settings.train.match, pool)
+        self._previews: dict[int, list[Mosaic[Scene]]] = {}
+        """The mosaics of the last batch of the preview, by the number of its first sample."""
+
+    def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
+        del folder, first_step
+        if self._notice and learner.is_main:
+            listener.on_notice(self._notice)
+
+    @abstractmethod
+    def draw_scenes(self, counters: Sequence[int]) -> list[Mosaic[Scene]]:
+        """Draw the mosaics of a batch, with images instead of tokens."""
+
+    def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
+        """Return the references, the mosaic and its true alpha of a sample of the training."""
+        size = self.settings.train.micro_batch_size or self.settings.train.batch_size
+        first = counter - counter % size
+        if first not in self._previews:
+            self._previews = {first: self.draw_scenes(range(first, first + size))}
+        mosaic = self._previews[first][counter - first]
+        return mosaic.name, _render_preview(mosaic)
 
 
 def _draw_index(weights: Sequence[float], rng: np.random.Generator) -> int:

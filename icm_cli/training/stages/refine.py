@@ -7,7 +7,7 @@ weight. Coarse alphas are degraded true ones, like those that a first stage or a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import Float, ImageU8, alpha_to_u8
 from icm_cli.model.core import InContextMatting
-from icm_cli.training.batches import Batch, Sample, SampleDataset, StepSampler, load_batches
+from icm_cli.training.batches import Batch, Sample, SampleMaker
 from icm_cli.training.data.augment import Rng
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene, SceneMaker
@@ -72,20 +72,22 @@ class EdgeBatch(Batch):
     weight: Tensor
 
 
-class EdgeMaker(SampleDataset[EdgeSample]):
+class EdgeMaker(SampleMaker[EdgeSample, EdgeBatch]):
     """Makes crops of scenes, with degraded coarse alphas."""
+
+    batch_class = EdgeBatch
 
     def __init__(self, pool: TrainingPool, config: TrainConfig) -> None:
         super().__init__(config.seed)
         self.pool = pool
         self.config = config.refine
-        self._scene_maker = SceneMaker(config.canvas_px, config.augment)
+        self._scenes = SceneMaker(pool, config)
 
     def draw_sample(self, counter: int, rng: np.random.Generator) -> EdgeSample:
         """Draw a scene and a coarse alpha, and crop both."""
         config, item = self.config, self.pool.draw_item(rng)
         scene, has_exact_alpha = self._make_scene(item, rng)
-        scene = self._scene_maker.augment_colours(scene, rng)
+        scene = self._scenes.augment_colours(scene, rng)
         truth = scene.alpha.astype(np.float32) / 255.0
         if scene.coarse is not None and rng.random() < config.predicted_probability:
             coarse = scene.coarse.astype(np.float32) / 255.0
@@ -106,18 +108,17 @@ class EdgeMaker(SampleDataset[EdgeSample]):
         wants_photograph = rng.random() < self.config.photograph_probability
         backgrounds = self.pool.backgrounds
         if item.is_binary or (wants_photograph and not item.is_foreground) or not (backgrounds or item.is_foreground):
-            return self._scene_maker.make_photograph(item, rng), False
+            return self._scenes.make_photograph(item, rng), False
         background_items = [
             background_item
             for background_item in (self.pool.draw_item(rng) for _ in range(8))
             if not background_item.is_foreground
         ]
         if background_items and (rng.random() < PHOTOGRAPH_BACKGROUND_PROBABILITY or not backgrounds):
-            behind = self._scene_maker.make_photograph(background_items[0], rng)
-            behind = Scene(behind.rgb, np.zeros_like(behind.alpha), np.ones_like(behind.valid))
+            behind = self._scenes.make_photograph(background_items[0], rng)
         else:
-            behind = self._scene_maker.make_background(backgrounds[rng.integers(len(backgrounds))], rng)
-        return self._scene_maker.make_composite(item, behind, rng), True
+            behind = self._scenes.make_background(self.pool.draw_background(rng), rng)
+        return self._scenes.make_composite(item, behind.rgb, rng), True
 
 
 class RefineStage(Stage[EdgeBatch]):
@@ -128,7 +129,7 @@ class RefineStage(Stage[EdgeBatch]):
 
     def __init__(self, settings: Settings, pool: TrainingPool) -> None:
         super().__init__(settings, pool)
-        self.maker = EdgeMaker(pool, settings.train)
+        self.maker: EdgeMaker = EdgeMaker(pool, settings.train)
 
     def select_module(self, model: InContextMatting) -> nn.Module:
         if model.edges is None or not model.edges.is_trained:
@@ -136,9 +137,6 @@ class RefineStage(Stage[EdgeBatch]):
                 "train: stage is refine, but the model has no edges to train; expected 'edges: {name: refine}'"
             )
         return model.edges
-
-    def make_batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[EdgeBatch]:
-        return load_batches(self.maker, sampler, EdgeBatch, workers=workers, pin=pin)
 
     def predict(self, forward: nn.Module, batch: EdgeBatch) -> Prediction:
         """Predict the logit of the alpha, float32 [B,n,S,S]."""

@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias
 
 import numpy as np
 import torch
@@ -27,20 +27,18 @@ from icm_cli.events import TrainingListener
 from icm_cli.files import atomic_write, combined_digest
 from icm_cli.model.contracts import Objects
 from icm_cli.model.lite.head import TokenMatchHead
-from icm_cli.training.batches import initialise_worker
+from icm_cli.training.batches import worker_options
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
-from icm_cli.training.data.samples import SampleMaker
-from icm_cli.training.data.scenes import Scene
+from icm_cli.training.data.scenes import Scene, SceneMaker
 from icm_cli.training.learner import Learner
 from icm_cli.training.run_folder import DataRecord
 from icm_cli.training.settings import MatchStageConfig, Settings
-from icm_cli.training.stages.mosaics import LARGE_FACTOR, View, encode_views
+from icm_cli.training.stages.mosaics import LARGE_FACTOR, Image, View, encode_scenes, stack_scenes
 
 TOKENS_FOLDER = "tokens"
 """Folder of the tokens in a run's folder."""
 VIEWS_PER_FILE = 64
 """Largest number of views in a file; files of large views contain fewer, as these have more tokens."""
-AnyView = TypeVar("AnyView")
 Views: TypeAlias = list[View | None]
 """The views of a file; None for an image that cannot be read."""
 
@@ -120,24 +118,24 @@ class ViewPlan:
         ]
 
 
-class ViewSet(Generic[AnyView]):
-    """The views of one size, by item, and the pool of the items that have views."""
+class ViewSet(Generic[Image]):
+    """The views of one size by item, each as the argument with which ``load`` returns its image."""
 
-    def __init__(self, pool: TrainingPool, files: Mapping[ViewFile, Sequence[AnyView | None]]) -> None:
-        self._views: dict[TrainingItem, list[AnyView]] = {}
+    def __init__(
+        self, pool: TrainingPool, files: Mapping[ViewFile, Sequence[Any]], load: Callable[[Any], Image | None]
+    ) -> None:
+        self._views: dict[TrainingItem, list[Any]] = {}
         for file, views in files.items():
             for item, view in zip(file.items, views, strict=True):
                 if view is not None:
                     self._views.setdefault(item, []).append(view)
+        self._load = load
         self.pool = pool.restrict_to(self._views)
 
-    def __bool__(self) -> bool:
-        return bool(self._views)
-
-    def draw_view(self, item: TrainingItem, rng: np.random.Generator) -> AnyView | None:
-        """Draw one of an item's views; None if it has none."""
+    def draw_image(self, item: TrainingItem, rng: np.random.Generator) -> Image | None:
+        """Draw the image of one of an item's views; None if it has none, or if it cannot be read."""
         views = self._views.get(item)
-        return views[int(rng.integers(len(views)))] if views else None
+        return self._load(views[int(rng.integers(len(views)))]) if views else None
 
 
 class SceneDataset(Dataset["Scene | str"]):
@@ -145,8 +143,7 @@ class SceneDataset(Dataset["Scene | str"]):
 
     def __init__(self, pool: TrainingPool, settings: Settings, files: Sequence[ViewFile]) -> None:
         train = settings.train
-        large = replace(train, canvas_px=LARGE_FACTOR * train.canvas_px)
-        self._makers = SampleMaker(pool, train), SampleMaker(pool, large)
+        self._makers = SceneMaker(pool, train), SceneMaker(pool, train, LARGE_FACTOR * train.canvas_px)
         self._seed = train.seed
         self._files = files
 
@@ -224,10 +221,8 @@ class ViewEncoder:
             SceneDataset(self._pool, self._settings, files),
             batch_sampler=batches,
             collate_fn=list,
-            num_workers=workers,
-            worker_init_fn=initialise_worker if workers else None,
-            multiprocessing_context="spawn" if workers else None,
             generator=torch.Generator(),  # leaves the default generator to the model
+            **worker_options(workers),
         )
         for numbers, scenes in zip(batches, loader, strict=True):
             for scene in scenes:
@@ -245,13 +240,13 @@ class ViewEncoder:
             return None
         if stored["digest"] != self._file_digest(file):
             return None
-        return [View(*view) if view else None for view in stored["views"]]
+        return [None if view is None else View(*view) for view in stored["views"]]
 
     def _store_file(self, file: ViewFile, views: Views) -> Views:
         """Write views to the run's folder, and return them memory-mapped, so that the system can free the memory."""
         if not self._learner.is_main:
             return views
-        tensors = [tuple(getattr(view, each.name) for each in fields(View)) if view else None for view in views]
+        tensors = [None if view is None else tuple(view) for view in views]
         with atomic_write(self._folder / file.name) as output:
             torch.save({"digest": self._file_digest(file), "views": tensors}, output)
         return self._load_file(file) or views
@@ -290,17 +285,13 @@ def _copy_objects_for_inference(learner: Learner) -> Objects | None:
 @torch.no_grad()
 def _encode_scenes(learner: Learner, scenes: Sequence[Scene], objects: Objects | None) -> Iterator[View]:
     """Yield the views of scenes, in half precision on the CPU."""
-    rgb, alpha, valid = (
-        torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes])).to(learner.device.torch_device)
-        for name in ("rgb", "alpha", "valid")
-    )
-    image, alpha = rgb.permute(0, 3, 1, 2).float() / 255.0, alpha[:, None].float() / 255.0
     head = learner.model.head
     assert isinstance(head, TokenMatchHead)
 
     def store(tensor: Tensor) -> Tensor:
         return (tensor.half() if tensor.is_floating_point() else tensor).cpu()
 
-    for view in encode_views(learner.model.backbone, head, image, alpha, valid, objects):
-        layers = {each.name: store(getattr(view, each.name)) for each in fields(View) if each.name != "scales"}
-        yield View(**layers, scales=tuple(store(scale) for scale in view.scales))
+    layers = [layer.to(learner.device.torch_device) for layer in stack_scenes(scenes)]
+    views = encode_scenes(learner.model.backbone, head, layers, objects).map_tensors(store)
+    for i in range(len(scenes)):
+        yield views.map_tensors(lambda tensor: tensor[i].clone())  # noqa: B023 (called at once)

@@ -1,9 +1,10 @@
-"""Measure the speed of the stage "joint" on a device, relative to the speed of a matrix product in the same run.
+"""Measure the speed of the stage "end-to-end" on a device, relative to the speed of a matrix product in the same run.
 
-    python tests/benchmarks/bench_joint.py data.yaml --start lite.safetensors --device cuda --seconds 60
+    python tests/benchmarks/bench_end_to_end.py data.yaml --start lite.safetensors --device cuda --seconds 60
 
-prints the seconds for the images of a batch and for a step, steps and mosaics per second, the floating-point operations
-of a step (torch's counter, forward and backward), and the speed relative to a product of two large bfloat16 matrices.
+prints the seconds of waiting for the images of a batch and of a step, steps and mosaics per second, the floating-point
+operations of a step (torch's counter, forward and backward), and the speed relative to a product of two large bfloat16
+matrices.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from icm_cli.training.learner import Learner
 from icm_cli.training.settings import read_settings
 from icm_cli.training.stages import make_stage
 
-RECIPE = Path(__file__).parents[2] / "configs" / "train" / "lite-joint.yaml"
+RECIPE = Path(__file__).parents[2] / "configs" / "train" / "lite-end-to-end.yaml"
 WARM_UP_STEPS = 8
 
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, required=True)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--set", action="append", default=[])
     given = parser.parse_args()
     settings = read_settings(RECIPE, given.data, given.set)
@@ -43,13 +45,11 @@ def main() -> None:
         weights=None,
         device=given.device,
         offline=True,
-        workers=0,
+        workers=given.workers,
     )
     device = learner.device.torch_device
-    began = time.perf_counter()
     stage.prepare(learner, Path(), 0, TrainingListener())
-    print(f"{len(stage.pool)} images on {learner.device.description} in {time.perf_counter() - began:.1f} s")
-    batches = stage.make_batches(learner.make_sampler(0), workers=0, pin=False)
+    batches = stage.make_batches(learner.make_sampler(0), workers=given.workers, pin=False)
 
     def synchronise() -> float:
         if device.type == "cuda":
@@ -80,7 +80,7 @@ def main() -> None:
     seconds = (synchronise() - began) / steps
     limit = measure_product_speed(device)
     size = settings.train.batch_size
-    print(f"{seconds:.4f} s per step, including {making / steps:.4f} s for its images")
+    print(f"{seconds:.4f} s per step, including {making / steps:.4f} s of waiting for its images")
     print(f"{1 / seconds:.2f} steps/s, {size / seconds:.1f} mosaics/s; peak {learner.device.peak_memory_bytes()} bytes")
     print(
         f"{operations / 1e12:.3f} TFLOP per step: {operations / seconds / 1e12:.2f} TFLOP/s, "

@@ -1,0 +1,156 @@
+"""The stage "end-to-end": train token-match head and backbone on mosaics. Experimental: never measured on a GPU.
+
+The mosaics are those of the stage "match", but every image is made and encoded for its step, so that no view is seen
+twice and gradients reach the backbone. That needs a GPU, and worker processes that make the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from icm_cli.errors import ImageError
+from icm_cli.geometry import ImageU8
+from icm_cli.model.contracts import Backbone
+from icm_cli.model.core import InContextMatting
+from icm_cli.model.lite.finetuning import match_losses
+from icm_cli.model.lite.head import TokenMatchHead
+from icm_cli.training.batches import Batch, BatchMaker
+from icm_cli.training.data.pool import TrainingItem, TrainingPool
+from icm_cli.training.data.scenes import Scene, SceneMaker
+from icm_cli.training.learner import Learner
+from icm_cli.training.settings import MatchStageConfig, Settings, TrainConfig
+from icm_cli.training.stages import PANEL_ROWS, Prediction
+from icm_cli.training.stages.mosaics import (
+    LARGE_FACTOR,
+    Mosaic,
+    MosaicStage,
+    TokenMatcher,
+    draw_mosaics,
+    encode_scenes,
+    join_tiles,
+    render_mosaics,
+    require_token_match_head,
+    stack_scenes,
+)
+
+
+@dataclass(frozen=True)
+class SceneBatch(Batch):
+    """Images of B mosaics of ``rows`` times ``columns`` = T tiles, with R references each.
+
+    tiles: rgb uint8 [B,T,S,S,3], alpha uint8 and valid bool [B,T,S,S]; the alpha is 0 in tiles without the object.
+    references: the same layers, [B,R,S',S',...].
+    """
+
+    rows: int
+    columns: int
+    tiles: tuple[Tensor, ...]
+    references: tuple[Tensor, ...]
+
+
+class SceneMosaicMaker(BatchMaker[SceneBatch]):
+    """Makes mosaics of new scenes."""
+
+    def __init__(self, pool: TrainingPool, train: TrainConfig, config: MatchStageConfig) -> None:
+        self._seed = train.seed
+        self._config = config
+        self._small = SceneMaker(pool, train)
+        self._large = SceneMaker(pool, train, LARGE_FACTOR * train.canvas_px) if config.large_views_per_group else None
+
+    def draw_mosaics(self, counters: Sequence[int]) -> tuple[list[Mosaic[Scene]], list[str]]:
+        """Draw the mosaics of a batch; also return why images could not be read. Raises TrainingError."""
+        rng, skipped = np.random.default_rng((self._seed, 1, counters[0])), list[str]()
+        large = None if self._large is None else _SceneSource(self._large, skipped)
+        return draw_mosaics(self._config, _SceneSource(self._small, skipped), large, len(counters), rng), skipped
+
+    def make_batch(self, counters: Sequence[int]) -> SceneBatch:
+        mosaics, skipped = self.draw_mosaics(counters)
+        tiles = [
+            scene if i in mosaic.positive_tiles else replace(scene, alpha=np.zeros_like(scene.alpha))
+            for mosaic in mosaics
+            for i, scene in enumerate(mosaic.tiles)
+        ]
+        references = [scene for mosaic in mosaics for scene in mosaic.references]
+        return SceneBatch(
+            tuple(mosaic.name for mosaic in mosaics),
+            tuple(counters),
+            tuple(skipped),
+            mosaics[0].rows,
+            mosaics[0].columns,
+            *(
+                tuple(layer.reshape(len(mosaics), -1, *layer.shape[1:]) for layer in stack_scenes(scenes))
+                for scenes in (tiles, references)
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class _SceneSource:
+    """Makes a new scene whenever an image of a mosaic is drawn, and notes which images cannot be read."""
+
+    maker: SceneMaker
+    skipped: list[str]
+
+    @property
+    def pool(self) -> TrainingPool:
+        return self.maker.pool
+
+    def draw_image(self, item: TrainingItem, rng: np.random.Generator) -> Scene | None:
+        try:
+            return self.maker.make_view(item, rng)
+        except ImageError as error:
+            self.skipped.append(str(error))
+            return None
+
+
+class EndToEndMatcher(nn.Module):
+    """Runs backbone and token-match head on images; see :class:`TokenMatcher`."""
+
+    def __init__(self, backbone: Backbone, head: TokenMatchHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, batch: SceneBatch) -> Prediction:
+        """Return the outputs of :class:`TokenMatcher`, the true alphas [B,nH,nW], and the valid tokens [B,H,W]."""
+        tiles, references = (
+            encode_scenes(self.backbone, self.head, [layer.flatten(0, 1) for layer in layers])
+            for layers in (batch.tiles, batch.references)
+        )
+        tokens = join_tiles(batch.names, batch.counters, batch.rows, batch.columns, tiles, references)
+        return (*TokenMatcher(self.head)(tokens), tokens.alpha, tokens.valid)
+
+
+class EndToEndStage(MosaicStage[SceneBatch]):
+    """Predicts on mosaics of images where the reference's object is."""
+
+    trainable_parts = ("head", "backbone")
+
+    def __init__(self, settings: Settings, pool: TrainingPool) -> None:
+        super().__init__(settings, pool)
+        self.maker: SceneMosaicMaker = SceneMosaicMaker(pool, settings.train, self._config)
+
+    def select_module(self, model: InContextMatting) -> nn.Module:
+        return EndToEndMatcher(model.backbone, require_token_match_head(model, "end-to-end"))
+
+    def draw_scenes(self, counters: Sequence[int]) -> list[Mosaic[Scene]]:
+        return self.maker.draw_mosaics(counters)[0]
+
+    def compute_losses(self, prediction: Prediction, batch: SceneBatch) -> dict[str, Tensor]:
+        del batch
+        *outputs, truth, valid = prediction
+        return match_losses(outputs, truth, valid, self._config.presence_weight)
+
+    @torch.no_grad()
+    def render_panel(self, learner: Learner, batch: SceneBatch) -> ImageU8:
+        """Show for each mosaic: true alpha, predicted alpha, and the combined similarity map."""
+        *outputs, truth, _ = self.predict(self.select_module(learner.model), batch.first_samples(PANEL_ROWS))
+        return render_mosaics(truth, tuple(outputs))
+
+
+STAGE = EndToEndStage
