@@ -106,7 +106,7 @@ def test_moving_object_is_learned(head: TokenMatchHead) -> None:
 def test_backbone_processes_every_view_once(head: TokenMatchHead) -> None:
     backbone = Colours()
     head.learn_references(backbone, [scene(), scene(8)], 3)  # type: ignore[arg-type]
-    assert FINETUNING.views + 2 < backbone.seen <= FINETUNING.views + FINETUNING.absent_views + 2
+    assert FINETUNING.views + 2 < backbone.seen <= FINETUNING.views + FINETUNING.negative_views + 2
 
 
 def test_same_references_give_the_same_head(head: TokenMatchHead) -> None:

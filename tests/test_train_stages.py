@@ -599,3 +599,6 @@ class TestEndToEnd:
         done = train(config, tmp_path / "parts", "--resume", "--set", "train.steps=4")
         assert done.exit_code == 0, done.output
         assert same_weights(*(tmp_path / each / "last.safetensors" for each in ("parts", "whole")))
+        changed = train(config, tmp_path / "parts", "--resume", "--set", "train.match.presence_weight=1")
+        assert changed.exit_code == 2
+        assert "train.match.presence_weight: 0.3 -> 1" in changed.stderr

@@ -148,7 +148,9 @@ class InContextMatting(nn.Module):
     def forward(self, pairs: Pairs, features: PairFeatures | None = None) -> Matte:
         """Matte each target with its reference; gradients are kept. Without ``features``, they are extracted."""
         features = features or self.extract_features(pairs)
-        matte: Matte = self.head(features.target, self.prepare_pairs(pairs, features), pairs.image, pairs.valid)
+        matte: Matte = self.head(
+            features.target, self.prepare_pair_references(pairs, features), pairs.image, pairs.valid
+        )
         return matte
 
     def extract_features(self, pairs: Pairs) -> PairFeatures:
@@ -158,7 +160,7 @@ class InContextMatting(nn.Module):
             self.backbone.reference_features(pairs.reference_image, pairs.reference_valid, pairs.reference_noise_keys),
         )
 
-    def prepare_pairs(self, pairs: Pairs, features: PairFeatures) -> list[PreparedReferences]:
+    def prepare_pair_references(self, pairs: Pairs, features: PairFeatures) -> list[PreparedReferences]:
         """Prepare the reference of each pair for the head."""
         return [
             self.head.prepare_references(

@@ -44,10 +44,10 @@ class FinetuningConfig:
 
     views: int = 16
     """Number of augmented views that contain the object, in addition to the references."""
-    absent_views: int = 4
-    """Number of views of the surroundings that do not contain the object."""
-    absent_fraction: float = 0.15
-    """Fraction of the steps whose target is a view without the object."""
+    negative_views: int = 4
+    """Number of negatives: enlarged crops of the references that do not contain the object."""
+    negative_fraction: float = 0.15
+    """Fraction of the steps whose target is a negative."""
     original_fraction: float = 0.7
     """Fraction of the steps whose reference is an original reference instead of a view."""
     rate: float = 3e-4
@@ -62,18 +62,18 @@ class FinetuningConfig:
     max_shear: float = 0.15
     border: float = 0.25
     """Smallest distance of the object's centre from the borders of a view, as a fraction of its sides."""
-    max_absent_log_scale: float = 0.7
-    """Largest logarithm of the scale of views without the object."""
+    negative_max_log_scale: float = 0.7
+    """Largest logarithm of the scale of a negative."""
     max_gain: float = 0.2
     """Largest relative change of brightness, of each channel and of the image."""
     max_offset: float = 0.06
     """Largest value that is added to all channels, on the scale 0..1."""
-    attempts: int = 100
-    """Number of random crops that are tried for a view without the object."""
-    max_absent_guidance: float = 0.25
-    """Largest guidance in a view without the object."""
-    preview_px: int = 16
-    """Sampling distance, in px, of the first check whether a crop contains the object."""
+    negative_attempts: int = 100
+    """Number of random crops that are tried for a negative."""
+    negative_max_guidance: float = 0.25
+    """Largest guidance in a negative."""
+    negative_check_px: int = 16
+    """Distance, in px, of the samples of the guidance in the first check of a crop. The second uses all pixels."""
     seed: int = 0
 
 
@@ -130,7 +130,7 @@ class FinetunableHead(TrainedHead, ABC):
 
         On a CPU, the same references give the same weights if the number of threads is the same.
         """
-        rng = np.random.default_rng(FINETUNING.seed)
+        rng, config = np.random.default_rng(FINETUNING.seed), FINETUNING
         with torch.no_grad():
             scenes = [
                 _Scene(image, guidance, ((guidance - 0.5).abs() > 0.25).float(), valid)
@@ -138,14 +138,14 @@ class FinetunableHead(TrainedHead, ABC):
             ]
             originals = [_extract_view(backbone, self, scene) for scene in scenes]
             views = []
-            for i in range(FINETUNING.views):
+            for i in range(config.views):
                 views.append(_extract_view(backbone, self, _augment_scene(scenes[i % len(scenes)], rng)))
-                on_progress(0.5 * (i + 1) / FINETUNING.views)
-            crops = [_crop_without_object(scenes[i % len(scenes)], rng) for i in range(FINETUNING.absent_views)]
-            absent = [_extract_view(backbone, self, crop) for crop in crops if crop is not None]
+                on_progress(0.5 * (i + 1) / config.views)
+            crops = [_crop_negative(scenes[i % len(scenes)], rng) for i in range(config.negative_views)]
+            negatives = [_extract_view(backbone, self, crop) for crop in crops if crop is not None]
         student = copy.deepcopy(self).float().eval()
         with torch.enable_grad():
-            _train_head(student, originals, views, absent, steps, rng, on_progress)
+            _train_head(student, originals, views, negatives, steps, rng, on_progress)
         dtypes = {name: tensor.dtype for name, tensor in self.state_dict(keep_vars=True).items()}
         for name, tensor in student.state_dict(keep_vars=True).items():
             tensor.requires_grad_(False)
@@ -195,42 +195,46 @@ def _mean_cross_entropy(logit: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     return (cross_entropy * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))
 
 
-@dataclass(frozen=True)
-class _Scene:
-    """A reference or an augmented view of one, on the canvas."""
+class _Scene(NamedTuple):
+    """A reference or an augmented view of one, on the canvas.
+
+    image: float32 sRGB [1,3,H,W] in 0..1; guidance: float32 [1,1,H,W] in 0..1; known: float32 [1,1,H,W], 0 where the
+    guidance is unknown, else 1; valid: bool [1,H,W].
+    """
 
     image: Tensor
-    """float32 sRGB [1,3,H,W] in 0..1."""
     guidance: Tensor
-    """float32 [1,1,H,W] in 0..1."""
     known: Tensor
-    """float32 [1,1,H,W], 0 where the guidance is unknown, else 1."""
     valid: Tensor
-    """bool [1,H,W]."""
+
+    @property
+    def frame_size(self) -> np.ndarray:
+        """Width and height of the frame on its canvas, in px."""
+        valid = self.valid[0]
+        return np.array([float(valid[0].sum()), float(valid[:, 0].sum())])
 
 
-@dataclass(frozen=True)
-class _View:
-    """Features and labels of a scene, for its use as a reference or as a target. All are batches of one."""
+class _View(NamedTuple):
+    """Features and labels of a scene, for its use as a reference or as a target. All are batches of one.
+
+    Of a reference, inside, outside: tokens inside and outside the guidance, bool [1,h,w]. Of a target, alpha: alpha at
+    the resolution of the decoder, float32 [1,nh,nw] in 0..1; known: tokens whose alpha is known, bool [1,h,w]; image:
+    float32 [1,3,H,W] if the decoder uses the image.
+    """
 
     features: Features
     inside: Tensor
-    """Of a reference: tokens inside the guidance, bool [1,h,w]."""
     outside: Tensor
-    """Of a reference: tokens outside the guidance, bool [1,h,w]."""
     alpha: Tensor
-    """Of a target: alpha at the resolution of the decoder, float32 [1,nh,nw] in 0..1."""
     known: Tensor
-    """Of a target: tokens whose alpha is known, bool [1,h,w]."""
     image: Tensor | None
-    """float32 [1,3,H,W] if the decoder uses the image."""
 
 
 def _train_head(
     head: FinetunableHead,
     originals: Sequence[_View],
     views: Sequence[_View],
-    absent: Sequence[_View],
+    negatives: Sequence[_View],
     steps: int,
     rng: np.random.Generator,
     on_progress: Callable[[float], None],
@@ -246,8 +250,8 @@ def _train_head(
         for group in optimiser.param_groups:
             group["lr"] = FINETUNING.rate * warmup * 0.5 * (1.0 + math.cos(math.pi * step / steps))
         reference = _draw_view(originals if rng.random() < FINETUNING.original_fraction else views, rng)
-        use_absent = absent and rng.random() < FINETUNING.absent_fraction
-        target = _draw_view(absent if use_absent else [*originals, *views], rng)
+        is_negative = negatives and rng.random() < FINETUNING.negative_fraction
+        target = _draw_view(negatives if is_negative else [*originals, *views], rng)
         tokens = head.project_tokens(reference.features.correspondence_features)
         prepared = ReferenceTokens(tokens[reference.inside.flatten(1)], tokens[reference.outside.flatten(1)])
         prediction = head.predict_match(target.features, [prepared], target.image)
@@ -283,75 +287,71 @@ def _extract_view(backbone: Backbone, head: FinetunableHead, scene: _Scene) -> _
 def _augment_scene(scene: _Scene, rng: np.random.Generator) -> _Scene:
     """Return a randomly transformed and recoloured view, mirrored beyond its borders."""
     scale = math.exp(rng.uniform(-FINETUNING.max_log_scale, FINETUNING.max_log_scale))
-    target = _frame_size(scene) * rng.uniform(FINETUNING.border, 1.0 - FINETUNING.border, 2)
+    target = scene.frame_size * rng.uniform(FINETUNING.border, 1.0 - FINETUNING.border, 2)
     rows, columns = torch.nonzero(scene.guidance[0, 0] > 0.75, as_tuple=True)
     centre = np.array([float(columns.float().mean()), float(rows.float().mean())])
-    return _Change.draw(scale, centre, target, rng).apply(scene)
+    return _Augmentation.draw_random(scale, centre, target, rng).apply(scene)
 
 
-def _crop_without_object(scene: _Scene, rng: np.random.Generator) -> _Scene | None:
+def _crop_negative(scene: _Scene, rng: np.random.Generator) -> _Scene | None:
     """Return a random enlarged crop that does not contain the object; None if none is found."""
-    size = _frame_size(scene)
-    for _ in range(FINETUNING.attempts):
-        scale = math.exp(rng.uniform(0.0, FINETUNING.max_absent_log_scale))
-        change = _Change.draw(scale, size * rng.uniform(0.0, 1.0, 2), size / 2, rng)
-        if float(change.sample(scene, [scene.guidance], FINETUNING.preview_px).max()) < FINETUNING.max_absent_guidance:
-            crop = change.apply(scene)
-            if float(crop.guidance.max()) < FINETUNING.max_absent_guidance:
+    size = scene.frame_size
+    for _ in range(FINETUNING.negative_attempts):
+        scale = math.exp(rng.uniform(0.0, FINETUNING.negative_max_log_scale))
+        augmentation = _Augmentation.draw_random(scale, size * rng.uniform(0.0, 1.0, 2), size / 2, rng)
+        guidance = augmentation.sample(scene, scene.guidance, FINETUNING.negative_check_px)
+        if float(guidance.max()) < FINETUNING.negative_max_guidance:
+            crop = augmentation.apply(scene)
+            if float(crop.guidance.max()) < FINETUNING.negative_max_guidance:
                 return crop
     return None
 
 
-@dataclass(frozen=True)
-class _Change:
-    """A geometric and a colour transformation of a scene."""
+class _Augmentation(NamedTuple):
+    """A geometric and a colour transformation of a scene.
+
+    matrix: from px (x, y, 1) of the scene to those of the view, [3,3]; gain: factor of each channel, [3,1,1]; offset:
+    value that is added to all channels.
+    """
 
     matrix: np.ndarray
-    """Scale, rotation, shear and optional mirroring, [2,2]."""
-    source: np.ndarray
-    """Point (x, y) of the scene that the transformation moves to ``target``, in px."""
-    target: np.ndarray
     gain: np.ndarray
-    """Factor of each channel, [3,1,1]."""
     offset: float
-    """Value that is added to all channels."""
 
     @classmethod
-    def draw(cls, scale: float, source: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> _Change:
-        """Draw a random change with a given scale that moves ``source`` to ``target``."""
+    def draw_random(
+        cls, scale: float, source: np.ndarray, target: np.ndarray, rng: np.random.Generator
+    ) -> _Augmentation:
+        """Draw a transformation with a given scale that moves the point ``source`` (x, y) to ``target``."""
         max_gain, max_shear = FINETUNING.max_gain, FINETUNING.max_shear
         angle = math.radians(rng.uniform(-FINETUNING.max_angle, FINETUNING.max_angle))
         flip = rng.choice([-1.0, 1.0])
         cos, sin, shear = math.cos(angle), math.sin(angle), rng.uniform(-max_shear, max_shear)
-        matrix = np.array([[scale * flip * cos, shear - scale * sin], [scale * flip * sin, scale * cos]])
+        matrix = np.eye(3)
+        matrix[:2, :2] = [[scale * flip * cos, shear - scale * sin], [scale * flip * sin, scale * cos]]
+        matrix[:2, 2] = target - matrix[:2, :2] @ source
         gain = rng.uniform(1.0 - max_gain, 1.0 + max_gain, (3, 1, 1)) * rng.uniform(1.0 - max_gain, 1.0 + max_gain)
-        offset = float(rng.uniform(-FINETUNING.max_offset, FINETUNING.max_offset))
-        return cls(matrix, source, target, gain, offset)
+        return cls(matrix, gain, float(rng.uniform(-FINETUNING.max_offset, FINETUNING.max_offset)))
 
     def apply(self, scene: _Scene) -> _Scene:
-        """Return the changed scene."""
-        layers = self.sample(scene, [scene.image, scene.guidance, scene.known])
-        bottom, right = (scene.image.shape[-2:][axis] - layers.shape[-2:][axis] for axis in (0, 1))
+        """Return the transformed scene."""
+        layers = self.sample(scene, torch.cat([scene.image, scene.guidance, scene.known], dim=1))
+        bottom, right = (scene.image.shape[axis] - layers.shape[axis] for axis in (-2, -1))
         layers = F.pad(layers, (0, right, 0, bottom), mode="replicate")
         image = layers[:, :3] * torch.from_numpy(self.gain).float().to(layers.device) + self.offset
         return _Scene(image.clamp(0.0, 1.0), layers[:, 3:4] * scene.valid[:, None], layers[:, 4:], scene.valid)
 
-    def sample(self, scene: _Scene, layers: Sequence[Tensor], px: int = 1) -> Tensor:
+    def sample(self, scene: _Scene, layers: Tensor, px: int = 1) -> Tensor:
         """Sample layers [1,C,H,W] of the scene for every square of ``px`` px of the view, [1,C,h,w]."""
-        forward = np.eye(3)
-        forward[:2, :2], forward[:2, 2] = self.matrix, self.target - self.matrix @ self.source
-        width, height = (int(side) for side in _frame_size(scene))
+        width, height = (int(side) for side in scene.frame_size)
         pixels = np.array(
             [[2.0 / width, 0.0, 1.0 / width - 1.0], [0.0, 2.0 / height, 1.0 / height - 1.0], [0.0, 0.0, 1.0]]
         )
-        back = (pixels @ np.linalg.inv(forward) @ np.linalg.inv(pixels))[:2]
-        matrix = torch.from_numpy(back[None]).float().to(scene.image.device)
-        grid = F.affine_grid(matrix, [1, 1, -(-height // px), -(-width // px)], align_corners=False)
-        frame = torch.cat(list(layers), dim=1)[..., :height, :width]
+        back = (pixels @ np.linalg.inv(self.matrix) @ np.linalg.inv(pixels))[:2]
+        grid = F.affine_grid(
+            torch.from_numpy(back[None]).float().to(layers.device),
+            [1, 1, -(-height // px), -(-width // px)],
+            align_corners=False,
+        )
+        frame = layers[..., :height, :width]
         return F.grid_sample(frame, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-
-
-def _frame_size(scene: _Scene) -> np.ndarray:
-    """Width and height of the frame on its canvas, in px."""
-    valid = scene.valid[0]
-    return np.array([float(valid[0].sum()), float(valid[:, 0].sum())])

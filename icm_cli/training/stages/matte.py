@@ -92,7 +92,7 @@ class MatteStage(Stage[PairBatch]):
         few = batch.first_samples(PANEL_ROWS)
         pairs = few.to_pairs(fixed_noise=self._cache is not None)
         features = learner.model.extract_features(pairs)
-        prepared = learner.model.prepare_pairs(pairs, features)
+        prepared = learner.model.prepare_pair_references(pairs, features)
         predicted = head(features.target, prepared, pairs.image, pairs.valid).alpha
         inter, intra = head.similarity_maps(features.target, prepared)
         return image_grid(
