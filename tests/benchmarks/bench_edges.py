@@ -113,7 +113,7 @@ def make_images(data: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
             continue
         count += 1
         view = draw_view(style, SIDE_PX, object_rng)
-        yield "procedural", *composite_over(view.colour, view.alpha, draw_background(backgrounds, rng))
+        yield "procedural", *composite_over(view[..., :3], view[..., 3], draw_background(backgrounds, rng))
 
 
 def draw_composites(

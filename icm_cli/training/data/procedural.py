@@ -32,20 +32,6 @@ CURVE_POINTS = 14
 
 
 @dataclass(frozen=True)
-class Rgba:
-    """Colour float32 [s,s,3] 0..1, premultiplied, and alpha float32 [s,s] 0..1."""
-
-    colour: Float
-    alpha: Float
-
-    def to_straight_u8(self) -> ImageU8:
-        """Return RGBA with straight (to_straight_u8) colours, uint8 [s,s,4]."""
-        colour = self.colour / np.maximum(self.alpha, 1e-3)[..., None]
-        stacked = np.dstack([colour, self.alpha]).clip(0.0, 1.0)
-        return np.asarray(np.round(stacked * 255.0), np.uint8)
-
-
-@dataclass(frozen=True)
 class ObjectStyle:
     """Properties that all views of an object share: kind, colour and the shape of its strands."""
 
@@ -80,20 +66,26 @@ class ObjectStyle:
         )
 
 
-def draw_view(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
-    """Draw a view of an object on a square of ``size`` pixels."""
+def draw_view(style: ObjectStyle, size: int, rng: Rng) -> Float:
+    """Draw a view of an object: RGBA with premultiplied colours, float32 [size,size,4] in 0..1."""
     return DRAW_FUNCTIONS[style.kind](style, size, rng)
 
 
-def _draw_hairy_body(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
+def to_straight_u8(rgba: Float) -> ImageU8:
+    """Convert the result of :func:`draw_view` to RGBA with straight colours, uint8 [s,s,4]."""
+    colour, alpha = rgba[..., :3], rgba[..., 3:]
+    straight = np.concatenate([colour / np.maximum(alpha, 1e-3), alpha], axis=-1).clip(0.0, 1.0)
+    return np.asarray(np.round(straight * 255.0), np.uint8)
+
+
+def _draw_hairy_body(style: ObjectStyle, size: int, rng: Rng) -> Float:
     """Draw a body with strands: long hanging ones (hair) or short ones in all directions (fur)."""
     large = SUPERSAMPLING * size
     radius = large * rng.uniform(0.14, 0.24)
     body = _draw_outline(radius, style.roundness, rng) + large * rng.uniform(0.4, 0.6, 2)
-    canvas = np.zeros((large, large, 3), np.uint8)
-    mask = np.zeros((large, large), np.uint8)
+    canvas = np.zeros((large, large, 4), np.uint8)
     centre = body.mean(axis=0)
-    _fill_outline(canvas, mask, body, style.base * 0.6)
+    _fill_outline(canvas, body, style.base * 0.6)
     down = np.array([rng.normal(0.0, 0.3), 1.0]) if style.kind == "hair" else rng.normal(0.0, 0.4, 2)
     for _ in range(style.count):
         root = centre + (body[rng.integers(len(body))] - centre) * np.sqrt(rng.uniform(0.2, 1.0))
@@ -102,20 +94,20 @@ def _draw_hairy_body(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
         shade = 1.0 + style.spread * rng.normal()
         light = 0.75 + 0.35 * float(-outward[1])
         thickness = max(1, round(SUPERSAMPLING * style.thickness_px * rng.uniform(0.5, 1.3)))
-        _draw_line(canvas, mask, strand, style.base * shade * light, thickness)
+        _draw_line(canvas, strand, style.base * shade * light, thickness)
     if style.kind == "fur":
-        _draw_spots(canvas, mask, centre, radius, rng)
-    return _average_down(canvas, mask, size)
+        _draw_spots(canvas, centre, radius, rng)
+    return _average_down(canvas, size)
 
 
-def _draw_wire(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
+def _draw_wire(style: ObjectStyle, size: int, rng: Rng) -> Float:
     """Draw spokes, a mesh or twigs: straight or bent lines with much background between them."""
     large = SUPERSAMPLING * size
-    canvas, mask = np.zeros((large, large, 3), np.uint8), np.zeros((large, large), np.uint8)
+    canvas = np.zeros((large, large, 4), np.uint8)
     centre, reach = large * rng.uniform(0.45, 0.55, 2), large * rng.uniform(0.3, 0.42)
     rim = _draw_outline(reach, style.roundness, rng) + centre
     thickness = max(2, round(2 * SUPERSAMPLING * style.thickness_px))
-    _draw_line(canvas, mask, np.vstack([rim, rim[:1]]), style.base, 2 * thickness)
+    _draw_line(canvas, np.vstack([rim, rim[:1]]), style.base, 2 * thickness)
     spokes = int(rng.integers(8, 40))
     is_mesh = rng.random() < 0.5
     for number in range(spokes):
@@ -123,11 +115,11 @@ def _draw_wire(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
         start = rim[(len(rim) - 1 - number * len(rim) // spokes)] if is_mesh else centre
         middle = (start + end) / 2 + rng.normal(0.0, 0.05 * reach * style.curl, 2)
         light = rng.uniform(1.0 - style.spread, 1.0 + style.spread)
-        _draw_line(canvas, mask, _bezier_curve(start, middle, end), style.base * light, thickness)
-    return _average_down(canvas, mask, size)
+        _draw_line(canvas, _bezier_curve(start, middle, end), style.base * light, thickness)
+    return _average_down(canvas, size)
 
 
-def _draw_smoke(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
+def _draw_smoke(style: ObjectStyle, size: int, rng: Rng) -> Float:
     """Draw a cloud whose density decreases outwards."""
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size - 0.5
     falloff = np.clip(1.0 - np.hypot(x * rng.uniform(1.6, 2.6), y * rng.uniform(1.6, 2.6)), 0.0, 1.0)
@@ -137,7 +129,7 @@ def _draw_smoke(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
     return _premultiply(colour, alpha)
 
 
-def _draw_glass(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
+def _draw_glass(style: ObjectStyle, size: int, rng: Rng) -> Float:
     """Draw a transparent body with an opaque rim and highlights."""
     large = SUPERSAMPLING * size
     body = _draw_outline(large * rng.uniform(0.25, 0.38), style.roundness, rng) + large / 2
@@ -152,15 +144,15 @@ def _draw_glass(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
     return _premultiply(colour, alpha.astype(np.float32))
 
 
-def _draw_moving_body(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
+def _draw_moving_body(style: ObjectStyle, size: int, rng: Rng) -> Float:
     """Draw a patterned body with motion blur."""
     large = SUPERSAMPLING * size
-    canvas, mask = np.zeros((large, large, 3), np.uint8), np.zeros((large, large), np.uint8)
+    canvas = np.zeros((large, large, 4), np.uint8)
     radius = large * rng.uniform(0.15, 0.28)
     body = _draw_outline(radius, style.roundness, rng) + large / 2
-    _fill_outline(canvas, mask, body, style.base)
-    _draw_spots(canvas, mask, body.mean(axis=0), radius, rng)
-    still = _average_down(canvas, mask, size)
+    _fill_outline(canvas, body, style.base)
+    _draw_spots(canvas, body.mean(axis=0), radius, rng)
+    still = _average_down(canvas, size)
     length = int(size * rng.uniform(0.03, 0.15)) | 1
     kernel = np.zeros((length, length), np.float32)
     turn = rng.uniform(0.0, np.pi)
@@ -168,13 +160,10 @@ def _draw_moving_body(style: ObjectStyle, size: int, rng: Rng) -> Rgba:
     ends = [tuple(np.round(length // 2 + sign * half).astype(int).tolist()) for sign in (-1, 1)]
     cv2.line(kernel, ends[0], ends[1], 1.0)
     kernel /= kernel.sum()
-    colour, alpha = (
-        cv2.filter2D(part, -1, kernel, borderType=cv2.BORDER_CONSTANT) for part in (still.colour, still.alpha)
-    )
-    return Rgba(np.asarray(colour, np.float32), np.asarray(alpha, np.float32))
+    return np.asarray(cv2.filter2D(still, -1, kernel, borderType=cv2.BORDER_CONSTANT), np.float32)
 
 
-DRAW_FUNCTIONS: dict[str, Callable[[ObjectStyle, int, Rng], Rgba]] = {
+DRAW_FUNCTIONS: dict[str, Callable[[ObjectStyle, int, Rng], Float]] = {
     "hair": _draw_hairy_body,
     "fur": _draw_hairy_body,
     "wire": _draw_wire,
@@ -211,36 +200,33 @@ def _bezier_curve(start: Points, middle: Points, end: Points) -> Points:
     return (1 - along) ** 2 * start + 2 * along * (1 - along) * middle + along**2 * end
 
 
-def _draw_spots(canvas: ImageU8, mask: ImageU8, centre: Points, radius: float, rng: Rng) -> None:
+def _draw_spots(canvas: ImageU8, centre: Points, radius: float, rng: Rng) -> None:
     """Draw coloured spots on a body, by which its views can be matched."""
     for _ in range(int(rng.integers(1, 5))):
         spot = _draw_outline(radius * rng.uniform(0.08, 0.3), 0.9, rng) + centre + rng.normal(0.0, 0.3 * radius, 2)
-        inside = np.zeros_like(mask)
+        inside = np.zeros(canvas.shape[:2], np.uint8)
         cv2.fillPoly(inside, [_to_pixels(spot)], 255)
-        canvas[(inside > 0) & (mask > 0)] = _to_u8_colour(rng.uniform(0.0, 1.0, 3))
+        canvas[(inside > 0) & (canvas[..., 3] > 0)] = _opaque_u8(rng.uniform(0.0, 1.0, 3))
 
 
-def _fill_outline(canvas: ImageU8, mask: ImageU8, outline: Points, colour: Points) -> None:
-    cv2.fillPoly(canvas, [_to_pixels(outline)], _to_u8_colour(colour).tolist())
-    cv2.fillPoly(mask, [_to_pixels(outline)], 255)
+def _fill_outline(canvas: ImageU8, outline: Points, colour: Points) -> None:
+    cv2.fillPoly(canvas, [_to_pixels(outline)], _opaque_u8(colour))
 
 
-def _draw_line(canvas: ImageU8, mask: ImageU8, points: Points, colour: Points, thickness: int) -> None:
-    cv2.polylines(canvas, [_to_pixels(points)], False, _to_u8_colour(colour).tolist(), thickness)
-    cv2.polylines(mask, [_to_pixels(points)], False, 255, thickness)
+def _draw_line(canvas: ImageU8, points: Points, colour: Points, thickness: int) -> None:
+    cv2.polylines(canvas, [_to_pixels(points)], False, _opaque_u8(colour), thickness)
 
 
-def _average_down(canvas: ImageU8, mask: ImageU8, size: int) -> Rgba:
-    """Reduce a canvas and its mask to ``size`` by the mean over each pixel's area.
+def _average_down(canvas: ImageU8, size: int) -> Float:
+    """Reduce an RGBA canvas to ``size`` by the mean over each pixel's area, float32 [size,size,4] in 0..1.
 
-    The canvas is black outside the mask, so the mean colour is premultiplied.
+    Transparent pixels of the canvas are black, so the mean colour is premultiplied.
     """
-    colour, alpha = (cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA) for part in (canvas, mask))
-    return Rgba(np.asarray(colour, np.float32) / 255.0, np.asarray(alpha, np.float32) / 255.0)
+    return np.asarray(cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA), np.float32) / 255.0
 
 
-def _premultiply(colour: Points, alpha: Float) -> Rgba:
-    return Rgba((colour.clip(0.0, 1.0) * alpha[..., None]).astype(np.float32), alpha)
+def _premultiply(colour: Points, alpha: Float) -> Float:
+    return np.dstack([colour.clip(0.0, 1.0) * alpha[..., None], alpha]).astype(np.float32)
 
 
 def _draw_fractal_noise(size: int, octaves: int, rng: Rng) -> Float:
@@ -258,8 +244,10 @@ def _to_pixels(points: Points) -> NDArray[np.int32]:
     return np.round(points).astype(np.int32)
 
 
-def _to_u8_colour(colour: Points) -> NDArray[np.int64]:
-    return np.round(colour.clip(0.0, 1.0) * 255.0).astype(np.int64)
+def _opaque_u8(colour: Points) -> list[int]:
+    """Convert a colour, sRGB 0..1 [3], to opaque RGBA, 0..255 [4]."""
+    values: list[int] = np.round(np.append(colour, 1.0).clip(0.0, 1.0) * 255.0).astype(int).tolist()
+    return values
 
 
 def main(
@@ -275,7 +263,7 @@ def main(
         folder = out / f"{group:03d}-{style.kind}"
         folder.mkdir(parents=True, exist_ok=True)
         for view in range(VIEWS):
-            rgba = draw_view(style, size, rng).to_straight_u8()
+            rgba = to_straight_u8(draw_view(style, size, rng))
             cv2.imwrite(str(folder / f"{view}.png"), cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA))
 
 
