@@ -36,6 +36,7 @@ def matte(
     root: str | Path | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
+    hints: str | Path | None = None,
     out: str | Path,
     name: str | None = None,
     keep_suffix: bool = False,
@@ -98,6 +99,9 @@ def matte(
         root: Folder whose tree the output mirrors.
         include: Matte only images whose path or name matches this glob, repeatable.
         exclude: Skip images whose path or name matches this glob, repeatable.
+        hints: Corrections of single images: a folder with NAME.json (labelme; labels fg, bg, keep
+            and drop) or NAME.png (white on the object, black off it, grey or transparent elsewhere)
+            for an image NAME, or frames such as hints/sh010.####.json.
         out: Folder for the alphas, which mirrors the source tree, or frames such as
             out/matte.####.exr.
         name: Template of the file names, with {stem}, {frame} and {suffix}, such as

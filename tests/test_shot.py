@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.geometry import CanvasRule, Float, alpha_to_u8
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.writing import read_provenance, write_alpha
+from icm_cli.matting.hint_files import ImageHints
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor
 from icm_cli.matting.propagation import (
@@ -74,23 +76,44 @@ def reference() -> Reference:
     raise AssertionError("is not read")
 
 
-@given(count=st.integers(0, 12), keys=st.sets(st.integers(0, 14), max_size=3))
+def number_of(each: Job | Keyframe | None) -> int | None:
+    return None if each is None else int(each.name.suffixes[0][1:])
+
+
+@given(
+    count=st.integers(0, 12),
+    keys=st.sets(st.integers(0, 14), max_size=3),
+    hinted=st.sets(st.integers(0, 11), max_size=3),
+)
 @settings(max_examples=80, deadline=None)
-def test_the_order_starts_at_the_first_keyframe(count: int, keys: set[int]) -> None:
-    jobs = [job(f"f.{2 * number}.png") for number in range(count)]
+def test_every_frame_is_propagated_from_the_nearest_start(count: int, keys: set[int], hinted: set[int]) -> None:
+    """A start is a keyframe or a frame with hints. It may be the earlier one of two at the same distance."""
+    hints = ImageHints(Path("f.png"), (), "digest")
+    jobs = [replace(job(f"f.{2 * n}.png"), hints=hints if n in hinted else None) for n in range(count)]
     shot = Shot.from_examples([(jobs, [Keyframe(Path(f"f.{2 * key + 1}.png"), reference) for key in keys])])
     assert sorted(each.output for each in shot.order) == sorted(each.output for each in jobs)
-    numbers = [int(each.name.suffixes[0][1:]) for each in shot.order]
     marked = {2 * key + 1 for key in keys}
-    first = min(marked, default=-1)
-    assert numbers == [n for n in sorted(numbers) if n > first] + [n for n in sorted(numbers)[::-1] if n < first]
-    line = sorted([*numbers, *marked])
-    for each, number in zip(shot.order, numbers, strict=True):
-        place = line.index(number) - (1 if number > first else -1)
-        beside = line[place] if 0 <= place < len(line) else None
-        before, start = shot.previous.get(each.output), shot.keyframes.get(each.output)
-        assert (None if before is None else int(before.name.suffixes[0][1:])) == (None if beside in marked else beside)
-        assert (None if start is None else int(start.name.suffixes[0][1:])) == (beside if beside in marked else None)
+    line = sorted([*(2 * n for n in range(count)), *marked])
+    starts = [at for at, n in enumerate(line) if n in marked or n // 2 in hinted] or [0]
+    order = [number_of(each) for each in shot.order]
+    for each in shot.order:
+        at = line.index(number_of(each))
+        nearest = min(starts, key=lambda start: (abs(start - at), start))
+        before = None if nearest == at else line[at - 1 if nearest < at else at + 1]
+        key, previous = number_of(shot.keyframes.get(each.output)), number_of(shot.previous.get(each.output))
+        assert (key, previous) == ((before, None) if before in marked else (None, before))
+        assert previous is None or order.index(previous) < order.index(number_of(each))
+        assert (shot.find_hints(each) is not None) == (line[nearest] % 2 == 0 and line[nearest] // 2 in hinted)
+
+
+@given(count=st.integers(0, 12), key=st.integers(-1, 14))
+@settings(max_examples=40, deadline=None)
+def test_frames_after_a_keyframe_come_before_those_that_precede_it(count: int, key: int) -> None:
+    jobs = [job(f"f.{2 * number}.png") for number in range(count)]
+    shot = Shot.from_examples([(jobs, [Keyframe(Path(f"f.{2 * key + 1}.png"), reference)] if key >= 0 else [])])
+    numbers = [2 * number for number in range(count)]
+    after = [number for number in numbers if number > 2 * key + 1]
+    assert [number_of(each) for each in shot.order] == after + [n for n in numbers[::-1] if n not in after]
 
 
 @given(count=st.integers(1, 12), shards=st.integers(1, 5))
@@ -333,6 +356,86 @@ def test_propagation_starts_at_a_keyframe_in_both_directions(shot: Shoot, scene:
         *("1001", "1002", "1003", "1005", "1006", "1007", "1008")
     ]
     assert all(PROPAGATED_KEY in (read_provenance(path) or {}) for path in (scene / "out").iterdir())
+
+
+def write_hint(path: Path, label: str = "keep") -> Path:
+    """Write an annotation of labelme: the upper left corner is to be kept, or to be dropped."""
+    corner = {"label": label, "points": [[0, 0], [40, 0], [40, 30], [0, 30]], "shape_type": "polygon"}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"shapes": [corner]}))
+    return path
+
+
+class TestHints:
+    """A hint of frame 1007; the reference is 1004. Of the frames between them, 1005 is nearer to the reference."""
+
+    def test_only_frames_that_start_at_the_hint_are_recomputed(self, shot: Shoot, scene: Path) -> None:
+        folder, report = scene / "hints", scene / "r.json"
+
+        def recomputed(*flags: str, **options: Any) -> list[str]:
+            done = shot(*flags, hints=folder, report=report, **options)
+            assert done.exit_code == 0, done.output
+            images = json.loads(report.read_text())["images"]
+            return [image["name"][3:7] for image in images if image["status"] == "done"]
+
+        folder.mkdir()
+        assert len(recomputed()) == 7
+        first = alphas(scene / "out")
+        hint = write_hint(folder / "sh.1007.json")
+        assert recomputed() == ["1006", "1007", "1008"]
+        corrected = alphas(scene / "out")
+        assert {name[3:7] for name in first if first[name] != corrected[name]} == {"1006", "1007", "1008"}
+        assert (read(scene / "out" / "sh.1007.png")[:30, :40] == 255).all()
+        assert recomputed() == []
+        assert len(recomputed(out=scene / "whole")) == 7
+        assert alphas(scene / "whole") == corrected
+        write_hint(folder / "sh.1002.json", "drop")
+        assert recomputed() == ["1001", "1002"]  # 1003 is as near to the reference as to this hint, and 1004 is the
+        assert alphas(scene / "out")["sh.1007.png"] == corrected["sh.1007.png"]
+        (folder / "sh.1002.json").unlink()
+        hint.unlink()
+        assert recomputed() == ["1001", "1002", "1006", "1007", "1008"]
+        assert alphas(scene / "out") == first
+
+    @pytest.mark.parametrize("finished", [2, 3, 5])
+    def test_a_stopped_run_is_resumed_with_the_same_bytes(
+        self, shot: Shoot, scene: Path, monkeypatch: pytest.MonkeyPatch, finished: int
+    ) -> None:
+        """The run stops after some frames; a run without hints was finished before."""
+        folder = scene / "hints"
+        write_hint(folder / "sh.1007.json")
+        assert shot(hints=folder, out=scene / "whole").exit_code == 0
+        assert shot().exit_code == 0
+        matte, calls = FlowPropagator.matte, iter(range(100))
+
+        def stop(self: FlowPropagator, jobs: Sequence[Job], frames: Sequence[Frame]) -> list[FrameAlpha]:
+            if next(calls) == finished:
+                raise KeyboardInterrupt
+            return matte(self, jobs, frames)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FlowPropagator, "matte", stop)
+            shot("--batch-size", "1", hints=folder, out=scene / "fresh")
+            if finished < 3:
+                calls = iter(range(100))
+                shot("--batch-size", "1", hints=folder)
+        for out in ("fresh", "out"):
+            assert alphas(scene / out) != alphas(scene / "whole")
+            assert shot("--batch-size", "1", hints=folder, out=scene / out).exit_code == 0
+            assert alphas(scene / out) == alphas(scene / "whole")
+
+    def test_a_frame_with_hints_needs_no_reference_in_the_shot(self, shot: Shoot, scene: Path) -> None:
+        """All frames start at it; its alpha does not depend on the others."""
+        folder = scene / "hints"
+        write_hint(folder / "sh.1004.json")
+        outside = {"ref": scene / "ref.png", "mask": scene / "mask.png", "hints": folder}
+        done = shot("--progress", "plain", **outside)
+        assert done.exit_code == 0, done.output
+        messages = [line for line in done.stderr.splitlines() if "done" in line and "plates" in line]
+        order = [line.split("sh.")[1][:4] for line in messages]
+        assert order == ["1004", "1005", "1006", "1007", "1008", "1003", "1002", "1001"]
+        assert shot("--frames", "1004", out=scene / "alone", **outside).exit_code == 0
+        assert read(scene / "alone" / "sh.1004.png").tolist() == read(scene / "out" / "sh.1004.png").tolist()
 
 
 def test_propagation_changes_alphas_and_the_digest(shot: Shoot, icm: Icm, scene: Path) -> None:

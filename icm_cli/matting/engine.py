@@ -21,7 +21,7 @@ import numpy as np
 from icm_cli.device import is_device_lost, release_memory
 from icm_cli.environment import OUT_OF_MEMORY, FreeMemory, free_memory, free_threads, is_out_of_memory
 from icm_cli.errors import DeviceError, FileWriteError, ImageError, ImageMemoryError, OutputError
-from icm_cli.files import FileIdentity, is_writable
+from icm_cli.files import FileIdentity, combined_digest, is_writable
 from icm_cli.geometry import Float, alpha_to_u8, trimap_from_alpha
 from icm_cli.images.pixels import (
     DecodedImage,
@@ -118,10 +118,15 @@ class EngineOptions:
     shot: Shot | None = None
     processes: int = 1
     """Number of processes that share the memory of this machine."""
+    decoder_digest: str = ""
+    """Digest of the decoder that hints prompt, unless the model contains it."""
 
     def job_digest(self, job: Job) -> str:
         """Return the digest of everything besides the source that decides the alpha of a job."""
         digest = self.digests[job.example_index]
+        hints = self.shot.find_hints(job) if self.shot else job.hints
+        if hints is not None:
+            digest = combined_digest(digest, hints.digest, self.decoder_digest)
         return self.shot.job_digest(job, digest) if self.shot else digest
 
 
@@ -347,7 +352,8 @@ class Engine:
         for sentence in source.notices:
             self._notice(sentence)
         stored = source.stored or DecodedImage(source.rgb, None, 255.0, source.space)
-        frame = self.predictor.prepare_frame(source.rgb, stored.windows)
+        hints = None if job.hints is None else job.hints.read(stored.windows)
+        frame = self.predictor.prepare_frame(source.rgb, stored.windows, hints)
         self._report_windows(job, source.windows)
         return LoadedImage(job, frame, Origin(*origin), replaceable, source.space, stored, time.perf_counter() - start)
 

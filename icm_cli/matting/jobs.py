@@ -11,7 +11,7 @@ import string
 import threading
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from itertools import combinations
 from pathlib import Path
@@ -34,6 +34,7 @@ from icm_cli.images.decoding import SourceFile, open_image
 from icm_cli.images.image_file import ImageFile
 from icm_cli.images.reading import CompositeSource, SourceImage, compose_image, read_image, read_source_image
 from icm_cli.matting.frames import FrameName, FramePattern, FrameRanges, missing_frames
+from icm_cli.matting.hint_files import HintFiles, ImageHints, check_image_hints
 from icm_cli.matting.sources import MAX_LISTED_FILES, SkippedFiles, Sources, name_below, natural_sort_key, real_path
 from icm_cli.options import MissingPolicy
 from icm_cli.reports.result import ImageResult
@@ -70,6 +71,8 @@ class Job:
     """Whether a trimap is written next to the alpha."""
     inspected: SourceFile | None = None
     """Properties of the file that planning has read; None for composites and missing frames."""
+    hints: ImageHints | None = None
+    """Files with hints about this image."""
     replaceable: Mapping[Path, FileIdentity] = field(default_factory=dict, compare=False)
     """Files that ``--overwrite`` replaces: outputs that existed before the run."""
 
@@ -209,6 +212,7 @@ def plan_jobs(
     references: Sequence[Path] = (),
     colour: ColourSettings = DEFAULT_COLOUR,
     skipped_files: SkippedFiles,
+    hint_files: HintFiles | None = None,
 ) -> list[Job]:
     """Return a job for every image that passes the filter, sorted by name.
 
@@ -221,6 +225,10 @@ def plan_jobs(
     if real_root == real_out and layout.template == DEFAULT_NAME and layout.pattern is None:
         raise UsageError(f"the source folder {root} is also the output folder; give --out another folder")
     _check_filters(found, root, source_filter)
+    if hint_files is not None:
+        if hint_files.folder == real_out:
+            raise UsageError(f"the folder of --hints {hint_files.where} is also the output folder; give another --out")
+        found = hint_files.without_hints(found, root)
     if real_root in real_out.parents:
         found = skipped_files.exclude(found, lambda path: real_out in real_path(path).parents, "in the output folder")
     protected = {real_path(path) for path in references}
@@ -250,7 +258,28 @@ def plan_jobs(
     check_overwrites(jobs, [path for job in jobs for path in job.files], "a source image")
     check_overwrites(jobs, references, "a reference or its mask")
     _check_collisions(jobs, layout)
-    return jobs if source_filter.shard is None else _select_shard(jobs, *source_filter.shard)
+    files: dict[Path, list[Path]] = {}
+    if hint_files is not None:
+        excluded = {real_path(path) for path in found}
+        files = hint_files.assign_files(
+            [job.name for job in jobs],
+            sources,
+            lambda path: (real := real_path(path)) in excluded or real_out in real.parents,
+            skipped_files,
+        )
+        check_overwrites(jobs, [path for paths in files.values() for path in paths], "a hint")
+    if source_filter.shard is not None:
+        jobs = _select_shard(jobs, *source_filter.shard)
+    return _add_hints(jobs, files)
+
+
+def _add_hints(jobs: Sequence[Job], files: Mapping[Path, Sequence[Path]]) -> list[Job]:
+    """Return the jobs with their files of hints. Raises UsageError for a file that cannot be used."""
+    hints = check_image_hints({job.name: files[job.name] for job in jobs if job.name in files})
+    return [
+        replace(job, hints=hints[job.name], planned=replace(job.planned, has_hints=True)) if job.name in hints else job
+        for job in jobs
+    ]
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
 from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import EngineOptions
 from icm_cli.matting.frames import FrameName, FramePattern, parse_frame_range
+from icm_cli.matting.hint_files import HintFiles
 from icm_cli.matting.jobs import (
     DEFAULT_NAME,
     Job,
@@ -137,14 +138,20 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
         given.ref, given.mask, listener.on_notice, given.mask_label, reference_colour, given.mask_orientation
     )
     skipped_files, protected = SkippedFiles(listener.on_notice), [*given.ref, *given.mask]
+    hint_files = None if options.hints.hints is None else HintFiles.find(options.hints.hints, skipped_files)
+    is_no_source = () if hint_files is None else (hint_files.is_no_source,)
     jobs = plan_jobs(
-        find_sources(options.sources.src, options.sources.root, skipped_files),
+        find_sources(options.sources.src, options.sources.root, skipped_files, *is_no_source),
         layout,
         source_filter=_source_filter(options.sources, sequences),
         references=protected,
         colour=colour,
         skipped_files=skipped_files,
+        hint_files=hint_files,
     )
+    if hint_files is not None:
+        listener.on_notice(f"{format_count(sum(job.hints is not None for job in jobs), 'image')} with hints")
+        protected += [path for job in jobs if job.hints for path in job.hints.paths]
     shot = None
     if sequences.shot:
         jobs, shot = _order_as_shot(jobs, given.ref, references, sequences.shard)
@@ -276,6 +283,7 @@ def run_digest(options: MatteOptions, plan: MattingPlan, choice: ModelChoice) ->
         DigestPart.REFERENCES: combined_digest(*(one.digest for one in plan.references)),
         **sequence_digest_parts(learn_steps, is_shot=options.sequences.shot),
         DigestPart.FORMAT: plan.output.format,
+        DigestPart.IMAGE: "",
         DigestPart.COLOUR_CONFIG: plan.colour.config_identity,
     }
     return alpha_digest(options.digest_values(parts))
@@ -293,6 +301,7 @@ def _make_setups(options: MatteOptions, plan: MattingPlan, choices: Sequence[Mod
         output=plan.output,
         shot=plan.shot,
         processes=len(choices),
+        decoder_digest=choices[0].decoder_digest() if any(job.hints for job in plan.jobs) else "",
     )
     steps = choices[0].resolve_learn_steps(options.sequences.learn_steps, is_shot=options.sequences.shot)
     return [EngineSetup(choice, plan.references, steps, engine) for choice in choices]

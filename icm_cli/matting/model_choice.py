@@ -14,6 +14,7 @@ from icm_cli.matting.predictor import Predictor, check_learn_steps
 from icm_cli.matting.propagation import PropagationConfig
 from icm_cli.model.contracts import Head
 from icm_cli.model.lite.finetuning import DEFAULT_STEPS, FINETUNING
+from icm_cli.model.lite.mobile_sam import MobileSam
 from icm_cli.model.loading import (
     check_weights_exist,
     load_model,
@@ -56,6 +57,10 @@ class ModelChoice:
         """Return what the model contributes to the digest of its alphas. Reads weights, but loads no model."""
         model = model_digest(self.config, checkpoint=self.checkpoint, weights=self.weights, offline=self.offline)
         return {DigestPart.MODEL: model, DigestPart.DTYPE: self.device.dtype_name}
+
+    def decoder_digest(self) -> str:
+        """Return the digest of the decoder that hints prompt; "" if it is a part of the model. Raises ConfigError."""
+        return "" if self.config.objects else MobileSam.weights_digest(MobileSam.Config(), offline=True)
 
     def check_weights(self) -> list[str]:
         """Return the weights that must be downloaded, without downloading them.

@@ -198,6 +198,7 @@ class FlowPropagator:
         self._config = config or PropagationConfig()
         self._planned: set[Path] = set()
         self._memories: dict[Path, FrameMemory] = {}
+        self._start: Path | None = None
 
     def begin_run(self, jobs: Iterable[Job]) -> Iterable[Job]:
         """Remember which frames are matted in this run; the existing alphas of the other frames are read."""
@@ -234,9 +235,12 @@ class FlowPropagator:
         if flow is not None and not flow.earlier.is_mask:
             result = replace(result, alpha=flow.stabilise(frame.rgb, result.alpha))
         memory = FrameMemory.from_frame(frame.rgb, result.alpha, self._config, frame.windows)
+        if job.hints is not None:  # its alpha is propagated in both directions, one after the other
+            self._memories, self._start = {}, job.output
         self._memories[job.output] = memory
-        while len(self._memories) > self._config.max_frames_back:
-            del self._memories[next(iter(self._memories))]
+        recent = [output for output in self._memories if output != self._start]
+        for output in recent[: -self._config.max_frames_back]:
+            del self._memories[output]
         return replace(result, provenance={PROPAGATED_KEY: encode_alpha(memory.alpha)})
 
     def _find_earlier(self, job: Job, size: tuple[int, ...]) -> FrameMemory | None:

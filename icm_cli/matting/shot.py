@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from icm_cli.files import combined_digest
 from icm_cli.matting.frames import FrameName
+from icm_cli.matting.hint_files import ImageHints
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.references import Reference
 from icm_cli.matting.sources import natural_sort_key
@@ -45,9 +47,9 @@ class Shot:
     def from_examples(cls, examples: Iterable[tuple[Sequence[Job], Sequence[Keyframe]]]) -> Shot:
         """Sort the frames of each example, given with the references that are frames of it.
 
-        The order starts at the first keyframe and goes forward to the end; each later keyframe starts a new
-        propagation. Then it goes from the first keyframe back to the beginning. Without a keyframe, frames are sorted
-        by name.
+        A keyframe or a frame with hints is a start. Each frame belongs to the nearest start, and to the earlier one of
+        two at the same distance. The alpha of a start is propagated forward to its later frames, and then backward to
+        its earlier ones. Without a start, the frames are sorted by name.
         """
         order: list[Job] = []
         previous: dict[Path, Job] = {}
@@ -56,16 +58,18 @@ class Shot:
         for jobs, keys in examples:
             line: list[Job | Keyframe] = sorted([*jobs, *keys], key=lambda each: natural_sort_key(each.name))
             names += (each.name for each in line)
-            first = next((index for index, each in enumerate(line) if isinstance(each, Keyframe)), 0)
-            for run in (line[first:], line[: first + 1][::-1] if first else []):
-                for last, each in itertools.pairwise([None, *run]):
-                    if not isinstance(each, Job):
-                        continue
-                    order.append(each)
-                    if isinstance(last, Job):
-                        previous[each.output] = last
-                    elif last is not None:
-                        keyframes[each.output] = last
+            starts = [index for index, each in enumerate(line) if isinstance(each, Keyframe) or each.hints] or [0]
+            ends = [-1, *((first + second) // 2 for first, second in itertools.pairwise(starts)), len(line) - 1]
+            for start, begin, end in zip(starts, ends, ends[1:], strict=False):
+                order += (each for each in line[start : start + 1] if isinstance(each, Job))
+                for run in (line[start : end + 1], line[begin + 1 : start + 1][::-1]):
+                    for last, each in itertools.pairwise(run):
+                        assert isinstance(each, Job)  # every keyframe is a start
+                        order.append(each)
+                        if isinstance(last, Job):
+                            previous[each.output] = last
+                        else:
+                            keyframes[each.output] = last
         return cls(order, previous, keyframes, sorted(dict.fromkeys(names), key=natural_sort_key))
 
     def shard(self, number: int, count: int) -> Shot:
@@ -87,6 +91,20 @@ class Shot:
         if previous is not None:
             return combined_digest(digest, previous.planned.name)
         return combined_digest(digest, f"reference {keyframe.name}" if keyframe else "")
+
+    def find_hints(self, job: Job) -> ImageHints | None:
+        """Return the hints of the frame from which the alpha of a frame is propagated, if it has some."""
+        return self._hints.get(job.output)
+
+    @functools.cached_property
+    def _hints(self) -> dict[Path, ImageHints]:
+        hints: dict[Path, ImageHints] = {}
+        for job in self.order:
+            previous = self.previous.get(job.output)
+            found = job.hints or (hints.get(previous.output) if previous else None)
+            if found is not None:
+                hints[job.output] = found
+        return hints
 
     def with_jobs(self, jobs: Sequence[Job]) -> Shot:
         """Return the same order with newer jobs for the same outputs."""

@@ -80,14 +80,20 @@ class Sources:
     """Files that were inspected to find out whether they are images."""
 
 
-def find_sources(src: str | Path, root: Path | None, skipped_files: SkippedFiles) -> Sources:
+def find_sources(
+    src: str | Path,
+    root: Path | None,
+    skipped_files: SkippedFiles,
+    is_no_source: Callable[[Path, Path], bool] = lambda path, root: False,  # noqa: ARG005
+) -> Sources:
     """Find the files that ``src`` names.
 
     The root is the folder itself, the folder of a file, the part of a glob or frame pattern without wildcards, or the
     working directory for a list. ``root`` overrides it. The root does not depend on the other files of the run, so
-    neither does an output path. Raises UsageError, also for images outside the root.
+    neither does an output path. ``is_no_source``: whether a file in a folder, given with that folder, is ignored.
+    Raises UsageError, also for images outside the root.
     """
-    sources = _find_files(src, skipped_files)
+    sources = _find_files(src, skipped_files, is_no_source)
     if root is not None:
         if not root.is_dir():
             raise UsageError(f"--root {root} is not a folder; expected a folder that contains the sources")
@@ -153,7 +159,7 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _find_files(src: str | Path, skipped_files: SkippedFiles) -> Sources:
+def _find_files(src: str | Path, skipped_files: SkippedFiles, is_no_source: Callable[[Path, Path], bool]) -> Sources:
     """Return the sources in any order, perhaps none."""
     text, path = str(src), Path(src)
     if not text:
@@ -163,14 +169,17 @@ def _find_files(src: str | Path, skipped_files: SkippedFiles) -> Sources:
         stream = getattr(sys.stdin, "buffer", sys.stdin)  # None if the process was started without one
         return _read_list(os.fsencode(stream.read()) if stream else b"", "standard input", skipped_files)
     if retry_transient(path.is_dir):
-        return _keep_images(path, list(walk_files(path, skipped)), skipped, skipped_files)
+        files = [file for file in walk_files(path, skipped) if not is_no_source(file, path)]
+        return _keep_images(path, files, skipped, skipped_files)
     if path.is_file():
         return _read_file(path, skipped_files)
     if kind := special_file_kind(path.stat().st_mode) if path.exists() else "":
         raise UsageError(f"source {text} is {kind}; {EXPECTED_SOURCE}")
     files = list(expand_glob(text, skipped)) if glob.has_magic(text) else []
     if files:
-        return _keep_images(Path(split_glob(text)[0]), files, skipped, skipped_files)
+        folder = Path(split_glob(text)[0])
+        files = [file for file in files if not is_no_source(file, folder)]
+        return _keep_images(folder, files, skipped, skipped_files)
     if (pattern := FramePattern.parse(text)) is not None:
         return _find_sequence(pattern, text, skipped_files)
     if glob.has_magic(text):

@@ -134,6 +134,22 @@ class SourceOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HintOptions(OptionGroup):
+    """What a person says about single images."""
+
+    panel: ClassVar[Panel] = Panel.HINTS
+
+    hints: str | None = option(
+        None,
+        help="Corrections of single images: a folder with NAME.json (labelme; labels fg, bg, keep and drop) or "
+        "NAME.png (white on the object, black off it, grey or transparent elsewhere) for an image NAME, or frames such "
+        "as hints/sh010.####.json.",
+        metavar="PATH",
+        digest=DigestPart.IMAGE,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputOptions(OptionGroup):
     """Files that are written for each image."""
 
@@ -475,6 +491,7 @@ class MatteOptions(CommandOptions):
 
     references: ReferenceOptions
     sources: SourceOptions
+    hints: HintOptions
     output: OutputOptions
     model: MatteModelOptions
     resources: ResourceOptions

@@ -40,6 +40,7 @@ class Panel(StrEnum):
     EVERYDAY = "Options"
     REFERENCES = "References"
     SOURCES = "Sources"
+    HINTS = "Hints"
     OUTPUT = "Output"
     MODEL = "Model and device"
     COLOUR = "Colour"
@@ -70,6 +71,8 @@ class DigestPart(StrEnum):
     """The resolved file format is hashed."""
     COLOUR_CONFIG = "colour_config"
     """The identity of the OpenColorIO configuration is hashed."""
+    IMAGE = "image"
+    """What the option says about an image is hashed for this image only."""
 
 
 @dataclass(frozen=True, kw_only=True)

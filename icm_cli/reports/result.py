@@ -94,6 +94,8 @@ class ImageResult:
     """Name in its dataset, or path relative to the root of the sources."""
     page: int = 0
     """Page of a file with several images, from 1; 0 for files with one image."""
+    has_hints: bool = False
+    """Whether a person gave hints about this image."""
     dataset: DatasetEntry = DatasetEntry()
     matting: MattingDetails = MattingDetails()
     evaluation: ImageEvaluation = ImageEvaluation()

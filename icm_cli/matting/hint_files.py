@@ -1,0 +1,216 @@
+"""Find the files with hints that ``--hints`` names, and read the hints of each image."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+from icm_cli.environment import DEFAULT_WORKERS
+from icm_cli.errors import ImageError, UsageError
+from icm_cli.files import (
+    UNREADABLE,
+    SkippedPaths,
+    combined_digest,
+    describe_os_error,
+    read_json,
+    retry_transient,
+    walk_files,
+)
+from icm_cli.guidance.annotations import EXPECTED as EXPECTED_ANNOTATION
+from icm_cli.guidance.annotations import read_hints
+from icm_cli.guidance.hints import Area, Hints
+from icm_cli.images.image_file import IMAGE_SUFFIXES
+from icm_cli.images.pixels import ImageWindows
+from icm_cli.images.reading import read_stored_pixels
+from icm_cli.matting.frames import FrameName, FramePattern
+from icm_cli.matting.hinting import move_hints
+from icm_cli.matting.sources import SkippedFiles, Sources, find_sources, name_below, real_path
+
+JSON_SUFFIX = ".json"
+SUFFIXES = (JSON_SUFFIX, ".png")
+EXPECTED = "expected a folder of .json and .png files named like the images, or frames such as hints/sh010.####.json"
+WITHOUT_IMAGE = "a hint without an image of its name"
+MAX_CHECKED_PIXELS = 1 << 28
+"""Files that state a larger image size are checked when the image is read, which has another size."""
+
+
+@dataclass(frozen=True)
+class ImageHints:
+    """The files with the hints about one image, and the digest of their content."""
+
+    image: Path
+    """Name of the image below the root."""
+    paths: tuple[Path, ...]
+    digest: str = ""
+
+    @classmethod
+    def check(cls, image: Path, paths: Sequence[Path]) -> ImageHints:
+        """Read the files, and check what does not depend on the image itself. Raises UsageError."""
+        hints = cls(image, tuple(sorted(paths, key=lambda path: (path.suffix.lower(), path))))
+        digest = hints._content_digest()
+        sizes = {path: _stated_size(path) for path in hints.paths}
+        known = {size for size in sizes.values() if size is not None}
+        parts = [read_hints(path, size, image=image) for path, size in sizes.items() if size is not None]
+        if len(known) == 1:
+            hints._merge(parts)
+        return cls(image, hints.paths, digest)
+
+    def read(self, windows: ImageWindows) -> Hints:
+        """Read the hints about an image with these windows; coordinates and areas are of its data window.
+
+        Raises ImageError if they are for an image of another size, or if the files have changed since :meth:`check`.
+        """
+        try:
+            if self._content_digest() != self.digest:
+                raise ImageError(f"{self._title} changed during the run; run again")
+            parts = [read_hints(path, windows.display, image=self.image) for path in self.paths]
+            return move_hints(self._merge(parts), windows)
+        except UsageError as error:
+            raise ImageError(str(error)) from error
+
+    @property
+    def _title(self) -> str:
+        return f"hints {' and '.join(map(str, self.paths))}"
+
+    def _content_digest(self) -> str:
+        try:
+            contents = [retry_transient(path.read_bytes) for path in self.paths]
+        except OSError as error:
+            raise UsageError(f"{self._title} cannot be read: {describe_os_error(error)}") from error
+        return combined_digest(*(path.suffix.lower() for path in self.paths), *contents)
+
+    def _merge(self, parts: Sequence[Hints]) -> Hints:
+        """Join the hints of several files about this image. Raises UsageError if they contradict each other."""
+        try:
+            return reduce(_join_hints, parts)
+        except UsageError as error:
+            raise UsageError(f"{self._title} contradict each other: {error}") from error
+
+
+@dataclass(frozen=True)
+class HintFiles:
+    """The files that ``--hints`` names."""
+
+    where: str
+    folder: Path | None
+    """Real path of the folder; None for a frame pattern."""
+    files: Mapping[str | int, Sequence[Path]]
+    """Files by their path below the folder, without extension, or by their frame number."""
+    real_paths: frozenset[Path]
+
+    @classmethod
+    def find(cls, where: str, skipped_files: SkippedFiles) -> HintFiles:
+        """Find the files of a folder or frame pattern. Raises UsageError if there is neither."""
+        folder, files = Path(where), defaultdict[str | int, list[Path]](list)
+        is_folder = retry_transient(folder.is_dir)
+        if is_folder:
+            skipped: SkippedPaths = {}
+            for path in walk_files(folder, skipped):
+                if path.suffix.lower() in SUFFIXES:
+                    files[path.relative_to(folder).with_suffix("").as_posix()].append(path)
+            skipped_files.add(skipped.get(UNREADABLE, []), UNREADABLE)
+        elif FramePattern.parse(where) is None:
+            raise UsageError(f"--hints {where} {'is a file' if folder.exists() else 'does not exist'}; {EXPECTED}")
+        else:
+            for path in find_sources(where, None, SkippedFiles(lambda _: None)).files:
+                number = FrameName.from_path(path).number
+                if path.suffix.lower() not in SUFFIXES or number is None:
+                    raise UsageError(f"--hints {where} names {path}; {EXPECTED}")
+                files[number].append(path)
+        real_paths = frozenset(real_path(path) for paths in files.values() for path in paths)
+        return cls(where, real_path(folder) if is_folder else None, files, real_paths)
+
+    def is_no_source(self, path: Path, root: Path) -> bool:
+        """Return whether a file below the root of the sources cannot be an image to matte.
+
+        It is in a folder of hints inside the root, matches the frame pattern, or is a JSON file with hints.
+        """
+        real, real_root = real_path(path), real_path(root)
+        if self.folder is not None and real_root in self.folder.parents:
+            return self.folder in real.parents
+        return real in self.real_paths and (self.folder is None or path.suffix.lower() == JSON_SUFFIX)
+
+    def without_hints(self, images: Sequence[Path], root: Path) -> list[Path]:
+        """Return the images that are no hints, if the folder of hints is the root of the sources.
+
+        There, a PNG is a hint if its name without extension is the name of another image, with or without extension.
+        """
+        if self.folder != real_path(root):
+            return list(images)
+        owners = {*images, *(path.with_suffix("") for path in images if path.suffix.lower() != ".png")}
+        return [path for path in images if real_path(path) not in self.real_paths or path.with_suffix("") not in owners]
+
+    def assign_files(
+        self, images: Sequence[Path], sources: Sources, is_excluded: Callable[[Path], bool], skipped_files: SkippedFiles
+    ) -> dict[Path, list[Path]]:
+        """Return the files of the images that have some. ``images``: names of the images that are matted.
+
+        Files without any image are reported. ``is_excluded``: whether a file is an image or an output itself. Raises
+        UsageError for a file that may belong to several images.
+        """
+        owners = defaultdict[str | int | None, list[Path]](list)
+        for image in images:
+            for key in self._keys(image):
+                owners[key].append(image)
+        known = {key for path in sources.files for key in self._keys(name_below(path, sources.root))}
+        found, without_image = defaultdict[Path, list[Path]](list), list[Path]()
+        for key, given in self.files.items():
+            paths = [path for path in given if not is_excluded(path)]
+            own = [image for image in owners[key] if image.as_posix() == key] or owners[key]
+            if len(own) > 1 and paths:
+                remedy = f"name it {own[0].name}{paths[0].suffix}" if self.folder else "give --hints a folder"
+                raise UsageError(f"hint {paths[0]} may belong to {own[0]} or to {own[1]}; {remedy}")
+            if own:
+                found[own[0]] += paths
+            elif key not in known:
+                without_image += paths
+        skipped_files.add(sorted(without_image), WITHOUT_IMAGE)
+        return {image: paths for image, paths in found.items() if paths}
+
+    def _keys(self, image: Path) -> set[str | int | None]:
+        """Keys of the files of an image, given by its name below the root."""
+        if self.folder is None:
+            return {FrameName.from_path(image).number}
+        has_suffix = image.suffix.lower() in IMAGE_SUFFIXES
+        return {image.as_posix(), (image.with_suffix("") if has_suffix else image).as_posix()}
+
+
+def check_image_hints(files: Mapping[Path, Sequence[Path]]) -> dict[Path, ImageHints]:
+    """Read the hints of images, given by their names. Raises UsageError."""
+    with ThreadPoolExecutor(DEFAULT_WORKERS, "icm-hints") as executor:
+        return dict(zip(files, executor.map(ImageHints.check, files, files.values()), strict=True))
+
+
+def _stated_size(path: Path) -> tuple[int, int] | None:
+    """Return the height and width of the image that a file says it is for; None if it does not. Raises UsageError."""
+    if path.suffix.lower() == JSON_SUFFIX:
+        content = read_json(path, "annotation", {}, EXPECTED_ANNOTATION)
+        size = content.get("imageHeight"), content.get("imageWidth")
+    else:
+        try:
+            size = read_stored_pixels(path).values.shape[:2]
+        except ImageError as error:
+            raise UsageError(f"hint cannot be used: {error}") from error
+    height, width = (side if isinstance(side, int) and side > 0 else 0 for side in size)
+    return (height, width) if 0 < height * width <= MAX_CHECKED_PIXELS else None
+
+
+def _join_hints(first: Hints, second: Hints) -> Hints:
+    def join(one: Area | None, other: Area | None) -> Area | None:
+        return one if other is None else other if one is None else one | other
+
+    return Hints(
+        size=first.size,
+        points=[*first.points, *second.points],
+        not_points=[*first.not_points, *second.not_points],
+        boxes=[*first.boxes, *second.boxes],
+        is_outlined=first.is_outlined or second.is_outlined,
+        object_area=join(first.object_area, second.object_area),
+        background_area=join(first.background_area, second.background_area),
+        keep=join(first.keep, second.keep),
+        drop=join(first.drop, second.drop),
+    )

@@ -1,0 +1,325 @@
+"""``icm matte --hints``: which file belongs to which image, and which alphas a hint changes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from conftest import Icm, alphas, read
+from PIL import Image
+from test_formats import linear
+from test_windows import write_cropped_exr
+
+from icm_cli.matting.engine import Engine
+
+CORNER = [[0, 0], [30, 0], [30, 20], [0, 20]]
+
+
+def write_hint(path: Path, label: str = "keep", points: Sequence[Sequence[float]] = CORNER, **content: Any) -> Path:
+    """Write an annotation of labelme: by default, the upper left corner is to be kept."""
+    kind = "polygon" if len(points) > 1 else "point"
+    shape = {"label": label, "points": points, "shape_type": kind}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"shapes": [shape], **content}))
+    return path
+
+
+def paint_hint(path: Path, size: tuple[int, int], value: int = 255) -> None:
+    """Write a rough mask: the upper left corner is on the object, or off it."""
+    image = np.full(size, 128, np.uint8)
+    image[:20, :30] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), image)
+
+
+def statuses(report: Path) -> dict[str, tuple[str, bool]]:
+    """Status of each image of a report, and whether it had hints."""
+    images = json.loads(report.read_text())["images"]
+    return {image["name"]: (image["status"], image["has_hints"]) for image in images}
+
+
+@pytest.fixture
+def hints(scene: Path) -> Path:
+    folder = scene / "hints"
+    folder.mkdir()
+    return folder
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    height, width = read(path).shape[:2]
+    return height, width
+
+
+def test_a_hint_changes_the_alpha_of_its_image_only(icm: Icm, scene: Path, hints: Path) -> None:
+    report = scene / "r.json"
+
+    def matte(*flags: str) -> list[str]:
+        """Return the images that were done."""
+        done = icm(*flags, hints=hints, report=report)
+        assert done.exit_code == 0, done.output
+        return sorted(name for name, (status, _) in statuses(report).items() if status == "done")
+
+    assert icm(out=scene / "plain").exit_code == 0
+    plain = alphas(scene / "plain")
+    assert len(matte()) == 3
+    assert alphas(scene / "out") == plain
+    write_hint(hints / "wall.json")
+    assert matte() == ["wall.jpg"]
+    kept = alphas(scene / "out")
+    assert {name for name in plain if kept[name] != plain[name]} == {"wall.png"}
+    assert (read(scene / "out" / "wall.png")[:20, :30] == 255).all()
+    assert statuses(report) == {
+        "pad.0101.png": ("kept", False),
+        "sub/deep.png": ("kept", False),
+        "wall.jpg": ("done", True),
+    }
+    assert matte() == []
+    write_hint(hints / "wall.json", "drop")
+    write_hint(hints / "sub" / "deep.json")
+    assert matte() == ["sub/deep.png", "wall.jpg"]
+    assert (read(scene / "out" / "wall.png")[:20, :30] == 0).all()
+    assert (read(scene / "out" / "sub" / "deep.png")[:20, :30] == 255).all()
+    shutil.rmtree(hints / "sub")
+    (hints / "wall.json").unlink()
+    assert matte() == ["sub/deep.png", "wall.jpg"]
+    assert alphas(scene / "out") == plain
+
+
+def test_names_of_hints(icm: Icm, scene: Path, hints: Path) -> None:
+    """The name of the image with or without its extension; the extension of the hint in any case."""
+    write_hint(hints / "wall.jpg.JSON")
+    write_hint(hints / "pad.0101.json", "drop")
+    write_hint(hints / "pad.0101.png.json", "keep", [[40, 40], [60, 40], [60, 60], [40, 60]])
+    write_hint(hints / "deep.json")  # not in the subfolder
+    planned = icm("--dry-run", hints=hints)
+    assert planned.exit_code == 0
+    assert "2 images with hints" in planned.stderr
+    done = icm(hints=hints, report=scene / "r.json")
+    assert done.exit_code == 0, done.output
+    reason = "a hint without an image of its name"
+    assert f"{hints / 'deep.json'} skipped: {reason}" in done.stderr
+    assert json.loads((scene / "r.json").read_text())["summary"]["skipped_files"][reason] == 1
+    assert (read(scene / "out" / "wall.png")[:20, :30] == 255).all()
+    pad = read(scene / "out" / "pad.0101.png")
+    assert (pad[:20, :30] == 0).all()
+    assert (pad[40:60, 40:60] == 255).all()
+    assert not statuses(scene / "r.json")["sub/deep.png"][1]
+
+
+@pytest.mark.slow
+def test_annotation_and_painted_hint_of_one_image_are_merged(icm: Icm, scene: Path, hints: Path) -> None:
+    size = size_of(scene / "imgs" / "wall.jpg")
+    write_hint(hints / "wall.json", "drop", [[100, 50], [120, 50], [120, 70], [100, 70]])
+    paint_hint(hints / "wall.png", size)
+    assert icm("--include", "wall.jpg", hints=hints).exit_code == 0
+    alpha = read(scene / "out" / "wall.png")
+    assert (alpha[50:70, 100:120] == 0).all()
+    assert alpha[10, 15] > 127  # the centre of the painted area
+
+
+def test_filtered_images_are_no_complaint(icm: Icm, hints: Path) -> None:
+    for name in ("wall", "pad.0101", "sub/deep"):
+        write_hint(hints / f"{name}.json")
+    for flags in (("--include", "wall.jpg"), ("--frames", "101"), ("--exclude", "pad*"), ("--shard", "1/2")):
+        done = icm(*flags, "--dry-run", hints=hints)
+        assert done.exit_code == 0
+        assert "without an image" not in done.stderr
+
+
+def test_shards_apply_the_same_hints(icm: Icm, scene: Path, hints: Path) -> None:
+    write_hint(hints / "wall.json")
+    assert icm(hints=hints, out=scene / "whole").exit_code == 0
+    for number in (1, 2):
+        assert icm("--shard", f"{number}/2", hints=hints).exit_code == 0
+    assert alphas(scene / "out") == alphas(scene / "whole")
+
+
+def test_a_name_that_fits_two_images_is_refused(icm: Icm, scene: Path, hints: Path) -> None:
+    cv2.imwrite(str(scene / "imgs" / "wall.tif"), read(scene / "imgs" / "wall.jpg"))
+    write_hint(hints / "wall.json")
+    refused = icm("--keep-suffix", hints=hints)
+    assert refused.exit_code == 2
+    assert "wall.json may belong to wall.jpg or to wall.tif; name it wall.jpg.json" in refused.stderr
+    (hints / "wall.json").rename(hints / "wall.tif.json")
+    done = icm("--keep-suffix", hints=hints, report=scene / "r.json")
+    assert done.exit_code == 0, done.output
+    assert {name for name, (_, has_hints) in statuses(scene / "r.json").items() if has_hints} == {"wall.tif"}
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "cannot be read"),
+            ('{"imageHeight": 9, "imageWidth": 9, "shapes": []}', "marks no pixel"),
+            ('{"imageHeight": 9, "imageWidth": 9, "shapes": 3}', "shapes is 3 instead of a list"),
+            (
+                '{"imageHeight": 9, "imageWidth": 9, "shapes": [{"label": "fg", "shape_type": "point", '
+                '"points": [[50, 1]]}]}',
+                "outside the image",
+            ),
+        ],
+    )
+    def test_malformed_files_stop_the_run(self, icm: Icm, scene: Path, hints: Path, content: str, message: str) -> None:
+        (hints / "wall.json").write_text(content)
+        refused = icm(hints=hints)
+        assert refused.exit_code == 2
+        assert message in refused.stderr
+        assert f"{hints / 'wall.json'}" in refused.stderr
+        assert not (scene / "out").exists()
+
+    def test_painted_file_that_is_no_image(self, icm: Icm, scene: Path, hints: Path) -> None:
+        (hints / "wall.png").write_bytes(b"no image")
+        refused = icm(hints=hints)
+        assert refused.exit_code == 2
+        assert "wall.png" in refused.stderr
+        assert not (scene / "out").exists()
+
+    def test_files_that_contradict_each_other(self, icm: Icm, hints: Path) -> None:
+        size = dict(imageHeight=120, imageWidth=160)
+        write_hint(hints / "wall.json", "keep", **size)
+        write_hint(hints / "wall.jpg.json", "drop", **size)
+        refused = icm(hints=hints)
+        assert refused.exit_code == 2
+        assert "wall.jpg.json and" in refused.stderr
+        assert "contradict each other" in refused.stderr
+
+    def test_a_hint_of_another_size_fails_alone(self, icm: Icm, scene: Path, hints: Path) -> None:
+        write_hint(hints / "wall.json", imageHeight=300, imageWidth=500)
+        paint_hint(hints / "sub" / "deep.png", (40, 30))
+        failed = icm(hints=hints, report=scene / "r.json")
+        assert failed.exit_code == 1
+        assert {name: status for name, (status, _) in statuses(scene / "r.json").items()} == {
+            "pad.0101.png": "done",
+            "sub/deep.png": "failed",
+            "wall.jpg": "failed",
+        }
+        height, width = size_of(scene / "imgs" / "wall.jpg")
+        assert f"of an image of 500x300, and the image is {width}x{height}" in failed.stderr.replace("\n", " ")
+
+    def test_folder_or_pattern_must_exist(self, icm: Icm, scene: Path) -> None:
+        for where, message in (
+            ("none", "--hints none does not exist; expected a folder"),
+            (scene / "ref.png", "is a file; expected a folder"),
+            ("none.####.json", "no file matches none.####.json"),
+        ):
+            refused = icm("--dry-run", hints=where)
+            assert refused.exit_code == 2
+            assert message in refused.stderr
+        shutil.copy(scene / "ref.png", scene / "fix.0101.tif")
+        refused = icm("--dry-run", hints=scene / "fix.####.tif")
+        assert refused.exit_code == 2
+        assert "fix.0101.tif; expected a folder of .json and .png files" in refused.stderr
+
+    def test_hints_are_never_overwritten(self, icm: Icm, scene: Path, hints: Path) -> None:
+        paint_hint(hints / "wall.png", size_of(scene / "imgs" / "wall.jpg"))
+        before = alphas(hints)
+        refused = icm("--overwrite", hints=hints, out=hints)
+        assert refused.exit_code == 2
+        assert "also the output folder" in refused.stderr
+        refused = icm("--overwrite", hints=hints, out=hints.parent, src=scene / "imgs", name="hints_{stem}{frame}")
+        assert alphas(hints) == before
+        report = icm("--overwrite", hints=hints, report=hints / "wall.png")
+        assert report.exit_code == 2
+        assert alphas(hints) == before
+
+    def test_a_hint_that_changes_during_the_run_fails_its_image(
+        self, icm: Icm, scene: Path, hints: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_hint(hints / "wall.json")
+        run = Engine.run
+
+        def change_first(self: Engine, jobs: Any) -> None:
+            write_hint(hints / "wall.json", "drop")
+            run(self, jobs)
+
+        monkeypatch.setattr(Engine, "run", change_first)
+        failed = icm(hints=hints)
+        assert failed.exit_code == 1
+        assert "wall.json changed during the run; run again" in failed.stderr
+        assert len(alphas(scene / "out")) == 2
+
+
+class TestPlaces:
+    def test_hints_next_to_the_images(self, icm: Icm, scene: Path) -> None:
+        """As labelme writes them. A PNG with the name of another image is its hint."""
+        assert icm(out=scene / "plain").exit_code == 0
+        write_hint(scene / "imgs" / "wall.json")
+        write_hint(scene / "imgs" / "pad.0101.json", "drop")
+        write_hint(scene / "imgs" / "sub" / "other.json")
+        size = size_of(scene / "imgs" / "wall.jpg")
+        write_hint(scene / "imgs" / "wall.jpg.json", "drop", [[50, 50], [60, 50], [60, 60]])
+        done = icm(hints=scene / "imgs", report=scene / "r.json")
+        assert done.exit_code == 0, done.output
+        assert sorted(alphas(scene / "out")) == sorted(alphas(scene / "plain"))
+        assert "not an image" not in done.stderr
+        assert "other.json skipped: a hint without an image" in done.stderr
+        assert (read(scene / "out" / "wall.png")[:20, :30] == 255).all()
+        assert (read(scene / "out" / "pad.0101.png")[:20, :30] == 0).all()
+        paint_hint(scene / "imgs" / "wall.png", size)
+        planned = icm("--dry-run", hints=scene / "imgs")
+        assert planned.exit_code == 0, planned.output
+        assert "2 images with hints" in planned.stderr
+        assert "3 images: 0 new, 1 to be recomputed, 2 kept" in planned.stderr
+
+    def test_folder_of_hints_inside_the_source_folder(self, icm: Icm, scene: Path) -> None:
+        folder = scene / "imgs" / "hints"
+        write_hint(folder / "wall.json")
+        shutil.copy(scene / "imgs" / "wall.jpg", folder / "wall.jpg")  # as labelme needs it
+        done = icm(hints=folder)
+        assert done.exit_code == 0, done.output
+        assert sorted(alphas(scene / "out")) == ["pad.0101.png", "sub/deep.png", "wall.png"]
+        assert (read(scene / "out" / "wall.png")[:20, :30] == 255).all()
+
+    def test_folder_above_the_sources_and_the_output(self, icm: Icm, scene: Path) -> None:
+        write_hint(scene / "wall.json")
+        for _ in range(2):
+            done = icm(hints=scene, report=scene / "r.json")
+            assert done.exit_code == 0, done.output
+        assert statuses(scene / "r.json")["wall.jpg"] == ("kept", True)
+        assert f"{scene / 'out'}" not in done.stderr
+
+    def test_pages_have_hints_of_their_own(self, icm: Icm, scene: Path, hints: Path) -> None:
+        pages = [Image.open(scene / "imgs" / "wall.jpg")] * 2
+        folder = scene / "pages"
+        folder.mkdir()
+        pages[0].save(folder / "scan.tif", save_all=True, append_images=pages[1:])
+        write_hint(hints / "scan.0002.json")
+        assert icm(hints=hints, src=folder).exit_code == 0
+        first, second = (read(scene / "out" / f"scan.000{page}.png") for page in (1, 2))
+        assert (second[:20, :30] == 255).all()
+        assert not (first[:20, :30] == 255).all()
+
+    def test_coordinates_of_exr_files_are_of_the_display_window(self, icm: Icm, scene: Path, hints: Path) -> None:
+        rgb = linear(read(scene / "imgs" / "wall.jpg")[..., ::-1])
+        write_cropped_exr(scene / "exr" / "wall.exr", rgb, (20, 10, 100, 90), (16, -8))
+        write_hint(hints / "wall.json", "keep", [[30, 20], [50, 20], [50, 40], [30, 40]])
+        write_hint(hints / "wall.exr.json", "keep", [[0, 0], [10, 0], [10, 5], [0, 5]])  # outside the data window
+        assert icm(hints=hints, src=scene / "exr").exit_code == 0
+        alpha = read(scene / "out" / "wall.png")
+        assert alpha.shape == rgb.shape[:2]
+        assert (alpha[20:40, 30:50] == 255).all()
+        assert not alpha[:10].any()
+        write_hint(hints / "wall.json", "fg", [[5, 5]])
+        failed = icm(hints=hints, src=scene / "exr")
+        assert failed.exit_code == 1
+        assert "point 5,5 on the object is outside the data window" in failed.stderr
+
+
+def test_frame_pattern(icm: Icm, scene: Path, hints: Path) -> None:
+    write_hint(hints / "fix.101.json")
+    write_hint(hints / "fix.102.json")
+    done = icm(hints=hints / "fix.###.json", report=scene / "r.json")
+    assert done.exit_code == 0, done.output
+    assert statuses(scene / "r.json")["pad.0101.png"] == ("done", True)
+    assert f"{hints / 'fix.102.json'} skipped: a hint without an image" in done.stderr
+    shutil.copy(scene / "imgs" / "pad.0101.png", scene / "imgs" / "sub" / "pad.0101.png")
+    refused = icm(hints=hints / "fix.###.json")
+    assert refused.exit_code == 2
+    assert "fix.101.json may belong to pad.0101.png or to sub/pad.0101.png; give --hints a folder" in refused.stderr
