@@ -21,16 +21,7 @@ __version__ = "0.2.0"
 """Version of the code that runs; the package takes its version from here."""
 ROOT = Path("/")
 """Folder that contains ``proc`` and the mounted cgroups."""
-PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "numpy",
-    "scipy",
-    "opencv-python-headless",
-    "pillow",
-    "pymatting",
-)
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scipy", "opencv-python-headless", "pillow", "pymatting")
 
 
 def package_versions() -> dict[str, str]:

@@ -8,14 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from icm_cli.datasets.groups import GroupMetadata, Sample
-from icm_cli.datasets.layouts import (
-    FileSets,
-    Layout,
-    find_file_sets,
-    find_files,
-    list_images,
-    pair_files,
-)
+from icm_cli.datasets.layouts import FileSets, Layout, find_file_sets, find_files, list_images, pair_files
 from icm_cli.errors import Problem, UsageError, did_you_mean
 from icm_cli.options import DatasetName, MetricVariant, Region, ScoredSize, Split
 
@@ -80,12 +73,7 @@ def _davis_layout(split: str) -> Layout:
 
 
 DATASETS: dict[DatasetName, Dataset] = {
-    "aim500": Dataset(
-        "AIM-500",
-        (Layout("original", "mask", "trimap"),),
-        conventions=AIM,
-        metadata="aim500.json",
-    ),
+    "aim500": Dataset("AIM-500", (Layout("original", "mask", "trimap"),), conventions=AIM, metadata="aim500.json"),
     "icm57": Dataset(
         "ICM-57",
         (Layout("image", "alpha", "trimap"),),
@@ -246,9 +234,8 @@ def _find_backgrounds(dataset: Dataset, layout: Layout, folder: str | Path | Non
         return []
     if folder is None:
         raise UsageError(
-            f"{dataset.title} contains only foregrounds; give --backgrounds DIR (the published "
-            "test set uses images of PASCAL VOC); each foreground is composited onto "
-            f"{layout.backgrounds_per_foreground} of them"
+            f"{dataset.title} contains only foregrounds; give --backgrounds DIR (the published test set uses images of "
+            f"PASCAL VOC); each foreground is composited onto {layout.backgrounds_per_foreground} of them"
         )
     is_folder = Path(folder).is_dir()
     backgrounds = list_images(Path(folder)) if is_folder else []

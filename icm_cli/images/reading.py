@@ -231,9 +231,8 @@ def compose_image(
     if foreground.shape[:2] != alpha.shape:
         paths = [file.path if isinstance(file, ImageFile) else file for file in (foreground_file, alpha_file)]
         raise ImageError(
-            f"{paths[0]} is {foreground.shape[1]}x{foreground.shape[0]} and its alpha {paths[1]} "
-            f"is {alpha.shape[1]}x{alpha.shape[0]}; expected the same size; give the alpha of this "
-            "foreground"
+            f"{paths[0]} is {foreground.shape[1]}x{foreground.shape[0]} and its alpha {paths[1]} is "
+            f"{alpha.shape[1]}x{alpha.shape[0]}; expected the same size; give the alpha of this foreground"
         )
     background = _enlarge_to_cover(read_image(background_file).to_display_window().rgb, *alpha.shape)
     weight = alpha[..., None] / np.float32(255)

@@ -31,9 +31,7 @@ REPORT_SHAPE = {
     },
     "references?": REFERENCES_SHAPE,
     "summary?": {"complete?": bool},
-    "images": [
-        {"round?": int, "name?": str, "source?": str, "scores?": {"*": dict.fromkeys(METRICS, (int, float))}},
-    ],
+    "images": [{"round?": int, "name?": str, "source?": str, "scores?": {"*": dict.fromkeys(METRICS, (int, float))}}],
 }
 MAX_SCORE = 1e15
 MAX_ROUND = 10**6

@@ -66,9 +66,8 @@ def comparison_caveats(protocol: Mapping[str, Any], means: Mapping[Region, Means
     notes = ["The papers do not publish their references; those of this run are listed in the report."]
     if metric_variant != PAPER_VARIANT:
         notes.append(
-            f"GRAD and CONN are of the {metric_variant} variant, but In-Context Matting uses the "
-            f"{PAPER_VARIANT} variant: do not compare these two columns, or give --metric-variant "
-            f"{PAPER_VARIANT}."
+            f"GRAD and CONN are of the {metric_variant} variant, but In-Context Matting uses the {PAPER_VARIANT} "
+            f"variant: do not compare these two columns, or give --metric-variant {PAPER_VARIANT}."
         )
     if size == "square768":
         notes.append(

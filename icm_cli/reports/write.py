@@ -13,16 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icm_cli.errors import OutputError, UsageError
-from icm_cli.files import (
-    Paths,
-    as_path,
-    as_paths,
-    atomic_write,
-    check_writable,
-    describe_obstacle,
-    is_file,
-    write_json,
-)
+from icm_cli.files import Paths, as_path, as_paths, atomic_write, check_writable, describe_obstacle, is_file, write_json
 from icm_cli.images.image_file import HEAD_BYTES, ICM_SHEET_MARK, detect_file_type
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import METRICS, REGIONS, RESULT_FIELDS
@@ -66,9 +57,7 @@ class ReportFiles:
         return [*self.reports, *filter(None, [self.contact_sheet, self.references])]
 
     def check_no_overwrite(
-        self,
-        other_files: Sequence[str | Path],
-        remedy: str | None = "give another name, or remove the file",
+        self, other_files: Sequence[str | Path], remedy: str | None = "give another name, or remove the file"
     ) -> None:
         """Raise UsageError if a path is no file, one of ``other_files``, given twice, or a file that icm did not write.
 
