@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from icm_cli import environment
 from icm_cli.events import Listener, TrainingListener, TrainingSummary
 from icm_cli.files import is_too_long, shorten
-from icm_cli.reports.means import format_mean, format_metric
+from icm_cli.reports.means import SHOT_SCORE_TITLES, format_mean, format_metric
+from icm_cli.reports.published import comparison_caveats, published_scores
 from icm_cli.reports.result import METRIC_TITLES, METRICS
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from icm_cli.errors import Problem
     from icm_cli.model.hub.catalogue import ListedModel
     from icm_cli.reports.comparison import Comparison
-    from icm_cli.reports.means import Means
     from icm_cli.reports.report import Report
     from icm_cli.reports.result import ImageResult
 
@@ -127,13 +127,9 @@ def print_models(models: Sequence[ListedModel]) -> None:
 
 def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
     """Print a table of the images that are in both reports, worst change first."""
-    from rich.table import Table
-
     for region, rows in comparison.images.items():
-        table = Table(title=f"{after} minus {before}, {region}; positive values are worse", title_justify="left")
-        table.add_column("image")
-        for metric in METRICS:
-            table.add_column(METRIC_TITLES[metric], justify="right")
+        titles = [METRIC_TITLES[metric] for metric in METRICS]
+        table = _make_table("image", titles, f"{after} minus {before}, {region}; positive values are worse")
         for row in rows:
             name = f"{row.name} (round {row.round})" if row.round > 1 else row.name
             table.add_row(_escape_unprintable(name), *(f"{row.change(metric):+.5f}" for metric in METRICS))
@@ -170,6 +166,16 @@ def _failure_text(result: ImageResult) -> str:
     return f"failed: {_source_text(result)}: {result.reason.removeprefix(result.source).lstrip(': ')}"
 
 
+def _make_table(first_column: str, number_columns: Sequence[str], title: str | None = None) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column(first_column)
+    for name in number_columns:
+        table.add_column(name, justify="right")
+    return table
+
+
 def _print_parts(*parts: Table | str) -> None:
     """Print tables and text for the width and encoding of standard output."""
     from rich.console import Console
@@ -201,13 +207,14 @@ def print_table(rows: Sequence[tuple[str, str]], *lines: str) -> None:
 
 
 def _print_summary(report: Report) -> None:
-    from icm_cli.reports.published import comparison_caveats
-
     if report.means:
-        notes = comparison_caveats(report.settings.get("protocol", {}), report.means)
+        notes = comparison_caveats(report.protocol, report.means)
         _print_parts(_scores_table(report), *(f"- {note}" for note in notes), "")
     if report.shots:
-        _print_parts(_shots_table(report), "")
+        table = _make_table("shot", ["frames", *SHOT_SCORE_TITLES.values()])
+        for shot, scores in report.shots.items():
+            table.add_row(shot, f"{scores.frames}", *(f"{getattr(scores, name):.3f}" for name in SHOT_SCORE_TITLES))
+        _print_parts(table, "")
     failures = [_failure_text(result) for result in report.failures]
     if len(failures) > MAX_PRINTED:
         failures[MAX_PRINTED:] = [f"... and {len(failures) - MAX_PRINTED} more failures"]
@@ -216,53 +223,21 @@ def _print_summary(report: Report) -> None:
 
 def _scores_table(report: Report) -> Table:
     """Return a table of the means by region, followed by published scores for the same dataset."""
-    from rich.table import Table
-
-    from icm_cli.reports.published import PUBLISHED_SCORES
-
-    protocol = report.settings.get("protocol", {})
-    metrics = list(dict.fromkeys(name for means in report.means.values() for name in means.metrics))
-    table = Table(title=_protocol_line(protocol, report.settings.get("note")), title_justify="left")
-    table.add_column("")
-    for metric in metrics:
-        table.add_column(METRIC_TITLES[metric], justify="right")
-    table.add_column("MSE x1e3", justify="right")
-    table.add_column("images", justify="right")
+    metrics = report.measured_metrics
+    columns = [*(METRIC_TITLES[metric] for metric in metrics), "MSE x1e3", "images"]
+    table = _make_table("", columns, _protocol_line(report.protocol, report.settings.get("note")))
+    incomplete_note = "" if report.is_complete else f" (incomplete, {len(report.results)} images so far)"
     for suffix, by_region in (("", report.means), (", not trained on", report.means_unseen or {})):
         for region, means in by_region.items():
-            incomplete_note = "" if report.is_complete else f" (incomplete, {len(report.results)} images so far)"
-            table.add_row(
-                f"{report.method_name}, {region}{suffix}{incomplete_note}",
-                *_mean_cells(means, metrics),
-                f"{means.images}",
-            )
-    published = PUBLISHED_SCORES.get(protocol.get("title", ""), ())
-    if published:
-        table.add_section()
-    for row in published:
+            cells = [format_mean(means.metrics.get(name), name) for name in metrics]
+            mse_in_thousandths = f"{1e3 * means.metrics['mse'].mean:.2f}"
+            name = f"{report.method_name}, {region}{suffix}{incomplete_note}"
+            table.add_row(name, *cells, mse_in_thousandths, f"{means.images}")
+    table.add_section()
+    for row in published_scores(report.protocol):
         cells = [format_metric(getattr(row, metric, None), metric) for metric in metrics]
         table.add_row(f"{row.method} ({row.note}; published)", *cells, f"{1e3 * row.mse:.2f}", "")
     return table
-
-
-def _shots_table(report: Report) -> Table:
-    """Return a table of J and F of every shot, and their means."""
-    from rich.table import Table
-
-    from icm_cli.reports.means import SHOT_SCORE_TITLES
-
-    table = Table()
-    table.add_column("shot")
-    for title in ("frames", *SHOT_SCORE_TITLES.values()):
-        table.add_column(title, justify="right")
-    for shot, scores in report.shots.items():
-        table.add_row(shot, f"{scores.frames}", *(f"{getattr(scores, name):.3f}" for name in SHOT_SCORE_TITLES))
-    return table
-
-
-def _mean_cells(means: Means, metrics: list[str]) -> list[str]:
-    cells = [format_mean(means.metrics.get(name), name) for name in metrics]
-    return [*cells, f"{1e3 * means.metrics['mse'].mean:.2f}"]
 
 
 def _protocol_line(protocol: Mapping[str, Any], note: str | None) -> str | None:

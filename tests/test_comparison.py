@@ -20,7 +20,7 @@ from icm_cli.datasets.groups import GroupMetadata, Sample
 from icm_cli.errors import UsageError
 from icm_cli.evaluation.rounds import read_references_file
 from icm_cli.reports.report import Report
-from icm_cli.reports.result import METRICS, DatasetEntry, ImageEvaluation, ImageResult, Scores
+from icm_cli.reports.result import METRICS, ImageEvaluation, ImageResult, Scores
 
 PROTOCOL = {
     "dataset": "folder",
@@ -43,7 +43,8 @@ def make_report(mse: float = 0.1) -> dict[str, Any]:
             f"out/{name}.png",
             "done",
             name=name,
-            dataset=DatasetEntry("g", round=1),
+            group="g",
+            round=1,
             evaluation=ImageEvaluation({"whole": Scores(mse, 1.0, 2.0, 3.0, 0.2)}),
         )
         for name in ("a", "b")

@@ -336,7 +336,7 @@ def test_composites_of_foregrounds_are_matted(tmp_path: Path, small_model: Path)
     behind = int(reference.removeprefix("rocket_")) % 3
     others = {f"rocket_{n}" for n in range(20) if n % 3 != behind}
     assert {result.name for result in report.results} == others
-    assert {result.dataset.group for result in report.results} == {"rocket"}
+    assert {result.group for result in report.results} == {"rocket"}
     assert report.means["unknown"].images == len(others)
     assert len({result.matting.foreground for result in report.results}) > 1
     (note,) = report.settings["protocol"]["notes"]

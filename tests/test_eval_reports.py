@@ -26,7 +26,7 @@ from icm_cli.config import load_model_config
 from icm_cli.errors import OutputError, Problem
 from icm_cli.reports.contact_sheet import write_contact_sheet
 from icm_cli.reports.report import Report
-from icm_cli.reports.result import DatasetEntry, ImageEvaluation, ImageResult, Scores
+from icm_cli.reports.result import ImageEvaluation, ImageResult, Scores
 from icm_cli.reports.write import ReportFiles, _escape_formula, write_report
 from icm_cli.scoring.metrics import compute_scores
 
@@ -212,7 +212,9 @@ def test_page_escapes_text_wherever_it_appears(tmp_path: Path) -> None:
         *(f"{text}{number}" for number in (1, 2)),
         "failed",
         name=text,
-        dataset=DatasetEntry(text, {text: text}, truth=text),
+        group=text,
+        categories={text: text},
+        truth=text,
         evaluation=ImageEvaluation({"whole": Scores(0.1, 1, 1, 1, 0.1)}),
         reason=text,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import get_args
 
 import cv2
 import numpy as np
@@ -14,12 +15,13 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from plain_metrics import plain_metrics
 
 from icm_cli.options import MetricVariant
-from icm_cli.reports.result import METRIC_VARIANTS, Scores
+from icm_cli.reports.result import Scores
 from icm_cli.scoring.metrics import compute_boundary_f, compute_dt_ssd, compute_jaccard, compute_scores
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 CASES = range(4)
 EXACT = 1e-9
+METRIC_VARIANTS: tuple[MetricVariant, ...] = get_args(MetricVariant)
 
 alpha = arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24))
 

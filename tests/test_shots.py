@@ -12,7 +12,7 @@ from eval_data import by_name, report_of
 from PIL import Image
 
 from icm_cli.reports.means import MEAN_OF_SHOTS, compute_shot_scores
-from icm_cli.reports.result import DatasetEntry, ImageEvaluation, ImageResult
+from icm_cli.reports.result import ImageEvaluation, ImageResult
 from icm_cli.scoring.metrics import compute_boundary_f, compute_jaccard
 
 SHOTS = ("cow", "dog")
@@ -75,7 +75,7 @@ def frames_of(shot: str, values: list[float]) -> list[ImageResult]:
             "",
             "done",
             name=f"{shot}/{number}",
-            dataset=DatasetEntry(shot),
+            group=shot,
             evaluation=ImageEvaluation(jaccard=value, boundary_f=1 - value),
         )
         for number, value in enumerate(values)

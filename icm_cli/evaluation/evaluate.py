@@ -181,7 +181,7 @@ def _score_predictions(evaluation: Evaluation, folder: Path) -> Report:
             if result.output:
                 collector.add(replace(result, status="done"))
                 continue
-            searched = round_folder(folder, result.dataset.round, len(references))
+            searched = round_folder(folder, result.round, len(references))
             reason = f"{result.source} has no unique alpha in {searched}; expected a file named {result.name}"
             collector.add_problem(Problem("missing-prediction", result.name, reason))
             collector.add(replace(result, status="unscored", reason=reason))

@@ -23,7 +23,7 @@ from icm_cli.matting.result_collector import ResultCollector, environment_settin
 from icm_cli.matting.resume import DIGEST_KEY
 from icm_cli.options import EvaluateOptions
 from icm_cli.reports.report import PageImages, Report
-from icm_cli.reports.result import DatasetEntry, ImageResult
+from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import ReportFiles
 from icm_cli.scoring.pool import Scorer, ScoringPool
 from icm_cli.scoring.task import FlickerTask, ScoreTask, ScoringRule
@@ -92,7 +92,10 @@ class Evaluation:
             output=str(output),
             status="planned",
             name=sample.name,
-            dataset=DatasetEntry(sample.group, sample.categories, number, str(sample.alpha)),
+            group=sample.group,
+            categories=sample.categories,
+            round=number,
+            truth=str(sample.alpha),
         )
 
     def make_collector(
@@ -166,7 +169,7 @@ class Evaluation:
         for number in sorted({key[0] for key in scored}):
             for before, frame in pairs:
                 results = [scored.get((number, sample.name)) for sample in (frame, before)]
-                files = [(Path(result.output), Path(result.dataset.truth)) for result in results if result]
+                files = [(Path(result.output), Path(result.truth)) for result in results if result]
                 if len(files) == 2:
                     yield (number, frame.name), FlickerTask(files[0], files[1], self.rule)
 

@@ -52,7 +52,7 @@ from icm_cli.options import (
 )
 from icm_cli.options.definition import DigestPart
 from icm_cli.reports.report import PageImages, Report
-from icm_cli.reports.result import DatasetEntry, ImageResult
+from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import ReportFiles
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ class _MattingRun:
         planned = [job.planned for job in plan.jobs]
         collector = ResultCollector(report, planned, self._listener, start=start, scoring=scoring)
         for job in plan.jobs if plan.truths else ():
-            if not job.planned.dataset.truth:
+            if not job.planned.truth:
                 reason = f"{job.source} has no ground truth in {self._options.reports.gt}, so it is not scored"
                 collector.add_problem(Problem("missing-alpha", job.planned.name, reason))
         return collector
@@ -352,9 +352,8 @@ def _add_ground_truth(jobs: Sequence[Job], where: str) -> tuple[list[Job], list[
     found = []
     for job in jobs:
         truth = truths.get(key_of(job.name))
-        dataset = DatasetEntry(truth=str(truth or ""))
-        found.append(replace(job, planned=replace(job.planned, dataset=dataset)))
-    if jobs and not any(job.planned.dataset.truth for job in found):
+        found.append(replace(job, planned=replace(job.planned, truth=str(truth or ""))))
+    if jobs and not any(job.planned.truth for job in found):
         name = jobs[0].name
         raise UsageError(f"ground truth {where} {lacking.format(name, name.with_suffix('.png'))}; check the path")
     return found, list(truths.values())
@@ -368,9 +367,9 @@ def _make_scorer(processes: int) -> tuple[Scorer, ScoringRule]:
     rule = ScoringRule()  # the whole image at its own size
 
     def make_task(result: ImageResult) -> ScoreTask | None:
-        if not result.dataset.truth:
+        if not result.truth:
             return None
-        truth, image = Path(result.dataset.truth), Path(result.source)
+        truth, image = Path(result.truth), Path(result.source)
         return ScoreTask(result.source, Path(result.output), truth, rule, image_path=image, allowed=ALLOWED_PROBLEMS)
 
     return Scorer(ScoringPool(processes), make_task), rule

@@ -56,25 +56,25 @@ SHOT_SCORE_TITLES = {
 """Printed names of the scores of a shot, such as "J mean", by field name."""
 
 
-def compute_means(results: Iterable[ImageResult]) -> dict[Region, Means]:
+def compute_means(results: Sequence[ImageResult]) -> dict[Region, Means]:
     """Return the means of every region that has scores."""
-    rounds: dict[Region, dict[int, list[ImageEvaluation]]] = {region: {} for region in REGIONS}
-    for result in results:
-        for region in result.evaluation.scores:
-            rounds[region].setdefault(result.dataset.round, []).append(result.evaluation)
     means: dict[Region, Means] = {}
-    for region, by_round in rounds.items():
-        parts = list(by_round.values())
-        if not parts:
+    for region in REGIONS:
+        by_round: dict[int, list[ImageEvaluation]] = {}
+        for result in results:
+            if region in result.evaluation.scores:
+                by_round.setdefault(result.round, []).append(result.evaluation)
+        rounds = list(by_round.values())
+        if not rounds:
             continue
         metrics = {
-            name: _mean_over_rounds([[getattr(each.scores[region], name) for each in part] for part in parts])
+            name: _mean_over_rounds([[getattr(image.scores[region], name) for image in images] for images in rounds])
             for name in METRICS
         }
-        flicker = [[each.dt_ssd for each in part if each.dt_ssd is not None] for part in parts]
+        flicker = [[image.dt_ssd for image in images if image.dt_ssd is not None] for images in rounds]
         if region == "whole" and any(flicker):
-            metrics["dt_ssd"] = _mean_over_rounds([part for part in flicker if part])
-        means[region] = Means(sum(map(len, parts)), len(parts), metrics)
+            metrics["dt_ssd"] = _mean_over_rounds([values for values in flicker if values])
+        means[region] = Means(sum(map(len, rounds)), len(rounds), metrics)
     return means
 
 
@@ -82,16 +82,15 @@ def compute_means_by(
     results: Sequence[ImageResult], key: Callable[[ImageResult], str | None]
 ) -> dict[str, dict[Region, Means]]:
     """Return the means for every value of ``key``, sorted by value, without results that have no value."""
-    parts: dict[str, list[ImageResult]] = {}
+    by_value: dict[str, list[ImageResult]] = {}
     for result in results:
         if value := key(result):
-            parts.setdefault(value, []).append(result)
-    return {value: means for value in sorted(parts) if (means := compute_means(parts[value]))}
+            by_value.setdefault(value, []).append(result)
+    return {value: means for value in sorted(by_value) if (means := compute_means(by_value[value]))}
 
 
 def compute_shot_scores(results: Iterable[ImageResult]) -> dict[str, ShotScores]:
-    """Return the scores of every shot, followed by their mean under the key MEAN_OF_SHOTS, with the total number of
-    frames.
+    """Return the scores of every shot, and under the key MEAN_OF_SHOTS their mean and the total number of frames.
 
     ``results`` must be in the order of the frames. Frames that lack J or F are excluded.
     """
@@ -99,7 +98,7 @@ def compute_shot_scores(results: Iterable[ImageResult]) -> dict[str, ShotScores]
     for result in results:
         jaccard, boundary_f = result.evaluation.jaccard, result.evaluation.boundary_f
         if jaccard is not None and boundary_f is not None:
-            shots.setdefault(result.dataset.group, []).append((jaccard, boundary_f))
+            shots.setdefault(result.group, []).append((jaccard, boundary_f))
     scores = {shot: _score_shot(frames) for shot, frames in shots.items()}
     if scores:
         means = [fmean(getattr(score, name) for score in scores.values()) for name in SHOT_SCORE_TITLES]

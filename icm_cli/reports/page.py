@@ -22,7 +22,7 @@ from icm_cli.geometry import ImageU8, resize
 from icm_cli.options import Region
 from icm_cli.reports.contact_sheet import read_alpha_or_none, select_evenly
 from icm_cli.reports.means import SHOT_SCORE_TITLES, Means, compute_means_by, format_mean, format_metric
-from icm_cli.reports.published import PUBLISHED_SCORES, comparison_caveats
+from icm_cli.reports.published import comparison_caveats, published_scores
 from icm_cli.reports.report import PREVIEW_PX, shrink_image
 from icm_cli.reports.result import METRIC_TITLES, METRICS
 
@@ -63,10 +63,8 @@ def write_page(path: Path, report: Report) -> None:
 
 def _template_context(report: Report) -> dict[str, Any]:
     """Return the variables of the template."""
-    protocol = report.settings.get("protocol", {})
     scored = [result for result in report.results if result.evaluation.scores]
     means = report.means
-    metrics = list(dict.fromkeys(name for each in means.values() for name in each.metrics))
     main: Region | None = next(iter(means), None)
     worst_first = sorted(scored, key=lambda result: -_region_mse(result, main)) if main else []
     best = worst_first[::-1][: min(MAX_BEST, len(scored) // 3)]
@@ -78,14 +76,14 @@ def _template_context(report: Report) -> dict[str, Any]:
         "title": report.settings["title"],
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "settings": report.settings,
-        "protocol": {key: value for key, value in protocol.items() if key != "title"},
+        "protocol": {key: value for key, value in report.protocol.items() if key != "title"},
         "means": means,
         "means_unseen": report.means_unseen or {},
-        "metrics": metrics,
+        "metrics": report.measured_metrics,
         "metric_titles": METRIC_TITLES,
         "main": main,
-        "published": PUBLISHED_SCORES.get(protocol.get("title", ""), ()),
-        "comparison_caveats": comparison_caveats(protocol, means),
+        "published": published_scores(report.protocol),
+        "comparison_caveats": comparison_caveats(report.protocol, means),
         "shot_score_titles": SHOT_SCORE_TITLES,
         "tables": _breakdown_tables(scored),
         "histograms": [_make_histogram(scored, main, metric) for metric in METRICS] if main else [],
@@ -107,12 +105,12 @@ def _region_mse(result: ImageResult, region: Region | None) -> float:
 
 def _breakdown_tables(scored: Sequence[ImageResult]) -> dict[str, dict[str, dict[Region, Means]]]:
     """Return the means by group and by category, if there are several."""
-    categories = sorted({name for result in scored for name in result.dataset.categories})
+    categories = sorted({name for result in scored for name in result.categories})
     tables = {
-        name: compute_means_by(scored, lambda result, name=name: result.dataset.categories.get(name))  # type: ignore[misc]
+        name: compute_means_by(scored, lambda result, name=name: result.categories.get(name))  # type: ignore[misc]
         for name in categories
     }
-    tables["group"] = compute_means_by(scored, lambda result: result.dataset.group)
+    tables["group"] = compute_means_by(scored, lambda result: result.group)
     return {name: rows for name, rows in tables.items() if len(rows) > 1}
 
 
@@ -132,11 +130,11 @@ def _make_histogram(scored: Sequence[ImageResult], region: Region, metric: str) 
 def _make_figure(report: Report, result: ImageResult) -> dict[str, Any]:
     """Return the images of a result as data URIs, None if there is nothing to show or a file cannot be read."""
     images = report.page_images
-    alpha, truth = read_alpha_or_none(result.output), read_alpha_or_none(result.dataset.truth)
+    alpha, truth = read_alpha_or_none(result.output), read_alpha_or_none(result.truth)
     if alpha is not None and truth is not None and alpha.shape != truth.shape:
         alpha = np.asarray(cv2.resize(alpha, truth.shape[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
     references = [_tint_object(rgb, np.asarray(mask * 255, np.uint8)) for rgb, mask in images.references_with_masks]
-    for reference, mask_path in images.references.get((result.dataset.round, result.dataset.group), ()):
+    for reference, mask_path in images.references.get((result.round, result.group), ()):
         rgb, mask_u8 = images.read_preview(reference), read_alpha_or_none(str(mask_path))
         if rgb is not None and mask_u8 is not None:
             references.append(_tint_object(rgb, mask_u8))

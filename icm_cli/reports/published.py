@@ -54,36 +54,40 @@ PAPER_VARIANT = "composition"
 """Variant of GRAD and CONN in the paper In-Context Matting."""
 
 
+def published_scores(protocol: Mapping[str, Any]) -> tuple[PublishedScores, ...]:
+    """Return the published scores of the dataset of a protocol, if there are any."""
+    return PUBLISHED_SCORES.get(protocol.get("title", ""), ())
+
+
 def comparison_caveats(protocol: Mapping[str, Any], means: Mapping[Region, Means]) -> list[str]:
     """Return sentences about differences between published scores and the first region of ``means``.
 
     The result is empty if the dataset has no published scores.
     """
-    title, size, metric_variant = (str(protocol.get(key, "")) for key in ("title", "size", "metric_variant"))
-    if title not in PUBLISHED_SCORES or not means:
+    if not published_scores(protocol) or not means:
         return []
     region, first = next(iter(means.items()))
     notes = ["The papers do not publish their references; those of this run are listed in the report."]
-    if metric_variant != PAPER_VARIANT:
+    if (variant := protocol["metric_variant"]) != PAPER_VARIANT:
         notes.append(
-            f"GRAD and CONN are of the {metric_variant} variant, but In-Context Matting uses the {PAPER_VARIANT} "
-            f"variant: do not compare these two columns, or give --metric-variant {PAPER_VARIANT}."
+            f"GRAD and CONN are of the {variant} variant, but In-Context Matting uses the {PAPER_VARIANT} variant: do "
+            f"not compare these two columns, or give --metric-variant {PAPER_VARIANT}."
         )
-    if size == "square768":
+    if (size := protocol["size"]) == "square768":
         notes.append(
-            "Scores are computed on 768 px centre crops, like in the released code of In-Context "
-            "Matting; that code mattes the crop, icm mattes the whole image."
+            "Scores are computed on 768 px centre crops, like in the released code of In-Context Matting; that code "
+            "mattes the crop, icm mattes the whole image."
         )
     else:
         notes.append(
-            f"Scores are computed at size {size}, but the released code of In-Context Matting "
-            "scores 768 px centre crops. SAD, GRAD and CONN increase with the area, MSE does not."
+            f"Scores are computed at size {size}, but the released code of In-Context Matting scores 768 px centre "
+            "crops. SAD, GRAD and CONN increase with the area, MSE does not."
         )
     if region != "whole":
         notes.append(
             "The scores of icm are over the unknown region, but the published scores are over the whole image."
         )
-    scored, full = first.images // first.rounds, FULL_SIZE[title]
+    scored, full = first.images // first.rounds, FULL_SIZE[protocol["title"]]
     if scored < full // 2:
         notes.append(f"Only {scored} of the {full} images were scored.")
     return notes

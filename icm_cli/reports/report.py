@@ -90,6 +90,12 @@ class Report:
     page_images: PageImages = field(default_factory=PageImages)
     totals: RunTotals = RunTotals()
 
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """What the scores depend on, apart from the alphas; empty without scores."""
+        protocol: Mapping[str, Any] = self.settings.get("protocol", {})
+        return protocol
+
     def count(self, status: Status) -> int:
         """Return the number of images with this status."""
         return sum(result.status == status for result in self.results)
@@ -129,6 +135,11 @@ class Report:
     def means(self) -> dict[Region, Means]:
         """Means of all metrics over the scored images."""
         return compute_means(self.results)
+
+    @property
+    def measured_metrics(self) -> list[str]:
+        """Names of the metrics that have a mean."""
+        return list(dict.fromkeys(name for means in self.means.values() for name in means.metrics))
 
     @property
     def means_unseen(self) -> dict[Region, Means] | None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args
 
-from icm_cli.options import MetricVariant, Region
+from icm_cli.options import Region
 
 Status = Literal["done", "kept", "unscored", "failed", "planned", "not reached"]
-METRIC_VARIANTS: tuple[MetricVariant, ...] = get_args(MetricVariant)
 REGIONS: tuple[Region, ...] = get_args(Region)
 
 
@@ -32,18 +31,6 @@ class Scores:
 
 METRICS: tuple[str, ...] = tuple(field.name for field in fields(Scores))
 METRIC_TITLES = {"mse": "MSE", "sad": "SAD", "grad": "GRAD", "conn": "CONN", "mad": "MAD", "dt_ssd": "dtSSD"}
-
-
-@dataclass(frozen=True)
-class DatasetEntry:
-    """Place of an image in a dataset."""
-
-    group: str = ""
-    categories: Mapping[str, str] = field(default_factory=dict)
-    round: int = 0
-    """Round of an evaluation, from 1; 0 outside evaluations."""
-    truth: str = ""
-    """Path of the ground truth."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +83,14 @@ class ImageResult:
     """Page of a file with several images, from 1; 0 for files with one image."""
     has_hints: bool = False
     """Whether a person gave hints about this image."""
-    dataset: DatasetEntry = DatasetEntry()
+    group: str = ""
+    """Group in its dataset: images of the same object, or a shot."""
+    categories: Mapping[str, str] = field(default_factory=dict)
+    """Categories in its dataset, such as {"class": "animal"}."""
+    round: int = 0
+    """Round of an evaluation, from 1; 0 outside evaluations."""
+    truth: str = ""
+    """Path of the ground truth."""
     matting: MattingDetails = MattingDetails()
     evaluation: ImageEvaluation = ImageEvaluation()
     reason: str = ""
@@ -110,13 +104,12 @@ class ImageResult:
     @property
     def key(self) -> tuple[int, str]:
         """Unique key within the run: (round, name)."""
-        return self.dataset.round, self.name or self.source
+        return self.round, self.name or self.source
 
     def as_dict(self) -> dict[str, Any]:
         """Return all values in a flat dictionary, in which ``scores`` and ``categories`` are dictionaries."""
         values = dataclasses.asdict(self)
-        for part in ("dataset", "matting", "evaluation"):
-            values |= values.pop(part)
+        values |= values.pop("matting") | values.pop("evaluation")
         return {name: values[name] for name in RESULT_FIELDS}
 
     def as_row(self) -> dict[str, Any]:
@@ -131,8 +124,6 @@ class ImageResult:
 RESULT_FIELDS = tuple(
     name
     for outer in fields(ImageResult)
-    for name in (
-        [inner.name for inner in fields(outer.default)] if dataclasses.is_dataclass(outer.default) else [outer.name]
-    )
+    for name in ([inner.name for inner in fields(outer.default)] if is_dataclass(outer.default) else [outer.name])
 )
 """Names of all values of a result, in the order of reports."""

@@ -146,8 +146,7 @@ def _write_csv(path: Path, report: Report) -> None:
     columns = [name for name in RESULT_FIELDS if name not in ("scores", "categories")]
     index = columns.index("was_resized")
     columns[index:index] = [f"{region}_{metric}" for region in REGIONS for metric in METRICS]
-    protocol = report.settings.get("protocol", {})
-    scoring = {f"scored_{key}": protocol[key] for key in ("size", "metric_variant") if key in protocol}
+    scoring = {f"scored_{key}": report.protocol[key] for key in ("size", "metric_variant") if key in report.protocol}
     rows = [result.as_row() | scoring for result in report.results]
     columns += sorted({column for row in rows for column in row} - set(columns))
     text = io.StringIO()

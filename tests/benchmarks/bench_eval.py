@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import cv2
 import numpy as np
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from plain_metrics import plain_metrics
 
-from icm_cli.reports.result import METRIC_VARIANTS
+from icm_cli.options import MetricVariant
 from icm_cli.scoring.metrics import compute_scores
 
 DEMO = Path(__file__).parents[1] / "composites"
@@ -51,7 +52,7 @@ def print_metrics(_: Path) -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     cv2.setNumThreads(1)
     for name, (alpha, truth) in {"matte": matte_pair(), "noise": noise_pair()}.items():
-        for variant in METRIC_VARIANTS:
+        for variant in get_args(MetricVariant):
             fast = best_seconds(5, partial(compute_scores, alpha, truth, variant))
             plain = best_seconds(2, partial(plain_metrics, alpha, truth, variant, np.ones(truth.shape, bool)))
             print(f"metrics  {name}, {variant}: {fast:.3f} s, plain {plain:.3f} s: {plain / fast:.1f}x", flush=True)
