@@ -10,10 +10,12 @@ import os
 import platform
 import re
 import resource
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from icm_cli.errors import IcmError, ResourceError, UsageError
 
@@ -41,11 +43,12 @@ def available_cores() -> int:
     return max(1, min([cores, *map(math.ceil, cpu_quotas())]))
 
 
-def child_environment() -> dict[str, str]:
-    """Return environment variables with which a child process imports the same package."""
+def start_module(module: str, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    """Run a module of this package as a process, with options of ``subprocess.Popen``."""
     home = str(Path(__file__).resolve().parents[1])
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment, **options)
 
 
 def peak_memory_bytes() -> int:
@@ -71,20 +74,16 @@ def _processor_name() -> str:
 
 @dataclass(frozen=True)
 class FreeMemory:
-    """Memory that this process can still allocate.
-
-    Attributes:
-        size: In bytes; infinite if the system does not report it.
-        where: What limits it, in words.
-    """
+    """Memory that this process can still allocate."""
 
     size: float
+    """In bytes; infinite if the system does not report it."""
     where: str
+    """What limits it, in words."""
 
     def __str__(self) -> str:
-        return (
-            "the free memory is unknown" if math.isinf(self.size) else f"{format_gb(self.size)} are free {self.where}"
-        )
+        is_known = not math.isinf(self.size)
+        return f"{format_gb(self.size)} are free {self.where}" if is_known else "the free memory is unknown"
 
 
 def format_gb(size: float) -> str:
@@ -100,11 +99,8 @@ def free_memory() -> FreeMemory:
     if available is not None:
         found.append(FreeMemory(available * 1024, "on this machine"))
     for folder in cgroup_folders("memory"):
-        caches = _read_table(folder / "memory.stat")
-        cached = sum(
-            caches.get(f"total_{name}", caches.get(name, 0))
-            for name in ("inactive_file", "active_file")  # total_: with the cgroups below, in version 1
-        )
+        caches = _read_table(folder / "memory.stat")  # total_: with the cgroups below, in version 1
+        cached = sum(caches.get(f"total_{name}", caches.get(name, 0)) for name in ("inactive_file", "active_file"))
         limits = [_read_number(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
         used = _read_number(folder / "memory.current") or _read_number(folder / "memory.usage_in_bytes") or 0
         for limit in limits:
@@ -222,22 +218,18 @@ def limited_threads() -> Iterator[None]:
     import torch
 
     check_not_forked()
-    wanted = torch.get_num_threads(), cv2.getNumThreads()
+    libraries = [(torch.set_num_threads, torch.get_num_threads()), (cv2.setNumThreads, cv2.getNumThreads())]
     most = 1 + free_threads() // 3  # readers, writers and other processes need some too
     if "OMP_NUM_THREADS" not in os.environ:
         most = min(most, available_cores())
-    changed = [int(min(each, most)) for each in wanted]
-    if changed[0] < wanted[0]:
-        torch.set_num_threads(changed[0])
-    if changed[1] < wanted[1]:
-        cv2.setNumThreads(changed[1])
+    lowered = [(set_threads, wanted) for set_threads, wanted in libraries if wanted > most]
+    for set_threads, _ in lowered:
+        set_threads(int(most))
     try:
         yield
     finally:
-        if changed[0] < wanted[0]:
-            torch.set_num_threads(wanted[0])
-        if changed[1] < wanted[1]:
-            cv2.setNumThreads(wanted[1])
+        for set_threads, wanted in lowered:
+            set_threads(wanted)
 
 
 OUT_OF_MEMORY = "needs more memory than could be allocated; {}; free memory, raise the limit or scale the image down"

@@ -10,6 +10,12 @@ from typing import Self
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def ignore_stop_signals() -> None:
+    """Leave signals to the process group to the parent process."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopSignals:
     """Context that delays a first signal: it is recorded, and raised again for the former handler at the end.
 

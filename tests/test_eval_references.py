@@ -49,7 +49,7 @@ def test_unusable_samples_are_never_chosen(group: list[str], data: st.DataObject
         {"g": [sample(name) for name in group]},
         rounds=3,
         refs_per_group=2,
-        is_usable=lambda each: each.name not in bad,
+        is_usable=lambda name: name not in bad,
     )
     for references in chosen:
         assert not bad & set(references.get("g", []))

@@ -207,12 +207,11 @@ def _plan_results(
     def find_alpha(sample: Sample) -> Path | str:
         if sample.name in alphas:
             return alphas[sample.name]
-        stems = [Path(sample.name).name]
-        if name_by_stem.get(stems[0]) != sample.name:
+        stem = Path(sample.name).name
+        if name_by_stem.get(stem) != sample.name:
             return ""
-        if not isinstance(sample.image, CompositeSource):
-            stems.append(sample.file.stem)
-        return next((alpha_by_stem[stem] for stem in stems if stem in alpha_by_stem), "")
+        stems = [stem] if isinstance(sample.image, CompositeSource) else [stem, sample.file.stem]
+        return next((alpha_by_stem[each] for each in stems if each in alpha_by_stem), "")
 
     return [
         replace(evaluation.plan_result(sample, Path(), number), output=str(find_alpha(sample)))

@@ -9,9 +9,9 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from icm_cli.datasets.groups import Sample
 from icm_cli.errors import ImageError, Problem, UsageError
 from icm_cli.evaluation.protocol import Evaluation, round_folder
 from icm_cli.evaluation.rounds import (
@@ -27,7 +27,6 @@ from icm_cli.matting.digest import alpha_digest
 from icm_cli.matting.engine import Engine, EngineOptions
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.model_choice import AnyModelChoice, sequence_digest_parts
-from icm_cli.matting.predictor import Predictor
 from icm_cli.matting.propagation import create_matting, prepare_references
 from icm_cli.matting.references import Reference, make_guidance
 from icm_cli.matting.result_collector import ResultCollector
@@ -69,7 +68,8 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
         )
     steps = choice.resolve_learn_steps(options.learn_steps, is_shot=options.shot)
     digests = _example_digests(store, choice, examples, steps, is_shot=options.shot)
-    with _alpha_folder(evaluation, digests) as folder:
+    kept = options.save_alphas
+    with contextlib.nullcontext(kept) if kept else _temporary_folder(_cache_folder(evaluation, digests)) as folder:
         jobs = _plan_jobs(evaluation, examples, folder, len(references))
         shot = store.plan_shot(jobs, examples) if options.shot else None
         evaluation.check_no_overwrite([job.output for job in jobs])
@@ -97,12 +97,13 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
             predictor = choice.load_predictor() if remaining else None
             with collector.writing_reports(evaluation.reports, choice.device.peak_memory_bytes):
                 if predictor is not None:
+                    notice = listener.on_notice
 
                     @functools.lru_cache(maxsize=1)
                     def prepare_example(index: int) -> PreparedReferences:
-                        return store.prepare(predictor, examples[index].references, steps, is_shot=options.shot)
+                        shown = [store.read_reference(name) for name in examples[index].references]
+                        return prepare_references(predictor, shown, steps, notice, is_shot=options.shot)
 
-                    notice = listener.on_notice
                     matting = create_matting(predictor, prepare_example, shot, notice)
                     Engine(predictor, matting, settings, on_result=collector.add, notice=notice).run(remaining)
                 evaluation.score_flicker(collector)
@@ -148,12 +149,6 @@ def _make_collector(
     )
 
 
-def _alpha_folder(evaluation: Evaluation, digests: Sequence[str]) -> contextlib.AbstractContextManager[Path]:
-    """Return a context with the folder for the alphas."""
-    folder = evaluation.options.matting.save_alphas
-    return contextlib.nullcontext(folder) if folder else _temporary_folder(_cache_folder(evaluation, digests))
-
-
 @contextlib.contextmanager
 def _temporary_folder(folder: Path) -> Iterator[Path]:
     """Remove the folder at the end if the run succeeds and no other run uses it."""
@@ -194,22 +189,21 @@ class ReferenceStore:
 
     def select_references(self, rounds: int, refs_per_group: int) -> tuple[ReferenceRounds, list[Problem]]:
         """Return the references of every round, from a file or chosen by name, and those that cannot be used."""
-        path, dataset = self.evaluation.options.protocol.references, self.evaluation
+        path, groups = self.evaluation.options.protocol.references, self.evaluation.groups
         if path:
-            references, problems = read_references_file(path, dataset.groups)
-            for names_by_group in references:
-                for group, names in list(names_by_group.items()):
-                    names_by_group[group] = [name for name in names if self._is_usable(dataset.by_name[name])]
-                    if not names_by_group[group]:
-                        del names_by_group[group]
+            listed, problems = read_references_file(path, groups)
+            references = [
+                {group: usable for group, names in each.items() if (usable := list(filter(self._is_usable, names)))}
+                for each in listed
+            ]
             problems += [
                 Problem("bad-reference", group, f"{path} has no usable reference of group {group} in some round")
-                for group in dataset.groups
-                if not all(group in names_by_group for names_by_group in references)
+                for group in groups
+                if not all(group in each for each in references)
             ]
         else:
             references, problems = choose_references(
-                dataset.groups,
+                groups,
                 rounds=rounds,
                 refs_per_group=refs_per_group,
                 is_usable=self._is_usable,
@@ -218,38 +212,28 @@ class ReferenceStore:
         problems += [Problem("bad-reference", name, error) for name, error in self._errors.items()]
         return references, problems
 
-    def prepare(
-        self, predictor: Predictor, names: Sequence[str], learn_steps: int, *, is_shot: bool
-    ) -> PreparedReferences:
-        """Read and prepare references, and fine-tune the head on them for ``learn_steps`` steps."""
-        references = [self._read_reference(self.evaluation.by_name[name]) for name in names]
-        return prepare_references(
-            predictor, references, learn_steps, self.evaluation.listener.on_notice, is_shot=is_shot
-        )
-
     def plan_shot(self, jobs: Sequence[Job], examples: Sequence[Example]) -> Shot:
         """Return the order in which frames are matted, starting from their references."""
 
-        def key(name: str) -> Keyframe:
-            return Keyframe(Path(name), lambda: self._read_reference(self.evaluation.by_name[name]))
-
         return Shot.from_examples(
-            ([job for job in jobs if job.example_index == index], [key(name) for name in example.references])
+            (
+                [job for job in jobs if job.example_index == index],
+                [Keyframe(Path(name), partial(self.read_reference, name)) for name in example.references],
+            )
             for index, example in enumerate(examples)
         )
 
-    def _is_usable(self, sample: Sample) -> bool:
-        if sample.name in self.digests:
-            return True
-        try:
-            self.digests[sample.name] = self._read_reference(sample).digest
-        except (ImageError, UsageError) as error:
-            self._errors[sample.name] = str(error)
-            return False
-        return True
+    def _is_usable(self, name: str) -> bool:
+        if name not in self.digests and name not in self._errors:
+            try:
+                self.digests[name] = self.read_reference(name).digest
+            except (ImageError, UsageError) as error:
+                self._errors[name] = str(error)
+        return name in self.digests
 
-    def _read_reference(self, sample: Sample) -> Reference:
+    def read_reference(self, name: str) -> Reference:
         """Read a sample as a reference: its image, and its alpha above one half as guidance."""
+        sample = self.evaluation.by_name[name]
         image = read_source_image(sample.image)
         mask = read_alpha(sample.alpha, is_label_map=self.evaluation.rule.has_shots, target_windows=image.windows)
         notice = self.evaluation.listener.on_notice

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ def choose_references(
     *,
     rounds: int,
     refs_per_group: int,
-    is_usable: Callable[[Sample], bool],
+    is_usable: Callable[[str], bool],
     in_order: bool = False,
 ) -> tuple[ReferenceRounds, list[Problem]]:
     """Choose the references of every group and round, and return the problems of groups with a single image.
@@ -45,17 +44,13 @@ def choose_references(
                 for each in samples
             ]
             continue
-        ordered = (
-            list(samples)
-            if in_order
-            else sorted(samples, key=lambda each: hashlib.sha256(os.fsencode(each.name)).hexdigest())
-        )
-        usable = functools.cache(is_usable)
+        ordered = [sample.name for sample in samples]
+        if not in_order:
+            ordered.sort(key=lambda name: hashlib.sha256(os.fsencode(name)).hexdigest())
         for number, names in enumerate(chosen):
             first = number % len(ordered)
-            candidates = (each for each in (*ordered[first:], *ordered[:first]) if usable(each))
-            references = [each.name for each in islice(candidates, min(refs_per_group, len(ordered) - 1))]
-            if references:
+            candidates = filter(is_usable, (*ordered[first:], *ordered[:first]))
+            if references := list(islice(candidates, min(refs_per_group, len(ordered) - 1))):
                 names[group] = references
     return chosen, problems
 

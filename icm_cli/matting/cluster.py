@@ -155,23 +155,16 @@ class RayCluster:
                 raise UsageError(f"node {node['NodeManagerAddress']} of the Ray cluster {problem}")
 
 
+@dataclass
 class RayRunner:
     """Runs jobs on Ray actors, which write the alphas. Results are reported in the caller's thread."""
 
-    def __init__(
-        self,
-        setup: EngineSetup,
-        actor_count: int,
-        resources: dict[str, Any],
-        on_result: Callable[[ImageResult], None],
-        notice: Callable[[str], None],
-    ) -> None:
-        self._setup = setup
-        self._actor_count = actor_count
-        self._resources = resources
-        self._on_result = on_result
-        self._notice = notice
-        self._peak_memory_bytes = 0
+    setup: EngineSetup
+    actor_count: int
+    resources: dict[str, Any]
+    on_result: Callable[[ImageResult], None]
+    notice: Callable[[str], None]
+    _peak_memory_bytes: int = 0
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Matte every image. An image that fails is reported, and the run continues unless ``fail_fast`` is set.
@@ -185,7 +178,7 @@ class RayRunner:
                 message = pickle.loads(row["message"])  # noqa: S301  our own actor wrote it
                 self._handle_message(message)
                 is_failed = isinstance(message, ImageResult) and message.status == "failed"
-                if is_failed and self._setup.options.fail_fast:
+                if is_failed and self.setup.options.fail_fast:
                     return
         except RayActorError as error:
             reason = str(error).splitlines()[0]
@@ -202,7 +195,7 @@ class RayRunner:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised as well
-        block_size = min(BATCHES_PER_BLOCK * self._setup.choice.batch_size, math.ceil(len(jobs) / self._actor_count))
+        block_size = min(BATCHES_PER_BLOCK * self.setup.choice.batch_size, math.ceil(len(jobs) / self.actor_count))
         blocks = ray.data.from_items(
             [{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=math.ceil(len(jobs) / block_size)
         )
@@ -210,24 +203,24 @@ class RayRunner:
             warnings.simplefilter("ignore", DeprecationWarning)  # Ray has no other way to bound restarts
             return blocks.map_batches(
                 MattingActor,
-                fn_constructor_args=(ProcessContext.current(), self._setup),
+                fn_constructor_args=(ProcessContext.current(), self.setup),
                 batch_size=None,
-                compute=ray.data.ActorPoolStrategy(size=self._actor_count),
+                compute=ray.data.ActorPoolStrategy(size=self.actor_count),
                 max_restarts=MAX_RESTARTS,
                 max_task_retries=MAX_RESTARTS,
-                **self._resources,
+                **self.resources,
             )
 
     def _handle_message(self, message: Any) -> None:
         match message:
             case ImageResult():
-                self._on_result(message)
+                self.on_result(message)
             case WorkerIdle():
                 self._peak_memory_bytes = max(self._peak_memory_bytes, message.peak_memory_bytes)
             case IcmError():
                 raise message
             case str():
-                self._notice(message)
+                self.notice(message)
 
 
 class MattingActor:
@@ -286,9 +279,7 @@ def _connect(address: str) -> bool:
     try:
         if address != "auto":
             host, _, port = address.rpartition(":")
-            socket.create_connection(
-                (host, int(port)), timeout=CONNECT_TIMEOUT_S
-            ).close()  # Ray would retry for minutes
+            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()  # Ray would retry for minutes
         ray.init(address=None if address == "auto" else address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, OverflowError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

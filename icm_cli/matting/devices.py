@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from multiprocessing import Pipe
 from typing import Any, Protocol, Self
 
 import torch
 
-from icm_cli.environment import child_environment
+from icm_cli.environment import start_module
 from icm_cli.errors import DeviceError, IcmError, format_count
 from icm_cli.files import remove_stale_temporaries
 from icm_cli.matting.engine import Engine, EngineOptions
@@ -55,9 +55,12 @@ class EngineSetup:
         return Engine(predictor, matting, self.options, on_result=on_result, notice=notice)
 
 
-@dataclass(frozen=True)
-class JobRequest:
-    """Message of a worker: it can take another job."""
+class WorkerMessage(Enum):
+    """Messages without content between a worker and its parent process."""
+
+    REQUEST_JOB = "from a worker: it can take another job"
+    START_RUN = "to a worker: jobs are waiting, request them"
+    NO_JOBS_LEFT = "to a worker: no job is waiting at the moment"
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,6 @@ class WorkerIdle:
     """Message of a worker: its model is loaded, or all jobs that it took are finished."""
 
     peak_memory_bytes: int
-
-
-@dataclass(frozen=True)
-class StartRun:
-    """Message to a worker: jobs are waiting, request them."""
-
-
-@dataclass(frozen=True)
-class NoJobsLeft:
-    """Message to a worker: no job is waiting at the moment."""
 
 
 class WorkerPool:
@@ -153,7 +146,7 @@ class WorkerPool:
         for worker in self._live_workers:
             if self._waiting and worker.is_idle:
                 worker.is_idle = False
-                worker.send(StartRun())
+                worker.send(WorkerMessage.START_RUN)
 
     def _raise_error(self) -> None:
         """Raise the error that ended the run, or DeviceError if no worker is alive."""
@@ -183,9 +176,9 @@ class WorkerPool:
                 worker.jobs.pop(message.key, None)
                 if message.status == "failed" and self._setups[0].options.fail_fast:
                     self._stop_workers()
-            case JobRequest():
+            case WorkerMessage.REQUEST_JOB:
                 has_job = self._waiting and not self._is_stopped
-                worker.send(worker.take_job(self._waiting) if has_job else NoJobsLeft())
+                worker.send(worker.take_job(self._waiting) if has_job else WorkerMessage.NO_JOBS_LEFT)
             case WorkerIdle():
                 worker.is_idle = True
                 worker.peak_memory_bytes = max(worker.peak_memory_bytes, message.peak_memory_bytes)
@@ -241,13 +234,8 @@ class _WorkerProcess:
         worker_inbox, self._outbox = Pipe(duplex=False)
         self._inbox, worker_outbox = Pipe(duplex=False)
         descriptors = worker_inbox.fileno(), worker_outbox.fileno()
-        self._popen = subprocess.Popen(
-            [sys.executable, "-m", "icm_cli.matting.worker", *map(str, descriptors)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=descriptors,
-            env=child_environment(),
-        )
+        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "pass_fds": descriptors}
+        self._popen = start_module("icm_cli.matting.worker", *map(str, descriptors), **options)
         worker_inbox.close()
         worker_outbox.close()
         threading.Thread(target=self._receive_messages, args=(receive,), daemon=True).start()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import signal
 import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
+
+from icm_cli.signals import ignore_stop_signals
 
 if TYPE_CHECKING:
     from icm_cli.matting.engine import Engine
@@ -17,15 +18,11 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Serve the parent process until it closes the connection; the arguments are the file descriptors of two pipes.
-
-    Signals that stop the process group are ignored here: the parent process handles them.
-    """
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.SIG_IGN)
+    """Serve the parent process until it closes the connection; the arguments are the file descriptors of two pipes."""
+    ignore_stop_signals()
     from icm_cli.environment import limited_threads, resource_errors
     from icm_cli.errors import IcmError
-    from icm_cli.matting.devices import StartRun, WorkerIdle
+    from icm_cli.matting.devices import WorkerIdle, WorkerMessage
 
     inbox, outbox = map(int, sys.argv[1:])
     parent = ParentConnection(Connection(inbox, writable=False), Connection(outbox, readable=False))
@@ -34,7 +31,7 @@ def main() -> None:
             engine = parent.setup.create_engine(parent.send, parent.send)
             parent.start_receiving(engine)
             parent.send(WorkerIdle(engine.peak_memory_bytes()))
-            while isinstance(parent.next_message(), StartRun):
+            while parent.next_message() is WorkerMessage.START_RUN:
                 engine.run(parent.request_jobs())
                 parent.send(WorkerIdle(engine.peak_memory_bytes()))
     except IcmError as error:
@@ -66,11 +63,11 @@ class ParentConnection:
 
     def request_jobs(self) -> Iterator[Job]:
         """Request jobs one by one, and yield them until none is left."""
-        from icm_cli.matting.devices import JobRequest
+        from icm_cli.matting.devices import WorkerMessage
         from icm_cli.matting.jobs import Job
 
         while True:
-            self.send(JobRequest())
+            self.send(WorkerMessage.REQUEST_JOB)
             if not isinstance(job := self.next_message(), Job):
                 return
             yield job

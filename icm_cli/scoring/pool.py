@@ -5,24 +5,21 @@ from __future__ import annotations
 import pickle
 import queue
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from icm_cli.environment import child_environment
+from icm_cli.environment import start_module
 from icm_cli.reports.result import ImageResult
 from icm_cli.scoring.task import ScoreTask
 
-TaskResultT = TypeVar("TaskResultT", covariant=True)
 
-
-class Task(Protocol[TaskResultT]):
+class Task(Protocol):
     """A picklable object that a worker process runs."""
 
-    def run(self) -> TaskResultT: ...
+    def run(self) -> Any: ...
 
 
 class ScoringPool:
@@ -40,7 +37,7 @@ class ScoringPool:
         self._running: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
         self._max_pending = 4 * processes
 
-    def submit(self, task: Task[Any], callback: Callable[[Any], None]) -> None:
+    def submit(self, task: Task, callback: Callable[[Any], None]) -> None:
         """Queue a task. Blocks while too many tasks are pending.
 
         ``callback`` is called with the result of the task, or with None if its process died, for example from lack of
@@ -67,7 +64,7 @@ class ScoringPool:
             callback(future.result())
             self._running.popleft()  # after the callback, so that an interrupt loses no result
 
-    def _run_task(self, task: Task[Any]) -> Any:
+    def _run_task(self, task: Task) -> Any:
         process = self._idle.get()
         try:
             process = process or _ScoringProcess()
@@ -85,20 +82,14 @@ class _ScoringProcess:
     """A process that runs one task at a time."""
 
     def __init__(self) -> None:
-        self._popen = subprocess.Popen(
-            [sys.executable, "-m", "icm_cli.scoring.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=child_environment(),
-        )
+        self._popen = start_module("icm_cli.scoring.worker", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def run(self, task: Task[TaskResultT]) -> TaskResultT:
+    def run(self, task: Task) -> Any:
         assert self._popen.stdin
         assert self._popen.stdout
         pickle.dump(task, self._popen.stdin)
         self._popen.stdin.flush()
-        result: TaskResultT = pickle.load(self._popen.stdout)  # noqa: S301  written by our own process
-        return result
+        return pickle.load(self._popen.stdout)  # noqa: S301  written by our own process
 
     def close(self) -> None:
         self._popen.kill()

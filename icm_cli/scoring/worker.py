@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import signal
 import sys
 
 import cv2
 
+from icm_cli.signals import ignore_stop_signals
+
 
 def main() -> None:
-    """Run pickled tasks from standard input, one at a time on one core, until the input ends.
-
-    Signals to the process group are left to the parent process.
-    """
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.SIG_IGN)
+    """Run pickled tasks from standard input, one at a time on one core, until the input ends."""
+    ignore_stop_signals()
     cv2.setNumThreads(1)
     results = sys.stdout.buffer
     sys.stdout = sys.stderr
