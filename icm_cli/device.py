@@ -30,12 +30,8 @@ class Device:
     @property
     def dtype_name(self) -> str:
         """The dtypes as text, for example "float16" or "float32, transformers bfloat16"."""
-        name = _dtype_name(self.dtype)
-        return (
-            name
-            if self.transformer_dtype == self.dtype
-            else f"{name}, transformers {_dtype_name(self.transformer_dtype)}"
-        )
+        name, transformers = (str(each).removeprefix("torch.") for each in (self.dtype, self.transformer_dtype))
+        return name if name == transformers else f"{name}, transformers {transformers}"
 
     @property
     def auto_batch_size(self) -> int:
@@ -68,7 +64,8 @@ def resolve_device(device: str = "auto", dtype: str = "auto", *, transformer_dty
     if dtype == "auto":
         if target.type == "cuda":
             return Device(target, torch.float16, torch.float16)
-        return Device(target, torch.float32, _fast_transformer_dtype(target))
+        is_faster = target.type == "cpu" and _cpu_is_faster_in_bfloat16()
+        return Device(target, torch.float32, torch.bfloat16 if is_faster else torch.float32)
     return Device(target, DTYPES[dtype], DTYPES[dtype])
 
 
@@ -101,11 +98,6 @@ def parse_devices(text: str) -> list[str]:
     return names
 
 
-def _fast_transformer_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 for CPUs whose matrix products are faster in bfloat16, else float32."""
-    return torch.bfloat16 if device.type == "cpu" and _cpu_is_faster_in_bfloat16() else torch.float32
-
-
 def _cpu_is_faster_in_bfloat16() -> bool:
     """Return whether the CPU has AMX, or is an AMD CPU with the bfloat16 instructions of AVX-512.
 
@@ -123,10 +115,6 @@ def _cpu_vendor() -> str:
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
         return next((line for line in lines if line.startswith("vendor_id")), "")
     return platform.processor()
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -166,18 +154,15 @@ def make_accelerator(device: str, precision: str, accumulation: int) -> tuple[An
     if precision == "bf16" and target.type == "cpu" and not _cpu_is_faster_in_bfloat16():
         precision = "no"
     if process_count() == 1:
-        AcceleratorState._reset_state(
-            reset_partial_state=True
-        )  # an earlier run in this process may have had other settings
+        # An earlier run in this process may have had other settings.
+        AcceleratorState._reset_state(reset_partial_state=True)
         if target.type == "cuda":
             torch.cuda.set_device(target)
     accelerator = Accelerator(
         cpu=target.type == "cpu",
         mixed_precision=precision,
         gradient_accumulation_steps=accumulation,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(hours=12))
-        ],  # the other processes wait while one validates
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # the others wait while one validates
     )
     target, dtype = accelerator.device, PRECISIONS[precision]
     if target.type == "cpu" and dtype == torch.bfloat16:  # convolutions in bfloat16 are many times slower

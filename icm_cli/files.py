@@ -23,7 +23,6 @@ from typing import Any, BinaryIO, TypeAlias, TypeVar
 
 from icm_cli.errors import FileWriteError, OutputError, UsageError
 
-Paths: TypeAlias = str | Path | Sequence[str | Path]
 TEMPORARY_PREFIX = ".icm-"
 TEMPORARY_SUFFIX = ".tmp"
 STALE_AFTER_S = 3600.0
@@ -482,16 +481,6 @@ def check_path(text: str | Path, name: str) -> None:
 def is_too_long(path: bytes) -> bool:
     """Return whether no drive has a file of this path."""
     return len(path) > MAX_PATH_BYTES or max(map(len, path.split(os.sep.encode()))) > MAX_NAME_BYTES
-
-
-def as_paths(value: Paths) -> list[Path]:
-    """Return one or several paths as a list."""
-    return [Path(value)] if isinstance(value, (str, Path)) else [Path(one) for one in value]
-
-
-def as_path(value: str | Path | None) -> Path | None:
-    """Return a path, or None if none is given."""
-    return None if value is None else Path(value)
 
 
 def walk_files(folder: Path, skipped: SkippedPaths, trees: Sequence[str] = ()) -> Iterator[Path]:

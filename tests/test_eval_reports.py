@@ -241,5 +241,5 @@ def test_report_that_cannot_be_written_does_not_affect_the_others(tmp_path: Path
     report = Report({"title": "x", "icm": "0", "hardware": {}, "versions": {}}, [ImageResult("a.png", "", "failed")])
     paths = [tmp_path / f"r.{suffix}" for suffix in ("csv", "json", "html")]
     with pytest.raises(OutputError, match=r"r\.csv cannot be written"):
-        ReportFiles.from_options(paths, tmp_path / "s.png").write_all(report)
+        ReportFiles(tuple(paths), tmp_path / "s.png").write_all(report)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.csv", "r.html", "r.json", "s.png"]

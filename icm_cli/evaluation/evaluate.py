@@ -62,7 +62,7 @@ def evaluate(
     if protocol.references and (protocol.rounds or matting.refs_per_group):
         raise UsageError("--references fixes rounds and references; remove --rounds and --refs-per-group")
     dataset_samples = _find_dataset(options)
-    reports = ReportFiles.from_options(options.reports.report, references=matting.write_references)
+    reports = ReportFiles(options.reports.report, references=matting.write_references)
     evaluation = Evaluation(options, dataset_samples, _make_rule(dataset_samples, options), reports, listener, start)
     evaluation.check_no_overwrite()
     if protocol.pred is not None:

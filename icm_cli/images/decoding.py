@@ -40,7 +40,6 @@ from icm_cli.images.pixels import (
     BAD_PROFILE,
     GREY_TOLERANCE,
     DecodedImage,
-    apply_orientation,
     check_memory,
     upright_size,
     valid_orientation,
@@ -143,17 +142,12 @@ def _pillow_libtiffs() -> list[ctypes.CDLL]:
 @contextlib.contextmanager
 def open_image(source: Path | ImageFile) -> Iterator[ImageFile]:
     """Open an image file, or use one that is open. Every exception inside becomes an ImageError."""
-    if isinstance(source, ImageFile):
+    if isinstance(source, Path):
+        with as_image_errors(source), ImageFile.open(source) as file, open_image(file):
+            yield file
+    else:
         with library_settings(), as_image_errors(source.path, source.type):
             yield source
-        return
-    with (
-        library_settings(),
-        as_image_errors(source),
-        ImageFile.open(source) as file,
-        as_image_errors(source, file.type),
-    ):
-        yield file
 
 
 def decode_image(
@@ -325,18 +319,17 @@ def _decode_with_pillow(
             profile = None if found else profile
             space = found or colour.SRGB
             notices += [f"{file.path} has {notice}"] if notice else []
-        alpha = None
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            values = np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None]
+            scale = wanted.white or (1.0 if image.mode == "F" else 65535.0)
+            return DecodedImage(values, None, scale, space, bits=32).reorient(orientation)
+        alpha, indices, has_grey_palette = None, None, False
         colours: Image.Image = image
         if image.has_transparency_data:
             colours = image.convert("RGBA")
-            alpha = np.ascontiguousarray(apply_orientation(np.asarray(colours.getchannel("A")), orientation))
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            values = apply_orientation(np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None], orientation)
-            scale = wanted.white or (1.0 if image.mode == "F" else 65535.0)
-            return DecodedImage(values, None, scale, space, bits=32, orientation=orientation)
-        indices, has_grey_palette = None, False
+            alpha = np.asarray(colours.getchannel("A"))
         if image.mode == "P":
-            indices = np.ascontiguousarray(apply_orientation(np.asarray(image), orientation))
+            indices = np.asarray(image)
             palette = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
             has_grey_palette = _is_grey_palette(palette, np.unique(indices))
         if colours.mode in ("RGBA", "P", "PA", "LA"):
@@ -348,18 +341,8 @@ def _decode_with_pillow(
             notices += [] if converted else [f"{file.path}: {BAD_PROFILE}"]
             colours = converted or colours
         pixels = np.asarray(colours)[..., None] if colours.mode == "L" else np.asarray(colours.convert("RGB"))
-    pixels = np.ascontiguousarray(apply_orientation(pixels, orientation))
-    return DecodedImage(
-        pixels,
-        alpha,
-        255.0,
-        space,
-        tuple(notices),
-        indices=indices,
-        has_grey_palette=has_grey_palette,
-        file_white=containers.file_white(file),
-        orientation=orientation,
-    )
+    decoded = DecodedImage(pixels, alpha, 255.0, space, tuple(notices), file_white=containers.file_white(file))
+    return replace(decoded, indices=indices, has_grey_palette=has_grey_palette).reorient(orientation)
 
 
 def _is_grey_palette(palette: NDArray[Any], used: NDArray[Any]) -> bool:
@@ -422,8 +405,6 @@ def _not_an_image(path: Path, file_type: FileType) -> str:
     if file_type.name == "heic":
         return "is HEIC; to read it run: pip install 'icm-cli[heif]'"
     if file_type.name:
-        return (
-            f"begins as {file_type.name} and cannot be decoded; it is damaged, cut short or of an "
-            "unsupported variant; get a complete copy"
-        )
+        damage = "it is damaged, cut short or of an unsupported variant; get a complete copy"
+        return f"begins as {file_type.name} and cannot be decoded; {damage}"
     return "is not an image in a supported format; expected JPEG, PNG, TIFF, EXR, WebP or the like"

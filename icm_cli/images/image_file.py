@@ -30,34 +30,25 @@ IMAGE_SUFFIXES = frozenset(
 )
 """File name suffixes of images. A file with one of these suffixes is always treated as an image, so that a damaged
 image is reported. Files with other suffixes are images only if their content is one."""
-_SIGNATURES = (
-    (b"\xff\xd8\xff", "jpeg"),
-    (b"\x89PNG\r\n\x1a\n", "png"),
-    (b"GIF87a", "gif"),
-    (b"GIF89a", "gif"),
-    (b"II*\0", "tiff"),
-    (b"MM\0*", "tiff"),
-    (b"II+\0", "tiff"),
-    (b"MM\0+", "tiff"),
-    (b"BM", "bmp"),
-    (b"\x28\0\0\0", "dib"),
-    (b"8BPS", "psd"),
-    (b"\x76\x2f\x31\x01", "openexr"),
-    (b"SDPX", "dpx"),
-    (b"XPDS", "dpx"),
-    (b"\x80\x2a\x5f\xd7", "cineon"),
-    (b"\xd7\x5f\x2a\x80", "cineon"),
-    (b"#?RADIANCE", "hdr"),
-    (b"#?RGBE", "hdr"),
-    (b"\0\0\0\x0cjP  ", "jpeg2000"),
-    (b"\xff\x4f\xff\x51", "jpeg2000"),
-    (b"\xff\x0a", "jpegxl"),
-    (b"\0\0\0\x0cJXL ", "jpegxl"),
-    (b"DDS ", "dds"),
-    (b"SIMPLE  =", "fits"),
-    (b"\x01\xda", "sgi"),
-    *((b"P" + letter, "pnm") for letter in (b"1", b"2", b"3", b"4", b"5", b"6", b"F", b"f")),
-)
+_SIGNATURES: dict[str, tuple[bytes, ...]] = {
+    "jpeg": (b"\xff\xd8\xff",),
+    "png": (b"\x89PNG\r\n\x1a\n",),
+    "gif": (b"GIF87a", b"GIF89a"),
+    "tiff": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    "bmp": (b"BM",),
+    "dib": (b"\x28\0\0\0",),
+    "psd": (b"8BPS",),
+    "openexr": (b"\x76\x2f\x31\x01",),
+    "dpx": (b"SDPX", b"XPDS"),
+    "cineon": (b"\x80\x2a\x5f\xd7", b"\xd7\x5f\x2a\x80"),
+    "hdr": (b"#?RADIANCE", b"#?RGBE"),
+    "jpeg2000": (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
+    "jpegxl": (b"\xff\x0a", b"\0\0\0\x0cJXL "),
+    "dds": (b"DDS ",),
+    "fits": (b"SIMPLE  =",),
+    "sgi": (b"\x01\xda",),
+    "pnm": (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"PF", b"Pf"),
+}
 _HEADER_PATTERNS = {
     "bmp": re.compile(rb"BM.{4}\0{4}", re.DOTALL),
     "dib": re.compile(rb"\x28\0\0\0.{8}\x01\0", re.DOTALL),
@@ -235,6 +226,6 @@ def _image_format(head: bytes) -> str:
         if b"avif" in brands or b"avis" in brands:
             return "avif"
         return "heic" if any(brand in brands for brand in _HEIC_BRANDS) else ""
-    name = next((name for signature, name in _SIGNATURES if head.startswith(signature)), "")
+    name = next((name for name, signatures in _SIGNATURES.items() if head.startswith(signatures)), "")
     pattern = _HEADER_PATTERNS.get(name)
     return name if pattern is None or pattern.match(head) else ""

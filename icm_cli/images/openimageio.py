@@ -22,7 +22,6 @@ from icm_cli.images.pixels import (
     BAD_PROFILE,
     DecodedImage,
     ImageWindows,
-    apply_orientation,
     check_memory,
     upright_size,
     valid_orientation,
@@ -145,19 +144,19 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
             alpha = None if alpha is None else _to_8_bits(alpha, scale)
             scale = 255.0
     channel_formats = spec.channelformats or [spec.format] * end
-    return DecodedImage(
-        np.ascontiguousarray(apply_orientation(pixels, orientation)),
-        None if alpha is None else np.ascontiguousarray(apply_orientation(alpha, orientation)),
+    decoded = DecodedImage(
+        pixels,
+        alpha,
         scale,
         space,
         tuple(notices),
         bits=8 * values.dtype.itemsize,
         file_white=_file_white(spec, file, values.dtype),
         header=spec,
-        orientation=orientation,
         is_half=all(str(channel_formats[channel]) == "half" for channel in layer.colours),
-        own_windows=None if orientation != 1 else windows,
+        own_windows=windows,
     )
+    return decoded.reorient(orientation)
 
 
 def _image_windows(spec: Any, file_type: FileType, orientation: int) -> ImageWindows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ GREY_TOLERANCE = 16
 """Channels of a grey image differ by at most this much, also after JPEG compression."""
 TRANSPOSING_ORIENTATIONS = frozenset({5, 6, 7, 8})
 """EXIF orientations that swap height and width."""
-_UPRIGHT: dict[int, Any] = {
+_UPRIGHT: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
     4: lambda a: a[::-1],
@@ -31,7 +32,7 @@ _UPRIGHT: dict[int, Any] = {
     7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
     8: lambda a: a.swapaxes(0, 1)[::-1],
 }
-"""The operation that makes an image upright, by its EXIF orientation. Orientation 1 is upright already."""
+"""The operation that makes an image upright, by its EXIF orientation."""
 _INVERSE = {6: 8, 8: 6}
 """Orientations that are inverse to each other. Every other one is its own inverse."""
 
@@ -130,6 +131,27 @@ class DecodedImage:
     """Windows of an EXR whose orientation is upright."""
 
     @property
+    def values(self) -> NDArray[Any]:
+        """The pixels as [H,W] if they have one channel, else as [H,W,3]."""
+        return self.pixels[..., 0] if self.pixels.shape[-1] == 1 else self.pixels
+
+    @property
+    def has_label_palette(self) -> bool:
+        """Whether the palette indices are labels."""
+        return self.indices is not None and not self.has_grey_palette
+
+    def reorient(self, orientation: int) -> DecodedImage:
+        """Return the image with this EXIF orientation applied instead of ``self.orientation``."""
+        stored, upright = _UPRIGHT[_INVERSE.get(self.orientation, self.orientation)], _UPRIGHT[orientation]
+        pixels, alpha, indices = (
+            None if plane is None else np.ascontiguousarray(upright(stored(plane)))
+            for plane in (self.pixels, self.alpha, self.indices)
+        )
+        assert pixels is not None
+        windows = self.own_windows if orientation == self.orientation else None
+        return replace(self, pixels=pixels, alpha=alpha, indices=indices, orientation=orientation, own_windows=windows)
+
+    @property
     def windows(self) -> ImageWindows:
         height, width = self.pixels.shape[:2]
         return self.own_windows or ImageWindows.full((height, width))
@@ -145,21 +167,6 @@ class DecodedImage:
         for attribute in header.extra_attribs:
             if attribute.name in COPIED_ATTRIBUTES:
                 spec.attribute(attribute.name, attribute.type, attribute.value)
-
-
-def reorient_pixels(pixels: NDArray[Any], orientation: int, wanted: int) -> NDArray[Any]:
-    """Return pixels [H,W] or [H,W,C] with another EXIF orientation applied.
-
-    ``orientation``: the one that has been applied; ``wanted``: the one to apply instead.
-    """
-    return np.ascontiguousarray(
-        apply_orientation(apply_orientation(pixels, _INVERSE.get(orientation, orientation)), wanted)
-    )
-
-
-def apply_orientation(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Return a view of stored pixels [H,W] or [H,W,C] with an EXIF orientation applied."""
-    return _UPRIGHT[orientation](pixels) if orientation in _UPRIGHT else pixels
 
 
 def valid_orientation(orientation: object) -> int:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError
 from icm_cli.geometry import ImageU8, round_to_u8
@@ -17,7 +15,7 @@ from icm_cli.images.colour import DEFAULT_COLOUR, SRGB, ColourSettings, to_displ
 from icm_cli.images.decoding import as_image_errors, decode_image, frame_count, open_image
 from icm_cli.images.image_file import ImageFile
 from icm_cli.images.openimageio import NOT_FINITE
-from icm_cli.images.pixels import GREY_TOLERANCE, DecodedImage, ImageWindows, reorient_pixels
+from icm_cli.images.pixels import GREY_TOLERANCE, DecodedImage, ImageWindows
 
 RAW_VALUES = ColourSettings(space=SRGB, is_matte=True)
 """Settings for alphas: no colour profile and no transfer curve is applied."""
@@ -79,42 +77,9 @@ def read_alpha(
     return read_ground_truth(source, is_label_map=is_label_map, target_windows=target_windows).alpha
 
 
-@dataclass(frozen=True)
-class StoredPixels:
-    """The values that a file stores, upright."""
-
-    values: NDArray[Any]
-    """[H,W] or [H,W,3] in 0..``scale``; labels may exceed it."""
-    alpha: NDArray[Any] | None
-    """[H,W] in 0..``scale``; None if the file has no alpha."""
-    scale: float
-    """Value of white in the file."""
-    indices: NDArray[Any] | None = None
-    """Palette indices [H,W], if the file has a palette."""
-    has_grey_palette: bool = False
-    orientation: int = 1
-    """EXIF orientation, which has been applied."""
-    notices: tuple[str, ...] = ()
-    """Messages about unusual properties of the file."""
-
-    @property
-    def has_label_palette(self) -> bool:
-        """Whether the palette indices are labels."""
-        return self.indices is not None and not self.has_grey_palette
-
-    def reorient(self, orientation: int) -> StoredPixels:
-        """Return the pixels with another EXIF orientation applied instead of the file's own."""
-        values, alpha, indices = (
-            None if plane is None else reorient_pixels(plane, self.orientation, orientation)
-            for plane in (self.values, self.alpha, self.indices)
-        )
-        assert values is not None
-        return replace(self, values=values, alpha=alpha, indices=indices)
-
-
 def read_stored_pixels(
     path: Path, target_windows: ImageWindows | None = None, *, has_labels: bool = False
-) -> StoredPixels:
+) -> DecodedImage:
     """Read the values that an image file stores, with its EXIF orientation applied.
 
     Raises ImageError. The pixels of an EXR cover its display window and are 0 outside its data window. If
@@ -123,17 +88,19 @@ def read_stored_pixels(
     """
     decoded = decode_image(path, wanted=LABEL_VALUES if has_labels else RAW_VALUES)
     target = decoded.windows.matched_to(target_windows)
-    values, alpha, indices = (
+    pixels, alpha, indices = (
         None if plane is None else decoded.windows.move_pixels(plane, target)
         for plane in (decoded.pixels, decoded.alpha, decoded.indices)
     )
-    assert values is not None
-    values, scale = values[..., 0] if values.shape[-1] == 1 else values, decoded.scale
+    assert pixels is not None
+    scale = decoded.scale
     if decoded.file_white is not None:  # the decoder has scaled the values
-        values = np.round(values * (decoded.file_white / scale)).astype(values.dtype)
-        alpha = None if alpha is None else alpha * (decoded.file_white / scale)
         scale = float(decoded.file_white)
-    return StoredPixels(values, alpha, scale, indices, decoded.has_grey_palette, decoded.orientation, decoded.notices)
+        pixels = np.round(pixels * (scale / decoded.scale)).astype(pixels.dtype)
+        alpha = None if alpha is None else alpha * (scale / decoded.scale)
+    return replace(
+        decoded, pixels=pixels, alpha=alpha, indices=indices, scale=scale, file_white=None, own_windows=target
+    )
 
 
 @dataclass(frozen=True)

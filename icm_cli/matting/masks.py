@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from icm_cli.errors import UsageError
 from icm_cli.geometry import has_same_aspect
 from icm_cli.images.decoding import open_image
-from icm_cli.images.pixels import GREY_TOLERANCE, TRANSPOSING_ORIENTATIONS, ImageWindows
-from icm_cli.images.reading import StoredPixels, extra_frame_notices, read_stored_pixels
+from icm_cli.images.pixels import GREY_TOLERANCE, TRANSPOSING_ORIENTATIONS, DecodedImage, ImageWindows
+from icm_cli.images.reading import extra_frame_notices, read_stored_pixels
 from icm_cli.options import MaskOrientation
 
 VOID = 255
@@ -105,8 +105,8 @@ def read_mask(
 
 
 def _orient_mask(
-    stored: StoredPixels, placement: MaskPlacement, path: Path, notice: Callable[[str], None]
-) -> StoredPixels:
+    stored: DecodedImage, placement: MaskPlacement, path: Path, notice: Callable[[str], None]
+) -> DecodedImage:
     """Apply the EXIF orientation of the reference to a mask that was drawn on its stored pixels."""
     if placement.wanted != "auto":
         return stored if placement.wanted == "upright" else stored.reorient(placement.orientation)
@@ -133,7 +133,7 @@ def _orient_mask(
     return stored
 
 
-def _mask_from_alpha(stored: StoredPixels, path: Path, notice: Callable[[str], None]) -> Mask:
+def _mask_from_alpha(stored: DecodedImage, path: Path, notice: Callable[[str], None]) -> Mask:
     assert stored.alpha is not None
     _check_transparency(stored, path)
     is_visible, values = stored.alpha > 0, stored.values
@@ -144,7 +144,7 @@ def _mask_from_alpha(stored: StoredPixels, path: Path, notice: Callable[[str], N
     return _mask_without_unknown(stored.alpha > 0.5 * stored.scale)
 
 
-def _check_transparency(stored: StoredPixels, path: Path) -> None:
+def _check_transparency(stored: DecodedImage, path: Path) -> None:
     """Raise UsageError if the opaque pixels are black, and transparent ones white."""
     assert stored.alpha is not None
     opaque = stored.alpha > 0.5 * stored.scale
@@ -158,7 +158,7 @@ def _check_transparency(stored: StoredPixels, path: Path) -> None:
         )
 
 
-def _mask_from_indices(stored: StoredPixels, opaque: NDArray[np.bool_] | None, path: Path) -> Mask:
+def _mask_from_indices(stored: DecodedImage, opaque: NDArray[np.bool_] | None, path: Path) -> Mask:
     """Return the mask of a palette of labels.
 
     Index 0 and transparent pixels are the background; black pixels are if index 0 has a colour.
@@ -259,7 +259,7 @@ def _is_trimap(present: NDArray[Any], scale: float) -> bool:
     return abs(low) <= END_TOLERANCE and abs(middle - 0.5) < END_TOLERANCE and abs(high - 1.0) <= END_TOLERANCE
 
 
-def _select_label(stored: StoredPixels, label: str, path: Path) -> Mask:
+def _select_label(stored: DecodedImage, label: str, path: Path) -> Mask:
     values, unknown = stored.values, np.zeros(stored.values.shape[:2], np.bool_)
     tolerance = GREY_TOLERANCE if _is_lossy(path) else 0
     if stored.indices is not None and stored.has_label_palette and not label.startswith("#"):
@@ -289,7 +289,7 @@ def _select_label(stored: StoredPixels, label: str, path: Path) -> Mask:
     return Mask(inside, unknown & ~inside)
 
 
-def _all_labels(stored: StoredPixels) -> dict[str, float]:
+def _all_labels(stored: DecodedImage) -> dict[str, float]:
     values = stored.indices if stored.indices is not None and stored.has_label_palette else stored.values
     if values.ndim == 2:
         return {_label_text(each): fraction for each, fraction in _value_fractions(values).items()}

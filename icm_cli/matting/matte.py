@@ -129,7 +129,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     Raises UsageError.
     """
     given, sequences = options.references, options.sequences
-    report_files = ReportFiles.from_options(options.reports.report, options.reports.contact_sheet)
+    report_files = ReportFiles(options.reports.report, options.reports.contact_sheet)
     output, layout = _output_and_layout(options.output)
     if options.reports.gt is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")

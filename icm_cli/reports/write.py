@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icm_cli.errors import OutputError, UsageError
-from icm_cli.files import Paths, as_path, as_paths, atomic_write, check_writable, describe_obstacle, is_file, write_json
+from icm_cli.files import atomic_write, check_writable, describe_obstacle, is_file, write_json
 from icm_cli.images.image_file import HEAD_BYTES, ICM_SHEET_MARK, detect_file_type
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import METRICS, REGIONS, RESULT_FIELDS
@@ -31,25 +31,20 @@ columns by semicolons."""
 class ReportFiles:
     """Paths of the files that a run writes in addition to the alphas."""
 
-    reports: tuple[Path, ...]
+    reports: tuple[Path, ...] = ()
     contact_sheet: Path | None = None
     references: Path | None = None
     """File that lists the references of an evaluation, for use in a later evaluation."""
 
-    @classmethod
-    def from_options(
-        cls, reports: Paths, contact_sheet: str | Path | None = None, references: str | Path | None = None
-    ) -> ReportFiles:
-        """Check the paths. Raises UsageError for a path with the wrong suffix."""
-        files = cls(tuple(as_paths(reports)), as_path(contact_sheet), as_path(references))
-        for path in files.reports:
+    def __post_init__(self) -> None:
+        """Raise UsageError for a path with the wrong suffix."""
+        for path in self.reports:
             if path.suffix.lower() not in REPORT_SUFFIXES:
                 raise UsageError(f"report {path} has an unknown suffix; expected one of {', '.join(REPORT_SUFFIXES)}")
-        if files.contact_sheet and files.contact_sheet.suffix.lower() != ".png":
-            raise UsageError(f"contact sheet {contact_sheet} is not a .png file; give it the suffix .png")
-        if files.references and files.references.suffix.lower() != ".json":
-            raise UsageError(f"references file {references} is not a .json file; give it the suffix .json")
-        return files
+        if self.contact_sheet and self.contact_sheet.suffix.lower() != ".png":
+            raise UsageError(f"contact sheet {self.contact_sheet} is not a .png file; give it the suffix .png")
+        if self.references and self.references.suffix.lower() != ".json":
+            raise UsageError(f"references file {self.references} is not a .json file; give it the suffix .json")
 
     @property
     def paths(self) -> list[Path]:

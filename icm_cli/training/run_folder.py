@@ -25,7 +25,14 @@ from safetensors.torch import save
 from icm_cli.device import is_main_process
 from icm_cli.environment import __version__
 from icm_cli.errors import ConfigError, UsageError
-from icm_cli.files import atomic_write, cached_file_digest, combined_digest, remove_stale_temporaries, write_json
+from icm_cli.files import (
+    atomic_write,
+    cached_file_digest,
+    check_writable,
+    combined_digest,
+    remove_stale_temporaries,
+    write_json,
+)
 from icm_cli.model.checkpoint import (
     SOURCES_KEY,
     TRAINED_ON_KEY,
@@ -33,7 +40,6 @@ from icm_cli.model.checkpoint import (
     read_training_sources,
     save_checkpoint,
 )
-from icm_cli.reports.write import ReportFiles
 from icm_cli.training.batches import Batch
 from icm_cli.training.data.pool import TrainingPool
 from icm_cli.training.learner import Learner
@@ -182,7 +188,7 @@ class RunFolder:
                 f"{self.folder} contains {existing[0]} but no {STATE_NAME}, so its run cannot be resumed; give another "
                 f"folder with --out, and --checkpoint {self.folder / existing[0]} to start from that model"
             )
-        ReportFiles.from_options(()).check_writable(self.folder)
+        check_writable(self.folder)
         remove_stale_temporaries(self.folder)
 
     @contextlib.contextmanager
