@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -159,19 +159,17 @@ class Evaluation:
         pairs = [pair for frames in videos for pair in consecutive_frames(frames)]
         if videos and not pairs:
             self.listener.on_notice("dtSSD is not computed: no two frame names end in consecutive numbers")
-        if pairs:
-            collector.add_flicker(list(self._flicker_tasks(pairs, collector)))
-
-    def _flicker_tasks(
-        self, pairs: Sequence[tuple[Sample, Sample]], collector: ResultCollector
-    ) -> Iterator[tuple[tuple[int, str], FlickerTask]]:
+        if not pairs:
+            return
         scored = {result.key: result for result in collector.wait_for_scores()}
-        for number in sorted({key[0] for key in scored}):
-            for before, frame in pairs:
-                results = [scored.get((number, sample.name)) for sample in (frame, before)]
-                files = [(Path(result.output), Path(result.truth)) for result in results if result]
-                if len(files) == 2:
-                    yield (number, frame.name), FlickerTask(files[0], files[1], self.rule)
+        rounds = sorted({result.round for result in scored.values()})
+        tasks = []
+        for number, (before, frame) in itertools.product(rounds, pairs):
+            results = [scored.get((number, sample.name)) for sample in (frame, before)]
+            files = [(Path(result.output), Path(result.truth)) for result in results if result]
+            if len(files) == 2:
+                tasks.append(((number, frame.name), FlickerTask(files[0], files[1], self.rule)))
+        collector.add_flicker(tasks)
 
     def _describe_protocol(
         self, planned: Sequence[ImageResult], references: ReferenceRounds, notes: Sequence[str]
@@ -228,6 +226,6 @@ def consecutive_frames(frames: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
     pairs = []
     for shot in shots.values():
         numbers = sorted(shot)
-        step = min((after - before for before, after in pairwise(numbers)), default=0)
-        pairs += [(shot[a], shot[b]) for a, b in pairwise(numbers) if b - a == step]
+        step = min((after - before for before, after in itertools.pairwise(numbers)), default=0)
+        pairs += [(shot[a], shot[b]) for a, b in itertools.pairwise(numbers) if b - a == step]
     return pairs

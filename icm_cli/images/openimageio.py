@@ -101,7 +101,7 @@ def display_size(reader: Any, file: ImageFile, frame: int) -> tuple[int, int]:
 def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourSettings) -> DecodedImage:
     """Decode one part or page and apply its EXIF orientation. Raises ImageError, or an exception of OpenImageIO."""
     path = file.path
-    layer, layer_notices = _find_layer(reader, file, frame, wanted.layer, refuse_data=not wanted.is_matte)
+    layer, notices = _find_layer(reader, file, frame, wanted.layer, refuse_data=not wanted.is_matte)
     reader.seek_subimage(layer.part, 0)
     spec = oiio.ImageSpec(reader.spec())
     orientation = valid_orientation(_integer_attribute(spec, "Orientation"))
@@ -118,7 +118,6 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
     is_adjacent = layer.colours == tuple(range(layer.colours[0], layer.colours[-1] + 1))  # is not copied
     pixels = values[..., red : blue + 1] if is_adjacent else values[..., [each - first for each in layer.colours]]
     scale = _white_value(spec, values.dtype, wanted.white)
-    notices = list(layer_notices)
     if _integer_attribute(spec, "tiff:PhotometricInterpretation", -1) == MIN_IS_WHITE:
         pixels = np.asarray(np.maximum(scale - pixels, 0), values.dtype)
     channels = [pixels] if alpha is None else [pixels, alpha]
@@ -126,23 +125,21 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
         notices.append(f"{path} has {NOT_FINITE}; they are set to 0")
         pixels, *alphas = (np.nan_to_num(each, nan=0.0, posinf=0.0, neginf=0.0) for each in channels)
         alpha = alphas[0] if alphas else None
-    profile, space = spec.getattribute("ICCProfile"), wanted.space
-    if space == "auto":
+    space, profile = wanted.space, None
+    if wanted.space == "auto":
+        profile = spec.getattribute("ICCProfile")
         space, notice = _file_colour_space(spec, file.type, wanted.config)
         notices += [f"{path} has {notice}"] if notice and profile is None else []
     notices += _check_range(path, pixels, scale, space, wanted)
-    gamma = spec.getattribute("oiio:Gamma")  # of a labelled gamma space such as g20_rec709_scene
-    if profile is None and wanted.space == "auto" and space == colour.SRGB and isinstance(gamma, float) and gamma:
-        notices.append(f"{path} has a gamma of {gamma:.4g}, which matches no known colour space; it is read as sRGB")
-    if profile is not None and wanted.space == "auto" and (file.type.name != "png" or space == colour.SRGB):
-        eight = _to_8_bits(pixels, scale)
-        converted = colour.to_srgb(Image.fromarray(eight if eight.shape[-1] == 3 else eight[..., 0]), bytes(profile))
+    if profile is not None and (file.type.name != "png" or space == colour.SRGB):
+        image_u8 = _to_8_bits(pixels, scale)
+        image = Image.fromarray(image_u8 if image_u8.shape[-1] == 3 else image_u8[..., 0])
+        converted = colour.to_srgb(image, bytes(profile))
         if converted is None:
             notices.append(f"{path}: {BAD_PROFILE}")
         else:
-            pixels, space = np.asarray(converted), colour.SRGB
             alpha = None if alpha is None else _to_8_bits(alpha, scale)
-            scale = 255.0
+            pixels, space, scale = np.asarray(converted), colour.SRGB, 255.0
     channel_formats = spec.channelformats or [spec.format] * end
     decoded = DecodedImage(
         pixels,
@@ -168,7 +165,7 @@ def _image_windows(spec: Any, file_type: FileType, orientation: int) -> ImageWin
 
 def _find_layer(
     reader: Any, file: ImageFile, frame: int, wanted: str, *, refuse_data: bool = False
-) -> tuple[ImageLayer, tuple[str, ...]]:
+) -> tuple[ImageLayer, list[str]]:
     """Return the channels to read, and notices. Only EXR has layers. Raises ImageError."""
     if file.type.name == "openexr":
         return select_layer(reader, file.path, wanted, refuse_data=refuse_data)
@@ -176,7 +173,7 @@ def _find_layer(
         raise ImageError(f"{file.path} has no frame {frame + 1}")
     names = [name.upper() for name in reader.spec().channelnames]
     colours = tuple(names.index(name) for name in "RGB") if {"R", "G", "B"} <= set(names) else (0,)
-    return ImageLayer(frame, colours, names.index("A") if "A" in names else None), ()
+    return ImageLayer(frame, colours, names.index("A") if "A" in names else None), []
 
 
 def _read_type(spec: Any, wanted: colour.ColourSettings) -> str:
@@ -199,7 +196,8 @@ def _white_value(spec: Any, dtype: Any, white: float | None) -> float:
         return 255.0
     if dtype.kind in "iu":
         return white or float(np.iinfo(dtype).max)
-    return (white or _INTEGER_WHITE.get(str(spec.format), 1.0)) / _INTEGER_WHITE.get(str(spec.format), 1.0)
+    read_as_one = _INTEGER_WHITE.get(str(spec.format), 1.0)
+    return (white or read_as_one) / read_as_one
 
 
 def _file_white(spec: Any, file: ImageFile, dtype: Any) -> int | None:
@@ -235,10 +233,8 @@ def _to_8_bits(values: NDArray[Any], scale: float) -> ImageU8:
 
 
 def _file_colour_space(spec: Any, file_type: FileType, config: str) -> tuple[str, str]:
-    """Return the colour space that a file is labelled with, else the usual one of its format.
-
-    A notice about unknown code points is returned with it.
-    """
+    """Return the colour space that a file is labelled with, else the usual one of its format; and the end of a notice
+    about an unknown one."""
     codes = spec.getattribute("CICP")
     if codes is not None:
         found, notice = colour.CodePoints(codes[0], codes[1], bool(codes[3])).find_space(config)
@@ -252,7 +248,12 @@ def _file_colour_space(spec: Any, file_type: FileType, config: str) -> tuple[str
     primaries = spec.getattribute("chromaticities")
     if primaries is not None and (found := colour.space_of_primaries(tuple(primaries))):
         return colour.find_colour_space(found, config) or found, ""
-    return colour.LINEAR if file_type.name in _SCENE_LINEAR_FORMATS else colour.SRGB, ""
+    if file_type.name in _SCENE_LINEAR_FORMATS:
+        return colour.LINEAR, ""
+    gamma = spec.getattribute("oiio:Gamma")  # of a labelled gamma space such as g20_rec709_scene
+    if isinstance(gamma, float) and gamma:
+        return colour.SRGB, f"a gamma of {gamma:.4g}, which matches no known colour space; it is read as sRGB"
+    return colour.SRGB, ""
 
 
 @dataclass(frozen=True)
@@ -287,9 +288,7 @@ class ImageLayer:
         return min(every), max(every) + 1
 
 
-def select_layer(
-    file: Any, path: Path, wanted: str, *, refuse_data: bool = False
-) -> tuple[ImageLayer, tuple[str, ...]]:
+def select_layer(file: Any, path: Path, wanted: str, *, refuse_data: bool = False) -> tuple[ImageLayer, list[str]]:
     """Return the layer of an open EXR to read, and a notice if the choice was not obvious.
 
     ``wanted``: the name of a part or a channel prefix. "" selects the first R, G, B without a prefix, else a layer
@@ -305,18 +304,18 @@ def select_layer(
                 f"{path} has no layer {wanted!r} with R, G and B; expected one of: "
                 f"{listed or 'none'}; give one with --layer"
             )
-        return named[0], ()
+        return named[0], []
     found = [layer for layer in found if not layer.is_data] or found
     if refuse_data and (all(layer.is_data for layer in found) if found else _hold_only_data(others)):
         raise _data_error(others, path)
     if not found:
-        return _grey_layer(others, path), ()
+        return _grey_layer(others, path), []
     plain = [layer for layer in found if not layer.prefix]
     beauties = [layer for layer in found if layer.prefix.rpartition(".")[2].lower() in BEAUTY_NAMES]
     chosen = (plain or beauties or found)[0]
     if plain or len(found) == 1:
-        return chosen, ()
-    return chosen, (f"{path} has the layers {listed}; {chosen.name} is used; give --layer to use another one",)
+        return chosen, []
+    return chosen, [f"{path} has the layers {listed}; {chosen.name} is used; give --layer to use another one"]
 
 
 def _is_data(name: str) -> bool:
