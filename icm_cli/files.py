@@ -232,12 +232,13 @@ def _is_stale(path: Path) -> bool:
     finally:
         os.close(descriptor)
     space, _, pid = path.name.removeprefix(TEMPORARY_PREFIX).rpartition("-")[0].rpartition("-")
-    is_known = space == _process_space() and pid.isdigit()
-    is_alive = is_known and _is_running(int(pid))
-    if is_free is False or (is_alive and is_free is None):
+    is_local = space == _process_space() and pid.isdigit()
+    if is_free is False:
         return False
-    if is_known and not is_alive:
+    if is_local and not _is_running(int(pid)):
         return True
+    if is_local and is_free is None:
+        return False
     return time.time() - path.stat().st_mtime > STALE_AFTER_S and _age_on_drive_s(path) > STALE_AFTER_S
 
 
