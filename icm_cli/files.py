@@ -101,10 +101,13 @@ def is_system_error(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # EINVAL: an offset in the file
 
 
-def describe_os_error(error: OSError) -> str:
-    """Return what the system reports, with advice: the end of a message about a file."""
+def describe_os_error(error: OSError, other_advice: str = "") -> str:
+    """Return what the system reports, with advice: the end of a message about a file.
+
+    ``other_advice``: advice for errors for which icm has none.
+    """
     reason = error.strerror or str(error) or type(error).__name__
-    advice = next((text for numbers, text in _ERROR_ADVICE.items() if error.errno in numbers), "")
+    advice = next((text for numbers, text in _ERROR_ADVICE.items() if error.errno in numbers), other_advice)
     return f"{reason}; {advice}" if advice else reason
 
 
@@ -166,17 +169,15 @@ def temporary_name() -> str:
 def error_for_failed_write(path: Path, error: OSError) -> OutputError:
     """Return the error for an output that cannot be written: a FileWriteError if others may be."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(
-            f"{path} cannot be written: no space left on the device; free some space and run the "
-            "same command again, which resumes"
-        )
+        reason = "no space left on the device; free some space and run the same command again, which resumes"
+        return OutputError(f"{path} cannot be written: {reason}")
+    remedy = "give an output location that you can write to"
     if error.errno in (errno.ENAMETOOLONG, errno.EISDIR, errno.EILSEQ):
         reason = f"{error.strerror}; the file system does not accept this name; choose other names with --name"
-        return FileWriteError(f"{path} cannot be written: {reason}")
-    is_file_in_the_way = error.errno in (errno.EEXIST, errno.ENOTDIR)
-    reason = "a file has the name of its folder" if is_file_in_the_way else describe_os_error(error)
-    if is_file_in_the_way or reason in (error.strerror, str(error)):  # without advice
-        reason += "; give an output location that you can write to"
+    elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+        reason = f"a file has the name of its folder; {remedy}"
+    else:
+        reason = describe_os_error(error, remedy)
     return FileWriteError(f"{path} cannot be written: {reason}")
 
 

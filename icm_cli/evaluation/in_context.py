@@ -68,8 +68,8 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
         )
     steps = choice.resolve_learn_steps(options.learn_steps, is_shot=options.shot)
     digests = _example_digests(store, choice, examples, steps, is_shot=options.shot)
-    kept = options.save_alphas
-    with contextlib.nullcontext(kept) if kept else _temporary_folder(_cache_folder(evaluation, digests)) as folder:
+    chosen = options.save_alphas
+    with contextlib.nullcontext(chosen) if chosen else _temporary_folder(_cache_folder(evaluation, digests)) as folder:
         jobs = _plan_jobs(evaluation, examples, folder, len(references))
         shot = store.plan_shot(jobs, examples) if options.shot else None
         evaluation.check_no_overwrite([job.output for job in jobs])

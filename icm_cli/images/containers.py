@@ -203,9 +203,11 @@ def _has_every_scan(data: bytes) -> bool:
             count = content[0]
             first, last, bits = content[1 + 2 * count], content[2 + 2 * count], content[3 + 2 * count] & 15
             missing_bits |= {
-                (each, at): bits for each in content[1 : 1 + 2 * count : 2] for at in range(first, last + 1)
+                (component, number): bits
+                for component in content[1 : 1 + 2 * count : 2]
+                for number in range(first, last + 1)
             }
-    return all(missing_bits.get((each, at)) == 0 for each in components for at in range(COEFFICIENTS))
+    return all(missing_bits.get((component, number)) == 0 for component in components for number in range(COEFFICIENTS))
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -269,11 +271,14 @@ def _tiff_tags(file: ImageFile) -> Iterator[dict[int, int]]:
     stream.seek(8 if is_big else 4)
     seen: set[int] = set()
     with contextlib.suppress(struct.error, OverflowError):
-        while (at := offset.unpack(stream.read(offset.size))[0]) and at not in seen and len(seen) < MAX_TIFF_PAGES:
-            seen.add(at)
-            stream.seek(at)
-            (entries,) = count.unpack(stream.read(count.size))
-            data = stream.read(min(entries * entry.size, file.size_bytes))
+        while len(seen) < MAX_TIFF_PAGES:
+            (page_offset,) = offset.unpack(stream.read(offset.size))
+            if not page_offset or page_offset in seen:  # the last page, or pages that refer to each other
+                return
+            seen.add(page_offset)
+            stream.seek(page_offset)
+            (tag_count,) = count.unpack(stream.read(count.size))
+            data = stream.read(min(tag_count * entry.size, file.size_bytes))
             yield {tag: _tiff_value(type_, value, byte_order) for tag, type_, _, value in entry.iter_unpack(data)}
 
 
