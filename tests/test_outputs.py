@@ -51,7 +51,7 @@ def by_openimageio(path: Path) -> tuple[np.ndarray, oiio.ImageSpec]:
     ],
 )
 def test_other_programs_read_every_output_format(tmp_path: Path, name: str, depth: str, step: int | None) -> None:
-    output = OutputFormat.from_options(
+    output = OutputFormat(
         format=name, depth=depth, channel="A", foreground="none", invert=False, trimap="none", band_px=10
     )
     path = tmp_path / f"a{output.suffix}"
@@ -374,4 +374,4 @@ def test_trimap_is_unknown_around_the_edge(band: int, side: int) -> None:
 def test_incompatible_output_options_are_refused(options: dict[str, object], message: str) -> None:
     plain = {"format": "png", "depth": None, "channel": "A", "foreground": "none", "invert": False}
     with pytest.raises(UsageError, match=message):
-        OutputFormat.from_options(**{**plain, "trimap": "none", "band_px": 10, **options})
+        OutputFormat(**{**plain, "trimap": "none", "band_px": 10, **options})

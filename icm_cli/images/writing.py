@@ -67,40 +67,35 @@ class OutputFormat:
     band_px: int = 10
     """Distance from the edge of the alpha within which a trimap is unknown."""
 
-    @classmethod
-    def from_options(cls, **options: Any) -> OutputFormat:
-        """Create the format from options of the same names. Raises UsageError if they are contradictory."""
-        output = cls(**options)
-        if output.depth is not None and output.depth not in BIT_DEPTHS[output.format]:
-            fitting = ", ".join(BIT_DEPTHS[output.format])
+    def __post_init__(self) -> None:
+        """Raise UsageError for contradictory options."""
+        if self.depth is not None and self.depth not in BIT_DEPTHS[self.format]:
+            fitting = ", ".join(BIT_DEPTHS[self.format])
+            raise UsageError(f"--depth {self.depth!r} does not fit --format {self.format}; expected one of {fitting}")
+        if self.channel != "A" and self.format != "exr":
             raise UsageError(
-                f"--depth {output.depth!r} does not fit --format {output.format}; expected one of {fitting}"
+                f"--channel {self.channel} names the channel of an EXR, and the format is "
+                f"{self.format}; give --format exr, or omit --channel"
             )
-        if output.channel != "A" and output.format != "exr":
+        if self.channel != "A" and self.foreground != "none":
             raise UsageError(
-                f"--channel {output.channel} names the channel of an EXR, and the format is "
-                f"{output.format}; give --format exr, or omit --channel"
-            )
-        if output.channel != "A" and output.foreground != "none":
-            raise UsageError(
-                f"--channel {output.channel} names the channel of an alpha, and --foreground writes R, G, B and A; "
+                f"--channel {self.channel} names the channel of an alpha, and --foreground writes R, G, B and A; "
                 "omit one of the two"
             )
-        if output.trimap == "instead" and output.format != "png":
+        if self.trimap == "instead" and self.format != "png":
             raise UsageError(
-                f"--trimap instead writes PNGs, and the format is {output.format}; give --format png, or omit --format"
+                f"--trimap instead writes PNGs, and the format is {self.format}; give --format png, or omit --format"
             )
-        if output.trimap == "none" and output.band_px != cls.band_px:
+        if self.trimap == "none" and self.band_px != OutputFormat.band_px:
             raise UsageError(
-                f"--trimap-band is {output.band_px}, and no trimap is written; give --trimap "
+                f"--trimap-band is {self.band_px}, and no trimap is written; give --trimap "
                 "also or instead, or omit --trimap-band"
             )
-        if output.foreground != "none" and (output.invert or output.trimap == "instead"):
+        if self.foreground != "none" and (self.invert or self.trimap == "instead"):
             raise UsageError(
-                f"--foreground {output.foreground} writes the object's colours with its alpha; "
+                f"--foreground {self.foreground} writes the object's colours with its alpha; "
                 "omit --invert and --trimap instead"
             )
-        return output
 
     @property
     def suffix(self) -> str:

@@ -44,6 +44,7 @@ from icm_cli.matting.shot import Keyframe, Shot, split_shots
 from icm_cli.matting.sources import SkippedFiles, find_sources, real_path
 from icm_cli.options import (
     ColourOptions,
+    ImageFormat,
     MatteOptions,
     OutputOptions,
     SequenceOptions,
@@ -417,7 +418,7 @@ def _planned_result(job: Job) -> ImageResult:
 def _output_and_layout(options: OutputOptions) -> tuple[OutputFormat, OutputLayout]:
     """Return the form of the outputs, and their folder and names. Raises UsageError."""
     pattern, format_ = _pattern_and_format(options.out, options.format)
-    output = OutputFormat.from_options(
+    output = OutputFormat(
         format=format_,
         depth=options.depth,
         channel=options.channel,
@@ -437,7 +438,7 @@ def _output_and_layout(options: OutputOptions) -> tuple[OutputFormat, OutputLayo
     return output, OutputLayout(folder, template, output.suffix, pattern, has_trimap=output.trimap == "also")
 
 
-def _pattern_and_format(out: str, format_: str | None) -> tuple[FramePattern | None, str]:
+def _pattern_and_format(out: str, format_: ImageFormat | None) -> tuple[FramePattern | None, ImageFormat]:
     """Return the frame pattern that ``--out`` is, if it is one, and the file format.
 
     Raises UsageError if the two contradict each other, or if ``out`` is named like a single image.
