@@ -28,7 +28,6 @@ MODEL_SECTIONS = (*COMPONENT_KEYS, *PASS_KEYS)
 """Sections of a configuration file that :func:`parse_model_config` reads."""
 MODEL_KEYS = {*MODEL_SECTIONS, *TRAINING_KEYS}
 """All sections of a configuration file."""
-EXPECTED_YAML = "expected lines 'key: value', indented by spaces, with all brackets and quotes closed"
 MERGE_TAG = "tag:yaml.org,2002:merge"
 """Tag of the YAML key ``<<``, which copies the keys of another mapping."""
 COMPONENTS: dict[ComponentKind, dict[str, str]] = {
@@ -58,15 +57,12 @@ A new component is a module there with a subclass of its contract (see ``icm_cli
 
 @dataclass(frozen=True)
 class ComponentConfig:
-    """A component of the model: a backbone, head, objects or edges.
-
-    Attributes:
-        name: Name of the component in :data:`COMPONENTS`.
-        settings: Settings of the component, an instance of its class's ``Config``.
-    """
+    """A component of the model: a backbone, head, objects or edges."""
 
     name: str
+    """Name of the component in :data:`COMPONENTS`."""
     settings: Any
+    """Settings of the component, an instance of its class's ``Config``."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +225,8 @@ def parse_yaml(text: str, where: str) -> object:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{where} is not YAML{place}; {EXPECTED_YAML}") from error
+        expected = "expected lines 'key: value', indented by spaces, with all brackets and quotes closed"
+        raise ConfigError(f"{where} is not YAML{place}; {expected}") from error
 
 
 class _DuplicateKeyError(yaml.YAMLError):
@@ -280,8 +277,7 @@ def _parse_component(kind: ComponentKind, mapping: object, where: str) -> Compon
 def parse_dataclass(cls: type[T], mapping: object, where: str) -> T:
     """Convert a mapping to a dataclass.
 
-    Raises:
-        ConfigError: A key is not a field of the dataclass, or a value has another type than its field.
+    Raises ConfigError for a key that is not a field of the dataclass, and for a value of another type than its field.
     """
     fields = require_mapping(mapping, where)
     hints = typing.get_type_hints(cls)

@@ -64,11 +64,9 @@ def peak_memory_bytes() -> int:
 
 
 def _processor_name() -> str:
-    cpuinfo = ROOT / "proc/cpuinfo"
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    for line in _read_text(ROOT / "proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 

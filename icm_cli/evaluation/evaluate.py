@@ -213,11 +213,7 @@ def _plan_results(
         stems = [stem] if isinstance(sample.image, CompositeSource) else [stem, sample.file.stem]
         return next((alpha_by_stem[each] for each in stems if each in alpha_by_stem), "")
 
-    return [
-        replace(evaluation.plan_result(sample, Path(), number), output=str(find_alpha(sample)))
-        for sample in samples
-        if sample.name in targets
-    ]
+    return [evaluation.plan_result(sample, find_alpha(sample), number) for sample in samples if sample.name in targets]
 
 
 def _unique_stems(stems: Mapping[NamedT, str]) -> dict[str, NamedT]:

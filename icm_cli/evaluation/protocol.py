@@ -85,8 +85,8 @@ class Evaluation:
         inputs = filter(None, (self.options.dataset.groups, self.options.protocol.references))
         self.reports.check_no_overwrite([*self._dataset_files, *alphas, *inputs])
 
-    def plan_result(self, sample: Sample, output: Path, number: int) -> ImageResult:
-        """Return the result of a sample in round ``number`` before it is matted."""
+    def plan_result(self, sample: Sample, output: Path | str, number: int) -> ImageResult:
+        """Return the result of a sample in round ``number`` before it is matted. ``output``: "" without an alpha."""
         return ImageResult(
             source=str(sample.image),
             output=str(output),

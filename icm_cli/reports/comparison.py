@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from icm_cli.errors import UsageError
@@ -62,10 +62,7 @@ class Comparison:
         """Return the means of every metric before and after, over the images in both reports."""
         rows = self.images[region]
         return {
-            metric: (
-                math.fsum(row.before[metric] for row in rows) / len(rows),
-                math.fsum(row.after[metric] for row in rows) / len(rows),
-            )
+            metric: (fmean(row.before[metric] for row in rows), fmean(row.after[metric] for row in rows))
             for metric in METRICS
         }
 
@@ -104,15 +101,13 @@ def compare_reports(before: str | Path, after: str | Path) -> Comparison:
         if not report.is_complete:
             warnings.append(f"{path} is the report of an interrupted run")
     images: dict[Region, list[ImageDifference]] = {}
-    unmatched: tuple[set[ImageKey], set[ImageKey]] = (set(), set())
     for region in REGIONS:
         a, b = first.scores[region], second.scores[region]
-        unmatched[0].update(a.keys() - b.keys())
-        unmatched[1].update(b.keys() - a.keys())
         rows = [ImageDifference(*key, a[key], b[key]) for key in a.keys() & b.keys()]
         if rows:
             images[region] = sorted(rows, key=lambda row: (-row.change("mse"), row.round, row.name))
-    for path, keys in zip((before, after), unmatched, strict=True):
+    for path, report, other in ((before, first, second), (after, second, first)):
+        keys = {key for region in REGIONS for key in report.scores[region].keys() - other.scores[region].keys()}
         if keys:
             number, name = min(keys)
             example = f"{name} in round {number}" if number else name
