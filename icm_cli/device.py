@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,14 @@ def resolve_device(device: str = "auto", dtype: str = "auto", *, transformer_dty
     machine has no such device.
     """
     target = _best_device() if device == "auto" else _named_device(device)
-    if dtype == "auto" and transformer_dtype != "auto":
-        return replace(resolve_device(device), transformer_dtype=DTYPES[transformer_dtype])
-    if dtype == "auto":
-        if target.type == "cuda":
-            return Device(target, torch.float16, torch.float16)
-        is_faster = target.type == "cpu" and _cpu_is_faster_in_bfloat16()
-        return Device(target, torch.float32, torch.bfloat16 if is_faster else torch.float32)
-    return Device(target, DTYPES[dtype], DTYPES[dtype])
+    if dtype != "auto":
+        return Device(target, DTYPES[dtype], DTYPES[dtype])
+    convolutions = transformers = torch.float16 if target.type == "cuda" else torch.float32
+    if transformer_dtype != "auto":
+        transformers = DTYPES[transformer_dtype]
+    elif target.type == "cpu" and _cpu_is_faster_in_bfloat16():
+        transformers = torch.bfloat16
+    return Device(target, convolutions, transformers)
 
 
 def parse_devices(text: str) -> list[str]:

@@ -81,12 +81,9 @@ class ImageWindows:
         if to == self:
             return pixels
         moved = np.zeros((*to.size, *pixels.shape[2:]), pixels.dtype)
-        shift = self.at[0] - to.at[0], self.at[1] - to.at[1]
-        starts = [max(0, each) for each in shift]
-        ends = [max(start, min(to.size[n], self.size[n] + shift[n])) for n, start in enumerate(starts)]
-        rows, columns = (slice(start, end) for start, end in zip(starts, ends, strict=True))
-        source = (slice(start - by, end - by) for start, end, by in zip(starts, ends, shift, strict=True))
-        moved[rows, columns] = pixels[tuple(source)]
+        rows, own_rows = _overlap(self.size[0], self.at[0] - to.at[0], to.size[0])
+        columns, own_columns = _overlap(self.size[1], self.at[1] - to.at[1], to.size[1])
+        moved[rows, columns] = pixels[own_rows, own_columns]
         return moved
 
     def __str__(self) -> str:
@@ -95,6 +92,13 @@ class ImageWindows:
             f"a data window of {width}x{height} at ({self.at[1]},{self.at[0]}) in a display window "
             f"of {self.display[1]}x{self.display[0]}"
         )
+
+
+def _overlap(length: int, shift: int, target_length: int) -> tuple[slice, slice]:
+    """Return the part of a target that pixels cover which are moved by ``shift``, and these pixels."""
+    start = max(0, shift)
+    end = max(start, min(target_length, length + shift))
+    return slice(start, end), slice(start - shift, end - shift)
 
 
 @dataclass(frozen=True)
