@@ -165,8 +165,8 @@ class CodePoints:
     """Whether black is 0 and white the largest value, unlike in video."""
 
     def find_space(self, config: str) -> tuple[str | None, str]:
-        """Return the configuration's name of the colour space, None if icm does not support it; and the end of a notice,
-        "" if the space is supported or not specified."""
+        """Return the configuration's name of the colour space, None if icm does not support it; and the end of a
+        notice, "" if the space is supported or not specified."""
         codes = self.primaries, self.transfer
         label = CICP_SPACES.get(codes)
         space = SRGB if label == SRGB else find_colour_space(label, config)
