@@ -30,7 +30,7 @@ class Device:
     @property
     def dtype_name(self) -> str:
         """The dtypes as text, for example "float16" or "float32, transformers bfloat16"."""
-        name, transformers = (str(each).removeprefix("torch.") for each in (self.dtype, self.transformer_dtype))
+        name, transformers = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.transformer_dtype))
         return name if name == transformers else f"{name}, transformers {transformers}"
 
     @property
@@ -87,7 +87,7 @@ def parse_devices(text: str) -> list[str]:
     if len(names) == 1:
         return names
     devices = [_named_device(name) for name in names]
-    if len({each.type for each in devices}) > 1:
+    if len({named.type for named in devices}) > 1:
         raise UsageError(
             f"--device {text} mixes types of devices, whose alphas differ slightly; give devices of one type"
         )

@@ -111,7 +111,7 @@ def free_memory() -> FreeMemory:
         if limit != resource.RLIM_INFINITY and used_name in status:
             where = f"within the limit of {format_gb(limit)} of ulimit {flag}"
             found.append(FreeMemory(max(0, limit - status[used_name] * 1024), where))
-    return min(found, key=lambda each: each.size)
+    return min(found, key=lambda memory: memory.size)
 
 
 def free_threads() -> float:

@@ -417,11 +417,11 @@ def check_shape(value: Any, shape: Any, name: str) -> None:
     """Raise ValueError if a JSON value does not have the shape; see :func:`read_json`."""
     kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
     if type(value) not in kinds:
-        types = " or ".join(JSON_TYPES[each] for each in kinds)
+        types = " or ".join(JSON_TYPES[kind] for kind in kinds)
         raise ValueError(f"{name or 'its content'} is {format_json(value)} instead of {types}")
     if isinstance(shape, list):
-        for number, each in enumerate(value):
-            check_shape(each, shape[0], f"{name}[{number}]")
+        for number, item in enumerate(value):
+            check_shape(item, shape[0], f"{name}[{number}]")
     for key, inner in shape.items() if isinstance(shape, dict) else ():
         field = key.removesuffix("?")
         is_required = key != "*" and key == field

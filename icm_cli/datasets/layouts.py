@@ -168,7 +168,7 @@ def _apply_list(layout: Layout, base: Path, files: FileSets) -> FileSets:
     A line of a DAVIS list begins with an image (``/JPEGImages/480p/goat/00000.jpg``) or is a folder (``goat``).
     """
     paths = [base / layout.parent_folder / name for name in layout.lists]
-    path = next((each for each in paths if each.is_file()), None)
+    path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise UsageError(
             f"{base} has no list of images; expected {' or '.join(map(str, paths))} with one image "
@@ -188,7 +188,7 @@ def _apply_list(layout: Layout, base: Path, files: FileSets) -> FileSets:
         return {key: file for key, file in found.items() if key in wanted or key.split("/")[0] in wanted}
 
     images, alphas, trimaps = map(listed_files, (files.images, files.alphas, files.trimaps))
-    return FileSets(images, alphas, trimaps, (*files.problems, *sorted(problems, key=lambda each: each.name)))
+    return FileSets(images, alphas, trimaps, (*files.problems, *sorted(problems, key=lambda problem: problem.name)))
 
 
 def _layout_folders(layout: Layout, base: Path) -> tuple[Path, Path, Path | None] | None:
@@ -206,7 +206,7 @@ def _find_subfolder(base: Path, relative_path: str) -> Path | None:
         for name in PurePosixPath(relative_path).parts:
             path = base / name
             if not path.is_dir():
-                path = next((each for each in base.iterdir() if each.name.lower() == name.lower()), path)
+                path = next((folder for folder in base.iterdir() if folder.name.lower() == name.lower()), path)
             if not path.is_dir():
                 return None
             base = path

@@ -44,6 +44,11 @@ class Dataset:
     has_shots: bool = False
     """Whether groups are shots with a given first frame, scored as DAVIS does. All palette indices are one object."""
 
+    def group_by_name(self, name: str) -> str:
+        """Return the group of an image, by its name."""
+        match = re.match(self.group_pattern, name) if self.group_pattern else None
+        return match[1] if match else ONE_GROUP
+
 
 @dataclass(frozen=True)
 class DatasetSamples:
@@ -201,8 +206,7 @@ def find_dataset(
     elif dataset.metadata:
         metadata = GroupMetadata.load_bundled(dataset.metadata)
     else:
-        matches = [re.match(dataset.group_pattern, each.name) if dataset.group_pattern else None for each in samples]
-        samples = [replace(each, group=m[1] if m else ONE_GROUP) for each, m in zip(samples, matches, strict=True)]
+        samples = [replace(sample, group=dataset.group_by_name(sample.name)) for sample in samples]
         return DatasetSamples(dataset, samples, problems, notes, are_foregrounds)
     samples, group_problems = metadata.assign_groups(samples)
     return DatasetSamples(dataset, samples, problems + group_problems, notes, are_foregrounds)

@@ -92,7 +92,9 @@ def _find_dataset(options: EvaluateOptions) -> DatasetSamples:
     if options.matting.shot and not (dataset_samples.dataset.has_shots or data.video):
         raise UsageError("--shot requires frames of shots; give --dataset davis16, or --video if the groups are videos")
     if dataset_samples.dataset.has_shots or data.video:
-        frames = [replace(each, categories={**each.categories, "type": "video"}) for each in dataset_samples.samples]
+        frames = [
+            replace(sample, categories={**sample.categories, "type": "video"}) for sample in dataset_samples.samples
+        ]
         dataset_samples = replace(dataset_samples, samples=frames)
     return dataset_samples
 
@@ -207,11 +209,11 @@ def _plan_results(
     def find_alpha(sample: Sample) -> Path | str:
         if sample.name in alphas:
             return alphas[sample.name]
-        stem = Path(sample.name).name
-        if name_by_stem.get(stem) != sample.name:
+        name = Path(sample.name).name
+        if name_by_stem.get(name) != sample.name:
             return ""
-        stems = [stem] if isinstance(sample.image, CompositeSource) else [stem, sample.file.stem]
-        return next((alpha_by_stem[each] for each in stems if each in alpha_by_stem), "")
+        stems = [name] if isinstance(sample.image, CompositeSource) else [name, sample.file.stem]
+        return next((alpha_by_stem[stem] for stem in stems if stem in alpha_by_stem), "")
 
     return [evaluation.plan_result(sample, find_alpha(sample), number) for sample in samples if sample.name in targets]
 

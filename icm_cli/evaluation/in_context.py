@@ -192,14 +192,14 @@ class ReferenceStore:
         path, groups = self.evaluation.options.protocol.references, self.evaluation.groups
         if path:
             listed, problems = read_references_file(path, groups)
-            references = [
-                {group: usable for group, names in each.items() if (usable := list(filter(self._is_usable, names)))}
-                for each in listed
-            ]
+            references: ReferenceRounds = []
+            for names_by_group in listed:
+                usable = {group: list(filter(self._is_usable, names)) for group, names in names_by_group.items()}
+                references.append({group: names for group, names in usable.items() if names})
             problems += [
                 Problem("bad-reference", group, f"{path} has no usable reference of group {group} in some round")
                 for group in groups
-                if not all(group in each for each in references)
+                if not all(group in names_by_group for names_by_group in references)
             ]
         else:
             references, problems = choose_references(

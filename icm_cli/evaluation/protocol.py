@@ -70,7 +70,7 @@ class Evaluation:
     @cached_property
     def _dataset_files(self) -> set[str]:
         """Real paths of all files of the dataset."""
-        files = (path for each in self.data.samples for path in (each.file, each.alpha, each.trimap) if path)
+        files = (path for sample in self.data.samples for path in (sample.file, sample.alpha, sample.trimap) if path)
         return set(map(os.path.realpath, files))
 
     def check_no_overwrite(self, alphas: Sequence[Path] = ()) -> None:
@@ -205,7 +205,9 @@ class Evaluation:
                 for number, groups in enumerate(references, 1)
                 for group, names in groups.items()
             },
-            composites={name: each.image for name, each in samples.items() if isinstance(each.image, CompositeSource)},
+            composites={
+                name: sample.image for name, sample in samples.items() if isinstance(sample.image, CompositeSource)
+            },
         )
 
 

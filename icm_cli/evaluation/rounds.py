@@ -38,13 +38,13 @@ def choose_references(
     chosen: ReferenceRounds = [{} for _ in range(rounds)]
     problems = []
     for group, samples in groups.items():
+        ordered = [sample.name for sample in samples]
         if len({sample.image for sample in samples}) < 2:
             problems += [
-                Problem("lone-image", each.name, f"{each.name} is the only image of group {group} and has no reference")
-                for each in samples
+                Problem("lone-image", name, f"{name} is the only image of group {group} and has no reference")
+                for name in ordered
             ]
             continue
-        ordered = [sample.name for sample in samples]
         if not in_order:
             ordered.sort(key=lambda name: hashlib.sha256(os.fsencode(name)).hexdigest())
         for number, names in enumerate(chosen):

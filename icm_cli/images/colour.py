@@ -220,9 +220,9 @@ def colour_space_attributes(space: str, config: str) -> dict[str, Any]:
         return {}
     interop = getattr(found, "getInteropID", str)() or found.getName()
     chromaticities = [
-        (*primaries, *(ACES_WHITE if each in ACES else D65))
-        for primaries, each in PRIMARIES.items()
-        if find_colour_space(each, config) == found.getName()
+        (*primaries, *(ACES_WHITE if label in ACES else D65))
+        for primaries, label in PRIMARIES.items()
+        if find_colour_space(label, config) == found.getName()
     ]
     return {"colorInteropID": interop, **({"chromaticities": chromaticities[0]} if chromaticities else {})}
 

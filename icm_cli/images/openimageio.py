@@ -116,14 +116,14 @@ def read_pixels(reader: Any, file: ImageFile, frame: int, wanted: colour.ColourS
     alpha = None if layer.alpha is None else values[..., layer.alpha - first]
     red, blue = layer.colours[0] - first, layer.colours[-1] - first
     is_adjacent = layer.colours == tuple(range(layer.colours[0], layer.colours[-1] + 1))  # is not copied
-    pixels = values[..., red : blue + 1] if is_adjacent else values[..., [each - first for each in layer.colours]]
+    pixels = values[..., red : blue + 1] if is_adjacent else values[..., [channel - first for channel in layer.colours]]
     scale = _white_value(spec, values.dtype, wanted.white)
     if _integer_attribute(spec, "tiff:PhotometricInterpretation", -1) == MIN_IS_WHITE:
         pixels = np.asarray(np.maximum(scale - pixels, 0), values.dtype)
     channels = [pixels] if alpha is None else [pixels, alpha]
-    if values.dtype == np.float32 and not all(np.isfinite(each).all() for each in channels):
+    if values.dtype == np.float32 and not all(np.isfinite(plane).all() for plane in channels):
         notices.append(f"{path} has {NOT_FINITE}; they are set to 0")
-        pixels, *alphas = (np.nan_to_num(each, nan=0.0, posinf=0.0, neginf=0.0) for each in channels)
+        pixels, *alphas = (np.nan_to_num(plane, nan=0.0, posinf=0.0, neginf=0.0) for plane in channels)
         alpha = alphas[0] if alphas else None
     space, profile = wanted.space, None
     if wanted.space == "auto":
@@ -319,7 +319,7 @@ def select_layer(file: Any, path: Path, wanted: str, *, refuse_data: bool = Fals
 
 
 def _is_data(name: str) -> bool:
-    return any(DATA_NAMES.fullmatch(each) for each in name.split("."))
+    return any(DATA_NAMES.fullmatch(word) for word in name.split("."))
 
 
 def _hold_only_data(parts: list[tuple[int, tuple[str, ...]]]) -> bool:
@@ -363,7 +363,7 @@ def _layers_of_part(part: int, part_name: str, channels: tuple[str, ...]) -> lis
 
 def _grey_layer(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> ImageLayer:
     """Return the single channel, the luminance or the alpha of a file without colours. Raises ImageError."""
-    for part, channels in sorted(parts, key=lambda each: _hold_only_data([each])):
+    for part, channels in sorted(parts, key=lambda part: _hold_only_data([part])):
         names = [channel.upper() for channel in channels]
         if len(names) == 1:
             return ImageLayer(part, (0,), None)

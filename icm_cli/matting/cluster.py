@@ -247,7 +247,7 @@ class MattingActor:
             os._exit(1)  # Ray restarts the actor, possibly on another node, and repeats these jobs there
         except IcmError as error:
             self._add_message(error)
-        return {"message": [pickle.dumps(each) for each in self._messages]}
+        return {"message": [pickle.dumps(message) for message in self._messages]}
 
     def _add_message(self, message: Any) -> None:
         self._messages.append(message)

@@ -131,15 +131,15 @@ class WorkerPool:
 
     def peak_memory_bytes(self) -> int:
         """Largest peak memory of any worker."""
-        return max(each.peak_memory_bytes for each in self._workers)
+        return max(worker.peak_memory_bytes for worker in self._workers)
 
     @property
     def _live_workers(self) -> list[_WorkerProcess]:
-        return [each for each in self._workers if each.is_alive]
+        return [worker for worker in self._workers if worker.is_alive]
 
     @property
     def _is_busy(self) -> bool:
-        return any(not each.is_idle for each in self._live_workers)
+        return any(not worker.is_idle for worker in self._live_workers)
 
     def _start_idle_workers(self) -> None:
         """If jobs are waiting, tell idle workers to request them."""
@@ -153,7 +153,7 @@ class WorkerPool:
         if self._error:
             raise self._error
         if not self._live_workers:
-            reasons = "; ".join(f"{each.name}: {each.end_reason}" for each in self._workers)
+            reasons = "; ".join(f"{worker.name}: {worker.end_reason}" for worker in self._workers)
             raise DeviceError(f"no device is left ({reasons})")
 
     def _receive(self, worker: _WorkerProcess, message: Any) -> None:

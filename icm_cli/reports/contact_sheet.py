@@ -101,7 +101,8 @@ def _font() -> Any:
 def _escape_missing_glyphs(text: str) -> str:
     """Replace characters that the font does not have by their escape sequences."""
     return "".join(
-        each if _has_glyph(each) else each.encode("unicode_escape", "surrogatepass").decode() for each in text
+        character if _has_glyph(character) else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in text
     )
 
 
@@ -110,7 +111,7 @@ def _has_glyph(character: str) -> bool:
     """Return whether the font draws a character differently from one that no font has."""
     if not character.isprintable():
         return False
-    glyph, missing = (_font().getmask(each) for each in (character, NO_CHARACTER))
+    glyph, missing = (_font().getmask(text) for text in (character, NO_CHARACTER))
     return character.isspace() or (glyph.size, bytes(glyph)) != (missing.size, bytes(missing))
 
 

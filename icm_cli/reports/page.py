@@ -69,8 +69,8 @@ def _template_context(report: Report) -> dict[str, Any]:
     worst_first = sorted(scored, key=lambda result: -_region_mse(result, main)) if main else []
     best = worst_first[::-1][: min(MAX_BEST, len(scored) // 3)]
     worst = worst_first[: min(MAX_WORST, len(scored) - len(best))]
-    others = [each for each in report.results if not each.evaluation.scores and each.status != "failed"]
-    unscored = [] if scored else select_evenly([each for each in report.results if each.has_alpha], MAX_UNSCORED)
+    others = [result for result in report.results if not result.evaluation.scores and result.status != "failed"]
+    unscored = [] if scored else select_evenly([result for result in report.results if result.has_alpha], MAX_UNSCORED)
     figure = partial(_make_figure, report)
     return {
         "title": report.settings["title"],
@@ -91,7 +91,7 @@ def _template_context(report: Report) -> dict[str, Any]:
         "best": map(figure, best),
         "unscored": map(figure, unscored),
         "rows": [*report.failures, *worst_first, *others][:MAX_TABLE_ROWS],
-        "problem_kinds": Counter(each.kind for each in report.problems),
+        "problem_kinds": Counter(problem.kind for problem in report.problems),
         "max_listed": MAX_LISTED,
         "max_open": MAX_OPEN,
         "report": report,

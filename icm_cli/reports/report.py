@@ -101,7 +101,7 @@ class Report:
         return sum(result.status == status for result in self.results)
 
     def __repr__(self) -> str:
-        return f"<Report of {len(self.results)} images: {dict(Counter(each.status for each in self.results))}>"
+        return f"<Report of {len(self.results)} images: {dict(Counter(result.status for result in self.results))}>"
 
     @property
     def is_complete(self) -> bool:
@@ -127,7 +127,7 @@ class Report:
     @property
     def exit_code(self) -> int:
         """0 if no image failed and there are no problems except allowed ones, otherwise 1."""
-        if self.failures or any(each.kind not in self.allowed for each in self.problems):
+        if self.failures or any(problem.kind not in self.allowed for problem in self.problems):
             return 1
         return 1 if self.count("unscored") and not self.means else 0
 
@@ -171,10 +171,10 @@ class Report:
                 "means": _as_dicts(self.means),
                 "means_without_images_trained_on": _as_dicts(self.means_unseen),
                 "shots": _as_dicts(self.shots),
-                "problems": dict(Counter(each.kind for each in self.problems)),
+                "problems": dict(Counter(problem.kind for problem in self.problems)),
                 "allowed_problems": sorted(self.allowed),
             },
-            "problems": [dataclasses.asdict(each) for each in self.problems],
+            "problems": [dataclasses.asdict(problem) for problem in self.problems],
             "images": [result.as_dict() for result in self.results],
         }
 

@@ -97,7 +97,7 @@ class _ErrorMaps:
     def scores(self, region: BoolMask | None = None) -> Scores:
         """Return the metrics over the pixels of ``region`` [H,W], or over all pixels."""
         difference, gradient, connectivity = (
-            each if region is None else each[region] for each in (self.difference, self.gradient, self.connectivity)
+            error if region is None else error[region] for error in (self.difference, self.gradient, self.connectivity)
         )
         absolute = float(difference.sum())
         return Scores(

@@ -121,8 +121,8 @@ class ScoreTask:
             problems.append(self._size_mismatch("alpha", self.alpha_path, alpha.shape, truth.alpha.shape))
             return ScoreResult(problems=tuple(problems), image_sha256=digest)
         resized_truth, resized_alpha = (
-            resize_for_scoring(as_unit_range(each), truth.alpha.shape, self.rule.scored_size)
-            for each in (truth.alpha, alpha)
+            resize_for_scoring(as_unit_range(image), truth.alpha.shape, self.rule.scored_size)
+            for image in (truth.alpha, alpha)
         )
         trimap, trimap_problems = self._load_trimap(truth.alpha)
         scores = compute_scores(resized_alpha, resized_truth, self.rule.metric_variant, trimap)
