@@ -300,11 +300,13 @@ def _rename(temporary: Path, path: Path, check: WriteCheck | None) -> None:
 
     Where folders cannot be locked, a new file is published as a hard link, which never replaces another file.
     """
-    with contextlib.nullcontext(True) if check is None else _locked_folder(path.parent) as is_safe:
-        check = check or (lambda: None)
+    if check is None:
+        retry_transient(lambda: temporary.replace(path))
+        return
+    with _locked_folder(path.parent) as is_locked:
         is_new = not os.path.lexists(path)
         check()
-        if is_new and not is_safe:
+        if is_new and not is_locked:
             try:
                 os.link(temporary, path)
             except FileExistsError:  # another machine has written it since the check

@@ -193,21 +193,19 @@ def space_of_primaries(chromaticities: tuple[float, ...]) -> str | None:
 
 
 def to_scene_linear(pixels: Float, space: str, config: str) -> tuple[Float, str]:
-    """Convert colours [H,W,3] on the scale 0..1 to a scene-linear space; return them with its name. sRGB keeps its
-    primaries, which are those of Rec.709. Other spaces with a transfer curve are converted to the configuration's
-    ``scene_linear``. Linear spaces and data are not changed."""
+    """Convert colours [H,W,3] on the scale 0..1 to a scene-linear space; return them with its name.
+
+    sRGB keeps its primaries, which are those of Rec.709. Other spaces with a transfer curve are converted to the
+    configuration's ``scene_linear``. Linear spaces and data are not changed.
+    """
     if space == SRGB:
         return _convert_colours(pixels, BUILT_IN, "srgb_rec709_scene", LINEAR), LINEAR
-    found = _load_config(config).getColorSpace(space)
-    if (
-        found is None
-        or found.isData()
-        or _load_config(config).isColorSpaceLinear(found.getName(), ocio.REFERENCE_SPACE_SCENE)
-    ):
+    loaded = _load_config(config)
+    found = loaded.getColorSpace(space)
+    if found is None or found.isData() or loaded.isColorSpaceLinear(found.getName(), ocio.REFERENCE_SPACE_SCENE):
         return pixels, space
-    return _convert_colours(pixels, config, space, "scene_linear"), str(
-        _load_config(config).getColorSpace("scene_linear").getName()
-    )
+    scene_linear = str(loaded.getColorSpace("scene_linear").getName())
+    return _convert_colours(pixels, config, space, scene_linear), scene_linear
 
 
 def colour_space_attributes(space: str, config: str) -> dict[str, Any]:
