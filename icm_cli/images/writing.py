@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,6 @@ PNG_COMPRESSION = 1
 """zlib level. An alpha is mostly flat, and higher levels take far more time for little less space."""
 PROVENANCE_KEY = "ImageDescription"
 """Attribute of a TIFF or EXR that holds the provenance as JSON."""
-NO_ATTRIBUTES: Mapping[str, Any] = {}
 PIXELS_KEY = "icm-pixels"
 """Key of the digest of the pixels, by which a retouched alpha is recognised."""
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -158,26 +158,16 @@ def write_foreground(
     ``colours``: float32 [H,W,3] on the scale 0..1; HDR exceeds 1. An EXR stores them scene-linear. ``config``: the
     OpenColorIO configuration with the colour space of the source.
     """
-    attributes: Mapping[str, Any] = NO_ATTRIBUTES
+    attributes: dict[str, Any] = {}
     if output.format == "exr":
         colours, space = to_scene_linear(colours, source.space, config)
         attributes = colour_space_attributes(space, config)
     written = colours * alpha[..., None] if output.is_premultiplied else colours
     pixels = np.concatenate([written, alpha[..., None]], axis=-1)
-    is_associated = output.is_premultiplied and output.format == "tiff"  # PNG supports straight alpha only
+    if output.is_premultiplied and output.format == "tiff":  # PNG supports straight alpha only
+        attributes["oiio:UnassociatedAlpha"] = 0
     depth, channels = output.depth_for(source), ("R", "G", "B", "A")
-    _write_image(
-        path,
-        pixels,
-        channels,
-        provenance,
-        output.format,
-        depth,
-        source,
-        attributes,
-        check=check,
-        is_associated=is_associated,
-    )
+    _write_image(path, pixels, channels, provenance, output.format, depth, source, attributes, check)
 
 
 def write_trimap(
@@ -252,12 +242,10 @@ def _write_image(
     format_: ImageFormat,
     depth: BitDepth,
     source: DecodedImage | None = None,
-    attributes: Mapping[str, Any] = NO_ATTRIBUTES,
-    *,
+    attributes: Mapping[str, Any] = MappingProxyType({}),
     check: WriteCheck | None = None,
-    is_associated: bool = False,
 ) -> None:
-    """Write pixels [H,W,C] on the scale 0..1. ``attributes``: further ones of an EXR."""
+    """Write pixels [H,W,C] on the scale 0..1. ``attributes``: further attributes of OpenImageIO."""
     values = _quantize(pixels, depth)
     provenance = {**provenance, PIXELS_KEY: _pixel_digest(values)}
     with atomic_write(path, check) as file:
@@ -275,11 +263,10 @@ def _write_image(
         if "A" in channels:
             spec.alpha_channel = channels.index("A")
         # Without DateTime, OpenImageIO would write the time of day, and equal alphas would differ.
-        in_description = {PROVENANCE_KEY: json.dumps(provenance), "DateTime": "", **attributes}
-        for key, value in (provenance if format_ == "png" else in_description).items():
+        texts = provenance if format_ == "png" else {PROVENANCE_KEY: json.dumps(provenance), "DateTime": ""}
+        # UnassociatedAlpha describes the pixels, which stay unchanged.
+        for key, value in {**texts, "compression": "zip", "oiio:UnassociatedAlpha": 1, **attributes}.items():
             spec.attribute(key, *((f"float[{len(value)}]", value) if isinstance(value, tuple) else (value,)))
-        spec.attribute("compression", "zip")
-        spec.attribute("oiio:UnassociatedAlpha", int(not is_associated))  # describes the pixels, which stay unchanged
         if format_ == "exr" and source is not None:
             source.copy_metadata_to(spec)
         writer = oiio.ImageOutput.create(format_)
