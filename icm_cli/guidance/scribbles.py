@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.geometry import format_size
 from icm_cli.guidance.hints import Hints
-from icm_cli.images.reading import StoredPixels, read_stored_pixels
+from icm_cli.images.pixels import DecodedImage
+from icm_cli.images.reading import read_stored_pixels
 
 DARK, BRIGHT = 0.25, 0.75
 """A colour whose channels are all below ``DARK`` is black, and above ``BRIGHT`` white."""
@@ -48,7 +49,7 @@ def read_scribble(path: Path, size: tuple[int, int]) -> Hints:
     return Hints(size=size, object_area=is_object, background_area=is_background, is_outlined=is_complete)
 
 
-def _classify(stored: StoredPixels, path: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _classify(stored: DecodedImage, path: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return the pixels on the object and off it, bool [H,W]."""
     values = stored.values if stored.values.ndim == 3 else stored.values[..., None]
     colours = np.broadcast_to(values.astype(np.float32) / np.float32(stored.scale), (*values.shape[:2], 3))
