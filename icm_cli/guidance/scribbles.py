@@ -51,8 +51,8 @@ def read_scribble(path: Path, size: tuple[int, int]) -> Hints:
 
 def _classify(stored: DecodedImage, path: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return the pixels on the object and off it, bool [H,W]."""
-    values = stored.values if stored.values.ndim == 3 else stored.values[..., None]
-    colours = np.broadcast_to(values.astype(np.float32) / np.float32(stored.scale), (*values.shape[:2], 3))
+    pixels = stored.pixels.astype(np.float32) / np.float32(stored.scale)
+    colours = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
     red, green, blue = (colours[..., channel] for channel in range(3))
     opaque: Any = True if stored.alpha is None else stored.alpha > 0.5 * stored.scale
     is_green = opaque & (green - np.maximum(red, blue) > MIN_CHROMA)
