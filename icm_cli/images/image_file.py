@@ -159,6 +159,9 @@ class ImageFile:
         with BufferedReader(ReopeningFile(path)) as stream:
             yield cls(path, stream)
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     @property
     def stream(self) -> BufferedReader[Any]:
         """The open handle, rewound to the start of the file."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from icm_cli.environment import FreeMemory, format_gb, free_memory
 from icm_cli.errors import ImageMemoryError
+from icm_cli.geometry import format_size
 
 BYTES_PER_PIXEL = 24
 """Memory that an image of 8 bits needs per pixel while it is read, matted and written."""
@@ -87,11 +88,9 @@ class ImageWindows:
         return moved
 
     def __str__(self) -> str:
-        height, width = self.size
-        return (
-            f"a data window of {width}x{height} at ({self.at[1]},{self.at[0]}) in a display window "
-            f"of {self.display[1]}x{self.display[0]}"
-        )
+        row, column = self.at
+        size, display = format_size(self.size), format_size(self.display)
+        return f"a data window of {size} at ({column},{row}) in a display window of {display}"
 
 
 def _overlap(length: int, shift: int, target_length: int) -> tuple[slice, slice]:

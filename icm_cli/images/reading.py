@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 
 from icm_cli.errors import ImageError
-from icm_cli.geometry import ImageU8, round_to_u8
+from icm_cli.geometry import ImageU8, format_size, round_to_u8
 from icm_cli.images.colour import DEFAULT_COLOUR, SRGB, ColourSettings, to_display_srgb
-from icm_cli.images.decoding import as_image_errors, decode_image, frame_count, open_image
+from icm_cli.images.decoding import decode_image, frame_count, open_image
 from icm_cli.images.image_file import ImageFile
 from icm_cli.images.openimageio import NOT_FINITE
 from icm_cli.images.pixels import GREY_TOLERANCE, DecodedImage, ImageWindows
@@ -59,9 +59,8 @@ def read_image(source: Path | ImageFile, colour: ColourSettings = DEFAULT_COLOUR
     ``colour``: the colour space of the file, and the view of scene-referred images. ``frame``: the frame or page of a
     file with several. Raises ImageError for a file that is missing, empty, incomplete or not an image.
     """
-    path = source.path if isinstance(source, ImageFile) else source
-    decoded = decode_image(source, frame, colour)
-    with as_image_errors(path):
+    with open_image(source) as file:
+        decoded = decode_image(file, frame, colour)
         rgb = to_display_srgb(decoded.pixels, decoded.scale, decoded.space, colour)
     return SourceImage(rgb, _alpha_u8(decoded), decoded.space, decoded.notices, decoded)
 
@@ -125,8 +124,7 @@ def read_ground_truth(
     image = read_image(source, RAW_VALUES)
     assert image.stored is not None
     if any(NOT_FINITE in notice for notice in image.notices):
-        path = source.path if isinstance(source, ImageFile) else source
-        raise ImageError(f"{path} has {NOT_FINITE}; expected an alpha with values of 0..1; write it again")
+        raise ImageError(f"{source} has {NOT_FINITE}; expected an alpha with values of 0..1; write it again")
     if is_label_map and (objects := _object_mask(image.stored)) is not None:
         return GroundTruthAlpha(objects, is_deep=False, has_colour=False)
     bits, image = image.stored.bits, image.to_display_window(target_windows)
@@ -196,10 +194,9 @@ def compose_image(
     """
     foreground, alpha = read_image(foreground_file).to_display_window().rgb, read_alpha(alpha_file)
     if foreground.shape[:2] != alpha.shape:
-        paths = [file.path if isinstance(file, ImageFile) else file for file in (foreground_file, alpha_file)]
         raise ImageError(
-            f"{paths[0]} is {foreground.shape[1]}x{foreground.shape[0]} and its alpha {paths[1]} is "
-            f"{alpha.shape[1]}x{alpha.shape[0]}; expected the same size; give the alpha of this foreground"
+            f"{foreground_file} is {format_size(foreground.shape)} and its alpha {alpha_file} is "
+            f"{format_size(alpha.shape)}; expected the same size; give the alpha of this foreground"
         )
     background = _enlarge_to_cover(read_image(background_file).to_display_window().rgb, *alpha.shape)
     weight = alpha[..., None] / np.float32(255)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError, Problem
-from icm_cli.geometry import UNKNOWN, ImageU8, has_same_aspect
+from icm_cli.geometry import UNKNOWN, ImageU8, format_size, has_same_aspect
 from icm_cli.images.decoding import image_size
 from icm_cli.images.reading import GroundTruthAlpha, file_digest, read_alpha, read_ground_truth
 from icm_cli.options import MetricVariant, Region, ScoredSize
@@ -162,7 +162,7 @@ class ScoreTask:
         return []
 
     def _size_mismatch(self, kind: str, path: Path, size: tuple[int, ...], expected: tuple[int, ...]) -> Problem:
-        reason = f"{kind} {path} is {size[1]}x{size[0]}; expected {expected[1]}x{expected[0]}"
+        reason = f"{kind} {path} is {format_size(size)}; expected {format_size(expected)}"
         return Problem("size-mismatch", self.name, reason)
 
     def _load_trimap(self, truth: ImageU8) -> tuple[ImageU8 | None, list[Problem]]:
