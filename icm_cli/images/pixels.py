@@ -145,14 +145,19 @@ class DecodedImage:
 
     def reorient(self, orientation: int) -> DecodedImage:
         """Return the image with this EXIF orientation applied instead of ``self.orientation``."""
-        stored, upright = _UPRIGHT[_INVERSE.get(self.orientation, self.orientation)], _UPRIGHT[orientation]
-        pixels, alpha, indices = (
-            None if plane is None else np.ascontiguousarray(upright(stored(plane)))
-            for plane in (self.pixels, self.alpha, self.indices)
-        )
-        assert pixels is not None
+        to_stored, to_upright = _UPRIGHT[_INVERSE.get(self.orientation, self.orientation)], _UPRIGHT[orientation]
+        image = self._change_planes(lambda plane: np.ascontiguousarray(to_upright(to_stored(plane))))
         windows = self.own_windows if orientation == self.orientation else None
-        return replace(self, pixels=pixels, alpha=alpha, indices=indices, orientation=orientation, own_windows=windows)
+        return replace(image, orientation=orientation, own_windows=windows)
+
+    def move_to(self, windows: ImageWindows) -> DecodedImage:
+        """Return the image in another data window of its display window; new pixels are 0."""
+        return replace(self._change_planes(lambda plane: self.windows.move_pixels(plane, windows)), own_windows=windows)
+
+    def _change_planes(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> DecodedImage:
+        alpha = None if self.alpha is None else change(self.alpha)
+        indices = None if self.indices is None else change(self.indices)
+        return replace(self, pixels=change(self.pixels), alpha=alpha, indices=indices)
 
     @property
     def windows(self) -> ImageWindows:

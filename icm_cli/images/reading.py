@@ -86,20 +86,13 @@ def read_stored_pixels(
     window of that image. ``has_labels``: the values are labels, of any size.
     """
     decoded = decode_image(path, wanted=LABEL_VALUES if has_labels else RAW_VALUES)
-    target = decoded.windows.matched_to(target_windows)
-    pixels, alpha, indices = (
-        None if plane is None else decoded.windows.move_pixels(plane, target)
-        for plane in (decoded.pixels, decoded.alpha, decoded.indices)
-    )
-    assert pixels is not None
-    scale = decoded.scale
-    if decoded.file_white is not None:  # the decoder has scaled the values
-        scale = float(decoded.file_white)
-        pixels = np.round(pixels * (scale / decoded.scale)).astype(pixels.dtype)
-        alpha = None if alpha is None else alpha * (scale / decoded.scale)
-    return replace(
-        decoded, pixels=pixels, alpha=alpha, indices=indices, scale=scale, file_white=None, own_windows=target
-    )
+    decoded = decoded.move_to(decoded.windows.matched_to(target_windows))
+    if decoded.file_white is None:
+        return decoded
+    factor = decoded.file_white / decoded.scale  # undoes that the decoder has scaled the values
+    pixels = np.round(decoded.pixels * factor).astype(decoded.pixels.dtype)
+    alpha = None if decoded.alpha is None else decoded.alpha * factor
+    return replace(decoded, pixels=pixels, alpha=alpha, scale=float(decoded.file_white), file_white=None)
 
 
 @dataclass(frozen=True)
