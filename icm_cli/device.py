@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,14 +104,7 @@ def _cpu_is_faster_in_bfloat16() -> bool:
     has_matrices, has_products = (
         getattr(torch.cpu, name, lambda: False) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     )
-    return bool(has_matrices() or (has_products() and "AuthenticAMD" in _cpu_vendor()))
-
-
-def _cpu_vendor() -> str:
-    """Return the vendor line of /proc/cpuinfo on Linux, else the processor name of the platform."""
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
-        return next((line for line in lines if line.startswith("vendor_id")), "")
-    return platform.processor()
+    return bool(has_matrices() or (has_products() and "AuthenticAMD" in environment.processor_property("vendor_id")))
 
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

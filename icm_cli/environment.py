@@ -34,7 +34,7 @@ def package_versions() -> dict[str, str]:
 
 def describe_hardware() -> dict[str, str | int]:
     """Return the system, the processor and the number of cores that this process may use."""
-    return {"system": platform.platform(), "processor": _processor_name(), "cores": available_cores()}
+    return {"system": platform.platform(), "processor": processor_property("model name"), "cores": available_cores()}
 
 
 def available_cores() -> int:
@@ -63,11 +63,11 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _processor_name() -> str:
-    for line in _read_text(ROOT / "proc/cpuinfo").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def processor_property(name: str) -> str:
+    """Return the first value of a name in ``/proc/cpuinfo``; where there is none, the processor in other words."""
+    lines = _read_text(ROOT / "proc/cpuinfo").splitlines()
+    values = (line.partition(":")[2].strip() for line in lines if line.startswith(name))
+    return next(values, platform.processor() or platform.machine())
 
 
 @dataclass(frozen=True)

@@ -281,8 +281,8 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
         rows.append(("trained on", f"{seen} of the images"))
     if "device" in report.settings:
         rows.append(("device", report.settings["device"]))
-    rows.append(("time", f"{report.totals.seconds:.1f} s, of which matting {report.totals.matting_seconds:.1f} s"))
-    rows.append(("peak memory", f"{report.totals.peak_memory_bytes / 1e6:.0f} MB"))
+    rows.append(("time", f"{report.seconds:.1f} s, of which matting {report.matting_seconds:.1f} s"))
+    rows.append(("peak memory", f"{report.peak_memory_bytes / 1e6:.0f} MB"))
     return rows
 
 

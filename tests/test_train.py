@@ -483,7 +483,7 @@ class TestStableDiffusion:
     ) -> None:
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-        monkeypatch.setattr("icm_cli.device._cpu_vendor", lambda: "GenuineIntel")
+        monkeypatch.setattr("icm_cli.environment.processor_property", lambda _: "GenuineIntel")
         low = train(sd_config, tmp_path / "low", "--set", "train.precision=bf16")
         assert low.exit_code == 0, low.output
         exact = train(sd_config, out, "--set", "train.precision=no")

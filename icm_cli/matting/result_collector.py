@@ -13,7 +13,7 @@ from icm_cli import environment
 from icm_cli.errors import OutputError, Problem
 from icm_cli.events import Listener
 from icm_cli.files import is_file
-from icm_cli.reports.report import Report, RunTotals
+from icm_cli.reports.report import Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import ReportFiles
 
@@ -145,7 +145,8 @@ class ResultCollector:
         order = {result.key: number for number, result in enumerate(self._planned)}
         report.results.sort(key=lambda result: order[result.key])
         now = time.perf_counter()
-        report.totals = RunTotals(now - self._start, now - matting_start, peak_memory())
+        report.seconds, report.matting_seconds = now - self._start, now - matting_start
+        report.peak_memory_bytes = peak_memory()
         try:
             for path in report_files.write_all(report):
                 self._listener.on_notice(f"{path} is unchanged, because this run was interrupted")

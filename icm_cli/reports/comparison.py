@@ -15,7 +15,7 @@ from icm_cli.reports.report import REFERENCES_SHAPE, SCHEMA_VERSION
 from icm_cli.reports.result import METRICS, REGIONS
 
 ImageKey = tuple[int, str]
-Scores = dict[Region, dict[ImageKey, Mapping[str, float]]]
+ScoresByRegion = dict[Region, dict[ImageKey, Mapping[str, float]]]
 PROTOCOL_KEYS = ("dataset", "split", "regions", "size", "metric_variant", "unknown_region", "rounds", "refs_per_group")
 EXPECTED_REPORT = "expected a JSON report of icm eval; write it again with icm eval ... --report FILE.json"
 NONE = type(None)
@@ -75,7 +75,7 @@ class _ScoredReport:
     settings: Mapping[str, Any]
     references: list[dict[str, list[str]]]
     is_complete: bool
-    scores: Scores
+    scores: ScoresByRegion
 
     @property
     def command(self) -> str:
@@ -156,9 +156,9 @@ def _read_report(path: Path) -> _ScoredReport:
     )
 
 
-def _collect_scores(images: Sequence[Mapping[str, Any]]) -> Scores:
+def _collect_scores(images: Sequence[Mapping[str, Any]]) -> ScoresByRegion:
     """Return the scores of all images. Raises ValueError for a wrong round, name, region or score."""
-    scores: Scores = {region: {} for region in REGIONS}
+    scores: ScoresByRegion = {region: {} for region in REGIONS}
     for number, image in enumerate(images):
         where, key = f"images[{number}]", (image.get("round", 0), image.get("name") or image.get("source", ""))
         if not 0 <= key[0] <= MAX_ROUND:

@@ -62,17 +62,6 @@ class PageImages:
         return self.read_preview(self.composites.get(result.name, Path(result.source)), max(0, result.page - 1))
 
 
-@dataclass(frozen=True)
-class RunTotals:
-    """Time and memory of a run."""
-
-    seconds: float = 0.0
-    """Wall time of the run, including loading the model."""
-    matting_seconds: float = 0.0
-    """Wall time of matting."""
-    peak_memory_bytes: int = 0
-
-
 @dataclass(repr=False)
 class Report:
     """Report of a run: settings, a result for every image, and totals."""
@@ -88,7 +77,11 @@ class Report:
     references: list[dict[str, list[str]]] = field(default_factory=list)
     """References of an evaluation: for every round, the names of the references by group."""
     page_images: PageImages = field(default_factory=PageImages)
-    totals: RunTotals = RunTotals()
+    seconds: float = 0.0
+    """Wall time of the run, including loading the model."""
+    matting_seconds: float = 0.0
+    """Wall time of matting."""
+    peak_memory_bytes: int = 0
 
     @property
     def protocol(self) -> Mapping[str, Any]:
@@ -121,8 +114,7 @@ class Report:
     @property
     def images_per_second(self) -> float:
         """Number of matted images per second of matting."""
-        seconds = self.totals.matting_seconds
-        return self.count("done") / seconds if seconds else 0.0
+        return self.count("done") / self.matting_seconds if self.matting_seconds else 0.0
 
     @property
     def exit_code(self) -> int:
@@ -164,10 +156,10 @@ class Report:
                 "complete": self.is_complete,
                 **{status.replace(" ", "_"): self.count(status) for status in statuses},
                 "skipped_files": dict(self.skipped_files),
-                "seconds": self.totals.seconds,
-                "matting_seconds": self.totals.matting_seconds,
+                "seconds": self.seconds,
+                "matting_seconds": self.matting_seconds,
                 "images_per_second": self.images_per_second,
-                "peak_memory_bytes": self.totals.peak_memory_bytes,
+                "peak_memory_bytes": self.peak_memory_bytes,
                 "means": _as_dicts(self.means),
                 "means_without_images_trained_on": _as_dicts(self.means_unseen),
                 "shots": _as_dicts(self.shots),
