@@ -27,15 +27,7 @@ from icm_cli.environment import OUT_OF_MEMORY, free_memory, is_out_of_memory
 from icm_cli.errors import FileAccessError, ImageError, ImageMemoryError
 from icm_cli.files import describe_os_error, is_system_error, is_transient
 from icm_cli.images import colour, containers, openimageio
-from icm_cli.images.image_file import (
-    EMPTY_FILE,
-    UNKNOWN_TYPE,
-    FileType,
-    ImageFile,
-    check_readable,
-    has_state,
-    movie_message,
-)
+from icm_cli.images.image_file import EMPTY_FILE, UNKNOWN_TYPE, FileType, ImageFile, has_state, movie_message
 from icm_cli.images.pixels import (
     BAD_PROFILE,
     GREY_TOLERANCE,
@@ -175,7 +167,8 @@ def retry_decoding(file: ImageFile, decode: Callable[[], Result]) -> Result:
     except Exception as error:
         if is_system_error(error):
             raise
-        check_readable(file.path)
+        with ImageFile.open(file.path) as reopened:
+            reopened.content_digest()
     return decode()
 
 

@@ -19,7 +19,6 @@ from icm_cli.files import retry_transient, special_file_kind
 HEAD_BYTES = 4096
 """Number of bytes at the start of a file that decide its type and are part of its state."""
 STATE_DIGEST_DIGITS = 16
-_READ_BYTES = 1 << 20
 EMPTY_FILE = "is empty (0 bytes); get a complete copy"
 ICM_ALPHA_MARK = b"icm-digest"
 ICM_SHEET_MARK = b"icm-sheet"
@@ -187,13 +186,6 @@ class ImageFile:
     def content_digest(self) -> str:
         """Return the SHA-256 of the file's content as hexadecimal digits. This reads the whole file."""
         return hashlib.file_digest(self.stream, "sha256").hexdigest()
-
-
-def check_readable(path: Path) -> None:
-    """Read a file to its end, to find out whether the system lets it be read. Raises OSError."""
-    with ImageFile.open(path) as file:
-        while file._stream.read(_READ_BYTES):
-            pass
 
 
 def has_state(path: Path, state: str) -> bool:
