@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -199,16 +200,12 @@ class FlickerTask:
 
     def run(self) -> float | None:
         """Return dtSSD, or None if a file cannot be read."""
+        read = partial(read_alpha, is_label_map=self.rule.has_shots)
         try:
-            _, truth_path = self.frame
-            shape = self._read_alpha(truth_path).shape
-            alpha, truth, alpha_before, truth_before = (
-                resize_for_scoring(as_unit_range(self._read_alpha(path)), shape, self.rule.scored_size)
-                for path in (*self.frame, *self.previous_frame)
-            )
+            alpha, truth, alpha_before, truth_before = map(read, (*self.frame, *self.previous_frame))
         except ImageError:
             return None
-        return compute_dt_ssd(alpha, alpha_before, truth, truth_before)
-
-    def _read_alpha(self, path: Path) -> ImageU8:
-        return read_alpha(path, is_label_map=self.rule.has_shots)
+        images = (alpha, alpha_before, truth, truth_before)
+        return compute_dt_ssd(
+            *(resize_for_scoring(as_unit_range(image), truth.shape, self.rule.scored_size) for image in images)
+        )
