@@ -70,12 +70,10 @@ class RayCluster:
         available = int(ray.cluster_resources().get(kind, 0))
         if available < (cpus or 1):
             self.__exit__()
-            raise ConfigError(
-                "the Ray cluster has no GPU; give --ray-cpus N to matte on N of its cores"
-                if cpus is None
-                else f"--ray-cpus is {cpus}, and the Ray cluster has {format_count(available, 'core')}; "
-                f"give {available} or fewer"
-            )
+            if cpus is None:
+                raise ConfigError("the Ray cluster has no GPU; give --ray-cpus N to matte on N of its cores")
+            cores = format_count(available, "core")
+            raise ConfigError(f"--ray-cpus is {cpus}, and the Ray cluster has {cores}; give {available} or fewer")
         self._actor_count = cpus or available
         self._device = "cpu" if cpus else "cuda"
         self._resources: dict[str, Any] = {"num_cpus": 1} if cpus else {"num_gpus": 1}
