@@ -274,6 +274,7 @@ class TestPlaces:
         shutil.copy(scene / "imgs" / "wall.jpg", folder / "wall.jpg")  # as labelme needs it
         done = icm(hints=folder)
         assert done.exit_code == 0, done.output
+        assert f"{folder / 'wall.jpg'} skipped: not a hint; expected .json or .png" in done.stderr
         assert sorted(alphas(scene / "out")) == ["pad.0101.png", "sub/deep.png", "wall.png"]
         assert (read(scene / "out" / "wall.png")[:20, :30] == 255).all()
 
@@ -283,6 +284,7 @@ class TestPlaces:
             done = icm(hints=scene, report=scene / "r.json")
             assert done.exit_code == 0, done.output
         assert statuses(scene / "r.json")["wall.jpg"] == ("kept", True)
+        assert "pad.0101.png" not in icm("--dry-run", "--exclude", "pad*", hints=scene).stderr
         assert f"{scene / 'out'}" not in done.stderr
 
     def test_pages_have_hints_of_their_own(self, icm: Icm, scene: Path, hints: Path) -> None:

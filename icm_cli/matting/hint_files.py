@@ -34,7 +34,8 @@ JSON_SUFFIX = ".json"
 SUFFIXES = (JSON_SUFFIX, ".png")
 EXPECTED = "expected a folder of .json and .png files named like the images, or frames such as hints/sh010.####.json"
 WITHOUT_IMAGE = "a hint without an image of its name"
-MAX_CHECKED_PIXELS = 1 << 28
+NOT_A_HINT = "not a hint; expected .json or .png"
+MAX_CHECKED_PIXELS = 1 << 26
 """Files that state a larger image size are checked when the image is read, which has another size."""
 
 
@@ -101,17 +102,21 @@ class HintFiles:
     files: Mapping[str | int, Sequence[Path]]
     """Files by their path below the folder, without extension, or by their frame number."""
     real_paths: frozenset[Path]
+    others: Sequence[Path] = ()
+    """Files of the folder that are no hints."""
 
     @classmethod
     def find(cls, where: str, skipped_files: SkippedFiles) -> HintFiles:
         """Find the files of a folder or frame pattern. Raises UsageError if there is neither."""
-        folder, files = Path(where), defaultdict[str | int, list[Path]](list)
+        folder, files, others = Path(where), defaultdict[str | int, list[Path]](list), list[Path]()
         is_folder = retry_transient(folder.is_dir)
         if is_folder:
             skipped: SkippedPaths = {}
             for path in walk_files(folder, skipped):
                 if path.suffix.lower() in SUFFIXES:
                     files[path.relative_to(folder).with_suffix("").as_posix()].append(path)
+                else:
+                    others.append(path)
             skipped_files.add(skipped.get(UNREADABLE, []), UNREADABLE)
         elif FramePattern.parse(where) is None:
             raise UsageError(f"--hints {where} {'is a file' if folder.exists() else 'does not exist'}; {EXPECTED}")
@@ -122,7 +127,7 @@ class HintFiles:
                     raise UsageError(f"--hints {where} names {path}; {EXPECTED}")
                 files[number].append(path)
         real_paths = frozenset(real_path(path) for paths in files.values() for path in paths)
-        return cls(where, real_path(folder) if is_folder else None, files, real_paths)
+        return cls(where, real_path(folder) if is_folder else None, files, real_paths, others)
 
     def is_no_source(self, path: Path, root: Path) -> bool:
         """Return whether a file below the root of the sources cannot be an image to matte.
@@ -149,8 +154,9 @@ class HintFiles:
     ) -> dict[Path, list[Path]]:
         """Return the files of the images that have some. ``images``: names of the images that are matted.
 
-        Files without any image are reported. ``is_excluded``: whether a file is an image or an output itself. Raises
-        UsageError for a file that may belong to several images.
+        Files without any image are reported, and so are files that are no hints, unless the folder contains the
+        sources. ``is_excluded``: whether a file is an image or an output itself. Raises UsageError for a file that may
+        belong to several images.
         """
         owners = defaultdict[str | int | None, list[Path]](list)
         for image in images:
@@ -169,6 +175,8 @@ class HintFiles:
             elif key not in known:
                 without_image += paths
         skipped_files.add(sorted(without_image), WITHOUT_IMAGE)
+        if self.folder not in (real_root := real_path(sources.root), *real_root.parents):
+            skipped_files.add(sorted(self.others), NOT_A_HINT)
         return {image: paths for image, paths in found.items() if paths}
 
     def _keys(self, image: Path) -> set[str | int | None]:

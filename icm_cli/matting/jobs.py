@@ -228,7 +228,7 @@ def plan_jobs(
     if hint_files is not None:
         if hint_files.folder == real_out:
             raise UsageError(f"the folder of --hints {hint_files.where} is also the output folder; give another --out")
-        found = hint_files.without_hints(found, root)
+        found = images = hint_files.without_hints(found, root)
     if real_root in real_out.parents:
         found = skipped_files.exclude(found, lambda path: real_out in real_path(path).parents, "in the output folder")
     protected = {real_path(path) for path in references}
@@ -260,7 +260,7 @@ def plan_jobs(
     _check_collisions(jobs, layout)
     files: dict[Path, list[Path]] = {}
     if hint_files is not None:
-        excluded = {real_path(path) for path in found}
+        excluded = protected.union(map(real_path, images))
         files = hint_files.assign_files(
             [job.name for job in jobs],
             sources,
