@@ -193,7 +193,7 @@ class TestMatch:
 
         def answers(times: int) -> list[torch.Tensor]:
             references = [each.repeat(1, times, *[1] * (each.ndim - 2)) for each in (shown, inside, ~inside)]
-            layers = (feature, (), everything.float(), everything, *references, feature)
+            layers = (feature, (), everything.float(), everything, *references, feature, everything.float())
             batch = MosaicBatch(("a", "b"), (0, 1), (), 1, 1, *layers)
             return TokenMatcher(head.eval())(batch)
 

@@ -316,6 +316,17 @@ class Objects(Component):
         float32 [B,1,h',w'] in 0..1."""
 
     @abstractmethod
+    def decode_prompts(
+        self, embedding: Tensor, alpha: Tensor | None, coordinates: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Correct alphas by points and boxes, or select objects by them if ``alpha`` is None.
+
+        ``alpha``, float32 [B,1,h',w'] in 0..1, is the result of :meth:`forward`. ``coordinates`` [B,N,2] and ``labels``
+        [B,N] are those of :class:`PointPrompts`, but the coordinates are fractions of the embedded canvas. Returns the
+        logits, float32 [B,1,nh,nw], and the predicted IoU of the result with the object, float32 [B].
+        """
+
+    @abstractmethod
     def has_object(self, coarse: Tensor) -> bool:
         """Return whether a coarse alpha [h,w] shows anything that could be completed."""
 

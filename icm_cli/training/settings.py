@@ -310,13 +310,48 @@ class MatchStageConfig(Section):
             raise ConfigError(
                 f"train: match: layout_weights is {list(self.layout_weights)}; expected {len(LAYOUTS)} numbers"
             )
-        _check_weights("layout_weights", self.layout_weights)
-        _check_weights("reference_count_weights", self.reference_count_weights)
+        _check_weights(self.title, "layout_weights", self.layout_weights)
+        _check_weights(self.title, "reference_count_weights", self.reference_count_weights)
 
 
-def _check_weights(name: str, weights: Sequence[float]) -> None:
+def _check_weights(title: str, name: str, weights: Sequence[float]) -> None:
     if not weights or min(weights) < 0 or not sum(weights):
-        raise ConfigError(f"train: match: {name} is {list(weights)}; expected numbers of 0 or more that are not all 0")
+        raise ConfigError(f"{title}: {name} is {list(weights)}; expected numbers of 0 or more that are not all 0")
+
+
+@dataclass(frozen=True)
+class ClickConfig(Section):
+    """Simulated clicks of the stage "objects". Probabilities are in 0..1."""
+
+    title: ClassVar[str] = "train: clicks"
+
+    count_weights: tuple[float, ...] = (0.2, 0.25, 0.2, 0.2, 0.15)
+    """Sampling weights of batches without clicks, with one click, two, and so on. (1.0,) trains without clicks."""
+    alone_probability: float = limited(0.3, 0, 1)
+    """In batches with clicks: there is no coarse alpha, so that the clicks alone select the object."""
+    box_probability: float = limited(0.2, 0, 1)
+    """In batches without a coarse alpha: a box around the object precedes the clicks."""
+    other_object_probability: float = limited(0.35, 0, 1)
+    """In mosaics of several tiles with clicks: they select the object of a tile that does not show the reference's
+    object."""
+    corruption_probability: float = limited(0.5, 0, 1)
+    """The alpha that the clicks correct is made worse: regions are added and removed."""
+    corruption_logit: float = limited(5.0)
+    """Largest standard deviation of what corruption adds to the logit of an alpha."""
+    centre_probability: float = limited(0.7, 0, 1)
+    """A click is at the centre of the largest error, as in benchmarks, instead of anywhere in an error."""
+    redundant_probability: float = limited(0.1, 0, 1)
+    """A click confirms what is right already."""
+    jitter: float = limited(0.01)
+    """Standard deviation of a click's displacement, as a fraction of the long side."""
+    edge_probability: float = limited(0.2, 0, 1)
+    """A displaced click may leave the error that it corrects, so that it is on the wrong side of an edge."""
+    iou_weight: float = limited(0.5)
+    """Weight of the squared error of the predicted IoU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_weights(self.title, "count_weights", self.count_weights)
 
 
 @dataclass(frozen=True)
@@ -410,6 +445,7 @@ class TrainConfig(Section):
     pairs: PairConfig = field(default_factory=PairConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     match: MatchStageConfig = field(default_factory=MatchStageConfig)
+    clicks: ClickConfig = field(default_factory=ClickConfig)
     refine: RefineStageConfig = field(default_factory=RefineStageConfig)
     trimap_kernel_px: int = limited(25, 1)
     """Side of the square that dilates 0 < alpha < 1 to the unknown region, if the data have no trimaps."""

@@ -113,12 +113,8 @@ class MobileSam(Objects):
     def decode_prompts(
         self, embedding: Tensor, alpha: Tensor | None, coordinates: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Correct alphas by points and boxes, or select objects by them if ``alpha`` is None.
-
-        ``alpha`` [B,1,nh,nw] was completed without prompts. ``coordinates`` [B,N,2] and ``labels`` [B,N] are those of
-        :class:`~icm_cli.model.contracts.PointPrompts`, but as fractions of the largest canvas. Returns the logits
-        float32 [B,1,4h,4w], and the predicted IoU of the result with the object, float32 [B].
-        """
+        rows, columns = embedding.shape[-2:]
+        coordinates = coordinates * (torch.tensor([columns, rows]).to(coordinates) / FULL_CELLS)
         if not bool((labels > 1).any()):  # as in the published code, points without a box end with one that is none
             coordinates, labels = F.pad(coordinates, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=NO_POINT)
         logit, iou = self._decode(embedding, alpha, (coordinates, labels))
@@ -209,10 +205,10 @@ class _Item:
         )
 
     def canvas_points(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the coordinates of the points as fractions of the largest canvas, and their labels."""
+        """Return the coordinates of the points as fractions of the canvas, and their labels."""
         assert self.prompts is not None
-        height, width = self.image.mask_size
-        size = torch.tensor([width, height]) / (FULL_CELLS * MASK_SCALE)
+        (height, width), (rows, columns) = self.image.mask_size, self.image.embedding.shape[-2:]
+        size = torch.tensor([width / columns, height / rows]) / MASK_SCALE
         return (self.prompts.coordinates * size).to(device), self.prompts.labels.to(device)
 
 

@@ -283,7 +283,8 @@ class MaskDecoder(nn.Module):
 
     def _encode_positions(self, positions: Tensor) -> Tensor:
         """Return the Fourier features of positions (x, y) in 0..1, [...,2], as [...,256]."""
-        angles = 2.0 * math.pi * (positions * 2.0 - 1.0) @ self.frequencies
+        with torch.autocast(positions.device.type, enabled=False):  # bfloat16 would move points by several px
+            angles = 2.0 * math.pi * (positions * 2.0 - 1.0) @ self.frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
     def _embed_points(self, positions: Tensor, labels: Tensor) -> Tensor:

@@ -113,9 +113,9 @@ class Mosaic(Generic[Image]):
 class MosaicBatch(Batch):
     """A batch of mosaics with R references each.
 
-    Of the mosaics: feature [B,C,H,W], valid bool [B,H,W], scales [B,C',2H,2W] ..., alpha float32 [B,nH,nW], and
-    embedding [B,E,mH,mW] if the object model is trained. Of the references: reference_feature [B,R,C,h,w], inside and
-    outside bool [B,R,h,w].
+    Of the mosaics: feature [B,C,H,W], valid bool [B,H,W], scales [B,C',2H,2W] ..., alpha float32 [B,nH,nW], every_alpha
+    like it but with the objects of all tiles, and embedding [B,E,mH,mW] if the object model is trained. Of the
+    references: reference_feature [B,R,C,h,w], inside and outside bool [B,R,h,w].
     """
 
     rows: int
@@ -128,6 +128,7 @@ class MosaicBatch(Batch):
     inside: Tensor
     outside: Tensor
     embedding: Tensor
+    every_alpha: Tensor
 
 
 class TokenMatcher(nn.Module):
@@ -204,8 +205,8 @@ def draw_mosaics(
 
     ``large``: images of LARGE_FACTOR times the size, for mosaics of one image and for half of the references.
     """
-    rows, columns = LAYOUTS[_draw_index(config.layout_weights, rng)]
-    reference_count = _draw_index(config.reference_count_weights, rng) + 1
+    rows, columns = LAYOUTS[draw_index(config.layout_weights, rng)]
+    reference_count = draw_index(config.reference_count_weights, rng) + 1
     targets = large if large is not None and rows == columns == 1 else small
     references = large if large is not None and rng.random() < 0.5 else small
     sampler = MosaicSampler(targets, references, config, rows, columns, reference_count, rng)
@@ -286,22 +287,35 @@ class MosaicSampler(Generic[Image]):
 
 def collate_mosaics(mosaics: Sequence[Mosaic[View]], counters: Sequence[int]) -> MosaicBatch:
     """Stack mosaics of the same layout and number of references into a batch."""
-    tiles = [
-        view if i in mosaic.positive_tiles else view._replace(alpha=torch.zeros_like(view.alpha))
-        for mosaic in mosaics
-        for i, view in enumerate(mosaic.tiles)
-    ]
+    tiles = [view for mosaic in mosaics for view in mosaic.tiles]
+    is_positive = [index in mosaic.positive_tiles for mosaic in mosaics for index in range(len(mosaic.tiles))]
     references = [view for mosaic in mosaics for view in mosaic.references]
     names = [mosaic.name for mosaic in mosaics]
     return join_tiles(
-        names, counters, mosaics[0].rows, mosaics[0].columns, _stack_views(tiles), _stack_views(references)
+        names,
+        counters,
+        mosaics[0].rows,
+        mosaics[0].columns,
+        _stack_views(tiles),
+        _stack_views(references),
+        torch.tensor(is_positive),
     )
 
 
 def join_tiles(
-    names: Sequence[str], counters: Sequence[int], rows: int, columns: int, tiles: View, references: View
+    names: Sequence[str],
+    counters: Sequence[int],
+    rows: int,
+    columns: int,
+    tiles: View,
+    references: View,
+    is_positive: Tensor | None = None,
 ) -> MosaicBatch:
-    """Join B * T tiles, of T = ``rows`` * ``columns`` in each mosaic, and B * R references to a batch of mosaics."""
+    """Join B * T tiles, of T = ``rows`` * ``columns`` in each mosaic, and B * R references to a batch of mosaics.
+
+    ``is_positive``, bool [B*T], says which tiles show the references' object; None if the alphas of the tiles are 0
+    where they do not.
+    """
 
     def lay_out(tensor: Tensor) -> Tensor:
         grid = tensor.reshape(len(names), rows, columns, *tensor.shape[1:])
@@ -319,12 +333,13 @@ def join_tiles(
         columns=columns,
         feature=mosaics.feature,
         scales=mosaics.scales,
-        alpha=mosaics.alpha.float(),
+        alpha=mosaics.alpha.float() if is_positive is None else lay_out(tiles.alpha * is_positive[:, None, None]).float(),
         valid=mosaics.valid,
         reference_feature=references.feature,
         inside=references.inside,
         outside=references.outside,
         embedding=mosaics.embedding,
+        every_alpha=mosaics.alpha.float(),
     )
 
 
@@ -442,6 +457,6 @@ class MosaicStage(Stage[BatchT]):
         return mosaic.name, _render_preview(mosaic)
 
 
-def _draw_index(weights: Sequence[float], rng: np.random.Generator) -> int:
+def draw_index(weights: Sequence[float], rng: np.random.Generator) -> int:
     """Draw an index with a probability proportional to its weight."""
     return int(rng.choice(len(weights), p=np.asarray(weights) / sum(weights)))

@@ -1,7 +1,8 @@
-"""The stage "objects": train the object model to complete coarse alphas, on mosaics of stored tokens.
+"""The stage "objects": train the object model to complete coarse alphas and to follow clicks, on mosaics of tokens.
 
 The mosaics are those of the stage "match". A trained head, which stays frozen, predicts coarse alphas for them. With
-these uncertain or wrong alphas as its input, the object model learns to predict the true ones.
+these uncertain or wrong alphas as its input, the object model learns to predict the true ones. Simulated clicks then
+correct its prediction, one after another, or select an object without a coarse alpha.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,70 +22,192 @@ from icm_cli.model.contracts import Objects
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.learner import Learner
+from icm_cli.training.settings import ClickConfig
 from icm_cli.training.stages import PANEL_ROWS, Prediction, add_total, render_layers
+from icm_cli.training.stages.clicks import corrupt_alpha, draw_box, draw_click, select_truth
 from icm_cli.training.stages.match import MatchStage
-from icm_cli.training.stages.mosaics import MosaicBatch, TokenMatcher, require_token_match_head
+from icm_cli.training.stages.mosaics import MosaicBatch, TokenMatcher, draw_index, require_token_match_head
 
 CROSS_ENTROPY_WEIGHT = 2.0
 """Weight of the cross-entropy; the Dice loss has weight 1."""
 
 
 class ObjectMatcher(nn.Module):
-    """Runs a frozen head on stored tokens, and the object model on its predictions."""
+    """Runs a frozen head on stored tokens, the object model on its predictions, and again for each simulated click."""
 
-    def __init__(self, head: TokenMatchHead, objects: Objects) -> None:
+    def __init__(self, head: TokenMatchHead, objects: Objects, config: ClickConfig, seed: int) -> None:
         super().__init__()
         self.matcher = TokenMatcher(head)
         self.objects = objects
+        self.config = config
+        self.seed = seed
 
     def forward(self, batch: MosaicBatch) -> Prediction:
-        """Return the logit of the object's alpha [B,mH,mW], and the coarse alpha that was its input [B,nH,nW] 0..1."""
+        """Predict the objects of mosaics in T rounds: without clicks, with the first click, with two, and so on.
+
+        Returns the logits [B,T,mH,mW], the predicted IoU [B,T] (0 without clicks), the weights of the rounds in the
+        loss [B,T], the true alpha [B,nH,nW], and the coarse alpha [B,nH,nW] 0..1. All samples of a batch have the same
+        number of clicks, which depends on the first sample's number.
+        """
         with torch.no_grad():
             _, fine, _, presence = self.matcher(batch)
             coarse = torch.sigmoid(fine) * torch.sigmoid(self.matcher.head.sharpen_presence(presence))[:, None, None]
-        return self.objects(batch.embedding.float(), coarse[:, None])[:, 0], coarse
+        rng = np.random.default_rng((self.seed, 5, batch.counters[0]))
+        count = draw_index(self.config.count_weights, rng)
+        rounds = _Rounds(self.objects, batch, coarse, self.config, rng)
+        if not count:
+            rounds.complete()
+        elif rng.random() < self.config.alone_probability:
+            rounds.select_objects()
+            rounds.select_first(with_box=rng.random() < self.config.box_probability)
+            count -= 1
+        else:
+            rounds.select_objects()
+            rounds.complete(can_corrupt=True)
+        for _ in range(count):
+            rounds.click()
+        return rounds.prediction()
+
+
+class _Rounds:
+    """Rounds of a batch, each with one click more."""
+
+    def __init__(
+        self, objects: Objects, batch: MosaicBatch, coarse: Tensor, config: ClickConfig, rng: np.random.Generator
+    ) -> None:
+        self._objects, self._batch, self._coarse, self._config, self._rng = objects, batch, coarse, config, rng
+        self._embedding = batch.embedding.float()
+        self._truth = batch.alpha
+        self._has_other_object = [False] * len(batch.alpha)
+        self._alpha: Tensor | None = None
+        """The completed alpha, which the clicks correct, [B,1,mH,mW]."""
+        self._coordinates: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._rounds: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Logits [B,1,mH,mW], predicted IoU [B] and weights [B]."""
+
+    def select_objects(self) -> None:
+        """Draw the objects that the clicks select."""
+        batch, layout = self._batch, (self._batch.rows, self._batch.columns)
+        drawn = [
+            select_truth(truth, every_alpha, layout, self._config, self._rng)
+            for truth, every_alpha in zip(batch.alpha, batch.every_alpha, strict=True)
+        ]
+        self._truth = torch.stack([truth for truth, _ in drawn])
+        self._has_other_object = [is_other for _, is_other in drawn]
+
+    def complete(self, *, can_corrupt: bool = False) -> None:
+        """Complete the coarse alphas without clicks. Samples with a corrupt one or another object have no loss."""
+        count, is_early = len(self._coarse), self._rng.random() < 0.5
+        is_corrupt = [can_corrupt and self._rng.random() < self._config.corruption_probability for _ in range(count)]
+        coarse = self._corrupt(self._coarse, is_corrupt) if is_early else self._coarse
+        logit = self._objects(self._embedding, coarse[:, None])
+        alpha = torch.sigmoid(logit.detach())
+        self._alpha = alpha if is_early else self._corrupt(alpha[:, 0], is_corrupt)[:, None]
+        is_counted = [
+            not (is_other or (corrupt and is_early))
+            for is_other, corrupt in zip(self._has_other_object, is_corrupt, strict=True)
+        ]
+        self._rounds.append((logit, logit.new_zeros(count), torch.tensor(is_counted).to(logit)))
+
+    def select_first(self, *, with_box: bool) -> None:
+        """Select the objects by a first click, or by a box, without a coarse alpha."""
+        if with_box:
+            boxes = [draw_box(mask, self._rng) for mask in self._masks(self._truth)]
+            self._predict(torch.tensor(boxes).reshape(-1, 2, 2), torch.tensor([[2, 3]] * len(boxes)))
+        else:
+            self.click()
+
+    def click(self) -> None:
+        """Predict with one click more, which corrects the last prediction or, after :meth:`complete`, its alpha."""
+        truth = self._masks(self._truth)
+        if self._labels:
+            found = self._masks(torch.sigmoid(self._rounds[-1][0].detach())[:, 0])
+        elif self._alpha is not None:
+            found = self._masks(self._alpha[:, 0])
+        else:
+            found = [np.zeros_like(mask) for mask in truth]
+        clicks = [draw_click(each, mask, self._config, self._rng) for each, mask in zip(found, truth, strict=True)]
+        height, width = truth[0].shape
+        self._predict(
+            torch.tensor([[[(click.column + 0.5) / width, (click.row + 0.5) / height]] for click in clicks]),
+            torch.tensor([[click.label] for click in clicks]),
+        )
+
+    def prediction(self) -> Prediction:
+        """Return the result of :meth:`ObjectMatcher.forward`."""
+        logits, iou, weights = zip(*self._rounds, strict=True)
+        # With several processes, every weight needs a gradient in every step.
+        no_change = 0.0 * sum(weight.sum() for weight in self._objects.parameters() if weight.requires_grad)
+        stacked = (torch.cat(logits, dim=1) + no_change, torch.stack(iou, dim=1), torch.stack(weights, dim=1))
+        return *stacked, self._truth, self._coarse
+
+    def _predict(self, coordinates: Tensor, labels: Tensor) -> None:
+        """Predict with further points: coordinates [B,n,2] and labels [B,n]."""
+        self._coordinates.append(coordinates.to(self._embedding))
+        self._labels.append(labels.to(self._embedding.device))
+        logit, iou = self._objects.decode_prompts(
+            self._embedding, self._alpha, torch.cat(self._coordinates, dim=1), torch.cat(self._labels, dim=1)
+        )
+        self._rounds.append((logit, iou, torch.ones_like(iou)))
+
+    def _corrupt(self, alphas: Tensor, is_corrupt: list[bool]) -> Tensor:
+        pairs = zip(alphas, is_corrupt, strict=True)
+        return torch.stack([corrupt_alpha(alpha, self._config, self._rng) if each else alpha for alpha, each in pairs])
+
+    def _masks(self, alphas: Tensor) -> list[np.ndarray]:
+        """Return alphas [B,h,w] as masks of the true alpha's resolution."""
+        size = (self._truth.shape[-2], self._truth.shape[-1])
+        return list((F.adaptive_avg_pool2d(alphas[:, None].float(), size)[:, 0] > 0.5).cpu().numpy())
 
 
 class ObjectsStage(MatchStage):
-    """Predicts the alphas of complete objects from the coarse alphas of mosaics."""
+    """Predicts the alphas of complete objects from the coarse alphas of mosaics, and from clicks."""
 
     trainable_parts: ClassVar[tuple[str, ...]] = ("objects",)
-    loss_names: ClassVar[tuple[str, ...]] = ("cross_entropy", "dice")
+    loss_names: ClassVar[tuple[str, ...]] = ("cross_entropy", "dice", "iou")
     needs_embeddings: ClassVar[bool] = True
 
     def select_module(self, model: InContextMatting) -> nn.Module:
         head = require_token_match_head(model, "objects")
         if model.objects is None:
             raise ConfigError("train: stage is objects, but the model has no object model; add a section 'objects'")
-        return ObjectMatcher(head, model.objects)
+        return ObjectMatcher(head, model.objects, self.settings.train.clicks, self.settings.train.seed)
 
     def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
         if not learner.is_from_checkpoint:
             raise ConfigError("train: stage is objects, which needs a trained head; give one with --checkpoint")
         super().prepare(learner, folder, first_step, listener)
 
-    def compute_losses(self, prediction: Prediction, batch: MosaicBatch) -> dict[str, Tensor]:
-        """Return cross-entropy and, for mosaics that show the object, Dice loss, at the true alpha's resolution."""
-        truth = batch.alpha
-        logit = F.adaptive_avg_pool2d(prediction[0][:, None], (truth.shape[-2], truth.shape[-1]))[:, 0]
-        alpha = torch.sigmoid(logit)
-        is_present = (truth.sum(dim=(1, 2)) > 1.0).float()
-        common, sizes = (alpha * truth).sum(dim=(1, 2)), (alpha + truth).sum(dim=(1, 2))
-        entropy = F.binary_cross_entropy_with_logits(logit, truth, reduction="none").mean(dim=(1, 2))
-        return add_total(
-            {
-                "cross_entropy": CROSS_ENTROPY_WEIGHT * entropy,
-                "dice": (1.0 - (2.0 * common + 1.0) / (sizes + 1.0)) * is_present,
-            }
-        )
+    def compute_losses(self, prediction: Prediction, batch: MosaicBatch) -> dict[str, Tensor]:  # noqa: ARG002
+        """Return the losses at the true alpha's resolution, means over the rounds.
+
+        They are the cross-entropy, the Dice loss for mosaics that show the object, and the squared error of the
+        predicted IoU.
+        """
+        logits, predicted_iou, weights, truth, _ = prediction
+        logit = F.adaptive_avg_pool2d(logits, (truth.shape[-2], truth.shape[-1]))
+        alpha, truth = torch.sigmoid(logit), truth[:, None].expand_as(logit)
+        axes = (2, 3)
+        is_present = (truth.sum(dim=axes) > 1.0).float()
+        common, sizes = (alpha * truth).sum(dim=axes), (alpha + truth).sum(dim=axes)
+        entropy = F.binary_cross_entropy_with_logits(logit, truth, reduction="none").mean(dim=axes)
+        found, wanted = alpha.detach() > 0.5, truth > 0.5
+        iou = (found & wanted).sum(dim=axes) / (found | wanted).sum(dim=axes).clamp(min=1)
+        iou_error = (predicted_iou - iou) ** 2 * (predicted_iou.detach() != 0.0)
+        losses = {
+            "cross_entropy": CROSS_ENTROPY_WEIGHT * entropy,
+            "dice": (1.0 - (2.0 * common + 1.0) / (sizes + 1.0)) * is_present,
+            "iou": self.settings.train.clicks.iou_weight * iou_error,
+        }
+        return add_total({name: (loss * weights).mean(dim=1) for name, loss in losses.items()})
 
     @torch.no_grad()
     def render_panel(self, learner: Learner, batch: MosaicBatch) -> ImageU8:
-        """Show for each mosaic: true alpha, coarse alpha, and the alpha of the object model."""
-        few = batch.first_samples(PANEL_ROWS)
-        logit, coarse = self.predict(self.select_module(learner.model), few)
-        layers = (few.alpha, coarse, torch.sigmoid(logit))
-        return render_layers([F.interpolate(layer[:, None].float(), logit.shape[-2:])[:, 0] for layer in layers])
+        """Show for each mosaic: true alpha, coarse alpha, and the alphas of the first and the last round."""
+        logits, _, _, truth, coarse = self.predict(self.select_module(learner.model), batch.first_samples(PANEL_ROWS))
+        layers = (truth, coarse, torch.sigmoid(logits[:, 0]), torch.sigmoid(logits[:, -1]))
+        return render_layers([F.interpolate(layer[:, None].float(), logits.shape[-2:])[:, 0] for layer in layers])
 
 
 STAGE = ObjectsStage

@@ -1,0 +1,134 @@
+"""Simulated clicks: where a person would click to correct an alpha.
+
+As in interactive segmentation (Sofiiuk et al., "Reviving Iterative Training with Mask Guidance for Interactive
+Segmentation", ICIP 2022), the next click is in the largest error of the current alpha.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from icm_cli.training.settings import ClickConfig
+
+Mask: TypeAlias = NDArray[np.bool_]
+CORRUPTION_CELLS = (2, 12)
+"""Smallest and largest number of independent regions of a corruption, along a side."""
+BOX_JITTER = 0.05
+"""Standard deviation of a box's corner, as a fraction of its sides."""
+
+
+@dataclass(frozen=True)
+class Click:
+    """A click on a mask [H,W]."""
+
+    row: int
+    column: int
+    label: int
+    """1 on the object, 0 off it; see :class:`~icm_cli.model.contracts.PointPrompts`."""
+
+
+def find_largest_error(found: Mask, truth: Mask) -> Click | None:
+    """Return a click at the centre of the largest connected error; None if there is no error.
+
+    The centre is the point farthest from the border of the error. An error is either a missing part of the object or
+    background that is taken for it.
+    """
+    largest: tuple[int, Mask, int] | None = None
+    for label, errors in ((1, truth & ~found), (0, found & ~truth)):
+        count, regions, statistics, _ = cv2.connectedComponentsWithStats(errors.astype(np.uint8), connectivity=8)
+        if count > 1:
+            region = 1 + int(statistics[1:, cv2.CC_STAT_AREA].argmax())
+            area = int(statistics[region, cv2.CC_STAT_AREA])
+            if largest is None or area > largest[0]:
+                largest = area, regions == region, label
+    if largest is None:
+        return None
+    _, region_mask, label = largest
+    row, column = np.unravel_index(int(_distance_to_border(region_mask).argmax()), region_mask.shape)
+    return Click(int(row), int(column), label)
+
+
+def draw_click(found: Mask, truth: Mask, config: ClickConfig, rng: np.random.Generator) -> Click:
+    """Draw a click that corrects an error of a mask, or confirms what is right."""
+    errors = found != truth
+    if not errors.any() or rng.random() < config.redundant_probability:
+        is_on_object = bool(truth.all()) or (bool(truth.any()) and rng.random() < 0.5)
+        return _draw_in_area(truth == is_on_object, truth, rng)
+    click = find_largest_error(found, truth) if rng.random() < config.centre_probability else None
+    if click is None:
+        click = _draw_in_area(errors, truth, rng)
+    offsets = rng.normal(0.0, config.jitter * max(truth.shape), 2)
+    row, column = (
+        int(np.clip(round(start + offset), 0, side - 1))
+        for start, offset, side in zip((click.row, click.column), offsets, truth.shape, strict=True)
+    )
+    stays_inside = bool(errors[row, column]) and bool(truth[row, column]) == bool(click.label)
+    return Click(row, column, click.label) if stays_inside or rng.random() < config.edge_probability else click
+
+
+def draw_box(truth: Mask, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """Draw a box around an object: left, top, right and bottom, as fractions of the mask's sides."""
+    rows, columns = (np.flatnonzero(truth.any(axis=axis)) for axis in (1, 0))
+    sides = []
+    for indices, length in ((columns, truth.shape[1]), (rows, truth.shape[0])):
+        start, end = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, length)
+        jitter = rng.normal(0.0, BOX_JITTER * (end - start), 2)
+        low, high = sorted(np.clip((start + jitter[0], end + jitter[1]), 0, length) / length)
+        sides.append((float(low), float(high)))
+    (left, right), (top, bottom) = sides
+    return left, top, right, bottom
+
+
+def corrupt_alpha(alpha: Tensor, config: ClickConfig, rng: np.random.Generator) -> Tensor:
+    """Add regions to an alpha [H,W] in 0..1, and remove others."""
+    cells = int(rng.integers(CORRUPTION_CELLS[0], CORRUPTION_CELLS[1] + 1))
+    noise = torch.from_numpy(rng.standard_normal((1, 1, cells, cells), np.float32)).to(alpha.device)
+    noise = F.interpolate(noise, alpha.shape, mode="bicubic", align_corners=False)[0, 0]
+    return torch.sigmoid(torch.logit(alpha.float(), eps=0.01) + rng.uniform(0.0, config.corruption_logit) * noise)
+
+
+def select_truth(
+    truth: Tensor, every_alpha: Tensor, layout: tuple[int, int], config: ClickConfig, rng: np.random.Generator
+) -> tuple[Tensor, bool]:
+    """Return the alpha of the object that the clicks select in a mosaic, and whether it is not the reference's object.
+
+    ``truth`` [H,W] is that of the reference's object; ``every_alpha`` shows the objects of all tiles. An object in
+    another tile is drawn sometimes, and always if the mosaic does not show the reference's object.
+    """
+    rows, columns = layout
+    height, width = (side // count for side, count in zip(truth.shape, layout, strict=True))
+    tiles = [
+        (slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    others = [tile for tile in tiles if every_alpha[tile].max() > 0.5 and truth[tile].max() <= 0.5]
+    if not others or (truth.max() > 0.5 and rng.random() >= config.other_object_probability):
+        return truth, False
+    tile = others[int(rng.integers(len(others)))]
+    selected = torch.zeros_like(truth)
+    selected[tile] = every_alpha[tile]
+    return selected, True
+
+
+def _draw_in_area(area: Mask, truth: Mask, rng: np.random.Generator) -> Click:
+    """Draw a click in an area, more probably far from its border."""
+    distance = _distance_to_border(area).ravel().astype(np.float64)
+    index = int(rng.choice(len(distance), p=distance / distance.sum()))
+    row, column = np.unravel_index(index, area.shape)
+    return Click(int(row), int(column), int(truth[row, column]))
+
+
+def _distance_to_border(area: Mask) -> NDArray[np.float32]:
+    """Return the distance of each pixel of an area to its border, which the border of the image is part of."""
+    padded = np.pad(area.astype(np.uint8), 1)
+    distance: NDArray[np.float32] = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    return distance
