@@ -346,6 +346,8 @@ class ClickConfig(Section):
     """Standard deviation of a click's displacement, as a fraction of the long side."""
     edge_probability: float = limited(0.2, 0, 1)
     """A displaced click may leave the error that it corrects, so that it is on the wrong side of an edge."""
+    stroke_probability: float = limited(0.15, 0, 1)
+    """In place of a click there is a stroke: several points in the errors of the same prediction."""
     iou_weight: float = limited(0.5)
     """Weight of the squared error of the predicted IoU."""
 

@@ -39,6 +39,8 @@ FULL_PX = CELL_PX * FULL_CELLS
 """Largest long side of an image on the canvas."""
 COARSE_WEIGHT, MASK_WEIGHT = 1.0, 0.25
 """Weights of the coarse alpha's logit and of the first mask's in the result, before training."""
+PROMPTED_FACTOR = 0.5
+"""Factor of the coarse alpha's weight if there are points or boxes, so that they can override it."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,11 @@ class MobileSam(Objects):
             logit = F.interpolate(logit, size, mode="bilinear", align_corners=False)
         masks, iou = self.decoder.decode(embedding, logit, points)
         masks = masks.float()
-        layers = torch.cat([torch.zeros_like(masks[:, :1]) if logit is None else logit, masks], dim=1)
+        if logit is None:
+            logit = torch.zeros_like(masks[:, :1])
+        elif points is not None:
+            logit = logit * PROMPTED_FACTOR
+        layers = torch.cat([logit, masks], dim=1)
         return (self.mask_weights[:, None, None] * layers).sum(dim=1, keepdim=True) + self.offset, iou
 
     def has_object(self, coarse: Tensor) -> bool:

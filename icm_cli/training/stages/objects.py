@@ -30,6 +30,8 @@ from icm_cli.training.stages.mosaics import MosaicBatch, TokenMatcher, draw_inde
 
 CROSS_ENTROPY_WEIGHT = 2.0
 """Weight of the cross-entropy; the Dice loss has weight 1."""
+MAX_STROKE_POINTS = 8
+"""Largest number of points of a stroke."""
 
 
 class ObjectMatcher(nn.Module):
@@ -46,27 +48,30 @@ class ObjectMatcher(nn.Module):
         """Predict the objects of mosaics in T rounds: without clicks, with the first click, with two, and so on.
 
         Returns the logits [B,T,mH,mW], the predicted IoU [B,T] (0 without clicks), the weights of the rounds in the
-        loss [B,T], the true alpha [B,nH,nW], and the coarse alpha [B,nH,nW] 0..1. All samples of a batch have the same
-        number of clicks, which depends on the first sample's number.
+        loss [B,T], the true alpha [B,nH,nW], and the coarse alpha [B,nH,nW] 0..1, which is 0 if only clicks select the
+        object. All samples of a batch have the same number of clicks, which depends on the first sample's number.
         """
-        with torch.no_grad():
-            _, fine, _, presence = self.matcher(batch)
-            coarse = torch.sigmoid(fine) * torch.sigmoid(self.matcher.head.sharpen_presence(presence))[:, None, None]
         rng = np.random.default_rng((self.seed, 5, batch.counters[0]))
         count = draw_index(self.config.count_weights, rng)
+        is_alone = count > 0 and rng.random() < self.config.alone_probability
+        coarse = torch.zeros_like(batch.alpha) if is_alone else self._coarse_alphas(batch)
         rounds = _Rounds(self.objects, batch, coarse, self.config, rng)
-        if not count:
-            rounds.complete()
-        elif rng.random() < self.config.alone_probability:
+        if count:
             rounds.select_objects()
-            rounds.select_first(with_box=rng.random() < self.config.box_probability)
+        if not is_alone:
+            rounds.complete(can_corrupt=count > 0)
+        elif rng.random() < self.config.box_probability:
+            rounds.draw_boxes()
             count -= 1
-        else:
-            rounds.select_objects()
-            rounds.complete(can_corrupt=True)
         for _ in range(count):
             rounds.click()
         return rounds.prediction()
+
+    @torch.no_grad()
+    def _coarse_alphas(self, batch: MosaicBatch) -> Tensor:
+        """Return the coarse alphas of the head, [B,nH,nW] 0..1."""
+        _, fine, _, presence = self.matcher(batch)
+        return torch.sigmoid(fine) * torch.sigmoid(self.matcher.head.sharpen_presence(presence))[:, None, None]
 
 
 class _Rounds:
@@ -110,16 +115,13 @@ class _Rounds:
         ]
         self._rounds.append((logit, logit.new_zeros(count), torch.tensor(is_counted).to(logit)))
 
-    def select_first(self, *, with_box: bool) -> None:
-        """Select the objects by a first click, or by a box, without a coarse alpha."""
-        if with_box:
-            boxes = [draw_box(mask, self._rng) for mask in self._masks(self._truth)]
-            self._predict(torch.tensor(boxes).reshape(-1, 2, 2), torch.tensor([[2, 3]] * len(boxes)))
-        else:
-            self.click()
+    def draw_boxes(self) -> None:
+        """Select the objects by boxes."""
+        boxes = [draw_box(mask, self._rng) for mask in self._masks(self._truth)]
+        self._predict(torch.tensor(boxes).reshape(-1, 2, 2), torch.tensor([[2, 3]] * len(boxes)))
 
     def click(self) -> None:
-        """Predict with one click more, which corrects the last prediction or, after :meth:`complete`, its alpha."""
+        """Predict with one click more, or one stroke, which corrects the last prediction or, after :meth:`complete`, its alpha."""
         truth = self._masks(self._truth)
         if self._labels:
             found = self._masks(torch.sigmoid(self._rounds[-1][0].detach())[:, 0])
@@ -127,12 +129,15 @@ class _Rounds:
             found = self._masks(self._alpha[:, 0])
         else:
             found = [np.zeros_like(mask) for mask in truth]
-        clicks = [draw_click(each, mask, self._config, self._rng) for each, mask in zip(found, truth, strict=True)]
+        is_stroke = self._rng.random() < self._config.stroke_probability
+        count = int(self._rng.integers(2, MAX_STROKE_POINTS + 1)) if is_stroke else 1
+        clicks = [
+            [draw_click(each, mask, self._config, self._rng) for _ in range(count)]
+            for each, mask in zip(found, truth, strict=True)
+        ]
         height, width = truth[0].shape
-        self._predict(
-            torch.tensor([[[(click.column + 0.5) / width, (click.row + 0.5) / height]] for click in clicks]),
-            torch.tensor([[click.label] for click in clicks]),
-        )
+        positions = [[((each.column + 0.5) / width, (each.row + 0.5) / height) for each in drawn] for drawn in clicks]
+        self._predict(torch.tensor(positions), torch.tensor([[each.label for each in drawn] for drawn in clicks]))
 
     def prediction(self) -> Prediction:
         """Return the result of :meth:`ObjectMatcher.forward`."""
