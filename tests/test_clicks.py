@@ -109,7 +109,7 @@ class TestDrawnClicks:
 class TestSelection:
     def test_object_of_another_tile_is_selected(self) -> None:
         every = torch.zeros(4, 12)
-        every[1:3, 1:3], every[1:3, 7:9] = 1, 1
+        every[1:3, 1:3], every[1:3, 5:7] = 1, 1
         truth = every.clone()
         truth[:, 4:] = 0
         rng = np.random.default_rng(0)

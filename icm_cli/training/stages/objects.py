@@ -24,7 +24,7 @@ from icm_cli.model.lite.head import TokenMatchHead
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import ClickConfig
 from icm_cli.training.stages import PANEL_ROWS, Prediction, add_total, render_layers
-from icm_cli.training.stages.clicks import corrupt_alpha, draw_box, draw_click, select_truth
+from icm_cli.training.stages.clicks import Mask, corrupt_alpha, draw_box, draw_click, select_truth
 from icm_cli.training.stages.match import MatchStage
 from icm_cli.training.stages.mosaics import MosaicBatch, TokenMatcher, draw_index, require_token_match_head
 
@@ -121,7 +121,7 @@ class _Rounds:
         self._predict(torch.tensor(boxes).reshape(-1, 2, 2), torch.tensor([[2, 3]] * len(boxes)))
 
     def click(self) -> None:
-        """Predict with one click more, or one stroke, which corrects the last prediction or, after :meth:`complete`, its alpha."""
+        """Predict with one more click or stroke, which corrects the last prediction or the completed alpha."""
         truth = self._masks(self._truth)
         if self._labels:
             found = self._masks(torch.sigmoid(self._rounds[-1][0].detach())[:, 0])
@@ -160,7 +160,7 @@ class _Rounds:
         pairs = zip(alphas, is_corrupt, strict=True)
         return torch.stack([corrupt_alpha(alpha, self._config, self._rng) if each else alpha for alpha, each in pairs])
 
-    def _masks(self, alphas: Tensor) -> list[np.ndarray]:
+    def _masks(self, alphas: Tensor) -> list[Mask]:
         """Return alphas [B,h,w] as masks of the true alpha's resolution."""
         size = (self._truth.shape[-2], self._truth.shape[-1])
         return list((F.adaptive_avg_pool2d(alphas[:, None].float(), size)[:, 0] > 0.5).cpu().numpy())
