@@ -325,6 +325,7 @@ def join_tiles(
     references = references.map_tensors(
         lambda tensor: tensor.reshape(len(names), len(tensor) // len(names), *tensor.shape[1:])
     )
+    alpha = mosaics.alpha if is_positive is None else lay_out(tiles.alpha * is_positive[:, None, None])
     return MosaicBatch(
         names=tuple(names),
         counters=tuple(counters),
@@ -333,7 +334,7 @@ def join_tiles(
         columns=columns,
         feature=mosaics.feature,
         scales=mosaics.scales,
-        alpha=mosaics.alpha.float() if is_positive is None else lay_out(tiles.alpha * is_positive[:, None, None]).float(),
+        alpha=alpha.float(),
         valid=mosaics.valid,
         reference_feature=references.feature,
         inside=references.inside,
