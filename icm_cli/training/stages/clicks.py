@@ -130,5 +130,5 @@ def _draw_in_area(area: Mask, truth: Mask, rng: np.random.Generator) -> Click:
 def _distance_to_border(area: Mask) -> NDArray[np.float32]:
     """Return the distance of each pixel of an area to its border, which the border of the image is part of."""
     padded = np.pad(area.astype(np.uint8), 1)
-    distance: NDArray[np.float32] = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
-    return distance
+    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.asarray(distance[1:-1, 1:-1], np.float32)
