@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 from icm_cli.errors import UsageError
 from icm_cli.evaluation.evaluate import evaluate
 from icm_cli.geometry import CanvasRule, Float, alpha_to_u8
+from icm_cli.guidance.hints import Hints
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.writing import read_provenance, write_alpha
 from icm_cli.matting.hint_files import ImageHints
+from icm_cli.matting.hinting import bind_alpha
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import CoarseAlpha, Frame, FrameAlpha, Predictor
 from icm_cli.matting.propagation import (
@@ -295,6 +297,31 @@ def test_a_frame_of_another_size_is_reported_once_and_skipped_by_the_propagation
     messages = [line for line in done.stderr.splitlines() if "another size or aspect ratio" in line]
     assert len(messages) == 1
     assert "sh.1006.png has another size or aspect ratio than sh.1005.png" in messages[0]
+
+
+@pytest.mark.parametrize("hinted", [True, False])
+def test_a_correction_is_propagated_against_a_model_that_is_certain(hinted: bool) -> None:
+    """In every frame, the model takes a corner of the wall for a part of the object; one frame has a hint."""
+    wrong = [
+        np.maximum(disc(70 + 2 * number), np.pad(np.ones((20, 30), np.float32), ((0, 100), (130, 0))))
+        for number in range(4)
+    ]
+    drop = np.zeros((120, 160), np.bool_)
+    drop[:22, 128:] = True
+
+    class FollowsHints(GivenAlphas):
+        def refine_alphas(self, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[FrameAlpha]:
+            (frame,), (result,) = frames, super().refine_alphas(frames, coarse)
+            return [replace(result, alpha=bind_alpha(result.alpha, frame.hints)) if frame.hints else result]
+
+    propagator, jobs, frames = propagator_of(FollowsHints(*wrong), 4)
+    if hinted:
+        jobs[0] = replace(jobs[0], hints=ImageHints(jobs[0].name, (), "digest"))
+        frames[0] = replace(frames[0], hints=Hints(size=(120, 160), drop=drop))
+    found = [propagator.matte([each], [frame])[0].alpha for each, frame in zip(jobs, frames, strict=True)]
+    for alpha, model in zip(found[1:], wrong[1:], strict=True):
+        assert (float(alpha[4:16, 140:156].mean()) < 0.1) == hinted
+        assert np.abs(alpha - model)[30:].mean() < 0.01  # the object is as before
 
 
 def test_frames_are_registered_by_their_display_windows() -> None:

@@ -40,6 +40,8 @@ from icm_cli.model.contracts import PreparedReferences
 
 PROPAGATED_KEY = "icm-propagated"
 """Entry of a file's provenance: the alpha that the next frame uses."""
+CORRECTED_KEY = "icm-corrected"
+"""Entry of a file's provenance: where hints have corrected the alpha that the next frame uses."""
 EARLIER_KEY = "icm-carried"
 """Name of this entry in alphas of icm 0.1."""
 PROGRESS_INTERVAL_S = 10.0
@@ -74,6 +76,8 @@ class PropagationConfig:
     """Fraction of the difference from the moved alpha of the frame before that is removed where colours agree."""
     max_frames_back: int = 3
     """An alpha is propagated from at most this many frames before."""
+    correction_weight: float = 3.0
+    """Factor of the evidence of an alpha where hints have corrected it: it then overrides a model that is certain."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
@@ -85,11 +89,14 @@ class FrameMemory:
         rgb: Its display window, sRGB uint8 [h,w,3].
         alpha: Its alpha in the display window, uint8 [h,w].
         is_mask: Whether the alpha is the mask of a reference, which has no soft edges.
+        correction: Where hints, of this frame or of that from which it is propagated, have corrected the alpha of the
+            model: uint8 [h,w] from 0 to 255; None if nowhere.
     """
 
     rgb: ImageU8
     alpha: ImageU8
     is_mask: bool = False
+    correction: ImageU8 | None = None
 
     @classmethod
     def from_frame(
@@ -135,10 +142,13 @@ class FlowField:
     def propagate(self, coarse: Tensor) -> Tensor:
         """Add the evidence of the earlier frame to a coarse alpha [h,w] in 0..1.
 
-        The logits are added. That of the earlier frame is moved along the flow and weighted by the agreement.
+        The logits are added. That of the earlier frame is moved along the flow and weighted by the agreement, and more
+        where hints have corrected it.
         """
         config = self.config
         evidence = np.clip(_logit(self.earlier.alpha, config.min_alpha), -config.max_logit, config.max_logit)
+        if (correction := self.earlier.correction) is not None:
+            evidence *= 1 + (config.correction_weight - 1) * correction / np.float32(255)
         weighted = np.asarray(_warp(evidence, self.flow) * self.agreement, np.float32)
         logit = torch.from_numpy(self._resize_to_frame(weighted, (coarse.shape[0], coarse.shape[1]))).to(coarse.device)
         margin = config.min_alpha * logit.abs().clamp(max=1.0)
@@ -157,6 +167,14 @@ class FlowField:
         change = np.asarray(config.stabilisation * self.agreement * (warped - now), np.float32)
         change = self._resize_to_frame(change, (alpha.shape[0], alpha.shape[1]))
         return np.asarray(np.clip(alpha + change, 0.0, 1.0), np.float32)
+
+    def moved_correction(self) -> ImageU8 | None:
+        """Return the correction of the earlier frame at this frame, where the colours agree; None if it is empty."""
+        if self.earlier.correction is None:
+            return None
+        moved = _warp(self.earlier.correction.astype(np.float32), self.flow) * self.agreement
+        correction = np.asarray(np.round(moved), np.uint8)
+        return correction if correction.any() else None
 
     def _resize_to_frame(self, values: Float, size: tuple[int, int]) -> Float:
         """Crop values [h,w] of the display window to the frame's pixels, and resize them to ``size``."""
@@ -235,13 +253,20 @@ class FlowPropagator:
         if flow is not None and not flow.earlier.is_mask:
             result = replace(result, alpha=flow.stabilise(frame.rgb, result.alpha))
         memory = FrameMemory.from_frame(frame.rgb, result.alpha, self._config, frame.windows)
-        if job.hints is not None:  # its alpha is propagated in both directions, one after the other
-            self._memories, self._start = {}, job.output
+        if flow is not None:
+            memory = replace(memory, correction=flow.moved_correction())
+        if job.hints is not None:
+            before = FrameMemory.from_frame(frame.rgb, coarse.alpha.numpy(force=True), self._config, frame.windows)
+            memory = replace(memory, correction=_find_correction(before.alpha, memory.alpha))
+            self._memories, self._start = {}, job.output  # it is kept for the frames on both sides
         self._memories[job.output] = memory
         recent = [output for output in self._memories if output != self._start]
         for output in recent[: -self._config.max_frames_back]:
             del self._memories[output]
-        return replace(result, provenance={PROPAGATED_KEY: encode_alpha(memory.alpha)})
+        provenance = {PROPAGATED_KEY: encode_alpha(memory.alpha)}
+        if memory.correction is not None:
+            provenance[CORRECTED_KEY] = encode_alpha(memory.correction)
+        return replace(result, provenance=provenance)
 
     def _find_earlier(self, job: Job, size: tuple[int, ...]) -> FrameMemory | None:
         """Find the nearest earlier frame with an alpha and a reduced image of this size."""
@@ -279,13 +304,11 @@ class FlowPropagator:
         """Read the alpha of a frame that an earlier run matted; None if there is none to propagate."""
         try:
             provenance = read_provenance(job.output) or {}
-            text = provenance.get(PROPAGATED_KEY) or provenance.get(EARLIER_KEY, "")
-            data = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
-            alpha = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
+            alpha = decode_alpha(provenance.get(PROPAGATED_KEY) or provenance.get(EARLIER_KEY, ""))
             if alpha is None:
                 return None
             rgb = _reduce_image(job.read_image().to_display_window().rgb, None, self._config)
-            return FrameMemory(rgb, np.asarray(alpha, np.uint8))
+            return FrameMemory(rgb, alpha, correction=decode_alpha(provenance.get(CORRECTED_KEY, "")))
         except (ImageError, ValueError, OSError, cv2.error):
             return None
 
@@ -402,6 +425,20 @@ def create_matting(
 def encode_alpha(alpha: ImageU8) -> str:
     """Encode a reduced alpha as text: a PNG in base64."""
     return base64.b64encode(cv2.imencode(".png", alpha)[1].tobytes()).decode("ascii")
+
+
+def decode_alpha(text: str) -> ImageU8 | None:
+    """Return the alpha of :func:`encode_alpha`; None if there is none. Raises ValueError or cv2.error."""
+    data = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+    alpha = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
+    return None if alpha is None else np.asarray(alpha, np.uint8)
+
+
+def _find_correction(before: ImageU8, after: ImageU8) -> ImageU8 | None:
+    """Return where an alpha was corrected: 0 up to a change of one half, 255 for a change from 0 to 255."""
+    change = cv2.absdiff(before, after).astype(np.float32)
+    correction = np.asarray(np.clip(2 * change - 255, 0, 255), np.uint8)
+    return correction if correction.any() else None
 
 
 def _move_to_display(pixels: NDArray[Any], windows: ImageWindows | None) -> NDArray[Any]:
