@@ -32,6 +32,11 @@ def matte(
     *,
     mask_label: str | None = None,
     mask_orientation: MaskOrientation = "auto",
+    point: tuple[float, float] | Sequence[tuple[float, float]] = (),
+    not_point: tuple[float, float] | Sequence[tuple[float, float]] = (),
+    box: tuple[float, float, float, float] | None = None,
+    scribble: str | Path | None = None,
+    save_mask: str | Path | None = None,
     src: str | Path,
     root: str | Path | None = None,
     include: str | Sequence[str] = (),
@@ -86,13 +91,21 @@ def matte(
 
     Args:
         ref: Reference image, repeatable. An RGBA cut-out needs no mask.
-        mask: Mask of the reference, repeatable: white on the object, black elsewhere. Give one for
-            each --ref.
+        mask: Mask of the reference, repeatable: white on the object, black elsewhere; or a JSON
+            file of labelme or COCO. Give one for each --ref.
         mask_label: Label of the object in a mask with several labels: a number, or a colour such as
-            #fa3253.
+            #fa3253; in a JSON file the name of a label or category.
         mask_orientation: Orientation of the mask, if the reference has an EXIF orientation: upright
             (the mask matches the reference as displayed), stored (it matches the pixels as stored),
             or auto (decided by the size of the mask).
+        point: Point on the object, instead of a mask of the only --ref, repeatable: x and y in
+            pixels of the displayed image, from its top left corner.
+        not_point: Point that is not on the object, repeatable.
+        box: Box around the object, instead of a mask of the only --ref: two opposite corners in
+            pixels.
+        scribble: Image of the size of the only --ref with strokes: white or green on the object,
+            black or red off it, transparent or mid-grey elsewhere.
+        save_mask: Write the mask of the only --ref to this .png file, also with --dry-run.
         src: Images to matte: a folder (searched recursively), an image, a quoted glob, frames such
             as shot.####.exr, a text file with one path per line, or - to read paths from standard
             input.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from icm_cli import environment
-from icm_cli.errors import ConfigError, UsageError
+from icm_cli.errors import ConfigError, DeviceError, UsageError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CUDA_BATCH_SIZE = 8
@@ -64,6 +66,23 @@ def resolve_device(device: str = "auto", dtype: str = "auto", *, transformer_dty
     elif target.type == "cpu" and _cpu_is_faster_in_bfloat16():
         transformers = torch.bfloat16
     return Device(target, convolutions, transformers)
+
+
+@contextlib.contextmanager
+def device_errors(device: Device, action: str) -> Iterator[None]:
+    """Convert errors of the device: ConfigError if memory ran out during ``action``, DeviceError if it was lost."""
+    try:
+        yield
+    except Exception as error:
+        if environment.is_out_of_memory(error):
+            free = "" if device.torch_device.type == "cuda" else f"; {environment.free_memory()}"
+            raise ConfigError(
+                f"memory ran out on {device.description} while {action}{free}; end other programs on it, or choose "
+                "another --device, a smaller --dtype or a smaller model"
+            ) from error
+        if is_device_lost(error):
+            raise DeviceError(f"device {device.torch_device} was lost: {str(error).splitlines()[0]}") from error
+        raise
 
 
 def parse_devices(text: str) -> list[str]:

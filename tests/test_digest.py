@@ -22,9 +22,11 @@ from tiny_hf import write_tiny_dino, write_tiny_vitmatte
 from icm_cli.config import ComponentConfig, component_class, load_model_config, preset_paths
 from icm_cli.errors import ConfigError
 from icm_cli.events import Listener
+from icm_cli.guidance.hints import Hints
 from icm_cli.matting import digest as digest_module
 from icm_cli.matting import model_choice as model_choice_module
 from icm_cli.matting.digest import EXCLUDED, alpha_digest, fingerprint_package
+from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.matte import make_plan, run_digest
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
 from icm_cli.model import loading
@@ -264,7 +266,10 @@ class TestOptions:
         make_files(scene, tmp_path)
         return digest
 
-    def test_every_option_that_decides_pixels_changes_it(self, run: Any, scene: Path, tmp_path: Path) -> None:
+    def test_every_option_that_decides_pixels_changes_it(
+        self, run: Any, scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(MaskMaker, "make_mask", lambda _, __, hints: mask_of_digest(hints))
         cases = pixel_options(scene, tmp_path)
         marked = {each.name: each.properties.digest for each in MatteOptions.option_fields() if each.properties.digest}
         of_images = {name for name, part in marked.items() if part is DigestPart.IMAGE}
@@ -293,6 +298,7 @@ class TestOptions:
             "fail_fast": True,
             "report": scene / "r.json",
             "contact_sheet": scene / "sheet.png",
+            "save_mask": scene / "made.png",
             "dry_run": True,
             "quiet": True,
             "verbose": True,
@@ -315,6 +321,13 @@ class TestOptions:
             assert alpha_digest(options.digest_values({**parts, part: "y"})) != before, part
 
 
+def mask_of_digest(hints: Hints) -> np.ndarray:
+    """Return a mask that differs for different hints, and takes no time."""
+    mask = np.zeros(hints.size, np.bool_)
+    mask[int(hints.digest[:8], 16) % mask.shape[0], int(hints.digest[8:16], 16) % mask.shape[1]] = True
+    return mask
+
+
 def make_files(scene: Path, folder: Path) -> None:
     """Write references, masks, models and weights for the options."""
     rgb, mask = read(scene / "ref.png")[..., :3], read(scene / "mask.png")
@@ -323,6 +336,9 @@ def make_files(scene: Path, folder: Path) -> None:
     half = mask.copy()
     half[: half.shape[0] // 2] = 0
     cv2.imwrite(str(scene / "half.png"), half)
+    strokes = np.full_like(mask, 128)
+    strokes[60:64, 60:90] = 255
+    cv2.imwrite(str(scene / "strokes.png"), strokes)
     labels = np.where(mask > 127, np.where(half > 127, 2, 1), 0).astype(np.uint8)
     cv2.imwrite(str(scene / "labels.png"), labels)
     exif = Image.Exif()
@@ -356,6 +372,10 @@ def pixel_options(scene: Path, folder: Path) -> dict[str, tuple[dict[str, Any], 
     return {
         "ref": ({}, scene / "other.png"),
         "mask": ({}, scene / "half.png"),
+        "point": ({"mask": None, "point": (100, 150)}, (100, 60)),
+        "not_point": ({"mask": None, "point": (100, 150)}, (10, 10)),
+        "box": ({"mask": None, "box": (10, 10, 90, 90)}, (10, 10, 90, 91)),
+        "scribble": ({"mask": None, "point": (100, 150)}, scene / "strokes.png"),
         "mask_label": ({"mask": scene / "labels.png", "mask_label": "1"}, "2"),
         "mask_orientation": (turned, "stored"),
         "ref_colorspace": (exr, "ACEScg"),

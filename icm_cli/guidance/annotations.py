@@ -1,7 +1,7 @@
 """Read hints from files: annotations in the JSON of labelme or COCO, and painted images.
 
 In an annotation, the label ``fg`` marks the object, ``bg`` what is not the object, and ``keep`` and ``drop`` the areas
-whose final alpha is 1 and 0. If no label is one of these words and there is only one label, it marks the object.
+whose final alpha is 1 and 0. One other label may stand for ``fg``.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ def read_hints(
 ) -> Hints:
     """Read what a file says about an image of ``size`` (height, width).
 
-    A file that ends in ``.json`` is an annotation of labelme or COCO; others are painted images, see
+    A .json file is an annotation of labelme or COCO; others are painted images, see
     :func:`~icm_cli.guidance.scribbles.read_scribble`. ``image``: the image, whose name COCO files contain. ``label``:
     the label of the object, instead of ``fg``. ``can_select``: whether the user can give a label. Raises UsageError.
     """
     try:
-        if path.suffix.lower() != ".json":
+        if not is_annotation(path):
             return read_scribble(path, size)
         content = read_json(path, "annotation", {}, EXPECTED)
         if "shapes" in content:
@@ -112,6 +112,11 @@ def read_hints(
         return _combine_shapes(_select_shapes(shapes, label, can_select=can_select), size)
     except (ValueError, OverflowError) as error:
         raise UsageError(f"annotation {path} cannot be used: {error}") from error
+
+
+def is_annotation(path: Path) -> bool:
+    """Return whether a file is an annotation, by its suffix."""
+    return path.suffix.lower() == ".json"
 
 
 def fill_polygon(points: Sequence[Point], size: tuple[int, int]) -> Area:
@@ -278,20 +283,20 @@ def _decompress_counts(text: str, name: str) -> list[int]:
 def _select_shapes(shapes: Sequence[_Shape], label: str | None, *, can_select: bool) -> list[tuple[str, _Shape]]:
     """Return the shapes that say something about the object, each with a key of :data:`AREA_NAMES`."""
     counts = Counter(shape.label for shape in shapes)
+    meanings = {each: each.lower() for each in counts if each.lower() in AREA_NAMES}
     listed = ", ".join(f"{format_json(each)} ({count})" for each, count in counts.most_common(MAX_LISTED))
+    others = [each for each in counts if each not in meanings]
     if label is not None:
-        if not any(label in (shape.label, shape.label_id) for shape in shapes):
+        selected = {shape.label for shape in shapes if label in (shape.label, shape.label_id)}
+        if not selected:
             raise ValueError(f"no shape has the label {label}; expected one of {listed or 'the labels in the file'}")
-        meanings = {shape.label: "fg" for shape in shapes if label in (shape.label, shape.label_id)}
-        words = {each: each for each in AREA_NAMES if each != "fg"}
+        meanings = {each: word for each, word in meanings.items() if word != "fg"}
+    elif len(others) + ("fg" in meanings.values()) > 1:
+        selection = f"; select one, as in --mask-label {others[0]}" if can_select else ""
+        raise ValueError(f"it has several labels: {listed}; expected {', '.join(AREA_NAMES)}, or one label{selection}")
     else:
-        words = {each: each for each in AREA_NAMES}
-        others = [each for each in counts if each.lower() not in words]
-        meanings = dict.fromkeys(others, "fg")
-        if others and len(counts) > 1:
-            selection = f"; select one, as in --mask-label {others[0]}" if can_select else ""
-            raise ValueError(f"it has several labels: {listed}; expected {', '.join(words)}, or one label{selection}")
-    meanings = {**{each: words[each.lower()] for each in counts if each.lower() in words}, **meanings}
+        selected = set(others)
+    meanings |= dict.fromkeys(selected, "fg")
     return [(meanings[shape.label], shape) for shape in shapes if shape.label in meanings]
 
 

@@ -86,11 +86,17 @@ class Hints:
         for name in ("points", "not_points"):
             for x, y in getattr(self, name):
                 if not (0 <= x < width and 0 <= y < height):
-                    raise UsageError(f"point {x:g},{y:g} is outside the image, which is {width}x{height}")
+                    raise UsageError(
+                        f"point {x:g},{y:g} is outside the image, which is {width}x{height}; give pixels of the image "
+                        "as it is displayed"
+                    )
         for box in self.boxes:
             x0, y0, x1, y1 = box
             if not (0 <= min(x0, x1) < max(x0, x1) <= width and 0 <= min(y0, y1) < max(y0, y1) <= height):
-                raise UsageError(f"box {x0:g},{y0:g},{x1:g},{y1:g} is empty or not inside the image, {width}x{height}")
+                raise UsageError(
+                    f"box {x0:g},{y0:g},{x1:g},{y1:g} is empty or not inside the image, {width}x{height}; give two "
+                    "corners inside it"
+                )
         for name in ("object_area", "background_area", "keep", "drop"):
             area = getattr(self, name)
             if area is not None and area.shape != self.size:

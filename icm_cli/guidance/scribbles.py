@@ -21,6 +21,8 @@ MIN_CHROMA = 0.3
 """Difference of the largest channel from the next one above which a colour is red or green."""
 MAX_CANVAS_FRACTION = 0.5
 """Fraction of the image above which black or white next to coloured strokes is a canvas, and no stroke."""
+MIN_MASK_FRACTION = 0.95
+"""Fraction of marked pixels above which an image is a mask, perhaps with soft edges, and no scribble."""
 EXPECTED = (
     "expected white or green where the object is, black or red where it is not, and transparent or mid-grey elsewhere"
 )
@@ -45,8 +47,8 @@ def read_scribble(path: Path, size: tuple[int, int]) -> Hints:
     is_object, is_background = _classify(stored, path)
     if not (is_object.any() or is_background.any()):
         raise UsageError(f"scribble {path} has no stroke; {EXPECTED}")
-    is_complete = bool((is_object | is_background).all())
-    return Hints(size=size, object_area=is_object, background_area=is_background, is_outlined=is_complete)
+    is_mask = bool((is_object | is_background).mean() > MIN_MASK_FRACTION)
+    return Hints(size=size, object_area=is_object, background_area=is_background, is_outlined=is_mask)
 
 
 def _classify(stored: DecodedImage, path: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -22,6 +22,9 @@ STATE_DIGEST_DIGITS = 16
 EMPTY_FILE = "is empty (0 bytes); get a complete copy"
 ICM_ALPHA_MARK = b"icm-digest"
 ICM_SHEET_MARK = b"icm-sheet"
+ICM_MASK_MARK = b"icm-mask"
+ICM_MARKS = ICM_ALPHA_MARK, ICM_SHEET_MARK, ICM_MASK_MARK
+"""Keys of texts in the files that icm writes, by which it recognises them."""
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".cin", ".dds", ".dib", ".dpx", ".exr", ".gif", ".hdr", ".heic", ".j2c", ".j2k", ".jfif", ".jp2"}
     | {".jpe", ".jpeg", ".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".sgi"}
@@ -88,7 +91,7 @@ def detect_file_type(head: bytes) -> FileType:
     """Return the type of a file that begins with these bytes."""
     name = _image_format(head)
     may_have_frames = name in _MULTI_FRAME or (name == "png" and b"acTL" in head)
-    is_icm_output = name in ("png", "tiff", "openexr") and (ICM_ALPHA_MARK in head or ICM_SHEET_MARK in head)
+    is_icm_output = name in ("png", "tiff", "openexr") and any(mark in head for mark in ICM_MARKS)
     return FileType(name, may_have_frames, is_icm_output, is_movie=not name and _is_movie(head))
 
 

@@ -27,7 +27,7 @@ from icm_cli.geometry import Float, round_to_u8
 from icm_cli.images import openimageio
 from icm_cli.images.colour import colour_space_attributes, to_scene_linear
 from icm_cli.images.decoding import decode_image, library_settings, open_image, retry_decoding
-from icm_cli.images.image_file import ICM_ALPHA_MARK, ImageFile
+from icm_cli.images.image_file import ICM_ALPHA_MARK, ICM_MASK_MARK, ImageFile
 from icm_cli.images.pixels import DecodedImage
 from icm_cli.images.reading import LABEL_VALUES
 from icm_cli.options import BitDepth, ForegroundMode, ImageFormat, TrimapMode
@@ -176,6 +176,11 @@ def write_trimap(
     """Write a trimap, uint8 [H,W] with 0, 128 and 255, as PNG."""
     values = trimap[..., None].astype(np.float32) / np.float32(255.0)
     _write_image(path, values, ("Y",), provenance, "png", "8", check=check)
+
+
+def write_mask(path: Path, mask: NDArray[np.bool_]) -> None:
+    """Write the mask of a reference, bool [H,W], as PNG: white on the object, black elsewhere."""
+    _write_image(path, mask[..., None].astype(np.float32), ("Y",), {ICM_MASK_MARK.decode(): "mask"}, "png", "8")
 
 
 def read_provenance(path: Path) -> dict[str, str] | None:

@@ -12,14 +12,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icm_cli.device import parse_devices
+from icm_cli.device import parse_devices, resolve_device
 from icm_cli.environment import DEFAULT_WORKERS, limited_threads
 from icm_cli.errors import Problem, UsageError, format_count
 from icm_cli.events import Listener, check_argument
-from icm_cli.files import check_would_be_writable, combined_digest, remove_stale_temporaries, special_file_kind
+from icm_cli.files import (
+    check_would_be_writable,
+    check_writable,
+    combined_digest,
+    remove_stale_temporaries,
+    special_file_kind,
+)
 from icm_cli.images.colour import ColourSettings
 from icm_cli.images.image_file import EMPTY_FILE, IMAGE_SUFFIXES, MOVIE_SUFFIXES, movie_message
-from icm_cli.images.writing import FORMAT_SUFFIXES, OutputFormat
+from icm_cli.images.writing import FORMAT_SUFFIXES, OutputFormat, write_mask
 from icm_cli.matting.cluster import RayCluster
 from icm_cli.matting.devices import EngineSetup, Runner, WorkerPool
 from icm_cli.matting.digest import alpha_digest
@@ -36,6 +42,7 @@ from icm_cli.matting.jobs import (
     parse_shard,
     plan_jobs,
 )
+from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
 from icm_cli.matting.references import Reference, read_references
 from icm_cli.matting.result_collector import ResultCollector, environment_settings
@@ -85,6 +92,9 @@ def matte(options: MatteOptions, *, listener: Listener | None = None) -> Report:
     start = time.perf_counter()
     _check_devices(options)
     plan = make_plan(options, listener)
+    if path := options.references.save_mask:
+        check_writable(path.parent)
+        write_mask(path, plan.references[0].display_mask)
     select_model = functools.partial(ModelChoice.from_options, options.model, options.resources.batch_size)
     ray = RayCluster.from_options(options.sequences.ray, options.sequences.ray_cpus, options.model.device)
     with ray or contextlib.nullcontext() as cluster:
@@ -130,15 +140,25 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     Raises UsageError.
     """
     given, sequences = options.references, options.sequences
-    report_files = ReportFiles(options.reports.report, options.reports.contact_sheet)
+    report_files = ReportFiles(options.reports.report, options.reports.contact_sheet, mask=given.save_mask)
     output, layout = _output_and_layout(options.output)
     if options.reports.gt is not None and (output.invert or output.trimap == "instead"):
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
     colour, reference_colour = _colours(options.colour)
+    protected, skipped_files = given.files, SkippedFiles(listener.on_notice)
+    remedy = None if options.output.overwrite else "give another name, or --overwrite to replace it"
+    report_files.check_no_overwrite(protected, remedy)
+    masks = MaskMaker(lambda: resolve_device(parse_devices(options.model.device)[0], options.model.dtype))
     references = read_references(
-        given.ref, given.mask, listener.on_notice, given.mask_label, reference_colour, given.mask_orientation
+        given.ref,
+        given.mask,
+        listener.on_notice,
+        given.mask_label,
+        reference_colour,
+        given.mask_orientation,
+        prompts=given,
+        make_mask=masks.make_mask,
     )
-    skipped_files, protected = SkippedFiles(listener.on_notice), [*given.ref, *given.mask]
     hint_files = None if options.hints.hints is None else HintFiles.find(options.hints.hints, skipped_files)
     is_no_source = () if hint_files is None else (hint_files.is_no_source,)
     jobs = plan_jobs(
@@ -163,7 +183,6 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
         shot = shot and shot.with_jobs(jobs)
     files = [path for job in jobs for path in (job.source, *job.outputs)]
     check_obstacles(jobs)
-    remedy = None if options.output.overwrite else "give another name, or --overwrite to replace it"
     report_files.check_no_overwrite([*protected, *truths, *map(str, files)], remedy)
     return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths)
 

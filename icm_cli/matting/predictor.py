@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from icm_cli.device import Device, is_device_lost
-from icm_cli.environment import check_not_forked, free_memory, is_out_of_memory
-from icm_cli.errors import ConfigError, DeviceError, UsageError
+from icm_cli.device import Device, device_errors
+from icm_cli.environment import check_not_forked
+from icm_cli.errors import UsageError
 from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8
 from icm_cli.guidance.hints import Hints
 from icm_cli.guided_filter import alpha_at_source
@@ -123,7 +122,7 @@ class Session:
     def coarse(self, hints: Hints | None = None) -> ImageU8:
         """Return the alpha, uint8 [H,W], without refined edges. The hints hold in it too, and it takes less time."""
         predictor, frame = self._predictor, self._frame_with_hints(hints)
-        with _device_errors(predictor.device, "an image was matted"):
+        with device_errors(predictor.device, "an image was matted"):
             (completed,) = predictor.complete_alphas([frame], [self._coarse_alpha(frame)])
             alpha = resize_alpha(completed, frame.size).numpy(force=True)
             return alpha_to_u8(alpha if hints is None else bind_alpha(alpha, hints))
@@ -131,7 +130,7 @@ class Session:
     def matte(self, hints: Hints | None = None) -> ImageU8:
         """Return the alpha, uint8 [H,W]: the same as :meth:`Predictor.matte` for this image and these hints."""
         predictor, frame = self._predictor, self._frame_with_hints(hints)
-        with _device_errors(predictor.device, "an image was matted"):
+        with device_errors(predictor.device, "an image was matted"):
             (result,) = predictor.refine_alphas([frame], [self._coarse_alpha(frame)])
             return alpha_to_u8(predictor.alpha_at_source(frame, result))
 
@@ -155,7 +154,7 @@ class Predictor:
         """Move the model to its device."""
         check_not_forked(loads_model=True)
         self.device = device
-        with _device_errors(device, "the model was loaded"):
+        with device_errors(device, "the model was loaded"):
             self.model = model.to_device(device.torch_device, device.dtype, device.transformer_dtype)
 
     def reference(
@@ -183,7 +182,7 @@ class Predictor:
             check_learn_steps(learn_steps or 0, type(self.model.head))
         references = _as_references(pairs)
         action = f"the references were learned in {learn_steps} steps" if learn_steps else "references were prepared"
-        with _device_errors(self.device, action), torch.no_grad():
+        with device_errors(self.device, action), torch.no_grad():
             tensors = [self._reference_tensors(reference) for reference in references]
             return self.model.prepare_references(tensors, learn_steps=learn_steps or 0, on_progress=on_progress)
 
@@ -195,7 +194,7 @@ class Predictor:
         """
         frame = self._check_arguments(rgb, reference)
         frame = replace(frame, hints=_check_hints(hints, frame.rgb))
-        with _device_errors(self.device, "an image was matted"):
+        with device_errors(self.device, "an image was matted"):
             (result,) = self.matte_frames([frame], reference)
             return alpha_to_u8(self.alpha_at_source(frame, result))
 
@@ -205,7 +204,7 @@ class Predictor:
         What does not depend on the hints is computed here, once. Arguments and errors are those of :meth:`matte`.
         """
         frame = self._check_arguments(rgb, reference)
-        with _device_errors(self.device, "an image was matted"):
+        with device_errors(self.device, "an image was matted"):
             return Session(self, frame, reference)
 
     def _check_arguments(self, rgb: Any, reference: Any) -> Frame:
@@ -383,23 +382,6 @@ class Predictor:
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device.torch_device)
-
-
-@contextlib.contextmanager
-def _device_errors(device: Device, action: str) -> Iterator[None]:
-    """Convert errors of the device: ConfigError if memory ran out during ``action``, DeviceError if it was lost."""
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            free = "" if device.torch_device.type == "cuda" else f"; {free_memory()}"
-            raise ConfigError(
-                f"memory ran out on {device.description} while {action}{free}; end other programs on it, or choose "
-                "another --device, a smaller --dtype or a smaller model"
-            ) from error
-        if is_device_lost(error):
-            raise DeviceError(f"device {device.torch_device} was lost: {str(error).splitlines()[0]}") from error
-        raise
 
 
 def check_learn_steps(steps: int, head: type[Head]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,16 +13,22 @@ from numpy.typing import NDArray
 from icm_cli.errors import ImageError, ImageMemoryError, ResourceError, UsageError
 from icm_cli.files import combined_digest
 from icm_cli.geometry import ImageU8, format_size, has_same_aspect, resize
+from icm_cli.guidance.annotations import is_annotation, read_hints
+from icm_cli.guidance.hints import Hints
+from icm_cli.guidance.scribbles import read_scribble
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import SourceImage, extra_frame_notices, read_image
 from icm_cli.matting.masks import Mask, MaskPlacement, read_mask
-from icm_cli.options import MaskOrientation
+from icm_cli.options import MaskOrientation, ReferenceOptions
 
 FOREGROUND_THRESHOLD = 0.5
 """Pixels of a soft mask above this value are foreground, as in the published code."""
 INVERTED_FRACTION, INVERTED_BORDER = 0.6, 0.95
 """Fractions of the image, and of its border, above which a white area is probably the background."""
+
+MakeMask: TypeAlias = Callable[[ImageU8, Hints], NDArray[np.bool_]]
+"""Makes the mask, bool [H,W], of the object that hints mark in an image, sRGB uint8 [H,W,3]."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,12 @@ class Reference:
     """Data and display window of the image; None if they are equal."""
 
     @property
+    def display_mask(self) -> NDArray[np.bool_]:
+        """Pixels of the object in the display window, bool [H,W]."""
+        windows = self.windows or ImageWindows.full((self.rgb.shape[0], self.rgb.shape[1]))
+        return windows.move_pixels(self.guidance, windows.display_window)
+
+    @property
     def digest(self) -> str:
         """Hash of image and mask."""
         unknown = b"" if self.unknown is None else self.unknown.tobytes()
@@ -51,12 +64,16 @@ def read_references(
     label: str | None = None,
     colour: ColourSettings = DEFAULT_COLOUR,
     orientation: MaskOrientation = "auto",
+    *,
+    prompts: ReferenceOptions | None = None,
+    make_mask: MakeMask | None = None,
 ) -> list[Reference]:
     """Read every reference with its mask.
 
     Without masks, each reference must be an RGBA cut-out. ``label``: the value, index or colour of the object, for
     masks with several labels. ``orientation``: the orientation of masks whose reference has an EXIF orientation:
-    "upright" as the reference is shown, "stored" as in its file, or "auto". Raises UsageError.
+    "upright" as the reference is shown, "stored" as in its file, or "auto". ``prompts``: points, a box or strokes in
+    place of the mask of a single reference. ``make_mask`` makes masks from prompts. Raises UsageError.
     """
     if not refs:
         raise UsageError("no reference was given; give --ref IMAGE and --mask MASK")
@@ -70,8 +87,13 @@ def read_references(
         raise UsageError(
             f"--mask-orientation {orientation} describes a mask, and there is no --mask; omit --mask-orientation"
         )
+    if orientation != "auto" and all(map(is_annotation, masks)):
+        raise UsageError(
+            f"--mask-orientation {orientation} describes a mask image, and {masks[0]} has the orientation in which the "
+            "reference is displayed; omit --mask-orientation"
+        )
     return [
-        _read_reference(ref, masks[n] if masks else None, label, colour, orientation, notice)
+        _read_reference(ref, masks[n] if masks else None, label, colour, orientation, notice, prompts, make_mask)
         for n, ref in enumerate(refs)
     ]
 
@@ -116,11 +138,21 @@ def _read_reference(
     colour: ColourSettings,
     orientation: MaskOrientation,
     notice: Callable[[str], None],
+    prompts: ReferenceOptions | None = None,
+    make_mask: MakeMask | None = None,
 ) -> Reference:
     try:
         image = read_image(ref, colour)
         for sentence in (*image.notices, *extra_frame_notices("reference", ref)):
             notice(sentence)
+        hints = None
+        if mask is not None and is_annotation(mask):
+            hints = read_hints(mask, image.windows.display, image=ref, label=label, can_select=True)
+        elif prompts is not None and prompts.has_prompts:
+            hints = _read_prompts(prompts, ref, image.windows.display)
+        if hints is not None:
+            name = f"mask {mask}" if mask else f"the mask from the prompts of reference {ref}"
+            return _make_reference(image, _mask_from_hints(hints, image, name, notice, make_mask), name, notice)
         if mask is not None:
             height, width = image.rgb.shape[:2]
             stored = image.stored
@@ -140,6 +172,42 @@ def _read_reference(
     except ImageError as error:
         hint = ", for references with --ref-layer" if colour.layer and "has no layer" in str(error) else ""
         raise UsageError(f"reference or mask cannot be used: {error}{hint}") from error
+
+
+def _read_prompts(options: ReferenceOptions, ref: Path, size: tuple[int, int]) -> Hints:
+    """Return the points, the box and the strokes that were given for a reference. Raises UsageError."""
+    try:
+        boxes = [options.box] if options.box else []
+        hints = Hints(size=size, points=options.point, not_points=options.not_point, boxes=boxes)
+    except UsageError as error:
+        raise UsageError(f"reference {ref}: {error}") from error
+    if options.scribble is None:
+        return hints
+    strokes = read_scribble(options.scribble, size)
+    if strokes.is_outlined:
+        raise UsageError(
+            f"scribble {options.scribble} marks nearly every pixel; expected strokes; give it as --mask if it is a mask"
+        )
+    return replace(hints, object_area=strokes.object_area, background_area=strokes.background_area)
+
+
+def _mask_from_hints(
+    hints: Hints, image: SourceImage, name: str, notice: Callable[[str], None], make_mask: MakeMask | None
+) -> Mask:
+    """Return the mask that hints outline, or that is made from their points, boxes and strokes."""
+    if hints.is_outlined:
+        assert hints.object_area is not None
+        inside = hints.object_area if hints.keep is None else hints.object_area | hints.keep
+        inside = inside if hints.drop is None else inside & ~hints.drop
+        if hints.points or hints.not_points or hints.boxes:
+            notice(f"{name} has outlines, which are used; its points and boxes are ignored")
+    elif not (hints.points or hints.boxes or (hints.object_area is not None and hints.object_area.any())):
+        raise UsageError(f"{name} has no mark on the object; expected a point, a box or a stroke; give one of them")
+    else:
+        assert make_mask is not None, "prompts need a model that makes masks"
+        inside = make_mask(image.to_display_window().rgb, hints)
+    inside = image.windows.display_window.move_pixels(inside, image.windows)
+    return Mask(inside, np.zeros(inside.shape, np.bool_))
 
 
 def _make_reference(image: SourceImage, mask: Mask, name: str, notice: Callable[[str], None]) -> Reference:

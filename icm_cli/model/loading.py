@@ -30,7 +30,7 @@ from icm_cli.model.checkpoint import (
     read_checkpoint,
     read_config,
 )
-from icm_cli.model.contracts import Backbone, Component
+from icm_cli.model.contracts import Backbone, Component, Edges, Objects
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.hub.catalogue import packed_checkpoint
 from icm_cli.model.hub.folders import WeightsNotFoundError
@@ -115,6 +115,27 @@ def load_model(
     stored = None if checkpoint is None else read_checkpoint(checkpoint)
     with torch.random.fork_rng(devices=[]):  # the random numbers of the caller stay as they are
         return build_model(config, stored, weights, offline=offline, seed=seed).eval()
+
+
+def load_objects_and_edges(device: Device) -> tuple[Objects, Edges]:
+    """Load the parts of ``lite`` that need no reference, for inference on a device: they find an object by prompts.
+
+    Raises ConfigError if the weights are not in the package.
+    """
+    config, path = resolve_model(DEFAULT_MODEL, None)
+    assert path is not None
+    stored, parts = read_checkpoint(path), []
+    kinds: tuple[ComponentKind, ...] = ("objects", "edges")
+    for kind in kinds:
+        component: ComponentConfig = getattr(config, kind)
+        with torch.random.fork_rng(devices=[]):  # the random numbers of the caller stay as they are
+            part = component_class(kind, component.name)(component.settings).eval()
+        load_strict(part, stored.component(kind), stored.where)
+        part.optimise_for_inference()
+        part.to(device.torch_device).set_dtype(device.dtype, device.transformer_dtype)
+        parts.append(part)
+    objects, edges = parts
+    return objects, edges
 
 
 def load_model_for_training(

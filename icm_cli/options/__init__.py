@@ -89,13 +89,15 @@ class ReferenceOptions(OptionGroup):
     )
     mask: tuple[Path, ...] = option(
         (),
-        help="Mask of the reference, repeatable: white on the object, black elsewhere. Give one for each --ref.",
+        help="Mask of the reference, repeatable: white on the object, black elsewhere; or a JSON file of labelme or "
+        "COCO. Give one for each --ref.",
         digest=DigestPart.REFERENCES,
         is_everyday=True,
     )
     mask_label: str | None = option(
         None,
-        help="Label of the object in a mask with several labels: a number, or a colour such as #fa3253.",
+        help="Label of the object in a mask with several labels: a number, or a colour such as #fa3253; in a JSON file "
+        "the name of a label or category.",
         metavar="LABEL",
         digest=DigestPart.REFERENCES,
     )
@@ -105,6 +107,71 @@ class ReferenceOptions(OptionGroup):
         "reference as displayed), stored (it matches the pixels as stored), or auto (decided by the size of the mask).",
         digest=DigestPart.REFERENCES,
     )
+    point: tuple[tuple[float, float], ...] = option(
+        (),
+        help="Point on the object, instead of a mask of the only --ref, repeatable: x and y in pixels of the displayed "
+        "image, from its top left corner.",
+        metavar="X,Y",
+        expected="x and y in pixels, such as 640,360",
+        digest=DigestPart.REFERENCES,
+    )
+    not_point: tuple[tuple[float, float], ...] = option(
+        (),
+        help="Point that is not on the object, repeatable.",
+        metavar="X,Y",
+        expected="x and y in pixels, such as 640,360",
+        digest=DigestPart.REFERENCES,
+    )
+    box: tuple[float, float, float, float] | None = option(
+        None,
+        help="Box around the object, instead of a mask of the only --ref: two opposite corners in pixels.",
+        metavar="X0,Y0,X1,Y1",
+        expected="two corners in pixels, such as 100,50,640,360",
+        digest=DigestPart.REFERENCES,
+    )
+    scribble: Path | None = option(
+        None,
+        help="Image of the size of the only --ref with strokes: white or green on the object, black or red off it, "
+        "transparent or mid-grey elsewhere.",
+        digest=DigestPart.REFERENCES,
+    )
+    save_mask: Path | None = option(
+        None, help="Write the mask of the only --ref to this .png file, also with --dry-run."
+    )
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that are read."""
+        return [*self.ref, *self.mask, *filter(None, [self.scribble])]
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether points, a box or strokes stand for a mask."""
+        return bool(self.point or self.not_point or self.box or self.scribble)
+
+    def check_conflicts(self) -> None:
+        flags = (
+            ("--point", self.point),
+            ("--not-point", self.not_point),
+            ("--box", self.box),
+            ("--scribble", self.scribble),
+        )
+        for flag, value in flags:
+            if value and self.mask:
+                raise UsageError(f"{flag} makes the mask of the reference, and --mask gives it; omit one of the two")
+            if value and len(self.ref) > 1:
+                raise UsageError(
+                    f"{flag} is for a single reference, and {len(self.ref)} were given; give one --ref, or a JSON file "
+                    "of labelme for each one as its --mask"
+                )
+        if self.not_point and not (self.point or self.box or self.scribble):
+            raise UsageError(
+                "--not-point excludes parts of an object, and nothing marks the object; give --point or --box"
+            )
+        if self.save_mask and len(self.ref) > 1:
+            raise UsageError(f"--save-mask writes one mask, and {len(self.ref)} references were given; give one --ref")
+        if self.save_mask and self.save_mask.suffix.lower() != ".png":
+            raise UsageError(f"--save-mask {self.save_mask} is not a .png file; give it the suffix .png")
 
 
 @dataclass(frozen=True, kw_only=True)

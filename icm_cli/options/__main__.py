@@ -163,7 +163,7 @@ def _wrap_arguments(text: str) -> Iterator[str]:
 def _argument(field: OptionField) -> str:
     """An argument as a stub declares it: a path may also be text, and one value stands for a list of one."""
     if field.is_repeatable:
-        item = field.annotation.removeprefix("tuple[").partition(",")[0].replace("Path", "str | Path")
+        item = field.annotation.removeprefix("tuple[").removesuffix(", ...]").replace("Path", "str | Path")
         annotation = f"{item} | Sequence[{item}]"
     else:
         annotation = field.annotation.replace("Path", "str | Path").replace("'", '"')

@@ -183,8 +183,16 @@ class OptionField:
         return "a path" if self.is_path else f"text of 1 to {MAX_TEXT_LENGTH} printable characters"
 
     def parse_text(self, text: object) -> object:
-        """Return the number that a text of the command line stands for; other values as they are."""
+        """Return the number, or the numbers with commas between them, that a text of the command line stands for.
+
+        Other values are returned as they are.
+        """
+        if isinstance(text, list):
+            return [self.parse_text(each) for each in text]
         types_ = typing.get_args(self.value_type) or (self.value_type,)
+        if isinstance(text, str) and typing.get_origin(self.value_type) is tuple:
+            parts = [part.strip() for part in text.split(",")]
+            return tuple(map(float, parts)) if all(map(_NUMBER.fullmatch, parts)) else text
         if isinstance(text, str) and int in types_ and _WHOLE_NUMBER.fullmatch(text):
             return int(text)
         if isinstance(text, str) and float in types_ and _NUMBER.fullmatch(text):
@@ -200,6 +208,7 @@ class OptionField:
             return self.default
         if self.is_repeatable and value is not None:
             is_single = isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable)
+            is_single |= typing.get_origin(self.value_type) is tuple and _is_flat_tuple(value)
             values = [value] if is_single else list(typing.cast(Iterable[object], value))
             return tuple(self._convert_one(item) for item in values)
         return self._convert_one(value)
@@ -422,7 +431,8 @@ def _convert(value: object, hint: Any) -> Any:
         return float(typing.cast(float, value))
     if hint is int and _is_number(value, numbers.Integral):
         return int(typing.cast(int, value))
-    if isinstance(value, bool if hint is bool else str) and hint not in (int, float, Path):
+    is_text = hint not in (int, float, Path) and typing.get_origin(hint) is not tuple
+    if isinstance(value, bool if hint is bool else str) and is_text:
         return value
     raise ValueError
 
@@ -431,6 +441,10 @@ def _to_plain(value: object) -> object:
     if isinstance(value, tuple):
         return [_to_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _is_flat_tuple(value: object) -> bool:
+    return isinstance(value, tuple) and bool(value) and not any(isinstance(each, Iterable) for each in value)
 
 
 def _is_number(value: object, kind: type) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from icm_cli.errors import OutputError, UsageError
 from icm_cli.files import atomic_write, check_writable, describe_obstacle, is_file, write_json
-from icm_cli.images.image_file import HEAD_BYTES, ICM_SHEET_MARK, detect_file_type
+from icm_cli.images.image_file import HEAD_BYTES, ICM_MASK_MARK, ICM_SHEET_MARK, detect_file_type
 from icm_cli.reports.report import Report
 from icm_cli.reports.result import METRICS, REGIONS, RESULT_FIELDS
 
@@ -35,6 +35,8 @@ class ReportFiles:
     contact_sheet: Path | None = None
     references: Path | None = None
     """File that lists the references of an evaluation, for use in a later evaluation."""
+    mask: Path | None = None
+    """Mask of the reference."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for a path with the wrong suffix."""
@@ -49,7 +51,7 @@ class ReportFiles:
     @property
     def paths(self) -> list[Path]:
         """All paths."""
-        return [*self.reports, *filter(None, [self.contact_sheet, self.references])]
+        return [*self.reports, *filter(None, [self.contact_sheet, self.references, self.mask])]
 
     def check_no_overwrite(
         self, other_files: Sequence[str | Path], remedy: str | None = "give another name, or remove the file"
@@ -68,8 +70,8 @@ class ReportFiles:
                 raise UsageError(
                     f"{path} is an input or an alpha of this run and would be overwritten; give another path"
                 )
-            if remedy is not None and is_file(path) and not _is_own_file(path, is_references=path == self.references):
-                kind = "contact sheet" if path == self.contact_sheet else "report"
+            if remedy is not None and is_file(path) and not self._is_own_file(path):
+                kind = {self.contact_sheet: "contact sheet", self.mask: "mask"}.get(path, "report")
                 raise UsageError(f"{path} exists and is no {kind} that icm wrote; {remedy}")
 
     def check_writable(self, *folders: Path) -> None:
@@ -78,13 +80,14 @@ class ReportFiles:
             check_writable(folder)
 
     def write_all(self, report: Report) -> list[Path]:
-        """Write all files except the list of references. Raises OutputError.
+        """Write the reports and the contact sheet. Raises OutputError.
 
         An interrupted run does not replace existing files, and returns their paths.
         """
-        unchanged = [] if report.is_complete else [path for path in self.paths if path.exists()]
+        files = [*self.reports, *filter(None, [self.contact_sheet])]
+        unchanged = [] if report.is_complete else [path for path in files if path.exists()]
         errors: list[OutputError] = []
-        for path in (*self.reports, *filter(None, [self.contact_sheet])):
+        for path in files:
             try:
                 if path not in unchanged:
                     write_report(path, report)
@@ -94,6 +97,27 @@ class ReportFiles:
         if errors:
             raise errors[0]
         return unchanged
+
+    def _is_own_file(self, path: Path) -> bool:
+        """Return whether a file is empty, or one of its kind that icm wrote."""
+        suffix = path.suffix.lower()
+        with contextlib.suppress(OSError, ValueError, RecursionError), path.open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return True
+            if suffix == ".csv":
+                columns = file.readline(1 << 20).decode("utf-8-sig").strip().split(",")
+                return OWN_COLUMNS.issubset(columns)
+            content = file.read()
+            if suffix == ".png":
+                mark = ICM_MASK_MARK if path == self.mask else ICM_SHEET_MARK
+                return detect_file_type(content[:HEAD_BYTES]).name == "png" and mark in content[:HEAD_BYTES]
+            if suffix == ".html":
+                return OWN_TITLE_END in content
+            value = json.loads(content)
+            return isinstance(value, dict) and (
+                OWN_KEYS.issubset(value) or (path == self.references and set(value) == {"references"})
+            )
+        return False
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -114,27 +138,6 @@ def write_report(path: Path, report: Report) -> None:
         write_contact_sheet(path, report)
     else:
         _write_csv(path, report)
-
-
-def _is_own_file(path: Path, *, is_references: bool) -> bool:
-    """Return whether a file is empty, or a report, contact sheet or list of references that icm wrote."""
-    suffix = path.suffix.lower()
-    with contextlib.suppress(OSError, ValueError, RecursionError), path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return True
-        if suffix == ".csv":
-            columns = file.readline(1 << 20).decode("utf-8-sig").strip().split(",")
-            return OWN_COLUMNS.issubset(columns)
-        content = file.read()
-        if suffix == ".png":
-            return detect_file_type(content[:HEAD_BYTES]).name == "png" and ICM_SHEET_MARK in content[:HEAD_BYTES]
-        if suffix == ".html":
-            return OWN_TITLE_END in content
-        value = json.loads(content)
-        return isinstance(value, dict) and (
-            OWN_KEYS.issubset(value) or (is_references and set(value) == {"references"})
-        )
-    return False
 
 
 def _write_csv(path: Path, report: Report) -> None:

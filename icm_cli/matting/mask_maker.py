@@ -1,0 +1,46 @@
+"""Make masks from points, boxes and strokes: by the object decoder and the edges of ``lite``, for every model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from icm_cli.device import Device, device_errors
+from icm_cli.geometry import ImageU8
+from icm_cli.guidance.hints import Hints
+from icm_cli.matting.hinting import bind_alpha, make_prompts
+from icm_cli.model.contracts import Edges, Objects
+from icm_cli.model.loading import load_objects_and_edges
+
+
+class MaskMaker:
+    """Makes masks of the objects that a person marks. ``select_device`` returns the device, when it is used first."""
+
+    def __init__(self, select_device: Callable[[], Device]) -> None:
+        self._select_device = select_device
+
+    @functools.cached_property
+    def _device(self) -> Device:
+        return self._select_device()
+
+    @functools.cached_property
+    def _parts(self) -> tuple[Objects, Edges]:
+        with device_errors(self._device, "the model that makes masks was loaded"):
+            return load_objects_and_edges(self._device)
+
+    def make_mask(self, rgb: ImageU8, hints: Hints) -> NDArray[np.bool_]:
+        """Return the mask, bool [H,W], of the object that hints mark in an image, sRGB uint8 [H,W,3].
+
+        The points, the box and the strokes select the object. In the mask, the points and ``hints.keep`` are on the
+        object, and the points off it and ``hints.drop`` are not. Raises ConfigError if memory runs out.
+        """
+        objects, edges = self._parts
+        with device_errors(self._device, "the mask of a reference was made"), torch.inference_mode():
+            (coarse,) = objects.complete_embedded_alphas(objects.embed_images([rgb]), [None], [make_prompts(hints)])
+            (alpha,) = edges.refine_alphas([rgb], [coarse])
+        mask: NDArray[np.bool_] = bind_alpha(alpha.numpy(force=True), hints) > 0.5
+        return mask
