@@ -512,11 +512,11 @@ def walk_files(folder: Path, skipped: SkippedPaths, trees: Sequence[str] = ()) -
             elif path.is_symlink():
                 folders.remove(name)
                 yield from walk_files(path, skipped, trees)
-        visible = [name for name in files if not name.startswith(".")]
-        if len(visible) < len(files):
-            ignored = {*visible, *(name for name in files if name.startswith(TEMPORARY_PREFIX))}
-            skipped.setdefault(HIDDEN, []).extend(Path(parent) / name for name in files if name not in ignored)
-        yield from (Path(parent) / name for name in visible)
+        for name in files:
+            if not name.startswith("."):
+                yield Path(parent) / name
+            elif not name.startswith(TEMPORARY_PREFIX):
+                skipped.setdefault(HIDDEN, []).append(Path(parent) / name)
 
 
 def expand_glob(pattern: str, skipped: SkippedPaths) -> Iterator[Path]:
@@ -537,7 +537,7 @@ def expand_glob(pattern: str, skipped: SkippedPaths) -> Iterator[Path]:
 
 
 def split_glob(pattern: str) -> tuple[str, tuple[str, ...]]:
-    """Return the leading folder without wildcards, or that exists, and the parts after it."""
+    """Return the path of the leading parts that have no wildcards or exist, and the parts after them."""
     parts = Path(pattern).parts
     fixed = ""
     for number, part in enumerate(parts):

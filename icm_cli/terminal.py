@@ -137,7 +137,7 @@ def print_comparison(comparison: Comparison, before: Path, after: Path) -> None:
         means = comparison.means(region)
         table.add_row(f"mean of {len(rows)}", *(f"{b - a:+.5f}" for a, b in means.values()))
         table.add_row("before -> after", *(f"{a:.5f} -> {b:.5f}" for a, b in means.values()))
-        _print_parts(table)
+        _print_blocks(table)
     for warning in comparison.warnings:
         write_line(sys.stderr, f"icm: {warning}")
 
@@ -176,7 +176,7 @@ def _make_table(first_column: str, number_columns: Sequence[str], title: str | N
     return table
 
 
-def _print_parts(*parts: Table | str) -> None:
+def _print_blocks(*blocks: Table | str) -> None:
     """Print tables and text for the width and encoding of standard output."""
     from rich.console import Console
 
@@ -186,11 +186,11 @@ def _print_parts(*parts: Table | str) -> None:
     buffer = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding, errors="surrogateescape")
     width = None if is_terminal else PLAIN_WIDTH
     console = Console(file=buffer, width=width, color_system=None, highlight=False, markup=False, emoji=False)
-    for part in parts:
-        if isinstance(part, str):
-            console.print(_escape_unprintable(part), soft_wrap=True)
+    for block in blocks:
+        if isinstance(block, str):
+            console.print(_escape_unprintable(block), soft_wrap=True)
         else:
-            console.print(part, soft_wrap=not is_terminal)
+            console.print(block, soft_wrap=not is_terminal)
     buffer.seek(0)
     for line in buffer.read().rstrip("\n").split("\n"):
         write_line(sys.stdout, line)
@@ -203,18 +203,18 @@ def print_table(rows: Sequence[tuple[str, str]], *lines: str) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows:
         table.add_row(name, value)
-    _print_parts(table, *lines)
+    _print_blocks(table, *lines)
 
 
 def _print_summary(report: Report) -> None:
     if report.means:
         notes = comparison_caveats(report.protocol, report.means)
-        _print_parts(_scores_table(report), *(f"- {note}" for note in notes), "")
+        _print_blocks(_scores_table(report), *(f"- {note}" for note in notes), "")
     if report.shots:
         table = _make_table("shot", ["frames", *SHOT_SCORE_TITLES.values()])
         for shot, scores in report.shots.items():
             table.add_row(shot, f"{scores.frames}", *(f"{getattr(scores, name):.3f}" for name in SHOT_SCORE_TITLES))
-        _print_parts(table, "")
+        _print_blocks(table, "")
     failures = [_failure_text(result) for result in report.failures]
     if len(failures) > MAX_PRINTED:
         failures[MAX_PRINTED:] = [f"... and {len(failures) - MAX_PRINTED} more failures"]

@@ -102,8 +102,8 @@ def compare_reports(before: str | Path, after: str | Path) -> Comparison:
             warnings.append(f"{path} is the report of an interrupted run")
     images: dict[Region, list[ImageDifference]] = {}
     for region in REGIONS:
-        a, b = first.scores[region], second.scores[region]
-        rows = [ImageDifference(*key, a[key], b[key]) for key in a.keys() & b.keys()]
+        old, new = first.scores[region], second.scores[region]
+        rows = [ImageDifference(*key, old[key], new[key]) for key in old.keys() & new.keys()]
         if rows:
             images[region] = sorted(rows, key=lambda row: (-row.change("mse"), row.round, row.name))
     for path, report, other in ((before, first, second), (after, second, first)):
