@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import re
 import struct
 import zlib
@@ -202,12 +203,9 @@ def _has_every_scan(data: bytes) -> bool:
         if marker == SCAN and components:
             count = content[0]
             first, last, bits = content[1 + 2 * count], content[2 + 2 * count], content[3 + 2 * count] & 15
-            missing_bits |= {
-                (component, number): bits
-                for component in content[1 : 1 + 2 * count : 2]
-                for number in range(first, last + 1)
-            }
-    return all(missing_bits.get((component, number)) == 0 for component in components for number in range(COEFFICIENTS))
+            coefficients = itertools.product(content[1 : 1 + 2 * count : 2], range(first, last + 1))
+            missing_bits |= dict.fromkeys(coefficients, bits)
+    return all(missing_bits.get(key) == 0 for key in itertools.product(components, range(COEFFICIENTS)))
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:

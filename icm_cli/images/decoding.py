@@ -305,13 +305,8 @@ def _decode_with_pillow(
         if frame:
             image.seek(frame)
         image.load()
-        orientation, profile = _exif_orientation(image), image.info.get("icc_profile")
-        space, notices = wanted.space, []
-        if space == "auto":
-            found, notice = _space_of_code_points(file, profile, wanted.config)
-            profile = None if found else profile
-            space = found or colour.SRGB
-            notices += [f"{file.path} has {notice}"] if notice else []
+        orientation = _exif_orientation(image)
+        space, profile, notices = _space_and_profile(file, image.info.get("icc_profile"), wanted)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             values = np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None]
             scale = wanted.white or (1.0 if image.mode == "F" else 65535.0)
@@ -329,7 +324,7 @@ def _decode_with_pillow(
             colours = colours.convert("RGB")
         elif colours.mode == "1":
             colours = colours.convert("L")
-        if profile and wanted.space == "auto":
+        if profile:
             converted = colour.to_srgb(colours, profile)
             notices += [] if converted else [f"{file.path}: {BAD_PROFILE}"]
             colours = converted or colours
@@ -350,16 +345,22 @@ def _is_grey_palette(palette: NDArray[Any], used: NDArray[Any]) -> bool:
     return False
 
 
-def _space_of_code_points(file: ImageFile, profile: bytes | None, config: str) -> tuple[str | None, str]:
-    """Return the colour space that a PNG, AVIF or HEIC states by code points, or None and a notice.
+def _space_and_profile(
+    file: ImageFile, profile: bytes | None, wanted: colour.ColourSettings
+) -> tuple[str, bytes | None, list[str]]:
+    """Return the colour space, the ICC profile to convert the colours from, if any, and notices.
 
-    In a PNG they have precedence over an ICC profile, in AVIF and HEIC the profile has.
+    In a PNG, code points have precedence over an ICC profile, in AVIF and HEIC the profile has.
     """
+    if wanted.space != "auto":
+        return wanted.space, None, []
     code_points = containers.read_code_points(file)
     if code_points is None or (profile and file.type.name != "png"):
-        return None, ""
-    space, notice = code_points.find_space(config)
-    return space, "" if profile else notice
+        return colour.SRGB, profile, []
+    space, notice = code_points.find_space(wanted.config)
+    if space is not None:
+        return space, None, []
+    return colour.SRGB, profile, [f"{file.path} has {notice}"] if notice and not profile else []
 
 
 def _open_with_pillow(file: ImageFile, content: io.BytesIO | None = None) -> Image.Image:
