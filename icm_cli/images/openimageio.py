@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import OpenImageIO as oiio
@@ -256,6 +256,10 @@ def _file_colour_space(spec: Any, file_type: FileType, config: str) -> tuple[str
     return colour.SRGB, ""
 
 
+Parts: TypeAlias = list[tuple[int, tuple[str, ...]]]
+"""Numbers and channel names of the parts of an EXR."""
+
+
 @dataclass(frozen=True)
 class ImageLayer:
     """The channels to read from one part: three colours or one grey, and perhaps an alpha."""
@@ -288,14 +292,14 @@ class ImageLayer:
         return min(every), max(every) + 1
 
 
-def select_layer(file: Any, path: Path, wanted: str, *, refuse_data: bool = False) -> tuple[ImageLayer, list[str]]:
+def select_layer(reader: Any, path: Path, wanted: str, *, refuse_data: bool = False) -> tuple[ImageLayer, list[str]]:
     """Return the layer of an open EXR to read, and a notice if the choice was not obvious.
 
     ``wanted``: the name of a part or a channel prefix. "" selects the first R, G, B without a prefix, else a layer
     named beauty or similar, else the first layer. ``refuse_data``: refuse a file that holds only depth, ids or
     cryptomattes; a mask may hold ids. Raises ImageError, listing the layers, if there is no such layer.
     """
-    found, others = _colour_layers(file)
+    found, parts = _colour_layers(reader)
     listed = ", ".join(dict.fromkeys(layer.name for layer in found))
     if wanted:
         named = [layer for layer in found if layer.has_name(wanted)]
@@ -306,10 +310,10 @@ def select_layer(file: Any, path: Path, wanted: str, *, refuse_data: bool = Fals
             )
         return named[0], []
     found = [layer for layer in found if not layer.is_data] or found
-    if refuse_data and (all(layer.is_data for layer in found) if found else _hold_only_data(others)):
-        raise _data_error(others, path)
+    if refuse_data and (all(layer.is_data for layer in found) if found else _hold_only_data(parts)):
+        raise _data_error(parts, path)
     if not found:
-        return _grey_layer(others, path), []
+        return _grey_layer(parts, path), []
     plain = [layer for layer in found if not layer.prefix]
     beauties = [layer for layer in found if layer.prefix.rpartition(".")[2].lower() in BEAUTY_NAMES]
     chosen = (plain or beauties or found)[0]
@@ -322,30 +326,30 @@ def _is_data(name: str) -> bool:
     return any(DATA_NAMES.fullmatch(word) for word in name.split("."))
 
 
-def _hold_only_data(parts: list[tuple[int, tuple[str, ...]]]) -> bool:
+def _hold_only_data(parts: Parts) -> bool:
     """Whether all channels of all parts hold depth, ids or cryptomattes."""
     channels = [channel for _, channels in parts for channel in channels]
     return bool(channels) and all(_is_data(channel) for channel in channels)
 
 
-def _data_error(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> ImageError:
+def _data_error(parts: Parts, path: Path) -> ImageError:
     every = ", ".join(channel for _, channels in parts for channel in channels)
     return ImageError(
         f"{path} has only depth, ids or cryptomattes ({every}); expected colours; give an image with R, G, B"
     )
 
 
-def _colour_layers(file: Any) -> tuple[list[ImageLayer], list[tuple[int, tuple[str, ...]]]]:
+def _colour_layers(reader: Any) -> tuple[list[ImageLayer], Parts]:
     """Return the colour layers in file order, and the channels of every part."""
     found, parts = [], []
     part = 0
-    while file.seek_subimage(part, 0):
-        spec = file.spec()
+    while reader.seek_subimage(part, 0):
+        spec = reader.spec()
         if not spec.deep:  # a deep part has any number of values per pixel, and must be flattened first
             found += _layers_of_part(part, str(spec.getattribute("oiio:subimagename") or ""), spec.channelnames)
             parts.append((part, tuple(spec.channelnames)))
         part += 1
-    file.geterror()  # clears the error of the last seek
+    reader.geterror()  # clears the error of the last seek
     return found, parts
 
 
@@ -361,9 +365,9 @@ def _layers_of_part(part: int, part_name: str, channels: tuple[str, ...]) -> lis
     ]
 
 
-def _grey_layer(parts: list[tuple[int, tuple[str, ...]]], path: Path) -> ImageLayer:
+def _grey_layer(parts: Parts, path: Path) -> ImageLayer:
     """Return the single channel, the luminance or the alpha of a file without colours. Raises ImageError."""
-    for part, channels in sorted(parts, key=lambda part: _hold_only_data([part])):
+    for part, channels in sorted(parts, key=lambda numbered: _hold_only_data([numbered])):  # images before data
         names = [channel.upper() for channel in channels]
         if len(names) == 1:
             return ImageLayer(part, (0,), None)
