@@ -116,10 +116,10 @@ class OutputFormat:
         depths = BIT_DEPTHS[self.format]
         if self.depth is not None or source is None:
             return self.depth or depths[0]
+        if self.format == "exr":
+            return "float" if source.bits not in (8, 16) and not source.is_half else "half"
         wanted: BitDepth = "8" if source.bits == 8 else "16" if source.bits == 16 else "float"
-        if source.is_half and self.format == "exr":
-            wanted = "half"
-        return wanted if wanted in depths else depths[0] if self.format == "exr" else depths[1]
+        return wanted if wanted in depths else "16"
 
 
 DEFAULT_OUTPUT = OutputFormat()
