@@ -161,8 +161,10 @@ def _score_predictions(evaluation: Evaluation, folder: Path) -> Report:
         references = [{shot: [frames[0].name] for shot, frames in evaluation.groups.items()}]
     planned = [
         result
-        for number, names in enumerate(references, 1)
-        for result in _plan_results(evaluation, round_folder(folder, number, len(references)), number, names)
+        for round_number, names in enumerate(references, 1)
+        for result in _plan_results(
+            evaluation, round_folder(folder, round_number, len(references)), round_number, names
+        )
     ]
     if not any(result.output for result in planned):
         expected = f"{round_folder(folder, 1, len(references)) / evaluation.data.samples[0].name}.png"
@@ -192,7 +194,7 @@ def _score_predictions(evaluation: Evaluation, folder: Path) -> Report:
 
 
 def _plan_results(
-    evaluation: Evaluation, folder: Path, number: int, references: Mapping[str, list[str]]
+    evaluation: Evaluation, folder: Path, round_number: int, references: Mapping[str, list[str]]
 ) -> list[ImageResult]:
     """Return a result for every target of a round, with the path of its alpha if there is one."""
     samples = evaluation.data.samples
@@ -215,7 +217,9 @@ def _plan_results(
         stems = [name] if isinstance(sample.image, CompositeSource) else [name, sample.file.stem]
         return next((alpha_by_stem[stem] for stem in stems if stem in alpha_by_stem), "")
 
-    return [evaluation.plan_result(sample, find_alpha(sample), number) for sample in samples if sample.name in targets]
+    return [
+        evaluation.plan_result(sample, find_alpha(sample), round_number) for sample in samples if sample.name in targets
+    ]
 
 
 def _unique_stems(stems: Mapping[NamedT, str]) -> dict[str, NamedT]:

@@ -59,7 +59,9 @@ def matte_and_score(evaluation: Evaluation, choice: AnyModelChoice) -> Report:
     store = ReferenceStore(evaluation)
     references, problems = store.select_references(evaluation.options.protocol.rounds or 1, options.refs_per_group or 1)
     examples = [
-        Example(number, group, names) for number, groups in enumerate(references, 1) for group, names in groups.items()
+        Example(round_number, group, names)
+        for round_number, groups in enumerate(references, 1)
+        for group, names in groups.items()
     ]
     if not examples:
         raise UsageError(

@@ -85,8 +85,8 @@ class Evaluation:
         inputs = filter(None, (self.options.dataset.groups, self.options.protocol.references))
         self.reports.check_no_overwrite([*self._dataset_files, *alphas, *inputs])
 
-    def plan_result(self, sample: Sample, output: Path | str, number: int) -> ImageResult:
-        """Return the result of a sample in round ``number`` before it is matted. ``output``: "" without an alpha."""
+    def plan_result(self, sample: Sample, output: Path | str, round_number: int) -> ImageResult:
+        """Return the result of a sample before it is matted. ``output``: "" if there is no alpha."""
         return ImageResult(
             source=str(sample.image),
             output=str(output),
@@ -94,7 +94,7 @@ class Evaluation:
             name=sample.name,
             group=sample.group,
             categories=sample.categories,
-            round=number,
+            round=round_number,
             truth=str(sample.alpha),
         )
 
@@ -164,11 +164,11 @@ class Evaluation:
         scored = {result.key: result for result in collector.wait_for_scores()}
         rounds = sorted({result.round for result in scored.values()})
         tasks = []
-        for number, (before, frame) in itertools.product(rounds, pairs):
-            results = [scored.get((number, sample.name)) for sample in (frame, before)]
+        for round_number, (before, frame) in itertools.product(rounds, pairs):
+            results = [scored.get((round_number, sample.name)) for sample in (frame, before)]
             files = [(Path(result.output), Path(result.truth)) for result in results if result]
             if len(files) == 2:
-                tasks.append(((number, frame.name), FlickerTask(files[0], files[1], self.rule)))
+                tasks.append(((round_number, frame.name), FlickerTask(files[0], files[1], self.rule)))
         collector.add_flicker(tasks)
 
     def _describe_protocol(
@@ -201,8 +201,8 @@ class Evaluation:
         samples = self.by_name
         return PageImages(
             references={
-                (number, group): [(samples[name].image, samples[name].alpha) for name in names]
-                for number, groups in enumerate(references, 1)
+                (round_number, group): [(samples[name].image, samples[name].alpha) for name in names]
+                for round_number, groups in enumerate(references, 1)
                 for group, names in groups.items()
             },
             composites={
@@ -211,9 +211,9 @@ class Evaluation:
         )
 
 
-def round_folder(folder: Path, number: int, rounds: int) -> Path:
+def round_folder(folder: Path, round_number: int, rounds: int) -> Path:
     """Return the folder of the alphas of a round: ``folder`` if there is only one."""
-    return folder / f"round-{number}" if rounds > 1 else folder
+    return folder / f"round-{round_number}" if rounds > 1 else folder
 
 
 def consecutive_frames(frames: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
