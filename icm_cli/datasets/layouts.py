@@ -220,11 +220,9 @@ def _index_by_key(paths: Iterable[Path], root: Path, pattern: str, problems: lis
     files: Files = {}
     for path in paths:
         name = path.relative_to(root).with_suffix("").as_posix()
-        name = match[0] if (match := re.match(pattern, name)) else name
-        if (first := files.setdefault(name, path)) != path:
-            problems.append(
-                Problem("same-name", name, f"{first} and {path} have the same name; only the first is used")
-            )
+        key = match[0] if (match := re.match(pattern, name)) else name
+        if (first := files.setdefault(key, path)) != path:
+            problems.append(Problem("same-name", key, f"{first} and {path} have the same name; only the first is used"))
     return files
 
 
