@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from icm_cli.config import check_setting
 from icm_cli.device import make_accelerator, process_count
 from icm_cli.environment import is_out_of_memory
 from icm_cli.errors import ConfigError, TrainingError
-from icm_cli.geometry import CanvasRule
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.loading import backbone_digest, load_model_for_training
 from icm_cli.training.batches import StepSampler
@@ -57,7 +57,12 @@ class Learner:
         self.model = load_model_for_training(
             settings.model, checkpoint=checkpoint, weights=weights, offline=offline, seed=config.seed
         )
-        _check_canvas(self.model.backbone.canvas, config.canvas_px)
+        rule = self.model.backbone.canvas
+        if rule.square and config.canvas_px != rule.long_side_px:
+            raise ConfigError(f"train: canvas_px is {config.canvas_px}, and the backbone needs {rule.long_side_px} px")
+        check_setting(
+            "train:", config, "canvas_px", not config.canvas_px % rule.multiple_px, f"a multiple of {rule.multiple_px}"
+        )
         module = select_module(self.model)
         can_train_backbone = "backbone" in trainable_parts and self.model.backbone.is_trainable
         self.trains_backbone = bool(config.backbone_learning_rate) and can_train_backbone
@@ -78,12 +83,13 @@ class Learner:
         for name in ("head", "objects", "edges"):
             if (part := getattr(self.model, name)) is not None and name not in trainable_parts:
                 part.requires_grad_(False)
-        self._trained_parts = {name for name in trainable_parts if name != "backbone" or self.trains_backbone}
         if self.device.torch_device.type != "mps":
             self.model.use_channels_last()
         optimiser = _make_optimiser(self.model, config)
         self.forward, self.optimiser = self.accelerator.prepare(module, optimiser)
-        self.tensors = self._trained_tensors()
+        parts = {name for name in trainable_parts if name != "backbone" or self.trains_backbone}
+        self.tensors = {name: each for name, each in self.model.state_dict().items() if name.split(".")[0] in parts}
+        """The weights and statistics that training changes, by their names in the model."""
         self.ema = MovingAverage(self.tensors, config.ema_decay)
         self.set_training_mode()
 
@@ -113,7 +119,8 @@ class Learner:
         self.model.train()
         self.model.backbone.eval()
         for module in self.model.modules():
-            if isinstance(module, nn.BatchNorm2d) and (self.config.batch_norm == "fixed" or is_frozen(module)):
+            is_trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+            if isinstance(module, nn.BatchNorm2d) and (self.config.batch_norm == "fixed" or not is_trained):
                 module.eval()
 
     @contextlib.contextmanager
@@ -223,19 +230,6 @@ class Learner:
                 "train.micro_batch_size (gradients are accumulated, so the batch stays the same) or train.canvas_px"
             ) from error
 
-    def _trained_tensors(self) -> dict[str, Tensor]:
-        """Return the weights and statistics that training changes, by their names in the model."""
-        return {
-            name: tensor
-            for name, tensor in self.model.state_dict().items()
-            if name.split(".")[0] in self._trained_parts
-        }
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether none of a module's weights is trained."""
-    return not any(parameter.requires_grad for parameter in module.parameters())
-
 
 def split_batch(config: TrainConfig) -> tuple[int, int]:
     """Return the number of processes, and of samples that each takes at a time. Raises ConfigError."""
@@ -247,13 +241,6 @@ def split_batch(config: TrainConfig) -> tuple[int, int]:
             "time; expected a multiple of their product"
         )
     return processes, micro_batch
-
-
-def _check_canvas(rule: CanvasRule, canvas_px: int) -> None:
-    if rule.square and canvas_px != rule.long_side_px:
-        raise ConfigError(f"train: canvas_px is {canvas_px}, and the backbone needs {rule.long_side_px} px")
-    if canvas_px % rule.multiple_px:
-        raise ConfigError(f"train: canvas_px is {canvas_px}; expected a multiple of {rule.multiple_px}")
 
 
 def _make_optimiser(model: InContextMatting, config: TrainConfig) -> torch.optim.Optimizer:

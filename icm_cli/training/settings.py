@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from icm_cli.config import (
     MODEL_KEYS,
     MODEL_SECTIONS,
     ModelConfig,
+    check_setting,
     parse_dataclass,
     parse_model_config,
     parse_yaml,
@@ -40,27 +42,46 @@ MAX_SEED = 1 << 62
 
 def limited(default: Any, least: float = 0, most: float | None = None, *, is_open: bool = False) -> Any:
     """Return a field whose value, unless it is None, must be in ``least`` to ``most``, both excluded if open."""
-    return field(default=default, metadata={"least": least, "most": most, "is_open": is_open})
+    return field(default=default, metadata={"limits": (least, math.inf if most is None else most, is_open)})
 
 
 @dataclass(frozen=True)
 class Section:
     """Base class of settings. Values outside the limits of their field raise ConfigError."""
 
-    title: ClassVar[str]
-    """Name of the section in messages."""
+    def __init_subclass__(cls, title: str) -> None:
+        """``title``: name of the section in messages."""
+        cls._title = title
+
+    _title: ClassVar[str]
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
-            if "least" not in each.metadata or value is None:
-                continue
-            least, most, is_open = (each.metadata[name] for name in ("least", "most", "is_open"))
-            if value < least or (most is not None and value > most) or (is_open and value in (least, most)):
-                expected = f"more than {least:g}" if is_open else f"{least:g} or more"
-                if most is not None:
+            if "limits" in each.metadata and value is not None:
+                least, most, is_open = each.metadata["limits"]
+                is_valid = least < value < most if is_open else least <= value <= most
+                if most == math.inf:
+                    expected = f"more than {least:g}" if is_open else f"{least:g} or more"
+                else:
                     expected = f"between {least:g} and {most:g}" if is_open else f"{least:g} to {most:g}"
-                raise ConfigError(f"{self.title}: {each.name} is {value}; expected {expected}")
+                self._check(each.name, is_valid, expected)
+
+    def _check(self, name: str, is_valid: bool, expected: str) -> None:
+        check_setting(f"{self._title}:", self, name, is_valid, expected)
+
+    def _check_weights(self, name: str) -> None:
+        weights = getattr(self, name)
+        is_valid = bool(weights) and min(weights) >= 0 and sum(weights) > 0
+        self._check(name, is_valid, "numbers of 0 or more that are not all 0")
+
+    def _check_sum(self, first: str, second: str) -> None:
+        """Check that two probabilities of exclusive events have a sum of at most 1."""
+        values = getattr(self, first), getattr(self, second)
+        if sum(values) > 1:
+            raise ConfigError(
+                f"{self._title}: {first} and {second} are {values[0]} and {values[1]}; expected a sum of at most 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -160,10 +181,8 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class PairConfig(Section):
+class PairConfig(Section, title="train: pairs"):
     """How target and reference of a training sample are composed. Probabilities are in 0..1."""
-
-    title: ClassVar[str] = "train: pairs"
 
     composite_probability: float = limited(0.5, 0, 1)
     """A photograph with an alpha is composited onto another background. Foregrounds always are."""
@@ -186,11 +205,7 @@ class PairConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scribble_probability + self.point_probability > 1:
-            raise ConfigError(
-                f"train: pairs: scribble_probability and point_probability are {self.scribble_probability} and "
-                f"{self.point_probability}; expected a sum of at most 1"
-            )
+        self._check_sum("scribble_probability", "point_probability")
 
     @property
     def changes_pixels(self) -> bool:
@@ -199,10 +214,8 @@ class PairConfig(Section):
 
 
 @dataclass(frozen=True)
-class AugmentConfig(Section):
+class AugmentConfig(Section, title="train: augment"):
     """Augmentation of reference and target, drawn independently. With all values 0 and zoom 1 images are unchanged."""
-
-    title: ClassVar[str] = "train: augment"
 
     flip: float = limited(0.5, 0, 1)
     """Probability of mirroring."""
@@ -231,13 +244,11 @@ class AugmentConfig(Section):
 
 
 @dataclass(frozen=True)
-class LossConfig(Section):
+class LossConfig(Section, title="train: loss"):
     """Weights of the losses of the stage "matte". A loss of weight 0 is not computed.
 
     The defaults are the published recipe.
     """
-
-    title: ClassVar[str] = "train: loss"
 
     unknown_l1: float = limited(1.0)
     """L1 over the trimap's unknown pixels."""
@@ -266,14 +277,12 @@ class LossConfig(Section):
 
 
 @dataclass(frozen=True)
-class MatchStageConfig(Section):
+class MatchStageConfig(Section, title="train: match"):
     """Samples of the stages "match", "end-to-end" and "objects": mosaics of images.
 
     The reference's object is in one tile of a mosaic, in several, or in none. The stage "end-to-end" stores no views;
     of the numbers of views it only checks whether ``large_views_per_group`` is 0.
     """
-
-    title: ClassVar[str] = "train: match"
 
     views_per_group: int = limited(12, 1)
     """Number of views of a group whose tokens are computed, at canvas size; drawn by the seed."""
@@ -306,24 +315,14 @@ class MatchStageConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.layout_weights) != len(LAYOUTS):
-            raise ConfigError(
-                f"train: match: layout_weights is {list(self.layout_weights)}; expected {len(LAYOUTS)} numbers"
-            )
-        _check_weights(self.title, "layout_weights", self.layout_weights)
-        _check_weights(self.title, "reference_count_weights", self.reference_count_weights)
-
-
-def _check_weights(title: str, name: str, weights: Sequence[float]) -> None:
-    if not weights or min(weights) < 0 or not sum(weights):
-        raise ConfigError(f"{title}: {name} is {list(weights)}; expected numbers of 0 or more that are not all 0")
+        self._check("layout_weights", len(self.layout_weights) == len(LAYOUTS), f"{len(LAYOUTS)} numbers")
+        self._check_weights("layout_weights")
+        self._check_weights("reference_count_weights")
 
 
 @dataclass(frozen=True)
-class ClickConfig(Section):
+class ClickConfig(Section, title="train: clicks"):
     """Simulated clicks of the stage "objects". Probabilities are in 0..1."""
-
-    title: ClassVar[str] = "train: clicks"
 
     count_weights: tuple[float, ...] = (0.2, 0.25, 0.2, 0.2, 0.15)
     """Sampling weights of batches without clicks, with one click, two, and so on. (1.0,) trains without clicks."""
@@ -353,14 +352,12 @@ class ClickConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_weights(self.title, "count_weights", self.count_weights)
+        self._check_weights("count_weights")
 
 
 @dataclass(frozen=True)
-class RefineStageConfig(Section):
+class RefineStageConfig(Section, title="train: refine"):
     """Samples and losses of the stage "refine": crops of scenes with degraded true alphas as coarse alphas."""
-
-    title: ClassVar[str] = "train: refine"
 
     crop_px: int = limited(160, MIN_CROP_PX)
     """Side of a crop, in px of the canvas."""
@@ -388,20 +385,14 @@ class RefineStageConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.token_probability + self.object_probability > 1:
-            raise ConfigError(
-                f"train: refine: token_probability and object_probability are {self.token_probability} and "
-                f"{self.object_probability}; expected a sum of at most 1"
-            )
+        self._check_sum("token_probability", "object_probability")
         if not any(getattr(self, name) for name in REFINE_LOSS_NAMES):
             raise ConfigError("train: refine: the weights of all losses are 0; expected one above 0")
 
 
 @dataclass(frozen=True)
-class TrainConfig(Section):
+class TrainConfig(Section, title="train"):
     """The recipe. The defaults are those of the released code (Guo et al. 2024), with the paper's batch and steps."""
-
-    title: ClassVar[str] = "train"
 
     stage: Literal["matte", "match", "end-to-end", "objects", "refine"] = "matte"
     """What is trained. "matte": the head, and the backbone if it is trainable, on pairs of images. "match": a
@@ -454,10 +445,8 @@ class TrainConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stage == "refine" and self.refine.crop_px > self.canvas_px:
-            raise ConfigError(
-                f"train: refine: crop_px is {self.refine.crop_px}; expected at most canvas_px, {self.canvas_px}"
-            )
+        is_valid = self.stage != "refine" or self.refine.crop_px <= self.canvas_px
+        check_setting("train: refine:", self.refine, "crop_px", is_valid, f"at most canvas_px, {self.canvas_px}")
 
     @property
     def changes_pixels(self) -> bool:

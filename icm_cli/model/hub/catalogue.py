@@ -16,21 +16,17 @@ from icm_cli.config import preset_paths, read_config_mapping, require_mapping
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """Weights of one hub repository or package."""
+    """Weights of one hub repository or package: size of the download, and licence."""
 
     megabytes: int
-    """Size of the download."""
     licence: str
-    """Name of the licence."""
     is_gated: bool = False
     """Whether the licence must be accepted before the download."""
 
     @property
     def size(self) -> str:
         """The size as text, for example "1.2 GB" or "103 MB"."""
-        if self.megabytes >= 1000:
-            return f"{self.megabytes / 1000:.1f} GB"
-        return f"{self.megabytes} MB"
+        return _format_size(self.megabytes)
 
 
 APACHE = "Apache-2.0"
@@ -73,16 +69,12 @@ CHECKPOINT_HEAD = "detail"
 
 @dataclass(frozen=True)
 class ListedModel:
-    """An entry of ``icm matte --list-models``."""
+    """An entry of ``icm matte --list-models``: the value of ``--model``, and the weights that the model needs."""
 
     name: str
-    """Value of ``--model``."""
     needs: str
-    """Weights that the model needs."""
     size: str
-    """Their size."""
     licence: str
-    """Their licences."""
     state: str
     """Either "available", or what is missing."""
 
@@ -107,8 +99,8 @@ def _list_model(name: str, sections: Mapping[str, Any]) -> ListedModel:
     """Return the entry of a preset with these sections."""
     packed = packed_checkpoint(name)
     if packed is not None:
-        size = PublishedWeights(round(packed.stat().st_size / 1e6), PACKED_LICENCE).size
-        return ListedModel(name, "nothing", f"{size}, in the package", PACKED_LICENCE, "available")
+        size = f"{_format_size(round(packed.stat().st_size / 1e6))}, in the package"
+        return ListedModel(name, "nothing", size, PACKED_LICENCE, "available")
     needs, published_weights, missing = [], [], []
     for section in (sections.get("backbone"), sections.get("edges")):
         component, weights = (str((section or {}).get(key)) for key in ("name", "weights"))
@@ -128,7 +120,7 @@ def _list_model(name: str, sections: Mapping[str, Any]) -> ListedModel:
     if sections.get("head", {}).get("name") == CHECKPOINT_HEAD:
         needs.append("the published checkpoint, --checkpoint FILE")
         missing.append("--checkpoint FILE")
-    total = PublishedWeights(sum(published.megabytes for published in published_weights), "").size
+    total = _format_size(sum(published.megabytes for published in published_weights))
     licences = ", ".join(dict.fromkeys(published.licence for published in published_weights))
     state = f"missing: {', '.join(missing)}" if missing else "available"
     return ListedModel(name, " + ".join(needs), total, licences, state)
@@ -142,3 +134,7 @@ def _is_downloaded(weights: str, files: Iterable[str]) -> bool:
     if folder.is_dir():
         return all((folder / name).is_file() for name in files)
     return all(isinstance(try_to_load_from_cache(weights, name), str) for name in files)
+
+
+def _format_size(megabytes: int) -> str:
+    return f"{megabytes / 1000:.1f} GB" if megabytes >= 1000 else f"{megabytes} MB"

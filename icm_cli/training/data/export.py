@@ -13,9 +13,9 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any
 
 import cv2
@@ -66,24 +66,24 @@ def export_shards(data: str | Path, out: Path, *, long_side_px: int, shard_bytes
 
 def _make_files(config: DataConfig, pool: TrainingPool, long_side_px: int) -> Iterator[tuple[str, bytes]]:
     """Yield path and content of every file of the export."""
-    classes: dict[str, list[str]] = {}
-    sources = []
-    for number, (items, source) in enumerate(zip(pool.sources, config.sources, strict=True)):
-        are_foregrounds = items[0].is_foreground
-        folders = _item_folders(number, items)
-        for item, folder in zip(items, folders, strict=True):
-            classes[folder] = sorted(item.classes)
-        sources.append(
-            _describe_source(number, source, are_foregrounds, has_classes=any(item.classes for item in items))
-        )
+    folders = [_item_folders(number, items) for number, items in enumerate(pool.sources)]
+    classes = {
+        folder: sorted(item.classes)
+        for items, names in zip(pool.sources, folders, strict=True)
+        for item, folder in zip(items, names, strict=True)
+    }
+    sources = [
+        _describe_source(number, source, items)
+        for number, (source, items) in enumerate(zip(config.sources, pool.sources, strict=True))
+    ]
     copied = {"sources": sources, "backgrounds": ["backgrounds"] if pool.backgrounds else []}
     yield "data.yaml", yaml.safe_dump({**copied, "copies_of": "copies_of.json"}, sort_keys=False).encode()
     yield "classes.json", json.dumps(classes).encode()
     yield "copies_of.json", json.dumps(sorted({cached_file_digest(path) for path in pool.image_paths})).encode()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for number, items in enumerate(pool.sources):
+        for items, names in zip(pool.sources, folders, strict=True):
             encoded = threads.map(lambda item: _encode_item(item, long_side_px), items)
-            for index, (folder, files) in enumerate(zip(_item_folders(number, items), encoded, strict=True)):
+            for index, (folder, files) in enumerate(zip(names, encoded, strict=True)):
                 for kind, content in files.items():
                     suffix = "png" if kind == "alphas" else "webp"
                     yield f"{folder.replace('images', kind, 1)}/{index:05d}.{suffix}", content
@@ -92,20 +92,20 @@ def _make_files(config: DataConfig, pool: TrainingPool, long_side_px: int) -> It
             yield f"backgrounds/{index:05d}.webp", content
 
 
-def _item_folders(number: int, items: tuple[TrainingItem, ...]) -> list[str]:
+def _item_folders(number: int, items: Sequence[TrainingItem]) -> list[str]:
     """Return the folder of each item of a source; every group has one folder."""
     groups = {group: index for index, group in enumerate(dict.fromkeys(item.group for item in items))}
-    return [str(PurePosixPath("images", str(number), f"{groups[item.group]:04d}")) for item in items]
+    return [f"images/{number}/{groups[item.group]:04d}" for item in items]
 
 
-def _describe_source(number: int, source: SourceConfig, are_foregrounds: bool, *, has_classes: bool) -> dict[str, Any]:
+def _describe_source(number: int, source: SourceConfig, items: Sequence[TrainingItem]) -> dict[str, Any]:
     """Return the entry of a source in the exported ``data.yaml``, without ``soften_px``, which is already applied."""
-    properties = {"weight": source.weight, "licence": source.licence, "binary": source.binary}
-    if are_foregrounds:
-        where: dict[str, Any] = {"dataset": CUTOUTS, "root": f"images/{number}"}
-    else:
-        where = {"images": f"images/{number}/*/*.webp", "alphas": f"alphas/{number}/*/*.png"}
-    return {**where, **({"classes": "classes.json"} if has_classes else {}), **properties}
+    where: dict[str, Any] = {"images": f"images/{number}/*/*.webp", "alphas": f"alphas/{number}/*/*.png"}
+    if items[0].is_foreground:
+        where = {"dataset": CUTOUTS, "root": f"images/{number}"}
+    if any(item.classes for item in items):
+        where["classes"] = "classes.json"
+    return {**where, "weight": source.weight, "licence": source.licence, "binary": source.binary}
 
 
 def _encode_item(item: TrainingItem, long_side_px: int) -> dict[str, bytes]:

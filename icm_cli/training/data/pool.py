@@ -175,32 +175,29 @@ def _find_items(number: int, source: SourceConfig, problems: list[Problem]) -> t
     if not included:
         raise UsageError(f"data: {source.title} has no image left to train on; expected images with alphas")
     classes = _read_classes(source.classes)
-    completed = []
-    for item in included:
-        item_classes = _find_classes(item, classes)
-        if source.classes and item_classes is None:
-            raise UsageError(
-                f"data: classes {source.classes} has no entry for {item.image.parent}; expected every folder of the "
-                "source"
-            )
-        coarse = None if source.coarse is None else Path(source.coarse) / f"{item.name}.png"
-        completed.append(
-            replace(
-                item,
-                group=f"{number}:{item.name if source.group_by == 'image' else item.group}",
-                is_binary=source.binary or item.is_binary,
-                classes=frozenset(item_classes or ()),
-                soften_px=source.soften_px,
-                coarse=coarse if coarse is not None and coarse.is_file() else None,
-            )
-        )
-    return tuple(completed)
+    return tuple(_complete_item(item, number, source, classes) for item in included)
 
 
-def _find_classes(item: TrainingItem, classes: Mapping[str, Sequence[str]]) -> Sequence[str] | None:
-    """Return the classes of an item's folder, whose key may be the last parts of its path; None if there is no key."""
+def _complete_item(
+    item: TrainingItem, number: int, source: SourceConfig, classes: Mapping[str, Sequence[str]]
+) -> TrainingItem:
+    """Add the properties that a source gives to its items. Raises UsageError if its folder has no classes."""
     parts = item.image.parent.parts
-    return next((classes[key] for n in range(len(parts)) if (key := "/".join(parts[n:])) in classes), None)
+    keys = ["/".join(parts[n:]) for n in range(len(parts))]  # the last parts of the path suffice
+    item_classes = next((classes[key] for key in keys if key in classes), None)
+    if source.classes and item_classes is None:
+        raise UsageError(
+            f"data: classes {source.classes} has no entry for {item.image.parent}; expected every folder of the source"
+        )
+    coarse = None if source.coarse is None else Path(source.coarse) / f"{item.name}.png"
+    return replace(
+        item,
+        group=f"{number}:{item.name if source.group_by == 'image' else item.group}",
+        is_binary=source.binary or item.is_binary,
+        classes=frozenset(item_classes or ()),
+        soften_px=source.soften_px,
+        coarse=coarse if coarse is not None and coarse.is_file() else None,
+    )
 
 
 def _read_classes(path: str | None) -> dict[str, list[str]]:

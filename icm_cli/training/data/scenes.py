@@ -63,16 +63,22 @@ def _size_bytes(layer: object) -> int:
 
 
 @dataclass(frozen=True)
-class Photograph:
-    """An image, uint8 [h,w,3], with its alpha, uint8 [h,w].
+class Scene:
+    """An image with its alpha: rgb uint8 [h,w,3], alpha uint8 [h,w], and valid bool [h,w], False at padding.
 
     If the data have them: a trimap, uint8 [h,w] of 0, 128 and 255, and a first stage's coarse alpha, uint8 [h,w].
     """
 
     rgb: ImageU8
     alpha: ImageU8
-    trimap: ImageU8 | None
+    valid: NDArray[np.bool_]
+    trimap: ImageU8 | None = None
     coarse: ImageU8 | None = None
+
+    @property
+    def has_object(self) -> bool:
+        """Whether any pixel of the alpha is above one half."""
+        return bool((self.alpha > HALF_U8).any())
 
 
 @dataclass(frozen=True)
@@ -83,20 +89,18 @@ class Cutout:
     alpha: Float
 
 
-@cached(LRUCache(CACHE_BYTES, getsizeof=_size_bytes))
-def read_cached_photograph(item: TrainingItem, long_side_px: int) -> Photograph:
-    """Read an item, reduced to at most ``long_side_px``, and keep it in memory. Raises ImageError."""
-    return read_photograph(item, long_side_px)
-
-
-def read_photograph(item: TrainingItem, long_side_px: int | None = None) -> Photograph:
+def read_photograph(item: TrainingItem, long_side_px: int | None = None) -> Scene:
     """Read an item, reduced to at most ``long_side_px``. Raises ImageError."""
     rgb, alpha = _read_image_and_alpha(item)
     size = downscaled_size(alpha.shape, long_side_px or max(alpha.shape))
     trimap = None if item.trimap is None else _read_trimap(item.trimap, alpha.shape, size)
     coarse = None if item.coarse is None else resize(read_alpha(item.coarse), size)
     small = binarize_alpha(resize(alpha, size)) if item.is_binary else resize(alpha, size)
-    return Photograph(resize(rgb, size), small, trimap, coarse)
+    return Scene(resize(rgb, size), small, np.ones(size, np.bool_), trimap, coarse)
+
+
+read_cached_photograph = cached(LRUCache(CACHE_BYTES, getsizeof=_size_bytes))(read_photograph)
+"""The same, kept in memory."""
 
 
 @cached(LRUCache(CACHE_BYTES, getsizeof=_size_bytes))
@@ -162,25 +166,6 @@ def _read_trimap(path: Path, shape: tuple[int, ...], size: tuple[int, int]) -> I
     return np.asarray(cv2.resize(levels, size[::-1], interpolation=cv2.INTER_NEAREST), np.uint8)
 
 
-@dataclass(frozen=True)
-class Scene:
-    """An image on the canvas: rgb uint8 [S,S,3], alpha uint8 [S,S], and valid bool [S,S], False at padding.
-
-    If the data have them: a trimap, uint8 [S,S], and a first stage's coarse alpha, uint8 [S,S].
-    """
-
-    rgb: ImageU8
-    alpha: ImageU8
-    valid: NDArray[np.bool_]
-    trimap: ImageU8 | None = None
-    coarse: ImageU8 | None = None
-
-    @property
-    def has_object(self) -> bool:
-        """Whether any pixel of the alpha is above one half."""
-        return bool((self.alpha > HALF_U8).any())
-
-
 class SceneMaker:
     """Makes scenes of one canvas size, which depend only on the arguments and the random generator.
 
@@ -224,12 +209,11 @@ class SceneMaker:
         else:
             return self._fit_photograph(item)
         rgb = self._warp_layer(layer.rgb, affine, cv2.BORDER_REPLICATE)
-        inside = self._warp_layer(np.full(layer.alpha.shape, 255, np.uint8), affine) > HALF_U8
-        trimap = (
-            None if layer.trimap is None else self._warp_layer(layer.trimap, affine, interpolation=cv2.INTER_NEAREST)
-        )
+        valid = self._warp_layer(layer.valid * np.uint8(255), affine) > HALF_U8
+        nearest = cv2.INTER_NEAREST
+        trimap = None if layer.trimap is None else self._warp_layer(layer.trimap, affine, interpolation=nearest)
         coarse = None if layer.coarse is None else self._warp_layer(layer.coarse, affine)
-        return Scene(rgb, alpha, inside, trimap, coarse)
+        return Scene(rgb, alpha, valid, trimap, coarse)
 
     def make_background(self, path: Path, rng: Rng) -> Scene:
         """Crop a square of a background image; the alpha is 0."""
