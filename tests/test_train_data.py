@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -19,7 +20,7 @@ from icm_cli.training.batches import StepSampler
 from icm_cli.training.data import scenes as scene_module
 from icm_cli.training.data.augment import draw_guidance
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
-from icm_cli.training.data.samples import PairBatch, PairMaker, PairSample
+from icm_cli.training.data.samples import PairMaker
 from icm_cli.training.data.scenes import SceneMaker, read_cutout
 from icm_cli.training.settings import (
     AugmentConfig,
@@ -90,13 +91,20 @@ def maker(
     return PairMaker(read_pool(data), config)
 
 
-def main_colour(sample: PairSample) -> str:
+def make_sample(maker: PairMaker, counter: int) -> SimpleNamespace:
+    """Return the name and the arrays of a sample."""
+    batch = maker.make_batch([counter])
+    arrays = {name: tensor[0].numpy() for name, tensor in batch.named_tensors().items()}
+    return SimpleNamespace(name=batch.names[0], **arrays)
+
+
+def main_colour(sample: SimpleNamespace) -> str:
     """Return the colour of the reference object."""
     return ("red", "green", "blue")[int(sample.reference_rgb[sample.guidance].mean(axis=0).argmax())]
 
 
-def equal(one: PairSample, other: PairSample) -> bool:
-    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in one.__dataclass_fields__)
+def equal(one: SimpleNamespace, other: SimpleNamespace) -> bool:
+    return all(np.array_equal(layer, getattr(other, name)) for name, layer in vars(one).items())
 
 
 @given(seed=st.integers(0, 99), counter=st.integers(0, 10_000))
@@ -104,9 +112,9 @@ def equal(one: PairSample, other: PairSample) -> bool:
 def test_sample_depends_on_seed_and_counter_only(discs: Path, seed: int, counter: int) -> None:
     busy = PairConfig(scribble_probability=0.3, point_probability=0.2, negative_probability=0.2)
     first, second = (maker(discs, busy, AugmentConfig(), seed=seed) for _ in range(2))
-    second.make_sample(counter + 1)  # earlier samples have no influence
-    assert equal(first.make_sample(counter), second.make_sample(counter))
-    sample = first.make_sample(counter)
+    make_sample(second, counter + 1)  # earlier samples have no influence
+    assert equal(make_sample(first, counter), make_sample(second, counter))
+    sample = make_sample(first, counter)
     assert sample.rgb.shape == (SIDE, SIDE, 3)
     assert sample.alpha.dtype == sample.rgb.dtype == sample.trimap.dtype == np.uint8
     assert sample.guidance.any()
@@ -116,14 +124,14 @@ def test_sample_depends_on_seed_and_counter_only(discs: Path, seed: int, counter
 
 def test_other_seeds_and_counters_give_other_samples(discs: Path) -> None:
     samples = [
-        maker(discs, PairConfig(), AugmentConfig(), seed=seed).make_sample(n) for seed in range(2) for n in range(2)
+        make_sample(maker(discs, PairConfig(), AugmentConfig(), seed=seed), n) for seed in range(2) for n in range(2)
     ]
     assert len({sample.rgb.tobytes() for sample in samples}) == 4
 
 
 def test_without_augmentation_pairs_equal_the_files(discs: Path) -> None:
     for counter in range(6):
-        sample = maker(discs).make_sample(counter)
+        sample = make_sample(maker(discs), counter)
         target, shown = sample.name.split(" by ")
         assert target.split("/")[0] == shown.split("/")[0]
         assert target != shown
@@ -138,7 +146,7 @@ def test_alpha_is_that_of_the_reference_object(discs: Path) -> None:
     pairs = replace(ALONE, distractor_probability=1.0, max_distractors=1, reference_distractor_probability=1.0)
     seen = Counter()
     for counter in range(30):
-        sample = maker(discs, pairs, replace(STILL, flip=0.5)).make_sample(counter)
+        sample = make_sample(maker(discs, pairs, replace(STILL, flip=0.5)), counter)
         wanted = main_colour(sample)
         inside = sample.rgb[sample.alpha > 250].mean(axis=0)
         assert ("red", "green", "blue")[int(inside.argmax())] == wanted
@@ -157,7 +165,7 @@ def test_negatives_do_not_show_the_object(discs: Path) -> None:
     pairs = replace(ALONE, negative_probability=1.0)
     kinds = Counter()
     for counter in range(30):
-        sample = maker(discs, pairs).make_sample(counter)
+        sample = make_sample(maker(discs, pairs), counter)
         assert not sample.alpha.any()
         assert not sample.trimap.any()
         wanted = 0 if main_colour(sample) == "red" else 1
@@ -169,10 +177,11 @@ def test_negatives_do_not_show_the_object(discs: Path) -> None:
 def test_single_image_is_paired_with_another_view_of_itself(discs: Path) -> None:
     pairs = replace(ALONE, composite_probability=1.0)
     alone = source(discs, group_by="image")
-    made = PairMaker(
+    single = PairMaker(
         read_pool(DataConfig((alone,), (str(discs / "backgrounds"),))),
         TrainConfig(canvas_px=SIDE, pairs=pairs, augment=STILL),
-    ).make_sample(0)
+    )
+    made = make_sample(single, 0)
     target, shown = made.name.split(" by ")
     assert target == shown
     assert not np.array_equal(made.rgb, made.reference_rgb)
@@ -182,7 +191,7 @@ def test_single_image_is_paired_with_another_view_of_itself(discs: Path) -> None
 @settings(max_examples=20, deadline=None)
 def test_composites_have_no_halo(discs: Path, counter: int) -> None:
     """The old background (grey, 60 to 140) is not visible at soft edges on the new one (blue)."""
-    sample = maker(discs, replace(ALONE, composite_probability=1.0)).make_sample(counter)
+    sample = make_sample(maker(discs, replace(ALONE, composite_probability=1.0)), counter)
     soft = (sample.alpha > 30) & (sample.alpha < 225)
     assert soft.any()
     weight = sample.alpha[soft][:, None] / 255
@@ -204,7 +213,7 @@ def test_rgba_cutouts_are_composited_onto_backgrounds(discs: Path) -> None:
     cutouts = SourceConfig(dataset="cutouts", root=str(discs / "cutouts"))
     pool = read_pool(DataConfig((cutouts,), (str(discs / "backgrounds"),)))
     assert [(item.group, item.is_foreground) for item in pool] == [("0:yellow", True)] * 2
-    sample = PairMaker(pool, TrainConfig(canvas_px=SIDE, pairs=ALONE, augment=STILL)).make_sample(0)
+    sample = make_sample(PairMaker(pool, TrainConfig(canvas_px=SIDE, pairs=ALONE, augment=STILL)), 0)
     inside = sample.rgb[sample.alpha == 255]
     assert np.abs(inside - np.array((220, 220, 0))).max() <= 3
     dark = sample.rgb.astype(int).sum(axis=-1) < 100
@@ -231,7 +240,7 @@ def test_open_images_masks_stay_binary(discs: Path, tmp_path: Path) -> None:
     busy = replace(ALONE, composite_probability=1.0, distractor_probability=1.0)
     made = PairMaker(pool, TrainConfig(canvas_px=SIDE, pairs=busy, augment=AugmentConfig()))
     for counter in range(8):
-        sample = made.make_sample(counter)
+        sample = make_sample(made, counter)
         assert set(np.unique(sample.alpha)) == {0, 255}
         assert sample.rgb[..., 2].mean() < 130  # masks with hard edges are not composited onto blue
 
@@ -247,12 +256,12 @@ def test_published_trimaps_are_transformed_with_their_images(discs: Path, tmp_pa
     config = TrainConfig(canvas_px=SIDE, pairs=ALONE, augment=replace(STILL, zoom=1.5, rotate_degrees=20))
     made = PairMaker(read_pool(data), config)
     for counter in range(5):
-        sample = made.make_sample(counter)
+        sample = make_sample(made, counter)
         assert set(np.unique(sample.trimap)) == {0, 128, 255}
         inside = sample.trimap == 255
         assert (sample.alpha[inside] == 255).all()
         assert 0.02 < inside.mean() < 0.12
-    whole = PairMaker(read_pool(data), replace(config, augment=STILL)).make_sample(0)
+    whole = make_sample(PairMaker(read_pool(data), replace(config, augment=STILL)), 0)
     assert (whole.trimap == 255).mean() == pytest.approx((20 / 120) ** 2, rel=0.15)
 
 
@@ -313,20 +322,17 @@ class TestUnreadable:
         return maker(tmp_path / "discs"), bad
 
     def test_unreadable_draw_is_replaced_and_reported(self, torn: tuple[PairMaker, Path]) -> None:
-        samples = [torn[0].make_sample(counter) for counter in range(20)]
-        skipped = [reason for sample in samples for reason in sample.skipped]
-        assert 2 <= len(skipped) < 20
-        assert all(str(torn[1]) in reason and "cut short" in reason for reason in skipped)
-        assert not any("red/1" in sample.name for sample in samples)
         batch = torn[0].make_batch(range(20))
-        assert isinstance(batch, PairBatch)
-        assert batch.skipped == tuple(skipped)
+        assert len(batch.names) == len(batch.rgb) == 20
+        assert 2 <= len(batch.skipped) < 20
+        assert all(str(torn[1]) in reason and "cut short" in reason for reason in batch.skipped)
+        assert not any("red/1" in name for name in batch.names)
 
     def test_unreadable_data_raise_an_error(self, torn: tuple[PairMaker, Path]) -> None:
         for path in torn[1].parents[1].rglob("*.png"):
             path.write_bytes(b"")
         with pytest.raises(TrainingError, match="could not be made in 10 draws"):
-            maker(torn[1].parents[2]).make_sample(0)
+            maker(torn[1].parents[2]).make_batch([0])
 
     def test_alpha_of_another_size_is_refused(self, discs: Path) -> None:
         pool = read_pool(DataConfig((source(discs),)))

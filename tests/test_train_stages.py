@@ -30,7 +30,6 @@ from icm_cli.training.stages.mosaics import MosaicBatch, MosaicSampler, TokenMat
 from icm_cli.training.stages.refine import (
     EdgeBatch,
     EdgeMaker,
-    EdgeSample,
     RefineStage,
     add_uncertain_regions,
     degrade_outline,
@@ -364,8 +363,8 @@ class TestRefine:
         config.write_text(json.dumps(content))
         recipe = read_settings(config)
         maker = EdgeMaker(read_pool(recipe.data), recipe.train)
-        photographs = [maker.make_sample(counter) for counter in range(20)]
-        same = [bool((sample.coarse == sample.truth).all()) for sample in photographs]
+        batch = maker.make_batch(range(20))
+        same = (batch.coarse == batch.truth).flatten(1).all(dim=1).tolist()
         assert 0.2 < np.mean(same) < 0.9  # the other samples are composites
         content["data"]["sources"][0]["coarse"] = str(tmp_path / "none")
         config.write_text(json.dumps(content))
@@ -381,9 +380,7 @@ class TestRefine:
             for path in sorted((discs / "images").rglob("*.png"))
         )
         config = TrainConfig(canvas_px=96, **{"refine": TrainConfig().refine.__class__(crop_px=64)})
-        one, other = (EdgeMaker(TrainingPool((items,), (1.0,), ()), config).make_sample(7) for _ in range(2))
-        assert isinstance(one, EdgeSample)
-        assert isinstance(other, EdgeSample)
+        one, other = (EdgeMaker(TrainingPool((items,), (1.0,), ()), config).make_batch([7]) for _ in range(2))
         assert (one.coarse == other.coarse).all()
         assert (one.rgb == other.rgb).all()
         assert one.rgb.shape == (4, 64, 64, 3)

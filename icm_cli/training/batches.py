@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Generic, Self, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Self, TypeAlias, TypeVar
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -65,18 +65,9 @@ class Batch:
         return replace(self, **changed)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A training sample. Each stage adds its arrays, named like the tensors of its batches."""
-
-    name: str
-    counter: int
-    skipped: tuple[str, ...] = field(default=(), kw_only=True)
-    """For each earlier draw that could not be read: the reason."""
-
-
 BatchT = TypeVar("BatchT", bound=Batch)
-SampleT = TypeVar("SampleT", bound=Sample)
+Layers: TypeAlias = dict[str, NDArray[Any]]
+"""Arrays of one sample, by the names of the tensors of its batch."""
 
 
 class BatchMaker(Dataset[Any], ABC, Generic[BatchT]):
@@ -94,7 +85,7 @@ class BatchMaker(Dataset[Any], ABC, Generic[BatchT]):
             return str(error)
 
 
-class SampleMaker(BatchMaker[BatchT], Generic[SampleT, BatchT]):
+class SampleMaker(BatchMaker[BatchT]):
     """Makes batches of samples that do not depend on each other."""
 
     batch_class: type[BatchT]
@@ -103,31 +94,25 @@ class SampleMaker(BatchMaker[BatchT], Generic[SampleT, BatchT]):
         self._seed = seed
 
     @abstractmethod
-    def draw_sample(self, counter: int, rng: np.random.Generator) -> SampleT:
-        """Draw a sample. Raises ImageError if an image cannot be read."""
+    def draw_sample(self, rng: np.random.Generator) -> tuple[str, Layers]:
+        """Draw the name and the arrays of a sample. Raises ImageError if an image cannot be read."""
 
-    def make_sample(self, counter: int) -> SampleT:
-        """Make sample number ``counter``. If it cannot be read, another one is drawn. Raises TrainingError."""
+    def make_batch(self, counters: Sequence[int]) -> BatchT:
         skipped: list[str] = []
+        names, samples = zip(*(self._make_sample(counter, skipped) for counter in counters), strict=True)
+        tensors = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+        return self.batch_class(names, tuple(counters), tuple(skipped), **tensors)
+
+    def _make_sample(self, counter: int, skipped: list[str]) -> tuple[str, Layers]:
+        """Make sample number ``counter``. Draws that cannot be read are repeated, and their reasons noted."""
         for attempt in range(MAX_ATTEMPTS):
-            rng = np.random.default_rng((self._seed, counter, attempt))
             try:
-                return replace(self.draw_sample(counter, rng), skipped=tuple(skipped))
+                return self.draw_sample(np.random.default_rng((self._seed, counter, attempt)))
             except ImageError as error:
                 skipped.append(str(error))
         raise TrainingError(
             f"sample {counter} could not be made in {MAX_ATTEMPTS} draws; the last reason: {skipped[-1]}. Repair the "
             "data, or exclude files with 'exclude'"
-        )
-
-    def make_batch(self, counters: Sequence[int]) -> BatchT:
-        samples = [self.make_sample(counter) for counter in counters]
-        arrays = {each.name for each in fields(self.batch_class)} - {each.name for each in fields(Batch)}
-        return self.batch_class(
-            tuple(sample.name for sample in samples),
-            tuple(sample.counter for sample in samples),
-            tuple(itertools.chain.from_iterable(sample.skipped for sample in samples)),
-            **{name: torch.from_numpy(np.stack([getattr(sample, name) for sample in samples])) for name in arrays},
         )
 
 

@@ -121,10 +121,10 @@ def data() -> None:
     settings = read_settings("configs/train/lite-refine.yaml", overrides=lines)
     maker = EdgeMaker(read_pool(settings.data), settings.train)
     for counter in range(20):
-        maker.make_sample(counter)
+        maker.make_batch([counter])
     begun = time.perf_counter()
     for counter in range(20, 120):
-        maker.make_sample(counter)
+        maker.make_batch([counter])
     print(f"data: {(time.perf_counter() - begun) / 100 * 1e3:.0f} ms per sample in one process", flush=True)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from icm_cli.errors import ImageError
-from icm_cli.geometry import ImageU8, binarize_alpha
+from icm_cli.geometry import binarize_alpha
 from icm_cli.model.core import TARGET_NOISE, Pairs, reference_noise_key
 from icm_cli.scoring.task import make_trimap
-from icm_cli.training.batches import Batch, Sample, SampleMaker
+from icm_cli.training.batches import Batch, Layers, SampleMaker
 from icm_cli.training.data.augment import Rng, draw_guidance
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene, SceneMaker
@@ -21,25 +20,11 @@ from icm_cli.training.settings import TrainConfig
 
 BACKGROUND_PROBABILITY = 0.3
 """Probability that a negative is a background image, with distractors at most, instead of another item."""
-Bools = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class PairSample(Sample):
-    """A pair on the canvas: rgb uint8 [S,S,3], alpha and trimap uint8 [S,S], guidance and valid bool [S,S]."""
-
-    rgb: ImageU8
-    alpha: ImageU8
-    trimap: ImageU8
-    valid: Bools
-    reference_rgb: ImageU8
-    guidance: Bools
-    reference_valid: Bools
 
 
 @dataclass(frozen=True)
 class PairBatch(Batch):
-    """A batch of pairs: the arrays of :class:`PairSample` as tensors [B,...]."""
+    """Pairs on the canvas: images uint8 [B,S,S,3], alpha and trimap uint8 [B,S,S], guidance and valid bool [B,S,S]."""
 
     rgb: Tensor
     alpha: Tensor
@@ -73,7 +58,7 @@ class PairBatch(Batch):
         return quantise_trimap(self.trimap[:, None])
 
 
-class PairMaker(SampleMaker[PairSample, PairBatch]):
+class PairMaker(SampleMaker[PairBatch]):
     """Makes pairs of a target and a reference."""
 
     batch_class = PairBatch
@@ -84,7 +69,7 @@ class PairMaker(SampleMaker[PairSample, PairBatch]):
         self.config = config
         self._scenes = SceneMaker(pool, config)
 
-    def draw_sample(self, counter: int, rng: Rng) -> PairSample:
+    def draw_sample(self, rng: Rng) -> tuple[str, Layers]:
         pairs, scenes = self.config.pairs, self._scenes
         item = self.pool.draw_item(rng)
         partner = self.pool.draw_partner(item, rng, pairs.same_image_probability)
@@ -102,17 +87,15 @@ class PairMaker(SampleMaker[PairSample, PairBatch]):
             raise ImageError(f"the alpha of {partner.image} has no pixel above one half, so it cannot be a reference")
         reference = scenes.augment_colours(reference, rng)
         alpha = binarize_alpha(target.alpha) if item.is_binary else target.alpha
-        return PairSample(
-            name=f"{name} by {partner.name}",
-            counter=counter,
-            rgb=target.rgb,
-            alpha=alpha,
-            trimap=make_trimap(alpha, self.config.trimap_kernel_px) if target.trimap is None else target.trimap,
-            valid=target.valid,
-            reference_rgb=reference.rgb,
-            guidance=draw_guidance(reference.alpha, pairs, rng),
-            reference_valid=reference.valid,
-        )
+        return f"{name} by {partner.name}", {
+            "rgb": target.rgb,
+            "alpha": alpha,
+            "trimap": make_trimap(alpha, self.config.trimap_kernel_px) if target.trimap is None else target.trimap,
+            "valid": target.valid,
+            "reference_rgb": reference.rgb,
+            "guidance": draw_guidance(reference.alpha, pairs, rng),
+            "reference_valid": reference.valid,
+        }
 
     def _make_negative(self, reference: TrainingItem, rng: Rng) -> tuple[Scene, str]:
         """Make a scene without the reference's object, with an alpha of 0; return it and its name."""

@@ -111,13 +111,16 @@ class MatteStage(Stage[PairBatch]):
 
     def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
         """Return reference, target, alpha, trimap and the object cut out of the target."""
-        sample = self.maker.make_sample(counter)
-        return sample.name, [
-            darken_outside(sample.reference_rgb, sample.guidance),
-            sample.rgb,
-            grey_to_rgb(sample.alpha),
-            grey_to_rgb(sample.trimap),
-            composite_on_grey(sample.rgb, sample.alpha),
+        batch = self.maker.make_batch([counter])
+        rgb, alpha, trimap, reference_rgb, guidance = (
+            layer[0].numpy() for layer in (batch.rgb, batch.alpha, batch.trimap, batch.reference_rgb, batch.guidance)
+        )
+        return batch.names[0], [
+            darken_outside(reference_rgb, guidance),
+            rgb,
+            grey_to_rgb(alpha),
+            grey_to_rgb(trimap),
+            composite_on_grey(rgb, alpha),
         ]
 
 

@@ -14,13 +14,12 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
 from icm_cli.geometry import Float, ImageU8, alpha_to_u8
 from icm_cli.model.core import InContextMatting
-from icm_cli.training.batches import Batch, Sample, SampleMaker
+from icm_cli.training.batches import Batch, Layers, SampleMaker
 from icm_cli.training.data.augment import Rng
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene, SceneMaker
@@ -53,16 +52,6 @@ INSIDE_PROBABILITY = 0.65
 
 
 @dataclass(frozen=True)
-class EdgeSample(Sample):
-    """Crops of a scene: rgb uint8 [n,S,S,3]; coarse alpha, true alpha and weight float16 [n,S,S]."""
-
-    rgb: ImageU8
-    coarse: NDArray[np.float16]
-    truth: NDArray[np.float16]
-    weight: NDArray[np.float16]
-
-
-@dataclass(frozen=True)
 class EdgeBatch(Batch):
     """Crops of scenes: rgb uint8 [B,n,S,S,3]; coarse alpha, true alpha and weight float16 [B,n,S,S]."""
 
@@ -72,7 +61,7 @@ class EdgeBatch(Batch):
     weight: Tensor
 
 
-class EdgeMaker(SampleMaker[EdgeSample, EdgeBatch]):
+class EdgeMaker(SampleMaker[EdgeBatch]):
     """Makes crops of scenes, with degraded coarse alphas."""
 
     batch_class = EdgeBatch
@@ -83,7 +72,7 @@ class EdgeMaker(SampleMaker[EdgeSample, EdgeBatch]):
         self.config = config.refine
         self._scenes = SceneMaker(pool, config)
 
-    def draw_sample(self, counter: int, rng: np.random.Generator) -> EdgeSample:
+    def draw_sample(self, rng: Rng) -> tuple[str, Layers]:
         """Draw a scene and a coarse alpha, and crop both."""
         config, item = self.config, self.pool.draw_item(rng)
         scene, has_exact_alpha = self._make_scene(item, rng)
@@ -100,8 +89,11 @@ class EdgeMaker(SampleMaker[EdgeSample, EdgeBatch]):
             is_edge = ((truth > EDGE_ALPHAS[0]) & (truth < EDGE_ALPHAS[1])).astype(np.uint8)
             weight[cv2.dilate(is_edge, np.ones((3, 3), np.uint8)) > 0] *= config.edge_weight
         boxes = [_draw_crop(truth, coarse, config.crop_px, rng) for _ in range(config.crops_per_image)]
-        layers = [np.stack([layer[box] for box in boxes]).astype(np.float16) for layer in (coarse, truth, weight)]
-        return EdgeSample(item.name, counter, np.stack([scene.rgb[box] for box in boxes]), *layers)
+        layers = {"coarse": coarse, "truth": truth, "weight": weight}
+        crops: Layers = {
+            name: np.stack([layer[box] for box in boxes]).astype(np.float16) for name, layer in layers.items()
+        }
+        return item.name, crops | {"rgb": np.stack([scene.rgb[box] for box in boxes])}
 
     def _make_scene(self, item: TrainingItem, rng: np.random.Generator) -> tuple[Scene, bool]:
         """Make a scene of an item; return it and whether its alpha is exact."""
@@ -178,12 +170,9 @@ class RefineStage(Stage[EdgeBatch]):
 
     def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
         """Return the first crop of a scene: image, coarse alpha, true alpha and weight."""
-        sample = self.maker.make_sample(counter)
-        layers = (sample.coarse, sample.truth, sample.weight)
-        return sample.name, [
-            sample.rgb[0],
-            *(grey_to_rgb(alpha_to_u8(layer[0].astype(np.float32))) for layer in layers),
-        ]
+        batch = self.maker.make_batch([counter])
+        layers = (layer[0, 0].float().numpy() for layer in (batch.coarse, batch.truth, batch.weight))
+        return batch.names[0], [batch.rgb[0, 0].numpy(), *(grey_to_rgb(alpha_to_u8(layer)) for layer in layers)]
 
 
 def _draw_degradation(
