@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import itertools
 import os
 import signal
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from icm_cli.errors import ImageError, TrainingError
 
@@ -116,38 +116,28 @@ class SampleMaker(BatchMaker[BatchT]):
         )
 
 
-@dataclass(frozen=True)
-class StepSampler(Sampler[list[int]]):
-    """Sample numbers of this process, one micro-batch at a time, from ``first_step`` to the end.
+def number_samples(
+    batch_size: int, micro_batch_size: int, process: int, processes: int, first_step: int, steps: int | None
+) -> Iterator[list[int]]:
+    """Yield the sample numbers of a process, one micro-batch at a time, from ``first_step`` to the end of the run.
 
     Step s consists of samples s * batch_size to (s + 1) * batch_size - 1, whatever the number of processes and
-    micro-batches.
+    micro-batches. ``steps`` None: without an end.
     """
-
-    batch_size: int
-    micro_batch_size: int
-    process: int
-    processes: int
-    first_step: int
-    steps: int | None
-    """None: without an end."""
-
-    def __iter__(self) -> Iterator[list[int]]:
-        stride = self.micro_batch_size * self.processes
-        start = self.first_step * self.batch_size + self.process * self.micro_batch_size
-        end = math.inf if self.steps is None else self.steps * self.batch_size
-        while start < end:
-            yield list(range(start, start + self.micro_batch_size))
-            start += stride
+    start, stride = first_step * batch_size + process * micro_batch_size, micro_batch_size * processes
+    firsts = itertools.count(start, stride) if steps is None else range(start, steps * batch_size, stride)
+    return (list(range(first, first + micro_batch_size)) for first in firsts)
 
 
-def load_batches(maker: BatchMaker[BatchT], sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[BatchT]:
-    """Yield batches in the order of ``sampler``, made ahead of time by ``workers`` processes.
+def load_batches(
+    maker: BatchMaker[BatchT], counters: Iterator[list[int]], *, workers: int, pin: bool
+) -> Iterator[BatchT]:
+    """Yield the batches of these sample numbers, made ahead of time by ``workers`` processes.
 
     With 0 workers each batch is made in this process when it is requested. Raises TrainingError if a sample cannot be
     made.
     """
-    loader = DataLoader(maker, batch_sampler=sampler, collate_fn=_unchanged, pin_memory=pin, **worker_options(workers))
+    loader = DataLoader(maker, batch_sampler=counters, collate_fn=_unchanged, pin_memory=pin, **worker_options(workers))
     batches = iter(loader)
     try:
         for batch in batches:

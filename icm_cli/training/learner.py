@@ -18,7 +18,7 @@ from icm_cli.environment import is_out_of_memory
 from icm_cli.errors import ConfigError, TrainingError
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.loading import backbone_digest, load_model_for_training
-from icm_cli.training.batches import StepSampler
+from icm_cli.training.batches import number_samples
 from icm_cli.training.settings import Settings, TrainConfig
 
 START_FACTOR = 1e-6
@@ -98,17 +98,11 @@ class Learner:
         """Whether this process writes the files and reports to the user."""
         return bool(self.accelerator.is_main_process)
 
-    def make_sampler(self, first_step: int) -> StepSampler:
-        """Return the sampler of this process, starting at a step."""
-        accelerator, config = self.accelerator, self.config
-        return StepSampler(
-            config.batch_size,
-            self.micro_batch,
-            accelerator.process_index,
-            accelerator.num_processes,
-            first_step,
-            None if config.minutes else config.steps,
-        )
+    def number_samples(self, first_step: int) -> Iterator[list[int]]:
+        """Yield the numbers of the samples of this process, one micro-batch at a time, starting at a step."""
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        steps = None if self.config.minutes else self.config.steps
+        return number_samples(self.config.batch_size, self.micro_batch, process, processes, first_step, steps)
 
     def set_training_mode(self) -> None:
         """Set the model to training mode.

@@ -145,8 +145,7 @@ class _TrainingLoop:
         else:
             self._stage.prepare(learner, run.folder, begun.step, listener)
             listener.on_training_start(begun.step, None if recipe.minutes else recipe.steps, recipe.batch_size)
-        pin = learner.device.torch_device.type == "cuda"
-        batches = self._stage.make_batches(learner.make_sampler(begun.step), workers=learner.workers, pin=pin)
+        batches = self._stage.make_batches(learner, begun.step)
         self._stats = stats = StepStats()
         self._log = log = RunLog(
             run.folder, self._stage.loss_names, begun.step, listener.on_notice, is_main=learner.is_main

@@ -49,7 +49,7 @@ def main() -> None:
     )
     device = learner.device.torch_device
     stage.prepare(learner, Path(), 0, TrainingListener())
-    batches = stage.make_batches(learner.make_sampler(0), workers=given.workers, pin=False)
+    batches = stage.make_batches(learner, 0)
 
     def synchronise() -> float:
         if device.type == "cuda":

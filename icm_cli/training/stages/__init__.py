@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from icm_cli.events import TrainingListener
 from icm_cli.geometry import ImageU8, alpha_to_u8
 from icm_cli.model.core import InContextMatting
-from icm_cli.training.batches import BatchMaker, BatchT, StepSampler, load_batches
+from icm_cli.training.batches import BatchMaker, BatchT, load_batches
 from icm_cli.training.data.pool import TrainingPool
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
@@ -52,9 +52,10 @@ class Stage(ABC, Generic[BatchT]):
     def prepare(self, learner: Learner, folder: Path, first_step: int, listener: TrainingListener) -> None:
         """Prepare for the batch of ``first_step`` (from 0), after the learner's state is loaded."""
 
-    def make_batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[BatchT]:
-        """Yield batches in the order of the sampler. Raises TrainingError if a batch cannot be made."""
-        return load_batches(self.maker, sampler, workers=workers, pin=pin)
+    def make_batches(self, learner: Learner, first_step: int) -> Iterator[BatchT]:
+        """Yield the batches of this process, starting at a step. Raises TrainingError if a batch cannot be made."""
+        is_cuda = learner.device.torch_device.type == "cuda"
+        return load_batches(self.maker, learner.number_samples(first_step), workers=learner.workers, pin=is_cuda)
 
     def predict(self, forward: nn.Module, batch: BatchT) -> Prediction:
         """Run the selected module, as wrapped by the accelerator, on a batch."""

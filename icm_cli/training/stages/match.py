@@ -23,7 +23,6 @@ from icm_cli.geometry import ImageU8
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.lite.finetuning import match_losses
 from icm_cli.model.lite.head import TokenMatchHead
-from icm_cli.training.batches import StepSampler
 from icm_cli.training.data.pool import TrainingPool
 from icm_cli.training.data.scenes import Scene
 from icm_cli.training.learner import Learner
@@ -114,12 +113,9 @@ class MatchStage(MosaicStage[MosaicBatch]):
             self._encoder.remove_parts_before(number - 1)  # a resumed run may start from an earlier state
         self._set_number = number
 
-    def make_batches(self, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[MosaicBatch]:
-        """Yield batches in the order of the sampler. They are made in this process, which has the tokens."""
-        del workers
-        for counters in sampler:
-            batch = self.make_batch(counters)
-            yield batch.pin_memory() if pin else batch
+    def make_batches(self, learner: Learner, first_step: int) -> Iterator[MosaicBatch]:
+        """Yield the batches of this process, which makes them itself, because it has the tokens."""
+        return map(self.make_batch, learner.number_samples(first_step))
 
     def make_batch(self, counters: Sequence[int]) -> MosaicBatch:
         """Make samples number ``counters``, which are the same in every run with the same seed.
