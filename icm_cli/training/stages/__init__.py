@@ -104,24 +104,18 @@ def image_grid(rows: Sequence[Sequence[ImageU8]]) -> ImageU8:
     )
 
 
-def render_layers(layers: Sequence[Tensor], rgb: Tensor | None = None) -> ImageU8:
-    """Show samples in rows: an image of ``rgb``, uint8 [B,h,w,3], and ``layers``, [B,h,w] 0..1 each."""
-    return image_grid(
-        [
-            [
-                *([] if rgb is None else [rgb[i].cpu().numpy()]),
-                *(grey_to_rgb(alpha_to_u8(layer[i].float().cpu().numpy())) for layer in layers),
-            ]
-            for i in range(len(layers[0]))
-        ]
-    )
+def render_layers(layers: Sequence[Tensor]) -> ImageU8:
+    """Show samples in rows, with a cell for each layer [B,...] of a sample; see :func:`to_rgb`."""
+    return image_grid([[to_rgb(layer[i]) for layer in layers] for i in range(len(layers[0]))])
+
+
+def to_rgb(layer: Tensor | NDArray[Any]) -> ImageU8:
+    """Convert a layer to an image, uint8 [h,w,3]: float [h,w] in 0..1, uint8 [h,w], or already uint8 [h,w,3]."""
+    values = torch.as_tensor(layer).cpu()
+    pixels: ImageU8 = alpha_to_u8(values.float().numpy()) if values.is_floating_point() else values.numpy()
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=-1)
 
 
 def darken_outside(rgb: ImageU8, guidance: NDArray[np.bool_]) -> ImageU8:
     """Darken a reference, uint8 [H,W,3], outside its guidance, bool [H,W]."""
     return np.where(guidance[..., None], rgb, (rgb * OUTSIDE_BRIGHTNESS).astype(np.uint8)).astype(np.uint8)
-
-
-def grey_to_rgb(values: ImageU8) -> ImageU8:
-    """Convert a layer, uint8 [h,w], to an RGB image, uint8 [h,w,3]."""
-    return np.repeat(values[..., None], 3, axis=-1)

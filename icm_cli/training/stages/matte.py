@@ -29,7 +29,7 @@ from icm_cli.training.data.samples import PairBatch, PairMaker
 from icm_cli.training.learner import Learner
 from icm_cli.training.losses import LOSS_NAMES, compute_losses
 from icm_cli.training.settings import Settings
-from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage, darken_outside, grey_to_rgb, image_grid
+from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage, darken_outside, image_grid, to_rgb
 
 FORMAT = "3"
 """Version of the entries; part of their names."""
@@ -95,40 +95,33 @@ class MatteStage(Stage[PairBatch]):
         prepared = learner.model.prepare_pair_references(pairs, features)
         predicted = head(features.target, prepared, pairs.image, pairs.valid).alpha
         inter, intra = head.similarity_maps(features.target, prepared)
-        return image_grid(
-            [
-                [
-                    few.rgb[i].cpu().numpy(),
-                    darken_outside(few.reference_rgb[i].cpu().numpy(), few.guidance[i].cpu().numpy()),
-                    grey_to_rgb(few.alpha[i].cpu().numpy()),
-                    grey_to_rgb(alpha_to_u8(predicted[i, 0].float().cpu().numpy())),
-                    _heat_map(inter[i, 0]),
-                    _heat_map(intra[i, 0]),
-                ]
-                for i in range(len(few.names))
-            ]
+        references = [
+            darken_outside(rgb.cpu().numpy(), mask.cpu().numpy())
+            for rgb, mask in zip(few.reference_rgb, few.guidance, strict=True)
+        ]
+        layers = (
+            few.rgb,
+            references,
+            few.alpha,
+            predicted[:, 0],
+            *(map(_heat_map, each[:, 0]) for each in (inter, intra)),
         )
+        return image_grid([[to_rgb(cell) for cell in cells] for cells in zip(*layers, strict=True)])
 
     def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
         """Return reference, target, alpha, trimap and the object cut out of the target."""
         batch = self.maker.make_batch([counter])
-        rgb, alpha, trimap, reference_rgb, guidance = (
-            layer[0].numpy() for layer in (batch.rgb, batch.alpha, batch.trimap, batch.reference_rgb, batch.guidance)
-        )
-        return batch.names[0], [
-            darken_outside(reference_rgb, guidance),
-            rgb,
-            grey_to_rgb(alpha),
-            grey_to_rgb(trimap),
-            composite_on_grey(rgb, alpha),
-        ]
+        rgb, alpha = batch.rgb[0].numpy(), batch.alpha[0].numpy()
+        reference = darken_outside(batch.reference_rgb[0].numpy(), batch.guidance[0].numpy())
+        cut_out = composite_on_grey(rgb, alpha)
+        return batch.names[0], [reference, rgb, to_rgb(alpha), to_rgb(batch.trimap[0]), cut_out]
 
 
 def _heat_map(values: Tensor) -> ImageU8:
     """Colour a map, [h,w] of any range, from its minimum (dark) to its maximum (bright)."""
     scaled = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
     coloured = cv2.applyColorMap(alpha_to_u8(scaled.float().cpu().numpy()), cv2.COLORMAP_INFERNO)
-    return np.asarray(coloured[..., ::-1], np.uint8)
+    return np.ascontiguousarray(coloured[..., ::-1], np.uint8)
 
 
 class FeatureCache:
@@ -139,14 +132,12 @@ class FeatureCache:
     run do not depend on the contents of the cache.
     """
 
-    def __init__(
-        self, backbone_digest: str, limit_bytes: int, *, notice: Callable[[str], None], root: Path | None = None
-    ) -> None:
-        """Open the cache. ``limit_bytes`` bounds all entries in ``root``.
+    def __init__(self, backbone_digest: str, limit_bytes: int, *, notice: Callable[[str], None]) -> None:
+        """Open the cache. ``limit_bytes`` bounds all entries, also those of other backbones.
 
         Entries of other backbones are deleted, oldest first, if space is needed.
         """
-        self._folder = (root or cache_folder() / "features") / backbone_digest[:32]
+        self._folder = cache_folder() / "features" / backbone_digest[:32]
         entries = [(path, path.stat()) for path in self._folder.parent.glob("*/*.pt")]
         self._free_bytes = limit_bytes - sum(state.st_size for _, state in entries)
         others = [(path, state) for path, state in entries if path.parent != self._folder]

@@ -31,7 +31,7 @@ from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import LAYOUTS, MatchStageConfig, Settings
-from icm_cli.training.stages import Prediction, Stage, darken_outside, grey_to_rgb, render_layers
+from icm_cli.training.stages import Prediction, Stage, darken_outside, render_layers, to_rgb
 
 LARGE_FACTOR = 2
 """Side of a large view, as a multiple of a view's side."""
@@ -391,9 +391,7 @@ def _render_preview(mosaic: Mosaic[Scene]) -> list[ImageU8]:
     references = [darken_outside(scene.rgb, scene.alpha > HALF_U8) for scene in mosaic.references]
     width = 1 if len(references) == 1 else 2
     references += [np.full_like(references[0], UNKNOWN)] * (-len(references) % width)
-    alphas = [
-        grey_to_rgb(scene.alpha * np.uint8(tile in mosaic.positive_tiles)) for tile, scene in enumerate(mosaic.tiles)
-    ]
+    alphas = [to_rgb(scene.alpha * np.uint8(tile in mosaic.positive_tiles)) for tile, scene in enumerate(mosaic.tiles)]
     images = [scene.rgb for scene in mosaic.tiles]
     return [
         np.concatenate([np.concatenate(tiles[i : i + count], axis=1) for i in range(0, len(tiles), count)])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icm_cli.errors import ConfigError
-from icm_cli.geometry import Float, ImageU8, alpha_to_u8
+from icm_cli.geometry import Float, ImageU8
 from icm_cli.model.core import InContextMatting
 from icm_cli.training.batches import Batch, Layers, SampleMaker
 from icm_cli.training.data.augment import Rng
@@ -26,7 +26,7 @@ from icm_cli.training.data.scenes import Scene, SceneMaker
 from icm_cli.training.learner import Learner
 from icm_cli.training.losses import laplacian_loss
 from icm_cli.training.settings import REFINE_LOSS_NAMES, RefineStageConfig, Settings, TrainConfig
-from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage, add_total, grey_to_rgb, render_layers
+from icm_cli.training.stages import PANEL_ROWS, Prediction, Stage, add_total, render_layers, to_rgb
 
 PHOTOGRAPH_BACKGROUND_PROBABILITY = 0.7
 """Probability that a composite has another item's photograph as its background instead of a background image."""
@@ -165,14 +165,12 @@ class RefineStage(Stage[EdgeBatch]):
         """Show for the first crop of each scene: image, coarse alpha, true alpha and prediction."""
         few = batch.first_samples(PANEL_ROWS)
         (logit,) = self.predict(self.select_module(learner.model), few)
-        layers = (few.coarse, few.truth, torch.sigmoid(logit))
-        return render_layers([layer[:, 0] for layer in layers], few.rgb[:, 0])
+        return render_layers([layer[:, 0] for layer in (few.rgb, few.coarse, few.truth, torch.sigmoid(logit))])
 
     def preview_sample(self, counter: int) -> tuple[str, list[ImageU8]]:
         """Return the first crop of a scene: image, coarse alpha, true alpha and weight."""
         batch = self.maker.make_batch([counter])
-        layers = (layer[0, 0].float().numpy() for layer in (batch.coarse, batch.truth, batch.weight))
-        return batch.names[0], [batch.rgb[0, 0].numpy(), *(grey_to_rgb(alpha_to_u8(layer)) for layer in layers)]
+        return batch.names[0], [to_rgb(layer[0, 0]) for layer in (batch.rgb, batch.coarse, batch.truth, batch.weight)]
 
 
 def _draw_degradation(
