@@ -528,6 +528,6 @@ def test_decoded_images_are_cached(tmp_path: Path) -> None:
     first, second = (scene_module.read_cached_photograph(item, 64) for item in items)
     assert scene_module.read_cached_photograph(items[0], 64) is first
     assert scene_module.read_cached_photograph(items[1], 64) is second
-    size = first.rgb.nbytes + first.alpha.nbytes
+    size = first.rgb.nbytes + first.alpha.nbytes + first.valid.nbytes
     assert scene_module.read_cached_photograph.cache.currsize == 2 * size
     assert scene_module.read_cached_photograph.cache.maxsize == scene_module.CACHE_BYTES
