@@ -57,41 +57,45 @@ class Learner:
         self.model = load_model_for_training(
             settings.model, checkpoint=checkpoint, weights=weights, offline=offline, seed=config.seed
         )
-        rule = self.model.backbone.canvas
-        if rule.square and config.canvas_px != rule.long_side_px:
-            raise ConfigError(f"train: canvas_px is {config.canvas_px}, and the backbone needs {rule.long_side_px} px")
-        check_setting(
-            "train:", config, "canvas_px", not config.canvas_px % rule.multiple_px, f"a multiple of {rule.multiple_px}"
-        )
-        module = select_module(self.model)
         can_train_backbone = "backbone" in trainable_parts and self.model.backbone.is_trainable
         self.trains_backbone = bool(config.backbone_learning_rate) and can_train_backbone
-        if config.backbone_learning_rate and not self.trains_backbone:
-            raise ConfigError(
-                f"train: backbone_learning_rate is {config.backbone_learning_rate}, but the backbone is frozen in this "
-                "run; expected 0"
-            )
+        self._check_backbone_settings()
         self.weights_digest = backbone_digest(settings.model, checkpoint, weights, offline=offline)
         """Digest of the backbone's initial weights."""
         is_saved = self.trains_backbone and self.model.backbone.is_self_contained
         self.separate_weights = None if is_saved else weights
         """Option ``--weights`` for the checkpoints of this run; None if they contain the backbone."""
-        if not self.trains_backbone:
-            self.model.backbone.requires_grad_(False)
-            self.model.backbone.set_dtype(self.device.dtype, self.device.transformer_dtype)
-            self.model.backbone.optimise_for_inference()
-        for name in ("head", "objects", "edges"):
-            if (part := getattr(self.model, name)) is not None and name not in trainable_parts:
-                part.requires_grad_(False)
+        module = select_module(self.model)
+        trained_parts = {name for name in trainable_parts if name != "backbone" or self.trains_backbone}
+        self._freeze_parts_except(trained_parts)
         if self.device.torch_device.type != "mps":
             self.model.use_channels_last()
-        optimiser = _make_optimiser(self.model, config)
-        self.forward, self.optimiser = self.accelerator.prepare(module, optimiser)
-        parts = {name for name in trainable_parts if name != "backbone" or self.trains_backbone}
-        self.tensors = {name: each for name, each in self.model.state_dict().items() if name.split(".")[0] in parts}
+        self.forward, self.optimiser = self.accelerator.prepare(module, _make_optimiser(self.model, config))
+        state = self.model.state_dict()
+        self.tensors = {name: tensor for name, tensor in state.items() if name.split(".")[0] in trained_parts}
         """The weights and statistics that training changes, by their names in the model."""
         self.ema = MovingAverage(self.tensors, config.ema_decay)
         self.set_training_mode()
+
+    def _check_backbone_settings(self) -> None:
+        config, rule = self.config, self.model.backbone.canvas
+        if rule.square and config.canvas_px != rule.long_side_px:
+            raise ConfigError(f"train: canvas_px is {config.canvas_px}, and the backbone needs {rule.long_side_px} px")
+        is_multiple = not config.canvas_px % rule.multiple_px
+        check_setting("train:", config, "canvas_px", is_multiple, f"a multiple of {rule.multiple_px}")
+        if config.backbone_learning_rate and not self.trains_backbone:
+            raise ConfigError(
+                f"train: backbone_learning_rate is {config.backbone_learning_rate}, but the backbone is frozen in this "
+                "run; expected 0"
+            )
+
+    def _freeze_parts_except(self, trained_parts: Collection[str]) -> None:
+        for name in ("backbone", "head", "objects", "edges"):
+            if (part := getattr(self.model, name)) is not None and name not in trained_parts:
+                part.requires_grad_(False)
+        if "backbone" not in trained_parts:
+            self.model.backbone.set_dtype(self.device.dtype, self.device.transformer_dtype)
+            self.model.backbone.optimise_for_inference()
 
     @property
     def is_main(self) -> bool:

@@ -54,23 +54,15 @@ def find_weight_files(
     Raises ConfigError if files are not available. It says what to download, where to put it, and which licence to
     accept if the repository is gated.
     """
-    folder, is_local = Path(weights), False
-    with contextlib.suppress(OSError, RuntimeError):  # a name that is too long; an unknown user after "~"
-        folder = folder.expanduser()
-        if folder.is_file():
-            raise ConfigError(f"{option} {weights!r} is a file; expected the folder of a complete model")
-        is_local = bool(weights) and folder.is_dir()
-    if not is_local:
-        if _looks_like_path(weights):
+    folder = _find_local_folder(weights, option)
+    is_local = folder is not None
+    if folder is None:
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights, re.ASCII) is None:  # not the id of a repository
             raise ConfigError(
                 f"{option} {weights!r}: no such folder; give an existing folder, or the id of a hub repository "
                 f"such as {default}"
             )
         folder = _download(weights, patterns, offline=offline, option=option)
-    elif not os.access(folder, os.R_OK | os.X_OK):
-        raise ConfigError(
-            f"no permission to read the folder {folder}; change its permissions, or give another folder with {option}"
-        )
     files = list_files(folder)
     missing = ", ".join(path.relative_to(folder).as_posix() for path in files if not path.is_file())
     if missing:
@@ -88,9 +80,21 @@ def find_weight_files(
     return list(files)
 
 
-def _looks_like_path(weights: str) -> bool:
-    """Return whether a text cannot be the id of a hub repository, which is ``owner/name``."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights, re.ASCII) is None
+def _find_local_folder(weights: str, option: str) -> Path | None:
+    """Return the folder that ``weights`` names; None if there is none. Raises ConfigError if it cannot be used."""
+    try:
+        folder = Path(weights).expanduser()
+        if folder.is_file():
+            raise ConfigError(f"{option} {weights!r} is a file; expected the folder of a complete model")
+        if not weights or not folder.is_dir():
+            return None
+    except (OSError, RuntimeError):  # a name that is too long; an unknown user after "~"
+        return None
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise ConfigError(
+            f"no permission to read the folder {folder}; change its permissions, or give another folder with {option}"
+        )
+    return folder
 
 
 def _describe_download(weights: str) -> str:

@@ -42,26 +42,24 @@ def export_shards(data: str | Path, out: Path, *, long_side_px: int, shard_bytes
     Raises UsageError if the data cannot be trained on, ImageError if an image cannot be read.
     """
     config = read_data(data)
-    pool = read_pool(config)
-    shards: list[Path] = []
-    members: list[tuple[str, bytes]] = []
+    paths: list[Path] = []
+    for shard in _split_into_shards(_make_files(config, read_pool(config), long_side_px), shard_bytes):
+        paths.append(out.with_name(f"{out.name}-{len(paths)}.tar"))
+        _write_tar(paths[-1], shard)
+    return paths
 
-    def write_shard() -> None:
-        if members:
-            shards.append(out.with_name(f"{out.name}-{len(shards)}.tar"))
-            _write_tar(shards[-1], members)
-            members.clear()
 
+def _split_into_shards(files: Iterator[tuple[str, bytes]], shard_bytes: int) -> Iterator[list[tuple[str, bytes]]]:
+    shard: list[tuple[str, bytes]] = []
     size = 0
-    for name, content in _make_files(config, pool, long_side_px):
+    for name, content in files:
         member_size = len(content) + 3 * tarfile.BLOCKSIZE  # header, padding, end
-        if size + member_size > shard_bytes:
-            write_shard()
-            size = 0
-        members.append((name, content))
+        if shard and size + member_size > shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append((name, content))
         size += member_size
-    write_shard()
-    return shards
+    yield shard
 
 
 def _make_files(config: DataConfig, pool: TrainingPool, long_side_px: int) -> Iterator[tuple[str, bytes]]:
