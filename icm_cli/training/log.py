@@ -84,10 +84,11 @@ class RunLog:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(self._format_csv([{"step": step, **metrics}], header=False))
         for name, value in metrics.items():
-            section = (
-                "losses" if name in self._loss_names else "validation" if name.startswith("validation_") else "run"
-            )
-            self._writer.add_scalar(f"{section}/{name.removeprefix('validation_')}", value, step)
+            if name.startswith("validation_"):
+                tag = name.replace("_", "/", 1)
+            else:
+                tag = f"losses/{name}" if name in self._loss_names else f"run/{name}"
+            self._writer.add_scalar(tag, value, step)
         self._writer.flush()
 
     def _try_writing(self, write: Callable[[], None]) -> None:

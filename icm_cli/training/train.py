@@ -127,7 +127,7 @@ class _TrainingLoop:
         self._learner = learner
         self._run = run
         self._listener = listener
-        self._done = RunProgress()
+        self._progress = RunProgress()
         self._loss: float | None = None
         """Mean loss of the last logged steps."""
 
@@ -136,26 +136,26 @@ class _TrainingLoop:
         recipe, learner, run, listener = self._recipe, self._learner, self._run, self._listener
         if learner.accelerator.mixed_precision != recipe.precision:
             listener.on_notice("this CPU is slower in bfloat16 than in float32, so float32 is used")
-        begun = self._done = run.resume_run(learner) if resume else RunProgress()
-        if resume and not begun.step:
+        start = self._progress = run.resume_run(learner) if resume else RunProgress()
+        if resume and not start.step:
             listener.on_notice(f"no step is saved in {run.folder} yet; training starts at step 1")
         is_last = learner.is_true_anywhere(self._is_finished)
         if is_last:
-            listener.on_notice(f"all {begun.step} steps of the run in {run.folder} are done; nothing is left to train")
+            listener.on_notice(f"all {start.step} steps of the run in {run.folder} are done; nothing is left to train")
         else:
-            self._stage.prepare(learner, run.folder, begun.step, listener)
-            listener.on_training_start(begun.step, None if recipe.minutes else recipe.steps, recipe.batch_size)
-        batches = self._stage.make_batches(learner, begun.step)
+            self._stage.prepare(learner, run.folder, start.step, listener)
+            listener.on_training_start(start.step, None if recipe.minutes else recipe.steps, recipe.batch_size)
+        batches = self._stage.make_batches(learner, start.step)
         self._stats = stats = StepStats()
         self._log = log = RunLog(
-            run.folder, self._stage.loss_names, begun.step, listener.on_notice, is_main=learner.is_main
+            run.folder, self._stage.loss_names, start.step, listener.on_notice, is_main=learner.is_main
         )
         with StopSignals() as stop, log, learner.explain_errors(), listener.training_steps():
             while not is_last:
-                learning_rate = learner.set_learning_rates(self._done.step, self._elapsed_fraction)
+                learning_rate = learner.set_learning_rates(self._progress.step, self._elapsed_fraction)
                 skipped, batch = self._take_step(batches)
-                step = self._done.step + 1
-                self._done = RunProgress(step, skipped, begun.seconds + stats.seconds)
+                step = self._progress.step + 1
+                self._progress = RunProgress(step, skipped, start.seconds + stats.seconds)
                 is_stopped = learner.is_true_anywhere(stop.received is not None)
                 is_last = is_stopped or learner.is_true_anywhere(self._is_finished)
                 listener.on_step_end(step)
@@ -165,20 +165,20 @@ class _TrainingLoop:
                     log.write_metrics(step, metrics)
                     listener.on_log(step, metrics)
                 with stats.pause():
-                    is_due = step % recipe.validate_every == 0 or (is_last and not is_stopped)
-                    if learner.is_main and (step % recipe.image_every == 0 or (is_due and not log.has_image)):
+                    must_validate = step % recipe.validate_every == 0 or (is_last and not is_stopped)
+                    if learner.is_main and (step % recipe.image_every == 0 or (must_validate and not log.has_image)):
                         with learner.inference_mode():
                             log.write_image(step, self._stage.render_panel(learner, batch))
-                    if learner.is_main and (step % recipe.save_every == 0 or is_due or is_last):
-                        run.save_progress(learner, self._done)
-                    if learner.is_main and is_due and stop.received is None:
+                    if learner.is_main and (step % recipe.save_every == 0 or must_validate or is_last):
+                        run.save_progress(learner, self._progress)
+                    if learner.is_main and must_validate and stop.received is None:
                         self._validate(stop)
         return self._summarise()
 
     def _take_step(self, batches: Iterator[Batch]) -> tuple[int, Batch]:
         """Take one step over all of its micro-batches; return the draws skipped so far and the last micro-batch."""
-        learner, stage, skipped, norm = self._learner, self._stage, self._done.skipped, 0.0
-        torch.manual_seed(self._recipe.seed + self._done.step)  # for models that draw random numbers themselves
+        learner, stage, skipped, norm = self._learner, self._stage, self._progress.skipped, 0.0
+        torch.manual_seed(self._recipe.seed + self._progress.step)  # for models that draw random numbers themselves
         for _ in range(learner.accumulation):
             batch = self._stats.take_next_batch(batches).to(learner.device.torch_device)
             skipped = self._report_skipped(batch, skipped)
@@ -194,7 +194,7 @@ class _TrainingLoop:
                     raise self._divergence("the gradients are NaN or infinite", batch.names, batch, advice)
                 learner.step_optimiser()
             self._stats.add_losses(losses)
-        learner.ema.update(self._done.step)
+        learner.ema.update(self._progress.step)
         self._stats.finish_step(norm)
         return skipped, batch
 
@@ -217,7 +217,7 @@ class _TrainingLoop:
 
     def _divergence(self, problem: str, names: Sequence[str], batch: Batch, advice: str) -> TrainingError:
         """Save a batch, and return the error that names the step and the samples."""
-        step = self._done.step + 1
+        step = self._progress.step + 1
         return TrainingError(
             f"step {step}: {problem} for {'; '.join(names)}. The batch is in {self._run.save_batch(batch, step)}, and "
             f"the last saved state is kept; {advice}"
@@ -239,43 +239,43 @@ class _TrainingLoop:
 
     def _validate(self, stop: StopSignals) -> None:
         """Score the last checkpoint on the validation data, if there are any; keep it if it is the best so far."""
-        config, run, done = self._settings.data.validation, self._run, self._done
+        config, run, step = self._settings.data.validation, self._run, self._progress.step
         if config is None:
             return
         scores = validate(config, run.folder / LAST_NAME, self._learner, is_stopped=lambda: stop.received is not None)
         if scores is None:
-            self._listener.on_notice(f"step {done.step}: validation was interrupted or scored no image")
+            self._listener.on_notice(f"step {step}: validation was interrupted or scored no image")
             return
         metrics = {f"validation_{name}": value for name, value in scores.items()}
-        self._log.write_metrics(done.step, metrics)
-        is_best = run.save_best(self._learner, done.step, scores["mse"])
-        run.save_progress(self._learner, done)
-        self._listener.on_validation_end(done.step, metrics, is_best=is_best)
+        self._log.write_metrics(step, metrics)
+        is_best = run.save_best(self._learner, step, scores["mse"])
+        run.save_progress(self._learner, self._progress)
+        self._listener.on_validation_end(step, metrics, is_best=is_best)
 
     @property
     def _elapsed_fraction(self) -> float | None:
         """Fraction (0..1) of the run's time limit that has passed, None without a time limit."""
         minutes = self._recipe.minutes
-        return None if minutes is None else min(1.0, self._done.seconds / (60.0 * minutes))
+        return None if minutes is None else min(1.0, self._progress.seconds / (60.0 * minutes))
 
     @property
     def _is_finished(self) -> bool:
         elapsed = self._elapsed_fraction
-        return self._done.step >= self._recipe.steps if elapsed is None else elapsed >= 1.0
+        return self._progress.step >= self._recipe.steps if elapsed is None else elapsed >= 1.0
 
     def _summarise(self) -> TrainingSummary:
         run, stats, learner = self._run, self._stats, self._learner
         path, seconds = run.folder / (BEST_NAME if run.best else LAST_NAME), max(1e-9, stats.seconds)
         return TrainingSummary(
             folder=run.folder,
-            steps=self._done.step,
+            steps=self._progress.step,
             loss=self._loss,
             best=BestStep(int(run.best["step"]), run.best["mse"]) if run.best else None,
             statistics=TrainingStatistics(
                 seconds=stats.seconds,
                 samples_per_second=stats.samples * learner.accelerator.num_processes / seconds,
                 waiting_fraction=stats.waiting / seconds,
-                skipped=self._done.skipped,
+                skipped=self._progress.skipped,
                 peak_memory_bytes=learner.device.peak_memory_bytes(),
             ),
             checkpoint=path if path.exists() else None,
