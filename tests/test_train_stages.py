@@ -26,7 +26,7 @@ from icm_cli.model.loading import load_model_for_training
 from icm_cli.training.data.pool import TrainingItem, TrainingPool, read_pool
 from icm_cli.training.settings import MatchStageConfig, TrainConfig, read_settings
 from icm_cli.training.stages import match, refine, view_sets
-from icm_cli.training.stages.mosaics import MosaicBatch, MosaicSampler, TokenMatcher
+from icm_cli.training.stages.mosaics import ImageSource, MosaicBatch, MosaicSampler, TokenMatcher
 from icm_cli.training.stages.refine import (
     EdgeBatch,
     EdgeMaker,
@@ -107,16 +107,6 @@ class GroupImage:
 
     group: str
     has_object: bool = True
-
-
-@dataclass(frozen=True)
-class ItemSource:
-    """A source of images for mosaics."""
-
-    pool: TrainingPool
-
-    def draw_image(self, item: TrainingItem, _: np.random.Generator) -> GroupImage:
-        return GroupImage(item.group)
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +290,8 @@ class TestMatch:
         config = MatchStageConfig(multiple_probability=share, negative_probability=0.25)
         rng = np.random.default_rng(0)
 
-        sampler = MosaicSampler(*(ItemSource(pool),) * 2, config, 2, 2, 1, rng)
+        source = ImageSource(pool, {item: [GroupImage(item.group)] for item in pool}, lambda image: image)
+        sampler = MosaicSampler(source, source, config, 2, 2, 1, rng)
         mosaics = [sampler.sample() for _ in range(200)]
         for each in mosaics:
             group = each.references[0].group

@@ -19,8 +19,8 @@ from icm_cli import terminal
 from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.settings import MatchStageConfig
 from icm_cli.training.stages import match, view_sets
-from icm_cli.training.stages.mosaics import MosaicSampler, View
-from icm_cli.training.stages.view_sets import ViewPlan, ViewSet
+from icm_cli.training.stages.mosaics import ImageSource, MosaicSampler, View
+from icm_cli.training.stages.view_sets import ViewPlan
 
 SIZES = {"two": 2, "eight": 8, "forty": 40, "many": 300}
 TINY = {
@@ -43,7 +43,7 @@ def group_of(name: str, count: int) -> tuple[TrainingItem, ...]:
     )
 
 
-def view_set(pool: TrainingPool, plan: ViewPlan, number: int, *, is_large: bool) -> ViewSet:
+def view_set(pool: TrainingPool, plan: ViewPlan, number: int, *, is_large: bool) -> ImageSource:
     """Return a view set of a plan, in which a view is a number in a tensor."""
     files = [file for file in plan.files_of_set(number) if file.is_large == is_large]
     counter = itertools.count()
@@ -52,7 +52,11 @@ def view_set(pool: TrainingPool, plan: ViewPlan, number: int, *, is_large: bool)
     def view() -> View:
         return View(torch.tensor(float(next(counter))), (), torch.ones(1), none, none, none, none)
 
-    return ViewSet(pool, {file: [view() for _ in file.items] for file in files}, lambda view: view)
+    views: dict[TrainingItem, list[View]] = {}
+    for file in files:
+        for item in file.items:
+            views.setdefault(item, []).append(view())
+    return ImageSource(pool, views, lambda view: view)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from icm_cli.training.settings import MatchStageConfig, Settings, TrainConfig
 from icm_cli.training.stages import PANEL_ROWS, Prediction
 from icm_cli.training.stages.mosaics import (
     LARGE_FACTOR,
+    ImageSource,
     Mosaic,
     MosaicStage,
     TokenMatcher,
@@ -65,8 +66,21 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
     def draw_mosaics(self, counters: Sequence[int]) -> tuple[list[Mosaic[Scene]], list[str]]:
         """Draw the mosaics of a batch; also return why images could not be read. Raises TrainingError."""
         rng, skipped = np.random.default_rng((self._seed, 1, counters[0])), list[str]()
-        large = None if self._large is None else _SceneSource(self._large, skipped)
-        return draw_mosaics(self._config, _SceneSource(self._small, skipped), large, len(counters), rng), skipped
+
+        def make_source(maker: SceneMaker) -> ImageSource[Scene]:
+            """Return a source that makes a new scene whenever an image is drawn."""
+
+            def make_scene(item: TrainingItem) -> Scene | None:
+                try:
+                    return maker.make_view(item, rng)
+                except ImageError as error:
+                    skipped.append(str(error))
+                    return None
+
+            return ImageSource(maker.pool, {item: [item] for item in maker.pool}, make_scene)
+
+        large = None if self._large is None else make_source(self._large)
+        return draw_mosaics(self._config, make_source(self._small), large, len(counters), rng), skipped
 
     def make_batch(self, counters: Sequence[int]) -> SceneBatch:
         mosaics, skipped = self.draw_mosaics(counters)
@@ -87,25 +101,6 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
                 for scenes in (tiles, references)
             ),
         )
-
-
-@dataclass(frozen=True)
-class _SceneSource:
-    """Makes a new scene whenever an image of a mosaic is drawn, and notes which images cannot be read."""
-
-    maker: SceneMaker
-    skipped: list[str]
-
-    @property
-    def pool(self) -> TrainingPool:
-        return self.maker.pool
-
-    def draw_image(self, item: TrainingItem, rng: np.random.Generator) -> Scene | None:
-        try:
-            return self.maker.make_view(item, rng)
-        except ImageError as error:
-            self.skipped.append(str(error))
-            return None
 
 
 class EndToEndMatcher(nn.Module):

@@ -23,13 +23,14 @@ from icm_cli.geometry import ImageU8
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.lite.finetuning import match_losses
 from icm_cli.model.lite.head import TokenMatchHead
-from icm_cli.training.data.pool import TrainingPool
+from icm_cli.training.data.pool import TrainingItem, TrainingPool
 from icm_cli.training.data.scenes import Scene
 from icm_cli.training.learner import Learner
 from icm_cli.training.settings import Settings
 from icm_cli.training.stages import PANEL_ROWS, Prediction
 from icm_cli.training.stages.mosaics import (
     Image,
+    ImageSource,
     Mosaic,
     MosaicBatch,
     MosaicStage,
@@ -41,7 +42,7 @@ from icm_cli.training.stages.mosaics import (
     render_mosaics,
     require_token_match_head,
 )
-from icm_cli.training.stages.view_sets import SceneDataset, ViewEncoder, ViewFile, ViewPlan, Views, ViewSet
+from icm_cli.training.stages.view_sets import SceneDataset, ViewEncoder, ViewFile, ViewPlan, Views
 
 PCA_VIEWS = 400
 """Number of views whose principal components initialise the head's projections."""
@@ -74,7 +75,7 @@ class MatchStage(MosaicStage[MosaicBatch]):
         """Views of the files of the current view set and the next one."""
         self._set_number: int | None = None
         """Number of the current view set."""
-        self._sources: tuple[ViewSet[View], ViewSet[View] | None] | None = None
+        self._sources: tuple[ImageSource[View], ImageSource[View] | None] | None = None
         """Small and large views of the current view set."""
 
     def select_module(self, model: InContextMatting) -> nn.Module:
@@ -156,13 +157,15 @@ class MatchStage(MosaicStage[MosaicBatch]):
 
 def _split_by_size(
     pool: TrainingPool, files: Mapping[ViewFile, Sequence[Any]], load: Callable[[Any], Image | None]
-) -> tuple[ViewSet[Image], ViewSet[Image] | None]:
-    """Return the set of small views, and that of large views if there are any."""
-    small, large = (
-        ViewSet(pool, {file: views for file, views in files.items() if file.is_large == is_large}, load)
-        for is_large in (False, True)
-    )
-    return small, large if len(large.pool) else None
+) -> tuple[ImageSource[Image], ImageSource[Image] | None]:
+    """Return the source of small views, and that of large views if there are any."""
+    views: tuple[dict[TrainingItem, list[Any]], ...] = {}, {}
+    for file, views_of_file in files.items():
+        for item, view in zip(file.items, views_of_file, strict=True):
+            if view is not None:
+                views[file.is_large].setdefault(item, []).append(view)
+    small, large = (ImageSource(pool, each, load) for each in views)
+    return small, large if views[True] else None
 
 
 STAGE = MatchStage

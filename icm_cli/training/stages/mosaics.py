@@ -7,10 +7,10 @@ are made for each step.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -72,28 +72,27 @@ class View(NamedTuple):
         return View._make(tuple(map(change, part)) if isinstance(part, tuple) else change(part) for part in self)
 
 
-class MosaicImage(Protocol):
-    """An image of a mosaic: its tokens (:class:`View`), or what they are computed from (:class:`Scene`)."""
-
-    @property
-    def has_object(self) -> bool: ...
+Image = TypeVar("Image", View, Scene)
+"""An image of a mosaic: its tokens, or what they are computed from."""
 
 
-Image = TypeVar("Image", bound=MosaicImage)
-ImageT_co = TypeVar("ImageT_co", bound=MosaicImage, covariant=True)
+class ImageSource(Generic[Image]):
+    """The images of one size from which mosaics are made.
 
+    ``views`` has the views of each item; ``load`` returns the image of a view, or None if it cannot be read.
+    """
 
-class ImageSource(Protocol[ImageT_co]):
-    """Images of one size from which mosaics are made."""
+    def __init__(
+        self, pool: TrainingPool, views: Mapping[TrainingItem, Sequence[Any]], load: Callable[[Any], Image | None]
+    ) -> None:
+        self.pool = pool.restrict_to(views)
+        self._views = views
+        self._load: Callable[[Any], Image | None] = load
 
-    @property
-    def pool(self) -> TrainingPool:
-        """The items that have an image."""
-        ...
-
-    def draw_image(self, item: TrainingItem, rng: np.random.Generator) -> ImageT_co | None:
-        """Draw an image of an item; None if it has none, or if it cannot be read."""
-        ...
+    def draw_image(self, item: TrainingItem, rng: np.random.Generator) -> Image | None:
+        """Draw the image of one of an item's views; None if it has none, or if it cannot be read."""
+        views = self._views.get(item)
+        return self._load(views[int(rng.integers(len(views)))]) if views else None
 
 
 @dataclass(frozen=True)

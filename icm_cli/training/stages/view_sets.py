@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from icm_cli.training.data.scenes import Scene, SceneMaker
 from icm_cli.training.learner import Learner
 from icm_cli.training.run_folder import DataRecord
 from icm_cli.training.settings import MatchStageConfig, Settings
-from icm_cli.training.stages.mosaics import LARGE_FACTOR, Image, View, encode_scenes, stack_scenes
+from icm_cli.training.stages.mosaics import LARGE_FACTOR, View, encode_scenes, stack_scenes
 
 TOKENS_FOLDER = "tokens"
 """Folder of the tokens in a run's folder."""
@@ -116,26 +116,6 @@ class ViewPlan:
             [[items[index] for index in rng.permutation(len(items))] for items in self._pool.groups.values()]
             for rng in generators
         ]
-
-
-class ViewSet(Generic[Image]):
-    """The views of one size by item, each as the argument with which ``load`` returns its image."""
-
-    def __init__(
-        self, pool: TrainingPool, files: Mapping[ViewFile, Sequence[Any]], load: Callable[[Any], Image | None]
-    ) -> None:
-        self._views: dict[TrainingItem, list[Any]] = {}
-        for file, views in files.items():
-            for item, view in zip(file.items, views, strict=True):
-                if view is not None:
-                    self._views.setdefault(item, []).append(view)
-        self._load = load
-        self.pool = pool.restrict_to(self._views)
-
-    def draw_image(self, item: TrainingItem, rng: np.random.Generator) -> Image | None:
-        """Draw the image of one of an item's views; None if it has none, or if it cannot be read."""
-        views = self._views.get(item)
-        return self._load(views[int(rng.integers(len(views)))]) if views else None
 
 
 class SceneDataset(Dataset["Scene | str"]):
