@@ -149,11 +149,6 @@ class Learner:
         self.optimiser.step()
         self.optimiser.zero_grad()
 
-    @property
-    def has_scaler(self) -> bool:
-        """Whether losses are scaled, as float16 needs; the scaler skips steps whose gradients overflow."""
-        return self.accelerator.scaler is not None
-
     def set_learning_rates(self, step: int, elapsed_fraction: float | None) -> float:
         """Set every group's learning rate for a step (from 0) and return that of the parts other than the backbone.
 

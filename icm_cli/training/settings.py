@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -102,6 +102,10 @@ class FilesConfig:
         """Arguments of ``datasets.registry.find`` and ``icm_cli.evaluate`` in addition to dataset and root."""
         return {"images": self.images, "alphas": self.alphas, "trimaps": self.trimaps, "groups": self.groups}
 
+    def _check_dataset(self, where: str, known: Iterable[str]) -> None:
+        if self.dataset not in known:
+            raise UsageError(f"{where}: unknown dataset {self.dataset!r}. {did_you_mean(self.dataset, known)}")
+
 
 @dataclass(frozen=True)
 class SourceConfig(FilesConfig):
@@ -133,9 +137,7 @@ class SourceConfig(FilesConfig):
     """Recorded in every checkpoint."""
 
     def __post_init__(self) -> None:
-        known = {*DATASETS, CUTOUTS}
-        if self.dataset not in known:
-            raise UsageError(f"data: unknown dataset {self.dataset!r}. {did_you_mean(self.dataset, known)}")
+        self._check_dataset("data", {*DATASETS, CUTOUTS})
         if self.soften_px < 0 or (self.soften_px and self.binary):
             raise UsageError(
                 f"data: soften_px of {self.title} is {self.soften_px}; expected 0 or more, and 0 for binary masks"
@@ -159,10 +161,7 @@ class ValidationConfig(FilesConfig):
     rounds: int = 1
 
     def __post_init__(self) -> None:
-        if self.dataset not in DATASETS:
-            raise UsageError(
-                f"data: validation: unknown dataset {self.dataset!r}. {did_you_mean(self.dataset, DATASETS)}"
-            )
+        self._check_dataset("data: validation", DATASETS)
         if self.rounds < 1:
             raise UsageError(f"data: validation: rounds is {self.rounds}; expected 1 or more")
 

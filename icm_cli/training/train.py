@@ -189,7 +189,8 @@ class _TrainingLoop:
                 self._check_losses(losses["total"].detach(), batch)
                 learner.backward(losses["total"].sum())
                 norm += learner.clip_gradients()  # 0 until the gradients are complete
-                if not math.isfinite(norm) and not learner.has_scaler:  # with a scaler (fp16) such steps are skipped
+                # (with fp16, the scaler of the losses skips steps whose gradients overflow)
+                if not math.isfinite(norm) and learner.accelerator.scaler is None:
                     advice = "reduce train.learning_rate or set train.precision to no"
                     raise self._divergence("the gradients are NaN or infinite", batch.names, batch, advice)
                 learner.step_optimiser()

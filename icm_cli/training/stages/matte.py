@@ -148,36 +148,33 @@ class FeatureCache:
     @torch.no_grad()
     def pair_features(self, model: InContextMatting, batch: PairBatch, pairs: Pairs) -> PairFeatures:
         """Return the features of a batch without augmentation; the backbone encodes what is not cached."""
-        backbone, keys = model.backbone, (pairs.target_noise_keys, pairs.reference_noise_keys)
-        target_files = self._entry_paths("target", batch.rgb, batch.valid)
-        reference_files = self._entry_paths("reference", batch.reference_rgb, batch.reference_valid)
-        return PairFeatures(
-            self._load_or_encode(target_files, backbone.target_features, pairs.image, pairs.valid, keys[0]),
-            self._load_or_encode(
-                reference_files, backbone.reference_features, pairs.reference_image, pairs.reference_valid, keys[1]
-            ),
+        target = self._load_or_encode(
+            "target", model.backbone.target_features, batch.rgb, pairs.image, pairs.valid, pairs.target_noise_keys
         )
-
-    def _entry_paths(self, role: str, rgb: Tensor, valid: Tensor) -> list[Path]:
-        """Return the entry of each image, for its role, pixels and padding mask."""
-        digests = [
-            combined_digest(
-                FORMAT, role, *(layer.cpu().numpy().tobytes() for layer in layers), str(tuple(rgb.shape[1:]))
-            )
-            for layers in zip(rgb, valid, strict=True)
-        ]
-        return [self._folder / f"{digest}.pt" for digest in digests]
+        reference = self._load_or_encode(
+            "reference",
+            model.backbone.reference_features,
+            batch.reference_rgb,
+            pairs.reference_image,
+            pairs.reference_valid,
+            pairs.reference_noise_keys,
+        )
+        return PairFeatures(target, reference)
 
     def _load_or_encode(
         self,
-        paths: Sequence[Path],
+        role: str,
         encode: Callable[[Tensor, Tensor, Sequence[str]], Features],
+        rgb: Tensor,
         image: Tensor,
         valid: Tensor,
         noise_keys: Sequence[str],
     ) -> Features:
+        """Return the features of images in a role, whose entries are named by their pixels and padding masks."""
         singles = []
-        for i, path in enumerate(paths):
+        for i in range(len(rgb)):
+            pixels = (layer[i].cpu().numpy().tobytes() for layer in (rgb, valid))
+            path = self._folder / f"{combined_digest(FORMAT, role, *pixels, str(tuple(rgb.shape[1:])))}.pt"
             single = _read_entry(path)
             if single is None:
                 single = halve_features(encode(image[i : i + 1], valid[i : i + 1], noise_keys[:1]))
