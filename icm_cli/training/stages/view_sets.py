@@ -90,12 +90,12 @@ class ViewPlan:
     def files_of_part(self, part: int) -> list[ViewFile]:
         """Return the files of a rotation part."""
         if part not in self._files:
-            self._files[part] = [
-                ViewFile(part, start // size, is_large, tuple(items[start : start + size]))
-                for is_large, size in ((False, VIEWS_PER_FILE), (True, VIEWS_PER_FILE // LARGE_FACTOR**2))
-                for items in [self._items_of_part(part, is_large=is_large)]
-                for start in range(0, len(items), size)
-            ]
+            files = []
+            for is_large, size in ((False, VIEWS_PER_FILE), (True, VIEWS_PER_FILE // LARGE_FACTOR**2)):
+                items = self._items_of_part(part, is_large=is_large)
+                for number, start in enumerate(range(0, len(items), size)):
+                    files.append(ViewFile(part, number, is_large, tuple(items[start : start + size])))
+            self._files[part] = files
         return self._files[part]
 
     def _items_of_part(self, part: int, *, is_large: bool) -> list[TrainingItem]:
@@ -186,7 +186,8 @@ class ViewEncoder:
         """Remove the files of earlier rotation parts, which no view set needs any more."""
         if self._learner.is_main:
             for path in self._folder.glob("*.pt"):
-                if path.name.partition("-")[0].isdigit() and int(path.name.partition("-")[0]) < part:
+                number = path.name.partition("-")[0]
+                if number.isdigit() and int(number) < part:
                     path.unlink(missing_ok=True)
 
     def _encode_files(self, files: Sequence[ViewFile], workers: int) -> Iterator[tuple[ViewFile, Views]]:
