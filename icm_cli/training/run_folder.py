@@ -62,8 +62,12 @@ CHANGEABLE_SETTINGS = frozenset(
 
 ``steps`` is among them only if the learning rate is constant.
 """
-STAGE_SETTINGS = {"train.match.": ("match", "end-to-end", "objects"), "train.refine.": ("refine",)}
-"""Prefix of settings -> the stages that read them."""
+STAGE_SETTINGS = {
+    "train.match": ("match", "end-to-end", "objects"),
+    "train.clicks": ("objects",),
+    "train.refine": ("refine",),
+}
+"""Section of settings -> the stages that read it. Runs of other stages can be resumed with other settings in it."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +262,7 @@ class RunFolder:
             before |= {"data_digest": now["data_digest"], "started_from": before.pop("found")["started_from"]}
         train = self._settings.train
         changeable = CHANGEABLE_SETTINGS - ({"train.steps"} if train.schedule != "constant" else set())
-        other_stages = tuple(prefix for prefix, stages in STAGE_SETTINGS.items() if train.stage not in stages)
+        other_stages = tuple(section for section, stages in STAGE_SETTINGS.items() if train.stage not in stages)
         changed = [
             line
             for line in list_differences(before, now)
