@@ -111,8 +111,24 @@ def test_arguments_of_a_session_are_checked(predictor: Predictor, reference: Pre
     for answer in (session.coarse, session.matte):
         with pytest.raises(UsageError, match=f"the hints are for an image of 9x5 and the image is {width}x{height}"):
             answer(icm_cli.Hints(size=(5, 9)))
-        with pytest.raises(UsageError, match=r"hints are of type builtins\.list; expected icm_cli.Hints or None"):
+        with pytest.raises(UsageError, match=r"hints are of type builtins\.list; expected icm_cli.Hints"):
             answer([(1.0, 2.0)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("hints", "message"),
+    [
+        (
+            icm_cli.Hints(size=(5, 9), points=[(1, 1)]),
+            "the hints of reference 1 are for an image of 9x5 and the image is",
+        ),
+        (icm_cli.Hints(size=MASK.shape), "the mask from the hints of reference 1 has no mark on the object; expected"),
+        (icm_cli.Hints(size=MASK.shape, not_points=[(1, 1)]), "the mask from the hints of reference 1 has no mark on"),
+    ],
+)
+def test_hints_of_a_reference_are_checked(predictor: Predictor, hints: icm_cli.Hints, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        predictor.reference([(RGB, hints)])
 
 
 def test_other_arguments_are_checked(predictor: Predictor) -> None:

@@ -224,8 +224,8 @@ def test_a_model_without_decoder_uses_that_of_lite() -> None:
     drop[:, :30] = True
     before = other.matte(image(), reference)
     assert before[48, 20] > 127
-    assert "prompted_objects" not in vars(other)
+    assert "_parts" not in vars(other._mask_maker)
     alpha = other.matte(image(), reference, Hints(size=SIZE, points=[(40, 48)], not_points=[(50, 48)], drop=drop))
     assert not alpha[drop].any()
     assert alpha[48, 40] > 127 > alpha[48, 50]
-    assert vars(other)["prompted_objects"] is other.prompted_objects
+    assert vars(other._mask_maker)["_parts"][0] is other.prompted_objects

@@ -173,6 +173,11 @@ def test_prompts_in_python(scene: Path, small_model: Path) -> None:
     again = icm_cli.matte(scene / "ref.png", point=[ON], save_mask=scene / "made.png", dry_run=True, **options)
     assert again.exit_code == 0
     assert (scene / "made.png").read_bytes() == made
+    predictor = icm_cli.load(str(small_model), device="cpu")
+    rgb = read(scene / "ref.png")[..., ::-1]
+    hints = icm_cli.Hints(size=rgb.shape[:2], points=[ON])
+    by_hints, by_mask = (predictor.reference((rgb, each)) for each in (hints, read(scene / "made.png")))
+    assert (predictor.matte(rgb, by_hints) == predictor.matte(rgb, by_mask)).all()
     with pytest.raises(icm_cli.errors.UsageError, match="point= is '90,138'; expected x and y in pixels"):
         icm_cli.matte(scene / "ref.png", point="90,138", **options)
 

@@ -32,6 +32,11 @@ class MaskMaker:
         with device_errors(self._device, "the model that makes masks was loaded"):
             return load_objects_and_edges(self._device)
 
+    @property
+    def objects(self) -> Objects:
+        """Object decoder of ``lite``."""
+        return self._parts[0]
+
     def make_mask(self, rgb: ImageU8, hints: Hints) -> NDArray[np.bool_]:
         """Return the mask, bool [H,W], of the object that hints mark in an image, sRGB uint8 [H,W,3].
 

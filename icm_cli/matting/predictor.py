@@ -17,18 +17,18 @@ from torch import Tensor
 from icm_cli.device import Device, device_errors
 from icm_cli.environment import check_not_forked
 from icm_cli.errors import UsageError
-from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8
+from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8, format_size
 from icm_cli.guidance.hints import Hints
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
 from icm_cli.matting.hinting import bind_alpha, edit_coarse_alpha, make_prompts, says_present
-from icm_cli.matting.references import Reference, make_guidance
+from icm_cli.matting.mask_maker import MaskMaker
+from icm_cli.matting.references import MakeMask, Reference, make_guidance, mask_from_hints
 from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import EmbeddedImage, Head, Matte, Objects, PreparedReferences, ignore_progress
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.decoding import confidence_and_found
-from icm_cli.model.lite.mobile_sam import MobileSam
 from icm_cli.options import MAX_LEARN_STEPS, MatteOptions
 from icm_cli.options.definition import argument_names
 
@@ -136,7 +136,7 @@ class Session:
 
     def _frame_with_hints(self, hints: Hints | None) -> Frame:
         check_not_forked()
-        return replace(self._frame, hints=_check_hints(hints, self._frame.rgb))
+        return replace(self._frame, hints=None if hints is None else _check_hints(hints, self._frame.rgb))
 
     def _coarse_alpha(self, frame: Frame) -> CoarseAlpha:
         """Coarse alpha of the frame. It depends only on whether a hint says that the object is present."""
@@ -154,12 +154,13 @@ class Predictor:
         """Move the model to its device."""
         check_not_forked(loads_model=True)
         self.device = device
+        self._mask_maker = MaskMaker(lambda: device)
         with device_errors(device, "the model was loaded"):
             self.model = model.to_device(device.torch_device, device.dtype, device.transformer_dtype)
 
     def reference(
         self,
-        pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any]]],
+        pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any] | Hints]],
         *,
         learn_steps: int | None = None,
         on_progress: Callable[[float], None] = ignore_progress,
@@ -168,7 +169,8 @@ class Predictor:
 
         Args:
             pairs: One pair or several: an image, sRGB uint8 [H,W,3] or grey [H,W], and the mask of the object, [H,W]:
-                bool, uint8 0..255 or float 0..1.
+                bool, uint8 0..255 or float 0..1. With ``Hints`` in place of the mask, ``lite`` makes it from their
+                points, boxes and strokes.
             learn_steps: Number of steps in which a copy of the head is fine-tuned on the references. Useful for images
                 of one shot or place. None for 0.
             on_progress: Called with the finished fraction of this fine-tuning, 0..1.
@@ -180,7 +182,7 @@ class Predictor:
         check_not_forked()
         with argument_names(MatteOptions):
             check_learn_steps(learn_steps or 0, type(self.model.head))
-        references = _as_references(pairs)
+        references = _as_references(pairs, self._mask_maker.make_mask)
         action = f"the references were learned in {learn_steps} steps" if learn_steps else "references were prepared"
         with device_errors(self.device, action), torch.no_grad():
             tensors = [self._reference_tensors(reference) for reference in references]
@@ -193,7 +195,7 @@ class Predictor:
         UsageError for an array of another type or shape, or hints for another size, ConfigError if memory runs out.
         """
         frame = self._check_arguments(rgb, reference)
-        frame = replace(frame, hints=_check_hints(hints, frame.rgb))
+        frame = replace(frame, hints=None if hints is None else _check_hints(hints, frame.rgb))
         with device_errors(self.device, "an image was matted"):
             (result,) = self.matte_frames([frame], reference)
             return alpha_to_u8(self.alpha_at_source(frame, result))
@@ -293,20 +295,13 @@ class Predictor:
             return result
         return replace(result, alpha=bind_alpha(self.alpha_at_source(frame, result), frame.hints))
 
-    @functools.cached_property
+    @property
     def prompted_objects(self) -> Objects:
         """Part that completes objects by points and boxes: that of the model, or else that of ``lite``.
 
         The latter is loaded from the package when it is used first. Raises ConfigError if it is not there.
         """
-        if self.model.objects is not None:
-            return self.model.objects
-        device = self.device
-        with torch.random.fork_rng(devices=[]):  # the random numbers of the caller stay as they are
-            objects = MobileSam.load(MobileSam.Config()).to(device.torch_device)
-        objects.optimise_for_inference()
-        objects.set_dtype(device.dtype, device.transformer_dtype)
-        return objects
+        return self.model.objects or self._mask_maker.objects
 
     def alpha_at_source(self, frame: Frame, result: FrameAlpha) -> Float:
         """Return the alpha, float32 [H,W] in 0..1, at the size of the source. Safe in threads.
@@ -414,10 +409,10 @@ def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
     return coarse
 
 
-def _as_references(pairs: Any) -> list[Reference]:
+def _as_references(pairs: Any, make_mask: MakeMask) -> list[Reference]:
     """Return the references of ``pairs``, which may be a single pair. Raises UsageError."""
     expected = "expected pairs of image and mask, such as [(image, mask)]"
-    is_pair = isinstance(pairs, tuple) and len(pairs) == 2 and all(isinstance(each, np.ndarray) for each in pairs)
+    is_pair = isinstance(pairs, tuple) and len(pairs) == 2 and all(isinstance(n, (np.ndarray, Hints)) for n in pairs)
     if isinstance(pairs, Reference) or is_pair:
         pairs = [pairs]
     if isinstance(pairs, (str, bytes, np.ndarray)) or not isinstance(pairs, Iterable):
@@ -427,7 +422,7 @@ def _as_references(pairs: Any) -> list[Reference]:
         if isinstance(pair, Reference):
             references.append(pair)
         elif isinstance(pair, (tuple, list)) and len(pair) == 2:
-            references.append(_as_reference(pair[0], pair[1], f"of reference {number}"))
+            references.append(_as_reference(pair[0], pair[1], f"of reference {number}", make_mask))
         else:
             raise UsageError(f"reference {number} is {_describe(pair)}; {expected}")
     if not references:
@@ -435,8 +430,12 @@ def _as_references(pairs: Any) -> list[Reference]:
     return references
 
 
-def _as_reference(image: Any, mask: Any, of_which: str) -> Reference:
+def _as_reference(image: Any, mask: Any, of_which: str, make_mask: MakeMask) -> Reference:
     rgb, name = _as_rgb(image, f"the image {of_which}"), f"the mask {of_which}"
+    notice = functools.partial(warnings.warn, stacklevel=5)
+    if isinstance(mask, Hints):
+        hints = _check_hints(mask, rgb, f" {of_which}")
+        mask = mask_from_hints(hints, rgb, f"the mask from the hints {of_which}", notice, make_mask)
     expected = f"expected bool, uint8 0..255 or float 0..1, {list(rgb.shape[:2])} as its image"
     _refuse_masked_array(mask, name)
     if not isinstance(mask, np.ndarray) or (mask.dtype.kind not in "bf" and mask.dtype != np.uint8):
@@ -454,7 +453,7 @@ def _as_reference(image: Any, mask: Any, of_which: str) -> Reference:
             raise UsageError(f"{name} has values from {values.min():g} to {values.max():g}; {expected}")
         u8 = alpha_to_u8(values)
     windows = ImageWindows.full((rgb.shape[0], rgb.shape[1]))
-    return Reference(rgb, make_guidance(u8, windows, name, notice=lambda text: warnings.warn(text, stacklevel=5)))
+    return Reference(rgb, make_guidance(u8, windows, name, notice))
 
 
 def _as_rgb(image: Any, name: str) -> ImageU8:
@@ -479,15 +478,14 @@ def _as_rgb(image: Any, name: str) -> ImageU8:
     return np.ascontiguousarray(image)
 
 
-def _check_hints(hints: Any, image: Any) -> Hints | None:
+def _check_hints(hints: Any, image: ImageU8, of_which: str = "") -> Hints:
     """Return the hints about an image. Raises UsageError for another object, and for hints of another size."""
-    if hints is not None and not isinstance(hints, Hints):
-        raise UsageError(f"hints are {_describe(hints)}; expected icm_cli.Hints or None")
-    if hints is not None and hints.size != image.shape[:2]:
-        height, width = image.shape[:2]
+    if not isinstance(hints, Hints):
+        raise UsageError(f"the hints{of_which} are {_describe(hints)}; expected icm_cli.Hints")
+    if hints.size != image.shape[:2]:
         raise UsageError(
-            f"the hints are for an image of {hints.size[1]}x{hints.size[0]} and the image is {width}x{height}; "
-            "give Hints with the size (height, width) of this image"
+            f"the hints{of_which} are for an image of {format_size(hints.size)} and the image is "
+            f"{format_size(image.shape)}; give Hints with the size (height, width) of this image"
         )
     return hints
 

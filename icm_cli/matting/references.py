@@ -131,6 +131,25 @@ def make_guidance(mask: ImageU8, windows: ImageWindows, name: str, notice: Calla
     return guidance
 
 
+def mask_from_hints(
+    hints: Hints, rgb: ImageU8, name: str, notice: Callable[[str], None], make_mask: MakeMask | None
+) -> NDArray[np.bool_]:
+    """Return the mask, bool [H,W], that hints about an image outline, or that is made from their prompts.
+
+    ``name``: what messages call it. Raises UsageError if the hints do not mark the object.
+    """
+    if hints.is_outlined:
+        assert hints.object_area is not None
+        if hints.points or hints.not_points or hints.boxes:
+            notice(f"{name} has outlines, which are used; its points and boxes are ignored")
+        inside = hints.object_area if hints.keep is None else hints.object_area | hints.keep
+        return inside if hints.drop is None else inside & ~hints.drop
+    if not (hints.points or hints.boxes or (hints.object_area is not None and hints.object_area.any())):
+        raise UsageError(f"{name} has no mark on the object; expected a point, a box or a stroke; give one of them")
+    assert make_mask is not None, "prompts need a model that makes masks"
+    return make_mask(rgb, hints)
+
+
 def _read_reference(
     ref: Path,
     mask: Path | None,
@@ -152,7 +171,9 @@ def _read_reference(
             hints = _read_prompts(prompts, ref, image.windows.display)
         if hints is not None:
             name = f"mask {mask}" if mask else f"the mask from the prompts of reference {ref}"
-            return _make_reference(image, _mask_from_hints(hints, image, name, notice, make_mask), name, notice)
+            inside = mask_from_hints(hints, image.to_display_window().rgb, name, notice, make_mask)
+            inside = image.windows.display_window.move_pixels(inside, image.windows)
+            return _make_reference(image, Mask(inside, np.zeros(inside.shape, np.bool_)), name, notice)
         if mask is not None:
             height, width = image.rgb.shape[:2]
             stored = image.stored
@@ -189,25 +210,6 @@ def _read_prompts(options: ReferenceOptions, ref: Path, size: tuple[int, int]) -
             f"scribble {options.scribble} marks nearly every pixel; expected strokes; give it as --mask if it is a mask"
         )
     return replace(hints, object_area=strokes.object_area, background_area=strokes.background_area)
-
-
-def _mask_from_hints(
-    hints: Hints, image: SourceImage, name: str, notice: Callable[[str], None], make_mask: MakeMask | None
-) -> Mask:
-    """Return the mask that hints outline, or that is made from their points, boxes and strokes."""
-    if hints.is_outlined:
-        assert hints.object_area is not None
-        inside = hints.object_area if hints.keep is None else hints.object_area | hints.keep
-        inside = inside if hints.drop is None else inside & ~hints.drop
-        if hints.points or hints.not_points or hints.boxes:
-            notice(f"{name} has outlines, which are used; its points and boxes are ignored")
-    elif not (hints.points or hints.boxes or (hints.object_area is not None and hints.object_area.any())):
-        raise UsageError(f"{name} has no mark on the object; expected a point, a box or a stroke; give one of them")
-    else:
-        assert make_mask is not None, "prompts need a model that makes masks"
-        inside = make_mask(image.to_display_window().rgb, hints)
-    inside = image.windows.display_window.move_pixels(inside, image.windows)
-    return Mask(inside, np.zeros(inside.shape, np.bool_))
 
 
 def _make_reference(image: SourceImage, mask: Mask, name: str, notice: Callable[[str], None]) -> Reference:
