@@ -37,11 +37,15 @@ def matte(
     box: tuple[float, float, float, float] | None = None,
     scribble: str | Path | None = None,
     save_mask: str | Path | None = None,
+    not_ref: str | Path | Sequence[str | Path] = (),
+    not_mask: str | Path | Sequence[str | Path] = (),
     src: str | Path,
     root: str | Path | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     hints: str | Path | None = None,
+    garbage: str | Path | None = None,
+    keep: str | Path | None = None,
     out: str | Path,
     name: str | None = None,
     keep_suffix: bool = False,
@@ -106,6 +110,11 @@ def matte(
         scribble: Image of the size of the only --ref with strokes: white or green on the object,
             black or red off it, transparent or mid-grey elsewhere.
         save_mask: Write the mask of the only --ref to this .png file, also with --dry-run.
+        not_ref: Image of what is not the object, such as a similar thing that was taken for it,
+            repeatable.
+        not_mask: Mask of a --not-ref, repeatable: white on what is not the object. The first one
+            belongs to the first --not-ref, and so on. A --not-ref without one is negative as a
+            whole.
         src: Images to matte: a folder (searched recursively), an image, a quoted glob, frames such
             as shot.####.exr, a text file with one path per line, or - to read paths from standard
             input.
@@ -115,6 +124,10 @@ def matte(
         hints: Corrections of single images: a folder with NAME.json (labelme; labels fg, bg, keep
             and drop) or NAME.png (white on the object, black off it, grey or transparent elsewhere)
             for an image NAME, or frames such as hints/sh010.####.json.
+        garbage: Garbage matte: alpha is 0 where it is white, and the model does not see that area.
+            One image for all images, or frames such as garbage.####.exr.
+        keep: Keep matte (core matte): alpha is 1 where it is white, also where the garbage matte is
+            white. One image for all images, or frames such as keep.####.exr.
         out: Folder for the alphas, which mirrors the source tree, or frames such as
             out/matte.####.exr.
         name: Template of the file names, with {stem}, {frame} and {suffix}, such as

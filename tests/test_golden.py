@@ -70,7 +70,7 @@ def test_detail_head(decoder: tuple[DetailHead, dict[str, Tensor]]) -> None:
         guidance = (pair["guidance"] > 0.5).float()
         prepared = head.prepare_references([ReferenceFeatures(feature, guidance, valid)])
         target = target_features(pair)
-        similarity = head.inter_similarity([prepared.tokens], target.correspondence_features, target.valid)
+        similarity = head.inter_similarity([prepared], target.correspondence_features, target.valid)
         assert_close(similarity, pair["inter_similarity"])
         inter, intra = head.similarity_maps(target, [prepared])
         assert_close(inter, similarity)

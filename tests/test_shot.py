@@ -256,8 +256,11 @@ class GivenAlphas:
     def coarse_alphas(self, frames: Sequence[Frame], _: Any) -> list[CoarseAlpha]:
         return [CoarseAlpha(torch.from_numpy(self.alphas.pop(0)), 1.0, self.found.pop(0)) for _ in frames]
 
-    def refine_alphas(self, _: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[FrameAlpha]:
-        return [FrameAlpha(each.alpha.numpy(), each.confidence, each.found) for each in coarse]
+    def refine_alphas(
+        self, _: Sequence[Frame], coarse: Sequence[CoarseAlpha], stabilise: Callable[[Float], Float] | None = None
+    ) -> list[FrameAlpha]:
+        stabilise = stabilise or (lambda alpha: alpha)
+        return [FrameAlpha(stabilise(each.alpha.numpy()), each.confidence, each.found) for each in coarse]
 
 
 def propagator_of(
@@ -278,8 +281,9 @@ def test_mask_of_a_keyframe_does_not_harden_edges() -> None:
     soft = np.full((120, 160), 0.5, np.float32)
 
     class SoftEdges(GivenAlphas):
-        def refine_alphas(self, frames: Sequence[Frame], _: Sequence[CoarseAlpha]) -> list[FrameAlpha]:
-            return [FrameAlpha(soft, 1.0, True) for _ in frames]
+        def refine_alphas(self, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha], *more: Any) -> list[FrameAlpha]:
+            uniform = [replace(each, alpha=torch.from_numpy(soft)) for each in coarse]
+            return super().refine_alphas(frames, uniform, *more)
 
     alphas, notices = [], list[str]()
     for mask in (disc(70) > 0.5, np.zeros((120, 160), np.bool_)):
@@ -514,10 +518,10 @@ def test_out_of_memory_in_a_batch_changes_nothing(shot: Shoot, scene: Path, monk
     assert shot("--batch-size", "4", out=scene / "whole").exit_code == 0
     refine_alphas, calls = Predictor.refine_alphas, iter(range(100))
 
-    def failing(self: Predictor, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[FrameAlpha]:
+    def failing(self: Predictor, *arguments: Any) -> list[FrameAlpha]:
         if next(calls) == 2:
             raise torch.OutOfMemoryError
-        return refine_alphas(self, frames, coarse)
+        return refine_alphas(self, *arguments)
 
     monkeypatch.setattr(Predictor, "refine_alphas", failing)
     assert "out of memory" in shot("--batch-size", "4").stderr

@@ -16,13 +16,18 @@ from icm_cli.errors import ConfigError
 from icm_cli.model.contracts import Features, ReferenceFeatures
 from icm_cli.model.core import InContextMatting
 from icm_cli.model.lite.efficientnet import EfficientNetLite, EfficientNetLiteConfig
-from icm_cli.model.similarity import AttentionMatrix, ReferenceTokens, SelfSimilarity, valid_tokens
+from icm_cli.model.similarity import (
+    AttentionMatrix,
+    ReferenceTokens,
+    SelfSimilarity,
+    similarity_difference,
+    valid_tokens,
+)
 from icm_cli.model.training_free.closed_form import solve_alpha
 from icm_cli.model.training_free.head import (
     TrainingFree,
     TrainingFreeConfig,
     cluster_tokens,
-    is_nearest_foreground,
     keep_strong_regions,
     segment_by_clusters,
     soft_max_similarity,
@@ -349,9 +354,9 @@ class TestClusters:
 
     def test_nearest_reference_tokens_must_be_inside_the_mask(self):
         target = F.normalize(torch.tensor([[1.0, 0.2], [0.6, 1.0]]), dim=-1)
-        inside = is_nearest_foreground(target, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
-        assert inside.tolist() == [True, False]
-        assert is_nearest_foreground(target, target, target[:0]).tolist() == [True, True]
+        outside = similarity_difference(target, torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])) > 0
+        assert outside.tolist() == [False, True]
+        assert similarity_difference(target, target[:0], target).tolist() == [-torch.inf, -torch.inf]
 
     def test_clusters_by_average_linkage(self):
         angles = torch.tensor([0.0, 0.1, 0.9, 1.0, 3.0])

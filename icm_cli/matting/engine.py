@@ -127,6 +127,8 @@ class EngineOptions:
         hints = self.shot.find_hints(job) if self.shot else job.hints
         if hints is not None:
             digest = combined_digest(digest, hints.digest, self.decoder_digest)
+        if job.mattes is not None:
+            digest = combined_digest(digest, self.shot.matte_digest(job) if self.shot else job.mattes.digest)
         return self.shot.job_digest(job, digest) if self.shot else digest
 
 
@@ -353,7 +355,14 @@ class Engine:
             self._notice(sentence)
         stored = source.stored or DecodedImage(source.rgb, None, 255.0, source.space)
         hints = None if job.hints is None else job.hints.read(stored.windows)
-        frame = self.predictor.prepare_frame(source.rgb, stored.windows, hints)
+        mattes = None if job.mattes is None else job.mattes.read(stored.windows)
+        if mattes is not None and (overlap := mattes.overlap):
+            self._notice_once(
+                "overlap",
+                f"{job.source}: the garbage matte and the keep matte overlap in {overlap:.2%} of the image; "
+                "the keep matte is used there",
+            )
+        frame = self.predictor.prepare_frame(source.rgb, stored.windows, hints, mattes)
         self._report_windows(job, source.windows)
         return LoadedImage(job, frame, Origin(*origin), replaceable, source.space, stored, time.perf_counter() - start)
 

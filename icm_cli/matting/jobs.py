@@ -35,6 +35,7 @@ from icm_cli.images.image_file import ImageFile
 from icm_cli.images.reading import CompositeSource, SourceImage, compose_image, read_image, read_source_image
 from icm_cli.matting.frames import FrameName, FramePattern, FrameRanges, missing_frames
 from icm_cli.matting.hint_files import HintFiles, ImageHints, check_image_hints
+from icm_cli.matting.mattes import ImageMattes, MatteFiles, assign_mattes
 from icm_cli.matting.sources import MAX_LISTED_FILES, SkippedFiles, Sources, name_below, natural_sort_key, real_path
 from icm_cli.options import MissingPolicy
 from icm_cli.reports.result import ImageResult
@@ -73,6 +74,8 @@ class Job:
     """Properties of the file that planning has read; None for composites and missing frames."""
     hints: ImageHints | None = None
     """Files with hints about this image."""
+    mattes: ImageMattes | None = None
+    """Files of the garbage and keep mattes of this image."""
     replaceable: Mapping[Path, FileIdentity] = field(default_factory=dict, compare=False)
     """Files that ``--overwrite`` replaces: outputs that existed before the run."""
 
@@ -213,12 +216,14 @@ def plan_jobs(
     colour: ColourSettings = DEFAULT_COLOUR,
     skipped_files: SkippedFiles,
     hint_files: HintFiles | None = None,
+    garbage: MatteFiles | None = None,
+    keep: MatteFiles | None = None,
 ) -> list[Job]:
     """Return a job for every image that passes the filter, sorted by name.
 
-    Files in the output folder, references and masks are skipped. Missing frames are reported, or returned as jobs that
-    fail, as ``source_filter.missing`` says. A notice is given if no image is left. Raises UsageError before anything is
-    written.
+    Files in the output folder, references, masks and mattes are skipped. Missing frames are reported, or returned as
+    jobs that fail, as ``source_filter.missing`` says. A notice is given if no image is left. Raises UsageError before
+    anything is written.
     """
     root, found = sources.root, sources.files
     real_root, real_out = real_path(root), real_path(layout.folder)
@@ -233,6 +238,9 @@ def plan_jobs(
         found = skipped_files.exclude(found, lambda path: real_out in real_path(path).parents, "in the output folder")
     protected = {real_path(path) for path in references}
     found = skipped_files.exclude(found, lambda path: real_path(path) in protected, "a reference or its mask")
+    matte_paths = [path for each in (garbage, keep) if each is not None for path in each.paths]
+    real_mattes = {real_path(path) for path in matte_paths}
+    found = skipped_files.exclude(found, lambda path: real_path(path) in real_mattes, "a garbage or keep matte")
     found = [path for path in found if not path.name.startswith(TEMPORARY_PREFIX)]
     found = skipped_files.exclude(
         found,
@@ -257,7 +265,10 @@ def plan_jobs(
         skipped_files.notify(f"there is nothing to matte, as every image in {root} is skipped: {reasons}")
     check_overwrites(jobs, [path for job in jobs for path in job.files], "a source image")
     check_overwrites(jobs, references, "a reference or its mask")
+    check_overwrites(jobs, matte_paths, "a garbage or keep matte")
     _check_collisions(jobs, layout)
+    mattes = assign_mattes([job.name for job in jobs], garbage, keep)
+    jobs = [replace(job, mattes=each) for job, each in zip(jobs, mattes, strict=True)]
     files: dict[Path, list[Path]] = {}
     if hint_files is not None:
         excluded = protected.union(map(real_path, images))

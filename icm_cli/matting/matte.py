@@ -43,8 +43,9 @@ from icm_cli.matting.jobs import (
     plan_jobs,
 )
 from icm_cli.matting.mask_maker import MaskMaker
+from icm_cli.matting.mattes import GARBAGE, KEEP, MatteFiles
 from icm_cli.matting.model_choice import ModelChoice, sequence_digest_parts
-from icm_cli.matting.references import Reference, read_references
+from icm_cli.matting.references import Reference, read_negatives, read_references
 from icm_cli.matting.result_collector import ResultCollector, environment_settings
 from icm_cli.matting.resume import file_identities, keep_existing_alphas
 from icm_cli.matting.shot import Keyframe, Shot, split_shots
@@ -59,7 +60,7 @@ from icm_cli.options import (
     keyword_arguments,
 )
 from icm_cli.options.definition import DigestPart
-from icm_cli.reports.report import PageImages, Report
+from icm_cli.reports.report import NEGATIVE_CAPTION, REFERENCE_CAPTION, PageImages, Report
 from icm_cli.reports.result import ImageResult
 from icm_cli.reports.write import ReportFiles
 
@@ -159,7 +160,10 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
         prompts=given,
         make_mask=masks.make_mask,
     )
+    references += read_negatives(given.not_ref, given.not_mask, listener.on_notice, reference_colour, masks.make_mask)
     hint_files = None if options.hints.hints is None else HintFiles.find(options.hints.hints, skipped_files)
+    garbage = MatteFiles.find(GARBAGE, options.hints.garbage, listener.on_notice)
+    keep = MatteFiles.find(KEEP, options.hints.keep, listener.on_notice)
     is_no_source = () if hint_files is None else (hint_files.is_no_source,)
     jobs = plan_jobs(
         find_sources(options.sources.src, options.sources.root, skipped_files, *is_no_source),
@@ -169,6 +173,8 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
         colour=colour,
         skipped_files=skipped_files,
         hint_files=hint_files,
+        garbage=garbage,
+        keep=keep,
     )
     if hint_files is not None:
         listener.on_notice(f"{format_count(sum(job.hints is not None for job in jobs), 'image')} with hints")
@@ -183,6 +189,8 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
         shot = shot and shot.with_jobs(jobs)
     files = [path for job in jobs for path in (job.source, *job.outputs)]
     check_obstacles(jobs)
+    check_overwrites(jobs, given.not_ref, "a negative reference")
+    protected += [*given.not_ref, *(path for each in (garbage, keep) if each for path in each.paths)]
     report_files.check_no_overwrite([*protected, *truths, *map(str, files)], remedy)
     return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths)
 
@@ -261,11 +269,13 @@ class _MattingRun:
         plan, settings, scoring = self._plan, self._settings(), None
         if plan.truths:
             scoring, rule = _make_scorer(self._setups[0].options.workers)
-            rounds = {"rounds": 1, "refs_per_group": len(plan.references)}
+            rounds = {"rounds": 1, "refs_per_group": len(self._options.references.ref)}
             settings["protocol"] = {"title": settings["title"], **rule.as_protocol(), **rounds}
-        page_images = PageImages(
-            references_with_masks=[(one.rgb, one.guidance) for one in plan.references], colour=plan.colour
-        )
+        references = [
+            (one.rgb, one.selected, NEGATIVE_CAPTION if one.is_negative else REFERENCE_CAPTION)
+            for one in plan.references
+        ]
+        page_images = PageImages(references_with_masks=references, colour=plan.colour)
         report = Report(settings, allowed=ALLOWED_PROBLEMS, skipped_files=+plan.skipped_files, page_images=page_images)
         planned = [job.planned for job in plan.jobs]
         collector = ResultCollector(report, planned, self._listener, start=start, scoring=scoring)

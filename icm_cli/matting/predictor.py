@@ -17,13 +17,14 @@ from torch import Tensor
 from icm_cli.device import Device, device_errors
 from icm_cli.environment import check_not_forked
 from icm_cli.errors import UsageError
-from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8, format_size
+from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8, format_size, resize
 from icm_cli.guidance.hints import Hints
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
 from icm_cli.matting.hinting import bind_alpha, edit_coarse_alpha, make_prompts, says_present
 from icm_cli.matting.mask_maker import MaskMaker
+from icm_cli.matting.mattes import Mattes
 from icm_cli.matting.references import MakeMask, Reference, make_guidance, mask_from_hints
 from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import EmbeddedImage, Head, Matte, Objects, PreparedReferences, ignore_progress
@@ -44,6 +45,7 @@ class Frame:
         windows: Position of the pixels in the display window; None if they fill it.
         hints: What a person says about the object in these pixels.
         embedded: Embedding of the pixels by the object decoder, if it was kept.
+        mattes: Garbage and keep mattes of these pixels.
     """
 
     rgb: ImageU8
@@ -52,11 +54,17 @@ class Frame:
     windows: ImageWindows | None = None
     hints: Hints | None = None
     embedded: EmbeddedImage | None = None
+    mattes: Mattes | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the source."""
         return self.rgb.shape[0], self.rgb.shape[1]
+
+    @functools.cached_property
+    def visible_rgb(self) -> ImageU8:
+        """The pixels that the model sees: those of the source, without the garbage area."""
+        return self.rgb if self.mattes is None else self.mattes.hide_garbage(self.rgb)
 
     @property
     def shows_object(self) -> bool:
@@ -162,6 +170,7 @@ class Predictor:
         self,
         pairs: Sequence[Reference | tuple[ImageU8, NDArray[Any] | Hints]],
         *,
+        negatives: Sequence[ImageU8 | tuple[ImageU8, NDArray[Any] | Hints]] = (),
         learn_steps: int | None = None,
         on_progress: Callable[[float], None] = ignore_progress,
     ) -> PreparedReferences:
@@ -171,6 +180,7 @@ class Predictor:
             pairs: One pair or several: an image, sRGB uint8 [H,W,3] or grey [H,W], and the mask of the object, [H,W]:
                 bool, uint8 0..255 or float 0..1. With ``Hints`` in place of the mask, ``lite`` makes it from their
                 points, boxes and strokes.
+            negatives: Images of what is not the object; or pairs of image and mask or Hints, which select it.
             learn_steps: Number of steps in which a copy of the head is fine-tuned on the references. Useful for images
                 of one shot or place. None for 0.
             on_progress: Called with the finished fraction of this fine-tuning, 0..1.
@@ -182,7 +192,8 @@ class Predictor:
         check_not_forked()
         with argument_names(MatteOptions):
             check_learn_steps(learn_steps or 0, type(self.model.head))
-        references = _as_references(pairs, self._mask_maker.make_mask)
+        make_mask = self._mask_maker.make_mask
+        references = [*_as_references(pairs, make_mask), *_as_negatives(negatives, make_mask)]
         action = f"the references were learned in {learn_steps} steps" if learn_steps else "references were prepared"
         with device_errors(self.device, action), torch.no_grad():
             tensors = [self._reference_tensors(reference) for reference in references]
@@ -215,10 +226,21 @@ class Predictor:
             raise UsageError(f"reference is {_describe(reference)}; expected the result of Predictor.reference")
         return self.prepare_frame(_as_rgb(rgb, "image"))
 
-    def prepare_frame(self, rgb: ImageU8, windows: ImageWindows | None = None, hints: Hints | None = None) -> Frame:
+    def prepare_frame(
+        self,
+        rgb: ImageU8,
+        windows: ImageWindows | None = None,
+        hints: Hints | None = None,
+        mattes: Mattes | None = None,
+    ) -> Frame:
         """Scale an image, sRGB uint8 [H,W,3] of any size, to the canvas. Does not use the model: safe in threads."""
         placement = self.model.backbone.canvas.placement(*rgb.shape[:2])
-        return Frame(rgb, placement.fit_to_canvas(rgb), placement, windows, hints)
+        visible = rgb if mattes is None else mattes.hide_garbage(rgb)
+        return Frame(rgb, placement.fit_to_canvas(visible), placement, windows, hints, mattes=mattes)
+
+    def prepare_crop(self, frame: Frame, box: CropBox) -> Frame:
+        """Prepare a crop of a frame, without its hints."""
+        return self.prepare_frame(box.crop(frame.rgb), mattes=frame.mattes and frame.mattes.crop(box))
 
     def matte_frames(self, frames: Sequence[Frame], reference: PreparedReferences) -> list[FrameAlpha]:
         """Matte frames with canvases of one size, each independently of the others."""
@@ -241,10 +263,16 @@ class Predictor:
         return self.model.infer(self._image_batch([frame.canvas for frame in frames]), valid, reference)
 
     @torch.inference_mode()
-    def refine_alphas(self, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[FrameAlpha]:
+    def refine_alphas(
+        self,
+        frames: Sequence[Frame],
+        coarse: Sequence[CoarseAlpha],
+        stabilise: Callable[[Float], Float] | None = None,
+    ) -> list[FrameAlpha]:
         """Complete the objects of coarse alphas and refine their edges, as far as the model has components for it.
 
-        The alphas of frames with hints follow them. Coarse alphas that are not finite are returned as they are.
+        The alphas follow the mattes and the hints of their frames. ``stabilise`` changes a refined alpha before that.
+        Coarse alphas that are not finite are returned as they are.
         """
         alphas = self.complete_alphas(frames, coarse)
         if self.model.edges is not None:
@@ -253,9 +281,12 @@ class Predictor:
             refined = self.model.edges.refine_alphas(images, [alphas[index] for index in finite])
             for index, alpha in zip(finite, refined, strict=True):
                 alphas[index] = alpha
+        final = [alpha.numpy(force=True) for alpha in alphas]
+        if stabilise is not None:
+            final = list(map(stabilise, final))
         return [
-            self._bind_to_hints(frame, FrameAlpha(alpha.numpy(force=True), each.confidence, each.found))
-            for frame, alpha, each in zip(frames, alphas, coarse, strict=True)
+            self._bind_alpha(frame, FrameAlpha(alpha, each.confidence, each.found))
+            for frame, alpha, each in zip(frames, final, coarse, strict=True)
         ]
 
     @torch.inference_mode()
@@ -285,15 +316,19 @@ class Predictor:
         objects = self.prompted_objects
         if not (frame.shows_object or objects.has_object(alphas[index])):
             return False
-        embedded = frame.embedded or objects.embed_images([frame.rgb])[0]
+        embedded = frame.embedded or objects.embed_images([frame.visible_rgb])[0]
         (alphas[index],) = objects.complete_embedded_alphas([embedded], [alphas[index]], [prompts])
         return True
 
-    def _bind_to_hints(self, frame: Frame, result: FrameAlpha) -> FrameAlpha:
-        """Return the alpha at the size of the source such that the hints hold in it; unchanged without hints."""
-        if frame.hints is None or not np.isfinite(result.alpha).all():
+    def _bind_alpha(self, frame: Frame, result: FrameAlpha) -> FrameAlpha:
+        """Return the alpha at the size of the source, bound to the garbage matte, then to the keep matte, then to the
+        hints of the frame; unchanged without them."""
+        if (frame.hints is None and frame.mattes is None) or not np.isfinite(result.alpha).all():
             return result
-        return replace(result, alpha=bind_alpha(self.alpha_at_source(frame, result), frame.hints))
+        alpha = self.alpha_at_source(frame, result)
+        if frame.mattes is not None:
+            alpha = frame.mattes.bind_alpha(alpha)
+        return replace(result, alpha=alpha if frame.hints is None else bind_alpha(alpha, frame.hints))
 
     @property
     def prompted_objects(self) -> Objects:
@@ -315,7 +350,7 @@ class Predictor:
         objects = self.model.objects
         if objects is None:
             return list(coarse)
-        return objects.complete_alphas([frame.embedded or frame.rgb for frame in frames], coarse)
+        return objects.complete_alphas([frame.embedded or frame.visible_rgb for frame in frames], coarse)
 
     @torch.inference_mode()
     def decide_presence(self, frame: Frame, coarse: CoarseAlpha, reference: PreparedReferences) -> CoarseAlpha:
@@ -347,7 +382,7 @@ class Predictor:
         def matte_crop(box: CropBox) -> tuple[CoarseAlpha, Tensor] | None:
             if box.area > config.max_area * frame.size[0] * frame.size[1]:
                 return None
-            crop = self.prepare_frame(box.crop(frame.rgb))
+            crop = self.prepare_crop(frame, box)
             (coarse,) = self.coarse_alphas([crop], reference)
             present = coarse.alpha if coarse.alpha_if_present is None else coarse.alpha_if_present
             (completed,) = self._complete_objects([crop], [present])
@@ -361,7 +396,7 @@ class Predictor:
     def _reference_tensors(self, reference: Reference) -> tuple[Tensor, Tensor, Tensor]:
         frame = self.prepare_frame(reference.rgb)
         coverage = frame.placement.fit_to_canvas(reference.guidance.astype(np.uint8) * 255)
-        guidance = coverage > min(127, int(coverage.max()) - 1)  # an object of a few pixels must not vanish
+        guidance = coverage > max(0, min(127, int(coverage.max()) - 1))  # an object of a few pixels must not vanish
         levels = guidance.astype(np.float32)
         if reference.unknown is not None:
             unknown = frame.placement.fit_to_canvas(reference.unknown.astype(np.uint8) * 255) > 0
@@ -401,12 +436,24 @@ def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
         if presence is not None:
             alpha = presence.alpha_if_present[index, 0, :height, :width].float().contiguous()
         confidence = float(confidence_and_found(alpha[None, None], torch.ones_like(alpha[None]).bool())[0])
-        return CoarseAlpha(alpha, confidence, found=True)
-    if presence is not None:
+        coarse = CoarseAlpha(alpha, confidence, found=True)
+    elif presence is not None:
         coarse = replace(coarse, presence_logit=float(presence.logit[index]))
         if presence.is_uncertain[index]:
             coarse = replace(coarse, alpha_if_present=presence.alpha_if_present[index, 0, :height, :width])
-    return coarse
+    return _hide_garbage(coarse, frame)
+
+
+def _hide_garbage(coarse: CoarseAlpha, frame: Frame) -> CoarseAlpha:
+    """Return a coarse alpha that is 0 in the garbage area of its frame."""
+    if frame.mattes is None or frame.mattes.garbage is None:
+        return coarse
+    hidden: Float = resize(frame.mattes.garbage, (coarse.alpha.shape[0], coarse.alpha.shape[1]))
+    visible = 1.0 - torch.from_numpy(hidden).to(coarse.alpha.device)
+    alpha, if_present = coarse.alpha * visible, coarse.alpha_if_present
+    if_present = None if if_present is None else if_present * visible
+    found = frame.shows_object or (coarse.found and bool((alpha > 0.5).any()))
+    return replace(coarse, alpha=alpha, alpha_if_present=if_present, found=found)
 
 
 def _as_references(pairs: Any, make_mask: MakeMask) -> list[Reference]:
@@ -425,8 +472,23 @@ def _as_references(pairs: Any, make_mask: MakeMask) -> list[Reference]:
             references.append(_as_reference(pair[0], pair[1], f"of reference {number}", make_mask))
         else:
             raise UsageError(f"reference {number} is {_describe(pair)}; {expected}")
-    if not references:
+    if all(reference.is_negative for reference in references):
         raise UsageError(f"no reference was given; {expected}")
+    return references
+
+
+def _as_negatives(negatives: Any, make_mask: MakeMask) -> list[Reference]:
+    """Return negative references of images, and of pairs of image and mask. Raises UsageError."""
+    if isinstance(negatives, (str, bytes, np.ndarray)) or not isinstance(negatives, Iterable):
+        raise UsageError(f"the negatives are {_describe(negatives)}; expected images, or pairs of image and mask")
+    references = []
+    for number, each in enumerate(negatives, 1):
+        if isinstance(each, (tuple, list)) and len(each) == 2:
+            shown = _as_reference(each[0], each[1], f"of negative {number}", make_mask)
+            references.append(Reference.negative(shown.rgb, shown.guidance))
+        else:
+            rgb = _as_rgb(each, f"negative {number}")
+            references.append(Reference.negative(rgb, np.ones(rgb.shape[:2], np.bool_)))
     return references
 
 

@@ -12,6 +12,7 @@ known position, or the crop shows only a small part of it, the full frame is mat
 from __future__ import annotations
 
 import base64
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -249,9 +250,8 @@ class FlowPropagator:
         flow = None if earlier is None else FlowField.estimate(earlier, frame.rgb, self._config, frame.windows)
         if flow is not None:
             coarse = replace(coarse, alpha=flow.propagate(coarse.alpha))
-        (result,) = self._predictor.refine_alphas([frame], [coarse])
-        if flow is not None and not flow.earlier.is_mask:
-            result = replace(result, alpha=flow.stabilise(frame.rgb, result.alpha))
+        stabilise = None if flow is None or flow.earlier.is_mask else functools.partial(flow.stabilise, frame.rgb)
+        (result,) = self._predictor.refine_alphas([frame], [coarse], stabilise)
         memory = FrameMemory.from_frame(frame.rgb, result.alpha, self._config, frame.windows)
         if flow is not None:
             memory = replace(memory, correction=flow.moved_correction())
@@ -348,7 +348,7 @@ class TrackingReferences:
         """Coarse alpha of a frame from a crop; it is 0 outside the crop."""
 
         def matte_crop(box: CropBox) -> tuple[CoarseAlpha, Tensor]:
-            crop = predictor.prepare_frame(box.crop(frame.rgb))
+            crop = predictor.prepare_crop(frame, box)
             (coarse,) = predictor.coarse_alphas([crop], self.cropped)
             return coarse, resize_alpha(coarse.alpha, crop.size)
 

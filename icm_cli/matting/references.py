@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ MakeMask: TypeAlias = Callable[[ImageU8, Hints], NDArray[np.bool_]]
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference image and the mask of its object."""
+    """A reference image and the mask of its object; or a negative reference, an image of what is not the object."""
 
     rgb: ImageU8
     """sRGB uint8 [H,W,3]."""
@@ -43,6 +44,23 @@ class Reference:
     """Pixels that are neither object nor background, bool [H,W], if the mask has some."""
     windows: ImageWindows | None = None
     """Data and display window of the image; None if they are equal."""
+
+    @classmethod
+    def negative(cls, rgb: ImageU8, area: NDArray[np.bool_], windows: ImageWindows | None = None) -> Reference:
+        """Return a negative reference: the pixels of ``area``, bool [H,W], show what is not the object."""
+        return cls(rgb, np.zeros_like(area), None if area.all() else ~area, windows)
+
+    @property
+    def is_negative(self) -> bool:
+        """Whether no pixel is of the object: all pixels that are not unknown show what is not the object."""
+        return not self.guidance.any()
+
+    @property
+    def selected(self) -> NDArray[np.bool_]:
+        """Pixels of the object, or of a negative reference those that show what is not the object, bool [H,W]."""
+        if not self.is_negative:
+            return self.guidance
+        return ~self.guidance if self.unknown is None else ~self.unknown
 
     @property
     def display_mask(self) -> NDArray[np.bool_]:
@@ -96,6 +114,29 @@ def read_references(
         _read_reference(ref, masks[n] if masks else None, label, colour, orientation, notice, prompts, make_mask)
         for n, ref in enumerate(refs)
     ]
+
+
+def read_negatives(
+    refs: Sequence[Path],
+    masks: Sequence[Path],
+    notice: Callable[[str], None],
+    colour: ColourSettings = DEFAULT_COLOUR,
+    make_mask: MakeMask | None = None,
+) -> list[Reference]:
+    """Read negative references. Each mask belongs to the image of the same position; images without one are negative
+    as a whole, except RGBA cut-outs. Raises UsageError."""
+    if len(masks) > len(refs):
+        raise UsageError(
+            f"{len(masks)} --not-mask but {len(refs)} --not-ref were given; give at most one --not-mask for each "
+            "--not-ref, in order"
+        )
+    negatives = []
+    for ref, mask in itertools.zip_longest(refs, masks):
+        shown = _read_reference(ref, mask, None, colour, "auto", notice, None, make_mask, needs_mask=False)
+        if masks and shown.guidance.all():
+            notice(f"{ref} has no --not-mask, so all of it is negative")
+        negatives.append(Reference.negative(shown.rgb, shown.guidance, shown.windows))
+    return negatives
 
 
 def make_guidance(mask: ImageU8, windows: ImageWindows, name: str, notice: Callable[[str], None]) -> NDArray[np.bool_]:
@@ -159,6 +200,8 @@ def _read_reference(
     notice: Callable[[str], None],
     prompts: ReferenceOptions | None = None,
     make_mask: MakeMask | None = None,
+    *,
+    needs_mask: bool = True,
 ) -> Reference:
     try:
         image = read_image(ref, colour)
@@ -185,6 +228,8 @@ def _read_reference(
             name = f"the alpha of reference {ref}"
             guidance = make_guidance(image.alpha, image.windows, name, notice)
             return Reference(image.rgb, guidance, windows=image.windows)
+        if not needs_mask:
+            return Reference(image.rgb, np.ones(image.rgb.shape[:2], np.bool_), windows=image.windows)
         raise UsageError(
             f"reference {ref} has no mask and is not an RGBA cut-out; give --mask with the object in white"
         )

@@ -106,6 +106,18 @@ class Shot:
                 hints[job.output] = found
         return hints
 
+    def matte_digest(self, job: Job) -> str:
+        """Return the digest of the mattes of a frame and of all frames from which its alpha is propagated."""
+        return self._matte_digests[job.output]
+
+    @functools.cached_property
+    def _matte_digests(self) -> dict[Path, str]:
+        digests: dict[Path, str] = {}
+        for job in self.order:
+            own, previous = job.mattes.digest if job.mattes else "", self.previous.get(job.output)
+            digests[job.output] = combined_digest(own, digests[previous.output] if previous else "")
+        return digests
+
     def with_jobs(self, jobs: Sequence[Job]) -> Shot:
         """Return the same order with newer jobs for the same outputs."""
         by_output = {job.output: job for job in jobs}

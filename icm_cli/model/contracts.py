@@ -32,7 +32,7 @@ MAX_ENLARGEMENT = 2.0
 """Largest factor by which backbones enlarge a small image to the canvas."""
 ReferenceImage: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """A reference on a canvas of its own: image [1,3,H,W], guidance [1,1,H,W] (0 outside, 1 inside the object, 0.5
-unknown), valid [1,H,W]."""
+unknown), valid [1,H,W]. The guidance of a negative reference has no 1."""
 
 
 @runtime_checkable

@@ -19,6 +19,9 @@ from icm_cli.model.contracts import ReferenceFeatures
 
 P = ParamSpec("P")
 
+CHUNK_TOKENS = 512
+"""Number of target tokens that are compared at a time, which limits the memory."""
+
 
 def without_autocast(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Decorate a function of float32 tensors so that it runs without mixed precision."""
@@ -122,6 +125,8 @@ class ReferenceTokens:
     """Tokens inside the guidance, [K,C]."""
     background: Tensor
     """Tokens outside the guidance, [M,C]; M may be 0."""
+    negative: Tensor | None = None
+    """Tokens of negative references, [L,C]; None if there are none."""
     notices: list[str] = field(default_factory=list)
     """Notices for the user about unsuitable references."""
 
@@ -133,17 +138,45 @@ def split_reference_tokens(
 
     ``make_tokens`` converts correspondence features [1,C,h,w] to tokens [1,N,D].
     """
-    foregrounds, backgrounds, notices = [], [], []
+    foregrounds, backgrounds, negatives, notices = [], [], [], []
     for reference in references:
         feature = reference.features.correspondence_features
-        stride = reference.guidance.shape[-1] // feature.shape[-1]
-        inside, notice = foreground_token_mask(reference.guidance, reference.valid, stride)
-        outside = background_token_mask(reference.guidance, reference.valid, stride)
+        inside, notice = selected_token_mask(reference)
         tokens = make_tokens(feature)
-        foregrounds.append(tokens[inside.flatten(1)])
-        backgrounds.append(tokens[outside.flatten(1)])
+        if is_negative(reference.guidance):
+            negatives.append(tokens[inside.flatten(1)])
+        else:
+            stride = reference.guidance.shape[-1] // feature.shape[-1]
+            outside = background_token_mask(reference.guidance, reference.valid, stride)
+            foregrounds.append(tokens[inside.flatten(1)])
+            backgrounds.append(tokens[outside.flatten(1)])
         notices += [notice] if notice else []
-    return ReferenceTokens(torch.cat(foregrounds), torch.cat(backgrounds), notices)
+    negative = torch.cat(negatives) if negatives else None
+    return ReferenceTokens(torch.cat(foregrounds), torch.cat(backgrounds), negative, notices)
+
+
+def is_negative(guidance: Tensor) -> bool:
+    """Return whether a guidance is that of a negative reference: it contains no foreground."""
+    return not bool((guidance > 0.75).any())
+
+
+def selected_token_mask(reference: ReferenceFeatures) -> tuple[Tensor, str | None]:
+    """Return the tokens of the object of a reference, or of the area of a negative one, as
+    :func:`foreground_token_mask` does."""
+    stride = reference.guidance.shape[-1] // reference.features.correspondence_features.shape[-1]
+    if not is_negative(reference.guidance):
+        return foreground_token_mask(reference.guidance, reference.valid, stride)
+    inside, notice = foreground_token_mask(1.0 - reference.guidance, reference.valid, stride)
+    return inside, notice and notice.replace("the reference", "a negative reference")
+
+
+def similarity_difference(target: Tensor, these: Tensor, others: Tensor) -> Tensor:
+    """Return for each target token [N,C] its largest product with ``these`` tokens [K,C] minus that with the ``others``
+    [M,C], float32 [N]; minus infinity without ``these``."""
+    if not len(these):
+        return target.new_full((len(target),), -torch.inf)
+    chunks = torch.split(target, CHUNK_TOKENS)
+    return torch.cat([(tokens @ these.T).amax(dim=1) - (tokens @ others.T).amax(dim=1) for tokens in chunks])
 
 
 def foreground_token_mask(guidance: Tensor, valid: Tensor, stride: int) -> tuple[Tensor, str | None]:

@@ -138,11 +138,22 @@ class ReferenceOptions(OptionGroup):
     save_mask: Path | None = option(
         None, help="Write the mask of the only --ref to this .png file, also with --dry-run."
     )
+    not_ref: tuple[Path, ...] = option(
+        (),
+        help="Image of what is not the object, such as a similar thing that was taken for it, repeatable.",
+        digest=DigestPart.REFERENCES,
+    )
+    not_mask: tuple[Path, ...] = option(
+        (),
+        help="Mask of a --not-ref, repeatable: white on what is not the object. The first one belongs to the first "
+        "--not-ref, and so on. A --not-ref without one is negative as a whole.",
+        digest=DigestPart.REFERENCES,
+    )
 
     @property
     def files(self) -> list[Path]:
-        """All files that are read."""
-        return [*self.ref, *self.mask, *filter(None, [self.scribble])]
+        """All files that are read, except negative references, which may be matted."""
+        return [*self.ref, *self.mask, *filter(None, [self.scribble]), *self.not_mask]
 
     @property
     def has_prompts(self) -> bool:
@@ -211,6 +222,20 @@ class HintOptions(OptionGroup):
         help="Corrections of single images: a folder with NAME.json (labelme; labels fg, bg, keep and drop) or "
         "NAME.png (white on the object, black off it, grey or transparent elsewhere) for an image NAME, or frames such "
         "as hints/sh010.####.json.",
+        metavar="PATH",
+        digest=DigestPart.IMAGE,
+    )
+    garbage: str | None = option(
+        None,
+        help="Garbage matte: alpha is 0 where it is white, and the model does not see that area. One image for all "
+        "images, or frames such as garbage.####.exr.",
+        metavar="PATH",
+        digest=DigestPart.IMAGE,
+    )
+    keep: str | None = option(
+        None,
+        help="Keep matte (core matte): alpha is 1 where it is white, also where the garbage matte is white. One image "
+        "for all images, or frames such as keep.####.exr.",
         metavar="PATH",
         digest=DigestPart.IMAGE,
     )

@@ -23,7 +23,7 @@ from icm_cli.options import Region
 from icm_cli.reports.contact_sheet import read_alpha_or_none, select_evenly
 from icm_cli.reports.means import SHOT_SCORE_TITLES, Means, compute_means_by, format_mean, format_metric
 from icm_cli.reports.published import comparison_caveats, published_scores
-from icm_cli.reports.report import PREVIEW_PX, shrink_image
+from icm_cli.reports.report import PREVIEW_PX, REFERENCE_CAPTION, shrink_image
 from icm_cli.reports.result import METRIC_TITLES, METRICS
 
 if TYPE_CHECKING:
@@ -133,15 +133,18 @@ def _make_figure(report: Report, result: ImageResult) -> dict[str, Any]:
     alpha, truth = read_alpha_or_none(result.output), read_alpha_or_none(result.truth)
     if alpha is not None and truth is not None and alpha.shape != truth.shape:
         alpha = np.asarray(cv2.resize(alpha, truth.shape[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
-    references = [_tint_object(rgb, np.asarray(mask * 255, np.uint8)) for rgb, mask in images.references_with_masks]
+    references = [
+        (_encode_data_uri(_tint_object(rgb, np.asarray(mask * 255, np.uint8))), caption)
+        for rgb, mask, caption in images.references_with_masks
+    ]
     for reference, mask_path in images.references.get((result.round, result.group), ()):
         rgb, mask_u8 = images.read_preview(reference), read_alpha_or_none(str(mask_path))
         if rgb is not None and mask_u8 is not None:
-            references.append(_tint_object(rgb, mask_u8))
+            references.append((_encode_data_uri(_tint_object(rgb, mask_u8)), REFERENCE_CAPTION))
     return {
         "result": result,
         "source": _encode_data_uri(images.read_source(result)),
-        "references": list(map(_encode_data_uri, references)),
+        "references": references,
         "alpha": _encode_data_uri(alpha),
         "truth": _encode_data_uri(truth),
         "error": _encode_data_uri(_error_map(alpha, truth)),

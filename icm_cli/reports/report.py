@@ -23,6 +23,8 @@ from icm_cli.reports.result import ImageResult, Status
 
 REFERENCES_SHAPE = [{"*": [str]}]
 """Shape of the references in JSON: for every round, the names of the references by group."""
+REFERENCE_CAPTION, NEGATIVE_CAPTION = "reference with mask", "negative reference"
+"""Captions of references."""
 PREVIEW_PX = 420
 """Long side of the images on pages and contact sheets."""
 SCHEMA_VERSION = 2
@@ -36,8 +38,9 @@ class PageImages:
 
     references: Mapping[tuple[int, str], Sequence[tuple[Path | CompositeSource, Path]]] = field(default_factory=dict)
     """References of an evaluation by round and group, as pairs of image and alpha."""
-    references_with_masks: Sequence[tuple[ImageU8, NDArray[np.bool_]]] = ()
-    """References that apply to all images: sRGB uint8 [H,W,3], and the mask of the object [H,W]."""
+    references_with_masks: Sequence[tuple[ImageU8, NDArray[np.bool_], str]] = ()
+    """References that apply to all images: sRGB uint8 [H,W,3], mask of the object or of a negative [H,W], and caption.
+    """
     colour: ColourSettings = DEFAULT_COLOUR
     composites: Mapping[str, CompositeSource] = field(default_factory=dict)
     """Composites that are sources, by the name of their result."""

@@ -8,6 +8,10 @@ It mattes every group with a model and with a baseline. For "plain" and "distrac
 at 0.5 and MSE, the groups with the lowest IoU, IoU by the origin of the masks, and IoU of objects
 that cover 2 to 6 % of the image. For "absent" it prints the fraction of images with a mean alpha of
 at most 0.01.
+
+With --negatives, the reference of the group whose photograph is in an image of "distractor" or
+"absent" is a negative example for that image; in "plain", that of the next group is. Images in
+which no such group is found are skipped, also without --negatives if --comparable is given.
 """
 
 from __future__ import annotations
@@ -44,16 +48,64 @@ class Row(NamedTuple):
     size: float
 
 
+class OtherGroups:
+    """Finds the group whose photograph is a part of an image."""
+
+    HEIGHT = 64
+    """Height at which photographs are compared."""
+    MAX_DIFFERENCE = 2.0
+    """Largest median difference of equal photographs, in levels of 255."""
+
+    def __init__(self, root: Path) -> None:
+        self.groups = sorted(path for path in (root / "plain").iterdir() if path.is_dir())
+        photographs = {group: [*group.glob("ref.*"), *(group / "src").iterdir()] for group in self.groups}
+        self._small = {group: list(map(self._read_small, paths)) for group, paths in photographs.items()}
+
+    def find(self, part: str, group: Path, source: Path) -> Path | None:
+        """Return the group in ``plain`` that is the negative example of an image."""
+        if part == "plain":
+            return self.groups[(self.groups.index(group) + 1) % len(self.groups)]
+        image = self._read_small(source)
+        for other in self.groups:
+            for small in self._small[other] if other.name != group.name else []:
+                width = min(small.shape[1], image.shape[1])
+                for half in (image[:, :width], image[:, -width:]):
+                    if np.median(np.abs(half - small[:, :width])) <= self.MAX_DIFFERENCE:
+                        return other
+        return None
+
+    def _read_small(self, path: Path) -> np.ndarray:
+        rgb = read_image(path).rgb
+        size = max(8, round(rgb.shape[1] * self.HEIGHT / rgb.shape[0])), self.HEIGHT
+        return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA).astype(np.float32)
+
+
+def read_reference(group: Path) -> tuple[np.ndarray, np.ndarray]:
+    return read_image(next(group.glob("ref.*"))).rgb, read_alpha(group / "mask.png")
+
+
 def matte_groups(
-    predictor: icm_cli.matting.predictor.Predictor, root: Path, out: Path | None, every: int
+    predictor: icm_cli.matting.predictor.Predictor,
+    root: Path,
+    out: Path | None,
+    every: int,
+    others: OtherGroups | None = None,
+    *,
+    use_negatives: bool = False,
 ) -> dict[str, list[Row]]:
     """Matte every group and return the results by part."""
     rows: dict[str, list[Row]] = collections.defaultdict(list)
     for part in PARTS:
         for group in sorted(path for path in (root / part).glob("*") if path.is_dir()):
-            guide = next(group.glob("ref.*"))
-            reference = predictor.reference([(read_image(guide).rgb, read_alpha(group / "mask.png"))])
+            reference = predictor.reference([read_reference(group)])
             for source in sorted((group / "src").iterdir())[::every]:
+                if others is not None:
+                    other = others.find(part, group, source)
+                    if other is None:
+                        continue
+                    if use_negatives:
+                        negatives = [read_reference(other)]
+                        reference = predictor.reference([read_reference(group)], negatives=negatives)
                 alpha = predictor.matte(read_image(source).rgb, reference)
                 if out is not None:
                     to = out / part / group.name / f"{source.stem}.png"
@@ -100,13 +152,17 @@ def main() -> None:
     parser.add_argument("--baseline", help="preset to compare with")
     parser.add_argument("--out", type=Path, help="write the alphas of the model to this folder")
     parser.add_argument("--every", type=int, default=1, help="use every n-th image of a group")
+    parser.add_argument("--negatives", action="store_true", help="give a negative example for every image")
+    parser.add_argument("--comparable", action="store_true", help="use the images that --negatives uses")
     arguments = parser.parse_args()
+    others = OtherGroups(arguments.root) if arguments.negatives or arguments.comparable else None
     models = {"model": icm_cli.load(arguments.model, checkpoint=arguments.checkpoint)}
     if arguments.baseline:
         models[arguments.baseline] = icm_cli.load(arguments.baseline)
     for name, predictor in models.items():
         start = time.perf_counter()
-        rows = matte_groups(predictor, arguments.root, arguments.out if name == "model" else None, arguments.every)
+        out = arguments.out if name == "model" else None
+        rows = matte_groups(predictor, arguments.root, out, arguments.every, others, use_negatives=arguments.negatives)
         for part in PARTS:
             print(f"{name}: {part}: {summarise_part(rows[part], part)}")
         print(f"{name}: {(time.perf_counter() - start) / sum(map(len, rows.values())):.2f} s per image")

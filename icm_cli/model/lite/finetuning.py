@@ -28,7 +28,7 @@ from icm_cli.model.contracts import (
     TrainedHead,
     ignore_progress,
 )
-from icm_cli.model.similarity import ReferenceTokens, background_token_mask, foreground_token_mask
+from icm_cli.model.similarity import ReferenceTokens, background_token_mask, foreground_token_mask, is_negative
 
 DEFAULT_STEPS = 140
 """Training steps for a shot if ``--learn-steps`` is not given."""
@@ -128,21 +128,25 @@ class FinetunableHead(TrainedHead, ABC):
     ) -> LearnedReferences:
         """Fine-tune a copy of this head on the references. This head is not changed.
 
-        On a CPU, the same references give the same weights if the number of threads is the same.
+        Negative references are targets without the object. On a CPU, the same references give the same weights if the
+        number of threads is the same.
         """
         rng, config = np.random.default_rng(FINETUNING.seed), FINETUNING
+        references = sorted(references, key=lambda each: is_negative(each[1]))
+        count = sum(not is_negative(guidance) for _, guidance, _ in references)
         with torch.no_grad():
             scenes = [
-                _Scene(image, guidance, ((guidance - 0.5).abs() > 0.25).float(), valid)
-                for image, guidance, valid in references
+                _Scene(image, guidance * (index < count), ((guidance - 0.5).abs() > 0.25).float(), valid)
+                for index, (image, guidance, valid) in enumerate(references)
             ]
-            originals = [_extract_view(backbone, self, scene) for scene in scenes]
+            shown = [_extract_view(backbone, self, scene) for scene in scenes]
+            originals, scenes = shown[:count], scenes[:count]
             views = []
             for i in range(config.views):
                 views.append(_extract_view(backbone, self, _augment_scene(scenes[i % len(scenes)], rng)))
                 on_progress(0.5 * (i + 1) / config.views)
             crops = [_crop_negative(scenes[i % len(scenes)], rng) for i in range(config.negative_views)]
-            negatives = [_extract_view(backbone, self, crop) for crop in crops if crop is not None]
+            negatives = [_extract_view(backbone, self, crop) for crop in crops if crop is not None] + shown[count:]
         student = copy.deepcopy(self).float().eval()
         with torch.enable_grad():
             _train_head(student, originals, views, negatives, steps, rng, on_progress)
@@ -152,7 +156,7 @@ class FinetunableHead(TrainedHead, ABC):
             tensor.data = tensor.data.to(dtypes[name])
         features = [
             ReferenceFeatures(view.features, guidance, valid)
-            for view, (_, guidance, valid) in zip(originals, references, strict=True)
+            for view, (_, guidance, valid) in zip(shown, references, strict=True)
         ]
         return LearnedReferences(student, student.prepare_references(features))
 

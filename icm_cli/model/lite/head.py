@@ -27,6 +27,7 @@ from icm_cli.model.similarity import (
     ReferenceTokens,
     SelfSimilarity,
     flatten_tokens,
+    similarity_difference,
     split_reference_tokens,
     without_autocast,
 )
@@ -43,6 +44,10 @@ PRESENCE_WIDTH = 64
 """Hidden units of the presence prediction."""
 MIN_TOKEN_WEIGHT = 1e-3
 """Smallest weight of a token in the mean of the object. If nothing is found, the mean is that of the whole image."""
+NEGATIVE_MARGIN = 0.1
+"""Difference of the cosines to the nearest negative token and to the nearest token of the object."""
+NO_TOKEN_LOGIT = -20.0
+"""Presence logit of an image in which no token may be the object."""
 IMAGE_CHANNELS = 3
 ATTENTION_HEADS = 4
 
@@ -170,8 +175,16 @@ class TokenMatchHead(FinetunableHead):
         projected = self.project_tokens(target.correspondence_features)
         evidence = self.compute_evidence(projected, target.valid, references)
         fused = self.fuse_features(target, evidence)
-        logit = self.presence_logit(fused, projected, evidence, target.valid, references)
+        possible = self._possible_tokens(fused, projected, target.valid, references)
+        tokens = target.valid if possible is None else possible
+        logit = self.presence_logit(fused, projected, evidence, tokens, references)
         alpha = torch.sigmoid(resize_bilinear(self.decode_logit(fused, target, image), image.shape[-2:]))
+        if possible is not None:
+            shown, real = (
+                resize_bilinear(each[:, None].float(), image.shape[-2:]) for each in (possible, target.valid)
+            )
+            alpha = alpha * (shown / real.clamp(min=1e-6))  # padding has no influence on the frame's border
+            logit = logit.where(possible.flatten(1).any(dim=1), NO_TOKEN_LOGIT)
         if self.training:
             alpha = alpha * torch.sigmoid(logit)[:, None, None, None]
             return Matte(alpha, *confidence_and_found(alpha.detach(), valid))
@@ -183,6 +196,25 @@ class TokenMatchHead(FinetunableHead):
         final = self._stretch_contrast(alpha * torch.sigmoid(sharpened)[:, None, None, None])
         presence = Presence(sharpened, self._stretch_contrast(alpha), logit.abs() < self.config.presence_margin)
         return Matte(final, *confidence_and_found(final, valid), presence)
+
+    def _possible_tokens(
+        self, fused: Tensor, projected: Tensor, valid: Tensor, references: Sequence[ReferenceTokens]
+    ) -> Tensor | None:
+        """Return the valid tokens that may be the object, bool [B,h,w]; None without negative references.
+
+        A token is not the object if the tokens of the coarse object around it are nearer to a negative reference than
+        to the object, on average and by more than NEGATIVE_MARGIN: single tokens of the object may be nearer.
+        """
+        if all(tokens.negative is None for tokens in references):
+            return None
+        layers, difference = len(self.config.feature_channels), projected.new_zeros(valid.shape)
+        for index, tokens in enumerate(references):
+            if tokens.negative is not None:  # the products are sums of the cosines of all layers
+                each = similarity_difference(projected[index], tokens.negative, tokens.foreground) / layers
+                difference[index] = each.view(valid.shape[1:])
+        weight = (torch.sigmoid(self._coarse_logit(fused)) + MIN_TOKEN_WEIGHT) * valid[:, None]
+        sums = F.avg_pool2d(torch.cat([difference[:, None] * weight, weight], dim=1), 5, stride=1, padding=2)
+        return valid & (sums[:, 0] <= NEGATIVE_MARGIN * sums[:, 1])
 
     def predict_match(
         self, target: Features, references: Sequence[ReferenceTokens], image: Tensor | None

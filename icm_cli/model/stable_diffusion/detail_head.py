@@ -20,8 +20,9 @@ from icm_cli.model.decoding import ConvNormReLU, confidence_and_found, make_alph
 from icm_cli.model.similarity import (
     AttentionMatrix,
     flatten_tokens,
-    foreground_token_mask,
     inter_similarity,
+    is_negative,
+    selected_token_mask,
     without_autocast,
 )
 
@@ -62,6 +63,8 @@ class DetailReferences:
 
     tokens: list[Tensor]
     """For each reference the normalised tokens inside its guidance, float32 [K,C]."""
+    negatives: list[Tensor] = field(default_factory=list)
+    """For each negative reference its normalised tokens, float32 [K,C]."""
     notices: list[str] = field(default_factory=list)
     """Notices about references whose guidance covers no whole token."""
 
@@ -87,10 +90,10 @@ class DetailHead(TrainedHead):
     def prepare_references(self, references: Sequence[ReferenceFeatures]) -> DetailReferences:
         prepared = DetailReferences([])
         for reference in references:
-            feature = reference.features.correspondence_features
-            stride = reference.guidance.shape[-1] // feature.shape[-1]
-            inside, notice = foreground_token_mask(reference.guidance, reference.valid, stride)
-            prepared.tokens.append(self.inter_similarity.normalised_tokens(feature)[inside.flatten(1)])
+            inside, notice = selected_token_mask(reference)
+            tokens = self.inter_similarity.normalised_tokens(reference.features.correspondence_features)
+            side = prepared.negatives if is_negative(reference.guidance) else prepared.tokens
+            side.append(tokens[inside.flatten(1)])
             prepared.notices.extend([notice] if notice else [])
         return prepared
 
@@ -111,9 +114,7 @@ class DetailHead(TrainedHead):
         self, target: Features, references: Sequence[DetailReferences]
     ) -> tuple[Tensor, list[Tensor]]:
         """Compute S [B,1,h,w], and the encoded intra-similarity of each scale, [B,256,s,s]."""
-        similarity = self.inter_similarity(
-            [reference.tokens for reference in references], target.correspondence_features, target.valid
-        )
+        similarity = self.inter_similarity(references, target.correspondence_features, target.valid)
         spread = [
             layer(similarity, cast(AttentionMatrix, target.intra_similarity[stride]).matrix)
             for layer, stride in zip(self.intra_similarity, FUSION_STRIDES, strict=True)
@@ -133,16 +134,23 @@ class InterSimilarity(nn.Module):
         normalised: Tensor = self.norm(flatten_tokens(feature))
         return normalised
 
-    def forward(self, references: Sequence[Sequence[Tensor]], feature: Tensor, valid: Tensor) -> Tensor:
-        """Compute S, float32 [B,1,h,w], of features [B,C,h,w] and, for each target, the tokens [K,C] of its references.
+    def forward(self, references: Sequence[DetailReferences], feature: Tensor, valid: Tensor) -> Tensor:
+        """Compute S, float32 [B,1,h,w], of features [B,C,h,w] and the references of each target.
 
-        Several references are averaged; one reference gives the published rule.
+        Several references are averaged; one reference gives the published rule. S is 0 at tokens to which a token of a
+        negative reference gives more of its similarity than one of the object does, on average; the rest of S keeps
+        its sum. If no token is left, S is 0.
         """
         target, real = self.normalised_tokens(feature), valid.flatten(1)
         means = []
         for i, of_image in enumerate(references):
-            sums = [inter_similarity(tokens, target[i : i + 1], real[i : i + 1]) for tokens in of_image]
-            means.append(torch.cat(sums).mean(dim=0))
+            sums = [inter_similarity(tokens, target[i : i + 1], real[i : i + 1]) for tokens in of_image.tokens]
+            mean = torch.cat(sums).mean(dim=0)
+            if of_image.negatives:
+                negative = inter_similarity(torch.cat(of_image.negatives), target[i : i + 1], real[i : i + 1])[0]
+                kept = mean * (mean / mean.sum() >= negative / negative.sum())
+                mean = kept * (mean.sum() / kept.sum().clamp(min=1e-6))
+            means.append(mean)
         return torch.stack(means).view(-1, 1, *feature.shape[2:])
 
 

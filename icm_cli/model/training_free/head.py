@@ -23,11 +23,14 @@ from torch import Tensor
 from icm_cli.config import check_setting
 from icm_cli.geometry import downscaled_size, trimap_from_coarse
 from icm_cli.model.contracts import Features, Head, Matte, ReferenceFeatures
-from icm_cli.model.similarity import ReferenceTokens, flatten_tokens, split_reference_tokens
+from icm_cli.model.similarity import (
+    CHUNK_TOKENS,
+    ReferenceTokens,
+    flatten_tokens,
+    similarity_difference,
+    split_reference_tokens,
+)
 from icm_cli.model.training_free.closed_form import load_solver, solve_alpha
-
-CHUNK_TOKENS = 512
-"""Number of target tokens that are compared at a time, which limits the memory."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,13 @@ class TrainingFree(Head):
         to_foreground = soft_max_similarity(foreground, unit, self.config.temperature)
         to_background = soft_max_similarity(background, unit, self.config.temperature)
         contrast = to_foreground - self.config.background_weight * to_background
-        best = soft_max_similarity(foreground, unit, self.config.presence_temperature).max()
+        agreement = soft_max_similarity(foreground, unit, self.config.presence_temperature)
+        if reference.negative is not None:
+            negative = F.normalize(reference.negative - centre, dim=-1)
+            is_object = similarity_difference(unit, negative, foreground) <= 0
+            contrast = contrast.where(is_object, contrast.clamp(max=0.0))
+            agreement = agreement.where(is_object, agreement.clamp(max=0.0))
+        best = agreement.max()
         own = soft_max_similarity(foreground, foreground, self.config.presence_temperature).mean()
         return contrast, float(best / own)
 
@@ -247,8 +256,11 @@ def segment_by_clusters(
     target, foreground = F.normalize(compared.float(), dim=-1), F.normalize(reference.foreground.float(), dim=-1)
     prototype = F.normalize(foreground.mean(dim=0), dim=0)
     similarity = target @ prototype
-    background = F.normalize(reference.background.float(), dim=-1)
-    candidate = (similarity > config.min_candidate_cosine) & is_nearest_foreground(target, foreground, background)
+    outside = [reference.background, *([] if reference.negative is None else [reference.negative])]
+    background = F.normalize(torch.cat(outside).float(), dim=-1)
+    candidate = (similarity > config.min_candidate_cosine) & (
+        similarity_difference(target, background, foreground) <= 0
+    )
     if not candidate.any():
         return candidate.float(), 0.0
     label = cluster_tokens(grouping, config.min_cluster_cosine)
@@ -263,15 +275,6 @@ def segment_by_clusters(
     joined[seed] = True
     reference_similarity = float((foreground @ prototype).mean())
     return joined[label].float(), float(similarity[label == seed].mean()) / max(reference_similarity, 1e-6)
-
-
-def is_nearest_foreground(target: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
-    """Return for each target token [N,C] whether its nearest reference token is inside the mask, bool [N]; True without
-    background. All tokens have unit length."""
-    if not len(background):
-        return torch.ones(len(target), dtype=torch.bool, device=target.device)
-    chunks = torch.split(target, CHUNK_TOKENS)
-    return torch.cat([(tokens @ foreground.T).amax(dim=1) >= (tokens @ background.T).amax(dim=1) for tokens in chunks])
 
 
 def cluster_tokens(tokens: Tensor, min_cluster_cosine: float) -> Tensor:

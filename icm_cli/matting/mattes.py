@@ -1,0 +1,188 @@
+"""Garbage and keep mattes: areas of an image in which the final alpha is 0, or 1."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from icm_cli.errors import ImageError, UsageError, format_count
+from icm_cli.files import combined_digest
+from icm_cli.geometry import Float, ImageU8, format_size, has_same_aspect, resize, round_to_u8
+from icm_cli.images.openimageio import NOT_FINITE
+from icm_cli.images.pixels import ImageWindows
+from icm_cli.images.reading import extra_frame_notices, file_digest, read_stored_pixels
+from icm_cli.matting.crops import CropBox
+from icm_cli.matting.frames import FrameName, FramePattern
+from icm_cli.matting.sources import SkippedFiles, find_sources
+
+GARBAGE, KEEP = "--garbage", "--keep"
+HIDDEN_GREY = 127
+"""Colour of hidden pixels if the whole image is hidden."""
+
+
+@dataclass(frozen=True)
+class Mattes:
+    """The mattes of an image, each float32 [H,W] in 0..1 of its size; None if there is none."""
+
+    garbage: Float | None = None
+    keep: Float | None = None
+
+    def crop(self, box: CropBox) -> Mattes:
+        """Return the mattes of a crop of the image."""
+        return Mattes(*(None if each is None else box.crop(each) for each in (self.garbage, self.keep)))
+
+    def hide_garbage(self, rgb: ImageU8) -> ImageU8:
+        """Return the image [H,W,3] with the mean colour of its other pixels in the garbage area."""
+        if self.garbage is None or not self.garbage.any():
+            return rgb
+        weight = 1.0 - self.garbage
+        total = float(weight.sum())
+        colour = np.einsum("hwc,hw->c", rgb, weight) / total if total >= 1.0 else np.full(3, HIDDEN_GREY)
+        return round_to_u8(rgb * weight[..., None] + colour.astype(np.float32) * self.garbage[..., None])
+
+    def bind_alpha(self, alpha: Float) -> Float:
+        """Return the alpha [H,W] with 0 in the garbage area and 1 in the kept area, which wins where both overlap."""
+        if self.garbage is not None:
+            alpha = alpha * (1.0 - self.garbage)
+        return alpha if self.keep is None else np.maximum(alpha, self.keep)
+
+    @property
+    def overlap(self) -> float:
+        """Fraction of the image in which both mattes are above one half."""
+        if self.garbage is None or self.keep is None:
+            return 0.0
+        return float(((self.garbage > 0.5) & (self.keep > 0.5)).mean())
+
+
+@dataclass(frozen=True)
+class MatteFile:
+    """The file of one matte of an image."""
+
+    path: Path
+    problem: str = ""
+    """Why there is no such file, if there is none."""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of the content; of the path for a file that cannot be read, whose image will fail."""
+        try:
+            return file_digest(self.path)
+        except ImageError:
+            return f"unreadable: {self.path}"
+
+    def read(self, windows: ImageWindows) -> Float:
+        """Return the matte for an image with these windows. Raises ImageError."""
+        if self.problem:
+            raise ImageError(self.problem)
+        return read_matte(self.path, windows)
+
+
+@dataclass(frozen=True)
+class ImageMattes:
+    """The files of the mattes of an image."""
+
+    garbage: MatteFile | None = None
+    keep: MatteFile | None = None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of what the files say."""
+        return combined_digest(*("" if each is None else each.digest for each in (self.garbage, self.keep)))
+
+    def read(self, windows: ImageWindows) -> Mattes:
+        """Read the mattes for an image with these windows. Raises ImageError."""
+        return Mattes(*(None if each is None else each.read(windows) for each in (self.garbage, self.keep)))
+
+
+@dataclass(frozen=True)
+class MatteFiles:
+    """The mattes of an option: one file for all images, or one for each frame number."""
+
+    flag: str
+    where: str
+    files: dict[int | None, MatteFile]
+    """File of each frame number; that of the key None is for all images."""
+
+    @classmethod
+    def find(cls, flag: str, where: str | None, notice: Callable[[str], None]) -> MatteFiles | None:
+        """Find the files that an option names; None without the option. Raises UsageError."""
+        if where is None:
+            return None
+        path = Path(where)
+        if not path.is_file() and FramePattern.parse(where) is not None:
+            found = find_sources(where, None, SkippedFiles(notice)).files
+            return cls(flag, where, {FrameName.from_path(each).number: MatteFile(each) for each in found})
+        if not path.is_file():
+            problem = "is a folder" if path.is_dir() else "does not exist"
+            raise UsageError(f"{flag} {where} {problem}; expected an image, or frames such as matte.####.exr")
+        try:
+            read_matte(path, None)
+            for sentence in extra_frame_notices(f"{flag} matte", path):
+                notice(sentence)
+        except ImageError as error:
+            raise UsageError(f"{flag} cannot be used: {error}") from error
+        return cls(flag, where, {None: MatteFile(path)})
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files."""
+        return [file.path for file in self.files.values()]
+
+    def find_file(self, name: Path) -> MatteFile:
+        """Return the file for the image with this name."""
+        if None in self.files:
+            return self.files[None]
+        number = FrameName.from_path(name).number
+        if number is None:
+            problem = f"{name} has no frame number, which {self.flag} {self.where} needs; rename it, or give one matte"
+        else:
+            problem = f"{self.flag} {self.where} has no frame {number}, which {name} needs; add this matte"
+        return self.files.get(number) or MatteFile(Path(self.where), problem)
+
+
+def assign_mattes(
+    names: Sequence[Path], garbage: MatteFiles | None, keep: MatteFiles | None
+) -> list[ImageMattes | None]:
+    """Return the mattes of the images with these names; None for all of them if there are no mattes.
+
+    Raises UsageError if the frames of an option belong to none of the images.
+    """
+    given = [each for each in (garbage, keep) if each is not None]
+    for each in given:
+        if names and all(each.find_file(name).problem for name in names):
+            raise UsageError(
+                f"{each.flag} {each.where} has {format_count(len(each.files), 'frame')}, none with the frame number of "
+                f"an image, such as that of {names[0]}; expected the same frame numbers"
+            )
+    if not given:
+        return [None] * len(names)
+    return [
+        ImageMattes(*(None if each is None else each.find_file(name) for each in (garbage, keep))) for name in names
+    ]
+
+
+def read_matte(path: Path, windows: ImageWindows | None) -> Float:
+    """Read a matte, float32 in 0..1: the alpha channel of the file if it varies, else the brightest channel.
+
+    It is placed on an image with these windows: by the display window of an EXR, or resized if it has the aspect ratio
+    of the image. Raises ImageError.
+    """
+    stored = read_stored_pixels(path, windows)
+    if any(NOT_FINITE in sentence for sentence in stored.notices):
+        raise ImageError(f"matte {path} has {NOT_FINITE}; expected values of 0..1; write it again")
+    plane = stored.values if stored.values.ndim == 2 else stored.values.max(axis=-1)
+    if stored.alpha is not None and stored.alpha.min() != stored.alpha.max():
+        plane = stored.alpha
+    matte = np.clip(plane.astype(np.float32) / np.float32(stored.scale), 0.0, 1.0)
+    if windows is None or matte.shape == windows.size:
+        return matte
+    if not has_same_aspect(matte.shape, windows.display):
+        raise ImageError(
+            f"matte {path} is {format_size(matte.shape)} and its image {format_size(windows.display)}; expected the "
+            "same aspect ratio; give a matte of this image"
+        )
+    return windows.display_window.move_pixels(resize(matte, windows.display), windows)
