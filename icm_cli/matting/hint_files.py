@@ -27,7 +27,6 @@ from icm_cli.images.image_file import IMAGE_SUFFIXES
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import read_stored_pixels
 from icm_cli.matting.frames import FrameName, FramePattern
-from icm_cli.matting.hinting import move_hints
 from icm_cli.matting.sources import SkippedFiles, Sources, find_sources, name_below, real_path
 
 JSON_SUFFIX = ".json"
@@ -65,6 +64,8 @@ class ImageHints:
 
         Raises ImageError if they are for an image of another size, or if the files have changed since :meth:`check`.
         """
+        from icm_cli.matting.hinting import move_hints  # imports torch, which scoring alone does not need
+
         try:
             if self._content_digest() != self.digest:
                 raise ImageError(f"{self._title} changed during the run; run again")
