@@ -13,6 +13,7 @@ from icm_cli.options import (
     DtypeName,
     EdgeMethod,
     ForegroundMode,
+    GuidanceRule,
     ImageFormat,
     MaskOrientation,
     MetricVariant,
@@ -36,6 +37,7 @@ def matte(
     not_point: tuple[float, float] | Sequence[tuple[float, float]] = (),
     box: tuple[float, float, float, float] | None = None,
     scribble: str | Path | None = None,
+    guidance: GuidanceRule = "mask",
     save_mask: str | Path | None = None,
     not_ref: str | Path | Sequence[str | Path] = (),
     not_mask: str | Path | Sequence[str | Path] = (),
@@ -109,6 +111,9 @@ def matte(
             pixels.
         scribble: Image of the size of the only --ref with strokes: white or green on the object,
             black or red off it, transparent or mid-grey elsewhere.
+        guidance: What points and strokes become: mask (the mask of the object, made by lite), or
+            paper (an area that the self-attention of the model extends, as in the paper; for
+            icm-sd21).
         save_mask: Write the mask of the only --ref to this .png file, also with --dry-run.
         not_ref: Image of what is not the object, such as a similar thing that was taken for it,
             repeatable.

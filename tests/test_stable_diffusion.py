@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Icm, alphas
 from safetensors.torch import load_file, save_file
 from tiny_sd import TINY_CANVAS_PX, tiny_detail_yaml, write_tiny_sd
 from torch import Tensor, nn
@@ -17,9 +18,9 @@ from icm_cli.errors import ConfigError
 from icm_cli.files import cache_folder
 from icm_cli.model.checkpoint import save_checkpoint
 from icm_cli.model.contracts import Features
-from icm_cli.model.core import TARGET_NOISE, InContextMatting, reference_noise_key
+from icm_cli.model.core import ATTENDED_TOKENS, TARGET_NOISE, InContextMatting, reference_noise_key
 from icm_cli.model.loading import load_model, model_digest, resolve_model
-from icm_cli.model.similarity import AttentionMatrix
+from icm_cli.model.similarity import AttentionMatrix, attended_tokens
 from icm_cli.model.stable_diffusion import backbone as sd_backbone
 from icm_cli.model.stable_diffusion.backbone import StableDiffusion, StableDiffusionConfig
 from icm_cli.model.stable_diffusion.detail_head import DetailHead, DetailReferences, confidence_and_found
@@ -389,3 +390,48 @@ class TestWeights:
 def test_settings_out_of_range_are_reported(settings: dict[str, int], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         StableDiffusionConfig(**settings)  # type: ignore[arg-type]
+
+
+class TestPaperGuidance:
+    """``--guidance paper``: points are extended by the self-attention of the reference."""
+
+    def test_most_attended_tokens_of_each_point(self) -> None:
+        rows = torch.tensor([[0.1, 0.5, 0.3, 0.1], [0.7, 0.1, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4], [0.6, 0.2, 0.1, 0.1]])
+        assert attended_tokens(rows, [0], 1).tolist() == [True, True, False, False]
+        assert attended_tokens(rows, [0], 2).tolist() == [True, True, True, False]
+        assert attended_tokens(rows, [2, 3], 1).tolist() == [True, False, True, True]
+        assert attended_tokens(rows, [1], 9).all()
+
+    def test_extended_guidance(self, model: InContextMatting) -> None:
+        image, guidance, valid = images(1, seed=9), torch.zeros(1, 1, SIDE, SIDE), all_valid(1)
+        guidance[..., 0, 100] = 1
+        with torch.inference_mode():
+            _, extended, _ = model.extend_guidance((image, guidance, valid), [(20.0, 39.9)], 0)
+            maps = model.backbone.target_features(image, valid, REFERENCE).intra_similarity
+        stride = min(maps)
+        attention = maps[stride]
+        assert isinstance(attention, AttentionMatrix)
+        width = attention.grid[1]
+        query = int(39.9 // stride) * width + int(20 // stride)
+        expected = {query, *attention.matrix[0, query].argsort(descending=True)[:ATTENDED_TOKENS].tolist()}
+        cells = extended.unfold(2, stride, stride).unfold(3, stride, stride)[0, 0].flatten(2)
+        assert {int(n) for n in torch.nonzero(cells.flatten(0, 1).all(dim=-1))} == expected
+        assert extended[..., 0, 100] == 1
+        assert extended.sum() == len(expected) * stride**2 + (0 if (100 // stride) in expected else 1)
+
+    def test_command(self, icm: Icm, scene: Path, trained: tuple[Path, ModelConfig]) -> None:
+        options = {"src": scene / "imgs" / "wall.jpg", "mask": None, "guidance": "paper"}
+        tiny = {"model": None, "checkpoint": trained[0], **options}
+        assert icm(point="50,60", **tiny).exit_code == 0
+        first = alphas(scene / "out")
+        assert len(first) == 1
+        assert icm(point="51,60", **tiny).exit_code == 0
+        assert alphas(scene / "out") != first
+        for more, expected in (
+            ({"point": "50,60"}, "--guidance paper extends points by attention maps, which this model does not use"),
+            ({}, "--guidance paper extends points and strokes on the object, and there are none"),
+            ({"point": "50,60", "box": "1,1,9,9"}, "omit --not-point, --box and --save-mask"),
+        ):
+            result = icm(**options, **more)
+            assert result.exit_code == 2
+            assert expected in " ".join(result.stderr.split())

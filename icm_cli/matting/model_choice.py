@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,9 @@ from typing import Any, Literal
 from icm_cli.config import ModelConfig, component_class
 from icm_cli.device import Device
 from icm_cli.environment import check_not_forked
-from icm_cli.matting.predictor import Predictor, check_learn_steps
+from icm_cli.matting.predictor import Predictor, check_guidance, check_learn_steps
 from icm_cli.matting.propagation import PropagationConfig
+from icm_cli.matting.references import Reference
 from icm_cli.model.contracts import Head
 from icm_cli.model.lite.finetuning import DEFAULT_STEPS, FINETUNING
 from icm_cli.model.lite.mobile_sam import MobileSam
@@ -75,6 +77,10 @@ class ModelChoice:
         By default it is 0; in a shot it is ``DEFAULT_STEPS`` if the head can learn. Raises UsageError.
         """
         return _resolve_learn_steps(requested, component_class("head", self.config.head.name), is_shot=is_shot)
+
+    def check_guidance(self, references: Sequence[Reference]) -> None:
+        """Raise UsageError for references that the head of this model cannot use."""
+        check_guidance(references, component_class("head", self.config.head.name))
 
     def load_predictor(self) -> Predictor:
         """Load the model onto its device. Raises ConfigError."""

@@ -194,9 +194,10 @@ class Predictor:
             check_learn_steps(learn_steps or 0, type(self.model.head))
         make_mask = self._mask_maker.make_mask
         references = [*_as_references(pairs, make_mask), *_as_negatives(negatives, make_mask)]
+        check_guidance(references, type(self.model.head))
         action = f"the references were learned in {learn_steps} steps" if learn_steps else "references were prepared"
         with device_errors(self.device, action), torch.no_grad():
-            tensors = [self._reference_tensors(reference) for reference in references]
+            tensors = [self._reference_tensors(reference, index) for index, reference in enumerate(references)]
             return self.model.prepare_references(tensors, learn_steps=learn_steps or 0, on_progress=on_progress)
 
     def matte(self, rgb: ImageU8, reference: PreparedReferences, hints: Hints | None = None) -> ImageU8:
@@ -393,7 +394,7 @@ class Predictor:
         coarse, in_crop, final_box = found
         return paste_crop(in_crop, final_box, frame.size, config.fade), coarse.presence_logit
 
-    def _reference_tensors(self, reference: Reference) -> tuple[Tensor, Tensor, Tensor]:
+    def _reference_tensors(self, reference: Reference, index: int) -> tuple[Tensor, Tensor, Tensor]:
         frame = self.prepare_frame(reference.rgb)
         coverage = frame.placement.fit_to_canvas(reference.guidance.astype(np.uint8) * 255)
         guidance = coverage > max(0, min(127, int(coverage.max()) - 1))  # an object of a few pixels must not vanish
@@ -401,11 +402,16 @@ class Predictor:
         if reference.unknown is not None:
             unknown = frame.placement.fit_to_canvas(reference.unknown.astype(np.uint8) * 255) > 0
             levels[unknown & ~guidance] = 0.5
-        return (
+        tensors = (
             self._image_batch([frame.canvas]),
             self._to_device(levels[None, None]),
             self._to_device(frame.placement.content_mask()[None]),
         )
+        if not reference.attended_points:
+            return tensors
+        (height, width), (rows, columns) = frame.placement.content, frame.size
+        points = [(x * width / columns, y * height / rows) for x, y in reference.attended_points]
+        return self.model.extend_guidance(tensors, points, index)
 
     def _image_batch(self, canvases: Sequence[ImageU8]) -> Tensor:
         return self._to_device(np.stack(canvases)).permute(0, 3, 1, 2).float() / 255.0
@@ -454,6 +460,15 @@ def _hide_garbage(coarse: CoarseAlpha, frame: Frame) -> CoarseAlpha:
     if_present = None if if_present is None else if_present * visible
     found = frame.shows_object or (coarse.found and bool((alpha > 0.5).any()))
     return replace(coarse, alpha=alpha, alpha_if_present=if_present, found=found)
+
+
+def check_guidance(references: Sequence[Reference], head: type[Head]) -> None:
+    """Raises UsageError for references whose guidance is extended by attention that the head does not use."""
+    if any(reference.attended_points for reference in references) and not head.needs_attention_matrix:
+        raise UsageError(
+            "--guidance paper extends points by attention maps, which this model does not use; omit it, or choose a "
+            "model with attention maps, such as icm-sd21"
+        )
 
 
 def _as_references(pairs: Any, make_mask: MakeMask) -> list[Reference]:

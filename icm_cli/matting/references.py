@@ -15,13 +15,14 @@ from icm_cli.errors import ImageError, ImageMemoryError, ResourceError, UsageErr
 from icm_cli.files import combined_digest
 from icm_cli.geometry import ImageU8, format_size, has_same_aspect, resize
 from icm_cli.guidance.annotations import is_annotation, read_hints
-from icm_cli.guidance.hints import Hints
+from icm_cli.guidance.hints import Hints, Point
 from icm_cli.guidance.scribbles import read_scribble
 from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import SourceImage, extra_frame_notices, read_image
+from icm_cli.matting.hinting import move_hints
 from icm_cli.matting.masks import Mask, MaskPlacement, read_mask
-from icm_cli.options import MaskOrientation, ReferenceOptions
+from icm_cli.options import GuidanceRule, MaskOrientation, ReferenceOptions
 
 FOREGROUND_THRESHOLD = 0.5
 """Pixels of a soft mask above this value are foreground, as in the published code."""
@@ -44,6 +45,8 @@ class Reference:
     """Pixels that are neither object nor background, bool [H,W], if the mask has some."""
     windows: ImageWindows | None = None
     """Data and display window of the image; None if they are equal."""
+    attended_points: Sequence[Point] = ()
+    """Points of ``guidance``, x and y in pixels, by whose self-attention the model extends it (paper, section 3.6)."""
 
     @classmethod
     def negative(cls, rgb: ImageU8, area: NDArray[np.bool_], windows: ImageWindows | None = None) -> Reference:
@@ -72,7 +75,8 @@ class Reference:
     def digest(self) -> str:
         """Hash of image and mask."""
         unknown = b"" if self.unknown is None else self.unknown.tobytes()
-        return combined_digest(self.rgb.tobytes(), self.guidance.tobytes(), unknown, str(self.rgb.shape))
+        points = [f"attended points {list(self.attended_points)}"] if self.attended_points else []
+        return combined_digest(self.rgb.tobytes(), self.guidance.tobytes(), unknown, str(self.rgb.shape), *points)
 
 
 def read_references(
@@ -214,9 +218,8 @@ def _read_reference(
             hints = _read_prompts(prompts, ref, image.windows.display)
         if hints is not None:
             name = f"mask {mask}" if mask else f"the mask from the prompts of reference {ref}"
-            inside = mask_from_hints(hints, image.to_display_window().rgb, name, notice, make_mask)
-            inside = image.windows.display_window.move_pixels(inside, image.windows)
-            return _make_reference(image, Mask(inside, np.zeros(inside.shape, np.bool_)), name, notice)
+            rule = "mask" if prompts is None else prompts.guidance
+            return _make_prompted_reference(image, hints, name, notice, make_mask, rule)
         if mask is not None:
             height, width = image.rgb.shape[:2]
             stored = image.stored
@@ -255,6 +258,28 @@ def _read_prompts(options: ReferenceOptions, ref: Path, size: tuple[int, int]) -
             f"scribble {options.scribble} marks nearly every pixel; expected strokes; give it as --mask if it is a mask"
         )
     return replace(hints, object_area=strokes.object_area, background_area=strokes.background_area)
+
+
+def _make_prompted_reference(
+    image: SourceImage,
+    hints: Hints,
+    name: str,
+    notice: Callable[[str], None],
+    make_mask: MakeMask | None,
+    rule: GuidanceRule,
+) -> Reference:
+    """Return a reference with the mask that is made from hints, or whose guidance is their points and strokes."""
+    if rule == "mask":
+        inside = mask_from_hints(hints, image.to_display_window().rgb, name, notice, make_mask)
+        inside = image.windows.display_window.move_pixels(inside, image.windows)
+        return _make_reference(image, Mask(inside, np.zeros(inside.shape, np.bool_)), name, notice)
+    hints = move_hints(hints, image.windows)
+    guidance = np.zeros(hints.size, np.bool_) if hints.object_area is None else hints.object_area.copy()
+    for x, y in hints.points:
+        guidance[int(y), int(x)] = True
+    if not guidance.any():
+        raise UsageError("--scribble has no stroke on the object; expected strokes in white or green; paint one")
+    return Reference(image.rgb, guidance, windows=image.windows, attended_points=hints.binding_points()[0])
 
 
 def _make_reference(image: SourceImage, mask: Mask, name: str, notice: Callable[[str], None]) -> Reference:

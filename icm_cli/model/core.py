@@ -24,7 +24,10 @@ from icm_cli.model.contracts import (
     ReferenceImage,
     ignore_progress,
 )
+from icm_cli.model.similarity import AttentionMatrix, attended_tokens
 
+ATTENDED_TOKENS = 32
+"""Tokens by which the guidance is extended for each point (m in the paper, which does not state its value)."""
 TARGET_NOISE = "target"
 """Noise key of every target in inference, so that an alpha does not depend on the other images of a run."""
 
@@ -144,6 +147,24 @@ class InContextMatting(nn.Module):
         if learn_steps:
             return self.head.learn_references(self.backbone, references, learn_steps, on_progress)
         return self.head.prepare_references(features)
+
+    def extend_guidance(
+        self, reference: ReferenceImage, points: Sequence[tuple[float, float]], index: int
+    ) -> ReferenceImage:
+        """Extend the guidance of points and strokes by the self-attention of the reference (paper, section 3.6).
+
+        ``points``: x and y on the canvas, in px. ``index``: that of the reference. The backbone must have an attention
+        matrix.
+        """
+        image, guidance, valid = reference
+        attention = self.backbone.target_features(image, valid, [reference_noise_key(index)]).intra_similarity
+        stride = min(attention)
+        matrix = attention[stride]
+        assert isinstance(matrix, AttentionMatrix)
+        queries = [int(y // stride) * matrix.grid[1] + int(x // stride) for x, y in points]
+        tokens = attended_tokens(matrix.matrix[0], queries, ATTENDED_TOKENS).view(1, 1, *matrix.grid)
+        area = tokens.repeat_interleave(stride, 2).repeat_interleave(stride, 3) & valid[:, None]
+        return image, guidance.masked_fill(area, 1.0), valid
 
     def forward(self, pairs: Pairs, features: PairFeatures | None = None) -> Matte:
         """Matte each target with its reference; gradients are kept. Without ``features``, they are extracted."""

@@ -60,6 +60,16 @@ def inter_similarity(reference_tokens: Tensor, target_tokens: Tensor, target_val
     return logits.softmax(dim=-1).sum(dim=1)
 
 
+def attended_tokens(matrix: Tensor, queries: Sequence[int], count: int) -> Tensor:
+    """Return the tokens of the RoI mask of points (paper, section 3.6), bool [N]: those of the points themselves,
+    ``queries``, and for each of them the ``count`` tokens with the highest attention in its row of A [N,N]."""
+    attended = torch.zeros(len(matrix), dtype=torch.bool, device=matrix.device)
+    rows = torch.tensor(queries, device=matrix.device)
+    attended[matrix[rows].topk(min(count, len(matrix)), dim=1).indices.flatten()] = True
+    attended[rows] = True
+    return attended
+
+
 @dataclass
 class AttentionMatrix:
     """Intra-similarity with its matrix A."""

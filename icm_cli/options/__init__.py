@@ -18,6 +18,7 @@ from icm_cli.options.definition import CommandOptions, DigestPart, Option, Optio
 __all__ = ["EvaluateOptions", "LoadOptions", "MatteOptions", "TrainOptions", "keyword_arguments"]
 
 MaskOrientation = Literal["auto", "upright", "stored"]
+GuidanceRule = Literal["mask", "paper"]
 EdgeMethod = Literal["model", "closed-form", "vitmatte"]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 ImageFormat = Literal["png", "tiff", "exr"]
@@ -135,6 +136,12 @@ class ReferenceOptions(OptionGroup):
         "transparent or mid-grey elsewhere.",
         digest=DigestPart.REFERENCES,
     )
+    guidance: GuidanceRule = option(
+        "mask",
+        help="What points and strokes become: mask (the mask of the object, made by lite), or paper (an area that the "
+        "self-attention of the model extends, as in the paper; for icm-sd21).",
+        digest=DigestPart.REFERENCES,
+    )
     save_mask: Path | None = option(
         None, help="Write the mask of the only --ref to this .png file, also with --dry-run."
     )
@@ -179,6 +186,17 @@ class ReferenceOptions(OptionGroup):
             raise UsageError(
                 "--not-point excludes parts of an object, and nothing marks the object; give --point or --box"
             )
+        if self.guidance == "paper":
+            if not (self.point or self.scribble):
+                raise UsageError(
+                    "--guidance paper extends points and strokes on the object, and there are none; give --point or "
+                    "--scribble, or omit --guidance"
+                )
+            if self.not_point or self.box or self.save_mask:
+                raise UsageError(
+                    "--guidance paper uses only points and strokes on the object, and makes no mask; omit --not-point, "
+                    "--box and --save-mask"
+                )
         if self.save_mask and len(self.ref) > 1:
             raise UsageError(f"--save-mask writes one mask, and {len(self.ref)} references were given; give one --ref")
         if self.save_mask and self.save_mask.suffix.lower() != ".png":
