@@ -18,7 +18,11 @@ from icm_cli.model.loading import load_objects_and_edges
 
 
 class MaskMaker:
-    """Makes masks of the objects that a person marks. ``select_device`` returns the device, when it is used first."""
+    """Makes masks of the objects that a person marks.
+
+    ``select_device`` returns the device when it is used first. Its dtypes are the best ones for ``lite``, whatever
+    those of the model that mattes are, so that every model gets the same mask.
+    """
 
     def __init__(self, select_device: Callable[[], Device]) -> None:
         self._select_device = select_device

@@ -149,7 +149,7 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     protected, skipped_files = given.files, SkippedFiles(listener.on_notice)
     remedy = None if options.output.overwrite else "give another name, or --overwrite to replace it"
     report_files.check_no_overwrite(protected, remedy)
-    masks = MaskMaker(lambda: resolve_device(parse_devices(options.model.device)[0], options.model.dtype))
+    masks = MaskMaker(lambda: resolve_device(parse_devices(options.model.device)[0]))
     references = read_references(
         given.ref,
         given.mask,

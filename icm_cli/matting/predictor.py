@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from icm_cli.device import Device, device_errors
+from icm_cli.device import Device, device_errors, resolve_device
 from icm_cli.environment import check_not_forked
 from icm_cli.errors import UsageError
 from icm_cli.geometry import Float, ImageU8, Placement, alpha_to_u8, format_size, resize
@@ -162,7 +162,7 @@ class Predictor:
         """Move the model to its device."""
         check_not_forked(loads_model=True)
         self.device = device
-        self._mask_maker = MaskMaker(lambda: device)
+        self._mask_maker = MaskMaker(lambda: resolve_device(str(device.torch_device)))
         with device_errors(device, "the model was loaded"):
             self.model = model.to_device(device.torch_device, device.dtype, device.transformer_dtype)
 
