@@ -25,9 +25,8 @@ KEEP = np.s_[50:70, 60:90]
 
 def write_shapes(path: Path, **points: Any) -> Path:
     """Write an annotation of labelme: by label, one point or the corners of a polygon."""
-    kinds = {1: "point"}
     shapes = [
-        {"label": label, "points": corners, "shape_type": kinds.get(len(corners), "polygon")}
+        {"label": label, "points": corners, "shape_type": "point" if len(corners) == 1 else "polygon"}
         for label, corners in points.items()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +48,7 @@ def test_exr_frames_with_all_corrections(icm: Icm, scene: Path) -> None:
     rgb = linear(read(scene / "imgs" / "wall.jpg")[..., ::-1])
     size = rgb.shape[:2]
     for number in (1001, 1002):
-        write_cropped_exr(scene / "plates" / f"a.{number}.exr", rgb, (20, 10, 120, 100), (16, -8))
+        write_cropped_exr(scene / "plates" / f"a.{number}.exr", rgb, (20, 10, 100, 140), (16, -8))
         paint(scene / "mattes" / f"garbage.{number}.png", size, GARBAGE)
     shutil.copy(scene / "imgs" / "pad.0101.png", scene / "other.png")
     write_shapes(scene / "hints" / "a.1002.json", fg=[[30, 30]], bg=[[85, 65]], drop=[[100, 90], [110, 90], [110, 95]])
