@@ -85,7 +85,7 @@ class TestReading:
     @pytest.mark.parametrize(("suffix", "depth"), [("png", "8"), ("png", "16"), ("tiff", "float"), ("exr", "half")])
     def test_every_depth(self, tmp_path: Path, suffix: str, depth: str) -> None:
         ramp = np.tile(np.linspace(0, 1, 9, dtype=np.float32), (5, 1))
-        output = OutputFormat.from_options(format=suffix, depth=depth)
+        output = OutputFormat(suffix, depth)  # type: ignore[arg-type]
         write_alpha(tmp_path / f"m.{suffix}", ramp, {}, output)
         assert np.allclose(read_matte(tmp_path / f"m.{suffix}", None), ramp, atol=1 / 500 if depth == "8" else 1e-3)
 
