@@ -40,8 +40,10 @@ class Mattes:
         if self.garbage is None or not self.garbage.any():
             return rgb
         weight = 1.0 - self.garbage
-        total = float(weight.sum())
-        colour = np.einsum("hwc,hw->c", rgb, weight) / total if total >= 1.0 else np.full(3, HIDDEN_GREY)
+        total = float(weight.sum(dtype=np.float64))
+        colour = (
+            np.einsum("hwc,hw->c", rgb, weight, dtype=np.float64) / total if total >= 1.0 else np.full(3, HIDDEN_GREY)
+        )
         return round_to_u8(rgb * weight[..., None] + colour.astype(np.float32) * self.garbage[..., None])
 
     def bind_alpha(self, alpha: Float) -> Float:
