@@ -46,6 +46,7 @@ class Frame:
         hints: What a person says about the object in these pixels.
         embedded: Embedding of the pixels by the object decoder, if it was kept.
         mattes: Garbage and keep mattes of these pixels.
+        visible: Pixels that the model sees, sRGB uint8 [H,W,3]: without the garbage area; None if they are ``rgb``.
     """
 
     rgb: ImageU8
@@ -55,16 +56,17 @@ class Frame:
     hints: Hints | None = None
     embedded: EmbeddedImage | None = None
     mattes: Mattes | None = None
+    visible: ImageU8 | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the source."""
         return self.rgb.shape[0], self.rgb.shape[1]
 
-    @functools.cached_property
+    @property
     def visible_rgb(self) -> ImageU8:
-        """The pixels that the model sees: those of the source, without the garbage area."""
-        return self.rgb if self.mattes is None else self.mattes.hide_garbage(self.rgb)
+        """Pixels that the model sees."""
+        return self.rgb if self.visible is None else self.visible
 
     @property
     def shows_object(self) -> bool:
@@ -236,8 +238,9 @@ class Predictor:
     ) -> Frame:
         """Scale an image, sRGB uint8 [H,W,3] of any size, to the canvas. Does not use the model: safe in threads."""
         placement = self.model.backbone.canvas.placement(*rgb.shape[:2])
-        visible = rgb if mattes is None else mattes.hide_garbage(rgb)
-        return Frame(rgb, placement.fit_to_canvas(visible), placement, windows, hints, mattes=mattes)
+        visible = None if mattes is None else mattes.hide_garbage(rgb)
+        canvas = placement.fit_to_canvas(rgb if visible is None else visible)
+        return Frame(rgb, canvas, placement, windows, hints, mattes=mattes, visible=visible)
 
     def prepare_crop(self, frame: Frame, box: CropBox) -> Frame:
         """Prepare a crop of a frame, without its hints."""
