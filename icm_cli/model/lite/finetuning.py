@@ -331,7 +331,7 @@ class _Augmentation(NamedTuple):
         angle = math.radians(rng.uniform(-FINETUNING.max_angle, FINETUNING.max_angle))
         flip = rng.choice([-1.0, 1.0])
         cos, sin, shear = math.cos(angle), math.sin(angle), rng.uniform(-max_shear, max_shear)
-        matrix = np.eye(3)
+        matrix = np.eye(3)  # scale, rotation, mirroring and shear; then the shift from source to target
         matrix[:2, :2] = [[scale * flip * cos, shear - scale * sin], [scale * flip * sin, scale * cos]]
         matrix[:2, 2] = target - matrix[:2, :2] @ source
         gain = rng.uniform(1.0 - max_gain, 1.0 + max_gain, (3, 1, 1)) * rng.uniform(1.0 - max_gain, 1.0 + max_gain)

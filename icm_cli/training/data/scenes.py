@@ -50,6 +50,8 @@ MAX_PLACEMENTS = 6
 """Number of random placements that are tried."""
 MIN_VISIBLE_FRACTION = 0.4
 """Fraction of an object that must be visible on the canvas."""
+MAX_HIDDEN_FRACTION = (1 - MIN_VISIBLE_FRACTION) / 2
+"""Fraction of the target object that a distractor may hide."""
 MAX_OBJECT_SIDE = 0.95
 """Longest side of a composited object, as a fraction of the canvas' side."""
 MAX_DISTRACTOR_SIDE = 0.6
@@ -251,7 +253,7 @@ class SceneMaker:
             total = max(1.0, float(scene.alpha.sum()))
             for _ in range(MAX_PLACEMENTS):
                 colour, weight = self._place_cutout(layer, MAX_DISTRACTOR_SIDE, rng)
-                if (scene.alpha * weight).sum() <= (1 - MIN_VISIBLE_FRACTION) / 2 * total:
+                if (scene.alpha * weight).sum() <= MAX_HIDDEN_FRACTION * total:
                     scene = _cover_scene(scene, colour, weight)
                     break
         return scene

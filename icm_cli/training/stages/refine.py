@@ -186,15 +186,14 @@ def _draw_degradation(
 
 def _draw_crop(truth: Float, coarse: Float, crop_px: int, rng: np.random.Generator) -> tuple[slice, slice]:
     """Draw a square, mostly at an edge or at an error of the coarse alpha."""
-    interesting = (truth > 0.05) & (truth < 0.95) if rng.random() < 0.6 else np.abs(truth - coarse) > 0.2
-    found: Sequence[int] = np.flatnonzero(interesting).tolist()
-    side = len(truth)
-    spare = side - crop_px
-    if len(found) and rng.random() < EDGE_CROP_PROBABILITY:
-        at = divmod(found[int(rng.integers(len(found)))], side)
-        top, left = (int(np.clip(each - rng.integers(crop_px // 4, 3 * crop_px // 4), 0, spare)) for each in at)
+    is_centre = (truth > 0.05) & (truth < 0.95) if rng.random() < 0.6 else np.abs(truth - coarse) > 0.2
+    indices = np.flatnonzero(is_centre)
+    side, max_start = len(truth), len(truth) - crop_px
+    if len(indices) and rng.random() < EDGE_CROP_PROBABILITY:
+        pixel = divmod(int(indices[int(rng.integers(len(indices)))]), side)  # (row, column) in the middle of the crop
+        top, left = (int(np.clip(at - rng.integers(crop_px // 4, 3 * crop_px // 4), 0, max_start)) for at in pixel)
     else:
-        top, left = (int(rng.integers(spare + 1)) for _ in range(2))
+        top, left = (int(rng.integers(max_start + 1)) for _ in range(2))
     return slice(top, top + crop_px), slice(left, left + crop_px)
 
 

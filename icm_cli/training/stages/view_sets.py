@@ -265,7 +265,7 @@ def _copy_objects_for_inference(learner: Learner) -> Objects | None:
 
 @torch.no_grad()
 def _encode_scenes(learner: Learner, scenes: Sequence[Scene], objects: Objects | None) -> Iterator[View]:
-    """Yield the views of scenes, in half precision on the CPU."""
+    """Encode scenes; return their views one by one, in half precision on the CPU."""
     head = learner.model.head
     assert isinstance(head, TokenMatchHead)
 
@@ -274,5 +274,8 @@ def _encode_scenes(learner: Learner, scenes: Sequence[Scene], objects: Objects |
 
     layers = [layer.to(learner.device.torch_device) for layer in stack_scenes(scenes)]
     views = encode_scenes(learner.model.backbone, head, layers, objects).map_tensors(store)
-    for i in range(len(scenes)):
-        yield views.map_tensors(lambda tensor: tensor[i].clone())  # noqa: B023 (called at once)
+
+    def select_view(index: int) -> View:
+        return views.map_tensors(lambda tensor: tensor[index].clone())
+
+    return map(select_view, range(len(scenes)))
