@@ -7,7 +7,7 @@ weight. Coarse alphas are degraded true ones, like those that a first stage or a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
