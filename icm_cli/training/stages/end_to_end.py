@@ -7,7 +7,7 @@ twice and gradients reach the backbone. That needs a GPU, and worker processes t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -44,12 +44,13 @@ from icm_cli.training.stages.mosaics import (
 class SceneBatch(Batch):
     """Images of B mosaics of ``rows`` times ``columns`` = T tiles, with R references each.
 
-    tiles: rgb uint8 [B,T,S,S,3], alpha uint8 and valid bool [B,T,S,S]; the alpha is 0 in tiles without the object.
-    references: the same layers, [B,R,S',S',...].
+    is_positive: which tiles show the references' object, bool [B,T]; tiles: rgb uint8 [B,T,S,S,3], alpha uint8 and
+    valid bool [B,T,S,S]; references: the same layers, [B,R,S',S',...].
     """
 
     rows: int
     columns: int
+    is_positive: Tensor
     tiles: tuple[Tensor, ...]
     references: tuple[Tensor, ...]
 
@@ -84,11 +85,7 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
 
     def make_batch(self, counters: Sequence[int]) -> SceneBatch:
         mosaics, skipped = self.draw_mosaics(counters)
-        tiles = [
-            scene if i in mosaic.positive_tiles else replace(scene, alpha=np.zeros_like(scene.alpha))
-            for mosaic in mosaics
-            for i, scene in enumerate(mosaic.tiles)
-        ]
+        tiles = [scene for mosaic in mosaics for scene in mosaic.tiles]
         references = [scene for mosaic in mosaics for scene in mosaic.references]
         return SceneBatch(
             tuple(mosaic.name for mosaic in mosaics),
@@ -96,6 +93,7 @@ class SceneMosaicMaker(BatchMaker[SceneBatch]):
             tuple(skipped),
             mosaics[0].rows,
             mosaics[0].columns,
+            torch.tensor([mosaic.is_positive for mosaic in mosaics]),
             *(
                 tuple(layer.reshape(len(mosaics), -1, *layer.shape[1:]) for layer in stack_scenes(scenes))
                 for scenes in (tiles, references)
@@ -117,7 +115,9 @@ class EndToEndMatcher(nn.Module):
             encode_scenes(self.backbone, self.head, [layer.flatten(0, 1) for layer in layers])
             for layers in (batch.tiles, batch.references)
         )
-        tokens = join_tiles(batch.names, batch.counters, batch.rows, batch.columns, tiles, references)
+        tokens = join_tiles(
+            batch.names, batch.counters, batch.rows, batch.columns, tiles, references, batch.is_positive
+        )
         return (*TokenMatcher(self.head)(tokens), tokens.alpha, tokens.valid)
 
 

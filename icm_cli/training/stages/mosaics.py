@@ -107,6 +107,11 @@ class Mosaic(Generic[Image]):
     positive_tiles: tuple[int, ...]
     """Indices of the tiles that show the references' object."""
 
+    @property
+    def is_positive(self) -> list[bool]:
+        """For each tile: whether it shows the references' object."""
+        return [index in self.positive_tiles for index in range(len(self.tiles))]
+
 
 @dataclass(frozen=True)
 class MosaicBatch(Batch):
@@ -286,19 +291,11 @@ class MosaicSampler(Generic[Image]):
 
 def collate_mosaics(mosaics: Sequence[Mosaic[View]], counters: Sequence[int]) -> MosaicBatch:
     """Stack mosaics of the same layout and number of references into a batch."""
-    tiles = [view for mosaic in mosaics for view in mosaic.tiles]
-    is_positive = [index in mosaic.positive_tiles for mosaic in mosaics for index in range(len(mosaic.tiles))]
-    references = [view for mosaic in mosaics for view in mosaic.references]
+    tiles = _stack_views([view for mosaic in mosaics for view in mosaic.tiles])
+    references = _stack_views([view for mosaic in mosaics for view in mosaic.references])
+    is_positive = torch.tensor([mosaic.is_positive for mosaic in mosaics])
     names = [mosaic.name for mosaic in mosaics]
-    return join_tiles(
-        names,
-        counters,
-        mosaics[0].rows,
-        mosaics[0].columns,
-        _stack_views(tiles),
-        _stack_views(references),
-        torch.tensor(is_positive),
-    )
+    return join_tiles(names, counters, mosaics[0].rows, mosaics[0].columns, tiles, references, is_positive)
 
 
 def join_tiles(
@@ -308,12 +305,11 @@ def join_tiles(
     columns: int,
     tiles: View,
     references: View,
-    is_positive: Tensor | None = None,
+    is_positive: Tensor,
 ) -> MosaicBatch:
     """Join B * T tiles, of T = ``rows`` * ``columns`` in each mosaic, and B * R references to a batch of mosaics.
 
-    ``is_positive``, bool [B*T], says which tiles show the references' object; None if the alphas of the tiles are 0
-    where they do not.
+    ``is_positive``, bool [B,T]: which tiles show the references' object.
     """
 
     def lay_out(tensor: Tensor) -> Tensor:
@@ -324,7 +320,7 @@ def join_tiles(
     references = references.map_tensors(
         lambda tensor: tensor.reshape(len(names), len(tensor) // len(names), *tensor.shape[1:])
     )
-    alpha = mosaics.alpha if is_positive is None else lay_out(tiles.alpha * is_positive[:, None, None])
+    alpha = lay_out(tiles.alpha * is_positive.flatten()[:, None, None])
     return MosaicBatch(
         names=tuple(names),
         counters=tuple(counters),
