@@ -374,7 +374,7 @@ class TestRefine:
         one, other = (EdgeMaker(TrainingPool((items,), (1.0,), ()), config).make_batch([7]) for _ in range(2))
         assert (one.coarse == other.coarse).all()
         assert (one.rgb == other.rgb).all()
-        assert one.rgb.shape == (4, 64, 64, 3)
+        assert one.rgb.shape == (1, 4, 64, 64, 3)
 
     def test_unknown_pixels_have_a_larger_weight(self, discs: Path, tmp_path: Path) -> None:
         """Pixels whose coarse alpha is wrong have ``unknown_weight`` times the weight of other pixels."""
