@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,9 +16,11 @@ from icm_cli.geometry import Float, ImageU8, format_size, has_same_aspect, resiz
 from icm_cli.images.openimageio import NOT_FINITE
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import extra_frame_notices, file_digest, read_stored_pixels
-from icm_cli.matting.crops import CropBox
 from icm_cli.matting.frames import FrameName, FramePattern
 from icm_cli.matting.sources import SkippedFiles, find_sources
+
+if TYPE_CHECKING:  # imports torch, which scoring alone does not need
+    from icm_cli.matting.crops import CropBox
 
 GARBAGE, KEEP = "--garbage", "--keep"
 HIDDEN_GREY = 127
