@@ -166,6 +166,11 @@ class TestCommand:
         assert notices == [f"{scene / 'imgs' / 'wall.jpg'} has no --not-mask, so all of it is negative"]
         with pytest.raises(UsageError, match="2 --not-mask but 1 --not-ref were given"):
             read_negatives([ref], [mask, mask], print)
+        labels = np.zeros(read(mask).shape[:2], np.uint8)
+        labels[:50], labels[60:120] = 1, 2
+        cv2.imwrite(str(scene / "labels.png"), labels)
+        with pytest.raises(UsageError, match=r"has several labels.*expected white on what is not the object"):
+            read_negatives([ref], [scene / "labels.png"], print)
 
     def test_digest_of_a_negative(self) -> None:
         rgb, area = np.zeros((4, 5, 3), np.uint8), np.eye(4, 5) > 0

@@ -42,6 +42,15 @@ UPRIGHT = 1
 """EXIF orientation of an image that is upright as stored."""
 
 
+class AmbiguousMaskError(UsageError):
+    """A mask has several labels, and none was selected."""
+
+    def __init__(self, path: Path, labels: dict[str, float], example: object) -> None:
+        """``labels``: the fraction of the image by label; ``example``: a label that could be selected."""
+        self.problem = f"mask {path} has several labels: {_format_labels(labels)}"
+        super().__init__(f"{self.problem}; expected one object; select it, as in --mask-label {example}")
+
+
 @dataclass(frozen=True)
 class Mask:
     """The mask of an object."""
@@ -171,7 +180,7 @@ def _mask_from_indices(stored: DecodedImage, opaque: NDArray[np.bool_] | None, p
     background = background if opaque is None else background | ~opaque
     labels = [int(each) for each in np.unique(indices[~background]) if each != VOID]
     if len(labels) > 1:
-        raise _ambiguous_error(path, {str(each): float((indices == each).mean()) for each in labels}, labels[0])
+        raise AmbiguousMaskError(path, {str(each): float((indices == each).mean()) for each in labels}, labels[0])
     inside = (indices == (labels[0] if labels else VOID)) & ~background
     return Mask(inside, (indices == VOID) & ~inside & ~background)
 
@@ -186,7 +195,7 @@ def _mask_from_colours(values: NDArray[Any], scale: float, path: Path, notice: C
             "used as black; give --mask-label if they are labels"
         )
     if len(flat) > 1:
-        raise _ambiguous_error(
+        raise AmbiguousMaskError(
             path, {f"#{int(each):06x}": fraction for each, fraction in flat.items()}, f"'#{next(iter(flat)):06x}'"
         )
     top = max((_max_channel(each) for each in flat), default=255)
@@ -228,7 +237,7 @@ def _mask_from_greys(values: NDArray[Any], scale: float, path: Path, notice: Cal
     labels = {_label_text(each): fraction for each, fraction in flat.items()}
     if present[0] < 0 and (values == 0).any():  # 0 may be an object on a negative background
         labels["0"] = float((values == 0).mean())
-    raise _ambiguous_error(path, labels, "0" if len(flat) == 1 and "0" in labels else next(iter(labels)))
+    raise AmbiguousMaskError(path, labels, "0" if len(flat) == 1 and "0" in labels else next(iter(labels)))
 
 
 def _mask_from_soft_values(values: NDArray[Any], scale: float, path: Path) -> Mask:
@@ -236,7 +245,7 @@ def _mask_from_soft_values(values: NDArray[Any], scale: float, path: Path) -> Ma
     if values.dtype.kind in "iu" and _has_label_areas(values, (1.0 - END_TOLERANCE) * scale):
         labels = _merge_noise(_flat_fractions(values), path)
         if len(labels) > 1:
-            raise _ambiguous_error(
+            raise AmbiguousMaskError(
                 path,
                 {_label_text(each): fraction for each, fraction in labels.items()},
                 _label_text(next(iter(labels))),
@@ -361,13 +370,6 @@ def _max_channel(packed: Any) -> int:
 
 def _mask_without_unknown(inside: NDArray[np.bool_]) -> Mask:
     return Mask(inside, np.zeros(inside.shape, np.bool_))
-
-
-def _ambiguous_error(path: Path, labels: dict[str, float], example: object) -> UsageError:
-    return UsageError(
-        f"mask {path} has several labels: {_format_labels(labels)}; expected one object; select "
-        f"it, as in --mask-label {example}"
-    )
 
 
 def _format_labels(labels: dict[str, float]) -> str:

@@ -21,7 +21,7 @@ from icm_cli.images.colour import DEFAULT_COLOUR, ColourSettings
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.images.reading import SourceImage, extra_frame_notices, read_image
 from icm_cli.matting.hinting import move_hints
-from icm_cli.matting.masks import Mask, MaskPlacement, read_mask
+from icm_cli.matting.masks import AmbiguousMaskError, Mask, MaskPlacement, read_mask
 from icm_cli.options import GuidanceRule, MaskOrientation, ReferenceOptions
 
 FOREGROUND_THRESHOLD = 0.5
@@ -136,7 +136,12 @@ def read_negatives(
         )
     negatives = []
     for ref, mask in itertools.zip_longest(refs, masks):
-        shown = _read_reference(ref, mask, None, colour, "auto", notice, None, make_mask, needs_mask=False)
+        try:
+            shown = _read_reference(ref, mask, None, colour, "auto", notice, None, make_mask, needs_mask=False)
+        except AmbiguousMaskError as error:
+            raise UsageError(
+                f"{error.problem}; expected white on what is not the object, and black elsewhere; give such a mask"
+            ) from error
         if masks and shown.guidance.all():
             notice(f"{ref} has no --not-mask, so all of it is negative")
         negatives.append(Reference.negative(shown.rgb, shown.guidance, shown.windows))
