@@ -192,7 +192,8 @@ def matte(
         ray_cpus: With --ray: number of CPU cores to use instead of GPUs.
         report: Write a report, repeatable. The extension sets the format: .csv (one row per image),
             .json (all results and settings) or .html (a page with images).
-        contact_sheet: Write a contact sheet (.png) with source, alpha and cut-out of every image.
+        contact_sheet: Write a contact sheet (.png) with the references, and with source, alpha and
+            cut-out of every image.
         gt: Ground-truth alphas: a folder, or frames such as gt.####.png. Adds MSE, SAD, GRAD, CONN
             and MAD.
         dry_run: List every source with its output, count the alphas that are new, recomputed or

@@ -165,20 +165,22 @@ def test_ground_truth_of_another_size_fails_only_its_image(icm: Icm, scene: Path
 
 
 def test_contact_sheet(icm: Icm, scene: Path) -> None:
-    """The sheet has source, alpha and object of each image, sorted by name."""
+    """The sheet has the reference with its mask, then source, alpha and object of each image, sorted by name."""
     assert icm(contact_sheet=scene / "sheet.png").exit_code == 0
     sheet = read(scene / "sheet.png")
-    assert sheet.shape == (3 * 258, 3 * 240, 3)
-    for row, name in enumerate(NAMES):
-        alpha = read(scene / "out" / name)
-        source = read(next((scene / "imgs").glob(f"{name.removesuffix('.png')}.*")))[..., :3]
+    assert sheet.shape == (4 * 258, 3 * 240, 3)
+    files = [(scene / "ref.png", scene / "mask.png")]
+    for name in NAMES:
+        files.append((next((scene / "imgs").glob(f"{name.removesuffix('.png')}.*")), scene / "out" / name))
+    for row, (path, alpha_path) in enumerate(files):
+        alpha, source = read(alpha_path), read(path)[..., :3]
         for column, pixels in enumerate((source, np.repeat(alpha[..., None], 3, -1))):
             scale = min(1.0, 236 / max(alpha.shape))
             height, width = (round(side * scale) for side in alpha.shape)
             expected = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
             top, left = row * 258 + (240 - height) // 2, column * 240 + (240 - width) // 2
             shown = sheet[top : top + height, left : left + width]
-            assert np.abs(shown.astype(int) - expected).mean() < 4, (name, column)
+            assert np.abs(shown.astype(int) - expected).mean() < 4, (path.name, column)
 
 
 def test_dry_run_lists_and_writes_nothing(icm: Icm, scene: Path) -> None:

@@ -553,7 +553,8 @@ class MatteReportOptions(OptionGroup):
 
     report: tuple[Path, ...] = option((), REPORT)
     contact_sheet: Path | None = option(
-        None, help="Write a contact sheet (.png) with source, alpha and cut-out of every image."
+        None,
+        help="Write a contact sheet (.png) with the references, and with source, alpha and cut-out of every image.",
     )
     gt: str | None = option(
         None,

@@ -1,4 +1,5 @@
-"""Contact sheet of a run: one row per image with source, alpha, and the object on grey."""
+"""Contact sheet of a run: the references with their masks, and one row per image with source, alpha, and the object on
+grey."""
 
 from __future__ import annotations
 
@@ -36,12 +37,18 @@ BACKGROUND = 24
 
 
 def write_contact_sheet(path: Path, report: Report) -> None:
-    """Write the contact sheet of the images that have an alpha, at most MAX_SHEET_ROWS.
+    """Write the contact sheet of the references, and of the images that have an alpha, each at most MAX_SHEET_ROWS.
 
     Raises OutputError.
     """
     results = select_evenly([result for result in report.results if result.has_alpha], MAX_SHEET_ROWS)
-    rows = [_make_row(result, report.page_images.read_source(result)) for result in results]
+    references = report.page_images.references_with_masks[:MAX_SHEET_ROWS]
+    rows = [_make_row(rgb, np.where(mask, np.uint8(255), np.uint8(0)), caption) for rgb, mask, caption in references]
+    for result in results:
+        caption = (result.name or Path(result.source).name) + (
+            "   object not found" if result.matting.not_found else ""
+        )
+        rows.append(_make_row(report.page_images.read_source(result), read_alpha_or_none(result.output), caption))
     sheet = np.concatenate(rows) if rows else np.full((SHEET_CELL_PX, 3 * SHEET_CELL_PX, 3), GREY, np.uint8)
     with atomic_write(path) as file:
         mark = PngImagePlugin.PngInfo()
@@ -55,16 +62,14 @@ def composite_on_grey(rgb: ImageU8, alpha: ImageU8) -> ImageU8:
     return round_to_u8(rgb * weight + GREY * (1 - weight))
 
 
-def _make_row(result: ImageResult, source: ImageU8 | None) -> ImageU8:
-    """Return the row of a result. Files that can no longer be read are left blank."""
-    alpha = read_alpha_or_none(result.output)
+def _make_row(source: ImageU8 | None, alpha: ImageU8 | None, caption: str) -> ImageU8:
+    """Return the row of an image and its alpha. Files that can no longer be read are left blank."""
     blank = np.full((1, 1, 3), BACKGROUND, np.uint8)
     cells = [blank if source is None else make_thumbnail(source), blank, blank]
     if alpha is not None:
         cells[1] = np.repeat(make_thumbnail(alpha)[..., None], 3, -1)
     if source is not None and alpha is not None:
         cells[2] = composite_on_grey(cells[0], resize(alpha, cells[0].shape[:2]))
-    caption = (result.name or Path(result.source).name) + ("   object not found" if result.matting.not_found else "")
     return make_captioned_row(cells, caption)
 
 
