@@ -6,8 +6,9 @@ The next click is at the centre of the largest connected error, see
 icm_cli/training/stages/clicks.py. Errors and IoU (at 0.5) are those of the object decoder's alpha,
 before its edges are refined. The first folder has the layout of bench_validation.py; its images are
 corrected from the model's alpha, and selected by clicks alone. Those of ``--edges`` (NAME.png masks
-next to NAME.webp or NAME.jpg) are selected by clicks alone. NoC is the mean number of clicks until
-an IoU is reached, at most ``--clicks``.
+next to NAME.webp or NAME.jpg) are selected by clicks alone. The composites of the tests, which are
+made of photographs of scikit-image, are both. NoC is the mean number of clicks until an IoU is
+reached, at most ``--clicks``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +29,13 @@ from torch import Tensor
 import icm_cli
 from icm_cli.images.reading import read_alpha, read_image
 from icm_cli.matting.predictor import Predictor
+from icm_cli.model.checkpoint import read_checkpoint
 from icm_cli.model.contracts import EmbeddedImage, Objects, PointPrompts
 from icm_cli.training.stages.clicks import Click, find_largest_error
 
 TRUTH_PX = 512
 """Long side of the masks on which errors are searched."""
-VOID = (1, 254)
-"""Smallest and largest value of a mask that is neither object nor background in ``--edges``."""
+COMPOSITES = Path(__file__).parents[1] / "composites"
 MEGAPIXEL = (864, 1152)
 
 
@@ -79,9 +80,11 @@ def main() -> None:
     if arguments.objects is not None:
         load_decoder(objects, arguments.objects)
     cases = list(read_groups(arguments.root, predictor, cache, arguments.every))
+    composites = list(read_group("composites", COMPOSITES, "imgs", "alphas", predictor, cache))
     corrected = [correct_case(objects, case, arguments.clicks) for case in cases]
     print_corrections(corrected)
-    alone = {"images of the groups": [case for case in cases if case.part == "plain"]}
+    print_ious("composites", [correct_case(objects, case, arguments.clicks) for case in composites])
+    alone = {"images of the groups": [case for case in cases if case.part == "plain"], "composites": composites}
     if arguments.edges is not None:
         alone["images of --edges"] = list(read_edges(arguments.edges, objects, cache, arguments.edges_count))
     for title, each in alone.items():
@@ -127,8 +130,6 @@ class Cache:
 
 def load_decoder(objects: Objects, checkpoint: Path) -> None:
     """Replace the decoder of the objects, and the weights of its masks."""
-    from icm_cli.model.checkpoint import read_checkpoint
-
     stored = read_checkpoint(checkpoint).component("objects")
     decoder = {name: tensor for name, tensor in stored.items() if not name.startswith("encoder.")}
     expected = {name for name in objects.state_dict() if not name.startswith("encoder.")}
@@ -137,27 +138,43 @@ def load_decoder(objects: Objects, checkpoint: Path) -> None:
 
 
 def read_groups(root: Path, predictor: Predictor, cache: Cache, every: int) -> Iterator[Case]:
-    """Yield the images of the parts "plain" and "distractor", with the coarse alphas of the model."""
+    """Yield every n-th image of the parts "plain" and "distractor"."""
     number = 0
     for part in ("plain", "distractor"):
         for group in sorted(path for path in (root / part).glob("*") if path.is_dir()):
-            reference = None
-            for source in sorted((group / "src").iterdir()):
-                number += 1
-                if number % every:
-                    continue
-                stored = cache.load(source)
-                if stored is None:
-                    if reference is None:
-                        guide = next(group.glob("ref.*"))
-                        reference = predictor.reference([(read_image(guide).rgb, read_alpha(group / "mask.png"))])
-                    frame = predictor.prepare_frame(read_image(source).rgb)
-                    (found,) = predictor.coarse_alphas([frame], reference)
-                    (image,) = predictor.model.objects.embed_images([frame.rgb])
-                    stored = image, found.alpha, found.alpha_if_present
-                    cache.store(source, *stored)
-                truth = shrink_mask(read_alpha(group / "alpha" / f"{source.stem}.png"))
-                yield Case(f"{group.name}/{source.stem}", part, stored[0], truth, *stored[1:])
+            count = len(list((group / "src").iterdir()))
+            chosen = {index for index in range(count) if not (number + index + 1) % every}
+            number += count
+            yield from read_group(part, group, "src", "alpha", predictor, cache, chosen)
+
+
+def read_group(
+    part: str,
+    group: Path,
+    images: str,
+    alphas: str,
+    predictor: Predictor,
+    cache: Cache,
+    chosen: Container[int] = range(sys.maxsize),
+) -> Iterator[Case]:
+    """Yield images of a group, with the coarse alphas that the model predicts by its reference."""
+    reference, objects = None, predictor.model.objects
+    assert objects is not None
+    for number, source in enumerate(sorted((group / images).iterdir())):
+        if number not in chosen:
+            continue
+        stored = cache.load(source)
+        if stored is None:
+            if reference is None:
+                guide = next(group.glob("ref.*"))
+                reference = predictor.reference([(read_image(guide).rgb, read_alpha(group / "mask.png"))])
+            frame = predictor.prepare_frame(read_image(source).rgb)
+            (found,) = predictor.coarse_alphas([frame], reference)
+            (image,) = objects.embed_images([frame.rgb])
+            stored = image, found.alpha, found.alpha_if_present
+            cache.store(source, *stored)
+        truth = shrink_mask(read_alpha(group / alphas / f"{source.stem}.png"))
+        yield Case(f"{group.name}/{source.stem}", part, stored[0], truth, *stored[1:])
 
 
 def read_edges(root: Path, objects: Objects, cache: Cache, count: int) -> Iterator[Case]:
@@ -176,7 +193,7 @@ def read_edges(root: Path, objects: Objects, cache: Cache, count: int) -> Iterat
 def shrink_mask(alpha: np.ndarray) -> np.ndarray:
     scale = min(1.0, TRUTH_PX / max(alpha.shape))
     size = (max(1, round(alpha.shape[1] * scale)), max(1, round(alpha.shape[0] * scale)))
-    return np.asarray(cv2.resize(alpha, size, interpolation=cv2.INTER_AREA) > 127)
+    return np.asarray(cv2.resize(alpha, size, interpolation=cv2.INTER_AREA) > 128)  # 128 is void
 
 
 def correct_case(objects: Objects, case: Case, count: int) -> Trial:
