@@ -14,9 +14,10 @@ reached, at most ``--clicks``.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import sys
-import time
+import timeit
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ TRUTH_PX = 512
 """Long side of the masks on which errors are searched."""
 COMPOSITES = Path(__file__).parents[1] / "composites"
 MEGAPIXEL = (864, 1152)
+DEMO = Path(__file__).parents[1] / "demo"
 
 
 @dataclass(frozen=True)
@@ -282,23 +284,15 @@ def print_ious(title: str, trials: Sequence[Trial]) -> None:
 
 
 def measure_seconds(predictor: Predictor) -> tuple[float, float]:
-    """Return the time from a click to the alpha of the decoder, and to that with refined edges."""
-    objects, edges = predictor.model.objects, predictor.model.edges
-    assert objects is not None
-    assert edges is not None
-    rgb = np.random.default_rng(0).integers(0, 255, (*MEGAPIXEL, 3), dtype=np.uint8)
-    coarse = torch.zeros(108, 144)
-    coarse[30:80, 40:100] = 1
-    embedded = objects.embed_images([rgb])
-    prompts = [PointPrompts(torch.tensor([[0.5, 0.5]]), torch.tensor([1]))]
-    decoder_times, edge_times = [], []
-    for _ in range(5):
-        start = time.perf_counter()
-        alphas = objects.complete_embedded_alphas(embedded, [coarse], prompts)
-        decoder_times.append(time.perf_counter() - start)
-        edges.refine_alphas([rgb], alphas)
-        edge_times.append(time.perf_counter() - start)
-    return min(decoder_times), min(edge_times)
+    """Return the time from a click to ``session.coarse`` and to ``session.matte``, on a photograph of one megapixel."""
+    rgb = cv2.resize(cv2.imread(str(DEMO / "imgs" / "01.jpg"))[..., ::-1], MEGAPIXEL[::-1])
+    reference = cv2.imread(str(DEMO / "ref.jpg"))[..., ::-1], cv2.imread(str(DEMO / "mask.png"), 0)
+    session = predictor.session(rgb, predictor.reference(reference))
+    hints = icm_cli.Hints(size=MEGAPIXEL, points=[(576.0, 432.0)])
+    coarse, refined = (
+        min(timeit.repeat(functools.partial(answer, hints), number=1)) for answer in (session.coarse, session.matte)
+    )
+    return coarse, refined
 
 
 if __name__ == "__main__":
