@@ -155,6 +155,7 @@ def test_outlines_are_the_mask_without_a_model(
     np.testing.assert_array_equal(read(scene / "made.png"), expected)
 
 
+@pytest.mark.slow
 def test_several_references_may_have_annotations(icm: Icm, scene: Path, truth: np.ndarray) -> None:
     path = labelme(scene, truth.shape, point(*ON, "cat"), point(*OFF, "dog"))
     ended = icm(ref=[scene / "ref.png"] * 2, mask=[path, scene / "mask.png"], mask_label="cat")
@@ -164,6 +165,7 @@ def test_several_references_may_have_annotations(icm: Icm, scene: Path, truth: n
     assert ended.exit_code == 0, ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("truth")
 def test_prompts_in_python(scene: Path, small_model: Path) -> None:
     options: dict[str, Any] = {"src": scene / "imgs", "out": scene / "out", "model": small_model, "device": "cpu"}
