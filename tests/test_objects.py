@@ -88,9 +88,10 @@ class TestPublished:
         golden = np.load(GOLDEN)
         names = {name: json.loads(shape) for name, shape in zip(golden["names"], golden["shapes"], strict=True)}
         objects = MobileSam(MobileSam.Config(logit_eps=1e-6)).eval()
-        objects.decoder.load_state_dict(sam.convert_decoder_tensors(published_like(names)))
+        decoder = objects.prompt_decoder
+        decoder.load_state_dict(decoder.state_dict() | sam.convert_decoder_tensors(published_like(names)))
         with torch.no_grad():
-            objects.mask_weights.copy_(torch.tensor([0.0, 1, 0, 0, 0]))
+            decoder.mask_weights.copy_(torch.tensor([0.0, 1, 0, 0, 0]))
         rng = np.random.default_rng(2)
         embedding = torch.from_numpy(rng.standard_normal((1, 256, 64, 64), dtype=np.float32))
         logit = torch.from_numpy(rng.standard_normal((1, 1, 256, 256), dtype=np.float32) * 3)
@@ -182,7 +183,7 @@ class TestCompleted:
     def test_masks_with_zero_weight_keep_the_coarse_alpha(self) -> None:
         objects = small_objects()
         with torch.no_grad():
-            objects.mask_weights[1:] = 0
+            objects.coarse_decoder.mask_weights[1:] = 0
         coarse = torch.linspace(0.02, 0.98, 32 * 32).reshape(32, 32)
         (found,) = objects.complete_alphas([np.zeros((128, 128, 3), np.uint8)], [coarse])
         np.testing.assert_allclose(found, coarse, atol=1e-4)
@@ -281,7 +282,7 @@ class TestWholeModel:
     def test_packed_file_is_small_and_gives_similar_alphas(self, matched: Path, tmp_path: Path) -> None:
         pack_checkpoint(matched, tmp_path / "packed.safetensors")
         stored = load_file(tmp_path / "packed.safetensors")
-        matrix = "objects.decoder.layers.0.self_attention.query.weight"
+        matrix = "objects.coarse_decoder.layers.0.self_attention.query.weight"
         assert stored[matrix].dtype == torch.int8
         whole = read_checkpoint(matched).tensors[matrix]
         torch.testing.assert_close(
@@ -295,7 +296,9 @@ class TestWholeModel:
         stored = read_checkpoint(matched)
         begun = small_objects()
         monkeypatch.setattr(MobileSam, "load", lambda _: begun)
-        learned = {name: each + 0.5 for name, each in stored.tensors.items() if name.startswith("objects.decoder.norm")}
+        learned = {
+            name: each + 0.5 for name, each in stored.tensors.items() if name.startswith("objects.coarse_decoder.norm")
+        }
         save_file(learned, tmp_path / "learned.safetensors", dict(stored.metadata))
         without = tmp_path / "without.safetensors"
         model = load_model_for_training(
@@ -323,11 +326,11 @@ class TestWholeModel:
         stored = read_checkpoint(matched)
         files = [tmp_path / f"{name}.safetensors" for name in "ab"]
         for number, file in enumerate(files):
-            learned = {name: each + number for name, each in stored.tensors.items() if name.startswith("objects.dec")}
+            learned = {name: each + number for name, each in stored.tensors.items() if name.startswith("objects.coarse_decoder")}
             save_file(learned, file, dict(stored.metadata))
         pack_checkpoint(matched, tmp_path / "packed.safetensors", objects=files)
         packed = read_checkpoint(tmp_path / "packed.safetensors").tensors
-        name = next(each for each in packed if each.startswith("objects.decoder.") and packed[each].ndim == 1)
+        name = next(each for each in packed if each.startswith("objects.coarse_decoder.") and packed[each].ndim == 1)
         torch.testing.assert_close(packed[name], stored.tensors[name] + 0.5, atol=1e-3, rtol=0)
 
     def test_alphas_pass_through_the_objects_stage(self, matched: Path) -> None:

@@ -107,7 +107,7 @@ class Cache:
         self._folder = folder
         digest = hashlib.sha256()
         for name, tensor in predictor.model.state_dict().items():
-            if not name.startswith(("edges.", "objects.decoder.", "objects.mask_weights", "objects.offset")):
+            if not name.startswith(("edges.", "objects.coarse_decoder.", "objects.prompt_decoder.")):
                 digest.update(tensor.detach().contiguous().float().numpy().tobytes())
         self._digest = digest.hexdigest()[:16]
 

