@@ -326,7 +326,8 @@ class TestWholeModel:
         stored = read_checkpoint(matched)
         files = [tmp_path / f"{name}.safetensors" for name in "ab"]
         for number, file in enumerate(files):
-            learned = {name: each + number for name, each in stored.tensors.items() if name.startswith("objects.coarse_decoder")}
+            decoder = stored.component("objects.coarse_decoder")
+            learned = {f"objects.coarse_decoder.{name}": each + number for name, each in decoder.items()}
             save_file(learned, file, dict(stored.metadata))
         pack_checkpoint(matched, tmp_path / "packed.safetensors", objects=files)
         packed = read_checkpoint(tmp_path / "packed.safetensors").tensors
