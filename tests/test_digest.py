@@ -273,8 +273,9 @@ class TestOptions:
         cases = pixel_options(scene, tmp_path)
         marked = {each.name: each.properties.digest for each in MatteOptions.option_fields() if each.properties.digest}
         of_images = {name for name, part in marked.items() if part is DigestPart.IMAGE}
-        assert of_images == {"hints"}, "test_hints.py checks the digests of single images"
-        assert set(cases) == set(marked) - of_images
+        tested = {"hints", "garbage", "keep"}
+        assert of_images == tested, "test_hints.py and test_mattes.py check the digests of single images"
+        assert set(cases) == set(marked) - of_images - {"guidance"}  # it changes the mask, see test_stable_diffusion.py
         for name, (base, value) in cases.items():
             before = run(**base)
             assert run(**base) == before, name
@@ -376,6 +377,8 @@ def pixel_options(scene: Path, folder: Path) -> dict[str, tuple[dict[str, Any], 
         "not_point": ({"mask": None, "point": (100, 150)}, (10, 10)),
         "box": ({"mask": None, "box": (10, 10, 90, 90)}, (10, 10, 90, 91)),
         "scribble": ({"mask": None, "point": (100, 150)}, scene / "strokes.png"),
+        "not_ref": ({}, scene / "other.png"),
+        "not_mask": ({"not_ref": scene / "other.png"}, scene / "half.png"),
         "mask_label": ({"mask": scene / "labels.png", "mask_label": "1"}, "2"),
         "mask_orientation": (turned, "stored"),
         "ref_colorspace": (exr, "ACEScg"),

@@ -314,8 +314,13 @@ def test_a_correction_is_propagated_against_a_model_that_is_certain(hinted: bool
     drop[:22, 128:] = True
 
     class FollowsHints(GivenAlphas):
-        def refine_alphas(self, frames: Sequence[Frame], coarse: Sequence[CoarseAlpha]) -> list[FrameAlpha]:
-            (frame,), (result,) = frames, super().refine_alphas(frames, coarse)
+        def refine_alphas(
+            self,
+            frames: Sequence[Frame],
+            coarse: Sequence[CoarseAlpha],
+            stabilise: Callable[[Float], Float] | None = None,
+        ) -> list[FrameAlpha]:
+            (frame,), (result,) = frames, super().refine_alphas(frames, coarse, stabilise)
             return [replace(result, alpha=bind_alpha(result.alpha, frame.hints)) if frame.hints else result]
 
     propagator, jobs, frames = propagator_of(FollowsHints(*wrong), 4)

@@ -118,6 +118,9 @@ class RedPredictor:
         placement = self.rule.placement(*rgb.shape[:2])
         return Frame(rgb, placement.fit_to_canvas(rgb), placement)
 
+    def prepare_crop(self, frame: Frame, box: CropBox) -> Frame:
+        return self.prepare_frame(box.crop(frame.rgb))
+
     def coarse_alphas(self, frames: Sequence[Frame], reference: Any) -> list[CoarseAlpha]:
         self.passes += [(reference, frame.size) for frame in frames]
         found = reference in self.known
