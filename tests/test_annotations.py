@@ -73,9 +73,9 @@ def test_points_and_boxes_of_labelme(tmp_path: Path) -> None:
             shape("rectangle", [40, 30], [20, 10]),
         ),
     )
-    assert hints.points == [(20, 10.5)]
-    assert hints.not_points == [(1, 2), (3, 4)]
-    assert hints.boxes == [(40, 30, 20, 10)]
+    assert hints.points == ((20, 10.5),)
+    assert hints.not_points == ((1, 2), (3, 4))
+    assert hints.boxes == ((40, 30, 20, 10),)
     assert not hints.is_outlined
 
 
@@ -130,13 +130,13 @@ def test_background_cuts_a_hole_into_an_outline(tmp_path: Path) -> None:
 
 def test_one_label_is_the_object_and_others_are_selected(tmp_path: Path) -> None:
     cat, dog = shape("point", [1, 1], label="cat"), shape("point", [2, 2], label="dog")
-    assert read(tmp_path, labelme(cat)).points == [(1, 1)]
-    assert read(tmp_path, labelme(cat, dog), "dog").points == [(2, 2)]
-    assert read(tmp_path, labelme(cat, shape("point", [3, 3], label="bg"))).points == [(1, 1)]
+    assert read(tmp_path, labelme(cat)).points == ((1, 1),)
+    assert read(tmp_path, labelme(cat, dog), "dog").points == ((2, 2),)
+    assert read(tmp_path, labelme(cat, shape("point", [3, 3], label="bg"))).points == ((1, 1),)
     with pytest.raises(UsageError, match="several labels"):
         read(tmp_path, labelme(cat, shape("point", [3, 3])))
     with_background = labelme(cat, dog, shape("point", [3, 3], label="bg"))
-    assert read(tmp_path, with_background, "cat").not_points == [(3, 3)]
+    assert read(tmp_path, with_background, "cat").not_points == ((3, 3),)
     with pytest.raises(UsageError, match=r'several labels: "cat" \(1\), "dog" \(1\); expected fg, bg, keep, drop'):
         read(tmp_path, labelme(cat, dog))
     with pytest.raises(UsageError, match="no shape has the label cow"):
@@ -199,8 +199,8 @@ def test_coco_annotations_of_the_image_are_joined(tmp_path: Path) -> None:
 
 def test_coco_category_is_selected_by_name_or_id(tmp_path: Path) -> None:
     boxes = coco({"bbox": [1, 2, 3, 4]}, {"category_id": 4, "bbox": [10, 10, 20, 20.5]})
-    assert read(tmp_path, boxes, "dog").boxes == [(10, 10, 30, 30.5)]
-    assert read(tmp_path, boxes, "4").boxes == [(10, 10, 30, 30.5)]
+    assert read(tmp_path, boxes, "dog").boxes == ((10, 10, 30, 30.5),)
+    assert read(tmp_path, boxes, "4").boxes == ((10, 10, 30, 30.5),)
     with pytest.raises(UsageError, match='several labels: "cat"'):
         read(tmp_path, boxes)
 
@@ -212,7 +212,7 @@ def test_coco_category_is_selected_by_name_or_id(tmp_path: Path) -> None:
 def test_coco_image_is_found_by_its_name(tmp_path: Path, names: list[str], found: int) -> None:
     images = [{"id": at, "file_name": name} for at, name in enumerate(names)]
     annotations = [{"image_id": at, "bbox": [at, 2, 3, 4]} for at in range(len(names))]
-    assert read(tmp_path, {"images": images, "annotations": annotations}).boxes == [(found, 2, found + 3, 6)]
+    assert read(tmp_path, {"images": images, "annotations": annotations}).boxes == ((found, 2, found + 3, 6),)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +130,41 @@ def test_arguments_of_a_session_are_checked(predictor: Predictor, reference: Pre
 def test_hints_of_a_reference_are_checked(predictor: Predictor, hints: icm_cli.Hints, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         predictor.reference([(RGB, hints)])
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, np.float32, np.int64])
+def test_hints_take_sequences_and_arrays(kind: Any) -> None:
+    hints = icm_cli.Hints(size=[20, 30], points=kind([[5, 5], [6, 6]]), boxes=kind([[1, 2, 13, 14]]))  # type: ignore[arg-type]
+    assert (hints.size, hints.points, hints.boxes) == ((20, 30), ((5, 5), (6, 6)), ((1, 2, 13, 14),))
+    assert hints.digest == icm_cli.Hints(size=(20, 30), points=[(5.0, 5.0), (6, 6)], boxes=[(1, 2, 13, 14)]).digest
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"points": (5, 5)}, r"points= is (5, 5); expected points as x and y, such as [(365, 500)]"),
+        ({"points": "5,5"}, "points= is '5,5'; expected points as x and y"),
+        ({"not_points": [("5", "5")]}, "not_points= is [('5', '5')]; expected points as x and y"),
+        ({"points": [(np.nan, 5)]}, "points= is [(nan, 5)]; expected points"),
+        ({"points": [(10**400, 5)]}, "points= is [(1000"),
+        ({"points": [(True, False)]}, "points= is [(True, False)]; expected points"),
+        ({"points": np.array([5.0, 5])}, "points= is array([5., 5.]); expected points"),
+        ({"points": np.zeros((9, 3))}, "points= is an array of float64 [9, 3]; expected points"),
+        ({"points": None}, "points= is None; expected points"),
+        ({"boxes": [(1, 2, 3)]}, "boxes= is [(1, 2, 3)]; expected boxes as x and y of two corners"),
+        ({"boxes": (10, 10, 15, 15)}, "boxes= is (10, 10, 15, 15); expected boxes"),
+        ({"size": (20, 30, 3)}, "size= is (20, 30, 3); expected the height and width of the image"),
+        ({"size": (20.5, 30)}, "size= is (20.5, 30); expected the height and width"),
+        ({"keep": np.ones((20, 30), np.uint8)}, "keep= is an array of uint8 [20, 30]; expected a bool array [H,W]"),
+        ({"drop": [[True]]}, "drop= is [[True]]; expected a bool array"),
+        ({"object_area": np.ones((20, 30, 1), np.bool_)}, "object_area= is an array of bool [20, 30, 1]; expected"),
+        ({"keep": np.ones((20, 29), np.bool_)}, "keep= is 29x20 and the image 30x20; give an area that was drawn on"),
+    ],
+)
+def test_other_values_of_hints_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)) as error:
+        icm_cli.Hints(**{"size": (20, 30), **values})
+    assert "\n" not in str(error.value)
 
 
 def test_other_arguments_are_checked(predictor: Predictor) -> None:

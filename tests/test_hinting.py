@@ -133,7 +133,7 @@ def test_hints_are_moved_to_the_data_window() -> None:
     hints = Hints(size=(30, 40), points=[(2, 6)], not_points=[(1, 5), (30, 20)], boxes=[(10, 8, 0, 0)], drop=area)
     moved = move_hints(hints, windows)
     assert moved.size == (10, 20)
-    assert (moved.points, moved.not_points, moved.boxes) == ([(5, 1)], [(4, 0)], [(3, 0, 13, 3)])
+    assert (moved.points, moved.not_points, moved.boxes) == (((5, 1),), ((4, 0),), ((3, 0, 13, 3),))
     assert moved.drop is not None
     assert np.argwhere(moved.drop).tolist() == [[0, 3], [0, 4], [1, 3], [1, 4]]
     assert move_hints(hints, ImageWindows.full((30, 40))) is hints

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TypeAlias
+from numbers import Integral, Real
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from icm_cli.errors import UsageError
-from icm_cli.files import combined_digest
+from icm_cli.files import combined_digest, shorten
 from icm_cli.geometry import format_size
 
 Point: TypeAlias = tuple[float, float]
@@ -32,15 +33,20 @@ RIDGE_TOLERANCE = 0.5
 MIN_WIDTH_RATIO = 0.5
 """Smallest width of a place for a point, relative to the widest place of the same connected area."""
 
+MAX_SHOWN_NUMBERS = 8
+"""Largest number of numbers of a wrong array that a message shows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hints:
     """What a person says about the object in one image of ``size`` (height, width).
 
     Coordinates are pixels of the displayed image: EXIF orientation is applied, and the image of an EXR file is its
-    display window. Pixel (0, 0) covers x and y from 0 to 1.
+    display window. Pixel (0, 0) covers x and y from 0 to 1. Points and boxes are
+    sequences or arrays, [N,2] and [N,4], and are stored as tuples of float.
 
-    Raises UsageError if a point or box is outside the image, a point lies on both sides, or an area has another size.
+    Raises UsageError for values of other types, a point or box outside the image, areas of another size, and hints that
+    contradict each other.
     """
 
     size: tuple[int, int]
@@ -82,6 +88,7 @@ class Hints:
         )
 
     def __post_init__(self) -> None:
+        self._convert()
         height, width = self.size
         for name in ("points", "not_points"):
             for x, y in getattr(self, name):
@@ -92,16 +99,47 @@ class Hints:
                     )
         for box in self.boxes:
             x0, y0, x1, y1 = box
-            if not (0 <= min(x0, x1) < max(x0, x1) <= width and 0 <= min(y0, y1) < max(y0, y1) <= height):
-                raise UsageError(
-                    f"box {x0:g},{y0:g},{x1:g},{y1:g} is empty or not inside the image, {width}x{height}; give two "
-                    "corners inside it"
-                )
+            name = f"box {x0:g},{y0:g},{x1:g},{y1:g}"
+            if not (min(x0, x1) >= 0 and max(x0, x1) <= width and min(y0, y1) >= 0 and max(y0, y1) <= height):
+                raise UsageError(f"{name} is outside the image, which is {width}x{height}; give two corners inside it")
+            if x0 == x1 or y0 == y1:
+                raise UsageError(f"{name} is empty; give two opposite corners of the object's box")
+        self._check_contradictions()
+
+    def _convert(self) -> None:
+        """Check the types and shapes of all values, and store the points and boxes as tuples of float."""
+        if not (
+            isinstance(self.size, (tuple, list))
+            and len(self.size) == 2
+            and all(isinstance(side, Integral) and not isinstance(side, bool) and side > 0 for side in self.size)
+        ):
+            raise UsageError(
+                f"size= is {_describe(self.size)}; expected the height and width of the image, such as image.shape[:2]"
+            )
+        object.__setattr__(self, "size", (int(self.size[0]), int(self.size[1])))
+        for name, count, expected in (
+            ("points", 2, "points as x and y, such as [(365, 500)]"),
+            ("not_points", 2, "points as x and y, such as [(365, 500)]"),
+            ("boxes", 4, "boxes as x and y of two corners, such as [(155, 70, 610, 690)]"),
+        ):
+            rows = _convert_rows(getattr(self, name), count)
+            if rows is None:
+                raise UsageError(f"{name}= is {_describe(getattr(self, name))}; expected {expected}, in finite numbers")
+            object.__setattr__(self, name, rows)
         for name in ("object_area", "background_area", "keep", "drop"):
             area = getattr(self, name)
-            if area is not None and area.shape != self.size:
-                raise UsageError(f"{name} is {format_size(area.shape)} and the image {format_size(self.size)}")
-        self._check_contradictions()
+            if area is None:
+                continue
+            if not isinstance(area, np.ndarray) or area.dtype != np.bool_ or area.ndim != 2:
+                raise UsageError(
+                    f"{name}= is {_describe(area)}; expected a bool array [H,W] of the size of the image; convert it: "
+                    "area > 127, or area > 0 if its values are 0 and 1"
+                )
+            if area.shape != self.size:
+                raise UsageError(
+                    f"{name}= is {format_size(area.shape)} and the image {format_size(self.size)}; give an area that "
+                    "was drawn on this image, or resize it"
+                )
 
     def _check_contradictions(self) -> None:
         pixels = {(int(x), int(y)) for x, y in self.points}
@@ -116,6 +154,26 @@ class Hints:
         if self.keep is not None and self.drop is not None and (self.keep & self.drop).any():
             row, column = np.argwhere(self.keep & self.drop)[0]
             raise UsageError(f"pixel {column},{row} is in an area to keep and in one to drop; give one of the two")
+
+
+def _convert_rows(values: Any, count: int) -> tuple[tuple[float, ...], ...] | None:
+    """Return rows of ``count`` finite numbers; None if the values are anything else."""
+    try:
+        if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
+            return None
+        rows = tuple(tuple(row) for row in values)
+        if any(isinstance(each, bool) or not isinstance(each, Real) for row in rows for each in row):
+            return None
+        rows = tuple(tuple(map(float, row)) for row in rows)
+    except (TypeError, OverflowError):
+        return None
+    return rows if all(len(row) == count and all(map(math.isfinite, row)) for row in rows) else None
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, np.ndarray) and value.size > MAX_SHOWN_NUMBERS:
+        return f"an array of {value.dtype} {list(value.shape)}"
+    return shorten(" ".join(repr(value).split()))
 
 
 def area_points(area: Area | None) -> list[Point]:

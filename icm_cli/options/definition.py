@@ -192,7 +192,8 @@ class OptionField:
         types_ = typing.get_args(self.value_type) or (self.value_type,)
         if isinstance(text, str) and typing.get_origin(self.value_type) is tuple:
             parts = [part.strip() for part in text.split(",")]
-            return tuple(map(float, parts)) if all(map(_NUMBER.fullmatch, parts)) else text
+            is_complete = len(parts) == len(types_) and all(map(_NUMBER.fullmatch, parts))
+            return tuple(map(float, parts)) if is_complete else text
         if isinstance(text, str) and int in types_ and _WHOLE_NUMBER.fullmatch(text):
             return int(text)
         if isinstance(text, str) and float in types_ and _NUMBER.fullmatch(text):
