@@ -16,9 +16,17 @@ from hypothesis.extra import numpy as arrays
 
 from icm_cli.errors import UsageError
 from icm_cli.geometry import Float, alpha_to_u8
-from icm_cli.guidance.hints import Area, Hints
+from icm_cli.guidance.hints import Area, Hints, area_points
 from icm_cli.images.pixels import ImageWindows
-from icm_cli.matting.hinting import BORDER_PX, bind_alpha, edit_coarse_alpha, make_prompts, move_hints, says_present
+from icm_cli.matting.hinting import (
+    BORDER_PX,
+    bind_alpha,
+    edit_coarse_alpha,
+    is_rough_mask,
+    make_prompts,
+    move_hints,
+    says_present,
+)
 from icm_cli.matting.predictor import Frame, Predictor
 from icm_cli.model.contracts import Matte, Presence
 
@@ -50,12 +58,32 @@ def hints_and_alphas(draw: st.DrawFn) -> tuple[Hints, Float]:
     return hints, draw(arrays.arrays(np.float32, size, elements=values.map(np.float32).map(float), fill=values))
 
 
+def pixels_that_hold(hints: Hints) -> tuple[Area, Area]:
+    """Return the pixels on and off the object by the areas of hints: all of them, or the points of a rough mask."""
+    on, off = hints.object_area, hints.background_area
+    assert on is not None
+    assert off is not None
+    if is_rough_mask(hints):
+        sampled = np.zeros((2, *hints.size), np.bool_)
+        for side, area in zip(sampled, (on, off), strict=True):
+            for x, y in area_points(area):
+                side[int(y), int(x)] = True
+        on, off = sampled
+    single = np.zeros(hints.size, np.bool_)
+    for x, y in (*hints.points, *hints.not_points):
+        single[int(y), int(x)] = True
+    for area in (hints.keep, hints.drop):
+        single |= False if area is None else area
+    return on & ~single, off & ~single
+
+
 @given(hints_and_alphas())
 @settings(max_examples=150, deadline=None)
 def test_points_and_areas_hold_in_the_bound_alpha(case: tuple[Hints, Float]) -> None:
     hints, alpha = case
     before = alpha.copy()
     bound = bind_alpha(alpha, hints)
+    on, off = pixels_that_hold(hints)
     assert np.array_equal(alpha, before)
     assert bound.dtype == np.float32
     assert 0 <= bound.min() <= bound.max() <= 1
@@ -64,14 +92,15 @@ def test_points_and_areas_hold_in_the_bound_alpha(case: tuple[Hints, Float]) -> 
             assert written[int(y), int(x)] > 0.5
         for x, y in hints.not_points:
             assert written[int(y), int(x)] < 0.5
+        assert (written[on] > 0.5).all()
+        assert (written[off] < 0.5).all()
     none = np.zeros(hints.size, np.bool_)
     keep, drop = (none if area is None else area for area in (hints.keep, hints.drop))
     assert (bound[keep] == 1).all()
     assert (bound[drop] == 0).all()
-    touched = keep | drop
-    for points in hints.binding_points():
-        for x, y in points:
-            touched[int(y), int(x)] = True
+    touched = keep | drop | on | off
+    for x, y in (*hints.points, *hints.not_points):
+        touched[int(y), int(x)] = True
     distance = cv2.distanceTransform((~touched).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     far = distance >= BORDER_PX if touched.any() else np.ones(hints.size, np.bool_)
     assert np.array_equal(bound[far], alpha[far])
@@ -88,6 +117,38 @@ def test_a_correction_is_small_and_soft() -> None:
     assert bound[10, 10] == 1
     assert (bound > 0).sum() < 30
     assert np.abs(np.diff(bound[10])).max() < 0.4
+
+
+def test_a_line_holds_as_a_whole_with_a_soft_border() -> None:
+    line = np.zeros((20, 40), np.bool_)
+    line[9:12, 5:35] = True
+    for name, value in (("object_area", 1.0), ("background_area", 0.0)):
+        hints = Hints(size=(20, 40), **{name: line}, is_outlined=True)
+        bound = bind_alpha(np.full((20, 40), 1 - value, np.float32), hints)
+        assert (bound[line] == value).all()
+        np.testing.assert_allclose(np.abs(bound[6:10, 20] - (1 - value)), [0, 1 / 3, 2 / 3, 1], atol=1e-6)
+        holds = np.full((20, 40), 0.6 if value else 0.4, np.float32)
+        assert np.array_equal(bind_alpha(holds, hints), holds)
+
+
+def test_a_point_off_the_object_holds_in_an_area_on_it() -> None:
+    hints = Hints(size=(9, 9), not_points=[(4.5, 4.5)], object_area=np.ones((9, 9), np.bool_))
+    bound = bind_alpha(np.ones((9, 9), np.float32), hints)
+    assert bound[4, 4] == 0
+    assert (bound > 0.5).sum() == 80
+
+
+def test_the_edge_of_a_rough_mask_does_not_bind() -> None:
+    left = np.zeros((40, 40), np.bool_)
+    left[:, :20] = True
+    alpha = np.zeros((40, 40), np.float32)
+    alpha[:, :15] = 1
+    for unmarked in (0, 1):
+        hints = Hints(size=(40, 40), object_area=left, background_area=~left & (np.arange(40) >= 20 + unmarked))
+        bound = bind_alpha(alpha, hints)
+        assert np.array_equal(bound, alpha)
+    strokes = Hints(size=(40, 40), object_area=left, background_area=~left & (np.arange(40) >= 30))
+    assert (bind_alpha(alpha, strokes)[left] > 0.5).all()
 
 
 def test_border_of_an_area_is_soft() -> None:

@@ -12,13 +12,14 @@ from torch import Tensor
 from icm_cli.errors import UsageError
 from icm_cli.geometry import Float, resize
 from icm_cli.guidance.hints import Area, Box, Hints, Point, area_points
+from icm_cli.guidance.scribbles import MIN_MASK_FRACTION
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.model.contracts import PointPrompts
 
 BORDER_PX = 3.0
-"""Distance over which a corrected point and the border of an area fade into the alpha."""
+"""Distance over which corrected pixels and the border of an area fade into the alpha."""
 MIN_DIFFERENCE = 1 / 255
-"""Smallest difference from one half of the alpha at a point, so that it is on its side in every file format too."""
+"""Smallest difference from one half of a pixel that holds, so that it is on its side in every file format too."""
 OFF_OBJECT, ON_OBJECT, BOX_START, BOX_END = range(4)
 """Labels of :class:`~icm_cli.model.contracts.PointPrompts`."""
 
@@ -103,45 +104,51 @@ def make_prompts(hints: Hints) -> PointPrompts | None:
     return PointPrompts(fractions, torch.tensor(labels))
 
 
+def is_rough_mask(hints: Hints) -> bool:
+    """Return whether the areas say on which side nearly every pixel is, as a roughly painted mask does."""
+    on, off = hints.object_area, hints.background_area
+    if on is None or off is None or not (on.any() and off.any()):
+        return False
+    return bool((on | off).mean() > MIN_MASK_FRACTION)
+
+
 def bind_alpha(alpha: Float, hints: Hints) -> Float:
     """Return the final alpha, float32 [H,W] of the size of the hints, such that the hints hold in it.
 
-    It is above one half at points on the object and below at points off it, also after rounding to 8 bits, 1 in
-    ``keep`` and 0 in ``drop``. Only pixels closer than ``BORDER_PX`` to a point that does not hold, or to an area,
-    change.
+    It is above one half at points and in areas on the object, and below at those off it, also after rounding to 8
+    bits. It is 1 in ``keep`` and 0 in ``drop``. Of a rough mask, which is wrong at the edge of the object, only the
+    points that stand for it hold. ``keep`` and ``drop`` take precedence over points, and points over areas.
+
+    A pixel that does not hold becomes 1 or 0. Other pixels change only closer than ``BORDER_PX`` to such a pixel, or to
+    ``keep`` or ``drop``.
     """
-    bound, wanted = alpha.copy(), dict[tuple[int, int], bool]()
-    areas = area_points(hints.object_area), area_points(hints.background_area)
-    for points, is_on in ((areas[0], True), (areas[1], False), (hints.points, True), (hints.not_points, False)):
-        wanted |= {(int(y), int(x)): is_on for x, y in points}
-    fixed = [(area, value) for area, value in ((hints.drop, 0), (hints.keep, 1)) if area is not None]
-    wanted = {pixel: is_on for pixel, is_on in wanted.items() if not any(area[pixel] for area, _ in fixed)}
-    for pixel, is_on in wanted.items():
-        if not _holds(bound[pixel], is_on):
-            _correct_around(bound, pixel, is_on)
-    for area, value in fixed:
-        fade = _fade(area)
-        bound = np.maximum(bound, fade) if value else np.minimum(bound, 1 - fade)
-    for pixel, is_on in wanted.items():  # a correction or the border of an area nearby may have changed it again
-        if not _holds(bound[pixel], is_on):
-            bound[pixel] = 0.5 + (2 if is_on else -2) * MIN_DIFFERENCE
-    for area, value in fixed:
-        bound[area] = value
+    bound, none = alpha.copy(), np.zeros(hints.size, np.bool_)
+    named = (hints.object_area, hints.background_area, hints.keep, hints.drop)
+    on, off, keep, drop = (none if area is None else area for area in named)
+    single = [(hints.points, True), (hints.not_points, False)]
+    if is_rough_mask(hints):
+        single = [(area_points(on), True), (area_points(off), False), *single]
+        on = off = none
+    on, off = on & ~off, off.copy()
+    for points, is_on in single:
+        for x, y in points:
+            pixel = int(y), int(x)
+            on[pixel], off[pixel] = is_on, not is_on
+    for side in (on, off):
+        side &= ~(keep | drop)
+    for side, other, is_on in ((on, off, True), (off, on, False)):
+        fade = np.where(other, 0, _fade(side & ~_holds(bound, is_on)))
+        bound = np.maximum(bound, fade) if is_on else np.minimum(bound, 1 - fade)
+    bound = np.maximum(np.minimum(bound, 1 - _fade(drop)), _fade(keep))
+    for side, is_on in ((on, True), (off, False)):  # the border of an area may have changed it again
+        bound[side & ~_holds(bound, is_on)] = 0.5 + (2 if is_on else -2) * MIN_DIFFERENCE
+    bound[keep], bound[drop] = 1, 0
     return bound
 
 
-def _holds(value: np.float32, is_on: bool) -> bool:
-    return bool(value >= 0.5 + MIN_DIFFERENCE if is_on else value <= 0.5 - MIN_DIFFERENCE)
-
-
-def _correct_around(alpha: Float, pixel: tuple[int, int], is_on: bool) -> None:
-    """Draw a soft dot of 1 or 0 at a pixel of an alpha [H,W], in place."""
-    rows, columns = (slice(max(0, int(at - BORDER_PX)), int(at + BORDER_PX) + 1) for at in pixel)
-    part = alpha[rows, columns]
-    y, x = np.indices(part.shape)
-    distance = np.hypot(y + rows.start - pixel[0], x + columns.start - pixel[1])
-    weight = np.clip(1 - distance / BORDER_PX, 0, 1)
-    part[:] = np.maximum(part, weight) if is_on else np.minimum(part, 1 - weight)
+def _holds(alpha: Float, is_on: bool) -> Area:
+    """Return where an alpha is on a side of one half."""
+    return np.asarray(alpha >= 0.5 + MIN_DIFFERENCE if is_on else alpha <= 0.5 - MIN_DIFFERENCE)
 
 
 def _fade(area: Area) -> Float:
