@@ -143,6 +143,17 @@ def test_one_label_is_the_object_and_others_are_selected(tmp_path: Path) -> None
         read(tmp_path, labelme(cat, dog), "cow")
 
 
+def test_words_for_the_sides_are_labels(tmp_path: Path) -> None:
+    for word in ("bg ", "background", " Background"):
+        hints = read(tmp_path, labelme(shape("point", [3, 3], label=word)))
+        assert (hints.points, hints.not_points) == ((), ((3, 3),))
+    for word in ("fg\t", "Foreground", "object", "cat "):
+        assert read(tmp_path, labelme(shape("point", [3, 3], label=word))).points == ((3, 3),)
+    both = labelme(shape("point", [1, 1], label="foreground"), shape("point", [3, 3], label="background"))
+    assert read(tmp_path, both).points == ((1, 1),)
+    assert read(tmp_path, both).not_points == ((3, 3),)
+
+
 def compress(counts: list[int]) -> str:
     """The compressed run-length encoding of COCO, from its definition in maskApi.c."""
     text = ""
@@ -237,6 +248,10 @@ def test_coco_image_is_found_by_its_name(tmp_path: Path, names: list[str], found
         (labelme(shape("point", [1, 1]), imageHeight=40), "of an image of 80x40, and the image is 80x60"),
         (labelme(shape("point", [5, 5]), shape("point", [5.2, 5.3], label="bg")), "both on the object and off it"),
         (labelme(shape("point", [5, 5]), shape("rectangle", [0, 0], [9, 9], label="drop")), "in an area to drop"),
+        (labelme(shape("line", [5, 5], [30, 5]), shape("line", [9, 2], [9, 9], label="bg")), "and in one off it"),
+        (labelme(shape("polygon", *SQUARE), shape("point", [20, 20], label="bg")), "in a stroke or an area on it"),
+        (labelme(shape("point", [20, 20]), shape("polygon", *SQUARE, label="bg")), "in a stroke or an area off it"),
+        (labelme(shape("point", [5, 5]), shape("rectangle", [10, 10], [30, 30])), "5,5 is on the object and outside"),
         (labelme(), "marks no pixel"),
         (labelme(shape("mask", [5, 6], [8, 8], mask="####")), "no PNG of 4x3 in base64"),
         (labelme(shape("mask", [5, 6], [8, 8], mask=png_text(MASK)[:40])), "no PNG of 4x3 in base64"),
@@ -398,6 +413,18 @@ def test_rough_mask_marks_every_pixel(tmp_path: Path) -> None:
     assert hints.is_outlined
     assert hints.object_area is not None
     np.testing.assert_array_equal(hints.object_area, box_area(10, 10, 40, 14))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_soft_borders_of_a_rough_mask_are_no_contradiction(tmp_path: Path, mode: str) -> None:
+    soft = cv2.GaussianBlur(255 * box_area(20, 20, 50, 40).astype(np.uint8), (0, 0), 1.5)
+    Image.fromarray(soft).convert(mode).save(tmp_path / "soft.png")
+    hints = read_hints(tmp_path / "soft.png", SIZE)
+    assert hints.object_area is not None
+    assert hints.object_area[23:37, 23:47].all()
+    assert hints.background_area is not None
+    assert hints.background_area[box_area(16, 16, 54, 44) == 0].all()
+    assert not (hints.object_area | hints.background_area).all()
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def hints_and_alphas(draw: st.DrawFn) -> tuple[Hints, Float]:
     off &= ~on
     for pixel, is_on in zip(drawn, side, strict=True):
         (drop if is_on else keep)[pixel] = False
+        (off if is_on else on)[pixel] = False
     centres = [(column + 0.5, row + 0.5) for row, column in drawn]
     hints = Hints(
         size=size,
@@ -169,12 +170,12 @@ def test_areas_edit_the_coarse_alpha() -> None:
 
 def test_prompts_are_fractions_of_the_frame() -> None:
     hints = Hints(
-        size=(50, 100), points=[(10, 10)], not_points=[(100 - 1, 25)], boxes=[(60, 40, 20, 5), (0, 30, 9, 50)]
+        size=(50, 100), points=[(30, 10)], not_points=[(100 - 1, 25)], boxes=[(60, 40, 20, 5), (0, 30, 9, 50)]
     )
     prompts = make_prompts(hints)
     assert prompts is not None
     assert prompts.labels.tolist() == [1, 0, 2, 3]
-    expected = [[0.1, 0.2], [0.99, 0.5], [0, 0.1], [0.6, 1]]
+    expected = [[0.3, 0.2], [0.99, 0.5], [0, 0.1], [0.6, 1]]
     torch.testing.assert_close(prompts.coordinates, torch.tensor(expected))
     assert make_prompts(Hints(size=(5, 5), keep=np.ones((5, 5), np.bool_))) is None
 
@@ -199,9 +200,9 @@ def test_hints_are_moved_to_the_data_window() -> None:
     assert np.argwhere(moved.drop).tolist() == [[0, 3], [0, 4], [1, 3], [1, 4]]
     assert move_hints(hints, ImageWindows.full((30, 40))) is hints
     with pytest.raises(UsageError, match="point 30,20 on the object is outside the data window"):
-        move_hints(replace(hints, not_points=[], points=[(30, 20)]), windows)
+        move_hints(replace(hints, not_points=[], boxes=[], points=[(30, 20)]), windows)
     with pytest.raises(UsageError, match="box 30,20,35,25 is outside the data window"):
-        move_hints(replace(hints, boxes=[(30, 20, 35, 25)]), windows)
+        move_hints(replace(hints, points=[], boxes=[(30, 20, 35, 25)]), windows)
 
 
 SIZE = (96, 128)

@@ -205,7 +205,15 @@ def test_prompts_in_python(scene: Path, small_model: Path) -> None:
         ({"point": "5.2,5", "not_point": "5.7,5"}, "is given both on the object and off it"),
         ({"scribble": "ref.png"}, "ref.png"),
         ({"scribble": "empty.png"}, "empty.png has no stroke; expected white or green"),
-        ({"scribble": "red.png"}, "has no mark on the object"),
+        ({"scribble": "red.png"}, "--scribble red.png has no stroke on the object; expected strokes in white or green"),
+        (
+            {"scribble": "red.png", "point": "12,12"},
+            "ref.png: point 12,12 is on the object and in a stroke",
+        ),
+        (
+            {"box": "10,10,50,50", "point": "9,12"},
+            "ref.png: point 9,12 is on the object and outside its box",
+        ),
         ({"scribble": "mask.png"}, "mask.png marks nearly every pixel; expected strokes"),
         ({"scribble": "small.png"}, "small.png is 100x75, and the image is 200x200"),
         ({"point": "10,10", "mask_label": "1"}, "--mask-label 1 selects a label of a mask, and there is no --mask"),

@@ -1,7 +1,8 @@
 """Read hints from files: annotations in the JSON of labelme or COCO, and painted images.
 
 In an annotation, the label ``fg`` marks the object, ``bg`` what is not the object, and ``keep`` and ``drop`` the areas
-whose final alpha is 1 and 0. One other label may stand for ``fg``.
+whose final alpha is 1 and 0. ``foreground``, ``object`` or one other label may stand for ``fg``, and ``background``
+for ``bg``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from icm_cli.guidance.scribbles import read_scribble
 
 AREA_NAMES = {"fg": "object_area", "bg": "background_area", "keep": "keep", "drop": "drop"}
 """Label of a shape -> field of :class:`Hints` that its area is added to."""
+LABELS = {**{each: each for each in AREA_NAMES}, "foreground": "fg", "object": "fg", "background": "bg"}
+"""Label in a file, in lower case -> key of :data:`AREA_NAMES`."""
 POINT_COUNTS: dict[str, tuple[int, float]] = {
     "point": (1, 1),
     "points": (1, math.inf),
@@ -145,7 +148,7 @@ def _labelme_shapes(content: dict[str, Any], size: tuple[int, int]) -> Iterator[
             raise ValueError(f"{name} is a {kind} with {len(points)} points; expected {expected}")
         points = [_clip_point(point, size, name) for point in points]
         mask = _decode_mask(shape.get("mask"), points, size, name) if kind == "mask" else None
-        yield _Shape(name, kind, shape["label"], points, mask)
+        yield _Shape(name, kind, shape["label"].strip(), points, mask)
 
 
 def _coco_shapes(content: dict[str, Any], size: tuple[int, int], image: Path | None) -> Iterator[_Shape]:
@@ -156,7 +159,7 @@ def _coco_shapes(content: dict[str, Any], size: tuple[int, int], image: Path | N
         if annotation["image_id"] != entry["id"]:
             continue
         name, category = f"annotations[{number}]", annotation.get("category_id", "")
-        label = names.get(category, str(category))
+        label = names.get(category, str(category)).strip()
         outlines, box = annotation.get("segmentation"), annotation.get("bbox")
         if isinstance(outlines, dict):
             yield _Shape(name, "mask", label, [], _decode_runs(outlines, size, name), str(category))
@@ -283,11 +286,11 @@ def _decompress_counts(text: str, name: str) -> list[int]:
 def _select_shapes(shapes: Sequence[_Shape], label: str | None, *, can_select: bool) -> list[tuple[str, _Shape]]:
     """Return the shapes that say something about the object, each with a key of :data:`AREA_NAMES`."""
     counts = Counter(shape.label for shape in shapes)
-    meanings = {each: each.lower() for each in counts if each.lower() in AREA_NAMES}
+    meanings = {each: LABELS[each.lower()] for each in counts if each.lower() in LABELS}
     listed = ", ".join(f"{format_json(each)} ({count})" for each, count in counts.most_common(MAX_LISTED))
     others = [each for each in counts if each not in meanings]
     if label is not None:
-        selected = {shape.label for shape in shapes if label in (shape.label, shape.label_id)}
+        selected = {shape.label for shape in shapes if label.strip() in (shape.label, shape.label_id)}
         if not selected:
             raise ValueError(f"no shape has the label {label}; expected one of {listed or 'the labels in the file'}")
         meanings = {each: word for each, word in meanings.items() if word != "fg"}
@@ -314,9 +317,9 @@ def _combine_shapes(shapes: Sequence[tuple[str, _Shape]], size: tuple[int, int])
             area = areas.setdefault(AREA_NAMES[meaning], np.zeros(size, np.uint8))
             _add_area(shape, area)
     found = {name: area.astype(np.bool_) for name, area in areas.items()}
-    if "object_area" in found and "background_area" in found:
-        found["object_area"] &= ~found["background_area"]  # such as a hole
     is_outlined = any(meaning == "fg" and shape.kind in ("polygon", "circle", "mask") for meaning, shape in shapes)
+    if is_outlined and "background_area" in found:
+        found["object_area"] &= ~found["background_area"]  # such as a hole
     try:
         hints = Hints(
             size=size, points=points[True], not_points=points[False], boxes=boxes, is_outlined=is_outlined, **found

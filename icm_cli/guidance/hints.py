@@ -146,14 +146,33 @@ class Hints:
         for x, y in self.not_points:
             if (int(x), int(y)) in pixels:
                 raise UsageError(f"point {x:g},{y:g} is given both on the object and off it; give one of the two")
-            if self.keep is not None and self.keep[int(y), int(x)]:
-                raise UsageError(f"point {x:g},{y:g} is off the object and in an area to keep; give one of the two")
         for x, y in self.points:
-            if self.drop is not None and self.drop[int(y), int(x)]:
-                raise UsageError(f"point {x:g},{y:g} is on the object and in an area to drop; give one of the two")
-        if self.keep is not None and self.drop is not None and (self.keep & self.drop).any():
-            row, column = np.argwhere(self.keep & self.drop)[0]
-            raise UsageError(f"pixel {column},{row} is in an area to keep and in one to drop; give one of the two")
+            if self.boxes and not any(_is_in_box(x, y, box) for box in self.boxes):
+                raise UsageError(
+                    f"point {x:g},{y:g} is on the object and outside its box; give a box that contains it, or omit one "
+                    "of the two"
+                )
+        for points, side, area, name in (
+            (self.not_points, "off", self.keep, "in an area to keep"),
+            (self.not_points, "off", self.object_area, "in a stroke or an area on it"),
+            (self.points, "on", self.drop, "in an area to drop"),
+            (self.points, "on", self.background_area, "in a stroke or an area off it"),
+        ):
+            for x, y in points:
+                if area is not None and area[int(y), int(x)]:
+                    raise UsageError(f"point {x:g},{y:g} is {side} the object and {name}; give one of the two")
+        for one, other, names in (
+            (self.keep, self.drop, "in an area to keep and in one to drop"),
+            (self.object_area, self.background_area, "in a stroke or an area on the object and in one off it"),
+        ):
+            if one is not None and other is not None and (one & other).any():
+                row, column = np.argwhere(one & other)[0]
+                raise UsageError(f"pixel {column},{row} is {names}; give one of the two")
+
+
+def _is_in_box(x: float, y: float, box: Box) -> bool:
+    x0, y0, x1, y1 = box
+    return min(x0, x1) <= x <= max(x0, x1) and min(y0, y1) <= y <= max(y0, y1)
 
 
 def _convert_rows(values: Any, count: int) -> tuple[tuple[float, ...], ...] | None:

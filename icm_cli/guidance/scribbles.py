@@ -53,7 +53,7 @@ def read_scribble(path: Path, size: tuple[int, int]) -> Hints:
 
 def _classify(stored: DecodedImage, path: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return the pixels on the object and off it, bool [H,W]."""
-    pixels = stored.pixels.astype(np.float32) / np.float32(stored.scale)
+    pixels = np.clip(stored.pixels.astype(np.float32) / np.float32(stored.scale), 0, 1)
     colours = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
     red, green, blue = (colours[..., channel] for channel in range(3))
     opaque: Any = True if stored.alpha is None else stored.alpha > 0.5 * stored.scale
@@ -65,7 +65,7 @@ def _classify(stored: DecodedImage, path: Path) -> tuple[NDArray[np.bool_], NDAr
     flat = cv2.erode(is_other.astype(np.uint8), np.ones((3, 3), np.uint8))  # without the mixed pixels between strokes
     if flat.any():
         row, column = np.unravel_index(int(flat.argmax()), flat.shape)
-        colour = "".join(f"{round(255 * min(max(float(each), 0), 1)):02x}" for each in colours[row, column])
+        colour = "".join(f"{round(255 * float(each)):02x}" for each in colours[row, column])
         raise UsageError(f"scribble {path} has the colour #{colour} at {column},{row}; {EXPECTED}")
     if (is_green.any() or is_red.any()) and max(is_white.mean(), is_black.mean()) > MAX_CANVAS_FRACTION:
         canvas = "white" if is_white.mean() > MAX_CANVAS_FRACTION else "black"

@@ -250,19 +250,20 @@ def _read_reference(
 
 def _read_prompts(options: ReferenceOptions, ref: Path, size: tuple[int, int]) -> Hints:
     """Return the points, the box and the strokes that were given for a reference. Raises UsageError."""
-    try:
-        boxes = [options.box] if options.box else []
-        hints = Hints(size=size, points=options.point, not_points=options.not_point, boxes=boxes)
-    except UsageError as error:
-        raise UsageError(f"reference {ref}: {error}") from error
-    if options.scribble is None:
-        return hints
-    strokes = read_scribble(options.scribble, size)
+    boxes = [options.box] if options.box else []
+    strokes = Hints(size=size) if options.scribble is None else read_scribble(options.scribble, size)
     if strokes.is_outlined:
         raise UsageError(
             f"scribble {options.scribble} marks nearly every pixel; expected strokes; give it as --mask if it is a mask"
         )
-    return replace(hints, object_area=strokes.object_area, background_area=strokes.background_area)
+    if strokes.object_area is not None and not (strokes.object_area.any() or options.point or boxes):
+        raise UsageError(
+            f"--scribble {options.scribble} has no stroke on the object; expected strokes in white or green; paint one"
+        )
+    try:
+        return replace(strokes, points=options.point, not_points=options.not_point, boxes=boxes)
+    except UsageError as error:
+        raise UsageError(f"reference {ref}: {error}") from error
 
 
 def _make_prompted_reference(
@@ -283,7 +284,7 @@ def _make_prompted_reference(
     for x, y in hints.points:
         guidance[int(y), int(x)] = True
     if not guidance.any():
-        raise UsageError("--scribble has no stroke on the object; expected strokes in white or green; paint one")
+        raise UsageError(f"{name} has no stroke on the object in the data window: {image.windows}; paint one there")
     return Reference(image.rgb, guidance, windows=image.windows, attended_points=hints.binding_points()[0])
 
 
