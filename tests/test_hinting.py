@@ -205,6 +205,21 @@ def test_hints_are_moved_to_the_data_window() -> None:
         move_hints(replace(hints, points=[], boxes=[(30, 20, 35, 25)]), windows)
 
 
+def test_areas_on_the_object_must_not_vanish_at_the_data_window() -> None:
+    windows = ImageWindows((10, 20), (5, -3), (30, 40))
+    outside = np.zeros((30, 40), np.bool_)
+    outside[20:, 25:] = True
+    inside = np.zeros((30, 40), np.bool_)
+    inside[5, 2] = True
+    for name, what in (("keep", "area to keep at 25,20"), ("object_area", "area on the object at 25,20")):
+        with pytest.raises(UsageError, match=f"{what} is outside the data window: .*; .* move it inside or remove it"):
+            move_hints(Hints(size=(30, 40), **{name: outside}), windows)
+        moved = move_hints(Hints(size=(30, 40), **{name: outside | inside}), windows)
+        assert getattr(moved, name).sum() == 1
+    for name in ("drop", "background_area"):
+        assert move_hints(Hints(size=(30, 40), **{name: outside}), windows).is_empty
+
+
 SIZE = (96, 128)
 DISC = (40, 48)
 """Centre of the only object, x and y; its radius is 24."""

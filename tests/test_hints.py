@@ -157,7 +157,7 @@ class TestRefused:
         ("content", "message"),
         [
             ("{", "cannot be read"),
-            ('{"imageHeight": 9, "imageWidth": 9, "shapes": []}', "marks no pixel"),
+            ('{"shapes": []}', "has no shape; delete the file to remove the hints of wall.jpg"),
             ('{"imageHeight": 9, "imageWidth": 9, "shapes": 3}', "shapes is 3 instead of a list"),
             (
                 '{"imageHeight": 9, "imageWidth": 9, "shapes": [{"label": "fg", "shape_type": "point", '
@@ -174,12 +174,17 @@ class TestRefused:
         assert f"{hints / 'wall.json'}" in refused.stderr
         assert not (scene / "out").exists()
 
-    def test_painted_file_that_is_no_image(self, icm: Icm, scene: Path, hints: Path) -> None:
-        (hints / "wall.png").write_bytes(b"no image")
-        refused = icm(hints=hints)
-        assert refused.exit_code == 2
-        assert "wall.png" in refused.stderr
-        assert not (scene / "out").exists()
+    def test_png_that_is_no_hint(self, icm: Icm, scene: Path, hints: Path) -> None:
+        photo = cv2.imencode(".png", read(scene / "imgs" / "wall.jpg"))[1].tobytes()
+        for content in (b"no image", photo):
+            (hints / "wall.png").write_bytes(content)
+            refused = icm(hints=hints)
+            assert refused.exit_code == 2
+            assert "wall.png" in refused.stderr
+            assert (
+                "it was taken as the hints of wall.jpg: if it is another image, give --hints another" in refused.stderr
+            )
+            assert not (scene / "out").exists()
 
     def test_files_that_contradict_each_other(self, icm: Icm, hints: Path) -> None:
         size = dict(imageHeight=120, imageWidth=160)
@@ -312,6 +317,10 @@ class TestPlaces:
         failed = icm(hints=hints, src=scene / "exr")
         assert failed.exit_code == 1
         assert "point 5,5 on the object is outside the data window" in failed.stderr
+        (hints / "wall.json").unlink()  # leaves an area to keep that is outside
+        failed = icm(hints=hints, src=scene / "exr")
+        assert failed.exit_code == 1
+        assert "area to keep at 0,0 is outside the data window" in failed.stderr
 
 
 def test_frame_pattern(icm: Icm, scene: Path, hints: Path) -> None:

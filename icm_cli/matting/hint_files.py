@@ -52,9 +52,9 @@ class ImageHints:
         """Read the files, and check what does not depend on the image itself. Raises UsageError."""
         hints = cls(image, tuple(sorted(paths, key=lambda path: (path.suffix.lower(), path))))
         digest = hints._content_digest()
-        sizes = {path: _stated_size(path) for path in hints.paths}
+        sizes = {path: hints._stated_size(path) for path in hints.paths}
         known = {size for size in sizes.values() if size is not None}
-        parts = [read_hints(path, size, image=image) for path, size in sizes.items() if size is not None]
+        parts = [hints._read_file(path, size) for path, size in sizes.items() if size is not None]
         if len(known) == 1:
             hints._merge(parts)
         return cls(image, hints.paths, digest)
@@ -69,7 +69,7 @@ class ImageHints:
         try:
             if self._content_digest() != self.digest:
                 raise ImageError(f"{self._title} changed during the run; run again")
-            parts = [read_hints(path, windows.display, image=self.image) for path in self.paths]
+            parts = [self._read_file(path, windows.display) for path in self.paths]
             return move_hints(self._merge(parts), windows)
         except UsageError as error:
             raise ImageError(str(error)) from error
@@ -84,6 +84,32 @@ class ImageHints:
         except OSError as error:
             raise UsageError(f"{self._title} cannot be read: {describe_os_error(error)}") from error
         return combined_digest(*(path.suffix.lower() for path in self.paths), *contents)
+
+    def _stated_size(self, path: Path) -> tuple[int, int] | None:
+        """Return the height and width of the image that a file says it is for; None if it does not."""
+        if path.suffix.lower() == JSON_SUFFIX:
+            content = read_json(path, "annotation", {}, EXPECTED_ANNOTATION)
+            if content.get("shapes") == []:
+                raise UsageError(f"annotation {path} has no shape; delete the file to remove the hints of {self.image}")
+            size = content.get("imageHeight"), content.get("imageWidth")
+        else:
+            try:
+                size = read_stored_pixels(path).values.shape[:2]
+            except ImageError as error:
+                raise UsageError(f"hint cannot be used: {error}{self._painted_advice}") from error
+        height, width = (side if isinstance(side, int) and side > 0 else 0 for side in size)
+        return (height, width) if 0 < height * width <= MAX_CHECKED_PIXELS else None
+
+    def _read_file(self, path: Path, size: tuple[int, int]) -> Hints:
+        try:
+            return read_hints(path, size, image=self.image)
+        except UsageError as error:
+            advice = "" if path.suffix.lower() == JSON_SUFFIX else self._painted_advice
+            raise UsageError(f"{error}{advice}") from error
+
+    @property
+    def _painted_advice(self) -> str:
+        return f"; it was taken as the hints of {self.image}: if it is another image, give --hints another folder"
 
     def _merge(self, parts: Sequence[Hints]) -> Hints:
         """Join the hints of several files about this image. Raises UsageError if they contradict each other."""
@@ -192,20 +218,6 @@ def check_image_hints(files: Mapping[Path, Sequence[Path]]) -> dict[Path, ImageH
     """Read the hints of images, given by their names. Raises UsageError."""
     with ThreadPoolExecutor(DEFAULT_WORKERS, "icm-hints") as executor:
         return dict(zip(files, executor.map(ImageHints.check, files, files.values()), strict=True))
-
-
-def _stated_size(path: Path) -> tuple[int, int] | None:
-    """Return the height and width of the image that a file says it is for; None if it does not. Raises UsageError."""
-    if path.suffix.lower() == JSON_SUFFIX:
-        content = read_json(path, "annotation", {}, EXPECTED_ANNOTATION)
-        size = content.get("imageHeight"), content.get("imageWidth")
-    else:
-        try:
-            size = read_stored_pixels(path).values.shape[:2]
-        except ImageError as error:
-            raise UsageError(f"hint cannot be used: {error}") from error
-    height, width = (side if isinstance(side, int) and side > 0 else 0 for side in size)
-    return (height, width) if 0 < height * width <= MAX_CHECKED_PIXELS else None
 
 
 def _join_hints(first: Hints, second: Hints) -> Hints:

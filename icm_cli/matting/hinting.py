@@ -34,7 +34,7 @@ def move_hints(hints: Hints, windows: ImageWindows) -> Hints:
     """Move hints from the display window of an image to its data window.
 
     Areas are cut off at the data window, and so are points off the object, because the alpha is 0 outside of it. Raises
-    UsageError if a point on the object or a box is outside of it.
+    UsageError if a point, a box or an area on the object is completely outside of it.
     """
     if windows.is_full:
         return hints
@@ -53,27 +53,42 @@ def move_hints(hints: Hints, windows: ImageWindows) -> Hints:
             for n, at, end in ((0, left, width), (1, top, height))
         )
         if x0 >= x1 or y0 >= y1:
-            raise UsageError(f"box {','.join(f'{each:g}' for each in box)} is outside the data window: {windows}")
+            raise _outside_error(f"box {','.join(f'{each:g}' for each in box)}", windows)
         return x0, y0, x1, y1
-
-    def move_area(area: Area | None) -> Area | None:
-        return None if area is None else windows.display_window.move_pixels(area, windows)
 
     points = move_points(list(hints.points))
     for (x, y), moved in zip(hints.points, points, strict=True):
         if not is_inside(*moved):
-            raise UsageError(f"point {x:g},{y:g} on the object is outside the data window: {windows}")
+            raise _outside_error(f"point {x:g},{y:g} on the object", windows)
     return replace(
         hints,
         size=windows.size,
         points=points,
         not_points=[point for point in move_points(list(hints.not_points)) if is_inside(*point)],
         boxes=[clip_box(box) for box in hints.boxes],
-        object_area=move_area(hints.object_area),
-        background_area=move_area(hints.background_area),
-        keep=move_area(hints.keep),
-        drop=move_area(hints.drop),
+        object_area=_move_object_area(hints.object_area, windows, "on the object"),
+        background_area=_move_area(hints.background_area, windows),
+        keep=_move_object_area(hints.keep, windows, "to keep"),
+        drop=_move_area(hints.drop, windows),
     )
+
+
+def _move_area(area: Area | None, windows: ImageWindows) -> Area | None:
+    return None if area is None else windows.display_window.move_pixels(area, windows)
+
+
+def _move_object_area(area: Area | None, windows: ImageWindows, what: str) -> Area | None:
+    """Move an area to the data window. Raises UsageError if nothing of it is left."""
+    moved = _move_area(area, windows)
+    if area is not None and area.any() and not np.any(moved):
+        row, column = np.argwhere(area)[0]
+        raise _outside_error(f"area {what} at {column},{row}", windows)
+    return moved
+
+
+def _outside_error(what: str, windows: ImageWindows) -> UsageError:
+    advice = "the image has no pixels there; move it inside or remove it"
+    return UsageError(f"{what} is outside the data window: {windows}; {advice}")
 
 
 def edit_coarse_alpha(alpha: Tensor, hints: Hints) -> Tensor:
