@@ -132,13 +132,6 @@ def test_a_line_holds_as_a_whole_with_a_soft_border() -> None:
         assert np.array_equal(bind_alpha(holds, hints), holds)
 
 
-def test_a_point_off_the_object_holds_in_an_area_on_it() -> None:
-    hints = Hints(size=(9, 9), not_points=[(4.5, 4.5)], object_area=np.ones((9, 9), np.bool_))
-    bound = bind_alpha(np.ones((9, 9), np.float32), hints)
-    assert bound[4, 4] == 0
-    assert (bound > 0.5).sum() == 80
-
-
 def test_the_edge_of_a_rough_mask_does_not_bind() -> None:
     left = np.zeros((40, 40), np.bool_)
     left[:, :20] = True

@@ -132,7 +132,7 @@ def bind_alpha(alpha: Float, hints: Hints) -> Float:
 
     It is above one half at points and in areas on the object, and below at those off it, also after rounding to 8
     bits. It is 1 in ``keep`` and 0 in ``drop``. Of a rough mask, which is wrong at the edge of the object, only the
-    points that stand for it hold. ``keep`` and ``drop`` take precedence over points, and points over areas.
+    points that stand for it hold. ``keep`` and ``drop`` take precedence over areas.
 
     A pixel that does not hold becomes 1 or 0. Other pixels change only closer than ``BORDER_PX`` to such a pixel, or to
     ``keep`` or ``drop``.
