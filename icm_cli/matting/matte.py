@@ -147,6 +147,8 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
         raise UsageError("--gt scores alphas; leave --invert and --trimap instead out")
     colour, reference_colour = _colours(options.colour)
     protected, skipped_files = given.files, SkippedFiles(listener.on_notice)
+    remedy = None if options.output.overwrite else "give another name, or --overwrite to replace it"
+    ReportFiles(mask=given.save_mask).check_no_overwrite(protected, remedy)  # before a model makes the mask
     masks = MaskMaker(lambda: resolve_device(parse_devices(options.model.device)[0]))
     references = read_references(
         given.ref,
@@ -189,7 +191,6 @@ def make_plan(options: MatteOptions, listener: Listener) -> MattingPlan:
     check_obstacles(jobs)
     check_overwrites(jobs, given.not_ref, "a negative reference")
     protected += [*given.not_ref, *(path for each in (garbage, keep) if each for path in each.paths)]
-    remedy = None if options.output.overwrite else "give another name, or --overwrite to replace it"
     report_files.check_no_overwrite([*protected, *truths, *map(str, files)], remedy)
     return MattingPlan(references, colour, output, layout, report_files, jobs, shot, skipped_files, truths)
 
