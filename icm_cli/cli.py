@@ -64,7 +64,7 @@ class StrictCommand(TyperCommand):
 
 @contextlib.contextmanager
 def _exit_codes(ctx: Any) -> Iterator[None]:
-    """Turn errors and signals into one message and an exit code."""
+    """Turn interrupts and known errors into one message and an exit code."""
     from icm_cli.progress import find_progress_mode, print_error, print_farm_error
 
     progress = find_progress_mode(ctx.meta[ARGUMENTS])

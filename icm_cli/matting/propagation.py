@@ -143,19 +143,19 @@ class FlowField:
     def propagate(self, coarse: Tensor) -> Tensor:
         """Add the evidence of the earlier frame to a coarse alpha [h,w] in 0..1.
 
-        The logits are added. That of the earlier frame is moved along the flow and weighted by the agreement, and more
-        where hints have corrected it.
+        The evidence is the logit of the earlier alpha. It is moved along the flow, weighted by the agreement, and more
+        where hints corrected the earlier frame, and added to the logit of the coarse alpha.
         """
         config = self.config
         evidence = np.clip(_logit(self.earlier.alpha, config.min_alpha), -config.max_logit, config.max_logit)
         if (correction := self.earlier.correction) is not None:
             evidence *= 1 + (config.correction_weight - 1) * correction / np.float32(255)
         weighted = np.asarray(_warp(evidence, self.flow) * self.agreement, np.float32)
-        logit = torch.from_numpy(self._resize_to_frame(weighted, (coarse.shape[0], coarse.shape[1]))).to(coarse.device)
-        margin = config.min_alpha * logit.abs().clamp(max=1.0)
+        added = torch.from_numpy(self._resize_to_frame(weighted, (coarse.shape[0], coarse.shape[1]))).to(coarse.device)
+        margin = config.min_alpha * added.abs().clamp(max=1.0)  # the logits of 0 and 1 are infinite
         alpha = torch.minimum(torch.maximum(coarse, margin), 1.0 - margin)
-        odds = alpha * logit.exp()
-        return (odds / (odds + 1.0 - alpha)).clamp(max=1.0)
+        foreground = alpha * added.exp()
+        return (foreground / (foreground + 1.0 - alpha)).clamp(max=1.0)
 
     def stabilise(self, rgb: ImageU8, alpha: Float) -> Float:
         """Move a final alpha [h,w] in 0..1 of the frame ``rgb`` towards that of the earlier frame.

@@ -167,7 +167,7 @@ class ScoreTask:
         return Problem("size-mismatch", self.name, reason)
 
     def _load_trimap(self, truth: ImageU8) -> tuple[ImageU8 | None, list[Problem]]:
-        """Return the trimap at the scored size if a region needs it."""
+        """Return the trimap at the scored size and its problems; no trimap if no scored region needs it."""
         if "unknown" not in self.rule.regions:
             return None, []
         shape, size = truth.shape, self.rule.scored_size
