@@ -203,7 +203,7 @@ def test_models_are_listed_with_their_state(tmp_path: Path) -> None:
     """A repository in the cache of the hub is available."""
     models = listed(HF_HOME=str(tmp_path))
     assert set(models) == {*preset_paths(), "any, with --edges vitmatte"}
-    assert models["lite"] == ("available", "needs nothing; 50 MB, in the package; MIT and Apache-2.0")
+    assert models["lite"] == ("available", "needs nothing; 55 MB, in the package; MIT and Apache-2.0")
     assert models["lite-training-free"][0] == "available"
     vitmatte = "hustvl/vitmatte-small-composition-1k"
     assert models["dinov2-vitmatte"] == (
