@@ -86,6 +86,16 @@ def _load_once() -> Iterator[None]:
 EVAL_NAMES = [f"{group}/{name}" for group in ("a", "b") for name in ("brickwall", "launchpad", "lawn")]
 """Names of the images in the folder dataset of the tests of ``icm eval``, in groups a and b."""
 DEMO = Path(__file__).parent / "composites"
+TINY_HEAD: dict[str, Any] = {
+    "feature_channels": (6,),
+    "width": 8,
+    "context_width": 16,
+    "context_layers": 1,
+    "fused_channels": 16,
+    "skip_channels": (6,),
+    "decoder_channels": (8,),
+}
+"""Settings of a tiny token-match head."""
 
 SMALL_MODEL = """
 backbone: {name: efficientnet-lite, long_side_px: 160}

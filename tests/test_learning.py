@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Icm, model_choice
+from conftest import TINY_HEAD, Icm, model_choice
 from torch import Tensor, nn
 
 from icm_cli.errors import UsageError
@@ -72,16 +72,7 @@ def scene(shift: int = 0, *, unknown: bool = False, decoy: bool = True) -> tuple
 @pytest.fixture
 def head() -> TokenMatchHead:
     torch.manual_seed(0)
-    config = TokenMatchConfig(
-        feature_channels=(6,),
-        width=8,
-        context_width=16,
-        context_layers=1,
-        fused_channels=16,
-        skip_channels=(6,),
-        decoder_channels=(8,),
-    )
-    return TokenMatchHead(config).eval()
+    return TokenMatchHead(TokenMatchConfig(**TINY_HEAD)).eval()
 
 
 def error(model: InContextMatting, prepared: object, shift: int) -> float:

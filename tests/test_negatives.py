@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Icm, model_choice, read
+from conftest import TINY_HEAD, Icm, model_choice, read
 from test_learning import Colours
 from test_learning import scene as draw_scene
 from torch import Tensor
@@ -47,16 +47,7 @@ def positive() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.fixture
 def model() -> InContextMatting:
     torch.manual_seed(0)
-    config = TokenMatchConfig(
-        feature_channels=(6,),
-        width=8,
-        context_width=16,
-        context_layers=1,
-        fused_channels=16,
-        skip_channels=(6,),
-        decoder_channels=(8,),
-        edge_radius=0.0,
-    )
+    config = TokenMatchConfig(**TINY_HEAD, edge_radius=0.0)
     head = TokenMatchHead(config)
     head.initialise_from_pca(
         Colours().target_features(*draw_scene()[::2], [""]).correspondence_features[0].flatten(1).T

@@ -305,9 +305,8 @@ def started(config: Path, out: Path, steps: int, *flags: str, workers: int = 0) 
     return process
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_saves_the_state_and_the_run_resumes(
     config: Path, out: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
@@ -341,6 +340,7 @@ def test_killed_worker_gives_a_message(config: Path, out: Path) -> None:
     assert (out / "state.pt").exists()
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_from_its_last_state(config: Path, out: Path, tmp_path: Path) -> None:
     """It also refuses another run in its folder while it is running."""
     process = started(config, out, 4, "--set", "train.save_every=3")

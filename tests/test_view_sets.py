@@ -165,6 +165,7 @@ class TestRuns:
         done = train(config, tmp_path / "run")
         assert done.exit_code == 0, done.output
 
+    @pytest.mark.slow
     def test_resumed_run_is_bit_equal_across_rotations(
         self, large_groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -210,6 +211,7 @@ class TestRuns:
             assert train(config, tmp_path / "two", "--resume").exit_code == 0
         assert names == one
 
+    @pytest.mark.slow
     def test_an_interrupted_run_continues_to_encode(
         self, large_groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

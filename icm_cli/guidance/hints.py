@@ -32,7 +32,6 @@ RIDGE_TOLERANCE = 0.5
 """A pixel is on a centre line if no neighbour is deeper inside the area by this much, in px."""
 MIN_WIDTH_RATIO = 0.5
 """Smallest width of a place for a point, relative to the widest place of the same connected area."""
-
 MAX_SHOWN_NUMBERS = 8
 """Largest number of numbers of a wrong array that a message shows."""
 
@@ -42,8 +41,8 @@ class Hints:
     """What a person says about the object in one image of ``size`` (height, width).
 
     Coordinates are pixels of the displayed image: EXIF orientation is applied, and the image of an EXR file is its
-    display window. Pixel (0, 0) covers x and y from 0 to 1. Points and boxes are
-    sequences or arrays, [N,2] and [N,4], and are stored as tuples of float.
+    display window. Pixel (0, 0) covers x and y from 0 to 1. Points and boxes are sequences or arrays, [N,2] and [N,4],
+    and are stored as tuples of float.
 
     Raises UsageError for values of other types, a point or box outside the image, areas of another size, and hints that
     contradict each other.
