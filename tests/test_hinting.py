@@ -21,8 +21,9 @@ from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.hinting import (
     BORDER_PX,
     bind_alpha,
+    bind_trimap,
+    clip_to_boxes,
     edit_coarse_alpha,
-    is_rough_mask,
     make_prompts,
     move_hints,
     says_present,
@@ -64,7 +65,7 @@ def pixels_that_hold(hints: Hints) -> tuple[Area, Area]:
     on, off = hints.object_area, hints.background_area
     assert on is not None
     assert off is not None
-    if is_rough_mask(hints):
+    if hints.is_rough_mask:
         sampled = np.zeros((2, *hints.size), np.bool_)
         for side, area in zip(sampled, (on, off), strict=True):
             for x, y in area_points(area):
@@ -171,6 +172,36 @@ def test_prompts_are_fractions_of_the_frame() -> None:
     expected = [[0.3, 0.2], [0.99, 0.5], [0, 0.1], [0.6, 1]]
     torch.testing.assert_close(prompts.coordinates, torch.tensor(expected))
     assert make_prompts(Hints(size=(5, 5), keep=np.ones((5, 5), np.bool_))) is None
+
+
+def test_a_box_clips_what_it_selects() -> None:
+    hints = Hints(size=(100, 200), boxes=[(100, 40, 60, 20), (140, 60, 120, 50)])  # together 60,20 to 140,60
+    clipped = clip_to_boxes(torch.ones(50, 100), hints)
+    assert (clipped[8:32, 28:72] == 1).all()
+    assert clipped[17, 26:29].tolist() == pytest.approx([0.25, 0.75, 1], abs=1e-6)
+    outside = torch.ones(50, 100, dtype=torch.bool)
+    outside[6:34, 26:74] = False
+    assert (clipped[outside] == 0).all()
+    assert clip_to_boxes(clipped, Hints(size=(100, 200), points=[(1, 1)])) is clipped
+
+
+def test_a_point_wins_over_a_rough_mask() -> None:
+    left = np.zeros((40, 40), np.bool_)
+    left[:, :20] = True
+    hints = Hints(size=(40, 40), object_area=left, background_area=~left, points=[(30, 9)], not_points=[(10, 30)])
+    bound = bind_alpha(left.astype(np.float32), hints)
+    assert (bound[9, 30], bound[30, 10]) == (1, 0)
+    with pytest.raises(UsageError, match="point 10,30 is off the object and in a stroke or an area on it"):
+        replace(hints, background_area=None)
+
+
+def test_points_hold_in_the_trimap() -> None:
+    keep = np.zeros((40, 40), np.bool_)
+    keep[30:] = True
+    hints = Hints(size=(40, 40), points=[(10.5, 3)], not_points=[(20, 3)], keep=keep)
+    bound = bind_trimap(np.full((40, 40), 128, np.uint8), hints)
+    assert (bound[3, 10], bound[3, 20], bound[3, 15]) == (255, 0, 128)
+    assert (bound[30:] == 255).all()
 
 
 def test_what_says_that_the_object_is_present() -> None:

@@ -123,6 +123,18 @@ def test_annotation_and_painted_hint_of_one_image_are_merged(icm: Icm, scene: Pa
     assert alpha[10, 15] > 127  # the centre of the painted area
 
 
+def test_points_hold_in_trimaps(icm: Icm, scene: Path, hints: Path) -> None:
+    """At the edge of the object, where the trimap is unknown without hints."""
+    assert icm(trimap="instead", trimap_band=6).exit_code == 0
+    plain = read(scene / "out" / "wall.png")
+    (row, column), (other_row, other_column) = np.argwhere(plain == 128)[[0, -1]].tolist()
+    write_hint(hints / "wall.json", "fg", [[column + 0.5, row + 0.5]])
+    write_hint(hints / "wall.jpg.json", "bg", [[other_column + 0.5, other_row + 0.5]])
+    assert icm("--trimap", "also", hints=hints, trimap_band=6, out=scene / "also").exit_code == 0
+    trimap = read(scene / "also" / "wall.trimap.png")
+    assert (trimap[row, column], trimap[other_row, other_column]) == (255, 0)
+
+
 def test_filtered_images_are_no_complaint(icm: Icm, hints: Path) -> None:
     for name in ("wall", "pad.0101", "sub/deep"):
         write_hint(hints / f"{name}.json")

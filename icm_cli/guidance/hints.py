@@ -32,6 +32,8 @@ RIDGE_TOLERANCE = 0.5
 """A pixel is on a centre line if no neighbour is deeper inside the area by this much, in px."""
 MIN_WIDTH_RATIO = 0.5
 """Smallest width of a place for a point, relative to the widest place of the same connected area."""
+MIN_MASK_FRACTION = 0.95
+"""Fraction of marked pixels above which two areas are a rough mask, perhaps with soft edges, and no strokes."""
 MAX_SHOWN_NUMBERS = 8
 """Largest number of numbers of a wrong array that a message shows."""
 
@@ -78,6 +80,14 @@ class Hints:
         areas = (self.object_area, self.background_area, self.keep, self.drop)
         has_area = any(area is not None and area.any() for area in areas)
         return not (self.points or self.not_points or self.boxes or has_area)
+
+    @property
+    def is_rough_mask(self) -> bool:
+        """Whether the areas say on which side nearly every pixel is, as a roughly painted mask does."""
+        on, off = self.object_area, self.background_area
+        if on is None or off is None or not (on.any() and off.any()):
+            return False
+        return bool((on | off).mean() > MIN_MASK_FRACTION)
 
     def binding_points(self) -> tuple[list[Point], list[Point]]:
         """Return the points on and off the object: those that were given, and those that stand for areas."""
@@ -151,11 +161,12 @@ class Hints:
                     f"point {x:g},{y:g} is on the object and outside its box; give a box that contains it, or omit one "
                     "of the two"
                 )
+        on, off = (None, None) if self.is_rough_mask else (self.object_area, self.background_area)
         for points, side, area, name in (
             (self.not_points, "off", self.keep, "in an area to keep"),
-            (self.not_points, "off", self.object_area, "in a stroke or an area on it"),
+            (self.not_points, "off", on, "in a stroke or an area on it"),
             (self.points, "on", self.drop, "in an area to drop"),
-            (self.points, "on", self.background_area, "in a stroke or an area off it"),
+            (self.points, "on", off, "in a stroke or an area off it"),
         ):
             for x, y in points:
                 if area is not None and area[int(y), int(x)]:

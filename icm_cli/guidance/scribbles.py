@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from icm_cli.errors import ImageError, UsageError
 from icm_cli.geometry import format_size
-from icm_cli.guidance.hints import Hints
+from icm_cli.guidance.hints import MIN_MASK_FRACTION, Hints
 from icm_cli.images.pixels import DecodedImage
 from icm_cli.images.reading import read_stored_pixels
 
@@ -21,8 +21,6 @@ MIN_CHROMA = 0.3
 """Difference of the largest channel from the next one above which a colour is red or green."""
 MAX_CANVAS_FRACTION = 0.5
 """Fraction of the image above which black or white next to coloured strokes is a canvas, and no stroke."""
-MIN_MASK_FRACTION = 0.95
-"""Fraction of marked pixels above which an image is a mask, perhaps with soft edges, and no scribble."""
 EXPECTED = (
     "expected white or green where the object is, black or red where it is not, and transparent or mid-grey elsewhere"
 )

@@ -30,6 +30,7 @@ from icm_cli.images.pixels import (
     too_large_message,
 )
 from icm_cli.images.writing import DEFAULT_OUTPUT, OutputFormat, write_alpha, write_foreground, write_trimap
+from icm_cli.matting.hinting import bind_trimap
 from icm_cli.matting.jobs import Job
 from icm_cli.matting.predictor import Frame, FrameAlpha, Predictor
 from icm_cli.matting.resume import Origin, check_unchanged, file_identities, find_kept_result, make_provenance
@@ -486,7 +487,10 @@ class Engine:
         digest = self.options.job_digest(job)
         check = partial(check_unchanged, job=job, digest=digest, replaceable=image.replaceable)
         if output.trimap != "none":
-            trimap = windows.move_pixels(trimap_from_alpha(alpha, output.band_px), windows.display_window)
+            trimap = trimap_from_alpha(alpha, output.band_px)
+            if image.frame.hints is not None:
+                trimap = bind_trimap(trimap, image.frame.hints)
+            trimap = windows.move_pixels(trimap, windows.display_window)
             path = job.trimap if output.trimap == "also" else job.output
             write_trimap(path, trimap, provenance, partial(check, path))
         if output.trimap == "instead":

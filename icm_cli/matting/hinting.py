@@ -7,17 +7,19 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from icm_cli.errors import UsageError
 from icm_cli.geometry import Float, resize
 from icm_cli.guidance.hints import Area, Box, Hints, Point, area_points
-from icm_cli.guidance.scribbles import MIN_MASK_FRACTION
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.model.contracts import PointPrompts
 
 BORDER_PX = 3.0
 """Distance over which corrected pixels and the border of an area fade into the alpha."""
+BOX_MARGINS = 0.05, 0.10
+"""Distances from a box, as fractions of its longer side, over which an alpha fades to 0. Boxes are drawn by hand."""
 MIN_DIFFERENCE = 1 / 255
 """Smallest difference from one half of a pixel that holds, so that it is on its side in every file format too."""
 OFF_OBJECT, ON_OBJECT, BOX_START, BOX_END = range(4)
@@ -119,12 +121,22 @@ def make_prompts(hints: Hints) -> PointPrompts | None:
     return PointPrompts(fractions, torch.tensor(labels))
 
 
-def is_rough_mask(hints: Hints) -> bool:
-    """Return whether the areas say on which side nearly every pixel is, as a roughly painted mask does."""
-    on, off = hints.object_area, hints.background_area
-    if on is None or off is None or not (on.any() and off.any()):
-        return False
-    return bool((on | off).mean() > MIN_MASK_FRACTION)
+def clip_to_boxes(alpha: Tensor, hints: Hints) -> Tensor:
+    """Return an alpha that prompts selected, float32 [h,w] of any size, faded to 0 outside the boxes of the hints.
+
+    As in :func:`make_prompts`, several boxes are one: their common bounding box.
+    """
+    if not hints.boxes:
+        return alpha
+    corners = np.reshape(hints.boxes, (-1, 2))
+    start, end = corners.min(axis=0), corners.max(axis=0)
+    full, none = (margin * float((end - start).max()) for margin in BOX_MARGINS)
+    sides = []
+    for length, low, high, pixels in zip(alpha.shape, start[::-1], end[::-1], hints.size, strict=True):
+        centres = (torch.arange(length, device=alpha.device) + 0.5) * (pixels / length)
+        outside = torch.maximum(low - centres, centres - high)
+        sides.append(((none - outside) / (none - full)).clamp(0, 1))
+    return alpha * sides[0][:, None] * sides[1]
 
 
 def bind_alpha(alpha: Float, hints: Hints) -> Float:
@@ -137,11 +149,32 @@ def bind_alpha(alpha: Float, hints: Hints) -> Float:
     A pixel that does not hold becomes 1 or 0. Other pixels change only closer than ``BORDER_PX`` to such a pixel, or to
     ``keep`` or ``drop``.
     """
-    bound, none = alpha.copy(), np.zeros(hints.size, np.bool_)
+    bound, (on, off, keep, drop) = alpha.copy(), _binding_areas(hints)
+    for side, other, is_on in ((on, off, True), (off, on, False)):
+        fade = np.where(other, 0, _fade(side & ~_holds(bound, is_on)))
+        bound = np.maximum(bound, fade) if is_on else np.minimum(bound, 1 - fade)
+    bound = np.maximum(np.minimum(bound, 1 - _fade(drop)), _fade(keep))
+    for side, is_on in ((on, True), (off, False)):  # the border of an area may have changed it again
+        bound[side & ~_holds(bound, is_on)] = 0.5 + (2 if is_on else -2) * MIN_DIFFERENCE
+    bound[keep], bound[drop] = 1, 0
+    return bound
+
+
+def bind_trimap(trimap: NDArray[np.uint8], hints: Hints) -> NDArray[np.uint8]:
+    """Return a trimap, uint8 [H,W] of the size of the hints, that is 255 where they are on the object and 0 where they
+    are off it, as in :func:`bind_alpha`, also close to an edge."""
+    bound, (on, off, keep, drop) = trimap.copy(), _binding_areas(hints)
+    bound[on | keep], bound[off | drop] = 255, 0
+    return bound
+
+
+def _binding_areas(hints: Hints) -> tuple[Area, Area, Area, Area]:
+    """Return the pixels that are on the object, off it, to be kept, and to be dropped: disjoint, each bool [H,W]."""
+    none = np.zeros(hints.size, np.bool_)
     named = (hints.object_area, hints.background_area, hints.keep, hints.drop)
     on, off, keep, drop = (none if area is None else area for area in named)
     single = [(hints.points, True), (hints.not_points, False)]
-    if is_rough_mask(hints):
+    if hints.is_rough_mask:
         single = [(area_points(on), True), (area_points(off), False), *single]
         on = off = none
     on, off = on & ~off, off.copy()
@@ -151,14 +184,7 @@ def bind_alpha(alpha: Float, hints: Hints) -> Float:
             on[pixel], off[pixel] = is_on, not is_on
     for side in (on, off):
         side &= ~(keep | drop)
-    for side, other, is_on in ((on, off, True), (off, on, False)):
-        fade = np.where(other, 0, _fade(side & ~_holds(bound, is_on)))
-        bound = np.maximum(bound, fade) if is_on else np.minimum(bound, 1 - fade)
-    bound = np.maximum(np.minimum(bound, 1 - _fade(drop)), _fade(keep))
-    for side, is_on in ((on, True), (off, False)):  # the border of an area may have changed it again
-        bound[side & ~_holds(bound, is_on)] = 0.5 + (2 if is_on else -2) * MIN_DIFFERENCE
-    bound[keep], bound[drop] = 1, 0
-    return bound
+    return on, off, keep, drop
 
 
 def _holds(alpha: Float, is_on: bool) -> Area:

@@ -22,7 +22,7 @@ from icm_cli.guidance.hints import Hints
 from icm_cli.guided_filter import alpha_at_source
 from icm_cli.images.pixels import ImageWindows
 from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
-from icm_cli.matting.hinting import bind_alpha, edit_coarse_alpha, make_prompts, says_present
+from icm_cli.matting.hinting import bind_alpha, clip_to_boxes, edit_coarse_alpha, make_prompts, says_present
 from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.mattes import Mattes
 from icm_cli.matting.references import MakeMask, Reference, make_guidance, mask_from_hints
@@ -321,7 +321,8 @@ class Predictor:
         if not (frame.shows_object or objects.has_object(alphas[index])):
             return False
         embedded = frame.embedded or objects.embed_images([frame.visible_rgb])[0]
-        (alphas[index],) = objects.complete_embedded_alphas([embedded], [alphas[index]], [prompts])
+        (alpha,) = objects.complete_embedded_alphas([embedded], [alphas[index]], [prompts])
+        alphas[index] = clip_to_boxes(alpha, hints)
         return True
 
     def _bind_alpha(self, frame: Frame, result: FrameAlpha) -> FrameAlpha:
