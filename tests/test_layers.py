@@ -19,6 +19,7 @@ LAYERS = (
     ("guided_filter", "images"),
     ("guidance",),
     ("model", "reports"),
+    ("quality",),
     ("events",),
     ("datasets",),
     ("scoring",),

@@ -61,7 +61,6 @@ class ColourPredictor(Predictor):
         alpha = torch.from_numpy((frame.canvas[:height, :width, 0 if is_full else 1] > 127).astype(np.float32))
         return CoarseAlpha(
             alpha / (1 + np.exp(-logit)),
-            0.9,
             logit > 0,
             presence_logit=logit,
             alpha_if_present=alpha if abs(logit) < UNCERTAIN_BELOW else None,

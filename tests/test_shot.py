@@ -254,13 +254,13 @@ class GivenAlphas:
         self.found = list(found) or [True] * len(alphas)
 
     def coarse_alphas(self, frames: Sequence[Frame], _: Any) -> list[CoarseAlpha]:
-        return [CoarseAlpha(torch.from_numpy(self.alphas.pop(0)), 1.0, self.found.pop(0)) for _ in frames]
+        return [CoarseAlpha(torch.from_numpy(self.alphas.pop(0)), self.found.pop(0)) for _ in frames]
 
     def refine_alphas(
         self, _: Sequence[Frame], coarse: Sequence[CoarseAlpha], stabilise: Callable[[Float], Float] | None = None
     ) -> list[FrameAlpha]:
         stabilise = stabilise or (lambda alpha: alpha)
-        return [FrameAlpha(stabilise(each.alpha.numpy()), each.confidence, each.found) for each in coarse]
+        return [FrameAlpha(stabilise(each.alpha.numpy()), each.found) for each in coarse]
 
 
 def propagator_of(

@@ -128,7 +128,7 @@ class RedPredictor:
         for frame in frames:
             height, width = frame.placement.content
             red.append((frame.canvas[:height, :width, 0] > 127) * np.float32(found))
-        return [CoarseAlpha(torch.from_numpy(alpha), 0.9, found) for alpha in red]
+        return [CoarseAlpha(torch.from_numpy(alpha), found) for alpha in red]
 
     @property
     def references(self) -> list[str]:

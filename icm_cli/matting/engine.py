@@ -472,7 +472,7 @@ class Engine:
         alpha = self.predictor.alpha_at_source(image.frame, result)
         measured: dict[str, Any] = {
             "foreground": round(float(alpha_to_u8(alpha).mean()) / 255.0, 6),
-            "confidence": round(result.confidence, 4),
+            "confidence": round(result.signals.get("confidence", 0.0), 4),
             "not_found": not result.found,
             "colorspace": image.colorspace,
         }

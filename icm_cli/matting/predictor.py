@@ -25,6 +25,7 @@ from icm_cli.matting.crops import CropBox, crop_box, matte_in_crops, paste_crop
 from icm_cli.matting.hinting import bind_alpha, clip_to_boxes, edit_coarse_alpha, make_prompts, says_present
 from icm_cli.matting.mask_maker import MaskMaker
 from icm_cli.matting.mattes import Mattes
+from icm_cli.matting.quality_signals import measure_signals, probability
 from icm_cli.matting.references import MakeMask, Reference, make_guidance, mask_from_hints
 from icm_cli.model.alphas import resize_alpha
 from icm_cli.model.contracts import EmbeddedImage, Head, Matte, Objects, PreparedReferences, ignore_progress
@@ -80,14 +81,16 @@ class CoarseAlpha:
 
     Attributes:
         alpha: float32 [h,w] in 0..1 on the model's device, at any resolution. It covers exactly the frame.
+        found: Whether the object appears to be in the frame.
+        signals: What the passes of the head say about the alpha, see :mod:`icm_cli.matting.quality_signals`.
         presence_logit: Logit of the presence of the object; infinite if the head does not predict it.
         alpha_if_present: Alpha under the assumption that the object is present, if its presence is uncertain.
         is_completed: Whether the objects of ``alpha`` are already completed.
     """
 
     alpha: Tensor
-    confidence: float
     found: bool
+    signals: Mapping[str, float] = field(default_factory=dict)
     presence_logit: float = float("inf")
     alpha_if_present: Tensor | None = None
     is_completed: bool = False
@@ -105,14 +108,15 @@ class FrameAlpha:
     Attributes:
         alpha: float32 [h,w] in 0..1, covers exactly the frame: at the size of the source if the model has edges or the
             frame has hints, else at that of the coarse alpha. :meth:`Predictor.alpha_at_source` enlarges it.
-        confidence: Confidence in 0..1.
         found: Whether the object appears to be in the frame.
+        signals: Values from which the quality of the alpha is estimated, see :mod:`icm_cli.matting.quality_signals`.
+            Empty if the alpha is not finite.
         provenance: Further entries for the provenance of the file, see :mod:`icm_cli.matting.resume`.
     """
 
     alpha: Float
-    confidence: float
     found: bool
+    signals: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -279,6 +283,7 @@ class Predictor:
         Coarse alphas that are not finite are returned as they are.
         """
         alphas = self.complete_alphas(frames, coarse)
+        completed = list(alphas)
         if self.model.edges is not None:
             finite = [index for index, alpha in enumerate(alphas) if bool(alpha.isfinite().all())]
             images = [frames[index].rgb for index in finite]
@@ -289,8 +294,8 @@ class Predictor:
         if stabilise is not None:
             final = list(map(stabilise, final))
         return [
-            self._bind_alpha(frame, FrameAlpha(alpha, each.confidence, each.found))
-            for frame, alpha, each in zip(frames, final, coarse, strict=True)
+            _add_signals(self._bind_alpha(frame, FrameAlpha(alpha, each.found)), frame, each, between)
+            for frame, alpha, each, between in zip(frames, final, coarse, completed, strict=True)
         ]
 
     @torch.inference_mode()
@@ -374,7 +379,8 @@ class Predictor:
         alpha = (in_crop if is_crop_better else first) * presence
         everywhere = torch.ones_like(alpha, dtype=torch.bool)
         confidence, found = confidence_and_found(alpha[None, None], everywhere[None])
-        return CoarseAlpha(alpha, float(confidence), bool(found), is_completed=True)
+        signals = {**coarse.signals, "confidence": float(confidence), "crop_presence": probability(crop_logit)}
+        return CoarseAlpha(alpha, bool(found), signals, is_completed=True)
 
     def _coarse_alpha_from_crop(
         self, frame: Frame, alpha: Tensor, reference: PreparedReferences
@@ -440,18 +446,28 @@ def _coarse_alpha_of(matte: Matte, index: int, frame: Frame) -> CoarseAlpha:
     """Coarse alpha of one frame of a batch. An object that a hint marks is present, whatever the head predicts."""
     height, width = frame.placement.content
     alpha = matte.alpha[index, 0, :height, :width].float().contiguous()
-    coarse = CoarseAlpha(alpha, float(matte.confidence[index]), bool(matte.found[index]))
+    signals = {"confidence": float(matte.confidence[index])}
+    coarse = CoarseAlpha(alpha, bool(matte.found[index]), signals)
     presence = matte.presence
     if frame.shows_object:
         if presence is not None:
             alpha = presence.alpha_if_present[index, 0, :height, :width].float().contiguous()
         confidence = float(confidence_and_found(alpha[None, None], torch.ones_like(alpha[None]).bool())[0])
-        coarse = CoarseAlpha(alpha, confidence, found=True)
+        coarse = CoarseAlpha(alpha, True, {"confidence": confidence, "presence": 1.0})
     elif presence is not None:
-        coarse = replace(coarse, presence_logit=float(presence.logit[index]))
+        logit = float(presence.logit[index])
+        coarse = replace(coarse, presence_logit=logit, signals={**signals, "presence": probability(logit)})
         if presence.is_uncertain[index]:
             coarse = replace(coarse, alpha_if_present=presence.alpha_if_present[index, 0, :height, :width])
     return _hide_garbage(coarse, frame)
+
+
+def _add_signals(result: FrameAlpha, frame: Frame, coarse: CoarseAlpha, completed: Tensor) -> FrameAlpha:
+    """Return the alpha of a frame with the signals of its quality, if it is finite."""
+    if not np.isfinite(result.alpha).all():
+        return result
+    alphas = coarse.alpha.numpy(force=True), completed.numpy(force=True), result.alpha
+    return replace(result, signals={**coarse.signals, **measure_signals(frame.rgb, *alphas)})
 
 
 def _hide_garbage(coarse: CoarseAlpha, frame: Frame) -> CoarseAlpha:

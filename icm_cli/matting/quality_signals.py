@@ -1,0 +1,105 @@
+"""Signals of the quality of an alpha: numbers that the model knows without the truth.
+
+:mod:`icm_cli.quality` estimates the quality from them, and compares images of a run by them. All but the presence are
+measured on alphas that are reduced to ``LONG_SIDE_PX``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from icm_cli.geometry import Float, ImageU8, downscaled_size, resize
+
+LONG_SIDE_PX = 256
+"""Largest long side, in px, of the alphas on which signals are measured."""
+DIGITS = 4
+"""Signals are rounded to so many decimal places, so that recorded ones equal measured ones."""
+SOFT = (0.1, 0.9)
+"""Alphas between these are soft."""
+INTERIOR_PX = 4.0
+"""Distance from the outline, on the reduced alpha, beyond which a pixel is in the interior."""
+MIN_COMPONENT = 0.02
+"""Smallest component that counts, as a fraction of the foreground."""
+
+
+def probability(logit: float) -> float:
+    """Return the probability, 0..1, of a logit of any size."""
+    return round(1 / (1 + math.exp(-logit)), DIGITS) if logit > -50 else 0.0
+
+
+def measure_signals(rgb: ImageU8, coarse: Float, completed: Float, alpha: Float) -> dict[str, float]:
+    """Measure the signals of an alpha of an image, sRGB uint8 [H,W,3], and of its earlier stages.
+
+    ``coarse``, ``completed``, ``alpha``: of the head, with the completed object, and the final one, float32 [h,w] in
+    0..1 of any sizes. Each covers exactly the image. Returns
+
+    - ``foreground``: mean of the alpha;
+    - ``coarse_agreement``, ``completed_agreement``: IoU of the alpha with its earlier stages;
+    - ``softness``: fraction of soft pixels among those that are not background; ``soft_interior``: the same far from
+      the outline;
+    - ``largest_component``: its fraction of the foreground; ``components``: their number;
+    - ``border``: length of the frame's border that the object covers, in units of the root of the object's area;
+    - ``left``, ``top``, ``right``, ``bottom``: bounding box of the object, as fractions of the image;
+    - ``lightness``, ``green_red``, ``blue_yellow``: mean colour of the object, in CIELAB.
+
+    Values that describe an object are missing if the alpha is nowhere above one half.
+    """
+    size = downscaled_size(rgb.shape[:2], LONG_SIDE_PX)
+    first, second, last = (resize(each, size) for each in (coarse, completed, alpha))
+    visible = last > SOFT[0]
+    is_soft = visible & (last < SOFT[1])
+    signals = {
+        "foreground": float(last.mean()),
+        "coarse_agreement": _soft_iou(first, last),
+        "completed_agreement": _soft_iou(second, last),
+        "softness": float(is_soft.sum() / max(1, visible.sum())),
+    }
+    if (mask := last > 0.5).any():
+        signals |= _measure_interior(mask, is_soft) | _measure_components(mask) | _measure_position(mask)
+        signals |= _measure_colour(resize(rgb, size), mask)
+    return {name: round(value, DIGITS) for name, value in signals.items()}
+
+
+def _soft_iou(one: Float, other: Float) -> float:
+    """IoU of two alphas; 1 if both are empty."""
+    union = float(np.maximum(one, other).sum())
+    return float(np.minimum(one, other).sum()) / union if union > 0 else 1.0
+
+
+def _measure_interior(mask: NDArray[np.bool_], is_soft: NDArray[np.bool_]) -> dict[str, float]:
+    filled = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((9, 9), np.uint8))
+    depth = cv2.distanceTransform(filled, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    interior = depth > min(INTERIOR_PX, float(depth.max()) / 2)
+    return {"soft_interior": float((is_soft | ~mask)[interior].mean())}
+
+
+def _measure_components(mask: NDArray[np.bool_]) -> dict[str, float]:
+    _, _, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    fractions = statistics[1:, cv2.CC_STAT_AREA] / mask.sum()
+    return {
+        "largest_component": float(fractions.max()),
+        "components": float((fractions >= MIN_COMPONENT).sum()),
+    }
+
+
+def _measure_position(mask: NDArray[np.bool_]) -> dict[str, float]:
+    (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis=axis))[[0, -1]] + (0, 1) for axis in (1, 0))
+    height, width = mask.shape
+    covered = mask[0].sum() + mask[-1].sum() + mask[:, 0].sum() + mask[:, -1].sum()
+    return {
+        "border": float(covered / math.sqrt(mask.sum())),
+        "left": float(left / width),
+        "top": float(top / height),
+        "right": float(right / width),
+        "bottom": float(bottom / height),
+    }
+
+
+def _measure_colour(rgb: ImageU8, mask: NDArray[np.bool_]) -> dict[str, float]:
+    mean = rgb[mask].mean(axis=0, dtype=np.float64) / 255
+    lab = cv2.cvtColor(mean.astype(np.float32)[None, None], cv2.COLOR_RGB2LAB)[0, 0]
+    return dict(zip(("lightness", "green_red", "blue_yellow"), map(float, lab), strict=True))
