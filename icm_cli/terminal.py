@@ -266,6 +266,8 @@ def _summary_rows(report: Report) -> list[tuple[str, str]]:
         for version, count in sorted(makers.items())
         if version not in ("", environment.__version__)
     ]
+    if reviewed := sum(bool(result.matting.reviewed) for result in report.results):
+        rows.append(("reviewed", f"{reviewed}"))
     rows += [(f"skipped file, {reason}", f"{count}") for reason, count in sorted(report.skipped_files.items())]
     if unscored := report.count("unscored"):
         rows.append(("unscored", f"{unscored}"))

@@ -224,6 +224,54 @@ def has_changed_pixels(path: Path, provenance: Mapping[str, str]) -> bool:
     return _pixel_digest(np.concatenate(channels, axis=-1)) != expected
 
 
+def set_provenance_entry(path: Path, key: str, value: str | None, check: WriteCheck | None = None) -> None:
+    """Set one entry of the provenance of a file of icm, or with None remove it, atomically.
+
+    The pixels and everything else in the file stay as they are. ``value``: ASCII text. ``check``: see
+    :func:`~icm_cli.files.atomic_write`. Raises ImageError for another file, and OutputError.
+    """
+    with open_image(path) as file:
+        if file.type.name == "png":
+            content = _set_png_text(file.stream.read(), key, value)
+            with atomic_write(path, check) as out:
+                out.write(content)
+            return
+        provenance = read_provenance(path)
+        if provenance is None:
+            raise ImageError(f"{path} was not made by icm, so its provenance cannot be changed; run icm matte again")
+        changed = {name: text for name, text in provenance.items() if name != key}
+        changed |= {} if value is None else {key: value}
+        with openimageio.open_reader(file) as reader:
+            spec = oiio.ImageSpec(reader.spec())
+            pixels = reader.read_image(0, 0, 0, spec.nchannels, "unknown")  # in the type of the file
+            is_single = not reader.seek_subimage(1, 0)
+    if pixels is None or not is_single:
+        raise ImageError(f"{path} has several parts or cannot be read completely; expected an alpha that icm wrote")
+    spec.erase_attribute("tiff:RowsPerStrip")
+    texts = {PROVENANCE_KEY: json.dumps(changed), "DateTime": spec.getattribute("DateTime") or ""}
+    for name, text in texts.items():
+        spec.attribute(name, text)
+    with atomic_write(path, check) as out:
+        _write_with_openimageio(out.name, spec, pixels, "tiff" if file.type.name == "tiff" else "exr")
+
+
+def _set_png_text(content: bytes, key: str, value: str | None) -> bytes:
+    """Return a PNG with another text chunk for ``key``, or with None without it. A digest of its bytes is renewed."""
+    is_sealed = content == _sealed_png(content[:-_PNG_SEAL_BYTES])
+    body = content[:-_PNG_SEAL_BYTES] if is_sealed else content.removesuffix(_PNG_END)
+    kept, at = [body[:8]], 8
+    while at + 8 <= len(body):
+        length, kind = struct.unpack_from(">I4s", body, at)
+        chunk = body[at : at + length + 12]
+        if kind == b"IDAT" and value is not None:
+            kept.append(_png_text(key, value))
+            value = None
+        if kind != b"tEXt" or not chunk[8:].startswith(key.encode() + b"\0"):
+            kept.append(chunk)
+        at += len(chunk)
+    return _sealed_png(b"".join(kept)) if is_sealed else b"".join([*kept, _PNG_END])
+
+
 def _read_openimageio_provenance(file: ImageFile) -> dict[str, str]:
     """Return the provenance of a TIFF or EXR. Raises ValueError if its pixels are incomplete."""
 
@@ -274,12 +322,17 @@ def _write_image(
             spec.attribute(key, *((f"float[{len(value)}]", value) if isinstance(value, tuple) else (value,)))
         if format_ == "exr" and source is not None:
             source.copy_metadata_to(spec)
-        writer = oiio.ImageOutput.create(format_)
-        assert writer is not None
-        with library_settings():
-            is_written = writer.open(file.name, spec) and writer.write_image(values) and writer.close()
-        if not is_written:
-            raise _write_failure(Path(file.name), writer.geterror(), values.nbytes)
+        _write_with_openimageio(file.name, spec, values, format_)
+
+
+def _write_with_openimageio(path: str, spec: oiio.ImageSpec, values: NDArray[Any], format_: str) -> None:
+    """Write values [H,W,C] to a file. Raises OSError."""
+    writer = oiio.ImageOutput.create(format_)
+    assert writer is not None
+    with library_settings():
+        is_written = writer.open(path, spec) and writer.write_image(values) and writer.close()
+    if not is_written:
+        raise _write_failure(Path(path), writer.geterror(), values.nbytes)
 
 
 def _quantize(pixels: Float, depth: BitDepth) -> NDArray[Any]:
@@ -306,9 +359,13 @@ def _pixel_digest(values: NDArray[Any]) -> str:
 
 def _sealed_png(content: bytes) -> bytes:
     """Return a PNG, given without its end, with a digest of its bytes: an unchanged file needs no decoding."""
-    name_and_text = b"tEXticm-file\0" + hashlib.sha256(content).hexdigest().encode()
-    chunk = struct.pack(">I", len(name_and_text) - 4) + name_and_text + struct.pack(">I", zlib.crc32(name_and_text))
-    return content + chunk + _PNG_END
+    return content + _png_text("icm-file", hashlib.sha256(content).hexdigest()) + _PNG_END
+
+
+def _png_text(key: str, text: str) -> bytes:
+    """Return the chunk of a PNG that holds an ASCII text."""
+    chunk = b"tEXt" + key.encode() + b"\0" + text.encode()
+    return struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
 
 def _write_failure(path: Path, text: str, size: int) -> OSError:

@@ -347,7 +347,7 @@ class Engine:
         replaceable = job.replaceable if self.options.overwrite else file_identities(job)
         if not self.options.overwrite:
             earlier = find_kept_result(job, digest, keep_all=self.options.keep_existing)
-            if earlier and not self.matting.keeps_order:
+            if earlier and (earlier.matting.reviewed or not self.matting.keeps_order):
                 return earlier
         source, *origin = job.read_with_digest()
         if source.alpha is not None:

@@ -16,7 +16,7 @@ from icm_cli.errors import ImageError, UsageError, format_count
 from icm_cli.files import FileIdentity, check_shape, describe_obstacle, is_file
 from icm_cli.images.decoding import open_image
 from icm_cli.images.image_file import ICM_ALPHA_MARK
-from icm_cli.images.writing import has_changed_pixels, read_provenance
+from icm_cli.images.writing import has_changed_pixels, read_provenance, set_provenance_entry
 from icm_cli.matting.digest import code_fingerprint
 from icm_cli.matting.jobs import OBSTACLE_ADVICE, Job
 from icm_cli.matting.sources import MAX_LISTED_FILES
@@ -30,6 +30,8 @@ NAME_KEY = "icm-name"
 ROOT_KEY = "icm-root"
 CONTENT_KEY = "icm-sha256"
 RESULT_KEY = "icm-result"
+REVIEWED_KEY = "icm-reviewed"
+"""Entry of an alpha that a person has accepted: how, and when. Only ``--overwrite`` recomputes such an alpha."""
 NUMBER = (float, int, type(None))
 DETAILS_SHAPE = {"colorspace?": str, "foreground?": NUMBER, "confidence?": NUMBER, "not_found?": (bool, type(None))}
 """Shape of the values under RESULT_KEY; see :func:`icm_cli.files.check_shape`."""
@@ -63,16 +65,28 @@ class ExistingAlpha:
     """File whose pixels were changed after icm wrote it."""
 
     @property
+    def is_reviewed(self) -> bool:
+        """Whether a person has accepted the alpha."""
+        return REVIEWED_KEY in self.provenance
+
+    @property
     def is_of_this_icm(self) -> bool:
         """Whether this version of icm, with this code, made it."""
         made_by = self.provenance.get(VERSION_KEY), self.provenance.get(CODE_KEY)
         return made_by == (__version__, code_fingerprint())
 
     def can_be_kept(self, job: Job, digest: str, *, keep_all: bool) -> bool:
-        """Return whether the alpha is up to date, or with ``keep_all`` of the same source."""
-        if keep_all:
-            return self.is_of_same_state or self.provenance.get(CONTENT_KEY) == job.content_digest()
-        return self.is_of_same_state and self.provenance[DIGEST_KEY] == digest
+        """Return whether the alpha is reviewed or up to date, or with ``keep_all`` of the same source."""
+        if keep_all and not self.is_reviewed:
+            return self._has_content_of(job)
+        return self.is_reviewed or (self.is_of_same_state and self.provenance[DIGEST_KEY] == digest)
+
+    def is_outdated(self, job: Job, digest: str) -> bool:
+        """Return whether icm would make another alpha today."""
+        return not (self.is_of_this_icm and self.provenance[DIGEST_KEY] == digest and self._has_content_of(job))
+
+    def _has_content_of(self, job: Job) -> bool:
+        return self.is_of_same_state or self.provenance.get(CONTENT_KEY) == job.content_digest()
 
 
 def make_provenance(job: Job, digest: str, origin: Origin, measured: dict[str, Any]) -> dict[str, str]:
@@ -87,6 +101,19 @@ def make_provenance(job: Job, digest: str, origin: Origin, measured: dict[str, A
         CONTENT_KEY: origin.content,
         RESULT_KEY: json.dumps(measured),
     }
+
+
+def mark_reviewed(job: Job, stamp: str) -> None:
+    """Stamp the outputs of a job as reviewed, without changing their pixels. The image's own file is the last.
+
+    ``stamp``: how and when, see :class:`MattingDetails`. Raises ImageError if there is no alpha of this job, and
+    OutputError.
+    """
+    if not _read_own_provenance(job.output, job):
+        raise ImageError(f"{job.source} has no complete alpha at {job.output}; run icm matte again, or correct it")
+    for path in reversed(job.outputs):
+        if _read_own_provenance(path, job):
+            set_provenance_entry(path, REVIEWED_KEY, stamp)
 
 
 def find_kept_result(job: Job, digest: str, *, keep_all: bool = False) -> ImageResult | None:
@@ -127,6 +154,8 @@ def check_unchanged(path: Path, job: Job, digest: str, replaceable: Mapping[Path
     provenance = _read_own_provenance(path, job)
     if provenance and has_changed_pixels(path, provenance):
         raise _retouched_error(path, job)
+    if REVIEWED_KEY in provenance:
+        raise OtherSourceError(f"{path} was reviewed during this run, and is not overwritten")
     if provenance and provenance[DIGEST_KEY] != digest:
         raise OtherSourceError(
             f"{path} was written by another run with other settings during this run, and is not overwritten; "
@@ -143,15 +172,15 @@ def keep_existing_alphas(
     notice: Callable[[str], None],
     keep_all: bool = False,
     hint: str = "",
-    reusable_outputs: Callable[[Collection[Path]], set[Path]] | None = None,
+    reusable_outputs: Callable[[Collection[Path], Collection[Path]], set[Path]] | None = None,
 ) -> list[Job]:
     """Report the images whose alpha is kept, and return the other jobs. Needs no model.
 
-    Notices count the alphas that another version of icm made, to which ``hint`` is added, those that ``keep_all`` keeps
-    despite other settings, and those that were retouched. ``reusable_outputs`` returns those of the outputs that depend
-    on no other job, because frames of a shot depend on frames before them; with ``keep_all`` all are kept. Raises
-    UsageError, before anything is reported, if an output that would be replaced is the alpha of another source or was
-    retouched.
+    Notices count the alphas that another version of icm made, to which ``hint`` is added, those that are kept despite
+    other settings because of ``keep_all`` or a review, and those that were retouched. ``reusable_outputs`` returns
+    those of the outputs that depend on no other job, because frames of a shot depend on frames before them; its second
+    argument are the reviewed ones, which are always kept. With ``keep_all`` all are kept. Raises UsageError, before
+    anything is reported, if an output that would be replaced is the alpha of another source or was retouched.
     """
 
     def inspect(job: Job) -> tuple[ExistingAlpha | OtherSourceError | None, bool]:
@@ -166,9 +195,9 @@ def keep_existing_alphas(
     with ThreadPoolExecutor(workers, "icm-inspect") as executor:
         inspected = list(zip(jobs, executor.map(inspect, jobs), strict=True))
     kept = {job.output for job, (_, is_kept) in inspected if is_kept}
-    if reusable_outputs is not None and not keep_all:
-        kept = reusable_outputs(kept)
     alphas = [(job, existing) for job, (existing, _) in inspected if isinstance(existing, ExistingAlpha)]
+    if reusable_outputs is not None and not keep_all:
+        kept = reusable_outputs(kept, {job.output for job, existing in alphas if existing.is_reviewed})
     outdated = [(job, existing) for job, existing in alphas if job.output not in kept]
     conflicts = [existing for _, (existing, _) in inspected if isinstance(existing, OtherSourceError)]
     conflicts += [_retouched_error(existing.retouched, job) for job, existing in outdated if existing.retouched]
@@ -189,8 +218,16 @@ def _report_kept(
     """Report kept alphas; count those of other settings or versions, and retouched ones."""
     for _, existing in kept:
         on_result(existing.result)
-    _count_versions([existing for _, existing in kept], "kept", "", notice)
-    own = [(job, existing.provenance[DIGEST_KEY]) for job, existing in kept if existing.is_of_this_icm]
+    reviewed = [(job, existing) for job, existing in kept if existing.is_reviewed]
+    outdated = [job for job, existing in reviewed if existing.is_outdated(job, digest_for(job))]
+    if outdated:
+        notice(
+            f"kept {format_count(len(outdated), 'reviewed alpha')} although settings, hints, the source or icm have "
+            f"changed, such as {outdated[0].output}; --overwrite recomputes them"
+        )
+    unreviewed = [(job, existing) for job, existing in kept if not existing.is_reviewed]
+    _count_versions([existing for _, existing in unreviewed], "kept", "", notice)
+    own = [(job, existing.provenance[DIGEST_KEY]) for job, existing in unreviewed if existing.is_of_this_icm]
     others = [job for job, digest in own if digest != digest_for(job)]
     if others:
         notice(f"kept {format_count(len(others), 'alpha')} made with other settings, such as {others[0].output}")
@@ -212,18 +249,19 @@ def _count_versions(alphas: Sequence[ExistingAlpha], action: str, hint: str, not
 def read_existing_alpha(job: Job) -> ExistingAlpha | None:
     """Return the alpha that an earlier run made for a job; None without one, or if it is damaged.
 
-    Another source is one with another name below the root; or with another root and other content. Raises
-    OtherSourceError if the output belongs to one, and ImageError if the source or the output cannot be read.
+    A reviewed alpha needs no trimap next to it. Another source is one with another name below the root; or with another
+    root and other content. Raises OtherSourceError if the output belongs to one, and ImageError if the source or the
+    output cannot be read.
     """
     provenances = {path: _read_own_provenance(path, job) for path in job.outputs}
     retouched = next(
         (path for path, provenance in provenances.items() if provenance and has_changed_pixels(path, provenance)), None
     )
-    if not all(provenances.values()):
+    provenance = provenances[job.output]
+    if not (all(provenances.values()) or REVIEWED_KEY in provenance):
         if retouched is not None:
             raise _retouched_error(retouched, job)
         return None
-    provenance = provenances[job.output]
     is_same_root = provenance.get(ROOT_KEY) == _to_text(job.root)
     return ExistingAlpha(
         replace(job.planned, status="kept", matting=_recorded_details(provenance)),
@@ -251,7 +289,12 @@ def _recorded_details(provenance: Mapping[str, str]) -> MattingDetails:
         recorded = json.loads(provenance.get(RESULT_KEY, "{}"))
         check_shape(recorded, DETAILS_SHAPE, RESULT_KEY)
         details = {name: value for name, value in recorded.items() if f"{name}?" in DETAILS_SHAPE}
-    return MattingDetails(seconds=0.0, made_by=provenance.get(VERSION_KEY, UNRECORDED_VERSION), **details)
+    return MattingDetails(
+        seconds=0.0,
+        made_by=provenance.get(VERSION_KEY, UNRECORDED_VERSION),
+        reviewed=provenance.get(REVIEWED_KEY, ""),
+        **details,
+    )
 
 
 def _read_own_provenance(path: Path, job: Job) -> dict[str, str]:

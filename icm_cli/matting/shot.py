@@ -124,15 +124,16 @@ class Shot:
         previous = {output: by_output[job.output] for output, job in self.previous.items()}
         return Shot([by_output[job.output] for job in self.order], previous, self.keyframes, self.names)
 
-    def reusable_outputs(self, finished: Collection[Path]) -> set[Path]:
-        """Return the finished outputs whose earlier frames are all finished too.
+    def reusable_outputs(self, finished: Collection[Path], reviewed: Collection[Path] = ()) -> set[Path]:
+        """Return the reviewed outputs, and the finished ones whose earlier frames are all finished too.
 
         The others would change, because a frame before them is matted again.
         """
         reusable: set[Path] = set()
         for job in self.order:
             previous = self.previous.get(job.output)
-            if job.output in finished and (previous is None or previous.output in reusable):
+            is_unchanged = job.output in finished and (previous is None or previous.output in reusable)
+            if is_unchanged or job.output in reviewed:
                 reusable.add(job.output)
         return reusable
 

@@ -49,6 +49,8 @@ class MattingDetails:
     """Whether the model did not find the object of the reference in the image."""
     made_by: str = ""
     """Version of icm that made the alpha; "" if icm did not make it."""
+    reviewed: str = ""
+    """How and when a person accepted the alpha, such as "corrected 2026-11-30T09:15:00Z"; "" if nobody did."""
 
 
 @dataclass(frozen=True)
